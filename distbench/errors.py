@@ -1,0 +1,70 @@
+"""Everything that ends a run early, and the exit codes of all verdicts.
+
+    DistbenchError
+    ├── InvalidCase        the case, a file or the environment makes no sense      INVALID, exit 2
+    ├── Unsupported        this machine lacks what the case needs                  UNSUPPORTED, exit 77
+    └── Overflow           more rows than a sender or a receiver has room for      OVERFLOW, exit 1
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Verdict(str, Enum):
+    """How a case ends, most fundamental cause first (docs/verdicts.md)."""
+
+    INVALID = "INVALID"
+    UNSUPPORTED = "UNSUPPORTED"
+    HANG = "HANG"
+    RANK_FAULT = "RANK_FAULT"
+    OVERFLOW = "OVERFLOW"
+    BASELINE_WRONG = "BASELINE_WRONG"
+    NONDETERMINISTIC = "NONDETERMINISTIC"
+    UNDER_LIMIT = "UNDER_LIMIT"
+    CORRUPT = "CORRUPT"
+    DRIFT = "DRIFT"
+    PASS = "PASS"  # noqa: S105 - a verdict, not a password
+
+    @property
+    def exit_code(self) -> int:
+        """The process exit code that stands for this verdict."""
+        return _EXIT_CODES.get(self, 1)
+
+
+_EXIT_CODES = {
+    Verdict.INVALID: 2,
+    Verdict.UNSUPPORTED: 77,
+    Verdict.HANG: 3,
+    Verdict.RANK_FAULT: 3,
+    Verdict.PASS: 0,
+}
+
+
+class DistbenchError(Exception):
+    """An ending with a verdict: the message names the value, the bound and the fix, on one line."""
+
+    verdict = Verdict.RANK_FAULT
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of this error's verdict."""
+        return self.verdict.exit_code
+
+
+class InvalidCase(DistbenchError):
+    """The case, a file it names or the environment makes no sense."""
+
+    verdict = Verdict.INVALID
+
+
+class Unsupported(DistbenchError):
+    """This machine lacks what the case needs; nothing is put in its place."""
+
+    verdict = Verdict.UNSUPPORTED
+
+
+class Overflow(DistbenchError):
+    """A sender or a receiver was asked for more rows than it has room for."""
+
+    verdict = Verdict.OVERFLOW

@@ -1,0 +1,38 @@
+"""What computes the experts of a rank, and which kernel the row count selects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distbench.case import Case
+from distbench.experts.selection import CURRENT, KernelSelector, LayerKey, TunedKey, load_tuned_rows, rules_for
+
+if TYPE_CHECKING:
+    from distbench.experts.base import Experts
+
+
+def make_selector(case: Case) -> KernelSelector:
+    """Return aiter's kernel choice for the case's layer on one rank.
+
+    Raises:
+        InvalidCase: the kernel table cannot be read, or the aiter version cannot be told.
+
+    """
+    rules = rules_for(case.aiter_version) if case.aiter_version else CURRENT
+    layer = LayerKey(
+        num_local_experts=case.experts_per_rank,
+        topk=case.topk,
+        model_dim=case.hidden_size,
+        inter_dim=case.intermediate_size,
+        quant=case.dispatch_dtype,
+        cu_count=case.cu_count,
+    )
+    tuned = load_tuned_rows(case.kernel_table, TunedKey.for_layer(layer, rules)) if case.kernel_table else ()
+    return KernelSelector(layer=layer, tuned=tuned, rules=rules)
+
+
+def make_experts(case: Case) -> Experts:
+    """Return what the case computes its experts with."""
+    from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
+
+    return ReferenceExperts(make_selector(case), case.seed)

@@ -1,0 +1,39 @@
+"""The call of `aiter.fused_moe`, as every implementation here takes it (docs/semantics.md)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distbench.experts.selection import KernelChoice
+
+
+class Experts(Protocol):
+    """Computes the experts that one rank holds, with a kernel that the row count selects."""
+
+    stand_in: str | None
+
+    def selection(self, rows: int) -> KernelChoice:
+        """Return the kernel that a call with `rows` allocated rows runs."""
+
+    def __call__(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        expert_mask: Tensor,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Sum each row's local experts, weighted: [M, H] of `dtype`; rows at and past num_local_tokens are undefined.
+
+        hidden_states [M, H] in bf16, or float8 with a1_scale [M, H/128] float32; w1 [El, 2I, H], gate rows before up
+        rows; w2 [El, H, I]; topk_weight [M, k] float32; topk_ids [M, k] int32, global; expert_mask [E] int32, 1 where
+        the expert is local; num_local_tokens [1] int32. The result is valid until the next call.
+        """

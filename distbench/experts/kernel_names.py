@@ -1,0 +1,47 @@
+"""What a kernel's name says about its arithmetic, for the families that aiter's tuned tables name.
+
+    moe_ck2stages_gemm1_256x64x128x64_1x4_…          threads x rows x columns x K     stage 2: atomic
+    flydsl_moe2_…_t32x128x256_reduce_…               rows x columns x K               stage 2: as it says
+    flydsl_mxmoe_g2_a4w4_128x256x256_…               rows x columns x K               stage 2: reduce unless _atomic
+    opus_moe2_…_t64x256x256_…                        rows x columns x K               stage 2: reduce unless _atomic
+    _ZN5aiter…fmoe_stage1_…_32x128_…, cktile_…       no K in the name                 stage 2: atomic
+
+A name of no such form has `DEFAULT_TILE_K` and adds its routes up atomically.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Stage2Mode = Literal["reduce", "atomic"]
+
+DEFAULT_TILE_K = 128
+"""K of a kernel whose name has none: the columns that share a block scale, which no per_1x128 tile falls below."""
+
+_TILE = re.compile(r"(?<![0-9x])(?:[0-9]{1,6}x){2,3}([0-9]{1,6})(?![0-9x])")
+_SPLIT = re.compile(r"_(?:kb|sk)([0-9]{1,6})(?=_|$)")
+_ROUTE_REDUCE_FAMILIES = ("flydsl_mxmoe_g2_", "opus_moe2_")
+
+
+def tile_k(name: str) -> int:
+    """Return the elements of K that kernel `name` takes at a time, `DEFAULT_TILE_K` where the name does not tell."""
+    match = _TILE.search(name)
+    return max(int(match[1]), 1) if match else DEFAULT_TILE_K
+
+
+def named_split(name: str) -> int:
+    """Return the K parts that kernel `name` writes apart, 0 where the name has none (FlyDSL `_kb4`)."""
+    match = _SPLIT.search(name)
+    return int(match[1]) if match else 0
+
+
+def stage2_mode(name: str) -> Stage2Mode:
+    """Return how stage-2 kernel `name` adds up the routes of a token (aiter v0.1.20, stage2_uses_route_reduce).
+
+    `reduce`: one rounding after a sum in slot order. `atomic`: a rounding per route, in the order of arrival; also
+    for a one-stage kernel and for every family not known to reduce.
+    """
+    if "_atomic" in name:
+        return "atomic"
+    return "reduce" if "_reduce" in name or name.startswith(_ROUTE_REDUCE_FAMILIES) else "atomic"

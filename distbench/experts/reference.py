@@ -1,0 +1,175 @@
+"""`fused_moe` in plain torch: slow, readable, and with the arithmetic of the kernel that the row count selects.
+
+Every K block's dot product is taken in float64 and rounded to float32, so a row's bits depend neither on its place in
+a tile nor on the thread count; what does change bits is what would change them on the device: the length of a K
+block, split-k, whether the activation is rounded between the stages, and how the routes of a token are added up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distbench.experts.selection import KernelChoice, KernelSelector
+from distbench.workload import shuffle
+
+_WEIGHT_BYTES = 8 << 20
+_ROUTED_BYTES = 256 << 20
+
+
+class _Group(NamedTuple):
+    """Routes of some experts, padded to one length: experts [g], routes [g, m] into the flat route list, or -1."""
+
+    experts: Tensor
+    routes: Tensor
+
+
+class ReferenceExperts:
+    """The stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
+
+    stand_in: str | None = "reference for aiter"
+
+    def __init__(self, selector: KernelSelector, seed: int) -> None:
+        """Select kernels with `selector`; `seed` orders the adds of atomic epilogues."""
+        self._selector = selector
+        self._seed = seed
+        self._calls = 0
+        self._output: Tensor | None = None
+        self._written = 0
+
+    def selection(self, rows: int) -> KernelChoice:
+        """See `Experts.selection`."""
+        return self._selector.choose(rows)
+
+    def __call__(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        expert_mask: Tensor,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `Experts.__call__`."""
+        rows = hidden_states.shape[0]
+        live = min(int(num_local_tokens), rows)
+        choice = self.selection(rows)
+        self._calls += 1
+        output = self._poisoned_output(hidden_states.new_empty(0, hidden_states.shape[1], dtype=dtype), rows)
+        step = max(_ROUTED_BYTES // (topk_ids.shape[1] * hidden_states.shape[1] * 4), 1)
+        for start in range(0, live, step):
+            part = slice(start, min(start + step, live))
+            wide = widen(hidden_states[part], None if a1_scale is None else a1_scale[part])
+            routed = self._routes(wide, w1, w2, topk_weight[part], topk_ids[part], expert_mask, choice)
+            output[part] = self._reduce(routed, choice, start).to(dtype)
+        self._written = max(self._written, live)
+        return output
+
+    def _poisoned_output(self, like: Tensor, rows: int) -> Tensor:
+        if self._output is None or self._output.shape[0] < rows or self._output.dtype != like.dtype:
+            self._output = like.new_full((rows, like.shape[1]), float("nan"))
+        else:
+            self._output[: self._written].fill_(float("nan"))
+        self._written = 0
+        return self._output[:rows]
+
+    def _routes(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        expert_mask: Tensor,
+        choice: KernelChoice,
+    ) -> Tensor:
+        live, topk = ids.shape
+        local = local_experts(ids, expert_mask).flatten()
+        routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
+        hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
+        for group in grouped_routes(local, w1[0].numel() * 8):
+            rows = torch.where(group.routes < 0, live, group.routes // topk)
+            activation = self._stage1(hidden[rows], w1, group.experts, choice)
+            result = blocked_product(activation, w2, group.experts, choice.tile_k2, 1)
+            weight = weights.flatten()[group.routes.clamp(min=0)].unsqueeze(2)
+            routed[group.routes.flatten()] = (result * weight).flatten(0, 1)
+        return routed[:-1].view(live, topk, -1)
+
+    @staticmethod
+    def _stage1(hidden: Tensor, w1: Tensor, experts: Tensor, choice: KernelChoice) -> Tensor:
+        gate, up = blocked_product(hidden, w1, experts, choice.tile_k1, choice.ksplit).chunk(2, dim=2)
+        activation = functional.silu(gate) * up
+        return activation if choice.run_1stage else activation.bfloat16().float()
+
+    def _reduce(self, routed: Tensor, choice: KernelChoice, start: int) -> Tensor:
+        live, topk, _ = routed.shape
+        rounded = routed.bfloat16()
+        total = torch.zeros_like(routed[:, 0])
+        if choice.stage2_mode == "reduce":
+            for slot in range(topk):
+                total += rounded[:, slot]
+            return total
+        name = f"atomic/{self._calls}/{start}"
+        order = shuffle(self._seed, name, 0, live * topk, routed.device).view(live, topk).argsort(1)
+        rows = torch.arange(live, device=routed.device)
+        for step in range(topk):
+            total = (total + rounded[rows, order[:, step]]).bfloat16().float()
+        return total
+
+
+def widen(hidden: Tensor, scales: Tensor | None) -> Tensor:
+    """Return hidden rows as float32, block-scaled rows multiplied out."""
+    if scales is None:
+        return hidden.float()
+    rows, columns = hidden.shape
+    return (hidden.float().view(rows, scales.shape[1], -1) * scales.unsqueeze(2)).view(rows, columns)
+
+
+def local_experts(ids: Tensor, expert_mask: Tensor) -> Tensor:
+    """Map global ids [n, k] to rows of the local weights, -1 for those of other ranks or of no rank."""
+    position = expert_mask.long().cumsum(0) - 1
+    inside = (ids >= 0) & (ids < expert_mask.numel())
+    known = ids.long().clamp(0, expert_mask.numel() - 1)
+    return torch.where(inside & (expert_mask[known] == 1), position[known], -1)
+
+
+def grouped_routes(local: Tensor, bytes_per_expert: int) -> list[_Group]:
+    """Group the routes (flat indices into `local`) by expert, so many experts at a time as memory allows."""
+    counts = torch.bincount(local[local >= 0])
+    experts = counts.nonzero().flatten()
+    if experts.numel() == 0:
+        return []
+    order = local.argsort(stable=True)[int((local < 0).sum()) :]
+    starts = counts.cumsum(0) - counts
+    step = max(_WEIGHT_BYTES // bytes_per_expert, 1)
+    groups = []
+    for chunk in experts.split(step):
+        offsets = torch.arange(int(counts[chunk].max()), device=local.device)
+        index = (starts[chunk].unsqueeze(1) + offsets).clamp(max=order.numel() - 1)
+        groups.append(_Group(chunk, torch.where(offsets < counts[chunk].unsqueeze(1), order[index], -1)))
+    return groups
+
+
+def blocked_product(rows: Tensor, weights: Tensor, experts: Tensor, tile_k: int, splits: int) -> Tensor:
+    """Return rows [g, m, K] times weights[experts] [g, N, K] transposed, float32 [g, m, N].
+
+    K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
+    divided into that many runs of blocks, which are summed apart and then added in order.
+    """
+    starts = range(0, rows.shape[2], tile_k)
+    run = -(-len(starts) // max(splits, 1))
+    total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.shape[1])
+    for first in range(0, len(starts), run):
+        partial = torch.zeros_like(total)
+        for start in starts[first : first + run]:
+            block = weights[experts, :, start : start + tile_k].double()
+            partial += torch.bmm(rows[:, :, start : start + tile_k].double(), block.transpose(1, 2)).float()
+        total += partial
+    return total

@@ -1,0 +1,139 @@
+"""What of aiter's kernel choice depends on its release: the buckets of row counts, the lookup and the heuristics.
+
+Each entry of `BUCKET_RULES` was read from the sources at the release tag that it is named after
+(docs/kernel-selection.md lists what changed when).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+
+from distbench.errors import InvalidCase
+
+_VERSION = re.compile(
+    r"v?(?P<release>\d{1,9}(?:\.\d{1,9}){1,3})"
+    r"(?:[-_.]?(?:a|b|rc)(?P<pre>\d{1,9}))?"
+    r"(?:[-_.]?post(?P<post>\d{1,9}))?"
+    r"(?:[-_.]?dev(?P<dev>\d{1,9}))?"
+    r"(?:\+[0-9A-Za-z.]*)?",
+    re.ASCII,
+)
+
+VersionKey = tuple[tuple[int, ...], float, float, float]
+
+
+class BucketRules(msgspec.Struct, frozen=True, kw_only=True):
+    """The rules of one generation of aiter releases. Units: rows, and elements where a dimension is meant."""
+
+    floor: int
+    """1 to `floor` rows share one bucket."""
+    tiers: tuple[int, ...]
+    """From the first tier up the bucket is the largest tier not above the rows; below it, the next power of two."""
+    tier_fallback: bool
+    """A tier above the first without a tuned row takes the row of a lower tier."""
+    activation_matters: bool
+    """A tuned row answers only for its own activation; later releases compare it without."""
+    ep_drops_topk: bool
+    """With an expert_mask, one of the top-k columns is taken for a masked filler and not counted."""
+    fp8_one_stage_over: int | None
+    """Buckets above this run per_1x128 in one stage where inter_dim allows it; None: never."""
+    fp8_one_stage_inter: int
+    """inter_dim must be a multiple of this for that."""
+    fp8_small_tile: bool
+    """Two-stage per_1x128 takes 16-row tiles up to bucket 32 rather than 64-row tiles always."""
+    fp8_split_columns: int
+    """Multiples of inter_dim that get_ksplit counts as columns; 0: no split-k without a tuned row."""
+    fp8_asm_stage1: bool
+    """Stage 1 of two-stage per_1x128 is assembly rather than CK."""
+    fp8_fitted_stage2: bool
+    """CK's 16-row stage 2 halves its tile where inter_dim does not fill the larger one."""
+    bf16_narrow_tiles: bool
+    """CK has tiles of its own for a small inter_dim."""
+
+
+_FIRST = BucketRules(
+    floor=16,
+    tiers=(1024,),
+    tier_fallback=False,
+    activation_matters=True,
+    ep_drops_topk=False,
+    fp8_one_stage_over=0,
+    fp8_one_stage_inter=256,
+    fp8_small_tile=False,
+    fp8_split_columns=0,
+    fp8_asm_stage1=True,
+    fp8_fitted_stage2=False,
+    bf16_narrow_tiles=False,
+)
+
+
+def _generations() -> dict[str, BucketRules]:
+    changed = msgspec.structs.replace
+    rules = {"0.1.5": _FIRST}
+    rules["0.1.8"] = changed(_FIRST, tiers=(1024, 2048, 16384), bf16_narrow_tiles=True)
+    rules["0.1.9"] = changed(
+        rules["0.1.8"],
+        floor=1,
+        fp8_one_stage_over=32,
+        fp8_small_tile=True,
+        fp8_split_columns=2,
+        fp8_asm_stage1=False,
+    )
+    rules["0.1.9.post1"] = changed(rules["0.1.9"], fp8_split_columns=1)
+    rules["0.1.10"] = changed(rules["0.1.9.post1"], fp8_one_stage_over=None, fp8_fitted_stage2=True)
+    rules["0.1.10.post1"] = changed(rules["0.1.10"], fp8_one_stage_over=32)
+    rules["0.1.12"] = changed(rules["0.1.10.post1"], tiers=(32768,), fp8_one_stage_inter=128)
+    rules["0.1.14"] = changed(rules["0.1.12"], tiers=(32768, 131072), tier_fallback=True, activation_matters=False)
+    rules["0.1.16"] = changed(rules["0.1.14"], ep_drops_topk=True)
+    return rules
+
+
+BUCKET_RULES = _generations()
+"""The rules by the first release that has them, oldest first."""
+
+CURRENT = BUCKET_RULES["0.1.16"]
+
+
+def rules_for(version: str) -> BucketRules:
+    """Return the rules of an aiter version such as `0.1.7.post2.dev18` or `v0.1.20`; of none (""), the newest.
+
+    Versions are ordered as PEP 440 orders them, so a development version counts to the release before the one it
+    leads to.
+
+    Raises:
+        InvalidCase: not a version, or older than every generation known.
+
+    """
+    if not version:
+        return CURRENT
+    wanted = _version_key(version)
+    known = [name for name in BUCKET_RULES if _version_key(name) <= wanted]
+    if not known:
+        message = f"aiter version {version!r}: no rules are known before {next(iter(BUCKET_RULES))}; give a later one"
+        raise InvalidCase(message)
+    return BUCKET_RULES[known[-1]]
+
+
+def padded_rows(rows: int, rules: BucketRules = CURRENT) -> int:
+    """Return the bucket of a row count: what aiter selects by in place of it (v0.1.20, get_padded_M)."""
+    if rows >= rules.tiers[0]:
+        return max(tier for tier in rules.tiers if tier <= rows)
+    if rows <= 0:
+        return 1
+    return max(rules.floor, 1 << (rows - 1).bit_length())
+
+
+def _version_key(version: str) -> VersionKey:
+    match = _VERSION.fullmatch(version.strip())
+    if match is None:
+        message = f"aiter version {version!r:.80}: allowed is a release such as 0.1.7.post2.dev18 or 0.1.20"
+        raise InvalidCase(message)
+    release = tuple(int(part) for part in match["release"].split("."))
+    post = -1.0 if match["post"] is None else float(match["post"])
+    dev = math.inf if match["dev"] is None else float(match["dev"])
+    before_release = math.inf if match["dev"] is None or post >= 0 else -1.0
+    pre = before_release if match["pre"] is None else float(match["pre"])
+    return release + (0,) * (4 - len(release)), pre, post, dev

@@ -1,0 +1,154 @@
+"""Which kernel `aiter.fused_moe` takes for a number of rows: rows → bucket → tuned row, or else heuristics.
+
+The number is the first dimension of its input, valid rows or not (docs/kernel-selection.md).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from distbench.experts.heuristics import (
+    ONE_STAGE_BLOCK_M,
+    LayerKey,
+    block_rows,
+    default_stage,
+    runs_one_stage,
+    split_parts,
+)
+from distbench.experts.kernel_names import DEFAULT_TILE_K, Stage2Mode, named_split, stage2_mode, tile_k
+from distbench.experts.rules import BUCKET_RULES, CURRENT, BucketRules, padded_rows, rules_for
+from distbench.experts.tuned import TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
+
+__all__ = [
+    "BUCKET_RULES",
+    "CURRENT",
+    "BucketRules",
+    "KernelChoice",
+    "KernelSelector",
+    "LayerKey",
+    "TunedKey",
+    "TunedRow",
+    "load_tuned_rows",
+    "padded_rows",
+    "parse_tuned_rows",
+    "rules_for",
+]
+
+
+class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The kernel that a call with `rows` allocated rows runs."""
+
+    rows: int
+    bucket: int
+    source: Literal["tuned", "heuristic"]
+    block_m: int
+    """Rows of a tile, and of the blocks that routes are sorted into."""
+    ksplit: int
+    """Parts of stage 1's K that are summed apart; 0 and 1: none."""
+    run_1stage: bool
+    stage1: str
+    stage2: str
+    """Kernel names: the tuned table's, or descriptive ones of ours; stage 2 is empty where one kernel does both."""
+    stage2_mode: Stage2Mode
+    tile_k1: int
+    tile_k2: int
+    """Elements of K that stage 1, stage 2 takes at a time."""
+
+    @property
+    def label(self) -> str:
+        """The choice in a few words, `T` from the tuned table or `H` by heuristics: `H bm32 2-stage atomic k64`."""
+        stages = "1-stage" if self.run_1stage else "2-stage"
+        k = f"k{self.tile_k1}" if self.tile_k1 == self.tile_k2 else f"k{self.tile_k1}/{self.tile_k2}"
+        split = f" ks{self.ksplit}" if self.ksplit > 1 else ""
+        return f"{self.source[0].upper()} bm{self.block_m} {stages} {self.stage2_mode} {k}{split}"
+
+    def same_kernel(self, other: KernelChoice) -> bool:
+        """Return whether both run the same code, and so differ in bits only where that differs from itself.
+
+        Names are compared whole: a suffix that should only schedule has been numerically wrong (aiter #3933).
+        """
+        return self._arithmetic() == other._arithmetic()
+
+    def _arithmetic(self) -> tuple[int | str, ...]:
+        return (
+            self.block_m,
+            max(self.ksplit, 1),
+            self.run_1stage,
+            self.stage1,
+            self.stage2,
+            self.stage2_mode,
+            self.tile_k1,
+            self.tile_k2,
+        )
+
+
+class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
+    """Chooses kernels for one layer on one kind of device."""
+
+    layer: LayerKey
+    tuned: tuple[TunedRow, ...] = ()
+    """The rows that match the layer, one per bucket."""
+    rules: BucketRules = CURRENT
+
+    def choose(self, rows: int) -> KernelChoice:
+        """Return the kernel for `rows` rows (aiter v0.1.20, get_2stage_cfgs)."""
+        bucket = padded_rows(rows, self.rules)
+        row = self._tuned_row(bucket)
+        return self._heuristic(rows, bucket) if row is None else _from_table(rows, bucket, row)
+
+    def _tuned_row(self, bucket: int) -> TunedRow | None:
+        by_bucket = {row.bucket: row for row in reversed(self.tuned)}
+        if bucket in by_bucket or not self.rules.tier_fallback:
+            return by_bucket.get(bucket)
+        lower = [tier for tier in self.rules.tiers if tier < bucket]
+        return next((by_bucket[tier] for tier in reversed(lower) if tier in by_bucket), None)
+
+    def _heuristic(self, rows: int, bucket: int) -> KernelChoice:
+        if runs_one_stage(bucket, self.layer, self.rules):
+            return KernelChoice(
+                rows=rows,
+                bucket=bucket,
+                source="heuristic",
+                block_m=ONE_STAGE_BLOCK_M,
+                ksplit=0,
+                run_1stage=True,
+                stage1=f"asm_1stage_bm{ONE_STAGE_BLOCK_M}",
+                stage2="",
+                stage2_mode="atomic",
+                tile_k1=DEFAULT_TILE_K,
+                tile_k2=DEFAULT_TILE_K,
+            )
+        block_m = block_rows(bucket, self.layer, self.rules)
+        stage1 = default_stage(1, block_m, self.layer, self.rules)
+        stage2 = default_stage(2, block_m, self.layer, self.rules)
+        return KernelChoice(
+            rows=rows,
+            bucket=bucket,
+            source="heuristic",
+            block_m=block_m,
+            ksplit=split_parts(bucket, self.layer, self.rules),
+            run_1stage=False,
+            stage1=stage1.name,
+            stage2=stage2.name,
+            stage2_mode="atomic",
+            tile_k1=stage1.tile_k,
+            tile_k2=stage2.tile_k,
+        )
+
+
+def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:
+    return KernelChoice(
+        rows=rows,
+        bucket=bucket,
+        source="tuned",
+        block_m=row.block_m,
+        ksplit=row.ksplit if row.ksplit > 1 else named_split(row.kernel_name1),
+        run_1stage=row.run_1stage,
+        stage1=row.kernel_name1,
+        stage2=row.kernel_name2,
+        stage2_mode="atomic" if row.run_1stage else stage2_mode(row.kernel_name2),
+        tile_k1=tile_k(row.kernel_name1),
+        tile_k2=tile_k(row.kernel_name2),
+    )

@@ -1,0 +1,171 @@
+"""The passes of one case on one rank, and what this rank saw of them."""
+
+from __future__ import annotations
+
+import math
+import resource
+import socket
+import sys
+import time
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from distbench.arms import arms_of
+from distbench.experts.base import Experts
+from distbench.layer import Cut, ExpertWeights, run_layer
+from distbench.session import Session
+from distbench.transport.base import Transport
+from distbench.truncation import ExpertInput
+from distbench.verify.bitwise import compare_rows, tensor_digest
+from distbench.verify.records import (
+    LISTED_TOKENS,
+    ORACLE,
+    Divergence,
+    LostRows,
+    Observation,
+    Question,
+    ReferenceError,
+    pair_name,
+    pairs_of,
+)
+from distbench.verify.stages import StageChecker
+from distbench.workload import TokenBatch, Workload
+
+_REFERENCE_TOKENS = 4
+
+
+class Parts(NamedTuple):
+    """What a case is run with on one rank."""
+
+    workload: Workload
+    batch: TokenBatch
+    weights: ExpertWeights
+    transport: Transport
+    experts: Experts
+
+
+class Passes:
+    """Runs the arms, once or often, and keeps what has to be told of them.
+
+    The first padded pass is the baseline of all repeats. Of the other arms those of the first repeat in which one
+    differs are kept, or of the last repeat.
+    """
+
+    def __init__(self, session: Session, question: Question, parts: Parts, counts: Tensor) -> None:
+        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed."""
+        self._session = session
+        self._question = question
+        self._parts = parts
+        self._checker = StageChecker(parts.workload, session.rank, counts)
+        self._divergences: list[Divergence] = []
+        self._kernels: dict[str, dict[str, Any]] = {}
+        self._lost = LostRows()
+        self._durations: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
+        self._expected = parts.workload.expected(parts.batch)
+        self.outputs: dict[str, Tensor] = {}
+
+    def run(self) -> None:
+        """Run every arm `repeats` times. Collective."""
+        question = self._question
+        arms = arms_of(question.limit, question.case.policy, refused=question.refused)
+        settled = False
+        for repeat in range(question.case.repeats):
+            fresh: dict[str, Tensor] = {arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0}
+            if not settled:
+                self.outputs |= fresh
+                settled = self._differs()
+        self._mark("gather")
+        if self._expected is not None:
+            self.outputs[ORACLE] = self._expected
+
+    def observation(self) -> Observation:
+        """Return what this rank saw, after `run`."""
+        session, question, outputs = self._session, self._question, self.outputs
+        pairs = pairs_of(tuple(outputs))
+        return Observation(
+            rank=session.rank,
+            host=socket.gethostname(),
+            device=str(session.device),
+            tokens=question.traffic.tokens[session.rank],
+            total_recv=question.traffic.total_recv[session.rank],
+            capacity=question.traffic.capacity,
+            limit=question.limit,
+            lost=self._lost,
+            kernels=self._kernels,
+            digests={arm: tensor_digest(rows) for arm, rows in outputs.items()},
+            divergences=self._divergences,
+            comparisons={pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs},
+            reference=self._reference_error(),
+            drift=_relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
+            nan_tokens={arm: int(rows.isnan().any(1).sum()) for arm, rows in outputs.items()},
+            durations_us=self._durations,
+            peak_bytes=_peak_bytes(),
+        )
+
+    def _reference_error(self) -> ReferenceError | None:
+        if self._expected is not None:
+            return None
+        index, reference = self._parts.workload.reference_sample(self._session.rank, _REFERENCE_TOKENS)
+        return ReferenceError(_relative_error(self.outputs["padded"][index], reference), index.numel())
+
+    def _run_arm(self, arm: str, cut: Cut) -> Tensor:
+        self._arm = self._session.crumbs.arm = arm
+        parts = self._parts
+        combined = run_layer(
+            parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark
+        )
+        self._mark("check")
+        self._note(self._checker.check_tokens(arm, combined, self._expected))
+        self._arm = self._session.crumbs.arm = ""
+        return combined
+
+    def _inspect(self, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
+        arm = self._arm
+        choice = self._parts.experts.selection(given.rows)
+        self._kernels[arm] = msgspec.to_builtins(choice) | {"label": choice.label}
+        if self._question.limit is not None and self._question.case.policy != "guard":
+            self._lost = _lost_rows(sources, self._question.limit)
+        self._note(self._checker.check_rows(arm, sources, given, expert_out))
+        self._note(self._checker.check_cut(arm, sources, given))
+
+    def _note(self, found: Divergence | None) -> None:
+        if found is not None and not any(
+            (known.arm, known.stage) == (found.arm, found.stage) for known in self._divergences
+        ):
+            self._divergences.append(found)
+
+    def _mark(self, stage: str) -> None:
+        now = time.perf_counter_ns()
+        if self._stage and self._stage != "check":
+            self._durations[self._timed_arm][self._stage].append((now - self._since) / 1000)
+        self._stage, self._timed_arm, self._since = stage, self._arm, now
+        self._session.crumbs.mark(stage)
+
+    def _differs(self) -> bool:
+        baseline = self.outputs["padded"]
+        return any(not compare_rows(rows, baseline).equal for rows in self.outputs.values())
+
+
+def _lost_rows(sources: Tensor, limit: int) -> LostRows:
+    beyond = sources[limit:]
+    return LostRows(beyond.shape[0], [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float | None:
+    """Return the largest error as a share of the token's largest magnitude; None where a NaN is in the way."""
+    if actual.numel() == 0:
+        return 0.0
+    error = (actual.float() - expected.float()).abs().amax(1)
+    scale = expected.float().abs().amax(1)
+    worst = float(torch.where(error == 0, 0.0, error / scale).max())
+    return worst if math.isfinite(worst) else None
+
+
+def _peak_bytes() -> int:
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

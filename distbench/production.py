@@ -1,0 +1,119 @@
+"""The environment of SGLang's MoRI path, read as production reads it, except that nothing is ignored silently.
+
+Sources: SGLang's `python/sglang/srt/environ.py` and `moriep.py` as described in docs/production.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from distbench.case import Layer
+from distbench.errors import InvalidCase
+
+LIMIT = "SGLANG_MORI_MOE_MAX_INPUT_TOKENS"
+DISPATCH_TOKENS = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+PREALLOC = "SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS"
+RECV_BOUND = "SGLANG_MORI_RECV_BOUND"
+
+KEYS = {
+    LIMIT: "limit",
+    DISPATCH_TOKENS: "max_dispatch_tokens_per_rank",
+    PREALLOC: "prealloc_max_recv_tokens",
+    RECV_BOUND: "recv_bound",
+}
+_MEANING_OF_BAD = {
+    LIMIT: "warn, fall back to 0 and cut nothing",
+    DISPATCH_TOKENS: "warn and fall back to 4096",
+    PREALLOC: "warn, fall back to 0 and size the buffer for the worst case",
+    RECV_BOUND: "warn and leave the bound off",
+}
+_TRUE = ("true", "1", "yes", "y")
+_FALSE = ("false", "0", "no", "n")
+
+KNOWN_NAMES = (
+    *KEYS,
+    "SGLANG_MORI_DISPATCH_DTYPE",
+    "SGLANG_MORI_COMBINE_DTYPE",
+    "SGLANG_MORI_FP8_COMB",
+    "SGLANG_MORI_FP8_DISP",
+    "SGLANG_MORI_FP4_DISP",
+    "SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD",
+    "SGLANG_MORI_NO_PAD_MASK",
+    "SGLANG_MORI_QP_PER_TRANSFER",
+    "SGLANG_MORI_POST_BATCH_SIZE",
+    "SGLANG_MORI_NUM_WORKERS",
+)
+_LOOKALIKE_RATIO = 0.85
+_PREFIX = "SGLANG_"
+
+RECORDED_PREFIXES = ("SGLANG_MORI_", "MORI_", "AITER_", "NCCL_", "RCCL_", "TORCH_", "GLOO_", "OMP_")
+
+
+def read_environment(environ: Mapping[str, str]) -> list[Layer]:
+    """Return one layer for each production variable that is set; an empty value counts as unset.
+
+    Raises:
+        InvalidCase: a value that production would ignore with a warning at most; says what it would have done.
+
+    """
+    layers = []
+    for name, key in KEYS.items():
+        text = environ.get(name, "").strip()
+        if text:
+            value: Any = _boolean(name, text) if name == RECV_BOUND else _rows(name, text)
+            layers.append(Layer(source=f"env:{name}", values={key: value}))
+    return layers
+
+
+def near_misses(environ: Mapping[str, str]) -> list[str]:
+    """Return a warning for each variable whose name is almost, but not quite, one that production reads."""
+    warnings = []
+    for name in sorted(environ):
+        known = None if name in KNOWN_NAMES else _lookalike(name)
+        if known:
+            warnings.append(f"{name}={environ[name]!r:.60} has no effect: production reads {known}; rename or unset it")
+    return warnings
+
+
+def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that can change a result, for the report; never the whole environment."""
+    return {name: environ[name] for name in sorted(environ) if name.startswith(RECORDED_PREFIXES)}
+
+
+def _lookalike(name: str) -> str | None:
+    upper = name.upper()
+    if upper in KNOWN_NAMES:
+        return upper
+    if "MORI" not in upper:
+        return None
+    close = difflib.get_close_matches(upper.removeprefix(_PREFIX), _SHORT_NAMES, n=1, cutoff=_LOOKALIKE_RATIO)
+    return _PREFIX + close[0] if close else None
+
+
+_SHORT_NAMES = [name.removeprefix(_PREFIX) for name in KNOWN_NAMES]
+
+
+def _rows(name: str, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        _refuse(name, text, "not a whole number", _MEANING_OF_BAD[name])
+    if value < 0:
+        _refuse(name, text, "negative", "take it as off" if name != DISPATCH_TOKENS else "fail later, on allocation")
+    if value == 0 and name == DISPATCH_TOKENS:
+        _refuse(name, text, "no token could be sent", "fail later, on allocation")
+    return value
+
+
+def _boolean(name: str, text: str) -> bool:
+    lower = text.lower()
+    if lower not in _TRUE + _FALSE:
+        _refuse(name, text, f"allowed are {', '.join(_TRUE + _FALSE)}", _MEANING_OF_BAD[name])
+    return lower in _TRUE
+
+
+def _refuse(name: str, text: str, reason: str, production: str) -> NoReturn:
+    message = f"env:{name} = {text!r:.60}: {reason}; production would {production}; correct or unset it"
+    raise InvalidCase(message)

@@ -1,0 +1,101 @@
+"""What the ranks do with a case: agree on it, run its arms, gather, judge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distbench.case import Case, case_hash
+from distbench.errors import InvalidCase, Overflow
+from distbench.experts import make_experts
+from distbench.layer import ExpertWeights
+from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
+from distbench.passes import Parts, Passes
+from distbench.session import Session
+from distbench.transport import make_transport
+from distbench.verify.bitwise import row_digests
+from distbench.verify.diagnosis import diagnose
+from distbench.verify.gather import choose_mode, gather
+from distbench.verify.records import Judgement, Outcome, Question, Reason
+from distbench.verify.verdict import judge
+from distbench.workload import TokenBatch, Workload, make_workload, recv_counts
+
+_PROBED_TOKENS = 2
+
+
+def run_case(session: Session, case: Case) -> Outcome | None:
+    """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
+
+    A case that is refused before its first dispatch is refused by all ranks alike, and its outcome is known to all.
+    """
+    session.crumbs.arm = ""
+    try:
+        return _run(session, case)
+    except (InvalidCase, Overflow) as error:
+        reason = Reason(code=error.verdict.value.lower(), message=str(error))
+        return Outcome(case, Judgement(error.verdict, [reason], None))
+
+
+def _run(session: Session, case: Case) -> Outcome | None:
+    session.crumbs.mark("agree")
+    workload = _workload(case, session.device)
+    batch = workload.tokens(session.rank)
+    sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
+    counts = session.agree(case_hash(case), _probe(workload), sent)
+    question = _question(case, counts)
+    session.crumbs.mark("workload")
+    parts = _build(session, case, workload, batch, counts)
+    passes = Passes(session, question, parts, counts)
+    passes.run()
+    row_bytes = case.hidden_size * batch.hidden.element_size()
+    mode = choose_mode(case.gather, case.tokens, len(passes.outputs), row_bytes)
+    gathered = gather(session.group, mode, case.tokens, passes.observation(), passes.outputs)
+    if gathered is None:
+        return None
+    judgement = judge(question, gathered)
+    stand_ins = [name for name in (parts.transport.stand_in, parts.experts.stand_in) if name]
+    return Outcome(case, judgement, question, gathered, diagnose(question, gathered, judgement), stand_ins)
+
+
+def _workload(case: Case, device: torch.device) -> Workload:
+    return make_workload(
+        numerics=case.numerics,
+        hidden_size=case.hidden_size,
+        intermediate_size=case.intermediate_size,
+        num_experts=case.num_experts,
+        topk=case.topk,
+        ep_size=case.ep_size,
+        seed=case.seed,
+        routing=case.routing,
+        tokens_per_rank=case.tokens,
+        dispatch_dtype=case.dispatch_dtype,
+        device=device,
+    )
+
+
+def _probe(workload: Workload) -> Tensor:
+    """Return digests, int64, of some tokens that every rank makes alike if its arithmetic is that of the others."""
+    index = torch.arange(_PROBED_TOKENS, device=workload.device)
+    probed = workload.token_rows(torch.zeros_like(index), index)
+    return torch.cat([row_digests(part) for part in probed if part is not None]).flatten()
+
+
+def _question(case: Case, counts: Tensor) -> Question:
+    traffic = Traffic(case.tokens, tuple(counts.sum(0).tolist()), case.capacity)
+    check_capacity(traffic, case.max_dispatch_tokens_per_rank)
+    limit = resolve_limit(case.limit, traffic)
+    if limit is None and case.recv_bound:
+        limit = recv_bound(traffic)
+    return Question(case, traffic, limit)
+
+
+def _build(session: Session, case: Case, workload: Workload, batch: TokenBatch, counts: Tensor) -> Parts:
+    mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
+    mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
+    return Parts(
+        workload=workload,
+        batch=batch,
+        weights=ExpertWeights(*workload.local_weights(session.rank), mask),
+        transport=make_transport(session, case, counts, batch),
+        experts=make_experts(case),
+    )

@@ -1,0 +1,1 @@
+"""What a case leaves behind: report.json and what a person reads."""

@@ -1,0 +1,146 @@
+"""The report on a terminal or in a log: the ranks, the comparisons, and one verdict line at the end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from distbench.errors import Verdict
+from distbench.report.document import RankReport, Report
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_SHOWN_REASONS = 12
+_SHOWN_TOKENS = 16
+_LOG_WIDTH = 140
+
+
+def print_report(report: Report) -> None:
+    """Print the whole report to standard output, its verdict last."""
+    from rich.console import Console  # noqa: PLC0415 - rich loads where something is printed
+
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    console = Console(highlight=False, width=width, soft_wrap=False)
+    for part in _parts(report):
+        console.print(part)
+    style = "bold green" if report.verdict is Verdict.PASS else "bold red"
+    console.print(verdict_line(report), style=style, markup=False, soft_wrap=True)
+
+
+def print_line(text: str) -> None:
+    """Print one line to standard output at once."""
+    print(text, flush=True)
+
+
+def print_error(verdict: Verdict, message: str) -> None:
+    """Print one line to standard error: what ended the run, and why."""
+    print(f"distbench: {verdict.value}: {message}", file=sys.stderr, flush=True)
+
+
+def print_presets(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+    """Print the table of model layers."""
+    from rich.console import Console  # noqa: PLC0415 - rich loads where something is printed
+
+    Console(highlight=False).print(_table("", columns, rows))
+
+
+def verdict_line(report: Report) -> str:
+    """Return the one line that says how it ended, with `emulated` wherever a stand-in ran."""
+    line = report.verdict.value
+    if report.emulated:
+        line += f" (emulated: {', '.join(report.stand_ins)})"
+    findings = [reason.message for reason in report.reasons]
+    if report.verdict is Verdict.PASS and all(comparison.equal for comparison in report.comparison):
+        findings.insert(0, _equality(report))
+    if findings:
+        line += ": " + findings[0] + (f" (+{len(findings) - 1} more)" if len(findings) > 1 else "")
+    return line
+
+
+def _equality(report: Report) -> str:
+    compared = {arm for comparison in report.comparison for arm in comparison.arms}
+    arms = [arm for arm in ("truncated", "repadded", "control", "padded", "oracle") if arm in compared]
+    tokens = report.comparison[0].tokens
+    return f"{' == '.join(arms)}, bit for bit, {tokens} tokens on {len(report.ranks)} ranks"
+
+
+def _parts(report: Report) -> list[RenderableType]:
+    parts: list[RenderableType] = [f"warning: {warning}" for warning in report.warnings]
+    parts.append(_headline(report))
+    if report.ranks:
+        parts += [_rank_table(report), _comparison_table(report)]
+    if report.lost.rows:
+        parts.append(_lost_line(report))
+    if len(report.reasons) > 1 or report.verdict is Verdict.PASS:
+        parts += [f"- {reason.message}" for reason in report.reasons[:_SHOWN_REASONS]]
+    parts += [f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}" for found in report.diagnosis]
+    return parts
+
+
+def _headline(report: Report) -> str:
+    case = report.case
+    limit = report.limit
+    text = (
+        f"{case['model']} H{case['hidden_size']} I{case['intermediate_size']} E{case['num_experts']} "
+        f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {case['numerics']} inputs, "
+        f"routing {case['routing']}, {case['transport']} + {case['experts']}, case {case['hash'][:12]}"
+    )
+    if limit is not None:
+        kept = "off" if limit.effective is None else f"{limit.effective} rows"
+        safe = "safe" if limit.safe else "NOT safe"
+        text += (
+            f"\nlimit {limit.requested} → {kept} (from {limit.source}, policy {limit.policy}, {safe}: "
+            f"the fullest rank receives {limit.max_recv}, all senders hold {limit.sum_tokens})"
+        )
+    return text
+
+
+def _rank_table(report: Report) -> Table:
+    columns = ("rank", "host", "tokens", "total_recv", "capacity", "limit", "kernel padded → truncated", "lost rows")
+    return _table("", columns, [_rank_row(rank) for rank in report.ranks])
+
+
+def _rank_row(rank: RankReport) -> tuple[str, ...]:
+    padded = rank.kernels["padded"]["label"]
+    truncated = rank.kernels["truncated"]["label"] if "truncated" in rank.kernels else "not run"
+    limit = "off" if rank.limit is None else str(rank.limit)
+    counts = (rank.tokens, rank.total_recv, rank.capacity)
+    return (str(rank.rank), rank.host, *map(str, counts), limit, f"{padded} → {truncated}", str(rank.lost_rows))
+
+
+def _comparison_table(report: Report) -> Table:
+    columns = ("comparison", "equal", "tokens", "differing tokens", "differing elements", "max ulp")
+    rows = [
+        (
+            " / ".join(comparison.arms),
+            "yes" if comparison.equal else "NO",
+            str(comparison.tokens),
+            str(comparison.differing_tokens),
+            str(comparison.differing_elements),
+            str(comparison.max_ulp),
+        )
+        for comparison in report.comparison
+    ]
+    return _table("", columns, rows)
+
+
+def _lost_line(report: Report) -> str:
+    tokens = [f"{rank}:{token}" for rank, token in report.lost.tokens[:_SHOWN_TOKENS]]
+    more = " …" if len(report.lost.tokens) > _SHOWN_TOKENS else ""
+    ranks = ", ".join(f"rank {rank}: {rows}" for rank, rows in report.lost.by_rank.items())
+    return f"rows at or past the limit: {report.lost.rows} ({ranks}); source rank:token {' '.join(tokens)}{more}"
+
+
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    from rich import box  # noqa: PLC0415 - rich loads where something is printed
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=False)
+    for row in rows:
+        table.add_row(*row)
+    return table

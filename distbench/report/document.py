@@ -1,0 +1,198 @@
+"""`report.json`: one document a run, the same keys in every version of one schema (docs/report-format.md)."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import msgspec
+
+from distbench.case import Case, case_hash
+from distbench.errors import Verdict
+from distbench.report.environment import Environment
+from distbench.verify.diagnosis import lost_tokens
+from distbench.verify.records import (
+    LISTED_TOKENS,
+    Diagnosis,
+    Divergence,
+    Gathered,
+    Observation,
+    Outcome,
+    Question,
+    Reason,
+    RowComparison,
+)
+
+SCHEMA = "distbench.report/1"
+
+
+class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The limit as asked for and as resolved; rows, or None for off. `safe` says that no rank receives more."""
+
+    requested: str
+    effective: int | None
+    source: str
+    policy: str
+    safe: bool
+    max_recv: int
+    sum_tokens: int
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank: what it sent and received, which kernel each arm ran, and a digest of each arm's tokens."""
+
+    rank: int
+    host: str
+    device: str
+    tokens: int
+    total_recv: int
+    capacity: int
+    limit: int | None
+    lost_rows: int
+    kernels: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+
+
+class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Two arms, compared by rank 0 over all ranks' tokens."""
+
+    arms: tuple[str, str]
+    equal: bool
+    tokens: int
+    differing_tokens: int
+    differing_elements: int
+    max_ulp: int
+
+
+class LostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows at and past the limit; `tokens` are (source rank, source token), the first 64."""
+
+    rows: int
+    tokens: list[tuple[int, int]]
+    by_rank: dict[str, int]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole document. A case that was refused or lost its ranks has no ranks and no comparison."""
+
+    schema: str = SCHEMA
+    verdict: Verdict
+    exit_code: int
+    reasons: list[Reason]
+    emulated: bool
+    stand_ins: list[str]
+    case: dict[str, Any]
+    sources: dict[str, str]
+    warnings: list[str]
+    limit: LimitReport | None
+    environment: Environment
+    ranks: list[RankReport]
+    comparison: list[ComparisonReport]
+    gather: str | None
+    lost: LostReport
+    first_divergence: Divergence | None
+    diagnosis: list[Diagnosis]
+    timing: dict[str, Any]
+    memory: dict[str, Any]
+
+
+def build_report(
+    outcome: Outcome, *, sources: dict[str, str], warnings: list[str], environment: Environment, wall_s: float
+) -> Report:
+    """Turn an outcome into the document. `sources` says where each value of the case came from."""
+    gathered, question = outcome.gathered, outcome.question
+    records = gathered.observations if gathered else []
+    verdict = outcome.judgement.verdict
+    return Report(
+        verdict=verdict,
+        exit_code=verdict.exit_code,
+        reasons=outcome.judgement.reasons,
+        emulated=bool(outcome.stand_ins),
+        stand_ins=outcome.stand_ins,
+        case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
+        sources=sources,
+        warnings=warnings,
+        limit=_limit(question, sources) if question else None,
+        environment=environment,
+        ranks=[_rank(record) for record in records],
+        comparison=_comparisons(gathered, outcome.case) if gathered else [],
+        gather=gathered.mode if gathered else None,
+        lost=_lost(gathered),
+        first_divergence=outcome.judgement.first_divergence,
+        diagnosis=outcome.diagnosis,
+        timing=_timing(records) | {"wall_s": wall_s},
+        memory={"process": {"peak_bytes_max_over_ranks": max((record.peak_bytes for record in records), default=0)}},
+    )
+
+
+def _limit(question: Question, sources: dict[str, str]) -> LimitReport:
+    source = sources.get("limit", "default")
+    if question.case.limit == "off":
+        source = sources.get("recv_bound", source) if question.limit is not None else "off"
+    return LimitReport(
+        requested=question.case.limit,
+        effective=question.limit,
+        source=source,
+        policy=question.case.policy,
+        safe=not question.short_ranks,
+        max_recv=question.traffic.max_recv,
+        sum_tokens=sum(question.traffic.tokens),
+    )
+
+
+def _rank(record: Observation) -> RankReport:
+    return RankReport(
+        rank=record.rank,
+        host=record.host,
+        device=record.device,
+        tokens=record.tokens,
+        total_recv=record.total_recv,
+        capacity=record.capacity,
+        limit=record.limit,
+        lost_rows=record.lost.rows,
+        kernels=record.kernels,
+        digests=record.digests,
+    )
+
+
+def _comparisons(gathered: Gathered, case: Case) -> list[ComparisonReport]:
+    return [_comparison(pair, found, sum(case.tokens)) for pair, found in gathered.comparisons.items()]
+
+
+def _comparison(pair: str, found: RowComparison, tokens: int) -> ComparisonReport:
+    first, second = pair.split("/")
+    return ComparisonReport(
+        arms=(first, second),
+        equal=found.equal,
+        tokens=tokens,
+        differing_tokens=found.differing_tokens,
+        differing_elements=found.differing_elements,
+        max_ulp=found.max_ulp,
+    )
+
+
+def _lost(gathered: Gathered | None) -> LostReport:
+    if gathered is None:
+        return LostReport(rows=0, tokens=[], by_rank={})
+    by_rank = {str(record.rank): record.lost.rows for record in gathered.observations if record.lost.rows}
+    return LostReport(rows=sum(by_rank.values()), tokens=lost_tokens(gathered)[:LISTED_TOKENS], by_rank=by_rank)
+
+
+def _timing(records: list[Observation]) -> dict[str, Any]:
+    """Return each arm's and stage's figures: each rank's own statistic over its iterations, then the slowest rank's."""
+    timing: dict[str, Any] = {}
+    for arm, stages in (records[0].durations_us if records else {}).items():
+        timing[arm] = {
+            stage: _stage_timing([record.durations_us[arm][stage] for record in records]) for stage in stages
+        }
+    return timing
+
+
+def _stage_timing(per_rank: list[list[float]]) -> dict[str, Any]:
+    return {
+        "min_us": max(min(samples) for samples in per_rank),
+        "median_us": max(statistics.median(samples) for samples in per_rank),
+        "p99_us": max(sorted(samples)[(99 * len(samples) - 1) // 100] for samples in per_rank),
+        "max_over_ranks_us": max(max(samples) for samples in per_rank),
+        "iterations": min(len(samples) for samples in per_rank),
+    }

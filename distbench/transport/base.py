@@ -1,0 +1,62 @@
+"""What every transport does, because MoRI does (docs/semantics.md)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distbench.workload import TokenBatch
+
+POISON_ID = 0x7FFF_0000
+
+
+class Dispatched(NamedTuple):
+    """A rank's receive buffer after dispatch: views of memory that the transport owns and reuses.
+
+    hidden [R, H], scales [R, S] or None, weights [R, k] float32, ids [R, k] int32 (global), total_recv [1] int32, all
+    on the rank's device. Rows `[0, total_recv)` are received, in no defined order; the others are stale. Readable
+    until this rank enters combine.
+    """
+
+    hidden: Tensor
+    scales: Tensor | None
+    weights: Tensor
+    ids: Tensor
+    total_recv: Tensor
+
+
+class Transport(Protocol):
+    """Moves tokens to the ranks that hold their experts, and the results back.
+
+    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too.
+    """
+
+    capacity: int
+    stand_in: str | None
+
+    def dispatch(self, batch: TokenBatch) -> Dispatched:
+        """Send each token once to every rank that holds one of its experts."""
+
+    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
+        """Sum what came of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
+
+        expert_out [at most R, H], one row for each received row, routing weights applied. ids [n, k] int32 is this
+        rank's own routing, never the ids that dispatch returned. Contributions are added in the order of the top-k
+        slots, in float32, with one rounding.
+        """
+
+    def sources(self) -> Tensor:
+        """Return (source rank, source token) of each received row, int64 [total_recv, 2]; before combine."""
+
+
+def poison_(rows: Tensor) -> None:
+    """Fill rows that nobody may read: NaN, or an expert id that no model has."""
+    if rows.dtype.is_floating_point:
+        if rows.element_size() == 1:
+            rows.view(torch.uint8).fill_(0x7F)
+        else:
+            rows.fill_(float("nan"))
+    else:
+        rows.fill_(POISON_ID)

@@ -1,0 +1,56 @@
+"""The cut in front of the experts: production's `[:L]`, and the padded ways past it that it is compared with."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from distbench.transport.base import Dispatched, poison_
+
+Policy = Literal["strict", "unchecked", "guard"]
+
+
+class ExpertInput(NamedTuple):
+    """What the experts are called with: rows [M, .], M being what selects the kernel, and the live-row count [1]."""
+
+    hidden: Tensor
+    scales: Tensor | None
+    weights: Tensor
+    ids: Tensor
+    num_local_tokens: Tensor
+
+    @property
+    def rows(self) -> int:
+        """M, the allocated rows."""
+        return self.hidden.shape[0]
+
+
+def padded(dispatched: Dispatched) -> ExpertInput:
+    """Pass the whole receive buffer on: the limit off."""
+    return ExpertInput(*dispatched)
+
+
+def truncated(dispatched: Dispatched, limit: int) -> ExpertInput:
+    """Cut hidden, scales, weights and ids to `[:limit]`; num_local_tokens stays what it was, as in production."""
+    return ExpertInput(
+        hidden=dispatched.hidden[:limit],
+        scales=None if dispatched.scales is None else dispatched.scales[:limit],
+        weights=dispatched.weights[:limit],
+        ids=dispatched.ids[:limit],
+        num_local_tokens=dispatched.total_recv,
+    )
+
+
+def repadded(dispatched: Dispatched, limit: int) -> ExpertInput:
+    """Cut to `limit` and pad back to R with poison, in place: the padded kernel on the rows that survive a cut."""
+    total = int(dispatched.total_recv)
+    for buffer in dispatched[:4]:
+        if buffer is not None:
+            poison_(buffer[min(limit, total) : total])
+    return ExpertInput(*dispatched[:4], num_local_tokens=dispatched.total_recv.clamp(max=limit))
+
+
+def guarded_limit(limit: int, dispatched: Dispatched) -> int:
+    """Return max(limit, total_recv): a device-to-host read, which no graph capture allows."""
+    return max(limit, int(dispatched.total_recv))

@@ -1,0 +1,1 @@
+"""Comparison, diagnosis and verdict."""

@@ -1,0 +1,76 @@
+"""Equality of bits, never of values: -0.0 is not 0.0, and the payload of a NaN counts."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distbench.verify.records import NO_DIFFERENCE, RowComparison
+
+_INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_DIGEST_CHUNK_BYTES = 32 << 20
+
+
+def integer_view(tensor: Tensor) -> Tensor:
+    """Return the same bits as integers of the same width."""
+    return tensor.view(_INTEGER_VIEWS[tensor.element_size()])
+
+
+def differing(actual: Tensor, expected: Tensor) -> Tensor:
+    """Return bool [n, H]: where the bits differ."""
+    return integer_view(actual) != integer_view(expected)
+
+
+def compare_rows(actual: Tensor, expected: Tensor) -> RowComparison:
+    """Compare two tensors [n, H] of one dtype."""
+    wrong = differing(actual, expected)
+    if not bool(wrong.any()):
+        return NO_DIFFERENCE
+    distance = (_ordered(actual[wrong]) - _ordered(expected[wrong])).abs()
+    return RowComparison(int(wrong.any(1).sum()), int(wrong.sum()), max(int(distance.max()), 1))
+
+
+def bits_at(tensor: Tensor, row: int, column: int) -> str:
+    """Return one element's bits as hex digits."""
+    width = tensor.element_size()
+    value = int(integer_view(tensor)[row, column])
+    return f"0x{value & ((1 << (8 * width)) - 1):0{2 * width}x}"
+
+
+def row_digests(rows: Tensor) -> Tensor:
+    """Return a 128-bit digest of each row, int64 [n, 2], that depends on every bit and on its column.
+
+    Multilinear hashing over the row's integer words with odd 64-bit keys (Carter and Wegman; Lemire and Kaser,
+    "Strongly universal string hashing is fast"): a row that differs in one element always has another digest.
+    """
+    words = integer_view(rows)
+    first, second = (key.to(rows.device) for key in _digest_keys(rows.shape[1]))
+    step = max(_DIGEST_CHUNK_BYTES // max(rows.shape[1] * 8, 1), 1)
+    digests = torch.empty(rows.shape[0], 2, dtype=torch.int64, device=rows.device)
+    for start in range(0, rows.shape[0], step):
+        chunk = words[start : start + step].long()
+        digests[start : start + step, 0] = (chunk * first).sum(1)
+        digests[start : start + step, 1] = (chunk * second).sum(1)
+    return digests
+
+
+def tensor_digest(rows: Tensor) -> str:
+    """Return one digest of all rows and their order, 32 hex digits."""
+    content = row_digests(rows).cpu().flatten().tolist()
+    return hashlib.sha256(b"".join(value.to_bytes(8, "little", signed=True) for value in content)).hexdigest()[:32]
+
+
+@lru_cache(maxsize=8)
+def _digest_keys(columns: int) -> tuple[Tensor, Tensor]:
+    content = hashlib.shake_256(b"distbench/digest").digest(16 * columns)
+    keys = torch.frombuffer(bytearray(content), dtype=torch.int64) | 1
+    return keys[:columns], keys[columns:]
+
+
+def _ordered(values: Tensor) -> Tensor:
+    bits = integer_view(values).long()
+    magnitude = bits & ((1 << (8 * values.element_size() - 1)) - 1)
+    return torch.where(bits == magnitude, magnitude, -magnitude)

@@ -1,0 +1,205 @@
+"""The records that a case leaves: what ranks saw, what rank 0 found, how it was judged. No tensors, no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from distbench.case import Case
+from distbench.errors import Verdict
+from distbench.limits import Traffic
+
+STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
+ORACLE = "oracle"
+LISTED_TOKENS = 64
+
+
+class RowComparison(msgspec.Struct, frozen=True):
+    """How two tensors of one shape [n, H] differ, bit for bit.
+
+    `max_ulp` is the largest distance of two differing elements in units in the last place (steps between neighbouring
+    floats of the type, sign and NaN patterns included).
+    """
+
+    differing_tokens: int
+    differing_elements: int
+    max_ulp: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether every bit is the same."""
+        return self.differing_elements == 0
+
+    def plus(self, other: RowComparison) -> RowComparison:
+        """Return the comparison of both parts together."""
+        return RowComparison(
+            self.differing_tokens + other.differing_tokens,
+            self.differing_elements + other.differing_elements,
+            max(self.max_ulp, other.max_ulp),
+        )
+
+
+NO_DIFFERENCE = RowComparison(0, 0, 0)
+
+
+class Divergence(msgspec.Struct, frozen=True, kw_only=True):
+    """The first place where a stage of one pass on one rank is not what it should be.
+
+    `row` is the slot in the receive buffer (dispatch, experts) or the token (combine); `against` says what it was
+    compared with: the source, the oracle, or the padded arm. `rows` counts the rows of this stage that are wrong.
+    """
+
+    stage: str
+    arm: str
+    rank: int
+    source_rank: int | None = None
+    source_token: int | None = None
+    row: int | None = None
+    column: int | None = None
+    expected_bits: str | None = None
+    actual_bits: str | None = None
+    field: str
+    against: str
+    rows: int
+
+    def __str__(self) -> str:
+        """Return one line: which rank and arm, how many rows, and the first of them."""
+        source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
+        if self.stage == "truncate":
+            return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
+        bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
+        what = f"{self.field} differ from {self.against} in {self.rows} rows"
+        return f"rank {self.rank}, {self.arm}, {self.stage}: {what}{source}{bits}"
+
+
+class LostRows(msgspec.Struct, frozen=True):
+    """Rows of one rank's receive buffer at and past the limit: how many, and the first sources, in slot order."""
+
+    rows: int = 0
+    tokens: list[tuple[int, int]] = []
+
+
+class ReferenceError(msgspec.Struct, frozen=True):
+    """The worst error against the float reference, as a share of the token's largest magnitude; None with a NaN."""
+
+    worst: float | None
+    tokens: int
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank's findings.
+
+    `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
+    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat.
+    """
+
+    rank: int
+    host: str
+    device: str
+    tokens: int
+    total_recv: int
+    capacity: int
+    limit: int | None
+    lost: LostRows
+    kernels: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+    divergences: list[Divergence]
+    comparisons: dict[str, RowComparison]
+    reference: ReferenceError | None
+    drift: float | None
+    nan_tokens: dict[str, int]
+    durations_us: dict[str, dict[str, list[float]]]
+    peak_bytes: int
+    warnings: list[str] = []
+
+
+class Gathered(msgspec.Struct, frozen=True):
+    """What rank 0 holds of all ranks: their records, and its own comparison of their outputs.
+
+    `differing[pair]` lists the first differing tokens as (rank, token). `disputed` names ranks whose own comparison
+    disagrees with that of rank 0.
+    """
+
+    observations: list[Observation]
+    comparisons: dict[str, RowComparison]
+    differing: dict[str, list[tuple[int, int]]]
+    disputed: list[int]
+    mode: str
+
+
+class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One finding behind a verdict; `code` is stable, `message` is for people."""
+
+    code: str
+    message: str
+    rank: int | None = None
+
+
+class Question(msgspec.Struct, frozen=True):
+    """What is asked of a case: the traffic that the routing makes, the rows to cut to, or None where none are cut."""
+
+    case: Case
+    traffic: Traffic
+    limit: int | None
+
+    @property
+    def short_ranks(self) -> list[int]:
+        """Ranks that receive more rows than the limit keeps."""
+        if self.limit is None:
+            return []
+        return [rank for rank, rows in enumerate(self.traffic.total_recv) if rows > self.limit]
+
+    @property
+    def refused(self) -> bool:
+        """Whether policy strict forbids the cut, on all ranks together."""
+        return self.case.policy == "strict" and bool(self.short_ranks)
+
+
+class Judgement(msgspec.Struct, frozen=True):
+    """The verdict of a case, what led to it, and the first place that went wrong."""
+
+    verdict: Verdict
+    reasons: list[Reason]
+    first_divergence: Divergence | None
+
+
+Token = tuple[int, int]
+
+
+class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One cause that fits what was seen. `tokens` are (source rank, source token), the first 64."""
+
+    cause: str
+    confidence: Literal["certain", "likely"]
+    evidence: str
+    ranks: list[int] = []
+    tokens: list[Token] = []
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """How a case ended. Nothing was gathered where the case was refused before its first dispatch."""
+
+    case: Case
+    judgement: Judgement
+    question: Question | None = None
+    gathered: Gathered | None = None
+    diagnosis: list[Diagnosis] = []
+    stand_ins: list[str] = []
+
+
+def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Return which outputs are compared with which, in the order of the report. `arms` may end in the oracle."""
+    wanted = [
+        ("padded", ORACLE),
+        ("padded", "control"),
+        ("padded", "repadded"),
+        ("repadded", "truncated"),
+        ("padded", "truncated"),
+    ]
+    return [pair for pair in wanted if pair[0] in arms and pair[1] in arms]
+
+
+def pair_name(pair: tuple[str, str]) -> str:
+    """Return the key of a comparison."""
+    return f"{pair[0]}/{pair[1]}"

@@ -1,0 +1,189 @@
+"""From what the ranks saw to one verdict: the most fundamental cause wins (docs/verdicts.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distbench.errors import Verdict
+from distbench.verify.records import (
+    ORACLE,
+    STAGE_ORDER,
+    Divergence,
+    Gathered,
+    Judgement,
+    Observation,
+    Question,
+    Reason,
+)
+
+# Share of a token's largest magnitude: top-k bf16 adds and up to top-k rounded rank rows, 2**-9 each.
+TOLERANCE = 2.0**-5
+
+_NOT_ARITHMETIC = {"rows", "bucket", "source", "label"}
+_ARM_ORDER = ("padded", "control", "repadded", "truncated")
+
+
+def judge(question: Question, gathered: Gathered) -> Judgement:
+    """Return the verdict of a case whose ranks all reported."""
+    first = first_divergence(gathered.observations)
+    rules = (_baseline, _nondeterministic, _under_limit, _corrupt, _drift)
+    for rule in rules:
+        verdict, reasons = rule(question, gathered)
+        if reasons:
+            return Judgement(verdict, reasons, first)
+    return Judgement(Verdict.PASS, _notes(question, gathered), first)
+
+
+def same_kernel(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two recorded kernels are one, however they were arrived at."""
+    return all(first[key] == second[key] for key in first.keys() - _NOT_ARITHMETIC)
+
+
+def first_divergence(observations: list[Observation]) -> Divergence | None:
+    """Return the first wrong stage of the first wrong arm, on the first rank where it is wrong."""
+    found = [divergence for record in observations for divergence in record.divergences]
+    return min(found, key=_divergence_order, default=None)
+
+
+def _divergence_order(divergence: Divergence) -> tuple[int, int, int]:
+    return _ARM_ORDER.index(divergence.arm), STAGE_ORDER.index(divergence.stage), divergence.rank
+
+
+Finding = tuple[Verdict, list[Reason]]
+
+
+def _baseline(_: Question, gathered: Gathered) -> Finding:
+    reasons = [_diverged(found) for found in _divergences(gathered, "padded")]
+    oracle = gathered.comparisons.get(f"padded/{ORACLE}")
+    if oracle is not None and not oracle.equal and not reasons:
+        reasons = [_differs(gathered, f"padded/{ORACLE}")]
+    reasons += [
+        Reason(
+            code="reference",
+            rank=record.rank,
+            message=f"rank {record.rank}: padded is {_share(record.reference.worst)} of a token's largest magnitude away "
+            f"from the float reference, allowed is {TOLERANCE:.3g}",
+        )
+        for record in gathered.observations
+        if record.reference is not None and not _close(record.reference.worst)
+    ]
+    return Verdict.BASELINE_WRONG, reasons
+
+
+def _nondeterministic(question: Question, gathered: Gathered) -> Finding:
+    if question.case.numerics == "exact" or gathered.comparisons["padded/control"].equal:
+        return Verdict.NONDETERMINISTIC, []
+    kernel = gathered.observations[0].kernels["padded"]
+    message = (
+        f"control differs from padded in {_extent(gathered, 'padded/control')}: the same kernel "
+        f"({kernel['label']}) gave other bits, so bits cannot be asked of it"
+    )
+    return Verdict.NONDETERMINISTIC, [Reason(code="control-differs", message=message)]
+
+
+def _under_limit(question: Question, gathered: Gathered) -> Finding:
+    if question.case.policy == "guard" or not question.short_ranks:
+        return Verdict.UNDER_LIMIT, []
+    recv = question.traffic.total_recv
+    consequence = "refused on all ranks" if question.refused else "cut all the same"
+    reasons = [
+        Reason(
+            code="limit-below-total-recv",
+            rank=rank,
+            message=f"rank {rank} receives {recv[rank]} rows, the limit keeps {question.limit}: "
+            f"{recv[rank] - (question.limit or 0)} lost, {consequence}; a limit of {question.traffic.max_recv} is safe",
+        )
+        for rank in question.short_ranks
+    ]
+    if not question.refused:
+        damaged = gathered.comparisons["padded/truncated"]
+        message = f"truncated differs from padded in {damaged.differing_tokens} tokens"
+        reasons.append(Reason(code="damage", message=message))
+    return Verdict.UNDER_LIMIT, reasons
+
+
+def _corrupt(question: Question, gathered: Gathered) -> Finding:
+    reasons = []
+    for arm in _ARM_ORDER[1:]:
+        reasons += [_diverged(found) for found in _divergences(gathered, arm) if not _may_drift(question, found)]
+    for pair, comparison in gathered.comparisons.items():
+        if not comparison.equal and not _drift_allowed(question, gathered, pair):
+            reasons.append(_differs(gathered, pair))
+    reasons += [
+        Reason(code="disputed", rank=rank, message=f"rank {rank} and rank 0 disagree on which of its tokens differ")
+        for rank in gathered.disputed
+    ]
+    return Verdict.CORRUPT, reasons
+
+
+def _drift(question: Question, gathered: Gathered) -> Finding:
+    pair = "padded/truncated"
+    if question.case.require == "tolerance" or gathered.comparisons.get(pair) is None:
+        return Verdict.DRIFT, []
+    if gathered.comparisons[pair].equal:
+        return Verdict.DRIFT, []
+    return Verdict.DRIFT, [_drifted(gathered)]
+
+
+def _notes(question: Question, gathered: Gathered) -> list[Reason]:
+    notes = []
+    drifted = gathered.comparisons.get("padded/truncated")
+    if drifted is not None and not drifted.equal:
+        notes.append(_drifted(gathered))
+    if question.short_ranks:
+        ranks = ", ".join(str(rank) for rank in question.short_ranks)
+        message = f"policy guard raised the limit of {question.limit} rows on rank {ranks}"
+        notes.append(Reason(code="guarded", message=message))
+    return notes
+
+
+def _divergences(gathered: Gathered, arm: str) -> list[Divergence]:
+    return [found for record in gathered.observations for found in record.divergences if found.arm == arm]
+
+
+def _may_drift(question: Question, found: Divergence) -> bool:
+    return question.case.numerics == "gaussian" and found.arm == "truncated" and found.against == "padded"
+
+
+def _drift_allowed(question: Question, gathered: Gathered, pair: str) -> bool:
+    """Only another kernel may give other bits, only where inputs are not exact, and only within the tolerance."""
+    if question.case.numerics == "exact" or pair not in ("padded/truncated", "repadded/truncated"):
+        return False
+    records = gathered.observations
+    other_kernel = any(not same_kernel(record.kernels["padded"], record.kernels["truncated"]) for record in records)
+    return other_kernel and all(_close(record.drift) for record in records)
+
+
+def _close(error: float | None) -> bool:
+    return error is not None and error <= TOLERANCE
+
+
+def _share(error: float | None) -> str:
+    return "NaN" if error is None else f"{error:.3g}"
+
+
+def _diverged(found: Divergence) -> Reason:
+    return Reason(code=f"{found.stage}-differs", rank=found.rank, message=str(found))
+
+
+def _differs(gathered: Gathered, pair: str) -> Reason:
+    first, second = pair.split("/")
+    listed = gathered.differing[pair]
+    rank = listed[0][0] if listed else None
+    start = f", first token {listed[0][1]} of rank {rank}" if listed else ""
+    message = f"{second} differs from {first} in {_extent(gathered, pair)}{start}"
+    return Reason(code="bits-differ", rank=rank, message=message)
+
+
+def _drifted(gathered: Gathered) -> Reason:
+    kernels: dict[str, Any] = gathered.observations[0].kernels
+    message = (
+        f"no row lost, another kernel ({kernels['padded']['label']} → {kernels['truncated']['label']}), other bits in "
+        f"{_extent(gathered, 'padded/truncated')}, within tolerance"
+    )
+    return Reason(code="kernel-drift", message=message)
+
+
+def _extent(gathered: Gathered, pair: str) -> str:
+    found = gathered.comparisons[pair]
+    return f"{found.differing_tokens} tokens ({found.differing_elements} elements, at most {found.max_ulp} ulp)"

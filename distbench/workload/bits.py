@@ -1,0 +1,91 @@
+"""Random bits from a counter: value = hash(seed, tensor, row, column), so that any rank makes any slice anywhere.
+
+Integer arithmetic only (products that wrap, logical shifts), hence the same bits on CPU, CUDA and ROCm. A row becomes
+two 32-bit keys by the finaliser of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+2014); with them, `lowbias32` (Chris Wellons, "Prospecting for hash functions", 2018) mixes the column. One 32-bit key
+alone would repeat whole rows after some 2**16 of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Device = torch.device | str
+
+_GOLDEN = 0x9E3779B9 - (1 << 32)
+_INDEX_BITS = 24
+_COUNT_BITS = 31
+
+
+def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
+    """Return 32 random bits for each row and column: int32 [r, columns] on `device`.
+
+    `tensor` names an independent stream of `seed`. `rows` int64 [r] are any numbers, in any order; no two of them
+    share their keys.
+    """
+    row_key, column_key = _stream_keys(seed, tensor)
+    first, second = _row_keys(rows.to(device) ^ row_key).view(torch.int32).view(-1, 2, 1).unbind(1)
+    across = torch.arange(columns, dtype=torch.int32, device=device) * _GOLDEN + column_key
+    values = first ^ across
+    _fold(values, 16, 32)
+    values *= 0x7FEB352D
+    values += second
+    _fold(values, 15, 32)
+    values *= _signed(0x846CA68B, 32)
+    return _fold(values, 16, 32)
+
+
+def positive_words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
+    """Return `words` as numbers from 0 to 2**32 - 1, int64 [r, columns]."""
+    return words(seed, tensor, rows, columns, device).long() & 0xFFFF_FFFF
+
+
+def byte_columns(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
+    """Return 8 random bits for each row and column, four columns to a word: uint8 [r, columns]."""
+    return words(seed, tensor, rows, -(-columns // 4), device).view(torch.uint8)[:, :columns]
+
+
+def smallest(keys: Tensor, count: int) -> Tensor:
+    """Return the columns of each row's `count` smallest keys, smallest first: int64 [m, count].
+
+    keys int64 [m, n], from 0 to 2**39 - 1. Equal keys go by column: the result is the same on every device.
+    """
+    unique = (keys << _INDEX_BITS) | torch.arange(keys.shape[1], device=keys.device)
+    return unique.topk(count, dim=1, largest=False, sorted=True).values & ((1 << _INDEX_BITS) - 1)
+
+
+def shuffle(seed: int, name: str, row: int, count: int, device: Device) -> Tensor:
+    """Return a permutation of `count` numbers, int64 [count]: row `row` of the stream `name`."""
+    keys = positive_words(seed, name, torch.tensor([row]), count, device).flatten()
+    return ((keys << _COUNT_BITS) | torch.arange(count, device=device)).argsort()
+
+
+def _row_keys(rows: Tensor) -> Tensor:
+    """Mix int64 `rows` one to one, in place, by the finaliser of splitmix64."""
+    _fold(rows, 30, 64)
+    rows *= _signed(0xBF58476D1CE4E5B9, 64)
+    _fold(rows, 27, 64)
+    rows *= _signed(0x94D049BB133111EB, 64)
+    return _fold(rows, 31, 64)
+
+
+def _fold(values: Tensor, shift: int, width: int) -> Tensor:
+    shifted = values >> shift
+    shifted &= (1 << (width - shift)) - 1
+    values ^= shifted
+    return values
+
+
+def _signed(word: int, width: int) -> int:
+    return word - (1 << width) if word >> (width - 1) else word
+
+
+@lru_cache(maxsize=1024)
+def _stream_keys(seed: int, tensor: str) -> tuple[int, int]:
+    digest = hashlib.sha256(f"distbench/{seed}/{tensor}".encode()).digest()
+    row_key, column_key = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:12], "little")
+    return _signed(row_key, 64), _signed(column_key, 32)

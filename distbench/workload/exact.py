@@ -1,0 +1,266 @@
+"""Inputs for which every sum of the layer is exact in any order, so that every correct kernel gives the same bits.
+
+hidden: column 0 is 1, columns 1..G are 0 or 1, the others -1, 0 or 1. Each gate row holds 32 at column 0 and 32 at one
+of the columns 1..G, so the gate is 32 or 64, and silu(gate) is the gate itself in float32 (e**-32 is below half an ulp
+of 1). Each up row holds U entries of +-1, each w2 row V of them; routing weights are 1 or 1/2. All partial sums of an
+output element are then integers of at most k*V*U*2*2 units of 32 * 1/2, which bf16 holds exactly up to 256.
+
+fp8 dispatch: the last column of each 128 is 1.75, which no weight reads, so its block's scale is 2**-8 and quantising
+loses nothing. The last intermediate row of each 128 is likewise 448 whatever the token, and no w2 row reads it, so a
+kernel that quantises its intermediate by blocks of 128 loses nothing either.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Literal, NamedTuple, NoReturn
+
+import msgspec
+import torch
+from torch import Tensor
+
+from distbench.errors import InvalidCase
+from distbench.workload.bits import byte_columns, positive_words
+from distbench.workload.quantize import BLOCK
+
+MAX_UNITS = 256
+GATE_STEP = 32.0
+GUARD_VALUE = 1.75
+GUARD_GATE, GUARD_UP = 64.0, 7.0
+
+_GATE_RATIO = 2
+_MIN_HIDDEN = 8
+_MAX_GATE_COLUMNS = 64
+_MAX_UP_ENTRIES = 4
+_MAX_DOWN_ENTRIES = 8
+_CHUNK_ELEMENTS = 4 << 20
+
+
+class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """How many entries each row has: G gate columns, U entries of an up row, V of a w2 row.
+
+    `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. `guard_columns` and
+    `guard_rows` say whether the last hidden column and the last intermediate row of each 128 are guards.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    topk: int
+    gate_columns: int
+    up_entries: int
+    down_entries: int
+    weight_ratio: int
+    guard_columns: bool
+    guard_rows: bool
+
+    @property
+    def unit(self) -> float:
+        """What all outputs are whole multiples of."""
+        return GATE_STEP / self.weight_ratio
+
+    @property
+    def up_columns(self) -> int:
+        """Hidden columns that up rows may read: neither column 0, nor those of the gate, nor guards."""
+        guards = self.hidden_size // BLOCK if self.guard_columns else 0
+        return self.hidden_size - 1 - self.gate_columns - guards
+
+    @property
+    def live_rows(self) -> int:
+        """Intermediate rows that are no guards."""
+        return self.intermediate_size - (self.intermediate_size // BLOCK if self.guard_rows else 0)
+
+
+class Patterns(NamedTuple):
+    """Which entries the rows of e experts have, as whole numbers; live intermediate rows are numbered without guards.
+
+    gate int32 [e, live]: a column in 1..G. up int32 [e, U, live]: a hidden column, plus H where the sign is minus.
+    down int32 [e, V, H]: a live row, plus their number where the sign is minus.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def plan_exact(
+    hidden_size: int, intermediate_size: int, topk: int, dispatch_dtype: Literal["bf16", "fp8"], num_experts: int
+) -> ExactPlan:
+    """Choose as many entries as the exactness bound allows: both weights first, then U up to 4, then V up to 8.
+
+    Raises:
+        InvalidCase: the shape cannot be exact, or cannot read all of its columns and rows; the message names the bound.
+
+    """
+    fp8 = dispatch_dtype == "fp8"
+    if hidden_size < _MIN_HIDDEN:
+        _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed for 1, the gate and the rest")
+    if fp8 and hidden_size % BLOCK:
+        _refuse(f"hidden_size = {hidden_size}: fp8 dispatch scales blocks of {BLOCK} columns, use a multiple of them")
+    guard_rows = fp8 and intermediate_size % BLOCK == 0
+    live_rows = intermediate_size - (intermediate_size // BLOCK if guard_rows else 0)
+    plans = [
+        ExactPlan(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            topk=topk,
+            gate_columns=min(_MAX_GATE_COLUMNS, hidden_size // 4, live_rows),
+            up_entries=up_entries,
+            down_entries=min(_MAX_DOWN_ENTRIES, _entry_budget(topk, weight_ratio) // up_entries, live_rows),
+            weight_ratio=weight_ratio,
+            guard_columns=fp8,
+            guard_rows=guard_rows,
+        )
+        for weight_ratio in (2, 1)
+        for up_entries in range(_MAX_UP_ENTRIES, 0, -1)
+        if up_entries <= _entry_budget(topk, weight_ratio)
+    ]
+    return _first_covering(plans, topk, num_experts)
+
+
+def expert_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
+    """Return the entries of `experts`, global ids int64 [e] on the device of the result.
+
+    Entries of a row are distinct. An expert (or where it has too few rows, some experts in a sequence together) reads
+    all columns, and all live rows.
+    """
+    live, hidden = plan.live_rows, plan.hidden_size
+    gate = _spread(seed, "gate", experts, _Grid(live, 1, plan.gate_columns)).squeeze(1) + 1
+    up = _spread(seed, "up", experts, _Grid(live, plan.up_entries, plan.up_columns))
+    up = _skip_guards(up + (1 + plan.gate_columns), skip=plan.guard_columns)
+    down = _spread(seed, "down", experts, _Grid(hidden, plan.down_entries, live))
+    bits = byte_columns(seed, "minus", experts, live + hidden, experts.device).to(torch.int32).unsqueeze(1)
+    up += _bit_of_entry(bits[:, :, :live], plan.up_entries) * hidden
+    down += _bit_of_entry(bits[:, :, live:], plan.down_entries) * live
+    return Patterns(gate, up, down)
+
+
+def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I] of `experts` int64 [e]."""
+    count, hidden, inter = experts.numel(), plan.hidden_size, plan.intermediate_size
+    patterns = expert_patterns(plan, seed, experts)
+    live = torch.arange(plan.live_rows, device=experts.device)
+    rows = _skip_guards(live, skip=plan.guard_rows)
+    w1 = torch.zeros(count, 2 * inter, hidden, dtype=torch.bfloat16, device=experts.device)
+    w1[:, :inter, 0] = GATE_STEP
+    if plan.guard_rows:
+        w1[:, BLOCK - 1 : inter : BLOCK, 0] = GUARD_GATE
+        w1[:, inter + BLOCK - 1 :: BLOCK, 0] = GUARD_UP
+    _put(w1, rows, patterns.gate.unsqueeze(1), torch.full_like(patterns.gate, int(GATE_STEP)))
+    _put(w1, rows + inter, patterns.up % hidden, 1 - 2 * (patterns.up >= hidden).int())
+    w2 = torch.zeros(count, hidden, inter, dtype=torch.bfloat16, device=experts.device)
+    columns = _skip_guards(patterns.down % plan.live_rows, skip=plan.guard_rows)
+    signs = 1 - 2 * (patterns.down >= plan.live_rows).int()
+    _put(w2, torch.arange(hidden, device=experts.device), columns, signs)
+    return w1, w2
+
+
+def hidden_states(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
+    """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`), bf16 [n, H] on their device."""
+    hidden = torch.empty(keys.numel(), plan.hidden_size, dtype=torch.bfloat16, device=keys.device)
+    step = max(_CHUNK_ELEMENTS // plan.hidden_size, 1)
+    for start in range(0, keys.numel(), step):
+        part = keys[start : start + step]
+        bits = byte_columns(seed, "hidden", part, plan.hidden_size, keys.device).to(torch.int16)
+        hidden[start : start + step] = ((bits * 3) >> 8) - 1
+        hidden[start : start + step, 1 : 1 + plan.gate_columns] = (bits[:, 1 : 1 + plan.gate_columns] & 1).bfloat16()
+    hidden[:, 0] = 1.0
+    if plan.guard_columns:
+        hidden[:, BLOCK - 1 :: BLOCK] = GUARD_VALUE
+    return hidden
+
+
+def routing_weights(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
+    """Return the weights of the tokens numbered `keys` int64 [n]: float32 [n, k], powers of two of at most 1."""
+    if plan.weight_ratio == 1:
+        return torch.ones(keys.numel(), plan.topk, device=keys.device)
+    bits = byte_columns(seed, "weights", keys, plan.topk, keys.device) & 1
+    return 1.0 - 0.5 * bits
+
+
+class _Grid(NamedTuple):
+    """An expert's rows, the entries of each, and the places that they are spread over."""
+
+    rows: int
+    entries: int
+    places: int
+
+
+def _spread(seed: int, stream: str, experts: Tensor, grid: _Grid) -> Tensor:
+    """Return the place of each entry, int32 [e, entries, rows]: distinct in a row, all places in every pass.
+
+    A pass is a run of rows, long enough for all places, over which row * entries + entry goes through one keyed affine
+    bijection of the places. Experts with fewer rows than that share a pass.
+    """
+    pass_rows = -(-grid.places // grid.entries)
+    sharing = -(-pass_rows // grid.rows)
+    first = experts % sharing * grid.rows
+    row = first.unsqueeze(1) + torch.arange(grid.rows, device=experts.device)
+    turn = row.div(pass_rows, rounding_mode="floor")
+    num_turns = -(-sharing * grid.rows // pass_rows)
+    group = experts.div(sharing, rounding_mode="floor")
+    keys = positive_words(seed, f"spread/{stream}", group, 2 * num_turns, experts.device)
+    units = _units(grid.places, experts.device)
+    factor = units[keys[:, :num_turns] % units.numel()].gather(1, turn)
+    offset = (keys[:, num_turns:] % grid.places).gather(1, turn)
+    start = (factor * ((row - turn * pass_rows) * grid.entries) + offset) % grid.places
+    step = factor.to(torch.int32)
+    places = [start.to(torch.int32)]
+    for _ in range(1, grid.entries):
+        following = places[-1] + step
+        places.append(following - (following >= grid.places) * grid.places)
+    return torch.stack(places, dim=1)
+
+
+@lru_cache(maxsize=32)
+def _units(modulus: int, device: torch.device) -> Tensor:
+    """Numbers that have no divisor in common with `modulus`: multiplying by one of them permutes the residues."""
+    return torch.tensor([unit for unit in range(1, modulus + 1) if math.gcd(unit, modulus) == 1], device=device)
+
+
+def _bit_of_entry(bits: Tensor, entries: int) -> Tensor:
+    """Return bit j of each row's bits [e, 1, r] for entry j: [e, entries, r]."""
+    entry = torch.arange(entries, dtype=bits.dtype, device=bits.device).view(-1, 1)
+    return (bits >> entry) & 1
+
+
+def _skip_guards(places: Tensor, *, skip: bool) -> Tensor:
+    """Renumber places that were counted without the last of each 128."""
+    return places + places.div(BLOCK - 1, rounding_mode="floor") if skip else places
+
+
+def _put(weights: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Write values, as many as columns [e, entries, r], into weights [e, R, C] at rows [r]. No place comes twice.
+
+    Flat, because `scatter_` walks all of `weights` on the CPU.
+    """
+    count, height, width = weights.shape
+    first = torch.arange(count, device=weights.device).view(-1, 1, 1) * height
+    index = (first + rows) * width + columns
+    weights.view(-1).index_copy_(0, index.flatten(), values.flatten().to(weights.dtype))
+
+
+def _entry_budget(topk: int, weight_ratio: int) -> int:
+    return MAX_UNITS // (topk * _GATE_RATIO * weight_ratio)
+
+
+def _first_covering(plans: list[ExactPlan], topk: int, num_experts: int) -> ExactPlan:
+    if not plans:
+        bound = MAX_UNITS // _GATE_RATIO
+        _refuse(f"topk = {topk}: the sum of a token's experts stays within {MAX_UNITS} units up to topk = {bound}")
+    hidden, inter = plans[0].hidden_size, plans[0].intermediate_size
+    reading = [plan for plan in plans if hidden * plan.down_entries >= plan.live_rows]
+    if not reading:
+        most = max(hidden * plan.down_entries for plan in plans)
+        _refuse(f"intermediate_size = {inter}: {hidden} w2 rows read {most} intermediate rows of {plans[0].live_rows}")
+    covering = [plan for plan in reading if num_experts * plan.live_rows * plan.up_entries >= plan.up_columns]
+    if not covering:
+        most = max(num_experts * plan.live_rows * plan.up_entries for plan in reading)
+        wanted = plans[0].up_columns
+        _refuse(f"intermediate_size = {inter}: {num_experts} experts read {most} hidden columns of {wanted}")
+    return covering[0]
+
+
+def _refuse(reason: str) -> NoReturn:
+    message = f"{reason}; change the shape or use numerics = gaussian"
+    raise InvalidCase(message)

@@ -1,0 +1,64 @@
+"""Realistic inputs: nearly normal values (Irwin-Hall, the sum of four random bytes), the same bits on every device.
+
+The sum of four bytes less 510 has 9 bits and a sign; times a scale of 8 significant bits it is exact in float32, so
+rounding to bf16 is the only rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distbench.workload.bits import positive_words, words
+
+_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
+_CENTRE = 510
+_SCALE_BITS = 8
+_CHUNK_ELEMENTS = 1 << 20
+_WEIGHT_BITS = 20
+_LOW_BYTES = 0x00FF_00FF
+
+
+def hidden_states(seed: int, keys: Tensor, hidden_size: int) -> Tensor:
+    """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`): bf16 [n, H], about N(0, 1)."""
+    return _normal(seed, "gaussian/hidden", keys, hidden_size, 1)
+
+
+def routing_weights(seed: int, keys: Tensor, topk: int) -> Tensor:
+    """Return the weights of the tokens numbered `keys` int64 [n]: float32 [n, k], above 0, summing to 1 within k ulp.
+
+    An ulp is 2**-20 here: shares are whole numbers of it, so that no device rounds them its own way.
+    """
+    shares = (positive_words(seed, "gaussian/weights", keys, topk, keys.device) >> 20) + 512
+    return ((shares << _WEIGHT_BITS) // shares.sum(1, keepdim=True)).float() * 2.0**-_WEIGHT_BITS
+
+
+def dense_weights(hidden_size: int, intermediate_size: int, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w1 bf16 [e, 2I, H], about N(0, 1/H), and w2 bf16 [e, H, I], about N(0, 1/I), of `experts` int64 [e]."""
+    count, inter = experts.numel(), intermediate_size
+    w1 = _normal(seed, "w1", _rows_of(experts, 2 * inter), hidden_size, hidden_size)
+    w2 = _normal(seed, "w2", _rows_of(experts, hidden_size), inter, inter)
+    return w1.view(count, 2 * inter, hidden_size), w2.view(count, hidden_size, inter)
+
+
+def _rows_of(experts: Tensor, rows: int) -> Tensor:
+    return (experts.unsqueeze(1) * rows + torch.arange(rows, device=experts.device)).flatten()
+
+
+def _normal(seed: int, stream: str, rows: Tensor, columns: int, fan_in: int) -> Tensor:
+    values = torch.empty(rows.numel(), columns, dtype=torch.bfloat16, device=rows.device)
+    scale = _short_scale(1 / (_DEVIATION * math.sqrt(fan_in)))
+    step = max(_CHUNK_ELEMENTS // columns, 1)
+    for start in range(0, rows.numel(), step):
+        bits = words(seed, stream, rows[start : start + step], columns, rows.device)
+        pairs = (bits & _LOW_BYTES) + ((bits >> 8) & _LOW_BYTES)
+        sums = (pairs & 0xFFFF) + (pairs >> 16) - _CENTRE
+        values[start : start + step] = sums.float() * scale
+    return values
+
+
+def _short_scale(value: float) -> float:
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(mantissa * (1 << _SCALE_BITS)), exponent - _SCALE_BITS)

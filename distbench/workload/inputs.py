@@ -1,0 +1,220 @@
+"""Everything a case feeds to the layer, and what must come out: any rank makes any rank's share."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distbench.workload import exact, gaussian
+from distbench.workload.batch import TokenBatch
+from distbench.workload.bits import Device
+from distbench.workload.exact import ExactPlan, plan_exact
+from distbench.workload.oracle import expert_rows, reference_rows
+from distbench.workload.quantize import quantize_fp8_blocks
+from distbench.workload.routing import (
+    ExpertGroup,
+    Routing,
+    check_routing,
+    parse_routing,
+    recv_counts,
+    route,
+    token_keys,
+)
+
+DispatchDtype = Literal["bf16", "fp8"]
+
+_COUNTED_TOKENS = 1 << 16
+
+
+class Numerics(Protocol):
+    """Where values come from: exact or gaussian. `keys` int64 [n] number tokens (`token_keys`), `experts` int64 [e]."""
+
+    def hidden_states(self, keys: Tensor) -> Tensor:
+        """Return bf16 [n, H]."""
+
+    def routing_weights(self, keys: Tensor) -> Tensor:
+        """Return float32 [n, k]."""
+
+    def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I]."""
+
+    def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor | None:
+        """Return the one right result, bf16 [n, H], of the batch's experts in `experts`; None where bits may vary."""
+
+    def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
+        """Return the same within rounding: float32 [n, H]."""
+
+
+class Workload:
+    """One layer's inputs under one routing, on one device. Nothing is kept: every call makes its tensors anew."""
+
+    def __init__(  # noqa: PLR0913 - what makes a workload
+        self,
+        numerics: Numerics,
+        group: ExpertGroup,
+        routing: Routing,
+        *,
+        seed: int,
+        tokens_per_rank: tuple[int, ...],
+        dispatch_dtype: DispatchDtype,
+        device: Device,
+    ) -> None:
+        """See `make_workload`, which checks what is passed here."""
+        self.numerics = numerics
+        self.group = group
+        self.routing = routing
+        self.tokens_per_rank = tokens_per_rank
+        self.device = torch.device(device)
+        self._seed = seed
+        self._fp8 = dispatch_dtype == "fp8"
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Local experts El; rank r holds [r * El, (r + 1) * El)."""
+        return self.group.experts_per_rank
+
+    def tokens(self, rank: int, index: Tensor | None = None) -> TokenBatch:
+        """Return any rank's tokens, all of them or those numbered `index` int64 [n]."""
+        if index is None:
+            index = torch.arange(self.tokens_per_rank[rank], device=self.device)
+        return self.token_rows(torch.full_like(index, rank), index)
+
+    def token_rows(self, source_ranks: Tensor, source_tokens: Tensor) -> TokenBatch:
+        """Return any ranks' tokens as they must arrive: int64 [m] each, a row for each pair."""
+        ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
+        keys = token_keys(ranks, tokens)
+        hidden, scales = self.numerics.hidden_states(keys), None
+        if self._fp8:
+            hidden, scales = quantize_fp8_blocks(hidden)
+        ids = route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
+        return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
+
+    def send_counts(self, rank: int) -> Tensor:
+        """Return how many rows `rank` sends to each rank: int64 [W]. Makes the routing only."""
+        index = torch.arange(self.tokens_per_rank[rank], device=self.device)
+        total = torch.zeros(self.group.ep_size, dtype=torch.int64, device=self.device)
+        for tokens in torch.split(index, _COUNTED_TOKENS):
+            ranks = torch.full_like(tokens, rank)
+            ids = route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
+            total += recv_counts(ids, self.experts_per_rank, self.group.ep_size)
+        return total
+
+    def local_weights(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return w1 bf16 [El, 2I, H], gate rows before up rows, and w2 bf16 [El, H, I] of the experts of `rank`."""
+        local = self._local_experts(rank)
+        return self.numerics.dense_weights(torch.arange(local.start, local.stop, device=self.device))
+
+    def expected(self, batch: TokenBatch) -> Tensor | None:
+        """Return what combine must give for `batch`, bit for bit: bf16 [n, H]; None where bits may vary."""
+        return self.numerics.expert_rows(batch, range(self.group.num_experts))
+
+    def expected_rows(self, rank: int, batch: TokenBatch) -> Tensor | None:
+        """Return what the experts of `rank` must make of received rows: bf16 [m, H]; None where bits may vary."""
+        return self.numerics.expert_rows(batch, self._local_experts(rank))
+
+    def reference_sample(self, rank: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return up to `count` tokens of `rank`, spread evenly, int64 [s], and what must come of them: float32 [s, H].
+
+        Right within the rounding of the layer's bf16 steps, whatever the numerics.
+        """
+        available = self.tokens_per_rank[rank]
+        taken = min(count, available)
+        index = torch.arange(taken, device=self.device) * available // max(taken, 1)
+        return index, self.numerics.reference_rows(self.tokens(rank, index), range(self.group.num_experts))
+
+    def _local_experts(self, rank: int) -> range:
+        return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)
+
+
+class ExactNumerics(NamedTuple):
+    """See distbench.workload.exact; the `Numerics` of bitwise checks."""
+
+    plan: ExactPlan
+    seed: int
+
+    def hidden_states(self, keys: Tensor) -> Tensor:
+        """See `Numerics.hidden_states`."""
+        return exact.hidden_states(self.plan, self.seed, keys)
+
+    def routing_weights(self, keys: Tensor) -> Tensor:
+        """See `Numerics.routing_weights`."""
+        return exact.routing_weights(self.plan, self.seed, keys)
+
+    def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Numerics.dense_weights`."""
+        return exact.dense_weights(self.plan, self.seed, experts)
+
+    def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor:
+        """See `Numerics.expert_rows`."""
+        return expert_rows(self.plan, self.seed, batch, experts)
+
+    def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
+        """See `Numerics.reference_rows`."""
+        return self.expert_rows(batch, experts).float()
+
+
+class GaussianNumerics(NamedTuple):
+    """See distbench.workload.gaussian; the `Numerics` of realistic values."""
+
+    hidden_size: int
+    intermediate_size: int
+    topk: int
+    seed: int
+
+    def hidden_states(self, keys: Tensor) -> Tensor:
+        """See `Numerics.hidden_states`."""
+        return gaussian.hidden_states(self.seed, keys, self.hidden_size)
+
+    def routing_weights(self, keys: Tensor) -> Tensor:
+        """See `Numerics.routing_weights`."""
+        return gaussian.routing_weights(self.seed, keys, self.topk)
+
+    def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Numerics.dense_weights`."""
+        return gaussian.dense_weights(self.hidden_size, self.intermediate_size, self.seed, experts)
+
+    def expert_rows(self, batch: TokenBatch, experts: range) -> None:
+        """See `Numerics.expert_rows`."""
+
+    def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
+        """See `Numerics.reference_rows`."""
+        return reference_rows(self.intermediate_size, self.seed, batch, experts)
+
+
+def make_workload(  # noqa: PLR0913 - a case's keys
+    *,
+    numerics: Literal["exact", "gaussian"],
+    hidden_size: int,
+    intermediate_size: int,
+    num_experts: int,
+    topk: int,
+    ep_size: int,
+    seed: int,
+    routing: str,
+    tokens_per_rank: tuple[int, ...],
+    dispatch_dtype: DispatchDtype,
+    device: Device,
+) -> Workload:
+    """Return the inputs that a case describes.
+
+    Raises:
+        InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
+
+    """
+    group = ExpertGroup(ep_size, num_experts, topk)
+    chosen = parse_routing(routing)
+    check_routing(chosen, group)
+    source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed)
+    if numerics == "exact":
+        source = ExactNumerics(plan_exact(hidden_size, intermediate_size, topk, dispatch_dtype, num_experts), seed)
+    return Workload(
+        source,
+        group,
+        chosen,
+        seed=seed,
+        tokens_per_rank=tokens_per_rank,
+        dispatch_dtype=dispatch_dtype,
+        device=device,
+    )

@@ -1,0 +1,230 @@
+"""Which experts a token goes to: integer arithmetic only, any rank knows any rank's routing."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from distbench.errors import InvalidCase
+from distbench.workload.bits import positive_words, shuffle, smallest
+
+ALLOWED_ROUTINGS = "uniform, zipf:S, hot-rank:R, fan-in:R, local, duplicates"
+
+_PLAIN_KINDS = ("uniform", "local", "duplicates")
+_RANK_KINDS = ("hot-rank", "fan-in")
+_MAX_ZIPF = 8.0
+_RANK_DIGITS = 9
+_CHUNK_BYTES = 16 << 20
+
+# Logarithms in fixed point, 20 bits after the point; uniform numbers in (0, 1) in steps of 2**-12.
+_POINT_BITS = 20
+_UNIFORM_BITS = 12
+_TIE_BITS = 8
+
+
+class Routing(msgspec.Struct, frozen=True):
+    """How tokens choose experts. `parameter` is S of zipf, R of hot-rank and fan-in, else 0."""
+
+    kind: str
+    parameter: float = 0
+
+    def __str__(self) -> str:
+        """Return the text that `parse_routing` reads."""
+        if self.kind in _PLAIN_KINDS:
+            return self.kind
+        short = f"{self.parameter:g}"
+        return f"{self.kind}:{short if float(short) == self.parameter else repr(self.parameter)}"
+
+
+class ExpertGroup(NamedTuple):
+    """W ranks that share E experts evenly, and k, the experts of a token."""
+
+    ep_size: int
+    num_experts: int
+    topk: int
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Local experts El; rank r holds [r * El, (r + 1) * El)."""
+        return self.num_experts // self.ep_size
+
+
+def parse_routing(text: str) -> Routing:
+    """Read `uniform`, `zipf:S` (0 < S <= 8), `hot-rank:R`, `fan-in:R`, `local` or `duplicates`.
+
+    Raises:
+        InvalidCase: another kind, a missing or superfluous parameter, or one that is no such number.
+
+    """
+    kind, colon, parameter = text.strip().partition(":")
+    if kind in _PLAIN_KINDS and not colon:
+        return Routing(kind)
+    if kind in _RANK_KINDS and parameter.isascii() and parameter.isdigit() and len(parameter) <= _RANK_DIGITS:
+        return Routing(kind, int(parameter))
+    if kind == "zipf":
+        exponent = _number(parameter)
+        if 0 < exponent <= _MAX_ZIPF:
+            return Routing(kind, exponent)
+        message = f"routing = {text!r:.80}: S is allowed above 0 and up to {_MAX_ZIPF:g}; write for instance zipf:1.2"
+        raise InvalidCase(message)
+    message = f"routing = {text!r:.80}: allowed are {ALLOWED_ROUTINGS}; R is a rank from 0 up, write fan-in:0"
+    raise InvalidCase(message)
+
+
+def check_routing(routing: Routing, group: ExpertGroup) -> None:
+    """Refuse a routing that `group` cannot carry out.
+
+    Raises:
+        InvalidCase: a rank outside the group, or more experts a token than the one rank holds that all of them are on.
+
+    """
+    if routing.kind in _RANK_KINDS and not routing.parameter < group.ep_size:
+        message = f"routing = {routing}: with {group.ep_size} ranks, R is allowed from 0 to {group.ep_size - 1}"
+        raise InvalidCase(message)
+    if routing.kind in ("fan-in", "local") and group.topk > group.experts_per_rank:
+        message = (
+            f"routing = {routing}: puts all topk = {group.topk} experts of a token on one rank, which holds "
+            f"{group.experts_per_rank}; use fewer ranks, a smaller topk or hot-rank:R"
+        )
+        raise InvalidCase(message)
+
+
+def token_keys(ranks: Tensor, tokens: Tensor) -> Tensor:
+    """Return a number for each token of each rank, int64 [m], from ranks and tokens int64 [m], below 2**31."""
+    return (ranks << 31) | tokens
+
+
+def route(routing: Routing, group: ExpertGroup, *, seed: int, ranks: Tensor, tokens: Tensor) -> Tensor:
+    """Return the experts of any ranks' tokens: int32 [m, k], distinct global ids, in random slot order.
+
+    ranks, tokens int64 [m] on the device of the result. The routing has passed `check_routing`.
+    """
+    keys = token_keys(ranks, tokens)
+    step = max(_CHUNK_BYTES // (group.num_experts * 8), 1)
+    if keys.numel() <= step:
+        return _CHOOSERS[routing.kind](_Choice(routing, group, seed, keys)).to(torch.int32)
+    chosen = torch.empty(keys.numel(), group.topk, dtype=torch.int32, device=keys.device)
+    for start in range(0, keys.numel(), step):
+        choice = _Choice(routing, group, seed, keys[start : start + step])
+        chosen[start : start + step] = _CHOOSERS[routing.kind](choice)
+    return chosen
+
+
+def destinations(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
+    """Return which ranks each token goes to: bool [n, W] from ids [n, k].
+
+    An id below 0 or at and past E goes nowhere.
+    """
+    owner = ids.long().div(experts_per_rank, rounding_mode="floor")
+    owner = torch.where((owner < 0) | (owner >= ep_size), ep_size, owner)
+    going = torch.zeros(ids.shape[0], ep_size + 1, dtype=torch.bool, device=ids.device)
+    return going.scatter_(1, owner, value=True)[:, :ep_size]
+
+
+def recv_counts(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
+    """Return how many of these tokens each rank receives, each once: int64 [W]."""
+    return destinations(ids, experts_per_rank, ep_size).sum(0)
+
+
+class _Choice(NamedTuple):
+    """What a chooser needs: the routing, the group, the seed, and the numbers of the tokens, int64 [m]."""
+
+    routing: Routing
+    group: ExpertGroup
+    seed: int
+    keys: Tensor
+
+    def distinct(self, stream: str, candidates: int, count: int) -> Tensor:
+        """Choose `count` of `candidates` numbers for each token, in random order: int64 [m, count]."""
+        keys = positive_words(self.seed, f"route/{stream}", self.keys, candidates, self.keys.device)
+        return smallest(keys, count)
+
+
+def _uniform(choice: _Choice) -> Tensor:
+    return choice.distinct("uniform", choice.group.num_experts, choice.group.topk)
+
+
+def _zipf(choice: _Choice) -> Tensor:
+    """Draw without replacement, with popularity 1 / position**S: the k smallest of exponentials over weights.
+
+    In logarithms (the Gumbel race): ln(-ln u) + S * ln(position), which no S can overflow.
+    """
+    device, experts = choice.keys.device, choice.group.num_experts
+    bits = positive_words(choice.seed, "route/zipf", choice.keys, experts, device)
+    race = _log_exponentials(device)[bits >> (32 - _UNIFORM_BITS)]
+    race += _log_handicaps(choice.routing.parameter, choice.seed, experts, device)
+    keys = ((race + (16 << _POINT_BITS)) << _TIE_BITS) | (bits & ((1 << _TIE_BITS) - 1))
+    return smallest(keys, choice.group.topk)
+
+
+def _hot_rank(choice: _Choice) -> Tensor:
+    group, local = choice.group, choice.group.experts_per_rank
+    elsewhere = group.num_experts - local
+    hot = max(min(-(-group.topk // 2), local), group.topk - elsewhere)
+    first = int(choice.routing.parameter) * local
+    there = choice.distinct("hot", local, hot) + first
+    if hot == group.topk:
+        return there
+    others = choice.distinct("cold", elsewhere, group.topk - hot)
+    others += (others >= first) * local
+    order = choice.distinct("slots", group.topk, group.topk)
+    return torch.cat([there, others], dim=1).gather(1, order)
+
+
+def _fan_in(choice: _Choice) -> Tensor:
+    local = choice.group.experts_per_rank
+    return choice.distinct("fan-in", local, choice.group.topk) + int(choice.routing.parameter) * local
+
+
+def _local(choice: _Choice) -> Tensor:
+    local = choice.group.experts_per_rank
+    return choice.distinct("local", local, choice.group.topk) + (choice.keys >> 31).unsqueeze(1) * local
+
+
+def _duplicates(choice: _Choice) -> Tensor:
+    """Take two ranks in turn (more where two hold too few experts), so that a rank's slots are not neighbours."""
+    group, local = choice.group, choice.group.experts_per_rank
+    num_owners = min(max(-(-group.topk // local), 2), group.ep_size)
+    owners = choice.distinct("owners", group.ep_size, num_owners)
+    per_owner = -(-group.topk // num_owners)
+    parts = [choice.distinct(f"owner/{turn}", local, per_owner) for turn in range(num_owners)]
+    interleaved = torch.stack(parts, dim=2) + owners.unsqueeze(1) * local
+    return interleaved.flatten(1)[:, : group.topk].contiguous()
+
+
+_CHOOSERS = {
+    "uniform": _uniform,
+    "zipf": _zipf,
+    "hot-rank": _hot_rank,
+    "fan-in": _fan_in,
+    "local": _local,
+    "duplicates": _duplicates,
+}
+
+
+@lru_cache(maxsize=8)
+def _log_exponentials(device: torch.device) -> Tensor:
+    """ln(-ln u) in fixed point for each step of u, int64 [2**12]; all are above -10."""
+    steps = 1 << _UNIFORM_BITS
+    values = (math.log(-math.log((step + 0.5) / steps)) for step in range(steps))
+    return torch.tensor([round(value * (1 << _POINT_BITS)) for value in values], device=device)
+
+
+@lru_cache(maxsize=8)
+def _log_handicaps(exponent: float, seed: int, num_experts: int, device: torch.device) -> Tensor:
+    """S * ln(position) in fixed point for each expert, int64 [E]; the order of popularity is a seeded permutation."""
+    position = shuffle(seed, "route/popularity", 0, num_experts, "cpu")
+    values = [round(exponent * math.log(place + 1) * (1 << _POINT_BITS)) for place in range(num_experts)]
+    return torch.tensor(values)[position].to(device)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,213 @@
+"""Our selection rules against the released aiter 0.1.7.post2.dev18: its own functions, tables and tile lists.
+
+The wheel is read, never imported: importing aiter needs a HIP toolchain.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from distbench.errors import InvalidCase
+from distbench.experts import heuristics
+from distbench.experts.kernel_names import DEFAULT_TILE_K, stage2_mode, tile_k
+from distbench.experts.selection import KernelSelector, LayerKey, TunedKey, padded_rows, parse_tuned_rows, rules_for
+
+VERSION = "0.1.7.post2.dev18"
+WHEEL = f"amd_aiter-{VERSION}-py3-none-any.whl"
+RULES = rules_for(VERSION)
+CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
+UNREACHABLE = re.compile(
+    r"No module named pip|connection broken|NewConnectionError|ConnectTimeout|Max retries exceeded"
+    r"|Failed to establish|Name or service not known|Temporary failure in name resolution|Network is unreachable",
+    re.IGNORECASE,
+)
+CU_COUNTS = (304, 256, 80)
+SHAPES = ((32, 8, 2048), (33, 9, 2048), (256, 8, 256), (16, 2, 1024), (4, 4, 128), (8, 1, 192), (128, 8, 384))
+
+
+class _Named:
+    """Stands for any module or enum: each attribute is its own dotted name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> str:
+        return f"{self._name}.{attribute}"
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Iterator[zipfile.ZipFile]:
+    path = CACHE / WHEEL
+    if not path.exists():
+        _download(path)
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def _download(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
+        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, f"amd-aiter=={VERSION}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if done.returncode and UNREACHABLE.search(done.stderr):
+            pytest.skip(f"no package index within reach: {done.stderr.strip().splitlines()[-1]}")
+        assert done.returncode == 0, done.stderr
+        (Path(scratch) / WHEEL).replace(path)
+
+
+@pytest.fixture(scope="module")
+def source(wheel: zipfile.ZipFile) -> ast.Module:
+    return ast.parse(wheel.read("aiter/fused_moe.py"))
+
+
+def _function(source: ast.Module, name: str, namespace: dict[str, Any]) -> Callable[..., int]:
+    node = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    node.decorator_list = []
+    exec(compile(ast.Module([node], []), name, "exec"), namespace)
+    function: Callable[..., int] = namespace[name]
+    return function
+
+
+def _default_choice(source: ast.Module, name: str) -> Any:
+    """Compile the branch of get_2stage_cfgs that chooses without a tuned row, to run it on given values."""
+    function = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    branch = next(
+        node
+        for node in function.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "cfg is None" and "block_m" in ast.unparse(node)
+    )
+    return compile(ast.Module(branch.body, []), name, "exec")
+
+
+def test_every_row_count_has_the_wheels_bucket(source: ast.Module) -> None:
+    namespace: dict[str, Any] = {}
+    _function(source, "nextPow2", namespace)
+    theirs = _function(source, "get_padded_M", namespace)
+    wrong = [rows for rows in range(200_001) if padded_rows(rows, RULES) != theirs(rows)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("cu_count", CU_COUNTS)
+def test_every_row_count_has_the_wheels_block_size(source: ast.Module, cu_count: int) -> None:
+    theirs = _function(source, "get_block_size_M", {"get_cu_num": lambda: cu_count})
+    for experts, topk, inter in SHAPES:
+        key = LayerKey(num_local_experts=experts, topk=topk, model_dim=7168, inter_dim=inter, cu_count=cu_count)
+        counts = [1 << power for power in range(18)] + [rows * 769 for rows in range(1, 260)]
+        for rows in range(200_001) if experts == SHAPES[0][0] and cu_count == CU_COUNTS[0] else counts:
+            assert heuristics.block_rows(rows, key, RULES) == theirs(rows, topk, experts, inter), (rows, key)
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
+@pytest.mark.parametrize("gfx", ["gfx942", "gfx950"])
+def test_choice_without_a_row_is_the_wheels(source: ast.Module, quant: str, gfx: str) -> None:
+    choose = _default_choice(source, "get_2stage_cfgs")
+    enums = {name: _Named(name) for name in ("ActivationType", "QuantType", "dtypes", "aiter")}
+    table = next(node for node in source.body if "fused_moe_1stage_dict = " in ast.unparse(node))
+    for experts, topk, inter in SHAPES:
+        for bucket in (16, 32, 64, 128, 256, 512, 1024):
+            namespace: dict[str, Any] = dict(enums)
+            exec(compile(ast.Module([table], []), "table", "exec"), namespace)
+            _function(source, "get_block_size_M", namespace)
+            names = ("dtypes.bf16", "dtypes.bf16") if quant == "bf16" else ("dtypes.fp8", "dtypes.fp8")
+            namespace |= {"token": bucket, "topk": topk, "expert": experts, "inter_dim": inter, "BLOCK_SIZE_M": 32}
+            namespace |= {"activation": "ActivationType.Silu", "dtype": "dtypes.bf16", "use_g1u1": True}
+            namespace |= {"q_type": "QuantType.No" if quant == "bf16" else "QuantType.per_1x128"}
+            namespace |= {"q_dtype_a": names[0], "q_dtype_w": names[1], "doweight_stage1": False}
+            namespace |= {"get_gfx": lambda: gfx, "get_cu_num": lambda: 304}
+            exec(choose, namespace)
+            layer = LayerKey(
+                num_local_experts=experts, topk=topk, model_dim=7168, inter_dim=inter, quant=quant, gfx=gfx
+            )
+            ours = KernelSelector(layer=layer, rules=RULES).choose(bucket)
+            theirs = tuple(namespace[name] for name in ("run_1stage", "block_m", "ksplit"))
+            assert (ours.run_1stage, ours.block_m, ours.ksplit) == theirs, (bucket, layer)
+
+
+def test_ck_tiles_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+    text = wheel.read("aiter_meta/csrc/ck_gemm_moe_2stages_codegen/gen_instances.py").decode()
+    lists = dict(re.findall(r'^(A\w+_heuristic_dispatch) = """(.*?)"""', text, re.DOTALL | re.MULTILINE))
+    for gfx, suffix in (("gfx942", ""), ("gfx950", "_gfx950")):
+        for stage in (1, 2):
+            tiles = _tiles(lists[f"A16W16_A8W8_gemm{stage}{suffix}_heuristic_dispatch"])
+            for inter in (128, 192, 256, 2048):
+                key = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=inter, gfx=gfx)
+                for block_m in (32, 64, 128):
+                    columns, k, pipeline = tiles[block_m]
+                    name = f"ck_2stages_gemm{stage}_bm{block_m}_n{columns}_k{k}_v{pipeline}"
+                    assert heuristics.default_stage(stage, block_m, key, RULES) == (name, k)
+
+
+def _tiles(text: str) -> dict[int, tuple[int, int, int]]:
+    """Read rows → (columns, K, pipeline) of two-byte elements out of a dispatch list."""
+    found = re.findall(r"V(\d), 256, (\d+), (\d+), (\d+)/sizeof", text)
+    return {int(rows): (int(columns), int(size) // 2, int(pipeline)) for pipeline, rows, columns, size in found}
+
+
+@pytest.fixture(scope="module")
+def table(wheel: zipfile.ZipFile) -> bytes:
+    return wheel.read("aiter/configs/tuned_fmoe.csv")
+
+
+def test_every_row_of_the_wheels_table_is_read(table: bytes) -> None:
+    import csv
+
+    lines = list(csv.DictReader(io.StringIO(table.decode(), newline="")))
+    keys = {_key(line) for line in lines}
+    read = [(key, row) for key in keys for row in parse_tuned_rows(table, "wheel", key)]
+    assert len(read) == len(lines) == 773
+    by_key = {(_key(line), int(line["token"])): line for line in lines}
+    for key, row in read:
+        line = by_key[key, row.bucket]
+        assert (str(row.block_m), str(row.ksplit), row.kernel_name1) == (
+            line["block_m"],
+            line["ksplit"],
+            line["kernelName1"],
+        )
+        assert row.us == float(line["us"])
+        assert row.run_1stage == (line["run_1stage"] != "0")
+
+
+def _key(line: dict[str, str]) -> TunedKey:
+    names = {field.name: field.type for field in msgspec.structs.fields(TunedKey) if field.name != "gfx"}
+    return msgspec.convert({name: line[name] for name in names}, TunedKey, strict=False)
+
+
+def test_every_kernel_name_of_the_wheels_table_is_understood(table: bytes) -> None:
+    names = set(re.findall(rb"moe_ck2stages\w+|_ZN5aiter\w+", table))
+    assert len(names) > 50
+    for name in (name.decode() for name in names):
+        sizes = re.search(r"_(\d+)x(\d+)x(\d+)x(\d+)_", name)
+        assert tile_k(name) == (int(sizes[4]) if sizes else DEFAULT_TILE_K)
+        assert sizes is not None or name.startswith("_ZN5aiter")
+        assert stage2_mode(name) == "atomic"
+
+
+def test_the_wheels_table_answers_by_activation(table: bytes) -> None:
+    layer = LayerKey(num_local_experts=128, topk=8, model_dim=4096, inter_dim=384, cu_count=256)
+    with_act = TunedKey.for_layer(layer, RULES)
+    assert with_act.act_type == "ActivationType.Silu"
+    silu = parse_tuned_rows(table, "wheel", with_act)
+    gelu = parse_tuned_rows(table, "wheel", msgspec.structs.replace(with_act, act_type="ActivationType.Gelu"))
+    assert {row.bucket for row in silu} == {16, 32, 64, 128, 256, 512, 1024}
+    assert "_silu_" in silu[0].kernel_name1
+    assert "_gelu_" in gelu[0].kernel_name1
+
+
+def test_a_cut_table_is_refused(table: bytes) -> None:
+    layer = LayerKey(num_local_experts=128, topk=8, model_dim=4096, inter_dim=384, cu_count=256)
+    with pytest.raises(InvalidCase, match="line 774: column"):
+        parse_tuned_rows(table[: table.rindex(b"ActivationType")], "wheel", TunedKey.for_layer(layer, RULES))

@@ -1,0 +1,101 @@
+"""Real gloo ranks for tests: a pool of processes for each number of ranks, started once and fed functions."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from functools import lru_cache
+from multiprocessing.connection import Connection
+from typing import Any
+
+from distbench.breadcrumbs import Breadcrumbs
+from distbench.session import Session
+
+_TIMEOUT_S = 60.0
+RankFunction = Callable[..., Any]
+
+
+class RankPool:
+    """`world_size` ranks, each with an open session."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["distbench.worker"])
+        port = _free_port()
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            self._connections.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: RankFunction, *arguments: object) -> list[Any]:
+        """Call `function(session, *arguments)` on every rank and return the results by rank."""
+        for connection in self._connections:
+            connection.send((function, arguments))
+        replies = [self._reply(connection) for connection in self._connections]
+        errors = [text for failed, text in replies if failed]
+        if errors:
+            self.close()
+            raise AssertionError("\n".join(errors))
+        return [result for _, result in replies]
+
+    def close(self) -> None:
+        """End the ranks; the pool is not used again."""
+        for process in self._processes:
+            process.kill()
+        _pool.cache_clear()
+
+    def _reply(self, connection: Connection) -> tuple[bool, Any]:
+        if not connection.poll(_TIMEOUT_S):
+            return True, "a rank gave no answer"
+        try:
+            reply: tuple[bool, Any] = connection.recv()
+        except EOFError:
+            return True, "a rank died"
+        return reply
+
+
+def on_ranks(world_size: int, function: RankFunction, *arguments: object) -> list[Any]:
+    """Call `function(session, *arguments)` on `world_size` ranks; a module-level function, picklable arguments."""
+    return _pool(world_size).run(function, *arguments)
+
+
+@lru_cache(maxsize=None)
+def _pool(world_size: int) -> RankPool:
+    pool = RankPool(world_size)
+    atexit.register(pool.close)
+    return pool
+
+
+def _serve(rank: int, world_size: int, port: int, connection: Connection) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    session = Session(Breadcrumbs(None), _TIMEOUT_S)
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((False, function(session, *arguments)))
+        except Exception:  # noqa: BLE001 - the test that asked gets to see it
+            connection.send((True, f"rank {rank}: {traceback.format_exc()}"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,149 @@
+"""Cases: layers, validation, round trips, hashes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.case import FIELD_TYPES, Case, Layer, case_hash, load_case_file, resolve_case
+from distbench.errors import DistbenchError, InvalidCase
+from distbench.models import PRESETS
+
+
+def resolve(ep_size: int | None = 4, **values: Any) -> Case:
+    return resolve_case([Layer("test", values)], ep_size).case
+
+
+def test_defaults_are_the_production_layer_of_eight_ranks() -> None:
+    case = resolve(None)
+    assert (case.ep_size, case.hidden_size, case.intermediate_size) == (8, 2048, 768)
+    assert (case.num_experts, case.topk, case.capacity) == (128, 8, 32768)
+    assert case.tokens == (16,) * 8
+
+
+def test_the_first_layer_wins_and_is_named() -> None:
+    layers = [
+        Layer("flag", {"seed": "7"}, strict=False),
+        Layer("file", {"seed": 8, "limit": 64}),
+        Layer("env:X", {"limit": 9}),
+    ]
+    resolved = resolve_case(layers, 8)
+    assert (resolved.case.seed, resolved.case.limit) == (7, "64")
+    assert (resolved.sources["seed"], resolved.sources["limit"]) == ("flag", "file")
+    assert resolved.sources["hidden_size"] == "preset:qwen3-30b-a3b"
+    assert resolved.sources["topk"] == "preset:qwen3-30b-a3b"
+    assert resolved.sources["policy"] == "default"
+
+
+@pytest.mark.parametrize(("prealloc", "capacity"), [(0, 512), (4, 4), (5, 8), (511, 512), (10**6, 512)])
+def test_capacity_follows_prealloc(prealloc: int, capacity: int) -> None:
+    case = resolve(max_dispatch_tokens_per_rank=128, prealloc_max_recv_tokens=prealloc)
+    assert case.capacity == capacity
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tokns": 3}, "unknown key 'tokns'; allowed are model"),
+        ({"tokens": [1, 2]}, "2 numbers for 4 ranks"),
+        ({"tokens": -1}, "tokens = -1"),
+        ({"tokens": "16"}, "tokens = '16'"),
+        ({"policy": "lax"}, "policy = 'lax': allowed are strict, unchecked, guard"),
+        ({"num_experts": 10}, "not divisible by 4 ranks; use 8"),
+        ({"topk": 200}, "topk = 200: above num_experts = 128"),
+        ({"model": "gpt-9"}, "allowed are deepseek-v3"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": 1 << 70}, "seed = 1180591620717411303424"),
+        ({"timeout": float("nan")}, "timeout = nan"),
+        ({"hidden_size": 2050, "dispatch_dtype": "fp8"}, "multiple of 128"),
+        ({"kernel_table": "/nonexistent.csv"}, "cannot be read"),
+        ({"kernel_table": "a\0b"}, "cannot be read"),
+    ],
+)
+def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidCase, match=message):
+        resolve(**values)
+
+
+def test_ranks_of_the_case_and_of_the_launcher_must_agree() -> None:
+    with pytest.raises(InvalidCase, match="ep_size = 3 .*4 ranks were started"):
+        resolve_case([Layer("file", {"ep_size": 3})], 4)
+
+
+def test_the_digest_of_a_table_is_never_taken_from_outside() -> None:
+    assert resolve(kernel_table_sha256="00").kernel_table_sha256 == ""
+
+
+@pytest.mark.parametrize("suffix", ["json", "toml"])
+def test_round_trip(tmp_path: Path, suffix: str) -> None:
+    case = resolve(tokens=[0, 1, 7, 33], limit="max-recv", dispatch_dtype="fp8", routing="zipf:1.2")
+    file = tmp_path / f"case.{suffix}"
+    file.write_bytes(getattr(msgspec, suffix).encode(case))
+    again = resolve_case([load_case_file(str(file))], 4).case
+    assert again == case
+    assert case_hash(again) == case_hash(case)
+
+
+@given(st.sampled_from(sorted(FIELD_TYPES)), st.integers(1, 9))
+def test_every_field_is_hashed(key: str, number: int) -> None:
+    case = resolve()
+    value = getattr(case, key)
+    other = {int: lambda: value + number, float: lambda: value + number, bool: lambda: not value}
+    changed = other[type(value)]() if type(value) in other else (value + (number,) if key == "tokens" else f"{value}x")
+    assert case_hash(msgspec.structs.replace(case, **{key: changed})) != case_hash(case)
+
+
+def test_hash_is_stable() -> None:
+    assert case_hash(resolve(None)) == case_hash(resolve(None))
+    assert len(case_hash(resolve(None))) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("case.toml", b"seed = ", "not valid TOML"),
+        ("case.toml", b"\xff\xfe", "not valid TOML"),
+        ("case.json", b"{", "not valid JSON"),
+        ("case.json", b"[1]", "holds a list"),
+        ("case.json", b"[" * 100_000, "not valid JSON"),
+        ("case.yaml", b"", "neither .toml nor .json"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(InvalidCase, match=message) as caught:
+        load_case_file(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(InvalidCase, match="cannot be read"):
+        load_case_file("/nonexistent/case.toml")
+
+
+values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.lists(st.integers(), max_size=4)
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(FIELD_TYPES)) | st.text(max_size=8), values, max_size=4), st.booleans())
+def test_any_values_give_a_case_or_one_line(table: dict[str, Any], strict: bool) -> None:  # noqa: FBT001
+    try:
+        case = resolve_case([Layer("test", table, strict)], None).case
+    except DistbenchError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(case.tokens) == case.ep_size
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_makes_a_case(name: str) -> None:
+    case = resolve(8, model=name)
+    assert case.num_experts % 8 == 0
+    assert case.topk <= case.num_experts

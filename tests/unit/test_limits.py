@@ -1,0 +1,80 @@
+"""The limit as text, as rows, and the two capacities."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.errors import InvalidCase, Overflow
+from distbench.limits import Traffic, check_capacity, parse_limit, recv_bound, resolve_limit
+
+UNEVEN = Traffic(tokens=(0, 1, 7, 33), total_recv=(9, 20, 20, 11), capacity=256)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [("off", "off"), (0, "off"), ("0", "off"), (" 007 ", "7"), (128, "128"), ("max-recv-1", "max-recv-1")],
+)
+def test_parse_limit(text: str | int, canonical: str) -> None:
+    assert parse_limit(text) == canonical
+
+
+@pytest.mark.parametrize("text", ["", "-", "1.5", "max", "١٢", "max-recv-2", "1e3", "0x10"])
+def test_other_words_are_refused_with_what_is_allowed(text: str) -> None:
+    with pytest.raises(InvalidCase, match="allowed are off"):
+        parse_limit(text)
+
+
+def test_negative_limit_names_what_production_would_do() -> None:
+    with pytest.raises(InvalidCase, match="production takes a negative limit as off"):
+        parse_limit(-3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows"),
+    [("off", None), ("12", 12), ("max-recv", 20), ("max-recv-1", 19), ("sum", 41), ("sum32", 64), ("pow2", 64)],
+)
+def test_resolve_limit(limit: str, rows: int | None) -> None:
+    assert resolve_limit(limit, UNEVEN) == rows
+
+
+def test_sum32_stays_within_the_buffer() -> None:
+    full = Traffic(tokens=(4, 4), total_recv=(8, 8), capacity=8)
+    assert resolve_limit("sum32", full) == 8
+
+
+@pytest.mark.parametrize(("total", "rows"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_pow2_rounds_up(total: int, rows: int) -> None:
+    assert resolve_limit("pow2", Traffic((total,), (total,), 256)) == rows
+
+
+@pytest.mark.parametrize("limit", ["max-recv", "max-recv-1", "sum"])
+def test_a_limit_of_no_rows_is_refused(limit: str) -> None:
+    with pytest.raises(InvalidCase, match="production reads as off"):
+        resolve_limit(limit, Traffic((0, 0), (0, 0), 64))
+
+
+def test_recv_bound_is_off_where_nobody_sends() -> None:
+    assert recv_bound(Traffic((0, 0), (0, 0), 64)) is None
+    assert recv_bound(UNEVEN) == 64
+
+
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=16), st.integers(1, 2000))
+def test_safe_limits_are_safe(tokens: list[int], spare: int) -> None:
+    worst = sum(tokens)
+    traffic = Traffic(tuple(tokens), tuple(worst for _ in tokens), worst + spare)
+    for limit in ("sum", "sum32", "pow2"):
+        if worst:
+            rows = resolve_limit(limit, traffic)
+            assert rows is not None
+            assert rows >= min(worst, traffic.capacity)
+
+
+def test_capacity_is_checked_on_both_sides() -> None:
+    check_capacity(UNEVEN, 33)
+    with pytest.raises(Overflow, match="max_dispatch_tokens_per_rank = 32 rows: rank 3 holds 33"):
+        check_capacity(UNEVEN, 32)
+    tight = Traffic(UNEVEN.tokens, UNEVEN.total_recv, 19)
+    with pytest.raises(Overflow, match="capacity R = 19 rows: rank 1 is to receive 20, rank 2 is to receive 20"):
+        check_capacity(tight, 33)
