@@ -7,7 +7,6 @@ import resource
 import socket
 import sys
 import time
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import msgspec
@@ -64,7 +63,7 @@ class Passes:
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
         self._lost = LostRows()
-        self._durations: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
         self.outputs: dict[str, Tensor] = {}
@@ -142,7 +141,8 @@ class Passes:
     def _mark(self, stage: str) -> None:
         now = time.perf_counter_ns()
         if self._stage and self._stage != "check":
-            self._durations[self._timed_arm][self._stage].append((now - self._since) / 1000)
+            laps = self._durations.setdefault(self._timed_arm, {}).setdefault(self._stage, [])
+            laps.append((now - self._since) / 1000)
         self._stage, self._timed_arm, self._since = stage, self._arm, now
         self._session.crumbs.mark(stage)
 

@@ -20,6 +20,7 @@ from distbench.verify.records import (
 TOLERANCE = 2.0**-5
 
 _NOT_ARITHMETIC = {"rows", "bucket", "source", "label"}
+_DRIFT_PAIRS = ("padded/truncated", "repadded/truncated")
 _ARM_ORDER = ("padded", "control", "repadded", "truncated")
 
 
@@ -103,11 +104,14 @@ def _under_limit(question: Question, gathered: Gathered) -> Finding:
 
 
 def _corrupt(question: Question, gathered: Gathered) -> Finding:
+    explained = _may_drift(question, gathered)
     reasons = []
     for arm in _ARM_ORDER[1:]:
-        reasons += [_diverged(found) for found in _divergences(gathered, arm) if not _may_drift(question, found)]
+        reasons += [
+            _diverged(found) for found in _divergences(gathered, arm) if not (explained and _is_drift(found))
+        ]
     for pair, comparison in gathered.comparisons.items():
-        if not comparison.equal and not _drift_allowed(question, gathered, pair):
+        if not comparison.equal and not (explained and pair in _DRIFT_PAIRS):
             reasons.append(_differs(gathered, pair))
     reasons += [
         Reason(code="disputed", rank=rank, message=f"rank {rank} and rank 0 disagree on which of its tokens differ")
@@ -117,19 +121,13 @@ def _corrupt(question: Question, gathered: Gathered) -> Finding:
 
 
 def _drift(question: Question, gathered: Gathered) -> Finding:
-    pair = "padded/truncated"
-    if question.case.require == "tolerance" or gathered.comparisons.get(pair) is None:
+    if question.case.require == "tolerance":
         return Verdict.DRIFT, []
-    if gathered.comparisons[pair].equal:
-        return Verdict.DRIFT, []
-    return Verdict.DRIFT, [_drifted(gathered)]
+    return Verdict.DRIFT, _drifted(gathered)
 
 
 def _notes(question: Question, gathered: Gathered) -> list[Reason]:
-    notes = []
-    drifted = gathered.comparisons.get("padded/truncated")
-    if drifted is not None and not drifted.equal:
-        notes.append(_drifted(gathered))
+    notes = _drifted(gathered)
     if question.short_ranks:
         ranks = ", ".join(str(rank) for rank in question.short_ranks)
         message = f"policy guard raised the limit of {question.limit} rows on rank {ranks}"
@@ -141,17 +139,17 @@ def _divergences(gathered: Gathered, arm: str) -> list[Divergence]:
     return [found for record in gathered.observations for found in record.divergences if found.arm == arm]
 
 
-def _may_drift(question: Question, found: Divergence) -> bool:
-    return question.case.numerics == "gaussian" and found.arm == "truncated" and found.against == "padded"
-
-
-def _drift_allowed(question: Question, gathered: Gathered, pair: str) -> bool:
+def _may_drift(question: Question, gathered: Gathered) -> bool:
     """Only another kernel may give other bits, only where inputs are not exact, and only within the tolerance."""
-    if question.case.numerics == "exact" or pair not in ("padded/truncated", "repadded/truncated"):
-        return False
     records = gathered.observations
+    if question.case.numerics == "exact" or "truncated" not in records[0].kernels:
+        return False
     other_kernel = any(not same_kernel(record.kernels["padded"], record.kernels["truncated"]) for record in records)
     return other_kernel and all(_close(record.drift) for record in records)
+
+
+def _is_drift(found: Divergence) -> bool:
+    return found.arm == "truncated" and found.against == "padded"
 
 
 def _close(error: float | None) -> bool:
@@ -175,13 +173,18 @@ def _differs(gathered: Gathered, pair: str) -> Reason:
     return Reason(code="bits-differ", rank=rank, message=message)
 
 
-def _drifted(gathered: Gathered) -> Reason:
+def _drifted(gathered: Gathered) -> list[Reason]:
+    """Say how truncated differs from padded, in tokens or only in expert rows; nothing where it does not."""
+    rows = sum(found.rows for found in _divergences(gathered, "truncated") if _is_drift(found))
+    comparison = gathered.comparisons.get("padded/truncated")
+    if not rows and (comparison is None or comparison.equal):
+        return []
     kernels: dict[str, Any] = gathered.observations[0].kernels
     message = (
         f"no row lost, another kernel ({kernels['padded']['label']} → {kernels['truncated']['label']}), other bits in "
-        f"{_extent(gathered, 'padded/truncated')}, within tolerance"
+        f"{rows} expert rows and in {_extent(gathered, 'padded/truncated')}, within tolerance"
     )
-    return Reason(code="kernel-drift", message=message)
+    return [Reason(code="kernel-drift", message=message)]
 
 
 def _extent(gathered: Gathered, pair: str) -> str:

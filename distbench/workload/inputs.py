@@ -18,14 +18,11 @@ from distbench.workload.routing import (
     Routing,
     check_routing,
     parse_routing,
-    recv_counts,
     route,
     token_keys,
 )
 
 DispatchDtype = Literal["bf16", "fp8"]
-
-_COUNTED_TOKENS = 1 << 16
 
 
 class Numerics(Protocol):
@@ -90,16 +87,6 @@ class Workload:
             hidden, scales = quantize_fp8_blocks(hidden)
         ids = route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
         return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
-
-    def send_counts(self, rank: int) -> Tensor:
-        """Return how many rows `rank` sends to each rank: int64 [W]. Makes the routing only."""
-        index = torch.arange(self.tokens_per_rank[rank], device=self.device)
-        total = torch.zeros(self.group.ep_size, dtype=torch.int64, device=self.device)
-        for tokens in torch.split(index, _COUNTED_TOKENS):
-            ranks = torch.full_like(tokens, rank)
-            ids = route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
-            total += recv_counts(ids, self.experts_per_rank, self.group.ep_size)
-        return total
 
     def local_weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return w1 bf16 [El, 2I, H], gate rows before up rows, and w2 bf16 [El, H, I] of the experts of `rank`."""

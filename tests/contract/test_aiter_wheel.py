@@ -6,6 +6,7 @@ The wheel is read, never imported: importing aiter needs a HIP toolchain.
 from __future__ import annotations
 
 import ast
+import csv
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -62,7 +63,7 @@ def _download(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
         command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, f"amd-aiter=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         if done.returncode and UNREACHABLE.search(done.stderr):
             pytest.skip(f"no package index within reach: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == 0, done.stderr
@@ -74,23 +75,36 @@ def source(wheel: zipfile.ZipFile) -> ast.Module:
     return ast.parse(wheel.read("aiter/fused_moe.py"))
 
 
+def _run(nodes: list[ast.stmt], namespace: dict[str, Any]) -> None:
+    exec(compile(ast.Module(nodes, []), WHEEL, "exec"), namespace)  # noqa: S102 - a release's own pure functions
+
+
 def _function(source: ast.Module, name: str, namespace: dict[str, Any]) -> Callable[..., int]:
     node = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == name)
     node.decorator_list = []
-    exec(compile(ast.Module([node], []), name, "exec"), namespace)
+    _run([node], namespace)
     function: Callable[..., int] = namespace[name]
     return function
 
 
-def _default_choice(source: ast.Module, name: str) -> Any:
-    """Compile the branch of get_2stage_cfgs that chooses without a tuned row, to run it on given values."""
-    function = next(node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    branch = next(
-        node
-        for node in function.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "cfg is None" and "block_m" in ast.unparse(node)
-    )
-    return compile(ast.Module(branch.body, []), name, "exec")
+def _default_choice(source: ast.Module, bucket: int, layer: LayerKey) -> tuple[bool, int, int]:
+    """Run the branch of get_2stage_cfgs without a tuned row: whether one stage, block_m, ksplit."""
+    body = next(
+        node for node in source.body if isinstance(node, ast.FunctionDef) and node.name == "get_2stage_cfgs"
+    ).body
+    branch = next(node for node in body if ast.unparse(node).startswith("if cfg is None:\n    ksplit = 0"))
+    assert isinstance(branch, ast.If)
+    table = next(node for node in source.body if "fused_moe_1stage_dict = " in ast.unparse(node))
+    namespace: dict[str, Any] = {name: _Named(name) for name in ("ActivationType", "QuantType", "dtypes", "aiter")}
+    namespace |= {"token": bucket, "topk": layer.topk, "expert": layer.num_local_experts, "inter_dim": layer.inter_dim}
+    namespace |= {"get_gfx": lambda: layer.arch, "get_cu_num": lambda: layer.cu_count, "BLOCK_SIZE_M": 32}
+    namespace |= {"activation": "ActivationType.Silu", "dtype": "dtypes.bf16", "use_g1u1": True}
+    namespace |= {"q_type": "QuantType.No" if layer.quant == "bf16" else "QuantType.per_1x128"}
+    namespace |= {"q_dtype_a": f"dtypes.{layer.quant}", "q_dtype_w": f"dtypes.{layer.quant}", "doweight_stage1": False}
+    _function(source, "get_block_size_M", namespace)
+    _run([table], namespace)
+    _run(branch.body, namespace)
+    return namespace["run_1stage"], namespace["block_m"], namespace["ksplit"]
 
 
 def test_every_row_count_has_the_wheels_bucket(source: ast.Module) -> None:
@@ -112,29 +126,15 @@ def test_every_row_count_has_the_wheels_block_size(source: ast.Module, cu_count:
 
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
-@pytest.mark.parametrize("gfx", ["gfx942", "gfx950"])
-def test_choice_without_a_row_is_the_wheels(source: ast.Module, quant: str, gfx: str) -> None:
-    choose = _default_choice(source, "get_2stage_cfgs")
-    enums = {name: _Named(name) for name in ("ActivationType", "QuantType", "dtypes", "aiter")}
-    table = next(node for node in source.body if "fused_moe_1stage_dict = " in ast.unparse(node))
+@pytest.mark.parametrize("cu_count", CU_COUNTS)
+def test_choice_without_a_row_is_the_wheels(source: ast.Module, quant: Literal["bf16", "fp8"], cu_count: int) -> None:
     for experts, topk, inter in SHAPES:
+        key = LayerKey(
+            num_local_experts=experts, topk=topk, model_dim=7168, inter_dim=inter, quant=quant, cu_count=cu_count
+        )
         for bucket in (16, 32, 64, 128, 256, 512, 1024):
-            namespace: dict[str, Any] = dict(enums)
-            exec(compile(ast.Module([table], []), "table", "exec"), namespace)
-            _function(source, "get_block_size_M", namespace)
-            names = ("dtypes.bf16", "dtypes.bf16") if quant == "bf16" else ("dtypes.fp8", "dtypes.fp8")
-            namespace |= {"token": bucket, "topk": topk, "expert": experts, "inter_dim": inter, "BLOCK_SIZE_M": 32}
-            namespace |= {"activation": "ActivationType.Silu", "dtype": "dtypes.bf16", "use_g1u1": True}
-            namespace |= {"q_type": "QuantType.No" if quant == "bf16" else "QuantType.per_1x128"}
-            namespace |= {"q_dtype_a": names[0], "q_dtype_w": names[1], "doweight_stage1": False}
-            namespace |= {"get_gfx": lambda: gfx, "get_cu_num": lambda: 304}
-            exec(choose, namespace)
-            layer = LayerKey(
-                num_local_experts=experts, topk=topk, model_dim=7168, inter_dim=inter, quant=quant, gfx=gfx
-            )
-            ours = KernelSelector(layer=layer, rules=RULES).choose(bucket)
-            theirs = tuple(namespace[name] for name in ("run_1stage", "block_m", "ksplit"))
-            assert (ours.run_1stage, ours.block_m, ours.ksplit) == theirs, (bucket, layer)
+            ours = KernelSelector(layer=key, rules=RULES).choose(bucket)
+            assert (ours.run_1stage, ours.block_m, ours.ksplit) == _default_choice(source, bucket, key), (bucket, key)
 
 
 def test_ck_tiles_are_the_wheels(wheel: zipfile.ZipFile) -> None:
@@ -163,8 +163,6 @@ def table(wheel: zipfile.ZipFile) -> bytes:
 
 
 def test_every_row_of_the_wheels_table_is_read(table: bytes) -> None:
-    import csv
-
     lines = list(csv.DictReader(io.StringIO(table.decode(), newline="")))
     keys = {_key(line) for line in lines}
     read = [(key, row) for key in keys for row in parse_tuned_rows(table, "wheel", key)]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -84,7 +84,7 @@ def test_splits_follow_the_worked_table() -> None:
 def test_a_split_needs_idle_units_few_routes_and_a_divisible_model(
     changes: dict[str, Any], bucket: int, parts: int
 ) -> None:
-    values = {"num_local_experts": 256, "topk": 8, "inter_dim": 256, "model_dim": 7168, "cu_count": 256}
+    values: dict[str, Any] = {"num_local_experts": 256, "topk": 8, "inter_dim": 256, "model_dim": 7168, "cu_count": 256}
     values |= {"quant": "fp8", "is_ep": False}
     assert split_parts(bucket, LayerKey(**(values | changes)), CURRENT) == parts
 
@@ -149,7 +149,7 @@ BF16_TILES = {
 @pytest.mark.parametrize(("gfx", "inter"), BF16_TILES)
 def test_bf16_tiles(gfx: str, inter: int) -> None:
     key = layer(32, 8, inter, gfx=gfx)
-    stages = [(1, 32), (1, 64), (1, 128), (2, 32), (2, 64), (2, 128)]
+    stages: list[tuple[Literal[1, 2], int]] = [(1, 32), (1, 64), (1, 128), (2, 32), (2, 64), (2, 128)]
     names = [default_stage(stage, block, key, CURRENT).name for stage, block in stages]
     assert names == [
         f"ck_2stages_gemm{stage}_bm{block}_{tile}"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from distbench.experts.selection import (
     BUCKET_RULES,
     CURRENT,
+    BucketRules,
     KernelChoice,
     KernelSelector,
     LayerKey,
@@ -28,7 +29,12 @@ BUCKETS = [1 << power for power in range(16)] + [131_072]
 
 
 def row(bucket: int, **changes: Any) -> TunedRow:
-    values = {"block_m": 64, "ksplit": 0, "run_1stage": False, "kernel_name1": "moe_ck2stages_gemm1_256x64x128x256_"}
+    values: dict[str, Any] = {
+        "block_m": 64,
+        "ksplit": 0,
+        "run_1stage": False,
+        "kernel_name1": "moe_ck2stages_gemm1_256x64x128x256_",
+    }
     values |= {"kernel_name2": "flydsl_moe2_t32x128x512_reduce"}
     return TunedRow(bucket=bucket, **(values | changes))
 
@@ -224,7 +230,7 @@ def test_the_examples_are_missed_where_topk_counts_whole() -> None:
     ),
     rules=st.sampled_from(list(BUCKET_RULES.values())),
 )
-def test_every_layer_has_a_kernel_for_every_row_count(rows: int, layer: LayerKey, rules: Any) -> None:
+def test_every_layer_has_a_kernel_for_every_row_count(rows: int, layer: LayerKey, rules: BucketRules) -> None:
     found = KernelSelector(layer=layer, rules=rules).choose(rows)
     assert found.block_m in (16, 32, 64, 128)
     assert found.tile_k1 > 0

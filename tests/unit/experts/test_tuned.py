@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distbench.errors import InvalidCase
+from distbench.experts.heuristics import LayerKey
 from distbench.experts.rules import BUCKET_RULES
-from distbench.experts.tuned import REQUIRED_COLUMNS, LayerKey, TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
+from distbench.experts.tuned import REQUIRED_COLUMNS, TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
 
 DATA = Path(__file__).parents[2] / "data"
 KEY = TunedKey(cu_num=304, model_dim=256, inter_dim=128, expert=4, topk=3)
@@ -277,11 +278,13 @@ def test_any_damage_to_a_real_table_is_read_or_refused(start: int, length: int, 
 def _read_or_refuse(content: bytes) -> None:
     try:
         rows = parse_tuned_rows(content, "table.csv", KEY)
-    except InvalidCase as refusal:
-        assert len(str(refusal).splitlines()) == 1
-        assert "'table.csv', line " in str(refusal)
+    except InvalidCase as error:
+        rows, refusal = (), str(error)
     else:
-        assert len({row.bucket for row in rows}) == len(rows)
+        refusal = "kernel table 'table.csv', line 1: none"
+    assert refusal.startswith("kernel table 'table.csv', line ")
+    assert len(refusal.splitlines()) == 1
+    assert len({row.bucket for row in rows}) == len(rows)
 
 
 LAYER = LayerKey(num_local_experts=4, topk=4, model_dim=256, inter_dim=128)

@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 8
+ARGS ?=
+export PYTHON VENV
+
+.PHONY: help setup run test check bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.ready ## Make the environment; a torch that PYTHON can import is used as it is
+
+run: setup ## Run a case on NPROC ranks; ARGS="--limit max-recv-1" and so on
+	@$(VENV)/bin/distbench run --nproc $(NPROC) $(ARGS)
+
+test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
+	@scripts/test $(ARGS)
+
+check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, shell
+	@scripts/check
+
+bench: setup ## Measure start-up and memory against their bounds
+	@$(VENV)/bin/python scripts/bench.py --nproc $(NPROC) $(ARGS)
+
+clean: ## Remove the environment, caches and results
+	@rm -rf $(VENV) build distbench-out *.egg-info .hypothesis .*_cache
+
+$(VENV)/.ready: pyproject.toml scripts/setup
+	@scripts/setup
+
+$(VENV)/.ready-dev: pyproject.toml scripts/setup
+	@scripts/setup --dev

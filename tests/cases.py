@@ -1,0 +1,13 @@
+"""Small cases for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distbench.case import Case, Layer, resolve_case
+
+
+def tiny_case(ep_size: int = 4, **values: Any) -> Case:
+    """Return a case of the `tiny` layer with a small receive buffer."""
+    defaults = {"model": "tiny", "max_dispatch_tokens_per_rank": 64}
+    return resolve_case([Layer("test", defaults | values)], ep_size).case

@@ -1,0 +1,176 @@
+"""Damage at the boundary of each stage, for tests that prove it is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from distbench import rank as rank_module
+from distbench.case import Case
+from distbench.experts.base import Experts
+from distbench.rank import run_case
+from distbench.session import Session
+from distbench.transport.base import Dispatched, Transport
+from distbench.verify.records import Outcome
+from distbench.workload import TokenBatch
+
+ARM_CALLS = ("padded", "control", "repadded", "truncated")
+
+
+def flip(rows: Tensor, row: int = 0, byte: int = 3, bit: int = 0) -> None:
+    """Flip one bit of one row, in place."""
+    rows.view(torch.uint8)[row, byte] ^= 1 << bit
+
+
+def swap(rows: Tensor) -> None:
+    """Exchange the first two rows, in place."""
+    rows[[0, 1]] = rows[[1, 0]].clone()
+
+
+def _swap_received(received: Dispatched) -> None:
+    for part in received[:4]:
+        if part is not None:
+            swap(part)
+
+
+def _other_expert(ids: Tensor) -> None:
+    """Give the first row another expert of the same rank for its first local slot; El is 4 and E 16 here."""
+    ids[0] = ids[0] ^ 1
+
+
+DISPATCH: dict[str, Callable[[Dispatched], None]] = {
+    "flip the lowest bit of a received element": lambda received: flip(received.hidden, byte=100),
+    "flip a sign": lambda received: flip(received.hidden, byte=101, bit=7),
+    "swap two received rows": _swap_received,
+    "swap payloads only": lambda received: swap(received.hidden),
+    "swap weights only": lambda received: received.weights[0].mul_(2),
+    "lowest bit of a weight": lambda received: flip(received.weights, byte=0),
+    "wrong expert id": lambda received: _other_expert(received.ids),
+    "id of nobody": lambda received: received.ids[0].fill_(-1),
+    "drop a row": lambda received: received.hidden[0].fill_(float("nan")),
+    "stale row": lambda received: received.hidden[0].copy_(received.hidden[1]),
+    "one row fewer": lambda received: received.total_recv.sub_(1),
+}
+EXPERTS: dict[str, Callable[[Tensor], None]] = {
+    "flip the lowest bit of a result": lambda rows: flip(rows, byte=2),
+    "swap two results": swap,
+    "negative zero": lambda rows: rows[:2].masked_fill_(rows[:2] == 0, -0.0),
+    "drop a contribution": lambda rows: rows[0].zero_(),
+    "double a contribution": lambda rows: rows[0].mul_(2),
+}
+COMBINE: dict[str, Callable[[Tensor], None]] = {
+    "flip the lowest bit of a token": lambda rows: flip(rows, byte=2),
+    "swap two tokens": swap,
+    "drop a token": lambda rows: rows[0].zero_(),
+    "multiply by the number of ranks": lambda rows: rows.mul_(4),
+    "negative zeros": lambda rows: rows.masked_fill_(rows == 0, -0.0),
+}
+FAULTS = {"dispatch": DISPATCH, "experts": EXPERTS, "combine": COMBINE}
+
+
+class FaultyTransport:
+    """A transport that damages what dispatch or combine gives, in one call."""
+
+    stand_in: str | None = None
+
+    def __init__(self, inner: Transport, stage: str, fault: str, call: int) -> None:
+        self.capacity = inner.capacity
+        self._inner, self._stage, self._fault, self._call = inner, stage, fault, call
+        self._calls = -1
+
+    def dispatch(self, batch: TokenBatch) -> Dispatched:
+        self._calls += 1
+        received = self._inner.dispatch(batch)
+        if self._stage == "dispatch" and self._calls == self._call:
+            DISPATCH[self._fault](received)
+        return received
+
+    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
+        combined = self._inner.combine(expert_out, ids)
+        if self._stage == "combine" and self._calls == self._call:
+            COMBINE[self._fault](combined)
+        return combined
+
+    def sources(self) -> Tensor:
+        return self._inner.sources()
+
+
+class FaultyExperts:
+    """Experts that damage their result in one call."""
+
+    stand_in: str | None = None
+
+    def __init__(self, inner: Experts, fault: str, call: int) -> None:
+        self._inner, self._fault, self._call = inner, fault, call
+        self._calls = -1
+        self.selection = inner.selection
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        self._calls += 1
+        rows = self._inner(*arguments, **options)
+        if self._calls == self._call:
+            EXPERTS[self._fault](rows)
+        return rows
+
+
+def run_with_fault(session: Session, case: Case, stage: str, fault: str, arm: str, rank: int) -> Outcome | None:
+    """Run `case` with `fault` on `rank` in `arm`; the outcome is that of rank 0."""
+    call = ARM_CALLS.index(arm)
+    make_transport, make_experts = rank_module.make_transport, rank_module.make_experts
+    if session.rank != rank:
+        return run_case(session, case)
+    with (
+        patch.object(
+            rank_module,
+            "make_transport",
+            lambda *arguments: FaultyTransport(make_transport(*arguments), stage, fault, call),
+        ),
+        patch.object(
+            rank_module,
+            "make_experts",
+            lambda case: FaultyExperts(make_experts(case), fault, call) if stage == "experts" else make_experts(case),
+        ),
+    ):
+        return run_case(session, case)
+
+
+def run_with_weights_of_another_expert(session: Session, case: Case, rank: int) -> Outcome | None:
+    """Run `case` where `rank` holds two of its experts in each other's place."""
+    workload = rank_module._workload  # noqa: SLF001
+
+    def swapped(case: Case, device: torch.device) -> Any:
+        made = workload(case, device)
+        local_weights = made.local_weights
+
+        def exchanged(of: int) -> tuple[Tensor, Tensor]:
+            w1, w2 = local_weights(of)
+            swap(w1)
+            return w1, w2
+
+        made.local_weights = exchanged
+        return made
+
+    if session.rank != rank:
+        return run_case(session, case)
+    with patch.object(rank_module, "_workload", swapped):
+        return run_case(session, case)
+
+
+def run_with_foreign_ids_in_combine(session: Session, case: Case, rank: int) -> Outcome | None:
+    """Run `case` where `rank` passes other ids of the right shape to combine."""
+    make_transport = rank_module.make_transport
+
+    def altered(*arguments: Any) -> Transport:
+        transport = make_transport(*arguments)
+        combine = transport.combine
+        transport.combine = lambda rows, ids: combine(rows, ids.roll(1, 0))  # type: ignore[method-assign]
+        return transport
+
+    if session.rank != rank:
+        return run_case(session, case)
+    with patch.object(rank_module, "make_transport", altered):
+        return run_case(session, case)

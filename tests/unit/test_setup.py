@@ -1,0 +1,79 @@
+"""What scripts/setup decides, from its dry run with interpreters that only pretend to have a torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[2] / "scripts" / "setup"
+
+
+def dry_run(tmp_path: Path, python: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "VENV": str(tmp_path / "venv"), "PYTHON": python, **variables}
+    command = [str(SETUP), "--dry-run", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def interpreter(path: Path, torch: str | None) -> str:
+    """Write an interpreter that imports the module text `torch` as torch, or has none."""
+    packages = path.parent / f"packages-{path.name}"
+    packages.mkdir(parents=True)
+    if torch is not None:
+        (packages / "torch.py").write_text(torch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nPYTHONPATH="{packages}" exec "{sys.base_prefix}/bin/python3" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_torch_of_python_is_used_as_it_is(tmp_path: Path) -> None:
+    python = interpreter(tmp_path / "python", '__version__ = "2.9.0+rocm6.4"')
+    result = dry_run(tmp_path, python)
+    assert f"using torch 2.9.0+rocm6.4 of {python} as it is" in result.stdout
+    assert "installing torch" not in result.stdout
+    assert not (tmp_path / "venv").exists()
+
+
+def test_torch_of_the_environment_comes_first(tmp_path: Path) -> None:
+    interpreter(tmp_path / "venv" / "bin" / "python", '__version__ = "2.9.0"')
+    python = interpreter(tmp_path / "python", '__version__ = "2.10.0"')
+    result = dry_run(tmp_path, python)
+    assert "torch 2.9.0 is there already" in result.stdout
+    assert "making" not in result.stdout
+    assert "2.10.0" not in result.stdout
+
+
+def test_torch_that_does_not_import_is_not_replaced(tmp_path: Path) -> None:
+    python = interpreter(tmp_path / "python", 'raise OSError("libamdhip64.so: not found")')
+    result = dry_run(tmp_path, python)
+    assert result.returncode != 0
+    assert "does not import: OSError('libamdhip64.so: not found')" in result.stderr
+    assert "install" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("index", "shown"), [("", "the default index"), ("https://one.example", "https://one.example")]
+)
+def test_torch_is_installed_where_there_is_none(tmp_path: Path, index: str, shown: str) -> None:
+    python = interpreter(tmp_path / "python", None)
+    result = dry_run(tmp_path, python, "--dev", TORCH_INDEX=index)
+    assert f"from {shown}" in result.stdout
+    assert "with the tools for check and test" in result.stdout
+
+
+def test_old_python_is_refused_with_version_bound_and_fix(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$2" in *platform*) echo 3.9.1 ;; *) exit 1 ;; esac\n')
+    python.chmod(0o755)
+    result = dry_run(tmp_path, str(python))
+    assert result.returncode == 2
+    assert f"PYTHON={python} is Python 3.9.1, needed is at least 3.10: make setup PYTHON=" in result.stderr
+
+
+def test_missing_python_and_unknown_arguments_are_refused(tmp_path: Path) -> None:
+    assert "PYTHON=/no/python does not run" in dry_run(tmp_path, "/no/python").stderr
+    assert "unknown argument --devel" in dry_run(tmp_path, sys.executable, "--devel").stderr

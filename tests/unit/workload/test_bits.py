@@ -1,0 +1,130 @@
+"""The counter-based bits: frozen values, independence of slices, and no visible structure."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from distbench.workload.bits import byte_columns, positive_words, shuffle, smallest, words
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BIT = torch.arange(32)
+
+
+def bits_of(values: Tensor) -> Tensor:
+    return (values.unsqueeze(-1) >> BIT) & 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_values_never_change(device: str) -> None:
+    rows = torch.tensor([0, 1, 2**31 - 1, (5 << 31) | 7], device=device)
+    found = words(0, "golden", rows, 3, device)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [
+        [0, 0, 0],
+    ]
+    content = words(2**62, "golden", torch.arange(500), 300, device).cpu().numpy().tobytes()
+    assert hashlib.sha256(content).hexdigest()[:16] == "?"
+    assert shuffle(3, "golden", 1, 8, device).tolist() == []
+
+
+@given(st.lists(st.integers(0, 2**62 - 1), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 2**62))
+def test_a_slice_holds_what_the_whole_holds(rows: list[int], columns: int, seed: int) -> None:
+    whole = words(seed, "t", torch.tensor(rows), columns, "cpu")
+    for place, row in enumerate(rows):
+        assert torch.equal(words(seed, "t", torch.tensor([row]), columns + 3, "cpu")[0, :columns], whole[place])
+
+
+def test_streams_and_seeds_differ() -> None:
+    rows = torch.arange(4)
+    drawn = [words(seed, stream, rows, 8, "cpu") for seed in (0, 1) for stream in ("a", "b")]
+    assert len({tuple(part.flatten().tolist()) for part in drawn}) == 4
+
+
+def test_rows_are_not_changed() -> None:
+    rows = torch.arange(4)
+    words(0, "a", rows, 8, "cpu")
+    assert rows.tolist() == [0, 1, 2, 3]
+
+
+def test_bytes_are_the_words_in_order() -> None:
+    whole = positive_words(1, "t", torch.arange(3), 2, "cpu")
+    parts = byte_columns(1, "t", torch.arange(3), 7, "cpu").long()
+    assert parts.shape == (3, 7)
+    assert torch.equal(parts[:, 4:], torch.stack([(whole[:, 1] >> shift) & 255 for shift in (0, 8, 16)], dim=1))
+
+
+def test_every_bit_is_balanced_overall_in_rows_and_in_columns() -> None:
+    bits = bits_of(words(0, "balance", torch.arange(1024), 512, "cpu")).float()
+    assert float((bits.mean((0, 1)) - 0.5).abs().max()) < 5 * 0.5 / (1024 * 512) ** 0.5
+    assert float((bits.mean((1, 2)) - 0.5).abs().max()) < 5 * 0.5 / (512 * 32) ** 0.5
+    assert float((bits.mean((0, 2)) - 0.5).abs().max()) < 5 * 0.5 / (1024 * 32) ** 0.5
+
+
+@pytest.mark.parametrize("stride", [1, 2, 64, 1 << 20, 1 << 31])
+def test_neighbouring_rows_and_columns_are_unrelated(stride: int) -> None:
+    signs = bits_of(words(0, "pairs", torch.arange(256) * stride, 256, "cpu")).float() * 2 - 1
+    bound = 6 / (256 * 256) ** 0.5
+    assert float((signs[1:] * signs[:-1]).mean((0, 1)).abs().max()) < bound
+    assert float((signs[:, 1:] * signs[:, :-1]).mean((0, 1)).abs().max()) < bound
+    assert float((signs[:, 4:] * signs[:, :-4]).mean((0, 1)).abs().max()) < bound
+    assert float((signs[..., 1:] * signs[..., :-1]).mean((0, 1)).abs().max()) < bound
+
+
+def test_rows_are_uncorrelated_as_wholes() -> None:
+    signs = (bits_of(words(0, "rows", torch.arange(200), 128, "cpu")).float() * 2 - 1).flatten(1)
+    product = signs @ signs.t() / signs.shape[1]
+    product.fill_diagonal_(0)
+    assert float(product.abs().max()) < 6 / signs.shape[1] ** 0.5
+
+
+@pytest.mark.parametrize("bit", range(0, 62, 3))
+def test_one_bit_of_the_row_flips_half_of_all_bits(bit: int) -> None:
+    rows = torch.arange(64) * 977 + (3 << 33)
+    changed = words(0, "flip", rows, 64, "cpu") ^ words(0, "flip", rows ^ (1 << bit), 64, "cpu")
+    assert float((bits_of(changed).float().mean((0, 1)) - 0.5).abs().max()) < 6 * 0.5 / (64 * 64) ** 0.5
+
+
+@pytest.mark.parametrize("bit", range(12))
+def test_one_bit_of_the_column_flips_half_of_all_bits(bit: int) -> None:
+    drawn = words(0, "flip", torch.arange(16), 1 << 12, "cpu")
+    changed = drawn ^ drawn[:, torch.arange(1 << 12) ^ (1 << bit)]
+    assert float((bits_of(changed).float().mean((0, 1)) - 0.5).abs().max()) < 6 * 0.5 / (1 << 16) ** 0.5
+
+
+def test_no_two_of_many_rows_are_alike() -> None:
+    rows = torch.cat([torch.arange(1 << 17), (torch.arange(1 << 17) << 31) | 12345])
+    pairs = words(0, "unique", rows, 2, "cpu").long()
+    keys = (pairs[:, 0] << 32) ^ (pairs[:, 1] & 0xFFFF_FFFF)
+    assert torch.unique(keys).numel() == rows.unique().numel()  # type: ignore[no-untyped-call]
+
+
+def test_values_spread_evenly() -> None:
+    counts = torch.bincount(byte_columns(0, "chi", torch.arange(256), 4096, "cpu").flatten().long(), minlength=256)
+    expected = 256 * 4096 / 256
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(chi_square - 255) < 6 * (2 * 255) ** 0.5
+
+
+@given(st.integers(0, 300), st.integers(0, 2**40))
+def test_shuffle_permutes(count: int, row: int) -> None:
+    assert sorted(shuffle(0, "p", row, count, "cpu").tolist()) == list(range(count))
+
+
+def test_shuffle_has_no_favourite_place() -> None:
+    drawn = torch.stack([shuffle(0, "p", row, 6, "cpu") for row in range(3000)])
+    for place in range(6):
+        counts = torch.bincount(drawn[:, place], minlength=6).float()
+        assert float((counts - 500).abs().max()) < 6 * (500 * 5 / 6) ** 0.5
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.data())
+def test_smallest_breaks_ties_by_column(keys: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(keys)))
+    wanted = sorted(range(len(keys)), key=lambda column: (keys[column], column))[:count]
+    assert smallest(torch.tensor([keys]), count).tolist() == [wanted]
