@@ -10,7 +10,6 @@ import mmap
 import struct
 import time
 from pathlib import Path
-from types import TracebackType
 
 import msgspec
 
@@ -49,9 +48,7 @@ class Breadcrumbs:
 
     def mark(self, stage: str) -> None:
         """Record that this rank enters `stage` of the current case and arm."""
-        _RECORD.pack_into(
-            self._map, 0, self.case_index, ARMS.index(self.arm), STAGES.index(stage), time.monotonic_ns()
-        )
+        _RECORD.pack_into(self._map, 0, self.case_index, ARMS.index(self.arm), STAGES.index(stage), time.monotonic_ns())
 
     def position(self) -> Position:
         """Return the position written last."""
@@ -63,14 +60,6 @@ class Breadcrumbs:
             self._map.close()
         if self._file is not None:
             self._file.close()
-
-    def __enter__(self) -> Breadcrumbs:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_position(path: Path) -> Position | None:

@@ -36,26 +36,45 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     num_experts: Annotated[Count, _help("routed experts E over all ranks")]
     topk: Annotated[Count, _help("experts k of a token")]
     ep_size: Annotated[Annotated[int, msgspec.Meta(ge=1, le=1 << 16)], _help("ranks W of the expert-parallel group")]
-    tokens: Annotated[tuple[TokenCount, ...], _help("tokens of each rank: one number for all, or a list such as 0,1,7,33")] = (16,)
+    tokens: Annotated[
+        tuple[TokenCount, ...], _help("tokens of each rank: one number for all, or a list such as 0,1,7,33")
+    ] = (16,)
     routing: Annotated[str, _help("uniform, zipf:S, hot-rank:R, fan-in:R, local or duplicates")] = "uniform"
     limit: Annotated[str, _help("rows kept: off, a number, max-recv, max-recv-1, sum, sum32 or pow2")] = "sum32"
     recv_bound: Annotated[bool, _help("with the limit off, cut at the bound that newer SGLang derives")] = False
-    policy: Annotated[Literal["strict", "unchecked", "guard"], _help("limit below total_recv: refuse on all ranks, cut as production does, or cut to total_recv")] = "strict"
+    policy: Annotated[
+        Literal["strict", "unchecked", "guard"],
+        _help("limit below total_recv: refuse on all ranks, cut as production does, or cut to total_recv"),
+    ] = "strict"
     max_dispatch_tokens_per_rank: Annotated[Count, _help("M: tokens that a sender may hold")] = 4096
-    prealloc_max_recv_tokens: Annotated[Rows, _help("P: 0 sizes the receive buffer W * M rows, else W * min(ceil(P / W), M)")] = 0
-    dispatch_dtype: Annotated[Literal["bf16", "fp8"], _help("payload type; fp8 is e4m3 with a scale per 128 columns")] = "bf16"
-    numerics: Annotated[Literal["exact", "gaussian"], _help("inputs: exact in any summation order, or realistic")] = "exact"
-    require: Annotated[Literal["bitwise", "tolerance"], _help("what counts as equal where the numerics are not exact")] = "bitwise"
+    prealloc_max_recv_tokens: Annotated[
+        Rows, _help("P: 0 sizes the receive buffer W * M rows, else W * min(ceil(P / W), M)")
+    ] = 0
+    dispatch_dtype: Annotated[
+        Literal["bf16", "fp8"], _help("payload type; fp8 is e4m3 with a scale per 128 columns")
+    ] = "bf16"
+    numerics: Annotated[Literal["exact", "gaussian"], _help("inputs: exact in any summation order, or realistic")] = (
+        "exact"
+    )
+    require: Annotated[
+        Literal["bitwise", "tolerance"], _help("what counts as equal where the numerics are not exact")
+    ] = "bitwise"
     transport: Annotated[Literal["collective"], _help("what moves the rows")] = "collective"
     experts: Annotated[Literal["reference"], _help("what computes them")] = "reference"
-    slot_order: Annotated[Literal["shuffled", "source"], _help("order of received rows: seeded shuffle (atomics) or by source")] = "shuffled"
+    slot_order: Annotated[
+        Literal["shuffled", "source"], _help("order of received rows: seeded shuffle (atomics) or by source")
+    ] = "shuffled"
     kernel_table: Annotated[str, _help("CSV in aiter's tuned_fmoe format; empty: heuristics only")] = ""
     kernel_table_sha256: Annotated[str, _help("digest of the table's bytes, filled in when it is read")] = ""
     aiter_version: Annotated[str, _help("aiter release whose selection rules apply; empty: the newest known")] = ""
-    cu_count: Annotated[Annotated[int, msgspec.Meta(ge=1, le=4096)], _help("compute units assumed by the heuristics")] = 304
+    cu_count: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=4096)], _help("compute units assumed by the heuristics")
+    ] = 304
     seed: Annotated[Annotated[int, msgspec.Meta(ge=0, le=1 << 62)], _help("seed of inputs and shuffles")] = 0
     repeats: Annotated[Annotated[int, msgspec.Meta(ge=1, le=1_000_000)], _help("times that all arms run")] = 1
-    gather: Annotated[Literal["auto", "rows", "digests"], _help("what rank 0 compares: rows, 128-bit digests, or by size")] = "auto"
+    gather: Annotated[
+        Literal["auto", "rows", "digests"], _help("what rank 0 compares: rows, 128-bit digests, or by size")
+    ] = "auto"
     timeout: Annotated[Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take")] = 300.0
 
     @property

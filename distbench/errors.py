@@ -1,9 +1,9 @@
 """Everything that ends a run early, and the exit codes of all verdicts.
 
-    DistbenchError
-    ├── InvalidCase        the case, a file or the environment makes no sense      INVALID, exit 2
-    ├── Unsupported        this machine lacks what the case needs                  UNSUPPORTED, exit 77
-    └── Overflow           more rows than a sender or a receiver has room for      OVERFLOW, exit 1
+DistbenchError
+├── InvalidCase        the case, a file or the environment makes no sense      INVALID, exit 2
+├── Unsupported        this machine lacks what the case needs                  UNSUPPORTED, exit 77
+└── Overflow           more rows than a sender or a receiver has room for      OVERFLOW, exit 1
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ DERIVED_LIMITS = ("max-recv", "max-recv-1", "sum", "sum32", "pow2")
 ALLOWED_LIMITS = f"off, a whole number of rows from 1 up, {', '.join(DERIVED_LIMITS)}"
 
 RECV_BOUND_STEP = 32
+_SHOWN_RANKS = 8
 
 
 class Traffic(msgspec.Struct, frozen=True):
@@ -106,8 +107,8 @@ def check_capacity(traffic: Traffic, max_dispatch_tokens_per_rank: int) -> None:
 def _refuse_above(counts: Sequence[int], bound: int, verb: str, name: str, way_out: str) -> None:
     over = [rank for rank, count in enumerate(counts) if count > bound]
     if over:
-        shown = ", ".join(f"rank {rank} {verb} {counts[rank]}" for rank in over[:8])
-        more = f" and {len(over) - 8} ranks more" if len(over) > 8 else ""
+        shown = ", ".join(f"rank {rank} {verb} {counts[rank]}" for rank in over[:_SHOWN_RANKS])
+        more = f" and {len(over) - _SHOWN_RANKS} ranks more" if len(over) > _SHOWN_RANKS else ""
         message = f"{name} = {bound} rows: {shown}{more}; raise it or {way_out}"
         raise Overflow(message)
 

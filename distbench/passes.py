@@ -27,7 +27,7 @@ from distbench.verify.records import (
     LostRows,
     Observation,
     Question,
-    ReferenceError,
+    FloatError,
     pair_name,
     pairs_of,
 )
@@ -74,7 +74,9 @@ class Passes:
         arms = arms_of(question.limit, question.case.policy, refused=question.refused)
         settled = False
         for repeat in range(question.case.repeats):
-            fresh: dict[str, Tensor] = {arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0}
+            fresh: dict[str, Tensor] = {
+                arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0
+            }
             if not settled:
                 self.outputs |= fresh
                 settled = self._differs()
@@ -106,18 +108,16 @@ class Passes:
             peak_bytes=_peak_bytes(),
         )
 
-    def _reference_error(self) -> ReferenceError | None:
+    def _reference_error(self) -> FloatError | None:
         if self._expected is not None:
             return None
         index, reference = self._parts.workload.reference_sample(self._session.rank, _REFERENCE_TOKENS)
-        return ReferenceError(_relative_error(self.outputs["padded"][index], reference), index.numel())
+        return FloatError(_relative_error(self.outputs["padded"][index], reference), index.numel())
 
     def _run_arm(self, arm: str, cut: Cut) -> Tensor:
         self._arm = self._session.crumbs.arm = arm
         parts = self._parts
-        combined = run_layer(
-            parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark
-        )
+        combined = run_layer(parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark)
         self._mark("check")
         self._note(self._checker.check_tokens(arm, combined, self._expected))
         self._arm = self._session.crumbs.arm = ""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from distbench.breadcrumbs import read_position
-from distbench.errors import Verdict
 from distbench.job import Job, RankFailure, crumb_path, describe_failure, failure_path
 
 if TYPE_CHECKING:

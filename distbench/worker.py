@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import closing
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ def work(job: Job) -> int:
     """Run the job's case as the rank that torchrun's variables name; return the exit code. Collective."""
     out = Path(job.out)
     crumb_path(out, 0).parent.mkdir(parents=True, exist_ok=True)
-    with Breadcrumbs(crumb_path(out, int(os.environ["RANK"]))) as crumbs:
+    with closing(Breadcrumbs(crumb_path(out, int(os.environ["RANK"])))) as crumbs:
         session = Session(crumbs, job.case.timeout)
         try:
             outcome = run_case(session, job.case)
@@ -46,9 +47,7 @@ def _report(job: Job, outcome: Outcome) -> None:
     records = outcome.gathered.observations if outcome.gathered else []
     environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
     wall_s = (time.monotonic_ns() - job.started_ns) / 1e9
-    report = build_report(
-        outcome, sources=job.sources, warnings=job.warnings, environment=environment, wall_s=wall_s
-    )
+    report = build_report(outcome, sources=job.sources, warnings=job.warnings, environment=environment, wall_s=wall_s)
     for path in filter(None, (str(Path(job.out) / "report.json"), job.json_path)):
         write_report(Path(path), report)
     if not job.supervised:

@@ -8,7 +8,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -67,7 +67,7 @@ def on_ranks(world_size: int, function: RankFunction, *arguments: object) -> lis
     return _pool(world_size).run(function, *arguments)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pool(world_size: int) -> RankPool:
     pool = RankPool(world_size)
     atexit.register(pool.close)

@@ -20,7 +20,7 @@ _LOG_WIDTH = 140
 
 def print_report(report: Report) -> None:
     """Print the whole report to standard output, its verdict last."""
-    from rich.console import Console  # noqa: PLC0415 - rich loads where something is printed
+    from rich.console import Console
 
     width = None if sys.stdout.isatty() else _LOG_WIDTH
     console = Console(highlight=False, width=width, soft_wrap=False)
@@ -42,7 +42,7 @@ def print_error(verdict: Verdict, message: str) -> None:
 
 def print_presets(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
     """Print the table of model layers."""
-    from rich.console import Console  # noqa: PLC0415 - rich loads where something is printed
+    from rich.console import Console
 
     Console(highlight=False).print(_table("", columns, rows))
 
@@ -135,8 +135,8 @@ def _lost_line(report: Report) -> str:
 
 
 def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    from rich import box  # noqa: PLC0415 - rich loads where something is printed
-    from rich.table import Table  # noqa: PLC0415
+    from rich import box
+    from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):

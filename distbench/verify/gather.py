@@ -106,10 +106,9 @@ class _Reader:
         disputed = sorted(self._disputed | {record.rank for record in records if not self._agrees(record)})
         total = {name: NO_DIFFERENCE for name, _, _ in self._pairs}
         for record in records:
-            for name in total:
-                # Digests tell which tokens differ; in how many elements and how far, only their rank has seen.
-                seen = self._per_rank[record.rank] if self._mode == "rows" else record.comparisons
-                total[name] = total[name].plus(seen[name])
+            # Digests tell which tokens differ; in how many elements and how far, only their rank has seen.
+            seen = self._per_rank[record.rank] if self._mode == "rows" else record.comparisons
+            total = {name: found.plus(seen[name]) for name, found in total.items()}
         return Gathered(records, total, self.differing, disputed, self._mode)
 
     def _agrees(self, record: Observation) -> bool:
@@ -139,9 +138,7 @@ def _send_chunks(group: dist.ProcessGroup, payload: Tensor) -> None:
             dist.send(chunk.contiguous().view(torch.uint8), group=group, group_dst=0)
 
 
-def _receive_chunks(
-    group: dist.ProcessGroup, sender: int, num_tokens: int, like: Tensor, reader: _Reader
-) -> None:
+def _receive_chunks(group: dist.ProcessGroup, sender: int, num_tokens: int, like: Tensor, reader: _Reader) -> None:
     step = _chunk_rows_of(like)
     reader.take(sender, like[:0])
     for start in range(0, num_tokens, step):

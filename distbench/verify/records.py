@@ -80,7 +80,7 @@ class LostRows(msgspec.Struct, frozen=True):
     tokens: list[tuple[int, int]] = []
 
 
-class ReferenceError(msgspec.Struct, frozen=True):
+class FloatError(msgspec.Struct, frozen=True):
     """The worst error against the float reference, as a share of the token's largest magnitude; None with a NaN."""
 
     worst: float | None
@@ -106,7 +106,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     digests: dict[str, str]
     divergences: list[Divergence]
     comparisons: dict[str, RowComparison]
-    reference: ReferenceError | None
+    reference: FloatError | None
     drift: float | None
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]

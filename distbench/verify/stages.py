@@ -36,9 +36,7 @@ class StageChecker:
         self._known: _Received | None = None
         self._baseline_rows: Tensor | None = None
 
-    def check_rows(
-        self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor
-    ) -> Divergence | None:
+    def check_rows(self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> Divergence | None:
         """Return where this pass's received rows or expert rows first go wrong.
 
         Rows that a cut took away are not looked at here; see `check_cut`.

@@ -62,8 +62,8 @@ def _baseline(_: Question, gathered: Gathered) -> Finding:
         Reason(
             code="reference",
             rank=record.rank,
-            message=f"rank {record.rank}: padded is {_share(record.reference.worst)} of a token's largest magnitude away "
-            f"from the float reference, allowed is {TOLERANCE:.3g}",
+            message=f"rank {record.rank}: padded is {_share(record.reference.worst)} of a token's largest magnitude "
+            f"away from the float reference, allowed is {TOLERANCE:.3g}",
         )
         for record in gathered.observations
         if record.reference is not None and not _close(record.reference.worst)
@@ -107,9 +107,7 @@ def _corrupt(question: Question, gathered: Gathered) -> Finding:
     explained = _may_drift(question, gathered)
     reasons = []
     for arm in _ARM_ORDER[1:]:
-        reasons += [
-            _diverged(found) for found in _divergences(gathered, arm) if not (explained and _is_drift(found))
-        ]
+        reasons += [_diverged(found) for found in _divergences(gathered, arm) if not (explained and _is_drift(found))]
     for pair, comparison in gathered.comparisons.items():
         if not comparison.equal and not (explained and pair in _DRIFT_PAIRS):
             reasons.append(_differs(gathered, pair))

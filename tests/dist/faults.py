@@ -9,14 +9,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from distbench import rank as rank_module
 from distbench.case import Case
+from distbench.experts import make_experts
 from distbench.experts.base import Experts
 from distbench.rank import run_case
 from distbench.session import Session
+from distbench.transport import make_transport
 from distbench.transport.base import Dispatched, Transport
+from distbench.transport.collective import CollectiveTransport
 from distbench.verify.records import Outcome
-from distbench.workload import TokenBatch
+from distbench.workload import TokenBatch, Workload
 
 ARM_CALLS = ("padded", "control", "repadded", "truncated")
 
@@ -42,7 +44,7 @@ def _other_expert(ids: Tensor) -> None:
     ids[0] = ids[0] ^ 1
 
 
-DISPATCH: dict[str, Callable[[Dispatched], None]] = {
+DISPATCH: dict[str, Callable[[Dispatched], object]] = {
     "flip the lowest bit of a received element": lambda received: flip(received.hidden, byte=100),
     "flip a sign": lambda received: flip(received.hidden, byte=101, bit=7),
     "swap two received rows": _swap_received,
@@ -55,21 +57,21 @@ DISPATCH: dict[str, Callable[[Dispatched], None]] = {
     "stale row": lambda received: received.hidden[0].copy_(received.hidden[1]),
     "one row fewer": lambda received: received.total_recv.sub_(1),
 }
-EXPERTS: dict[str, Callable[[Tensor], None]] = {
+EXPERTS: dict[str, Callable[[Tensor], object]] = {
     "flip the lowest bit of a result": lambda rows: flip(rows, byte=2),
     "swap two results": swap,
     "negative zero": lambda rows: rows[:2].masked_fill_(rows[:2] == 0, -0.0),
     "drop a contribution": lambda rows: rows[0].zero_(),
     "double a contribution": lambda rows: rows[0].mul_(2),
 }
-COMBINE: dict[str, Callable[[Tensor], None]] = {
+COMBINE: dict[str, Callable[[Tensor], object]] = {
     "flip the lowest bit of a token": lambda rows: flip(rows, byte=2),
     "swap two tokens": swap,
     "drop a token": lambda rows: rows[0].zero_(),
     "multiply by the number of ranks": lambda rows: rows.mul_(4),
     "negative zeros": lambda rows: rows.masked_fill_(rows == 0, -0.0),
 }
-FAULTS = {"dispatch": DISPATCH, "experts": EXPERTS, "combine": COMBINE}
+FAULTS: dict[str, list[str]] = {"dispatch": [*DISPATCH], "experts": [*EXPERTS], "combine": [*COMBINE]}
 
 
 class FaultyTransport:
@@ -120,57 +122,42 @@ class FaultyExperts:
 def run_with_fault(session: Session, case: Case, stage: str, fault: str, arm: str, rank: int) -> Outcome | None:
     """Run `case` with `fault` on `rank` in `arm`; the outcome is that of rank 0."""
     call = ARM_CALLS.index(arm)
-    make_transport, make_experts = rank_module.make_transport, rank_module.make_experts
+
+    def transport(*arguments: Any) -> Transport:
+        return FaultyTransport(make_transport(*arguments), stage, fault, call)
+
+    def experts(case: Case) -> Experts:
+        return FaultyExperts(make_experts(case), fault, call)
+
     if session.rank != rank:
         return run_case(session, case)
-    with (
-        patch.object(
-            rank_module,
-            "make_transport",
-            lambda *arguments: FaultyTransport(make_transport(*arguments), stage, fault, call),
-        ),
-        patch.object(
-            rank_module,
-            "make_experts",
-            lambda case: FaultyExperts(make_experts(case), fault, call) if stage == "experts" else make_experts(case),
-        ),
-    ):
+    if stage == "experts":
+        with patch("distbench.rank.make_experts", experts):
+            return run_case(session, case)
+    with patch("distbench.rank.make_transport", transport):
         return run_case(session, case)
 
 
 def run_with_weights_of_another_expert(session: Session, case: Case, rank: int) -> Outcome | None:
     """Run `case` where `rank` holds two of its experts in each other's place."""
-    workload = rank_module._workload  # noqa: SLF001
+    local_weights = Workload.local_weights
 
-    def swapped(case: Case, device: torch.device) -> Any:
-        made = workload(case, device)
-        local_weights = made.local_weights
-
-        def exchanged(of: int) -> tuple[Tensor, Tensor]:
-            w1, w2 = local_weights(of)
+    def exchanged(workload: Workload, of: int) -> tuple[Tensor, Tensor]:
+        w1, w2 = local_weights(workload, of)
+        if session.rank == rank:
             swap(w1)
-            return w1, w2
+        return w1, w2
 
-        made.local_weights = exchanged
-        return made
-
-    if session.rank != rank:
-        return run_case(session, case)
-    with patch.object(rank_module, "_workload", swapped):
+    with patch.object(Workload, "local_weights", exchanged):
         return run_case(session, case)
 
 
 def run_with_foreign_ids_in_combine(session: Session, case: Case, rank: int) -> Outcome | None:
     """Run `case` where `rank` passes other ids of the right shape to combine."""
-    make_transport = rank_module.make_transport
+    combine = CollectiveTransport.combine
 
-    def altered(*arguments: Any) -> Transport:
-        transport = make_transport(*arguments)
-        combine = transport.combine
-        transport.combine = lambda rows, ids: combine(rows, ids.roll(1, 0))  # type: ignore[method-assign]
-        return transport
+    def rolled(transport: CollectiveTransport, rows: Tensor, ids: Tensor) -> Tensor:
+        return combine(transport, rows, ids.roll(1, 0) if session.rank == rank else ids)
 
-    if session.rank != rank:
-        return run_case(session, case)
-    with patch.object(rank_module, "make_transport", altered):
+    with patch.object(CollectiveTransport, "combine", rolled):
         return run_case(session, case)

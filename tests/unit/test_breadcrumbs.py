@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 
 from distbench.breadcrumbs import Breadcrumbs, read_position
@@ -11,7 +12,7 @@ from distbench.breadcrumbs import Breadcrumbs, read_position
 def test_the_last_position_is_read_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rank.crumbs"
     assert read_position(path) is None
-    with Breadcrumbs(path) as crumbs:
+    with closing(Breadcrumbs(path)) as crumbs:
         crumbs.case_index, crumbs.arm = 7, "truncated"
         before = time.monotonic_ns()
         crumbs.mark("combine")

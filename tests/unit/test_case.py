@@ -71,7 +71,7 @@ def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
 
 
 def test_ranks_of_the_case_and_of_the_launcher_must_agree() -> None:
-    with pytest.raises(InvalidCase, match="ep_size = 3 .*4 ranks were started"):
+    with pytest.raises(InvalidCase, match=r"ep_size = 3 .*4 ranks were started"):
         resolve_case([Layer("file", {"ep_size": 3})], 4)
 
 
@@ -93,8 +93,13 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
 def test_every_field_is_hashed(key: str, number: int) -> None:
     case = resolve()
     value = getattr(case, key)
-    other = {int: lambda: value + number, float: lambda: value + number, bool: lambda: not value}
-    changed = other[type(value)]() if type(value) in other else (value + (number,) if key == "tokens" else f"{value}x")
+    changed: Any = f"{value}x"
+    if isinstance(value, bool):
+        changed = not value
+    elif isinstance(value, int | float):
+        changed = value + number
+    elif isinstance(value, tuple):
+        changed = (*value, number)
     assert case_hash(msgspec.structs.replace(case, **{key: changed})) != case_hash(case)
 
 
@@ -133,13 +138,13 @@ values = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(FIELD_TYPES)) | st.text(max_size=8), values, max_size=4), st.booleans())
-def test_any_values_give_a_case_or_one_line(table: dict[str, Any], strict: bool) -> None:  # noqa: FBT001
+def test_any_values_give_a_case_or_one_line(table: dict[str, Any], strict: bool) -> None:
+    line = ""
     try:
-        case = resolve_case([Layer("test", table, strict)], None).case
+        resolve_case([Layer("test", table, strict)], None)
     except DistbenchError as error:
-        assert "\n" not in str(error)
-    else:
-        assert len(case.tokens) == case.ep_size
+        line = str(error)
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -78,7 +78,7 @@ def test_wrong_variable_is_refused_in_one_line(venv: Path, variables: dict[str, 
     result = launch(venv, **variables)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith(f"torchrun.sh: {complaint}; set it to")
+    assert result.stderr.startswith(f"torchrun.sh: {complaint}; set it ")
     assert result.stderr.count("\n") == 1
 
 
