@@ -18,6 +18,8 @@ from distbench.errors import InvalidCase
 from distbench.limits import parse_limit
 from distbench.models import PRESETS
 
+STAND_INS = {"collective": "collective for mori", "reference": "reference for aiter"}
+
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
@@ -83,6 +85,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.num_experts // self.ep_size
 
     @property
+    def stand_ins(self) -> list[str]:
+        """What runs in the place of mori and aiter."""
+        return [STAND_INS[name] for name in (self.transport, self.experts) if name in STAND_INS]
+
+    @property
     def capacity(self) -> int:
         """R, rows of the receive buffer (MoRI: W * M, or W * min(ceil(P / W), M) where P is given)."""
         share = self.max_dispatch_tokens_per_rank
@@ -97,6 +104,9 @@ class Layer(msgspec.Struct, frozen=True):
     source: str
     values: Mapping[str, Any]
     strict: bool = True
+
+
+FLAGS = "flag"
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -208,7 +218,8 @@ def _typed(key: str, raw: Any, layer: Layer) -> Any:
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
         allowed = get_args(get_args(FIELD_TYPES[key])[0]) if "enum" in str(error) else ()
         reason = f"allowed are {', '.join(allowed)}" if allowed else one_line(error)
-        message = f"{layer.source}: {key} = {raw!r:.120}: {reason}"
+        name = f"--{key.replace('_', '-')}" if layer.source == FLAGS else f"{layer.source}: {key}"
+        message = f"{name} = {raw!r:.120}: {reason}"
         raise InvalidCase(message) from error
 
 
@@ -217,7 +228,8 @@ def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int |
         values.setdefault("ep_size", 8)
         sources.setdefault("ep_size", "default")
     elif values.get("ep_size", ep_size) == ep_size:
-        values["ep_size"], sources["ep_size"] = ep_size, sources.get("ep_size", "launcher")
+        values["ep_size"] = _typed("ep_size", ep_size, Layer("launcher", {}))
+        sources.setdefault("ep_size", "launcher")
     else:
         message = (
             f"ep_size = {values['ep_size']} ({sources['ep_size']}): {ep_size} ranks were started; "

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from distbench import __version__
-from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Layer, Resolved, load_case_file, resolve_case
+from distbench.case import (
+    DERIVED_KEYS,
+    FIELD_DEFAULTS,
+    FIELD_HINTS,
+    FLAGS,
+    Layer,
+    Resolved,
+    load_case_file,
+    resolve_case,
+)
 from distbench.errors import DistbenchError, InvalidCase, Verdict
 from distbench.job import Job
 from distbench.models import PRESETS, ModelShape
@@ -96,10 +105,13 @@ def _run(options: argparse.Namespace) -> int:
 
         preload_ranks()
     resolved = _resolve(options, None if supervised else int(os.environ["WORLD_SIZE"]))
+    from distbench.preflight import check_case, check_folder  # noqa: PLC0415 - loads torch
+
+    check_folder(options.out)
     job = Job(
         case=resolved.case,
         sources=resolved.sources,
-        warnings=near_misses(os.environ),
+        warnings=[*near_misses(os.environ), *check_case(resolved.case)],
         out=options.out,
         json_path=options.json,
         supervised=supervised,
@@ -118,7 +130,7 @@ def _resolve(options: argparse.Namespace, world_size: int | None) -> Resolved:
         for name, value in vars(options).items()
         if name.startswith(_CASE_DEST) and value is not None
     }
-    layers = [Layer("flag", given, strict=False)]
+    layers = [Layer(FLAGS, given, strict=False)]
     if options.case:
         layers.append(load_case_file(options.case))
     layers += read_environment(os.environ)

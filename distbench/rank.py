@@ -38,7 +38,7 @@ def run_case(session: Session, case: Case) -> Outcome | None:
 
 def _run(session: Session, case: Case) -> Outcome | None:
     session.crumbs.mark("agree")
-    workload = _workload(case, session.device)
+    workload = workload_for(case, session.device)
     batch = workload.tokens(session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
     counts = session.agree(case_hash(case), _probe(workload), sent)
@@ -53,11 +53,16 @@ def _run(session: Session, case: Case) -> Outcome | None:
     if gathered is None:
         return None
     judgement = judge(question, gathered)
-    stand_ins = [name for name in (parts.transport.stand_in, parts.experts.stand_in) if name]
-    return Outcome(case, judgement, question, gathered, diagnose(question, gathered, judgement), stand_ins)
+    return Outcome(case, judgement, question, gathered, diagnose(question, gathered, judgement))
 
 
-def _workload(case: Case, device: torch.device) -> Workload:
+def workload_for(case: Case, device: torch.device) -> Workload:
+    """Return the case's inputs.
+
+    Raises:
+        InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
+
+    """
     return make_workload(
         numerics=case.numerics,
         hidden_size=case.hidden_size,

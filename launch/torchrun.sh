@@ -12,6 +12,8 @@
 #   RDZV_ID         the same word on all nodes of a job (the Slurm, PBS or LSF job id, else distbench)
 #   OMP_NUM_THREADS threads of a rank (cores / ranks, at least 1)
 #   VENV            environment to start from (.venv of this checkout; the active one where that does not exist)
+#
+# torchrun numbers the ranks of several nodes itself: rank 0, which prints and writes the report, may be on any of them.
 set -euo pipefail
 
 fail() {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def measure_times(commands: dict[str, list[str]], runs: int) -> dict[str, list[f
         for name, command in commands.items():
             _progress(f"time: {name}, " + (f"run {turn} of {runs}" if turn else "warm-up"))
             started = time.monotonic()
-            _finish(_start(command))
+            _finish(command, _start(command))
             if turn:
                 seconds[name].append(time.monotonic() - started)
     return seconds
@@ -118,7 +119,7 @@ def sample_memory(command: Sequence[str]) -> list[Memory]:
     while process.poll() is None:
         samples.append(_memory_of(_descendants(process.pid)))
         time.sleep(SAMPLE_SECONDS)
-    _finish(process)
+    _finish(command, process)
     return samples
 
 
@@ -126,9 +127,9 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _finish(process: subprocess.Popen[bytes]) -> None:
+def _finish(command: Sequence[str], process: subprocess.Popen[bytes]) -> None:
     if process.wait():
-        sys.exit(f"bench: exit code {process.returncode} from: {' '.join(map(str, list(process.args)))}")
+        sys.exit(f"bench: exit code {process.returncode} from: {shlex.join(command)}")
 
 
 def _descendants(root: int) -> Iterator[int]:

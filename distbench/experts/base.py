@@ -13,8 +13,6 @@ from distbench.experts.selection import KernelChoice
 class Experts(Protocol):
     """Computes the experts that one rank holds, with a kernel that the row count selects."""
 
-    stand_in: str | None
-
     def selection(self, rows: int) -> KernelChoice:
         """Return the kernel that a call with `rows` allocated rows runs."""
 

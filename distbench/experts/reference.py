@@ -30,8 +30,6 @@ class _Group(NamedTuple):
 class ReferenceExperts:
     """The stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
-    stand_in: str | None = "reference for aiter"
-
     def __init__(self, selector: KernelSelector, seed: int) -> None:
         """Select kernels with `selector`; `seed` orders the adds of atomic epilogues."""
         self._selector = selector

@@ -34,7 +34,6 @@ class Transport(Protocol):
     """
 
     capacity: int
-    stand_in: str | None
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """Send each token once to every rank that holds one of its experts."""

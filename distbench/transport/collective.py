@@ -51,8 +51,6 @@ class CollectiveTransport:
     `shuffled` is false.
     """
 
-    stand_in: str | None = "collective for mori"
-
     def __init__(
         self, group: dist.ProcessGroup, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool
     ) -> None:

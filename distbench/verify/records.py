@@ -185,7 +185,6 @@ class Outcome(msgspec.Struct, frozen=True):
     question: Question | None = None
     gathered: Gathered | None = None
     diagnosis: list[Diagnosis] = []
-    stand_ins: list[str] = []
 
 
 def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -38,8 +38,8 @@ def routing_weights(seed: int, keys: Tensor, topk: int) -> Tensor:
 def dense_weights(hidden_size: int, intermediate_size: int, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Return w1 bf16 [e, 2I, H], about N(0, 1/H), and w2 bf16 [e, H, I], about N(0, 1/I), of `experts` int64 [e]."""
     count, inter = experts.numel(), intermediate_size
-    w1 = _normal(seed, "w1", _rows_of(experts, 2 * inter), hidden_size, hidden_size)
-    w2 = _normal(seed, "w2", _rows_of(experts, hidden_size), inter, inter)
+    w1 = _normal(seed, "gaussian/w1", _rows_of(experts, 2 * inter), hidden_size, hidden_size)
+    w2 = _normal(seed, "gaussian/w2", _rows_of(experts, hidden_size), inter, inter)
     return w1.view(count, 2 * inter, hidden_size), w2.view(count, hidden_size, inter)
 
 

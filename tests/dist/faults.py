@@ -77,8 +77,6 @@ FAULTS: dict[str, list[str]] = {"dispatch": [*DISPATCH], "experts": [*EXPERTS], 
 class FaultyTransport:
     """A transport that damages what dispatch or combine gives, in one call."""
 
-    stand_in: str | None = None
-
     def __init__(self, inner: Transport, stage: str, fault: str, call: int) -> None:
         self.capacity = inner.capacity
         self._inner, self._stage, self._fault, self._call = inner, stage, fault, call
@@ -103,8 +101,6 @@ class FaultyTransport:
 
 class FaultyExperts:
     """Experts that damage their result in one call."""
-
-    stand_in: str | None = None
 
     def __init__(self, inner: Experts, fault: str, call: int) -> None:
         self._inner, self._fault, self._call = inner, fault, call

@@ -26,11 +26,35 @@ def test_values_never_change(device: str) -> None:
     found = words(0, "golden", rows, 3, device)
     assert found.dtype == torch.int32
     assert found.tolist() == [
-        [0, 0, 0],
+        [-1076954771, -793951680, -75749866],
+        [1287625479, 1345264863, -1603054459],
+        [46667871, 1515353098, 177344914],
+        [338284738, 2098257392, 880846280],
     ]
-    content = words(2**62, "golden", torch.arange(500), 300, device).cpu().numpy().tobytes()
-    assert hashlib.sha256(content).hexdigest()[:16] == "?"
-    assert shuffle(3, "golden", 1, 8, device).tolist() == []
+    drawn = words(2**62, "golden", torch.arange(50), 30, device)
+    assert (
+        hashlib.sha256(bytes(drawn.cpu().view(torch.uint8).flatten().tolist())).hexdigest()[:16] == "040938c119657a53"
+    )
+    assert shuffle(3, "golden", 1, 8, device).tolist() == [3, 1, 5, 7, 0, 6, 4, 2]
+
+
+def slow_word(seed: int, tensor: str, row: int, column: int) -> int:
+    """One word in Python's own integers."""
+    key = hashlib.sha256(f"distbench/{seed}/{tensor}".encode()).digest()
+    state = row ^ int.from_bytes(key[:8], "little")
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        state = (state ^ (state >> shift)) * factor % 2**64
+    low, high = state % 2**32, state >> 32
+    value = low ^ ((column * 0x9E3779B9 + int.from_bytes(key[8:12], "little")) % 2**32)
+    value = ((value ^ (value >> 16)) * 0x7FEB352D + high) % 2**32
+    value = (value ^ (value >> 15)) * 0x846CA68B % 2**32
+    return value ^ (value >> 16)
+
+
+@given(st.integers(0, 2**62 - 1), st.integers(0, 2**62), st.text("abc/", max_size=5))
+def test_arithmetic_wraps_as_it_should(row: int, seed: int, tensor: str) -> None:
+    wanted = [[slow_word(seed, tensor, row, column) for column in range(20)]]
+    assert positive_words(seed, tensor, torch.tensor([row]), 20, "cpu").tolist() == wanted
 
 
 @given(st.lists(st.integers(0, 2**62 - 1), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 2**62))
@@ -101,7 +125,7 @@ def test_no_two_of_many_rows_are_alike() -> None:
     rows = torch.cat([torch.arange(1 << 17), (torch.arange(1 << 17) << 31) | 12345])
     pairs = words(0, "unique", rows, 2, "cpu").long()
     keys = (pairs[:, 0] << 32) ^ (pairs[:, 1] & 0xFFFF_FFFF)
-    assert torch.unique(keys).numel() == rows.unique().numel()  # type: ignore[no-untyped-call]
+    assert torch.unique(keys).numel() == rows.unique().numel()
 
 
 def test_values_spread_evenly() -> None:

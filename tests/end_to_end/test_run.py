@@ -1,0 +1,210 @@
+"""`distbench run` as a user types it: output, report and exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench.production import LIMIT
+
+ROOT = Path(__file__).parents[2]
+LARGE = ("--hidden-size", "2048", "--intermediate-size", "256", "--tokens", "32")
+
+
+class Run:
+    """One finished command and its report, if it wrote one."""
+
+    def __init__(self, out: Path, *arguments: str, environ: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "distbench", "run", "--out", str(out), *arguments]
+        start = time.monotonic()
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            env=os.environ | (environ or {}),
+            check=False,
+            cwd=ROOT,
+        )
+        self.seconds = time.monotonic() - start
+        self.exit_code, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
+        path = out / "report.json"
+        self.report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def last_line(self) -> str:
+        return self.stdout.rstrip("\n").splitlines()[-1]
+
+
+def tiny(out: Path, nproc: int, *arguments: str, **environ: str) -> Run:
+    return Run(out, "--nproc", str(nproc), "--model", "tiny", *arguments, environ=environ)
+
+
+def test_pass_with_two_kernels(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 4)
+    assert run.exit_code == 0
+    assert run.last_line.startswith("PASS (emulated: collective for mori, reference for aiter): truncated == ")
+    assert run.report["verdict"] == "PASS"
+    assert run.report["emulated"] is True
+    for rank in run.report["ranks"]:
+        padded, truncated = rank["kernels"]["padded"], rank["kernels"]["truncated"]
+        assert (padded["rows"], truncated["rows"]) == (16384, 64)
+        assert padded["block_m"] != truncated["block_m"]
+        assert len({rank["digests"][arm] for arm in ("padded", "control", "repadded", "truncated", "oracle")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("nproc", "tokens"), [(1, "9"), (2, "0,5"), (3, "4,0,11"), (5, "3"), (7, "1,0,0,9,2,7,1"), (8, "0,1,7,33,0,2,2,40")]
+)
+def test_the_exact_limit_passes_and_one_less_names_the_lost(tmp_path: Path, nproc: int, tokens: str) -> None:
+    run = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv")
+    assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
+    short = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv-1", "--policy", "unchecked")
+    report = short.report
+    assert (short.exit_code, report["verdict"]) == (1, "UNDER_LIMIT")
+    fullest = max(rank["total_recv"] for rank in report["ranks"])
+    at_maximum = [rank["rank"] for rank in report["ranks"] if rank["total_recv"] == fullest]
+    named = [reason["rank"] for reason in report["reasons"] if reason["code"] == "limit-below-total-recv"]
+    assert named == at_maximum
+    assert report["lost"]["by_rank"] == {str(rank): 1 for rank in at_maximum}
+    lost = {tuple(token) for token in report["lost"]["tokens"]}
+    damaged = next(one for one in report["comparison"] if one["arms"] == ["padded", "truncated"])
+    assert damaged["differing_tokens"] == len(lost)
+    (cause,) = (one for one in report["diagnosis"] if one["cause"] == "lost by the cut")
+    assert cause["confidence"] == "certain"
+    assert {tuple(token) for token in cause["tokens"]} == lost
+
+
+def test_strict_refuses_on_all_ranks(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 3, "--tokens", "0,9,5", "--limit", "max-recv-1")
+    assert (run.exit_code, run.report["verdict"]) == (1, "UNDER_LIMIT")
+    assert "refused on all ranks" in run.stdout
+    assert all(set(rank["kernels"]) == {"padded", "control"} for rank in run.report["ranks"])
+    assert run.report["lost"]["rows"] >= 1
+
+
+def test_guard_raises_the_limit(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 2, "--limit", "3", "--policy", "guard")
+    assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
+    for rank in run.report["ranks"]:
+        assert rank["kernels"]["truncated"]["rows"] == rank["total_recv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "verdict"),
+    [
+        (("--tokens", "65", "--max-dispatch-tokens-per-rank", "64"), "OVERFLOW"),
+        (("--routing", "fan-in:1", "--prealloc-max-recv-tokens", "20"), "OVERFLOW"),
+    ],
+)
+def test_overflow(tmp_path: Path, arguments: tuple[str, ...], verdict: str) -> None:
+    run = tiny(tmp_path, 2, *arguments)
+    assert (run.exit_code, run.report["verdict"]) == (1, verdict)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "zipf:1.2", "hot-rank:1", "fan-in:0", "local", "duplicates"])
+def test_routings_and_fp8_pass(tmp_path: Path, routing: str) -> None:
+    run = tiny(
+        tmp_path, 3, "--routing", routing, "--dispatch-dtype", "fp8", "--gather", "digests", "--tokens", "0,9,33"
+    )
+    assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
+
+
+@pytest.mark.parametrize(
+    ("table", "numerics", "verdict"),
+    [
+        ("splitk", "gaussian", "DRIFT"),
+        ("atomic", "gaussian", "NONDETERMINISTIC"),
+        ("splitk", "exact", "PASS"),
+        ("atomic", "exact", "PASS"),
+    ],
+)
+def test_kernels_that_differ(tmp_path: Path, table: str, numerics: str, verdict: str) -> None:
+    run = tiny(tmp_path, 4, *LARGE, "--kernel-table", f"tests/data/{table}.csv", "--numerics", numerics)
+    assert run.report["verdict"] == verdict
+    assert not run.report["warnings"]
+    equal = {tuple(one["arms"]): one["equal"] for one in run.report["comparison"]}
+    if verdict == "DRIFT":
+        assert equal["padded", "repadded"]
+        assert not equal["padded", "truncated"]
+        kernels = run.report["ranks"][0]["kernels"]
+        assert (kernels["padded"]["ksplit"], kernels["truncated"]["ksplit"]) == (0, 4)
+    if verdict == "NONDETERMINISTIC":
+        assert not equal["padded", "control"]
+
+
+def test_tolerance_accepts_drift(tmp_path: Path) -> None:
+    table = ("--kernel-table", "tests/data/splitk.csv", "--numerics", "gaussian", "--require", "tolerance")
+    run = tiny(tmp_path, 4, *LARGE, *table)
+    assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
+    assert "within tolerance" in run.last_line
+
+
+def test_environment_sets_the_limit_and_flags_win(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 2, **{LIMIT: "40", "MORI_MOE_MAX_INPUT_TOKENS": "8"})
+    assert run.report["limit"]["effective"] == 40
+    assert run.report["limit"]["source"] == f"env:{LIMIT}"
+    (warning,) = run.report["warnings"]
+    assert "has no effect" in warning
+    assert warning in " ".join(run.stdout.split())
+    assert tiny(tmp_path, 2, "--limit", "41", **{LIMIT: "40"}).report["limit"]["effective"] == 41
+
+
+def test_case_file_and_a_report_shown_again(tmp_path: Path) -> None:
+    file = tmp_path / "case.toml"
+    file.write_text('model = "tiny-odd"\ntokens = [3, 0]\nrouting = "local"\nseed = 5\n')
+    run = Run(tmp_path, "--nproc", "2", "--case", str(file), "--json", str(tmp_path / "deep" / "copy.json"))
+    assert run.exit_code == 0
+    assert run.report["sources"]["seed"] == f"file:{file}"
+    assert json.loads((tmp_path / "deep" / "copy.json").read_text()) == run.report
+    command = [sys.executable, "-m", "distbench", "show", str(tmp_path / "report.json")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout == run.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--limit", "-1"),
+        ("--routing", "fan-in:9"),
+        ("--routing", "spiral"),
+        ("--topk", "33", "--num-experts", "256", "--model", "tiny", "--hidden-size", "4"),
+        ("--num-experts", "12"),
+        ("--nproc", "0"),
+        ("--kernel-table", "/nonexistent"),
+        ("--case", "/nonexistent.toml"),
+        ("--frobnicate",),
+    ],
+)
+def test_invalid_cases_are_refused_in_one_line_within_two_seconds(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    run = Run(tmp_path, *arguments)
+    assert run.exit_code == 2
+    assert run.stderr.startswith("distbench: INVALID: ")
+    assert run.stderr.count("\n") == 1
+    assert run.seconds < 2
+
+
+def test_repeats_count_as_iterations(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 2, "--repeats", "3")
+    assert run.report["timing"]["padded"]["experts"]["iterations"] == 1
+    assert run.report["timing"]["truncated"]["experts"]["iterations"] == 3
+
+
+def test_the_report_has_every_promised_key(tmp_path: Path) -> None:
+    report = tiny(tmp_path, 2).report
+    promised = {
+        "schema", "verdict", "exit_code", "reasons", "emulated", "stand_ins", "case", "limit", "environment", "ranks",
+        "comparison", "lost", "first_divergence", "diagnosis", "timing", "memory",
+    }  # fmt: skip
+    assert promised <= report.keys()
+    assert report["schema"] == "distbench.report/1"
+    assert len(report["case"]["hash"]) == 64
+    assert Counter(rank["rank"] for rank in report["ranks"]) == {0: 1, 1: 1}

@@ -1,0 +1,102 @@
+"""Gaussian inputs: their distribution, their bits, and the reference."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distbench.workload import gaussian, make_workload
+from distbench.workload.gaussian import dense_weights, hidden_states, routing_weights
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def check_normal(values: Tensor, deviation: float) -> None:
+    wide = values.double().flatten() / deviation
+    tolerance = 6 / wide.numel() ** 0.5
+    assert abs(float(wide.mean())) < tolerance
+    assert abs(float(wide.std()) - 1) < tolerance + 2**-8
+    # Four uniform numbers have an excess kurtosis of -0.3.
+    assert abs(float((wide**4).mean()) - 2.7) < 0.1
+    assert float(wide.abs().max()) < 3.5
+
+
+def test_distributions() -> None:
+    check_normal(hidden_states(0, torch.arange(400), 500), 1)
+    w1, w2 = dense_weights(320, 96, 0, torch.tensor([3, 9]))
+    assert w1.shape == (2, 192, 320)
+    assert w2.shape == (2, 320, 96)
+    assert w1.dtype == w2.dtype == torch.bfloat16
+    check_normal(w1, 320**-0.5)
+    check_normal(w2, 96**-0.5)
+
+
+def test_scaling_is_exact_before_the_one_rounding() -> None:
+    sums = torch.arange(-510, 511)
+    for fan_in in (1, 96, 320, 768, 2048, 7168, 14336):
+        scale = gaussian._short_scale(1 / (gaussian._DEVIATION * fan_in**0.5))  # noqa: SLF001 - the claim is about it
+        assert torch.equal((sums.float() * scale).double(), sums.double() * scale)
+
+
+def test_weights_are_positive_shares() -> None:
+    weights = routing_weights(0, torch.arange(2000), 8)
+    assert weights.dtype == torch.float32
+    assert float(weights.min()) > 0
+    sums = weights.double().sum(1)
+    assert float(sums.max()) <= 1
+    assert float(sums.min()) > 1 - 8 * 2.0**-20
+    assert float(weights.std()) > 0.02
+
+
+def test_any_slice_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = dense_weights(64, 32, 1, torch.arange(6))
+    monkeypatch.setattr(gaussian, "_CHUNK_ELEMENTS", 1000)
+    part = dense_weights(64, 32, 1, torch.tensor([4, 1]))
+    assert all(torch.equal(some, every[[4, 1]]) for some, every in zip(part, whole, strict=True))
+    assert torch.equal(hidden_states(1, torch.arange(30), 64)[[7, 2]], hidden_states(1, torch.tensor([7, 2]), 64))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_values_never_change(device: str) -> None:
+    keys, experts = torch.arange(20, device=device), torch.tensor([1, 5], device=device)
+    made = [hidden_states(9, keys, 100), routing_weights(9, keys, 6), *dense_weights(48, 80, 9, experts)]
+    content = b"".join(bytes(part.cpu().view(torch.uint8).flatten().tolist()) for part in made)
+    assert hashlib.sha256(content).hexdigest()[:16] == "7bc74082c7d24359"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_reference_is_the_layer(dtype: str) -> None:
+    workload = make_workload(
+        numerics="gaussian",
+        hidden_size=256,
+        intermediate_size=96,
+        num_experts=8,
+        topk=3,
+        ep_size=2,
+        seed=4,
+        routing="uniform",
+        tokens_per_rank=(5, 9),
+        dispatch_dtype="fp8" if dtype == "fp8" else "bf16",
+        device="cpu",
+    )
+    index, reference = workload.reference_sample(1, 4)
+    assert index.tolist() == [0, 2, 4, 6]
+    assert reference.dtype == torch.float32
+    batch = workload.tokens(1, index)
+    hidden = batch.hidden.double()
+    if batch.scales is not None:
+        hidden = (hidden.view(4, 2, 128) * batch.scales.double().unsqueeze(2)).view(4, 256)
+    wanted = torch.zeros(4, 256, dtype=torch.float64)
+    for expert in range(8):
+        w1, w2 = (part[expert % 4].double() for part in workload.local_weights(expert // 4))
+        gate, up = (hidden @ w1.t()).chunk(2, dim=1)
+        share = ((batch.ids == expert) * batch.weights).double().sum(1, keepdim=True)
+        wanted += (functional.silu(gate) * up) @ w2.t() * share
+    torch.testing.assert_close(reference, wanted.float())
+    assert workload.expected(batch) is None
+    assert workload.expected_rows(0, batch) is None
+    assert workload.reference_sample(0, 99)[0].tolist() == [0, 1, 2, 3, 4]

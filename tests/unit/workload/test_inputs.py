@@ -1,0 +1,123 @@
+"""The facade: whoever asks for a token gets the same token, and refusals reach the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.errors import InvalidCase
+from distbench.workload import TokenBatch, Workload, make_workload
+
+ROUTINGS = ["uniform", "zipf:1.2", "hot-rank:1", "fan-in:2", "local", "duplicates"]
+
+
+def made(**changes: Any) -> Workload:
+    keys: dict[str, Any] = {
+        "numerics": "exact",
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "num_experts": 16,
+        "topk": 4,
+        "ep_size": 4,
+        "seed": 11,
+        "routing": "uniform",
+        "tokens_per_rank": (5, 0, 7, 3),
+        "dispatch_dtype": "bf16",
+        "device": "cpu",
+    }
+    return make_workload(**(keys | changes))
+
+
+def raw(batch: TokenBatch) -> list[Tensor]:
+    return [part.view(torch.uint8) for part in batch if part is not None]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_a_received_row_is_the_token_that_was_sent(routing: str, dtype: str, numerics: str) -> None:
+    workload = made(routing=routing, dispatch_dtype=dtype, numerics=numerics)
+    ranks, tokens = torch.tensor([2, 0, 3, 2, 0]), torch.tensor([6, 4, 0, 1, 4])
+    received = raw(workload.token_rows(ranks, tokens))
+    whole = {rank: raw(workload.tokens(rank)) for rank in range(4)}
+    for row, (rank, token) in enumerate(zip(ranks.tolist(), tokens.tolist(), strict=True)):
+        assert all(torch.equal(part[row], sent[token]) for part, sent in zip(received, whole[rank], strict=True))
+    index = torch.tensor([6, 2])
+    some = raw(workload.tokens(2, index))
+    assert all(torch.equal(part, sent[index]) for part, sent in zip(some, whole[2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_types_and_shapes(dtype: str, numerics: str) -> None:
+    workload = made(dispatch_dtype=dtype, numerics=numerics)
+    for rank, count in enumerate((5, 0, 7, 3)):
+        batch = workload.tokens(rank)
+        assert batch.hidden.shape == (count, 256)
+        assert batch.hidden.dtype == (torch.float8_e4m3fn if dtype == "fp8" else torch.bfloat16)
+        assert (batch.weights.shape, batch.weights.dtype) == ((count, 4), torch.float32)
+        assert (batch.ids.shape, batch.ids.dtype) == ((count, 4), torch.int32)
+        assert all(part.is_contiguous() for part in batch if part is not None)
+        if dtype == "fp8":
+            assert batch.scales is not None
+            assert (batch.scales.shape, batch.scales.dtype) == ((count, 2), torch.float32)
+        else:
+            assert batch.scales is None
+    w1, w2 = workload.local_weights(2)
+    assert (w1.shape, w2.shape) == ((4, 256, 256), (4, 256, 128))
+    assert workload.experts_per_rank == 4
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_weights_do_not_depend_on_the_number_of_ranks(numerics: str) -> None:
+    few, many = made(numerics=numerics), made(numerics=numerics, ep_size=8, tokens_per_rank=(1,) * 8)
+    for rank in range(4):
+        halves = [
+            torch.cat(parts)
+            for parts in zip(many.local_weights(2 * rank), many.local_weights(2 * rank + 1), strict=True)
+        ]
+        assert all(torch.equal(part, half) for part, half in zip(few.local_weights(rank), halves, strict=True))
+    assert torch.equal(few.tokens(0).hidden[:1], many.tokens(0).hidden)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_the_seed_changes_everything(numerics: str) -> None:
+    one, other = made(numerics=numerics), made(numerics=numerics, seed=12)
+    pairs = zip(raw(one.tokens(2)), raw(other.tokens(2)), strict=True)
+    assert not any(torch.equal(left, right) for left, right in pairs)
+    pairs = zip(one.local_weights(0), other.local_weights(0), strict=True)
+    assert not any(torch.equal(left, right) for left, right in pairs)
+
+
+def test_tokens_differ_between_ranks_and_positions() -> None:
+    workload = made(tokens_per_rank=(64,) * 4)
+    hidden = torch.cat([workload.tokens(rank).hidden for rank in range(4)])
+    assert torch.unique(hidden.float(), dim=0).shape[0] == 256
+
+
+def test_the_exact_sample_is_the_oracle() -> None:
+    workload = made()
+    index, reference = workload.reference_sample(2, 3)
+    expected = workload.expected(workload.tokens(2, index))
+    assert index.tolist() == [0, 2, 4]
+    assert expected is not None
+    assert torch.equal(reference, expected.float())
+    assert workload.reference_sample(1, 3)[1].shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"routing": "fan-in:4"}, "R is allowed from 0 to 3"),
+        ({"routing": "sideways"}, "allowed are uniform"),
+        ({"routing": "local", "topk": 5}, "topk = 5"),
+        ({"topk": 200, "num_experts": 256}, "topk = 200"),
+        ({"hidden_size": 192, "dispatch_dtype": "fp8"}, "hidden_size = 192"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidCase, match=said):
+        made(**changes)

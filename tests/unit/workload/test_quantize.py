@@ -1,0 +1,61 @@
+"""Block-scaled fp8."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.workload import dequantize, quantize_fp8_blocks
+from distbench.workload import quantize as module
+from distbench.workload.gaussian import hidden_states
+
+
+def test_each_block_has_its_scale() -> None:
+    hidden = torch.zeros(2, 384, dtype=torch.bfloat16)
+    hidden[0, 5], hidden[0, 130], hidden[1, 383] = -448.0, 1.75, 3.0
+    quantized, scales = quantize_fp8_blocks(hidden)
+    assert quantized.dtype == torch.float8_e4m3fn
+    assert scales.dtype == torch.float32
+    assert scales.tolist() == [[1.0, 2.0**-8, 1.0], [1.0, 1.0, pytest.approx(3 / 448)]]
+    assert float(quantized[0, 5].float()) == -448
+    assert float(quantized[0, 130].float()) == 448
+    assert float(quantized[1, 383].float()) == 448
+
+
+@given(st.integers(0, 2**62), st.integers(-20, 20))
+def test_the_error_stays_within_half_a_step(seed: int, exponent: int) -> None:
+    hidden = hidden_states(seed, torch.arange(3), 256) * 2.0**exponent
+    quantized, scales = quantize_fp8_blocks(hidden)
+    restored = dequantize(quantized, scales)
+    steps = scales.repeat_interleave(128, dim=1)
+    allowed = torch.maximum(hidden.float().abs() * 2.0**-4, steps * 2.0**-10) * 1.0001
+    assert bool(((restored - hidden.float()).abs() <= allowed).all())
+
+
+def test_ties_go_to_even() -> None:
+    hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
+    hidden[0, :4] = torch.tensor([448.0, 17.0, 19.0, -17.0])
+    assert quantize_fp8_blocks(hidden)[0][0, :4].float().tolist() == [448.0, 16.0, 20.0, -16.0]
+
+
+def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = hidden_states(0, torch.arange(9), 256)
+    whole = quantize_fp8_blocks(hidden)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 600)
+    parts = quantize_fp8_blocks(hidden)
+    assert torch.equal(whole[0].view(torch.uint8), parts[0].view(torch.uint8))
+    assert torch.equal(whole[1], parts[1])
+
+
+def test_plain_rows_are_only_widened() -> None:
+    hidden = hidden_states(0, torch.arange(2), 100)
+    assert torch.equal(dequantize(hidden, None), hidden.float())
+
+
+def test_no_rows() -> None:
+    quantized, scales = quantize_fp8_blocks(torch.zeros(0, 256, dtype=torch.bfloat16))
+    assert quantized.shape == (0, 256)
+    assert scales.shape == (0, 2)
+    assert dequantize(quantized, scales).shape == (0, 256)

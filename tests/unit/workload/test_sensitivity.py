@@ -1,0 +1,97 @@
+"""The proof of sensitivity: any fault gives other bits, in the tokens that it touches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distbench.workload import TokenBatch, dequantize
+from distbench.workload.exact import dense_weights, plan_exact
+from tests.unit.workload.shapes import SHAPES, changed_rows, workload_of
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_a_wrong_missing_or_weighted_route_changes_its_token_alone(name: str, data: st.DataObject) -> None:
+    workload = workload_of(name, data.draw(st.integers(0, 2**62)))
+    batch = workload.tokens(0)
+    token = data.draw(st.integers(0, 5))
+    slot = data.draw(st.integers(0, batch.ids.shape[1] - 1))
+    unused = sorted(set(range(-1, workload.group.num_experts)) - set(batch.ids[token].tolist()))
+    ids, weights = batch.ids.clone(), batch.weights.clone()
+    if data.draw(st.booleans()):
+        ids[token, slot] = data.draw(st.sampled_from(unused))
+    else:
+        weights[token, slot] = data.draw(st.sampled_from([0.0, 1.5 - float(weights[token, slot])]))
+    before, after = workload.expected(batch), workload.expected(batch._replace(ids=ids, weights=weights))
+    assert changed_rows(before, after) == [token]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_every_route_counts_so_that_doubling_it_would_show(name: str, data: st.DataObject) -> None:
+    workload = workload_of(name, data.draw(st.integers(0, 2**62)))
+    batch = workload.tokens(0)
+    for slot in range(batch.ids.shape[1]):
+        alone = workload.expected(
+            batch._replace(ids=batch.ids[:, slot : slot + 1], weights=batch.weights[:, slot : slot + 1])
+        )
+        assert alone is not None
+        assert bool(alone.any(1).all())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**62))
+def test_swapped_tokens_change_both(name: str, seed: int) -> None:
+    workload = workload_of(name, seed)
+    batch = workload.tokens(0)
+    swapped = torch.tensor([1, 0, 2, 3, 5, 4])
+    moved = batch._replace(
+        hidden=batch.hidden.view(torch.uint8)[swapped].view(batch.hidden.dtype),
+        scales=None if batch.scales is None else batch.scales[swapped],
+    )
+    before = workload.expected(batch)
+    assert changed_rows(before, workload.expected(moved)) == [0, 1, 4, 5]
+    mine = [dict(zip(*pair, strict=True)) for pair in zip(batch.ids.tolist(), batch.weights.tolist(), strict=True)]
+    for other in (
+        batch._replace(ids=batch.ids[swapped]),
+        batch._replace(weights=batch.weights[swapped]),
+        batch._replace(ids=batch.ids[swapped], weights=batch.weights[swapped]),
+    ):
+        theirs = [
+            dict(zip(*pair, strict=True)) for pair in zip(other.ids.tolist(), other.weights.tolist(), strict=True)
+        ]
+        wanted = [token for token in range(6) if mine[token] != theirs[token]]
+        assert changed_rows(before, workload.expected(other)) == wanted
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-odd", "tiny fp8", "qwen3-30b-a3b/8"])
+def test_every_hidden_column_shows(name: str) -> None:
+    workload = workload_of(name)
+    batch = workload.tokens(0, torch.tensor([0]))
+    hidden = dequantize(batch.hidden, batch.scales)
+    columns = [column for column in range(hidden.shape[1]) if batch.scales is None or column % 128 != 127]
+    damaged = hidden.repeat(len(columns), 1)
+    for row, column in enumerate(columns):
+        damaged[row, column] = 0.0 if damaged[row, column] else 1.0
+    repeated = TokenBatch(damaged, None, batch.weights.repeat(len(columns), 1), batch.ids.repeat(len(columns), 1))
+    after, before = workload.expected(repeated), workload.expected(batch)
+    assert before is not None
+    assert changed_rows(before.expand(len(columns), -1), after) == list(range(len(columns)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**62))
+def test_every_intermediate_row_shows(seed: int) -> None:
+    workload = workload_of("tiny", seed, tokens=40)
+    plan = plan_exact(256, 128, 4, "bf16", 8)
+    w1, w2 = dense_weights(plan, seed, torch.arange(8))
+    hidden = workload.tokens(0).hidden.float()
+    gate, up = (hidden @ w1[0].float().t()).chunk(2, dim=1)
+    effect = (gate * up).unsqueeze(1) * w2[0].float()
+    assert bool(effect.any(0).any(0).all())
