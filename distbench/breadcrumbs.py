@@ -1,33 +1,69 @@
 """Where a rank is, left in a small mmapped file so that it outlives the rank.
 
-Writing one costs a microsecond or two: a sequence of fixed-size stores, no system call. Whoever watches maps the same
-file; the stores are ordered so that a reader sees either the old position or the new one.
+Writing one costs a microsecond or two: one store of a fixed-size record, no system call. Whoever watches reads the
+same file.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 import time
 from pathlib import Path
 
 import msgspec
 
-STAGES = ("start", "agree", "workload", "dispatch", "truncate", "experts", "combine", "check", "gather", "idle", "done")
+STAGES = (
+    "start",
+    "agree",
+    "workload",
+    "dispatch",
+    "truncate",
+    "experts",
+    "check",
+    "combine",
+    "gather",
+    "report",
+    "done",
+)
 ARMS = ("", "padded", "control", "repadded", "truncated")
-_RECORD = struct.Struct("<qqqq")
+_RECORD = struct.Struct("<qqqqq")
 
 
-class Position(msgspec.Struct, frozen=True):
-    """Where a rank was last seen: the case's number in its launch, the arm (may be empty), the stage, and since when.
+class Position(msgspec.Struct, frozen=True, order=True):
+    """Where a rank was last seen; positions are ordered as a rank passes them.
 
-    `since_ns` is CLOCK_MONOTONIC in nanoseconds, comparable between the processes of one host.
+    `case_index` counts the cases of a launch, `arm` and `stage` index ARMS and STAGES. `since_ns` is CLOCK_MONOTONIC
+    in nanoseconds, comparable between the processes of one host.
     """
 
     case_index: int
-    arm: str
-    stage: str
+    arm: int
+    stage: int
     since_ns: int
+    pid: int
+
+    @property
+    def stage_name(self) -> str:
+        """The stage in words."""
+        return STAGES[self.stage]
+
+    @property
+    def arm_name(self) -> str:
+        """The arm in words; empty between arms."""
+        return ARMS[self.arm]
+
+    @property
+    def place(self) -> str:
+        """Arm and stage, as a message says it."""
+        return f"{self.arm_name}/{self.stage_name}" if self.arm else self.stage_name
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """How far the rank has come; gathering and later follow all arms."""
+        late = self.arm == 0 and self.stage_name in ("gather", "report", "done")
+        return self.case_index, len(ARMS) if late else self.arm, self.stage
 
 
 class Breadcrumbs:
@@ -36,6 +72,7 @@ class Breadcrumbs:
     def __init__(self, path: Path | None) -> None:
         """Map `path`, made anew; None keeps the position in memory alone."""
         self._file = None
+        self._pid = os.getpid()
         if path is None:
             self._map: mmap.mmap | bytearray = bytearray(_RECORD.size)
         else:
@@ -48,11 +85,12 @@ class Breadcrumbs:
 
     def mark(self, stage: str) -> None:
         """Record that this rank enters `stage` of the current case and arm."""
-        _RECORD.pack_into(self._map, 0, self.case_index, ARMS.index(self.arm), STAGES.index(stage), time.monotonic_ns())
+        arm, number = ARMS.index(self.arm), STAGES.index(stage)
+        _RECORD.pack_into(self._map, 0, self.case_index, arm, number, time.monotonic_ns(), self._pid)
 
     def position(self) -> Position:
         """Return the position written last."""
-        return _decode(bytes(self._map[: _RECORD.size]))
+        return Position(*_RECORD.unpack_from(self._map))
 
     def close(self) -> None:
         """Unmap the file; it stays on disk."""
@@ -63,14 +101,13 @@ class Breadcrumbs:
 
 
 def read_position(path: Path) -> Position | None:
-    """Return what a rank wrote last to `path`, or None where it never started writing."""
+    """Return what a rank wrote last to `path`, or None where it never started writing, or the file is no such file."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    return _decode(content) if len(content) == _RECORD.size and any(content) else None
-
-
-def _decode(content: bytes) -> Position:
-    case_index, arm, stage, since_ns = _RECORD.unpack(content)
-    return Position(case_index, ARMS[arm], STAGES[stage], since_ns)
+    if len(content) != _RECORD.size or not any(content):
+        return None
+    position = Position(*_RECORD.unpack(content))
+    known = 0 <= position.arm < len(ARMS) and 0 <= position.stage < len(STAGES) and position.case_index >= 0
+    return position if known else None

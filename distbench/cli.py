@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from distbench import __version__
+from distbench.campaign import Campaign, Rules, Summary
 from distbench.case import (
     DERIVED_KEYS,
     FIELD_DEFAULTS,
@@ -20,13 +20,20 @@ from distbench.case import (
     load_case_file,
     resolve_case,
 )
-from distbench.errors import DistbenchError, InvalidCase, Verdict
-from distbench.job import Job
+from distbench.errors import DistbenchError, InvalidCase
+from distbench.job import Entry, Job
 from distbench.models import PRESETS, ModelShape
+from distbench.preflight import check_case, check_folder
 from distbench.production import near_misses, read_environment
+from distbench.progress import Progress
+from distbench.report.console import print_error, print_presets, print_report
+from distbench.report.files import read_report
+from distbench.report.journal import RESULTS
+from distbench.supervisor import Interrupted, preload_ranks
 
 _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
+_REPORT = "report.json"
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 
@@ -36,10 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         return int(options.command(options))
     except DistbenchError as error:
-        from distbench.report.console import print_error  # noqa: PLC0415 - only where something is printed
-
         if int(os.environ.get("RANK", "0")) == 0:
-            print_error(error.verdict, str(error))
+            print_error(error.verdict.value, str(error))
+        return error.exit_code
+    except Interrupted as error:
+        print_error("INTERRUPTED", f"{error}; what had finished is kept, the same command goes on from there")
         return error.exit_code
 
 
@@ -98,30 +106,37 @@ def _add_case_option(group: Any, key: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    started_ns = time.monotonic_ns()
-    supervised = "TORCHELASTIC_RUN_ID" not in os.environ
-    if supervised:
-        from distbench.supervisor import preload_ranks  # noqa: PLC0415 - a rank under torchrun has no supervisor
-
-        preload_ranks()
-    resolved = _resolve(options, None if supervised else int(os.environ["WORLD_SIZE"]))
-    from distbench.preflight import check_case, check_folder  # noqa: PLC0415 - loads torch
-
+    resolved = _resolve(options, _world_size())
     check_folder(options.out)
-    job = Job(
-        case=resolved.case,
-        sources=resolved.sources,
-        warnings=[*near_misses(os.environ), *check_case(resolved.case)],
-        out=options.out,
-        json_path=options.json,
-        supervised=supervised,
-        started_ns=started_ns,
-    )
-    if supervised:
-        return _supervise(job)
+    warnings = (*near_misses(os.environ), *check_case(resolved.case))
+    entry = Entry(name="run", case=resolved.case, sources=resolved.sources, warnings=warnings)
+    paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
+    for path in (*paths, str(Path(options.out) / RESULTS)):
+        Path(path).unlink(missing_ok=True)
+    if _world_size() is not None:
+        return _work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
+    _campaign((entry,), options.out, Rules(), Progress(1, quiet=True), paths)
+    report = read_report(paths[0])
+    print_report(report)
+    return report.exit_code
+
+
+def _campaign(
+    entries: Sequence[Entry], out: str, rules: Rules, progress: Progress, report_paths: tuple[str, ...] = ()
+) -> Summary:
+    preload_ranks()
+    return Campaign(entries, Path(out), rules, progress).run(report_paths)
+
+
+def _work(job: Job) -> int:
     from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
 
     return work(job)
+
+
+def _world_size() -> int | None:
+    """Return the number of ranks where torchrun started this process as one of them."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def _resolve(options: argparse.Namespace, world_size: int | None) -> Resolved:
@@ -140,26 +155,7 @@ def _resolve(options: argparse.Namespace, world_size: int | None) -> Resolved:
     return resolve_case(layers, options.nproc if world_size is None else world_size)
 
 
-def _supervise(job: Job) -> int:
-    from distbench.report.console import print_error, print_report  # noqa: PLC0415
-    from distbench.report.files import read_report  # noqa: PLC0415
-    from distbench.supervisor import LaunchFailed, launch  # noqa: PLC0415
-
-    path = Path(job.out) / "report.json"
-    path.unlink(missing_ok=True)
-    try:
-        launch(job)
-    except LaunchFailed as error:
-        print_error(Verdict.RANK_FAULT, str(error))
-        return Verdict.RANK_FAULT.exit_code
-    report = read_report(str(path))
-    print_report(report)
-    return report.exit_code
-
-
 def _presets(_: argparse.Namespace) -> int:
-    from distbench.report.console import print_presets  # noqa: PLC0415
-
     columns = ("model", "hidden", "intermediate", "experts", "top-k")
     print_presets([(name, *_preset_numbers(shape)) for name, shape in PRESETS.items()], columns)
     return 0
@@ -171,8 +167,5 @@ def _preset_numbers(shape: ModelShape) -> tuple[str, ...]:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from distbench.report.console import print_report  # noqa: PLC0415
-    from distbench.report.files import read_report  # noqa: PLC0415
-
     print_report(read_report(options.report))
     return 0

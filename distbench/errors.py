@@ -8,6 +8,7 @@ DistbenchError
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 
 
@@ -39,6 +40,15 @@ _EXIT_CODES = {
     Verdict.RANK_FAULT: 3,
     Verdict.PASS: 0,
 }
+
+
+# A suite's exit code is its worst case's: a lost rank before a wrong result before a bad case before a missing part.
+_WORST_FIRST = (3, 1, 2, 77, 0)
+
+
+def worst_exit_code(codes: Iterable[int]) -> int:
+    """Return the exit code that stands for all of `codes`; 0 for none."""
+    return min(codes, key=_WORST_FIRST.index, default=0)
 
 
 class DistbenchError(Exception):

@@ -9,40 +9,71 @@ import msgspec
 from distbench.breadcrumbs import Position
 from distbench.case import Case
 
+BY_LIMIT = "by-limit"
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What every rank is told at its start. `supervised` says that a parent prints and decides the exit code."""
 
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One case of a launch: its name there, where each of its values came from, and the verdict it should have.
+
+    `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS.
+    """
+
+    name: str
     case: Case
     sources: dict[str, str]
-    warnings: list[str]
+    tags: tuple[str, ...] = ()
+    expect: str = BY_LIMIT
+    warnings: tuple[str, ...] = ()
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What every rank is told at its start: the cases in order, and the folder that takes their results.
+
+    `report_paths` also take the last report whole, as one document. `supervised` says that a parent watches, prints and
+    decides the exit code.
+    """
+
+    entries: tuple[Entry, ...]
     out: str
-    json_path: str
+    report_paths: tuple[str, ...] = ()
     supervised: bool
-    started_ns: int
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the largest case needs."""
+        return max(entry.case.ep_size for entry in self.entries)
 
 
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """The exception that ended a launch, on the rank where it came first."""
+    """An exception that ended a rank. `echo` says that it only lost a peer that had failed before."""
 
     rank: int
     exception: str
     message: str
     position: Position
     traceback: str
+    echo: bool
+
+    def __str__(self) -> str:
+        """Return one line: rank, exception, arm, stage, message."""
+        return f"rank {self.rank} raised {self.exception} in {self.position.place}: {self.message}"
+
+
+def ranks_folder(out: Path) -> Path:
+    """Return the folder of the files below."""
+    return out / "ranks"
 
 
 def crumb_path(out: Path, rank: int) -> Path:
     """Return the file of a rank's breadcrumbs."""
-    return out / "ranks" / f"rank-{rank:05d}.crumbs"
+    return ranks_folder(out) / f"rank-{rank:05d}.crumbs"
 
 
-def failure_path(out: Path) -> Path:
-    """Return the file that the first rank to fail leaves."""
-    return out / "ranks" / "failure.json"
+def failure_path(out: Path, rank: int) -> Path:
+    """Return the file in which a rank says what ended it."""
+    return ranks_folder(out) / f"rank-{rank:05d}.failure.json"
 
 
-def describe_failure(failure: RankFailure) -> str:
-    """Return one line: rank, arm, stage, exception."""
-    place = f"{failure.position.arm}, {failure.position.stage}" if failure.position.arm else failure.position.stage
-    return f"rank {failure.rank} raised {failure.exception} in {place}: {failure.message}"
+def stack_path(out: Path, rank: int) -> Path:
+    """Return the file into which a rank writes its Python stacks when asked to."""
+    return ranks_folder(out) / f"rank-{rank:05d}.stacks"

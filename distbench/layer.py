@@ -11,7 +11,7 @@ from torch import Tensor
 from distbench.experts.base import Experts
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
-from distbench.workload import TokenBatch
+from distbench.workload.batch import TokenBatch
 
 Cut = Callable[[Dispatched], ExpertInput]
 

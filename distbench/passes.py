@@ -24,15 +24,16 @@ from distbench.verify.records import (
     LISTED_TOKENS,
     ORACLE,
     Divergence,
+    FloatError,
     LostRows,
     Observation,
     Question,
-    FloatError,
     pair_name,
     pairs_of,
 )
 from distbench.verify.stages import StageChecker
-from distbench.workload import TokenBatch, Workload
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload
 
 _REFERENCE_TOKENS = 4
 

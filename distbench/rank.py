@@ -18,7 +18,9 @@ from distbench.verify.diagnosis import diagnose
 from distbench.verify.gather import choose_mode, gather
 from distbench.verify.records import Judgement, Outcome, Question, Reason
 from distbench.verify.verdict import judge
-from distbench.workload import TokenBatch, Workload, make_workload, recv_counts
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload, make_workload
+from distbench.workload.routing import recv_counts
 
 _PROBED_TOKENS = 2
 

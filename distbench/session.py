@@ -1,4 +1,4 @@
-"""One rank's place among the ranks that torchrun started: process group, device, and what all must agree on."""
+"""One rank's place among the ranks that torchrun started: process groups, device, and what all must agree on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from distbench.breadcrumbs import Breadcrumbs
 from distbench.errors import InvalidCase
 
 _WORD_BYTES = 8
-_FAILED_KEY = "distbench/first_failed_rank"
 
 
 class Session:
     """Open from start to end of a launch; cases come and go."""
 
     def __init__(self, crumbs: Breadcrumbs, timeout_s: float, environ: Mapping[str, str] = os.environ) -> None:
-        """Join the process group that torchrun's variables describe. Collective."""
+        """Join the process group that torchrun's variables describe; no collective may take `timeout_s`. Collective."""
         self.crumbs = crumbs
         self.rank = int(environ["RANK"])
         self.local_rank = int(environ.get("LOCAL_RANK", "0"))
@@ -31,6 +30,14 @@ class Session:
         torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size, 1))
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         self.group = _world_group()
+        self._groups = {self.world_size: self.group}
+
+    def enter(self, ep_size: int) -> bool:
+        """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective."""
+        if ep_size not in self._groups:
+            self._groups[ep_size] = dist.new_group(list(range(ep_size)))
+        self.group = self._groups[ep_size]
+        return self.rank < ep_size
 
     def agree(self, case_digest: str, probe: Tensor, counts: Tensor) -> Tensor:
         """Prove that all ranks hold one case and one workload, and return everyone's row counts. Collective.
@@ -44,7 +51,7 @@ class Session:
         """
         raw = bytearray.fromhex(case_digest)
         words = torch.frombuffer(raw, dtype=torch.int64)
-        table = self._everyones(torch.cat([words, probe.cpu(), counts.cpu()]))
+        table = self._everyones(torch.cat([words, probe.cpu(), counts.cpu()]), counts.numel())
         shared = len(raw) // _WORD_BYTES
         _refuse_strangers(table[:, :shared], "case's hash", "start all ranks with the same case and environment")
         _refuse_strangers(
@@ -52,27 +59,22 @@ class Session:
         )
         return table[:, shared + probe.numel() :].clone()
 
-    def _everyones(self, mine: Tensor) -> Tensor:
+    def announce(self, value: int) -> int:
+        """Return rank 0's value on every rank. Collective, over all ranks of the launch."""
+        shared = torch.tensor([value], dtype=torch.int64)
+        dist.broadcast(shared, group=self._groups[self.world_size], group_src=0)
+        return int(shared)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        dist.destroy_process_group()
+
+    def _everyones(self, mine: Tensor, ep_size: int) -> Tensor:
         """Return every rank's row. Gathering and broadcasting takes gloo a fifth of the time of its all-gather."""
-        table = mine.new_empty(self.world_size, mine.numel())
+        table = mine.new_empty(ep_size, mine.numel())
         dist.gather(mine, list(table) if self.rank == 0 else None, group=self.group, group_dst=0)
         dist.broadcast(table, group=self.group, group_src=0)
         return table
-
-    def announce(self, value: int) -> int:
-        """Return rank 0's value on every rank. Collective."""
-        shared = torch.tensor([value], dtype=torch.int64)
-        dist.broadcast(shared, group=self.group, group_src=0)
-        return int(shared)
-
-    def claim_failure(self) -> bool:
-        """Whether this rank is the first to fail; the others fail because it left."""
-        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public name for it
-        return store.compare_set(_FAILED_KEY, "", str(self.rank)) == str(self.rank).encode()
-
-    def close(self) -> None:
-        """Leave the process group."""
-        dist.destroy_process_group()
 
 
 def _world_group() -> dist.ProcessGroup:

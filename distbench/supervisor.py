@@ -1,27 +1,41 @@
-"""The process that starts the ranks: torchrun's own agent, over ranks forked from one interpreter that has torch.
+"""The process that starts the ranks and watches them: torchrun's own agent, over ranks forked from one interpreter.
 
 torchrun starts every rank as a new interpreter, and each imports torch for itself. Here the agent's start method is
-`forkserver`: one process imports torch once, and the ranks are forked from it.
+`forkserver`: one process imports torch once, and the ranks are forked from it. The agent runs in a thread; the main
+thread reads the ranks' breadcrumbs, and handles signals.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
 
-import msgspec
+from distbench.hang import find_hang
+from distbench.job import Job, ranks_folder
+from distbench.postmortem import Ending, Exit, explain_fault, positions
 
-from distbench.breadcrumbs import read_position
-from distbench.job import Job, RankFailure, crumb_path, describe_failure, failure_path
+_MONITOR_S = 0.1
+_TICK_S = 0.1
+# A rank that is gone is left to the agent for so long; a stopped peer would keep the agent waiting for 30 s.
+_AGENT_GRACE_S = 2.0
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_MONITOR_SECONDS = 0.1
+class Interrupted(Exception):
+    """A signal asked for the end; the ranks are gone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 def preload_ranks() -> None:
@@ -31,51 +45,138 @@ def preload_ranks() -> None:
     forkserver.ensure_running()
 
 
-class LaunchFailed(Exception):
-    """The ranks ended without an outcome; the message names the first that failed."""
+def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
+    """Run `job` until all its ranks have ended; None if they came to the end, else why not.
 
-
-def launch(job: Job) -> None:
-    """Run `job` on `case.ep_size` ranks of this machine, until all have ended.
+    `tick` is called about ten times a second.
 
     Raises:
-        LaunchFailed: a rank raised, or was killed.
+        Interrupted: SIGINT or SIGTERM; no rank is left.
 
     """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
-
-    logging.getLogger("torch").setLevel(logging.CRITICAL)
-    failure_path(Path(job.out)).unlink(missing_ok=True)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=job.case.ep_size,
-        run_id=f"distbench-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="forkserver",
-        monitor_interval=_MONITOR_SECONDS,
-        max_restarts=0,
-    )
-    try:
-        elastic_launch(config, start_rank)(job)
-    except ChildFailedError as error:
-        raise LaunchFailed(_explain(job, error)) from error
+    _clear(Path(job.out))
+    agent = _Agent(job)
+    watch = _Watch(job)
+    with _signals() as received:
+        agent.start()
+        while agent.is_alive():
+            agent.join(_TICK_S)
+            tick()
+            if received:
+                watch.kill()
+                agent.join()
+                raise Interrupted(received[0])
+            watch.look()
+    if watch.hang is not None:
+        return watch.hang
+    if agent.finished:
+        return None
+    return explain_fault(job, watch.first_gone if watch.killed else agent.first_exit)
 
 
 def start_rank(job: Job) -> int:
     """Enter a rank's process; everything heavy is loaded there, not in the process that watches."""
     from distbench.worker import work  # noqa: PLC0415
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     return work(job)
 
 
-def _explain(job: Job, error: ChildFailedError) -> str:
-    path = failure_path(Path(job.out))
-    if path.exists():
-        return describe_failure(msgspec.json.decode(path.read_bytes(), type=RankFailure))
-    rank, failure = error.get_first_failure()
-    position = read_position(crumb_path(Path(job.out), rank))
-    place = "before its first stage" if position is None else f"in {position.arm or 'setup'}, {position.stage}"
-    return f"rank {rank} ended with {failure.signal_name() if failure.exitcode < 0 else failure.exitcode} {place}"
+class _Agent(threading.Thread):
+    """torchrun's agent, in a thread of its own."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(name="torchrun-agent", daemon=True)
+        self._job = job
+        self.finished = False
+        self.first_exit: Exit | None = None
+
+    def run(self) -> None:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
+
+        logging.getLogger("torch").setLevel(logging.CRITICAL)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=self._job.num_ranks,
+            run_id=f"distbench-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            start_method="forkserver",
+            monitor_interval=_MONITOR_S,
+            max_restarts=0,
+        )
+        try:
+            elastic_launch(config, start_rank)(self._job)
+            self.finished = True
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            self.first_exit = Exit(rank, how)
+
+
+class _Watch:
+    """What the main thread sees of the ranks."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._gone_since: float | None = None
+        self.first_gone: Exit | None = None
+        self.hang: Ending | None = None
+        self.killed = False
+
+    def look(self) -> None:
+        """Note ranks that are gone, and end the launch where one stands still or is gone too long."""
+        seen = positions(self._job)
+        if self._gone_since is None:
+            gone = [rank for rank, at in seen.items() if at.stage_name != "done" and not _alive(at.pid)]
+            if gone:
+                self._gone_since = time.monotonic()
+                self.first_gone = Exit(gone[0], "exit code 0 before it was done")
+        elif time.monotonic() - self._gone_since > _AGENT_GRACE_S:
+            self.kill()
+        elif self.hang is None:
+            pass
+        if self.hang is None and self._gone_since is None:
+            self.hang = find_hang(self._job, seen)
+            if self.hang is not None:
+                self.kill()
+
+    def kill(self) -> None:
+        """Kill every rank that is left."""
+        self.killed = True
+        for at in positions(self._job).values():
+            if _alive(at.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(at.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them."""
+    received: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _clear(out: Path) -> None:
+    shutil.rmtree(ranks_folder(out), ignore_errors=True)
+    ranks_folder(out).mkdir(parents=True)
+
+
+def _alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -2,75 +2,101 @@
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
 import os
+import signal
 import sys
 import time
 import traceback
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.errors import Verdict
-from distbench.job import Job, RankFailure, crumb_path, describe_failure, failure_path
+from distbench.errors import Verdict, worst_exit_code
+from distbench.job import Job, RankFailure, crumb_path, failure_path, ranks_folder, stack_path
 from distbench.rank import run_case
+from distbench.report.sink import Sink
 from distbench.session import Session
-from distbench.verify.records import Outcome
+
+STACKS_SIGNAL = signal.SIGUSR1
 
 _PEER_GRACE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+# What gloo and NCCL say when the other side is gone; torch has no exception type of its own for it.
+_LOST_PEER = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "no route to host",
+)
 
 
 def work(job: Job) -> int:
-    """Run the job's case as the rank that torchrun's variables name; return the exit code. Collective."""
-    out = Path(job.out)
-    crumb_path(out, 0).parent.mkdir(parents=True, exist_ok=True)
-    with closing(Breadcrumbs(crumb_path(out, int(os.environ["RANK"])))) as crumbs:
-        session = Session(crumbs, job.case.timeout)
+    """Run the job's cases as the rank that torchrun's variables name; return the exit code. Collective."""
+    out, rank = Path(job.out), int(os.environ["RANK"])
+    ranks_folder(out).mkdir(parents=True, exist_ok=True)
+    if job.supervised:
+        _die_with_parent()
+    with closing(Breadcrumbs(crumb_path(out, rank))) as crumbs, stack_path(out, rank).open("w") as stacks:
+        faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         try:
-            outcome = run_case(session, job.case)
-            exit_code = session.announce(outcome.judgement.verdict.exit_code if outcome else 0)
-            if session.rank == 0 and outcome is not None:
-                _report(job, outcome)
-            crumbs.mark("done")
+            return _run_entries(job, crumbs)
         except Exception as error:  # noqa: BLE001 - whatever ends this rank has to end all of them, and be named
-            _fail(session, job, error)
-        session.close()
-    return 0 if job.supervised else exit_code
+            _fail(job, rank, crumbs, error)
 
 
-def _report(job: Job, outcome: Outcome) -> None:
-    from distbench.report.document import build_report  # noqa: PLC0415 - paid by rank 0 alone
-    from distbench.report.environment import capture_environment  # noqa: PLC0415
-    from distbench.report.files import write_report  # noqa: PLC0415
+def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
+    session = Session(crumbs, _group_timeout(job))
+    sink = Sink(job) if session.rank == 0 else None
+    codes: list[int] = []
+    for index, entry in enumerate(job.entries):
+        crumbs.case_index = index
+        crumbs.mark("start")
+        started_ns = time.monotonic_ns()
+        outcome = run_case(session, entry.case) if session.enter(entry.case.ep_size) else None
+        if sink is not None and outcome is not None:
+            crumbs.mark("report")
+            report = sink.put(entry, outcome, (time.monotonic_ns() - started_ns) / 1e9)
+            codes.append(report.exit_code)
+    exit_code = 0 if job.supervised else session.announce(worst_exit_code(codes))
+    if sink is not None:
+        sink.close()
+    crumbs.mark("done")
+    session.close()
+    return exit_code
 
-    records = outcome.gathered.observations if outcome.gathered else []
-    environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
-    wall_s = (time.monotonic_ns() - job.started_ns) / 1e9
-    report = build_report(outcome, sources=job.sources, warnings=job.warnings, environment=environment, wall_s=wall_s)
-    for path in filter(None, (str(Path(job.out) / "report.json"), job.json_path)):
-        write_report(Path(path), report)
-    if not job.supervised:
-        from distbench.report.console import print_report  # noqa: PLC0415
 
-        print_report(report)
+def _group_timeout(job: Job) -> float:
+    """Seconds after which a collective gives up; under supervision it is the watcher who decides, and earlier."""
+    longest = max(entry.case.timeout for entry in job.entries)
+    return longest * 2 + 60 if job.supervised else longest
 
 
-def _fail(session: Session, job: Job, error: Exception) -> None:
-    """Leave at once. The first rank to fail says why; the others fail only because it left, and say nothing."""
-    position = session.crumbs.position()
-    if session.claim_failure():
-        failure = RankFailure(
-            rank=session.rank,
-            exception=type(error).__name__,
-            message=" ".join(str(error).split()),
-            position=position,
-            traceback=traceback.format_exc(),
-        )
-        failure_path(Path(job.out)).write_bytes(msgspec.json.encode(failure))
-        if not job.supervised:
-            sys.stderr.write(f"distbench: {Verdict.RANK_FAULT.value}: {describe_failure(failure)}\n")
-    else:
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the one it was forked from ends, so that no rank is left behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoReturn:
+    """Say what ended this rank and leave; one that only lost its peer gives that peer time to be found."""
+    failure = RankFailure(
+        rank=rank,
+        exception=type(error).__name__,
+        message=" ".join(str(error).split()),
+        position=crumbs.position(),
+        traceback=traceback.format_exc(),
+        echo=any(words in str(error).lower() for words in _LOST_PEER),
+    )
+    failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
+    if not job.supervised and not failure.echo:
+        sys.stderr.write(f"distbench: {Verdict.RANK_FAULT.value}: {failure}\n")
+        sys.stderr.flush()
+    if failure.echo:
         time.sleep(_PEER_GRACE_S)
-    sys.stderr.flush()
     os._exit(Verdict.RANK_FAULT.exit_code)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distbench.experts.selection import KernelChoice, KernelSelector
-from distbench.workload import shuffle
+from distbench.workload.bits import shuffle
 
 _WEIGHT_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20

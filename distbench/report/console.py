@@ -35,9 +35,15 @@ def print_line(text: str) -> None:
     print(text, flush=True)
 
 
-def print_error(verdict: Verdict, message: str) -> None:
-    """Print one line to standard error: what ended the run, and why."""
-    print(f"distbench: {verdict.value}: {message}", file=sys.stderr, flush=True)
+def print_error(ending: str, message: str) -> None:
+    """Print one line to standard error: how the run ended, and why."""
+    print(f"distbench: {ending}: {message}", file=sys.stderr, flush=True)
+
+
+def case_line(report: Report) -> str:
+    """Return one plain line for a case of a suite."""
+    surprise = "" if report.as_expected else f" (expected {report.expect})"
+    return f"{report.verdict.value:<16} {report.timing['wall_s']:7.3f} s  {report.name}{surprise}"
 
 
 def print_presets(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from distbench.case import Case, case_hash
 from distbench.errors import Verdict
+from distbench.job import BY_LIMIT, Entry
 from distbench.report.environment import Environment
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import (
@@ -76,8 +77,12 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document. A case that was refused or lost its ranks has no ranks and no comparison."""
 
     schema: str = SCHEMA
+    name: str
+    tags: tuple[str, ...]
     verdict: Verdict
     exit_code: int
+    expect: str
+    as_expected: bool
     reasons: list[Reason]
     emulated: bool
     stand_ins: list[str]
@@ -92,27 +97,31 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     lost: LostReport
     first_divergence: Divergence | None
     diagnosis: list[Diagnosis]
+    stacks: dict[str, str]
     timing: dict[str, Any]
     memory: dict[str, Any]
 
 
-def build_report(
-    outcome: Outcome, *, sources: dict[str, str], warnings: list[str], environment: Environment, wall_s: float
-) -> Report:
-    """Turn an outcome into the document. `sources` says where each value of the case came from."""
+def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wall_s: float) -> Report:
+    """Turn an outcome into the document; `wall_s` is the time that the case took on rank 0."""
     gathered, question = outcome.gathered, outcome.question
     records = gathered.observations if gathered else []
     verdict = outcome.judgement.verdict
+    safe = question is None or not question.short_ranks
     return Report(
+        name=entry.name,
+        tags=entry.tags,
         verdict=verdict,
         exit_code=verdict.exit_code,
+        expect=entry.expect,
+        as_expected=as_expected(entry.expect, verdict, safe=safe, policy=entry.case.policy),
         reasons=outcome.judgement.reasons,
         emulated=bool(outcome.case.stand_ins),
         stand_ins=outcome.case.stand_ins,
         case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
-        sources=sources,
-        warnings=warnings,
-        limit=_limit(question, sources) if question else None,
+        sources=entry.sources,
+        warnings=list(entry.warnings),
+        limit=_limit(question, entry.sources) if question else None,
         environment=environment,
         ranks=[_rank(record) for record in records],
         comparison=_comparisons(gathered, outcome.case) if gathered else [],
@@ -120,9 +129,17 @@ def build_report(
         lost=_lost(gathered),
         first_divergence=outcome.judgement.first_divergence,
         diagnosis=outcome.diagnosis,
+        stacks=outcome.stacks,
         timing=_timing(records) | {"wall_s": wall_s},
         memory={"process": {"peak_bytes_max_over_ranks": max((record.peak_bytes for record in records), default=0)}},
     )
+
+
+def as_expected(expect: str, verdict: Verdict, *, safe: bool, policy: str) -> bool:
+    """Whether a case ended as its suite says. `by-limit` expects UNDER_LIMIT of an unsafe limit that is not guarded."""
+    if expect != BY_LIMIT:
+        return verdict.value == expect
+    return verdict is (Verdict.PASS if safe or policy == "guard" else Verdict.UNDER_LIMIT)
 
 
 def _limit(question: Question, sources: dict[str, str]) -> LimitReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -36,6 +37,7 @@ def capture_environment(environ: Mapping[str, str], hosts: list[str], devices: l
     )
 
 
+@lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
     import torch  # noqa: PLC0415 - only where a rank has it loaded anyway
 
@@ -47,6 +49,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@lru_cache(maxsize=1)
 def _commits() -> dict[str, str]:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:

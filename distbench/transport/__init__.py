@@ -8,7 +8,7 @@ from distbench.case import Case
 from distbench.session import Session
 from distbench.transport.base import Transport
 from distbench.transport.collective import CollectiveTransport, Geometry
-from distbench.workload import TokenBatch
+from distbench.workload.batch import TokenBatch
 
 
 def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatch) -> Transport:

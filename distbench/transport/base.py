@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distbench.workload import TokenBatch
+from distbench.workload.batch import TokenBatch
 
 POISON_ID = 0x7FFF_0000
 

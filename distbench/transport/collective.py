@@ -14,7 +14,9 @@ from torch import Tensor
 
 from distbench.errors import DistbenchError
 from distbench.transport.base import Dispatched, poison_
-from distbench.workload import TokenBatch, destinations, shuffle
+from distbench.workload.batch import TokenBatch
+from distbench.workload.bits import shuffle
+from distbench.workload.routing import destinations
 
 
 class Geometry(NamedTuple):

@@ -178,13 +178,17 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a case ended. Nothing was gathered where the case was refused before its first dispatch."""
+    """How a case ended. Nothing was gathered where it was refused before its first dispatch, or lost its ranks.
+
+    `stacks` holds the Python stacks of ranks, by rank, where they tell why.
+    """
 
     case: Case
     judgement: Judgement
     question: Question | None = None
     gathered: Gathered | None = None
     diagnosis: list[Diagnosis] = []
+    stacks: dict[str, str] = {}
 
 
 def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -14,7 +14,9 @@ from torch import Tensor
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import bits_at, differing
 from distbench.verify.records import Divergence
-from distbench.workload import TokenBatch, Workload, destinations
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload
+from distbench.workload.routing import destinations
 
 
 class _Received(NamedTuple):

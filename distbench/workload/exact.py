@@ -14,61 +14,18 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal, NamedTuple, NoReturn
+from typing import NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
-from distbench.errors import InvalidCase
 from distbench.workload.bits import byte_columns, positive_words
-from distbench.workload.quantize import BLOCK
+from distbench.workload.plan import BLOCK, GATE_STEP, ExactPlan
 
-MAX_UNITS = 256
-GATE_STEP = 32.0
 GUARD_VALUE = 1.75
 GUARD_GATE, GUARD_UP = 64.0, 7.0
 
-_GATE_RATIO = 2
-_MIN_HIDDEN = 8
-_MAX_GATE_COLUMNS = 64
-_MAX_UP_ENTRIES = 4
-_MAX_DOWN_ENTRIES = 8
 _CHUNK_ELEMENTS = 4 << 20
-
-
-class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How many entries each row has: G gate columns, U entries of an up row, V of a w2 row.
-
-    `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. `guard_columns` and
-    `guard_rows` say whether the last hidden column and the last intermediate row of each 128 are guards.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    topk: int
-    gate_columns: int
-    up_entries: int
-    down_entries: int
-    weight_ratio: int
-    guard_columns: bool
-    guard_rows: bool
-
-    @property
-    def unit(self) -> float:
-        """What all outputs are whole multiples of."""
-        return GATE_STEP / self.weight_ratio
-
-    @property
-    def up_columns(self) -> int:
-        """Hidden columns that up rows may read: neither column 0, nor those of the gate, nor guards."""
-        guards = self.hidden_size // BLOCK if self.guard_columns else 0
-        return self.hidden_size - 1 - self.gate_columns - guards
-
-    @property
-    def live_rows(self) -> int:
-        """Intermediate rows that are no guards."""
-        return self.intermediate_size - (self.intermediate_size // BLOCK if self.guard_rows else 0)
 
 
 class Patterns(NamedTuple):
@@ -81,41 +38,6 @@ class Patterns(NamedTuple):
     gate: Tensor
     up: Tensor
     down: Tensor
-
-
-def plan_exact(
-    hidden_size: int, intermediate_size: int, topk: int, dispatch_dtype: Literal["bf16", "fp8"], num_experts: int
-) -> ExactPlan:
-    """Choose as many entries as the exactness bound allows: both weights first, then U up to 4, then V up to 8.
-
-    Raises:
-        InvalidCase: the shape cannot be exact, or cannot read all of its columns and rows; the message names the bound.
-
-    """
-    fp8 = dispatch_dtype == "fp8"
-    if hidden_size < _MIN_HIDDEN:
-        _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed for 1, the gate and the rest")
-    if fp8 and hidden_size % BLOCK:
-        _refuse(f"hidden_size = {hidden_size}: fp8 dispatch scales blocks of {BLOCK} columns, use a multiple of them")
-    guard_rows = fp8 and intermediate_size % BLOCK == 0
-    live_rows = intermediate_size - (intermediate_size // BLOCK if guard_rows else 0)
-    plans = [
-        ExactPlan(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            topk=topk,
-            gate_columns=min(_MAX_GATE_COLUMNS, hidden_size // 4, live_rows),
-            up_entries=up_entries,
-            down_entries=min(_MAX_DOWN_ENTRIES, _entry_budget(topk, weight_ratio) // up_entries, live_rows),
-            weight_ratio=weight_ratio,
-            guard_columns=fp8,
-            guard_rows=guard_rows,
-        )
-        for weight_ratio in (2, 1)
-        for up_entries in range(_MAX_UP_ENTRIES, 0, -1)
-        if up_entries <= _entry_budget(topk, weight_ratio)
-    ]
-    return _first_covering(plans, topk, num_experts)
 
 
 def expert_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
@@ -238,29 +160,3 @@ def _put(weights: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None
     first = torch.arange(count, device=weights.device).view(-1, 1, 1) * height
     index = (first + rows) * width + columns
     weights.view(-1).index_copy_(0, index.flatten(), values.flatten().to(weights.dtype))
-
-
-def _entry_budget(topk: int, weight_ratio: int) -> int:
-    return MAX_UNITS // (topk * _GATE_RATIO * weight_ratio)
-
-
-def _first_covering(plans: list[ExactPlan], topk: int, num_experts: int) -> ExactPlan:
-    if not plans:
-        bound = MAX_UNITS // _GATE_RATIO
-        _refuse(f"topk = {topk}: the sum of a token's experts stays within {MAX_UNITS} units up to topk = {bound}")
-    hidden, inter = plans[0].hidden_size, plans[0].intermediate_size
-    reading = [plan for plan in plans if hidden * plan.down_entries >= plan.live_rows]
-    if not reading:
-        most = max(hidden * plan.down_entries for plan in plans)
-        _refuse(f"intermediate_size = {inter}: {hidden} w2 rows read {most} intermediate rows of {plans[0].live_rows}")
-    covering = [plan for plan in reading if num_experts * plan.live_rows * plan.up_entries >= plan.up_columns]
-    if not covering:
-        most = max(num_experts * plan.live_rows * plan.up_entries for plan in reading)
-        wanted = plans[0].up_columns
-        _refuse(f"intermediate_size = {inter}: {num_experts} experts read {most} hidden columns of {wanted}")
-    return covering[0]
-
-
-def _refuse(reason: str) -> NoReturn:
-    message = f"{reason}; change the shape or use numerics = gaussian"
-    raise InvalidCase(message)

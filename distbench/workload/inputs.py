@@ -10,17 +10,11 @@ from torch import Tensor
 from distbench.workload import exact, gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
-from distbench.workload.exact import ExactPlan, plan_exact
+from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.oracle import expert_rows, reference_rows
+from distbench.workload.plan import ExactPlan, plan_exact
 from distbench.workload.quantize import quantize_fp8_blocks
-from distbench.workload.routing import (
-    ExpertGroup,
-    Routing,
-    check_routing,
-    parse_routing,
-    route,
-    token_keys,
-)
+from distbench.workload.routing import route, token_keys
 
 DispatchDtype = Literal["bf16", "fp8"]
 

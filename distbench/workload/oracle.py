@@ -11,7 +11,8 @@ from torch.nn import functional
 from distbench.errors import DistbenchError
 from distbench.workload import gaussian
 from distbench.workload.batch import TokenBatch
-from distbench.workload.exact import MAX_UNITS, ExactPlan, Patterns, expert_patterns
+from distbench.workload.exact import Patterns, expert_patterns
+from distbench.workload.plan import MAX_UNITS, ExactPlan
 from distbench.workload.quantize import dequantize
 
 _CHUNK_BYTES = 8 << 20
@@ -24,7 +25,8 @@ _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class _Tiles(NamedTuple):
     """Routes by expert, T of the same one side by side: experts [t], tokens [t, T], units [t, T].
 
-    A route's units are its weight over the smallest weight. Lanes without a route have token n, one past the last.
+    A route's units are its weight over the smallest weight. An expert's first lanes may have no route: token n, one
+    past the last.
     """
 
     experts: Tensor
@@ -91,7 +93,7 @@ def _tile(experts: Tensor, units: Tensor) -> _Tiles:
     width = 1 << min(max(average.bit_length() - 1, 0), 3)
     num_tiles = (counts + width - 1).div(width, rounding_mode="floor")
     vacant = num_tiles * width - counts
-    place = torch.arange(routes.numel(), device=routes.device) + (vacant.cumsum(0) - vacant).repeat_interleave(counts)
+    place = torch.arange(routes.numel(), device=routes.device) + vacant.cumsum(0).repeat_interleave(counts)
     tile_experts = used.repeat_interleave(num_tiles)
     tokens = torch.full((tile_experts.numel() * width,), rows, device=experts.device)
     tokens[place] = routes.div(topk, rounding_mode="floor")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from distbench.workload.plan import BLOCK
+
 FP8_MAX = 448.0
 
 _CHUNK_ELEMENTS = 4 << 20
@@ -24,7 +25,8 @@ def quantize_fp8_blocks(hidden: Tensor) -> tuple[Tensor, Tensor]:
         part = hidden[start : start + step].float()
         blocks = part.view(part.shape[0], columns // BLOCK, BLOCK)
         amax = blocks.abs().amax(2)
-        scale = torch.where(amax == 0, 1.0, amax / FP8_MAX)
+        # By a tensor: CUDA turns division by a number into a product with its rounded inverse.
+        scale = torch.where(amax == 0, 1.0, amax / torch.full_like(amax, FP8_MAX))
         scaled = (blocks / scale.unsqueeze(2)).clamp_(-FP8_MAX, FP8_MAX)
         quantized[start : start + step] = scaled.flatten(1).to(torch.float8_e4m3fn)
         scales[start : start + step] = scale

@@ -6,92 +6,18 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
-from distbench.errors import InvalidCase
 from distbench.workload.bits import positive_words, shuffle, smallest
+from distbench.workload.kinds import ExpertGroup, Routing
 
-ALLOWED_ROUTINGS = "uniform, zipf:S, hot-rank:R, fan-in:R, local, duplicates"
-
-_PLAIN_KINDS = ("uniform", "local", "duplicates")
-_RANK_KINDS = ("hot-rank", "fan-in")
-_MAX_ZIPF = 8.0
-_RANK_DIGITS = 9
 _CHUNK_BYTES = 16 << 20
 
 # Logarithms in fixed point, 20 bits after the point; uniform numbers in (0, 1) in steps of 2**-12.
 _POINT_BITS = 20
 _UNIFORM_BITS = 12
 _TIE_BITS = 8
-
-
-class Routing(msgspec.Struct, frozen=True):
-    """How tokens choose experts. `parameter` is S of zipf, R of hot-rank and fan-in, else 0."""
-
-    kind: str
-    parameter: float = 0
-
-    def __str__(self) -> str:
-        """Return the text that `parse_routing` reads."""
-        if self.kind in _PLAIN_KINDS:
-            return self.kind
-        short = f"{self.parameter:g}"
-        return f"{self.kind}:{short if float(short) == self.parameter else repr(self.parameter)}"
-
-
-class ExpertGroup(NamedTuple):
-    """W ranks that share E experts evenly, and k, the experts of a token."""
-
-    ep_size: int
-    num_experts: int
-    topk: int
-
-    @property
-    def experts_per_rank(self) -> int:
-        """Local experts El; rank r holds [r * El, (r + 1) * El)."""
-        return self.num_experts // self.ep_size
-
-
-def parse_routing(text: str) -> Routing:
-    """Read `uniform`, `zipf:S` (0 < S <= 8), `hot-rank:R`, `fan-in:R`, `local` or `duplicates`.
-
-    Raises:
-        InvalidCase: another kind, a missing or superfluous parameter, or one that is no such number.
-
-    """
-    kind, colon, parameter = text.strip().partition(":")
-    if kind in _PLAIN_KINDS and not colon:
-        return Routing(kind)
-    if kind in _RANK_KINDS and parameter.isascii() and parameter.isdigit() and len(parameter) <= _RANK_DIGITS:
-        return Routing(kind, int(parameter))
-    if kind == "zipf":
-        exponent = _number(parameter)
-        if 0 < exponent <= _MAX_ZIPF:
-            return Routing(kind, exponent)
-        message = f"routing = {text!r:.80}: S is allowed above 0 and up to {_MAX_ZIPF:g}; write for instance zipf:1.2"
-        raise InvalidCase(message)
-    message = f"routing = {text!r:.80}: allowed are {ALLOWED_ROUTINGS}; R is a rank from 0 up, write fan-in:0"
-    raise InvalidCase(message)
-
-
-def check_routing(routing: Routing, group: ExpertGroup) -> None:
-    """Refuse a routing that `group` cannot carry out.
-
-    Raises:
-        InvalidCase: a rank outside the group, or more experts a token than the one rank holds that all of them are on.
-
-    """
-    if routing.kind in _RANK_KINDS and not routing.parameter < group.ep_size:
-        message = f"routing = {routing}: with {group.ep_size} ranks, R is allowed from 0 to {group.ep_size - 1}"
-        raise InvalidCase(message)
-    if routing.kind in ("fan-in", "local") and group.topk > group.experts_per_rank:
-        message = (
-            f"routing = {routing}: puts all topk = {group.topk} experts of a token on one rank, which holds "
-            f"{group.experts_per_rank}; use fewer ranks, a smaller topk or hot-rank:R"
-        )
-        raise InvalidCase(message)
 
 
 def token_keys(ranks: Tensor, tokens: Tensor) -> Tensor:
@@ -221,10 +147,3 @@ def _log_handicaps(exponent: float, seed: int, num_experts: int, device: torch.d
     position = shuffle(seed, "route/popularity", 0, num_experts, "cpu")
     values = [round(exponent * math.log(place + 1) * (1 << _POINT_BITS)) for place in range(num_experts)]
     return torch.tensor(values)[position].to(device)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

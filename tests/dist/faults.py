@@ -18,7 +18,8 @@ from distbench.transport import make_transport
 from distbench.transport.base import Dispatched, Transport
 from distbench.transport.collective import CollectiveTransport
 from distbench.verify.records import Outcome
-from distbench.workload import TokenBatch, Workload
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload
 
 ARM_CALLS = ("padded", "control", "repadded", "truncated")
 

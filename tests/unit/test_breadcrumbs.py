@@ -19,7 +19,7 @@ def test_the_last_position_is_read_from_the_file(tmp_path: Path) -> None:
         position = read_position(path)
         assert position == crumbs.position()
     assert position is not None
-    assert (position.case_index, position.arm, position.stage) == (7, "truncated", "combine")
+    assert (position.case_index, position.place) == (7, "truncated/combine")
     assert before <= position.since_ns <= time.monotonic_ns()
     assert read_position(path) == position
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distbench.workload import Workload, make_workload
+from distbench.workload.inputs import Workload, make_workload
 
 SHAPES = {
     "deepseek-v3/28": (256, 72, 16, 8, "bf16"),

@@ -13,14 +13,8 @@ from torch import Tensor
 
 from distbench.errors import InvalidCase
 from distbench.models import PRESETS
-from distbench.workload.exact import (
-    ExactPlan,
-    dense_weights,
-    expert_patterns,
-    hidden_states,
-    plan_exact,
-    routing_weights,
-)
+from distbench.workload.exact import dense_weights, expert_patterns, hidden_states, routing_weights
+from distbench.workload.plan import ExactPlan, plan_exact
 from distbench.workload.quantize import dequantize, quantize_fp8_blocks
 from distbench.workload.routing import token_keys
 
@@ -33,6 +27,7 @@ SHAPES = [
     ("odd fp8", 384, 96, 6, "fp8", 12),
     ("wide experts", 128, 448, 2, "bf16", 4),
     ("prime", 131, 53, 5, "bf16", 6),
+    ("just enough rows", 103, 21, 4, "bf16", 2),
 ]
 SHAPE_IDS = [f"{shape[0]} {shape[4]}" for shape in SHAPES]
 
@@ -236,4 +231,5 @@ def test_values_never_change(device: str) -> None:
         "570c381d0de43780",
         "4cc73758dda6d694",
         "b714bd2680e51fa8",
+        "4410844f57a2edbc",
     ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.workload import gaussian, make_workload
+from distbench.workload import gaussian
 from distbench.workload.gaussian import dense_weights, hidden_states, routing_weights
+from distbench.workload.inputs import make_workload
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -26,7 +27,7 @@ def check_normal(values: Tensor, deviation: float) -> None:
 
 
 def test_distributions() -> None:
-    check_normal(hidden_states(0, torch.arange(400), 500), 1)
+    check_normal(hidden_states(0, torch.arange(1000), 1000), 1)
     w1, w2 = dense_weights(320, 96, 0, torch.tensor([3, 9]))
     assert w1.shape == (2, 192, 320)
     assert w2.shape == (2, 320, 96)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.errors import InvalidCase
-from distbench.workload import TokenBatch, Workload, make_workload
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload, make_workload
 
 ROUTINGS = ["uniform", "zipf:1.2", "hot-rank:1", "fan-in:2", "local", "duplicates"]
 

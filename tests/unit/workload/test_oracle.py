@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from distbench.errors import DistbenchError
 from distbench.models import PRESETS
-from distbench.workload import dequantize, make_workload, quantize_fp8_blocks
 from distbench.workload import oracle as module
 from distbench.workload.batch import TokenBatch
-from distbench.workload.exact import plan_exact
+from distbench.workload.inputs import make_workload
 from distbench.workload.oracle import expert_rows
+from distbench.workload.plan import plan_exact
+from distbench.workload.quantize import dequantize, quantize_fp8_blocks
 from tests.unit.workload.shapes import SHAPES, same_bits, workload_of
 
 

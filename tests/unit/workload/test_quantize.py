@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.workload import dequantize, quantize_fp8_blocks
 from distbench.workload import quantize as module
 from distbench.workload.gaussian import hidden_states
+from distbench.workload.quantize import dequantize, quantize_fp8_blocks
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_values_never_change(device: str) -> None:
+    parts = quantize_fp8_blocks(hidden_states(0, torch.arange(100, device=device), 256))
+    content = b"".join(bytes(part.cpu().view(torch.uint8).flatten().tolist()) for part in parts)
+    assert hashlib.sha256(content).hexdigest()[:16] == "f0bb2e96940b7ad6"
 
 
 def test_each_block_has_its_scale() -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distbench.errors import InvalidCase
-from distbench.workload import destinations, recv_counts
 from distbench.workload import routing as module
-from distbench.workload.routing import ExpertGroup, Routing, check_routing, parse_routing, route
+from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
+from distbench.workload.routing import destinations, recv_counts, route
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOKENS = 24

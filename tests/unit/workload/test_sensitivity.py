@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.workload import TokenBatch, dequantize
-from distbench.workload.exact import dense_weights, plan_exact
+from distbench.workload.batch import TokenBatch
+from distbench.workload.exact import dense_weights
+from distbench.workload.plan import plan_exact
+from distbench.workload.quantize import dequantize
 from tests.unit.workload.shapes import SHAPES, changed_rows, workload_of
 
 

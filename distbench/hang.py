@@ -1,0 +1,86 @@
+"""Finding the rank that stands still, and those that only wait for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+from distbench.breadcrumbs import Position
+from distbench.errors import Verdict
+from distbench.job import Job, stack_path
+from distbench.postmortem import Ending
+from distbench.verify.records import Reason
+
+STACKS_SIGNAL = signal.SIGUSR1
+
+_STACKS_WAIT_S = 0.5
+# A rank whose main thread stands in one of these files of torch waits for its peers.
+_COLLECTIVE = "distributed_c10d.py"
+_STOPPED = "T"
+
+
+def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
+    """Return the ending where the ranks that are furthest behind have stood still past their stage's limit.
+
+    Ranks that are ahead wait by definition. Where all that are behind entered one stage, the last to enter counts.
+    """
+    running = {rank: at for rank, at in seen.items() if at.stage_name != "done"}
+    if len(seen) < job.num_ranks or not running:
+        return None
+    least = min(at.progress for at in running.values())
+    behind = {rank: at for rank, at in running.items() if at.progress == least}
+    last = max(behind.values(), key=lambda at: at.since_ns)
+    entry = job.entries[last.case_index]
+    limit = stage_limit(entry.case.timeout)
+    stood = (time.monotonic_ns() - last.since_ns) / 1e9
+    if stood <= limit:
+        return None
+    stacks = _stacks(job, running)
+    stuck = _stuck(behind, stacks)
+    waiting = sorted(running.keys() - stuck)
+    ranks = ", ".join(f"rank {rank}" for rank in sorted(stuck))
+    message = f"{ranks} stood in {last.place} for {stood:.1f} s, allowed are {limit:g} s"
+    if waiting:
+        message += f"; rank {', '.join(map(str, waiting))} waited for it"
+    reasons = [Reason(code="hang", rank=rank, message=message) for rank in sorted(stuck)]
+    named = {str(rank): text for rank, text in stacks.items()}
+    return Ending(verdict=Verdict.HANG, case_index=last.case_index, reasons=reasons, stacks=named)
+
+
+def stage_limit(timeout_s: float) -> float:
+    """Return the seconds that a stage may take."""
+    return timeout_s
+
+
+def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> set[int]:
+    """Of the ranks behind, those that are not themselves waiting in a collective; all of them where all wait."""
+    stuck = {rank for rank, at in behind.items() if _state(at.pid) == _STOPPED or _COLLECTIVE not in stacks[rank]}
+    return stuck or set(behind)
+
+
+def _stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:
+    """Ask every rank for its Python stacks; a stopped one cannot answer."""
+    for at in running.values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(at.pid, STACKS_SIGNAL)
+    time.sleep(_STACKS_WAIT_S)
+    return {rank: _stack(Path(job.out), rank, at.pid) for rank, at in running.items()}
+
+
+def _stack(out: Path, rank: int, pid: int) -> str:
+    with contextlib.suppress(OSError):
+        text = stack_path(out, rank).read_text()
+        if text:
+            return text
+    state = _state(pid)
+    return f"no answer; its process is in state {state}" + (" (stopped)" if state == _STOPPED else "")
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone"

@@ -1,0 +1,57 @@
+"""How far a suite has come: a live line on a terminal, a plain line for each case in a log, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from distbench.report.journal import Line
+
+_CLEAR = "\r\x1b[K"
+_REFRESH_S = 0.2
+
+
+class Progress:
+    """Counts finished cases and says so on standard error."""
+
+    def __init__(self, total: int, *, quiet: bool, stream: TextIO = sys.stderr) -> None:
+        """Expect `total` cases."""
+        self._total = total
+        self._quiet = quiet
+        self._stream = stream
+        self._live = stream.isatty()
+        self._done = self._skipped = self._unexpected = 0
+        self._started = self._shown = time.monotonic()
+        self._last = ""
+
+    def take(self, line: Line, *, quiet: bool = False) -> None:
+        """Count a finished case; `quiet` for one that an earlier run finished."""
+        self._done += 1
+        self._skipped += quiet
+        self._unexpected += not line.as_expected
+        self._last = line.name
+        if self._quiet or quiet or (self._live and line.as_expected):
+            return
+        surprise = "" if line.as_expected else "  UNEXPECTED"
+        text = f"{self._done:>6}/{self._total} {line.verdict.value:<16} {line.timing.wall_s:8.3f} s  {line.name}"
+        self._stream.write(f"{_CLEAR if self._live else ''}{text}{surprise}\n")
+        self._stream.flush()
+
+    def refresh(self) -> None:
+        """Renew the live line, if there is one."""
+        now = time.monotonic()
+        if self._quiet or not self._live or now - self._shown < _REFRESH_S:
+            return
+        self._shown = now
+        rate = (self._done - self._skipped) / (now - self._started)
+        left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "starting"
+        counts = f"{self._done}/{self._total} done, {self._unexpected} unexpected, {rate:.1f} cases/s, {left}"
+        self._stream.write(f"{_CLEAR}{counts}, last {self._last}"[:200])
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Take the live line away."""
+        if self._live and not self._quiet:
+            self._stream.write(_CLEAR)
+            self._stream.flush()

@@ -1,0 +1,46 @@
+"""Where finished cases go, on rank 0."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from distbench.job import Entry, Job
+from distbench.report.document import Report, build_report
+from distbench.report.environment import capture_environment
+from distbench.report.files import write_report
+from distbench.report.journal import Journal
+from distbench.verify.records import Outcome
+
+
+class Sink:
+    """Turns outcomes into reports: a line of the journal each, and the files that the job names."""
+
+    def __init__(self, job: Job) -> None:
+        """Open the journal in the job's folder."""
+        self._job = job
+        self._journal = Journal(Path(job.out))
+
+    def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> Report:
+        """Write down how `entry` ended, and return when it is on disk."""
+        records = outcome.gathered.observations if outcome.gathered else []
+        environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
+        report = build_report(entry, outcome, environment=environment, wall_s=wall_s)
+        self._journal.append(report)
+        for path in self._job.report_paths:
+            write_report(Path(path), report)
+        if not self._job.supervised:
+            self._print(report)
+        return report
+
+    def close(self) -> None:
+        """Let the journal go."""
+        self._journal.close()
+
+    def _print(self, report: Report) -> None:
+        from distbench.report import console  # noqa: PLC0415 - only where something is printed
+
+        if self._job.report_paths:
+            console.print_report(report)
+        else:
+            console.print_line(console.case_line(report))
