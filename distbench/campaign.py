@@ -17,7 +17,8 @@ from distbench.progress import Progress
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_atomically, write_report
-from distbench.report.journal import Journal, JournalReader, Line
+from distbench.report.journal import Journal, JournalReader, Line, repair_journal
+from distbench.report.summary import Summary
 from distbench.supervisor import Interrupted, supervise
 
 _WORST_SHOWN = 32
@@ -30,23 +31,12 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     max_faults: int = 3
 
 
-class Summary(msgspec.Struct, kw_only=True):
-    """`summary.json`: counts by verdict, and the first cases that did not end as expected."""
-
-    cases: int = 0
-    finished: int = 0
-    as_expected: int = 0
-    verdicts: dict[str, int] = {}
-    exit_code: int = 0
-    stopped: str = ""
-    unexpected: list[dict[str, str]] = []
-
-
 class Campaign:
     """Runs entries launch after launch, keeping count; results are in the journal."""
 
     def __init__(self, entries: Sequence[Entry], out: Path, rules: Rules, progress: Progress) -> None:
         """Take up the journal of `out`: cases that it holds are not run again."""
+        repair_journal(out)
         self._entries = entries
         self._out = out
         self._rules = rules

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.limits import parse_limit
+from distbench.limits import ALLOWED_LIMITS, parse_limit
 from distbench.models import PRESETS
+from distbench.values import refuse_bulk, shown, split_tokens, spread_tokens
 
 STAND_INS = {"collective": "collective for mori", "reference": "reference for aiter"}
 
@@ -39,10 +40,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     topk: Annotated[Count, _help("experts k of a token")]
     ep_size: Annotated[Annotated[int, msgspec.Meta(ge=1, le=1 << 16)], _help("ranks W of the expert-parallel group")]
     tokens: Annotated[
-        tuple[TokenCount, ...], _help("tokens of each rank: one number for all, or a list such as 0,1,7,33")
+        tuple[TokenCount, ...], _help("tokens of each rank: one number for all, or a list; 0,1,7,33,... repeats it")
     ] = (16,)
     routing: Annotated[str, _help("uniform, zipf:S, hot-rank:R, fan-in:R, local or duplicates")] = "uniform"
-    limit: Annotated[str, _help("rows kept: off, a number, max-recv, max-recv-1, sum, sum32 or pow2")] = "sum32"
+    limit: Annotated[str, _help(f"rows kept: {ALLOWED_LIMITS}")] = "sum32"
     recv_bound: Annotated[bool, _help("with the limit off, cut at the bound that newer SGLang derives")] = False
     policy: Annotated[
         Literal["strict", "unchecked", "guard"],
@@ -142,7 +143,7 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None) -> Resolved:
     for layer in layers:
         for key, raw in layer.values.items():
             if key not in values and key not in DERIVED_KEYS:
-                values[key] = _typed(key, raw, layer)
+                values[key] = typed_value(key, raw, layer)
                 sources[key] = layer.source
     _apply_ranks(values, sources, ep_size)
     _apply_preset(values, sources)
@@ -191,6 +192,7 @@ def decode_table(path: str, content: bytes) -> dict[str, Any]:
         message = f"file {path}: suffix {Path(path).suffix!r} is neither .toml nor .json; rename it to what it holds"
         raise InvalidCase(message)
     try:
+        refuse_bulk(content)
         table = decode(content)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         message = f"file {path}: not valid {Path(path).suffix[1:].upper()} ({one_line(error)})"
@@ -206,21 +208,26 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
-def _typed(key: str, raw: Any, layer: Layer) -> Any:
+def typed_value(key: str, raw: Any, layer: Layer) -> Any:
+    """Return `raw` as the type of the case key `key`; tokens may still end in "...".
+
+    Raises:
+        InvalidCase: no such key, or not such a value.
+
+    """
     if key not in FIELD_TYPES:
         message = f"{layer.source}: unknown key {key!r:.80}; allowed are {', '.join(FIELD_TYPES)}"
         raise InvalidCase(message)
-    value = raw
-    if key == "tokens" and isinstance(raw, str):
-        value = [part.strip() for part in raw.split(",")]
+    value, repeat = split_tokens(raw) if key == "tokens" else (raw, ())
     try:
-        return msgspec.convert(value, FIELD_TYPES[key], strict=layer.strict)
+        typed = msgspec.convert(value, FIELD_TYPES[key], strict=layer.strict)
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
         allowed = get_args(get_args(FIELD_TYPES[key])[0]) if "enum" in str(error) else ()
         reason = f"allowed are {', '.join(allowed)}" if allowed else one_line(error)
         name = f"--{key.replace('_', '-')}" if layer.source == FLAGS else f"{layer.source}: {key}"
-        message = f"{name} = {raw!r:.120}: {reason}"
+        message = f"{name} = {shown(raw)}: {reason}"
         raise InvalidCase(message) from error
+    return (*typed, *repeat) if repeat else typed
 
 
 def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int | None) -> None:
@@ -228,7 +235,7 @@ def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int |
         values.setdefault("ep_size", 8)
         sources.setdefault("ep_size", "default")
     elif values.get("ep_size", ep_size) == ep_size:
-        values["ep_size"] = _typed("ep_size", ep_size, Layer("launcher", {}))
+        values["ep_size"] = typed_value("ep_size", ep_size, Layer("launcher", {}))
         sources.setdefault("ep_size", "launcher")
     else:
         message = (
@@ -256,12 +263,7 @@ def _apply_preset(values: dict[str, Any], sources: dict[str, str]) -> None:
 
 
 def _normalise(values: dict[str, Any]) -> None:
-    tokens = values["tokens"]
-    if isinstance(tokens, int):
-        tokens = (tokens,)
-    if len(tokens) == 1:
-        tokens = tuple(tokens) * values["ep_size"]
-    values["tokens"] = tuple(tokens)
+    values["tokens"] = spread_tokens(values["tokens"], values["ep_size"])
     values["limit"] = parse_limit(values["limit"])
     values["timeout"] = float(values["timeout"])
     values["kernel_table_sha256"] = _table_digest(values["kernel_table"])

@@ -8,31 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+import msgspec
+
 from distbench import __version__
-from distbench.campaign import Campaign, Rules, Summary
+from distbench.campaign import Campaign, Rules
 from distbench.case import (
     DERIVED_KEYS,
     FIELD_DEFAULTS,
     FIELD_HINTS,
     FLAGS,
+    Case,
     Layer,
-    Resolved,
     load_case_file,
     resolve_case,
 )
 from distbench.errors import DistbenchError, InvalidCase
 from distbench.job import Entry, Job
+from distbench.locks import hold
 from distbench.models import PRESETS, ModelShape
-from distbench.preflight import check_case, check_folder
+from distbench.preflight import check_case, check_folder, check_memory
 from distbench.production import near_misses, read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_error, print_presets, print_report
+from distbench.report.console import print_error, print_presets, print_report, print_summary
 from distbench.report.files import read_report
-from distbench.report.journal import RESULTS
+from distbench.report.journal import RESULTS, filter_journal
+from distbench.report.summary import Summary
+from distbench.suite import load_suite, select
+from distbench.suite_files import builtin_suites
 from distbench.supervisor import Interrupted, preload_ranks
 
 _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
+_DEFAULT_RANKS = 8
 _REPORT = "report.json"
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
@@ -44,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.command(options))
     except DistbenchError as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            print_error(error.verdict.value, str(error))
+            print_error(error.label, str(error))
         return error.exit_code
     except Interrupted as error:
         print_error("INTERRUPTED", f"{error}; what had finished is kept, the same command goes on from there")
@@ -66,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"distbench {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    _add_suite(commands)
     presets = commands.add_parser("presets", help="list the model layers by name")
     presets.set_defaults(command=_presets)
     show = commands.add_parser("show", help="print a report again")
@@ -82,11 +90,42 @@ def _add_run(commands: Any) -> None:
         "defaults. Under torchrun this process is a rank; otherwise it starts the ranks.",
     )
     run.set_defaults(command=_run)
-    run.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 8)")
+    _add_launch(run)
     run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
-    run.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for report.json (default: %(default)s)")
     run.add_argument("--json", metavar="PATH", default="", help="write the report here too")
-    group = run.add_argument_group("the case")
+    _add_case_options(run)
+
+
+def _add_suite(commands: Any) -> None:
+    suite = commands.add_parser(
+        "suite",
+        help="run many cases in one launch",
+        description=f"Run the cases of a suite file, or of a built-in suite ({', '.join(builtin_suites())}). The same "
+        "command with the same --out goes on where it was stopped.",
+    )
+    suite.set_defaults(command=_suite)
+    suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
+    _add_launch(suite)
+    suite.add_argument(
+        "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
+    )
+    suite.add_argument("--rerun", choices=("failed", "all"), help="run again what had failed, or everything")
+    suite.add_argument("--retries", type=int, default=0, metavar="N", help="tries more for a case that lost its ranks")
+    suite.add_argument("--max-faults", type=int, default=3, metavar="K", help="stop after K such cases in a row")
+    suite.add_argument("--quiet", action="store_true", help="no progress")
+    _add_case_options(suite)
+
+
+def _add_launch(command: Any) -> None:
+    command.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 8)")
+    command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
+    command.add_argument(
+        "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
+    )
+
+
+def _add_case_options(command: Any) -> None:
+    group = command.add_argument_group("the case")
     for key in FIELD_HINTS:
         if key not in _NOT_FLAGS:
             _add_case_option(group, key)
@@ -106,26 +145,80 @@ def _add_case_option(group: Any, key: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    resolved = _resolve(options, _world_size())
-    check_folder(options.out)
-    warnings = (*near_misses(os.environ), *check_case(resolved.case))
-    entry = Entry(name="run", case=resolved.case, sources=resolved.sources, warnings=warnings)
+    layers = [*_flags(options), *([load_case_file(options.case)] if options.case else [])]
+    resolved = resolve_case([*layers, *read_environment(os.environ)], _num_ranks(options))
+    entry = Entry(name="run", case=resolved.case, sources=resolved.sources, warnings=_warnings(resolved.case))
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
-    for path in (*paths, str(Path(options.out) / RESULTS)):
-        Path(path).unlink(missing_ok=True)
+    check_folder(options.out, 1)
     if _world_size() is not None:
+        _forget(Path(options.out), paths)
         return _work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
-    _campaign((entry,), options.out, Rules(), Progress(1, quiet=True), paths)
-    report = read_report(paths[0])
+    check_memory([resolved.case])
+    with hold(Path(options.out), (), options.lock_timeout):
+        _forget(Path(options.out), paths)
+        _campaign((entry,), options, Progress(1, quiet=True), paths)
+        report = read_report(paths[0])
     print_report(report)
     return report.exit_code
 
 
+def _suite(options: argparse.Namespace) -> int:
+    num_ranks = _num_ranks(options) or _DEFAULT_RANKS
+    suite = load_suite(options.suite, num_ranks, _flags(options), read_environment(os.environ))
+    chosen = select(suite.entries, options.select)
+    entries = tuple(msgspec.structs.replace(entry, warnings=_warnings(entry.case)) for entry in chosen)
+    check_folder(options.out, len(entries))
+    if _world_size() is not None:
+        return _work(Job(entries=entries, out=options.out, supervised=False))
+    check_memory(entry.case for entry in entries)
+    out = Path(options.out)
+    progress = Progress(len(entries), quiet=options.quiet)
+    with hold(out, (), options.lock_timeout):
+        if options.rerun == "all":
+            (out / RESULTS).unlink(missing_ok=True)
+        elif options.rerun == "failed":
+            filter_journal(out, lambda line: line.as_expected)
+        summary = _campaign(entries, options, progress)
+    print_summary(summary, options.out)
+    return summary.exit_code
+
+
 def _campaign(
-    entries: Sequence[Entry], out: str, rules: Rules, progress: Progress, report_paths: tuple[str, ...] = ()
+    entries: Sequence[Entry], options: argparse.Namespace, progress: Progress, report_paths: tuple[str, ...] = ()
 ) -> Summary:
+    rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
     preload_ranks()
-    return Campaign(entries, Path(out), rules, progress).run(report_paths)
+    try:
+        return Campaign(entries, Path(options.out), rules, progress).run(report_paths)
+    finally:
+        progress.close()
+
+
+def _forget(out: Path, paths: tuple[str, ...]) -> None:
+    for path in (*paths, str(out / RESULTS)):
+        Path(path).unlink(missing_ok=True)
+
+
+def _warnings(case: Case) -> tuple[str, ...]:
+    return (*near_misses(os.environ), *check_case(case))
+
+
+def _flags(options: argparse.Namespace) -> list[Layer]:
+    given = {
+        name.removeprefix(_CASE_DEST): str(value)
+        for name, value in vars(options).items()
+        if name.startswith(_CASE_DEST) and value is not None
+    }
+    return [Layer(FLAGS, given, strict=False)]
+
+
+def _num_ranks(options: argparse.Namespace) -> int | None:
+    """Return the number of ranks that torchrun started, or that --nproc asks for, or None."""
+    started = _world_size()
+    if started is not None and options.nproc not in (None, started):
+        message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
+        raise InvalidCase(message)
+    return options.nproc if started is None else started
 
 
 def _work(job: Job) -> int:
@@ -137,22 +230,6 @@ def _work(job: Job) -> int:
 def _world_size() -> int | None:
     """Return the number of ranks where torchrun started this process as one of them."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def _resolve(options: argparse.Namespace, world_size: int | None) -> Resolved:
-    given = {
-        name.removeprefix(_CASE_DEST): str(value)
-        for name, value in vars(options).items()
-        if name.startswith(_CASE_DEST) and value is not None
-    }
-    layers = [Layer(FLAGS, given, strict=False)]
-    if options.case:
-        layers.append(load_case_file(options.case))
-    layers += read_environment(os.environ)
-    if world_size is not None and options.nproc not in (None, world_size):
-        message = f"--nproc {options.nproc}: torchrun started {world_size} ranks; leave --nproc out under torchrun"
-        raise InvalidCase(message)
-    return resolve_case(layers, options.nproc if world_size is None else world_size)
 
 
 def _presets(_: argparse.Namespace) -> int:

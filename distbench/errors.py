@@ -57,6 +57,11 @@ class DistbenchError(Exception):
     verdict = Verdict.RANK_FAULT
 
     @property
+    def label(self) -> str:
+        """The word that the message begins with."""
+        return self.verdict.value
+
+    @property
     def exit_code(self) -> int:
         """The exit code of this error's verdict."""
         return self.verdict.exit_code
@@ -78,3 +83,10 @@ class Overflow(DistbenchError):
     """A sender or a receiver was asked for more rows than it has room for."""
 
     verdict = Verdict.OVERFLOW
+
+
+class Busy(DistbenchError):
+    """Another process holds what this run needs for itself. Not a verdict: no case was looked at."""
+
+    label = "BUSY"
+    exit_code = 3

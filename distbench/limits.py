@@ -6,14 +6,21 @@ derived from, so that one case file serves any routing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import msgspec
 
 from distbench.errors import InvalidCase, Overflow
+from distbench.values import shown
 
-DERIVED_LIMITS = ("max-recv", "max-recv-1", "sum", "sum32", "pow2")
-ALLOWED_LIMITS = f"off, a whole number of rows from 1 up, {', '.join(DERIVED_LIMITS)}"
+DERIVED_LIMITS = ("max-recv", "sum", "sum32", "pow2", "capacity")
+ALLOWED_LIMITS = (
+    "off, a whole number of rows from 1 up, max-recv, max-recv+N, max-recv-N, sum, sum32, pow2, capacity or capacity+N"
+)
+
+_MAX_DIGITS = 12
+_OFFSET = re.compile(rf"(max-recv[+-]|capacity\+)(\d{{1,{_MAX_DIGITS}}})", re.ASCII)
 
 RECV_BOUND_STEP = 32
 _SHOWN_RANKS = 8
@@ -37,23 +44,25 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 def parse_limit(value: str | int) -> str:
-    """Return the canonical text of a limit: `off`, digits, or one of `DERIVED_LIMITS`.
+    """Return the canonical text of a limit: `off`, digits, or one of `DERIVED_LIMITS`, some with `+N` or `-N`.
 
     Raises:
         InvalidCase: not one of those. A negative number is refused because production reads it as off.
 
     """
-    text = str(value).strip()
-    if text in ("off", "0"):
-        return "off"
-    if text in DERIVED_LIMITS:
+    text = value.strip() if isinstance(value, str) else shown(value)
+    offset = _OFFSET.fullmatch(text)
+    if offset:
+        rows = int(offset[2])
+        return f"{offset[1]}{rows}" if rows else offset[1][:-1]
+    if text in (*DERIVED_LIMITS, "off"):
         return text
-    if text.isascii() and text.isdigit():
-        return str(int(text))
-    if text.startswith("-") and text[1:].isascii() and text[1:].isdigit():
+    if _is_digits(text):
+        return str(int(text)) if int(text) else "off"
+    if text.startswith("-") and _is_digits(text[1:]):
         message = f"limit = {text}: production takes a negative limit as off and cuts nothing; use off or at least 1"
         raise InvalidCase(message)
-    message = f"limit = {value!r}: allowed are {ALLOWED_LIMITS}"
+    message = f"limit = {shown(value)}: allowed are {ALLOWED_LIMITS} (N and rows have up to {_MAX_DIGITS} digits)"
     raise InvalidCase(message)
 
 
@@ -61,7 +70,7 @@ def resolve_limit(limit: str, traffic: Traffic) -> int | None:
     """Return the number of rows to cut to, or None where the limit is off.
 
     `sum` is the provable bound (one row per token and destination rank); `sum32` rounds it up to 32, at least 32 and
-    at most R, as newer SGLang does with SGLANG_MORI_RECV_BOUND; `pow2` rounds it up to a power of two.
+    at most R, as newer SGLang does with SGLANG_MORI_RECV_BOUND; `pow2` rounds it up to a power of two. `capacity` is R.
 
     Raises:
         InvalidCase: a derived limit comes out below one row, which production would read as off.
@@ -71,14 +80,19 @@ def resolve_limit(limit: str, traffic: Traffic) -> int | None:
         return None
     if limit.isdigit():
         return int(limit)
+    offset = _OFFSET.fullmatch(limit)
+    base, extra = (offset[1][:-1], int(offset[1][-1] + offset[2])) if offset else (limit, 0)
     total = sum(traffic.tokens)
-    rows = {
-        "max-recv": traffic.max_recv,
-        "max-recv-1": traffic.max_recv - 1,
-        "sum": total,
-        "sum32": min(round_up(max(total, 1), RECV_BOUND_STEP), traffic.capacity),
-        "pow2": 1 << max(total - 1, 0).bit_length(),
-    }[limit]
+    rows = (
+        extra
+        + {
+            "max-recv": traffic.max_recv,
+            "sum": total,
+            "sum32": min(round_up(max(total, 1), RECV_BOUND_STEP), traffic.capacity),
+            "pow2": 1 << max(total - 1, 0).bit_length(),
+            "capacity": traffic.capacity,
+        }[base]
+    )
     if rows < 1:
         message = (
             f"limit = {limit}: comes out as {rows} rows (the fullest rank receives {traffic.max_recv}), "
@@ -116,3 +130,7 @@ def _refuse_above(counts: Sequence[int], bound: int, verb: str, name: str, way_o
 def round_up(value: int, step: int) -> int:
     """Round `value` up to a multiple of `step`."""
     return -(-value // step) * step
+
+
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS

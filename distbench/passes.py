@@ -85,8 +85,12 @@ class Passes:
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected
 
-    def observation(self) -> Observation:
-        """Return what this rank saw, after `run`."""
+    def stacked(self) -> Tensor:
+        """Return the outputs of all arms, and of the oracle where there is one: bf16 [n, arms, H]."""
+        return torch.stack(list(self.outputs.values()), dim=1)
+
+    def observation(self, stacked: Tensor, digests: Tensor) -> Observation:
+        """Return what this rank saw, after `run`: of `stacked`, and of its rows' digests int64 [n, arms, 2]."""
         session, question, outputs = self._session, self._question, self.outputs
         pairs = pairs_of(tuple(outputs))
         return Observation(
@@ -99,12 +103,12 @@ class Passes:
             limit=question.limit,
             lost=self._lost,
             kernels=self._kernels,
-            digests={arm: tensor_digest(rows) for arm, rows in outputs.items()},
+            digests={arm: tensor_digest(digests[:, index]) for index, arm in enumerate(outputs)},
             divergences=self._divergences,
             comparisons={pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs},
             reference=self._reference_error(),
             drift=_relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
-            nan_tokens={arm: int(rows.isnan().any(1).sum()) for arm, rows in outputs.items()},
+            nan_tokens=dict(zip(outputs, stacked.isnan().any(2).sum(0).tolist(), strict=True)),
             durations_us=self._durations,
             peak_bytes=_peak_bytes(),
         )
@@ -159,7 +163,7 @@ def _lost_rows(sources: Tensor, limit: int) -> LostRows:
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float | None:
     """Return the largest error as a share of the token's largest magnitude; None where a NaN is in the way."""
-    if actual.numel() == 0:
+    if torch.equal(actual, expected):
         return 0.0
     error = (actual.float() - expected.float()).abs().amax(1)
     scale = expected.float().abs().amax(1)

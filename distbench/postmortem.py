@@ -72,7 +72,7 @@ def _raised(job: Job, failure: RankFailure) -> Ending:
 def _died(job: Job, end: Exit, position: Position | None) -> Ending:
     place = "before its first stage" if position is None else f"in {position.place}{_whose(position)}"
     baseline = position is not None and position.arm_name == "padded"
-    message = f"rank {end.rank} died of {end.how} {place}"
+    message = f"rank {end.rank} ended by {end.how} {place}"
     reason = Reason(code="baseline-fault" if baseline else "rank-fault", rank=end.rank, message=message)
     return _ending(job, position, reason, {})
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from distbench.case import Case
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
+
+# What a rank's process takes besides tensors, and for blocks of weights in float64.
+_SCRATCH_BYTES = 160 << 20
+_REPORT_BYTES = 32 << 10
 
 
 def check_case(case: Case) -> tuple[str, ...]:
@@ -34,18 +40,65 @@ def check_case(case: Case) -> tuple[str, ...]:
     return (message,)
 
 
-def check_folder(out: str) -> None:
-    """Make the folder for results and prove that it can be written.
+def check_memory(cases: Iterable[Case], available: int | None = None) -> None:
+    """Refuse a launch whose largest case needs more memory than this machine has to give.
+
+    `available` is in bytes; None asks the machine.
 
     Raises:
-        InvalidCase: it cannot be made or written.
+        Unsupported: names the bytes needed and available, and what to make smaller.
+
+    """
+    largest = max(cases, key=memory_bytes)
+    needed = memory_bytes(largest)
+    free = available_bytes() if available is None else available
+    if needed > free:
+        message = (
+            f"memory: the largest case needs about {needed} bytes for {largest.ep_size} ranks ({needed / 2**30:.1f} "
+            f"GiB), {free} are available; lower max_dispatch_tokens_per_rank or use fewer ranks or a smaller model"
+        )
+        raise Unsupported(message)
+
+
+def memory_bytes(case: Case) -> int:
+    """Estimate what all ranks of a case take together: weights, receive and output buffers, routed rows, process."""
+    element = 2
+    weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
+    payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
+    buffers = case.capacity * (payload + case.hidden_size * element)
+    work = max(case.tokens) * case.topk * case.hidden_size * 16 + _SCRATCH_BYTES
+    return case.ep_size * (weights + buffers + work)
+
+
+def available_bytes() -> int:
+    """Return the memory that new processes can have: what Linux says, and no more than the control group's limit."""
+    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - int(used))
+
+
+def check_folder(out: str, num_cases: int) -> None:
+    """Make the folder for results and prove that it can take them.
+
+    Raises:
+        InvalidCase: it cannot be made or written, or its disk is all but full.
 
     """
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as probe:
             probe.write(b"\0" * 4096)
+        free = shutil.disk_usage(out).free
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         message = f"--out {out}: cannot be written ({reason}); name another folder"
         raise InvalidCase(message) from error
+    needed = num_cases * _REPORT_BYTES
+    if free < needed:
+        message = f"--out {out}: {free} bytes are free, {num_cases} reports take about {needed}; name another folder"
+        raise InvalidCase(message)

@@ -15,7 +15,7 @@ from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
-from distbench.verify.gather import choose_mode, gather
+from distbench.verify.gather import Outputs, choose_mode, gather, stacked_digests
 from distbench.verify.records import Judgement, Outcome, Question, Reason
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
@@ -49,9 +49,12 @@ def _run(session: Session, case: Case) -> Outcome | None:
     parts = _build(session, case, workload, batch, counts)
     passes = Passes(session, question, parts, counts)
     passes.run()
-    row_bytes = case.hidden_size * batch.hidden.element_size()
-    mode = choose_mode(case.gather, case.tokens, len(passes.outputs), row_bytes)
-    gathered = gather(session.group, mode, case.tokens, passes.observation(), passes.outputs)
+    stacked = passes.stacked()
+    digests = stacked_digests(stacked)
+    mode = choose_mode(case.gather, case.tokens, stacked[:1].numel() * stacked.element_size())
+    record = passes.observation(stacked, digests)
+    outputs = Outputs(tuple(passes.outputs), stacked, digests)
+    gathered = gather(session.group, mode, case.tokens, record, outputs)
     if gathered is None:
         return None
     judgement = judge(question, gathered)

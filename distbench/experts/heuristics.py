@@ -121,7 +121,7 @@ def split_parts(bucket: int, key: LayerKey, rules: BucketRules) -> int:
     Top-k counted as 0 makes aiter divide by zero here; it counts as no split.
     """
     routes = bucket * key.lookup_topk(rules)
-    if key.quant == "bf16" or not rules.fp8_split_columns or routes > key.num_local_experts:
+    if key.quant == "bf16" or routes > key.num_local_experts:
         return 0
     tiles = -(-key.inter_dim * rules.fp8_split_columns // _BLOCK_COLUMNS) * routes
     if not 0 < tiles < key.cu_count:

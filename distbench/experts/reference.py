@@ -7,6 +7,7 @@ block, split-k, whether the activation is rounded between the stages, and how th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from distbench.experts.selection import KernelChoice, KernelSelector
 from distbench.workload.bits import shuffle
 
 _WEIGHT_BYTES = 8 << 20
+_BLOCK_BYTES = 1 << 20
 _ROUTED_BYTES = 256 << 20
 
 
@@ -109,17 +111,18 @@ class ReferenceExperts:
     def _reduce(self, routed: Tensor, choice: KernelChoice, start: int) -> Tensor:
         live, topk, _ = routed.shape
         rounded = routed.bfloat16()
-        total = torch.zeros_like(routed[:, 0])
         if choice.stage2_mode == "reduce":
+            total = torch.zeros_like(routed[:, 0])
             for slot in range(topk):
                 total += rounded[:, slot]
-            return total
+            return total.bfloat16()
         name = f"atomic/{self._calls}/{start}"
         order = shuffle(self._seed, name, 0, live * topk, routed.device).view(live, topk).argsort(1)
-        rows = torch.arange(live, device=routed.device)
+        arriving = rounded.gather(1, order.unsqueeze(2).expand_as(rounded))
+        added = torch.zeros_like(arriving[:, 0])
         for step in range(topk):
-            total = (total + rounded[rows, order[:, step]]).bfloat16().float()
-        return total
+            added = added + arriving[:, step]
+        return added
 
 
 def widen(hidden: Tensor, scales: Tensor | None) -> Tensor:
@@ -161,13 +164,35 @@ def blocked_product(rows: Tensor, weights: Tensor, experts: Tensor, tile_k: int,
     K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
     divided into that many runs of blocks, which are summed apart and then added in order.
     """
-    starts = range(0, rows.shape[2], tile_k)
-    run = -(-len(starts) // max(splits, 1))
+    columns = rows.shape[2]
+    run = -(-columns // (tile_k * max(splits, 1))) * tile_k
     total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.shape[1])
-    for first in range(0, len(starts), run):
+    for start in range(0, columns, run):
         partial = torch.zeros_like(total)
-        for start in starts[first : first + run]:
-            block = weights[experts, :, start : start + tile_k].double()
-            partial += torch.bmm(rows[:, :, start : start + tile_k].double(), block.transpose(1, 2)).float()
+        for blocks in _blocks(rows, weights, experts, range(start, min(start + run, columns), tile_k)):
+            for block in blocks.unbind(1):
+                partial += block
         total += partial
     return total
+
+
+def _blocks(rows: Tensor, weights: Tensor, experts: Tensor, starts: range) -> Iterator[Tensor]:
+    """Yield the products of K blocks, several at a time: float32 [g, blocks, m, N]."""
+    tile_k = starts.step
+    taken = max(_BLOCK_BYTES // (experts.numel() * weights.shape[1] * tile_k * 8), 1)
+    even = len(starts) - (starts.stop % tile_k != 0)
+    for first in range(0, even, taken):
+        part = slice(starts[first], starts[min(first + taken, even) - 1] + tile_k)
+        yield _products(rows[:, :, part], weights[experts, :, part], tile_k)
+    if even < len(starts):
+        part = slice(starts[-1], starts.stop)
+        yield _products(rows[:, :, part], weights[experts, :, part], starts.stop - starts[-1])
+
+
+def _products(rows: Tensor, weights: Tensor, tile_k: int) -> Tensor:
+    left, right = (
+        part.unflatten(2, (-1, tile_k)).transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)
+        for part in (rows, weights)
+    )
+    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2)).float()
+    return product.view(*left.shape[:2], *product.shape[1:])

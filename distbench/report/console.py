@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from distbench.errors import Verdict
 from distbench.report.document import RankReport, Report
+from distbench.report.summary import Summary
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -44,6 +45,16 @@ def case_line(report: Report) -> str:
     """Return one plain line for a case of a suite."""
     surprise = "" if report.as_expected else f" (expected {report.expect})"
     return f"{report.verdict.value:<16} {report.timing['wall_s']:7.3f} s  {report.name}{surprise}"
+
+
+def print_summary(summary: Summary, out: str) -> None:
+    """Print what became of a suite, the verdict line last."""
+    for case in summary.unexpected:
+        print(f"unexpected: {case['verdict']:<16} {case['name']}")
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(summary.verdicts.items()))
+    stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
+    print(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
+    print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
 
 
 def print_presets(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:

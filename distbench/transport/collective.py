@@ -18,6 +18,8 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import shuffle
 from distbench.workload.routing import destinations
 
+_SUM_BYTES = 64 << 20
+
 
 class Geometry(NamedTuple):
     """Sizes of one expert-parallel group. `counts` int64 [W, W] on the CPU: rows that rank i sends to rank j."""
@@ -196,8 +198,12 @@ class CollectiveTransport:
         counted = (valid & ~earlier).unsqueeze(2)
         index = position.gather(1, owner.clamp(0, geometry.ep_size - 1))
         total = rows.new_zeros(ids.shape[0], rows.shape[1], dtype=torch.float32)
-        for slot in range(ids.shape[1]):
-            total += torch.where(counted[:, slot], rows[index[:, slot]].float(), 0.0)
+        step = max(_SUM_BYTES // (ids.shape[1] * rows.shape[1] * 4), 1)
+        for start in range(0, ids.shape[0], step):
+            part = slice(start, start + step)
+            taken = rows[index[part]].float().masked_fill_(~counted[part], 0.0)
+            for slot in taken.unbind(1):
+                total[part] += slot
         return total.to(rows.dtype)
 
 

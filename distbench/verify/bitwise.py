@@ -19,6 +19,11 @@ def integer_view(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGER_VIEWS[tensor.element_size()])
 
 
+def same_bits(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits."""
+    return torch.equal(integer_view(actual), integer_view(expected))
+
+
 def differing(actual: Tensor, expected: Tensor) -> Tensor:
     """Return bool [n, H]: where the bits differ."""
     return integer_view(actual) != integer_view(expected)
@@ -26,9 +31,9 @@ def differing(actual: Tensor, expected: Tensor) -> Tensor:
 
 def compare_rows(actual: Tensor, expected: Tensor) -> RowComparison:
     """Compare two tensors [n, H] of one dtype."""
-    wrong = differing(actual, expected)
-    if not bool(wrong.any()):
+    if same_bits(actual, expected):
         return NO_DIFFERENCE
+    wrong = differing(actual, expected)
     distance = (_ordered(actual[wrong]) - _ordered(expected[wrong])).abs()
     return RowComparison(int(wrong.any(1).sum()), int(wrong.sum()), max(int(distance.max()), 1))
 
@@ -57,9 +62,9 @@ def row_digests(rows: Tensor) -> Tensor:
     return digests
 
 
-def tensor_digest(rows: Tensor) -> str:
-    """Return one digest of all rows and their order, 32 hex digits."""
-    content = row_digests(rows).cpu().flatten().tolist()
+def tensor_digest(digests: Tensor) -> str:
+    """Return one digest, 32 hex digits, of rows and their order, from the rows' own digests int64 [n, 2]."""
+    content = digests.cpu().flatten().tolist()
     return hashlib.sha256(b"".join(value.to_bytes(8, "little", signed=True) for value in content)).hexdigest()[:32]
 
 

@@ -1,12 +1,13 @@
-"""How rank 0 gets every rank's rows and compares them itself, in memory that no number of ranks or tokens enlarges.
+"""How rank 0 gets every rank's rows and compares them itself, in memory that no number of tokens enlarges.
 
-Each rank sends its record and then its outputs, one bounded chunk at a time, rank after rank: whole rows, or 128-bit
-digests where rows would be many, followed by those rows whose digests differ.
+All ranks send their records, and then their outputs in rounds of one small block each, so that a round fits a bound:
+whole rows, or 128-bit digests where rows would be many, followed by those rows whose digests differ.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import msgspec
 import torch
@@ -24,17 +25,29 @@ from distbench.verify.records import (
     pairs_of,
 )
 
-CHUNK_BYTES = 8 << 20
+ROUND_BYTES = 16 << 20
 ROWS_UP_TO_BYTES = 64 << 20
 FETCHED_TOKENS = 4
 
 Mode = Literal["rows", "digests"]
-Outputs = dict[str, Tensor]
 
 
-def choose_mode(asked: str, tokens: tuple[int, ...], arms: int, row_bytes: int) -> Mode:
+class Outputs(NamedTuple):
+    """A rank's outputs: the arms' names, their tokens [n, arms, H], and the digests of those, int64 [n, arms, 2]."""
+
+    arms: tuple[str, ...]
+    rows: Tensor
+    digests: Tensor
+
+
+def stacked_digests(rows: Tensor) -> Tensor:
+    """Return the digests int64 [n, arms, 2] of rows [n, arms, H]."""
+    return row_digests(rows.flatten(0, 1)).view(*rows.shape[:2], 2)
+
+
+def choose_mode(asked: str, tokens: tuple[int, ...], token_bytes: int) -> Mode:
     """Return `rows` or `digests`: what was asked for, or by the bytes that rank 0 would read."""
-    if asked == "rows" or (asked == "auto" and sum(tokens) * arms * row_bytes <= ROWS_UP_TO_BYTES):
+    if asked == "rows" or (asked == "auto" and sum(tokens) * token_bytes <= ROWS_UP_TO_BYTES):
         return "rows"
     return "digests"
 
@@ -42,44 +55,34 @@ def choose_mode(asked: str, tokens: tuple[int, ...], arms: int, row_bytes: int) 
 def gather(
     group: dist.ProcessGroup, mode: Mode, tokens: tuple[int, ...], observation: Observation, outputs: Outputs
 ) -> Gathered | None:
-    """Bring all ranks' outputs [n, H] to rank 0, which returns what it found; the others return None. Collective.
+    """Bring all ranks' outputs to rank 0, which returns what it found; the others return None. Collective.
 
     `outputs` has the same arms in the same order on every rank.
     """
-    rank, device = dist.get_rank(group), next(iter(outputs.values())).device
-    stacked = torch.stack(list(outputs.values()), dim=1)
-    payload = stacked if mode == "rows" else torch.stack([row_digests(rows) for rows in outputs.values()], dim=1)
-    if rank != 0:
-        _send_record(group, observation, device)
-        _send_chunks(group, payload)
-        if mode == "digests":
-            _answer_requests(group, stacked)
-        return None
-    reader = _Reader(tuple(outputs), mode, payload)
-    records = [observation]
-    reader.take(0, payload)
-    for sender in range(1, len(tokens)):
-        records.append(_receive_record(group, sender, device))
-        _receive_chunks(group, sender, tokens[sender], payload, reader)
+    payload = outputs.rows if mode == "rows" else outputs.digests
+    records = _gather_records(group, observation, payload.device)
+    reader = _Reader(outputs.arms, mode, len(tokens))
+    for start, blocks in _gather_blocks(group, payload, max(tokens)):
+        for rank, block in enumerate(blocks):
+            reader.take(rank, block[: max(tokens[rank] - start, 0)], start)
     if mode == "digests":
-        _fetch_differing(group, reader, stacked, len(tokens))
-    return reader.finish(records)
+        _fetch_differing(group, reader, outputs.rows)
+    return reader.finish(records) if records else None
 
 
 class _Reader:
     """Compares chunk after chunk, keeping counts and the first differing tokens only."""
 
-    def __init__(self, arms: tuple[str, ...], mode: Mode, like: Tensor) -> None:
+    def __init__(self, arms: tuple[str, ...], mode: Mode, num_ranks: int) -> None:
         self._pairs = [(pair_name(pair), arms.index(pair[0]), arms.index(pair[1])) for pair in pairs_of(arms)]
         self._mode = mode
-        self._like = like
         self._disputed: set[int] = set()
-        self._per_rank: dict[int, dict[str, RowComparison]] = {}
+        self._per_rank = [dict.fromkeys((name for name, _, _ in self._pairs), NO_DIFFERENCE) for _ in range(num_ranks)]
         self.differing: dict[str, list[tuple[int, int]]] = {name: [] for name, _, _ in self._pairs}
 
     def take(self, rank: int, chunk: Tensor, start: int = 0) -> None:
         """Compare a chunk [c, arms, columns] of `rank`'s tokens from `start` on."""
-        found = self._per_rank.setdefault(rank, {name: NO_DIFFERENCE for name, _, _ in self._pairs})
+        found = self._per_rank[rank]
         for name, first, second in self._pairs:
             result = compare_rows(chunk[:, second], chunk[:, first])
             found[name] = found[name].plus(result)
@@ -116,56 +119,59 @@ class _Reader:
         return all(mine[name].differing_tokens == record.comparisons[name].differing_tokens for name in mine)
 
 
-def _send_record(group: dist.ProcessGroup, observation: Observation, device: torch.device) -> None:
-    content = torch.frombuffer(bytearray(msgspec.json.encode(observation)), dtype=torch.uint8).to(device)
-    dist.send(torch.tensor([content.numel()], device=device), group=group, group_dst=0)
-    dist.send(content, group=group, group_dst=0)
+def _gather_records(group: dist.ProcessGroup, observation: Observation, device: torch.device) -> list[Observation]:
+    """Return all ranks' records on rank 0, nothing elsewhere."""
+    content = bytearray(msgspec.json.encode(observation))
+    sizes = _gathered(group, torch.tensor([len(content)], device=device))
+    longest = torch.stack(sizes).max() if sizes else torch.zeros((), dtype=torch.int64, device=device)
+    dist.broadcast(longest, group=group, group_src=0)
+    padded = torch.frombuffer(content + bytes(int(longest) - len(content)), dtype=torch.uint8).to(device)
+    records = []
+    for size, raw in zip(sizes, _gathered(group, padded), strict=True):
+        host = bytearray(int(longest))
+        torch.frombuffer(host, dtype=torch.uint8).copy_(raw)
+        records.append(msgspec.json.decode(memoryview(host)[: int(size)], type=Observation))
+    return records
 
 
-def _receive_record(group: dist.ProcessGroup, sender: int, device: torch.device) -> Observation:
-    size = torch.zeros(1, dtype=torch.int64, device=device)
-    dist.recv(size, group=group, group_src=sender)
-    content = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.recv(content, group=group, group_src=sender)
-    host = bytearray(int(size))
-    torch.frombuffer(host, dtype=torch.uint8).copy_(content)
-    return msgspec.json.decode(host, type=Observation)
-
-
-def _send_chunks(group: dist.ProcessGroup, payload: Tensor) -> None:
-    for chunk in payload.split(_chunk_rows_of(payload)):
-        if chunk.numel():
-            dist.send(chunk.contiguous().view(torch.uint8), group=group, group_dst=0)
-
-
-def _receive_chunks(group: dist.ProcessGroup, sender: int, num_tokens: int, like: Tensor, reader: _Reader) -> None:
-    step = _chunk_rows_of(like)
-    reader.take(sender, like[:0])
-    for start in range(0, num_tokens, step):
-        chunk = like.new_empty(min(step, num_tokens - start), *like.shape[1:])
-        dist.recv(chunk.view(torch.uint8), group=group, group_src=sender)
-        reader.take(sender, chunk, start)
-
-
-def _chunk_rows_of(payload: Tensor) -> int:
+def _gather_blocks(group: dist.ProcessGroup, payload: Tensor, most: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield, round after round, the first token of all ranks' blocks and the blocks; no blocks but on rank 0."""
     row_bytes = payload.shape[1] * payload.shape[2] * payload.element_size()
-    return max(CHUNK_BYTES // row_bytes, 1)
+    step = max(min(ROUND_BYTES // (row_bytes * dist.get_world_size(group)), most), 1)
+    for start in range(0, most, step):
+        block = payload[start : start + step]
+        if block.shape[0] < step:
+            block = torch.cat([block, block.new_zeros(step - block.shape[0], *payload.shape[1:])])
+        raw = _gathered(group, block.contiguous().view(torch.uint8))
+        yield start, [one.view(payload.dtype) for one in raw]
 
 
-def _answer_requests(group: dist.ProcessGroup, stacked: Tensor) -> None:
-    request = torch.empty(FETCHED_TOKENS, dtype=torch.int64, device=stacked.device)
+def _gathered(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
+    """Return all ranks' tensors, of one size, on rank 0, nothing elsewhere."""
+    first = dist.get_rank(group) == 0
+    everyone = list(mine.new_empty(dist.get_world_size(group), *mine.shape)) if first else []
+    dist.gather(mine, everyone if first else None, group=group, group_dst=0)
+    return everyone
+
+
+def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, rows: Tensor) -> None:
+    """Bring the first differing rows of each rank to rank 0, which looks whether they do differ."""
+    if dist.get_rank(group) != 0:
+        _answer_request(group, rows)
+        return
+    for rank in range(1, dist.get_world_size(group)):
+        tokens = reader.requests(rank)
+        request = torch.tensor(tokens + [-1] * (FETCHED_TOKENS - len(tokens)), device=rows.device)
+        dist.send(request, group=group, group_dst=rank)
+        if tokens:
+            fetched = rows.new_empty(len(tokens), *rows.shape[1:])
+            dist.recv(fetched.view(torch.uint8), group=group, group_src=rank)
+            reader.confirm(rank, fetched)
+
+
+def _answer_request(group: dist.ProcessGroup, rows: Tensor) -> None:
+    request = torch.empty(FETCHED_TOKENS, dtype=torch.int64, device=rows.device)
     dist.recv(request, group=group, group_src=0)
     tokens = request[request >= 0]
     if tokens.numel():
-        dist.send(stacked[tokens].view(torch.uint8), group=group, group_dst=0)
-
-
-def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, like: Tensor, num_ranks: int) -> None:
-    for rank in range(1, num_ranks):
-        tokens = reader.requests(rank)
-        request = torch.tensor(tokens + [-1] * (FETCHED_TOKENS - len(tokens)), device=like.device)
-        dist.send(request, group=group, group_dst=rank)
-        if tokens:
-            rows = like.new_empty(len(tokens), *like.shape[1:])
-            dist.recv(rows.view(torch.uint8), group=group, group_src=rank)
-            reader.confirm(rank, rows)
+        dist.send(rows[tokens].view(torch.uint8), group=group, group_dst=0)

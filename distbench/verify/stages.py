@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distbench.truncation import ExpertInput
-from distbench.verify.bitwise import bits_at, differing
+from distbench.verify.bitwise import bits_at, differing, same_bits
 from distbench.verify.records import Divergence
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
@@ -43,19 +43,22 @@ class StageChecker:
 
         Rows that a cut took away are not looked at here; see `check_cut`.
         """
-        broken = self._check_sources(arm, sources)
-        if broken is not None:
-            return broken
-        known, order = self._canonical(sources)
+        keys, order = ((sources[:, 0] << 32) | sources[:, 1]).sort()
+        if self._known is None or not torch.equal(self._known.keys, keys):
+            broken = self._learn(arm, sources, keys)
+            if broken is not None:
+                return broken
+        if self._known is None:
+            return None
         live = min(int(given.num_local_tokens), given.rows)
-        place = _Place(arm, self._rank, sources, order, order < live)
+        place = _Place(arm, self._rank, sources, order, None if live >= len(keys) else order < live)
         received = TokenBatch(given.hidden, given.scales, given.weights, given.ids)
-        for field, actual, expected in zip(TokenBatch._fields, received, known.batch, strict=True):
+        for field, actual, expected in zip(TokenBatch._fields, received, self._known.batch, strict=True):
             if actual is not None and expected is not None:
                 wrong = place.first_difference("dispatch", field, "source", actual, expected)
                 if wrong is not None:
                     return wrong
-        return self._check_membership(place, known) or self._check_expert_rows(place, known, expert_out)
+        return self._check_expert_rows(place, self._known.expert_rows, expert_out)
 
     def check_cut(self, arm: str, sources: Tensor, given: ExpertInput) -> Divergence | None:
         """Return the first received row that this pass did not give to the experts."""
@@ -79,91 +82,67 @@ class StageChecker:
         """Return where this pass's tokens first differ from the oracle; None too where there is no exact oracle."""
         if expected is None:
             return None
-        wrong = differing(combined, expected)
-        return _first("combine", arm, self._rank, "tokens", "oracle", combined, expected, wrong)
+        return _first("combine", arm, self._rank, "tokens", "oracle", combined, expected)
 
-    def _check_sources(self, arm: str, sources: Tensor) -> Divergence | None:
-        by_rank = torch.bincount(sources[:, 0].clamp(min=0), minlength=len(self._counts))[: len(self._counts)].cpu()
+    def _learn(self, arm: str, sources: Tensor, keys: Tensor) -> Divergence | None:
+        """Take `sources` as those of this case, and make what must lie there, unless they are not as agreed."""
         agreed = self._counts[:, self._rank]
-        unique = torch.unique(sources, dim=0).shape[0] if sources.numel() else 0
+        num_ranks = len(agreed)
         tokens = torch.tensor(self._workload.tokens_per_rank, device=sources.device)
-        below = sources[:, 1] < tokens[sources[:, 0].clamp(0, len(tokens) - 1)]
-        inside = bool((sources >= 0).all() and below.all())
-        if inside and unique == sources.shape[0] and torch.equal(by_rank, agreed):
+        below = sources[:, 1] < tokens[sources[:, 0].clamp(0, num_ranks - 1)]
+        inside = bool((sources >= 0).all() and (sources[:, 0] < num_ranks).all() and below.all())
+        doubled = int((keys[1:] == keys[:-1]).sum())
+        if not inside or doubled or not torch.equal(torch.bincount(sources[:, 0], minlength=num_ranks).cpu(), agreed):
+            against = f"{agreed.tolist()} rows from each rank, each token once"
+            return self._misplaced(arm, against, rows=max(abs(int(agreed.sum()) - len(keys)), doubled, 1))
+        batch = self._workload.token_rows(keys >> 32, keys & 0xFFFF_FFFF)
+        belongs = destinations(batch.ids, self._workload.experts_per_rank, num_ranks)[:, self._rank]
+        if not bool(belongs.all()):
+            return self._misplaced(arm, "the routing", rows=int((~belongs).sum()))
+        self._known = _Received(keys, batch, self._workload.expected_rows(self._rank, batch))
+        return None
+
+    def _misplaced(self, arm: str, against: str, rows: int) -> Divergence:
+        return Divergence(stage="dispatch", arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
+
+    def _check_expert_rows(self, place: _Place, expected: Tensor | None, expert_out: Tensor) -> Divergence | None:
+        if expected is not None:
+            return place.first_difference("experts", "rows", "oracle", expert_out, expected)
+        if self._baseline_rows is None:
+            self._baseline_rows = expert_out[place.order]
             return None
-        return Divergence(
-            stage="dispatch",
-            arm=arm,
-            rank=self._rank,
-            field="sources",
-            against=f"{agreed.tolist()} rows from each rank, each token once",
-            rows=int(agreed.sum()) - unique if inside else int(sources.shape[0]),
-        )
-
-    def _canonical(self, sources: Tensor) -> tuple[_Received, Tensor]:
-        keys = (sources[:, 0] << 32) | sources[:, 1]
-        keys, order = keys.sort()
-        if self._known is None or not torch.equal(self._known.keys, keys):
-            batch = self._workload.token_rows(keys >> 32, keys & 0xFFFF_FFFF)
-            self._known = _Received(keys, batch, self._workload.expected_rows(self._rank, batch))
-        return self._known, order
-
-    def _check_membership(self, place: _Place, known: _Received) -> Divergence | None:
-        belongs = destinations(known.batch.ids, self._workload.experts_per_rank, len(self._counts))[:, self._rank]
-        if bool(belongs.all()):
-            return None
-        stray = place.sources[place.order[~belongs]][0].tolist()
-        return place.divergence("dispatch", "sources", "the routing", stray, int((~belongs).sum()))
-
-    def _check_expert_rows(self, place: _Place, known: _Received, expert_out: Tensor) -> Divergence | None:
-        expected, against = known.expert_rows, "oracle"
-        if expected is None:
-            if self._baseline_rows is None:
-                self._baseline_rows = expert_out[place.order]
-                return None
-            expected, against = self._baseline_rows, "padded"
-        return place.first_difference("experts", "rows", against, expert_out, expected)
+        return place.first_difference("experts", "rows", "padded", expert_out, self._baseline_rows)
 
 
 class _Place(NamedTuple):
-    """Where rows stand: `order` [m] slots in canonical order, `visible` [m] those that the cut left."""
+    """Where rows stand: `order` [m] slots in canonical order; `visible` [m] those that a cut left, None for all."""
 
     arm: str
     rank: int
     sources: Tensor
     order: Tensor
-    visible: Tensor
+    visible: Tensor | None
 
     def first_difference(
         self, stage: str, field: str, against: str, actual: Tensor, expected: Tensor
     ) -> Divergence | None:
-        slots, expected = self.order[self.visible], expected[self.visible]
-        actual = actual[slots]
-        found = _first(stage, self.arm, self.rank, field, against, actual, expected, differing(actual, expected))
+        slots = self.order
+        if self.visible is not None:
+            slots, expected = slots[self.visible], expected[self.visible]
+        found = _first(stage, self.arm, self.rank, field, against, actual[slots], expected)
         if found is None or found.row is None:
             return found
         slot = int(slots[found.row])
         source_rank, source_token = self.sources[slot].tolist()
         return msgspec.structs.replace(found, row=slot, source_rank=source_rank, source_token=source_token)
 
-    def divergence(self, stage: str, field: str, against: str, source: list[int], rows: int) -> Divergence:
-        return Divergence(
-            stage=stage,
-            arm=self.arm,
-            rank=self.rank,
-            source_rank=source[0],
-            source_token=source[1],
-            field=field,
-            against=against,
-            rows=rows,
-        )
-
 
 def _first(  # noqa: PLR0913 - names of a place, then the two sides
-    stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor, wrong: Tensor
+    stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor
 ) -> Divergence | None:
-    if not bool(wrong.any()):
+    if same_bits(actual, expected):
         return None
+    wrong = differing(actual, expected)
     row, column = divmod(int(wrong.flatten().int().argmax()), wrong.shape[1])
     return Divergence(
         stage=stage,

@@ -9,21 +9,49 @@ from hypothesis import strategies as st
 from distbench.errors import InvalidCase, Overflow
 from distbench.limits import Traffic, check_capacity, parse_limit, recv_bound, resolve_limit
 
+WRONG_OFFSETS = (
+    *("max-recv-", "max-recv--1", "max-recv+1.5", "max-recv+١", "max-recv - 1", "max-recv+" + "9" * 13),
+    *("capacity-1", "sum+1", "sum32-1", "off+1"),
+)
 UNEVEN = Traffic(tokens=(0, 1, 7, 33), total_recv=(9, 20, 20, 11), capacity=256)
 
 
 @pytest.mark.parametrize(
     ("text", "canonical"),
-    [("off", "off"), (0, "off"), ("0", "off"), (" 007 ", "7"), (128, "128"), ("max-recv-1", "max-recv-1")],
+    [
+        ("off", "off"),
+        (0, "off"),
+        ("0", "off"),
+        ("00", "off"),
+        (" 007 ", "7"),
+        (128, "128"),
+        ("999999999999", "999999999999"),
+        ("max-recv-1", "max-recv-1"),
+        ("max-recv+007", "max-recv+7"),
+        ("max-recv-0", "max-recv"),
+        ("capacity", "capacity"),
+        ("capacity+12", "capacity+12"),
+        ("capacity+0", "capacity"),
+    ],
 )
 def test_parse_limit(text: str | int, canonical: str) -> None:
     assert parse_limit(text) == canonical
 
 
-@pytest.mark.parametrize("text", ["", "-", "1.5", "max", "١٢", "max-recv-2", "1e3", "0x10"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "-", "1.5", "max", "١٢", "1e3", "0x10", "a\nb", "9" * 13, "9" * 5000, *WRONG_OFFSETS],
+)
 def test_other_words_are_refused_with_what_is_allowed(text: str) -> None:
-    with pytest.raises(InvalidCase, match="allowed are off"):
+    with pytest.raises(InvalidCase, match="allowed are off") as caught:
         parse_limit(text)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_number_beyond_any_buffer_is_refused() -> None:
+    for number in (10**12, -(10**12), 1 << 40000, -(1 << 40000)):
+        with pytest.raises(InvalidCase, match="up to 12 digits"):
+            parse_limit(number)
 
 
 def test_negative_limit_names_what_production_would_do() -> None:
@@ -33,7 +61,19 @@ def test_negative_limit_names_what_production_would_do() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "rows"),
-    [("off", None), ("12", 12), ("max-recv", 20), ("max-recv-1", 19), ("sum", 41), ("sum32", 64), ("pow2", 64)],
+    [
+        ("off", None),
+        ("12", 12),
+        ("max-recv", 20),
+        ("max-recv-1", 19),
+        ("max-recv-19", 1),
+        ("max-recv+13", 33),
+        ("sum", 41),
+        ("sum32", 64),
+        ("pow2", 64),
+        ("capacity", 256),
+        ("capacity+1", 257),
+    ],
 )
 def test_resolve_limit(limit: str, rows: int | None) -> None:
     assert resolve_limit(limit, UNEVEN) == rows
@@ -49,7 +89,7 @@ def test_pow2_rounds_up(total: int, rows: int) -> None:
     assert resolve_limit("pow2", Traffic((total,), (total,), 256)) == rows
 
 
-@pytest.mark.parametrize("limit", ["max-recv", "max-recv-1", "sum"])
+@pytest.mark.parametrize("limit", ["max-recv", "max-recv-1", "max-recv-200", "sum"])
 def test_a_limit_of_no_rows_is_refused(limit: str) -> None:
     with pytest.raises(InvalidCase, match="production reads as off"):
         resolve_limit(limit, Traffic((0, 0), (0, 0), 64))

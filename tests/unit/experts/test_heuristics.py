@@ -79,6 +79,7 @@ def test_splits_follow_the_worked_table() -> None:
         ({"is_ep": True}, 2, 7),
         ({"is_ep": True, "cu_count": 112}, 8, 0),
         ({"cu_count": 113}, 8, 0),
+        ({"topk": 1, "inter_dim": 128, "cu_count": 28}, 1, 28),
     ],
 )
 def test_a_split_needs_idle_units_few_routes_and_a_divisible_model(
@@ -118,6 +119,10 @@ def test_one_stage_by_generation() -> None:
         "0.1.14": large_any,
         "0.1.16": large_any,
     }
+
+
+def test_no_rows_at_all_are_one_stage_too_before_0_1_9() -> None:
+    assert runs_one_stage(1, layer(32, 8, 256, quant="fp8"), BUCKET_RULES["0.1.5"])
 
 
 @given(bucket=st.sampled_from(BUCKETS), inter=st.integers(1, 64).map(lambda n: n * 64))

@@ -27,6 +27,8 @@ NAMES = [
     ("opus_moe2_afp8_wfp4_atomic_t32x128x256_sbm32_occ1_cache_b2_ws2", 256, "atomic"),
     ("opus_moe1_afp8_wfp4_bf16_t32x384_gs_qgb6_stream_k8_fp8", 128, "atomic"),
     ("swiglu_mxfp4_bf16_cktile", 128, "atomic"),
+    ("flydsl_moe2_t16x16x1_atomic", 1, "atomic"),
+    ("flydsl_moe2_t16x16x0_atomic", 1, "atomic"),
     ("cktile_a8w4_bm64", 128, "atomic"),
     ("", 128, "atomic"),
     ("some_kernel_of_tomorrow", 128, "atomic"),

@@ -88,7 +88,7 @@ def test_fp8_without_a_table_is_split_then_two_stage_then_one_stage() -> None:
         "asm_1stage_bm32",
         "",
     )
-    assert (most.tile_k1, most.tile_k2, most.stage2_mode) == (128, 128, "atomic")
+    assert (most.tile_k1, most.tile_k2, most.stage2_mode, most.source) == (128, 128, "atomic", "heuristic")
 
 
 def test_a_tuned_row_decides_all_but_the_rows() -> None:
@@ -118,9 +118,9 @@ def test_the_first_of_two_rows_counts() -> None:
 
 
 def test_the_top_bucket_falls_back_to_the_tier_below_it() -> None:
-    lower = row(32_768, block_m=128)
+    lower = row(32_768, block_m=16)
     selector = KernelSelector(layer=DEEPSEEK, tuned=(lower, row(16_384)))
-    assert (selector.choose(200_000).block_m, selector.choose(200_000).bucket) == (128, 131_072)
+    assert (selector.choose(200_000).block_m, selector.choose(200_000).bucket) == (16, 131_072)
     assert KernelSelector(layer=DEEPSEEK, tuned=(lower, row(131_072))).choose(200_000).block_m == 64
     assert KernelSelector(layer=DEEPSEEK, tuned=(row(16_384),)).choose(200_000).source == "heuristic"
     assert KernelSelector(layer=DEEPSEEK, tuned=(row(16_384),)).choose(32_768).source == "heuristic"
@@ -137,10 +137,10 @@ def test_a_one_stage_row_is_atomic_whatever_its_names() -> None:
     assert (found.run_1stage, found.stage2, found.stage2_mode, found.tile_k2) == (True, "", "atomic", 128)
 
 
-def test_a_split_may_stand_in_the_name_alone() -> None:
-    name = "flydsl_moe1_abf16_wbf16_bf16_t32x64x64_kb4"
-    selector = KernelSelector(layer=DEEPSEEK, tuned=(row(1, kernel_name1=name), row(2, kernel_name1=name, ksplit=8)))
-    assert [selector.choose(rows).ksplit for rows in (1, 2)] == [4, 8]
+@pytest.mark.parametrize(("column", "parts"), [(0, 4), (1, 4), (2, 2), (8, 8)])
+def test_a_split_may_stand_in_the_name_alone(column: int, parts: int) -> None:
+    tuned = row(1, kernel_name1="flydsl_moe1_abf16_wbf16_bf16_t32x64x64_kb4", ksplit=column)
+    assert KernelSelector(layer=DEEPSEEK, tuned=(tuned,)).choose(1).ksplit == parts
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,7 @@ def test_a_split_may_stand_in_the_name_alone() -> None:
     [
         ({}, "H bm32 2-stage atomic k64"),
         ({"ksplit": 1}, "H bm32 2-stage atomic k64"),
+        ({"ksplit": 2}, "H bm32 2-stage atomic k64 ks2"),
         ({"ksplit": 4, "source": "tuned"}, "T bm32 2-stage atomic k64 ks4"),
         ({"run_1stage": True, "block_m": 16}, "H bm16 1-stage atomic k64"),
         ({"tile_k2": 128, "stage2_mode": "reduce"}, "H bm32 2-stage reduce k64/128"),

@@ -156,8 +156,13 @@ def test_zero_and_nothing_are_two_stage(value: str) -> None:
     assert read({"run_1stage": value}) == (ROW,)
 
 
-@pytest.mark.parametrize(("value", "us"), [("", None), ("nan", None), ("1e2", 100.0), ("-1", -1.0), (".5", 0.5)])
-def test_times(value: str, us: float | None) -> None:
+@pytest.mark.parametrize("value", ["", "nan", "NaN", "None", "Null", "null", "NULL", "NA", "N/A"])
+def test_no_time_is_written_in_many_ways(value: str) -> None:
+    assert read({"us1": value}) == (changed(us1=None),)
+
+
+@pytest.mark.parametrize(("value", "us"), [("1e2", 100.0), ("-1", -1.0), (".5", 0.5), (" 7 ", 7.0)])
+def test_times(value: str, us: float) -> None:
     assert read({"us1": value}) == (changed(us1=us),)
 
 
@@ -249,6 +254,13 @@ def test_an_unreadable_file_is_refused_on_one_line(tmp_path: Path, name: str) ->
     assert len(str(refusal.value).splitlines()) == 1
 
 
+def test_the_reason_is_the_systems(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCase, match=r"none\.csv': cannot be read \(No such file or directory\)"):
+        load_tuned_rows(tmp_path / "none.csv", KEY)
+    with pytest.raises(InvalidCase, match=r"cannot be read \(not a path\)"):
+        load_tuned_rows("a\0b", KEY)
+
+
 def test_a_file_is_read_and_named(tmp_path: Path) -> None:
     file = tmp_path / "tuned_fmoe.csv"
     file.write_bytes(table({}))
@@ -307,6 +319,7 @@ def test_the_key_by_release() -> None:
         (304, None, "torch.float8_e4m3fnuz", "gfx942"),
         (256, None, "torch.float8_e4m3fn", "gfx950"),
         (256, "gfx1250", "torch.float8_e4m3fn", "gfx1250"),
+        (80, None, "torch.float8_e4m3fnuz", "gfx942"),
         (64, None, "torch.float8_e4m3fnuz", None),
     ],
 )

@@ -1,0 +1,17 @@
+"""`summary.json`: what became of a suite."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """`summary.json`: counts by verdict, and the first cases that did not end as expected."""
+
+    cases: int = 0
+    finished: int = 0
+    as_expected: int = 0
+    verdicts: dict[str, int] = {}
+    exit_code: int = 0
+    stopped: str = ""
+    unexpected: list[dict[str, str]] = []

@@ -1,0 +1,174 @@
+"""Suites: many cases from one file (suite_files.py has the format), with what each is expected to end in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any, NoReturn
+
+import msgspec
+
+from distbench.case import FIELD_DEFAULTS, Case, Layer, Resolved, case_hash, one_line, resolve_case, typed_value
+from distbench.errors import InvalidCase
+from distbench.job import BY_LIMIT, Entry
+from distbench.suite_files import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
+from distbench.values import spread_tokens
+
+_MAX_VALUE = 40
+
+
+class Suite(msgspec.Struct, frozen=True):
+    """Cases in the order in which they run; names and case hashes are unique."""
+
+    name: str
+    description: str
+    entries: tuple[Entry, ...]
+
+
+def load_suite(
+    name_or_path: str, ep_size: int, overrides: Sequence[Layer] = (), environment: Sequence[Layer] = ()
+) -> Suite:
+    """Return the cases of a built-in suite or of a .toml or .json file, for a launch of `ep_size` ranks.
+
+    `overrides` win over the file, that over `environment`. A case that an earlier one equals is left out.
+
+    Raises:
+        InvalidCase: no such suite, something in the file that is not allowed, or a case that makes no sense.
+
+    """
+    file = read_suite_file(name_or_path)
+    overridden = {key for layer in overrides for key in layer.values}
+    entries: dict[str, Entry] = {}
+    names: Counter[str] = Counter()
+    for draft in _drafts(file, ep_size):
+        name = draft.name or _name(draft.keys, overridden)
+        own = Layer(f"suite:{file.name}", file.defaults | draft.keys)
+        try:
+            resolved = _resolve([*overrides, own, *environment], ep_size)
+            digest = case_hash(resolved.case)
+        except (InvalidCase, UnicodeEncodeError) as error:
+            message = f"{file.origin}: case {name}: {one_line(error)}"
+            raise InvalidCase(message) from error
+        if digest not in entries:
+            expect = draft.expect or _expected(file, resolved.case)
+            tags = tuple(dict.fromkeys(file.tags + draft.tags))
+            entries[digest] = Entry(
+                name=_unique(name, names), case=resolved.case, sources=resolved.sources, tags=tags, expect=expect
+            )
+    if not entries:
+        message = f"{file.origin}: [[exclude]] leaves no case; drop one of them or add [[include]]"
+        raise InvalidCase(message)
+    return Suite(file.name, file.description, tuple(entries.values()))
+
+
+def select(entries: Sequence[Entry], expression: str) -> tuple[Entry, ...]:
+    """Return the entries for which every comma-separated term of `expression` holds, all of them for no term.
+
+    A term is a tag, `key=value` of the case (a glob: `limit=max-recv*`), or `name~text` (part of the name, or a glob
+    of all of it). A leading `!` turns it round.
+
+    Raises:
+        InvalidCase: a term that is none of these, or no entry is left; lists tags and keys.
+
+    """
+    chosen = tuple(entries)
+    tags = sorted({tag for entry in entries for tag in entry.tags})
+    for term in filter(None, (part.strip() for part in expression.split(","))):
+        wanted = term.removeprefix("!").strip()
+        key, equals, value = (part.strip() for part in wanted.partition("="))
+        prefix, tilde, text = (part.strip() for part in wanted.partition("~"))
+        if tilde and prefix == "name":
+            held = [_holds(text, entry.name) for entry in chosen]
+        elif equals and key in CASE_KEYS:
+            held = [fnmatchcase(value_text(getattr(entry.case, key)), value) for entry in chosen]
+        elif wanted in tags:
+            held = [wanted in entry.tags for entry in chosen]
+        else:
+            _refuse_selection(f"the term {term!r:.80} is no tag, key=value or name~text", tags)
+        chosen = tuple(entry for entry, one in zip(chosen, held, strict=True) if one != term.startswith("!"))
+    if not chosen:
+        _refuse_selection("no case is left", tags)
+    return chosen
+
+
+def value_text(value: Any) -> str:
+    """Return the value of a case key as names and selections have it: `true`, `0,1,7`, one number for all ranks."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return str(value[0]) if len(set(value)) == 1 else ",".join(str(one) for one in value)
+    return str(value)
+
+
+def _drafts(file: SuiteFile, ep_size: int) -> Iterator[Draft]:
+    """Yield what is left of the product, the last axis varying fastest, then the included cases.
+
+    A combination is excluded by what the file and the case's defaults say, not by overrides or the environment.
+    """
+    base = FIELD_DEFAULTS | {"ep_size": ep_size} | file.defaults
+    for combination in product(*file.axes.values()) if file.axes else ():
+        keys = {key: value for element in combination for key, value in element.items()}
+        values = base | keys
+        if not any(_matches(wanted, values, values["ep_size"]) for wanted in file.exclude):
+            yield Draft(keys, "", (), "")
+    yield from file.include
+
+
+def _matches(wanted: Keys, values: Keys, ep_size: int) -> bool:
+    return all(key in values and _same(key, value, values[key], ep_size) for key, value in wanted.items())
+
+
+def _same(key: str, first: Any, second: Any, ep_size: int) -> bool:
+    if key == "tokens":
+        return spread_tokens(first, ep_size) == spread_tokens(second, ep_size)
+    return bool(first == second)
+
+
+def _resolve(layers: Sequence[Layer], ep_size: int) -> Resolved:
+    """Resolve a case that takes all ranks, or as many of them as it asks for."""
+    layer = next((layer for layer in layers if "ep_size" in layer.values), None)
+    if layer is None:
+        return resolve_case(layers, ep_size)
+    asked = typed_value("ep_size", layer.values["ep_size"], layer)
+    if asked > ep_size:
+        message = f"ep_size = {asked} ({layer.source}): {ep_size} ranks were started; allowed is up to that many"
+        raise InvalidCase(message)
+    return resolve_case(layers, None)
+
+
+def _expected(file: SuiteFile, case: Case) -> str:
+    values = {key: getattr(case, key) for key in CASE_KEYS} if file.expect else {}
+    return next((rule.verdict for rule in file.expect if _matches(rule.match, values, case.ep_size)), BY_LIMIT)
+
+
+def _name(keys: Keys, overridden: set[str]) -> str:
+    """Return the keys that set a case apart; what an override decides does not."""
+    parts = [f"{key}={_short(value_text(value))}" for key, value in keys.items() if key not in overridden]
+    return " ".join(parts) or "default"
+
+
+def _short(text: str) -> str:
+    printable = text if text.isprintable() else repr(text)
+    return printable if len(printable) <= _MAX_VALUE else f"{printable[: _MAX_VALUE - 3]}..."
+
+
+def _unique(name: str, names: Counter[str]) -> str:
+    while True:
+        names[name] += 1
+        numbered = f"{name} #{names[name]}" if names[name] > 1 else name
+        if numbered == name:
+            return name
+        if numbered not in names:
+            names[numbered] = 1
+            return numbered
+
+
+def _holds(text: str, name: str) -> bool:
+    return fnmatchcase(name, text) if set(text) & set("*?[") else text in name
+
+
+def _refuse_selection(reason: str, tags: Sequence[str]) -> NoReturn:
+    message = f"select: {reason}; tags are {', '.join(tags) or 'none'}, keys are {', '.join(CASE_KEYS)}"
+    raise InvalidCase(message)

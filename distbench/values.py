@@ -1,0 +1,59 @@
+"""Values as people write them in files and flags, and as messages show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import cycle, islice
+from typing import Any
+
+REPEAT = "..."
+"""Ends a list of tokens: start over until every rank has a number."""
+
+MAX_FILE_BYTES = 256 << 10
+_MAX_LINE_DOTS = 500
+_SHOWN_CHARACTERS = 120
+
+
+def split_tokens(raw: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return tokens without a `REPEAT` at their end, and that end; text is split at its commas first."""
+    value = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
+    if isinstance(value, list | tuple) and value[-1:] in ([REPEAT], (REPEAT,)):
+        return value[:-1], (REPEAT,)
+    return value, ()
+
+
+@lru_cache(maxsize=256)
+def spread_tokens(tokens: int | Sequence[int | str], ep_size: int) -> tuple[int | str, ...]:
+    """Return the tokens of each rank: a single number for all, a tuple that ends in `REPEAT` over and over.
+
+    Any other tuple is returned as it is, whatever its length.
+    """
+    numbers = (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    if numbers[-1:] == (REPEAT,):
+        return tuple(islice(cycle(numbers[:-1]), ep_size))
+    return numbers * ep_size if len(numbers) == 1 else numbers
+
+
+def shown(value: object) -> str:
+    """Return a value for a message: one line, cut at 120 characters, whatever it is."""
+    try:
+        return f"{value!r:.{_SHOWN_CHARACTERS}}"
+    except (ValueError, RecursionError):  # thousands of digits, or nested almost too deep to be read
+        return f"{type(value).__name__} too large to show"
+
+
+def refuse_bulk(content: bytes) -> None:
+    """Refuse what a decoder of TOML would take minutes and gigabytes for.
+
+    Raises:
+        ValueError: more bytes, or more dots on one line, than any table of cases needs.
+
+    """
+    if len(content) > MAX_FILE_BYTES:
+        message = f"more than {MAX_FILE_BYTES} bytes; split it"
+        raise ValueError(message)
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.count(b".") > _MAX_LINE_DOTS:
+            message = f"more than {_MAX_LINE_DOTS} dots on line {number}; break the line"
+            raise ValueError(message)

@@ -1,0 +1,184 @@
+"""Any table and any bytes give a suite or a case, or are refused in one line.
+
+`DISTBENCH_FUZZ=20000 pytest tests/unit/test_suite_fuzz.py` tries that many examples for each test, in minutes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distbench.case import Case, Layer, load_case_file, resolve_case
+from distbench.errors import InvalidCase, Overflow
+from distbench.suite import Suite, load_suite, select
+from distbench.suite_files import CASE_KEYS, builtin_suites
+
+MAX_EXAMPLES = int(os.environ.get("DISTBENCH_FUZZ", "100"))
+BUILTIN = sorted(builtin_suites().values())
+CASE_FILE = b"""model = "tiny"
+tokens = [0, 1, 7, 33, "..."]
+limit = "max-recv-1"
+policy = "unchecked"
+timeout = 12.5
+recv_bound = false
+seed = 0x7f
+"""
+
+pytestmark = pytest.mark.timeout(0 if "DISTBENCH_FUZZ" in os.environ else 120)
+fuzz = settings(max_examples=MAX_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+scalars = st.one_of(
+    st.sampled_from(["off", "max-recv", "max-recv-1", "sum", "capacity+1", "tiny", "tiny-odd", "strict", "guard"]),
+    st.sampled_from(["fp8", "gaussian", "fan-in:0", "PASS", "by-limit", "...", "", "16", "a\nb", "\u2028", "1,2,..."]),
+    st.integers(-1, 20),
+    st.integers(),
+    st.booleans(),
+    st.floats(),
+    st.none(),
+    st.text(max_size=8),
+)
+values = scalars | st.lists(st.integers(0, 9) | st.just("..."), max_size=4)
+keys = st.sampled_from(CASE_KEYS) | st.sampled_from(["name", "tags", "expect", "shape", "kernel_table_sha256"])
+tables = st.dictionaries(keys | st.text(max_size=6), values, max_size=3)
+sound_tables = st.fixed_dictionaries(
+    {},
+    optional={
+        "limit": st.sampled_from(["off", 1, "max-recv+1", "sum"]),
+        "tokens": st.sampled_from([1, [0, 1, "..."], [3, 4]]),
+        "seed": st.integers(0, 3),
+        "policy": st.sampled_from(["strict", "guard"]),
+        "ep_size": st.integers(1, 4),
+    },
+)
+sound_axes = st.fixed_dictionaries(
+    {},
+    optional={
+        "limit": st.lists(st.sampled_from(["off", 1, "max-recv", "capacity+1"]), min_size=1, max_size=3),
+        "shape": st.lists(
+            st.sampled_from([{"tokens": 3}, {"tokens": [0, 2, "..."], "seed": 1}]), min_size=1, max_size=2
+        ),
+        "topk": st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    },
+)
+sound_suites = st.fixed_dictionaries(
+    {"defaults": st.just({"model": "tiny"})},
+    optional={
+        "name": st.sampled_from(["a", "b c"]),
+        "tags": st.lists(st.sampled_from(["x", "y"]), max_size=2),
+        "axes": sound_axes,
+        "include": st.lists(sound_tables, max_size=3),
+        "exclude": st.lists(sound_tables, max_size=2),
+        "expect": st.lists(st.fixed_dictionaries({"verdict": st.just("DRIFT"), "match": sound_tables}), max_size=2),
+    },
+)
+wild_suites = st.dictionaries(
+    st.sampled_from(["name", "description", "tags", "defaults", "axes", "include", "exclude", "expect"])
+    | st.text(max_size=4),
+    st.one_of(
+        tables,
+        st.lists(tables, max_size=3),
+        st.dictionaries(keys, st.lists(values | tables, max_size=3), max_size=3),
+        values,
+    ),
+    max_size=5,
+)
+
+fragments = st.one_of(
+    st.binary(max_size=3),
+    st.sampled_from([b'"', b"'", b"[", b"]", b"{", b"}", b"=", b"\n", b",", b".", b"#", b"-", b"_", b"\\u12", b'"""']),
+    st.sampled_from([b"\0", b"\xff", b"\xc3\xa9", b"\xe2\x80\xa8", b"\r", b"0x", b"9" * 20, b"nan", b"1e400", b"true"]),
+    st.sampled_from([b"1979-05-27", b'"..."', b"[[include]]\n", b"[axes]\n", b"limit", b"tokens", b"expect", b"name"]),
+)
+edits = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 6), st.booleans(), fragments), min_size=1, max_size=6
+)  # where, bytes removed, whether these come back at the end, bytes put in
+
+
+def mutated(content: bytes, changes: list[tuple[float, int, bool, bytes]]) -> bytes:
+    for where, removed, again, put in changes:
+        start = int(where * len(content))
+        moved = content[start : start + removed] if again else b""
+        content = content[:start] + put + content[start + removed :] + moved
+    return content
+
+
+def outcome(work: Callable[[], Suite | Case]) -> Suite | Case | None:
+    """Return what `work` returns, or None where it refuses in one line; anything else fails the test."""
+    refused = ""
+    try:
+        return work()
+    except (InvalidCase, Overflow) as error:
+        refused = str(error)
+    assert len(refused.splitlines()) == 1
+    return None
+
+
+def check_suite(file: Path, ep_size: int) -> None:
+    suite = outcome(lambda: load_suite(str(file), ep_size))
+    if isinstance(suite, Suite):
+        assert suite.entries
+        assert len({entry.name for entry in suite.entries}) == len(suite.entries)
+        assert all(len(entry.case.tokens) == entry.case.ep_size <= ep_size for entry in suite.entries)
+        assert all(len(entry.name.splitlines()) == 1 for entry in suite.entries)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@fuzz
+@given(table=sound_suites | wild_suites, ep_size=st.integers(1, 8))
+def test_any_table(folder: Path, table: dict[str, Any], ep_size: int) -> None:
+    file = folder / "table.json"
+    file.write_bytes(msgspec.json.encode(table))
+    check_suite(file, ep_size)
+
+
+@fuzz
+@given(content=st.sampled_from(BUILTIN), changes=edits, ep_size=st.integers(1, 8))
+def test_any_damage_to_a_built_in_suite(
+    folder: Path, content: bytes, changes: list[tuple[float, int, bool, bytes]], ep_size: int
+) -> None:
+    file = folder / "suite.toml"
+    file.write_bytes(mutated(content, changes))
+    check_suite(file, ep_size)
+
+
+@fuzz
+@given(changes=edits, suffix=st.sampled_from(["toml", "json"]), ep_size=st.none() | st.integers(1, 8))
+def test_any_damage_to_a_case_file(
+    folder: Path, changes: list[tuple[float, int, bool, bytes]], suffix: str, ep_size: int | None
+) -> None:
+    content = CASE_FILE if suffix == "toml" else msgspec.json.encode(msgspec.toml.decode(CASE_FILE))
+    file = folder / f"case.{suffix}"
+    file.write_bytes(mutated(content, changes))
+    outcome(lambda: resolve_case([load_case_file(str(file))], ep_size).case)
+
+
+@fuzz
+@given(content=st.binary(max_size=64), suffix=st.sampled_from(["toml", "json"]))
+def test_any_bytes(folder: Path, content: bytes, suffix: str) -> None:
+    file = folder / f"bytes.{suffix}"
+    file.write_bytes(content)
+    check_suite(file, 2)
+    outcome(lambda: resolve_case([load_case_file(str(file))], 2).case)
+
+
+@fuzz
+@given(
+    expression=st.text(alphabet="!~=,*?[]-#ab limtosek\n", max_size=24) | st.text(max_size=12),
+    flag=st.sampled_from(CASE_KEYS),
+    text=st.text(max_size=8) | st.sampled_from(["1", "off", "1,2,...", "true", "\udcff", "9" * 5000]),
+)
+def test_any_selection_and_any_override(expression: str, flag: str, text: str) -> None:
+    suite = outcome(lambda: load_suite("smoke", 2, [Layer("flag", {flag: text}, strict=False)]))
+    if isinstance(suite, Suite):
+        outcome(lambda: msgspec.structs.replace(suite, entries=select(suite.entries, expression)))
