@@ -118,7 +118,8 @@ class ReferenceExperts:
             return total.bfloat16()
         name = f"atomic/{self._calls}/{start}"
         order = shuffle(self._seed, name, 0, live * topk, routed.device).view(live, topk).argsort(1)
-        arriving = rounded.gather(1, order.unsqueeze(2).expand_as(rounded))
+        rows = torch.arange(live, device=routed.device).unsqueeze(1)
+        arriving = rounded[rows, order]
         added = torch.zeros_like(arriving[:, 0])
         for step in range(topk):
             added = added + arriving[:, step]

@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.verify.bitwise import compare_rows, differing, row_digests
+from distbench.verify.bitwise import compare_rows, differing, row_digests, same_bits
 from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
     Gathered,
     Observation,
-    RowComparison,
     pair_name,
     pairs_of,
 )
@@ -82,6 +81,8 @@ class _Reader:
 
     def take(self, rank: int, chunk: Tensor, start: int = 0) -> None:
         """Compare a chunk [c, arms, columns] of `rank`'s tokens from `start` on."""
+        if same_bits(chunk[:, 1:], chunk[:, :1].expand_as(chunk[:, 1:])):
+            return
         found = self._per_rank[rank]
         for name, first, second in self._pairs:
             result = compare_rows(chunk[:, second], chunk[:, first])
