@@ -29,7 +29,7 @@ from distbench.models import PRESETS, ModelShape
 from distbench.preflight import check_case, check_folder, check_memory
 from distbench.production import near_misses, read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_error, print_presets, print_report, print_summary
+from distbench.report.console import print_error, print_presets, print_report, print_start, print_summary
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, filter_journal
 from distbench.report.summary import Summary
@@ -154,6 +154,7 @@ def _run(options: argparse.Namespace) -> int:
         _forget(Path(options.out), paths)
         return _work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
     check_memory([resolved.case])
+    print_start(resolved.case)
     with hold(Path(options.out), (), options.lock_timeout):
         _forget(Path(options.out), paths)
         _campaign((entry,), options, Progress(1, quiet=True), paths)

@@ -12,6 +12,7 @@ from distbench.breadcrumbs import Position
 from distbench.errors import Verdict
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
+from distbench.process import STOPPED, state
 from distbench.verify.records import Reason
 
 STACKS_SIGNAL = signal.SIGUSR1
@@ -19,7 +20,6 @@ STACKS_SIGNAL = signal.SIGUSR1
 _STACKS_WAIT_S = 0.5
 # A rank whose main thread stands in one of these files of torch waits for its peers.
 _COLLECTIVE = "distributed_c10d.py"
-_STOPPED = "T"
 
 
 def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
@@ -57,7 +57,7 @@ def stage_limit(timeout_s: float) -> float:
 
 def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> set[int]:
     """Of the ranks behind, those that are not themselves waiting in a collective; all of them where all wait."""
-    stuck = {rank for rank, at in behind.items() if _state(at.pid) == _STOPPED or _COLLECTIVE not in stacks[rank]}
+    stuck = {rank for rank, at in behind.items() if state(at.pid) == STOPPED or _COLLECTIVE not in stacks[rank]}
     return stuck or set(behind)
 
 
@@ -75,12 +75,5 @@ def _stack(out: Path, rank: int, pid: int) -> str:
         text = stack_path(out, rank).read_text()
         if text:
             return text
-    state = _state(pid)
-    return f"no answer; its process is in state {state}" + (" (stopped)" if state == _STOPPED else "")
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "gone"
+    now = state(pid)
+    return f"no answer; its process is in state {now}" + (" (stopped)" if now == STOPPED else "")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import socket
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from distbench.arms import arms_of
 from distbench.experts.base import Experts
 from distbench.layer import Cut, ExpertWeights, run_layer
+from distbench.process import peak_bytes
 from distbench.session import Session
 from distbench.transport.base import Transport
 from distbench.truncation import ExpertInput
@@ -110,7 +109,7 @@ class Passes:
             drift=_relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
             nan_tokens=dict(zip(outputs, stacked.isnan().any(2).sum(0).tolist(), strict=True)),
             durations_us=self._durations,
-            peak_bytes=_peak_bytes(),
+            peak_bytes=peak_bytes(),
         )
 
     def _reference_error(self) -> FloatError | None:
@@ -169,8 +168,3 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float | None:
     scale = expected.float().abs().amax(1)
     worst = float(torch.where(error == 0, 0.0, error / scale).max())
     return worst if math.isfinite(worst) else None
-
-
-def _peak_bytes() -> int:
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes if sys.platform == "darwin" else kilobytes * 1024

@@ -23,6 +23,7 @@ from types import FrameType
 from distbench.hang import find_hang
 from distbench.job import Job, ranks_folder
 from distbench.postmortem import Ending, Exit, explain_fault, positions
+from distbench.process import is_alive
 
 _MONITOR_S = 0.1
 _TICK_S = 0.1
@@ -130,14 +131,12 @@ class _Watch:
         """Note ranks that are gone, and end the launch where one stands still or is gone too long."""
         seen = positions(self._job)
         if self._gone_since is None:
-            gone = [rank for rank, at in seen.items() if at.stage_name != "done" and not _alive(at.pid)]
+            gone = [rank for rank, at in seen.items() if at.stage_name != "done" and not is_alive(at.pid)]
             if gone:
                 self._gone_since = time.monotonic()
                 self.first_gone = Exit(gone[0], "exit code 0 before it was done")
         elif time.monotonic() - self._gone_since > _AGENT_GRACE_S:
             self.kill()
-        elif self.hang is None:
-            pass
         if self.hang is None and self._gone_since is None:
             self.hang = find_hang(self._job, seen)
             if self.hang is not None:
@@ -147,7 +146,7 @@ class _Watch:
         """Kill every rank that is left."""
         self.killed = True
         for at in positions(self._job).values():
-            if _alive(at.pid):
+            if is_alive(at.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(at.pid, signal.SIGKILL)
 
@@ -171,12 +170,3 @@ def _signals() -> Iterator[list[int]]:
 def _clear(out: Path) -> None:
     shutil.rmtree(ranks_folder(out), ignore_errors=True)
     ranks_folder(out).mkdir(parents=True)
-
-
-def _alive(pid: int) -> bool:
-    """Whether the process exists and is no zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from distbench.case import Case
 from distbench.errors import Verdict
 from distbench.report.document import RankReport, Report
 from distbench.report.summary import Summary
@@ -34,6 +35,12 @@ def print_report(report: Report) -> None:
 def print_line(text: str) -> None:
     """Print one line to standard output at once."""
     print(text, flush=True)
+
+
+def print_start(case: Case) -> None:
+    """Say on standard error what is about to take its time."""
+    text = f"distbench: starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens"
+    print(text, file=sys.stderr, flush=True)
 
 
 def print_error(ending: str, message: str) -> None:

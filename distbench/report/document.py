@@ -40,7 +40,7 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: what it sent and received, which kernel each arm ran, and a digest of each arm's tokens."""
+    """One rank: its traffic, the kernel and a digest for each arm, and its largest resident size before gathering."""
 
     rank: int
     host: str
@@ -52,6 +52,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     lost_rows: int
     kernels: dict[str, dict[str, Any]]
     digests: dict[str, str]
+    peak_bytes: int
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,7 +132,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         diagnosis=outcome.diagnosis,
         stacks=outcome.stacks,
         timing=_timing(records) | {"wall_s": wall_s},
-        memory={"process": {"peak_bytes_max_over_ranks": max((record.peak_bytes for record in records), default=0)}},
+        memory=_memory(gathered) if gathered else {},
     )
 
 
@@ -169,6 +170,7 @@ def _rank(record: Observation) -> RankReport:
         lost_rows=record.lost.rows,
         kernels=record.kernels,
         digests=record.digests,
+        peak_bytes=record.peak_bytes,
     )
 
 
@@ -193,6 +195,14 @@ def _lost(gathered: Gathered | None) -> LostReport:
         return LostReport(rows=0, tokens=[], by_rank={})
     by_rank = {str(record.rank): record.lost.rows for record in gathered.observations if record.lost.rows}
     return LostReport(rows=sum(by_rank.values()), tokens=lost_tokens(gathered)[:LISTED_TOKENS], by_rank=by_rank)
+
+
+def _memory(gathered: Gathered) -> dict[str, Any]:
+    before = [record.peak_bytes for record in gathered.observations]
+    return {
+        "process": {"peak_bytes_max_over_ranks": max(before)},
+        "gather": {"peak_bytes_added_on_rank_0": gathered.peak_bytes - before[0]},
+    }
 
 
 def _timing(records: list[Observation]) -> dict[str, Any]:

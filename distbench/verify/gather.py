@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.process import peak_bytes
 from distbench.verify.bitwise import compare_rows, differing, row_digests, same_bits
 from distbench.verify.records import (
     LISTED_TOKENS,
@@ -113,7 +114,7 @@ class _Reader:
             # Digests tell which tokens differ; in how many elements and how far, only their rank has seen.
             seen = self._per_rank[record.rank] if self._mode == "rows" else record.comparisons
             total = {name: found.plus(seen[name]) for name, found in total.items()}
-        return Gathered(records, total, self.differing, disputed, self._mode)
+        return Gathered(records, total, self.differing, disputed, self._mode, peak_bytes())
 
     def _agrees(self, record: Observation) -> bool:
         mine = self._per_rank[record.rank]

@@ -118,7 +118,7 @@ class Gathered(msgspec.Struct, frozen=True):
     """What rank 0 holds of all ranks: their records, and its own comparison of their outputs.
 
     `differing[pair]` lists the first differing tokens as (rank, token). `disputed` names ranks whose own comparison
-    disagrees with that of rank 0.
+    disagrees with that of rank 0. `peak_bytes` is rank 0's largest resident size, gathering included.
     """
 
     observations: list[Observation]
@@ -126,6 +126,7 @@ class Gathered(msgspec.Struct, frozen=True):
     differing: dict[str, list[tuple[int, int]]]
     disputed: list[int]
     mode: str
+    peak_bytes: int
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

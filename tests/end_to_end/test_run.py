@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from distbench.production import LIMIT
+from distbench.verify.gather import ROUND_BYTES
 
 ROOT = Path(__file__).parents[2]
 LARGE = ("--hidden-size", "2048", "--intermediate-size", "256", "--tokens", "32")
@@ -208,3 +209,18 @@ def test_the_report_has_every_promised_key(tmp_path: Path) -> None:
     assert report["schema"] == "distbench.report/1"
     assert len(report["case"]["hash"]) == 64
     assert Counter(rank["rank"] for rank in report["ranks"]) == {0: 1, 1: 1}
+
+
+@pytest.mark.parametrize("nproc", [2, 8])
+def test_rank_0_gathers_in_bounded_memory(tmp_path: Path, nproc: int) -> None:
+    tokens, hidden, arms = 1024, 2048, 5
+    gathered_bytes = nproc * tokens * hidden * 2 * arms
+    run = tiny(
+        tmp_path, nproc, "--gather", "rows", "--hidden-size", str(hidden), "--tokens", str(tokens),
+        "--max-dispatch-tokens-per-rank", str(tokens),
+    )  # fmt: skip
+    assert run.report["gather"] == "rows"
+    added = run.report["memory"]["gather"]["peak_bytes_added_on_rank_0"]
+    assert added <= 3 * ROUND_BYTES
+    if nproc == 8:
+        assert gathered_bytes > 9 * ROUND_BYTES

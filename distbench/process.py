@@ -1,0 +1,30 @@
+"""What the kernel says of processes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+STOPPED = "T"
+GONE = "gone"
+_ZOMBIE = "Z"
+
+
+def peak_bytes() -> int:
+    """Return the largest resident size that this process has had."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def state(pid: int) -> str:
+    """Return the process's state as Linux has it (R, S, D, T, Z, …), or GONE."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return GONE
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    return state(pid) not in (GONE, _ZOMBIE)

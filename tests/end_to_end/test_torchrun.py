@@ -1,0 +1,51 @@
+"""The same ranks under plain torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(out: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3",
+        "-m", "distbench", "run", "--model", "tiny", "--out", str(out), *arguments,
+    ]  # fmt: skip
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env=os.environ | environ, check=False, cwd=ROOT
+    )
+
+
+def test_rank_0_prints_and_all_ranks_exit_alike(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--tokens", "0,5,9")
+    assert done.returncode == 0
+    assert done.stdout.count("PASS (emulated") == 1
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "PASS"
+
+
+def test_a_wrong_result_fails_the_job(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--limit", "max-recv-1")
+    assert done.returncode == 1
+    assert done.stdout.count("UNDER_LIMIT (emulated") == 1
+
+
+def test_an_exception_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> None:
+    fault = {"DISTBENCH_TEST_FAULT": "2:0:control/experts:raise", "PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}"}
+    start = time.monotonic()
+    done = torchrun(tmp_path, **fault)
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("distbench:")]
+    assert told == ["distbench: RANK_FAULT: rank 2 raised ValueError in control/experts: injected"]
+    assert time.monotonic() - start < 40
+
+
+def test_bad_values_are_told_once(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, "--seed", "x")
+    told = [line for line in done.stderr.splitlines() if line.startswith("distbench:")]
+    assert told == ["distbench: INVALID: --seed = 'x': Expected `int`, got `str`"]
