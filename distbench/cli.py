@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -41,6 +42,7 @@ _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
 _DEFAULT_RANKS = 8
 _REPORT = "report.json"
+_RANK_0_SPEAKS_S = 3.0
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 
@@ -52,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistbenchError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print_error(error.label, str(error))
+        else:
+            time.sleep(_RANK_0_SPEAKS_S)  # torchrun ends all ranks as soon as one has left
         return error.exit_code
     except Interrupted as error:
         print_error("INTERRUPTED", f"{error}; what had finished is kept, the same command goes on from there")

@@ -52,6 +52,7 @@ MAX_CASES = 100_000
 _SECTIONS = ("name", "description", "tags", "defaults", "axes", "include", "exclude", "expect")
 _INCLUDE_KEYS = ("name", "tags", "expect")
 _MAX_RULES = 100
+_MAX_TOKENS = 1024
 _MAX_NAME = 80
 _TAG_BREAKERS = ",=~!*"
 _SUFFIXES = (".toml", ".json")
@@ -210,6 +211,9 @@ def _case_keys(where: str, value: Any, others: Iterable[str] = ()) -> Keys:
     table = _table(where, value)
     _only(where, table, (*others, *CASE_KEYS))
     keys = {key: typed_value(key, raw, Layer(where, {})) for key, raw in table.items()}
+    tokens = keys.get("tokens")
+    if isinstance(tokens, tuple) and len(tokens) > _MAX_TOKENS:
+        _refuse(f"{where}: tokens", tokens, f'a list of up to {_MAX_TOKENS}; end it in "..." to repeat it')
     if "limit" in keys:
         try:
             keys["limit"] = parse_limit(keys["limit"])

@@ -152,6 +152,7 @@ WRONG = {
     "[axes]\nshape = [{}]": r"axes.shape\[0\] = {}: allowed is a table of one case key or more",
     "[axes]\nseed = [1]\nb = [{seed = 2}]": "axes.b: seed is varied by axes.seed already",
     '[axes]\npolicy = ["lax"]': "policy = 'lax': allowed are strict, unchecked, guard",
+    f"[defaults]\ntokens = {[7] * 1025}": r"defaults: tokens = .*: allowed is a list of up to 1024; end it in",
     '[axes]\nlimit = ["max"]': r"axes.limit\[0\]: limit = 'max': allowed are off",
     "[axes]\nlimit = [-1]": r"axes.limit\[0\]: limit = -1: production takes",
     "[axes]\ntopk = [999]": "case topk=999: topk = 999: above num_experts",

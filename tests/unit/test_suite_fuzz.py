@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -90,23 +92,50 @@ wild_suites = st.dictionaries(
     max_size=5,
 )
 
+
+class ByteEdit(NamedTuple):
+    """Put other bytes in the place of some, `where` as a share of the whole."""
+
+    where: float
+    removed: int
+    put: bytes
+
+    def __call__(self, content: bytes) -> bytes:
+        start = int(self.where * len(content))
+        return content[:start] + self.put + content[start + self.removed :]
+
+
+class ValueEdit(NamedTuple):
+    """Put another value in the place of one."""
+
+    number: int
+    put: bytes
+
+    def __call__(self, content: bytes) -> bytes:
+        found = list(re.finditer(rb'"[^"\n]*"|\b\d+\b|true|false', content))
+        if not found:
+            return content
+        start, end = found[self.number % len(found)].span()
+        return content[:start] + self.put + content[end:]
+
+
+Edits = list[ByteEdit | ValueEdit]
+
+
+literals = st.one_of(
+    st.sampled_from([b"0", b"-1", b"1", b"999999999999", b"true", b"1.5", b"[]", b"{}", b'""', b'"off"', b'"sum"']),
+    st.sampled_from([b'"max-recv-2"', b'"capacity+3"', b'"guard"', b'"tiny-odd"', b'"..."', b"[1, 2]", b"{seed = 1}"]),
+    st.integers(-2, 70).map(lambda number: str(number).encode()),
+)
 fragments = st.one_of(
     st.binary(max_size=3),
     st.sampled_from([b'"', b"'", b"[", b"]", b"{", b"}", b"=", b"\n", b",", b".", b"#", b"-", b"_", b"\\u12", b'"""']),
     st.sampled_from([b"\0", b"\xff", b"\xc3\xa9", b"\xe2\x80\xa8", b"\r", b"0x", b"9" * 20, b"nan", b"1e400", b"true"]),
     st.sampled_from([b"1979-05-27", b'"..."', b"[[include]]\n", b"[axes]\n", b"limit", b"tokens", b"expect", b"name"]),
 )
-edits = st.lists(
-    st.tuples(st.floats(0, 1), st.integers(0, 6), st.booleans(), fragments), min_size=1, max_size=6
-)  # where, bytes removed, whether these come back at the end, bytes put in
-
-
-def mutated(content: bytes, changes: list[tuple[float, int, bool, bytes]]) -> bytes:
-    for where, removed, again, put in changes:
-        start = int(where * len(content))
-        moved = content[start : start + removed] if again else b""
-        content = content[:start] + put + content[start + removed :] + moved
-    return content
+byte_edits = st.builds(ByteEdit, st.floats(0, 1), st.integers(0, 4), fragments)
+value_edits = st.builds(ValueEdit, st.integers(0, 60), literals)
+edits = st.lists(value_edits | byte_edits, min_size=1, max_size=4)
 
 
 def outcome(work: Callable[[], Suite | Case]) -> Suite | Case | None:
@@ -144,22 +173,18 @@ def test_any_table(folder: Path, table: dict[str, Any], ep_size: int) -> None:
 
 @fuzz
 @given(content=st.sampled_from(BUILTIN), changes=edits, ep_size=st.integers(1, 8))
-def test_any_damage_to_a_built_in_suite(
-    folder: Path, content: bytes, changes: list[tuple[float, int, bool, bytes]], ep_size: int
-) -> None:
+def test_any_damage_to_a_built_in_suite(folder: Path, content: bytes, changes: Edits, ep_size: int) -> None:
     file = folder / "suite.toml"
-    file.write_bytes(mutated(content, changes))
+    file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
     check_suite(file, ep_size)
 
 
 @fuzz
 @given(changes=edits, suffix=st.sampled_from(["toml", "json"]), ep_size=st.none() | st.integers(1, 8))
-def test_any_damage_to_a_case_file(
-    folder: Path, changes: list[tuple[float, int, bool, bytes]], suffix: str, ep_size: int | None
-) -> None:
+def test_any_damage_to_a_case_file(folder: Path, changes: Edits, suffix: str, ep_size: int | None) -> None:
     content = CASE_FILE if suffix == "toml" else msgspec.json.encode(msgspec.toml.decode(CASE_FILE))
     file = folder / f"case.{suffix}"
-    file.write_bytes(mutated(content, changes))
+    file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
     outcome(lambda: resolve_case([load_case_file(str(file))], ep_size).case)
 
 
