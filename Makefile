@@ -20,8 +20,9 @@ test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
 check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, shell
 	@scripts/check
 
-bench: setup ## Measure start-up and memory against their bounds
-	@$(VENV)/bin/python scripts/bench.py --nproc $(NPROC) $(ARGS)
+bench: setup ## Measure start-up, memory and the cost of a case against their bounds
+	@$(VENV)/bin/python scripts/bench.py --nproc $(NPROC) $(ARGS); first=$$?; \
+	$(VENV)/bin/python scripts/bench_suite.py --nproc $(NPROC) && exit $$first
 
 clean: ## Remove the environment, caches and results
 	@rm -rf $(VENV) build distbench-out *.egg-info .hypothesis .*_cache

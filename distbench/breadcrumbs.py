@@ -28,14 +28,15 @@ STAGES = (
     "done",
 )
 ARMS = ("", "padded", "control", "repadded", "truncated")
-_RECORD = struct.Struct("<qqqqq")
+_RECORD = struct.Struct("<qqqqqq")
 
 
-class Position(msgspec.Struct, frozen=True, order=True):
-    """Where a rank was last seen; positions are ordered as a rank passes them.
+class Position(msgspec.Struct, frozen=True):
+    """Where a rank was last seen.
 
     `case_index` counts the cases of a launch, `arm` and `stage` index ARMS and STAGES. `since_ns` is CLOCK_MONOTONIC
-    in nanoseconds, comparable between the processes of one host.
+    in nanoseconds, comparable between the processes of one host. `step` counts the stages entered since the case
+    began: all ranks of a case pass the same ones, some of them several times.
     """
 
     case_index: int
@@ -43,6 +44,7 @@ class Position(msgspec.Struct, frozen=True, order=True):
     stage: int
     since_ns: int
     pid: int
+    step: int
 
     @property
     def stage_name(self) -> str:
@@ -60,10 +62,9 @@ class Position(msgspec.Struct, frozen=True, order=True):
         return f"{self.arm_name}/{self.stage_name}" if self.arm else self.stage_name
 
     @property
-    def progress(self) -> tuple[int, int, int]:
-        """How far the rank has come; gathering and later follow all arms."""
-        late = self.arm == 0 and self.stage_name in ("gather", "report", "done")
-        return self.case_index, len(ARMS) if late else self.arm, self.stage
+    def progress(self) -> tuple[int, int]:
+        """How far the rank has come, comparable between the ranks of a launch."""
+        return self.case_index, self.step
 
 
 class Breadcrumbs:
@@ -79,6 +80,7 @@ class Breadcrumbs:
             path.write_bytes(bytes(_RECORD.size))
             self._file = path.open("r+b")
             self._map = mmap.mmap(self._file.fileno(), _RECORD.size)
+        self._step = 0
         self.case_index = 0
         self.arm = ""
         self.mark("start")
@@ -86,7 +88,8 @@ class Breadcrumbs:
     def mark(self, stage: str) -> None:
         """Record that this rank enters `stage` of the current case and arm."""
         arm, number = ARMS.index(self.arm), STAGES.index(stage)
-        _RECORD.pack_into(self._map, 0, self.case_index, arm, number, time.monotonic_ns(), self._pid)
+        self._step = self._step + 1 if number else 0
+        _RECORD.pack_into(self._map, 0, self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step)
 
     def position(self) -> Position:
         """Return the position written last."""

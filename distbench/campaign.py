@@ -65,6 +65,14 @@ class Campaign:
             self._write_summary()
         return self._summary
 
+    def conclude(self, ending: Ending | None) -> Summary:
+        """Take the journal as it is, record `ending` for the case on which the launch ended, and run nothing."""
+        self._take_new_lines(quiet=True)
+        if ending is not None and case_hash(self._entries[ending.case_index].case) not in self._finished:
+            self._record(self._entries[ending.case_index], ending, ())
+        self._write_summary()
+        return self._summary
+
     def _run_launches(self, report_paths: tuple[str, ...]) -> None:
         tries: Counter[str] = Counter()
         faults = 0
@@ -74,6 +82,9 @@ class Campaign:
             ending = supervise(job, self._tick)
             self._take_new_lines()
             if ending is None:
+                if len(self._finished) == before:
+                    message = "the ranks came to their end and left no result; is the disk full?"
+                    raise RuntimeError(message)
                 continue
             faults = faults + 1 if len(self._finished) == before else 1
             entry = pending[ending.case_index]

@@ -23,6 +23,7 @@ from distbench.case import (
     load_case_file,
     resolve_case,
 )
+from distbench.collect import collect
 from distbench.errors import DistbenchError, InvalidCase
 from distbench.job import Entry, Job
 from distbench.locks import hold
@@ -41,6 +42,7 @@ from distbench.supervisor import Interrupted, preload_ranks
 _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
 _DEFAULT_RANKS = 8
+_SIGINT_EXIT_CODE = 130
 _REPORT = "report.json"
 _RANK_0_SPEAKS_S = 3.0
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
@@ -60,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         print_error("INTERRUPTED", f"{error}; what had finished is kept, the same command goes on from there")
         return error.exit_code
+    except KeyboardInterrupt:
+        print_error("INTERRUPTED", "ended by SIGINT; no rank is left")
+        return _SIGINT_EXIT_CODE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     _add_suite(commands)
+    collected = commands.add_parser("collect", help="verdicts from the folder of a torchrun job that has ended")
+    collected.add_argument("folder", metavar="DIR", help="the job's --out")
+    collected.set_defaults(command=_collect)
     presets = commands.add_parser("presets", help="list the model layers by name")
     presets.set_defaults(command=_presets)
     show = commands.add_parser("show", help="print a report again")
@@ -246,6 +254,12 @@ def _presets(_: argparse.Namespace) -> int:
 def _preset_numbers(shape: ModelShape) -> tuple[str, ...]:
     experts = str(shape.num_experts) if shape.num_experts else f"{shape.experts_per_rank} a rank"
     return str(shape.hidden_size), str(shape.intermediate_size), experts, str(shape.topk)
+
+
+def _collect(options: argparse.Namespace) -> int:
+    summary = collect(Path(options.folder))
+    print_summary(summary, options.folder)
+    return summary.exit_code
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from distbench.breadcrumbs import Position
 from distbench.errors import Verdict
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
-from distbench.process import STOPPED, state
+from distbench.process import STOPPED, is_alive, state
 from distbench.verify.records import Reason
 
 STACKS_SIGNAL = signal.SIGUSR1
@@ -27,7 +27,7 @@ def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
 
     Ranks that are ahead wait by definition. Where all that are behind entered one stage, the last to enter counts.
     """
-    running = {rank: at for rank, at in seen.items() if at.stage_name != "done"}
+    running = _running(seen)
     if len(seen) < job.num_ranks or not running:
         return None
     least = min(at.progress for at in running.values())
@@ -53,6 +53,12 @@ def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
 def stage_limit(timeout_s: float) -> float:
     """Return the seconds that a stage may take."""
     return timeout_s
+
+
+def _running(seen: dict[int, Position]) -> dict[int, Position]:
+    """Return the ranks that are under way; where all are done, those whose process does not end."""
+    under_way = {rank: at for rank, at in seen.items() if at.stage_name != "done"}
+    return under_way or {rank: at for rank, at in seen.items() if is_alive(at.pid)}
 
 
 def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> set[int]:

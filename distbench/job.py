@@ -45,7 +45,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """An exception that ended a rank. `echo` says that it only lost a peer that had failed before."""
+    """An exception that ended a rank.
+
+    `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long.
+    """
 
     rank: int
     exception: str
@@ -53,6 +56,7 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     position: Position
     traceback: str
     echo: bool
+    timeout: bool
 
     def __str__(self) -> str:
         """Return one line: rank, exception, arm, stage, message."""
@@ -62,6 +66,11 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
 def ranks_folder(out: Path) -> Path:
     """Return the folder of the files below."""
     return out / "ranks"
+
+
+def job_path(out: Path) -> Path:
+    """Return the file that holds the job itself, for whoever looks at the rest later."""
+    return ranks_folder(out) / "job.json"
 
 
 def crumb_path(out: Path, rank: int) -> Path:

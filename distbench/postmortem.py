@@ -31,14 +31,18 @@ class Exit(msgspec.Struct, frozen=True):
 def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     """Name the rank that ended a launch.
 
-    In this order: the earliest exception of a rank's own; the process that died first, where it left no word; a rank
-    that left before it was done; an exception of a rank that lost its peer.
+    In this order: the earliest exception of a rank's own; a collective that timed out, which falls on the ranks that
+    are furthest behind; the process that died first, where it left no word; a rank that left before it was done; an
+    exception of a rank that lost its peer.
     """
     out = Path(job.out)
     failures = [failure for rank in range(job.num_ranks) if (failure := _failure(out, rank)) is not None]
     own = [failure for failure in failures if not failure.echo]
+    raised = [failure for failure in own if not failure.timeout]
+    if raised:
+        return _raised(job, min(raised, key=lambda failure: failure.position.since_ns))
     if own:
-        return _raised(job, min(own, key=lambda failure: failure.position.since_ns))
+        return _timed_out(job, own)
     silent = _left_silently(job, out, {failure.rank for failure in failures})
     if first_exit is not None and first_exit.rank in silent:
         return _died(job, first_exit, silent[first_exit.rank])
@@ -67,6 +71,22 @@ def _raised(job: Job, failure: RankFailure) -> Ending:
     reason = Reason(code=code, rank=failure.rank, message=str(failure) + _whose(failure.position))
     stacks = {str(failure.rank): failure.traceback}
     return _ending(job, failure.position, reason, stacks)
+
+
+def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
+    seen = positions(job)
+    others = {rank: at for rank, at in seen.items() if rank not in {failure.rank for failure in waited}} or seen
+    least = min(at.progress for at in others.values())
+    behind = [rank for rank, at in sorted(others.items()) if at.progress == least]
+    place = others[behind[0]].place
+    waiting = ", ".join(str(failure.rank) for failure in waited)
+    message = (
+        f"rank {', '.join(map(str, behind))} stood in {place}; rank {waiting} waited until the collective timed out"
+    )
+    stacks = {str(failure.rank): failure.traceback for failure in waited}
+    index = min(others[behind[0]].case_index, len(job.entries) - 1)
+    reasons = [Reason(code="hang", rank=rank, message=message) for rank in behind]
+    return Ending(verdict=Verdict.HANG, case_index=index, reasons=reasons, stacks=stacks)
 
 
 def _died(job: Job, end: Exit, position: Position | None) -> Ending:

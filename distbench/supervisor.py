@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +29,8 @@ _MONITOR_S = 0.1
 _TICK_S = 0.1
 # A rank that is gone is left to the agent for so long; a stopped peer would keep the agent waiting for 30 s.
 _AGENT_GRACE_S = 2.0
+# After a signal the agent has so long to end; what it still waits for is a rank that has not come up.
+_INTERRUPT_GRACE_S = 8.0
 
 
 class Interrupted(Exception):
@@ -40,10 +42,18 @@ class Interrupted(Exception):
 
 
 def preload_ranks() -> None:
-    """Begin to import torch in the process that ranks are forked from, while this one goes on."""
+    """Begin to import torch in the process that ranks are forked from, while this one goes on.
+
+    A terminal's Ctrl-C reaches that process too, and is for this one to act upon.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(["distbench.worker"])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # on its own, since it would unblock SIGINT again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
@@ -64,8 +74,7 @@ def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
             agent.join(_TICK_S)
             tick()
             if received:
-                watch.kill()
-                agent.join()
+                _end(agent, watch)
                 raise Interrupted(received[0])
             watch.look()
     if watch.hang is not None:
@@ -73,6 +82,14 @@ def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
     if agent.finished:
         return None
     return explain_fault(job, watch.first_gone if watch.killed else agent.first_exit)
+
+
+def _end(agent: _Agent, watch: _Watch) -> None:
+    """Kill the ranks, also those that are only just coming up."""
+    deadline = time.monotonic() + _INTERRUPT_GRACE_S
+    while agent.is_alive() and time.monotonic() < deadline:
+        watch.kill()
+        agent.join(_TICK_S)
 
 
 def start_rank(job: Job) -> int:
@@ -93,6 +110,7 @@ class _Agent(threading.Thread):
         self.first_exit: Exit | None = None
 
     def run(self) -> None:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs  # noqa: PLC0415
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
@@ -107,6 +125,7 @@ class _Agent(threading.Thread):
             start_method="forkserver",
             monitor_interval=_MONITOR_S,
             max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         )
         try:
             elastic_launch(config, start_rank)(self._job)

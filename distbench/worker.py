@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from contextlib import closing
+from contextlib import closing, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,8 +19,9 @@ import msgspec
 
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.errors import Verdict, worst_exit_code
-from distbench.job import Job, RankFailure, crumb_path, failure_path, ranks_folder, stack_path
+from distbench.job import Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
 from distbench.rank import run_case
+from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
 
@@ -34,6 +37,7 @@ _LOST_PEER = (
     "socket closed",
     "no route to host",
 )
+_TIMED_OUT = "timed out"
 
 
 def work(job: Job) -> int:
@@ -41,7 +45,7 @@ def work(job: Job) -> int:
     out, rank = Path(job.out), int(os.environ["RANK"])
     ranks_folder(out).mkdir(parents=True, exist_ok=True)
     if job.supervised:
-        _die_with_parent()
+        _die_with_supervisor()
     with closing(Breadcrumbs(crumb_path(out, rank))) as crumbs, stack_path(out, rank).open("w") as stacks:
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
         try:
@@ -53,6 +57,8 @@ def work(job: Job) -> int:
 def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
     session = Session(crumbs, _group_timeout(job))
     sink = Sink(job) if session.rank == 0 else None
+    if session.rank == 0:
+        write_atomically(job_path(Path(job.out)), msgspec.json.encode(job))
     codes: list[int] = []
     for index, entry in enumerate(job.entries):
         crumbs.case_index = index
@@ -77,10 +83,21 @@ def _group_timeout(job: Job) -> float:
     return longest * 2 + 60 if job.supervised else longest
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when the one it was forked from ends, so that no rank is left behind."""
+def _die_with_supervisor() -> None:
+    """See to it that no rank outlives the supervisor, which may be killed without a last word.
+
+    The process that ranks are forked from ends when nobody holds its pipe any more: not the supervisor, and no rank
+    that was handed a copy. Linux then kills the ranks.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    server = forkserver._forkserver  # noqa: SLF001 - a rank has no other way to let go of the pipe
+    with suppress(AttributeError, TypeError):
+        os.close(server._forkserver_alive_fd)  # type: ignore[attr-defined]  # noqa: SLF001
+        server._forkserver_alive_fd = None  # type: ignore[attr-defined]  # noqa: SLF001
+    supervisor = multiprocessing.parent_process()
+    if supervisor is not None and not supervisor.is_alive():
+        os._exit(Verdict.RANK_FAULT.exit_code)
 
 
 def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoReturn:
@@ -92,6 +109,7 @@ def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoRetur
         position=crumbs.position(),
         traceback=traceback.format_exc(),
         echo=any(words in str(error).lower() for words in _LOST_PEER),
+        timeout=_TIMED_OUT in str(error).lower(),
     )
     failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
     if not job.supervised and not failure.echo:

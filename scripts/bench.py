@@ -62,7 +62,7 @@ def main() -> int:
     options = _parse()
     with tempfile.TemporaryDirectory(prefix="distbench-bench-") as folder:
         commands = _commands(options.nproc, Path(folder))
-        _progress("memory: distbench run")
+        progress("memory: distbench run")
         samples = sample_memory(commands["default"])
         seconds = measure_times(commands, options.runs)
     for name, values in seconds.items():
@@ -104,9 +104,9 @@ def measure_times(commands: dict[str, list[str]], runs: int) -> dict[str, list[f
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(runs + 1):
         for name, command in commands.items():
-            _progress(f"time: {name}, " + (f"run {turn} of {runs}" if turn else "warm-up"))
+            progress(f"time: {name}, " + (f"run {turn} of {runs}" if turn else "warm-up"))
             started = time.monotonic()
-            _finish(command, _start(command))
+            finish(command, start(command))
             if turn:
                 seconds[name].append(time.monotonic() - started)
     return seconds
@@ -114,20 +114,22 @@ def measure_times(commands: dict[str, list[str]], runs: int) -> dict[str, list[f
 
 def sample_memory(command: Sequence[str]) -> list[Memory]:
     """Run the command once; return what all its processes held, every `SAMPLE_SECONDS` or as fast as can be read."""
-    process = _start(command)
+    process = start(command)
     samples: list[Memory] = []
     while process.poll() is None:
         samples.append(_memory_of(_descendants(process.pid)))
         time.sleep(SAMPLE_SECONDS)
-    _finish(command, process)
+    finish(command, process)
     return samples
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command whose output nobody reads."""
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _finish(command: Sequence[str], process: subprocess.Popen[bytes]) -> None:
+def finish(command: Sequence[str], process: subprocess.Popen[bytes]) -> None:
+    """Wait for a command, and leave if it failed."""
     if process.wait():
         sys.exit(f"bench: exit code {process.returncode} from: {shlex.join(command)}")
 
@@ -176,7 +178,8 @@ def _summary(name: str, values: list[float]) -> str:
     return f"{name:8} median {statistics.median(values):6.2f} s   min {low:6.2f} s   max {high:6.2f} s"
 
 
-def _progress(text: str) -> None:
+def progress(text: str) -> None:
+    """Say on standard error what is measured now."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 

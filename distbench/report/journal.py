@@ -116,6 +116,7 @@ def filter_journal(out: Path, keep: Callable[[Line], bool]) -> None:
     path = out / RESULTS
     if not path.exists():
         return
+    repair_journal(out)
     kept, seen = [], set()
     for raw, line in zip(path.read_bytes().splitlines(keepends=True), JournalReader(out).new_lines(), strict=True):
         if line.case.hash not in seen and keep(line):

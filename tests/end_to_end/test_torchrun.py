@@ -49,3 +49,26 @@ def test_bad_values_are_told_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--seed", "x")
     told = [line for line in done.stderr.splitlines() if line.startswith("distbench:")]
     assert told == ["distbench: INVALID: --seed = 'x': Expected `int`, got `str`"]
+
+
+def test_collect_names_the_rank_that_died(tmp_path: Path) -> None:
+    fault = {"DISTBENCH_TEST_FAULT": "1:0:truncated/experts:kill", "PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}"}
+    assert torchrun(tmp_path, **fault).returncode == 1
+    command = [sys.executable, "-m", "distbench", "collect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    report = json.loads(line)
+    assert report["verdict"] == "RANK_FAULT"
+    assert report["reasons"][0]["rank"] == 1
+    assert "truncated/experts" in report["reasons"][0]["message"]
+
+
+def test_collect_names_the_rank_that_stood_still(tmp_path: Path) -> None:
+    fault = {"DISTBENCH_TEST_FAULT": "2:0:control/experts:sleep", "PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}"}
+    assert torchrun(tmp_path, "--timeout", "5", **fault).returncode == 1
+    command = [sys.executable, "-m", "distbench", "collect", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 3
+    report = json.loads((tmp_path / "results.jsonl").read_text())
+    assert report["verdict"] == "HANG"
+    assert [reason["rank"] for reason in report["reasons"]] == [2]

@@ -1,4 +1,8 @@
-"""Damage for tests with real processes: DISTBENCH_TEST_FAULT=rank:case:place:kind, as in 2:0:padded/dispatch:kill."""
+"""Damage for tests with real processes: DISTBENCH_TEST_FAULT=rank:case:place:kind, as in 2:0:padded/dispatch:kill.
+
+Several are separated by commas. A place may end in #2: the second time that the rank gets there in that case. With
+DISTBENCH_TEST_FAULT_ONCE=path each fault fires once, the next one in the launch after it; `path` grows a byte a fault.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import os
 import signal
 import time
 
-_FAULT = os.environ.get("DISTBENCH_TEST_FAULT", "")
+_FAULTS = tuple(filter(None, os.environ.get("DISTBENCH_TEST_FAULT", "").split(",")))
+_ONCE = os.environ.get("DISTBENCH_TEST_FAULT_ONCE", "")
 
 
 def _segfault() -> None:
@@ -39,16 +44,44 @@ KINDS = {
     "allocate": _allocate,
 }
 
-if _FAULT:
+
+def _fired() -> int:
+    return os.path.getsize(_ONCE) if os.path.exists(_ONCE) else 0  # noqa: PTH110, PTH202 - pathlib takes 15 ms
+
+
+class _Armed:
+    """The faults of this rank in this launch, and how often it has been at each place of the current case."""
+
+    def __init__(self) -> None:
+        self._faults = _FAULTS[_fired() :][:1] if _ONCE else _FAULTS
+        self._case = -1
+        self._visits: dict[str, int] = {}
+
+    def enter(self, case_index: int, place: str) -> None:
+        if case_index != self._case:
+            self._case, self._visits = case_index, {}
+        self._visits[place] = self._visits.get(place, 0) + 1
+        here = (place, f"{place}#{self._visits[place]}")
+        for fault in self._faults:
+            rank, case, where, kind = fault.split(":")
+            if rank == os.environ.get("RANK") and case == str(case_index) and where in here:
+                if _ONCE:
+                    with open(_ONCE, "ab") as file:  # noqa: PTH123 - see above
+                        file.write(b".")
+                KINDS[kind]()
+
+
+if _FAULTS:
     from distbench import breadcrumbs
 
-    _rank, _case, _place, _kind = _FAULT.split(":")
     _mark = breadcrumbs.Breadcrumbs.mark
+    _armed: list[_Armed] = []
 
     def _marked(crumbs: breadcrumbs.Breadcrumbs, stage: str) -> None:
         _mark(crumbs, stage)
+        if not _armed:
+            _armed.append(_Armed())
         at = crumbs.position()
-        if os.environ.get("RANK") == _rank and at.place == _place and str(at.case_index) == _case:
-            KINDS[_kind]()
+        _armed[0].enter(at.case_index, at.place)
 
     breadcrumbs.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]

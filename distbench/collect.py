@@ -1,0 +1,39 @@
+"""Verdicts after the fact: from what the ranks of a plain torchrun left in their folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from distbench.campaign import Campaign, Rules
+from distbench.case import one_line
+from distbench.errors import Busy, InvalidCase
+from distbench.job import Job, job_path
+from distbench.postmortem import explain_fault, positions
+from distbench.process import is_alive
+from distbench.progress import Progress
+from distbench.report.summary import Summary
+
+
+def collect(out: Path) -> Summary:
+    """Give the case that was in flight its verdict, and write summary.json. Cases that never began stay open.
+
+    Raises:
+        InvalidCase: `out` holds no job.
+        Busy: its ranks are still running on this machine.
+
+    """
+    try:
+        job = msgspec.json.decode(job_path(out).read_bytes(), type=Job)
+    except (OSError, msgspec.DecodeError) as error:
+        message = f"{job_path(out)}: {one_line(error)}; give the --out folder of a run"
+        raise InvalidCase(message) from error
+    seen = positions(job)
+    running = [rank for rank, at in seen.items() if at.stage_name != "done" and is_alive(at.pid)]
+    if running:
+        message = f"rank {', '.join(map(str, running))} of {out} still runs; collect when the job has ended"
+        raise Busy(message)
+    campaign = Campaign(job.entries, out, Rules(), Progress(len(job.entries), quiet=True))
+    ended = len(seen) == job.num_ranks and all(at.stage_name == "done" for at in seen.values())
+    return campaign.conclude(None if ended else explain_fault(job, None))
