@@ -129,12 +129,19 @@ class Passes:
 
     def _inspect(self, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
         arm = self._arm
-        choice = self._parts.experts.selection(given.rows)
-        self._kernels[arm] = msgspec.to_builtins(choice) | {"label": choice.label}
+        self._kernels[arm] = self._kernel(given.rows)
         if self._question.limit is not None and self._question.case.policy != "guard":
             self._lost = _lost_rows(sources, self._question.limit)
         self._note(self._checker.check_rows(arm, sources, given, expert_out))
         self._note(self._checker.check_cut(arm, sources, given))
+
+    def _kernel(self, rows: int) -> dict[str, Any]:
+        known = next((kernel for kernel in self._kernels.values() if kernel["rows"] == rows), None)
+        if known is not None:
+            return known
+        choice = self._parts.experts.selection(rows)
+        kernel: dict[str, Any] = msgspec.to_builtins(choice)
+        return kernel | {"label": choice.label}
 
     def _note(self, found: Divergence | None) -> None:
         if found is not None and not any(

@@ -7,7 +7,6 @@ block, split-k, whether the activation is rounded between the stages, and how th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from distbench.experts.selection import KernelChoice, KernelSelector
 from distbench.workload.bits import shuffle
 
 _WEIGHT_BYTES = 8 << 20
-_BLOCK_BYTES = 1 << 20
+_WIDE_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20
 
 
@@ -39,6 +38,7 @@ class ReferenceExperts:
         self._calls = 0
         self._output: Tensor | None = None
         self._written = 0
+        self._known: tuple[tuple[int, ...], _Weights, _Weights] | None = None
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
@@ -91,19 +91,27 @@ class ReferenceExperts:
         choice: KernelChoice,
     ) -> Tensor:
         live, topk = ids.shape
+        first, second = self._widened(w1, w2)
         local = local_experts(ids, expert_mask).flatten()
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
         hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
         for group in grouped_routes(local, w1[0].numel() * 8):
             rows = torch.where(group.routes < 0, live, group.routes // topk)
-            activation = self._stage1(hidden[rows], w1, group.experts, choice)
-            result = blocked_product(activation, w2, group.experts, choice.tile_k2, 1)
+            activation = self._stage1(hidden[rows], first, group.experts, choice)
+            result = blocked_product(activation, second, group.experts, choice.tile_k2, 1)
             weight = weights.flatten()[group.routes.clamp(min=0)].unsqueeze(2)
             routed[group.routes.flatten()] = (result * weight).flatten(0, 1)
         return routed[:-1].view(live, topk, -1)
 
+    def _widened(self, w1: Tensor, w2: Tensor) -> tuple[_Weights, _Weights]:
+        """Return the weights for `blocked_product`, made anew only when they have changed."""
+        key = (w1.data_ptr(), w1._version, w2.data_ptr(), w2._version)  # noqa: SLF001 - torch counts changes there
+        if self._known is None or self._known[0] != key:
+            self._known = (key, _Weights(w1), _Weights(w2))
+        return self._known[1:]
+
     @staticmethod
-    def _stage1(hidden: Tensor, w1: Tensor, experts: Tensor, choice: KernelChoice) -> Tensor:
+    def _stage1(hidden: Tensor, w1: _Weights, experts: Tensor, choice: KernelChoice) -> Tensor:
         gate, up = blocked_product(hidden, w1, experts, choice.tile_k1, choice.ksplit).chunk(2, dim=2)
         activation = functional.silu(gate) * up
         return activation if choice.run_1stage else activation.bfloat16().float()
@@ -159,41 +167,38 @@ def grouped_routes(local: Tensor, bytes_per_expert: int) -> list[_Group]:
     return groups
 
 
-def blocked_product(rows: Tensor, weights: Tensor, experts: Tensor, tile_k: int, splits: int) -> Tensor:
-    """Return rows [g, m, K] times weights[experts] [g, N, K] transposed, float32 [g, m, N].
+def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
+    """Return rows [g, m, K] times the weights of `experts` [g, N, K] transposed, float32 [g, m, N].
 
     K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
     divided into that many runs of blocks, which are summed apart and then added in order.
     """
     columns = rows.shape[2]
     run = -(-columns // (tile_k * max(splits, 1))) * tile_k
-    total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.shape[1])
+    wide = rows.double()
+    total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
     for start in range(0, columns, run):
         partial = torch.zeros_like(total)
-        for blocks in _blocks(rows, weights, experts, range(start, min(start + run, columns), tile_k)):
-            for block in blocks.unbind(1):
-                partial += block
+        for first in range(start, min(start + run, columns), tile_k):
+            block = slice(first, min(first + tile_k, start + run))
+            partial += torch.bmm(wide[:, :, block], weights.block(experts, block).transpose(1, 2)).float()
         total += partial
     return total
 
 
-def _blocks(rows: Tensor, weights: Tensor, experts: Tensor, starts: range) -> Iterator[Tensor]:
-    """Yield the products of K blocks, several at a time: float32 [g, blocks, m, N]."""
-    tile_k = starts.step
-    taken = max(_BLOCK_BYTES // (experts.numel() * weights.shape[1] * tile_k * 8), 1)
-    even = len(starts) - (starts.stop % tile_k != 0)
-    for first in range(0, even, taken):
-        part = slice(starts[first], starts[min(first + taken, even) - 1] + tile_k)
-        yield _products(rows[:, :, part], weights[experts, :, part], tile_k)
-    if even < len(starts):
-        part = slice(starts[-1], starts.stop)
-        yield _products(rows[:, :, part], weights[experts, :, part], starts.stop - starts[-1])
+class _Weights:
+    """One stage's weights [El, N, K], widened to float64 block by block, or once where they are few."""
 
+    def __init__(self, weights: Tensor) -> None:
+        self.rows = weights.shape[1]
+        self._weights = weights
+        few = weights.numel() * 8 <= _WIDE_BYTES
+        self._wide = weights.double() if few else None
 
-def _products(rows: Tensor, weights: Tensor, tile_k: int) -> Tensor:
-    left, right = (
-        part.unflatten(2, (-1, tile_k)).transpose(1, 2).to(torch.float64, memory_format=torch.contiguous_format)
-        for part in (rows, weights)
-    )
-    product = torch.bmm(left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2)).float()
-    return product.view(*left.shape[:2], *product.shape[1:])
+    def block(self, experts: Tensor, columns: slice) -> Tensor:
+        """Return float64 [g, N, columns] of `experts`."""
+        if self._wide is None:
+            return self._weights[experts, :, columns].double()
+        if experts.numel() == len(self._wide):
+            return self._wide[:, :, columns]
+        return self._wide[experts, :, columns]
