@@ -13,16 +13,7 @@ import msgspec
 
 from distbench import __version__
 from distbench.campaign import Campaign, Rules
-from distbench.case import (
-    DERIVED_KEYS,
-    FIELD_DEFAULTS,
-    FIELD_HINTS,
-    FLAGS,
-    Case,
-    Layer,
-    load_case_file,
-    resolve_case,
-)
+from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.collect import collect
 from distbench.errors import DistbenchError, InvalidCase
 from distbench.job import Entry, Job
@@ -35,6 +26,7 @@ from distbench.report.console import print_error, print_presets, print_report, p
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, filter_journal
 from distbench.report.summary import Summary
+from distbench.resolve import FLAGS, Layer, load_case_file, resolve_case
 from distbench.suite import load_suite, select
 from distbench.suite_files import builtin_suites
 from distbench.supervisor import Interrupted, preload_ranks

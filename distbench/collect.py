@@ -7,13 +7,13 @@ from pathlib import Path
 import msgspec
 
 from distbench.campaign import Campaign, Rules
-from distbench.case import one_line
 from distbench.errors import Busy, InvalidCase
 from distbench.job import Job, job_path
 from distbench.postmortem import explain_fault, positions
 from distbench.process import is_alive
 from distbench.progress import Progress
 from distbench.report.summary import Summary
+from distbench.values import one_line
 
 
 def collect(out: Path) -> Summary:

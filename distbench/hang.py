@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,11 +15,13 @@ from distbench.errors import Verdict
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
 from distbench.process import STOPPED, is_alive, state
+from distbench.stage_limits import stage_limit
 from distbench.verify.records import Reason
 
 STACKS_SIGNAL = signal.SIGUSR1
 
 _STACKS_WAIT_S = 0.5
+_SPY_S = 2.0
 # A rank whose main thread stands in one of these files of torch waits for its peers.
 _COLLECTIVE = "distributed_c10d.py"
 
@@ -33,8 +37,7 @@ def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
     least = min(at.progress for at in running.values())
     behind = {rank: at for rank, at in running.items() if at.progress == least}
     last = max(behind.values(), key=lambda at: at.since_ns)
-    entry = job.entries[last.case_index]
-    limit = stage_limit(entry.case.timeout)
+    limit = stage_limit(job.entries[last.case_index].case, last.stage_name)
     stood = (time.monotonic_ns() - last.since_ns) / 1e9
     if stood <= limit:
         return None
@@ -48,11 +51,6 @@ def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
     reasons = [Reason(code="hang", rank=rank, message=message) for rank in sorted(stuck)]
     named = {str(rank): text for rank, text in stacks.items()}
     return Ending(verdict=Verdict.HANG, case_index=last.case_index, reasons=reasons, stacks=named)
-
-
-def stage_limit(timeout_s: float) -> float:
-    """Return the seconds that a stage may take."""
-    return timeout_s
 
 
 def _running(seen: dict[int, Position]) -> dict[int, Position]:
@@ -81,5 +79,16 @@ def _stack(out: Path, rank: int, pid: int) -> str:
         text = stack_path(out, rank).read_text()
         if text:
             return text
-    now = state(pid)
-    return f"no answer; its process is in state {now}" + (" (stopped)" if now == STOPPED else "")
+    return _spied(pid) or f"no answer; its process is in state {state(pid)} ({STOPPED}: stopped)"
+
+
+def _spied(pid: int) -> str:
+    """Return what py-spy reads from outside, where it is installed and may."""
+    spy = shutil.which("py-spy")
+    if spy is None:
+        return ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = [spy, "dump", "--nonblocking", "--pid", str(pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SPY_S, check=False)  # noqa: S603
+        return done.stdout
+    return ""

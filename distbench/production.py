@@ -9,8 +9,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from distbench.case import Layer
 from distbench.errors import InvalidCase
+from distbench.resolve import Layer
 
 LIMIT = "SGLANG_MORI_MOE_MAX_INPUT_TOKENS"
 DISPATCH_TOKENS = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"

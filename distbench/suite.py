@@ -10,11 +10,12 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from distbench.case import FIELD_DEFAULTS, Case, Layer, Resolved, case_hash, one_line, resolve_case, typed_value
+from distbench.case import FIELD_DEFAULTS, Case, case_hash
 from distbench.errors import InvalidCase
 from distbench.job import BY_LIMIT, Entry
+from distbench.resolve import Layer, Resolved, resolve_case, typed_value
 from distbench.suite_files import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
-from distbench.values import spread_tokens
+from distbench.values import one_line, spread_tokens
 
 _MAX_VALUE = 40
 

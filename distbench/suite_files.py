@@ -39,11 +39,12 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from distbench.case import DERIVED_KEYS, FIELD_TYPES, Layer, decode_table, one_line, typed_value
+from distbench.case import DERIVED_KEYS, FIELD_TYPES
 from distbench.errors import InvalidCase, Verdict
 from distbench.job import BY_LIMIT
 from distbench.limits import parse_limit
-from distbench.values import MAX_FILE_BYTES, shown
+from distbench.resolve import Layer, decode_table, typed_value
+from distbench.values import MAX_FILE_BYTES, one_line, shown
 
 EXPECTATIONS = (BY_LIMIT, *(verdict.value for verdict in Verdict))
 CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in DERIVED_KEYS)

@@ -81,7 +81,8 @@ def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
         return watch.hang
     if agent.finished:
         return None
-    return explain_fault(job, watch.first_gone if watch.killed else agent.first_exit)
+    first = agent.first_exit
+    return explain_fault(job, watch.first_gone if first is None or first.rank in watch.killed else first)
 
 
 def _end(agent: _Agent, watch: _Watch) -> None:
@@ -144,7 +145,7 @@ class _Watch:
         self._gone_since: float | None = None
         self.first_gone: Exit | None = None
         self.hang: Ending | None = None
-        self.killed = False
+        self.killed: set[int] = set()
 
     def look(self) -> None:
         """Note ranks that are gone, and end the launch where one stands still or is gone too long."""
@@ -163,9 +164,9 @@ class _Watch:
 
     def kill(self) -> None:
         """Kill every rank that is left."""
-        self.killed = True
-        for at in positions(self._job).values():
+        for rank, at in positions(self._job).items():
             if is_alive(at.pid):
+                self.killed.add(rank)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(at.pid, signal.SIGKILL)
 

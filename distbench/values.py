@@ -57,3 +57,8 @@ def refuse_bulk(content: bytes) -> None:
         if line.count(b".") > _MAX_LINE_DOTS:
             message = f"more than {_MAX_LINE_DOTS} dots on line {number}; break the line"
             raise ValueError(message)
+
+
+def one_line(error: BaseException | str) -> str:
+    """Return a message without its line breaks and outer blanks."""
+    return " ".join(str(error).split())

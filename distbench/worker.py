@@ -17,13 +17,14 @@ from typing import NoReturn
 
 import msgspec
 
-from distbench.breadcrumbs import Breadcrumbs
+from distbench.breadcrumbs import STAGES, Breadcrumbs
 from distbench.errors import Verdict, worst_exit_code
 from distbench.job import Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
 from distbench.rank import run_case
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
+from distbench.stage_limits import stage_limit
 
 STACKS_SIGNAL = signal.SIGUSR1
 
@@ -79,7 +80,7 @@ def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
 
 def _group_timeout(job: Job) -> float:
     """Seconds after which a collective gives up; under supervision it is the watcher who decides, and earlier."""
-    longest = max(entry.case.timeout for entry in job.entries)
+    longest = max(stage_limit(entry.case, stage) for entry in job.entries for stage in STAGES)
     return longest * 2 + 60 if job.supervised else longest
 
 

@@ -54,6 +54,10 @@ if ((NNODES > 1)); then
     check_integer NODE_RANK 0 $((NNODES - 1)) "set it on each node to a number of its own"
     check_integer MASTER_PORT 1 65535 "set it to a free port of node 0"
     [[ -n ${MASTER_ADDR:-} ]] || fail "MASTER_ADDR=: needed with NNODES=$NNODES; set it to the address of node 0"
+    if ((NODE_RANK == 0)); then
+        python -c "import socket; socket.create_server(('', $MASTER_PORT)).close()" >/dev/null 2>&1 ||
+            fail "MASTER_PORT=$MASTER_PORT: in use on this node; set it to a free port, the same on all nodes"
+    fi
     rendezvous=(
         --rdzv-backend=c10d
         --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"

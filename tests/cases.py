@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distbench.case import Case, Layer, resolve_case
+from distbench.case import Case
+from distbench.resolve import Layer, resolve_case
 
 
 def tiny_case(ep_size: int = 4, **values: Any) -> Case:

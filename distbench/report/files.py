@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.case import one_line
 from distbench.errors import InvalidCase
 from distbench.report.document import SCHEMA, Report
+from distbench.values import one_line
 
 
 def write_report(path: Path, report: Report) -> None:

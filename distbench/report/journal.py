@@ -9,10 +9,10 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.case import one_line
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.document import SCHEMA, Report
 from distbench.report.files import write_atomically
+from distbench.values import one_line
 
 RESULTS = "results.jsonl"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from distbench.case import resolve_case
 from distbench.errors import InvalidCase
 from distbench.production import (
     DISPATCH_TOKENS,
@@ -15,6 +14,7 @@ from distbench.production import (
     read_environment,
     recorded_environment,
 )
+from distbench.resolve import resolve_case
 
 
 def test_variables_become_keys_and_are_named_as_sources() -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench.case import Layer, case_hash
+from distbench.case import case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.job import BY_LIMIT, Entry
 from distbench.report.document import as_expected
+from distbench.resolve import Layer
 from distbench.suite import Suite, load_suite, select
 from distbench.suite_files import EXPECTATIONS, builtin_suites, parse_suite
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distbench.case import Case, Layer, load_case_file, resolve_case
+from distbench.case import Case
 from distbench.errors import InvalidCase, Overflow
+from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.suite import Suite, load_suite, select
 from distbench.suite_files import CASE_KEYS, builtin_suites
 

@@ -1,0 +1,62 @@
+"""How long a rank may stand in one stage before it counts as hanging."""
+
+from __future__ import annotations
+
+from distbench.breadcrumbs import STAGES
+from distbench.case import Case
+from distbench.errors import InvalidCase
+
+# What the slowest machine worth waiting for does in a second; work beyond that is added to the case's own limit.
+_FLOPS_PER_S = 1e9
+_BYTES_PER_S = 50e6
+_MAX_SECONDS = 86400.0
+
+
+def parse_stage_timeouts(text: str) -> dict[str, float]:
+    """Read `stage=seconds,…`.
+
+    Raises:
+        InvalidCase: no such stage, or no such number of seconds.
+
+    """
+    limits = {}
+    for part in filter(None, (one.strip() for one in text.split(","))):
+        stage, _, number = (one.strip() for one in part.partition("="))
+        seconds = _seconds(number)
+        if stage not in STAGES or not 0 < seconds <= _MAX_SECONDS:
+            message = (
+                f"stage_timeouts = {part!r:.80}: allowed is stage=seconds, stage one of {', '.join(STAGES)}, "
+                f"seconds above 0 and up to {_MAX_SECONDS:g}"
+            )
+            raise InvalidCase(message)
+        limits[stage] = seconds
+    return limits
+
+
+def stage_limit(case: Case, stage: str) -> float:
+    """Return the seconds that `stage` of `case` may take: as given for the stage, else for all, and what its size asks.
+
+    The size is the worst case: all tokens of all ranks on one.
+    """
+    given = parse_stage_timeouts(case.stage_timeouts)
+    return given[stage] if stage in given else case.timeout + _work_seconds(case, stage)
+
+
+def _work_seconds(case: Case, stage: str) -> float:
+    tokens = sum(case.tokens)
+    row = case.hidden_size * 2
+    expert = 3 * case.hidden_size * case.intermediate_size
+    if stage == "experts":
+        return 2 * tokens * case.topk * expert / _FLOPS_PER_S
+    if stage == "workload":
+        return (case.experts_per_rank * expert * 2 + case.capacity * row) / _BYTES_PER_S
+    if stage in ("dispatch", "combine", "check", "gather"):
+        return tokens * case.topk * row / _BYTES_PER_S
+    return 0.0
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
