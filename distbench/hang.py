@@ -45,7 +45,7 @@ def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
     stuck = _stuck(behind, stacks)
     waiting = sorted(running.keys() - stuck)
     ranks = ", ".join(f"rank {rank}" for rank in sorted(stuck))
-    message = f"{ranks} stood in {last.place} for {stood:.1f} s, allowed are {limit:g} s"
+    message = f"{ranks} stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s"
     if waiting:
         message += f"; rank {', '.join(map(str, waiting))} waited for it"
     reasons = [Reason(code="hang", rank=rank, message=message) for rank in sorted(stuck)]

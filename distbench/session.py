@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from datetime import timedelta
@@ -26,8 +27,7 @@ class Session:
         self.local_rank = int(environ.get("LOCAL_RANK", "0"))
         self.world_size = int(environ["WORLD_SIZE"])
         self.device = torch.device("cpu")
-        local_world_size = int(environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max((os.cpu_count() or 1) // local_world_size, 1))
+        _share_cores(int(environ.get("LOCAL_WORLD_SIZE", "1")))
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         self.group = _world_group()
         self._groups = {self.world_size: self.group}
@@ -75,6 +75,19 @@ class Session:
         dist.gather(mine, list(table) if self.rank == 0 else None, group=self.group, group_dst=0)
         dist.broadcast(table, group=self.group, group_src=0)
         return table
+
+
+def _share_cores(local_ranks: int) -> None:
+    """Give each rank its share of the threads; where ranks outnumber cores, let each finish its turn.
+
+    A message that wakes one rank would otherwise interrupt another in the middle of its work, which costs tiny cases
+    about a seventh of their time.
+    """
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(max(cores // local_ranks, 1))
+    if local_ranks > cores and hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _world_group() -> dist.ProcessGroup:
