@@ -19,7 +19,7 @@ from distbench.errors import DistbenchError, InvalidCase
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.models import PRESETS, ModelShape
-from distbench.preflight import check_case, check_folder, check_memory
+from distbench.preflight import check_case, check_folder, check_memory, check_path
 from distbench.production import near_misses, read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_error, print_presets, print_report, print_start, print_summary
@@ -153,7 +153,9 @@ def _run(options: argparse.Namespace) -> int:
     resolved = resolve_case([*layers, *read_environment(os.environ)], _num_ranks(options))
     entry = Entry(name="run", case=resolved.case, sources=resolved.sources, warnings=_warnings(resolved.case))
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
-    check_folder(options.out, 1)
+    for path in paths:
+        check_path(path)
+        check_folder(str(Path(path).parent), 1)
     if _world_size() is not None:
         _forget(Path(options.out), paths)
         return _work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
@@ -171,6 +173,7 @@ def _suite(options: argparse.Namespace) -> int:
     num_ranks = _num_ranks(options) or _DEFAULT_RANKS
     suite = load_suite(options.suite, num_ranks, _flags(options), read_environment(os.environ))
     chosen = select(suite.entries, options.select)
+    check_path(options.out)
     entries = tuple(msgspec.structs.replace(entry, warnings=_warnings(entry.case)) for entry in chosen)
     check_folder(options.out, len(entries))
     if _world_size() is not None:

@@ -82,6 +82,20 @@ def available_bytes() -> int:
     return free if limit == "max" else min(free, int(limit) - int(used))
 
 
+def check_path(path: str) -> None:
+    """Refuse a path that reports, which are UTF-8, could not name.
+
+    Raises:
+        InvalidCase: not UTF-8.
+
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        message = f"path {path!r}: not UTF-8, which reports are written in; name another one"
+        raise InvalidCase(message) from error
+
+
 def check_folder(out: str, num_cases: int) -> None:
     """Make the folder for results and prove that it can take them.
 
@@ -96,9 +110,9 @@ def check_folder(out: str, num_cases: int) -> None:
         free = shutil.disk_usage(out).free
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        message = f"--out {out}: cannot be written ({reason}); name another folder"
+        message = f"folder {out!r}: cannot be written ({reason}); name another folder"
         raise InvalidCase(message) from error
     needed = num_cases * _REPORT_BYTES
     if free < needed:
-        message = f"--out {out}: {free} bytes are free, {num_cases} reports take about {needed}; name another folder"
+        message = f"folder {out!r}: {free} bytes are free, {num_cases} reports take about {needed}; name another folder"
         raise InvalidCase(message)
