@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case import case_hash
-from distbench.errors import Verdict, worst_exit_code
+from distbench.errors import Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
 from distbench.postmortem import Ending, outcome_of
 from distbench.progress import Progress
@@ -124,7 +124,7 @@ class Campaign:
         self._finished.add(line.case.hash)
         self._verdicts[line.verdict.value] += 1
         self._summary.as_expected += line.as_expected
-        self._codes.add(0 if line.as_expected else line.exit_code or Verdict.CORRUPT.exit_code)
+        self._codes.add(suite_code(line.exit_code, as_expected=line.as_expected))
         if not line.as_expected and len(self._summary.unexpected) < _WORST_SHOWN:
             self._summary.unexpected.append({"name": line.name, "verdict": line.verdict.value, "hash": line.case.hash})
 

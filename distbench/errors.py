@@ -51,6 +51,11 @@ def worst_exit_code(codes: Iterable[int]) -> int:
     return min(codes, key=_WORST_FIRST.index, default=0)
 
 
+def suite_code(exit_code: int, *, as_expected: bool) -> int:
+    """Return what a case adds to its suite's exit code: nothing where it ended as expected, else never 0."""
+    return 0 if as_expected else exit_code or 1
+
+
 class DistbenchError(Exception):
     """An ending with a verdict: the message names the value, the bound and the fix, on one line."""
 

@@ -75,16 +75,18 @@ def _raised(job: Job, failure: RankFailure) -> Ending:
 
 def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
     seen = positions(job)
-    others = {rank: at for rank, at in seen.items() if rank not in {failure.rank for failure in waited}} or seen
-    least = min(at.progress for at in others.values())
-    behind = [rank for rank, at in sorted(others.items()) if at.progress == least]
-    place = others[behind[0]].place
-    waiting = ", ".join(str(failure.rank) for failure in waited)
+    absent = [rank for rank in range(job.num_ranks) if rank not in seen]
+    waiting = {failure.rank: failure.position for failure in waited}
+    others = {rank: at for rank, at in seen.items() if rank not in waiting} or waiting
+    late = min(others.values(), key=lambda at: at.progress)
+    behind = absent or [rank for rank, at in sorted(others.items()) if at.progress == late.progress]
+    stood = "never began" if absent else f"stood in {late.place}"
     message = (
-        f"rank {', '.join(map(str, behind))} stood in {place}; rank {waiting} waited until the collective timed out"
+        f"rank {', '.join(map(str, behind))} {stood}; rank {', '.join(map(str, waiting))} waited until the collective "
+        "timed out"
     )
     stacks = {str(failure.rank): failure.traceback for failure in waited}
-    index = min(others[behind[0]].case_index, len(job.entries) - 1)
+    index = min(late.case_index, len(job.entries) - 1)
     reasons = [Reason(code="hang", rank=rank, message=message) for rank in behind]
     return Ending(verdict=Verdict.HANG, case_index=index, reasons=reasons, stacks=stacks)
 

@@ -16,6 +16,8 @@ from distbench.workload.plan import plan_exact
 # What a rank's process takes besides tensors, and for blocks of weights in float64.
 _SCRATCH_BYTES = 160 << 20
 _REPORT_BYTES = 32 << 10
+_GROUP = Path("/sys/fs/cgroup")
+_GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
 
 def check_case(case: Case) -> tuple[str, ...]:
@@ -71,15 +73,21 @@ def memory_bytes(case: Case) -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that new processes can have: what Linux says, and no more than the control group's limit."""
+    """Return the memory that new processes can have: what Linux says, and no more than the control group's limit.
+
+    What the group holds of files counts as free.
+    """
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used, table = ((_GROUP / name).read_text().strip() for name in _GROUP_FILES)
     except OSError:
         return free
-    return free if limit == "max" else min(free, int(limit) - int(used))
+    if limit == "max":
+        return free
+    parts = dict(line.split() for line in table.splitlines())
+    files = sum(int(parts.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return min(free, int(limit) - int(used) + files)
 
 
 def check_path(path: str) -> None:

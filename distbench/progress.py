@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TextIO
@@ -10,6 +11,7 @@ from distbench.report.journal import Line
 
 _CLEAR = "\r\x1b[K"
 _REFRESH_S = 0.2
+_COLUMNS = 80
 
 
 class Progress:
@@ -47,8 +49,15 @@ class Progress:
         rate = (self._done - self._skipped) / (now - self._started)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "starting"
         counts = f"{self._done}/{self._total} done, {self._unexpected} unexpected, {rate:.1f} cases/s, {left}"
-        self._stream.write(f"{_CLEAR}{counts}, last {self._last}"[:200])
+        self._stream.write(_CLEAR + f"{counts}, last {self._last}"[: self._columns() - 1])
         self._stream.flush()
+
+    def _columns(self) -> int:
+        """Return the width of the terminal; a longer line could not be taken away again."""
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
+        except OSError:
+            return _COLUMNS
 
     def close(self) -> None:
         """Take the live line away."""

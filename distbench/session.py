@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -61,9 +61,14 @@ class Session:
 
     def announce(self, value: int) -> int:
         """Return rank 0's value on every rank. Collective, over all ranks of the launch."""
-        shared = torch.tensor([value], dtype=torch.int64)
+        return self.share([value])[0]
+
+    def share(self, values: Sequence[int]) -> list[int]:
+        """Return rank 0's values, as many on every rank, everywhere. Collective, over all ranks of the launch."""
+        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
         dist.broadcast(shared, group=self._groups[self.world_size], group_src=0)
-        return int(shared)
+        numbers: list[int] = shared.tolist()
+        return numbers
 
     def close(self) -> None:
         """Leave the process groups."""

@@ -18,6 +18,7 @@ from typing import NoReturn
 import msgspec
 
 from distbench.breadcrumbs import STAGES, Breadcrumbs
+from distbench.case import case_hash
 from distbench.errors import Verdict, worst_exit_code
 from distbench.job import Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
 from distbench.rank import run_case
@@ -60,22 +61,27 @@ def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
     sink = Sink(job) if session.rank == 0 else None
     if session.rank == 0:
         write_atomically(job_path(Path(job.out)), msgspec.json.encode(job))
-    codes: list[int] = []
-    for index, entry in enumerate(job.entries):
+    for index in _unfinished(job, session, sink):
+        entry = job.entries[index]
         crumbs.case_index = index
         crumbs.mark("start")
         started_ns = time.monotonic_ns()
         outcome = run_case(session, entry.case) if session.enter(entry.case.ep_size) else None
         if sink is not None and outcome is not None:
             crumbs.mark("report")
-            report = sink.put(entry, outcome, (time.monotonic_ns() - started_ns) / 1e9)
-            codes.append(report.exit_code)
-    exit_code = 0 if job.supervised else session.announce(worst_exit_code(codes))
+            sink.put(entry, outcome, (time.monotonic_ns() - started_ns) / 1e9)
+    exit_code = 0 if job.supervised else session.announce(worst_exit_code(sink.codes.values() if sink else ()))
     if sink is not None:
         sink.close()
     crumbs.mark("done")
     session.close()
     return exit_code
+
+
+def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:
+    """Return the numbers of the cases that rank 0's journal does not hold, on every rank. Collective."""
+    finished = [sink is not None and case_hash(entry.case) in sink.codes for entry in job.entries]
+    return [index for index, done in enumerate(session.share(finished)) if not done]
 
 
 def _group_timeout(job: Job) -> float:

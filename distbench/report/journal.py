@@ -15,6 +15,7 @@ from distbench.report.files import write_atomically
 from distbench.values import one_line
 
 RESULTS = "results.jsonl"
+_BLOCK_BYTES = 64 << 10
 
 
 class _Hash(msgspec.Struct, frozen=True):
@@ -41,9 +42,10 @@ class Journal:
     """Appends reports. Holds a lock on the file, so that a writer left over from another launch is waited for."""
 
     def __init__(self, out: Path) -> None:
-        """Open `out`/results.jsonl, made if needed."""
-        self._descriptor = os.open(out / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Open `out`/results.jsonl, made if needed, and cut off a last line that a kill left half written."""
+        self._descriptor = os.open(out / RESULTS, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        _cut_torn_line(self._descriptor)
 
     def append(self, report: Report) -> None:
         """Write one line and return when it is on disk."""
@@ -74,16 +76,17 @@ class JournalReader:
 
         """
         try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                content = file.read()
+            file = self._path.open("rb")
         except FileNotFoundError:
             return
-        whole = content.rfind(b"\n") + 1
-        self._offset += whole
-        for raw in content[:whole].splitlines():
-            self._number += 1
-            yield self._decode(raw)
+        with file:
+            file.seek(self._offset)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    return
+                self._offset += len(raw)
+                self._number += 1
+                yield self._decode(raw)
 
     def _decode(self, raw: bytes) -> Line:
         try:
@@ -98,17 +101,9 @@ class JournalReader:
 
 
 def repair_journal(out: Path) -> None:
-    """Cut off a last line that a kill left half written; a report never holds a line feed inside."""
-    path = out / RESULTS
-    if not path.exists():
-        return
-    with path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-            os.fsync(file.fileno())
+    """Cut off a last line that a kill left half written, where there is a journal."""
+    if (out / RESULTS).exists():
+        Journal(out).close()
 
 
 def filter_journal(out: Path, keep: Callable[[Line], bool]) -> None:
@@ -118,8 +113,23 @@ def filter_journal(out: Path, keep: Callable[[Line], bool]) -> None:
         return
     repair_journal(out)
     kept, seen = [], set()
-    for raw, line in zip(path.read_bytes().splitlines(keepends=True), JournalReader(out).new_lines(), strict=True):
-        if line.case.hash not in seen and keep(line):
-            kept.append(raw)
-            seen.add(line.case.hash)
+    with path.open("rb") as file:
+        for raw, line in zip(file, JournalReader(out).new_lines(), strict=True):
+            if line.case.hash not in seen and keep(line):
+                kept.append(raw)
+                seen.add(line.case.hash)
     write_atomically(path, b"".join(kept))
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    """Truncate a file after its last line feed; a report never holds one inside."""
+    size = end = os.fstat(descriptor).st_size
+    while end:
+        start = max(end - _BLOCK_BYTES, 0)
+        found = os.pread(descriptor, end - start, start).rfind(b"\n") + 1
+        end = start + found
+        if found:
+            break
+    if end < size:
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)

@@ -5,23 +5,35 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from distbench.case import case_hash
+from distbench.errors import suite_code
 from distbench.job import Entry, Job
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_report
-from distbench.report.journal import Journal
+from distbench.report.journal import Journal, JournalReader, repair_journal
 from distbench.verify.records import Outcome
 
 
 class Sink:
-    """Turns outcomes into reports: a line of the journal each, and the files that the job names."""
+    """Turns outcomes into reports: a line of the journal each, and the files that the job names.
+
+    `codes` has what each case, of this launch or an earlier one, adds to the exit code.
+    """
 
     def __init__(self, job: Job) -> None:
-        """Open the journal in the job's folder."""
+        """Open the journal in the job's folder, and see which of the job's cases it holds already."""
         self._job = job
+        repair_journal(Path(job.out))
+        wanted = {case_hash(entry.case) for entry in job.entries}
+        self.codes = {
+            line.case.hash: suite_code(line.exit_code, as_expected=line.as_expected)
+            for line in JournalReader(Path(job.out)).new_lines()
+            if line.case.hash in wanted
+        }
         self._journal = Journal(Path(job.out))
 
-    def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> Report:
+    def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> None:
         """Write down how `entry` ended, and return when it is on disk."""
         records = outcome.gathered.observations if outcome.gathered else []
         environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
@@ -29,9 +41,11 @@ class Sink:
         self._journal.append(report)
         for path in self._job.report_paths:
             write_report(Path(path), report)
+        alone = bool(self._job.report_paths)
+        code = report.exit_code if alone else suite_code(report.exit_code, as_expected=report.as_expected)
+        self.codes[report.case["hash"]] = code
         if not self._job.supervised:
             self._print(report)
-        return report
 
     def close(self) -> None:
         """Let the journal go."""

@@ -72,3 +72,19 @@ def test_collect_names_the_rank_that_stood_still(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "results.jsonl").read_text())
     assert report["verdict"] == "HANG"
     assert [reason["rank"] for reason in report["reasons"]] == [2]
+
+
+def test_a_suite_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "distbench", "suite", "smoke", "--out", str(tmp_path), "--select", "!name~gaussian",
+    ]  # fmt: skip
+    journal = tmp_path / "results.jsonl"
+    assert subprocess.run(command, capture_output=True, check=False, cwd=ROOT).returncode == 0
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:5]) + lines[5][:40])
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == len(lines) - 5
+    hashes = [json.loads(line)["case"]["hash"] for line in journal.read_text().splitlines()]
+    assert sorted(hashes) == sorted({json.loads(line)["case"]["hash"] for line in lines})

@@ -1,7 +1,8 @@
 """Damage for tests with real processes: DISTBENCH_TEST_FAULT=rank:case:place:kind, as in 2:0:padded/dispatch:kill.
 
-Several are separated by commas. A place may end in #2: the second time that the rank gets there in that case. With
-DISTBENCH_TEST_FAULT_ONCE=path each fault fires once, the next one in the launch after it; `path` grows a byte a fault.
+A place may end in #2: the second time that the rank gets there in that case. Several faults at once are joined by +.
+With DISTBENCH_TEST_FAULT_ONCE=path a fault fires once; others may follow after commas, each for the launch after that
+of the one before it. `path` holds a byte for each that has fired.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
-_FAULTS = tuple(filter(None, os.environ.get("DISTBENCH_TEST_FAULT", "").split(",")))
+_LAUNCHES = tuple(filter(None, os.environ.get("DISTBENCH_TEST_FAULT", "").split(",")))
 _ONCE = os.environ.get("DISTBENCH_TEST_FAULT_ONCE", "")
 
 
@@ -46,14 +48,15 @@ KINDS = {
 
 
 def _fired() -> int:
-    return os.path.getsize(_ONCE) if os.path.exists(_ONCE) else 0  # noqa: PTH110, PTH202 - pathlib takes 15 ms
+    return Path(_ONCE).stat().st_size if _ONCE and Path(_ONCE).exists() else 0
 
 
 class _Armed:
     """The faults of this rank in this launch, and how often it has been at each place of the current case."""
 
     def __init__(self) -> None:
-        self._faults = _FAULTS[_fired() :][:1] if _ONCE else _FAULTS
+        self._launch = _fired()
+        self._faults = [fault for faults in _LAUNCHES[self._launch :][:1] for fault in faults.split("+")]
         self._case = -1
         self._visits: dict[str, int] = {}
 
@@ -66,12 +69,11 @@ class _Armed:
             rank, case, where, kind = fault.split(":")
             if rank == os.environ.get("RANK") and case == str(case_index) and where in here:
                 if _ONCE:
-                    with open(_ONCE, "ab") as file:  # noqa: PTH123 - see above
-                        file.write(b".")
+                    Path(_ONCE).write_bytes(b"." * (self._launch + 1))
                 KINDS[kind]()
 
 
-if _FAULTS:
+if _LAUNCHES:
     from distbench import breadcrumbs
 
     _mark = breadcrumbs.Breadcrumbs.mark

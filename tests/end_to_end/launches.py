@@ -1,0 +1,119 @@
+"""A suite under way as the process that a user starts, what it has written, and whatever is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
+TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3}
+
+_MARKER = "DISTBENCH_TEST_MARKER"
+
+
+def write_suite(path: Path, seeds: Iterable[int], *, expect: object = (), **defaults: object) -> Path:
+    """Write a suite of one tiny case for each seed; they are named seed=0, seed=1, …"""
+    path.write_text(json.dumps({"defaults": TINY | defaults, "axes": {"seed": list(seeds)}, "expect": expect}))
+    return path
+
+
+def faulty(*faults: str, once: Path | None = None) -> dict[str, str]:
+    """Return the variables that make ranks fail, as tests/faulty_site/sitecustomize.py says."""
+    variables = {"PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}", "DISTBENCH_TEST_FAULT": ",".join(faults)}
+    return variables | ({"DISTBENCH_TEST_FAULT_ONCE": str(once)} if once else {})
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait for `condition`; whether it came true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+class Bench:
+    """A command of distbench in a session of its own; on leaving the context nothing of it is left."""
+
+    def __init__(self, out: Path, *arguments: str | Path, **environ: str) -> None:
+        self.out = out
+        self._marker = uuid.uuid4().hex
+        self._logs = [out.with_name(f"{out.name}.{self._marker[:8]}.{name}") for name in ("stdout", "stderr")]
+        command = [sys.executable, "-m", "distbench", *map(str, arguments), "--out", str(out)]
+        with self._logs[0].open("wb") as stdout, self._logs[1].open("wb") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=os.environ | {_MARKER: self._marker} | environ,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Bench:  # noqa: PYI034 - Self comes with Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pid in self.left():
+            os.kill(pid, signal.SIGKILL)
+
+    def finish(self, seconds: float = 100) -> int:
+        """Wait for the exit code."""
+        return self.process.wait(seconds)
+
+    @property
+    def stdout(self) -> str:
+        return self._logs[0].read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._logs[1].read_text()
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """The whole lines of results.jsonl."""
+        path = self.out / "results.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Verdicts by case; a case that is there twice is refused."""
+        reports = self.reports
+        found = {report["name"]: report["verdict"] for report in reports}
+        assert len(found) == len(reports)
+        return found
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
+        return content
+
+    def left(self) -> list[int]:
+        """Return the processes that were started by this bench, or by one of those, and live."""
+        marker = f"{_MARKER}={self._marker}".encode()
+        return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if marker in _environ(folder)]
+
+    def gone(self) -> bool:
+        """Whether no process is left."""
+        return not self.left()
+
+
+def _environ(process: Path) -> bytes:
+    try:
+        return (process / "environ").read_bytes()  # empty for a zombie
+    except OSError:
+        return b""
