@@ -19,7 +19,7 @@ from distbench.report.environment import capture_environment
 from distbench.report.files import write_atomically, write_report
 from distbench.report.journal import Journal, JournalReader, Line, repair_journal
 from distbench.report.summary import Summary
-from distbench.supervisor import Interrupted, supervise
+from distbench.supervisor import Interrupted, collect_signals, supervise
 
 _WORST_SHOWN = 32
 
@@ -55,14 +55,15 @@ class Campaign:
             Interrupted: by SIGINT or SIGTERM, after summary.json was written.
 
         """
-        try:
-            self._take_new_lines(quiet=True)
-            self._run_launches(report_paths)
-        except Interrupted as error:
-            self._summary.stopped = str(error)
-            raise
-        finally:
-            self._write_summary()
+        with collect_signals() as signals:
+            try:
+                self._take_new_lines(quiet=True)
+                self._run_launches(report_paths, signals)
+            except Interrupted as error:
+                self._summary.stopped = str(error)
+                raise
+            finally:
+                self._write_summary()
         return self._summary
 
     def conclude(self, ending: Ending | None) -> Summary:
@@ -73,13 +74,15 @@ class Campaign:
         self._write_summary()
         return self._summary
 
-    def _run_launches(self, report_paths: tuple[str, ...]) -> None:
+    def _run_launches(self, report_paths: tuple[str, ...], signals: Sequence[int]) -> None:
         tries: Counter[str] = Counter()
         faults = 0
         while pending := self._pending():
+            if signals:
+                raise Interrupted(signals[0])
             job = Job(entries=pending, out=str(self._out), report_paths=report_paths, supervised=True)
             before = len(self._finished)
-            ending = supervise(job, self._tick)
+            ending = supervise(job, self._tick, signals)
             self._take_new_lines()
             if ending is None:
                 if len(self._finished) == before:

@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -56,10 +56,10 @@ def preload_ranks() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
+def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int]) -> Ending | None:
     """Run `job` until all its ranks have ended; None if they came to the end, else why not.
 
-    `tick` is called about ten times a second.
+    `tick` is called about ten times a second. `signals` is what `collect_signals` yields.
 
     Raises:
         Interrupted: SIGINT or SIGTERM; no rank is left.
@@ -68,15 +68,14 @@ def supervise(job: Job, tick: Callable[[], None]) -> Ending | None:
     _clear(Path(job.out))
     agent = _Agent(job)
     watch = _Watch(job)
-    with _signals() as received:
-        agent.start()
-        while agent.is_alive():
-            agent.join(_TICK_S)
-            tick()
-            if received:
-                _end(agent, watch)
-                raise Interrupted(received[0])
-            watch.look()
+    agent.start()
+    while agent.is_alive():
+        agent.join(_TICK_S)
+        tick()
+        if signals:
+            _end(agent, watch)
+            raise Interrupted(signals[0])
+        watch.look()
     if watch.hang is not None:
         return watch.hang
     if agent.finished:
@@ -172,8 +171,8 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them."""
+def collect_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; yields the list that they go to."""
     received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:

@@ -1,0 +1,169 @@
+"""Whatever becomes of a rank, wherever: the right verdict names it, the other cases pass, and no process is left.
+
+One command takes many faults: each hits the second case of a launch, whose first passes, and the rest goes on in the
+next launch. DISTBENCH_SOAK=1 runs every kind of fault on every rank in every stage.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.end_to_end.launches import SOAK, Bench, faulty, wait_until, write_suite
+
+RANKS = 3
+LIMIT_S = 2.0
+BATCH = 13
+HANGS = ("stop", "sleep")
+KINDS = ("kill", "stop", "raise", "exit", "sleep", "segv", "allocate")
+HOW = {
+    "kill": "rank {rank} ended by SIGKILL in {place}",
+    "segv": "rank {rank} ended by SIGSEGV in {place}",
+    "exit": "rank {rank} ended by exit code 0 before it was done in {place}",
+    "raise": "rank {rank} raised ValueError in {place}: injected",
+    "allocate": "rank {rank} raised RuntimeError in {place}: ",
+    "stop": "rank {rank} stood in {place} for ",
+    "sleep": "rank {rank} stood in {place} for ",
+}
+STAGES = ("dispatch", "truncate", "experts", "check", "combine")
+PASSES = [f"{arm}/{stage}" for arm, stage in product(("padded", "control", "repadded", "truncated"), STAGES)]
+PLACES = ["start", "agree", "workload", *PASSES, "gather", "report"]
+
+
+class Fault(NamedTuple):
+    """What happens to which rank, and where."""
+
+    rank: int
+    place: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.rank}:1:{self.place}:{self.kind}"
+
+    @property
+    def code(self) -> str:
+        if self.kind in HANGS:
+            return "hang"
+        return "baseline-fault" if self.place.startswith("padded/") else "rank-fault"
+
+    def complaints(self, report: dict[str, Any]) -> list[str]:
+        """Return what is wrong with the report of the case that was hit."""
+        verdict = "HANG" if self.kind in HANGS else "RANK_FAULT"
+        found = [(reason["code"], reason["rank"]) for reason in report["reasons"]]
+        message = report["reasons"][0]["message"]
+        complaints = [] if report["verdict"] == verdict else [report["verdict"]]
+        complaints += [] if found == [(self.code, self.rank)] else [str(found)]
+        complaints += [] if message.startswith(HOW[self.kind].format(rank=self.rank, place=self.place)) else [message]
+        return complaints + (self._hang_complaints(report, message) if self.kind in HANGS else [])
+
+    def _hang_complaints(self, report: dict[str, Any], message: str) -> list[str]:
+        stood = re.search(r" for ([0-9.]+) s, allowed are [0-9.]+ s; rank (.*) waited for it$", message)
+        others = [rank for rank in range(RANKS) if rank != self.rank]
+        if stood is None or float(stood[1]) > LIMIT_S + 5 or stood[2] != ", ".join(map(str, others)):
+            return [message]
+        mine = "stopped" if self.kind == "stop" else "sitecustomize.py"
+        wanted = {str(rank): mine if rank == self.rank else "distributed_c10d.py" for rank in range(RANKS)}
+        if report["stacks"].keys() != wanted.keys():
+            return [f"stacks of {sorted(report['stacks'])}"]
+        return [
+            f"stack of {rank}: {report['stacks'][rank]}"
+            for rank in wanted
+            if wanted[rank] not in report["stacks"][rank]
+        ]
+
+
+def can_happen(fault: Fault) -> bool:
+    return fault.place != "report" or fault.rank == 0
+
+
+def covering() -> list[Fault]:
+    """Return each place once; 7 kinds and 3 ranks have no common divisor, so each kind meets each rank."""
+    turns = enumerate(PLACES)
+    return [Fault(0 if place == "report" else turn % RANKS, place, KINDS[turn % len(KINDS)]) for turn, place in turns]
+
+
+def everything() -> Iterable[Fault]:
+    return filter(can_happen, (Fault(*one) for one in product(range(RANKS), PLACES, KINDS)))
+
+
+CHOSEN = list(everything()) if SOAK else covering()
+BATCHES = [CHOSEN[start : start + BATCH] for start in range(0, len(CHOSEN), BATCH)]
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: str(batch[0]))
+def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(2 * len(batch) + 1), timeout=LIMIT_S)
+    variables = faulty(*map(str, batch), once=tmp_path / "fired")
+    with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
+        assert bench.finish(110) == 3
+        assert wait_until(bench.gone, 2)
+    reports = {report["name"]: report for report in bench.reports}
+    hit = {f"seed={2 * index + 1}": fault for index, fault in enumerate(batch)}
+    complaints = {str(fault): found for name, fault in hit.items() if (found := fault.complaints(reports.pop(name)))}
+    assert not complaints
+    assert {report["verdict"] for report in reports.values()} == {"PASS"}
+    assert len(reports) == len(batch) + 1
+    assert bench.summary["as_expected"] == len(reports)
+    assert "Traceback" not in bench.stderr
+
+
+ODD = {
+    "1:0:start:raise": [("rank-fault", 1, "rank 1 ended by exit code 1 in start")],
+    "2:1:padded/combine:kill+1:1:padded/combine:stop": [
+        ("baseline-fault", 2, "rank 2 ended by SIGKILL in padded/combine")
+    ],
+    "0:1:control/experts:sleep+1:1:control/experts:stop": [
+        ("hang", rank, "rank 0, rank 1 stood in control/experts for ") for rank in (0, 1)
+    ],
+    "1:1:truncated/check#2:stop": [("hang", 1, "rank 1 stood in truncated/check for ")],
+    "1:0:done:stop": [],
+}
+
+
+def test_odd_endings(tmp_path: Path) -> None:
+    """In the first stage; two at once; in a stage that others have come back to; after all has been done."""
+    suite = write_suite(tmp_path / "suite.json", range(8), timeout=LIMIT_S, repeats=2)
+    variables = faulty(*ODD, once=tmp_path / "fired")
+    with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
+        assert bench.finish() == 3
+        assert wait_until(bench.gone, 2)
+    assert (tmp_path / "fired").stat().st_size == len(ODD)
+    reports = {report["name"]: report for report in bench.reports}
+    for seed, expected in zip((0, 2, 4, 6, 7), ODD.values(), strict=True):
+        reasons = reports.pop(f"seed={seed}")["reasons"]
+        assert [(reason["code"], reason["rank"]) for reason in reasons] == [(code, rank) for code, rank, _ in expected]
+        for reason, (_, _, message) in zip(reasons, expected, strict=True):
+            assert reason["message"].startswith(message)
+    assert [report["verdict"] for report in reports.values()] == ["PASS"] * 3
+
+
+def test_a_single_case_that_hangs_ends_within_its_limit_and_five_seconds(tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
+    case = ("run", "--model=tiny", "--nproc=2", f"--timeout={LIMIT_S}", "--max-dispatch-tokens-per-rank=64")
+    with Bench(tmp_path / "out", *case, **faulty("1:0:repadded/experts:sleep", once=fired)) as bench:
+        assert bench.finish() == 3
+        assert time.time() - fired.stat().st_mtime < LIMIT_S + 5
+    assert bench.stdout.splitlines()[-1].startswith("HANG (emulated: ")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["verdict"], report["exit_code"]) == ("HANG", 3)
+    assert "sitecustomize.py" in report["stacks"]["1"]
+
+
+def test_retries_make_good_and_faults_in_a_row_stop_with_what_is_there(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(6))
+    faults = ("1:1:padded/experts:kill", "0:1:padded/experts:kill", "0:0:start:kill", "1:0:gather:kill")
+    limits = ("--retries=1", "--max-faults=3")
+    with Bench(tmp_path / "out", "suite", suite, "--nproc=2", *limits, **faulty(*faults, once=tmp_path / "f")) as bench:
+        assert bench.finish() == 3
+    assert bench.verdicts == {"seed=0": "PASS", "seed=1": "PASS", "seed=2": "RANK_FAULT"}
+    summary = bench.summary
+    assert (summary["cases"], summary["finished"], summary["exit_code"]) == (6, 3, 3)
+    assert summary["stopped"] == "3 cases in a row lost their ranks"
+    assert "stopped early: 3 cases" in bench.stdout

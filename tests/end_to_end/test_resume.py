@@ -1,0 +1,122 @@
+"""The same command goes on where it was stopped, however that was: every case has one result, and runs once.
+
+DISTBENCH_SOAK=1 kills at 20 moments instead of 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.launches import SOAK, Bench, wait_until, write_suite
+
+CASES = 60
+MOMENTS = range(20 if SOAK else 3)
+
+
+def run(out: Path, *arguments: str | Path) -> Bench:
+    """Run a suite to its end on one rank."""
+    with Bench(out, "suite", "--nproc=1", *arguments) as bench:
+        bench.finish()
+    return bench
+
+
+def lines(out: Path) -> dict[str, bytes]:
+    """Return the raw lines of the journal, by the case's name."""
+    raw = (out / "results.jsonl").read_bytes().splitlines()
+    found = {json.loads(line)["name"]: line for line in raw}
+    assert len(found) == len(raw)
+    return found
+
+
+def kill(bench: Bench, chance: random.Random, *, everything: bool) -> None:
+    """Kill the supervisor, or all of its processes, after some number of results and some milliseconds more."""
+    results = chance.randrange(CASES)
+    assert wait_until(lambda: len(bench.reports) >= results, 60)
+    time.sleep(chance.random() * (0.05 if results else 2))
+    if everything:
+        os.killpg(bench.process.pid, signal.SIGKILL)
+    else:
+        bench.process.kill()
+    bench.process.wait()
+
+
+def cut_last_line(out: Path, chance: random.Random) -> None:
+    path = out / "results.jsonl"
+    content = path.read_bytes() if path.exists() else b""
+    last = content[:-1].rfind(b"\n") + 1
+    path.write_bytes(content[: chance.randrange(last, max(len(content), 1))])
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_each_case_has_one_result(tmp_path: Path, moment: int) -> None:
+    chance = random.Random(moment)  # noqa: S311 - moments, no secrets
+    out = tmp_path / "out"
+    command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), "--nproc=4", "--quiet")
+    with Bench(out, *command) as bench:
+        kill(bench, chance, everything=moment % 2 == 1)
+        assert wait_until(bench.gone, 2)
+    before = bench.verdicts
+    if moment % 3 == 2:
+        cut_last_line(out, chance)
+    with Bench(out, *command) as bench:
+        assert bench.finish() == 0
+    assert (out / "results.jsonl").read_bytes().endswith(b"}\n")
+    assert bench.verdicts == {f"seed={seed}": "PASS" for seed in range(CASES)}
+    assert len(before) <= CASES
+    assert bench.summary["finished"] == CASES
+
+
+def test_what_is_run_again(tmp_path: Path) -> None:
+    out, path = tmp_path / "out", tmp_path / "suite.json"
+    write_suite(path, range(3), expect=[{"verdict": "UNDER_LIMIT", "match": {"seed": 1}}])
+    assert run(out, path).finish() == 1
+    first = lines(out)
+    assert [json.loads(line)["as_expected"] for line in first.values()] == [True, False, True]
+
+    started = time.monotonic()
+    assert run(out, path).finish() == 1
+    assert time.monotonic() - started < 1
+    assert lines(out) == first
+
+    cut_last_line(out, random.Random(0))  # noqa: S311 - moments, no secrets
+    assert run(out, path, "--rerun=failed").finish() == 1
+    second = lines(out)
+    assert {name for name in first if first[name] != second[name]} == {"seed=1", "seed=2"}
+
+    with (out / "results.jsonl").open("ab") as file:
+        file.write(b"{}\n")
+    refused = run(out, path)
+    assert refused.finish() == 2
+    assert f"distbench: INVALID: {out}/results.jsonl, line 4: " in refused.stderr
+
+    assert run(out, path, "--rerun=all").finish() == 1
+    third = lines(out)
+    assert {name for name in first if second[name] != third[name]} == {"seed=0", "seed=1", "seed=2"}
+
+    write_suite(path, [0, 2, 5])
+    assert run(out, path).finish() == 0
+    assert lines(out).items() - third.items() == {("seed=5", lines(out)["seed=5"])}
+
+
+def test_one_bench_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), "--nproc=2")
+    with Bench(tmp_path / "out", *command) as first, Bench(tmp_path / "other", *command) as other:
+        assert wait_until((tmp_path / "out" / ".lock.holder.json").exists, 10)
+        with Bench(tmp_path / "out", *command) as second:
+            assert second.finish(10) == 3
+        with Bench(tmp_path / "out", *command, "--lock-timeout=60") as third:
+            assert third.finish() == 0
+            assert "PASS" not in third.stderr
+        assert (first.finish(), other.finish()) == (0, 0)
+    held = rf"folder \S+/out is in use by process {first.process.pid} \(.*\) since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d;"
+    assert re.search(rf"^distbench: BUSY: {held}", second.stderr, re.MULTILINE)
+    assert len(first.verdicts) == len(other.verdicts) == CASES
+    assert third.summary["finished"] == CASES

@@ -1,0 +1,146 @@
+"""Ctrl-C and SIGTERM: everything is gone soon, what had finished is kept, and nothing is left on the machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.launches import SOAK, Bench, faulty, wait_until, write_suite
+
+NPROC = 3
+CASES = 400
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Yield an empty TMPDIR; pytest's own is too deep for a Unix socket."""
+    folder = Path(tempfile.mkdtemp(prefix="db-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def shared_memory() -> set[str]:
+    """Return the names of segments that no process has mapped."""
+    there = list(SHARED_MEMORY.iterdir())
+    mapped = "".join(read(path) for path in Path("/proc").glob("[0-9]*/maps"))
+    return {path.name for path in there if str(path) not in mapped and path.exists()}
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Return the inodes of the TCP sockets on which these processes listen."""
+    held = {link for pid in pids for link in links(Path(f"/proc/{pid}/fd"))}
+    return {inode for inode in listened() if f"socket:[{inode}]" in held}
+
+
+def listened() -> set[str]:
+    lines = (Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()).splitlines()
+    return {line.split()[9] for line in lines if line.split()[3] == "0A"}
+
+
+def links(folder: Path) -> list[str]:
+    try:
+        return [str(link.readlink()) for link in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def interrupt(bench: Bench, number: int) -> float:
+    """Send SIGINT as a terminal does, to all, or SIGTERM as `kill` does, to one; return the time."""
+    if number == signal.SIGINT:
+        os.killpg(bench.process.pid, number)
+    else:
+        bench.process.send_signal(number)
+    return time.monotonic()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_midst_leaves_nothing_but_results(tmp_path: Path, scratch: Path, number: int) -> None:
+    before = shared_memory()
+    suite = write_suite(tmp_path / "suite.json", range(CASES))
+    with Bench(tmp_path / "out", "suite", suite, f"--nproc={NPROC}", TMPDIR=str(scratch)) as bench:
+        assert wait_until(lambda: len(bench.reports) > 1, 60)
+        sockets = listening(bench.left())
+        assert sockets
+        sent = interrupt(bench, number)
+        assert bench.finish() == 128 + number
+        assert wait_until(bench.gone, 10 - (time.monotonic() - sent))
+    assert not sockets & listened()
+    assert not shared_memory() - before
+    assert not list(scratch.iterdir())
+    summary = bench.summary
+    assert summary["stopped"] == f"ended by {signal.Signals(number).name}"
+    assert summary["finished"] == summary["verdicts"]["PASS"] == len(bench.reports)
+    assert 1 < summary["finished"] < CASES
+    assert bench.stderr.splitlines()[-1].startswith("distbench: INTERRUPTED: ended by SIG")
+    assert "Traceback" not in bench.stderr
+
+
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.4), (signal.SIGTERM, 1.0)])
+def test_a_signal_while_ranks_come_up(tmp_path: Path, scratch: Path, number: int, seconds: float) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(CASES))
+    with Bench(tmp_path / "out", "suite", suite, f"--nproc={NPROC}", TMPDIR=str(scratch)) as bench:
+        assert wait_until((tmp_path / "out" / "ranks").exists, 30)
+        time.sleep(seconds)
+        sent = interrupt(bench, number)
+        assert bench.finish() == 128 + number
+        assert wait_until(bench.gone, 10 - (time.monotonic() - sent))
+    assert bench.summary["stopped"] == f"ended by {signal.Signals(number).name}"
+    assert not list(scratch.iterdir())
+    assert "Traceback" not in bench.stderr
+
+
+@pytest.mark.parametrize("moment", range(12 if SOAK else 1))
+def test_a_signal_at_any_moment_of_many_launches(tmp_path: Path, moment: int) -> None:
+    number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+    suite = write_suite(tmp_path / "suite.json", range(CASES))
+    always = faulty("0:0:start:kill")
+    with Bench(tmp_path / "out", "suite", suite, "--nproc=2", f"--max-faults={CASES}", **always) as bench:
+        assert wait_until(lambda: bool(bench.reports), 60)
+        time.sleep(random.Random(moment).random() * 2)  # noqa: S311 - moments, no secrets
+        interrupt(bench, number)
+        assert bench.finish(10) == 128 + number
+        assert wait_until(bench.gone, 2)
+    assert bench.summary["stopped"] == f"ended by {signal.Signals(number).name}"
+    assert bench.summary["finished"] == len(bench.verdicts)
+
+
+def test_a_signal_ends_ranks_that_stand_still(tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
+    suite = write_suite(tmp_path / "suite.json", range(3))
+    faults = faulty("1:1:padded/experts:stop+0:1:padded/experts:sleep", once=fired)
+    with Bench(tmp_path / "out", "suite", suite, "--nproc=2", **faults) as bench:
+        assert wait_until(fired.exists, 60)
+        sent = interrupt(bench, signal.SIGTERM)
+        assert bench.finish() == 143
+        assert wait_until(bench.gone, 10 - (time.monotonic() - sent))
+    assert bench.verdicts == {"seed=0": "PASS"}
+
+
+def test_ctrl_c_while_waiting_for_the_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with Bench(out, "run", "--model=tiny", "--lock-timeout=60") as bench:
+            time.sleep(1)
+            interrupt(bench, signal.SIGINT)
+            assert bench.finish() == 130
+    assert bench.stderr.splitlines()[-1].startswith("distbench: INTERRUPTED: ")
+    assert "Traceback" not in bench.stderr

@@ -1,0 +1,120 @@
+"""One bench at a time in a folder and on an accelerator; a lock of a process that is gone holds nobody up."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from distbench.errors import Busy
+from distbench.locks import hold
+
+ROOT = Path(__file__).parents[2]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from distbench.locks import hold
+
+with hold(Path(sys.argv[1]), sys.argv[2:], 5):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(out: Path, *devices: str) -> Iterator[subprocess.Popen[str]]:
+    """Run another process that holds `out` and `devices` until its standard input is closed."""
+    command = [sys.executable, "-c", HOLDER, str(out), *devices]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def own_folder_for_device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+def test_the_holder_is_named_at_once(out: Path) -> None:
+    with holder(out) as process:
+        started = time.monotonic()
+        with pytest.raises(Busy) as caught, hold(out, (), 0):
+            pytest.fail("held twice")
+        assert time.monotonic() - started < 1
+        since = time.strftime("%Y-%m-%d")
+    told = rf"folder {re.escape(str(out))} is in use by process {process.pid} \(-c .*\) since {since} \d\d:\d\d:\d\d; "
+    assert re.match(told, str(caught.value))
+    assert "--lock-timeout" in str(caught.value)
+    assert (caught.value.label, caught.value.exit_code) == ("BUSY", 3)
+
+
+def test_a_lock_is_waited_for(out: Path) -> None:
+    with holder(out) as process:
+        assert process.stdin is not None
+        started = time.monotonic()
+        with pytest.raises(Busy), hold(out, (), 0.3):
+            pytest.fail("held twice")
+        assert 0.3 <= time.monotonic() - started < 2
+        process.stdin.close()
+        with hold(out, (), 5):
+            assert process.wait(5) == 0
+
+
+def test_a_killed_process_holds_nothing(out: Path) -> None:
+    with holder(out) as process:
+        process.kill()
+        process.wait()
+        with hold(out, (), 0):
+            assert f'"pid":{os.getpid()}' in (out / ".lock.holder.json").read_text()
+    assert not (out / ".lock.holder.json").exists()
+
+
+def test_a_holder_that_has_not_said_who_it_is(out: Path) -> None:
+    with holder(out):
+        (out / ".lock.holder.json").write_text("{")
+        with pytest.raises(Busy, match="in use by a process that has not said who it is"), hold(out, (), 0):
+            pytest.fail("held twice")
+
+
+def test_folders_do_not_collide_and_devices_do(out: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    with holder(out, "cuda:1", "cuda:0"):
+        with hold(other, ("cuda:2",), 0):
+            pass
+        with pytest.raises(Busy, match=r"^device cuda:1 is in use by process"), hold(other, ("cuda:2", "cuda:1"), 0):
+            pytest.fail("held twice")
+        with hold(other, ("cuda:2",), 0):  # what had been taken before the refusal was given back
+            pass
+
+
+def test_devices_are_taken_in_one_order(out: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    wanted = ("cuda:1", "cuda:0", "cuda:1")
+    with holder(out, "cuda:1", "cuda:0"), pytest.raises(Busy, match=r"^device cuda:0 "), hold(other, wanted, 0):
+        pytest.fail("held twice")
+
+
+def test_an_error_inside_lets_go(out: Path) -> None:
+    with pytest.raises(KeyError), hold(out, ("cuda:0",), 0):
+        raise KeyError
+    with hold(out, ("cuda:0",), 0):
+        pass

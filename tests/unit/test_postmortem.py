@@ -1,0 +1,172 @@
+"""From what dead ranks left behind to the one that is to blame."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.breadcrumbs import Breadcrumbs, Position, read_position
+from distbench.errors import Verdict
+from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, ranks_folder
+from distbench.postmortem import Ending, Exit, explain_fault, outcome_of, positions
+from tests.cases import tiny_case
+
+KILLED = Exit(2, "SIGKILL")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Return a job of two cases on four ranks, of which nothing is there yet."""
+    ranks_folder(tmp_path).mkdir()
+    entries = tuple(Entry(name=f"case {seed}", case=tiny_case(seed=seed), sources={}) for seed in range(2))
+    return Job(entries=entries, out=str(tmp_path), supervised=True)
+
+
+def leave(job: Job, rank: int, *stages: str, arm: str = "", case_index: int = 1) -> Position:
+    """Let a rank pass `stages`, the last of them for good."""
+    crumbs = Breadcrumbs(crumb_path(Path(job.out), rank))
+    crumbs.case_index, crumbs.arm = case_index, arm
+    for stage in ("start", *stages):
+        crumbs.mark(stage)
+    crumbs.close()
+    position = read_position(crumb_path(Path(job.out), rank))
+    assert position is not None
+    return position
+
+
+def speak(job: Job, rank: int, position: Position, *, echo: bool = False, timeout: bool = False) -> None:
+    failure = RankFailure(
+        rank=rank, exception="ValueError", message="broken", position=position, traceback="Traceback", echo=echo,
+        timeout=timeout,
+    )  # fmt: skip
+    failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
+
+
+def leave_all(job: Job, *stages: str, arm: str = "") -> None:
+    for rank in range(job.num_ranks):
+        leave(job, rank, *stages, arm=arm)
+
+
+def blamed(ending: Ending) -> list[tuple[str, int | None]]:
+    return [(reason.code, reason.rank) for reason in ending.reasons]
+
+
+@pytest.mark.parametrize(
+    ("arm", "code"), [("padded", "baseline-fault"), ("truncated", "rank-fault"), ("", "rank-fault")]
+)
+def test_the_process_that_died_first(job: Job, arm: str, code: str) -> None:
+    leave_all(job, "dispatch", arm=arm)
+    ending = explain_fault(job, KILLED)
+    place = f"{arm}/dispatch" if arm else "dispatch"
+    whose = " (the baseline's own arm)" if arm == "padded" else ""
+    assert (ending.verdict, ending.case_index, blamed(ending)) == (Verdict.RANK_FAULT, 1, [(code, 2)])
+    assert ending.reasons[0].message == f"rank 2 ended by SIGKILL in {place}{whose}"
+
+
+def test_an_exception_comes_before_a_death_and_the_earliest_before_others(job: Job) -> None:
+    leave_all(job, "dispatch", arm="control")
+    first = leave(job, 3, "experts", arm="control")
+    time.sleep(0.001)
+    speak(job, 1, leave(job, 1, "experts", arm="control"))
+    speak(job, 3, first)
+    ending = explain_fault(job, KILLED)
+    assert blamed(ending) == [("rank-fault", 3)]
+    assert ending.reasons[0].message == "rank 3 raised ValueError in control/experts: broken"
+    assert ending.stacks == {"3": "Traceback"}
+
+
+def test_ranks_that_lost_their_peer_are_not_to_blame(job: Job) -> None:
+    leave_all(job, "combine", arm="truncated")
+    for rank in (0, 1, 3):
+        speak(job, rank, leave(job, rank, "combine", arm="truncated"), echo=True)
+    assert blamed(explain_fault(job, Exit(0, "exit code 3"))) == [("rank-fault", 2)]
+    assert blamed(explain_fault(job, None)) == [("rank-fault", 2)]
+    assert "exit code 0 before it was done" in explain_fault(job, None).reasons[0].message
+
+
+def test_where_all_only_lost_a_peer_the_earliest_is_named(job: Job) -> None:
+    for rank in range(job.num_ranks):
+        speak(job, rank, leave(job, rank, "agree"), echo=True)
+    assert blamed(explain_fault(job, None)) == [("rank-fault", 0)]
+
+
+def test_ranks_that_were_done_are_not_to_blame(job: Job) -> None:
+    for rank in range(3):
+        leave(job, rank, "gather", "done")
+    leave(job, 3, "gather")
+    assert blamed(explain_fault(job, KILLED)) == [("rank-fault", 3)]
+
+
+def test_a_timeout_falls_on_those_that_are_behind(job: Job) -> None:
+    leave(job, 0, "dispatch", "combine", arm="control")
+    leave(job, 1, "dispatch", arm="control")
+    for rank in (2, 3):
+        speak(job, rank, leave(job, rank, "dispatch", "combine", arm="control"), timeout=True)
+    ending = explain_fault(job, None)
+    assert (ending.verdict, blamed(ending)) == (Verdict.HANG, [("hang", 1)])
+    assert ending.reasons[0].message == (
+        "rank 1 stood in control/dispatch; rank 2, 3 waited until the collective timed out"
+    )
+    assert ending.stacks.keys() == {"2", "3"}
+
+
+def test_a_timeout_falls_on_the_rank_that_never_began(job: Job) -> None:
+    for rank in (0, 1, 3):
+        speak(job, rank, leave(job, rank, case_index=0), timeout=True)
+    ending = explain_fault(job, None)
+    assert blamed(ending) == [("hang", 2)]
+    assert ending.reasons[0].message.startswith("rank 2 never began; rank 0, 1, 3 waited")
+
+
+def test_nothing_was_left_behind(job: Job) -> None:
+    assert positions(job) == {}
+    assert explain_fault(job, KILLED).reasons[0].message == "rank 2 ended by SIGKILL before its first stage"
+    ending = explain_fault(job, None)
+    assert (ending.verdict, ending.case_index, len(ending.reasons)) == (Verdict.RANK_FAULT, 0, 1)
+
+
+def test_all_were_done_and_the_launch_failed_all_the_same(job: Job) -> None:
+    leave_all(job, "done")
+    assert [reason.code for reason in explain_fault(job, KILLED).reasons] == ["launch-failed"]
+
+
+def test_a_place_past_the_last_case_falls_on_the_last(job: Job) -> None:
+    for rank in range(job.num_ranks):
+        leave(job, rank, case_index=7)
+    assert explain_fault(job, KILLED).case_index == 1
+
+
+def test_the_outcome_holds_all_that_is_known(job: Job) -> None:
+    leave_all(job, "agree")
+    ending = explain_fault(job, KILLED)
+    outcome = outcome_of(ending, job.entries[1])
+    assert outcome.case == job.entries[1].case
+    assert (outcome.judgement.verdict, outcome.judgement.reasons) == (ending.verdict, ending.reasons)
+    assert outcome.gathered is None
+
+
+@given(content=st.binary(max_size=60), words=st.binary(max_size=60))
+def test_damaged_files_name_no_wrong_rank(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, words: bytes
+) -> None:
+    out = tmp_path_factory.mktemp("job")
+    job = Job(entries=(Entry(name="", case=tiny_case(2), sources={}),), out=str(out), supervised=True)
+    ranks_folder(out).mkdir()
+    crumb_path(out, 0).write_bytes(content)
+    failure_path(out, 0).write_bytes(words)
+    leave(job, 1, "done", case_index=0)
+    assert blamed(explain_fault(job, None)) == [("rank-fault", 0)]
+
+
+def test_stages_come_round_and_progress_does_not(job: Job) -> None:
+    """Repeats and the second check of an arm go back to stages passed before."""
+    before = leave(job, 0, "experts", "check", "combine", arm="truncated")
+    after = leave(job, 0, "experts", "check", "combine", "check", arm="truncated")
+    again = leave(job, 0, "experts", "check", "combine", "check", "dispatch", arm="truncated")
+    following = leave(job, 0, case_index=2)
+    assert before.progress < after.progress < again.progress < following.progress

@@ -1,0 +1,148 @@
+"""What cannot work is refused with its numbers and a fix, and no rank is started."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from distbench import cli, preflight
+from distbench.errors import InvalidCase, Unsupported
+from distbench.preflight import available_bytes, check_case, check_folder, check_memory, memory_bytes
+from tests.cases import tiny_case
+
+GIB = 1 << 30
+
+
+class Usage(NamedTuple):
+    """What shutil.disk_usage returns."""
+
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        pytest.fail("ranks were started")
+
+    monkeypatch.setattr(cli, "preload_ranks", start)
+
+
+@pytest.fixture
+def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return what sets the bytes that a disk has left."""
+
+    def leave(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))
+
+    return leave
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder in which the control group's files are looked for; there are none."""
+    monkeypatch.setattr(preflight, "_GROUP", tmp_path)
+    return tmp_path
+
+
+def test_memory_is_refused_by_the_largest_case() -> None:
+    small, large = tiny_case(2), tiny_case(2, max_dispatch_tokens_per_rank=1 << 20)
+    needed = memory_bytes(large)
+    check_memory([small, large, small], needed)
+    check_memory([small], memory_bytes(small))
+    with pytest.raises(Unsupported) as caught:
+        check_memory([small, large, small], needed - 1)
+    told = f"memory: the largest case needs about {needed} bytes for 2 ranks ({needed / GIB:.1f} GiB), {needed - 1} are"
+    assert str(caught.value).startswith(told)
+    assert caught.value.exit_code == 77
+
+
+def test_more_of_anything_takes_more_memory() -> None:
+    base = memory_bytes(tiny_case(2))
+    for change in (
+        {"max_dispatch_tokens_per_rank": 128},
+        {"num_experts": 32},
+        {"intermediate_size": 256},
+        {"tokens": 64},
+    ):
+        assert memory_bytes(tiny_case(2, **change)) > base
+    assert memory_bytes(tiny_case(4)) > base
+    assert memory_bytes(tiny_case(2, dispatch_dtype="fp8")) < base
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "files", "expected"), [(1000, 400, 0, 600), (1000, 900, 300, 400), (1000, 1000, 0, 0)]
+)
+def test_memory_is_what_the_control_group_leaves(group: Path, limit: int, used: int, files: int, expected: int) -> None:
+    of_the_machine = available_bytes()
+    (group / "memory.current").write_text(f"{used}\n")
+    (group / "memory.stat").write_text(f"anon 5\nactive_file {files // 3}\ninactive_file {files - files // 3}\n")
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes() > of_the_machine / 2
+    (group / "memory.max").write_text(f"{limit}\n")
+    assert available_bytes() == expected
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+    check_folder(str(tmp_path / "a" / "b"), 10)
+    assert not list((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere", "a\0b"])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidCase, match=r"cannot be written \(.+\); name another folder") as caught:
+        check_folder(str(tmp_path / name), 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_refused_by_the_number_of_reports(tmp_path: Path, free_disk: Callable[[int], None]) -> None:
+    free_disk(1 << 20)
+    check_folder(str(tmp_path), 32)
+    with pytest.raises(
+        InvalidCase, match=r"1048576 bytes are free, 33 reports take about 1081344; name another folder"
+    ):
+        check_folder(str(tmp_path), 33)
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("command", [("run", "--model=tiny"), ("suite", "smoke")])
+def test_no_rank_is_started_without_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(preflight, "available_bytes", lambda: 1000)
+    assert cli.main([*command, "--nproc=2", f"--out={tmp_path}"]) == 77
+    assert "distbench: UNSUPPORTED: memory: the largest case needs about" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("command", [("run", "--model=tiny"), ("suite", "smoke")])
+def test_no_rank_is_started_without_a_folder_or_with_a_full_disk(
+    tmp_path: Path,
+    free_disk: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main([*command, "--nproc=2", f"--out={tmp_path}/file"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    free_disk(0)
+    assert cli.main([*command, "--nproc=2", f"--out={tmp_path}/out"]) == 2
+    assert "0 bytes are free" in capsys.readouterr().err
+
+
+def test_a_table_without_a_row_for_the_layer_is_warned_of() -> None:
+    (warning,) = check_case(tiny_case(intermediate_size=384, kernel_table="tests/data/splitk.csv"))
+    assert warning.startswith("kernel_table = tests/data/splitk.csv: no row for ")
+    assert not check_case(tiny_case())
+
+
+@pytest.mark.parametrize("routing", ["spiral", "fan-in:9"])
+def test_a_routing_that_cannot_be_made_is_refused(routing: str) -> None:
+    with pytest.raises(InvalidCase, match="routing"):
+        check_case(tiny_case(routing=routing))

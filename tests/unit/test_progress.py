@@ -1,0 +1,142 @@
+"""Progress: a line a case in a log, one live line on a terminal, nothing where it is not wanted."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import struct
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+import pytest
+
+from distbench.progress import Progress
+from distbench.report.document import SCHEMA
+from distbench.report.journal import Line
+
+COLUMNS = 60
+CLEAR = "\r\x1b[K"
+Terminal = tuple[TextIO, Callable[[], str]]
+
+
+def line(name: str, verdict: str = "PASS", *, as_expected: bool = True) -> Line:
+    fields = {"name": name, "verdict": verdict, "exit_code": 0, "as_expected": as_expected}
+    rest = {"schema": SCHEMA, "case": {"hash": name}, "timing": {"wall_s": 0.25}}
+    return msgspec.convert(fields | rest, Line)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    """Yield the stream of a terminal of COLUMNS columns, and what reads the screen's side of it."""
+    screen, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    os.set_blocking(screen, False)
+
+    def shown() -> str:
+        try:
+            return os.read(screen, 1 << 16).decode()
+        except BlockingIOError:
+            return ""
+
+    with os.fdopen(side, "w") as stream:
+        yield stream, shown
+    os.close(screen)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what puts the clock forward."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def forward(seconds: float) -> None:
+        now[0] += seconds
+
+    return forward
+
+
+def test_a_log_gets_a_plain_line_for_each_case(clock: Callable[[float], None]) -> None:
+    stream = io.StringIO()
+    progress = Progress(3, quiet=False, stream=stream)
+    progress.take(line("old"), quiet=True)
+    progress.take(line("good"))
+    clock(10)
+    progress.refresh()
+    progress.take(line("bad", "CORRUPT", as_expected=False))
+    progress.close()
+    assert stream.getvalue().splitlines() == [
+        "     2/3 PASS                0.250 s  good",
+        "     3/3 CORRUPT             0.250 s  bad  UNEXPECTED",
+    ]
+
+
+def test_a_terminal_gets_one_live_line(terminal: Terminal, clock: Callable[[float], None]) -> None:
+    stream, shown = terminal
+    progress = Progress(10, quiet=False, stream=stream)
+    progress.take(line("old"), quiet=True)
+    progress.refresh()
+    assert shown() == ""
+    clock(2)
+    progress.refresh()
+    assert shown() == f"{CLEAR}1/10 done, 0 unexpected, 0.0 cases/s, starting, last old"
+    progress.take(line("a"))
+    assert shown() == ""
+    progress.take(line("b"))
+    clock(2)
+    progress.refresh()
+    assert shown() == f"{CLEAR}3/10 done, 0 unexpected, 0.5 cases/s, 14 s left, last b"
+    progress.close()
+    assert shown() == CLEAR
+
+
+def test_a_live_line_never_wraps(terminal: Terminal, clock: Callable[[float], None]) -> None:
+    stream, shown = terminal
+    progress = Progress(10, quiet=False, stream=stream)
+    progress.take(line("x" * 200))
+    clock(1)
+    progress.refresh()
+    text = shown()
+    assert text.startswith(CLEAR)
+    assert len(text) - len(CLEAR) == COLUMNS - 1
+
+
+def test_a_terminal_keeps_lines_of_what_was_not_expected(terminal: Terminal) -> None:
+    stream, shown = terminal
+    progress = Progress(2, quiet=False, stream=stream)
+    progress.take(line("bad", "DRIFT", as_expected=False))
+    assert shown() == f"{CLEAR}     1/2 DRIFT               0.250 s  bad  UNEXPECTED\r\n"
+
+
+def test_quiet_is_silent(terminal: Terminal, clock: Callable[[float], None]) -> None:
+    stream, shown = terminal
+    log = io.StringIO()
+    for progress in (Progress(2, quiet=True, stream=stream), Progress(2, quiet=True, stream=log)):
+        progress.take(line("bad", "DRIFT", as_expected=False))
+        clock(5)
+        progress.refresh()
+        progress.close()
+    assert shown() == log.getvalue() == ""
+
+
+def test_a_stream_that_pretends_to_be_a_terminal(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    class Pretender(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return descriptor
+
+    with (tmp_path / "file").open("w") as file:
+        descriptor = file.fileno()
+        stream = Pretender()
+        progress = Progress(1, quiet=False, stream=stream)
+        progress.take(line("x" * 200))
+        clock(1)
+        progress.refresh()
+    assert len(stream.getvalue()) == len(CLEAR) + 79
