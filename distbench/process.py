@@ -1,14 +1,17 @@
-"""What the kernel says of processes."""
+"""What the kernel says of processes, and does with them."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import signal
 import sys
 from pathlib import Path
 
 STOPPED = "T"
 GONE = "gone"
 _ZOMBIE = "Z"
+_PR_SET_PDEATHSIG = 1
 
 
 def peak_bytes() -> int:
@@ -28,3 +31,9 @@ def state(pid: int) -> str:
 def is_alive(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     return state(pid) not in (GONE, _ZOMBIE)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

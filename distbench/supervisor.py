@@ -47,7 +47,7 @@ def preload_ranks() -> None:
     A terminal's Ctrl-C reaches that process too, and is for this one to act upon.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["distbench.worker"])
+    multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker"])
     resource_tracker.ensure_running()  # on its own, since it would unblock SIGINT again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import multiprocessing
 import os
@@ -10,8 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import closing, suppress
-from multiprocessing import forkserver
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +28,6 @@ from distbench.stage_limits import stage_limit
 STACKS_SIGNAL = signal.SIGUSR1
 
 _PEER_GRACE_S = 10.0
-_PR_SET_PDEATHSIG = 1
 # What gloo and NCCL say when the other side is gone; torch has no exception type of its own for it.
 _LOST_PEER = (
     "connection closed by peer",
@@ -91,17 +88,8 @@ def _group_timeout(job: Job) -> float:
 
 
 def _die_with_supervisor() -> None:
-    """See to it that no rank outlives the supervisor, which may be killed without a last word.
-
-    The process that ranks are forked from ends when nobody holds its pipe any more: not the supervisor, and no rank
-    that was handed a copy. Linux then kills the ranks.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    server = forkserver._forkserver  # noqa: SLF001 - a rank has no other way to let go of the pipe
-    with suppress(AttributeError, TypeError):
-        os.close(server._forkserver_alive_fd)  # type: ignore[attr-defined]  # noqa: SLF001
-        server._forkserver_alive_fd = None  # type: ignore[attr-defined]  # noqa: SLF001
+    """See to it that no rank outlives the supervisor, which may be killed without a last word (lifeline.py)."""
+    die_with_parent()
     supervisor = multiprocessing.parent_process()
     if supervisor is not None and not supervisor.is_alive():
         os._exit(Verdict.RANK_FAULT.exit_code)

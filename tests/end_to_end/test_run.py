@@ -63,7 +63,17 @@ def test_pass_with_two_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nproc", "tokens"), [(1, "9"), (2, "0,5"), (3, "4,0,11"), (5, "3"), (7, "1,0,0,9,2,7,1"), (8, "0,1,7,33,0,2,2,40")]
+    ("nproc", "tokens"),
+    [
+        (1, "9"),
+        (2, "0,5"),
+        (3, "4,0,11"),
+        (4, "2,0,8,5"),
+        (5, "3"),
+        (6, "0,3,3,0,1,12"),
+        (7, "1,0,0,9,2,7,1"),
+        (8, "0,1,7,33,0,2,2,40"),
+    ],
 )
 def test_the_exact_limit_passes_and_one_less_names_the_lost(tmp_path: Path, nproc: int, tokens: str) -> None:
     run = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv")

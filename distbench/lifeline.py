@@ -1,0 +1,10 @@
+"""What the process that ranks are forked from loads first, so that it ends at once with the supervisor, and they with it.
+
+On its own it would end only after the last rank, since each rank holds the pipe by which it notices.
+"""
+
+from __future__ import annotations
+
+from distbench.process import die_with_parent
+
+die_with_parent()
