@@ -1,4 +1,4 @@
-"""What the process that ranks are forked from loads first, so that it ends at once with the supervisor, and they with it.
+"""Loaded first by the process that ranks are forked from, so that it ends with the supervisor, and they with it.
 
 On its own it would end only after the last rank, since each rank holds the pipe by which it notices.
 """

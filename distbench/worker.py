@@ -19,6 +19,7 @@ from distbench.breadcrumbs import STAGES, Breadcrumbs
 from distbench.case import case_hash
 from distbench.errors import Verdict, worst_exit_code
 from distbench.job import Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
+from distbench.process import die_with_parent
 from distbench.rank import run_case
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
