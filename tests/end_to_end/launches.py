@@ -18,6 +18,7 @@ SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3}
 
 _MARKER = "DISTBENCH_TEST_MARKER"
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - others write there
 
 
 def write_suite(path: Path, seeds: Iterable[int], *, expect: object = (), **defaults: object) -> Path:
@@ -110,6 +111,21 @@ class Bench:
     def gone(self) -> bool:
         """Whether no process is left."""
         return not self.left()
+
+
+def shared_memory() -> set[Path]:
+    """Return the segments of shared memory that no process has mapped."""
+    there = {Path(entry.path): entry.inode() for entry in os.scandir(_SHARED_MEMORY)}
+    lines = [line for path in Path("/proc").glob("[0-9]*/maps") for line in _text(path).splitlines()]
+    mapped = {int(line.split()[4]) for line in lines if str(_SHARED_MEMORY) in line}
+    return {path for path, inode in there.items() if inode not in mapped and path.exists()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def _environ(process: Path) -> bytes:

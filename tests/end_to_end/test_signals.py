@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launches import SOAK, Bench, faulty, wait_until, write_suite
+from tests.end_to_end.launches import SOAK, Bench, faulty, shared_memory, wait_until, write_suite
 
 NPROC = 3
 CASES = 400
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written to
 
 
 @pytest.fixture
@@ -27,13 +26,6 @@ def scratch() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="db-"))
     yield folder
     shutil.rmtree(folder)
-
-
-def shared_memory() -> set[str]:
-    """Return the names of segments that no process has mapped."""
-    there = list(SHARED_MEMORY.iterdir())
-    mapped = "".join(read(path) for path in Path("/proc").glob("[0-9]*/maps"))
-    return {path.name for path in there if str(path) not in mapped and path.exists()}
 
 
 def listening(pids: list[int]) -> set[str]:
@@ -52,13 +44,6 @@ def links(folder: Path) -> list[str]:
         return [str(link.readlink()) for link in folder.iterdir()]
     except OSError:
         return []
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def interrupt(bench: Bench, number: int) -> float:
