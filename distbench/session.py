@@ -24,7 +24,6 @@ class Session:
         """Join the process group that torchrun's variables describe; no collective may take `timeout_s`. Collective."""
         self.crumbs = crumbs
         self.rank = int(environ["RANK"])
-        self.local_rank = int(environ.get("LOCAL_RANK", "0"))
         self.world_size = int(environ["WORLD_SIZE"])
         self.device = torch.device("cpu")
         _share_cores(int(environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -17,8 +17,6 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         rank=session.rank,
         ep_size=case.ep_size,
         num_experts=case.num_experts,
-        topk=case.topk,
-        hidden_size=case.hidden_size,
         capacity=case.capacity,
         counts=counts,
     )

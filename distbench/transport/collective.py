@@ -27,8 +27,6 @@ class Geometry(NamedTuple):
     rank: int
     ep_size: int
     num_experts: int
-    topk: int
-    hidden_size: int
     capacity: int
     counts: Tensor
 

@@ -111,7 +111,6 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]
     peak_bytes: int
-    warnings: list[str] = []
 
 
 class Gathered(msgspec.Struct, frozen=True):

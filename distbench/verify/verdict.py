@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
+from distbench.breadcrumbs import ARMS
 from distbench.errors import Verdict
+from distbench.experts.selection import KernelChoice
 from distbench.verify.records import (
     ORACLE,
     STAGE_ORDER,
@@ -19,9 +23,8 @@ from distbench.verify.records import (
 # Share of a token's largest magnitude: top-k bf16 adds and up to top-k rounded rank rows, 2**-9 each.
 TOLERANCE = 2.0**-5
 
-_NOT_ARITHMETIC = {"rows", "bucket", "source", "label"}
 _DRIFT_PAIRS = ("padded/truncated", "repadded/truncated")
-_ARM_ORDER = ("padded", "control", "repadded", "truncated")
+_ARM_ORDER = ARMS[1:]
 
 
 def judge(question: Question, gathered: Gathered) -> Judgement:
@@ -33,11 +36,6 @@ def judge(question: Question, gathered: Gathered) -> Judgement:
         if reasons:
             return Judgement(verdict, reasons, first)
     return Judgement(Verdict.PASS, _notes(question, gathered), first)
-
-
-def same_kernel(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two recorded kernels are one, however they were arrived at."""
-    return all(first[key] == second[key] for key in first.keys() - _NOT_ARITHMETIC)
 
 
 def first_divergence(observations: list[Observation]) -> Divergence | None:
@@ -142,8 +140,12 @@ def _may_drift(question: Question, gathered: Gathered) -> bool:
     records = gathered.observations
     if question.case.numerics == "exact" or "truncated" not in records[0].kernels:
         return False
-    other_kernel = any(not same_kernel(record.kernels["padded"], record.kernels["truncated"]) for record in records)
-    return other_kernel and all(_close(record.drift) for record in records)
+    return any(_other_kernel(record) for record in records) and all(_close(record.drift) for record in records)
+
+
+def _other_kernel(record: Observation) -> bool:
+    padded, truncated = (msgspec.convert(record.kernels[arm], KernelChoice) for arm in ("padded", "truncated"))
+    return not padded.same_kernel(truncated)
 
 
 def _is_drift(found: Divergence) -> bool:
