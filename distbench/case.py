@@ -55,8 +55,12 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     require: Annotated[
         Literal["bitwise", "tolerance"], _help("what counts as equal where the numerics are not exact")
     ] = "bitwise"
-    transport: Annotated[Literal["collective"], _help("what moves the rows")] = "collective"
-    experts: Annotated[Literal["reference"], _help("what computes them")] = "reference"
+    transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
+    experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
+    emulate: Annotated[bool, _help("distbench's stand-ins in the place of the packages mori and aiter")] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the ranks compute; cuda is ROCm's name too")] = (
+        "auto"
+    )
     slot_order: Annotated[
         Literal["shuffled", "source"], _help("order of received rows: seeded shuffle (atomics) or by source")
     ] = "shuffled"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distbench.case import Case
+from distbench.errors import Unsupported
 from distbench.experts.selection import CURRENT, KernelSelector, LayerKey, TunedKey, load_tuned_rows, rules_for
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ def make_selector(case: Case) -> KernelSelector:
 
 def make_experts(case: Case) -> Experts:
     """Return what the case computes its experts with."""
+    if case.experts != "reference":
+        message = f"experts {case.experts}: not in this version; choose reference"
+        raise Unsupported(message)
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
 
     return ReferenceExperts(make_selector(case), case.seed)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 
 from distbench import cli, preflight
+from distbench.commands import options
 from distbench.errors import InvalidCase, Unsupported
 from distbench.preflight import available_bytes, check_case, check_folder, check_memory, memory_bytes
 from tests.cases import tiny_case
@@ -30,7 +31,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def start() -> None:
         pytest.fail("ranks were started")
 
-    monkeypatch.setattr(cli, "preload_ranks", start)
+    monkeypatch.setattr(options, "preload_ranks", start)
 
 
 @pytest.fixture

@@ -1,0 +1,23 @@
+"""`distbench collect`: verdicts of a torchrun job that has ended."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distbench.collect import collect
+from distbench.report.console import print_summary
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser("collect", help="verdicts from the folder of a torchrun job that has ended")
+    command.add_argument("folder", metavar="DIR", help="the job's --out")
+    command.set_defaults(command=_collect)
+
+
+def _collect(options: argparse.Namespace) -> int:
+    summary = collect(Path(options.folder))
+    print_summary(summary, options.folder)
+    return summary.exit_code

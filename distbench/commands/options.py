@@ -1,0 +1,102 @@
+"""What the commands that run cases share: their options, the number of ranks, and the campaign."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from distbench.campaign import Campaign, Rules
+from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
+from distbench.errors import InvalidCase
+from distbench.job import Entry, Job
+from distbench.preflight import check_case
+from distbench.production import near_misses
+from distbench.progress import Progress
+from distbench.report.summary import Summary
+from distbench.resolve import FLAGS, Layer
+from distbench.supervisor import preload_ranks
+
+_CASE_DEST = "case_"
+_DEFAULT_OUT = "distbench-out"
+_NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
+
+
+def add_launch(command: Any) -> None:
+    """Add the options of a launch: ranks, folder, lock."""
+    command.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 8)")
+    command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
+    command.add_argument(
+        "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
+    )
+
+
+def add_case_options(command: Any) -> None:
+    """Add an option for each key of a case."""
+    group = command.add_argument_group("the case")
+    for key in FIELD_HINTS:
+        if key not in _NOT_FLAGS:
+            _add_case_option(group, key)
+
+
+def _add_case_option(group: Any, key: str) -> None:
+    kind, *notes = get_args(FIELD_HINTS[key])
+    default = FIELD_DEFAULTS.get(key)
+    shown = default[0] if isinstance(default, tuple) else default
+    text = notes[-1].description + ("" if shown in (None, "", False) else f" (default: {shown})")
+    flag, dest = "--" + key.replace("_", "-"), _CASE_DEST + key
+    if kind is bool:
+        group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
+        return
+    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else key.rsplit("_", 1)[-1].upper()
+    group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
+
+
+def case_flags(options: argparse.Namespace) -> list[Layer]:
+    """Return what the command line says of the case."""
+    given = {
+        name.removeprefix(_CASE_DEST): str(value)
+        for name, value in vars(options).items()
+        if name.startswith(_CASE_DEST) and value is not None
+    }
+    return [Layer(FLAGS, given, strict=False)]
+
+
+def num_ranks(options: argparse.Namespace) -> int | None:
+    """Return the number of ranks that torchrun started, or that --nproc asks for, or None."""
+    started = world_size()
+    if started is not None and options.nproc not in (None, started):
+        message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
+        raise InvalidCase(message)
+    return options.nproc if started is None else started
+
+
+def world_size() -> int | None:
+    """Return the number of ranks where torchrun started this process as one of them."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def warnings(case: Case) -> tuple[str, ...]:
+    """Return what the reader of the case's report should know of it."""
+    return (*near_misses(os.environ), *check_case(case))
+
+
+def campaign(
+    entries: Sequence[Entry], options: argparse.Namespace, progress: Progress, report_paths: tuple[str, ...] = ()
+) -> Summary:
+    """Run the entries to their end, starting ranks as often as it takes."""
+    rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
+    preload_ranks()
+    try:
+        return Campaign(entries, Path(options.out), rules, progress).run(report_paths)
+    finally:
+        progress.close()
+
+
+def work(job: Job) -> int:
+    """Do the job as one of the ranks that torchrun started; return the exit code."""
+    from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
+
+    return work(job)

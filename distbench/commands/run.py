@@ -1,0 +1,71 @@
+"""`distbench run`: one case, padded against truncated."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from distbench.commands.options import (
+    add_case_options,
+    add_launch,
+    campaign,
+    case_flags,
+    num_ranks,
+    warnings,
+    work,
+    world_size,
+)
+from distbench.job import Entry, Job
+from distbench.locks import hold
+from distbench.preflight import check_folder, check_memory, check_path
+from distbench.production import read_environment
+from distbench.progress import Progress
+from distbench.report.console import print_report, print_start
+from distbench.report.files import read_report
+from distbench.report.journal import RESULTS
+from distbench.resolve import load_case_file, resolve_case
+
+_REPORT = "report.json"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    run = commands.add_parser(
+        "run",
+        help="run one case: padded against truncated, bit for bit",
+        description="Run one case. Flags win over the case file, that over the SGLANG_MORI_* variables, those over "
+        "defaults. Under torchrun this process is a rank; otherwise it starts the ranks.",
+    )
+    run.set_defaults(command=_run)
+    add_launch(run)
+    run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
+    run.add_argument("--json", metavar="PATH", default="", help="write the report here too")
+    add_case_options(run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    layers = [*case_flags(options), *([load_case_file(options.case)] if options.case else [])]
+    resolved = resolve_case([*layers, *read_environment(os.environ)], num_ranks(options))
+    entry = Entry(name="run", case=resolved.case, sources=resolved.sources, warnings=warnings(resolved.case))
+    paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
+    for path in paths:
+        check_path(path)
+        check_folder(str(Path(path).parent), 1)
+    if world_size() is not None:
+        _forget(Path(options.out), paths)
+        return work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
+    check_memory([resolved.case])
+    print_start(resolved.case)
+    with hold(Path(options.out), (), options.lock_timeout):
+        _forget(Path(options.out), paths)
+        campaign((entry,), options, Progress(1, quiet=True), paths)
+        report = read_report(paths[0])
+    print_report(report)
+    return report.exit_code
+
+
+def _forget(out: Path, paths: tuple[str, ...]) -> None:
+    for path in (*paths, str(out / RESULTS)):
+        Path(path).unlink(missing_ok=True)

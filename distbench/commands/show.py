@@ -1,0 +1,21 @@
+"""`distbench show`: a report once more."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from distbench.report.console import print_report
+from distbench.report.files import read_report
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser("show", help="print a report again")
+    command.add_argument("report", metavar="REPORT", help="a report.json")
+    command.set_defaults(command=_show)
+
+
+def _show(options: argparse.Namespace) -> int:
+    print_report(read_report(options.report))
+    return 0

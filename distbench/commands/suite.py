@@ -1,0 +1,75 @@
+"""`distbench suite`: many cases in one launch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.commands.options import (
+    add_case_options,
+    add_launch,
+    campaign,
+    case_flags,
+    num_ranks,
+    warnings,
+    work,
+    world_size,
+)
+from distbench.job import Job
+from distbench.locks import hold
+from distbench.preflight import check_folder, check_memory, check_path
+from distbench.production import read_environment
+from distbench.progress import Progress
+from distbench.report.console import print_summary
+from distbench.report.journal import RESULTS, filter_journal
+from distbench.suite import load_suite, select
+from distbench.suite_files import builtin_suites
+
+_DEFAULT_RANKS = 8
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    suite = commands.add_parser(
+        "suite",
+        help="run many cases in one launch",
+        description=f"Run the cases of a suite file, or of a built-in suite ({', '.join(builtin_suites())}). The same "
+        "command with the same --out goes on where it was stopped.",
+    )
+    suite.set_defaults(command=_suite)
+    suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
+    add_launch(suite)
+    suite.add_argument(
+        "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
+    )
+    suite.add_argument("--rerun", choices=("failed", "all"), help="run again what had failed, or everything")
+    suite.add_argument("--retries", type=int, default=0, metavar="N", help="tries more for a case that lost its ranks")
+    suite.add_argument("--max-faults", type=int, default=3, metavar="K", help="stop after K such cases in a row")
+    suite.add_argument("--quiet", action="store_true", help="no progress")
+    add_case_options(suite)
+
+
+def _suite(options: argparse.Namespace) -> int:
+    ranks = num_ranks(options) or _DEFAULT_RANKS
+    suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
+    chosen = select(suite.entries, options.select)
+    check_path(options.out)
+    entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case)) for entry in chosen)
+    check_folder(options.out, len(entries))
+    if world_size() is not None:
+        return work(Job(entries=entries, out=options.out, supervised=False))
+    check_memory(entry.case for entry in entries)
+    out = Path(options.out)
+    progress = Progress(len(entries), quiet=options.quiet)
+    with hold(out, (), options.lock_timeout):
+        if options.rerun == "all":
+            (out / RESULTS).unlink(missing_ok=True)
+        elif options.rerun == "failed":
+            filter_journal(out, lambda line: line.as_expected)
+        summary = campaign(entries, options, progress)
+    print_summary(summary, options.out)
+    return summary.exit_code
