@@ -25,6 +25,7 @@ from distbench.workload.routing import recv_counts
 _PROBED_TOKENS = 2
 
 
+@torch.inference_mode()
 def run_case(session: Session, case: Case) -> Outcome | None:
     """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
 
@@ -41,9 +42,9 @@ def run_case(session: Session, case: Case) -> Outcome | None:
 def _run(session: Session, case: Case) -> Outcome | None:
     session.crumbs.mark("agree")
     workload = workload_for(case, session.device)
-    batch = workload.tokens(session.rank)
+    batch, probe = _tokens_and_probe(workload, session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
-    counts = session.agree(case_hash(case), _probe(workload), sent)
+    counts = session.agree(case_hash(case), probe, sent)
     question = _question(case, counts)
     session.crumbs.mark("workload")
     parts = _build(session, case, workload, batch, counts)
@@ -83,11 +84,16 @@ def workload_for(case: Case, device: torch.device) -> Workload:
     )
 
 
-def _probe(workload: Workload) -> Tensor:
-    """Return digests, int64, of some tokens that every rank makes alike if its arithmetic is that of the others."""
-    index = torch.arange(_PROBED_TOKENS, device=workload.device)
-    probed = workload.token_rows(torch.zeros_like(index), index)
-    return torch.cat([row_digests(part) for part in probed if part is not None]).flatten()
+def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:
+    """Return the rank's tokens, and digests int64 of some that every rank makes alike if it computes as the others."""
+    count = workload.tokens_per_rank[rank]
+    probed = torch.arange(_PROBED_TOKENS, device=workload.device)
+    ranks = torch.cat([probed.new_full((count,), rank), torch.zeros_like(probed)])
+    rows = workload.token_rows(ranks, torch.cat([torch.arange(count, device=workload.device), probed]))
+    scales = None if rows.scales is None else rows.scales[:count]
+    mine = TokenBatch(rows.hidden[:count], scales, rows.weights[:count], rows.ids[:count])
+    shared = [part[count:].contiguous().view(torch.uint8) for part in rows if part is not None]
+    return mine, row_digests(torch.cat(shared, dim=1)).flatten()
 
 
 def _question(case: Case, counts: Tensor) -> Question:
