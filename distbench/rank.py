@@ -56,6 +56,8 @@ def _run(session: Session, case: Case) -> Outcome | None:
     record = passes.observation(stacked, digests)
     outputs = Outputs(tuple(passes.outputs), stacked, digests)
     gathered = gather(session.group, mode, case.tokens, record, outputs)
+    if parts.injector is not None:
+        parts.injector.leave()
     if gathered is None:
         return None
     judgement = judge(question, gathered)
@@ -108,10 +110,18 @@ def _question(case: Case, counts: Tensor) -> Question:
 def _build(session: Session, case: Case, workload: Workload, batch: TokenBatch, counts: Tensor) -> Parts:
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
-    return Parts(
+    parts = Parts(
         workload=workload,
         batch=batch,
         weights=ExpertWeights(*workload.local_weights(session.rank), mask),
         transport=make_transport(session, case, counts, batch),
         experts=make_experts(case),
     )
+    return _inject(session, case, parts) if case.inject else parts
+
+
+def _inject(session: Session, case: Case, parts: Parts) -> Parts:
+    from distbench.faults.injector import Injector  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
+
+    injector = Injector(session, case, parts.transport, parts.experts)
+    return parts._replace(transport=injector.transport, experts=injector.experts, injector=injector)
