@@ -33,7 +33,8 @@ def check_case(case: Case) -> tuple[str, ...]:
     """
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
-        plan_exact(case.hidden_size, case.intermediate_size, case.topk, case.dispatch_dtype, case.num_experts)
+        sizes = (case.hidden_size, case.intermediate_size, case.topk)
+        plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
     notes = _check_mori(case) if case.transport == "mori" else ()
     selector = make_selector(case)
     if not case.kernel_table or selector.tuned:
