@@ -115,6 +115,7 @@ class Passes:
             drift=_relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
             nan_tokens=dict(zip(outputs, stacked.isnan().any(2).sum(0).tolist(), strict=True)),
             durations_us=self._durations,
+            transport=self._parts.transport.facts,
             peak_bytes=peak_bytes(),
         )
 

@@ -94,6 +94,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
     limit: LimitReport | None
     environment: Environment
+    transport: dict[str, Any]
     ranks: list[RankReport]
     comparison: list[ComparisonReport]
     gather: str | None
@@ -126,6 +127,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         warnings=list(entry.warnings),
         limit=_limit(question, entry.sources) if question else None,
         environment=environment,
+        transport=records[0].transport if records else {},
         ranks=[_rank(record) for record in records],
         comparison=_comparisons(gathered, outcome.case) if gathered else [],
         gather=gathered.mode if gathered else None,

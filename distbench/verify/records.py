@@ -110,6 +110,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     drift: float | None
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]
+    transport: dict[str, Any]
     peak_bytes: int
 
 
