@@ -75,6 +75,7 @@ class _Running:
     def __enter__(self) -> _Running:  # noqa: PYI034 - Self comes with Python 3.11
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
+        (self.out / "nodes.txt").write_text("".join(f"{node}\n" for node in self._nodes))
         for number, node in enumerate(self._nodes):
             command = command_on(self._settings.launcher, node, self._command(number))
             with (self.out / f"{node}.log").open("wb") as log:

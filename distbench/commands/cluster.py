@@ -23,6 +23,8 @@ from distbench.supervisor import collect_signals
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
 _MOST_PORTS = 65536
+# Ranks that meet here are on one machine, whatever the nodes are called.
+_LOOPBACK = "127.0.0.1"
 
 
 def add(commands: Any) -> None:
@@ -53,7 +55,9 @@ def add(commands: Any) -> None:
         "--trial-timeout", type=float, metavar="S", default=1800.0, help="seconds for a group (default: %(default)s)"
     )
     command.add_argument("--select", metavar="TERMS", default="", help="as for `distbench suite`")
-    command.add_argument("--endpoint-host", metavar="HOST", default="", help=argparse.SUPPRESS)
+    command.add_argument(
+        "--endpoint-host", metavar="HOST", default="", help="where the ranks of a group meet (default: its first node)"
+    )
 
 
 def _cluster(options: argparse.Namespace) -> int:
@@ -62,7 +66,7 @@ def _cluster(options: argparse.Namespace) -> int:
     if not launcher:
         message = f"launcher: none given and no Slurm job; allowed are {', '.join(LAUNCHERS)} or a JSON list"
         raise InvalidCase(message)
-    emulated = launcher == LOCAL
+    meeting_host = _LOOPBACK if launcher == LOCAL else options.endpoint_host
     check_path(options.out)
     check_folder(options.out, len(nodes))
     _check_numbers(options, len(nodes))
@@ -74,7 +78,7 @@ def _cluster(options: argparse.Namespace) -> int:
         timeout_s=options.trial_timeout,
         launcher=parse_launcher(launcher),
         port=options.port,
-        endpoint_host="127.0.0.1" if emulated else options.endpoint_host,
+        endpoint_host=meeting_host,
     )
     with hold(settings.out, (), 0.0), collect_signals() as signals:
 
@@ -82,7 +86,7 @@ def _cluster(options: argparse.Namespace) -> int:
             print_note(f"{step}: {', '.join('+'.join(group) for group in groups)}")
             return run_round(settings, step, groups, signals)
 
-        validation = validate(nodes, steps, run, emulated=emulated)
+        validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK)
     _write(settings.out, validation)
     _print(settings.out, validation)
     return validation.exit_code
