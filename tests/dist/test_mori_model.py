@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ LAYOUTS = [
 ]
 
 
-def layout_case(kernel: str, ranks: int, nodes: int, **values: object) -> Case:
-    shape = {"hidden_size": HIDDEN, "topk": TOPK, "num_experts": 4 * ranks, "max_dispatch_tokens_per_rank": MOST}
+def layout_case(kernel: str, ranks: int, nodes: int, **values: Any) -> Case:
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "topk": TOPK, "num_experts": 4 * ranks, "max_dispatch_tokens_per_rank": MOST}
     return tiny_case(
         ranks, transport="mori", emulate=True, mori_kernel=kernel, gpu_per_node=ranks // nodes, **shape, **values
     )
@@ -109,18 +110,19 @@ def test_quantised_combine_is_the_model(kernel: str, nodes: int, quant: str) -> 
 def check(case: Case, seed: int) -> None:
     layout = model.Layout(case.mori_kernel, case.ep_size, case.experts_per_rank, case.gpu_per_node)
     ids = ids_of(case, random.Random(seed))
+
+    def expected(rank: int, token: int) -> list[float]:
+        def row(peer: int) -> list[float]:
+            return value_of(seed, peer, rank, token)
+
+        return model.combined(layout, ids[rank][token], row, case.combine_quant) or [0.0] * HIDDEN
+
     everyones = on_ranks(case.ep_size, rounds, case, ids, seed)
     for rank, twice in enumerate(everyones):
-        expected = [
-            model.combined(
-                layout, row, lambda peer, at=(rank, token): value_of(seed, peer, *at), case.combine_quant
-            )
-            or [0.0] * HIDDEN
-            for token, row in enumerate(ids[rank])
-        ]
+        wanted = model.rows_of([expected(rank, token) for token in range(len(ids[rank]))]).view(-1, HIDDEN)
         for sources, tokens in twice:
             assert sorted(sources) == model.received(layout, ids, rank)
-            assert same_bits(tokens, model.rows_of(expected).view(-1, HIDDEN))
+            assert same_bits(tokens, wanted)
     orders = [sources for twice in everyones for sources, _ in twice if len(sources) > 5]
     assert any(order != sorted(order) for order in orders)
     if case.mori_kernel == "AsyncLL":
