@@ -31,15 +31,19 @@ def _locate(item, tiles, experts, LOCAL: tl.constexpr, COLUMN_TILES: tl.constexp
 @triton.jit
 def _product(weights, rows, total, SWAP: tl.constexpr):
     if SWAP:
-        return tl.dot(weights, rows.T, total)
-    return tl.dot(rows, weights.T, total)
+        total = tl.dot(weights, rows.T, total)
+    else:
+        total = tl.dot(rows, weights.T, total)
+    return total
 
 
 @triton.jit
 def _scaled(weights, rows, total, row_scale, weight_scale, SWAP: tl.constexpr):
     if SWAP:
-        return total + tl.dot(weights, rows.T) * (row_scale * weight_scale)[None, :]
-    return total + tl.dot(rows, weights.T) * (row_scale * weight_scale)[:, None]
+        total += tl.dot(weights, rows.T) * (row_scale * weight_scale)[None, :]
+    else:
+        total += tl.dot(rows, weights.T) * (row_scale * weight_scale)[:, None]
+    return total
 
 
 @triton.jit
@@ -62,7 +66,7 @@ def _store_activation(
         scale = _power_of_two_scale(tl.max(tl.abs(exact), 1))
         value = (exact * (1.0 / scale)[:, None]).to(tl.float8e4nv)
         block = tl.min(column, 0) // SCALE_BLOCK
-        tl.store(activation_scales + place * tl.cdiv(I, SCALE_BLOCK) + block, scale, mask=live)
+        tl.store(activation_scales + place * ((I + SCALE_BLOCK - 1) // SCALE_BLOCK) + block, scale, mask=live)
     tl.store(activation + place[:, None] * I + column[None, :], value, mask=inside)
 
 
@@ -95,10 +99,10 @@ def gate_up(
     ROUND: tl.constexpr,
 ):
     """Stage 1: activation[place, i] = SiLU(x . gate_i) * (x . up_i), or its parts of K in partial[split, 2, place, i]."""
-    COLUMN_TILES: tl.constexpr = tl.cdiv(I, BLOCK_N)
-    RUN: tl.constexpr = tl.cdiv(tl.cdiv(H, SPLITS), BLOCK_K) * BLOCK_K
-    SCALES: tl.constexpr = tl.cdiv(H, SCALE_BLOCK)
-    WEIGHT_SCALES: tl.constexpr = tl.cdiv(I, SCALE_BLOCK) * SCALES
+    COLUMN_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    RUN: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK
+    WEIGHT_SCALES: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
     items = tl.load(tiles) * COLUMN_TILES * SPLITS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         split = item % SPLITS
@@ -165,7 +169,7 @@ def activate_parts(
     ROUND: tl.constexpr,
 ):
     """Add up the parts of stage 1 in the order of K, and apply the activation."""
-    BLOCKS: tl.constexpr = tl.cdiv(I, BLOCK)
+    BLOCKS: tl.constexpr = (I + BLOCK - 1) // BLOCK
     places = live_places(experts, LOCAL)
     for item in range(tl.program_id(0), places * BLOCKS, tl.num_programs(0)):
         place = item // BLOCKS + tl.zeros([1], tl.int32)
@@ -205,9 +209,9 @@ def down(
     FLATTEN: tl.constexpr,
 ):
     """Stage 2: output[place, h] = weight * (activation . w2_h), or added to output[row, h] where ATOMIC."""
-    COLUMN_TILES: tl.constexpr = tl.cdiv(H, BLOCK_N)
-    SCALES: tl.constexpr = tl.cdiv(I, SCALE_BLOCK)
-    WEIGHT_SCALES: tl.constexpr = tl.cdiv(H, SCALE_BLOCK) * SCALES
+    COLUMN_TILES: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    SCALES: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK
+    WEIGHT_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
     items = tl.load(tiles) * COLUMN_TILES
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         expert, column_tile, start, count = _locate(item, tiles, experts, LOCAL, COLUMN_TILES, BLOCK_M)

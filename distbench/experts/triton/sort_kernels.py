@@ -153,7 +153,7 @@ def sum_routes(
     routed, inverse, num_local_tokens, output, rows, TOPK: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr
 ):
     """output[row] = the row's routes in the order of their slots, added in float32 and rounded once."""
-    blocks: tl.constexpr = tl.cdiv(H, BLOCK_H)
+    blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     live = tl.minimum(tl.load(num_local_tokens), rows)
     for item in range(tl.program_id(0), live * blocks, tl.num_programs(0)):
         row = wide(item // blocks)
@@ -169,7 +169,7 @@ def sum_routes(
 @triton.jit(do_not_specialize=["rows"])
 def clear_rows(num_local_tokens, output, rows, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Zero the live rows, which atomic adds start from."""
-    blocks: tl.constexpr = tl.cdiv(H, BLOCK_H)
+    blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     live = tl.minimum(tl.load(num_local_tokens), rows)
     for item in range(tl.program_id(0), live * blocks, tl.num_programs(0)):
         column = (item % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
