@@ -10,6 +10,7 @@ from pathlib import Path
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
+from distbench.experts.triton.table import load_table, shape_of
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
 
@@ -30,6 +31,8 @@ def check_case(case: Case) -> tuple[str, ...]:
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
         plan_exact(case.hidden_size, case.intermediate_size, case.topk, case.dispatch_dtype, case.num_experts)
+    if case.experts == "triton":
+        return _check_triton_table(case)
     selector = make_selector(case)
     if not case.kernel_table or selector.tuned:
         return ()
@@ -40,6 +43,15 @@ def check_case(case: Case) -> tuple[str, ...]:
         f"and {layer.quant}; all kernels come from heuristics"
     )
     return (message,)
+
+
+def _check_triton_table(case: Case) -> tuple[str, ...]:
+    if not case.kernel_table:
+        return ()
+    table, shape = load_table(case.kernel_table), shape_of(case)
+    if table.answers(shape):
+        return ()
+    return (f"kernel_table = {case.kernel_table}: not for {shape}; all kernels come from heuristics",)
 
 
 def check_memory(cases: Iterable[Case], available: int | None = None) -> None:

@@ -8,12 +8,27 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from distbench.case import Case
 from distbench.errors import Unsupported
 from distbench.experts.selection import KernelChoice
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.quantize import quantize_weights
+from distbench.experts.triton.table import selector_for
 
 _ALIGNMENT_BYTES = 16
+
+
+def make_triton_experts(case: Case) -> TritonExperts:
+    """Return the case's experts for the current device, which its table is looked up by.
+
+    Raises:
+        InvalidCase: its kernel_table cannot be read.
+        Unsupported: see `TritonExperts`.
+
+    """
+    _check_triton()
+    device = "" if interpreted() else torch.cuda.get_device_name()
+    return TritonExperts(selector_for(case, device))
 
 
 class TritonExperts:
@@ -109,7 +124,7 @@ def interpreted() -> bool:
 
 def _check_triton() -> None:
     try:
-        from triton.tools import tensor_descriptor  # noqa: F401, PLC0415
+        from triton.tools import tensor_descriptor  # noqa: F401
     except ImportError as error:
         message = f"experts triton: Triton cannot be imported ({error}); install triton>=3.6 beside torch"
         raise Unsupported(message) from error

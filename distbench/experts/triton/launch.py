@@ -17,7 +17,7 @@ _COPY_COLUMNS = 1024
 
 
 class Rows(NamedTuple):
-    """A call's rows: hidden [M, H] with scales [M, H/128] where float8, weights and ids [M, k], num_local_tokens [1]."""
+    """A call's rows: hidden [M, H], scales [M, H/128] where float8, weights and ids [M, k], num_local_tokens [1]."""
 
     hidden: Tensor
     scales: Tensor | None
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """w1 [El, 2I, H] and w2 [El, H, I], in float8 with a scale for each 128 x 128, and the mask of local experts [E]."""
+    """w1 [El, 2I, H] and w2 [El, H, I], in float8 with scales of 128 x 128, and the mask of local experts [E]."""
 
     w1: Tensor
     w2: Tensor
@@ -106,6 +106,7 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
 def stage1(  # noqa: PLR0913 - what a launch needs
     rows: Rows, weights: Weights, placed: Sorted, config: KernelConfig, processors: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
+    """Return SiLU(gate) * up of each place, [P, I] as the rows are, with scales [P, I/128] where float8."""
     tile, (num_local, double, hidden_size) = config.stage1, weights.w1.shape
     inter = double // 2
     routes, topk = placed.order.numel(), rows.topk_ids.shape[1]
@@ -134,7 +135,7 @@ def stage1(  # noqa: PLR0913 - what a launch needs
         TOPK=topk,
         LOCAL=placed.local,
         H=hidden_size,
-        I=inter,
+        INTER=inter,
         SPLITS=config.splits,
         GATHER=config.gather,
         ROUND=_triton_type(dtype),
@@ -148,7 +149,7 @@ def stage1(  # noqa: PLR0913 - what a launch needs
             activation_scales,
             routes,
             LOCAL=placed.local,
-            I=inter,
+            INTER=inter,
             BLOCK=BLOCK if fp8 else min(_power_of_two(inter), _COPY_COLUMNS),
             SPLITS=config.splits,
             FP8=fp8,
@@ -165,6 +166,7 @@ def stage2(  # noqa: PLR0913 - what a launch needs
     processors: int,
     tensors: tuple[Tensor, Tensor | None, Tensor],
 ) -> None:
+    """Write the weighted result of each place to the third tensor [P, H], or add it to its row of [M, H]."""
     tile, (num_local, hidden_size, inter) = config.stage2, weights.w2.shape
     activation, scales, target = tensors
     matrix_kernels.down[_programs(tile, processors)](
@@ -180,7 +182,7 @@ def stage2(  # noqa: PLR0913 - what a launch needs
         TOPK=rows.topk_ids.shape[1],
         LOCAL=placed.local,
         H=hidden_size,
-        I=inter,
+        INTER=inter,
         ATOMIC=config.mode == "atomic",
         **_constants(tile, config.block_m, fp8=scales is not None),
     )
@@ -230,7 +232,7 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _triton_type(dtype: torch.dtype) -> Any:
-    import triton.language as tl  # noqa: PLC0415, TID253
+    import triton.language as tl
 
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 

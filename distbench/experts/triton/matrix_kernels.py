@@ -1,15 +1,15 @@
 """The two matrix products of the experts, over the places that `sort_kernels.place_routes` gave the routes.
 
 Weights come through tensor descriptors (the copy engine of Hopper), rows through one too or gathered by pointer. A
-program takes tiles `pid, pid + programs, ...` until the live ones end, so a padded buffer costs what a cut one does. The
-tiles of one expert that share weights are neighbours, so that one of them reads the weights for all. With SWAP the
-weights are the rows of the product and the tokens its columns: wgmma takes 64 rows but only 16 columns.
+program takes tiles `pid, pid + programs, ...` until the live ones end, so a padded buffer costs what a cut one does.
+The tiles of one expert that share weights are neighbours, so that one of them reads the weights for all. With SWAP the
+weights are the rows of the product and the tokens its columns: wgmma takes no fewer than 64 rows, but 16 columns.
 """
 
 from __future__ import annotations
 
-import triton  # noqa: TID253 - this module is loaded only where the kernels run
-import triton.language as tl  # noqa: TID253
+import triton
+import triton.language as tl
 
 from distbench.experts.triton.sort_kernels import live_places, wide
 
@@ -55,19 +55,28 @@ def _power_of_two_scale(amax):
 
 @triton.jit
 def _store_activation(
-    gate, up, activation, activation_scales, place, live, column, I: tl.constexpr, FP8: tl.constexpr, ROUND: tl.constexpr
+    gate,
+    up,
+    activation,
+    activation_scales,
+    place,
+    live,
+    column,
+    INTER: tl.constexpr,
+    FP8: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """SiLU(gate) * up of a tile [places, columns], rounded; as e4m3 with a scale for its 128 columns where FP8."""
     value = (gate * tl.sigmoid(gate) * up).to(ROUND)
     place = wide(place)
-    inside = live[:, None] & (column < I)[None, :]
+    inside = live[:, None] & (column < INTER)[None, :]
     if FP8:
         exact = tl.where(inside, value.to(tl.float32), 0.0)
         scale = _power_of_two_scale(tl.max(tl.abs(exact), 1))
         value = (exact * (1.0 / scale)[:, None]).to(tl.float8e4nv)
         block = tl.min(column, 0) // SCALE_BLOCK
-        tl.store(activation_scales + place * ((I + SCALE_BLOCK - 1) // SCALE_BLOCK) + block, scale, mask=live)
-    tl.store(activation + place[:, None] * I + column[None, :], value, mask=inside)
+        tl.store(activation_scales + place * ((INTER + SCALE_BLOCK - 1) // SCALE_BLOCK) + block, scale, mask=live)
+    tl.store(activation + place[:, None] * INTER + column[None, :], value, mask=inside)
 
 
 @triton.jit(do_not_specialize=["routes"])
@@ -87,7 +96,7 @@ def gate_up(
     TOPK: tl.constexpr,
     LOCAL: tl.constexpr,
     H: tl.constexpr,
-    I: tl.constexpr,
+    INTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -98,18 +107,18 @@ def gate_up(
     FLATTEN: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """Stage 1: activation[place, i] = SiLU(x . gate_i) * (x . up_i), or its parts of K in partial[split, 2, place, i]."""
-    COLUMN_TILES: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    """Stage 1: activation[place, i] = SiLU(x . gate_i) * (x . up_i), or partial[split, 2, place, i]."""
+    COLUMN_TILES: tl.constexpr = (INTER + BLOCK_N - 1) // BLOCK_N
     RUN: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK
-    WEIGHT_SCALES: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
+    WEIGHT_SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
     items = tl.load(tiles) * COLUMN_TILES * SPLITS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         split = item % SPLITS
         expert, column_tile, start, count = _locate(item // SPLITS, tiles, experts, LOCAL, COLUMN_TILES, BLOCK_M)
         offset = tl.arange(0, BLOCK_M)
         live = offset < count
-        gate_row = expert * (2 * I) + column_tile * BLOCK_N
+        gate_row = expert * (2 * INTER) + column_tile * BLOCK_N
         place = start + tl.where(live, offset, 0)
         source = wide(place)
         if GATHER:
@@ -131,7 +140,7 @@ def gate_up(
             else:
                 rows = hidden_rows.load([start, k])
             gate_weights = weights.load([gate_row, k])
-            up_weights = weights.load([gate_row + I, k])
+            up_weights = weights.load([gate_row + INTER, k])
             if FP8:
                 block = expert * (2 * WEIGHT_SCALES) + column_tile * BLOCK_N // SCALE_BLOCK * SCALES + k // SCALE_BLOCK
                 row_scale = tl.load(scales + source * SCALES + k // SCALE_BLOCK)
@@ -145,13 +154,13 @@ def gate_up(
             up = up.T
         column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         if SPLITS == 1:
-            _store_activation(gate, up, activation, activation_scales, place, live, column, I, FP8, ROUND)
+            _store_activation(gate, up, activation, activation_scales, place, live, column, INTER, FP8, ROUND)
         else:
-            inside = live[:, None] & (column < I)[None, :]
-            part = partial + wide(split * 2) * routes * I
-            target = part + wide(place)[:, None] * I + column[None, :]
+            inside = live[:, None] & (column < INTER)[None, :]
+            part = partial + wide(split * 2) * routes * INTER
+            target = part + wide(place)[:, None] * INTER + column[None, :]
             tl.store(target, gate, mask=inside)
-            tl.store(target + wide(routes) * I, up, mask=inside)
+            tl.store(target + wide(routes) * INTER, up, mask=inside)
 
 
 @triton.jit(do_not_specialize=["routes"])
@@ -162,27 +171,27 @@ def activate_parts(
     activation_scales,
     routes,
     LOCAL: tl.constexpr,
-    I: tl.constexpr,
+    INTER: tl.constexpr,
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     FP8: tl.constexpr,
     ROUND: tl.constexpr,
 ):
     """Add up the parts of stage 1 in the order of K, and apply the activation."""
-    BLOCKS: tl.constexpr = (I + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = (INTER + BLOCK - 1) // BLOCK
     places = live_places(experts, LOCAL)
     for item in range(tl.program_id(0), places * BLOCKS, tl.num_programs(0)):
         place = item // BLOCKS + tl.zeros([1], tl.int32)
         column = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-        source = partial + wide(place)[:, None] * I + column[None, :]
-        inside = (column < I)[None, :]
-        step = wide(routes) * I
+        source = partial + wide(place)[:, None] * INTER + column[None, :]
+        inside = (column < INTER)[None, :]
+        step = wide(routes) * INTER
         gate = tl.zeros([1, BLOCK], tl.float32)
         up = tl.zeros([1, BLOCK], tl.float32)
         for split in tl.static_range(SPLITS):
             gate += tl.load(source + 2 * split * step, mask=inside, other=0.0)
             up += tl.load(source + (2 * split + 1) * step, mask=inside, other=0.0)
-        _store_activation(gate, up, activation, activation_scales, place, place >= 0, column, I, FP8, ROUND)
+        _store_activation(gate, up, activation, activation_scales, place, place >= 0, column, INTER, FP8, ROUND)
 
 
 @triton.jit
@@ -199,7 +208,7 @@ def down(
     TOPK: tl.constexpr,
     LOCAL: tl.constexpr,
     H: tl.constexpr,
-    I: tl.constexpr,
+    INTER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -210,7 +219,7 @@ def down(
 ):
     """Stage 2: output[place, h] = weight * (activation . w2_h), or added to output[row, h] where ATOMIC."""
     COLUMN_TILES: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
-    SCALES: tl.constexpr = (I + SCALE_BLOCK - 1) // SCALE_BLOCK
+    SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK
     WEIGHT_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
     items = tl.load(tiles) * COLUMN_TILES
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
@@ -222,7 +231,7 @@ def down(
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         else:
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for k in range(0, I, BLOCK_K):
+        for k in range(0, INTER, BLOCK_K):
             rows = activation.load([start, k])
             part = weights.load([expert * H + column_tile * BLOCK_N, k])
             if FP8:
