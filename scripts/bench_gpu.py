@@ -1,0 +1,281 @@
+"""What the Triton experts cost on this GPU, beside its limits and beside torch's grouped matrix product.
+
+One rank's part of DeepSeek-V3's layer (32 of 256 experts, top-8, uniform routing; a received row has at least one local
+expert, 1.5 on average) with gaussian values. Limits: the weights of the experts that are hit, read once at the measured
+bandwidth of a copy (bytes read and written), and the operations of the real routes at the measured rate of a large
+matrix product. Every row count is checked once against the oracle, and what the last timed replay left against an
+untimed call. Times are medians; `--json` keeps all samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from bench_gpu_peer import GroupedPeer
+from torch import Tensor
+
+from distbench.experts.rules import padded_rows
+from distbench.experts.triton.adapter import TritonExperts
+from distbench.experts.triton.config import LayerShape
+from distbench.experts.triton.table import shipped_selector
+from distbench.experts.triton.trial import graph_us, make_layer, run, time_us
+from distbench.workload.batch import TokenBatch
+
+EXACT_ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CUT_ROWS = (48, 100, 200, 400, 800, 1500, 3000, 6000)
+CAPACITY = 32768
+REPLAYS = 21
+COPIED_BYTES = 4 << 30
+PRODUCT = 8192
+GRAPH_BOUND, EAGER_BOUND, PEAK_SHARE, PEER_BOUND, CUT_BOUND = 1.35, 1.5, 0.6, 2.0, 1.05
+WEIGHT_BOUND_ROWS, PEAK_ROWS = (64, 128, 256), (4096, 8192)
+
+
+class Check(NamedTuple):
+    """A measured value and its bound: `most`, or else `least`."""
+
+    text: str
+    value: float
+    bound: float
+    most: bool = True
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value is within the bound."""
+        return self.value <= self.bound if self.most else self.value >= self.bound
+
+    def __str__(self) -> str:
+        """One line of the result."""
+        side = "at most" if self.most else "at least"
+        return f"{self.text}: {self.value:.3f}, {side} {self.bound:g}: {'ok' if self.passed else 'MISSED'}"
+
+
+class Row(NamedTuple):
+    """What was measured at a number of live rows: samples in microseconds, by name, and both limits."""
+
+    rows: int
+    routes: int
+    experts: int
+    kernel: str
+    weights_us: float
+    product_us: float
+    samples: dict[str, list[float]]
+
+    def median(self, name: str) -> float:
+        """Return the median of the samples of `name`."""
+        return statistics.median(self.samples[name])
+
+
+def main() -> int:
+    """Measure, print, and return 1 if a bound is missed."""
+    options = _parse()
+    if not torch.cuda.is_available():
+        print("bench: torch sees no GPU", file=sys.stderr)
+        return 77
+    bandwidth, rate = measure_copy(), measure_product()
+    name = torch.cuda.get_device_name()
+    print(f"{name}: copy {bandwidth / 1e12:.3f} TB/s, matrix product {rate / 1e12:.0f} TFLOP/s")
+    bench = Bench(options.dispatch_dtype, bandwidth, rate)
+    exact = [bench.exact(rows) for rows in EXACT_ROWS]
+    cuts = [bench.cut(rows) for rows in CUT_ROWS]
+    _print_rows(exact, cuts)
+    checks = _checks(exact, cuts)
+    print("\n".join(map(str, checks)))
+    if options.json:
+        raw = {
+            "device": name,
+            "dispatch_dtype": options.dispatch_dtype,
+            "copy_bytes_per_s": bandwidth,
+            "product_flop_per_s": rate,
+            "exact": [row._asdict() for row in exact],
+            "cut": [row._asdict() for row in cuts],
+        }
+        options.json.write_text(json.dumps(raw, indent=1) + "\n")
+    return 0 if all(check.passed for check in checks) else 1
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dispatch-dtype", choices=("bf16", "fp8"), default="bf16", help="rows (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the samples here")
+    return parser.parse_args()
+
+
+def measure_copy() -> float:
+    """Return bytes read and written a second by a copy from device to device."""
+    source = torch.randint(0, 1 << 60, (COPIED_BYTES // 8,), device="cuda")
+    target = torch.empty_like(source)
+    micros = [time_us(partial(target.copy_, source)) for _ in range(REPLAYS)]
+    return 2e6 * COPIED_BYTES / statistics.median(micros)
+
+
+def measure_product() -> float:
+    """Return operations a second of a bf16 matrix product of random values."""
+    left, right = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    micros = graph_us(partial(torch.mm, left, right), calls=10, replays=REPLAYS)
+    return 2e6 * PRODUCT**3 / statistics.median(micros)
+
+
+class Bench:
+    """The layer, and the experts that are measured."""
+
+    def __init__(self, quant: str, bandwidth: float, rate: float) -> None:
+        """`bandwidth` in bytes a second, `rate` in operations a second."""
+        self._shape = LayerShape(
+            num_experts=256,
+            num_local_experts=32,
+            hidden_size=7168,
+            intermediate_size=2048,
+            topk=8,
+            quant="fp8" if quant == "fp8" else "bf16",
+        )
+        self._bandwidth, self._rate = bandwidth, rate
+        selector = shipped_selector(self._shape, torch.cuda.get_device_name())
+        print(f"table: {selector.table or 'none, heuristics only'}")
+        self._experts, self._checked = TritonExperts(selector), TritonExperts(selector)
+        self._layer, self._exact = make_layer(self._shape, "gaussian"), make_layer(self._shape, "exact")
+        self._rows = self._layer.received(CAPACITY)
+        self._peer = None if quant == "fp8" else GroupedPeer(self._layer.local)
+
+    def exact(self, rows: int) -> Row:
+        """Measure a buffer of exactly `rows` rows, all live, and the peer on the same rows."""
+        _progress(f"{rows} rows")
+        self._check_oracle(rows, rows)
+        samples = self._samples(rows, rows, "")
+        if self._peer is not None:
+            batch = _first(self._rows, rows)
+            self._peer.take(batch)
+            _close(self._peer(), run(self._experts, self._layer.local, batch, _number(rows)))
+            samples["peer graph"] = graph_us(self._peer, replays=REPLAYS)
+            samples["peer eager"] = [time_us(self._peer) for _ in range(REPLAYS)]
+        return self._row(rows, samples)
+
+    def cut(self, rows: int) -> Row:
+        """Measure `rows` live rows in a buffer of just as many, of their bucket, and of the whole capacity."""
+        samples = {}
+        for name, allocated in (("exact ", rows), ("bucket ", padded_rows(rows)), ("padded ", CAPACITY)):
+            _progress(f"{rows} rows in a buffer of {allocated}")
+            self._check_oracle(rows, allocated)
+            samples |= self._samples(rows, allocated, name)
+        return self._row(rows, samples)
+
+    def _samples(self, live: int, allocated: int, name: str) -> dict[str, list[float]]:
+        batch, number = _first(self._rows, allocated), _number(live)
+        kept: list[Tensor] = []
+
+        def call() -> None:
+            kept[:] = [run(self._experts, self._layer.local, batch, number)]
+
+        call()
+        expected = kept[0][:live].clone()
+        samples = {f"{name}graph": graph_us(call, replays=REPLAYS)}
+        _same(kept[0][:live], expected)
+        samples[f"{name}eager"] = [time_us(call) for _ in range(REPLAYS)]
+        _same(kept[0][:live], expected)
+        return samples
+
+    def _check_oracle(self, live: int, allocated: int) -> None:
+        batch = self._exact.received(live)
+        padding = allocated - live
+        padded = TokenBatch(*(None if part is None else _padded(part, padding) for part in batch))
+        output = run(self._checked, self._exact.local, padded, _number(live))
+        expected = self._exact.workload.expected_rows(0, batch)
+        if expected is None:
+            sys.exit("bench: the exact workload has no oracle")
+        _same(output[:live], expected)
+
+    def _row(self, rows: int, samples: dict[str, list[float]]) -> Row:
+        local = self._rows.ids[:rows]
+        local = local[local < self._shape.num_local_experts]
+        touched, routes = int(local.unique().numel()), local.numel()
+        elements = 3 * self._shape.intermediate_size * self._shape.hidden_size
+        size = 1 if self._shape.quant == "fp8" else 2
+        return Row(
+            rows=rows,
+            routes=routes,
+            experts=touched,
+            kernel=self._experts.selection(rows).label,
+            weights_us=1e6 * touched * elements * size / self._bandwidth,
+            product_us=1e6 * 2 * routes * elements / self._rate,
+            samples=samples,
+        )
+
+
+def _first(batch: TokenBatch, rows: int) -> TokenBatch:
+    return TokenBatch(*(None if part is None else part[:rows].clone() for part in batch))
+
+
+def _padded(part: Tensor, rows: int) -> Tensor:
+    junk = torch.full((rows, part.shape[1]), 1, dtype=torch.uint8, device=part.device).to(part.dtype)
+    return torch.cat([part, junk])
+
+
+def _number(rows: int) -> Tensor:
+    return torch.tensor([rows], dtype=torch.int32, device="cuda")
+
+
+def _same(actual: Tensor, expected: Tensor) -> None:
+    if not torch.equal(actual.view(torch.int16), expected.view(torch.int16)):
+        sys.exit("bench: a timed call gave other bits than it should")
+
+
+def _close(actual: Tensor, expected: Tensor) -> None:
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    if not error < 1e-2:
+        sys.exit(f"bench: the peer computes something else, by {error:.3g}")
+
+
+def _print_rows(exact: list[Row], cuts: list[Row]) -> None:
+    print("rows  routes  experts  graph us  eager us  peer us  peer eager us  weights us  product us  kernel")
+    for row in exact:
+        peer = [f"{row.median(name):.0f}" if name in row.samples else "-" for name in ("peer graph", "peer eager")]
+        limits = f"{row.weights_us:10.0f}  {row.product_us:10.0f}  {row.kernel}"
+        times = f"{row.median('graph'):8.1f}  {row.median('eager'):8.1f}  {peer[0]:>7}  {peer[1]:>13}"
+        print(f"{row.rows:>4}  {row.routes:>6}  {row.experts:>7}  {times}  {limits}")
+    print(f"live  graph us: exact  bucket  padded to {CAPACITY}   eager us: exact  bucket  padded")
+    for row in cuts:
+        graph, eager = (
+            "  ".join(f"{row.median(f'{name} {how}'):8.1f}" for name in ("exact", "bucket", "padded"))
+            for how in ("graph", "eager")
+        )
+        print(f"{row.rows:>4}  {graph}   {eager}")
+
+
+def _checks(exact: list[Row], cuts: list[Row]) -> list[Check]:
+    checks = []
+    for row in exact:
+        name = f"{row.rows} rows"
+        if row.rows in WEIGHT_BOUND_ROWS:
+            checks += [
+                Check(f"{name}, graph / reading the weights", row.median("graph") / row.weights_us, GRAPH_BOUND),
+                Check(f"{name}, eager / reading the weights", row.median("eager") / row.weights_us, EAGER_BOUND),
+            ]
+        if "peer graph" not in row.samples:
+            continue
+        if row.rows in PEAK_ROWS:
+            share = row.product_us / row.median("graph")
+            checks.append(Check(f"{name}, share of the matrix peak", share, PEAK_SHARE, most=False))
+        least = PEER_BOUND if row.rows in PEAK_ROWS else 1.0
+        gain = row.median("peer graph") / row.median("graph")
+        checks.append(Check(f"{name}, grouped_mm / ours, graph", gain, least, most=False))
+        gain = row.median("peer eager") / row.median("eager")
+        checks.append(Check(f"{name}, grouped_mm / ours, eager", gain, least, most=False))
+    for row in cuts:
+        ratio = row.median("bucket graph") / row.median("exact graph")
+        checks.append(Check(f"{row.rows} live rows, cut to {padded_rows(row.rows)} / exact", ratio, CUT_BOUND))
+    return checks
+
+
+def _progress(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The experts' work as a composition on torch's grouped matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distbench.experts.triton.trial import LocalExperts
+from distbench.workload.batch import TokenBatch
+
+
+class GroupedPeer:
+    """Sorts as the Triton experts do, and computes exactly the local routes: their number is known beforehand."""
+
+    def __init__(self, local: LocalExperts) -> None:
+        """Take the weights [El, N, K] as grouped_mm wants them, [El, K, N], without a copy."""
+        self._local = local
+        self._w1, self._w2 = local.w1.transpose(1, 2), local.w2.transpose(1, 2)
+
+    def take(self, batch: TokenBatch) -> None:
+        """Compute `batch`, all of its rows live, from now on."""
+        self._batch = batch
+        self._routes = int((batch.ids < self._w1.shape[0]).sum())
+        self._live = torch.tensor([batch.ids.shape[0]], dtype=torch.int32, device=batch.ids.device)
+
+    def __call__(self) -> Tensor:
+        """Return the weighted sum of each row's local experts, bf16 [M, H]."""
+        from distbench.experts.triton.launch import Rows, Weights, sort  # noqa: PLC0415 - loads Triton
+
+        batch, local = self._batch, self._local
+        rows = Rows(batch.hidden, None, batch.weights, batch.ids, self._live)
+        placed = sort(rows, Weights(local.w1, local.w2, None, None, local.mask), 128)
+        num_local = self._w1.shape[0]
+        first, count = placed.experts.view(3, placed.local)[:2, :num_local]
+        ends = first + count
+        order = placed.order[: self._routes]
+        source = order // batch.ids.shape[1]
+        both = functional.grouped_mm(batch.hidden[source], self._w1, offs=ends)
+        gate, up = both.chunk(2, dim=1)
+        result = functional.grouped_mm(functional.silu(gate) * up, self._w2, offs=ends)
+        weighted = result * batch.weights.view(-1)[order].unsqueeze(1).bfloat16()
+        return torch.zeros_like(batch.hidden).index_add_(0, source, weighted)
