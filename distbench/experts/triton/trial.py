@@ -14,7 +14,7 @@ from distbench.experts.triton.config import KernelConfig, LayerShape
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload, make_workload
 
-_GRAPH_CALLS = 3
+GRAPH_CALLS = 3
 _REPLAYS = 7
 _DRAWN_AT_ONCE = 4096
 
@@ -82,8 +82,8 @@ def run(
     )
 
 
-def graph_us(call: Callable[[], object], calls: int = _GRAPH_CALLS, replays: int = _REPLAYS) -> list[float]:
-    """Return microseconds of `call` in a CUDA graph of `calls` calls, one number for each replay."""
+def capture(call: Callable[[], object], calls: int = GRAPH_CALLS) -> Callable[[], None]:
+    """Return what replays `calls` calls of `call` from a CUDA graph; it has run once."""
     aside = torch.cuda.Stream()
     with torch.cuda.stream(aside):
         call()
@@ -93,7 +93,13 @@ def graph_us(call: Callable[[], object], calls: int = _GRAPH_CALLS, replays: int
         for _ in range(calls):
             call()
     graph.replay()
-    return [time_us(graph.replay) / calls for _ in range(replays)]
+    return graph.replay
+
+
+def graph_us(call: Callable[[], object], calls: int = GRAPH_CALLS, replays: int = _REPLAYS) -> list[float]:
+    """Return microseconds of `call` in a CUDA graph of `calls` calls, one number for each replay."""
+    replay = capture(call, calls)
+    return [time_us(replay) / calls for _ in range(replays)]
 
 
 def time_us(call: Callable[[], object]) -> float:
