@@ -25,7 +25,7 @@ from distbench.experts.rules import padded_rows
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import shipped_selector
-from distbench.experts.triton.trial import graph_us, make_layer, run, time_us
+from distbench.experts.triton.trial import GRAPH_CALLS, capture, graph_us, make_layer, run, time_us
 from distbench.workload.batch import TokenBatch
 
 EXACT_ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -36,6 +36,7 @@ COPIED_BYTES = 4 << 30
 PRODUCT = 8192
 GRAPH_BOUND, EAGER_BOUND, PEAK_SHARE, PEER_BOUND, CUT_BOUND = 1.35, 1.5, 0.6, 2.0, 1.05
 PEER_ERROR = 1e-2
+PEERS = ("grouped_mm", "grouped_mm told")
 WEIGHT_BOUND_ROWS, PEAK_ROWS = (64, 128, 256), (4096, 8192)
 
 
