@@ -120,19 +120,12 @@ def _family(block_m: int, shape: LayerShape, routes: float, mode: Stage2Mode) ->
     if routes < 1:
         first += [one._replace(splits=splits) for one in first for splits in (2, 4)]
     second = [tile for tile in second if _fits(tile, block_m, 1, fp8=fp8)]
-    if block_m > _WGMMA_ROWS:
-        first += [one._replace(tile=_with_tail(one.tile)) for one in first]
-        second += [_with_tail(tile) for tile in second]
-    flat = [msgspec.structs.replace(tile, flatten=True) for tile in second if not tile.tail]
+    flat = [msgspec.structs.replace(tile, flatten=True) for tile in second]
     return Family(block_m, mode, first, second + flat)
 
 
 def _tiles(numbers: tuple[_Numbers, ...], *, swap: bool) -> list[Tile]:
     return [Tile(n=n, k=k, stages=stages, warps=warps, programs=p, swap=swap) for n, k, stages, warps, p in numbers]
-
-
-def _with_tail(tile: Tile) -> Tile:
-    return msgspec.structs.replace(tile, tail=_WGMMA_ROWS)
 
 
 def _fits(tile: Tile, block_m: int, matrices: int, *, fp8: bool) -> bool:

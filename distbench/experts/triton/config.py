@@ -37,14 +37,12 @@ class Tile(msgspec.Struct, frozen=True, kw_only=True):
     """Programs for each multiprocessor."""
     swap: bool = False
     """The weights are the rows of the product."""
-    tail: int = 0
-    """Rows of a smaller tile for what is left of an expert's rows, where they fit; 0: none."""
     flatten: bool = False
     """The loops over tiles and over K are pipelined as one."""
 
     def __str__(self) -> str:
         """The tile as a part of a kernel's name."""
-        marks = f"_t{self.tail}" * bool(self.tail) + "_swap" * self.swap + "_flat" * self.flatten
+        marks = "_swap" * self.swap + "_flat" * self.flatten
         return f"n{self.n}_k{self.k}_s{self.stages}_w{self.warps}_p{self.programs}{marks}"
 
 

@@ -122,7 +122,6 @@ def stage1(  # noqa: PLR0913 - what a launch needs
     matrix_kernels.gate_up[_programs(tile, processors)](
         hidden,
         None if config.gather else _descriptor(hidden, config.block_m, tile.k),
-        None if config.gather or not tile.tail else _descriptor(hidden, tile.tail, tile.k),
         scales,
         _descriptor(weights.w1.view(num_local * double, hidden_size), tile.n, tile.k),
         weights.scales1,
@@ -172,7 +171,6 @@ def stage2(  # noqa: PLR0913 - what a launch needs
     activation, scales, target = tensors
     matrix_kernels.down[_programs(tile, processors)](
         _descriptor(activation, config.block_m, tile.k),
-        _descriptor(activation, tile.tail, tile.k) if tile.tail else None,
         scales,
         _descriptor(weights.w2.view(num_local * hidden_size, inter), tile.n, tile.k),
         weights.scales2,
@@ -217,7 +215,6 @@ def _constants(tile: Tile, block_m: int, *, fp8: bool) -> dict[str, Any]:
         "BLOCK_M": block_m,
         "BLOCK_N": tile.n,
         "BLOCK_K": tile.k,
-        "TAIL": tile.tail,
         "SWAP": tile.swap,
         "FP8": fp8,
         "FLATTEN": tile.flatten,

@@ -79,92 +79,10 @@ def _store_activation(
     tl.store(activation + place[:, None] * INTER + column[None, :], value, mask=inside)
 
 
-@triton.jit
-def _gate_up_tile(
-    hidden,
-    hidden_rows,
-    scales,
-    weights,
-    weight_scales,
-    order,
-    activation,
-    activation_scales,
-    partial,
-    routes,
-    expert,
-    column_tile,
-    start,
-    count,
-    split,
-    TOPK: tl.constexpr,
-    H: tl.constexpr,
-    INTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    GATHER: tl.constexpr,
-    SWAP: tl.constexpr,
-    FP8: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """Compute a tile of ROWS places, of which `count` are live."""
-    RUN: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
-    SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK
-    WEIGHT_SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
-    offset = tl.arange(0, ROWS)
-    live = offset < count
-    gate_row = expert * (2 * INTER) + column_tile * BLOCK_N
-    place = start + tl.where(live, offset, 0)
-    source = wide(place)
-    if GATHER:
-        source = wide(tl.load(order + place) // TOPK)
-    if SWAP:
-        gate = tl.zeros([BLOCK_N, ROWS], tl.float32)
-        up = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    else:
-        gate = tl.zeros([ROWS, BLOCK_N], tl.float32)
-        up = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for step in range(0, RUN, BLOCK_K):
-        k = split * RUN + step
-        if GATHER:
-            column = k + tl.arange(0, BLOCK_K)
-            if H % (BLOCK_K * SPLITS) == 0:
-                rows = tl.load(hidden + source[:, None] * H + column[None, :])
-            else:
-                rows = tl.load(hidden + source[:, None] * H + column[None, :], mask=column[None, :] < H, other=0.0)
-        else:
-            rows = hidden_rows.load([start, k])
-        gate_weights = weights.load([gate_row, k])
-        up_weights = weights.load([gate_row + INTER, k])
-        if FP8:
-            across = tl.minimum(k // SCALE_BLOCK, SCALES - 1)
-            block = expert * (2 * WEIGHT_SCALES) + column_tile * BLOCK_N // SCALE_BLOCK * SCALES + across
-            row_scale = tl.load(scales + source * SCALES + across)
-            gate = _scaled(gate_weights, rows, gate, row_scale, tl.load(weight_scales + block), SWAP)
-            up = _scaled(up_weights, rows, up, row_scale, tl.load(weight_scales + block + WEIGHT_SCALES), SWAP)
-        else:
-            gate = _product(gate_weights, rows, gate, SWAP)
-            up = _product(up_weights, rows, up, SWAP)
-    if SWAP:
-        gate = gate.T
-        up = up.T
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    if SPLITS == 1:
-        _store_activation(gate, up, activation, activation_scales, place, live, column, INTER, FP8, ROUND)
-    else:
-        inside = live[:, None] & (column < INTER)[None, :]
-        part = partial + wide(split * 2) * routes * INTER
-        target = part + wide(place)[:, None] * INTER + column[None, :]
-        tl.store(target, gate, mask=inside)
-        tl.store(target + wide(routes) * INTER, up, mask=inside)
-
-
 @triton.jit(do_not_specialize=["routes"])
 def gate_up(
     hidden,
     hidden_rows,
-    hidden_tail,
     scales,
     weights,
     weight_scales,
@@ -182,7 +100,6 @@ def gate_up(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL: tl.constexpr,
     SPLITS: tl.constexpr,
     GATHER: tl.constexpr,
     SWAP: tl.constexpr,
@@ -192,68 +109,59 @@ def gate_up(
 ):
     """Stage 1: activation[place, i] = SiLU(x . gate_i) * (x . up_i), or partial[split, 2, place, i]."""
     COLUMN_TILES: tl.constexpr = (INTER + BLOCK_N - 1) // BLOCK_N
+    RUN: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK
+    WEIGHT_SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
     items = tl.load(tiles) * COLUMN_TILES * SPLITS
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         split = item % SPLITS
         expert, column_tile, start, count = _locate(item // SPLITS, tiles, experts, LOCAL, COLUMN_TILES, BLOCK_M)
-        if (TAIL > 0) and (count <= TAIL):
-            _gate_up_tile(
-                hidden,
-                hidden_tail,
-                scales,
-                weights,
-                weight_scales,
-                order,
-                activation,
-                activation_scales,
-                partial,
-                routes,
-                expert,
-                column_tile,
-                start,
-                count,
-                split,
-                TOPK,
-                H,
-                INTER,
-                TAIL,
-                BLOCK_N,
-                BLOCK_K,
-                SPLITS,
-                GATHER,
-                SWAP,
-                FP8,
-                ROUND,
-            )
+        offset = tl.arange(0, BLOCK_M)
+        live = offset < count
+        gate_row = expert * (2 * INTER) + column_tile * BLOCK_N
+        place = start + tl.where(live, offset, 0)
+        source = wide(place)
+        if GATHER:
+            source = wide(tl.load(order + place) // TOPK)
+        if SWAP:
+            gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         else:
-            _gate_up_tile(
-                hidden,
-                hidden_rows,
-                scales,
-                weights,
-                weight_scales,
-                order,
-                activation,
-                activation_scales,
-                partial,
-                routes,
-                expert,
-                column_tile,
-                start,
-                count,
-                split,
-                TOPK,
-                H,
-                INTER,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                SPLITS,
-                GATHER,
-                SWAP,
-                FP8,
-                ROUND,
-            )
+            gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for step in range(0, RUN, BLOCK_K):
+            k = split * RUN + step
+            if GATHER:
+                column = k + tl.arange(0, BLOCK_K)
+                if H % (BLOCK_K * SPLITS) == 0:
+                    rows = tl.load(hidden + source[:, None] * H + column[None, :])
+                else:
+                    rows = tl.load(hidden + source[:, None] * H + column[None, :], mask=column[None, :] < H, other=0.0)
+            else:
+                rows = hidden_rows.load([start, k])
+            gate_weights = weights.load([gate_row, k])
+            up_weights = weights.load([gate_row + INTER, k])
+            if FP8:
+                across = tl.minimum(k // SCALE_BLOCK, SCALES - 1)
+                block = expert * (2 * WEIGHT_SCALES) + column_tile * BLOCK_N // SCALE_BLOCK * SCALES + across
+                row_scale = tl.load(scales + source * SCALES + across)
+                gate = _scaled(gate_weights, rows, gate, row_scale, tl.load(weight_scales + block), SWAP)
+                up = _scaled(up_weights, rows, up, row_scale, tl.load(weight_scales + block + WEIGHT_SCALES), SWAP)
+            else:
+                gate = _product(gate_weights, rows, gate, SWAP)
+                up = _product(up_weights, rows, up, SWAP)
+        if SWAP:
+            gate = gate.T
+            up = up.T
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        if SPLITS == 1:
+            _store_activation(gate, up, activation, activation_scales, place, live, column, INTER, FP8, ROUND)
+        else:
+            inside = live[:, None] & (column < INTER)[None, :]
+            part = partial + wide(split * 2) * routes * INTER
+            target = part + wide(place)[:, None] * INTER + column[None, :]
+            tl.store(target, gate, mask=inside)
+            tl.store(target + wide(routes) * INTER, up, mask=inside)
 
 
 @triton.jit(do_not_specialize=["routes"])
@@ -288,65 +196,8 @@ def activate_parts(
 
 
 @triton.jit
-def _down_tile(
-    activation,
-    activation_scales,
-    weights,
-    weight_scales,
-    topk_weight,
-    order,
-    output,
-    expert,
-    column_tile,
-    start,
-    count,
-    TOPK: tl.constexpr,
-    H: tl.constexpr,
-    INTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    SWAP: tl.constexpr,
-    FP8: tl.constexpr,
-):
-    """Compute a tile of ROWS places, of which `count` are live."""
-    SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK
-    WEIGHT_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
-    offset = tl.arange(0, ROWS)
-    live = offset < count
-    place = start + tl.where(live, offset, 0)
-    if SWAP:
-        total = tl.zeros([BLOCK_N, ROWS], tl.float32)
-    else:
-        total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for k in range(0, INTER, BLOCK_K):
-        rows = activation.load([start, k])
-        part = weights.load([expert * H + column_tile * BLOCK_N, k])
-        if FP8:
-            block = expert * WEIGHT_SCALES + column_tile * BLOCK_N // SCALE_BLOCK * SCALES + k // SCALE_BLOCK
-            row_scale = tl.load(activation_scales + wide(place) * SCALES + k // SCALE_BLOCK)
-            total = _scaled(part, rows, total, row_scale, tl.load(weight_scales + block), SWAP)
-        else:
-            total = _product(part, rows, total, SWAP)
-    if SWAP:
-        total = total.T
-    route = tl.load(order + place)
-    total *= tl.load(topk_weight + route)[:, None]
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = live[:, None] & (column < H)[None, :]
-    value = total.to(output.dtype.element_ty)
-    if ATOMIC:
-        row = wide(route // TOPK)
-        tl.atomic_add(output + row[:, None] * H + column[None, :], value, mask=inside, sem="relaxed")
-    else:
-        tl.store(output + wide(place)[:, None] * H + column[None, :], value, mask=inside)
-
-
-@triton.jit
 def down(
     activation,
-    activation_tail,
     activation_scales,
     weights,
     weight_scales,
@@ -362,7 +213,6 @@ def down(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TAIL: tl.constexpr,
     ATOMIC: tl.constexpr,
     SWAP: tl.constexpr,
     FP8: tl.constexpr,
@@ -370,52 +220,36 @@ def down(
 ):
     """Stage 2: output[place, h] = weight * (activation . w2_h), or added to output[row, h] where ATOMIC."""
     COLUMN_TILES: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK
+    WEIGHT_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES
     items = tl.load(tiles) * COLUMN_TILES
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTEN):
         expert, column_tile, start, count = _locate(item, tiles, experts, LOCAL, COLUMN_TILES, BLOCK_M)
-        if (TAIL > 0) and (count <= TAIL):
-            _down_tile(
-                activation_tail,
-                activation_scales,
-                weights,
-                weight_scales,
-                topk_weight,
-                order,
-                output,
-                expert,
-                column_tile,
-                start,
-                count,
-                TOPK,
-                H,
-                INTER,
-                TAIL,
-                BLOCK_N,
-                BLOCK_K,
-                ATOMIC,
-                SWAP,
-                FP8,
-            )
+        offset = tl.arange(0, BLOCK_M)
+        live = offset < count
+        place = start + tl.where(live, offset, 0)
+        if SWAP:
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         else:
-            _down_tile(
-                activation,
-                activation_scales,
-                weights,
-                weight_scales,
-                topk_weight,
-                order,
-                output,
-                expert,
-                column_tile,
-                start,
-                count,
-                TOPK,
-                H,
-                INTER,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                ATOMIC,
-                SWAP,
-                FP8,
-            )
+            total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(0, INTER, BLOCK_K):
+            rows = activation.load([start, k])
+            part = weights.load([expert * H + column_tile * BLOCK_N, k])
+            if FP8:
+                block = expert * WEIGHT_SCALES + column_tile * BLOCK_N // SCALE_BLOCK * SCALES + k // SCALE_BLOCK
+                row_scale = tl.load(activation_scales + wide(place) * SCALES + k // SCALE_BLOCK)
+                total = _scaled(part, rows, total, row_scale, tl.load(weight_scales + block), SWAP)
+            else:
+                total = _product(part, rows, total, SWAP)
+        if SWAP:
+            total = total.T
+        route = tl.load(order + place)
+        total *= tl.load(topk_weight + route)[:, None]
+        column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = live[:, None] & (column < H)[None, :]
+        value = total.to(output.dtype.element_ty)
+        if ATOMIC:
+            row = wide(route // TOPK)
+            tl.atomic_add(output + row[:, None] * H + column[None, :], value, mask=inside, sem="relaxed")
+        else:
+            tl.store(output + wide(place)[:, None] * H + column[None, :], value, mask=inside)

@@ -28,8 +28,8 @@ CONFIGS = {
     "atomic": KernelConfig(
         block_m=32,
         gather=False,
-        stage1=Tile(n=64, k=128, stages=2, warps=4, tail=16),
-        stage2=Tile(n=128, k=64, stages=2, warps=4, tail=16),
+        stage1=Tile(n=64, k=128, stages=2, warps=4),
+        stage2=Tile(n=128, k=64, stages=2, warps=4),
         mode="atomic",
     ),
     "split": KernelConfig(

@@ -64,7 +64,6 @@ def written(path: Path, table: Table) -> str:
         {"stage1": msgspec.structs.replace(TILE, flatten=True)},
         {"stage2": msgspec.structs.replace(TILE, swap=True)},
         {"stage2": msgspec.structs.replace(TILE, warps=8)},
-        {"stage2": msgspec.structs.replace(TILE, tail=64)},
         {"stage2": msgspec.structs.replace(TILE, stages=4)},
         {"stage2": msgspec.structs.replace(TILE, programs=2)},
     ],
