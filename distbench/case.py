@@ -12,7 +12,11 @@ import msgspec
 
 from distbench.limits import ALLOWED_LIMITS
 
-STAND_INS = {"collective": "collective for mori", "reference": "reference for aiter"}
+STAND_INS = {
+    "collective": "collective for mori",
+    "reference": "reference for aiter",
+    "triton": "triton for aiter",
+}
 EMULATED = {"mori": "distbench.emulation.mori for mori"}
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -89,7 +93,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     slot_order: Annotated[
         Literal["shuffled", "source"], _help("order of received rows: seeded shuffle (atomics) or by source")
     ] = "shuffled"
-    kernel_table: Annotated[str, _help("CSV in aiter's tuned_fmoe format; empty: heuristics only")] = ""
+    kernel_table: Annotated[
+        str,
+        _help("CSV in aiter's tuned_fmoe format, or a table of `distbench tune` for triton; empty: none, or its own"),
+    ] = ""
     kernel_table_sha256: Annotated[str, _help("digest of the table's bytes, filled in when it is read")] = ""
     aiter_version: Annotated[str, _help("aiter release whose selection rules apply; empty: the newest known")] = ""
     cu_count: Annotated[

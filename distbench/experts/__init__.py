@@ -34,8 +34,12 @@ def make_selector(case: Case) -> KernelSelector:
 
 def make_experts(case: Case) -> Experts:
     """Return what the case computes its experts with."""
+    if case.experts == "triton":
+        from distbench.experts.triton.adapter import make_triton_experts  # noqa: PLC0415 - needs Triton and a GPU
+
+        return make_triton_experts(case)
     if case.experts != "reference":
-        message = f"experts {case.experts}: not in this version; choose reference"
+        message = f"experts {case.experts}: not in this version; choose reference or triton"
         raise Unsupported(message)
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
 

@@ -55,6 +55,8 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
     tile_k1: int
     tile_k2: int
     """Elements of K that stage 1, stage 2 takes at a time."""
+    table: str = ""
+    """The table that a tuned choice of the Triton experts came from."""
 
     @property
     def label(self) -> str:
