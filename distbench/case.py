@@ -12,6 +12,7 @@ import msgspec
 
 from distbench.limits import ALLOWED_LIMITS
 
+EMULATED = {"aiter": "distbench.emulation.aiter for aiter"}
 STAND_INS = {"collective": "collective for mori", "reference": "reference for aiter"}
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
@@ -57,6 +58,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "bitwise"
     transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
     experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
+    aiter_habits: Annotated[
+        str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
+    ] = ""
     emulate: Annotated[bool, _help("distbench's stand-ins in the place of the packages mori and aiter")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the ranks compute; cuda is ROCm's name too")] = (
         "auto"
@@ -86,7 +90,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def stand_ins(self) -> list[str]:
         """What runs in the place of mori and aiter."""
-        return [STAND_INS[name] for name in (self.transport, self.experts) if name in STAND_INS]
+        known = STAND_INS | (EMULATED if self.emulate else {})
+        return [known[name] for name in (self.transport, self.experts) if name in known]
 
     @property
     def capacity(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
+from distbench.experts.aiter.package import check_available
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
 
@@ -25,12 +26,15 @@ def check_case(case: Case) -> tuple[str, ...]:
 
     Raises:
         InvalidCase: inputs that cannot be made, or a kernel table that cannot be read.
+        Unsupported: a package that is not installed.
 
     """
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
         plan_exact(case.hidden_size, case.intermediate_size, case.topk, case.dispatch_dtype, case.num_experts)
     selector = make_selector(case)
+    if case.experts == "aiter":
+        check_available(case)
     if not case.kernel_table or selector.tuned:
         return ()
     layer = selector.layer

@@ -34,8 +34,12 @@ def make_selector(case: Case) -> KernelSelector:
 
 def make_experts(case: Case) -> Experts:
     """Return what the case computes its experts with."""
+    if case.experts == "aiter":
+        from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - what a rank imports it pays for
+
+        return make_aiter_experts(case)
     if case.experts != "reference":
-        message = f"experts {case.experts}: not in this version; choose reference"
+        message = f"experts {case.experts}: not in this version; choose reference or aiter"
         raise Unsupported(message)
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
 

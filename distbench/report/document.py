@@ -40,7 +40,7 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: its traffic, the kernel and a digest for each arm, and its largest resident size before gathering."""
+    """One rank: its traffic, each arm's kernel and digest, its largest resident size before gathering, its packages."""
 
     rank: int
     host: str
@@ -53,6 +53,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     kernels: dict[str, dict[str, Any]]
     digests: dict[str, str]
     peak_bytes: int
+    packages: dict[str, Any]
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,6 +172,7 @@ def _rank(record: Observation) -> RankReport:
         kernels=record.kernels,
         digests=record.digests,
         peak_bytes=record.peak_bytes,
+        packages=record.packages,
     )
 
 
