@@ -8,14 +8,9 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import os
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -25,17 +20,11 @@ from distbench.errors import InvalidCase
 from distbench.experts import heuristics
 from distbench.experts.kernel_names import DEFAULT_TILE_K, stage2_mode, tile_k
 from distbench.experts.selection import KernelSelector, LayerKey, TunedKey, padded_rows, parse_tuned_rows, rules_for
+from tests.contract.wheels import aiter_wheel
 
 VERSION = "0.1.7.post2.dev18"
 WHEEL = f"amd_aiter-{VERSION}-py3-none-any.whl"
 RULES = rules_for(VERSION)
-CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
-UNREACHABLE = re.compile(
-    r"No module named pip|connection broken|NewConnectionError|ConnectTimeout|Max retries exceeded"
-    r"|not a trusted or secure host|Failed to establish|Name or service not known"
-    r"|Temporary failure in name resolution|Network is unreachable",
-    re.IGNORECASE,
-)
 CU_COUNTS = (304, 256, 80)
 SHAPES = ((32, 8, 2048), (33, 9, 2048), (256, 8, 256), (16, 2, 1024), (4, 4, 128), (8, 1, 192), (128, 8, 384))
 
@@ -52,23 +41,8 @@ class _Named:
 
 @pytest.fixture(scope="module")
 def wheel() -> Iterator[zipfile.ZipFile]:
-    path = CACHE / WHEEL
-    if not path.exists():
-        _download(path)
-    with zipfile.ZipFile(path) as archive:
+    with aiter_wheel(VERSION) as archive:
         yield archive
-
-
-def _download(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
-        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, f"amd-aiter=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        if done.returncode and (UNREACHABLE.search(done.stderr) or "PIP_NO_INDEX" in os.environ):
-            pytest.skip("no package index within reach of pip")
-        assert done.returncode == 0, done.stderr
-        (Path(scratch) / WHEEL).replace(path)
 
 
 @pytest.fixture(scope="module")
