@@ -33,10 +33,10 @@ def add_launch(command: Any) -> None:
     )
 
 
-def add_case_options(command: Any) -> None:
-    """Add an option for each key of a case."""
+def add_case_options(command: Any, keys: Sequence[str] = tuple(FIELD_HINTS)) -> None:
+    """Add an option for each of `keys` of a case."""
     group = command.add_argument_group("the case")
-    for key in FIELD_HINTS:
+    for key in keys:
         if key not in _NOT_FLAGS:
             _add_case_option(group, key)
 

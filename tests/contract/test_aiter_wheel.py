@@ -8,14 +8,17 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import pytest
 
+from distbench.cli import main
 from distbench.errors import InvalidCase
 from distbench.experts import heuristics
 from distbench.experts.kernel_names import DEFAULT_TILE_K, stage2_mode, tile_k
@@ -184,3 +187,17 @@ def test_a_cut_table_is_refused(table: bytes) -> None:
     layer = LayerKey(num_local_experts=128, topk=8, model_dim=4096, inter_dim=384, cu_count=256)
     with pytest.raises(InvalidCase, match="line 774: column"):
         parse_tuned_rows(table[: table.rindex(b"ActivationType")], "wheel", TunedKey.for_layer(layer, RULES))
+
+
+def test_the_command_maps_the_wheels_own_table(
+    table: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tuned_fmoe.csv"
+    path.write_bytes(table)
+    shape = ["--model=qwen3-235b-a22b", "--intermediate-size=384", "--ep-size=1", "--cu-count=256"]
+    assert main(["kernels", *shape, f"--aiter-version={VERSION}", f"--kernel-table={path}", "--format=json"]) == 0
+    spans = json.loads(capsys.readouterr().out)["spans"]
+    assert [span["bucket"] for span in spans] == [16, 32, 64, 128, 256, 512, 1024]
+    assert {span["source"] for span in spans} == {"tuned"}
+    assert all(span["us"] > 0 and "ck2stages" in span["stage1"] for span in spans)
+    assert [span["limit_here"] for span in spans][-2:] == ["other kernel", "same kernel"]

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from distbench.case import Case
@@ -54,6 +55,28 @@ def check_available(case: Case) -> None:
         raise Unsupported(message)
 
 
+def installed_tables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the tuned tables that the installed aiter would take, without importing it; none where it is missing.
+
+    AITER_CONFIG_FMOE replaces the release's own set: configs/tuned_fmoe.csv and those of model_configs.
+    """
+    named = environ.get(TABLE_VARIABLE, "")
+    spec = importlib.util.find_spec(PACKAGE)
+    if named or spec is None or not spec.submodule_search_locations:
+        return [part for part in named.split(os.pathsep) if part]
+    configs = Path(spec.submodule_search_locations[0]) / "configs"
+    own = [configs / "tuned_fmoe.csv", *sorted((configs / "model_configs").glob("*tuned_fmoe*.csv"))]
+    return [str(path) for path in own if path.is_file() and "untuned" not in path.name]
+
+
+def installed_release() -> str:
+    """Return the version of the installed aiter, empty where there is none."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def load_package(root: str) -> AiterPackage:
     """Import aiter, or the package at `root` with its modules.
 
@@ -79,12 +102,12 @@ def installed_version(root: str, module: Any) -> str:
     """
     if root == STAND_IN:
         return str(module.habits.assumed().version)
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError as error:
+    version = installed_release()
+    if not version:
         message = f"experts aiter: {PACKAGE} can be imported, but no {DISTRIBUTION} is installed, so its version and "
         message += "rules are unknown; install it with pip"
-        raise Unsupported(message) from error
+        raise Unsupported(message)
+    return version
 
 
 def tuned_tables(package: AiterPackage) -> list[str]:
