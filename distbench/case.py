@@ -17,7 +17,7 @@ STAND_INS = {
     "reference": "reference for aiter",
     "triton": "triton for aiter",
 }
-EMULATED = {"mori": "distbench.emulation.mori for mori"}
+EMULATED = {"mori": "distbench.emulation.mori for mori", "aiter": "distbench.emulation.aiter for aiter"}
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
@@ -62,6 +62,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "bitwise"
     transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
     experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
+    aiter_habits: Annotated[
+        str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
+    ] = ""
     emulate: Annotated[bool, _help("distbench's stand-ins in the place of the packages mori and aiter")] = False
     mori_kernel: Annotated[
         Literal["auto", "IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL"],

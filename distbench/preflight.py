@@ -12,6 +12,7 @@ from pathlib import Path
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
+from distbench.experts.aiter.package import check_available
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
@@ -40,6 +41,8 @@ def check_case(case: Case) -> tuple[str, ...]:
     if case.experts == "triton":
         return (*notes, *_check_triton_table(case))
     selector = make_selector(case)
+    if case.experts == "aiter":
+        check_available(case)
     if not case.kernel_table or selector.tuned:
         return notes
     layer = selector.layer

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distbench.case import Case
-from distbench.errors import Unsupported
 from distbench.experts.selection import CURRENT, KernelSelector, LayerKey, TunedKey, load_tuned_rows, rules_for
 
 if TYPE_CHECKING:
@@ -38,9 +37,10 @@ def make_experts(case: Case) -> Experts:
         from distbench.experts.triton.adapter import make_triton_experts  # noqa: PLC0415 - needs Triton and a GPU
 
         return make_triton_experts(case)
-    if case.experts != "reference":
-        message = f"experts {case.experts}: not in this version; choose reference or triton"
-        raise Unsupported(message)
+    if case.experts == "aiter":
+        from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - what a rank imports it pays for
+
+        return make_aiter_experts(case)
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
 
     return ReferenceExperts(make_selector(case), case.seed)

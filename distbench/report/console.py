@@ -69,11 +69,12 @@ def print_summary(summary: Summary, out: str) -> None:
     print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
 
 
-def print_presets(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print the table of model layers."""
+def print_table(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+    """Print a table; the first column is what its rows are about."""
     from rich.console import Console
 
-    Console(highlight=False).print(_table("", columns, rows))
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    Console(highlight=False, width=width).print(_table("", columns, rows))
 
 
 def verdict_line(report: Report) -> str:
