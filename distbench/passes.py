@@ -15,6 +15,7 @@ from distbench.arms import arms_of
 from distbench.experts.base import Experts
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
+from distbench.recording import Finished, Recorder
 from distbench.session import Session
 from distbench.transport.base import Transport
 from distbench.truncation import ExpertInput
@@ -54,11 +55,14 @@ class Passes:
     differs are kept, or of the last repeat.
     """
 
-    def __init__(self, session: Session, question: Question, parts: Parts, counts: Tensor) -> None:
-        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed."""
+    def __init__(
+        self, session: Session, question: Question, parts: Parts, counts: Tensor, recorder: Recorder | None = None
+    ) -> None:
+        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps what the arms kept."""
         self._session = session
         self._question = question
         self._parts = parts
+        self._recorder = recorder
         self._checker = StageChecker(parts.workload, session.rank, counts)
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
@@ -79,10 +83,14 @@ class Passes:
             }
             if not settled:
                 self.outputs |= fresh
+                if self._recorder is not None:
+                    self._recorder.keep()
                 settled = self._differs()
         self._mark("gather")
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected
+        if self._recorder is not None:
+            self._recorder.finish(Finished(self._parts.workload, self._parts.batch, self._parts.weights, self.outputs))
 
     def stacked(self) -> Tensor:
         """Return the outputs of all arms, and of the oracle where there is one: bf16 [n, arms, H]."""
@@ -134,6 +142,8 @@ class Passes:
             self._lost = _lost_rows(sources, self._question.limit)
         self._note(self._checker.check_rows(arm, sources, given, expert_out))
         self._note(self._checker.check_cut(arm, sources, given))
+        if self._recorder is not None:
+            self._recorder.take(arm, sources, given, expert_out)
 
     def _kernel(self, rows: int) -> dict[str, Any]:
         known = next((kernel for kernel in self._kernels.values() if kernel["rows"] == rows), None)

@@ -29,6 +29,9 @@ def add_launch(command: Any) -> None:
     command.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 8)")
     command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
     command.add_argument(
+        "--bundle", metavar="DIR", default="", help="leave a bundle of each case that fails in a folder of its own here"
+    )
+    command.add_argument(
         "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
     )
 
@@ -90,7 +93,7 @@ def campaign(
     rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
     preload_ranks()
     try:
-        return Campaign(entries, Path(options.out), rules, progress).run(report_paths)
+        return Campaign(entries, Path(options.out), rules, progress, options.bundle).run(report_paths)
     finally:
         progress.close()
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distbench.bundle.layout import bundle_folder
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -22,7 +23,7 @@ from distbench.locks import hold
 from distbench.preflight import check_folder, check_memory, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_report, print_start
+from distbench.report.console import print_bundle, print_report, print_start
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS
 from distbench.resolve import load_case_file, resolve_case
@@ -55,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         check_folder(str(Path(path).parent), 1)
     if world_size() is not None:
         _forget(Path(options.out), paths)
-        return work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
+        return work(Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False))
     check_memory([resolved.case])
     print_start(resolved.case)
     with hold(Path(options.out), (), options.lock_timeout):
@@ -63,6 +64,8 @@ def _run(options: argparse.Namespace) -> int:
         campaign((entry,), options, Progress(1, quiet=True), paths)
         report = read_report(paths[0])
     print_report(report)
+    if options.bundle and report.exit_code:
+        print_bundle(bundle_folder(options.bundle, resolved.case))
     return report.exit_code
 
 

@@ -61,7 +61,7 @@ def _suite(options: argparse.Namespace) -> int:
     entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case)) for entry in chosen)
     check_folder(options.out, len(entries))
     if world_size() is not None:
-        return work(Job(entries=entries, out=options.out, supervised=False))
+        return work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
     check_memory(entry.case for entry in entries)
     out = Path(options.out)
     progress = Progress(len(entries), quiet=options.quiet)
