@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from distbench.models import PRESETS, ModelShape
-from distbench.report.console import print_presets
+from distbench.report.console import print_table
 
 
 def add(commands: Any) -> None:
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
 
 def _presets(_: argparse.Namespace) -> int:
     columns = ("model", "hidden", "intermediate", "experts", "top-k")
-    print_presets([(name, *_preset_numbers(shape)) for name, shape in PRESETS.items()], columns)
+    print_table([(name, *_preset_numbers(shape)) for name, shape in PRESETS.items()], columns)
     return 0
 
 

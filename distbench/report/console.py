@@ -15,6 +15,7 @@ from distbench.report.summary import Summary
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 _SHOWN_REASONS = 12
 _SHOWN_TOKENS = 16
@@ -72,11 +73,19 @@ def print_bundle(folder: Path) -> None:
     print(text, flush=True)
 
 
-def print_presets(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print the table of model layers."""
+def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+    """Print a table to standard output, its cells as they are but for control characters."""
     from rich.console import Console
+    from rich.text import Text
 
-    Console(highlight=False).print(_table("", columns, rows))
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    cells = [tuple(Text(cell) for cell in row) for row in rows]
+    Console(highlight=False, width=width).print(_table("", columns, cells))
+
+
+def print_plain(text: str) -> None:
+    """Print a line that may hold anything: what is not printable is shown by its code."""
+    print_line(text if text.isprintable() else repr(text))
 
 
 def verdict_line(report: Report) -> str:
@@ -166,7 +175,7 @@ def _lost_line(report: Report) -> str:
     return f"rows at or past the limit: {report.lost.rows} ({ranks}); source rank:token {' '.join(tokens)}{more}"
 
 
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str | Text, ...]]) -> Table:
     from rich import box
     from rich.table import Table
 
