@@ -122,13 +122,19 @@ def swaps_of(case: Case, folder: Path) -> list[Swap]:
 
 
 def _pinned(case: Case, path: Path) -> list[Swap]:
-    """Return the swap that runs the padded arm's kernel whatever the rows, where a table can name that kernel."""
+    """Return the swap that runs the padded arm's kernel whatever the rows, where a table can name that kernel.
+
+    What heuristics choose has a name of ours, which only the reference knows.
+    """
     selector = make_selector(case)
     kernel = selector.choose(case.capacity)
     write_atomically(path, pinned_table(selector, kernel))
     swap = Swap("kernel", f"{kernel.label}, whatever the rows", {"kernel_table": str(path)})
+    nameable = kernel.source == "tuned" or case.experts == "reference"
+    if not nameable or case.limit == "off":
+        return []
     pinned = [make_selector(variant).choose(1) for variant in _swapped(case, (swap,))]
-    return [swap] if case.limit != "off" and all(kernel.same_kernel(one) for one in pinned) else []
+    return [swap] if all(kernel.same_kernel(one) for one in pinned) else []
 
 
 def _swapped(case: Case, picked: Sequence[Swap]) -> list[Case]:

@@ -52,7 +52,8 @@ class Passes:
     """Runs the arms, once or often, and keeps what has to be told of them.
 
     The first padded pass is the baseline of all repeats. Of the other arms those of the first repeat in which one
-    differs are kept, or of the last repeat.
+    differs are kept, or of the last repeat; where they are recorded, of the first repeat in which anything is wrong on
+    any rank.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Passes:
             }
             if not settled:
                 self.outputs |= fresh
+                settled = self._differs()
                 if self._recorder is not None:
                     self._recorder.keep()
-                settled = self._differs()
+                    settled = self._session.on_any_rank(value=settled or bool(self._divergences))
         self._mark("gather")
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected

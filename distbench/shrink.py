@@ -10,7 +10,7 @@ import msgspec
 from distbench.case import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.document import Report
-from distbench.trials import Lab, Signature, possible, signature
+from distbench.trials import Lab, Signature, possible, signature, varied
 from distbench.workload.kinds import parse_routing
 
 Changes = dict[str, Any]
@@ -64,6 +64,8 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None]) -> Shrunk:
         tell(Step(what, found, lab.cases, lab.launches))
         return found
 
+    if same.verdict is Verdict.HANG:
+        case = varied(case, timeout=min(case.timeout, _HANG_S), stage_timeouts="")
     limits = _limits(case, first)
     current = take("as given", case)
     for level in range(_levels(case)):
@@ -99,7 +101,7 @@ def _small(case: Case, level: int, limits: Sequence[str]) -> list[Case]:
         one
         for seed in seeds
         for limit in limits
-        for one in possible(case, **shape, **_on_ranks(case, ranks, tokens), seed=seed, limit=limit, **_patience(case))
+        for one in possible(case, **shape, **_on_ranks(case, ranks, tokens), seed=seed, limit=limit)
     ]
 
 
@@ -113,10 +115,6 @@ def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
         "tokens": tuple(min(count, tokens) for count in case.tokens[:ranks]),
         "routing": str(routing),
     }
-
-
-def _patience(case: Case) -> Changes:
-    return {"timeout": min(case.timeout, _HANG_S)}
 
 
 def _limits(case: Case, report: Report) -> list[str]:
@@ -160,17 +158,23 @@ def _merged(wins: Sequence[Changes]) -> Changes:
 
 def _ladders(case: Case, limits: Sequence[str]) -> Iterator[list[Changes]]:
     """Yield, for each dimension, changes that lower it, the lowest first."""
-    yield [
-        _on_ranks(case, ranks, max(case.tokens)) | {"num_experts": case.experts_per_rank * ranks, "limit": limit}
-        for ranks in _below(case.ep_size, 1)
-        for limit in limits
-    ]
+    yield list(_fewer_ranks(case, limits))
     yield list(_fewer_tokens(case, limits))
     yield [{"num_experts": local * case.ep_size} for local in _below(case.experts_per_rank, 1)]
     for key, least in _LEAST.items():
         yield [{key: value} for value in _below(getattr(case, key), least)]
     if case.routing != "uniform":
         yield [{"routing": "uniform"}]
+
+
+def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
+    """Yield fewer ranks, with their own tokens and, where there are few, with those of all."""
+    total = sum(case.tokens)
+    for ranks in _below(case.ep_size, 1):
+        held = _on_ranks(case, ranks, max(case.tokens)) | {"num_experts": case.experts_per_rank * ranks}
+        spread = tuple((total + place) // ranks for place in range(ranks))
+        for tokens in dict.fromkeys((held["tokens"], spread if total <= _FEW_TOKENS else held["tokens"])):
+            yield from (held | {"tokens": tokens, "limit": limit} for limit in limits)
 
 
 def _fewer_tokens(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
