@@ -124,13 +124,14 @@ def read_bounded(folder: Path, name: str, most: int) -> bytes:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
         _refuse(folder, name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        _refuse(folder, name, "is no regular file")
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            _refuse(folder, name, "is no regular file")
         if found.st_size > most:
             _refuse(folder, name, f"has {found.st_size} bytes, at most {most} are read")
-        return file.read(most + 1)
+        return file.read(most)
 
 
 def _decoded(folder: Path, name: str, kind: Any) -> Any:
