@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from itertools import takewhile
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -15,12 +16,15 @@ from distbench.workload.kinds import parse_routing
 
 Changes = dict[str, Any]
 
+Ladder = Callable[[Case, Sequence[str]], Iterator[Changes]]
+"""Changes that lower one dimension of a case, the lowest first; limits go with those that change what is received."""
+
 _SEEDS = 4
 _FEW_TOKENS = 64
+_MOST_LEVELS = 24
+_COSTLY = 1 << 28
 _LOST = (Verdict.HANG, Verdict.RANK_FAULT)
 _HANG_S = 10.0
-_SMALLEST = {"hidden_size": 128, "intermediate_size": 128, "topk": 2, "max_dispatch_tokens_per_rank": 32}
-_LEAST = {"topk": 1, "hidden_size": 8, "intermediate_size": 1, "max_dispatch_tokens_per_rank": 1, "repeats": 1}
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -40,22 +44,21 @@ class Shrunk(msgspec.Struct, frozen=True, kw_only=True):
     report: Report
 
 
-def shrink(lab: Lab, case: Case, tell: Callable[[Step], None]) -> Shrunk:
+def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | None = None) -> Shrunk:
     """Make a failing case small, as long as verdict, first wrong stage and surest cause stay the same.
 
-    `tell` hears of every smaller case. First come cases far smaller than the given one, growing until one fails: a
-    large case costs what hundreds of small ones do. Then each dimension is lowered on its own, and what can be lowered
-    together is, until nothing can.
+    `tell` hears of every smaller case. `known` is a report of the case, which then need not run as it is. First come
+    cases far smaller than the given one, growing until one fails: a large case costs what hundreds of small ones do.
+    Then each dimension is lowered on its own, and what can be lowered together is, until nothing can.
 
     Raises:
-        InvalidCase: the case does not fail here.
+        InvalidCase: the case does not fail here, or not as its report says.
 
     """
-    first = lab.run([case])[0]
+    first = lab.run([case])[0] if known is None else known
     same = signature(first)
     if not first.exit_code:
-        message = f"the case does not fail here: {same}; give one that does"
-        raise InvalidCase(message)
+        _refuse(same)
 
     def fails_the_same(report: Report) -> bool:
         return signature(report) == same
@@ -67,42 +70,66 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None]) -> Shrunk:
     if same.verdict is Verdict.HANG:
         case = varied(case, timeout=min(case.timeout, _HANG_S), stage_timeouts="")
     limits = _limits(case, first)
-    current = take("as given", case)
-    for level in range(_levels(case)):
-        grown = lab.first(_small(case, level, limits), fails_the_same)
-        if grown is not None:
-            current = take("up from the smallest", grown)
-            break
+    take("as given", case)
+    grown = (lab.first(candidates, fails_the_same) for candidates in _growing(case, limits))
+    current = next((found for found in grown if found is not None), None) or lab.first([case], fails_the_same)
+    if current is None:
+        _refuse(signature(lab.run([case])[0]), same)
+    take("up from the smallest", current)
     while True:
-        lower = _lowered(lab, current, limits, fails_the_same, together=same.verdict not in _LOST)
+        lower = _lowered(lab, current, limits, fails_the_same, lethal=same.verdict in _LOST)
         if lower is None:
             return Shrunk(same=same, case=current, report=lab.run([current])[0])
         current = take("lowered", lower)
 
 
-def _levels(case: Case) -> int:
-    """Return how many times all dimensions can be raised until they are those of `case`."""
-    largest = max(case.ep_size, case.hidden_size // 128, case.intermediate_size // 128, case.experts_per_rank)
-    return max(largest.bit_length(), (max(case.tokens).bit_length() + 1) // 2)
+def _refuse(here: Signature, recorded: Signature | None = None) -> NoReturn:
+    there = "" if recorded is None else f", its report says {recorded}"
+    message = f"the case does not fail here{' in that way' if there else ''}: {here}{there}; give one that does"
+    raise InvalidCase(message)
 
 
-def _small(case: Case, level: int, limits: Sequence[str]) -> list[Case]:
-    """Return cases with every dimension at 2 to the `level` times the smallest worth a try (tokens: 4 to the), at most.
+def _growing(case: Case, limits: Sequence[str]) -> Iterator[list[Case]]:
+    """Yield ever larger candidates: all dimensions small, then one of them as given, then all twice as large, …"""
+    smallest = _sizes(case, 0)
+    yield _candidates(case, [smallest], limits, _SEEDS)
+    given = _sizes(case, _MOST_LEVELS)
+    yield _candidates(
+        case, [smallest | {key: given[key]} for key in smallest if smallest[key] != given[key]], limits, 2
+    )
+    for level in range(1, _MOST_LEVELS):
+        sizes = _sizes(case, level)
+        if sizes == given:
+            return
+        yield _candidates(case, [sizes], limits, 1)
 
-    On the first two levels other seeds are tried too: what damages some tokens only may miss the few that are left.
-    """
-    sizes = {key: min(getattr(case, key), least << level) for key, least in _SMALLEST.items()}
-    ranks, tokens = min(case.ep_size, 2 << level), 2 << 2 * level
-    sizes["max_dispatch_tokens_per_rank"] = min(case.max_dispatch_tokens_per_rank, max(32, tokens))
-    local = min(case.experts_per_rank, max(2 << level, -(-sizes["topk"] // ranks)))
-    seeds = range(case.seed, case.seed + (_SEEDS if level < 2 else 1))  # noqa: PLR2004 - as said above
-    shape = sizes | {"num_experts": local * ranks}
-    return [
-        one
-        for seed in seeds
-        for limit in limits
-        for one in possible(case, **shape, **_on_ranks(case, ranks, tokens), seed=seed, limit=limit)
-    ]
+
+def _sizes(case: Case, level: int) -> dict[str, int]:
+    """Return each dimension at 2 to the `level` times the smallest worth a try (tokens: 4 to the), at most as given."""
+    tokens = 2 << 2 * level
+    return {
+        "ep_size": min(case.ep_size, 2 << level),
+        "tokens": min(max(case.tokens), tokens),
+        "experts_per_rank": min(case.experts_per_rank, 2 << level),
+        "topk": min(case.topk, 2 << level),
+        "hidden_size": min(case.hidden_size, 128 << level),
+        "intermediate_size": min(case.intermediate_size, 128 << level),
+        "max_dispatch_tokens_per_rank": min(case.max_dispatch_tokens_per_rank, max(32, tokens)),
+    }
+
+
+def _candidates(case: Case, shapes: list[dict[str, int]], limits: Sequence[str], seeds: int) -> list[Case]:
+    """Return the case in those shapes that make sense, with other seeds too: few tokens are easily missed."""
+    found = []
+    for seed in range(case.seed, case.seed + seeds):
+        for sizes in shapes:
+            ranks, tokens = sizes["ep_size"], sizes["tokens"]
+            shape = {key: size for key, size in sizes.items() if key not in ("ep_size", "tokens", "experts_per_rank")}
+            shape["num_experts"] = max(sizes["experts_per_rank"], -(-sizes["topk"] // ranks)) * ranks
+            shape["max_dispatch_tokens_per_rank"] = max(shape["max_dispatch_tokens_per_rank"], tokens)
+            for limit in limits:
+                found += possible(case, **shape, **_on_ranks(case, ranks, tokens), seed=seed, limit=limit)
+    return found
 
 
 def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
@@ -128,18 +155,19 @@ def _limits(case: Case, report: Report) -> list[str]:
 
 
 def _lowered(
-    lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool], *, together: bool
+    lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool], *, lethal: bool
 ) -> Case | None:
-    """Return the case with all dimensions lowered that can be, or as many of them as fail the same together.
+    """Return the case with all dimensions lowered that can be, as far as it then still fails the same, or None.
 
-    `together` runs the candidates of all dimensions in one launch; where each that fails costs a launch, they go one
-    dimension at a time, smallest first, up to the first that fails.
+    Candidates of all dimensions go in one launch. Where each that fails costs a launch, or each takes seconds, they go
+    one dimension after the other, smallest first.
     """
+    if lethal or _work(case) > _COSTLY:
+        return _lowered_in_turn(lab, case, limits, same)
     dimensions = [
-        [(changes, one) for changes in ladder for one in possible(case, **changes)] for ladder in _ladders(case, limits)
+        [(changes, one) for changes in ladder(case, limits) for one in possible(case, **changes)] for ladder in _LADDERS
     ]
-    if together:
-        lab.run([one for candidates in dimensions for _, one in candidates])
+    lab.run([one for candidates in dimensions for _, one in candidates])
     wins: list[Changes] = []
     for candidates in dimensions:
         found = lab.first([one for _, one in candidates], same)
@@ -148,23 +176,28 @@ def _lowered(
     return lab.first([one for changes in merged for one in possible(case, **changes)], same)
 
 
+def _lowered_in_turn(lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool]) -> Case | None:
+    current = case
+    for ladder in _LADDERS:
+        steps = list(ladder(current, limits))
+        if _work(current) > _COSTLY:
+            steps = [*steps[:1], *steps[len(steps) // 2 :][:1]]
+        found = lab.first([one for changes in steps for one in possible(current, **changes)], same)
+        current = found or current
+    return None if current == case else current
+
+
+def _work(case: Case) -> int:
+    """Return the elements of weights that are made and of routed rows that are multiplied."""
+    return (case.num_experts + sum(case.tokens)) * case.hidden_size * case.intermediate_size
+
+
 def _merged(wins: Sequence[Changes]) -> Changes:
     """Return all changes in one; the first that speaks of a key has its way, but the tokens are cut by all."""
     found: Changes = {}
     for changes in wins:
         found = changes | found
     return found
-
-
-def _ladders(case: Case, limits: Sequence[str]) -> Iterator[list[Changes]]:
-    """Yield, for each dimension, changes that lower it, the lowest first."""
-    yield list(_fewer_ranks(case, limits))
-    yield list(_fewer_tokens(case, limits))
-    yield [{"num_experts": local * case.ep_size} for local in _below(case.experts_per_rank, 1)]
-    for key, least in _LEAST.items():
-        yield [{key: value} for value in _below(getattr(case, key), least)]
-    if case.routing != "uniform":
-        yield [{"routing": "uniform"}]
 
 
 def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
@@ -193,10 +226,37 @@ def _fewer_tokens(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
             yield from ({"tokens": tokens, "seed": seed, "limit": limit} for limit in limits)
 
 
+def _fewer_experts(case: Case, _: Sequence[str]) -> Iterator[Changes]:
+    yield from ({"num_experts": local * case.ep_size} for local in _below(case.experts_per_rank, 1))
+
+
+def _lower(key: str, least: int) -> Ladder:
+    return lambda case, _: ({key: value} for value in _below(getattr(case, key), least))
+
+
+def _plainer_routing(case: Case, _: Sequence[str]) -> Iterator[Changes]:
+    if case.routing != "uniform":
+        yield {"routing": "uniform"}
+
+
 def _below(value: int, least: int) -> list[int]:
-    """Return numbers below `value`, from `least` up: it, then those that each take half of the way left, value - 1."""
-    found, step = [], value - least
+    """Return numbers from `least` up to `value` - 1, lowest first: its doubles, and halves of the way to `value`."""
+    found, step = set(), value - least
     while step > 0:
-        found.append(value - step)
+        found.add(value - step)
         step //= 2
-    return found
+    doubles = takewhile(lambda number: number < value, (max(least, 1) << power for power in range(25)))
+    return sorted(found | set(doubles))
+
+
+_LADDERS: tuple[Ladder, ...] = (
+    _fewer_ranks,
+    _fewer_tokens,
+    _fewer_experts,
+    _lower("topk", 1),
+    _lower("hidden_size", 8),
+    _lower("intermediate_size", 1),
+    _lower("max_dispatch_tokens_per_rank", 1),
+    _lower("repeats", 1),
+    _plainer_routing,
+)

@@ -138,10 +138,23 @@ def load_layer(path: str) -> Layer:
         InvalidCase: neither of them.
 
     """
+    report = load_report(path)
+    if report is None:
+        return load_case_file(path)
+    values = {key: value for key, value in report.case.items() if key not in (*DERIVED_KEYS, "hash")}
+    return Layer(f"report:{path}", values)
+
+
+def load_report(path: str) -> Report | None:
+    """Return the report that a file holds, or None where it holds none, perhaps a case.
+
+    Raises:
+        InvalidCase: a report that cannot be read.
+
+    """
     if Path(path).suffix == ".json" and _is_report(Path(path)):
-        values = {key: value for key, value in read_report(path).case.items() if key not in (*DERIVED_KEYS, "hash")}
-        return Layer(f"report:{path}", values)
-    return load_case_file(path)
+        return read_report(path)
+    return None
 
 
 class _Probe(msgspec.Struct, frozen=True):

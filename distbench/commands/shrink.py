@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 
 from distbench.case import DERIVED_KEYS, Case
-from distbench.commands.options import add_case_options, add_folder, alone, one_case
+from distbench.commands.options import add_case_options, add_folder, alone, case_flags, one_case
 from distbench.locks import hold
 from distbench.report.console import print_error, print_plain, print_table
 from distbench.report.files import write_atomically
 from distbench.shrink import Shrunk, Step, shrink
 from distbench.suite import value_text
 from distbench.supervisor import preload_ranks
-from distbench.trials import Lab
+from distbench.trials import Lab, load_report
 
 _SHRUNK = "shrunk.json"
 
@@ -39,10 +39,11 @@ def add(commands: Any) -> None:
 def _shrink(options: argparse.Namespace) -> int:
     alone("shrink")
     case = one_case(options.case, options)
+    known = load_report(options.case) if not case_flags(options)[0].values else None
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):
         preload_ranks()
-        found = shrink(Lab(out), case, _tell)
+        found = shrink(Lab(out), case, _tell, known)
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in DERIVED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
     _print(case, found)
