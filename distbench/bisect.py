@@ -13,6 +13,7 @@ from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase
 from distbench.experts import make_selector
 from distbench.experts.pinned import pinned_table
+from distbench.injection import parse_inject
 from distbench.rates import Rate, trials_to_see
 from distbench.report.files import write_atomically
 from distbench.trials import Lab, possible, signature, varied
@@ -110,15 +111,38 @@ def blame(cures: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...
 
 def swaps_of(case: Case, folder: Path) -> list[Swap]:
     """Return the swaps that change `case` and leave one that makes sense, the most telling first."""
+
+    def without(*stages: str) -> dict[str, str]:
+        return {"inject": _faults_elsewhere(case, stages)}
+
     swaps = [
-        Swap("transport", "collective", {"transport": "collective"}),
-        Swap("experts", "reference", {"experts": "reference"}),
+        Swap("dispatch", "no fault injected there", without("dispatch")),
+        Swap("combine", "no fault injected there", without("combine")),
+        Swap("transport", "collective", {"transport": "collective"} | without("dispatch", "combine")),
+        Swap("experts", "reference", {"experts": "reference"} | without("experts")),
         *_pinned(case, folder / _PINNED),
-        Swap("limit", "off", {"limit": "off", "recv_bound": False}),
+        Swap("truncate", "limit off", {"limit": "off", "recv_bound": False} | without("truncate")),
+        Swap("gather", "no fault injected there", without("gather")),
         Swap("row order", "by source", {"slot_order": "source"}),
         Swap("dispatch dtype", "bf16", {"dispatch_dtype": "bf16"}),
     ]
+    if case.transport == "collective":
+        swaps = [swap for swap in swaps if swap.part != "transport"]
     return [swap for swap in swaps if case_hash(case) not in map(case_hash, _swapped(case, (swap,)))]
+
+
+def _faults_elsewhere(case: Case, stages: Sequence[str]) -> str:
+    """Return the injected faults whose stage is none of `stages`: what is put in a stage's place has not its faults."""
+    if not case.inject:
+        return ""
+    from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch
+
+    kept = []
+    for text, fault in zip(filter(str.strip, case.inject.split(";")), parse_inject(case.inject), strict=True):
+        known = FAULTS.get(fault.name)
+        if known is not None and fault.options.get("stage", known.stage) not in stages:
+            kept.append(text)
+    return ";".join(kept)
 
 
 def _pinned(case: Case, path: Path) -> list[Swap]:

@@ -55,7 +55,7 @@ class Campaign:
         """Run what is left and return the summary, which is also written to summary.json.
 
         Raises:
-            Interrupted: by SIGINT or SIGTERM, after summary.json was written.
+            Interrupted: by a signal, after summary.json was written.
 
         """
         with collect_signals() as signals:

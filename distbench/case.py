@@ -75,6 +75,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gather: Annotated[
         Literal["auto", "rows", "digests"], _help("what rank 0 compares: rows, 128-bit digests, or by size")
     ] = "auto"
+    until_failure: Annotated[bool, _help("end the repeats with the first one in which a bit differs")] = False
+    jitter: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=60_000)],
+        _help("milliseconds: each rank waits a seeded random time of up to so many before each stage"),
+    ] = 0.0
+    inject: Annotated[
+        str, _help("faults to inject, NAME[:key=value,...] joined by semicolons; `distbench selftest --list` has them")
+    ] = ""
     timeout: Annotated[Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take")] = 300.0
     stage_timeouts: Annotated[str, _help("other seconds for some stages, such as dispatch=5,experts=60")] = ""
 

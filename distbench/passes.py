@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import torch
@@ -35,6 +35,9 @@ from distbench.verify.stages import StageChecker
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
+if TYPE_CHECKING:
+    from distbench.faults.injector import Injector
+
 _REFERENCE_TOKENS = 4
 
 
@@ -46,6 +49,7 @@ class Parts(NamedTuple):
     weights: ExpertWeights
     transport: Transport
     experts: Experts
+    injector: Injector | None = None
 
 
 class Passes:
@@ -77,6 +81,8 @@ class Passes:
         """Run every arm `repeats` times. Collective."""
         question = self._question
         arms = arms_of(question.limit, question.case.policy, refused=question.refused)
+        if self._parts.injector is not None:
+            arms = {arm: self._parts.injector.around(cut) for arm, cut in arms.items()}
         settled = False
         for repeat in range(question.case.repeats):
             fresh: dict[str, Tensor] = {

@@ -26,6 +26,7 @@ from distbench.workload.routing import recv_counts
 _PROBED_TOKENS = 2
 
 
+@torch.inference_mode()
 def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> Outcome | None:
     """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
 
@@ -43,9 +44,9 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
 def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | None:
     session.crumbs.mark("agree")
     workload = workload_for(case, session.device)
-    batch = workload.tokens(session.rank)
+    batch, probe = _tokens_and_probe(workload, session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
-    counts = session.agree(case_hash(case), _probe(workload), sent)
+    counts = session.agree(case_hash(case), probe, sent)
     question = _question(case, counts)
     session.crumbs.mark("workload")
     parts = _build(session, case, workload, batch, counts)
@@ -57,6 +58,8 @@ def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | N
     record = passes.observation(stacked, digests)
     outputs = Outputs(tuple(passes.outputs), stacked, digests)
     gathered = gather(session.group, mode, case.tokens, record, outputs)
+    if parts.injector is not None:
+        parts.injector.leave()
     if gathered is None:
         return None
     judgement = judge(question, gathered)
@@ -85,11 +88,16 @@ def workload_for(case: Case, device: torch.device) -> Workload:
     )
 
 
-def _probe(workload: Workload) -> Tensor:
-    """Return digests, int64, of some tokens that every rank makes alike if its arithmetic is that of the others."""
-    index = torch.arange(_PROBED_TOKENS, device=workload.device)
-    probed = workload.token_rows(torch.zeros_like(index), index)
-    return torch.cat([row_digests(part) for part in probed if part is not None]).flatten()
+def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:
+    """Return the rank's tokens, and digests int64 of some that every rank makes alike if it computes as the others."""
+    count = workload.tokens_per_rank[rank]
+    probed = torch.arange(_PROBED_TOKENS, device=workload.device)
+    ranks = torch.cat([probed.new_full((count,), rank), torch.zeros_like(probed)])
+    rows = workload.token_rows(ranks, torch.cat([torch.arange(count, device=workload.device), probed]))
+    scales = None if rows.scales is None else rows.scales[:count]
+    mine = TokenBatch(rows.hidden[:count], scales, rows.weights[:count], rows.ids[:count])
+    shared = [part[count:].contiguous().view(torch.uint8) for part in rows if part is not None]
+    return mine, row_digests(torch.cat(shared, dim=1)).flatten()
 
 
 def _question(case: Case, counts: Tensor) -> Question:
@@ -104,10 +112,18 @@ def _question(case: Case, counts: Tensor) -> Question:
 def _build(session: Session, case: Case, workload: Workload, batch: TokenBatch, counts: Tensor) -> Parts:
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
-    return Parts(
+    parts = Parts(
         workload=workload,
         batch=batch,
         weights=ExpertWeights(*workload.local_weights(session.rank), mask),
         transport=make_transport(session, case, counts, batch),
         experts=make_experts(case),
     )
+    return _inject(session, case, parts) if case.inject else parts
+
+
+def _inject(session: Session, case: Case, parts: Parts) -> Parts:
+    from distbench.faults.injector import Injector  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
+
+    injector = Injector(session, case, parts.transport, parts.experts)
+    return parts._replace(transport=injector.transport, experts=injector.experts, injector=injector)

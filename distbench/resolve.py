@@ -14,6 +14,7 @@ import msgspec
 
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
 from distbench.errors import InvalidCase
+from distbench.injection import parse_inject
 from distbench.limits import parse_limit
 from distbench.models import PRESETS
 from distbench.stage_limits import parse_stage_timeouts
@@ -164,6 +165,7 @@ def _normalise(values: dict[str, Any]) -> None:
     values["tokens"] = spread_tokens(values["tokens"], values["ep_size"])
     values["limit"] = parse_limit(values["limit"])
     values["timeout"] = float(values["timeout"])
+    values["jitter"] = float(values["jitter"])
     values["kernel_table_sha256"] = _table_digest(values["kernel_table"])
 
 
@@ -179,6 +181,7 @@ def _table_digest(path: str) -> str:
 
 def _check_fit(case: Case) -> None:
     parse_stage_timeouts(case.stage_timeouts)
+    parse_inject(case.inject)
     if len(case.tokens) != case.ep_size:
         message = (
             f"tokens: {len(case.tokens)} numbers for {case.ep_size} ranks; give one number or {case.ep_size} of them"

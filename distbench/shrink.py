@@ -10,6 +10,7 @@ import msgspec
 
 from distbench.case import Case
 from distbench.errors import InvalidCase, Verdict
+from distbench.injection import Injection, parse_inject
 from distbench.report.document import Report
 from distbench.trials import Lab, Signature, possible, signature, varied
 from distbench.workload.kinds import parse_routing
@@ -141,7 +142,16 @@ def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
         "ep_size": ranks,
         "tokens": tuple(min(count, tokens) for count in case.tokens[:ranks]),
         "routing": str(routing),
+        "inject": ";".join(_placed(fault, ranks) for fault in parse_inject(case.inject)),
     }
+
+
+def _placed(fault: Injection, ranks: int) -> str:
+    """Return an injected fault, one on a rank that is gone on the last that is left: it means any one rank."""
+    options = dict(fault.options)
+    if options.get("rank", "").isdigit():
+        options["rank"] = str(min(int(options["rank"]), ranks - 1))
+    return fault.name + ":" * bool(options) + ",".join(f"{key}={value}" for key, value in options.items())
 
 
 def _limits(case: Case, report: Report) -> list[str]:

@@ -39,7 +39,8 @@ def stage_limit(case: Case, stage: str) -> float:
     The size is the worst case: all tokens of all ranks on one.
     """
     given = parse_stage_timeouts(case.stage_timeouts)
-    return given[stage] if stage in given else case.timeout + _work_seconds(case, stage)
+    allowed = given[stage] if stage in given else case.timeout + _work_seconds(case, stage)
+    return allowed + case.jitter / 1000
 
 
 def _work_seconds(case: Case, stage: str) -> float:

@@ -25,6 +25,10 @@ from distbench.job import Job, ranks_folder
 from distbench.postmortem import Ending, Exit, explain_fault, positions
 from distbench.process import is_alive
 
+# Ctrl-C, a scheduler that takes the node back, a terminal that was closed.
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+
 _MONITOR_S = 0.1
 _TICK_S = 0.1
 # A rank that is gone is left to the agent for so long; a stopped peer would keep the agent waiting for 30 s.
@@ -44,13 +48,14 @@ class Interrupted(Exception):
 def preload_ranks() -> None:
     """Begin to import torch in the process that ranks are forked from, while this one goes on.
 
-    A terminal's Ctrl-C reaches that process too, and is for this one to act upon.
+    A terminal's Ctrl-C, and its end, reach that process too, and are for this one to act upon.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker"])
-    resource_tracker.ensure_running()  # on its own, since it would unblock SIGINT again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL_SIGNALS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL_SIGNALS)  # once more: that has unblocked SIGINT
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -62,7 +67,7 @@ def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int]) -> End
     `tick` is called about ten times a second. `signals` is what `collect_signals` yields.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM; no rank is left.
+        Interrupted: one of ENDING_SIGNALS; no rank is left.
 
     """
     _clear(Path(job.out))
@@ -96,7 +101,8 @@ def start_rank(job: Job) -> int:
     """Enter a rank's process; everything heavy is loaded there, not in the process that watches."""
     from distbench.worker import work  # noqa: PLC0415
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _TERMINAL_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     return work(job)
 
 
@@ -172,13 +178,17 @@ class _Watch:
 
 @contextlib.contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; yields the list that they go to."""
+    """Collect ENDING_SIGNALS instead of dying of them; yields the list that they go to. nohup keeps its meaning."""
     received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, note)
     try:
         yield received
     finally:

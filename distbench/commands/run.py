@@ -58,8 +58,8 @@ def _run(options: argparse.Namespace) -> int:
         _forget(Path(options.out), paths)
         return work(Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False))
     check_memory([resolved.case])
-    print_start(resolved.case)
     with hold(Path(options.out), (), options.lock_timeout):
+        print_start(resolved.case)
         _forget(Path(options.out), paths)
         campaign((entry,), options, Progress(1, quiet=True), paths)
         report = read_report(paths[0])

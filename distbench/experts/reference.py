@@ -38,11 +38,14 @@ class ReferenceExperts:
         self._calls = 0
         self._output: Tensor | None = None
         self._written = 0
-        self._known: tuple[tuple[int, ...], _Weights, _Weights] | None = None
+        self._widened: dict[int, _Weights] = {}
+        self._choices: dict[int, KernelChoice] = {}
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
-        return self._selector.choose(rows)
+        if rows not in self._choices:
+            self._choices[rows] = self._selector.choose(rows)
+        return self._choices[rows]
 
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
         self,
@@ -91,7 +94,7 @@ class ReferenceExperts:
         choice: KernelChoice,
     ) -> Tensor:
         live, topk = ids.shape
-        first, second = self._widened(w1, w2)
+        first, second = self._widen(1, w1), self._widen(2, w2)
         local = local_experts(ids, expert_mask).flatten()
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
         hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
@@ -103,12 +106,12 @@ class ReferenceExperts:
             routed[group.routes.flatten()] = (result * weight).flatten(0, 1)
         return routed[:-1].view(live, topk, -1)
 
-    def _widened(self, w1: Tensor, w2: Tensor) -> tuple[_Weights, _Weights]:
-        """Return the weights for `blocked_product`, made anew only when they have changed."""
-        key = (w1.data_ptr(), w1._version, w2.data_ptr(), w2._version)  # noqa: SLF001 - torch counts changes there
-        if self._known is None or self._known[0] != key:
-            self._known = (key, _Weights(w1), _Weights(w2))
-        return self._known[1:]
+    def _widen(self, stage: int, weights: Tensor) -> _Weights:
+        """Return a stage's weights for `blocked_product`, made anew only when a bit of them has changed."""
+        known = self._widened.get(stage)
+        if known is None or not known.are(weights):
+            known = self._widened[stage] = _Weights(weights)
+        return known
 
     @staticmethod
     def _stage1(hidden: Tensor, w1: _Weights, experts: Tensor, choice: KernelChoice) -> Tensor:
@@ -194,6 +197,12 @@ class _Weights:
         self._weights = weights
         few = weights.numel() * 8 <= _WIDE_BYTES
         self._wide = weights.double() if few else None
+        self._bits = weights.view(torch.int16).clone() if few else None
+
+    def are(self, weights: Tensor) -> bool:
+        """Whether `weights` may go by these: the same tensor, and where it was widened, still the same bits."""
+        same = weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
+        return same and (self._bits is None or torch.equal(self._bits, weights.view(torch.int16)))
 
     def block(self, experts: Tensor, columns: slice) -> Tensor:
         """Return float64 [g, N, columns] of `experts`."""

@@ -31,11 +31,29 @@ class Geometry(NamedTuple):
     counts: Tensor
 
 
-class _Plan(NamedTuple):
-    """What one dispatch did, until its combine: sent rows in order of (destination, token)."""
+class _Route(NamedTuple):
+    """What follows from a rank's ids [n, k]: rows sent, in order of (destination, token), and where each comes back.
 
+    tokens [s]: the token of each row. position [n, W]: the row that went to a rank, s where none did.
+    """
+
+    ids: Tensor
     tokens: Tensor
     position: Tensor
+
+
+class _Slots(NamedTuple):
+    """Which returned row each top-k slot adds, int64 [n, k], and whether it counts: one slot for each rank does."""
+
+    ids: Tensor
+    rows: Tensor
+    counted: Tensor
+
+
+class _Plan(NamedTuple):
+    """What one dispatch did, until its combine."""
+
+    route: _Route
     slots: Tensor
     sources: Tensor
 
@@ -64,6 +82,8 @@ class CollectiveTransport:
         self._shuffled = shuffled
         self._calls = 0
         self._written = 0
+        self._route: _Route | None = None
+        self._adding: _Slots | None = None
         self._plan: _Plan | None = None
         self._received = self._allocate(like)
         self._fields = self._lay_out()
@@ -77,19 +97,12 @@ class CollectiveTransport:
 
         """
         geometry = self._geometry
-        going = destinations(batch.ids, geometry.num_experts // geometry.ep_size, geometry.ep_size).t()
-        self._check_counts(going.sum(1).cpu())
-        tokens = going.nonzero()[:, 1]
+        route = self._route = self._route_of(batch.ids)
         total = int(geometry.counts[:, geometry.rank].sum())
-        outgoing = self._pack(batch, tokens)
+        outgoing = self._pack(batch, route.tokens)
         incoming = outgoing.new_empty(total, self._row_bytes)
         self._exchange(incoming, outgoing, to_experts=True)
-        self._plan = _Plan(
-            tokens=tokens,
-            position=torch.where(going, going.flatten().cumsum(0).view_as(going) - 1, tokens.numel()).t().contiguous(),
-            slots=self._slots(total, incoming.device),
-            sources=self._sources_of(incoming),
-        )
+        self._plan = _Plan(route=route, slots=self._slots(total, incoming.device), sources=self._sources_of(incoming))
         self._unpack(incoming, self._plan.slots)
         self._calls += 1
         return self._received._replace(total_recv=self._received.total_recv.fill_(total))
@@ -98,9 +111,9 @@ class CollectiveTransport:
         """See `Transport.combine`; a row past the end of `expert_out` comes back as poison."""
         plan = self._take_plan(ids)
         outgoing = _rows_or_poison(expert_out, plan.slots)
-        incoming = outgoing.new_empty(plan.tokens.numel(), expert_out.shape[1])
+        incoming = outgoing.new_empty(plan.route.tokens.numel(), expert_out.shape[1])
         self._exchange(incoming.view(torch.uint8), outgoing.view(torch.uint8), to_experts=False)
-        return self._sum_slots(torch.cat([incoming, _poison_row(expert_out)]), plan.position, ids)
+        return self._sum_slots(torch.cat([incoming, _poison_row(expert_out)]), self._slots_of(ids, plan.route))
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -133,6 +146,17 @@ class CollectiveTransport:
                 fields.append(_Field(buffer.view(torch.uint8), start, stop))
                 start = stop
         return fields
+
+    def _route_of(self, ids: Tensor) -> _Route:
+        if self._route is not None and torch.equal(self._route.ids, ids):
+            return self._route
+        geometry = self._geometry
+        going = destinations(ids, geometry.num_experts // geometry.ep_size, geometry.ep_size).t()
+        self._check_counts(going.sum(1).cpu())
+        tokens = going.nonzero()[:, 1]
+        position = torch.where(going, going.flatten().cumsum(0).view_as(going) - 1, tokens.numel()).t().contiguous()
+        self._adding = None
+        return _Route(ids.clone(), tokens, position)
 
     def _check_counts(self, asked: Tensor) -> None:
         agreed = self._geometry.counts[self._geometry.rank]
@@ -180,26 +204,33 @@ class CollectiveTransport:
         if plan is None:
             message = "combine() was called with no dispatch under way; the two strictly alternate"
             raise DistbenchError(message)
-        if ids.shape[0] != plan.position.shape[0]:
+        if ids.shape[0] != plan.route.ids.shape[0]:
             message = (
-                f"combine: ids have {ids.shape[0]} rows, this rank dispatched {plan.position.shape[0]} tokens; "
+                f"combine: ids have {ids.shape[0]} rows, this rank dispatched {plan.route.ids.shape[0]} tokens; "
                 "pass the rank's own routing, not the ids that dispatch returned"
             )
             raise DistbenchError(message)
         return plan
 
-    def _sum_slots(self, rows: Tensor, position: Tensor, ids: Tensor) -> Tensor:
+    def _slots_of(self, ids: Tensor, route: _Route) -> _Slots:
+        if self._adding is not None and torch.equal(self._adding.ids, ids):
+            return self._adding
         geometry = self._geometry
         owner = ids.long().div(geometry.num_experts // geometry.ep_size, rounding_mode="floor")
         valid = (ids >= 0) & (owner < geometry.ep_size)
         earlier = (owner.unsqueeze(2) == owner.unsqueeze(1)).tril(-1).any(2)
-        counted = (valid & ~earlier).unsqueeze(2)
-        index = position.gather(1, owner.clamp(0, geometry.ep_size - 1))
-        total = rows.new_zeros(ids.shape[0], rows.shape[1], dtype=torch.float32)
-        step = max(_SUM_BYTES // (ids.shape[1] * rows.shape[1] * 4), 1)
-        for start in range(0, ids.shape[0], step):
+        rows = route.position.gather(1, owner.clamp(0, geometry.ep_size - 1))
+        self._adding = _Slots(ids.clone(), rows, (valid & ~earlier).unsqueeze(2))
+        return self._adding
+
+    @staticmethod
+    def _sum_slots(rows: Tensor, slots: _Slots) -> Tensor:
+        tokens, topk = slots.rows.shape
+        total = rows.new_zeros(tokens, rows.shape[1], dtype=torch.float32)
+        step = max(_SUM_BYTES // (topk * rows.shape[1] * 4), 1)
+        for start in range(0, tokens, step):
             part = slice(start, start + step)
-            taken = rows[index[part]].float().masked_fill_(~counted[part], 0.0)
+            taken = rows[slots.rows[part]].float().masked_fill_(~slots.counted[part], 0.0)
             for slot in taken.unbind(1):
                 total[part] += slot
         return total.to(rows.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from functools import lru_cache
 
 import torch
@@ -65,7 +66,7 @@ def row_digests(rows: Tensor) -> Tensor:
 def tensor_digest(digests: Tensor) -> str:
     """Return one digest, 32 hex digits, of rows and their order, from the rows' own digests int64 [n, 2]."""
     content = digests.cpu().flatten().tolist()
-    return hashlib.sha256(b"".join(value.to_bytes(8, "little", signed=True) for value in content)).hexdigest()[:32]
+    return hashlib.sha256(struct.pack(f"<{len(content)}q", *content)).hexdigest()[:32]
 
 
 @lru_cache(maxsize=8)

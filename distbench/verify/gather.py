@@ -28,6 +28,7 @@ from distbench.verify.records import (
 ROUND_BYTES = 16 << 20
 ROWS_UP_TO_BYTES = 64 << 20
 FETCHED_TOKENS = 4
+_RECORD_BYTES = 4 << 10
 
 Mode = Literal["rows", "digests"]
 
@@ -122,17 +123,25 @@ class _Reader:
 
 
 def _gather_records(group: dist.ProcessGroup, observation: Observation, device: torch.device) -> list[Observation]:
-    """Return all ranks' records on rank 0, nothing elsewhere."""
-    content = bytearray(msgspec.json.encode(observation))
-    sizes = _gathered(group, torch.tensor([len(content)], device=device))
-    longest = torch.stack(sizes).max() if sizes else torch.zeros((), dtype=torch.int64, device=device)
-    dist.broadcast(longest, group=group, group_src=0)
-    padded = torch.frombuffer(content + bytes(int(longest) - len(content)), dtype=torch.uint8).to(device)
+    """Return all ranks' records on rank 0, nothing elsewhere.
+
+    A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows.
+    """
+    content = msgspec.json.encode(observation)
+    framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8).to(device)
+    head, rest = framed[:_RECORD_BYTES], framed[_RECORD_BYTES:]
+    heads = _gathered(group, torch.cat([head, head.new_zeros(_RECORD_BYTES - head.numel())]))
+    if rest.numel() and dist.get_rank(group) != 0:
+        dist.send(rest, group=group, group_dst=0)
     records = []
-    for size, raw in zip(sizes, _gathered(group, padded), strict=True):
-        host = bytearray(int(longest))
-        torch.frombuffer(host, dtype=torch.uint8).copy_(raw)
-        records.append(msgspec.json.decode(memoryview(host)[: int(size)], type=Observation))
+    for rank, raw in enumerate(heads):
+        size = 8 + int.from_bytes(raw[:8].tolist(), "little")
+        tail = rest if rank == 0 else raw.new_empty(max(size - _RECORD_BYTES, 0))
+        if tail.numel() and rank != 0:
+            dist.recv(tail, group=group, group_src=rank)
+        host = bytearray(raw.numel() + tail.numel())
+        torch.frombuffer(host, dtype=torch.uint8).copy_(torch.cat([raw, tail]))
+        records.append(msgspec.json.decode(memoryview(host)[8:size], type=Observation))
     return records
 
 

@@ -19,6 +19,7 @@ Device = torch.device | str
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INDEX_BITS = 24
 _COUNT_BITS = 31
+_ALL_64 = (1 << 64) - 1
 
 
 def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
@@ -29,8 +30,11 @@ def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) ->
     """
     row_key, column_key = _stream_keys(seed, tensor)
     first, second = _row_keys(rows.to(device) ^ row_key).view(torch.int32).view(-1, 2, 1).unbind(1)
-    across = torch.arange(columns, dtype=torch.int32, device=device) * _GOLDEN + column_key
-    values = first ^ across
+    return _mix((_steps(columns, torch.device(device)) + column_key) ^ first, second)
+
+
+def _mix(values: Tensor, second: Tensor | int) -> Tensor:
+    """Mix int32 `values` in place by lowbias32, a second key added in the middle."""
     _fold(values, 16, 32)
     values *= 0x7FEB352D
     values += second
@@ -60,8 +64,23 @@ def smallest(keys: Tensor, count: int) -> Tensor:
 
 def shuffle(seed: int, name: str, row: int, count: int, device: Device) -> Tensor:
     """Return a permutation of `count` numbers, int64 [count]: row `row` of the stream `name`."""
-    keys = positive_words(seed, name, torch.tensor([row]), count, device).flatten()
-    return ((keys << _COUNT_BITS) | torch.arange(count, device=device)).argsort()
+    row_key, column_key = _stream_keys(seed, name)
+    second, first = divmod(_mixed_row(row ^ row_key), 1 << 32)
+    values = _steps(count, torch.device(device)) + column_key
+    values ^= _signed(first, 32)
+    keys = _mix(values, _signed(second, 32)).long()
+    keys &= 0xFFFF_FFFF
+    keys <<= _COUNT_BITS
+    keys |= torch.arange(count, device=device)
+    return keys.argsort()
+
+
+def _mixed_row(row: int) -> int:
+    """Mix one row's number as `_row_keys` does: 64 bits, unsigned."""
+    row &= _ALL_64
+    row = (row ^ (row >> 30)) * 0xBF58476D1CE4E5B9 & _ALL_64
+    row = (row ^ (row >> 27)) * 0x94D049BB133111EB & _ALL_64
+    return row ^ (row >> 31)
 
 
 def _row_keys(rows: Tensor) -> Tensor:
@@ -82,6 +101,12 @@ def _fold(values: Tensor, shift: int, width: int) -> Tensor:
 
 def _signed(word: int, width: int) -> int:
     return word - (1 << width) if word >> (width - 1) else word
+
+
+@lru_cache(maxsize=16)
+def _steps(columns: int, device: torch.device) -> Tensor:
+    """Multiples of the golden ratio, which spread neighbouring columns: int32 [columns]."""
+    return torch.arange(columns, dtype=torch.int32, device=device) * _GOLDEN
 
 
 @lru_cache(maxsize=1024)

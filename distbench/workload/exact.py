@@ -26,6 +26,7 @@ GUARD_VALUE = 1.75
 GUARD_GATE, GUARD_UP = 64.0, 7.0
 
 _CHUNK_ELEMENTS = 4 << 20
+_KEPT_BYTES = 4 << 20
 
 
 class Patterns(NamedTuple):
@@ -44,8 +45,19 @@ def expert_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     """Return the entries of `experts`, global ids int64 [e] on the device of the result.
 
     Entries of a row are distinct. An expert (or where it has too few rows, some experts in a sequence together) reads
-    all columns, and all live rows.
+    all columns, and all live rows. Those of a small layer are made once for all its experts.
     """
+    if plan.num_experts * plan.entries * 4 <= _KEPT_BYTES:
+        return Patterns(*(part.index_select(0, experts) for part in _all_patterns(plan, seed, experts.device)))
+    return _make_patterns(plan, seed, experts)
+
+
+@lru_cache(maxsize=1)
+def _all_patterns(plan: ExactPlan, seed: int, device: torch.device) -> Patterns:
+    return _make_patterns(plan, seed, torch.arange(plan.num_experts, device=device))
+
+
+def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     live, hidden = plan.live_rows, plan.hidden_size
     gate = _spread(seed, "gate", experts, _Grid(live, 1, plan.gate_columns)).squeeze(1) + 1
     up = _spread(seed, "up", experts, _Grid(live, plan.up_entries, plan.up_columns))

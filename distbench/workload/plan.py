@@ -32,6 +32,7 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int
     intermediate_size: int
     topk: int
+    num_experts: int
     gate_columns: int
     up_entries: int
     down_entries: int
@@ -49,6 +50,11 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Hidden columns that up rows may read: neither column 0, nor those of the gate, nor guards."""
         guards = self.hidden_size // BLOCK if self.guard_columns else 0
         return self.hidden_size - 1 - self.gate_columns - guards
+
+    @property
+    def entries(self) -> int:
+        """Entries of one expert beside the gate's fixed ones."""
+        return self.live_rows * (1 + self.up_entries) + self.hidden_size * self.down_entries
 
     @property
     def live_rows(self) -> int:
@@ -77,6 +83,7 @@ def plan_exact(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
             topk=topk,
+            num_experts=num_experts,
             gate_columns=min(_MAX_GATE_COLUMNS, hidden_size // 4, live_rows),
             up_entries=up_entries,
             down_entries=min(_MAX_DOWN_ENTRIES, _entry_budget(topk, weight_ratio) // up_entries, live_rows),

@@ -47,15 +47,15 @@ def links(folder: Path) -> list[str]:
 
 
 def interrupt(bench: Bench, number: int) -> float:
-    """Send SIGINT as a terminal does, to all, or SIGTERM as `kill` does, to one; return the time."""
-    if number == signal.SIGINT:
+    """Send SIGINT or SIGHUP as a terminal does, to all, or SIGTERM as `kill` does, to one; return the time."""
+    if number in (signal.SIGINT, signal.SIGHUP):
         os.killpg(bench.process.pid, number)
     else:
         bench.process.send_signal(number)
     return time.monotonic()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_midst_leaves_nothing_but_results(tmp_path: Path, scratch: Path, number: int) -> None:
     before = shared_memory()
     suite = write_suite(tmp_path / "suite.json", range(CASES))
@@ -130,3 +130,17 @@ def test_ctrl_c_while_waiting_for_the_folder(tmp_path: Path) -> None:
             assert bench.finish() == 130
     assert bench.stderr.splitlines()[-1].startswith("distbench: INTERRUPTED: ")
     assert "Traceback" not in bench.stderr
+
+
+def test_nohup_lets_a_suite_outlive_its_terminal(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(20))
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        bench = Bench(tmp_path / "out", "suite", suite, "--nproc=2")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    with bench:
+        assert wait_until(lambda: bool(bench.reports), 60)
+        interrupt(bench, signal.SIGHUP)
+        assert bench.finish() == 0
+    assert len(bench.reports) == 20

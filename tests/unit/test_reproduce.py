@@ -56,7 +56,7 @@ BASE = tiny_case(transport="mori", experts="aiter", dispatch_dtype="fp8", limit=
 PARTS: dict[str, Callable[[Case], bool]] = {
     "transport": lambda case: case.transport == "mori",
     "experts": lambda case: case.experts == "aiter",
-    "limit": lambda case: case.limit != "off",
+    "truncate": lambda case: case.limit != "off",
     "row order": lambda case: case.slot_order == "shuffled",
     "dispatch dtype": lambda case: case.dispatch_dtype == "fp8",
 }
@@ -74,17 +74,17 @@ def test_a_kernel_that_only_the_cut_selects_is_named(tmp_path: Path) -> None:
     case = tiny_case(limit="48", kernel_table="tests/data/splitk.csv")
     found = bisect(lab(lambda case: case.limit != "off" and "splitk" in case.kernel_table), case, tmp_path)
     assert found.guilty == ("kernel",)
-    assert found.needs == ("limit",)
+    assert found.needs == ("truncate",)
 
 
 def test_what_a_guilty_part_needs_to_show_is_said(tmp_path: Path) -> None:
-    found = bisect(lab(lambda case: PARTS["experts"](case) and PARTS["limit"](case)), BASE, tmp_path)
+    found = bisect(lab(lambda case: PARTS["experts"](case) and PARTS["truncate"](case)), BASE, tmp_path)
     assert found.guilty == ("experts",)
-    assert found.needs == ("limit",)
-    assert "shows only with this limit" in found.verdict
+    assert found.needs == ("truncate",)
+    assert "shows only with this truncate" in found.verdict
 
 
-@pytest.mark.parametrize("pair", [("transport", "experts"), ("experts", "limit"), ("limit", "dispatch dtype")])
+@pytest.mark.parametrize("pair", [("transport", "experts"), ("experts", "truncate"), ("truncate", "dispatch dtype")])
 def test_two_faults_are_named_as_a_pair(pair: tuple[str, str], tmp_path: Path) -> None:
     found = bisect(lab(lambda case: any(PARTS[part](case) for part in pair)), BASE, tmp_path)
     assert found.guilty == pair

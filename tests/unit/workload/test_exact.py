@@ -220,7 +220,7 @@ def test_values_never_change(device: str) -> None:
     experts = torch.tensor([2, 7], device=device)
     found = []
     for shape in SHAPES:
-        plan = plan_of(shape)
+        plan = msgspec.structs.replace(plan_of(shape), num_experts=8)
         inputs = hidden_states(plan, 1, keys), routing_weights(plan, 1, keys)
         found.append(digest(*inputs, *dense_weights(plan, 1, experts)))
     assert found == [

@@ -1,0 +1,135 @@
+"""What a fault is: a short piece of damage at one boundary of one stage, and where it takes effect."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.breadcrumbs import ARMS, Breadcrumbs
+from distbench.case import Case
+from distbench.errors import InvalidCase
+from distbench.injection import Injection
+from distbench.transport.base import Dispatched
+from distbench.truncation import ExpertInput
+
+EVERYWHERE = "all"
+
+
+class Scene(NamedTuple):
+    """Where a fault finds itself: `sources` gives (source rank, source token) of the rows received last."""
+
+    rank: int
+    case: Case
+    crumbs: Breadcrumbs
+    sources: Callable[[], Tensor]
+
+
+class Fault:
+    """Does nothing at any boundary; each fault overrides one or two of them. `hits` counts what it has changed.
+
+    The class's docstring says what goes wrong. `bug` names the public reports that it stands for, `stage` the first
+    stage that is wrong. `verdict` is empty where it follows from the arm: BASELINE_WRONG in the padded one, else
+    CORRUPT. `options` are its own keys with their defaults, beside `rank` and `arm`; `shape` are case keys without
+    which it has no effect.
+    """
+
+    name: ClassVar[str]
+    bug: ClassVar[str]
+    stage: ClassVar[str]
+    verdict: ClassVar[str] = ""
+    arm: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, Any]] = {}
+    shape: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, scene: Scene, injection: Injection) -> None:
+        """Take effect as `injection` says.
+
+        Raises:
+            InvalidCase: an option that the fault does not have, or a value that it cannot have.
+
+        """
+        self.scene = scene
+        self.hits = 0
+        self._visits = 0
+        defaults = {"rank": str(min(1, scene.case.ep_size - 1)), "arm": self.arm} | dict(self.options)
+        self.chosen = {
+            key: _typed(self.name, key, injection.options.get(key), value) for key, value in defaults.items()
+        }
+        unknown = injection.options.keys() - defaults.keys()
+        if unknown:
+            message = f"inject = {self.name}: no option {min(unknown)!r}; allowed are {', '.join(defaults)}"
+            raise InvalidCase(message)
+        self._check_place()
+
+    @property
+    def active(self) -> bool:
+        """Whether it takes effect on this rank, in the arm that is under way."""
+        rank, arm = self.chosen["rank"], self.chosen["arm"]
+        here = rank == EVERYWHERE or int(rank) == self.scene.rank
+        return here and arm in ("", self.scene.crumbs.arm)
+
+    def random(self, count: int) -> Tensor:
+        """Return uniform numbers float64 [count]: others in each call, the same in each run of the case."""
+        self._visits += 1
+        case = self.scene.case
+        text = f"{case.seed}/{self.name}/{self.scene.rank}/{self.scene.crumbs.arm}/{self._visits}"
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+        return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+    def pick(self, count: int) -> int:
+        """Return one of `count` numbers, and count a hit."""
+        self.hits += 1
+        return int(self.random(1) * count)
+
+    def enter(self, stage: str) -> None:
+        """Be there when the rank begins a stage."""
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Damage what dispatch gives."""
+        return dispatched
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Damage the cut."""
+        return given
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Damage what the experts make of their arguments."""
+        return given
+
+    def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
+        """Damage what the experts give."""
+        return rows
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Damage what combine is given."""
+        return rows, ids
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Damage what combine gives."""
+        return tokens
+
+    def leave(self) -> None:
+        """Be there after the last barrier of the case."""
+
+    def _check_place(self) -> None:
+        rank, arm, ranks = self.chosen["rank"], self.chosen["arm"], self.scene.case.ep_size
+        if rank != EVERYWHERE and not (rank.isdigit() and int(rank) < ranks):
+            message = f"inject = {self.name}: rank = {rank!r:.40}; allowed are 0 to {ranks - 1}, or {EVERYWHERE}"
+            raise InvalidCase(message)
+        if arm not in ARMS:
+            message = f"inject = {self.name}: arm = {arm!r:.40}; allowed are {', '.join(ARMS[1:])}"
+            raise InvalidCase(message)
+
+
+def _typed(name: str, key: str, text: str | None, default: Any) -> Any:
+    if text is None:
+        return default
+    try:
+        return type(default)(text)
+    except ValueError as error:
+        message = f"inject = {name}: {key} = {text!r:.40}; allowed is a number such as {default}"
+        raise InvalidCase(message) from error

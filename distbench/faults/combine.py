@@ -1,0 +1,190 @@
+"""Faults of combine: what it is given, how it sums, and what becomes of its output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distbench.faults.base import Fault
+from distbench.faults.dispatch import flip
+from distbench.transport.base import Dispatched
+
+_FP8_MAX = 448.0
+
+
+class TokenBit(Fault):
+    """One bit of one token's result is wrong, on one rank only."""
+
+    name, stage = "flipped-token-bit", "combine"
+    bug = "legacy-rocm-build 6565: a rank other than 0 is wrong, and a verdict of rank 0 alone says all is right"
+    options = {"bit": -1}
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Flip bit `bit` of a token, or a random one where it is negative."""
+        if tokens.shape[0]:
+            bit = self.chosen["bit"]
+            flip(tokens, self.pick(tokens.shape[0]), bit if bit >= 0 else int(self.random(1) * tokens.shape[1] * 16))
+        return tokens
+
+
+class CorruptTokens(Fault):
+    """Every token is wrong with a small probability, each time anew."""
+
+    name, stage = "corrupt-tokens", "combine"
+    bug = "mori 475 (0.5 to 2 % of tokens), mori 610 (a rare residue that grows with repeats)"
+    options = {"rate": 0.02}
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Flip the sign of a random column of each token that is hit."""
+        struck = (self.random(tokens.shape[0]) < self.chosen["rate"]).nonzero().flatten()
+        if struck.numel():
+            self.hits += struck.numel()
+            columns = (self.random(struck.numel()) * tokens.shape[1]).long()
+            tokens.view(torch.int16)[struck, columns] ^= -0x8000
+        return tokens
+
+
+class DispatchedIds(Fault):
+    """Combine is given the ids that dispatch returned in the place of the rank's own."""
+
+    name, stage = "dispatched-ids", "combine"
+    bug = "mori 475, 546, vllm 43068: dispatch's returned ids passed to combine, of the right shape"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Remember the ids."""
+        self._ids = dispatched.ids[: int(dispatched.total_recv)].clone()
+        return dispatched
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass as many of them as there are tokens."""
+        if not len(self._ids):
+            return rows, ids
+        wrong = self._ids[torch.arange(len(ids), device=ids.device) % len(self._ids)]
+        self.hits += int((wrong != ids).any(1).sum())
+        return rows, wrong
+
+
+class NaNTail(Fault):
+    """Combine reads rows past total_recv, which nobody wrote."""
+
+    name, stage = "nan-tail", "combine"
+    bug = "aiter 3677, vllm PR 53261: NaN of padding rows reaches real tokens"
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Read half of the rows from the tail, which holds NaN."""
+        live = min(len(self.scene.sources()), len(rows))
+        count = -(-live // 2)
+        self.hits += count
+        rows[:count] = float("nan")
+        return rows, ids
+
+
+class OutputReused(Fault):
+    """The next phase writes its rows into the output while this rank has not read it."""
+
+    name, stage = "output-reused", "combine"
+    bug = "mori 93: output buffers reused across phases, a rank that is behind reads the next call's"
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember the rows that go out."""
+        self._rows = rows[: len(self.scene.sources())].clone()
+        return rows, ids
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Write them over the first tokens."""
+        count = min(len(self._rows), len(tokens) // 2)
+        before = tokens[:count].clone()
+        tokens[:count] = self._rows[:count]
+        self.hits += int((before.view(torch.int16) != tokens[:count].view(torch.int16)).any(1).sum())
+        return tokens
+
+
+class LocalOnly(Fault):
+    """Communication is skipped: only the experts of the token's own rank contribute."""
+
+    name, stage = "communication-skipped", "combine"
+    bug = "vllm 37529: MoRI silently skipped, seven eighths of the contributions lost"
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember what this rank computed of its own tokens."""
+        sources = self.scene.sources()
+        slots = (sources[:, 0] == self.scene.rank).nonzero().flatten()
+        self._tokens, self._rows = sources[slots, 1], rows[slots].clone()
+        return rows, ids
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Keep nothing else."""
+        only = torch.zeros_like(tokens)
+        only[self._tokens] = self._rows
+        self.hits += int((only.view(torch.int16) != tokens.view(torch.int16)).any(1).sum())
+        return tokens.copy_(only)
+
+
+class ShareLost(Fault):
+    """What this rank's experts contribute does not arrive."""
+
+    name, stage = "share-lost", "combine"
+    bug = "mori 507: with an odd number of blocks, rows are dropped on the way"
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Send zeros."""
+        live = len(self.scene.sources())
+        self.hits += live
+        rows[:live] = 0
+        return rows, ids
+
+
+class ShareDoubled(Fault):
+    """What this rank's experts contribute counts twice."""
+
+    name, stage = "share-doubled", "combine"
+    bug = "aiter 3997: an atomic add onto a buffer that holds the result already"
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Send twice the rows."""
+        live = len(self.scene.sources())
+        self.hits += live
+        rows[:live] *= 2
+        return rows, ids
+
+
+class TimesEpSize(Fault):
+    """The whole output is multiplied by the number of ranks."""
+
+    name, stage = "times-ep-size", "combine"
+    bug = "sglang PR 34887: an all-reduce after combine multiplies the output by ep_size"
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Multiply."""
+        self.hits += len(tokens)
+        return tokens.mul_(self.scene.case.ep_size)
+
+
+class SaturatingCast(Fault):
+    """Rows are cast to fp8 without a scale on their way back."""
+
+    name, stage = "saturating-cast", "combine"
+    bug = "mori 306, 311: fp8 direct-cast combine saturates and failed grade-school maths"
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Clamp to what e4m3 holds, and round."""
+        live = len(self.scene.sources())
+        cast = rows[:live].float().clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).bfloat16()
+        self.hits += int((cast != rows[:live]).any(1).sum())
+        rows[:live] = cast
+        return rows, ids
+
+
+class SwappedTokens(Fault):
+    """Two tokens have each other's result: no sum and no norm over the output changes."""
+
+    name, stage = "swapped-tokens", "combine"
+    bug = "mori 475's class: right results for the wrong tokens, which norms do not see"
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Exchange two tokens."""
+        if len(tokens) > 1:
+            first = self.pick(len(tokens))
+            second = (first + 1) % len(tokens)
+            tokens[[first, second]] = tokens[[second, first]].clone()
+        return tokens

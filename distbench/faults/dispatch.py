@@ -1,0 +1,190 @@
+"""Faults of dispatch: what a rank finds in its receive buffer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distbench.faults.base import Fault
+from distbench.transport.base import Dispatched, poison_
+
+
+def flip(rows: Tensor, row: int, bit: int) -> None:
+    """Flip bit `bit` of one row of `rows` [n, columns], counted over the whole row, in place."""
+    whole = rows.view(torch.uint8)
+    whole[row, bit // 8 % whole.shape[1]] ^= 1 << bit % 8
+
+
+class FlippedBit(Fault):
+    """One bit of one received row is wrong, in the payload, the scales, the weights or the ids."""
+
+    name, stage = "flipped-bit", "dispatch"
+    bug = "mori 610: residual corruption of single tokens"
+    options = {"field": "hidden", "bit": -1}
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Flip bit `bit` of a row, or a random one where it is negative."""
+        rows = getattr(dispatched, self.chosen["field"], None)
+        live = int(dispatched.total_recv)
+        if live and rows is not None:
+            bits = rows.shape[1] * rows.element_size() * 8
+            bit = self.chosen["bit"]
+            flip(rows, self.pick(live), bit if bit >= 0 else int(self.random(1) * bits))
+        return dispatched
+
+
+class Overwritten(Fault):
+    """A fast peer writes its next message into the receive buffer before this rank has read it."""
+
+    name, stage = "overwritten-by-peer", "dispatch"
+    bug = "mori 80, 484: a rank that is a call ahead overwrites rows that a slow one has not read"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Write another row's payload over a quarter of the rows."""
+        live = int(dispatched.total_recv)
+        if live > 1:
+            count = max(live // 4, 1)
+            self.hits += count
+            dispatched.hidden[:count] = dispatched.hidden[live - count : live].clone()
+        return dispatched
+
+
+class MetadataDropped(Fault):
+    """The payload arrives, ids and weights do not."""
+
+    name, stage = "ids-and-weights-dropped", "dispatch"
+    bug = "mori 617: a staging pool too small drops ids and weights while the payload is right"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Zero the weights of every other row, and take its ids away."""
+        live = int(dispatched.total_recv)
+        self.hits += (live + 1) // 2
+        dispatched.ids[:live:2] = -1
+        dispatched.weights[:live:2] = 0
+        return dispatched
+
+
+class ForeignIds(Fault):
+    """Some ids are -1, others past the last expert."""
+
+    name, stage = "ids-out-of-range", "dispatch"
+    bug = "mori 363, aiter 4530, vllm 57036: -1 and huge ids fault in routing and sorting"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Put -1, E and a huge number in the first slots of three rows."""
+        live = int(dispatched.total_recv)
+        for row, wrong in zip(range(live), (-1, self.scene.case.num_experts, 1 << 30), strict=False):
+            self.hits += 1
+            dispatched.ids[row, 0] = wrong
+        return dispatched
+
+
+class SlotsLost(Fault):
+    """Slots past the first few arrive as if nobody had chosen an expert there."""
+
+    name, stage = "slots-lost", "dispatch"
+    bug = "mori IntraNodeLL: top-k slots past 8 are lost"
+    options = {"first": 8}
+    shape = {"topk": 10}
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Take ids and weights of slot `first` and the following away."""
+        live, first = int(dispatched.total_recv), self.chosen["first"]
+        self.hits += live if first < dispatched.ids.shape[1] else 0
+        dispatched.ids[:live, first:] = -1
+        dispatched.weights[:live, first:] = 0
+        return dispatched
+
+
+class Unreceived(Fault):
+    """Rows beyond the room that the buffer has do not arrive, and nothing says so."""
+
+    name, stage = "capacity-not-checked", "dispatch"
+    bug = "mori IntraNode: the receive capacity is not checked, rows past it land on others"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Wrap the last third of the rows round to the start of the buffer."""
+        live = int(dispatched.total_recv)
+        room = max(live - live // 3, 1)
+        self.hits += live - room
+        for part in dispatched[:4]:
+            if part is not None:
+                part[: live - room] = part[room:live].clone()
+                poison_(part[room:live])
+        return dispatched
+
+
+class ShareOverflow(Fault):
+    """Every peer has an equal share of the buffer; what the busiest sends beyond that is dropped."""
+
+    name, stage = "share-overflow", "dispatch"
+    bug = "mori 245, 59: the share of a peer overflows under skew"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Poison what the busiest source sent beyond the average."""
+        owners = self.scene.sources()[:, 0]
+        counts = torch.bincount(owners, minlength=self.scene.case.ep_size)
+        share = owners.numel() // self.scene.case.ep_size
+        late = (owners == int(counts.argmax())).nonzero().flatten()[share:]
+        self.hits += late.numel()
+        dispatched.hidden[late] = float("nan")
+        return dispatched
+
+
+class TotalShort(Fault):
+    """total_recv is one row short."""
+
+    name, stage = "total-recv-short", "dispatch"
+    bug = "mori 165: total_recv read at the wrong time is not what was received"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Take one off."""
+        self.hits += int(dispatched.total_recv) > 0
+        return dispatched._replace(total_recv=(dispatched.total_recv - 1).clamp(min=0))
+
+
+class SwappedRows(Fault):
+    """Two rows have each other's payload: no sum and no norm over the buffer changes."""
+
+    name, stage = "swapped-rows", "dispatch"
+    bug = "mori 475's class: right numbers in the wrong rows, which checksums and norms do not see"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Exchange the payloads of two rows."""
+        live = int(dispatched.total_recv)
+        if live > 1:
+            first = self.pick(live)
+            second = (first + 1) % live
+            dispatched.hidden[[first, second]] = dispatched.hidden[[second, first]].clone()
+        return dispatched
+
+
+class SwappedWeights(Fault):
+    """Two rows have each other's routing weights, scaled by their neighbours."""
+
+    name, stage = "weights-of-another-token", "dispatch"
+    bug = "mori 201: the receiving half used another call's arguments"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Give every row the weights of the row before it."""
+        live = int(dispatched.total_recv)
+        before = dispatched.weights[:live].clone()
+        dispatched.weights[:live] = before.roll(1, 0)
+        self.hits += int((before != dispatched.weights[:live]).any(1).sum())
+        return dispatched
+
+
+class CrossNode(Fault):
+    """Only tokens that came from another node are wrong."""
+
+    name, stage = "cross-node", "dispatch"
+    bug = "mori 475, 546, 610: tokens are wrong across nodes only, one node stays clean"
+    options = {"node": 2}
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Flip a bit of every row whose source is not among this rank's node of `node` ranks."""
+        node = self.chosen["node"]
+        far = (self.scene.sources()[:, 0] // node != self.scene.rank // node).nonzero().flatten()
+        self.hits += far.numel()
+        dispatched.hidden.view(torch.uint8)[far, 1] ^= 0x40
+        return dispatched

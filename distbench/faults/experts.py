@@ -1,0 +1,123 @@
+"""Faults of the experts: kernels, tables and masks."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from torch import Tensor
+
+from distbench.faults.base import Fault
+from distbench.faults.dispatch import flip
+from distbench.truncation import ExpertInput
+
+
+class ExpertBit(Fault):
+    """One bit of one row that the experts give is wrong."""
+
+    name, stage = "flipped-expert-bit", "experts"
+    bug = "aiter 3117: uninitialised lanes in a stage-2 kernel"
+    options = {"bit": -1}
+
+    def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
+        """Flip bit `bit` of a live row, or a random one where it is negative."""
+        live = _live(given)
+        if live:
+            bit = self.chosen["bit"]
+            flip(rows, self.pick(live), bit if bit >= 0 else int(self.random(1) * rows.shape[1] * 16))
+        return rows
+
+
+class WrongBucket(Fault):
+    """The kernel of one bucket of row counts computes wrong numbers; all others are right."""
+
+    name, stage = "wrong-bucket", "experts"
+    bug = "aiter 3933, sglang 27194: the kernel that one row count selects is wrong, its neighbours are right"
+    options = {"rows": 256}
+    shape = {"limit": "256", "policy": "unchecked", "max_dispatch_tokens_per_rank": 128}
+
+    def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
+        """Negate the results where M is in (rows / 2, rows]."""
+        if self.chosen["rows"] // 2 < given.rows <= self.chosen["rows"]:
+            self.hits += _live(given)
+            rows[: _live(given)] *= -1
+        return rows
+
+
+class DiesAtM(Fault):
+    """The kernel for 304 and for 336 rows ends the process."""
+
+    name, stage, verdict = "dies-at-304-336", "experts", "RANK_FAULT"
+    bug = "aiter 4783: memory fault of the fp8 block-scaled fused_moe at M = 304 and 336"
+    shape = {"limit": "304", "policy": "unchecked", "max_dispatch_tokens_per_rank": 128}
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Die by SIGSEGV."""
+        if given.rows in (304, 336):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return given
+
+
+class MaskAsMap(Fault):
+    """The expert mask, ones and zeros, is read as the map from global to local experts."""
+
+    name, stage = "mask-as-map", "experts"
+    bug = "vllm PR 29773: fused_moe takes a binary mask where an index map was passed, or the reverse"
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Send local routes to the second local expert."""
+        case = self.scene.case
+        first = self.scene.rank * case.experts_per_rank
+        local = (given.ids >= first) & (given.ids < first + case.experts_per_rank)
+        wrong = torch.where(local, first + min(1, case.experts_per_rank - 1), given.ids)
+        self.hits += int((wrong != given.ids)[: _live(given)].any(1).sum())
+        return given._replace(ids=wrong)
+
+
+class FewerSlots(Fault):
+    """The tuned row for top-k - 1 is taken: its kernel leaves the last slot out."""
+
+    name, stage = "row-of-topk-minus-1", "experts"
+    bug = "aiter 5595, 3377: the tuned row is looked up with top-k - 1"
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Take the last slot's expert away."""
+        case = self.scene.case
+        fewer = given.ids.clone()
+        fewer[:, -1] = -1
+        first = self.scene.rank * case.experts_per_rank
+        last = given.ids[: _live(given), -1]
+        self.hits += int(((last >= first) & (last < first + case.experts_per_rank)).sum())
+        return given._replace(ids=fewer)
+
+
+class ZeroRows(Fault):
+    """Some rows come back as zeros."""
+
+    name, stage = "zero-rows", "experts"
+    bug = "vllm 53108: fused_moe returns zeros for valid rows where the buffer is far larger than they are"
+
+    def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
+        """Zero a third of the rows."""
+        live = _live(given)
+        self.hits += -(-live // 3)
+        rows[:live:3] = 0
+        return rows
+
+
+class NaNLanes(Fault):
+    """The last columns of all rows are NaN."""
+
+    name, stage = "nan-lanes", "experts"
+    bug = "aiter 3117, 3344: padding lanes of a stage-2 kernel are left uninitialised"
+
+    def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
+        """Poison eight columns."""
+        self.hits += _live(given)
+        rows[: _live(given), -8:] = float("nan")
+        return rows
+
+
+def _live(given: ExpertInput) -> int:
+    return min(int(given.num_local_tokens), given.rows)

@@ -1,0 +1,149 @@
+"""Puts the faults of a case around its transport, its experts and its cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from distbench.case import Case
+from distbench.errors import InvalidCase
+from distbench.experts.base import Experts
+from distbench.experts.selection import KernelChoice
+from distbench.faults import combine, dispatch, experts, limit, process
+from distbench.faults.base import Fault, Scene
+from distbench.injection import parse_inject
+from distbench.layer import Cut
+from distbench.session import Session
+from distbench.transport.base import Dispatched, Transport
+from distbench.truncation import ExpertInput
+from distbench.workload.batch import TokenBatch
+
+FAULTS: dict[str, type[Fault]] = {
+    kind.name: kind
+    for module in (limit, dispatch, experts, combine, process)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and issubclass(kind, Fault) and kind is not Fault
+}
+
+
+def make_faults(case: Case, scene: Scene) -> list[Fault]:
+    """Return the faults that `case` asks for, in its order.
+
+    Raises:
+        InvalidCase: there is no such fault, or it has no such option.
+
+    """
+    asked = parse_inject(case.inject)
+    for injection in asked:
+        if injection.name not in FAULTS:
+            message = f"inject = {injection.name}: no such fault; allowed are {', '.join(FAULTS)}"
+            raise InvalidCase(message)
+    return [FAULTS[injection.name](scene, injection) for injection in asked]
+
+
+class Injector:
+    """The faults of one case on one rank."""
+
+    def __init__(self, session: Session, case: Case, transport: Transport, compute: Experts) -> None:
+        """Wrap `transport` and `compute`; the wrapped ones are `transport` and `experts`."""
+        self.faults = make_faults(case, Scene(session.rank, case, session.crumbs, transport.sources))
+        self.transport = _FaultyTransport(transport, self.faults)
+        self.experts = _FaultyExperts(compute, self.faults)
+
+    @property
+    def hits(self) -> dict[str, int]:
+        """How often each fault has changed something on this rank."""
+        return {fault.name: fault.hits for fault in self.faults}
+
+    def around(self, cut: Cut) -> Cut:
+        """Return `cut` with the faults of the cut."""
+
+        def damaged(dispatched: Dispatched) -> ExpertInput:
+            given = cut(dispatched)
+            for fault in self.faults:
+                if fault.active:
+                    given = fault.cut(dispatched, given)
+            return given
+
+        return damaged
+
+    def leave(self) -> None:
+        """Tell the faults that the last barrier is behind."""
+        for fault in self.faults:
+            if fault.active:
+                fault.leave()
+
+
+class _FaultyTransport:
+    def __init__(self, inner: Transport, faults: list[Fault]) -> None:
+        self.capacity = inner.capacity
+        self.sources = inner.sources
+        self._inner = inner
+        self._faults = faults
+
+    def dispatch(self, batch: TokenBatch) -> Dispatched:
+        _enter(self._faults, "dispatch")
+        dispatched = self._inner.dispatch(batch)
+        for fault in self._faults:
+            if fault.active:
+                dispatched = fault.received(dispatched)
+        return dispatched
+
+    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
+        _enter(self._faults, "combine")
+        for fault in self._faults:
+            if fault.active:
+                expert_out, ids = fault.returned(expert_out, ids)
+        tokens = self._inner.combine(expert_out, ids)
+        for fault in self._faults:
+            if fault.active:
+                tokens = fault.combined(tokens)
+        return tokens
+
+
+class _FaultyExperts:
+    def __init__(self, inner: Experts, faults: list[Fault]) -> None:
+        self._inner = inner
+        self._faults = faults
+
+    def selection(self, rows: int) -> KernelChoice:
+        return self._inner.selection(rows)
+
+    def __call__(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        **others: Any,
+    ) -> Tensor:
+        _enter(self._faults, "experts")
+        given = ExpertInput(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
+        for fault in self._faults:
+            if fault.active:
+                given = fault.asked(given)
+        rows: Tensor = self._inner(
+            given.hidden,
+            w1,
+            w2,
+            given.weights,
+            given.ids,
+            num_local_tokens=given.num_local_tokens,
+            a1_scale=given.scales,
+            **others,
+        )
+        for fault in self._faults:
+            if fault.active:
+                rows = fault.computed(given, rows)
+        return rows
+
+
+def _enter(faults: list[Fault], stage: str) -> None:
+    for fault in faults:
+        if fault.active:
+            fault.enter(stage)

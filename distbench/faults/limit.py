@@ -1,0 +1,152 @@
+"""Faults of the cut between dispatch and experts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distbench.faults.base import Fault
+from distbench.transport.base import Dispatched
+from distbench.truncation import ExpertInput
+
+_CUT = {"limit": "sum32", "policy": "unchecked"}
+
+
+class ShortLimit(Fault):
+    """The limit is below total_recv on this rank only: half of its rows are lost."""
+
+    name, stage, arm = "short-limit", "truncate", "truncated"
+    bug = "sglang PR 22952: too small a limit drops rows and says nothing"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Keep half of the received rows."""
+        return _kept(self, dispatched, given, max(int(dispatched.total_recv) // 2, 1))
+
+
+class OwnBatchLimit(Fault):
+    """The limit is taken from this rank's own batch, not from what it receives."""
+
+    name, stage, arm = "own-batch-limit", "truncate", "truncated"
+    bug = "ATOM 2176, sglang PR 36130: a bound from one rank's batch is below what uneven ranks receive"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Keep as many rows as this rank sends."""
+        return _kept(self, dispatched, given, max(self.scene.case.tokens[self.scene.rank], 1))
+
+
+class OffByOne(Fault):
+    """The cut keeps one row fewer than were received."""
+
+    name, stage, arm = "off-by-one", "truncate", "truncated"
+    bug = "sglang PR 22952's boundary: the last received row is lost"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Keep all rows but the last."""
+        return _kept(self, dispatched, given, max(int(dispatched.total_recv) - 1, 1))
+
+
+class ShiftedWindow(Fault):
+    """The cut begins one row late: every row stands in the place of its neighbour."""
+
+    name, stage, arm = "shifted-window", "truncate", "truncated"
+    bug = "a slice index off by one, as in mori 507: rows are doubled and dropped"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Take `[1:M + 1]`."""
+        self.hits += int(dispatched.total_recv)
+        return _window(dispatched, 1, given.rows + 1)._replace(num_local_tokens=given.num_local_tokens)
+
+
+class ScalesNotCut(Fault):
+    """Scales are cut as a flat buffer while the kernel strides by the rows that are left."""
+
+    name, stage, arm = "scales-not-cut", "truncate", "truncated"
+    bug = "aiter 2759: scales of expert-parallel rows read in another layout than they were written in"
+    shape = {**_CUT, "dispatch_dtype": "fp8", "model": "tiny"}
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Read column-major scales of R rows as if there were M rows."""
+        if dispatched.scales is None:
+            return given
+        self.hits += int(dispatched.total_recv)
+        flat = dispatched.scales.t().contiguous().flatten()
+        blocks = dispatched.scales.shape[1]
+        return given._replace(scales=flat[: given.rows * blocks].view(blocks, given.rows).t())
+
+
+class WeightsNotCut(Fault):
+    """Hidden rows and ids are cut, routing weights are not."""
+
+    name, stage, arm = "weights-not-cut", "truncate", "truncated"
+    bug = "sglang PR 22952: all dispatched tensors have to be cut together"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Pass the weights of the whole buffer."""
+        self.hits += 1
+        return given._replace(weights=dispatched.weights)
+
+
+class ExpertCounts(Fault):
+    """The counts of each expert are given where the number of live rows is wanted: its first element is read."""
+
+    name, stage, arm = "expert-counts", "truncate", "truncated"
+    bug = "vllm PR 53261: per-expert counts given to fused_moe, element 0 taken as the row count"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Count the rows of the rank's first expert."""
+        first = self.scene.rank * self.scene.case.experts_per_rank
+        counted = _live_ids(dispatched).eq(first).sum().to(given.num_local_tokens.dtype).view(1)
+        self.hits += int(dispatched.total_recv) - int(counted)
+        return given._replace(num_local_tokens=counted)
+
+
+class TailRouted(Fault):
+    """Rows past total_recv count as real, with the ids that were left there."""
+
+    name, stage, arm = "tail-routed", "truncate", "truncated"
+    bug = "DeepEP 739, rtp-llm 1325, aiter 2447: stale ids of padding rows are taken as real"
+    shape = {**_CUT, "limit": "max-recv+8"}
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Say that all rows are live, and leave ids of this rank in the tail."""
+        total = int(dispatched.total_recv)
+        self.hits += max(given.rows - total, 0)
+        given.ids[total:].fill_(self.scene.rank * self.scene.case.experts_per_rank)
+        return given._replace(num_local_tokens=given.num_local_tokens.new_full((1,), given.rows))
+
+
+class CutNotApplied(Fault):
+    """The cut is asked for and does not happen: the whole buffer reaches the experts."""
+
+    name, stage, arm = "cut-not-applied", "truncate", "truncated"
+    bug = "sglang's near misses: a misspelt or negative limit cuts nothing and says nothing"
+    shape = _CUT
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """Pass the whole receive buffer on."""
+        self.hits += 1
+        return ExpertInput(*dispatched)
+
+
+def _kept(fault: Fault, dispatched: Dispatched, given: ExpertInput, rows: int) -> ExpertInput:
+    fault.hits += max(int(dispatched.total_recv) - rows, 0)
+    return _window(dispatched, 0, min(rows, given.rows))._replace(num_local_tokens=given.num_local_tokens)
+
+
+def _window(dispatched: Dispatched, start: int, stop: int) -> ExpertInput:
+    return ExpertInput(
+        hidden=dispatched.hidden[start:stop],
+        scales=None if dispatched.scales is None else dispatched.scales[start:stop],
+        weights=dispatched.weights[start:stop],
+        ids=dispatched.ids[start:stop],
+        num_local_tokens=dispatched.total_recv,
+    )
+
+
+def _live_ids(dispatched: Dispatched) -> Tensor:
+    return dispatched.ids[: int(dispatched.total_recv)]

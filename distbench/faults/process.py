@@ -1,0 +1,63 @@
+"""Faults of a whole rank: it stands still, is late, or dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from distbench.faults.base import Fault
+
+_FOREVER_S = 86_400.0
+
+
+class Hang(Fault):
+    """The rank stands still as it enters a stage."""
+
+    name, stage, verdict, arm = "hang", "dispatch", "HANG", "truncated"
+    bug = "mori 101, sglang 22072: ranks wait for one that does not come"
+    options = {"stage": "dispatch"}
+    shape = {"stage_timeouts": "dispatch=1.5,combine=1.5", "policy": "unchecked"}
+
+    def enter(self, stage: str) -> None:
+        """Sleep for a day."""
+        if stage == self.chosen["stage"]:
+            time.sleep(_FOREVER_S)
+
+
+class Delay(Fault):
+    """The rank is late at every stage, which is no error."""
+
+    name, stage, verdict = "delay", "", "PASS"
+    bug = "mori 80, 93: ranks that are not in step; a correct transport does not mind"
+    options = {"ms": 20.0}
+
+    def enter(self, stage: str) -> None:
+        """Wait."""
+        self.hits += 1
+        time.sleep(self.chosen["ms"] / 1000)
+
+
+class Death(Fault):
+    """The rank is killed as it enters a stage."""
+
+    name, stage, verdict, arm = "death", "combine", "RANK_FAULT", "truncated"
+    bug = "sglang 10195: memory faults of expert-parallel ranks; vllm PR 44428: a real kill, not an exception"
+    options = {"stage": "combine"}
+    shape = {"policy": "unchecked"}
+
+    def enter(self, stage: str) -> None:
+        """Die by SIGKILL."""
+        if stage == self.chosen["stage"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class LateDeath(Fault):
+    """The rank dies after the last barrier, when every result has been handed over."""
+
+    name, stage, verdict = "late-death", "gather", "RANK_FAULT"
+    bug = "mori 342: all iterations pass, then a fault after the last sync and barrier"
+
+    def leave(self) -> None:
+        """Die by SIGSEGV."""
+        os.kill(os.getpid(), signal.SIGSEGV)
