@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from distbench.bundle.layout import NOTHING_RECORDED, bundle_folder
+from distbench.bundle.manifest import write_manifest
 from distbench.case import case_hash
 from distbench.errors import Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
@@ -34,12 +36,13 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 class Campaign:
     """Runs entries launch after launch, keeping count; results are in the journal."""
 
-    def __init__(self, entries: Sequence[Entry], out: Path, rules: Rules, progress: Progress) -> None:
-        """Take up the journal of `out`: cases that it holds are not run again."""
+    def __init__(self, entries: Sequence[Entry], out: Path, rules: Rules, progress: Progress, bundle: str = "") -> None:
+        """Take up the journal of `out`: cases that it holds are not run again. `bundle` is as in `Job`."""
         repair_journal(out)
         self._entries = entries
         self._out = out
         self._rules = rules
+        self._bundle = bundle
         self._progress = progress
         self._reader = JournalReader(out)
         self._wanted = {case_hash(entry.case) for entry in entries}
@@ -70,7 +73,8 @@ class Campaign:
         """Take the journal as it is, record `ending` for the case on which the launch ended, and run nothing."""
         self._take_new_lines(quiet=True)
         if ending is not None and case_hash(self._entries[ending.case_index].case) not in self._finished:
-            self._record(self._entries[ending.case_index], ending, ())
+            entry = self._entries[ending.case_index]
+            self._record(entry, ending, Job(entries=(entry,), out=str(self._out), bundle=self._bundle, supervised=True))
         self._write_summary()
         return self._summary
 
@@ -80,7 +84,9 @@ class Campaign:
         while pending := self._pending():
             if signals:
                 raise Interrupted(signals[0])
-            job = Job(entries=pending, out=str(self._out), report_paths=report_paths, supervised=True)
+            job = Job(
+                entries=pending, out=str(self._out), report_paths=report_paths, bundle=self._bundle, supervised=True
+            )
             before = len(self._finished)
             ending = supervise(job, self._tick, signals)
             self._take_new_lines()
@@ -94,7 +100,7 @@ class Campaign:
             digest = case_hash(entry.case)
             tries[digest] += 1
             if digest not in self._finished and tries[digest] > self._rules.retries:
-                self._record(entry, ending, report_paths)
+                self._record(entry, ending, job)
             if faults >= self._rules.max_faults and self._pending():
                 self._summary.stopped = f"{faults} cases in a row lost their ranks"
                 return
@@ -102,15 +108,16 @@ class Campaign:
     def _pending(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self._entries if case_hash(entry.case) not in self._finished)
 
-    def _record(self, entry: Entry, ending: Ending, report_paths: tuple[str, ...]) -> None:
-        report = build_report(
-            entry, outcome_of(ending, entry), environment=capture_environment(os.environ, [], []), wall_s=0.0
-        )
+    def _record(self, entry: Entry, ending: Ending, job: Job) -> None:
+        outcome = outcome_of(ending, entry)
+        report = build_report(entry, outcome, environment=capture_environment(os.environ, [], []), wall_s=0.0)
         journal = Journal(self._out)
         journal.append(report)
         journal.close()
-        for path in report_paths:
+        for path in job.report_paths:
             write_report(Path(path), report)
+        if job.bundle and job.failed(report.exit_code, as_expected=report.as_expected):
+            write_manifest(bundle_folder(job.bundle, entry.case), report, outcome, NOTHING_RECORDED)
         self._take_new_lines()
 
     def _tick(self) -> None:

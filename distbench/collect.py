@@ -34,6 +34,6 @@ def collect(out: Path) -> Summary:
     if running:
         message = f"rank {', '.join(map(str, running))} of {out} still runs; collect when the job has ended"
         raise Busy(message)
-    campaign = Campaign(job.entries, out, Rules(), Progress(len(job.entries), quiet=True))
+    campaign = Campaign(job.entries, out, Rules(), Progress(len(job.entries), quiet=True), job.bundle)
     ended = len(seen) == job.num_ranks and all(at.stage_name == "done" for at in seen.values())
     return campaign.conclude(None if ended else explain_fault(job, None))

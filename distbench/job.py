@@ -29,19 +29,24 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank is told at its start: the cases in order, and the folder that takes their results.
 
-    `report_paths` also take the last report whole, as one document. `supervised` says that a parent watches, prints and
-    decides the exit code.
+    `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
+    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code.
     """
 
     entries: tuple[Entry, ...]
     out: str
     report_paths: tuple[str, ...] = ()
+    bundle: str = ""
     supervised: bool
 
     @property
     def num_ranks(self) -> int:
         """Ranks that the largest case needs."""
         return max(entry.case.ep_size for entry in self.entries)
+
+    def failed(self, exit_code: int, *, as_expected: bool) -> bool:
+        """Whether a case of this job failed: with a wrong result, and in a suite one that was not expected."""
+        return exit_code != 0 and (bool(self.report_paths) or not as_expected)
 
 
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):

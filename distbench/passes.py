@@ -15,6 +15,7 @@ from distbench.arms import arms_of
 from distbench.experts.base import Experts, PackageUser
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
+from distbench.recording import Finished, Recorder
 from distbench.session import Session
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
@@ -55,14 +56,18 @@ class Passes:
     """Runs the arms, once or often, and keeps what has to be told of them.
 
     The first padded pass is the baseline of all repeats. Of the other arms those of the first repeat in which one
-    differs are kept, or of the last repeat.
+    differs are kept, or of the last repeat; where they are recorded, of the first repeat in which anything is wrong on
+    any rank.
     """
 
-    def __init__(self, session: Session, question: Question, parts: Parts, counts: Tensor) -> None:
-        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed."""
+    def __init__(
+        self, session: Session, question: Question, parts: Parts, counts: Tensor, recorder: Recorder | None = None
+    ) -> None:
+        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps what the arms kept."""
         self._session = session
         self._question = question
         self._parts = parts
+        self._recorder = recorder
         self._checker = StageChecker(parts.workload, session.rank, counts)
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
@@ -86,9 +91,14 @@ class Passes:
             if not settled:
                 self.outputs |= fresh
                 settled = self._differs()
+                if self._recorder is not None:
+                    self._recorder.keep()
+                    settled = self._session.on_any_rank(value=settled or bool(self._divergences))
         self._mark("gather")
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected
+        if self._recorder is not None:
+            self._recorder.finish(Finished(self._parts.workload, self._parts.batch, self._parts.weights, self.outputs))
 
     def stacked(self) -> Tensor:
         """Return the outputs of all arms, and of the oracle where there is one: bf16 [n, arms, H]."""
@@ -148,6 +158,8 @@ class Passes:
             self._note(found)
         rows = self._rows_after_cut(arm, int(dispatched.total_recv))
         self._note(self._checker.check_cut(arm, sources, dispatched, given, rows))
+        if self._recorder is not None:
+            self._recorder.take(arm, sources, given, expert_out)
 
     def _rows_after_cut(self, arm: str, total_recv: int) -> int:
         """Return how many rows the experts are to be called with."""

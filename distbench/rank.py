@@ -12,6 +12,7 @@ from distbench.experts.base import CompiledExperts
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
+from distbench.recording import Recorder
 from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.verify.bitwise import row_digests
@@ -27,20 +28,21 @@ _PROBED_TOKENS = 2
 
 
 @torch.inference_mode()
-def run_case(session: Session, case: Case) -> Outcome | None:
+def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> Outcome | None:
     """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
 
+    `recorder`, on all ranks or none, keeps this rank's rows for a bundle.
     A case that is refused before its first dispatch is refused by all ranks alike, and its outcome is known to all.
     """
     session.crumbs.arm = ""
     try:
-        return _run(session, case)
+        return _run(session, case, recorder)
     except (InvalidCase, Overflow, Unsupported) as error:
         reason = Reason(code=error.verdict.value.lower(), message=str(error))
         return Outcome(case, Judgement(error.verdict, [reason], None))
 
 
-def _run(session: Session, case: Case) -> Outcome | None:
+def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | None:
     session.crumbs.mark("agree")
     workload = workload_for(case, session.device)
     batch, probe = _tokens_and_probe(workload, session.rank)
@@ -49,7 +51,7 @@ def _run(session: Session, case: Case) -> Outcome | None:
     question = _question(case, counts)
     session.crumbs.mark("workload")
     parts = _build(session, case, workload, batch, counts, question.limit)
-    passes = Passes(session, question, parts, counts)
+    passes = Passes(session, question, parts, counts, recorder)
     passes.run()
     parts.transport.close()
     stacked = passes.stacked()

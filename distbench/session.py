@@ -59,6 +59,12 @@ class Session:
         )
         return table[:, shared + probe.numel() :].clone()
 
+    def on_any_rank(self, *, value: bool) -> bool:
+        """Whether `value` is true on any rank of the case's group. Collective."""
+        held = torch.tensor([int(value)], device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
+        return bool(held)
+
     def announce(self, value: int) -> int:
         """Return rank 0's value on every rank. Collective, over all ranks of the launch."""
         return self.share([value])[0]

@@ -18,13 +18,16 @@ import msgspec
 from distbench.breadcrumbs import STAGES, Breadcrumbs
 from distbench.case import case_hash
 from distbench.errors import Verdict, worst_exit_code
-from distbench.job import Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
+from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
 from distbench.process import die_with_parent
 from distbench.rank import run_case
+from distbench.recording import Recorder
+from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
 from distbench.stage_limits import stage_limit
+from distbench.verify.records import Outcome
 
 STACKS_SIGNAL = signal.SIGUSR1
 
@@ -64,16 +67,35 @@ def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
         crumbs.case_index = index
         crumbs.mark("start")
         started_ns = time.monotonic_ns()
-        outcome = run_case(session, entry.case) if session.enter(entry.case.ep_size) else None
-        if sink is not None and outcome is not None:
+        if session.enter(entry.case.ep_size):
+            recorder = Recorder() if job.bundle else None
+            outcome = run_case(session, entry.case, recorder)
             crumbs.mark("report")
-            sink.put(entry, outcome, (time.monotonic_ns() - started_ns) / 1e9)
+            wall_s = (time.monotonic_ns() - started_ns) / 1e9
+            report = sink.put(entry, outcome, wall_s) if sink is not None and outcome is not None else None
+            if recorder is not None:
+                _bundle(session, job, entry, recorder, report, outcome)
     exit_code = 0 if job.supervised else session.announce(worst_exit_code(sink.codes.values() if sink else ()))
     if sink is not None:
         sink.close()
     crumbs.mark("done")
     session.close()
     return exit_code
+
+
+def _bundle(  # noqa: PLR0913 - where, and what of
+    session: Session, job: Job, entry: Entry, recorder: Recorder, report: Report | None, outcome: Outcome | None
+) -> None:
+    """Leave a bundle if the case failed, which rank 0 knows: it alone has a report. Collective, in the group."""
+    from distbench.bundle.layout import bundle_folder  # noqa: PLC0415 - only where a bundle is asked for
+    from distbench.bundle.manifest import write_manifest  # noqa: PLC0415
+    from distbench.bundle.write import write_parts  # noqa: PLC0415
+
+    folder = bundle_folder(job.bundle, entry.case)
+    failed = outcome if report is not None and job.failed(report.exit_code, as_expected=report.as_expected) else None
+    recorded = write_parts(session, recorder, folder, failed)
+    if failed is not None and report is not None and recorded is not None:
+        write_manifest(folder, report, failed, recorded)
 
 
 def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:

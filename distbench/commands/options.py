@@ -17,8 +17,9 @@ from distbench.preflight import check_case, check_folder, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.summary import Summary
-from distbench.resolve import FLAGS, Layer
+from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.supervisor import preload_ranks
+from distbench.trials import load_layer
 
 _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
@@ -28,6 +29,14 @@ _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 def add_launch(command: Any) -> None:
     """Add the options of a launch: ranks, folder, lock."""
     command.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 8)")
+    add_folder(command)
+    command.add_argument(
+        "--bundle", metavar="DIR", default="", help="leave a bundle of each case that fails in a folder of its own here"
+    )
+
+
+def add_folder(command: Any) -> None:
+    """Add the options of whatever writes results: folder, lock."""
     command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
     command.add_argument(
         "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
@@ -86,6 +95,31 @@ def case_flags(options: argparse.Namespace) -> list[Layer]:
     return [Layer(FLAGS, given, strict=False)]
 
 
+def one_case(path: str, options: argparse.Namespace) -> Case:
+    """Return the case of a case file or a report, with what the command line says of it, ready to run.
+
+    Raises:
+        InvalidCase: no such file, or a case that makes no sense.
+
+    """
+    case = resolve_case([*case_flags(options), load_layer(path)], options.nproc).case
+    check_case(case)
+    check_folder(options.out, 1)
+    return case
+
+
+def alone(command: str) -> None:
+    """Refuse to be started by torchrun: launch after launch is this process's own.
+
+    Raises:
+        InvalidCase: torchrun started this process.
+
+    """
+    if world_size() is not None:
+        message = f"{command} starts its ranks itself; run it without torchrun"
+        raise InvalidCase(message)
+
+
 def num_ranks(options: argparse.Namespace) -> int | None:
     """Return the number of ranks that torchrun started, or that --nproc asks for, or None."""
     started = world_size()
@@ -117,7 +151,7 @@ def campaign(
     rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
     preload_ranks()
     try:
-        return Campaign(entries, Path(options.out), rules, progress).run(report_paths)
+        return Campaign(entries, Path(options.out), rules, progress, options.bundle).run(report_paths)
     finally:
         progress.close()
 

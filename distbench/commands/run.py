@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from distbench.bundle.layout import bundle_folder
 from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
 from distbench.commands.options import (
     add_case_options,
@@ -28,7 +29,7 @@ from distbench.locks import hold
 from distbench.preflight import check_folder, check_memory, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_report, print_start
+from distbench.report.console import print_bundle, print_report, print_start
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS
 from distbench.report.results import Results
@@ -72,8 +73,9 @@ def _run(options: argparse.Namespace) -> int:
     writers = report_writers(options, out)
     check_baseline(options)
     if world_size() is not None:
+        job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
         _forget(out, paths)
-        code = work(Job(entries=(entry,), out=options.out, report_paths=paths, supervised=False))
+        code = work(job)
         if is_rank_0():
             results = Results(out / RESULTS)
             write_reports(results, writers)
@@ -88,6 +90,8 @@ def _run(options: argparse.Namespace) -> int:
         results = Results(out)
         write_reports(results, writers)
     print_report(report)
+    if options.bundle and report.exit_code:
+        print_bundle(bundle_folder(options.bundle, resolved.case))
     return judge_baseline(options, results, report.exit_code)
 
 

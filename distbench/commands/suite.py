@@ -76,7 +76,7 @@ def _suite(options: argparse.Namespace) -> int:
     asked = names.__contains__ if options.select else None
     check_baseline(options)
     if world_size() is not None:
-        code = work(Job(entries=entries, out=options.out, supervised=False))
+        code = work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
         if is_rank_0():
             results = Results(out / RESULTS, wanted.__contains__)
             write_reports(results, writers)

@@ -4,6 +4,7 @@
     flydsl_moe2_…_t32x128x256_reduce_…               rows x columns x K               stage 2: as it says
     flydsl_mxmoe_g2_a4w4_128x256x256_…               rows x columns x K               stage 2: reduce unless _atomic
     opus_moe2_…_t64x256x256_…                        rows x columns x K               stage 2: reduce unless _atomic
+    ck_2stages_gemm1_bm32_n64_k64_v1                 as it says; ours, for a heuristic  stage 2: atomic
     _ZN5aiter…fmoe_stage1_…_32x128_…, cktile_…       no K in the name                 stage 2: atomic
 
 A name of no such form has `DEFAULT_TILE_K` and adds its routes up atomically.
@@ -20,13 +21,14 @@ DEFAULT_TILE_K = 128
 """K of a kernel whose name has none: the columns that share a block scale, which no per_1x128 tile falls below."""
 
 _TILE = re.compile(r"(?<![0-9x])(?:[0-9]{1,6}x){2,3}([0-9]{1,6})(?![0-9x])")
+_DESCRIPTIVE = re.compile(r"ck_2stages_gemm[12]_bm[0-9]{1,6}_n[0-9]{1,6}_k([0-9]{1,6})_")
 _SPLIT = re.compile(r"_(?:kb|sk)([0-9]{1,6})(?=_|$)")
 _ROUTE_REDUCE_FAMILIES = ("flydsl_mxmoe_g2_", "opus_moe2_")
 
 
 def tile_k(name: str) -> int:
     """Return the elements of K that kernel `name` takes at a time, `DEFAULT_TILE_K` where the name does not tell."""
-    match = _TILE.search(name)
+    match = _TILE.search(name) or _DESCRIPTIVE.match(name)
     return max(int(match[1]), 1) if match else DEFAULT_TILE_K
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distbench.case import Case
@@ -14,6 +15,7 @@ from distbench.report.summary import Summary
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+    from rich.text import Text
 
 _SHOWN_REASONS = 12
 _SHOWN_TOKENS = 16
@@ -69,12 +71,26 @@ def print_summary(summary: Summary, out: str) -> None:
     print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
 
 
-def print_table(rows: list[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print a table; the first column is what its rows are about."""
+def print_bundle(folder: Path) -> None:
+    """Say where a bundle lies, or that it could not be written."""
+    whole = (folder / "manifest.json").exists()
+    text = f"bundle: {folder}; distbench replay {folder}" if whole else f"bundle: {folder} could not be written"
+    print(text, flush=True)
+
+
+def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
+    """Print a table to standard output, its cells as they are but for control characters."""
     from rich.console import Console
+    from rich.text import Text
 
     width = None if sys.stdout.isatty() else _LOG_WIDTH
-    Console(highlight=False, width=width).print(_table("", columns, rows))
+    cells = [tuple(Text(cell) for cell in row) for row in rows]
+    Console(highlight=False, width=width).print(_table("", columns, cells))
+
+
+def print_plain(text: str) -> None:
+    """Print a line that may hold anything: what is not printable is shown by its code."""
+    print_line(text if text.isprintable() else repr(text))
 
 
 def verdict_line(report: Report) -> str:
@@ -164,7 +180,7 @@ def _lost_line(report: Report) -> str:
     return f"rows at or past the limit: {report.lost.rows} ({ranks}); source rank:token {' '.join(tokens)}{more}"
 
 
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str | Text, ...]]) -> Table:
     from rich import box
     from rich.table import Table
 

@@ -33,8 +33,8 @@ class Sink:
         }
         self._journal = Journal(Path(job.out))
 
-    def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> None:
-        """Write down how `entry` ended, and return when it is on disk."""
+    def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> Report:
+        """Write down how `entry` ended, and return the report when it is on disk."""
         records = outcome.gathered.observations if outcome.gathered else []
         environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
         report = build_report(entry, outcome, environment=environment, wall_s=wall_s)
@@ -46,6 +46,7 @@ class Sink:
         self.codes[report.case["hash"]] = code
         if not self._job.supervised:
             self._print(report)
+        return report
 
     def close(self) -> None:
         """Let the journal go."""

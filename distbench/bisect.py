@@ -1,0 +1,196 @@
+"""Which stage is to blame: one at a time is taken away or put in the place of, and what cures the failure is guilty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.case import Case, case_hash
+from distbench.errors import InvalidCase
+from distbench.experts import make_selector
+from distbench.experts.pinned import pinned_table
+from distbench.injection import parse_inject
+from distbench.rates import Rate, trials_to_see
+from distbench.report.files import write_atomically
+from distbench.trials import Lab, possible, signature, varied
+
+MAX_TRIALS = 64
+_TRIALS = 3
+_PINNED = "pinned.csv"
+
+
+class Swap(msgspec.Struct, frozen=True):
+    """A trusted part in the place of one that is not: what it stands for, in words, and the keys that it changes."""
+
+    part: str
+    what: str
+    changes: dict[str, Any]
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one or two swaps: how often the case still failed, over seeds from the case's own up, and how."""
+
+    parts: tuple[str, ...]
+    what: str
+    failing: Rate
+    endings: list[str]
+    cured: bool
+
+
+class Accusation(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome: guilty parts (two where only a pair cures), what else the failure needs, and all results.
+
+    Nobody is guilty where the case did not fail, or where neither a swap nor a pair of them cures it.
+    """
+
+    base: Result
+    results: list[Result]
+    guilty: tuple[str, ...]
+    needs: tuple[str, ...]
+    launches: int
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if not self.base.failing.seen:
+            return f"the case does not fail here: PASS on {self.base.failing.tried} seeds"
+        rate = "" if self.base.failing.always else f"; intermittent, fails on {self.base.failing}"
+        if not self.guilty:
+            return f"no swap and no pair of swaps cures it{rate}"
+        if len(self.guilty) > 1:
+            return f"{' and '.join(self.guilty)} interact: only both swaps together cure it{rate}"
+        needs = f", and shows only with this {' and '.join(self.needs)}" if self.needs else ""
+        return f"{self.guilty[0]} is guilty{needs}{rate}"
+
+
+def bisect(lab: Lab, case: Case, folder: Path) -> Accusation:
+    """Find the guilty part of a failing case. `folder` takes the kernel table that pins one kernel.
+
+    One launch tells it for a failure that is always there; one that comes and goes is tried again with more seeds, and
+    where no swap cures it, pairs are tried. A lost rank costs a launch more.
+
+    Raises:
+        InvalidCase: nothing in the case can be swapped.
+
+    """
+    swaps = swaps_of(case, folder)
+    if not swaps:
+        message = "nothing in this case can be swapped: no limit, no other transport or experts, no fault, bf16"
+        raise InvalidCase(message)
+    singles = [(swap,) for swap in swaps]
+    # One launch; `_tried` finds these again in the lab's memory.
+    lab.run([*_seeds(case, _TRIALS), *(variant for picked in singles for variant in _swapped(case, picked))])
+    base = _result(lab, case, (), _TRIALS, None)
+    if not base.failing.seen:
+        return Accusation(base=base, results=[], guilty=(), needs=(), launches=lab.launches)
+    if not base.failing.always:
+        trials = min(trials_to_see(base.failing.seen / base.failing.tried), MAX_TRIALS)
+        base = _result(lab, case, (), max(trials, _TRIALS), None)
+    results = _tried(lab, case, singles, base.failing)
+    if not any(result.cured for result in results):
+        results += _tried(lab, case, list(combinations(swaps, 2)), base.failing)
+    guilty, needs = blame([result.parts for result in results if result.cured])
+    return Accusation(base=base, results=results, guilty=guilty, needs=needs, launches=lab.launches)
+
+
+def blame(cures: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the guilty part, or the pair, and the conditions without which the failure does not show.
+
+    `cures` are in order of `swaps_of`: to put a trusted part in the place of another takes that one's bugs away,
+    whereas to change limit, kernel, order or dtype may only take away what they need to show.
+    """
+    if not cures:
+        return (), ()
+    guilty, *others = cures
+    return guilty, tuple(parts[0] for parts in others if len(guilty) == 1 and len(parts) == 1)
+
+
+def swaps_of(case: Case, folder: Path) -> list[Swap]:
+    """Return the swaps that change `case` and leave one that makes sense, the most telling first."""
+
+    def without(*stages: str) -> dict[str, str]:
+        return {"inject": _faults_elsewhere(case, stages)}
+
+    swaps = [
+        Swap("dispatch", "no fault injected there", without("dispatch")),
+        Swap("combine", "no fault injected there", without("combine")),
+        Swap("transport", "collective", {"transport": "collective"} | without("dispatch", "combine")),
+        Swap("experts", "reference", {"experts": "reference"} | without("experts")),
+        *_pinned(case, folder / _PINNED),
+        Swap("truncate", "limit off", {"limit": "off", "recv_bound": False} | without("truncate")),
+        Swap("gather", "no fault injected there", without("gather")),
+        Swap("row order", "by source", {"slot_order": "source"}),
+        Swap("dispatch dtype", "bf16", {"dispatch_dtype": "bf16"}),
+    ]
+    if case.transport == "collective":
+        swaps = [swap for swap in swaps if swap.part != "transport"]
+    return [swap for swap in swaps if case_hash(case) not in map(case_hash, _swapped(case, (swap,)))]
+
+
+def _faults_elsewhere(case: Case, stages: Sequence[str]) -> str:
+    """Return the injected faults whose stage is none of `stages`: what is put in a stage's place has not its faults."""
+    if not case.inject:
+        return ""
+    from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch
+
+    kept = []
+    for text, fault in zip(filter(str.strip, case.inject.split(";")), parse_inject(case.inject), strict=True):
+        known = FAULTS.get(fault.name)
+        if known is not None and fault.options.get("stage", known.stage) not in stages:
+            kept.append(text)
+    return ";".join(kept)
+
+
+def _pinned(case: Case, path: Path) -> list[Swap]:
+    """Return the swap that runs the padded arm's kernel whatever the rows, where a table can name that kernel.
+
+    What heuristics choose has a name of ours, which only the reference knows.
+    """
+    selector = make_selector(case)
+    kernel = selector.choose(case.capacity)
+    write_atomically(path, pinned_table(selector, kernel))
+    swap = Swap("kernel", f"{kernel.label}, whatever the rows", {"kernel_table": str(path)})
+    nameable = kernel.source == "tuned" or case.experts == "reference"
+    if not nameable or case.limit == "off":
+        return []
+    pinned = [make_selector(variant).choose(1) for variant in _swapped(case, (swap,))]
+    return [swap] if all(kernel.same_kernel(one) for one in pinned) else []
+
+
+def _swapped(case: Case, picked: Sequence[Swap]) -> list[Case]:
+    """Return the case with the swaps made, or nothing where that makes no sense."""
+    return possible(case, **{key: value for swap in picked for key, value in swap.changes.items()})
+
+
+def _seeds(case: Case, trials: int) -> list[Case]:
+    """Return the case with its own seed and those after it: other bits, the same question."""
+    return [varied(case, seed=case.seed + trial) for trial in range(trials)]
+
+
+def _tried(lab: Lab, case: Case, picks: Sequence[Sequence[Swap]], base: Rate) -> list[Result]:
+    """Run every pick, in one launch, and in a second one those that may be cures as often as it takes to say so."""
+    known = [(picked, variant) for picked in picks for variant in _swapped(case, picked)]
+    lab.run([variant for _, variant in known])
+    passing = [not lab.run([variant])[0].exit_code for _, variant in known]
+    trials = _TRIALS if base.always else min(trials_to_see(base.seen / base.tried), MAX_TRIALS)
+    lab.run([one for (_, variant), cure in zip(known, passing, strict=True) if cure for one in _seeds(variant, trials)])
+    return [
+        _result(lab, variant, picked, trials if cure else 1, base)
+        for (picked, variant), cure in zip(known, passing, strict=True)
+    ]
+
+
+def _result(lab: Lab, variant: Case, picked: Sequence[Swap], trials: int, base: Rate | None) -> Result:
+    reports = lab.run(_seeds(variant, trials))
+    failing = Rate(sum(bool(report.exit_code) for report in reports), trials)
+    return Result(
+        parts=tuple(swap.part for swap in picked),
+        what=", ".join(swap.what for swap in picked),
+        failing=failing,
+        endings=list(dict.fromkeys(str(signature(report)) for report in reports)),
+        cured=base is not None and not failing.seen and (base.always or failing.high <= base.seen / base.tried),
+    )

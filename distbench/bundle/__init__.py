@@ -1,0 +1,1 @@
+"""Reproduction bundles: what a failing case leaves for another machine (docs/reproduce.md)."""

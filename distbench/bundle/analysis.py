@@ -1,0 +1,287 @@
+"""What a bundle shows by itself: its recorded tensors held against inputs and oracle made anew on this machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+import msgspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from distbench.breadcrumbs import ARMS
+from distbench.bundle.findings import INPUTS, SUM, Analysis, Finding
+from distbench.bundle.layout import Part, part_name
+from distbench.bundle.read import Bundle, read_part
+from distbench.case import Case
+from distbench.errors import InvalidCase
+from distbench.rank import workload_for
+from distbench.values import one_line
+from distbench.verify.bitwise import bits_at, differing
+from distbench.verify.diagnosis import diagnose
+from distbench.verify.records import Divergence, Gathered
+from distbench.verify.verdict import judge
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload
+
+
+class _Rows(NamedTuple):
+    """One arm's recorded rows on one rank."""
+
+    arm: str
+    sources: Tensor
+    slots: Tensor
+    cut: Tensor
+    received: TokenBatch
+    experts: Tensor
+
+
+class _Sums(NamedTuple):
+    """Expert rows by (arm, source rank, source token) and the rank that made them; tokens that were cut have None."""
+
+    rows: dict[tuple[str, int, int], dict[int, Tensor | None]]
+    combined: dict[tuple[str, int, int], Tensor]
+    ids: dict[tuple[int, int], list[int]]
+
+
+def analyse(bundle: Bundle) -> Analysis:
+    """Check every recorded stage and judge the case again, with the stages as they are found here.
+
+    Raises:
+        InvalidCase: a part is damaged, or the record contradicts itself.
+
+    """
+    manifest = bundle.manifest
+    if manifest.gathered is None:
+        return Analysis([], [], None, [])
+    workload = workload_for(manifest.case, torch.device("cpu"))
+    findings: list[Finding] = []
+    missing: list[str] = []
+    sums = _Sums(defaultdict(dict), {}, {})
+    for part in manifest.recorded.parts:
+        if part.missing or not (bundle.folder / part_name(part.rank)).exists():
+            missing.append(f"{part_name(part.rank)} (of {part.host}): {part.missing or 'not in this folder'}")
+            continue
+        tensors = _loaded(bundle, part)
+        try:
+            findings += _own_tokens(part.rank, tensors, workload, manifest.recorded.tokens, sums)
+            findings += _arms(part.rank, tensors, workload, manifest.recorded.tokens, sums)
+        except (LookupError, ValueError, RuntimeError) as error:
+            message = f"bundle {bundle.folder}: {part_name(part.rank)}: contradicts itself ({one_line(error)})"
+            raise InvalidCase(message) from error
+    if not missing:
+        findings += _summed(manifest.case, sums)
+    return _judged(bundle, findings, missing)
+
+
+def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
+    content = read_part(bundle, part).content
+    try:
+        tensors: dict[str, Tensor] = load(content)
+    except SafetensorError as error:
+        message = f"bundle {bundle.folder}: {part_name(part.rank)}: {one_line(error)}"
+        raise InvalidCase(message) from error
+    return tensors
+
+
+def _own_tokens(
+    rank: int, tensors: dict[str, Tensor], workload: Workload, listed: list[tuple[int, int]], sums: _Sums
+) -> list[Finding]:
+    """Check a rank's routing and failing tokens: inputs as made here, results against the oracle."""
+    index, routing = tensors["token.index"], tensors["routing"]
+    if not set(index.tolist()) <= {token for owner, token in listed if owner == rank}:
+        message = "tokens that the manifest does not list"
+        raise ValueError(message)
+    known = torch.arange(min(len(routing), workload.tokens_per_rank[rank]))
+    batch = workload.tokens(rank, index)
+    wrong = torch.zeros(len(index), dtype=torch.bool)
+    for name, expected in batch._asdict().items():
+        if expected is not None:
+            wrong |= differing(_sized(tensors, f"token.{name}", len(index)), expected).any(1)
+    strayed = differing(routing[: len(known)], workload.tokens(rank, known).ids).any(1)
+    total = int(wrong.sum()) + int(strayed.sum())
+    findings = [Finding(rank=rank, arm="", stage=INPUTS, rows=len(index) + len(known), wrong=total)]
+    oracle = workload.expected(batch)
+    for arm in ARMS[1:]:
+        if f"combined.{arm}" in tensors:
+            combined = _sized(tensors, f"combined.{arm}", len(index))
+            for place, token in enumerate(index.tolist()):
+                sums.combined[arm, rank, token] = combined[place]
+            if oracle is not None:
+                sources = torch.stack([torch.full_like(index, rank), index], dim=1)
+                tokens = _Place(rank, arm, "combine", sources, index)
+                findings.append(tokens.compare("tokens", "oracle", combined, oracle))
+    sums.ids.update({(rank, token): row for token, row in zip(index.tolist(), batch.ids.tolist(), strict=True)})
+    return findings
+
+
+def _arms(
+    rank: int, tensors: dict[str, Tensor], workload: Workload, listed: list[tuple[int, int]], sums: _Sums
+) -> list[Finding]:
+    """Check the rows that a rank received: fields against their sources, expert rows against oracle or padded arm."""
+    findings = []
+    baseline: dict[tuple[int, ...], Tensor] = {}
+    for arm in ARMS[1:]:
+        if f"{arm}.sources" not in tensors:
+            continue
+        rows = _rows(arm, tensors, listed)
+        batch = workload.token_rows(*rows.sources.unbind(1))
+        dispatch = _Place(rank, arm, "dispatch", rows.sources, rows.slots)
+        fields = [
+            dispatch.compare(name, "source", actual, expected)
+            for name, actual, expected in zip(batch._fields, rows.received, batch, strict=True)
+            if actual is not None and expected is not None
+        ]
+        findings.append(max(fields, key=lambda found: found.wrong))
+        findings.append(_cut(rank, rows))
+        oracle, against = workload.expected_rows(rank, batch), "oracle"
+        if oracle is None:
+            oracle, against = _first_seen(baseline, rows), "padded"
+        experts = _Place(rank, arm, "experts", rows.sources, rows.slots)
+        findings.append(experts.compare("rows", against, rows.experts, oracle))
+        for (owner, token), row in zip(rows.sources.tolist(), rows.experts, strict=True):
+            sums.rows[arm, owner, token][rank] = row
+        for owner, token, _ in rows.cut.tolist():
+            sums.rows[arm, owner, token][rank] = None
+    return findings
+
+
+def _first_seen(known: dict[tuple[int, ...], Tensor], rows: _Rows) -> Tensor:
+    """Return, for each row, what the first arm made of it: bf16 [m, H]."""
+    found = torch.empty_like(rows.experts)
+    for place, source in enumerate(rows.sources.tolist()):
+        found[place] = known.setdefault(tuple(source), rows.experts[place])
+    return found
+
+
+def _rows(arm: str, tensors: dict[str, Tensor], listed: list[tuple[int, int]]) -> _Rows:
+    sources = tensors[f"{arm}.sources"]
+    cut = tensors[f"{arm}.cut"]
+    named = {tuple(source) for source in [*sources.tolist(), *cut[:, :2].tolist()]}
+    if not named <= set(listed):
+        message = f"{arm} has rows of tokens that the manifest does not list"
+        raise ValueError(message)
+    fields = [
+        _sized(tensors, f"{arm}.{name}", len(sources)) if f"{arm}.{name}" in tensors else None
+        for name in TokenBatch._fields
+    ]
+    hidden, scales, weights, ids = fields
+    if hidden is None or weights is None or ids is None:
+        message = f"{arm} lacks what was received"
+        raise ValueError(message)
+    return _Rows(
+        arm,
+        sources,
+        _sized(tensors, f"{arm}.slots", len(sources)),
+        cut,
+        TokenBatch(hidden, scales, weights, ids),
+        _sized(tensors, f"{arm}.experts", len(sources)),
+    )
+
+
+def _sized(tensors: dict[str, Tensor], name: str, rows: int) -> Tensor:
+    found = tensors[name]
+    if found.shape[0] != rows:
+        message = f"{name} has {found.shape[0]} rows, not {rows}"
+        raise ValueError(message)
+    return found
+
+
+class _Place(NamedTuple):
+    """Where recorded rows stood: sources int64 [m, 2], slots (or tokens) int64 [m]."""
+
+    rank: int
+    arm: str
+    stage: str
+    sources: Tensor
+    slots: Tensor
+
+    def compare(self, field: str, against: str, actual: Tensor, expected: Tensor) -> Finding:
+        wrong = differing(actual, expected)
+        rows = wrong.any(1)
+        finding = Finding(rank=self.rank, arm=self.arm, stage=self.stage, rows=len(actual), wrong=int(rows.sum()))
+        if not finding.wrong:
+            return finding
+        row = int(rows.int().argmax())
+        column = int(wrong[row].int().argmax())
+        source_rank, source_token = self.sources[row].tolist()
+        first = Divergence(
+            stage=self.stage,
+            arm=self.arm,
+            rank=self.rank,
+            source_rank=source_rank,
+            source_token=source_token,
+            row=int(self.slots[row]),
+            column=column,
+            expected_bits=bits_at(expected, row, column),
+            actual_bits=bits_at(actual, row, column),
+            field=field,
+            against=against,
+            rows=finding.wrong,
+        )
+        return msgspec.structs.replace(finding, first=first)
+
+
+def _cut(rank: int, rows: _Rows) -> Finding:
+    """Return the rows that did not reach the experts."""
+    total, lost = len(rows.sources) + len(rows.cut), len(rows.cut)
+    first = None
+    if lost:
+        source_rank, source_token, slot = rows.cut[0].tolist()
+        first = Divergence(
+            stage="truncate",
+            arm=rows.arm,
+            rank=rank,
+            source_rank=source_rank,
+            source_token=source_token,
+            row=slot,
+            field="rows",
+            against="received",
+            rows=lost,
+        )
+    return Finding(rank=rank, arm=rows.arm, stage="truncate", rows=total, wrong=lost, first=first)
+
+
+def _summed(case: Case, sums: _Sums) -> list[Finding]:
+    """Hold each recorded token against the sum of its recorded expert rows, in slot order, float32, one rounding."""
+    rows: dict[tuple[int, str], list[bool]] = defaultdict(list)
+    for (arm, rank, token), combined in sums.combined.items():
+        made = sums.rows.get((arm, rank, token), {})
+        owners = [expert // case.experts_per_rank for expert in sums.ids[rank, token] if 0 <= expert < case.num_experts]
+        order = list(dict.fromkeys(owners))
+        parts = [made.get(owner) for owner in order]
+        if all(part is not None for part in parts):
+            total = torch.zeros(case.hidden_size)
+            for part in parts:
+                total += part.float() if part is not None else 0.0
+            rows[rank, arm].append(bool(differing(combined.unsqueeze(0), total.to(combined.dtype).unsqueeze(0)).any()))
+    return [
+        Finding(rank=rank, arm=arm, stage=SUM, rows=len(wrong), wrong=sum(wrong)) for (rank, arm), wrong in rows.items()
+    ]
+
+
+def _judged(bundle: Bundle, findings: list[Finding], missing: list[str]) -> Analysis:
+    """Judge again, with the first divergences as found in the tensors where they are all here."""
+    question, gathered = bundle.manifest.question, bundle.manifest.gathered
+    if question is None or gathered is None:
+        return Analysis(findings, missing, None, [])
+    if not missing:
+        gathered = _with_findings(gathered, findings)
+    try:
+        judgement = judge(question, gathered)
+        diagnosis = diagnose(question, gathered, judgement)
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        message = f"bundle {bundle.folder}: the ranks' records contradict each other ({one_line(error)})"
+        raise InvalidCase(message) from error
+    return Analysis(findings, missing, judgement, diagnosis)
+
+
+def _with_findings(gathered: Gathered, findings: list[Finding]) -> Gathered:
+    by_rank: dict[int, list[Divergence]] = defaultdict(list)
+    for finding in findings:
+        if finding.first is not None:
+            by_rank[finding.rank].append(finding.first)
+    records = [msgspec.structs.replace(record, divergences=by_rank[record.rank]) for record in gathered.observations]
+    return msgspec.structs.replace(gathered, observations=records)

@@ -1,0 +1,85 @@
+"""The files of a bundle, what their names are, and how large each may be. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from distbench.case import Case, case_hash
+from distbench.limits import Traffic
+from distbench.verify.records import Gathered, Question, Token
+
+SCHEMA = "distbench.bundle/1"
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+KERNEL_TABLE = "kernel_table.csv"
+
+MAX_TOKENS = 64
+MAX_JSON_BYTES = 16 << 20
+MAX_TABLE_BYTES = 16 << 20
+MAX_HEADER_BYTES = 1 << 20
+MAX_PART_BYTES = 64 << 20
+"""Bytes of one rank's part: `RECORDED_BYTES` of tensors, its routing, and room for one token of any case."""
+
+RECORDED_BYTES = 32 << 20
+"""Bytes of recorded tensors over all ranks; fewer tokens are taken where they would be more."""
+
+ROUTING_BYTES = 4 << 20
+"""Bytes of a rank's own routing; later tokens are left out."""
+
+_HASH_DIGITS = 12
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """The file of one rank: size in bytes and SHA-256, or why there is none."""
+
+    rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    host: str
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_PART_BYTES)] = 0
+    sha256: Sha256 = "0" * 64
+    missing: str = ""
+
+
+class Recorded(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ranks wrote down: the failing tokens taken, how many more were known, and each rank's part."""
+
+    tokens: list[Token]
+    left_out: int
+    parts: list[Part]
+
+
+NOTHING_RECORDED = Recorded(tokens=[], left_out=0, parts=[])
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """`manifest.json`, written last: a bundle without one is not whole.
+
+    `gathered` is what rank 0 judged, without timings; None where the case was refused or lost its ranks.
+    """
+
+    schema: str = SCHEMA
+    how_to_replay: list[str]
+    case: Case
+    traffic: Traffic | None
+    limit: int | None
+    gathered: Gathered | None
+    recorded: Recorded
+
+    @property
+    def question(self) -> Question | None:
+        """The question that the case asked, where its ranks came to ask it."""
+        return None if self.traffic is None else Question(self.case, self.traffic, self.limit)
+
+
+def bundle_folder(root: str, case: Case) -> Path:
+    """Return the folder of a case's bundle below the folder that `--bundle` names."""
+    return Path(root) / case_hash(case)[:_HASH_DIGITS]
+
+
+def part_name(rank: int) -> str:
+    """Return the name of a rank's file; no name is ever taken from a bundle."""
+    return f"rank-{rank:05d}.safetensors"

@@ -1,0 +1,253 @@
+"""Reading a bundle that may come from anyone: nothing in it names a file, and nothing is believed unchecked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+
+from distbench.breadcrumbs import ARMS
+from distbench.bundle.layout import (
+    KERNEL_TABLE,
+    MANIFEST,
+    MAX_HEADER_BYTES,
+    MAX_JSON_BYTES,
+    MAX_PART_BYTES,
+    MAX_TABLE_BYTES,
+    MAX_TOKENS,
+    REPORT,
+    SCHEMA,
+    Manifest,
+    Part,
+    part_name,
+)
+from distbench.case import DERIVED_KEYS, Case
+from distbench.errors import InvalidCase
+from distbench.limits import Traffic
+from distbench.report.document import Report
+from distbench.resolve import Layer, resolve_case
+from distbench.values import one_line, shown
+from distbench.verify.records import STAGE_ORDER, Gathered
+
+_MAX_EXPERTS = 1 << 16
+_MAX_COLUMNS = 1 << 18
+_LENGTH_BYTES = 8
+_DTYPES = {"bf16": "BF16", "fp8": "F8_E4M3"}
+_BLOCK = 128
+
+
+class Bundle(NamedTuple):
+    """A bundle whose JSON has been read and holds together; parts are read one at a time."""
+
+    folder: Path
+    manifest: Manifest
+    report: Report
+
+
+class PartContent(NamedTuple):
+    """The bytes of a part whose header has been checked, and the digests that it carries."""
+
+    content: bytes
+    digests: dict[str, str]
+
+
+def open_bundle(folder: str | Path) -> Bundle:
+    """Read manifest and report.
+
+    Raises:
+        InvalidCase: a file is missing, too large, no regular file or not of this schema, or does not fit the others.
+
+    """
+    folder = Path(folder)
+    manifest: Manifest = _decoded(folder, MANIFEST, Manifest)
+    if manifest.schema != SCHEMA:
+        _refuse(folder, MANIFEST, f"schema {shown(manifest.schema)}, known is {SCHEMA}")
+    report: Report = _decoded(folder, REPORT, Report)
+    _check_case(folder, manifest.case)
+    _check_recorded(folder, manifest)
+    return Bundle(folder, manifest, report)
+
+
+def runnable_case(bundle: Bundle, **changes: Any) -> Case:
+    """Return the bundle's case with `changes`, checked as if it came from a case file.
+
+    Its kernel table is the bundle's own copy, never the path that the case names.
+
+    Raises:
+        InvalidCase: the case makes no sense, or its kernel table is not in the bundle.
+
+    """
+    case = bundle.manifest.case
+    values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
+    values["kernel_table"] = str(bundle.folder / KERNEL_TABLE) if case.kernel_table else ""
+    if case.kernel_table:
+        table = read_bounded(bundle.folder, KERNEL_TABLE, MAX_TABLE_BYTES)
+        if hashlib.sha256(table).hexdigest() != case.kernel_table_sha256:
+            _refuse(bundle.folder, KERNEL_TABLE, "is not the table that the case ran with")
+    return resolve_case([Layer(f"bundle:{bundle.folder}", values | changes)], None).case
+
+
+def read_part(bundle: Bundle, part: Part) -> PartContent:
+    """Return a rank's part, its header checked name by name against what the case has.
+
+    Raises:
+        InvalidCase: missing, changed, not safetensors, or a tensor of another name, dtype or width.
+
+    """
+    name = part_name(part.rank)
+    if part.missing:
+        _refuse(bundle.folder, name, part.missing)
+    content = read_bounded(bundle.folder, name, MAX_PART_BYTES)
+    if len(content) != part.size:
+        _refuse(bundle.folder, name, f"has {len(content)} bytes, the manifest says {part.size}")
+    if hashlib.sha256(content).hexdigest() != part.sha256:
+        _refuse(bundle.folder, name, "has another SHA-256 than the manifest says")
+    try:
+        return PartContent(content, _check_header(content, bundle.manifest.case))
+    except (ValueError, RecursionError) as error:
+        _refuse(bundle.folder, name, one_line(error))
+
+
+def read_bounded(folder: Path, name: str, most: int) -> bytes:
+    """Return a regular file's bytes; links are not followed.
+
+    Raises:
+        InvalidCase: missing, a link, no regular file, or more than `most` bytes.
+
+    """
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        _refuse(folder, name, f"cannot be read ({getattr(error, 'strerror', None) or error})")
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        _refuse(folder, name, "is no regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        if found.st_size > most:
+            _refuse(folder, name, f"has {found.st_size} bytes, at most {most} are read")
+        return file.read(most)
+
+
+def _decoded(folder: Path, name: str, kind: Any) -> Any:
+    content = read_bounded(folder, name, MAX_JSON_BYTES)
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (ValueError, RecursionError) as error:
+        _refuse(folder, name, one_line(error))
+
+
+def _check_case(folder: Path, case: Case) -> None:
+    bounds = {
+        "num_experts": _MAX_EXPERTS,
+        "topk": _MAX_EXPERTS,
+        "hidden_size": _MAX_COLUMNS,
+        "intermediate_size": _MAX_COLUMNS,
+    }
+    for key, bound in bounds.items():
+        if getattr(case, key) > bound:
+            _refuse(folder, MANIFEST, f"{key} = {getattr(case, key)}: bundles have at most {bound}")
+    if len(case.tokens) != case.ep_size:
+        _refuse(folder, MANIFEST, f"tokens: {len(case.tokens)} numbers for {case.ep_size} ranks")
+
+
+def _check_recorded(folder: Path, manifest: Manifest) -> None:
+    case, recorded, gathered = manifest.case, manifest.recorded, manifest.gathered
+    ranks = list(range(case.ep_size))
+    if [part.rank for part in recorded.parts] not in (ranks, []):
+        _refuse(folder, MANIFEST, f"{len(recorded.parts)} parts are not one for each of {case.ep_size} ranks in order")
+    if len(recorded.tokens) > MAX_TOKENS:
+        _refuse(folder, MANIFEST, f"{len(recorded.tokens)} recorded tokens, at most {MAX_TOKENS} are written")
+    for rank, token in recorded.tokens:
+        if not 0 <= rank < case.ep_size or not 0 <= token < case.tokens[rank]:
+            _refuse(folder, MANIFEST, f"recorded token {shown(token)} of rank {shown(rank)}: the case has none such")
+    if (gathered is None) != (manifest.traffic is None) or (gathered is None and recorded.parts):
+        _refuse(folder, MANIFEST, "parts, traffic and what rank 0 gathered belong together, some are missing")
+    if gathered is not None and manifest.traffic is not None:
+        _check_gathered(folder, gathered, manifest.traffic, ranks)
+
+
+def _check_gathered(folder: Path, gathered: Gathered, traffic: Traffic, ranks: list[int]) -> None:
+    if [record.rank for record in gathered.observations] != ranks or len(traffic.total_recv) != len(ranks):
+        _refuse(folder, MANIFEST, f"records of {len(gathered.observations)} ranks for a case of {len(ranks)}")
+    for record in gathered.observations:
+        for found in record.divergences:
+            if found.arm not in ARMS or found.stage not in STAGE_ORDER:
+                _refuse(folder, MANIFEST, f"no such arm or stage: {shown(found.arm)}, {shown(found.stage)}")
+
+
+def _check_header(content: bytes, case: Case) -> dict[str, str]:
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    if len(content) < _LENGTH_BYTES or length > min(len(content) - _LENGTH_BYTES, MAX_HEADER_BYTES):
+        message = f"a header of {length} bytes; a part of {len(content)} has at most {MAX_HEADER_BYTES}"
+        raise ValueError(message)
+    header = json.loads(content[_LENGTH_BYTES : _LENGTH_BYTES + length], object_pairs_hook=_unique)
+    if not isinstance(header, dict):
+        message = "the header is no table"
+        raise ValueError(message)  # noqa: TRY004 - of the file, not of an argument
+    metadata = msgspec.convert(header.pop("__metadata__", {}), dict[str, str])
+    allowed = tensor_kinds(case)
+    for name, raw in header.items():
+        described = msgspec.convert(raw, _TensorHeader)
+        if name not in allowed:
+            message = f"a tensor {shown(name)}, which no part has"
+            raise ValueError(message)
+        dtype, columns = allowed[name]
+        wanted = [] if columns is None else [columns]
+        if described.dtype != dtype or len(described.shape) != 1 + len(wanted) or described.shape[1:] != wanted:
+            message = f"{name} is {shown(described.dtype)} {shown(described.shape)}, not {dtype} {['rows', *wanted]}"
+            raise ValueError(message)
+    return msgspec.json.decode(metadata.get("digests", "{}"), type=dict[str, str])
+
+
+class _TensorHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+def tensor_kinds(case: Case) -> dict[str, tuple[str, int | None]]:
+    """Return the tensors that a part may hold: by name, dtype as safetensors has it, and columns (None: a vector)."""
+    hidden, topk = case.hidden_size, case.topk
+    batch: dict[str, tuple[str, int | None]] = {
+        "hidden": (_DTYPES[case.dispatch_dtype], hidden),
+        "weights": ("F32", topk),
+        "ids": ("I32", topk),
+    }
+    if case.dispatch_dtype == "fp8":
+        batch["scales"] = ("F32", hidden // _BLOCK)
+    kinds: dict[str, tuple[str, int | None]] = {
+        "routing": ("I32", topk),
+        "token.index": ("I64", None),
+        "token.oracle": ("BF16", hidden),
+    }
+    kinds |= {f"token.{name}": kind for name, kind in batch.items()}
+    for arm in ARMS[1:]:
+        kinds |= {f"{arm}.{name}": kind for name, kind in batch.items()}
+        kinds |= {
+            f"{arm}.sources": ("I64", 2),
+            f"{arm}.slots": ("I64", None),
+            f"{arm}.cut": ("I64", 3),
+            f"{arm}.experts": ("BF16", hidden),
+            f"{arm}.oracle": ("BF16", hidden),
+            f"combined.{arm}": ("BF16", hidden),
+        }
+    return kinds
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        message = "a name stands twice in the header"
+        raise ValueError(message)
+    return found
+
+
+def _refuse(folder: Path, name: str, reason: str) -> NoReturn:
+    message = f"bundle {folder}: {name}: {reason}; give a folder as --bundle writes it, whole and unchanged"
+    raise InvalidCase(message)

@@ -1,0 +1,194 @@
+"""Writing the parts of a bundle, each rank its own.
+
+No rank sends a row to another: what rank 0 takes in is the size and digest of each part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from safetensors.torch import save
+from torch import Tensor
+
+from distbench.bundle.layout import (
+    MAX_PART_BYTES,
+    MAX_TOKENS,
+    NOTHING_RECORDED,
+    RECORDED_BYTES,
+    ROUTING_BYTES,
+    Part,
+    Recorded,
+    part_name,
+)
+from distbench.case import Case
+from distbench.errors import Verdict
+from distbench.recording import Finished, Recorder, Seen
+from distbench.report.files import write_atomically
+from distbench.session import Session
+from distbench.verify.bitwise import row_digests, tensor_digest
+from distbench.verify.diagnosis import lost_tokens
+from distbench.verify.records import ORACLE, Outcome, Token
+
+
+def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Outcome | None) -> Recorded | None:
+    """Write this rank's part of a case that failed; on rank 0 return what all ranks wrote. Collective.
+
+    Rank 0 alone passes the outcome, or None where the case did not fail and nothing is written. A rank that cannot
+    write says so in its place in the manifest; the verdict stands.
+    """
+    if recorder.finished is None:  # refused before its first dispatch, on all ranks
+        return NOTHING_RECORDED
+    known = failing_tokens(outcome) if outcome is not None else []
+    taken = known[: _affordable(outcome.case)] if outcome is not None else []
+    tokens = _shared(session, taken, failed=outcome is not None)
+    if tokens is None:
+        return None
+    size, digest = _write_part(session.rank, recorder.seen, recorder.finished, folder, tokens)
+    written = _everyones(session, size, digest)
+    if outcome is None or outcome.gathered is None:
+        return None
+    hosts = [record.host for record in outcome.gathered.observations]
+    parts = [_part(rank, host, row) for rank, (host, row) in enumerate(zip(hosts, written, strict=True))]
+    return Recorded(tokens=taken, left_out=len(known) - len(taken), parts=parts)
+
+
+def failing_tokens(outcome: Outcome) -> list[Token]:
+    """Return the tokens that went wrong as far as rank 0 lists them: first divergences, differing, lost."""
+    gathered = outcome.gathered
+    if gathered is None or outcome.judgement.verdict is Verdict.PASS:
+        return []
+    diverged = [
+        (found.source_rank, found.source_token)
+        for record in gathered.observations
+        for found in record.divergences
+        if found.source_rank is not None and found.source_token is not None
+    ]
+    differing = [token for listed in gathered.differing.values() for token in listed]
+    found = list(dict.fromkeys([*diverged, *differing, *lost_tokens(gathered)]))
+    return found or [(record.rank, 0) for record in gathered.observations if record.tokens][:1]
+
+
+def _affordable(case: Case) -> int:
+    """Return how many tokens `RECORDED_BYTES` hold: their rows on every rank that they go to, in every arm."""
+    arms, element = 4, 2
+    row = case.hidden_size * 3 * element + 12 * case.topk
+    token = arms * (min(case.topk, case.ep_size) * row + case.hidden_size * element) + row
+    return max(min(RECORDED_BYTES // token, MAX_TOKENS), 1)
+
+
+def _shared(session: Session, tokens: list[Token], *, failed: bool) -> Tensor | None:
+    """Return rank 0's tokens on all ranks of the group, int64 [t, 2] on the CPU; None where the case did not fail."""
+    sent = torch.full((1 + MAX_TOKENS, 2), -1, dtype=torch.int64)
+    sent[0] = int(failed)
+    if tokens:
+        sent[1 : 1 + len(tokens)] = torch.tensor(tokens)
+    sent = sent.to(session.device)
+    dist.broadcast(sent, group=session.group, group_src=0)
+    (told, *_), *_ = sent.tolist()
+    listed = sent[1:].cpu()
+    return listed[listed[:, 0] >= 0] if told else None
+
+
+def _write_part(
+    rank: int, seen: dict[str, Seen], finished: Finished, folder: Path, tokens: Tensor
+) -> tuple[int, bytes]:
+    """Write the part of `rank`; its size and digest, or -1 where it could not be written or is too large."""
+    tensors = _own_tokens(rank, finished, tokens)
+    for arm, one in seen.items():
+        tensors |= {f"{arm}.{name}": tensor for name, tensor in _rows(rank, one, finished, tokens).items()}
+    content = save(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        {"digests": msgspec.json.encode(_digests(seen, finished)).decode()},
+    )
+    if len(content) > MAX_PART_BYTES:
+        return -1, bytes(32)
+    try:
+        write_atomically(folder / part_name(rank), content)
+    except OSError:
+        return -1, bytes(32)
+    return len(content), hashlib.sha256(content).digest()
+
+
+def _own_tokens(rank: int, finished: Finished, tokens: Tensor) -> dict[str, Tensor]:
+    batch, outputs = finished.batch, finished.outputs
+    index = tokens[tokens[:, 0] == rank, 1]
+    chosen = index.to(batch.ids.device)
+    rows = ROUTING_BYTES // (batch.ids.shape[1] * 4)
+    found = {"routing": batch.ids[:rows].clone(), "token.index": index}
+    found |= {f"token.{name}": part[chosen] for name, part in batch._asdict().items() if part is not None}
+    found |= {f"combined.{arm}": rows[chosen] for arm, rows in outputs.items() if arm != ORACLE}
+    if ORACLE in outputs:
+        found["token.oracle"] = outputs[ORACLE][chosen]
+    return found
+
+
+def _rows(rank: int, seen: Seen, finished: Finished, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the rows of `tokens` as they arrived, where in the buffer, and what became of them."""
+    wanted = torch.isin(_keys(seen.sources), _keys(tokens)).nonzero().flatten()
+    live = wanted[wanted < seen.expert_rows.shape[0]]
+    cut = wanted[wanted >= seen.expert_rows.shape[0]]
+    found = {
+        "sources": seen.sources[live],
+        "slots": live,
+        "experts": seen.expert_rows[live],
+        "cut": torch.cat([seen.sources[cut], cut.unsqueeze(1)], dim=1),
+    }
+    found |= {name: part[live] for name, part in seen.received._asdict().items() if part is not None}
+    workload = finished.workload
+    if _in_range(seen.sources[live], workload.tokens_per_rank):
+        batch = workload.token_rows(*seen.sources[live].unbind(1))
+        oracle = workload.expected_rows(rank, batch)
+        if oracle is not None:
+            found["oracle"] = oracle
+    return found
+
+
+def _in_range(sources: Tensor, tokens_per_rank: tuple[int, ...]) -> bool:
+    """Whether sources [m, 2], which a faulty transport may have damaged, name tokens that there are."""
+    held = torch.tensor(tokens_per_rank)
+    ranks = sources[:, 0].clamp(0, len(tokens_per_rank) - 1)
+    return bool(((sources >= 0).all(1) & (sources[:, 0] == ranks) & (sources[:, 1] < held[ranks])).all())
+
+
+def _digests(seen: dict[str, Seen], finished: Finished) -> dict[str, str]:
+    """Return digests of all rows, recorded or not: sources, experts' weights, received and expert rows by source."""
+    found = {f"token.{name}": _digest(part) for name, part in finished.batch._asdict().items() if part is not None}
+    found |= {f"combined.{arm}": _digest(rows) for arm, rows in finished.outputs.items()}
+    found |= {name: _digest(getattr(finished.weights, name).flatten(0, 1)) for name in ("w1", "w2")}
+    for arm, one in seen.items():
+        order = _keys(one.sources[: one.expert_rows.shape[0]]).argsort(stable=True)
+        received = {name: part[order] for name, part in one.received._asdict().items() if part is not None}
+        found |= {f"{arm}.{name}": _digest(part) for name, part in received.items()}
+        found[f"{arm}.experts"] = _digest(one.expert_rows[order])
+    return found
+
+
+def _digest(rows: Tensor) -> str:
+    return tensor_digest(row_digests(rows))
+
+
+def _keys(sources: Tensor) -> Tensor:
+    return (sources[:, 0] << 32) | sources[:, 1]
+
+
+def _everyones(session: Session, size: int, digest: bytes) -> list[list[int]]:
+    """Return size and digest words of every rank's part on rank 0, nothing elsewhere."""
+    words = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+    mine = torch.cat([torch.tensor([size]), words]).to(session.device)
+    first = dist.get_rank(session.group) == 0
+    table = mine.new_empty(dist.get_world_size(session.group), mine.numel()) if first else None
+    dist.gather(mine, list(table) if table is not None else None, group=session.group, group_dst=0)
+    found: list[list[int]] = [] if table is None else table.tolist()
+    return found
+
+
+def _part(rank: int, host: str, row: list[int]) -> Part:
+    size, *words = row
+    if size < 0:
+        return Part(rank=rank, host=host, missing="could not be written, or came out too large")
+    digest = b"".join(word.to_bytes(8, "little", signed=True) for word in words)
+    return Part(rank=rank, host=host, size=size, sha256=digest.hex())

@@ -1,0 +1,52 @@
+"""`distbench bisect`: which stage is to blame."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distbench.bisect import Accusation, Result, bisect
+from distbench.commands.options import add_case_options, add_folder, alone, one_case
+from distbench.locks import hold
+from distbench.report.console import print_plain, print_table
+from distbench.supervisor import preload_ranks
+from distbench.trials import Lab
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "bisect",
+        help="name the guilty stage of a failing case",
+        description="Run a failing case with one part after the other replaced by a trusted one. Exit code 0: a part, "
+        "or a pair, is named.",
+    )
+    command.set_defaults(command=_bisect)
+    command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
+    command.add_argument("--nproc", type=int, metavar="N", help="ranks, where the case does not say (default: 8)")
+    add_folder(command)
+    add_case_options(command)
+
+
+def _bisect(options: argparse.Namespace) -> int:
+    alone("bisect")
+    case = one_case(options.case, options)
+    out = Path(options.out)
+    with hold(out, (), options.lock_timeout):
+        preload_ranks()
+        accusation = bisect(Lab(out), case, out)
+    _print(accusation)
+    return 0 if accusation.guilty else 1
+
+
+def _print(accusation: Accusation) -> None:
+    rows = [_row(result) for result in (accusation.base, *accusation.results)]
+    print_table(rows, ("replaced", "by", "failing", "ends in", "cured"))
+    print_plain(f"{accusation.verdict} ({accusation.launches} launches)")
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    parts = " + ".join(result.parts) or "nothing"
+    cured = ("yes" if result.cured else "no") if result.parts else ""
+    return parts, result.what, str(result.failing), "; ".join(result.endings), cured

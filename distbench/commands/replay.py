@@ -1,0 +1,95 @@
+"""`distbench replay`: a bundle once more, here or from its recording alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distbench.bundle.findings import Finding
+from distbench.bundle.read import Bundle, open_bundle, runnable_case
+from distbench.commands.options import add_case_options, add_folder, alone, case_flags
+from distbench.locks import hold
+from distbench.preflight import check_case, check_folder
+from distbench.replay import compare
+from distbench.report.console import print_plain, print_table
+from distbench.supervisor import preload_ranks
+from distbench.trials import Lab, signature
+
+_SHOWN_RANKS = 8
+_AGREES = "as its report says"
+_DIFFERS = "which is not what its report says"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "replay",
+        help="a bundle once more: here, elsewhere, or from its recording alone",
+        description="Analyse what a bundle recorded, then run its case here and compare. Options of the case replace "
+        "what it ran with, such as --device cpu. Exit code 0: reproduced, or (--offline) the recording shows what "
+        "its report says.",
+    )
+    command.set_defaults(command=_replay)
+    command.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
+    command.add_argument("--offline", action="store_true", help="only analyse the recording")
+    add_folder(command)
+    add_case_options(command)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    bundle = open_bundle(options.bundle)
+    shows_the_same = _analyse(bundle)
+    if options.offline:
+        return 0 if shows_the_same else 1
+    return _run(bundle, options)
+
+
+def _analyse(bundle: Bundle) -> bool:
+    from distbench.bundle.analysis import analyse  # noqa: PLC0415 - loads torch, which a refusal does without
+
+    report = bundle.report
+    analysis = analyse(bundle)
+    print_plain(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
+    for missing in analysis.missing:
+        print_plain(f"missing: {missing}")
+    print_table(_stage_rows(analysis.findings), ("arm", "stage", "recorded rows", "wrong", "on rank", "first"))
+    if analysis.judgement is None:
+        print_plain("no tensors were recorded: the case was refused or lost its ranks")
+        return False
+    for found in analysis.diagnosis:
+        print_plain(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
+    same = analysis.confirms(report.verdict, [found.cause for found in report.diagnosis])
+    print_plain(f"from the recording: {analysis.judgement.verdict.value}, {_AGREES if same else _DIFFERS}")
+    return same
+
+
+def _stage_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
+    """Return one row for each arm and stage, over all ranks."""
+    rows: list[tuple[str, ...]] = []
+    for arm, stage in dict.fromkeys((found.arm, found.stage) for found in findings):
+        here = [found for found in findings if (found.arm, found.stage) == (arm, stage)]
+        wrong = [found for found in here if found.wrong]
+        first = next((str(found.first) for found in wrong if found.first is not None), "")
+        ranks = ", ".join(str(found.rank) for found in wrong[:_SHOWN_RANKS])
+        counts = str(sum(found.rows for found in here)), str(sum(found.wrong for found in here))
+        rows.append((arm, stage, *counts, ranks, first))
+    return rows
+
+
+def _run(bundle: Bundle, options: argparse.Namespace) -> int:
+    alone("replay")
+    changes = {key: value for layer in case_flags(options) for key, value in layer.values.items()}
+    case = runnable_case(bundle, **changes)
+    check_case(case)
+    check_folder(options.out, 1)
+    with hold(Path(options.out), (), options.lock_timeout):
+        preload_ranks()
+        report = Lab(Path(options.out)).run([case])[0]
+    replay = compare(bundle.report, report)
+    rows = [(found.what, found.recorded, found.here) for found in replay.differences]
+    if rows:
+        print_table(rows, ("differs", "recorded", "here"))
+    emulated = f" (emulated: {', '.join(report.stand_ins)})" if report.emulated else ""
+    print_plain(f"{'reproduced' if replay.reproduced else 'not reproduced'} here{emulated}: {signature(report)}")
+    return 0 if replay.reproduced else 1

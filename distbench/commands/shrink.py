@@ -1,0 +1,65 @@
+"""`distbench shrink`: the smallest case that fails in the same way."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.case import DERIVED_KEYS, Case
+from distbench.commands.options import add_case_options, add_folder, alone, case_flags, one_case
+from distbench.locks import hold
+from distbench.report.console import print_error, print_plain, print_table
+from distbench.report.files import write_atomically
+from distbench.shrink import Shrunk, Step, shrink
+from distbench.suite import value_text
+from distbench.supervisor import preload_ranks
+from distbench.trials import Lab, load_report
+
+_SHRUNK = "shrunk.json"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "shrink",
+        help="make a failing case as small as it gets",
+        description="Find the smallest case with the same verdict, first wrong stage and cause, and write it as a case "
+        f"file, {_SHRUNK} in --out.",
+    )
+    command.set_defaults(command=_shrink)
+    command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
+    command.add_argument("--nproc", type=int, metavar="N", help="ranks, where the case does not say (default: 8)")
+    add_folder(command)
+    add_case_options(command)
+
+
+def _shrink(options: argparse.Namespace) -> int:
+    alone("shrink")
+    case = one_case(options.case, options)
+    known = load_report(options.case) if not case_flags(options)[0].values else None
+    out = Path(options.out)
+    with hold(out, (), options.lock_timeout):
+        preload_ranks()
+        found = shrink(Lab(out), case, _tell, known)
+        values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in DERIVED_KEYS}
+        write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
+    _print(case, found)
+    print_plain(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}")
+    return 0
+
+
+def _tell(step: Step) -> None:
+    case = step.case
+    text = f"{case.ep_size} ranks, {sum(case.tokens)} tokens, top-{case.topk}, {case.num_experts} experts"
+    text += f", H{case.hidden_size} I{case.intermediate_size}"
+    print_error("shrink", f"{step.what}: {text} ({step.cases} cases, {step.launches} launches)")
+
+
+def _print(case: Case, found: Shrunk) -> None:
+    before, after = (msgspec.structs.asdict(one) for one in (case, found.case))
+    rows = [(key, value_text(before[key]), value_text(after[key])) for key in after if before[key] != after[key]]
+    rows.insert(0, ("tokens in all", str(sum(case.tokens)), str(sum(found.case.tokens))))
+    print_table(rows, ("key", "given", "smallest"))

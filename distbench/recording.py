@@ -1,0 +1,66 @@
+"""What one rank keeps of its passes while they run, for a bundle (bundle/); nothing is kept where none is asked for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.layer import ExpertWeights
+from distbench.truncation import ExpertInput
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload
+
+
+class Seen(NamedTuple):
+    """One pass on one rank, on the CPU.
+
+    sources int64 [total_recv, 2] in slot order; the rows that reached the experts, [0, live): `received`, and what the
+    experts made of them, bf16 [live, H].
+    """
+
+    sources: Tensor
+    received: TokenBatch
+    expert_rows: Tensor
+
+
+class Finished(NamedTuple):
+    """What the passes were made of, and what came out: tokens [n, H] of each arm, and of the oracle if there is one."""
+
+    workload: Workload
+    batch: TokenBatch
+    weights: ExpertWeights
+    outputs: dict[str, Tensor]
+
+
+class Recorder:
+    """Keeps, for each arm, the pass whose outputs are kept (see `Passes`): its live rows, copied to the CPU."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Seen] = {}
+        self.finished: Finished | None = None
+        self._fresh: dict[str, Seen] = {}
+
+    def take(self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
+        """Copy what a pass made before combine lets the buffers go."""
+        live = min(int(given.num_local_tokens), given.rows, expert_out.shape[0])
+        received = TokenBatch(
+            hidden=_copied(given.hidden[:live]),
+            scales=None if given.scales is None else _copied(given.scales[:live]),
+            weights=_copied(given.weights[:live]),
+            ids=_copied(given.ids[:live]),
+        )
+        self._fresh[arm] = Seen(_copied(sources), received, _copied(expert_out[:live]))
+
+    def keep(self) -> None:
+        """Keep the passes taken since the last repeat, in the place of earlier ones of the same arms."""
+        self.seen |= self._fresh
+
+    def finish(self, finished: Finished) -> None:
+        """Note that all passes have run."""
+        self.finished = finished
+
+
+def _copied(rows: Tensor) -> Tensor:
+    return rows.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

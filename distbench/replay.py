@@ -1,0 +1,88 @@
+"""A bundle's case once more, and what sets this run apart from the recorded one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from distbench.case import DERIVED_KEYS
+from distbench.report.document import Report
+from distbench.trials import signature
+
+_IGNORED_KEYS = (*DERIVED_KEYS, "hash", "kernel_table")
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """One thing that is not as it was: what, as recorded, and here."""
+
+    what: str
+    recorded: str
+    here: str
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """Whether the same failure came up again, and everything that differs, what matters most first."""
+
+    reproduced: bool
+    differences: list[Difference]
+
+
+def compare(recorded: Report, here: Report) -> Replay:
+    """Return how a run here compares with the recorded one.
+
+    Reproduced is the same verdict, first wrong stage, rank and arm, and surest cause. Bits are compared by the digests
+    of each arm on each rank, and may differ where kernels do.
+    """
+    outcome = [*_differ("ending", str(signature(recorded)), str(signature(here))), *_first(recorded, here)]
+    details = [*_causes(recorded, here), *_case(recorded, here), *_environment(recorded, here), *_ranks(recorded, here)]
+    return Replay(not outcome, [*outcome, *details])
+
+
+def _first(recorded: Report, here: Report) -> Iterator[Difference]:
+    then, now = recorded.first_divergence, here.first_divergence
+    if then is not None and now is not None:
+        yield from _differ("first wrong arm and rank", f"{then.arm} {then.rank}", f"{now.arm} {now.rank}")
+
+
+def _causes(recorded: Report, here: Report) -> Iterator[Difference]:
+    then, now = ("; ".join(found.cause for found in report.diagnosis) for report in (recorded, here))
+    yield from _differ("diagnosis", then, now)
+
+
+def _case(recorded: Report, here: Report) -> Iterator[Difference]:
+    for key, value in here.case.items():
+        if key not in _IGNORED_KEYS:
+            yield from _differ(f"case: {key}", str(recorded.case.get(key, "unknown")), str(value))
+
+
+def _environment(recorded: Report, here: Report) -> Iterator[Difference]:
+    then, now = recorded.environment, here.environment
+    yield from _differ("devices", ", ".join(then.devices), ", ".join(now.devices))
+    for name, old, new in (
+        ("version", then.versions, now.versions),
+        ("commit", then.commits, now.commits),
+        ("variable", then.variables, now.variables),
+    ):
+        for key in sorted({*old, *new}):
+            yield from _differ(f"{name}: {key}", old.get(key, "none"), new.get(key, "none"))
+
+
+def _ranks(recorded: Report, here: Report) -> Iterator[Difference]:
+    """Yield, for each arm, the kernels and the ranks whose bits are not those that were recorded."""
+    pairs = list(zip(recorded.ranks, here.ranks, strict=False))
+    arms = dict.fromkeys(arm for then, _ in pairs for arm in then.digests)
+    for arm in arms:
+        then, now = (
+            ", ".join(dict.fromkeys(str(rank.kernels.get(arm, {}).get("label", "none")) for rank in ranks))
+            for ranks in zip(*pairs, strict=True)
+        )
+        yield from _differ(f"kernel of {arm}", then, now)
+        other = [str(then.rank) for then, now in pairs if then.digests[arm] != now.digests.get(arm)]
+        if other:
+            yield Difference(f"bits of {arm}", f"{len(pairs)} ranks", f"other on rank {', '.join(other[:16])}")
+
+
+def _differ(what: str, recorded: str, here: str) -> Iterator[Difference]:
+    if recorded != here:
+        yield Difference(what, recorded, here)

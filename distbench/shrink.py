@@ -1,0 +1,272 @@
+"""The smallest case that fails in the same way: first up from the smallest, then down in each dimension by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, NoReturn
+
+import msgspec
+
+from distbench.case import Case
+from distbench.errors import InvalidCase, Verdict
+from distbench.injection import Injection, parse_inject
+from distbench.report.document import Report
+from distbench.trials import Lab, Signature, possible, signature, varied
+from distbench.workload.kinds import parse_routing
+
+Changes = dict[str, Any]
+
+Ladder = Callable[[Case, Sequence[str]], Iterator[Changes]]
+"""Changes that lower one dimension of a case, the lowest first; limits go with those that change what is received."""
+
+_SEEDS = 4
+_FEW_TOKENS = 64
+_MOST_LEVELS = 24
+_COSTLY = 1 << 28
+_LOST = (Verdict.HANG, Verdict.RANK_FAULT)
+_HANG_S = 10.0
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A case on the way down, and what had been spent until then."""
+
+    what: str
+    case: Case
+    cases: int
+    launches: int
+
+
+class Shrunk(msgspec.Struct, frozen=True, kw_only=True):
+    """How the case failed, all the way down, and the smallest case with its report."""
+
+    same: Signature
+    case: Case
+    report: Report
+
+
+def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | None = None) -> Shrunk:
+    """Make a failing case small, as long as verdict, first wrong stage and surest cause stay the same.
+
+    `tell` hears of every smaller case. `known` is a report of the case, which then need not run as it is. First come
+    cases far smaller than the given one, growing until one fails: a large case costs what hundreds of small ones do.
+    Then each dimension is lowered on its own, and what can be lowered together is, until nothing can.
+
+    Raises:
+        InvalidCase: the case does not fail here, or not as its report says.
+
+    """
+    first = lab.run([case])[0] if known is None else known
+    same = signature(first)
+    if not first.exit_code:
+        _refuse(same)
+
+    def fails_the_same(report: Report) -> bool:
+        return signature(report) == same
+
+    def take(what: str, found: Case) -> Case:
+        tell(Step(what, found, lab.cases, lab.launches))
+        return found
+
+    if same.verdict is Verdict.HANG:
+        case = varied(case, timeout=min(case.timeout, _HANG_S), stage_timeouts="")
+    limits = _limits(case, first)
+    take("as given", case)
+    grown = (lab.first(candidates, fails_the_same) for candidates in _growing(case, limits))
+    current = next((found for found in grown if found is not None), None) or lab.first([case], fails_the_same)
+    if current is None:
+        _refuse(signature(lab.run([case])[0]), same)
+    take("up from the smallest", current)
+    while True:
+        lower = _lowered(lab, current, limits, fails_the_same, lethal=same.verdict in _LOST)
+        if lower is None:
+            return Shrunk(same=same, case=current, report=lab.run([current])[0])
+        current = take("lowered", lower)
+
+
+def _refuse(here: Signature, recorded: Signature | None = None) -> NoReturn:
+    there = "" if recorded is None else f", its report says {recorded}"
+    message = f"the case does not fail here{' in that way' if there else ''}: {here}{there}; give one that does"
+    raise InvalidCase(message)
+
+
+def _growing(case: Case, limits: Sequence[str]) -> Iterator[list[Case]]:
+    """Yield ever larger candidates: all dimensions small, then one of them as given, then all twice as large, …"""
+    smallest = _sizes(case, 0)
+    yield _candidates(case, [smallest], limits, _SEEDS)
+    given = _sizes(case, _MOST_LEVELS)
+    yield _candidates(
+        case, [smallest | {key: given[key]} for key in smallest if smallest[key] != given[key]], limits, 2
+    )
+    for level in range(1, _MOST_LEVELS):
+        sizes = _sizes(case, level)
+        if sizes == given:
+            return
+        yield _candidates(case, [sizes], limits, 1)
+
+
+def _sizes(case: Case, level: int) -> dict[str, int]:
+    """Return each dimension at 2 to the `level` times the smallest worth a try (tokens: 4 to the), at most as given."""
+    tokens = 2 << 2 * level
+    return {
+        "ep_size": min(case.ep_size, 2 << level),
+        "tokens": min(max(case.tokens), tokens),
+        "experts_per_rank": min(case.experts_per_rank, 2 << level),
+        "topk": min(case.topk, 2 << level),
+        "hidden_size": min(case.hidden_size, 128 << level),
+        "intermediate_size": min(case.intermediate_size, 128 << level),
+        "max_dispatch_tokens_per_rank": min(case.max_dispatch_tokens_per_rank, max(32, tokens)),
+    }
+
+
+def _candidates(case: Case, shapes: list[dict[str, int]], limits: Sequence[str], seeds: int) -> list[Case]:
+    """Return the case in those shapes that make sense, with other seeds too: few tokens are easily missed."""
+    found = []
+    for seed in range(case.seed, case.seed + seeds):
+        for sizes in shapes:
+            ranks, tokens = sizes["ep_size"], sizes["tokens"]
+            shape = {key: size for key, size in sizes.items() if key not in ("ep_size", "tokens", "experts_per_rank")}
+            shape["num_experts"] = max(sizes["experts_per_rank"], -(-sizes["topk"] // ranks)) * ranks
+            shape["max_dispatch_tokens_per_rank"] = max(shape["max_dispatch_tokens_per_rank"], tokens)
+            for limit in limits:
+                found += possible(case, **shape, **_on_ranks(case, ranks, tokens), seed=seed, limit=limit)
+    return found
+
+
+def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
+    """Return what has to change for the first `ranks` ranks alone, none with more than `tokens` tokens."""
+    routing = parse_routing(case.routing)
+    if routing.kind in ("hot-rank", "fan-in"):
+        routing = msgspec.structs.replace(routing, parameter=int(routing.parameter) % ranks)
+    return {
+        "ep_size": ranks,
+        "tokens": tuple(min(count, tokens) for count in case.tokens[:ranks]),
+        "routing": str(routing),
+        "inject": ";".join(_placed(fault, ranks) for fault in parse_inject(case.inject)),
+    }
+
+
+def _placed(fault: Injection, ranks: int) -> str:
+    """Return an injected fault, one on a rank that is gone on the last that is left: it means any one rank."""
+    options = dict(fault.options)
+    if options.get("rank", "").isdigit():
+        options["rank"] = str(min(int(options["rank"]), ranks - 1))
+    return fault.name + ":" * bool(options) + ",".join(f"{key}={value}" for key, value in options.items())
+
+
+def _limits(case: Case, report: Report) -> list[str]:
+    """Return the limit, and limits as far from the rows received, for cases that receive fewer."""
+    found = [case.limit]
+    if report.limit is not None and report.limit.effective is not None and not report.limit.safe:
+        found += [f"max-recv-{report.limit.max_recv - report.limit.effective}", "max-recv-1"]
+    elif case.limit.isdigit():
+        found += ["max-recv", "sum32"]
+    return list(dict.fromkeys(found))
+
+
+def _lowered(
+    lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool], *, lethal: bool
+) -> Case | None:
+    """Return the case with all dimensions lowered that can be, as far as it then still fails the same, or None.
+
+    Candidates of all dimensions go in one launch. Where each that fails costs a launch, or each takes seconds, they go
+    one dimension after the other, smallest first.
+    """
+    if lethal or _work(case) > _COSTLY:
+        return _lowered_in_turn(lab, case, limits, same)
+    dimensions = [
+        [(changes, one) for changes in ladder(case, limits) for one in possible(case, **changes)] for ladder in _LADDERS
+    ]
+    lab.run([one for candidates in dimensions for _, one in candidates])
+    wins: list[Changes] = []
+    for candidates in dimensions:
+        found = lab.first([one for _, one in candidates], same)
+        wins += [changes for changes, one in candidates if one == found][:1]
+    merged = [_merged(wins[:count]) for count in range(len(wins), 0, -1)]
+    return lab.first([one for changes in merged for one in possible(case, **changes)], same)
+
+
+def _lowered_in_turn(lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool]) -> Case | None:
+    current = case
+    for ladder in _LADDERS:
+        steps = list(ladder(current, limits))
+        if _work(current) > _COSTLY:
+            steps = [*steps[:1], *steps[len(steps) // 2 :][:1]]
+        found = lab.first([one for changes in steps for one in possible(current, **changes)], same)
+        current = found or current
+    return None if current == case else current
+
+
+def _work(case: Case) -> int:
+    """Return the elements of weights that are made and of routed rows that are multiplied."""
+    return (case.num_experts + sum(case.tokens)) * case.hidden_size * case.intermediate_size
+
+
+def _merged(wins: Sequence[Changes]) -> Changes:
+    """Return all changes in one; the first that speaks of a key has its way, but the tokens are cut by all."""
+    found: Changes = {}
+    for changes in wins:
+        found = changes | found
+    return found
+
+
+def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
+    """Yield fewer ranks, with their own tokens and, where there are few, with those of all."""
+    total = sum(case.tokens)
+    for ranks in _below(case.ep_size, 1):
+        held = _on_ranks(case, ranks, max(case.tokens)) | {"num_experts": case.experts_per_rank * ranks}
+        spread = tuple((total + place) // ranks for place in range(ranks))
+        for tokens in dict.fromkeys((held["tokens"], spread if total <= _FEW_TOKENS else held["tokens"])):
+            yield from (held | {"tokens": tokens, "limit": limit} for limit in limits)
+
+
+def _fewer_tokens(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
+    """Yield fewer tokens on all ranks, then on one rank at a time; with other seeds too where there are few."""
+    lowered = [tuple(min(count, most) for count in case.tokens) for most in _below(max(case.tokens), 1)]
+    if sum(case.tokens) <= _FEW_TOKENS:
+        lowered += [
+            (*case.tokens[:rank], fewer, *case.tokens[rank + 1 :])
+            for rank, count in enumerate(case.tokens)
+            for fewer in _below(count, 0)
+        ]
+    lowered.sort(key=sum)
+    for tokens in dict.fromkeys(lowered):
+        seeds = _SEEDS if sum(tokens) <= _FEW_TOKENS else 1
+        for seed in range(case.seed, case.seed + seeds):
+            yield from ({"tokens": tokens, "seed": seed, "limit": limit} for limit in limits)
+
+
+def _fewer_experts(case: Case, _: Sequence[str]) -> Iterator[Changes]:
+    yield from ({"num_experts": local * case.ep_size} for local in _below(case.experts_per_rank, 1))
+
+
+def _lower(key: str, least: int) -> Ladder:
+    return lambda case, _: ({key: value} for value in _below(getattr(case, key), least))
+
+
+def _plainer_routing(case: Case, _: Sequence[str]) -> Iterator[Changes]:
+    if case.routing != "uniform":
+        yield {"routing": "uniform"}
+
+
+def _below(value: int, least: int) -> list[int]:
+    """Return numbers from `least` up to `value` - 1, lowest first: its doubles, and halves of the way to `value`."""
+    found, step = set(), value - least
+    while step > 0:
+        found.add(value - step)
+        step //= 2
+    doubles = takewhile(lambda number: number < value, (max(least, 1) << power for power in range(25)))
+    return sorted(found | set(doubles))
+
+
+_LADDERS: tuple[Ladder, ...] = (
+    _fewer_ranks,
+    _fewer_tokens,
+    _fewer_experts,
+    _lower("topk", 1),
+    _lower("hidden_size", 8),
+    _lower("intermediate_size", 1),
+    _lower("max_dispatch_tokens_per_rank", 1),
+    _lower("repeats", 1),
+    _plainer_routing,
+)

@@ -1,0 +1,168 @@
+"""Variants of a case, run in as few launches as their endings allow, and what sets one ending apart from another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.campaign import Campaign, Rules
+from distbench.case import DERIVED_KEYS, Case, case_hash
+from distbench.errors import InvalidCase, Unsupported, Verdict
+from distbench.job import Entry
+from distbench.preflight import check_case, check_memory
+from distbench.progress import Progress
+from distbench.report.document import Report
+from distbench.report.files import read_report
+from distbench.report.journal import RESULTS
+from distbench.resolve import Layer, load_case_file, resolve_case
+
+
+class Signature(msgspec.Struct, frozen=True):
+    """What makes two failures the same: the verdict, the first wrong stage, and the surest cause.
+
+    Where no stage was judged (a lost rank, a refused case) the code of the first reason stands for the cause.
+    """
+
+    verdict: Verdict
+    stage: str
+    cause: str
+
+    def __str__(self) -> str:
+        """Return it in a few words."""
+        return ", ".join(filter(None, [self.verdict.value, self.stage, self.cause]))
+
+
+def signature(report: Report) -> Signature:
+    """Return what a report's ending is recognised by."""
+    stage = report.first_divergence.stage if report.first_divergence else ""
+    cause = report.diagnosis[0].cause if report.diagnosis else ""
+    if not cause and report.verdict is not Verdict.PASS and report.reasons:
+        cause = report.reasons[0].code
+    return Signature(report.verdict, stage, cause)
+
+
+class Lab:
+    """Runs cases in one folder and remembers how each ended: a case that was run is not run again."""
+
+    def __init__(self, out: Path) -> None:
+        """Start with an empty journal in `out`, which the caller holds."""
+        self._out = out
+        self._reports: dict[str, Report] = {}
+        self.launches = 0
+        (out / RESULTS).unlink(missing_ok=True)
+
+    @property
+    def cases(self) -> int:
+        """How many cases have been run."""
+        return len(self._reports)
+
+    def run(self, cases: Iterable[Case]) -> list[Report]:
+        """Run what has not been run yet, in one launch unless ranks are lost; return the reports, in order.
+
+        Raises:
+            Interrupted: by SIGINT or SIGTERM.
+            Unsupported: a case needs more memory than there is.
+
+        """
+        wanted = list(cases)
+        self._launch(wanted, max_faults=len(wanted) + 1)
+        return [self._reports[case_hash(case)] for case in wanted]
+
+    def first(self, cases: Iterable[Case], wanted: Callable[[Report], bool]) -> Case | None:
+        """Return the first case whose report is wanted, or None; cases after one that loses its ranks may not run.
+
+        Raises:
+            Interrupted: by SIGINT or SIGTERM.
+            Unsupported: a case needs more memory than there is.
+
+        """
+        left = list(cases)
+        while left:
+            self._launch(left, max_faults=1)
+            for case in left:
+                report = self._reports.get(case_hash(case))
+                if report is not None and wanted(report):
+                    return case
+            left = [case for case in left if case_hash(case) not in self._reports]
+        return None
+
+    def _launch(self, cases: list[Case], max_faults: int) -> None:
+        new = {case_hash(case): case for case in cases if case_hash(case) not in self._reports}
+        if not new:
+            return
+        check_memory(new.values())
+        self.launches += 1
+        entries = [Entry(name=f"trial {digest[:12]}", case=case, sources={}) for digest, case in new.items()]
+        progress = Progress(len(entries), quiet=True)
+        Campaign(entries, self._out, Rules(max_faults=max_faults), progress).run()
+        self._reports |= self._read(set(new))
+
+    def _read(self, wanted: set[str]) -> dict[str, Report]:
+        found = {}
+        with (self._out / RESULTS).open("rb") as file:
+            for line in file:
+                report = msgspec.json.decode(line, type=Report)
+                if report.case["hash"] in wanted:
+                    found[str(report.case["hash"])] = report
+        return found
+
+
+def varied(case: Case, **changes: Any) -> Case:
+    """Return `case` with other values, checked as if a case file had them.
+
+    Raises:
+        InvalidCase: the values do not fit each other.
+
+    """
+    values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
+    changed = resolve_case([Layer("variant", values | changes)], None).case
+    check_case(changed)
+    return changed
+
+
+def possible(case: Case, **changes: Any) -> list[Case]:
+    """Return the variant, or nothing where there is none with these values."""
+    try:
+        return [varied(case, **changes)]
+    except (InvalidCase, Unsupported):
+        return []
+
+
+def load_layer(path: str) -> Layer:
+    """Return the keys of a case: of a report, or of a case file.
+
+    Raises:
+        InvalidCase: neither of them.
+
+    """
+    report = load_report(path)
+    if report is None:
+        return load_case_file(path)
+    values = {key: value for key, value in report.case.items() if key not in (*DERIVED_KEYS, "hash")}
+    return Layer(f"report:{path}", values)
+
+
+def load_report(path: str) -> Report | None:
+    """Return the report that a file holds, or None where it holds none, perhaps a case.
+
+    Raises:
+        InvalidCase: a report that cannot be read.
+
+    """
+    if Path(path).suffix == ".json" and _is_report(Path(path)):
+        return read_report(path)
+    return None
+
+
+class _Probe(msgspec.Struct, frozen=True):
+    schema: str = ""
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return bool(msgspec.json.decode(path.read_bytes(), type=_Probe).schema)
+    except (OSError, ValueError, RecursionError):
+        return False

@@ -1,0 +1,48 @@
+"""Bundles of damaged runs on real ranks, without a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from distbench.bundle.layout import Recorded
+from distbench.bundle.manifest import write_manifest
+from distbench.bundle.write import write_parts
+from distbench.case import Case
+from distbench.job import Entry
+from distbench.rank import run_case
+from distbench.recording import Recorder
+from distbench.report.document import build_report
+from distbench.report.environment import capture_environment
+from distbench.session import Session
+from distbench.verify.records import Outcome
+from tests.ranks import on_ranks
+
+
+def run_recorded(
+    session: Session, folder: Path, run: Callable[..., Outcome | None], case: Case, *arguments: Any
+) -> tuple[Outcome, Recorded] | None:
+    """Call `run`, which may damage what it runs, and leave the parts of a bundle; both results on rank 0."""
+    recorder = Recorder()
+    with patch(f"{run.__module__}.run_case", partial(run_case, recorder=recorder)):
+        outcome = run(session, case, *arguments)
+    recorded = write_parts(session, recorder, folder, outcome)
+    return None if outcome is None or recorded is None else (outcome, recorded)
+
+
+def run_healthy(session: Session, case: Case) -> Outcome | None:
+    """Run `case` as it is."""
+    return run_case(session, case)
+
+
+def leave_bundle(folder: Path, run: Callable[..., Outcome | None], case: Case, *arguments: Any) -> Outcome:
+    """Run `case` on its ranks and leave a whole bundle of it in `folder`."""
+    outcome, recorded = on_ranks(case.ep_size, run_recorded, folder, run, case, *arguments)[0]
+    environment = capture_environment({}, ["here"], ["cpu"])
+    report = build_report(Entry(name="run", case=case, sources={}), outcome, environment=environment, wall_s=0.0)
+    write_manifest(folder, report, outcome, recorded)
+    found: Outcome = outcome
+    return found

@@ -1,0 +1,44 @@
+"""Reports as a run would leave them, made up."""
+
+from __future__ import annotations
+
+import msgspec
+
+from distbench.case import Case, case_hash
+from distbench.errors import Verdict
+from distbench.job import BY_LIMIT
+from distbench.report.document import LostReport, Report
+from distbench.report.environment import Environment
+from distbench.verify.records import Diagnosis
+
+
+def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Report:
+    """Return the report of a case that passed, or that failed with one cause."""
+    verdict = failing if cause else Verdict.PASS
+    diagnosis = [Diagnosis(cause=cause, confidence="certain", evidence="made up")] if cause else []
+    return Report(
+        name="made up",
+        tags=(),
+        verdict=verdict,
+        exit_code=verdict.exit_code,
+        expect=BY_LIMIT,
+        as_expected=not cause,
+        reasons=[],
+        emulated=True,
+        stand_ins=[],
+        case=msgspec.to_builtins(case) | {"hash": case_hash(case)},
+        sources={},
+        warnings=[],
+        limit=None,
+        environment=Environment(hosts=[], devices=[], versions={}, commits={}, variables={}),
+        transport={},
+        ranks=[],
+        comparison=[],
+        gather=None,
+        lost=LostReport(rows=0, tokens=[], by_rank={}),
+        first_divergence=None,
+        diagnosis=diagnosis,
+        stacks={},
+        timing={},
+        memory={},
+    )

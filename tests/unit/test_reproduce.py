@@ -1,0 +1,191 @@
+"""bisect and shrink over a laboratory that only pretends: which case fails is a rule of the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distbench.bisect import bisect, blame
+from distbench.case import Case, case_hash
+from distbench.errors import InvalidCase, Verdict
+from distbench.report.document import LimitReport, Report
+from distbench.shrink import Step, shrink
+from distbench.trials import Lab
+from tests.cases import tiny_case
+from tests.reports import report_of
+
+Rule = Callable[[Case], str]
+"""Returns the cause of a failure, or nothing."""
+
+
+class PretendedLab:
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._known: dict[str, Report] = {}
+        self.launches = 0
+
+    @property
+    def cases(self) -> int:
+        return len(self._known)
+
+    def run(self, cases: Iterable[Case]) -> list[Report]:
+        wanted = list(cases)
+        self.launches += any(case_hash(case) not in self._known for case in wanted)
+        for case in wanted:
+            self._known[case_hash(case)] = report_of(case, self._rule(case))
+        return [self._known[case_hash(case)] for case in wanted]
+
+    def first(self, cases: Iterable[Case], wanted: Callable[[Report], bool]) -> Case | None:
+        return next((case for case in cases if wanted(self.run([case])[0])), None)
+
+
+def lab(rule: Callable[[Case], Any]) -> Lab:
+    def cause(case: Case) -> str:
+        found = rule(case)
+        return found if isinstance(found, str) else "broken" if found else ""
+
+    return cast(Lab, PretendedLab(cause))
+
+
+BASE = tiny_case(transport="mori", experts="aiter", dispatch_dtype="fp8", limit="48", policy="unchecked")
+PARTS: dict[str, Callable[[Case], bool]] = {
+    "transport": lambda case: case.transport == "mori",
+    "experts": lambda case: case.experts == "aiter",
+    "truncate": lambda case: case.limit != "off",
+    "row order": lambda case: case.slot_order == "shuffled",
+    "dispatch dtype": lambda case: case.dispatch_dtype == "fp8",
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_single_part_is_named(part: str, tmp_path: Path) -> None:
+    found = bisect(lab(PARTS[part]), BASE, tmp_path)
+    assert found.guilty == (part,)
+    assert not found.needs
+    assert found.launches == 2
+
+
+def test_a_kernel_that_only_the_cut_selects_is_named(tmp_path: Path) -> None:
+    case = tiny_case(limit="48", kernel_table="tests/data/splitk.csv")
+    found = bisect(lab(lambda case: case.limit != "off" and "splitk" in case.kernel_table), case, tmp_path)
+    assert found.guilty == ("kernel",)
+    assert found.needs == ("truncate",)
+
+
+def test_what_a_guilty_part_needs_to_show_is_said(tmp_path: Path) -> None:
+    found = bisect(lab(lambda case: PARTS["experts"](case) and PARTS["truncate"](case)), BASE, tmp_path)
+    assert found.guilty == ("experts",)
+    assert found.needs == ("truncate",)
+    assert "shows only with this truncate" in found.verdict
+
+
+@pytest.mark.parametrize("pair", [("transport", "experts"), ("experts", "truncate"), ("truncate", "dispatch dtype")])
+def test_two_faults_are_named_as_a_pair(pair: tuple[str, str], tmp_path: Path) -> None:
+    found = bisect(lab(lambda case: any(PARTS[part](case) for part in pair)), BASE, tmp_path)
+    assert found.guilty == pair
+    assert "interact" in found.verdict
+
+
+def test_nobody_is_blamed_for_what_no_pair_cures(tmp_path: Path) -> None:
+    found = bisect(lab(lambda _: True), BASE, tmp_path)
+    assert found.guilty == ()
+    assert "no swap and no pair" in found.verdict
+
+
+def test_a_case_that_does_not_fail(tmp_path: Path) -> None:
+    found = bisect(lab(lambda _: False), BASE, tmp_path)
+    assert found.guilty == ()
+    assert "does not fail" in found.verdict
+
+
+@pytest.mark.parametrize("part", ["transport", "experts"])
+def test_an_intermittent_fault_is_tried_until_a_cure_can_be_told_from_luck(part: str, tmp_path: Path) -> None:
+    found = bisect(lab(lambda case: PARTS[part](case) and case.seed % 3 == 0), BASE, tmp_path)
+    assert found.guilty == (part,)
+    assert "intermittent, fails on" in found.verdict
+    assert found.base.failing.low < 1 / 3 < found.base.failing.high
+    assert all(result.failing.tried >= 8 for result in found.results if result.cured)
+
+
+def test_nothing_to_swap_is_refused(tmp_path: Path) -> None:
+    case = tiny_case(limit="off", slot_order="source")
+    with pytest.raises(InvalidCase, match="nothing in this case can be swapped"):
+        bisect(lab(lambda _: True), case, tmp_path)
+
+
+def test_blame_prefers_a_part_over_the_conditions_that_it_needs() -> None:
+    assert blame([]) == ((), ())
+    assert blame([("experts",), ("kernel",), ("limit",)]) == (("experts",), ("kernel", "limit"))
+    assert blame([("transport", "limit"), ("experts", "limit")]) == (("transport", "limit"), ())
+
+
+LARGE = tiny_case(8, tokens=300, num_experts=64, topk=4, hidden_size=512, max_dispatch_tokens_per_rank=512)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 60), st.integers(1, 4), st.sampled_from([8, 64, 130, 512]))
+def test_shrinks_to_what_the_fault_needs(ranks: int, tokens: int, topk: int, hidden: int) -> None:
+    def fails(case: Case) -> bool:
+        enough = case.ep_size >= ranks and sum(case.tokens) >= tokens
+        return enough and case.topk >= topk and case.hidden_size >= hidden
+
+    found = shrink(lab(fails), LARGE, lambda _: None).case
+    assert fails(found)
+    assert (found.ep_size, found.topk, found.hidden_size) == (ranks, topk, hidden)
+    assert sum(found.tokens) == tokens
+
+
+def test_never_takes_another_failure_for_the_same() -> None:
+    def cause(case: Case) -> str:
+        return "the fault" if case.ep_size > 2 else "another fault"
+
+    steps: list[Step] = []
+    found = shrink(lab(cause), LARGE, steps.append)
+    assert found.case.ep_size == 3
+    assert found.same.cause == found.report.diagnosis[0].cause == "the fault"
+    assert [step.case for step in steps][-1] == found.case
+
+
+def test_a_limit_stays_as_far_from_the_rows_received() -> None:
+    limit = LimitReport(
+        requested="100", effective=100, source="flag", policy="unchecked", safe=False, max_recv=130, sum_tokens=0
+    )
+
+    class UnderLimit(PretendedLab):
+        def run(self, cases: Iterable[Case]) -> list[Report]:
+            from msgspec.structs import replace  # noqa: PLC0415
+
+            return [replace(report, limit=limit) for report in super().run(cases)]
+
+    def cause(case: Case) -> str:
+        return "short" if case.limit in ("100", "max-recv-30") and (case.limit != "100" or case.tokens[0] > 99) else ""
+
+    found = shrink(
+        cast(Lab, UnderLimit(cause)), tiny_case(8, tokens=300, limit="100", max_dispatch_tokens_per_rank=512), print
+    )
+    assert found.case.limit == "max-recv-30"
+    assert sum(found.case.tokens) == 0
+
+
+def test_a_case_that_passes_cannot_be_shrunk() -> None:
+    with pytest.raises(InvalidCase, match="does not fail here"):
+        shrink(lab(lambda _: False), LARGE, lambda _: None)
+
+
+def test_a_lost_rank_is_shrunk_one_launch_at_a_time() -> None:
+    class Fatal(PretendedLab):
+        batches: list[int]
+
+        def run(self, cases: Iterable[Case]) -> list[Report]:
+            wanted = list(cases)
+            self.batches = [*getattr(self, "batches", []), len(wanted)]
+            return [report_of(case, self._rule(case), Verdict.RANK_FAULT) for case in wanted]
+
+    fatal = Fatal(lambda case: "died" if case.ep_size > 1 else "")
+    assert shrink(cast(Lab, fatal), LARGE, lambda _: None).case.ep_size == 2
+    assert set(fatal.batches) == {1}
