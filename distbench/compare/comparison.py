@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from distbench.case import FIELD_DEFAULTS
 from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Samples, judge_change, readable
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.results import Result
@@ -20,6 +21,8 @@ Kind = Literal["regressed", "new failure", "absent", "another case", "time absen
 
 _SEVERITY = tuple(Verdict)
 _REGRESSIONS = ("regressed", "new failure", "absent", "another case", "time absent")
+_DEFAULTS = msgspec.to_builtins(FIELD_DEFAULTS)
+_UNKNOWN = object()
 _UNSUPPORTED = Verdict.UNSUPPORTED.exit_code
 
 
@@ -148,12 +151,19 @@ def _finding(old: _Kept | None, new: _Kept | None) -> CaseFinding | None:
         if new.as_expected:
             return None
         return CaseFinding(kind="new failure", name=new.name, new=new.verdict.value, message=new.message)
-    other = sorted(key for key in old.case.keys() & new.case.keys() - {"hash"} if old.case[key] != new.case[key])
+    other = sorted(
+        key for key in (old.case.keys() | new.case.keys()) - {"hash"} if _value(old, key) != _value(new, key)
+    )
     kind: Kind | None = "another case" if other else _kind(old, new)
     if kind is None:
         return None
     message = f"not the same {', '.join(other)}" if other else new.message
     return CaseFinding(kind=kind, name=new.name, old=old.verdict.value, new=new.verdict.value, message=message)
+
+
+def _value(one: _Kept, key: str) -> Any:
+    """Return the value of a case's key; one that an older distbench did not know had what is the default now."""
+    return one.case[key] if key in one.case else _DEFAULTS.get(key, _UNKNOWN)
 
 
 def _kind(old: _Kept, new: _Kept) -> Kind | None:

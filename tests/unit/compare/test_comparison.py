@@ -15,6 +15,8 @@ from tests.results import result, timing, write_results
 
 EXPECTED: dict[str, Any] = {"as_expected": True, "expect": "UNDER_LIMIT"}
 
+CASE = result()["case"] | {"hash": "other"}
+
 
 def noisy(seed: int, scale: float = 1.0, size: int = 30) -> dict[str, Any]:
     samples = 100 * np.exp(np.random.default_rng(seed).normal(0, 0.05, size))
@@ -41,8 +43,10 @@ def compare(tmp_path: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]
         (result(verdict="CORRUPT"), result(verdict="HANG"), "regressed", 1),
         (result(verdict="HANG"), result(verdict="CORRUPT"), "still failing", 0),
         (result(verdict="CORRUPT"), result(), "fixed", 0),
-        (result(), result(case={"model": "other", "hash": "other"}), "another case", 1),
-        (result(), result(case={"model": "tiny", "new key": 1, "hash": "other"}), None, 0),
+        (result(), result(case=CASE | {"model": "other"}), "another case", 1),
+        (result(), result(case=CASE | {"repeats": 1, "policy": "strict"}), None, 0),
+        (result(), result(case=CASE | {"repeats": 2}), "another case", 1),
+        (result(), result(case=CASE | {"no key of today": 1}), "another case", 1),
     ],
 )
 def test_verdicts(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], kind: str | None, code: int) -> None:
