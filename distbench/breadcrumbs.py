@@ -23,6 +23,7 @@ STAGES = (
     "experts",
     "check",
     "combine",
+    "timing",
     "gather",
     "report",
     "done",

@@ -8,6 +8,8 @@ from torch import Tensor
 from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
+from distbench.experts.base import Experts
+from distbench.graphs import GraphedExperts
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
@@ -41,6 +43,7 @@ def run_case(session: Session, case: Case) -> Outcome | None:
 
 def _run(session: Session, case: Case) -> Outcome | None:
     session.crumbs.mark("agree")
+    session.use(case.device)
     workload = workload_for(case, session.device)
     batch, probe = _tokens_and_probe(workload, session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
@@ -117,9 +120,18 @@ def _build(session: Session, case: Case, workload: Workload, batch: TokenBatch, 
         batch=batch,
         weights=ExpertWeights(*workload.local_weights(session.rank), mask),
         transport=make_transport(session, case, counts, batch),
-        experts=make_experts(case),
+        experts=_experts(session, case),
     )
     return _inject(session, case, parts) if case.inject else parts
+
+
+def _experts(session: Session, case: Case) -> Experts:
+    if not case.graph:
+        return make_experts(case)
+    if session.device.type == "cpu":
+        message = "graph: CUDA graphs need a device, and this case runs on the CPU; drop --graph or use --device cuda"
+        raise Unsupported(message)
+    return GraphedExperts(make_experts(case))
 
 
 def _inject(session: Session, case: Case, parts: Parts) -> Parts:
