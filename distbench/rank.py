@@ -8,7 +8,8 @@ from torch import Tensor
 from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
-from distbench.experts.base import CompiledExperts
+from distbench.experts.base import CompiledExperts, Experts
+from distbench.graphs import GraphedExperts
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
@@ -44,6 +45,7 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
 
 def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | None:
     session.crumbs.mark("agree")
+    session.use(case.device)
     workload = workload_for(case, session.device)
     batch, probe = _tokens_and_probe(workload, session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
@@ -126,9 +128,18 @@ def _build(  # noqa: PLR0913 - what parts are made of
         batch=batch,
         weights=weights,
         transport=make_transport(session, case, counts, batch),
-        experts=experts,
+        experts=_graphed(session, case, experts),
     )
     return _inject(session, case, parts) if case.inject else parts
+
+
+def _graphed(session: Session, case: Case, experts: Experts) -> Experts:
+    if not case.graph:
+        return experts
+    if session.device.type == "cpu":
+        message = "graph: CUDA graphs need a device, and this case runs on the CPU; drop --graph or use --device cuda"
+        raise Unsupported(message)
+    return GraphedExperts(experts)
 
 
 def _inject(session: Session, case: Case, parts: Parts) -> Parts:
