@@ -53,14 +53,14 @@ def test_a_batch_that_mori_would_misread(values: dict[str, Any], changed: dict[s
     case = mori_case(**values)
     plan = plan_mori(mori_case(**values, tokens=1), {})
     with pytest.raises(DistbenchError, match=message):
-        check_batch(TokenBatch(**(good() | changed)), case, plan, CPU)  # type: ignore[arg-type]
+        check_batch(TokenBatch(**(good() | changed)), case, plan, CPU)
 
 
 def test_ids_that_a_kernel_skips_are_let_through() -> None:
     for kernel in ("IntraNode", "IntraNodeLL", "InterNodeV1"):
         case = mori_case(mori_kernel=kernel)
-        batch = good() | {"ids": torch.full((3, 4), -1, dtype=torch.int32)}
-        check_batch(TokenBatch(**batch), case, plan_mori(case, {}), CPU)  # type: ignore[arg-type]
+        batch: dict[str, Any] = good() | {"ids": torch.full((3, 4), -1, dtype=torch.int32)}
+        check_batch(TokenBatch(**batch), case, plan_mori(case, {}), CPU)
 
 
 def test_routing_is_compared_by_its_content() -> None:
