@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distbench.case import Case
 from distbench.devices import count_devices, devices_to_hold
+from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
@@ -98,6 +99,11 @@ def _check_mori(case: Case) -> tuple[str, ...]:
             "transport mori: no package mori here; install amd-mori on a ROCm machine (docs/mori.md), or add --emulate"
         )
         raise Unsupported(message)
+    try:
+        parse_habits(case.mori_habits)
+    except ValueError as error:
+        message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
+        raise InvalidCase(message) from error
     check_environment(os.environ)
     plan = plan_mori(case, os.environ)
     heap_size(plan, os.environ, emulated=case.emulate)

@@ -195,7 +195,7 @@ def _timing_table(report: Report) -> Table:
         for arm, stages in report.timing.items()
         if isinstance(stages, dict)
         for stage, figures in stages.items()
-        if "samples_us" in figures
+        if "median_error" in figures
     ]
     graph = ", experts in a CUDA graph" if method["graph"] else ""
     return _table(f"{method['clock']}; {method['align']} start, {method['l2']} L2{graph}", columns, rows)

@@ -66,6 +66,7 @@ class MoriTransport:
         self._group = session.group
         self._rank = session.rank
         mori = _package(case, session.device)
+        _check_residency(self._plan, session.device)
         self._config = _configuration(mori, case, self._plan, session.rank)
         heap = join_world(mori, session, heap_size(self._plan, os.environ, emulated=case.emulate))
         os.environ["MORI_EP_LAUNCH_CONFIG_MODE"] = case.launch_mode
@@ -295,6 +296,16 @@ def _package(case: Case, device: torch.device) -> Any:
         message = f"transport mori: the ranks compute on {device}, MoRI on GPUs; use --device cuda, or add --emulate"
         raise Unsupported(message)
     return mori
+
+
+def _check_residency(plan: MoriPlan, device: torch.device) -> None:
+    """Refuse a grid whose blocks would not all run at once: they wait for each other, and would for ever."""
+    if device.type != "cuda" or plan.launch_mode == "AUTO":
+        return
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    if plan.launch.blocks > units:
+        message = f"mori: {plan.launch.blocks} blocks have to run at once, {device} has {units} compute units"
+        raise Unsupported(message)
 
 
 def _configuration(mori: Any, case: Case, plan: MoriPlan, rank: int) -> Any:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distbench.case import Case
-from distbench.emulation.mori import habits, ops
+from distbench.emulation.mori import habits
+from distbench.emulation.mori.buffers import allocate
 from distbench.errors import DistbenchError, Verdict
 from distbench.rank import run_case
 from distbench.session import Session
@@ -151,18 +152,17 @@ def raising(message: str) -> NoReturn:
 @contextmanager
 def late_without_barriers(session: Session, *, adapter_waits: bool) -> Iterator[None]:
     """One rank allocates late, and nobody waits for it unless the adapter does."""
-    allocate = ops.EpDispatchCombineOp._allocate
     wait = MoriTransport._wait_for_all
 
-    def late(op: ops.EpDispatchCombineOp) -> Any:
+    def late(*arguments: Any) -> Any:
         if session.rank == 1:
             import time  # noqa: PLC0415
 
             time.sleep(0.3)
-        return allocate(op)
+        return allocate(*arguments)
 
     with ExitStack() as patches:
-        patches.enter_context(patch.object(ops.EpDispatchCombineOp, "_allocate", late))
+        patches.enter_context(patch("distbench.emulation.mori.ops.allocate", late))
         patches.enter_context(patch.object(habits, "spin", lambda: raising("waits for a count that was lost")))
         patches.enter_context(patch.object(MoriTransport, "_wait_for_all", wait if adapter_waits else lambda _: None))
         yield

@@ -1,12 +1,25 @@
 """A stand-in for the package `mori` (amd-mori), over `torch.distributed`: docs/mori.md says what it imitates.
 
-`mori.shmem` and `mori.ops` have the names and signatures of the wheel. `assume` chooses the release it behaves like.
+`mori.shmem` and `mori.ops` have the names and signatures of the wheel and are loaded when used, as there. `assume`
+chooses the release it behaves like.
 """
 
 from __future__ import annotations
 
-from distbench.emulation.mori import ops, shmem
+from importlib import import_module
+from typing import Any
+
 from distbench.emulation.mori.habits import assume
 
 __version__ = "1.2.4+emulated"
-__all__ = ["__version__", "assume", "ops", "shmem"]
+__all__ = ["__version__", "assume"]
+
+_LAZY_SUBMODULES = ("ops", "shmem")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a submodule at its first use."""
+    if name not in _LAZY_SUBMODULES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return import_module(f"{__name__}.{name}")

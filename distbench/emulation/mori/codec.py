@@ -173,5 +173,11 @@ def make_codec(quant_type: str, dtype: torch.dtype, columns: int, *, external: b
     return blockwise[quant_type](columns) if quant_type in blockwise else Plain(dtype)
 
 
+def combine_row_bytes(quant_type: str, columns: int, payload: int) -> int:
+    """Return the bytes that a blockwise row is allotted: fp8 as much as an unquantised one, and the scales."""
+    codec = Fp4Blockwise(columns) if quant_type == "fp4_blockwise" else Fp8Blockwise(columns)
+    return codec.width(columns) if isinstance(codec, Fp4Blockwise) else payload + 4 * codec.blocks
+
+
 def _fp8(values: Tensor) -> Tensor:
     return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)

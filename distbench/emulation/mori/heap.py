@@ -10,6 +10,7 @@ from torch import Tensor
 from distbench.emulation.mori.habits import trap
 
 _ALIGNMENT = 256
+_PAST_THE_END = 0x7F
 
 
 class Heap:
@@ -91,3 +92,13 @@ class Region:
         if stop > self._heap.size:
             trap(f"memory access fault: byte {stop} of a heap of {self._heap.size}")
         return self._heap.bytes[self._start : stop]
+
+
+def at_address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    """Return what lies at a tensor's address, whatever it is said to be; past its memory's end, rubbish."""
+    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    start, wanted = tensor.storage_offset() * tensor.element_size(), rows * columns * dtype.itemsize
+    found = storage[start : start + wanted]
+    if found.numel() < wanted:
+        found = torch.cat([found, found.new_full((wanted - found.numel(),), _PAST_THE_END)])
+    return found.view(dtype).view(rows, columns)

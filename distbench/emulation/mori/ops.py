@@ -6,7 +6,6 @@ looked at, only the bytes from its start on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
@@ -15,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.emulation.mori import habits, shmem
-from distbench.emulation.mori.codec import Codec, Plain, make_codec
-from distbench.emulation.mori.heap import Region
+from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig, allocate
+from distbench.emulation.mori.codec import Plain, make_codec
+from distbench.emulation.mori.heap import at_address
 from distbench.emulation.mori.routing import (
     INTRA,
     TWO_LEVELS,
@@ -25,41 +25,15 @@ from distbench.emulation.mori.routing import (
     owners,
     representatives,
 )
+from distbench.emulation.mori.sums import NodeSums, Returned, cast, stage, sum_slots
 
 __all__ = ["EpDispatchCombineConfig", "EpDispatchCombineKernelType", "EpDispatchCombineOp"]
 
 TOPK_IDX_DTYPE = torch.int32
 QUANT_TYPES = ("none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")
 
-_BLOCKWISE = ("fp8_blockwise", "fp4_blockwise")
-_PAST_THE_END = 0x7F
 _TOKEN_BYTES = 4
 _numbers: dict[str, count[int]] = {}
-
-
-@dataclass
-class EpDispatchCombineConfig:
-    """The wheel's fields and defaults; sizes in elements, tokens or bytes as docs/mori.md lists them."""
-
-    data_type: torch.dtype
-    rank: int
-    world_size: int
-    hidden_dim: int
-    scale_dim: int
-    scale_type_size: int
-    max_token_type_size: int
-    max_num_inp_token_per_rank: int
-    num_experts_per_rank: int
-    num_experts_per_token: int
-    warp_num_per_block: int = 8
-    block_num: int = 80
-    max_total_recv_tokens: int = 0
-    use_external_inp_buf: bool = True
-    kernel_type: EpDispatchCombineKernelType = EpDispatchCombineKernelType.IntraNode
-    gpu_per_node: int = 8
-    rdma_block_num: int = 0
-    num_qp_per_pe: int = 1
-    quant_type: str = "none"
 
 
 class _Sent(NamedTuple):
@@ -69,32 +43,6 @@ class _Sent(NamedTuple):
     by_source: Tensor
     payload: int
     scales: int
-
-
-class _Returned(NamedTuple):
-    """Expert rows that have come back, uint8 [m, width], each with the rank it comes from and the token it is for."""
-
-    rows: Tensor
-    ranks: Tensor
-    tokens: Tensor
-    weights: Tensor | None
-    codec: Codec
-    ids: Tensor
-    columns: int
-    dtype: torch.dtype
-
-
-class _Buffers(NamedTuple):
-    """Regions of the heap, in the order in which the package allocates them."""
-
-    combine_inp: Region
-    dispatch_out: Region
-    combine_out: Region
-    weights: Region
-    combine_weights: Region
-    scales: Region
-    ids: Region
-    sources: Region
 
 
 class EpDispatchCombineOp:
@@ -110,12 +58,12 @@ class EpDispatchCombineOp:
         self.config = config
         self._world = shmem.world()
         dist.barrier()
-        self._buffers = self._allocate()
+        self._buffers = allocate(self._world.heap, config)
         self._shape = Shape(config.kernel_type, config.world_size, config.num_experts_per_rank)
         self._total = torch.zeros(1, dtype=TOPK_IDX_DTYPE, device=self._world.heap.bytes.device)
-        self._partials: Tensor | None = None
+        self._nodes = NodeSums(self._shape, config.gpu_per_node, config.max_num_inp_token_per_rank)
         self._sent: _Sent | None = None
-        self._returned: _Returned | None = None
+        self._returned: Returned | None = None
         self._route = torch.empty(0, config.num_experts_per_token, dtype=torch.long)
         self._calls = 0
         self._number = next(_numbers.setdefault(self._world.name, count()))
@@ -134,16 +82,15 @@ class EpDispatchCombineOp:
 
     def max_num_tokens_to_send(self) -> int:
         """Return W * M, also what source positions count a rank by."""
-        return self.config.world_size * self.config.max_num_inp_token_per_rank
+        return self.config.rows_sent()
 
     def max_num_tokens_to_recv_per_rank(self) -> int:
         """Return R / W."""
-        most, cap = self.config.max_num_inp_token_per_rank, self.config.max_total_recv_tokens
-        return min(-(-cap // self.config.world_size), most) if cap > 0 else most
+        return self.config.rows_received_per_rank()
 
     def max_num_tokens_to_recv(self) -> int:
         """Return R."""
-        return self.config.world_size * self.max_num_tokens_to_recv_per_rank()
+        return self.config.rows_received()
 
     def get_registered_combine_input_buffer(self, dtype: torch.dtype, hidden_dim: int = -1) -> Tensor:
         """Return the view [R, hidden] that combine reads where no external buffer is used."""
@@ -170,15 +117,18 @@ class EpDispatchCombineOp:
         All are views. AsyncLL only sends here; `dispatch_recv` fills them.
         """
         tokens, columns, topk = input.shape[0], input.shape[1], self.config.num_experts_per_token
-        ids = _memory(indices, TOPK_IDX_DTYPE, tokens, topk)
+        ids = at_address(indices, TOPK_IDX_DTYPE, tokens, topk)
         has_scales = scales is not None and self.config.scale_dim > 0
-        parts = [_memory(input, torch.uint8, tokens, columns * input.element_size())]
+        parts = [at_address(input, torch.uint8, tokens, columns * input.element_size())]
         if weights is None and self.config.kernel_type not in INTRA and tokens:
             habits.trap("memory access fault: address 0 (weights)")
-        parts.append(_bytes(weights, torch.float32, tokens, topk))
+        width = 4 * topk
+        parts.append(ids.new_zeros(tokens, width, dtype=torch.uint8))
+        if weights is not None:
+            parts[-1] = at_address(weights, torch.uint8, tokens, width)
         parts.append(ids.contiguous().view(torch.uint8))
-        if has_scales:
-            parts.append(_bytes(scales, torch.uint8, tokens, self.config.scale_dim * self.config.scale_type_size))
+        if scales is not None and has_scales:
+            parts.append(at_address(scales, torch.uint8, tokens, self.config.scale_dim * self.config.scale_type_size))
         self._route = representatives(ids, self._shape)
         self._send(torch.cat(parts, dim=1), parts[0].shape[1], parts[3].shape[1] if has_scales else 0)
         if self.config.kernel_type is EpDispatchCombineKernelType.AsyncLL:
@@ -280,37 +230,12 @@ class EpDispatchCombineOp:
 
     def _check_blockwise(self, rows: Tensor, *, external: bool) -> None:
         quant, kernel = self.config.quant_type, self.config.kernel_type
-        if quant not in _BLOCKWISE:
+        if quant not in BLOCKWISE:
             return
         allowed = (*INTRA, EpDispatchCombineKernelType.AsyncLL) if quant == "fp8_blockwise" else INTRA
         if kernel not in allowed or rows.dtype is not torch.bfloat16 or not external:
             message = f"{quant} combine: not with {kernel}, {rows.dtype}, use_external_inp_buf={external}"
             raise ValueError(message)
-
-    def _allocate(self) -> _Buffers:
-        config, malloc = self.config, self._world.heap.malloc
-        rows, most = self.max_num_tokens_to_recv(), self.max_num_tokens_to_send()
-        payload, topk = config.hidden_dim * config.max_token_type_size, config.num_experts_per_token
-        scales = config.scale_dim * config.scale_type_size
-        staged = most if config.kernel_type is EpDispatchCombineKernelType.AsyncLL else rows
-        slot = payload + 8 * topk + 4 + scales
-        if config.kernel_type is EpDispatchCombineKernelType.IntraNode and config.quant_type in _BLOCKWISE:
-            slot = (
-                payload
-                + 8 * topk
-                + 4
-                + make_codec(config.quant_type, torch.bfloat16, config.hidden_dim, external=True).width(0)
-            )
-        return _Buffers(
-            combine_inp=malloc(staged * slot),
-            dispatch_out=malloc(rows * payload),
-            combine_out=malloc(config.max_num_inp_token_per_rank * payload),
-            weights=malloc(rows * topk * 4),
-            combine_weights=malloc(rows * topk * 4),
-            scales=malloc(rows * scales),
-            ids=malloc(rows * topk * 4),
-            sources=malloc(most * config.num_experts_per_rank * 4),
-        )
 
     def _zeroed(self, rank: int) -> str:
         return f"{self._world.name}/op{self._number}/{rank}"
@@ -364,7 +289,7 @@ class EpDispatchCombineOp:
         config = self.config
         total, columns, dtype = int(self._total), expert_out.shape[1], expert_out.dtype
         if external or config.kernel_type not in INTRA:
-            rows = _memory(expert_out, dtype, total, columns)
+            rows = at_address(expert_out, dtype, total, columns)
         else:
             rows = self._buffers.combine_inp.view(total, columns, dtype)
         codec = make_codec(config.quant_type, dtype, columns, external=external)
@@ -372,16 +297,16 @@ class EpDispatchCombineOp:
         to, token = flat // self.max_num_tokens_to_send(), flat % self.max_num_tokens_to_send()
         parts = [codec.pack(rows), token.to(torch.int32).view(-1, 1).view(torch.uint8)]
         if weights is not None and weights.shape[0]:
-            parts.append(_memory(weights, torch.uint8, total, config.num_experts_per_token * 4))
+            parts.append(at_address(weights, torch.uint8, total, config.num_experts_per_token * 4))
         arrived, by_rank = self._exchange(torch.cat(parts, dim=1)[to.argsort(stable=True)], to)
         width = codec.width(columns)
-        self._returned = _Returned(
+        self._returned = Returned(
             rows=arrived[:, :width].contiguous(),
             ranks=torch.arange(config.world_size, device=arrived.device).repeat_interleave(by_rank.to(arrived.device)),
             tokens=arrived[:, width : width + _TOKEN_BYTES].contiguous().view(torch.int32).flatten().long(),
             weights=arrived[:, width + _TOKEN_BYTES :].contiguous() if len(parts) > 2 else None,  # noqa: PLR2004
             codec=codec,
-            ids=_memory(indices, TOPK_IDX_DTYPE, self._route.shape[0], config.num_experts_per_token),
+            ids=at_address(indices, TOPK_IDX_DTYPE, self._route.shape[0], config.num_experts_per_token),
             columns=columns,
             dtype=dtype,
         )
@@ -391,58 +316,19 @@ class EpDispatchCombineOp:
         if back is None:
             message = "combine_recv requires a prior combine/combine_send call"
             raise AssertionError(message)
-        staged = self._staged(back, in_heap=external and self.config.kernel_type not in TWO_LEVELS)
-        if self.config.kernel_type in TWO_LEVELS:
-            total = self._two_levels(back, staged)
+        most, kernel, route = self.config.max_num_inp_token_per_rank, self.config.kernel_type, self._route
+        region = self._buffers.combine_inp if external and kernel not in TWO_LEVELS else None
+        staged = stage(back, back.rows, self._shape, most, region)
+        if kernel in TWO_LEVELS:
+            total = self._nodes.add(back, staged, route)
         else:
-            total = self._sum(back.codec, staged, self._route, back.columns)
-        tokens = self._route.shape[0]
-        self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(_cast(total, back.dtype))
-        if back.weights is not None and self.config.kernel_type is not EpDispatchCombineKernelType.AsyncLL:
-            plain, topk = back._replace(rows=back.weights), self.config.num_experts_per_token
-            summed = self._sum(Plain(torch.float32), self._staged(plain, in_heap=False), self._route, topk)
+            total = sum_slots(back.codec, staged, route, self._shape, back.columns)
+        tokens, topk = route.shape
+        self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(cast(total, back.dtype))
+        if back.weights is not None and kernel is not EpDispatchCombineKernelType.AsyncLL:
+            aside = stage(back, back.weights, self._shape, most, None)
+            summed = sum_slots(Plain(torch.float32), aside, route, self._shape, topk)
             self._buffers.combine_weights.view(tokens, topk, torch.float32).copy_(summed)
-
-    def _staged(self, back: _Returned, *, in_heap: bool) -> _Staged:
-        """Lay rows where the sum finds them: at (expert rank * M + token) of this rank's combine buffer, or aside."""
-        most = self.config.max_num_inp_token_per_rank
-        place = back.ranks * most + back.tokens
-        if in_heap:
-            self._buffers.combine_inp.put(place, back.rows)
-            return _Staged(self._buffers.combine_inp, None, most, back.rows.shape[1])
-        index = back.tokens.new_zeros(self.config.world_size * most + 1)
-        index[place] = torch.arange(place.numel(), device=place.device)
-        return _Staged(back.rows, index, most, back.rows.shape[1])
-
-    def _sum(self, codec: Codec, staged: _Staged, route: Tensor, columns: int) -> Tensor:
-        """Return float32 [n, columns]: contributions added from +0.0 in slot order."""
-        total = torch.zeros(route.shape[0], columns, device=route.device)
-        for slot in range(route.shape[1]):
-            token = (route[:, slot] < self.config.world_size).nonzero().flatten()
-            if token.numel():
-                total[token] = codec.add(total[token], staged.rows(route[token, slot], token))
-        return total
-
-    def _two_levels(self, back: _Returned, staged: _Staged) -> Tensor:
-        """Sum within each node, round, then sum over nodes in their order.
-
-        Which nodes take part is read from the ids that combine is given; a node that was sent nothing has what an
-        earlier call left there.
-        """
-        config = self.config
-        nodes, tokens = config.world_size // config.gpu_per_node, self._route.shape[0]
-        if self._partials is None or self._partials.shape[2] != back.columns:
-            self._partials = torch.zeros(nodes, max(config.max_num_inp_token_per_rank, tokens), back.columns)
-            self._partials = self._partials.to(self._route.device)
-        asked = owners(back.ids, self._shape) // config.gpu_per_node
-        total = torch.zeros(tokens, back.columns, device=self._route.device)
-        for node in range(nodes):
-            route = self._route.masked_fill(self._route // config.gpu_per_node != node, config.world_size)
-            sent = (route < config.world_size).any(1).nonzero().flatten()
-            self._partials[node, sent] = back.codec.round(self._sum(back.codec, staged, route, back.columns))[sent]
-            adding = (asked == node).any(1).nonzero().flatten()
-            total[adding] += self._partials[node, adding]
-        return total
 
     def _exchange(self, rows: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows uint8 [m, width], in order of their ranks `to`: what arrives, in order of its ranks, and counts."""
@@ -461,40 +347,3 @@ class EpDispatchCombineOp:
         """Whether a count that is written to `rank` now is zeroed by it later: its constructor is not through."""
         first = self._calls == 0 and habits.has(habits.NO_CONSTRUCTOR_BARRIER)
         return first and not shmem.store().check([self._zeroed(rank)])
-
-
-class _Staged(NamedTuple):
-    """Where a rank's contribution to a token lies: in a region of the heap, or in rows that `places` points into."""
-
-    source: Region | Tensor
-    places: Tensor | None
-    most: int
-    width: int
-
-    def rows(self, ranks: Tensor, tokens: Tensor) -> Tensor:
-        """Return uint8 [m, width] of the contributions of ranks [m] to tokens [m]."""
-        place = ranks * self.most + tokens
-        if isinstance(self.source, Region):
-            return self.source.take(place, self.width)
-        return self.source[place if self.places is None else self.places[place]]
-
-
-def _memory(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """Return what lies at a tensor's address, whatever it is said to be; past its memory's end, rubbish."""
-    storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-    start, wanted = tensor.storage_offset() * tensor.element_size(), rows * columns * dtype.itemsize
-    found = storage[start : start + wanted]
-    if found.numel() < wanted:
-        found = torch.cat([found, found.new_full((wanted - found.numel(),), _PAST_THE_END)])
-    return found.view(dtype).view(rows, columns)
-
-
-def _bytes(tensor: Tensor | None, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    width = columns * dtype.itemsize
-    if tensor is None:
-        return torch.zeros(rows, width, dtype=torch.uint8)
-    return _memory(tensor, torch.uint8, rows, width)
-
-
-def _cast(total: Tensor, dtype: torch.dtype) -> Tensor:
-    return total.clamp(-448.0, 448.0).to(dtype) if dtype.itemsize == 1 else total.to(dtype)

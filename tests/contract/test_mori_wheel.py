@@ -1,0 +1,196 @@
+"""The adapter and the stand-in against the released amd-mori 1.2.4: every name, keyword, default and field they use.
+
+The wheels are read, never imported: importing mori needs a ROCm machine. They hold the C++ of the kernels too, since
+these are compiled where they run; sizes and checks are looked up there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distbench.emulation.mori import ops, shmem
+from distbench.emulation.mori.routing import EpDispatchCombineKernelType
+from distbench.transport.mori_config import plan_mori
+from tests.cases import tiny_case
+
+VERSION = "1.2.4"
+CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
+PLATFORMS = {"310": "manylinux_2_35_x86_64", "312": "manylinux_2_39_x86_64"}
+UNREACHABLE = re.compile(
+    r"No module named pip|connection broken|NewConnectionError|ConnectTimeout|Max retries exceeded"
+    r"|not a trusted or secure host|Failed to establish|Name or service not known"
+    r"|Temporary failure in name resolution|Network is unreachable",
+    re.IGNORECASE,
+)
+METHODS = (
+    "dispatch", "dispatch_send", "dispatch_recv", "combine", "combine_send", "combine_recv", "reset",
+    "get_registered_combine_input_buffer", "get_dispatch_src_token_pos", "max_num_tokens_to_recv",
+    "max_num_tokens_to_recv_per_rank", "max_num_tokens_to_send", "max_num_tokens_to_send_per_rank",
+)  # fmt: skip
+SHMEM = (
+    "shmem_get_unique_id", "shmem_init_attr", "shmem_torch_process_group_init", "shmem_finalize", "shmem_mype",
+    "shmem_npes", "shmem_barrier_all",
+)  # fmt: skip
+SOURCES = "mori/_jit-sources/"
+
+
+@pytest.fixture(scope="module", params=PLATFORMS)
+def wheel(request: pytest.FixtureRequest) -> Iterator[zipfile.ZipFile]:
+    python, platform = request.param, PLATFORMS[request.param]
+    path = CACHE / f"amd_mori-{VERSION}-cp{python}-cp{python}-{platform}.whl"
+    if not path.exists():
+        _download(path, python, platform)
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def _download(path: Path, python: str, platform: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
+        command += ["--retries=1", "--disable-pip-version-check", "--implementation=cp", f"--abi=cp{python}"]
+        command += [f"--python-version={python[0]}.{python[1:]}", f"--platform={platform}", "-d", scratch]
+        command.append(f"amd-mori=={VERSION}")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        if done.returncode and (UNREACHABLE.search(done.stderr) or "PIP_NO_INDEX" in os.environ):
+            pytest.skip("no package index within reach of pip")
+        assert done.returncode == 0, done.stderr
+        (Path(scratch) / path.name).replace(path)
+
+
+def text(wheel: zipfile.ZipFile, name: str) -> str:
+    return wheel.read(name).decode()
+
+
+def class_of(wheel: zipfile.ZipFile, name: str) -> ast.ClassDef:
+    body = ast.parse(text(wheel, "mori/ops/dispatch_combine.py")).body
+    return next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
+    """Return (name, default) of the parameters of a function, `self` left out; an empty default is none."""
+    positional = [argument.arg for argument in node.args.args]
+    defaults = [ast.unparse(default) for default in node.args.defaults]
+    found = list(zip(positional, [""] * (len(positional) - len(defaults)) + defaults, strict=True))
+    return [pair for pair in found if pair[0] != "self"]
+
+
+def our_signature(function: object) -> list[tuple[str, str]]:
+    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+    return [
+        (one.name, "" if one.default is inspect.Parameter.empty else str(one.default))
+        for one in parameters
+        if one.name != "self"
+    ]
+
+
+def test_methods_have_the_wheels_parameters_and_defaults(wheel: zipfile.ZipFile) -> None:
+    theirs = {
+        node.name: node for node in class_of(wheel, "EpDispatchCombineOp").body if isinstance(node, ast.FunctionDef)
+    }
+    for name in ("__init__", *METHODS):
+        assert our_signature(getattr(ops.EpDispatchCombineOp, name)) == signature(theirs[name]), name
+
+
+def test_the_configuration_has_the_wheels_fields_and_defaults(wheel: zipfile.ZipFile) -> None:
+    theirs = {
+        ast.unparse(node.target): ast.unparse(node.value) if node.value else ""
+        for node in class_of(wheel, "EpDispatchCombineConfig").body
+        if isinstance(node, ast.AnnAssign)
+    }
+    ours = {
+        field.name: "" if field.default is dataclasses.MISSING else _shown(field.default)
+        for field in dataclasses.fields(ops.EpDispatchCombineConfig)
+    }
+    assert list(ours.items()) == list(theirs.items())
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, EpDispatchCombineKernelType):
+        return f"EpDispatchCombineKernelType.{value}"
+    return repr(value)
+
+
+def test_every_keyword_that_the_adapter_gives_is_a_field(wheel: zipfile.ZipFile) -> None:
+    fields = {
+        ast.unparse(node.target)
+        for node in class_of(wheel, "EpDispatchCombineConfig").body
+        if isinstance(node, ast.AnnAssign)
+    }
+    case = tiny_case(4, transport="mori", combine_input="registered", prealloc_max_recv_tokens=32)
+    given = set(plan_mori(case, {}).values(case, 0)) | {"data_type", "kernel_type"}
+    assert given == fields
+
+
+def test_shmem_functions_have_the_wheels_parameters(wheel: zipfile.ZipFile) -> None:
+    tree = ast.parse(text(wheel, "mori/shmem/api.py"))
+    theirs = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for name in SHMEM:
+        assert our_signature(getattr(shmem, name)) == signature(theirs[name]), name
+    named = {ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
+    assert "MORI_SHMEM_INIT_WITH_UNIQUEID" in named
+    assert "from .api import *" in text(wheel, "mori/shmem/__init__.py")
+
+
+def test_names_are_exported_where_the_adapter_looks(wheel: zipfile.ZipFile) -> None:
+    exported = {
+        alias.name
+        for node in ast.parse(text(wheel, "mori/ops/__init__.py")).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(ops.__all__) <= exported
+    lazy = text(wheel, "mori/__init__.py")
+    assert '"ops"' in lazy
+    assert '"shmem"' in lazy
+    assert VERSION in text(wheel, "mori/_version.py")
+
+
+def test_kernel_types_and_quant_types(wheel: zipfile.ZipFile) -> None:
+    header = text(wheel, f"{SOURCES}include/mori/ops/dispatch_combine/dispatch_combine.hpp")
+    (enum,) = re.findall(r"enum KernelType \{(.*?)\}", header, re.DOTALL) or re.findall(
+        r"enum class KernelType \{(.*?)\}", header, re.DOTALL
+    )
+    theirs = {name: int(number) for name, number in re.findall(r"(\w+) = (\d)", enum)}
+    assert {kind.name: kind.value for kind in EpDispatchCombineKernelType} == theirs
+    quants = re.findall(
+        r'^    "(\w+)": EpDispatchCombineQuantType', text(wheel, "mori/ops/dispatch_combine.py"), re.MULTILINE
+    )
+    assert tuple(quants) == ops.QUANT_TYPES
+
+
+def test_the_buffers_rows_follow_the_wheels_formula(wheel: zipfile.ZipFile) -> None:
+    header = text(wheel, f"{SOURCES}include/mori/ops/dispatch_combine/dispatch_combine.hpp")
+    assert "int perRank = (maxTotalRecvTokens + worldSize - 1) / worldSize;" in header
+    assert "return perRank < maxNumInpTokenPerRank ? perRank : maxNumInpTokenPerRank;" in header
+    assert "return worldSize * MaxNumTokensToRecvPerRank();" in header
+    common = text(wheel, f"{SOURCES}src/ops/dispatch_combine/common.hpp")
+    assert "return pe * config.MaxNumTokensToSendPerRank() + slotId;" in common
+    heap = text(wheel, f"{SOURCES}include/mori/shmem/internal.hpp")
+    assert "DEFAULT_STATIC_SYMMETRIC_HEAP_SIZE = 4ULL * 1024 * 1024 * 1024" in heap
+
+
+def test_the_habits_are_those_of_the_wheel(wheel: zipfile.ZipFile) -> None:
+    kernels = f"{SOURCES}src/ops/dispatch_combine/"
+    overflow = "Total recv token overflow"
+    assert overflow not in text(wheel, f"{kernels}intranode.hpp")
+    for name in ("intranode_ll.hpp", "internode_v1.cpp", "low_latency_async.cpp"):
+        assert overflow in text(wheel, f"{kernels}{name}")
+    assert "for (int k = 0; k < kMaxGpusPerNode; ++k)" in text(wheel, f"{kernels}intranode_ll.hpp")
+    operator = text(wheel, "mori/ops/dispatch_combine.py")
+    assert "self._check_combine_indices(indices, cur_n)" in operator
+    constructor = ast.unparse(class_of(wheel, "EpDispatchCombineOp").body[0])
+    assert constructor.count("dist.barrier()") == 2
+    assert constructor.rstrip().endswith("dist.barrier()")

@@ -1,0 +1,87 @@
+"""The host checks that MoRI lacks, and what an older package is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distbench.case import Case
+from distbench.errors import DistbenchError, Unsupported
+from distbench.transport.mori import _configuration, check_batch, check_routing_is_own
+from distbench.transport.mori_config import plan_mori
+from distbench.workload.batch import TokenBatch
+from tests.cases import tiny_case
+
+CPU = torch.device("cpu")
+
+
+def mori_case(**values: Any) -> Case:
+    return tiny_case(4, transport="mori", emulate=True, **values)
+
+
+def good() -> dict[str, torch.Tensor | None]:
+    return {
+        "hidden": torch.zeros(3, 256).bfloat16(),
+        "scales": None,
+        "weights": torch.zeros(3, 4),
+        "ids": torch.zeros(3, 4, dtype=torch.int32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "changed", "message"),
+    [
+        ({}, {"ids": torch.zeros(3, 4, dtype=torch.int64)}, "ids are torch.int64 .* MoRI reads them as torch.int32"),
+        ({}, {"ids": torch.zeros(4, 3, dtype=torch.int32).t()}, "ids are strided .* make them contiguous"),
+        ({}, {"ids": torch.zeros(3, 5, dtype=torch.int32)}, r"ids are .*\[3, 5\]"),
+        ({}, {"weights": None}, "weights are missing; IntraNode reads them"),
+        ({}, {"weights": torch.zeros(3, 4).double()}, "weights are torch.float64"),
+        ({}, {"hidden": torch.zeros(3, 128).bfloat16()}, r"hidden are .*\[3, 128\]"),
+        ({}, {"hidden": torch.zeros(3, 512).bfloat16()[:, ::2]}, "hidden are strided"),
+        ({"dispatch_dtype": "fp8"}, {}, "hidden are torch.bfloat16"),
+        ({"max_dispatch_tokens_per_rank": 2}, {}, "3 tokens, max_dispatch_tokens_per_rank is 2; raise it"),
+        ({"mori_kernel": "AsyncLL"}, {"ids": torch.full((3, 4), -1, dtype=torch.int32)}, "id -1: AsyncLL sends"),
+        ({"mori_kernel": "InterNodeV1LL"}, {"ids": torch.full((3, 4), -1, dtype=torch.int32)}, "id -1"),
+        ({"mori_kernel": "InterNodeV1"}, {"ids": torch.full((3, 4), 16, dtype=torch.int32)}, "last expert is 15"),
+    ],
+)
+def test_a_batch_that_mori_would_misread(values: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+    case = mori_case(**values)
+    plan = plan_mori(mori_case(**values, tokens=1), {})
+    with pytest.raises(DistbenchError, match=message):
+        check_batch(TokenBatch(**(good() | changed)), case, plan, CPU)
+
+
+def test_ids_that_a_kernel_skips_are_let_through() -> None:
+    for kernel in ("IntraNode", "IntraNodeLL", "InterNodeV1"):
+        case = mori_case(mori_kernel=kernel)
+        batch: dict[str, Any] = good() | {"ids": torch.full((3, 4), -1, dtype=torch.int32)}
+        check_batch(TokenBatch(**batch), case, plan_mori(case, {}), CPU)
+
+
+def test_routing_is_compared_by_its_content() -> None:
+    routing = torch.arange(12, dtype=torch.int32).view(3, 4)
+    check_routing_is_own(routing.clone(), routing)
+    with pytest.raises(DistbenchError, match=r"ids of token 0 are \[8, 9, 10, 11\], dispatched were \[0, 1, 2, 3\]"):
+        check_routing_is_own(routing.roll(1, 0), routing)
+    with pytest.raises(DistbenchError, match=r"have 2 rows, this rank dispatched 3 tokens"):
+        check_routing_is_own(routing[:2], routing)
+
+
+def test_an_older_package_is_named_where_it_lacks_what_the_case_asks() -> None:
+    case = mori_case(prealloc_max_recv_tokens=64, combine_input="registered")
+    plan = plan_mori(case, {})
+    known = [name for name in plan.values(case, 0) if name != "max_total_recv_tokens"]
+    config = dataclasses.make_dataclass("EpDispatchCombineConfig", ["data_type", "kernel_type", *known])
+    old = SimpleNamespace(ops=SimpleNamespace(EpDispatchCombineConfig=config, EpDispatchCombineKernelType=object()))
+    with pytest.raises(Unsupported, match=r"mori_kernel = IntraNode: the installed mori has none"):
+        _configuration(old, case, plan, 0)
+    old.ops.EpDispatchCombineKernelType = SimpleNamespace(IntraNode=0)
+    with pytest.raises(Unsupported, match=r"configuration has no max_total_recv_tokens; install amd-mori 1.2.4"):
+        _configuration(old, case, plan, 0)
+    uncapped = mori_case()
+    assert _configuration(old, uncapped, plan_mori(uncapped, {}), 0).world_size == 4

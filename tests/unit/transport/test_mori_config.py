@@ -1,0 +1,122 @@
+"""What a case makes of MoRI: the kernel that production takes, and what is refused with value, bound and fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distbench.case import Case
+from distbench.emulation.mori.habits import HABITS, parse_habits
+from distbench.errors import InvalidCase, Unsupported
+from distbench.preflight import check_case
+from distbench.transport.mori_config import Launch, check_environment, heap_size, mori_warnings, plan_mori
+from tests.cases import tiny_case
+
+
+def case_of(ranks: int = 8, **values: Any) -> Case:
+    return tiny_case(ranks, transport="mori", emulate=True, **values)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "values", "kernel", "launch"),
+    [
+        (2, {}, "IntraNode", Launch(80, 0, 16)),
+        (8, {}, "IntraNode", Launch(80, 0, 16)),
+        (16, {}, "InterNodeV1LL", Launch(64, 32, 8)),
+        (16, {"max_dispatch_tokens_per_rank": 256}, "InterNodeV1LL", Launch(64, 32, 8)),
+        (16, {"max_dispatch_tokens_per_rank": 257}, "InterNodeV1", Launch(64, 32, 8)),
+        (16, {"inter_kernel_switch": 63}, "InterNodeV1", Launch(64, 32, 8)),
+        (16, {"mori_kernel": "AsyncLL"}, "AsyncLL", Launch(64, 32, 8)),
+        (128, {"mori_kernel": "AsyncLL"}, "AsyncLL", Launch(128, 32, 8)),
+        (8, {"gpu_per_node": 4}, "InterNodeV1LL", Launch(64, 32, 8)),
+        (8, {"mori_kernel": "IntraNodeLL"}, "IntraNodeLL", Launch(80, 0, 16)),
+    ],
+)
+def test_kernel_and_geometry_are_productions(ranks: int, values: dict[str, Any], kernel: str, launch: Launch) -> None:
+    plan = plan_mori(case_of(ranks, tokens=1, **values), {})
+    assert (plan.kernel, plan.launch) == (kernel, launch)
+    assert 0 <= plan.launch.rdma_blocks < plan.launch.blocks
+    assert plan.launch.rdma_blocks % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("ranks", "values", "message"),
+    [
+        (3, {}, "gpu_per_node = 3: MoRI takes a power of two that divides the 3 ranks"),
+        (12, {}, "gpu_per_node = 8: .* divides the 12 ranks"),
+        (8, {"gpu_per_node": 4, "mori_kernel": "IntraNode"}, "8 ranks on 2 nodes"),
+        (16, {"gpu_per_node": 16, "mori_kernel": "IntraNode"}, "16 ranks on 1 nodes"),
+        (8, {"topk": 9, "mori_kernel": "IntraNodeLL"}, "topk = 9: IntraNodeLL loses the slots past 8"),
+        (8, {"gpu_per_node": 1, "topk": 4}, "has room for 4 nodes, the case has 8"),
+        (32, {"topk": 64, "gpu_per_node": 8}, "MoRI's kernels take up to 63"),
+        (8, {"gpu_per_node": 4, "combine_quant": "fp8_blockwise"}, "fp8_blockwise: not with InterNodeV1LL"),
+        (8, {"mori_kernel": "AsyncLL", "combine_quant": "fp4_blockwise"}, "fp4_blockwise: not with AsyncLL"),
+        (8, {"combine_input": "registered", "combine_quant": "fp8_direct_cast"}, "use combine_input = external"),
+        (8, {"prealloc_max_recv_tokens": 64}, "combine buffer has 35072 bytes, IntraNode writes up to byte 237568"),
+    ],
+)
+def test_what_mori_would_get_wrong_is_refused(ranks: int, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidCase, match=message):
+        plan_mori(case_of(ranks, **({"tokens": 16} | values)), {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prealloc_max_recv_tokens": 64, "combine_input": "registered"},
+        {"prealloc_max_recv_tokens": 512},
+        {"prealloc_max_recv_tokens": 300, "combine_quant": "fp8_direct_cast"},
+        {"prealloc_max_recv_tokens": 64, "mori_kernel": "AsyncLL"},
+    ],
+)
+def test_a_cap_that_is_safe_is_passed_on(values: dict[str, Any]) -> None:
+    plan = plan_mori(case_of(tokens=8, **values), {})
+    assert plan.max_total_recv_tokens == values["prealloc_max_recv_tokens"]
+
+
+def test_an_exact_case_cannot_come_back_as_fp4() -> None:
+    with pytest.raises(InvalidCase, match=r"fp4_blockwise: .*use numerics = gaussian"):
+        check_case(case_of(combine_quant="fp4_blockwise"))
+    with pytest.raises(InvalidCase, match=r"topk = 9: .* 16 units up to topk = 8"):
+        check_case(case_of(combine_quant="fp8_direct_cast", topk=9))
+
+
+def test_the_heap_holds_the_case_and_a_smaller_one_is_refused() -> None:
+    plan = plan_mori(case_of(), {})
+    assert heap_size(plan, {}, emulated=False) == 4 << 30
+    assert plan.heap_bytes <= heap_size(plan, {}, emulated=True) < 2 * plan.heap_bytes + (64 << 20)
+    assert heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "6G"}, emulated=False) == 6 << 30
+    assert heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "512MiB"}, emulated=False) == 512 << 20
+    with pytest.raises(InvalidCase, match=rf"1M: 1048576 bytes, the case needs {plan.heap_bytes}"):
+        heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "1M"}, emulated=False)
+    with pytest.raises(InvalidCase, match=r"no size; write for instance 6G"):
+        heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "much"}, emulated=False)
+    large = plan_mori(case_of(model="deepseek-v3", max_dispatch_tokens_per_rank=8192, tokens=1), {})
+    assert heap_size(large, {}, emulated=False) > 2 * 65536 * 7168 * 2
+
+
+def test_a_reader_is_warned_of_what_is_not_pinned() -> None:
+    plan = plan_mori(case_of(mori_kernel="AsyncLL", launch_mode="AUTO"), {})
+    found = mori_warnings(plan, {"MORI_SHMEM_MODE": "vmm_heap"}, emulated=False)
+    assert [warning.split()[0] for warning in found] == ["MORI_SHMEM_MODE=vmm_heap:", "launch_mode", "mori_kernel"]
+    assert mori_warnings(plan_mori(case_of(), {}), {}, emulated=False) == ()
+
+
+def test_another_backend_is_refused() -> None:
+    with pytest.raises(Unsupported, match=r"MORI_EP_COMM = 'cco'"):
+        check_environment({"MORI_EP_COMM": "cco"})
+
+
+def test_without_the_package_there_is_no_silent_stand_in() -> None:
+    with pytest.raises(Unsupported, match=r"install amd-mori .* or add --emulate"):
+        check_case(tiny_case(4, transport="mori"))
+    assert tiny_case(4, transport="mori").stand_ins == ["reference for aiter"]
+    assert "distbench.emulation.mori for mori" in case_of().stand_ins
+
+
+def test_habits_by_release_and_by_name() -> None:
+    assert parse_habits("") == parse_habits("1.2.4") == frozenset()
+    assert parse_habits("1.2.2, ll-all-slots") < set(HABITS)
+    with pytest.raises(ValueError, match=r"neither a release"):
+        parse_habits("1.2.3")
