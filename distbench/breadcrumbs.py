@@ -24,6 +24,7 @@ STAGES = (
     "experts",
     "check",
     "combine",
+    "timing",
     "gather",
     "report",
     "done",

@@ -118,6 +118,21 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     inject: Annotated[
         str, _help("faults to inject, NAME[:key=value,...] joined by semicolons; `distbench selftest --list` has them")
     ] = ""
+    iterations: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=4096)], _help("timed iterations of each arm, at most; 0 times nothing")
+    ] = 0
+    warmup: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=4096)], _help("untimed iterations in front of the timed ones")
+    ] = 5
+    median_error: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1)],
+        _help("timing stops once the median is known to this share of it, with 95 % confidence; 0: all iterations"),
+    ] = 0.0
+    flush_l2: Annotated[bool, _help("overwrite the L2 cache before each timed iteration")] = False
+    align: Annotated[
+        Literal["barrier", "free"], _help("ranks start a timed iteration together, or each when it has ended the last")
+    ] = "barrier"
+    graph: Annotated[bool, _help("run the experts from a CUDA graph, captured for each number of rows")] = False
     timeout: Annotated[Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take")] = 300.0
     stage_timeouts: Annotated[str, _help("other seconds for some stages, such as dispatch=5,experts=60")] = ""
 

@@ -22,6 +22,7 @@ from distbench.commands import (
     show,
     shrink,
     suite,
+    sweep,
     tune,
 )
 from distbench.errors import DistbenchError, InvalidCase
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (
         run,
         suite,
+        sweep,
         cluster,
         report,
         compare,

@@ -37,7 +37,7 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     transport: Transport,
     experts: Experts,
     cut: Cut,
-    inspect: Inspector,
+    inspect: Inspector | None,
     mark: Callable[[str], None],
 ) -> Tensor:
     """Return this rank's combined tokens, bf16 [n, H]; `mark` hears of each stage as it begins.
@@ -49,7 +49,17 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     mark("truncate")
     given = cut(dispatched)
     mark("experts")
-    expert_out = experts(
+    expert_out = run_experts(experts, given, weights)
+    if inspect is not None:
+        mark("check")
+        inspect(transport.sources(), dispatched, given, expert_out)
+    mark("combine")
+    return transport.combine(expert_out, batch.ids)
+
+
+def run_experts(experts: Experts, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+    """Call the experts as production calls `aiter.fused_moe`: [M, H] bf16."""
+    return experts(
         given.hidden,
         weights.w1,
         weights.w2,
@@ -60,7 +70,3 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
         a1_scale=given.scales,
         dtype=torch.bfloat16,
     )
-    mark("check")
-    inspect(transport.sources(), dispatched, given, expert_out)
-    mark("combine")
-    return transport.combine(expert_out, batch.ids)

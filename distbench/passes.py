@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from distbench.arms import arms_of
+from distbench.devices import DeviceState, device_state
 from distbench.experts.base import Experts, PackageUser
+from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
 from distbench.recording import Finished, Recorder
 from distbench.session import Session
+from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import compare_rows, tensor_digest
@@ -28,6 +32,7 @@ from distbench.verify.records import (
     LostRows,
     Observation,
     Question,
+    Timed,
     pair_name,
     pairs_of,
 )
@@ -39,6 +44,7 @@ if TYPE_CHECKING:
     from distbench.faults.injector import Injector
 
 _REFERENCE_TOKENS = 4
+_TIMED_ARMS = ("padded", "truncated")
 
 
 class Parts(NamedTuple):
@@ -75,6 +81,10 @@ class Passes:
         self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
+        self._timed: dict[str, Timed] = {}
+        self._device_state: DeviceState | None = None
+        self._given: ExpertInput | None = None
+        self._replays: list[tuple[int, int]] = []
         self.outputs: dict[str, Tensor] = {}
 
     def run(self) -> None:
@@ -94,6 +104,9 @@ class Passes:
                 if self._recorder is not None:
                     self._recorder.keep()
                     settled = self._session.on_any_rank(value=settled or bool(self._divergences))
+        self._mark("timing")
+        self._time({arm: cut for arm, cut in arms.items() if arm in _TIMED_ARMS})
+        self._replay_graph()
         self._mark("gather")
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected
@@ -128,6 +141,9 @@ class Passes:
             transport=self._parts.transport.facts,
             peak_bytes=peak_bytes(),
             packages=self._packages(),
+            timed=self._timed,
+            device_state=self._device_state,
+            replays=self._replays,
         )
 
     def _packages(self) -> dict[str, Any]:
@@ -149,8 +165,38 @@ class Passes:
         self._arm = self._session.crumbs.arm = ""
         return combined
 
+    def _time(self, arms: dict[str, Cut]) -> None:
+        parts, session = self._parts, self._session
+        if not self._question.case.iterations:
+            return
+        timer = Timer(session, self._question.case)
+        for arm, cut in arms.items():
+            session.crumbs.arm = arm
+            layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
+            self._timed[arm] = timer.time(layer, self.outputs[arm])
+        session.crumbs.arm = ""
+        if session.device.type != "cpu":
+            self._device_state = device_state(session.device.index)
+
+    def _replay_graph(self) -> None:
+        """Replay the graph of the last arm with other tokens, and note rows that come out wrong."""
+        parts = self._parts
+        if not isinstance(parts.experts, GraphedExperts) or self._given is None:
+            return
+        self._replays = replay_others(parts.experts, self._given, parts.weights, parts.workload, self._session.rank)
+        for live, wrong in self._replays:
+            if wrong:
+                field = f"rows of a graph replay with {live} other live rows"
+                against = "eager experts" if self._expected is None else "oracle"
+                arm = list(self.outputs)[-1]
+                self._note(
+                    Divergence(
+                        stage="experts", arm=arm, rank=self._session.rank, field=field, against=against, rows=wrong
+                    )
+                )
+
     def _inspect(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
-        arm = self._arm
+        arm, self._given = self._arm, given
         self._kernels[arm] = self._kernel(given.rows)
         if self._question.limit is not None and self._question.case.policy != "guard":
             self._lost = _lost_rows(sources, self._question.limit)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from distbench.case import Case
+from distbench.devices import count_devices, devices_to_hold
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
@@ -38,6 +39,7 @@ def check_case(case: Case) -> tuple[str, ...]:
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
     notes = _check_mori(case) if case.transport == "mori" else ()
+    _check_graph(case)
     if case.experts == "triton":
         return (*notes, *_check_triton_table(case))
     selector = make_selector(case)
@@ -52,6 +54,42 @@ def check_case(case: Case) -> tuple[str, ...]:
         f"and {layer.quant}; all kernels come from heuristics"
     )
     return (*notes, message)
+
+
+def _check_graph(case: Case) -> None:
+    if case.graph and case.policy == "guard":
+        message = (
+            "graph with policy guard: guard reads total_recv on the host to choose the rows, and a graph's rows are "
+            "fixed when it is captured; use strict or unchecked"
+        )
+        raise Unsupported(message)
+    if case.graph and case.device == "cpu":
+        message = "graph: CUDA graphs need a device, and device = cpu; drop --graph or use --device cuda"
+        raise Unsupported(message)
+    if case.graph and case.experts == "reference":
+        message = "graph with experts reference: they read the live-row count on the host, which no capture allows"
+        raise Unsupported(message)
+
+
+def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None = None) -> tuple[str, ...]:
+    """Return the names of the devices that a launch of `local_ranks` on this machine takes; none on the CPU alone.
+
+    `available` is the number of devices; None asks the machine, where a case wants one.
+
+    Raises:
+        Unsupported: a case asks for more devices than there are, or for a graph where there are too few.
+
+    """
+    listed = list(cases)
+    asked = sorted({case.device for case in listed})
+    if asked == ["cpu"]:
+        return ()
+    found = count_devices() if available is None else available
+    held = devices_to_hold(asked, local_ranks, found)
+    if not held and any(case.graph for case in listed):
+        message = f"graph: CUDA graphs need a device for each of {local_ranks} ranks, torch sees {found}"
+        raise Unsupported(message)
+    return held
 
 
 def _check_mori(case: Case) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts
+from distbench.graphs import GraphedExperts
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
@@ -44,6 +45,7 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
 
 def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | None:
     session.crumbs.mark("agree")
+    session.use(case.device)
     workload = workload_for(case, session.device)
     batch, probe = _tokens_and_probe(workload, session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
@@ -121,6 +123,11 @@ def _build(  # noqa: PLR0913 - what parts are made of
     if isinstance(experts, CompiledExperts):
         session.crumbs.mark("compile")
         experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
+    if case.graph:
+        if session.device.type == "cpu":
+            message = "graph: CUDA graphs need a device, and this case runs on the CPU; drop --graph"
+            raise Unsupported(message)
+        experts = GraphedExperts(experts)
     parts = Parts(
         workload=workload,
         batch=batch,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.breadcrumbs import Breadcrumbs
+from distbench.devices import runs_on_device
 from distbench.errors import InvalidCase
 
 _WORD_BYTES = 8
@@ -20,15 +21,31 @@ _WORD_BYTES = 8
 class Session:
     """Open from start to end of a launch; cases come and go."""
 
-    def __init__(self, crumbs: Breadcrumbs, timeout_s: float, environ: Mapping[str, str] = os.environ) -> None:
-        """Join the process group that torchrun's variables describe; no collective may take `timeout_s`. Collective."""
+    def __init__(
+        self,
+        crumbs: Breadcrumbs,
+        timeout_s: float,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        accelerated: bool = False,
+    ) -> None:
+        """Join the process group that torchrun's variables describe; no collective may take `timeout_s`. Collective.
+
+        `accelerated` looks for a device for each rank of the node, and joins NCCL (on ROCm: RCCL) beside gloo.
+        """
         self.crumbs = crumbs
         self.rank = int(environ["RANK"])
         self.world_size = int(environ["WORLD_SIZE"])
         self.device = torch.device("cpu")
-        _share_cores(int(environ.get("LOCAL_WORLD_SIZE", "1")))
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
+        self._local_rank = int(environ.get("LOCAL_RANK", "0"))
+        self._local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._devices = torch.cuda.device_count() if accelerated else 0
+        _share_cores(self._local_ranks)
+        backend = "cpu:gloo,cuda:nccl" if self._devices >= self._local_ranks else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         self.group = _world_group()
+        if accelerated:
+            self._devices = self._fewest_devices()
         self._groups = {self.world_size: self.group}
         self._closing = contextlib.ExitStack()
 
@@ -38,6 +55,19 @@ class Session:
             self._groups[ep_size] = dist.new_group(list(range(ep_size)))
         self.group = self._groups[ep_size]
         return self.rank < ep_size
+
+    def use(self, asked: str) -> None:
+        """Take the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch decide alike.
+
+        Raises:
+            Unsupported: on every rank, where `cuda` was asked for and a node has fewer devices than ranks.
+
+        """
+        if not runs_on_device(asked, self._devices, self._local_ranks):
+            self.device = torch.device("cpu")
+            return
+        self.device = torch.device("cuda", self._local_rank)
+        torch.cuda.set_device(self.device)
 
     def agree(self, case_digest: str, probe: Tensor, counts: Tensor) -> Tensor:
         """Prove that all ranks hold one case and one workload, and return everyone's row counts. Collective.
@@ -71,7 +101,7 @@ class Session:
 
     def share(self, values: Sequence[int]) -> list[int]:
         """Return rank 0's values, as many on every rank, everywhere. Collective, over all ranks of the launch."""
-        shared = torch.tensor(values, dtype=torch.int64, device=self.device)
+        shared = torch.tensor(values, dtype=torch.int64)
         dist.broadcast(shared, group=self._groups[self.world_size], group_src=0)
         numbers: list[int] = shared.tolist()
         return numbers
@@ -84,6 +114,12 @@ class Session:
         """Leave the process groups."""
         self._closing.close()
         dist.destroy_process_group()
+
+    def _fewest_devices(self) -> int:
+        """Return this node's devices, or none where some node has fewer than ranks. Collective."""
+        enough = torch.tensor([self._devices >= self._local_ranks], dtype=torch.int64)
+        dist.all_reduce(enough, op=dist.ReduceOp.MIN)
+        return self._devices if int(enough) else 0
 
     def _everyones(self, mine: Tensor, ep_size: int) -> Tensor:
         """Return every rank's row. Gathering and broadcasting takes gloo a fifth of the time of its all-gather."""

@@ -48,6 +48,8 @@ def _work_seconds(case: Case, stage: str) -> float:
     tokens = sum(case.tokens)
     row = case.hidden_size * 2
     expert = 3 * case.hidden_size * case.intermediate_size
+    if stage == "timing":
+        return sum(_work_seconds(case, part) for part in ("dispatch", "experts", "combine"))
     if stage == "experts":
         return 2 * tokens * case.topk * expert / _FLOPS_PER_S
     if stage == "workload":

@@ -58,7 +58,8 @@ def work(job: Job) -> int:
 
 
 def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
-    session = Session(crumbs, _group_timeout(job))
+    accelerated = any(entry.case.device != "cpu" for entry in job.entries)
+    session = Session(crumbs, _group_timeout(job), accelerated=accelerated)
     sink = Sink(job) if session.rank == 0 else None
     if session.rank == 0:
         write_atomically(job_path(Path(job.out)), msgspec.json.encode(job))

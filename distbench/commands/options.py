@@ -13,7 +13,7 @@ from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.errors import InvalidCase
 from distbench.export import FILES, Writer, load_writers, parse_targets
 from distbench.job import Entry, Job
-from distbench.preflight import check_case, check_folder, check_path
+from distbench.preflight import check_case, check_devices, check_folder, check_memory, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.summary import Summary
@@ -142,6 +142,15 @@ def is_rank_0() -> bool:
 def warnings(case: Case) -> tuple[str, ...]:
     """Return what the reader of the case's report should know of it."""
     return (*near_misses(os.environ), *check_case(case))
+
+
+def check_launch(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Refuse what this machine has no devices or no memory for; return the devices that the launch takes."""
+    devices = check_devices(cases, max(case.ep_size for case in cases))
+    on_cpu = [case for case in cases if case.device == "cpu" or not devices]
+    if on_cpu:
+        check_memory(on_cpu)
+    return devices
 
 
 def campaign(

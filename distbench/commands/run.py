@@ -15,6 +15,7 @@ from distbench.commands.options import (
     add_report,
     campaign,
     case_flags,
+    check_launch,
     is_rank_0,
     num_ranks,
     report_writers,
@@ -26,7 +27,7 @@ from distbench.errors import Verdict
 from distbench.export import write_reports
 from distbench.job import Entry, Job
 from distbench.locks import hold
-from distbench.preflight import check_folder, check_memory, check_path
+from distbench.preflight import check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_bundle, print_report, print_start
@@ -81,8 +82,8 @@ def _run(options: argparse.Namespace) -> int:
             write_reports(results, writers)
             code = judge_baseline(options, results, code)
         return code
-    check_memory([resolved.case])
-    with hold(out, (), options.lock_timeout):
+    devices = check_launch([resolved.case])
+    with hold(out, devices, options.lock_timeout):
         print_start(resolved.case)
         _forget(out, paths)
         campaign((entry,), options, Progress(1, quiet=True), paths)

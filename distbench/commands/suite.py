@@ -17,6 +17,7 @@ from distbench.commands.options import (
     add_report,
     campaign,
     case_flags,
+    check_launch,
     is_rank_0,
     num_ranks,
     report_writers,
@@ -27,7 +28,7 @@ from distbench.commands.options import (
 from distbench.export import write_reports
 from distbench.job import Job
 from distbench.locks import hold
-from distbench.preflight import check_folder, check_memory, check_path
+from distbench.preflight import check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_summary
@@ -82,9 +83,9 @@ def _suite(options: argparse.Namespace) -> int:
             write_reports(results, writers)
             code = judge_baseline(options, results, code, asked)
         return code
-    check_memory(entry.case for entry in entries)
+    devices = check_launch([entry.case for entry in entries])
     progress = Progress(len(entries), quiet=options.quiet)
-    with hold(out, (), options.lock_timeout):
+    with hold(out, devices, options.lock_timeout):
         if options.rerun == "all":
             (out / RESULTS).unlink(missing_ok=True)
         elif options.rerun == "failed":

@@ -71,6 +71,16 @@ def print_summary(summary: Summary, out: str) -> None:
     print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
 
 
+def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
+    """Print the table of limits, and what qualifies its figures."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    console.print(_table("", columns, rows))
+    for note in notes:
+        console.print(note, markup=False)
+
+
 def print_bundle(folder: Path) -> None:
     """Say where a bundle lies, or that it could not be written."""
     whole = (folder / "manifest.json").exists()
@@ -118,6 +128,8 @@ def _parts(report: Report) -> list[RenderableType]:
     parts.append(_headline(report))
     if report.ranks:
         parts += [_rank_table(report), _comparison_table(report)]
+    if report.method:
+        parts.append(_timing_table(report))
     if report.lost.rows:
         parts.append(_lost_line(report))
     if len(report.reasons) > 1 or report.verdict is Verdict.PASS:
@@ -145,7 +157,17 @@ def _headline(report: Report) -> str:
 
 
 def _rank_table(report: Report) -> Table:
-    columns = ("rank", "host", "tokens", "total_recv", "capacity", "limit", "kernel padded → truncated", "lost rows")
+    columns = (
+        "rank",
+        "host",
+        "device",
+        "tokens",
+        "total_recv",
+        "capacity",
+        "limit",
+        "kernel padded → truncated",
+        "lost rows",
+    )
     return _table("", columns, [_rank_row(rank) for rank in report.ranks])
 
 
@@ -154,7 +176,29 @@ def _rank_row(rank: RankReport) -> tuple[str, ...]:
     truncated = rank.kernels["truncated"]["label"] if "truncated" in rank.kernels else "not run"
     limit = "off" if rank.limit is None else str(rank.limit)
     counts = (rank.tokens, rank.total_recv, rank.capacity)
-    return (str(rank.rank), rank.host, *map(str, counts), limit, f"{padded} → {truncated}", str(rank.lost_rows))
+    return (
+        str(rank.rank),
+        rank.host,
+        rank.device,
+        *map(str, counts),
+        limit,
+        f"{padded} → {truncated}",
+        str(rank.lost_rows),
+    )
+
+
+def _timing_table(report: Report) -> Table:
+    method = report.method
+    columns = ("µs of the slowest rank", "stage", "min", "median", "p99", "iterations")
+    rows = [
+        (arm, stage, *(f"{figures[key]:.1f}" for key in ("min_us", "median_us", "p99_us")), str(figures["iterations"]))
+        for arm, stages in report.timing.items()
+        if isinstance(stages, dict)
+        for stage, figures in stages.items()
+        if "samples_us" in figures
+    ]
+    graph = ", experts in a CUDA graph" if method["graph"] else ""
+    return _table(f"{method['clock']}; {method['align']} start, {method['l2']} L2{graph}", columns, rows)
 
 
 def _comparison_table(report: Report) -> Table:

@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 
 from distbench.case import Case, case_hash
+from distbench.devices import DeviceState
 from distbench.errors import Verdict
 from distbench.job import BY_LIMIT, Entry
 from distbench.report.environment import Environment
+from distbench.samples import median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import (
     LISTED_TOKENS,
@@ -25,6 +27,8 @@ from distbench.verify.records import (
 )
 
 SCHEMA = "distbench.report/1"
+_RAW_KEPT = 512
+_DOUBTS_SHOWN = 16
 KEPT_SAMPLES = 1000
 """Iterations of a stage, the last ones, whose raw times stay in the report."""
 
@@ -56,6 +60,9 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     digests: dict[str, str]
     peak_bytes: int
     packages: dict[str, Any]
+    layer_us: dict[str, list[float]] = {}
+    device_state: DeviceState | None = None
+    replays: list[tuple[int, int]] = []
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +111,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     diagnosis: list[Diagnosis]
     stacks: dict[str, str]
     timing: dict[str, Any]
+    method: dict[str, Any] = {}
     memory: dict[str, Any]
 
 
@@ -125,7 +133,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         stand_ins=outcome.case.stand_ins,
         case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
-        warnings=list(entry.warnings),
+        warnings=[*entry.warnings, *_doubts(records)],
         limit=_limit(question, entry.sources) if question else None,
         environment=environment,
         transport=records[0].transport if records else {},
@@ -137,6 +145,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         diagnosis=outcome.diagnosis,
         stacks=outcome.stacks,
         timing=_timing(records) | {"wall_s": wall_s},
+        method=_method(question, records) if question and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
     )
 
@@ -177,6 +186,9 @@ def _rank(record: Observation) -> RankReport:
         digests=record.digests,
         peak_bytes=record.peak_bytes,
         packages=record.packages,
+        layer_us={arm: timed.layer_us[:_RAW_KEPT] for arm, timed in record.timed.items()},
+        device_state=record.device_state,
+        replays=record.replays,
     )
 
 
@@ -203,30 +215,90 @@ def _lost(gathered: Gathered | None) -> LostReport:
     return LostReport(rows=sum(by_rank.values()), tokens=lost_tokens(gathered)[:LISTED_TOKENS], by_rank=by_rank)
 
 
-def _memory(gathered: Gathered) -> dict[str, Any]:
-    before = [record.peak_bytes for record in gathered.observations]
-    return {
-        "process": {"peak_bytes_max_over_ranks": max(before)},
-        "gather": {"peak_bytes_added_on_rank_0": gathered.peak_bytes - before[0]},
-    }
-
-
 def _timing(records: list[Observation]) -> dict[str, Any]:
-    """Return each arm's and stage's figures: each rank's own statistic over its iterations, then the slowest rank's."""
+    """Return each arm's and stage's figures: of the timed iterations where there are some, else of the checked passes.
+
+    Timed: the slowest rank of each iteration, and statistics of those. Checked: each rank's own statistic over its
+    repeats, then the slowest rank's.
+    """
     timing: dict[str, Any] = {}
     for arm, stages in (records[0].durations_us if records else {}).items():
         timing[arm] = {
-            stage: _stage_timing([record.durations_us[arm][stage] for record in records]) for stage in stages
+            stage: _stage_timing([record.durations_us[arm][stage] for record in records])
+            for stage in stages
+            if stage != "timing"
         }
-    return timing
+    for arm, timed in (records[0].timed if records else {}).items():
+        timing[arm] = {stage: _timed_stage(samples) for stage, samples in timed.slowest_us.items()}
+    return {arm: stages for arm, stages in timing.items() if stages}
+
+
+def _timed_stage(samples: list[float]) -> dict[str, Any]:
+    return {
+        "min_us": min(samples),
+        "median_us": statistics.median(samples),
+        "p99_us": percentile(samples, 99),
+        "max_over_ranks_us": max(samples),
+        "iterations": len(samples),
+        "median_error": median_error(samples),
+        "samples_us": samples,
+    }
 
 
 def _stage_timing(per_rank: list[list[float]]) -> dict[str, Any]:
     return {
         "min_us": max(min(samples) for samples in per_rank),
         "median_us": max(statistics.median(samples) for samples in per_rank),
-        "p99_us": max(sorted(samples)[(99 * len(samples) - 1) // 100] for samples in per_rank),
+        "p99_us": max(percentile(samples, 99) for samples in per_rank),
         "max_over_ranks_us": max(max(samples) for samples in per_rank),
         "iterations": min(len(samples) for samples in per_rank),
-        "samples_us": [max(laps) for laps in zip(*per_rank, strict=False)][-KEPT_SAMPLES:],
+    }
+
+
+def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
+    """Return how was timed, and the bytes that the fullest rank received and sent back meanwhile."""
+    case = question.case
+    emulated = records[0].device_state is None
+    scales = case.hidden_size // 128 * 4 if case.dispatch_dtype == "fp8" else 0
+    row = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + scales + 8 * case.topk
+    return {
+        "clock": "host, emulated: a check of the harness, no figure of a device" if emulated else "device events",
+        "statistic": "slowest rank of each iteration, then min, median, p99 over iterations",
+        "align": case.align,
+        "l2": "flushed" if case.flush_l2 else "warm",
+        "warmup": case.warmup,
+        "graph": case.graph,
+        "median_error_asked": case.median_error,
+        "byte_basis": "copies: a row for each token and rank that it goes to, own rank included, with scales, weights "
+        "and ids; fullest rank",
+        "dispatch_bytes": question.traffic.max_recv * row,
+        "combine_bytes": question.traffic.max_recv * case.hidden_size * 2,
+    }
+
+
+def _doubts(records: list[Observation]) -> list[str]:
+    """Return why the times may not be trusted: what the devices said of themselves, and medians not known well."""
+    found = [
+        f"rank {record.rank}, {record.device_state.name}: {doubt}; its times are doubtful"
+        for record in records
+        if record.device_state is not None
+        for doubt in record.device_state.doubts()
+    ]
+    return found[:_DOUBTS_SHOWN]
+
+
+def _memory(gathered: Gathered) -> dict[str, Any]:
+    before = [record.peak_bytes for record in gathered.observations]
+    return {
+        "process": {"peak_bytes_max_over_ranks": max(before)},
+        "gather": {"peak_bytes_added_on_rank_0": gathered.peak_bytes - before[0]},
+        "device": {
+            arm: {
+                "peak_bytes_max_over_ranks": max(
+                    record.timed[arm].peak_device_bytes or 0 for record in gathered.observations
+                )
+            }
+            for arm, timed in gathered.observations[0].timed.items()
+            if timed.peak_device_bytes is not None
+        },
     }

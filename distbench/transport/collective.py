@@ -43,7 +43,10 @@ class _Route(NamedTuple):
 
 
 class _Slots(NamedTuple):
-    """Which returned row each top-k slot adds, int64 [n, k], and whether it counts: one slot for each rank does."""
+    """Which returned rows a token adds, in the order of its top-k slots: int64 [n, min(k, W)], and which count.
+
+    One slot for each rank counts. Those that do come first.
+    """
 
     ids: Tensor
     rows: Tensor
@@ -55,7 +58,7 @@ class _Plan(NamedTuple):
 
     route: _Route
     slots: Tensor
-    sources: Tensor
+    tokens: Tensor
 
 
 class _Field(NamedTuple):
@@ -103,7 +106,7 @@ class CollectiveTransport:
         outgoing = self._pack(batch, route.tokens)
         incoming = outgoing.new_empty(total, self._row_bytes)
         self._exchange(incoming, outgoing, to_experts=True)
-        self._plan = _Plan(route=route, slots=self._slots(total, incoming.device), sources=self._sources_of(incoming))
+        self._plan = _Plan(route=route, slots=self._slots(total, incoming.device), tokens=incoming[:, -4:])
         self._unpack(incoming, self._plan.slots)
         self._calls += 1
         return self._received._replace(total_recv=self._received.total_recv.fill_(total))
@@ -121,8 +124,9 @@ class CollectiveTransport:
         if self._plan is None:
             message = "sources() was called with no dispatch under way; call it between dispatch and combine"
             raise DistbenchError(message)
-        ordered = torch.empty_like(self._plan.sources)
-        ordered[self._plan.slots] = self._plan.sources
+        sources = self._sources_of(self._plan.tokens)
+        ordered = torch.empty_like(sources)
+        ordered[self._plan.slots] = sources
         return ordered
 
     def close(self) -> None:
@@ -186,10 +190,10 @@ class CollectiveTransport:
             field.buffer[slots] = incoming[:, field.start : field.stop]
         self._written = total
 
-    def _sources_of(self, incoming: Tensor) -> Tensor:
-        by_rank = self._geometry.counts[:, self._geometry.rank].to(incoming.device)
-        ranks = torch.arange(self._geometry.ep_size, device=incoming.device).repeat_interleave(by_rank)
-        tokens = incoming[:, -4:].contiguous().view(torch.int32).flatten().long()
+    def _sources_of(self, raw: Tensor) -> Tensor:
+        by_rank = self._geometry.counts[:, self._geometry.rank].to(raw.device)
+        ranks = torch.arange(self._geometry.ep_size, device=raw.device).repeat_interleave(by_rank)
+        tokens = raw.contiguous().view(torch.int32).flatten().long()
         return torch.stack([ranks, tokens], dim=1)
 
     def _slots(self, total: int, device: torch.device) -> Tensor:
@@ -224,19 +228,19 @@ class CollectiveTransport:
         valid = (ids >= 0) & (owner < geometry.ep_size)
         earlier = (owner.unsqueeze(2) == owner.unsqueeze(1)).tril(-1).any(2)
         rows = route.position.gather(1, owner.clamp(0, geometry.ep_size - 1))
-        self._adding = _Slots(ids.clone(), rows, (valid & ~earlier).unsqueeze(2))
+        counted = valid & ~earlier
+        first = (~counted).to(torch.uint8).argsort(dim=1, stable=True)[:, : geometry.ep_size]
+        self._adding = _Slots(ids.clone(), rows.gather(1, first), counted.gather(1, first))
         return self._adding
 
     @staticmethod
     def _sum_slots(rows: Tensor, slots: _Slots) -> Tensor:
-        tokens, topk = slots.rows.shape
-        total = rows.new_zeros(tokens, rows.shape[1], dtype=torch.float32)
-        step = max(_SUM_BYTES // (topk * rows.shape[1] * 4), 1)
-        for start in range(0, tokens, step):
+        total = rows.new_zeros(slots.rows.shape[0], rows.shape[1], dtype=torch.float32)
+        step = max(_SUM_BYTES // (rows.shape[1] * 4), 1)
+        for start in range(0, total.shape[0], step):
             part = slice(start, start + step)
-            taken = rows[slots.rows[part]].float().masked_fill_(~slots.counted[part], 0.0)
-            for slot in taken.unbind(1):
-                total[part] += slot
+            for taken, counted in zip(slots.rows[part].unbind(1), slots.counted[part].unbind(1), strict=True):
+                total[part] += rows[taken].masked_fill_(~counted.unsqueeze(1), 0.0)
         return total.to(rows.dtype)
 
 

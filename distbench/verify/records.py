@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from distbench.case import Case
+from distbench.devices import DeviceState
 from distbench.errors import Verdict
 from distbench.limits import Traffic
 
@@ -103,12 +104,27 @@ class FloatError(msgspec.Struct, frozen=True):
     tokens: int
 
 
+class Timed(msgspec.Struct, frozen=True, kw_only=True):
+    """The timed iterations of one arm on one rank, in microseconds.
+
+    `slowest_us[stage]` has the slowest rank of each iteration, alike on all ranks; `layer_us` is this rank's own whole
+    layer. `last` compares the output of the last iteration with that of the checked pass. `peak_device_bytes` is the
+    most that torch held on the device meanwhile, None on the CPU.
+    """
+
+    slowest_us: dict[str, list[float]]
+    layer_us: list[float]
+    last: RowComparison
+    peak_device_bytes: int | None
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
     `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
     NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat;
-    `packages` is what adapters say of theirs.
+    `packages` is what adapters say of theirs. `timed` has the arms that were timed, `device_state` the device right after. `replays` are (live rows, wrong rows)
+    of a graph's replays with other tokens.
     """
 
     rank: int
@@ -130,6 +146,9 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     transport: dict[str, Any]
     peak_bytes: int
     packages: dict[str, Any]
+    timed: dict[str, Timed] = {}
+    device_state: DeviceState | None = None
+    replays: list[tuple[int, int]] = []
 
 
 class Gathered(msgspec.Struct, frozen=True):

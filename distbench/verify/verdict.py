@@ -120,6 +120,17 @@ def _corrupt(question: Question, gathered: Gathered) -> Finding:
         if not comparison.equal and not (explained and pair in _DRIFT_PAIRS):
             reasons.append(_differs(gathered, pair))
     reasons += [
+        Reason(
+            code="timed-differs",
+            rank=record.rank,
+            message=f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
+            f"{timed.last.differing_tokens} tokens",
+        )
+        for record in gathered.observations
+        for arm, timed in record.timed.items()
+        if not timed.last.equal
+    ]
+    reasons += [
         Reason(code="disputed", rank=rank, message=f"rank {rank} and rank 0 disagree on which of its tokens differ")
         for rank in gathered.disputed
     ]

@@ -1,0 +1,116 @@
+"""`distbench sweep`: one case at many limits, as one table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.case import Case, case_hash
+from distbench.commands.options import (
+    add_case_options,
+    add_launch,
+    campaign,
+    case_flags,
+    check_launch,
+    num_ranks,
+    warnings,
+    work,
+    world_size,
+)
+from distbench.experts.rules import BucketRules, padded_rows
+from distbench.experts.selection import CURRENT, rules_for
+from distbench.job import Entry, Job
+from distbench.limits import parse_limit
+from distbench.locks import hold
+from distbench.preflight import check_folder, check_path
+from distbench.production import read_environment
+from distbench.progress import Progress
+from distbench.report.console import print_sweep
+from distbench.report.files import write_atomically
+from distbench.report.journal import RESULTS
+from distbench.report.sweep import COLUMNS, SweepRow, read_rows
+from distbench.resolve import Layer, load_case_file, resolve_case
+
+_SWEEP = "sweep.json"
+_BOUNDS = ("max-recv", "sum", "sum32", "pow2", "capacity")
+_ITERATIONS = 50
+_AUTO = "auto"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="one case at many limits: time, kernel, memory and verdict of each",
+        description="Run one case without a limit, then at each of --limits, in one launch; sweep.json in --out has "
+        "the table too. The same command with the same --out goes on where it was stopped.",
+    )
+    sweep.set_defaults(command=_sweep)
+    sweep.add_argument(
+        "--limits",
+        metavar="auto|L,L,…",
+        default=_AUTO,
+        help="limits; auto: the rows really received, each edge of a kernel bucket above the least that some rank must "
+        "receive, and each safe bound (default: %(default)s)",
+    )
+    sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
+    add_launch(sweep)
+    add_case_options(sweep)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    entries = _entries(options)
+    check_path(options.out)
+    check_folder(options.out, len(entries))
+    if world_size() is not None:
+        return work(Job(entries=entries, out=options.out, supervised=False))
+    devices = check_launch([entry.case for entry in entries])
+    out = Path(options.out)
+    with hold(out, devices, options.lock_timeout):
+        summary = campaign(entries, options, Progress(len(entries), quiet=False))
+        rows = read_rows(out / RESULTS, [case_hash(entry.case) for entry in entries])
+        write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
+    print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))
+    return summary.exit_code
+
+
+def _notes(rows: list[SweepRow], out: Path) -> list[str]:
+    notes = sorted({note for row in rows for note in row.notes})
+    return [*notes, f"results in {out / _SWEEP} and {out / RESULTS}"]
+
+
+def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
+    files = [load_case_file(options.case)] if options.case else []
+    timed = Layer("sweep", {"iterations": _ITERATIONS})
+    layers = [*case_flags(options), *files, timed, *read_environment(os.environ)]
+    base = resolve_case([Layer("sweep", {"limit": "off"}), *layers], num_ranks(options)).case
+    entries: dict[str, Entry] = {}
+    for limit in sweep_limits(base, options.limits):
+        resolved = resolve_case([Layer("sweep", {"limit": limit}), *layers], num_ranks(options))
+        entry = Entry(name=f"limit={limit}", case=resolved.case, sources=resolved.sources, warnings=warnings(base))
+        entries.setdefault(case_hash(resolved.case), entry)
+    return tuple(entries.values())
+
+
+def sweep_limits(case: Case, asked: str) -> list[str]:
+    """Return the limits of a sweep in their order, the padded buffer first.
+
+    `auto` leaves out edges below ceil(tokens / W): some rank receives at least as much.
+    """
+    if asked != _AUTO:
+        return ["off", *(parse_limit(limit) for limit in asked.split(","))]
+    least = -(-sum(case.tokens) // case.ep_size)
+    rules = rules_for(case.aiter_version) if case.aiter_version else CURRENT
+    edges = [rows for rows in bucket_edges(rules, case.capacity) if rows >= least]
+    return ["off", "max-recv", *map(str, edges), *_BOUNDS[1:]]
+
+
+def bucket_edges(rules: BucketRules, capacity: int) -> list[int]:
+    """Return the row counts up to `capacity` that are buckets of their own: what their bucket is named by."""
+    powers = [1 << exponent for exponent in range(capacity.bit_length())]
+    candidates = sorted({*powers, *rules.tiers})
+    return [rows for rows in candidates if rows <= capacity and padded_rows(rows, rules) == rows]

@@ -1,0 +1,154 @@
+"""Accelerators of this node: how many there are, which ranks take them, and their state while something is timed.
+
+torch calls them `cuda` on NVIDIA and on ROCm alike. What only one vendor has is asked for here, and may be missing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from distbench.errors import Unsupported
+
+_NODES = ("/dev/nvidia[0-9]*", "/dev/kfd")
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_SMI_SECONDS = 10
+_HOT_CELSIUS = 85
+_SLOW_SHARE = 0.9
+
+
+class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
+    """A device right after it was timed; None and empty where nothing here could tell.
+
+    `clock_mhz` and `max_clock_mhz` are those of the compute units, `processes` counts those that hold memory on it.
+    """
+
+    name: str
+    clock_mhz: int | None = None
+    max_clock_mhz: int | None = None
+    power_state: str = ""
+    power_watts: float | None = None
+    celsius: int | None = None
+    throttled: bool | None = None
+    processes: int | None = None
+
+    def doubts(self) -> list[str]:
+        """Return what makes a time taken on this device doubtful."""
+        found = []
+        if self.clock_mhz is not None and self.max_clock_mhz and self.clock_mhz < _SLOW_SHARE * self.max_clock_mhz:
+            found.append(f"its clock is {self.clock_mhz} MHz of {self.max_clock_mhz}")
+        if self.throttled:
+            found.append("it lowered its clock because of heat or power")
+        if self.celsius is not None and self.celsius >= _HOT_CELSIUS:
+            found.append(f"it is at {self.celsius} degrees Celsius")
+        if self.processes is not None and self.processes > 1:
+            found.append(f"{self.processes} processes hold memory on it")
+        if self.clock_mhz is None:
+            found.append("its clock cannot be read here")
+        return found
+
+
+def count_devices() -> int:
+    """Return the number of devices that torch can use. Loads torch only where the system has a device at all.
+
+    Starts no CUDA context where the vendor's management library is there. Ranks are forked from another process, which
+    never asks.
+    """
+    if not any(path for pattern in _NODES for path in Path("/").glob(pattern.removeprefix("/"))):
+        return 0
+    import torch  # noqa: PLC0415 - see above
+
+    return int(torch.cuda.device_count())
+
+
+def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:
+    """Whether a case that asks for device `asked` runs on accelerators: `auto` does where each local rank has one.
+
+    Raises:
+        Unsupported: `cuda` was asked for, and there are fewer devices than ranks on this node.
+
+    """
+    if asked == "cpu" or (asked == "auto" and available < local_ranks):
+        return False
+    if available < local_ranks:
+        message = (
+            f"device cuda: {local_ranks} ranks on this node, torch sees {available} devices; a rank takes a device of "
+            "its own, since NCCL refuses two on one: start fewer ranks, or use --device cpu or auto"
+        )
+        raise Unsupported(message)
+    return True
+
+
+def devices_to_hold(asked: Sequence[str], local_ranks: int, available: int) -> tuple[str, ...]:
+    """Return the names of the devices that cases asking for `asked` take for themselves: none if all run on the CPU.
+
+    Raises:
+        Unsupported: as `runs_on_device`.
+
+    """
+    if not [one for one in asked if runs_on_device(one, available, local_ranks)]:
+        return ()
+    return tuple(f"cuda:{name}" for name in _physical(os.environ, available)[:local_ranks])
+
+
+def _physical(environ: Mapping[str, str], available: int) -> list[str]:
+    """Return what the node calls the devices that this process sees, so that two processes mean the same one."""
+    chosen = next((environ[name] for name in _VISIBLE if environ.get(name)), "")
+    listed = [one.strip() for one in chosen.split(",") if one.strip()]
+    return listed if len(listed) >= available else [str(number) for number in range(available)]
+
+
+def device_state(index: int) -> DeviceState:
+    """Return the state of torch's device `index` now."""
+    import torch  # noqa: PLC0415 - ranks have it
+
+    name = torch.cuda.get_device_name(index)
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
+    fields = "clocks.sm,clocks.max.sm,pstate,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+    values = _smi("--query-gpu=" + fields, uuid)
+    if len(values) != 1:
+        return DeviceState(name=name)
+    clock, most, power_state, watts, celsius, reasons = (one.strip() for one in values[0].split(","))
+    return DeviceState(
+        name=name,
+        clock_mhz=_number(clock),
+        max_clock_mhz=_number(most),
+        power_state=power_state,
+        power_watts=_number(watts),
+        celsius=_number(celsius),
+        throttled=_throttled(reasons),
+        processes=len(_smi("--query-compute-apps=pid", uuid)),
+    )
+
+
+def _smi(query: str, uuid: object) -> list[str]:
+    """Ask nvidia-smi; no lines where there is none, as on ROCm, or it does not answer."""
+    program = shutil.which("nvidia-smi")
+    if program is None or not uuid:
+        return []
+    command = [program, query, "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def _number(text: str) -> int | None:
+    try:
+        return round(float(text))
+    except ValueError:
+        return None
+
+
+def _throttled(reasons: str) -> bool | None:
+    """Whether NVML's bits name a power cap (0x4, 0x80) or heat (0x20, 0x40), or another slowdown of hardware (0x8)."""
+    try:
+        return bool(int(reasons, 16) & 0xEC)
+    except ValueError:
+        return None

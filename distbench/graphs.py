@@ -1,0 +1,128 @@
+"""Experts run from CUDA graphs: captured once for each number of rows, replayed with whatever the buffers hold.
+
+Capturing records the kernels and their addresses; a kernel that was chosen on the host from a device value would be
+replayed wrongly, so nothing in between may read one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distbench.errors import Unsupported
+from distbench.experts.base import Experts
+from distbench.experts.selection import KernelChoice
+from distbench.layer import ExpertWeights, run_experts
+from distbench.truncation import ExpertInput
+from distbench.values import one_line
+from distbench.verify.bitwise import integer_view
+from distbench.workload.inputs import Workload
+
+_FRESH_TOKENS = 1 << 26
+_MOST_FRESH = 4096
+
+
+class GraphedExperts:
+    """An `Experts` that captures each call of another one, by rows and addresses, and replays it from then on."""
+
+    def __init__(self, inner: Experts) -> None:
+        self.inner = inner
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def selection(self, rows: int) -> KernelChoice:
+        """See `Experts.selection`."""
+        return self.inner.selection(rows)
+
+    def __call__(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        expert_mask: Tensor,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `Experts.__call__`.
+
+        Raises:
+            Unsupported: the experts cannot be captured.
+
+        """
+        tensors = (hidden_states, w1, w2, topk_weight, topk_ids, expert_mask, num_local_tokens, a1_scale)
+        key = (hidden_states.shape[0], *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+        if key not in self._graphs:
+
+            def call() -> Tensor:
+                return self.inner(
+                    hidden_states,
+                    w1,
+                    w2,
+                    topk_weight,
+                    topk_ids,
+                    expert_mask=expert_mask,
+                    num_local_tokens=num_local_tokens,
+                    a1_scale=a1_scale,
+                    dtype=dtype,
+                )
+
+            self._graphs[key] = _captured(call, num_local_tokens)
+        graph, output = self._graphs[key]
+        graph.replay()
+        return output
+
+
+def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture `call` with no live row, so that every replay has other counts than the capture."""
+    live = num_local_tokens.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.stream(stream):
+            call()  # compiles and allocates what a capture may not
+        torch.cuda.current_stream().wait_stream(stream)
+        num_local_tokens.zero_()
+        with torch.cuda.graph(graph):
+            output = call()
+    except (RuntimeError, torch.AcceleratorError) as error:
+        message = (
+            f"graph: the experts cannot be captured ({one_line(error)}); a host read of a device value or a "
+            "synchronisation among them forbids it: run without --graph"
+        )
+        raise Unsupported(message) from error
+    num_local_tokens.copy_(live)
+    return graph, output
+
+
+def replay_others(
+    experts: GraphedExperts, given: ExpertInput, weights: ExpertWeights, workload: Workload, rank: int
+) -> list[tuple[int, int]]:
+    """Replay the graph of `given` with other tokens and live-row counts: (live rows, wrong rows) of each replay.
+
+    The buffers that `given` is a view of are overwritten; `num_local_tokens` is put back. Wrong is what differs from
+    the oracle by a bit; where inputs have none, from the same experts run without a graph.
+    """
+    live = given.num_local_tokens.clone()
+    found = []
+    most = min(given.rows, _MOST_FRESH)
+    for count in sorted({1, most - most // 2, max(most - 1, 1), most}):
+        index = torch.arange(count, device=given.hidden.device) + _FRESH_TOKENS
+        fresh = workload.token_rows(torch.full_like(index, rank), index)
+        for buffer, part in zip(given[:4], fresh, strict=True):
+            if buffer is not None and part is not None:
+                integer_view(buffer)[:count] = integer_view(part)
+        given.num_local_tokens.fill_(count)
+        rows = run_experts(experts, given, weights)[:count].clone()
+        expected = workload.expected_rows(rank, fresh)
+        if expected is None:
+            expected = run_experts(experts.inner, given, weights)[:count]
+        wrong = int((integer_view(rows) != integer_view(expected)).any(1).sum())
+        found.append((count, wrong))
+    given.num_local_tokens.copy_(live)
+    return found

@@ -1,0 +1,80 @@
+"""The table of a sweep: a row for each limit, read from the journal one report at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from distbench.report.document import Report
+
+COLUMNS = (
+    "limit", "rows", "safe", "kernel", "experts µs", "layer µs", "p99 µs", "padded / cut", "device GiB", "verdict",
+)  # fmt: skip
+
+
+class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One limit. Times are medians and p99 of the slowest rank, in microseconds, of the cut arm, or of padded for off.
+
+    None where nothing was cut, as under a limit that is not safe, or nothing was timed.
+    """
+
+    limit: str
+    rows: int | None
+    safe: bool
+    kernel: str
+    experts_us: float | None
+    layer_us: float | None
+    layer_p99_us: float | None
+    padded_over_cut: float | None
+    peak_device_bytes: int | None
+    verdict: str
+    notes: list[str]
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row as COLUMNS has it."""
+        gib = "-" if self.peak_device_bytes is None else f"{self.peak_device_bytes / 2**30:.2f}"
+        times = (_shown(self.experts_us, 1), _shown(self.layer_us, 1), _shown(self.layer_p99_us, 1))
+        rows = "off" if self.rows is None else str(self.rows)
+        ratio = _shown(self.padded_over_cut, 2)
+        return (self.limit, rows, "yes" if self.safe else "NO", self.kernel, *times, ratio, gib, self.verdict)
+
+
+def read_rows(journal: Path, hashes: Sequence[str]) -> list[SweepRow]:
+    """Return the rows of the cases with `hashes`, in this order; a case without a result has none."""
+    found: dict[str, SweepRow] = {}
+    with journal.open("rb") as lines:
+        for line in lines:
+            report = msgspec.json.decode(line, type=Report)
+            if report.case["hash"] in hashes:
+                found.setdefault(report.case["hash"], sweep_row(report))
+    return [found[one] for one in hashes if one in found]
+
+
+def sweep_row(report: Report) -> SweepRow:
+    """Return what the table tells of one report."""
+    rows = None if report.limit is None else report.limit.effective
+    arm = "padded" if rows is None else "truncated"
+    timing = report.timing.get(arm, {}) if report.method else {}
+    experts, layer = timing.get("experts"), timing.get("layer")
+    kernel = report.ranks[0].kernels.get(arm) if report.ranks else None
+    padded = report.timing["padded"]["layer"]["median_us"] if layer else None
+    memory = report.memory.get("device", {}).get(arm)
+    return SweepRow(
+        limit=report.case["limit"],
+        rows=rows,
+        safe=report.limit is None or report.limit.safe,
+        kernel=kernel["label"] if kernel else "not run",
+        experts_us=experts["median_us"] if experts else None,
+        layer_us=layer["median_us"] if layer else None,
+        layer_p99_us=layer["p99_us"] if layer else None,
+        padded_over_cut=round(padded / layer["median_us"], 3) if layer and padded else None,
+        peak_device_bytes=memory["peak_bytes_max_over_ranks"] if memory else None,
+        verdict=report.verdict.value + (" (emulated)" if report.emulated else ""),
+        notes=[*report.warnings, *([f"times: {report.method['clock']}"] if report.method else [])],
+    )
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,145 @@
+"""Timed iterations of an arm on one rank (docs/timing.md): aligned starts, the slowest rank, raw samples, a check."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.case import Case
+from distbench.samples import median_error
+from distbench.session import Session
+from distbench.verify.bitwise import compare_rows
+from distbench.verify.records import Timed
+
+STAGES = ("dispatch", "truncate", "experts", "combine")
+LAYER = "layer"
+
+_CHUNK = 20
+_LEAST = 20
+_CPU_CACHE_BYTES = 64 << 20
+_FLUSHED_L2S = 4
+
+Layer = Callable[[Callable[[str], None]], Tensor]
+
+
+class _Laps(Protocol):
+    """Takes the moments at which the stages of one iteration begin, and the last one's end."""
+
+    def mark(self, stage: str) -> None:
+        """Take the moment at which `stage` begins; an empty stage is the end."""
+
+    def microseconds(self) -> list[float]:
+        """Return the time of each of STAGES, and of all of them together."""
+
+
+class HostLaps:
+    """Moments of the host's monotonic clock; the work is done when a call returns."""
+
+    def __init__(self) -> None:
+        self._moments: list[int] = []
+
+    def mark(self, _: str) -> None:
+        """See `_Laps.mark`."""
+        self._moments.append(time.perf_counter_ns())
+
+    def microseconds(self) -> list[float]:
+        """See `_Laps.microseconds`."""
+        ends = self._moments
+        laps = [(ends[index + 1] - ends[index]) / 1000 for index in range(len(STAGES))]
+        return [*laps, (ends[-1] - ends[0]) / 1000]
+
+
+class EventLaps:
+    """Moments of the device, taken by events between the stages' kernels."""
+
+    def __init__(self) -> None:
+        self._events: list[torch.cuda.Event] = []
+
+    def mark(self, _: str) -> None:
+        """See `_Laps.mark`."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def microseconds(self) -> list[float]:
+        """See `_Laps.microseconds`; waits for the last event."""
+        events = self._events
+        events[-1].synchronize()
+        laps = [events[index].elapsed_time(events[index + 1]) * 1000 for index in range(len(STAGES))]
+        return [*laps, events[0].elapsed_time(events[-1]) * 1000]
+
+
+class Timer:
+    """Times the arms of one case, one after another."""
+
+    def __init__(self, session: Session, case: Case) -> None:
+        self._session = session
+        self._case = case
+        self._on_device = session.device.type != "cpu"
+        self._cold = _scratch(session.device) if case.flush_l2 else None
+        self._aligner = torch.zeros(1, device=session.device)
+
+    def time(self, layer: Layer, checked: Tensor) -> Timed:
+        """Time `layer`, one pass of an arm, and compare its last output with `checked`, that of the checked pass.
+
+        Collective: after each chunk of iterations all ranks know the slowest rank's times, and stop at the same one.
+        """
+        case = self._case
+        for _ in range(case.warmup):
+            layer(_ignore)
+        if self._on_device:
+            torch.cuda.reset_peak_memory_stats()
+        mine: list[list[float]] = []
+        slowest: list[list[float]] = []
+        output = checked
+        while len(mine) < case.iterations and not self._settled(slowest):
+            chunk = []
+            for _ in range(min(_CHUNK, case.iterations - len(mine))):
+                output, laps = self._iterate(layer)
+                chunk.append(laps)
+            table = torch.tensor([laps.microseconds() for laps in chunk], dtype=torch.float64)
+            mine += table.tolist()
+            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._session.group)
+            slowest += table.tolist()
+        return Timed(
+            slowest_us={
+                stage: [round(row[index], 2) for row in slowest] for index, stage in enumerate((*STAGES, LAYER))
+            },
+            layer_us=[round(row[-1], 2) for row in mine],
+            last=compare_rows(output, checked),
+            peak_device_bytes=torch.cuda.max_memory_allocated() if self._on_device else None,
+        )
+
+    def _iterate(self, layer: Layer) -> tuple[Tensor, _Laps]:
+        self._session.crumbs.mark("timing")
+        if self._cold is not None:
+            self._cold.zero_()
+        if self._case.align == "barrier":
+            dist.all_reduce(self._aligner, group=self._session.group)
+        laps: _Laps = EventLaps() if self._on_device else HostLaps()
+        output = layer(laps.mark)
+        laps.mark("")
+        return output, laps
+
+    def _settled(self, slowest: list[list[float]]) -> bool:
+        if not self._case.median_error or len(slowest) < _LEAST:
+            return False
+        error = median_error([row[-1] for row in slowest])
+        return error is not None and error <= self._case.median_error
+
+
+def _scratch(device: torch.device) -> Tensor:
+    """Return memory that is several times the last cache: written whole, it leaves nothing else there."""
+    size = _CPU_CACHE_BYTES
+    if device.type != "cpu":
+        size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or size
+    return torch.empty(size * _FLUSHED_L2S, dtype=torch.uint8, device=device)
+
+
+def _ignore(_: str) -> None:
+    """Take no moment."""
