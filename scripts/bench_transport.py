@@ -7,6 +7,7 @@ figures are those of gloo on one machine, and only check the harness.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -110,7 +111,7 @@ def _repeat(session: Session, work: Callable[[list[float]], None]) -> list[list[
         marks: list[float] = []
         work(marks)
         if iteration >= WARMUP:
-            table.append([after - before for before, after in zip(marks, marks[1:], strict=False)])
+            table.append([after - before for before, after in itertools.pairwise(marks)])
     slowest = torch.tensor(table, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=session.group)
     rows: list[list[float]] = slowest.tolist()
