@@ -1,0 +1,29 @@
+"""A case on a real device, its times, and experts in a CUDA graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.launches import Bench
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_case_on_one_device(tmp_path: Path) -> None:
+    with Bench(
+        tmp_path / "out", "run", "--nproc", "1", "--model", "tiny", "--device", "cuda", "--iterations", "30"
+    ) as bench:
+        assert bench.finish() == 0
+        report = json.loads((bench.out / "report.json").read_text())
+        assert report["ranks"][0]["device"] == "cuda:0"
+        assert report["method"]["clock"] == "device events"
+        assert report["timing"]["truncated"]["layer"]["iterations"] == 30
+
+
+def test_more_ranks_than_devices_are_refused(tmp_path: Path) -> None:
+    with Bench(tmp_path / "out", "run", "--nproc", "64", "--model", "tiny", "--device", "cuda") as bench:
+        assert bench.finish() == 77
+        assert "64 ranks on this node" in bench.stderr

@@ -1,0 +1,31 @@
+"""`distbench sweep` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from distbench.commands.sweep import sweep_limits
+from tests.cases import tiny_case
+from tests.end_to_end.launches import Bench
+
+
+def test_auto_begins_padded_and_has_edges_and_bounds() -> None:
+    limits = sweep_limits(tiny_case(2, tokens=16), "auto")
+    assert limits[:2] == ["off", "max-recv"]
+    assert limits[2:6] == ["16", "32", "64", "128"]
+    assert limits[-4:] == ["sum", "sum32", "pow2", "capacity"]
+    assert sweep_limits(tiny_case(2), "7,max-recv-1") == ["off", "7", "max-recv-1"]
+
+
+def test_one_table_of_limits(tmp_path: Path) -> None:
+    case = ("--nproc", "2", "--model", "tiny", "--max-dispatch-tokens-per-rank", "64", "--iterations", "3")
+    with Bench(tmp_path / "out", "sweep", "--limits", "max-recv-1,max-recv,sum32", *case) as bench:
+        assert bench.finish() == 0
+        rows = json.loads((bench.out / "sweep.json").read_text())
+        assert [row["limit"] for row in rows] == ["off", "max-recv-1", "max-recv", "sum32"]
+        assert [row["safe"] for row in rows] == [True, False, True, True]
+        assert [row["verdict"] for row in rows[:2]] == ["PASS (emulated)", "UNDER_LIMIT (emulated)"]
+        assert rows[1]["layer_us"] is None
+        assert rows[2]["layer_us"] > 0
+        assert "emulated: a check of the harness" in bench.stdout
