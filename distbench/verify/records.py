@@ -123,7 +123,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
     `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
     NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat;
-    `packages` is what adapters say of theirs. `timed` has the arms that were timed, `device_state` the device right after. `replays` are (live rows, wrong rows)
+    `packages` is what adapters say of theirs.
+    `timed` has the arms that were timed, `device_state` the device right after. `replays` are (live rows, wrong rows)
     of a graph's replays with other tokens.
     """
 
