@@ -193,9 +193,8 @@ def _timing_table(report: Report) -> Table:
     rows = [
         (arm, stage, *(f"{figures[key]:.1f}" for key in ("min_us", "median_us", "p99_us")), str(figures["iterations"]))
         for arm, stages in report.timing.items()
-        if isinstance(stages, dict)
+        if isinstance(stages, dict) and "layer" in stages
         for stage, figures in stages.items()
-        if "samples_us" in figures
     ]
     graph = ", experts in a CUDA graph" if method["graph"] else ""
     return _table(f"{method['clock']}; {method['align']} start, {method['l2']} L2{graph}", columns, rows)
