@@ -13,6 +13,7 @@ import msgspec
 from distbench.limits import ALLOWED_LIMITS
 
 STAND_INS = {"collective": "collective for mori", "reference": "reference for aiter"}
+EMULATED = {"mori": "distbench.emulation.mori for mori"}
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
@@ -58,6 +59,30 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
     experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
     emulate: Annotated[bool, _help("distbench's stand-ins in the place of the packages mori and aiter")] = False
+    mori_kernel: Annotated[
+        Literal["auto", "IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL"],
+        _help("transport mori: its kernel type; auto chooses as SGLang does"),
+    ] = "auto"
+    inter_kernel_switch: Annotated[
+        TokenCount, _help("transport mori, more than one node: auto takes InterNodeV1LL where M is no larger")
+    ] = 256
+    gpu_per_node: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=1024)],
+        _help("transport mori: ranks of a node, also of an emulated one; 0 for up to 8"),
+    ] = 0
+    combine_quant: Annotated[
+        Literal["none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise"],
+        _help("transport mori: how expert rows are quantised on their way back"),
+    ] = "none"
+    combine_input: Annotated[
+        Literal["external", "registered"], _help("transport mori: combine copies any tensor, or reads mori's buffer")
+    ] = "external"
+    launch_mode: Annotated[
+        Literal["MANUAL", "AUTO"], _help("transport mori: pinned launch geometry, or mori's tuning tables")
+    ] = "MANUAL"
+    mori_habits: Annotated[
+        str, _help("transport mori, emulated: releases and habits of the stand-in, see docs/mori.md; empty: 1.2.4")
+    ] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the ranks compute; cuda is ROCm's name too")] = (
         "auto"
     )
@@ -94,7 +119,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def stand_ins(self) -> list[str]:
         """What runs in the place of mori and aiter."""
-        return [STAND_INS[name] for name in (self.transport, self.experts) if name in STAND_INS]
+        known = STAND_INS | (EMULATED if self.emulate else {})
+        return [known[name] for name in (self.transport, self.experts) if name in known]
 
     @property
     def capacity(self) -> int:

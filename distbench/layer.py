@@ -27,8 +27,8 @@ class ExpertWeights(NamedTuple):
 class Inspector(Protocol):
     """Looks at what a pass made before combine lets the buffers go."""
 
-    def __call__(self, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
-        """See sources [total_recv, 2], what the experts were given, and their output."""
+    def __call__(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
+        """See sources [total_recv, 2], the receive buffer, what the experts were given, and their output."""
 
 
 def run_layer(  # noqa: PLR0913 - the parts of a layer
@@ -61,6 +61,6 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
         dtype=torch.bfloat16,
     )
     mark("check")
-    inspect(transport.sources(), given, expert_out)
+    inspect(transport.sources(), dispatched, given, expert_out)
     mark("combine")
     return transport.combine(expert_out, batch.ids)

@@ -17,7 +17,7 @@ from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
 from distbench.recording import Finished, Recorder
 from distbench.session import Session
-from distbench.transport.base import Transport
+from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import compare_rows, tensor_digest
 from distbench.verify.records import (
@@ -125,6 +125,7 @@ class Passes:
             drift=_relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
             nan_tokens=dict(zip(outputs, stacked.isnan().any(2).sum(0).tolist(), strict=True)),
             durations_us=self._durations,
+            transport=self._parts.transport.facts,
             peak_bytes=peak_bytes(),
         )
 
@@ -143,15 +144,25 @@ class Passes:
         self._arm = self._session.crumbs.arm = ""
         return combined
 
-    def _inspect(self, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
+    def _inspect(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
         arm = self._arm
         self._kernels[arm] = self._kernel(given.rows)
         if self._question.limit is not None and self._question.case.policy != "guard":
             self._lost = _lost_rows(sources, self._question.limit)
-        self._note(self._checker.check_rows(arm, sources, given, expert_out))
-        self._note(self._checker.check_cut(arm, sources, given))
+        for found in self._checker.check_rows(arm, sources, dispatched, given, expert_out):
+            self._note(found)
+        rows = self._rows_after_cut(arm, int(dispatched.total_recv))
+        self._note(self._checker.check_cut(arm, sources, dispatched, given, rows))
         if self._recorder is not None:
             self._recorder.take(arm, sources, given, expert_out)
+
+    def _rows_after_cut(self, arm: str, total_recv: int) -> int:
+        """Return how many rows the experts are to be called with."""
+        question = self._question
+        if arm != "truncated" or question.limit is None:
+            return question.traffic.capacity
+        limit = max(question.limit, total_recv) if question.case.policy == "guard" else question.limit
+        return min(limit, question.traffic.capacity)
 
     def _kernel(self, rows: int) -> dict[str, Any]:
         known = next((kernel for kernel in self._kernels.values() if kernel["rows"] == rows), None)

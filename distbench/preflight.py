@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
+from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
 
@@ -24,22 +27,37 @@ def check_case(case: Case) -> tuple[str, ...]:
     """Return warnings about a case that can run.
 
     Raises:
-        InvalidCase: inputs that cannot be made, or a kernel table that cannot be read.
+        InvalidCase: inputs that cannot be made, a kernel table that cannot be read, or what MoRI would get wrong.
+        Unsupported: a package that the case needs is not there.
 
     """
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
-        plan_exact(case.hidden_size, case.intermediate_size, case.topk, case.dispatch_dtype, case.num_experts)
+        sizes = (case.hidden_size, case.intermediate_size, case.topk)
+        plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
+    notes = _check_mori(case) if case.transport == "mori" else ()
     selector = make_selector(case)
     if not case.kernel_table or selector.tuned:
-        return ()
+        return notes
     layer = selector.layer
     message = (
         f"kernel_table = {case.kernel_table}: no row for cu_num {layer.cu_count}, model_dim {layer.model_dim}, "
         f"inter_dim {layer.inter_dim}, expert {layer.num_local_experts}, topk {layer.lookup_topk(selector.rules)} "
         f"and {layer.quant}; all kernels come from heuristics"
     )
-    return (message,)
+    return (*notes, message)
+
+
+def _check_mori(case: Case) -> tuple[str, ...]:
+    if not case.emulate and find_spec("mori") is None:
+        message = (
+            "transport mori: no package mori here; install amd-mori on a ROCm machine (docs/mori.md), or add --emulate"
+        )
+        raise Unsupported(message)
+    check_environment(os.environ)
+    plan = plan_mori(case, os.environ)
+    heap_size(plan, os.environ, emulated=case.emulate)
+    return mori_warnings(plan, os.environ, emulated=case.emulate)
 
 
 def check_memory(cases: Iterable[Case], available: int | None = None) -> None:

@@ -16,18 +16,42 @@ LIMIT = "SGLANG_MORI_MOE_MAX_INPUT_TOKENS"
 DISPATCH_TOKENS = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 PREALLOC = "SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS"
 RECV_BOUND = "SGLANG_MORI_RECV_BOUND"
+KERNEL_SWITCH = "SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD"
+COMBINE_DTYPE = "SGLANG_MORI_COMBINE_DTYPE"
+LAUNCH_MODE = "MORI_EP_LAUNCH_CONFIG_MODE"
+SDMA = "MORI_ENABLE_SDMA"
 
 KEYS = {
     LIMIT: "limit",
     DISPATCH_TOKENS: "max_dispatch_tokens_per_rank",
     PREALLOC: "prealloc_max_recv_tokens",
     RECV_BOUND: "recv_bound",
+    KERNEL_SWITCH: "inter_kernel_switch",
+}
+# What a value of these chooses; None is the default.
+_CHOICES: dict[str, tuple[str, dict[str, str | None]]] = {
+    COMBINE_DTYPE: (
+        "combine_quant",
+        {
+            "auto": None,
+            "bf16": "none",
+            "fp8": "fp8_blockwise",
+            "fp8_direct_cast": "fp8_direct_cast",
+            "fp4": "fp4_blockwise",
+        },
+    ),
+    LAUNCH_MODE: ("launch_mode", {"MANUAL": "MANUAL", "AUTO": "AUTO"}),
+    SDMA: ("mori_kernel", {"1": "AsyncLL", "true": "AsyncLL", "0": None, "false": None}),
 }
 _MEANING_OF_BAD = {
     LIMIT: "warn, fall back to 0 and cut nothing",
     DISPATCH_TOKENS: "warn and fall back to 4096",
     PREALLOC: "warn, fall back to 0 and size the buffer for the worst case",
     RECV_BOUND: "warn and leave the bound off",
+    KERNEL_SWITCH: "warn and fall back to 256",
+    COMBINE_DTYPE: "fail at start",
+    LAUNCH_MODE: "fail when mori's operator is made",
+    SDMA: "leave SDMA off",
 }
 _TRUE = ("true", "1", "yes", "y")
 _FALSE = ("false", "0", "no", "n")
@@ -35,11 +59,10 @@ _FALSE = ("false", "0", "no", "n")
 KNOWN_NAMES = (
     *KEYS,
     "SGLANG_MORI_DISPATCH_DTYPE",
-    "SGLANG_MORI_COMBINE_DTYPE",
+    COMBINE_DTYPE,
     "SGLANG_MORI_FP8_COMB",
     "SGLANG_MORI_FP8_DISP",
     "SGLANG_MORI_FP4_DISP",
-    "SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD",
     "SGLANG_MORI_NO_PAD_MASK",
     "SGLANG_MORI_QP_PER_TRANSFER",
     "SGLANG_MORI_POST_BATCH_SIZE",
@@ -64,6 +87,12 @@ def read_environment(environ: Mapping[str, str]) -> list[Layer]:
         if text:
             value: Any = _boolean(name, text) if name == RECV_BOUND else _rows(name, text)
             layers.append(Layer(source=f"env:{name}", values={key: value}))
+    for name, (key, choices) in _CHOICES.items():
+        text = environ.get(name, "").strip()
+        if text and text not in choices:
+            _refuse(name, text, f"allowed are {', '.join(choices)}", _MEANING_OF_BAD[name])
+        if choices.get(text) is not None:
+            layers.append(Layer(source=f"env:{name}", values={key: choices[text]}))
     return layers
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distbench.case import Case, case_hash
-from distbench.errors import InvalidCase, Overflow
+from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
@@ -36,7 +36,7 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
     session.crumbs.arm = ""
     try:
         return _run(session, case, recorder)
-    except (InvalidCase, Overflow) as error:
+    except (InvalidCase, Overflow, Unsupported) as error:
         reason = Reason(code=error.verdict.value.lower(), message=str(error))
         return Outcome(case, Judgement(error.verdict, [reason], None))
 
@@ -52,6 +52,7 @@ def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | N
     parts = _build(session, case, workload, batch, counts)
     passes = Passes(session, question, parts, counts, recorder)
     passes.run()
+    parts.transport.close()
     stacked = passes.stacked()
     digests = stacked_digests(stacked)
     mode = choose_mode(case.gather, case.tokens, stacked[:1].numel() * stacked.element_size())
@@ -84,6 +85,7 @@ def workload_for(case: Case, device: torch.device) -> Workload:
         routing=case.routing,
         tokens_per_rank=case.tokens,
         dispatch_dtype=case.dispatch_dtype,
+        combine_quant=case.combine_quant,
         device=device,
     )
 

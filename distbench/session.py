@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -30,6 +30,7 @@ class Session:
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
         self.group = _world_group()
         self._groups = {self.world_size: self.group}
+        self._closing = contextlib.ExitStack()
 
     def enter(self, ep_size: int) -> bool:
         """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective."""
@@ -75,8 +76,13 @@ class Session:
         numbers: list[int] = shared.tolist()
         return numbers
 
+    def at_close(self, leave: Callable[[], None]) -> None:
+        """Have `leave` called before the process groups are left, the last one given first."""
+        self._closing.callback(leave)
+
     def close(self) -> None:
         """Leave the process groups."""
+        self._closing.close()
         dist.destroy_process_group()
 
     def _everyones(self, mine: Tensor, ep_size: int) -> Tensor:

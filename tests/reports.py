@@ -32,6 +32,7 @@ def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Rep
         limit=None,
         environment=Environment(hosts=[], devices=[], versions={}, commits={}, variables={}),
         ranks=[],
+        transport={},
         comparison=[],
         gather=None,
         lost=LostReport(rows=0, tokens=[], by_rank={}),

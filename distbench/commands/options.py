@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args, get_origin
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.errors import InvalidCase
+from distbench.export import FILES, Writer, load_writers, parse_targets
 from distbench.job import Entry, Job
-from distbench.preflight import check_case, check_folder
+from distbench.preflight import check_case, check_folder, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.summary import Summary
@@ -40,6 +41,27 @@ def add_folder(command: Any) -> None:
     command.add_argument(
         "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
     )
+
+
+def add_report(command: Any, *, required: bool = False) -> None:
+    """Add the option that names formats of results."""
+    formats = ",".join(FILES)
+    command.add_argument(
+        "--report",
+        metavar="FORMATS",
+        default="",
+        required=required,
+        help=f"write results as {formats}; FORMAT=PATH names the file, else one in the results' folder",
+    )
+
+
+def report_writers(options: argparse.Namespace, out: Path) -> dict[Path, Writer]:
+    """Return what --report asks for, its libraries loaded and its folders there."""
+    targets = parse_targets(options.report, out)
+    for path in targets.values():
+        check_path(str(path))
+        check_folder(str(path.parent), 1)
+    return load_writers(targets)
 
 
 def add_case_options(command: Any) -> None:
@@ -110,6 +132,11 @@ def num_ranks(options: argparse.Namespace) -> int | None:
 def world_size() -> int | None:
     """Return the number of ranks where torchrun started this process as one of them."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def is_rank_0() -> bool:
+    """Whether this process is rank 0 of those that torchrun started."""
+    return os.environ.get("RANK") == "0"
 
 
 def warnings(case: Case) -> tuple[str, ...]:

@@ -11,13 +11,18 @@ from distbench.bundle.layout import bundle_folder
 from distbench.commands.options import (
     add_case_options,
     add_launch,
+    add_report,
     campaign,
     case_flags,
+    is_rank_0,
     num_ranks,
+    report_writers,
     warnings,
     work,
     world_size,
 )
+from distbench.errors import Verdict
+from distbench.export import write_reports
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_folder, check_memory, check_path
@@ -26,6 +31,7 @@ from distbench.progress import Progress
 from distbench.report.console import print_bundle, print_report, print_start
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS
+from distbench.report.results import Results
 from distbench.resolve import load_case_file, resolve_case
 
 _REPORT = "report.json"
@@ -43,26 +49,39 @@ def add(commands: Any) -> None:
     add_launch(run)
     run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
     run.add_argument("--json", metavar="PATH", default="", help="write the report here too")
+    add_report(run)
     add_case_options(run)
 
 
 def _run(options: argparse.Namespace) -> int:
     layers = [*case_flags(options), *([load_case_file(options.case)] if options.case else [])]
     resolved = resolve_case([*layers, *read_environment(os.environ)], num_ranks(options))
-    entry = Entry(name="run", case=resolved.case, sources=resolved.sources, warnings=warnings(resolved.case))
+    entry = Entry(
+        name="run",
+        case=resolved.case,
+        sources=resolved.sources,
+        expect=Verdict.PASS.value,
+        warnings=warnings(resolved.case),
+    )
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
     for path in paths:
         check_path(path)
         check_folder(str(Path(path).parent), 1)
+    out = Path(options.out)
+    writers = report_writers(options, out)
     if world_size() is not None:
-        _forget(Path(options.out), paths)
-        return work(Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False))
+        _forget(out, paths)
+        code = work(Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False))
+        if is_rank_0():
+            write_reports(Results(out / RESULTS), writers)
+        return code
     check_memory([resolved.case])
-    with hold(Path(options.out), (), options.lock_timeout):
+    with hold(out, (), options.lock_timeout):
         print_start(resolved.case)
-        _forget(Path(options.out), paths)
+        _forget(out, paths)
         campaign((entry,), options, Progress(1, quiet=True), paths)
         report = read_report(paths[0])
+        write_reports(Results(out), writers)
     print_report(report)
     if options.bundle and report.exit_code:
         print_bundle(bundle_folder(options.bundle, resolved.case))

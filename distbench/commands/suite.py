@@ -9,16 +9,21 @@ from typing import Any
 
 import msgspec
 
+from distbench.case import case_hash
 from distbench.commands.options import (
     add_case_options,
     add_launch,
+    add_report,
     campaign,
     case_flags,
+    is_rank_0,
     num_ranks,
+    report_writers,
     warnings,
     work,
     world_size,
 )
+from distbench.export import write_reports
 from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_folder, check_memory, check_path
@@ -26,6 +31,7 @@ from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_summary
 from distbench.report.journal import RESULTS, filter_journal
+from distbench.report.results import Results
 from distbench.suite import load_suite, select
 from distbench.suite_files import builtin_suites
 
@@ -50,6 +56,7 @@ def add(commands: Any) -> None:
     suite.add_argument("--retries", type=int, default=0, metavar="N", help="tries more for a case that lost its ranks")
     suite.add_argument("--max-faults", type=int, default=3, metavar="K", help="stop after K such cases in a row")
     suite.add_argument("--quiet", action="store_true", help="no progress")
+    add_report(suite)
     add_case_options(suite)
 
 
@@ -60,16 +67,24 @@ def _suite(options: argparse.Namespace) -> int:
     check_path(options.out)
     entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case)) for entry in chosen)
     check_folder(options.out, len(entries))
-    if world_size() is not None:
-        return work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
-    check_memory(entry.case for entry in entries)
     out = Path(options.out)
+    writers = report_writers(options, out)
+    wanted = {case_hash(entry.case) for entry in entries}
+    if world_size() is not None:
+        code = work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
+        if is_rank_0():
+            write_reports(Results(out / RESULTS, wanted.__contains__), writers)
+        return code
+    check_memory(entry.case for entry in entries)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, (), options.lock_timeout):
         if options.rerun == "all":
             (out / RESULTS).unlink(missing_ok=True)
         elif options.rerun == "failed":
             filter_journal(out, lambda line: line.as_expected)
-        summary = campaign(entries, options, progress)
+        try:
+            summary = campaign(entries, options, progress)
+        finally:
+            write_reports(Results(out, wanted.__contains__), writers)
     print_summary(summary, options.out)
     return summary.exit_code

@@ -78,7 +78,9 @@ class Injector:
 class _FaultyTransport:
     def __init__(self, inner: Transport, faults: list[Fault]) -> None:
         self.capacity = inner.capacity
+        self.facts = inner.facts
         self.sources = inner.sources
+        self.close = inner.close
         self._inner = inner
         self._faults = faults
 

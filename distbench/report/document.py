@@ -25,6 +25,8 @@ from distbench.verify.records import (
 )
 
 SCHEMA = "distbench.report/1"
+KEPT_SAMPLES = 1000
+"""Iterations of a stage, the last ones, whose raw times stay in the report."""
 
 
 class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +94,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     warnings: list[str]
     limit: LimitReport | None
     environment: Environment
+    transport: dict[str, Any]
     ranks: list[RankReport]
     comparison: list[ComparisonReport]
     gather: str | None
@@ -124,6 +127,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         warnings=list(entry.warnings),
         limit=_limit(question, entry.sources) if question else None,
         environment=environment,
+        transport=records[0].transport if records else {},
         ranks=[_rank(record) for record in records],
         comparison=_comparisons(gathered, outcome.case) if gathered else [],
         gather=gathered.mode if gathered else None,
@@ -222,4 +226,5 @@ def _stage_timing(per_rank: list[list[float]]) -> dict[str, Any]:
         "p99_us": max(sorted(samples)[(99 * len(samples) - 1) // 100] for samples in per_rank),
         "max_over_ranks_us": max(max(samples) for samples in per_rank),
         "iterations": min(len(samples) for samples in per_rank),
+        "samples_us": [max(laps) for laps in zip(*per_rank, strict=False)][-KEPT_SAMPLES:],
     }

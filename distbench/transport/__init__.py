@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from distbench.case import Case
-from distbench.errors import Unsupported
-from distbench.session import Session
-from distbench.transport.base import Transport
-from distbench.transport.collective import CollectiveTransport, Geometry
-from distbench.workload.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distbench.session import Session
+    from distbench.transport.base import Transport
+    from distbench.workload.batch import TokenBatch
 
 
 def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatch) -> Transport:
-    """Return the case's transport; `counts` int64 [W, W] is the agreed routing, `like` a batch of its dtypes."""
-    if case.transport != "collective":
-        message = f"transport {case.transport}: not in this version; choose collective"
-        raise Unsupported(message)
+    """Return the case's transport; `counts` int64 [W, W] is the agreed routing, `like` a batch of its dtypes.
+
+    Raises:
+        Unsupported: the case's package is not there.
+        InvalidCase: the case asks of it what it cannot do.
+
+    """
+    if case.transport == "mori":
+        from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads what it uses
+
+        return MoriTransport(session, case)
+    from distbench.transport.collective import CollectiveTransport, Geometry  # noqa: PLC0415 - as above
+
     geometry = Geometry(
         rank=session.rank,
         ep_size=case.ep_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,10 +30,12 @@ class Dispatched(NamedTuple):
 class Transport(Protocol):
     """Moves tokens to the ranks that hold their experts, and the results back.
 
-    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too.
+    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. `facts` is what a
+    report says of how rows are moved.
     """
 
     capacity: int
+    facts: dict[str, Any]
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """Send each token once to every rank that holds one of its experts."""
@@ -48,6 +50,9 @@ class Transport(Protocol):
 
     def sources(self) -> Tensor:
         """Return (source rank, source token) of each received row, int64 [total_recv, 2]; before combine."""
+
+    def close(self) -> None:
+        """Let the buffers go, after the last combine. Collective."""
 
 
 def poison_(rows: Tensor) -> None:

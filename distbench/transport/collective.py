@@ -76,6 +76,7 @@ class CollectiveTransport:
     ) -> None:
         """Allocate the receive buffer, poisoned; `like` gives the dtypes, the width of the scales and the device."""
         self.capacity = geometry.capacity
+        self.facts = {"kernel": "all_to_all"}
         self._group = group
         self._geometry = geometry
         self._seed = seed
@@ -123,6 +124,9 @@ class CollectiveTransport:
         ordered = torch.empty_like(self._plan.sources)
         ordered[self._plan.slots] = self._plan.sources
         return ordered
+
+    def close(self) -> None:
+        """See `Transport.close`."""
 
     def _allocate(self, like: TokenBatch) -> Dispatched:
         def rows(tensor: Tensor) -> Tensor:

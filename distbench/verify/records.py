@@ -43,6 +43,21 @@ class RowComparison(msgspec.Struct, frozen=True):
 NO_DIFFERENCE = RowComparison(0, 0, 0)
 
 
+class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What the wrong rows of one stage have in common, as far as the rank itself can see.
+
+    `tokens` are the first 64 as (source rank, source token), `fields` those that are wrong. For tokens: `suspects` are
+    ranks whose contribution explains all, `by_destination` how many of the `examined` tokens have a row on each rank.
+    """
+
+    pattern: str = ""
+    tokens: list[tuple[int, int]] = []
+    fields: list[str] = []
+    suspects: list[int] = []
+    examined: int = 0
+    by_destination: dict[str, int] = {}
+
+
 class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     """The first place where a stage of one pass on one rank is not what it should be.
 
@@ -62,11 +77,12 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     field: str
     against: str
     rows: int
+    clues: Clues = msgspec.field(default_factory=Clues)
 
     def __str__(self) -> str:
         """Return one line: which rank and arm, how many rows, and the first of them."""
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
-        if self.stage == "truncate":
+        if self.stage == "truncate" and self.field == "rows":
             return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
         what = f"{self.field} differ from {self.against} in {self.rows} rows"
@@ -110,6 +126,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     drift: float | None
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]
+    transport: dict[str, Any]
     peak_bytes: int
 
 
@@ -168,11 +185,12 @@ Token = tuple[int, int]
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One cause that fits what was seen. `tokens` are (source rank, source token), the first 64."""
+    """One cause that fits what was seen: `stage` and `ranks` where it began, the first 64 (source rank, token)."""
 
     cause: str
     confidence: Literal["certain", "likely"]
     evidence: str
+    stage: str = ""
     ranks: list[int] = []
     tokens: list[Token] = []
 

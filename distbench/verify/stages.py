@@ -11,9 +11,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import bits_at, differing, same_bits
-from distbench.verify.records import Divergence
+from distbench.verify.patterns import ShareTester, far_sources, pattern_of
+from distbench.verify.records import LISTED_TOKENS, Clues, Divergence
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 from distbench.workload.routing import destinations
@@ -38,51 +40,104 @@ class StageChecker:
         self._known: _Received | None = None
         self._baseline_rows: Tensor | None = None
 
-    def check_rows(self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> Divergence | None:
-        """Return where this pass's received rows or expert rows first go wrong.
+    def check_rows(
+        self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor
+    ) -> list[Divergence]:
+        """Return where this pass's received rows, their cut, and the expert rows are wrong, the earliest stage first.
 
-        Rows that a cut took away are not looked at here; see `check_cut`.
+        Each stage answers for itself only: expert rows whose input was wrong already are passed over. Rows that a cut
+        took away are not looked at here; see `check_cut`.
         """
         keys, order = ((sources[:, 0] << 32) | sources[:, 1]).sort()
         if self._known is None or not torch.equal(self._known.keys, keys):
             broken = self._learn(arm, sources, keys)
             if broken is not None:
-                return broken
+                return [broken]
         if self._known is None:
-            return None
-        live = min(int(given.num_local_tokens), given.rows)
+            return []
+        live = min(int(given.num_local_tokens), given.rows, len(keys))
         place = _Place(arm, self._rank, sources, order, None if live >= len(keys) else order < live)
-        received = TokenBatch(given.hidden, given.scales, given.weights, given.ids)
-        for field, actual, expected in zip(TokenBatch._fields, received, self._known.batch, strict=True):
-            if actual is not None and expected is not None:
-                wrong = place.first_difference("dispatch", field, "source", actual, expected)
-                if wrong is not None:
-                    return wrong
-        return self._check_expert_rows(place, self._known.expert_rows, expert_out)
+        found, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
+        place = place.without(unfit)
+        found.append(self._check_expert_rows(place, self._known.expert_rows, expert_out))
+        return [one for one in found if one is not None]
 
-    def check_cut(self, arm: str, sources: Tensor, given: ExpertInput) -> Divergence | None:
-        """Return the first received row that this pass did not give to the experts."""
-        live = min(int(given.num_local_tokens), given.rows)
-        if sources.shape[0] <= live:
+    def check_cut(
+        self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, rows: int
+    ) -> Divergence | None:
+        """Return how the cut of this pass is not one to `rows` rows, or how it loses a row that was received."""
+        total, live = int(dispatched.total_recv), int(given.num_local_tokens)
+        cut = Divergence(stage="truncate", arm=arm, rank=self._rank, field="rows", against="received", rows=0)
+        first = min(live, given.rows)
+        if total > first:
+            source_rank, source_token = sources[first].tolist()
+            lost = [(rank, token) for rank, token in sources[first:][:LISTED_TOKENS].tolist()]
+            return msgspec.structs.replace(
+                cut,
+                source_rank=source_rank,
+                source_token=source_token,
+                row=first,
+                rows=total - first,
+                clues=Clues(pattern="rows were cut away", tokens=lost),
+            )
+        wrong = [
+            (field, pattern, against)
+            for field, pattern, against, holds in (
+                ("row count", "another number of rows", f"the {rows} of the limit", given.rows == rows),
+                ("num_local_tokens", "rows count as live that were not received", f"total_recv {total}", live <= total),
+                ("tensors", "not all tensors were cut alike", f"{given.rows} rows", _cut_alike(given)),
+            )
+            if not holds
+        ]
+        if not wrong:
             return None
-        source_rank, source_token = sources[live].tolist()
-        return Divergence(
-            stage="truncate",
-            arm=arm,
-            rank=self._rank,
-            source_rank=source_rank,
-            source_token=source_token,
-            row=live,
-            field="rows",
-            against="received",
-            rows=sources.shape[0] - live,
-        )
+        field, pattern, against = wrong[0]
+        return msgspec.structs.replace(cut, field=field, against=against, rows=1, clues=Clues(pattern=pattern))
 
     def check_tokens(self, arm: str, combined: Tensor, expected: Tensor | None) -> Divergence | None:
         """Return where this pass's tokens first differ from the oracle; None too where there is no exact oracle."""
         if expected is None:
             return None
-        return _first("combine", arm, self._rank, "tokens", "oracle", combined, expected)
+        found = _first("combine", arm, self._rank, "tokens", "oracle", combined, expected)
+        if found is None:
+            return None
+        tester = ShareTester(self._workload, self._rank, len(self._counts))
+        return msgspec.structs.replace(found, clues=tester.clues(combined, expected))
+
+    def _check_inputs(
+        self, place: _Place, right: TokenBatch, dispatched: Dispatched, given: ExpertInput
+    ) -> tuple[list[Divergence | None], Tensor | None]:
+        """Return what is wrong before and after the cut, and which rows [m] of those that are visible it concerns."""
+        agreed = int(self._counts[:, self._rank].sum())
+        total = int(dispatched.total_recv)
+        found: list[Divergence | None] = []
+        if total != agreed:
+            clues = Clues(pattern="another total_recv", fields=["total_recv"])
+            found.append(
+                Divergence(
+                    stage="dispatch",
+                    arm=place.arm,
+                    rank=place.rank,
+                    field="total_recv",
+                    against=f"the agreed {agreed}",
+                    rows=abs(total - agreed),
+                    clues=clues,
+                )
+            )
+        after = TokenBatch(given.hidden, given.scales, given.weights, given.ids)
+        before = TokenBatch(dispatched.hidden, dispatched.scales, dispatched.weights, dispatched.ids)
+        wrong = place.wrong_rows(after, right)
+        if wrong is None:
+            return found, None
+        received = place.wrong_rows(before, right)
+        if received is not None:
+            found.append(place.describe("dispatch", before, right, received, len(self._counts)))
+            wrong_in_cut = wrong & ~received
+        else:
+            wrong_in_cut = wrong
+        if bool(wrong_in_cut.any()):
+            found.append(place.describe("truncate", after, right, wrong_in_cut, len(self._counts)))
+        return found, wrong
 
     def _learn(self, arm: str, sources: Tensor, keys: Tensor) -> Divergence | None:
         """Take `sources` as those of this case, and make what must lie there, unless they are not as agreed."""
@@ -115,7 +170,7 @@ class StageChecker:
 
 
 class _Place(NamedTuple):
-    """Where rows stand: `order` [m] slots in canonical order; `visible` [m] those that a cut left, None for all."""
+    """Where rows stand: `order` [m] slots in canonical order; `visible` [m] those to look at, None for all."""
 
     arm: str
     rank: int
@@ -123,18 +178,64 @@ class _Place(NamedTuple):
     order: Tensor
     visible: Tensor | None
 
+    def without(self, unfit: Tensor | None) -> _Place:
+        """Return the place without rows that are `unfit` [m]."""
+        if unfit is None:
+            return self
+        return self._replace(visible=~unfit if self.visible is None else self.visible & ~unfit)
+
+    def wrong_rows(self, actual: TokenBatch, expected: TokenBatch) -> Tensor | None:
+        """Return which visible rows differ in any field, bool [m]; None where none does."""
+        wrong: Tensor | None = None
+        slots = self.order.clamp(max=actual.hidden.shape[0] - 1)
+        for mine, right in zip(actual, expected, strict=True):
+            if mine is None or right is None:
+                continue
+            rows = mine[slots]
+            if not same_bits(rows, right):
+                here = differing(rows, right).any(1)
+                wrong = here if wrong is None else wrong | here
+        if wrong is not None and self.visible is not None:
+            wrong &= self.visible
+        return wrong if wrong is not None and bool(wrong.any()) else None
+
+    def describe(
+        self, stage: str, actual: TokenBatch, expected: TokenBatch, wrong: Tensor, num_ranks: int
+    ) -> Divergence | None:
+        """Return the first difference of the rows `wrong` [m], of which there are some, with what they look like."""
+        only = self._replace(visible=wrong)
+        fields = [
+            found
+            for name, mine, right in zip(TokenBatch._fields, actual, expected, strict=True)
+            if mine is not None
+            and right is not None
+            and (found := only.first_difference(stage, name, "source", mine, right)) is not None
+        ]
+        owners = self.sources[self.order][:, 0]
+        clues = msgspec.structs.replace(fields[0].clues, fields=[found.field for found in fields])
+        clues.pattern = far_sources(owners[wrong], owners, self.rank, num_ranks) or clues.pattern
+        return msgspec.structs.replace(fields[0], clues=clues)
+
     def first_difference(
         self, stage: str, field: str, against: str, actual: Tensor, expected: Tensor
     ) -> Divergence | None:
-        slots = self.order
+        """Return the first difference of the visible rows, with what they look like."""
+        slots, right = self.order, expected
         if self.visible is not None:
-            slots, expected = slots[self.visible], expected[self.visible]
-        found = _first(stage, self.arm, self.rank, field, against, actual[slots], expected)
+            slots, right = slots[self.visible], right[self.visible]
+        found = _first(stage, self.arm, self.rank, field, against, actual[slots], right)
         if found is None or found.row is None:
             return found
         slot = int(slots[found.row])
         source_rank, source_token = self.sources[slot].tolist()
-        return msgspec.structs.replace(found, row=slot, source_rank=source_rank, source_token=source_token)
+        rows = differing(actual[slots], right).any(1)
+        tokens = [(rank, token) for rank, token in self.sources[slots[rows]][:LISTED_TOKENS].tolist()]
+        clues = Clues(pattern=pattern_of(actual[slots][rows], right[rows], expected), tokens=tokens, fields=[field])
+        return msgspec.structs.replace(found, row=slot, source_rank=source_rank, source_token=source_token, clues=clues)
+
+
+def _cut_alike(given: ExpertInput) -> bool:
+    return all(part is None or part.shape[0] == given.rows for part in given[:4])
 
 
 def _first(  # noqa: PLR0913 - names of a place, then the two sides

@@ -176,6 +176,7 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     routing: str,
     tokens_per_rank: tuple[int, ...],
     dispatch_dtype: DispatchDtype,
+    combine_quant: str = "none",
     device: Device,
 ) -> Workload:
     """Return the inputs that a case describes.
@@ -189,7 +190,8 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     check_routing(chosen, group)
     source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed)
     if numerics == "exact":
-        source = ExactNumerics(plan_exact(hidden_size, intermediate_size, topk, dispatch_dtype, num_experts), seed)
+        plan = plan_exact(hidden_size, intermediate_size, topk, dispatch_dtype, num_experts, combine_quant)
+        source = ExactNumerics(plan, seed)
     return Workload(
         source,
         group,

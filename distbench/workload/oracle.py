@@ -12,7 +12,7 @@ from distbench.errors import DistbenchError
 from distbench.workload import gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.exact import Patterns, expert_patterns
-from distbench.workload.plan import MAX_UNITS, ExactPlan
+from distbench.workload.plan import ExactPlan
 from distbench.workload.quantize import dequantize
 
 _CHUNK_BYTES = 8 << 20
@@ -40,7 +40,7 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
     Sums are whole numbers; zeros are +0.0.
 
     Raises:
-        DistbenchError: a sum exceeds what bf16 holds exactly, so the batch is not one of the plan.
+        DistbenchError: a sum exceeds what bf16, or fp8 in combine, holds exactly, so the batch is not one of the plan.
 
     """
     hidden = dequantize(batch.hidden, batch.scales)
@@ -53,8 +53,8 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
         tiles = _tile(wanted, (batch.weights[part] * plan.weight_ratio).to(torch.int16))
         total = _sum_units(plan, seed, hidden[part].to(torch.int8), tiles)
         most = int(total.abs().max())
-        if most > MAX_UNITS:
-            message = f"oracle: a sum of {most} units, bf16 holds {MAX_UNITS}; the batch is not one of the plan"
+        if most > plan.max_units:
+            message = f"oracle: a sum of {most} units, allowed are {plan.max_units}; the batch is not one of the plan"
             raise DistbenchError(message)
         output[part] = total.float() * plan.unit
     return output

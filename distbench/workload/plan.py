@@ -13,7 +13,9 @@ from distbench.errors import InvalidCase
 
 # Columns of a block-scaled fp8 row that share one scale.
 BLOCK = 128
+# Whole numbers up to these survive bf16, and the cast to fp8 (e4m3) of a quantised combine.
 MAX_UNITS = 256
+MAX_FP8_UNITS = 16
 GATE_STEP = 32.0
 _GATE_RATIO = 2
 _MIN_HIDDEN = 8
@@ -39,11 +41,17 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     weight_ratio: int
     guard_columns: bool
     guard_rows: bool
+    max_units: int
 
     @property
     def unit(self) -> float:
-        """What all outputs are whole multiples of."""
-        return GATE_STEP / self.weight_ratio
+        """What all outputs are whole multiples of, `max_units` at most."""
+        return GATE_STEP * self.down_step / self.weight_ratio
+
+    @property
+    def down_step(self) -> float:
+        """Magnitude of w2's entries; with it the largest fp8 sum, 16 * 8, is below the largest number of any e4m3."""
+        return 1.0 if self.max_units == MAX_UNITS else 0.25
 
     @property
     def up_columns(self) -> int:
@@ -62,10 +70,17 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.intermediate_size - (self.intermediate_size // BLOCK if self.guard_rows else 0)
 
 
-def plan_exact(
-    hidden_size: int, intermediate_size: int, topk: int, dispatch_dtype: Literal["bf16", "fp8"], num_experts: int
+def plan_exact(  # noqa: PLR0913 - a case's keys
+    hidden_size: int,
+    intermediate_size: int,
+    topk: int,
+    dispatch_dtype: Literal["bf16", "fp8"],
+    num_experts: int,
+    combine_quant: str = "none",
 ) -> ExactPlan:
     """Choose as many entries as the exactness bound allows: both weights first, then U up to 4, then V up to 8.
+
+    With fp8 on the way back, sums stay within what fp8 holds, so that neither a cast nor a scaled block rounds any.
 
     Raises:
         InvalidCase: the shape cannot be exact, or cannot read all of its columns and rows; the message names the bound.
@@ -76,6 +91,9 @@ def plan_exact(
         _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed for 1, the gate and the rest")
     if fp8 and hidden_size % BLOCK:
         _refuse(f"hidden_size = {hidden_size}: fp8 dispatch scales blocks of {BLOCK} columns, use a multiple of them")
+    if combine_quant.startswith("fp4"):
+        _refuse(f"combine_quant = {combine_quant}: its scales are sixths of each block's maximum, which rounds")
+    max_units = MAX_UNITS if combine_quant == "none" else MAX_FP8_UNITS
     guard_rows = fp8 and intermediate_size % BLOCK == 0
     live_rows = intermediate_size - (intermediate_size // BLOCK if guard_rows else 0)
     plans = [
@@ -86,26 +104,27 @@ def plan_exact(
             num_experts=num_experts,
             gate_columns=min(_MAX_GATE_COLUMNS, hidden_size // 4, live_rows),
             up_entries=up_entries,
-            down_entries=min(_MAX_DOWN_ENTRIES, _entry_budget(topk, weight_ratio) // up_entries, live_rows),
+            down_entries=min(_MAX_DOWN_ENTRIES, _entry_budget(max_units, topk, weight_ratio) // up_entries, live_rows),
             weight_ratio=weight_ratio,
             guard_columns=fp8,
             guard_rows=guard_rows,
+            max_units=max_units,
         )
         for weight_ratio in (2, 1)
         for up_entries in range(_MAX_UP_ENTRIES, 0, -1)
-        if up_entries <= _entry_budget(topk, weight_ratio)
+        if up_entries <= _entry_budget(max_units, topk, weight_ratio)
     ]
-    return _first_covering(plans, topk, num_experts)
-
-
-def _entry_budget(topk: int, weight_ratio: int) -> int:
-    return MAX_UNITS // (topk * _GATE_RATIO * weight_ratio)
-
-
-def _first_covering(plans: list[ExactPlan], topk: int, num_experts: int) -> ExactPlan:
     if not plans:
-        bound = MAX_UNITS // _GATE_RATIO
-        _refuse(f"topk = {topk}: the sum of a token's experts stays within {MAX_UNITS} units up to topk = {bound}")
+        bound = max_units // _GATE_RATIO
+        _refuse(f"topk = {topk}: the sum of a token's experts stays within {max_units} units up to topk = {bound}")
+    return _first_covering(plans, num_experts)
+
+
+def _entry_budget(max_units: int, topk: int, weight_ratio: int) -> int:
+    return max_units // (topk * _GATE_RATIO * weight_ratio)
+
+
+def _first_covering(plans: list[ExactPlan], num_experts: int) -> ExactPlan:
     hidden, inter = plans[0].hidden_size, plans[0].intermediate_size
     reading = [plan for plan in plans if hidden * plan.down_entries >= plan.live_rows]
     if not reading:

@@ -79,7 +79,7 @@ class FaultyTransport:
     """A transport that damages what dispatch or combine gives, in one call."""
 
     def __init__(self, inner: Transport, stage: str, fault: str, call: int) -> None:
-        self.capacity = inner.capacity
+        self.capacity, self.facts = inner.capacity, inner.facts
         self._inner, self._stage, self._fault, self._call = inner, stage, fault, call
         self._calls = -1
 
@@ -98,6 +98,9 @@ class FaultyTransport:
 
     def sources(self) -> Tensor:
         return self._inner.sources()
+
+    def close(self) -> None:
+        self._inner.close()
 
 
 class FaultyExperts:

@@ -52,7 +52,7 @@ def lab(rule: Callable[[Case], Any]) -> Lab:
     return cast(Lab, PretendedLab(cause))
 
 
-BASE = tiny_case(transport="mori", experts="aiter", dispatch_dtype="fp8", limit="48", policy="unchecked")
+BASE = tiny_case(transport="mori", experts="aiter", emulate=True, dispatch_dtype="fp8", limit="48", policy="unchecked")
 PARTS: dict[str, Callable[[Case], bool]] = {
     "transport": lambda case: case.transport == "mori",
     "experts": lambda case: case.experts == "aiter",
@@ -136,7 +136,8 @@ def test_shrinks_to_what_the_fault_needs(ranks: int, tokens: int, topk: int, hid
 
     found = shrink(lab(fails), LARGE, lambda _: None).case
     assert fails(found)
-    assert (found.ep_size, found.topk, found.hidden_size) == (ranks, topk, hidden)
+    assert (found.topk, found.hidden_size) == (topk, hidden)
+    assert ranks <= found.ep_size <= ranks + 1  # with one rank less, exact inputs may not cover all columns
     assert sum(found.tokens) == tokens
 
 

@@ -1,0 +1,177 @@
+"""What combine makes of expert rows on their way back: plain, cast to fp8, or in scaled blocks of fp8 or fp4."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+FP4_MAX = 6.0
+
+_BLOCKS_VARIABLE = "MORI_FP8_COMBINE_SCALE_DIM"
+_DEFAULT_BLOCKS = 56
+_FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Halfway between two values the even code wins: the lower one at these, the upper one at the others.
+_TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
+_TIES_UP = (0.75, 1.75, 3.5)
+
+
+class Codec(Protocol):
+    """How rows [m, H] travel, and how one is added to a float32 sum."""
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """Return rows as bytes: uint8 [m, width]."""
+
+    def width(self, columns: int) -> int:
+        """Return the bytes of a row."""
+
+    def add(self, total: Tensor, packed: Tensor) -> Tensor:
+        """Return float32 total [m, H] plus packed rows uint8 [m, width]."""
+
+    def round(self, total: Tensor) -> Tensor:
+        """Return a node's float32 sum as it travels to the next: its values in float32."""
+
+
+class Plain:
+    """Rows of their own type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """See `Codec.pack`."""
+        return rows.contiguous().view(torch.uint8)
+
+    def width(self, columns: int) -> int:
+        """See `Codec.width`."""
+        return columns * self._dtype.itemsize
+
+    def add(self, total: Tensor, packed: Tensor) -> Tensor:
+        """See `Codec.add`."""
+        return total + packed.view(self._dtype).float()
+
+    def round(self, total: Tensor) -> Tensor:
+        """See `Codec.round`."""
+        return total.to(self._dtype).float()
+
+
+class DirectCast:
+    """fp8_direct_cast: e4m3, saturating, no scale."""
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """See `Codec.pack`."""
+        return _fp8(rows.float()).view(torch.uint8)
+
+    def width(self, columns: int) -> int:
+        """See `Codec.width`."""
+        return columns
+
+    def add(self, total: Tensor, packed: Tensor) -> Tensor:
+        """See `Codec.add`."""
+        return total + packed.view(FP8).float()
+
+    def round(self, total: Tensor) -> Tensor:
+        """See `Codec.round`."""
+        return _fp8(total).float()
+
+
+class Fp8Blockwise:
+    """fp8_blockwise: blocks above the largest fp8 number are scaled down to it; scales follow the row."""
+
+    maximum = FP8_MAX
+
+    def __init__(self, columns: int) -> None:
+        self.blocks = int(os.environ.get(_BLOCKS_VARIABLE, _DEFAULT_BLOCKS))
+        self._columns = columns
+        self._block = -(-columns // self.blocks)
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """See `Codec.pack`; the first scale is negated where any block of the row was scaled."""
+        blocks = self._blocked(rows.float())
+        amax = blocks.abs().nan_to_num(0.0, posinf=float("inf")).amax(2)
+        scaled, scales, factors = self._scales(amax)
+        values = (blocks * factors.unsqueeze(2)).flatten(1)[:, : self._columns]
+        scales[:, 0] = torch.where(scaled.any(1), -scales[:, 0], scales[:, 0])
+        return torch.cat([self._encode(values), scales.contiguous().view(torch.uint8)], dim=1)
+
+    def width(self, columns: int) -> int:
+        """See `Codec.width`."""
+        return self._payload(columns) + 4 * self.blocks
+
+    def add(self, total: Tensor, packed: Tensor) -> Tensor:
+        """See `Codec.add`: one rounding for product and sum, or a plain sum where nothing was scaled."""
+        payload = self._payload(self._columns)
+        scales = packed[:, payload:].contiguous().view(torch.float32)
+        values = self._blocked(self._decode(packed[:, :payload].contiguous()))
+        wide = (values.double() * scales.abs().double().unsqueeze(2)).flatten(1)[:, : self._columns]
+        plain = values.flatten(1)[:, : self._columns]
+        return torch.where(scales[:, :1] < 0, (total.double() + wide).float(), total + plain)
+
+    def round(self, total: Tensor) -> Tensor:
+        """See `Codec.round`; kernels of two levels refuse blocks."""
+        return total
+
+    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whether each block [m, blocks] is scaled, the scale that is stored, and the factor applied."""
+        maximum = torch.full_like(amax, self.maximum)
+        scaled = amax > maximum
+        inverse = torch.ones_like(amax) / maximum
+        return scaled, torch.where(scaled, amax * inverse, 1.0), torch.where(scaled, maximum / amax, 1.0)
+
+    def _encode(self, values: Tensor) -> Tensor:
+        return _fp8(values).view(torch.uint8)
+
+    def _decode(self, payload: Tensor) -> Tensor:
+        return payload.view(FP8).float()
+
+    def _payload(self, columns: int) -> int:
+        return columns
+
+    def _blocked(self, values: Tensor) -> Tensor:
+        padding = self.blocks * self._block - values.shape[1]
+        return torch.nn.functional.pad(values, (0, padding)).view(-1, self.blocks, self._block)
+
+
+class Fp4Blockwise(Fp8Blockwise):
+    """fp4_blockwise: E2M1, two to a byte, every block scaled."""
+
+    def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        maximum = torch.full_like(amax, FP4_MAX)
+        nothing = amax == 0
+        return (
+            torch.ones_like(nothing),
+            torch.where(nothing, 1.0, amax / maximum),
+            torch.where(nothing, 1.0, maximum / amax),
+        )
+
+    def _encode(self, values: Tensor) -> Tensor:
+        size = values.abs()
+        above = [size > tie for tie in _TIES_DOWN] + [size >= tie for tie in _TIES_UP]
+        codes = torch.stack(above).sum(0, dtype=torch.uint8)
+        codes |= values.signbit().to(torch.uint8) << 3
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
+        return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+    def _decode(self, payload: Tensor) -> Tensor:
+        codes = torch.stack([payload & 15, payload >> 4], dim=2).flatten(1)[:, : self._columns].long()
+        sizes = torch.tensor(_FP4_VALUES, device=payload.device)[codes & 7]
+        return torch.where(codes >= 8, -sizes, sizes)  # noqa: PLR2004 - the sign bit
+
+    def _payload(self, columns: int) -> int:
+        return -(-columns // 2)
+
+
+def make_codec(quant_type: str, dtype: torch.dtype, columns: int, *, external: bool) -> Codec:
+    """Return how rows of `dtype` travel; a direct cast is silently left out for other types and without a copy."""
+    if quant_type == "fp8_direct_cast" and dtype is torch.bfloat16 and external:
+        return DirectCast()
+    blockwise: dict[str, Any] = {"fp8_blockwise": Fp8Blockwise, "fp4_blockwise": Fp4Blockwise}
+    return blockwise[quant_type](columns) if quant_type in blockwise else Plain(dtype)
+
+
+def _fp8(values: Tensor) -> Tensor:
+    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)

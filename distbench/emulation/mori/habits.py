@@ -1,0 +1,64 @@
+"""What releases of mori do differently, to be chosen by release or one by one. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+NO_CONSTRUCTOR_BARRIER = "no-constructor-barrier"
+NO_ROW_GUARD = "no-row-guard"
+INTRANODE_OVERFLOW_ASSERT = "intranode-overflow-assert"
+NO_OVERFLOW_ASSERT = "no-overflow-assert"
+LL_ALL_SLOTS = "ll-all-slots"
+
+HABITS = (NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT, NO_OVERFLOW_ASSERT, LL_ALL_SLOTS)
+"""Each is a difference from the release that the wheels under test are of, 1.2.4."""
+
+RELEASES: dict[str, tuple[str, ...]] = {
+    "1.2.4": (),
+    "1.2.2": (NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT),
+}
+
+_assumed: frozenset[str] = frozenset()
+
+
+def parse_habits(text: str) -> frozenset[str]:
+    """Read a comma-separated list of releases and habits; empty is 1.2.4.
+
+    Raises:
+        ValueError: a name that is neither.
+
+    """
+    found: set[str] = set()
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        if name not in RELEASES and name not in HABITS:
+            message = f"{name!r:.60} is neither a release ({', '.join(RELEASES)}) nor a habit ({', '.join(HABITS)})"
+            raise ValueError(message)
+        found |= set(RELEASES.get(name, (name,)))
+    return frozenset(found)
+
+
+def assume(text: str) -> None:
+    """Behave like the releases and habits of `text` from now on; see `parse_habits`."""
+    global _assumed  # noqa: PLW0603 - a package has one version in a process
+    _assumed = parse_habits(text)
+
+
+def has(habit: str) -> bool:
+    """Whether the stand-in has this habit now."""
+    return habit in _assumed
+
+
+def trap(message: str) -> NoReturn:
+    """End the process as an assertion or a memory fault on the GPU does."""
+    sys.stderr.write(f"mori (emulated): {message}\n")
+    sys.stderr.flush()
+    os.abort()
+
+
+def spin() -> NoReturn:
+    """Wait for a signal that never comes, as a kernel does: there is no timeout in it."""
+    while True:
+        time.sleep(1)

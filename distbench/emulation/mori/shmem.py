@@ -1,0 +1,114 @@
+"""`mori.shmem`: who takes part, and the symmetric heap. One world in a process, as in the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from distbench.emulation.mori.heap import Heap
+
+MORI_SHMEM_INIT_WITH_MPI_COMM = 0
+MORI_SHMEM_INIT_WITH_UNIQUEID = 1
+
+_UNIQUE_ID_BYTES = 128
+_DEFAULT_HEAP = "4G"
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class World(NamedTuple):
+    """The ranks that share a heap, as this rank sees them; `name` is the same for all of them, and no other world's."""
+
+    name: str
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    heap: Heap
+
+
+_worlds: list[World] = []
+
+
+def shmem_get_unique_id() -> bytes:
+    """Return what all ranks of a world are given by one of them: 128 bytes."""
+    return secrets.token_bytes(_UNIQUE_ID_BYTES)
+
+
+def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int:
+    """Join the world of `unique_id`; 0 on success, and where there is one already. Collective over its ranks."""
+    if flags != MORI_SHMEM_INIT_WITH_UNIQUEID or len(unique_id) != _UNIQUE_ID_BYTES:
+        return -1
+    if not _worlds:
+        name = f"mori/{unique_id.hex()[:32]}"
+        group = dist.new_group(_members(name, rank, nranks), use_local_synchronization=True)
+        _worlds.append(World(name, group, rank, nranks, Heap(_heap_bytes(), _device())))
+    return 0
+
+
+def shmem_torch_process_group_init(group_name: str) -> int:
+    """Join the world of a registered process group; it has to hold global rank 0, which the id comes from."""
+    resolve = vars(dist.distributed_c10d)["_resolve_process_group"]  # as the package does
+    group = resolve(group_name)
+    ids = [shmem_get_unique_id()]
+    dist.broadcast_object_list(ids, src=0, group=group)
+    return shmem_init_attr(MORI_SHMEM_INIT_WITH_UNIQUEID, dist.get_rank(group), dist.get_world_size(group), ids[0])
+
+
+def shmem_finalize() -> int:
+    """Leave the world; its heap is gone."""
+    if _worlds:
+        dist.destroy_process_group(_worlds.pop().group)
+    return 0
+
+
+def shmem_mype() -> int:
+    """Return this rank's number in the world."""
+    return world().rank
+
+
+def shmem_npes() -> int:
+    """Return the number of ranks in the world."""
+    return world().size
+
+
+def shmem_barrier_all() -> None:
+    """Wait for all ranks of the world."""
+    dist.barrier(group=world().group)
+
+
+def world() -> World:
+    """Return the world that was joined.
+
+    Raises:
+        RuntimeError: none was.
+
+    """
+    if not _worlds:
+        message = "mori.shmem is not initialised"
+        raise RuntimeError(message)
+    return _worlds[0]
+
+
+def store() -> Any:
+    """Return the job's store, in which ranks leave each other word."""
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch names no other way to it
+
+
+def _members(name: str, rank: int, nranks: int) -> list[int]:
+    """Return the global ranks of a world, which meet in the job's store under its name."""
+    store().set(f"{name}/{rank}", str(dist.get_rank()))
+    return [int(store().get(f"{name}/{member}")) for member in range(nranks)]
+
+
+def _heap_bytes() -> int:
+    text = os.environ.get("MORI_SHMEM_HEAP_SIZE", _DEFAULT_HEAP)
+    number, unit = re.fullmatch(r"(\d+)([KMG]?)i?B?", text.strip(), re.IGNORECASE).groups()  # type: ignore[union-attr]
+    return int(number) * _UNITS[unit.upper()]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")

@@ -1,0 +1,77 @@
+"""Results in the formats that a cluster's tools read, each written from the same journal (docs/outputs.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import BinaryIO
+
+from distbench.errors import InvalidCase, Unsupported
+from distbench.report.files import atomic_file
+from distbench.report.results import Results
+from distbench.values import shown
+
+FILES = {"junit": "junit.xml", "md": "results.md", "csv": "results.csv", "prom": "results.prom", "json": "results.json"}
+"""The formats, and the file that each is written to in the folder of the results."""
+
+_MODULES = {"junit": "junit", "md": "markdown", "csv": "table", "prom": "prometheus", "json": "document"}
+
+Writer = Callable[[Results, BinaryIO], None]
+Targets = Mapping[str, Path]
+
+
+def parse_targets(text: str, out: Path) -> Targets:
+    """Return the file of each format in `junit,md=summary.md,…`; one without a path goes into `out`.
+
+    Raises:
+        InvalidCase: a format that is not known or named twice, or an empty path.
+
+    """
+    targets: dict[str, Path] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, path = part.partition("=")
+        if name not in FILES or name in targets or (equals and not path):
+            message = f"report {shown(part)}: allowed are {', '.join(FILES)}, each once, or FORMAT=PATH"
+            raise InvalidCase(message)
+        targets[name] = Path(path) if path else out / FILES[name]
+    return targets
+
+
+def load_writers(targets: Targets) -> dict[Path, Writer]:
+    """Load what writes these formats, so that a missing library is known before a rank starts.
+
+    Raises:
+        Unsupported: a library is missing; names it.
+
+    """
+    return {path: _writer(name) for name, path in targets.items()}
+
+
+def write_reports(results: Results, writers: Mapping[Path, Writer]) -> None:
+    """Write the files, each of them whole or not at all.
+
+    Raises:
+        InvalidCase: the results cannot be read, or a file cannot be written.
+
+    """
+    for path, write in writers.items():
+        _write(results, path, write)
+
+
+def _write(results: Results, path: Path, write: Writer) -> None:
+    try:
+        with atomic_file(path) as file:
+            write(results, file)
+    except OSError as error:
+        message = f"report {path}: {error.strerror}; name another file"
+        raise InvalidCase(message) from error
+
+
+def _writer(name: str) -> Writer:
+    try:
+        writer: Writer = import_module(f"distbench.export.{_MODULES[name]}").write
+    except ModuleNotFoundError as error:
+        message = f"report {name}: needs the package of {error.name}, which is not installed; run: make setup"
+        raise Unsupported(message) from error
+    return writer

@@ -1,0 +1,79 @@
+"""JUnit XML: one test case a case, with its verdict and reasons where it did not end as expected."""
+
+from __future__ import annotations
+
+import re
+from typing import BinaryIO
+
+from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+from distbench.errors import Verdict
+from distbench.report.results import Result, Results
+
+# XML 1.0 has no way to write these, not even escaped.
+_NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Cases that came to no result; what the others say is a result that is wrong.
+_ERRORS = (Verdict.HANG, Verdict.RANK_FAULT, Verdict.INVALID)
+
+
+def write(results: Results, file: BinaryIO) -> None:
+    """Write one suite: UNSUPPORTED is skipped, as expected is passed, and anything else fails or is an error.
+
+    A case without a result is an error too, all of them together in one test case.
+    """
+    suite = TestSuite("distbench")
+    stand_ins: set[str] = set()
+    hosts: set[str] = set()
+    for result in results:
+        suite.add_testcase(_test_case(result))
+        stand_ins.update(result.stand_ins)
+        hosts.update(result.hosts)
+    if results.missing:
+        suite.add_testcase(_missing(results.missing))
+    suite.add_property("emulated", _text(", ".join(sorted(stand_ins))) or "no")
+    suite.add_property("hosts", _text(" ".join(sorted(hosts))))
+    suite.update_statistics()
+    suite.time = round(suite.time, 3)
+    document = JUnitXml("distbench")
+    document.add_testsuite(suite)
+    document.write(file)
+
+
+def _test_case(result: Result) -> TestCase:
+    case = TestCase(_text(result.name), f"distbench.{_text(str(result.case.get('model', 'case')))}")
+    case.time = round(result.wall_s, 3)
+    kind: type[Skipped | Error | Failure] | None = None
+    if result.verdict is Verdict.UNSUPPORTED:
+        kind = Skipped
+    elif not result.as_expected:
+        kind = Error if result.verdict in _ERRORS else Failure
+    if kind is not None:
+        outcome = kind(_text(_headline(result)), result.verdict.value)
+        outcome.text = _text("\n".join(_lines(result)))
+        case.result = [outcome]
+    return case
+
+
+def _headline(result: Result) -> str:
+    first = f": {result.reasons[0].message}" if result.reasons else ""
+    return f"{result.verdict.value}{first}"
+
+
+def _lines(result: Result) -> list[str]:
+    emulated = f" (emulated: {', '.join(result.stand_ins)})" if result.emulated else ""
+    return [
+        f"{result.verdict.value}{emulated}, expected {result.expect}, case {result.hash}",
+        *(f"{reason.code}: {reason.message}" for reason in result.reasons),
+        *(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}" for found in result.diagnosis),
+    ]
+
+
+def _missing(count: int) -> TestCase:
+    case = TestCase("cases without a result", "distbench")
+    case.time = 0
+    case.result = [Error(f"{count} cases of the suite have no result", "MISSING")]
+    return case
+
+
+def _text(text: str) -> str:
+    return _NOT_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

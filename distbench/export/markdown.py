@@ -1,0 +1,70 @@
+"""A summary in Markdown, as a job's page or a merge request shows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
+
+from distbench.export.totals import Totals, quantiles_of
+from distbench.report.results import Result, Results
+
+_SHOWN_HOSTS = 32
+_SHOWN_CHARACTERS = 300
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@^=$\"'/])")
+
+
+def write(results: Results, file: BinaryIO) -> None:
+    """Write what became of all cases, the first that did not end as expected, and the times by stage."""
+    file.write("\n".join(_lines(Totals(results))).encode() + b"\n")
+
+
+def escape(text: str) -> str:
+    """Return `text` so that it shows as itself in any place of a document, a table's cell too, on one line."""
+    line = " ".join(text.split())
+    shown = line if len(line) <= _SHOWN_CHARACTERS else f"{line[: _SHOWN_CHARACTERS - 1]}…"
+    return _MARKUP.sub(r"\\\1", "".join(one if one.isprintable() else "�" for one in shown))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """Yield the lines of a table, an empty one before and after it."""
+    yield from ("", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}")
+    for row in rows:
+        yield f"| {' | '.join(escape(str(cell)) for cell in row)} |"
+    yield ""
+
+
+def _lines(totals: Totals) -> Iterator[str]:
+    yield f"# distbench: exit {totals.exit_code}, {totals.as_expected} of {totals.cases + totals.missing} as expected"
+    yield ""
+    if totals.missing:
+        yield f"**{totals.missing} cases have no result.**"
+    if totals.stand_ins:
+        yield f"**emulated**: {escape(', '.join(sorted(totals.stand_ins)))}"
+    hosts = sorted(totals.hosts)
+    more = f" and {len(hosts) - _SHOWN_HOSTS} more" if len(hosts) > _SHOWN_HOSTS else ""
+    yield f"hosts: {escape(' '.join(hosts[:_SHOWN_HOSTS])) or 'none'}{more}"
+    yield from table(
+        ("verdict", "cases", "not as expected"),
+        ((verdict.value, count, totals.unexpected[verdict]) for verdict, count in sorted(totals.verdicts.items())),
+    )
+    if totals.shown:
+        yield "## Not as expected"
+        yield from table(("verdict", "expected", "case", "reason"), map(_row, totals.shown))
+        left = sum(totals.unexpected.values()) - len(totals.shown)
+        yield f"and {left} more" if left else ""
+    if totals.medians_us:
+        yield "## Time by stage"
+        yield ""
+        yield "The slowest rank's median of each case in microseconds, over cases; a harness figure where emulated."
+        rows = ((arm, stage, *_microseconds(totals, arm, stage)) for arm, stage in totals.medians_us)
+        yield from table(("arm", "stage", "median", "p99", "max", "cases"), rows)
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    return (result.verdict.value, result.expect, result.name, result.reasons[0].message if result.reasons else "")
+
+
+def _microseconds(totals: Totals, arm: str, stage: str) -> tuple[str, ...]:
+    values = totals.medians_us[arm, stage]
+    return (*(f"{value:.1f}" for value in quantiles_of(values)), str(len(values)))

@@ -1,0 +1,60 @@
+"""What all results come to together, in memory that grows with their number only: counts, and times by stage."""
+
+from __future__ import annotations
+
+import statistics
+from array import array
+from collections import Counter
+
+from distbench.breadcrumbs import ARMS, STAGES
+from distbench.errors import Verdict
+from distbench.report.results import Result, Results
+
+_SHOWN = 50
+
+
+class Totals:
+    """Counts, the time of each arm's stages in each case, and the first cases that did not end as expected."""
+
+    def __init__(self, results: Results) -> None:
+        """Go through `results` once."""
+        self.verdicts: Counter[Verdict] = Counter()
+        self.unexpected: Counter[Verdict] = Counter()
+        self.shown: list[Result] = []
+        self.hosts: set[str] = set()
+        self.stand_ins: set[str] = set()
+        self.wall_s = array("d")
+        self.medians_us: dict[tuple[str, str], array[float]] = {}
+        self.missing = results.missing
+        self.exit_code = results.exit_code
+        for result in results:
+            self._add(result)
+
+    @property
+    def cases(self) -> int:
+        """Cases with a result."""
+        return sum(self.verdicts.values())
+
+    @property
+    def as_expected(self) -> int:
+        """Cases that ended as expected."""
+        return self.cases - sum(self.unexpected.values())
+
+    def _add(self, result: Result) -> None:
+        self.verdicts[result.verdict] += 1
+        self.hosts.update(result.hosts)
+        self.stand_ins.update(result.stand_ins)
+        self.wall_s.append(result.wall_s)
+        if not result.as_expected:
+            self.unexpected[result.verdict] += 1
+            if len(self.shown) < _SHOWN:
+                self.shown.append(result)
+        for time in result.stage_times():
+            if time.arm in ARMS and time.stage in STAGES:
+                self.medians_us.setdefault((time.arm, time.stage), array("d")).append(time.median_us)
+
+
+def quantiles_of(values: array[float]) -> tuple[float, float, float]:
+    """Return the median, the 99th percentile and the largest."""
+    ordered = sorted(values)
+    return statistics.median(ordered), ordered[(99 * len(ordered) - 1) // 100], ordered[-1]

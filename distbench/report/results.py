@@ -1,0 +1,192 @@
+"""The results of a suite or a run, read one at a time by whatever writes them another way or compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.errors import InvalidCase, Verdict, suite_code, worst_exit_code
+from distbench.report.document import SCHEMA
+from distbench.report.journal import RESULTS
+from distbench.report.summary import Summary
+from distbench.values import one_line
+from distbench.verify.records import Diagnosis, Reason
+
+_SUMMARY = "summary.json"
+
+
+class ResultRank(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank of a result: where it ran, and the rows that it received."""
+
+    rank: int
+    host: str
+    total_recv: int
+    digests: dict[str, str] = {}
+
+
+class ResultLost(msgspec.Struct, frozen=True):
+    """Rows at and past the limit."""
+
+    rows: int
+
+
+class ResultLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """The limit as asked for and as resolved."""
+
+    requested: str
+    effective: int | None
+    max_recv: int
+
+
+class StageTime(msgspec.Struct, frozen=True):
+    """The time of one stage in one arm: the slowest rank's median in microseconds, and the raw samples where kept."""
+
+    arm: str
+    stage: str
+    median_us: float
+    samples_us: tuple[float, ...]
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What other formats and comparisons need of a report (docs/report-format.md); the rest is passed over."""
+
+    schema: str
+    name: str
+    tags: tuple[str, ...]
+    verdict: Verdict
+    exit_code: int
+    expect: str
+    as_expected: bool
+    reasons: list[Reason]
+    emulated: bool
+    stand_ins: list[str]
+    case: dict[str, Any]
+    limit: ResultLimit | None
+    ranks: list[ResultRank]
+    lost: ResultLost
+    diagnosis: list[Diagnosis]
+    timing: dict[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """The hash of the case."""
+        return str(self.case["hash"])
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the case took on rank 0, without start-up."""
+        return float(self.timing["wall_s"])
+
+    @property
+    def hosts(self) -> list[str]:
+        """The hosts of the ranks, each once."""
+        return sorted({rank.host for rank in self.ranks})
+
+    def stage_times(self) -> Iterator[StageTime]:
+        """Yield the times of all arms' stages.
+
+        Raises:
+            ValueError: a time that is no number of microseconds.
+
+        """
+        for arm, stages in self.timing.items():
+            if isinstance(stages, dict):
+                for stage, figures in stages.items():
+                    if isinstance(figures, dict) and "median_us" in figures:
+                        yield _stage_time(arm, stage, figures)
+
+
+def _stage_time(arm: str, stage: str, figures: dict[str, Any]) -> StageTime:
+    try:
+        return StageTime(
+            arm,
+            stage,
+            msgspec.convert(figures["median_us"], float),
+            msgspec.convert(figures.get("samples_us", ()), tuple[float, ...]),
+        )
+    except msgspec.ValidationError as error:
+        message = f"timing of {arm}/{stage}: {one_line(error)}"
+        raise ValueError(message) from error
+
+
+class Results:
+    """The results in a folder, a journal or a report.json: read from disk each time they are gone through.
+
+    Of two results for one case the first counts, as it does for a suite. A last line that is still being written, or
+    that a kill left half written, is no result.
+    """
+
+    def __init__(self, path: str | Path, keep: Callable[[str], bool] | None = None) -> None:
+        """Look at `path`; `keep` tells by a case's hash whether it belongs."""
+        self.path = Path(path)
+        self._keep = keep
+        self._file = self.path / RESULTS if self.path.is_dir() else self.path
+        self.summary = _read_summary(self.path / _SUMMARY) if self.path.is_dir() else None
+
+    @property
+    def missing(self) -> int:
+        """Cases that the suite should have had and that have no result; 0 where only a file is known."""
+        return max(self.summary.cases - self.summary.finished, 0) if self.summary else 0
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code for all of them, a missing one counting as a lost rank's."""
+        codes = {suite_code(result.exit_code, as_expected=result.as_expected) for result in self}
+        return worst_exit_code(codes | ({Verdict.RANK_FAULT.exit_code} if self.missing else set()))
+
+    def __iter__(self) -> Iterator[Result]:
+        return (result for _, result in self.lines())
+
+    def lines(self) -> Iterator[tuple[bytes, Result]]:
+        """Yield each result with the bytes of its document.
+
+        Raises:
+            InvalidCase: the file cannot be read, or something in it is no report.
+
+        """
+        seen: set[str] = set()
+        for raw, where in self._documents():
+            result = _decode(raw, where)
+            if result.hash not in seen and (self._keep is None or self._keep(result.hash)):
+                seen.add(result.hash)
+                yield raw, result
+
+    def _documents(self) -> Iterator[tuple[bytes, str]]:
+        try:
+            with self._file.open("rb") as file:
+                if self._file.suffix == ".json":
+                    yield file.read(), str(self._file)
+                    return
+                for number, raw in enumerate(file, 1):
+                    if raw.endswith(b"\n"):
+                        yield raw[:-1], f"{self._file}, line {number}"
+        except OSError as error:
+            message = f"results {self.path}: {error.strerror}; give the --out folder of a suite, a .jsonl or a .json"
+            raise InvalidCase(message) from error
+
+
+def _decode(raw: bytes, where: str) -> Result:
+    try:
+        result = msgspec.json.decode(raw, type=Result)
+        msgspec.convert(result.case["hash"], str)
+        msgspec.convert(result.timing["wall_s"], float)
+    except (ValueError, KeyError, RecursionError) as error:
+        message = f"{where}: {one_line(error)}; give results of schema {SCHEMA}"
+        raise InvalidCase(message) from error
+    if result.schema != SCHEMA:
+        message = f"{where}: schema {result.schema!r:.40}, known is {SCHEMA}"
+        raise InvalidCase(message)
+    return result
+
+
+def _read_summary(path: Path) -> Summary | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Summary)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path}: {one_line(error)}; run the suite again, or name results.jsonl itself"
+        raise InvalidCase(message) from error

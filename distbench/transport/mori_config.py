@@ -1,0 +1,264 @@
+"""What a case makes of MoRI: kernel type, launch geometry, configuration, memory, and what is refused. Loads no torch.
+
+Sources: SGLang's `moriep.py` for the choices, MoRI's `dispatch_combine.hpp` and `dispatch_combine.cpp` for sizes and
+bounds, as docs/mori.md describes both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+
+from distbench.case import Case
+from distbench.errors import InvalidCase, Unsupported
+
+HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
+SHMEM_MODE = "MORI_SHMEM_MODE"
+
+INTRA = ("IntraNode", "IntraNodeLL")
+TWO_LEVELS = ("InterNodeV1", "InterNodeV1LL")
+SKIPS_NEGATIVE = (*INTRA, "InterNodeV1")
+BLOCKWISE = ("fp8_blockwise", "fp4_blockwise")
+
+_MAX_NODE = 8
+_LL_TOPK = 8
+_MAX_TOPK = 64
+_ELEMENT = 2
+_QUEUE_PAIRS = 2
+_SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
+_SIZE = re.compile(r"(\d{1,12})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SMALLEST_HEAP = 4 << 30
+_HEAP_STEP = 64 << 20
+_SMALL_BUFFERS = 1 << 20
+
+
+class Launch(NamedTuple):
+    """Blocks of the grid, of them those that do RDMA, and warps of a block; -1 leaves all to MoRI."""
+
+    blocks: int
+    rdma_blocks: int
+    warps: int
+
+
+class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """MoRI as a case runs it. `heap_bytes` is what one operator takes of the symmetric heap."""
+
+    kernel: str
+    nodes: int
+    gpu_per_node: int
+    launch: Launch
+    launch_mode: str
+    quant: str
+    external: bool
+    max_total_recv_tokens: int
+    num_qp_per_pe: int
+    heap_bytes: int
+
+    def values(self, case: Case, rank: int) -> dict[str, Any]:
+        """Return the keywords of `EpDispatchCombineConfig`, less those that are types of the package."""
+        scales = case.hidden_size // 128 if case.dispatch_dtype == "fp8" else 0
+        values = {
+            "rank": rank,
+            "world_size": case.ep_size,
+            "hidden_dim": case.hidden_size,
+            "scale_dim": scales,
+            "scale_type_size": 4,
+            "max_token_type_size": _ELEMENT,
+            "max_num_inp_token_per_rank": case.max_dispatch_tokens_per_rank,
+            "num_experts_per_rank": case.experts_per_rank,
+            "num_experts_per_token": case.topk,
+            "warp_num_per_block": self.launch.warps,
+            "block_num": self.launch.blocks,
+            "use_external_inp_buf": self.external,
+            "gpu_per_node": self.gpu_per_node,
+            "rdma_block_num": self.launch.rdma_blocks,
+            "num_qp_per_pe": self.num_qp_per_pe,
+            "quant_type": self.quant,
+        }
+        return values | ({"max_total_recv_tokens": self.max_total_recv_tokens} if self.max_total_recv_tokens else {})
+
+
+def plan_mori(case: Case, environ: Mapping[str, str]) -> MoriPlan:
+    """Choose kernel type and geometry as SGLang does, and refuse what MoRI would get wrong or hang on.
+
+    Raises:
+        InvalidCase: names the value, the bound and the fix.
+
+    """
+    per_node = case.gpu_per_node or min(_MAX_NODE, case.ep_size)
+    if case.ep_size % per_node or per_node & (per_node - 1):
+        _refuse(
+            f"gpu_per_node = {per_node}: MoRI takes a power of two that divides the {case.ep_size} ranks; "
+            "set gpu_per_node to one, or use another number of ranks"
+        )
+    nodes = case.ep_size // per_node
+    kernel = _kernel(case, nodes)
+    _check_kernel(case, kernel, nodes)
+    _check_quant(case, kernel)
+    _check_cap(case, kernel, environ)
+    return MoriPlan(
+        kernel=kernel,
+        nodes=nodes,
+        gpu_per_node=per_node,
+        launch=_launch(case, kernel),
+        launch_mode=case.launch_mode,
+        quant=case.combine_quant,
+        external=case.combine_input == "external",
+        max_total_recv_tokens=case.prealloc_max_recv_tokens,
+        num_qp_per_pe=_QUEUE_PAIRS,
+        heap_bytes=_heap_bytes(case, kernel, nodes, environ),
+    )
+
+
+def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> int:
+    """Return the bytes of the symmetric heap: as MORI_SHMEM_HEAP_SIZE says, else as the case needs.
+
+    Raises:
+        InvalidCase: the variable is no size, or too small for the case's operator.
+
+    """
+    text = environ.get(HEAP_SIZE, "").strip()
+    if not text:
+        rounded = -(-plan.heap_bytes // _HEAP_STEP) * _HEAP_STEP
+        return rounded if emulated else max(rounded, _SMALLEST_HEAP)
+    matched = _SIZE.fullmatch(text)
+    if matched is None:
+        _refuse(f"env:{HEAP_SIZE} = {text!r:.60}: no size; write for instance 6G")
+    size = int(matched[1]) * _UNITS[matched[2].upper()]
+    if size < plan.heap_bytes:
+        _refuse(
+            f"env:{HEAP_SIZE} = {text}: {size} bytes, the case needs {plan.heap_bytes}; raise or unset it, or lower "
+            "max_dispatch_tokens_per_rank"
+        )
+    return size
+
+
+def mori_warnings(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> tuple[str, ...]:
+    """Return what the reader of a report should know of the way MoRI runs."""
+    found = []
+    mode = environ.get(SHMEM_MODE, "static_heap")
+    if mode != "static_heap":
+        found.append(f"{SHMEM_MODE}={mode}: static_heap is the mode without known corruption; unset it to compare")
+    if plan.launch_mode == "AUTO":
+        found.append("launch_mode = AUTO: MoRI's tuning tables decide the launch geometry; MANUAL pins it")
+    if plan.kernel == "AsyncLL" and not emulated and environ.get("MORI_ENABLE_SDMA") not in ("1", "true"):
+        found.append("mori_kernel = AsyncLL without MORI_ENABLE_SDMA=1 copies by compute units, about 40 times slower")
+    return tuple(found)
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Refuse what would change the case behind its back.
+
+    Raises:
+        Unsupported: the cco backend, which waits on ranks outside the expert-parallel group.
+
+    """
+    if environ.get("MORI_EP_COMM", "shmem") != "shmem":
+        message = f"env:MORI_EP_COMM = {environ['MORI_EP_COMM']!r:.40}: only the shmem backend is supported; unset it"
+        raise Unsupported(message)
+
+
+def _kernel(case: Case, nodes: int) -> str:
+    if case.mori_kernel != "auto":
+        return case.mori_kernel
+    if nodes == 1:
+        return "IntraNode"
+    return "InterNodeV1LL" if case.max_dispatch_tokens_per_rank <= case.inter_kernel_switch else "InterNodeV1"
+
+
+def _launch(case: Case, kernel: str) -> Launch:
+    if kernel in INTRA:
+        return Launch(80, 0, 16)
+    if kernel == "AsyncLL":  # whose blocks are dealt out to the ranks
+        return Launch(max(64 // case.ep_size, 1) * case.ep_size, 32, 8)
+    return Launch(64, 32, 8)
+
+
+def _check_kernel(case: Case, kernel: str, nodes: int) -> None:
+    if kernel in INTRA and (nodes > 1 or case.ep_size > _MAX_NODE):
+        _refuse(
+            f"mori_kernel = {kernel}: {case.ep_size} ranks on {nodes} nodes; it moves rows within one node of up to "
+            f"{_MAX_NODE} ranks; use InterNodeV1, InterNodeV1LL or AsyncLL"
+        )
+    if kernel == "IntraNodeLL" and case.topk > _LL_TOPK:
+        _refuse(f"topk = {case.topk}: IntraNodeLL loses the slots past {_LL_TOPK}; use IntraNode")
+    if kernel in TWO_LEVELS and nodes > case.topk:
+        _refuse(f"topk = {case.topk}: {kernel} has room for {case.topk} nodes, the case has {nodes}; use AsyncLL")
+    if case.topk >= _MAX_TOPK:
+        _refuse(f"topk = {case.topk}: MoRI's kernels take up to {_MAX_TOPK - 1}")
+
+
+def _check_quant(case: Case, kernel: str) -> None:
+    quant = case.combine_quant
+    if quant == "none":
+        return
+    kernels = INTRA if quant == "fp4_blockwise" else (*INTRA, "AsyncLL")
+    if quant in BLOCKWISE and kernel not in kernels:
+        _refuse(f"combine_quant = {quant}: not with {kernel}; use one of {', '.join(kernels)}, or fp8_direct_cast")
+    if kernel in INTRA and case.combine_input == "registered":
+        _refuse(f"combine_quant = {quant}: not applied to rows in the registered buffer; use combine_input = external")
+
+
+def _check_cap(case: Case, kernel: str, environ: Mapping[str, str]) -> None:
+    """Refuse a receive cap under which pushed rows leave the combine buffer, which is sized by the cap."""
+    if not case.prealloc_max_recv_tokens or kernel not in INTRA or case.combine_input == "registered":
+        return
+    reached = (case.ep_size - 1) * case.max_dispatch_tokens_per_rank + max(case.tokens)
+    needed, there = reached * _row_bytes(case, environ), case.capacity * _slot_bytes(case, kernel, environ)
+    if needed > there:
+        _refuse(
+            f"prealloc_max_recv_tokens = {case.prealloc_max_recv_tokens}: MoRI's combine buffer has {there} bytes, "
+            f"{kernel} writes up to byte {needed}; use 0, or combine_input = registered"
+        )
+
+
+def _row_bytes(case: Case, environ: Mapping[str, str]) -> int:
+    """Bytes of an expert row as it is pushed: its payload, and the scales of its blocks."""
+    if case.combine_quant == "none":
+        return case.hidden_size * _ELEMENT
+    payload = -(-case.hidden_size // 2) if case.combine_quant == "fp4_blockwise" else case.hidden_size
+    return payload + (_block_scale_bytes(environ) if case.combine_quant in BLOCKWISE else 0)
+
+
+def _slot_bytes(case: Case, kernel: str, environ: Mapping[str, str]) -> int:
+    """Bytes that MoRI allots to a row of the combine buffer."""
+    payload, rest = case.hidden_size * _ELEMENT, 8 * case.topk + 4
+    if kernel == "IntraNode" and case.combine_quant in BLOCKWISE:
+        if case.combine_quant == "fp4_blockwise":
+            payload = -(-case.hidden_size // 2)
+        return payload + rest + _block_scale_bytes(environ)
+    return payload + rest + _scale_bytes(case)
+
+
+def _scale_bytes(case: Case) -> int:
+    return case.hidden_size // 128 * 4 if case.dispatch_dtype == "fp8" else 0
+
+
+def _block_scale_bytes(environ: Mapping[str, str]) -> int:
+    text = environ.get(_SCALE_BLOCKS, "").strip()
+    return 4 * (int(text) if text.isdigit() and int(text) else 56)
+
+
+def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str]) -> int:
+    """Add up the symmetric buffers of one operator, in the order of MoRI's `InitializeShmemBuf`, with their padding."""
+    rows, most = case.capacity, case.ep_size * case.max_dispatch_tokens_per_rank
+    sender, payload = case.max_dispatch_tokens_per_rank, case.hidden_size * _ELEMENT
+    transfer = payload + 8 * case.topk + 4 + _scale_bytes(case)
+    if kernel in INTRA:
+        staging = rows * _slot_bytes(case, kernel, environ)
+    elif kernel in TWO_LEVELS:
+        staging = rows * transfer + (3 * nodes + 1) * sender * transfer
+    else:
+        staging = 3 * most * transfer
+    blocks = _block_scale_bytes(environ) if case.combine_quant in BLOCKWISE else 0
+    scales = rows * (max(_scale_bytes(case), blocks) + _scale_bytes(case))
+    maps = most * case.experts_per_rank * 4
+    return staging + (rows + sender) * payload + 5 * rows * case.topk * 4 + scales + maps + _SMALL_BUFFERS
+
+
+def _refuse(message: str) -> NoReturn:
+    raise InvalidCase(message)

@@ -1,0 +1,53 @@
+"""Results of suites that never ran, for what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.breadcrumbs import ARMS
+from distbench.errors import Verdict
+from distbench.report.journal import RESULTS
+from distbench.verify.records import STAGE_ORDER
+
+
+def result(name: str = "case", verdict: str = "PASS", **changes: Any) -> dict[str, Any]:
+    """Return a report as its JSON has it; `changes` replace keys of it."""
+    return {
+        "schema": "distbench.report/1",
+        "name": name,
+        "tags": [],
+        "verdict": verdict,
+        "exit_code": Verdict(verdict).exit_code,
+        "expect": "PASS",
+        "as_expected": verdict == "PASS",
+        "reasons": [] if verdict == "PASS" else [{"code": "why", "message": f"{name} ended in {verdict}"}],
+        "emulated": True,
+        "stand_ins": ["collective for mori"],
+        "case": {"model": "tiny", "ep_size": 2, "hash": f"hash of {name}"},
+        "limit": {"requested": "sum32", "effective": 32, "max_recv": 6, "source": "default"},
+        "ranks": [{"rank": rank, "host": f"node{rank}", "total_recv": 6} for rank in range(2)],
+        "lost": {"rows": 0},
+        "diagnosis": [],
+        "timing": timing() | {"wall_s": 0.25},
+    } | changes
+
+
+def timing(scale: float = 1.0, samples: Iterable[float] = (1.0, 2.0, 3.0)) -> dict[str, Any]:
+    """Return the times of all arms and stages, microseconds, each `scale` times `samples`."""
+    laps = [scale * sample for sample in samples]
+    figures = {"median_us": sorted(laps)[len(laps) // 2], "iterations": len(laps), "samples_us": laps}
+    return {arm: dict.fromkeys(STAGE_ORDER, figures) for arm in ARMS if arm}
+
+
+def write_results(folder: Path, reports: Iterable[dict[str, Any]], cases: int | None = None) -> Path:
+    """Write a journal, and a summary that speaks of `cases` where given; return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [msgspec.json.encode(report) + b"\n" for report in reports]
+    (folder / RESULTS).write_bytes(b"".join(lines))
+    if cases is not None:
+        (folder / "summary.json").write_bytes(msgspec.json.encode({"cases": cases, "finished": len(lines)}))
+    return folder

@@ -1,0 +1,208 @@
+"""Every format, read back by something else than what wrote it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lxml import etree
+from markdown_it import MarkdownIt
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
+
+from distbench.breadcrumbs import ARMS
+from distbench.errors import InvalidCase, Verdict
+from distbench.export import FILES, load_writers, parse_targets, write_reports
+from distbench.export.markdown import escape
+from distbench.report.results import Results
+from distbench.verify.records import STAGE_ORDER
+from tests.results import result, write_results
+
+HOSTILE = [
+    "]]><x/>\x00\x1b[31m",
+    '"quoted", and\r\nbroken | ` \\| `',
+    "=cmd|' /C calc'!A0",
+    "<script>alert(1)</script> &amp; &#0; [x](javascript:1)",
+    "\ufffe\x85\u2028\U0001f600 **bold** $x$",
+    "-1+1",
+    "\t@x",
+    " # heading \n---\n",
+]
+SUITE = [
+    result("good"),
+    result("wrong", "CORRUPT"),
+    result("stuck", "HANG"),
+    result("absent", "UNSUPPORTED"),
+    result("surprise", "PASS", as_expected=False, expect="UNDER_LIMIT"),
+    result("short", "UNDER_LIMIT", as_expected=True, expect="UNDER_LIMIT"),
+]
+
+
+def write(folder: Path, reports: list[dict[str, Any]], cases: int | None = None) -> dict[str, str]:
+    """Write every format; return the texts by format."""
+    results = Results(write_results(folder, reports, cases))
+    targets = parse_targets(",".join(FILES), folder)
+    write_reports(results, load_writers(targets))
+    return {name: path.read_bytes().decode() for name, path in targets.items()}
+
+
+def test_junit_as_another_parser_sees_it(tmp_path: Path) -> None:
+    root = etree.fromstring(write(tmp_path, SUITE, cases=8)["junit"].encode())
+    (suite,) = root.findall("testsuite")
+    kinds = {case.get("name"): [child.tag for child in case] for case in suite.findall("testcase")}
+    assert kinds == {
+        "good": [],
+        "wrong": ["failure"],
+        "stuck": ["error"],
+        "absent": ["skipped"],
+        "surprise": ["failure"],
+        "short": [],
+        "cases without a result": ["error"],
+    }
+    counts = [suite.get(key) for key in ("tests", "failures", "errors", "skipped")]
+    assert counts == ["7", "2", "2", "1"]
+    (failure,) = suite.findall("testcase[@name='wrong']/failure")
+    assert (failure.get("type"), failure.get("message")) == ("CORRUPT", "CORRUPT: wrong ended in CORRUPT")
+    assert "why: wrong ended in CORRUPT" in str(failure.text)
+    assert "emulated: collective for mori" in str(failure.text)
+    (missing,) = suite.findall("testcase[@name='cases without a result']/error")
+    assert missing.get("message") == "2 cases of the suite have no result"
+
+
+@pytest.mark.skipif("JUNIT_XSD" not in os.environ, reason="needs JUNIT_XSD, the path of a published JUnit schema")
+def test_junit_follows_the_schema(tmp_path: Path) -> None:
+    schema = etree.XMLSchema(etree.parse(os.environ["JUNIT_XSD"]))
+    hostile = [result(name, "CORRUPT") for name in HOSTILE]
+    schema.assertValid(etree.fromstring(write(tmp_path, SUITE + hostile, cases=80)["junit"].encode()))
+
+
+def test_prometheus_text_as_other_parsers_see_it(tmp_path: Path) -> None:
+    text = write(tmp_path, SUITE, cases=8)["prom"]
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in parse_prometheus(text)
+        for sample in family.samples
+    }
+    openmetrics = [sample for family in parse_openmetrics(text + "# EOF\n") for sample in family.samples]
+    assert len(openmetrics) == len(samples)
+    assert samples["distbench_cases", "CORRUPT"] == 1
+    assert samples["distbench_cases", "PASS"] == 2
+    assert samples["distbench_cases_unexpected", "PASS"] == 1
+    assert samples["distbench_cases_unexpected", "UNDER_LIMIT"] == 0
+    assert samples["distbench_cases_missing",] == 2
+    assert samples["distbench_exit_code",] == 3
+    assert samples["distbench_as_expected_ratio",] == 2 / 8
+    assert samples["distbench_stage_seconds", "median", "padded", "truncate"] == pytest.approx(2e-6)
+    if shutil.which("promtool"):
+        done = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False)  # noqa: S607
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_number_of_series_is_bounded(tmp_path: Path) -> None:
+    few = write(tmp_path, SUITE)["prom"].splitlines()
+    strange = {"padded": {f"stage {number}": {"median_us": 1.0} for number in range(50)}, "wall_s": 1.0}
+    many = [result(f"case {number}", timing=strange | {f"arm {number}": strange["padded"]}) for number in range(50)]
+    assert len(write(tmp_path, SUITE + many)["prom"].splitlines()) == len(few)
+
+
+def test_csv_has_a_row_a_case(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(io.StringIO(write(tmp_path, SUITE)["csv"], newline="")))
+    assert [row["name"] for row in rows] == [report["name"] for report in SUITE]
+    assert [row["verdict"] for row in rows] == [report["verdict"] for report in SUITE]
+    assert {row["emulated"] for row in rows} == {"true"}
+    assert rows[1]["reason"] == "wrong ended in CORRUPT"
+    assert [float(rows[0][f"{arm}_{stage}_median_us"]) for arm in ARMS if arm for stage in STAGE_ORDER] == [2.0] * 16
+
+
+def test_json_holds_the_reports_as_they_are(tmp_path: Path) -> None:
+    document = json.loads(write(tmp_path, SUITE, cases=7)["json"])
+    assert document["results"] == SUITE
+    assert (document["missing"], document["exit_code"], document["verdicts"]["PASS"]) == (1, 3, 2)
+
+
+def test_markdown_says_what_matters(tmp_path: Path) -> None:
+    text = write(tmp_path, SUITE, cases=8)["md"]
+    assert "exit 3, 2 of 8 as expected" in text
+    assert "2 cases have no result" in text
+    cells = markdown_cells(text)
+    assert ["CORRUPT", "PASS", "wrong", "wrong ended in CORRUPT"] in cells
+    assert ["PASS", "2", "1"] in cells
+    assert ["padded", "dispatch", "2.0", "2.0", "2.0", "6"] in cells
+    many = [result(f"case {number}", "CORRUPT") for number in range(60)]
+    assert "and 10 more" in write(tmp_path, many)["md"]
+
+
+def markdown_cells(text: str) -> list[list[str]]:
+    """Return the rows of all tables as a renderer of Markdown sees them."""
+    rows: list[list[str]] = []
+    for token in MarkdownIt("commonmark").enable("table").parse(text):
+        if token.type == "tr_open":
+            rows.append([])
+        if token.type == "inline" and rows:
+            assert all(child.type in {"text", "text_special"} for child in token.children or ())
+            rows[-1].append("".join(child.content for child in token.children or ()))
+    return rows
+
+
+@given(text=st.text() | st.sampled_from(HOSTILE))
+def test_any_text_shows_as_itself_in_a_table_of_markdown(text: str) -> None:
+    shown = "".join(one if one.isprintable() else "�" for one in " ".join(text.split())[:300])
+    rows = markdown_cells(f"| a | b |\n| --- | --- |\n| {escape(text)} | end |\n")
+    assert rows[1][1] == "end"
+    if len(text) < 300:
+        assert rows[1][0] == shown.strip()
+
+
+def test_hostile_names_stay_names(tmp_path: Path) -> None:
+    texts = write(tmp_path, [result(name, "CORRUPT", reasons=[{"code": name, "message": name}]) for name in HOSTILE])
+    assert [one["name"] for one in json.loads(texts["json"])["results"]] == HOSTILE
+    rows = list(csv.DictReader(io.StringIO(texts["csv"], newline="")))
+    assert [row["name"].removeprefix("'") for row in rows] == HOSTILE
+    assert not any(row["name"].startswith(("=", "+", "-", "@", "\t", "\r")) for row in rows)
+    suite = etree.fromstring(texts["junit"].encode())
+    assert len(suite.findall(".//testcase")) == len(suite.findall(".//failure")) == len(HOSTILE)
+    assert suite.findall(".//testcase")[0].get("name") == r"]]><x/>\u0000\u001b[31m"
+    assert len([row for row in markdown_cells(texts["md"]) if row[1] == "PASS"]) == len(HOSTILE)
+    list(parse_prometheus(texts["prom"]))
+
+
+def test_nothing_at_all_is_no_pass(tmp_path: Path) -> None:
+    texts = write(tmp_path, [], cases=3)
+    assert json.loads(texts["json"])["exit_code"] == Verdict.RANK_FAULT.exit_code
+    assert "0 of 3" in texts["md"]
+    assert [suite.get("errors") for suite in etree.fromstring(texts["junit"].encode()).findall("testsuite")] == ["1"]
+
+
+def test_files_are_whole_and_readable_by_others(tmp_path: Path) -> None:
+    write(tmp_path, SUITE)
+    before = os.umask(0o022)
+    try:
+        write(tmp_path, SUITE)
+    finally:
+        os.umask(before)
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in FILES.values()} == {0o644}
+    (tmp_path / "results.jsonl").write_bytes(b"{}\n")
+    kept = (tmp_path / "results.prom").read_bytes()
+    with pytest.raises(InvalidCase, match="line 1"):
+        write_reports(Results(tmp_path), load_writers(parse_targets("prom", tmp_path)))
+    assert (tmp_path / "results.prom").read_bytes() == kept
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("text", ["xml", "junit,junit", "md=", "JUNIT", "junit;md"])
+def test_other_formats_are_refused(text: str) -> None:
+    with pytest.raises(InvalidCase, match="allowed are junit, md, csv, prom, json"):
+        parse_targets(text, Path("out"))
+
+
+def test_a_format_may_name_its_file() -> None:
+    assert parse_targets("prom=/x/a.prom, md", Path("out")) == {"prom": Path("/x/a.prom"), "md": Path("out/results.md")}

@@ -1,0 +1,79 @@
+"""Results as they are read back: each case once, and nothing that is no result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench.cli import main
+from distbench.errors import InvalidCase
+from distbench.report.results import Results
+from tests.results import result, write_results
+
+
+def test_the_first_of_two_results_counts_and_a_torn_line_is_none(tmp_path: Path) -> None:
+    write_results(tmp_path, [result("a"), result("b", "CORRUPT"), result("a", "CORRUPT")])
+    with (tmp_path / "results.jsonl").open("ab") as file:
+        file.write(b'{"schema":"distbench.rep')
+    assert [(one.name, one.verdict.value) for one in Results(tmp_path)] == [("a", "PASS"), ("b", "CORRUPT")]
+    assert [one.name for one in Results(tmp_path, lambda digest: digest == "hash of b")] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"schema": "distbench.report/0"},
+        {"verdict": "FINE"},
+        {"case": {"hash": None}},
+        {"case": {}},
+        {"timing": {}},
+        {"timing": {"wall_s": "soon"}},
+        {"as_expected": None},
+    ],
+)
+def test_what_is_no_report_is_refused_by_its_line(tmp_path: Path, damage: dict[str, Any]) -> None:
+    write_results(tmp_path, [result("a"), result("b") | damage])
+    with pytest.raises(InvalidCase, match=r"results.jsonl, line 2: .*distbench.report/1"):
+        list(Results(tmp_path))
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCase, match="No such file"):
+        list(Results(tmp_path))
+    write_results(tmp_path, [result()], cases=1)
+    (tmp_path / "summary.json").write_bytes(b"{")
+    with pytest.raises(InvalidCase, match=r"summary.json"):
+        Results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("reports", "cases", "code"),
+    [
+        ([result("a")], 1, 0),
+        ([result("a")], None, 0),
+        ([result("a")], 2, 3),
+        ([result("a"), result("b", "CORRUPT")], 2, 1),
+        ([result("a", "CORRUPT"), result("b", "HANG")], 2, 3),
+        ([result("a"), result("b", "UNSUPPORTED")], 2, 77),
+        ([result("a", as_expected=False, expect="UNDER_LIMIT")], 1, 1),
+        ([result("a", "UNDER_LIMIT", as_expected=True, expect="UNDER_LIMIT")], 1, 0),
+    ],
+)
+def test_the_command_exits_as_the_suite_did(
+    tmp_path: Path, reports: list[dict[str, Any]], cases: int | None, code: int
+) -> None:
+    write_results(tmp_path, reports, cases)
+    assert main(["report", str(tmp_path), "--report", f"json={tmp_path}/elsewhere/all.json"]) == code
+    assert (tmp_path / "elsewhere" / "all.json").exists()
+
+
+def test_a_missing_library_is_named_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "junitparser", None)
+    monkeypatch.delitem(__import__("sys").modules, "distbench.export.junit", raising=False)
+    write_results(tmp_path, [result()])
+    assert main(["report", str(tmp_path), "--report", "junit"]) == 77
+    assert "junitparser" in capsys.readouterr().err
