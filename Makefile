@@ -4,10 +4,10 @@ NPROC ?= 8
 ARGS ?=
 export PYTHON VENV
 
-.PHONY: help setup run test check bench clean
+.PHONY: help setup run test check bench bench-gpu clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.ready ## Make the environment; a torch that PYTHON can import is used as it is
 
@@ -23,6 +23,9 @@ check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, shell
 bench: setup ## Measure start-up, memory and the cost of a case against their bounds
 	@$(VENV)/bin/python scripts/bench.py --nproc $(NPROC) $(ARGS); first=$$?; \
 	$(VENV)/bin/python scripts/bench_suite.py --nproc $(NPROC) && exit $$first
+
+bench-gpu: setup ## Measure the Triton experts on a GPU, beside its limits and torch's grouped_mm
+	@$(VENV)/bin/python scripts/bench_gpu.py $(ARGS)
 
 clean: ## Remove the environment, caches and results
 	@rm -rf $(VENV) build distbench-out *.egg-info .hypothesis .*_cache

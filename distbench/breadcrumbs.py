@@ -18,6 +18,7 @@ STAGES = (
     "start",
     "agree",
     "workload",
+    "compile",
     "dispatch",
     "truncate",
     "experts",

@@ -12,8 +12,12 @@ import msgspec
 
 from distbench.limits import ALLOWED_LIMITS
 
-STAND_INS = {"collective": "collective for mori", "reference": "reference for aiter"}
-EMULATED = {"mori": "distbench.emulation.mori for mori"}
+STAND_INS = {
+    "collective": "collective for mori",
+    "reference": "reference for aiter",
+    "triton": "triton for aiter",
+}
+EMULATED = {"mori": "distbench.emulation.mori for mori", "aiter": "distbench.emulation.aiter for aiter"}
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
@@ -58,6 +62,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "bitwise"
     transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
     experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
+    aiter_habits: Annotated[
+        str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
+    ] = ""
     emulate: Annotated[bool, _help("distbench's stand-ins in the place of the packages mori and aiter")] = False
     mori_kernel: Annotated[
         Literal["auto", "IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL"],
@@ -89,7 +96,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     slot_order: Annotated[
         Literal["shuffled", "source"], _help("order of received rows: seeded shuffle (atomics) or by source")
     ] = "shuffled"
-    kernel_table: Annotated[str, _help("CSV in aiter's tuned_fmoe format; empty: heuristics only")] = ""
+    kernel_table: Annotated[
+        str,
+        _help("CSV in aiter's tuned_fmoe format, or a table of `distbench tune` for triton; empty: none, or its own"),
+    ] = ""
     kernel_table_sha256: Annotated[str, _help("digest of the table's bytes, filled in when it is read")] = ""
     aiter_version: Annotated[str, _help("aiter release whose selection rules apply; empty: the newest known")] = ""
     cu_count: Annotated[

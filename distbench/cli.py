@@ -9,7 +9,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from distbench import __version__
-from distbench.commands import bisect, collect, presets, replay, report, run, show, shrink, suite
+from distbench.commands import (
+    bisect,
+    cluster,
+    collect,
+    compare,
+    kernels,
+    presets,
+    replay,
+    report,
+    run,
+    show,
+    shrink,
+    suite,
+    tune,
+)
 from distbench.errors import DistbenchError, InvalidCase
 from distbench.report.console import print_error
 from distbench.supervisor import Interrupted
@@ -51,6 +65,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"distbench {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (run, suite, report, replay, bisect, shrink, collect, presets, show):
+    for command in (
+        run,
+        suite,
+        cluster,
+        report,
+        compare,
+        replay,
+        bisect,
+        shrink,
+        collect,
+        kernels,
+        tune,
+        presets,
+        show,
+    ):
         command.add(commands)
     return parser

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distbench.arms import arms_of
-from distbench.experts.base import Experts
+from distbench.experts.base import Experts, PackageUser
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
 from distbench.recording import Finished, Recorder
@@ -127,7 +127,12 @@ class Passes:
             durations_us=self._durations,
             transport=self._parts.transport.facts,
             peak_bytes=peak_bytes(),
+            packages=self._packages(),
         )
+
+    def _packages(self) -> dict[str, Any]:
+        users = [part for part in (self._parts.transport, self._parts.experts) if isinstance(part, PackageUser)]
+        return {name: facts for user in users for name, facts in user.about().items()}
 
     def _reference_error(self) -> FloatError | None:
         if self._expected is not None:

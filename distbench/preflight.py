@@ -12,6 +12,8 @@ from pathlib import Path
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
+from distbench.experts.aiter.package import check_available
+from distbench.experts.triton.table import load_table, shape_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
@@ -36,7 +38,11 @@ def check_case(case: Case) -> tuple[str, ...]:
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
     notes = _check_mori(case) if case.transport == "mori" else ()
+    if case.experts == "triton":
+        return (*notes, *_check_triton_table(case))
     selector = make_selector(case)
+    if case.experts == "aiter":
+        check_available(case)
     if not case.kernel_table or selector.tuned:
         return notes
     layer = selector.layer
@@ -58,6 +64,15 @@ def _check_mori(case: Case) -> tuple[str, ...]:
     plan = plan_mori(case, os.environ)
     heap_size(plan, os.environ, emulated=case.emulate)
     return mori_warnings(plan, os.environ, emulated=case.emulate)
+
+
+def _check_triton_table(case: Case) -> tuple[str, ...]:
+    if not case.kernel_table:
+        return ()
+    table, shape = load_table(case.kernel_table), shape_of(case)
+    if table.answers(shape):
+        return ()
+    return (f"kernel_table = {case.kernel_table}: not for {shape}; all kernels come from heuristics",)
 
 
 def check_memory(cases: Iterable[Case], available: int | None = None) -> None:

@@ -71,7 +71,11 @@ KNOWN_NAMES = (
 _LOOKALIKE_RATIO = 0.85
 _PREFIX = "SGLANG_"
 
-RECORDED_PREFIXES = ("SGLANG_MORI_", "MORI_", "AITER_", "NCCL_", "RCCL_", "TORCH_", "GLOO_", "OMP_")
+RECORDED_PREFIXES = (
+    *("SGLANG_MORI_", "MORI_", "NCCL_", "RCCL_", "TORCH_", "GLOO_", "OMP_", "HIP_", "HSA_", "ROCR_"),
+    # What aiter reads: its own, its kernel families' and the device it is told to be.
+    *("AITER_", "FLYDSL_", "GPTOSS_SWIGLU_", "GPU_ARCHS", "CU_NUM", "CK_DIR"),
+)
 
 
 def read_environment(environ: Mapping[str, str]) -> list[Layer]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
+from distbench.experts.base import CompiledExperts
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
@@ -49,7 +50,7 @@ def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | N
     counts = session.agree(case_hash(case), probe, sent)
     question = _question(case, counts)
     session.crumbs.mark("workload")
-    parts = _build(session, case, workload, batch, counts)
+    parts = _build(session, case, workload, batch, counts, question.limit)
     passes = Passes(session, question, parts, counts, recorder)
     passes.run()
     parts.transport.close()
@@ -111,15 +112,21 @@ def _question(case: Case, counts: Tensor) -> Question:
     return Question(case, traffic, limit)
 
 
-def _build(session: Session, case: Case, workload: Workload, batch: TokenBatch, counts: Tensor) -> Parts:
+def _build(  # noqa: PLR0913 - what parts are made of
+    session: Session, case: Case, workload: Workload, batch: TokenBatch, counts: Tensor, limit: int | None
+) -> Parts:
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
+    weights, experts = ExpertWeights(*workload.local_weights(session.rank), mask), make_experts(case)
+    if isinstance(experts, CompiledExperts):
+        session.crumbs.mark("compile")
+        experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
     parts = Parts(
         workload=workload,
         batch=batch,
-        weights=ExpertWeights(*workload.local_weights(session.rank), mask),
+        weights=weights,
         transport=make_transport(session, case, counts, batch),
-        experts=make_experts(case),
+        experts=experts,
     )
     return _inject(session, case, parts) if case.inject else parts
 

@@ -9,6 +9,7 @@ from distbench.errors import InvalidCase
 # What the slowest machine worth waiting for does in a second; work beyond that is added to the case's own limit.
 _FLOPS_PER_S = 1e9
 _BYTES_PER_S = 50e6
+_COMPILE_SECONDS = 3600.0
 _MAX_SECONDS = 86400.0
 
 
@@ -51,6 +52,8 @@ def _work_seconds(case: Case, stage: str) -> float:
         return 2 * tokens * case.topk * expert / _FLOPS_PER_S
     if stage == "workload":
         return (case.experts_per_rank * expert * 2 + case.capacity * row) / _BYTES_PER_S
+    if stage == "compile":
+        return _COMPILE_SECONDS
     if stage in ("dispatch", "combine", "check", "gather"):
         return tokens * case.topk * row / _BYTES_PER_S
     return 0.0

@@ -9,7 +9,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from functools import cache
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from distbench.breadcrumbs import Breadcrumbs
@@ -39,12 +39,19 @@ class RankPool:
         """Call `function(session, *arguments)` on every rank and return the results by rank."""
         for connection in self._connections:
             connection.send((function, arguments))
-        replies = [self._reply(connection) for connection in self._connections]
-        errors = [text for failed, text in replies if failed]
-        if errors:
+        replies: dict[int, Any] = {}
+        errors: list[str] = []
+        while len(replies) < len(self._connections) and not errors:
+            waiting = [rank for rank in range(len(self._connections)) if rank not in replies]
+            ready = wait([self._connections[rank] for rank in waiting], _TIMEOUT_S)
+            for rank in waiting:
+                if not ready or self._connections[rank] in ready:
+                    failed, replies[rank] = self._reply(self._connections[rank])
+                    errors += [replies[rank]] if failed else []
+        if errors:  # the ranks that have not answered wait for one that failed
             self.close()
             raise AssertionError("\n".join(errors))
-        return [result for _, result in replies]
+        return [replies[rank] for rank in range(len(self._connections))]
 
     def close(self) -> None:
         """End the ranks; the pool is not used again."""
@@ -53,7 +60,7 @@ class RankPool:
         _pool.cache_clear()
 
     def _reply(self, connection: Connection) -> tuple[bool, Any]:
-        if not connection.poll(_TIMEOUT_S):
+        if not connection.poll():
             return True, "a rank gave no answer"
         try:
             reply: tuple[bool, Any] = connection.recv()

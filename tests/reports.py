@@ -31,6 +31,7 @@ def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Rep
         warnings=[],
         limit=None,
         environment=Environment(hosts=[], devices=[], versions={}, commits={}, variables={}),
+        transport={},
         ranks=[],
         transport={},
         comparison=[],

@@ -64,10 +64,10 @@ def report_writers(options: argparse.Namespace, out: Path) -> dict[Path, Writer]
     return load_writers(targets)
 
 
-def add_case_options(command: Any) -> None:
-    """Add an option for each key of a case."""
+def add_case_options(command: Any, keys: Sequence[str] = tuple(FIELD_HINTS)) -> None:
+    """Add an option for each of `keys` of a case."""
     group = command.add_argument_group("the case")
-    for key in FIELD_HINTS:
+    for key in keys:
         if key not in _NOT_FLAGS:
             _add_case_option(group, key)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.bundle.layout import bundle_folder
+from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -50,6 +51,7 @@ def add(commands: Any) -> None:
     run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
     run.add_argument("--json", metavar="PATH", default="", help="write the report here too")
     add_report(run)
+    add_baseline(run)
     add_case_options(run)
 
 
@@ -69,11 +71,15 @@ def _run(options: argparse.Namespace) -> int:
         check_folder(str(Path(path).parent), 1)
     out = Path(options.out)
     writers = report_writers(options, out)
+    check_baseline(options)
     if world_size() is not None:
+        job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
         _forget(out, paths)
-        code = work(Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False))
+        code = work(job)
         if is_rank_0():
-            write_reports(Results(out / RESULTS), writers)
+            results = Results(out / RESULTS)
+            write_reports(results, writers)
+            code = judge_baseline(options, results, code)
         return code
     check_memory([resolved.case])
     with hold(out, (), options.lock_timeout):
@@ -81,11 +87,12 @@ def _run(options: argparse.Namespace) -> int:
         _forget(out, paths)
         campaign((entry,), options, Progress(1, quiet=True), paths)
         report = read_report(paths[0])
-        write_reports(Results(out), writers)
+        results = Results(out)
+        write_reports(results, writers)
     print_report(report)
     if options.bundle and report.exit_code:
         print_bundle(bundle_folder(options.bundle, resolved.case))
-    return report.exit_code
+    return judge_baseline(options, results, report.exit_code)
 
 
 def _forget(out: Path, paths: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from distbench.case import case_hash
+from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -57,6 +58,7 @@ def add(commands: Any) -> None:
     suite.add_argument("--max-faults", type=int, default=3, metavar="K", help="stop after K such cases in a row")
     suite.add_argument("--quiet", action="store_true", help="no progress")
     add_report(suite)
+    add_baseline(suite)
     add_case_options(suite)
 
 
@@ -70,10 +72,15 @@ def _suite(options: argparse.Namespace) -> int:
     out = Path(options.out)
     writers = report_writers(options, out)
     wanted = {case_hash(entry.case) for entry in entries}
+    names = {entry.name for entry in entries}
+    asked = names.__contains__ if options.select else None
+    check_baseline(options)
     if world_size() is not None:
         code = work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
         if is_rank_0():
-            write_reports(Results(out / RESULTS, wanted.__contains__), writers)
+            results = Results(out / RESULTS, wanted.__contains__)
+            write_reports(results, writers)
+            code = judge_baseline(options, results, code, asked)
         return code
     check_memory(entry.case for entry in entries)
     progress = Progress(len(entries), quiet=options.quiet)
@@ -85,6 +92,7 @@ def _suite(options: argparse.Namespace) -> int:
         try:
             summary = campaign(entries, options, progress)
         finally:
-            write_reports(Results(out, wanted.__contains__), writers)
+            results = Results(out, wanted.__contains__)
+            write_reports(results, writers)
     print_summary(summary, options.out)
-    return summary.exit_code
+    return judge_baseline(options, results, summary.exit_code, asked)

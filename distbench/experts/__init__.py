@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distbench.case import Case
-from distbench.errors import Unsupported
 from distbench.experts.selection import CURRENT, KernelSelector, LayerKey, TunedKey, load_tuned_rows, rules_for
 
 if TYPE_CHECKING:
@@ -34,9 +33,14 @@ def make_selector(case: Case) -> KernelSelector:
 
 def make_experts(case: Case) -> Experts:
     """Return what the case computes its experts with."""
-    if case.experts != "reference":
-        message = f"experts {case.experts}: not in this version; choose reference"
-        raise Unsupported(message)
+    if case.experts == "triton":
+        from distbench.experts.triton.adapter import make_triton_experts  # noqa: PLC0415 - needs Triton and a GPU
+
+        return make_triton_experts(case)
+    if case.experts == "aiter":
+        from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - what a rank imports it pays for
+
+        return make_aiter_experts(case)
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
 
     return ReferenceExperts(make_selector(case), case.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,3 +35,19 @@ class Experts(Protocol):
         rows; w2 [El, H, I]; topk_weight [M, k] float32; topk_ids [M, k] int32, global; expert_mask [E] int32, 1 where
         the expert is local; num_local_tokens [1] int32. The result is valid until the next call.
         """
+
+
+@runtime_checkable
+class CompiledExperts(Protocol):
+    """Experts whose kernels are compiled when they are first called."""
+
+    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+        """Compile what calls with these numbers of rows need, once on each node."""
+
+
+@runtime_checkable
+class PackageUser(Protocol):
+    """A part of the layer that runs a package from elsewhere."""
+
+    def about(self) -> dict[str, Any]:
+        """Return, by the package's name, what decides its results besides the case: versions, devices, tables."""

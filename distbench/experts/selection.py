@@ -55,6 +55,8 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
     tile_k1: int
     tile_k2: int
     """Elements of K that stage 1, stage 2 takes at a time."""
+    table: str = ""
+    """The table that a tuned choice of the Triton experts came from."""
 
     @property
     def label(self) -> str:
@@ -95,10 +97,11 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
     def choose(self, rows: int) -> KernelChoice:
         """Return the kernel for `rows` rows (aiter v0.1.20, get_2stage_cfgs)."""
         bucket = padded_rows(rows, self.rules)
-        row = self._tuned_row(bucket)
+        row = self.tuned_row(bucket)
         return self._heuristic(rows, bucket) if row is None else _from_table(rows, bucket, row)
 
-    def _tuned_row(self, bucket: int) -> TunedRow | None:
+    def tuned_row(self, bucket: int) -> TunedRow | None:
+        """Return the row that answers for `bucket`, None without one."""
         by_bucket = {row.bucket: row for row in reversed(self.tuned)}
         if bucket in by_bucket or not self.rules.tier_fallback:
             return by_bucket.get(bucket)

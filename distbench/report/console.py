@@ -45,6 +45,11 @@ def print_start(case: Case) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def print_note(text: str) -> None:
+    """Say on standard error how far something has come."""
+    print(f"distbench: {text}", file=sys.stderr, flush=True)
+
+
 def print_error(ending: str, message: str) -> None:
     """Print one line to standard error: how the run ended, and why."""
     print(f"distbench: {ending}: {message}", file=sys.stderr, flush=True)

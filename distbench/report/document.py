@@ -42,7 +42,7 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: its traffic, the kernel and a digest for each arm, and its largest resident size before gathering."""
+    """One rank: its traffic, each arm's kernel and digest, its largest resident size before gathering, its packages."""
 
     rank: int
     host: str
@@ -55,6 +55,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     kernels: dict[str, dict[str, Any]]
     digests: dict[str, str]
     peak_bytes: int
+    packages: dict[str, Any]
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +176,7 @@ def _rank(record: Observation) -> RankReport:
         kernels=record.kernels,
         digests=record.digests,
         peak_bytes=record.peak_bytes,
+        packages=record.packages,
     )
 
 

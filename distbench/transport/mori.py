@@ -169,12 +169,10 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     MoRI has one world in a process: another group, or a larger heap, ends the one before. The 128 bytes that MoRI's
     ranks find each other by are sent here, because MoRI's own way takes them from global rank 0.
     """
-    if _worlds and _worlds[0].mori is mori and _worlds[0].group is session.group:
-        if _worlds[0].heap_bytes >= heap_bytes:
-            return _worlds[0].heap_bytes
-    else:
-        session.at_close(leave_world)
+    if _all_are_in(mori, session, heap_bytes):
+        return _worlds[0].heap_bytes
     leave_world()
+    session.at_close(leave_world)
     set_here = HEAP_SIZE not in os.environ
     if set_here:
         os.environ[HEAP_SIZE] = str(heap_bytes)
@@ -197,6 +195,15 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
         raise DistbenchError(message)
     _worlds.append(_World(mori, session.group, heap_bytes))
     return heap_bytes
+
+
+def _all_are_in(mori: Any, session: Session, heap_bytes: int) -> bool:
+    """Whether every rank of the group is still in a world of its own group, large enough; some may have left it."""
+    mine = _worlds[0] if _worlds else None
+    fits = mine is not None and (mine.mori, mine.group) == (mori, session.group) and mine.heap_bytes >= heap_bytes
+    agreed = torch.tensor([fits], dtype=torch.int32, device=session.device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=session.group)
+    return bool(agreed)
 
 
 def leave_world() -> None:

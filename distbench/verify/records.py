@@ -107,7 +107,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
     `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
-    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat.
+    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat;
+    `packages` is what adapters say of theirs.
     """
 
     rank: int
@@ -128,6 +129,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     durations_us: dict[str, dict[str, list[float]]]
     transport: dict[str, Any]
     peak_bytes: int
+    packages: dict[str, Any]
 
 
 class Gathered(msgspec.Struct, frozen=True):

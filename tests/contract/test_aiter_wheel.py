@@ -8,11 +8,8 @@ from __future__ import annotations
 import ast
 import csv
 import io
-import os
+import json
 import re
-import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,21 +18,16 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
+from distbench.cli import main
 from distbench.errors import InvalidCase
 from distbench.experts import heuristics
 from distbench.experts.kernel_names import DEFAULT_TILE_K, stage2_mode, tile_k
 from distbench.experts.selection import KernelSelector, LayerKey, TunedKey, padded_rows, parse_tuned_rows, rules_for
+from tests.contract.wheels import aiter_wheel
 
 VERSION = "0.1.7.post2.dev18"
 WHEEL = f"amd_aiter-{VERSION}-py3-none-any.whl"
 RULES = rules_for(VERSION)
-CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
-UNREACHABLE = re.compile(
-    r"No module named pip|connection broken|NewConnectionError|ConnectTimeout|Max retries exceeded"
-    r"|not a trusted or secure host|Failed to establish|Name or service not known"
-    r"|Temporary failure in name resolution|Network is unreachable",
-    re.IGNORECASE,
-)
 CU_COUNTS = (304, 256, 80)
 SHAPES = ((32, 8, 2048), (33, 9, 2048), (256, 8, 256), (16, 2, 1024), (4, 4, 128), (8, 1, 192), (128, 8, 384))
 
@@ -52,23 +44,8 @@ class _Named:
 
 @pytest.fixture(scope="module")
 def wheel() -> Iterator[zipfile.ZipFile]:
-    path = CACHE / WHEEL
-    if not path.exists():
-        _download(path)
-    with zipfile.ZipFile(path) as archive:
+    with aiter_wheel(VERSION) as archive:
         yield archive
-
-
-def _download(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
-        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, f"amd-aiter=={VERSION}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        if done.returncode and (UNREACHABLE.search(done.stderr) or "PIP_NO_INDEX" in os.environ):
-            pytest.skip("no package index within reach of pip")
-        assert done.returncode == 0, done.stderr
-        (Path(scratch) / WHEEL).replace(path)
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +187,17 @@ def test_a_cut_table_is_refused(table: bytes) -> None:
     layer = LayerKey(num_local_experts=128, topk=8, model_dim=4096, inter_dim=384, cu_count=256)
     with pytest.raises(InvalidCase, match="line 774: column"):
         parse_tuned_rows(table[: table.rindex(b"ActivationType")], "wheel", TunedKey.for_layer(layer, RULES))
+
+
+def test_the_command_maps_the_wheels_own_table(
+    table: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tuned_fmoe.csv"
+    path.write_bytes(table)
+    shape = ["--model=qwen3-235b-a22b", "--intermediate-size=384", "--ep-size=1", "--cu-count=256"]
+    assert main(["kernels", *shape, f"--aiter-version={VERSION}", f"--kernel-table={path}", "--format=json"]) == 0
+    spans = json.loads(capsys.readouterr().out)["spans"]
+    assert [span["bucket"] for span in spans] == [16, 32, 64, 128, 256, 512, 1024]
+    assert {span["source"] for span in spans} == {"tuned"}
+    assert all(span["us"] > 0 and "ck2stages" in span["stage1"] for span in spans)
+    assert [span["limit_here"] for span in spans][-2:] == ["other kernel", "same kernel"]

@@ -52,7 +52,7 @@ def lab(rule: Callable[[Case], Any]) -> Lab:
     return cast(Lab, PretendedLab(cause))
 
 
-BASE = tiny_case(transport="mori", experts="aiter", emulate=True, dispatch_dtype="fp8", limit="48", policy="unchecked")
+BASE = tiny_case(transport="mori", emulate=True, experts="aiter", dispatch_dtype="fp8", limit="48", policy="unchecked")
 PARTS: dict[str, Callable[[Case], bool]] = {
     "transport": lambda case: case.transport == "mori",
     "experts": lambda case: case.experts == "aiter",

@@ -52,6 +52,7 @@ class Heap:
         """Bytes up to the end of the last region."""
         return self._top
 
+    @torch.inference_mode(mode=False)
     def _fresh(self) -> Tensor:
         if self._device.type == "cpu":
             return torch.frombuffer(mmap.mmap(-1, max(self.size, 1)), dtype=torch.uint8)

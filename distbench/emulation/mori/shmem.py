@@ -31,6 +31,7 @@ class World(NamedTuple):
 
 
 _worlds: list[World] = []
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def shmem_get_unique_id() -> bytes:
@@ -44,8 +45,10 @@ def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int
         return -1
     if not _worlds:
         name = f"mori/{unique_id.hex()[:32]}"
-        group = dist.new_group(_members(name, rank, nranks), use_local_synchronization=True)
-        _worlds.append(World(name, group, rank, nranks, Heap(_heap_bytes(), _device())))
+        members = _members(name, rank, nranks)
+        if members not in _groups:  # none is made twice: its ranks would find each other's old addresses
+            _groups[members] = dist.new_group(members, use_local_synchronization=True)
+        _worlds.append(World(name, _groups[members], rank, nranks, Heap(_heap_bytes(), _device())))
     return 0
 
 
@@ -60,8 +63,7 @@ def shmem_torch_process_group_init(group_name: str) -> int:
 
 def shmem_finalize() -> int:
     """Leave the world; its heap is gone."""
-    if _worlds:
-        dist.destroy_process_group(_worlds.pop().group)
+    _worlds.clear()
     return 0
 
 
@@ -98,10 +100,10 @@ def store() -> Any:
     return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch names no other way to it
 
 
-def _members(name: str, rank: int, nranks: int) -> list[int]:
+def _members(name: str, rank: int, nranks: int) -> tuple[int, ...]:
     """Return the global ranks of a world, which meet in the job's store under its name."""
     store().set(f"{name}/{rank}", str(dist.get_rank()))
-    return [int(store().get(f"{name}/{member}")) for member in range(nranks)]
+    return tuple(int(store().get(f"{name}/{member}")) for member in range(nranks))
 
 
 def _heap_bytes() -> int:

@@ -1,0 +1,157 @@
+"""`distbench cluster`: each node alone, pairs of nodes, all together; names the node or link at fault."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from distbench.cluster.campaign import Validation, document, validate
+from distbench.cluster.faults import Trial
+from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
+from distbench.cluster.plan import STEPS, Round, Step
+from distbench.cluster.trials import Settings, run_round
+from distbench.errors import InvalidCase
+from distbench.locks import hold
+from distbench.preflight import check_folder, check_path
+from distbench.report.console import print_line, print_note
+from distbench.report.files import write_atomically
+from distbench.supervisor import collect_signals
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
+_MOST_PORTS = 65536
+# Ranks that meet here are on one machine, whatever the nodes are called.
+_LOOPBACK = "127.0.0.1"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "cluster",
+        help="each node alone, pairs of nodes, all together: which node or link is at fault",
+        description="Run a suite on groups of nodes, name the node or link at fault from the pattern of failures and "
+        "the slow node from the distribution of times, and write lists for a scheduler. Start it on one node.",
+    )
+    command.set_defaults(command=_cluster)
+    command.add_argument("suite", metavar="FILE|NAME", help="what every group runs, as for `distbench suite`")
+    command.add_argument("--plan", metavar="STEPS", default=",".join(STEPS), help="steps (default: %(default)s)")
+    command.add_argument(
+        "--nodes", metavar="A,B,…|@FILE", default="", help="host names (default: those of the Slurm job)"
+    )
+    command.add_argument(
+        "--launcher",
+        metavar="NAME|JSON",
+        default="",
+        help=f"how to start a command on a node: {', '.join(LAUNCHERS)}, or a JSON list of arguments with {{host}} "
+        "(default: slurm inside a job of it)",
+    )
+    command.add_argument("--nproc", type=int, metavar="N", default=8, help="ranks on each node (default: %(default)s)")
+    command.add_argument("--out", metavar="DIR", default="distbench-out", help="folder that all nodes see")
+    command.add_argument("--port", type=int, metavar="P", default=29500, help="first port (default: %(default)s)")
+    command.add_argument(
+        "--trial-timeout", type=float, metavar="S", default=1800.0, help="seconds for a group (default: %(default)s)"
+    )
+    command.add_argument("--select", metavar="TERMS", default="", help="as for `distbench suite`")
+    command.add_argument(
+        "--endpoint-host", metavar="HOST", default="", help="where the ranks of a group meet (default: its first node)"
+    )
+
+
+def _cluster(options: argparse.Namespace) -> int:
+    steps, nodes = _steps(options.plan), _nodes(options.nodes)
+    launcher = options.launcher or ("slurm" if "SLURM_JOB_ID" in os.environ else "")
+    if not launcher:
+        message = f"launcher: none given and no Slurm job; allowed are {', '.join(LAUNCHERS)} or a JSON list"
+        raise InvalidCase(message)
+    meeting_host = _LOOPBACK if launcher == LOCAL else options.endpoint_host
+    check_path(options.out)
+    check_folder(options.out, len(nodes))
+    _check_numbers(options, len(nodes))
+    settings = Settings(
+        suite=str(Path(options.suite).resolve()) if Path(options.suite).exists() else options.suite,
+        options=("--select", options.select) if options.select else (),
+        nproc=options.nproc,
+        out=Path(options.out).resolve(),
+        timeout_s=options.trial_timeout,
+        launcher=parse_launcher(launcher),
+        port=options.port,
+        endpoint_host=meeting_host,
+    )
+    with hold(settings.out, (), 0.0), collect_signals() as signals:
+
+        def run(step: Step, groups: Round) -> list[Trial]:
+            print_note(f"{step}: {', '.join('+'.join(group) for group in groups)}")
+            return run_round(settings, step, groups, signals)
+
+        validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK)
+    _write(settings.out, validation)
+    _print(settings.out, validation)
+    return validation.exit_code
+
+
+def _steps(text: str) -> tuple[Step, ...]:
+    wanted = [part.strip() for part in text.split(",")]
+    if not set(wanted) <= set(STEPS):
+        message = f"plan {text!r:.80}: allowed are {', '.join(STEPS)}"
+        raise InvalidCase(message)
+    return tuple(step for step in STEPS if step in wanted)
+
+
+def _nodes(text: str) -> tuple[str, ...]:
+    """Return the host names that are given, or those of the Slurm job."""
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            message = f"nodes {text!r:.80}: {error}; name a file with one host a line"
+            raise InvalidCase(message) from error
+    elif not text:
+        text = _slurm_nodes()
+    nodes = tuple(text.replace(",", " ").split())
+    wrong = next((node for node in nodes if not _HOST_NAME.fullmatch(node)), None)
+    if wrong is not None or not nodes or len(set(nodes)) < len(nodes):
+        found = f"{wrong!r:.80} is no host name" if wrong is not None else f"{len(nodes)} names, none or one twice"
+        message = f"nodes: {found}; give each node once: --nodes a,b,c or --nodes @FILE"
+        raise InvalidCase(message)
+    return nodes
+
+
+def _slurm_nodes() -> str:
+    names = os.environ.get("SLURM_JOB_NODELIST", "")
+    if not names:
+        return ""
+    command = ["scontrol", "show", "hostnames", names]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = f"SLURM_JOB_NODELIST={names!r:.80}: {error}; give --nodes"
+        raise InvalidCase(message) from error
+
+
+def _check_numbers(options: argparse.Namespace, nodes: int) -> None:
+    if options.nproc < 1 or options.trial_timeout <= 0:
+        message = f"--nproc {options.nproc} --trial-timeout {options.trial_timeout}: both are above 0"
+        raise InvalidCase(message)
+    if not 1 <= options.port <= _MOST_PORTS - 1 - nodes // 2:
+        message = f"--port {options.port}: allowed are 1 to {_MOST_PORTS - 1 - nodes // 2} with {nodes} nodes"
+        raise InvalidCase(message)
+
+
+def _write(out: Path, validation: Validation) -> None:
+    write_atomically(out / "cluster.json", document(validation))
+    for name, nodes in (("defects.txt", validation.defects), ("slow.txt", validation.slow)):
+        write_atomically(out / name, "".join(f"{node}\n" for node in nodes).encode())
+
+
+def _print(out: Path, validation: Validation) -> None:
+    for found in validation.findings:
+        print_line(f"{found.kind} {' '.join(found.nodes)}: {found.evidence}".replace(" :", ":"))
+    for step in validation.not_run:
+        print_line(f"{step}: not run, too few nodes are left or all share a fault")
+    passed = sum(not trial.failed for trial in validation.trials)
+    emulated = " (emulated: all nodes are this machine)" if validation.emulated else ""
+    print_line(f"{passed} of {len(validation.trials)} groups of {len(validation.nodes)} nodes pass{emulated}")
+    print_line(f"exit {validation.exit_code}: {out}/cluster.json, defects.txt, slow.txt")

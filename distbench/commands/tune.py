@@ -1,0 +1,138 @@
+"""`distbench tune`: a table of the fastest Triton kernels for one layer on this GPU."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from distbench.errors import InvalidCase, Unsupported
+from distbench.experts.rules import padded_rows
+from distbench.experts.triton.candidates import families
+from distbench.experts.triton.config import LayerShape
+from distbench.experts.triton.table import Table, load_table
+from distbench.models import PRESETS
+from distbench.report.console import print_line
+from distbench.report.files import write_atomically
+
+_BUCKETS = ",".join(str(1 << power) for power in range(16))
+_CLEAR = "\r\x1b[K"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    tune = commands.add_parser(
+        "tune",
+        help="make a table of the fastest Triton kernels for a layer on this GPU",
+        description="Try kernels for each bucket of row counts, keep the fastest of those that give the oracle's bits. "
+        "The table is written after each bucket: the same command goes on where it was stopped. Use it with "
+        "--experts triton --kernel-table FILE.",
+    )
+    tune.set_defaults(command=_tune)
+    tune.add_argument("--model", choices=sorted(PRESETS), default="deepseek-v3", help="layer (default: %(default)s)")
+    tune.add_argument("--ep-size", type=int, default=8, metavar="W", help="ranks that share it (default: %(default)s)")
+    tune.add_argument("--dispatch-dtype", choices=("bf16", "fp8"), default="bf16", help="rows (default: %(default)s)")
+    tune.add_argument("--stage2", choices=("reduce", "atomic"), default="reduce", help="sum (default: %(default)s)")
+    tune.add_argument("--buckets", default=_BUCKETS, metavar="ROWS", help="row counts (default: 1,2,4,...,32768)")
+    tune.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers side by side")
+    tune.add_argument("--table", metavar="FILE", default="", help="the table (default: its own name, here)")
+
+
+def _tune(options: argparse.Namespace) -> int:
+    shape, buckets = _shape(options), _buckets(options.buckets)
+    table = _empty(shape)
+    path = Path(options.table or table.file_name)
+    if path.exists():
+        known = load_table(path)
+        if msgspec.structs.replace(known, rows=[]) != table:
+            message = f"table {path}: made for another layer, device or version; name another file, or remove it"
+            raise InvalidCase(message)
+        table = known
+    missing = [bucket for bucket in buckets if bucket not in {row.bucket for row in table.rows}]
+    if missing:
+        table = _fill(table, shape, missing, options, path)
+    print_line(f"{path}: {len(table.rows)} buckets")
+    return 0
+
+
+def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse.Namespace, path: Path) -> Table:
+    from distbench.experts.triton.compilers import compile_all  # noqa: PLC0415 - loads torch
+    from distbench.experts.triton.tuner import Tuner  # noqa: PLC0415
+
+    tried = {bucket: families(shape, bucket, options.stage2) for bucket in buckets}
+    _note(f"compiling the candidates of {len(buckets)} buckets")
+    compile_all(
+        shape, (config for some in tried.values() for one in some for config in one.configs()), options.processes
+    )
+    tuner = Tuner(shape, _note)
+    for bucket in buckets:
+        row = tuner.tune(bucket, tried[bucket])
+        table = msgspec.structs.replace(table, rows=sorted([*table.rows, row], key=lambda one: one.bucket))
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+        _end_note()
+        print_line(f"{bucket:>6} rows {row.us:9.1f} us  {row.config.name1}  {row.config.name2}")
+    return table
+
+
+def _shape(options: argparse.Namespace) -> LayerShape:
+    model = PRESETS[options.model]
+    num_experts = model.experts_for(options.ep_size)
+    if options.ep_size < 1 or num_experts % options.ep_size:
+        message = f"--ep-size {options.ep_size}: must divide the {num_experts} experts of {options.model}"
+        raise InvalidCase(message)
+    return LayerShape(
+        num_experts=num_experts,
+        num_local_experts=num_experts // options.ep_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        topk=model.topk,
+        quant=options.dispatch_dtype,
+    )
+
+
+def _buckets(text: str) -> list[int]:
+    try:
+        rows = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        message = f"--buckets {text!r:.80}: give row counts such as 64,256"
+        raise InvalidCase(message) from error
+    wrong = [one for one in rows if padded_rows(one) != one]
+    if wrong:
+        message = f"--buckets: {wrong[0]} is no bucket, it falls into {padded_rows(wrong[0])}"
+        raise InvalidCase(message)
+    return rows
+
+
+def _empty(shape: LayerShape) -> Table:
+    import torch  # noqa: PLC0415 - other commands do without
+
+    if not torch.cuda.is_available():
+        message = "tune: torch sees no GPU; tune on the machine whose kernels are to be chosen"
+        raise Unsupported(message)
+    return Table(
+        device=torch.cuda.get_device_name(),
+        num_local_experts=shape.num_local_experts,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        topk=shape.topk,
+        quant=shape.quant,
+        num_experts=shape.num_experts,
+        versions={name: metadata.version(name) for name in ("torch", "triton")},
+    )
+
+
+def _note(text: str) -> None:
+    """Say on standard error what is done now; on a terminal in one line that is renewed."""
+    live = sys.stderr.isatty()
+    sys.stderr.write(f"{_CLEAR}tune: {text}"[:200] if live else f"tune: {text}\n")
+    sys.stderr.flush()
+
+
+def _end_note() -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(_CLEAR)

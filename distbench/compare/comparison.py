@@ -1,0 +1,217 @@
+"""Two sets of results, case by case: what went wrong since, what is not there any more, and what became slower."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from distbench.case import FIELD_DEFAULTS
+from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Samples, judge_change, readable
+from distbench.errors import InvalidCase, Verdict
+from distbench.report.results import Result
+
+SCHEMA = "distbench.compare/1"
+ALL_CASES = ""
+
+Key = tuple[str, str]
+Kind = Literal["regressed", "new failure", "absent", "another case", "time absent", "fixed", "still failing"]
+
+_SEVERITY = tuple(Verdict)
+_REGRESSIONS = ("regressed", "new failure", "absent", "another case", "time absent")
+_DEFAULTS = msgspec.to_builtins(FIELD_DEFAULTS)
+_UNKNOWN = object()
+_UNSUPPORTED = Verdict.UNSUPPORTED.exit_code
+
+
+class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """A case whose result is not simply the same as before; verdicts are empty where there is no result."""
+
+    kind: Kind
+    name: str
+    old: str = ""
+    new: str = ""
+    message: str = ""
+
+
+class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """How the time of a stage changed in one case, or in all of them together (ALL_CASES)."""
+
+    arm: str
+    stage: str
+    case: str
+    change: Change
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """`distbench.compare/1`. `unjudged` are arms and stages with too few samples or too much noise for any change.
+
+    `times` has every arm and stage over all cases, then the single cases that are slower or faster.
+    """
+
+    schema: str = SCHEMA
+    pairs: int
+    cases: list[CaseFinding]
+    times: list[TimeFinding]
+    unjudged: list[Key]
+    exit_code: int
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """What a comparison holds of a result."""
+
+    name: str
+    hash: str
+    case: dict[str, Any]
+    verdict: Verdict
+    as_expected: bool
+    message: str
+    times: dict[Key, Samples | None]
+
+
+class _Timed(msgspec.Struct, frozen=True):
+    case: str
+    old: Samples
+    new: Samples
+
+
+def compare(old: Iterable[Result], new: Iterable[Result], *, times: bool = True) -> Comparison:
+    """Compare `new` with `old`; without `times` the verdicts alone.
+
+    Raises:
+        InvalidCase: they have no case in common, or results that cannot be read.
+
+    """
+    findings: list[CaseFinding] = []
+    timed: dict[Key, list[_Timed]] = {}
+    stages: set[Key] = set()
+    pairs = 0
+    for before, after in _pairs([_kept(result) for result in old], [_kept(result) for result in new]):
+        pairs += before is not None and after is not None
+        finding = _finding(before, after)
+        if finding is not None:
+            findings.append(finding)
+        elif times and before is not None and after is not None:
+            stages |= before.times.keys()
+            findings += _take_times(before, after, timed)
+    if not pairs:
+        message = "compare: the two have no case in common; give results of the same suite"
+        raise InvalidCase(message)
+    changes = _judge(timed)
+    judged = {(found.arm, found.stage) for found in changes if found.change.detectable is not None}
+    unjudged = sorted(stages - judged)
+    return Comparison(
+        pairs=pairs,
+        cases=findings,
+        times=changes,
+        unjudged=unjudged,
+        exit_code=_exit_code(findings, changes, {stage for _, stage in unjudged} - {stage for _, stage in judged}),
+    )
+
+
+def _kept(result: Result) -> _Kept:
+    times: dict[Key, Samples | None] = {}
+    try:
+        for time in result.stage_times():
+            times[time.arm, time.stage] = readable(time.samples_us) if time.samples_us else None
+    except ValueError as error:
+        message = f"case {result.name}: {error}; run it again"
+        raise InvalidCase(message) from error
+    message = result.reasons[0].message if result.reasons else ""
+    return _Kept(result.name, result.hash, result.case, result.verdict, result.as_expected, message, times)
+
+
+def _pairs(old: list[_Kept], new: list[_Kept]) -> Iterator[tuple[_Kept | None, _Kept | None]]:
+    """Pair results by the hash of their case, the rest by a name that each side has once; then what is left alone."""
+    by_hash = {one.hash: one for one in new}
+    rest_old = [one for one in old if one.hash not in by_hash]
+    yield from ((one, by_hash[one.hash]) for one in old if one.hash in by_hash)
+    known = {one.hash for one in old}
+    rest_new = [one for one in new if one.hash not in known]
+    names = Counter(one.name for one in rest_old)
+    by_name = {one.name: one for one in rest_new}
+    doubles = {name for name, count in Counter(one.name for one in rest_new).items() if count > 1}
+    met = set()
+    for one in rest_old:
+        if names[one.name] == 1 and one.name in by_name and one.name not in doubles:
+            met.add(one.name)
+            yield one, by_name[one.name]
+        else:
+            yield one, None
+    yield from ((None, one) for one in rest_new if one.name not in met)
+
+
+def _finding(old: _Kept | None, new: _Kept | None) -> CaseFinding | None:
+    if new is None:
+        assert old is not None  # noqa: S101 - a pair has one side at least
+        return CaseFinding(kind="absent", name=old.name, old=old.verdict.value, message="no result any more")
+    if old is None:
+        if new.as_expected:
+            return None
+        return CaseFinding(kind="new failure", name=new.name, new=new.verdict.value, message=new.message)
+    other = sorted(
+        key for key in (old.case.keys() | new.case.keys()) - {"hash"} if _value(old, key) != _value(new, key)
+    )
+    kind: Kind | None = "another case" if other else _kind(old, new)
+    if kind is None:
+        return None
+    message = f"not the same {', '.join(other)}" if other else new.message
+    return CaseFinding(kind=kind, name=new.name, old=old.verdict.value, new=new.verdict.value, message=message)
+
+
+def _value(one: _Kept, key: str) -> Any:
+    """Return the value of a case's key; one that an older distbench did not know had what is the default now."""
+    return one.case[key] if key in one.case else _DEFAULTS.get(key, _UNKNOWN)
+
+
+def _kind(old: _Kept, new: _Kept) -> Kind | None:
+    worse = _SEVERITY.index(new.verdict) < _SEVERITY.index(old.verdict)
+    if new.as_expected:
+        if old.verdict is Verdict.PASS and new.verdict is not Verdict.PASS:
+            return "regressed"
+        return None if old.as_expected else "fixed"
+    return "regressed" if old.as_expected or worse else "still failing"
+
+
+def _take_times(old: _Kept, new: _Kept, timed: dict[Key, list[_Timed]]) -> list[CaseFinding]:
+    """Note the samples that both have, and return what only the old one has."""
+    absent = []
+    for key, before in old.times.items():
+        after = new.times.get(key)
+        if key not in new.times or (before is not None and after is None):
+            absent.append("/".join(key))
+        elif before is not None and after is not None and min(before.size, after.size) >= LEAST_SAMPLES:
+            timed.setdefault(key, []).append(_Timed(new.name, before, after))
+    if not absent:
+        return []
+    message = f"no time any more of {', '.join(absent)}"
+    verdicts = {"old": old.verdict.value, "new": new.verdict.value}
+    return [CaseFinding(kind="time absent", name=new.name, message=message, **verdicts)]
+
+
+def _judge(timed: dict[Key, list[_Timed]]) -> list[TimeFinding]:
+    """Judge each arm's stages over all cases and in each; half of ALPHA is shared by the first, half by the others."""
+    if not timed:
+        return []
+    together = ALPHA / 2 / len(timed)
+    alone = ALPHA / 2 / sum(map(len, timed.values()))
+    changes = [
+        TimeFinding(
+            arm=arm, stage=stage, case=ALL_CASES, change=judge_change([(one.old, one.new) for one in cases], together)
+        )
+        for (arm, stage), cases in timed.items()
+    ]
+    for (arm, stage), cases in timed.items():
+        for one in cases if len(cases) > 1 else ():
+            change = judge_change([(one.old, one.new)], alone)
+            if change.slower or change.faster:
+                changes.append(TimeFinding(arm=arm, stage=stage, case=one.case, change=change))
+    return changes
+
+
+def _exit_code(findings: list[CaseFinding], changes: list[TimeFinding], unjudged_stages: set[str]) -> int:
+    if any(found.kind in _REGRESSIONS for found in findings) or any(found.change.slower for found in changes):
+        return 1
+    return _UNSUPPORTED if unjudged_stages else 0

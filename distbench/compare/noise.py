@@ -1,0 +1,171 @@
+"""Is one set of samples slower than another, and how much slower would it have had to be for that to be seen?
+
+The test is Mann and Whitney's, over several cases as van Elteren combines it (Bull. Inst. Int. Stat. 37, 1960): within
+each case new samples are ranked among old ones, and the cases are added up with weights 1 / (n + m + 1). Samples that
+follow one another are alike, so the variance is raised by (1 + r) / (1 - r) with the lag-1 autocorrelation r of the
+ranks where that is positive. The change that could have been seen is Noether's (J. Am. Stat. Assoc. 82, 1987), with
+the noise as it was measured: the differences of all pairs of logarithms about their median.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+ALPHA = 0.01
+"""Chance that anything at all is called slower where nothing changed but the noise."""
+POWER = 0.9
+"""Chance that a slowdown of the detectable size is called one."""
+
+Samples = NDArray[np.float64]
+Pair = tuple[Samples, Samples]
+
+# Planned for somewhat more than is promised: the noise is itself an estimate.
+_PLANNED_POWER = 0.95
+LEAST_SAMPLES = 10
+"""Samples below which the noise of a series is not known."""
+
+_NANOSECOND_US = 1e-3
+_NORMAL = NormalDist()
+_MOST_DIFFERENCES = 1 << 20
+_MOST_POINTS, _LEAST_POINTS = 64, 8
+_MOST_ALIKE = 0.99
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """How new samples differ from old ones, as shares: 0.1 is 10 % slower.
+
+    `detectable` is the smallest slowdown found with probability POWER, None where no slowdown of any size could be.
+    `slower` and `faster` hold where the chance of as much by noise alone is below `alpha`.
+    """
+
+    change: float
+    detectable: float | None
+    p_slower: float
+    slower: bool
+    faster: bool
+    samples: tuple[int, int]
+
+
+def readable(samples: Sequence[float]) -> Samples:
+    """Return samples in microseconds as an array; what is below a nanosecond counts as one.
+
+    Raises:
+        ValueError: one that is negative or not finite.
+
+    """
+    array = np.asarray(samples, dtype=np.float64)
+    if not bool(np.all(np.isfinite(array) & (array >= 0))):
+        message = "a time that is negative or not finite"
+        raise ValueError(message)
+    return np.maximum(array, _NANOSECOND_US)
+
+
+def judge_change(pairs: Sequence[Pair], alpha: float) -> Change:
+    """Judge old and new samples of one case, or of several that are expected to change alike.
+
+    Each series has LEAST_SAMPLES or more, in microseconds, as `readable` returns them.
+    """
+    weights = [1 / (old.size + new.size + 1) for old, new in pairs]
+    scores = [weight * _score(old, new) for weight, (old, new) in zip(weights, pairs, strict=True)]
+    deviation = math.sqrt(sum((weight * _deviation(*pair)) ** 2 for weight, pair in zip(weights, pairs, strict=True)))
+    step = min(weights) / 2
+    p_slower, p_faster = _tail(sum(scores) - step, deviation), _tail(-sum(scores) - step, deviation)
+    differences, shares = _differences(pairs, weights)
+    needed = (_NORMAL.inv_cdf(1 - alpha) + _NORMAL.inv_cdf(_PLANNED_POWER)) * deviation + step
+    return Change(
+        change=math.expm1(_quantile(np.concatenate(differences), shares, 0.5)),
+        detectable=_detectable(pairs, differences, shares, needed),
+        p_slower=p_slower,
+        slower=p_slower < alpha,
+        faster=p_faster < alpha,
+        samples=(sum(old.size for old, _ in pairs), sum(new.size for _, new in pairs)),
+    )
+
+
+def _score(old: Samples, new: Samples) -> float:
+    """Return Mann and Whitney's U of the new samples less what noise alone would give."""
+    ordered = np.sort(old)
+    below = np.searchsorted(ordered, new, "left") + np.searchsorted(ordered, new, "right")
+    return float(below.sum()) / 2 - old.size * new.size / 2
+
+
+def _deviation(old: Samples, new: Samples) -> float:
+    """Return the standard deviation of `_score` under noise alone, for ties and for samples that follow one another."""
+    total = old.size + new.size
+    together = np.concatenate((old, new))
+    _, ties = np.unique(together, return_counts=True)
+    tied = float((ties.astype(np.float64) ** 3 - ties).sum()) / (total * (total - 1))
+    variance = old.size * new.size / 12 * (total + 1 - tied)
+    alike = _autocorrelation(old, new)
+    return math.sqrt(variance * (1 + alike) / (1 - alike))
+
+
+def _autocorrelation(old: Samples, new: Samples) -> float:
+    """Return the lag-1 autocorrelation r of the ranks within each series, both together; 0 where it is negative.
+
+    From n samples r comes out about (1 + 4 r) / n too small (Kendall, Biometrika 41, 1954), which is added again.
+    """
+    products = squares = 0.0
+    for series in (old, new):
+        ranks = np.argsort(np.argsort(series, kind="stable"), kind="stable") - (series.size - 1) / 2
+        products += float(ranks[1:] @ ranks[:-1])
+        squares += float(ranks @ ranks)
+    size = 2 / (1 / old.size + 1 / new.size)
+    found = (size * products / squares + 1) / (size - 4)
+    return min(max(found, 0.0), _MOST_ALIKE)
+
+
+def _tail(score: float, deviation: float) -> float:
+    if deviation == 0:
+        return 1.0
+    return 0.5 * math.erfc(score / deviation / math.sqrt(2))
+
+
+def _differences(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[list[Samples], Samples]:
+    """Return log(new / old) of each case's pairs of samples, thinned alike, and what each of them weighs."""
+    points = int(math.sqrt(_MOST_DIFFERENCES / len(pairs)))
+    points = max(_LEAST_POINTS, min(_MOST_POINTS, points))
+    differences = [np.subtract.outer(_thinned(new, points), _thinned(old, points)).ravel() for old, new in pairs]
+    shares = [
+        np.full(found.size, weight * old.size * new.size / found.size)
+        for found, weight, (old, new) in zip(differences, weights, pairs, strict=True)
+    ]
+    return differences, np.concatenate(shares)
+
+
+def _thinned(samples: Samples, points: int) -> Samples:
+    ordered: Samples = np.sort(np.log(samples))
+    if ordered.size <= points:
+        return ordered
+    chosen: Samples = ordered[np.linspace(0, ordered.size - 1, points).round().astype(np.int64)]
+    return chosen
+
+
+def _detectable(pairs: Sequence[Pair], differences: Sequence[Samples], shares: Samples, needed: float) -> float | None:
+    """Return the shift under which as large a share of pairs as is needed have the new sample as the slower one.
+
+    Differences about their own median are too small by what that median follows of the noise; they are widened again.
+    """
+    noise = np.concatenate(
+        [
+            (found - np.median(found)) / math.sqrt(1 - (1 / old.size + 1 / new.size) / 2)
+            for found, (old, new) in zip(differences, pairs, strict=True)
+        ]
+    )
+    share = 0.5 + needed / float(shares.sum())
+    if share >= 1:
+        return None
+    return math.expm1(max(-_quantile(noise, shares, 1 - share), 0.0))
+
+
+def _quantile(values: Samples, shares: Samples, at: float) -> float:
+    order = np.argsort(values, kind="stable")
+    cumulated = np.cumsum(shares[order])
+    index = int(np.searchsorted(cumulated, at * cumulated[-1], "left"))
+    return float(values[order[min(index, values.size - 1)]])

@@ -1,0 +1,24 @@
+"""A stand-in for the package `aiter` (amd-aiter), in plain torch: docs/aiter.md says what it imitates.
+
+`aiter.fused_moe`, `aiter.ops.shuffle` and the rest have the names and signatures of the wheel. `habits.assume` chooses
+the release and the device that it behaves like.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Any
+
+from distbench.emulation.aiter import habits
+from distbench.emulation.aiter.enums import ActivationType, QuantType
+
+__all__ = ["ActivationType", "QuantType", "habits", "logger"]
+
+logger = logging.getLogger("aiter")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "dtypes":  # only here does anything of this module load torch
+        return importlib.import_module("distbench.emulation.aiter.utility.dtypes")
+    raise AttributeError(name)

@@ -1,0 +1,109 @@
+"""What the stand-in imitates: a release and a device, and faults of released kernels that can be chosen. No torch.
+
+A real aiter finds these things in its version, its device and its environment; `assume` says them here.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import msgspec
+
+from distbench.experts.heuristics import GFX_BY_CU_COUNT
+from distbench.experts.rules import BucketRules, rules_for
+
+WRONG_BUCKET = "wrong-bucket-4"
+FAULT_AT_ROWS = "fault-at-304-336"
+PAST_ROWS_FAULT = "past-rows-fault"
+ALL_ROWS = "all-rows"
+ZERO_ROWS = "zero-rows"
+UNSET_SPLIT_K = "unset-split-k"
+
+HABITS = {
+    WRONG_BUCKET: "the kernel of bucket 4 computes something else (aiter #3933)",
+    FAULT_AT_ROWS: "a memory fault where M is 304 or 336",
+    PAST_ROWS_FAULT: "a memory fault where num_local_tokens is above M; otherwise those past M are lost (ATOM #2176)",
+    ALL_ROWS: "num_local_tokens is ignored: stale rows are routed too (rtp-llm #1325)",
+    ZERO_ROWS: "all rows come out zero where M is 16 times the valid rows or more (vllm #53108)",
+    UNSET_SPLIT_K: "split-k adds to memory that was never zeroed (aiter #3997)",
+}
+"""The faults by name."""
+
+NEWEST = "0.1.20"
+"""The release imitated where none is asked for: the newest whose rules are known."""
+
+
+class Assumed(msgspec.Struct, frozen=True, kw_only=True):
+    """The release and the machine that the stand-in behaves like."""
+
+    habits: frozenset[str] = frozenset()
+    version: str = NEWEST
+    cu_count: int = 304
+    table: str = ""
+    """Path of the tuned table; empty: a table without rows."""
+    seed: int = 0
+    """Orders the adds of atomic epilogues."""
+
+    @property
+    def rules(self) -> BucketRules:
+        """The release's selection rules."""
+        return rules_for(self.version)
+
+    @property
+    def gfx(self) -> str:
+        """The device's architecture."""
+        return GFX_BY_CU_COUNT.get(self.cu_count, "gfx942")
+
+
+_assumed = Assumed()
+_caches: list[Callable[[], None]] = []
+
+
+def parse_habits(text: str) -> frozenset[str]:
+    """Read a comma-separated list of `HABITS`.
+
+    Raises:
+        ValueError: a name that is none of them.
+
+    """
+    names = frozenset(filter(None, (part.strip() for part in text.split(","))))
+    for name in sorted(names - HABITS.keys()):
+        message = f"{name!r:.60} is no habit of aiter's stand-in; allowed are {', '.join(HABITS)}"
+        raise ValueError(message)
+    return names
+
+
+def assume(assumed: Assumed) -> None:
+    """Behave as `assumed` says from now on, as a process does that has started anew."""
+    global _assumed  # noqa: PLW0603 - a package has one version in a process
+    if assumed != _assumed:
+        _assumed = assumed
+        for clear in _caches:
+            clear()
+
+
+def forget_with(clear: Callable[[], None]) -> None:
+    """Call `clear` whenever what is assumed changes."""
+    _caches.append(clear)
+
+
+def assumed() -> Assumed:
+    """Return what the stand-in behaves like now."""
+    return _assumed
+
+
+def has(habit: str) -> bool:
+    """Whether the stand-in has this habit now."""
+    return habit in _assumed.habits
+
+
+def fault(message: str) -> NoReturn:
+    """End the process as a memory fault on the GPU does."""
+    sys.stderr.write(f"aiter (emulated): memory access fault: {message}\n")
+    sys.stderr.flush()
+    faulthandler.disable()
+    os.abort()

@@ -1,0 +1,1 @@
+"""Where aiter finds its tables, its compiled modules and its device."""

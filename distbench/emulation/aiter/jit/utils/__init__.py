@@ -1,0 +1,1 @@
+"""What device this is."""

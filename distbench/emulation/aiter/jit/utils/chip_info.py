@@ -1,0 +1,15 @@
+"""What device this is: the one that is assumed."""
+
+from __future__ import annotations
+
+from distbench.emulation.aiter.habits import assumed
+
+
+def get_gfx() -> str:
+    """Return the architecture."""
+    return assumed().gfx
+
+
+def get_cu_num() -> int:
+    """Return the compute units."""
+    return assumed().cu_count

@@ -1,0 +1,1 @@
+"""What prepares tensors for kernels."""

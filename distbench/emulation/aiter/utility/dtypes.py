@@ -1,0 +1,23 @@
+"""Types by aiter's names; fp8 is the device's own format."""
+
+from __future__ import annotations
+
+import torch
+
+from distbench.emulation.aiter.habits import assumed
+
+bf16 = torch.bfloat16
+fp16 = torch.float16
+fp32 = torch.float32
+i32 = torch.int32
+
+
+def get_dtype_fp8() -> torch.dtype:
+    """Return the 8-bit format of the device."""
+    return torch.float8_e4m3fnuz if assumed().gfx == "gfx942" else torch.float8_e4m3fn
+
+
+def __getattr__(name: str) -> torch.dtype:
+    if name == "fp8":
+        return get_dtype_fp8()
+    raise AttributeError(name)

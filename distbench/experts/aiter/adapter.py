@@ -1,0 +1,279 @@
+"""The experts by `aiter.fused_moe`, or by its stand-in: what production calls, with what aiter itself does not check.
+
+docs/aiter.md says for each thing that can go wrong there where it is seen to here. The kernel choice is read from
+aiter: from the function that it selects by, and from the line that it logs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from distbench.case import Case
+from distbench.errors import Unsupported
+from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
+from distbench.experts.aiter.log import kernel_log
+from distbench.experts.aiter.package import PACKAGE, STAND_IN, AiterPackage, check_settings, load_package, tuned_tables
+from distbench.experts.aiter.weights import PreparedWeights, check_shape, prepare_weights
+from distbench.experts.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
+from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
+from distbench.experts.node_warmup import first_on_node
+from distbench.experts.rules import rules_for
+from distbench.experts.selection import KernelChoice
+from distbench.workload.plan import BLOCK
+
+
+class AiterExperts:
+    """`Experts` over aiter; see there for the contract."""
+
+    def __init__(self, case: Case, package: AiterPackage) -> None:
+        """Take `package` for the layer of `case`.
+
+        Raises:
+            InvalidCase: a shape that aiter's kernels cannot take, or a setting that the package would not follow.
+            Unsupported: quantisation that cannot be exact on this device.
+
+        """
+        self._case = case
+        self._package = package
+        self._key = LayerKey(
+            num_local_experts=case.experts_per_rank,
+            topk=case.topk,
+            model_dim=case.hidden_size,
+            inter_dim=case.intermediate_size,
+            quant=case.dispatch_dtype,
+            cu_count=int(package.chip.get_cu_num()),
+            gfx=str(package.chip.get_gfx()),
+        )
+        self._rules = rules_for(package.version)
+        self._known: tuple[tuple[Tensor, Tensor], PreparedWeights] | None = None
+        self._choices: dict[int, KernelChoice] = {}
+        self._log = kernel_log()
+        check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
+        if not case.emulate:
+            check_settings(case, package.version)
+        if case.dispatch_dtype == "fp8":
+            _check_fp8(case, self._key.arch)
+
+    def selection(self, rows: int) -> KernelChoice:
+        """See `Experts.selection`; by aiter's `get_2stage_cfgs`.
+
+        Raises:
+            Unsupported: the function wants an argument that is not known here.
+            DistbenchError: aiter logged other kernels for these rows.
+
+        """
+        if rows not in self._choices:
+            choice = self._choice(rows)
+            self._log.check(choice, self._key)
+            self._choices[rows] = choice
+        return self._choices[rows]
+
+    def about(self) -> dict[str, Any]:
+        """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines."""
+        return {
+            PACKAGE: {
+                "version": self._package.version,
+                "gfx": self._key.arch,
+                "cu_count": self._key.cu_count,
+                "tuned_tables": tuned_tables(self._package),
+                "log": self._log.of_layer(self._key),
+            }
+        }
+
+    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+        """Have aiter build what calls with `rows` rows need: on each node one rank, while the others wait for it."""
+        self._check_device(w1)
+        folder = Path(self._package.core.get_user_jit_dir())
+        smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
+        for bucket, count in sorted(smallest.items()):
+            first_on_node(folder, self._build_name(bucket), partial(self._empty_call, w1, w2, expert_mask, count))
+
+    def __call__(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        expert_mask: Tensor,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `Experts.__call__`.
+
+        Raises:
+            InvalidCase: arguments of which aiter would make garbage or a memory fault; names what was expected.
+
+        """
+        layer = self._prepared(w1, w2)
+        check_arguments(hidden_states, topk_weight, topk_ids, expert_mask, a1_scale, layer.w1_scale)
+        live = int(num_local_tokens)
+        if self._case.policy != "unchecked":
+            check_live(live, hidden_states.shape[0])
+        check_ids(topk_ids[:live], expert_mask.numel())
+        quant = self._package.root.QuantType
+        output: Tensor = self._package.moe.fused_moe(
+            hidden_states,
+            layer.w1,
+            layer.w2,
+            topk_weight,
+            topk_ids,
+            expert_mask=expert_mask,
+            activation=self._package.root.ActivationType.Silu,
+            quant_type=quant.No if a1_scale is None else quant.per_128x128,
+            w1_scale=layer.w1_scale,
+            w2_scale=layer.w2_scale,
+            a1_scale=a1_scale,
+            num_local_tokens=num_local_tokens,
+            dtype=dtype,
+        )
+        return output
+
+    def _prepared(self, w1: Tensor, w2: Tensor) -> PreparedWeights:
+        if self._known is None or self._known[0][0] is not w1 or self._known[0][1] is not w2:
+            self._known = ((w1, w2), prepare_weights(w1, w2, self._package.shuffle.shuffle_weight, self._key.quant))
+        return self._known[1]
+
+    def _choice(self, rows: int) -> KernelChoice:
+        package = self._package
+        bucket = int(package.moe.get_padded_M(rows))
+        metadata = package.moe.get_2stage_cfgs(**self._selection_arguments(bucket))
+        block_m = int(metadata.block_m)
+        name1, name2 = (_kernel_name(stage) for stage in (metadata.stage1, metadata.stage2))
+        one_stage = bool(metadata.run_1stage)
+        stage1, stage2, k1, k2 = name1, name2, tile_k(name1), tile_k(name2)
+        if not name1 and one_stage:
+            stage1, stage2, k1, k2 = f"asm_1stage_bm{ONE_STAGE_BLOCK_M}", "", DEFAULT_TILE_K, DEFAULT_TILE_K
+        elif not name1:
+            stage1, k1 = default_stage(1, block_m, self._key, self._rules)
+            stage2, k2 = default_stage(2, block_m, self._key, self._rules)
+        return KernelChoice(
+            rows=rows,
+            bucket=bucket,
+            source="tuned" if name1 else "heuristic",
+            block_m=block_m,
+            ksplit=int(metadata.ksplit) if int(metadata.ksplit) > 1 else named_split(name1),
+            run_1stage=one_stage,
+            stage1=stage1,
+            stage2=stage2,
+            stage2_mode="atomic" if one_stage or not name2 else stage2_mode(name2),
+            tile_k1=k1,
+            tile_k2=k2,
+        )
+
+    def _selection_arguments(self, bucket: int) -> dict[str, Any]:
+        """Return the arguments of this release's selection function by its own names for them."""
+        package, key = self._package, self._key
+        fp8 = key.quant == "fp8"
+        payload = package.root.dtypes.fp8 if fp8 else torch.bfloat16
+        known = {
+            "token": bucket,
+            "model_dim": key.model_dim,
+            "inter_dim": key.inter_dim,
+            "expert": key.num_local_experts,
+            "topk": key.topk,
+            "dtype": torch.bfloat16,
+            "q_dtype_a": payload,
+            "q_dtype_w": payload,
+            "q_type": package.root.QuantType.per_1x128 if fp8 else package.root.QuantType.No,
+            "use_g1u1": True,
+            "activation": package.root.ActivationType.Silu,
+            "doweight_stage1": False,
+            "hidden_pad": 0,
+            "intermediate_pad": 0,
+            "bias1": None,
+            "bias2": None,
+            "is_shuffled": True,
+            "is_ep": True,
+        }
+        wanted = inspect.signature(package.moe.get_2stage_cfgs).parameters
+        unknown = [name for name, one in wanted.items() if one.default is one.empty and name not in known]
+        if unknown:
+            message = (
+                f"aiter {package.version}: get_2stage_cfgs asks for {', '.join(unknown)}, which distbench does not "
+                "know; use a release of docs/aiter.md"
+            )
+            raise Unsupported(message)
+        return {name: known[name] for name in wanted if name in known}
+
+    def _build_name(self, bucket: int) -> str:
+        """Name what is built for a bucket: another of anything in it may be another module."""
+        key = msgspec.to_builtins(self._key) | {"version": self._package.version, "bucket": bucket}
+        return "-".join(str(part) for part in key.values())
+
+    def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
+        fp8 = self._key.quant == "fp8"
+        hidden = w1.new_zeros(rows, self._key.model_dim).to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
+        self(
+            hidden,
+            w1,
+            w2,
+            hidden.new_zeros(rows, self._key.topk, dtype=torch.float32),
+            hidden.new_zeros(rows, self._key.topk, dtype=torch.int32),
+            expert_mask=expert_mask,
+            num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
+            a1_scale=hidden.new_ones(rows, self._key.model_dim // BLOCK, dtype=torch.float32) if fp8 else None,
+            dtype=torch.bfloat16,
+        )
+
+    def _check_device(self, weights: Tensor) -> None:
+        if weights.device.type == "cpu" and not self._case.emulate:
+            message = "experts aiter: computes on a GPU, this case's device is cpu; use --device cuda, or --emulate"
+            raise Unsupported(message)
+
+
+def make_aiter_experts(case: Case) -> AiterExperts:
+    """Return the experts of `case` over aiter, or over its stand-in where the case emulates.
+
+    Raises:
+        Unsupported: no aiter that can be imported; says what to install.
+        InvalidCase: see `AiterExperts`; or a habit that the stand-in does not have.
+
+    """
+    package = load_package(STAND_IN if case.emulate else PACKAGE)
+    if case.emulate:
+        package = _assume(package, case)
+    return AiterExperts(case, package)
+
+
+def _assume(package: AiterPackage, case: Case) -> AiterPackage:
+    """Have the stand-in behave like the release and the device of `case`."""
+    habits = package.root.habits
+    assumed = habits.Assumed(
+        habits=habits.parse_habits(case.aiter_habits),
+        version=case.aiter_version or habits.NEWEST,
+        cu_count=case.cu_count,
+        table=case.kernel_table,
+        seed=case.seed,
+    )
+    habits.assume(assumed)
+    return package._replace(version=assumed.version)
+
+
+def _check_fp8(case: Case, arch: str) -> None:
+    if arch == "gfx942":
+        message = (
+            "dispatch_dtype = fp8: aiter takes e4m3fnuz on gfx942, distbench makes e4m3fn; "
+            "use bf16 here, or fp8 on gfx950 (--emulate --cu-count 256)"
+        )
+        raise Unsupported(message)
+    if case.numerics != "exact":
+        message = (
+            f"numerics = {case.numerics}: with fp8 aiter rounds weights and intermediate to 3 bits, which no reference "
+            "here follows; use exact, which loses nothing by it"
+        )
+        raise Unsupported(message)
+
+
+def _kernel_name(stage: Any) -> str:
+    name = (getattr(stage, "keywords", None) or {}).get("kernelName", "")
+    return name if isinstance(name, str) and name != "nan" else ""

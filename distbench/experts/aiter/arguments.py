@@ -1,0 +1,67 @@
+"""What has to hold of the arguments of `fused_moe`, of which aiter itself checks next to nothing."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from distbench.errors import InvalidCase
+from distbench.workload.plan import BLOCK
+
+
+def check_arguments(  # noqa: PLR0913 - the arguments of the call
+    hidden: Tensor, weights: Tensor, ids: Tensor, mask: Tensor, scale: Tensor | None, weight_scale: Tensor | None
+) -> None:
+    """Refuse what aiter takes without a word and makes garbage of.
+
+    Raises:
+        InvalidCase: types, shapes or layouts that are not those of `Experts`.
+
+    """
+    rows = hidden.shape[0]
+    for name, tensor, dtype in (
+        ("topk_ids", ids, torch.int32),
+        ("topk_weight", weights, torch.float32),
+        ("expert_mask", mask, torch.int32),
+    ):
+        if tensor.dtype != dtype:
+            _refuse(f"{name} is {tensor.dtype}: {dtype} is what the sort reads")
+        if not tensor.is_contiguous():
+            _refuse(f"{name} is not contiguous: kernels take it as rows that follow each other")
+    for name, length in (("topk_ids", ids.shape[0]), ("topk_weight", weights.shape[0])):
+        if length != rows:
+            _refuse(f"{name} has {length} rows, hidden_states {rows}: both select the kernel, cut them alike")
+    if (scale is None) != (hidden.element_size() > 1) or (scale is None) != (weight_scale is None):
+        _refuse(f"hidden_states is {hidden.dtype}: float8 goes with a1_scale and quantised weights, bf16 with neither")
+    if scale is not None and scale.shape != (rows, hidden.shape[1] // BLOCK):
+        _refuse(f"a1_scale is {list(scale.shape)}: {[rows, hidden.shape[1] // BLOCK]} goes with hidden_states")
+
+
+def check_ids(ids: Tensor, num_experts: int) -> None:
+    """Refuse ids of valid rows that no expert has: aiter reads out of bounds for them.
+
+    Raises:
+        InvalidCase: names the first one.
+
+    """
+    wild = ids[(ids < 0) | (ids >= num_experts)]
+    if wild.numel():
+        _refuse(f"topk_ids holds {int(wild[0])} in a valid row: allowed is 0 to {num_experts - 1}")
+
+
+def check_live(live: int, rows: int) -> None:
+    """Refuse more valid rows than there are rows: aiter writes past its memory for them.
+
+    Raises:
+        InvalidCase: names both.
+
+    """
+    if live > rows:
+        _refuse(f"num_local_tokens = {live}: at most {rows}, the rows of hidden_states")
+
+
+def _refuse(reason: str) -> NoReturn:
+    message = f"aiter's fused_moe: {reason}"
+    raise InvalidCase(message)

@@ -1,0 +1,69 @@
+"""The line in which aiter says which kernels it runs, the one thing that was there when they were chosen."""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+
+from distbench.errors import DistbenchError
+from distbench.experts.heuristics import LayerKey
+from distbench.experts.selection import KernelChoice
+
+_LINE = re.compile(r"\[fused_moe\] using (?P<stages>[12])stage\b(?P<kernels>.*?) for \((?P<key>.*)\)")
+_NAME = re.compile(r"kernelName[12]='([^']*)'")
+_QUOTED = re.compile(r"'[^']*'")
+_NUMBER = re.compile(r"(?<![\w.])[0-9]+(?![\w.])")
+
+
+class KernelLog(logging.Handler):
+    """All such lines of this process: aiter logs each choice once, and never again."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._lines: dict[str, re.Match[str]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the line of a kernel choice."""
+        match = _LINE.search(" ".join(record.getMessage().split()))
+        if match:
+            self._lines[match[0]] = match
+
+    def of_layer(self, layer: LayerKey) -> list[str]:
+        """Return the lines about `layer`."""
+        wanted = [layer.cu_count, layer.model_dim, layer.inter_dim, layer.num_local_experts]
+        found = [(line, _numbers(match)) for line, match in self._lines.items()]
+        return [line for line, (cu_count, _, *shape) in found if [cu_count, *shape] == wanted]
+
+    def check(self, choice: KernelChoice, layer: LayerKey) -> None:
+        """Hold `choice` against what was logged of its bucket, if anything was.
+
+        Raises:
+            DistbenchError: other kernels were logged, so the report would name some that did not run.
+
+        """
+        lines = [line for line in self.of_layer(layer) if _numbers(self._lines[line])[1] == choice.bucket]
+        if lines and not any(_agrees(self._lines[line], choice) for line in lines):
+            message = f"aiter logged {lines[-1]!r:.300}, but selects {choice.label} ({choice.stage1!r})"
+            raise DistbenchError(message)
+
+
+@lru_cache(maxsize=1)
+def kernel_log() -> KernelLog:
+    """Return the one log of this process, and listen from now on."""
+    log, logger = KernelLog(), logging.getLogger("aiter")
+    logger.addHandler(log)
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    return log
+
+
+def _numbers(match: re.Match[str]) -> list[int]:
+    """Return compute units, bucket, model_dim, inter_dim and local experts; an architecture may come first, as text."""
+    return [int(number) for number in _NUMBER.findall(_QUOTED.sub("", match["key"]))][:5]
+
+
+def _agrees(match: re.Match[str], choice: KernelChoice) -> bool:
+    names = [name for name in _NAME.findall(match["kernels"]) if name not in ("", "nan")]
+    expected = [name for name in (choice.stage1, choice.stage2) if name] if choice.source == "tuned" else []
+    return (match["stages"] == "1") == choice.run_1stage and names == expected

@@ -1,0 +1,69 @@
+"""Weights as aiter's kernels read them: shuffled and marked, in float8 with block scales where the rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.errors import InvalidCase
+from distbench.workload.plan import BLOCK
+
+_FP8_MAX = 448.0
+
+
+class PreparedWeights(NamedTuple):
+    """A rank's weights as aiter wants them: shuffled, float8 with a scale for each 128 x 128 where rows are."""
+
+    w1: Tensor
+    w2: Tensor
+    w1_scale: Tensor | None
+    w2_scale: Tensor | None
+
+
+def prepare_weights(
+    w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor], quant: Literal["bf16", "fp8"]
+) -> PreparedWeights:
+    """Return w1 [El, 2I, H] and w2 [El, H, I], bf16, as aiter's kernels read them."""
+    if quant == "bf16":
+        return PreparedWeights(_shuffled(w1, shuffle), _shuffled(w2, shuffle), None, None)
+    (narrow1, scale1), (narrow2, scale2) = quantize_blocks(w1), quantize_blocks(w2)
+    return PreparedWeights(_shuffled(narrow1, shuffle), _shuffled(narrow2, shuffle), scale1, scale2)
+
+
+def quantize_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights [E, N, K] as float8_e4m3fn and a scale for each 128 x 128, float32 [E, N/128, K/128].
+
+    Scales are powers of two, so weights that float8 can hold lose nothing.
+    """
+    count, rows, columns = weights.shape
+    blocks = weights.float().view(count, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    amax = blocks.abs().amax((2, 4), keepdim=True)
+    scale = torch.where(amax == 0, 1.0, torch.exp2(torch.ceil(torch.log2(amax) - torch.log2(torch.tensor(_FP8_MAX)))))
+    narrow = (blocks / scale).view(count, rows, columns).to(torch.float8_e4m3fn)
+    return narrow, scale.view(count, rows // BLOCK, columns // BLOCK)
+
+
+def check_shape(hidden_size: int, intermediate_size: int, quant: Literal["bf16", "fp8"]) -> None:
+    """Refuse a layer whose weights cannot be shuffled, or quantised by blocks.
+
+    Raises:
+        InvalidCase: names the size and what it has to be a multiple of.
+
+    """
+    least = BLOCK if quant == "fp8" else 32
+    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        if size % least:
+            message = (
+                f"{name} = {size}: aiter takes {quant} weights in multiples of {least}; use {-(-size // least) * least}"
+            )
+            raise InvalidCase(message)
+
+
+def _shuffled(weights: Tensor, shuffle: Callable[[Tensor], Tensor]) -> Tensor:
+    """Shuffle, and mark the very tensor that is passed on: a slice or a copy of it would not be marked."""
+    shuffled = shuffle(weights)
+    shuffled.is_shuffled = True  # type: ignore[attr-defined]  # what aiter looks for
+    return shuffled

@@ -1,0 +1,149 @@
+"""`fused_moe`'s interface over the Triton kernels."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from distbench.case import Case
+from distbench.errors import Unsupported
+from distbench.experts.selection import KernelChoice
+from distbench.experts.triton.config import ConfigSelector, KernelConfig
+from distbench.experts.triton.quantize import quantize_weights
+from distbench.experts.triton.table import selector_for
+
+_ALIGNMENT_BYTES = 16
+
+
+def make_triton_experts(case: Case) -> TritonExperts:
+    """Return the case's experts for the current device, which its table is looked up by.
+
+    Raises:
+        InvalidCase: its kernel_table cannot be read.
+        Unsupported: see `TritonExperts`.
+
+    """
+    _check_triton()
+    device = "" if interpreted() else torch.cuda.get_device_name()
+    return TritonExperts(selector_for(case, device))
+
+
+class TritonExperts:
+    """See `Experts` for the contract. No call waits for the device, and any may be captured in a CUDA graph.
+
+    float8 rows make it quantise the bf16 weights that it is given, once for as long as they stay the same.
+    """
+
+    def __init__(self, selector: ConfigSelector) -> None:
+        """Choose kernels with `selector`.
+
+        Raises:
+            Unsupported: Triton is missing, or no device runs its kernels; the message names what to install.
+
+        """
+        _check_triton()
+        self._selector = selector
+        self._known: tuple[tuple[int, ...], Quantized] | None = None
+
+    def selection(self, rows: int) -> KernelChoice:
+        """See `Experts.selection`."""
+        return self._selector.choose(rows)
+
+    def __call__(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        expert_mask: Tensor,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """See `Experts.__call__`."""
+        config = self._selector.config(hidden_states.shape[0])
+        return self.run(
+            config,
+            hidden_states,
+            w1,
+            w2,
+            topk_weight,
+            topk_ids,
+            expert_mask=expert_mask,
+            num_local_tokens=num_local_tokens,
+            a1_scale=a1_scale,
+            dtype=dtype,
+        )
+
+    def run(  # noqa: PLR0913 - the argument list is aiter's
+        self,
+        config: KernelConfig,
+        hidden_states: Tensor,
+        w1: Tensor,
+        w2: Tensor,
+        topk_weight: Tensor,
+        topk_ids: Tensor,
+        *,
+        expert_mask: Tensor,
+        num_local_tokens: Tensor,
+        a1_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Do `__call__` with kernels of the caller's choice, as tuning does."""
+        from distbench.experts.triton.launch import Rows, Weights, compute  # noqa: PLC0415 - loads Triton
+
+        _check_alignment(w1, w2, a1_scale)
+        rows = Rows(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
+        weights = Weights(w1, w2, None, None, expert_mask)
+        if a1_scale is not None:
+            weights = Weights(*self._quantized(w1, w2), expert_mask)
+        return compute(rows, weights, config, dtype, _processors(hidden_states.device))
+
+    def _quantized(self, w1: Tensor, w2: Tensor) -> Quantized:
+        key = (w1.data_ptr(), w1._version, w2.data_ptr(), w2._version)  # noqa: SLF001 - torch counts changes there
+        if self._known is None or self._known[0] != key:
+            local, double, hidden = w1.shape
+            first, scales1 = quantize_weights(w1.view(2 * local, double // 2, hidden))
+            second, scales2 = quantize_weights(w2)
+            self._known = key, (first.view(w1.shape), second, scales1, scales2)
+        return self._known[1]
+
+
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def interpreted() -> bool:
+    """Return whether Triton interprets its kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _check_triton() -> None:
+    try:
+        from triton.tools import tensor_descriptor  # noqa: F401
+    except ImportError as error:
+        message = f"experts triton: Triton cannot be imported ({error}); install triton>=3.6 beside torch"
+        raise Unsupported(message) from error
+    if not interpreted() and not torch.cuda.is_available():
+        message = "experts triton: torch sees no GPU; use one, or set TRITON_INTERPRET=1 for tiny shapes on the CPU"
+        raise Unsupported(message)
+
+
+def _check_alignment(w1: Tensor, w2: Tensor, a1_scale: Tensor | None) -> None:
+    element = w1.element_size() if a1_scale is None else 1
+    for name, width in (("hidden_size", w1.shape[2]), ("intermediate_size", w2.shape[2])):
+        if width * element % _ALIGNMENT_BYTES:
+            message = (
+                f"experts triton: {name} = {width}: rows of {width * element} bytes; the kernels load multiples of "
+                f"{_ALIGNMENT_BYTES} bytes, use a multiple of {_ALIGNMENT_BYTES // element}"
+            )
+            raise Unsupported(message)
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

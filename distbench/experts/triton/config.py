@@ -1,0 +1,126 @@
+"""What a choice of Triton kernels consists of, the choice without a table, and the choice as the report tells it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from distbench.experts.kernel_names import Stage2Mode
+from distbench.experts.rules import padded_rows
+from distbench.experts.selection import KernelChoice
+
+Quant = Literal["bf16", "fp8"]
+
+
+class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What kernels are chosen for, besides the number of rows. Dimensions in elements."""
+
+    num_experts: int
+    """Routed experts over all ranks."""
+    num_local_experts: int
+    hidden_size: int
+    intermediate_size: int
+    topk: int
+    quant: Quant = "bf16"
+
+
+class Tile(msgspec.Struct, frozen=True, kw_only=True):
+    """One stage's kernel: its tile of columns and of K, and how it is pipelined and spread over the device."""
+
+    n: int
+    k: int
+    stages: int
+    """Tiles of K under way at a time."""
+    warps: int
+    programs: int = 1
+    """Programs for each multiprocessor."""
+    swap: bool = False
+    """The weights are the rows of the product."""
+    flatten: bool = False
+    """The loops over tiles and over K are pipelined as one."""
+
+    def __str__(self) -> str:
+        """The tile as a part of a kernel's name."""
+        marks = "_swap" * self.swap + "_flat" * self.flatten
+        return f"n{self.n}_k{self.k}_s{self.stages}_w{self.warps}_p{self.programs}{marks}"
+
+
+class KernelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """All kernels of one call. `gather`: stage 1 reads rows where they lie rather than from a sorted copy."""
+
+    block_m: int
+    gather: bool
+    stage1: Tile
+    stage2: Tile
+    mode: Stage2Mode = "reduce"
+    splits: int = 1
+
+    @property
+    def name1(self) -> str:
+        """Stage 1's name: everything that it is compiled with."""
+        return f"triton1_m{self.block_m}_{self.stage1}_{'gather' if self.gather else 'sorted'}_ks{self.splits}"
+
+    @property
+    def name2(self) -> str:
+        """Stage 2's name, which ends in how it adds up the routes of a token."""
+        return f"triton2_m{self.block_m}_{self.stage2}_{self.mode}"
+
+
+class TableRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What was fastest for a bucket, and its microseconds where it was measured."""
+
+    bucket: int
+    config: KernelConfig
+    us: float | None = None
+
+
+def heuristic(shape: LayerShape, rows: int) -> KernelConfig:
+    """Return a choice for a bucket without a tuned row: by the routes that an expert gets if all are hit alike."""
+    routes = padded_rows(rows) * shape.topk / shape.num_experts
+    fp8 = shape.quant == "fp8"
+    if routes <= 32:  # noqa: PLR2004 - beyond it the weights are read once by wider tiles too
+        tile = Tile(n=128, k=128, stages=3, warps=4, swap=True)
+        return KernelConfig(block_m=16 if routes <= 8 else 32, gather=True, stage1=tile, stage2=tile)  # noqa: PLR2004
+    if routes <= 96:  # noqa: PLR2004
+        first = Tile(n=128, k=128 if fp8 else 64, stages=3, warps=8)
+        return KernelConfig(block_m=64, gather=True, stage1=first, stage2=first)
+    first = Tile(n=128, k=128 if fp8 else 64, stages=3, warps=8)
+    second = first if fp8 else Tile(n=256, k=64, stages=3, warps=8)
+    return KernelConfig(block_m=128, gather=False, stage1=first, stage2=second)
+
+
+class ConfigSelector(msgspec.Struct, frozen=True, kw_only=True):
+    """Chooses kernels for one layer: from the rows of a table, or else by heuristics."""
+
+    shape: LayerShape
+    tuned: tuple[TableRow, ...] = ()
+    table: str = ""
+
+    def config(self, rows: int) -> KernelConfig:
+        """Return the kernels for a call with `rows` allocated rows."""
+        found = self._row(rows)
+        return heuristic(self.shape, rows) if found is None else found.config
+
+    def choose(self, rows: int) -> KernelChoice:
+        """Return the choice as reports name it."""
+        config = self.config(rows)
+        tuned = self._row(rows) is not None
+        return KernelChoice(
+            rows=rows,
+            bucket=padded_rows(rows),
+            source="tuned" if tuned else "heuristic",
+            block_m=config.block_m,
+            ksplit=config.splits if config.splits > 1 else 0,
+            run_1stage=False,
+            stage1=config.name1,
+            stage2=config.name2,
+            stage2_mode=config.mode,
+            tile_k1=config.stage1.k,
+            tile_k2=config.stage2.k,
+            table=self.table if tuned else "",
+        )
+
+    def _row(self, rows: int) -> TableRow | None:
+        bucket = padded_rows(rows)
+        return next((row for row in self.tuned if row.bucket == bucket), None)

@@ -1,0 +1,241 @@
+"""One call's launches, in order: sort, stage 1, stage 2, sum. Nothing is read back, so a CUDA graph can hold them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: TID253 - loaded only where the kernels run
+
+from distbench.experts.triton import matrix_kernels, sort_kernels
+from distbench.experts.triton.config import KernelConfig, Tile
+from distbench.workload.plan import BLOCK
+
+_SORT_ELEMENTS = 16384
+_COPY_COLUMNS = 1024
+
+
+class Rows(NamedTuple):
+    """A call's rows: hidden [M, H], scales [M, H/128] where float8, weights and ids [M, k], num_local_tokens [1]."""
+
+    hidden: Tensor
+    scales: Tensor | None
+    topk_weight: Tensor
+    topk_ids: Tensor
+    num_local_tokens: Tensor
+
+
+class Weights(NamedTuple):
+    """w1 [El, 2I, H] and w2 [El, H, I], in float8 with scales of 128 x 128, and the mask of local experts [E]."""
+
+    w1: Tensor
+    w2: Tensor
+    scales1: Tensor | None
+    scales2: Tensor | None
+    mask: Tensor
+
+
+class Sorted(NamedTuple):
+    """The places of the routes, as `sort_kernels.place_routes` leaves them, and the width of its tables."""
+
+    order: Tensor
+    inverse: Tensor
+    experts: Tensor
+    tiles: Tensor
+    local: int
+
+
+def compute(rows: Rows, weights: Weights, config: KernelConfig, dtype: torch.dtype, processors: int) -> Tensor:
+    """Return the weighted sum of each row's local experts, [M, H] of `dtype`; undefined past num_local_tokens."""
+    count, hidden_size = rows.hidden.shape
+    topk = rows.topk_ids.shape[1]
+    output = rows.hidden.new_empty(count, hidden_size, dtype=dtype)
+    if count == 0:
+        return output
+    placed = sort(rows, weights, config.block_m)
+    activation, scales = stage1(rows, weights, placed, config, processors, dtype)
+    atomic = config.mode == "atomic"
+    across = min(hidden_size, 4 * _COPY_COLUMNS)
+    constants = {"H": hidden_size, "BLOCK_H": _power_of_two(across)}
+    programs = (8 * processors,)
+    if atomic:
+        sort_kernels.clear_rows[programs](rows.num_local_tokens, output, count, **constants)
+        target = output
+    else:
+        target = output.new_empty(count * topk, hidden_size)
+    stage2(rows, weights, placed, config, processors, (activation, scales, target))
+    if not atomic:
+        sort_kernels.sum_routes[programs](
+            target, placed.inverse, rows.num_local_tokens, output, count, TOPK=topk, **constants
+        )
+    return output
+
+
+def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
+    """Give each live route to a local expert its place."""
+    count, topk = rows.topk_ids.shape
+    num_experts, num_local = weights.mask.numel(), weights.w1.shape[0]
+    local = max(_power_of_two(num_local), 16)
+    block = max(_SORT_ELEMENTS // local, 64)
+    blocks = -(-count * topk // block)
+    new = rows.topk_ids.new_empty
+    placed = Sorted(
+        order=new(count * topk),
+        inverse=new(count * topk),
+        experts=new(3 * local),
+        tiles=new(1 + count * topk // block_m + num_local),
+        local=local,
+    )
+    counts = new(blocks * local)
+    shape = {
+        "TOPK": topk,
+        "NUM_EXPERTS": num_experts,
+        "WIDTH": max(_power_of_two(num_experts), 16),
+        "LOCAL": local,
+        "BLOCK": block,
+        "num_warps": 8,
+    }
+    given = rows.topk_ids, weights.mask, rows.num_local_tokens, counts
+    if blocks > 1:
+        sort_kernels.count_routes[(blocks,)](*given, count, **shape)
+    sort_kernels.place_routes[(blocks,)](*given, *placed[:4], count, BLOCK_M=block_m, ONE_BLOCK=blocks == 1, **shape)
+    return placed
+
+
+def stage1(  # noqa: PLR0913 - what a launch needs
+    rows: Rows, weights: Weights, placed: Sorted, config: KernelConfig, processors: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return SiLU(gate) * up of each place, [P, I] as the rows are, with scales [P, I/128] where float8."""
+    tile, (num_local, double, hidden_size) = config.stage1, weights.w1.shape
+    inter = double // 2
+    routes, topk = placed.order.numel(), rows.topk_ids.shape[1]
+    fp8 = rows.scales is not None
+    hidden, scales = rows.hidden, rows.scales
+    if not config.gather:
+        hidden, scales = _sorted_copy(rows, placed, processors)
+    activation = hidden.new_empty(routes, inter)
+    activation_scales = None if scales is None else scales.new_empty(routes, -(-inter // BLOCK))
+    partial = None
+    if config.splits > 1:
+        partial = hidden.new_empty(config.splits * 2 * routes * inter, dtype=torch.float32)
+    matrix_kernels.gate_up[_programs(tile, processors)](
+        hidden,
+        None if config.gather else _descriptor(hidden, config.block_m, tile.k),
+        scales,
+        _descriptor(weights.w1.view(num_local * double, hidden_size), tile.n, tile.k),
+        weights.scales1,
+        placed.order,
+        placed.experts,
+        placed.tiles,
+        activation,
+        activation_scales,
+        partial,
+        routes,
+        TOPK=topk,
+        LOCAL=placed.local,
+        H=hidden_size,
+        INTER=inter,
+        SPLITS=config.splits,
+        GATHER=config.gather,
+        ROUND=_triton_type(dtype),
+        **_constants(tile, config.block_m, fp8=fp8),
+    )
+    if partial is not None:
+        matrix_kernels.activate_parts[(8 * processors,)](
+            partial,
+            placed.experts,
+            activation,
+            activation_scales,
+            routes,
+            LOCAL=placed.local,
+            INTER=inter,
+            BLOCK=BLOCK if fp8 else min(_power_of_two(inter), _COPY_COLUMNS),
+            SPLITS=config.splits,
+            FP8=fp8,
+            ROUND=_triton_type(dtype),
+        )
+    return activation, activation_scales
+
+
+def stage2(  # noqa: PLR0913 - what a launch needs
+    rows: Rows,
+    weights: Weights,
+    placed: Sorted,
+    config: KernelConfig,
+    processors: int,
+    tensors: tuple[Tensor, Tensor | None, Tensor],
+) -> None:
+    """Write the weighted result of each place to the third tensor [P, H], or add it to its row of [M, H]."""
+    tile, (num_local, hidden_size, inter) = config.stage2, weights.w2.shape
+    activation, scales, target = tensors
+    matrix_kernels.down[_programs(tile, processors)](
+        _descriptor(activation, config.block_m, tile.k),
+        scales,
+        _descriptor(weights.w2.view(num_local * hidden_size, inter), tile.n, tile.k),
+        weights.scales2,
+        rows.topk_weight,
+        placed.order,
+        placed.experts,
+        placed.tiles,
+        target,
+        TOPK=rows.topk_ids.shape[1],
+        LOCAL=placed.local,
+        H=hidden_size,
+        INTER=inter,
+        ATOMIC=config.mode == "atomic",
+        **_constants(tile, config.block_m, fp8=scales is not None),
+    )
+
+
+def _sorted_copy(rows: Rows, placed: Sorted, processors: int) -> tuple[Tensor, Tensor | None]:
+    routes, topk, width = placed.order.numel(), rows.topk_ids.shape[1], rows.hidden.shape[1]
+    hidden = rows.hidden.new_empty(routes, width)
+    scales = None if rows.scales is None else rows.scales.new_empty(routes, rows.scales.shape[1])
+    blocks = 0 if rows.scales is None else rows.scales.shape[1]
+    sort_kernels.permute_rows[(8 * processors,)](
+        rows.hidden,
+        rows.scales,
+        placed.order,
+        placed.experts,
+        hidden,
+        scales,
+        TOPK=topk,
+        LOCAL=placed.local,
+        H=width,
+        BLOCK_H=min(_power_of_two(width), _COPY_COLUMNS),
+        SCALES=blocks,
+        SCALE_WIDTH=_power_of_two(max(blocks, 1)),
+    )
+    return hidden, scales
+
+
+def _constants(tile: Tile, block_m: int, *, fp8: bool) -> dict[str, Any]:
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "SWAP": tile.swap,
+        "FP8": fp8,
+        "FLATTEN": tile.flatten,
+        "num_stages": tile.stages,
+        "num_warps": tile.warps,
+    }
+
+
+def _programs(tile: Tile, processors: int) -> tuple[int]:
+    return (tile.programs * processors,)
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, [rows, columns])
+
+
+def _triton_type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,113 @@
+"""One rank's part of a layer on the device, to try kernels on, and how long a call takes there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.experts.triton.adapter import TritonExperts
+from distbench.experts.triton.config import KernelConfig, LayerShape
+from distbench.workload.batch import TokenBatch
+from distbench.workload.inputs import Workload, make_workload
+
+GRAPH_CALLS = 3
+_REPLAYS = 7
+_DRAWN_AT_ONCE = 4096
+
+
+class LocalExperts(NamedTuple):
+    """w1 [El, 2I, H] and w2 [El, H, I] in bf16, and the mask of local experts [E]."""
+
+    w1: Tensor
+    w2: Tensor
+    mask: Tensor
+
+
+class Layer(NamedTuple):
+    """Rank 0's part of a layer on the device."""
+
+    workload: Workload
+    local: LocalExperts
+
+    def received(self, rows: int) -> TokenBatch:
+        """Return the first `rows` rows that rank 0 would receive: those with at least one of its experts."""
+        device, first = self.local.mask.device, 0
+        chosen = torch.empty(0, dtype=torch.int64, device=device)
+        while chosen.numel() < rows:
+            tokens = torch.arange(first, first + _DRAWN_AT_ONCE, device=device)
+            ids = self.workload.token_rows(torch.zeros_like(tokens), tokens).ids
+            chosen = torch.cat([chosen, tokens[(ids < self.workload.experts_per_rank).any(1)]])
+            first += _DRAWN_AT_ONCE
+        return self.workload.token_rows(torch.zeros_like(chosen[:rows]), chosen[:rows])
+
+
+def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> Layer:
+    """Return rank 0's part of a uniformly routed layer."""
+    workload = make_workload(
+        numerics="exact" if numerics == "exact" else "gaussian",
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        topk=shape.topk,
+        ep_size=shape.num_experts // shape.num_local_experts,
+        seed=0,
+        routing="uniform",
+        tokens_per_rank=(0,) * (shape.num_experts // shape.num_local_experts),
+        dispatch_dtype=shape.quant,
+        device=device,
+    )
+    mask = (torch.arange(shape.num_experts, device=device) < shape.num_local_experts).int()
+    return Layer(workload, LocalExperts(*workload.local_weights(0), mask))
+
+
+def run(
+    experts: TritonExperts, local: LocalExperts, batch: TokenBatch, live: Tensor, config: KernelConfig | None = None
+) -> Tensor:
+    """Call the experts on `batch`, `live` [1] rows of it, with a configuration or with the one that they choose."""
+    call = experts if config is None else partial(experts.run, config)
+    return call(
+        batch.hidden,
+        local.w1,
+        local.w2,
+        batch.weights,
+        batch.ids,
+        expert_mask=local.mask,
+        num_local_tokens=live,
+        a1_scale=batch.scales,
+        dtype=torch.bfloat16,
+    )
+
+
+def capture(call: Callable[[], object], calls: int = GRAPH_CALLS) -> Callable[[], None]:
+    """Return what replays `calls` calls of `call` from a CUDA graph; it has run once."""
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    return graph.replay
+
+
+def graph_us(call: Callable[[], object], calls: int = GRAPH_CALLS, replays: int = _REPLAYS) -> list[float]:
+    """Return microseconds of `call` in a CUDA graph of `calls` calls, one number for each replay."""
+    replay = capture(call, calls)
+    return [time_us(replay) / calls for _ in range(replays)]
+
+
+def time_us(call: Callable[[], object]) -> float:
+    """Return the microseconds that the device takes for `call`, between two events."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1000

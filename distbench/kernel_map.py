@@ -1,0 +1,142 @@
+"""From row count to kernel, over all row counts: what a limit on the rows would change, on one release or on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+
+from distbench.experts.rules import BUCKET_RULES, BucketRules, padded_rows
+from distbench.experts.selection import KernelChoice, KernelSelector, LayerKey, TunedKey
+from distbench.experts.tuned import load_tuned_rows
+
+Effect = Literal["nothing", "same kernel", "other kernel", "ordered to atomic", "atomic to ordered"]
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True):
+    """The row counts `first` to `last` of one bucket, their kernel, and what a limit there does to a padded buffer.
+
+    Times are those of the tuned table, in microseconds, None without a row. `ordered` says that a token's routes are
+    added up in one order; an atomic sum of three routes or more may differ from run to run.
+    """
+
+    first: int
+    last: int
+    bucket: int
+    source: str
+    stages: int
+    block_m: int
+    ksplit: int
+    stage1: str
+    stage2: str
+    ordered: bool
+    us1: float | None
+    us2: float | None
+    us: float | None
+    limit_here: Effect
+
+
+class LimitEffect(msgspec.Struct, frozen=True, kw_only=True):
+    """What one limit does to the padded buffer's kernel: on the release looked at, and since which release what."""
+
+    limit: int
+    bucket: int
+    effect: Effect
+    by_release: dict[str, Effect]
+
+
+class KernelMap(msgspec.Struct, frozen=True, kw_only=True):
+    """The kernels of one layer on one device and release; `tables` are the files with tuned rows, `padded` is R."""
+
+    release: str
+    tables: list[str]
+    layer: LayerKey
+    padded: int
+    spans: list[Span]
+    limits: list[LimitEffect]
+
+
+def map_kernels(layer: LayerKey, release: str, rules: BucketRules, tables: Sequence[str], padded: int) -> KernelMap:
+    """Return the map of all row counts from 1 to `padded`, without limits.
+
+    Raises:
+        InvalidCase: a table cannot be read.
+
+    """
+    selector = make_table_selector(layer, rules, tables)
+    baseline = selector.choose(padded)
+    spans = [_span(selector, first, last, baseline) for first, last in _ranges(rules, padded)]
+    return KernelMap(release=release, tables=list(tables), layer=layer, padded=padded, spans=spans, limits=[])
+
+
+def limit_effects(
+    layer: LayerKey, rules: BucketRules, tables: Sequence[str], padded: int, limits: Sequence[int]
+) -> list[LimitEffect]:
+    """Return what each limit does to a buffer of `padded` rows, under `rules` and under those of every release.
+
+    All releases are asked with the same tables, each by its own key.
+    """
+    selector = make_table_selector(layer, rules, tables)
+    others = {name: make_table_selector(layer, other, tables) for name, other in BUCKET_RULES.items()}
+    return [
+        LimitEffect(
+            limit=limit,
+            bucket=selector.choose(min(limit, padded)).bucket,
+            effect=effect_of(selector, limit, padded),
+            by_release={name: effect_of(other, limit, padded) for name, other in others.items()},
+        )
+        for limit in limits
+    ]
+
+
+def make_table_selector(layer: LayerKey, rules: BucketRules, tables: Sequence[str]) -> KernelSelector:
+    """Return the choice by the rows of all `tables`; of two rows for one bucket the first counts."""
+    key = TunedKey.for_layer(layer, rules)
+    return KernelSelector(
+        layer=layer, tuned=tuple(row for path in tables for row in load_tuned_rows(path, key)), rules=rules
+    )
+
+
+def effect_of(selector: KernelSelector, limit: int, padded: int) -> Effect:
+    """Return what cutting `padded` rows to `limit` does to the kernel."""
+    if limit >= padded:
+        return "nothing"
+    return _effect(selector.choose(padded), selector.choose(limit))
+
+
+def _effect(before: KernelChoice, after: KernelChoice) -> Effect:
+    if before.same_kernel(after):
+        return "same kernel"
+    if before.stage2_mode == after.stage2_mode:
+        return "other kernel"
+    return "ordered to atomic" if after.stage2_mode == "atomic" else "atomic to ordered"
+
+
+def _ranges(rules: BucketRules, padded: int) -> list[tuple[int, int]]:
+    """Return the first and last row count of each bucket up to `padded`."""
+    powers = {(1 << power) + 1 for power in range((padded - 1).bit_length())}
+    starts = sorted({1, *powers, *rules.tiers} & set(range(1, padded + 1)))
+    selected = [start for start in starts if start == 1 or padded_rows(start, rules) != padded_rows(start - 1, rules)]
+    return list(zip(selected, [start - 1 for start in selected[1:]] + [padded], strict=True))
+
+
+def _span(selector: KernelSelector, first: int, last: int, baseline: KernelChoice) -> Span:
+    choice = selector.choose(first)
+    row = selector.tuned_row(choice.bucket)
+    return Span(
+        first=first,
+        last=last,
+        bucket=choice.bucket,
+        source=choice.source,
+        stages=1 if choice.run_1stage else 2,
+        block_m=choice.block_m,
+        ksplit=choice.ksplit,
+        stage1=choice.stage1,
+        stage2=choice.stage2,
+        ordered=choice.stage2_mode == "reduce",
+        us1=row.us1 if row else None,
+        us2=row.us2 if row else None,
+        us=row.us if row else None,
+        limit_here=_effect(baseline, choice),
+    )

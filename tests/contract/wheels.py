@@ -1,0 +1,41 @@
+"""Released wheels, downloaded once and read, never installed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
+UNREACHABLE = re.compile(
+    r"No module named pip|connection broken|NewConnectionError|ConnectTimeout|Max retries exceeded"
+    r"|not a trusted or secure host|Failed to establish|Name or service not known"
+    r"|Temporary failure in name resolution|Network is unreachable",
+    re.IGNORECASE,
+)
+
+
+def aiter_wheel(version: str) -> zipfile.ZipFile:
+    """Return the wheel of amd-aiter; skips the test only where there is no package index."""
+    path = CACHE / f"amd_aiter-{version}-py3-none-any.whl"
+    if not path.exists():
+        _download(path, f"amd-aiter=={version}")
+    return zipfile.ZipFile(path)
+
+
+def _download(path: Path, requirement: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
+        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, requirement]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        if done.returncode and (UNREACHABLE.search(done.stderr) or "PIP_NO_INDEX" in os.environ):
+            pytest.skip("no package index within reach of pip")
+        assert done.returncode == 0, done.stderr
+        (Path(scratch) / path.name).replace(path)

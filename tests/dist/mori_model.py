@@ -1,0 +1,131 @@
+"""MoRI's documented semantics, one token and one addition at a time; shares no code with the stand-in.
+
+Written from the description of dispatch and combine in docs/mori.md. Rows are lists of Python floats; every float32
+step goes through `f32`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+BLOCKS = 56
+
+
+class Layout(NamedTuple):
+    """A kernel type on W ranks of El experts each, P ranks to a node."""
+
+    kernel: str
+    ranks: int
+    experts: int
+    per_node: int
+
+
+def f32(value: float) -> float:
+    """Round to float32, as one operation of a kernel does."""
+    try:
+        rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return rounded
+
+
+def bf16(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32).bfloat16())
+
+
+def e4m3(value: float) -> float:
+    return float(torch.tensor(min(max(value, -E4M3_MAX), E4M3_MAX)).to(torch.float8_e4m3fn))
+
+
+def owners(layout: Layout, ids: list[int]) -> list[int | None]:
+    """Return each slot's rank; None where the kernel skips the slot."""
+    return [None if e < 0 or e >= layout.ranks * layout.experts else e // layout.experts for e in ids]
+
+
+def representatives(layout: Layout, ids: list[int]) -> list[tuple[int, int]]:
+    """Return (slot, rank) of the slots that stand for a rank, in slot order: the first of each rank, or LL's last."""
+    seen: dict[int, int] = {}
+    for slot, owner in enumerate(owners(layout, ids)):
+        if owner is None or (layout.kernel == "IntraNodeLL" and slot >= 8):
+            continue
+        if layout.kernel == "IntraNodeLL" or owner not in seen:
+            seen[owner] = slot
+    return sorted((slot, rank) for rank, slot in seen.items())
+
+
+def received(layout: Layout, ids: list[list[list[int]]], rank: int) -> list[tuple[int, int]]:
+    """Return the (source rank, source token) of every row that `rank` gets, sorted; ids by rank and token."""
+    return [
+        (source, token)
+        for source, tokens in enumerate(ids)
+        for token, row in enumerate(tokens)
+        if rank in [owner for _, owner in representatives(layout, row)]
+    ]
+
+
+def combined(layout: Layout, ids: list[int], rows: Callable[[int], list[float]], quant: str) -> list[float]:
+    """Return one token's result from the expert rows that each rank made of it, as bf16 values."""
+    order = [rank for _, rank in representatives(layout, ids)]
+    sent = {rank: _transported(rows(rank), quant) for rank in order}
+    columns = len(next(iter(sent.values()))) if sent else 0
+    return [bf16(_sum(layout, order, [sent[rank][c] for rank in order], quant)) for c in range(columns)]
+
+
+class _Element(NamedTuple):
+    value: float
+    scale: float | None
+
+
+def _transported(row: list[float], quant: str) -> list[_Element]:
+    if quant == "none":
+        return [_Element(value, None) for value in row]
+    if quant == "fp8_direct_cast":
+        return [_Element(e4m3(value), None) for value in row]
+    size = -(-len(row) // BLOCKS)
+    found: list[_Element] = []
+    any_scaled = False
+    for start in range(0, len(row), size):
+        block = row[start : start + size]
+        amax = max(abs(value) for value in block)
+        if amax > E4M3_MAX:
+            any_scaled = True
+            scale, factor = f32(amax * f32(1.0 / E4M3_MAX)), f32(E4M3_MAX / amax)
+            found += [_Element(e4m3(f32(value * factor)), scale) for value in block]
+        else:
+            found += [_Element(e4m3(value), 1.0) for value in block]
+    return found if any_scaled else [_Element(element.value, None) for element in found]
+
+
+def _add(total: float, element: _Element) -> float:
+    if element.scale is None:
+        return f32(total + element.value)
+    return f32(total + element.value * element.scale)  # fused: Python's float holds the product of fp8 and float32
+
+
+def _sum(layout: Layout, order: list[int], elements: list[_Element], quant: str) -> float:
+    if layout.kernel not in ("InterNodeV1", "InterNodeV1LL"):
+        total = 0.0
+        for element in elements:
+            total = _add(total, element)
+        return total
+    total = 0.0
+    for node in range(layout.ranks // layout.per_node):
+        here = [element for rank, element in zip(order, elements, strict=True) if rank // layout.per_node == node]
+        if here:
+            partial = 0.0
+            for element in here:
+                partial = _add(partial, element)
+            total = f32(total + (e4m3(partial) if quant == "fp8_direct_cast" else bf16(partial)))
+    return total
+
+
+def rows_of(values: list[list[float]]) -> Tensor:
+    """Return bf16 [n, H]; every value is one that bf16 holds."""
+    return torch.tensor(values, dtype=torch.float64).bfloat16()

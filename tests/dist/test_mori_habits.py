@@ -1,0 +1,259 @@
+"""What public releases of MoRI get wrong, or let a caller get wrong, shows: with the right verdict, on the right rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.case import Case
+from distbench.emulation.mori import habits, ops
+from distbench.errors import DistbenchError, Verdict
+from distbench.rank import run_case
+from distbench.session import Session
+from distbench.transport import mori, mori_config
+from distbench.transport.base import Dispatched
+from distbench.transport.mori import MoriTransport
+from distbench.verify.records import Outcome
+from tests.cases import tiny_case
+from tests.ranks import on_ranks
+
+KERNELS = ("IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL")
+Run = Callable[[Session, Case], Outcome | None]
+
+
+def mori_case(ranks: int = 4, **values: Any) -> Case:
+    return tiny_case(ranks, transport="mori", emulate=True, **values)
+
+
+def run(session: Session, case: Case) -> Outcome | None:
+    return run_case(session, case) if session.enter(case.ep_size) else None
+
+
+def raised(session: Session, case: Case, function: Run) -> str:
+    """Return what every rank alike ends with; where only some did, the others would wait for them."""
+    try:
+        function(session, case)
+    except (DistbenchError, RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def verdict_of(case: Case, function: Run = run) -> tuple[Verdict, str]:
+    """Return the verdict, and the stage that is the first wrong one."""
+    outcome: Outcome = on_ranks(case.ep_size, function, case)[0]
+    first = outcome.judgement.first_divergence
+    return outcome.judgement.verdict, first.stage if first else ""
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_type_passes_on_one_node_and_on_two(kernel: str, ranks: int) -> None:
+    for nodes in (1,) if kernel.startswith("IntraNode") else (1, 2):
+        for values in ({}, {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)]}):
+            case = mori_case(ranks, mori_kernel=kernel, gpu_per_node=ranks // nodes, **values)
+            assert verdict_of(case) == (Verdict.PASS, "")
+
+
+@pytest.mark.parametrize("quant", ["fp8_direct_cast", "fp8_blockwise"])
+def test_a_quantised_combine_passes_bit_for_bit(quant: str) -> None:
+    for dtype, routing in (("bf16", "uniform"), ("fp8", "fan-in:1")):
+        case = mori_case(combine_quant=quant, dispatch_dtype=dtype, routing=routing)
+        assert verdict_of(case) == (Verdict.PASS, "")
+
+
+def narrower_then_wider(session: Session, narrow: Case, wide: Case) -> list[Verdict | None]:
+    outcomes = [run(session, case) for case in (wide, narrow, wide, narrow)]
+    return [outcome.judgement.verdict if outcome else None for outcome in outcomes]
+
+
+def test_a_group_that_is_not_the_whole_job() -> None:
+    found = on_ranks(4, narrower_then_wider, mori_case(2), mori_case(4))
+    assert found[0] == [Verdict.PASS] * 4
+    assert found[3] == [None] * 4
+
+
+# What the adapter refuses is let through in what follows, to see what would have come of it.
+
+
+def with_received_ids(session: Session, case: Case) -> Outcome | None:
+    """Pass to combine the ids that dispatch returned, as callers have."""
+    dispatch = MoriTransport.dispatch
+    received: list[Tensor] = []
+
+    def keep(transport: MoriTransport, *batch: Any) -> Dispatched:
+        given = dispatch(transport, *batch)
+        received[:] = [given.ids]
+        return given
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(MoriTransport, "dispatch", keep))
+        patches.enter_context(patch.object(MoriTransport, "_take_routing", lambda *_: received[0]))
+        patches.enter_context(patch.object(mori.MoriTransport, "combine", _combined_with_all_rows))
+        return run(session, case)
+
+
+def _combined_with_all_rows(transport: MoriTransport, rows: Tensor, ids: Tensor) -> Tensor:
+    routing = transport._take_routing(ids)
+    combined, _ = transport._op.combine(rows, None, routing)
+    result: Tensor = combined[: ids.shape[0]].clone()
+    return result
+
+
+def test_received_ids_in_combine_corrupt_between_nodes_where_the_guard_is_missing() -> None:
+    values: dict[str, Any] = {"mori_kernel": "InterNodeV1", "gpu_per_node": 2, "topk": 2}
+    spoilt = verdict_of(mori_case(mori_habits="no-row-guard", **values), with_received_ids)
+    assert spoilt == (Verdict.BASELINE_WRONG, "combine")
+    for found in on_ranks(4, raised, mori_case(**values), with_received_ids):
+        assert "indices has 256 rows but this rank dispatched 16" in found
+
+
+def test_received_ids_in_combine_do_nothing_within_a_node() -> None:
+    assert verdict_of(mori_case(mori_habits="no-row-guard"), with_received_ids) == (Verdict.PASS, "")
+
+
+def with_rolled_ids(session: Session, case: Case) -> Outcome | None:
+    """Pass to combine a tensor of the right shape that is another one."""
+    with patch.object(MoriTransport, "_take_routing", lambda _, ids: ids.roll(1, 0)):
+        return run(session, case)
+
+
+def test_ids_of_the_right_shape_pass_every_guard_and_corrupt() -> None:
+    case = mori_case(mori_kernel="InterNodeV1", gpu_per_node=2, topk=2)
+    assert verdict_of(case, with_rolled_ids) == (Verdict.BASELINE_WRONG, "combine")
+
+
+def refused_routing(session: Session, case: Case) -> Outcome | None:
+    combine = MoriTransport.combine
+
+    def other(transport: MoriTransport, rows: Tensor, ids: Tensor) -> Tensor:
+        return combine(transport, rows, ids.roll(1, 0))
+
+    with patch.object(MoriTransport, "combine", other):
+        return run(session, case)
+
+
+def test_the_adapter_refuses_other_ids_by_their_content() -> None:
+    for found in on_ranks(4, raised, mori_case(), refused_routing):
+        assert found.startswith("combine: ids of token 0 are [")
+        assert "pass the rank's own routing" in found
+
+
+def raising(message: str) -> NoReturn:
+    raise RuntimeError(message)
+
+
+@contextmanager
+def late_without_barriers(session: Session, *, adapter_waits: bool) -> Iterator[None]:
+    """One rank allocates late, and nobody waits for it unless the adapter does."""
+    allocate = ops.EpDispatchCombineOp._allocate
+    wait = MoriTransport._wait_for_all
+
+    def late(op: ops.EpDispatchCombineOp) -> Any:
+        if session.rank == 1:
+            import time  # noqa: PLC0415
+
+            time.sleep(0.3)
+        return allocate(op)
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(ops.EpDispatchCombineOp, "_allocate", late))
+        patches.enter_context(patch.object(habits, "spin", lambda: raising("waits for a count that was lost")))
+        patches.enter_context(patch.object(MoriTransport, "_wait_for_all", wait if adapter_waits else lambda _: None))
+        yield
+
+
+def late_rank(session: Session, case: Case, adapter_waits: bool) -> Outcome | None:
+    with late_without_barriers(session, adapter_waits=adapter_waits):
+        return run(session, case)
+
+
+def test_without_a_barrier_after_construction_a_count_is_lost_unless_the_adapter_waits() -> None:
+    case = mori_case(mori_habits="no-constructor-barrier")
+    assert on_ranks(4, late_rank, case, True)[0].judgement.verdict is Verdict.PASS
+    assert on_ranks(4, late_rank, mori_case(), False)[0].judgement.verdict is Verdict.PASS
+    with pytest.raises(AssertionError, match="waits for a count that was lost"):
+        on_ranks(4, late_rank, case, False)
+
+
+def past_the_buffer(session: Session, case: Case) -> str:
+    """Send more rows than a capped receive buffer has; every rank's process ends where the GPU would stop it."""
+    with ExitStack() as patches:
+        patches.enter_context(patch("distbench.rank.check_capacity"))
+        patches.enter_context(patch.object(habits, "trap", raising))
+        return raised(session, case, run)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "habit", "message"),
+    [
+        ("IntraNode", "", "received 16 rows, its buffer has 12"),
+        ("IntraNode", "intranode-overflow-assert", "assertion failed: Total recv token overflow"),
+        ("IntraNode", "1.2.2", "assertion failed: Total recv token overflow"),
+        ("IntraNodeLL", "", "assertion failed: Total recv token overflow"),
+        ("IntraNodeLL", "no-overflow-assert", "received 16 rows, its buffer has 12"),
+        ("InterNodeV1", "", "assertion failed: Total recv token overflow"),
+        ("AsyncLL", "no-overflow-assert", "received 16 rows, its buffer has 12"),
+    ],
+)
+def test_more_rows_than_the_buffer_holds(kernel: str, habit: str, message: str) -> None:
+    values: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12, "combine_input": "registered"}
+    case = mori_case(mori_kernel=kernel, mori_habits=habit, **values)
+    for found in on_ranks(4, past_the_buffer, case):
+        assert message in found
+
+
+def what_an_overflow_overwrites(session: Session, case: Case) -> tuple[bool, bool]:
+    """Dispatch twice, once past the buffer's end: whether the buffer behind it is then another."""
+    session.enter(case.ep_size)
+    transport = MoriTransport(session, case)
+    buffers = transport._op._buffers
+    behind = buffers.combine_out.view(32, 256, torch.bfloat16)
+    before = behind.clone()
+    from distbench.rank import workload_for  # noqa: PLC0415
+
+    batch = workload_for(case, session.device).tokens(session.rank)
+    transport._op.dispatch(batch.hidden, batch.weights, batch.scales, batch.ids)
+    return bool((behind == before).all()), int(transport._op._total) > transport.capacity
+
+
+def test_an_overflow_without_a_check_poisons_the_neighbour() -> None:
+    values: dict[str, Any] = {"routing": "fan-in:0", "prealloc_max_recv_tokens": 32, "combine_input": "registered"}
+    found = on_ranks(4, what_an_overflow_overwrites, mori_case(mori_kernel="IntraNode", **values))
+    assert found == [(False, True), (True, False), (True, False), (True, False)]
+
+
+def unchecked_kernel(session: Session, case: Case) -> Outcome | None:
+    with patch.object(mori_config, "_check_kernel"):
+        return run(session, case)
+
+
+def test_the_low_latency_kernel_loses_slots_past_the_eighth() -> None:
+    values: dict[str, Any] = {"mori_kernel": "IntraNodeLL", "topk": 10, "num_experts": 16}
+    verdict, stage = verdict_of(mori_case(**values), unchecked_kernel)
+    assert (verdict, stage) == (Verdict.BASELINE_WRONG, "dispatch")
+    assert verdict_of(mori_case(mori_habits="ll-all-slots", **values), unchecked_kernel)[0] is Verdict.PASS
+
+
+def pushed_past_the_cap(session: Session, case: Case) -> bool:
+    """Combine with a receive cap from an external buffer: whether the push reaches the buffer behind."""
+    session.enter(case.ep_size)
+    with patch.object(mori_config, "_check_cap"):
+        transport = MoriTransport(session, case)
+    from distbench.rank import workload_for  # noqa: PLC0415
+
+    batch = workload_for(case, session.device).tokens(session.rank)
+    given = transport.dispatch(batch)
+    received = given.hidden.clone()
+    transport.combine(torch.full_like(received, 3.0), batch.ids)
+    return bool((given.hidden != received).any())
+
+
+def test_a_capped_combine_buffer_is_pushed_past() -> None:
+    case = mori_case(mori_kernel="IntraNode", tokens=8, prealloc_max_recv_tokens=32)
+    assert any(on_ranks(4, pushed_past_the_cap, case))

@@ -1,0 +1,147 @@
+"""The stand-in for MoRI against its documented semantics, bit for bit, with sums that depend on their order."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from distbench.case import Case
+from distbench.session import Session
+from distbench.transport.mori import MoriTransport
+from distbench.verify.bitwise import same_bits
+from distbench.workload.batch import TokenBatch
+from tests.cases import tiny_case
+from tests.dist import mori_model as model
+from tests.ranks import on_ranks
+
+HIDDEN, TOPK, MOST = 64, 6, 16
+# What the sum of some of these comes to depends on their order, and on roundings between them.
+VALUES = (1e8, 1.0, -1e8, -0.0, 0.0, 1.0078125, -3.0, 2.0**-9, 255.0, 1.5e38, 257.0, -500.0, 0.01)
+SKIPPING = ("IntraNode", "IntraNodeLL", "InterNodeV1")
+Ids = list[list[list[int]]]
+LAYOUTS = [
+    (kernel, ranks, nodes)
+    for ranks in (2, 4, 8)
+    for kernel in ("IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL")
+    for nodes in (1, 2)
+    if nodes == 1 or not kernel.startswith("IntraNode")
+]
+
+
+def layout_case(kernel: str, ranks: int, nodes: int, **values: Any) -> Case:
+    shape: dict[str, Any] = {"hidden_size": HIDDEN, "topk": TOPK, "num_experts": 4 * ranks, "max_dispatch_tokens_per_rank": MOST}
+    return tiny_case(
+        ranks, transport="mori", emulate=True, mori_kernel=kernel, gpu_per_node=ranks // nodes, **shape, **values
+    )
+
+
+def ids_of(case: Case, chance: random.Random) -> Ids:
+    """Return ids by rank and token, with all that a top-k may hold, and a rank without tokens."""
+    experts, local = case.num_experts, case.experts_per_rank
+    special = [[0, local, 1, 2, local + 1, 3], [0] * TOPK, [experts - 1, 0, experts - 2, 1, experts - 3, 2]]
+    if case.mori_kernel in SKIPPING:
+        special += [[-1, 0, local, -1, 1, -1], [-1] * TOPK]
+    ids = [
+        [*special, *([chance.randrange(experts) for _ in range(TOPK)] for _ in range(4 + chance.randrange(8)))]
+        for _ in range(case.ep_size)
+    ]
+    ids[case.ep_size - 1] = []
+    return ids
+
+
+def value_of(seed: int, rank: int, source: int, token: int) -> list[float]:
+    """Return what `rank` makes of a token: bf16 numbers."""
+    chance = random.Random(f"{seed}/{rank}/{source}/{token}")
+    return [model.bf16(chance.choice(VALUES)) for _ in range(HIDDEN)]
+
+
+def rounds(session: Session, case: Case, ids: Ids, seed: int) -> list[tuple[list[tuple[int, int]], torch.Tensor]]:
+    """Dispatch and combine twice: what was received by whom, and the combined tokens."""
+    session.enter(case.ep_size)
+    transport = MoriTransport(session, case)
+    mine = torch.tensor(ids[session.rank], dtype=torch.int32).view(-1, TOPK)
+    hidden = torch.full((len(mine), HIDDEN), float(session.rank)).bfloat16()
+    weights = torch.arange(mine.numel(), dtype=torch.float32).view(-1, TOPK)
+    found = []
+    for _ in range(2):
+        given = transport.dispatch(TokenBatch(hidden, None, weights, mine))
+        sources = [(int(rank), int(token)) for rank, token in transport.sources()]
+        for slot, (rank, token) in enumerate(sources):
+            assert given.ids[slot].tolist() == ids[rank][token]
+            assert given.weights[slot].tolist() == list(range(token * TOPK, (token + 1) * TOPK))
+            assert set(given.hidden[slot].tolist()) == {float(rank)}
+        assert int(given.total_recv) == len(sources)
+        rows = [value_of(seed, session.rank, *source) for source in sources]
+        found.append((sources, transport.combine(model.rows_of(rows).view(-1, HIDDEN), mine)))
+        assert int(given.total_recv) == len(sources)
+    transport.close()
+    return found
+
+
+@pytest.mark.parametrize(("kernel", "ranks", "nodes"), LAYOUTS)
+def test_the_stand_in_is_the_model(kernel: str, ranks: int, nodes: int) -> None:
+    check(layout_case(kernel, ranks, nodes), seed=ranks)
+
+
+@pytest.mark.parametrize("kernel", ["IntraNode", "IntraNodeLL"])
+def test_the_registered_buffer_gives_the_same(kernel: str) -> None:
+    check(layout_case(kernel, 4, 1, combine_input="registered"), seed=9)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "nodes", "quant"),
+    [
+        ("IntraNode", 1, "fp8_direct_cast"),
+        ("AsyncLL", 2, "fp8_direct_cast"),
+        ("InterNodeV1", 1, "fp8_direct_cast"),
+        ("InterNodeV1LL", 2, "fp8_direct_cast"),
+        ("IntraNode", 1, "fp8_blockwise"),
+        ("IntraNodeLL", 1, "fp8_blockwise"),
+        ("AsyncLL", 2, "fp8_blockwise"),
+    ],
+)
+def test_quantised_combine_is_the_model(kernel: str, nodes: int, quant: str) -> None:
+    check(layout_case(kernel, 4, nodes, combine_quant=quant, numerics="gaussian"), seed=3)
+
+
+def check(case: Case, seed: int) -> None:
+    layout = model.Layout(case.mori_kernel, case.ep_size, case.experts_per_rank, case.gpu_per_node)
+    ids = ids_of(case, random.Random(seed))
+
+    def expected(rank: int, token: int) -> list[float]:
+        def row(peer: int) -> list[float]:
+            return value_of(seed, peer, rank, token)
+
+        return model.combined(layout, ids[rank][token], row, case.combine_quant) or [0.0] * HIDDEN
+
+    everyones = on_ranks(case.ep_size, rounds, case, ids, seed)
+    for rank, twice in enumerate(everyones):
+        wanted = model.rows_of([expected(rank, token) for token in range(len(ids[rank]))]).view(-1, HIDDEN)
+        for sources, tokens in twice:
+            assert sorted(sources) == model.received(layout, ids, rank)
+            assert same_bits(tokens, wanted)
+    orders = [sources for twice in everyones for sources, _ in twice if len(sources) > 5]
+    assert any(order != sorted(order) for order in orders)
+    if case.mori_kernel == "AsyncLL":
+        assert all([rank for rank, _ in order] == sorted(rank for rank, _ in order) for order in orders)
+
+
+@pytest.mark.parametrize(
+    ("rows", "intra", "last", "two_levels"),
+    [((1e8, -1e8, 1.0, 0.5), 1.5, 0.5, 1.5), ((256.0, 1.0, 0.0, 1.0), 258.0, 258.0, 256.0)],
+)
+def test_the_vectors_tell_kernels_apart(
+    rows: tuple[float, ...], intra: float, last: float, two_levels: float
+) -> None:
+    ids = [0, 4, 1, 8, 2, 12]
+
+    def result(kernel: str, per_node: int) -> float:
+        layout = model.Layout(kernel, 4, 4, per_node)
+        return model.combined(layout, ids, lambda rank: [model.bf16(rows[rank])], "none")[0]
+
+    assert result("IntraNode", 4) == intra
+    assert result("IntraNodeLL", 4) == last
+    assert result("InterNodeV1", 2) == two_levels

@@ -1,0 +1,46 @@
+"""Formats and baselines beside real runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lxml import etree
+
+from distbench.export import FILES
+from tests.end_to_end.launches import Bench, write_suite
+
+
+def test_a_suite_leaves_every_format_and_is_its_own_baseline(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(2), repeats=12)
+    common = ("suite", suite, "--nproc", "2", "--quiet")
+    with Bench(tmp_path / "old", *common, "--report", ",".join(FILES)) as bench:
+        assert bench.finish() == 0
+        document = json.loads((bench.out / "results.json").read_text())
+        assert document["results"] == bench.reports
+        samples = bench.reports[0]["timing"]["truncated"]["experts"]["samples_us"]
+        assert len(samples) == 12
+        assert max(samples) == bench.reports[0]["timing"]["truncated"]["experts"]["max_over_ranks_us"]
+        root = etree.fromstring((bench.out / "junit.xml").read_bytes())
+        assert [case.get("name") for case in root.iter("testcase")] == ["seed=0", "seed=1"]
+        assert "emulated" in (bench.out / "results.md").read_text()
+    with Bench(tmp_path / "new", *common, "--select", "seed=1", "--baseline", tmp_path / "old") as bench:
+        code = bench.finish()
+        judged = [line for line in bench.stdout.splitlines() if "truncated/experts, all cases: " in line]
+        assert len(judged) == 1
+        assert code == (1 if "\nslower" in bench.stdout else 0)
+        assert "exit 0: results in" in bench.stdout
+    worse = [report | {"case": report["case"] | {"seed": 9}} for report in json.loads(json.dumps(document["results"]))]
+    (tmp_path / "changed.jsonl").write_text("".join(json.dumps(report) + "\n" for report in worse))
+    again = ("--baseline", tmp_path / "changed.jsonl", "--verdicts-only")
+    with Bench(tmp_path / "old", *common, *again) as bench:
+        assert bench.finish() == 1
+        assert "another case   seed=0: PASS → PASS: not the same seed" in bench.stdout
+
+
+def test_a_baseline_that_cannot_be_read_is_known_before_a_rank_starts(tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    with Bench(tmp_path / "out", "run", "--model", "tiny", "--baseline", tmp_path / "broken.jsonl") as bench:
+        assert bench.finish(20) == 2
+        assert "broken.jsonl, line 1" in bench.stderr
+        assert not (bench.out / "ranks").exists()

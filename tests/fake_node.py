@@ -1,0 +1,41 @@
+"""Stands where a launcher starts a node: writes the results that PLANTED asks for instead of running a suite.
+
+PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
+(exit 0 without results), `dies`, `hangs`, or a number by which its times are multiplied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.results import result, timing, write_results
+
+
+def main() -> int:
+    """Act as one node of a group; the first of them has rank 0."""
+    node, command = sys.argv[1], sys.argv[2:]
+    out = Path(command[command.index("--out") + 1])
+    group = (out / "nodes.txt").read_text().split()
+    planted = json.loads(os.environ["PLANTED"])
+    what = next((what for nodes, what in planted.items() if set(nodes.split("+")) <= set(group)), "PASS")
+    if what == "hangs":
+        time.sleep(60)
+    if what == "dies":
+        return 9
+    if what != "silent" and node == group[0]:
+        scale = float(what) if isinstance(what, int | float) else 1.0
+        verdict = "PASS" if isinstance(what, int | float) else what
+        noise = sum(map(ord, "".join(group))) % 7 / 100
+        cases = [result(f"case {seed}", verdict, timing=timing(scale + noise) | {"wall_s": 1.0}) for seed in range(2)]
+        write_results(out, cases, cases=2)
+    return 0 if what == "silent" or not isinstance(what, str) or what == "PASS" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""A fault that is planted is named, and nobody else is."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.cluster.faults import Finding, Trial, name_faults
+from distbench.cluster.plan import STEPS, Step, rounds_of
+from distbench.cluster.stragglers import name_stragglers
+from distbench.verify.records import STAGE_ORDER
+
+KEYS = [f"case {number}" for number in range(8)]
+Group = tuple[str, ...]
+
+
+def names(count: int) -> list[str]:
+    return [f"node{number}" for number in range(count)]
+
+
+def trials(count: int, failing: Callable[[Step, Group], bool]) -> list[Trial]:
+    return [
+        Trial(step=step, nodes=group, exit_code=3 if failing(step, group) else 0, verdict="HANG", reason="why")
+        for step in STEPS
+        for one in rounds_of(step, names(count))
+        for group in one
+    ]
+
+
+def named(findings: list[Finding]) -> set[tuple[str, frozenset[str]]]:
+    return {(found.kind, frozenset(found.nodes)) for found in findings}
+
+
+@given(data=st.data(), count=st.integers(3, 12))
+def test_nodes_and_links_that_fail_are_named_and_no_healthy_one(data: st.DataObject, count: int) -> None:
+    nodes = names(count)
+    alone = set(data.draw(st.lists(st.sampled_from(nodes), max_size=count - 1, unique=True)))
+    rest = [node for node in nodes if node not in alone]
+    most = max(len(rest) - 2, 0)
+    cut_off = set(data.draw(st.lists(st.sampled_from(rest), max_size=most, unique=True))) if most else set()
+    healthy = [node for node in rest if node not in cut_off]
+    links = list(combinations(healthy, 2))
+    # each healthy node keeps a partner that it passes with
+    broken = {frozenset(links[0])} if len(healthy) > 2 and data.draw(st.booleans()) else set()
+
+    def failing(step: Step, group: Group) -> bool:
+        if step == "nodes":
+            return group[0] in alone
+        bad = alone | cut_off
+        return bool(bad & set(group)) or any(link <= set(group) for link in broken)
+
+    expected = {("node", frozenset([node])) for node in alone | cut_off} | {("link", link) for link in broken}
+    assert named(name_faults(trials(count, failing))) == expected
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_what_all_share_names_nobody(count: int) -> None:
+    assert named(name_faults(trials(count, lambda *_: True))) == {("common", frozenset())}
+    assert named(name_faults(trials(count, lambda *_: False))) == set()
+    together = named(name_faults(trials(count, lambda step, _: step == "all")))
+    assert together == {("scale", frozenset(names(count)))}
+    between = named(name_faults(trials(count, lambda step, _: step != "nodes")))
+    assert between == ({("link", frozenset(names(2)))} if count == 2 else {("fabric", frozenset())})
+
+
+def test_scale_is_named_beside_a_node_that_was_left_out() -> None:
+    found = [
+        Trial(step="nodes", nodes=("a",), exit_code=1, verdict="CORRUPT"),
+        *(Trial(step="nodes", nodes=(node,), exit_code=0, verdict="PASS") for node in "bc"),
+        Trial(step="all", nodes=("b", "c"), exit_code=3, verdict="HANG"),
+    ]
+    assert named(name_faults(found)) == {("node", frozenset("a")), ("scale", frozenset("bc"))}
+
+
+def test_the_evidence_says_how_it_failed() -> None:
+    (found,) = name_faults(trials(4, lambda _, group: "node2" in group and len(group) == 2))[:1]
+    assert found.evidence == "fails with each of its 3 partners: HANG: why"
+
+
+def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.05) -> list[Trial]:
+    """Return trials with noisy times: a case's own, as slow as its group is in that stage."""
+    rng = random.Random(seed)  # noqa: S311 - noise
+    base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in STAGE_ORDER for key in KEYS}
+    found = []
+    for step in ("nodes", "pairs"):
+        for group in (group for one in rounds_of(step, names(count)) for group in one):
+            times = {
+                stage: {key: base[stage, key] * slowness(stage, group) * math.exp(rng.gauss(0, noise)) for key in KEYS}
+                for stage in STAGE_ORDER
+            }
+            found.append(Trial(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
+    return found
+
+
+@given(count=st.integers(5, 12), seed=st.integers(0, 10**6), slow=st.integers(0, 4), by=st.floats(1.5, 10))
+def test_a_slow_node_is_named_in_its_stage_and_no_other(count: int, seed: int, slow: int, by: float) -> None:
+    node = f"node{slow}"
+    findings = name_stragglers(
+        timed(count, seed, lambda stage, group: by if node in group and stage == "experts" else 1.0)
+    )
+    assert named(findings) == {("slow node", frozenset([node]))}
+    assert all("alone, experts: " in found.evidence for found in findings)
+
+
+@given(count=st.integers(5, 12), seed=st.integers(0, 10**6), by=st.floats(1.5, 10))
+def test_a_slow_link_is_named_and_a_node_that_is_slow_with_others_only(count: int, seed: int, by: float) -> None:
+    link = {"node0", "node1"}
+    findings = name_stragglers(timed(count, seed, lambda _, group: by if set(group) == link else 1.0))
+    assert named(findings) == {("slow link", frozenset(link))}
+    findings = name_stragglers(timed(count, seed, lambda _, group: by if "node0" in group and len(group) > 1 else 1.0))
+    assert named(findings) == {("slow node", frozenset(["node0"]))}
+    assert all("in pairs, " in found.evidence for found in findings)
+
+
+@pytest.mark.parametrize("count", [5, 8, 16])
+def test_noise_alone_names_hardly_anybody(count: int) -> None:
+    rounds = 30
+    found = [name_stragglers(timed(count, seed, lambda *_: 1.0, noise=0.2)) for seed in range(rounds)]
+    assert sum(map(bool, found)) <= 1
+
+
+def test_too_few_nodes_name_nobody() -> None:
+    assert name_stragglers(timed(4, 0, lambda _, group: 9.0 if "node0" in group else 1.0)) == []

@@ -1,0 +1,115 @@
+"""What `distbench compare` finds, and what it exits with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distbench.cli import main
+from tests.results import result, timing, write_results
+
+EXPECTED: dict[str, Any] = {"as_expected": True, "expect": "UNDER_LIMIT"}
+
+CASE = result()["case"] | {"hash": "other"}
+
+
+def noisy(seed: int, scale: float = 1.0, size: int = 30) -> dict[str, Any]:
+    samples = 100 * np.exp(np.random.default_rng(seed).normal(0, 0.05, size))
+    return timing(scale, samples.tolist()) | {"wall_s": 0.25}
+
+
+def compare(tmp_path: Path, old: list[dict[str, Any]], new: list[dict[str, Any]], *more: str) -> tuple[int, Any]:
+    folders = [str(write_results(tmp_path / name, reports)) for name, reports in (("old", old), ("new", new))]
+    path = tmp_path / "comparison.json"
+    code = main(["compare", *folders, "--json", str(path), *more])
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "code"),
+    [
+        (result(), result(), None, 0),
+        (result(), result(verdict="CORRUPT"), "regressed", 1),
+        (result(), result(verdict="UNSUPPORTED"), "regressed", 1),
+        (result(), result(verdict="UNDER_LIMIT", **EXPECTED), "regressed", 1),
+        (result(verdict="UNDER_LIMIT", **EXPECTED), result(verdict="UNDER_LIMIT", **EXPECTED), None, 0),
+        (result(verdict="UNDER_LIMIT", **EXPECTED), result(as_expected=False, expect="UNDER_LIMIT"), "regressed", 1),
+        (result(verdict="CORRUPT"), result(verdict="CORRUPT"), "still failing", 0),
+        (result(verdict="CORRUPT"), result(verdict="HANG"), "regressed", 1),
+        (result(verdict="HANG"), result(verdict="CORRUPT"), "still failing", 0),
+        (result(verdict="CORRUPT"), result(), "fixed", 0),
+        (result(), result(case=CASE | {"model": "other"}), "another case", 1),
+        (result(), result(case=CASE | {"repeats": 1, "policy": "strict"}), None, 0),
+        (result(), result(case=CASE | {"repeats": 2}), "another case", 1),
+        (result(), result(case=CASE | {"no key of today": 1}), "another case", 1),
+    ],
+)
+def test_verdicts(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], kind: str | None, code: int) -> None:
+    found, comparison = compare(tmp_path, [old], [new], "--verdicts-only")
+    assert found == comparison["exit_code"] == code
+    assert [one["kind"] for one in comparison["cases"]] == ([kind] if kind else [])
+
+
+def test_a_case_that_is_gone_is_no_pass_and_a_new_one_is_judged_alone(tmp_path: Path) -> None:
+    both = result("both")
+    assert compare(tmp_path, [both, result("gone")], [both], "--verdicts-only")[0] == 1
+    assert compare(tmp_path, [both], [both, result("new")], "--verdicts-only")[0] == 0
+    code, comparison = compare(tmp_path, [both], [both, result("new", "CORRUPT")], "--verdicts-only")
+    assert (code, comparison["cases"][0]["kind"]) == (1, "new failure")
+
+
+def test_times_that_did_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=noisy(2))])
+    assert (code, comparison["unjudged"]) == (0, [])
+    assert len(comparison["times"]) == 16
+    assert all(0 < one["change"]["detectable"] < 0.2 for one in comparison["times"])
+    assert "90% of slowdowns of +" in capsys.readouterr().out
+
+
+def test_one_stage_that_became_slower_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = noisy(2)
+    slow["truncated"] = slow["truncated"] | {"experts": noisy(2, 1.5)["padded"]["experts"]}
+    code, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=slow)])
+    slower = [(one["arm"], one["stage"]) for one in comparison["times"] if one["change"]["slower"]]
+    assert (code, slower) == (1, [("truncated", "experts")])
+    assert re.search(r"slower +truncated/experts, all cases: \+[45]\d\.\d%; 90% of ", capsys.readouterr().out)
+    assert compare(tmp_path, [result(timing=noisy(1))], [result(timing=slow)], "--verdicts-only")[0] == 0
+    assert compare(tmp_path, [result(timing=slow)], [result(timing=noisy(1))])[0] == 0
+
+
+def test_one_case_of_many_that_became_slower_is_named(tmp_path: Path) -> None:
+    old = [result(f"case {seed}", timing=noisy(seed)) for seed in range(20)]
+    new = [result(f"case {seed}", timing=noisy(seed + 100, 3.0 if seed == 7 else 1.0)) for seed in range(20)]
+    code, comparison = compare(tmp_path, old, new)
+    assert code == 1
+    assert {one["case"] for one in comparison["times"] if one["change"]["slower"]} - {""} == {"case 7"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        (noisy(1), noisy(2, size=3), 77),
+        (noisy(1, size=3), noisy(2, size=3), 77),
+        (timing(samples=[1.0]) | {"wall_s": 1.0}, timing(samples=[1.0]) | {"wall_s": 1.0}, 77),
+        (noisy(1), {"wall_s": 1.0}, 1),
+        (noisy(1), noisy(1) | {"truncated": {}}, 1),
+        (noisy(1), noisy(1) | {"truncated": {"experts": {"median_us": 1.0}}}, 1),
+        (noisy(1), noisy(1) | {"truncated": {"experts": {"median_us": None}}}, 2),
+        (noisy(1), noisy(1) | {"truncated": {"experts": {"median_us": 1.0, "samples_us": [-1.0]}}}, 2),
+    ],
+)
+def test_a_time_that_is_absent_or_unreadable_is_no_pass(
+    tmp_path: Path, old: dict[str, Any], new: dict[str, Any], code: int
+) -> None:
+    assert compare(tmp_path, [result(timing=old)], [result(timing=new)])[0] == code
+
+
+def test_results_that_are_not_there_are_no_pass(tmp_path: Path) -> None:
+    assert compare(tmp_path, [], [])[0] == 2
+    assert compare(tmp_path, [result("a")], [result("b")])[0] == 2
+    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "nowhere")]) == 2

@@ -1,0 +1,107 @@
+"""False alarms are as rare as is said, and what is said to be detectable is detected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.compare.noise import ALPHA, POWER, Samples, judge_change, readable
+
+TRIALS = 300
+Noise = Callable[[np.random.Generator, int], Samples]
+
+
+def lognormal(rng: np.random.Generator, size: int) -> Samples:
+    return 100 * np.exp(rng.normal(0, 0.1, size))
+
+
+def two_modes(rng: np.random.Generator, size: int) -> Samples:
+    return np.where(rng.random(size) < 0.3, 150, 100) * np.exp(rng.normal(0, 0.02, size))
+
+
+def heavy_tail(rng: np.random.Generator, size: int) -> Samples:
+    return 100 * (1 + 0.1 * np.abs(rng.standard_t(1.5, size)))
+
+
+def coarse_clock(rng: np.random.Generator, size: int) -> Samples:
+    return np.round(100 + rng.normal(0, 3, size))
+
+
+def drifting(rng: np.random.Generator, size: int) -> Samples:
+    steps, level = rng.normal(0, 0.1, size), 0.0
+    for index, step in enumerate(steps):
+        level = steps[index] = 0.5 * level + step
+    return 100 * np.exp(steps)
+
+
+@pytest.mark.parametrize("noise", [lognormal, two_modes, heavy_tail, coarse_clock, drifting])
+@pytest.mark.parametrize(("old", "new", "cases"), [(40, 40, 1), (200, 50, 1), (20, 20, 10)])
+def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
+    noise: Noise, old: int, new: int, cases: int
+) -> None:
+    rng = np.random.default_rng([old, new, cases])
+    alarms = found = asked = 0
+    for _ in range(TRIALS):
+        quiet = judge_change([(noise(rng, old), noise(rng, new)) for _ in range(cases)], ALPHA)
+        alarms += quiet.slower
+        if quiet.detectable is not None:
+            shift = 1 + quiet.detectable
+            asked += 1
+            found += judge_change([(noise(rng, old), shift * noise(rng, new)) for _ in range(cases)], ALPHA).slower
+    assert asked > TRIALS / 3
+    assert found >= POWER * asked - 3 * np.sqrt(asked * POWER * (1 - POWER))
+    # samples that follow one another get what a series of this length can tell of their likeness
+    assert alarms <= ALPHA * TRIALS * (2 if noise is drifting else 1) + 3 * np.sqrt(ALPHA * TRIALS)
+
+
+@pytest.mark.parametrize("size", [10, 12, 20])
+def test_the_tail_is_not_below_the_exact_one(size: int) -> None:
+    old, new = np.arange(1.0, size + 1), np.arange(size + 1.0, 2 * size + 1)
+    rng = np.random.default_rng(size)
+    change = judge_change([(rng.permutation(old), rng.permutation(new))], ALPHA)
+    assert change.p_slower >= 1 / comb(2 * size, size)
+    assert change.slower
+
+
+@given(scale=st.floats(1e-3, 1e6), seed=st.integers(0, 1000))
+def test_the_unit_of_time_does_not_matter(scale: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    old, new = lognormal(rng, 30), lognormal(rng, 30) * 1.3
+    here, there = (judge_change([(old * by, new * by)], ALPHA) for by in (1.0, scale))
+    assert (here.slower, here.faster) == (there.slower, there.faster)
+    assert here.change == pytest.approx(there.change)
+    assert here.detectable == pytest.approx(there.detectable)
+
+
+def test_slower_and_faster_are_mirror_images() -> None:
+    rng = np.random.default_rng(1)
+    old, new = lognormal(rng, 50), lognormal(rng, 50) * 1.5
+    there, back = judge_change([(old, new)], ALPHA), judge_change([(new, old)], ALPHA)
+    assert (there.slower, there.faster, back.slower, back.faster) == (True, False, False, True)
+    assert there.change == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_threshold_follows_the_noise() -> None:
+    rng = np.random.default_rng(2)
+    detectable = [
+        judge_change([(np.exp(rng.normal(0, spread, 50)), np.exp(rng.normal(0, spread, 50)))], ALPHA).detectable
+        for spread in (0.01, 0.1, 0.5)
+    ]
+    assert all(one is not None for one in detectable)
+    assert detectable[0] * 5 < detectable[1] < detectable[2] / 3  # type: ignore[operator]
+
+
+def test_samples_that_never_vary_tell_nothing_of_noise() -> None:
+    change = judge_change([(np.full(20, 5.0), np.full(20, 5.0))], ALPHA)
+    assert (change.slower, change.faster) == (False, False)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="negative or not finite"):
+        readable([1.0, value])

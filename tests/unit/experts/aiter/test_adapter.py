@@ -1,0 +1,222 @@
+"""The adapter of aiter, over its stand-in: arguments, weights, and what it says of the kernels."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from distbench.case import Case
+from distbench.emulation.aiter import habits
+from distbench.errors import DistbenchError, InvalidCase, Unsupported
+from distbench.experts import make_experts, make_selector
+from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
+from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
+from distbench.experts.aiter.log import KernelLog
+from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, load_package
+from distbench.experts.aiter.weights import quantize_blocks
+from distbench.preflight import check_case
+from tests.cases import tiny_case
+
+ROWS = 16
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    before = habits.assumed()
+    yield
+    habits.assume(before)
+
+
+def aiter_case(**values: Any) -> Case:
+    return tiny_case(4, **{"experts": "aiter", "emulate": True} | values)
+
+
+def given(rows: int = ROWS, **changed: Any) -> dict[str, Any]:
+    arguments = {
+        "hidden": torch.zeros(rows, 256, dtype=torch.bfloat16),
+        "weights": torch.zeros(rows, 4),
+        "ids": torch.zeros(rows, 4, dtype=torch.int32),
+        "mask": torch.ones(16, dtype=torch.int32),
+        "scale": None,
+        "weight_scale": None,
+    }
+    return arguments | changed
+
+
+def test_good_arguments_pass() -> None:
+    check_arguments(**given())
+    float8 = torch.zeros(ROWS, 256, dtype=torch.float8_e4m3fn)
+    check_arguments(**given(hidden=float8, scale=torch.ones(ROWS, 2), weight_scale=torch.ones(4, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"ids": torch.zeros(ROWS, 4, dtype=torch.int64)}, "topk_ids is torch.int64: torch.int32"),
+        ({"weights": torch.zeros(ROWS, 4, dtype=torch.bfloat16)}, "topk_weight is torch.bfloat16"),
+        ({"mask": torch.ones(16, dtype=torch.bool)}, "expert_mask is torch.bool"),
+        ({"ids": torch.zeros(4, ROWS, dtype=torch.int32).t()}, "topk_ids is not contiguous"),
+        ({"ids": torch.zeros(ROWS - 1, 4, dtype=torch.int32)}, "topk_ids has 15 rows, hidden_states 16"),
+        ({"weights": torch.zeros(ROWS - 1, 4)}, "topk_weight has 15 rows"),
+        ({"hidden": torch.zeros(ROWS, 256, dtype=torch.float8_e4m3fn)}, "float8 goes with a1_scale"),
+        ({"scale": torch.ones(ROWS, 2)}, "bf16 with neither"),
+        (
+            {
+                "hidden": torch.zeros(ROWS, 256, dtype=torch.float8_e4m3fn),
+                "scale": torch.ones(ROWS - 1, 2),
+                "weight_scale": torch.ones(1),
+            },
+            r"a1_scale is \[15, 2\]: \[16, 2\]",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(changed: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InvalidCase, match=complaint):
+        check_arguments(**given(**changed))
+
+
+@pytest.mark.parametrize("wild", [-1, 16, 0x7FFF0000])
+def test_ids_without_an_expert_are_refused(wild: int) -> None:
+    check_ids(torch.tensor([[0, 15]], dtype=torch.int32), 16)
+    with pytest.raises(InvalidCase, match=f"topk_ids holds {wild} in a valid row: allowed is 0 to 15"):
+        check_ids(torch.tensor([[0, wild]], dtype=torch.int32), 16)
+
+
+def test_more_valid_rows_than_rows_are_refused() -> None:
+    check_live(16, 16)
+    with pytest.raises(InvalidCase, match="num_local_tokens = 17: at most 16"):
+        check_live(17, 16)
+
+
+def test_weights_that_float8_holds_lose_nothing() -> None:
+    weights = torch.randint(-7, 8, (2, 256, 384)).bfloat16() * torch.exp2(torch.arange(3).repeat_interleave(128))
+    narrow, scale = quantize_blocks(weights)
+    assert scale.shape == (2, 2, 3)
+    wide = narrow.float().view(2, 2, 128, 3, 128) * scale.view(2, 2, 1, 3, 1)
+    assert torch.equal(wide.view(2, 256, 384), weights.float())
+
+
+def test_blocks_use_the_range_of_float8() -> None:
+    narrow, _ = quantize_blocks(torch.randn(2, 256, 256).bfloat16())
+    assert bool((narrow.float().abs().view(2, 2, 128, 2, 128).amax((2, 4)) > 200).all())
+
+
+def test_the_tensor_that_is_passed_on_is_marked() -> None:
+    experts = make_aiter_experts(aiter_case())
+    prepared = experts._prepared(torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16())  # noqa: SLF001
+    assert prepared.w1.is_shuffled  # type: ignore[attr-defined]
+    assert prepared.w2.is_shuffled  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("version", ["", "0.1.7.post2.dev18", "0.1.9"])
+@pytest.mark.parametrize(("quant", "cu_count"), [("bf16", 304), ("bf16", 256), ("fp8", 256)])
+def test_the_choice_read_from_the_package_is_the_selectors(version: str, quant: str, cu_count: int) -> None:
+    case = aiter_case(aiter_version=version, dispatch_dtype=quant, cu_count=cu_count)
+    experts, selector = make_experts(case), make_selector(case)
+    for rows in (0, 1, 3, 16, 17, 64, 200, 1000, 1025, 40_000):
+        expected = selector.choose(rows)
+        assert experts.selection(rows) == msgspec.structs.replace(expected, bucket=selector.choose(rows).bucket)
+
+
+def test_other_kernels_in_the_log_are_noticed() -> None:
+    case = aiter_case(cu_count=256)
+    choice, layer = make_selector(case).choose(64), make_selector(case).layer
+    log = KernelLog()
+    log.check(choice, layer)
+    _say(log, "[fused_moe] using 2stage default for ('gfx950', 256, 64, 256, 128, 4, 4, 'ActivationType.Silu') ")
+    log.check(choice, layer)
+    other = KernelLog()
+    _say(other, "[fused_moe] using 2stage (kernelName1='a', kernelName2='b') for (256, 64, 256, 128, 4, 4, 'x') ")
+    with pytest.raises(DistbenchError, match=r"aiter logged .*kernelName1='a'"):
+        other.check(choice, layer)
+    assert log.of_layer(layer)
+    assert not log.of_layer(msgspec.structs.replace(layer, model_dim=7168))
+
+
+def _say(log: KernelLog, line: str) -> None:
+    log.emit(logging.LogRecord("aiter", logging.INFO, "", 0, line, None, None))
+
+
+def test_a_release_with_an_unknown_argument_is_refused() -> None:
+    def get_2stage_cfgs(token: int, colour: str) -> None:
+        raise AssertionError(token, colour)
+
+    package = load_package(STAND_IN)
+
+    class Newer:
+        get_padded_M = staticmethod(package.moe.get_padded_M)  # noqa: N815
+
+    Newer.get_2stage_cfgs = staticmethod(get_2stage_cfgs)  # type: ignore[attr-defined]
+    experts = AiterExperts(aiter_case(), package._replace(moe=Newer))
+    with pytest.raises(Unsupported, match="asks for colour"):
+        experts.selection(16)
+
+
+def test_tells_version_device_table_and_log() -> None:
+    experts = make_aiter_experts(aiter_case(cu_count=256, aiter_version="0.1.9"))
+    experts.selection(64)
+    about = experts.about()["aiter"]
+    assert (about["version"], about["gfx"], about["cu_count"], about["tuned_tables"]) == ("0.1.9", "gfx950", 256, [])
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "complaint"),
+    [
+        ({"hidden_size": 144}, InvalidCase, "hidden_size = 144: aiter takes bf16 weights in multiples of 32; use 160"),
+        ({"intermediate_size": 48}, InvalidCase, "intermediate_size = 48: .*use 64"),
+        ({"dispatch_dtype": "fp8", "intermediate_size": 96, "cu_count": 256}, InvalidCase, "in multiples of 128"),
+        ({"dispatch_dtype": "fp8", "cu_count": 304}, Unsupported, "e4m3fnuz on gfx942"),
+        ({"dispatch_dtype": "fp8", "cu_count": 256, "numerics": "gaussian"}, Unsupported, "use exact"),
+    ],
+)
+def test_cases_that_aiter_cannot_take_are_refused(
+    values: dict[str, Any], error: type[DistbenchError], complaint: str
+) -> None:
+    with pytest.raises(error, match=complaint):
+        make_experts(aiter_case(**values))
+
+
+def test_without_the_package_nothing_stands_in() -> None:
+    assert "aiter" not in sys.modules
+    with pytest.raises(Unsupported, match=r"amd-aiter is not installed; .*docs/amd.md"):
+        check_case(aiter_case(emulate=False))
+    with pytest.raises(Unsupported, match="cannot be imported"):
+        make_experts(aiter_case(emulate=False))
+
+
+def test_habits_are_checked_before_a_rank_starts() -> None:
+    with pytest.raises(InvalidCase, match="'speed' is no habit"):
+        check_available(aiter_case(aiter_habits="zero-rows,speed"))
+    with pytest.raises(InvalidCase, match="only the stand-in"):
+        check_available(aiter_case(aiter_habits="zero-rows", emulate=False))
+
+
+def test_the_real_one_follows_no_other_release_and_no_other_table(tmp_path: Any) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("")
+    case = aiter_case(emulate=False, aiter_version="0.1.9")
+    check_settings(case, "0.1.9", {})
+    with pytest.raises(InvalidCase, match=r"0\.1\.20 is installed"):
+        check_settings(case, "0.1.20", {})
+    tabled = aiter_case(emulate=False, kernel_table=str(table))
+    check_settings(tabled, "0.1.20", {"AITER_CONFIG_FMOE": str(table)})
+    with pytest.raises(InvalidCase, match="set AITER_CONFIG_FMOE="):
+        check_settings(tabled, "0.1.20", {})
+
+
+def test_the_cpu_is_no_place_for_the_real_one() -> None:
+    experts = AiterExperts(aiter_case(emulate=False), load_package(STAND_IN))
+    weights = torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16()
+    with pytest.raises(Unsupported, match="--device cuda"):
+        experts.warm_up(*weights, torch.ones(16, dtype=torch.int32), (16,))
+
+
+def test_emulation_is_told() -> None:
+    assert aiter_case().stand_ins == ["collective for mori", "distbench.emulation.aiter for aiter"]
+    assert "distbench.emulation.aiter for aiter" not in aiter_case(emulate=False).stand_ins

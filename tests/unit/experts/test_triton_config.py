@@ -1,0 +1,218 @@
+"""Which Triton kernels a number of rows selects, and the tables that say so; no kernel runs here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import patch
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench import cli
+from distbench.errors import InvalidCase, Unsupported
+from distbench.experts import make_experts
+from distbench.experts.rules import padded_rows
+from distbench.experts.triton import adapter, table
+from distbench.experts.triton.candidates import families
+from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, TableRow, Tile, heuristic
+from distbench.experts.triton.quantize import quantize_weights
+from distbench.experts.triton.table import Table, load_table, selector_for, shape_of, shipped_selector
+from distbench.models import PRESETS
+from distbench.preflight import check_case
+from distbench.workload.exact import dense_weights
+from distbench.workload.plan import plan_exact
+from tests.cases import tiny_case
+
+DEEPSEEK = LayerShape(num_experts=256, num_local_experts=32, hidden_size=7168, intermediate_size=2048, topk=8)
+TILE = Tile(n=128, k=64, stages=3, warps=4)
+CONFIG = KernelConfig(block_m=16, gather=True, stage1=TILE, stage2=TILE)
+SHIPPED = sorted(Path(table.__file__).with_name("tables").glob("*.json"))
+SHARED_BYTES = 227 << 10
+
+
+def made(**changes: object) -> Table:
+    values: dict[str, object] = {
+        "device": "NVIDIA H200",
+        "num_local_experts": 4,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "topk": 4,
+        "quant": "bf16",
+        "num_experts": 16,
+        "versions": {},
+        "rows": [TableRow(bucket=64, config=CONFIG, us=1.5)],
+    }
+    return msgspec.convert(values | changes, Table)
+
+
+def written(path: Path, table: Table) -> str:
+    path.write_bytes(msgspec.json.encode(table))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"block_m": 32},
+        {"gather": False},
+        {"splits": 2},
+        {"mode": "atomic"},
+        {"stage1": msgspec.structs.replace(TILE, n=64)},
+        {"stage1": msgspec.structs.replace(TILE, flatten=True)},
+        {"stage2": msgspec.structs.replace(TILE, swap=True)},
+        {"stage2": msgspec.structs.replace(TILE, warps=8)},
+        {"stage2": msgspec.structs.replace(TILE, stages=4)},
+        {"stage2": msgspec.structs.replace(TILE, programs=2)},
+    ],
+)
+def test_another_choice_has_another_name(changed: dict[str, object]) -> None:
+    other = msgspec.structs.replace(CONFIG, **changed)
+    assert (other.name1, other.name2) != (CONFIG.name1, CONFIG.name2)
+
+
+@given(rows=st.integers(1, 200_000))
+def test_the_choice_is_that_of_the_bucket(rows: int) -> None:
+    selector = ConfigSelector(shape=DEEPSEEK, tuned=(TableRow(bucket=64, config=CONFIG),), table="some.json")
+    choice = selector.choose(rows)
+    assert choice.same_kernel(selector.choose(padded_rows(rows)))
+    assert (choice.source, choice.table) == (("tuned", "some.json") if 33 <= rows <= 64 else ("heuristic", ""))
+    assert choice.stage1 == selector.config(rows).name1
+
+
+@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
+def test_what_heuristics_and_tuning_take_fits_the_shared_memory(model: str, quant: str) -> None:
+    preset, size = PRESETS[model], 1 if quant == "fp8" else 2
+    num_experts = preset.experts_for(8)
+    shape = LayerShape(
+        num_experts=num_experts,
+        num_local_experts=num_experts // 8,
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.intermediate_size,
+        topk=preset.topk,
+        quant=msgspec.convert(quant, str),
+    )
+    for bucket in (1 << power for power in range(16)):
+        tried = [config for family in families(shape, bucket) for config in family.configs()]
+        assert tried
+        for config in [heuristic(shape, bucket), *tried]:
+            for tile, matrices in ((config.stage1, 2), (config.stage2, 1)):
+                shared = (matrices * tile.n + config.block_m) * tile.k * size * tile.stages
+                assert shared * tile.programs <= SHARED_BYTES
+                assert quant == "bf16" or (tile.k == 128 and tile.n <= 128)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_table_that_comes_along_is_whole_and_found(path: Path) -> None:
+    known = load_table(path)
+    assert known.file_name == path.name
+    assert [row.bucket for row in known.rows] == [1 << power for power in range(16)]
+    assert all(row.us for row in known.rows)
+    shape = LayerShape(
+        num_experts=known.num_experts,
+        num_local_experts=known.num_local_experts,
+        hidden_size=known.hidden_size,
+        intermediate_size=known.intermediate_size,
+        topk=known.topk,
+        quant=known.quant,
+    )
+    assert shipped_selector(shape, known.device).choose(100).table == path.name
+    assert shipped_selector(shape, "NVIDIA H100 80GB HBM3").choose(100).source == "heuristic"
+
+
+NO_BUCKET = msgspec.json.encode(made()).replace(b'"bucket":64', b'"bucket":63')
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{}",
+        b"[1]",
+        b'{"schema": "other"}',
+        b"\xff",
+        msgspec.json.encode(made()).replace(b'"bucket":64', b'"bucket":63'),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "table.json"
+    path.write_bytes(content)
+    with pytest.raises(InvalidCase, match=r"table\.json"):
+        load_table(path)
+
+
+def test_a_case_names_its_table(tmp_path: Path) -> None:
+    case = tiny_case(experts="triton", kernel_table=written(tmp_path / "table.json", made()))
+    assert selector_for(case, "NVIDIA H200").choose(64).table == case.kernel_table
+    assert selector_for(case, "NVIDIA H200").choose(65).source == "heuristic"
+    assert check_case(case) == ()
+
+
+def test_a_table_for_another_layer_does_not_count(tmp_path: Path) -> None:
+    case = tiny_case(experts="triton", kernel_table=written(tmp_path / "table.json", made(topk=2)))
+    assert selector_for(case, "NVIDIA H200").choose(64).source == "heuristic"
+    assert "heuristics" in check_case(case)[0]
+
+
+def test_the_stand_in_is_told() -> None:
+    assert "triton for aiter" in tiny_case(experts="triton").stand_ins
+
+
+def test_without_a_gpu_the_experts_are_refused() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed here")
+    with patch.object(torch.cuda, "is_available", return_value=False), pytest.raises(Unsupported, match="no GPU"):
+        make_experts(tiny_case(experts="triton"))
+
+
+def test_without_triton_the_experts_say_what_to_install() -> None:
+    with patch.dict("sys.modules", {"triton.tools": None}), pytest.raises(Unsupported, match="install triton"):
+        adapter.TritonExperts(ConfigSelector(shape=DEEPSEEK))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--buckets", "65"], "65 is no bucket"),
+        (["--buckets", "many"], "many"),
+        (["--ep-size", "3"], "must divide"),
+    ],
+)
+def test_tune_refuses_nonsense(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", *arguments]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_tune_without_a_gpu_is_unsupported(capsys: pytest.CaptureFixture[str]) -> None:
+    with patch.object(torch.cuda, "is_available", return_value=False):
+        assert cli.main(["tune"]) == 77
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_exact_weights_lose_nothing_in_float8() -> None:
+    plan = plan_exact(256, 256, 4, "fp8", 4)
+    for weights in dense_weights(plan, 0, torch.arange(4)):
+        quantized, scales = quantize_weights(weights)
+        wide = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        assert torch.equal(quantized.float() * wide, weights.float())
+
+
+@given(amax=st.floats(2.0**-90, 2.0**90, width=32))
+def test_a_scale_is_the_least_power_of_two(amax: float) -> None:
+    _, scales = quantize_weights(torch.full((1, 1, 1), amax))
+    scale = float(scales)
+    assert torch.tensor(scale).frexp().mantissa == 0.5
+    assert amax / scale <= 448 < 2 * amax / scale
+
+
+def test_a_block_of_zeros_has_scale_one() -> None:
+    quantized, scales = quantize_weights(torch.zeros(1, 3, 130))
+    assert scales.tolist() == [[[1.0, 1.0]]]
+    assert not quantized.float().any()
+
+
+def test_shapes_come_from_the_case() -> None:
+    shape = shape_of(tiny_case(4))
+    assert (shape.num_experts, shape.num_local_experts) == (16, 4)
