@@ -33,7 +33,6 @@ def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Rep
         environment=Environment(hosts=[], devices=[], versions={}, commits={}, variables={}),
         transport={},
         ranks=[],
-        transport={},
         comparison=[],
         gather=None,
         lost=LostReport(rows=0, tokens=[], by_rank={}),
