@@ -15,7 +15,7 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.rules import padded_rows
 from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import LayerShape
-from distbench.experts.triton.table import Table, load_table
+from distbench.experts.triton.table import Table, encode_table, load_table
 from distbench.models import PRESETS
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
@@ -73,7 +73,7 @@ def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse
     for bucket in buckets:
         row = tuner.tune(bucket, tried[bucket])
         table = msgspec.structs.replace(table, rows=sorted([*table.rows, row], key=lambda one: one.bucket))
-        write_atomically(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+        write_atomically(path, encode_table(table))
         _end_note()
         print_line(f"{bucket:>6} rows {row.us:9.1f} us  {row.config.name1}  {row.config.name2}")
     return table

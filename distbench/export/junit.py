@@ -25,11 +25,11 @@ def write(results: Results, file: BinaryIO) -> None:
     stand_ins: set[str] = set()
     hosts: set[str] = set()
     for result in results:
-        suite.add_testcase(_test_case(result))
+        suite.append(_test_case(result))
         stand_ins.update(result.stand_ins)
         hosts.update(result.hosts)
     if results.missing:
-        suite.add_testcase(_missing(results.missing))
+        suite.append(_missing(results.missing))
     suite.add_property("emulated", _text(", ".join(sorted(stand_ins))) or "no")
     suite.add_property("hosts", _text(" ".join(sorted(hosts))))
     suite.update_statistics()

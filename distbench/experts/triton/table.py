@@ -78,6 +78,12 @@ def load_table(path: str | Path) -> Table:
     return table
 
 
+def encode_table(table: Table) -> bytes:
+    """Return a table as JSON, a line for each bucket."""
+    head = msgspec.json.encode(msgspec.structs.replace(table, rows=[])).removesuffix(b"[]}")
+    return head + b"[\n" + b",\n".join(msgspec.json.encode(row) for row in table.rows) + b"\n]}\n"
+
+
 def selector_for(case: Case, device: str) -> ConfigSelector:
     """Return how the case's kernels are chosen on `device`: by its kernel_table, one that came along, or heuristics."""
     shape = shape_of(case)

@@ -19,7 +19,7 @@ from distbench.experts.triton import adapter, table
 from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, TableRow, Tile, heuristic
 from distbench.experts.triton.quantize import quantize_weights
-from distbench.experts.triton.table import Table, load_table, selector_for, shape_of, shipped_selector
+from distbench.experts.triton.table import Table, encode_table, load_table, selector_for, shape_of, shipped_selector
 from distbench.models import PRESETS
 from distbench.preflight import check_case
 from distbench.workload.exact import dense_weights
@@ -49,7 +49,7 @@ def made(**changes: object) -> Table:
 
 
 def written(path: Path, table: Table) -> str:
-    path.write_bytes(msgspec.json.encode(table))
+    path.write_bytes(encode_table(table))
     return str(path)
 
 
@@ -142,6 +142,12 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(InvalidCase, match=r"table\.json"):
         load_table(path)
+
+
+@pytest.mark.parametrize("rows", [[], made().rows, [*made().rows, TableRow(bucket=128, config=CONFIG)]])
+def test_a_table_comes_back_as_it_was(tmp_path: Path, rows: list[TableRow]) -> None:
+    table = msgspec.structs.replace(made(), rows=rows)
+    assert load_table(written(tmp_path / "table.json", table)) == table
 
 
 def test_a_case_names_its_table(tmp_path: Path) -> None:
