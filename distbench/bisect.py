@@ -24,11 +24,15 @@ _PINNED = "pinned.csv"
 
 
 class Swap(msgspec.Struct, frozen=True):
-    """A trusted part in the place of one that is not: what it stands for, in words, and the keys that it changes."""
+    """A trusted part in the place of one that is not: which, by what, the keys that it changes.
+
+    `stages` are those whose injected faults go with the part that is replaced.
+    """
 
     part: str
     what: str
-    changes: dict[str, Any]
+    changes: dict[str, Any] = {}
+    stages: tuple[str, ...] = ()
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,18 +115,14 @@ def blame(cures: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...
 
 def swaps_of(case: Case, folder: Path) -> list[Swap]:
     """Return the swaps that change `case` and leave one that makes sense, the most telling first."""
-
-    def without(*stages: str) -> dict[str, str]:
-        return {"inject": _faults_elsewhere(case, stages)}
-
     swaps = [
-        Swap("dispatch", "no fault injected there", without("dispatch")),
-        Swap("combine", "no fault injected there", without("combine")),
-        Swap("transport", "collective", {"transport": "collective"} | without("dispatch", "combine")),
-        Swap("experts", "reference", {"experts": "reference"} | without("experts")),
+        Swap("dispatch", "no fault injected there", stages=("dispatch",)),
+        Swap("combine", "no fault injected there", stages=("combine",)),
+        Swap("transport", "collective", {"transport": "collective"}, ("dispatch", "combine")),
+        Swap("experts", "reference", {"experts": "reference"}, ("experts",)),
         *_pinned(case, folder / _PINNED),
-        Swap("truncate", "limit off", {"limit": "off", "recv_bound": False} | without("truncate")),
-        Swap("gather", "no fault injected there", without("gather")),
+        Swap("truncate", "limit off", {"limit": "off", "recv_bound": False}, ("truncate",)),
+        Swap("gather", "no fault injected there", stages=("gather",)),
         Swap("row order", "by source", {"slot_order": "source"}),
         Swap("dispatch dtype", "bf16", {"dispatch_dtype": "bf16"}),
     ]
@@ -163,7 +163,9 @@ def _pinned(case: Case, path: Path) -> list[Swap]:
 
 def _swapped(case: Case, picked: Sequence[Swap]) -> list[Case]:
     """Return the case with the swaps made, or nothing where that makes no sense."""
-    return possible(case, **{key: value for swap in picked for key, value in swap.changes.items()})
+    changes = {key: value for swap in picked for key, value in swap.changes.items()}
+    stages = [stage for swap in picked for stage in swap.stages]
+    return possible(case, **changes, inject=_faults_elsewhere(case, stages))
 
 
 def _seeds(case: Case, trials: int) -> list[Case]:

@@ -214,10 +214,15 @@ def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
     """Yield fewer ranks, with their own tokens and, where there are few, with those of all."""
     total = sum(case.tokens)
     for ranks in _below(case.ep_size, 1):
-        held = _on_ranks(case, ranks, max(case.tokens)) | {"num_experts": case.experts_per_rank * ranks}
+        held = _on_ranks(case, ranks, max(case.tokens)) | {"num_experts": _experts(case, ranks)}
         spread = tuple((total + place) // ranks for place in range(ranks))
         for tokens in dict.fromkeys((held["tokens"], spread if total <= _FEW_TOKENS else held["tokens"])):
             yield from (held | {"tokens": tokens, "limit": limit} for limit in limits)
+
+
+def _experts(case: Case, ranks: int) -> int:
+    """Return as many experts a rank as the case has, or as its top-k needs on fewer ranks."""
+    return max(case.experts_per_rank, -(-case.topk // ranks)) * ranks
 
 
 def _fewer_tokens(case: Case, limits: Sequence[str]) -> Iterator[Changes]:

@@ -26,6 +26,14 @@ from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
+_RECORDED_FIELDS = (*TokenBatch._fields, "rows", "tokens")
+_BORNE_OUT_BY = {
+    "dispatch": ("dispatch",),
+    "truncate": ("truncate", "dispatch"),  # rows are recorded as the experts got them: after the cut
+    "experts": ("experts",),
+    "combine": ("combine",),
+}
+
 
 class _Rows(NamedTuple):
     """One arm's recorded rows on one rank."""
@@ -279,9 +287,23 @@ def _judged(bundle: Bundle, findings: list[Finding], missing: list[str]) -> Anal
 
 
 def _with_findings(gathered: Gathered, findings: list[Finding]) -> Gathered:
-    by_rank: dict[int, list[Divergence]] = defaultdict(list)
+    """Keep of the ranks' divergences those that the tensors bear out, and add those that only the tensors show.
+
+    What no tensor holds (row counts, num_local_tokens) is believed. A later stage of an arm that went wrong before is
+    left out, as it is while a case runs: its input was wrong.
+    """
+    wrong = {(found.rank, found.arm, found.stage) for found in findings if found.wrong}
+    records = []
+    for record in gathered.observations:
+        kept = [
+            known
+            for known in record.divergences
+            if known.field not in _RECORDED_FIELDS
+            or any((record.rank, known.arm, stage) in wrong for stage in _BORNE_OUT_BY[known.stage])
+        ]
+        records.append(msgspec.structs.replace(record, divergences=kept))
+    explained = {known.arm for record in records for known in record.divergences}
     for finding in findings:
-        if finding.first is not None:
-            by_rank[finding.rank].append(finding.first)
-    records = [msgspec.structs.replace(record, divergences=by_rank[record.rank]) for record in gathered.observations]
+        if finding.first is not None and finding.arm not in explained:
+            records[finding.rank].divergences.append(finding.first)
     return msgspec.structs.replace(gathered, observations=records)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
@@ -84,6 +85,7 @@ def test_two_faults_are_bisected_to_both_stages(pair: tuple[str, str], tmp_path:
     assert set(found.guilty) == {FAULTS[name].stage for name in pair}
 
 
+@pytest.mark.skipif(os.environ.get("DISTBENCH_SOAK") != "1", reason="minutes: set DISTBENCH_SOAK=1")
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_single_fault_is_shrunk_to_a_case_that_shows_it(name: str) -> None:
     laboratory = lab()

@@ -136,7 +136,8 @@ def test_shrinks_to_what_the_fault_needs(ranks: int, tokens: int, topk: int, hid
 
     found = shrink(lab(fails), LARGE, lambda _: None).case
     assert fails(found)
-    assert (found.ep_size, found.topk, found.hidden_size) == (ranks, topk, hidden)
+    assert (found.topk, found.hidden_size) == (topk, hidden)
+    assert ranks <= found.ep_size <= ranks + 1  # with one rank less, exact inputs may not cover all columns
     assert sum(found.tokens) == tokens
 
 

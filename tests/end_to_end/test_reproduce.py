@@ -1,0 +1,82 @@
+"""A failing run as a user takes it apart: bundle, replay, bisect, shrink."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.launches import ROOT
+
+SHORT = ("--limit", "max-recv-1", "--policy", "unchecked", "--max-dispatch-tokens-per-rank", "64")
+
+
+def distbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distbench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=110, check=False)
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that failed, with its bundle in `bundles`."""
+    out = tmp_path_factory.mktemp("failed")
+    run = distbench("run", "--model", "tiny", "--nproc", "4", *SHORT, "--out", out, "--bundle", out / "bundles")
+    assert run.returncode == 1
+    assert "distbench replay" in run.stdout
+    return out
+
+
+def test_a_bundle_replays(failed: Path, tmp_path: Path) -> None:
+    (bundle,) = (failed / "bundles").iterdir()
+    done = distbench("replay", bundle, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from the recording: UNDER_LIMIT, as its report says" in done.stdout
+    assert "reproduced here (emulated" in done.stdout
+
+
+def test_what_differs_is_said_where_it_does_not_reproduce(failed: Path, tmp_path: Path) -> None:
+    (bundle,) = (failed / "bundles").iterdir()
+    done = distbench("replay", bundle, "--out", tmp_path, "--limit", "off")
+    assert done.returncode == 1
+    assert "not reproduced here" in done.stdout
+    assert "case: limit" in done.stdout
+
+
+def test_bisect_and_shrink_take_a_report(failed: Path, tmp_path: Path) -> None:
+    report = failed / "report.json"
+    blamed = distbench("bisect", report, "--out", tmp_path / "bisect")
+    assert blamed.returncode == 0, blamed.stdout + blamed.stderr
+    assert "truncate is guilty" in blamed.stdout
+    small = distbench("shrink", report, "--out", tmp_path / "shrink")
+    assert small.returncode == 0, small.stdout + small.stderr
+    case = json.loads((tmp_path / "shrink" / "shrunk.json").read_text())
+    assert case["ep_size"] <= 2
+    assert sum(case["tokens"]) <= 4
+    again = distbench(
+        "run", "--case", tmp_path / "shrink" / "shrunk.json", "--nproc", str(case["ep_size"]), "--out", tmp_path
+    )
+    assert again.returncode == 1
+
+
+def test_a_lost_rank_leaves_a_bundle_without_parts(tmp_path: Path) -> None:
+    run = distbench(
+        "run",
+        "--model",
+        "tiny",
+        "--nproc",
+        "2",
+        "--max-dispatch-tokens-per-rank",
+        "64",
+        "--inject",
+        "death",
+        "--out",
+        tmp_path,
+        "--bundle",
+        tmp_path / "bundles",
+    )
+    assert run.returncode == 3
+    (bundle,) = (tmp_path / "bundles").iterdir()
+    assert {path.name for path in bundle.iterdir()} == {"manifest.json", "report.json"}
