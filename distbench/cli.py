@@ -19,6 +19,7 @@ from distbench.commands import (
     replay,
     report,
     run,
+    selftest,
     show,
     shrink,
     suite,
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (
         run,
         suite,
+        selftest,
         cluster,
         report,
         compare,

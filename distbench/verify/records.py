@@ -103,12 +103,24 @@ class FloatError(msgspec.Struct, frozen=True):
     tokens: int
 
 
+class Exposure(msgspec.Struct, frozen=True, kw_only=True):
+    """Results of tokens that were held against what they must be, over all passes, and how many were wrong."""
+
+    tokens: int = 0
+    wrong: int = 0
+    repeats: int = 0
+
+    def plus(self, tokens: int, wrong: int) -> Exposure:
+        """Return it with so many tokens more."""
+        return Exposure(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
     `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
-    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat;
-    `packages` is what adapters say of theirs.
+    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat, the first
+    4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault has changed here.
     """
 
     rank: int
@@ -125,6 +137,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     comparisons: dict[str, RowComparison]
     reference: FloatError | None
     drift: float | None
+    exposure: Exposure
+    injected: dict[str, int]
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]
     transport: dict[str, Any]
