@@ -71,10 +71,8 @@ def _selftest(options: argparse.Namespace) -> int:
 
 def _counts(options: argparse.Namespace, ranks: int) -> tuple[int, int]:
     default = (_QUICK_SEEDS, _QUICK_CLEAN) if options.quick else (_SEEDS, _CLEAN)
-    seeds, clean = (
-        chosen if given is None else given
-        for given, chosen in zip((options.seeds, options.clean), default, strict=True)
-    )
+    seeds = default[0] if options.seeds is None else options.seeds
+    clean = default[1] if options.clean is None else options.clean
     if ranks < 2 or seeds < 1 or clean < 0:  # noqa: PLR2004 - one rank has no peer
         message = f"selftest: {ranks} ranks, {seeds} seeds, {clean} clean cases; allowed are 2, 1 and 0 or more"
         raise InvalidCase(message)

@@ -27,15 +27,15 @@ def closing_lines(outcomes: Outcomes) -> list[str]:
     """Return what it comes to, the last line being the result."""
     seeds = sum(row.seeds for row in outcomes.rows)
     caught, right = sum(row.caught for row in outcomes.rows), sum(row.right for row in outcomes.rows)
-    return [
-        *(f"false alarm: {alarm}" for alarm in outcomes.false_alarms),
-        *([f"{outcomes.missing} cases left no result"] if outcomes.missing else []),
+    blamed, alarms = sum(row.healthy_blamed for row in outcomes.rows), outcomes.false_alarms
+    missing = [f"{outcomes.missing} cases left no result"] if outcomes.missing else []
+    total = (
         f"{len(outcomes.rows)} faults, {seeds} cases: {caught} caught, {right} with the right verdict, first stage and "
-        f"ranks ({100 * outcomes.right_share:.1f} %), a healthy rank blamed in "
-        f"{sum(row.healthy_blamed for row in outcomes.rows)}; {len(outcomes.false_alarms)} false alarms in "
-        f"{outcomes.clean} clean cases",
-        f"selftest: {'passed' if outcomes.passed else 'FAILED'}",
-    ]
+        f"ranks ({100 * outcomes.right_share:.1f} %), a healthy rank blamed in {blamed}; {len(alarms)} false alarms in "
+        f"{outcomes.clean} clean cases"
+    )
+    result = f"selftest: {'passed' if outcomes.passed else 'FAILED'}"
+    return [*(f"false alarm: {alarm}" for alarm in alarms), *missing, total, result]
 
 
 def markdown(outcomes: Outcomes, command: str) -> str:
@@ -43,8 +43,8 @@ def markdown(outcomes: Outcomes, command: str) -> str:
     head = [
         "# Self-test",
         "",
-        f"Written by `{command}`. Each case has a fault on a random rank, in a random arm; `right` is the right verdict,",
-        "first stage and ranks together. Ran with the stand-ins (emulated): collective for mori, reference for aiter.",
+        f"Written by `{command}`. Each case has a fault on a random rank, in a random arm; `right` is the right",
+        "verdict, first stage and ranks together. Ran with the stand-ins (emulated): collective for mori, reference for aiter.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

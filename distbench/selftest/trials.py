@@ -118,8 +118,7 @@ def _spares_padded(kind: type[Fault], options: dict[str, str]) -> bool:
 def _clean(ranks: int, seed: int) -> Trial:
     chance = random.Random(f"clean/{seed}")  # noqa: S311 - a choice of cases, no secret
     keys = _random_keys(chance, ranks) | {
-        "tokens": tuple(chance.choice((0, 1, 5, 17, 32, 48, 64)) for _ in range(ranks - 1))
-        + (1 + chance.randrange(48),),
+        "tokens": (*(chance.choice((0, 1, 5, 17, 32, 48, 64)) for _ in range(ranks - 1)), chance.randint(1, 48)),
         "routing": chance.choice((*_ROUTINGS, "zipf:4", "hot-rank:0", "fan-in:1", "local")),
         "limit": chance.choice(("off", "max-recv", "max-recv+1", "sum", "sum32", "pow2", "capacity", "capacity+5")),
         "policy": chance.choice(("strict", "unchecked", "guard")),
