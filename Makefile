@@ -26,6 +26,7 @@ bench: setup ## Measure start-up, memory and the cost of a case against their bo
 
 bench-gpu: setup ## Measure the Triton experts on a GPU, beside its limits and torch's grouped_mm
 	@$(VENV)/bin/python scripts/bench_gpu.py $(ARGS)
+
 selftest: setup ## Inject every known fault and run clean cases; ARGS=--quick takes under a minute
 	@$(VENV)/bin/distbench selftest --nproc $(NPROC) $(ARGS)
 

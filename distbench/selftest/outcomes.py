@@ -74,7 +74,7 @@ def outcomes(asked: Sequence[Trial], out: Path) -> Outcomes:
             continue
         seen += 1
         if trial.label:
-            results.append(_result(trial, report))
+            results.append(result_of(trial, report))
         elif report.verdict is not Verdict.PASS:
             alarms.append(f"{report.verdict.value}: {report.name}")
     labels = dict.fromkeys(trial.label for trial in asked if trial.label)
@@ -89,7 +89,8 @@ def _reports(out: Path) -> Iterator[Report]:
             yield msgspec.json.decode(line, type=Report)
 
 
-def _result(trial: Trial, report: Report) -> Result:
+def result_of(trial: Trial, report: Report) -> Result:
+    """Hold one report against the fault that was put in."""
     hits = {int(rank) for one in report.injected for rank in one.hits}
     guilty = set(trial.ranks) or hits
     died = report.verdict.value in DEAD
