@@ -13,6 +13,8 @@ from distbench.limits import Traffic
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"
 LISTED_TOKENS = 64
+POISON = "poison or NaN"
+SCATTERED = "other values"
 
 
 class RowComparison(msgspec.Struct, frozen=True):
