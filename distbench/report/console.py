@@ -93,16 +93,6 @@ def print_plain(text: str) -> None:
     print_line(text if text.isprintable() else repr(text))
 
 
-def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print a table to standard output, its cells as they are."""
-    from rich.console import Console
-    from rich.text import Text
-
-    width = None if sys.stdout.isatty() else _LOG_WIDTH
-    cells = [tuple(Text(cell) for cell in row) for row in rows]
-    Console(highlight=False, width=width).print(_table("", columns, cells))
-
-
 def verdict_line(report: Report) -> str:
     """Return the one line that says how it ended, with `emulated` wherever a stand-in ran."""
     line = report.verdict.value
