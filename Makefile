@@ -4,7 +4,7 @@ NPROC ?= 8
 ARGS ?=
 export PYTHON VENV
 
-.PHONY: help setup run test check bench bench-gpu clean
+.PHONY: help setup run test check bench bench-gpu selftest clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ bench: setup ## Measure start-up, memory and the cost of a case against their bo
 
 bench-gpu: setup ## Measure the Triton experts on a GPU, beside its limits and torch's grouped_mm
 	@$(VENV)/bin/python scripts/bench_gpu.py $(ARGS)
+
+selftest: setup ## Inject every known fault and run clean cases; ARGS=--quick takes under a minute
+	@$(VENV)/bin/distbench selftest --nproc $(NPROC) $(ARGS)
 
 clean: ## Remove the environment, caches and results
 	@rm -rf $(VENV) build distbench-out *.egg-info .hypothesis .*_cache

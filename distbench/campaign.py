@@ -19,7 +19,7 @@ from distbench.progress import Progress
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_atomically, write_report
-from distbench.report.journal import Journal, JournalReader, Line, repair_journal
+from distbench.report.journal import Journal, JournalReader, Line, filter_journal, repair_journal
 from distbench.report.summary import Summary
 from distbench.supervisor import Interrupted, collect_signals, supervise
 
@@ -99,6 +99,8 @@ class Campaign:
             entry = pending[ending.case_index]
             digest = case_hash(entry.case)
             tries[digest] += 1
+            if digest in self._finished and ending.verdict is Verdict.RANK_FAULT:
+                self._revoke(digest)
             if digest not in self._finished and tries[digest] > self._rules.retries:
                 self._record(entry, ending, job)
             if faults >= self._rules.max_faults and self._pending():
@@ -107,6 +109,20 @@ class Campaign:
 
     def _pending(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self._entries if case_hash(entry.case) not in self._finished)
+
+    def _revoke(self, digest: str) -> None:
+        """Take back what was written of a case of which a rank died after all, behind the last barrier."""
+        filter_journal(self._out, lambda line: line.case.hash != digest)
+        self._reader = JournalReader(self._out)
+        self._finished.clear()
+        self._codes.clear()
+        self._verdicts.clear()
+        self._summary.as_expected = 0
+        self._summary.unexpected.clear()
+        for line in self._reader.new_lines():
+            if line.case.hash in self._wanted and line.case.hash not in self._finished:
+                self._count(line)
+        self._progress.give_back()
 
     def _record(self, entry: Entry, ending: Ending, job: Job) -> None:
         outcome = outcome_of(ending, entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import socket
 import time
 from functools import partial
@@ -28,6 +29,7 @@ from distbench.verify.records import (
     LISTED_TOKENS,
     ORACLE,
     Divergence,
+    Exposure,
     FloatError,
     LostRows,
     Observation,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 
 _REFERENCE_TOKENS = 4
 _TIMED_ARMS = ("padded", "truncated")
+_LAPS = 4096
 
 
 class Parts(NamedTuple):
@@ -78,6 +81,8 @@ class Passes:
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
         self._lost = LostRows()
+        self._exposure = Exposure()
+        self._waits = random.Random(f"{question.case.seed}/{session.rank}")  # noqa: S311 - jitter, no secret
         self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
@@ -94,6 +99,7 @@ class Passes:
         if self._parts.injector is not None:
             arms = {arm: self._parts.injector.around(cut) for arm, cut in arms.items()}
         settled = False
+        repeat = 0
         for repeat in range(question.case.repeats):
             fresh: dict[str, Tensor] = {
                 arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0
@@ -104,6 +110,9 @@ class Passes:
                 if self._recorder is not None:
                     self._recorder.keep()
                     settled = self._session.on_any_rank(value=settled or bool(self._divergences))
+            if question.case.until_failure and self._session.on_any_rank(value=settled or bool(self._divergences)):
+                break
+        self._exposure = msgspec.structs.replace(self._exposure, repeats=repeat + 1)
         self._mark("timing")
         self._time({arm: cut for arm, cut in arms.items() if arm in _TIMED_ARMS})
         self._replay_graph()
@@ -136,6 +145,8 @@ class Passes:
             comparisons={pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs},
             reference=self._reference_error(),
             drift=_relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
+            exposure=self._exposure,
+            injected=self._parts.injector.hits if self._parts.injector else {},
             nan_tokens=dict(zip(outputs, stacked.isnan().any(2).sum(0).tolist(), strict=True)),
             durations_us=self._durations,
             transport=self._parts.transport.facts,
@@ -161,7 +172,9 @@ class Passes:
         parts = self._parts
         combined = run_layer(parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark)
         self._mark("check")
-        self._note(self._checker.check_tokens(arm, combined, self._expected))
+        wrong = self._checker.check_tokens(arm, combined, self._expected)
+        self._note(wrong)
+        self._expose(arm, combined, wrong)
         self._arm = self._session.crumbs.arm = ""
         return combined
 
@@ -194,6 +207,14 @@ class Passes:
                         stage="experts", arm=arm, rank=self._session.rank, field=field, against=against, rows=wrong
                     )
                 )
+
+    def _expose(self, arm: str, combined: Tensor, wrong: Divergence | None) -> None:
+        """Count the tokens of a pass: against the oracle, else those of the arms that run the padded kernel."""
+        if self._expected is not None:
+            self._exposure = self._exposure.plus(combined.shape[0], wrong.rows if wrong else 0)
+        elif arm in ("control", "repadded"):
+            compared = compare_rows(combined, self.outputs.get("padded", combined))
+            self._exposure = self._exposure.plus(combined.shape[0], compared.differing_tokens)
 
     def _inspect(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
         arm, self._given = self._arm, given
@@ -233,7 +254,11 @@ class Passes:
         now = time.perf_counter_ns()
         if self._stage and self._stage != "check":
             laps = self._durations.setdefault(self._timed_arm, {}).setdefault(self._stage, [])
-            laps.append((now - self._since) / 1000)
+            if len(laps) < _LAPS:
+                laps.append((now - self._since) / 1000)
+        if self._question.case.jitter:
+            time.sleep(self._waits.random() * self._question.case.jitter / 1000)
+            now = time.perf_counter_ns()
         self._stage, self._timed_arm, self._since = stage, self._arm, now
         self._session.crumbs.mark(stage)
 

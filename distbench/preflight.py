@@ -41,6 +41,10 @@ def check_case(case: Case) -> tuple[str, ...]:
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
     notes = _check_mori(case) if case.transport == "mori" else ()
     _check_graph(case)
+    if case.inject:
+        from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
+
+        check_faults(case)
     if case.experts == "triton":
         return (*notes, *_check_triton_table(case))
     selector = make_selector(case)

@@ -40,6 +40,10 @@ class Progress:
         self._stream.write(f"{_CLEAR if self._live else ''}{text}{surprise}\n")
         self._stream.flush()
 
+    def give_back(self) -> None:
+        """Count one finished case less: it comes once more, with another ending."""
+        self._done -= 1
+
     def refresh(self) -> None:
         """Renew the live line, if there is one."""
         now = time.monotonic()

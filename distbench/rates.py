@@ -8,7 +8,9 @@ from collections.abc import Callable
 import msgspec
 
 _TAIL = 0.025
-_HALVINGS = 60
+_HALVINGS = 100
+_TINY = 1e-300
+_TERMS = 10_000
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -20,12 +22,16 @@ class Rate(msgspec.Struct, frozen=True):
     @property
     def low(self) -> float:
         """The rate below which as many as were seen would come up in fewer than one row of trials in forty."""
-        return 0.0 if self.seen == 0 else _solve(lambda rate: 1 - self._at_most(self.seen - 1, rate))
+        return 0.0 if self.seen == 0 else _solve(lambda rate: _beta(self.seen, self.tried - self.seen + 1, rate))
 
     @property
     def high(self) -> float:
-        """The rate above which as few would."""
-        return 1.0 if self.seen == self.tried else 1 - _solve(lambda rest: self._at_most(self.seen, 1 - rest))
+        """The rate above which as few would; where none was seen, about 3.7 / tried."""
+        if self.seen == self.tried:
+            return 1.0
+        if self.seen == 0:
+            return -math.expm1(math.log(_TAIL) / self.tried)
+        return _solve(lambda rate: _beta(self.seen + 1, self.tried - self.seen, rate), 1 - _TAIL)
 
     @property
     def always(self) -> bool:
@@ -36,22 +42,50 @@ class Rate(msgspec.Struct, frozen=True):
         """Return it with its bounds: `3 of 8, 9 to 76 %`."""
         return f"{self.seen} of {self.tried}, {100 * self.low:.3g} to {100 * self.high:.3g} %"
 
-    def _at_most(self, count: int, rate: float) -> float:
-        """Return the probability of `count` or fewer."""
-        return math.fsum(
-            math.comb(self.tried, one) * rate**one * (1 - rate) ** (self.tried - one) for one in range(count + 1)
-        )
-
 
 def trials_to_see(rate: float) -> int:
     """Return how many trials without it speak against `rate`, 39 to 1."""
     return 1 if rate >= 1 else math.ceil(math.log(_TAIL) / math.log1p(-rate))
 
 
-def _solve(rising: Callable[[float], float]) -> float:
-    """Return where `rising`, from 0 at 0, reaches the tail."""
+def _solve(rising: Callable[[float], float], level: float = _TAIL) -> float:
+    """Return where `rising`, from 0 at 0 to 1 at 1, reaches `level`."""
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if rising(middle) < _TAIL else (low, middle)
+        low, high = (middle, high) if rising(middle) < level else (low, middle)
     return low
+
+
+def _beta(first: float, second: float, point: float) -> float:
+    """Return the regularised incomplete beta function: the chance of `first` or more in first + second - 1 trials."""
+    if point in (0.0, 1.0):
+        return point
+    if point > (first + 1) / (first + second + 2):
+        return 1 - _beta(second, first, 1 - point)
+    logs = math.lgamma(first + second) - math.lgamma(first) - math.lgamma(second)
+    front = math.exp(logs + first * math.log(point) + second * math.log1p(-point))
+    return front * _fraction(first, second, point) / first
+
+
+def _fraction(first: float, second: float, point: float) -> float:
+    """Return the continued fraction of the incomplete beta function by Lentz's method (DLMF 8.17.22)."""
+    upper, lower, value = 1.0, 0.0, 1.0
+    for term in range(_TERMS):
+        half = term // 2
+        if term == 0:
+            factor = 1.0
+        elif term % 2 == 0:
+            factor = half * (second - half) * point / ((first + term - 1) * (first + term))
+        else:
+            factor = -(first + half) * (first + second + half) * point / ((first + term - 1) * (first + term))
+        lower = 1 / _nonzero(1 + factor * lower)
+        upper = _nonzero(1 + factor / upper)
+        value *= upper * lower
+        if term and abs(upper * lower - 1) < 1e-15:  # noqa: PLR2004 - the last bits of a double
+            break
+    return value - 1
+
+
+def _nonzero(value: float) -> float:
+    return value if abs(value) > _TINY else _TINY

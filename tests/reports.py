@@ -39,6 +39,8 @@ def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Rep
         first_divergence=None,
         diagnosis=diagnosis,
         stacks={},
+        injected=[],
+        rate=None,
         timing={},
         memory={},
     )

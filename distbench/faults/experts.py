@@ -32,7 +32,7 @@ class ExpertBit(Fault):
 class WrongBucket(Fault):
     """The kernel of one bucket of row counts computes wrong numbers; all others are right."""
 
-    name, stage = "wrong-bucket", "experts"
+    name, stage, arm = "wrong-bucket", "experts", "truncated"
     bug = "aiter 3933, sglang 27194: the kernel that one row count selects is wrong, its neighbours are right"
     options = {"rows": 256}
     shape = {"limit": "256", "policy": "unchecked", "max_dispatch_tokens_per_rank": 128}

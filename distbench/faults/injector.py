@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from distbench.breadcrumbs import Breadcrumbs
 from distbench.case import Case
 from distbench.errors import InvalidCase
 from distbench.experts.base import Experts
@@ -40,6 +42,16 @@ def make_faults(case: Case, scene: Scene) -> list[Fault]:
             message = f"inject = {injection.name}: no such fault; allowed are {', '.join(FAULTS)}"
             raise InvalidCase(message)
     return [FAULTS[injection.name](scene, injection) for injection in asked]
+
+
+def check_faults(case: Case) -> None:
+    """Refuse faults that do not exist, before a rank is started.
+
+    Raises:
+        InvalidCase: see `make_faults`.
+
+    """
+    make_faults(case, Scene(0, case, Breadcrumbs(None), lambda: torch.empty(0, 2)))
 
 
 class Injector:

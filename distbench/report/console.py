@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from distbench.case import Case
 from distbench.errors import Verdict
-from distbench.report.document import RankReport, Report
+from distbench.report.document import InjectedReport, RankReport, RateReport, Report
 from distbench.report.summary import Summary
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def verdict_line(report: Report) -> str:
     line = report.verdict.value
     if report.emulated:
         line += f" (emulated: {', '.join(report.stand_ins)})"
+    if report.injected:
+        line += f" (INJECTED FAULT: {report.case['inject']})"
     findings = [reason.message for reason in report.reasons]
     if report.verdict is Verdict.PASS and all(comparison.equal for comparison in report.comparison):
         findings.insert(0, _equality(report))
@@ -125,6 +127,7 @@ def _equality(report: Report) -> str:
 
 def _parts(report: Report) -> list[RenderableType]:
     parts: list[RenderableType] = [f"warning: {warning}" for warning in report.warnings]
+    parts += [_injected_line(one) for one in report.injected]
     parts.append(_headline(report))
     if report.ranks:
         parts += [_rank_table(report), _comparison_table(report)]
@@ -134,8 +137,23 @@ def _parts(report: Report) -> list[RenderableType]:
         parts.append(_lost_line(report))
     if len(report.reasons) > 1 or report.verdict is Verdict.PASS:
         parts += [f"- {reason.message}" for reason in report.reasons[:_SHOWN_REASONS]]
+    if report.rate is not None and (report.rate.wrong_tokens or report.rate.repeats > 1):
+        parts.append(_rate_line(report.rate))
     parts += [f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}" for found in report.diagnosis]
     return parts
+
+
+def _injected_line(one: InjectedReport) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in one.options.items())
+    hits = ", ".join(f"{count} times on rank {rank}" for rank, count in one.hits.items()) or "changed nothing"
+    return f"INJECTED FAULT, not a finding about this machine: {one.name} ({options or 'as it comes'}): {hits}"
+
+
+def _rate_line(rate: RateReport) -> str:
+    return (
+        f"wrong tokens: {rate.wrong_tokens} of {rate.tokens} in {rate.repeats} repeats, {rate.per_million:.3g} per "
+        f"million, 95 % sure to be {rate.low_per_million:.3g} to {rate.high_per_million:.3g}"
+    )
 
 
 def _headline(report: Report) -> str:

@@ -10,7 +10,9 @@ import msgspec
 from distbench.case import Case, case_hash
 from distbench.devices import DeviceState
 from distbench.errors import Verdict
+from distbench.injection import parse_inject
 from distbench.job import BY_LIMIT, Entry
+from distbench.rates import Rate
 from distbench.report.environment import Environment
 from distbench.samples import median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
@@ -26,6 +28,7 @@ from distbench.verify.records import (
     RowComparison,
 )
 
+_MILLION = 1e6
 SCHEMA = "distbench.report/1"
 _RAW_KEPT = 512
 _DOUBTS_SHOWN = 16
@@ -84,6 +87,25 @@ class LostReport(msgspec.Struct, frozen=True, kw_only=True):
     by_rank: dict[str, int]
 
 
+class RateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Wrong results of tokens over all passes, and per million, with the bounds of 95 % (Clopper and Pearson)."""
+
+    repeats: int
+    tokens: int
+    wrong_tokens: int
+    per_million: float
+    low_per_million: float
+    high_per_million: float
+
+
+class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A fault that the case asked for: its name, options, and how often it changed something, by rank."""
+
+    name: str
+    options: dict[str, str]
+    hits: dict[str, int]
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document. A case that was refused or lost its ranks has no ranks and no comparison."""
 
@@ -110,6 +132,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     first_divergence: Divergence | None
     diagnosis: list[Diagnosis]
     stacks: dict[str, str]
+    injected: list[InjectedReport]
+    rate: RateReport | None
     timing: dict[str, Any]
     method: dict[str, Any] = {}
     memory: dict[str, Any]
@@ -144,6 +168,8 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         first_divergence=outcome.judgement.first_divergence,
         diagnosis=outcome.diagnosis,
         stacks=outcome.stacks,
+        injected=_injected(outcome.case, records),
+        rate=_rate(records),
         timing=_timing(records) | {"wall_s": wall_s},
         method=_method(question, records) if question and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
@@ -213,6 +239,32 @@ def _lost(gathered: Gathered | None) -> LostReport:
         return LostReport(rows=0, tokens=[], by_rank={})
     by_rank = {str(record.rank): record.lost.rows for record in gathered.observations if record.lost.rows}
     return LostReport(rows=sum(by_rank.values()), tokens=lost_tokens(gathered)[:LISTED_TOKENS], by_rank=by_rank)
+
+
+def _injected(case: Case, records: list[Observation]) -> list[InjectedReport]:
+    return [
+        InjectedReport(
+            name=one.name,
+            options=one.options,
+            hits={str(record.rank): hits for record in records if (hits := record.injected.get(one.name, 0))},
+        )
+        for one in parse_inject(case.inject)
+    ]
+
+
+def _rate(records: list[Observation]) -> RateReport | None:
+    tokens = sum(record.exposure.tokens for record in records)
+    if not tokens:
+        return None
+    rate = Rate(sum(record.exposure.wrong for record in records), tokens)
+    return RateReport(
+        repeats=records[0].exposure.repeats,
+        tokens=tokens,
+        wrong_tokens=rate.seen,
+        per_million=rate.seen / tokens * _MILLION,
+        low_per_million=rate.low * _MILLION,
+        high_per_million=rate.high * _MILLION,
+    )
 
 
 def _timing(records: list[Observation]) -> dict[str, Any]:

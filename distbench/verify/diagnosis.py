@@ -9,6 +9,8 @@ import msgspec
 from distbench.breadcrumbs import ARMS
 from distbench.verify.records import (
     LISTED_TOKENS,
+    POISON,
+    SCATTERED,
     STAGE_ORDER,
     Diagnosis,
     Divergence,
@@ -19,6 +21,9 @@ from distbench.verify.records import (
 )
 
 _FEW = 8
+_UNKNOWN = "; which rank is not known, since several have a row of every damaged token"
+# What a bad row of one rank makes of a sum; a flipped bit of a sum does not come from a rank's row.
+_WHOLE_ROWS = (POISON, SCATTERED)
 
 
 class Root(msgspec.Struct, frozen=True):
@@ -81,18 +86,21 @@ def _combine_roots(wrong: Iterable[Divergence], upstream: list[Divergence]) -> l
     suspects = {rank for found in left for rank in found.clues.suspects}
     if suspects and all(found.clues.suspects for found in left):
         return [Root(left[0], sorted(suspects), certain=True)]
-    common = _common_destination(left) if len(left) > 1 and not before else None
-    if common is not None:
-        return [Root(left[0], [common], certain=False)]
+    common = _common_destinations(left) if len(left) > 1 and not before else []
+    if common:
+        return [Root(left[0], common if len(common) == 1 else [], certain=False)]
     return [Root(found, found.clues.suspects or [found.rank], certain=True) for found in left]
 
 
-def _common_destination(left: list[Divergence]) -> int | None:
-    """Return the one rank that had a row of every damaged token, of several ranks, that was looked at."""
+def _common_destinations(left: list[Divergence]) -> list[int]:
+    """Return the ranks that had a row of every damaged token that was looked at, where whole rows are damaged."""
+    if any(found.clues.pattern not in _WHOLE_ROWS for found in left):
+        return []
     examined = sum(found.clues.examined for found in left)
     ranks = {rank for found in left for rank in found.clues.by_destination}
-    shared = [rank for rank in ranks if sum(found.clues.by_destination.get(rank, 0) for found in left) == examined]
-    return int(shared[0]) if len(shared) == 1 else None
+    return sorted(
+        int(rank) for rank in ranks if sum(found.clues.by_destination.get(rank, 0) for found in left) == examined
+    )
 
 
 def _causes(gathered: Gathered, roots: list[Root]) -> list[Diagnosis]:
@@ -112,7 +120,7 @@ def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
     return Diagnosis(
         cause=f"{first.stage}: {what}",
         confidence="certain" if all(root.certain for root in group) else "likely",
-        evidence=f"{first}{_kernels(gathered, first)}",
+        evidence=f"{first}{_kernels(gathered, first)}{'' if group[0].ranks else _UNKNOWN}",
         stage=first.stage,
         ranks=sorted({rank for root in group for rank in root.ranks}),
         tokens=tokens[:LISTED_TOKENS],

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from distbench.verify.bitwise import differing, integer_view, row_digests, same_bits
-from distbench.verify.records import Clues
+from distbench.verify.records import POISON, SCATTERED, Clues
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 from distbench.workload.routing import destinations
 
-POISON = "poison or NaN"
-SCATTERED = "other values"
 _EXAMINED = 32
 _MAX_FACTOR = 64
 _NODE_ROWS = 6

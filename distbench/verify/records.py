@@ -14,6 +14,8 @@ from distbench.limits import Traffic
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"
 LISTED_TOKENS = 64
+POISON = "poison or NaN"
+SCATTERED = "other values"
 
 
 class RowComparison(msgspec.Struct, frozen=True):
@@ -118,13 +120,26 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     peak_device_bytes: int | None
 
 
+class Exposure(msgspec.Struct, frozen=True, kw_only=True):
+    """Results of tokens that were held against what they must be, over all passes, and how many were wrong."""
+
+    tokens: int = 0
+    wrong: int = 0
+    repeats: int = 0
+
+    def plus(self, tokens: int, wrong: int) -> Exposure:
+        """Return it with so many tokens more."""
+        return Exposure(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
     `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
-    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat;
-    `packages` is what adapters say of theirs. `timed` has the arms that were timed, `device_state` the device right
-    after. `replays` are (live rows, wrong rows) of a graph's replays with other tokens.
+    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat, the first
+    4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault has changed here.
+    `timed` has the arms that were timed, `device_state` the device right after. `replays` are (live rows, wrong rows)
+    of a graph's replays with other tokens.
     """
 
     rank: int
@@ -141,6 +156,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     comparisons: dict[str, RowComparison]
     reference: FloatError | None
     drift: float | None
+    exposure: Exposure
+    injected: dict[str, int]
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]
     transport: dict[str, Any]

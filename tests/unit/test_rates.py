@@ -32,3 +32,10 @@ def test_so_many_clean_trials_speak_against_a_rate(rate: float) -> None:
     trials = trials_to_see(rate)
     assert Rate(0, trials).high <= rate + 1e-9
     assert trials == 1 or Rate(0, trials - 1).high > rate
+
+
+def test_one_in_a_million() -> None:
+    assert Rate(0, 10**9).high == pytest.approx(3.6889e-9, rel=1e-4)
+    rate = Rate(3, 3_000_000)
+    assert rate.low == pytest.approx(0.2062e-6, rel=1e-3)
+    assert rate.high == pytest.approx(2.9224e-6, rel=1e-3)

@@ -1,0 +1,1 @@
+"""Would the bench have noticed? Faults and clean cases, what came of them, and the table."""

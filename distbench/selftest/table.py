@@ -1,0 +1,57 @@
+"""The table of a self-test, for a terminal and for docs/selftest.md."""
+
+from __future__ import annotations
+
+from distbench.selftest.outcomes import Outcomes
+
+COLUMNS = ("fault", "expected", "verdict", "diagnosis", "caught", "right", "healthy rank blamed")
+
+
+def cells(outcomes: Outcomes) -> list[tuple[str, ...]]:
+    """Return the table's rows."""
+    return [
+        (
+            row.label,
+            row.expected,
+            row.verdicts,
+            row.diagnosis,
+            f"{row.caught}/{row.seeds}",
+            f"{row.right}/{row.seeds}",
+            str(row.healthy_blamed),
+        )
+        for row in outcomes.rows
+    ]
+
+
+def closing_lines(outcomes: Outcomes) -> list[str]:
+    """Return what it comes to, the last line being the result."""
+    seeds = sum(row.seeds for row in outcomes.rows)
+    caught, right = sum(row.caught for row in outcomes.rows), sum(row.right for row in outcomes.rows)
+    blamed, alarms = sum(row.healthy_blamed for row in outcomes.rows), outcomes.false_alarms
+    missing = [f"{outcomes.missing} cases left no result"] if outcomes.missing else []
+    total = (
+        f"{len(outcomes.rows)} faults, {seeds} cases: {caught} caught, {right} with the right verdict, first stage and "
+        f"ranks ({100 * outcomes.right_share:.1f} %), a healthy rank blamed in {blamed}; {len(alarms)} false alarms in "
+        f"{outcomes.clean} clean cases"
+    )
+    result = f"selftest: {'passed' if outcomes.passed else 'FAILED'}"
+    return [*(f"false alarm: {alarm}" for alarm in alarms), *missing, total, result]
+
+
+def markdown(outcomes: Outcomes, command: str) -> str:
+    """Return the document that docs/selftest.md is."""
+    head = [
+        "# Self-test",
+        "",
+        f"Written by `{command}`. Each case has a fault on a random rank, in a random arm; `right` is the right",
+        "verdict, first stage and ranks together. Ran with the stand-ins (emulated): collective for mori, reference",
+        "for aiter.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    table = ["| " + " | ".join(row) + " |" for row in cells(outcomes)]
+    bugs = [f"| {row.label} | {row.bug} |" for row in outcomes.rows]
+    return "\n".join(
+        [*head, *table, "", *closing_lines(outcomes), "", "| fault | stands for |", "|---|---|", *bugs, ""]
+    )
