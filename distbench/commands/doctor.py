@@ -1,0 +1,77 @@
+"""`distbench doctor`: what this node lacks, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any, get_args
+
+import msgspec
+
+from distbench.commands.options import add_case_options, case_flags
+from distbench.doctor.checks import check_node
+from distbench.doctor.findings import Finding, Path, exit_code
+from distbench.doctor.probe import Node, probe
+from distbench.doctor.vendors import Network
+from distbench.errors import InvalidCase
+from distbench.production import read_environment
+from distbench.report.console import print_line
+from distbench.resolve import Layer, resolve_case
+
+_KEYS = ("model", "hidden_size", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens")
+_WORDS = ("ready", "degraded", "not usable")
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "doctor",
+        help="what this node lacks, and what to do about it",
+        description="Look at this node. Exit codes: 0 ready, 1 degraded, 2 not usable for what was asked.",
+    )
+    command.set_defaults(command=_doctor)
+    paths = get_args(Path)
+    command.add_argument("--for", dest="path", choices=paths, help="what it is to run (default: what its torch is for)")
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+    command.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks on this node (default: %(default)s)")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes together (default: %(default)s)")
+    command.add_argument("--block-num", type=int, default=64, metavar="N", help="of mori's kernels between nodes")
+    command.add_argument("--rdma-block-num", type=int, default=32, metavar="N", help="those of them for the network")
+    add_case_options(command, _KEYS)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    node = probe()
+    layers, complaint = _environment()
+    case = resolve_case([*case_flags(options), *layers], options.nproc * options.nodes).case
+    network = Network(nodes=options.nodes, block_num=options.block_num, rdma_block_num=options.rdma_block_num)
+    findings = [*complaint, *check_node(node, case, network)]
+    path = options.path or _usual(node)
+    code = exit_code(findings, path)
+    if options.json:
+        document = {"for": path, "exit_code": code, "node": _recorded(node), "findings": findings}
+        print_line(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+        return code
+    for finding in findings:
+        if path in finding.paths:
+            fix = f"; {finding.fix}" if finding.fix else ""
+            print_line(f"{finding.level:<9} {finding.topic:<17} {finding.found}{fix}")
+    print_line(f"{_WORDS[code]} for {path}")
+    return code
+
+
+def _usual(node: Node) -> Path:
+    return "mori" if node.flavour == "rocm" else "cuda" if node.devices else "cpu"
+
+
+def _environment() -> tuple[list[Layer], list[Finding]]:
+    try:
+        return read_environment(os.environ), []
+    except InvalidCase as error:
+        return [], [Finding(topic="environment", level="missing", found=str(error), fix="correct or unset it")]
+
+
+def _recorded(node: Node) -> dict[str, Any]:
+    """Return the facts without the environment, which may hold anything."""
+    facts: dict[str, Any] = msgspec.to_builtins(node)
+    return {name: value for name, value in facts.items() if name != "environ"}

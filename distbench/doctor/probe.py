@@ -1,0 +1,119 @@
+"""The facts of this node that decide what can run on it. Nothing is changed and nothing is started, but small tools."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import msgspec
+
+_ROCM = Path("/opt/rocm")
+_NICS = Path("/sys/class/infiniband")
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is looked at
+_PACKAGES = {"mori": "amd-mori", "aiter": "amd-aiter", "torch": "torch"}
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts; a text is empty and a number None where there is no such thing. Sizes in bytes."""
+
+    torch: str = ""
+    """Version of torch, or why it cannot be imported, with `!` in front."""
+    flavour: str = ""
+    """cpu, cuda or rocm."""
+    devices: tuple[str, ...] = ()
+    """Architecture of each accelerator: gfx942, sm_90."""
+    peers: bool | None = None
+    """Whether every accelerator reaches every other one's memory."""
+    rocm: str = ""
+    hipcc: str = ""
+    packages: dict[str, str] = {}
+    """Versions of mori and aiter, where installed."""
+    nics: dict[str, str] = {}
+    """State of each RDMA device's first port, such as ACTIVE."""
+    memlock: int | None = None
+    """Limit of locked memory; None: unlimited."""
+    open_files: int = 0
+    shm_total: int = 0
+    shm_free: int = 0
+    locks: tuple[str, ...] = ()
+    """Locks of benches that run on this node now."""
+    environ: dict[str, str] = {}
+
+
+def probe(environ: Mapping[str, str] = os.environ) -> Node:
+    """Look at this node."""
+    shm = shutil.disk_usage(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
+    memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return Node(
+        **_torch_facts(),
+        rocm=_text(_ROCM / ".info" / "version"),
+        hipcc=shutil.which("hipcc") or "",
+        packages={name: _version(name) for name in ("mori", "aiter") if _version(name)},
+        nics={nic.name: _port_state(nic) for nic in sorted(_NICS.glob("*"))},
+        memlock=None if memlock == resource.RLIM_INFINITY else memlock,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        shm_total=shm.total if shm else 0,
+        shm_free=shm.free if shm else 0,
+        locks=tuple(held_locks()),
+        environ=dict(environ),
+    )
+
+
+def held_locks(folder: Path | None = None) -> list[str]:
+    """Return the accelerators' locks in `folder` (the temporary one) that a process holds, by their file names."""
+    held = []
+    for path in sorted((folder or Path(tempfile.gettempdir())).glob("distbench-*.lock")):
+        lock = filelock.FileLock(path)
+        try:
+            with lock.acquire(timeout=0):
+                pass
+        except filelock.Timeout:
+            held.append(path.name)
+        except OSError:
+            held.append(f"{path.name} (of another user)")
+    return held
+
+
+def _torch_facts() -> dict[str, Any]:
+    try:
+        import torch  # noqa: PLC0415 - a broken one is a finding
+    except Exception as error:  # noqa: BLE001 - whatever a broken installation raises
+        return {"torch": f"! {type(error).__name__}: {' '.join(str(error).split())[:120]}"}
+    flavour = "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu"
+    facts: dict[str, Any] = {"torch": str(torch.__version__), "flavour": flavour}
+    if flavour != "cpu" and torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        facts["devices"] = tuple(_architecture(torch.cuda.get_device_properties(index)) for index in range(count))
+        pairs = [(first, second) for first in range(count) for second in range(count) if first != second]
+        facts["peers"] = all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+    return facts
+
+
+def _architecture(properties: Any) -> str:
+    name = getattr(properties, "gcnArchName", "")
+    return str(name).split(":")[0] if str(name).startswith("gfx") else f"sm_{properties.major}{properties.minor}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(_PACKAGES[package])
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _port_state(nic: Path) -> str:
+    return _text(nic / "ports" / "1" / "state").partition(":")[2].strip() or "unknown"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,84 @@
+"""aiter's adapter over its stand-in, as users start it: every verdict that a public bug of aiter must give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench.cli import main
+
+TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3, "experts": "aiter", "emulate": True}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bf16": ("PASS", {}),
+    "bf16, EP of two": ("PASS", {"ep_size": 2}),
+    "bf16, uneven": ("PASS", {"tokens": [5, 0, 2, 1], "routing": "hot-rank:1"}),
+    "bf16, gaussian": ("PASS", {"numerics": "gaussian", "limit": 256, "routing": "local"}),
+    "fp8": ("PASS", {"dispatch_dtype": "fp8", "cu_count": 256}),
+    "fp8, release of the wheel": (
+        "PASS",
+        {"dispatch_dtype": "fp8", "cu_count": 256, "aiter_version": "0.1.7.post2.dev18", "limit": "max-recv"},
+    ),
+    "fp8 on gfx942": ("UNSUPPORTED", {"dispatch_dtype": "fp8", "cu_count": 304}),
+    "a shape that cannot be shuffled": ("INVALID", {"hidden_size": 144}),
+    "aiter 3933, one bucket is wrong": ("CORRUPT", {"tokens": 1, "limit": 4, "aiter_habits": "wrong-bucket-4"}),
+    "aiter 3933, that bucket is not taken": ("PASS", {"limit": 32, "aiter_habits": "wrong-bucket-4"}),
+    "vllm 53108, mostly padding": ("BASELINE_WRONG", {"aiter_habits": "zero-rows"}),
+    "aiter 3997, split-k unset": (
+        "CORRUPT",
+        {
+            "dispatch_dtype": "fp8",
+            "cu_count": 256,
+            "tokens": [1, 0, 0, 0],
+            "limit": 1,
+            "hidden_size": 512,
+            "topk": 2,
+            "aiter_habits": "unset-split-k",
+        },
+    ),
+    "rows past the cut are lost": ("UNDER_LIMIT", {"limit": "max-recv-1", "policy": "unchecked"}),
+}
+
+
+def write_cases(path: Path) -> Path:
+    cases = [{"name": name, "expect": verdict} | values for name, (verdict, values) in CASES.items()]
+    path.write_text(json.dumps({"defaults": TINY, "cases": cases}))
+    return path
+
+
+def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
+    suite = write_cases(tmp_path / "aiter.json")
+    assert main(["suite", str(suite), "--nproc", "4", "--out", str(tmp_path / "out")]) == 0
+    reports = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    reports = [report for report in reports if "verdict" in report]
+    assert {report["name"]: report["verdict"] for report in reports} == {name: CASES[name][0] for name in CASES}
+    assert all(report["emulated"] for report in reports)
+    assert all("distbench.emulation.aiter for aiter" in report["stand_ins"] for report in reports)
+    passed = next(report for report in reports if report["name"] == "bf16")
+    facts = passed["ranks"][0]["packages"]["aiter"]
+    assert facts["version"]
+    assert any("[fused_moe] using 2stage default for (304, 256," in line for line in facts["log"])
+
+
+@pytest.mark.parametrize(
+    "habit", [{"aiter_habits": "all-rows"}, {"aiter_habits": "past-rows-fault", "limit": "2", "policy": "unchecked"}]
+)
+def test_faults_of_kernels_name_the_arm(
+    habit: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | habit).items() if key != "emulate"]
+    assert main(["run", "--nproc", "2", "--out", str(tmp_path / "out"), "--emulate", *flags]) == 3
+    out = capsys.readouterr().out
+    arm = "padded" if "all-rows" in habit.values() else "truncated"
+    assert f"ended by SIGABRT in {arm}/experts" in out
+    assert "RANK_FAULT (emulated: collective for mori, distbench.emulation.aiter for aiter)" in out
+
+
+def test_without_the_package_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "--nproc", "2", "--out", str(tmp_path / "out"), "--model", "tiny", "--experts", "aiter"]
+    assert main(arguments) == 77
+    err = capsys.readouterr().err
+    assert "UNSUPPORTED: experts aiter: the package amd-aiter is not installed" in err
+    assert not list((tmp_path / "out").glob("report.json"))
