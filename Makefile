@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 8
 ARGS ?=
+AMD = --transport mori --experts aiter --device cuda
 export PYTHON VENV
 
-.PHONY: help setup run test check bench bench-gpu selftest clean
+.PHONY: help setup run test check bench bench-gpu selftest amd-smoke amd clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.ready ## Make the environment; a torch that PYTHON can import is used as it is
 
@@ -29,6 +30,15 @@ bench-gpu: setup ## Measure the Triton experts on a GPU, beside its limits and t
 
 selftest: setup ## Inject every known fault and run clean cases; ARGS=--quick takes under a minute
 	@$(VENV)/bin/distbench selftest --nproc $(NPROC) $(ARGS)
+
+amd-smoke: setup ## On an AMD node: look at it, then a tiny layer through mori and aiter (docs/amd.md)
+	@$(VENV)/bin/distbench doctor --for mori --nproc $(NPROC) || test $$? -eq 1
+	@$(VENV)/bin/distbench run --nproc $(NPROC) $(AMD) --model tiny --hidden-size 512 --tokens 8 $(ARGS)
+
+amd: amd-smoke ## The same, then a real layer, with a safe limit and with one that loses a row
+	@$(VENV)/bin/distbench run --nproc $(NPROC) $(AMD) --model qwen3-30b-a3b --tokens 64 --limit sum32 $(ARGS)
+	@$(VENV)/bin/distbench run --nproc $(NPROC) $(AMD) --model qwen3-30b-a3b --tokens 64 --limit max-recv-1 $(ARGS); \
+	test $$? -eq 1 && echo "the limit that is one row short was found out, as it must be"
 
 clean: ## Remove the environment, caches and results
 	@rm -rf $(VENV) build distbench-out *.egg-info .hypothesis .*_cache
