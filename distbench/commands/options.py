@@ -76,7 +76,7 @@ def _add_case_option(group: Any, key: str) -> None:
     kind, *notes = get_args(FIELD_HINTS[key])
     default = FIELD_DEFAULTS.get(key)
     shown = default[0] if isinstance(default, tuple) else default
-    text = notes[-1].description + ("" if shown in (None, "", False) else f" (default: {shown})")
+    text = notes[-1].description.replace("%", "%%") + ("" if shown in (None, "", False) else f" (default: {shown})")
     flag, dest = "--" + key.replace("_", "-"), _CASE_DEST + key
     if kind is bool:
         group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
