@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.rates import Rate, trials_to_see
@@ -17,6 +17,7 @@ def test_bounds_are_those_of_the_tables(seen: int, tried: int, low: float, high:
     assert (Rate(seen, tried).low, Rate(seen, tried).high) == pytest.approx((low, high), abs=1e-4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.floats(0.01, 0.99))
 def test_the_bounds_cover_the_true_rate_as_often_as_they_say(tried: int, rate: float) -> None:
     missed = math.fsum(
