@@ -22,7 +22,7 @@ from distbench.bundle.read import open_bundle, runnable_case
 from distbench.cli import main
 from distbench.errors import InvalidCase
 from tests.cases import tiny_case
-from tests.dist.bundles import leave_bundle, run_healthy
+from tests.distributed.bundles import leave_bundle, run_healthy
 
 PART = part_name(0)
 Attack = Callable[[Path], object]

@@ -7,7 +7,7 @@ import pytest
 from distbench.errors import Verdict
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
-from tests.dist.faults import (
+from tests.distributed.faults import (
     ARM_CALLS,
     FAULTS,
     run_with_fault,

@@ -19,8 +19,8 @@ from distbench.rank import run_case
 from distbench.recording import Recorder
 from distbench.session import Session
 from tests.cases import tiny_case
-from tests.dist.bundles import leave_bundle, run_healthy
-from tests.dist.faults import ARM_CALLS, FAULTS, run_with_fault, run_with_weights_of_another_expert
+from tests.distributed.bundles import leave_bundle, run_healthy
+from tests.distributed.faults import ARM_CALLS, FAULTS, run_with_fault, run_with_weights_of_another_expert
 from tests.ranks import on_ranks
 
 RANK = 2

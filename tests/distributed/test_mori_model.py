@@ -14,7 +14,7 @@ from distbench.transport.mori import MoriTransport
 from distbench.verify.bitwise import same_bits
 from distbench.workload.batch import TokenBatch
 from tests.cases import tiny_case
-from tests.dist import mori_model as model
+from tests.distributed import mori_model as model
 from tests.ranks import on_ranks
 
 HIDDEN, TOPK, MOST = 64, 6, 16
@@ -32,7 +32,12 @@ LAYOUTS = [
 
 
 def layout_case(kernel: str, ranks: int, nodes: int, **values: Any) -> Case:
-    shape: dict[str, Any] = {"hidden_size": HIDDEN, "topk": TOPK, "num_experts": 4 * ranks, "max_dispatch_tokens_per_rank": MOST}
+    shape: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "topk": TOPK,
+        "num_experts": 4 * ranks,
+        "max_dispatch_tokens_per_rank": MOST,
+    }
     return tiny_case(
         ranks, transport="mori", emulate=True, mori_kernel=kernel, gpu_per_node=ranks // nodes, **shape, **values
     )
@@ -133,9 +138,7 @@ def check(case: Case, seed: int) -> None:
     ("rows", "intra", "last", "two_levels"),
     [((1e8, -1e8, 1.0, 0.5), 1.5, 0.5, 1.5), ((256.0, 1.0, 0.0, 1.0), 258.0, 258.0, 256.0)],
 )
-def test_the_vectors_tell_kernels_apart(
-    rows: tuple[float, ...], intra: float, last: float, two_levels: float
-) -> None:
+def test_the_vectors_tell_kernels_apart(rows: tuple[float, ...], intra: float, last: float, two_levels: float) -> None:
     ids = [0, 4, 1, 8, 2, 12]
 
     def result(kernel: str, per_node: int) -> float:
