@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distbench.cli import main
+ROOT = Path(__file__).parents[2]
 
 TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3, "experts": "aiter", "emulate": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,6 +44,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def distbench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, as users do: what lost its ranks is no process to go on in."""
+    command = [sys.executable, "-m", "distbench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
+
+
 def write_cases(path: Path) -> Path:
     cases = [{"name": name, "expect": verdict} | values for name, (verdict, values) in CASES.items()]
     path.write_text(json.dumps({"defaults": TINY, "include": cases}))
@@ -50,7 +58,8 @@ def write_cases(path: Path) -> Path:
 
 def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
     suite = write_cases(tmp_path / "aiter.json")
-    assert main(["suite", str(suite), "--nproc", "4", "--out", str(tmp_path / "out")]) == 0
+    done = distbench("suite", str(suite), "--nproc", "4", "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stdout + done.stderr
     reports = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     reports = [report for report in reports if "verdict" in report]
     assert {report["name"]: report["verdict"] for report in reports} == {name: CASES[name][0] for name in CASES}
@@ -62,6 +71,16 @@ def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
     assert any("[fused_moe] using 2stage default for (304, 256," in line for line in facts["log"])
 
 
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
+def test_both_stand_ins_together(quant: str, tmp_path: Path) -> None:
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "emulate"]
+    flags += [f"--dispatch-dtype={quant}", "--cu-count=256", "--transport=mori", "--emulate"]
+    done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    both = "distbench.emulation.mori for mori, distbench.emulation.aiter for aiter"
+    assert f"PASS (emulated: {both}): truncated == repadded == control == padded == oracle" in done.stdout
+
+
 @pytest.mark.parametrize(
     "habit",
     [
@@ -70,20 +89,18 @@ def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
         {"aiter_habits": "fault-at-304-336", "limit": "304", "max_dispatch_tokens_per_rank": "256"},
     ],
 )
-def test_faults_of_kernels_name_the_arm(
-    habit: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults_of_kernels_name_the_arm(habit: dict[str, str], tmp_path: Path) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | habit).items() if key != "emulate"]
-    assert main(["run", "--nproc", "2", "--out", str(tmp_path / "out"), "--emulate", *flags]) == 3
-    out = capsys.readouterr().out
+    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), "--emulate", *flags)
+    assert done.returncode == 3, done.stderr
+    out = done.stdout
     arm = "padded" if "all-rows" in habit.values() else "truncated"
     assert f"ended by SIGABRT in {arm}/experts" in out
     assert "RANK_FAULT (emulated: collective for mori, distbench.emulation.aiter for aiter)" in out
 
 
-def test_without_the_package_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "--nproc", "2", "--out", str(tmp_path / "out"), "--model", "tiny", "--experts", "aiter"]
-    assert main(arguments) == 77
-    err = capsys.readouterr().err
-    assert "UNSUPPORTED: experts aiter: the package amd-aiter is not installed" in err
+def test_without_the_package_nothing_runs(tmp_path: Path) -> None:
+    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), "--model", "tiny", "--experts", "aiter")
+    assert done.returncode == 77
+    assert "UNSUPPORTED: experts aiter: the package amd-aiter is not installed" in done.stderr
     assert not list((tmp_path / "out").glob("report.json"))

@@ -258,7 +258,7 @@ def _live_rows(num_local_tokens: Tensor | None, rows: int) -> int:
     live = rows if num_local_tokens is None or habits.has(habits.ALL_ROWS) else int(num_local_tokens)
     if live > rows and habits.has(habits.PAST_ROWS_FAULT):
         habits.fault(f"num_local_tokens is {live}, the input has {rows} rows: the sort writes past its memory")
-    if rows in _FAULTY_ROWS and habits.has(habits.FAULT_AT_ROWS):
+    if live and rows in _FAULTY_ROWS and habits.has(habits.FAULT_AT_ROWS):
         habits.fault(f"a kernel for {rows} rows reads past its input")
     return min(live, rows)
 
