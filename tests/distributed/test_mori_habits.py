@@ -1,4 +1,4 @@
-"""What public releases of MoRI get wrong, or let a caller get wrong, shows: with the right verdict, on the right rank."""
+"""What public releases of MoRI get wrong, or let a caller get wrong, shows: the right verdict, on the right rank."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def cut_last_line(out: Path, chance: random.Random) -> None:
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment_each_case_has_one_result(tmp_path: Path, moment: int) -> None:
-    chance = random.Random(moment)  # noqa: S311 - moments, no secrets
+    chance = random.Random(moment)
     out = tmp_path / "out"
     command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), "--nproc=4", "--quiet")
     others = shared_memory()
@@ -89,7 +89,7 @@ def test_what_is_run_again(tmp_path: Path) -> None:
     assert time.monotonic() - started < 1
     assert lines(out) == first
 
-    cut_last_line(out, random.Random(0))  # noqa: S311 - moments, no secrets
+    cut_last_line(out, random.Random(0))
     assert run(out, path, "--rerun=failed").finish() == 1
     second = lines(out)
     assert {name for name in first if first[name] != second[name]} == {"seed=1", "seed=2"}

@@ -98,7 +98,7 @@ def test_a_signal_at_any_moment_of_many_launches(tmp_path: Path, moment: int) ->
     always = faulty("0:0:start:kill")
     with Bench(tmp_path / "out", "suite", suite, "--nproc=2", f"--max-faults={CASES}", **always) as bench:
         assert wait_until(lambda: bool(bench.reports), 60)
-        time.sleep(random.Random(moment).random() * 2)  # noqa: S311 - moments, no secrets
+        time.sleep(random.Random(moment).random() * 2)
         interrupt(bench, number)
         assert bench.finish(10) == 128 + number
         assert wait_until(bench.gone, 2)

@@ -14,7 +14,7 @@ def test_percentiles_are_samples() -> None:
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
-    draw = random.Random(5)  # noqa: S311 - no secret
+    draw = random.Random(5)
     held = 0
     for _ in range(1000):
         samples = [draw.expovariate(1.0) for _ in range(40)]

@@ -85,7 +85,7 @@ def test_the_evidence_says_how_it_failed() -> None:
 
 def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.05) -> list[Trial]:
     """Return trials with noisy times: a case's own, as slow as its group is in that stage."""
-    rng = random.Random(seed)  # noqa: S311 - noise
+    rng = random.Random(seed)
     base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in STAGE_ORDER for key in KEYS}
     found = []
     for step in ("nodes", "pairs"):
