@@ -47,9 +47,18 @@ def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int
         name = f"mori/{unique_id.hex()[:32]}"
         members = _members(name, rank, nranks)
         if members not in _groups:  # none is made twice: its ranks would find each other's old addresses
-            _groups[members] = dist.new_group(members, use_local_synchronization=True)
+            _groups[members] = _group_of(members)
         _worlds.append(World(name, _groups[members], rank, nranks, Heap(_heap_bytes(), _device())))
     return 0
+
+
+def _group_of(members: tuple[int, ...]) -> dist.ProcessGroup:
+    """Return a group of `members`; the world is its own: ranks that hold unlike groups name a new one apart."""
+    world_group = dist.group.WORLD
+    if world_group is not None and len(members) == dist.get_world_size():
+        return world_group
+    group: dist.ProcessGroup = dist.new_group(members, use_local_synchronization=True)
+    return group
 
 
 def shmem_torch_process_group_init(group_name: str) -> int:
