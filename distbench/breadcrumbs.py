@@ -91,7 +91,10 @@ class Breadcrumbs:
         """Record that this rank enters `stage` of the current case and arm."""
         arm, number = ARMS.index(self.arm), STAGES.index(stage)
         self._step = self._step + 1 if number else 0
-        _RECORD.pack_into(self._map, 0, self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step)
+        record = _RECORD.pack(self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step)
+        self._map[: _RECORD.size] = (
+            record  # pack_into would zero it first, and a reader would see a rank with no process
+        )
 
     def position(self) -> Position:
         """Return the position written last."""

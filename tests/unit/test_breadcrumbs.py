@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -30,3 +32,25 @@ def test_a_mark_takes_microseconds() -> None:
     for _ in range(10_000):
         crumbs.mark("dispatch")
     assert (time.perf_counter() - start) / 10_000 < 20e-6
+
+
+_WRITER = """
+import pathlib, sys
+from distbench.breadcrumbs import Breadcrumbs
+crumbs = Breadcrumbs(pathlib.Path(sys.argv[1]))
+while True:
+    crumbs.mark("combine")
+"""
+
+
+def test_a_reader_never_sees_a_half_written_record(tmp_path: Path) -> None:
+    path = tmp_path / "rank.crumbs"
+    with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], cwd=Path(__file__).parents[2]) as writer:
+        try:
+            deadline = time.monotonic() + 20
+            while read_position(path) is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            found = [read_position(path) for _ in range(20_000)]
+        finally:
+            writer.kill()
+    assert {position.pid if position else None for position in found} == {writer.pid}
