@@ -26,6 +26,7 @@ from tests.ranks import on_ranks
 RANKS = 4
 LOST = ("hang", "death", "late-death", "dies-at-304-336")
 HARMLESS = ("delay",)
+SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 SINGLE = [name for name in FAULTS if name not in (*LOST, *HARMLESS)]
 
 
@@ -71,7 +72,7 @@ def lab() -> Lab:
     return cast(Lab, PoolLab())
 
 
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("name", SINGLE if SOAK else SINGLE[::4])
 def test_every_single_fault_is_bisected_to_its_stage(name: str, tmp_path: Path) -> None:
     found = bisect(lab(), case_with(name), tmp_path)
     assert found.guilty == (FAULTS[name].stage,), [(one.parts, str(one.failing), one.endings) for one in found.results]
@@ -85,7 +86,7 @@ def test_two_faults_are_bisected_to_both_stages(pair: tuple[str, str], tmp_path:
     assert set(found.guilty) == {FAULTS[name].stage for name in pair}
 
 
-@pytest.mark.skipif(os.environ.get("DISTBENCH_SOAK") != "1", reason="minutes: set DISTBENCH_SOAK=1")
+@pytest.mark.skipif(not SOAK, reason="minutes: set DISTBENCH_SOAK=1")
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_single_fault_is_shrunk_to_a_case_that_shows_it(name: str) -> None:
     laboratory = lab()
