@@ -27,6 +27,21 @@ class TokenBit(Fault):
         return tokens
 
 
+class NegativeZero(Fault):
+    """Zeros have lost their sign: equal as numbers, not as bits."""
+
+    name, stage = "negative-zero", "combine"
+    bug = "comparisons by value or tolerance: -0.0 equals 0.0 there, and a sum that began at -0.0 goes unseen"
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """Make every zero of one token negative."""
+        with_zeros = (tokens == 0).any(1).nonzero().flatten()
+        if with_zeros.numel():
+            row = tokens[with_zeros[self.pick(with_zeros.numel())]]
+            row.masked_fill_(row == 0, -0.0)
+        return tokens
+
+
 class CorruptTokens(Fault):
     """Every token is wrong with a small probability, each time anew."""
 

@@ -76,6 +76,13 @@ def test_until_failure_ends_with_the_first_failing_repeat() -> None:
     assert sum(record.exposure.wrong for record in outcome.gathered.observations) > 0
 
 
+def test_a_zero_that_lost_its_sign_is_not_blamed_on_a_sender() -> None:
+    case = tiny_case(RANKS, seed=3, inject="negative-zero:rank=2")
+    outcome: Outcome = on_ranks(RANKS, run_case, case)[0]
+    assert outcome.judgement.verdict.value == "BASELINE_WRONG"
+    assert (outcome.diagnosis[0].stage, outcome.diagnosis[0].ranks) == ("combine", [2])
+
+
 def test_jitter_changes_no_bit() -> None:
     outcome: Outcome = on_ranks(RANKS, run_case, tiny_case(RANKS, jitter=3.0, repeats=2))[0]
     assert outcome.judgement.verdict.value == "PASS"
