@@ -107,7 +107,12 @@ def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:
 
 def _group_timeout(job: Job) -> float:
     """Seconds after which a collective gives up; under supervision it is the watcher who decides, and earlier."""
-    longest = max(stage_limit(entry.case, stage) for entry in job.entries for stage in STAGES)
+    longest = max(
+        stage_limit(entry.case, stage)
+        for entry in job.entries
+        for stage in STAGES
+        if stage != "compile" or entry.case.experts == "aiter"
+    )
     return longest * 2 + 60 if job.supervised else longest
 
 
