@@ -38,7 +38,7 @@ class Position(msgspec.Struct, frozen=True):
 
     `case_index` counts the cases of a launch, `arm` and `stage` index ARMS and STAGES. `since_ns` is CLOCK_MONOTONIC
     in nanoseconds, comparable between the processes of one host. `step` counts the stages entered since the case
-    began: all ranks of a case pass the same ones, some of them several times.
+    began: all ranks of a case pass the same ones, some of them several times. `pid` is 0 for a rank of another host.
     """
 
     case_index: int
@@ -106,6 +106,11 @@ class Breadcrumbs:
             self._map.close()
         if self._file is not None:
             self._file.close()
+
+
+def write_position(path: Path, position: Position) -> None:
+    """Leave in `path` what a rank of another host has told of itself."""
+    path.write_bytes(_RECORD.pack(*msgspec.structs.astuple(position)))
 
 
 def read_position(path: Path) -> Position | None:

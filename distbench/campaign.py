@@ -14,6 +14,7 @@ from distbench.bundle.manifest import write_manifest
 from distbench.case import case_hash
 from distbench.errors import Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
+from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, outcome_of
 from distbench.progress import Progress
 from distbench.report.document import build_report
@@ -36,13 +37,22 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 class Campaign:
     """Runs entries launch after launch, keeping count; results are in the journal."""
 
-    def __init__(self, entries: Sequence[Entry], out: Path, rules: Rules, progress: Progress, bundle: str = "") -> None:
+    def __init__(  # noqa: PLR0913 - what, where to, and how
+        self,
+        entries: Sequence[Entry],
+        out: Path,
+        rules: Rules,
+        progress: Progress,
+        bundle: str = "",
+        hub: Hub | None = None,
+    ) -> None:
         """Take up the journal of `out`: cases that it holds are not run again. `bundle` is as in `Job`."""
         repair_journal(out)
         self._entries = entries
         self._out = out
         self._rules = rules
         self._bundle = bundle
+        self._hub = hub
         self._progress = progress
         self._reader = JournalReader(out)
         self._wanted = {case_hash(entry.case) for entry in entries}
@@ -88,7 +98,7 @@ class Campaign:
                 entries=pending, out=str(self._out), report_paths=report_paths, bundle=self._bundle, supervised=True
             )
             before = len(self._finished)
-            ending = supervise(job, self._tick, signals)
+            ending = supervise(job, self._tick, signals, self._hub)
             self._take_new_lines()
             if ending is None:
                 if len(self._finished) == before:
@@ -103,6 +113,9 @@ class Campaign:
                 self._revoke(digest)
             if digest not in self._finished and tries[digest] > self._rules.retries:
                 self._record(entry, ending, job)
+            if ending.last and self._pending():
+                self._summary.stopped = "; ".join(reason.message for reason in ending.reasons)
+                return
             if faults >= self._rules.max_faults and self._pending():
                 self._summary.stopped = f"{faults} cases in a row lost their ranks"
                 return

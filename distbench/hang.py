@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from distbench.breadcrumbs import Position
@@ -26,10 +27,17 @@ _SPY_S = 2.0
 _COLLECTIVE = "distributed_c10d.py"
 
 
-def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
+def _none_elsewhere() -> dict[int, str]:
+    return {}
+
+
+def find_hang(
+    job: Job, seen: dict[int, Position], stacks_elsewhere: Callable[[], dict[int, str]] = _none_elsewhere
+) -> Ending | None:
     """Return the ending where the ranks that are furthest behind have stood still past their stage's limit.
 
     Ranks that are ahead wait by definition. Where all that are behind entered one stage, the last to enter counts.
+    `stacks_elsewhere` asks other nodes for the stacks of their ranks.
     """
     running = _running(seen)
     if len(seen) < job.num_ranks or not running:
@@ -41,7 +49,7 @@ def find_hang(job: Job, seen: dict[int, Position]) -> Ending | None:
     stood = (time.monotonic_ns() - last.since_ns) / 1e9
     if stood <= limit:
         return None
-    stacks = _stacks(job, running)
+    stacks = dump_stacks(job, running) | stacks_elsewhere()
     stuck = _stuck(behind, stacks)
     waiting = sorted(running.keys() - stuck)
     ranks = ", ".join(f"rank {rank}" for rank in sorted(stuck))
@@ -61,17 +69,22 @@ def _running(seen: dict[int, Position]) -> dict[int, Position]:
 
 def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> set[int]:
     """Of the ranks behind, those that are not themselves waiting in a collective; all of them where all wait."""
-    stuck = {rank for rank, at in behind.items() if state(at.pid) == STOPPED or _COLLECTIVE not in stacks[rank]}
+    stuck = {
+        rank
+        for rank, at in behind.items()
+        if state(at.pid) == STOPPED or _COLLECTIVE not in stacks.get(rank, _COLLECTIVE)
+    }
     return stuck or set(behind)
 
 
-def _stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:
-    """Ask every rank for its Python stacks; a stopped one cannot answer."""
-    for at in running.values():
+def dump_stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:
+    """Ask every rank of this host for its Python stacks; a stopped one cannot answer."""
+    here = {rank: at for rank, at in running.items() if at.pid}
+    for at in here.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(at.pid, STACKS_SIGNAL)
     time.sleep(_STACKS_WAIT_S)
-    return {rank: _stack(Path(job.out), rank, at.pid) for rank, at in running.items()}
+    return {rank: _stack(Path(job.out), rank, at.pid) for rank, at in here.items()}
 
 
 def _stack(out: Path, rank: int, pid: int) -> str:

@@ -26,11 +26,27 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
 
 
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """A launch over several nodes: `nproc` ranks on each of `nodes`, this one is `node`.
+
+    The ranks of node n are n * nproc and on, so rank 0 is on node 0. `host` and `port` are where the agents meet, and
+    `launch` counts the launches of a campaign.
+    """
+
+    nodes: int
+    node: int
+    nproc: int
+    host: str
+    port: int
+    launch: int
+
+
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank is told at its start: the cases in order, and the folder that takes their results.
 
     `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
-    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code.
+    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code. `spread` is None on
+    one node.
     """
 
     entries: tuple[Entry, ...]
@@ -38,10 +54,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     report_paths: tuple[str, ...] = ()
     bundle: str = ""
     supervised: bool
+    spread: Spread | None = None
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that the largest case needs."""
+        """Ranks that the largest case needs; over several nodes, all that these have."""
+        if self.spread is not None:
+            return self.spread.nodes * self.spread.nproc
         return max(entry.case.ep_size for entry in self.entries)
 
     def failed(self, exit_code: int, *, as_expected: bool) -> bool:

@@ -13,12 +13,16 @@ from distbench.verify.records import Judgement, Outcome, Reason
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a launch ended early: the verdict, the case that it falls on, and what is known of the ranks."""
+    """Why a launch ended early: the verdict, the case that it falls on, and what is known of the ranks.
+
+    `last` says that no further launch can be made.
+    """
 
     verdict: Verdict
     case_index: int
     reasons: list[Reason]
     stacks: dict[str, str] = {}
+    last: bool = False
 
 
 class Exit(msgspec.Struct, frozen=True):

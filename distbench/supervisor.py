@@ -20,16 +20,23 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
+from distbench.breadcrumbs import Position
+from distbench.errors import Verdict
 from distbench.hang import find_hang
 from distbench.job import Job, ranks_folder
+from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, Exit, explain_fault, positions
 from distbench.process import is_alive
+from distbench.verify.records import Reason
 
 # Ctrl-C, a scheduler that takes the node back, a terminal that was closed.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 _MONITOR_S = 0.1
+_MEETING_S = 60
 _TICK_S = 0.1
 # A rank that is gone is left to the agent for so long; a stopped peer would keep the agent waiting for 30 s.
 _AGENT_GRACE_S = 2.0
@@ -61,35 +68,76 @@ def preload_ranks() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int]) -> Ending | None:
+def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int], hub: Hub | None = None) -> Ending | None:
     """Run `job` until all its ranks have ended; None if they came to the end, else why not.
 
-    `tick` is called about ten times a second. `signals` is what `collect_signals` yields.
+    `tick` is called about ten times a second. `signals` is what `collect_signals` yields. `hub` has the other nodes.
 
     Raises:
         Interrupted: one of ENDING_SIGNALS; no rank is left.
+        NodesMissing: not all nodes came.
 
     """
-    _clear(Path(job.out))
-    agent = _Agent(job)
-    watch = _Watch(job)
+    clear(Path(job.out))
+    if hub is not None:
+        job = hub.begin(job, signals)
+    agent = Agent(job)
+    watch = Watch(job, hub)
     agent.start()
-    while agent.is_alive():
+    while agent.is_alive() and not watch.given_up:
         agent.join(_TICK_S)
         tick()
         if signals:
-            _end(agent, watch)
+            end(agent, watch)
             raise Interrupted(signals[0])
         watch.look()
-    if watch.hang is not None:
-        return watch.hang
-    if agent.finished:
+    if hub is not None:
+        end(agent, watch)
+        hub.stop()
+        hub.mirror(job)
+    if watch.ending is not None:
+        return watch.ending
+    if agent.finished and watch.elsewhere is None:
         return None
+    ending = explain_fault(job, first_exit(agent, watch))
+    return ending if hub is None else _with_hosts(ending, hub)
+
+
+def first_exit(agent: Agent, watch: Watch) -> Exit | None:
+    """Return which rank went first, of its own accord."""
     first = agent.first_exit
-    return explain_fault(job, watch.first_gone if first is None or first.rank in watch.killed else first)
+    return watch.first_gone if first is None or first.rank in watch.killed else first
 
 
-def _end(agent: _Agent, watch: _Watch) -> None:
+def _with_hosts(ending: Ending, hub: Hub) -> Ending:
+    reasons = [
+        reason
+        if reason.rank is None
+        else msgspec.structs.replace(
+            reason, message=f"{reason.message} (rank {reason.rank} is on host {hub.place(reason.rank)})"
+        )
+        for reason in ending.reasons
+    ]
+    return msgspec.structs.replace(ending, reasons=reasons)
+
+
+def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
+    """Return the ending where nodes no longer answer; without them there is no further launch."""
+    reasons = []
+    case_index = min((at.case_index for at in seen.values()), default=0)
+    for node, host in hub.lost().items():
+        ranks = hub.ranks_of(node)
+        last = [seen[rank] for rank in ranks if rank in seen]
+        place = f"last seen in {min(last, key=lambda at: at.progress).place}" if last else "before its first stage"
+        message = f"host {host} (node {node}, rank {ranks[0]} to {ranks[-1]}) has gone or no longer answers, {place}"
+        reasons.append(Reason(code="host-lost", rank=ranks[0], message=message))
+    if not reasons:
+        return None
+    index = min(case_index, len(job.entries) - 1)
+    return Ending(verdict=Verdict.RANK_FAULT, case_index=index, reasons=reasons, last=True)
+
+
+def end(agent: Agent, watch: Watch) -> None:
     """Kill the ranks, also those that are only just coming up."""
     deadline = time.monotonic() + _INTERRUPT_GRACE_S
     while agent.is_alive() and time.monotonic() < deadline:
@@ -106,7 +154,7 @@ def start_rank(job: Job) -> int:
     return work(job)
 
 
-class _Agent(threading.Thread):
+class Agent(threading.Thread):
     """torchrun's agent, in a thread of its own."""
 
     def __init__(self, job: Job) -> None:
@@ -116,18 +164,21 @@ class _Agent(threading.Thread):
         self.first_exit: Exit | None = None
 
     def run(self) -> None:
+        """Run the ranks of this node to their end."""
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs  # noqa: PLC0415
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
         logging.getLogger("torch").setLevel(logging.CRITICAL)
+        spread = self._job.spread
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=self._job.num_ranks,
-            run_id=f"distbench-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            min_nodes=1 if spread is None else spread.nodes,
+            max_nodes=1 if spread is None else spread.nodes,
+            nproc_per_node=self._job.num_ranks if spread is None else spread.nproc,
+            run_id=f"distbench-{os.getpid() if spread is None else spread.launch}",
+            rdzv_backend="c10d" if spread is None else "static",  # static: rank 0 is on node 0
+            rdzv_endpoint="localhost:0" if spread is None else f"{spread.host}:{spread.port}",
+            rdzv_configs={} if spread is None else {"rank": spread.node, "timeout": _MEETING_S},
             start_method="forkserver",
             monitor_interval=_MONITOR_S,
             max_restarts=0,
@@ -140,35 +191,63 @@ class _Agent(threading.Thread):
             rank, failure = error.get_first_failure()
             how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             self.first_exit = Exit(rank, how)
+        except Exception as error:
+            if spread is None:
+                raise
+            self.first_exit = Exit(spread.node * spread.nproc, f"{type(error).__name__} of its agent: {error}")
 
 
-class _Watch:
+class Watch:
     """What the main thread sees of the ranks."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, hub: Hub | None = None) -> None:
         self._job = job
+        self._hub = hub
+        self._killed_at: float | None = None
+        self.elsewhere: Exit | None = None
         self._gone_since: float | None = None
         self.first_gone: Exit | None = None
-        self.hang: Ending | None = None
+        self.ending: Ending | None = None
         self.killed: set[int] = set()
 
     def look(self) -> None:
         """Note ranks that are gone, and end the launch where one stands still or is gone too long."""
+        if self._hub is not None:
+            self._hub.mirror(self._job)
+            self.elsewhere = self.elsewhere or self._hub.first_exit()
         seen = positions(self._job)
         if self._gone_since is None:
-            gone = [rank for rank, at in seen.items() if at.stage_name != "done" and not is_alive(at.pid)]
-            if gone:
+            here = {rank: at for rank, at in seen.items() if at.pid}
+            gone = [rank for rank, at in here.items() if at.stage_name != "done" and not is_alive(at.pid)]
+            if gone or self.elsewhere is not None:
                 self._gone_since = time.monotonic()
-                self.first_gone = Exit(gone[0], "exit code 0 before it was done")
+                self.first_gone = self.elsewhere or Exit(gone[0], "exit code 0 before it was done")
         elif time.monotonic() - self._gone_since > _AGENT_GRACE_S:
             self.kill()
-        if self.hang is None and self._gone_since is None:
-            self.hang = find_hang(self._job, seen)
-            if self.hang is not None:
+        if self.ending is None and self._hub is not None:
+            self.ending = _lost_hosts(self._job, self._hub, seen)
+            if self.ending is not None:
+                self.kill()
+        if self.ending is None and self._gone_since is None:
+            self.ending = self._hang(seen)
+            if self.ending is not None:
                 self.kill()
 
+    def _hang(self, seen: dict[int, Position]) -> Ending | None:
+        if self._hub is None:
+            return find_hang(self._job, seen)
+        hang = find_hang(self._job, seen, self._hub.stacks)
+        return None if hang is None else _with_hosts(hang, self._hub)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether an agent that still waits for its like on other nodes is left to itself."""
+        over = self._hub is not None and self._killed_at is not None
+        return over and time.monotonic() - (self._killed_at or 0.0) > _INTERRUPT_GRACE_S / 2
+
     def kill(self) -> None:
-        """Kill every rank that is left."""
+        """Kill every rank that is left on this node."""
+        self._killed_at = self._killed_at or time.monotonic()
         for rank, at in positions(self._job).items():
             if is_alive(at.pid):
                 self.killed.add(rank)
@@ -196,6 +275,7 @@ def collect_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
+    """Make the folder for what the ranks of a launch leave anew."""
     shutil.rmtree(ranks_folder(out), ignore_errors=True)
     ranks_folder(out).mkdir(parents=True)

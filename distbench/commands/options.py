@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Verdict
 from distbench.export import FILES, Writer, load_writers, parse_targets
-from distbench.job import Entry, Job
-from distbench.preflight import check_case, check_devices, check_folder, check_memory, check_path
+from distbench.job import Entry, Job, Spread
+from distbench.locks import hold
+from distbench.nodes.hub import Hub
+from distbench.nodes.interfaces import choose_interfaces
+from distbench.preflight import available_bytes, check_case, check_devices, check_folder, check_memory, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
+from distbench.report.console import print_note
 from distbench.report.summary import Summary
 from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.supervisor import preload_ranks
@@ -23,6 +28,8 @@ from distbench.trials import load_layer
 
 _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
+_LOCAL_RANKS = 8
+_PORTS = 65536
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 
@@ -33,6 +40,65 @@ def add_launch(command: Any) -> None:
     command.add_argument(
         "--bundle", metavar="DIR", default="", help="leave a bundle of each case that fails in a folder of its own here"
     )
+
+
+def add_nodes(command: Any) -> None:
+    """Add the options of a launch over several nodes."""
+    group = command.add_argument_group("several nodes", "the same command on each, with a --node-rank of its own")
+    group.add_argument("--nnodes", type=int, metavar="N", default=1, help="nodes; --nproc is then the ranks on each")
+    group.add_argument("--node-rank", type=int, metavar="R", default=0, help="this node; node 0 has the results")
+    group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
+    group.add_argument(
+        "--join-timeout", type=float, metavar="S", default=600.0, help="wait for nodes (default: %(default)s s)"
+    )
+
+
+def spread_of(options: argparse.Namespace) -> Spread | None:
+    """Return what the options say of several nodes; None for one.
+
+    Raises:
+        InvalidCase: values that make no sense.
+
+    """
+    nodes, node = getattr(options, "nnodes", 1), getattr(options, "node_rank", 0)
+    if nodes == 1 and node == 0:
+        return None
+    host, _, port = options.rdzv_endpoint.rpartition(":")
+    if nodes < 1 or not 0 <= node < nodes:
+        message = f"--nnodes {nodes} --node-rank {node}: node ranks go from 0 to nodes - 1"
+        raise InvalidCase(message)
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < _PORTS:
+        message = (
+            f"--rdzv-endpoint {options.rdzv_endpoint!r}: give HOST:PORT, an address of node 0 and a free port there"
+        )
+        raise InvalidCase(message)
+    if world_size() is not None:
+        message = "--nnodes: torchrun started this process already; leave --nnodes out under torchrun"
+        raise InvalidCase(message)
+    nproc = options.nproc or _LOCAL_RANKS
+    return Spread(nodes=nodes, node=node, nproc=nproc, host=host, port=int(port), launch=0)
+
+
+def follow_node_0(options: argparse.Namespace) -> int | None:
+    """Take part as a node that is not node 0; None where this is node 0."""
+    spread = spread_of(options)
+    if spread is None or spread.node == 0:
+        return None
+    from distbench.follower import follow  # noqa: PLC0415 - only on such nodes
+
+    out = Path(options.out) / f"node-{spread.node:05d}"
+    check_folder(str(out), 1)
+    with hold(out, (), options.lock_timeout):
+        _prepare(spread)
+        return follow(spread, out, options.join_timeout)
+
+
+def _prepare(spread: Spread | None) -> None:
+    """Begin to import torch for the ranks; on several nodes, choose the network interface before that."""
+    if spread is not None:
+        chosen = choose_interfaces(spread.host, spread.port)
+        print_note(f"node {spread.node} of {spread.nodes} on {socket.gethostname()}, {spread.nproc} ranks, {chosen}")
+    preload_ranks()
 
 
 def add_folder(command: Any) -> None:
@@ -126,6 +192,9 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     if started is not None and options.nproc not in (None, started):
         message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
         raise InvalidCase(message)
+    spread = spread_of(options)
+    if spread is not None:
+        return spread.nodes * spread.nproc
     return options.nproc if started is None else started
 
 
@@ -144,12 +213,15 @@ def warnings(case: Case) -> tuple[str, ...]:
     return (*near_misses(os.environ), *check_case(case))
 
 
-def check_launch(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Refuse what this machine has no devices or no memory for; return the devices that the launch takes."""
-    devices = check_devices(cases, max(case.ep_size for case in cases))
+def check_launch(cases: Sequence[Case], nodes: int = 1) -> tuple[str, ...]:
+    """Refuse what this machine has no devices or no memory for; return the devices that the launch takes.
+
+    Of `nodes` alike, this machine takes its part.
+    """
+    devices = check_devices(cases, -(-max(case.ep_size for case in cases) // nodes))
     on_cpu = [case for case in cases if case.device == "cpu" or not devices]
     if on_cpu:
-        check_memory(on_cpu)
+        check_memory(on_cpu, available_bytes() * nodes if nodes > 1 else None)
     return devices
 
 
@@ -158,11 +230,18 @@ def campaign(
 ) -> Summary:
     """Run the entries to their end, starting ranks as often as it takes."""
     rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
-    preload_ranks()
+    spread = spread_of(options)
+    hub = None if spread is None else Hub(spread, options.join_timeout)
+    exit_code = Verdict.RANK_FAULT.exit_code
     try:
-        return Campaign(entries, Path(options.out), rules, progress, options.bundle).run(report_paths)
+        _prepare(spread)
+        summary = Campaign(entries, Path(options.out), rules, progress, options.bundle, hub).run(report_paths)
+        exit_code = summary.exit_code
+        return summary
     finally:
         progress.close()
+        if hub is not None:
+            hub.close(exit_code)
 
 
 def work(job: Job) -> int:

@@ -12,10 +12,12 @@ from distbench.commands.compare import add_baseline, check_baseline, judge_basel
 from distbench.commands.options import (
     add_case_options,
     add_launch,
+    add_nodes,
     add_report,
     campaign,
     case_flags,
     check_launch,
+    follow_node_0,
     is_rank_0,
     num_ranks,
     report_writers,
@@ -49,6 +51,7 @@ def add(commands: Any) -> None:
     )
     run.set_defaults(command=_run)
     add_launch(run)
+    add_nodes(run)
     run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
     run.add_argument("--json", metavar="PATH", default="", help="write the report here too")
     add_report(run)
@@ -57,6 +60,9 @@ def add(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    followed = follow_node_0(options)
+    if followed is not None:
+        return followed
     layers = [*case_flags(options), *([load_case_file(options.case)] if options.case else [])]
     resolved = resolve_case([*layers, *read_environment(os.environ)], num_ranks(options))
     entry = Entry(
@@ -82,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
             write_reports(results, writers)
             code = judge_baseline(options, results, code)
         return code
-    devices = check_launch([resolved.case])
+    devices = check_launch([resolved.case], options.nnodes)
     with hold(out, devices, options.lock_timeout):
         print_start(resolved.case)
         _forget(out, paths)

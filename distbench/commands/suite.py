@@ -14,10 +14,12 @@ from distbench.commands.compare import add_baseline, check_baseline, judge_basel
 from distbench.commands.options import (
     add_case_options,
     add_launch,
+    add_nodes,
     add_report,
     campaign,
     case_flags,
     check_launch,
+    follow_node_0,
     is_rank_0,
     num_ranks,
     report_writers,
@@ -51,6 +53,7 @@ def add(commands: Any) -> None:
     suite.set_defaults(command=_suite)
     suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
     add_launch(suite)
+    add_nodes(suite)
     suite.add_argument(
         "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
     )
@@ -64,6 +67,9 @@ def add(commands: Any) -> None:
 
 
 def _suite(options: argparse.Namespace) -> int:
+    followed = follow_node_0(options)
+    if followed is not None:
+        return followed
     ranks = num_ranks(options) or _DEFAULT_RANKS
     suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
     chosen = select(suite.entries, options.select)
@@ -83,7 +89,7 @@ def _suite(options: argparse.Namespace) -> int:
             write_reports(results, writers)
             code = judge_baseline(options, results, code, asked)
         return code
-    devices = check_launch([entry.case for entry in entries])
+    devices = check_launch([entry.case for entry in entries], options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout):
         if options.rerun == "all":

@@ -1,0 +1,1 @@
+"""What the supervisors of several nodes tell each other (docs/cluster.md)."""

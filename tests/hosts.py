@@ -1,0 +1,129 @@
+"""Hosts on one machine: network namespaces on a bridge, each process in it with a host name of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PORT = 29500
+
+
+def missing() -> str:
+    """Return why there can be no such hosts here, or nothing."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "no ip or unshare: install iproute2 and util-linux"
+    probe = f"distbench-{uuid.uuid4().hex[:6]}"
+    done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)  # noqa: S607
+    if done.returncode:
+        return f"no network namespaces here: {done.stderr.strip()}"
+    _ip("netns", "del", probe)
+    return ""
+
+
+class Hosts:
+    """`count` hosts, named host0, host1, …, at 10.77.0.1 and on."""
+
+    def __init__(self, count: int, out: Path) -> None:
+        self._tag = f"dbt{uuid.uuid4().hex[:5]}"
+        self._out = out
+        self.count = count
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Hosts:  # noqa: PYI034 - Self comes with Python 3.11
+        switch = self._space("switch")
+        _ip("netns", "add", switch)
+        _ip("-n", switch, "link", "add", "br0", "type", "bridge")
+        _ip("-n", switch, "link", "set", "br0", "up")
+        for number in range(self.count):
+            space, port = self._space(number), f"port{number}"
+            _ip("netns", "add", space)
+            _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
+            _ip("-n", switch, "link", "set", port, "master", "br0", "up")
+            _ip("-n", space, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
+            _ip("-n", space, "link", "set", "eth0", "up")
+            _ip("-n", space, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+        for name in ("switch", *range(self.count)):
+            for pid in self.processes(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            _ip("netns", "del", self._space(name))
+
+    def start(self, number: int, *arguments: str | Path, **environ: str) -> subprocess.Popen[bytes]:
+        """Start `distbench` on a host, with node 0 on host0; what it prints goes to `log(number)`."""
+        place = ("--nnodes", str(self.count), "--node-rank", str(number))
+        meeting = ("--rdzv-endpoint", f"{self.address(0)}:{PORT}")
+        command = [sys.executable, "-m", "distbench", *map(str, arguments), *place, *meeting]
+        return self.start_command(number, command, **environ)
+
+    def start_command(self, number: int, command: list[str], **environ: str) -> subprocess.Popen[bytes]:
+        """Start any command on a host."""
+        enter = ["ip", "netns", "exec", self._space(number), "unshare", "--uts", "sh", "-c"]
+        with self.log(number).open("ab") as log:
+            process = subprocess.Popen(
+                [*enter, 'hostname "$0" && exec "$@"', f"host{number}", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def cut(self, number: int) -> None:
+        """Pull a host's cable: nothing arrives any more, and nobody is told."""
+        _ip("-n", self._space("switch"), "link", "set", f"port{number}", "down")
+
+    def slow(self, number: int, *how: str) -> None:
+        """Make a host's link worse, in tc netem's words."""
+        command = ["tc", "-n", self._space(number), "qdisc", "add", "dev", "eth0", "root", "netem", *how]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"this kernel has no netem: {done.stderr.strip()}")
+
+    def processes(self, number: int | str) -> list[int]:
+        """Return what runs on a host."""
+        command = ["ip", "netns", "pids", self._space(number)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return [int(pid) for pid in done.stdout.split()]
+
+    def log(self, number: int) -> Path:
+        return self._out / f"host{number}.log"
+
+    def address(self, number: int) -> str:
+        return f"10.77.0.{number + 1}"
+
+    def _space(self, name: int | str) -> str:
+        return f"{self._tag}-{name}"
+
+
+@contextlib.contextmanager
+def hosts(count: int, out: Path) -> Iterator[Hosts]:
+    """Return hosts, or skip the test where there can be none."""
+    why = missing()
+    if why:
+        pytest.skip(why)
+    with Hosts(count, out) as made:
+        yield made
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)  # noqa: S607
