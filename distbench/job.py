@@ -45,8 +45,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank is told at its start: the cases in order, and the folder that takes their results.
 
     `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
-    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code. `spread` is None on
-    one node.
+    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code. `spread` is None
+    on one node.
     """
 
     entries: tuple[Entry, ...]

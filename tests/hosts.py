@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PORT = 29500
+_NAMES = Path("/etc/netns")
 
 
 def missing() -> str:
@@ -46,6 +47,7 @@ class Hosts:
         _ip("-n", switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", switch, "link", "set", "br0", "up")
         for number in range(self.count):
+            self._names(number)
             space, port = self._space(number), f"port{number}"
             _ip("netns", "add", space)
             _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
@@ -64,6 +66,14 @@ class Hosts:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, 9)
             _ip("netns", "del", self._space(name))
+            shutil.rmtree(_NAMES / self._space(name), ignore_errors=True)
+
+    def _names(self, number: int) -> None:
+        """Let the names of all hosts resolve on this one; `ip netns exec` lays that over /etc/hosts."""
+        folder = _NAMES / self._space(number)
+        folder.mkdir(parents=True)
+        lines = [f"{self.address(other)} host{other}" for other in range(self.count)]
+        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
     def start(self, number: int, *arguments: str | Path, **environ: str) -> subprocess.Popen[bytes]:
         """Start `distbench` on a host, with node 0 on host0; what it prints goes to `log(number)`."""
@@ -74,10 +84,9 @@ class Hosts:
 
     def start_command(self, number: int, command: list[str], **environ: str) -> subprocess.Popen[bytes]:
         """Start any command on a host."""
-        enter = ["ip", "netns", "exec", self._space(number), "unshare", "--uts", "sh", "-c"]
         with self.log(number).open("ab") as log:
             process = subprocess.Popen(
-                [*enter, 'hostname "$0" && exec "$@"', f"host{number}", *command],
+                self.on(number, command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -87,6 +96,11 @@ class Hosts:
             )
         self.started.append(process)
         return process
+
+    def on(self, number: int, command: list[str]) -> list[str]:
+        """Return the command that runs `command` on a host."""
+        enter = ["ip", "netns", "exec", self._space(number), "unshare", "--uts", "sh", "-c"]
+        return [*enter, 'hostname "$0" && exec "$@"', f"host{number}", *command]
 
     def cut(self, number: int) -> None:
         """Pull a host's cable: nothing arrives any more, and nobody is told."""

@@ -22,19 +22,10 @@ only_long = pytest.mark.skipif(not LONG, reason="long: make test-cluster")
 SHAPES = [(2, 1), (2, 2), (2, 4), (3, 1), (3, 2), (3, 4), (4, 1), (4, 2), (4, 4)]
 
 
-def start_all(net: Hosts, suite: Path, nproc: int, *more: str, **environ: str) -> list[Any]:
+def start_all(net: Hosts, suite: Path, nproc: int, **environ: str) -> list[Any]:
     out = suite.with_name("out")
-    arguments = (
-        "suite",
-        suite,
-        "--nproc",
-        str(nproc),
-        "--out",
-        out,
-        "--num-experts",
-        str(net.count * nproc * 2),
-        *more,
-    )
+    experts = str(net.count * nproc * 2)
+    arguments = ("suite", suite, "--nproc", str(nproc), "--out", out, "--num-experts", experts)
     return [net.start(number, *arguments, **environ) for number in range(net.count)]
 
 
