@@ -5,7 +5,7 @@ ARGS ?=
 AMD = --transport mori --experts aiter --device cuda
 export PYTHON VENV
 
-.PHONY: help setup run test check bench bench-gpu selftest amd-smoke amd clean
+.PHONY: help setup run test test-cluster check bench bench-gpu selftest amd-smoke amd clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,9 @@ run: setup ## Run a case on NPROC ranks; ARGS="--limit max-recv-1" and so on
 
 test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
 	@scripts/test $(ARGS)
+
+test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge
+	@DISTBENCH_CLUSTER=1 scripts/test tests/cluster $(ARGS)
 
 check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, shell
 	@scripts/check

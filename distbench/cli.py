@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(arguments)
         return int(options.command(options))
     except DistbenchError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+        if rank == "0":
             print_error(error.label, str(error))
         else:
             time.sleep(_RANK_0_SPEAKS_S)  # torchrun ends all ranks as soon as one has left

@@ -73,9 +73,9 @@ class Slurm:
         for number in range(net.count):
             command = ["slurmd", "-D", "-c", "-N", f"host{number}", "-f", str(self._file)]
             net.start_command(number, command, PATH=_path())
-        assert wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == f"idle {net.count}", 40), (
-            self.ask("sinfo", "-N", "-l") + self.ask("scontrol", "show", "nodes")
-        )
+        assert wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").strip() == f"idle {net.count}", 40), self.ask(
+            "sinfo", "-N", "-l"
+        ) + self.ask("scontrol", "show", "nodes")
 
     def ask(self, *command: str, **environ: str) -> str:
         """Run a command of Slurm on host0 and return what it prints."""
