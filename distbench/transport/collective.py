@@ -1,7 +1,8 @@
 """MoRI's dispatch and combine emulated over `torch.distributed`, one all-to-all each.
 
 All that goes to one peer for one token (payload, scales, weights, ids, token number) travels as one row of bytes. Row
-counts are those of the agreed routing, so none are exchanged here.
+counts are those of the agreed routing, so none are exchanged here. A rank's own rows stay on it: they are copied while
+the others travel. Rows are ordered by the other rank and by token, own rows last.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from torch import Tensor
 from distbench.errors import DistbenchError
 from distbench.transport.base import Dispatched, poison_
 from distbench.workload.batch import TokenBatch
-from distbench.workload.bits import shuffle
+from distbench.workload.bits import shuffles
 from distbench.workload.routing import destinations
 
-_SUM_BYTES = 64 << 20
+# Rows that one step of combine's sum gathers: on a device they should still be in its L2 when they are added.
+_GATHERED_BYTES = 32 << 20
+_ALIGNMENT_BYTES = 16
+# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many.
+_DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
 
 
 class Geometry(NamedTuple):
@@ -31,47 +36,80 @@ class Geometry(NamedTuple):
     counts: Tensor
 
 
-class _Route(NamedTuple):
-    """What follows from a rank's ids [n, k]: rows sent, in order of (destination, token), and where each comes back.
+class _Traffic:
+    """Row counts of one rank: all it sends and receives, and what of it goes over the wire, by rank."""
 
-    tokens [s]: the token of each row. position [n, W]: the row that went to a rank, s where none did.
+    def __init__(self, geometry: Geometry) -> None:
+        rank = geometry.rank
+        self.sent: list[int] = geometry.counts[rank].tolist()
+        self.received: list[int] = geometry.counts[:, rank].tolist()
+        self.own = self.sent[rank]
+        self.before_own = sum(self.received[:rank])
+        self.total_sent, self.total_received = sum(self.sent), sum(self.received)
+        self.to_peers = [0 if peer == rank else count for peer, count in enumerate(self.sent)]
+        self.from_peers = [0 if peer == rank else count for peer, count in enumerate(self.received)]
+        self.leaving, self.arriving = self.total_sent - self.own, self.total_received - self.own
+
+
+class _Route(NamedTuple):
+    """What follows from a rank's ids [n, k]: the token of each row sent, tokens [s], and where each comes back.
+
+    `given` is the tensor that held the ids, `ids` a copy. position [n, W]: the row that went to a rank, s where none
+    did. `outgoing` and `incoming` are uint8 [rows, row bytes], the rows that leave and all that are received.
     """
 
+    given: Tensor
     ids: Tensor
     tokens: Tensor
     position: Tensor
+    outgoing: Tensor
+    incoming: Tensor
 
 
 class _Slots(NamedTuple):
-    """Which returned rows a token adds, in the order of its top-k slots: int64 [n, min(k, W)], and which count.
+    """Which returned rows a token adds, in the order of its top-k slots: int64 [n, min(k, W)].
 
-    One slot for each rank counts. Those that do come first.
+    One slot for each rank counts. Those that do come first; the others name a row of zeros.
     """
 
+    given: Tensor
     ids: Tensor
     rows: Tensor
-    counted: Tensor
+
+
+class _Orders(NamedTuple):
+    """Orders of the receive buffer, int64 [m, total]: the slot of each row as it arrives, and the row of each slot."""
+
+    slots: Tensor
+    rows: Tensor
 
 
 class _Plan(NamedTuple):
-    """What one dispatch did, until its combine."""
+    """What one dispatch did, until its combine: its route and its order of the receive buffer."""
 
     route: _Route
     slots: Tensor
-    tokens: Tensor
+    rows: Tensor
 
 
 class _Field(NamedTuple):
+    """A part of a row: the receive buffer's, as words, and the bytes that it takes in a row that travels."""
+
     buffer: Tensor
     start: int
     stop: int
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Return this part of `rows`, uint8 [m, row bytes], as words."""
+        return rows[:, self.start : self.stop].view(self.buffer.dtype)
 
 
 class CollectiveTransport:
     """The stand-in for MoRI's IntraNode kernel: see `Transport` for the contract.
 
     Received rows lie in a seeded random order that changes from call to call, like an order made by atomics, unless
-    `shuffled` is false.
+    `shuffled` is false. On a device neither call waits for it, once a routing is known: ids that are passed in the same
+    tensor again are taken as unchanged, and nobody may write to it meanwhile.
     """
 
     def __init__(
@@ -82,16 +120,19 @@ class CollectiveTransport:
         self.facts = {"kernel": "all_to_all"}
         self._group = group
         self._geometry = geometry
+        self._traffic = _Traffic(geometry)
+        self._device = like.ids.device
         self._seed = seed
         self._shuffled = shuffled
         self._calls = 0
-        self._written = 0
+        self._orders: _Orders | None = None
         self._route: _Route | None = None
         self._adding: _Slots | None = None
         self._plan: _Plan | None = None
         self._received = self._allocate(like)
         self._fields = self._lay_out()
-        self._row_bytes = self._fields[-1].stop + 4
+        self._token_start = _aligned(self._fields[-1].stop)
+        self._row_bytes = self._token_start + _ALIGNMENT_BYTES
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """See `Transport.dispatch`.
@@ -100,34 +141,47 @@ class CollectiveTransport:
             DistbenchError: the ids ask for other row counts than the agreed routing.
 
         """
-        geometry = self._geometry
+        traffic = self._traffic
         route = self._route = self._route_of(batch.ids)
-        total = int(geometry.counts[:, geometry.rank].sum())
-        outgoing = self._pack(batch, route.tokens)
-        incoming = outgoing.new_empty(total, self._row_bytes)
-        self._exchange(incoming, outgoing, to_experts=True)
-        self._plan = _Plan(route=route, slots=self._slots(total, incoming.device), tokens=incoming[:, -4:])
-        self._unpack(incoming, self._plan.slots)
-        self._calls += 1
-        return self._received._replace(total_recv=self._received.total_recv.fill_(total))
+        self._plan = _Plan(route, *self._next_order())
+        self._pack(batch, route.tokens[: traffic.leaving], route.outgoing)
+        travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
+        self._pack(batch, route.tokens[traffic.leaving :], route.incoming[traffic.arriving :])
+        if travel is not None:
+            travel.wait()
+        for field in self._fields:
+            _take(field.of(route.incoming), self._plan.rows, field.buffer[: traffic.total_received])
+        return self._received._replace(total_recv=self._received.total_recv.fill_(traffic.total_received))
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
         """See `Transport.combine`; a row past the end of `expert_out` comes back as poison."""
-        plan = self._take_plan(ids)
-        outgoing = _rows_or_poison(expert_out, plan.slots)
-        incoming = outgoing.new_empty(plan.route.tokens.numel(), expert_out.shape[1])
-        self._exchange(incoming.view(torch.uint8), outgoing.view(torch.uint8), to_experts=False)
-        return self._sum_slots(torch.cat([incoming, _poison_row(expert_out)]), self._slots_of(ids, plan.route))
+        plan, traffic = self._take_plan(ids), self._traffic
+        outgoing = expert_out.new_empty(traffic.arriving, expert_out.shape[1])
+        incoming = expert_out.new_empty(traffic.total_sent + 2, expert_out.shape[1])
+        poison_(incoming[-2])
+        incoming[-1].zero_()
+        self._take_rows(expert_out, plan.slots[: traffic.arriving], outgoing)
+        travel = self._exchange(
+            incoming[: traffic.leaving].view(torch.uint8), outgoing.view(torch.uint8), to_experts=False
+        )
+        self._take_rows(expert_out, plan.slots[traffic.arriving :], incoming[traffic.leaving : -2])
+        slots = self._slots_of(ids, plan.route)
+        if travel is not None:
+            travel.wait()
+        return _sum_slots(incoming, slots.rows)
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
         if self._plan is None:
             message = "sources() was called with no dispatch under way; call it between dispatch and combine"
             raise DistbenchError(message)
-        sources = self._sources_of(self._plan.tokens)
-        ordered = torch.empty_like(sources)
-        ordered[self._plan.slots] = sources
-        return ordered
+        peers = [rank for rank in range(self._geometry.ep_size) if rank != self._geometry.rank]
+        ranks = torch.tensor([*peers, self._geometry.rank], device=self._device)
+        counts = torch.tensor(self._traffic.received, device=self._device)[ranks]
+        ranks = ranks.repeat_interleave(counts, output_size=self._traffic.total_received)
+        raw = self._plan.route.incoming[:, self._token_start : self._token_start + 4]
+        tokens = raw.view(torch.int32).flatten().long()
+        return torch.stack([ranks, tokens], dim=1)[self._plan.rows]
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -151,61 +205,88 @@ class CollectiveTransport:
         for buffer in self._received[:4]:
             if buffer is not None:
                 stop = start + buffer.shape[1] * buffer.element_size()
-                fields.append(_Field(buffer.view(torch.uint8), start, stop))
-                start = stop
+                fields.append(_Field(_words(buffer), start, stop))
+                start = _aligned(stop)
         return fields
 
-    def _route_of(self, ids: Tensor) -> _Route:
-        if self._route is not None and torch.equal(self._route.ids, ids):
-            return self._route
-        geometry = self._geometry
-        going = destinations(ids, geometry.num_experts // geometry.ep_size, geometry.ep_size).t()
-        self._check_counts(going.sum(1).cpu())
-        tokens = going.nonzero()[:, 1]
-        position = torch.where(going, going.flatten().cumsum(0).view_as(going) - 1, tokens.numel()).t().contiguous()
-        self._adding = None
-        return _Route(ids.clone(), tokens, position)
+    def _is_known(self, known: _Route | _Slots, ids: Tensor) -> bool:
+        """Whether these are the ids of `known`; comparing them on a device would wait for it."""
+        return (ids is known.given and self._device.type != "cpu") or torch.equal(known.ids, ids)
 
-    def _check_counts(self, asked: Tensor) -> None:
-        agreed = self._geometry.counts[self._geometry.rank]
-        if not torch.equal(asked, agreed):
+    def _route_of(self, ids: Tensor) -> _Route:
+        if self._route is not None and self._is_known(self._route, ids):
+            return self._route
+        geometry, traffic = self._geometry, self._traffic
+        going = destinations(ids, geometry.num_experts // geometry.ep_size, geometry.ep_size).t()
+        self._check_counts(going.sum(1).tolist())
+        rank = geometry.rank
+        going = torch.cat([going[:rank], going[rank + 1 :], going[rank : rank + 1]])
+        tokens = going.nonzero()[:, 1]
+        position = torch.where(going, going.flatten().cumsum(0).view_as(going) - 1, tokens.numel())
+        position = torch.cat([position[:rank], position[-1:], position[rank:-1]]).t().contiguous()
+        outgoing = torch.empty(traffic.leaving, self._row_bytes, dtype=torch.uint8, device=self._device)
+        incoming = outgoing.new_empty(traffic.total_received, self._row_bytes)
+        for rows, sent in (
+            (outgoing, tokens[: traffic.leaving]),
+            (incoming[traffic.arriving :], tokens[traffic.leaving :]),
+        ):
+            rows[:, self._token_start :].view(torch.int32)[:] = sent.unsqueeze(1)
+        self._adding = None
+        return _Route(ids, ids.clone(), tokens, position, outgoing, incoming)
+
+    def _check_counts(self, asked: list[int]) -> None:
+        if asked != self._traffic.sent:
             message = (
-                f"dispatch: the ids ask for {asked.tolist()} rows to each rank, the agreed routing for "
-                f"{agreed.tolist()}; the ids changed after the ranks agreed"
+                f"dispatch: the ids ask for {asked} rows to each rank, the agreed routing for {self._traffic.sent}; "
+                "the ids changed after the ranks agreed"
             )
             raise DistbenchError(message)
 
-    def _pack(self, batch: TokenBatch, tokens: Tensor) -> Tensor:
-        if tokens.numel() == 0:
-            return torch.empty(0, self._row_bytes, dtype=torch.uint8, device=tokens.device)
-        parts = [part[tokens].view(torch.uint8) for part in batch if part is not None]
-        return torch.cat([*parts, tokens.to(torch.int32).view(-1, 1).view(torch.uint8)], dim=1)
+    def _pack(self, batch: TokenBatch, tokens: Tensor, rows: Tensor) -> None:
+        parts = [part for part in batch if part is not None]
+        for field, part in zip(self._fields, parts, strict=True):
+            _take(_words(part.contiguous()), tokens, field.of(rows))
 
-    def _unpack(self, incoming: Tensor, slots: Tensor) -> None:
-        total = slots.numel()
-        for buffer in self._received[:4]:
-            if buffer is not None:
-                poison_(buffer[total : max(self._written, total)])
-        for field in self._fields:
-            field.buffer[slots] = incoming[:, field.start : field.stop]
-        self._written = total
+    def _next_order(self) -> tuple[Tensor, Tensor]:
+        """Return the slot of each row as it arrives, and the row of each slot: int64 [total]."""
+        drawn = (_DRAWN_ON_CPU if self._device.type == "cpu" else _DRAWN_ON_DEVICE) if self._shuffled else 1
+        index = self._calls % drawn
+        if self._orders is None or (index == 0 and self._shuffled):
+            self._orders = self._draw(drawn)
+        self._calls += 1
+        return self._orders.slots[index], self._orders.rows[index]
 
-    def _sources_of(self, raw: Tensor) -> Tensor:
-        by_rank = self._geometry.counts[:, self._geometry.rank].to(raw.device)
-        ranks = torch.arange(self._geometry.ep_size, device=raw.device).repeat_interleave(by_rank)
-        tokens = raw.contiguous().view(torch.int32).flatten().long()
-        return torch.stack([ranks, tokens], dim=1)
+    def _draw(self, count: int) -> _Orders:
+        traffic = self._traffic
+        natural = torch.arange(traffic.total_received, device=self._device).unsqueeze(0)
+        by_source = natural
+        if self._shuffled:
+            names = [f"slots/{call}" for call in range(self._calls, self._calls + count)]
+            by_source = shuffles(self._seed, names, self._geometry.rank, traffic.total_received, self._device)
+        start, stop = traffic.before_own, traffic.before_own + traffic.own
+        slots = torch.cat([by_source[:, :start], by_source[:, stop:], by_source[:, start:stop]], dim=1)
+        return _Orders(slots, torch.empty_like(slots).scatter_(1, slots, natural.expand_as(slots)))
 
-    def _slots(self, total: int, device: torch.device) -> Tensor:
-        if not self._shuffled:
-            return torch.arange(total, device=device)
-        return shuffle(self._seed, f"slots/{self._calls}", self._geometry.rank, total, device)
+    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> dist.Work | None:
+        """Start the rows' travel between ranks; nothing travels where there is one rank."""
+        if self._geometry.ep_size == 1:
+            return None
+        output_splits, input_splits = self._traffic.from_peers, self._traffic.to_peers
+        if not to_experts:
+            output_splits, input_splits = input_splits, output_splits
+        travel: dist.Work | None = dist.all_to_all_single(
+            incoming, outgoing, output_splits, input_splits, group=self._group, async_op=True
+        )
+        return travel
 
-    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> None:
-        sent = self._geometry.counts[self._geometry.rank].tolist()
-        received = self._geometry.counts[:, self._geometry.rank].tolist()
-        output_splits, input_splits = (received, sent) if to_experts else (sent, received)
-        dist.all_to_all_single(incoming, outgoing, output_splits, input_splits, group=self._group)
+    def _take_rows(self, expert_out: Tensor, slots: Tensor, out: Tensor) -> None:
+        rows = expert_out.shape[0]
+        if rows >= self._traffic.total_received:
+            _take(expert_out, slots, out)
+            return
+        if rows:
+            _take(expert_out, slots.clamp(max=rows - 1), out)
+        out.masked_fill_((slots >= rows).unsqueeze(1), float("nan"))
 
     def _take_plan(self, ids: Tensor) -> _Plan:
         plan, self._plan = self._plan, None
@@ -221,39 +302,56 @@ class CollectiveTransport:
         return plan
 
     def _slots_of(self, ids: Tensor, route: _Route) -> _Slots:
-        if self._adding is not None and torch.equal(self._adding.ids, ids):
+        if self._adding is not None and self._is_known(self._adding, ids):
             return self._adding
         geometry = self._geometry
         owner = ids.long().div(geometry.num_experts // geometry.ep_size, rounding_mode="floor")
         valid = (ids >= 0) & (owner < geometry.ep_size)
         earlier = (owner.unsqueeze(2) == owner.unsqueeze(1)).tril(-1).any(2)
-        rows = route.position.gather(1, owner.clamp(0, geometry.ep_size - 1))
         counted = valid & ~earlier
+        rows = route.position.gather(1, owner.clamp(0, geometry.ep_size - 1))
+        rows = torch.where(counted, rows, self._traffic.total_sent + 1)
         first = (~counted).to(torch.uint8).argsort(dim=1, stable=True)[:, : geometry.ep_size]
-        self._adding = _Slots(ids.clone(), rows.gather(1, first), counted.gather(1, first))
+        self._adding = _Slots(ids, ids.clone(), rows.gather(1, first))
         return self._adding
 
-    @staticmethod
-    def _sum_slots(rows: Tensor, slots: _Slots) -> Tensor:
-        total = rows.new_zeros(slots.rows.shape[0], rows.shape[1], dtype=torch.float32)
-        step = max(_SUM_BYTES // (rows.shape[1] * 4), 1)
-        for start in range(0, total.shape[0], step):
-            part = slice(start, start + step)
-            for taken, counted in zip(slots.rows[part].unbind(1), slots.counted[part].unbind(1), strict=True):
-                total[part] += rows[taken].masked_fill_(~counted.unsqueeze(1), 0.0)
-        return total.to(rows.dtype)
+
+def _sum_slots(rows: Tensor, slots: Tensor) -> Tensor:
+    """Add the rows that each token names, in order, from zero, in float32: [n, H] of rows' dtype."""
+    count, width = slots.shape
+    total = rows.new_empty(count, rows.shape[1])
+    step = max(_GATHERED_BYTES // (width * rows.shape[1] * rows.element_size()), 1)
+    for start in range(0, count, step):
+        named = slots[start : start + step]
+        gathered = rows.new_empty(named.numel(), rows.shape[1])
+        _take(rows, named.flatten(), gathered)
+        total[start : start + step] = _sum_in_order(gathered.view(*named.shape, -1))
+    return total
 
 
-def _rows_or_poison(expert_out: Tensor, slots: Tensor) -> Tensor:
-    rows = expert_out.shape[0]
-    if rows == 0:
-        return _poison_row(expert_out).expand(slots.numel(), -1).contiguous()
-    taken = expert_out[slots.clamp(max=rows - 1)]
-    cut = slots >= rows
-    return taken.masked_fill_(cut.unsqueeze(1), float("nan"))
+def _sum_in_order(rows: Tensor) -> Tensor:
+    """Sum [n, c, H] over c, from +0.0. The sum of two has one order: there a device does with one pass."""
+    if rows.shape[1] <= 2 and rows.device.type != "cpu":  # noqa: PLR2004 - see above
+        return rows.sum(1)
+    total = rows[:, 0].float().add_(0.0)
+    for row in rows[:, 1:].unbind(1):
+        total += row
+    return total.to(rows.dtype)
 
 
-def _poison_row(like: Tensor) -> Tensor:
-    row = like.new_empty(1, like.shape[1])
-    poison_(row)
-    return row
+def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy rows[index] to `out`, 16 bytes at a time on a device and whole rows on the CPU, each by the op that does."""
+    if rows.device.type == "cpu":
+        torch.index_select(rows, 0, index, out=out)
+    else:
+        torch.ops.aten.index(rows, [index], out=out)
+
+
+def _words(rows: Tensor) -> Tensor:
+    """View rows as the widest integers that divide them."""
+    size = rows.shape[1] * rows.element_size()
+    return rows.view(next(word for word in (torch.int64, torch.int32, torch.uint8) if size % word.itemsize == 0))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

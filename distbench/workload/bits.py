@@ -9,6 +9,7 @@ alone would repeat whole rows after some 2**16 of them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -33,7 +34,7 @@ def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) ->
     return _mix((_steps(columns, torch.device(device)) + column_key) ^ first, second)
 
 
-def _mix(values: Tensor, second: Tensor | int) -> Tensor:
+def _mix(values: Tensor, second: Tensor) -> Tensor:
     """Mix int32 `values` in place by lowbias32, a second key added in the middle."""
     _fold(values, 16, 32)
     values *= 0x7FEB352D
@@ -64,15 +65,23 @@ def smallest(keys: Tensor, count: int) -> Tensor:
 
 def shuffle(seed: int, name: str, row: int, count: int, device: Device) -> Tensor:
     """Return a permutation of `count` numbers, int64 [count]: row `row` of the stream `name`."""
-    row_key, column_key = _stream_keys(seed, name)
-    second, first = divmod(_mixed_row(row ^ row_key), 1 << 32)
-    values = _steps(count, torch.device(device)) + column_key
-    values ^= _signed(first, 32)
-    keys = _mix(values, _signed(second, 32)).long()
+    return shuffles(seed, [name], row, count, device)[0]
+
+
+def shuffles(seed: int, names: Sequence[str], row: int, count: int, device: Device) -> Tensor:
+    """Return the `shuffle` of each of these streams, int64 [names, count]."""
+    words_of = []
+    for row_key, column_key in (_stream_keys(seed, name) for name in names):
+        second, first = divmod(_mixed_row(row ^ row_key), 1 << 32)
+        words_of.append((column_key, _signed(first, 32), _signed(second, 32)))
+    column_keys, first_keys, second_keys = torch.tensor(words_of, dtype=torch.int32, device=device).t().unsqueeze(2)
+    values = _steps(count, torch.device(device)) + column_keys
+    values ^= first_keys
+    keys = _mix(values, second_keys).long()
     keys &= 0xFFFF_FFFF
     keys <<= _COUNT_BITS
     keys |= torch.arange(count, device=device)
-    return keys.argsort()
+    return keys.argsort(dim=1)
 
 
 def _mixed_row(row: int) -> int:

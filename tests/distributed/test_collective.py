@@ -1,0 +1,201 @@
+"""The collective transport against a plain model of what it must do, on real ranks; on a device, against the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.case import Case
+from distbench.errors import DistbenchError
+from distbench.rank import workload_for
+from distbench.session import Session
+from distbench.transport import collective, make_transport
+from distbench.transport.collective import CollectiveTransport, Geometry
+from distbench.workload.batch import TokenBatch
+from distbench.workload.bits import shuffle
+from distbench.workload.routing import destinations, recv_counts
+from tests.cases import tiny_case
+from tests.ranks import on_ranks
+
+CALLS = 6
+
+
+def same(first: Tensor, second: Tensor) -> bool:
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def awkward(rows: int, columns: int, seed: int) -> Tensor:
+    """Return bf16 rows whose sums tell the order of adding: large numbers that cancel, and zeros of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = torch.tensor([2.0**30, -(2.0**30), 1.0, 3.0, 0.0, -0.0, -0.0], dtype=torch.bfloat16)
+    values = choices[torch.randint(len(choices), (rows, columns), generator=generator)]
+    values[torch.rand(rows, generator=generator) < 0.2] = -0.0
+    return values
+
+
+def transport_of(session: Session, case: Case) -> tuple[CollectiveTransport, TokenBatch, Tensor]:
+    session.use("cpu")
+    batch = workload_for(case, session.device).tokens(session.rank)
+    sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
+    counts = session.agree("0" * 64, sent.new_zeros(1), sent)
+    transport = make_transport(session, case, counts, batch)
+    assert isinstance(transport, CollectiveTransport)
+    return transport, batch, counts
+
+
+def results(source_rank: int, token: int, destination: int, call: int, columns: int) -> Tensor:
+    """Return what the experts of a rank make of a token: any rank can tell."""
+    return awkward(1, columns, ((source_rank * 1000 + token) * 16 + destination) * 16 + call)[0]
+
+
+@torch.inference_mode()
+def passes(session: Session, case: Case) -> list[str]:
+    """Return what is wrong in some passes: received rows, their sources and order, and combined tokens."""
+    transport, _, counts = transport_of(session, case)
+    workload, rank, wrong = workload_for(case, session.device), session.rank, []
+    everyone = [workload.tokens(peer) for peer in range(case.ep_size)]
+    total = int(counts[:, rank].sum())
+    for call in range(CALLS):
+        dispatched = transport.dispatch(everyone[rank])
+        sources = transport.sources().tolist()
+        arrived = [
+            (peer, token)
+            for peer, batch in enumerate(everyone)
+            for token in destinations(batch.ids, case.experts_per_rank, case.ep_size)[:, rank].nonzero()[:, 0].tolist()
+        ]
+        order = shuffle(case.seed, f"slots/{call}", rank, total, "cpu").tolist()
+        expected = sorted(range(total), key=order.__getitem__) if case.slot_order == "shuffled" else range(total)
+        if [tuple(one) for one in sources] != [arrived[index] for index in expected]:
+            wrong.append(f"sources of call {call}")
+        for field in ("hidden", "scales", "weights", "ids"):
+            buffer = getattr(dispatched, field)
+            rows = [getattr(everyone[peer], field)[token] for peer, token in sources] if buffer is not None else []
+            if rows and not same(buffer[:total], torch.stack(rows)):
+                wrong.append(f"{field} of call {call}")
+        kept = [total, case.capacity, total // 2, 0][call % 4]
+        made = [results(peer, token, rank, call, case.hidden_size) for peer, token in sources[:kept]]
+        out = torch.zeros(kept, case.hidden_size, dtype=torch.bfloat16)
+        for row, result in zip(out, made, strict=False):
+            row[:] = result
+        kept_by = [[tuple(one) for one in kept_rows] for kept_rows in session_lists(session, sources[:kept])]
+        combined = transport.combine(out, everyone[rank].ids.clone() if call % 2 else everyone[rank].ids)
+        if not same(combined, ordered_sums(case, everyone[rank], rank, kept_by, call)):
+            wrong.append(f"combine of call {call}")
+    return wrong
+
+
+def session_lists(session: Session, mine: list[list[int]]) -> list[Any]:
+    lists: list[Any] = [None] * session.world_size
+    torch.distributed.all_gather_object(lists, mine, group=session.group)
+    return lists
+
+
+def ordered_sums(case: Case, batch: TokenBatch, rank: int, kept_by: list[list[tuple[int, int]]], call: int) -> Tensor:
+    sums = torch.zeros(batch.ids.shape[0], case.hidden_size)
+    for token, ids in enumerate(batch.ids.tolist()):
+        for owner in dict.fromkeys(expert // case.experts_per_rank for expert in ids):
+            kept = (rank, token) in kept_by[owner]
+            sums[token] += results(rank, token, owner, call, case.hidden_size) if kept else torch.nan
+    return sums.to(torch.bfloat16)
+
+
+@torch.inference_mode()
+def changed_ids(session: Session, case: Case) -> str:
+    transport, batch, _ = transport_of(session, case)
+    transport.dispatch(batch)
+    transport.combine(torch.zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16), batch.ids)
+    batch.ids[:] = torch.arange(case.topk)
+    try:
+        transport.dispatch(batch)
+    except DistbenchError as error:
+        return str(error)
+    return ""
+
+
+@torch.inference_mode()
+def foreign_ids(session: Session, case: Case) -> list[bool]:
+    """Return which tokens combine to NaN where they are said to have gone to one rank, which not all did."""
+    transport, batch, _ = transport_of(session, case)
+    transport.dispatch(batch)
+    out = torch.zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16)
+    combined = transport.combine(out, torch.zeros_like(batch.ids))
+    went = destinations(batch.ids, case.experts_per_rank, case.ep_size)[:, 0]
+    return [bool(one) for one in (combined.isnan().all(1) != ~went)] + [bool(went.all())]
+
+
+@pytest.mark.parametrize("slot_order", ["shuffled", "source"])
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (1, {}),
+        (2, {"tokens": (0, 5)}),
+        (2, {"routing": "local"}),
+        (4, {"routing": "fan-in:1"}),
+        (4, {"dispatch_dtype": "fp8"}),
+        (4, {"topk": 3, "routing": "duplicates"}),
+    ],
+)
+def test_rows_and_sums_are_those_of_the_model(world: int, changes: dict[str, Any], slot_order: str) -> None:
+    case = tiny_case(world, **changes, slot_order=slot_order)
+    assert on_ranks(world, passes, case) == [[]] * world
+
+
+def test_a_row_that_never_left_comes_back_as_poison() -> None:
+    for flags in on_ranks(4, foreign_ids, tiny_case(4, topk=2)):
+        assert not any(flags)
+
+
+def test_ids_that_changed_in_place_are_refused() -> None:
+    told = on_ranks(2, changed_ids, tiny_case(2))
+    assert all("the ids changed after the ranks agreed" in one for one in told)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [1, 2, 3, 8])
+def test_a_device_adds_in_order_too(width: int) -> None:
+    rows, slots = awkward(600, 256, width), torch.randint(600, (500, width))
+    summed = collective._sum_slots(rows.cuda(), slots.cuda()).cpu()
+    assert same(summed, collective._sum_slots(rows, slots))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
+@torch.inference_mode()
+def test_a_device_gives_the_bits_of_the_cpu(dispatch_dtype: str) -> None:
+    case = tiny_case(1, dispatch_dtype=dispatch_dtype, topk=3)
+    ends: dict[str, list[Tensor]] = {}
+    for device in ("cpu", "cuda"):
+        batch = workload_for(case, torch.device(device)).tokens(0)
+        counts = recv_counts(batch.ids, case.experts_per_rank, 1).cpu().unsqueeze(0)
+        geometry = Geometry(0, 1, case.num_experts, case.capacity, counts)
+        transport = CollectiveTransport(None, geometry, batch, seed=7, shuffled=True)  # type: ignore[arg-type]
+        ends[device] = []
+        for call in range(CALLS):
+            ends[device] += [part.clone() for part in transport.dispatch(batch) if part is not None]
+            ends[device].append(transport.sources())
+            kept = [int(counts.sum()), case.capacity, 3, 0][call % 4]
+            combined = transport.combine(awkward(kept, case.hidden_size, call).to(device), batch.ids)
+            ends[device] += [combined.isnan(), combined.nan_to_num()]
+    assert all(same(ours.cpu(), theirs) for ours, theirs in zip(ends["cuda"], ends["cpu"], strict=True))
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_pass_on_a_device_does_not_wait_for_it() -> None:
+    case = tiny_case(1)
+    batch = workload_for(case, torch.device("cuda")).tokens(0)
+    counts = recv_counts(batch.ids, case.experts_per_rank, 1).cpu().unsqueeze(0)
+    geometry = Geometry(0, 1, case.num_experts, case.capacity, counts)
+    transport = CollectiveTransport(None, geometry, batch, seed=7, shuffled=True)  # type: ignore[arg-type]
+    out = torch.zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16, device="cuda")
+    transport.dispatch(batch)
+    transport.combine(out, batch.ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        transport.dispatch(batch)
+        transport.combine(out, batch.ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
