@@ -27,3 +27,10 @@ def test_more_ranks_than_devices_are_refused(tmp_path: Path) -> None:
     with Bench(tmp_path / "out", "run", "--nproc", "64", "--model", "tiny", "--device", "cuda") as bench:
         assert bench.finish() == 77
         assert "64 ranks on this node" in bench.stderr
+
+
+@pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
+def test_the_triton_experts_in_a_case(tmp_path: Path, dispatch_dtype: str) -> None:
+    flags = ("--model", "tiny", "--device", "cuda", "--experts", "triton", "--dispatch-dtype", dispatch_dtype)
+    with Bench(tmp_path / "out", "run", "--nproc", "1", *flags, "--graph") as bench:
+        assert bench.finish() == 0

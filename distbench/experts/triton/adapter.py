@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,15 @@ from distbench.experts.triton.quantize import quantize_weights
 from distbench.experts.triton.table import selector_for
 
 _ALIGNMENT_BYTES = 16
+Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class _Known(NamedTuple):
+    """Weights that were quantised; `given` is held so that no others come to lie at their addresses."""
+
+    key: tuple[int, ...]
+    given: tuple[Tensor, Tensor]
+    quantized: Quantized
 
 
 def make_triton_experts(case: Case) -> TritonExperts:
@@ -34,7 +44,8 @@ def make_triton_experts(case: Case) -> TritonExperts:
 class TritonExperts:
     """See `Experts` for the contract. No call waits for the device, and any may be captured in a CUDA graph.
 
-    float8 rows make it quantise the bf16 weights that it is given, once for as long as they stay the same.
+    float8 rows make it quantise the bf16 weights that it is given, once for as long as they stay the same; weights made
+    in inference mode are taken as unchanged.
     """
 
     def __init__(self, selector: ConfigSelector) -> None:
@@ -46,7 +57,7 @@ class TritonExperts:
         """
         _check_triton()
         self._selector = selector
-        self._known: tuple[tuple[int, ...], Quantized] | None = None
+        self._known: _Known | None = None
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
@@ -101,20 +112,18 @@ class TritonExperts:
         rows = Rows(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
         weights = Weights(w1, w2, None, None, expert_mask)
         if a1_scale is not None:
-            weights = Weights(*self._quantized(w1, w2), expert_mask)
+            weights = Weights(*self.quantized(w1, w2), expert_mask)
         return compute(rows, weights, config, dtype, _processors(hidden_states.device))
 
-    def _quantized(self, w1: Tensor, w2: Tensor) -> Quantized:
-        key = (w1.data_ptr(), w1._version, w2.data_ptr(), w2._version)  # noqa: SLF001 - torch counts changes there
-        if self._known is None or self._known[0] != key:
+    def quantized(self, w1: Tensor, w2: Tensor) -> Quantized:
+        """Return both weights as float8, and their scales."""
+        key = (w1.data_ptr(), _changes(w1), w2.data_ptr(), _changes(w2))
+        if self._known is None or self._known.key != key:
             local, double, hidden = w1.shape
             first, scales1 = quantize_weights(w1.view(2 * local, double // 2, hidden))
             second, scales2 = quantize_weights(w2)
-            self._known = key, (first.view(w1.shape), second, scales1, scales2)
-        return self._known[1]
-
-
-Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
+            self._known = _Known(key, (w1, w2), (first.view(w1.shape), second, scales1, scales2))
+        return self._known.quantized
 
 
 def interpreted() -> bool:
@@ -142,6 +151,11 @@ def _check_alignment(w1: Tensor, w2: Tensor, a1_scale: Tensor | None) -> None:
                 f"{_ALIGNMENT_BYTES} bytes, use a multiple of {_ALIGNMENT_BYTES // element}"
             )
             raise Unsupported(message)
+
+
+def _changes(weights: Tensor) -> int:
+    """Return how often they were written to, which torch does not count in inference mode."""
+    return 0 if weights.is_inference() else weights._version  # noqa: SLF001 - torch counts changes there
 
 
 @lru_cache
