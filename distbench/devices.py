@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from distbench.errors import Unsupported
 
 _NODES = ("/dev/nvidia[0-9]*", "/dev/kfd")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-_SMI_SECONDS = 10
+_SMI_SECONDS, _TORCH_SECONDS = 10, 60
 _HOT_CELSIUS = 85
 _SLOW_SHARE = 0.9
 
@@ -110,7 +111,8 @@ def device_state(index: int) -> DeviceState:
     name = torch.cuda.get_device_name(index)
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
     fields = "clocks.sm,clocks.max.sm,pstate,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-    values = _smi("--query-gpu=" + fields, uuid)
+    device = f"GPU-{uuid}" if uuid else ""
+    values = _smi("--query-gpu=" + fields, device)
     if len(values) != 1:
         return DeviceState(name=name)
     clock, most, power_state, watts, celsius, reasons = (one.strip() for one in values[0].split(","))
@@ -122,18 +124,37 @@ def device_state(index: int) -> DeviceState:
         power_watts=_number(watts),
         celsius=_number(celsius),
         throttled=_throttled(reasons),
-        processes=len(_smi("--query-compute-apps=pid", uuid)),
+        processes=len(_smi("--query-compute-apps=pid", device)),
     )
 
 
-def _smi(query: str, uuid: object) -> list[str]:
+def free_device_bytes(held: Sequence[str]) -> int | None:
+    """Return the memory that is free on the fullest of the devices `held`, as `devices_to_hold` names them.
+
+    None where nothing tells. nvidia-smi does without a CUDA context; elsewhere torch is asked in a process of its own,
+    since its context would take some of that memory and stay.
+    """
+    names = ",".join(one.removeprefix("cuda:") for one in held)
+    mebibytes = [_number(line) for line in _smi("--query-gpu=memory.free", names)]
+    if mebibytes:
+        known = [one for one in mebibytes if one is not None]
+        return min(known) << 20 if len(known) == len(held) else None
+    asked = f"import torch; print(min(torch.cuda.mem_get_info(one)[0] for one in range({len(held)})))"
+    lines = _ask([sys.executable, "-c", asked], _TORCH_SECONDS)
+    return _number(lines[-1]) if lines else None
+
+
+def _smi(query: str, device: str) -> list[str]:
     """Ask nvidia-smi; no lines where there is none, as on ROCm, or it does not answer."""
     program = shutil.which("nvidia-smi")
-    if program is None or not uuid:
+    if program is None or not device:
         return []
-    command = [program, query, "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
+    return _ask([program, query, "--format=csv,noheader,nounits", f"--id={device}"], _SMI_SECONDS)
+
+
+def _ask(command: list[str], timeout_s: float) -> list[str]:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False)  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.splitlines() if done.returncode == 0 else []

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from distbench.case import Case
-from distbench.devices import count_devices, devices_to_hold
+from distbench.devices import count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
@@ -22,6 +22,8 @@ from distbench.workload.plan import plan_exact
 
 # What a rank's process takes besides tensors, and for blocks of weights in float64.
 _SCRATCH_BYTES = 160 << 20
+# What a CUDA context takes on a device, at least.
+_CONTEXT_BYTES = 256 << 20
 _REPORT_BYTES = 32 << 10
 _GROUP = Path("/sys/fs/cgroup")
 _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
@@ -151,6 +153,43 @@ def memory_bytes(case: Case) -> int:
     buffers = case.capacity * (payload + case.hidden_size * element)
     work = max(case.tokens) * case.topk * case.hidden_size * 16 + _SCRATCH_BYTES
     return case.ep_size * (weights + buffers + work)
+
+
+def check_device_memory(cases: Iterable[Case], held: Sequence[str], available: int | None = None) -> None:
+    """Refuse a launch whose largest case needs more memory than the fullest of the devices `held` has free.
+
+    `available` is in bytes; None asks the devices. Nothing is refused where nothing tells.
+
+    Raises:
+        Unsupported: names the bytes needed and available, and what to make smaller.
+
+    """
+    on_device = [case for case in cases if case.device != "cpu"]
+    if not held or not on_device:
+        return
+    largest = max(on_device, key=device_bytes)
+    needed, free = device_bytes(largest), free_device_bytes(held) if available is None else available
+    if free is not None and needed > free:
+        message = (
+            f"device memory: the largest case needs at least {needed} bytes on each device ({needed / 2**30:.1f} GiB), "
+            f"{free} are free on the fullest of {', '.join(held)}; end what else runs there, lower "
+            "max_dispatch_tokens_per_rank, or use more ranks or a smaller model"
+        )
+        raise Unsupported(message)
+
+
+def device_bytes(case: Case) -> int:
+    """Return what a rank of a case takes on its device at least: weights, buffers, routed rows, and the CUDA context.
+
+    The Triton experts hold an activation and an output for each of R x top-k routes, and float8 weights besides.
+    """
+    elements = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size
+    triton = case.experts == "triton"
+    weights = elements * (3 if triton and case.dispatch_dtype == "fp8" else 2)
+    payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + 8 * case.topk
+    buffers = case.capacity * (payload + case.hidden_size * 2)
+    routes = case.capacity * case.topk * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
+    return weights + buffers + routes + _CONTEXT_BYTES
 
 
 def available_bytes() -> int:

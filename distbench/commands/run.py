@@ -29,7 +29,7 @@ from distbench.errors import Verdict
 from distbench.export import write_reports
 from distbench.job import Entry, Job
 from distbench.locks import hold
-from distbench.preflight import check_folder, check_path
+from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_bundle, print_report, print_start
@@ -90,6 +90,7 @@ def _run(options: argparse.Namespace) -> int:
         return code
     devices = check_launch([resolved.case], options.nnodes)
     with hold(out, devices, options.lock_timeout):
+        check_device_memory([resolved.case], devices)
         print_start(resolved.case)
         _forget(out, paths)
         campaign((entry,), options, Progress(1, quiet=True), paths)

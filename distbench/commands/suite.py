@@ -30,7 +30,7 @@ from distbench.commands.options import (
 from distbench.export import write_reports
 from distbench.job import Job
 from distbench.locks import hold
-from distbench.preflight import check_folder, check_path
+from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_summary
@@ -92,6 +92,7 @@ def _suite(options: argparse.Namespace) -> int:
     devices = check_launch([entry.case for entry in entries], options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout):
+        check_device_memory([entry.case for entry in entries], devices)
         if options.rerun == "all":
             (out / RESULTS).unlink(missing_ok=True)
         elif options.rerun == "failed":

@@ -26,7 +26,7 @@ from distbench.experts.selection import CURRENT, rules_for
 from distbench.job import Entry, Job
 from distbench.limits import parse_limit
 from distbench.locks import hold
-from distbench.preflight import check_folder, check_path
+from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_sweep
@@ -71,6 +71,7 @@ def _sweep(options: argparse.Namespace) -> int:
     devices = check_launch([entry.case for entry in entries])
     out = Path(options.out)
     with hold(out, devices, options.lock_timeout):
+        check_device_memory([entry.case for entry in entries], devices)
         summary = campaign(entries, options, Progress(len(entries), quiet=False))
         rows = read_rows(out / RESULTS, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")

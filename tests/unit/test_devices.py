@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
+import torch
 
+from distbench import devices
 from distbench.devices import DeviceState, devices_to_hold, runs_on_device
 from distbench.errors import Unsupported
 from distbench.preflight import check_case, check_devices
@@ -45,6 +48,30 @@ def test_held_devices_are_those_that_the_node_means(monkeypatch: pytest.MonkeyPa
 def test_what_no_graph_can_hold_is_refused_with_the_reason(values: dict[str, str], words: str) -> None:
     with pytest.raises(Unsupported, match=words):
         check_case(tiny_case(2, graph=True, **values))
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"), [(["81000", "500"], 500 << 20), (["81000", "[N/A]"], None), (["81000"], None)]
+)
+def test_the_fullest_device_counts(monkeypatch: pytest.MonkeyPatch, lines: list[str], expected: int | None) -> None:
+    told = {("--query-gpu=memory.free", "3,GPU-1f"): lines}
+    monkeypatch.setattr(devices, "_smi", lambda query, names: told[query, names])
+    assert devices.free_device_bytes(("cuda:3", "cuda:GPU-1f")) == expected
+
+
+def test_without_a_management_program_torch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(devices, "_ask", lambda command, _: ["17"] if "mem_get_info" in command[-1] else [])
+    assert devices.free_device_bytes(("cuda:0",)) == 17
+    monkeypatch.setattr(devices, "_ask", lambda *_: [])
+    assert devices.free_device_bytes(("cuda:0",)) is None
+
+
+@pytest.mark.gpu
+def test_this_machine_tells_its_free_memory() -> None:
+    free = devices.free_device_bytes(("cuda:0",))
+    assert free is not None
+    assert 1 << 30 < free <= torch.cuda.get_device_properties(0).total_memory
 
 
 def test_doubts_name_what_was_seen() -> None:

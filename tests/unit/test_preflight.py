@@ -7,12 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 from distbench import cli, preflight
 from distbench.commands import options
 from distbench.errors import InvalidCase, Unsupported
-from distbench.preflight import available_bytes, check_case, check_folder, check_memory, memory_bytes
+from distbench.preflight import (
+    available_bytes,
+    check_case,
+    check_device_memory,
+    check_folder,
+    check_memory,
+    device_bytes,
+    memory_bytes,
+)
 from tests.cases import tiny_case
 
 GIB = 1 << 30
@@ -87,6 +96,39 @@ def test_memory_is_what_the_control_group_leaves(group: Path, limit: int, used: 
     assert available_bytes() > of_the_machine / 2
     (group / "memory.max").write_text(f"{limit}\n")
     assert available_bytes() == expected
+
+
+def test_device_memory_is_refused_by_the_largest_case() -> None:
+    small, large = tiny_case(2, experts="triton"), tiny_case(2, experts="triton", max_dispatch_tokens_per_rank=1 << 16)
+    needed = device_bytes(large)
+    check_device_memory([small, large], ("cuda:0", "cuda:1"), needed)
+    check_device_memory([small, msgspec.structs.replace(large, device="cpu")], ("cuda:0",), needed - 1)
+    check_device_memory([large], (), 0)
+    with pytest.raises(Unsupported) as caught:
+        check_device_memory([small, large], ("cuda:0", "cuda:1"), needed - 1)
+    told = f"device memory: the largest case needs at least {needed} bytes on each device"
+    assert str(caught.value).startswith(told)
+    assert f"{needed - 1} are free on the fullest of cuda:0, cuda:1" in str(caught.value)
+
+
+def test_the_triton_experts_take_more_of_a_device() -> None:
+    reference, triton = tiny_case(2), tiny_case(2, experts="triton")
+    routes = triton.capacity * triton.topk
+    extra = routes * (triton.hidden_size + triton.intermediate_size) * 2
+    assert device_bytes(triton) == device_bytes(reference) + extra
+    fp8 = msgspec.structs.replace(triton, dispatch_dtype="fp8")
+    weights = 3 * triton.experts_per_rank * triton.hidden_size * triton.intermediate_size
+    assert device_bytes(fp8) == device_bytes(triton) + weights - triton.capacity * triton.hidden_size
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_no_rank_is_started_without_device_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "count_devices", lambda: 2)
+    monkeypatch.setattr(preflight, "free_device_bytes", lambda _: 1000)
+    assert cli.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
+    assert "1000 are free on the fullest of cuda:0, cuda:1" in capsys.readouterr().err
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
