@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -90,12 +91,26 @@ def heuristic(shape: LayerShape, rows: int) -> KernelConfig:
     return KernelConfig(block_m=128, gather=False, stage1=first, stage2=second)
 
 
+def routes_per_row(num_experts: int, num_local_experts: int, topk: int) -> float:
+    """Return how many local routes a received row has on average, where routing is uniform.
+
+    A row is received where at least one of its distinct experts is local: top-k at EP1, 1.5 of 8 at EP8.
+    """
+    none_local = math.comb(num_experts - num_local_experts, topk) / math.comb(num_experts, topk)
+    return topk * num_local_experts / num_experts / (1 - none_local)
+
+
 class ConfigSelector(msgspec.Struct, frozen=True, kw_only=True):
-    """Chooses kernels for one layer: from the rows of a table, or else by heuristics."""
+    """Chooses kernels for one layer: from the rows of a table, or else by heuristics.
+
+    `tuned_experts` are the routed experts that the table was tuned with, 0 for the layer's own. Among more or fewer
+    ranks a row has other numbers of local routes: then the row of the bucket with as many routes is taken, or the last.
+    """
 
     shape: LayerShape
     tuned: tuple[TableRow, ...] = ()
     table: str = ""
+    tuned_experts: int = 0
 
     def config(self, rows: int) -> KernelConfig:
         """Return the kernels for a call with `rows` allocated rows."""
@@ -104,12 +119,12 @@ class ConfigSelector(msgspec.Struct, frozen=True, kw_only=True):
 
     def choose(self, rows: int) -> KernelChoice:
         """Return the choice as reports name it."""
-        config = self.config(rows)
-        tuned = self._row(rows) is not None
+        config, found, bucket = self.config(rows), self._row(rows), padded_rows(rows)
+        other = f", row of {found.bucket}" if found is not None and found.bucket != bucket else ""
         return KernelChoice(
             rows=rows,
-            bucket=padded_rows(rows),
-            source="tuned" if tuned else "heuristic",
+            bucket=bucket,
+            source="tuned" if found else "heuristic",
             block_m=config.block_m,
             ksplit=config.splits if config.splits > 1 else 0,
             run_1stage=False,
@@ -118,9 +133,22 @@ class ConfigSelector(msgspec.Struct, frozen=True, kw_only=True):
             stage2_mode=config.mode,
             tile_k1=config.stage1.k,
             tile_k2=config.stage2.k,
-            table=self.table if tuned else "",
+            table=self.table + other if found else "",
         )
 
     def _row(self, rows: int) -> TableRow | None:
-        bucket = padded_rows(rows)
+        bucket = self._tuned_bucket(padded_rows(rows))
         return next((row for row in self.tuned if row.bucket == bucket), None)
+
+    def _tuned_bucket(self, bucket: int) -> int:
+        """Return the bucket of the table whose rows have as many local routes as those of `bucket` have here."""
+        shape = self.shape
+        if self.tuned_experts in (0, shape.num_experts) or not self.tuned:
+            return bucket
+        here, there = (
+            routes_per_row(experts, shape.num_local_experts, shape.topk)
+            for experts in (shape.num_experts, self.tuned_experts)
+        )
+        last = max(row.bucket for row in self.tuned)
+        alike = padded_rows(math.ceil(bucket * here / there))
+        return min(alike, last) if bucket <= last else bucket

@@ -88,10 +88,7 @@ def selector_for(case: Case, device: str) -> ConfigSelector:
     """Return how the case's kernels are chosen on `device`: by its kernel_table, one that came along, or heuristics."""
     shape = shape_of(case)
     if case.kernel_table:
-        table = load_table(case.kernel_table)
-        return ConfigSelector(
-            shape=shape, tuned=tuple(table.rows) if table.answers(shape) else (), table=case.kernel_table
-        )
+        return _selector(shape, load_table(case.kernel_table), case.kernel_table)
     return shipped_selector(shape, device)
 
 
@@ -101,7 +98,12 @@ def shipped_selector(shape: LayerShape, device: str) -> ConfigSelector:
     path = _SHIPPED / _file_name(device, shape)
     if not path.exists():
         return ConfigSelector(shape=shape)
-    return ConfigSelector(shape=shape, tuned=tuple(load_table(path).rows), table=path.name)
+    return _selector(shape, load_table(path), path.name)
+
+
+def _selector(shape: LayerShape, table: Table, name: str) -> ConfigSelector:
+    tuned = tuple(table.rows) if table.answers(shape) else ()
+    return ConfigSelector(shape=shape, tuned=tuned, table=name, tuned_experts=table.num_experts)
 
 
 def _key(layer: LayerShape | Table) -> tuple[int | str, ...]:

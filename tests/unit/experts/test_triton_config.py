@@ -17,7 +17,15 @@ from distbench.experts import make_experts
 from distbench.experts.rules import padded_rows
 from distbench.experts.triton import adapter, table
 from distbench.experts.triton.candidates import families
-from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, TableRow, Tile, heuristic
+from distbench.experts.triton.config import (
+    ConfigSelector,
+    KernelConfig,
+    LayerShape,
+    TableRow,
+    Tile,
+    heuristic,
+    routes_per_row,
+)
 from distbench.experts.triton.quantize import quantize_weights
 from distbench.experts.triton.table import Table, encode_table, load_table, selector_for, shape_of, shipped_selector
 from distbench.models import PRESETS
@@ -80,6 +88,39 @@ def test_the_choice_is_that_of_the_bucket(rows: int) -> None:
     assert choice.same_kernel(selector.choose(padded_rows(rows)))
     assert (choice.source, choice.table) == (("tuned", "some.json") if 33 <= rows <= 64 else ("heuristic", ""))
     assert choice.stage1 == selector.config(rows).name1
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "local", "topk", "routes"), [(32, 32, 8, 8.0), (256, 32, 8, 1.51), (4, 2, 1, 1.0), (4, 2, 2, 1.2)]
+)
+def test_routes_of_a_received_row(num_experts: int, local: int, topk: int, routes: float) -> None:
+    assert routes_per_row(num_experts, local, topk) == pytest.approx(routes, abs=0.01)
+
+
+def test_a_table_of_other_ranks_is_read_by_the_number_of_routes() -> None:
+    rows = tuple(TableRow(bucket=1 << power, config=CONFIG) for power in range(16))
+    alone = msgspec.structs.replace(DEEPSEEK, num_experts=32)
+    selector = ConfigSelector(shape=alone, tuned=rows, table="t.json", tuned_experts=256)
+    read = {asked: selector.choose(asked).table for asked in (1, 512, 1024, 16384, 32768)}
+    assert read == {
+        1: "t.json, row of 8",
+        512: "t.json, row of 4096",
+        1024: "t.json, row of 8192",
+        16384: "t.json, row of 32768",
+        32768: "t.json",
+    }
+    assert selector.choose(512).bucket == 512
+    fewer = ConfigSelector(shape=DEEPSEEK, tuned=rows, table="t.json", tuned_experts=32)
+    assert fewer.choose(4096).table == "t.json, row of 1024"
+    same = ConfigSelector(shape=DEEPSEEK, tuned=rows, table="t.json", tuned_experts=256)
+    assert same.choose(512).table == "t.json"
+
+
+def test_a_case_reads_its_table_by_the_experts_that_it_was_tuned_with(tmp_path: Path) -> None:
+    rows = [TableRow(bucket=bucket, config=CONFIG) for bucket in (64, 128, 256)]
+    path = written(tmp_path / "table.json", made(num_experts=64, rows=rows))
+    selector = selector_for(tiny_case(experts="triton", kernel_table=path), "NVIDIA H200")
+    assert selector.choose(64).table == f"{path}, row of 128"
 
 
 @pytest.mark.parametrize("model", PRESETS)
