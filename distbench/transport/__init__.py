@@ -26,7 +26,8 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads what it uses
 
         return MoriTransport(session, case)
-    from distbench.transport.collective import CollectiveTransport, Geometry  # noqa: PLC0415 - as above
+    from distbench.transport.arrival import Geometry  # noqa: PLC0415 - as above
+    from distbench.transport.collective import CollectiveTransport  # noqa: PLC0415
 
     geometry = Geometry(
         rank=session.rank,

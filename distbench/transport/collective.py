@@ -14,41 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.errors import DistbenchError
+from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
+from distbench.transport.rows import ALIGNMENT_BYTES, aligned, sum_slots, take, words
 from distbench.workload.batch import TokenBatch
-from distbench.workload.bits import shuffles
 from distbench.workload.routing import destinations
-
-# Rows that one step of combine's sum gathers: on a device they should still be in its L2 when they are added.
-_GATHERED_BYTES = 32 << 20
-_ALIGNMENT_BYTES = 16
-# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many.
-_DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
-
-
-class Geometry(NamedTuple):
-    """Sizes of one expert-parallel group. `counts` int64 [W, W] on the CPU: rows that rank i sends to rank j."""
-
-    rank: int
-    ep_size: int
-    num_experts: int
-    capacity: int
-    counts: Tensor
-
-
-class _Traffic:
-    """Row counts of one rank: all it sends and receives, and what of it goes over the wire, by rank."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        rank = geometry.rank
-        self.sent: list[int] = geometry.counts[rank].tolist()
-        self.received: list[int] = geometry.counts[:, rank].tolist()
-        self.own = self.sent[rank]
-        self.before_own = sum(self.received[:rank])
-        self.total_sent, self.total_received = sum(self.sent), sum(self.received)
-        self.to_peers = [0 if peer == rank else count for peer, count in enumerate(self.sent)]
-        self.from_peers = [0 if peer == rank else count for peer, count in enumerate(self.received)]
-        self.leaving, self.arriving = self.total_sent - self.own, self.total_received - self.own
 
 
 class _Route(NamedTuple):
@@ -74,13 +44,6 @@ class _Slots(NamedTuple):
 
     given: Tensor
     ids: Tensor
-    rows: Tensor
-
-
-class _Orders(NamedTuple):
-    """Orders of the receive buffer, int64 [m, total]: the slot of each row as it arrives, and the row of each slot."""
-
-    slots: Tensor
     rows: Tensor
 
 
@@ -120,19 +83,16 @@ class CollectiveTransport:
         self.facts = {"kernel": "all_to_all"}
         self._group = group
         self._geometry = geometry
-        self._traffic = _Traffic(geometry)
+        self._traffic = Traffic(geometry)
         self._device = like.ids.device
-        self._seed = seed
-        self._shuffled = shuffled
-        self._calls = 0
-        self._orders: _Orders | None = None
+        self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: _Route | None = None
         self._adding: _Slots | None = None
         self._plan: _Plan | None = None
         self._received = self._allocate(like)
         self._fields = self._lay_out()
-        self._token_start = _aligned(self._fields[-1].stop)
-        self._row_bytes = self._token_start + _ALIGNMENT_BYTES
+        self._token_start = aligned(self._fields[-1].stop)
+        self._row_bytes = self._token_start + ALIGNMENT_BYTES
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """See `Transport.dispatch`.
@@ -143,14 +103,14 @@ class CollectiveTransport:
         """
         traffic = self._traffic
         route = self._route = self._route_of(batch.ids)
-        self._plan = _Plan(route, *self._next_order())
+        self._plan = _Plan(route, *self._arrivals.next())
         self._pack(batch, route.tokens[: traffic.leaving], route.outgoing)
         travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
         self._pack(batch, route.tokens[traffic.leaving :], route.incoming[traffic.arriving :])
         if travel is not None:
             travel.wait()
         for field in self._fields:
-            _take(field.of(route.incoming), self._plan.rows, field.buffer[: traffic.total_received])
+            take(field.of(route.incoming), self._plan.rows, field.buffer[: traffic.total_received])
         return self._received._replace(total_recv=self._received.total_recv.fill_(traffic.total_received))
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
@@ -168,7 +128,7 @@ class CollectiveTransport:
         slots = self._slots_of(ids, plan.route)
         if travel is not None:
             travel.wait()
-        return _sum_slots(incoming, slots.rows)
+        return sum_slots(incoming, slots.rows)
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -205,8 +165,8 @@ class CollectiveTransport:
         for buffer in self._received[:4]:
             if buffer is not None:
                 stop = start + buffer.shape[1] * buffer.element_size()
-                fields.append(_Field(_words(buffer), start, stop))
-                start = _aligned(stop)
+                fields.append(_Field(words(buffer), start, stop))
+                start = aligned(stop)
         return fields
 
     def _is_known(self, known: _Route | _Slots, ids: Tensor) -> bool:
@@ -245,27 +205,7 @@ class CollectiveTransport:
     def _pack(self, batch: TokenBatch, tokens: Tensor, rows: Tensor) -> None:
         parts = [part for part in batch if part is not None]
         for field, part in zip(self._fields, parts, strict=True):
-            _take(_words(part.contiguous()), tokens, field.of(rows))
-
-    def _next_order(self) -> tuple[Tensor, Tensor]:
-        """Return the slot of each row as it arrives, and the row of each slot: int64 [total]."""
-        drawn = (_DRAWN_ON_CPU if self._device.type == "cpu" else _DRAWN_ON_DEVICE) if self._shuffled else 1
-        index = self._calls % drawn
-        if self._orders is None or (index == 0 and self._shuffled):
-            self._orders = self._draw(drawn)
-        self._calls += 1
-        return self._orders.slots[index], self._orders.rows[index]
-
-    def _draw(self, count: int) -> _Orders:
-        traffic = self._traffic
-        natural = torch.arange(traffic.total_received, device=self._device).unsqueeze(0)
-        by_source = natural
-        if self._shuffled:
-            names = [f"slots/{call}" for call in range(self._calls, self._calls + count)]
-            by_source = shuffles(self._seed, names, self._geometry.rank, traffic.total_received, self._device)
-        start, stop = traffic.before_own, traffic.before_own + traffic.own
-        slots = torch.cat([by_source[:, :start], by_source[:, stop:], by_source[:, start:stop]], dim=1)
-        return _Orders(slots, torch.empty_like(slots).scatter_(1, slots, natural.expand_as(slots)))
+            take(words(part.contiguous()), tokens, field.of(rows))
 
     def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> dist.Work | None:
         """Start the rows' travel between ranks; nothing travels where there is one rank."""
@@ -282,10 +222,10 @@ class CollectiveTransport:
     def _take_rows(self, expert_out: Tensor, slots: Tensor, out: Tensor) -> None:
         rows = expert_out.shape[0]
         if rows >= self._traffic.total_received:
-            _take(expert_out, slots, out)
+            take(expert_out, slots, out)
             return
         if rows:
-            _take(expert_out, slots.clamp(max=rows - 1), out)
+            take(expert_out, slots.clamp(max=rows - 1), out)
         out.masked_fill_((slots >= rows).unsqueeze(1), float("nan"))
 
     def _take_plan(self, ids: Tensor) -> _Plan:
@@ -314,44 +254,3 @@ class CollectiveTransport:
         first = (~counted).to(torch.uint8).argsort(dim=1, stable=True)[:, : geometry.ep_size]
         self._adding = _Slots(ids, ids.clone(), rows.gather(1, first))
         return self._adding
-
-
-def _sum_slots(rows: Tensor, slots: Tensor) -> Tensor:
-    """Add the rows that each token names, in order, from zero, in float32: [n, H] of rows' dtype."""
-    count, width = slots.shape
-    total = rows.new_empty(count, rows.shape[1])
-    step = max(_GATHERED_BYTES // (width * rows.shape[1] * rows.element_size()), 1)
-    for start in range(0, count, step):
-        named = slots[start : start + step]
-        gathered = rows.new_empty(named.numel(), rows.shape[1])
-        _take(rows, named.flatten(), gathered)
-        total[start : start + step] = _sum_in_order(gathered.view(*named.shape, -1))
-    return total
-
-
-def _sum_in_order(rows: Tensor) -> Tensor:
-    """Sum [n, c, H] over c, from +0.0. The sum of two has one order: there a device does with one pass."""
-    if rows.shape[1] <= 2 and rows.device.type != "cpu":  # noqa: PLR2004 - see above
-        return rows.sum(1)
-    total = rows[:, 0].float().add_(0.0)
-    for row in rows[:, 1:].unbind(1):
-        total += row
-    return total.to(rows.dtype)
-
-
-def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
-    """Copy rows[index] to `out`, 16 bytes at a time on a device and whole rows on the CPU, each by the op that does."""
-    if rows.device.type == "cpu":
-        torch.index_select(rows, 0, index, out=out)
-    else:
-        torch.ops.aten.index(rows, [index], out=out)
-
-
-def _words(rows: Tensor) -> Tensor:
-    """View rows as the widest integers that divide them."""
-    size = rows.shape[1] * rows.element_size()
-    return rows.view(next(word for word in (torch.int64, torch.int32, torch.uint8) if size % word.itemsize == 0))
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES

@@ -12,8 +12,10 @@ from distbench.case import Case
 from distbench.errors import DistbenchError
 from distbench.rank import workload_for
 from distbench.session import Session
-from distbench.transport import collective, make_transport
-from distbench.transport.collective import CollectiveTransport, Geometry
+from distbench.transport import make_transport
+from distbench.transport.arrival import Geometry
+from distbench.transport.collective import CollectiveTransport
+from distbench.transport.rows import sum_slots
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import shuffle
 from distbench.workload.routing import destinations, recv_counts
@@ -157,8 +159,8 @@ def test_ids_that_changed_in_place_are_refused() -> None:
 @pytest.mark.parametrize("width", [1, 2, 3, 8])
 def test_a_device_adds_in_order_too(width: int) -> None:
     rows, slots = awkward(600, 256, width), torch.randint(600, (500, width))
-    summed = collective._sum_slots(rows.cuda(), slots.cuda()).cpu()
-    assert same(summed, collective._sum_slots(rows, slots))
+    summed = sum_slots(rows.cuda(), slots.cuda()).cpu()
+    assert same(summed, sum_slots(rows, slots))
 
 
 @pytest.mark.gpu

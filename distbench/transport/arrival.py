@@ -1,0 +1,77 @@
+"""How many rows travel between which ranks, and where in the receive buffer they arrive."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.workload.bits import shuffles
+
+# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many.
+_DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
+
+
+class Geometry(NamedTuple):
+    """Sizes of one expert-parallel group. `counts` int64 [W, W] on the CPU: rows that rank i sends to rank j."""
+
+    rank: int
+    ep_size: int
+    num_experts: int
+    capacity: int
+    counts: Tensor
+
+
+class Traffic:
+    """Row counts of one rank: all it sends and receives, and what of it goes over the wire, by rank."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        rank = self.rank = geometry.rank
+        self.sent: list[int] = geometry.counts[rank].tolist()
+        self.received: list[int] = geometry.counts[:, rank].tolist()
+        self.own = self.sent[rank]
+        self.before_own = sum(self.received[:rank])
+        self.total_sent, self.total_received = sum(self.sent), sum(self.received)
+        self.to_peers = [0 if peer == rank else count for peer, count in enumerate(self.sent)]
+        self.from_peers = [0 if peer == rank else count for peer, count in enumerate(self.received)]
+        self.leaving, self.arriving = self.total_sent - self.own, self.total_received - self.own
+
+
+class _Orders(NamedTuple):
+    """Orders of the receive buffer, int64 [m, total]: the slot of each row as it arrives, and the row of each slot."""
+
+    slots: Tensor
+    rows: Tensor
+
+
+class Arrivals:
+    """The orders in which rows come to lie in the receive buffer, one after another: by source, or seeded ones."""
+
+    def __init__(self, traffic: Traffic, device: torch.device, *, seed: int, shuffled: bool) -> None:
+        self._traffic = traffic
+        self._device = device
+        self._seed = seed
+        self._shuffled = shuffled
+        self._calls = 0
+        self._orders: _Orders | None = None
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Return the slot of each row as it arrives, and the row of each slot: int64 [total]."""
+        drawn = (_DRAWN_ON_CPU if self._device.type == "cpu" else _DRAWN_ON_DEVICE) if self._shuffled else 1
+        index = self._calls % drawn
+        if self._orders is None or (index == 0 and self._shuffled):
+            self._orders = self._draw(drawn)
+        self._calls += 1
+        return self._orders.slots[index], self._orders.rows[index]
+
+    def _draw(self, count: int) -> _Orders:
+        traffic = self._traffic
+        natural = torch.arange(traffic.total_received, device=self._device).unsqueeze(0)
+        by_source = natural
+        if self._shuffled:
+            names = [f"slots/{call}" for call in range(self._calls, self._calls + count)]
+            by_source = shuffles(self._seed, names, self._traffic.rank, traffic.total_received, self._device)
+        start, stop = traffic.before_own, traffic.before_own + traffic.own
+        slots = torch.cat([by_source[:, :start], by_source[:, stop:], by_source[:, start:stop]], dim=1)
+        return _Orders(slots, torch.empty_like(slots).scatter_(1, slots, natural.expand_as(slots)))
