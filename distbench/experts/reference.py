@@ -7,14 +7,16 @@ block, split-k, whether the activation is rounded between the stages, and how th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from distbench.experts.selection import KernelChoice, KernelSelector
-from distbench.workload.bits import shuffle
+from distbench.workload.bits import Shuffles
 
 _WEIGHT_BYTES = 8 << 20
 _WIDE_BYTES = 8 << 20
@@ -22,7 +24,11 @@ _ROUTED_BYTES = 256 << 20
 
 
 class _Group(NamedTuple):
-    """Routes of some experts, padded to one length: experts [g], routes [g, m] into the flat route list, or -1."""
+    """Routes of some experts, padded to one length.
+
+    experts [g]: rows of the local weights. routes [g, m]: numbers in the flat list of a call's routes, and past an
+    expert's last one the number that follows the list's end.
+    """
 
     experts: Tensor
     routes: Tensor
@@ -34,8 +40,7 @@ class ReferenceExperts:
     def __init__(self, selector: KernelSelector, seed: int) -> None:
         """Select kernels with `selector`; `seed` orders the adds of atomic epilogues."""
         self._selector = selector
-        self._seed = seed
-        self._calls = 0
+        self._arrivals = Shuffles(seed, "atomic")
         self._output: Tensor | None = None
         self._written = 0
         self._widened: dict[int, _Weights] = {}
@@ -64,14 +69,13 @@ class ReferenceExperts:
         rows = hidden_states.shape[0]
         live = min(int(num_local_tokens), rows)
         choice = self.selection(rows)
-        self._calls += 1
         output = self._poisoned_output(hidden_states.new_empty(0, hidden_states.shape[1], dtype=dtype), rows)
         step = max(_ROUTED_BYTES // (topk_ids.shape[1] * hidden_states.shape[1] * 4), 1)
         for start in range(0, live, step):
             part = slice(start, min(start + step, live))
             wide = widen(hidden_states[part], None if a1_scale is None else a1_scale[part])
             routed = self._routes(wide, w1, w2, topk_weight[part], topk_ids[part], expert_mask, choice)
-            output[part] = self._reduce(routed, choice, start).to(dtype)
+            output[part] = self._reduce(routed, choice).to(dtype)
         self._written = max(self._written, live)
         return output
 
@@ -95,19 +99,19 @@ class ReferenceExperts:
     ) -> Tensor:
         live, topk = ids.shape
         first, second = self._widen(1, w1), self._widen(2, w2)
-        local = local_experts(ids, expert_mask).flatten()
-        routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
         hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
-        for group in grouped_routes(local, w1[0].numel() * 8):
-            rows = torch.where(group.routes < 0, live, group.routes // topk)
+        flat_weights = torch.cat([weights.flatten(), weights.new_zeros(1)])
+        routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
+        local = local_experts(ids, expert_mask).flatten()
+        for group in grouped_routes(local, w1.shape[0], w1[0].numel() * 8):
+            rows = group.routes.div(topk, rounding_mode="floor")
             activation = self._stage1(hidden[rows], first, group.experts, choice)
             result = blocked_product(activation, second, group.experts, choice.tile_k2, 1)
-            weight = weights.flatten()[group.routes.clamp(min=0)].unsqueeze(2)
-            routed[group.routes.flatten()] = (result * weight).flatten(0, 1)
+            routed[group.routes] = result * flat_weights[group.routes].unsqueeze(2)
         return routed[:-1].view(live, topk, -1)
 
     def _widen(self, stage: int, weights: Tensor) -> _Weights:
-        """Return a stage's weights for `blocked_product`, made anew only when a bit of them has changed."""
+        """Return a stage's weights for `blocked_product`, made anew for another tensor; nobody writes to a known."""
         known = self._widened.get(stage)
         if known is None or not known.are(weights):
             known = self._widened[stage] = _Weights(weights)
@@ -119,21 +123,19 @@ class ReferenceExperts:
         activation = functional.silu(gate) * up
         return activation if choice.run_1stage else activation.bfloat16().float()
 
-    def _reduce(self, routed: Tensor, choice: KernelChoice, start: int) -> Tensor:
+    def _reduce(self, routed: Tensor, choice: KernelChoice) -> Tensor:
         live, topk, _ = routed.shape
         rounded = routed.bfloat16()
         if choice.stage2_mode == "reduce":
             total = torch.zeros_like(routed[:, 0])
-            for slot in range(topk):
-                total += rounded[:, slot]
+            for slot in rounded.unbind(1):
+                total += slot
             return total.bfloat16()
-        name = f"atomic/{self._calls}/{start}"
-        order = shuffle(self._seed, name, 0, live * topk, routed.device).view(live, topk).argsort(1)
-        rows = torch.arange(live, device=routed.device).unsqueeze(1)
-        arriving = rounded[rows, order]
+        order = self._arrivals.next(live * topk, routed.device).view(live, topk).argsort(1)
+        arriving = rounded[torch.arange(live, device=routed.device).unsqueeze(1), order]
         added = torch.zeros_like(arriving[:, 0])
-        for step in range(topk):
-            added = added + arriving[:, step]
+        for one in arriving.unbind(1):
+            added += one
         return added
 
 
@@ -147,27 +149,22 @@ def widen(hidden: Tensor, scales: Tensor | None) -> Tensor:
 
 def local_experts(ids: Tensor, expert_mask: Tensor) -> Tensor:
     """Map global ids [n, k] to rows of the local weights, -1 for those of other ranks or of no rank."""
-    position = expert_mask.long().cumsum(0) - 1
-    inside = (ids >= 0) & (ids < expert_mask.numel())
-    known = ids.long().clamp(0, expert_mask.numel() - 1)
-    return torch.where(inside & (expert_mask[known] == 1), position[known], -1)
+    num_experts = expert_mask.numel()
+    rows = torch.full((num_experts + 1,), -1, device=ids.device)
+    rows[:num_experts] = (expert_mask.cumsum(0) * (expert_mask == 1)) - 1
+    return rows[ids.clamp(-1, num_experts).long()]
 
 
-def grouped_routes(local: Tensor, bytes_per_expert: int) -> list[_Group]:
+def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[_Group]:
     """Group the routes (flat indices into `local`) by expert, so many experts at a time as memory allows."""
-    counts = torch.bincount(local[local >= 0])
-    experts = counts.nonzero().flatten()
-    if experts.numel() == 0:
-        return []
-    order = local.argsort(stable=True)[int((local < 0).sum()) :]
-    starts = counts.cumsum(0) - counts
+    nowhere, *counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
+    routes = local.argsort(stable=True)[nowhere:].split(counts)
+    used = [expert for expert, count in enumerate(counts) if count]
     step = max(_WEIGHT_BYTES // bytes_per_expert, 1)
-    groups = []
-    for chunk in experts.split(step):
-        offsets = torch.arange(int(counts[chunk].max()), device=local.device)
-        index = (starts[chunk].unsqueeze(1) + offsets).clamp(max=order.numel() - 1)
-        groups.append(_Group(chunk, torch.where(offsets < counts[chunk].unsqueeze(1), order[index], -1)))
-    return groups
+    for start in range(0, len(used), step):
+        experts = used[start : start + step]
+        padded = pad_sequence([routes[expert] for expert in experts], batch_first=True, padding_value=local.numel())
+        yield _Group(torch.tensor(experts, device=local.device), padded)
 
 
 def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
@@ -181,11 +178,12 @@ def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: in
     wide = rows.double()
     total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
     for start in range(0, columns, run):
-        partial = torch.zeros_like(total)
+        partial = torch.zeros_like(total) if start else total
         for first in range(start, min(start + run, columns), tile_k):
             block = slice(first, min(first + tile_k, start + run))
             partial += torch.bmm(wide[:, :, block], weights.block(experts, block).transpose(1, 2)).float()
-        total += partial
+        if start:
+            total += partial
     return total
 
 
@@ -195,14 +193,11 @@ class _Weights:
     def __init__(self, weights: Tensor) -> None:
         self.rows = weights.shape[1]
         self._weights = weights
-        few = weights.numel() * 8 <= _WIDE_BYTES
-        self._wide = weights.double() if few else None
-        self._bits = weights.view(torch.int16).clone() if few else None
+        self._wide = weights.double() if weights.numel() * 8 <= _WIDE_BYTES else None
 
     def are(self, weights: Tensor) -> bool:
-        """Whether `weights` may go by these: the same tensor, and where it was widened, still the same bits."""
-        same = weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
-        return same and (self._bits is None or torch.equal(self._bits, weights.view(torch.int16)))
+        """Whether `weights` is the tensor that these are made of."""
+        return weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
 
     def block(self, experts: Tensor, columns: slice) -> Tensor:
         """Return float64 [g, N, columns] of `experts`."""

@@ -37,6 +37,12 @@ class Traffic:
         self.from_peers = [0 if peer == rank else count for peer, count in enumerate(self.received)]
         self.leaving, self.arriving = self.total_sent - self.own, self.total_received - self.own
 
+    def source_ranks(self, device: torch.device) -> Tensor:
+        """Return the rank that each row comes from, as they arrive, the own last: int64 [total]."""
+        order = [rank for rank in range(len(self.received)) if rank != self.rank] + [self.rank]
+        counts = torch.tensor([self.received[rank] for rank in order], device=device)
+        return torch.tensor(order, device=device).repeat_interleave(counts, output_size=self.total_received)
+
 
 class _Orders(NamedTuple):
     """Orders of the receive buffer, int64 [m, total]: the slot of each row as it arrives, and the row of each slot."""

@@ -21,19 +21,31 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
 
-class _Route(NamedTuple):
-    """What follows from a rank's ids [n, k]: the token of each row sent, tokens [s], and where each comes back.
+class _Lane(NamedTuple):
+    """One field of the rows that travel, as words: views of those that leave, those that stay, and all received."""
 
-    `given` is the tensor that held the ids, `ids` a copy. position [n, W]: the row that went to a rank, s where none
-    did. `outgoing` and `incoming` are uint8 [rows, row bytes], the rows that leave and all that are received.
+    leaving: Tensor
+    staying: Tensor
+    incoming: Tensor
+
+
+class _Route(NamedTuple):
+    """What follows from a rank's ids [n, k]: the tokens of the rows that leave and stay, and where each comes back.
+
+    `given` is the tensor that held the ids, `ids` a copy. position [n, W]: the row that went to a rank, as many as are
+    sent where none did. `outgoing` and `incoming` are uint8 [rows, row bytes], the rows that leave and all received;
+    `lanes` are their fields.
     """
 
     given: Tensor
     ids: Tensor
-    tokens: Tensor
+    leaving: Tensor
+    staying: Tensor
     position: Tensor
     outgoing: Tensor
     incoming: Tensor
+    unheard: Tensor
+    lanes: list[_Lane]
 
 
 class _Slots(NamedTuple):
@@ -62,9 +74,10 @@ class _Field(NamedTuple):
     start: int
     stop: int
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Return this part of `rows`, uint8 [m, row bytes], as words."""
-        return rows[:, self.start : self.stop].view(self.buffer.dtype)
+    def lane(self, outgoing: Tensor, incoming: Tensor, arriving: int) -> _Lane:
+        """Return this part of rows uint8 [rows, row bytes], of which `arriving` come from peers."""
+        leaving, received = (rows[:, self.start : self.stop].view(self.buffer.dtype) for rows in (outgoing, incoming))
+        return _Lane(leaving, received[arriving:], received)
 
 
 class CollectiveTransport:
@@ -93,6 +106,7 @@ class CollectiveTransport:
         self._fields = self._lay_out()
         self._token_start = aligned(self._fields[-1].stop)
         self._row_bytes = self._token_start + ALIGNMENT_BYTES
+        self._source_ranks = self._traffic.source_ranks(self._device)
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """See `Transport.dispatch`.
@@ -104,13 +118,17 @@ class CollectiveTransport:
         traffic = self._traffic
         route = self._route = self._route_of(batch.ids)
         self._plan = _Plan(route, *self._arrivals.next())
-        self._pack(batch, route.tokens[: traffic.leaving], route.outgoing)
+        parts = [words(part.contiguous()) for part in batch if part is not None]
+        for part, lane in zip(parts, route.lanes, strict=True):
+            take(part, route.leaving, lane.leaving)
+        poison_(route.unheard)
         travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
-        self._pack(batch, route.tokens[traffic.leaving :], route.incoming[traffic.arriving :])
+        for part, lane in zip(parts, route.lanes, strict=True):
+            take(part, route.staying, lane.staying)
         if travel is not None:
             travel.wait()
-        for field in self._fields:
-            take(field.of(route.incoming), self._plan.rows, field.buffer[: traffic.total_received])
+        for field, lane in zip(self._fields, route.lanes, strict=True):
+            take(lane.incoming, self._plan.rows, field.buffer)
         return self._received._replace(total_recv=self._received.total_recv.fill_(traffic.total_received))
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
@@ -135,13 +153,9 @@ class CollectiveTransport:
         if self._plan is None:
             message = "sources() was called with no dispatch under way; call it between dispatch and combine"
             raise DistbenchError(message)
-        peers = [rank for rank in range(self._geometry.ep_size) if rank != self._geometry.rank]
-        ranks = torch.tensor([*peers, self._geometry.rank], device=self._device)
-        counts = torch.tensor(self._traffic.received, device=self._device)[ranks]
-        ranks = ranks.repeat_interleave(counts, output_size=self._traffic.total_received)
         raw = self._plan.route.incoming[:, self._token_start : self._token_start + 4]
         tokens = raw.view(torch.int32).flatten().long()
-        return torch.stack([ranks, tokens], dim=1)[self._plan.rows]
+        return torch.stack([self._source_ranks, tokens], dim=1)[self._plan.rows]
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -165,7 +179,7 @@ class CollectiveTransport:
         for buffer in self._received[:4]:
             if buffer is not None:
                 stop = start + buffer.shape[1] * buffer.element_size()
-                fields.append(_Field(words(buffer), start, stop))
+                fields.append(_Field(words(buffer)[: self._traffic.total_received], start, stop))
                 start = aligned(stop)
         return fields
 
@@ -186,13 +200,13 @@ class CollectiveTransport:
         position = torch.cat([position[:rank], position[-1:], position[rank:-1]]).t().contiguous()
         outgoing = torch.empty(traffic.leaving, self._row_bytes, dtype=torch.uint8, device=self._device)
         incoming = outgoing.new_empty(traffic.total_received, self._row_bytes)
-        for rows, sent in (
-            (outgoing, tokens[: traffic.leaving]),
-            (incoming[traffic.arriving :], tokens[traffic.leaving :]),
-        ):
-            rows[:, self._token_start :].view(torch.int32)[:] = sent.unsqueeze(1)
-        self._adding = None
-        return _Route(ids, ids.clone(), tokens, position, outgoing, incoming)
+        leaving, staying = tokens[: traffic.leaving], tokens[traffic.leaving :]
+        numbers = incoming[:, self._token_start :].view(torch.int32)
+        numbers[traffic.arriving :] = staying.unsqueeze(1)
+        outgoing[:, self._token_start :].view(torch.int32)[:] = leaving.unsqueeze(1)
+        unheard, self._adding = numbers[: traffic.arriving], None
+        lanes = [field.lane(outgoing, incoming, traffic.arriving) for field in self._fields]
+        return _Route(ids, ids.clone(), leaving, staying, position, outgoing, incoming, unheard, lanes)
 
     def _check_counts(self, asked: list[int]) -> None:
         if asked != self._traffic.sent:
@@ -201,11 +215,6 @@ class CollectiveTransport:
                 "the ids changed after the ranks agreed"
             )
             raise DistbenchError(message)
-
-    def _pack(self, batch: TokenBatch, tokens: Tensor, rows: Tensor) -> None:
-        parts = [part for part in batch if part is not None]
-        for field, part in zip(self._fields, parts, strict=True):
-            take(words(part.contiguous()), tokens, field.of(rows))
 
     def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> dist.Work | None:
         """Start the rows' travel between ranks; nothing travels where there is one rank."""

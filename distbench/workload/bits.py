@@ -21,6 +21,8 @@ _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INDEX_BITS = 24
 _COUNT_BITS = 31
 _ALL_64 = (1 << 64) - 1
+# Permutations of a stream that are drawn at a time: drawing is some 20 operations, for one or for many.
+_DRAWN = 4
 
 
 def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
@@ -82,6 +84,23 @@ def shuffles(seed: int, names: Sequence[str], row: int, count: int, device: Devi
     keys <<= _COUNT_BITS
     keys |= torch.arange(count, device=device)
     return keys.argsort(dim=1)
+
+
+class Shuffles:
+    """One permutation after another, of as many numbers as each time are asked for; equal sizes in a row cost least."""
+
+    def __init__(self, seed: int, stream: str) -> None:
+        self._seed, self._stream = seed, stream
+        self._taken = 0
+        self._ahead: list[Tensor] = []
+
+    def next(self, count: int, device: Device) -> Tensor:
+        """Return a permutation of `count` numbers, int64 [count]."""
+        if not self._ahead or self._ahead[-1].shape[0] != count:
+            names = [f"{self._stream}/{turn}" for turn in range(self._taken, self._taken + _DRAWN)]
+            self._ahead = [*shuffles(self._seed, names, 0, count, device).unbind(0)][::-1]
+        self._taken += 1
+        return self._ahead.pop()
 
 
 def _mixed_row(row: int) -> int:
