@@ -7,6 +7,7 @@ replayed wrongly, so nothing in between may read one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from distbench.layer import ExpertWeights, run_experts
 from distbench.truncation import ExpertInput
 from distbench.values import one_line
 from distbench.verify.bitwise import integer_view
+from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
 _FRESH_TOKENS = 1 << 26
@@ -75,6 +77,29 @@ class GraphedExperts:
         graph, output = self._graphs[key]
         graph.replay()
         return output
+
+
+def prove_capture(experts: Experts, weights: ExpertWeights, like: TokenBatch, rows: int) -> None:
+    """Capture a call of `experts` with `rows` rows like those of `like`, none of them live, and let it go.
+
+    Raises:
+        Unsupported: the experts cannot be captured, on any rank.
+
+    """
+    given = ExpertInput(
+        hidden=_zeros(like.hidden, rows),
+        scales=None if like.scales is None else _zeros(like.scales, rows),
+        weights=_zeros(like.weights, rows),
+        ids=_zeros(like.ids, rows),
+        num_local_tokens=like.ids.new_zeros(1),
+    )
+    _captured(partial(run_experts, experts, given, weights), given.num_local_tokens)
+
+
+def _zeros(like: Tensor, rows: int) -> Tensor:
+    made = like.new_empty(rows, like.shape[1])
+    integer_view(made).zero_()
+    return made
 
 
 def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:

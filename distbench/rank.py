@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts
-from distbench.graphs import GraphedExperts
+from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
@@ -28,22 +30,32 @@ from distbench.workload.routing import recv_counts
 _PROBED_TOKENS = 2
 
 
+class _Ready(NamedTuple):
+    """A case whose first dispatch is next: what is asked, the parts it runs with, and the agreed counts [W, W]."""
+
+    question: Question
+    parts: Parts
+    counts: Tensor
+
+
 @torch.inference_mode()
 def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> Outcome | None:
     """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
 
     `recorder`, on all ranks or none, keeps this rank's rows for a bundle.
     A case that is refused before its first dispatch is refused by all ranks alike, and its outcome is known to all.
+    From there on a refusal may be one rank's own: it is raised like any other error, and ends the rank.
     """
     session.crumbs.arm = ""
     try:
-        return _run(session, case, recorder)
+        ready = _prepare(session, case)
     except (InvalidCase, Overflow, Unsupported) as error:
         reason = Reason(code=error.verdict.value.lower(), message=str(error))
         return Outcome(case, Judgement(error.verdict, [reason], None))
+    return _run(session, ready, recorder)
 
 
-def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | None:
+def _prepare(session: Session, case: Case) -> _Ready:
     session.crumbs.mark("agree")
     session.use(case.device)
     workload = workload_for(case, session.device)
@@ -52,7 +64,12 @@ def _run(session: Session, case: Case, recorder: Recorder | None) -> Outcome | N
     counts = session.agree(case_hash(case), probe, sent)
     question = _question(case, counts)
     session.crumbs.mark("workload")
-    parts = _build(session, case, workload, batch, counts, question.limit)
+    return _Ready(question, _build(session, case, workload, batch, counts, question.limit), counts)
+
+
+def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome | None:
+    question, parts, counts = ready
+    case = question.case
     passes = Passes(session, question, parts, counts, recorder)
     passes.run()
     parts.transport.close()
@@ -120,25 +137,29 @@ def _build(  # noqa: PLR0913 - what parts are made of
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
     weights, experts = ExpertWeights(*workload.local_weights(session.rank), mask), make_experts(case)
+    rows = (case.capacity, *((limit,) if limit else ()))
     if isinstance(experts, CompiledExperts):
         session.crumbs.mark("compile")
-        experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
+        experts.warm_up(*weights, rows=rows)
     parts = Parts(
         workload=workload,
         batch=batch,
         weights=weights,
         transport=make_transport(session, case, counts, batch),
-        experts=_graphed(session, case, experts),
+        experts=_graphed(session, experts, weights, batch, rows) if case.graph else experts,
     )
     return _inject(session, case, parts) if case.inject else parts
 
 
-def _graphed(session: Session, case: Case, experts: Experts) -> Experts:
-    if not case.graph:
-        return experts
+def _graphed(
+    session: Session, experts: Experts, weights: ExpertWeights, batch: TokenBatch, rows: tuple[int, ...]
+) -> Experts:
+    """Return the experts in graphs, after each number of rows has been captured once: a pass could not refuse it."""
     if session.device.type == "cpu":
         message = "graph: CUDA graphs need a device, and this case runs on the CPU; drop --graph or use --device cuda"
         raise Unsupported(message)
+    for count in rows:
+        prove_capture(experts, weights, batch, count)
     return GraphedExperts(experts)
 
 

@@ -45,6 +45,17 @@ def test_an_exception_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> N
     assert time.monotonic() - start < 40
 
 
+def test_a_refusal_in_the_middle_of_a_pass_ends_all_and_names_its_rank(tmp_path: Path) -> None:
+    start = time.monotonic()
+    checked = ("--experts", "aiter", "--emulate", "--max-dispatch-tokens-per-rank", "64")
+    done = torchrun(tmp_path, *checked, "--policy", "unchecked", "--inject", "weights-not-cut:rank=1")
+    assert done.returncode == 1
+    told = [line for line in done.stderr.splitlines() if line.startswith("distbench:")]
+    place = "rank 1 raised InvalidCase in truncated/experts: aiter's fused_moe: topk_weight has 192 rows"
+    assert [line.startswith(f"distbench: RANK_FAULT: {place}") for line in told] == [True]
+    assert time.monotonic() - start < 40
+
+
 def test_bad_values_are_told_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--seed", "x")
     told = [line for line in done.stderr.splitlines() if line.startswith("distbench:")]

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from distbench.errors import Unsupported
 from distbench.experts.selection import KernelChoice
-from distbench.graphs import GraphedExperts
+from distbench.graphs import GraphedExperts, prove_capture
+from distbench.layer import ExpertWeights
+from distbench.workload.batch import TokenBatch
 
 ROWS, COLUMNS = 8, 16
 REFUSED = "graph: the experts cannot be captured .*; a host read of a device value or a synchronisation among them"
@@ -147,6 +149,18 @@ def test_what_cannot_be_captured_is_refused_with_the_reason() -> None:
     assert "not permitted when stream is capturing" in str(caught.value)
     assert "run without --graph" in str(caught.value)
     assert caught.value.exit_code == 77
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_capture_is_proved_before_a_row_moves() -> None:
+    nothing = torch.empty(0)
+    weights = ExpertWeights(nothing, nothing, nothing)
+    like = TokenBatch(torch.ones(2, COLUMNS), None, torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int32))
+    inner = LiveRows()
+    prove_capture(inner, weights, like, ROWS)
+    assert inner.calls == [0, 0]
+    with pytest.raises(Unsupported, match=REFUSED):
+        prove_capture(LiveRows(reads=True), weights, like, ROWS)
 
 
 @pytest.mark.gpu

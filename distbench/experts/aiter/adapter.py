@@ -88,8 +88,14 @@ class AiterExperts:
         }
 
     def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
-        """Have aiter build what calls with `rows` rows need: on each node one rank, while the others wait for it."""
+        """Have aiter build what calls with `rows` rows need: on each node one rank, while the others wait for it.
+
+        Raises:
+            Unsupported: weights on the CPU, or see `selection`.
+
+        """
         self._check_device(w1)
+        self._selection_arguments(max(rows))
         folder = Path(self._package.core.get_user_jit_dir())
         smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
         for bucket, count in sorted(smallest.items()):
