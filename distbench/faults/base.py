@@ -12,6 +12,7 @@ from torch import Tensor
 from distbench.breadcrumbs import ARMS, Breadcrumbs
 from distbench.case import Case
 from distbench.errors import InvalidCase
+from distbench.faults.options import Option, one_of, rank_option
 from distbench.injection import Injection
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
@@ -42,8 +43,9 @@ class Fault:
     stage: ClassVar[str]
     verdict: ClassVar[str] = ""
     arm: ClassVar[str] = ""
-    options: ClassVar[Mapping[str, Any]] = {}
+    options: ClassVar[Mapping[str, Option]] = {}
     shape: ClassVar[Mapping[str, Any]] = {}
+    needs: ClassVar[str] = "rows or tokens on its rank"
 
     def __init__(self, scene: Scene, injection: Injection) -> None:
         """Take effect as `injection` says.
@@ -55,15 +57,25 @@ class Fault:
         self.scene = scene
         self.hits = 0
         self._visits = 0
-        defaults = {"rank": str(min(1, scene.case.ep_size - 1)), "arm": self.arm} | dict(self.options)
-        self.chosen = {
-            key: _typed(self.name, key, injection.options.get(key), value) for key, value in defaults.items()
-        }
-        unknown = injection.options.keys() - defaults.keys()
+        options = self.all_options(scene.case.ep_size)
+        unknown = injection.options.keys() - options.keys()
         if unknown:
-            message = f"inject = {self.name}: no option {min(unknown)!r}; allowed are {', '.join(defaults)}"
+            message = f"inject = {self.name}: no option {min(unknown)!r}; allowed are {', '.join(options)}"
             raise InvalidCase(message)
-        self._check_place()
+        self.chosen = {key: _read(self.name, key, injection.options.get(key), one) for key, one in options.items()}
+
+    @classmethod
+    def all_options(cls, ranks: int) -> dict[str, Option]:
+        """Return its own options and those that every fault has, for a case of so many ranks."""
+        arm = one_of(cls.arm, *(arm for arm in ARMS if arm != cls.arm))
+        return {"rank": rank_option(ranks, EVERYWHERE), "arm": arm, **cls.options}
+
+    @classmethod
+    def wanted(cls, injection: Injection) -> str:
+        """Return what there has to be for `injection` to change anything."""
+        arm = injection.options.get("arm", cls.arm)
+        cut = arm in ("repadded", "truncated") and "a limit" not in cls.needs
+        return f"{cls.needs}, and a limit, for arm {arm}" if cut else cls.needs
 
     @property
     def active(self) -> bool:
@@ -115,21 +127,12 @@ class Fault:
     def leave(self) -> None:
         """Be there after the last barrier of the case."""
 
-    def _check_place(self) -> None:
-        rank, arm, ranks = self.chosen["rank"], self.chosen["arm"], self.scene.case.ep_size
-        if rank != EVERYWHERE and not (rank.isdigit() and int(rank) < ranks):
-            message = f"inject = {self.name}: rank = {rank!r:.40}; allowed are 0 to {ranks - 1}, or {EVERYWHERE}"
-            raise InvalidCase(message)
-        if arm not in ARMS:
-            message = f"inject = {self.name}: arm = {arm!r:.40}; allowed are {', '.join(ARMS[1:])}"
-            raise InvalidCase(message)
 
-
-def _typed(name: str, key: str, text: str | None, default: Any) -> Any:
+def _read(name: str, key: str, text: str | None, option: Option) -> Any:
     if text is None:
-        return default
+        return option.default
     try:
-        return type(default)(text)
-    except ValueError as error:
-        message = f"inject = {name}: {key} = {text!r:.40}; allowed is a number such as {default}"
+        return option.read(text)
+    except (ValueError, OverflowError) as error:
+        message = f"inject = {name}: {key} = {text!r:.40}; allowed are {option.allowed}"
         raise InvalidCase(message) from error

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from distbench.faults.base import Fault
-from distbench.faults.dispatch import flip
+from distbench.faults.dispatch import BIT, flip
+from distbench.faults.options import real
 from distbench.transport.base import Dispatched
 
 _FP8_MAX = 448.0
@@ -17,7 +18,7 @@ class TokenBit(Fault):
 
     name, stage = "flipped-token-bit", "combine"
     bug = "legacy-rocm-build 6565: a rank other than 0 is wrong, and a verdict of rank 0 alone says all is right"
-    options = {"bit": -1}
+    options = {"bit": BIT}
 
     def combined(self, tokens: Tensor) -> Tensor:
         """Flip bit `bit` of a token, or a random one where it is negative."""
@@ -32,6 +33,7 @@ class NegativeZero(Fault):
 
     name, stage = "negative-zero", "combine"
     bug = "comparisons by value or tolerance: -0.0 equals 0.0 there, and a sum that began at -0.0 goes unseen"
+    needs = "a token with a zero in it"
 
     def combined(self, tokens: Tensor) -> Tensor:
         """Make every zero of one token negative."""
@@ -47,7 +49,8 @@ class CorruptTokens(Fault):
 
     name, stage = "corrupt-tokens", "combine"
     bug = "mori 475 (0.5 to 2 % of tokens), mori 610 (a rare residue that grows with repeats)"
-    options = {"rate": 0.02}
+    options = {"rate": real(0.02, 1e-9, 1.0)}
+    needs = "many tokens and repeats beside its rate"
 
     def combined(self, tokens: Tensor) -> Tensor:
         """Flip the sign of a random column of each token that is hit."""
@@ -64,6 +67,7 @@ class DispatchedIds(Fault):
 
     name, stage = "dispatched-ids", "combine"
     bug = "mori 475, 546, vllm 43068: dispatch's returned ids passed to combine, of the right shape"
+    needs = "tokens of its rank that go to fewer than all ranks: three ranks or more"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Remember the ids."""
@@ -119,6 +123,7 @@ class LocalOnly(Fault):
 
     name, stage = "communication-skipped", "combine"
     bug = "vllm 37529: MoRI silently skipped, seven eighths of the contributions lost"
+    needs = "tokens that go to other ranks"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Remember what this rank computed of its own tokens."""
@@ -180,6 +185,7 @@ class SaturatingCast(Fault):
 
     name, stage = "saturating-cast", "combine"
     bug = "mori 306, 311: fp8 direct-cast combine saturates and failed grade-school maths"
+    needs = "rows with a number that e4m3 does not hold"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Clamp to what e4m3 holds, and round."""

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from distbench.faults.base import Fault
+from distbench.faults.options import one_of, whole
 from distbench.transport.base import Dispatched, poison_
+
+BIT = whole(-1, -1, (1 << 20) - 1)
+"""A bit, counted over the whole row and from its start again past its end; -1 for a random one."""
 
 
 def flip(rows: Tensor, row: int, bit: int) -> None:
@@ -20,7 +24,8 @@ class FlippedBit(Fault):
 
     name, stage = "flipped-bit", "dispatch"
     bug = "mori 610: residual corruption of single tokens"
-    options = {"field": "hidden", "bit": -1}
+    options = {"field": one_of("hidden", "scales", "weights", "ids"), "bit": BIT}
+    needs = "rows received on its rank; field=scales needs dispatch_dtype fp8"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Flip bit `bit` of a row, or a random one where it is negative."""
@@ -84,8 +89,9 @@ class SlotsLost(Fault):
 
     name, stage = "slots-lost", "dispatch"
     bug = "mori IntraNodeLL: top-k slots past 8 are lost"
-    options = {"first": 8}
+    options = {"first": whole(8, 0, 1024)}
     shape = {"topk": 10}
+    needs = "a topk above `first`"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Take ids and weights of slot `first` and the following away."""
@@ -119,6 +125,7 @@ class ShareOverflow(Fault):
 
     name, stage = "share-overflow", "dispatch"
     bug = "mori 245, 59: the share of a peer overflows under skew"
+    needs = "a source that sends more than the average"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Poison what the busiest source sent beyond the average."""
@@ -179,7 +186,8 @@ class CrossNode(Fault):
 
     name, stage = "cross-node", "dispatch"
     bug = "mori 475, 546, 610: tokens are wrong across nodes only, one node stays clean"
-    options = {"node": 2}
+    options = {"node": whole(2, 1, 1024)}
+    needs = "more ranks than `node`, and rows that come from them"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Flip a bit of every row whose source is not among this rank's node of `node` ranks."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.faults.base import Fault
-from distbench.faults.dispatch import flip
+from distbench.faults.dispatch import BIT, flip
+from distbench.faults.options import whole
 from distbench.truncation import ExpertInput
 
 
@@ -18,7 +19,7 @@ class ExpertBit(Fault):
 
     name, stage = "flipped-expert-bit", "experts"
     bug = "aiter 3117: uninitialised lanes in a stage-2 kernel"
-    options = {"bit": -1}
+    options = {"bit": BIT}
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
         """Flip bit `bit` of a live row, or a random one where it is negative."""
@@ -34,8 +35,9 @@ class WrongBucket(Fault):
 
     name, stage, arm = "wrong-bucket", "experts", "truncated"
     bug = "aiter 3933, sglang 27194: the kernel that one row count selects is wrong, its neighbours are right"
-    options = {"rows": 256}
+    options = {"rows": whole(256, 1, 1 << 24)}
     shape = {"limit": "256", "policy": "unchecked", "max_dispatch_tokens_per_rank": 128}
+    needs = "a limit that gives the experts more than `rows` / 2 rows and at most `rows`"
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
         """Negate the results where M is in (rows / 2, rows]."""
@@ -50,7 +52,8 @@ class DiesAtM(Fault):
 
     name, stage, verdict = "dies-at-304-336", "experts", "RANK_FAULT"
     bug = "aiter 4783: memory fault of the fp8 block-scaled fused_moe at M = 304 and 336"
-    shape = {"limit": "304", "policy": "unchecked", "max_dispatch_tokens_per_rank": 128}
+    shape = {"limit": "304", "policy": "unchecked", "max_dispatch_tokens_per_rank": 256}
+    needs = "a limit of 304 or 336 rows, and a buffer of more"
 
     def asked(self, given: ExpertInput) -> ExpertInput:
         """Die by SIGSEGV."""
@@ -64,6 +67,7 @@ class MaskAsMap(Fault):
 
     name, stage = "mask-as-map", "experts"
     bug = "vllm PR 29773: fused_moe takes a binary mask where an index map was passed, or the reverse"
+    needs = "two experts on its rank"
 
     def asked(self, given: ExpertInput) -> ExpertInput:
         """Send local routes to the second local expert."""
@@ -80,6 +84,7 @@ class FewerSlots(Fault):
 
     name, stage = "row-of-topk-minus-1", "experts"
     bug = "aiter 5595, 3377: the tuned row is looked up with top-k - 1"
+    needs = "rows whose last slot is an expert of its rank"
 
     def asked(self, given: ExpertInput) -> ExpertInput:
         """Take the last slot's expert away."""

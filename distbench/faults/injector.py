@@ -65,8 +65,8 @@ class Injector:
 
     @property
     def hits(self) -> dict[str, int]:
-        """How often each fault has changed something on this rank."""
-        return {fault.name: fault.hits for fault in self.faults}
+        """How often each fault, by its place in the case's list, has changed something on this rank."""
+        return {str(place): fault.hits for place, fault in enumerate(self.faults)}
 
     def around(self, cut: Cut) -> Cut:
         """Return `cut` with the faults of the cut."""

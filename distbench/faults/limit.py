@@ -9,6 +9,7 @@ from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 
 _CUT = {"limit": "sum32", "policy": "unchecked"}
+_A_LIMIT = "a limit, and rows received on its rank"
 
 
 class ShortLimit(Fault):
@@ -17,6 +18,7 @@ class ShortLimit(Fault):
     name, stage, arm = "short-limit", "truncate", "truncated"
     bug = "sglang PR 22952: too small a limit drops rows and says nothing"
     shape = _CUT
+    needs = _A_LIMIT
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Keep half of the received rows."""
@@ -29,6 +31,7 @@ class OwnBatchLimit(Fault):
     name, stage, arm = "own-batch-limit", "truncate", "truncated"
     bug = "ATOM 2176, sglang PR 36130: a bound from one rank's batch is below what uneven ranks receive"
     shape = _CUT
+    needs = "a limit, and more rows received on its rank than it sends"
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Keep as many rows as this rank sends."""
@@ -41,6 +44,7 @@ class OffByOne(Fault):
     name, stage, arm = "off-by-one", "truncate", "truncated"
     bug = "sglang PR 22952's boundary: the last received row is lost"
     shape = _CUT
+    needs = _A_LIMIT
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Keep all rows but the last."""
@@ -53,6 +57,7 @@ class ShiftedWindow(Fault):
     name, stage, arm = "shifted-window", "truncate", "truncated"
     bug = "a slice index off by one, as in mori 507: rows are doubled and dropped"
     shape = _CUT
+    needs = _A_LIMIT
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Take `[1:M + 1]`."""
@@ -66,6 +71,7 @@ class ScalesNotCut(Fault):
     name, stage, arm = "scales-not-cut", "truncate", "truncated"
     bug = "aiter 2759: scales of expert-parallel rows read in another layout than they were written in"
     shape = {**_CUT, "dispatch_dtype": "fp8", "model": "tiny"}
+    needs = "a limit, and dispatch_dtype fp8"
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Read column-major scales of R rows as if there were M rows."""
@@ -83,6 +89,7 @@ class WeightsNotCut(Fault):
     name, stage, arm = "weights-not-cut", "truncate", "truncated"
     bug = "sglang PR 22952: all dispatched tensors have to be cut together"
     shape = _CUT
+    needs = _A_LIMIT
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Pass the weights of the whole buffer."""
@@ -96,6 +103,7 @@ class ExpertCounts(Fault):
     name, stage, arm = "expert-counts", "truncate", "truncated"
     bug = "vllm PR 53261: per-expert counts given to fused_moe, element 0 taken as the row count"
     shape = _CUT
+    needs = _A_LIMIT
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Count the rows of the rank's first expert."""
@@ -111,6 +119,7 @@ class TailRouted(Fault):
     name, stage, arm = "tail-routed", "truncate", "truncated"
     bug = "DeepEP 739, rtp-llm 1325, aiter 2447: stale ids of padding rows are taken as real"
     shape = {**_CUT, "limit": "max-recv+8"}
+    needs = "a limit above the rows received"
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Say that all rows are live, and leave ids of this rank in the tail."""
@@ -126,6 +135,7 @@ class CutNotApplied(Fault):
     name, stage, arm = "cut-not-applied", "truncate", "truncated"
     bug = "sglang's near misses: a misspelt or negative limit cuts nothing and says nothing"
     shape = _CUT
+    needs = _A_LIMIT
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
         """Pass the whole receive buffer on."""

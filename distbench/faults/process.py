@@ -7,6 +7,7 @@ import signal
 import time
 
 from distbench.faults.base import Fault
+from distbench.faults.options import one_of, real
 
 _FOREVER_S = 86_400.0
 
@@ -16,7 +17,8 @@ class Hang(Fault):
 
     name, stage, verdict, arm = "hang", "dispatch", "HANG", "truncated"
     bug = "mori 101, sglang 22072: ranks wait for one that does not come"
-    options = {"stage": "dispatch"}
+    options = {"stage": one_of("dispatch", "experts", "combine")}
+    needs = "a limit, for arm truncated"
     shape = {"stage_timeouts": "dispatch=1.5,combine=1.5", "policy": "unchecked"}
 
     def enter(self, stage: str) -> None:
@@ -30,7 +32,7 @@ class Delay(Fault):
 
     name, stage, verdict = "delay", "", "PASS"
     bug = "mori 80, 93: ranks that are not in step; a correct transport does not mind"
-    options = {"ms": 20.0}
+    options = {"ms": real(20.0, 0.0, 60_000.0)}
 
     def enter(self, stage: str) -> None:
         """Wait."""
@@ -43,7 +45,8 @@ class Death(Fault):
 
     name, stage, verdict, arm = "death", "combine", "RANK_FAULT", "truncated"
     bug = "sglang 10195: memory faults of expert-parallel ranks; vllm PR 44428: a real kill, not an exception"
-    options = {"stage": "combine"}
+    options = {"stage": one_of("combine", "dispatch", "experts")}
+    needs = "a limit, for arm truncated"
     shape = {"policy": "unchecked"}
 
     def enter(self, stage: str) -> None:

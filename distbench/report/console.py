@@ -144,9 +144,10 @@ def _parts(report: Report) -> list[RenderableType]:
 
 
 def _injected_line(one: InjectedReport) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in one.options.items())
-    hits = ", ".join(f"{count} times on rank {rank}" for rank, count in one.hits.items()) or "changed nothing"
-    return f"INJECTED FAULT, not a finding about this machine: {one.name} ({options or 'as it comes'}): {hits}"
+    options = ", ".join(f"{key} {value}" for key, value in one.options.items()) or "as it comes"
+    hits = ", ".join(f"{count} times on rank {rank}" for rank, count in one.hits.items())
+    nothing = f"changed nothing: it needs {one.needs}" if one.needs else "how often it took effect is not known"
+    return f"INJECTED FAULT, not a finding about this machine: {one.name} ({options}): {hits or nothing}"
 
 
 def _rate_line(rate: RateReport) -> str:

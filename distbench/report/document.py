@@ -10,7 +10,7 @@ import msgspec
 from distbench.case import Case, case_hash
 from distbench.devices import DeviceState
 from distbench.errors import Verdict
-from distbench.injection import parse_inject
+from distbench.injection import Injection, parse_inject
 from distbench.job import BY_LIMIT, Entry
 from distbench.rates import Rate
 from distbench.report.environment import Environment
@@ -99,11 +99,15 @@ class RateReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A fault that the case asked for: its name, options, and how often it changed something, by rank."""
+    """A fault that the case asked for: its name, options, and how often it changed something, by rank.
+
+    `needs` says, where it changed nothing, what there has to be for it to do so.
+    """
 
     name: str
     options: dict[str, str]
     hits: dict[str, int]
+    needs: str = ""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,14 +246,17 @@ def _lost(gathered: Gathered | None) -> LostReport:
 
 
 def _injected(case: Case, records: list[Observation]) -> list[InjectedReport]:
-    return [
-        InjectedReport(
-            name=one.name,
-            options=one.options,
-            hits={str(record.rank): hits for record in records if (hits := record.injected.get(one.name, 0))},
-        )
-        for one in parse_inject(case.inject)
-    ]
+    return [_injected_one(place, one, records) for place, one in enumerate(parse_inject(case.inject))]
+
+
+def _injected_one(place: int, one: Injection, records: list[Observation]) -> InjectedReport:
+    hits = {str(record.rank): hits for record in records if (hits := record.injected.get(str(place), 0))}
+    needs = ""
+    if records and not hits:
+        from distbench.faults.injector import FAULTS  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
+
+        needs = FAULTS[one.name].wanted(one)
+    return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs)
 
 
 def _rate(records: list[Observation]) -> RateReport | None:

@@ -137,7 +137,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
     `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
     NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat, the first
-    4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault has changed here.
+    4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault, by its place in the
+    case's list, has changed here.
     `timed` has the arms that were timed, `device_state` the device right after. `replays` are (live rows, wrong rows)
     of a graph's replays with other tokens.
     """

@@ -7,6 +7,7 @@ import pytest
 from distbench.case import Case
 from distbench.errors import InvalidCase
 from distbench.faults.injector import FAULTS, check_faults
+from distbench.job import Entry
 from distbench.rank import run_case
 from distbench.report.console import verdict_line
 from distbench.report.document import Report, build_report
@@ -22,8 +23,16 @@ TRIALS = {trial.label: trial for trial in trials(RANKS, 1, 0) if trial.verdict n
 
 
 def report_of(trial: Trial) -> Report:
-    outcome: Outcome = on_ranks(RANKS, run_case, trial.entry.case)[0]
-    return build_report(trial.entry, outcome, environment=capture_environment({}, [], []), wall_s=0.0)
+    return report_of_entry(trial.entry)
+
+
+def report_of_case(case: Case) -> Report:
+    return report_of_entry(Entry(name="case", case=case, sources={}))
+
+
+def report_of_entry(entry: Entry) -> Report:
+    outcome: Outcome = on_ranks(RANKS, run_case, entry.case)[0]
+    return build_report(entry, outcome, environment=capture_environment({}, [], []), wall_s=0.0)
 
 
 def test_each_fault_is_tried() -> None:
@@ -89,8 +98,57 @@ def test_jitter_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    "inject", ["no-such-fault", "hang:colour=red", "flipped-bit:rank=9", "flipped-bit:arm=left", "delay:ms=soon"]
+    ("inject", "told"),
+    [
+        ("no-such-fault", "no such fault; allowed are short-limit, "),
+        ("hang:colour=red", "no option 'colour'; allowed are rank, arm, stage"),
+        ("flipped-bit:rank=9", "rank = '9'; allowed are 0 to 3, or all"),
+        ("flipped-bit:arm=left", "arm = 'left'; allowed are padded, control, repadded, truncated"),
+        ("flipped-bit:field=payload", "field = 'payload'; allowed are hidden, scales, weights, ids"),
+        ("flipped-bit:field=_fields", "field = '_fields'; allowed are hidden, "),
+        ("flipped-bit:bit=-2", "bit = '-2'; allowed are whole numbers from -1 to 1048575"),
+        ("hang:stage=foo", "stage = 'foo'; allowed are dispatch, experts, combine"),
+        ("corrupt-tokens:rate=nan", "rate = 'nan'; allowed are numbers from 1e-09 to 1"),
+        ("corrupt-tokens:rate=2", "rate = '2'; allowed are numbers from 1e-09 to 1"),
+        ("cross-node:node=0", "node = '0'; allowed are whole numbers from 1 to 1024"),
+        ("delay:ms=-5", "ms = '-5'; allowed are numbers from 0 to 60000"),
+        ("delay:ms=soon", "ms = 'soon'; allowed are numbers from 0 to 60000"),
+        ("delay:ms=inf", "ms = 'inf'; allowed are numbers from 0 to 60000"),
+        ("slots-lost:first=1.5", "first = '1.5'; allowed are whole numbers from 0 to 1024"),
+    ],
 )
-def test_a_fault_that_does_not_exist_is_refused(inject: str) -> None:
-    with pytest.raises(InvalidCase, match="allowed"):
+def test_a_fault_or_option_that_does_not_exist_is_refused_with_what_is_allowed(inject: str, told: str) -> None:
+    with pytest.raises(InvalidCase) as refusal:
         check_faults(tiny_case(RANKS, inject=inject))
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_no_option_takes_what_it_does_not_list(name: str) -> None:
+    for key in FAULTS[name].all_options(RANKS):
+        for value in ("zzz", "nan", "-7", "1e30", "__class__"):
+            with pytest.raises(InvalidCase, match="allowed are"):
+                check_faults(tiny_case(RANKS, inject=f"{name}:{key}={value}"))
+
+
+@pytest.mark.parametrize(
+    ("inject", "needs"),
+    [
+        ("flipped-bit:field=scales", "field=scales needs dispatch_dtype fp8"),
+        ("slots-lost", "a topk above `first`"),
+        ("cross-node:node=4", "more ranks than `node`"),
+        ("flipped-token-bit:arm=truncated", "a limit, for arm truncated"),
+        ("short-limit", "a limit, and rows"),
+    ],
+)
+def test_a_fault_that_changes_nothing_says_what_it_needs(inject: str, needs: str) -> None:
+    report = report_of_case(tiny_case(RANKS, inject=inject, limit="off"))
+    assert report.verdict.value == "PASS"
+    assert report.injected[0].hits == {}
+    assert needs in report.injected[0].needs
+
+
+def test_one_fault_on_two_ranks_is_counted_on_both() -> None:
+    report = report_of_case(tiny_case(RANKS, inject="swapped-rows:rank=1;swapped-rows:rank=2"))
+    assert [list(one.hits) for one in report.injected] == [["1"], ["2"]]
+    assert {one.needs for one in report.injected} == {""}
