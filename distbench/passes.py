@@ -24,7 +24,8 @@ from distbench.session import Session
 from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
-from distbench.verify.bitwise import compare_rows, tensor_digest
+from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest
+from distbench.verify.combine import CombineChecker, Combined, Own
 from distbench.verify.records import (
     LISTED_TOKENS,
     ORACLE,
@@ -39,6 +40,8 @@ from distbench.verify.records import (
     pairs_of,
 )
 from distbench.verify.stages import StageChecker
+from distbench.verify.sums import sum_order
+from distbench.verify.verdict import tolerance
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
@@ -64,9 +67,8 @@ class Parts(NamedTuple):
 class Passes:
     """Runs the arms, once or often, and keeps what has to be told of them.
 
-    The first padded pass is the baseline of all repeats. Of the other arms those of the first repeat in which one
-    differs are kept, or of the last repeat; where they are recorded, of the first repeat in which anything is wrong on
-    any rank.
+    The first padded pass is the baseline of all repeats. Of the other arms those of the first repeat are kept in which
+    anything is wrong on any rank, or of the last repeat.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Passes:
         self._question = question
         self._parts = parts
         self._recorder = recorder
-        self._checker = StageChecker(parts.workload, session.rank, counts)
+        self._checker = StageChecker(parts.workload, session.rank, counts, question.traffic.capacity)
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
         self._lost = LostRows()
@@ -86,6 +88,14 @@ class Passes:
         self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
+        self._combine_checker = CombineChecker(
+            session.group,
+            parts.workload,
+            Own(session.rank, parts.batch.ids, self._expected),
+            sum_order(parts.transport.facts),
+            tolerance(question.case),
+        )
+        self._damaged: set[str] = set()
         self._timed: dict[str, Timed] = {}
         self._device_state: DeviceState | None = None
         self._given: ExpertInput | None = None
@@ -104,13 +114,13 @@ class Passes:
             fresh: dict[str, Tensor] = {
                 arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0
             }
+            wrong = self._check_repeat(fresh)
             if not settled:
                 self.outputs |= fresh
-                settled = self._differs()
+                settled = wrong
                 if self._recorder is not None:
                     self._recorder.keep()
-                    settled = self._session.on_any_rank(value=settled or bool(self._divergences))
-            if question.case.until_failure and self._session.on_any_rank(value=settled or bool(self._divergences)):
+            if question.case.until_failure and wrong:
                 break
         self._exposure = msgspec.structs.replace(self._exposure, repeats=repeat + 1)
         self._mark("timing")
@@ -172,11 +182,28 @@ class Passes:
         parts = self._parts
         combined = run_layer(parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark)
         self._mark("check")
-        wrong = self._checker.check_tokens(arm, combined, self._expected)
-        self._note(wrong)
-        self._expose(arm, combined, wrong)
+        self._expose(arm, combined)
         self._arm = self._session.crumbs.arm = ""
         return combined
+
+    def _check_repeat(self, fresh: dict[str, Tensor]) -> bool:
+        """Check what combine gave in a repeat; return whether anything is wrong, or differs, on any rank. Collective.
+
+        In exact inputs nothing is wrong with combine where every token has the oracle's bits.
+        """
+        self._mark("check")
+        right = self._expected if self._expected is not None else fresh.get("padded", self.outputs.get("padded"))
+        suspicious = bool(self._damaged) or any(right is None or not same_bits(rows, right) for rows in fresh.values())
+        wrong = self._session.on_any_rank(value=suspicious)
+        if wrong or self._expected is None:
+            returned = self._checker.returned
+            passes = [Combined(arm, rows, returned(arm), arm in self._damaged) for arm, rows in fresh.items()]
+            found = self._combine_checker.check(passes)
+            known = {one.arm for one in self._divergences if one.stage == "combine"}
+            self._divergences += [one for one in found if one.arm not in known]
+            wrong = wrong or self._session.on_any_rank(value=bool(found))
+        self._damaged.clear()
+        return wrong
 
     def _time(self, arms: dict[str, Cut]) -> None:
         parts, session = self._parts, self._session
@@ -208,13 +235,14 @@ class Passes:
                     )
                 )
 
-    def _expose(self, arm: str, combined: Tensor, wrong: Divergence | None) -> None:
+    def _expose(self, arm: str, combined: Tensor) -> None:
         """Count the tokens of a pass: against the oracle, else those of the arms that run the padded kernel."""
-        if self._expected is not None:
-            self._exposure = self._exposure.plus(combined.shape[0], wrong.rows if wrong else 0)
-        elif arm in ("control", "repadded"):
-            compared = compare_rows(combined, self.outputs.get("padded", combined))
-            self._exposure = self._exposure.plus(combined.shape[0], compared.differing_tokens)
+        right = self._expected
+        if right is None and arm in ("control", "repadded"):
+            right = self.outputs.get("padded", combined)
+        if right is not None:
+            wrong = compare_rows(combined, right).differing_tokens
+            self._exposure = self._exposure.plus(combined.shape[0], wrong)
 
     def _inspect(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
         arm, self._given = self._arm, given
@@ -223,18 +251,17 @@ class Passes:
             self._lost = _lost_rows(sources, self._question.limit)
         for found in self._checker.check_rows(arm, sources, dispatched, given, expert_out):
             self._note(found)
-        rows = self._rows_after_cut(arm, int(dispatched.total_recv))
-        self._note(self._checker.check_cut(arm, sources, dispatched, given, rows))
+        self._note(self._checker.check_cut(arm, sources, dispatched, given, self._rows_after_cut(arm, dispatched)))
         if self._recorder is not None:
             self._recorder.take(arm, sources, given, expert_out)
 
-    def _rows_after_cut(self, arm: str, total_recv: int) -> int:
-        """Return how many rows the experts are to be called with."""
-        question = self._question
+    def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
+        """Return how many rows the experts are to be called with, of a receive buffer as it is."""
+        question, rows = self._question, len(dispatched.hidden)
         if arm != "truncated" or question.limit is None:
-            return question.traffic.capacity
-        limit = max(question.limit, total_recv) if question.case.policy == "guard" else question.limit
-        return min(limit, question.traffic.capacity)
+            return rows
+        guarded = question.case.policy == "guard"
+        return min(max(question.limit, int(dispatched.total_recv)) if guarded else question.limit, rows)
 
     def _kernel(self, rows: int) -> dict[str, Any]:
         known = next((kernel for kernel in self._kernels.values() if kernel["rows"] == rows), None)
@@ -245,9 +272,11 @@ class Passes:
         return kernel | {"label": choice.label}
 
     def _note(self, found: Divergence | None) -> None:
-        if found is not None and not any(
-            (known.arm, known.stage) == (found.arm, found.stage) for known in self._divergences
-        ):
+        if found is None:
+            return
+        if found.proven:
+            self._damaged.add(found.arm)
+        if not any((known.arm, known.stage) == (found.arm, found.stage) for known in self._divergences):
             self._divergences.append(found)
 
     def _mark(self, stage: str) -> None:
@@ -261,10 +290,6 @@ class Passes:
             now = time.perf_counter_ns()
         self._stage, self._timed_arm, self._since = stage, self._arm, now
         self._session.crumbs.mark(stage)
-
-    def _differs(self) -> bool:
-        baseline = self.outputs["padded"]
-        return any(not compare_rows(rows, baseline).equal for rows in self.outputs.values())
 
 
 def _lost_rows(sources: Tensor, limit: int) -> LostRows:

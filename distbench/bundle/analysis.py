@@ -22,16 +22,19 @@ from distbench.values import one_line
 from distbench.verify.bitwise import bits_at, differing
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.records import Divergence, Gathered
+from distbench.verify.sums import SumOrder, added, in_slot_order, same_bits_or_nan, sum_order
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
+from distbench.workload.kinds import ExpertGroup
+from distbench.workload.routing import destinations
 
 _RECORDED_FIELDS = (*TokenBatch._fields, "rows", "tokens")
 _BORNE_OUT_BY = {
     "dispatch": ("dispatch",),
     "truncate": ("truncate", "dispatch"),  # rows are recorded as the experts got them: after the cut
     "experts": ("experts",),
-    "combine": ("combine",),
+    "combine": ("combine", SUM),
 }
 
 
@@ -80,7 +83,7 @@ def analyse(bundle: Bundle) -> Analysis:
             message = f"bundle {bundle.folder}: {part_name(part.rank)}: contradicts itself ({one_line(error)})"
             raise InvalidCase(message) from error
     if not missing:
-        findings += _summed(manifest.case, sums)
+        findings += _summed(manifest.case, sum_order(manifest.gathered.observations[0].transport), sums)
     return _judged(bundle, findings, missing)
 
 
@@ -252,19 +255,20 @@ def _cut(rank: int, rows: _Rows) -> Finding:
     return Finding(rank=rank, arm=rows.arm, stage="truncate", rows=total, wrong=lost, first=first)
 
 
-def _summed(case: Case, sums: _Sums) -> list[Finding]:
-    """Hold each recorded token against the sum of its recorded expert rows, in slot order, float32, one rounding."""
+def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
+    """Hold each recorded token against the sum of its recorded expert rows, as its transport has to add them."""
     rows: dict[tuple[int, str], list[bool]] = defaultdict(list)
+    group = ExpertGroup(case.ep_size, case.num_experts, case.topk)
     for (arm, rank, token), combined in sums.combined.items():
         made = sums.rows.get((arm, rank, token), {})
-        owners = [expert // case.experts_per_rank for expert in sums.ids[rank, token] if 0 <= expert < case.num_experts]
-        order = list(dict.fromkeys(owners))
-        parts = [made.get(owner) for owner in order]
-        if all(part is not None for part in parts):
-            total = torch.zeros(case.hidden_size)
-            for part in parts:
-                total += part.float() if part is not None else 0.0
-            rows[rank, arm].append(bool(differing(combined.unsqueeze(0), total.to(combined.dtype).unsqueeze(0)).any()))
+        ids = torch.tensor([sums.ids[rank, token]])
+        going = destinations(ids, group.experts_per_rank, group.ep_size)
+        parts = [made.get(owner) for owner in going[0].nonzero().flatten().tolist()]
+        known = [part for part in parts if part is not None]
+        if len(known) == len(parts) and not order.quantised:
+            returned = torch.stack(known) if known else combined.new_empty(0, case.hidden_size)
+            total = added(in_slot_order(returned, ids, group, order), order)
+            rows[rank, arm].append(not bool(same_bits_or_nan(combined.unsqueeze(0), total)))
     return [
         Finding(rank=rank, arm=arm, stage=SUM, rows=len(wrong), wrong=sum(wrong)) for (rank, arm), wrong in rows.items()
     ]

@@ -9,6 +9,7 @@ from distbench.faults.base import Fault
 from distbench.faults.dispatch import BIT, flip
 from distbench.faults.options import real
 from distbench.transport.base import Dispatched
+from distbench.workload.routing import destinations
 
 _FP8_MAX = 448.0
 
@@ -79,7 +80,9 @@ class DispatchedIds(Fault):
         if not len(self._ids):
             return rows, ids
         wrong = self._ids[torch.arange(len(ids), device=ids.device) % len(self._ids)]
-        self.hits += int((wrong != ids).any(1).sum())
+        case = self.scene.case
+        asked, sent = (destinations(one, case.experts_per_rank, case.ep_size) for one in (wrong, ids))
+        self.hits += int((asked != sent).any(1).sum())  # ids of other experts of the same ranks ask for the same rows
         return rows, wrong
 
 
@@ -128,7 +131,7 @@ class LocalOnly(Fault):
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Remember what this rank computed of its own tokens."""
         sources = self.scene.sources()
-        slots = (sources[:, 0] == self.scene.rank).nonzero().flatten()
+        slots = (sources[: len(rows), 0] == self.scene.rank).nonzero().flatten()
         self._tokens, self._rows = sources[slots, 1], rows[slots].clone()
         return rows, ids
 

@@ -144,8 +144,9 @@ class CutNotApplied(Fault):
 
 
 def _kept(fault: Fault, dispatched: Dispatched, given: ExpertInput, rows: int) -> ExpertInput:
-    fault.hits += max(int(dispatched.total_recv) - rows, 0)
-    return _window(dispatched, 0, min(rows, given.rows))._replace(num_local_tokens=given.num_local_tokens)
+    kept = min(rows, given.rows)
+    fault.hits += max(int(dispatched.total_recv) - kept, int(kept != given.rows))
+    return _window(dispatched, 0, kept)._replace(num_local_tokens=given.num_local_tokens)
 
 
 def _window(dispatched: Dispatched, start: int, stop: int) -> ExpertInput:

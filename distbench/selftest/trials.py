@@ -76,7 +76,7 @@ def _trial(kind: type[Fault], options: dict[str, str], ranks: int, seed: int) ->
     options = {"rank": str(rank)} | options
     if not kind.arm and not kind.verdict:
         options["arm"] = chance.choice(_ARMS) if options["rank"] != "all" else ""
-    keys = _random_keys(chance, ranks)
+    keys = random_keys(chance, ranks)
     if options.get("field") == "scales":
         keys["dispatch_dtype"] = "fp8"
     if kind.name == "own-batch-limit":
@@ -99,7 +99,7 @@ def _together(first: str, second: str, ranks: int, seed: int) -> Trial:
     label = f"{first} + {second}"
     inject = f"{first}:rank={guilty[0]};{second}:rank={guilty[1]}"
     entry = _entry(
-        f"{label} #{seed}", _random_keys(chance, ranks) | {"inject": inject}, ranks, "fault", "BASELINE_WRONG"
+        f"{label} #{seed}", random_keys(chance, ranks) | {"inject": inject}, ranks, "fault", "BASELINE_WRONG"
     )
     return Trial(
         label=label,
@@ -117,7 +117,7 @@ def _spares_padded(kind: type[Fault], options: dict[str, str]) -> bool:
 
 def _clean(ranks: int, seed: int) -> Trial:
     chance = random.Random(f"clean/{seed}")  # noqa: S311 - a choice of cases, no secret
-    keys = _random_keys(chance, ranks) | {
+    keys = random_keys(chance, ranks) | {
         "tokens": (*(chance.choice((0, 1, 5, 17, 32, 48, 64)) for _ in range(ranks - 1)), chance.randint(1, 48)),
         "routing": chance.choice((*_ROUTINGS, "zipf:4", "hot-rank:0", "fan-in:1", "local")),
         "limit": chance.choice(("off", "max-recv", "max-recv+1", "sum", "sum32", "pow2", "capacity", "capacity+5")),
@@ -132,7 +132,8 @@ def _clean(ranks: int, seed: int) -> Trial:
     return Trial(label="", entry=entry, verdict=Verdict.PASS.value)
 
 
-def _random_keys(chance: random.Random, ranks: int) -> dict[str, Any]:
+def random_keys(chance: random.Random, ranks: int) -> dict[str, Any]:
+    """Return the keys of a random small case that passes."""
     most = max(min(40, 240 // ranks), 10)
     return _BASE | {
         "seed": chance.randrange(1 << 30),

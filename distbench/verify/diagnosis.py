@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgspec
 
 from distbench.breadcrumbs import ARMS
 from distbench.verify.records import (
+    ANOTHER_ROW,
     LISTED_TOKENS,
+    MULTIPLIED,
     POISON,
     SCATTERED,
     STAGE_ORDER,
+    Clues,
     Diagnosis,
     Divergence,
     Gathered,
@@ -19,19 +22,36 @@ from distbench.verify.records import (
     Question,
     Token,
 )
+from distbench.verify.verdict import is_noise
 
 _FEW = 8
-_UNKNOWN = "; which rank is not known, since several have a row of every damaged token"
 # What a bad row of one rank makes of a sum; a flipped bit of a sum does not come from a rank's row.
 _WHOLE_ROWS = (POISON, SCATTERED)
+# What no single rank's row makes of a sum of several.
+_OF_THE_SUM = (ANOTHER_ROW, MULTIPLIED)
+_ENOUGH = 2
+# What travels beside a row's payload.
+_ROUTING = frozenset(("scales", "weights", "ids"))
 
 
 class Root(msgspec.Struct, frozen=True):
-    """A divergence that no earlier one explains, the ranks to blame, and how sure that is."""
+    """A divergence that no earlier one explains, the ranks to blame, and how sure that is.
+
+    No rank is blamed where any of `candidates` may be the one.
+    """
 
     found: Divergence
     ranks: list[int]
     certain: bool
+    candidates: list[int] = []
+
+    @property
+    def doubt(self) -> str:
+        """What is to be said where nobody is blamed."""
+        names = ", ".join(map(str, self.candidates[:_FEW]))
+        if self.candidates:
+            return f"; which rank is not known: each of {names} would explain it"
+        return "" if self.ranks else "; which rank is not known: no single one explains it"
 
 
 def diagnose(question: Question, gathered: Gathered, judgement: Judgement) -> list[Diagnosis]:
@@ -54,52 +74,69 @@ def lost_tokens(gathered: Gathered) -> list[Token]:
 
 
 def _roots(question: Question, gathered: Gathered) -> list[Root]:
-    """Return what no earlier damage explains, over all arms; the same stage on the same rank comes once."""
+    """Return what no earlier damage explains, over all arms; the same stage on the same rank comes once.
+
+    Other bits of a kernel that repeats itself in no bits, or of another kernel, are no damage where there is some.
+    """
     roots: dict[tuple[str, tuple[int, ...]], Root] = {}
     for arm in ARMS[1:]:
         wrong = [found for record in gathered.observations for found in record.divergences if found.arm == arm]
-        upstream = [found for found in wrong if found.stage != "combine"]
-        own = [_root_of(found) for found in upstream if not _asked_for(question, found)]
-        for root in [*own, *_combine_roots(wrong, upstream)]:
-            roots.setdefault((root.found.stage, tuple(root.ranks)), root)
-    return sorted(roots.values(), key=lambda root: STAGE_ORDER.index(root.found.stage))
-
-
-def _asked_for(question: Question, found: Divergence) -> bool:
-    """Whether the case itself asks for this loss: a limit below what the rank receives."""
-    return found.stage == "truncate" and found.field == "rows" and found.rank in question.short_ranks
+        own = [_root_of(found) for found in wrong if found.stage != "combine" and not question.asks_for(found)]
+        for root in [*own, *_combine_roots([found for found in wrong if found.stage == "combine"])]:
+            roots.setdefault((root.found.stage, tuple(root.ranks or root.candidates)), root)
+    found = [root for root in roots.values() if not is_noise(gathered, root.found)] or list(roots.values())
+    return sorted(found, key=lambda root: STAGE_ORDER.index(root.found.stage))
 
 
 def _root_of(found: Divergence) -> Root:
-    return Root(found, [found.rank], found.against != "padded")
+    return Root(found, [found.rank], found.proven)
 
 
-def _combine_roots(wrong: Iterable[Divergence], upstream: list[Divergence]) -> list[Root]:
-    """Return the damage that combine did itself: tokens of which no row was wrong before."""
-    before = {token for found in upstream for token in found.clues.tokens}
-    if any(found.rows > len(found.clues.tokens) for found in upstream):
-        return []  # not all rows that were wrong before are listed, so nothing says that combine added to them
-    left = [found for found in wrong if found.stage == "combine" and not before.issuperset(found.clues.tokens)]
-    if not left:
-        return []
-    # Where whole shares explain the tokens, the ranks that sent them are to blame, else those that hold the tokens.
-    suspects = {rank for found in left for rank in found.clues.suspects}
-    if suspects and all(found.clues.suspects for found in left):
-        return [Root(left[0], sorted(suspects), certain=True)]
-    common = _common_destinations(left) if len(left) > 1 and not before else []
-    if common:
-        return [Root(left[0], common if len(common) == 1 else [], certain=False)]
-    return [Root(found, found.clues.suspects or [found.rank], certain=True) for found in left]
+def _combine_roots(wrong: Sequence[Divergence]) -> list[Root]:
+    """Return the damage that combine did in one arm: each explanation, and each pattern of what none explains."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Divergence]] = {}
+    for found in wrong:
+        if found.clues.examined:
+            groups.setdefault((found.clues.pattern, tuple(found.clues.suspects)), []).append(found)
+    return [
+        root
+        for (pattern, suspects), group in groups.items()
+        for root in (_explained(group, list(suspects)) if suspects else _unexplained(pattern, group))
+    ]
 
 
-def _common_destinations(left: list[Divergence]) -> list[int]:
-    """Return the ranks that had a row of every damaged token that was looked at, where whole rows are damaged."""
-    if any(found.clues.pattern not in _WHOLE_ROWS for found in left):
-        return []
-    examined = sum(found.clues.examined for found in left)
-    ranks = {rank for found in left for rank in found.clues.by_destination}
+def _explained(group: list[Divergence], suspects: list[int]) -> list[Root]:
+    if len(suspects) > 1:
+        return [Root(group[0], [], certain=False, candidates=suspects)]
+    return [Root(group[0], suspects, certain=sum(found.clues.examined for found in group) >= _ENOUGH)]
+
+
+def _unexplained(pattern: str, group: list[Divergence]) -> list[Root]:
+    """Return whom to blame for tokens of one pattern, on one rank or several: whoever holds them, or sent them all."""
+    if pattern not in _WHOLE_ROWS:
+        proof = pattern.startswith(_OF_THE_SUM)
+        return [Root(found, [found.rank], certain=proof and _of_several(found.clues)) for found in group]
+    senders = _common_destinations(group)
+    if len(group) > 1:
+        only = senders if len(senders) == 1 else []
+        return [Root(group[0], only, certain=False, candidates=[] if only else senders)]
+    others = [rank for rank in senders if rank != group[0].rank]
+    if pattern == POISON and others:
+        return [Root(group[0], [], certain=False, candidates=sorted({group[0].rank, *others}))]
+    return [Root(group[0], [group[0].rank], certain=False)]
+
+
+def _of_several(clues: Clues) -> bool:
+    """Whether several ranks had a part in these tokens."""
+    return len(clues.by_destination) > 1
+
+
+def _common_destinations(group: list[Divergence]) -> list[int]:
+    """Return the ranks that had a row of every damaged token that was looked at."""
+    examined = sum(found.clues.examined for found in group)
+    ranks = {rank for found in group for rank in found.clues.by_destination}
     return sorted(
-        int(rank) for rank in ranks if sum(found.clues.by_destination.get(rank, 0) for found in left) == examined
+        int(rank) for rank in ranks if sum(found.clues.by_destination.get(rank, 0) for found in group) == examined
     )
 
 
@@ -114,13 +151,13 @@ def _causes(gathered: Gathered, roots: list[Root]) -> list[Diagnosis]:
 def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
     first = group[0].found
     what = pattern or "wrong rows"
-    if first.stage == "dispatch" and not {"hidden", "total_recv", "sources"} & {*first.clues.fields, first.field}:
+    if first.stage == "dispatch" and _ROUTING.issuperset((*first.clues.fields, first.field)):
         what += f", in {' and '.join(first.clues.fields)} only: the payload is right"
     tokens = sorted({token for root in group for token in root.found.clues.tokens})
     return Diagnosis(
         cause=f"{first.stage}: {what}",
         confidence="certain" if all(root.certain for root in group) else "likely",
-        evidence=f"{first}{_kernels(gathered, first)}{'' if group[0].ranks else _UNKNOWN}",
+        evidence=f"{first}{_kernels(gathered, first)}{next(filter(None, (root.doubt for root in group)), '')}",
         stage=first.stage,
         ranks=sorted({rank for root in group for rank in root.ranks}),
         tokens=tokens[:LISTED_TOKENS],
@@ -196,7 +233,7 @@ def _first_wrong_stage(judgement: Judgement) -> Diagnosis | None:
         return None
     return Diagnosis(
         cause=f"{first.stage} is the first stage that is wrong",
-        confidence="likely" if first.against == "padded" else "certain",
+        confidence="certain" if first.proven and first.stage != "combine" else "likely",
         evidence=str(first),
         stage=first.stage,
         ranks=[first.rank],

@@ -14,8 +14,12 @@ from distbench.limits import Traffic
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"
 LISTED_TOKENS = 64
+RETURNED = "the sum of what ranks returned"
+PADDED = "padded"
 POISON = "poison or NaN"
 SCATTERED = "other values"
+ANOTHER_ROW = "another token's row"
+MULTIPLIED = "multiplied by"
 
 
 class RowComparison(msgspec.Struct, frozen=True):
@@ -49,8 +53,8 @@ NO_DIFFERENCE = RowComparison(0, 0, 0)
 class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What the wrong rows of one stage have in common, as far as the rank itself can see.
 
-    `tokens` are the first 64 as (source rank, source token), `fields` those that are wrong. For tokens: `suspects` are
-    ranks whose contribution explains all, `by_destination` how many of the `examined` tokens have a row on each rank.
+    `tokens` are the first 64 as (source rank, source token), `fields` those that are wrong. For tokens: of those
+    `examined`, `suspects` are ranks of which each explains them all, `by_destination` how many have a row on each rank.
     """
 
     pattern: str = ""
@@ -65,7 +69,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     """The first place where a stage of one pass on one rank is not what it should be.
 
     `row` is the slot in the receive buffer (dispatch, experts) or the token (combine); `against` says what it was
-    compared with: the source, the oracle, or the padded arm. `rows` counts the rows of this stage that are wrong.
+    compared with: the source, the oracle, the padded arm, or the sum of what ranks returned. `rows` counts the rows of
+    this stage that are wrong.
     """
 
     stage: str
@@ -81,6 +86,11 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     against: str
     rows: int
     clues: Clues = msgspec.field(default_factory=Clues)
+
+    @property
+    def proven(self) -> bool:
+        """Whether it is wrong whatever the kernel, not only other bits than the padded arm has."""
+        return self.against != PADDED
 
     def __str__(self) -> str:
         """Return one line: which rank and arm, how many rows, and the first of them."""
@@ -205,6 +215,10 @@ class Question(msgspec.Struct, frozen=True):
         if self.limit is None:
             return []
         return [rank for rank, rows in enumerate(self.traffic.total_recv) if rows > self.limit]
+
+    def asks_for(self, found: Divergence) -> bool:
+        """Whether the case itself asks for this loss: a limit below what the rank receives."""
+        return found.stage == "truncate" and found.field == "rows" and found.rank in self.short_ranks
 
     @property
     def refused(self) -> bool:

@@ -1,4 +1,4 @@
-"""What one rank checks in every pass: received rows against their sources, expert rows and tokens against the oracle.
+"""What one rank checks in every pass: received rows against their sources, expert rows against the oracle.
 
 The final bits alone would miss damage that a later rounding hides, so each stage is held against what it should be.
 """
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
-from distbench.verify.bitwise import bits_at, differing, same_bits
-from distbench.verify.patterns import ShareTester, far_sources, pattern_of
-from distbench.verify.records import LISTED_TOKENS, Clues, Divergence
+from distbench.verify.bitwise import differing, row_digests, same_bits
+from distbench.verify.patterns import far_sources, pattern_of
+from distbench.verify.places import first_difference
+from distbench.verify.records import LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence
+from distbench.verify.sums import Returned, key_of, split_key
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 from distbench.workload.routing import destinations
@@ -29,16 +31,25 @@ class _Received(NamedTuple):
     expert_rows: Tensor | None
 
 
+class _Baseline(NamedTuple):
+    """Expert rows [m, H] of the first pass, and which of them [m] came of right inputs; None for all."""
+
+    rows: Tensor
+    fit: Tensor | None
+
+
 class StageChecker:
     """Checks the passes of one case on one rank; the first pass seen is the baseline of the others."""
 
-    def __init__(self, workload: Workload, rank: int, counts: Tensor) -> None:
-        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed."""
+    def __init__(self, workload: Workload, rank: int, counts: Tensor, capacity: int) -> None:
+        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `capacity` rows has a receive buffer."""
         self._workload = workload
         self._rank = rank
         self._counts = counts
+        self._capacity = capacity
         self._known: _Received | None = None
-        self._baseline_rows: Tensor | None = None
+        self._baseline: _Baseline | None = None
+        self._returned: dict[str, Returned] = {}
 
     def check_rows(
         self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor
@@ -48,7 +59,8 @@ class StageChecker:
         Each stage answers for itself only: expert rows whose input was wrong already are passed over. Rows that a cut
         took away are not looked at here; see `check_cut`.
         """
-        keys, order = ((sources[:, 0] << 32) | sources[:, 1]).sort()
+        self._returned.pop(arm, None)
+        keys, order = key_of(sources[:, 0], sources[:, 1]).sort()
         if self._known is None or not torch.equal(self._known.keys, keys):
             broken = self._learn(arm, sources, keys)
             if broken is not None:
@@ -58,9 +70,12 @@ class StageChecker:
         live = min(int(given.num_local_tokens), given.rows, len(keys))
         place = _Place(arm, self._rank, sources, order, None if live >= len(keys) else order < live)
         found, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
-        place = place.without(unfit)
-        found.append(self._check_expert_rows(place, self._known.expert_rows, expert_out))
+        found.append(self._check_expert_rows(place.without(unfit), keys, _for_combine(expert_out, order)))
         return [one for one in found if one is not None]
+
+    def returned(self, arm: str) -> Returned | None:
+        """Return what the last pass of `arm` gave to combine; None where nobody knows what it had received."""
+        return self._returned.get(arm)
 
     def check_cut(
         self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, rows: int
@@ -94,36 +109,16 @@ class StageChecker:
         field, pattern, against = wrong[0]
         return msgspec.structs.replace(cut, field=field, against=against, rows=1, clues=Clues(pattern=pattern))
 
-    def check_tokens(self, arm: str, combined: Tensor, expected: Tensor | None) -> Divergence | None:
-        """Return where this pass's tokens first differ from the oracle; None too where there is no exact oracle."""
-        if expected is None:
-            return None
-        found = _first("combine", arm, self._rank, "tokens", "oracle", combined, expected)
-        if found is None:
-            return None
-        tester = ShareTester(self._workload, self._rank, len(self._counts))
-        return msgspec.structs.replace(found, clues=tester.clues(combined, expected))
-
     def _check_inputs(
         self, place: _Place, right: TokenBatch, dispatched: Dispatched, given: ExpertInput
     ) -> tuple[list[Divergence | None], Tensor | None]:
         """Return what is wrong before and after the cut, and which rows [m] of those that are visible it concerns."""
-        agreed = int(self._counts[:, self._rank].sum())
-        total = int(dispatched.total_recv)
-        found: list[Divergence | None] = []
-        if total != agreed:
-            clues = Clues(pattern="another total_recv", fields=["total_recv"])
-            found.append(
-                Divergence(
-                    stage="dispatch",
-                    arm=place.arm,
-                    rank=place.rank,
-                    field="total_recv",
-                    against=f"the agreed {agreed}",
-                    rows=abs(total - agreed),
-                    clues=clues,
-                )
-            )
+        found: list[Divergence | None] = [
+            self._check_count(place.arm, "capacity", len(dispatched.hidden), self._capacity),
+            self._check_count(
+                place.arm, "total_recv", int(dispatched.total_recv), int(self._counts[:, self._rank].sum())
+            ),
+        ]
         after = TokenBatch(given.hidden, given.scales, given.weights, given.ids)
         before = TokenBatch(dispatched.hidden, dispatched.scales, dispatched.weights, dispatched.ids)
         wrong = place.wrong_rows(after, right)
@@ -139,6 +134,20 @@ class StageChecker:
             found.append(place.describe("truncate", after, right, wrong_in_cut, len(self._counts)))
         return found, wrong
 
+    def _check_count(self, arm: str, field: str, count: int, agreed: int) -> Divergence | None:
+        """Return how a number of rows that dispatch gives is not the one that all ranks know it must be."""
+        if count == agreed:
+            return None
+        return Divergence(
+            stage="dispatch",
+            arm=arm,
+            rank=self._rank,
+            field=field,
+            against=f"the agreed {agreed}",
+            rows=abs(count - agreed),
+            clues=Clues(pattern=f"another {field}", fields=[field]),
+        )
+
     def _learn(self, arm: str, sources: Tensor, keys: Tensor) -> Divergence | None:
         """Take `sources` as those of this case, and make what must lie there, unless they are not as agreed."""
         agreed = self._counts[:, self._rank]
@@ -150,7 +159,7 @@ class StageChecker:
         if not inside or doubled or not torch.equal(torch.bincount(sources[:, 0], minlength=num_ranks).cpu(), agreed):
             against = f"{agreed.tolist()} rows from each rank, each token once"
             return self._misplaced(arm, against, rows=max(abs(int(agreed.sum()) - len(keys)), doubled, 1))
-        batch = self._workload.token_rows(keys >> 32, keys & 0xFFFF_FFFF)
+        batch = self._workload.token_rows(*split_key(keys))
         belongs = destinations(batch.ids, self._workload.experts_per_rank, num_ranks)[:, self._rank]
         if not bool(belongs.all()):
             return self._misplaced(arm, "the routing", rows=int((~belongs).sum()))
@@ -160,13 +169,18 @@ class StageChecker:
     def _misplaced(self, arm: str, against: str, rows: int) -> Divergence:
         return Divergence(stage="dispatch", arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
 
-    def _check_expert_rows(self, place: _Place, expected: Tensor | None, expert_out: Tensor) -> Divergence | None:
-        if expected is not None:
-            return place.first_difference("experts", "rows", "oracle", expert_out, expected)
-        if self._baseline_rows is None:
-            self._baseline_rows = expert_out[place.order]
+    def _check_expert_rows(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
+        """Hold rows [m, H], ordered as `keys`, against the oracle or the first pass; keep what combine is given."""
+        expected, against = self._known.expert_rows if self._known else None, ORACLE
+        if expected is None:
+            self._baseline = self._baseline or _Baseline(rows, place.visible)
+            expected, against = self._baseline.rows, PADDED
+            place = place.without(None if self._baseline.fit is None else ~self._baseline.fit)
+        if rows is expected or same_bits(rows, expected):
+            self._returned[place.arm] = Returned(keys, expected)
             return None
-        return place.first_difference("experts", "rows", "padded", expert_out, self._baseline_rows)
+        self._returned[place.arm] = Returned(keys, rows)  # memory of its own until the next pass of this arm
+        return place.first_difference("experts", "rows", against, rows, expected)
 
 
 class _Place(NamedTuple):
@@ -204,12 +218,13 @@ class _Place(NamedTuple):
     ) -> Divergence | None:
         """Return the first difference of the rows `wrong` [m], of which there are some, with what they look like."""
         only = self._replace(visible=wrong)
+        slots = self.order.clamp(max=actual.hidden.shape[0] - 1)
         fields = [
             found
             for name, mine, right in zip(TokenBatch._fields, actual, expected, strict=True)
             if mine is not None
             and right is not None
-            and (found := only.first_difference(stage, name, "source", mine, right)) is not None
+            and (found := only.first_difference(stage, name, "source", mine[slots], right)) is not None
         ]
         owners = self.sources[self.order][:, 0]
         clues = msgspec.structs.replace(fields[0].clues, fields=[found.field for found in fields])
@@ -219,18 +234,19 @@ class _Place(NamedTuple):
     def first_difference(
         self, stage: str, field: str, against: str, actual: Tensor, expected: Tensor
     ) -> Divergence | None:
-        """Return the first difference of the visible rows, with what they look like."""
-        slots, right = self.order, expected
+        """Return the first difference of the visible rows [m, .], in canonical order, with what they look like."""
+        slots, mine, right = self.order, actual, expected
         if self.visible is not None:
-            slots, right = slots[self.visible], right[self.visible]
-        found = _first(stage, self.arm, self.rank, field, against, actual[slots], right)
+            slots, mine, right = slots[self.visible], mine[self.visible], right[self.visible]
+        found = first_difference(stage, self.arm, self.rank, field, against, mine, right)
         if found is None or found.row is None:
             return found
         slot = int(slots[found.row])
         source_rank, source_token = self.sources[slot].tolist()
-        rows = differing(actual[slots], right).any(1)
+        rows = differing(mine, right).any(1)
         tokens = [(rank, token) for rank, token in self.sources[slots[rows]][:LISTED_TOKENS].tolist()]
-        clues = Clues(pattern=pattern_of(actual[slots][rows], right[rows], expected), tokens=tokens, fields=[field])
+        pattern = pattern_of(mine[rows], right[rows], lambda: row_digests(expected))
+        clues = Clues(pattern=pattern, tokens=tokens, fields=[field])
         return msgspec.structs.replace(found, row=slot, source_rank=source_rank, source_token=source_token, clues=clues)
 
 
@@ -238,24 +254,11 @@ def _cut_alike(given: ExpertInput) -> bool:
     return all(part is None or part.shape[0] == given.rows for part in given[:4])
 
 
-def _first(  # noqa: PLR0913 - names of a place, then the two sides
-    stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor
-) -> Divergence | None:
-    if same_bits(actual, expected):
-        return None
-    wrong = differing(actual, expected)
-    row, column = divmod(int(wrong.flatten().int().argmax()), wrong.shape[1])
-    return Divergence(
-        stage=stage,
-        arm=arm,
-        rank=rank,
-        source_rank=rank if stage == "combine" else None,
-        source_token=row if stage == "combine" else None,
-        row=row,
-        column=column,
-        expected_bits=bits_at(expected, row, column),
-        actual_bits=bits_at(actual, row, column),
-        field=field,
-        against=against,
-        rows=int(wrong.any(1).sum()),
-    )
+def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
+    """Return the rows that combine reads, in canonical order [m, H]; one past the end of `expert_out` is poison."""
+    if not len(expert_out):
+        return expert_out.new_full((len(order), expert_out.shape[1]), float("nan"))
+    rows = expert_out[order.clamp(max=len(expert_out) - 1)]
+    if len(order) > len(expert_out):
+        rows.masked_fill_((order >= len(expert_out)).unsqueeze(1), float("nan"))
+    return rows

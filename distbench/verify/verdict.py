@@ -49,6 +49,7 @@ def first_divergence(observations: list[Observation]) -> Divergence | None:
 
 
 def _divergence_order(divergence: Divergence) -> tuple[int, int, int]:
+    """Order by what went wrong first: it leads, and not what came of it."""
     return _ARM_ORDER.index(divergence.arm), STAGE_ORDER.index(divergence.stage), divergence.rank
 
 
@@ -80,14 +81,42 @@ def _baseline(question: Question, gathered: Gathered) -> Finding:
 
 
 def _nondeterministic(question: Question, gathered: Gathered) -> Finding:
-    if question.case.numerics == "exact" or gathered.comparisons["padded/control"].equal:
+    proven = any(found.proven and not question.asks_for(found) for found in _divergences(gathered, *_ARM_ORDER))
+    if question.case.numerics == "exact" or proven:
         return Verdict.NONDETERMINISTIC, []
     kernel = gathered.observations[0].kernels["padded"]
-    message = (
-        f"control differs from padded in {_extent(gathered, 'padded/control')}: the same kernel "
-        f"({kernel['label']}) gave other bits, so bits cannot be asked of it"
-    )
-    return Verdict.NONDETERMINISTIC, [Reason(code="control-differs", message=message)]
+    reasons = [
+        Reason(
+            code=f"{arm}-differs",
+            message=f"{arm} differs from padded in {_rows(gathered, arm)} expert rows and in "
+            f"{_extent(gathered, f'padded/{arm}')}: the same kernel ({kernel['label']}) gave other bits, so bits "
+            "cannot be asked of it",
+        )
+        for arm in _ARM_ORDER[1:]
+        if _never_repeats(gathered, arm)
+    ]
+    return Verdict.NONDETERMINISTIC, reasons[:1]
+
+
+def _never_repeats(gathered: Gathered, arm: str) -> bool:
+    """Whether an arm shows that the padded arm's kernel gives other bits each time.
+
+    Control does; where that, by chance, has the same bits, so do others with the same kernel if it adds atomically.
+    """
+    record = gathered.observations[0]
+    comparison = gathered.comparisons.get(f"padded/{arm}")
+    if comparison is None or (comparison.equal and not _rows(gathered, arm)):
+        return False
+    return arm == "control" or (_adds_atomically(record, arm) and not _other_kernel(record, arm))
+
+
+def _adds_atomically(record: Observation, arm: str) -> bool:
+    return bool(record.kernels[arm].get("stage2_mode") == "atomic")
+
+
+def _rows(gathered: Gathered, arm: str) -> int:
+    """Return how many expert rows of an arm have other bits than the padded arm's."""
+    return sum(found.rows for found in _divergences(gathered, arm) if not found.proven)
 
 
 def _under_limit(question: Question, gathered: Gathered) -> Finding:
@@ -113,9 +142,8 @@ def _under_limit(question: Question, gathered: Gathered) -> Finding:
 
 def _corrupt(question: Question, gathered: Gathered) -> Finding:
     explained = _may_drift(question, gathered)
-    reasons = []
-    for arm in _ARM_ORDER[1:]:
-        reasons += [_diverged(found) for found in _divergences(gathered, arm) if not (explained and _is_drift(found))]
+    found = [one for one in _divergences(gathered, *_ARM_ORDER[1:]) if not (explained and _is_drift(one))]
+    reasons = [_diverged(one) for one in sorted(found, key=lambda one: not one.proven)]
     for pair, comparison in gathered.comparisons.items():
         if not comparison.equal and not (explained and pair in _DRIFT_PAIRS):
             reasons.append(_differs(gathered, pair))
@@ -152,8 +180,10 @@ def _notes(question: Question, gathered: Gathered) -> list[Reason]:
     return notes
 
 
-def _divergences(gathered: Gathered, arm: str) -> list[Divergence]:
-    return [found for record in gathered.observations for found in record.divergences if found.arm == arm]
+def _divergences(gathered: Gathered, *arms: str) -> list[Divergence]:
+    """Return the divergences of some arms, that which went wrong first in front."""
+    found = [one for record in gathered.observations for one in record.divergences if one.arm in arms]
+    return sorted(found, key=_divergence_order)
 
 
 def _may_drift(question: Question, gathered: Gathered) -> bool:
@@ -161,14 +191,23 @@ def _may_drift(question: Question, gathered: Gathered) -> bool:
     records = gathered.observations
     if question.case.numerics == "exact" or "truncated" not in records[0].kernels:
         return False
-    return any(_other_kernel(record) for record in records) and all(
+    return any(_other_kernel(record, "truncated") for record in records) and all(
         _close(record.drift, tolerance(question.case)) for record in records
     )
 
 
-def _other_kernel(record: Observation) -> bool:
-    padded, truncated = (msgspec.convert(record.kernels[arm], KernelChoice) for arm in ("padded", "truncated"))
-    return not padded.same_kernel(truncated)
+def is_noise(gathered: Gathered, found: Divergence) -> bool:
+    """Whether other bits are what a kernel does: another than the padded arm's, or one that never repeats its bits."""
+    if found.proven:
+        return False
+    record = next(record for record in gathered.observations if record.rank == found.rank)
+    differs = any(_never_repeats(gathered, arm) for arm in _ARM_ORDER[1:])
+    return differs or _other_kernel(record, found.arm)
+
+
+def _other_kernel(record: Observation, arm: str) -> bool:
+    padded, other = (msgspec.convert(record.kernels[name], KernelChoice) for name in ("padded", arm))
+    return not padded.same_kernel(other)
 
 
 def _is_drift(found: Divergence) -> bool:
@@ -198,7 +237,7 @@ def _differs(gathered: Gathered, pair: str) -> Reason:
 
 def _drifted(gathered: Gathered) -> list[Reason]:
     """Say how truncated differs from padded, in tokens or only in expert rows; nothing where it does not."""
-    rows = sum(found.rows for found in _divergences(gathered, "truncated") if _is_drift(found))
+    rows = _rows(gathered, "truncated")
     comparison = gathered.comparisons.get("padded/truncated")
     if not rows and (comparison is None or comparison.equal):
         return []

@@ -1,0 +1,260 @@
+"""Combine's own check: every token against the sum of what ranks returned for it, and who made a wrong one wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.verify.bitwise import row_digests, same_bits
+from distbench.verify.explanations import ALONE, Alternatives, Same, changed, choose, effects, explained_by
+from distbench.verify.patterns import pattern_of
+from distbench.verify.places import difference, first_difference
+from distbench.verify.records import LISTED_TOKENS, ORACLE, RETURNED, Clues, Divergence
+from distbench.verify.sums import Contributions, Returned, SumOrder, added, recounted, same_bits_or_nan
+from distbench.workload.inputs import Workload
+
+_EXAMINED = 32
+_SPARED = 16
+
+
+class _Sample(NamedTuple):
+    """Some tokens [s] of this rank: what was returned for them, what combine gave, and what it should have."""
+
+    tokens: Tensor
+    contributions: Contributions
+    actual: Tensor
+    expected: Tensor
+
+    def take(self, index: Tensor) -> _Sample:
+        return _Sample(self.tokens[index], self.contributions.take(index), self.actual[index], self.expected[index])
+
+
+class _Some:
+    """The first tokens of their sort, out of one block after another; `seen` counts them all."""
+
+    def __init__(self, most: int) -> None:
+        self.seen = 0
+        self._most = most
+        self._parts: list[_Sample] = []
+
+    def take(self, block: _Sample, which: Tensor) -> None:
+        index = which.nonzero().flatten()
+        self._parts.append(block.take(index[: max(self._most - self.seen, 0)]))
+        self.seen += index.numel()
+
+    def joined(self) -> _Sample:
+        tokens, contributions, actual, expected = zip(*self._parts, strict=True)
+        rows, ranks = zip(*contributions, strict=True)
+        return _Sample(
+            torch.cat(tokens), Contributions(torch.cat(rows), torch.cat(ranks)), torch.cat(actual), torch.cat(expected)
+        )
+
+
+class _Recount(NamedTuple):
+    """All tokens of this rank: how many are wrong, the first of those and of the right ones, digests of the sums."""
+
+    wrong: int
+    examined: _Sample
+    spared: _Sample
+    digests: Tensor
+
+
+class Combined(NamedTuple):
+    """One pass on this rank: tokens [n, H] as combine gave them, and what this rank had returned for others' sums.
+
+    `returned` is None where nobody knows what this rank had received; `damaged` says that it was wrong before.
+    """
+
+    arm: str
+    tokens: Tensor
+    returned: Returned | None
+    damaged: bool
+
+
+class _Doubts(NamedTuple):
+    """What may not be as it should in a pass: that there are sums, and rows and tokens as in the first pass."""
+
+    sums: bool
+    rows: bool
+    tokens: bool
+
+
+class Own(NamedTuple):
+    """This rank, the ids [n, k] of its tokens, and what must come of them, None where inputs are not exact."""
+
+    rank: int
+    ids: Tensor
+    expected: Tensor | None
+
+
+class CombineChecker:
+    """Checks what combine gave on one rank; every rank of the group makes one, and calls it for the same arms."""
+
+    def __init__(self, group: dist.ProcessGroup, workload: Workload, own: Own, order: SumOrder, allowed: float) -> None:
+        """`allowed` is how far a sum of quantised rows may be away, as a share of the token's largest magnitude."""
+        self._group = group
+        self._workload = workload
+        self._rank, self._ids, self._expected = own
+        self._order = order
+        self._loose = order.quantised and own.expected is None
+        self._same: Same = _within(allowed) if self._loose else same_bits_or_nan
+        self._first: Combined | None = None
+        self._first_is_right = False
+
+    def check(self, passes: Sequence[Combined]) -> list[Divergence]:
+        """Return where tokens are not the sum of what the ranks returned, one divergence for each cause. Collective.
+
+        A pass in which some rank received nobody knows what has no such sum, nor has one of quantised rows that were
+        wrong before: there a token that differs from the oracle is told without a cause. The same rows as in the first
+        pass on all ranks must give the same tokens once more: then nothing is fetched, and where sums are known within
+        rounding only this is the sharper check.
+        """
+        if not any(self._workload.tokens_per_rank):
+            return []
+        self._first = self._first or passes[0]
+        doubts = [self._doubts(one, self._first) for one in passes]
+        anywhere = torch.tensor(doubts, dtype=torch.int32, device=self._ids.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
+        found = []
+        for one, doubt in zip(passes, (_Doubts(*map(bool, row)) for row in anywhere.tolist()), strict=True):
+            found += self._check_one(one, self._first, doubt)
+        return found
+
+    def _doubts(self, one: Combined, first: Combined) -> _Doubts:
+        rows = one.returned is not None and first.returned is not None and one.returned.rows is first.returned.rows
+        return _Doubts(
+            sums=one.returned is None or (self._order.quantised and one.damaged),
+            rows=not rows,
+            tokens=not same_bits(one.tokens, first.tokens),
+        )
+
+    def _check_one(self, one: Combined, first: Combined, doubts: _Doubts) -> list[Divergence]:
+        if doubts.sums or one.returned is None:
+            return self._against(ORACLE, one, self._expected)
+        if self._first_is_right and not doubts.rows and not doubts.tokens:
+            return []
+        recount = self._recount(one.returned, one.tokens)
+        tables = self._gathered_effects(recount)
+        if any(wrong for wrong, _ in tables):
+            chosen = choose([wrong for wrong, _ in tables], [spared for _, spared in tables])
+            return self._explain(one.arm, recount, tables[self._rank][0], chosen) if recount.wrong else []
+        self._first_is_right |= one is first
+        alike = self._loose and not doubts.rows
+        return self._against("what padded made of the same rows", one, first.tokens) if alike else []
+
+    def _against(self, name: str, one: Combined, expected: Tensor | None) -> list[Divergence]:
+        """Return where tokens first differ from others, if there are such, without a cause."""
+        if expected is None:
+            return []
+        found = first_difference("combine", one.arm, self._rank, "tokens", name, one.tokens, expected)
+        return [] if found is None else [self._at_token(found, found.row or 0)]
+
+    def _recount(self, returned: Returned, combined: Tensor) -> _Recount:
+        workload = self._workload
+        most = max(workload.tokens_per_rank)
+        examined, spared, digests = _Some(_EXAMINED), _Some(_SPARED), []
+        for start, contributions in recounted(self._group, returned, self._ids, most, workload.group, self._order):
+            actual = combined[start : start + len(contributions.ranks)]
+            expected = added(contributions, self._order)
+            tokens = torch.arange(start, start + len(actual), device=actual.device)
+            block = _Sample(tokens, contributions, actual, expected)
+            right = self._same(actual, expected)
+            examined.take(block, ~right)
+            spared.take(block, right)
+            digests.append(row_digests(expected))
+        return _Recount(examined.seen, examined.joined(), spared.joined(), torch.cat(digests))
+
+    def _gathered_effects(self, recount: _Recount) -> list[tuple[list[list[int]], list[list[int]]]]:
+        """Return, by rank, `effects` of its wrong tokens and of its right ones, as `choose` wants them. Collective."""
+        wrong, right = recount.examined, recount.spared
+        explaining = effects(wrong.contributions, self._rank, self._order, lambda sums: self._same(wrong.actual, sums))
+        sparing = effects(right.contributions, self._rank, self._order, lambda sums: ~self._same(right.expected, sums))
+        table = explaining.new_full((_EXAMINED + _SPARED, 1 + explaining.shape[1]), -1)
+        for start, part in ((0, explaining), (_EXAMINED, sparing)):
+            table[start : start + len(part), 0] = 1
+            table[start : start + len(part), 1:] = part
+        everyone = [torch.empty_like(table) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(everyone, table, group=self._group)
+        return [(_rows(one[:_EXAMINED]), _rows(one[_EXAMINED:])) for one in everyone]
+
+    def _explain(
+        self, arm: str, recount: _Recount, table: list[list[int]], chosen: list[Alternatives]
+    ) -> list[Divergence]:
+        """Return a divergence for each explanation that holds for tokens of this rank, and one for those left over."""
+        sample = recount.examined
+        modelled = self._modelled(sample, chosen)
+        groups: dict[int, list[int]] = {}
+        for token, place in enumerate(self._causes(sample, table, chosen)):
+            groups.setdefault(place, []).append(token)
+        return [
+            self._divergence(
+                arm, recount, torch.tensor(tokens, device=modelled.device), modelled, [*chosen, ()][place], len(groups)
+            )
+            for place, tokens in sorted(groups.items())
+        ]
+
+    def _modelled(self, sample: _Sample, chosen: Sequence[Alternatives]) -> Tensor:
+        """Return what combine would have given if all that was chosen held."""
+        return added(changed(sample.contributions, [one[0] for one in chosen], self._rank), self._order)
+
+    def _causes(self, sample: _Sample, table: list[list[int]], chosen: list[Alternatives]) -> list[int]:
+        """Return, for each token, the place of its explanation among the chosen, or the number of those for none.
+
+        What other ranks returned comes before this rank's having added nothing else: where a token lacks the shares of
+        all others, and each is missing elsewhere too, the ranks that sent them are to blame.
+        """
+        others = [one for one in chosen if one[0].what != ALONE]
+        together = self._same(sample.actual, self._modelled(sample, others)).tolist()
+        found = []
+        for token, row in enumerate(table):
+            single = [place for place, one in enumerate(chosen) if explained_by(row, one)]
+            joint = [chosen.index(one) for one in others if together[token] and _concerns(sample, token, one)]
+            by_others = [place for place in single if chosen[place] in others]
+            found.append((by_others or joint or single or [len(chosen)])[0])
+        return found
+
+    def _divergence(  # noqa: PLR0913 - what is told of a group of tokens
+        self, arm: str, recount: _Recount, index: Tensor, modelled: Tensor, causes: Alternatives, num_groups: int
+    ) -> Divergence:
+        chosen = recount.examined.take(index)
+        found = difference("combine", arm, self._rank, "tokens", RETURNED, chosen.actual, chosen.expected)
+        going = [rank for rank in chosen.contributions.ranks.flatten().tolist() if rank >= 0]
+        pattern = causes[0].what if causes else pattern_of(chosen.actual, modelled[index], lambda: recount.digests)
+        return msgspec.structs.replace(
+            self._at_token(found, int(chosen.tokens[found.row or 0])),
+            rows=recount.wrong if num_groups == 1 else len(index),
+            clues=Clues(
+                pattern=pattern,
+                tokens=[(self._rank, number) for number in chosen.tokens[:LISTED_TOKENS].tolist()],
+                suspects=sorted({one.rank for one in causes}),
+                examined=len(index),
+                by_destination={str(rank): going.count(rank) for rank in sorted(set(going))},
+            ),
+        )
+
+    def _at_token(self, found: Divergence, token: int) -> Divergence:
+        return msgspec.structs.replace(found, row=token, source_rank=self._rank, source_token=token)
+
+
+def _concerns(sample: _Sample, token: int, alternatives: Alternatives) -> bool:
+    there = set(sample.contributions.ranks[token].tolist())
+    return any(one.rank in there for one in alternatives)
+
+
+def _rows(table: Tensor) -> list[list[int]]:
+    """Return the rows that were filled in, without the column that says so."""
+    return [row[1:] for row in table.tolist() if row[0] > 0]
+
+
+def _within(allowed: float) -> Same:
+    def near(actual: Tensor, expected: Tensor) -> Tensor:
+        wide, right = actual.float(), expected.float()
+        close = (wide - right).abs() <= allowed * right.abs().amax(1, keepdim=True)
+        return (close | (wide.isnan() & right.isnan()) | (wide == right)).all(1)
+
+    return near

@@ -1,0 +1,150 @@
+"""What combine should have given: each token's contributions, fetched from those that returned them, and added anew.
+
+Nothing is believed of the transport that is checked but the order in which it says it adds, so a difference is
+combine's own, whatever went wrong before it and whether or not inputs are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.transport.mori_config import TWO_LEVELS
+from distbench.verify.bitwise import integer_view
+from distbench.workload.kinds import ExpertGroup
+from distbench.workload.routing import destinations, recv_counts
+
+ROUND_BYTES = 16 << 20
+_TOKEN_BITS = 32
+
+
+class SumOrder(NamedTuple):
+    """How a transport adds a token's contributions: in float32 from +0.0, in the order of top-k slots.
+
+    A rank stands at its first slot, or its last. With `node_ranks` each node of so many ranks has its sum rounded
+    first, and those are added in order of nodes. `quantised` rows are not added as they were returned.
+    """
+
+    last_slot: bool = False
+    node_ranks: int = 0
+    quantised: bool = False
+
+
+class Returned(NamedTuple):
+    """What one rank gave to combine: keys int64 [m], rank << 32 | token of each received row, rising; rows [m, H]."""
+
+    keys: Tensor
+    rows: Tensor
+
+
+class Contributions(NamedTuple):
+    """What ranks returned for some tokens, in the order of adding: rows [n, c, H], ranks int64 [n, c], -1 for none."""
+
+    rows: Tensor
+    ranks: Tensor
+
+    def take(self, index: Tensor) -> Contributions:
+        """Return those of the tokens `index` [m]."""
+        return Contributions(self.rows[index], self.ranks[index])
+
+
+def sum_order(facts: Mapping[str, Any]) -> SumOrder:
+    """Return the order in which a transport adds, from what it says of itself."""
+    kernel, node_ranks = facts.get("kernel"), facts.get("gpu_per_node")
+    return SumOrder(
+        last_slot=kernel == "IntraNodeLL",
+        node_ranks=node_ranks if kernel in TWO_LEVELS and isinstance(node_ranks, int) and node_ranks > 0 else 0,
+        quantised=facts.get("quant", "none") != "none",
+    )
+
+
+def key_of(ranks: Tensor, tokens: Tensor) -> Tensor:
+    """Return the number by which received rows are ordered, int64 [m]."""
+    return (ranks << _TOKEN_BITS) | tokens
+
+
+def split_key(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return source ranks and source tokens."""
+    return keys >> _TOKEN_BITS, keys & ((1 << _TOKEN_BITS) - 1)
+
+
+def added(contributions: Contributions, order: SumOrder) -> Tensor:
+    """Return the sum of each token's contributions as combine has to make it: [n, H] of the rows' dtype."""
+    rows, ranks = contributions
+    if not order.node_ranks:
+        return _added_in_order(rows).to(rows.dtype)
+    nodes = ranks.div(order.node_ranks, rounding_mode="floor")
+    total = torch.zeros_like(rows[:, 0], dtype=torch.float32)
+    for node in range(int(nodes.max()) + 1 if nodes.numel() else 0):
+        here = torch.where((nodes == node).unsqueeze(2), rows, torch.zeros_like(rows))
+        total += _added_in_order(here).to(rows.dtype)
+    return total.to(rows.dtype)
+
+
+def same_bits_or_nan(actual: Tensor, expected: Tensor) -> Tensor:
+    """Whether rows [n, H] have the same bits, bool [n]; one NaN is as good as another: machines differ in theirs."""
+    nan = actual.isnan() & expected.isnan()
+    return ((integer_view(actual) == integer_view(expected)) | nan).all(1)
+
+
+def in_slot_order(rows: Tensor, ids: Tensor, group: ExpertGroup, order: SumOrder) -> Contributions:
+    """Lay out rows [m, H] for tokens with `ids` [n, k].
+
+    `rows` has one row for each rank that a token went to, ordered by that rank and then by token.
+    """
+    going = destinations(ids, group.experts_per_rank, group.ep_size)
+    position = (going.t().flatten().cumsum(0) - 1).view(group.ep_size, len(ids))
+    ranks = _standing(ids, group, order)
+    index = position[ranks.clamp(min=0), torch.arange(len(ids), device=ids.device).unsqueeze(1)]
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return Contributions(padded[torch.where(ranks < 0, len(rows), index)], ranks)
+
+
+def recounted(  # noqa: PLR0913 - what was returned, whose tokens, how they are added
+    process_group: dist.ProcessGroup, returned: Returned, ids: Tensor, most: int, group: ExpertGroup, order: SumOrder
+) -> Iterator[tuple[int, Contributions]]:
+    """Yield, block after block, its first token and what all ranks returned for its tokens. Collective.
+
+    ids [n, k] are this rank's own; no rank has more than `most` tokens. A block's rows take `ROUND_BYTES` at most on
+    any rank, or are those of one token of each rank.
+    """
+    row_bytes = returned.rows.shape[1] * returned.rows.element_size()
+    step = max(ROUND_BYTES // (row_bytes * group.ep_size), 1)
+    owners, tokens = split_key(returned.keys)
+    for start in range(0, most, step):
+        asked = (tokens >= start) & (tokens < start + step)
+        block = ids[start : start + step]
+        leaving = torch.bincount(owners[asked], minlength=group.ep_size)
+        arriving = recv_counts(block, group.experts_per_rank, group.ep_size)
+        rows = _exchanged(process_group, returned.rows[asked], leaving.tolist(), arriving.tolist())
+        yield start, in_slot_order(rows, block, group, order)
+
+
+def _standing(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Tensor:
+    """Return the ranks of each token's slots, each rank once, in slot order: int64 [n, min(k, W)], -1 past the last."""
+    owner = ids.long().div(group.experts_per_rank, rounding_mode="floor")
+    owner = torch.where((owner < 0) | (owner >= group.ep_size), -1, owner)
+    same = owner.unsqueeze(2) == owner.unsqueeze(1)
+    doubled = (same.triu(1) if order.last_slot else same.tril(-1)).any(2)
+    owner = owner.masked_fill(doubled, -1)
+    first = (owner < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : group.ep_size]
+    return owner.gather(1, first)
+
+
+def _added_in_order(rows: Tensor) -> Tensor:
+    total = torch.zeros_like(rows[:, 0], dtype=torch.float32)
+    for one in rows.unbind(1):
+        total += one
+    return total
+
+
+def _exchanged(group: dist.ProcessGroup, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
+    """Send rows [m, H], so many to each rank in turn; return what arrives, by rank. Collective."""
+    found = rows.new_empty(sum(arriving), rows.shape[1])
+    sent, received = rows.contiguous().view(torch.uint8), found.view(torch.uint8)
+    dist.all_to_all_single(received, sent, arriving, leaving, group=group)
+    return found

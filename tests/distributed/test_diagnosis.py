@@ -1,0 +1,154 @@
+"""Who is blamed, how surely, and that inputs that are not exact hide no wrong stage."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distbench.case import Case
+from distbench.errors import Verdict
+from distbench.faults.injector import FAULTS
+from distbench.rank import run_case
+from distbench.resolve import Layer, resolve_case
+from distbench.selftest.trials import DEAD, random_keys
+from distbench.verify.records import STAGE_ORDER, Diagnosis, Outcome
+from tests.cases import tiny_case
+from tests.ranks import on_ranks
+
+RANKS = 4
+SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
+SPLIT_K = {"numerics": "gaussian", "kernel_table": "tests/data/splitk.csv", "routing": "duplicates", "tokens": 20}
+ATOMIC = {"numerics": "gaussian", "tokens": 20}
+PAIRED = [name for name, kind in FAULTS.items() if kind.verdict not in (*DEAD, Verdict.PASS.value)]
+
+
+def outcome_of(case: Case) -> Outcome:
+    outcome: Outcome = on_ranks(case.ep_size, run_case, case)[0]
+    return outcome
+
+
+def blame_of(outcome: Outcome) -> list[tuple[str, str, list[int]]]:
+    return [(found.cause, found.confidence, found.ranks) for found in outcome.diagnosis if found.stage]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fault", ["share-lost", "share-doubled", "communication-skipped"])
+@pytest.mark.parametrize(("ranks", "routing"), [(2, "uniform"), (4, "duplicates"), (8, "uniform")])
+def test_whoever_sent_or_added_wrongly_is_told_apart(ranks: int, routing: str, fault: str, seed: int) -> None:
+    """With two ranks to a token a share that is missing looks like an owner who adds nothing but its own."""
+    case = tiny_case(ranks, seed=seed, tokens=12, routing=routing, inject=f"{fault}:rank={seed % ranks}")
+    assert [(confidence, blamed) for _, confidence, blamed in blame_of(outcome_of(case))] == [
+        ("certain", [seed % ranks])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inject", "guilty"),
+    [
+        ("flipped-bit:rank=3;share-lost:rank=1", [1, 3]),
+        ("share-lost:rank=0;share-lost:rank=1", [0, 1]),
+        ("zero-rows:rank=2;communication-skipped:rank=0", [0, 2]),
+        ("overwritten-by-peer:rank=1;flipped-token-bit:rank=1", [1]),
+        ("nan-lanes:rank=0;times-ep-size:rank=3", [0, 3]),
+    ],
+)
+def test_damage_before_combine_hides_none_of_combine(inject: str, guilty: list[int]) -> None:
+    outcome = outcome_of(tiny_case(RANKS, tokens=20, inject=inject))
+    stages = [found.stage for found in outcome.diagnosis if found.stage]
+    assert sorted({rank for _, _, blamed in blame_of(outcome) for rank in blamed}) == guilty
+    assert stages[-1] == "combine"
+    assert stages == sorted(stages, key=STAGE_ORDER.index)
+
+
+def pair_case(number: int, ranks: int) -> Case:
+    """Return a random case with two random faults, on random ranks, in random arms."""
+    chance = random.Random(number)
+    texts, keys = [], random_keys(chance, ranks)
+    for name in chance.choices(PAIRED, k=2):
+        arm = "" if FAULTS[name].arm else chance.choice(("", "padded", "control", "repadded", "truncated"))
+        texts.append(f"{name}:rank={chance.randrange(ranks)}" + (f",arm={arm}" if arm else ""))
+        keys |= FAULTS[name].shape
+    return resolve_case([Layer("pair", keys | {"inject": ";".join(texts)})], ranks).case
+
+
+def wrongly_blamed(outcome: Outcome) -> list[Diagnosis]:
+    """Return what blames a rank on which no fault has changed anything."""
+    assert outcome.gathered is not None
+    guilty = {record.rank for record in outcome.gathered.observations if any(record.injected.values())}
+    return [found for found in outcome.diagnosis if found.stage and not guilty.issuperset(found.ranks)]
+
+
+@settings(max_examples=400 if SOAK else 40, deadline=None, derandomize=True)
+@given(st.integers(0, 1 << 40))
+def test_of_two_random_faults_none_puts_certain_blame_on_a_healthy_rank(number: int) -> None:
+    outcome = outcome_of(pair_case(number, RANKS))
+    assert [found for found in wrongly_blamed(outcome) if found.confidence == "certain"] == []
+
+
+@pytest.mark.parametrize("arm", ["padded", "control", "repadded", "truncated"])
+@pytest.mark.parametrize("fault", ["flipped-token-bit", "share-doubled", "swapped-tokens"])
+@pytest.mark.parametrize("inputs", [SPLIT_K, ATOMIC], ids=["drift", "atomic sums"])
+def test_combine_is_checked_in_gaussian_inputs(inputs: dict[str, object], fault: str, arm: str) -> None:
+    case = tiny_case(RANKS, inject=f"{fault}:rank=2,arm={arm}", require="tolerance", **inputs)
+    outcome = outcome_of(case)
+    assert outcome.judgement.verdict is (Verdict.BASELINE_WRONG if arm == "padded" else Verdict.CORRUPT)
+    assert "the sum of what ranks returned" in outcome.judgement.reasons[0].message
+    ((cause, _, blamed),) = blame_of(outcome)
+    assert cause.startswith("combine: ")
+    assert blamed == [2]
+
+
+def test_combine_faults_on_two_ranks_are_not_blamed_on_a_kernel_that_never_repeats_its_bits() -> None:
+    inject = "share-doubled:rank=1,arm=control;swapped-tokens:rank=2,arm=control"
+    outcome = outcome_of(tiny_case(RANKS, inject=inject, **ATOMIC))
+    assert outcome.judgement.verdict is Verdict.CORRUPT
+    assert [blamed for _, _, blamed in blame_of(outcome)] == [[1], [2]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kernel_that_adds_atomically_is_named_whichever_arm_shows_it(seed: int) -> None:
+    verdict = outcome_of(tiny_case(RANKS, seed=seed, limit="sum32", **ATOMIC)).judgement.verdict
+    assert verdict in (Verdict.NONDETERMINISTIC, Verdict.PASS)
+
+
+@pytest.mark.parametrize("kernel", ["IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL"])
+def test_sums_of_every_kernel_of_mori_are_known_to_the_bit(kernel: str) -> None:
+    nodes = {"gpu_per_node": 2} if kernel.startswith("Inter") else {}
+    mori = {"transport": "mori", "emulate": True, "mori_kernel": kernel} | nodes | SPLIT_K
+    assert outcome_of(tiny_case(RANKS, **mori)).judgement.verdict is Verdict.PASS
+    lost = outcome_of(tiny_case(RANKS, inject="share-lost:rank=1,arm=control", **mori))
+    assert blame_of(lost) == [("combine: a rank's share is missing", "certain", [1])]
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+@pytest.mark.parametrize("quant", ["fp8_direct_cast", "fp8_blockwise"])
+def test_quantised_sums_are_held_against_the_same_rows_once_more(quant: str, numerics: str) -> None:
+    case = {"transport": "mori", "emulate": True, "combine_quant": quant} | SPLIT_K | {"numerics": numerics}
+    assert outcome_of(tiny_case(RANKS, **case)).judgement.verdict is Verdict.PASS
+    flipped = outcome_of(tiny_case(RANKS, inject="flipped-token-bit:rank=1,arm=control,bit=5", **case))
+    assert flipped.judgement.verdict is Verdict.CORRUPT
+    assert flipped.diagnosis[0].ranks == [1]
+    damaged = outcome_of(tiny_case(RANKS, inject="flipped-bit:rank=1,arm=control", **case))
+    assert [(found.stage, found.ranks) for found in damaged.diagnosis] == [("dispatch", [1])]
+
+
+def test_wrong_rows_in_the_padded_arm_are_no_baseline_for_others() -> None:
+    outcome = outcome_of(tiny_case(RANKS, inject="swapped-rows:rank=2,arm=padded", **SPLIT_K))
+    assert outcome.judgement.verdict is Verdict.BASELINE_WRONG
+    assert [(found.stage, found.ranks) for found in outcome.diagnosis] == [("dispatch", [2])]
+
+
+@pytest.mark.parametrize("arm", ["padded", "truncated"])
+def test_the_headline_names_the_first_wrong_stage_and_not_what_came_of_it(arm: str) -> None:
+    outcome = outcome_of(tiny_case(RANKS, tokens=20, inject=f"total-recv-short:rank=3,arm={arm}"))
+    reason = outcome.judgement.reasons[0]
+    assert (reason.code, reason.rank) == ("dispatch-differs", 3)
+    both = outcome_of(tiny_case(RANKS, inject=f"flipped-token-bit:rank=0,arm={arm};zero-rows:rank=3,arm={arm}"))
+    assert [(reason.code, reason.rank) for reason in both.judgement.reasons][:2] == [
+        ("experts-differs", 3),
+        ("combine-differs", 0),
+    ]

@@ -1,0 +1,72 @@
+"""Few explanations for all ranks' wrong tokens, none that a right token speaks against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distbench.verify.explanations import ALONE, CHANGES, Explanation, changed, choose, effects
+from distbench.verify.sums import Contributions, SumOrder, added
+
+MISSING, DOUBLED, CAST = CHANGES
+# Two places of a token, so columns: missing, missing, doubled, doubled, cast, cast, alone.
+NOBODY = [-1] * 7
+
+
+def row(**columns: int) -> list[int]:
+    """Return a row of `effects`: whom some columns blame."""
+    names = ("missing0", "missing1", "doubled0", "doubled1", "cast0", "cast1", "alone")
+    return [columns.get(name, -1) for name in names]
+
+
+def test_one_sender_explains_the_tokens_of_all_ranks() -> None:
+    first = [row(missing1=1, alone=0), row(missing1=1, alone=0)]
+    second = [row(missing0=1)]
+    assert choose([first, second], [[], []]) == [(Explanation(MISSING, 1),)]
+
+
+def test_a_right_token_speaks_for_a_sender() -> None:
+    wrong = [row(missing1=1, alone=0)]
+    assert choose([wrong, []], [[], [row(missing0=1)]]) == [(Explanation(ALONE, 0),)]
+
+
+def test_what_nothing_tells_apart_stays_open() -> None:
+    wrong = [row(missing0=2, missing1=3)]
+    assert choose([wrong], [[]]) == [(Explanation(MISSING, 2), Explanation(MISSING, 3))]
+
+
+def test_two_senders_are_both_named() -> None:
+    found = choose([[row(missing0=1), row(missing0=1), row(doubled1=2)]], [[]])
+    assert found == [(Explanation(MISSING, 1),), (Explanation(DOUBLED, 2),)]
+
+
+def test_nothing_explains_nothing() -> None:
+    assert choose([[NOBODY], []], [[], [NOBODY]]) == []
+
+
+def contributions() -> Contributions:
+    rows = torch.tensor([[[1.0, 500.0], [2.0, 3.0]], [[4.0, 5.0], [0.0, 0.0]]]).bfloat16()
+    return Contributions(rows, torch.tensor([[2, 0], [1, -1]]))
+
+
+def equals(expected: list[list[float]]) -> Callable[[Tensor], Tensor]:
+    return lambda sums: (sums == torch.tensor(expected).bfloat16()).all(1)
+
+
+def test_effects_blame_whoever_returned_the_row_or_added_alone() -> None:
+    order = SumOrder()
+    missing_2 = effects(contributions(), 0, order, equals([[2.0, 3.0], [0.0, 0.0]]))
+    assert missing_2.tolist() == [[2, -1, -1, -1, -1, -1, 0], [1, -1, -1, -1, -1, -1, 0]]
+    doubled_0 = effects(contributions(), 3, order, equals([[5.0, 506.0], [8.0, 10.0]]))
+    assert doubled_0.tolist() == [[-1, -1, -1, 0, -1, -1, -1], [-1, -1, 1, -1, -1, -1, -1]]
+    cast_2 = effects(contributions(), 3, order, equals([[3.0, 451.0], [-1.0, 0.0]]))
+    assert cast_2.tolist() == [[-1, -1, -1, -1, 2, -1, -1], NOBODY]
+
+
+def test_several_changes_hold_at_once() -> None:
+    both = changed(contributions(), [Explanation(MISSING, 0), Explanation(DOUBLED, 1), Explanation(ALONE, 3)], 2)
+    assert torch.equal(added(both, SumOrder()), torch.tensor([[1.0, 500.0], [8.0, 10.0]]).bfloat16())
+    alone = changed(contributions(), [Explanation(ALONE, 1)], 1)
+    assert torch.equal(added(alone, SumOrder()), torch.tensor([[0.0, 0.0], [4.0, 5.0]]).bfloat16())

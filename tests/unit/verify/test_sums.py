@@ -1,0 +1,72 @@
+"""What combine has to give, against the words of docs/mori.md followed token by token."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.verify.sums import SumOrder, added, in_slot_order, same_bits_or_nan, sum_order
+from distbench.workload.kinds import ExpertGroup
+from distbench.workload.routing import destinations
+
+GROUP = ExpertGroup(ep_size=4, num_experts=16, topk=6)
+ORDERS = {
+    "all_to_all": SumOrder(),
+    "IntraNode": SumOrder(),
+    "IntraNodeLL": SumOrder(last_slot=True),
+    "InterNodeV1": SumOrder(node_ranks=2),
+    "AsyncLL": SumOrder(),
+}
+
+
+def told_by_the_words(ids: list[int], rows: dict[int, Tensor], order: SumOrder) -> Tensor:
+    """Add one token's rows, by the rank that returned each."""
+    owners = [expert // GROUP.experts_per_rank if 0 <= expert < GROUP.num_experts else None for expert in ids]
+    slots = list(reversed(owners)) if order.last_slot else owners
+    ranks = [rank for rank in dict.fromkeys(slots) if rank is not None]
+    ranks = list(reversed(ranks)) if order.last_slot else ranks
+
+    def total(some: list[int]) -> Tensor:
+        return reduce(lambda so_far, rank: so_far + rows[rank].float(), some, torch.zeros(8)).bfloat16()
+
+    if not order.node_ranks:
+        return total(ranks)
+    nodes = sorted({rank // order.node_ranks for rank in ranks})
+    parts = [total([rank for rank in ranks if rank // order.node_ranks == node]) for node in nodes]
+    return reduce(lambda so_far, part: so_far + part.float(), parts, torch.zeros(8)).bfloat16()
+
+
+@pytest.mark.parametrize("kernel", ORDERS)
+def test_sums_follow_the_order_that_a_transport_names(kernel: str) -> None:
+    order = sum_order({"kernel": kernel, "gpu_per_node": 2, "quant": "none"})
+    assert order == ORDERS[kernel]
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(-1, 17, (64, 6), generator=generator, dtype=torch.int32)
+    ids[0] = -1
+    going = destinations(ids, GROUP.experts_per_rank, GROUP.ep_size)
+    rank_of, token_of = going.t().nonzero().unbind(1)
+    scale = 10.0 ** torch.randint(-3, 4, (len(rank_of), 1), generator=generator)
+    rows = (torch.randn(len(rank_of), 8, generator=generator) * scale).bfloat16()
+    found = added(in_slot_order(rows, ids, GROUP, order), order)
+    for token, row in enumerate(ids.tolist()):
+        mine = {int(rank): rows[place] for place, rank in enumerate(rank_of) if int(token_of[place]) == token}
+        assert torch.equal(found[token], told_by_the_words(row, mine, order))
+
+
+def test_no_tokens_have_no_sums() -> None:
+    nothing = in_slot_order(torch.empty(0, 8), torch.empty(0, 6, dtype=torch.int32), GROUP, SumOrder())
+    assert added(nothing, SumOrder()).shape == (0, 8)
+
+
+def test_quantised_rows_are_known_as_such() -> None:
+    assert sum_order({"kernel": "IntraNode", "quant": "fp8_blockwise"}).quantised
+
+
+def test_one_nan_is_as_good_as_another_and_zeros_have_signs() -> None:
+    nan, other = torch.tensor([[0x7FC0]], dtype=torch.int16), torch.tensor([[-0x40]], dtype=torch.int16)
+    assert same_bits_or_nan(nan.view(torch.bfloat16), other.view(torch.bfloat16)).tolist() == [True]
+    assert same_bits_or_nan(torch.tensor([[0.0]]), torch.tensor([[-0.0]])).tolist() == [False]
+    assert same_bits_or_nan(torch.tensor([[1.0]]), torch.tensor([[float("nan")]])).tolist() == [False]
