@@ -13,6 +13,12 @@ BIT = whole(-1, -1, (1 << 20) - 1)
 """A bit, counted over the whole row and from its start again past its end; -1 for a random one."""
 
 
+def _longer(rows: Tensor, more: int) -> Tensor:
+    tail = rows.new_empty(more, rows.shape[1])
+    poison_(tail)
+    return torch.cat([rows.view(torch.uint8), tail.view(torch.uint8)]).view(rows.dtype)
+
+
 def flip(rows: Tensor, row: int, bit: int) -> None:
     """Flip bit `bit` of one row of `rows` [n, columns], counted over the whole row, in place."""
     whole = rows.view(torch.uint8)
@@ -118,6 +124,28 @@ class Unreceived(Fault):
                 part[: live - room] = part[room:live].clone()
                 poison_(part[room:live])
         return dispatched
+
+
+class CapacityIgnored(Fault):
+    """The capacity that was asked for is not applied: the receive buffer has room for all that could be sent."""
+
+    name, stage = "capacity-ignored", "dispatch"
+    bug = "sglang's moriep.py: max_total_recv_tokens is dropped with a warning where the installed MoRI lacks it"
+    shape = {"prealloc_max_recv_tokens": 96, "tokens": 12, "max_dispatch_tokens_per_rank": 64}
+    needs = "a prealloc_max_recv_tokens that makes the buffer smaller"
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """Append rows to the buffer, up to W * M."""
+        case = self.scene.case
+        missing = case.ep_size * case.max_dispatch_tokens_per_rank - len(dispatched.hidden)
+        self.hits += missing
+        return Dispatched(
+            hidden=_longer(dispatched.hidden, missing),
+            scales=None if dispatched.scales is None else _longer(dispatched.scales, missing),
+            weights=_longer(dispatched.weights, missing),
+            ids=_longer(dispatched.ids, missing),
+            total_recv=dispatched.total_recv,
+        )
 
 
 class ShareOverflow(Fault):

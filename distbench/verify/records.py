@@ -14,6 +14,7 @@ from distbench.limits import Traffic
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"
 LISTED_TOKENS = 64
+COUNTS = ("capacity", "total_recv")
 RETURNED = "the sum of what ranks returned"
 PADDED = "padded"
 POISON = "poison or NaN"
@@ -97,6 +98,10 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
         if self.stage == "truncate" and self.field == "rows":
             return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
+        if self.field in COUNTS:
+            return (
+                f"rank {self.rank}, {self.arm}, {self.stage}: {self.field} is {self.rows} rows away from {self.against}"
+            )
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
         what = f"{self.field} differ from {self.against} in {self.rows} rows"
         return f"rank {self.rank}, {self.arm}, {self.stage}: {what}{source}{bits}"

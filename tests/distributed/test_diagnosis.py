@@ -142,6 +142,16 @@ def test_wrong_rows_in_the_padded_arm_are_no_baseline_for_others() -> None:
     assert [(found.stage, found.ranks) for found in outcome.diagnosis] == [("dispatch", [2])]
 
 
+@pytest.mark.parametrize("arm", ["padded", "control", "truncated"])
+def test_a_capacity_that_is_not_applied_is_a_fault_of_dispatch(arm: str) -> None:
+    shape = {"prealloc_max_recv_tokens": 96, "tokens": 12}
+    outcome = outcome_of(tiny_case(RANKS, inject=f"capacity-ignored:rank=2,arm={arm}", **shape))
+    assert outcome.judgement.verdict is (Verdict.BASELINE_WRONG if arm == "padded" else Verdict.CORRUPT)
+    assert blame_of(outcome) == [("dispatch: another capacity", "certain", [2])]
+    message = f"rank 2, {arm}, dispatch: capacity is 160 rows away from the agreed 96"
+    assert [reason.message for reason in outcome.judgement.reasons] == [message]
+
+
 @pytest.mark.parametrize("arm", ["padded", "truncated"])
 def test_the_headline_names_the_first_wrong_stage_and_not_what_came_of_it(arm: str) -> None:
     outcome = outcome_of(tiny_case(RANKS, tokens=20, inject=f"total-recv-short:rank=3,arm={arm}"))
