@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distbench.workload.bits import shuffles
 
-# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many.
+# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many. On a
+# device they come again in turn, so that no draw falls into a call that is timed.
 _DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
 
 
@@ -64,9 +65,10 @@ class Arrivals:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the slot of each row as it arrives, and the row of each slot: int64 [total]."""
-        drawn = (_DRAWN_ON_CPU if self._device.type == "cpu" else _DRAWN_ON_DEVICE) if self._shuffled else 1
+        on_device = self._device.type != "cpu"
+        drawn = (_DRAWN_ON_DEVICE if on_device else _DRAWN_ON_CPU) if self._shuffled else 1
         index = self._calls % drawn
-        if self._orders is None or (index == 0 and self._shuffled):
+        if self._orders is None or (index == 0 and self._shuffled and not on_device):
             self._orders = self._draw(drawn)
         self._calls += 1
         return self._orders.slots[index], self._orders.rows[index]
