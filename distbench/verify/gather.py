@@ -140,8 +140,8 @@ def _gather_records(group: dist.ProcessGroup, observation: Observation) -> list[
         tail = rest if rank == 0 else raw.new_empty(max(size - _RECORD_BYTES, 0))
         if tail.numel() and rank != 0:
             dist.recv(tail, group=group, group_src=rank)
-        whole = torch.cat([raw, tail])[8:size].numpy()
-        records.append(msgspec.json.decode(memoryview(whole), type=Observation))
+        whole = torch.cat([raw, tail])[8:size].numpy().tobytes()
+        records.append(msgspec.json.decode(whole, type=Observation))
     return records
 
 
