@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distbench.launches import launch
 from distbench.transport import row_kernels
 from distbench.transport.arrival import Traffic
 from distbench.transport.route import Plan, Route
@@ -22,20 +23,22 @@ class TritonRows:
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
+        self._shapes: dict[str, dict[str, Any]] = {}
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
         """See `Mover.leave`."""
-        _move([(part, lane.leaving) for part, lane in zip(parts, route.lanes, strict=True)], route.leaving, None)
+        self._move("leave", parts, [lane.leaving for lane in route.lanes], route.leaving, None)
 
     def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
         """See `Mover.stay`."""
         route = plan.route
-        pairs = [(part, lane.buffer) for part, lane in zip(parts, route.lanes, strict=True)]
-        _move(pairs, route.staying, plan.slots[self._traffic.arriving :])
+        slots = plan.slots[self._traffic.arriving :]
+        self._move("stay", parts, [lane.buffer for lane in route.lanes], route.staying, slots)
 
     def arrive(self, plan: Plan) -> None:
         """See `Mover.arrive`; the own rows lie there already."""
-        _move([(lane.incoming, lane.buffer) for lane in plan.route.lanes], None, plan.slots[: self._traffic.arriving])
+        lanes, slots = plan.route.lanes, plan.slots[: self._traffic.arriving]
+        self._move("arrive", [lane.incoming for lane in lanes], [lane.buffer for lane in lanes], None, slots)
 
     def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
         """See `Mover.send_back`."""
@@ -43,9 +46,8 @@ class TritonRows:
         outgoing = expert_out.new_empty(count, width)
         if count:
             block = _block(expert_out)
-            row_kernels.take_back[(count, -(-width // block))](
-                expert_out, plan.slots, outgoing, expert_out.shape[0], WIDTH=width, BLOCK=block
-            )
+            given = expert_out, plan.slots, outgoing, expert_out.shape[0]
+            launch(row_kernels.take_back, (count, -(-width // block)), *given, WIDTH=width, BLOCK=block)
         return outgoing
 
     def room(self, expert_out: Tensor) -> Tensor:
@@ -61,7 +63,9 @@ class TritonRows:
         total = expert_out.new_empty(count, columns)
         if count:
             block = _block(expert_out) // 2
-            row_kernels.add_rows[(count, -(-columns // block))](
+            launch(
+                row_kernels.add_rows,
+                (count, -(-columns // block)),
                 returned,
                 expert_out,
                 plan.slots[self._traffic.arriving :],
@@ -76,28 +80,38 @@ class TritonRows:
             )
         return total
 
+    def _move(
+        self,
+        step: str,
+        sources: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        picked: Tensor | None,
+        put: Tensor | None,
+    ) -> None:
+        """Copy row picked[i] (i, where None) of each source to row put[i] of its target; a step has one shape."""
+        rows = picked if picked is not None else put
+        if rows is None or rows.numel() == 0:
+            return
+        if step not in self._shapes:
+            self._shapes[step] = _shape(sources, targets) | {"PICK": picked is not None, "PUT": put is not None}
+        constants = self._shapes[step]
+        fields = [tensor for pair in zip(sources, targets, strict=True) for tensor in pair]
+        fields += [sources[0]] * (2 * _FIELDS - len(fields))
+        indices = rows if picked is None else picked, rows if put is None else put
+        blocks = -(-constants["WIDTHS"][0] // constants["BLOCKS"][0])
+        launch(row_kernels.move, (rows.numel(), blocks), *fields, *indices, **constants)
 
-def _move(pairs: list[tuple[Tensor, Tensor]], sources: Tensor | None, targets: Tensor | None) -> None:
-    """Copy row sources[i] of each pair's first to row targets[i] of its second; None for i."""
-    rows = sources if sources is not None else targets
-    if rows is None or rows.numel() == 0:
-        return
-    blocks = [_block(source) for source, _ in pairs]
-    widths = [source.shape[1] for source, _ in pairs]
-    missing = _FIELDS - len(pairs)
-    fields: list[Any] = [tensor for pair in pairs for tensor in pair] + [pairs[0][0]] * (2 * missing)
-    nothing = (0,) * missing
-    row_kernels.move[(rows.numel(), -(-widths[0] // blocks[0]))](
-        *fields,
-        rows if sources is None else sources,
-        rows if targets is None else targets,
-        SOURCES=(*(source.stride(0) for source, _ in pairs), *nothing),
-        TARGETS=(*(target.stride(0) for _, target in pairs), *nothing),
-        WIDTHS=(*widths, *nothing),
-        BLOCKS=(blocks[0], *map(_whole, widths[1:]), *nothing),
-        PICK=sources is not None,
-        PUT=targets is not None,
-    )
+
+def _shape(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the constants of `row_kernels.move` for these fields; those that are missing are 0 words wide."""
+    nothing = (0,) * (_FIELDS - len(sources))
+    widths = [source.shape[1] for source in sources]
+    return {
+        "SOURCES": (*(source.stride(0) for source in sources), *nothing),
+        "TARGETS": (*(target.stride(0) for target in targets), *nothing),
+        "WIDTHS": (*widths, *nothing),
+        "BLOCKS": (_block(sources[0]), *map(_whole, widths[1:]), *nothing),
+    }
 
 
 def _block(rows: Tensor) -> int:
