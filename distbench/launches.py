@@ -11,17 +11,18 @@ from typing import Any
 from torch import Tensor
 
 _ALIGNMENT = 16
-_Kind = tuple[object, ...] | bool | None
 _COMPILED: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a `triton.jit` function, whose constants stand last: kernel[grid](*arguments, **constants).
 
-    arguments are tensors, tensor descriptors, numbers and None; constants may have Triton's options among them. On the
-    current device and stream; interpreted kernels are run as ever.
+    arguments are tensors, one of them at least, tensor descriptors, numbers and None; constants may have Triton's
+    options among them. On the current device and stream; interpreted kernels are run as ever.
     """
-    key = (id(kernel), tuple(map(_kind, arguments)), *constants.values())
+    kinds = [(one.dtype, one.data_ptr() % _ALIGNMENT) if type(one) is Tensor else _kind(one) for one in arguments]
+    device = next(one for one in arguments if type(one) is Tensor).get_device()
+    key = (id(kernel), device, *kinds, *constants.values())
     known = _COMPILED.get(key)
     if known is not None:
         compiled, values = known
@@ -32,11 +33,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
-def _kind(argument: Any) -> _Kind:
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0, argument.get_device()
-    if isinstance(argument, int):
-        return argument == 1, argument % _ALIGNMENT == 0
+def _kind(argument: Any) -> tuple[object, ...] | None:
     if argument is None:
         return None
+    if isinstance(argument, int):
+        return argument == 1, argument % _ALIGNMENT == 0
     return argument.base.dtype, *argument.block_shape

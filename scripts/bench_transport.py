@@ -57,9 +57,8 @@ def _measure(session: Session, case: Case) -> bool:
     transport = make_transport(session, case, counts, batch)
     output = transport.dispatch(batch).hidden.clone()
     transport.combine(output, batch.ids)
-    row = sum(part.shape[1] * part.element_size() for part in batch if part is not None) + 4
     times = {
-        "bare dispatch": _bare(session, counts, row),
+        "bare dispatch": _bare(session, counts, transport.facts["row_bytes"]),
         "bare combine": _bare(session, counts.t(), case.hidden_size * 2),
     }
 

@@ -8,7 +8,7 @@ the others travel. Rows are ordered by the other rank and by token, own rows las
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class CollectiveTransport:
         self._traffic = Traffic(geometry)
         self._device = like.ids.device
         self._mover = make_mover(self._traffic, self._device)
-        self.facts = {"kernel": "all_to_all", "rows": self._mover.name}
+        self.facts: dict[str, Any] = {"kernel": "all_to_all", "rows": self._mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: Route | None = None
         self._adding: _Slots | None = None
@@ -60,6 +60,7 @@ class CollectiveTransport:
         self._received = self._allocate(like)
         self._buffers = [buffer[: self._traffic.total_received] for buffer in self._received[:4] if buffer is not None]
         self._layout = lay_out(self._buffers)
+        self.facts["row_bytes"] = self._layout.row_bytes
         self._source_ranks = self._traffic.source_ranks(self._device)
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
@@ -86,15 +87,10 @@ class CollectiveTransport:
         """See `Transport.combine`; a row past the end of `expert_out` comes back as poison."""
         plan, traffic, mover = self._take_plan(ids), self._traffic, self._mover
         outgoing, returned = mover.send_back(expert_out, plan), mover.room(expert_out)
-        travel = self._exchange(
-            returned[: traffic.leaving].view(torch.uint8), outgoing.view(torch.uint8), to_experts=False
-        )
+        self._exchange(returned[: traffic.leaving].view(torch.uint8), outgoing.view(torch.uint8), to_experts=False)
         mover.stay_back(expert_out, plan, returned)
         self._forget(plan.route)
-        slots = self._slots_of(ids, plan.route)
-        if travel is not None:
-            travel.wait()
-        return mover.add(expert_out, plan, returned, slots.rows)
+        return mover.add(expert_out, plan, returned, self._slots_of(ids, plan.route).rows)
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -159,14 +155,17 @@ class CollectiveTransport:
             raise DistbenchError(message)
 
     def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> dist.Work | None:
-        """Start the rows' travel between ranks; nothing travels where there is one rank."""
+        """Let the rows travel between ranks, those to the experts while the caller goes on; nothing where one is alone.
+
+        A device's stream waits for rows on their way back, which spares it two events, not the host.
+        """
         if self._geometry.ep_size == 1:
             return None
         output_splits, input_splits = self._traffic.from_peers, self._traffic.to_peers
         if not to_experts:
             output_splits, input_splits = input_splits, output_splits
         travel: dist.Work | None = dist.all_to_all_single(
-            incoming, outgoing, output_splits, input_splits, group=self._group, async_op=True
+            incoming, outgoing, output_splits, input_splits, group=self._group, async_op=to_experts
         )
         return travel
 

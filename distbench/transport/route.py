@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.transport.arrival import Traffic
+from distbench.transport.base import poison_
 
 # Where a field of a row starts, and what a row's length is a multiple of: whole transactions of a device's memory.
 _FIELD_BYTES, _ROW_BYTES = 16, 128
@@ -62,7 +63,7 @@ class Mover(Protocol):
         """Lay the rows that leave into `route.outgoing`; parts [n, .] are the batch's fields, as words."""
 
     def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
-        """Do what can be done for the rank's own rows while the others travel."""
+        """Do what can be done for the rank's own rows while the others travel; poison the room of the last combine."""
 
     def arrive(self, plan: Plan) -> None:
         """Lay all received rows into their slots."""
@@ -71,10 +72,10 @@ class Mover(Protocol):
         """Return the expert rows that go back to peers, [arriving, H]; a row past the end of expert_out is poison."""
 
     def room(self, expert_out: Tensor) -> Tensor:
-        """Return room for rows that come back, of which the first [leaving, H] are for those of peers."""
+        """Return room for rows that come back, of which the first [leaving, H] are for those of peers, and poisoned."""
 
     def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
-        """Do what can be done for the rank's own rows while the others travel back."""
+        """Lay the rank's own rows where `add` looks for them."""
 
     def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:
         """Add the rows that each token names, in order, from +0.0, in float32, with one rounding: [n, H].
@@ -122,6 +123,27 @@ def sent_rows(going: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
     tokens = ordered.nonzero()[:, 1]
     position = torch.where(ordered, ordered.flatten().cumsum(0).view_as(ordered) - 1, tokens.numel())
     return tokens, torch.cat([position[:rank], position[-1:], position[rank:-1]]).t().contiguous()
+
+
+class Room:
+    """Memory for the rows of one step, kept from call to call."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._kept: Tensor | None = None
+
+    def of(self, like: Tensor) -> Tensor:
+        """Return rows of like's width and dtype: the last ones, or new ones, which are poison."""
+        kept = self._kept
+        if kept is None or kept.shape[1] != like.shape[1] or kept.dtype != like.dtype:
+            kept = self._kept = like.new_empty(self._rows, like.shape[1])
+            poison_(kept)
+        return kept
+
+    def poison(self, rows: int) -> None:
+        """Poison the first `rows` rows."""
+        if self._kept is not None:
+            poison_(self._kept[:rows])
 
 
 def words(rows: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from distbench.transport.arrival import Traffic
-from distbench.transport.base import poison_
-from distbench.transport.route import Plan, Route
+from distbench.transport.route import Plan, Room, Route
 
 # Rows that one step of combine's sum gathers: on a device they should still be in its L2 when they are added.
 _GATHERED_BYTES = 32 << 20
@@ -22,6 +21,7 @@ class TorchRows:
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
+        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2)
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
         """See `Mover.leave`."""
@@ -32,6 +32,7 @@ class TorchRows:
         """See `Mover.stay`."""
         for part, lane in zip(parts, plan.route.lanes, strict=True):
             _take(part, plan.route.staying, lane.incoming[self._traffic.arriving :])
+        self._returned.poison(self._traffic.leaving)
 
     def arrive(self, plan: Plan) -> None:
         """See `Mover.arrive`."""
@@ -40,14 +41,13 @@ class TorchRows:
 
     def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
         """See `Mover.send_back`."""
-        outgoing = expert_out.new_empty(self._traffic.arriving, expert_out.shape[1])
+        outgoing = self._outgoing.of(expert_out)
         self._take_back(expert_out, plan.slots[: self._traffic.arriving], outgoing)
         return outgoing
 
     def room(self, expert_out: Tensor) -> Tensor:
         """See `Mover.room`; the last two rows are poison and zeros."""
-        rows = expert_out.new_empty(self._traffic.total_sent + 2, expert_out.shape[1])
-        poison_(rows[-2])
+        rows = self._returned.of(expert_out)
         rows[-1].zero_()
         return rows
 

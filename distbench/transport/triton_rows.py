@@ -10,7 +10,7 @@ from torch import Tensor
 from distbench.launches import launch
 from distbench.transport import row_kernels
 from distbench.transport.arrival import Traffic
-from distbench.transport.route import Plan, Route
+from distbench.transport.route import Plan, Room, Route
 
 _BLOCK_BYTES = 4096
 _FIELDS = 4
@@ -23,6 +23,7 @@ class TritonRows:
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
+        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.leaving)
         self._shapes: dict[str, dict[str, Any]] = {}
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
@@ -34,6 +35,7 @@ class TritonRows:
         route = plan.route
         slots = plan.slots[self._traffic.arriving :]
         self._move("stay", parts, [lane.buffer for lane in route.lanes], route.staying, slots)
+        self._returned.poison(self._traffic.leaving)
 
     def arrive(self, plan: Plan) -> None:
         """See `Mover.arrive`; the own rows lie there already."""
@@ -43,7 +45,7 @@ class TritonRows:
     def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
         """See `Mover.send_back`."""
         count, width = self._traffic.arriving, expert_out.shape[1]
-        outgoing = expert_out.new_empty(count, width)
+        outgoing = self._outgoing.of(expert_out)
         if count:
             block = _block(expert_out)
             given = expert_out, plan.slots, outgoing, expert_out.shape[0]
@@ -52,7 +54,7 @@ class TritonRows:
 
     def room(self, expert_out: Tensor) -> Tensor:
         """See `Mover.room`."""
-        return expert_out.new_empty(self._traffic.leaving, expert_out.shape[1])
+        return self._returned.of(expert_out)
 
     def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
         """Leave the own rows where they are, for `add` to read."""

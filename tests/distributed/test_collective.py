@@ -15,6 +15,7 @@ from distbench.rank import workload_for
 from distbench.session import Session
 from distbench.transport import collective, make_transport
 from distbench.transport.arrival import Geometry
+from distbench.transport.base import POISON_ID
 from distbench.transport.collective import CollectiveTransport
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import shuffle
@@ -126,6 +127,31 @@ def foreign_ids(session: Session, case: Case) -> list[bool]:
     combined = transport.combine(out, torch.zeros_like(batch.ids))
     went = destinations(batch.ids, case.experts_per_rank, case.ep_size)[:, 0]
     return [bool(one) for one in (combined.isnan().all(1) != ~went)] + [bool(went.all())]
+
+
+@torch.inference_mode()
+def lost_on_the_way(session: Session, case: Case) -> list[bool]:
+    """Return whether rows that do not arrive, after a call in which the same did, are missed: sources, then tokens."""
+    transport, batch, counts = transport_of(session, case)
+    out = torch.ones(case.capacity, case.hidden_size, dtype=torch.bfloat16)
+    transport.dispatch(batch)
+    transport.combine(out, batch.ids)
+    exchange, transport._exchange = transport._exchange, lambda *_, **__: None  # type: ignore[method-assign]
+    transport.dispatch(batch)
+    strangers = transport.sources()[:, 1] == POISON_ID
+    transport._exchange = exchange  # type: ignore[method-assign]
+    transport.combine(out, batch.ids)
+    transport.dispatch(batch)
+    transport._exchange = lambda *_, **__: None  # type: ignore[method-assign]
+    missed = transport.combine(out, batch.ids).isnan().any(1)
+    away = destinations(batch.ids, case.experts_per_rank, case.ep_size)
+    away[:, session.rank] = False
+    peers = int(counts[:, session.rank].sum() - counts[session.rank, session.rank])
+    return [int(strangers.sum()) == peers > 0, torch.equal(missed, away.any(1))]
+
+
+def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
+    assert on_ranks(4, lost_on_the_way, tiny_case(4)) == [[True, True]] * 4
 
 
 @pytest.mark.parametrize("slot_order", ["shuffled", "source"])

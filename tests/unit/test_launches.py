@@ -66,7 +66,7 @@ DESCRIPTOR = SimpleNamespace(base=ROWS, block_shape=[16, 8])
 def test_what_triton_tells_apart_is_compiled_anew(first: object, second: object) -> None:
     kernel = Kernel()
     for argument in (first, second, first, second):
-        launch(kernel, (1,), argument, None, 2, **CONSTANTS)
+        launch(kernel, (1,), ROWS, argument, 2, **CONSTANTS)
     assert (len(kernel.compiled), len(kernel.launched)) == (2, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from distbench.workload.plan import BLOCK
 
 _SORT_ELEMENTS = 16384
 _COPY_COLUMNS = 1024
+# Elements of int32 that a kernel may take for aligned.
+_ALIGNED = 4
 
 
 class Rows(NamedTuple):
@@ -79,15 +82,10 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
     local = max(_power_of_two(num_local), 16)
     block = max(_SORT_ELEMENTS // local, 64)
     blocks = -(-count * topk // block)
-    new = rows.topk_ids.new_empty
-    placed = Sorted(
-        order=new(count * topk),
-        inverse=new(count * topk),
-        experts=new(3 * local),
-        tiles=new(1 + count * topk // block_m + num_local),
-        local=local,
-    )
-    counts = new(blocks * local)
+    sizes = (count * topk, count * topk, 3 * local, 1 + count * topk // block_m + num_local, blocks * local)
+    room = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+    order, inverse, experts, tiles, counts = rows.topk_ids.new_empty(sum(room)).split(room)
+    placed = Sorted(order[: count * topk], inverse, experts, tiles, local)
     shape = {
         "TOPK": topk,
         "NUM_EXPERTS": num_experts,
@@ -99,8 +97,8 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
     given = rows.topk_ids, weights.mask, rows.num_local_tokens, counts
     if blocks > 1:
         launch(sort_kernels.count_routes, (blocks,), *given, count, **shape)
-    tiles = {"BLOCK_M": block_m, "ONE_BLOCK": blocks == 1}
-    launch(sort_kernels.place_routes, (blocks,), *given, *placed[:4], count, **tiles, **shape)
+    tiling = {"BLOCK_M": block_m, "ONE_BLOCK": blocks == 1}
+    launch(sort_kernels.place_routes, (blocks,), *given, *placed[:4], count, **tiling, **shape)
     return placed
 
 
@@ -240,6 +238,7 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
+@lru_cache
 def _triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
