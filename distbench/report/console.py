@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distbench.case import Case
 from distbench.errors import Verdict
 from distbench.report.document import InjectedReport, RankReport, RateReport, Report
+from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
 
 if TYPE_CHECKING:
@@ -183,15 +184,13 @@ def _rank_table(report: Report) -> Table:
         "total_recv",
         "capacity",
         "limit",
-        "kernel padded → truncated",
+        f"kernel padded → truncated ({OTHER_CODE}: other code)",
         "lost rows",
     )
     return _table("", columns, [_rank_row(rank) for rank in report.ranks])
 
 
 def _rank_row(rank: RankReport) -> tuple[str, ...]:
-    padded = rank.kernels["padded"]["label"]
-    truncated = rank.kernels["truncated"]["label"] if "truncated" in rank.kernels else "not run"
     limit = "off" if rank.limit is None else str(rank.limit)
     counts = (rank.tokens, rank.total_recv, rank.capacity)
     return (
@@ -200,9 +199,13 @@ def _rank_row(rank: RankReport) -> tuple[str, ...]:
         rank.device,
         *map(str, counts),
         limit,
-        f"{padded} → {truncated}",
+        _kernels(rank.kernels["padded"], rank.kernels.get("truncated")),
         str(rank.lost_rows),
     )
+
+
+def _kernels(padded: dict[str, Any], truncated: dict[str, Any] | None) -> str:
+    return f"{padded['label']} → {label_beside(truncated, padded) if truncated else 'not run'}"
 
 
 def _timing_table(report: Report) -> Table:
