@@ -10,4 +10,5 @@ OTHER_CODE = "*"
 def label_beside(kernel: dict[str, Any], padded: dict[str, Any]) -> str:
     """Return a kernel's label, marked where the padded kernel has the same label but is not the same code."""
     other = any(kernel[stage] != padded[stage] for stage in ("stage1", "stage2"))
-    return kernel["label"] + OTHER_CODE * (other and kernel["label"] == padded["label"])
+    label: str = kernel["label"]
+    return label + OTHER_CODE * (other and label == padded["label"])
