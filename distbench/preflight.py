@@ -29,8 +29,8 @@ _GROUP = Path("/sys/fs/cgroup")
 _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
 
-def check_case(case: Case) -> tuple[str, ...]:
-    """Return warnings about a case that can run.
+def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
+    """Return warnings about a case that can run, in a launch of `local_ranks` on each node; None: all are on one.
 
     Raises:
         InvalidCase: inputs that cannot be made, a kernel table that cannot be read, or what MoRI would get wrong.
@@ -41,7 +41,7 @@ def check_case(case: Case) -> tuple[str, ...]:
     if case.numerics == "exact":
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
-    notes = _check_mori(case) if case.transport == "mori" else ()
+    notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
     _check_graph(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
@@ -99,7 +99,7 @@ def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None
     return held
 
 
-def _check_mori(case: Case) -> tuple[str, ...]:
+def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if not case.emulate and find_spec("mori") is None:
         message = (
             "transport mori: no package mori here; install amd-mori on a ROCm machine (docs/mori.md), or add --emulate"
@@ -111,7 +111,7 @@ def _check_mori(case: Case) -> tuple[str, ...]:
         message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
         raise InvalidCase(message) from error
     check_environment(os.environ)
-    plan = plan_mori(case, os.environ)
+    plan = plan_mori(case, os.environ, local_ranks)
     heap_size(plan, os.environ, emulated=case.emulate)
     return mori_warnings(plan, os.environ, emulated=case.emulate)
 

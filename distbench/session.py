@@ -19,7 +19,7 @@ _WORD_BYTES = 8
 
 
 class Session:
-    """Open from start to end of a launch; cases come and go."""
+    """Open from start to end of a launch; cases come and go. `local_ranks` of its ranks are on this node."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class Session:
         self.world_size = int(environ["WORLD_SIZE"])
         self.device = torch.device("cpu")
         self._local_rank = int(environ.get("LOCAL_RANK", "0"))
-        self._local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
         self._devices = torch.cuda.device_count() if accelerated else 0
-        _share_cores(self._local_ranks)
-        backend = "cpu:gloo,cuda:nccl" if self._devices >= self._local_ranks else "gloo"
+        _share_cores(self.local_ranks)
+        backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         self.group = _world_group()
         if accelerated:
@@ -63,7 +63,7 @@ class Session:
             Unsupported: on every rank, where `cuda` was asked for and a node has fewer devices than ranks.
 
         """
-        if not runs_on_device(asked, self._devices, self._local_ranks):
+        if not runs_on_device(asked, self._devices, self.local_ranks):
             self.device = torch.device("cpu")
             return
         self.device = torch.device("cuda", self._local_rank)
@@ -88,6 +88,16 @@ class Session:
             table[:, shared : shared + probe.numel()], "generated inputs", "use one torch version on all ranks"
         )
         return table[:, shared + probe.numel() :].clone()
+
+    def require_same(self, value: int, what: str, fix: str) -> None:
+        """Refuse, on every rank of the case's group, ranks that hold another `value` than rank 0. Collective.
+
+        Raises:
+            InvalidCase: names those ranks, `what` they disagree on, and the fix.
+
+        """
+        table = self._everyones(torch.tensor([value]), dist.get_world_size(self.group))
+        _refuse_strangers(table, what, fix)
 
     def on_any_rank(self, *, value: bool) -> bool:
         """Whether `value` is true on any rank of the case's group. Collective."""
@@ -117,7 +127,7 @@ class Session:
 
     def _fewest_devices(self) -> int:
         """Return this node's devices, or none where some node has fewer than ranks. Collective."""
-        enough = torch.tensor([self._devices >= self._local_ranks], dtype=torch.int64)
+        enough = torch.tensor([self._devices >= self.local_ranks], dtype=torch.int64)
         dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         return self._devices if int(enough) else 0
 

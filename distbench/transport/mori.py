@@ -59,9 +59,10 @@ class MoriTransport:
 
         """
         check_environment(os.environ)
+        session.require_same(session.local_ranks, "number of ranks on their nodes", "start as many on each node")
         self.capacity = case.capacity
         self._case = case
-        self._plan = plan_mori(case, os.environ)
+        self._plan = plan_mori(case, os.environ, session.local_ranks)
         self._device = session.device
         self._group = session.group
         self._rank = session.rank

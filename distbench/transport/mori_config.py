@@ -82,14 +82,16 @@ class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
         return values | ({"max_total_recv_tokens": self.max_total_recv_tokens} if self.max_total_recv_tokens else {})
 
 
-def plan_mori(case: Case, environ: Mapping[str, str]) -> MoriPlan:
+def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = None) -> MoriPlan:
     """Choose kernel type and geometry as SGLang does, and refuse what MoRI would get wrong or hang on.
+
+    `local_ranks` are those that the launch has on each of its nodes; None: all are on one.
 
     Raises:
         InvalidCase: names the value, the bound and the fix.
 
     """
-    per_node = case.gpu_per_node or min(_MAX_NODE, case.ep_size)
+    per_node = _ranks_per_node(case, min(local_ranks or case.ep_size, case.ep_size))
     if case.ep_size % per_node or per_node & (per_node - 1):
         _refuse(
             f"gpu_per_node = {per_node}: MoRI takes a power of two that divides the {case.ep_size} ranks; "
@@ -160,6 +162,18 @@ def check_environment(environ: Mapping[str, str]) -> None:
     if environ.get("MORI_EP_COMM", "shmem") != "shmem":
         message = f"env:MORI_EP_COMM = {environ['MORI_EP_COMM']!r:.40}: only the shmem backend is supported; unset it"
         raise Unsupported(message)
+
+
+def _ranks_per_node(case: Case, there: int) -> int:
+    """Return gpu_per_node: the ranks of the case that are on one node, or as many as an emulated node has."""
+    if case.emulate:
+        return case.gpu_per_node or min(_MAX_NODE, there)
+    if case.gpu_per_node not in (0, there):
+        _refuse(
+            f"gpu_per_node = {case.gpu_per_node}: the launch has {there} of the case's ranks on each node, and MoRI "
+            f"would store over XGMI what is on another; drop the key, or start {case.gpu_per_node} ranks on each node"
+        )
+    return there
 
 
 def _kernel(case: Case, nodes: int) -> str:

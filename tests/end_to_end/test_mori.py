@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
 
 from tests.end_to_end.launches import Bench
@@ -19,6 +21,19 @@ def test_emulated_and_said_so(tmp_path: Path) -> None:
     assert (facts["block_num"], facts["rdma_block_num"], facts["warp_num_per_block"]) == (64, 32, 8)
     assert facts["mori"].endswith("emulated")
     assert facts["heap_size"] >= facts["heap_bytes"]
+
+
+def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
+    shape = ("run", "--model", "tiny", "--transport", "mori", "--emulate", "--nproc", "2")
+    nodes = ("--nnodes", "2", "--rdzv-endpoint", meeting)
+    with Bench(tmp_path / "1", *shape, *nodes, "--node-rank", "1"), Bench(tmp_path / "0", *shape, *nodes) as node0:
+        assert node0.finish() == 0, node0.stderr
+    report = json.loads((tmp_path / "0" / "report.json").read_text())
+    facts = report["transport"]
+    assert (report["verdict"], facts["kernel"], facts["nodes"], facts["gpu_per_node"]) == ("PASS", "InterNodeV1", 2, 2)
 
 
 def test_without_the_package_it_is_unsupported(tmp_path: Path) -> None:

@@ -75,6 +75,34 @@ def test_a_cap_that_is_safe_is_passed_on(values: dict[str, Any]) -> None:
     assert plan.max_total_recv_tokens == values["prealloc_max_recv_tokens"]
 
 
+@pytest.mark.parametrize(
+    ("local_ranks", "kernel", "nodes"),
+    [
+        (8, "IntraNode", 1),
+        (4, "InterNodeV1LL", 2),
+        (2, "InterNodeV1LL", 4),
+        (16, "IntraNode", 1),
+        (None, "IntraNode", 1),
+    ],
+)
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_node_has_the_ranks_that_the_launch_has_there(
+    emulate: bool, local_ranks: int | None, kernel: str, nodes: int
+) -> None:
+    plan = plan_mori(tiny_case(8, transport="mori", emulate=emulate), {}, local_ranks)
+    assert (plan.kernel, plan.nodes, plan.gpu_per_node) == (kernel, nodes, 8 // nodes)
+
+
+def test_another_number_of_ranks_on_a_node_can_only_be_emulated() -> None:
+    case = tiny_case(8, transport="mori", gpu_per_node=8)
+    with pytest.raises(InvalidCase, match=r"gpu_per_node = 8: the launch has 4 of the case's ranks on each node"):
+        plan_mori(case, {}, 4)
+    assert plan_mori(case, {}, 8).nodes == 1
+    assert plan_mori(case_of(gpu_per_node=8), {}, 4).nodes == 1
+    with pytest.raises(InvalidCase, match=r"gpu_per_node = 6: MoRI takes a power of two"):
+        plan_mori(tiny_case(12, transport="mori"), {}, 6)
+
+
 def test_an_exact_case_cannot_come_back_as_fp4() -> None:
     with pytest.raises(InvalidCase, match=r"fp4_blockwise: .*use numerics = gaussian"):
         check_case(case_of(combine_quant="fp4_blockwise"))
