@@ -100,6 +100,7 @@ def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = 
     nodes = case.ep_size // per_node
     kernel = _kernel(case, nodes)
     _check_kernel(case, kernel, nodes)
+    _check_input(case, kernel)
     _check_quant(case, kernel)
     _check_cap(case, kernel, environ)
     return MoriPlan(
@@ -206,6 +207,14 @@ def _check_kernel(case: Case, kernel: str, nodes: int) -> None:
         _refuse(f"topk = {case.topk}: MoRI's kernels take up to {_MAX_TOPK - 1}")
 
 
+def _check_input(case: Case, kernel: str) -> None:
+    if case.combine_input == "registered" and kernel not in INTRA:
+        _refuse(
+            f"combine_input = registered: {kernel} stages rows in that very buffer, and peers or a cast overwrite what "
+            f"it has yet to read; use external, or {' or '.join(INTRA)}"
+        )
+
+
 def _check_quant(case: Case, kernel: str) -> None:
     quant = case.combine_quant
     if quant == "none":
@@ -213,7 +222,7 @@ def _check_quant(case: Case, kernel: str) -> None:
     kernels = INTRA if quant == "fp4_blockwise" else (*INTRA, "AsyncLL")
     if quant in BLOCKWISE and kernel not in kernels:
         _refuse(f"combine_quant = {quant}: not with {kernel}; use one of {', '.join(kernels)}, or fp8_direct_cast")
-    if kernel in INTRA and case.combine_input == "registered":
+    if case.combine_input == "registered":
         _refuse(f"combine_quant = {quant}: not applied to rows in the registered buffer; use combine_input = external")
 
 

@@ -53,6 +53,14 @@ def test_kernel_and_geometry_are_productions(ranks: int, values: dict[str, Any],
         (8, {"gpu_per_node": 4, "combine_quant": "fp8_blockwise"}, "fp8_blockwise: not with InterNodeV1LL"),
         (8, {"mori_kernel": "AsyncLL", "combine_quant": "fp4_blockwise"}, "fp4_blockwise: not with AsyncLL"),
         (8, {"combine_input": "registered", "combine_quant": "fp8_direct_cast"}, "use combine_input = external"),
+        *(
+            (
+                8,
+                {"mori_kernel": kernel, "combine_input": "registered"},
+                f"registered: {kernel} stages rows in that very",
+            )
+            for kernel in ("InterNodeV1", "InterNodeV1LL", "AsyncLL")
+        ),
         (8, {"prealloc_max_recv_tokens": 64}, "combine buffer has 35072 bytes, IntraNode writes up to byte 237568"),
     ],
 )
