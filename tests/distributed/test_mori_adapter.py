@@ -14,9 +14,10 @@ from torch import Tensor
 from distbench.case import Case
 from distbench.emulation.mori import ops
 from distbench.errors import DistbenchError, Verdict
+from distbench.experts import make_experts
 from distbench.rank import run_case, workload_for
 from distbench.session import Session
-from distbench.transport import mori
+from distbench.transport import make_transport, mori
 from distbench.transport.mori import MoriTransport
 from distbench.transport.mori_world import leave_world
 from distbench.verify.records import Outcome
@@ -182,3 +183,37 @@ def test_more_blocks_than_units_are_told_before_they_hang() -> None:
     (found,) = on_ranks(1, a_grid_that_does_not_fit, mori_case(1, launch_mode="AUTO"))
     assert found.startswith("dispatch: mori: 128 blocks have to run at once, cpu has 80 compute units")
     assert found.endswith("launch_mode = AUTO took them: use MANUAL")
+
+
+def stages_of_parts(session: Session, case: Case) -> list[str]:
+    """Return the stages in which experts and transport are made, in the place of packages that are not here."""
+    seen: list[str] = []
+    stand_ins = msgspec.structs.replace(case, emulate=True)
+
+    def experts(_: Case) -> Any:
+        seen.append(session.crumbs.position().stage_name)
+        return make_experts(stand_ins)
+
+    def transport(session: Session, _: Case, *counts_and_batch: Any) -> Any:
+        seen.append(session.crumbs.position().stage_name)
+        return make_transport(session, stand_ins, *counts_and_batch)
+
+    with patch("distbench.rank.make_experts", experts), patch("distbench.rank.make_transport", transport):
+        session.enter(case.ep_size)
+        run_case(session, case)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("values", "stage"),
+    [
+        ({"transport": "mori", "experts": "aiter"}, "compile"),
+        ({"transport": "mori", "experts": "reference"}, "compile"),
+        ({"transport": "collective", "experts": "aiter"}, "compile"),
+        ({"transport": "mori", "experts": "aiter", "emulate": True}, "workload"),
+    ],
+)
+def test_packages_are_imported_and_compile_in_the_stage_that_has_time_for_it(
+    values: dict[str, Any], stage: str
+) -> None:
+    assert on_ranks(1, stages_of_parts, tiny_case(1, **values)) == [[stage, stage]]
