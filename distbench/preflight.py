@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
+
 from distbench.case import Case
-from distbench.devices import count_devices, devices_to_hold, free_device_bytes
+from distbench.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
+from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
@@ -49,18 +52,28 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
         check_faults(case)
     if case.experts == "triton":
         return (*notes, *_check_triton_table(case))
-    selector = make_selector(case)
     if case.experts == "aiter":
         check_available(case)
+    units = _compute_units(case)
+    selector = make_selector(msgspec.structs.replace(case, cu_count=units or case.cu_count))
     if not case.kernel_table or selector.tuned:
         return notes
+    return (*notes, _untuned(case, selector, assumed=units is None))
+
+
+def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
     layer = selector.layer
-    message = (
-        f"kernel_table = {case.kernel_table}: no row for cu_num {layer.cu_count}, model_dim {layer.model_dim}, "
+    units = f"{layer.cu_count} (assumed: this node has no ROCm device)" if assumed else str(layer.cu_count)
+    return (
+        f"kernel_table = {case.kernel_table}: no row for cu_num {units}, model_dim {layer.model_dim}, "
         f"inter_dim {layer.inter_dim}, expert {layer.num_local_experts}, topk {layer.lookup_topk(selector.rules)} "
         f"and {layer.quant}; all kernels come from heuristics"
     )
-    return (*notes, message)
+
+
+def _compute_units(case: Case) -> int | None:
+    """Return the units that kernels are selected for: the case's, but with the real aiter this node's."""
+    return compute_units() if case.experts == "aiter" and not case.emulate else case.cu_count
 
 
 def _check_graph(case: Case) -> None:
