@@ -52,12 +52,14 @@ def verdict_of(case: Case, function: Run = run) -> tuple[Verdict, str]:
     return outcome.judgement.verdict, first.stage if first else ""
 
 
+@pytest.mark.parametrize("experts", ["reference", "aiter"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_type_passes_on_one_node_and_on_two(kernel: str, ranks: int) -> None:
+def test_every_kernel_type_passes_on_one_node_and_on_two(kernel: str, ranks: int, experts: str) -> None:
+    fp8 = {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)], "cu_count": 256}
     for nodes in (1,) if kernel.startswith("IntraNode") else (1, 2):
-        for values in ({}, {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)]}):
-            case = mori_case(ranks, mori_kernel=kernel, gpu_per_node=ranks // nodes, **values)
+        for values in ({}, fp8):
+            case = mori_case(ranks, mori_kernel=kernel, gpu_per_node=ranks // nodes, experts=experts, **values)
             assert verdict_of(case) == (Verdict.PASS, "")
 
 
