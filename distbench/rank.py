@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -123,9 +125,10 @@ def _build(  # noqa: PLR0913 - what parts are made of
     weights = ExpertWeights(*workload.local_weights(session.rank), mask)
     if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
         session.crumbs.mark("compile")
-    experts = make_experts(case)
-    if isinstance(experts, CompiledExperts):
-        experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
+    with session.together() if compiles(case) else nullcontext():
+        experts = make_experts(case)
+        if isinstance(experts, CompiledExperts):
+            experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
     parts = Parts(
         workload=workload,
         batch=batch,

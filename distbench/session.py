@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.devices import runs_on_device
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Unsupported
 
 _WORD_BYTES = 8
 
@@ -98,6 +98,26 @@ class Session:
         """
         table = self._everyones(torch.tensor([value]), dist.get_world_size(self.group))
         _refuse_strangers(table, what, fix)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Have every rank of the case's group refuse what one of them refuses in this context. Collective at its end.
+
+        Raises:
+            InvalidCase, Unsupported: as raised here, or of the first other rank that did, which is named.
+
+        """
+        refusal: InvalidCase | Unsupported | None = None
+        try:
+            yield
+        except (InvalidCase, Unsupported) as error:
+            refusal = error
+        if not self.on_any_rank(value=refusal is not None):
+            return
+        told: list[tuple[type[InvalidCase | Unsupported], str] | None] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(told, None if refusal is None else (type(refusal), str(refusal)), group=self.group)
+        rank, (kind, message) = next((rank, one) for rank, one in enumerate(told) if one is not None)
+        raise refusal or kind(f"rank {rank}: {message}")
 
     def on_any_rank(self, *, value: bool) -> bool:
         """Whether `value` is true on any rank of the case's group. Collective."""

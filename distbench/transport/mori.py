@@ -53,19 +53,21 @@ class MoriTransport:
             InvalidCase: see `plan_mori` and `heap_size`; or nodes with unlike numbers of ranks.
 
         """
-        check_environment(os.environ)
         session.require_same(session.local_ranks, "number of ranks on their nodes", "start as many on each node")
         self.capacity = case.capacity
         self._case = case
-        self._plan = plan_mori(case, os.environ, session.local_ranks)
         self._device = session.device
         self._group = session.group
         self._rank = session.rank
-        mori = _package(case, session.device)
-        if not case.emulate:
-            check_device(self._plan, session.device)
-        config = _configuration(mori, case, self._plan, session.rank)
-        heap = join_world(mori, session, heap_size(self._plan, os.environ, emulated=case.emulate))
+        with session.together():
+            check_environment(os.environ)
+            self._plan = plan_mori(case, os.environ, session.local_ranks)
+            heap_bytes = heap_size(self._plan, os.environ, emulated=case.emulate)
+            mori = _package(case, session.device)
+            if not case.emulate:
+                check_device(self._plan, session.device)
+            config = _configuration(mori, case, self._plan, session.rank)
+        heap = join_world(mori, session, heap_bytes)
         os.environ["MORI_EP_LAUNCH_CONFIG_MODE"] = case.launch_mode
         self._op = _operator(mori, config, session.group)
         self._wait_for_all()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distbench.case import Case
 from distbench.emulation.mori import ops
-from distbench.errors import DistbenchError, Verdict
+from distbench.errors import DistbenchError, Unsupported, Verdict
 from distbench.experts import make_experts
 from distbench.rank import run_case, workload_for
 from distbench.session import Session
@@ -217,3 +217,27 @@ def test_packages_are_imported_and_compile_in_the_stage_that_has_time_for_it(
     values: dict[str, Any], stage: str
 ) -> None:
     assert on_ranks(1, stages_of_parts, tiny_case(1, **values)) == [[stage, stage]]
+
+
+def without_the_package(session: Session, case: Case, rank: int) -> Outcome | None:
+    """Run `case` where one rank's node lacks its package, or has a device that it cannot run on."""
+    stand_ins = msgspec.structs.replace(case, emulate=True)
+
+    def experts(_: Case) -> Any:
+        if session.rank == rank:
+            message = "experts aiter: not here"
+            raise Unsupported(message)
+        return make_experts(stand_ins)
+
+    with patch("distbench.rank.make_experts", experts):
+        session.enter(case.ep_size)
+        return run_case(session, case)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_rank_lacks_all_ranks_refuse_with_its_reason(rank: int) -> None:
+    outcomes = on_ranks(2, without_the_package, tiny_case(2, experts="aiter"), rank)
+    for here, outcome in enumerate(outcomes):
+        assert outcome.judgement.verdict is Verdict.UNSUPPORTED
+        told = "experts aiter: not here" if here == rank else f"rank {rank}: experts aiter: not here"
+        assert [reason.message for reason in outcome.judgement.reasons] == [told]
