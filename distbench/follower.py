@@ -15,7 +15,8 @@ from distbench.job import Job, RankFailure, Spread, failure_path
 from distbench.nodes.link import Link
 from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
 from distbench.postmortem import positions
-from distbench.supervisor import Agent, Interrupted, Watch, clear, collect_signals, end, first_exit
+from distbench.signals import Interrupted, collect_signals
+from distbench.supervisor import Agent, Watch, clear, end, first_exit
 
 
 def follow(spread: Spread, out: Path, join_timeout_s: float) -> int:

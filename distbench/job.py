@@ -71,7 +71,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     """An exception that ended a rank.
 
-    `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long.
+    `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long, `disk_full`
+    that it could not write.
     """
 
     rank: int
@@ -81,6 +82,7 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     traceback: str
     echo: bool
     timeout: bool
+    disk_full: bool = False
 
     def __str__(self) -> str:
         """Return one line: rank, exception, arm, stage, message."""

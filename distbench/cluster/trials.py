@@ -20,7 +20,7 @@ from distbench.cluster.plan import Group, Round, Step
 from distbench.collect import collect
 from distbench.errors import DistbenchError, InvalidCase, Verdict
 from distbench.report.results import Result, Results
-from distbench.supervisor import Interrupted
+from distbench.signals import Interrupted
 
 _POLL_S = 0.1
 # A suite that is told to end kills its ranks first.

@@ -19,7 +19,7 @@ from distbench.locks import hold
 from distbench.preflight import check_folder, check_path
 from distbench.report.console import print_line, print_note
 from distbench.report.files import write_atomically
-from distbench.supervisor import collect_signals
+from distbench.signals import collect_signals
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
 _MOST_PORTS = 65536

@@ -17,6 +17,7 @@ from distbench.errors import DistbenchError
 from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
 from distbench.transport.rows import ALIGNMENT_BYTES, aligned, sum_slots, take, words
+from distbench.transport.waiting import wait_for
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
@@ -126,7 +127,7 @@ class CollectiveTransport:
         for part, lane in zip(parts, route.lanes, strict=True):
             take(part, route.staying, lane.staying)
         if travel is not None:
-            travel.wait()
+            wait_for(travel)
         for field, lane in zip(self._fields, route.lanes, strict=True):
             take(lane.incoming, self._plan.rows, field.buffer)
         return self._received._replace(total_recv=self._received.total_recv.fill_(traffic.total_received))
@@ -145,7 +146,7 @@ class CollectiveTransport:
         self._take_rows(expert_out, plan.slots[traffic.arriving :], incoming[traffic.leaving : -2])
         slots = self._slots_of(ids, plan.route)
         if travel is not None:
-            travel.wait()
+            wait_for(travel)
         return sum_slots(incoming, slots.rows)
 
     def sources(self) -> Tensor:
