@@ -69,7 +69,7 @@ def supervise(
     Raises:
         Interrupted: one of ENDING_SIGNALS; no rank is left.
         NodesMissing: not all nodes came.
-        LaunchFailed: no rank could be started.
+        LaunchFailed: no rank could be started, or a node cannot take part.
         DiskFull: a rank had no room for its results.
 
     """
@@ -82,9 +82,9 @@ def supervise(
     while agent.is_alive() and not watch.given_up:
         agent.join(_TICK_S)
         tick(watch.current)
-        if signals:
+        if signals or (hub is not None and hub.refused):
             end(agent, watch)
-            raise Interrupted(signals[0])
+            raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
         watch.look()
     if hub is not None:
         end(agent, watch)

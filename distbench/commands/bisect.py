@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distbench.bisect import Accusation, Result, bisect
-from distbench.commands.options import add_case_options, add_folder, alone, one_case
+from distbench.commands.options import add_case_options, add_folder, one_case
+from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_plain, print_table
 from distbench.supervisor import preload_ranks

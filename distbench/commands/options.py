@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
+from distbench.commands.ranks import world_size
 from distbench.errors import InvalidCase, Verdict
 from distbench.export import FILES, Writer, load_writers, parse_targets
-from distbench.job import Entry, Job, Spread
+from distbench.job import Entry, Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
 from distbench.nodes.interfaces import choose_interfaces
@@ -84,13 +85,13 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     spread = spread_of(options)
     if spread is None or spread.node == 0:
         return None
-    from distbench.follower import follow  # noqa: PLC0415 - only on such nodes
+    from distbench.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
 
     out = Path(options.out) / f"node-{spread.node:05d}"
     check_folder(str(out), 1)
     with hold(out, (), options.lock_timeout):
         _prepare(spread)
-        return follow(spread, out, options.join_timeout)
+        return follow(spread, out, Timeouts(options.join_timeout, options.lock_timeout))
 
 
 def _prepare(spread: Spread | None) -> None:
@@ -104,8 +105,17 @@ def _prepare(spread: Spread | None) -> None:
 def add_folder(command: Any) -> None:
     """Add the options of whatever writes results: folder, lock."""
     command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
+    add_lock_timeout(command)
+
+
+def add_lock_timeout(command: Any) -> None:
+    """Add the option that says how long to wait for another bench."""
     command.add_argument(
-        "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
+        "--lock-timeout",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds to wait for another bench in that folder, or on these devices",
     )
 
 
@@ -174,18 +184,6 @@ def one_case(path: str, options: argparse.Namespace) -> Case:
     return case
 
 
-def alone(command: str) -> None:
-    """Refuse to be started by torchrun: launch after launch is this process's own.
-
-    Raises:
-        InvalidCase: torchrun started this process.
-
-    """
-    if world_size() is not None:
-        message = f"{command} starts its ranks itself; run it without torchrun"
-        raise InvalidCase(message)
-
-
 def num_ranks(options: argparse.Namespace) -> int | None:
     """Return the number of ranks that torchrun started, or that --nproc asks for, or None."""
     started = world_size()
@@ -196,16 +194,6 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     if spread is not None:
         return spread.nodes * spread.nproc
     return options.nproc if started is None else started
-
-
-def world_size() -> int | None:
-    """Return the number of ranks where torchrun started this process as one of them."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def is_rank_0() -> bool:
-    """Whether this process is rank 0 of those that torchrun started."""
-    return os.environ.get("RANK") == "0"
 
 
 def warnings(case: Case) -> tuple[str, ...]:
@@ -242,10 +230,3 @@ def campaign(
         progress.close()
         if hub is not None:
             hub.close(exit_code)
-
-
-def work(job: Job) -> int:
-    """Do the job as one of the ranks that torchrun started; return the exit code."""
-    from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
-
-    return work(job)

@@ -8,7 +8,8 @@ from typing import Any
 
 from distbench.bundle.findings import Finding
 from distbench.bundle.read import Bundle, open_bundle, runnable_case
-from distbench.commands.options import add_case_options, add_folder, alone, case_flags
+from distbench.commands.options import add_case_options, add_folder, case_flags
+from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.preflight import check_case, check_folder
 from distbench.replay import compare

@@ -18,13 +18,11 @@ from distbench.commands.options import (
     case_flags,
     check_launch,
     follow_node_0,
-    is_rank_0,
     num_ranks,
     report_writers,
     warnings,
-    work,
-    world_size,
 )
+from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import Verdict
 from distbench.export import write_reports
 from distbench.job import Entry, Job
@@ -81,13 +79,14 @@ def _run(options: argparse.Namespace) -> int:
     check_baseline(options)
     if world_size() is not None:
         job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
-        _forget(out, paths)
-        code = work(job)
-        if is_rank_0():
+        with hold_as_rank(job, options.lock_timeout):
+            if not is_rank_0():
+                return work(job)
+            _forget(out, paths)
+            code = work(job)
             results = Results(out / RESULTS)
             write_reports(results, writers)
-            code = judge_baseline(options, results, code)
-        return code
+        return judge_baseline(options, results, code)
     devices = check_launch([resolved.case], options.nnodes)
     with hold(out, devices, options.lock_timeout):
         check_device_memory([resolved.case], devices)

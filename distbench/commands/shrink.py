@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from distbench.case import DERIVED_KEYS, Case
-from distbench.commands.options import add_case_options, add_folder, alone, case_flags, one_case
+from distbench.commands.options import add_case_options, add_folder, case_flags, one_case
+from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_error, print_plain, print_table
 from distbench.report.files import write_atomically

@@ -20,13 +20,11 @@ from distbench.commands.options import (
     case_flags,
     check_launch,
     follow_node_0,
-    is_rank_0,
     num_ranks,
     report_writers,
     warnings,
-    work,
-    world_size,
 )
+from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.export import write_reports
 from distbench.job import Job
 from distbench.locks import hold
@@ -83,12 +81,14 @@ def _suite(options: argparse.Namespace) -> int:
     asked = names.__contains__ if options.select else None
     check_baseline(options)
     if world_size() is not None:
-        code = work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
-        if is_rank_0():
+        job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False)
+        with hold_as_rank(job, options.lock_timeout):
+            code = work(job)
+            if not is_rank_0():
+                return code
             results = Results(out / RESULTS, wanted.__contains__)
             write_reports(results, writers)
-            code = judge_baseline(options, results, code, asked)
-        return code
+        return judge_baseline(options, results, code, asked)
     devices = check_launch([entry.case for entry in entries], options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout):

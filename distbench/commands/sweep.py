@@ -18,9 +18,8 @@ from distbench.commands.options import (
     check_launch,
     num_ranks,
     warnings,
-    work,
-    world_size,
 )
+from distbench.commands.ranks import hold_as_rank, work, world_size
 from distbench.experts.rules import BucketRules, padded_rows
 from distbench.experts.selection import CURRENT, rules_for
 from distbench.job import Entry, Job
@@ -67,7 +66,9 @@ def _sweep(options: argparse.Namespace) -> int:
     check_path(options.out)
     check_folder(options.out, len(entries))
     if world_size() is not None:
-        return work(Job(entries=entries, out=options.out, supervised=False))
+        job = Job(entries=entries, out=options.out, supervised=False)
+        with hold_as_rank(job, options.lock_timeout):
+            return work(job)
     devices = check_launch([entry.case for entry in entries])
     out = Path(options.out)
     with hold(out, devices, options.lock_timeout):
