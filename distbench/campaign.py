@@ -25,6 +25,7 @@ from distbench.report.journal import (
     Journal,
     JournalReader,
     Line,
+    expect_anew,
     filter_journal,
     repair_journal,
 )
@@ -55,8 +56,12 @@ class Campaign:
         bundle: str = "",
         hub: Hub | None = None,
     ) -> None:
-        """Take up the journal of `out`: cases that it holds are not run again. `bundle` is as in `Job`."""
+        """Take up the journal of `out`: cases that it holds are not run again, but held against what is expected now.
+
+        `bundle` is as in `Job`.
+        """
         repair_journal(out)
+        expect_anew(out, entries)
         self._entries = entries
         self._out = out
         self._rules = rules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from distbench.preflight import check_folder, check_memory, check_path
 from distbench.progress import Progress
 from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
-from distbench.report.journal import RESULTS
+from distbench.report.journal import RESULTS, refuse_others
 
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
@@ -41,7 +42,7 @@ def _selftest(options: argparse.Namespace) -> int:
     from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch, which other commands do without
     from distbench.selftest.outcomes import outcomes  # noqa: PLC0415
     from distbench.selftest.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
-    from distbench.selftest.trials import trials  # noqa: PLC0415
+    from distbench.selftest.trials import CLEAN, trials  # noqa: PLC0415
 
     if options.list:
         rows = [(name, kind.stage, (kind.__doc__ or "").strip(), kind.bug) for name, kind in FAULTS.items()]
@@ -57,6 +58,7 @@ def _selftest(options: argparse.Namespace) -> int:
     check_memory(one.entry.case for one in asked)
     options.max_faults = len(asked) + 1
     with hold(out, (), options.lock_timeout):
+        refuse_others(out, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
         (out / RESULTS).unlink(missing_ok=True)
         campaign([one.entry for one in asked], options, Progress(len(asked), quiet=not sys.stderr.isatty()))
     found = outcomes(asked, out)

@@ -11,7 +11,7 @@ from distbench.job import Entry, Job
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_report
-from distbench.report.journal import Journal, JournalReader, repair_journal
+from distbench.report.journal import Journal, JournalReader, expect_anew, repair_journal
 from distbench.verify.records import Outcome
 
 
@@ -25,6 +25,7 @@ class Sink:
         """Open the journal in the job's folder, and see which of the job's cases it holds already."""
         self._job = job
         repair_journal(Path(job.out))
+        expect_anew(Path(job.out), job.entries)
         wanted = {case_hash(entry.case) for entry in job.entries}
         self.codes = {
             line.case.hash: suite_code(line.exit_code, as_expected=line.as_expected)
