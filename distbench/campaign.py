@@ -29,7 +29,9 @@ from distbench.report.journal import (
     filter_journal,
     repair_journal,
 )
+from distbench.report.sink import refusal
 from distbench.report.summary import Summary
+from distbench.room import prove_room
 from distbench.signals import Interrupted, collect_signals
 from distbench.supervisor import supervise
 from distbench.verify.records import Outcome
@@ -89,6 +91,7 @@ class Campaign:
         with collect_signals() as signals:
             try:
                 self._take_new_lines(quiet=True)
+                self._record_refusals()
                 self._run_launches(report_paths, signals)
             except (Interrupted, LaunchFailed, DiskFull) as error:
                 self._summary.stopped = str(error)
@@ -133,12 +136,17 @@ class Campaign:
         """Give the case on which a launch ended its result, unless it is to be tried again.
 
         One that it has already is taken back: a rank was lost after all, behind the last barrier or outside the group.
+
+        Raises:
+            DiskFull: there is no room, which may be all that ended the ranks.
+
         """
         if ending.case_index is None:
             self._note(ending)
             return
         entry = job.entries[ending.case_index]
         digest = case_hash(entry.case)
+        prove_room(self._out, entry.case)
         if digest in self._finished:
             self._revoke(digest)
         self._tries[digest] += 1
@@ -178,6 +186,11 @@ class Campaign:
 
     def _job(self, entries: tuple[Entry, ...], report_paths: tuple[str, ...] = ()) -> Job:
         return Job(entries=entries, out=str(self._out), report_paths=report_paths, bundle=self._bundle, supervised=True)
+
+    def _record_refusals(self) -> None:
+        for entry in self._pending():
+            if entry.refused:
+                self._record(entry, refusal(entry), self._job((entry,)))
 
     def _record(self, entry: Entry, outcome: Outcome, job: Job) -> None:
         report = build_report(entry, outcome, environment=capture_environment(os.environ, [], []), wall_s=0.0)

@@ -76,7 +76,7 @@ class _Devices:
         self._asked_at = now if self._asked_at is None else self._asked_at
         try:
             if not self._taken:
-                cases = [entry.case for entry in job.entries]
+                cases = [entry.case for entry in job.entries if not entry.refused]
                 names = check_devices(cases, job.num_ranks // job.spread.nodes) if job.spread else ()
                 self._held.enter_context(hold(None, names, 0.0))
                 self._taken = True

@@ -15,7 +15,8 @@ BY_LIMIT = "by-limit"
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One case of a launch: its name there, where each of its values came from, and the verdict it should have.
 
-    `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS.
+    `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS. `refused` says why the
+    case ends in `expect` before a rank has seen it, and is empty for all others.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[str, ...] = ()
     expect: str = BY_LIMIT
     warnings: tuple[str, ...] = ()
+    refused: str = ""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):

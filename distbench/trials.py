@@ -101,9 +101,9 @@ class Lab:
         new = {case_hash(case): case for case in cases if case_hash(case) not in self._reports}
         if not new:
             return
-        check_memory(new.values())
-        self.launches += 1
         entries = [Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}) for digest, case in new.items()]
+        check_memory(entries)
+        self.launches += 1
         progress = Progress(len(entries), quiet=True)
         Campaign(entries, self._out, Rules(max_faults=max_faults), progress).run()
         self._reports |= self._read(set(new))

@@ -16,7 +16,7 @@ from typing import NoReturn
 import msgspec
 
 from distbench.breadcrumbs import STAGES, Breadcrumbs
-from distbench.case import case_hash
+from distbench.case import FIELD_DEFAULTS, case_hash
 from distbench.errors import Verdict, is_disk_full, worst_exit_code
 from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
 from distbench.process import die_with_parent
@@ -63,7 +63,7 @@ def work(job: Job) -> int:
 
 
 def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
-    accelerated = any(entry.case.device != "cpu" for entry in job.entries)
+    accelerated = any(entry.case.device != "cpu" for entry in job.entries if not entry.refused)
     session = Session(crumbs, _group_timeout(job), accelerated=accelerated)
     sink = Sink(job) if session.rank == 0 else None
     for index in _unfinished(job, session, sink):
@@ -114,9 +114,9 @@ def _group_timeout(job: Job) -> float:
         stage_limit(entry.case, stage)
         for entry in job.entries
         for stage in STAGES
-        if stage != "compile" or entry.case.experts == "aiter"
+        if not entry.refused and (stage != "compile" or entry.case.experts == "aiter")
     )
-    longest = max(limits)
+    longest = max(limits, default=FIELD_DEFAULTS["timeout"])
     return longest * 2 + 60 if job.supervised else longest
 
 

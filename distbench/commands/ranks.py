@@ -50,7 +50,7 @@ def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
 
 def _devices(job: Job) -> tuple[str, ...]:
     """Return the devices that the ranks of this node take; where there are too few, their cases end in saying so."""
-    cases = [entry.case for entry in job.entries]
+    cases = [entry.case for entry in job.entries if not entry.refused]
     try:
         return check_devices(cases, int(os.environ["LOCAL_WORLD_SIZE"])) if cases else ()
     except Unsupported:

@@ -83,7 +83,7 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     changes = {key: value for layer in case_flags(options) for key, value in layer.values.items()}
     case = runnable_case(bundle, **changes)
     check_case(case)
-    check_folder(options.out, 1)
+    check_folder(options.out)
     with hold(Path(options.out), (), options.lock_timeout):
         preload_ranks()
         report = Lab(Path(options.out)).run([case])[0]

@@ -35,6 +35,7 @@ from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.results import Results
 from distbench.resolve import load_case_file, resolve_case
+from distbench.room import report_bytes
 
 _NAME = "run"
 _REPORT = "report.json"
@@ -74,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
     for path in paths:
         check_path(path)
-        check_folder(str(Path(path).parent), 1)
+        check_folder(str(Path(path).parent), report_bytes([resolved.case]))
     writers = report_writers(options, Path(options.out))
     check_baseline(options)
     act = _launch if world_size() is None else _take_part
@@ -83,9 +84,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
     out = Path(options.out)
-    devices = check_launch([entry.case], options.nnodes)
+    devices = check_launch([entry], options.nnodes)
     with hold(out, devices, options.lock_timeout):
-        check_device_memory([entry.case], devices)
+        check_device_memory([entry], devices)
         _forget(out, paths)
         print_start(entry.case)
         campaign((entry,), options, Progress(1, quiet=True), paths)

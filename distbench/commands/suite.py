@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from distbench.case import case_hash
 from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
+from distbench.commands.numbers import whole
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -20,10 +19,10 @@ from distbench.commands.options import (
     campaign,
     case_flags,
     check_launch,
+    examined,
     follow_node_0,
     num_ranks,
     report_writers,
-    warnings,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.export import Writer, write_reports
@@ -35,6 +34,7 @@ from distbench.progress import Progress
 from distbench.report.console import print_summary
 from distbench.report.journal import expect_anew, filter_journal, forget_cases
 from distbench.report.results import Results
+from distbench.room import report_bytes
 from distbench.suite import load_suite, select
 from distbench.suite_files import builtin_suites
 
@@ -59,8 +59,10 @@ def add(commands: Any) -> None:
         "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
     )
     suite.add_argument("--rerun", choices=("failed", "all"), help="run again what had failed, or all that is selected")
-    suite.add_argument("--retries", type=int, default=0, metavar="N", help="tries more for a case that lost its ranks")
-    suite.add_argument("--max-faults", type=int, default=3, metavar="K", help="stop after K such cases in a row")
+    suite.add_argument(
+        "--retries", type=whole(0), default=0, metavar="N", help="tries more for a case that lost its ranks"
+    )
+    suite.add_argument("--max-faults", type=whole(1), default=3, metavar="K", help="stop after K such cases in a row")
     suite.add_argument("--quiet", action="store_true", help="no progress")
     add_report(suite)
     add_baseline(suite)
@@ -75,8 +77,8 @@ def _suite(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
     chosen = select(suite.entries, options.select)
     check_path(options.out)
-    entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case)) for entry in chosen)
-    check_folder(options.out, len(entries))
+    entries = examined(chosen, suite.origin, options.nnodes)
+    check_folder(options.out, report_bytes(entry.case for entry in entries))
     writers = report_writers(options, Path(options.out))
     check_baseline(options)
     return _launch(entries, options, writers) if world_size() is None else _take_part(entries, options, writers)
@@ -84,10 +86,10 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writers) -> int:
     out = Path(options.out)
-    devices = check_launch([entry.case for entry in entries], options.nnodes)
+    devices = check_launch(entries, options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout):
-        check_device_memory([entry.case for entry in entries], devices)
+        check_device_memory(entries, devices)
         _forget(out, entries, options.rerun)
         try:
             summary = campaign(entries, options, progress)

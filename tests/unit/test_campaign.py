@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 from distbench import campaign
 from distbench.campaign import Campaign, Rules
 from distbench.case import case_hash
+from distbench.cli import main
+from distbench.commands import options
 from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.job import Entry, Job
 from distbench.postmortem import Ending
@@ -160,6 +164,18 @@ def test_a_launch_that_fails_is_no_verdict(
     assert (summary.stopped, summary.exit_code) == (str(error), 3)
 
 
+def test_ranks_that_died_on_a_full_disk_are_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DiskFull, match=rf"^{tmp_path}: No space left on device; free some space"):
+        run(monkeypatch, tmp_path, entries, killers(1))
+    assert verdicts(tmp_path) == {"case 0": "PASS"}
+
+
 def test_ranks_that_come_to_their_end_without_results_are_not_started_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
@@ -181,6 +197,21 @@ def test_progress_is_told_which_case_is_under_way(
     monkeypatch.setattr(campaign, "supervise", supervise)
     Campaign(entries, tmp_path, Rules(), Progress(CASES, quiet=True)).run()
     assert told == ["", "case 1"]
+
+
+def test_a_disk_that_is_full_for_the_summary_ends_the_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(campaign, "write_atomically", full)
+    monkeypatch.setattr(campaign, "supervise", lambda job, *_: finish(job, len(job.entries)))
+    monkeypatch.setattr(options, "preload_ranks", lambda: None)
+    assert main(["suite", "smoke", "--nproc=2", "--quiet", f"--out={tmp_path}"]) == 3
+    told = f"distbench: DISK_FULL: {tmp_path}/summary.json: No space left on device; free some space or name another"
+    assert capsys.readouterr().err.startswith(told)
+    assert len(verdicts(tmp_path)) > 5
 
 
 def test_an_ending_seen_afterwards_takes_no_result_back(tmp_path: Path, entries: list[Entry]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.breadcrumbs import Breadcrumbs, Position, read_position
@@ -195,6 +195,7 @@ def test_the_outcome_holds_all_that_is_known(job: Job) -> None:
     assert outcome.gathered is None
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=60), words=st.binary(max_size=60))
 def test_damaged_files_name_no_wrong_rank(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, words: bytes

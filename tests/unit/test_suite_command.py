@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -173,6 +173,56 @@ def test_trials_take_no_suites_folder(
     assert (out / RESULTS).read_bytes() == kept
 
 
+def included(path: Path, *cases: dict[str, object]) -> Path:
+    path.write_text(json.dumps({"defaults": {"model": "tiny"}, "include": list(cases)}))
+    return path
+
+
+class Odd(NamedTuple):
+    """A case that cannot run here."""
+
+    keys: dict[str, object]
+    verdict: str
+    why: str
+
+
+REFUSED = [
+    Odd({"routing": "zipf:x"}, "INVALID", "routing"),
+    Odd({"num_experts": 7}, "INVALID", "num_experts = 7: not divisible by 2 ranks"),
+    Odd({"tokens": [1, 2, 3]}, "INVALID", "3 numbers for 2 ranks"),
+    Odd({"transport": "mori"}, "UNSUPPORTED", "no package mori here"),
+    Odd({"device": "cuda"}, "UNSUPPORTED", "torch sees 0 devices"),
+]
+
+
+@pytest.mark.parametrize("odd", REFUSED)
+def test_a_case_that_cannot_run_ends_so_where_that_is_expected(tmp_path: Path, ranks: Ranks, odd: Odd) -> None:
+    launches = ranks({})
+    out = tmp_path / "out"
+    file = included(tmp_path / "odd.json", {"name": "odd", "expect": odd.verdict} | odd.keys, {"name": "sound"})
+    for _ in range(2):
+        assert suite(out, file) == 0
+        assert launches == [["sound"]]
+        told = json.loads(lines(out)["odd"])
+        assert (told["verdict"], told["as_expected"]) == (odd.verdict, True)
+        assert odd.why in told["reasons"][0]["message"]
+        assert json.loads((out / "summary.json").read_text())["as_expected"] == 2
+
+
+@pytest.mark.parametrize("odd", REFUSED)
+def test_a_case_that_cannot_run_is_named_with_its_file(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], odd: Odd
+) -> None:
+    launches = ranks({})
+    file = included(tmp_path / "odd.json", {"name": "sound"}, {"name": "odd one"} | odd.keys)
+    assert suite(tmp_path / "out", file) == Verdict(odd.verdict).exit_code
+    told = capsys.readouterr().err
+    assert told.startswith(f"distbench: {odd.verdict}: {file}: case odd one: ")
+    assert odd.why in told
+    assert told.count("\n") == 1
+    assert launches == []
+
+
 def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
     launches = ranks({})
     with socket.create_server(("", 0)) as taken:
@@ -181,3 +231,44 @@ def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, caps
     told = f"distbench: INVALID: --rdzv-endpoint {endpoint}: Address already in use on node 0; use another port\n"
     assert capsys.readouterr().err == told
     assert launches == []
+
+
+def test_no_ranks_are_started_where_none_are_needed(tmp_path: Path, ranks: Ranks) -> None:
+    launches = ranks({})
+    file = included(tmp_path / "odd.json", {"expect": "INVALID", "topk": 99})
+    assert suite(tmp_path / "out", file) == 0
+    assert launches == []
+
+
+COMMANDS = (
+    ("run", ["--nproc", "--lock-timeout", "--nnodes", "--join-timeout"]),
+    ("suite smoke", ["--nproc", "--lock-timeout", "--retries", "--max-faults", "--nnodes", "--join-timeout"]),
+    ("sweep", ["--nproc", "--lock-timeout"]),
+    ("selftest", ["--nproc", "--lock-timeout", "--seeds", "--clean"]),
+    ("shrink case.json", ["--nproc", "--lock-timeout"]),
+    ("bisect case.json", ["--nproc", "--lock-timeout"]),
+    ("replay bundle", ["--lock-timeout"]),
+    ("collect folder", ["--lock-timeout"]),
+    ("cluster smoke", ["--nproc", "--port", "--trial-timeout"]),
+    ("doctor", ["--nproc", "--nodes", "--block-num", "--rdma-block-num"]),
+    ("kernels", ["--ep-size"]),
+    ("tune", ["--ep-size", "--processes"]),
+)
+FROM_0 = ("--lock-timeout", "--retries", "--clean")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        (command, option, value)
+        for command, known in COMMANDS
+        for option in known
+        for value in ("-1", "nan", "x", "1e99", "", *(() if option in FROM_0 else ("0",)))
+    ],
+)
+def test_numbers_have_bounds(command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), f"{option}={value}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"distbench: INVALID: argument {option}: {value!r} is refused; allowed are ")
+    assert told.endswith(f"; see `distbench {command.split(maxsplit=1)[0]} --help`\n")
+    assert told.count("\n") == 1
