@@ -19,7 +19,10 @@ from distbench.production import read_environment
 from distbench.report.console import print_line
 from distbench.resolve import Layer, resolve_case
 
-_KEYS = ("model", "hidden_size", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens")
+_KEYS = (
+    *("model", "hidden_size", "num_experts", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
+    *("dispatch_dtype", "mori_kernel", "gpu_per_node", "combine_quant", "combine_input"),
+)
 _WORDS = ("ready", "degraded", "not usable")
 
 
@@ -38,10 +41,8 @@ def add(commands: Any) -> None:
         "--nproc", type=ranks, default=8, metavar="N", help="ranks on this node (default: %(default)s)"
     )
     command.add_argument("--nodes", type=ranks, default=1, metavar="N", help="nodes together (default: %(default)s)")
-    command.add_argument("--block-num", type=whole(1), default=64, metavar="N", help="of mori's kernels between nodes")
-    command.add_argument(
-        "--rdma-block-num", type=whole(1), default=32, metavar="N", help="those of them for the network"
-    )
+    command.add_argument("--block-num", type=whole(1), metavar="N", help="of mori's kernels (default: the case's)")
+    command.add_argument("--rdma-block-num", type=whole(1), metavar="N", help="those of them for the network")
     add_case_options(command, _KEYS)
 
 

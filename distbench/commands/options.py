@@ -210,12 +210,20 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     return options.nproc if started is None else started
 
 
-def warnings(case: Case) -> tuple[str, ...]:
-    """Return what the reader of the case's report should know of it."""
-    return (*near_misses(os.environ), *check_case(case))
+def warnings(case: Case, options: argparse.Namespace) -> tuple[str, ...]:
+    """Return what the reader of the case's report should know of it, in the launch that `options` ask for."""
+    return (*near_misses(os.environ), *check_case(case, _local_ranks(options)))
 
 
-def examined(entries: Sequence[Entry], origin: str, nodes: int) -> tuple[Entry, ...]:
+def _local_ranks(options: argparse.Namespace) -> int | None:
+    """Return the ranks that the launch has on each node; None where all are on this one."""
+    if world_size() is not None:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    spread = spread_of(options)
+    return None if spread is None else spread.nproc
+
+
+def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace) -> tuple[Entry, ...]:
     """Return the entries with their warnings; one that cannot run here, and is expected not to, is marked as refused.
 
     Devices are looked at where this process starts the ranks; those of torchrun find out by themselves.
@@ -226,14 +234,14 @@ def examined(entries: Sequence[Entry], origin: str, nodes: int) -> tuple[Entry, 
 
     """
     ranks = max(entry.case.ep_size for entry in entries)
-    local_ranks = -(-ranks // nodes) if world_size() is None else 0
-    return tuple(_examined(entry, origin, local_ranks) for entry in entries)
+    devices_for = -(-ranks // options.nnodes) if world_size() is None else 0
+    return tuple(_examined(entry, origin, options, devices_for) for entry in entries)
 
 
-def _examined(entry: Entry, origin: str, local_ranks: int) -> Entry:
+def _examined(entry: Entry, origin: str, options: argparse.Namespace, devices_for: int) -> Entry:
     try:
-        found = warnings(entry.case)
-        check_devices([entry.case], local_ranks)
+        found = warnings(entry.case, options)
+        check_devices([entry.case], devices_for)
         return msgspec.structs.replace(entry, warnings=found)
     except (InvalidCase, Unsupported) as error:
         if entry.expect == error.verdict.value:

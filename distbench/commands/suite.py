@@ -77,7 +77,7 @@ def _suite(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
     chosen = select(suite.entries, options.select)
     check_path(options.out)
-    entries = examined(chosen, suite.origin, options.nnodes)
+    entries = examined(chosen, suite.origin, options)
     check_folder(options.out, report_bytes(entry.case for entry in entries))
     writers = report_writers(options, Path(options.out))
     check_baseline(options)

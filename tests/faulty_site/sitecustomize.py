@@ -101,3 +101,8 @@ if _LAUNCHES:
 
     breadcrumbs.Breadcrumbs.__init__ = _opened  # type: ignore[assignment, method-assign]
     breadcrumbs.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]
+
+if os.environ.get("DISTBENCH_TEST_UNGUARDED"):
+    from tests.faulty_site.unguarded import remove_guards
+
+    remove_guards()

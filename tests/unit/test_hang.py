@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from types import CodeType
 
+import filelock
 import pytest
 
 from distbench import hang
@@ -43,6 +44,7 @@ def frame(code: CodeType) -> str:
         (HEADER + DEVICE + LAYER, True),
         (HEADER + frame(wait_for.__code__) + LAYER, True),
         (HEADER + frame(Session.on_any_rank.__code__) + LAYER, True),
+        (HEADER + frame(filelock.BaseFileLock.acquire.__code__) + LAYER, True),
         (HEADER + frame(shmem._members.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
         (HEADER + ASLEEP + LAYER, False),
         (HEADER + ASLEEP + GLOO, False),
