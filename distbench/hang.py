@@ -26,9 +26,9 @@ _STACKS_WAIT_S = 0.5
 _SPY_S = 2.0
 # Ranks are forked at about one time, but first, and on other nodes at another time, torch has to be loaded.
 _LOADING_S = 60.0
-# A rank whose main thread stands here, by file and function, waits for others: for its peers, while kernels are compiled
-# for the rank of its node that does so, and when it is done for the agent. On a device a collective returns at once, and
-# what waits is the next call that needs the device.
+# A rank whose main thread stands here, by file and function, waits for others: for its peers; while kernels are
+# compiled, for the rank of its node that does so; when it is done, for the agent. On a device a collective returns at
+# once, and what waits is the next call that needs the device.
 _WAITING = (
     ("/torch/distributed/", ""),
     ("/torch/cuda/", "synchronize"),
