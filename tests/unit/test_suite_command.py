@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 import pytest
 
 from distbench import campaign, preflight
+from distbench.case import case_hash
 from distbench.cli import main
 from distbench.commands import options
 from distbench.commands import suite as suite_command
 from distbench.errors import Verdict
-from distbench.job import Job
+from distbench.job import Entry, Job
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.files import write_report
 from distbench.report.journal import RESULTS, Journal
+from distbench.report.sink import Sink
 from distbench.verify.records import Judgement, Outcome
+from tests.cases import tiny_case
 from tests.end_to_end.launches import write_suite
 
 NOWHERE = Environment(hosts=[], devices=[], versions={}, commits={}, variables={})
@@ -246,6 +249,19 @@ def test_ranks_of_torchrun_look_for_devices_themselves(
     assert main(["suite", str(file), f"--out={tmp_path / 'out'}"]) == 7
     (job,) = jobs
     assert [(entry.name, bool(entry.refused)) for entry in job.entries] == [("cuda", False), ("odd", True)]
+
+
+def test_rank_0_of_torchrun_writes_down_what_is_refused_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = Entry(name="odd", case=tiny_case(2), sources={}, expect="INVALID", refused="makes no sense")
+    job = Job(entries=(entry,), out=str(tmp_path), supervised=False)
+    for _ in range(2):
+        sink = Sink(job)
+        assert sink.codes == {case_hash(entry.case): 0}
+        sink.close()
+    assert json.loads(lines(tmp_path)["odd"])["reasons"] == [{"code": "invalid", "message": "makes no sense"}]
+    assert capsys.readouterr().out.split() == ["INVALID", "0.000", "s", "odd"]
 
 
 def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
