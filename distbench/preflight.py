@@ -9,13 +9,18 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
+
 from distbench.case import Case
-from distbench.devices import count_devices, devices_to_hold, free_device_bytes
+from distbench.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
+from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
+from distbench.job import Entry
+from distbench.resolve import check_fit
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
@@ -24,24 +29,25 @@ from distbench.workload.plan import plan_exact
 _SCRATCH_BYTES = 160 << 20
 # What a CUDA context takes on a device, at least.
 _CONTEXT_BYTES = 256 << 20
-_REPORT_BYTES = 32 << 10
+_LITTLE_BYTES = 64 << 10
 _GROUP = Path("/sys/fs/cgroup")
 _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
 
-def check_case(case: Case) -> tuple[str, ...]:
-    """Return warnings about a case that can run.
+def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
+    """Return warnings about a case that can run, in a launch of `local_ranks` on each node; None: all are on one.
 
     Raises:
         InvalidCase: inputs that cannot be made, a kernel table that cannot be read, or what MoRI would get wrong.
         Unsupported: a package that the case needs is not there.
 
     """
+    check_fit(case)
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
-    notes = _check_mori(case) if case.transport == "mori" else ()
+    notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
     _check_graph(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
@@ -49,18 +55,28 @@ def check_case(case: Case) -> tuple[str, ...]:
         check_faults(case)
     if case.experts == "triton":
         return (*notes, *_check_triton_table(case))
-    selector = make_selector(case)
     if case.experts == "aiter":
         check_available(case)
+    units = _compute_units(case)
+    selector = make_selector(msgspec.structs.replace(case, cu_count=units or case.cu_count))
     if not case.kernel_table or selector.tuned:
         return notes
+    return (*notes, _untuned(case, selector, assumed=units is None))
+
+
+def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
     layer = selector.layer
-    message = (
-        f"kernel_table = {case.kernel_table}: no row for cu_num {layer.cu_count}, model_dim {layer.model_dim}, "
+    units = f"{layer.cu_count} (assumed: this node has no ROCm device)" if assumed else str(layer.cu_count)
+    return (
+        f"kernel_table = {case.kernel_table}: no row for cu_num {units}, model_dim {layer.model_dim}, "
         f"inter_dim {layer.inter_dim}, expert {layer.num_local_experts}, topk {layer.lookup_topk(selector.rules)} "
         f"and {layer.quant}; all kernels come from heuristics"
     )
-    return (*notes, message)
+
+
+def _compute_units(case: Case) -> int | None:
+    """Return the units that kernels are selected for: the case's, but with the real aiter this node's."""
+    return compute_units() if case.experts == "aiter" and not case.emulate else case.cu_count
 
 
 def _check_graph(case: Case) -> None:
@@ -99,7 +115,7 @@ def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None
     return held
 
 
-def _check_mori(case: Case) -> tuple[str, ...]:
+def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if not case.emulate and find_spec("mori") is None:
         message = (
             "transport mori: no package mori here; install amd-mori on a ROCm machine (docs/mori.md), or add --emulate"
@@ -111,7 +127,7 @@ def _check_mori(case: Case) -> tuple[str, ...]:
         message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
         raise InvalidCase(message) from error
     check_environment(os.environ)
-    plan = plan_mori(case, os.environ)
+    plan = plan_mori(case, os.environ, local_ranks)
     heap_size(plan, os.environ, emulated=case.emulate)
     return mori_warnings(plan, os.environ, emulated=case.emulate)
 
@@ -125,7 +141,7 @@ def _check_triton_table(case: Case) -> tuple[str, ...]:
     return (f"kernel_table = {case.kernel_table}: not for {shape}; all kernels come from heuristics",)
 
 
-def check_memory(cases: Iterable[Case], available: int | None = None) -> None:
+def check_memory(entries: Iterable[Entry], available: int | None = None) -> None:
     """Refuse a launch whose largest case needs more memory than this machine has to give.
 
     `available` is in bytes; None asks the machine.
@@ -134,13 +150,14 @@ def check_memory(cases: Iterable[Case], available: int | None = None) -> None:
         Unsupported: names the bytes needed and available, and what to make smaller.
 
     """
-    largest = max(cases, key=memory_bytes)
-    needed = memory_bytes(largest)
+    largest = max(entries, key=lambda entry: memory_bytes(entry.case))
+    needed = memory_bytes(largest.case)
     free = available_bytes() if available is None else available
     if needed > free:
         message = (
-            f"memory: the largest case needs about {needed} bytes for {largest.ep_size} ranks ({needed / 2**30:.1f} "
-            f"GiB), {free} are available; lower max_dispatch_tokens_per_rank or use fewer ranks or a smaller model"
+            f"memory: case {largest.name} needs about {needed} bytes for {largest.case.ep_size} ranks "
+            f"({needed / 2**30:.1f} GiB), {free} are available; lower max_dispatch_tokens_per_rank, or use fewer "
+            "ranks or a smaller model"
         )
         raise Unsupported(message)
 
@@ -155,7 +172,7 @@ def memory_bytes(case: Case) -> int:
     return case.ep_size * (weights + buffers + work)
 
 
-def check_device_memory(cases: Iterable[Case], held: Sequence[str], available: int | None = None) -> None:
+def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available: int | None = None) -> None:
     """Refuse a launch whose largest case needs more memory than the fullest of the devices `held` has free.
 
     `available` is in bytes; None asks the devices. Nothing is refused where nothing tells.
@@ -164,16 +181,16 @@ def check_device_memory(cases: Iterable[Case], held: Sequence[str], available: i
         Unsupported: names the bytes needed and available, and what to make smaller.
 
     """
-    on_device = [case for case in cases if case.device != "cpu"]
+    on_device = [entry for entry in entries if entry.case.device != "cpu" and not entry.refused]
     if not held or not on_device:
         return
-    largest = max(on_device, key=device_bytes)
-    needed, free = device_bytes(largest), free_device_bytes(held) if available is None else available
+    largest = max(on_device, key=lambda entry: device_bytes(entry.case))
+    needed, free = device_bytes(largest.case), free_device_bytes(held) if available is None else available
     if free is not None and needed > free:
         message = (
-            f"device memory: the largest case needs at least {needed} bytes on each device ({needed / 2**30:.1f} GiB), "
-            f"{free} are free on the fullest of {', '.join(held)}; end what else runs there, lower "
-            "max_dispatch_tokens_per_rank, or use more ranks or a smaller model"
+            f"device memory: case {largest.name} needs at least {needed} bytes on each device "
+            f"({needed / 2**30:.1f} GiB), {free} are free on the fullest of {', '.join(held)}; end what else runs "
+            "there, lower max_dispatch_tokens_per_rank, or use more ranks or a smaller model"
         )
         raise Unsupported(message)
 
@@ -224,8 +241,8 @@ def check_path(path: str) -> None:
         raise InvalidCase(message) from error
 
 
-def check_folder(out: str, num_cases: int) -> None:
-    """Make the folder for results and prove that it can take them.
+def check_folder(out: str, needed: int = _LITTLE_BYTES) -> None:
+    """Make the folder for results and prove that it can take `needed` bytes of them.
 
     Raises:
         InvalidCase: it cannot be made or written, or its disk is all but full.
@@ -240,7 +257,6 @@ def check_folder(out: str, num_cases: int) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         message = f"folder {out!r}: cannot be written ({reason}); name another folder"
         raise InvalidCase(message) from error
-    needed = num_cases * _REPORT_BYTES
     if free < needed:
-        message = f"folder {out!r}: {free} bytes are free, {num_cases} reports take about {needed}; name another folder"
+        message = f"folder {out!r}: {free} bytes are free, results take about {needed}; name another folder"
         raise InvalidCase(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
 from distbench.recording import Recorder
 from distbench.session import Session
+from distbench.stage_limits import compiles
 from distbench.transport import make_transport
 from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
@@ -136,17 +138,21 @@ def _build(  # noqa: PLR0913 - what parts are made of
 ) -> Parts:
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
-    weights, experts = ExpertWeights(*workload.local_weights(session.rank), mask), make_experts(case)
+    weights = ExpertWeights(*workload.local_weights(session.rank), mask)
     rows = (case.capacity, *((limit,) if limit else ()))
-    if isinstance(experts, CompiledExperts):
+    if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
         session.crumbs.mark("compile")
-        experts.warm_up(*weights, rows=rows)
+    with session.together() if compiles(case) or case.graph else nullcontext():
+        experts = make_experts(case)
+        if isinstance(experts, CompiledExperts):
+            experts.warm_up(*weights, rows=rows)
+        experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
     parts = Parts(
         workload=workload,
         batch=batch,
         weights=weights,
         transport=make_transport(session, case, counts, batch),
-        experts=_graphed(session, experts, weights, batch, rows) if case.graph else experts,
+        experts=experts,
     )
     return _inject(session, case, parts) if case.inject else parts
 

@@ -6,18 +6,21 @@ import importlib.metadata
 import os
 import resource
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import msgspec
+
+from distbench.devices import compute_units
+from distbench.errors import InvalidCase
+from distbench.locks import DEVICE_LOCKS, is_held
 
 _ROCM = Path("/opt/rocm")
 _NICS = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is looked at
-_PACKAGES = {"mori": "amd-mori", "aiter": "amd-aiter", "torch": "torch"}
+MORI = ("amd-mori", "amd-mori-nightly")
+AITER = "amd-aiter"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +36,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """Whether every accelerator reaches every other one's memory."""
     rocm: str = ""
     hipcc: str = ""
+    units: int | None = None
+    """Compute units of each accelerator, where the kernel driver of ROCm tells."""
     packages: dict[str, str] = {}
-    """Versions of mori and aiter, where installed."""
+    """Versions of mori's two distributions and of aiter's, those that are installed."""
     nics: dict[str, str] = {}
     """State of each RDMA device's first port, such as ACTIVE."""
     memlock: int | None = None
@@ -55,7 +60,8 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
         **_torch_facts(),
         rocm=_text(_ROCM / ".info" / "version"),
         hipcc=shutil.which("hipcc") or "",
-        packages={name: _version(name) for name in ("mori", "aiter") if _version(name)},
+        units=compute_units(environ),
+        packages={name: _version(name) for name in (*MORI, AITER) if _version(name)},
         nics={nic.name: _port_state(nic) for nic in sorted(_NICS.glob("*"))},
         memlock=None if memlock == resource.RLIM_INFINITY else memlock,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -66,19 +72,16 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
     )
 
 
-def held_locks(folder: Path | None = None) -> list[str]:
-    """Return the accelerators' locks in `folder` (the temporary one) that a process holds, by their file names."""
-    held = []
-    for path in sorted((folder or Path(tempfile.gettempdir())).glob("distbench-*.lock")):
-        lock = filelock.FileLock(path)
-        try:
-            with lock.acquire(timeout=0):
-                pass
-        except filelock.Timeout:
-            held.append(path.name)
-        except OSError:
-            held.append(f"{path.name} (of another user)")
-    return held
+def held_locks(folder: Path = DEVICE_LOCKS) -> list[str]:
+    """Return the accelerators' locks in `folder` that a process holds, or that cannot be looked at, by file names."""
+    return [found for path in sorted(folder.glob("distbench-*.lock")) if (found := _held_lock(path))]
+
+
+def _held_lock(path: Path) -> str:
+    try:
+        return path.name if is_held(path) else ""
+    except InvalidCase as error:
+        return f"{path.name} ({error})"
 
 
 def _torch_facts() -> dict[str, Any]:
@@ -101,9 +104,9 @@ def _architecture(properties: Any) -> str:
     return str(name).split(":")[0] if str(name).startswith("gfx") else f"sm_{properties.major}{properties.minor}"
 
 
-def _version(package: str) -> str:
+def _version(distribution: str) -> str:
     try:
-        return importlib.metadata.version(_PACKAGES[package])
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
