@@ -74,7 +74,7 @@ def find_hang(
     stuck = _stuck(behind, stacks)
     told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s"
     case_index = None if last.stage_name == "done" else last.case_index
-    return _hang(stuck, running.keys() - stuck, told, stacks, case_index)
+    return _hang(stuck, running.keys() - stuck, told, stacks, case_index, last.stage_name)
 
 
 def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> Ending | None:
@@ -86,16 +86,16 @@ def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launch
     if stood <= limit:
         return None
     told = f"had not begun {stood:.1f} s after {'the others' if seen else 'the launch'}, allowed are {limit:.1f} s"
-    return _hang(missing, seen, told, dump_stacks(job, seen), 0)
+    return _hang(missing, seen, told, dump_stacks(job, seen), 0, "start")
 
 
-def _hang(
-    stuck: Iterable[int], waiting: Iterable[int], told: str, stacks: dict[int, str], case_index: int | None
+def _hang(  # noqa: PLR0913 - who stood where, and who waited
+    stuck: Iterable[int], waiting: Iterable[int], told: str, stacks: dict[int, str], case_index: int | None, stage: str
 ) -> Ending:
     message = f"{', '.join(f'rank {rank}' for rank in sorted(stuck))} {told}"
     others = ", ".join(map(str, sorted(waiting)))
     message += f"; rank {others} waited for it" if others else ""
-    reasons = [Reason(code="hang", rank=rank, message=message) for rank in sorted(stuck)]
+    reasons = [Reason(code="hang", rank=rank, message=message, stage=stage) for rank in sorted(stuck)]
     named = {str(rank): text for rank, text in stacks.items()}
     return Ending(verdict=Verdict.HANG, case_index=case_index, reasons=reasons, stacks=named)
 

@@ -81,7 +81,8 @@ def positions(job: Job) -> dict[int, Position]:
 
 def _raised(job: Job, failure: RankFailure) -> Ending:
     code = "baseline-fault" if failure.position.arm_name == "padded" else "rank-fault"
-    reason = Reason(code=code, rank=failure.rank, message=str(failure) + _whose(failure.position))
+    told = str(failure) + _whose(failure.position)
+    reason = Reason(code=code, rank=failure.rank, message=told, stage=failure.position.stage_name)
     stacks = {str(failure.rank): failure.traceback}
     return _ending(job, failure.position, reason, stacks)
 
@@ -100,7 +101,8 @@ def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
     )
     stacks = {str(failure.rank): failure.traceback for failure in waited}
     index = min(late.case_index, len(job.entries) - 1)
-    reasons = [Reason(code="hang", rank=rank, message=message) for rank in behind]
+    stage = "start" if absent else late.stage_name
+    reasons = [Reason(code="hang", rank=rank, message=message, stage=stage) for rank in behind]
     return Ending(verdict=Verdict.HANG, case_index=index, reasons=reasons, stacks=stacks)
 
 
@@ -117,9 +119,8 @@ def _left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
 def _lost(job: Job, rank: int, how: str, position: Position | None) -> Ending:
     place = "before its first stage" if position is None else f"in {position.place}{_whose(position)}"
     baseline = position is not None and position.arm_name == "padded"
-    reason = Reason(
-        code="baseline-fault" if baseline else "rank-fault", rank=rank, message=f"rank {rank} {how} {place}"
-    )
+    code = "baseline-fault" if baseline else "rank-fault"
+    reason = Reason(code=code, rank=rank, message=f"rank {rank} {how} {place}", stage=_stage(position))
     return _ending(job, position, reason, {})
 
 
@@ -132,10 +133,11 @@ def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
     place = "before its first stage" if last is None else f"in {last.place}"
     names = ", ".join(map(str, behind))
     if not ahead:
-        reason = Reason(code="rank-fault", message=f"rank {names} ended without a word {place}, none behind another")
+        told = f"rank {names} ended without a word {place}, none behind another"
+        reason = Reason(code="rank-fault", message=told, stage=_stage(last))
         return _ending(job, last, reason, {})
     message = f"rank {names} was behind {place}, rank {', '.join(map(str, ahead))} waited; all ended without a word"
-    reasons = [Reason(code="hang", rank=rank, message=message) for rank in behind]
+    reasons = [Reason(code="hang", rank=rank, message=message, stage=_stage(last)) for rank in behind]
     return msgspec.structs.replace(_ending(job, last, reasons[0], {}), verdict=Verdict.HANG, reasons=reasons)
 
 
@@ -156,6 +158,10 @@ def _refuse_full_disk(failures: list[RankFailure]) -> None:
 def _ending(job: Job, position: Position | None, reason: Reason, stacks: dict[str, str]) -> Ending:
     case_index = min(position.case_index if position else 0, len(job.entries) - 1)
     return Ending(verdict=Verdict.RANK_FAULT, case_index=case_index, reasons=[reason], stacks=stacks)
+
+
+def _stage(position: Position | None) -> str:
+    return "" if position is None else position.stage_name
 
 
 def _whose(position: Position) -> str:

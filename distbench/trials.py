@@ -25,7 +25,7 @@ _TRIAL = "trial "
 class Signature(msgspec.Struct, frozen=True):
     """What makes two failures the same: the verdict, the first wrong stage, and the surest cause.
 
-    Where no stage was judged (a lost rank, a refused case) the code of the first reason stands for the cause.
+    Where no stage was judged (a lost rank, a refused case) the first reason's stage and code stand for stage and cause.
     """
 
     verdict: Verdict
@@ -42,7 +42,7 @@ def signature(report: Report) -> Signature:
     stage = report.first_divergence.stage if report.first_divergence else ""
     cause = report.diagnosis[0].cause if report.diagnosis else ""
     if not cause and report.verdict is not Verdict.PASS and report.reasons:
-        cause = report.reasons[0].code
+        stage, cause = stage or report.reasons[0].stage, report.reasons[0].code
     return Signature(report.verdict, stage, cause)
 
 

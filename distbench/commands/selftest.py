@@ -6,21 +6,29 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from distbench.case import FIELD_HINTS
 from distbench.commands.numbers import whole
-from distbench.commands.options import add_launch, campaign
+from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_launch
 from distbench.errors import InvalidCase
 from distbench.locks import hold
-from distbench.preflight import check_folder, check_memory, check_path
+from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.progress import Progress
-from distbench.report.console import print_line, print_table
+from distbench.report.console import print_plain, print_table
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.room import report_bytes
 
+if TYPE_CHECKING:
+    from distbench.selftest.trials import Plan
+
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
+# What the self-test itself decides: what goes wrong, and by what it is judged.
+_OWN_KEYS = ("inject", "numerics", "require")
 
 
 def add(commands: Any) -> None:
@@ -28,7 +36,8 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "selftest",
         help="inject every known fault, and run random clean cases: would the bench have noticed?",
-        description="Exit code 1 where a fault slips through, a healthy rank is blamed, or a clean case is no PASS.",
+        description="Exit code 1 where a fault slips through, a healthy rank is blamed, or a clean case is no PASS. "
+        "Options of the case hold for all cases, but for what a fault needs to show.",
     )
     command.set_defaults(command=_selftest)
     add_launch(command)
@@ -37,16 +46,17 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--clean", type=whole(0), metavar="N", help=f"random cases without a fault (default: {_CLEAN})"
     )
-    command.add_argument("--faults", metavar="TEXT", default="", help="only faults with this in their names")
+    command.add_argument("--faults", metavar="TEXT,…", default="", help="only faults with one of these in their names")
     command.add_argument("--markdown", metavar="PATH", default="", help="write the table there, as docs/selftest.md is")
     command.add_argument("--list", action="store_true", help="list the faults and what they stand for, and run nothing")
+    add_case_options(command, [key for key in FIELD_HINTS if key not in _OWN_KEYS])
 
 
 def _selftest(options: argparse.Namespace) -> int:
     from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch, which other commands do without
     from distbench.selftest.outcomes import outcomes  # noqa: PLC0415
-    from distbench.selftest.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
-    from distbench.selftest.trials import CLEAN, trials  # noqa: PLC0415
+    from distbench.selftest.table import COLUMNS, cells, closing_lines, markdown, ran  # noqa: PLC0415
+    from distbench.selftest.trials import CLEAN, plan  # noqa: PLC0415
 
     if options.list:
         rows = [(name, kind.stage, (kind.__doc__ or "").strip(), kind.bug) for name, kind in FAULTS.items()]
@@ -54,25 +64,57 @@ def _selftest(options: argparse.Namespace) -> int:
         return 0
     ranks = _RANKS if options.nproc is None else options.nproc
     seeds, clean = _counts(options, ranks)
-    asked = [one for one in trials(ranks, seeds, clean) if options.faults in one.label or not one.label]
+    every = plan(ranks, seeds, clean, case_flags(options))
+    asked = _chosen(every, options.faults)
+    entries = [one.entry for one in asked.trials]
     out = Path(options.out)
     for path in filter(None, (options.out, options.markdown)):
         check_path(path)
-    check_folder(options.out, report_bytes(one.entry.case for one in asked))
-    check_memory(one.entry for one in asked)
-    options.max_faults = len(asked) + 1
-    with hold(out, (), options.lock_timeout):
+    check_folder(options.out, report_bytes(entry.case for entry in entries))
+    devices = check_launch(entries)
+    options.max_faults = len(entries) + 1
+    with hold(out, devices, options.lock_timeout):
+        check_device_memory(entries, devices)
         refuse_others(out, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
         (out / RESULTS).unlink(missing_ok=True)
-        campaign([one.entry for one in asked], options, Progress(len(asked), quiet=not sys.stderr.isatty()))
+        campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
     found = outcomes(asked, out)
+    print_plain(f"self-test of {ran(found)}")
     print_table(cells(found), COLUMNS)
     for line in closing_lines(found):
-        print_line(line)
+        print_plain(line)
     if options.markdown:
-        command = f"distbench selftest --nproc {ranks} --seeds {seeds} --clean {clean} --markdown PATH"
-        write_atomically(Path(options.markdown), markdown(found, command).encode())
+        write_atomically(Path(options.markdown), markdown(found, _command(options, ranks, seeds, clean)).encode())
     return 0 if found.passed else 1
+
+
+def _chosen(every: Plan, text: str) -> Plan:
+    """Return the clean cases and the faults that `text` names.
+
+    Raises:
+        InvalidCase: no fault has such a name.
+
+    """
+    wanted = [name.strip() for name in text.split(",") if name.strip()]
+    labels = dict.fromkeys([*(one.label for one in every.trials if one.label), *every.impossible])
+    unknown = [name for name in wanted if not any(name in label for label in labels)]
+    if unknown:
+        message = f"--faults {unknown[0]!r:.40}: in no fault's name; allowed are parts of {', '.join(labels)}"
+        raise InvalidCase(message)
+    chosen = {label for label in labels if not wanted or any(name in label for name in wanted)}
+    impossible = {label: reason for label, reason in every.impossible.items() if label in chosen}
+    trials = [one for one in every.trials if not one.label or one.label in chosen]
+    return msgspec.structs.replace(every, trials=trials, impossible=impossible)
+
+
+def _command(options: argparse.Namespace, ranks: int, seeds: int, clean: int) -> str:
+    """Return the command that writes the table again."""
+    flags = [
+        f"--{key.replace('_', '-')}={value}" for layer in case_flags(options) for key, value in layer.values.items()
+    ]
+    flags += [f"--faults={options.faults}"] if options.faults else []
+    numbers = f"--nproc {ranks} --seeds {seeds} --clean {clean}"
+    return " ".join(["distbench selftest", numbers, *flags, "--markdown PATH"])
 
 
 def _counts(options: argparse.Namespace, ranks: int) -> tuple[int, int]:

@@ -131,7 +131,12 @@ class CapacityIgnored(Fault):
 
     name, stage = "capacity-ignored", "dispatch"
     bug = "sglang's moriep.py: max_total_recv_tokens is dropped with a warning where the installed MoRI lacks it"
-    shape = {"prealloc_max_recv_tokens": 96, "tokens": 12, "max_dispatch_tokens_per_rank": 64}
+    shape = {
+        "prealloc_max_recv_tokens": 96,
+        "tokens": 12,
+        "max_dispatch_tokens_per_rank": 64,
+        "combine_input": "registered",  # MoRI's own buffer: with any other it would be too small for the cap
+    }
     needs = "a prealloc_max_recv_tokens that makes the buffer smaller"
 
     def received(self, dispatched: Dispatched) -> Dispatched:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from distbench.errors import Verdict
 from distbench.report.document import Report
 from distbench.report.journal import RESULTS
-from distbench.selftest.trials import DEAD, SEVERAL, Trial
+from distbench.selftest.trials import DEAD, SEVERAL, Plan, Trial
 
 RIGHT_SHARE = 0.95
 
@@ -43,12 +44,19 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole self-test: a row for each fault, and the random cases that were no PASS."""
+    """The whole self-test: a row for each fault, the random cases that were no PASS, and what could not be tried.
+
+    `stand_ins` are what ran in the place of packages, `parts` the transport and the experts.
+    """
 
     rows: list[Row]
     clean: int
     false_alarms: list[str]
     missing: int
+    not_tried: dict[str, str]
+    ranks: int
+    parts: list[str]
+    stand_ins: list[str]
 
     @property
     def right_share(self) -> float:
@@ -59,28 +67,49 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
     def passed(self) -> bool:
         """Whether nothing slipped through, nobody was blamed wrongly, and no clean case was refused."""
         sound = all(row.seeds and row.caught == row.seeds and not row.healthy_blamed for row in self.rows)
-        return sound and self.right_share >= RIGHT_SHARE and not self.false_alarms and not self.missing
+        right = bool(self.rows) and self.right_share >= RIGHT_SHARE
+        return sound and right and not self.false_alarms and not self.missing
 
 
-def outcomes(asked: Sequence[Trial], out: Path) -> Outcomes:
-    """Hold the reports in `out` against what was asked."""
-    by_name = {trial.entry.name: trial for trial in asked}
+def outcomes(asked: Plan, out: Path) -> Outcomes:
+    """Hold the reports in `out` against what was asked. What this machine lacks the parts for was not tried."""
+    by_name = {trial.entry.name: trial for trial in asked.trials}
     results: list[Result] = []
     alarms: list[str] = []
-    seen = 0
+    not_tried = dict(asked.impossible)
+    seen = clean = 0
     for report in _reports(out):
         trial = by_name.get(report.name)
         if trial is None:
             continue
         seen += 1
-        if trial.label:
+        if report.verdict is Verdict.UNSUPPORTED:
+            not_tried[trial.label or "clean cases, some"] = report.reasons[0].message
+        elif trial.label:
             results.append(result_of(trial, report))
-        elif report.verdict is not Verdict.PASS:
-            alarms.append(f"{report.verdict.value}: {report.name}")
-    labels = dict.fromkeys(trial.label for trial in asked if trial.label)
-    rows = [_row(label, [one for one in results if one.trial.label == label]) for label in labels]
-    clean = sum(not trial.label for trial in asked)
-    return Outcomes(rows=rows, clean=clean, false_alarms=alarms, missing=len(asked) - seen)
+        else:
+            clean += 1
+            alarms += [] if is_clean(report) else [f"{report.verdict.value}: {report.name}"]
+    tried = {one.trial.label for one in results}
+    labels = dict.fromkeys(one.label for one in asked.trials if one.label in tried or one.label not in not_tried)
+    base = asked.trials[0].entry.case
+    return Outcomes(
+        rows=[_row(label, [one for one in results if one.trial.label == label]) for label in labels if label],
+        clean=clean,
+        false_alarms=alarms,
+        missing=len(asked.trials) - seen,
+        not_tried=not_tried,
+        ranks=base.ep_size,
+        parts=[base.transport, base.experts],
+        stand_ins=base.stand_ins,
+    )
+
+
+def is_clean(report: Report) -> bool:
+    """Whether a case without a fault ended as it may: a kernel that adds atomically need not repeat its bits."""
+    if report.verdict is not Verdict.NONDETERMINISTIC:
+        return report.verdict is Verdict.PASS
+    return any(rank.kernels["padded"].get("stage2_mode") == "atomic" for rank in report.ranks)
 
 
 def _reports(out: Path) -> Iterator[Report]:
@@ -92,39 +121,43 @@ def _reports(out: Path) -> Iterator[Report]:
 def result_of(trial: Trial, report: Report) -> Result:
     """Hold one report against the fault that was put in."""
     hits = {int(rank) for one in report.injected for rank in one.hits}
-    guilty = set(trial.ranks) or hits
     died = report.verdict.value in DEAD
-    fired = died or bool(hits)
-    if trial.verdict == Verdict.PASS.value:
-        good = report.verdict is Verdict.PASS
-        return Result(
-            trial=trial,
-            verdict=report.verdict.value,
-            cause="no fault" if good else report.reasons[0].message,
-            fired=fired,
-            caught=good,
-            right=good,
-            healthy_blamed=not good,
-        )
-    if died:
-        reasons = report.reasons
-        stages = all(f"{trial.stage} " in f"{reason.message} " for reason in reasons)
-        cause = f"{report.verdict.value.lower().replace('_', ' ')} in {trial.stage}" if stages else reasons[0].message
-        blamed = {reason.rank for reason in reasons if reason.rank is not None}
-    else:
-        named = [one for one in report.diagnosis if one.stage or one.cause == SEVERAL]
-        cause = named[0].cause if named else "none"
-        blamed = {rank for one in named for rank in one.ranks}
-        stages = bool(named) and trial.stage in (named[0].stage, named[0].cause)
+    named = _lost_ranks(report) if died else _diagnosed(report)
+    expected = [(trial.verdict, trial.stage), *([(DEAD[1], trial.guard)] if trial.guard else [])]
+    good = report.verdict.value == trial.verdict == Verdict.PASS.value
+    guilty = set(trial.ranks) or hits
     return Result(
         trial=trial,
         verdict=report.verdict.value,
-        cause=cause,
-        fired=fired,
-        caught=report.verdict is not Verdict.PASS,
-        right=report.verdict.value == trial.verdict and stages and blamed == guilty,
-        healthy_blamed=not blamed <= guilty,
+        cause="no fault" if good else named.cause,
+        fired=died or bool(hits),
+        caught=good if trial.verdict == Verdict.PASS.value else report.verdict is not Verdict.PASS,
+        right=good or ((report.verdict.value, named.stage) in expected and named.ranks == guilty),
+        healthy_blamed=not good and not named.ranks <= guilty,
     )
+
+
+class _Named(NamedTuple):
+    """What a report blames: in words, the stage (or that there are several), and ranks."""
+
+    cause: str
+    stage: str
+    ranks: set[int]
+
+
+def _lost_ranks(report: Report) -> _Named:
+    stages = dict.fromkeys(reason.stage for reason in report.reasons)
+    what = report.verdict.value.lower().replace("_", " ")
+    ranks = {reason.rank for reason in report.reasons if reason.rank is not None}
+    return _Named(f"{what} in {' and '.join(stages)}", "".join(stages), ranks)
+
+
+def _diagnosed(report: Report) -> _Named:
+    named = [one for one in report.diagnosis if one.stage or one.cause == SEVERAL]
+    ranks = {rank for one in named for rank in one.ranks}
+    if not named:
+        return _Named("none", "", ranks)
+    return _Named(named[0].cause, named[0].stage or named[0].cause, ranks)
 
 
 def _row(label: str, results: list[Result]) -> Row:

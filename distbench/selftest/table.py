@@ -7,6 +7,12 @@ from distbench.selftest.outcomes import Outcomes
 COLUMNS = ("fault", "expected", "verdict", "diagnosis", "caught", "right", "healthy rank blamed")
 
 
+def ran(outcomes: Outcomes) -> str:
+    """Say what ran: a self-test tells of its own transport and experts only."""
+    emulated = f" (emulated: {', '.join(outcomes.stand_ins)})" if outcomes.stand_ins else ""
+    return f"{outcomes.ranks} ranks, {' + '.join(outcomes.parts)}{emulated}"
+
+
 def cells(outcomes: Outcomes) -> list[tuple[str, ...]]:
     """Return the table's rows."""
     return [
@@ -34,8 +40,9 @@ def closing_lines(outcomes: Outcomes) -> list[str]:
         f"ranks ({100 * outcomes.right_share:.1f} %), a healthy rank blamed in {blamed}; {len(alarms)} false alarms in "
         f"{outcomes.clean} clean cases"
     )
+    not_tried = [f"not tried here: {label}: {reason}" for label, reason in outcomes.not_tried.items()]
     result = f"selftest: {'passed' if outcomes.passed else 'FAILED'}"
-    return [*(f"false alarm: {alarm}" for alarm in alarms), *missing, total, result]
+    return [*(f"false alarm: {alarm}" for alarm in alarms), *missing, *not_tried, total, result]
 
 
 def markdown(outcomes: Outcomes, command: str) -> str:
@@ -43,15 +50,16 @@ def markdown(outcomes: Outcomes, command: str) -> str:
     head = [
         "# Self-test",
         "",
-        f"Written by `{command}`. Each case has a fault on a random rank, in a random arm; `right` is the right",
-        "verdict, first stage and ranks together. Ran with the stand-ins (emulated): collective for mori, reference",
-        "for aiter.",
+        f"Written by `{command}`.",
+        f"Ran on {ran(outcomes)}.",
+        "",
+        "Each case has a fault on a random rank, in a random arm; `right` is the right verdict, first stage and ranks",
+        "together.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
     ]
     table = ["| " + " | ".join(row) + " |" for row in cells(outcomes)]
     bugs = [f"| {row.label} | {row.bug} |" for row in outcomes.rows]
-    return "\n".join(
-        [*head, *table, "", *closing_lines(outcomes), "", "| fault | stands for |", "|---|---|", *bugs, ""]
-    )
+    closing = [part for line in closing_lines(outcomes) for part in (line, "")]
+    return "\n".join([*head, *table, "", *closing, "| fault | stands for |", "|---|---|", *bugs, ""])

@@ -3,36 +3,81 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
-from distbench.errors import Verdict
+from distbench.case import Case
+from distbench.errors import InvalidCase, Unsupported, Verdict
+from distbench.experts import make_selector
 from distbench.faults.base import Fault
 from distbench.faults.injector import FAULTS
 from distbench.job import Entry
+from distbench.preflight import check_case
 from distbench.resolve import Layer, resolve_case
 
 SEVERAL = "several faults at once"
 CLEAN = "clean"
 DEAD = (Verdict.HANG.value, Verdict.RANK_FAULT.value)
 _DEAD_SEEDS = 3
+_GAUSSIAN_EVERY = 5
+_DRAWS = 20
 _BASE = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "policy": "unchecked", "limit": "max-recv"}
 _ROUTINGS = ("uniform", "zipf:1.2", "duplicates")
 _ARMS = ("", "padded", "control", "repadded", "truncated")
 
-# Options with which a fault is tried, where it has more than one face.
-_VARIANTS: dict[str, tuple[dict[str, str], ...]] = {
-    "flipped-bit": tuple({"field": field} for field in ("hidden", "scales", "weights", "ids")),
-    "corrupt-tokens": ({"rate": "0.005", "rank": "all"}, {"rate": "0.02", "rank": "all"}),
-    "hang": ({"stage": "dispatch"}, {"stage": "combine"}),
+Keys = dict[str, Any]
+
+
+class Variant(NamedTuple):
+    """One face of a fault: options that it is tried with, and keys of the case beside its own."""
+
+    options: Mapping[str, str] = {}
+    keys: Mapping[str, Any] = {}
+
+    @property
+    def text(self) -> str:
+        """What a label says of it."""
+        return ",".join(f"{key}={value}" for key, value in {**self.options, **self.keys}.items())
+
+
+_VARIANTS: dict[str, tuple[Variant, ...]] = {
+    "flipped-bit": tuple(Variant({"field": field}) for field in ("hidden", "scales", "weights", "ids")),
+    "corrupt-tokens": (Variant({"rate": "0.005", "rank": "all"}), Variant({"rate": "0.02", "rank": "all"})),
+    "hang": (Variant({"stage": "dispatch"}), Variant({"stage": "combine"})),
+    "dies-at-304-336": (Variant(keys={"limit": "304"}), Variant(keys={"limit": "336"})),
 }
 _TOGETHER = (("swapped-rows", "flipped-token-bit"), ("flipped-expert-bit", "flipped-token-bit"))
 
 
+class Guard(NamedTuple):
+    """A check of an adapter that ends the rank in `stage`, where a fault gives a package what it does not check."""
+
+    stage: str
+    always: bool = True
+
+
+GUARDS: dict[str, dict[str, Guard]] = {
+    "mori": {"dispatched-ids": Guard("combine")},
+    "aiter": {
+        "weights-not-cut": Guard("experts"),
+        "flipped-bit:field=ids": Guard("experts", always=False),
+        "ids-and-weights-dropped": Guard("experts"),
+        "ids-out-of-range": Guard("experts"),
+        "slots-lost": Guard("experts"),
+        "capacity-not-checked": Guard("experts"),
+        "row-of-topk-minus-1": Guard("experts"),
+    },
+}
+"""By transport or experts, and by label."""
+
+
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One case with a fault, or with none: what must come of it. `ranks` is empty where the hits tell them."""
+    """One case with a fault, or with none: what must come of it.
+
+    `ranks` is empty where the hits tell them. `guard` is the stage in which an adapter may end the rank instead.
+    """
 
     label: str
     entry: Entry
@@ -40,100 +85,42 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     stage: str = ""
     ranks: tuple[int, ...] = ()
     bug: str = ""
+    guard: str = ""
+
+    @property
+    def deadly(self) -> bool:
+        """Whether it may cost a launch."""
+        return self.verdict in DEAD or bool(self.guard)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """The clean cases, the faults, and last those that cost a launch each; faults that cannot be tried, and why."""
+
+    trials: list[Trial]
+    impossible: dict[str, str]
+
+
+def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> Plan:
+    """Return the trials; `asked` has keys for all cases, which only what a fault needs comes before.
+
+    Raises:
+        InvalidCase: no case can be made with those keys.
+        Unsupported: this machine lacks what they need.
+
+    """
+    maker = _Maker(ranks, asked)
+    faulty, impossible = _possible_ones(maker, seeds)
+    deadly = [trial for trial in faulty if trial.deadly]
+    cleans = [maker.clean(seed) for seed in range(clean)]
+    return Plan([*cleans, *(trial for trial in faulty if not trial.deadly), *deadly], impossible)
 
 
 def trials(ranks: int, seeds: int, clean: int) -> list[Trial]:
-    """Return the clean cases, the faults, and last those that cost a launch each."""
-    faulty = [trial for seed in range(seeds) for trial in _faulty(ranks, seed)]
-    deadly = [trial for trial in faulty if trial.verdict in DEAD]
-    return [
-        *(_clean(ranks, seed) for seed in range(clean)),
-        *(trial for trial in faulty if trial.verdict not in DEAD),
-        *deadly,
-    ]
+    """Return the trials of the stand-ins."""
+    return plan(ranks, seeds, clean).trials
 
 
-def _faulty(ranks: int, seed: int) -> Iterator[Trial]:
-    for name, kind in FAULTS.items():
-        if kind.verdict in DEAD and seed >= _DEAD_SEEDS:
-            continue
-        if not _possible(name, ranks):
-            continue
-        for options in _VARIANTS.get(name, ({},)):
-            yield _trial(kind, dict(options), ranks, seed)
-    for first, second in _TOGETHER:
-        yield _together(first, second, ranks, seed)
-
-
-def _possible(name: str, ranks: int) -> bool:
-    """Whether so many ranks can show the fault: nodes need four, ten experts of a token three."""
-    return {"cross-node": ranks % 2 == 0 and ranks >= 4, "slots-lost": ranks >= 3}.get(name, True)  # noqa: PLR2004
-
-
-def _trial(kind: type[Fault], options: dict[str, str], ranks: int, seed: int) -> Trial:
-    chance = random.Random(f"{kind.name}/{options}/{seed}")  # noqa: S311 - a choice of cases, no secret
-    label = ":".join([kind.name, ",".join(f"{key}={value}" for key, value in options.items())]).rstrip(":")
-    rank = chance.randrange(ranks)
-    options = {"rank": str(rank)} | options
-    if not kind.arm and not kind.verdict:
-        options["arm"] = chance.choice(_ARMS) if options["rank"] != "all" else ""
-    keys = random_keys(chance, ranks)
-    if options.get("field") == "scales":
-        keys["dispatch_dtype"] = "fp8"
-    if kind.name == "own-batch-limit":
-        keys["tokens"] = tuple(3 if one == rank else 24 for one in range(ranks))
-    if options["rank"] == "all":
-        keys |= {"tokens": 128, "max_dispatch_tokens_per_rank": 128}
-    keys |= dict(kind.shape)
-    keys["inject"] = f"{kind.name}:{','.join(f'{key}={value}' for key, value in options.items() if value)}"
-    verdict = kind.verdict or (Verdict.CORRUPT if _spares_padded(kind, options) else Verdict.BASELINE_WRONG).value
-    known = () if options["rank"] == "all" or verdict == Verdict.PASS.value else (rank,)
-    entry = _entry(f"{label} #{seed}", keys, ranks, "fault", verdict)
-    return Trial(
-        label=label, entry=entry, verdict=verdict, stage=options.get("stage", kind.stage), ranks=known, bug=kind.bug
-    )
-
-
-def _together(first: str, second: str, ranks: int, seed: int) -> Trial:
-    chance = random.Random(f"{first}+{second}/{seed}")  # noqa: S311 - a choice of cases, no secret
-    guilty = sorted(chance.sample(range(ranks), 2))
-    label = f"{first} + {second}"
-    inject = f"{first}:rank={guilty[0]};{second}:rank={guilty[1]}"
-    entry = _entry(
-        f"{label} #{seed}", random_keys(chance, ranks) | {"inject": inject}, ranks, "fault", "BASELINE_WRONG"
-    )
-    return Trial(
-        label=label,
-        entry=entry,
-        verdict=Verdict.BASELINE_WRONG.value,
-        stage=SEVERAL,
-        ranks=tuple(guilty),
-        bug="two faults at once: neither hides the other",
-    )
-
-
-def _spares_padded(kind: type[Fault], options: dict[str, str]) -> bool:
-    return (options.get("arm") or kind.arm) not in ("", "padded")
-
-
-def _clean(ranks: int, seed: int) -> Trial:
-    chance = random.Random(f"clean/{seed}")  # noqa: S311 - a choice of cases, no secret
-    keys = random_keys(chance, ranks) | {
-        "tokens": (*(chance.choice((0, 1, 5, 17, 32, 48, 64)) for _ in range(ranks - 1)), chance.randint(1, 48)),
-        "routing": chance.choice((*_ROUTINGS, "zipf:4", "hot-rank:0", "fan-in:1", "local")),
-        "limit": chance.choice(("off", "max-recv", "max-recv+1", "sum", "sum32", "pow2", "capacity", "capacity+5")),
-        "policy": chance.choice(("strict", "unchecked", "guard")),
-        "gather": chance.choice(("rows", "digests")),
-        "slot_order": chance.choice(("shuffled", "source")),
-        "topk": chance.randint(1, 4),
-        "jitter": chance.choice((0.0, 0.0, 0.0, 1.0)),
-        "repeats": chance.choice((1, 1, 1, 2)),
-    }
-    entry = _entry(f"{CLEAN} #{seed}", keys, ranks, CLEAN, Verdict.PASS.value)
-    return Trial(label="", entry=entry, verdict=Verdict.PASS.value)
-
-
-def random_keys(chance: random.Random, ranks: int) -> dict[str, Any]:
+def random_keys(chance: random.Random, ranks: int) -> Keys:
     """Return the keys of a random small case that passes."""
     most = max(min(40, 240 // ranks), 10)
     return _BASE | {
@@ -144,6 +131,144 @@ def random_keys(chance: random.Random, ranks: int) -> dict[str, Any]:
     }
 
 
-def _entry(name: str, keys: dict[str, Any], ranks: int, tag: str, expect: str) -> Entry:
-    resolved = resolve_case([Layer("selftest", keys)], ranks)
-    return Entry(name=name, case=resolved.case, sources=resolved.sources, tags=(tag,), expect=expect)
+def _possible_ones(maker: _Maker, seeds: int) -> tuple[list[Trial], dict[str, str]]:
+    found: list[Trial] = []
+    impossible: dict[str, str] = {}
+    for name, kind in FAULTS.items():
+        reason = _too_few_ranks(name, maker.ranks)
+        if reason:
+            impossible[name] = reason
+            continue
+        for variant in _VARIANTS.get(name, (Variant(),)):
+            try:
+                of_fault = [maker.trial(kind, variant, seed) for seed in range(seeds)]
+            except (InvalidCase, Unsupported) as error:
+                impossible[_label(kind, variant)] = str(error)
+                continue
+            found += [trial for seed, trial in enumerate(of_fault) if seed < _DEAD_SEEDS or not trial.deadly]
+    found += [maker.together(*pair, seed) for pair in _TOGETHER for seed in range(seeds)]
+    return found, impossible
+
+
+def _too_few_ranks(name: str, ranks: int) -> str:
+    """Say why so few ranks cannot show a fault, or nothing."""
+    if name == "cross-node" and (ranks % 2 or ranks < 4):  # noqa: PLR2004 - two nodes of two
+        return "needs two nodes of two ranks or more"
+    if name == "slots-lost" and ranks < 3:  # noqa: PLR2004 - of four experts each
+        return "needs ten experts and more"
+    if name == "dispatched-ids" and ranks < 3:  # noqa: PLR2004 - with two, nearly all tokens go to both
+        return "needs three ranks, so that tokens go to different ones"
+    return ""
+
+
+class _Maker:
+    """Makes trials for so many ranks; `asked` has the keys that were asked for in all of them."""
+
+    def __init__(self, ranks: int, asked: Sequence[Layer]) -> None:
+        self.ranks = ranks
+        self._asked = list(asked)
+        base = self._case({}, _BASE)
+        check_case(base)
+        self._takes_fp8 = base.experts != "aiter" or make_selector(base).layer.arch != "gfx942"
+        self._guards = GUARDS.get(base.transport, {}) | GUARDS.get(base.experts, {})
+
+    def trial(self, kind: type[Fault], variant: Variant, seed: int) -> Trial:
+        """Return a fault on a random rank, in a random arm."""
+        chance = random.Random(f"{kind.name}/{dict(variant.options)}/{seed}")  # noqa: S311 - a choice of cases, no secret
+        label = _label(kind, variant)
+        rank = chance.randrange(self.ranks)
+        options = {"rank": str(rank), **variant.options}
+        everywhere = options["rank"] == "all"
+        if not kind.arm and not kind.verdict:
+            options["arm"] = "" if everywhere else chance.choice(_ARMS)
+        keys, needed = self._random_keys(chance), dict(kind.shape) | dict(variant.keys)
+        if options.get("field") == "scales":
+            needed["dispatch_dtype"] = "fp8"
+        if kind.name == "own-batch-limit":
+            needed["tokens"] = tuple(3 if one == rank else 24 for one in range(self.ranks))
+        if everywhere:
+            needed |= {"tokens": 128, "max_dispatch_tokens_per_rank": 128}
+        needed["inject"] = f"{kind.name}:{','.join(f'{key}={value}' for key, value in options.items() if value)}"
+        guard = self._guards.get(label)
+        verdict, stage = kind.verdict or _verdict(kind, options), options.get("stage", kind.stage)
+        if guard is not None and guard.always:
+            verdict, stage = Verdict.RANK_FAULT.value, guard.stage
+        return Trial(
+            label=label,
+            entry=self._entry(f"{label} #{seed}", needed, keys, "fault", verdict),
+            verdict=verdict,
+            stage=stage,
+            ranks=() if everywhere or verdict == Verdict.PASS.value else (rank,),
+            bug=kind.bug,
+            guard=guard.stage if guard is not None else "",
+        )
+
+    def together(self, first: str, second: str, seed: int) -> Trial:
+        """Return two faults on two ranks."""
+        chance = random.Random(f"{first}+{second}/{seed}")  # noqa: S311 - a choice of cases, no secret
+        guilty = sorted(chance.sample(range(self.ranks), 2))
+        label, verdict = f"{first} + {second}", Verdict.BASELINE_WRONG.value
+        needed = {"inject": f"{first}:rank={guilty[0]};{second}:rank={guilty[1]}"}
+        return Trial(
+            label=label,
+            entry=self._entry(f"{label} #{seed}", needed, self._random_keys(chance), "fault", verdict),
+            verdict=verdict,
+            stage=SEVERAL,
+            ranks=tuple(guilty),
+            bug="two faults at once: neither hides the other",
+        )
+
+    def clean(self, seed: int) -> Trial:
+        """Return a random case without a fault; each fifth has gaussian inputs.
+
+        One that what was asked for does not allow is drawn again.
+        """
+        chance = random.Random(f"clean/{seed}")  # noqa: S311 - a choice of cases, no secret
+        gaussian = {"numerics": "gaussian", "require": "tolerance", "dispatch_dtype": "bf16"}
+        needed = gaussian if seed % _GAUSSIAN_EVERY == _GAUSSIAN_EVERY - 1 else {}
+        for last in (*[False] * _DRAWS, True):
+            try:
+                entry = self._entry(f"{CLEAN} #{seed}", needed, self._clean_keys(chance), CLEAN, Verdict.PASS.value)
+                break
+            except (InvalidCase, Unsupported):
+                if last:
+                    raise
+        return Trial(label="", entry=entry, verdict=Verdict.PASS.value)
+
+    def _clean_keys(self, chance: random.Random) -> Keys:
+        return self._random_keys(chance) | {
+            "tokens": (
+                *(chance.choice((0, 1, 5, 17, 32, 48, 64)) for _ in range(self.ranks - 1)),
+                chance.randint(1, 48),
+            ),
+            "routing": chance.choice((*_ROUTINGS, "zipf:4", "hot-rank:0", "fan-in:1", "local")),
+            "limit": chance.choice(("off", "max-recv", "max-recv+1", "sum", "sum32", "pow2", "capacity", "capacity+5")),
+            "policy": chance.choice(("strict", "unchecked", "guard")),
+            "gather": chance.choice(("rows", "digests")),
+            "slot_order": chance.choice(("shuffled", "source")),
+            "topk": chance.randint(1, 4),
+            "jitter": chance.choice((0.0, 0.0, 0.0, 1.0)),
+            "repeats": chance.choice((1, 1, 1, 2)),
+        }
+
+    def _random_keys(self, chance: random.Random) -> Keys:
+        keys = random_keys(chance, self.ranks)
+        return keys if self._takes_fp8 else keys | {"dispatch_dtype": "bf16"}
+
+    def _entry(self, name: str, needed: Keys, keys: Keys, tag: str, expect: str) -> Entry:
+        case = self._case(needed, keys)
+        check_case(case)
+        return Entry(name=name, case=case, sources={}, tags=(tag,), expect=expect)
+
+    def _case(self, needed: Keys, keys: Keys) -> Case:
+        return resolve_case([Layer("fault", needed), *self._asked, Layer("selftest", keys)], self.ranks).case
+
+
+def _label(kind: type[Fault], variant: Variant) -> str:
+    return ":".join(filter(None, (kind.name, variant.text)))
+
+
+def _verdict(kind: type[Fault], options: Mapping[str, str]) -> str:
+    spares_padded = (options.get("arm") or kind.arm) not in ("", "padded")
+    verdict = Verdict.CORRUPT if spares_padded else Verdict.BASELINE_WRONG
+    return str(verdict.value)

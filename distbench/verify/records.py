@@ -200,11 +200,12 @@ class Gathered(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One finding behind a verdict; `code` is stable, `message` is for people."""
+    """One finding behind a verdict; `code` is stable, `message` is for people, `stage` is where it was found."""
 
     code: str
     message: str
     rank: int | None = None
+    stage: str = ""
 
 
 class Question(msgspec.Struct, frozen=True):

@@ -223,7 +223,7 @@ def _share(error: float | None) -> str:
 
 
 def _diverged(found: Divergence) -> Reason:
-    return Reason(code=f"{found.stage}-differs", rank=found.rank, message=str(found))
+    return Reason(code=f"{found.stage}-differs", rank=found.rank, message=str(found), stage=found.stage)
 
 
 def _differs(gathered: Gathered, pair: str) -> Reason:

@@ -1,19 +1,88 @@
-"""The self-test as a user starts it: deadly faults restart the launch, and what slips through is exit code 1."""
+"""The self-test as a user starts it: deadly faults restart the launch, and what slips through is exit code 1.
+
+All faults once, the deadly ones too; DISTBENCH_SOAK=1 adds the fifty clean cases of --quick, and one wrong token in a
+million.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import pytest
 
 from tests.end_to_end.launches import SOAK, Bench
 
+HANG = "| hang:stage={stage} | 1 HANG | 1 HANG | hang in {stage} | 1/1 | 1/1 | 0 |"
+DEATH = "| {fault} | 1 RANK_FAULT | 1 RANK_FAULT | rank fault in {stage} | 1/1 | 1/1 | 0 |"
 
-def test_selftest(tmp_path: Path) -> None:
-    chosen = () if SOAK else ("--clean=3", "--faults=death")
+
+def test_every_fault_is_caught_placed_and_blamed_on_its_rank(tmp_path: Path) -> None:
+    chosen = () if SOAK else ("--clean=5",)
     table = tmp_path / "selftest.md"
     with Bench(tmp_path / "out", "selftest", "--quick", "--nproc=4", f"--markdown={table}", *chosen) as bench:
         assert bench.finish() == 0
     assert bench.stdout.splitlines()[-1] == "selftest: passed"
+    ran = "4 ranks, collective + reference (emulated: collective for mori, reference for aiter)"
+    assert bench.stdout.startswith(f"self-test of {ran}\n")
     text = table.read_text()
-    assert "| late-death | 1 RANK_FAULT | 1 RANK_FAULT | rank fault in gather | 1/1 | 1/1 | 0 |" in text
+    assert f"Ran on {ran}." in text
+    for stage in ("dispatch", "combine"):
+        assert HANG.format(stage=stage) in text
+    for fault, stage in (
+        ("late-death", "gather"),
+        ("death", "combine"),
+        ("dies-at-304-336:limit=304", "experts"),
+        ("dies-at-304-336:limit=336", "experts"),
+    ):
+        assert DEATH.format(fault=fault, stage=stage) in text
     assert "0 false alarms" in text
     assert len(bench.verdicts) == len(bench.reports)
+
+
+def test_guards_of_adapters_are_right_to_end_a_rank(tmp_path: Path) -> None:
+    table = tmp_path / "selftest.md"
+    parts = ("--transport=mori", "--experts=aiter", "--emulate")
+    faults = "--faults=dispatched-ids,weights-not-cut,capacity-ignored,scales"
+    command = ("selftest", "--quick", "--nproc=4", "--clean=5", faults, f"--markdown={table}", *parts)
+    with Bench(tmp_path / "out", *command) as bench:
+        assert bench.finish() == 0
+    text = table.read_text()
+    emulated = "distbench.emulation.mori for mori, distbench.emulation.aiter for aiter"
+    assert f"Ran on 4 ranks, mori + aiter (emulated: {emulated})." in text
+    assert "--transport=mori --experts=aiter --emulate=True --faults=dispatched-ids" in text
+    assert DEATH.format(fault="dispatched-ids", stage="combine") in text
+    assert DEATH.format(fault="weights-not-cut", stage="experts") in text
+    assert "| capacity-ignored | " in text
+    assert "not tried here: scales-not-cut: dispatch_dtype = fp8: aiter takes e4m3fnuz on gfx942" in text
+    assert {report["case"]["transport"] for report in bench.reports} == {"mori"}
+
+
+@pytest.mark.parametrize("faults", ["zzz", "death,zzz"])
+def test_a_fault_that_there_is_not_is_refused_with_those_that_there_are(faults: str, tmp_path: Path) -> None:
+    with Bench(tmp_path / "out", "selftest", "--faults", faults, "--clean", "0") as bench:
+        assert bench.finish() == 2
+    (line,) = bench.stderr.splitlines()
+    assert line.startswith("distbench: INVALID: --faults 'zzz': in no fault's name; allowed are parts of short-limit, ")
+    assert line.endswith(", death, late-death")
+
+
+@pytest.mark.skipif(not SOAK, reason="minutes: set DISTBENCH_SOAK=1")
+@pytest.mark.timeout(600)
+def test_one_wrong_token_in_a_million_is_found_and_its_rate_covered(tmp_path: Path) -> None:
+    shape = {
+        "hidden-size": 64,
+        "intermediate-size": 32,
+        "topk": 1,
+        "tokens": 1024,
+        "max-dispatch-tokens-per-rank": 1024,
+    }
+    flags = [f"--{key}={value}" for key, value in shape.items()]
+    inject = "--inject=corrupt-tokens:rank=all,rate=1e-6"
+    with Bench(tmp_path / "out", "run", "--nproc=4", "--model=tiny", *flags, "--repeats=330", inject) as bench:
+        assert bench.finish(500) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rate = report["rate"]
+    assert rate["tokens"] > 4_000_000
+    assert rate["wrong_tokens"] >= 1
+    assert rate["low_per_million"] <= 1 <= rate["high_per_million"]

@@ -1,0 +1,106 @@
+"""What a self-test tries with other parts and keys, and how it judges reports."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from distbench.errors import Verdict
+from distbench.faults.injector import FAULTS
+from distbench.report.document import InjectedReport, Report
+from distbench.resolve import FLAGS, Layer
+from distbench.selftest.outcomes import Outcomes, is_clean, result_of
+from distbench.selftest.table import closing_lines
+from distbench.selftest.trials import DEAD, Trial, plan
+from distbench.verify.records import Diagnosis, Reason
+from tests.reports import report_of
+
+MORI_AITER = [Layer(FLAGS, {"transport": "mori", "experts": "aiter", "emulate": "true"}, strict=False)]
+
+
+def trial_of(label: str, *asked: Layer) -> Trial:
+    return next(one for one in plan(4, 1, 0, asked).trials if one.label == label)
+
+
+def test_what_is_asked_for_holds_in_every_case_but_for_what_a_fault_needs() -> None:
+    asked = Layer(FLAGS, {"slot_order": "source", "limit": "off", "tokens": "9"}, strict=False)
+    found = plan(4, 2, 20, [asked])
+    assert {one.entry.case.slot_order for one in found.trials} == {"source"}
+    assert {one.entry.case.limit for one in found.trials if not one.label} == {"off"}
+    assert trial_of("off-by-one", asked).entry.case.limit == "sum32"
+    assert trial_of("swapped-tokens", asked).entry.case.tokens == (9,) * 4
+    assert trial_of("capacity-ignored", asked).entry.case.tokens == (12,) * 4
+
+
+def test_clean_cases_have_gaussian_inputs_too() -> None:
+    numerics = [one.entry.case.numerics for one in plan(4, 1, 50).trials if not one.label]
+    assert numerics.count("gaussian") == 10
+
+
+def test_faults_that_cannot_be_tried_are_named_with_the_reason() -> None:
+    found = plan(2, 1, 0)
+    assert set(found.impossible) == {"cross-node", "slots-lost", "dispatched-ids"}
+    tried = {one.label.split(":")[0] for one in found.trials if "+" not in one.label}
+    assert tried | set(found.impossible) == FAULTS.keys()
+    two_nodes = Layer(FLAGS, {"transport": "mori", "emulate": "true", "gpu_per_node": "2"}, strict=False)
+    assert "capacity-ignored" in plan(4, 1, 0, [two_nodes]).impossible
+
+
+def test_both_row_counts_at_which_a_kernel_dies_are_tried() -> None:
+    limits = [one.entry.case.limit for one in plan(2, 1, 0).trials if one.label.startswith("dies-at")]
+    assert limits == ["304", "336"]
+
+
+def test_only_a_few_seeds_of_what_costs_a_launch() -> None:
+    found = plan(4, 5, 0, MORI_AITER).trials
+    assert len([one for one in found if one.label == "dispatched-ids"]) == 3
+    assert len([one for one in found if one.label == "swapped-rows"]) == 5
+    assert [one.deadly for one in found] == sorted(one.deadly for one in found)
+
+
+def lost(trial: Trial, stage: str, rank: int) -> Report:
+    reason = Reason(code="rank-fault", rank=rank, stage=stage, message="made up")
+    return replace(report_of(trial.entry.case, "", Verdict.PASS), verdict=Verdict.RANK_FAULT, reasons=[reason])
+
+
+def test_a_guard_is_right_in_its_stage_on_its_rank_only() -> None:
+    strict, loose = (trial_of(label, *MORI_AITER) for label in ("dispatched-ids", "flipped-bit:field=ids"))
+    assert (strict.verdict, strict.stage, loose.verdict in DEAD) == ("RANK_FAULT", "combine", False)
+    (rank,) = strict.ranks
+    assert result_of(strict, lost(strict, "combine", rank)).right
+    assert not result_of(strict, lost(strict, "experts", rank)).right
+    assert result_of(strict, lost(strict, "combine", (rank + 1) % 4)).healthy_blamed
+    (rank,) = loose.ranks
+    assert result_of(loose, lost(loose, "experts", rank)).right
+    unguarded = trial_of("flipped-bit:field=ids")
+    assert not result_of(unguarded, lost(unguarded, "experts", unguarded.ranks[0])).right
+
+
+def test_a_stage_that_another_fault_explains_is_not_right() -> None:
+    trial = trial_of("zero-rows")
+    (rank,) = trial.ranks
+    diagnosis = [Diagnosis(cause="experts: zeros", confidence="certain", evidence="", stage="experts", ranks=[rank])]
+    injected = [InjectedReport(name="zero-rows", options={}, hits={str(rank): 3})]
+    report = replace(report_of(trial.entry.case, "x", Verdict(trial.verdict)), diagnosis=diagnosis, injected=injected)
+    assert result_of(trial, report).right
+    other = replace(report, diagnosis=[replace(diagnosis[0], stage="combine")])
+    assert not result_of(trial, other).right
+    assert result_of(trial, replace(report, injected=[])).fired is False
+
+
+def test_a_kernel_that_never_repeats_its_bits_is_no_false_alarm_and_others_are() -> None:
+    clean = plan(2, 1, 1).trials[0]
+    report = replace(report_of(clean.entry.case, "other bits", Verdict.NONDETERMINISTIC), diagnosis=[])
+    assert not is_clean(report)
+    assert not is_clean(replace(report, verdict=Verdict.DRIFT))
+    assert is_clean(replace(report, verdict=Verdict.PASS))
+
+
+def outcomes(**values: object) -> Outcomes:
+    known = {"rows": [], "clean": 3, "false_alarms": [], "missing": 0, "not_tried": {}, "ranks": 4}
+    return Outcomes(**(known | {"parts": ["collective", "reference"], "stand_ins": []} | values))  # type: ignore[arg-type]
+
+
+def test_a_self_test_that_tried_nothing_has_not_passed() -> None:
+    lines = closing_lines(outcomes(not_tried={"scales-not-cut": "needs fp8"}))
+    assert lines[0] == "not tried here: scales-not-cut: needs fp8"
+    assert lines[-1] == "selftest: FAILED"
