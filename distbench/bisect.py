@@ -19,7 +19,7 @@ from distbench.report.files import write_atomically
 from distbench.trials import Lab, possible, signature, varied
 
 MAX_TRIALS = 64
-_TRIALS = 3
+_TRIALS = 5
 _PINNED = "pinned.csv"
 
 
@@ -48,23 +48,29 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class Accusation(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome: guilty parts (two where only a pair cures), what else the failure needs, and all results.
 
-    Nobody is guilty where the case did not fail, or where neither a swap nor a pair of them cures it.
+    A cure has passed `trials` times in a row. Nobody is guilty where the case did not fail, or where neither a swap nor
+    a pair of them cures it, or could be told from luck.
     """
 
     base: Result
     results: list[Result]
     guilty: tuple[str, ...]
     needs: tuple[str, ...]
+    trials: int
     launches: int
 
     @property
     def verdict(self) -> str:
         """One line."""
-        if not self.base.failing.seen:
-            return f"the case does not fail here: PASS on {self.base.failing.tried} seeds"
-        rate = "" if self.base.failing.always else f"; intermittent, fails on {self.base.failing}"
+        failing = self.base.failing
+        if not failing.seen:
+            return f"the case does not fail here: PASS on {failing.tried} seeds"
+        rate = f"; {'' if failing.always else 'intermittent, '}fails on {failing}"
+        if trials_to_see(failing.low) > self.trials:
+            return f"it fails too rarely to tell a cure from luck in {self.trials} seeds{rate}"
         if not self.guilty:
             return f"no swap and no pair of swaps cures it{rate}"
+        rate += f"; cured is what passes {self.trials} times in a row, by luck in less than 2.5 % of all cases"
         if len(self.guilty) > 1:
             return f"{' and '.join(self.guilty)} interact: only both swaps together cure it{rate}"
         needs = f", and shows only with this {' and '.join(self.needs)}" if self.needs else ""
@@ -74,8 +80,9 @@ class Accusation(msgspec.Struct, frozen=True, kw_only=True):
 def bisect(lab: Lab, case: Case, folder: Path) -> Accusation:
     """Find the guilty part of a failing case. `folder` takes the kernel table that pins one kernel.
 
-    One launch tells it for a failure that is always there; one that comes and goes is tried again with more seeds, and
-    where no swap cures it, pairs are tried. A lost rank costs a launch more.
+    The case runs with several seeds, with more where it fails with some of them only; a swap is a cure once it has
+    passed so often that a failure as rare as that one may be would have come up, 39 to 1. Where no swap cures, pairs
+    are tried. A lost rank costs a launch more.
 
     Raises:
         InvalidCase: nothing in the case can be swapped.
@@ -88,17 +95,27 @@ def bisect(lab: Lab, case: Case, folder: Path) -> Accusation:
     singles = [(swap,) for swap in swaps]
     # One launch; `_tried` finds these again in the lab's memory.
     lab.run([*_seeds(case, _TRIALS), *(variant for picked in singles for variant in _swapped(case, picked))])
-    base = _result(lab, case, (), _TRIALS, None)
+    base = _base(lab, case)
     if not base.failing.seen:
-        return Accusation(base=base, results=[], guilty=(), needs=(), launches=lab.launches)
-    if not base.failing.always:
-        trials = min(trials_to_see(base.failing.seen / base.failing.tried), MAX_TRIALS)
-        base = _result(lab, case, (), max(trials, _TRIALS), None)
-    results = _tried(lab, case, singles, base.failing)
+        return Accusation(base=base, results=[], guilty=(), needs=(), trials=0, launches=lab.launches)
+    needed = trials_to_see(base.failing.low)
+    trials = min(needed, MAX_TRIALS)
+    results = _tried(lab, case, singles, trials)
     if not any(result.cured for result in results):
-        results += _tried(lab, case, list(combinations(swaps, 2)), base.failing)
-    guilty, needs = blame([result.parts for result in results if result.cured])
-    return Accusation(base=base, results=results, guilty=guilty, needs=needs, launches=lab.launches)
+        results += _tried(lab, case, list(combinations(swaps, 2)), trials)
+    guilty, needs = blame([result.parts for result in results if result.cured and trials >= needed])
+    return Accusation(base=base, results=results, guilty=guilty, needs=needs, trials=trials, launches=lab.launches)
+
+
+def _base(lab: Lab, case: Case) -> Result:
+    """Return how often the case fails: tried until as many trials show a failure of the least rate that it may have."""
+    trials = _TRIALS
+    while True:
+        base = _result(lab, case, (), trials)
+        rate = base.failing
+        if not rate.seen or rate.always or trials == MAX_TRIALS or trials_to_see(rate.low) <= trials:
+            return base
+        trials = min(2 * trials, MAX_TRIALS)
 
 
 def blame(cures: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -173,20 +190,19 @@ def _seeds(case: Case, trials: int) -> list[Case]:
     return [varied(case, seed=case.seed + trial) for trial in range(trials)]
 
 
-def _tried(lab: Lab, case: Case, picks: Sequence[Sequence[Swap]], base: Rate) -> list[Result]:
+def _tried(lab: Lab, case: Case, picks: Sequence[Sequence[Swap]], trials: int) -> list[Result]:
     """Run every pick, in one launch, and in a second one those that may be cures as often as it takes to say so."""
     known = [(picked, variant) for picked in picks for variant in _swapped(case, picked)]
     lab.run([variant for _, variant in known])
     passing = [not lab.run([variant])[0].exit_code for _, variant in known]
-    trials = _TRIALS if base.always else min(trials_to_see(base.seen / base.tried), MAX_TRIALS)
     lab.run([one for (_, variant), cure in zip(known, passing, strict=True) if cure for one in _seeds(variant, trials)])
     return [
-        _result(lab, variant, picked, trials if cure else 1, base)
+        _result(lab, variant, picked, trials if cure else 1)
         for (picked, variant), cure in zip(known, passing, strict=True)
     ]
 
 
-def _result(lab: Lab, variant: Case, picked: Sequence[Swap], trials: int, base: Rate | None) -> Result:
+def _result(lab: Lab, variant: Case, picked: Sequence[Swap], trials: int) -> Result:
     reports = lab.run(_seeds(variant, trials))
     failing = Rate(sum(bool(report.exit_code) for report in reports), trials)
     return Result(
@@ -194,5 +210,5 @@ def _result(lab: Lab, variant: Case, picked: Sequence[Swap], trials: int, base: 
         what=", ".join(swap.what for swap in picked),
         failing=failing,
         endings=list(dict.fromkeys(str(signature(report)) for report in reports)),
-        cured=base is not None and not failing.seen and (base.always or failing.high <= base.seen / base.tried),
+        cured=bool(picked) and not failing.seen,
     )

@@ -44,7 +44,7 @@ class Rate(msgspec.Struct, frozen=True):
 
 
 def trials_to_see(rate: float) -> int:
-    """Return how many trials without it speak against `rate`, 39 to 1."""
+    """Return how many trials without it speak against a `rate` above 0, 39 to 1."""
     return 1 if rate >= 1 else math.ceil(math.log(_TAIL) / math.log1p(-rate))
 
 

@@ -109,7 +109,36 @@ def test_an_intermittent_fault_is_tried_until_a_cure_can_be_told_from_luck(part:
     assert found.guilty == (part,)
     assert "intermittent, fails on" in found.verdict
     assert found.base.failing.low < 1 / 3 < found.base.failing.high
-    assert all(result.failing.tried >= 8 for result in found.results if result.cured)
+    assert all(result.failing.tried >= 15 for result in found.results if result.cured)
+
+
+@pytest.mark.parametrize("lucky", [(3, 4), (0, 4, 5, 9)])
+def test_what_fails_a_few_times_in_a_row_is_not_taken_for_permanent(lucky: tuple[int, ...], tmp_path: Path) -> None:
+    """Three failures in a row say little of a rate: one of 60 % has them in 22 of 100 cases."""
+
+    def fails(case: Case) -> bool:
+        # The swapped part is innocent, and passes with its first seeds by luck.
+        innocent_luck = case.limit == "off" and case.seed < 3
+        return PARTS["experts"](case) and case.seed % 10 not in lucky and not innocent_luck
+
+    found = bisect(lab(fails), BASE, tmp_path)
+    assert found.guilty == ("experts",)
+    assert found.needs == ()
+    assert found.trials >= 6
+    assert f"cured is what passes {found.trials} times in a row, by luck in less than 2.5 %" in found.verdict
+
+
+def test_a_failure_that_never_missed_is_told_with_its_bounds(tmp_path: Path) -> None:
+    found = bisect(lab(PARTS["experts"]), BASE, tmp_path)
+    assert "fails on 5 of 5, 47.8 to 100 %" in found.verdict
+    assert found.trials == 6
+    assert [result.failing.tried for result in found.results if result.cured] == [6]
+
+
+def test_nobody_is_guilty_of_what_fails_too_rarely(tmp_path: Path) -> None:
+    found = bisect(lab(lambda case: PARTS["experts"](case) and case.seed == 0), BASE, tmp_path)
+    assert found.guilty == ()
+    assert "fails too rarely to tell a cure from luck in 64 seeds" in found.verdict
 
 
 def test_nothing_to_swap_is_refused(tmp_path: Path) -> None:
