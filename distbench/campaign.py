@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -38,6 +38,9 @@ from distbench.verify.records import Outcome
 
 _WORST_SHOWN = 32
 
+Launch = Callable[[Job, Callable[[Entry | None], None], Sequence[int], Hub | None], Ending | None]
+"""What `supervise` does."""
+
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """How often a case that lost its ranks is tried again, and after how many that ended so, in a row, to stop."""
@@ -57,10 +60,11 @@ class Campaign:
         progress: Progress,
         bundle: str = "",
         hub: Hub | None = None,
+        launch: Launch = supervise,
     ) -> None:
         """Take up the journal of `out`: cases that it holds are not run again, but held against what is expected now.
 
-        `bundle` is as in `Job`.
+        `bundle` is as in `Job`; `launch` runs a job to its end.
         """
         repair_journal(out)
         expect_anew(out, entries)
@@ -69,6 +73,7 @@ class Campaign:
         self._rules = rules
         self._bundle = bundle
         self._hub = hub
+        self._launch = launch
         self._progress = progress
         self._reader = JournalReader(out)
         self._wanted = {case_hash(entry.case) for entry in entries}
@@ -121,7 +126,7 @@ class Campaign:
                 raise Interrupted(signals[0])
             job = self._job(pending, report_paths)
             before = len(self._finished)
-            ending = supervise(job, self._tick, signals, self._hub)
+            ending = self._launch(job, self._tick, signals, self._hub)
             self._take_new_lines()
             if ending is not None:
                 self._take_ending(ending, job)

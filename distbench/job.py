@@ -6,8 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.breadcrumbs import Position
-from distbench.case import Case
+from distbench.breadcrumbs import STAGES, Position
+from distbench.case import FIELD_DEFAULTS, Case
+from distbench.stage_limits import compiles, stage_limit
 
 BY_LIMIT = "by-limit"
 
@@ -47,8 +48,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank is told at its start: the cases in order, and the folder that takes their results.
 
     `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
-    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code. `spread` is None
-    on one node.
+    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code, and `stays` that
+    it will have another job for the same ranks. `spread` is None on one node.
     """
 
     entries: tuple[Entry, ...]
@@ -56,7 +57,24 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     report_paths: tuple[str, ...] = ()
     bundle: str = ""
     supervised: bool
+    stays: bool = False
     spread: Spread | None = None
+
+    @property
+    def accelerated(self) -> bool:
+        """Whether any case may take devices."""
+        return any(entry.case.device != "cpu" for entry in self.entries if not entry.refused)
+
+    @property
+    def longest_stage_s(self) -> float:
+        """Seconds that the slowest stage of any case may take."""
+        limits = (
+            stage_limit(entry.case, stage)
+            for entry in self.entries
+            for stage in STAGES
+            if not entry.refused and (stage != "compile" or compiles(entry.case))
+        )
+        return max(limits, default=float(FIELD_DEFAULTS["timeout"]))
 
     @property
     def num_ranks(self) -> int:
@@ -99,6 +117,16 @@ def ranks_folder(out: Path) -> Path:
 def job_path(out: Path) -> Path:
     """Return the file that holds the job itself, for whoever looks at the rest later."""
     return ranks_folder(out) / "job.json"
+
+
+def next_job_path(out: Path, number: int) -> Path:
+    """Return the file by which ranks that stay up hear of their next job, the first being number 1."""
+    return ranks_folder(out) / f"next-{number:05d}.json"
+
+
+def done_path(out: Path, number: int) -> Path:
+    """Return the file that says that all ranks have come to the end of a job; 0 for the one that they began with."""
+    return ranks_folder(out) / f"done-{number:05d}"
 
 
 def crumb_path(out: Path, rank: int) -> Path:

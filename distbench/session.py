@@ -136,6 +136,10 @@ class Session:
         numbers: list[int] = shared.tolist()
         return numbers
 
+    def meet(self) -> None:
+        """Wait for every rank of the launch. Collective, over all of them."""
+        dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=self._groups[self.world_size])
+
     def at_close(self, leave: Callable[[], None]) -> None:
         """Have `leave` called before the process groups are left, the last one given first."""
         self._closing.callback(leave)

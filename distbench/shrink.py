@@ -1,4 +1,4 @@
-"""The smallest case that fails in the same way: first up from the smallest, then down in each dimension by itself."""
+"""The smallest case that fails in the same way: first up from the smallest, then down in one dimension at a time."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from distbench.case import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.injection import Injection, parse_inject
 from distbench.report.document import Report
+from distbench.stage_limits import parse_stage_timeouts
 from distbench.trials import Lab, Signature, possible, signature, varied
 from distbench.workload.kinds import parse_routing
 
@@ -24,8 +25,7 @@ _SEEDS = 4
 _FEW_TOKENS = 64
 _MOST_LEVELS = 24
 _COSTLY = 1 << 28
-_LOST = (Verdict.HANG, Verdict.RANK_FAULT)
-_HANG_S = 10.0
+_HANG_S = 5.0
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -50,7 +50,8 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | N
 
     `tell` hears of every smaller case. `known` is a report of the case, which then need not run as it is. First come
     cases far smaller than the given one, growing until one fails: a large case costs what hundreds of small ones do.
-    Then each dimension is lowered on its own, and what can be lowered together is, until nothing can.
+    Then one dimension after the other is lowered, until none can be. One launch does, and one more for each candidate
+    that loses its ranks.
 
     Raises:
         InvalidCase: the case does not fail here, or not as its report says.
@@ -69,7 +70,7 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | N
         return found
 
     if same.verdict is Verdict.HANG:
-        case = varied(case, timeout=min(case.timeout, _HANG_S), stage_timeouts="")
+        case = _impatient(case)
     limits = _limits(case, first)
     take("as given", case)
     grown = (lab.first(candidates, fails_the_same) for candidates in _growing(case, limits))
@@ -78,10 +79,17 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | N
         _refuse(signature(lab.run([case])[0]), same)
     take("up from the smallest", current)
     while True:
-        lower = _lowered(lab, current, limits, fails_the_same, lethal=same.verdict in _LOST)
+        lower = _lowered(lab, current, limits, fails_the_same)
         if lower is None:
             return Shrunk(same=same, case=current, report=lab.run([current])[0])
         current = take("lowered", lower)
+
+
+def _impatient(case: Case) -> Case:
+    """Return the case with time limits that small cases keep, since each candidate that hangs takes as long."""
+    stages = {stage: min(limit, _HANG_S) for stage, limit in parse_stage_timeouts(case.stage_timeouts).items()}
+    text = ",".join(f"{stage}={limit:g}" for stage, limit in stages.items())
+    return varied(case, timeout=min(case.timeout, _HANG_S), stage_timeouts=text)
 
 
 def _refuse(here: Signature, recorded: Signature | None = None) -> NoReturn:
@@ -141,6 +149,7 @@ def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
     return {
         "ep_size": ranks,
         "tokens": tuple(min(count, tokens) for count in case.tokens[:ranks]),
+        "prealloc_max_recv_tokens": -(-case.prealloc_max_recv_tokens // case.ep_size) * ranks,
         "routing": str(routing),
         "inject": ";".join(_placed(fault, ranks) for fault in parse_inject(case.inject)),
     }
@@ -164,29 +173,11 @@ def _limits(case: Case, report: Report) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _lowered(
-    lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool], *, lethal: bool
-) -> Case | None:
-    """Return the case with all dimensions lowered that can be, as far as it then still fails the same, or None.
+def _lowered(lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool]) -> Case | None:
+    """Return the case with one dimension after the other as low as it then still fails the same, or None.
 
-    Candidates of all dimensions go in one launch. Where each that fails costs a launch, or each takes seconds, they go
-    one dimension after the other, smallest first.
+    Where each case takes seconds, only the lowest value and the middle one are tried.
     """
-    if lethal or _work(case) > _COSTLY:
-        return _lowered_in_turn(lab, case, limits, same)
-    dimensions = [
-        [(changes, one) for changes in ladder(case, limits) for one in possible(case, **changes)] for ladder in _LADDERS
-    ]
-    lab.run([one for candidates in dimensions for _, one in candidates])
-    wins: list[Changes] = []
-    for candidates in dimensions:
-        found = lab.first([one for _, one in candidates], same)
-        wins += [changes for changes, one in candidates if one == found][:1]
-    merged = [_merged(wins[:count]) for count in range(len(wins), 0, -1)]
-    return lab.first([one for changes in merged for one in possible(case, **changes)], same)
-
-
-def _lowered_in_turn(lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool]) -> Case | None:
     current = case
     for ladder in _LADDERS:
         steps = list(ladder(current, limits))
@@ -200,14 +191,6 @@ def _lowered_in_turn(lab: Lab, case: Case, limits: Sequence[str], same: Callable
 def _work(case: Case) -> int:
     """Return the elements of weights that are made and of routed rows that are multiplied."""
     return (case.num_experts + sum(case.tokens)) * case.hidden_size * case.intermediate_size
-
-
-def _merged(wins: Sequence[Changes]) -> Changes:
-    """Return all changes in one; the first that speaks of a key has its way, but the tokens are cut by all."""
-    found: Changes = {}
-    for changes in wins:
-        found = changes | found
-    return found
 
 
 def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
@@ -272,6 +255,7 @@ _LADDERS: tuple[Ladder, ...] = (
     _lower("hidden_size", 8),
     _lower("intermediate_size", 1),
     _lower("max_dispatch_tokens_per_rank", 1),
+    _lower("prealloc_max_recv_tokens", 0),
     _lower("repeats", 1),
     _plainer_routing,
 )

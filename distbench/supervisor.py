@@ -90,6 +90,16 @@ def supervise(
         end(agent, watch)
         hub.stop()
         hub.mirror(job)
+    return concluded(job, agent, watch, hub)
+
+
+def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> Ending | None:
+    """Return why an agent that has ended did so; None if its ranks came to their end.
+
+    Raises:
+        LaunchFailed, DiskFull: see `supervise`.
+
+    """
     if watch.ending is not None:
         return watch.ending
     if agent.failure:

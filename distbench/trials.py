@@ -18,6 +18,7 @@ from distbench.report.document import Report
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.resolve import Layer, load_case_file, resolve_case
+from distbench.standing import StandingRanks
 
 _TRIAL = "trial "
 
@@ -47,7 +48,10 @@ def signature(report: Report) -> Signature:
 
 
 class Lab:
-    """Runs cases in one folder and remembers how each ended: a case that was run is not run again."""
+    """Runs cases in one folder and remembers how each ended: a case that was run is not run again.
+
+    One launch serves them all, as long as no rank is lost; on leaving the context no rank is left.
+    """
 
     def __init__(self, out: Path) -> None:
         """Start with an empty journal in `out`, which the caller holds.
@@ -58,9 +62,20 @@ class Lab:
         """
         self._out = out
         self._reports: dict[str, Report] = {}
-        self.launches = 0
+        self._ranks = StandingRanks()
         refuse_others(out, lambda name: name.startswith(_TRIAL))
         (out / RESULTS).unlink(missing_ok=True)
+
+    def __enter__(self) -> Lab:  # noqa: PYI034 - Self comes with Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ranks.close()
+
+    @property
+    def launches(self) -> int:
+        """How often ranks have been started."""
+        return self._ranks.launches
 
     @property
     def cases(self) -> int:
@@ -68,7 +83,7 @@ class Lab:
         return len(self._reports)
 
     def run(self, cases: Iterable[Case]) -> list[Report]:
-        """Run what has not been run yet, in one launch unless ranks are lost; return the reports, in order.
+        """Run what has not been run yet, without a launch between unless ranks are lost; return the reports, in order.
 
         Raises:
             Interrupted: by SIGINT or SIGTERM.
@@ -80,7 +95,7 @@ class Lab:
         return [self._reports[case_hash(case)] for case in wanted]
 
     def first(self, cases: Iterable[Case], wanted: Callable[[Report], bool]) -> Case | None:
-        """Return the first case whose report is wanted, or None; cases after one that loses its ranks may not run.
+        """Return the first case whose report is wanted, or None; few cases after it run, 1, 2, 4, … at a time.
 
         Raises:
             Interrupted: by SIGINT or SIGTERM.
@@ -88,13 +103,15 @@ class Lab:
 
         """
         left = list(cases)
+        few = 1
         while left:
-            self._launch(left, max_faults=1)
-            for case in left:
+            self._launch(left[:few], max_faults=1)
+            for case in left[:few]:
                 report = self._reports.get(case_hash(case))
                 if report is not None and wanted(report):
                     return case
             left = [case for case in left if case_hash(case) not in self._reports]
+            few *= 2
         return None
 
     def _launch(self, cases: list[Case], max_faults: int) -> None:
@@ -103,9 +120,9 @@ class Lab:
             return
         entries = [Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}) for digest, case in new.items()]
         check_memory(entries)
-        self.launches += 1
         progress = Progress(len(entries), quiet=True)
-        Campaign(entries, self._out, Rules(max_faults=max_faults), progress).run()
+        rules = Rules(max_faults=max_faults)
+        Campaign(entries, self._out, rules, progress, launch=self._ranks.run).run()
         self._reports |= self._read(set(new))
 
     def _read(self, wanted: set[str]) -> dict[str, Report]:

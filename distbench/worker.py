@@ -15,10 +15,21 @@ from typing import NoReturn
 
 import msgspec
 
-from distbench.breadcrumbs import STAGES, Breadcrumbs
-from distbench.case import FIELD_DEFAULTS, case_hash
+from distbench.breadcrumbs import Breadcrumbs
+from distbench.case import case_hash
 from distbench.errors import Verdict, is_disk_full, worst_exit_code
-from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
+from distbench.job import (
+    Entry,
+    Job,
+    RankFailure,
+    crumb_path,
+    done_path,
+    failure_path,
+    job_path,
+    next_job_path,
+    ranks_folder,
+    stack_path,
+)
 from distbench.process import die_with_parent
 from distbench.rank import run_case
 from distbench.recording import Recorder
@@ -26,12 +37,14 @@ from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
-from distbench.stage_limits import compiles, stage_limit
 from distbench.verify.records import Outcome
 
 STACKS_SIGNAL = signal.SIGUSR1
 
 _PEER_GRACE_S = 10.0
+# A rank without a job looks for one so often, and says so often that it stands still for no other reason.
+_POLL_S = 0.005
+_IDLE_S = 0.5
 # What gloo and NCCL say when the other side is gone; torch has no exception type of its own for it.
 _LOST_PEER = (
     "connection closed by peer",
@@ -57,14 +70,42 @@ def work(job: Job) -> int:
         try:
             if rank == 0:
                 write_atomically(job_path(out), msgspec.json.encode(job))
-            return _run_entries(job, crumbs)
+            return _run_jobs(job, crumbs)
         except Exception as error:  # noqa: BLE001 - whatever ends this rank has to end all of them, and be named
             _fail(job, rank, crumbs, error)
 
 
-def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
-    accelerated = any(entry.case.device != "cpu" for entry in job.entries if not entry.refused)
-    session = Session(crumbs, _group_timeout(job), accelerated=accelerated)
+def _run_jobs(job: Job, crumbs: Breadcrumbs) -> int:
+    """Run the job, and where its ranks stay up those that follow."""
+    session = Session(crumbs, _group_timeout(job), accelerated=job.accelerated)
+    exit_code = _run_entries(job, session, crumbs)
+    crumbs.mark("done")
+    number = 0
+    while job.stays:
+        session.meet()
+        if session.rank == 0:
+            done_path(Path(job.out), number).touch()
+        number += 1
+        job = _next_job(next_job_path(Path(job.out), number), crumbs)
+        _run_entries(job, session, crumbs)
+        crumbs.mark("done")
+    session.close()
+    return exit_code
+
+
+def _next_job(path: Path, crumbs: Breadcrumbs) -> Job:
+    """Wait for the next job; meanwhile the rank says, time and again, that it has none."""
+    crumbs.case_index = 0
+    said = 0.0
+    while not path.exists():
+        if time.monotonic() - said > _IDLE_S:
+            crumbs.mark("done")
+            said = time.monotonic()
+        time.sleep(_POLL_S)
+    return msgspec.json.decode(path.read_bytes(), type=Job)
+
+
+def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
     sink = Sink(job) if session.rank == 0 else None
     for index in _unfinished(job, session, sink):
         entry = job.entries[index]
@@ -82,8 +123,6 @@ def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
     exit_code = 0 if job.supervised else session.announce(worst_exit_code(sink.codes.values() if sink else ()))
     if sink is not None:
         sink.close()
-    crumbs.mark("done")
-    session.close()
     return exit_code
 
 
@@ -110,14 +149,7 @@ def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:
 
 def _group_timeout(job: Job) -> float:
     """Seconds after which a collective gives up; under supervision it is the watcher who decides, and earlier."""
-    limits = (
-        stage_limit(entry.case, stage)
-        for entry in job.entries
-        for stage in STAGES
-        if not entry.refused and (stage != "compile" or compiles(entry.case))
-    )
-    longest = max(limits, default=FIELD_DEFAULTS["timeout"])
-    return longest * 2 + 60 if job.supervised else longest
+    return job.longest_stage_s * 2 + 60 if job.supervised else job.longest_stage_s
 
 
 def _die_with_supervisor() -> None:

@@ -36,7 +36,8 @@ def _bisect(options: argparse.Namespace) -> int:
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):
         preload_ranks()
-        accusation = bisect(Lab(out), case, out)
+        with Lab(out) as lab:
+            accusation = bisect(lab, case, out)
     _print(accusation)
     return 0 if accusation.guilty else 1
 

@@ -86,7 +86,8 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     check_folder(options.out)
     with hold(Path(options.out), (), options.lock_timeout):
         preload_ranks()
-        report = Lab(Path(options.out)).run([case])[0]
+        with Lab(Path(options.out)) as lab:
+            report = lab.run([case])[0]
     replay = compare(bundle.report, report)
     rows = [(found.what, found.recorded, found.here) for found in replay.differences]
     if rows:

@@ -44,7 +44,8 @@ def _shrink(options: argparse.Namespace) -> int:
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):
         preload_ranks()
-        found = shrink(Lab(out), case, _tell, known)
+        with Lab(out) as lab:
+            found = shrink(lab, case, _tell, known)
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in DERIVED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
     _print(case, found)

@@ -113,16 +113,17 @@ class Unreceived(Fault):
 
     name, stage = "capacity-not-checked", "dispatch"
     bug = "mori IntraNode: the receive capacity is not checked, rows past it land on others"
+    needs = "three rows received on its rank"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Wrap the last third of the rows round to the start of the buffer."""
         live = int(dispatched.total_recv)
-        room = max(live - live // 3, 1)
-        self.hits += live - room
+        lost = live // 3
+        self.hits += lost
         for part in dispatched[:4]:
             if part is not None:
-                part[: live - room] = part[room:live].clone()
-                poison_(part[room:live])
+                part[:lost] = part[live - lost : live].clone()
+                poison_(part[live - lost : live])
         return dispatched
 
 

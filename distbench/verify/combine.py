@@ -14,7 +14,7 @@ from distbench.verify.bitwise import row_digests, same_bits
 from distbench.verify.explanations import ALONE, Alternatives, Same, changed, choose, effects, explained_by
 from distbench.verify.patterns import pattern_of
 from distbench.verify.places import difference, first_difference
-from distbench.verify.records import LISTED_TOKENS, ORACLE, RETURNED, Clues, Divergence
+from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Clues, Divergence
 from distbench.verify.sums import Contributions, Returned, SumOrder, added, recounted, same_bits_or_nan
 from distbench.workload.inputs import Workload
 
@@ -225,6 +225,8 @@ class CombineChecker:
         found = difference("combine", arm, self._rank, "tokens", RETURNED, chosen.actual, chosen.expected)
         going = [rank for rank in chosen.contributions.ranks.flatten().tolist() if rank >= 0]
         pattern = causes[0].what if causes else pattern_of(chosen.actual, modelled[index], lambda: recount.digests)
+        if pattern == f"{MULTIPLIED} {self._workload.group.ep_size}":
+            pattern = f"{MULTIPLIED} the number of ranks"
         return msgspec.structs.replace(
             self._at_token(found, int(chosen.tokens[found.row or 0])),
             rows=recount.wrong if num_groups == 1 else len(index),

@@ -1,0 +1,96 @@
+"""Ranks that stay up between jobs: many small jobs, one after another, for the price of one launch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from distbench.job import Entry, Job, done_path, next_job_path
+from distbench.nodes.hub import Hub
+from distbench.postmortem import Ending
+from distbench.report.files import write_atomically
+from distbench.signals import Interrupted
+from distbench.supervisor import Agent, Watch, clear, concluded, end
+
+_TICK_S = 0.1
+_POLL_S = 0.005
+_GOODBYE_S = 5.0
+
+
+class StandingRanks:
+    """Runs jobs as `supervise` does, on the ranks of the last job where these are left and fit the next one.
+
+    Ranks that were lost are started anew with the next job, as are more ranks, or ranks with devices.
+    """
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self._first: Job | None = None
+        self._agent: Agent | None = None
+        self._number = 0
+
+    def run(
+        self, job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], hub: Hub | None = None
+    ) -> Ending | None:
+        """See `supervise`; here all ranks are on this node.
+
+        Raises:
+            Interrupted, LaunchFailed, DiskFull: as there.
+
+        """
+        if hub is not None:
+            message = "ranks stay up on one node only"
+            raise ValueError(message)
+        job = msgspec.structs.replace(job, stays=True)
+        agent = self._hand_over(job)
+        watch = Watch(job)
+        finished = done_path(Path(job.out), self._number)
+        since = 0.0
+        while agent.is_alive():
+            if finished.exists():
+                return None
+            agent.join(_POLL_S)
+            if time.monotonic() - since < _TICK_S:
+                continue
+            since = time.monotonic()
+            tick(watch.current)
+            if signals:
+                end(agent, watch)
+                raise Interrupted(signals[0])
+            watch.look()
+        self._agent = None
+        return concluded(job, agent, watch)
+
+    def close(self) -> None:
+        """Send the ranks home."""
+        agent, first, self._agent = self._agent, self._first, None
+        if agent is None or first is None:
+            return
+        self._write(msgspec.structs.replace(first, entries=(), stays=False))
+        agent.join(_GOODBYE_S)
+        end(agent, Watch(first))
+
+    def _hand_over(self, job: Job) -> Agent:
+        """Give `job` to the ranks that are there, or to new ones."""
+        if self._agent is not None and self._first is not None and self._agent.is_alive() and _fits(self._first, job):
+            self._write(job)
+            return self._agent
+        self.close()
+        clear(Path(job.out))
+        self.launches += 1
+        self._number, self._first, self._agent = 0, job, Agent(job)
+        self._agent.start()
+        return self._agent
+
+    def _write(self, job: Job) -> None:
+        self._number += 1
+        write_atomically(next_job_path(Path(job.out), self._number), msgspec.json.encode(job))
+
+
+def _fits(first: Job, job: Job) -> bool:
+    """Whether ranks that were started for one job can do another: as many, with devices, and no more patient."""
+    enough = job.num_ranks <= first.num_ranks and job.out == first.out
+    return enough and job.accelerated <= first.accelerated and job.longest_stage_s <= first.longest_stage_s
