@@ -17,7 +17,7 @@ from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, outcome_of
 from distbench.progress import Progress
-from distbench.report.document import build_report
+from distbench.report.document import build_report, rate_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_atomically, write_report
 from distbench.report.journal import (
@@ -82,6 +82,7 @@ class Campaign:
         self._faults_in_row = self._finished_by_then = 0
         self._codes: set[int] = set()
         self._verdicts: Counter[str] = Counter()
+        self._exposed: Counter[str] = Counter()
         self._summary = Summary(cases=len(entries))
 
     def run(self, report_paths: tuple[str, ...] = ()) -> Summary:
@@ -182,6 +183,7 @@ class Campaign:
         self._finished.clear()
         self._codes.clear()
         self._verdicts.clear()
+        self._exposed.clear()
         self._summary.as_expected = 0
         self._summary.unexpected.clear()
         for line in self._reader.new_lines():
@@ -223,12 +225,17 @@ class Campaign:
         self._verdicts[line.verdict.value] += 1
         self._summary.as_expected += line.as_expected
         self._codes.add(suite_code(line.exit_code, as_expected=line.as_expected))
+        if line.exposed is not None:
+            self._exposed.update(
+                tokens=line.exposed.tokens, wrong=line.exposed.wrong_tokens, repeats=line.exposed.repeats
+            )
         if not line.as_expected and len(self._summary.unexpected) < _WORST_SHOWN:
             self._summary.unexpected.append({"name": line.name, "verdict": line.verdict.value, "hash": line.case.hash})
 
     def _write_summary(self) -> None:
         self._summary.finished = len(self._finished)
         self._summary.verdicts = dict(self._verdicts)
+        self._summary.rate = rate_report(*(self._exposed[name] for name in ("wrong", "tokens", "repeats")))
         self._summary.exit_code = worst_exit_code(self._codes)
         if self._summary.finished < self._summary.cases or self._summary.events:
             self._summary.exit_code = worst_exit_code({self._summary.exit_code, Verdict.RANK_FAULT.exit_code})

@@ -110,7 +110,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     gather: Annotated[
         Literal["auto", "rows", "digests"], _help("what rank 0 compares: rows, 128-bit digests, or by size")
     ] = "auto"
-    until_failure: Annotated[bool, _help("end the repeats with the first one in which a bit differs")] = False
+    until_failure: Annotated[
+        bool, _help("end the repeats, 10000 where no number is given, with the first one that differs")
+    ] = False
     jitter: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=60_000)],
         _help("milliseconds: each rank waits a seeded random time of up to so many before each stage"),

@@ -21,6 +21,7 @@ from distbench.stage_limits import parse_stage_timeouts
 from distbench.values import one_line, read_table_file, refuse_bulk, shown, split_tokens, spread_tokens
 
 FLAGS = "flag"
+_UNTIL_FAILURE = 10_000
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -59,6 +60,8 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
     _apply_preset(values, sources)
     if values.get("recv_bound") and "limit" not in values:
         values["limit"], sources["limit"] = "off", sources["recv_bound"]
+    if values.get("until_failure") and "repeats" not in values:
+        values["repeats"], sources["repeats"] = _UNTIL_FAILURE, sources["until_failure"]
     for key, default in FIELD_DEFAULTS.items():
         if key not in values:
             values[key], sources[key] = default, "default"

@@ -66,6 +66,8 @@ def print_summary(summary: Summary, out: str) -> None:
     for event in summary.events:
         print(f"event: {event}")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(summary.verdicts.items()))
+    if summary.rate is not None:
+        print(_rate_line(summary.rate))
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
     print(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
     print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)

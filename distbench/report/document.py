@@ -260,15 +260,20 @@ def _injected_one(place: int, one: Injection, records: list[Observation]) -> Inj
 
 
 def _rate(records: list[Observation]) -> RateReport | None:
-    tokens = sum(record.exposure.tokens for record in records)
+    tokens, wrong = (sum(getattr(record.exposure, name) for record in records) for name in ("tokens", "wrong"))
+    return rate_report(wrong, tokens, records[0].exposure.repeats if records else 0)
+
+
+def rate_report(wrong: int, tokens: int, repeats: int) -> RateReport | None:
+    """Return how often a token's result was wrong; None where none was looked at."""
     if not tokens:
         return None
-    rate = Rate(sum(record.exposure.wrong for record in records), tokens)
+    rate = Rate(wrong, tokens)
     return RateReport(
-        repeats=records[0].exposure.repeats,
+        repeats=repeats,
         tokens=tokens,
-        wrong_tokens=rate.seen,
-        per_million=rate.seen / tokens * _MILLION,
+        wrong_tokens=wrong,
+        per_million=wrong / tokens * _MILLION,
         low_per_million=rate.low * _MILLION,
         high_per_million=rate.high * _MILLION,
     )

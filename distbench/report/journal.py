@@ -13,7 +13,7 @@ import msgspec
 from distbench.case import case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.job import Entry
-from distbench.report.document import SCHEMA, Report, as_expected
+from distbench.report.document import SCHEMA, RateReport, Report, as_expected
 from distbench.report.files import atomic_file, naming, sync_folder
 from distbench.values import one_line
 
@@ -34,6 +34,10 @@ class _Limit(msgspec.Struct, frozen=True):
     safe: bool
 
 
+class _Injected(msgspec.Struct, frozen=True):
+    name: str
+
+
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What progress and resuming need of a report; the rest of its line is passed over."""
 
@@ -46,6 +50,14 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     case: _Hash
     timing: _Wall
     limit: _Limit | None
+    injected: list[_Injected] = []
+    rate: RateReport | None = None
+
+    @property
+    def exposed(self) -> RateReport | None:
+        """The rate of a case that nobody made fail: no fault injected, and PASS or not as expected."""
+        meant = self.injected or (self.as_expected and self.verdict is not Verdict.PASS)
+        return None if meant else self.rate
 
     def ended_as(self, entry: Entry) -> bool:
         """Whether the case ended as `entry`, which is of the same case, expects it to."""

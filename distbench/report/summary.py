@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+from distbench.report.document import RateReport
+
 
 class Summary(msgspec.Struct, kw_only=True):
     """`summary.json`: counts by verdict, and the first cases that did not end as expected.
 
     `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out.
+    `rate` has the wrong tokens of all cases together, but for those with injected faults and those that were expected
+    not to pass.
     """
 
     cases: int = 0
@@ -19,3 +23,4 @@ class Summary(msgspec.Struct, kw_only=True):
     stopped: str = ""
     events: list[str] = []
     unexpected: list[dict[str, str]] = []
+    rate: RateReport | None = None

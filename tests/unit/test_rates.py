@@ -1,12 +1,25 @@
+"""How often: exact bounds, for a case and for a suite."""
+
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distbench.campaign import Campaign, Rules
+from distbench.errors import Verdict
+from distbench.job import Entry
+from distbench.progress import Progress
 from distbench.rates import Rate, trials_to_see
+from distbench.report.document import InjectedReport, Report, rate_report
+from distbench.report.journal import Journal
+from tests.cases import tiny_case
+from tests.reports import report_of
 
 
 @pytest.mark.parametrize(
@@ -40,3 +53,48 @@ def test_one_in_a_million() -> None:
     rate = Rate(3, 3_000_000)
     assert rate.low == pytest.approx(0.2062e-6, rel=1e-3)
     assert rate.high == pytest.approx(2.9224e-6, rel=1e-3)
+
+
+def reported(seed: int, *, tokens: int, wrong: int, verdict: Verdict = Verdict.PASS, **values: Any) -> Report:
+    made = report_of(tiny_case(seed=seed), "x" if verdict is not Verdict.PASS else "", verdict)
+    return msgspec.structs.replace(
+        made, name=f"case {seed}", rate=rate_report(wrong, tokens, 10), timing={"wall_s": 1.0}, **values
+    )
+
+
+def test_a_suite_has_the_rate_of_all_cases_that_were_to_pass(tmp_path: Path) -> None:
+    reports = [
+        reported(0, tokens=3_000_000, wrong=0),
+        reported(1, tokens=1_000_000, wrong=2, verdict=Verdict.CORRUPT),
+        reported(2, tokens=500, wrong=500, verdict=Verdict.UNDER_LIMIT, as_expected=True),
+        reported(3, tokens=500, wrong=7, injected=[InjectedReport(name="zero-rows", options={}, hits={"1": 7})]),
+    ]
+    journal = Journal(tmp_path)
+    for one in reports:
+        journal.append(one)
+    journal.close()
+    entries = [
+        Entry(name=f"case {seed}", case=tiny_case(seed=seed), sources={}, expect=verdict)
+        for seed, verdict in enumerate(("PASS", "PASS", "UNDER_LIMIT", "PASS"))
+    ]
+    summary = Campaign(entries, tmp_path, Rules(), Progress(4, quiet=True)).conclude(None)
+    assert summary.rate is not None
+    assert (summary.rate.tokens, summary.rate.wrong_tokens, summary.rate.repeats) == (4_000_000, 2, 20)
+    assert summary.rate.per_million == 0.5
+    assert summary.rate.low_per_million < 0.5 < summary.rate.high_per_million < 2
+    written = msgspec.json.decode((tmp_path / "summary.json").read_bytes())
+    assert written["rate"]["high_per_million"] == summary.rate.high_per_million
+
+
+def test_no_wrong_token_leaves_an_upper_bound() -> None:
+    rate = rate_report(0, 4_000_000, 1)
+    assert rate is not None
+    assert (rate.per_million, rate.low_per_million) == (0, 0)
+    assert 0.9 < rate.high_per_million < 0.95
+    assert rate_report(0, 0, 1) is None
+
+
+def test_until_failure_alone_repeats_until_then() -> None:
+    assert tiny_case(until_failure=True).repeats == 10_000
+    assert tiny_case(until_failure=True, repeats=7).repeats == 7
+    assert tiny_case().repeats == 1
