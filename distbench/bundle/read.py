@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -73,8 +74,8 @@ def open_bundle(folder: str | Path) -> Bundle:
     return Bundle(folder, manifest, report)
 
 
-def runnable_case(bundle: Bundle, **changes: Any) -> Case:
-    """Return the bundle's case with `changes`, checked as if it came from a case file.
+def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
+    """Return the bundle's case, what is `asked` for in front, checked as if it came from a case file.
 
     Its kernel table is the bundle's own copy, never the path that the case names.
 
@@ -89,7 +90,7 @@ def runnable_case(bundle: Bundle, **changes: Any) -> Case:
         table = read_bounded(bundle.folder, KERNEL_TABLE, MAX_TABLE_BYTES)
         if hashlib.sha256(table).hexdigest() != case.kernel_table_sha256:
             _refuse(bundle.folder, KERNEL_TABLE, "is not the table that the case ran with")
-    return resolve_case([Layer(f"bundle:{bundle.folder}", values | changes)], None).case
+    return resolve_case([*asked, Layer(f"bundle:{bundle.folder}", values)], None).case
 
 
 def read_part(bundle: Bundle, part: Part) -> PartContent:

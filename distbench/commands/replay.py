@@ -80,8 +80,7 @@ def _stage_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
 
 def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     alone("replay")
-    changes = {key: value for layer in case_flags(options) for key, value in layer.values.items()}
-    case = runnable_case(bundle, **changes)
+    case = runnable_case(bundle, case_flags(options))
     check_case(case)
     check_folder(options.out)
     with hold(Path(options.out), (), options.lock_timeout):

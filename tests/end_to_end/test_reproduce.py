@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -45,6 +46,36 @@ def test_what_differs_is_said_where_it_does_not_reproduce(failed: Path, tmp_path
     assert done.returncode == 1
     assert "not reproduced here" in done.stdout
     assert "case: limit" in done.stdout
+
+
+def as_of_a_device(bundle: Path, copy: Path) -> Path:
+    """Copy a bundle as a machine with devices, MoRI and the Triton experts would have left it."""
+    shutil.copytree(bundle, copy)
+    for name in ("manifest.json", "report.json"):
+        path = copy / name
+        content = json.loads(path.read_text())
+        content["case"] |= {"device": "cuda", "transport": "mori", "experts": "triton", "emulate": False}
+        path.write_text(json.dumps(content))
+    return copy
+
+
+def test_a_bundle_of_a_device_replays_on_the_cpu_with_parts_that_are_here(failed: Path, tmp_path: Path) -> None:
+    (recorded,) = (failed / "bundles").iterdir()
+    bundle = as_of_a_device(recorded, tmp_path / "bundle")
+    here = ("--device", "cpu", "--transport", "collective", "--experts", "reference")
+    command = next(
+        line for line in json.loads((bundle / "manifest.json").read_text())["how_to_replay"] if "cpu" in line
+    )
+    assert " ".join(here) in command
+    done = distbench("replay", bundle, "--out", tmp_path / "out", *here, "--repeats", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from the recording: UNDER_LIMIT, as its report says" in done.stdout
+    assert "reproduced here (emulated: collective for mori, reference for aiter): UNDER_LIMIT" in done.stdout
+    for key, then, now in (("device", "cuda", "cpu"), ("transport", "mori", "collective"), ("repeats", "1", "2")):
+        assert re.search(rf"case: {key} +{then} +{now}", done.stdout)
+    missing = distbench("replay", bundle, "--out", tmp_path / "out")
+    assert missing.returncode == 77
+    assert "UNSUPPORTED" in missing.stderr
 
 
 def test_bisect_and_shrink_take_a_report(failed: Path, tmp_path: Path) -> None:
