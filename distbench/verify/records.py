@@ -104,7 +104,10 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
             )
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
         what = f"{self.field} differ from {self.against} in {self.rows} rows"
-        return f"rank {self.rank}, {self.arm}, {self.stage}: {what}{source}{bits}"
+        blame = (
+            f"; {self.clues.pattern}: rank {' or '.join(map(str, self.clues.suspects))}" if self.clues.suspects else ""
+        )
+        return f"rank {self.rank}, {self.arm}, {self.stage}: {what}{source}{bits}{blame}"
 
 
 class LostRows(msgspec.Struct, frozen=True):
