@@ -60,11 +60,11 @@ class Campaign:
         progress: Progress,
         bundle: str = "",
         hub: Hub | None = None,
-        launch: Launch = supervise,
+        launch: Launch | None = None,
     ) -> None:
         """Take up the journal of `out`: cases that it holds are not run again, but held against what is expected now.
 
-        `bundle` is as in `Job`; `launch` runs a job to its end.
+        `bundle` is as in `Job`. `launch` runs a job to its end, as `supervise` does where there is none.
         """
         repair_journal(out)
         expect_anew(out, entries)
@@ -127,7 +127,7 @@ class Campaign:
                 raise Interrupted(signals[0])
             job = self._job(pending, report_paths)
             before = len(self._finished)
-            ending = self._launch(job, self._tick, signals, self._hub)
+            ending = (self._launch or supervise)(job, self._tick, signals, self._hub)
             self._take_new_lines()
             if ending is not None:
                 self._take_ending(ending, job)
