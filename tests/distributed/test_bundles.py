@@ -59,6 +59,21 @@ def test_a_gaussian_case_is_held_against_its_padded_arm(tmp_path: Path) -> None:
     assert (tmp_path / "kernel_table.csv").read_bytes() == Path("tests/data/splitk.csv").read_bytes()
 
 
+@pytest.mark.parametrize("kernel", ["", "IntraNodeLL", "InterNodeV1"])
+def test_a_wrong_sum_of_gaussian_rows_is_seen_in_the_recording(kernel: str, tmp_path: Path) -> None:
+    mori: dict[str, Any] = {"transport": "mori", "emulate": True, "mori_kernel": kernel} if kernel else {}
+    nodes: dict[str, Any] = {"gpu_per_node": 2} if kernel.startswith("Inter") else {}
+    drift: dict[str, Any] = {"numerics": "gaussian", "kernel_table": "tests/data/splitk.csv", "routing": "duplicates"}
+    case = tiny_case(**drift, **mori, **nodes)
+    leave_bundle(tmp_path, run_with_fault, case, "combine", "flip the lowest bit of a token", "truncated", RANK)
+    bundle = open_bundle(tmp_path)
+    analysis = analyse(bundle)
+    assert bundle.report.verdict is Verdict.CORRUPT
+    assert analysis.confirms(Verdict.CORRUPT, [found.cause for found in bundle.report.diagnosis])
+    wrong = {(found.rank, found.arm) for found in analysis.findings if found.stage == SUM and found.wrong}
+    assert wrong == {(RANK, "truncated")}
+
+
 def test_wrong_weights_are_seen_in_the_expert_rows(tmp_path: Path) -> None:
     leave_bundle(tmp_path, run_with_weights_of_another_expert, tiny_case(), RANK)
     analysis = analyse(open_bundle(tmp_path))
