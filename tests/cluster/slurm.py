@@ -9,10 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end.launches import wait_until
-from tests.hosts import ROOT, Hosts
+from tests.hosts import ROOT, Hosts, cannot
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")
 _CONFIGURATION = """
@@ -51,7 +49,7 @@ class Slurm:
         """Start them; a node that has been silent for `node_timeout` seconds has failed, in Slurm's eyes."""
         absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
         if absent:
-            pytest.skip(f"no {', '.join(absent)}: install slurmctld, slurmd, slurm-client and munge")
+            cannot(f"no {', '.join(absent)}: install slurmctld, slurmd, slurm-client and munge")
         self._net = net
         self._folder = folder
         self._file = folder / "slurm.conf"
