@@ -75,7 +75,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 256
     gpu_per_node: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=1024)],
-        _help("transport mori: ranks of a node, also of an emulated one; 0 for up to 8"),
+        _help("transport mori: ranks of a node; 0 for those that the launch has there. Other numbers: only emulated"),
     ] = 0
     combine_quant: Annotated[
         Literal["none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
+import sys
 import time
 from collections.abc import Sequence
 from typing import NoReturn
@@ -32,14 +34,19 @@ from distbench.report.console import print_error
 from distbench.supervisor import Interrupted
 
 _SIGINT_EXIT_CODE = 130
+_SIGPIPE_EXIT_CODE = 141
 _RANK_0_SPEAKS_S = 3.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        options = _parser().parse_args(arguments)
-        return int(options.command(options))
+        return _run(arguments)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the very end
+        return _SIGPIPE_EXIT_CODE
     except DistbenchError as error:
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
         if rank == "0":
@@ -53,6 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("INTERRUPTED", "ended by SIGINT; no rank is left")
         return _SIGINT_EXIT_CODE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    code = int(options.command(options))
+    sys.stdout.flush()  # a pipe that is broken shows here, not when the interpreter ends
+    return code
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as behind `| head`; another pipe may be the broken one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,6 +5,7 @@ torch calls them `cuda` on NVIDIA and on ROCm alike. What only one vendor has is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import msgspec
 from distbench.errors import Unsupported
 
 _NODES = ("/dev/nvidia[0-9]*", "/dev/kfd")
+_KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _SMI_SECONDS, _TORCH_SECONDS = 10, 60
 _HOT_CELSIUS = 85
@@ -65,6 +67,26 @@ def count_devices() -> int:
     import torch  # noqa: PLC0415 - see above
 
     return int(torch.cuda.device_count())
+
+
+def compute_units(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Return the compute units of each ROCm device of this node, as aiter counts them, without waking a device.
+
+    CU_NUM says otherwise, there as here. None where there is no such device, or where they are not alike.
+    """
+    told = environ.get("CU_NUM", "")
+    if told.isdecimal() and int(told):
+        return int(told)
+    counts = {_units_of(node) for node in _KFD_NODES.glob("*/properties")} - {0}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _units_of(properties: Path) -> int:
+    """Return the compute units of a node of the kernel driver, 0 for a CPU; rocminfo has them from there too."""
+    with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):
+        values = dict(line.split() for line in properties.read_text().splitlines())
+        return int(values["simd_count"]) // int(values["simd_per_cu"])
+    return 0
 
 
 def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import Experts
+from distbench.experts.base import Experts, check_values
 from distbench.experts.selection import KernelChoice
 from distbench.layer import ExpertWeights, run_experts
 from distbench.truncation import ExpertInput
@@ -34,6 +34,10 @@ class GraphedExperts:
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
         return self.inner.selection(rows)
+
+    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
+        """See `CheckedExperts.check`; a replay looks at nothing."""
+        check_values(self.inner, topk_ids, expert_mask, num_local_tokens)
 
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
         self,

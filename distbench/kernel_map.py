@@ -11,6 +11,7 @@ from distbench.experts.rules import BUCKET_RULES, BucketRules, padded_rows
 from distbench.experts.selection import KernelChoice, KernelSelector, LayerKey, TunedKey
 from distbench.experts.tuned import load_tuned_rows
 
+NODE = "node"
 Effect = Literal["nothing", "same kernel", "other kernel", "ordered to atomic", "atomic to ordered"]
 
 
@@ -47,11 +48,16 @@ class LimitEffect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelMap(msgspec.Struct, frozen=True, kw_only=True):
-    """The kernels of one layer on one device and release; `tables` are the files with tuned rows, `padded` is R."""
+    """The kernels of one layer on one device and release; `tables` are the files with tuned rows, `padded` is R.
+
+    `cu_count_from` says where the layer's compute units are known from: NODE, `default` where they are assumed, or what
+    asked for them.
+    """
 
     release: str
     tables: list[str]
     layer: LayerKey
+    cu_count_from: str = ""
     padded: int
     spans: list[Span]
     limits: list[LimitEffect]

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distbench.experts.base import Experts
+from distbench.experts.base import Experts, check_values
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
@@ -42,13 +42,15 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
 ) -> Tensor:
     """Return this rank's combined tokens, bf16 [n, H]; `mark` hears of each stage as it begins.
 
-    Collective: every rank calls it, with no tokens too.
+    Without `inspect` nothing is looked at on the host. Collective: every rank calls it, with no tokens too.
     """
     mark("dispatch")
     dispatched = transport.dispatch(batch)
     mark("truncate")
     given = cut(dispatched)
     mark("experts")
+    if inspect is not None:
+        check_values(experts, given.ids, weights.mask, given.num_local_tokens)
     expert_out = run_experts(experts, given, weights)
     if inspect is not None:
         mark("check")

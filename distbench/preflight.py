@@ -9,12 +9,15 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import msgspec
+
 from distbench.case import Case
-from distbench.devices import count_devices, devices_to_hold, free_device_bytes
+from distbench.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
+from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
@@ -29,8 +32,8 @@ _GROUP = Path("/sys/fs/cgroup")
 _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
 
-def check_case(case: Case) -> tuple[str, ...]:
-    """Return warnings about a case that can run.
+def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
+    """Return warnings about a case that can run, in a launch of `local_ranks` on each node; None: all are on one.
 
     Raises:
         InvalidCase: inputs that cannot be made, a kernel table that cannot be read, or what MoRI would get wrong.
@@ -41,7 +44,7 @@ def check_case(case: Case) -> tuple[str, ...]:
     if case.numerics == "exact":
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
-    notes = _check_mori(case) if case.transport == "mori" else ()
+    notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
     _check_graph(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
@@ -49,18 +52,28 @@ def check_case(case: Case) -> tuple[str, ...]:
         check_faults(case)
     if case.experts == "triton":
         return (*notes, *_check_triton_table(case))
-    selector = make_selector(case)
     if case.experts == "aiter":
         check_available(case)
+    units = _compute_units(case)
+    selector = make_selector(msgspec.structs.replace(case, cu_count=units or case.cu_count))
     if not case.kernel_table or selector.tuned:
         return notes
+    return (*notes, _untuned(case, selector, assumed=units is None))
+
+
+def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
     layer = selector.layer
-    message = (
-        f"kernel_table = {case.kernel_table}: no row for cu_num {layer.cu_count}, model_dim {layer.model_dim}, "
+    units = f"{layer.cu_count} (assumed: this node has no ROCm device)" if assumed else str(layer.cu_count)
+    return (
+        f"kernel_table = {case.kernel_table}: no row for cu_num {units}, model_dim {layer.model_dim}, "
         f"inter_dim {layer.inter_dim}, expert {layer.num_local_experts}, topk {layer.lookup_topk(selector.rules)} "
         f"and {layer.quant}; all kernels come from heuristics"
     )
-    return (*notes, message)
+
+
+def _compute_units(case: Case) -> int | None:
+    """Return the units that kernels are selected for: the case's, but with the real aiter this node's."""
+    return compute_units() if case.experts == "aiter" and not case.emulate else case.cu_count
 
 
 def _check_graph(case: Case) -> None:
@@ -99,7 +112,7 @@ def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None
     return held
 
 
-def _check_mori(case: Case) -> tuple[str, ...]:
+def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if not case.emulate and find_spec("mori") is None:
         message = (
             "transport mori: no package mori here; install amd-mori on a ROCm machine (docs/mori.md), or add --emulate"
@@ -111,7 +124,7 @@ def _check_mori(case: Case) -> tuple[str, ...]:
         message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
         raise InvalidCase(message) from error
     check_environment(os.environ)
-    plan = plan_mori(case, os.environ)
+    plan = plan_mori(case, os.environ, local_ranks)
     heap_size(plan, os.environ, emulated=case.emulate)
     return mori_warnings(plan, os.environ, emulated=case.emulate)
 

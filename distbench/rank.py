@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
 from distbench.passes import Parts, Passes
 from distbench.recording import Recorder
 from distbench.session import Session
+from distbench.stage_limits import compiles
 from distbench.transport import make_transport
 from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
@@ -119,10 +122,13 @@ def _build(  # noqa: PLR0913 - what parts are made of
 ) -> Parts:
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
-    weights, experts = ExpertWeights(*workload.local_weights(session.rank), mask), make_experts(case)
-    if isinstance(experts, CompiledExperts):
+    weights = ExpertWeights(*workload.local_weights(session.rank), mask)
+    if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
         session.crumbs.mark("compile")
-        experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
+    with session.together() if compiles(case) else nullcontext():
+        experts = make_experts(case)
+        if isinstance(experts, CompiledExperts):
+            experts.warm_up(*weights, rows=(case.capacity, *((limit,) if limit else ())))
     parts = Parts(
         workload=workload,
         batch=batch,

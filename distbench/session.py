@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.devices import runs_on_device
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Unsupported
 
 _WORD_BYTES = 8
 
 
 class Session:
-    """Open from start to end of a launch; cases come and go."""
+    """Open from start to end of a launch; cases come and go. `local_ranks` of its ranks are on this node."""
 
     def __init__(
         self,
@@ -38,10 +38,10 @@ class Session:
         self.world_size = int(environ["WORLD_SIZE"])
         self.device = torch.device("cpu")
         self._local_rank = int(environ.get("LOCAL_RANK", "0"))
-        self._local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
         self._devices = torch.cuda.device_count() if accelerated else 0
-        _share_cores(self._local_ranks)
-        backend = "cpu:gloo,cuda:nccl" if self._devices >= self._local_ranks else "gloo"
+        _share_cores(self.local_ranks)
+        backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         self.group = _world_group()
         if accelerated:
@@ -63,7 +63,7 @@ class Session:
             Unsupported: on every rank, where `cuda` was asked for and a node has fewer devices than ranks.
 
         """
-        if not runs_on_device(asked, self._devices, self._local_ranks):
+        if not runs_on_device(asked, self._devices, self.local_ranks):
             self.device = torch.device("cpu")
             return
         self.device = torch.device("cuda", self._local_rank)
@@ -88,6 +88,36 @@ class Session:
             table[:, shared : shared + probe.numel()], "generated inputs", "use one torch version on all ranks"
         )
         return table[:, shared + probe.numel() :].clone()
+
+    def require_same(self, value: int, what: str, fix: str) -> None:
+        """Refuse, on every rank of the case's group, ranks that hold another `value` than rank 0. Collective.
+
+        Raises:
+            InvalidCase: names those ranks, `what` they disagree on, and the fix.
+
+        """
+        table = self._everyones(torch.tensor([value]), dist.get_world_size(self.group))
+        _refuse_strangers(table, what, fix)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Have every rank of the case's group refuse what one of them refuses in this context. Collective at its end.
+
+        Raises:
+            InvalidCase, Unsupported: as raised here, or of the first other rank that did, which is named.
+
+        """
+        refusal: InvalidCase | Unsupported | None = None
+        try:
+            yield
+        except (InvalidCase, Unsupported) as error:
+            refusal = error
+        if not self.on_any_rank(value=refusal is not None):
+            return
+        told: list[tuple[type[InvalidCase | Unsupported], str] | None] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(told, None if refusal is None else (type(refusal), str(refusal)), group=self.group)
+        rank, (kind, message) = next((rank, one) for rank, one in enumerate(told) if one is not None)
+        raise refusal or kind(f"rank {rank}: {message}")
 
     def on_any_rank(self, *, value: bool) -> bool:
         """Whether `value` is true on any rank of the case's group. Collective."""
@@ -117,7 +147,7 @@ class Session:
 
     def _fewest_devices(self) -> int:
         """Return this node's devices, or none where some node has fewer than ranks. Collective."""
-        enough = torch.tensor([self._devices >= self._local_ranks], dtype=torch.int64)
+        enough = torch.tensor([self._devices >= self.local_ranks], dtype=torch.int64)
         dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         return self._devices if int(enough) else 0
 

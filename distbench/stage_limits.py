@@ -34,6 +34,12 @@ def parse_stage_timeouts(text: str) -> dict[str, float]:
     return limits
 
 
+def compiles(case: Case) -> bool:
+    """Whether ranks of `case` compile kernels before they first dispatch: packages do, their stand-ins do not."""
+    packages = case.experts == "aiter" or case.transport == "mori"
+    return case.experts == "triton" or (packages and not case.emulate)
+
+
 def stage_limit(case: Case, stage: str) -> float:
     """Return the seconds that `stage` of `case` may take: as given for the stage, else for all, and what its size asks.
 

@@ -26,7 +26,7 @@ from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
-from distbench.stage_limits import stage_limit
+from distbench.stage_limits import compiles, stage_limit
 from distbench.verify.records import Outcome
 
 STACKS_SIGNAL = signal.SIGUSR1
@@ -111,7 +111,7 @@ def _group_timeout(job: Job) -> float:
         stage_limit(entry.case, stage)
         for entry in job.entries
         for stage in STAGES
-        if stage != "compile" or entry.case.experts == "aiter"
+        if stage != "compile" or compiles(entry.case)
     )
     return longest * 2 + 60 if job.supervised else longest
 

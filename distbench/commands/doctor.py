@@ -18,7 +18,10 @@ from distbench.production import read_environment
 from distbench.report.console import print_line
 from distbench.resolve import Layer, resolve_case
 
-_KEYS = ("model", "hidden_size", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens")
+_KEYS = (
+    *("model", "hidden_size", "num_experts", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
+    *("dispatch_dtype", "mori_kernel", "gpu_per_node", "combine_quant", "combine_input"),
+)
 _WORDS = ("ready", "degraded", "not usable")
 
 
@@ -35,8 +38,8 @@ def add(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks on this node (default: %(default)s)")
     command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes together (default: %(default)s)")
-    command.add_argument("--block-num", type=int, default=64, metavar="N", help="of mori's kernels between nodes")
-    command.add_argument("--rdma-block-num", type=int, default=32, metavar="N", help="those of them for the network")
+    command.add_argument("--block-num", type=int, metavar="N", help="of mori's kernels (default: the case's)")
+    command.add_argument("--rdma-block-num", type=int, metavar="N", help="those of them for the network")
     add_case_options(command, _KEYS)
 
 

@@ -11,16 +11,21 @@ from typing import Any
 import msgspec
 
 from distbench.commands.options import add_case_options, case_flags
+from distbench.devices import compute_units
 from distbench.errors import InvalidCase
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import installed_release, installed_tables
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import rules_for
-from distbench.kernel_map import KernelMap, LimitEffect, Span, limit_effects, map_kernels
+from distbench.kernel_map import NODE, KernelMap, LimitEffect, Span, limit_effects, map_kernels
 from distbench.production import read_environment
 from distbench.report.console import print_line, print_table
-from distbench.resolve import resolve_case
+from distbench.resolve import Layer, resolve_case
 
+_WHERE_FROM = {
+    NODE: " (this node's)",
+    "default": " (assumed: this node has no ROCm device; --cu-count gives another number)",
+}
 _KEYS = (
     *("model", "hidden_size", "intermediate_size", "num_experts", "topk", "dispatch_dtype", "cu_count"),
     *("kernel_table", "aiter_version", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
@@ -46,15 +51,26 @@ def add(commands: Any) -> None:
 
 def _kernels(options: argparse.Namespace) -> int:
     environment = read_environment(os.environ)
-    case = resolve_case([*case_flags(options), *environment], options.ep_size).case
+    resolved = resolve_case([*case_flags(options), *environment, *_node()], options.ep_size)
+    case = resolved.case
     release = case.aiter_version or installed_release()
     tables = [case.kernel_table] if case.kernel_table else installed_tables()
     layer, rules = make_selector(case).layer, rules_for(release)
     limits = _limits(options.limits or (case.limit if case.limit.isdigit() else ""))
     found = map_kernels(layer, release or f"{next(reversed(BUCKET_RULES))} or later", rules, tables, case.capacity)
-    found = msgspec.structs.replace(found, limits=limit_effects(layer, rules, tables, case.capacity, limits))
+    found = msgspec.structs.replace(
+        found,
+        limits=limit_effects(layer, rules, tables, case.capacity, limits),
+        cu_count_from=resolved.sources["cu_count"],
+    )
     {"table": _print_tables, "json": _print_json, "csv": _print_csv}[options.format](found)
     return 0
+
+
+def _node() -> list[Layer]:
+    """Return what this node's devices say of the case, where it has any."""
+    units = compute_units()
+    return [] if units is None else [Layer(source=NODE, values={"cu_count": units})]
 
 
 def _limits(text: str) -> list[int]:
@@ -84,8 +100,9 @@ def _print_csv(found: KernelMap) -> None:
 
 def _print_tables(found: KernelMap) -> None:
     layer = found.layer
+    told = _WHERE_FROM.get(found.cu_count_from, "")
     print_line(
-        f"aiter {found.release}, {layer.arch} with {layer.cu_count} compute units, {layer.quant}: model_dim "
+        f"aiter {found.release}, {layer.arch} with {layer.cu_count} compute units{told}, {layer.quant}: model_dim "
         f"{layer.model_dim}, inter_dim {layer.inter_dim}, {layer.num_local_experts} local experts, top-k {layer.topk}"
     )
     print_line(f"tuned tables: {', '.join(found.tables) or 'none, so heuristics only'}")

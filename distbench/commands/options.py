@@ -208,9 +208,17 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK") == "0"
 
 
-def warnings(case: Case) -> tuple[str, ...]:
-    """Return what the reader of the case's report should know of it."""
-    return (*near_misses(os.environ), *check_case(case))
+def warnings(case: Case, options: argparse.Namespace) -> tuple[str, ...]:
+    """Return what the reader of the case's report should know of it, in the launch that `options` ask for."""
+    return (*near_misses(os.environ), *check_case(case, _local_ranks(options)))
+
+
+def _local_ranks(options: argparse.Namespace) -> int | None:
+    """Return the ranks that the launch has on each node; None where all are on this one."""
+    if world_size() is not None:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    spread = spread_of(options)
+    return None if spread is None else spread.nproc
 
 
 def check_launch(cases: Sequence[Case], nodes: int = 1) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
         case=resolved.case,
         sources=resolved.sources,
         expect=Verdict.PASS.value,
-        warnings=warnings(resolved.case),
+        warnings=warnings(resolved.case, options),
     )
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
     for path in paths:

@@ -74,7 +74,7 @@ def _suite(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
     chosen = select(suite.entries, options.select)
     check_path(options.out)
-    entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case)) for entry in chosen)
+    entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case, options)) for entry in chosen)
     check_folder(options.out, len(entries))
     out = Path(options.out)
     writers = report_writers(options, out)

@@ -90,9 +90,10 @@ def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     layers = [*case_flags(options), *files, timed, *read_environment(os.environ)]
     base = resolve_case([Layer("sweep", {"limit": "off"}), *layers], num_ranks(options)).case
     entries: dict[str, Entry] = {}
+    notes = warnings(base, options)
     for limit in sweep_limits(base, options.limits):
         resolved = resolve_case([Layer("sweep", {"limit": limit}), *layers], num_ranks(options))
-        entry = Entry(name=f"limit={limit}", case=resolved.case, sources=resolved.sources, warnings=warnings(base))
+        entry = Entry(name=f"limit={limit}", case=resolved.case, sources=resolved.sources, warnings=notes)
         entries.setdefault(case_hash(resolved.case), entry)
     return tuple(entries.values())
 

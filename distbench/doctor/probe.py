@@ -14,10 +14,13 @@ from typing import Any
 import filelock
 import msgspec
 
+from distbench.devices import compute_units
+
 _ROCM = Path("/opt/rocm")
 _NICS = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is looked at
-_PACKAGES = {"mori": "amd-mori", "aiter": "amd-aiter", "torch": "torch"}
+MORI = ("amd-mori", "amd-mori-nightly")
+AITER = "amd-aiter"
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +36,10 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """Whether every accelerator reaches every other one's memory."""
     rocm: str = ""
     hipcc: str = ""
+    units: int | None = None
+    """Compute units of each accelerator, where the kernel driver of ROCm tells."""
     packages: dict[str, str] = {}
-    """Versions of mori and aiter, where installed."""
+    """Versions of mori's two distributions and of aiter's, those that are installed."""
     nics: dict[str, str] = {}
     """State of each RDMA device's first port, such as ACTIVE."""
     memlock: int | None = None
@@ -55,7 +60,8 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
         **_torch_facts(),
         rocm=_text(_ROCM / ".info" / "version"),
         hipcc=shutil.which("hipcc") or "",
-        packages={name: _version(name) for name in ("mori", "aiter") if _version(name)},
+        units=compute_units(environ),
+        packages={name: _version(name) for name in (*MORI, AITER) if _version(name)},
         nics={nic.name: _port_state(nic) for nic in sorted(_NICS.glob("*"))},
         memlock=None if memlock == resource.RLIM_INFINITY else memlock,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -101,9 +107,9 @@ def _architecture(properties: Any) -> str:
     return str(name).split(":")[0] if str(name).startswith("gfx") else f"sm_{properties.major}{properties.minor}"
 
 
-def _version(package: str) -> str:
+def _version(distribution: str) -> str:
     try:
-        return importlib.metadata.version(_PACKAGES[package])
+        return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
 

@@ -1,37 +1,45 @@
-"""The checks of the AMD path: ROCm, architecture, mori, aiter, their heap and their network."""
+"""The checks of the AMD path: ROCm, architecture, mori, aiter, their heap, their blocks and their network."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import msgspec
 
 from distbench.case import Case
 from distbench.doctor.findings import Finding, Path
-from distbench.doctor.probe import Node
-from distbench.errors import InvalidCase
+from distbench.doctor.probe import AITER, MORI, Node
+from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.rules import rules_for
+from distbench.transport.mori_config import (
+    HEAP_SIZE,
+    INTRA,
+    SHMEM_MODE,
+    Launch,
+    MoriPlan,
+    check_environment,
+    heap_size,
+    plan_mori,
+)
+from distbench.versions import version_key
 
 _MORI: tuple[Path, ...] = ("mori",)
 _ARCHITECTURES = ("gfx942", "gfx950")
-_HEAP_VARIABLE = "MORI_SHMEM_HEAP_SIZE"
-_MODE_VARIABLE = "MORI_SHMEM_MODE"
-_DEFAULT_HEAP = 4 << 30
-_SIZE = re.compile(r"([0-9]+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _RDMA_MULTIPLE = 8
-_NO_BARRIER = ("1.1.1", "1.2.0", "1.2.1", "1.2.2")
+_LAST_WITHOUT_BARRIER = "1.2.2"
 _SPLIT_K_FIXED = ("0.1.18", "0.1.19")
-_KERNEL_CHANGERS = ("AITER_ONLINE_TUNE", "AITER_BYPASS_TUNE_CONFIG", "AITER_KSPLIT", "AITER_REBUILD")
+_KERNEL_CHANGERS = (
+    *("AITER_ONLINE_TUNE", "AITER_BYPASS_TUNE_CONFIG", "AITER_KSPLIT", "AITER_REBUILD"),
+    *("AITER_FLYDSL_FORCE_REDUCE", "AITER_FLYDSL_EP_NO_FAKE_EXPERT"),
+)
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
-    """Nodes that run together, and the blocks of mori's kernels between them; production takes 64, of them 32."""
+    """Nodes that run together; and blocks of mori's kernels to look at in the place of those that the case takes."""
 
     nodes: int = 1
-    block_num: int = 64
-    rdma_block_num: int = 32
+    block_num: int | None = None
+    rdma_block_num: int | None = None
 
 
 def check_vendors(node: Node, case: Case, network: Network) -> list[Finding]:
@@ -40,12 +48,11 @@ def check_vendors(node: Node, case: Case, network: Network) -> list[Finding]:
         _rocm(node),
         _hipcc(node),
         _architecture(node),
-        _mori(node.packages.get("mori", "")),
-        _aiter(node.packages.get("aiter", "")),
-        _heap(node.environ, case),
+        _mori(node.packages),
+        _aiter(node.packages.get(AITER, "")),
+        *_case(node, case, network),
         _heap_mode(node.environ),
         _nics(node, network),
-        _rdma_blocks(network),
         _memlock(node),
         *_kernel_changers(node.environ),
     ]
@@ -74,13 +81,20 @@ def _architecture(node: Node) -> Finding:
     return _ok("gfx architecture", ", ".join(sorted(set(node.devices))))
 
 
-def _mori(version: str) -> Finding:
-    if not version:
+def _mori(packages: Mapping[str, str]) -> Finding:
+    installed = {name: packages[name] for name in MORI if name in packages}
+    found = " and ".join(f"{name} {version}" for name, version in installed.items())
+    if not installed:
         return _missing("mori", "not installed", "pip install amd-mori, or use a container that has it (docs/amd.md)")
-    if version.startswith(_NO_BARRIER):
+    if len(installed) > 1:
+        return _degraded("mori", f"{found} are both installed, and hold the same modules", "pip uninstall one of them")
+    key, last = version_key(next(iter(installed.values()))), version_key(_LAST_WITHOUT_BARRIER)
+    if key is None:
+        return _degraded("mori", f"{found}: not a version that can be compared", "install a release, such as 1.2.4")
+    if last is not None and key <= last:
         fix = "take 1.2.4 or later; distbench synchronises by itself, other users of it do not"
-        return _degraded("mori", f"{version}: no barrier after its buffers are made, so ranks can lose signals", fix)
-    return _ok("mori", version)
+        return _degraded("mori", f"{found}: no barrier after its buffers are made, so ranks can lose signals", fix)
+    return _ok("mori", found)
 
 
 def _aiter(version: str) -> Finding:
@@ -90,38 +104,68 @@ def _aiter(version: str) -> Finding:
         rules = rules_for(version)
     except InvalidCase as error:
         return _missing("aiter", f"{version}: {error}", "install a release")
-    if rules.fp8_split_columns and version not in _SPLIT_K_FIXED:
+    if rules.fp8_split_columns and version_key(version) not in map(version_key, _SPLIT_K_FIXED):
         fix = f"keep to bf16, or AITER_KSPLIT=-1 for tuned rows; {' and '.join(_SPLIT_K_FIXED)} were right"
         return _degraded("aiter", f"{version}: fp8 split-k of few rows adds to memory never zeroed (#3997)", fix)
     return _ok("aiter", f"{version}: buckets of rows end at {rules.tiers[-1]}, a limit above that keeps the kernel")
 
 
-def _heap(environ: Mapping[str, str], case: Case) -> Finding:
-    needed, text = heap_bytes(case), environ.get(_HEAP_VARIABLE, "")
-    given = parse_size(text) if text else _DEFAULT_HEAP
-    fix = f"export {_HEAP_VARIABLE}={-(-needed >> 30) or 1}G"
-    if given is None:
-        return _missing("heap", f"{_HEAP_VARIABLE}={text!r:.40} is no size", fix)
-    found = f"{given} bytes ({_HEAP_VARIABLE if text else 'the default'}), the case takes at least {needed}"
-    return _missing("heap", found, fix) if given < needed else _ok("heap", found)
+def _case(node: Node, case: Case, network: Network) -> list[Finding]:
+    """Return what is to be said of the case as mori would run it here."""
+    asked = msgspec.structs.replace(case, transport="mori", emulate=False)
+    try:
+        check_environment(node.environ)
+        plan = plan_mori(asked, node.environ, case.ep_size // network.nodes)
+    except (InvalidCase, Unsupported) as error:
+        return [_missing("case", str(error), "choose another case, or another number of ranks or nodes")]
+    return [_heap(node.environ, plan), _blocks(node, plan, network), _quant(node, plan)]
 
 
-def heap_bytes(case: Case) -> int:
-    """Return what the case's symmetric buffers take at the least: rows out of dispatch, into and out of combine."""
-    row = case.hidden_size * 2 * 3 + case.topk * 8 + case.hidden_size // 128 * 4
-    return case.capacity * row
+def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Finding:
+    enough = f"unset it, or export {HEAP_SIZE}={-(-plan.heap_bytes >> 30) or 1}G"
+    try:
+        size = heap_size(plan, environ, emulated=False)
+    except InvalidCase as error:
+        return _missing("heap", str(error), enough)
+    told = HEAP_SIZE if environ.get(HEAP_SIZE) else f"{HEAP_SIZE} is not set, distbench sets it"
+    return _ok("heap", f"{size} bytes ({told}), the case takes {plan.heap_bytes}")
 
 
-def parse_size(text: str) -> int | None:
-    """Return the bytes that `6G`, `512MiB` or `1024` mean to mori, None where it is no size."""
-    match = _SIZE.fullmatch(text.strip())
-    return int(match[1]) << _SHIFT[match[2].upper()] if match else None
+def _blocks(node: Node, plan: MoriPlan, network: Network) -> Finding:
+    """Look at the blocks of a kernel: all of them run at once, and some of them are those that use the network."""
+    own = plan.launch
+    blocks = own.blocks if network.block_num is None else network.block_num
+    rdma_blocks = own.rdma_blocks if network.rdma_block_num is None else network.rdma_block_num
+    launch = Launch(blocks, rdma_blocks, own.warps)
+    found = f"{plan.kernel}: rdma_block_num {rdma_blocks} of block_num {blocks}"
+    if plan.launch_mode == "AUTO":
+        return _degraded("blocks", f"{found}, but launch_mode is AUTO: mori's tables decide", "use MANUAL to compare")
+    if node.units is not None and blocks > node.units:
+        fix = f"take up to {node.units} blocks: they wait for each other, and would for ever"
+        return _missing("blocks", f"{found}, {node.units} compute units", fix)
+    if launch != own or plan.kernel not in INTRA:
+        return _rdma_blocks(launch, found)
+    return _ok("blocks", found)
+
+
+def _rdma_blocks(launch: Launch, found: str) -> Finding:
+    if not 0 < launch.rdma_blocks < launch.blocks or launch.rdma_blocks % _RDMA_MULTIPLE:
+        fix = f"take a multiple of {_RDMA_MULTIPLE} above 0 and below block_num: others drop rows or hang (mori #507)"
+        return _missing("blocks", found, fix)
+    return _ok("blocks", found)
+
+
+def _quant(node: Node, plan: MoriPlan) -> Finding:
+    others = sorted(set(node.devices) - {"gfx950"})
+    if plan.quant == "fp4_blockwise" and others:
+        return _missing("combine", f"fp4_blockwise on {', '.join(others)}", "mori has it on gfx950; use fp8_blockwise")
+    return _ok("combine", plan.quant)
 
 
 def _heap_mode(environ: Mapping[str, str]) -> Finding:
-    mode = environ.get(_MODE_VARIABLE, "static_heap")
+    mode = environ.get(SHMEM_MODE, "static_heap")
     if mode != "static_heap":
-        fix = f"unset {_MODE_VARIABLE}: vmm_heap has corrupted rows on ROCm 7.2 (mori #610)"
+        fix = f"unset {SHMEM_MODE}: vmm_heap has corrupted rows on ROCm 7.2 (mori #610)"
         return _degraded("heap mode", mode, fix)
     return _ok("heap mode", mode)
 
@@ -132,15 +176,6 @@ def _nics(node: Node, network: Network) -> Finding:
     if network.nodes > 1 and not active:
         return _missing("NICs", found, f"bring up an RDMA device for {network.nodes} nodes; `rdma link` shows them")
     return _ok("NICs", found if active else f"{found}, and one node needs none")
-
-
-def _rdma_blocks(network: Network) -> Finding:
-    block_num, rdma_block_num = network.block_num, network.rdma_block_num
-    found = f"rdma_block_num {rdma_block_num} of block_num {block_num}"
-    if not 0 < rdma_block_num < block_num or rdma_block_num % _RDMA_MULTIPLE:
-        fix = f"take a multiple of {_RDMA_MULTIPLE} above 0 and below block_num: others drop rows or hang (mori #507)"
-        return _missing("rdma_block_num", found, fix)
-    return _ok("rdma_block_num", found)
 
 
 def _memlock(node: Node) -> Finding:

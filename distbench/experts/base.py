@@ -46,6 +46,25 @@ class CompiledExperts(Protocol):
 
 
 @runtime_checkable
+class CheckedExperts(Protocol):
+    """Experts that make garbage or a fault of some values. The host looks for them, and waits for the device."""
+
+    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
+        """Refuse what a call must not be given: for passes that are checked, never timed nor captured in a graph.
+
+        Raises:
+            DistbenchError: names the value and the bound.
+
+        """
+
+
+def check_values(experts: Experts, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
+    """Have experts that need it look at the values of what they are about to be called with."""
+    if isinstance(experts, CheckedExperts):
+        experts.check(topk_ids, expert_mask, num_local_tokens)
+
+
+@runtime_checkable
 class PackageUser(Protocol):
     """A part of the layer that runs a package from elsewhere."""
 

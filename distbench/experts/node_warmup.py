@@ -11,7 +11,7 @@ import filelock
 _POLL_S = 0.1
 
 
-def first_on_node(folder: Path, name: str, build: Callable[[], None]) -> bool:
+def first_on_node(folder: Path, name: str, build: Callable[[], object]) -> bool:
     """Run `build` unless it has run for `name`; whether it did. `folder` is the cache's own, on a disk of this node.
 
     Who comes while it runs waits for its end. A builder that fails or dies leaves nothing behind, and the next one

@@ -6,23 +6,10 @@ Each entry of `BUCKET_RULES` was read from the sources at the release tag that i
 
 from __future__ import annotations
 
-import math
-import re
-
 import msgspec
 
 from distbench.errors import InvalidCase
-
-_VERSION = re.compile(
-    r"v?(?P<release>\d{1,9}(?:\.\d{1,9}){1,3})"
-    r"(?:[-_.]?(?:a|b|rc)(?P<pre>\d{1,9}))?"
-    r"(?:[-_.]?post(?P<post>\d{1,9}))?"
-    r"(?:[-_.]?dev(?P<dev>\d{1,9}))?"
-    r"(?:\+[0-9A-Za-z.]*)?",
-    re.ASCII,
-)
-
-VersionKey = tuple[tuple[int, ...], float, float, float]
+from distbench.versions import VersionKey, version_key
 
 
 class BucketRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,13 +114,8 @@ def padded_rows(rows: int, rules: BucketRules = CURRENT) -> int:
 
 
 def _version_key(version: str) -> VersionKey:
-    match = _VERSION.fullmatch(version.strip())
-    if match is None:
+    key = version_key(version)
+    if key is None:
         message = f"aiter version {version!r:.80}: allowed is a release such as 0.1.7.post2.dev18 or 0.1.20"
         raise InvalidCase(message)
-    release = tuple(int(part) for part in match["release"].split("."))
-    post = -1.0 if match["post"] is None else float(match["post"])
-    dev = math.inf if match["dev"] is None else float(match["dev"])
-    before_release = math.inf if match["dev"] is None or post >= 0 else -1.0
-    pre = before_release if match["pre"] is None else float(match["pre"])
-    return release + (0,) * (4 - len(release)), pre, post, dev
+    return key

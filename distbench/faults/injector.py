@@ -10,7 +10,7 @@ from torch import Tensor
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.case import Case
 from distbench.errors import InvalidCase
-from distbench.experts.base import Experts
+from distbench.experts.base import Experts, check_values
 from distbench.experts.selection import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
@@ -141,6 +141,7 @@ class _FaultyExperts:
         for fault in self._faults:
             if fault.active:
                 given = fault.asked(given)
+        check_values(self._inner, given.ids, others["expert_mask"], given.num_local_tokens)
         rows: Tensor = self._inner(
             given.hidden,
             w1,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distbench.case import Case
 from distbench.errors import Verdict
 from distbench.report.document import InjectedReport, RankReport, RateReport, Report
+from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -24,10 +25,7 @@ _LOG_WIDTH = 140
 
 def print_report(report: Report) -> None:
     """Print the whole report to standard output, its verdict last."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else _LOG_WIDTH
-    console = Console(highlight=False, width=width, soft_wrap=False)
+    console = _console()
     for part in _parts(report):
         console.print(part)
     style = "bold green" if report.verdict is Verdict.PASS else "bold red"
@@ -80,9 +78,7 @@ def print_bundle(folder: Path) -> None:
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
     """Print the table of limits, and what qualifies its figures."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    console = _console()
     console.print(_table("", columns, rows))
     for note in notes:
         console.print(note, markup=False)
@@ -90,12 +86,10 @@ def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: li
 
 def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
     """Print a table to standard output, its cells as they are but for control characters."""
-    from rich.console import Console
     from rich.text import Text
 
-    width = None if sys.stdout.isatty() else _LOG_WIDTH
     cells = [tuple(Text(cell) for cell in row) for row in rows]
-    Console(highlight=False, width=width).print(_table("", columns, cells))
+    _console().print(_table("", columns, cells))
 
 
 def print_plain(text: str) -> None:
@@ -183,15 +177,13 @@ def _rank_table(report: Report) -> Table:
         "total_recv",
         "capacity",
         "limit",
-        "kernel padded → truncated",
+        f"kernel padded → truncated ({OTHER_CODE}: other code)",
         "lost rows",
     )
     return _table("", columns, [_rank_row(rank) for rank in report.ranks])
 
 
 def _rank_row(rank: RankReport) -> tuple[str, ...]:
-    padded = rank.kernels["padded"]["label"]
-    truncated = rank.kernels["truncated"]["label"] if "truncated" in rank.kernels else "not run"
     limit = "off" if rank.limit is None else str(rank.limit)
     counts = (rank.tokens, rank.total_recv, rank.capacity)
     return (
@@ -200,9 +192,13 @@ def _rank_row(rank: RankReport) -> tuple[str, ...]:
         rank.device,
         *map(str, counts),
         limit,
-        f"{padded} → {truncated}",
+        _kernels(rank.kernels["padded"], rank.kernels.get("truncated")),
         str(rank.lost_rows),
     )
+
+
+def _kernels(padded: dict[str, Any], truncated: dict[str, Any] | None) -> str:
+    return f"{padded['label']} → {label_beside(truncated, padded) if truncated else 'not run'}"
 
 
 def _timing_table(report: Report) -> Table:
@@ -252,3 +248,14 @@ def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str | Text
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _console() -> Console:
+    """Return what prints to standard output. A pipe that nobody reads is left to the CLI: rich would exit with 1."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Output(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.report.document import Report
+from distbench.report.kernels import label_beside
 
 COLUMNS = (
     "limit", "rows", "safe", "kernel", "experts µs", "layer µs", "p99 µs", "padded / cut", "device GiB", "verdict",
@@ -58,14 +59,14 @@ def sweep_row(report: Report) -> SweepRow:
     arm = "padded" if rows is None else "truncated"
     timing = report.timing.get(arm, {}) if report.method else {}
     experts, layer = timing.get("experts"), timing.get("layer")
-    kernel = report.ranks[0].kernels.get(arm) if report.ranks else None
+    kernels = report.ranks[0].kernels if report.ranks else {}
     padded = report.timing["padded"]["layer"]["median_us"] if layer else None
     memory = report.memory.get("device", {}).get(arm)
     return SweepRow(
         limit=report.case["limit"],
         rows=rows,
         safe=report.limit is None or report.limit.safe,
-        kernel=kernel["label"] if kernel else "not run",
+        kernel=label_beside(kernels[arm], kernels["padded"]) if arm in kernels else "not run",
         experts_us=experts["median_us"] if experts else None,
         layer_us=layer["median_us"] if layer else None,
         layer_p99_us=layer["p99_us"] if layer else None,

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from distbench.workload.bits import shuffles
 
-# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many.
+# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many. On a
+# device they come again in turn, so that no draw falls into a call that is timed.
 _DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
 
 
@@ -44,8 +45,8 @@ class Traffic:
         return torch.tensor(order, device=device).repeat_interleave(counts, output_size=self.total_received)
 
 
-class _Orders(NamedTuple):
-    """Orders of the receive buffer, int64 [m, total]: the slot of each row as it arrives, and the row of each slot."""
+class Order(NamedTuple):
+    """An order of the receive buffer, int64 [total]: the slot of each row as it arrives, and the row of each slot."""
 
     slots: Tensor
     rows: Tensor
@@ -60,18 +61,19 @@ class Arrivals:
         self._seed = seed
         self._shuffled = shuffled
         self._calls = 0
-        self._orders: _Orders | None = None
+        self._orders: list[Order] = []
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return the slot of each row as it arrives, and the row of each slot: int64 [total]."""
-        drawn = (_DRAWN_ON_CPU if self._device.type == "cpu" else _DRAWN_ON_DEVICE) if self._shuffled else 1
+    def next(self) -> Order:
+        """Return the next order."""
+        on_device = self._device.type != "cpu"
+        drawn = (_DRAWN_ON_DEVICE if on_device else _DRAWN_ON_CPU) if self._shuffled else 1
         index = self._calls % drawn
-        if self._orders is None or (index == 0 and self._shuffled):
+        if not self._orders or (index == 0 and self._shuffled and not on_device):
             self._orders = self._draw(drawn)
         self._calls += 1
-        return self._orders.slots[index], self._orders.rows[index]
+        return self._orders[index]
 
-    def _draw(self, count: int) -> _Orders:
+    def _draw(self, count: int) -> list[Order]:
         traffic = self._traffic
         natural = torch.arange(traffic.total_received, device=self._device).unsqueeze(0)
         by_source = natural
@@ -80,4 +82,5 @@ class Arrivals:
             by_source = shuffles(self._seed, names, self._traffic.rank, traffic.total_received, self._device)
         start, stop = traffic.before_own, traffic.before_own + traffic.own
         slots = torch.cat([by_source[:, :start], by_source[:, stop:], by_source[:, start:stop]], dim=1)
-        return _Orders(slots, torch.empty_like(slots).scatter_(1, slots, natural.expand_as(slots)))
+        rows = torch.empty_like(slots).scatter_(1, slots, natural.expand_as(slots))
+        return [Order(*order) for order in zip(slots, rows, strict=True)]

@@ -82,14 +82,16 @@ class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
         return values | ({"max_total_recv_tokens": self.max_total_recv_tokens} if self.max_total_recv_tokens else {})
 
 
-def plan_mori(case: Case, environ: Mapping[str, str]) -> MoriPlan:
+def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = None) -> MoriPlan:
     """Choose kernel type and geometry as SGLang does, and refuse what MoRI would get wrong or hang on.
+
+    `local_ranks` are those that the launch has on each of its nodes; None: all are on one.
 
     Raises:
         InvalidCase: names the value, the bound and the fix.
 
     """
-    per_node = case.gpu_per_node or min(_MAX_NODE, case.ep_size)
+    per_node = _ranks_per_node(case, min(local_ranks or case.ep_size, case.ep_size))
     if case.ep_size % per_node or per_node & (per_node - 1):
         _refuse(
             f"gpu_per_node = {per_node}: MoRI takes a power of two that divides the {case.ep_size} ranks; "
@@ -98,6 +100,7 @@ def plan_mori(case: Case, environ: Mapping[str, str]) -> MoriPlan:
     nodes = case.ep_size // per_node
     kernel = _kernel(case, nodes)
     _check_kernel(case, kernel, nodes)
+    _check_input(case, kernel)
     _check_quant(case, kernel)
     _check_cap(case, kernel, environ)
     return MoriPlan(
@@ -162,6 +165,18 @@ def check_environment(environ: Mapping[str, str]) -> None:
         raise Unsupported(message)
 
 
+def _ranks_per_node(case: Case, there: int) -> int:
+    """Return gpu_per_node: the ranks of the case that are on one node, or as many as an emulated node has."""
+    if case.emulate:
+        return case.gpu_per_node or min(_MAX_NODE, there)
+    if case.gpu_per_node not in (0, there):
+        _refuse(
+            f"gpu_per_node = {case.gpu_per_node}: the launch has {there} of the case's ranks on each node, and MoRI "
+            f"would store over XGMI what is on another; drop the key, or start {case.gpu_per_node} ranks on each node"
+        )
+    return there
+
+
 def _kernel(case: Case, nodes: int) -> str:
     if case.mori_kernel != "auto":
         return case.mori_kernel
@@ -192,6 +207,14 @@ def _check_kernel(case: Case, kernel: str, nodes: int) -> None:
         _refuse(f"topk = {case.topk}: MoRI's kernels take up to {_MAX_TOPK - 1}")
 
 
+def _check_input(case: Case, kernel: str) -> None:
+    if case.combine_input == "registered" and kernel not in INTRA:
+        _refuse(
+            f"combine_input = registered: {kernel} stages rows in that very buffer, and peers or a cast overwrite what "
+            f"it has yet to read; use external, or {' or '.join(INTRA)}"
+        )
+
+
 def _check_quant(case: Case, kernel: str) -> None:
     quant = case.combine_quant
     if quant == "none":
@@ -199,7 +222,7 @@ def _check_quant(case: Case, kernel: str) -> None:
     kernels = INTRA if quant == "fp4_blockwise" else (*INTRA, "AsyncLL")
     if quant in BLOCKWISE and kernel not in kernels:
         _refuse(f"combine_quant = {quant}: not with {kernel}; use one of {', '.join(kernels)}, or fp8_direct_cast")
-    if kernel in INTRA and case.combine_input == "registered":
+    if case.combine_input == "registered":
         _refuse(f"combine_quant = {quant}: not applied to rows in the registered buffer; use combine_input = external")
 
 

@@ -1,26 +1,91 @@
-"""Rows moved and added, by the torch operations that do it at the speed of the memory."""
+"""Rows moved and added by torch's own operations: on the CPU, and on devices without Triton."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-ALIGNMENT_BYTES = 16
+from distbench.transport.arrival import Traffic
+from distbench.transport.route import Plan, Room, Route
+
 # Rows that one step of combine's sum gathers: on a device they should still be in its L2 when they are added.
 _GATHERED_BYTES = 32 << 20
 
 
-def sum_slots(rows: Tensor, slots: Tensor) -> Tensor:
-    """Add the rows that each token names, in order, from zero, in float32: [n, H] of rows' dtype."""
-    count, width = slots.shape
-    total = rows.new_empty(count, rows.shape[1])
-    step = max(_GATHERED_BYTES // (width * rows.shape[1] * rows.element_size()), 1)
-    for start in range(0, count, step):
-        named = slots[start : start + step]
-        gathered = rows.new_empty(named.numel(), rows.shape[1])
-        take(rows, named.flatten(), gathered)
-        _sum_in_order(gathered.view(*named.shape, -1), total[start : start + step])
-    return total
+class TorchRows:
+    """See `Mover`. The rank's own rows pass through the same memory as those of peers, so that one gather has all."""
+
+    name = "torch"
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2)
+
+    def leave(self, parts: Sequence[Tensor], route: Route) -> None:
+        """See `Mover.leave`."""
+        for part, lane in zip(parts, route.lanes, strict=True):
+            _take(part, route.leaving, lane.leaving)
+
+    def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
+        """See `Mover.stay`."""
+        for part, lane in zip(parts, plan.route.lanes, strict=True):
+            _take(part, plan.route.staying, lane.incoming[self._traffic.arriving :])
+        self._returned.poison(self._traffic.leaving)
+
+    def arrive(self, plan: Plan) -> None:
+        """See `Mover.arrive`."""
+        for lane in plan.route.lanes:
+            _take(lane.incoming, plan.rows, lane.buffer)
+
+    def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
+        """See `Mover.send_back`."""
+        outgoing = self._outgoing.of(expert_out)
+        self._take_back(expert_out, plan.slots[: self._traffic.arriving], outgoing)
+        return outgoing
+
+    def room(self, expert_out: Tensor) -> Tensor:
+        """See `Mover.room`; the last two rows are poison and zeros."""
+        rows = self._returned.of(expert_out)
+        rows[-1].zero_()
+        return rows
+
+    def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
+        """See `Mover.stay_back`."""
+        traffic = self._traffic
+        self._take_back(expert_out, plan.slots[traffic.arriving :], returned[traffic.leaving : -2])
+
+    def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:  # noqa: ARG002
+        """See `Mover.add`."""
+        count, width = slots.shape
+        total = returned.new_empty(count, returned.shape[1])
+        step = max(_GATHERED_BYTES // (width * returned.shape[1] * returned.element_size()), 1)
+        for start in range(0, count, step):
+            named = slots[start : start + step]
+            gathered = returned.new_empty(named.numel(), returned.shape[1])
+            _take(returned, named.flatten(), gathered)
+            _sum_in_order(gathered.view(*named.shape, -1), total[start : start + step])
+        return total
+
+    def _take_back(self, expert_out: Tensor, slots: Tensor, out: Tensor) -> None:
+        rows = expert_out.shape[0]
+        if rows >= self._traffic.total_received:
+            _take(expert_out, slots, out)
+            return
+        if rows:
+            _take(expert_out, slots.clamp(max=rows - 1), out)
+        out.masked_fill_((slots >= rows).unsqueeze(1), float("nan"))
+
+
+def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
+    """Copy rows[index] to `out`, 16 bytes at a time on a device and whole rows on the CPU, each by the op that does."""
+    if index.numel() == 0:
+        return
+    if rows.device.type == "cpu":
+        torch.index_select(rows, 0, index, out=out)
+    else:
+        torch.ops.aten.index(rows, [index], out=out)
 
 
 def _sum_in_order(rows: Tensor, out: Tensor) -> None:
@@ -32,24 +97,3 @@ def _sum_in_order(rows: Tensor, out: Tensor) -> None:
     for row in rows[:, 1:].unbind(1):
         total += row
     out.copy_(total)
-
-
-def take(rows: Tensor, index: Tensor, out: Tensor) -> None:
-    """Copy rows[index] to `out`, 16 bytes at a time on a device and whole rows on the CPU, each by the op that does."""
-    if index.numel() == 0:
-        return
-    if rows.device.type == "cpu":
-        torch.index_select(rows, 0, index, out=out)
-    else:
-        torch.ops.aten.index(rows, [index], out=out)
-
-
-def words(rows: Tensor) -> Tensor:
-    """View rows as the widest integers that divide them."""
-    size = rows.shape[1] * rows.element_size()
-    return rows.view(next(word for word in (torch.int64, torch.int32, torch.uint8) if size % word.itemsize == 0))
-
-
-def aligned(size: int) -> int:
-    """Return the multiple of ALIGNMENT_BYTES that holds `size` bytes."""
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distbench.verify.records import NO_DIFFERENCE, RowComparison
+from distbench.workload.steps import rows_at_a_time
 
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DIGEST_CHUNK_BYTES = 32 << 20
@@ -54,7 +55,7 @@ def row_digests(rows: Tensor) -> Tensor:
     """
     words = integer_view(rows)
     first, second = (key.to(rows.device) for key in _digest_keys(rows.shape[1]))
-    step = max(_DIGEST_CHUNK_BYTES // max(rows.shape[1] * 8, 1), 1)
+    step = rows_at_a_time(_DIGEST_CHUNK_BYTES, rows.shape[1] * 8, rows.device)
     digests = torch.empty(rows.shape[0], 2, dtype=torch.int64, device=rows.device)
     for start in range(0, rows.shape[0], step):
         chunk = words[start : start + step].long()

@@ -61,7 +61,7 @@ def gather(
     `outputs` has the same arms in the same order on every rank.
     """
     payload = outputs.rows if mode == "rows" else outputs.digests
-    records = _gather_records(group, observation, payload.device)
+    records = _gather_records(group, observation)
     reader = _Reader(outputs.arms, mode, len(tokens))
     for start, blocks in _gather_blocks(group, payload, max(tokens)):
         for rank, block in enumerate(blocks):
@@ -122,13 +122,14 @@ class _Reader:
         return all(mine[name].differing_tokens == record.comparisons[name].differing_tokens for name in mine)
 
 
-def _gather_records(group: dist.ProcessGroup, observation: Observation, device: torch.device) -> list[Observation]:
+def _gather_records(group: dist.ProcessGroup, observation: Observation) -> list[Observation]:
     """Return all ranks' records on rank 0, nothing elsewhere.
 
-    A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows.
+    A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows. By
+    gloo, also where the payload is on a device: NCCL makes a communicator for each pair that sends by itself.
     """
     content = msgspec.json.encode(observation)
-    framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8).to(device)
+    framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8)
     head, rest = framed[:_RECORD_BYTES], framed[_RECORD_BYTES:]
     heads = _gathered(group, torch.cat([head, head.new_zeros(_RECORD_BYTES - head.numel())]))
     if rest.numel() and dist.get_rank(group) != 0:
@@ -139,9 +140,8 @@ def _gather_records(group: dist.ProcessGroup, observation: Observation, device: 
         tail = rest if rank == 0 else raw.new_empty(max(size - _RECORD_BYTES, 0))
         if tail.numel() and rank != 0:
             dist.recv(tail, group=group, group_src=rank)
-        host = bytearray(raw.numel() + tail.numel())
-        torch.frombuffer(host, dtype=torch.uint8).copy_(torch.cat([raw, tail]))
-        records.append(msgspec.json.decode(memoryview(host)[8:size], type=Observation))
+        whole = torch.cat([raw, tail])[8:size].numpy().tobytes()
+        records.append(msgspec.json.decode(whole, type=Observation))
     return records
 
 
@@ -172,17 +172,17 @@ def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, rows: Tensor) ->
         return
     for rank in range(1, dist.get_world_size(group)):
         tokens = reader.requests(rank)
-        request = torch.tensor(tokens + [-1] * (FETCHED_TOKENS - len(tokens)), device=rows.device)
+        request = torch.tensor(tokens + [-1] * (FETCHED_TOKENS - len(tokens)))
         dist.send(request, group=group, group_dst=rank)
         if tokens:
-            fetched = rows.new_empty(len(tokens), *rows.shape[1:])
+            fetched = torch.empty(len(tokens), *rows.shape[1:], dtype=rows.dtype)
             dist.recv(fetched.view(torch.uint8), group=group, group_src=rank)
             reader.confirm(rank, fetched)
 
 
 def _answer_request(group: dist.ProcessGroup, rows: Tensor) -> None:
-    request = torch.empty(FETCHED_TOKENS, dtype=torch.int64, device=rows.device)
+    request = torch.empty(FETCHED_TOKENS, dtype=torch.int64)
     dist.recv(request, group=group, group_src=0)
-    tokens = request[request >= 0]
+    tokens = request[request >= 0].to(rows.device)
     if tokens.numel():
-        dist.send(rows[tokens].view(torch.uint8), group=group, group_dst=0)
+        dist.send(rows[tokens].cpu().view(torch.uint8), group=group, group_dst=0)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distbench.workload.bits import byte_columns, positive_words
 from distbench.workload.plan import BLOCK, GATE_STEP, ExactPlan
+from distbench.workload.steps import rows_at_a_time
 
 GUARD_VALUE = 1.75
 GUARD_GATE, GUARD_UP = 64.0, 7.0
@@ -94,7 +95,7 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
 def hidden_states(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
     """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`), bf16 [n, H] on their device."""
     hidden = torch.empty(keys.numel(), plan.hidden_size, dtype=torch.bfloat16, device=keys.device)
-    step = max(_CHUNK_ELEMENTS // plan.hidden_size, 1)
+    step = rows_at_a_time(_CHUNK_ELEMENTS, plan.hidden_size, keys.device)
     for start in range(0, keys.numel(), step):
         part = keys[start : start + step]
         bits = byte_columns(seed, "hidden", part, plan.hidden_size, keys.device).to(torch.int16)

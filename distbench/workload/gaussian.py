@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import positive_words, words
+from distbench.workload.steps import rows_at_a_time
 
 _DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 _CENTRE = 510
@@ -50,7 +51,7 @@ def _rows_of(experts: Tensor, rows: int) -> Tensor:
 def _normal(seed: int, stream: str, rows: Tensor, columns: int, fan_in: int) -> Tensor:
     values = torch.empty(rows.numel(), columns, dtype=torch.bfloat16, device=rows.device)
     scale = _short_scale(1 / (_DEVIATION * math.sqrt(fan_in)))
-    step = max(_CHUNK_ELEMENTS // columns, 1)
+    step = rows_at_a_time(_CHUNK_ELEMENTS, columns, rows.device)
     for start in range(0, rows.numel(), step):
         bits = words(seed, stream, rows[start : start + step], columns, rows.device)
         pairs = (bits & _LOW_BYTES) + ((bits >> 8) & _LOW_BYTES)

@@ -14,6 +14,7 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.exact import Patterns, expert_patterns
 from distbench.workload.plan import ExactPlan
 from distbench.workload.quantize import dequantize
+from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_BYTES = 8 << 20
 _BLOCK_BYTES = 64 << 20
@@ -45,7 +46,7 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
     """
     hidden = dequantize(batch.hidden, batch.scales)
     output = torch.empty(hidden.shape, dtype=torch.bfloat16, device=hidden.device)
-    step = max(_BLOCK_BYTES // (plan.hidden_size * 8), 1)
+    step = rows_at_a_time(_BLOCK_BYTES, plan.hidden_size * 8, hidden.device)
     for start in range(0, hidden.shape[0], step):
         part = slice(start, start + step)
         ids = batch.ids[part].long()
@@ -78,7 +79,7 @@ def reference_rows(intermediate_size: int, seed: int, batch: TokenBatch, experts
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    step = max(_BLOCK_BYTES // (weight.shape[1] * 8), 1)
+    step = rows_at_a_time(_BLOCK_BYTES, weight.shape[1] * 8, weight.device)
     return torch.cat([rows @ part.double().t() for part in torch.split(weight, step)], dim=1)
 
 
@@ -109,7 +110,7 @@ def _sum_units(plan: ExactPlan, seed: int, hidden: Tensor, tiles: _Tiles) -> Ten
     total = torch.zeros(signed.shape[0], plan.hidden_size, dtype=torch.int16, device=hidden.device)
     entries = plan.up_entries * plan.live_rows + plan.down_entries * plan.hidden_size
     width = tiles.tokens.shape[1]
-    step = max(_CHUNK_BYTES // (entries * (width + 16)), 1)
+    step = rows_at_a_time(_CHUNK_BYTES, entries * (width + 16), hidden.device)
     for start in range(0, tiles.experts.numel(), step):
         chunk = _Tiles(*(part[start : start + step] for part in tiles))
         used, position = torch.unique_consecutive(chunk.experts, return_inverse=True)

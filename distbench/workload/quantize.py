@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distbench.workload.plan import BLOCK
+from distbench.workload.steps import rows_at_a_time
 
 FP8_MAX = 448.0
 
@@ -20,7 +21,7 @@ def quantize_fp8_blocks(hidden: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = hidden.shape
     quantized = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=hidden.device)
     scales = torch.empty(rows, columns // BLOCK, device=hidden.device)
-    step = max(_CHUNK_ELEMENTS // columns, 1)
+    step = rows_at_a_time(_CHUNK_ELEMENTS, columns, hidden.device)
     for start in range(0, rows, step):
         part = hidden[start : start + step].float()
         blocks = part.view(part.shape[0], columns // BLOCK, BLOCK)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distbench.workload.bits import positive_words, shuffle, smallest
 from distbench.workload.kinds import ExpertGroup, Routing
+from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_BYTES = 16 << 20
 
@@ -31,7 +32,7 @@ def route(routing: Routing, group: ExpertGroup, *, seed: int, ranks: Tensor, tok
     ranks, tokens int64 [m] on the device of the result. The routing has passed `check_routing`.
     """
     keys = token_keys(ranks, tokens)
-    step = max(_CHUNK_BYTES // (group.num_experts * 8), 1)
+    step = rows_at_a_time(_CHUNK_BYTES, group.num_experts * 8, keys.device)
     if keys.numel() <= step:
         return _CHOOSERS[routing.kind](_Choice(routing, group, seed, keys)).to(torch.int32)
     chosen = torch.empty(keys.numel(), group.topk, dtype=torch.int32, device=keys.device)

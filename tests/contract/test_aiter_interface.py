@@ -25,8 +25,9 @@ from distbench.emulation.aiter.ops import shuffle
 from distbench.emulation.aiter.utility import dtypes
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.package import DISTRIBUTION
+from distbench.rank import workload_for
 from tests.cases import tiny_case
-from tests.contract.wheels import aiter_wheel
+from tests.contract.wheels import aiter_wheel, function, lifted, tree
 
 VERSION = "0.1.7.post2.dev18"
 MODULES: dict[str, tuple[ModuleType, tuple[str, ...]]] = {
@@ -49,14 +50,6 @@ def as_it_was() -> Iterator[None]:
     before = habits.assumed()
     yield
     habits.assume(before)
-
-
-def tree(wheel: zipfile.ZipFile, path: str) -> ast.Module:
-    return ast.parse(wheel.read(path))
-
-
-def function(module: ast.Module, name: str) -> ast.FunctionDef:
-    return next(node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
 def parameters(node: ast.FunctionDef) -> dict[str, str | None]:
@@ -165,18 +158,6 @@ def test_weights_are_shuffled_as_the_wheel_does(wheel: zipfile.ZipFile) -> None:
             shuffle.shuffle_weight(torch.zeros(shape))
 
 
-def lifted(wheel: zipfile.ZipFile, path: str, names: tuple[str, ...], namespace: dict[str, Any]) -> dict[str, Any]:
-    """Run some functions of the wheel's text in `namespace`."""
-    nodes: list[ast.stmt] = []
-    for name in names:
-        node = function(tree(wheel, path), name)
-        node.decorator_list = []
-        nodes.append(node)
-    namespace |= {"torch": torch}
-    exec(compile(ast.Module(nodes, []), path, "exec"), namespace)  # noqa: S102 - a release's own pure functions
-    return namespace
-
-
 @pytest.fixture(scope="module")
 def torch_moe(wheel: zipfile.ZipFile) -> Any:
     functions = {"get_torch_act": lambda _: torch.nn.functional.silu}
@@ -215,8 +196,6 @@ def layer_case() -> Case:
 
 
 def test_exact_inputs_give_the_wheels_bits(torch_moe: Any) -> None:
-    from distbench.rank import workload_for  # noqa: PLC0415
-
     case = layer_case()
     workload = workload_for(case, torch.device("cpu"))
     batch, mask = workload.tokens(0), torch.zeros(16, dtype=torch.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -16,11 +17,16 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from distbench.emulation.mori import ops, shmem
+from distbench.emulation.mori import moves, ops, shmem
+from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
 from distbench.transport.mori_config import plan_mori
 from tests.cases import tiny_case
@@ -34,15 +40,6 @@ UNREACHABLE = re.compile(
     r"|Temporary failure in name resolution|Network is unreachable",
     re.IGNORECASE,
 )
-METHODS = (
-    "dispatch", "dispatch_send", "dispatch_recv", "combine", "combine_send", "combine_recv", "reset",
-    "get_registered_combine_input_buffer", "get_dispatch_src_token_pos", "max_num_tokens_to_recv",
-    "max_num_tokens_to_recv_per_rank", "max_num_tokens_to_send", "max_num_tokens_to_send_per_rank",
-)  # fmt: skip
-SHMEM = (
-    "shmem_get_unique_id", "shmem_init_attr", "shmem_torch_process_group_init", "shmem_finalize", "shmem_mype",
-    "shmem_npes", "shmem_barrier_all",
-)  # fmt: skip
 SOURCES = "mori/_jit-sources/"
 
 
@@ -84,7 +81,12 @@ def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
     positional = [argument.arg for argument in node.args.args]
     defaults = [ast.unparse(default) for default in node.args.defaults]
     found = list(zip(positional, [""] * (len(positional) - len(defaults)) + defaults, strict=True))
-    return [pair for pair in found if pair[0] != "self"]
+    by_name = [(one.arg, ast.unparse(default) if default else "") for one, default in _by_name(node)]
+    return [pair for pair in found + by_name if pair[0] != "self"]
+
+
+def _by_name(node: ast.FunctionDef) -> list[tuple[ast.arg, ast.expr | None]]:
+    return list(zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True))
 
 
 def our_signature(function: object) -> list[tuple[str, str]]:
@@ -100,7 +102,9 @@ def test_methods_have_the_wheels_parameters_and_defaults(wheel: zipfile.ZipFile)
     theirs = {
         node.name: node for node in class_of(wheel, "EpDispatchCombineOp").body if isinstance(node, ast.FunctionDef)
     }
-    for name in ("__init__", *METHODS):
+    public = {name for name in theirs if not name.startswith("_")}
+    assert set(ops.NOT_IMITATED) < public
+    for name in ("__init__", *sorted(public - set(ops.NOT_IMITATED))):
         assert our_signature(getattr(ops.EpDispatchCombineOp, name)) == signature(theirs[name]), name
 
 
@@ -137,7 +141,9 @@ def test_every_keyword_that_the_adapter_gives_is_a_field(wheel: zipfile.ZipFile)
 def test_shmem_functions_have_the_wheels_parameters(wheel: zipfile.ZipFile) -> None:
     tree = ast.parse(text(wheel, "mori/shmem/api.py"))
     theirs = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for name in SHMEM:
+    public = {name for name in theirs if not name.startswith("_")}
+    assert set(shmem.NOT_IMITATED) < public
+    for name in sorted(public - set(shmem.NOT_IMITATED)):
         assert our_signature(getattr(shmem, name)) == signature(theirs[name]), name
     named = {ast.unparse(node.targets[0]) for node in tree.body if isinstance(node, ast.Assign)}
     assert "MORI_SHMEM_INIT_WITH_UNIQUEID" in named
@@ -158,6 +164,86 @@ def test_names_are_exported_where_the_adapter_looks(wheel: zipfile.ZipFile) -> N
     assert VERSION in text(wheel, "mori/_version.py")
 
 
+def test_counting_local_experts_apart_is_refused_by_the_wheels_name(wheel: zipfile.ZipFile) -> None:
+    tree = ast.parse(text(wheel, "mori/ops/local_expert_count.py"))
+    name = "launch_local_expert_count"
+    (theirs,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    assert our_signature(ops.launch_local_expert_count) == signature(theirs)
+    with pytest.raises(NotImplementedError, match=f"{name} is not imitated"):
+        ops.launch_local_expert_count(None, 0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["MANUAL", "AUTO"])
+def test_geometries_without_a_table_are_the_wheels(
+    wheel: zipfile.ZipFile, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MORI_EP_LAUNCH_CONFIG_MODE", mode)
+    names = {"_resolve_launch_params", "get_launch_config", "_intranode_dispatch_default_launch"}
+    names.add("_intranode_combine_default_launch")
+    lifted = [node for node in class_of(wheel, "EpDispatchCombineOp").body if getattr(node, "name", "") in names]
+    assert len(lifted) == len(names)
+    scope: dict[str, Any] = {"EpDispatchCombineKernelType": EpDispatchCombineKernelType, "_is_gfx125x": lambda: False}
+    exec(compile(ast.Module(lifted, []), "wheel", "exec"), scope)  # noqa: S102 - a release's own pure functions
+    for kernel, asked in itertools.product(EpDispatchCombineKernelType, [(-1, -1, -1), (64, 32, 8), (0, 8, 0)]):
+        config = config_of(kernel)
+        automatic = _auto_constants(wheel, kernel) if mode == "AUTO" else (None, None, None)
+        theirs = SimpleNamespace(config=config, _dispatch_rules=None, _combine_rules=None)
+        for name, number in zip(("block_num", "rdma_block_num", "warp_per_block"), automatic, strict=True):
+            setattr(theirs, f"auto_{name}", number)
+        bound = {name: partial(scope[name], theirs) for name in names}
+        vars(theirs).update(bound)
+        ours = Launches(config)
+        for dispatch in (True, False):
+            which = {"is_intranode_dispatch": dispatch, "is_intranode_combine": not dispatch}
+            assert ours.taken(asked, dispatch=dispatch) == bound["_resolve_launch_params"](*asked, **which)
+            assert ours.asked(asked) == bound["get_launch_config"](dispatch, *asked)
+
+
+def _auto_constants(wheel: zipfile.ZipFile, kernel: EpDispatchCombineKernelType) -> tuple[int, ...]:
+    """Run the branch of the wheel's constructor that chooses what AUTO falls back to."""
+    constructor = class_of(wheel, "EpDispatchCombineOp").body[0]
+    (branch,) = (
+        node
+        for node in ast.walk(constructor)
+        if isinstance(node, ast.If)
+        and ast.unparse(node.test).startswith("config.kernel_type.value == EpDispatch")
+        and "InterNodeV1.value" in ast.unparse(node.test)
+        and "auto_block_num" in ast.unparse(node.body[0])
+    )
+    chosen = SimpleNamespace()
+    scope = {"self": chosen, "config": config_of(kernel), "EpDispatchCombineKernelType": EpDispatchCombineKernelType}
+    exec(compile(ast.Module([branch], []), "wheel", "exec"), scope)  # noqa: S102 - constants of a release
+    return chosen.auto_block_num, chosen.auto_rdma_block_num, chosen.auto_warp_per_block
+
+
+def config_of(kernel: EpDispatchCombineKernelType) -> ops.EpDispatchCombineConfig:
+    return ops.EpDispatchCombineConfig(
+        data_type=torch.bfloat16,
+        rank=0,
+        world_size=8,
+        hidden_dim=64,
+        scale_dim=0,
+        scale_type_size=4,
+        max_token_type_size=2,
+        max_num_inp_token_per_rank=8,
+        num_experts_per_rank=2,
+        num_experts_per_token=2,
+        kernel_type=kernel,
+        rdma_block_num=24,
+    )
+
+
+def test_the_wheel_tells_what_it_launched(wheel: zipfile.ZipFile) -> None:
+    operator = text(wheel, "mori/ops/dispatch_combine.py")
+    for phase in ("dispatch", "combine"):
+        assert f"self._cached_{phase}_launch = (actual_bn, actual_rbn, actual_wpb)" in operator
+
+
+def test_the_wheel_refuses_fp4_as_the_adapter_says(wheel: zipfile.ZipFile) -> None:
+    constructor = ast.unparse(class_of(wheel, "EpDispatchCombineOp").body[0])
+    assert "if 'gfx950' not in _arch:\n            raise ValueError(" in constructor
+
+
 def test_kernel_types_and_quant_types(wheel: zipfile.ZipFile) -> None:
     header = text(wheel, f"{SOURCES}include/mori/ops/dispatch_combine/dispatch_combine.hpp")
     (enum,) = re.findall(r"enum KernelType \{(.*?)\}", header, re.DOTALL) or re.findall(
@@ -168,7 +254,7 @@ def test_kernel_types_and_quant_types(wheel: zipfile.ZipFile) -> None:
     quants = re.findall(
         r'^    "(\w+)": EpDispatchCombineQuantType', text(wheel, "mori/ops/dispatch_combine.py"), re.MULTILINE
     )
-    assert tuple(quants) == ops.QUANT_TYPES
+    assert tuple(quants) == moves.QUANT_TYPES
 
 
 def test_the_buffers_rows_follow_the_wheels_formula(wheel: zipfile.ZipFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -9,8 +10,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
 UNREACHABLE = re.compile(
@@ -39,3 +42,23 @@ def _download(path: Path, requirement: str) -> None:
             pytest.skip("no package index within reach of pip")
         assert done.returncode == 0, done.stderr
         (Path(scratch) / path.name).replace(path)
+
+
+def tree(wheel: zipfile.ZipFile, path: str) -> ast.Module:
+    return ast.parse(wheel.read(path))
+
+
+def function(module: ast.Module, name: str) -> ast.FunctionDef:
+    return next(node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+
+def lifted(wheel: zipfile.ZipFile, path: str, names: tuple[str, ...], namespace: dict[str, Any]) -> dict[str, Any]:
+    """Run some functions of the wheel's text in `namespace`."""
+    nodes: list[ast.stmt] = []
+    for name in names:
+        node = function(tree(wheel, path), name)
+        node.decorator_list = []
+        nodes.append(node)
+    namespace |= {"torch": torch}
+    exec(compile(ast.Module(nodes, []), path, "exec"), namespace)  # noqa: S102 - a release's own pure functions
+    return namespace

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 E4M3_MAX = 448.0
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCKS = 56
 
 
@@ -42,6 +43,13 @@ def bf16(value: float) -> float:
 
 def e4m3(value: float) -> float:
     return float(torch.tensor(min(max(value, -E4M3_MAX), E4M3_MAX)).to(torch.float8_e4m3fn))
+
+
+def e2m1(value: float) -> float:
+    """Round to the nearest of 4-bit floats, halfway to the one with an even code."""
+    distances = [abs(abs(value) - size) for size in E2M1]
+    code = min(range(len(E2M1)), key=lambda code: (distances[code], code % 2))
+    return math.copysign(E2M1[code], value)
 
 
 def owners(layout: Layout, ids: list[int]) -> list[int | None]:
@@ -94,7 +102,11 @@ def _transported(row: list[float], quant: str) -> list[_Element]:
     for start in range(0, len(row), size):
         block = row[start : start + size]
         amax = max(abs(value) for value in block)
-        if amax > E4M3_MAX:
+        if quant == "fp4_blockwise":
+            any_scaled = True
+            scale, factor = (f32(amax / E2M1[-1]), f32(E2M1[-1] / amax)) if amax else (1.0, 0.0)
+            found += [_Element(e2m1(f32(value * factor)), scale) for value in block]
+        elif amax > E4M3_MAX:
             any_scaled = True
             scale, factor = f32(amax * f32(1.0 / E4M3_MAX)), f32(E4M3_MAX / amax)
             found += [_Element(e4m3(f32(value * factor)), scale) for value in block]

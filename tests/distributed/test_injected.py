@@ -83,6 +83,12 @@ def test_a_zero_that_lost_its_sign_is_not_blamed_on_a_sender() -> None:
     assert (outcome.diagnosis[0].stage, outcome.diagnosis[0].ranks) == ("combine", [2])
 
 
+def test_ids_that_aiter_must_not_see_end_the_rank_that_has_them_and_no_other() -> None:
+    case = tiny_case(2, experts="aiter", emulate=True, inject="ids-out-of-range:rank=1")
+    with pytest.raises(AssertionError, match=r"rank 1: (.|\n)*DistbenchError: .*topk_ids holds -1 in a valid row"):
+        on_ranks(2, run_case, case)
+
+
 def test_jitter_changes_no_bit() -> None:
     outcome: Outcome = on_ranks(RANKS, run_case, tiny_case(RANKS, jitter=3.0, repeats=2))[0]
     assert outcome.judgement.verdict.value == "PASS"

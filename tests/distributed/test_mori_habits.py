@@ -17,7 +17,7 @@ from distbench.emulation.mori.buffers import allocate
 from distbench.errors import DistbenchError, Verdict
 from distbench.rank import run_case
 from distbench.session import Session
-from distbench.transport import mori, mori_config
+from distbench.transport import mori_config
 from distbench.transport.base import Dispatched
 from distbench.transport.mori import MoriTransport
 from distbench.verify.records import Outcome
@@ -52,12 +52,14 @@ def verdict_of(case: Case, function: Run = run) -> tuple[Verdict, str]:
     return outcome.judgement.verdict, first.stage if first else ""
 
 
+@pytest.mark.parametrize("experts", ["reference", "aiter"])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_type_passes_on_one_node_and_on_two(kernel: str, ranks: int) -> None:
+def test_every_kernel_type_passes_on_one_node_and_on_two(kernel: str, ranks: int, experts: str) -> None:
+    fp8 = {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)], "cu_count": 256}
     for nodes in (1,) if kernel.startswith("IntraNode") else (1, 2):
-        for values in ({}, {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)]}):
-            case = mori_case(ranks, mori_kernel=kernel, gpu_per_node=ranks // nodes, **values)
+        for values in ({}, fp8):
+            case = mori_case(ranks, mori_kernel=kernel, gpu_per_node=ranks // nodes, experts=experts, **values)
             assert verdict_of(case) == (Verdict.PASS, "")
 
 
@@ -94,16 +96,27 @@ def with_received_ids(session: Session, case: Case) -> Outcome | None:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(MoriTransport, "dispatch", keep))
-        patches.enter_context(patch.object(MoriTransport, "_take_routing", lambda *_: received[0]))
-        patches.enter_context(patch.object(mori.MoriTransport, "combine", _combined_with_all_rows))
+        patches.enter_context(patch.object(MoriTransport, "_take_known", taking(lambda _: received[0])))
+        patches.enter_context(patch.object(MoriTransport, "combine", first_rows(MoriTransport.combine)))
         return run(session, case)
 
 
-def _combined_with_all_rows(transport: MoriTransport, rows: Tensor, ids: Tensor) -> Tensor:
-    routing = transport._take_routing(ids)
-    combined, _ = transport._op.combine(rows, None, routing)
-    result: Tensor = combined[: ids.shape[0]].clone()
-    return result
+def taking(routing: Callable[[Tensor], Tensor]) -> Any:
+    """Return what stands for the adapter's look at the ids: it has others passed on."""
+
+    def take(transport: MoriTransport, ids: Tensor) -> Any:
+        assert transport._known is not None
+        return transport._known._replace(routing=routing(ids))
+
+    return take
+
+
+def first_rows(combine: Any) -> Any:
+    def combined(transport: MoriTransport, rows: Tensor, ids: Tensor) -> Tensor:
+        result: Tensor = combine(transport, rows, ids)[: ids.shape[0]]
+        return result
+
+    return combined
 
 
 def test_received_ids_in_combine_corrupt_between_nodes_where_the_guard_is_missing() -> None:
@@ -120,7 +133,7 @@ def test_received_ids_in_combine_do_nothing_within_a_node() -> None:
 
 def with_rolled_ids(session: Session, case: Case) -> Outcome | None:
     """Pass to combine a tensor of the right shape that is another one."""
-    with patch.object(MoriTransport, "_take_routing", lambda _, ids: ids.roll(1, 0)):
+    with patch.object(MoriTransport, "_take_known", taking(lambda ids: ids.roll(1, 0))):
         return run(session, case)
 
 
@@ -162,7 +175,7 @@ def late_without_barriers(session: Session, *, adapter_waits: bool) -> Iterator[
         return allocate(*arguments)
 
     with ExitStack() as patches:
-        patches.enter_context(patch("distbench.emulation.mori.ops.allocate", late))
+        patches.enter_context(patch("distbench.emulation.mori.moves.allocate", late))
         patches.enter_context(patch.object(habits, "spin", lambda: raising("waits for a count that was lost")))
         patches.enter_context(patch.object(MoriTransport, "_wait_for_all", wait if adapter_waits else lambda _: None))
         yield
@@ -202,7 +215,9 @@ def past_the_buffer(session: Session, case: Case) -> str:
     ],
 )
 def test_more_rows_than_the_buffer_holds(kernel: str, habit: str, message: str) -> None:
-    values: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12, "combine_input": "registered"}
+    values: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12}
+    if kernel.startswith("IntraNode"):
+        values["combine_input"] = "registered"
     case = mori_case(mori_kernel=kernel, mori_habits=habit, **values)
     for found in on_ranks(4, past_the_buffer, case):
         assert message in found

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distbench.case import Case
+from distbench.emulation.mori.codec import Fp4Blockwise
 from distbench.session import Session
 from distbench.transport.mori import MoriTransport
 from distbench.verify.bitwise import same_bits
@@ -106,10 +107,21 @@ def test_the_registered_buffer_gives_the_same(kernel: str) -> None:
         ("IntraNode", 1, "fp8_blockwise"),
         ("IntraNodeLL", 1, "fp8_blockwise"),
         ("AsyncLL", 2, "fp8_blockwise"),
+        ("IntraNode", 1, "fp4_blockwise"),
+        ("IntraNodeLL", 1, "fp4_blockwise"),
     ],
 )
 def test_quantised_combine_is_the_model(kernel: str, nodes: int, quant: str) -> None:
     check(layout_case(kernel, 4, nodes, combine_quant=quant, numerics="gaussian"), seed=3)
+
+
+def test_four_bit_floats_round_to_even() -> None:
+    values = [eighths / 8 for eighths in range(-48, 49)]
+    rows = torch.tensor([[6.0, value] for value in values]).bfloat16()
+    codec = Fp4Blockwise(rows.shape[1])
+    codec.blocks, codec._block = 1, 2
+    found = codec.add(torch.zeros(rows.shape), codec.pack(rows))
+    assert found[:, 1].tolist() == [model.e2m1(value) for value in values]
 
 
 def check(case: Case, seed: int) -> None:

@@ -71,10 +71,9 @@ def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
     assert any("[fused_moe] using 2stage default for (304, 256," in line for line in facts["log"])
 
 
-@pytest.mark.parametrize("quant", ["bf16", "fp8"])
-def test_both_stand_ins_together(quant: str, tmp_path: Path) -> None:
+def test_both_stand_ins_together(tmp_path: Path) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "emulate"]
-    flags += [f"--dispatch-dtype={quant}", "--cu-count=256", "--transport=mori", "--emulate"]
+    flags += ["--dispatch-dtype=fp8", "--cu-count=256", "--transport=mori", "--emulate"]
     done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     both = "distbench.emulation.mori for mori, distbench.emulation.aiter for aiter"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
+from typing import Any
 
-from tests.end_to_end.launches import Bench
+from tests.end_to_end.launches import ROOT, Bench
 from tests.end_to_end.test_run import tiny
+from tests.faulty_site.unguarded import MISTAKEN
 
 
 def test_emulated_and_said_so(tmp_path: Path) -> None:
@@ -19,6 +23,19 @@ def test_emulated_and_said_so(tmp_path: Path) -> None:
     assert (facts["block_num"], facts["rdma_block_num"], facts["warp_num_per_block"]) == (64, 32, 8)
     assert facts["mori"].endswith("emulated")
     assert facts["heap_size"] >= facts["heap_bytes"]
+
+
+def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
+    shape = ("run", "--model", "tiny", "--transport", "mori", "--emulate", "--nproc", "2")
+    nodes = ("--nnodes", "2", "--rdzv-endpoint", meeting)
+    with Bench(tmp_path / "1", *shape, *nodes, "--node-rank", "1"), Bench(tmp_path / "0", *shape, *nodes) as node0:
+        assert node0.finish() == 0, node0.stderr
+    report = json.loads((tmp_path / "0" / "report.json").read_text())
+    facts = report["transport"]
+    assert (report["verdict"], facts["kernel"], facts["nodes"], facts["gpu_per_node"]) == ("PASS", "InterNodeV1", 2, 2)
 
 
 def test_without_the_package_it_is_unsupported(tmp_path: Path) -> None:
@@ -38,3 +55,49 @@ def test_the_suite_goes_as_expected_on_eight_ranks(tmp_path: Path) -> None:
         assert bench.finish() == 0
         assert bench.summary["as_expected"] == bench.summary["cases"]
         assert bench.gone()
+
+
+OVERFLOW: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12}
+MISTAKEN_IDS: dict[str, Any] = {"mori_kernel": "InterNodeV1", "gpu_per_node": 2, "topk": 2, "seed": MISTAKEN}
+TEN_SLOTS: dict[str, Any] = {"mori_kernel": "IntraNodeLL", "topk": 10, "num_experts": 16}
+CAPPED: dict[str, Any] = {"tokens": 8, "prealloc_max_recv_tokens": 32}
+FAR: dict[str, Any] = {"hidden_size": 1024, "max_dispatch_tokens_per_rank": 32768}
+LATE: dict[str, Any] = {"mori_habits": "no-constructor-barrier", "stage_timeouts": "dispatch=4"}
+UNGUARDED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "slots past the eighth are lost": (TEN_SLOTS, "BASELINE_WRONG", "padded, dispatch: "),
+    "all slots are looked at": (TEN_SLOTS | {"mori_habits": "ll-all-slots"}, "PASS", ""),
+    "other ids in combine, refused": (MISTAKEN_IDS, "RANK_FAULT", "but this rank dispatched 16 tokens"),
+    "other ids in combine, taken": (
+        MISTAKEN_IDS | {"mori_habits": "no-row-guard"},
+        "BASELINE_WRONG",
+        "combine: tokens",
+    ),
+    "pushed past a capped buffer": (CAPPED, "PASS", ""),
+    "pushed past the heap": (CAPPED | FAR, "RANK_FAULT", "ended by SIGABRT in padded/combine"),
+    "overflow, nothing asserts it": (OVERFLOW, "BASELINE_WRONG", "4 received rows did not reach the experts"),
+    "overflow of another kernel, nothing asserts it": (
+        OVERFLOW | {"mori_kernel": "AsyncLL", "mori_habits": "no-overflow-assert"},
+        "BASELINE_WRONG",
+        "4 received rows did not reach the experts",
+    ),
+    "overflow, asserted": (
+        OVERFLOW | {"mori_habits": "intranode-overflow-assert"},
+        "RANK_FAULT",
+        "ended by SIGABRT in padded/dispatch",
+    ),
+    "no barrier after construction": (LATE, "HANG", "rank 1"),
+}
+
+
+def test_each_habit_ends_in_its_verdict_where_no_guard_is_left(tmp_path: Path) -> None:
+    defaults = {"model": "tiny", "transport": "mori", "emulate": True, "max_dispatch_tokens_per_rank": 64}
+    cases = [{"name": name, "expect": verdict} | values for name, (values, verdict, _) in UNGUARDED.items()]
+    suite = tmp_path / "habits.json"
+    suite.write_text(json.dumps({"defaults": defaults, "include": cases}))
+    command = ("suite", suite, "--nproc", "4", "--quiet", "--max-faults", "9")
+    site = {"PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}", "DISTBENCH_TEST_UNGUARDED": "1"}
+    with Bench(tmp_path / "out", *command, **site) as bench:
+        bench.finish()
+        assert bench.verdicts == {name: verdict for name, (_, verdict, _) in UNGUARDED.items()}, bench.stderr
+        for report in bench.reports:
+            assert UNGUARDED[report["name"]][2] in json.dumps(report["reasons"])

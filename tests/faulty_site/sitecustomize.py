@@ -87,3 +87,8 @@ if _LAUNCHES:
         _armed[0].enter(at.case_index, at.place)
 
     breadcrumbs.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]
+
+if os.environ.get("DISTBENCH_TEST_UNGUARDED"):
+    from tests.faulty_site.unguarded import remove_guards
+
+    remove_guards()

@@ -16,7 +16,8 @@ from distbench.commands import doctor as command
 from distbench.doctor.checks import check_node
 from distbench.doctor.findings import PATHS, exit_code
 from distbench.doctor.probe import Node, held_locks, probe
-from distbench.doctor.vendors import Network, heap_bytes, parse_size
+from distbench.doctor.vendors import Network
+from distbench.transport.mori_config import heap_size, plan_mori
 from tests.cases import tiny_case
 
 READY = Node(
@@ -26,7 +27,7 @@ READY = Node(
     peers=True,
     rocm="7.1.0",
     hipcc="/opt/rocm/bin/hipcc",
-    packages={"mori": "1.2.4", "aiter": "0.1.19"},
+    packages={"amd-mori": "1.2.4", "amd-aiter": "0.1.19"},
     nics={"mlx5_0": "ACTIVE"},
     memlock=None,
     open_files=65536,
@@ -47,6 +48,11 @@ def test_a_node_that_has_everything_is_ready_for_all() -> None:
     assert len({finding.topic for finding in found}) >= 16
 
 
+def packages(mori: str, of_aiter: str, nightly: str = "") -> dict[str, Any]:
+    installed = {"amd-mori": mori, "amd-mori-nightly": nightly, "amd-aiter": of_aiter}
+    return {"packages": {name: version for name, version in installed.items() if version}}
+
+
 LINES = [
     ({"torch": ""}, "torch", "missing", "not installed", (2, 2, 2)),
     ({"torch": "! OSError: libamdhip64.so"}, "torch", "missing", "OSError: libamdhip64.so", (2, 2, 2)),
@@ -59,19 +65,27 @@ LINES = [
     ({"peers": False}, "peer access", "missing", "not between all", (0, 2, 2)),
     ({"hipcc": ""}, "hipcc", "missing", "not in PATH", (0, 0, 2)),
     ({"devices": ("gfx90a",) * 8}, "gfx architecture", "missing", "gfx90a", (0, 0, 2)),
-    ({"packages": {"aiter": "0.1.19"}}, "mori", "missing", "not installed", (0, 0, 2)),
-    ({"packages": {"mori": "1.2.2", "aiter": "0.1.19"}}, "mori", "degraded", "1.2.2: no barrier", (0, 0, 1)),
-    ({"packages": {"mori": "1.2.4"}}, "aiter", "missing", "not installed", (0, 0, 2)),
-    ({"packages": {"mori": "1.2.4", "aiter": "0.1.20"}}, "aiter", "degraded", "#3997", (0, 0, 1)),
-    ({"packages": {"mori": "1.2.4", "aiter": "0.0.3"}}, "aiter", "missing", "no rules are known", (0, 0, 2)),
-    ({"environ": {"MORI_SHMEM_HEAP_SIZE": "1K"}}, "heap", "missing", "1024 bytes (MORI_SHMEM_HEAP_SIZE)", (0, 0, 2)),
-    ({"environ": {"MORI_SHMEM_HEAP_SIZE": "lots"}}, "heap", "missing", "is no size", (0, 0, 2)),
+    (packages("", "0.1.19"), "mori", "missing", "not installed", (0, 0, 2)),
+    (packages("1.2.2", "0.1.19"), "mori", "degraded", "amd-mori 1.2.2: no barrier", (0, 0, 1)),
+    (packages("1.2.2+rocm7", "0.1.19"), "mori", "degraded", "1.2.2+rocm7: no barrier", (0, 0, 1)),
+    (packages("unknown", "0.1.19"), "mori", "degraded", "unknown: not a version", (0, 0, 1)),
+    (packages("1.2.4", "0.1.19", "1.2.5"), "mori", "degraded", "amd-mori-nightly 1.2.5 are both installed", (0, 0, 1)),
+    (packages("1.2.4", ""), "aiter", "missing", "not installed", (0, 0, 2)),
+    (packages("1.2.4", "0.1.20"), "aiter", "degraded", "#3997", (0, 0, 1)),
+    (packages("1.2.4", "0.0.3"), "aiter", "missing", "no rules are known", (0, 0, 2)),
+    ({"environ": {"MORI_SHMEM_HEAP_SIZE": "1K"}}, "heap", "missing", "1K: 1024 bytes, the case needs", (0, 0, 2)),
+    ({"environ": {"MORI_SHMEM_HEAP_SIZE": "lots"}}, "heap", "missing", "no size; write for instance 6G", (0, 0, 2)),
+    ({"environ": {"MORI_EP_COMM": "cco"}}, "case", "missing", "only the shmem backend", (0, 0, 2)),
+    ({"units": 64}, "blocks", "missing", "IntraNode: rdma_block_num 0 of block_num 80, 64 compute units", (0, 0, 2)),
     ({"environ": {"MORI_SHMEM_MODE": "vmm_heap"}}, "heap mode", "degraded", "vmm_heap", (0, 0, 1)),
     ({"memlock": 65536}, "ulimit -l", "degraded", "65536 bytes", (0, 0, 1)),
     ({"open_files": 1024}, "ulimit -n", "degraded", "1024", (1, 1, 1)),
     ({"shm_free": 64 << 20}, "shared memory", "degraded", "64 of 65536 MiB", (1, 1, 1)),
     ({"environ": {"SGLANG_MORI_MAX_INPUT_TOKEN": "5"}}, "environment", "degraded", "has no effect", (1, 1, 1)),
-    ({"environ": {"AITER_ONLINE_TUNE": "1"}}, "environment", "degraded", "changes kernels", (0, 0, 1)),
+    *(
+        ({"environ": {name: "1"}}, "environment", "degraded", f"{name}='1' changes kernels", (0, 0, 1))
+        for name in ("AITER_ONLINE_TUNE", "AITER_FLYDSL_FORCE_REDUCE", "AITER_FLYDSL_EP_NO_FAKE_EXPERT")
+    ),
     ({"locks": ("distbench-0-gpu-0.lock",)}, "locks", "degraded", "distbench-0-gpu-0.lock is held", (1, 1, 1)),
 ]
 
@@ -88,10 +102,42 @@ def test_each_lack_is_told_with_its_fix(
     assert tuple(exit_code(lines, path) for path in PATHS) == codes
 
 
-@pytest.mark.parametrize("blocks", [(64, 0), (64, 64), (64, 12), (64, -8)])
-def test_rdma_blocks_that_drop_rows_or_hang(blocks: tuple[int, int]) -> None:
-    lines = findings(Network(block_num=blocks[0], rdma_block_num=blocks[1]))
-    assert [line.topic for line in lines if line.level == "missing"] == ["rdma_block_num"]
+@pytest.mark.parametrize("found", [packages("1.2.20", "0.1.19"), packages("", "0.1.18+rocm7", "1.2.5.dev20261001")])
+def test_versions_are_compared_as_versions_and_either_distribution_counts(found: dict[str, Any]) -> None:
+    assert exit_code(findings(**found), "mori") == 0
+
+
+@pytest.mark.parametrize("blocks", [(64, 0), (64, 64), (64, 12), (64, -8), (None, 64), (32, None)])
+def test_rdma_blocks_that_drop_rows_or_hang(blocks: tuple[int | None, int | None]) -> None:
+    lines = findings(Network(nodes=2, block_num=blocks[0], rdma_block_num=blocks[1]))
+    assert [line.topic for line in lines if line.level == "missing"] == ["blocks"]
+
+
+def test_the_blocks_that_are_looked_at_are_the_cases() -> None:
+    def told(network: Network, **case: Any) -> str:
+        (line,) = [line for line in findings(network, case) if line.topic == "blocks"]
+        return f"{line.level} {line.found}"
+
+    assert told(Network()) == "ok IntraNode: rdma_block_num 0 of block_num 80"
+    assert told(Network(nodes=2)) == "ok InterNodeV1LL: rdma_block_num 32 of block_num 64"
+    assert told(Network(), mori_kernel="AsyncLL").startswith("ok AsyncLL: rdma_block_num 32")
+    assert told(Network(), launch_mode="AUTO").startswith("degraded IntraNode: ")
+
+
+def test_a_case_that_mori_cannot_run_is_told_as_a_run_would() -> None:
+    for case, found in (
+        ({"mori_kernel": "IntraNodeLL", "topk": 9}, "topk = 9: IntraNodeLL loses the slots past 8"),
+        ({"gpu_per_node": 4}, "gpu_per_node = 4: the launch has 8 of the case's ranks on each node"),
+        ({"mori_kernel": "AsyncLL", "combine_quant": "fp4_blockwise"}, "fp4_blockwise: not with AsyncLL"),
+    ):
+        lines = [line for line in findings(case=case) if line.level == "missing"]
+        assert [(line.topic, line.found.startswith(found) or found in line.found) for line in lines] == [("case", True)]
+    (line,) = [
+        one
+        for one in findings(case={"combine_quant": "fp4_blockwise"}, devices=("gfx942",) * 8)
+        if one.level == "missing"
+    ]
+    assert (line.topic, line.found) == ("combine", "fp4_blockwise on gfx942")
 
 
 def test_several_nodes_need_a_nic() -> None:
@@ -100,21 +146,18 @@ def test_several_nodes_need_a_nic() -> None:
     assert [(line.topic, line.found) for line in lines if line.level == "missing"] == [("NICs", "mlx5_0 DOWN")]
 
 
-def test_the_heap_is_held_against_the_case() -> None:
-    large = {"model": "deepseek-v3", "max_dispatch_tokens_per_rank": 16384}
-    assert heap_bytes(tiny_case(8, **large)) > 4 << 30
-    (line,) = [line for line in findings(case=large) if line.level == "missing"]
+def test_the_heap_is_what_a_run_takes() -> None:
+    large = {"model": "deepseek-v3", "max_dispatch_tokens_per_rank": 32768}
+    plan = plan_mori(tiny_case(8, transport="mori", **large), {})
+    assert plan.heap_bytes > 4 << 30
+    (line,) = [line for line in findings(case=large) if line.topic == "heap"]
+    assert line.level == "ok"
+    assert line.found.startswith(f"{heap_size(plan, {}, emulated=False)} bytes (MORI_SHMEM_HEAP_SIZE is not set")
+    assert line.found.endswith(f"the case takes {plan.heap_bytes}")
+    (line,) = [one for one in findings(case=large, environ={"MORI_SHMEM_HEAP_SIZE": "4G"}) if one.level == "missing"]
     assert line.topic == "heap"
     enough = line.fix.rpartition("=")[2]
     assert exit_code(findings(case=large, environ={"MORI_SHMEM_HEAP_SIZE": enough}), "mori") == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1024", 1024), ("6G", 6 << 30), ("512MiB", 512 << 20), ("2kb", 2048), ("", None), ("-1", None), ("1.5G", None)],
-)
-def test_sizes_as_mori_reads_them(text: str, size: int | None) -> None:
-    assert parse_size(text) == size
 
 
 def test_held_locks_are_found(tmp_path: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from distbench import devices
 from distbench.cli import main
 from distbench.experts.aiter.package import installed_tables
 from distbench.experts.rules import BUCKET_RULES
@@ -16,6 +20,7 @@ from distbench.experts.selection import KernelSelector, LayerKey
 from distbench.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
 
 LAYER = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048, cu_count=256)
+ROOT = Path(__file__).parents[2]
 HEADER = (
     "cu_num,token,model_dim,inter_dim,expert,topk,act_type,dtype,q_dtype_a,q_dtype_w,q_type,use_g1u1,doweight_stage1,"
     "block_m,ksplit,us1,kernelName1,us2,kernelName2,us"
@@ -100,6 +105,64 @@ def test_the_command_prints_json_and_csv(capsys: pytest.CaptureFixture[str], tmp
     assert [line["stage1"] for line in lines] == [span["stage1"] for span in document["spans"]]
     assert document["padded"] == 32768
     assert document["tables"] == [path]
+
+
+def node_of(folder: Path, number: int, simds: int) -> None:
+    node = folder / str(number)
+    node.mkdir()
+    lines = [f"cpu_cores_count {0 if simds else 64}", f"simd_count {simds}", f"simd_per_cu {4 if simds else 0}"]
+    (node / "properties").write_text("\n".join([*lines, "gfx_target_version 90500", ""]))
+
+
+@pytest.fixture
+def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder in which the kernel driver's devices are looked for; there is a CPU."""
+    folder = tmp_path / "nodes"
+    folder.mkdir()
+    monkeypatch.setattr(devices, "_KFD_NODES", folder)
+    monkeypatch.delenv("CU_NUM", raising=False)
+    node_of(folder, 0, 0)
+    return folder
+
+
+def test_compute_units_are_this_nodes_or_said_to_be_assumed(
+    kfd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: str) -> str:
+        assert main(["kernels", "--model", "deepseek-v3", *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "gfx942 with 304 compute units (assumed: this node has no ROCm device; --cu-count" in told()
+    for number in (1, 2):
+        node_of(kfd, number, 1024)
+    assert "gfx950 with 256 compute units (this node's), bf16" in told()
+    assert "gfx942 with 80 compute units, bf16" in told("--cu-count", "80")
+    document = json.loads(told("--format", "json"))
+    assert (document["layer"]["cu_count"], document["cu_count_from"]) == (256, "node")
+    monkeypatch.setenv("CU_NUM", "80")
+    assert "80 compute units (this node's)" in told()
+    monkeypatch.delenv("CU_NUM")
+    node_of(kfd, 3, 1216)
+    assert devices.compute_units() is None
+
+
+@pytest.mark.parametrize("arguments", [["kernels", "--model", "deepseek-v3"], ["doctor", "--json"], ["presets"]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "distbench", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("distbench.commands.presets.print_table", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["presets"])
 
 
 @pytest.mark.parametrize("limits", ["0", "-4", "many"])

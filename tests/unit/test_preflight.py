@@ -185,6 +185,20 @@ def test_a_table_without_a_row_for_the_layer_is_warned_of() -> None:
     assert not check_case(tiny_case())
 
 
+def test_aiter_is_asked_for_a_row_of_this_nodes_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "check_available", lambda _: None)
+    case = tiny_case(intermediate_size=384, kernel_table="tests/data/splitk.csv", experts="aiter", device="cuda")
+    for units, told in (
+        (256, "cu_num 256, model"),
+        (None, "cu_num 304 (assumed: this node has no ROCm device), model"),
+    ):
+        monkeypatch.setattr(preflight, "compute_units", lambda units=units: units)
+        (warning,) = check_case(case)
+        assert told in warning
+    (emulated,) = check_case(msgspec.structs.replace(case, emulate=True, device="cpu"))
+    assert "cu_num 304, model" in emulated
+
+
 @pytest.mark.parametrize("routing", ["spiral", "fan-in:9"])
 def test_a_routing_that_cannot_be_made_is_refused(routing: str) -> None:
     with pytest.raises(InvalidCase, match="routing"):

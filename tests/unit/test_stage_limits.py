@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from distbench.errors import InvalidCase
-from distbench.stage_limits import parse_stage_timeouts, stage_limit
+from distbench.job import Entry, Job
+from distbench.stage_limits import compiles, parse_stage_timeouts, stage_limit
+from distbench.worker import _group_timeout
 from tests.cases import tiny_case
 
 
@@ -25,3 +29,21 @@ def test_bad_overrides_are_named(text: str) -> None:
         parse_stage_timeouts(text)
     with pytest.raises(InvalidCase, match="allowed is stage=seconds"):
         tiny_case(stage_timeouts=text)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, False),
+        ({"experts": "triton"}, True),
+        ({"experts": "aiter"}, True),
+        ({"transport": "mori"}, True),
+        ({"experts": "aiter", "transport": "mori", "emulate": True}, False),
+        ({"experts": "triton", "transport": "mori", "emulate": True}, True),
+    ],
+)
+def test_the_hour_for_compiling_is_that_of_cases_that_compile(values: dict[str, Any], expected: bool) -> None:
+    case = tiny_case(2, **values)
+    assert compiles(case) is expected
+    entry = Entry(name="one", case=case, sources={})
+    assert (_group_timeout(Job(entries=(entry,), out="", supervised=False)) > 3600) is expected

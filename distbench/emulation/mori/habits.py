@@ -62,3 +62,14 @@ def spin() -> NoReturn:
     """Wait for a signal that never comes, as a kernel does: there is no timeout in it."""
     while True:
         time.sleep(1)
+
+
+def refuse(what: str) -> NoReturn:
+    """Say what of the package is not imitated.
+
+    Raises:
+        NotImplementedError: always.
+
+    """
+    message = f"mori (emulated): {what} is not imitated"
+    raise NotImplementedError(message)

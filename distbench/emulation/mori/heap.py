@@ -73,6 +73,11 @@ class Region:
         width = columns * dtype.itemsize
         return self._reach(rows * width).view(dtype).view(rows, columns)
 
+    def begins_at(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is a view of this region."""
+        start = self._heap.bytes.data_ptr() + self._start
+        return bool(self.size) and tensor.numel() > 0 and tensor.data_ptr() == start
+
     def put(self, slots: Tensor, rows: Tensor) -> None:
         """Write rows uint8 [m, width] at slots int64 [m] of that width."""
         if rows.numel():

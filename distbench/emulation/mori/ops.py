@@ -6,75 +6,57 @@ looked at, only the bytes from its start on.
 
 from __future__ import annotations
 
-from itertools import count
-from typing import NamedTuple
+from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from distbench.emulation.mori import habits, shmem
-from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig, allocate
-from distbench.emulation.mori.codec import Plain, make_codec
+from distbench.emulation.mori import habits
+from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig
 from distbench.emulation.mori.heap import at_address
-from distbench.emulation.mori.routing import (
-    INTRA,
-    TWO_LEVELS,
-    EpDispatchCombineKernelType,
-    Shape,
-    owners,
-    representatives,
+from distbench.emulation.mori.moves import TOPK_IDX_DTYPE, Mover
+from distbench.emulation.mori.routing import INTRA, EpDispatchCombineKernelType, representatives
+
+__all__ = [
+    "EpDispatchCombineConfig",
+    "EpDispatchCombineKernelType",
+    "EpDispatchCombineOp",
+    "launch_local_expert_count",
+]
+
+NOT_IMITATED = (
+    *("dispatch_standard_moe", "combine_standard_moe", "convert_dispatch_output", "convert_combine_input"),
+    *("get_debug_time_buf", "get_debug_time_offset"),
 )
-from distbench.emulation.mori.sums import NodeSums, Returned, cast, stage, sum_slots
-
-__all__ = ["EpDispatchCombineConfig", "EpDispatchCombineKernelType", "EpDispatchCombineOp"]
-
-TOPK_IDX_DTYPE = torch.int32
-QUANT_TYPES = ("none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")
-
-_TOKEN_BYTES = 4
-_numbers: dict[str, count[int]] = {}
+"""Methods of the package's operator that raise NotImplementedError here."""
 
 
-class _Sent(NamedTuple):
-    """Rows that have arrived, uint8 [m, width], in order of their source ranks; by_source int64 [W] counts them."""
+class EpDispatchCombineOp(Mover):
+    """One operator. Construction is collective.
 
-    rows: Tensor
-    by_source: Tensor
-    payload: int
-    scales: int
+    `local_expert_count` int32 [El] is what the last call that was asked to count found.
+    """
 
+    def __getattr__(self, name: str) -> Any:
+        """Say of a method of the package that it is not imitated."""
+        if name in NOT_IMITATED:
+            habits.refuse(name)
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(message)
 
-class EpDispatchCombineOp:
-    """One operator: its buffers, and the counter of received rows. Construction is collective."""
+    def get_launch_config(
+        self,
+        is_dispatch: bool = True,  # noqa: ARG002, FBT001, FBT002 - the wheel's; without tables both are alike
+        block_num: int = -1,
+        rdma_block_num: int = -1,
+        warp_per_block: int = -1,
+    ) -> tuple[int, int, int]:
+        """Return block_num, rdma_block_num and warp_per_block as they are asked for, or as AUTO has them."""
+        return self._launches.asked((block_num, rdma_block_num, warp_per_block))
 
-    def __init__(self, config: EpDispatchCombineConfig) -> None:
-        """Allocate; ranks wait for each other on the default process group, as in the package."""
-        if config.quant_type not in QUANT_TYPES:
-            message = f"invalid quant_type '{config.quant_type}', expected one of {list(QUANT_TYPES)}"
-            raise ValueError(message)
-        if config.world_size % config.gpu_per_node or config.gpu_per_node & (config.gpu_per_node - 1):
-            habits.trap("assertion failed: IsPowerOf2(gpuPerNode) && worldSize % gpuPerNode == 0")
-        self.config = config
-        self._world = shmem.world()
-        dist.barrier()
-        self._buffers = allocate(self._world.heap, config)
-        self._shape = Shape(config.kernel_type, config.world_size, config.num_experts_per_rank)
-        self._total = torch.zeros(1, dtype=TOPK_IDX_DTYPE, device=self._world.heap.bytes.device)
-        self._nodes = NodeSums(self._shape, config.gpu_per_node, config.max_num_inp_token_per_rank)
-        self._sent: _Sent | None = None
-        self._returned: Returned | None = None
-        self._route = torch.empty(0, config.num_experts_per_token, dtype=torch.long)
-        self._calls = 0
-        self._number = next(_numbers.setdefault(self._world.name, count()))
-        shmem.store().set(self._zeroed(self.config.rank), "")
-        if not habits.has(habits.NO_CONSTRUCTOR_BARRIER):
-            dist.barrier()
-
-    def __del__(self) -> None:
-        """Give the buffers back while the heap is still there."""
-        if hasattr(self, "_buffers"):
-            self._world.heap.free(len(self._buffers))
+    def decode_send_flat_idx(self, flat_idx: int) -> tuple[int, int]:
+        """Return source rank and source token of a source position."""
+        return divmod(int(flat_idx), self.max_num_tokens_to_send())
 
     def max_num_tokens_to_send_per_rank(self) -> int:
         """Return M."""
@@ -107,15 +89,26 @@ class EpDispatchCombineOp:
         weights: Tensor | None,
         scales: Tensor | None,
         indices: Tensor,
-        block_num: int = -1,  # noqa: ARG002 - geometry changes no value
-        rdma_block_num: int = -1,  # noqa: ARG002
-        warp_per_block: int = -1,  # noqa: ARG002
-        call_local_expert_count: bool = False,  # noqa: ARG002, FBT001, FBT002
+        block_num: int = -1,
+        rdma_block_num: int = -1,
+        warp_per_block: int = -1,
+        call_local_expert_count: bool = False,  # noqa: FBT001, FBT002
+        *,
+        routing: object = None,
+        return_routing: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """Send rows to the ranks of their experts: the received hidden, weights, scales, ids and their number.
 
-        All are views. AsyncLL only sends here; `dispatch_recv` fills them.
+        All are views. AsyncLL only sends here; `dispatch_recv` fills them, and counts.
+
+        Raises:
+            NotImplementedError: a routing handle is given or asked for.
+
         """
+        if routing is not None or return_routing:
+            habits.refuse("a routing handle")
+        asked = (block_num, rdma_block_num, warp_per_block)
+        self._cached_dispatch_launch = self._launches.taken(asked, dispatch=True)
         tokens, columns, topk = input.shape[0], input.shape[1], self.config.num_experts_per_token
         ids = at_address(indices, TOPK_IDX_DTYPE, tokens, topk)
         has_scales = scales is not None and self.config.scale_dim > 0
@@ -135,6 +128,8 @@ class EpDispatchCombineOp:
             self._total.zero_()
         else:
             self._receive()
+            if call_local_expert_count:
+                self._count_local()
         rows = self.max_num_tokens_to_recv()
         buffers = self._buffers
         return (
@@ -155,7 +150,7 @@ class EpDispatchCombineOp:
         indices: Tensor,
         block_num: int = -1,
         warp_per_block: int = -1,
-        call_local_expert_count: bool = False,  # noqa: ARG002, FBT001, FBT002
+        call_local_expert_count: bool = False,  # noqa: ARG002, FBT001, FBT002 - the wheel's does not pass it on
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """See `dispatch`."""
         return self.dispatch(input, weights, scales, indices, block_num=block_num, warp_per_block=warp_per_block)
@@ -164,27 +159,44 @@ class EpDispatchCombineOp:
         self,
         block_num: int = -1,  # noqa: ARG002
         warp_per_block: int = -1,  # noqa: ARG002
-        call_local_expert_count: bool = False,  # noqa: ARG002, FBT001, FBT002
+        call_local_expert_count: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
         """Fill what `dispatch` returned: AsyncLL only."""
         self._only_async("dispatch_recv")
         self._receive()
+        if call_local_expert_count:
+            self._count_local()
 
     def combine(  # noqa: PLR0913 - the wheel's signature
         self,
         input: Tensor,  # noqa: A002
         weights: Tensor | None,
         indices: Tensor,
-        block_num: int = -1,  # noqa: ARG002 - geometry changes no value
-        rdma_block_num: int = -1,  # noqa: ARG002
-        warp_per_block: int = -1,  # noqa: ARG002
+        block_num: int = -1,
+        rdma_block_num: int = -1,
+        warp_per_block: int = -1,
         use_external_inp_buf: int = -1,
         call_reset: bool = False,  # noqa: ARG002, FBT001, FBT002 - does nothing in the package either
+        *,
+        routing: object = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Sum what came of this rank's tokens: views [M, H], and [M, k] where weights are given.
 
         AsyncLL only sends here; `combine_recv` fills them.
+
+        Raises:
+            ValueError: what the package refuses: other rows of ids than were dispatched, blocks where there are none.
+            NotImplementedError: a routing handle; or the registered buffer where kernels write to it as they read it.
+
         """
+        if routing is not None:
+            habits.refuse("a routing handle")
+        if self.config.kernel_type not in INTRA and self._buffers.combine_inp.begins_at(input):
+            habits.refuse(
+                f"the registered buffer as what {self.config.kernel_type} reads, which overwrites it meanwhile,"
+            )
+        asked = (block_num, rdma_block_num, warp_per_block)
+        self._cached_combine_launch = self._launches.taken(asked, dispatch=False)
         tokens = self._route.shape[0]
         if indices.shape[0] != tokens and not habits.has(habits.NO_ROW_GUARD):
             message = (
@@ -237,113 +249,15 @@ class EpDispatchCombineOp:
             message = f"{quant} combine: not with {kernel}, {rows.dtype}, use_external_inp_buf={external}"
             raise ValueError(message)
 
-    def _zeroed(self, rank: int) -> str:
-        return f"{self._world.name}/op{self._number}/{rank}"
 
-    def _send(self, rows: Tensor, payload: int, scales: int) -> None:
-        token, slot = (self._route < self.config.world_size).nonzero().unbind(1)
-        to = self._route[token, slot]
-        order = to.argsort(stable=True)
-        flat = (self.config.rank * self.max_num_tokens_to_send() + token).to(torch.int32).view(-1, 1)
-        going = torch.cat([rows[token], flat.view(torch.uint8)], dim=1)[order]
-        arrived, by_source = self._exchange(going, to)
-        self._sent = _Sent(arrived, by_source, payload, scales)
-        self._calls += 1
-
-    def _receive(self) -> None:
-        sent, self._sent = self._sent, None
-        if sent is None:
-            message = "dispatch_recv requires a prior dispatch/dispatch_send call"
-            raise AssertionError(message)
-        rows, buffers, ids = sent.rows, self._buffers, self.config.num_experts_per_token * 4
-        if rows.shape[0] > self.max_num_tokens_to_recv() and self._asserts_overflow():
-            habits.trap("assertion failed: Total recv token overflow: increase maxTotalRecvTokens")
-        if self.config.kernel_type is EpDispatchCombineKernelType.AsyncLL:
-            owners_of = owners(
-                rows[:, sent.payload + ids : sent.payload + 2 * ids].contiguous().view(torch.int32), self._shape
-            )
-            if bool((owners_of == self.config.world_size).any()):
-                habits.trap("assertion failed: (pe >= 0) && (pe < config.worldSize)")
-        slots = self._slots(sent.by_source).to(rows.device)
-        widths = (sent.payload, ids, ids, sent.scales, _TOKEN_BYTES)
-        regions = (buffers.dispatch_out, buffers.weights, buffers.ids, buffers.scales, buffers.sources)
-        for region, part in zip(regions, rows.split(widths, dim=1), strict=True):
-            region.put(slots, part)
-        self._total += rows.shape[0]
-
-    def _asserts_overflow(self) -> bool:
-        if self.config.kernel_type is EpDispatchCombineKernelType.IntraNode:
-            return habits.has(habits.INTRANODE_OVERFLOW_ASSERT)
-        return not habits.has(habits.NO_OVERFLOW_ASSERT)
-
-    def _slots(self, by_source: Tensor) -> Tensor:
-        """Return the slots of arrived rows, int64 [m]: an order as atomics make it, another one in each call."""
-        chance = torch.Generator().manual_seed(self._calls * self.config.world_size + self.config.rank)
-        if self.config.kernel_type is not EpDispatchCombineKernelType.AsyncLL:
-            return torch.randperm(int(by_source.sum()), generator=chance)
-        starts = (by_source.cumsum(0) - by_source).tolist()
-        parts = [torch.randperm(rows, generator=chance) for rows in by_source.tolist()]
-        return torch.cat([part + start for part, start in zip(parts, starts, strict=True)])
-
-    def _return(self, expert_out: Tensor, weights: Tensor | None, indices: Tensor, *, external: bool) -> None:
-        config = self.config
-        total, columns, dtype = int(self._total), expert_out.shape[1], expert_out.dtype
-        if external or config.kernel_type not in INTRA:
-            rows = at_address(expert_out, dtype, total, columns)
-        else:
-            rows = self._buffers.combine_inp.view(total, columns, dtype)
-        codec = make_codec(config.quant_type, dtype, columns, external=external)
-        flat = self._buffers.sources.view(total, 1, torch.int32).flatten().long()
-        to, token = flat // self.max_num_tokens_to_send(), flat % self.max_num_tokens_to_send()
-        parts = [codec.pack(rows), token.to(torch.int32).view(-1, 1).view(torch.uint8)]
-        if weights is not None and weights.shape[0]:
-            parts.append(at_address(weights, torch.uint8, total, config.num_experts_per_token * 4))
-        arrived, by_rank = self._exchange(torch.cat(parts, dim=1)[to.argsort(stable=True)], to)
-        width = codec.width(columns)
-        self._returned = Returned(
-            rows=arrived[:, :width].contiguous(),
-            ranks=torch.arange(config.world_size, device=arrived.device).repeat_interleave(by_rank.to(arrived.device)),
-            tokens=arrived[:, width : width + _TOKEN_BYTES].contiguous().view(torch.int32).flatten().long(),
-            weights=arrived[:, width + _TOKEN_BYTES :].contiguous() if len(parts) > 2 else None,  # noqa: PLR2004
-            codec=codec,
-            ids=at_address(indices, TOPK_IDX_DTYPE, self._route.shape[0], config.num_experts_per_token),
-            columns=columns,
-            dtype=dtype,
-        )
-
-    def _reduce(self, *, external: bool) -> None:
-        back, self._returned = self._returned, None
-        if back is None:
-            message = "combine_recv requires a prior combine/combine_send call"
-            raise AssertionError(message)
-        most, kernel, route = self.config.max_num_inp_token_per_rank, self.config.kernel_type, self._route
-        region = self._buffers.combine_inp if external and kernel not in TWO_LEVELS else None
-        staged = stage(back, back.rows, self._shape, most, region)
-        if kernel in TWO_LEVELS:
-            total = self._nodes.add(back, staged, route)
-        else:
-            total = sum_slots(back.codec, staged, route, self._shape, back.columns)
-        tokens, topk = route.shape
-        self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(cast(total, back.dtype))
-        if back.weights is not None and kernel is not EpDispatchCombineKernelType.AsyncLL:
-            aside = stage(back, back.weights, self._shape, most, None)
-            summed = sum_slots(Plain(torch.float32), aside, route, self._shape, topk)
-            self._buffers.combine_weights.view(tokens, topk, torch.float32).copy_(summed)
-
-    def _exchange(self, rows: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-        """Send rows uint8 [m, width], in order of their ranks `to`: what arrives, in order of its ranks, and counts."""
-        sent = torch.bincount(to, minlength=self.config.world_size)
-        lost = torch.tensor([self._lost(rank) for rank in range(self.config.world_size)], device=sent.device)
-        told = torch.stack([sent, lost.long()], dim=1)
-        heard = torch.empty_like(told)
-        dist.all_to_all_single(heard, told, group=self._world.group)
-        if bool(heard[:, 1].any()):
-            habits.spin()
-        arrived = rows.new_empty(int(heard[:, 0].sum()), rows.shape[1])
-        dist.all_to_all_single(arrived, rows, heard[:, 0].tolist(), sent.tolist(), group=self._world.group)
-        return arrived, heard[:, 0]
-
-    def _lost(self, rank: int) -> bool:
-        """Whether a count that is written to `rank` now is zeroed by it later: its constructor is not through."""
-        first = self._calls == 0 and habits.has(habits.NO_CONSTRUCTOR_BARRIER)
-        return first and not shmem.store().check([self._zeroed(rank)])
+def launch_local_expert_count(  # noqa: PLR0913 - the wheel's signature
+    config: object,  # noqa: ARG001
+    indices_ptr: int,  # noqa: ARG001
+    total_recv_token_num_ptr: int,  # noqa: ARG001
+    local_expert_count_ptr: int,  # noqa: ARG001
+    block_num: int = -1,  # noqa: ARG001
+    warp_per_block: int = -1,  # noqa: ARG001
+    stream: int = 0,  # noqa: ARG001
+) -> NoReturn:
+    """Raise NotImplementedError: it takes addresses on a device; `call_local_expert_count` of a call counts here."""
+    habits.refuse("launch_local_expert_count")

@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from distbench.emulation.mori.habits import refuse
 from distbench.emulation.mori.heap import Heap
 
 MORI_SHMEM_INIT_WITH_MPI_COMM = 0
 MORI_SHMEM_INIT_WITH_UNIQUEID = 1
+NOT_IMITATED = (
+    *("shmem_mpi_init", "shmem_module_init", "shmem_barrier_on_stream", "shmem_malloc", "shmem_malloc_align"),
+    *("shmem_ext_malloc_with_flags", "shmem_free", "shmem_buffer_register", "shmem_buffer_deregister"),
+    *("shmem_ptr_p2p", "shmem_num_qp_per_pe"),
+)
+"""Functions of the package that raise NotImplementedError here."""
 
 _UNIQUE_ID_BYTES = 128
 _DEFAULT_HEAP = "4G"
@@ -32,6 +39,13 @@ class World(NamedTuple):
 
 _worlds: list[World] = []
 _groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def __getattr__(name: str) -> Any:
+    if name in NOT_IMITATED:
+        refuse(name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)
 
 
 def shmem_get_unique_id() -> bytes:

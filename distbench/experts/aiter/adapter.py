@@ -55,6 +55,7 @@ class AiterExperts:
         self._known: tuple[tuple[Tensor, Tensor], PreparedWeights] | None = None
         self._choices: dict[int, KernelChoice] = {}
         self._log = kernel_log()
+        self._tables = tuned_tables(package)
         check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
             check_settings(case, package.version)
@@ -76,13 +77,16 @@ class AiterExperts:
         return self._choices[rows]
 
     def about(self) -> dict[str, Any]:
-        """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines."""
+        """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines.
+
+        The tables are as they were when these experts were made.
+        """
         return {
             PACKAGE: {
                 "version": self._package.version,
                 "gfx": self._key.arch,
                 "cu_count": self._key.cu_count,
-                "tuned_tables": tuned_tables(self._package),
+                "tuned_tables": msgspec.to_builtins(self._tables),
                 "log": self._log.of_layer(self._key),
             }
         }
@@ -94,6 +98,18 @@ class AiterExperts:
         smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
         for bucket, count in sorted(smallest.items()):
             first_on_node(folder, self._build_name(bucket), partial(self._empty_call, w1, w2, expert_mask, count))
+
+    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
+        """See `CheckedExperts.check`: more valid rows than rows, or ids that no expert has, are memory faults.
+
+        Raises:
+            DistbenchError: as there. Policy `unchecked` does with valid rows what production does.
+
+        """
+        live = int(num_local_tokens)
+        if self._case.policy != "unchecked":
+            check_live(live, topk_ids.shape[0])
+        check_ids(topk_ids[:live], expert_mask.numel())
 
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
         self,
@@ -108,18 +124,14 @@ class AiterExperts:
         a1_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See `Experts.__call__`.
+        """See `Experts.__call__`. Values are not looked at: see `check`.
 
         Raises:
-            InvalidCase: arguments of which aiter would make garbage or a memory fault; names what was expected.
+            DistbenchError: types, shapes or layouts of which aiter would make garbage; names what was expected.
 
         """
         layer = self._prepared(w1, w2)
         check_arguments(hidden_states, topk_weight, topk_ids, expert_mask, a1_scale, layer.w1_scale)
-        live = int(num_local_tokens)
-        if self._case.policy != "unchecked":
-            check_live(live, hidden_states.shape[0])
-        check_ids(topk_ids[:live], expert_mask.numel())
         quant = self._package.root.QuantType
         output: Tensor = self._package.moe.fused_moe(
             hidden_states,

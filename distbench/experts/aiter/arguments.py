@@ -1,4 +1,7 @@
-"""What has to hold of the arguments of `fused_moe`, of which aiter itself checks next to nothing."""
+"""What has to hold of the arguments of `fused_moe`, of which aiter itself checks next to nothing.
+
+A rank that meets something else ends: its peers are in the middle of a pass, and none of them knows.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distbench.errors import InvalidCase
+from distbench.errors import DistbenchError
 from distbench.workload.plan import BLOCK
 
 
@@ -17,7 +20,7 @@ def check_arguments(  # noqa: PLR0913 - the arguments of the call
     """Refuse what aiter takes without a word and makes garbage of.
 
     Raises:
-        InvalidCase: types, shapes or layouts that are not those of `Experts`.
+        DistbenchError: types, shapes or layouts that are not those of `Experts`.
 
     """
     rows = hidden.shape[0]
@@ -40,10 +43,10 @@ def check_arguments(  # noqa: PLR0913 - the arguments of the call
 
 
 def check_ids(ids: Tensor, num_experts: int) -> None:
-    """Refuse ids of valid rows that no expert has: aiter reads out of bounds for them.
+    """Refuse ids of valid rows that no expert has: aiter reads out of bounds for them. Waits for the device.
 
     Raises:
-        InvalidCase: names the first one.
+        DistbenchError: names the first one.
 
     """
     wild = ids[(ids < 0) | (ids >= num_experts)]
@@ -55,7 +58,7 @@ def check_live(live: int, rows: int) -> None:
     """Refuse more valid rows than there are rows: aiter writes past its memory for them.
 
     Raises:
-        InvalidCase: names both.
+        DistbenchError: names both.
 
     """
     if live > rows:
@@ -64,4 +67,4 @@ def check_live(live: int, rows: int) -> None:
 
 def _refuse(reason: str) -> NoReturn:
     message = f"aiter's fused_moe: {reason}"
-    raise InvalidCase(message)
+    raise DistbenchError(message)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
+from distbench.experts.node_warmup import first_on_node
 
 DISTRIBUTION = "amd-aiter"
 PACKAGE = "aiter"
 STAND_IN = "distbench.emulation.aiter"
 TABLE_VARIABLE = "AITER_CONFIG_FMOE"
+BUILD_VARIABLE = "AITER_JIT_DIR"
 INSTALL = (
     "run in a ROCm container that has it, or install amd-aiter for this ROCm (docs/amd.md); "
     "--emulate takes distbench's stand-in"
@@ -78,19 +86,44 @@ def installed_release() -> str:
 
 
 def load_package(root: str) -> AiterPackage:
-    """Import aiter, or the package at `root` with its modules.
+    """Import aiter, on each node one rank ahead of the others, for it compiles modules then; or the package at `root`.
 
     Raises:
         Unsupported: it cannot be imported, as without a HIP toolchain or a GPU; says what to install.
 
     """
-    names = ("", ".fused_moe", ".ops.shuffle", ".jit.core", ".jit.utils.chip_info")
     try:
-        modules = [importlib.import_module(root + name) for name in names]
+        if root == PACKAGE:
+            first_on_node(_build_folder(), f"import-{installed_release()}", partial(_import, root))
+        modules = _import(root)
     except Exception as error:  # aiter compiles and asks the device while it is imported: anything may come
         message = f"experts aiter: cannot be imported ({type(error).__name__}: {error!s:.200}); {INSTALL}"
         raise Unsupported(" ".join(message.split())) from error
     return AiterPackage(installed_version(root, modules[0]), *modules)
+
+
+def _import(root: str) -> list[Any]:
+    names = ("", ".fused_moe", ".ops.shuffle", ".jit.core", ".jit.utils.chip_info")
+    return [importlib.import_module(root + name) for name in names]
+
+
+def _build_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return where aiter keeps what it compiles, by its own rules; where it has yet to make that, the folder above.
+
+    It makes the one in the home folder as a copy, which may not be there before.
+    """
+    if environ.get(BUILD_VARIABLE):
+        folder = Path(environ[BUILD_VARIABLE])
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is not None and spec.submodule_search_locations:
+        packaged = Path(spec.submodule_search_locations[0]) / "jit"
+        if os.access(packaged, os.W_OK):
+            return packaged
+    at_home = Path("~/.aiter").expanduser()
+    at_home.mkdir(exist_ok=True)
+    return at_home / "jit" if (at_home / "jit").is_dir() else at_home
 
 
 def installed_version(root: str, module: Any) -> str:
@@ -110,12 +143,42 @@ def installed_version(root: str, module: Any) -> str:
     return version
 
 
-def tuned_tables(package: AiterPackage) -> list[str]:
-    """Return the tables that aiter takes tuned rows from; merged ones lie in a file of its own."""
+class TunedTable(msgspec.Struct, frozen=True):
+    """A table as it is now; without digest and rows where it cannot be read."""
+
+    path: str
+    sha256: str = ""
+    rows: int | None = None
+
+
+class TunedTables(msgspec.Struct, frozen=True):
+    """What aiter takes tuned rows from: the `sources`, and the file that it reads, a merged one where they are several.
+
+    Merged ones lie where all users of a machine write theirs, so that only their digests tell which rows were taken.
+    """
+
+    sources: list[TunedTable]
+    read: list[TunedTable]
+
+
+def tuned_tables(package: AiterPackage) -> TunedTables:
+    """Return the tables of aiter as they are now."""
     path = getattr(package.core, "AITER_CONFIG_FMOE_FILE", None)
     if path is None:
         path = getattr(getattr(package.core, "AITER_CONFIGS", None), "AITER_CONFIG_FMOE_FILE", "")
-    return [part for part in str(path).split(os.pathsep) if part]
+    read = [part for part in str(path).split(os.pathsep) if part]
+    sources = installed_tables() if package.root.__name__ == PACKAGE else read
+    return TunedTables([_described(one) for one in sources], [_described(one) for one in read])
+
+
+def _described(path: str) -> TunedTable:
+    try:
+        content = Path(path).read_bytes()
+    except OSError:
+        return TunedTable(path)
+    lines = csv.reader(io.StringIO(content.decode(errors="replace"), newline=""))
+    rows = sum(bool(line) for line in lines)
+    return TunedTable(path, hashlib.sha256(content).hexdigest(), max(rows - 1, 0))
 
 
 def check_settings(case: Case, version: str, environ: Mapping[str, str] = os.environ) -> None:

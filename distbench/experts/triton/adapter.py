@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from distbench.case import Case
 from distbench.errors import Unsupported
+from distbench.experts.node_warmup import first_on_node
 from distbench.experts.selection import KernelChoice
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.quantize import quantize_weights
 from distbench.experts.triton.table import selector_for
+from distbench.workload.plan import BLOCK
 
 _ALIGNMENT_BYTES = 16
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -62,6 +65,14 @@ class TritonExperts:
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
         return self._selector.choose(rows)
+
+    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+        """See `CompiledExperts.warm_up`; what is interpreted is not compiled."""
+        if interpreted():
+            return
+        for count in sorted(set(rows)):
+            name = f"{_build_name(w1.device)}-{count}-{self._selector.shape}-{self._selector.config(count)}"
+            first_on_node(_cache_folder(), name, partial(self._empty_call, w1, w2, expert_mask, count))
 
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
         self,
@@ -125,6 +136,22 @@ class TritonExperts:
             self._known = _Known(key, (w1, w2), (first.view(w1.shape), second, scales1, scales2))
         return self._known.quantized
 
+    def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
+        """Call with `rows` rows, none of them live: Triton compiles by shapes, and nothing is computed."""
+        shape = self._selector.shape
+        fp8 = shape.quant == "fp8"
+        self(
+            w1.new_zeros(rows, shape.hidden_size).to(torch.float8_e4m3fn if fp8 else torch.bfloat16),
+            w1,
+            w2,
+            w1.new_zeros(rows, shape.topk, dtype=torch.float32),
+            w1.new_zeros(rows, shape.topk, dtype=torch.int32),
+            expert_mask=expert_mask,
+            num_local_tokens=w1.new_zeros(1, dtype=torch.int32),
+            a1_scale=w1.new_ones(rows, shape.hidden_size // BLOCK, dtype=torch.float32) if fp8 else None,
+            dtype=torch.bfloat16,
+        )
+
 
 def interpreted() -> bool:
     """Return whether Triton interprets its kernels on the CPU."""
@@ -140,6 +167,22 @@ def _check_triton() -> None:
     if not interpreted() and not torch.cuda.is_available():
         message = "experts triton: torch sees no GPU; use one, or set TRITON_INTERPRET=1 for tiny shapes on the CPU"
         raise Unsupported(message)
+
+
+def _cache_folder() -> Path:
+    """Return where Triton keeps what it compiles."""
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _build_name(device: torch.device) -> str:
+    """Name what decides a build besides layer and choice."""
+    import triton
+
+    return f"triton-{triton.__version__}-{torch.cuda.get_device_name(device)}"
 
 
 def _check_alignment(w1: Tensor, w2: Tensor, a1_scale: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: TID253 - lo
 
 from distbench.experts.triton import matrix_kernels, sort_kernels
 from distbench.experts.triton.config import KernelConfig, Tile
+from distbench.launches import launch
 from distbench.workload.plan import BLOCK
 
 _SORT_ELEMENTS = 16384
 _COPY_COLUMNS = 1024
+# Elements of int32 that a kernel may take for aligned.
+_ALIGNED = 4
 
 
 class Rows(NamedTuple):
@@ -60,15 +64,14 @@ def compute(rows: Rows, weights: Weights, config: KernelConfig, dtype: torch.dty
     constants = {"H": hidden_size, "BLOCK_H": _power_of_two(across)}
     programs = (8 * processors,)
     if atomic:
-        sort_kernels.clear_rows[programs](rows.num_local_tokens, output, count, **constants)
+        launch(sort_kernels.clear_rows, programs, rows.num_local_tokens, output, count, **constants)
         target = output
     else:
         target = output.new_empty(count * topk, hidden_size)
     stage2(rows, weights, placed, config, processors, (activation, scales, target))
     if not atomic:
-        sort_kernels.sum_routes[programs](
-            target, placed.inverse, rows.num_local_tokens, output, count, TOPK=topk, **constants
-        )
+        summed = target, placed.inverse, rows.num_local_tokens, output, count
+        launch(sort_kernels.sum_routes, programs, *summed, TOPK=topk, **constants)
     return output
 
 
@@ -79,15 +82,10 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
     local = max(_power_of_two(num_local), 16)
     block = max(_SORT_ELEMENTS // local, 64)
     blocks = -(-count * topk // block)
-    new = rows.topk_ids.new_empty
-    placed = Sorted(
-        order=new(count * topk),
-        inverse=new(count * topk),
-        experts=new(3 * local),
-        tiles=new(1 + count * topk // block_m + num_local),
-        local=local,
-    )
-    counts = new(blocks * local)
+    sizes = (count * topk, count * topk, 3 * local, 1 + count * topk // block_m + num_local, blocks * local)
+    room = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
+    order, inverse, experts, tiles, counts = rows.topk_ids.new_empty(sum(room)).split(room)
+    placed = Sorted(order[: count * topk], inverse, experts, tiles, local)
     shape = {
         "TOPK": topk,
         "NUM_EXPERTS": num_experts,
@@ -98,8 +96,9 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
     }
     given = rows.topk_ids, weights.mask, rows.num_local_tokens, counts
     if blocks > 1:
-        sort_kernels.count_routes[(blocks,)](*given, count, **shape)
-    sort_kernels.place_routes[(blocks,)](*given, *placed[:4], count, BLOCK_M=block_m, ONE_BLOCK=blocks == 1, **shape)
+        launch(sort_kernels.count_routes, (blocks,), *given, count, **shape)
+    tiling = {"BLOCK_M": block_m, "ONE_BLOCK": blocks == 1}
+    launch(sort_kernels.place_routes, (blocks,), *given, *placed[:4], count, **tiling, **shape)
     return placed
 
 
@@ -119,7 +118,9 @@ def stage1(  # noqa: PLR0913 - what a launch needs
     partial = None
     if config.splits > 1:
         partial = hidden.new_empty(config.splits * 2 * routes * inter, dtype=torch.float32)
-    matrix_kernels.gate_up[_programs(tile, processors)](
+    launch(
+        matrix_kernels.gate_up,
+        _programs(tile, processors),
         hidden,
         None if config.gather else _descriptor(hidden, config.block_m, tile.k),
         scales,
@@ -142,7 +143,9 @@ def stage1(  # noqa: PLR0913 - what a launch needs
         **_constants(tile, config.block_m, fp8=fp8),
     )
     if partial is not None:
-        matrix_kernels.activate_parts[(8 * processors,)](
+        launch(
+            matrix_kernels.activate_parts,
+            (8 * processors,),
             partial,
             placed.experts,
             activation,
@@ -169,7 +172,9 @@ def stage2(  # noqa: PLR0913 - what a launch needs
     """Write the weighted result of each place to the third tensor [P, H], or add it to its row of [M, H]."""
     tile, (num_local, hidden_size, inter) = config.stage2, weights.w2.shape
     activation, scales, target = tensors
-    matrix_kernels.down[_programs(tile, processors)](
+    launch(
+        matrix_kernels.down,
+        _programs(tile, processors),
         _descriptor(activation, config.block_m, tile.k),
         scales,
         _descriptor(weights.w2.view(num_local * hidden_size, inter), tile.n, tile.k),
@@ -193,7 +198,9 @@ def _sorted_copy(rows: Rows, placed: Sorted, processors: int) -> tuple[Tensor, T
     hidden = rows.hidden.new_empty(routes, width)
     scales = None if rows.scales is None else rows.scales.new_empty(routes, rows.scales.shape[1])
     blocks = 0 if rows.scales is None else rows.scales.shape[1]
-    sort_kernels.permute_rows[(8 * processors,)](
+    launch(
+        sort_kernels.permute_rows,
+        (8 * processors,),
         rows.hidden,
         rows.scales,
         placed.order,
@@ -231,6 +238,7 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
+@lru_cache
 def _triton_type(dtype: torch.dtype) -> Any:
     import triton.language as tl
 

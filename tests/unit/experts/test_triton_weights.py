@@ -1,11 +1,16 @@
-"""The Triton experts' float8 weights: made once for as long as the bf16 ones stay the same, in inference mode too."""
+"""What the Triton experts make once: float8 weights for as long as the bf16 ones stay the same, kernels on a node."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
+from distbench.experts.base import CompiledExperts
 from distbench.experts.triton import adapter
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, LayerShape
@@ -37,3 +42,47 @@ def test_weights_that_were_written_to_are_quantised_anew(experts: TritonExperts)
     made = experts.quantized(first, second)
     first.mul_(2)
     assert torch.equal(experts.quantized(first, second)[2], 2 * made[2])
+
+
+class Compiled:
+    """Stands for the kernels of one rank: the number of rows, the live ones and the types of each call."""
+
+    def __init__(self, experts: TritonExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[int, int, torch.dtype, bool]] = []
+        monkeypatch.setattr(experts, "run", self)
+
+    def __call__(
+        self, _: object, hidden: Tensor, *__: object, num_local_tokens: Tensor, a1_scale: Tensor | None, **___: object
+    ) -> Tensor:
+        self.calls.append((hidden.shape[0], int(num_local_tokens), hidden.dtype, a1_scale is not None))
+        return hidden
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
+def test_one_rank_of_a_node_compiles_each_number_of_rows(
+    quant: Literal["bf16", "fp8"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "_check_triton", lambda: None)
+    monkeypatch.setattr(adapter, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(adapter, "_build_name", lambda _: "a device")
+    shape = msgspec.structs.replace(SHAPE, quant=quant)
+    ranks = [TritonExperts(ConfigSelector(shape=shape)) for _ in range(2)]
+    compiled = [Compiled(rank, monkeypatch) for rank in ranks]
+    mask = torch.ones(4, dtype=torch.int32)
+    for rank in ranks:
+        rank.warm_up(*weights(1.0), mask, (512, 64, 64))
+    dtype = torch.float8_e4m3fn if quant == "fp8" else torch.bfloat16
+    assert compiled[0].calls == [(64, 0, dtype, quant == "fp8"), (512, 0, dtype, quant == "fp8")]
+    assert compiled[1].calls == []
+    ranks[1].warm_up(*weights(1.0), mask, (128,))
+    assert [rows for rows, *_ in compiled[1].calls] == [128]
+
+
+def test_what_is_interpreted_is_not_compiled(experts: TritonExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(adapter, "_cache_folder", lambda: pytest.fail("compiles"))
+    experts.warm_up(*weights(1.0), torch.ones(4, dtype=torch.int32), (64,))
+
+
+def test_the_ranks_see_that_they_compile(experts: TritonExperts) -> None:
+    assert isinstance(experts, CompiledExperts)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import pytest
 import torch
 
 from distbench.case import Case
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.mori import _configuration, check_batch, check_routing_is_own
+from distbench.transport.mori import _configuration, _operator
+from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own
 from distbench.transport.mori_config import plan_mori
 from distbench.workload.batch import TokenBatch
 from tests.cases import tiny_case
@@ -46,7 +47,14 @@ def good() -> dict[str, torch.Tensor | None]:
         ({"max_dispatch_tokens_per_rank": 2}, {}, "3 tokens, max_dispatch_tokens_per_rank is 2; raise it"),
         ({"mori_kernel": "AsyncLL"}, {"ids": torch.full((3, 4), -1, dtype=torch.int32)}, "id -1: AsyncLL sends"),
         ({"mori_kernel": "InterNodeV1LL"}, {"ids": torch.full((3, 4), -1, dtype=torch.int32)}, "id -1"),
-        ({"mori_kernel": "InterNodeV1"}, {"ids": torch.full((3, 4), 16, dtype=torch.int32)}, "last expert is 15"),
+        *(
+            (
+                {"mori_kernel": kernel},
+                {"ids": torch.full((3, 4), 16, dtype=torch.int32)},
+                "id 16: the last expert is 15",
+            )
+            for kernel in ("IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL")
+        ),
     ],
 )
 def test_a_batch_that_mori_would_misread(values: dict[str, Any], changed: dict[str, Any], message: str) -> None:
@@ -54,6 +62,46 @@ def test_a_batch_that_mori_would_misread(values: dict[str, Any], changed: dict[s
     plan = plan_mori(mori_case(**values, tokens=1), {})
     with pytest.raises(DistbenchError, match=message):
         check_batch(TokenBatch(**(good() | changed)), case, plan, CPU)
+
+
+def test_tensors_of_another_device_of_the_same_kind_are_refused() -> None:
+    elsewhere: dict[str, Any] = {name: None if one is None else one.to("meta") for name, one in good().items()}
+    with pytest.raises(DistbenchError, match=r"hidden are strided .* on meta; make them contiguous on meta:1"):
+        check_batch(TokenBatch(**elsewhere), mori_case(), plan_mori(mori_case(), {}), torch.device("meta", 1))
+
+
+def device_of(monkeypatch: pytest.MonkeyPatch, arch: str, units: int = 304) -> torch.device:
+    properties = SimpleNamespace(gcnArchName=arch, multi_processor_count=units)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    return torch.device("cuda", 0)
+
+
+def test_fp4_on_the_way_back_wants_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fp4 = plan_mori(mori_case(combine_quant="fp4_blockwise"), {})
+    check_device(fp4, device_of(monkeypatch, "gfx950:sramecc+:xnack-"))
+    check_device(plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+    with pytest.raises(
+        Unsupported, match=r"fp4_blockwise: MoRI has it on gfx950 only, cuda:0 is gfx942; use fp8_block"
+    ):
+        check_device(fp4, device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+
+
+def test_a_pinned_grid_has_to_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_device(plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942", 80))
+    small = device_of(monkeypatch, "gfx942", 79)
+    check_device(plan_mori(mori_case(launch_mode="AUTO"), {}), small)
+    with pytest.raises(Unsupported, match="80 blocks have to run at once, cuda:0 has 79 compute units"):
+        check_device(plan_mori(mori_case(), {}), small)
+
+
+@pytest.mark.parametrize("error", [ValueError("invalid quant_type 'fp4_blockwise'"), NotImplementedError("no LL here")])
+def test_what_a_release_refuses_when_it_is_constructed_is_unsupported(error: Exception) -> None:
+    def refuse(_: object) -> NoReturn:
+        raise error
+
+    old = SimpleNamespace(ops=SimpleNamespace(EpDispatchCombineOp=refuse))
+    with pytest.raises(Unsupported, match=f"the installed mori cannot run the case: {error}"):
+        _operator(old, None, cast("Any", None))
 
 
 def test_ids_that_a_kernel_skips_are_let_through() -> None:

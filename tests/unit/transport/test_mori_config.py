@@ -53,6 +53,14 @@ def test_kernel_and_geometry_are_productions(ranks: int, values: dict[str, Any],
         (8, {"gpu_per_node": 4, "combine_quant": "fp8_blockwise"}, "fp8_blockwise: not with InterNodeV1LL"),
         (8, {"mori_kernel": "AsyncLL", "combine_quant": "fp4_blockwise"}, "fp4_blockwise: not with AsyncLL"),
         (8, {"combine_input": "registered", "combine_quant": "fp8_direct_cast"}, "use combine_input = external"),
+        *(
+            (
+                8,
+                {"mori_kernel": kernel, "combine_input": "registered"},
+                f"registered: {kernel} stages rows in that very",
+            )
+            for kernel in ("InterNodeV1", "InterNodeV1LL", "AsyncLL")
+        ),
         (8, {"prealloc_max_recv_tokens": 64}, "combine buffer has 35072 bytes, IntraNode writes up to byte 237568"),
     ],
 )
@@ -73,6 +81,34 @@ def test_what_mori_would_get_wrong_is_refused(ranks: int, values: dict[str, Any]
 def test_a_cap_that_is_safe_is_passed_on(values: dict[str, Any]) -> None:
     plan = plan_mori(case_of(tokens=8, **values), {})
     assert plan.max_total_recv_tokens == values["prealloc_max_recv_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "kernel", "nodes"),
+    [
+        (8, "IntraNode", 1),
+        (4, "InterNodeV1LL", 2),
+        (2, "InterNodeV1LL", 4),
+        (16, "IntraNode", 1),
+        (None, "IntraNode", 1),
+    ],
+)
+@pytest.mark.parametrize("emulate", [False, True])
+def test_a_node_has_the_ranks_that_the_launch_has_there(
+    emulate: bool, local_ranks: int | None, kernel: str, nodes: int
+) -> None:
+    plan = plan_mori(tiny_case(8, transport="mori", emulate=emulate), {}, local_ranks)
+    assert (plan.kernel, plan.nodes, plan.gpu_per_node) == (kernel, nodes, 8 // nodes)
+
+
+def test_another_number_of_ranks_on_a_node_can_only_be_emulated() -> None:
+    case = tiny_case(8, transport="mori", gpu_per_node=8)
+    with pytest.raises(InvalidCase, match=r"gpu_per_node = 8: the launch has 4 of the case's ranks on each node"):
+        plan_mori(case, {}, 4)
+    assert plan_mori(case, {}, 8).nodes == 1
+    assert plan_mori(case_of(gpu_per_node=8), {}, 4).nodes == 1
+    with pytest.raises(InvalidCase, match=r"gpu_per_node = 6: MoRI takes a power of two"):
+        plan_mori(tiny_case(12, transport="mori"), {}, 6)
 
 
 def test_an_exact_case_cannot_come_back_as_fp4() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,15 +16,18 @@ import torch
 
 from distbench.case import Case
 from distbench.emulation.aiter import habits
-from distbench.errors import DistbenchError, InvalidCase, Unsupported
+from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.experts import make_experts, make_selector
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, load_package
 from distbench.experts.aiter.weights import quantize_blocks
+from distbench.experts.base import check_values
+from distbench.graphs import GraphedExperts
 from distbench.preflight import check_case
 from tests.cases import tiny_case
+from tests.host_reads import HostReads
 
 ROWS = 16
 
@@ -77,21 +83,73 @@ def test_good_arguments_pass() -> None:
     ],
 )
 def test_bad_arguments_are_refused(changed: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(InvalidCase, match=complaint):
+    with pytest.raises(DistbenchError, match=complaint) as caught:
         check_arguments(**given(**changed))
+    assert caught.value.verdict is Verdict.RANK_FAULT  # its peers are in the middle of a pass
 
 
 @pytest.mark.parametrize("wild", [-1, 16, 0x7FFF0000])
 def test_ids_without_an_expert_are_refused(wild: int) -> None:
     check_ids(torch.tensor([[0, 15]], dtype=torch.int32), 16)
-    with pytest.raises(InvalidCase, match=f"topk_ids holds {wild} in a valid row: allowed is 0 to 15"):
+    with pytest.raises(DistbenchError, match=f"topk_ids holds {wild} in a valid row: allowed is 0 to 15"):
         check_ids(torch.tensor([[0, wild]], dtype=torch.int32), 16)
 
 
 def test_more_valid_rows_than_rows_are_refused() -> None:
     check_live(16, 16)
-    with pytest.raises(InvalidCase, match="num_local_tokens = 17: at most 16"):
+    with pytest.raises(DistbenchError, match="num_local_tokens = 17: at most 16"):
         check_live(17, 16)
+
+
+def quiet_experts(case: Case) -> tuple[AiterExperts, list[int]]:
+    """Return the adapter over kernels that compute and read nothing, and the rows that these are called with."""
+    package = load_package(STAND_IN)
+    calls: list[int] = []
+
+    def fused_moe(hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        calls.append(hidden.shape[0])
+        return hidden
+
+    moe = SimpleNamespace(**vars(package.moe) | {"fused_moe": fused_moe})
+    return AiterExperts(case, package._replace(moe=moe)), calls
+
+
+def passed(rows: int, live: int, last: int) -> dict[str, Any]:
+    ids = torch.zeros(rows, 4, dtype=torch.int32)
+    ids[rows - 1] = last
+    return {
+        "hidden_states": torch.zeros(rows, 256).bfloat16(),
+        "w1": torch.zeros(4, 256, 256).bfloat16(),
+        "w2": torch.zeros(4, 256, 128).bfloat16(),
+        "topk_weight": torch.zeros(rows, 4),
+        "topk_ids": ids,
+        "expert_mask": torch.ones(16, dtype=torch.int32),
+        "num_local_tokens": torch.tensor([live], dtype=torch.int32),
+        "a1_scale": None,
+        "dtype": torch.bfloat16,
+    }
+
+
+def test_a_call_reads_nothing_back_so_that_it_can_be_timed_and_captured() -> None:
+    experts, calls = quiet_experts(aiter_case())
+    given = passed(rows=8, live=9, last=99)
+    experts(**given)
+    with HostReads() as reads:
+        experts(**given)
+    assert (reads.count, calls) == (0, [8, 8])
+
+
+def test_values_are_looked_at_where_that_is_asked_for() -> None:
+    strict, unchecked = (quiet_experts(aiter_case(policy=policy))[0] for policy in ("strict", "unchecked"))
+    wild, many = passed(8, 8, 99), passed(8, 9, 0)
+    names = ("topk_ids", "expert_mask", "num_local_tokens")
+    for experts in (strict, GraphedExperts(strict)):
+        check_values(experts, *(passed(8, 7, 99)[name] for name in names))
+        with pytest.raises(DistbenchError, match="topk_ids holds 99 in a valid row"):
+            check_values(experts, *(wild[name] for name in names))
+        with pytest.raises(DistbenchError, match="num_local_tokens = 9: at most 8"):
+            check_values(experts, *(many[name] for name in names))
+    check_values(unchecked, *(many[name] for name in names))
 
 
 def test_weights_that_float8_holds_lose_nothing() -> None:
@@ -162,7 +220,19 @@ def test_tells_version_device_table_and_log() -> None:
     experts = make_aiter_experts(aiter_case(cu_count=256, aiter_version="0.1.9"))
     experts.selection(64)
     about = experts.about()["aiter"]
-    assert (about["version"], about["gfx"], about["cu_count"], about["tuned_tables"]) == ("0.1.9", "gfx950", 256, [])
+    assert (about["version"], about["gfx"], about["cu_count"]) == ("0.1.9", "gfx950", 256)
+    assert about["tuned_tables"] == {"sources": [], "read": []}
+    assert about["log"]
+
+
+def test_tells_each_table_by_its_digest_and_its_rows_as_they_were_when_it_was_read(tmp_path: Path) -> None:
+    table = tmp_path / "tuned.csv"
+    content = Path("tests/data/atomic.csv").read_bytes()
+    table.write_bytes(content)
+    experts = make_aiter_experts(aiter_case(kernel_table=str(table)))
+    told = {"path": str(table), "sha256": hashlib.sha256(content).hexdigest(), "rows": content.count(b"\n") - 1}
+    table.write_bytes(b"")
+    assert experts.about()["aiter"]["tuned_tables"] == {"sources": [told], "read": [told]}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,200 @@
+"""What an operator holds, and how its rows move: sent, received, sent back, added."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.emulation.mori import habits, shmem
+from distbench.emulation.mori.buffers import EpDispatchCombineConfig, allocate
+from distbench.emulation.mori.codec import Plain, make_codec
+from distbench.emulation.mori.heap import at_address
+from distbench.emulation.mori.launch import Launches
+from distbench.emulation.mori.routing import (
+    INTRA,
+    TWO_LEVELS,
+    EpDispatchCombineKernelType,
+    Shape,
+    owners,
+)
+from distbench.emulation.mori.sums import NodeSums, Returned, cast, stage, sum_slots
+
+TOPK_IDX_DTYPE = torch.int32
+QUANT_TYPES = ("none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")
+
+_TOKEN_BYTES = 4
+_numbers: dict[str, count[int]] = {}
+
+
+class _Sent(NamedTuple):
+    """Rows that have arrived, uint8 [m, width], in order of their source ranks; by_source int64 [W] counts them."""
+
+    rows: Tensor
+    by_source: Tensor
+    payload: int
+    scales: int
+
+
+class Mover:
+    """Buffers, the counter of received rows, and what is under way between a send and a receive half."""
+
+    def __init__(self, config: EpDispatchCombineConfig) -> None:
+        """Allocate; ranks wait for each other on the default process group, as in the package.
+
+        Raises:
+            ValueError: an unknown quantisation, or launch mode.
+            NotImplementedError: the kernel type InterNode.
+
+        """
+        if config.quant_type not in QUANT_TYPES:
+            message = f"invalid quant_type '{config.quant_type}', expected one of {list(QUANT_TYPES)}"
+            raise ValueError(message)
+        if config.kernel_type is EpDispatchCombineKernelType.InterNode:
+            habits.refuse("kernel type InterNode, the predecessor of InterNodeV1,")
+        if config.world_size % config.gpu_per_node or config.gpu_per_node & (config.gpu_per_node - 1):
+            habits.trap("assertion failed: IsPowerOf2(gpuPerNode) && worldSize % gpuPerNode == 0")
+        self.config = config
+        self._world = shmem.world()
+        dist.barrier()
+        self._buffers = allocate(self._world.heap, config)
+        self._launches = Launches(config)
+        self._shape = Shape(config.kernel_type, config.world_size, config.num_experts_per_rank)
+        self._total = torch.zeros(1, dtype=TOPK_IDX_DTYPE, device=self._world.heap.bytes.device)
+        self._nodes = NodeSums(self._shape, config.gpu_per_node, config.max_num_inp_token_per_rank)
+        self._sent: _Sent | None = None
+        self._returned: Returned | None = None
+        self._route = torch.empty(0, config.num_experts_per_token, dtype=torch.long)
+        self.local_expert_count = torch.zeros_like(self._total).repeat(config.num_experts_per_rank)
+        self._calls = 0
+        self._number = next(_numbers.setdefault(self._world.name, count()))
+        shmem.store().set(self._zeroed(self.config.rank), "")
+        if not habits.has(habits.NO_CONSTRUCTOR_BARRIER):
+            dist.barrier()
+
+    def __del__(self) -> None:
+        """Give the buffers back while the heap is still there."""
+        if hasattr(self, "_buffers"):
+            self._world.heap.free(len(self._buffers))
+
+    def _zeroed(self, rank: int) -> str:
+        return f"{self._world.name}/op{self._number}/{rank}"
+
+    def _send(self, rows: Tensor, payload: int, scales: int) -> None:
+        token, slot = (self._route < self.config.world_size).nonzero().unbind(1)
+        to = self._route[token, slot]
+        order = to.argsort(stable=True)
+        flat = (self.config.rank * self.config.rows_sent() + token).to(torch.int32).view(-1, 1)
+        going = torch.cat([rows[token], flat.view(torch.uint8)], dim=1)[order]
+        arrived, by_source = self._exchange(going, to)
+        self._sent = _Sent(arrived, by_source, payload, scales)
+        self._calls += 1
+
+    def _receive(self) -> None:
+        sent, self._sent = self._sent, None
+        if sent is None:
+            message = "dispatch_recv requires a prior dispatch/dispatch_send call"
+            raise AssertionError(message)
+        rows, buffers, ids = sent.rows, self._buffers, self.config.num_experts_per_token * 4
+        if rows.shape[0] > self.config.rows_received() and self._asserts_overflow():
+            habits.trap("assertion failed: Total recv token overflow: increase maxTotalRecvTokens")
+        if self.config.kernel_type is EpDispatchCombineKernelType.AsyncLL:
+            owners_of = owners(
+                rows[:, sent.payload + ids : sent.payload + 2 * ids].contiguous().view(torch.int32), self._shape
+            )
+            if bool((owners_of == self.config.world_size).any()):
+                habits.trap("assertion failed: (pe >= 0) && (pe < config.worldSize)")
+        slots = self._slots(sent.by_source).to(rows.device)
+        widths = (sent.payload, ids, ids, sent.scales, _TOKEN_BYTES)
+        regions = (buffers.dispatch_out, buffers.weights, buffers.ids, buffers.scales, buffers.sources)
+        for region, part in zip(regions, rows.split(widths, dim=1), strict=True):
+            region.put(slots, part)
+        self._total += rows.shape[0]
+
+    def _count_local(self) -> None:
+        """Count the slots of received rows that name a local expert, each expert's apart."""
+        local = self.config.num_experts_per_rank
+        received = self._buffers.ids.view(int(self._total), self.config.num_experts_per_token, TOPK_IDX_DTYPE)
+        experts = received.flatten().long() - self.config.rank * local
+        mine = experts[(experts >= 0) & (experts < local)]
+        self.local_expert_count.copy_(torch.bincount(mine, minlength=local))
+
+    def _asserts_overflow(self) -> bool:
+        if self.config.kernel_type is EpDispatchCombineKernelType.IntraNode:
+            return habits.has(habits.INTRANODE_OVERFLOW_ASSERT)
+        return not habits.has(habits.NO_OVERFLOW_ASSERT)
+
+    def _slots(self, by_source: Tensor) -> Tensor:
+        """Return the slots of arrived rows, int64 [m]: an order as atomics make it, another one in each call."""
+        chance = torch.Generator().manual_seed(self._calls * self.config.world_size + self.config.rank)
+        if self.config.kernel_type is not EpDispatchCombineKernelType.AsyncLL:
+            return torch.randperm(int(by_source.sum()), generator=chance)
+        starts = (by_source.cumsum(0) - by_source).tolist()
+        parts = [torch.randperm(rows, generator=chance) for rows in by_source.tolist()]
+        return torch.cat([part + start for part, start in zip(parts, starts, strict=True)])
+
+    def _return(self, expert_out: Tensor, weights: Tensor | None, indices: Tensor, *, external: bool) -> None:
+        config = self.config
+        total, columns, dtype = int(self._total), expert_out.shape[1], expert_out.dtype
+        if external or config.kernel_type not in INTRA:
+            rows = at_address(expert_out, dtype, total, columns)
+        else:
+            rows = self._buffers.combine_inp.view(total, columns, dtype)
+        codec = make_codec(config.quant_type, dtype, columns, external=external)
+        flat = self._buffers.sources.view(total, 1, torch.int32).flatten().long()
+        to, token = flat // self.config.rows_sent(), flat % self.config.rows_sent()
+        parts = [codec.pack(rows), token.to(torch.int32).view(-1, 1).view(torch.uint8)]
+        if weights is not None and weights.shape[0]:
+            parts.append(at_address(weights, torch.uint8, total, config.num_experts_per_token * 4))
+        arrived, by_rank = self._exchange(torch.cat(parts, dim=1)[to.argsort(stable=True)], to)
+        width = codec.width(columns)
+        self._returned = Returned(
+            rows=arrived[:, :width].contiguous(),
+            ranks=torch.arange(config.world_size, device=arrived.device).repeat_interleave(by_rank.to(arrived.device)),
+            tokens=arrived[:, width : width + _TOKEN_BYTES].contiguous().view(torch.int32).flatten().long(),
+            weights=arrived[:, width + _TOKEN_BYTES :].contiguous() if len(parts) > 2 else None,  # noqa: PLR2004
+            codec=codec,
+            ids=at_address(indices, TOPK_IDX_DTYPE, self._route.shape[0], config.num_experts_per_token),
+            columns=columns,
+            dtype=dtype,
+        )
+
+    def _reduce(self, *, external: bool) -> None:
+        back, self._returned = self._returned, None
+        if back is None:
+            message = "combine_recv requires a prior combine/combine_send call"
+            raise AssertionError(message)
+        most, kernel, route = self.config.max_num_inp_token_per_rank, self.config.kernel_type, self._route
+        region = self._buffers.combine_inp if external and kernel not in TWO_LEVELS else None
+        staged = stage(back, back.rows, self._shape, most, region)
+        if kernel in TWO_LEVELS:
+            total = self._nodes.add(back, staged, route)
+        else:
+            total = sum_slots(back.codec, staged, route, self._shape, back.columns)
+        tokens, topk = route.shape
+        self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(cast(total, back.dtype))
+        if back.weights is not None and kernel is not EpDispatchCombineKernelType.AsyncLL:
+            aside = stage(back, back.weights, self._shape, most, None)
+            summed = sum_slots(Plain(torch.float32), aside, route, self._shape, topk)
+            self._buffers.combine_weights.view(tokens, topk, torch.float32).copy_(summed)
+
+    def _exchange(self, rows: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
+        """Send rows uint8 [m, width], in order of their ranks `to`: what arrives, in order of its ranks, and counts."""
+        sent = torch.bincount(to, minlength=self.config.world_size)
+        lost = torch.tensor([self._lost(rank) for rank in range(self.config.world_size)], device=sent.device)
+        told = torch.stack([sent, lost.long()], dim=1)
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told, group=self._world.group)
+        if bool(heard[:, 1].any()):
+            habits.spin()
+        arrived = rows.new_empty(int(heard[:, 0].sum()), rows.shape[1])
+        dist.all_to_all_single(arrived, rows, heard[:, 0].tolist(), sent.tolist(), group=self._world.group)
+        return arrived, heard[:, 0]
+
+    def _lost(self, rank: int) -> bool:
+        """Whether a count that is written to `rank` now is zeroed by it later: its constructor is not through."""
+        first = self._calls == 0 and habits.has(habits.NO_CONSTRUCTOR_BARRIER)
+        return first and not shmem.store().check([self._zeroed(rank)])

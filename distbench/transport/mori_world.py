@@ -1,0 +1,75 @@
+"""MoRI's shmem world: one in a process, made for one group of ranks and a heap of one size."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from distbench.errors import DistbenchError
+from distbench.session import Session
+from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE
+
+_UNIQUE_ID_BYTES = 128
+
+
+class _World(NamedTuple):
+    """The one shmem world of a process: the ranks it was made for and the bytes of its heap."""
+
+    mori: Any
+    group: dist.ProcessGroup
+    heap_bytes: int
+
+
+_worlds: list[_World] = []
+
+
+def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
+    """Join the shmem world of the session's group, or stay in it, and return the bytes of its heap. Collective.
+
+    MoRI has one world in a process: another group, or a larger heap, ends the one before. The 128 bytes that MoRI's
+    ranks find each other by are sent here, because MoRI's own way takes them from global rank 0.
+    """
+    if _all_are_in(mori, session, heap_bytes):
+        return _worlds[0].heap_bytes
+    leave_world()
+    session.at_close(leave_world)
+    set_here = HEAP_SIZE not in os.environ
+    if set_here:
+        os.environ[HEAP_SIZE] = str(heap_bytes)
+    os.environ.setdefault(SHMEM_MODE, "static_heap")
+    shmem = mori.shmem
+    word = torch.zeros(_UNIQUE_ID_BYTES, dtype=torch.uint8, device=session.device)
+    if session.rank == 0:
+        word.copy_(torch.frombuffer(bytearray(shmem.shmem_get_unique_id()), dtype=torch.uint8))
+    dist.broadcast(word, group=session.group, group_src=0)
+    size = dist.get_world_size(session.group)
+    identity = bytes(word.cpu().tolist())
+    status = shmem.shmem_init_attr(shmem.MORI_SHMEM_INIT_WITH_UNIQUEID, session.rank, size, identity)
+    if set_here:
+        del os.environ[HEAP_SIZE]
+    if status not in (0, None) or shmem.shmem_mype() != session.rank or shmem.shmem_npes() != size:
+        message = (
+            f"mori.shmem: init gave status {status}, this is rank {session.rank} of {size}; see MORI_SOCKET_IFNAME and "
+            "MORI_BOOTSTRAP_TIMEOUT"
+        )
+        raise DistbenchError(message)
+    _worlds.append(_World(mori, session.group, heap_bytes))
+    return heap_bytes
+
+
+def leave_world() -> None:
+    """Finalise shmem, if it was initialised: after the operators, before the process groups."""
+    if _worlds:
+        _worlds.pop().mori.shmem.shmem_finalize()
+
+
+def _all_are_in(mori: Any, session: Session, heap_bytes: int) -> bool:
+    """Whether every rank of the group is still in a world of its own group, large enough; some may have left it."""
+    mine = _worlds[0] if _worlds else None
+    fits = mine is not None and (mine.mori, mine.group) == (mori, session.group) and mine.heap_bytes >= heap_bytes
+    agreed = torch.tensor([fits], dtype=torch.int32, device=session.device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=session.group)
+    return bool(agreed)

@@ -1,0 +1,156 @@
+"""What follows from a rank's routing: which rows leave, stay and arrive, and the bytes of a row that travels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from distbench.transport.arrival import Traffic
+from distbench.transport.base import poison_
+
+# Where a field of a row starts, and what a row's length is a multiple of: whole transactions of a device's memory.
+_FIELD_BYTES, _ROW_BYTES = 16, 128
+
+
+class Lane(NamedTuple):
+    """One field of the rows that travel, as words: views of those that leave, of all received, and of the buffer.
+
+    Received are first those from peers, in order of rank and token, then the rank's own.
+    """
+
+    leaving: Tensor
+    incoming: Tensor
+    buffer: Tensor
+
+
+class Route(NamedTuple):
+    """What follows from a rank's ids [n, k].
+
+    `given` is the tensor that held the ids, `ids` a copy. `leaving` and `staying` int64 are the tokens of the rows that
+    are sent to peers and kept, by rank and token. position int64 [n, W]: the row that went to a rank, as many as are
+    sent where none did. `outgoing` and `incoming` are uint8 [rows, row bytes], those that leave and all received;
+    `lanes` are their fields. `numbers` int32 [received, .] are the tokens' numbers in `incoming`.
+    """
+
+    given: Tensor
+    ids: Tensor
+    leaving: Tensor
+    staying: Tensor
+    position: Tensor
+    outgoing: Tensor
+    incoming: Tensor
+    numbers: Tensor
+    lanes: list[Lane]
+
+
+class Plan(NamedTuple):
+    """What one dispatch did, until its combine: its route, the slot of each row as it arrives, the row of each slot."""
+
+    route: Route
+    slots: Tensor
+    rows: Tensor
+
+
+class Mover(Protocol):
+    """Moves and adds one rank's rows on its device. Every mover gives the same bits, and none waits for the device."""
+
+    name: str
+
+    def leave(self, parts: Sequence[Tensor], route: Route) -> None:
+        """Lay the rows that leave into `route.outgoing`; parts [n, .] are the batch's fields, as words."""
+
+    def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
+        """Do what can be done for the rank's own rows while the others travel; poison the room of the last combine."""
+
+    def arrive(self, plan: Plan) -> None:
+        """Lay all received rows into their slots."""
+
+    def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
+        """Return the expert rows that go back to peers, [arriving, H]; a row past the end of expert_out is poison."""
+
+    def room(self, expert_out: Tensor) -> Tensor:
+        """Return room for rows that come back, of which the first [leaving, H] are for those of peers, and poisoned."""
+
+    def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
+        """Lay the rank's own rows where `add` looks for them."""
+
+    def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:
+        """Add the rows that each token names, in order, from +0.0, in float32, with one rounding: [n, H].
+
+        slots int64 [n, c]: a row as it was sent; as many as are sent for poison, one more for no row.
+        """
+
+
+class Layout(NamedTuple):
+    """Where the fields of a row lie, in bytes: `spans` (start, stop), the token's number from `number` on."""
+
+    spans: list[tuple[int, int]]
+    number: int
+    row_bytes: int
+
+
+def lay_out(fields: Sequence[Tensor]) -> Layout:
+    """Return where fields [., columns] lie in a row that travels."""
+    spans, start = [], 0
+    for field in fields:
+        stop = start + field.shape[1] * field.element_size()
+        spans.append((start, stop))
+        start = _aligned(stop, _FIELD_BYTES)
+    return Layout(spans, start, _aligned(start + _FIELD_BYTES, _ROW_BYTES))
+
+
+def lanes_of(layout: Layout, buffers: Sequence[Tensor], outgoing: Tensor, incoming: Tensor) -> list[Lane]:
+    """Return each field of the rows outgoing and incoming, uint8 [rows, row bytes], and of its receive buffer."""
+    lanes = []
+    for buffer, (start, stop) in zip(buffers, layout.spans, strict=True):
+        target = words(buffer)
+        leaving, received = (rows[:, start:stop].view(target.dtype) for rows in (outgoing, incoming))
+        lanes.append(Lane(leaving, received, target))
+    return lanes
+
+
+def sent_rows(going: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
+    """Return the tokens of the rows sent, int64 [s], own last, and the row of each token and rank, int64 [n, W].
+
+    going bool [n, W]: which ranks each token goes to.
+    """
+    rank = traffic.rank
+    ordered = going.t()
+    ordered = torch.cat([ordered[:rank], ordered[rank + 1 :], ordered[rank : rank + 1]])
+    tokens = ordered.nonzero()[:, 1]
+    position = torch.where(ordered, ordered.flatten().cumsum(0).view_as(ordered) - 1, tokens.numel())
+    return tokens, torch.cat([position[:rank], position[-1:], position[rank:-1]]).t().contiguous()
+
+
+class Room:
+    """Memory for the rows of one step, kept from call to call."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._kept: Tensor | None = None
+
+    def of(self, like: Tensor) -> Tensor:
+        """Return rows of like's width and dtype: the last ones, or new ones, which are poison."""
+        kept = self._kept
+        if kept is None or kept.shape[1] != like.shape[1] or kept.dtype != like.dtype:
+            kept = self._kept = like.new_empty(self._rows, like.shape[1])
+            poison_(kept)
+        return kept
+
+    def poison(self, rows: int) -> None:
+        """Poison the first `rows` rows."""
+        if self._kept is not None:
+            poison_(self._kept[:rows])
+
+
+def words(rows: Tensor) -> Tensor:
+    """View rows as the widest integers that divide them."""
+    size = rows.shape[1] * rows.element_size()
+    return rows.view(next(word for word in (torch.int64, torch.int32, torch.uint8) if size % word.itemsize == 0))
+
+
+def _aligned(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

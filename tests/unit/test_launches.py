@@ -1,0 +1,84 @@
+"""Kernels are compiled for what Triton tells apart, and else launched as they were compiled."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from distbench.launches import launch
+
+
+class Kernel:
+    """Records how it is compiled and launched, as a `triton.jit` function and what it returns are used."""
+
+    arg_names = ("rows", "out", "count", "WIDTH", "BLOCK")
+
+    def __init__(self, *, interpreted: bool = False) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+        self._interpreted = interpreted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: object, **constants: object) -> Any:
+            self.compiled.append((grid, arguments, constants))
+            return None if self._interpreted else self._Compiled(self)
+
+        return run
+
+    class _Compiled:
+        def __init__(self, kernel: Kernel) -> None:
+            self._kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments: self._kernel.launched.append((grid, arguments))
+
+
+ROWS = torch.zeros(64)
+CONSTANTS = {"BLOCK": 16, "WIDTH": 5, "num_warps": 4}
+
+
+def test_the_second_launch_gets_the_constants_in_their_order() -> None:
+    kernel = Kernel()
+    for count in (3, 5):
+        launch(kernel, (7, 2), ROWS, None, count, **CONSTANTS)
+    assert kernel.compiled == [((7, 2), (ROWS, None, 3), CONSTANTS)]
+    assert kernel.launched == [((7, 2, 1), (ROWS, None, 5, 5, 16))]
+
+
+DESCRIPTOR = SimpleNamespace(base=ROWS, block_shape=[16, 8])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (ROWS, ROWS.double()),
+        (ROWS, ROWS[1:]),
+        (ROWS, None),
+        (3, 1),
+        (3, 32),
+        (DESCRIPTOR, SimpleNamespace(base=ROWS, block_shape=[16, 16])),
+        (DESCRIPTOR, SimpleNamespace(base=ROWS.half(), block_shape=[16, 8])),
+    ],
+)
+def test_what_triton_tells_apart_is_compiled_anew(first: object, second: object) -> None:
+    kernel = Kernel()
+    for argument in (first, second, first, second):
+        launch(kernel, (1,), ROWS, argument, 2, **CONSTANTS)
+    assert (len(kernel.compiled), len(kernel.launched)) == (2, 2)
+
+
+def test_other_constants_are_compiled_anew() -> None:
+    kernel = Kernel()
+    for width in (5, 6):
+        launch(kernel, (1,), ROWS, None, 2, **CONSTANTS | {"WIDTH": width})
+    assert len(kernel.compiled) == 2
+
+
+def test_an_interpreted_kernel_is_run_each_time() -> None:
+    kernel = Kernel(interpreted=True)
+    for _ in range(3):
+        launch(kernel, (1,), ROWS, None, 2, **CONSTANTS)
+    assert len(kernel.compiled) == 3
