@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from distbench.process import pid_space
+
 STAGES = (
     "start",
     "agree",
@@ -30,7 +32,7 @@ STAGES = (
     "done",
 )
 ARMS = ("", "padded", "control", "repadded", "truncated")
-_RECORD = struct.Struct("<qqqqqq")
+_RECORD = struct.Struct("<qqqqqqq")
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -75,7 +77,7 @@ class Breadcrumbs:
     def __init__(self, path: Path | None) -> None:
         """Map `path`, made anew; None keeps the position in memory alone."""
         self._file = None
-        self._pid = os.getpid()
+        self._pid, self._space = os.getpid(), pid_space()
         if path is None:
             self._map: mmap.mmap | bytearray = bytearray(_RECORD.size)
         else:
@@ -91,14 +93,14 @@ class Breadcrumbs:
         """Record that this rank enters `stage` of the current case and arm."""
         arm, number = ARMS.index(self.arm), STAGES.index(stage)
         self._step = self._step + 1 if number else 0
-        record = _RECORD.pack(self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step)
+        record = _RECORD.pack(self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step, self._space)
         self._map[: _RECORD.size] = (
             record  # pack_into would zero it first, and a reader would see a rank with no process
         )
 
     def position(self) -> Position:
         """Return the position written last."""
-        return Position(*_RECORD.unpack_from(self._map))
+        return Position(*_RECORD.unpack_from(self._map)[:-1])
 
     def close(self) -> None:
         """Unmap the file; it stays on disk."""
@@ -110,17 +112,23 @@ class Breadcrumbs:
 
 def write_position(path: Path, position: Position) -> None:
     """Leave in `path` what a rank of another host has told of itself."""
-    path.write_bytes(_RECORD.pack(*msgspec.structs.astuple(position)))
+    path.write_bytes(_RECORD.pack(*msgspec.structs.astuple(position), pid_space()))
 
 
 def read_position(path: Path) -> Position | None:
-    """Return what a rank wrote last to `path`, or None where it never started writing, or the file is no such file."""
+    """Return what a rank wrote last to `path`, or None where it never started writing, or the file is no such file.
+
+    A process id of another host says nothing here, and comes as 0.
+    """
     try:
         content = path.read_bytes()
     except OSError:
         return None
     if len(content) != _RECORD.size or not any(content):
         return None
-    position = Position(*_RECORD.unpack(content))
+    *fields, space = _RECORD.unpack(content)
+    position = Position(*fields)
+    if space != pid_space():
+        position = msgspec.structs.replace(position, pid=0)
     known = 0 <= position.arm < len(ARMS) and 0 <= position.stage < len(STAGES) and position.case_index >= 0
     return position if known else None

@@ -12,7 +12,7 @@ import msgspec
 from distbench.bundle.layout import NOTHING_RECORDED, bundle_folder
 from distbench.bundle.manifest import write_manifest
 from distbench.case import case_hash
-from distbench.errors import Verdict, suite_code, worst_exit_code
+from distbench.errors import DiskFull, LaunchFailed, Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, outcome_of
@@ -20,15 +20,27 @@ from distbench.progress import Progress
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_atomically, write_report
-from distbench.report.journal import Journal, JournalReader, Line, filter_journal, repair_journal
+from distbench.report.journal import (
+    RESULTS,
+    Journal,
+    JournalReader,
+    Line,
+    expect_anew,
+    filter_journal,
+    repair_journal,
+)
+from distbench.report.sink import refusal
 from distbench.report.summary import Summary
-from distbench.supervisor import Interrupted, collect_signals, supervise
+from distbench.room import prove_room
+from distbench.signals import Interrupted, collect_signals
+from distbench.supervisor import supervise
+from distbench.verify.records import Outcome
 
 _WORST_SHOWN = 32
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a case that lost its ranks is tried again, and after how many such cases in a row to stop."""
+    """How often a case that lost its ranks is tried again, and after how many that ended so, in a row, to stop."""
 
     retries: int = 0
     max_faults: int = 3
@@ -46,8 +58,12 @@ class Campaign:
         bundle: str = "",
         hub: Hub | None = None,
     ) -> None:
-        """Take up the journal of `out`: cases that it holds are not run again. `bundle` is as in `Job`."""
+        """Take up the journal of `out`: cases that it holds are not run again, but held against what is expected now.
+
+        `bundle` is as in `Job`.
+        """
         repair_journal(out)
+        expect_anew(out, entries)
         self._entries = entries
         self._out = out
         self._rules = rules
@@ -57,6 +73,8 @@ class Campaign:
         self._reader = JournalReader(out)
         self._wanted = {case_hash(entry.case) for entry in entries}
         self._finished: set[str] = set()
+        self._tries: Counter[str] = Counter()
+        self._faults_in_row = self._finished_by_then = 0
         self._codes: set[int] = set()
         self._verdicts: Counter[str] = Counter()
         self._summary = Summary(cases=len(entries))
@@ -66,13 +84,16 @@ class Campaign:
 
         Raises:
             Interrupted: by a signal, after summary.json was written.
+            LaunchFailed: no ranks can be had, likewise.
+            DiskFull: a rank had no room for its results, likewise if there is room for it.
 
         """
         with collect_signals() as signals:
             try:
                 self._take_new_lines(quiet=True)
+                self._record_refusals()
                 self._run_launches(report_paths, signals)
-            except Interrupted as error:
+            except (Interrupted, LaunchFailed, DiskFull) as error:
                 self._summary.stopped = str(error)
                 raise
             finally:
@@ -80,52 +101,78 @@ class Campaign:
         return self._summary
 
     def conclude(self, ending: Ending | None) -> Summary:
-        """Take the journal as it is, record `ending` for the case on which the launch ended, and run nothing."""
+        """Take the journal as it is, record `ending` for the case on which the launch ended, and run nothing.
+
+        Where that case has a result it stays, and `ending` is an event of the summary: nobody saw the ranks end.
+        """
         self._take_new_lines(quiet=True)
-        if ending is not None and case_hash(self._entries[ending.case_index].case) not in self._finished:
-            entry = self._entries[ending.case_index]
-            self._record(entry, ending, Job(entries=(entry,), out=str(self._out), bundle=self._bundle, supervised=True))
+        if ending is not None:
+            entry = None if ending.case_index is None else self._entries[ending.case_index]
+            if entry is None or case_hash(entry.case) in self._finished:
+                self._note(ending)
+            else:
+                self._record(entry, outcome_of(ending, entry), self._job((entry,)))
         self._write_summary()
         return self._summary
 
     def _run_launches(self, report_paths: tuple[str, ...], signals: Sequence[int]) -> None:
-        tries: Counter[str] = Counter()
-        faults = 0
         while pending := self._pending():
             if signals:
                 raise Interrupted(signals[0])
-            job = Job(
-                entries=pending, out=str(self._out), report_paths=report_paths, bundle=self._bundle, supervised=True
-            )
+            job = self._job(pending, report_paths)
             before = len(self._finished)
             ending = supervise(job, self._tick, signals, self._hub)
             self._take_new_lines()
-            if ending is None:
-                if len(self._finished) == before:
-                    message = "the ranks came to their end and left no result; is the disk full?"
-                    raise RuntimeError(message)
-                continue
-            faults = faults + 1 if len(self._finished) == before else 1
-            entry = pending[ending.case_index]
-            digest = case_hash(entry.case)
-            tries[digest] += 1
-            if digest in self._finished and ending.verdict is Verdict.RANK_FAULT:
-                self._revoke(digest)
-            if digest not in self._finished and tries[digest] > self._rules.retries:
-                self._record(entry, ending, job)
-            if ending.last and self._pending():
-                self._summary.stopped = "; ".join(reason.message for reason in ending.reasons)
-                return
-            if faults >= self._rules.max_faults and self._pending():
-                self._summary.stopped = f"{faults} cases in a row lost their ranks"
-                return
+            if ending is not None:
+                self._take_ending(ending, job)
+                self._summary.stopped = self._enough(ending) if self._pending() else ""
+                if self._summary.stopped:
+                    return
+            elif len(self._finished) == before:
+                message = f"the ranks came to their end and left no result; was {self._out / RESULTS} taken away?"
+                raise LaunchFailed(message)
+
+    def _take_ending(self, ending: Ending, job: Job) -> None:
+        """Give the case on which a launch ended its result, unless it is to be tried again.
+
+        One that it has already is taken back: a rank was lost after all, behind the last barrier or outside the group.
+
+        Raises:
+            DiskFull: there is no room, which may be all that ended the ranks.
+
+        """
+        if ending.case_index is None:
+            self._note(ending)
+            return
+        entry = job.entries[ending.case_index]
+        digest = case_hash(entry.case)
+        prove_room(self._out, entry.case)
+        if digest in self._finished:
+            self._revoke(digest)
+        self._tries[digest] += 1
+        if self._tries[digest] > self._rules.retries:
+            self._faults_in_row = self._faults_in_row + 1 if len(self._finished) == self._finished_by_then else 1
+            self._record(entry, outcome_of(ending, entry), job)
+            self._finished_by_then = len(self._finished)
+
+    def _note(self, ending: Ending) -> None:
+        self._summary.events += dict.fromkeys(reason.message for reason in ending.reasons)
+
+    def _enough(self, ending: Ending) -> str:
+        """Return why no further launch is to be made, or nothing."""
+        if ending.last:
+            return "; ".join(reason.message for reason in ending.reasons)
+        if self._faults_in_row >= self._rules.max_faults:
+            return f"{self._faults_in_row} cases in a row lost their ranks"
+        return ""
 
     def _pending(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self._entries if case_hash(entry.case) not in self._finished)
 
     def _revoke(self, digest: str) -> None:
-        """Take back what was written of a case of which a rank died after all, behind the last barrier."""
+        """Take back what was written of a case."""
         filter_journal(self._out, lambda line: line.case.hash != digest)
+        as_expected = self._summary.as_expected
         self._reader = JournalReader(self._out)
         self._finished.clear()
         self._codes.clear()
@@ -135,10 +182,17 @@ class Campaign:
         for line in self._reader.new_lines():
             if line.case.hash in self._wanted and line.case.hash not in self._finished:
                 self._count(line)
-        self._progress.give_back()
+        self._progress.give_back(as_expected=self._summary.as_expected < as_expected)
 
-    def _record(self, entry: Entry, ending: Ending, job: Job) -> None:
-        outcome = outcome_of(ending, entry)
+    def _job(self, entries: tuple[Entry, ...], report_paths: tuple[str, ...] = ()) -> Job:
+        return Job(entries=entries, out=str(self._out), report_paths=report_paths, bundle=self._bundle, supervised=True)
+
+    def _record_refusals(self) -> None:
+        for entry in self._pending():
+            if entry.refused:
+                self._record(entry, refusal(entry), self._job((entry,)))
+
+    def _record(self, entry: Entry, outcome: Outcome, job: Job) -> None:
         report = build_report(entry, outcome, environment=capture_environment(os.environ, [], []), wall_s=0.0)
         journal = Journal(self._out)
         journal.append(report)
@@ -149,9 +203,9 @@ class Campaign:
             write_manifest(bundle_folder(job.bundle, entry.case), report, outcome, NOTHING_RECORDED)
         self._take_new_lines()
 
-    def _tick(self) -> None:
+    def _tick(self, current: Entry | None) -> None:
         self._take_new_lines()
-        self._progress.refresh()
+        self._progress.refresh(current.name if current else "")
 
     def _take_new_lines(self, *, quiet: bool = False) -> None:
         for line in self._reader.new_lines():
@@ -171,7 +225,7 @@ class Campaign:
         self._summary.finished = len(self._finished)
         self._summary.verdicts = dict(self._verdicts)
         self._summary.exit_code = worst_exit_code(self._codes)
-        if self._summary.finished < self._summary.cases:
+        if self._summary.finished < self._summary.cases or self._summary.events:
             self._summary.exit_code = worst_exit_code({self._summary.exit_code, Verdict.RANK_FAULT.exit_code})
         content = msgspec.json.format(msgspec.json.encode(self._summary), indent=2) + b"\n"
         write_atomically(self._out / "summary.json", content)

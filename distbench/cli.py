@@ -29,9 +29,9 @@ from distbench.commands import (
     sweep,
     tune,
 )
-from distbench.errors import DistbenchError, InvalidCase
+from distbench.errors import DiskFull, DistbenchError, InvalidCase, is_disk_full
 from distbench.report.console import print_error
-from distbench.supervisor import Interrupted
+from distbench.signals import Interrupted
 
 _SIGINT_EXIT_CODE = 130
 _SIGPIPE_EXIT_CODE = 141
@@ -60,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("INTERRUPTED", "ended by SIGINT; no rank is left")
         return _SIGINT_EXIT_CODE
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        full = DiskFull(f"{error.filename or 'standard output'}: {error.strerror}")
+        print_error(full.label, str(full))
+        return full.exit_code
 
 
 def _run(arguments: Sequence[str] | None) -> int:

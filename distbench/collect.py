@@ -9,6 +9,7 @@ import msgspec
 from distbench.campaign import Campaign, Rules
 from distbench.errors import Busy, InvalidCase
 from distbench.job import Job, job_path
+from distbench.locks import hold
 from distbench.postmortem import explain_fault, positions
 from distbench.process import is_alive
 from distbench.progress import Progress
@@ -16,14 +17,23 @@ from distbench.report.summary import Summary
 from distbench.values import one_line
 
 
-def collect(out: Path) -> Summary:
+def collect(out: Path, lock_timeout_s: float = 0.0) -> Summary:
     """Give the case that was in flight its verdict, and write summary.json. Cases that never began stay open.
 
     Raises:
         InvalidCase: `out` holds no job.
-        Busy: its ranks are still running on this machine.
+        Busy: a bench holds the folder, or its ranks are still running on this machine.
+        LaunchFailed: none of the job's ranks had begun.
 
     """
+    if not job_path(out).exists():
+        message = f"{job_path(out)}: no such file; give the --out folder of a run"
+        raise InvalidCase(message)
+    with hold(out, (), lock_timeout_s):
+        return _collect(out)
+
+
+def _collect(out: Path) -> Summary:
     try:
         job = msgspec.json.decode(job_path(out).read_bytes(), type=Job)
     except (OSError, msgspec.DecodeError) as error:

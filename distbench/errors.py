@@ -8,6 +8,7 @@ DistbenchError
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from enum import Enum
 
@@ -95,3 +96,28 @@ class Busy(DistbenchError):
 
     label = "BUSY"
     exit_code = 3
+
+
+class LaunchFailed(DistbenchError):
+    """The ranks could not be started, or left nothing. Not a verdict: no case is to blame."""
+
+    label = "LAUNCH_FAILED"
+    exit_code = 3
+
+
+class DiskFull(DistbenchError):
+    """There was no room for what had to be written. Not a verdict: no case is to blame."""
+
+    label = "DISK_FULL"
+    exit_code = 3
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; free some space or name another folder; what had finished is kept, and the same command goes on "
+            "from there"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or somebody's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -2,44 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from distbench.breadcrumbs import Position
+from distbench.errors import Busy, Unsupported
 from distbench.hang import dump_stacks
 from distbench.job import Job, RankFailure, Spread, failure_path
-from distbench.nodes.link import Link
+from distbench.locks import hold
+from distbench.nodes.link import Link, NodeLost
 from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
 from distbench.postmortem import positions
-from distbench.supervisor import Agent, Interrupted, Watch, clear, collect_signals, end, first_exit
+from distbench.preflight import check_devices
+from distbench.signals import Interrupted, collect_signals
+from distbench.supervisor import Agent, Watch, clear, end, first_exit
 
 
-def follow(spread: Spread, out: Path, join_timeout_s: float) -> int:
+class Timeouts(NamedTuple):
+    """How long a node waits for node 0, and for another bench to let go of devices, in seconds."""
+
+    join_s: float
+    lock_s: float
+
+
+def follow(spread: Spread, out: Path, timeouts: Timeouts) -> int:
     """Take part until node 0 ends the campaign; return the exit code that it gives.
 
-    What the ranks leave goes below `out`, which no other node may use.
+    What the ranks leave goes below `out`, which no other node may use. Devices are held from the first launch on.
 
     Raises:
         NodeLost: node 0 did not come, or has gone; no rank is left here.
         InvalidCase: node 0 refuses this node.
+        Busy: another bench holds this node's devices, and did not let go within `timeouts.lock_s`.
+        Unsupported: this node has fewer devices than ranks.
         Interrupted: a signal came; no rank is left here.
 
     """
-    with collect_signals() as signals:
-        link = Link(spread, join_timeout_s, signals)
+    with collect_signals() as signals, contextlib.ExitStack() as held:
+        link = Link(spread, timeouts.join_s, signals)
+        held.callback(link.close)
+        follower = _Follower(spread, out, link, signals, _Devices(held, timeouts.lock_s))
         try:
-            return _Follower(spread, out, link, signals).run()
-        finally:
-            link.close()
+            return follower.run()
+        except (Busy, Unsupported) as error:
+            follower.refuse(str(error))
+            raise
+
+
+class _Devices:
+    """The devices of this node, taken for all launches once the first job says which."""
+
+    def __init__(self, held: contextlib.ExitStack, timeout_s: float) -> None:
+        self._held = held
+        self._timeout_s = timeout_s
+        self._asked_at: float | None = None
+        self._taken = False
+
+    def take(self, job: Job) -> bool:
+        """Whether they are this bench's now; while they are not, ask again.
+
+        Raises:
+            Busy: another bench holds one of them, and has not let go in time.
+            Unsupported: this node has fewer than ranks.
+
+        """
+        now = time.monotonic()
+        self._asked_at = now if self._asked_at is None else self._asked_at
+        try:
+            if not self._taken:
+                cases = [entry.case for entry in job.entries if not entry.refused]
+                names = check_devices(cases, job.num_ranks // job.spread.nodes) if job.spread else ()
+                self._held.enter_context(hold(None, names, 0.0))
+                self._taken = True
+        except Busy:
+            if now - self._asked_at >= self._timeout_s:
+                raise
+        return self._taken
 
 
 class _Follower:
-    def __init__(self, spread: Spread, out: Path, link: Link, signals: Sequence[int]) -> None:
+    def __init__(self, spread: Spread, out: Path, link: Link, signals: Sequence[int], devices: _Devices) -> None:
         self._out = out
+        self._devices = devices
         self._spread = spread
         self._link = link
         self._signals = signals
@@ -50,10 +100,16 @@ class _Follower:
             order = self._tell()
             if order.phase is Phase.END:
                 return order.exit_code
-            if order.job is not None:
+            if order.job is not None and self._devices.take(order.job):
                 self._launch(self._mine(order.job))
             else:
                 time.sleep(BEAT_S)
+
+    def refuse(self, why: str) -> None:
+        """Tell node 0 why this node has no part in the campaign."""
+        self._beat.refused = why
+        with contextlib.suppress(NodeLost):
+            self._link.tell(self._beat)
 
     def _mine(self, job: Job) -> Job:
         spread = job.spread or self._spread

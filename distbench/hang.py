@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from distbench.breadcrumbs import Position
@@ -23,8 +24,21 @@ STACKS_SIGNAL = signal.SIGUSR1
 
 _STACKS_WAIT_S = 0.5
 _SPY_S = 2.0
-# A rank whose main thread stands in one of these files of torch waits for its peers.
-_COLLECTIVE = "distributed_c10d.py"
+# Ranks are forked at about one time, but first, and on other nodes at another time, torch has to be loaded.
+_LOADING_S = 60.0
+# A rank whose main thread stands here, by file and function, waits for others: for its peers; while kernels are
+# compiled, for the rank of its node that does so; when it is done, for the agent. On a device a collective returns at
+# once, and what waits is the next call that needs the device.
+_WAITING = (
+    ("/torch/distributed/", ""),
+    ("/torch/cuda/", "synchronize"),
+    ("/multiprocessing/synchronize.py", "wait"),
+    ("/filelock/", "acquire"),
+    ("/distbench/transport/waiting.py", "wait_for"),
+    ("/distbench/emulation/mori/shmem.py", "_members"),
+    ("/distbench/session.py", "on_any_rank"),
+)
+_FRAME = re.compile(r'^  File "(.*)", line \d+ in (.*)$', re.MULTILINE)
 
 
 def _none_elsewhere() -> dict[int, str]:
@@ -32,33 +46,62 @@ def _none_elsewhere() -> dict[int, str]:
 
 
 def find_hang(
-    job: Job, seen: dict[int, Position], stacks_elsewhere: Callable[[], dict[int, str]] = _none_elsewhere
+    job: Job,
+    seen: dict[int, Position],
+    launched_ns: int,
+    stacks_elsewhere: Callable[[], dict[int, str]] = _none_elsewhere,
 ) -> Ending | None:
     """Return the ending where the ranks that are furthest behind have stood still past their stage's limit.
 
-    Ranks that are ahead wait by definition. Where all that are behind entered one stage, the last to enter counts.
-    `stacks_elsewhere` asks other nodes for the stacks of their ranks.
+    Ranks that are ahead wait by definition. Where all that are behind entered one stage, the last to enter counts; one
+    that has not begun is behind all others. `launched_ns` is the launch's start on the monotonic clock, and
+    `stacks_elsewhere` asks other nodes for the stacks of their ranks. A stand after all cases falls on none of them.
     """
+    missing = [rank for rank in range(job.num_ranks) if rank not in seen]
+    if missing:
+        return _never_began(job, missing, seen, launched_ns)
     running = _running(seen)
-    if len(seen) < job.num_ranks or not running:
+    if not running:
         return None
     least = min(at.progress for at in running.values())
     behind = {rank: at for rank, at in running.items() if at.progress == least}
     last = max(behind.values(), key=lambda at: at.since_ns)
     limit = stage_limit(job.entries[last.case_index].case, last.stage_name)
-    stood = (time.monotonic_ns() - last.since_ns) / 1e9
+    stood = _seconds_since(last.since_ns)
     if stood <= limit:
         return None
     stacks = dump_stacks(job, running) | stacks_elsewhere()
     stuck = _stuck(behind, stacks)
-    waiting = sorted(running.keys() - stuck)
-    ranks = ", ".join(f"rank {rank}" for rank in sorted(stuck))
-    message = f"{ranks} stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s"
-    if waiting:
-        message += f"; rank {', '.join(map(str, waiting))} waited for it"
+    told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s"
+    case_index = None if last.stage_name == "done" else last.case_index
+    return _hang(stuck, running.keys() - stuck, told, stacks, case_index)
+
+
+def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> Ending | None:
+    """Return the ending where ranks have left no breadcrumb while the others wait for them to join, or none has."""
+    limit = stage_limit(job.entries[0].case, "start")
+    if not seen or job.spread is not None:
+        limit += _LOADING_S
+    stood = _seconds_since(max((at.since_ns for at in seen.values()), default=launched_ns))
+    if stood <= limit:
+        return None
+    told = f"had not begun {stood:.1f} s after {'the others' if seen else 'the launch'}, allowed are {limit:.1f} s"
+    return _hang(missing, seen, told, dump_stacks(job, seen), 0)
+
+
+def _hang(
+    stuck: Iterable[int], waiting: Iterable[int], told: str, stacks: dict[int, str], case_index: int | None
+) -> Ending:
+    message = f"{', '.join(f'rank {rank}' for rank in sorted(stuck))} {told}"
+    others = ", ".join(map(str, sorted(waiting)))
+    message += f"; rank {others} waited for it" if others else ""
     reasons = [Reason(code="hang", rank=rank, message=message) for rank in sorted(stuck)]
     named = {str(rank): text for rank, text in stacks.items()}
-    return Ending(verdict=Verdict.HANG, case_index=last.case_index, reasons=reasons, stacks=named)
+    return Ending(verdict=Verdict.HANG, case_index=case_index, reasons=reasons, stacks=named)
+
+
+def _seconds_since(moment_ns: int) -> float:
+    return (time.monotonic_ns() - moment_ns) / 1e9
 
 
 def _running(seen: dict[int, Position]) -> dict[int, Position]:
@@ -68,13 +111,22 @@ def _running(seen: dict[int, Position]) -> dict[int, Position]:
 
 
 def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> set[int]:
-    """Of the ranks behind, those that are not themselves waiting in a collective; all of them where all wait."""
+    """Of the ranks behind, those that are not themselves waiting for their peers; all of them where all wait."""
     stuck = {
         rank
         for rank, at in behind.items()
-        if state(at.pid) == STOPPED or _COLLECTIVE not in stacks.get(rank, _COLLECTIVE)
+        if state(at.pid) == STOPPED or (rank in stacks and not waits_for_peers(stacks[rank]))
     }
     return stuck or set(behind)
+
+
+def waits_for_peers(stack: str) -> bool:
+    """Whether a rank with this stack, as faulthandler writes it, waits for other ranks.
+
+    What counts is the innermost frame of the main thread, which is listed last.
+    """
+    frame = _FRAME.search(stack.rpartition("(most recent call first):")[2])
+    return frame is not None and any(place in frame[1] and name in ("", frame[2]) for place, name in _WAITING)
 
 
 def dump_stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:

@@ -15,7 +15,8 @@ BY_LIMIT = "by-limit"
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One case of a launch: its name there, where each of its values came from, and the verdict it should have.
 
-    `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS.
+    `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS. `refused` says why the
+    case ends in `expect` before a rank has seen it, and is empty for all others.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     tags: tuple[str, ...] = ()
     expect: str = BY_LIMIT
     warnings: tuple[str, ...] = ()
+    refused: str = ""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,7 +73,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     """An exception that ended a rank.
 
-    `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long.
+    `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long, `disk_full`
+    that it could not write.
     """
 
     rank: int
@@ -81,6 +84,7 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     traceback: str
     echo: bool
     timeout: bool
+    disk_full: bool = False
 
     def __str__(self) -> str:
         """Return one line: rank, exception, arm, stage, message."""

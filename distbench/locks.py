@@ -1,24 +1,30 @@
 """Where several processes meet: one bench at a time in a folder, and one on a set of accelerators of a node.
 
-The locks are the kernel's own (flock, through filelock): that of a process which died is free at once.
+The locks are the kernel's own (flock): that of a process which died is free at once. A lock's file stays, and says who
+holds it. Accelerators' files lie in one folder for all users of a node.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import stat
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import filelock
 import msgspec
 
-from distbench.errors import Busy
+from distbench.errors import Busy, InvalidCase
+
+DEVICE_LOCKS = Path("/tmp")  # noqa: S108 - TMPDIR differs between users and jobs, and each has to find the others' locks
 
 _POLL_S = 0.1
+_NOTE_BYTES = 4096
+_COMMAND_SHOWN = 80
+_FOR_ALL = 0o666
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -29,50 +35,102 @@ class Holder(msgspec.Struct, frozen=True):
     command: str
 
 
-@contextmanager
-def hold(out: Path, devices: Sequence[str], timeout_s: float) -> Iterator[None]:
+@contextlib.contextmanager
+def hold(out: Path | None, devices: Sequence[str], timeout_s: float) -> Iterator[None]:
     """Hold the folder `out` and each accelerator of `devices`; the CPU is nobody's alone, so it is not named there.
 
     Accelerators are taken in one order by all, so that two benches never wait for each other.
 
     Raises:
         Busy: another process holds one of them, and did not let go within `timeout_s`.
+        InvalidCase: there is something else where a lock's file should be.
 
     """
-    locks = [(out / ".lock", f"folder {out}")]
-    locks += [(_device_lock(device), f"device {device}") for device in sorted(set(devices))]
-    with ExitStack() as stack:
+    locks = [] if out is None else [(out / ".lock", f"folder {out}")]
+    locks += [(device_lock(device), f"device {device}") for device in sorted(set(devices))]
+    with contextlib.ExitStack() as stack:
         for path, what in locks:
             stack.enter_context(_held(path, what, timeout_s))
         yield
 
 
-@contextmanager
+def device_lock(device: str) -> Path:
+    """Return the file of an accelerator's lock."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in device)
+    return DEVICE_LOCKS / f"distbench-{name}.lock"
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of this file."""
+    descriptor = _open(path)
+    try:
+        return not _taken(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def _held(path: Path, what: str, timeout_s: float) -> Iterator[None]:
-    lock = filelock.FileLock(path, timeout=timeout_s, poll_interval=_POLL_S)
-    note = path.with_suffix(".holder.json")
+    descriptor = _open(path)
     try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        message = f"{what} is in use by {_describe(note)}; wait for it, raise --lock-timeout, or use another one"
-        raise Busy(message) from error
-    try:
-        note.write_bytes(msgspec.json.encode(Holder(os.getpid(), time.time(), " ".join(sys.argv))))
+        deadline = time.monotonic() + timeout_s
+        while not _taken(descriptor):
+            if time.monotonic() >= deadline:
+                message = (
+                    f"{what} is in use by {_holder(descriptor)}; wait for it, raise --lock-timeout, or use another"
+                )
+                raise Busy(message)
+            time.sleep(_POLL_S)
+        _sign(descriptor)
         yield
     finally:
-        note.unlink(missing_ok=True)
-        lock.release()
+        os.close(descriptor)
 
 
-def _device_lock(device: str) -> Path:
-    name = "".join(letter if letter.isalnum() else "-" for letter in device)
-    return Path(tempfile.gettempdir()) / f"distbench-{os.getuid()}-{name}.lock"
+def _open(path: Path) -> int:
+    """Open a lock's file, made for all users where there is none, and never what somebody linked there.
 
-
-def _describe(note: Path) -> str:
+    Linux lets nobody create a file in /tmp that is there already and another user's, but open it.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        holder = msgspec.json.decode(note.read_bytes(), type=Holder)
-    except (OSError, msgspec.DecodeError):
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, _FOR_ALL)
+            os.fchmod(descriptor, _FOR_ALL)
+            return descriptor
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        message = f"lock {path}: cannot be opened ({error.strerror}); remove it, or have its owner remove it"
+        raise InvalidCase(message) from error
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        message = f"lock {path}: no plain file of its own; remove it, or have its owner remove it"
+        raise InvalidCase(message)
+    return descriptor
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sign(descriptor: int) -> None:
+    """Say who holds the lock; where the disk is full, nobody is told."""
+    holder = Holder(os.getpid(), time.time(), " ".join(sys.argv)[:_COMMAND_SHOWN])
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, msgspec.json.encode(holder), 0)
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        holder = msgspec.json.decode(os.pread(descriptor, _NOTE_BYTES, 0), type=Holder)
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
+    except (ValueError, OverflowError, OSError):
         return "a process that has not said who it is"
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
-    return f"process {holder.pid} ({holder.command[:80]}) since {since}"
+    command = "".join(letter if letter.isprintable() else "?" for letter in holder.command[:_COMMAND_SHOWN])
+    return f"process {holder.pid} ({command}) since {since}"

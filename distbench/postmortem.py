@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.breadcrumbs import Position, read_position
-from distbench.errors import Verdict
+from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path
 from distbench.verify.records import Judgement, Outcome, Reason
 
@@ -15,11 +15,11 @@ from distbench.verify.records import Judgement, Outcome, Reason
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
     """Why a launch ended early: the verdict, the case that it falls on, and what is known of the ranks.
 
-    `last` says that no further launch can be made.
+    `case_index` is None where all cases had been done. `last` says that no further launch can be made.
     """
 
     verdict: Verdict
-    case_index: int
+    case_index: int | None
     reasons: list[Reason]
     stacks: dict[str, str] = {}
     last: bool = False
@@ -36,11 +36,22 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     """Name the rank that ended a launch.
 
     In this order: the earliest exception of a rank's own; a collective that timed out, which falls on the ranks that
-    are furthest behind; the process that died first, where it left no word; a rank that left before it was done; an
-    exception of a rank that lost its peer.
+    are furthest behind; the process that died first, where it left no word; a rank that left no word while its peers
+    told that they lost one; the ranks furthest behind, where none left a word; an exception of a rank that lost its
+    peer. `first_exit` is None where nobody saw the processes end.
+
+    Raises:
+        LaunchFailed: no rank had begun.
+        DiskFull: a rank had no room for its results.
+
     """
     out = Path(job.out)
     failures = [failure for rank in range(job.num_ranks) if (failure := _failure(out, rank)) is not None]
+    if not failures and not positions(job):
+        how = f"; rank {first_exit.rank} ended by {first_exit.how}" if first_exit else ""
+        message = f"the ranks ended before any of them had begun{how}; see the messages above"
+        raise LaunchFailed(message)
+    _refuse_full_disk(failures)
     own = [failure for failure in failures if not failure.echo]
     raised = [failure for failure in own if not failure.timeout]
     if raised:
@@ -51,12 +62,10 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     if first_exit is not None and first_exit.rank in silent:
         return _died(job, first_exit, silent[first_exit.rank])
     if silent:
-        rank = min(silent, key=lambda one: _since(silent[one]))
-        return _died(job, Exit(rank, "exit code 0 before it was done"), silent[rank])
+        return _left_no_word(job, silent) if failures or len(silent) == 1 else _all_left_no_word(job, silent)
     if failures:
         return _raised(job, min(failures, key=lambda failure: failure.position.since_ns))
-    reason = Reason(code="launch-failed", message="the ranks ended before any of them began; see the messages above")
-    return Ending(verdict=Verdict.RANK_FAULT, case_index=0, reasons=[reason])
+    return _after_all(first_exit)
 
 
 def outcome_of(ending: Ending, entry: Entry) -> Outcome:
@@ -96,11 +105,52 @@ def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
 
 
 def _died(job: Job, end: Exit, position: Position | None) -> Ending:
+    return _lost(job, end.rank, f"ended by {end.how}", position)
+
+
+def _left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
+    """Return the ending where peers tell that they lost a rank, or had been done; the earliest that said nothing."""
+    rank = min(silent, key=lambda one: _since(silent[one]))
+    return _lost(job, rank, "ended without a word", silent[rank])
+
+
+def _lost(job: Job, rank: int, how: str, position: Position | None) -> Ending:
     place = "before its first stage" if position is None else f"in {position.place}{_whose(position)}"
     baseline = position is not None and position.arm_name == "padded"
-    message = f"rank {end.rank} ended by {end.how} {place}"
-    reason = Reason(code="baseline-fault" if baseline else "rank-fault", rank=end.rank, message=message)
+    reason = Reason(
+        code="baseline-fault" if baseline else "rank-fault", rank=rank, message=f"rank {rank} {how} {place}"
+    )
     return _ending(job, position, reason, {})
+
+
+def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
+    """Return the ending where all were ended from outside, or with a node: whoever was behind held up the others."""
+    least = min(_progress(at) for at in silent.values())
+    behind = [rank for rank, at in silent.items() if _progress(at) == least]
+    ahead = [rank for rank in silent if rank not in behind]
+    last = silent[behind[0]]
+    place = "before its first stage" if last is None else f"in {last.place}"
+    names = ", ".join(map(str, behind))
+    if not ahead:
+        reason = Reason(code="rank-fault", message=f"rank {names} ended without a word {place}, none behind another")
+        return _ending(job, last, reason, {})
+    message = f"rank {names} was behind {place}, rank {', '.join(map(str, ahead))} waited; all ended without a word"
+    reasons = [Reason(code="hang", rank=rank, message=message) for rank in behind]
+    return msgspec.structs.replace(_ending(job, last, reasons[0], {}), verdict=Verdict.HANG, reasons=reasons)
+
+
+def _after_all(first_exit: Exit | None) -> Ending:
+    how = f"rank {first_exit.rank} ended by {first_exit.how}" if first_exit else "the launch failed"
+    reason = Reason(
+        code="rank-fault", rank=first_exit.rank if first_exit else None, message=f"{how} after all cases had been done"
+    )
+    return Ending(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[reason])
+
+
+def _refuse_full_disk(failures: list[RankFailure]) -> None:
+    full = next((failure for failure in failures if failure.disk_full), None)
+    if full is not None:
+        raise DiskFull(str(full))
 
 
 def _ending(job: Job, position: Position | None, reason: Reason, stacks: dict[str, str]) -> Ending:
@@ -127,3 +177,7 @@ def _left_silently(job: Job, out: Path, spoke: set[int]) -> dict[int, Position |
 
 def _since(position: Position | None) -> int:
     return position.since_ns if position else 0
+
+
+def _progress(position: Position | None) -> tuple[int, int]:
+    return position.progress if position else (-1, -1)

@@ -19,6 +19,8 @@ from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
 from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
+from distbench.job import Entry
+from distbench.resolve import check_fit
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
@@ -27,7 +29,7 @@ from distbench.workload.plan import plan_exact
 _SCRATCH_BYTES = 160 << 20
 # What a CUDA context takes on a device, at least.
 _CONTEXT_BYTES = 256 << 20
-_REPORT_BYTES = 32 << 10
+_LITTLE_BYTES = 64 << 10
 _GROUP = Path("/sys/fs/cgroup")
 _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
@@ -40,6 +42,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
         Unsupported: a package that the case needs is not there.
 
     """
+    check_fit(case)
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
@@ -138,7 +141,7 @@ def _check_triton_table(case: Case) -> tuple[str, ...]:
     return (f"kernel_table = {case.kernel_table}: not for {shape}; all kernels come from heuristics",)
 
 
-def check_memory(cases: Iterable[Case], available: int | None = None) -> None:
+def check_memory(entries: Iterable[Entry], available: int | None = None) -> None:
     """Refuse a launch whose largest case needs more memory than this machine has to give.
 
     `available` is in bytes; None asks the machine.
@@ -147,13 +150,14 @@ def check_memory(cases: Iterable[Case], available: int | None = None) -> None:
         Unsupported: names the bytes needed and available, and what to make smaller.
 
     """
-    largest = max(cases, key=memory_bytes)
-    needed = memory_bytes(largest)
+    largest = max(entries, key=lambda entry: memory_bytes(entry.case))
+    needed = memory_bytes(largest.case)
     free = available_bytes() if available is None else available
     if needed > free:
         message = (
-            f"memory: the largest case needs about {needed} bytes for {largest.ep_size} ranks ({needed / 2**30:.1f} "
-            f"GiB), {free} are available; lower max_dispatch_tokens_per_rank or use fewer ranks or a smaller model"
+            f"memory: case {largest.name} needs about {needed} bytes for {largest.case.ep_size} ranks "
+            f"({needed / 2**30:.1f} GiB), {free} are available; lower max_dispatch_tokens_per_rank, or use fewer "
+            "ranks or a smaller model"
         )
         raise Unsupported(message)
 
@@ -168,7 +172,7 @@ def memory_bytes(case: Case) -> int:
     return case.ep_size * (weights + buffers + work)
 
 
-def check_device_memory(cases: Iterable[Case], held: Sequence[str], available: int | None = None) -> None:
+def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available: int | None = None) -> None:
     """Refuse a launch whose largest case needs more memory than the fullest of the devices `held` has free.
 
     `available` is in bytes; None asks the devices. Nothing is refused where nothing tells.
@@ -177,16 +181,16 @@ def check_device_memory(cases: Iterable[Case], held: Sequence[str], available: i
         Unsupported: names the bytes needed and available, and what to make smaller.
 
     """
-    on_device = [case for case in cases if case.device != "cpu"]
+    on_device = [entry for entry in entries if entry.case.device != "cpu" and not entry.refused]
     if not held or not on_device:
         return
-    largest = max(on_device, key=device_bytes)
-    needed, free = device_bytes(largest), free_device_bytes(held) if available is None else available
+    largest = max(on_device, key=lambda entry: device_bytes(entry.case))
+    needed, free = device_bytes(largest.case), free_device_bytes(held) if available is None else available
     if free is not None and needed > free:
         message = (
-            f"device memory: the largest case needs at least {needed} bytes on each device ({needed / 2**30:.1f} GiB), "
-            f"{free} are free on the fullest of {', '.join(held)}; end what else runs there, lower "
-            "max_dispatch_tokens_per_rank, or use more ranks or a smaller model"
+            f"device memory: case {largest.name} needs at least {needed} bytes on each device "
+            f"({needed / 2**30:.1f} GiB), {free} are free on the fullest of {', '.join(held)}; end what else runs "
+            "there, lower max_dispatch_tokens_per_rank, or use more ranks or a smaller model"
         )
         raise Unsupported(message)
 
@@ -237,8 +241,8 @@ def check_path(path: str) -> None:
         raise InvalidCase(message) from error
 
 
-def check_folder(out: str, num_cases: int) -> None:
-    """Make the folder for results and prove that it can take them.
+def check_folder(out: str, needed: int = _LITTLE_BYTES) -> None:
+    """Make the folder for results and prove that it can take `needed` bytes of them.
 
     Raises:
         InvalidCase: it cannot be made or written, or its disk is all but full.
@@ -253,7 +257,6 @@ def check_folder(out: str, num_cases: int) -> None:
         reason = getattr(error, "strerror", None) or str(error)
         message = f"folder {out!r}: cannot be written ({reason}); name another folder"
         raise InvalidCase(message) from error
-    needed = num_cases * _REPORT_BYTES
     if free < needed:
-        message = f"folder {out!r}: {free} bytes are free, {num_cases} reports take about {needed}; name another folder"
+        message = f"folder {out!r}: {free} bytes are free, results take about {needed}; name another folder"
         raise InvalidCase(message)

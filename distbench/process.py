@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import resource
 import signal
+import socket
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 STOPPED = "T"
@@ -31,6 +34,18 @@ def state(pid: int) -> str:
 def is_alive(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     return state(pid) not in (GONE, _ZOMBIE)
+
+
+@lru_cache(maxsize=1)
+def pid_space() -> int:
+    """Return a number that processes have in common to which a process id means the same: of a boot and a namespace."""
+    parts = [socket.gethostname()]
+    try:
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    except OSError:
+        parts.append(sys.platform)
+    digest = hashlib.blake2b("\n".join(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def die_with_parent() -> None:

@@ -15,7 +15,7 @@ _COLUMNS = 80
 
 
 class Progress:
-    """Counts finished cases and says so on standard error."""
+    """Counts finished cases and says so on standard error; one that ended as expected has passed, any other failed."""
 
     def __init__(self, total: int, *, quiet: bool, stream: TextIO = sys.stderr) -> None:
         """Expect `total` cases."""
@@ -23,16 +23,14 @@ class Progress:
         self._quiet = quiet
         self._stream = stream
         self._live = stream.isatty()
-        self._done = self._skipped = self._unexpected = 0
+        self._done = self._skipped = self._failed = 0
         self._started = self._shown = time.monotonic()
-        self._last = ""
 
     def take(self, line: Line, *, quiet: bool = False) -> None:
         """Count a finished case; `quiet` for one that an earlier run finished."""
         self._done += 1
         self._skipped += quiet
-        self._unexpected += not line.as_expected
-        self._last = line.name
+        self._failed += not line.as_expected
         if self._quiet or quiet or (self._live and line.as_expected):
             return
         surprise = "" if line.as_expected else "  UNEXPECTED"
@@ -40,20 +38,22 @@ class Progress:
         self._stream.write(f"{_CLEAR if self._live else ''}{text}{surprise}\n")
         self._stream.flush()
 
-    def give_back(self) -> None:
+    def give_back(self, *, as_expected: bool) -> None:
         """Count one finished case less: it comes once more, with another ending."""
         self._done -= 1
+        self._failed -= not as_expected
 
-    def refresh(self) -> None:
-        """Renew the live line, if there is one."""
+    def refresh(self, current: str) -> None:
+        """Renew the live line, if there is one; `current` is the case under way, or empty."""
         now = time.monotonic()
         if self._quiet or not self._live or now - self._shown < _REFRESH_S:
             return
         self._shown = now
         rate = (self._done - self._skipped) / (now - self._started)
-        left = f"{(self._total - self._done) / rate:.0f} s left" if rate else "starting"
-        counts = f"{self._done}/{self._total} done, {self._unexpected} unexpected, {rate:.1f} cases/s, {left}"
-        self._stream.write(_CLEAR + f"{counts}, last {self._last}"[: self._columns() - 1])
+        left = f"{(self._total - self._done) / rate:.0f} s left" if rate > 0 else "starting"
+        counts = f"{self._done}/{self._total} done, {self._done - self._failed} passed, {self._failed} failed"
+        text = f"{counts}, {rate:.1f}/s, {left}{f', now {current}' if current else ''}"
+        self._stream.write(_CLEAR + text[: self._columns() - 1])
         self._stream.flush()
 
     def _columns(self) -> int:

@@ -18,7 +18,7 @@ from distbench.injection import parse_inject
 from distbench.limits import parse_limit
 from distbench.models import PRESETS
 from distbench.stage_limits import parse_stage_timeouts
-from distbench.values import one_line, refuse_bulk, shown, split_tokens, spread_tokens
+from distbench.values import one_line, read_table_file, refuse_bulk, shown, split_tokens, spread_tokens
 
 FLAGS = "flag"
 
@@ -38,10 +38,11 @@ class Resolved(msgspec.Struct, frozen=True):
     sources: dict[str, str]
 
 
-def resolve_case(layers: Iterable[Layer], ep_size: int | None) -> Resolved:
+def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = True) -> Resolved:
     """Merge `layers`, the strongest first, with preset and defaults into a checked case.
 
-    `ep_size` is the number of ranks that run, or None to take it from the layers (8 where they have none).
+    `ep_size` is the number of ranks that run, or None to take it from the layers (8 where they have none). Without
+    `fit` values that do not fit each other are let through, for check_fit to find.
 
     Raises:
         InvalidCase: an unknown key, a bad value, or values that do not fit each other.
@@ -63,7 +64,8 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None) -> Resolved:
             values[key], sources[key] = default, "default"
     _normalise(values)
     case = Case(**values)
-    _check_fit(case)
+    if fit:
+        check_fit(case)
     return Resolved(case, {key: sources[key] for key in FIELD_TYPES if key in sources})
 
 
@@ -74,11 +76,11 @@ def load_case_file(path: str) -> Layer:
         InvalidCase: unreadable, neither .toml nor .json, not valid TOML or JSON, or not a table.
 
     """
-    file = Path(path)
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        message = f"case file {path}: cannot be read ({error.strerror}); give a readable .toml or .json file"
+        content = read_table_file(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        message = f"case file {path}: cannot be read ({reason}); give a readable .toml or .json file"
         raise InvalidCase(message) from error
     return Layer(source=f"file:{path}", values=decode_table(path, content))
 
@@ -179,7 +181,13 @@ def _table_digest(path: str) -> str:
         raise InvalidCase(message) from error
 
 
-def _check_fit(case: Case) -> None:
+def check_fit(case: Case) -> None:
+    """Refuse values that do not fit each other.
+
+    Raises:
+        InvalidCase: names them, and a value that would fit.
+
+    """
     parse_stage_timeouts(case.stage_timeouts)
     parse_inject(case.inject)
     if len(case.tokens) != case.ep_size:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 import msgspec
 
 from distbench.case import FIELD_DEFAULTS, Case, case_hash
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Verdict
 from distbench.job import BY_LIMIT, Entry
-from distbench.resolve import Layer, Resolved, resolve_case, typed_value
+from distbench.resolve import Layer, Resolved, check_fit, resolve_case, typed_value
 from distbench.suite_files import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
 from distbench.values import one_line, spread_tokens
 
@@ -21,9 +21,10 @@ _MAX_VALUE = 40
 
 
 class Suite(msgspec.Struct, frozen=True):
-    """Cases in the order in which they run; names and case hashes are unique."""
+    """Cases in the order in which they run; names and case hashes are unique. `origin` is the file, in messages."""
 
     name: str
+    origin: str
     description: str
     entries: tuple[Entry, ...]
 
@@ -33,7 +34,8 @@ def load_suite(
 ) -> Suite:
     """Return the cases of a built-in suite or of a .toml or .json file, for a launch of `ep_size` ranks.
 
-    `overrides` win over the file, that over `environment`. A case that an earlier one equals is left out.
+    `overrides` win over the file, that over `environment`. A case that an earlier one equals is left out. One that is
+    expected to be INVALID may have values that do not fit each other.
 
     Raises:
         InvalidCase: no such suite, something in the file that is not allowed, or a case that makes no sense.
@@ -49,11 +51,13 @@ def load_suite(
         try:
             resolved = _resolve([*overrides, own, *environment], ep_size)
             digest = case_hash(resolved.case)
+            expect = draft.expect or _expected(file, resolved.case)
+            if expect != Verdict.INVALID.value:
+                check_fit(resolved.case)
         except (InvalidCase, UnicodeEncodeError) as error:
             message = f"{file.origin}: case {name}: {one_line(error)}"
             raise InvalidCase(message) from error
         if digest not in entries:
-            expect = draft.expect or _expected(file, resolved.case)
             tags = tuple(dict.fromkeys(file.tags + draft.tags))
             entries[digest] = Entry(
                 name=_unique(name, names), case=resolved.case, sources=resolved.sources, tags=tags, expect=expect
@@ -61,7 +65,7 @@ def load_suite(
     if not entries:
         message = f"{file.origin}: [[exclude]] leaves no case; drop one of them or add [[include]]"
         raise InvalidCase(message)
-    return Suite(file.name, file.description, tuple(entries.values()))
+    return Suite(file.name, file.origin, file.description, tuple(entries.values()))
 
 
 def select(entries: Sequence[Entry], expression: str) -> tuple[Entry, ...]:
@@ -128,15 +132,15 @@ def _same(key: str, first: Any, second: Any, ep_size: int) -> bool:
 
 
 def _resolve(layers: Sequence[Layer], ep_size: int) -> Resolved:
-    """Resolve a case that takes all ranks, or as many of them as it asks for."""
+    """Resolve a case that takes all ranks, or as many of them as it asks for; whether it fits is not looked at."""
     layer = next((layer for layer in layers if "ep_size" in layer.values), None)
     if layer is None:
-        return resolve_case(layers, ep_size)
+        return resolve_case(layers, ep_size, fit=False)
     asked = typed_value("ep_size", layer.values["ep_size"], layer)
     if asked > ep_size:
         message = f"ep_size = {asked} ({layer.source}): {ep_size} ranks were started; allowed is up to that many"
         raise InvalidCase(message)
-    return resolve_case(layers, None)
+    return resolve_case(layers, None, fit=False)
 
 
 def _expected(file: SuiteFile, case: Case) -> str:

@@ -44,7 +44,7 @@ from distbench.errors import InvalidCase, Verdict
 from distbench.job import BY_LIMIT
 from distbench.limits import parse_limit
 from distbench.resolve import Layer, decode_table, typed_value
-from distbench.values import MAX_FILE_BYTES, one_line, shown
+from distbench.values import one_line, read_table_file, shown
 
 EXPECTATIONS = (BY_LIMIT, *(verdict.value for verdict in Verdict))
 CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in DERIVED_KEYS)
@@ -113,8 +113,7 @@ def read_suite_file(name_or_path: str) -> SuiteFile:
             raise InvalidCase(message)
         return parse_suite(f"{name_or_path}.toml", builtin[name_or_path])
     try:
-        with Path(name_or_path).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        content = read_table_file(name_or_path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         message = f"suite {shown(name_or_path)}: cannot be read ({reason}); give a readable .toml or .json file"

@@ -15,25 +15,23 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import FrameType
 
 import msgspec
 
 from distbench.breadcrumbs import Position
-from distbench.errors import Verdict
+from distbench.errors import LaunchFailed, Verdict
 from distbench.hang import find_hang
-from distbench.job import Job, ranks_folder
+from distbench.job import Entry, Job, ranks_folder
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, Exit, explain_fault, positions
 from distbench.process import is_alive
+from distbench.signals import TERMINAL_SIGNALS, Interrupted
+from distbench.values import one_line
 from distbench.verify.records import Reason
-
-# Ctrl-C, a scheduler that takes the node back, a terminal that was closed.
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 
 _MONITOR_S = 0.1
 _MEETING_S = 60
@@ -44,14 +42,6 @@ _AGENT_GRACE_S = 2.0
 _INTERRUPT_GRACE_S = 8.0
 
 
-class Interrupted(Exception):
-    """A signal asked for the end; the ranks are gone."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
-
-
 def preload_ranks() -> None:
     """Begin to import torch in the process that ranks are forked from, while this one goes on.
 
@@ -59,23 +49,28 @@ def preload_ranks() -> None:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker"])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL_SIGNALS)  # once more: that has unblocked SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)  # once more: that has unblocked SIGINT
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int], hub: Hub | None = None) -> Ending | None:
+def supervise(
+    job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], hub: Hub | None = None
+) -> Ending | None:
     """Run `job` until all its ranks have ended; None if they came to the end, else why not.
 
-    `tick` is called about ten times a second. `signals` is what `collect_signals` yields. `hub` has the other nodes.
+    `tick` is called about ten times a second, with the case that is under way. `signals` is what `collect_signals`
+    yields. `hub` has the other nodes.
 
     Raises:
         Interrupted: one of ENDING_SIGNALS; no rank is left.
         NodesMissing: not all nodes came.
+        LaunchFailed: no rank could be started, or a node cannot take part.
+        DiskFull: a rank had no room for its results.
 
     """
     clear(Path(job.out))
@@ -86,10 +81,10 @@ def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int], hub: H
     agent.start()
     while agent.is_alive() and not watch.given_up:
         agent.join(_TICK_S)
-        tick()
-        if signals:
+        tick(watch.current)
+        if signals or (hub is not None and hub.refused):
             end(agent, watch)
-            raise Interrupted(signals[0])
+            raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
         watch.look()
     if hub is not None:
         end(agent, watch)
@@ -97,6 +92,9 @@ def supervise(job: Job, tick: Callable[[], None], signals: Sequence[int], hub: H
         hub.mirror(job)
     if watch.ending is not None:
         return watch.ending
+    if agent.failure:
+        watch.kill()
+        raise LaunchFailed(agent.failure)
     if agent.finished and watch.elsewhere is None:
         return None
     ending = explain_fault(job, first_exit(agent, watch))
@@ -149,7 +147,7 @@ def start_rank(job: Job) -> int:
     """Enter a rank's process; everything heavy is loaded there, not in the process that watches."""
     from distbench.worker import work  # noqa: PLC0415
 
-    for number in _TERMINAL_SIGNALS:
+    for number in TERMINAL_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     return work(job)
 
@@ -161,10 +159,11 @@ class Agent(threading.Thread):
         super().__init__(name="torchrun-agent", daemon=True)
         self._job = job
         self.finished = False
+        self.failure = ""
         self.first_exit: Exit | None = None
 
     def run(self) -> None:
-        """Run the ranks of this node to their end."""
+        """Run the ranks of this node to their end; `failure` says why it could not."""
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs  # noqa: PLC0415
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
@@ -191,10 +190,18 @@ class Agent(threading.Thread):
             rank, failure = error.get_first_failure()
             how = failure.signal_name() if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             self.first_exit = Exit(rank, how)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever torchrun raises, the main thread has to hear of it
+            told = f"{type(error).__name__} of torchrun's agent: {one_line(error)}"
             if spread is None:
-                raise
-            self.first_exit = Exit(spread.node * spread.nproc, f"{type(error).__name__} of its agent: {error}")
+                self.failure = f"{told}; distbench doctor looks at this node's limits"
+            else:
+                self.first_exit = Exit(spread.node * spread.nproc, told)
+
+
+def _workers() -> set[int]:
+    """Return the processes that the agent has started and that have not ended."""
+    children = multiprocessing.active_children()
+    return {child.pid for child in children if isinstance(child, ForkServerProcess) and child.pid is not None}
 
 
 class Watch:
@@ -203,11 +210,13 @@ class Watch:
     def __init__(self, job: Job, hub: Hub | None = None) -> None:
         self._job = job
         self._hub = hub
+        self._launched_ns = time.monotonic_ns()
         self._killed_at: float | None = None
         self.elsewhere: Exit | None = None
         self._gone_since: float | None = None
         self.first_gone: Exit | None = None
         self.ending: Ending | None = None
+        self.current: Entry | None = None
         self.killed: set[int] = set()
 
     def look(self) -> None:
@@ -216,6 +225,7 @@ class Watch:
             self._hub.mirror(self._job)
             self.elsewhere = self.elsewhere or self._hub.first_exit()
         seen = positions(self._job)
+        self.current = self._current(seen)
         if self._gone_since is None:
             here = {rank: at for rank, at in seen.items() if at.pid}
             gone = [rank for rank, at in here.items() if at.stage_name != "done" and not is_alive(at.pid)]
@@ -233,10 +243,15 @@ class Watch:
             if self.ending is not None:
                 self.kill()
 
+    def _current(self, seen: dict[int, Position]) -> Entry | None:
+        """Return the case of the ranks furthest behind."""
+        index = min((at.case_index for at in seen.values()), default=-1)
+        return self._job.entries[index] if 0 <= index < len(self._job.entries) else None
+
     def _hang(self, seen: dict[int, Position]) -> Ending | None:
         if self._hub is None:
-            return find_hang(self._job, seen)
-        hang = find_hang(self._job, seen, self._hub.stacks)
+            return find_hang(self._job, seen, self._launched_ns)
+        hang = find_hang(self._job, seen, self._launched_ns, self._hub.stacks)
         return None if hang is None else _with_hosts(hang, self._hub)
 
     @property
@@ -246,33 +261,17 @@ class Watch:
         return over and time.monotonic() - (self._killed_at or 0.0) > _INTERRUPT_GRACE_S / 2
 
     def kill(self) -> None:
-        """Kill every rank that is left on this node."""
+        """Kill every rank that is left on this node, also one that has not said a word yet."""
         self._killed_at = self._killed_at or time.monotonic()
-        for rank, at in positions(self._job).items():
-            if is_alive(at.pid):
-                self.killed.add(rank)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(at.pid, signal.SIGKILL)
+        seen = {at.pid: rank for rank, at in positions(self._job).items() if is_alive(at.pid)}
+        for pid in seen.keys() | _workers():
+            self.killed |= {seen[pid]} if pid in seen else self._mute()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
-
-@contextlib.contextmanager
-def collect_signals() -> Iterator[list[int]]:
-    """Collect ENDING_SIGNALS instead of dying of them; yields the list that they go to. nohup keeps its meaning."""
-    received: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-    if before[signal.SIGHUP] is signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def _mute(self) -> set[int]:
+        """Return the ranks that have left no breadcrumb."""
+        return set(range(self._job.num_ranks)) - positions(self._job).keys()
 
 
 def clear(out: Path) -> None:

@@ -91,6 +91,7 @@ class Timer:
         """
         case = self._case
         for _ in range(case.warmup):
+            self._session.crumbs.mark("timing")
             layer(_ignore)
         if self._on_device:
             torch.cuda.reset_peak_memory_stats()

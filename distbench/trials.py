@@ -16,8 +16,10 @@ from distbench.preflight import check_case, check_memory
 from distbench.progress import Progress
 from distbench.report.document import Report
 from distbench.report.files import read_report
-from distbench.report.journal import RESULTS
+from distbench.report.journal import RESULTS, refuse_others
 from distbench.resolve import Layer, load_case_file, resolve_case
+
+_TRIAL = "trial "
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -48,10 +50,16 @@ class Lab:
     """Runs cases in one folder and remembers how each ended: a case that was run is not run again."""
 
     def __init__(self, out: Path) -> None:
-        """Start with an empty journal in `out`, which the caller holds."""
+        """Start with an empty journal in `out`, which the caller holds.
+
+        Raises:
+            InvalidCase: it holds results of something else than trials.
+
+        """
         self._out = out
         self._reports: dict[str, Report] = {}
         self.launches = 0
+        refuse_others(out, lambda name: name.startswith(_TRIAL))
         (out / RESULTS).unlink(missing_ok=True)
 
     @property
@@ -93,9 +101,9 @@ class Lab:
         new = {case_hash(case): case for case in cases if case_hash(case) not in self._reports}
         if not new:
             return
-        check_memory(new.values())
+        entries = [Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}) for digest, case in new.items()]
+        check_memory(entries)
         self.launches += 1
-        entries = [Entry(name=f"trial {digest[:12]}", case=case, sources={}) for digest, case in new.items()]
         progress = Progress(len(entries), quiet=True)
         Campaign(entries, self._out, Rules(max_faults=max_faults), progress).run()
         self._reports |= self._read(set(new))

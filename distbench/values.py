@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import cycle, islice
@@ -41,6 +43,22 @@ def shown(value: object) -> str:
         return f"{value!r:.{_SHOWN_CHARACTERS}}"
     except (ValueError, RecursionError):  # thousands of digits, or nested almost too deep to be read
         return f"{type(value).__name__} too large to show"
+
+
+def read_table_file(path: str) -> bytes:
+    """Return the bytes of a file, or the first of them that are too many for a table of cases.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: not a path, or no plain file, such as a pipe that nobody may ever write to.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            message = "no plain file"
+            raise ValueError(message)
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def refuse_bulk(content: bytes) -> None:

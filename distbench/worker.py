@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -9,15 +10,14 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
 from distbench.breadcrumbs import STAGES, Breadcrumbs
-from distbench.case import case_hash
-from distbench.errors import Verdict, worst_exit_code
+from distbench.case import FIELD_DEFAULTS, case_hash
+from distbench.errors import Verdict, is_disk_full, worst_exit_code
 from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, job_path, ranks_folder, stack_path
 from distbench.process import die_with_parent
 from distbench.rank import run_case
@@ -40,29 +40,32 @@ _LOST_PEER = (
     "socket closed",
     "no route to host",
 )
-_TIMED_OUT = "timed out"
+# A collective says the one, the store in which ranks meet the other.
+_TIMED_OUT = ("timed out", "wait timeout")
 
 
 def work(job: Job) -> int:
     """Run the job's cases as the rank that torchrun's variables name; return the exit code. Collective."""
     out, rank = Path(job.out), int(os.environ["RANK"])
     ranks_folder(out).mkdir(parents=True, exist_ok=True)
+    failure_path(out, rank).unlink(missing_ok=True)
     if job.supervised:
         _die_with_supervisor()
-    with closing(Breadcrumbs(crumb_path(out, rank))) as crumbs, stack_path(out, rank).open("w") as stacks:
-        faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    stacks = stack_path(out, rank).open("w")  # open to the process's end, since it may be asked for them until then
+    faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    with contextlib.closing(Breadcrumbs(crumb_path(out, rank))) as crumbs:
         try:
+            if rank == 0:
+                write_atomically(job_path(out), msgspec.json.encode(job))
             return _run_entries(job, crumbs)
         except Exception as error:  # noqa: BLE001 - whatever ends this rank has to end all of them, and be named
             _fail(job, rank, crumbs, error)
 
 
 def _run_entries(job: Job, crumbs: Breadcrumbs) -> int:
-    accelerated = any(entry.case.device != "cpu" for entry in job.entries)
+    accelerated = any(entry.case.device != "cpu" for entry in job.entries if not entry.refused)
     session = Session(crumbs, _group_timeout(job), accelerated=accelerated)
     sink = Sink(job) if session.rank == 0 else None
-    if session.rank == 0:
-        write_atomically(job_path(Path(job.out)), msgspec.json.encode(job))
     for index in _unfinished(job, session, sink):
         entry = job.entries[index]
         crumbs.case_index = index
@@ -107,12 +110,13 @@ def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:
 
 def _group_timeout(job: Job) -> float:
     """Seconds after which a collective gives up; under supervision it is the watcher who decides, and earlier."""
-    longest = max(
+    limits = (
         stage_limit(entry.case, stage)
         for entry in job.entries
         for stage in STAGES
-        if stage != "compile" or compiles(entry.case)
+        if not entry.refused and (stage != "compile" or compiles(entry.case))
     )
+    longest = max(limits, default=FIELD_DEFAULTS["timeout"])
     return longest * 2 + 60 if job.supervised else longest
 
 
@@ -133,9 +137,11 @@ def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoRetur
         position=crumbs.position(),
         traceback=traceback.format_exc(),
         echo=any(words in str(error).lower() for words in _LOST_PEER),
-        timeout=_TIMED_OUT in str(error).lower(),
+        timeout=any(words in str(error).lower() for words in _TIMED_OUT),
+        disk_full=is_disk_full(error),
     )
-    failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
+    with contextlib.suppress(OSError):
+        failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
     if not job.supervised and not failure.echo:
         sys.stderr.write(f"distbench: {Verdict.RANK_FAULT.value}: {failure}\n")
         sys.stderr.flush()

@@ -1,7 +1,8 @@
 """Stands where a launcher starts a node: writes the results that PLANTED asks for instead of running a suite.
 
 PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
-(exit 0 without results), `dies`, `hangs`, or a number by which its times are multiplied.
+(exit 0 without results), `dies`, `hangs`, or a number by which its times are multiplied. Of a group that `half dies`
+the first node hangs; one that is `late` with a verdict writes it a second after the others have left.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ def main() -> int:
     group = (out / "nodes.txt").read_text().split()
     planted = json.loads(os.environ["PLANTED"])
     what = next((what for nodes, what in planted.items() if set(nodes.split("+")) <= set(group)), "PASS")
-    if what == "hangs":
+    if what == "hangs" or (what == "half dies" and node == group[0]):
         time.sleep(60)
-    if what == "dies":
+    if what in ("dies", "half dies"):
         return 9
+    if isinstance(what, str) and what.startswith("late "):
+        what = what.removeprefix("late ")
+        time.sleep(1.0 if node == group[0] else 0.0)
     if what != "silent" and node == group[0]:
         scale = float(what) if isinstance(what, int | float) else 1.0
         verdict = "PASS" if isinstance(what, int | float) else what

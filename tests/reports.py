@@ -12,12 +12,12 @@ from distbench.report.environment import Environment
 from distbench.verify.records import Diagnosis
 
 
-def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Report:
+def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT, name: str = "made up") -> Report:
     """Return the report of a case that passed, or that failed with one cause."""
     verdict = failing if cause else Verdict.PASS
     diagnosis = [Diagnosis(cause=cause, confidence="certain", evidence="made up")] if cause else []
     return Report(
-        name="made up",
+        name=name,
         tags=(),
         verdict=verdict,
         exit_code=verdict.exit_code,
@@ -41,6 +41,6 @@ def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT) -> Rep
         stacks={},
         injected=[],
         rate=None,
-        timing={},
+        timing={"wall_s": 0.25},
         memory={},
     )

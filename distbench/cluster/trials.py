@@ -20,11 +20,13 @@ from distbench.cluster.plan import Group, Round, Step
 from distbench.collect import collect
 from distbench.errors import DistbenchError, InvalidCase, Verdict
 from distbench.report.results import Result, Results
-from distbench.supervisor import Interrupted
+from distbench.signals import Interrupted
 
 _POLL_S = 0.1
 # A suite that is told to end kills its ranks first.
 _GRACE_S = 15.0
+# Once a process of a group has failed the others have so long to end: they may have the group's verdict to write.
+_PARTING_S = 30.0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +73,7 @@ class _Running:
         self._settings, self._step, self._nodes, self._port = settings, step, nodes, port
         self.out = settings.out / "trials" / step / ("all" if step == "all" else "+".join(nodes))
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._failed_at: float | None = None
 
     def __enter__(self) -> _Running:  # noqa: PYI034 - Self comes with Python 3.11
         shutil.rmtree(self.out, ignore_errors=True)
@@ -86,16 +89,21 @@ class _Running:
         self._end()
 
     def alive(self) -> bool:
-        """Whether a process of the group is running; the others are ended once one has failed."""
+        """Whether a process of the group is running; the others are ended a while after one has failed."""
         codes = [process.poll() for process in self._processes]
-        if None in codes and any(codes):
-            self._end()
+        if None not in codes:
             return False
-        return None in codes
+        if any(codes):
+            now = time.monotonic()
+            self._failed_at = self._failed_at or now
+            if now - self._failed_at > _PARTING_S:
+                self._end()
+                return False
+        return True
 
     def trial(self) -> Trial:
         """End what still runs, and say how the group did."""
-        late = self.alive()
+        late = self.alive() and self._failed_at is None
         self._end()
         if late:
             return self._failed(Verdict.HANG, f"no end within {self._settings.timeout_s:g} s")

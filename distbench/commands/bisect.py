@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from distbench.bisect import Accusation, Result, bisect
-from distbench.commands.options import add_case_options, add_folder, alone, one_case
+from distbench.commands.options import add_case_options, add_folder, add_ranks, one_case
+from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_plain, print_table
 from distbench.supervisor import preload_ranks
@@ -24,7 +25,7 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(command=_bisect)
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
-    command.add_argument("--nproc", type=int, metavar="N", help="ranks, where the case does not say (default: 8)")
+    add_ranks(command, "ranks, where the case does not say (default: 8)")
     add_folder(command)
     add_case_options(command)
 

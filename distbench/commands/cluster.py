@@ -14,12 +14,13 @@ from distbench.cluster.faults import Trial
 from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
 from distbench.cluster.plan import STEPS, Round, Step
 from distbench.cluster.trials import Settings, run_round
+from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
 from distbench.errors import InvalidCase
 from distbench.locks import hold
 from distbench.preflight import check_folder, check_path
 from distbench.report.console import print_line, print_note
 from distbench.report.files import write_atomically
-from distbench.supervisor import collect_signals
+from distbench.signals import collect_signals
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
 _MOST_PORTS = 65536
@@ -48,11 +49,19 @@ def add(commands: Any) -> None:
         help=f"how to start a command on a node: {', '.join(LAUNCHERS)}, or a JSON list of arguments with {{host}} "
         "(default: slurm inside a job of it)",
     )
-    command.add_argument("--nproc", type=int, metavar="N", default=8, help="ranks on each node (default: %(default)s)")
-    command.add_argument("--out", metavar="DIR", default="distbench-out", help="folder that all nodes see")
-    command.add_argument("--port", type=int, metavar="P", default=29500, help="first port (default: %(default)s)")
     command.add_argument(
-        "--trial-timeout", type=float, metavar="S", default=1800.0, help="seconds for a group (default: %(default)s)"
+        "--nproc", type=whole(1, MOST_RANKS), metavar="N", default=8, help="ranks on each node (default: %(default)s)"
+    )
+    command.add_argument("--out", metavar="DIR", default="distbench-out", help="folder that all nodes see")
+    command.add_argument(
+        "--port", type=whole(1, _MOST_PORTS - 1), metavar="P", default=29500, help="first port (default: %(default)s)"
+    )
+    command.add_argument(
+        "--trial-timeout",
+        type=seconds(LEAST_SECONDS),
+        metavar="S",
+        default=1800.0,
+        help="seconds for a group (default: %(default)s)",
     )
     command.add_argument("--select", metavar="TERMS", default="", help="as for `distbench suite`")
     command.add_argument(
@@ -68,8 +77,8 @@ def _cluster(options: argparse.Namespace) -> int:
         raise InvalidCase(message)
     meeting_host = _LOOPBACK if launcher == LOCAL else options.endpoint_host
     check_path(options.out)
-    check_folder(options.out, len(nodes))
-    _check_numbers(options, len(nodes))
+    check_folder(options.out)
+    _check_port(options.port, len(nodes))
     settings = Settings(
         suite=str(Path(options.suite).resolve()) if Path(options.suite).exists() else options.suite,
         options=("--select", options.select) if options.select else (),
@@ -131,12 +140,10 @@ def _slurm_nodes() -> str:
         raise InvalidCase(message) from error
 
 
-def _check_numbers(options: argparse.Namespace, nodes: int) -> None:
-    if options.nproc < 1 or options.trial_timeout <= 0:
-        message = f"--nproc {options.nproc} --trial-timeout {options.trial_timeout}: both are above 0"
-        raise InvalidCase(message)
-    if not 1 <= options.port <= _MOST_PORTS - 1 - nodes // 2:
-        message = f"--port {options.port}: allowed are 1 to {_MOST_PORTS - 1 - nodes // 2} with {nodes} nodes"
+def _check_port(port: int, nodes: int) -> None:
+    most = _MOST_PORTS - 1 - nodes // 2
+    if port > most:
+        message = f"--port {port}: allowed are 1 to {most} with {nodes} nodes"
         raise InvalidCase(message)
 
 

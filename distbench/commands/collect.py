@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.collect import collect
+from distbench.commands.options import add_lock_timeout
 from distbench.report.console import print_summary
 
 
@@ -14,10 +15,11 @@ def add(commands: Any) -> None:
     """Describe the command."""
     command = commands.add_parser("collect", help="verdicts from the folder of a torchrun job that has ended")
     command.add_argument("folder", metavar="DIR", help="the job's --out")
+    add_lock_timeout(command)
     command.set_defaults(command=_collect)
 
 
 def _collect(options: argparse.Namespace) -> int:
-    summary = collect(Path(options.folder))
+    summary = collect(Path(options.folder), options.lock_timeout)
     print_summary(summary, options.folder)
     return summary.exit_code

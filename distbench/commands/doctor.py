@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 
+from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
 from distbench.doctor.checks import check_node
 from distbench.doctor.findings import Finding, Path, exit_code
@@ -33,13 +34,15 @@ def add(commands: Any) -> None:
         description="Look at this node. Exit codes: 0 ready, 1 degraded, 2 not usable for what was asked.",
     )
     command.set_defaults(command=_doctor)
-    paths = get_args(Path)
+    paths, ranks = get_args(Path), whole(1, MOST_RANKS)
     command.add_argument("--for", dest="path", choices=paths, help="what it is to run (default: what its torch is for)")
     command.add_argument("--json", action="store_true", help="findings as JSON")
-    command.add_argument("--nproc", type=int, default=8, metavar="N", help="ranks on this node (default: %(default)s)")
-    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes together (default: %(default)s)")
-    command.add_argument("--block-num", type=int, metavar="N", help="of mori's kernels (default: the case's)")
-    command.add_argument("--rdma-block-num", type=int, metavar="N", help="those of them for the network")
+    command.add_argument(
+        "--nproc", type=ranks, default=8, metavar="N", help="ranks on this node (default: %(default)s)"
+    )
+    command.add_argument("--nodes", type=ranks, default=1, metavar="N", help="nodes together (default: %(default)s)")
+    command.add_argument("--block-num", type=whole(1), metavar="N", help="of mori's kernels (default: the case's)")
+    command.add_argument("--rdma-block-num", type=whole(1), metavar="N", help="those of them for the network")
     add_case_options(command, _KEYS)
 
 

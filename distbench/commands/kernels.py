@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
 from distbench.devices import compute_units
 from distbench.errors import InvalidCase
@@ -41,7 +42,8 @@ def add(commands: Any) -> None:
         "aiter, or --kernel-table, and by heuristics where they have no row.",
     )
     command.set_defaults(command=_kernels)
-    command.add_argument("--ep-size", type=int, default=8, metavar="W", help="ranks (default: %(default)s)")
+    ranks = whole(1, MOST_RANKS)
+    command.add_argument("--ep-size", type=ranks, default=8, metavar="W", help="ranks (default: %(default)s)")
     command.add_argument(
         "--limits", default="", metavar="L,…", help="limits to look at (default: that of the environment)"
     )

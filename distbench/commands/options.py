@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import msgspec
+
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
-from distbench.errors import InvalidCase, Verdict
+from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
+from distbench.commands.ranks import world_size
+from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.export import FILES, Writer, load_writers, parse_targets
-from distbench.job import Entry, Job, Spread
+from distbench.job import Entry, Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
 from distbench.nodes.interfaces import choose_interfaces
@@ -23,6 +27,7 @@ from distbench.progress import Progress
 from distbench.report.console import print_note
 from distbench.report.summary import Summary
 from distbench.resolve import FLAGS, Layer, resolve_case
+from distbench.room import check_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer
 
@@ -35,21 +40,31 @@ _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 def add_launch(command: Any) -> None:
     """Add the options of a launch: ranks, folder, lock."""
-    command.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 8)")
+    add_ranks(command, "ranks to start on this machine (default: 8)")
     add_folder(command)
     command.add_argument(
         "--bundle", metavar="DIR", default="", help="leave a bundle of each case that fails in a folder of its own here"
     )
 
 
+def add_ranks(command: Any, text: str) -> None:
+    """Add the option that says how many ranks."""
+    command.add_argument("--nproc", type=whole(1, MOST_RANKS), metavar="N", help=text)
+
+
 def add_nodes(command: Any) -> None:
     """Add the options of a launch over several nodes."""
     group = command.add_argument_group("several nodes", "the same command on each, with a --node-rank of its own")
-    group.add_argument("--nnodes", type=int, metavar="N", default=1, help="nodes; --nproc is then the ranks on each")
-    group.add_argument("--node-rank", type=int, metavar="R", default=0, help="this node; node 0 has the results")
+    nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
+    group.add_argument("--nnodes", type=nodes, metavar="N", default=1, help="nodes; --nproc is then the ranks on each")
+    group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")
     group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
     group.add_argument(
-        "--join-timeout", type=float, metavar="S", default=600.0, help="wait for nodes (default: %(default)s s)"
+        "--join-timeout",
+        type=seconds(LEAST_SECONDS),
+        metavar="S",
+        default=600.0,
+        help="wait for nodes (default: %(default)s s)",
     )
 
 
@@ -64,7 +79,7 @@ def spread_of(options: argparse.Namespace) -> Spread | None:
     if nodes == 1 and node == 0:
         return None
     host, _, port = options.rdzv_endpoint.rpartition(":")
-    if nodes < 1 or not 0 <= node < nodes:
+    if node >= nodes:
         message = f"--nnodes {nodes} --node-rank {node}: node ranks go from 0 to nodes - 1"
         raise InvalidCase(message)
     if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < _PORTS:
@@ -84,13 +99,13 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     spread = spread_of(options)
     if spread is None or spread.node == 0:
         return None
-    from distbench.follower import follow  # noqa: PLC0415 - only on such nodes
+    from distbench.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
 
     out = Path(options.out) / f"node-{spread.node:05d}"
-    check_folder(str(out), 1)
+    check_folder(str(out))
     with hold(out, (), options.lock_timeout):
         _prepare(spread)
-        return follow(spread, out, options.join_timeout)
+        return follow(spread, out, Timeouts(options.join_timeout, options.lock_timeout))
 
 
 def _prepare(spread: Spread | None) -> None:
@@ -104,8 +119,17 @@ def _prepare(spread: Spread | None) -> None:
 def add_folder(command: Any) -> None:
     """Add the options of whatever writes results: folder, lock."""
     command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
+    add_lock_timeout(command)
+
+
+def add_lock_timeout(command: Any) -> None:
+    """Add the option that says how long to wait for another bench."""
     command.add_argument(
-        "--lock-timeout", type=float, default=0.0, metavar="S", help="seconds to wait for another bench in that folder"
+        "--lock-timeout",
+        type=seconds(),
+        default=0.0,
+        metavar="S",
+        help="seconds to wait for another bench in that folder, or on these devices",
     )
 
 
@@ -126,7 +150,7 @@ def report_writers(options: argparse.Namespace, out: Path) -> dict[Path, Writer]
     targets = parse_targets(options.report, out)
     for path in targets.values():
         check_path(str(path))
-        check_folder(str(path.parent), 1)
+        check_folder(str(path.parent))
     return load_writers(targets)
 
 
@@ -170,20 +194,8 @@ def one_case(path: str, options: argparse.Namespace) -> Case:
     """
     case = resolve_case([*case_flags(options), load_layer(path)], options.nproc).case
     check_case(case)
-    check_folder(options.out, 1)
+    check_folder(options.out)
     return case
-
-
-def alone(command: str) -> None:
-    """Refuse to be started by torchrun: launch after launch is this process's own.
-
-    Raises:
-        InvalidCase: torchrun started this process.
-
-    """
-    if world_size() is not None:
-        message = f"{command} starts its ranks itself; run it without torchrun"
-        raise InvalidCase(message)
 
 
 def num_ranks(options: argparse.Namespace) -> int | None:
@@ -196,16 +208,6 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     if spread is not None:
         return spread.nodes * spread.nproc
     return options.nproc if started is None else started
-
-
-def world_size() -> int | None:
-    """Return the number of ranks where torchrun started this process as one of them."""
-    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
-def is_rank_0() -> bool:
-    """Whether this process is rank 0 of those that torchrun started."""
-    return os.environ.get("RANK") == "0"
 
 
 def warnings(case: Case, options: argparse.Namespace) -> tuple[str, ...]:
@@ -221,13 +223,48 @@ def _local_ranks(options: argparse.Namespace) -> int | None:
     return None if spread is None else spread.nproc
 
 
-def check_launch(cases: Sequence[Case], nodes: int = 1) -> tuple[str, ...]:
-    """Refuse what this machine has no devices or no memory for; return the devices that the launch takes.
+def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace) -> tuple[Entry, ...]:
+    """Return the entries with their warnings; one that cannot run here, and is expected not to, is marked as refused.
+
+    Devices are looked at where this process starts the ranks; those of torchrun find out by themselves.
+
+    Raises:
+        InvalidCase: a case that makes no sense; names the file and the case, as does
+        Unsupported: a case that this machine lacks something for.
+
+    """
+    ranks = max(entry.case.ep_size for entry in entries)
+    devices_for = -(-ranks // options.nnodes) if world_size() is None else 0
+    return tuple(_examined(entry, origin, options, devices_for) for entry in entries)
+
+
+def _examined(entry: Entry, origin: str, options: argparse.Namespace, devices_for: int) -> Entry:
+    try:
+        found = warnings(entry.case, options)
+        check_devices([entry.case], devices_for)
+        return msgspec.structs.replace(entry, warnings=found)
+    except (InvalidCase, Unsupported) as error:
+        if entry.expect == error.verdict.value:
+            return msgspec.structs.replace(entry, refused=str(error))
+        message = f"{origin}: case {entry.name}: {error}"
+        raise type(error)(message) from error
+
+
+def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
+    """Refuse what this machine has no devices or no room for; return the devices that the launch takes.
 
     Of `nodes` alike, this machine takes its part.
     """
-    devices = check_devices(cases, -(-max(case.ep_size for case in cases) // nodes))
-    on_cpu = [case for case in cases if case.device == "cpu" or not devices]
+    running = [entry for entry in entries if not entry.refused]
+    if not running:
+        return ()
+    ranks = max(entry.case.ep_size for entry in running)
+    local_ranks = -(-ranks // nodes)
+    devices = check_devices([entry.case for entry in running], local_ranks)
+    check_open_files(local_ranks, ranks)
+    for note in check_shared_memory(local_ranks, on_devices=bool(devices)):
+        print_note(note)
+    on_cpu = [entry for entry in running if entry.case.device == "cpu" or not devices]
     if on_cpu:
         check_memory(on_cpu, available_bytes() * nodes if nodes > 1 else None)
     return devices
@@ -250,10 +287,3 @@ def campaign(
         progress.close()
         if hub is not None:
             hub.close(exit_code)
-
-
-def work(job: Job) -> int:
-    """Do the job as one of the ranks that torchrun started; return the exit code."""
-    from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
-
-    return work(job)

@@ -8,7 +8,8 @@ from typing import Any
 
 from distbench.bundle.findings import Finding
 from distbench.bundle.read import Bundle, open_bundle, runnable_case
-from distbench.commands.options import add_case_options, add_folder, alone, case_flags
+from distbench.commands.options import add_case_options, add_folder, case_flags
+from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.preflight import check_case, check_folder
 from distbench.replay import compare
@@ -82,7 +83,7 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     changes = {key: value for layer in case_flags(options) for key, value in layer.values.items()}
     case = runnable_case(bundle, **changes)
     check_case(case)
-    check_folder(options.out, 1)
+    check_folder(options.out)
     with hold(Path(options.out), (), options.lock_timeout):
         preload_ranks()
         report = Lab(Path(options.out)).run([case])[0]

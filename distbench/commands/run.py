@@ -18,15 +18,13 @@ from distbench.commands.options import (
     case_flags,
     check_launch,
     follow_node_0,
-    is_rank_0,
     num_ranks,
     report_writers,
     warnings,
-    work,
-    world_size,
 )
+from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import Verdict
-from distbench.export import write_reports
+from distbench.export import Writer, write_reports
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
@@ -34,10 +32,12 @@ from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_bundle, print_report, print_start
 from distbench.report.files import read_report
-from distbench.report.journal import RESULTS
+from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.results import Results
 from distbench.resolve import load_case_file, resolve_case
+from distbench.room import report_bytes
 
+_NAME = "run"
 _REPORT = "report.json"
 
 
@@ -66,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     layers = [*case_flags(options), *([load_case_file(options.case)] if options.case else [])]
     resolved = resolve_case([*layers, *read_environment(os.environ)], num_ranks(options))
     entry = Entry(
-        name="run",
+        name=_NAME,
         case=resolved.case,
         sources=resolved.sources,
         expect=Verdict.PASS.value,
@@ -75,34 +75,50 @@ def _run(options: argparse.Namespace) -> int:
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
     for path in paths:
         check_path(path)
-        check_folder(str(Path(path).parent), 1)
-    out = Path(options.out)
-    writers = report_writers(options, out)
+        check_folder(str(Path(path).parent), report_bytes([resolved.case]))
+    writers = report_writers(options, Path(options.out))
     check_baseline(options)
-    if world_size() is not None:
-        job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
-        _forget(out, paths)
-        code = work(job)
-        if is_rank_0():
-            results = Results(out / RESULTS)
-            write_reports(results, writers)
-            code = judge_baseline(options, results, code)
-        return code
-    devices = check_launch([resolved.case], options.nnodes)
+    act = _launch if world_size() is None else _take_part
+    return act(entry, options, paths, writers)
+
+
+def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
+    out = Path(options.out)
+    devices = check_launch([entry], options.nnodes)
     with hold(out, devices, options.lock_timeout):
-        check_device_memory([resolved.case], devices)
-        print_start(resolved.case)
+        check_device_memory([entry], devices)
         _forget(out, paths)
+        print_start(entry.case)
         campaign((entry,), options, Progress(1, quiet=True), paths)
         report = read_report(paths[0])
         results = Results(out)
         write_reports(results, writers)
     print_report(report)
     if options.bundle and report.exit_code:
-        print_bundle(bundle_folder(options.bundle, resolved.case))
+        print_bundle(bundle_folder(options.bundle, entry.case))
     return judge_baseline(options, results, report.exit_code)
 
 
+def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
+    out = Path(options.out)
+    job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
+    with hold_as_rank(job, options.lock_timeout):
+        if not is_rank_0():
+            return work(job)
+        _forget(out, paths)
+        code = work(job)
+        results = Results(out)
+        write_reports(results, writers)
+    return judge_baseline(options, results, code)
+
+
 def _forget(out: Path, paths: tuple[str, ...]) -> None:
+    """Make room for this run's result in the place of an earlier run's.
+
+    Raises:
+        InvalidCase: the folder holds results of something else.
+
+    """
+    refuse_others(out, _NAME.__eq__)
     for path in (*paths, str(out / RESULTS)):
         Path(path).unlink(missing_ok=True)

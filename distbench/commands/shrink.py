@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from distbench.case import DERIVED_KEYS, Case
-from distbench.commands.options import add_case_options, add_folder, alone, case_flags, one_case
+from distbench.commands.options import add_case_options, add_folder, add_ranks, case_flags, one_case
+from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_error, print_plain, print_table
 from distbench.report.files import write_atomically
@@ -31,7 +32,7 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(command=_shrink)
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
-    command.add_argument("--nproc", type=int, metavar="N", help="ranks, where the case does not say (default: 8)")
+    add_ranks(command, "ranks, where the case does not say (default: 8)")
     add_folder(command)
     add_case_options(command)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from distbench.case import case_hash
 from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
+from distbench.commands.numbers import whole
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -19,25 +19,26 @@ from distbench.commands.options import (
     campaign,
     case_flags,
     check_launch,
+    examined,
     follow_node_0,
-    is_rank_0,
     num_ranks,
     report_writers,
-    warnings,
-    work,
-    world_size,
 )
-from distbench.export import write_reports
-from distbench.job import Job
+from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
+from distbench.export import Writer, write_reports
+from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_summary
-from distbench.report.journal import RESULTS, filter_journal
+from distbench.report.journal import expect_anew, filter_journal, forget_cases
 from distbench.report.results import Results
+from distbench.room import report_bytes
 from distbench.suite import load_suite, select
 from distbench.suite_files import builtin_suites
+
+Writers = dict[Path, Writer]
 
 _DEFAULT_RANKS = 8
 
@@ -57,9 +58,11 @@ def add(commands: Any) -> None:
     suite.add_argument(
         "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
     )
-    suite.add_argument("--rerun", choices=("failed", "all"), help="run again what had failed, or everything")
-    suite.add_argument("--retries", type=int, default=0, metavar="N", help="tries more for a case that lost its ranks")
-    suite.add_argument("--max-faults", type=int, default=3, metavar="K", help="stop after K such cases in a row")
+    suite.add_argument("--rerun", choices=("failed", "all"), help="run again what had failed, or all that is selected")
+    suite.add_argument(
+        "--retries", type=whole(0), default=0, metavar="N", help="tries more for a case that lost its ranks"
+    )
+    suite.add_argument("--max-faults", type=whole(1), default=3, metavar="K", help="stop after K such cases in a row")
     suite.add_argument("--quiet", action="store_true", help="no progress")
     add_report(suite)
     add_baseline(suite)
@@ -74,33 +77,55 @@ def _suite(options: argparse.Namespace) -> int:
     suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
     chosen = select(suite.entries, options.select)
     check_path(options.out)
-    entries = tuple(msgspec.structs.replace(entry, warnings=warnings(entry.case, options)) for entry in chosen)
-    check_folder(options.out, len(entries))
-    out = Path(options.out)
-    writers = report_writers(options, out)
-    wanted = {case_hash(entry.case) for entry in entries}
-    names = {entry.name for entry in entries}
-    asked = names.__contains__ if options.select else None
+    entries = examined(chosen, suite.origin, options)
+    check_folder(options.out, report_bytes(entry.case for entry in entries))
+    writers = report_writers(options, Path(options.out))
     check_baseline(options)
-    if world_size() is not None:
-        code = work(Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False))
-        if is_rank_0():
-            results = Results(out / RESULTS, wanted.__contains__)
-            write_reports(results, writers)
-            code = judge_baseline(options, results, code, asked)
-        return code
-    devices = check_launch([entry.case for entry in entries], options.nnodes)
+    return _launch(entries, options, writers) if world_size() is None else _take_part(entries, options, writers)
+
+
+def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writers) -> int:
+    out = Path(options.out)
+    devices = check_launch(entries, options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout):
-        check_device_memory([entry.case for entry in entries], devices)
-        if options.rerun == "all":
-            (out / RESULTS).unlink(missing_ok=True)
-        elif options.rerun == "failed":
-            filter_journal(out, lambda line: line.as_expected)
+        check_device_memory(entries, devices)
+        _forget(out, entries, options.rerun)
         try:
             summary = campaign(entries, options, progress)
         finally:
-            results = Results(out, wanted.__contains__)
-            write_reports(results, writers)
+            results = _export(out, entries, writers)
     print_summary(summary, options.out)
-    return judge_baseline(options, results, summary.exit_code, asked)
+    return judge_baseline(options, results, summary.exit_code, _asked(entries, options))
+
+
+def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
+    job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False)
+    with hold_as_rank(job, options.lock_timeout):
+        if not is_rank_0():
+            return work(job)
+        _forget(Path(options.out), entries, options.rerun)
+        code = work(job)
+        results = _export(Path(options.out), entries, writers)
+    return judge_baseline(options, results, code, _asked(entries, options))
+
+
+def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
+    """Drop the results that --rerun asks for anew; those of cases that were not selected stay."""
+    chosen = {case_hash(entry.case) for entry in entries}
+    if rerun == "all":
+        forget_cases(out, chosen)
+    elif rerun == "failed":
+        expect_anew(out, entries)
+        filter_journal(out, lambda line: line.as_expected or line.case.hash not in chosen)
+
+
+def _export(out: Path, entries: Sequence[Entry], writers: Writers) -> Results:
+    results = Results(out, {case_hash(entry.case) for entry in entries}.__contains__)
+    write_reports(results, writers)
+    return results
+
+
+def _asked(entries: Sequence[Entry], options: argparse.Namespace) -> Callable[[str], bool] | None:
+    """Return what tells by its name whether a case of a baseline was selected; None where all were."""
+    return {entry.name for entry in entries}.__contains__ if options.select else None

@@ -18,9 +18,8 @@ from distbench.commands.options import (
     check_launch,
     num_ranks,
     warnings,
-    work,
-    world_size,
 )
+from distbench.commands.ranks import hold_as_rank, work, world_size
 from distbench.experts.rules import BucketRules, padded_rows
 from distbench.experts.selection import CURRENT, rules_for
 from distbench.job import Entry, Job
@@ -34,6 +33,7 @@ from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
 from distbench.resolve import Layer, load_case_file, resolve_case
+from distbench.room import report_bytes
 
 _SWEEP = "sweep.json"
 _BOUNDS = ("max-recv", "sum", "sum32", "pow2", "capacity")
@@ -65,13 +65,15 @@ def add(commands: Any) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     entries = _entries(options)
     check_path(options.out)
-    check_folder(options.out, len(entries))
+    check_folder(options.out, report_bytes(entry.case for entry in entries))
     if world_size() is not None:
-        return work(Job(entries=entries, out=options.out, supervised=False))
-    devices = check_launch([entry.case for entry in entries])
+        job = Job(entries=entries, out=options.out, supervised=False)
+        with hold_as_rank(job, options.lock_timeout):
+            return work(job)
+    devices = check_launch(entries)
     out = Path(options.out)
     with hold(out, devices, options.lock_timeout):
-        check_device_memory([entry.case for entry in entries], devices)
+        check_device_memory(entries, devices)
         summary = campaign(entries, options, Progress(len(entries), quiet=False))
         rows = read_rows(out / RESULTS, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.rules import padded_rows
 from distbench.experts.triton.candidates import families
@@ -35,11 +36,16 @@ def add(commands: Any) -> None:
     )
     tune.set_defaults(command=_tune)
     tune.add_argument("--model", choices=sorted(PRESETS), default="deepseek-v3", help="layer (default: %(default)s)")
-    tune.add_argument("--ep-size", type=int, default=8, metavar="W", help="ranks that share it (default: %(default)s)")
+    ranks, processes = whole(1, MOST_RANKS), whole(1)
+    tune.add_argument(
+        "--ep-size", type=ranks, default=8, metavar="W", help="ranks that share it (default: %(default)s)"
+    )
     tune.add_argument("--dispatch-dtype", choices=("bf16", "fp8"), default="bf16", help="rows (default: %(default)s)")
     tune.add_argument("--stage2", choices=("reduce", "atomic"), default="reduce", help="sum (default: %(default)s)")
     tune.add_argument("--buckets", default=_BUCKETS, metavar="ROWS", help="row counts (default: 1,2,4,...,32768)")
-    tune.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="compilers side by side")
+    tune.add_argument(
+        "--processes", type=processes, default=os.cpu_count() or 1, metavar="N", help="compilers side by side"
+    )
     tune.add_argument("--table", metavar="FILE", default="", help="the table (default: its own name, here)")
 
 
@@ -82,7 +88,7 @@ def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse
 def _shape(options: argparse.Namespace) -> LayerShape:
     model = PRESETS[options.model]
     num_experts = model.experts_for(options.ep_size)
-    if options.ep_size < 1 or num_experts % options.ep_size:
+    if num_experts % options.ep_size:
         message = f"--ep-size {options.ep_size}: must divide the {num_experts} experts of {options.model}"
         raise InvalidCase(message)
     return LayerShape(

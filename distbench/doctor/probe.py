@@ -6,15 +6,15 @@ import importlib.metadata
 import os
 import resource
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import msgspec
 
 from distbench.devices import compute_units
+from distbench.errors import InvalidCase
+from distbench.locks import DEVICE_LOCKS, is_held
 
 _ROCM = Path("/opt/rocm")
 _NICS = Path("/sys/class/infiniband")
@@ -72,19 +72,16 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
     )
 
 
-def held_locks(folder: Path | None = None) -> list[str]:
-    """Return the accelerators' locks in `folder` (the temporary one) that a process holds, by their file names."""
-    held = []
-    for path in sorted((folder or Path(tempfile.gettempdir())).glob("distbench-*.lock")):
-        lock = filelock.FileLock(path)
-        try:
-            with lock.acquire(timeout=0):
-                pass
-        except filelock.Timeout:
-            held.append(path.name)
-        except OSError:
-            held.append(f"{path.name} (of another user)")
-    return held
+def held_locks(folder: Path = DEVICE_LOCKS) -> list[str]:
+    """Return the accelerators' locks in `folder` that a process holds, or that cannot be looked at, by file names."""
+    return [found for path in sorted(folder.glob("distbench-*.lock")) if (found := _held_lock(path))]
+
+
+def _held_lock(path: Path) -> str:
+    try:
+        return path.name if is_held(path) else ""
+    except InvalidCase as error:
+        return f"{path.name} ({error})"
 
 
 def _torch_facts() -> dict[str, Any]:

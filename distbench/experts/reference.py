@@ -174,17 +174,15 @@ def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: in
     divided into that many runs of blocks, which are summed apart and then added in order.
     """
     columns = rows.shape[2]
-    run = -(-columns // (tile_k * max(splits, 1))) * tile_k
-    wide = rows.double()
-    total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
-    for start in range(0, columns, run):
-        partial = torch.zeros_like(total) if start else total
-        for first in range(start, min(start + run, columns), tile_k):
-            block = slice(first, min(first + tile_k, start + run))
-            partial += torch.bmm(wide[:, :, block], weights.block(experts, block).transpose(1, 2)).float()
-        if start:
-            total += partial
-    return total
+    run = -(-columns // (tile_k * max(splits, 1)))
+    total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
+    blocks = zip(rows.double().split(tile_k, dim=2), weights.blocks(experts, tile_k), strict=True)
+    for index, (left, right) in enumerate(blocks):
+        if index and index % run == 0:
+            total = partial if total is partial else total.add_(partial)
+            partial = torch.zeros_like(total)
+        partial += torch.bmm(left, right).float()
+    return total if total is partial else total.add_(partial)
 
 
 class _Weights:
@@ -199,10 +197,11 @@ class _Weights:
         """Whether `weights` is the tensor that these are made of."""
         return weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
 
-    def block(self, experts: Tensor, columns: slice) -> Tensor:
-        """Return float64 [g, N, columns] of `experts`."""
+    def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
+        """Yield float64 [g, at most tile_k, N] of `experts`, one block of K after another."""
         if self._wide is None:
-            return self._weights[experts, :, columns].double()
-        if experts.numel() == len(self._wide):
-            return self._wide[:, :, columns]
-        return self._wide[experts, :, columns]
+            for block in self._weights.split(tile_k, dim=2):
+                yield block[experts].double().transpose(1, 2)
+        else:
+            wide = self._wide if experts.numel() == len(self._wide) else self._wide[experts]
+            yield from wide.transpose(1, 2).split(tile_k, dim=1)

@@ -33,7 +33,10 @@ class NodesMissing(DistbenchError):
 
 
 class Hub:
-    """The nodes of a campaign as node 0 sees them, itself included."""
+    """The nodes of a campaign as node 0 sees them, itself included.
+
+    `refused` says which of them cannot take part, and why.
+    """
 
     def __init__(self, spread: Spread, join_timeout_s: float) -> None:
         """Listen on the port of `spread`; all nodes have to come within `join_timeout_s`.
@@ -51,6 +54,7 @@ class Hub:
         self._heard: dict[int, float] = {}
         self._mirrored: dict[int, float] = {}
         self._told_end: set[int] = set()
+        self.refused = ""
         try:
             self._server = _Server(("", spread.port), self)
         except OSError as error:
@@ -73,6 +77,8 @@ class Hub:
                 return Order(phase=Phase.END, exit_code=2, refused=f"{text}; give each node a --node-rank of its own")
             self._beats[beat.node] = beat
             self._heard[beat.node] = time.monotonic()
+            if beat.refused and not self.refused:
+                self.refused = f"host {beat.host} (node {beat.node}): {beat.refused}"
             order = self._order
             if order.phase is Phase.END:
                 self._told_end.add(beat.node)

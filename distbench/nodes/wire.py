@@ -28,7 +28,7 @@ class Beat(msgspec.Struct, kw_only=True):
     """How a node stands. In `crumbs`, `since_ns` is an age, since hosts share no clock, and `pid` is 0.
 
     `launch` is the last one that the node began, 0 for none; `ended` says that its ranks are gone, `exit` which of them
-    went first, and `failures` what they said.
+    went first, and `failures` what they said. `refused` says why the node leaves, which it then does.
     """
 
     node: int
@@ -41,6 +41,7 @@ class Beat(msgspec.Struct, kw_only=True):
     crumbs: dict[int, Position] = {}
     failures: list[RankFailure] = []
     stacks: dict[int, str] = {}
+    refused: str = ""
 
 
 class Order(msgspec.Struct, kw_only=True):

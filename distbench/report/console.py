@@ -63,6 +63,8 @@ def print_summary(summary: Summary, out: str) -> None:
     """Print what became of a suite, the verdict line last."""
     for case in summary.unexpected:
         print(f"unexpected: {case['verdict']:<16} {case['name']}")
+    for event in summary.events:
+        print(f"event: {event}")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(summary.verdicts.items()))
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
     print(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")

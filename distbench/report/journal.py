@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import msgspec
 
+from distbench.case import case_hash
 from distbench.errors import InvalidCase, Verdict
-from distbench.report.document import SCHEMA, Report
-from distbench.report.files import write_atomically
+from distbench.job import Entry
+from distbench.report.document import SCHEMA, Report, as_expected
+from distbench.report.files import atomic_file, naming, sync_folder
 from distbench.values import one_line
 
 RESULTS = "results.jsonl"
+_DAMAGED = "results.damaged.jsonl"
 _BLOCK_BYTES = 64 << 10
 
 
@@ -26,6 +30,10 @@ class _Wall(msgspec.Struct, frozen=True):
     wall_s: float
 
 
+class _Limit(msgspec.Struct, frozen=True):
+    safe: bool
+
+
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What progress and resuming need of a report; the rest of its line is passed over."""
 
@@ -33,9 +41,16 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     verdict: Verdict
     exit_code: int
+    expect: str
     as_expected: bool
     case: _Hash
     timing: _Wall
+    limit: _Limit | None
+
+    def ended_as(self, entry: Entry) -> bool:
+        """Whether the case ended as `entry`, which is of the same case, expects it to."""
+        safe = self.limit is None or self.limit.safe
+        return as_expected(entry.expect, self.verdict, safe=safe, policy=entry.case.policy)
 
 
 class Journal:
@@ -43,16 +58,20 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         """Open `out`/results.jsonl, made if needed, and cut off a last line that a kill left half written."""
-        self._descriptor = os.open(out / RESULTS, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._path = out / RESULTS
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         _cut_torn_line(self._descriptor)
+        if not os.fstat(self._descriptor).st_size:
+            sync_folder(out)
 
     def append(self, report: Report) -> None:
         """Write one line and return when it is on disk."""
         line = memoryview(msgspec.json.encode(report) + b"\n")
-        while line:
-            line = line[os.write(self._descriptor, line) :]
-        os.fsync(self._descriptor)
+        with naming(self._path):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Let the file go."""
@@ -86,18 +105,19 @@ class JournalReader:
                     return
                 self._offset += len(raw)
                 self._number += 1
-                yield self._decode(raw)
+                yield _decode(raw, f"{self._path}, line {self._number}")
 
-    def _decode(self, raw: bytes) -> Line:
-        try:
-            line = msgspec.json.decode(raw, type=Line)
-        except (ValueError, RecursionError) as error:
-            message = f"{self._path}, line {self._number}: {one_line(error)}; move the file away or use --rerun all"
-            raise InvalidCase(message) from error
-        if line.schema != SCHEMA:
-            message = f"{self._path}, line {self._number}: schema {line.schema!r}, known is {SCHEMA}; use --rerun all"
-            raise InvalidCase(message)
-        return line
+
+def _decode(raw: bytes, where: str) -> Line:
+    try:
+        line = msgspec.json.decode(raw, type=Line)
+    except (ValueError, RecursionError) as error:
+        message = f"{where}: {one_line(error)}; move the file away or use --rerun all"
+        raise InvalidCase(message) from error
+    if line.schema != SCHEMA:
+        message = f"{where}: schema {line.schema!r}, known is {SCHEMA}; use --rerun all"
+        raise InvalidCase(message)
+    return line
 
 
 def repair_journal(out: Path) -> None:
@@ -107,18 +127,97 @@ def repair_journal(out: Path) -> None:
 
 
 def filter_journal(out: Path, keep: Callable[[Line], bool]) -> None:
-    """Drop the lines that `keep` does not hold for, atomically; of two lines for one case the first stays."""
+    """Drop the lines that `keep` does not hold for, atomically; of two lines for one case the first stays.
+
+    Raises:
+        InvalidCase: a whole line is no report.
+
+    """
+    seen: set[str] = set()
+
+    def kept(raw: bytes, where: str) -> bytes:
+        line = _decode(raw, where)
+        if line.case.hash in seen or not keep(line):
+            return b""
+        seen.add(line.case.hash)
+        return raw
+
+    _rewrite(out, kept)
+
+
+def forget_cases(out: Path, hashes: AbstractSet[str]) -> None:
+    """Drop the results of these cases, atomically. A line that is no result goes to results.damaged.jsonl."""
+    damaged: list[bytes] = []
+
+    def kept(raw: bytes, where: str) -> bytes:
+        try:
+            return b"" if _decode(raw, where).case.hash in hashes else raw
+        except InvalidCase:
+            damaged.append(raw)
+            return b""
+
+    _rewrite(out, kept, lambda: _set_aside(out / _DAMAGED, damaged))
+
+
+def refuse_others(out: Path, mine: Callable[[str], bool]) -> None:
+    """Refuse to replace the results in `out` where `mine` does not hold for each one's name.
+
+    Raises:
+        InvalidCase: names one that would be lost, and the fix.
+
+    """
+    fix = "which this would replace; name another folder with --out"
+    try:
+        others = [line.name for line in JournalReader(out).new_lines() if not mine(line.name)]
+    except InvalidCase as error:
+        message = f"folder {out}: holds results that cannot be read, {fix} ({error})"
+        raise InvalidCase(message) from error
+    if others:
+        message = f"folder {out}: holds {len(others)} results of something else ({others[0]:.80}), {fix}"
+        raise InvalidCase(message)
+
+
+def expect_anew(out: Path, entries: Iterable[Entry]) -> None:
+    """Hold the results of `entries` against what these expect now, and write down where that was something else.
+
+    Raises:
+        InvalidCase: a whole line is no report.
+
+    """
+    wanted = {case_hash(entry.case): entry for entry in entries}
+    lines = ((line, wanted.get(line.case.hash)) for line in JournalReader(out).new_lines())
+    if all(entry is None or line.expect == entry.expect for line, entry in lines):
+        return
+
+    def held_against(raw: bytes, where: str) -> bytes:
+        line = _decode(raw, where)
+        entry = wanted.get(line.case.hash)
+        if entry is None or line.expect == entry.expect:
+            return raw
+        document = msgspec.json.decode(raw) | {"expect": entry.expect, "as_expected": line.ended_as(entry)}
+        return msgspec.json.encode(document) + b"\n"
+
+    _rewrite(out, held_against)
+
+
+def _rewrite(out: Path, change: Callable[[bytes, str], bytes], before: Callable[[], None] = lambda: None) -> None:
+    """Put `change(line, where it stands)` in the place of each line; `before` is called before the file changes."""
     path = out / RESULTS
     if not path.exists():
         return
     repair_journal(out)
-    kept, seen = [], set()
-    with path.open("rb") as file:
-        for raw, line in zip(file, JournalReader(out).new_lines(), strict=True):
-            if line.case.hash not in seen and keep(line):
-                kept.append(raw)
-                seen.add(line.case.hash)
-    write_atomically(path, b"".join(kept))
+    with path.open("rb") as old, atomic_file(path) as new:
+        for number, raw in enumerate(old, 1):
+            new.write(change(raw, f"{path}, line {number}"))
+        before()
+
+
+def _set_aside(path: Path, damaged: list[bytes]) -> None:
+    if damaged:
+        with path.open("ab") as file:
+            file.writelines(damaged)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _cut_torn_line(descriptor: int) -> None:

@@ -133,9 +133,10 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """The exit code for all of them, a missing one counting as a lost rank's."""
+        """The exit code for all of them, a missing one counting as a lost rank's, and so an event beside them."""
         codes = {suite_code(result.exit_code, as_expected=result.as_expected) for result in self}
-        return worst_exit_code(codes | ({Verdict.RANK_FAULT.exit_code} if self.missing else set()))
+        lost = self.missing or (self.summary is not None and self.summary.events)
+        return worst_exit_code(codes | ({Verdict.RANK_FAULT.exit_code} if lost else set()))
 
     def __iter__(self) -> Iterator[Result]:
         return (result for _, result in self.lines())

@@ -6,25 +6,27 @@ import os
 from pathlib import Path
 
 from distbench.case import case_hash
-from distbench.errors import suite_code
+from distbench.errors import Verdict, suite_code
 from distbench.job import Entry, Job
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_report
-from distbench.report.journal import Journal, JournalReader, repair_journal
-from distbench.verify.records import Outcome
+from distbench.report.journal import Journal, JournalReader, expect_anew, repair_journal
+from distbench.verify.records import Judgement, Outcome, Reason
 
 
 class Sink:
     """Turns outcomes into reports: a line of the journal each, and the files that the job names.
 
-    `codes` has what each case, of this launch or an earlier one, adds to the exit code.
+    `codes` has what each case, of this launch or an earlier one, adds to the exit code. Cases that are refused before
+    a rank has seen them have their results from the start.
     """
 
     def __init__(self, job: Job) -> None:
         """Open the journal in the job's folder, and see which of the job's cases it holds already."""
         self._job = job
         repair_journal(Path(job.out))
+        expect_anew(Path(job.out), job.entries)
         wanted = {case_hash(entry.case) for entry in job.entries}
         self.codes = {
             line.case.hash: suite_code(line.exit_code, as_expected=line.as_expected)
@@ -32,6 +34,9 @@ class Sink:
             if line.case.hash in wanted
         }
         self._journal = Journal(Path(job.out))
+        for entry in job.entries:
+            if entry.refused and case_hash(entry.case) not in self.codes:
+                self.put(entry, refusal(entry), wall_s=0.0)
 
     def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> Report:
         """Write down how `entry` ended, and return the report when it is on disk."""
@@ -59,3 +64,9 @@ class Sink:
             console.print_report(report)
         else:
             console.print_line(console.case_line(report))
+
+
+def refusal(entry: Entry) -> Outcome:
+    """Return the outcome of a case that is refused as it is expected to be."""
+    reason = Reason(code=entry.expect.lower(), message=entry.refused)
+    return Outcome(entry.case, Judgement(Verdict(entry.expect), [reason], None))

@@ -6,7 +6,10 @@ import msgspec
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """`summary.json`: counts by verdict, and the first cases that did not end as expected."""
+    """`summary.json`: counts by verdict, and the first cases that did not end as expected.
+
+    `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out.
+    """
 
     cases: int = 0
     finished: int = 0
@@ -14,4 +17,5 @@ class Summary(msgspec.Struct, kw_only=True):
     verdicts: dict[str, int] = {}
     exit_code: int = 0
     stopped: str = ""
+    events: list[str] = []
     unexpected: list[dict[str, str]] = []

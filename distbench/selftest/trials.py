@@ -15,6 +15,7 @@ from distbench.job import Entry
 from distbench.resolve import Layer, resolve_case
 
 SEVERAL = "several faults at once"
+CLEAN = "clean"
 DEAD = (Verdict.HANG.value, Verdict.RANK_FAULT.value)
 _DEAD_SEEDS = 3
 _BASE = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "policy": "unchecked", "limit": "max-recv"}
@@ -128,7 +129,7 @@ def _clean(ranks: int, seed: int) -> Trial:
         "jitter": chance.choice((0.0, 0.0, 0.0, 1.0)),
         "repeats": chance.choice((1, 1, 1, 2)),
     }
-    entry = _entry(f"clean #{seed}", keys, ranks, "clean", Verdict.PASS.value)
+    entry = _entry(f"{CLEAN} #{seed}", keys, ranks, CLEAN, Verdict.PASS.value)
     return Trial(label="", entry=entry, verdict=Verdict.PASS.value)
 
 

@@ -19,6 +19,7 @@ from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
 from distbench.transport.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.rows import TorchRows
+from distbench.transport.waiting import wait_for
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
@@ -79,7 +80,7 @@ class CollectiveTransport:
         mover.stay(parts, plan)
         self._received.total_recv.fill_(traffic.total_received)
         if travel is not None:
-            travel.wait()
+            wait_for(travel)
         mover.arrive(plan)
         return self._received
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -46,11 +47,13 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 class Bench:
     """A command of distbench in a session of its own; on leaving the context nothing of it is left."""
 
+    starter: tuple[str, ...] = ("-m", "distbench")
+
     def __init__(self, out: Path, *arguments: str | Path, **environ: str) -> None:
         self.out = out
         self._marker = uuid.uuid4().hex
         self._logs = [out.with_name(f"{out.name}.{self._marker[:8]}.{name}") for name in ("stdout", "stderr")]
-        command = [sys.executable, "-m", "distbench", *map(str, arguments), "--out", str(out)]
+        command = [sys.executable, *self.starter, *map(str, arguments), "--out", str(out)]
         with self._logs[0].open("wb") as stdout, self._logs[1].open("wb") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -66,10 +69,7 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pid in self.left():
-            os.kill(pid, signal.SIGKILL)
+        self.end_at_once()
 
     def finish(self, seconds: float = 100) -> int:
         """Wait for the exit code."""
@@ -103,6 +103,14 @@ class Bench:
         content: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
         return content
 
+    def end_at_once(self) -> None:
+        """Kill all processes so that none sees another one end."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in self.left():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        self.process.wait()
+
     def left(self) -> list[int]:
         """Return the processes that were started by this bench, or by one of those, and live."""
         marker = f"{_MARKER}={self._marker}".encode()
@@ -111,6 +119,12 @@ class Bench:
     def gone(self) -> bool:
         """Whether no process is left."""
         return not self.left()
+
+
+class Torchrun(Bench):
+    """The same under plain torchrun, as three ranks."""
+
+    starter = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", *Bench.starter)
 
 
 def shared_memory() -> set[Path]:

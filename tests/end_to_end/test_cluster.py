@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from distbench.cli import main
+from distbench.cluster import trials
 from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, write_suite
 
 FAKE = json.dumps([sys.executable, str(ROOT / "tests" / "fake_node.py"), "{host}"])
@@ -58,6 +59,19 @@ def test_a_planted_fault_is_named(
     assert (tmp_path / "defects.txt").read_text().split() == defects
     if code == 2:
         assert document["not_run"] == ["pairs", "all"]
+
+
+def test_what_a_group_finds_is_waited_for_and_one_that_lost_a_node_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process of a group to fail is not always the one that writes the group's verdict."""
+    monkeypatch.setattr(trials, "_PARTING_S", 4.0)
+    started = time.monotonic()
+    code, document = validate(tmp_path, monkeypatch, "a,b", {"a+b": "late CORRUPT"}, "--plan", "pairs")
+    assert (code, [trial["verdict"] for trial in document["trials"]]) == (1, ["CORRUPT"])
+    code, document = validate(tmp_path, monkeypatch, "a,b", {"a+b": "half dies"}, "--plan", "pairs")
+    assert (code, [trial["verdict"] for trial in document["trials"]]) == (3, ["RANK_FAULT"])
+    assert time.monotonic() - started < 30
 
 
 def test_a_slow_node_is_listed_for_the_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.end_to_end.launches import SOAK, Bench, faulty, wait_until, write_suite
+from distbench.hang import waits_for_peers
+from tests.end_to_end.launches import SOAK, TINY, Bench, faulty, wait_until, write_suite
 
 RANKS = 3
 LIMIT_S = 2.0
-BATCH = 13
+BATCH = 15
 HANGS = ("stop", "sleep")
 KINDS = ("kill", "stop", "raise", "exit", "sleep", "segv", "allocate")
 HOW = {
@@ -34,7 +35,8 @@ HOW = {
 }
 STAGES = ("dispatch", "truncate", "experts", "check", "combine")
 PASSES = [f"{arm}/{stage}" for arm, stage in product(("padded", "control", "repadded", "truncated"), STAGES)]
-PLACES = ["start", "agree", "workload", *PASSES, "gather", "report"]
+TIMED = ["timing", "padded/timing", "truncated/timing"]
+PLACES = ["start", "agree", "workload", *PASSES, *TIMED, "gather", "report"]
 
 
 class Fault(NamedTuple):
@@ -68,29 +70,29 @@ class Fault(NamedTuple):
         others = [rank for rank in range(RANKS) if rank != self.rank]
         if stood is None or float(stood[1]) > LIMIT_S + 5 or stood[2] != ", ".join(map(str, others)):
             return [message]
+        stacks = report["stacks"]
+        if stacks.keys() != {str(rank) for rank in range(RANKS)}:
+            return [f"stacks of {sorted(stacks)}"]
         mine = "stopped" if self.kind == "stop" else "sitecustomize.py"
-        wanted = {str(rank): mine if rank == self.rank else "distributed_c10d.py" for rank in range(RANKS)}
-        if report["stacks"].keys() != wanted.keys():
-            return [f"stacks of {sorted(report['stacks'])}"]
-        return [
-            f"stack of {rank}: {report['stacks'][rank]}"
-            for rank in wanted
-            if wanted[rank] not in report["stacks"][rank]
-        ]
-
-
-def can_happen(fault: Fault) -> bool:
-    return fault.place != "report" or fault.rank == 0
+        fits = {
+            str(rank): mine in stacks[str(rank)] if rank == self.rank else waits_for_peers(stacks[str(rank)])
+            for rank in range(RANKS)
+        }
+        return [f"stack of {rank}: {stacks[rank]}" for rank, fit in fits.items() if not fit]
 
 
 def covering() -> list[Fault]:
-    """Return each place once; 7 kinds and 3 ranks have no common divisor, so each kind meets each rank."""
+    """Return each place once; 7 kinds and 3 ranks have no common divisor, so each kind meets each rank.
+
+    A rank other than 0 in the last stage is there twice: it dies, or hangs, when its case has a result already.
+    """
     turns = enumerate(PLACES)
-    return [Fault(0 if place == "report" else turn % RANKS, place, KINDS[turn % len(KINDS)]) for turn, place in turns]
+    late = [Fault(1, "report", "stop"), Fault(2, "report", "kill")]
+    return [Fault(turn % RANKS, place, KINDS[turn % len(KINDS)]) for turn, place in turns] + late
 
 
 def everything() -> Iterable[Fault]:
-    return filter(can_happen, (Fault(*one) for one in product(range(RANKS), PLACES, KINDS)))
+    return (Fault(*one) for one in product(range(RANKS), PLACES, KINDS))
 
 
 CHOSEN = list(everything()) if SOAK else covering()
@@ -99,7 +101,8 @@ BATCHES = [CHOSEN[start : start + BATCH] for start in range(0, len(CHOSEN), BATC
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: str(batch[0]))
 def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
-    suite = write_suite(tmp_path / "suite.json", range(2 * len(batch) + 1), timeout=LIMIT_S)
+    timed = {"iterations": 2, "warmup": 1}
+    suite = write_suite(tmp_path / "suite.json", range(2 * len(batch) + 1), timeout=LIMIT_S, **timed)
     variables = faulty(*map(str, batch), once=tmp_path / "fired")
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
         assert bench.finish(110) == 3
@@ -114,34 +117,48 @@ def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
     assert "Traceback" not in bench.stderr
 
 
-ODD = {
-    "1:0:start:raise": [("rank-fault", 1, "rank 1 ended by exit code 1 in start")],
-    "2:1:padded/combine:kill+1:1:padded/combine:stop": [
-        ("baseline-fault", 2, "rank 2 ended by SIGKILL in padded/combine")
-    ],
-    "0:1:control/experts:sleep+1:1:control/experts:stop": [
-        ("hang", rank, "rank 0, rank 1 stood in control/experts for ") for rank in (0, 1)
-    ],
-    "1:1:truncated/check#2:stop": [("hang", 1, "rank 1 stood in truncated/check for ")],
-    "1:0:done:stop": [],
-}
+# The faults of each launch, the seed of the case that they hit, and what is said of it.
+ODD = [
+    ("1:0:boot:stop", 0, [("hang", 1, "rank 1 had not begun ")]),
+    ("1:0:start:raise", 1, [("rank-fault", 1, "rank 1 ended by exit code 1 in start")]),
+    (
+        "2:1:padded/combine:kill+1:1:padded/combine:stop",
+        3,
+        [("baseline-fault", 2, "rank 2 ended by SIGKILL in padded/combine")],
+    ),
+    (
+        "0:1:control/experts:sleep+1:1:control/experts:stop",
+        5,
+        [("hang", rank, "rank 0, rank 1 stood in control/experts for ") for rank in (0, 1)],
+    ),
+    ("1:1:truncated/check#2:stop", 7, [("hang", 1, "rank 1 stood in truncated/check for ")]),
+    ("2:1:start:stop", 9, [("hang", 2, "rank 2 stood in start for ")]),
+    ("1:0:done:stop", None, []),
+]
+OF_TWO_RANKS = 9
 
 
 def test_odd_endings(tmp_path: Path) -> None:
-    """In the first stage; two at once; in a stage that others have come back to; after all has been done."""
-    suite = write_suite(tmp_path / "suite.json", range(8), timeout=LIMIT_S, repeats=2)
-    variables = faulty(*ODD, once=tmp_path / "fired")
+    """Before and in the first stage; two at once; in a stage passed before; outside the group; after all is done."""
+    cases = [{"seed": seed, "ep_size": 2 if seed == OF_TWO_RANKS else RANKS} for seed in range(11)]
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps({"defaults": TINY | {"timeout": LIMIT_S, "repeats": 2}, "include": cases}))
+    variables = faulty(*(faults for faults, _, _ in ODD), once=tmp_path / "fired")
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
         assert bench.finish() == 3
         assert wait_until(bench.gone, 2)
     assert (tmp_path / "fired").stat().st_size == len(ODD)
-    reports = {report["name"]: report for report in bench.reports}
-    for seed, expected in zip((0, 2, 4, 6, 7), ODD.values(), strict=True):
-        reasons = reports.pop(f"seed={seed}")["reasons"]
+    reports = {report["case"]["seed"]: report for report in bench.reports}
+    assert len(reports) == len(bench.reports) == len(cases)
+    for _, seed, expected in ODD:
+        reasons = [] if seed is None else reports.pop(seed)["reasons"]
         assert [(reason["code"], reason["rank"]) for reason in reasons] == [(code, rank) for code, rank, _ in expected]
         for reason, (_, _, message) in zip(reasons, expected, strict=True):
             assert reason["message"].startswith(message)
-    assert [report["verdict"] for report in reports.values()] == ["PASS"] * 3
+    assert {report["verdict"] for report in reports.values()} == {"PASS"}
+    (event,) = bench.summary["events"]
+    assert event.startswith("rank 1 stood in done for ")
+    assert f"event: {event}" in bench.stdout
 
 
 def test_a_single_case_that_hangs_ends_within_its_limit_and_five_seconds(tmp_path: Path) -> None:
@@ -158,12 +175,31 @@ def test_a_single_case_that_hangs_ends_within_its_limit_and_five_seconds(tmp_pat
 
 def test_retries_make_good_and_faults_in_a_row_stop_with_what_is_there(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(6))
-    faults = ("1:1:padded/experts:kill", "0:1:padded/experts:kill", "0:0:start:kill", "1:0:gather:kill")
-    limits = ("--retries=1", "--max-faults=3")
+    once, twice = ["1:1:padded/experts:kill"], ["1:1:gather:kill", "0:0:agree:kill"]  # seeds 1 and 2
+    faults = [*once, *twice, "1:0:padded/experts:kill", "0:0:start:kill"]
+    limits = ("--retries=1", "--max-faults=2")
     with Bench(tmp_path / "out", "suite", suite, "--nproc=2", *limits, **faulty(*faults, once=tmp_path / "f")) as bench:
         assert bench.finish() == 3
-    assert bench.verdicts == {"seed=0": "PASS", "seed=1": "PASS", "seed=2": "RANK_FAULT"}
+    assert bench.verdicts == {"seed=0": "PASS", "seed=1": "PASS", "seed=2": "RANK_FAULT", "seed=3": "RANK_FAULT"}
     summary = bench.summary
-    assert (summary["cases"], summary["finished"], summary["exit_code"]) == (6, 3, 3)
-    assert summary["stopped"] == "3 cases in a row lost their ranks"
-    assert "stopped early: 3 cases" in bench.stdout
+    assert (summary["cases"], summary["finished"], summary["exit_code"]) == (6, 4, 3)
+    assert summary["stopped"] == "2 cases in a row lost their ranks"
+    assert "stopped early: 2 cases" in bench.stdout
+
+
+def test_a_disk_that_fills_up_is_no_cases_fault(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(3))
+    command = ("suite", suite, "--nproc=2", "--quiet")
+    with Bench(tmp_path / "out", *command, **faulty("0:1:report:full", once=tmp_path / "f")) as bench:
+        assert bench.finish() == 3
+        assert wait_until(bench.gone, 2)
+    (told,) = bench.stderr.splitlines()
+    assert told.startswith(
+        "distbench: DISK_FULL: rank 0 raised OSError in report: [Errno 28] No space left on device: "
+    )
+    assert "'/out/results.jsonl'; free some space or name another folder; " in told
+    assert bench.verdicts == {"seed=0": "PASS"}
+    assert bench.summary["stopped"] in told
+    with Bench(tmp_path / "out", *command) as bench:
+        assert bench.finish() == 0
+    assert bench.verdicts == {f"seed={seed}": "PASS" for seed in range(3)}

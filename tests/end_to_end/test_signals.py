@@ -7,6 +7,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launches import SOAK, Bench, faulty, shared_memory, wait_until, write_suite
+from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, shared_memory, wait_until, write_suite
 
 NPROC = 3
 CASES = 400
@@ -75,6 +77,33 @@ def test_a_signal_in_the_midst_leaves_nothing_but_results(tmp_path: Path, scratc
     assert 1 < summary["finished"] < CASES
     assert bench.stderr.splitlines()[-1].startswith("distbench: INTERRUPTED: ended by SIG")
     assert "Traceback" not in bench.stderr
+
+
+def sees_to_signals(pid: int) -> bool:
+    """Whether a process catches SIGTERM."""
+    try:
+        (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    except (OSError, ValueError):
+        return False
+    return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_anything_has_begun(tmp_path: Path, number: int) -> None:
+    with Bench(tmp_path / "out", "suite", "smoke", "--nproc=2") as bench:
+        while not sees_to_signals(bench.process.pid):
+            assert bench.process.poll() is None
+        bench.process.send_signal(number)
+        assert bench.finish(10) == 128 + number
+        assert wait_until(bench.gone, 2)
+    assert bench.stderr.startswith("distbench: INTERRUPTED: ended by SIG")
+    assert bench.stderr.count("\n") == 1
+
+
+def test_signals_are_seen_to_before_anything_is_loaded() -> None:
+    asked = "import sys, distbench.__main__; print(sorted({'argparse', 'msgspec', 'torch'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-S", "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.4), (signal.SIGTERM, 1.0)])

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.end_to_end.launches import Torchrun, faulty, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +26,14 @@ def torchrun(out: Path, *arguments: str, **environ: str) -> subprocess.Completed
     return subprocess.run(
         command, capture_output=True, text=True, timeout=100, env=os.environ | environ, check=False, cwd=ROOT
     )
+
+
+def collected(out: Path) -> dict[str, Any]:
+    """Collect what ranks left in `out`, and return the report of its one case."""
+    command = [sys.executable, "-m", "distbench", "collect", str(out)]
+    assert subprocess.run(command, capture_output=True, check=False, cwd=ROOT).returncode == 3
+    report: dict[str, Any] = json.loads((out / "results.jsonl").read_text())
+    return report
 
 
 def test_rank_0_prints_and_all_ranks_exit_alike(tmp_path: Path) -> None:
@@ -36,7 +50,7 @@ def test_a_wrong_result_fails_the_job(tmp_path: Path) -> None:
 
 
 def test_an_exception_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> None:
-    fault = {"DISTBENCH_TEST_FAULT": "2:0:control/experts:raise", "PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}"}
+    fault = faulty("2:0:control/experts:raise")
     start = time.monotonic()
     done = torchrun(tmp_path, **fault)
     assert done.returncode == 1
@@ -52,26 +66,41 @@ def test_bad_values_are_told_once(tmp_path: Path) -> None:
 
 
 def test_collect_names_the_rank_that_died(tmp_path: Path) -> None:
-    fault = {"DISTBENCH_TEST_FAULT": "1:0:truncated/experts:kill", "PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}"}
-    assert torchrun(tmp_path, **fault).returncode == 1
-    command = [sys.executable, "-m", "distbench", "collect", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 3
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    report = json.loads(line)
+    assert torchrun(tmp_path, **faulty("1:0:truncated/experts:kill")).returncode == 1
+    report = collected(tmp_path)
     assert report["verdict"] == "RANK_FAULT"
-    assert report["reasons"][0]["rank"] == 1
-    assert "truncated/experts" in report["reasons"][0]["message"]
+    (reason,) = report["reasons"]
+    assert (reason["rank"], reason["message"]) == (1, "rank 1 ended without a word in truncated/experts")
 
 
-def test_collect_names_the_rank_that_stood_still(tmp_path: Path) -> None:
-    fault = {"DISTBENCH_TEST_FAULT": "2:0:control/experts:sleep", "PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}"}
-    assert torchrun(tmp_path, "--timeout", "5", **fault).returncode == 1
-    command = [sys.executable, "-m", "distbench", "collect", str(tmp_path)]
-    assert subprocess.run(command, capture_output=True, text=True, check=False).returncode == 3
-    report = json.loads((tmp_path / "results.jsonl").read_text())
+@pytest.mark.parametrize(
+    ("place", "told"), [("control/experts", "rank 2 stood in control/experts; "), ("boot", "rank 2 never began; ")]
+)
+def test_collect_names_the_rank_that_stood_still(tmp_path: Path, place: str, told: str) -> None:
+    assert torchrun(tmp_path, "--timeout", "4", **faulty(f"2:0:{place}:sleep")).returncode == 1
+    report = collected(tmp_path)
     assert report["verdict"] == "HANG"
     assert [reason["rank"] for reason in report["reasons"]] == [2]
+    waited = r"rank \d(, \d)? waited until the collective timed out"
+    assert re.fullmatch(told + waited, report["reasons"][0]["message"])
+
+
+def test_collect_names_the_rank_that_was_behind_when_all_were_killed(tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
+    with Torchrun(tmp_path / "out", "run", "--model=tiny", **faulty("2:0:control/experts:sleep", once=fired)) as bench:
+        assert wait_until(fired.exists, 60)
+        for command in (("run", "--model=tiny", "--out"), ("collect",)):
+            refused = subprocess.run(
+                [sys.executable, "-m", "distbench", *command, str(bench.out)],
+                capture_output=True, text=True, check=False, cwd=ROOT,
+            )  # fmt: skip
+            assert refused.returncode == 3
+            assert f"distbench: BUSY: folder {bench.out} is in use by process " in refused.stderr
+        bench.end_at_once()
+    report = collected(tmp_path / "out")
+    assert report["verdict"] == "HANG"
+    message = "rank 2 was behind in control/experts, rank 0, 1 waited; all ended without a word"
+    assert [(reason["rank"], reason["message"]) for reason in report["reasons"]] == [(2, message)]
 
 
 def test_a_suite_goes_on_where_it_was_stopped(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Damage for tests with real processes: DISTBENCH_TEST_FAULT=rank:case:place:kind, as in 2:0:padded/dispatch:kill.
 
-A place may end in #2: the second time that the rank gets there in that case. Several faults at once are joined by +.
+A place may end in #2: the second time that the rank gets there in that case. `boot` is before its first breadcrumb.
+Several faults at once are joined by +.
 With DISTBENCH_TEST_FAULT_ONCE=path a fault fires once; others may follow after commas, each for the launch after that
 of the one before it. `path` holds a byte for each that has fired.
 """
@@ -36,6 +37,12 @@ def _allocate() -> None:
     torch.empty(16 << 30, dtype=torch.uint8)
 
 
+def _fill() -> None:
+    import errno  # noqa: PLC0415
+
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/out/results.jsonl")
+
+
 KINDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -44,6 +51,7 @@ KINDS = {
     "segv": _segfault,
     "raise": _raise,
     "allocate": _allocate,
+    "full": _fill,
 }
 
 
@@ -81,11 +89,17 @@ if _LAUNCHES:
 
     def _marked(crumbs: breadcrumbs.Breadcrumbs, stage: str) -> None:
         _mark(crumbs, stage)
-        if not _armed:
-            _armed.append(_Armed())
         at = crumbs.position()
         _armed[0].enter(at.case_index, at.place)
 
+    _open = breadcrumbs.Breadcrumbs.__init__
+
+    def _opened(crumbs: breadcrumbs.Breadcrumbs, path: Path | None) -> None:
+        _armed.append(_Armed())
+        _armed[0].enter(0, "boot")
+        _open(crumbs, path)
+
+    breadcrumbs.Breadcrumbs.__init__ = _opened  # type: ignore[assignment, method-assign]
     breadcrumbs.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]
 
 if os.environ.get("DISTBENCH_TEST_UNGUARDED"):

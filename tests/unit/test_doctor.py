@@ -7,16 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-import filelock
 import msgspec
 import pytest
 
+from distbench import locks
 from distbench.cli import main
 from distbench.commands import doctor as command
 from distbench.doctor.checks import check_node
 from distbench.doctor.findings import PATHS, exit_code
 from distbench.doctor.probe import Node, held_locks, probe
 from distbench.doctor.vendors import Network
+from distbench.locks import hold
 from distbench.transport.mori_config import heap_size, plan_mori
 from tests.cases import tiny_case
 
@@ -160,12 +161,16 @@ def test_the_heap_is_what_a_run_takes() -> None:
     assert exit_code(findings(case=large, environ={"MORI_SHMEM_HEAP_SIZE": enough}), "mori") == 0
 
 
-def test_held_locks_are_found(tmp_path: Path) -> None:
-    free, held = tmp_path / "distbench-0-a.lock", tmp_path / "distbench-0-b.lock"
-    free.touch()
-    with filelock.FileLock(held):
-        assert held_locks(tmp_path) == [held.name]
+def test_held_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
+    with hold(None, ("cuda:0", "cuda:1"), 0):
+        pass
+    with hold(None, ("cuda:1",), 0):
+        assert held_locks(tmp_path) == ["distbench-cuda-1.lock"]
     assert held_locks(tmp_path) == []
+    (tmp_path / "distbench-x.lock").symlink_to(tmp_path / "elsewhere")
+    (found,) = held_locks(tmp_path)
+    assert found.startswith("distbench-x.lock (lock ")
 
 
 def test_this_node_can_be_looked_at() -> None:

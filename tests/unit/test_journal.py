@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import re
 import threading
 import time
@@ -138,6 +140,30 @@ def test_filtering_keeps_lines_as_they_are_and_drops_doubles(tmp_path: Path) -> 
     filter_journal(tmp_path, lambda line: line.name != "case 2")
     assert (tmp_path / RESULTS).read_bytes() == lines[0] + lines[1] + lines[3]
     filter_journal(tmp_path / "nowhere", lambda _: True)
+
+
+def test_the_name_of_a_new_journal_is_on_disk_before_its_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    append(tmp_path, report(0))
+    assert synced == [tmp_path.stat().st_ino, (tmp_path / RESULTS).stat().st_ino]
+    synced.clear()
+    append(tmp_path, report(1))
+    assert synced == [(tmp_path / RESULTS).stat().st_ino]
+    synced.clear()
+    filter_journal(tmp_path, lambda line: line.name != "case 0")
+    assert synced == [(tmp_path / RESULTS).stat().st_ino, tmp_path.stat().st_ino]
+
+
+def test_an_error_while_writing_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match=re.escape(f"No space left on device: '{tmp_path / RESULTS}'")):
+        append(tmp_path, report(0))
 
 
 def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from distbench.errors import Busy
-from distbench.locks import hold
+from distbench import locks
+from distbench.errors import Busy, InvalidCase
+from distbench.locks import device_lock, hold, is_held
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
+from distbench import locks
 from distbench.locks import hold
 
+locks.DEVICE_LOCKS = Path(sys.argv[1]).parent
 with hold(Path(sys.argv[1]), sys.argv[2:], 5):
     print("held", flush=True)
     sys.stdin.read()
@@ -48,8 +52,7 @@ def out(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_folder_for_device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
 
 
 def test_the_holder_is_named_at_once(out: Path) -> None:
@@ -82,15 +85,52 @@ def test_a_killed_process_holds_nothing(out: Path) -> None:
         process.kill()
         process.wait()
         with hold(out, (), 0):
-            assert f'"pid":{os.getpid()}' in (out / ".lock.holder.json").read_text()
-    assert not (out / ".lock.holder.json").exists()
+            assert f'"pid":{os.getpid()}' in (out / ".lock").read_text()
 
 
-def test_a_holder_that_has_not_said_who_it_is(out: Path) -> None:
+@pytest.mark.parametrize("note", [b"", b"{", b"\xff", b'{"pid":1,"since":1e300,"command":""}', b"x" * 10_000])
+def test_a_holder_that_has_not_said_who_it_is(out: Path, note: bytes) -> None:
     with holder(out):
-        (out / ".lock.holder.json").write_text("{")
+        (out / ".lock").write_bytes(note)
         with pytest.raises(Busy, match="in use by a process that has not said who it is"), hold(out, (), 0):
             pytest.fail("held twice")
+
+
+def test_what_a_holder_says_is_shown_in_one_line(out: Path) -> None:
+    with holder(out):
+        (out / ".lock").write_text(r'{"pid":1,"since":0,"command":"a\nb\u001b[31m' + "c" * 500 + '"}')
+        with pytest.raises(Busy, match=r"process 1 \(a\?b\?\[31mc{70,80}\) since "), hold(out, (), 0):
+            pytest.fail("held twice")
+
+
+def test_a_device_has_one_lock_for_all_users_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o077)
+    try:
+        with hold(None, ("cuda:0",), 0):
+            assert is_held(device_lock("cuda:0"))
+    finally:
+        os.umask(before)
+    assert not is_held(device_lock("cuda:0"))
+    assert stat.S_IMODE(device_lock("cuda:0").stat().st_mode) == 0o666
+    monkeypatch.undo()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert device_lock("cuda:0") == Path("/", "tmp", "distbench-cuda-0.lock")
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link", "fifo", "folder"])
+def test_what_somebody_put_in_the_place_of_a_lock_is_left_alone(tmp_path: Path, kind: str) -> None:
+    victim, lock = tmp_path / "victim", device_lock("cuda:0")
+    victim.write_text("precious")
+    put: dict[str, Callable[[], None]] = {
+        "link": partial(lock.symlink_to, victim),
+        "hard link": partial(lock.hardlink_to, victim),
+        "fifo": partial(os.mkfifo, lock),
+        "folder": lock.mkdir,
+    }
+    put[kind]()
+    with pytest.raises(InvalidCase, match=r"^lock .*distbench-cuda-0\.lock: .*remove it"), hold(None, ("cuda:0",), 0):
+        pytest.fail("held")
+    assert victim.read_text() == "precious"
 
 
 def test_folders_do_not_collide_and_devices_do(out: Path, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.breadcrumbs import Breadcrumbs, Position, read_position
-from distbench.errors import Verdict
+from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, ranks_folder
 from distbench.postmortem import Ending, Exit, explain_fault, outcome_of, positions
 from tests.cases import tiny_case
@@ -39,11 +39,12 @@ def leave(job: Job, rank: int, *stages: str, arm: str = "", case_index: int = 1)
     return position
 
 
-def speak(job: Job, rank: int, position: Position, *, echo: bool = False, timeout: bool = False) -> None:
+def speak(job: Job, rank: int, position: Position, **why: bool) -> None:
+    """Let a rank say what ended it; `why` has flags of RankFailure."""
+    known: dict[str, bool] = {"echo": False, "timeout": False} | why
     failure = RankFailure(
-        rank=rank, exception="ValueError", message="broken", position=position, traceback="Traceback", echo=echo,
-        timeout=timeout,
-    )  # fmt: skip
+        rank=rank, exception="ValueError", message="broken", position=position, traceback="Traceback", **known
+    )
     failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
 
 
@@ -86,7 +87,33 @@ def test_ranks_that_lost_their_peer_are_not_to_blame(job: Job) -> None:
         speak(job, rank, leave(job, rank, "combine", arm="truncated"), echo=True)
     assert blamed(explain_fault(job, Exit(0, "exit code 3"))) == [("rank-fault", 2)]
     assert blamed(explain_fault(job, None)) == [("rank-fault", 2)]
-    assert "exit code 0 before it was done" in explain_fault(job, None).reasons[0].message
+    assert explain_fault(job, None).reasons[0].message == "rank 2 ended without a word in truncated/combine"
+
+
+def test_where_none_left_a_word_those_behind_held_up_the_others(job: Job) -> None:
+    for rank in (1, 3, 0):
+        leave(job, rank, "experts", "combine", arm="control")
+    leave(job, 2, "experts", arm="control")
+    ending = explain_fault(job, None)
+    assert (ending.verdict, ending.case_index, blamed(ending)) == (Verdict.HANG, 1, [("hang", 2)])
+    assert ending.reasons[0].message == (
+        "rank 2 was behind in control/experts, rank 0, 1, 3 waited; all ended without a word"
+    )
+
+
+def test_where_none_left_a_word_one_that_had_not_begun_held_up_the_others(job: Job) -> None:
+    for rank in (0, 1, 3):
+        leave(job, rank, case_index=0)
+    ending = explain_fault(job, None)
+    assert (ending.verdict, ending.case_index, blamed(ending)) == (Verdict.HANG, 0, [("hang", 2)])
+    assert ending.reasons[0].message.startswith("rank 2 was behind before its first stage, rank 0, 1, 3 waited")
+
+
+def test_where_none_left_a_word_and_none_is_behind_none_is_blamed(job: Job) -> None:
+    leave_all(job, "experts", arm="control")
+    ending = explain_fault(job, None)
+    assert (ending.verdict, blamed(ending)) == (Verdict.RANK_FAULT, [("rank-fault", None)])
+    assert ending.reasons[0].message == ("rank 0, 1, 2, 3 ended without a word in control/experts, none behind another")
 
 
 def test_where_all_only_lost_a_peer_the_earliest_is_named(job: Job) -> None:
@@ -125,14 +152,32 @@ def test_a_timeout_falls_on_the_rank_that_never_began(job: Job) -> None:
 
 def test_nothing_was_left_behind(job: Job) -> None:
     assert positions(job) == {}
-    assert explain_fault(job, KILLED).reasons[0].message == "rank 2 ended by SIGKILL before its first stage"
-    ending = explain_fault(job, None)
-    assert (ending.verdict, ending.case_index, len(ending.reasons)) == (Verdict.RANK_FAULT, 0, 1)
+    with pytest.raises(LaunchFailed, match=r"before any of them had begun; rank 2 ended by SIGKILL; see"):
+        explain_fault(job, KILLED)
+    with pytest.raises(LaunchFailed, match=r"before any of them had begun; see"):
+        explain_fault(job, None)
+
+
+def test_a_rank_that_died_before_its_first_stage(job: Job) -> None:
+    for rank in (0, 1, 3):
+        leave(job, rank, case_index=0)
+    ending = explain_fault(job, KILLED)
+    assert (ending.case_index, blamed(ending)) == (0, [("rank-fault", 2)])
+    assert ending.reasons[0].message == "rank 2 ended by SIGKILL before its first stage"
 
 
 def test_all_were_done_and_the_launch_failed_all_the_same(job: Job) -> None:
     leave_all(job, "done")
-    assert [reason.code for reason in explain_fault(job, KILLED).reasons] == ["launch-failed"]
+    ending = explain_fault(job, KILLED)
+    assert (ending.case_index, blamed(ending)) == (None, [("rank-fault", 2)])
+    assert ending.reasons[0].message == "rank 2 ended by SIGKILL after all cases had been done"
+
+
+def test_a_full_disk_is_nobodys_fault(job: Job) -> None:
+    leave_all(job, "report")
+    speak(job, 0, leave(job, 0, "report"), disk_full=True)
+    with pytest.raises(DiskFull, match=r"rank 0 raised ValueError in report: broken; free some space or name another"):
+        explain_fault(job, Exit(0, "exit code 3"))
 
 
 def test_a_place_past_the_last_case_falls_on_the_last(job: Job) -> None:
@@ -150,6 +195,7 @@ def test_the_outcome_holds_all_that_is_known(job: Job) -> None:
     assert outcome.gathered is None
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=60), words=st.binary(max_size=60))
 def test_damaged_files_name_no_wrong_rank(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, words: bytes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from distbench import cli, preflight
 from distbench.commands import options
 from distbench.errors import InvalidCase, Unsupported
+from distbench.job import Entry
 from distbench.preflight import (
     available_bytes,
     check_case,
@@ -25,6 +27,10 @@ from distbench.preflight import (
 from tests.cases import tiny_case
 
 GIB = 1 << 30
+
+
+def entry(name: str, **values: Any) -> Entry:
+    return Entry(name=name, case=tiny_case(2, **values), sources={})
 
 
 class Usage(NamedTuple):
@@ -61,13 +67,13 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_memory_is_refused_by_the_largest_case() -> None:
-    small, large = tiny_case(2), tiny_case(2, max_dispatch_tokens_per_rank=1 << 20)
-    needed = memory_bytes(large)
+    small, large = entry("small"), entry("large", max_dispatch_tokens_per_rank=1 << 20)
+    needed = memory_bytes(large.case)
     check_memory([small, large, small], needed)
-    check_memory([small], memory_bytes(small))
+    check_memory([small], memory_bytes(small.case))
     with pytest.raises(Unsupported) as caught:
         check_memory([small, large, small], needed - 1)
-    told = f"memory: the largest case needs about {needed} bytes for 2 ranks ({needed / GIB:.1f} GiB), {needed - 1} are"
+    told = f"memory: case large needs about {needed} bytes for 2 ranks ({needed / GIB:.1f} GiB), {needed - 1} are"
     assert str(caught.value).startswith(told)
     assert caught.value.exit_code == 77
 
@@ -99,14 +105,16 @@ def test_memory_is_what_the_control_group_leaves(group: Path, limit: int, used: 
 
 
 def test_device_memory_is_refused_by_the_largest_case() -> None:
-    small, large = tiny_case(2, experts="triton"), tiny_case(2, experts="triton", max_dispatch_tokens_per_rank=1 << 16)
-    needed = device_bytes(large)
+    triton = {"experts": "triton"}
+    small, large = entry("small", **triton), entry("large", max_dispatch_tokens_per_rank=1 << 16, **triton)
+    on_cpu = entry("large", max_dispatch_tokens_per_rank=1 << 16, device="cpu", **triton)
+    needed = device_bytes(large.case)
     check_device_memory([small, large], ("cuda:0", "cuda:1"), needed)
-    check_device_memory([small, msgspec.structs.replace(large, device="cpu")], ("cuda:0",), needed - 1)
+    check_device_memory([small, on_cpu], ("cuda:0",), needed - 1)
     check_device_memory([large], (), 0)
     with pytest.raises(Unsupported) as caught:
         check_device_memory([small, large], ("cuda:0", "cuda:1"), needed - 1)
-    told = f"device memory: the largest case needs at least {needed} bytes on each device"
+    told = f"device memory: case large needs at least {needed} bytes on each device"
     assert str(caught.value).startswith(told)
     assert f"{needed - 1} are free on the fullest of cuda:0, cuda:1" in str(caught.value)
 
@@ -132,7 +140,7 @@ def test_no_rank_is_started_without_device_memory(
 
 
 def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
-    check_folder(str(tmp_path / "a" / "b"), 10)
+    check_folder(str(tmp_path / "a" / "b"))
     assert not list((tmp_path / "a" / "b").iterdir())
 
 
@@ -140,17 +148,15 @@ def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidCase, match=r"cannot be written \(.+\); name another folder") as caught:
-        check_folder(str(tmp_path / name), 1)
+        check_folder(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_refused_by_the_number_of_reports(tmp_path: Path, free_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_is_refused_by_the_bytes_of_the_results(tmp_path: Path, free_disk: Callable[[int], None]) -> None:
     free_disk(1 << 20)
-    check_folder(str(tmp_path), 32)
-    with pytest.raises(
-        InvalidCase, match=r"1048576 bytes are free, 33 reports take about 1081344; name another folder"
-    ):
-        check_folder(str(tmp_path), 33)
+    check_folder(str(tmp_path), 1 << 20)
+    with pytest.raises(InvalidCase, match=r"1048576 bytes are free, results take about 1048577; name another folder"):
+        check_folder(str(tmp_path), (1 << 20) + 1)
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -160,7 +166,7 @@ def test_no_rank_is_started_without_memory(
 ) -> None:
     monkeypatch.setattr(preflight, "available_bytes", lambda: 1000)
     assert cli.main([*command, "--nproc=2", f"--out={tmp_path}"]) == 77
-    assert "distbench: UNSUPPORTED: memory: the largest case needs about" in capsys.readouterr().err
+    assert re.search(r"^distbench: UNSUPPORTED: memory: case \S.* needs about \d+ bytes", capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("no_ranks")

@@ -20,14 +20,14 @@ from distbench.progress import Progress
 from distbench.report.document import SCHEMA
 from distbench.report.journal import Line
 
-COLUMNS = 60
+COLUMNS = 80
 CLEAR = "\r\x1b[K"
 Terminal = tuple[TextIO, Callable[[], str]]
 
 
 def line(name: str, verdict: str = "PASS", *, as_expected: bool = True) -> Line:
     fields = {"name": name, "verdict": verdict, "exit_code": 0, "as_expected": as_expected}
-    rest = {"schema": SCHEMA, "case": {"hash": name}, "timing": {"wall_s": 0.25}}
+    rest = {"schema": SCHEMA, "case": {"hash": name}, "timing": {"wall_s": 0.25}, "expect": "PASS", "limit": None}
     return msgspec.convert(fields | rest, Line)
 
 
@@ -67,7 +67,7 @@ def test_a_log_gets_a_plain_line_for_each_case(clock: Callable[[float], None]) -
     progress.take(line("old"), quiet=True)
     progress.take(line("good"))
     clock(10)
-    progress.refresh()
+    progress.refresh("next")
     progress.take(line("bad", "CORRUPT", as_expected=False))
     progress.close()
     assert stream.getvalue().splitlines() == [
@@ -80,17 +80,27 @@ def test_a_terminal_gets_one_live_line(terminal: Terminal, clock: Callable[[floa
     stream, shown = terminal
     progress = Progress(10, quiet=False, stream=stream)
     progress.take(line("old"), quiet=True)
-    progress.refresh()
+    progress.refresh("next")
     assert shown() == ""
     clock(2)
-    progress.refresh()
-    assert shown() == f"{CLEAR}1/10 done, 0 unexpected, 0.0 cases/s, starting, last old"
+    progress.refresh("next")
+    assert shown() == f"{CLEAR}1/10 done, 1 passed, 0 failed, 0.0/s, starting, now next"
     progress.take(line("a"))
     assert shown() == ""
     progress.take(line("b"))
     clock(2)
-    progress.refresh()
-    assert shown() == f"{CLEAR}3/10 done, 0 unexpected, 0.5 cases/s, 14 s left, last b"
+    progress.refresh("")
+    assert shown() == f"{CLEAR}3/10 done, 3 passed, 0 failed, 0.5/s, 14 s left"
+    progress.take(line("bad", "CORRUPT", as_expected=False))
+    progress.give_back(as_expected=True)
+    shown()
+    clock(2)
+    progress.refresh("a case")
+    assert shown() == f"{CLEAR}3/10 done, 2 passed, 1 failed, 0.3/s, 21 s left, now a case"
+    progress.give_back(as_expected=False)
+    clock(2)
+    progress.refresh("a case")
+    assert shown().startswith(f"{CLEAR}2/10 done, 2 passed, 0 failed, ")
     progress.close()
     assert shown() == CLEAR
 
@@ -98,9 +108,8 @@ def test_a_terminal_gets_one_live_line(terminal: Terminal, clock: Callable[[floa
 def test_a_live_line_never_wraps(terminal: Terminal, clock: Callable[[float], None]) -> None:
     stream, shown = terminal
     progress = Progress(10, quiet=False, stream=stream)
-    progress.take(line("x" * 200))
     clock(1)
-    progress.refresh()
+    progress.refresh("x" * 200)
     text = shown()
     assert text.startswith(CLEAR)
     assert len(text) - len(CLEAR) == COLUMNS - 1
@@ -119,7 +128,7 @@ def test_quiet_is_silent(terminal: Terminal, clock: Callable[[float], None]) -> 
     for progress in (Progress(2, quiet=True, stream=stream), Progress(2, quiet=True, stream=log)):
         progress.take(line("bad", "DRIFT", as_expected=False))
         clock(5)
-        progress.refresh()
+        progress.refresh("next")
         progress.close()
     assert shown() == log.getvalue() == ""
 
@@ -136,7 +145,6 @@ def test_a_stream_that_pretends_to_be_a_terminal(tmp_path: Path, clock: Callable
         descriptor = file.fileno()
         stream = Pretender()
         progress = Progress(1, quiet=False, stream=stream)
-        progress.take(line("x" * 200))
         clock(1)
-        progress.refresh()
+        progress.refresh("x" * 200)
     assert len(stream.getvalue()) == len(CLEAR) + 79

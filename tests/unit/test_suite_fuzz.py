@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -18,7 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distbench.case import Case
-from distbench.errors import InvalidCase, Overflow
+from distbench.cli import main
+from distbench.errors import InvalidCase, Overflow, Unsupported
+from distbench.report.summary import Summary
 from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.suite import Suite, load_suite, select
 from distbench.suite_files import CASE_KEYS, builtin_suites
@@ -35,6 +40,9 @@ seed = 0x7f
 """
 
 pytestmark = pytest.mark.timeout(0 if "DISTBENCH_FUZZ" in os.environ else 120)
+sample = settings(
+    max_examples=min(MAX_EXAMPLES, 1000), deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
 fuzz = settings(max_examples=MAX_EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 scalars = st.one_of(
@@ -187,6 +195,53 @@ def test_any_damage_to_a_case_file(folder: Path, changes: Edits, suffix: str, ep
     file = folder / f"case.{suffix}"
     file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
     outcome(lambda: resolve_case([load_case_file(str(file))], ep_size).case)
+
+
+def told(*arguments: str) -> tuple[int, str]:
+    """Return the exit code of a command that starts no ranks, and what it says on standard error."""
+    said = io.StringIO()
+    with (
+        patch("distbench.commands.suite.campaign", return_value=Summary()),
+        patch("distbench.commands.suite.print_summary"),
+        patch("distbench.commands.run.campaign", side_effect=Unsupported("a valid case")),
+        contextlib.redirect_stderr(said),
+    ):
+        return main(arguments), said.getvalue()
+
+
+@sample
+@given(content=st.sampled_from(BUILTIN), changes=edits, ranks=st.integers(1, 8))
+def test_any_damage_to_a_suite_ends_the_command_in_one_line(
+    folder: Path, content: bytes, changes: Edits, ranks: int
+) -> None:
+    file = folder / "command.toml"
+    file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
+    code, said = told("suite", str(file), f"--nproc={ranks}", "--quiet", f"--out={folder / 'out'}")
+    assert code in (0, 2, 77)
+    assert said.count("\n") == (code > 0)
+    assert code == 0 or re.match(r"distbench: (INVALID|UNSUPPORTED|OVERFLOW): \S", said)
+
+
+@sample
+@given(changes=edits, suffix=st.sampled_from(["toml", "json"]), ranks=st.integers(1, 8))
+def test_any_damage_to_a_case_ends_the_command_in_one_line(
+    folder: Path, changes: Edits, suffix: str, ranks: int
+) -> None:
+    content = CASE_FILE if suffix == "toml" else msgspec.json.encode(msgspec.toml.decode(CASE_FILE))
+    file = folder / f"command.{suffix}"
+    file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
+    code, said = told("run", f"--case={file}", f"--nproc={ranks}", f"--out={folder / 'run'}")
+    *_, last = said.splitlines()
+    assert (code == 2 and said.count("\n") == 1) or (code == 77 and last.startswith("distbench: UNSUPPORTED: "))
+    assert re.match(r"distbench: (INVALID|UNSUPPORTED|starting)", said)
+
+
+@pytest.mark.parametrize("command", [("suite",), ("run", "--case")])
+def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    code, said = told(*command, str(tmp_path / "pipe.toml"), f"--out={tmp_path}")
+    assert code == 2
+    assert "pipe.toml: cannot be read (no plain file); give a readable .toml or .json file" in said.replace("'", "")
 
 
 @fuzz

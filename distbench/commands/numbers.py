@@ -1,0 +1,46 @@
+"""Numbers on the command line: each option says what it allows, and anything else is refused with it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+MOST = 1 << 24
+MOST_RANKS = 1 << 16
+LEAST_SECONDS = 0.001
+_MOST_SECONDS = 31 * 86400.0
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """Return what reads a whole number from `least` to `most`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            _refuse(text, f"whole numbers from {least} to {most}")
+        return number
+
+    return read
+
+
+def seconds(least: float = 0.0) -> Callable[[str], float]:
+    """Return what reads a number of seconds, from `least` up to a month."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if not least <= number <= _MOST_SECONDS:
+            _refuse(text, f"seconds from {least:g} to {_MOST_SECONDS:g}")
+        return number
+
+    return read
+
+
+def _refuse(text: str, allowed: str) -> None:
+    message = f"{text!r:.40} is refused; allowed are {allowed}"
+    raise argparse.ArgumentTypeError(message)

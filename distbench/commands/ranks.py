@@ -1,0 +1,64 @@
+"""A command as one of the ranks that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from distbench.errors import InvalidCase, Unsupported
+from distbench.job import Job
+from distbench.locks import hold
+from distbench.preflight import check_devices
+
+
+def world_size() -> int | None:
+    """Return the number of ranks where torchrun started this process as one of them."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def is_rank_0() -> bool:
+    """Whether this process is rank 0 of those that torchrun started."""
+    return os.environ.get("RANK") == "0"
+
+
+def alone(command: str) -> None:
+    """Refuse to be started by torchrun: launch after launch is this process's own.
+
+    Raises:
+        InvalidCase: torchrun started this process.
+
+    """
+    if world_size() is not None:
+        message = f"{command} starts its ranks itself; run it without torchrun"
+        raise InvalidCase(message)
+
+
+@contextlib.contextmanager
+def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
+    """Hold what a bench that starts its own ranks would: the folder by rank 0, a node's devices by its first rank.
+
+    Raises:
+        Busy: another bench holds one of them.
+
+    """
+    first = os.environ.get("LOCAL_RANK") == "0"
+    with hold(Path(job.out) if is_rank_0() else None, _devices(job) if first else (), timeout_s):
+        yield
+
+
+def _devices(job: Job) -> tuple[str, ...]:
+    """Return the devices that the ranks of this node take; where there are too few, their cases end in saying so."""
+    cases = [entry.case for entry in job.entries if not entry.refused]
+    try:
+        return check_devices(cases, int(os.environ["LOCAL_WORLD_SIZE"])) if cases else ()
+    except Unsupported:
+        return ()
+
+
+def work(job: Job) -> int:
+    """Do the job as one of the ranks that torchrun started; return the exit code."""
+    from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
+
+    return work(job)

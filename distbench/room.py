@@ -1,0 +1,111 @@
+"""What a launch takes of a node besides memory: disk, shared memory, open files. Estimates, measured on EP1 to EP16."""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from distbench.case import Case
+from distbench.errors import DiskFull, LaunchFailed, Unsupported, is_disk_full
+
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, nothing is written there
+_PAGE_BYTES = 4096
+
+_LITTLE_BYTES = 64 << 10
+
+# A report: its frame, each rank's record, raw times of timed iterations on each rank and in all, and of repeats.
+_FRAME_BYTES, _RANK_BYTES = 8 << 10, 2 << 10
+_RANK_SAMPLE_BYTES, _RANK_SAMPLES = 18, 512
+_ITERATION_BYTES = 90
+_REPEAT_BYTES, _REPEATS = 120, 1000
+
+# torchrun's agent and its ranks meet at semaphores of a page each.
+_AGENT_PAGES, _RANK_PAGES = 16, 4
+# What NCCL takes for one direction between two devices that do not reach each other's memory, and their directions.
+_NCCL_BYTES, _NCCL_CHANNELS = 9_637_888, 2
+
+_AGENT_FILES, _FILES_FOR_RANK = 32, 7
+_RANK_FILES, _FILES_FOR_PEER = 32, 3
+
+
+def report_bytes(cases: Iterable[Case]) -> int:
+    """Return about what the reports of these cases take on disk."""
+    return sum(_one_report(case) for case in cases)
+
+
+def _one_report(case: Case) -> int:
+    rank = _RANK_BYTES + _RANK_SAMPLE_BYTES * min(case.iterations, _RANK_SAMPLES)
+    samples = _ITERATION_BYTES * case.iterations + _REPEAT_BYTES * min(case.repeats, _REPEATS)
+    return _FRAME_BYTES + case.ep_size * rank + samples
+
+
+def prove_room(out: Path, case: Case) -> None:
+    """Prove that `out` can take another report of `case`: a rank that died may have had no room for its last words.
+
+    Raises:
+        DiskFull: it cannot.
+
+    """
+    try:
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(bytes(_LITTLE_BYTES + _one_report(case)))
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        message = f"{out}: {error.strerror}"
+        raise DiskFull(message) from error
+
+
+def check_open_files(local_ranks: int, ranks: int, allowed: int | None = None) -> None:
+    """Refuse a launch for which this process, or a rank, may open too few files. `allowed` None asks the system.
+
+    Raises:
+        LaunchFailed: names the files needed and allowed.
+
+    """
+    needed = max(_AGENT_FILES + _FILES_FOR_RANK * local_ranks, _RANK_FILES + _FILES_FOR_PEER * ranks)
+    found = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if allowed is None else allowed
+    if found != resource.RLIM_INFINITY and found < needed:
+        message = f"open files: {local_ranks} ranks here take about {needed}, {found} are allowed; ulimit -n {needed}"
+        raise LaunchFailed(message)
+
+
+def check_shared_memory(local_ranks: int, *, on_devices: bool, free: int | None = None) -> tuple[str, ...]:
+    """Refuse a launch for which /dev/shm has no room, and return a warning where NCCL may find too little there.
+
+    The emulated heap of mori and gloo take none. NCCL takes some only where devices do not reach each other's memory,
+    which cannot be asked before ranks start. `free` is in bytes; None asks the system, where there is a /dev/shm.
+
+    Raises:
+        Unsupported: names the bytes needed and free, and what to do.
+
+    """
+    found = _free_bytes() if free is None else free
+    needed = (_AGENT_PAGES + _RANK_PAGES * local_ranks) * _PAGE_BYTES
+    if found is None:
+        return ()
+    if found < needed:
+        message = (
+            f"shared memory: {local_ranks} ranks meet at semaphores, about {needed} bytes of {_SHARED_MEMORY}; "
+            f"{found} are free: remove what is left there, or make it larger (docker run --shm-size, or --ipc host)"
+        )
+        raise Unsupported(message)
+    most = needed + local_ranks * (local_ranks - 1) * _NCCL_CHANNELS * _NCCL_BYTES if on_devices else 0
+    if found >= most:
+        return ()
+    warning = (
+        f"shared memory: {found} bytes of {_SHARED_MEMORY} are free, NCCL takes up to about {most} for {local_ranks} "
+        "ranks where devices do not reach each other's memory; should it fail, docker run --shm-size, or --ipc host"
+    )
+    return (warning,)
+
+
+def _free_bytes() -> int | None:
+    try:
+        found = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize

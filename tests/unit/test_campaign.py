@@ -1,0 +1,222 @@
+"""Launch after launch, with launches that are made up: what is recorded, tried again, taken back, and when it stops."""
+
+from __future__ import annotations
+
+import errno
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench import campaign
+from distbench.campaign import Campaign, Rules
+from distbench.case import case_hash
+from distbench.cli import main
+from distbench.commands import options
+from distbench.errors import DiskFull, LaunchFailed, Verdict
+from distbench.job import Entry, Job
+from distbench.postmortem import Ending
+from distbench.progress import Progress
+from distbench.report.journal import Journal, JournalReader
+from distbench.report.results import Results
+from distbench.report.summary import Summary
+from distbench.verify.records import Reason
+from tests.cases import tiny_case
+from tests.reports import report_of
+
+CASES = 6
+Launch = Callable[[Job], Ending | None]
+
+
+@pytest.fixture
+def entries() -> list[Entry]:
+    return [Entry(name=f"case {seed}", case=tiny_case(2, seed=seed), sources={}) for seed in range(CASES)]
+
+
+def finish(job: Job, count: int) -> None:
+    """Write results of the job's first cases, as its ranks would."""
+    journal = Journal(Path(job.out))
+    for entry in job.entries[:count]:
+        journal.append(report_of(entry.case, "", name=entry.name))
+    journal.close()
+
+
+def seed_of(entry: Entry) -> int:
+    return entry.case.seed
+
+
+def lost(case_index: int | None, verdict: Verdict = Verdict.RANK_FAULT) -> Ending:
+    return Ending(verdict=verdict, case_index=case_index, reasons=[Reason(code="why", rank=1, message="rank 1 went")])
+
+
+def killers(*seeds: int) -> Launch:
+    """Return launches in which these cases always kill a rank."""
+
+    def launch(job: Job) -> Ending | None:
+        count = next((index for index, entry in enumerate(job.entries) if seed_of(entry) in seeds), None)
+        finish(job, len(job.entries) if count is None else count)
+        return None if count is None else lost(count)
+
+    return launch
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, out: Path, entries: Sequence[Entry], launch: Launch, **rules: int
+) -> tuple[Summary, dict[str, str]]:
+    """Run a campaign over made-up launches; return its summary and the verdicts by name."""
+
+    def supervise(job: Job, *_: Any) -> Ending | None:
+        return launch(job)
+
+    monkeypatch.setattr(campaign, "supervise", supervise)
+    summary = Campaign(entries, out, Rules(**rules), Progress(len(entries), quiet=True)).run()
+    return summary, verdicts(out)
+
+
+def verdicts(out: Path) -> dict[str, str]:
+    lines = list(JournalReader(out).new_lines())
+    assert len({line.name for line in lines}) == len(lines)
+    return {line.name: line.verdict.value for line in lines}
+
+
+def passed(*but: int) -> dict[str, str]:
+    return {f"case {seed}": "RANK_FAULT" if seed in but else "PASS" for seed in range(CASES)}
+
+
+@pytest.mark.parametrize(("retries", "max_faults"), [(0, 2), (1, 2), (5, 3), (5, 2)])
+def test_a_case_that_always_kills_is_recorded_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], retries: int, max_faults: int
+) -> None:
+    launches: list[int] = []
+
+    def launch(job: Job) -> Ending | None:
+        launches.append(len(job.entries))
+        return killers(2)(job)
+
+    summary, found = run(monkeypatch, tmp_path, entries, launch, retries=retries, max_faults=max_faults)
+    assert found == passed(2)
+    assert (summary.finished, summary.stopped, summary.exit_code) == (CASES, "", 3)
+    assert launches == [CASES] + [CASES - 2] * retries + [CASES - 3]
+
+
+@pytest.mark.parametrize("retries", [0, 4])
+def test_cases_in_a_row_that_lose_their_ranks_stop_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], retries: int
+) -> None:
+    summary, found = run(monkeypatch, tmp_path, entries, killers(1, 2, 3, 4), retries=retries, max_faults=3)
+    assert found == {name: verdict for name, verdict in passed(1, 2, 3).items() if name < "case 4"}
+    assert summary.stopped == "3 cases in a row lost their ranks"
+    assert (summary.finished, summary.exit_code) == (4, 3)
+
+
+def test_cases_between_which_others_end_are_not_in_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    summary, found = run(monkeypatch, tmp_path, entries, killers(0, 1, 3, 4), max_faults=3)
+    assert found == passed(0, 1, 3, 4)
+    assert summary.stopped == ""
+
+
+@pytest.mark.parametrize("verdict", [Verdict.HANG, Verdict.RANK_FAULT])
+def test_a_case_on_which_ranks_are_lost_after_all_loses_its_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], verdict: Verdict
+) -> None:
+    endings = iter([lost(1, verdict), None])
+
+    def launch(job: Job) -> Ending | None:
+        ending = next(endings)
+        finish(job, 2 if ending else len(job.entries))
+        return ending
+
+    summary, found = run(monkeypatch, tmp_path, entries, launch)
+    assert found == passed() | {"case 1": verdict.value}
+    assert (summary.finished, summary.exit_code, summary.as_expected) == (CASES, 3, CASES - 1)
+
+
+def test_ranks_that_are_lost_after_all_cases_are_an_event(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    def launch(job: Job) -> Ending:
+        finish(job, len(job.entries))
+        return lost(None)
+
+    summary, found = run(monkeypatch, tmp_path, entries, launch)
+    assert found == passed()
+    assert (summary.events, summary.exit_code, Results(tmp_path).exit_code) == (["rank 1 went"], 3, 3)
+
+
+@pytest.mark.parametrize("error", [LaunchFailed("no files"), DiskFull("no room")])
+def test_a_launch_that_fails_is_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], error: LaunchFailed | DiskFull
+) -> None:
+    def launch(job: Job) -> Ending:
+        finish(job, 1)
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run(monkeypatch, tmp_path, entries, launch)
+    assert caught.value.exit_code == 3
+    assert verdicts(tmp_path) == {"case 0": "PASS"}
+    summary = Results(tmp_path).summary
+    assert summary is not None
+    assert (summary.stopped, summary.exit_code) == (str(error), 3)
+
+
+def test_ranks_that_died_on_a_full_disk_are_no_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(DiskFull, match=rf"^{tmp_path}: No space left on device; free some space"):
+        run(monkeypatch, tmp_path, entries, killers(1))
+    assert verdicts(tmp_path) == {"case 0": "PASS"}
+
+
+def test_ranks_that_come_to_their_end_without_results_are_not_started_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    with pytest.raises(LaunchFailed, match="left no result"):
+        run(monkeypatch, tmp_path, entries, lambda _: None)
+
+
+def test_progress_is_told_which_case_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(Progress, "refresh", lambda _, current: told.append(current))
+
+    def supervise(job: Job, tick: Callable[[Entry | None], None], *_: Any) -> None:
+        tick(None)
+        tick(job.entries[1])
+        finish(job, len(job.entries))
+
+    monkeypatch.setattr(campaign, "supervise", supervise)
+    Campaign(entries, tmp_path, Rules(), Progress(CASES, quiet=True)).run()
+    assert told == ["", "case 1"]
+
+
+def test_a_disk_that_is_full_for_the_summary_ends_the_command_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, _: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(campaign, "write_atomically", full)
+    monkeypatch.setattr(campaign, "supervise", lambda job, *_: finish(job, len(job.entries)))
+    monkeypatch.setattr(options, "preload_ranks", lambda: None)
+    assert main(["suite", "smoke", "--nproc=2", "--quiet", f"--out={tmp_path}"]) == 3
+    told = f"distbench: DISK_FULL: {tmp_path}/summary.json: No space left on device; free some space or name another"
+    assert capsys.readouterr().err.startswith(told)
+    assert len(verdicts(tmp_path)) > 5
+
+
+def test_an_ending_seen_afterwards_takes_no_result_back(tmp_path: Path, entries: list[Entry]) -> None:
+    finish(Job(entries=tuple(entries), out=str(tmp_path), supervised=False), CASES)
+    kept = Campaign(entries, tmp_path, Rules(), Progress(CASES, quiet=True)).conclude(lost(CASES - 1, Verdict.HANG))
+    assert verdicts(tmp_path) == passed()
+    assert (kept.events, kept.exit_code) == (["rank 1 went"], 3)
+    assert {line.case.hash for line in JournalReader(tmp_path).new_lines()} == {case_hash(one.case) for one in entries}

@@ -1,0 +1,115 @@
+"""A node other than node 0: whose devices it takes, and what node 0 hears when it cannot have them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from distbench import follower, locks, supervisor
+from distbench.errors import DistbenchError, LaunchFailed, Unsupported
+from distbench.follower import Timeouts, follow
+from distbench.job import Entry, Job, Spread
+from distbench.locks import device_lock, hold, is_held
+from distbench.nodes.hub import Hub
+from distbench.supervisor import Agent, supervise
+from tests.cases import tiny_case
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def spread() -> Spread:
+    return Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
+
+
+class IdleAgent(Agent):
+    """Starts no ranks, and waits a second for the other node's."""
+
+    def run(self) -> None:
+        time.sleep(1)
+
+
+def begin(out: Path, spread: Spread) -> Callable[[], str]:
+    """Begin a launch on node 0, in a thread; the call returns why it failed."""
+    entries = (Entry(name="", case=tiny_case(2), sources={}),)
+    job = Job(entries=entries, out=str(out), supervised=True)
+    endings: list[str] = []
+
+    def node_0() -> None:
+        hub = Hub(spread, 10)
+        try:
+            supervise(job, lambda _: None, [], hub)
+        except LaunchFailed as error:
+            endings.append(str(error))
+        finally:
+            hub.close(3)
+
+    thread = threading.Thread(target=node_0)
+    thread.start()
+
+    def ended() -> str:
+        thread.join(20)
+        (ending,) = endings
+        return ending
+
+    return ended
+
+
+Devices = Callable[..., tuple[str, ...]]
+
+
+def in_use(*_: object) -> tuple[str, ...]:
+    return ("cuda:0",)
+
+
+def too_few(*_: object) -> tuple[str, ...]:
+    message = "too few devices"
+    raise Unsupported(message)
+
+
+@pytest.mark.parametrize(
+    ("devices", "told"), [(in_use, "device cuda:0 is in use by process"), (too_few, "too few devices")]
+)
+def test_a_node_that_cannot_have_its_devices_leaves_and_node_0_is_told(
+    tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch, devices: Devices, told: str
+) -> None:
+    monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
+    monkeypatch.setattr(follower, "check_devices", devices)
+    monkeypatch.setattr(supervisor, "Agent", IdleAgent)
+    ending = begin(tmp_path / "node0", spread)
+    mine = msgspec.structs.replace(spread, node=1)
+    with hold(None, ("cuda:0",), 0), pytest.raises(DistbenchError, match=told):
+        follow(mine, tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0))
+    assert f"host {socket.gethostname()} (node 1): {told}" in ending()
+
+
+def test_a_node_holds_its_devices_from_the_first_launch_on(
+    tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+
+    class LookingAgent(IdleAgent):
+        def run(self) -> None:
+            held.append(is_held(device_lock("cuda:0")))
+
+    monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
+    monkeypatch.setattr(follower, "check_devices", in_use)
+    monkeypatch.setattr(follower, "Agent", LookingAgent)
+    monkeypatch.setattr(supervisor, "Agent", IdleAgent)
+    ending = begin(tmp_path / "node0", spread)
+    mine = msgspec.structs.replace(spread, node=1)
+    assert follow(mine, tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0)) == 3
+    assert held == [True]
+    assert not is_held(device_lock("cuda:0"))
+    assert "before any of them had begun" in ending()

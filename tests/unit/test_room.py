@@ -1,0 +1,94 @@
+"""What a launch takes of a node: found before a rank is started, in bytes and with the fix."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench import cli, room
+from distbench.commands import options
+from distbench.errors import LaunchFailed, Unsupported
+from distbench.room import check_open_files, check_shared_memory, report_bytes
+from tests.cases import tiny_case
+
+# Lines of results.jsonl, in bytes, of passing cases of these shapes.
+MEASURED = [
+    ({"ep_size": 1}, 7_473),
+    ({"ep_size": 8}, 18_600),
+    ({"ep_size": 16}, 31_377),
+    ({"ep_size": 4, "iterations": 100}, 26_794),
+    ({"ep_size": 4, "iterations": 1000}, 117_161),
+    ({"ep_size": 1, "iterations": 4000}, 261_309),
+    ({"ep_size": 4, "repeats": 100}, 21_852),
+    ({"ep_size": 4, "repeats": 1500}, 110_855),
+]
+
+
+@pytest.mark.parametrize(("shape", "measured"), MEASURED)
+def test_a_report_takes_no_more_than_estimated_and_not_far_less(shape: dict[str, Any], measured: int) -> None:
+    estimated = report_bytes([tiny_case(num_experts=16, **shape)])
+    assert measured < estimated < 2.5 * measured
+    assert report_bytes([tiny_case(num_experts=16, **shape)] * 3) == 3 * estimated
+
+
+@pytest.fixture
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "preload_ranks", lambda: pytest.fail("ranks were started"))
+
+
+@pytest.mark.parametrize(("ranks", "measured"), [(1, 57_344), (2, 65_536), (4, 81_920), (8, 114_688)])
+def test_too_little_shared_memory_is_refused(ranks: int, measured: int) -> None:
+    with pytest.raises(Unsupported, match=rf"{ranks} ranks meet at semaphores.*; {measured} are free: .*--shm-size"):
+        check_shared_memory(ranks, on_devices=False, free=measured)
+    assert check_shared_memory(ranks, on_devices=False, free=2 * measured) == ()
+
+
+def test_nccl_is_warned_of_where_it_may_find_too_little() -> None:
+    (warning,) = check_shared_memory(8, on_devices=True, free=64 << 20)
+    assert "67108864 bytes of /dev/shm are free, NCCL takes up to about 1079640064 for 8 ranks" in warning
+    assert check_shared_memory(8, on_devices=True, free=2 << 30) == ()
+    assert check_shared_memory(8, on_devices=False, free=64 << 20) == ()
+
+
+def test_a_system_without_dev_shm_is_let_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(room, "_SHARED_MEMORY", tmp_path / "nowhere")
+    assert check_shared_memory(8, on_devices=True) == ()
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_no_rank_is_started_without_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(room, "_free_bytes", lambda: 4096)
+    assert cli.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
+    assert "distbench: UNSUPPORTED: shared memory: 2 ranks meet at semaphores" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("local", "ranks", "measured"), [(1, 1, 33), (2, 2, 41), (4, 4, 55), (8, 8, 83), (16, 16, 139)]
+)
+def test_too_few_open_files_are_refused(local: int, ranks: int, measured: int) -> None:
+    with pytest.raises(LaunchFailed, match=rf"open files: {local} ranks here take about \d+, {measured} are allowed"):
+        check_open_files(local, ranks, measured)
+    check_open_files(local, ranks, measured + 32)
+    check_open_files(local, ranks, resource.RLIM_INFINITY)
+
+
+def test_a_rank_of_many_opens_files_too() -> None:
+    with pytest.raises(LaunchFailed, match=r"take about 3104, 1024 are allowed; ulimit -n 3104"):
+        check_open_files(8, 1024, 1024)
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_no_rank_is_started_without_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (48, 48))
+    assert cli.main(["suite", "smoke", "--nproc=8", f"--out={tmp_path}"]) == 3
+    assert capsys.readouterr().err == (
+        "distbench: LAUNCH_FAILED: open files: 8 ranks here take about 88, 48 are allowed; ulimit -n 88\n"
+    )
+    assert not (tmp_path / "results.jsonl").exists()

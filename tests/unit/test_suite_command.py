@@ -1,0 +1,274 @@
+"""`distbench suite` and `run` around launches that are made up: which results stay, what is refused, what is judged."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from distbench import campaign, preflight
+from distbench.cli import main
+from distbench.commands import options
+from distbench.errors import Verdict
+from distbench.job import Job
+from distbench.report.document import build_report
+from distbench.report.environment import Environment
+from distbench.report.files import write_report
+from distbench.report.journal import RESULTS, Journal
+from distbench.verify.records import Judgement, Outcome
+from tests.end_to_end.launches import write_suite
+
+NOWHERE = Environment(hosts=[], devices=[], versions={}, commits={}, variables={})
+Ranks = Callable[..., list[list[str]]]
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    """Return what says how cases end, by their seed (PASS where it does not); it returns the names of each launch."""
+
+    def ending(verdicts: dict[int, Verdict]) -> list[list[str]]:
+        launches: list[list[str]] = []
+
+        def supervise(job: Job, *_: Any) -> None:
+            launches.append([entry.name for entry in job.entries])
+            journal = Journal(Path(job.out))
+            for number, entry in enumerate(job.entries):
+                outcome = Outcome(entry.case, Judgement(verdicts.get(entry.case.seed, Verdict.PASS), [], None))
+                report = build_report(entry, outcome, environment=NOWHERE, wall_s=len(launches) + number / 8)
+                journal.append(report)
+                for path in job.report_paths:
+                    write_report(Path(path), report)
+            journal.close()
+
+        monkeypatch.setattr(campaign, "supervise", supervise)
+        return launches
+
+    monkeypatch.setattr(options, "preload_ranks", lambda: None)
+    monkeypatch.setattr(preflight, "count_devices", lambda: 0)
+    monkeypatch.setattr(preflight, "find_spec", lambda _: None)
+    return ending
+
+
+def suite(out: Path, file: Path | str, *arguments: str) -> int:
+    return main(["suite", str(file), "--nproc=2", "--quiet", f"--out={out}", *arguments])
+
+
+def lines(out: Path) -> dict[str, bytes]:
+    found = {json.loads(line)["name"]: line for line in (out / RESULTS).read_bytes().splitlines()}
+    assert len(found) == len((out / RESULTS).read_bytes().splitlines())
+    return found
+
+
+def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if before[name] != after[name]}
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    return write_suite(tmp_path / "suite.json", range(4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "again"),
+    [
+        ((), set()),
+        (("--select=seed=0",), set()),
+        (("--rerun=all",), {"seed=0", "seed=1", "seed=2", "seed=3"}),
+        (("--rerun=all", "--select=seed=0"), {"seed=0"}),
+        (("--rerun=failed",), {"seed=1", "seed=2"}),
+        (("--rerun=failed", "--select=seed=1"), {"seed=1"}),
+        (("--rerun=failed", "--select=seed=0"), set()),
+    ],
+)
+def test_only_results_of_selected_cases_are_replaced(
+    tmp_path: Path, ranks: Ranks, seeds: Path, arguments: tuple[str, ...], again: set[str]
+) -> None:
+    launches = ranks({1: Verdict.CORRUPT, 2: Verdict.DRIFT})
+    out = tmp_path / "out"
+    assert suite(out, seeds) == 1
+    first = lines(out)
+    suite(out, seeds, *arguments)
+    assert changed(first, lines(out)) == again
+    assert launches[1:] == ([sorted(again)] if again else [])
+
+
+def test_what_is_no_result_is_set_aside_when_all_is_run_again(tmp_path: Path, ranks: Ranks, seeds: Path) -> None:
+    ranks({})
+    out = tmp_path / "out"
+    suite(out, seeds)
+    first = lines(out)
+    with (out / RESULTS).open("ab") as file:
+        file.write(b'{"old":1}\n{"torn')
+    assert suite(out, seeds) == 2
+    assert suite(out, seeds, "--rerun=all", "--select=seed=3") == 0
+    assert changed(first, lines(out)) == {"seed=3"}
+    assert (out / "results.damaged.jsonl").read_bytes() == b'{"old":1}\n'
+
+
+def expectation(verdict: str, **match: object) -> list[dict[str, object]]:
+    return [{"verdict": verdict, "match": match}]
+
+
+def test_finished_cases_are_held_against_what_is_expected_now(tmp_path: Path, ranks: Ranks, seeds: Path) -> None:
+    launches = ranks({1: Verdict.CORRUPT})
+    out = tmp_path / "out"
+    write_suite(seeds, range(3), expect=expectation("DRIFT", seed=1))
+    assert suite(out, seeds) == 1
+    before = lines(out)
+
+    write_suite(seeds, range(3), expect=expectation("CORRUPT", seed=1))
+    assert suite(out, seeds, "--report=json") == 0
+    after = lines(out)
+    assert changed(before, after) == {"seed=1"}
+    told = json.loads(after["seed=1"])
+    assert (told["verdict"], told["expect"], told["as_expected"]) == ("CORRUPT", "CORRUPT", True)
+    assert told == json.loads(before["seed=1"]) | {"expect": "CORRUPT", "as_expected": True}
+    assert main(["report", str(out), "--report=md"]) == 0
+
+    write_suite(seeds, range(3), expect=expectation("CORRUPT", seed=0))
+    assert suite(out, seeds, "--rerun=failed") == 1
+    assert launches[1:] == [["seed=0", "seed=1"]]
+
+
+def test_a_run_takes_no_suites_folder(
+    tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({5: Verdict.DRIFT, 6: Verdict.DRIFT})
+    out = tmp_path / "out"
+    suite(out, seeds)
+    kept, summary = (out / RESULTS).read_bytes(), (out / "summary.json").read_bytes()
+    capsys.readouterr()
+    run = ["run", "--model=tiny", "--nproc=2"]
+    assert main([*run, f"--out={out}"]) == 2
+    refused = "holds 4 results of something else (seed=0), which this would replace; name another folder with --out"
+    assert capsys.readouterr().err == f"distbench: INVALID: folder {out}: {refused}\n"
+    assert ((out / RESULTS).read_bytes(), (out / "summary.json").read_bytes()) == (kept, summary)
+
+    other = tmp_path / "other"
+    assert [main([*run, f"--out={other}", f"--seed={seed}"]) for seed in (5, 5, 6)] == [1, 1, 1]
+    assert lines(other).keys() == {"run"}
+    with (other / RESULTS).open("ab") as file:
+        file.write(b"{}\n")
+    assert main([*run, f"--out={other}"]) == 2
+    assert "holds results that cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("bisect",), ("shrink",)])
+def test_trials_take_no_suites_folder(
+    tmp_path: Path, ranks: Ranks, seeds: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({})
+    out = tmp_path / "out"
+    suite(out, seeds)
+    kept = (out / RESULTS).read_bytes()
+    case = tmp_path / "case.json"
+    case.write_text('{"model": "tiny"}')
+    assert main([*command, str(case), "--nproc=2", f"--out={out}"]) == 2
+    assert "holds 4 results of something else" in capsys.readouterr().err
+    assert (out / RESULTS).read_bytes() == kept
+
+
+def included(path: Path, *cases: dict[str, object]) -> Path:
+    path.write_text(json.dumps({"defaults": {"model": "tiny"}, "include": list(cases)}))
+    return path
+
+
+class Odd(NamedTuple):
+    """A case that cannot run here."""
+
+    keys: dict[str, object]
+    verdict: str
+    why: str
+
+
+REFUSED = [
+    Odd({"routing": "zipf:x"}, "INVALID", "routing"),
+    Odd({"num_experts": 7}, "INVALID", "num_experts = 7: not divisible by 2 ranks"),
+    Odd({"tokens": [1, 2, 3]}, "INVALID", "3 numbers for 2 ranks"),
+    Odd({"transport": "mori"}, "UNSUPPORTED", "no package mori here"),
+    Odd({"device": "cuda"}, "UNSUPPORTED", "torch sees 0 devices"),
+]
+
+
+@pytest.mark.parametrize("odd", REFUSED)
+def test_a_case_that_cannot_run_ends_so_where_that_is_expected(tmp_path: Path, ranks: Ranks, odd: Odd) -> None:
+    launches = ranks({})
+    out = tmp_path / "out"
+    file = included(tmp_path / "odd.json", {"name": "odd", "expect": odd.verdict} | odd.keys, {"name": "sound"})
+    for _ in range(2):
+        assert suite(out, file) == 0
+        assert launches == [["sound"]]
+        told = json.loads(lines(out)["odd"])
+        assert (told["verdict"], told["as_expected"]) == (odd.verdict, True)
+        assert odd.why in told["reasons"][0]["message"]
+        assert json.loads((out / "summary.json").read_text())["as_expected"] == 2
+
+
+@pytest.mark.parametrize("odd", REFUSED)
+def test_a_case_that_cannot_run_is_named_with_its_file(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], odd: Odd
+) -> None:
+    launches = ranks({})
+    file = included(tmp_path / "odd.json", {"name": "sound"}, {"name": "odd one"} | odd.keys)
+    assert suite(tmp_path / "out", file) == Verdict(odd.verdict).exit_code
+    told = capsys.readouterr().err
+    assert told.startswith(f"distbench: {odd.verdict}: {file}: case odd one: ")
+    assert odd.why in told
+    assert told.count("\n") == 1
+    assert launches == []
+
+
+def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launches = ranks({})
+    with socket.create_server(("", 0)) as taken:
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert suite(tmp_path / "out", seeds, "--nnodes=2", f"--rdzv-endpoint={endpoint}") == 2
+    told = f"distbench: INVALID: --rdzv-endpoint {endpoint}: Address already in use on node 0; use another port\n"
+    assert capsys.readouterr().err == told
+    assert launches == []
+
+
+def test_no_ranks_are_started_where_none_are_needed(tmp_path: Path, ranks: Ranks) -> None:
+    launches = ranks({})
+    file = included(tmp_path / "odd.json", {"expect": "INVALID", "topk": 99})
+    assert suite(tmp_path / "out", file) == 0
+    assert launches == []
+
+
+COMMANDS = (
+    ("run", ["--nproc", "--lock-timeout", "--nnodes", "--join-timeout"]),
+    ("suite smoke", ["--nproc", "--lock-timeout", "--retries", "--max-faults", "--nnodes", "--join-timeout"]),
+    ("sweep", ["--nproc", "--lock-timeout"]),
+    ("selftest", ["--nproc", "--lock-timeout", "--seeds", "--clean"]),
+    ("shrink case.json", ["--nproc", "--lock-timeout"]),
+    ("bisect case.json", ["--nproc", "--lock-timeout"]),
+    ("replay bundle", ["--lock-timeout"]),
+    ("collect folder", ["--lock-timeout"]),
+    ("cluster smoke", ["--nproc", "--port", "--trial-timeout"]),
+    ("doctor", ["--nproc", "--nodes", "--block-num", "--rdma-block-num"]),
+    ("kernels", ["--ep-size"]),
+    ("tune", ["--ep-size", "--processes"]),
+)
+FROM_0 = ("--lock-timeout", "--retries", "--clean")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        (command, option, value)
+        for command, known in COMMANDS
+        for option in known
+        for value in ("-1", "nan", "x", "1e99", "", *(() if option in FROM_0 else ("0",)))
+    ],
+)
+def test_numbers_have_bounds(command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), f"{option}={value}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"distbench: INVALID: argument {option}: {value!r} is refused; allowed are ")
+    assert told.endswith(f"; see `distbench {command.split(maxsplit=1)[0]} --help`\n")
+    assert told.count("\n") == 1

@@ -1,0 +1,74 @@
+"""What the main thread sees of the ranks: which case they are in, who is gone, and whom it kills."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.launcher import api
+
+from distbench.breadcrumbs import Breadcrumbs
+from distbench.errors import LaunchFailed
+from distbench.job import Entry, Job, crumb_path, ranks_folder
+from distbench.postmortem import positions
+from distbench.process import is_alive
+from distbench.supervisor import Watch, supervise
+from tests.cases import tiny_case
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    ranks_folder(tmp_path).mkdir()
+    entries = tuple(Entry(name=f"case {seed}", case=tiny_case(2, seed=seed), sources={}) for seed in range(3))
+    return Job(entries=entries, out=str(tmp_path), supervised=True)
+
+
+@pytest.fixture
+def mute() -> Iterator[ForkServerProcess]:
+    """Yield a process as the agent starts them, which has not said a word."""
+    process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
+    process.start()
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_the_case_under_way_is_that_of_the_ranks_furthest_behind(job: Job) -> None:
+    watch = Watch(job)
+    watch.look()
+    assert watch.current is None
+    for rank, case_index in enumerate((2, 1)):
+        crumbs = Breadcrumbs(crumb_path(Path(job.out), rank))
+        crumbs.case_index = case_index
+        crumbs.mark("agree")
+        crumbs.close()
+    watch.look()
+    assert watch.current is job.entries[1]
+    assert watch.ending is None
+
+
+def test_a_rank_that_has_not_said_a_word_is_killed_too(job: Job, mute: ForkServerProcess) -> None:
+    assert mute.pid is not None
+    watch = Watch(job)
+    watch.kill()
+    mute.join(10)
+    assert not is_alive(mute.pid)
+    assert watch.killed == {0, 1}
+
+
+def test_an_agent_that_cannot_start_ranks_is_a_launch_that_failed(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def elastic_launch(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(api, "elastic_launch", elastic_launch)
+    with pytest.raises(LaunchFailed, match=r"^OSError of torchrun's agent: \[Errno 24\] Too many open files; "):
+        supervise(job, lambda _: None, [])
+    assert "Traceback" not in capfd.readouterr().err
+    assert positions(job) == {}
