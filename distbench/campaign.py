@@ -141,10 +141,10 @@ class Campaign:
             DiskFull: there is no room, which may be all that ended the ranks.
 
         """
-        if ending.case_index is None:
+        entry = self._entry_of(ending, job)
+        if entry is None:
             self._note(ending)
             return
-        entry = job.entries[ending.case_index]
         digest = case_hash(entry.case)
         prove_room(self._out, entry.case)
         if digest in self._finished:
@@ -154,6 +154,15 @@ class Campaign:
             self._faults_in_row = self._faults_in_row + 1 if len(self._finished) == self._finished_by_then else 1
             self._record(entry, outcome_of(ending, entry), job)
             self._finished_by_then = len(self._finished)
+
+    def _entry_of(self, ending: Ending, job: Job) -> Entry | None:
+        """Return the case on which a launch ended. A lost host takes no result back: it had sent its part of that."""
+        if ending.case_index is None:
+            return None
+        entries = job.entries[ending.case_index :]
+        if ending.last:
+            entries = tuple(entry for entry in entries if case_hash(entry.case) not in self._finished)
+        return entries[0] if entries else None
 
     def _note(self, ending: Ending) -> None:
         self._summary.events += dict.fromkeys(reason.message for reason in ending.reasons)

@@ -122,7 +122,7 @@ def _with_hosts(ending: Ending, hub: Hub) -> Ending:
 def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
     """Return the ending where nodes no longer answer; without them there is no further launch."""
     reasons = []
-    case_index = min((at.case_index for at in seen.values()), default=0)
+    here = [at.case_index for at in seen.values() if at.pid]  # what other nodes told may be older than a case
     for node, host in hub.lost().items():
         ranks = hub.ranks_of(node)
         last = [seen[rank] for rank in ranks if rank in seen]
@@ -131,7 +131,7 @@ def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
         reasons.append(Reason(code="host-lost", rank=ranks[0], message=message))
     if not reasons:
         return None
-    index = min(case_index, len(job.entries) - 1)
+    index = min(min(here, default=0), len(job.entries) - 1)
     return Ending(verdict=Verdict.RANK_FAULT, case_index=index, reasons=reasons, last=True)
 
 
