@@ -48,7 +48,7 @@ def preload_ranks() -> None:
     A terminal's Ctrl-C, and its end, reach that process too, and are for this one to act upon.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker"])
+    multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker", "distbench.sharing"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
     try:
         resource_tracker.ensure_running()
