@@ -27,7 +27,7 @@ from distbench.progress import Progress
 from distbench.report.console import print_note
 from distbench.report.summary import Summary
 from distbench.resolve import FLAGS, Layer, resolve_case
-from distbench.room import check_open_files, check_shared_memory
+from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer
 
@@ -103,6 +103,7 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
 
     out = Path(options.out) / f"node-{spread.node:05d}"
     check_folder(str(out))
+    allow_open_files(spread.nproc, spread.nodes * spread.nproc)
     with hold(out, (), options.lock_timeout):
         _prepare(spread)
         return follow(spread, out, Timeouts(options.join_timeout, options.lock_timeout))
@@ -261,7 +262,7 @@ def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
     ranks = max(entry.case.ep_size for entry in running)
     local_ranks = -(-ranks // nodes)
     devices = check_devices([entry.case for entry in running], local_ranks)
-    check_open_files(local_ranks, ranks)
+    allow_open_files(local_ranks, ranks)
     for note in check_shared_memory(local_ranks, on_devices=bool(devices)):
         print_note(note)
     on_cpu = [entry for entry in running if entry.case.device == "cpu" or not devices]
