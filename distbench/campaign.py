@@ -12,7 +12,7 @@ import msgspec
 from distbench.bundle.layout import NOTHING_RECORDED, bundle_folder
 from distbench.bundle.manifest import write_manifest
 from distbench.case import case_hash
-from distbench.errors import DiskFull, LaunchFailed, Verdict, suite_code, worst_exit_code
+from distbench.errors import DistbenchError, LaunchFailed, Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, outcome_of
@@ -85,6 +85,7 @@ class Campaign:
         Raises:
             Interrupted: by a signal, after summary.json was written.
             LaunchFailed: no ranks can be had, likewise.
+            NodesMissing: not all nodes came, likewise.
             DiskFull: a rank had no room for its results, likewise if there is room for it.
 
         """
@@ -93,7 +94,7 @@ class Campaign:
                 self._take_new_lines(quiet=True)
                 self._record_refusals()
                 self._run_launches(report_paths, signals)
-            except (Interrupted, LaunchFailed, DiskFull) as error:
+            except (Interrupted, DistbenchError) as error:
                 self._summary.stopped = str(error)
                 raise
             finally:

@@ -176,7 +176,7 @@ class Agent(threading.Thread):
             nproc_per_node=self._job.num_ranks if spread is None else spread.nproc,
             run_id=f"distbench-{os.getpid() if spread is None else spread.launch}",
             rdzv_backend="c10d" if spread is None else "static",  # static: rank 0 is on node 0
-            rdzv_endpoint="localhost:0" if spread is None else f"{spread.host}:{spread.port}",
+            rdzv_endpoint="localhost:0" if spread is None else spread.endpoint,
             rdzv_configs={} if spread is None else {"rank": spread.node, "timeout": _MEETING_S},
             start_method="forkserver",
             monitor_interval=_MONITOR_S,

@@ -29,7 +29,7 @@ def write(results: Results, file: BinaryIO) -> None:
         stand_ins.update(result.stand_ins)
         hosts.update(result.hosts)
     if results.missing:
-        suite.append(_missing(results.missing))
+        suite.append(_missing(results.missing, results.summary.stopped if results.summary else ""))
     suite.add_property("emulated", _text(", ".join(sorted(stand_ins))) or "no")
     suite.add_property("hosts", _text(" ".join(sorted(hosts))))
     suite.update_statistics()
@@ -68,10 +68,11 @@ def _lines(result: Result) -> list[str]:
     ]
 
 
-def _missing(count: int) -> TestCase:
+def _missing(count: int, why: str) -> TestCase:
     case = TestCase("cases without a result", "distbench")
     case.time = 0
-    case.result = [Error(f"{count} cases of the suite have no result", "MISSING")]
+    reason = f": {why}" if why else ""
+    case.result = [Error(_text(f"{count} cases of the suite have no result{reason}"), "MISSING")]
     return case
 
 
