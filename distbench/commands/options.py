@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from distbench import export
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.commands.nodes import spread_of
@@ -105,13 +106,13 @@ def add_report(command: Any, *, required: bool = False) -> None:
     )
 
 
-def report_writers(options: argparse.Namespace, out: Path) -> dict[Path, Writer]:
-    """Return what --report asks for, its libraries loaded and its folders there."""
+def report_writers(options: argparse.Namespace, out: Path, package: str = export.__name__) -> dict[Path, Any]:
+    """Return what --report asks for, its libraries loaded and its folders there. `package` has a module a format."""
     targets = parse_targets(options.report, out)
     for path in targets.values():
         check_path(str(path))
         check_folder(str(path.parent))
-    return load_writers(targets)
+    return load_writers(targets, package)
 
 
 def add_case_options(command: Any, keys: Sequence[str] = tuple(FIELD_HINTS)) -> None:
