@@ -1,9 +1,9 @@
 """Stands where a launcher starts a node: writes the results that PLANTED asks for instead of running a suite.
 
 PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
-(exit 0 without results), `dies`, `half dies`, `late VERDICT`, `hangs` (until its standard input ends), `deaf` (hangs all
-the same), `elsewhere` (sees another folder for results), `gone` (cannot be reached), or a number by which its times are
-multiplied.
+(exit 0 without results), `dies`, `half dies`, `late VERDICT`, `hangs` (until its standard input ends), `deaf` (hangs
+all the same), `elsewhere` (sees another folder for results), `gone` (cannot be reached), or a number by which its times
+are multiplied.
 """
 
 from __future__ import annotations

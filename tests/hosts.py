@@ -53,7 +53,7 @@ class Hosts:
 
     def __init__(self, count: int, out: Path) -> None:
         self._tag = f"dbt{uuid.uuid4().hex[:5]}"
-        self._out = out
+        self.folder = out
         self.count = count
         self.meeting = 0
         self.started: list[subprocess.Popen[bytes]] = []
@@ -151,7 +151,7 @@ class Hosts:
         return [int(pid) for pid in done.stdout.split()]
 
     def log(self, number: int) -> Path:
-        return self._out / f"host{number}.log"
+        return self.folder / f"host{number}.log"
 
     def address(self, number: int, network: int = 0) -> str:
         return f"{NETWORKS[network]}.{number + 1}"
