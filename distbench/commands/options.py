@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,6 +18,7 @@ from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.commands.nodes import spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import world_size
+from distbench.devices import count_devices
 from distbench.errors import DistbenchError, InvalidCase, Unsupported
 from distbench.export import FILES, Writer, load_writers, parse_targets, write_reports
 from distbench.job import Entry, Spread
@@ -194,16 +195,20 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
         Unsupported: a case that this machine lacks something for.
 
     """
-    ranks = max(entry.case.ep_size for entry in entries)
-    devices_for = -(-ranks // options.nnodes) if world_size() is None else 0
-    return tuple(_examined(entry, origin, options, devices_for) for entry in entries)
+    local_ranks = -(-max(entry.case.ep_size for entry in entries) // options.nnodes)
+    available = count_devices() if any(entry.case.device != "cpu" for entry in entries) else 0
+
+    def check(case: Case) -> tuple[str, ...]:
+        if world_size() is None:
+            check_devices([case], local_ranks, available)
+        return warnings(case, options)
+
+    return tuple(_examined(entry, origin, check) for entry in entries)
 
 
-def _examined(entry: Entry, origin: str, options: argparse.Namespace, devices_for: int) -> Entry:
+def _examined(entry: Entry, origin: str, check: Callable[[Case], tuple[str, ...]]) -> Entry:
     try:
-        found = warnings(entry.case, options)
-        check_devices([entry.case], devices_for)
-        return msgspec.structs.replace(entry, warnings=found)
+        return msgspec.structs.replace(entry, warnings=check(entry.case))
     except (InvalidCase, Unsupported) as error:
         if entry.expect == error.verdict.value:
             return msgspec.structs.replace(entry, refused=str(error))

@@ -1,12 +1,14 @@
 """`fused_moe` in plain torch: slow, readable, and with the arithmetic of the kernel that the row count selects.
 
-Every K block's dot product is taken in float64 and rounded to float32, so a row's bits depend neither on its place in
-a tile nor on the thread count; what does change bits is what would change them on the device: the length of a K
-block, split-k, whether the activation is rounded between the stages, and how the routes of a token are added up.
+Every K block's dot product is taken in float64 and rounded to float32, or in float32 where that is exact in any order.
+So a row's bits depend neither on its place in a tile nor on the thread count; what does change bits is what would
+change them on the device: the length of a K block, split-k, whether the activation is rounded between the stages, and
+how the routes of a token are added up.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,6 +23,9 @@ from distbench.workload.bits import Shuffles
 _WEIGHT_BYTES = 8 << 20
 _WIDE_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20
+# float32 holds multiples of the product of two steps up to this sum.
+_STEP = 0.25
+_EXACT_SUM = 2.0**24 * _STEP**2
 
 
 class _Group(NamedTuple):
@@ -173,10 +178,10 @@ def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: in
     K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
     divided into that many runs of blocks, which are summed apart and then added in order.
     """
-    columns = rows.shape[2]
-    run = -(-columns // (tile_k * max(splits, 1)))
+    run = -(-rows.shape[2] // (tile_k * max(splits, 1)))
     total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
-    blocks = zip(rows.double().split(tile_k, dim=2), weights.blocks(experts, tile_k), strict=True)
+    wide = rows.to(torch.float32 if weights.exact_with(rows, tile_k) else torch.float64)
+    blocks = zip(wide.split(tile_k, dim=2), weights.blocks(experts, tile_k, wide.dtype), strict=True)
     for index, (left, right) in enumerate(blocks):
         if index and index % run == 0:
             total = partial if total is partial else total.add_(partial)
@@ -186,22 +191,39 @@ def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: in
 
 
 class _Weights:
-    """One stage's weights [El, N, K], widened to float64 block by block, or once where they are few."""
+    """One stage's weights [El, N, K], widened block by block, or once where they are few."""
 
     def __init__(self, weights: Tensor) -> None:
         self.rows = weights.shape[1]
         self._weights = weights
-        self._wide = weights.double() if weights.numel() * 8 <= _WIDE_BYTES else None
+        self._wide = weights.float() if weights.numel() * 8 <= _WIDE_BYTES else None
+        self._largest = math.inf if self._wide is None else _largest(self._wide)
 
     def are(self, weights: Tensor) -> bool:
         """Whether `weights` is the tensor that these are made of."""
         return weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
 
-    def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
-        """Yield float64 [g, at most tile_k, N] of `experts`, one block of K after another."""
+    def exact_with(self, rows: Tensor, tile_k: int) -> bool:
+        """Whether products with `rows` float32, `tile_k` of them added up in any order, are exact in float32."""
+        return self._largest < math.inf and _largest(rows) * self._largest * tile_k <= _EXACT_SUM
+
+    def blocks(self, experts: Tensor, tile_k: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Yield [g, at most tile_k, N] of `experts` in `dtype`, one block of K after another."""
         if self._wide is None:
             for block in self._weights.split(tile_k, dim=2):
-                yield block[experts].double().transpose(1, 2)
-        else:
-            wide = self._wide if experts.numel() == len(self._wide) else self._wide[experts]
-            yield from wide.transpose(1, 2).split(tile_k, dim=1)
+                yield block[experts].to(dtype).transpose(1, 2)
+            return
+        self._wide = self._wide.to(dtype)
+        wide = self._wide if experts.numel() == len(self._wide) else self._wide[experts]
+        yield from wide.transpose(1, 2).split(tile_k, dim=1)
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude of float32 values that all are multiples of _STEP; infinity of others."""
+    if values.numel() == 0 or _magnitude((values / _STEP).frac_()) != 0:
+        return math.inf
+    return _magnitude(values)
+
+
+def _magnitude(values: Tensor) -> float:
+    return max(abs(float(end)) for end in values.aminmax())

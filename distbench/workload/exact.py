@@ -35,12 +35,11 @@ _KEPT_BYTES = 4 << 20
 class Patterns(NamedTuple):
     """Which entries the rows of e experts have, as whole numbers; live intermediate rows are numbered without guards.
 
-    gate int32 [e, live]: a column in 1..G. up int32 [e, U, live]: a hidden column, plus H where the sign is minus.
+    first int32 [e, 1 + U, live]: the gate's column in 1..G, then those of up, plus H where the sign is minus.
     down int32 [e, V, H]: a live row, plus their number where the sign is minus.
     """
 
-    gate: Tensor
-    up: Tensor
+    first: Tensor
     down: Tensor
 
 
@@ -62,14 +61,14 @@ def _all_patterns(plan: ExactPlan, seed: int, device: torch.device) -> Patterns:
 
 def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     live, hidden = plan.live_rows, plan.hidden_size
-    gate = _spread(seed, "gate", experts, _Grid(live, 1, plan.gate_columns)).squeeze(1) + 1
+    gate = _spread(seed, "gate", experts, _Grid(live, 1, plan.gate_columns)) + 1
     up = _spread(seed, "up", experts, _Grid(live, plan.up_entries, plan.up_columns))
     up = _skip_guards(up + (1 + plan.gate_columns), skip=plan.guard_columns)
     down = _spread(seed, "down", experts, _Grid(hidden, plan.down_entries, live))
     bits = byte_columns(seed, "minus", experts, live + hidden, experts.device).to(torch.int32).unsqueeze(1)
     up += _bit_of_entry(bits[:, :, :live], plan.up_entries) * hidden
     down += _bit_of_entry(bits[:, :, live:], plan.down_entries) * live
-    return Patterns(gate, up, down)
+    return Patterns(torch.cat([gate, up], dim=1), down)
 
 
 def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,8 +82,9 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
     if plan.guard_rows:
         w1[:, BLOCK - 1 : inter : BLOCK, 0] = GUARD_GATE
         w1[:, inter + BLOCK - 1 :: BLOCK, 0] = GUARD_UP
-    _put(w1, rows, patterns.gate.unsqueeze(1), torch.full_like(patterns.gate, int(GATE_STEP)))
-    _put(w1, rows + inter, patterns.up % hidden, 1 - 2 * (patterns.up >= hidden).int())
+    gate, up = patterns.first[:, :1], patterns.first[:, 1:]
+    _put(w1, rows, gate, torch.full_like(gate, int(GATE_STEP)))
+    _put(w1, rows + inter, up % hidden, 1 - 2 * (up >= hidden).int())
     w2 = torch.zeros(count, hidden, inter, dtype=torch.bfloat16, device=experts.device)
     columns = _skip_guards(patterns.down % plan.live_rows, skip=plan.guard_rows)
     signs = 1 - 2 * (patterns.down >= plan.live_rows).int()

@@ -127,8 +127,9 @@ def _tile_outputs(signed: Tensor, patterns: Patterns) -> Tensor:
 
     signed int8 [t, 2H, T] holds each hidden column, then each negated, as the entries' numbers want them.
     """
-    gate = _pick(signed, patterns.gate) + signed[:, :1]
-    activation = _pick(signed, patterns.up).sum(1, dtype=torch.int8) * gate
+    first = _pick(signed, patterns.first)
+    gate = first[:, 0] + signed[:, :1]
+    activation = first[:, 1:].sum(1, dtype=torch.int8) * gate
     both = torch.cat([activation, -activation], dim=1)
     return _pick(both, patterns.down).sum(1, dtype=torch.int8)
 

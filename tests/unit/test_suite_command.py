@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 import pytest
 
 from distbench import campaign, preflight
+from distbench.case import case_hash
 from distbench.cli import main
 from distbench.commands import options
+from distbench.commands import suite as suite_command
 from distbench.errors import Verdict
-from distbench.job import Job
+from distbench.job import Entry, Job
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.files import write_report
 from distbench.report.journal import RESULTS, Journal
+from distbench.report.sink import Sink
 from distbench.verify.records import Judgement, Outcome
+from tests.cases import tiny_case
 from tests.end_to_end.launches import write_suite
 
 NOWHERE = Environment(hosts=[], devices=[], versions={}, commits={}, variables={})
@@ -48,7 +52,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
         return launches
 
     monkeypatch.setattr(options, "preload_ranks", lambda: None)
-    monkeypatch.setattr(preflight, "count_devices", lambda: 0)
+    for module in (options, preflight):
+        monkeypatch.setattr(module, "count_devices", lambda: 0)
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
     return ending
 
@@ -221,6 +226,42 @@ def test_a_case_that_cannot_run_is_named_with_its_file(
     assert odd.why in told
     assert told.count("\n") == 1
     assert launches == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ranks_of_torchrun_look_for_devices_themselves(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    ranks({})
+    jobs: list[Job] = []
+    variables = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    def work(job: Job) -> int:
+        jobs.append(job)
+        return 7
+
+    monkeypatch.setattr(suite_command, "work", work)
+    file = included(
+        tmp_path / "odd.json", {"name": "cuda", "device": "cuda"}, {"name": "odd", "expect": "INVALID", "topk": 99}
+    )
+    assert main(["suite", str(file), f"--out={tmp_path / 'out'}"]) == 7
+    (job,) = jobs
+    assert [(entry.name, bool(entry.refused)) for entry in job.entries] == [("cuda", False), ("odd", True)]
+
+
+def test_rank_0_of_torchrun_writes_down_what_is_refused_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = Entry(name="odd", case=tiny_case(2), sources={}, expect="INVALID", refused="makes no sense")
+    job = Job(entries=(entry,), out=str(tmp_path), supervised=False)
+    for _ in range(2):
+        sink = Sink(job)
+        assert sink.codes == {case_hash(entry.case): 0}
+        sink.close()
+    assert json.loads(lines(tmp_path)["odd"])["reasons"] == [{"code": "invalid", "message": "makes no sense"}]
+    assert capsys.readouterr().out.split() == ["INVALID", "0.000", "s", "odd"]
 
 
 def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
