@@ -8,7 +8,7 @@ import pytest
 from distbench.compare.launches import judge_launches, student_quantile, student_tail
 from distbench.compare.noise import ALPHA, POWER, Pair, judge_change
 
-TRIALS = 400
+TRIALS = 150
 CASES = 4
 
 
