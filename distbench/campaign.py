@@ -12,7 +12,7 @@ import msgspec
 from distbench.bundle.layout import NOTHING_RECORDED, bundle_folder
 from distbench.bundle.manifest import write_manifest
 from distbench.case import case_hash
-from distbench.errors import DiskFull, LaunchFailed, Verdict, suite_code, worst_exit_code
+from distbench.errors import DistbenchError, LaunchFailed, Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, outcome_of
@@ -91,6 +91,7 @@ class Campaign:
         Raises:
             Interrupted: by a signal, after summary.json was written.
             LaunchFailed: no ranks can be had, likewise.
+            NodesMissing: not all nodes came, likewise.
             DiskFull: a rank had no room for its results, likewise if there is room for it.
 
         """
@@ -99,7 +100,7 @@ class Campaign:
                 self._take_new_lines(quiet=True)
                 self._record_refusals()
                 self._run_launches(report_paths, signals)
-            except (Interrupted, LaunchFailed, DiskFull) as error:
+            except (Interrupted, DistbenchError) as error:
                 self._summary.stopped = str(error)
                 raise
             finally:
@@ -147,10 +148,10 @@ class Campaign:
             DiskFull: there is no room, which may be all that ended the ranks.
 
         """
-        if ending.case_index is None:
+        entry = self._entry_of(ending, job)
+        if entry is None:
             self._note(ending)
             return
-        entry = job.entries[ending.case_index]
         digest = case_hash(entry.case)
         prove_room(self._out, entry.case)
         if digest in self._finished:
@@ -160,6 +161,15 @@ class Campaign:
             self._faults_in_row = self._faults_in_row + 1 if len(self._finished) == self._finished_by_then else 1
             self._record(entry, outcome_of(ending, entry), job)
             self._finished_by_then = len(self._finished)
+
+    def _entry_of(self, ending: Ending, job: Job) -> Entry | None:
+        """Return the case on which a launch ended. A lost host takes no result back: it had sent its part of that."""
+        if ending.case_index is None:
+            return None
+        entries = job.entries[ending.case_index :]
+        if ending.last:
+            entries = tuple(entry for entry in entries if case_hash(entry.case) not in self._finished)
+        return entries[0] if entries else None
 
     def _note(self, ending: Ending) -> None:
         self._summary.events += dict.fromkeys(reason.message for reason in ending.reasons)

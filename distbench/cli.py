@@ -32,6 +32,7 @@ from distbench.commands import (
 from distbench.errors import DiskFull, DistbenchError, InvalidCase, is_disk_full
 from distbench.report.console import print_error
 from distbench.signals import Interrupted
+from distbench.tether import end_with_stdin
 
 _SIGINT_EXIT_CODE = 130
 _SIGPIPE_EXIT_CODE = 141
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
+    if options.end_with_stdin:
+        end_with_stdin()
     code = int(options.command(options))
     sys.stdout.flush()  # a pipe that is broken shows here, not when the interpreter ends
     return code
@@ -95,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 PASS, 1 a wrong result, 2 INVALID, 3 HANG or RANK_FAULT, 77 UNSUPPORTED.",
     )
     parser.add_argument("--version", action="version", version=f"distbench {__version__}")
+    parser.add_argument(
+        "--end-with-stdin",
+        action="store_true",
+        help="end, as by SIGTERM, when standard input does that has brought something: for launchers on other machines",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (
         run,

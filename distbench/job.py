@@ -43,6 +43,11 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     launch: int
 
+    @property
+    def endpoint(self) -> str:
+        """Host and port as one word; an IPv6 address stands in brackets."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What every rank is told at its start: the cases in order, and the folder that takes their results.

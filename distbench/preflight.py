@@ -25,8 +25,10 @@ from distbench.transport.mori_config import check_environment, heap_size, mori_w
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
 
-# What a rank's process takes besides tensors, and for blocks of weights in float64.
-_SCRATCH_BYTES = 160 << 20
+# What ranks share with the process that they are forked from, and what each takes for itself besides tensors.
+_SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20
+# Weights that are widened to float64, a block of them where they are many.
+_SCRATCH_BYTES, _WIDENED = 120 << 20, 4
 # What a CUDA context takes on a device, at least.
 _CONTEXT_BYTES = 256 << 20
 _LITTLE_BYTES = 64 << 10
@@ -168,8 +170,8 @@ def memory_bytes(case: Case) -> int:
     weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
     buffers = case.capacity * (payload + case.hidden_size * element)
-    work = max(case.tokens) * case.topk * case.hidden_size * 16 + _SCRATCH_BYTES
-    return case.ep_size * (weights + buffers + work)
+    work = max(case.tokens) * case.topk * case.hidden_size * 16 + min(_WIDENED * weights, _SCRATCH_BYTES)
+    return _SHARED_BYTES + case.ep_size * (weights + buffers + work + _RANK_BYTES)
 
 
 def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available: int | None = None) -> None:

@@ -27,8 +27,11 @@ _AGENT_PAGES, _RANK_PAGES = 16, 4
 # What NCCL takes for one direction between two devices that do not reach each other's memory, and their directions.
 _NCCL_BYTES, _NCCL_CHANNELS = 9_637_888, 2
 
-_AGENT_FILES, _FILES_FOR_RANK = 32, 7
-_RANK_FILES, _FILES_FOR_PEER = 32, 3
+# The supervisor's files: node 0's has the store to which all ranks connect, and a connection to each other node. And
+# those of a rank, which has a socket to each other and queues of those on its node.
+_AGENT_FILES, _FILES_FOR_RANK, _FILES_FOR_FAR_RANK = 32, 7, 2
+_RANK_FILES = 32
+_MOST_LOCAL_RANKS = 124
 
 
 def report_bytes(cases: Iterable[Case]) -> int:
@@ -59,18 +62,37 @@ def prove_room(out: Path, case: Case) -> None:
         raise DiskFull(message) from error
 
 
-def check_open_files(local_ranks: int, ranks: int, allowed: int | None = None) -> None:
-    """Refuse a launch for which this process, or a rank, may open too few files. `allowed` None asks the system.
+def allow_open_files(local_ranks: int, ranks: int, limits: tuple[int, int] | None = None) -> None:
+    """Let this process and the ranks that it starts open as many files as a launch of `ranks` takes.
+
+    `limits` are the soft and the hard limit, for tests; None asks the system, and raises its soft limit where needed.
 
     Raises:
-        LaunchFailed: names the files needed and allowed.
+        LaunchFailed: names the files needed and those that the hard limit allows.
+        Unsupported: more ranks than one process can start.
 
     """
-    needed = max(_AGENT_FILES + _FILES_FOR_RANK * local_ranks, _RANK_FILES + _FILES_FOR_PEER * ranks)
-    found = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if allowed is None else allowed
-    if found != resource.RLIM_INFINITY and found < needed:
-        message = f"open files: {local_ranks} ranks here take about {needed}, {found} are allowed; ulimit -n {needed}"
+    if local_ranks > _MOST_LOCAL_RANKS:
+        message = (
+            f"{local_ranks} ranks on this node: one process starts at most {_MOST_LOCAL_RANKS}, since each is handed "
+            "two descriptors of every rank at once, and the system hands over 253; start several with --nnodes"
+        )
+        raise Unsupported(message)
+    elsewhere = ranks - local_ranks
+    agent = _AGENT_FILES + _FILES_FOR_RANK * local_ranks + _FILES_FOR_FAR_RANK * elsewhere
+    needed = max(agent, _RANK_FILES + 2 * local_ranks + ranks)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE) if limits is None else limits
+    if _allows(soft, needed):
+        return
+    if not _allows(hard, needed):
+        message = f"open files: {local_ranks} ranks here take about {needed}, {hard} are allowed; ulimit -Hn {needed}"
         raise LaunchFailed(message)
+    if limits is None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _allows(limit: int, needed: int) -> bool:
+    return limit == resource.RLIM_INFINITY or limit >= needed
 
 
 def check_shared_memory(local_ranks: int, *, on_devices: bool, free: int | None = None) -> tuple[str, ...]:

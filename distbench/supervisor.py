@@ -48,7 +48,7 @@ def preload_ranks() -> None:
     A terminal's Ctrl-C, and its end, reach that process too, and are for this one to act upon.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker"])
+    multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker", "distbench.sharing"])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
     try:
         resource_tracker.ensure_running()
@@ -132,7 +132,7 @@ def _with_hosts(ending: Ending, hub: Hub) -> Ending:
 def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
     """Return the ending where nodes no longer answer; without them there is no further launch."""
     reasons = []
-    case_index = min((at.case_index for at in seen.values()), default=0)
+    here = [at.case_index for at in seen.values() if at.pid]  # what other nodes told may be older than a case
     for node, host in hub.lost().items():
         ranks = hub.ranks_of(node)
         last = [seen[rank] for rank in ranks if rank in seen]
@@ -141,7 +141,7 @@ def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
         reasons.append(Reason(code="host-lost", rank=ranks[0], message=message))
     if not reasons:
         return None
-    index = min(case_index, len(job.entries) - 1)
+    index = min(min(here, default=0), len(job.entries) - 1)
     return Ending(verdict=Verdict.RANK_FAULT, case_index=index, reasons=reasons, last=True)
 
 
@@ -186,7 +186,7 @@ class Agent(threading.Thread):
             nproc_per_node=self._job.num_ranks if spread is None else spread.nproc,
             run_id=f"distbench-{os.getpid() if spread is None else spread.launch}",
             rdzv_backend="c10d" if spread is None else "static",  # static: rank 0 is on node 0
-            rdzv_endpoint="localhost:0" if spread is None else f"{spread.host}:{spread.port}",
+            rdzv_endpoint="localhost:0" if spread is None else spread.endpoint,
             rdzv_configs={} if spread is None else {"rank": spread.node, "timeout": _MEETING_S},
             start_method="forkserver",
             monitor_interval=_MONITOR_S,

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Start `distbench run` under torchrun, on one node or on several. Arguments go to `distbench run`.
+# Start a command of `distbench` under torchrun, on one node or on several. Without a command it is `distbench run`.
 #
 #   launch/torchrun.sh --model tiny
+#   launch/torchrun.sh suite smoke --out results
 #   MASTER_ADDR=node0 NNODES=2 NODE_RANK=0 launch/torchrun.sh     on node0; on the other node NODE_RANK=1
 #
 #   NPROC_PER_NODE  ranks on each node (one for each GPU that torch sees, else 8)
@@ -11,6 +12,7 @@
 #   MASTER_PORT     port on node 0 (29500)
 #   RDZV_ID         the same word on all nodes of a job (the Slurm, PBS or LSF job id, else distbench)
 #   OMP_NUM_THREADS threads of a rank (cores / ranks, at least 1)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    interface of this node (with several nodes, the one towards node 0)
 #   VENV            environment to start from (.venv of this checkout; the active one where that does not exist)
 #
 # torchrun numbers the ranks of several nodes itself: rank 0, which prints and writes the report, may be on any of them.
@@ -64,9 +66,14 @@ if ((NNODES > 1)); then
         --rdzv-id="${RDZV_ID:-${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-distbench}}}}"
         --rdzv-conf=is_host=$((NODE_RANK == 0))
     )
+    interfaces=$(python -m distbench.nodes.interfaces "$MASTER_ADDR" "$MASTER_PORT")
+    while IFS= read -r variable; do
+        [[ -z $variable ]] || export "${variable?}"
+    done <<<"$interfaces"
 fi
+[[ $# -gt 0 && $1 != -* ]] || set -- run "$@"
 
 threads=$(($(nproc) / NPROC_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 echo "torchrun.sh: $NNODES x $NPROC_PER_NODE ranks, OMP_NUM_THREADS=$OMP_NUM_THREADS, ${rendezvous[*]}" >&2
-exec torchrun --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${rendezvous[@]}" -m distbench run "$@"
+exec torchrun --nnodes="$NNODES" --nproc-per-node="$NPROC_PER_NODE" "${rendezvous[@]}" -m distbench "$@"

@@ -1,14 +1,16 @@
 """Stands where a launcher starts a node: writes the results that PLANTED asks for instead of running a suite.
 
 PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
-(exit 0 without results), `dies`, `hangs`, or a number by which its times are multiplied. Of a group that `half dies`
-the first node hangs; one that is `late` with a verdict writes it a second after the others have left.
+(exit 0 without results), `dies`, `half dies`, `late VERDICT`, `hangs` (until its standard input ends), `deaf` (hangs
+all the same), `elsewhere` (sees another folder for results), `gone` (cannot be reached), or a number by which its times
+are multiplied.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,16 +20,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.results import result, timing, write_results
 
 
+def probe(command: list[str], what: str | None) -> int:
+    """Act as a node that is asked whether it sees the folder for results."""
+    if what == "gone":
+        return 255
+    place = command.index("distbench.cluster.probe") + 1
+    if what == "elsewhere":
+        command[place] = f"{command[place]}.elsewhere"
+    return subprocess.run(command, check=False).returncode
+
+
 def main() -> int:
     """Act as one node of a group; the first of them has rank 0."""
     node, command = sys.argv[1], sys.argv[2:]
+    planted = json.loads(os.environ["PLANTED"])
+    if "distbench.cluster.probe" in command:
+        return probe(command, planted.get(node))
     out = Path(command[command.index("--out") + 1])
     group = (out / "nodes.txt").read_text().split()
-    planted = json.loads(os.environ["PLANTED"])
     what = next((what for nodes, what in planted.items() if set(nodes.split("+")) <= set(group)), "PASS")
     if what == "hangs" or (what == "half dies" and node == group[0]):
+        sys.stdin.read()
+    if what == "deaf":
         time.sleep(60)
-    if what in ("dies", "half dies"):
+    if what in ("dies", "half dies", "gone"):
+        sys.stdout.write("the power went\n\n")
         return 9
     if isinstance(what, str) and what.startswith("late "):
         what = what.removeprefix("late ")

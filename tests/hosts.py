@@ -1,4 +1,7 @@
-"""Hosts on one machine: network namespaces on a bridge, each process in it with a host name of its own."""
+"""Hosts on one machine: network namespaces, each process in it with a host name of its own.
+
+A host has two network interfaces, eth0 and eth1, each on a switch of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PORT = 29500
+LONG = os.environ.get("DISTBENCH_CLUSTER") == "1"
+NETWORKS = ("10.77.0", "10.78.0")
 _NAMES = Path("/etc/netns")
 
 
@@ -32,29 +38,38 @@ def missing() -> str:
     return ""
 
 
+def cannot(why: str) -> NoReturn:
+    """Skip the test, or fail it where all of them are asked for."""
+    if LONG:
+        pytest.fail(why)
+    pytest.skip(why)
+
+
 class Hosts:
-    """`count` hosts, named host0, host1, …, at 10.77.0.1 and on."""
+    """`count` hosts, named host0, host1, …, at 10.77.0.1 and on; on the other network at 10.78.0.1 and on.
+
+    `meeting` is the number of the network on which `distbench` is told to meet.
+    """
 
     def __init__(self, count: int, out: Path) -> None:
         self._tag = f"dbt{uuid.uuid4().hex[:5]}"
-        self._out = out
+        self.folder = out
         self.count = count
+        self.meeting = 0
         self.started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Hosts:  # noqa: PYI034 - Self comes with Python 3.11
         switch = self._space("switch")
         _ip("netns", "add", switch)
-        _ip("-n", switch, "link", "add", "br0", "type", "bridge")
-        _ip("-n", switch, "link", "set", "br0", "up")
+        for network in range(len(NETWORKS)):
+            _ip("-n", switch, "link", "add", f"br{network}", "type", "bridge")
+            _ip("-n", switch, "link", "set", f"br{network}", "up")
         for number in range(self.count):
             self._names(number)
-            space, port = self._space(number), f"port{number}"
-            _ip("netns", "add", space)
-            _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", space)
-            _ip("-n", switch, "link", "set", port, "master", "br0", "up")
-            _ip("-n", space, "address", "add", f"{self.address(number)}/24", "dev", "eth0")
-            _ip("-n", space, "link", "set", "eth0", "up")
-            _ip("-n", space, "link", "set", "lo", "up")
+            _ip("netns", "add", self._space(number))
+            for network in range(len(NETWORKS)):
+                self._plug_in(number, network)
+            _ip("-n", self._space(number), "link", "set", "lo", "up")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,6 +83,14 @@ class Hosts:
             _ip("netns", "del", self._space(name))
             shutil.rmtree(_NAMES / self._space(name), ignore_errors=True)
 
+    def _plug_in(self, number: int, network: int) -> None:
+        switch, space = self._space("switch"), self._space(number)
+        port, card = f"port{number}-{network}", f"eth{network}"
+        _ip("-n", switch, "link", "add", port, "type", "veth", "peer", "name", card, "netns", space)
+        _ip("-n", switch, "link", "set", port, "master", f"br{network}", "up")
+        _ip("-n", space, "address", "add", f"{self.address(number, network)}/24", "dev", card)
+        _ip("-n", space, "link", "set", card, "up")
+
     def _names(self, number: int) -> None:
         """Let the names of all hosts resolve on this one; `ip netns exec` lays that over /etc/hosts."""
         folder = _NAMES / self._space(number)
@@ -78,7 +101,7 @@ class Hosts:
     def start(self, number: int, *arguments: str | Path, **environ: str) -> subprocess.Popen[bytes]:
         """Start `distbench` on a host, with node 0 on host0; what it prints goes to `log(number)`."""
         place = ("--nnodes", str(self.count), "--node-rank", str(number))
-        meeting = ("--rdzv-endpoint", f"{self.address(0)}:{PORT}")
+        meeting = ("--rdzv-endpoint", f"{self.address(0, self.meeting)}:{PORT}")
         command = [sys.executable, "-m", "distbench", *map(str, arguments), *place, *meeting]
         return self.start_command(number, command, **environ)
 
@@ -103,15 +126,23 @@ class Hosts:
         return [*enter, 'hostname "$0" && exec "$@"', f"host{number}", *command]
 
     def cut(self, number: int) -> None:
-        """Pull a host's cable: nothing arrives any more, and nobody is told."""
-        _ip("-n", self._space("switch"), "link", "set", f"port{number}", "down")
+        """Pull a host's cables: nothing arrives any more, and nobody is told."""
+        for network in range(len(NETWORKS)):
+            _ip("-n", self._space("switch"), "link", "set", f"port{number}-{network}", "down")
 
-    def slow(self, number: int, *how: str) -> None:
-        """Make a host's link worse, in tc netem's words."""
-        command = ["tc", "-n", self._space(number), "qdisc", "add", "dev", "eth0", "root", "netem", *how]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"this kernel has no netem: {done.stderr.strip()}")
+    def part(self, number: int, other: int) -> None:
+        """Let two hosts reach all others, but not each other."""
+        for one, far in ((number, other), (other, number)):
+            for network in range(len(NETWORKS)):
+                _ip("-n", self._space(one), "route", "add", "blackhole", self.address(far, network))
+
+    def slow(self, number: int) -> None:
+        """Make a host's link worse: late and lossy where the kernel can do that, else narrow."""
+        netem, tbf = "netem delay 20ms 5ms loss 1%", "tbf rate 1mbit burst 4kb latency 400ms"
+        for network in range(len(NETWORKS)):
+            link = ("-n", self._space(number), "qdisc", "add", "dev", f"eth{network}", "root")
+            if not any(_tc(*link, *how.split()) for how in (netem, tbf)):
+                cannot("this kernel has neither netem nor tbf to slow a link")
 
     def processes(self, number: int | str) -> list[int]:
         """Return what runs on a host."""
@@ -120,10 +151,10 @@ class Hosts:
         return [int(pid) for pid in done.stdout.split()]
 
     def log(self, number: int) -> Path:
-        return self._out / f"host{number}.log"
+        return self.folder / f"host{number}.log"
 
-    def address(self, number: int) -> str:
-        return f"10.77.0.{number + 1}"
+    def address(self, number: int, network: int = 0) -> str:
+        return f"{NETWORKS[network]}.{number + 1}"
 
     def _space(self, name: int | str) -> str:
         return f"{self._tag}-{name}"
@@ -131,13 +162,17 @@ class Hosts:
 
 @contextlib.contextmanager
 def hosts(count: int, out: Path) -> Iterator[Hosts]:
-    """Return hosts, or skip the test where there can be none."""
+    """Return hosts; a test for which there can be none is skipped, or fails as `cannot` says."""
     why = missing()
     if why:
-        pytest.skip(why)
+        cannot(why)
     with Hosts(count, out) as made:
         yield made
 
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True)  # noqa: S607
+
+
+def _tc(*arguments: str) -> bool:
+    return subprocess.run(["tc", *arguments], check=False, capture_output=True).returncode == 0  # noqa: S607

@@ -8,7 +8,7 @@ import msgspec
 
 from distbench.cluster.faults import Finding, Trial, name_faults
 from distbench.cluster.plan import Group, Round, Step, rounds_of
-from distbench.cluster.stragglers import name_stragglers
+from distbench.cluster.stragglers import name_stragglers, not_judged
 from distbench.errors import worst_exit_code
 
 SCHEMA = "distbench.cluster/1"
@@ -21,7 +21,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     """`distbench.cluster/1`: every trial, what they point at, and the nodes that a scheduler should not use.
 
     `emulated` says that the nodes were groups of ranks on one machine. `not_run` has the steps for which too few nodes
-    were left.
+    were left, `not_judged` says of whom it is not known whether they are slow, and why.
     """
 
     schema: str = SCHEMA
@@ -31,6 +31,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     defects: list[str]
     slow: list[str]
     not_run: list[Step]
+    not_judged: list[str]
     exit_code: int
     trials: list[Trial]
 
@@ -56,6 +57,7 @@ def validate(nodes: Group, steps: Sequence[Step], run_round: RunRound, *, emulat
         defects=_nodes(faults, "node"),
         slow=_nodes(slow, "slow node"),
         not_run=not_run,
+        not_judged=not_judged(trials),
         exit_code=worst_exit_code(codes),
         trials=trials,
     )

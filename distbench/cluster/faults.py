@@ -15,7 +15,8 @@ Kind = Literal["node", "link", "common", "fabric", "scale", "slow node", "slow l
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One group of nodes and how its suite ended.
 
-    `times[stage][case and arm]` is the slowest rank's median time in microseconds, of the cases that passed.
+    `times[stage][case and arm]` is the slowest rank's median time in microseconds, of the cases that passed; `wall_s`
+    what the group took with its start-up.
     """
 
     step: Step
@@ -23,6 +24,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int
     verdict: str
     reason: str = ""
+    wall_s: float = 0.0
     times: dict[str, dict[str, float]] = {}
 
     @property

@@ -50,6 +50,23 @@ def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
     return findings
 
 
+def not_judged(trials: Sequence[Trial]) -> list[str]:
+    """Return in words why slow nodes or links were not looked for, of the steps that were run."""
+    told = []
+    for step, what in (("nodes", "slow nodes"), ("pairs", "slow links")):
+        own = [trial for trial in trials if trial.step == step]
+        passed = [trial for trial in own if not trial.failed]
+        nodes = {node for trial in passed for node in trial.nodes}
+        stages = list(dict.fromkeys(stage for trial in passed for stage in trial.times))
+        thin = [stage for stage in stages if len(_shared_keys(passed, stage)) < LEAST_TIMES]
+        if own and len(nodes) < LEAST_GROUPS:
+            told.append(f"{what}: {len(nodes)} nodes pass, at least {LEAST_GROUPS} are needed to tell who is slow")
+        elif own and (thin or not stages):
+            which = f" in {', '.join(thin)}" if stages else ""
+            told.append(f"{what}{which}: fewer than {LEAST_TIMES} cases and arms are timed in all groups")
+    return told
+
+
 def _slow_in_pairs(pairs: _Scores, stage: str, known: set[str]) -> list[Finding]:
     """A pair is as slow as its slower end; what is slower than that is the link."""
     nodes = {node for group in pairs.values for node in group}
@@ -68,13 +85,18 @@ def _scores(trials: Sequence[Trial], stage: str) -> _Scores | None:
     if len(trials) < LEAST_GROUPS:
         return None
     times = {trial.nodes: trial.times.get(stage, {}) for trial in trials}
-    keys = set.intersection(*(set(own) for own in times.values()))
+    keys = _shared_keys(trials, stage)
     if len(keys) < LEAST_TIMES:
         return None
     middle = {key: statistics.median(math.log(own[key]) for own in times.values()) for key in keys}
     ratios = {group: [math.log(own[key]) - middle[key] for key in keys] for group, own in times.items()}
     values = {group: statistics.median(own) for group, own in ratios.items()}
     return _Scores(values, statistics.median(_mad(own) for own in ratios.values()))
+
+
+def _shared_keys(trials: Sequence[Trial], stage: str) -> set[str]:
+    """Return the cases and arms that all groups have times of."""
+    return set.intersection(*(set(trial.times.get(stage, {})) for trial in trials))
 
 
 def _outliers(values: Mapping[Group, float], scatter: float) -> dict[Group, tuple[float, float]]:

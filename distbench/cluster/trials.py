@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from distbench.cluster.faults import Trial
-from distbench.cluster.launchers import command_on
 from distbench.cluster.plan import Group, Round, Step
-from distbench.collect import collect
-from distbench.errors import DistbenchError, InvalidCase, Verdict
+from distbench.cluster.probe import unshared
+from distbench.cluster.processes import Processes
+from distbench.errors import InvalidCase, Verdict
+from distbench.job import Spread
 from distbench.report.results import Result, Results
 from distbench.signals import Interrupted
 
 _POLL_S = 0.1
-# A suite that is told to end kills its ranks first.
-_GRACE_S = 15.0
+_PROBE_S = 120.0
 # Once a process of a group has failed the others have so long to end: they may have the group's verdict to write.
 _PARTING_S = 30.0
 
@@ -34,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     `launcher` is what command_on takes; where it is empty all nodes are this machine, and `port` and those after it
     are used, one for each group of a round. `endpoint_host` replaces the first node's name as the meeting point.
+    `join_timeout_s` is for the nodes of a group to meet.
     """
 
     suite: str
@@ -41,16 +39,43 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nproc: int
     out: Path
     timeout_s: float
+    join_timeout_s: float
     launcher: tuple[str, ...]
     port: int
     endpoint_host: str = ""
+
+
+def check_shared(settings: Settings, nodes: Group, signals: Sequence[int]) -> None:
+    """Refuse a folder for results that some nodes do not see, which would make them look broken.
+
+    Raises:
+        InvalidCase: names those nodes.
+        Interrupted: by one of `signals`.
+
+    """
+
+    def run(folder: Path, commands: Mapping[str, Sequence[str]]) -> None:
+        with contextlib.ExitStack() as stack:
+            processes = Processes(settings.launcher, folder)
+            stack.callback(processes.end)
+            processes.start(commands)
+            deadline = time.monotonic() + _PROBE_S
+            while None in processes.codes.values() and time.monotonic() < deadline:
+                _heed(signals)
+                time.sleep(_POLL_S)
+
+    found = unshared(settings.out, nodes, run)
+    if found:
+        told = "; ".join(f"{node}: {said}" for node, said in found.items())
+        message = f"--out {settings.out}: not the same folder on all nodes ({told:.400}); give one that they share"
+        raise InvalidCase(message)
 
 
 def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[int]) -> list[Trial]:
     """Run the groups of a round at the same time and return their trials.
 
     Raises:
-        Interrupted: by one of `signals`; nothing is left running on this machine.
+        Interrupted: by one of `signals`; nothing is left running.
 
     """
     with contextlib.ExitStack() as stack:
@@ -58,12 +83,20 @@ def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[i
             stack.enter_context(_Running(settings, step, nodes, settings.port + number))
             for number, nodes in enumerate(groups)
         ]
-        deadline = time.monotonic() + settings.timeout_s
-        while any(one.alive() for one in running) and time.monotonic() < deadline:
-            if signals:
-                raise Interrupted(signals[0])
-            time.sleep(_POLL_S)
+        try:
+            deadline = time.monotonic() + settings.timeout_s
+            while any(one.alive() for one in running) and time.monotonic() < deadline:
+                _heed(signals)
+                time.sleep(_POLL_S)
+        finally:
+            for one in running:
+                one.let_go()
         return [one.trial() for one in running]
+
+
+def _heed(signals: Sequence[int]) -> None:
+    if signals:
+        raise Interrupted(signals[0])
 
 
 class _Running:
@@ -72,105 +105,95 @@ class _Running:
     def __init__(self, settings: Settings, step: Step, nodes: Group, port: int) -> None:
         self._settings, self._step, self._nodes, self._port = settings, step, nodes, port
         self.out = settings.out / "trials" / step / ("all" if step == "all" else "+".join(nodes))
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes = Processes(settings.launcher, self.out)
         self._failed_at: float | None = None
+        self._late = False
+        self._started = time.monotonic()
+        self._wall_s = 0.0
 
     def __enter__(self) -> _Running:  # noqa: PYI034 - Self comes with Python 3.11
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
         (self.out / "nodes.txt").write_text("".join(f"{node}\n" for node in self._nodes))
-        for number, node in enumerate(self._nodes):
-            command = command_on(self._settings.launcher, node, self._command(number))
-            with (self.out / f"{node}.log").open("wb") as log:
-                self._processes.append(_start(command, log.fileno()))
+        try:
+            self._processes.start({node: self._command(number) for number, node in enumerate(self._nodes)})
+        except BaseException:
+            self._processes.end()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self._processes.end()
 
     def alive(self) -> bool:
         """Whether a process of the group is running; the others are ended a while after one has failed."""
-        codes = [process.poll() for process in self._processes]
+        codes = self._processes.codes.values()
         if None not in codes:
+            self._wall_s = self._wall_s or time.monotonic() - self._started
             return False
         if any(codes):
             now = time.monotonic()
             self._failed_at = self._failed_at or now
             if now - self._failed_at > _PARTING_S:
-                self._end()
+                self._processes.end()
                 return False
         return True
 
+    def let_go(self) -> None:
+        """Have what still runs end by itself; a group that is told so without having failed is late."""
+        self._late = self.alive() and self._failed_at is None
+        self._processes.let_go()
+
     def trial(self) -> Trial:
-        """End what still runs, and say how the group did."""
-        late = self.alive() and self._failed_at is None
-        self._end()
-        if late:
-            return self._failed(Verdict.HANG, f"no end within {self._settings.timeout_s:g} s")
-        codes = {node: process.returncode for node, process in zip(self._nodes, self._processes, strict=True)}
-        if any(codes.values()) and len(self._nodes) > 1:
-            with contextlib.suppress(DistbenchError):
-                collect(self.out)
+        """End what was let go, and say how the group did."""
+        self._processes.end()
+        if self._late:
+            return self._failed(Verdict.HANG, f"no end within {self._settings.timeout_s:g} s{self._last_words()}")
         try:
             results = Results(self.out)
             found, exit_code = list(results), results.exit_code
         except InvalidCase as error:
-            return self._failed(Verdict.RANK_FAULT, f"{error}; {_exits(codes)}")
+            return self._failed(Verdict.RANK_FAULT, f"{error}{self._last_words()}")
         unexpected = next((result for result in found if not result.as_expected), None)
         if unexpected is not None:
             message = unexpected.reasons[0].message if unexpected.reasons else f"expected {unexpected.expect}"
-            return self._ended(exit_code, unexpected.verdict, f"{unexpected.name}: {message}")
-        if exit_code or any(codes.values()) or not found:
-            return self._failed(Verdict.RANK_FAULT, f"{len(found)} cases ended as expected; {_exits(codes)}")
-        return Trial(step=self._step, nodes=self._nodes, exit_code=0, verdict="PASS", times=_times(found))
+            return self._ended(exit_code, unexpected.verdict.value, f"{unexpected.name}: {message}")
+        if exit_code or any(self._processes.codes.values()) or not found:
+            return self._failed(Verdict.RANK_FAULT, f"{len(found)} cases ended as expected{self._last_words()}")
+        return msgspec.structs.replace(self._ended(0, Verdict.PASS.value, ""), times=_times(found))
+
+    def _last_words(self) -> str:
+        """Return how the nodes ended that did not end well, and the last that each of them said."""
+        failed = {node: code for node, code in self._processes.codes.items() if code}
+        told = (f"{node} exited with {code}: {self._processes.last_line(node)}" for node, code in failed.items())
+        return "".join(f"; {one.rstrip(': ')}" for one in told)
 
     def _failed(self, verdict: Verdict, reason: str) -> Trial:
-        return self._ended(verdict.exit_code, verdict, reason)
+        return self._ended(verdict.exit_code, verdict.value, reason)
 
-    def _ended(self, exit_code: int, verdict: Verdict, reason: str) -> Trial:
-        return Trial(step=self._step, nodes=self._nodes, exit_code=exit_code, verdict=verdict.value, reason=reason)
+    def _ended(self, exit_code: int, verdict: str, reason: str) -> Trial:
+        wall_s = self._wall_s or time.monotonic() - self._started
+        return Trial(
+            step=self._step, nodes=self._nodes, exit_code=exit_code, verdict=verdict, reason=reason, wall_s=wall_s
+        )
 
     def _command(self, number: int) -> list[str]:
-        """Return the suite's command on the group's node `number`: supervised on one node, under torchrun on more."""
+        """Return the suite's command on the group's node `number`."""
         settings = self._settings
-        suite = ["-m", "distbench", "suite", settings.suite, "--out", str(self.out), *settings.options]
+        suite = ["suite", settings.suite, "--out", str(self.out), *settings.options, "--quiet"]
+        command = [sys.executable, "-m", "distbench", "--end-with-stdin", *suite, "--nproc", str(settings.nproc)]
         if len(self._nodes) == 1:
-            return [sys.executable, *suite, "--quiet", "--nproc", str(settings.nproc)]
-        meeting = [
-            f"--nnodes={len(self._nodes)}",
-            f"--nproc-per-node={settings.nproc}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={settings.endpoint_host or self._nodes[0]}:{self._port}",
-            f"--rdzv-id={'+'.join((self._step, str(self._port)))}",
-            f"--rdzv-conf=is_host={int(number == 0)}",
-        ]
-        return [sys.executable, "-m", "torch.distributed.run", *meeting, *suite]
-
-    def _end(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + _GRACE_S
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0))
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _start(command: Sequence[str], log: int) -> subprocess.Popen[bytes]:
-    try:
-        return subprocess.Popen(  # noqa: S603 - the user's own launcher, and no shell
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            return command
+        spread = Spread(
+            nodes=len(self._nodes),
+            node=number,
+            nproc=settings.nproc,
+            host=settings.endpoint_host or self._nodes[0],
+            port=self._port,
+            launch=0,
         )
-    except OSError as error:
-        message = f"launcher {command[0]!r}: {error.strerror}; name one that is installed here"
-        raise InvalidCase(message) from error
-
-
-def _exits(codes: dict[str, int]) -> str:
-    return ", ".join(f"{node} exited with {code}" for node, code in codes.items())
+        place = ["--nnodes", str(spread.nodes), "--node-rank", str(number), "--rdzv-endpoint", spread.endpoint]
+        return [*command, *place, "--join-timeout", f"{settings.join_timeout_s:g}"]
 
 
 def _times(results: Sequence[Result]) -> dict[str, dict[str, float]]:

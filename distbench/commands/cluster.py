@@ -6,21 +6,27 @@ import argparse
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distbench.cluster import reports
 from distbench.cluster.campaign import Validation, document, validate
 from distbench.cluster.faults import Trial
 from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
 from distbench.cluster.plan import STEPS, Round, Step
-from distbench.cluster.trials import Settings, run_round
+from distbench.cluster.trials import Settings, check_shared, run_round
 from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
+from distbench.commands.options import add_report, report_writers
 from distbench.errors import InvalidCase
+from distbench.export import write_reports
 from distbench.locks import hold
 from distbench.preflight import check_folder, check_path
+from distbench.production import read_environment
 from distbench.report.console import print_line, print_note
 from distbench.report.files import write_atomically
 from distbench.signals import collect_signals
+from distbench.suite import load_suite, select
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
 _MOST_PORTS = 65536
@@ -65,6 +71,14 @@ def add(commands: Any) -> None:
     )
     command.add_argument("--select", metavar="TERMS", default="", help="as for `distbench suite`")
     command.add_argument(
+        "--join-timeout",
+        type=seconds(LEAST_SECONDS),
+        metavar="S",
+        default=120.0,
+        help="seconds for the nodes of a group to meet (default: %(default)s)",
+    )
+    add_report(command)
+    command.add_argument(
         "--endpoint-host", metavar="HOST", default="", help="where the ranks of a group meet (default: its first node)"
     )
 
@@ -79,12 +93,15 @@ def _cluster(options: argparse.Namespace) -> int:
     check_path(options.out)
     check_folder(options.out)
     _check_port(options.port, len(nodes))
+    _check_suite(options, steps, len(nodes))
+    writers = report_writers(options, Path(options.out), reports.__name__)
     settings = Settings(
         suite=str(Path(options.suite).resolve()) if Path(options.suite).exists() else options.suite,
         options=("--select", options.select) if options.select else (),
         nproc=options.nproc,
         out=Path(options.out).resolve(),
         timeout_s=options.trial_timeout,
+        join_timeout_s=options.join_timeout,
         launcher=parse_launcher(launcher),
         port=options.port,
         endpoint_host=meeting_host,
@@ -95,8 +112,10 @@ def _cluster(options: argparse.Namespace) -> int:
             print_note(f"{step}: {', '.join('+'.join(group) for group in groups)}")
             return run_round(settings, step, groups, signals)
 
+        check_shared(settings, nodes, signals)
         validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK)
     _write(settings.out, validation)
+    write_reports(validation, writers)
     _print(settings.out, validation)
     return validation.exit_code
 
@@ -147,6 +166,14 @@ def _check_port(port: int, nodes: int) -> None:
         raise InvalidCase(message)
 
 
+def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> None:
+    """Refuse a suite that cannot be read, or selects nothing, for the ranks of a group that the plan has."""
+    sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
+    for size in sorted({sizes[step] for step in steps}):
+        suite = load_suite(options.suite, size * options.nproc, [], read_environment(os.environ))
+        select(suite.entries, options.select)
+
+
 def _write(out: Path, validation: Validation) -> None:
     write_atomically(out / "cluster.json", document(validation))
     for name, nodes in (("defects.txt", validation.defects), ("slow.txt", validation.slow)):
@@ -158,6 +185,8 @@ def _print(out: Path, validation: Validation) -> None:
         print_line(f"{found.kind} {' '.join(found.nodes)}: {found.evidence}".replace(" :", ":"))
     for step in validation.not_run:
         print_line(f"{step}: not run, too few nodes are left or all share a fault")
+    for gap in validation.not_judged:
+        print_line(f"not judged: {gap}")
     passed = sum(not trial.failed for trial in validation.trials)
     emulated = " (emulated: all nodes are this machine)" if validation.emulated else ""
     print_line(f"{passed} of {len(validation.trials)} groups of {len(validation.nodes)} nodes pass{emulated}")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from distbench.errors import Unsupported, worst_exit_code
+from distbench.errors import InvalidCase, Unsupported, worst_exit_code
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
-from distbench.report.results import Results
+from distbench.report.results import Result, Results
 
 
 def add(commands: Any) -> None:
@@ -21,25 +22,38 @@ def add(commands: Any) -> None:
         "compare",
         help="what became wrong or slower since a baseline",
         description="Compare results with older ones: verdicts first, then the time of each stage against the noise "
-        "that both have. Exits with 1 on a regression or a value that is gone, 77 where a stage cannot be judged.",
+        "that both have, and with several OLD against what lies between launches. Exits with 1 on a regression or a "
+        "value that is gone, 77 where a stage cannot be judged.",
     )
-    command.add_argument("old", metavar="OLD", help="the baseline: an --out folder, a results.jsonl or a report.json")
+    command.add_argument(
+        "old",
+        metavar="OLD",
+        nargs="+",
+        help="a launch of the baseline: an --out folder, a results.jsonl, a report.json",
+    )
     command.add_argument("new", metavar="NEW", help="what is compared with it")
     command.add_argument("--json", metavar="PATH", default="", help="write the comparison here too")
-    _add_verdicts_only(command)
+    _add_judging(command)
     command.set_defaults(command=_compare)
 
 
 def add_baseline(command: Any) -> None:
     """Add the options that compare what was run with older results."""
-    command.add_argument("--baseline", metavar="DIR|FILE", default="", help="compare with these results afterwards")
-    _add_verdicts_only(command)
+    command.add_argument(
+        "--baseline",
+        metavar="DIR|FILE",
+        action="append",
+        default=[],
+        help="compare with these results afterwards; once for each launch of the baseline",
+    )
+    _add_judging(command)
 
 
 def check_baseline(options: argparse.Namespace) -> None:
     """Read the baseline, so that one that cannot be read is known before a rank starts."""
-    if options.baseline:
-        sum(1 for _ in Results(options.baseline))
+    _check_detect(options)
+    for path in options.baseline:
+        sum(1 for _ in Results(path))
 
 
 def judge_baseline(
@@ -51,19 +65,32 @@ def judge_baseline(
     """
     if not options.baseline:
         return exit_code
-    return worst_exit_code((exit_code, _judge(options, Results(options.baseline), results, "", keep)))
+    return worst_exit_code((exit_code, _judge(options, options.baseline, results, "", keep)))
 
 
-def _add_verdicts_only(command: Any) -> None:
+def _add_judging(command: Any) -> None:
     command.add_argument("--verdicts-only", action="store_true", help="compare no times")
+    command.add_argument(
+        "--detect",
+        metavar="SHARE",
+        type=float,
+        help="a slowdown that has to be found in every arm and stage, such as 0.05, else exit 77",
+    )
+
+
+def _check_detect(options: argparse.Namespace) -> None:
+    if options.detect is not None and not 0 < options.detect < math.inf:
+        message = f"--detect {options.detect}: give a share above 0, such as 0.05 for 5 %"
+        raise InvalidCase(message)
 
 
 def _compare(options: argparse.Namespace) -> int:
-    return _judge(options, Results(options.old), Results(options.new), options.json)
+    _check_detect(options)
+    return _judge(options, options.old, Results(options.new), options.json)
 
 
 def _judge(
-    options: argparse.Namespace, old: Results, new: Results, path: str, keep: Callable[[str], bool] | None = None
+    options: argparse.Namespace, old: list[str], new: Results, json: str, keep: Callable[[str], bool] | None = None
 ) -> int:
     try:
         from distbench.compare.comparison import compare  # noqa: PLC0415 - loads numpy
@@ -71,10 +98,15 @@ def _judge(
     except ModuleNotFoundError as error:
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
-    wanted = (result for result in old if keep is None or keep(result.name))
-    comparison = compare(wanted, new, times=not options.verdicts_only)
-    if path:
-        write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
+    comparison = compare(
+        [_wanted(path, keep) for path in old], new, times=not options.verdicts_only, detect=options.detect
+    )
+    if json:
+        write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
     for line in comparison_lines(comparison):
         print_line(line)
     return comparison.exit_code
+
+
+def _wanted(path: str, keep: Callable[[str], bool] | None) -> Iterator[Result]:
+    return (result for result in Results(path) if keep is None or keep(result.name))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from distbench import export
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
-from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
+from distbench.commands.nodes import spread_of
+from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import world_size
 from distbench.devices import count_devices
-from distbench.errors import InvalidCase, Unsupported, Verdict
-from distbench.export import FILES, Writer, load_writers, parse_targets
+from distbench.errors import DistbenchError, InvalidCase, Unsupported
+from distbench.export import FILES, Writer, load_writers, parse_targets, write_reports
 from distbench.job import Entry, Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
@@ -26,16 +29,15 @@ from distbench.preflight import available_bytes, check_case, check_devices, chec
 from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.console import print_note
+from distbench.report.results import Results
 from distbench.report.summary import Summary
 from distbench.resolve import FLAGS, Layer, resolve_case
-from distbench.room import check_open_files, check_shared_memory
+from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer
 
 _CASE_DEST = "case_"
 _DEFAULT_OUT = "distbench-out"
-_LOCAL_RANKS = 8
-_PORTS = 65536
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 
@@ -53,48 +55,6 @@ def add_ranks(command: Any, text: str) -> None:
     command.add_argument("--nproc", type=whole(1, MOST_RANKS), metavar="N", help=text)
 
 
-def add_nodes(command: Any) -> None:
-    """Add the options of a launch over several nodes."""
-    group = command.add_argument_group("several nodes", "the same command on each, with a --node-rank of its own")
-    nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
-    group.add_argument("--nnodes", type=nodes, metavar="N", default=1, help="nodes; --nproc is then the ranks on each")
-    group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")
-    group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
-    group.add_argument(
-        "--join-timeout",
-        type=seconds(LEAST_SECONDS),
-        metavar="S",
-        default=600.0,
-        help="wait for nodes (default: %(default)s s)",
-    )
-
-
-def spread_of(options: argparse.Namespace) -> Spread | None:
-    """Return what the options say of several nodes; None for one.
-
-    Raises:
-        InvalidCase: values that make no sense.
-
-    """
-    nodes, node = getattr(options, "nnodes", 1), getattr(options, "node_rank", 0)
-    if nodes == 1 and node == 0:
-        return None
-    host, _, port = options.rdzv_endpoint.rpartition(":")
-    if node >= nodes:
-        message = f"--nnodes {nodes} --node-rank {node}: node ranks go from 0 to nodes - 1"
-        raise InvalidCase(message)
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < _PORTS:
-        message = (
-            f"--rdzv-endpoint {options.rdzv_endpoint!r}: give HOST:PORT, an address of node 0 and a free port there"
-        )
-        raise InvalidCase(message)
-    if world_size() is not None:
-        message = "--nnodes: torchrun started this process already; leave --nnodes out under torchrun"
-        raise InvalidCase(message)
-    nproc = options.nproc or _LOCAL_RANKS
-    return Spread(nodes=nodes, node=node, nproc=nproc, host=host, port=int(port), launch=0)
-
-
 def follow_node_0(options: argparse.Namespace) -> int | None:
     """Take part as a node that is not node 0; None where this is node 0."""
     spread = spread_of(options)
@@ -104,6 +64,7 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
 
     out = Path(options.out) / f"node-{spread.node:05d}"
     check_folder(str(out))
+    allow_open_files(spread.nproc, spread.nodes * spread.nproc)
     with hold(out, (), options.lock_timeout):
         _prepare(spread)
         return follow(spread, out, Timeouts(options.join_timeout, options.lock_timeout))
@@ -146,13 +107,13 @@ def add_report(command: Any, *, required: bool = False) -> None:
     )
 
 
-def report_writers(options: argparse.Namespace, out: Path) -> dict[Path, Writer]:
-    """Return what --report asks for, its libraries loaded and its folders there."""
+def report_writers(options: argparse.Namespace, out: Path, package: str = export.__name__) -> dict[Path, Any]:
+    """Return what --report asks for, its libraries loaded and its folders there. `package` has a module a format."""
     targets = parse_targets(options.report, out)
     for path in targets.values():
         check_path(str(path))
         check_folder(str(path.parent))
-    return load_writers(targets)
+    return load_writers(targets, package)
 
 
 def add_case_options(command: Any, keys: Sequence[str] = tuple(FIELD_HINTS)) -> None:
@@ -266,7 +227,7 @@ def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
     ranks = max(entry.case.ep_size for entry in running)
     local_ranks = -(-ranks // nodes)
     devices = check_devices([entry.case for entry in running], local_ranks)
-    check_open_files(local_ranks, ranks)
+    allow_open_files(local_ranks, ranks)
     for note in check_shared_memory(local_ranks, on_devices=bool(devices)):
         print_note(note)
     on_cpu = [entry for entry in running if entry.case.device == "cpu" or not devices]
@@ -275,20 +236,31 @@ def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
     return devices
 
 
+@contextlib.contextmanager
+def exported(results: Results, writers: Mapping[Path, Writer]) -> Iterator[None]:
+    """Write `results` in other formats when the context ends. An error that ends it stays the one that is raised."""
+    try:
+        yield
+    except BaseException:
+        try:
+            write_reports(results, writers)
+        except DistbenchError as error:
+            print_note(f"no reports: {error}")
+        raise
+    write_reports(results, writers)
+
+
 def campaign(
-    entries: Sequence[Entry], options: argparse.Namespace, progress: Progress, report_paths: tuple[str, ...] = ()
+    entries: Sequence[Entry],
+    options: argparse.Namespace,
+    progress: Progress,
+    report_paths: tuple[str, ...] = (),
+    hub: Hub | None = None,
 ) -> Summary:
     """Run the entries to their end, starting ranks as often as it takes."""
     rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
-    spread = spread_of(options)
-    hub = None if spread is None else Hub(spread, options.join_timeout)
-    exit_code = Verdict.RANK_FAULT.exit_code
     try:
-        _prepare(spread)
-        summary = Campaign(entries, Path(options.out), rules, progress, options.bundle, hub).run(report_paths)
-        exit_code = summary.exit_code
-        return summary
+        _prepare(spread_of(options))
+        return Campaign(entries, Path(options.out), rules, progress, options.bundle, hub).run(report_paths)
     finally:
         progress.close()
-        if hub is not None:
-            hub.close(exit_code)

@@ -9,14 +9,15 @@ from typing import Any
 
 from distbench.bundle.layout import bundle_folder
 from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
+from distbench.commands.nodes import add_nodes, other_nodes
 from distbench.commands.options import (
     add_case_options,
     add_launch,
-    add_nodes,
     add_report,
     campaign,
     case_flags,
     check_launch,
+    exported,
     follow_node_0,
     num_ranks,
     report_writers,
@@ -24,7 +25,7 @@ from distbench.commands.options import (
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import Verdict
-from distbench.export import Writer, write_reports
+from distbench.export import Writer
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
@@ -85,18 +86,19 @@ def _run(options: argparse.Namespace) -> int:
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
     out = Path(options.out)
     devices = check_launch([entry], options.nnodes)
-    with hold(out, devices, options.lock_timeout):
+    results = Results(out)
+    with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
         check_device_memory([entry], devices)
         _forget(out, paths)
         print_start(entry.case)
-        campaign((entry,), options, Progress(1, quiet=True), paths)
+        with exported(results, writers):
+            campaign((entry,), options, Progress(1, quiet=True), paths, nodes.hub)
         report = read_report(paths[0])
-        results = Results(out)
-        write_reports(results, writers)
-    print_report(report)
-    if options.bundle and report.exit_code:
-        print_bundle(bundle_folder(options.bundle, entry.case))
-    return judge_baseline(options, results, report.exit_code)
+        print_report(report)
+        if options.bundle and report.exit_code:
+            print_bundle(bundle_folder(options.bundle, entry.case))
+        nodes.exit_code = judge_baseline(options, results, report.exit_code)
+    return nodes.exit_code
 
 
 def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
@@ -106,9 +108,9 @@ def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...]
         if not is_rank_0():
             return work(job)
         _forget(out, paths)
-        code = work(job)
         results = Results(out)
-        write_reports(results, writers)
+        with exported(results, writers):
+            code = work(job)
     return judge_baseline(options, results, code)
 
 

@@ -10,22 +10,23 @@ from typing import Any
 
 from distbench.case import case_hash
 from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
+from distbench.commands.nodes import add_nodes, other_nodes
 from distbench.commands.numbers import whole
 from distbench.commands.options import (
     add_case_options,
     add_launch,
-    add_nodes,
     add_report,
     campaign,
     case_flags,
     check_launch,
     examined,
+    exported,
     follow_node_0,
     num_ranks,
     report_writers,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
-from distbench.export import Writer, write_reports
+from distbench.export import Writer
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
@@ -88,15 +89,15 @@ def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writ
     out = Path(options.out)
     devices = check_launch(entries, options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
-    with hold(out, devices, options.lock_timeout):
+    with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
         check_device_memory(entries, devices)
         _forget(out, entries, options.rerun)
-        try:
-            summary = campaign(entries, options, progress)
-        finally:
-            results = _export(out, entries, writers)
-    print_summary(summary, options.out)
-    return judge_baseline(options, results, summary.exit_code, _asked(entries, options))
+        results = _results(out, entries)
+        with exported(results, writers):
+            summary = campaign(entries, options, progress, hub=nodes.hub)
+        print_summary(summary, options.out)
+        nodes.exit_code = judge_baseline(options, results, summary.exit_code, _asked(entries, options))
+    return nodes.exit_code
 
 
 def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
@@ -105,8 +106,9 @@ def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers:
         if not is_rank_0():
             return work(job)
         _forget(Path(options.out), entries, options.rerun)
-        code = work(job)
-        results = _export(Path(options.out), entries, writers)
+        results = _results(Path(options.out), entries)
+        with exported(results, writers):
+            code = work(job)
     return judge_baseline(options, results, code, _asked(entries, options))
 
 
@@ -120,10 +122,8 @@ def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
         filter_journal(out, lambda line: line.as_expected or line.case.hash not in chosen)
 
 
-def _export(out: Path, entries: Sequence[Entry], writers: Writers) -> Results:
-    results = Results(out, {case_hash(entry.case) for entry in entries}.__contains__)
-    write_reports(results, writers)
-    return results
+def _results(out: Path, entries: Sequence[Entry]) -> Results:
+    return Results(out, {case_hash(entry.case) for entry in entries}.__contains__)
 
 
 def _asked(entries: Sequence[Entry], options: argparse.Namespace) -> Callable[[str], bool] | None:

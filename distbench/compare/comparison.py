@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from distbench.case import FIELD_DEFAULTS
-from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Samples, judge_change, readable
+from distbench.compare.launches import LEAST_LAUNCHES, judge_launches
+from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Pair, Samples, judge_change, readable
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.results import Result
 
@@ -18,6 +19,8 @@ ALL_CASES = ""
 
 Key = tuple[str, str]
 Kind = Literal["regressed", "new failure", "absent", "another case", "time absent", "fixed", "still failing"]
+
+Noise = Literal["within launches", "between launches"]
 
 _SEVERITY = tuple(Verdict)
 _REGRESSIONS = ("regressed", "new failure", "absent", "another case", "time absent")
@@ -48,19 +51,25 @@ class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """`distbench.compare/1`. `unjudged` are arms and stages with too few samples or too much noise for any change.
 
-    `times` has every arm and stage over all cases, then the single cases that are slower or faster.
+    `times` has every arm and stage over all cases, then the single cases that are slower or faster. `noise` says whose
+    noise they were held against, that of `launches` old launches, `left_out` how many cases of an arm and stage had too
+    few samples to be judged in. `coarse` are the arms and stages of which less can be told than was asked for.
     """
 
     schema: str = SCHEMA
     pairs: int
+    launches: int
+    noise: Noise
     cases: list[CaseFinding]
     times: list[TimeFinding]
     unjudged: list[Key]
+    left_out: dict[str, int]
+    coarse: list[Key]
     exit_code: int
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    """What a comparison holds of a result."""
+    """What a comparison holds of a result; `times` has the samples of each launch that it stands for, where kept."""
 
     name: str
     hash: str
@@ -68,59 +77,129 @@ class _Kept(msgspec.Struct, frozen=True):
     verdict: Verdict
     as_expected: bool
     message: str
-    times: dict[Key, Samples | None]
+    times: dict[Key, tuple[Samples, ...]]
 
 
 class _Timed(msgspec.Struct, frozen=True):
     case: str
-    old: Samples
-    new: Samples
+    pair: Pair
 
 
-def compare(old: Iterable[Result], new: Iterable[Result], *, times: bool = True) -> Comparison:
-    """Compare `new` with `old`; without `times` the verdicts alone.
+class _Times:
+    """The samples of all cases that ended as before, by arm and stage, and what could not be taken."""
+
+    def __init__(self, launches: int) -> None:
+        self.timed: dict[Key, list[_Timed]] = {}
+        self.stages: set[Key] = set()
+        self.left_out: Counter[str] = Counter()
+        self._launches = launches
+
+    def take(self, old: _Kept, new: _Kept) -> list[CaseFinding]:
+        """Note the samples that both have, and return what only the old one has."""
+        self.stages |= old.times.keys()
+        absent = [
+            "/".join(key)
+            for key, before in old.times.items()
+            if key not in new.times or (before and not new.times[key])
+        ]
+        for key in old.times.keys() & new.times.keys():
+            series = (*old.times[key], *new.times[key])
+            if len(series) == self._launches + 1 and min(one.size for one in series) >= LEAST_SAMPLES:
+                self.timed.setdefault(key, []).append(_Timed(new.name, Pair(series[:-1], series[-1])))
+            else:
+                self.left_out["/".join(key)] += 1
+        if not absent:
+            return []
+        message = f"no time any more of {', '.join(absent)}"
+        verdicts = {"old": old.verdict.value, "new": new.verdict.value}
+        return [CaseFinding(kind="time absent", name=new.name, message=message, **verdicts)]
+
+
+def compare(
+    old: Sequence[Iterable[Result]], new: Iterable[Result], *, times: bool = True, detect: float | None = None
+) -> Comparison:
+    """Compare `new` with the launches `old`; without `times` the verdicts alone.
+
+    A slowdown of `detect`, a share, has to be one that would be found in every arm and stage.
 
     Raises:
-        InvalidCase: they have no case in common, or results that cannot be read.
+        InvalidCase: they have no case in common, results that cannot be read, or two old launches.
 
     """
+    if 1 < len(old) < LEAST_LAUNCHES:
+        message = (
+            f"compare: {len(old)} old launches do not tell how far launches lie apart; give one, or at least "
+            f"{LEAST_LAUNCHES}"
+        )
+        raise InvalidCase(message)
     findings: list[CaseFinding] = []
-    timed: dict[Key, list[_Timed]] = {}
-    stages: set[Key] = set()
+    taken = _Times(len(old))
     pairs = 0
-    for before, after in _pairs([_kept(result) for result in old], [_kept(result) for result in new]):
+    before_all = _merged([[_kept(result) for result in launch] for launch in old])
+    for before, after in _pairs(before_all, [_kept(result) for result in new]):
         pairs += before is not None and after is not None
         finding = _finding(before, after)
         if finding is not None:
             findings.append(finding)
         elif times and before is not None and after is not None:
-            stages |= before.times.keys()
-            findings += _take_times(before, after, timed)
+            findings += taken.take(before, after)
     if not pairs:
         message = "compare: the two have no case in common; give results of the same suite"
         raise InvalidCase(message)
-    changes = _judge(timed)
-    judged = {(found.arm, found.stage) for found in changes if found.change.detectable is not None}
-    unjudged = sorted(stages - judged)
+    return _concluded(pairs, findings, taken, len(old), detect)
+
+
+def _concluded(
+    pairs: int, findings: list[CaseFinding], taken: _Times, launches: int, detect: float | None
+) -> Comparison:
+    changes = _judge(taken.timed, launches)
+    together = {(found.arm, found.stage): found.change.detectable for found in changes if found.case == ALL_CASES}
+    judged = {key for key, detectable in together.items() if detectable is not None}
+    unjudged = sorted(taken.stages - judged)
+    coarse = [] if detect is None else sorted(key for key in judged if (together[key] or 0) > detect)
+    nowhere = {stage for _, stage in unjudged} - {stage for _, stage in judged}
+    unanswered = bool(nowhere if detect is None else unjudged or coarse)
     return Comparison(
         pairs=pairs,
+        launches=launches,
+        noise="within launches" if launches == 1 else "between launches",
         cases=findings,
         times=changes,
         unjudged=unjudged,
-        exit_code=_exit_code(findings, changes, {stage for _, stage in unjudged} - {stage for _, stage in judged}),
+        left_out={name: taken.left_out[name] for name in map("/".join, sorted(taken.timed)) if taken.left_out[name]},
+        coarse=coarse,
+        exit_code=_exit_code(findings, changes, unanswered=unanswered),
     )
 
 
 def _kept(result: Result) -> _Kept:
-    times: dict[Key, Samples | None] = {}
+    times: dict[Key, tuple[Samples, ...]] = {}
     try:
         for time in result.stage_times():
-            times[time.arm, time.stage] = readable(time.samples_us) if time.samples_us else None
+            times[time.arm, time.stage] = (readable(time.samples_us),) if time.samples_us else ()
     except ValueError as error:
         message = f"case {result.name}: {error}; run it again"
         raise InvalidCase(message) from error
     message = result.reasons[0].message if result.reasons else ""
     return _Kept(result.name, result.hash, result.case, result.verdict, result.as_expected, message, times)
+
+
+def _merged(launches: list[list[_Kept]]) -> list[_Kept]:
+    """Return one result for each case of several launches: the best, with the times of all that ended like it."""
+    if len(launches) == 1:
+        return launches[0]
+    cases: dict[str, list[_Kept]] = {}
+    for one in (one for launch in launches for one in launch):
+        cases.setdefault(one.hash, []).append(one)
+    return [_merged_case(results) for results in cases.values()]
+
+
+def _merged_case(results: list[_Kept]) -> _Kept:
+    best = max(results, key=lambda one: (one.as_expected, _SEVERITY.index(one.verdict)))
+    alike = [one for one in results if one.verdict is best.verdict]
+    keys = dict.fromkeys(key for one in alike for key in one.times)
+    times = {key: tuple(series for one in alike for series in one.times.get(key, ())) for key in keys}
+    return msgspec.structs.replace(best, times=times)
 
 
 def _pairs(old: list[_Kept], new: list[_Kept]) -> Iterator[tuple[_Kept | None, _Kept | None]]:
@@ -175,43 +254,26 @@ def _kind(old: _Kept, new: _Kept) -> Kind | None:
     return "regressed" if old.as_expected or worse else "still failing"
 
 
-def _take_times(old: _Kept, new: _Kept, timed: dict[Key, list[_Timed]]) -> list[CaseFinding]:
-    """Note the samples that both have, and return what only the old one has."""
-    absent = []
-    for key, before in old.times.items():
-        after = new.times.get(key)
-        if key not in new.times or (before is not None and after is None):
-            absent.append("/".join(key))
-        elif before is not None and after is not None and min(before.size, after.size) >= LEAST_SAMPLES:
-            timed.setdefault(key, []).append(_Timed(new.name, before, after))
-    if not absent:
-        return []
-    message = f"no time any more of {', '.join(absent)}"
-    verdicts = {"old": old.verdict.value, "new": new.verdict.value}
-    return [CaseFinding(kind="time absent", name=new.name, message=message, **verdicts)]
-
-
-def _judge(timed: dict[Key, list[_Timed]]) -> list[TimeFinding]:
+def _judge(timed: dict[Key, list[_Timed]], launches: int) -> list[TimeFinding]:
     """Judge each arm's stages over all cases and in each; half of ALPHA is shared by the first, half by the others."""
     if not timed:
         return []
+    judge = judge_change if launches == 1 else judge_launches
     together = ALPHA / 2 / len(timed)
     alone = ALPHA / 2 / sum(map(len, timed.values()))
     changes = [
-        TimeFinding(
-            arm=arm, stage=stage, case=ALL_CASES, change=judge_change([(one.old, one.new) for one in cases], together)
-        )
+        TimeFinding(arm=arm, stage=stage, case=ALL_CASES, change=judge([one.pair for one in cases], together))
         for (arm, stage), cases in timed.items()
     ]
     for (arm, stage), cases in timed.items():
         for one in cases if len(cases) > 1 else ():
-            change = judge_change([(one.old, one.new)], alone)
+            change = judge([one.pair], alone)
             if change.slower or change.faster:
                 changes.append(TimeFinding(arm=arm, stage=stage, case=one.case, change=change))
     return changes
 
 
-def _exit_code(findings: list[CaseFinding], changes: list[TimeFinding], unjudged_stages: set[str]) -> int:
+def _exit_code(findings: list[CaseFinding], changes: list[TimeFinding], *, unanswered: bool) -> int:
     if any(found.kind in _REGRESSIONS for found in findings) or any(found.change.slower for found in changes):
         return 1
-    return _UNSUPPORTED if unjudged_stages else 0
+    return _UNSUPPORTED if unanswered else 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,10 +24,9 @@ POWER = 0.9
 """Chance that a slowdown of the detectable size is called one."""
 
 Samples = NDArray[np.float64]
-Pair = tuple[Samples, Samples]
 
-# Planned for somewhat more than is promised: the noise is itself an estimate.
-_PLANNED_POWER = 0.95
+PLANNED_POWER = 0.95
+"""Planned for somewhat more than is promised: the noise is itself an estimate."""
 LEAST_SAMPLES = 10
 """Samples below which the noise of a series is not known."""
 
@@ -37,11 +37,24 @@ _MOST_POINTS, _LEAST_POINTS = 64, 8
 _MOST_ALIKE = 0.99
 
 
+class Pair(NamedTuple):
+    """The samples of one case: a series for each old launch, and the new one's."""
+
+    old: tuple[Samples, ...]
+    new: Samples
+
+    @property
+    def before(self) -> Samples:
+        """The samples of all old launches."""
+        return self.old[0] if len(self.old) == 1 else np.concatenate(self.old)
+
+
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """How new samples differ from old ones, as shares: 0.1 is 10 % slower.
 
     `detectable` is the smallest slowdown found with probability POWER, None where no slowdown of any size could be.
-    `slower` and `faster` hold where the chance of as much by noise alone is below `alpha`.
+    `slower` and `faster` hold where the chance of as much by noise alone is below `alpha`. `between` is the standard
+    deviation of launches of the same thing, None where one old launch tells nothing of it.
     """
 
     change: float
@@ -50,6 +63,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     slower: bool
     faster: bool
     samples: tuple[int, int]
+    between: float | None = None
 
 
 def readable(samples: Sequence[float]) -> Samples:
@@ -71,20 +85,20 @@ def judge_change(pairs: Sequence[Pair], alpha: float) -> Change:
 
     Each series has LEAST_SAMPLES or more, in microseconds, as `readable` returns them.
     """
-    weights = [1 / (old.size + new.size + 1) for old, new in pairs]
-    scores = [weight * _score(old, new) for weight, (old, new) in zip(weights, pairs, strict=True)]
-    deviation = math.sqrt(sum((weight * _deviation(*pair)) ** 2 for weight, pair in zip(weights, pairs, strict=True)))
+    weights = [1 / (pair.before.size + pair.new.size + 1) for pair in pairs]
+    scores = [weight * _score(pair.before, pair.new) for weight, pair in zip(weights, pairs, strict=True)]
+    deviation = math.sqrt(sum((weight * _deviation(pair)) ** 2 for weight, pair in zip(weights, pairs, strict=True)))
     step = min(weights) / 2
     p_slower, p_faster = _tail(sum(scores) - step, deviation), _tail(-sum(scores) - step, deviation)
     differences, shares = _differences(pairs, weights)
-    needed = (_NORMAL.inv_cdf(1 - alpha) + _NORMAL.inv_cdf(_PLANNED_POWER)) * deviation + step
+    needed = (_NORMAL.inv_cdf(1 - alpha) + _NORMAL.inv_cdf(PLANNED_POWER)) * deviation + step
     return Change(
         change=math.expm1(_quantile(np.concatenate(differences), shares, 0.5)),
         detectable=_detectable(pairs, differences, shares, needed),
         p_slower=p_slower,
         slower=p_slower < alpha,
         faster=p_faster < alpha,
-        samples=(sum(old.size for old, _ in pairs), sum(new.size for _, new in pairs)),
+        samples=(sum(pair.before.size for pair in pairs), sum(pair.new.size for pair in pairs)),
     )
 
 
@@ -95,28 +109,29 @@ def _score(old: Samples, new: Samples) -> float:
     return float(below.sum()) / 2 - old.size * new.size / 2
 
 
-def _deviation(old: Samples, new: Samples) -> float:
+def _deviation(pair: Pair) -> float:
     """Return the standard deviation of `_score` under noise alone, for ties and for samples that follow one another."""
+    old, new = pair.before, pair.new
     total = old.size + new.size
     together = np.concatenate((old, new))
     _, ties = np.unique(together, return_counts=True)
     tied = float((ties.astype(np.float64) ** 3 - ties).sum()) / (total * (total - 1))
     variance = old.size * new.size / 12 * (total + 1 - tied)
-    alike = _autocorrelation(old, new)
+    alike = _autocorrelation(*pair.old, new)
     return math.sqrt(variance * (1 + alike) / (1 - alike))
 
 
-def _autocorrelation(old: Samples, new: Samples) -> float:
-    """Return the lag-1 autocorrelation r of the ranks within each series, both together; 0 where it is negative.
+def _autocorrelation(*launches: Samples) -> float:
+    """Return the lag-1 autocorrelation r of the ranks within each series, all together; 0 where it is negative.
 
     From n samples r comes out about (1 + 4 r) / n too small (Kendall, Biometrika 41, 1954), which is added again.
     """
     products = squares = 0.0
-    for series in (old, new):
+    for series in launches:
         ranks = np.argsort(np.argsort(series, kind="stable"), kind="stable") - (series.size - 1) / 2
         products += float(ranks[1:] @ ranks[:-1])
         squares += float(ranks @ ranks)
-    size = 2 / (1 / old.size + 1 / new.size)
+    size = len(launches) / sum(1 / series.size for series in launches)
     found = (size * products / squares + 1) / (size - 4)
     return min(max(found, 0.0), _MOST_ALIKE)
 
@@ -131,10 +146,12 @@ def _differences(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[list[
     """Return log(new / old) of each case's pairs of samples, thinned alike, and what each of them weighs."""
     points = int(math.sqrt(_MOST_DIFFERENCES / len(pairs)))
     points = max(_LEAST_POINTS, min(_MOST_POINTS, points))
-    differences = [np.subtract.outer(_thinned(new, points), _thinned(old, points)).ravel() for old, new in pairs]
+    differences = [
+        np.subtract.outer(_thinned(pair.new, points), _thinned(pair.before, points)).ravel() for pair in pairs
+    ]
     shares = [
-        np.full(found.size, weight * old.size * new.size / found.size)
-        for found, weight, (old, new) in zip(differences, weights, pairs, strict=True)
+        np.full(found.size, weight * pair.before.size * pair.new.size / found.size)
+        for found, weight, pair in zip(differences, weights, pairs, strict=True)
     ]
     return differences, np.concatenate(shares)
 
@@ -154,8 +171,8 @@ def _detectable(pairs: Sequence[Pair], differences: Sequence[Samples], shares: S
     """
     noise = np.concatenate(
         [
-            (found - np.median(found)) / math.sqrt(1 - (1 / old.size + 1 / new.size) / 2)
-            for found, (old, new) in zip(differences, pairs, strict=True)
+            (found - np.median(found)) / math.sqrt(1 - (1 / pair.before.size + 1 / pair.new.size) / 2)
+            for found, pair in zip(differences, pairs, strict=True)
         ]
     )
     share = 0.5 + needed / float(shares.sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from distbench.errors import InvalidCase, Unsupported
 from distbench.report.files import atomic_file
@@ -17,6 +17,7 @@ FILES = {"junit": "junit.xml", "md": "results.md", "csv": "results.csv", "prom":
 
 _MODULES = {"junit": "junit", "md": "markdown", "csv": "table", "prom": "prometheus", "json": "document"}
 
+Content = TypeVar("Content")
 Writer = Callable[[Results, BinaryIO], None]
 Targets = Mapping[str, Path]
 
@@ -38,17 +39,19 @@ def parse_targets(text: str, out: Path) -> Targets:
     return targets
 
 
-def load_writers(targets: Targets) -> dict[Path, Writer]:
+def load_writers(targets: Targets, package: str = __name__) -> dict[Path, Any]:
     """Load what writes these formats, so that a missing library is known before a rank starts.
+
+    They are modules of `package`, and write what it is about: results, if not told otherwise.
 
     Raises:
         Unsupported: a library is missing; names it.
 
     """
-    return {path: _writer(name) for name, path in targets.items()}
+    return {path: _writer(package, name) for name, path in targets.items()}
 
 
-def write_reports(results: Results, writers: Mapping[Path, Writer]) -> None:
+def write_reports(content: Content, writers: Mapping[Path, Callable[[Content, BinaryIO], None]]) -> None:
     """Write the files, each of them whole or not at all.
 
     Raises:
@@ -56,22 +59,21 @@ def write_reports(results: Results, writers: Mapping[Path, Writer]) -> None:
 
     """
     for path, write in writers.items():
-        _write(results, path, write)
+        _write(content, path, write)
 
 
-def _write(results: Results, path: Path, write: Writer) -> None:
+def _write(content: Content, path: Path, write: Callable[[Content, BinaryIO], None]) -> None:
     try:
         with atomic_file(path) as file:
-            write(results, file)
+            write(content, file)
     except OSError as error:
         message = f"report {path}: {error.strerror}; name another file"
         raise InvalidCase(message) from error
 
 
-def _writer(name: str) -> Writer:
+def _writer(package: str, name: str) -> Any:
     try:
-        writer: Writer = import_module(f"distbench.export.{_MODULES[name]}").write
+        return import_module(f"{package}.{_MODULES[name]}").write
     except ModuleNotFoundError as error:
         message = f"report {name}: needs the package of {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
-    return writer

@@ -29,9 +29,9 @@ def write(results: Results, file: BinaryIO) -> None:
         stand_ins.update(result.stand_ins)
         hosts.update(result.hosts)
     if results.missing:
-        suite.append(_missing(results.missing))
-    suite.add_property("emulated", _text(", ".join(sorted(stand_ins))) or "no")
-    suite.add_property("hosts", _text(" ".join(sorted(hosts))))
+        suite.append(_missing(results.missing, results.summary.stopped if results.summary else ""))
+    suite.add_property("emulated", xml_text(", ".join(sorted(stand_ins))) or "no")
+    suite.add_property("hosts", xml_text(" ".join(sorted(hosts))))
     suite.update_statistics()
     suite.time = round(suite.time, 3)
     document = JUnitXml("distbench")
@@ -40,7 +40,7 @@ def write(results: Results, file: BinaryIO) -> None:
 
 
 def _test_case(result: Result) -> TestCase:
-    case = TestCase(_text(result.name), f"distbench.{_text(str(result.case.get('model', 'case')))}")
+    case = TestCase(xml_text(result.name), f"distbench.{xml_text(str(result.case.get('model', 'case')))}")
     case.time = round(result.wall_s, 3)
     kind: type[Skipped | Error | Failure] | None = None
     if result.verdict is Verdict.UNSUPPORTED:
@@ -48,8 +48,8 @@ def _test_case(result: Result) -> TestCase:
     elif not result.as_expected:
         kind = Error if result.verdict in _ERRORS else Failure
     if kind is not None:
-        outcome = kind(_text(_headline(result)), result.verdict.value)
-        outcome.text = _text("\n".join(_lines(result)))
+        outcome = kind(xml_text(_headline(result)), result.verdict.value)
+        outcome.text = xml_text("\n".join(_lines(result)))
         case.result = [outcome]
     return case
 
@@ -68,12 +68,14 @@ def _lines(result: Result) -> list[str]:
     ]
 
 
-def _missing(count: int) -> TestCase:
+def _missing(count: int, why: str) -> TestCase:
     case = TestCase("cases without a result", "distbench")
     case.time = 0
-    case.result = [Error(f"{count} cases of the suite have no result", "MISSING")]
+    reason = f": {why}" if why else ""
+    case.result = [Error(xml_text(f"{count} cases of the suite have no result{reason}"), "MISSING")]
     return case
 
 
-def _text(text: str) -> str:
+def xml_text(text: str) -> str:
+    """Return `text` with the characters escaped that XML cannot hold."""
     return _NOT_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

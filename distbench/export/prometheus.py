@@ -41,17 +41,17 @@ class _Collector(Collector):
         yield info
         yield _by_verdict("distbench_cases", "Cases by verdict.", totals.verdicts)
         yield _by_verdict("distbench_cases_unexpected", "Cases not as expected, by verdict.", totals.unexpected)
-        yield _gauge("distbench_cases_missing", "Cases that have no result.", totals.missing)
-        yield _gauge("distbench_exit_code", "The exit code of all results together.", totals.exit_code)
-        yield _gauge("distbench_written_timestamp_seconds", "When this file was written.", time.time())
+        yield gauge("distbench_cases_missing", "Cases that have no result.", totals.missing)
+        yield gauge("distbench_exit_code", "The exit code of all results together.", totals.exit_code)
+        yield gauge("distbench_written_timestamp_seconds", "When this file was written.", time.time())
         planned = totals.cases + totals.missing
         if planned:
-            yield _gauge("distbench_as_expected_ratio", "Share of cases as expected.", totals.as_expected / planned)
+            yield gauge("distbench_as_expected_ratio", "Share of cases as expected.", totals.as_expected / planned)
         if totals.cases:
             busy = sum(totals.wall_s)
-            yield _gauge("distbench_busy_seconds", "Seconds that all cases took on rank 0, without start-up.", busy)
+            yield gauge("distbench_busy_seconds", "Seconds that all cases took on rank 0, without start-up.", busy)
             if busy:
-                yield _gauge("distbench_cases_per_second", "Cases a second, without start-up.", totals.cases / busy)
+                yield gauge("distbench_cases_per_second", "Cases a second, without start-up.", totals.cases / busy)
         yield self._stages()
 
     def _stages(self) -> Metric:
@@ -63,7 +63,8 @@ class _Collector(Collector):
         return family
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
+def gauge(name: str, text: str, value: float) -> Metric:
+    """Return a metric with one value and no label."""
     return GaugeMetricFamily(name, text, value=value)
 
 

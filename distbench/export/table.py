@@ -53,7 +53,7 @@ def write(results: Results, file: BinaryIO) -> None:
     table = csv.writer(text)
     table.writerow(COLUMNS)
     for result in results:
-        table.writerow(_cell(value) for value in _row(result))
+        table.writerow(cell(value) for value in _row(result))
     text.flush()
     text.detach()
 
@@ -71,7 +71,8 @@ def _row(result: Result) -> Iterator[Any]:
     yield from (times.get(key) for key in _TIMES)
 
 
-def _cell(value: Any) -> Any:
+def cell(value: Any) -> Any:
+    """Return a value as a cell has it: no formula of a spreadsheet, and a truth in lower case."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and value.startswith(_FORMULA_STARTS):

@@ -58,9 +58,7 @@ class Hub:
         try:
             self._server = _Server(("", spread.port), self)
         except OSError as error:
-            message = (
-                f"--rdzv-endpoint {spread.host}:{spread.port}: {error.strerror or error} on node 0; use another port"
-            )
+            message = f"--rdzv-endpoint {spread.endpoint}: {error.strerror or error} on node 0; use another port"
             raise InvalidCase(message) from error
         threading.Thread(target=self._server.serve_forever, name="hub", daemon=True).start()
 
@@ -201,11 +199,18 @@ class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     request_queue_size = 1024
 
     def __init__(self, address: tuple[str, int], hub: Hub) -> None:
         self.hub = hub
         super().__init__(address, _Connection)
+
+    def server_bind(self) -> None:
+        """Listen to IPv4 as well, where both go over one socket."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
 
 class _Connection(socketserver.StreamRequestHandler):

@@ -32,7 +32,7 @@ class Link:
             NodeLost: node 0 does not answer.
 
         """
-        self._name = f"node 0 at {spread.host}:{spread.port}"
+        self._name = f"node 0 at {spread.endpoint}"
         deadline = time.monotonic() + seconds
         while True:
             try:

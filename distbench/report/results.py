@@ -116,7 +116,7 @@ class Results:
     """The results in a folder, a journal or a report.json: read from disk each time they are gone through.
 
     Of two results for one case the first counts, as it does for a suite. A last line that is still being written, or
-    that a kill left half written, is no result.
+    that a kill left half written, is no result. A suite that came to its end without any has an empty set of them.
     """
 
     def __init__(self, path: str | Path, keep: Callable[[str], bool] | None = None) -> None:
@@ -124,18 +124,24 @@ class Results:
         self.path = Path(path)
         self._keep = keep
         self._file = self.path / RESULTS if self.path.is_dir() else self.path
-        self.summary = _read_summary(self.path / _SUMMARY) if self.path.is_dir() else None
+
+    @property
+    def summary(self) -> Summary | None:
+        """What the suite made of them, where there is one."""
+        return _read_summary(self.path / _SUMMARY) if self.path.is_dir() else None
 
     @property
     def missing(self) -> int:
         """Cases that the suite should have had and that have no result; 0 where only a file is known."""
-        return max(self.summary.cases - self.summary.finished, 0) if self.summary else 0
+        summary = self.summary
+        return max(summary.cases - summary.finished, 0) if summary else 0
 
     @property
     def exit_code(self) -> int:
         """The exit code for all of them, a missing one counting as a lost rank's, and so an event beside them."""
         codes = {suite_code(result.exit_code, as_expected=result.as_expected) for result in self}
-        lost = self.missing or (self.summary is not None and self.summary.events)
+        summary = self.summary
+        lost = self.missing or (summary is not None and summary.events)
         return worst_exit_code(codes | ({Verdict.RANK_FAULT.exit_code} if lost else set()))
 
     def __iter__(self) -> Iterator[Result]:
@@ -164,9 +170,16 @@ class Results:
                 for number, raw in enumerate(file, 1):
                     if raw.endswith(b"\n"):
                         yield raw[:-1], f"{self._file}, line {number}"
+        except FileNotFoundError as error:
+            if self.summary is None:
+                raise self._unreadable(error) from error
         except OSError as error:
-            message = f"results {self.path}: {error.strerror}; give the --out folder of a suite, a .jsonl or a .json"
-            raise InvalidCase(message) from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> InvalidCase:
+        return InvalidCase(
+            f"results {self.path}: {error.strerror}; give the --out folder of a suite, a .jsonl or a .json"
+        )
 
 
 def _decode(raw: bytes, where: str) -> Result:

@@ -1,4 +1,4 @@
-"""MoRI's dispatch and combine emulated over `torch.distributed`, one all-to-all each.
+"""MoRI's dispatch and combine emulated over `torch.distributed`, one exchange of rows each.
 
 All that goes to one peer for one token (payload, scales, weights, ids, token number) travels as one row of bytes. Row
 counts are those of the agreed routing, so none are exchanged here. A rank's own rows stay on it: they are copied while
@@ -17,6 +17,7 @@ from torch import Tensor
 from distbench.errors import DistbenchError
 from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
+from distbench.transport.exchange import Travel, few_pairs, send_to_some
 from distbench.transport.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.rows import TorchRows
 from distbench.transport.waiting import wait_for
@@ -53,7 +54,9 @@ class CollectiveTransport:
         self._traffic = Traffic(geometry)
         self._device = like.ids.device
         self._mover = make_mover(self._traffic, self._device)
-        self.facts: dict[str, Any] = {"kernel": "all_to_all", "rows": self._mover.name}
+        self._few = self._device.type == "cpu" and few_pairs(geometry)
+        kernel = "send_recv" if self._few else "all_to_all"
+        self.facts: dict[str, Any] = {"kernel": kernel, "rows": self._mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: Route | None = None
         self._adding: _Slots | None = None
@@ -79,8 +82,7 @@ class CollectiveTransport:
         travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
         mover.stay(parts, plan)
         self._received.total_recv.fill_(traffic.total_received)
-        if travel is not None:
-            wait_for(travel)
+        wait_for(travel)
         mover.arrive(plan)
         return self._received
 
@@ -155,20 +157,23 @@ class CollectiveTransport:
             )
             raise DistbenchError(message)
 
-    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> dist.Work | None:
+    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> Travel:
         """Let the rows travel between ranks, those to the experts while the caller goes on; nothing where one is alone.
 
         A device's stream waits for rows on their way back, which spares it two events, not the host.
         """
         if self._geometry.ep_size == 1:
-            return None
-        output_splits, input_splits = self._traffic.from_peers, self._traffic.to_peers
+            return ()
+        received, sent = self._traffic.from_peers, self._traffic.to_peers
         if not to_experts:
-            output_splits, input_splits = input_splits, output_splits
-        travel: dist.Work | None = dist.all_to_all_single(
-            incoming, outgoing, output_splits, input_splits, group=self._group, async_op=to_experts
-        )
-        return travel
+            received, sent = sent, received
+        if self._few:
+            travel = send_to_some(self._group, incoming, outgoing, received, sent)
+            if not to_experts:
+                wait_for(travel)
+            return travel
+        work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=to_experts)
+        return () if work is None else (work,)
 
     def _take_plan(self, ids: Tensor) -> Plan:
         plan, self._plan = self._plan, None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch.distributed as dist
 
 
-def wait_for(travel: dist.Work) -> None:
+def wait_for(travel: Iterable[dist.Work]) -> None:
     """Return when the rows are there; on a device the device waits, and the host goes on."""
-    travel.wait()
+    for work in travel:
+        work.wait()

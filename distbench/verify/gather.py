@@ -62,7 +62,7 @@ def gather(
     """
     payload = outputs.rows if mode == "rows" else outputs.digests
     records = _gather_records(group, observation)
-    reader = _Reader(outputs.arms, mode, len(tokens))
+    reader = _Reader(outputs.arms, mode, len(tokens) if records else 0)
     for start, blocks in _gather_blocks(group, payload, max(tokens)):
         for rank, block in enumerate(blocks):
             reader.take(rank, block[: max(tokens[rank] - start, 0)], start)

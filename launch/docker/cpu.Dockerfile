@@ -3,6 +3,7 @@ FROM python:3.12-slim
 WORKDIR /opt/distbench
 COPY pyproject.toml README.md ./
 COPY distbench distbench
+# hadolint ignore=DL3013 # the version is that of this checkout
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu ".[cpu]"
 WORKDIR /results
 ENTRYPOINT []

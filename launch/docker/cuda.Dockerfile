@@ -8,4 +8,4 @@ COPY distbench distbench
 RUN python -m pip install --no-cache-dir .
 WORKDIR /results
 ENTRYPOINT []
-CMD ["distbench", "suite", "smoke"]
+CMD ["distbench", "suite", "smoke", "--device", "cuda"]

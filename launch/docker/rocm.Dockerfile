@@ -1,6 +1,7 @@
 # docker build -f launch/docker/rocm.Dockerfile -t distbench:rocm .
-# Takes torch with RCCL, aiter and mori from the base image: an SGLang image for ROCm has all three (docs/amd.md).
-ARG BASE=rocm/pytorch:latest
+# Takes torch with RCCL, aiter and mori from the base image: an SGLang image for ROCm has all three (docs/amd.md). This
+# one is for MI300X and MI325X; for MI355X: --build-arg BASE=lmsysorg/sglang:v0.5.12-rocm720-mi35x
+ARG BASE=lmsysorg/sglang:v0.5.12-rocm720-mi30x
 FROM ${BASE}
 WORKDIR /opt/distbench
 COPY pyproject.toml README.md ./
@@ -8,4 +9,4 @@ COPY distbench distbench
 RUN python -m pip install --no-cache-dir .
 WORKDIR /results
 ENTRYPOINT []
-CMD ["distbench", "suite", "smoke"]
+CMD ["distbench", "suite", "smoke", "--device", "cuda"]

@@ -9,10 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.end_to_end.launches import wait_until
-from tests.hosts import ROOT, Hosts
+from tests.hosts import ROOT, Hosts, cannot
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol")
 _CONFIGURATION = """
@@ -35,6 +33,7 @@ SelectType=select/linear
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=20
+SlurmdTimeout={node_timeout}
 JobRequeue=1
 SchedulerParameters=sched_interval=1,sched_min_interval=0
 NodeName=host[0-{last}] CPUs=1 State=UNKNOWN
@@ -46,14 +45,17 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 class Slurm:
     """The daemons; they end with the hosts."""
 
-    def __init__(self, net: Hosts, folder: Path) -> None:
+    def __init__(self, net: Hosts, folder: Path, *, node_timeout: int = 300) -> None:
+        """Start them; a node that has been silent for `node_timeout` seconds has failed, in Slurm's eyes."""
         absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
         if absent:
-            pytest.skip(f"no {', '.join(absent)}: install slurmctld, slurmd, slurm-client and munge")
+            cannot(f"no {', '.join(absent)}: install slurmctld, slurmd, slurm-client and munge")
         self._net = net
         self._folder = folder
         self._file = folder / "slurm.conf"
-        text = _CONFIGURATION.format(address=net.address(0), folder=folder, last=net.count - 1)
+        text = _CONFIGURATION.format(
+            address=net.address(0), folder=folder, last=net.count - 1, node_timeout=node_timeout
+        )
         self._file.write_text(text)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # named, as there is none to be detected
         for name in ("state", *(f"spool-host{number}" for number in range(net.count))):

@@ -70,6 +70,23 @@ def test_a_wrong_result_is_the_jobs_exit_code(net: Hosts, tmp_path: Path) -> Non
     assert (slurm.state(number), slurm.exit_code(number)) == ("FAILED", 1), slurm.log(number)
 
 
+@pytest.mark.parametrize(
+    ("node_timeout", "states", "code"),
+    [(300, ("FAILED", "COMPLETING"), 3), (5, ("NODE_FAIL",), 0)],  # COMPLETING for as long as Slurm counts on host1
+)
+def test_a_host_that_is_cut_off_ends_the_job_and_is_named(
+    net: Hosts, tmp_path: Path, node_timeout: int, states: tuple[str, ...], code: int
+) -> None:
+    slurm = Slurm(net, tmp_path, node_timeout=node_timeout)
+    suite = write_suite(tmp_path / "suite.json", range(2000))
+    number = slurm.submit(SCRIPT, "suite", str(suite), NPROC_PER_NODE="1")
+    assert wait_until(lambda: len(results(tmp_path)) >= 2, 90), slurm.log(number)
+    net.cut(1)
+    assert wait_until(ended(slurm, number, *states), 90), slurm.state(number) + slurm.log(number)
+    assert slurm.exit_code(number) == code
+    assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in slurm.log(number)
+
+
 def test_scancel_leaves_results_and_no_processes(net: Hosts, tmp_path: Path) -> None:
     slurm = Slurm(net, tmp_path)
     suite = write_suite(tmp_path / "suite.json", range(2000))

@@ -136,13 +136,13 @@ def lost_on_the_way(session: Session, case: Case) -> list[bool]:
     out = torch.ones(case.capacity, case.hidden_size, dtype=torch.bfloat16)
     transport.dispatch(batch)
     transport.combine(out, batch.ids)
-    exchange, transport._exchange = transport._exchange, lambda *_, **__: None  # type: ignore[method-assign]
+    exchange, transport._exchange = transport._exchange, lambda *_, **__: ()  # type: ignore[method-assign]
     transport.dispatch(batch)
     strangers = transport.sources()[:, 1] == POISON_ID
     transport._exchange = exchange  # type: ignore[method-assign]
     transport.combine(out, batch.ids)
     transport.dispatch(batch)
-    transport._exchange = lambda *_, **__: None  # type: ignore[method-assign]
+    transport._exchange = lambda *_, **__: ()  # type: ignore[method-assign]
     missed = transport.combine(out, batch.ids).isnan().any(1)
     away = destinations(batch.ids, case.experts_per_rank, case.ep_size)
     away[:, session.rank] = False
@@ -162,6 +162,7 @@ def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
         (2, {"tokens": (0, 5)}),
         (2, {"routing": "local"}),
         (4, {"routing": "fan-in:1"}),
+        (4, {"tokens": 1, "topk": 1}),
         (4, {"dispatch_dtype": "fp8"}),
         (4, {"topk": 3, "routing": "duplicates"}),
     ],
@@ -169,6 +170,19 @@ def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
 def test_rows_and_sums_are_those_of_the_model(world: int, changes: dict[str, Any], slot_order: str) -> None:
     case = tiny_case(world, **changes, slot_order=slot_order)
     assert on_ranks(world, passes, case) == [[]] * world
+
+
+@torch.inference_mode()
+def how_rows_travel(session: Session, case: Case) -> str:
+    return str(transport_of(session, case)[0].facts["kernel"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [({}, "all_to_all"), ({"routing": "fan-in:1"}, "send_recv"), ({"tokens": 1, "topk": 1}, "send_recv")],
+)
+def test_where_few_ranks_have_rows_for_each_other_only_those_talk(changes: dict[str, Any], kernel: str) -> None:
+    assert on_ranks(4, how_rows_travel, tiny_case(4, **changes)) == [kernel] * 4
 
 
 def test_a_row_that_never_left_comes_back_as_poison() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lxml import etree
+from prometheus_client.parser import text_string_to_metric_families as parse_metrics
 
 from distbench.cli import main
-from distbench.cluster import trials
-from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, write_suite
+from distbench.cluster import processes, trials
+from distbench.export import FILES
+from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, wait_until, write_suite
 
 FAKE = json.dumps([sys.executable, str(ROOT / "tests" / "fake_node.py"), "{host}"])
 
@@ -74,6 +78,91 @@ def test_what_a_group_finds_is_waited_for_and_one_that_lost_a_node_is_not(
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("nowhere.toml",), "nowhere.toml"),
+        (("smoke", "--select", "!gaussian"), "'!gaussian'"),
+        (("smoke", "--select", "name~nothing is called so"), "select"),
+        (("smoke", "--select", "model=deepseek-v3"), "select"),
+    ],
+)
+def test_a_suite_that_selects_nothing_is_known_before_a_node_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], complaint: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["cluster", *arguments, "--nodes", "a,b", "--launcher", FAKE, "--out", str(out)]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (out / "trials").exists()
+
+
+def test_a_node_that_dies_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, document = validate(tmp_path, monkeypatch, "a,b", {"b": "dies"}, "--plan", "nodes")
+    (finding,) = document["findings"]
+    assert finding["evidence"].endswith("b exited with 9: the power went")
+
+
+def test_a_folder_that_a_node_does_not_see_is_no_defect_of_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PLANTED", json.dumps({"b": "elsewhere"}))
+    assert main(["cluster", "smoke", "--nodes", "a,b,c", "--launcher", FAKE, "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "INVALID: --out" in told
+    assert "not the same folder on all nodes (b: " in told
+    assert "No such file or directory" in told
+    assert not (tmp_path / "trials").exists()
+    assert not (tmp_path / "defects.txt").exists()
+
+
+def test_a_node_that_cannot_be_reached_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, document = validate(tmp_path, monkeypatch, "a,b", {"b": "gone"}, "--plan", "nodes")
+    assert (code, document["defects"]) == (3, ["b"])
+
+
+def test_a_node_that_ends_by_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_PARTING_S", 0.5)
+    code, document = validate(tmp_path, monkeypatch, "a,b", {"b": "deaf"}, "--plan", "nodes", "--trial-timeout", "1")
+    assert (code, document["defects"]) == (3, ["b"])
+    assert "HANG: no end within 1 s" in document["findings"][0]["evidence"]
+
+
+def test_too_few_nodes_to_tell_who_is_slow_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, document = validate(tmp_path, monkeypatch, "a,b,c,d", {"d": 9.0}, "--plan", "nodes")
+    assert (code, document["slow"]) == (0, [])
+    assert document["not_judged"] == ["slow nodes: 4 nodes pass, at least 5 are needed to tell who is slow"]
+    assert "not judged: slow nodes: 4 nodes pass" in capsys.readouterr().out
+    _, document = validate(tmp_path, monkeypatch, "a,b,c,d,e", {}, "--plan", "nodes")
+    assert document["not_judged"] == []
+
+
+def test_every_format_names_the_groups_and_the_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = {"a+c": "CORRUPT"}
+    code, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--report", ",".join(FILES))
+    assert code == 1
+    root = etree.fromstring((tmp_path / "junit.xml").read_bytes())
+    cases = {case.get("name"): case for case in root.iter("testcase")}
+    assert {"a", "b", "c", "a+b", "a+c", "b+c", "a+b+c", "link a c"} < cases.keys()
+    assert {name for name, case in cases.items() if case.find("failure") is not None} == {"a+c", "a+b+c", "link a c"}
+    assert "CORRUPT" in cases["a+c"].find("failure").get("message")
+    assert cases["slow nodes"].find("skipped") is not None
+    families = {family.name: family for family in parse_metrics((tmp_path / "results.prom").read_text())}
+    groups = {
+        (one.labels["step"], one.labels["result"]): one.value for one in families["distbench_cluster_groups"].samples
+    }
+    assert groups["pairs", "pass"] == 2
+    assert groups["pairs", "fail"] == 1
+    assert families["distbench_cluster_exit_code"].samples[0].value == 1
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
+    assert [row["nodes"] for row in rows if row["verdict"] == "CORRUPT"] == ["a c", "a b c"]
+    assert json.loads((tmp_path / "results.json").read_text()) == document
+    told = (tmp_path / "results.md").read_text()
+    assert "exit 1, 5 of 7 groups pass" in told
+    assert "| link | a c |" in told
+
+
 def test_a_slow_node_is_listed_for_the_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, document = validate(tmp_path, monkeypatch, "a,b,c,d,e,f", {"d": 2.5}, "--plan", "nodes")
     assert (code, document["defects"], document["slow"]) == (1, [], ["d"])
@@ -113,6 +202,21 @@ def test_a_signal_leaves_no_process(tmp_path: Path) -> None:
         os.kill(bench.process.pid, signal.SIGTERM)
         assert bench.finish(20) == 143
         assert bench.gone()
+
+
+@pytest.mark.parametrize("launchers_too", [False, True] if SOAK else [True])
+def test_ranks_on_other_nodes_end_with_whoever_started_them(tmp_path: Path, launchers_too: bool) -> None:
+    suite = write_suite(tmp_path / "suite.json", range(2000))
+    launcher = json.dumps([sys.executable, str(ROOT / "tests" / "far_node.py"), "{host}"])
+    more = ("--nodes", "a,b", "--launcher", launcher, "--nproc", "1", "--plan", "pairs", "--endpoint-host", "127.0.0.1")
+    with Bench(tmp_path / "out", "cluster", suite, *more) as bench:
+        results = bench.out / "trials" / "pairs" / "a+b" / "results.jsonl"
+        assert wait_until(lambda: results.exists() and results.read_bytes().count(b"\n") > 1, 60)
+        bench.process.kill()
+        for pid in bench.left() if launchers_too else ():
+            if b"far_node.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+        assert wait_until(bench.gone, 20)
 
 
 def test_real_ranks_one_node_of_which_is_broken(tmp_path: Path) -> None:

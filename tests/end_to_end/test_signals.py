@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -77,6 +78,17 @@ def test_a_signal_in_the_midst_leaves_nothing_but_results(tmp_path: Path, scratc
     assert 1 < summary["finished"] < CASES
     assert bench.stderr.splitlines()[-1].startswith("distbench: INTERRUPTED: ended by SIG")
     assert "Traceback" not in bench.stderr
+
+
+def test_a_run_that_is_taken_back_leaves_its_reports(tmp_path: Path) -> None:
+    more = ("--model=tiny", "--nproc=2", "--num-experts=8", "--repeats=1000000", "--report=junit,json")
+    with Bench(tmp_path / "out", "run", *more) as bench:
+        assert wait_until(lambda: len(list(bench.out.glob("ranks/*.crumbs"))) == 2, 60)
+        interrupt(bench, signal.SIGTERM)
+        assert bench.finish() == 143
+        document = json.loads((bench.out / "results.json").read_text())
+        assert (document["results"], document["missing"], document["exit_code"]) == ([], 1, 3)
+        assert "1 cases of the suite have no result: ended by SIGTERM" in (bench.out / "junit.xml").read_text()
 
 
 def sees_to_signals(pid: int) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from distbench import campaign
@@ -99,6 +100,22 @@ def test_a_case_that_always_kills_is_recorded_and_the_others_run(
     assert found == passed(2)
     assert (summary.finished, summary.stopped, summary.exit_code) == (CASES, "", 3)
     assert launches == [CASES] + [CASES - 2] * retries + [CASES - 3]
+
+
+@pytest.mark.parametrize(("finished", "seen_in"), [(3, 1), (3, 3), (CASES, CASES - 1)])
+def test_a_lost_host_takes_no_result_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], finished: int, seen_in: int
+) -> None:
+    def launch(job: Job) -> Ending | None:
+        finish(job, finished)
+        return msgspec.structs.replace(lost(seen_in), last=True)
+
+    summary, found = run(monkeypatch, tmp_path, entries, launch)
+    assert found == {name: verdict for name, verdict in passed(3).items() if name <= f"case {finished}"} | {
+        f"case {seed}": "PASS" for seed in range(finished)
+    }
+    assert summary.exit_code == 3
+    assert "rank 1 went" in [summary.stopped, *summary.events]
 
 
 @pytest.mark.parametrize("retries", [0, 4])

@@ -1,33 +1,68 @@
-"""The Kubernetes manifests against the published schemas, and against what `distbench` accepts."""
+"""The Kubernetes manifests and Dockerfiles: what published schemas allow, and what `distbench` accepts."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+import json
+import re
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from dockerfile_parse.parser import DockerfileParser
 
 from distbench.cli import _parser
+from distbench.commands.options import case_flags
+from distbench.errors import Unsupported
+from distbench.preflight import check_devices
+from distbench.suite import load_suite
 from tests.hosts import ROOT
 
 FOLDER = ROOT / "launch" / "kubernetes"
+DOCKERFILES = ROOT / "launch" / "docker"
 VERSION = kubernetes_validate.latest_version()
+PYTORCHJOB = json.loads((ROOT / "tests" / "data" / "pytorchjob.schema.json").read_text())
+BUILT_ON = {
+    "cpu": "python:3.12-slim",
+    "cuda": "pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime",
+    "rocm": "lmsysorg/sglang:v0.5.12-rocm720-mi30x",
+}
+# What the operator sets in a container that is called pytorch.
+OPERATORS = {"MASTER_ADDR", "RANK"}
 
 
 def documents(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((FOLDER / name).read_text()))
+    # By way of JSON: what YAML shares by an anchor is not shared by those who change a copy of it.
+    return [json.loads(json.dumps(one)) for one in yaml.safe_load_all((FOLDER / name).read_text())]
+
+
+def indexed_pod() -> tuple[int, dict[str, Any]]:
+    """Return the number of pods of the job, and their template."""
+    _, job = documents("indexed-job.yaml")
+    return job["spec"]["completions"], job["spec"]["template"]
+
+
+def operators_pods() -> list[tuple[int, dict[str, Any]]]:
+    """Return for each kind of pod the number of pods of all kinds, and the template."""
+    (job,) = documents("pytorchjob.yaml")
+    replicas = job["spec"]["pytorchReplicaSpecs"].values()
+    return [(sum(one["replicas"] for one in replicas), one["template"]) for one in replicas]
+
+
+def container(template: dict[str, Any]) -> dict[str, Any]:
+    (only,) = template["spec"]["containers"]
+    found: dict[str, Any] = only
+    return found
 
 
 def pods() -> list[tuple[int, dict[str, Any]]]:
-    """Return the number of pods and the template of each kind of pod."""
-    _, job = documents("indexed-job.yaml")
-    (pytorch,) = documents("pytorchjob.yaml")
-    found = [(job["spec"]["completions"], job["spec"]["template"])]
-    replicas = pytorch["spec"]["pytorchReplicaSpecs"]
-    count = sum(one["replicas"] for one in replicas.values())
-    return found + [(count, one["template"]) for one in replicas.values()]
+    return [indexed_pod(), *operators_pods()]
+
+
+def validate_pytorchjob(job: dict[str, Any]) -> None:
+    jsonschema.validate(job, PYTORCHJOB, jsonschema.Draft7Validator)
 
 
 def test_the_job_and_its_service_are_valid() -> None:
@@ -35,8 +70,11 @@ def test_the_job_and_its_service_are_valid() -> None:
         kubernetes_validate.validate(document, VERSION, strict=True)
 
 
-def test_the_pods_of_the_training_operator_are_valid() -> None:
-    for number, (_, template) in enumerate(pods()):
+def test_the_job_of_the_training_operator_is_valid_and_so_are_its_pods() -> None:
+    jsonschema.Draft7Validator.check_schema(PYTORCHJOB)
+    (job,) = documents("pytorchjob.yaml")
+    validate_pytorchjob(job)
+    for number, (_, template) in enumerate(operators_pods()):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod{number}"}, **template}
         kubernetes_validate.validate(pod, VERSION, strict=True)
 
@@ -49,17 +87,70 @@ def test_the_validator_sees_a_mistake(key: str, value: object) -> None:
         kubernetes_validate.validate(job, VERSION, strict=True)
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("kind", "PytorchJob"),
+        ("apiVersion", "kubeflow.org/v2"),
+        ("spec/nprocPerNode", 8),
+        ("spec/runPolicy/cleanPodPolcy", "None"),
+        ("spec/runPolicy/cleanPodPolicy", "Never"),
+        ("spec/runPolicy/backoffLimit", "0"),
+        ("spec/pytorchReplicaSpecs/Master/replicas", 2),
+        ("spec/pytorchReplicaSpecs/Worker/restartPolicy", "never"),
+        ("spec/pytorchReplicaSpecs/Workers", {}),
+        ("spec/pytorchReplicaSpecs/Master/template/spec/containers/0/name", "distbench"),
+    ],
+)
+def test_a_mistake_in_the_operators_part_is_seen(path: str, value: object) -> None:
+    (job,) = documents("pytorchjob.yaml")
+    *folders, last = path.split("/")
+    place: Any = job
+    for name in folders:
+        place = place[int(name)] if name.isdigit() else place[name]
+    place[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validate_pytorchjob(job)
+
+
+def test_no_pod_is_started_again_in_secret() -> None:
+    _, job = documents("indexed-job.yaml")
+    (pytorch,) = documents("pytorchjob.yaml")
+    assert job["spec"]["backoffLimit"] == pytorch["spec"]["runPolicy"]["backoffLimit"] == 0
+    replicas = pytorch["spec"]["pytorchReplicaSpecs"].values()
+    policies = [job["spec"]["template"]["spec"]["restartPolicy"], *(one["restartPolicy"] for one in replicas)]
+    assert policies == ["Never"] * 3
+
+
 def test_every_pod_runs_a_command_that_distbench_knows() -> None:
     for count, template in pods():
-        (container,) = template["spec"]["containers"]
-        program, *arguments = container["command"]
-        assert program == "distbench"
-        placed = [argument.replace("$(JOB_COMPLETION_INDEX)", "1").replace("$(RANK)", "1") for argument in arguments]
-        options = _parser().parse_args(placed)
+        pod = container(template)
+        options = parse(pod["command"])
         assert options.nnodes == count
-        assert str(options.nproc) in container["resources"]["limits"].values()
-        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert pod["resources"]["limits"] in (
+            {"amd.com/gpu": f"{options.nproc}"},
+            {"nvidia.com/gpu": f"{options.nproc}"},
+        )
+        mounted = {mount["mountPath"] for mount in pod["volumeMounts"]}
         assert {"/dev/shm", options.out} == mounted  # noqa: S108 - a mount of the pod
+
+
+def parse(command: list[str]) -> Any:
+    """Return the options of a command as pod 1 gives it."""
+    assert command[0] == "distbench"
+    return _parser().parse_args([re.sub(r"\$\((RANK|JOB_COMPLETION_INDEX)\)", "1", word) for word in command[1:]])
+
+
+def test_what_a_command_names_is_set_in_its_pod() -> None:
+    _, template = indexed_pod()
+    assert named(template) == {variable["name"] for variable in container(template)["env"]}
+    for _, template in operators_pods():
+        assert named(template) == OPERATORS
+        assert "env" not in container(template)
+
+
+def named(template: dict[str, Any]) -> set[str]:
+    return set(re.findall(r"\$\((\w+)\)", " ".join(container(template)["command"])))
 
 
 def test_the_pods_of_the_job_meet_where_the_service_says() -> None:
@@ -68,16 +159,64 @@ def test_the_pods_of_the_job_meet_where_the_service_says() -> None:
     assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": name}
     (port,) = service["spec"]["ports"]
-    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    command = container(indexed_pod()[1])["command"]
     assert f"--rdzv-endpoint={name}-0.{service['metadata']['name']}:{port['port']}" in command
+    assert "--node-rank=$(JOB_COMPLETION_INDEX)" in command
 
 
-def test_each_dockerfile_starts_the_same_command() -> None:
-    files = sorted((ROOT / "launch" / "docker").glob("*.Dockerfile"))
-    assert [path.name.split(".")[0] for path in files] == ["cpu", "cuda", "rocm"]
-    last = {_last_line(path) for path in files}
-    assert last == {'CMD ["distbench", "suite", "smoke"]'}
+def test_the_pods_of_the_operator_meet_where_it_says() -> None:
+    (job,) = documents("pytorchjob.yaml")
+    for _, template in operators_pods():
+        command = container(template)["command"]
+        assert {"--rdzv-endpoint=$(MASTER_ADDR):29500", "--node-rank=$(RANK)"} <= set(command)
+        assert f"--nproc={job['spec']['nprocPerNode']}" in command
 
 
-def _last_line(path: Path) -> str:
-    return path.read_text().splitlines()[-1]
+def instructions(flavour: str) -> list[tuple[str, str]]:
+    parser = DockerfileParser(fileobj=io.BytesIO((DOCKERFILES / f"{flavour}.Dockerfile").read_bytes()))
+    return [(one["instruction"], one["value"]) for one in parser.structure if one["instruction"] != "COMMENT"]
+
+
+def values(flavour: str, instruction: str) -> list[str]:
+    return [value for name, value in instructions(flavour) if name == instruction]
+
+
+def gpu_commands() -> list[list[str]]:
+    """Return what is run where GPUs are asked for, by a pod or by an image on its own."""
+    in_pods = [container(template)["command"] for _, template in pods()]
+    return in_pods + [json.loads(values(flavour, "CMD")[-1]) for flavour in ("cuda", "rocm")]
+
+
+@pytest.mark.parametrize("command", gpu_commands())
+def test_nothing_that_asks_for_gpus_runs_without(command: list[str]) -> None:
+    options = parse(command)
+    ranks = options.nproc or 8
+    cases = [entry.case for entry in load_suite(options.suite, ranks, case_flags(options), []).entries]
+    assert {case.device for case in cases} == {"cuda"}
+    assert len(check_devices(cases, ranks, available=ranks)) == ranks
+    with pytest.raises(Unsupported, match="8 ranks on this node, torch sees 7"):
+        check_devices(cases, ranks, available=ranks - 1)
+
+
+def test_there_is_a_dockerfile_for_each_flavour() -> None:
+    assert {path.name for path in DOCKERFILES.iterdir()} == {f"{flavour}.Dockerfile" for flavour in BUILT_ON}
+
+
+@pytest.mark.parametrize("flavour", BUILT_ON)
+def test_an_image_holds_this_checkout_on_a_base_of_a_named_version(flavour: str) -> None:
+    (base,) = values(flavour, "FROM")
+    arguments = dict(value.split("=", 1) for value in values(flavour, "ARG"))
+    assert (arguments["BASE"] if base == "${BASE}" else base) == BUILT_ON[flavour]
+    copied = [part for value in values(flavour, "COPY") for part in value.split()[:-1]]
+    assert set(copied) == {"pyproject.toml", "README.md", "distbench"}
+    assert all((ROOT / name).exists() for name in copied)
+    (installed,) = values(flavour, "RUN")
+    assert re.fullmatch(r"(python -m )?pip install --no-cache-dir .*?\"?\.(\[cpu\]\")?", installed)
+    assert values(flavour, "ENTRYPOINT") == ["[]"]
+    device = [] if flavour == "cpu" else ["--device", "cuda"]
+    assert [json.loads(value) for value in values(flavour, "CMD")] == [["distbench", "suite", "smoke", *device]]
+
+
+def test_only_the_image_for_cpus_brings_its_own_torch() -> None:
+    brought = {flavour for flavour in BUILT_ON if any("torch" in value for value in values(flavour, "RUN"))}
+    assert brought == {"cpu"}

@@ -209,3 +209,9 @@ def test_aiter_is_asked_for_a_row_of_this_nodes_devices(monkeypatch: pytest.Monk
 def test_a_routing_that_cannot_be_made_is_refused(routing: str) -> None:
     with pytest.raises(InvalidCase, match="routing"):
         check_case(tiny_case(routing=routing))
+
+
+def test_what_ranks_are_forked_from_is_counted_once() -> None:
+    few, many = (memory_bytes(tiny_case(ranks, num_experts=512)) for ranks in (2, 256))
+    assert few > 200 << 20
+    assert many < 16 << 30

@@ -45,7 +45,14 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     write_results(tmp_path, [result()], cases=1)
     (tmp_path / "summary.json").write_bytes(b"{")
     with pytest.raises(InvalidCase, match=r"summary.json"):
-        Results(tmp_path)
+        _ = Results(tmp_path).exit_code
+
+
+def test_a_suite_that_ended_without_a_result_has_none(tmp_path: Path) -> None:
+    write_results(tmp_path, [], cases=3)
+    (tmp_path / "results.jsonl").unlink()
+    results = Results(tmp_path)
+    assert (list(results), results.missing, results.exit_code) == ([], 3, 3)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from distbench import cli, room
 from distbench.commands import options
 from distbench.errors import LaunchFailed, Unsupported
-from distbench.room import check_open_files, check_shared_memory, report_bytes
+from distbench.room import allow_open_files, check_shared_memory, report_bytes
 from tests.cases import tiny_case
 
 # Lines of results.jsonl, in bytes, of passing cases of these shapes.
@@ -72,14 +72,31 @@ def test_no_rank_is_started_without_shared_memory(
 )
 def test_too_few_open_files_are_refused(local: int, ranks: int, measured: int) -> None:
     with pytest.raises(LaunchFailed, match=rf"open files: {local} ranks here take about \d+, {measured} are allowed"):
-        check_open_files(local, ranks, measured)
-    check_open_files(local, ranks, measured + 32)
-    check_open_files(local, ranks, resource.RLIM_INFINITY)
+        allow_open_files(local, ranks, (measured, measured))
+    allow_open_files(local, ranks, (measured, measured + 32))
+    allow_open_files(local, ranks, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def test_a_rank_of_many_opens_files_too() -> None:
-    with pytest.raises(LaunchFailed, match=r"take about 3104, 1024 are allowed; ulimit -n 3104"):
-        check_open_files(8, 1024, 1024)
+    with pytest.raises(LaunchFailed, match=r"take about 2120, 1024 are allowed; ulimit -Hn 2120"):
+        allow_open_files(8, 1024, (1024, 1024))
+
+
+def test_the_soft_limit_is_raised_as_far_as_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[tuple[int, tuple[int, int]]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda *arguments: raised.append(arguments))
+    allow_open_files(8, 256)
+    assert raised == []
+    allow_open_files(8, 1024)
+    assert raised == [(resource.RLIMIT_NOFILE, (2120, 4096))]
+
+
+def test_more_ranks_than_one_process_can_start_are_refused() -> None:
+    plenty = (1 << 20, 1 << 20)
+    allow_open_files(124, 124, plenty)
+    with pytest.raises(Unsupported, match="125 ranks on this node: one process starts at most 124"):
+        allow_open_files(125, 125, plenty)
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -89,6 +106,6 @@ def test_no_rank_is_started_without_open_files(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (48, 48))
     assert cli.main(["suite", "smoke", "--nproc=8", f"--out={tmp_path}"]) == 3
     assert capsys.readouterr().err == (
-        "distbench: LAUNCH_FAILED: open files: 8 ranks here take about 88, 48 are allowed; ulimit -n 88\n"
+        "distbench: LAUNCH_FAILED: open files: 8 ranks here take about 88, 48 are allowed; ulimit -Hn 88\n"
     )
     assert not (tmp_path / "results.jsonl").exists()

@@ -17,7 +17,9 @@ MEETING = "OMP_NUM_THREADS=8 torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backe
 def venv(tmp_path: Path) -> Path:
     write_command(tmp_path / "bin" / "torchrun", 'echo "OMP_NUM_THREADS=$OMP_NUM_THREADS torchrun $*"')
     write_command(tmp_path / "bin" / "nproc", "echo 32")
-    write_command(tmp_path / "bin" / "python", "echo ${GPUS:-0}")
+    chosen = 'echo "GLOO_SOCKET_IFNAME=eth7"; echo "NCCL_SOCKET_IFNAME=eth7"'
+    interfaces = f'case "$*" in "-m distbench.nodes.interfaces node0 "*) {chosen}; exit;; esac'
+    write_command(tmp_path / "bin" / "python", f"{interfaces}\necho ${{GPUS:-0}}")
     return tmp_path
 
 
@@ -52,6 +54,25 @@ def launch(venv: Path, *arguments: str, **variables: str) -> subprocess.Complete
 def test_command(venv: Path, variables: dict[str, str], command: str) -> None:
     result = launch(venv, "--model", "tiny", "--out", "a b", **variables)
     assert result.stdout == f"{command} -m distbench run --model tiny --out a b\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        ((), "run"),
+        (("--tokens", "3"), "run --tokens 3"),
+        (("run", "--tokens", "3"), "run --tokens 3"),
+        (("suite", "smoke", "--out", "x"), "suite smoke --out x"),
+    ],
+)
+def test_any_command_of_distbench_is_started(venv: Path, arguments: tuple[str, ...], command: str) -> None:
+    assert launch(venv, *arguments).stdout.endswith(f"--standalone -m distbench {command}\n")
+
+
+def test_ranks_on_several_nodes_get_the_interface_towards_node_0(venv: Path) -> None:
+    write_command(venv / "bin" / "torchrun", 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"')
+    assert launch(venv, **TWO_NODES).stdout == "eth7 eth7\n"
+    assert launch(venv).stdout == " \n"
 
 
 def test_own_word_for_the_job_wins(venv: Path) -> None:

@@ -7,14 +7,15 @@ import time
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from torch.distributed.launcher import api
 
-from distbench.breadcrumbs import Breadcrumbs
+from distbench.breadcrumbs import Breadcrumbs, Position, write_position
 from distbench.errors import LaunchFailed
 from distbench.job import Entry, Job, crumb_path, ranks_folder
+from distbench.nodes.hub import Hub
 from distbench.postmortem import positions
 from distbench.process import is_alive
 from distbench.supervisor import Watch, supervise
@@ -50,6 +51,36 @@ def test_the_case_under_way_is_that_of_the_ranks_furthest_behind(job: Job) -> No
     watch.look()
     assert watch.current is job.entries[1]
     assert watch.ending is None
+
+
+class OneHostLost:
+    """Node 1, with rank 1, was last heard of in the first case."""
+
+    def lost(self) -> dict[int, str]:
+        return {1: "host1"}
+
+    def ranks_of(self, node: int) -> range:
+        return range(node, node + 1)
+
+    def mirror(self, job: Job) -> None:
+        """All is there."""
+
+    def first_exit(self) -> None:
+        """No rank has ended."""
+
+
+def test_a_host_is_lost_in_the_case_that_this_node_is_in(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    crumbs = Breadcrumbs(crumb_path(Path(job.out), 0))
+    crumbs.case_index = 2
+    crumbs.mark("agree")
+    crumbs.close()
+    write_position(crumb_path(Path(job.out), 1), Position(0, 0, 1, time.monotonic_ns(), 0, 1))
+    watch = Watch(job, cast("Hub", OneHostLost()))
+    monkeypatch.setattr(watch, "kill", lambda: None)  # rank 0 is this process
+    watch.look()
+    assert watch.ending is not None
+    assert (watch.ending.case_index, watch.ending.last) == (2, True)
+    assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in watch.ending.reasons[0].message
 
 
 def test_a_rank_that_has_not_said_a_word_is_killed_too(job: Job, mute: ForkServerProcess) -> None:

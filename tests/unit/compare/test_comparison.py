@@ -109,6 +109,83 @@ def test_a_time_that_is_absent_or_unreadable_is_no_pass(
     assert compare(tmp_path, [result(timing=old)], [result(timing=new)])[0] == code
 
 
+def several(tmp_path: Path, new: list[dict[str, Any]], *more: str, old: int = 5) -> tuple[int, Any]:
+    """Compare with launches whose levels are up to 10 % apart."""
+    folders = [
+        str(write_results(tmp_path / f"old{number}", [result(timing=noisy(number, 1 + number / 10 / old))]))
+        for number in range(old)
+    ]
+    path = tmp_path / "comparison.json"
+    code = main(["compare", *folders, str(write_results(tmp_path / "new", new)), "--json", str(path), *more])
+    return code, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_several_old_launches_tell_how_far_launches_lie_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    another = [result(timing=noisy(99, 1.15))]
+    assert compare(tmp_path, [result(timing=noisy(1))], another)[0] == 1
+    assert "noise: within launches only" in capsys.readouterr().out
+    code, comparison = several(tmp_path, another)
+    assert (code, comparison["launches"], comparison["noise"]) == (0, 5, "between launches")
+    told = capsys.readouterr().out
+    assert "noise: between the 5 launches of OLD" in told
+    assert re.search(r"launches lie [2-5]\.\d% apart", told)
+    assert several(tmp_path, [result(timing=noisy(99, 3.0))])[0] == 1
+
+
+def test_two_old_launches_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert several(tmp_path, [result(timing=noisy(9))], old=2)[0] == 2
+    assert "give one, or at least 3" in capsys.readouterr().err
+
+
+def test_a_case_that_one_old_launch_lacks_is_left_out_of_times_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [result("a", timing=noisy(1)), result("b", timing=noisy(2))]
+    folders = [str(write_results(tmp_path / f"old{number}", cases[: 2 - (number == 1)])) for number in range(3)]
+    new = str(write_results(tmp_path / "new", cases))
+    assert main(["compare", *folders, new]) == 0
+    assert "padded/experts in 1 cases" in capsys.readouterr().out
+    assert main(["compare", *folders, str(write_results(tmp_path / "short", cases[:1]))]) == 1
+
+
+def test_a_case_that_failed_in_one_old_launch_only_has_to_pass(tmp_path: Path) -> None:
+    folders = [
+        str(write_results(tmp_path / f"old{number}", [result(verdict=verdict)]))
+        for number, verdict in enumerate(["CORRUPT", "PASS", "PASS"])
+    ]
+    new = str(write_results(tmp_path / "new", [result(verdict="CORRUPT")]))
+    assert main(["compare", *folders, new, "--verdicts-only"]) == 1
+
+
+@pytest.mark.parametrize(("share", "code"), [("0.5", 0), ("0.001", 77), ("0", 2), ("nan", 2), ("-1", 2)])
+def test_less_than_was_asked_for_is_no_pass(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str, code: int
+) -> None:
+    found, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=noisy(2))], "--detect", share)
+    assert found == code
+    if code == 77:
+        assert ["padded", "experts"] in comparison["coarse"]
+        assert "too much noise to find as little as --detect: control/combine" in capsys.readouterr().out
+
+
+def test_with_a_share_to_detect_every_arm_has_to_be_judged(tmp_path: Path) -> None:
+    thin = noisy(1) | {"padded": noisy(1, size=3)["padded"]}
+    for more, code in (((), 0), (("--detect", "0.5"), 77)):
+        found, comparison = compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))], *more)
+        assert found == code
+        assert ["padded", "experts"] in comparison["unjudged"]
+
+
+def test_stages_that_are_not_judged_are_counted_in_the_last_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thin = noisy(1) | {"padded": noisy(1, size=3)["padded"]}
+    compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))])
+    assert capsys.readouterr().out.splitlines()[-1] == "exit 0: 1 cases compared, 4 arms and stages not judged"
+
+
 def test_results_that_are_not_there_are_no_pass(tmp_path: Path) -> None:
     assert compare(tmp_path, [], [])[0] == 2
     assert compare(tmp_path, [result("a")], [result("b")])[0] == 2

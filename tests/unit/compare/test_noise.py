@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.compare.noise import ALPHA, POWER, Samples, judge_change, readable
+from distbench.compare.noise import ALPHA, POWER, Pair, Samples, judge_change, readable
 
 TRIALS = 300
 Noise = Callable[[np.random.Generator, int], Samples]
@@ -39,6 +39,10 @@ def drifting(rng: np.random.Generator, size: int) -> Samples:
     return 100 * np.exp(steps)
 
 
+def pair(old: Samples, new: Samples) -> Pair:
+    return Pair((old,), new)
+
+
 @pytest.mark.parametrize("noise", [lognormal, two_modes, heavy_tail, coarse_clock, drifting])
 @pytest.mark.parametrize(("old", "new", "cases"), [(40, 40, 1), (200, 50, 1), (20, 20, 10)])
 def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
@@ -47,12 +51,13 @@ def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
     rng = np.random.default_rng([old, new, cases])
     alarms = found = asked = 0
     for _ in range(TRIALS):
-        quiet = judge_change([(noise(rng, old), noise(rng, new)) for _ in range(cases)], ALPHA)
+        quiet = judge_change([pair(noise(rng, old), noise(rng, new)) for _ in range(cases)], ALPHA)
         alarms += quiet.slower
         if quiet.detectable is not None:
             shift = 1 + quiet.detectable
             asked += 1
-            found += judge_change([(noise(rng, old), shift * noise(rng, new)) for _ in range(cases)], ALPHA).slower
+            moved = [pair(noise(rng, old), shift * noise(rng, new)) for _ in range(cases)]
+            found += judge_change(moved, ALPHA).slower
     assert asked > TRIALS / 3
     assert found >= POWER * asked - 3 * np.sqrt(asked * POWER * (1 - POWER))
     # samples that follow one another get what a series of this length can tell of their likeness
@@ -63,7 +68,7 @@ def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
 def test_the_tail_is_not_below_the_exact_one(size: int) -> None:
     old, new = np.arange(1.0, size + 1), np.arange(size + 1.0, 2 * size + 1)
     rng = np.random.default_rng(size)
-    change = judge_change([(rng.permutation(old), rng.permutation(new))], ALPHA)
+    change = judge_change([pair(rng.permutation(old), rng.permutation(new))], ALPHA)
     assert change.p_slower >= 1 / comb(2 * size, size)
     assert change.slower
 
@@ -72,7 +77,7 @@ def test_the_tail_is_not_below_the_exact_one(size: int) -> None:
 def test_the_unit_of_time_does_not_matter(scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     old, new = lognormal(rng, 30), lognormal(rng, 30) * 1.3
-    here, there = (judge_change([(old * by, new * by)], ALPHA) for by in (1.0, scale))
+    here, there = (judge_change([pair(old * by, new * by)], ALPHA) for by in (1.0, scale))
     assert (here.slower, here.faster) == (there.slower, there.faster)
     assert here.change == pytest.approx(there.change)
     assert here.detectable == pytest.approx(there.detectable)
@@ -81,7 +86,7 @@ def test_the_unit_of_time_does_not_matter(scale: float, seed: int) -> None:
 def test_slower_and_faster_are_mirror_images() -> None:
     rng = np.random.default_rng(1)
     old, new = lognormal(rng, 50), lognormal(rng, 50) * 1.5
-    there, back = judge_change([(old, new)], ALPHA), judge_change([(new, old)], ALPHA)
+    there, back = judge_change([pair(old, new)], ALPHA), judge_change([pair(new, old)], ALPHA)
     assert (there.slower, there.faster, back.slower, back.faster) == (True, False, False, True)
     assert there.change == pytest.approx(0.5, abs=0.1)
 
@@ -89,7 +94,7 @@ def test_slower_and_faster_are_mirror_images() -> None:
 def test_the_threshold_follows_the_noise() -> None:
     rng = np.random.default_rng(2)
     detectable = [
-        judge_change([(np.exp(rng.normal(0, spread, 50)), np.exp(rng.normal(0, spread, 50)))], ALPHA).detectable
+        judge_change([pair(np.exp(rng.normal(0, spread, 50)), np.exp(rng.normal(0, spread, 50)))], ALPHA).detectable
         for spread in (0.01, 0.1, 0.5)
     ]
     assert all(one is not None for one in detectable)
@@ -97,7 +102,7 @@ def test_the_threshold_follows_the_noise() -> None:
 
 
 def test_samples_that_never_vary_tell_nothing_of_noise() -> None:
-    change = judge_change([(np.full(20, 5.0), np.full(20, 5.0))], ALPHA)
+    change = judge_change([pair(np.full(20, 5.0), np.full(20, 5.0))], ALPHA)
     assert (change.slower, change.faster) == (False, False)
 
 

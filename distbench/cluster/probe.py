@@ -1,0 +1,71 @@
+"""Whether all nodes see the folder for results: each finds a word in it, and leaves its own mark beside that.
+
+As a module it is what a node runs: `python -m distbench.cluster.probe FOLDER WORD NODE`.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+_FOLDER, _WORD = ".probe", "word"
+_COMPLAINT = "distbench: probe: "
+# A folder on another machine shows what was written elsewhere only after a while.
+_SHOWN_S = 5.0
+_POLL_S = 0.1
+
+RunOnNodes = Callable[[Path, Mapping[str, Sequence[str]]], None]
+"""Runs a command on each node, with its output in NODE.log of the folder, until all have ended or time is over."""
+
+
+def unshared(out: Path, nodes: Sequence[str], run: RunOnNodes) -> dict[str, str]:
+    """Return the nodes that do not see `out`, and what they say. One that cannot be reached says nothing."""
+    folder, word = out / _FOLDER, secrets.token_hex(8)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _WORD).write_text(word)
+    try:
+        command = [sys.executable, "-m", "distbench.cluster.probe", str(folder), word]
+        run(folder, {node: [*command, node] for node in nodes})
+        return {node: said for node in nodes if (said := _said(folder, node, word))}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _said(folder: Path, node: str, word: str) -> str:
+    """Return what a node has against the folder: nothing where its mark is there, or where it never spoke."""
+    told = (folder / f"{node}.log").read_text(errors="replace")
+    complaint = next((line for line in told.splitlines() if _COMPLAINT in line), "")
+    if complaint:
+        return complaint.partition(_COMPLAINT)[2]
+    if word not in told:
+        return ""
+    deadline = time.monotonic() + _SHOWN_S
+    while not (folder / node).exists():
+        if time.monotonic() > deadline:
+            return "what it writes there does not come here"
+        time.sleep(_POLL_S)
+    return ""
+
+
+def main(folder: str, word: str, node: str) -> int:
+    """Look for the word, leave the mark, and say the word, or what is wrong."""
+    try:
+        if (Path(folder) / _WORD).read_text() != word:
+            complaint = "another folder by that name"
+        else:
+            (Path(folder) / node).touch()
+            sys.stdout.write(f"{word}\n")
+            return 0
+    except OSError as error:
+        complaint = f"{error.filename}: {error.strerror}"
+    sys.stdout.write(f"{_COMPLAINT}{complaint}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

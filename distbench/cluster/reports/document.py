@@ -1,0 +1,12 @@
+"""The whole validation as JSON, as cluster.json has it."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from distbench.cluster.campaign import Validation, document
+
+
+def write(validation: Validation, file: BinaryIO) -> None:
+    """Write `distbench.cluster/1`."""
+    file.write(document(validation))

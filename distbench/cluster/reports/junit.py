@@ -1,0 +1,63 @@
+"""JUnit XML: one test case a group, and one that fails for each finding."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
+
+from distbench.cluster.campaign import Validation
+from distbench.cluster.faults import Finding, Trial
+from distbench.errors import Verdict
+from distbench.export.junit import xml_text
+
+# A wrong result is a failure; a group that came to none is an error.
+_WRONG_RESULT = Verdict.CORRUPT.exit_code
+
+
+def write(validation: Validation, file: BinaryIO) -> None:
+    """Write one suite; a step that was not run is skipped, and so is what could not be judged."""
+    suite = TestSuite("distbench.cluster")
+    for trial in validation.trials:
+        suite.append(_group(trial))
+    for finding in validation.findings:
+        suite.append(_finding(finding))
+    for step in validation.not_run:
+        suite.append(_skipped(f"all of {step}", "not run: too few nodes are left, or all share a fault"))
+    for gap in validation.not_judged:
+        what, _, why = gap.partition(": ")
+        suite.append(_skipped(what, f"not judged: {why}"))
+    suite.add_property("emulated", "yes" if validation.emulated else "no")
+    suite.add_property("nodes", xml_text(" ".join(validation.nodes)))
+    suite.update_statistics()
+    suite.time = round(suite.time, 3)
+    document = JUnitXml("distbench.cluster")
+    document.add_testsuite(suite)
+    document.write(file)
+
+
+def _group(trial: Trial) -> TestCase:
+    case = _case("+".join(trial.nodes), trial.step, trial.wall_s)
+    if trial.failed:
+        kind = Failure if trial.exit_code == _WRONG_RESULT else Error
+        case.result = [kind(xml_text(f"{trial.verdict}: {trial.reason}"), trial.verdict)]
+    return case
+
+
+def _finding(finding: Finding) -> TestCase:
+    name = " ".join((finding.kind, *finding.nodes))
+    case = _case(name, "findings", 0.0)
+    case.result = [Failure(xml_text(finding.evidence), finding.kind)]
+    return case
+
+
+def _skipped(name: str, why: str) -> TestCase:
+    case = _case(name, "findings", 0.0)
+    case.result = [Skipped(xml_text(why))]
+    return case
+
+
+def _case(name: str, place: str, wall_s: float) -> TestCase:
+    case = TestCase(xml_text(name), f"distbench.cluster.{place}")
+    case.time = round(wall_s, 3)
+    return case

@@ -1,0 +1,94 @@
+"""A launch over several nodes: its options, and what the commands of node 0 do with the others."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
+from distbench.commands.ranks import world_size
+from distbench.errors import InvalidCase, Verdict
+from distbench.job import Spread
+from distbench.nodes.hub import Hub
+
+_LOCAL_RANKS = 8
+_PORTS = 65536
+_ENDPOINT = re.compile(r"(?:\[(?P<v6>[^\s\[\]]+)\]|(?P<host>[^\s:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
+
+
+def add_nodes(command: Any) -> None:
+    """Add the options of a launch over several nodes."""
+    group = command.add_argument_group("several nodes", "the same command on each, with a --node-rank of its own")
+    nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
+    group.add_argument("--nnodes", type=nodes, metavar="N", default=1, help="nodes; --nproc is then the ranks on each")
+    group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")
+    group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
+    group.add_argument(
+        "--join-timeout",
+        type=seconds(LEAST_SECONDS),
+        metavar="S",
+        default=600.0,
+        help="wait for nodes (default: %(default)s s)",
+    )
+
+
+def spread_of(options: argparse.Namespace) -> Spread | None:
+    """Return what the options say of several nodes; None for one.
+
+    Raises:
+        InvalidCase: values that make no sense.
+
+    """
+    nodes, node = getattr(options, "nnodes", 1), getattr(options, "node_rank", 0)
+    if nodes == 1 and node == 0:
+        return None
+    if node >= nodes:
+        message = f"--nnodes {nodes} --node-rank {node}: node ranks go from 0 to nodes - 1"
+        raise InvalidCase(message)
+    host, port = _endpoint(options.rdzv_endpoint)
+    if world_size() is not None:
+        message = "--nnodes: torchrun started this process already; leave --nnodes out under torchrun"
+        raise InvalidCase(message)
+    nproc = options.nproc or _LOCAL_RANKS
+    return Spread(nodes=nodes, node=node, nproc=nproc, host=host, port=port, launch=0)
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    """Return host and port of HOST:PORT; an IPv6 address stands in brackets."""
+    found = _ENDPOINT.fullmatch(text)
+    port = int(found["port"]) if found else 0
+    if found is None or not 0 < port < _PORTS:
+        message = (
+            f"--rdzv-endpoint {text!r:.80}: give HOST:PORT or [IPV6]:PORT, an address of node 0 and a free port there"
+        )
+        raise InvalidCase(message)
+    return found["host"] or found["v6"], port
+
+
+class Nodes(msgspec.Struct):
+    """The other nodes of a launch, as node 0 hears them, and the exit code that all are to end with."""
+
+    hub: Hub | None
+    exit_code: int = Verdict.RANK_FAULT.exit_code
+
+
+@contextlib.contextmanager
+def other_nodes(options: argparse.Namespace) -> Iterator[Nodes]:
+    """Let the other nodes of the launch join, if there are any; when the context ends they are sent home.
+
+    Raises:
+        InvalidCase: the port on which they are to be heard is taken.
+
+    """
+    spread = spread_of(options)
+    nodes = Nodes(None if spread is None else Hub(spread, options.join_timeout))
+    try:
+        yield nodes
+    finally:
+        if nodes.hub is not None:
+            nodes.hub.close(nodes.exit_code)

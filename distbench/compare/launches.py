@@ -1,0 +1,83 @@
+"""How far launches of the same thing lie apart, and whether a new one lies further off than that.
+
+Samples of one launch share its placement, its clocks and its neighbours, so their noise says nothing of another
+launch's. The level of a launch is the median over cases of log(its median time / the mean of the old launches' median
+times). Whether a new level is one more of the kind is asked by Student's t with k - 1 degrees of freedom: the level
+against the standard deviation of the k old ones, times sqrt(1 + 1 / k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from distbench.compare.noise import PLANNED_POWER, Change, Pair, Samples, judge_change
+
+LEAST_LAUNCHES = 3
+"""Old launches below which nothing is known of how far they lie apart; one is compared by its own noise alone."""
+
+_WIDEST = 1e6
+
+
+def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
+    """Judge new samples against those of several old launches, in cases that are expected to change alike.
+
+    Slower is what the noise within launches does not explain, nor that between them.
+    """
+    within = judge_change(pairs, alpha)
+    levels = _levels(pairs)
+    new, old = float(levels[-1]), levels[:-1]
+    deviation = float(np.std(old, ddof=1)) * math.sqrt(1 + 1 / old.size)
+    freedom = old.size - 1
+    far = new / deviation if deviation else math.copysign(_WIDEST, new)
+    p_slower, p_faster = student_tail(far, freedom), student_tail(-far, freedom)
+    needed = (student_quantile(alpha, freedom) + student_quantile(1 - PLANNED_POWER, freedom)) * deviation
+    detectable = None if within.detectable is None else max(within.detectable, _as_share(needed))
+    return msgspec.structs.replace(
+        within,
+        change=math.expm1(new),
+        detectable=detectable,
+        p_slower=max(within.p_slower, p_slower),
+        slower=within.slower and p_slower < alpha,
+        faster=within.faster and p_faster < alpha,
+        between=_as_share(float(np.std(old, ddof=1))),
+    )
+
+
+def student_tail(t: float, freedom: int) -> float:
+    """Return the chance that Student's t of `freedom` degrees of freedom exceeds `t` (Abramowitz and Stegun 26.7)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for step in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine**2 * step / (step + 1)
+    inside = (angle + sine * total) * 2 / math.pi if odd else sine * total
+    return (1 - inside) / 2
+
+
+def student_quantile(tail: float, freedom: int) -> float:
+    """Return the value that Student's t is above with the chance `tail`, below one half."""
+    low, high = 0.0, 1.0
+    while student_tail(high, freedom) > tail and high < _WIDEST:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, freedom) > tail else (low, middle)
+    return high
+
+
+def _levels(pairs: Sequence[Pair]) -> Samples:
+    """Return the level of each old launch, and last that of the new one."""
+    medians = np.log([[float(np.median(series)) for series in (*pair.old, pair.new)] for pair in pairs])
+    levels: Samples = np.median(medians - medians[:, :-1].mean(axis=1, keepdims=True), axis=0)
+    levels -= levels[:-1].mean()
+    return levels
+
+
+def _as_share(log_ratio: float) -> float:
+    return math.expm1(min(log_ratio, math.log(_WIDEST)))

@@ -1,0 +1,73 @@
+"""Launches of the same thing lie apart: that is no slowdown, and what is one is found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distbench.compare.launches import judge_launches, student_quantile, student_tail
+from distbench.compare.noise import ALPHA, POWER, Pair, judge_change
+
+TRIALS = 150
+CASES = 4
+
+
+def launches(rng: np.random.Generator, old: int, *, apart: float, shift: float = 1.0) -> list[Pair]:
+    """Return cases measured in `old` launches and a new one, each of which has a level of its own."""
+    levels = np.exp(rng.normal(0, apart, old + 1))
+    levels[-1] *= shift
+    noise = rng.normal(0, 0.02, (CASES, old + 1, 25))
+    base = 100 * np.exp(rng.normal(0, 1, CASES))
+    series = base[:, None, None] * levels[:, None] * np.exp(noise)
+    return [Pair(tuple(case[:-1]), case[-1]) for case in series]
+
+
+@pytest.mark.parametrize("old", [3, 5, 10])
+def test_a_launch_like_the_others_is_rarely_called_slower_and_the_detectable_shift_is_found(old: int) -> None:
+    rng = np.random.default_rng(old)
+    alarms = found = 0
+    for _ in range(TRIALS):
+        quiet = judge_launches(launches(rng, old, apart=0.03), ALPHA)
+        alarms += quiet.slower
+        assert quiet.detectable is not None
+        state = rng.bit_generator.state
+        bound = judge_launches(launches(rng, old, apart=0.03), ALPHA).detectable
+        assert bound is not None
+        rng.bit_generator.state = state
+        found += judge_launches(launches(rng, old, apart=0.03, shift=1 + bound), ALPHA).slower
+    assert alarms <= ALPHA * TRIALS + 3 * np.sqrt(ALPHA * TRIALS)
+    assert found >= POWER * TRIALS - 3 * np.sqrt(TRIALS * POWER * (1 - POWER))
+
+
+def test_one_old_launch_takes_the_distance_of_launches_for_a_slowdown() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [launches(rng, 5, apart=0.03) for _ in range(100)]
+    alone = sum(judge_change([Pair(one.old[:1], one.new) for one in case], ALPHA).slower for case in pairs)
+    several = sum(judge_launches(case, ALPHA).slower for case in pairs)
+    assert alone > 20
+    assert several <= 4
+
+
+def test_more_launches_tell_finer() -> None:
+    rng = np.random.default_rng(1)
+    bounds = [
+        np.median([judge_launches(launches(rng, old, apart=0.03), ALPHA).detectable or 0.0 for _ in range(30)])
+        for old in (3, 5, 10)
+    ]
+    assert bounds[0] > 1.2 * bounds[1] > 1.2**2 * bounds[2] > 0.1
+
+
+def test_launches_that_lie_nowhere_apart_are_judged_by_their_own_noise() -> None:
+    series = np.random.default_rng(2).permutation(np.linspace(99, 101, 30))
+    same = judge_launches([Pair((series, series, series), series)], ALPHA)
+    assert (same.slower, same.faster) == (False, False)
+    assert judge_launches([Pair((series, series, series), series * 1.5)], ALPHA).slower
+
+
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 31.821), (2, 6.965), (3, 4.541), (4, 3.747), (9, 2.821), (30, 2.457)]
+)
+def test_students_t_is_that_of_the_tables(freedom: int, value: float) -> None:
+    assert student_quantile(0.01, freedom) == pytest.approx(value, abs=1e-3)
+    assert student_tail(value, freedom) == pytest.approx(0.01, rel=1e-3)
+    assert student_tail(-value, freedom) == pytest.approx(0.99, rel=1e-3)

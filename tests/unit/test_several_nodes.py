@@ -1,0 +1,124 @@
+"""What several nodes are told on the command line, and what is left where they do not come."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from distbench.cli import _parser, main
+from distbench.commands import options as commands
+from distbench.commands.nodes import spread_of
+from distbench.commands.options import exported
+from distbench.errors import InvalidCase, Unsupported
+from distbench.export import FILES, load_writers, parse_targets
+from distbench.job import Spread
+from distbench.nodes.hub import Hub
+from distbench.nodes.link import Link
+from distbench.nodes.wire import Beat, Phase
+from distbench.report.results import Results
+from tests.end_to_end.launches import wait_until, write_suite
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def spread(endpoint: str, *arguments: str) -> Spread | None:
+    told = ["suite", "smoke", "--nnodes", "2", "--rdzv-endpoint", endpoint, *arguments]
+    return spread_of(_parser().parse_args(told))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host", "port", "again"),
+    [
+        ("node0:29500", "node0", 29500, "node0:29500"),
+        ("10.0.0.1:1", "10.0.0.1", 1, "10.0.0.1:1"),
+        ("[::1]:65535", "::1", 65535, "[::1]:65535"),
+        ("[fe80::1%eth0]:29500", "fe80::1%eth0", 29500, "[fe80::1%eth0]:29500"),
+    ],
+)
+def test_where_nodes_meet(endpoint: str, host: str, port: int, again: str) -> None:
+    found = spread(endpoint)
+    assert found is not None
+    assert (found.host, found.port, found.endpoint) == (host, port, again)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", "node0", ":29500", "node0:", "node0:0", "node0:65536", "node0:x", "::1:29500", "[::1:29500", "[]:1", "a b:1"],
+)
+def test_what_is_no_place_to_meet_is_refused(endpoint: str) -> None:
+    with pytest.raises(InvalidCase, match=r"give HOST:PORT or \[IPV6\]:PORT"):
+        spread(endpoint)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--nproc", "0"),
+        ("--nproc", "-1"),
+        ("--join-timeout", "nan"),
+        ("--join-timeout", "-1"),
+        ("--join-timeout", "inf"),
+        ("--node-rank", "2"),
+        ("--nnodes", "0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidCase):
+        spread("node0:29500", *arguments)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_node_0_hears_either_kind_of_address(host: str) -> None:
+    meeting = Spread(nodes=2, node=0, nproc=1, host=host, port=free_port(), launch=0)
+    hub = Hub(meeting, 1.0)
+    link = Link(meeting, 5.0, [])
+    beat = Beat(node=1, nodes=2, nproc=1, host="other")
+    assert link.tell(beat).phase is Phase.WAIT
+    assert hub.place(1) == "other"
+    leaving = threading.Thread(target=hub.close, args=(0,))
+    leaving.start()
+    assert wait_until(lambda: link.tell(beat).phase is Phase.END, 5)
+    leaving.join()
+    link.close()
+
+
+@pytest.mark.parametrize("command", ["suite", "run"])
+def test_nodes_that_do_not_come_leave_every_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(commands, "preload_ranks", lambda: None)
+    suite = str(write_suite(tmp_path / "suite.json", range(3)))
+    what = [suite, "--quiet", "--num-experts=8"] if command == "suite" else ["--model=tiny", "--num-experts=8"]
+    nodes = ["--nnodes=2", "--nproc=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--join-timeout=0.1"]
+    out = tmp_path / "out"
+    assert main([command, *what, *nodes, f"--out={out}", f"--report={','.join(FILES)}"]) == 3
+    assert "NODES_MISSING: node 1 not there" in capsys.readouterr().err
+    cases = 3 if command == "suite" else 1
+    document = json.loads((out / "results.json").read_text())
+    assert (document["results"], document["missing"], document["exit_code"]) == ([], cases, 3)
+    (case,) = etree.fromstring((out / "junit.xml").read_bytes()).iter("testcase")
+    assert f"{cases} cases of the suite have no result: node 1 not there" in case[0].get("message")
+    assert f"distbench_cases_missing {cases}.0" in (out / "results.prom").read_text()
+    assert f"{cases} cases have no result" in (out / "results.md").read_text()
+
+
+def test_reports_that_cannot_be_written_do_not_hide_what_went_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writers = load_writers(parse_targets("json", tmp_path))
+    message = "what went wrong"
+    with pytest.raises(Unsupported, match=message), exported(Results(tmp_path / "nowhere"), writers):
+        raise Unsupported(message)
+    assert "no reports: results" in capsys.readouterr().err
+    with pytest.raises(InvalidCase, match="results"), exported(Results(tmp_path / "nowhere"), writers):
+        pass
