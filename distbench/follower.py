@@ -122,7 +122,8 @@ class _Follower:
         self._beat = msgspec.structs.replace(
             self._beat, launch=launch, ended=False, exit=None, crumbs={}, failures=[], stacks={}
         )
-        agent, watch = Agent(job), Watch(job)
+        agent = Agent(job)
+        watch = Watch(job, agent)
         agent.start()
         try:
             self._watch(job, agent, watch)

@@ -46,7 +46,7 @@ class StandingRanks:
             raise ValueError(message)
         job = msgspec.structs.replace(job, stays=True)
         agent = self._hand_over(job)
-        watch = Watch(job)
+        watch = Watch(job, agent)
         finished = done_path(Path(job.out), self._number)
         since = 0.0
         while agent.is_alive():
@@ -71,7 +71,7 @@ class StandingRanks:
             return
         self._write(msgspec.structs.replace(first, entries=(), stays=False))
         agent.join(_GOODBYE_S)
-        end(agent, Watch(first))
+        end(agent, Watch(first, agent))
 
     def _hand_over(self, job: Job) -> Agent:
         """Give `job` to the ranks that are there, or to new ones."""

@@ -77,7 +77,7 @@ def supervise(
     if hub is not None:
         job = hub.begin(job, signals)
     agent = Agent(job)
-    watch = Watch(job, hub)
+    watch = Watch(job, agent, hub)
     agent.start()
     while agent.is_alive() and not watch.given_up:
         agent.join(_TICK_S)
@@ -168,6 +168,7 @@ class Agent(threading.Thread):
     def __init__(self, job: Job) -> None:
         super().__init__(name="torchrun-agent", daemon=True)
         self._job = job
+        self._others = _children()
         self.finished = False
         self.failure = ""
         self.first_exit: Exit | None = None
@@ -207,9 +208,13 @@ class Agent(threading.Thread):
             else:
                 self.first_exit = Exit(spread.node * spread.nproc, told)
 
+    def workers(self) -> set[int]:
+        """Return the processes that it has started and that have not ended."""
+        return _children() - self._others
 
-def _workers() -> set[int]:
-    """Return the processes that the agent has started and that have not ended."""
+
+def _children() -> set[int]:
+    """Return the processes of this one that were forked from the process that ranks are."""
     children = multiprocessing.active_children()
     return {child.pid for child in children if isinstance(child, ForkServerProcess) and child.pid is not None}
 
@@ -217,8 +222,9 @@ def _workers() -> set[int]:
 class Watch:
     """What the main thread sees of the ranks."""
 
-    def __init__(self, job: Job, hub: Hub | None = None) -> None:
+    def __init__(self, job: Job, agent: Agent, hub: Hub | None = None) -> None:
         self._job = job
+        self._agent = agent
         self._hub = hub
         self._launched_ns = time.monotonic_ns()
         self._killed_at: float | None = None
@@ -274,7 +280,7 @@ class Watch:
         """Kill every rank that is left on this node, also one that has not said a word yet."""
         self._killed_at = self._killed_at or time.monotonic()
         seen = {at.pid: rank for rank, at in positions(self._job).items() if is_alive(at.pid)}
-        for pid in seen.keys() | _workers():
+        for pid in seen.keys() | self._agent.workers():
             self.killed |= {seen[pid]} if pid in seen else self._mute()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Iterator
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ from distbench.job import Entry, Job, crumb_path, ranks_folder
 from distbench.nodes.hub import Hub
 from distbench.postmortem import positions
 from distbench.process import is_alive
-from distbench.supervisor import Watch, supervise
+from distbench.supervisor import Agent, Watch, supervise
 from tests.cases import tiny_case
+from tests.end_to_end.launches import wait_until
 
 
 @pytest.fixture
@@ -29,18 +30,19 @@ def job(tmp_path: Path) -> Job:
     return Job(entries=entries, out=str(tmp_path), supervised=True)
 
 
-@pytest.fixture
-def mute() -> Iterator[ForkServerProcess]:
-    """Yield a process as the agent starts them, which has not said a word."""
+@contextlib.contextmanager
+def forked() -> Iterator[int]:
+    """Yield the number of a process as the agent starts them, which does not say a word."""
     process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
     process.start()
-    yield process
+    assert process.pid is not None
+    yield process.pid
     process.kill()
     process.join()
 
 
 def test_the_case_under_way_is_that_of_the_ranks_furthest_behind(job: Job) -> None:
-    watch = Watch(job)
+    watch = Watch(job, Agent(job))
     watch.look()
     assert watch.current is None
     for rank, case_index in enumerate((2, 1)):
@@ -75,7 +77,7 @@ def test_a_host_is_lost_in_the_case_that_this_node_is_in(job: Job, monkeypatch: 
     crumbs.mark("agree")
     crumbs.close()
     write_position(crumb_path(Path(job.out), 1), Position(0, 0, 1, time.monotonic_ns(), 0, 1))
-    watch = Watch(job, cast("Hub", OneHostLost()))
+    watch = Watch(job, Agent(job), cast("Hub", OneHostLost()))
     monkeypatch.setattr(watch, "kill", lambda: None)  # rank 0 is this process
     watch.look()
     assert watch.ending is not None
@@ -83,12 +85,14 @@ def test_a_host_is_lost_in_the_case_that_this_node_is_in(job: Job, monkeypatch: 
     assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in watch.ending.reasons[0].message
 
 
-def test_a_rank_that_has_not_said_a_word_is_killed_too(job: Job, mute: ForkServerProcess) -> None:
-    assert mute.pid is not None
-    watch = Watch(job)
-    watch.kill()
-    mute.join(10)
-    assert not is_alive(mute.pid)
+def test_a_rank_that_has_not_said_a_word_is_killed_too_and_nobody_else(job: Job) -> None:
+    with forked() as other:
+        agent = Agent(job)
+        with forked() as mute:
+            watch = Watch(job, agent)
+            watch.kill()
+            assert wait_until(lambda: not is_alive(mute), 10)
+        assert is_alive(other)
     assert watch.killed == {0, 1}
 
 
