@@ -19,7 +19,7 @@ test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
 	@scripts/test $(ARGS)
 
 test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge
-	@DISTBENCH_CLUSTER=1 scripts/test tests/cluster $(ARGS)
+	@DISTBENCH_CLUSTER=1 TEST_WORKERS=0 scripts/test tests/cluster $(ARGS)
 
 check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, shell
 	@scripts/check
