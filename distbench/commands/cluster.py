@@ -17,7 +17,7 @@ from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
 from distbench.cluster.plan import STEPS, Round, Step
 from distbench.cluster.trials import Settings, check_shared, run_round
 from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
-from distbench.commands.options import add_report, report_writers
+from distbench.commands.options import DEFAULT_OUT, add_report, report_writers
 from distbench.errors import InvalidCase
 from distbench.export import write_reports
 from distbench.locks import hold
@@ -58,7 +58,12 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--nproc", type=whole(1, MOST_RANKS), metavar="N", default=8, help="ranks on each node (default: %(default)s)"
     )
-    command.add_argument("--out", metavar="DIR", default="distbench-out", help="folder that all nodes see")
+    command.add_argument(
+        "--out",
+        metavar="DIR",
+        default=f"{DEFAULT_OUT}/cluster",
+        help="folder that all nodes see (default: %(default)s)",
+    )
     command.add_argument(
         "--port", type=whole(1, _MOST_PORTS - 1), metavar="P", default=29500, help="first port (default: %(default)s)"
     )

@@ -37,7 +37,7 @@ from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer
 
 _CASE_DEST = "case_"
-_DEFAULT_OUT = "distbench-out"
+DEFAULT_OUT = "distbench-out"
 _NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 
@@ -79,8 +79,9 @@ def _prepare(spread: Spread | None) -> None:
 
 
 def add_folder(command: Any) -> None:
-    """Add the options of whatever writes results: folder, lock."""
-    command.add_argument("--out", metavar="DIR", default=_DEFAULT_OUT, help="folder for results (default: %(default)s)")
+    """Add the options of whatever writes results: a folder, by default one of the command's own, and its lock."""
+    own = f"{DEFAULT_OUT}/{command.prog.split()[-1]}"
+    command.add_argument("--out", metavar="DIR", default=own, help="folder for results (default: %(default)s)")
     add_lock_timeout(command)
 
 

@@ -13,6 +13,7 @@ from distbench.commands.compare import add_baseline, check_baseline, judge_basel
 from distbench.commands.nodes import add_nodes, other_nodes
 from distbench.commands.numbers import whole
 from distbench.commands.options import (
+    DEFAULT_OUT,
     add_case_options,
     add_launch,
     add_report,
@@ -42,6 +43,7 @@ from distbench.suite_files import builtin_suites
 Writers = dict[Path, Writer]
 
 _DEFAULT_RANKS = 8
+_OWN_OUT = f"{DEFAULT_OUT}/NAME"
 
 
 def add(commands: Any) -> None:
@@ -55,6 +57,7 @@ def add(commands: Any) -> None:
     suite.set_defaults(command=_suite)
     suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
     add_launch(suite)
+    suite.set_defaults(out=_OWN_OUT)
     add_nodes(suite)
     suite.add_argument(
         "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
@@ -71,6 +74,8 @@ def add(commands: Any) -> None:
 
 
 def _suite(options: argparse.Namespace) -> int:
+    if options.out == _OWN_OUT:
+        options.out = f"{DEFAULT_OUT}/{Path(options.suite).stem}"
     followed = follow_node_0(options)
     if followed is not None:
         return followed

@@ -13,6 +13,7 @@ from distbench.transport.base import poison_
 
 # Where a field of a row starts, and what a row's length is a multiple of: whole transactions of a device's memory.
 _FIELD_BYTES, _ROW_BYTES = 16, 128
+_TELLING_COLUMNS = 8
 
 
 class Lane(NamedTuple):
@@ -141,9 +142,9 @@ class Room:
         return kept
 
     def poison(self, rows: int) -> None:
-        """Poison the first `rows` rows."""
+        """Poison the first columns of the first `rows` rows: enough to tell a row that has not arrived since."""
         if self._kept is not None:
-            poison_(self._kept[:rows])
+            poison_(self._kept[:rows, :_TELLING_COLUMNS])
 
 
 def words(rows: Tensor) -> Tensor:
