@@ -9,20 +9,22 @@ from __future__ import annotations
 import os
 import sys
 
-from distbench.signals import Interrupted, raise_signals
+from distbench.signals import Interrupted, leave, leave_by_signals, raise_signals
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    try:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise_signals()
-        from distbench.cli import main as run_command  # noqa: PLC0415 - see above
+    started_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not started_by_torchrun:
+        leave_by_signals()
+    from distbench.cli import main as run_command  # noqa: PLC0415 - see above
 
+    try:
+        if not started_by_torchrun:
+            raise_signals()
         code = run_command()
     except Interrupted as error:
-        sys.stderr.write(f"distbench: INTERRUPTED: {error}, before anything had begun\n")
-        code = error.exit_code
+        leave(error)
     sys.exit(code)
 
 
