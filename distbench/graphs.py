@@ -18,7 +18,9 @@ from distbench.experts.selection import KernelChoice
 from distbench.layer import ExpertWeights, run_experts
 from distbench.truncation import ExpertInput
 from distbench.values import one_line
-from distbench.verify.bitwise import integer_view
+from distbench.verify.bitwise import differing, integer_view
+from distbench.verify.nearness import row_errors
+from distbench.verify.records import Replay
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
@@ -129,13 +131,19 @@ def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> tuple[tor
     return graph, output
 
 
-def replay_others(
-    experts: GraphedExperts, given: ExpertInput, weights: ExpertWeights, workload: Workload, rank: int
-) -> list[tuple[int, int]]:
-    """Replay the graph of `given` with other tokens and live-row counts: (live rows, wrong rows) of each replay.
+def replay_others(  # noqa: PLR0913 - the experts, what they are called with, and how it is judged
+    experts: GraphedExperts,
+    given: ExpertInput,
+    weights: ExpertWeights,
+    workload: Workload,
+    rank: int,
+    allowed: float = 0.0,
+) -> list[Replay]:
+    """Replay the graph of `given` with other tokens and live-row counts.
 
     The buffers that `given` is a view of are overwritten; `num_local_tokens` is put back. Wrong is what differs from
-    the oracle by a bit; where inputs have none, from the same experts run without a graph.
+    the oracle by a bit; where inputs have none, from the same experts run without a graph: by a bit, or, where
+    `allowed` is above 0, by more than that share of a row's largest magnitude.
     """
     live = given.num_local_tokens.clone()
     found = []
@@ -151,7 +159,12 @@ def replay_others(
         expected = workload.expected_rows(rank, fresh)
         if expected is None:
             expected = run_experts(experts.inner, given, weights)[:count]
-        wrong = int((integer_view(rows) != integer_view(expected)).any(1).sum())
-        found.append((count, wrong))
+        found.append(_compared(rows, expected, allowed))
     given.num_local_tokens.copy_(live)
     return found
+
+
+def _compared(rows: Tensor, expected: Tensor, allowed: float) -> Replay:
+    other = differing(rows, expected).any(1)
+    near = row_errors(rows, expected) <= allowed if allowed else torch.zeros_like(other)
+    return Replay(live=len(rows), wrong=int((other & ~near).sum()), near=int((other & near).sum()))

@@ -14,6 +14,7 @@ from distbench.case import Case
 from distbench.samples import median_error
 from distbench.session import Session
 from distbench.verify.bitwise import compare_rows
+from distbench.verify.nearness import relative_error
 from distbench.verify.records import Timed
 
 STAGES = ("dispatch", "truncate", "experts", "combine")
@@ -113,6 +114,7 @@ class Timer:
             },
             layer_us=[round(row[-1], 2) for row in mine],
             last=compare_rows(output, checked),
+            drift=relative_error(output, checked),
             peak_device_bytes=torch.cuda.max_memory_allocated() if self._on_device else None,
         )
 

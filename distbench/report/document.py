@@ -25,6 +25,7 @@ from distbench.verify.records import (
     Outcome,
     Question,
     Reason,
+    Replay,
     RowComparison,
 )
 
@@ -65,7 +66,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, Any]
     layer_us: dict[str, list[float]] = {}
     device_state: DeviceState | None = None
-    replays: list[tuple[int, int]] = []
+    replays: list[Replay] = []
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
