@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +29,24 @@ _FRESH_TOKENS = 1 << 26
 _MOST_FRESH = 4096
 
 
+class _Captured(NamedTuple):
+    """A graph and its output; bytes that the capture left allocated, and those that it had allocated besides.
+
+    The latter stay the graph's own, and count as free between replays.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+    kept: int
+    workspace: int
+
+
 class GraphedExperts:
     """An `Experts` that captures each call of another one, by rows and addresses, and replays it from then on."""
 
     def __init__(self, inner: Experts) -> None:
         self.inner = inner
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
@@ -80,9 +93,18 @@ class GraphedExperts:
                 )
 
             self._graphs[key] = _captured(call, num_local_tokens)
-        graph, output = self._graphs[key]
-        graph.replay()
-        return output
+        captured = self._graphs[key]
+        captured.graph.replay()
+        return captured.output
+
+    def uncounted_bytes(self, rows: int) -> int:
+        """Return what calls with `rows` rows take on the device beyond what torch counts as allocated meanwhile.
+
+        That is what their graphs write besides the output, less what is left of the captures of other calls.
+        """
+        mine = [captured.workspace for key, captured in self._graphs.items() if key[0] == rows]
+        others = [captured.kept for key, captured in self._graphs.items() if key[0] != rows]
+        return sum(mine) - sum(others)
 
 
 def prove_capture(experts: Experts, weights: ExpertWeights, like: TokenBatch, rows: int) -> None:
@@ -108,27 +130,51 @@ def _zeros(like: Tensor, rows: int) -> Tensor:
     return made
 
 
-def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> _Captured:
     """Capture `call` with no live row, so that every replay has other counts than the capture."""
     live = num_local_tokens.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()  # compiles and allocates what a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    num_local_tokens.zero_()
     try:
-        with torch.cuda.stream(stream):
-            call()  # compiles and allocates what a capture may not
-        torch.cuda.current_stream().wait_stream(stream)
-        num_local_tokens.zero_()
+        return _capture(call)
+    finally:
+        num_local_tokens.copy_(live)
+
+
+def _capture(call: Callable[[], Tensor]) -> _Captured:
+    """Capture `call`, and refuse what no capture allows; any other error is raised as it is."""
+    graph = torch.cuda.CUDAGraph()
+    first: Exception | None = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
         with torch.cuda.graph(graph):
-            output = call()
-    except (RuntimeError, torch.AcceleratorError) as error:
+            try:
+                output = call()
+            except Exception as error:  # the end of a capture may raise over it
+                first = error
+                raise
+    except RuntimeError as error:
+        cause = first or error
+        if not _is_forbidden(cause):
+            raise cause from None
         message = (
-            f"graph: the experts cannot be captured ({one_line(error)}); a host read of a device value or a "
+            f"graph: the experts cannot be captured ({one_line(cause)}); a host read of a device value or a "
             "synchronisation among them forbids it: run without --graph"
         )
-        raise Unsupported(message) from error
-    num_local_tokens.copy_(live)
-    return graph, output
+        raise Unsupported(message) from cause
+    after = torch.cuda.memory_allocated()
+    return _Captured(graph, output, after - before, torch.cuda.max_memory_allocated() - after)
+
+
+def _is_forbidden(error: Exception) -> bool:
+    """Whether an error is one of capturing: of cudaErrorStreamCapture..., hipErrorStreamCapture..., or torch's own."""
+    return not isinstance(error, torch.OutOfMemoryError) and "captur" in str(error).lower()
 
 
 def replay_others(  # noqa: PLR0913 - the experts, what they are called with, and how it is judged

@@ -214,10 +214,18 @@ class Passes:
         for arm, cut in arms.items():
             session.crumbs.arm = arm
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
-            self._timed[arm] = timer.time(layer, self.outputs[arm])
+            self._timed[arm] = self._with_graphs(arm, timer.time(layer, self.outputs[arm]))
         session.crumbs.arm = ""
         if session.device.type != "cpu":
             self._device_state = device_state(session.device.index)
+
+    def _with_graphs(self, arm: str, timed: Timed) -> Timed:
+        """Return what was timed with the memory that the arm's graph holds, and without that of others."""
+        graphed, peak = self._graphed(), timed.peak_device_bytes
+        if graphed is None or peak is None:
+            return timed
+        uncounted = graphed.uncounted_bytes(self._kernels[arm]["rows"])
+        return msgspec.structs.replace(timed, peak_device_bytes=peak + uncounted)
 
     def _replay_graph(self) -> None:
         """Replay the graph of the last arm with other tokens, and note rows that come out wrong."""

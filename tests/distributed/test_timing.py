@@ -146,7 +146,7 @@ def test_no_order_of_additions_explains_it(
 def test_a_padded_kernel_that_shows_itself_when_timed_is_not_deterministic(tmp_path: Path) -> None:
     outcome = on_ranks(2, outcome_of, rounding_case(tmp_path, lambda _: "atomic", require="tolerance"))[0]
     alike = [msgspec.structs.replace(record, divergences=[]) for record in outcome.gathered.observations]
-    same = {pair: NO_DIFFERENCE for pair in outcome.gathered.comparisons}
+    same = dict.fromkeys(outcome.gathered.comparisons, NO_DIFFERENCE)
     found = judge(outcome.question, msgspec.structs.replace(outcome.gathered, observations=alike, comparisons=same))
     assert (found.verdict.value, found.reasons[0].code) == ("NONDETERMINISTIC", "timed-differs")
 
