@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distbench.arms import arms_of
-from distbench.devices import DeviceState, device_state
+from distbench.devices import DeviceState
 from distbench.experts.base import Experts, PackageUser
 from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
@@ -215,9 +215,9 @@ class Passes:
             session.crumbs.arm = arm
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
             self._timed[arm] = self._with_graphs(arm, timer.time(layer, self.outputs[arm]))
-        session.crumbs.arm = ""
         if session.device.type != "cpu":
-            self._device_state = device_state(session.device.index)
+            self._device_state = timer.state_while(layer)
+        session.crumbs.arm = ""
 
     def _with_graphs(self, arm: str, timed: Timed) -> Timed:
         """Return what was timed with the memory that the arm's graph holds, and without that of others."""

@@ -129,14 +129,16 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 
     `slowest_us[stage]` has the slowest rank of each iteration, alike on all ranks; `layer_us` is this rank's own whole
     layer. `last` compares the output of the last iteration with that of the checked pass, and `drift` is how far it is
-    from there, as a share of a token's largest magnitude, None with a NaN. `peak_device_bytes` is the most that torch
-    held on the device meanwhile, None on the CPU.
+    from there, as a share of a token's largest magnitude, None with a NaN. `flushed_bytes` were written before each
+    iteration to empty the caches, 0 where they stay warm. `peak_device_bytes` is the most that torch held on the device
+    meanwhile, None on the CPU.
     """
 
     slowest_us: dict[str, list[float]]
     layer_us: list[float]
     last: RowComparison
     drift: float | None
+    flushed_bytes: int
     peak_device_bytes: int | None
 
 
@@ -170,8 +172,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat, the first
     4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault, by its place in the
     case's list, has changed here.
-    `timed` has the arms that were timed, `device_state` the device right after. `replays` are those of a graph with
-    other tokens, of the last arm.
+    `timed` has the arms that were timed, `device_state` the device while the last of them ran on. `replays` are those
+    of the last arm's graph with other tokens.
     """
 
     rank: int

@@ -89,6 +89,7 @@ def test_both_arms_are_timed_on_all_ranks(align: str) -> None:
     assert outcome.judgement.verdict.value == "PASS"
     first, second = outcome.gathered.observations
     for arm in ("padded", "truncated"):
+        assert first.timed[arm].flushed_bytes == 256 << 20
         assert first.timed[arm].slowest_us == second.timed[arm].slowest_us
         layer = first.timed[arm].slowest_us["layer"]
         assert layer == [max(pair) for pair in zip(first.timed[arm].layer_us, second.timed[arm].layer_us, strict=True)]
