@@ -103,3 +103,4 @@ def test_gaussian_replays_that_no_order_explains(tmp_path: Path, mode: Callable[
     assert outcome.judgement.verdict.value == "CORRUPT"
     assert wrong_and_near(outcome)[0] == 1
     assert "graph replay with 1 other live rows" in outcome.judgement.reasons[0].message
+    assert outcome.diagnosis[0].ranks == [1]
