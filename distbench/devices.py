@@ -26,7 +26,7 @@ _SLOW_SHARE = 0.9
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
-    """A device right after it was timed; None and empty where nothing here could tell.
+    """A device that runs what was timed; None and empty where nothing here could tell.
 
     `clock_mhz` and `max_clock_mhz` are those of the compute units, `processes` counts those that hold memory on it.
     """
@@ -131,6 +131,8 @@ def device_state(index: int) -> DeviceState:
     import torch  # noqa: PLC0415 - ranks have it
 
     name = torch.cuda.get_device_name(index)
+    if torch.version.hip:
+        return _rocm_state(name, index)
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
     fields = "clocks.sm,clocks.max.sm,pstate,power.draw,temperature.gpu,clocks_throttle_reasons.active"
     device = f"GPU-{uuid}" if uuid else ""
@@ -148,6 +150,21 @@ def device_state(index: int) -> DeviceState:
         throttled=_throttled(reasons),
         processes=len(_smi("--query-compute-apps=pid", device)),
     )
+
+
+def _rocm_state(name: str, index: int) -> DeviceState:
+    """Return what torch has of amdsmi, where that is installed: clock in MHz, degrees Celsius, watts; 0 for unknown."""
+    import torch  # noqa: PLC0415 - ranks have it
+
+    found = []
+    for ask in (torch.cuda.clock_rate, torch.cuda.temperature, torch.cuda.power_draw):
+        value = None
+        with contextlib.suppress(Exception):  # ModuleNotFoundError, RuntimeError, or one of amdsmi's own
+            value = int(ask(index)) or None
+        found.append(value)
+    clock, celsius, watts = found
+    most = getattr(torch.cuda.get_device_properties(index), "clock_rate", 0) // 1000
+    return DeviceState(name=name, clock_mhz=clock, max_clock_mhz=most or None, power_watts=watts, celsius=celsius)
 
 
 def free_device_bytes(held: Sequence[str]) -> int | None:

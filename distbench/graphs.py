@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from distbench.experts.selection import KernelChoice
 from distbench.layer import ExpertWeights, run_experts
 from distbench.truncation import ExpertInput
 from distbench.values import one_line
-from distbench.verify.bitwise import integer_view
+from distbench.verify.bitwise import differing, integer_view
+from distbench.verify.nearness import row_errors
+from distbench.verify.records import Replay
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
@@ -26,12 +29,24 @@ _FRESH_TOKENS = 1 << 26
 _MOST_FRESH = 4096
 
 
+class _Captured(NamedTuple):
+    """A graph and its output; bytes that the capture left allocated, and those that it had allocated besides.
+
+    The latter stay the graph's own, and count as free between replays.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    output: Tensor
+    kept: int
+    workspace: int
+
+
 class GraphedExperts:
     """An `Experts` that captures each call of another one, by rows and addresses, and replays it from then on."""
 
     def __init__(self, inner: Experts) -> None:
         self.inner = inner
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[tuple[int, ...], _Captured] = {}
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
@@ -78,9 +93,18 @@ class GraphedExperts:
                 )
 
             self._graphs[key] = _captured(call, num_local_tokens)
-        graph, output = self._graphs[key]
-        graph.replay()
-        return output
+        captured = self._graphs[key]
+        captured.graph.replay()
+        return captured.output
+
+    def uncounted_bytes(self, rows: int) -> int:
+        """Return what calls with `rows` rows take on the device beyond what torch counts as allocated meanwhile.
+
+        That is what their graphs write besides the output, less what is left of the captures of other calls.
+        """
+        mine = [captured.workspace for key, captured in self._graphs.items() if key[0] == rows]
+        others = [captured.kept for key, captured in self._graphs.items() if key[0] != rows]
+        return sum(mine) - sum(others)
 
 
 def prove_capture(experts: Experts, weights: ExpertWeights, like: TokenBatch, rows: int) -> None:
@@ -106,36 +130,66 @@ def _zeros(like: Tensor, rows: int) -> Tensor:
     return made
 
 
-def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> _Captured:
     """Capture `call` with no live row, so that every replay has other counts than the capture."""
     live = num_local_tokens.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        call()  # compiles and allocates what a capture may not
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    num_local_tokens.zero_()
     try:
-        with torch.cuda.stream(stream):
-            call()  # compiles and allocates what a capture may not
-        torch.cuda.current_stream().wait_stream(stream)
-        num_local_tokens.zero_()
+        return _capture(call)
+    finally:
+        num_local_tokens.copy_(live)
+
+
+def _capture(call: Callable[[], Tensor]) -> _Captured:
+    """Capture `call`, and refuse what no capture allows; any other error is raised as it is."""
+    graph = torch.cuda.CUDAGraph()
+    first: Exception | None = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
         with torch.cuda.graph(graph):
-            output = call()
-    except (RuntimeError, torch.AcceleratorError) as error:
+            try:
+                output = call()
+            except Exception as error:  # the end of a capture may raise over it
+                first = error
+                raise
+    except RuntimeError as error:
+        cause = first or error
+        if not _is_forbidden(cause):
+            raise cause from None
         message = (
-            f"graph: the experts cannot be captured ({one_line(error)}); a host read of a device value or a "
+            f"graph: the experts cannot be captured ({one_line(cause)}); a host read of a device value or a "
             "synchronisation among them forbids it: run without --graph"
         )
-        raise Unsupported(message) from error
-    num_local_tokens.copy_(live)
-    return graph, output
+        raise Unsupported(message) from cause
+    after = torch.cuda.memory_allocated()
+    return _Captured(graph, output, after - before, torch.cuda.max_memory_allocated() - after)
 
 
-def replay_others(
-    experts: GraphedExperts, given: ExpertInput, weights: ExpertWeights, workload: Workload, rank: int
-) -> list[tuple[int, int]]:
-    """Replay the graph of `given` with other tokens and live-row counts: (live rows, wrong rows) of each replay.
+def _is_forbidden(error: Exception) -> bool:
+    """Whether an error is one of capturing: of cudaErrorStreamCapture..., hipErrorStreamCapture..., or torch's own."""
+    return not isinstance(error, torch.OutOfMemoryError) and "captur" in str(error).lower()
+
+
+def replay_others(  # noqa: PLR0913 - the experts, what they are called with, and how it is judged
+    experts: GraphedExperts,
+    given: ExpertInput,
+    weights: ExpertWeights,
+    workload: Workload,
+    rank: int,
+    allowed: float = 0.0,
+) -> list[Replay]:
+    """Replay the graph of `given` with other tokens and live-row counts.
 
     The buffers that `given` is a view of are overwritten; `num_local_tokens` is put back. Wrong is what differs from
-    the oracle by a bit; where inputs have none, from the same experts run without a graph.
+    the oracle by a bit; where inputs have none, from the same experts run without a graph: by a bit, or, where
+    `allowed` is above 0, by more than that share of a row's largest magnitude.
     """
     live = given.num_local_tokens.clone()
     found = []
@@ -151,7 +205,12 @@ def replay_others(
         expected = workload.expected_rows(rank, fresh)
         if expected is None:
             expected = run_experts(experts.inner, given, weights)[:count]
-        wrong = int((integer_view(rows) != integer_view(expected)).any(1).sum())
-        found.append((count, wrong))
+        found.append(_compared(rows, expected, allowed))
     given.num_local_tokens.copy_(live)
     return found
+
+
+def _compared(rows: Tensor, expected: Tensor, allowed: float) -> Replay:
+    other = differing(rows, expected).any(1)
+    near = row_errors(rows, expected) <= allowed if allowed else torch.zeros_like(other)
+    return Replay(live=len(rows), wrong=int((other & ~near).sum()), near=int((other & near).sum()))

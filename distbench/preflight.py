@@ -20,6 +20,7 @@ from distbench.experts.aiter.package import check_available
 from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.job import Entry
+from distbench.limits import Traffic, resolve_limit
 from distbench.resolve import check_fit
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
@@ -200,15 +201,31 @@ def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available
 def device_bytes(case: Case) -> int:
     """Return what a rank of a case takes on its device at least: weights, buffers, routed rows, and the CUDA context.
 
-    The Triton experts hold an activation and an output for each of R x top-k routes, and float8 weights besides.
+    The Triton experts hold an activation and an output for each of R x top-k routes, and float8 weights besides. Of a
+    graph each number of rows has such memory of its own, and its output.
     """
     elements = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size
     triton = case.experts == "triton"
     weights = elements * (3 if triton and case.dispatch_dtype == "fp8" else 2)
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + 8 * case.topk
     buffers = case.capacity * (payload + case.hidden_size * 2)
-    routes = case.capacity * case.topk * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
-    return weights + buffers + routes + _CONTEXT_BYTES
+    routes = case.topk * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
+    cut = _least_cut(case) if case.graph else 0
+    return weights + buffers + case.capacity * routes + cut * (routes + case.hidden_size * 2) + _CONTEXT_BYTES
+
+
+def _least_cut(case: Case) -> int:
+    """Return the rows that a cut keeps at least where one is sure to run, 0 where none is another graph's.
+
+    Each token goes to one rank or more, so that the fullest receives no fewer than all tokens over all ranks.
+    """
+    limit = "sum32" if case.limit == "off" and case.recv_bound else case.limit
+    total = sum(case.tokens)
+    if limit == "off" or "max-recv-" in limit or not total:
+        return 0
+    rows = resolve_limit(limit, Traffic(case.tokens, (-(-total // case.ep_size),), case.capacity)) or 0
+    refused = limit.isdigit() and rows < total and case.policy == "strict"
+    return rows if rows < case.capacity and not refused else 0
 
 
 def available_bytes() -> int:

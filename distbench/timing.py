@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.case import Case
+from distbench.devices import DeviceState, device_state
 from distbench.samples import median_error
 from distbench.session import Session
 from distbench.verify.bitwise import compare_rows
+from distbench.verify.nearness import relative_error
 from distbench.verify.records import Timed
 
 STAGES = ("dispatch", "truncate", "experts", "combine")
@@ -23,6 +26,7 @@ _CHUNK = 20
 _LEAST = 20
 _CPU_CACHE_BYTES = 64 << 20
 _FLUSHED_L2S = 4
+_ROCM_FLUSHED_BYTES = 1 << 30
 
 Layer = Callable[[Callable[[str], None]], Tensor]
 
@@ -81,7 +85,7 @@ class Timer:
         self._session = session
         self._case = case
         self._on_device = session.device.type != "cpu"
-        self._cold = _scratch(session.device) if case.flush_l2 else None
+        self._cold = flushing_memory(session.device) if case.flush_l2 else None
         self._aligner = torch.zeros(1, device=session.device)
 
     def time(self, layer: Layer, checked: Tensor) -> Timed:
@@ -113,8 +117,23 @@ class Timer:
             },
             layer_us=[round(row[-1], 2) for row in mine],
             last=compare_rows(output, checked),
+            drift=relative_error(output, checked),
+            flushed_bytes=0 if self._cold is None else self._cold.nbytes,
             peak_device_bytes=torch.cuda.max_memory_allocated() if self._on_device else None,
         )
+
+    def state_while(self, layer: Layer) -> DeviceState:
+        """Return what this rank's device tells of itself while `layer` runs on, untimed: idle it would not show.
+
+        Collective: all ranks run on until the last one's device has answered.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(device_state, self._session.device.index)
+            while self._session.on_any_rank(value=not asked.done()):
+                for _ in range(_CHUNK):
+                    self._session.crumbs.mark("timing")
+                    layer(_ignore)
+            return asked.result()
 
     def _iterate(self, layer: Layer) -> tuple[Tensor, _Laps]:
         self._session.crumbs.mark("timing")
@@ -134,12 +153,18 @@ class Timer:
         return error is not None and error <= self._case.median_error
 
 
-def _scratch(device: torch.device) -> Tensor:
-    """Return memory that is several times the last cache: written whole, it leaves nothing else there."""
+def flushing_memory(device: torch.device) -> Tensor:
+    """Return memory that is several times the last cache: written whole, it leaves nothing else there.
+
+    Of the caches ROCm tells that of one die only: an MI300X has 4 MiB on each of eight, and 256 MiB behind them.
+    """
     size = _CPU_CACHE_BYTES
     if device.type != "cpu":
         size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or size
-    return torch.empty(size * _FLUSHED_L2S, dtype=torch.uint8, device=device)
+    written = size * _FLUSHED_L2S
+    if device.type != "cpu" and torch.version.hip:
+        written = max(written, _ROCM_FLUSHED_BYTES)
+    return torch.empty(written, dtype=torch.uint8, device=device)
 
 
 def _ignore(_: str) -> None:

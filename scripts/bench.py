@@ -66,7 +66,7 @@ def main() -> int:
         samples = sample_memory(commands["default"])
         seconds = measure_times(commands, options.runs)
     for name, values in seconds.items():
-        print(_summary(name, values))
+        print(summary(name, values))
     checks = _checks(seconds, samples)
     print("\n".join(map(str, checks)))
     if options.json:
@@ -173,7 +173,8 @@ def _checks(seconds: dict[str, list[float]], samples: list[Memory]) -> list[Chec
     return times + [Check(f"peak {name} of all ranks", peak / 2**30, bound, " GiB") for name, peak in peaks.items()]
 
 
-def _summary(name: str, values: list[float]) -> str:
+def summary(name: str, values: list[float]) -> str:
+    """Return one line: median, least and most seconds of a command."""
     low, high = min(values), max(values)
     return f"{name:8} median {statistics.median(values):6.2f} s   min {low:6.2f} s   max {high:6.2f} s"
 

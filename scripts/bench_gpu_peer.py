@@ -31,6 +31,11 @@ class GroupedPeer:
         self._number = torch.arange(self._routes, device=batch.ids.device)
         self._live = torch.tensor([batch.ids.shape[0]], dtype=torch.int32, device=batch.ids.device)
 
+    def device_bytes(self) -> int:
+        """Return about what a call takes of the device: places times three rows of H and four of I, bf16."""
+        _, double, hidden = self._local.w1.shape
+        return self._routes * (3 * hidden + 2 * double) * 2
+
     def __call__(self) -> Tensor:
         """Return the weighted sum of each row's local experts, bf16 [M, H]."""
         from distbench.experts.triton.launch import Rows, Weights, sort  # noqa: PLC0415 - loads Triton

@@ -1,22 +1,23 @@
 """Dispatch and combine of the collective transport against a bare all_to_all_single of the same bytes.
 
-Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. On a device the
-bound is held against the device's time, by events between calls that are all launched beforehand, as they are where a
-layer runs behind others; the time with launches, from an idle device to an idle device, stands beside it. On the CPU
-the figures are those of gloo on one machine, and only check the harness.
+Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. Ours and bare
+take turns, and each call is timed by itself after an all_reduce. On a device the bound is held against the device's
+time, by events around a call that is launched beforehand, as it is where a layer runs behind others; the time with
+launches, from an idle device to an idle device, stands beside it. On the CPU the figures are those of gloo on one
+machine, and only check the harness.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,11 +32,19 @@ from distbench.workload.routing import recv_counts
 
 BOUND = 1.5
 WARMUP, ITERATIONS = 10, 100
-STEPS = ("dispatch", "combine")
 BUSY_CYCLES = 4_000_000  # some 2 ms
 TIMEOUT_S = 120.0
 
-Work = Callable[[Callable[[], None]], None]
+Work = Callable[[], object]
+Clock = Callable[[Session, Work], float]
+
+
+class Step(NamedTuple):
+    """What is timed beside what, on the same bytes."""
+
+    name: str
+    ours: Work
+    bare: Work
 
 
 def main() -> int:
@@ -66,28 +75,27 @@ def _measure(session: Session, case: Case) -> bool:
     output = transport.dispatch(batch).hidden.clone()
     transport.combine(output, batch.ids)
 
-    def both(mark: Callable[[], None]) -> None:
-        mark()
-        transport.dispatch(batch)
-        mark()
-        transport.combine(output, batch.ids)
-        mark()
-
-    bare = [
-        _bare(session, counts, transport.facts["row_bytes"]),
-        _bare(session, counts.t(), case.hidden_size * 2),
+    steps = [
+        Step(
+            "dispatch",
+            partial(transport.dispatch, batch),
+            _bare(session, counts, transport.facts["row_bytes"]),
+        ),
+        Step(
+            "combine",
+            partial(transport.combine, output, batch.ids),
+            _bare(session, counts.t(), case.hidden_size * 2),
+        ),
     ]
-    clocks: list[type[Clock]] = [HostClock] if session.device.type == "cpu" else [DeviceClock, HostClock]
+    clocks = CLOCKS if session.device.type != "cpu" else {"host time": host_us}
     passed = True
-    for clock in clocks:
-        ours = [statistics.median(lap) for lap in zip(*_repeat(session, both, clock), strict=True)]
-        theirs = [statistics.median(lap[0] for lap in _repeat(session, one, clock)) for one in bare]
-        bound = BOUND if clock is clocks[0] else math.inf
-        passed &= max(mine / other for mine, other in zip(ours, theirs, strict=True)) <= bound
-        if session.rank == 0:
-            for step, mine, other in zip(STEPS, ours, theirs, strict=True):
+    for number, (basis, clock) in enumerate(clocks.items()):
+        bound = math.inf if number else BOUND
+        for step, (ours, bare) in zip(steps, _medians(session, steps, clock), strict=True):
+            passed &= ours / bare <= bound
+            if session.rank == 0:
                 print(f"{session.device} x{session.world_size}, {case.tokens[0]} tokens a rank, "
-                      f"{step}: {_verdict(mine, other, bound)}, {clock.basis}")  # fmt: skip
+                      f"{step.name}: {_verdict(ours, bare, bound)}, {basis}")  # fmt: skip
     return passed
 
 
@@ -102,85 +110,64 @@ def _bare(session: Session, counts: torch.Tensor, row: int) -> Work:
     outgoing = torch.zeros(sum(sent), row, dtype=torch.uint8, device=session.device)
     incoming = outgoing.new_empty(sum(received), row)
 
-    def exchange(mark: Callable[[], None]) -> None:
-        mark()
-        dist.all_to_all_single(incoming, outgoing, received, sent, group=session.group)
-        mark()
-
-    return exchange
+    return partial(dist.all_to_all_single, incoming, outgoing, received, sent, group=session.group)
 
 
-class Clock(Protocol):
-    """Takes moments of one iteration."""
+def device_us(session: Session, work: Work) -> float:
+    """Return the device's time for `work`; the device is kept busy until all is launched.
 
-    basis: str
-
-    def __init__(self, session: Session) -> None:
-        """Begin together with the other ranks."""
-
-    def mark(self) -> None:
-        """Take a moment."""
-
-    def laps(self) -> list[float]:
-        """Return the microseconds between the moments."""
-
-
-class HostClock:
-    """The host's time, the device idle at each moment."""
-
-    basis = "host time"
-
-    def __init__(self, session: Session) -> None:
-        self._on_device = session.device.type != "cpu"
-        self._moments: list[float] = []
-        dist.barrier(group=session.group)
-
-    def mark(self) -> None:
-        """See `Clock.mark`."""
-        if self._on_device:
-            torch.cuda.synchronize()
-        self._moments.append(time.perf_counter() * 1e6)
-
-    def laps(self) -> list[float]:
-        """See `Clock.laps`."""
-        return [after - before for before, after in itertools.pairwise(self._moments)]
+    The wait is in clock cycles, and clocks differ, so that ranks meet after it: only the all_reduce lets them start
+    together.
+    """
+    aligner = torch.zeros(1, device=session.device)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(BUSY_CYCLES)  # noqa: SLF001 - torch has no other kernel that takes its time
+    dist.all_reduce(aligner, group=session.group)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) * 1000
 
 
-class DeviceClock:
-    """The device's time; it is kept busy until all calls are launched."""
-
-    basis = "device time"
-
-    def __init__(self, session: Session) -> None:
-        self._events: list[torch.cuda.Event] = []
-        dist.all_reduce(torch.zeros(1, device=session.device), group=session.group)
-        torch.cuda._sleep(BUSY_CYCLES)  # noqa: SLF001 - torch has no other kernel that takes its time
-
-    def mark(self) -> None:
-        """See `Clock.mark`."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
-
-    def laps(self) -> list[float]:
-        """See `Clock.laps`."""
-        self._events[-1].synchronize()
-        return [before.elapsed_time(after) * 1000 for before, after in itertools.pairwise(self._events)]
+def host_us(session: Session, work: Work) -> float:
+    """Return the host's time for `work`, from an idle device to an idle device."""
+    dist.barrier(group=session.group)
+    _wait(session)
+    begin = time.perf_counter()
+    work()
+    _wait(session)
+    return (time.perf_counter() - begin) * 1e6
 
 
-def _repeat(session: Session, work: Work, make: type[Clock]) -> list[list[float]]:
-    """Return the slowest rank's microseconds of each part of each iteration."""
-    table = []
-    for iteration in range(WARMUP + ITERATIONS):
-        clock = make(session)
-        work(clock.mark)
-        laps = clock.laps()
-        if iteration >= WARMUP:
-            table.append(laps)
-    slowest = torch.tensor(table, dtype=torch.float64)
+def _wait(session: Session) -> None:
+    if session.device.type != "cpu":
+        torch.cuda.synchronize()
+
+
+CLOCKS: dict[str, Clock] = {"device time": device_us, "host time": host_us}
+
+
+def _medians(session: Session, steps: list[Step], clock: Clock) -> list[tuple[float, float]]:
+    """Return medians over iterations of the slowest rank's microseconds: of each step, ours and bare."""
+    table = [_iteration(session, steps, clock, number) for number in range(WARMUP + ITERATIONS)]
+    slowest = torch.tensor(table[WARMUP:], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=session.group)
-    rows: list[list[float]] = slowest.tolist()
-    return rows
+    columns: list[list[float]] = slowest.t().tolist()
+    medians = [statistics.median(column) for column in columns]
+    return list(zip(medians[::2], medians[1::2], strict=True))
+
+
+def _iteration(session: Session, steps: list[Step], clock: Clock, number: int) -> list[float]:
+    """Time ours and bare of each step, bare first in every other iteration."""
+    found = []
+    for step in steps:
+        if number % 2:
+            bare = clock(session, step.bare)
+            found += [clock(session, step.ours), bare]
+        else:
+            found += [clock(session, step.ours), clock(session, step.bare)]
+    return found
 
 
 if __name__ == "__main__":

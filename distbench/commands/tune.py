@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     tune.add_argument("--stage2", choices=("reduce", "atomic"), default="reduce", help="sum (default: %(default)s)")
     tune.add_argument("--buckets", default=_BUCKETS, metavar="ROWS", help="row counts (default: 1,2,4,...,32768)")
     tune.add_argument(
-        "--processes", type=processes, default=os.cpu_count() or 1, metavar="N", help="compilers side by side"
+        "--processes", type=processes, default=os.cpu_count() or 1, metavar="N", help="compilers side by side, at most"
     )
     tune.add_argument("--table", metavar="FILE", default="", help="the table (default: its own name, here)")
 
@@ -58,12 +58,23 @@ def _tune(options: argparse.Namespace) -> int:
         if msgspec.structs.replace(known, rows=[]) != table:
             message = f"table {path}: made for another layer, device or version; name another file, or remove it"
             raise InvalidCase(message)
+        _refuse_other_modes(known, path, options.stage2)
         table = known
     missing = [bucket for bucket in buckets if bucket not in {row.bucket for row in table.rows}]
     if missing:
         table = _fill(table, shape, missing, options, path)
     print_line(f"{path}: {len(table.rows)} buckets")
     return 0
+
+
+def _refuse_other_modes(table: Table, path: Path, stage2: str) -> None:
+    others = sorted({row.config.mode for row in table.rows} - {stage2})
+    if others:
+        message = (
+            f"table {path}: has rows whose stage 2 is {others[0]}, and --stage2 is {stage2}; name another file with "
+            "--table, or remove it"
+        )
+        raise InvalidCase(message)
 
 
 def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse.Namespace, path: Path) -> Table:

@@ -217,7 +217,7 @@ def _timing_table(report: Report) -> Table:
         if "median_error" in figures
     ]
     graph = ", experts in a CUDA graph" if method["graph"] else ""
-    return _table(f"{method['clock']}; {method['align']} start, {method['l2']} L2{graph}", columns, rows)
+    return _table(f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}", columns, rows)
 
 
 def _comparison_table(report: Report) -> Table:

@@ -25,6 +25,7 @@ from distbench.verify.records import (
     Outcome,
     Question,
     Reason,
+    Replay,
     RowComparison,
 )
 
@@ -65,7 +66,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, Any]
     layer_us: dict[str, list[float]] = {}
     device_state: DeviceState | None = None
-    replays: list[tuple[int, int]] = []
+    replays: list[Replay] = []
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -324,13 +325,14 @@ def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
     """Return how was timed, and the bytes that the fullest rank received and sent back meanwhile."""
     case = question.case
     emulated = records[0].device_state is None
+    written = max(timed.flushed_bytes for record in records for timed in record.timed.values())
     scales = case.hidden_size // 128 * 4 if case.dispatch_dtype == "fp8" else 0
     row = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + scales + 8 * case.topk
     return {
         "clock": "host, emulated: a check of the harness, no figure of a device" if emulated else "device events",
         "statistic": "slowest rank of each iteration, then min, median, p99 over iterations",
         "align": case.align,
-        "l2": "flushed" if case.flush_l2 else "warm",
+        "l2": f"flushed by {written} bytes written before each iteration" if written else "warm",
         "warmup": case.warmup,
         "graph": case.graph,
         "median_error_asked": case.median_error,

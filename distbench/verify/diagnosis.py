@@ -76,12 +76,14 @@ def lost_tokens(gathered: Gathered) -> list[Token]:
 def _roots(question: Question, gathered: Gathered) -> list[Root]:
     """Return what no earlier damage explains, over all arms; the same stage on the same rank comes once.
 
-    Other bits of a kernel that repeats itself in no bits, or of another kernel, are no damage where there is some.
+    Other bits of a kernel that repeats itself in no bits, or of another kernel, are no damage where there is some, and
+    do not stand for what is proven at their place.
     """
     roots: dict[tuple[str, tuple[int, ...]], Root] = {}
     for arm in ARMS[1:]:
         wrong = [found for record in gathered.observations for found in record.divergences if found.arm == arm]
         own = [_root_of(found) for found in wrong if found.stage != "combine" and not question.asks_for(found)]
+        own.sort(key=lambda root: not root.found.proven)
         for root in [*own, *_combine_roots([found for found in wrong if found.stage == "combine"])]:
             roots.setdefault((root.found.stage, tuple(root.ranks or root.candidates)), root)
     found = [root for root in roots.values() if not is_noise(gathered, root.found)] or list(roots.values())

@@ -128,14 +128,29 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     """The timed iterations of one arm on one rank, in microseconds.
 
     `slowest_us[stage]` has the slowest rank of each iteration, alike on all ranks; `layer_us` is this rank's own whole
-    layer. `last` compares the output of the last iteration with that of the checked pass. `peak_device_bytes` is the
-    most that torch held on the device meanwhile, None on the CPU.
+    layer. `last` compares the output of the last iteration with that of the checked pass, and `drift` is how far it is
+    from there, as a share of a token's largest magnitude, None with a NaN. `flushed_bytes` were written before each
+    iteration to empty the caches, 0 where they stay warm. `peak_device_bytes` is the most that torch held on the device
+    meanwhile, None on the CPU.
     """
 
     slowest_us: dict[str, list[float]]
     layer_us: list[float]
     last: RowComparison
+    drift: float | None
+    flushed_bytes: int
     peak_device_bytes: int | None
+
+
+class Replay(msgspec.Struct, frozen=True, array_like=True):
+    """A graph's replay with `live` rows of other tokens: rows that are wrong, and that have other bits by a rounding.
+
+    The latter are of kernels that add atomically, where inputs are not exact, and within the tolerance.
+    """
+
+    live: int
+    wrong: int
+    near: int = 0
 
 
 class Exposure(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,8 +172,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat, the first
     4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault, by its place in the
     case's list, has changed here.
-    `timed` has the arms that were timed, `device_state` the device right after. `replays` are (live rows, wrong rows)
-    of a graph's replays with other tokens.
+    `timed` has the arms that were timed, `device_state` the device while the last of them ran on. `replays` are those
+    of the last arm's graph with other tokens.
     """
 
     rank: int
@@ -184,7 +199,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, Any]
     timed: dict[str, Timed] = {}
     device_state: DeviceState | None = None
-    replays: list[tuple[int, int]] = []
+    replays: list[Replay] = []
 
 
 class Gathered(msgspec.Struct, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -82,7 +82,9 @@ def _baseline(question: Question, gathered: Gathered) -> Finding:
 
 def _nondeterministic(question: Question, gathered: Gathered) -> Finding:
     proven = any(found.proven and not question.asks_for(found) for found in _divergences(gathered, *_ARM_ORDER))
-    if question.case.numerics == "exact" or proven:
+    again = _again(question, gathered)
+    far = not question.short_ranks and not all(once.near for once in again)
+    if question.case.numerics == "exact" or proven or far:
         return Verdict.NONDETERMINISTIC, []
     kernel = gathered.observations[0].kernels["padded"]
     reasons = [
@@ -95,6 +97,7 @@ def _nondeterministic(question: Question, gathered: Gathered) -> Finding:
         for arm in _ARM_ORDER[1:]
         if _never_repeats(gathered, arm)
     ]
+    reasons += [once.reason for once in again if once.rounding and not once.other_kernel]
     return Verdict.NONDETERMINISTIC, reasons[:1]
 
 
@@ -107,11 +110,53 @@ def _never_repeats(gathered: Gathered, arm: str) -> bool:
     comparison = gathered.comparisons.get(f"padded/{arm}")
     if comparison is None or (comparison.equal and not _rows(gathered, arm)):
         return False
-    return arm == "control" or (_adds_atomically(record, arm) and not _other_kernel(record, arm))
+    return arm == "control" or (adds_atomically(record.kernels[arm]) and not _other_kernel(record, arm))
 
 
-def _adds_atomically(record: Observation, arm: str) -> bool:
-    return bool(record.kernels[arm].get("stage2_mode") == "atomic")
+def adds_atomically(kernel: dict[str, Any]) -> bool:
+    """Whether a kernel, as a record tells of it, gives other bits each time where sums are rounded."""
+    return bool(kernel.get("stage2_mode") == "atomic")
+
+
+class _Again(NamedTuple):
+    """An arm's kernel that gave other bits than before, where it ran again on one rank: timed, or in a graph's replay.
+
+    `near`: within the tolerance. `rounding`: the order of additions explains it. `other_kernel`: than the padded arm's.
+    """
+
+    reason: Reason
+    near: bool
+    rounding: bool
+    other_kernel: bool
+
+
+def _again(question: Question, gathered: Gathered) -> list[_Again]:
+    """Return what ran again and gave other bits; replays that are wrong are divergences, and not among them."""
+    found = []
+    for record in gathered.observations:
+        for arm, timed in record.timed.items():
+            if not timed.last.equal:
+                message = (
+                    f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
+                    f"{timed.last.differing_tokens} tokens"
+                )
+                near = _close(timed.drift, tolerance(question.case))
+                found.append(_once(question, record, arm, Reason(code="timed-differs", message=message), near=near))
+        rows = sum(replay.near for replay in record.replays)
+        if rows:
+            message = f"rank {record.rank}: replays of the graph differ from eager experts in {rows} rows"
+            arm = [*record.kernels][-1]
+            found.append(_once(question, record, arm, Reason(code="replay-differs", message=message), near=True))
+    return found
+
+
+def _once(question: Question, record: Observation, arm: str, reason: Reason, *, near: bool) -> _Again:
+    """Judge one of these: exact inputs, and kernels that do not add atomically, have to repeat their bits."""
+    kernel = record.kernels[arm]
+    rounding = near and question.case.numerics != "exact" and adds_atomically(kernel)
+    order = f", within tolerance: its kernel ({kernel['label']}) adds in another order each time" if rounding else ""
+    said = msgspec.structs.replace(reason, rank=record.rank, message=reason.message + order)
+    return _Again(said, near, rounding, _other_kernel(record, arm))
 
 
 def _rows(gathered: Gathered, arm: str) -> int:
@@ -144,20 +189,10 @@ def _corrupt(question: Question, gathered: Gathered) -> Finding:
     explained = _may_drift(question, gathered)
     found = [one for one in _divergences(gathered, *_ARM_ORDER[1:]) if not (explained and _is_drift(one))]
     reasons = [_diverged(one) for one in sorted(found, key=lambda one: not one.proven)]
+    reasons += [once.reason for once in _again(question, gathered) if not once.rounding]
     for pair, comparison in gathered.comparisons.items():
         if not comparison.equal and not (explained and pair in _DRIFT_PAIRS):
             reasons.append(_differs(gathered, pair))
-    reasons += [
-        Reason(
-            code="timed-differs",
-            rank=record.rank,
-            message=f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
-            f"{timed.last.differing_tokens} tokens",
-        )
-        for record in gathered.observations
-        for arm, timed in record.timed.items()
-        if not timed.last.equal
-    ]
     reasons += [
         Reason(code="disputed", rank=rank, message=f"rank {rank} and rank 0 disagree on which of its tokens differ")
         for rank in gathered.disputed
@@ -168,11 +203,11 @@ def _corrupt(question: Question, gathered: Gathered) -> Finding:
 def _drift(question: Question, gathered: Gathered) -> Finding:
     if question.case.require == "tolerance":
         return Verdict.DRIFT, []
-    return Verdict.DRIFT, _drifted(gathered)
+    return Verdict.DRIFT, _drifted(question, gathered)
 
 
 def _notes(question: Question, gathered: Gathered) -> list[Reason]:
-    notes = _drifted(gathered)
+    notes = _drifted(question, gathered)
     if question.short_ranks:
         ranks = ", ".join(str(rank) for rank in question.short_ranks)
         message = f"policy guard raised the limit of {question.limit} rows on rank {ranks}"
@@ -235,18 +270,19 @@ def _differs(gathered: Gathered, pair: str) -> Reason:
     return Reason(code="bits-differ", rank=rank, message=message)
 
 
-def _drifted(gathered: Gathered) -> list[Reason]:
-    """Say how truncated differs from padded, in tokens or only in expert rows; nothing where it does not."""
+def _drifted(question: Question, gathered: Gathered) -> list[Reason]:
+    """Say how truncated differs from padded, in tokens or only in expert rows, and where its kernel ran again."""
+    again = [once.reason for once in _again(question, gathered) if once.rounding]
     rows = _rows(gathered, "truncated")
     comparison = gathered.comparisons.get("padded/truncated")
     if not rows and (comparison is None or comparison.equal):
-        return []
+        return again
     kernels: dict[str, Any] = gathered.observations[0].kernels
     message = (
         f"no row lost, another kernel ({kernels['padded']['label']} → {kernels['truncated']['label']}), other bits in "
         f"{rows} expert rows and in {_extent(gathered, 'padded/truncated')}, within tolerance"
     )
-    return [Reason(code="kernel-drift", message=message)]
+    return [Reason(code="kernel-drift", message=message), *again]
 
 
 def _extent(gathered: Gathered, pair: str) -> str:

@@ -34,3 +34,6 @@ def test_the_triton_experts_in_a_case(tmp_path: Path, dispatch_dtype: str) -> No
     flags = ("--model", "tiny", "--device", "cuda", "--experts", "triton", "--dispatch-dtype", dispatch_dtype)
     with Bench(tmp_path / "out", "run", "--nproc", "1", *flags, "--graph") as bench:
         assert bench.finish() == 0
+        (rank,) = json.loads((bench.out / "report.json").read_text())["ranks"]
+        assert rank["replays"]
+        assert all(not wrong and not near for _, wrong, near in rank["replays"])

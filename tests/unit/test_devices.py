@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +74,38 @@ def test_this_machine_tells_its_free_memory() -> None:
     free = devices.free_device_bytes(("cuda:0",))
     assert free is not None
     assert 1 << 30 < free <= torch.cuda.get_device_properties(0).total_memory
+
+
+def refuse(_: int) -> int:
+    message = "amdsmi does not seem to be installed"
+    raise ModuleNotFoundError(message)
+
+
+@pytest.mark.parametrize(
+    ("clock", "expected"),
+    [
+        (lambda _: 1500, {"clock_mhz": 1500, "celsius": 61, "power_watts": 700}),
+        (lambda _: 0, {"clock_mhz": None, "celsius": 61, "power_watts": 700}),
+        (refuse, {"clock_mhz": None, "celsius": 61, "power_watts": 700}),
+    ],
+    ids=["told", "unknown", "refused"],
+)
+def test_rocm_is_asked_through_torch(
+    monkeypatch: pytest.MonkeyPatch, clock: Callable[[int], int], expected: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for name, answer in (
+        ("get_device_name", lambda _: "MI300X"),
+        ("get_device_properties", lambda _: SimpleNamespace(clock_rate=2_100_000)),
+        ("clock_rate", clock),
+        ("temperature", lambda _: 61),
+        ("power_draw", lambda _: 700),
+    ):
+        monkeypatch.setattr(torch.cuda, name, answer)
+    state = devices.device_state(0)
+    assert state == DeviceState(name="MI300X", max_clock_mhz=2100, **expected)
+    told = "its clock is 1500 MHz of 2100" if expected["clock_mhz"] else "its clock cannot be read here"
+    assert state.doubts() == [told]
 
 
 def test_doubts_name_what_was_seen() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +14,10 @@ from distbench.experts.selection import KernelChoice
 from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
 from distbench.workload.batch import TokenBatch
+from tests.graphs import FakeGraph, FakeMemory, fake_graphs
 
 ROWS, COLUMNS = 8, 16
 REFUSED = "graph: the experts cannot be captured .*; a host read of a device value or a synchronisation among them"
-
-
-class FakeGraph:
-    """Replays what was captured by doing it again."""
-
-    capturing: FakeGraph | None = None
-
-    def __init__(self) -> None:
-        self.work: list[Callable[[], object]] = []
-
-    def replay(self) -> None:
-        for one in self.work:
-            one()
 
 
 class LiveRows:
@@ -77,24 +64,9 @@ class LiveRows:
 
 
 @pytest.fixture
-def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def graph(captured: FakeGraph) -> Iterator[None]:
-        FakeGraph.capturing = captured
-        try:
-            yield
-        finally:
-            FakeGraph.capturing = None
-
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    for name, fake in (
-        ("Stream", lambda: stream),
-        ("current_stream", lambda: stream),
-        ("stream", lambda _: nullcontext()),
-        ("CUDAGraph", FakeGraph),
-        ("graph", graph),
-    ):
-        monkeypatch.setattr(torch.cuda, name, fake)
+def fake_cuda() -> Iterator[FakeMemory]:
+    with fake_graphs() as memory:
+        yield memory
 
 
 class Buffers:
@@ -161,6 +133,97 @@ def test_capture_is_proved_before_a_row_moves() -> None:
     assert inner.calls == [0, 0]
     with pytest.raises(Unsupported, match=REFUSED):
         prove_capture(LiveRows(reads=True), weights, like, ROWS)
+
+
+class Failing(LiveRows):
+    """Experts that raise, in the call before the capture or in the captured one."""
+
+    def __init__(self, error: Exception, *, captured: bool) -> None:
+        super().__init__()
+        self._error, self._captured = error, captured
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        if (FakeGraph.capturing is not None) is self._captured:
+            raise self._error
+        return super().__call__(*arguments, **options)
+
+
+ILLEGAL = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. 2 GiB allocated in private pools (e.g., CUDA Graphs)")
+INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
+
+
+def invalidated() -> None:
+    raise torch.AcceleratorError(INVALIDATED)
+
+
+@pytest.mark.parametrize("ended", [lambda: None, invalidated], ids=["ended", "invalidated"])
+@pytest.mark.parametrize("captured", [False, True], ids=["before", "captured"])
+@pytest.mark.parametrize("error", [ILLEGAL, OUT_OF_MEMORY], ids=["illegal access", "out of memory"])
+def test_what_fails_without_a_graph_too_is_no_refusal(
+    error: Exception, ended: Callable[[], object], *, captured: bool
+) -> None:
+    buffers = Buffers("cpu")
+    with fake_graphs(ended), pytest.raises(type(error)) as caught:
+        buffers.call(GraphedExperts(Failing(error, captured=captured)))
+    assert caught.value is error
+    assert int(buffers.live) == 5
+
+
+def test_a_fault_that_the_device_tells_of_late_is_no_refusal() -> None:
+    def late() -> None:
+        raise ILLEGAL
+
+    with fake_graphs(synchronized=late), pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        Buffers("cpu").call(GraphedExperts(LiveRows()))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: operation would make the legacy stream depend on a capturing blocking stream",
+        "CUDA error: operation not permitted when stream is capturing",
+        "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned.",
+    ],
+)
+def test_what_a_capture_forbids_is_refused_and_leaves_the_live_rows(words: str) -> None:
+    buffers = Buffers("cpu")
+    with fake_graphs(invalidated), pytest.raises(Unsupported, match=REFUSED) as caught:
+        buffers.call(GraphedExperts(Failing(RuntimeError(words), captured=True)))
+    assert words in str(caught.value)
+    assert int(buffers.live) == 5
+
+
+def test_a_capture_that_only_its_end_refuses() -> None:
+    with fake_graphs(invalidated), pytest.raises(Unsupported, match="previous error during capture"):
+        Buffers("cpu").call(GraphedExperts(LiveRows()))
+
+
+class Allocating(LiveRows):
+    """Experts whose call takes 100 bytes a row and keeps 10 of them as its output, which a graph holds on to."""
+
+    def __init__(self, memory: FakeMemory) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __call__(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        self._memory.take(100 * len(hidden_states))
+        self._memory.take(-90 * len(hidden_states))
+        output = super().__call__(hidden_states, *arguments, **options)
+        if FakeGraph.capturing is None:
+            self._memory.take(-10 * len(hidden_states))
+        return output
+
+
+def test_memory_of_an_arm_is_its_own_graphs(fake_cuda: FakeMemory) -> None:
+    fake_cuda.take(1000)
+    experts, buffers = GraphedExperts(Allocating(fake_cuda)), Buffers("cpu")
+    for rows in (ROWS, 4, ROWS):
+        buffers.call(experts, rows)
+    assert fake_cuda.allocated == 1000 + 10 * (ROWS + 4)
+    # What an arm has by itself: what was there before, and 100 bytes a row.
+    assert fake_cuda.allocated + experts.uncounted_bytes(ROWS) == 1000 + 100 * ROWS
+    assert fake_cuda.allocated + experts.uncounted_bytes(4) == 1000 + 100 * 4
 
 
 @pytest.mark.gpu

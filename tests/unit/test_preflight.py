@@ -129,6 +129,28 @@ def test_the_triton_experts_take_more_of_a_device() -> None:
     assert device_bytes(fp8) == device_bytes(triton) + weights - triton.capacity * triton.hidden_size
 
 
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [
+        ({"limit": "off"}, 0),
+        ({"limit": "off", "recv_bound": True}, 32),
+        ({"limit": "max-recv"}, 10),
+        ({"limit": "sum"}, 20),
+        ({"limit": "pow2"}, 32),
+        ({"limit": "max-recv-1"}, 0),
+        ({"limit": 20}, 20),
+        ({"limit": 19}, 0),
+        ({"limit": 19, "policy": "unchecked"}, 19),
+        ({"limit": "capacity"}, 0),
+    ],
+)
+def test_each_graph_takes_memory_of_its_own(values: dict[str, Any], rows: int) -> None:
+    eager = tiny_case(2, experts="triton", tokens=10, **values)
+    graph = msgspec.structs.replace(eager, graph=True)
+    row = eager.topk * (eager.hidden_size + eager.intermediate_size) * 2 + eager.hidden_size * 2
+    assert device_bytes(graph) == device_bytes(eager) + rows * row
+
+
 @pytest.mark.usefixtures("no_ranks")
 def test_no_rank_is_started_without_device_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

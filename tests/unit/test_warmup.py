@@ -1,15 +1,19 @@
-"""Iterations that are not timed are told one by one: the time limit of a stage is for one of them, not for all."""
+"""Iterations that are not timed are told one by one, and keep the device busy while it is asked; the flushed cache."""
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 
+from distbench import timing
+from distbench.devices import DeviceState
 from distbench.session import Session
-from distbench.timing import Timer
+from distbench.timing import Timer, flushing_memory
 from tests.cases import tiny_case
 
 
@@ -24,3 +28,37 @@ def test_each_untimed_iteration_leaves_a_breadcrumb() -> None:
 
     Timer(session, tiny_case(iterations=0, warmup=3)).time(layer, torch.zeros(1, 1, dtype=torch.bfloat16))
     assert told == ["timing", "ran"] * 3
+
+
+def test_the_last_arm_runs_on_while_its_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, told, ran = threading.Event(), [], 0
+
+    def device_state(_: int) -> DeviceState:
+        told.append(busy.wait(10))
+        return DeviceState(name="asked while busy")
+
+    def layer(_: Any) -> Tensor:
+        nonlocal ran
+        ran += 1
+        busy.set()
+        return torch.zeros(1, 1)
+
+    monkeypatch.setattr(timing, "device_state", device_state)
+    session = SimpleNamespace(
+        device=torch.device("cpu"), crumbs=SimpleNamespace(mark=lambda _: None), on_any_rank=lambda value: value
+    )
+    state = Timer(cast(Session, session), tiny_case()).state_while(layer)
+    assert state.name == "asked while busy"
+    assert told == [True]
+    assert ran >= 20
+
+
+@pytest.mark.parametrize(
+    ("hip", "l2", "written"), [(None, 50 << 20, 200 << 20), ("7.0", 4 << 20, 1 << 30), ("7.0", 512 << 20, 2 << 30)]
+)
+def test_the_flushed_cache_is_larger_than_what_rocm_tells_of(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, l2: int, written: int
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=l2))
+    assert flushing_memory(torch.device("meta")).nbytes == written

@@ -9,25 +9,58 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from distbench.errors import Unsupported
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape
 from distbench.experts.triton.trial import LocalExperts, run
+from distbench.values import one_line
 from distbench.workload.batch import TokenBatch
 
 _TRIED_ROWS = 64
-_COMPILER: list[tuple[TritonExperts, LocalExperts, TokenBatch, Tensor]] = []
+# A CUDA context, the kernels loaded there, and what quantising one matrix takes for a moment.
+_CONTEXT_BYTES = 1 << 30
+_Compiler = tuple[TritonExperts, LocalExperts, TokenBatch, Tensor]
+_COMPILER: list[_Compiler] = []
+_REFUSED: list[str] = []
 
 
 def compile_all(shape: LayerShape, configs: Iterable[KernelConfig], processes: int) -> None:
-    """Compile the kernels of all configurations into Triton's cache, in processes side by side."""
+    """Compile the kernels of all configurations into Triton's cache, in as many processes as the device has room for.
+
+    Raises:
+        Unsupported: it has none, or a process could not make what it compiles with.
+
+    """
     unique = list({(config.name1, config.name2): config for config in configs}.values())
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(processes, len(unique)), _open_compiler, (shape,)) as pool:
+    with context.Pool(min(processes, len(unique), _fitting(shape)), _open_compiler, (shape,)) as pool:
         for _ in pool.imap_unordered(_compile, unique):
             pass
 
 
+def _fitting(shape: LayerShape) -> int:
+    """Return how many compilers the device has room for: each has the layer's weights, for fp8 in both types."""
+    elements = 3 * shape.num_local_experts * shape.hidden_size * shape.intermediate_size
+    needed = elements * (3 if shape.quant == "fp8" else 2) + _CONTEXT_BYTES
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        message = (
+            f"tune: a compiler needs about {needed} bytes of the GPU ({needed / 2**30:.1f} GiB), {free} are free; end "
+            "what else runs there, or tune for a larger --ep-size"
+        )
+        raise Unsupported(message)
+    return free // needed
+
+
 def _open_compiler(shape: LayerShape) -> None:
+    """Make what this process compiles with; an error raised here would have the pool start others for ever."""
+    try:
+        _COMPILER.append(_make_compiler(shape))
+    except Exception as error:  # noqa: BLE001 - `_compile` tells of it
+        _REFUSED.append(one_line(error))
+
+
+def _make_compiler(shape: LayerShape) -> _Compiler:
     local, hidden, inter = shape.num_local_experts, shape.hidden_size, shape.intermediate_size
     fp8 = shape.quant == "fp8"
     batch = TokenBatch(
@@ -42,9 +75,12 @@ def _open_compiler(shape: LayerShape) -> None:
         torch.ones(shape.num_experts, dtype=torch.int32, device="cuda"),
     )
     nothing = torch.zeros(1, dtype=torch.int32, device="cuda")
-    _COMPILER.append((TritonExperts(ConfigSelector(shape=shape)), weights, batch, nothing))
+    return TritonExperts(ConfigSelector(shape=shape)), weights, batch, nothing
 
 
 def _compile(config: KernelConfig) -> None:
+    if _REFUSED:
+        message = f"tune: a compiler cannot start ({_REFUSED[0]}); lower --processes, or end what else runs on the GPU"
+        raise Unsupported(message)
     with contextlib.suppress(Exception):  # the tuner meets it again, and says so
         run(*_COMPILER[0], config)

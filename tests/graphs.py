@@ -1,0 +1,96 @@
+"""CUDA graphs as the CPU can have them: what was captured is done again, and allocated bytes are told by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from distbench.experts.base import Experts
+from distbench.experts.selection import KernelChoice
+
+
+class FakeGraph:
+    """Replays what was captured by doing it again."""
+
+    capturing: FakeGraph | None = None
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], object]] = []
+
+    def replay(self) -> None:
+        for one in self.work:
+            one()
+
+
+class FakeMemory:
+    """The allocator's counters, moved by hand."""
+
+    def __init__(self) -> None:
+        self.allocated = self.peak = 0
+
+    def take(self, count: int) -> None:
+        self.allocated += count
+        self.peak = max(self.peak, self.allocated)
+
+    def reset(self) -> None:
+        self.peak = self.allocated
+
+
+@contextmanager
+def fake_graphs(
+    ended: Callable[[], object] = lambda: None, synchronized: Callable[[], object] = lambda: None
+) -> Iterator[FakeMemory]:
+    """Have torch.cuda capture on the CPU; `ended` runs at the end of each capture, `synchronized` where one waits."""
+
+    @contextmanager
+    def graph(captured: FakeGraph) -> Iterator[None]:
+        FakeGraph.capturing = captured
+        try:
+            yield
+        finally:
+            FakeGraph.capturing = None
+            ended()
+
+    memory = FakeMemory()
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    with patch.multiple(
+        torch.cuda,
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=lambda _: nullcontext(),
+        CUDAGraph=FakeGraph,
+        graph=graph,
+        synchronize=synchronized,
+        memory_allocated=lambda: memory.allocated,
+        max_memory_allocated=lambda: memory.peak,
+        reset_peak_memory_stats=memory.reset,
+    ):
+        yield memory
+
+
+class Capturable:
+    """Experts whose calls a `FakeGraph` does again; `damage` sees the live rows of a replay, and what came of them."""
+
+    def __init__(self, inner: Experts, damage: Callable[[int, Tensor], object] | None) -> None:
+        self._inner, self._damage = inner, damage
+
+    def selection(self, rows: int) -> KernelChoice:
+        return self._inner.selection(rows)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        output = self._inner(*arguments, **options).clone()
+
+        def again() -> None:
+            output.copy_(self._inner(*arguments, **options))
+            if self._damage is not None:
+                self._damage(int(options["num_local_tokens"]), output)
+
+        if FakeGraph.capturing is not None:
+            FakeGraph.capturing.work.append(again)
+        return output
