@@ -25,6 +25,7 @@ from tests.ranks import on_ranks
 
 RANK = 2
 FP8 = tiny_case(dispatch_dtype="fp8")
+FNUZ = tiny_case(dispatch_dtype="fp8", fp8_format="e4m3fnuz")
 SINGLE_FAULTS = [(stage, fault) for stage, faults in FAULTS.items() for fault in faults]
 
 
@@ -36,7 +37,7 @@ def tensors_of(bundle: Bundle, rank: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("stage", "fault"), SINGLE_FAULTS)
 def test_the_recording_alone_gives_verdict_stage_rank_and_diagnosis(stage: str, fault: str, tmp_path: Path) -> None:
     number = SINGLE_FAULTS.index((stage, fault))
-    arm, case = ARM_CALLS[number % 4], (tiny_case(), FP8)[number % 2]
+    arm, case = ARM_CALLS[number % 4], (tiny_case(), FP8, FNUZ)[number % 3]
     outcome = leave_bundle(tmp_path, run_with_fault, case, stage, fault, arm, RANK)
     bundle = open_bundle(tmp_path)
     analysis = analyse(bundle)
