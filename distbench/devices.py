@@ -6,6 +6,7 @@ torch calls them `cuda` on NVIDIA and on ROCm alike. What only one vendor has is
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -81,6 +82,7 @@ def compute_units(environ: Mapping[str, str] = os.environ) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
+@functools.cache
 def architecture() -> str:
     """Return the architecture of this node's ROCm devices, such as gfx942, without waking a device; empty for none.
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,18 +114,20 @@ def node_of(folder: Path, number: int, simds: int, version: int = 90500) -> None
     node = folder / str(number)
     node.mkdir()
     lines = [f"cpu_cores_count {0 if simds else 64}", f"simd_count {simds}", f"simd_per_cu {4 if simds else 0}"]
+    devices.architecture.cache_clear()
     (node / "properties").write_text("\n".join([*lines, f"gfx_target_version {version if simds else 0}", ""]))
 
 
 @pytest.fixture
-def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return the folder in which the kernel driver's devices are looked for; there is a CPU."""
     folder = tmp_path / "nodes"
     folder.mkdir()
     monkeypatch.setattr(devices, "_KFD_NODES", folder)
     monkeypatch.delenv("CU_NUM", raising=False)
     node_of(folder, 0, 0)
-    return folder
+    yield folder
+    devices.architecture.cache_clear()
 
 
 def test_compute_units_are_this_nodes_or_said_to_be_assumed(
