@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
+from distbench.architectures import Fp8Format
 from distbench.limits import ALLOWED_LIMITS
 
 STAND_INS = {
@@ -54,6 +55,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     dispatch_dtype: Annotated[
         Literal["bf16", "fp8"], _help("payload type; fp8 is e4m3 with a scale per 128 columns")
     ] = "bf16"
+    fp8_format: Annotated[
+        Fp8Format, _help("the fp8 of the device, real or emulated: e4m3fnuz on gfx942; given, no device is looked at")
+    ] = "e4m3fn"
     numerics: Annotated[Literal["exact", "gaussian"], _help("inputs: exact in any summation order, or realistic")] = (
         "exact"
     )
@@ -142,6 +146,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def experts_per_rank(self) -> int:
         """Local experts El; every rank holds the same number (MoRI's num_experts_per_rank)."""
         return self.num_experts // self.ep_size
+
+    @property
+    def uses_fp8(self) -> bool:
+        """Whether rows travel as fp8, to the experts or back."""
+        return self.dispatch_dtype == "fp8" or self.combine_quant in ("fp8_direct_cast", "fp8_blockwise")
 
     @property
     def stand_ins(self) -> list[str]:

@@ -6,6 +6,7 @@ torch calls them `cuda` on NVIDIA and on ROCm alike. What only one vendor has is
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -81,12 +82,34 @@ def compute_units(environ: Mapping[str, str] = os.environ) -> int | None:
     return counts.pop() if len(counts) == 1 else None
 
 
+@functools.cache
+def architecture() -> str:
+    """Return the architecture of this node's ROCm devices, such as gfx942, without waking a device; empty for none.
+
+    Empty too where they are not alike.
+    """
+    found = {_gfx_of(node) for node in _KFD_NODES.glob("*/properties")} - {""}
+    return found.pop() if len(found) == 1 else ""
+
+
 def _units_of(properties: Path) -> int:
     """Return the compute units of a node of the kernel driver, 0 for a CPU; rocminfo has them from there too."""
     with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):
-        values = dict(line.split() for line in properties.read_text().splitlines())
+        values = _values(properties)
         return int(values["simd_count"]) // int(values["simd_per_cu"])
     return 0
+
+
+def _gfx_of(properties: Path) -> str:
+    """Return the architecture of a node of the kernel driver, which has it as 90402 for gfx942; nothing for a CPU."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        version = int(_values(properties)["gfx_target_version"])
+        return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}" if version else ""
+    return ""
+
+
+def _values(properties: Path) -> dict[str, str]:
+    return dict(line.split() for line in properties.read_text().splitlines())
 
 
 def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from distbench.architectures import arch_of, fp8_format
 from distbench.case import Case
 from distbench.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
@@ -49,8 +50,10 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
-        plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant)
+        plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant, case.fp8_format)
     notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
+    if case.uses_fp8:
+        _check_fp8(case)
     _check_graph(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
@@ -80,6 +83,23 @@ def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
 def _compute_units(case: Case) -> int | None:
     """Return the units that kernels are selected for: the case's, but with the real aiter this node's."""
     return compute_units() if case.experts == "aiter" and not case.emulate else case.cu_count
+
+
+def _check_fp8(case: Case) -> None:
+    """Refuse a format that an emulated device has no kernels for, or that the Triton kernels do not know."""
+    own = fp8_format(arch_of(case.cu_count))
+    if case.emulate and case.fp8_format != own and (case.transport == "mori" or case.experts == "aiter"):
+        message = (
+            f"fp8_format = {case.fp8_format}: the emulated device has {case.cu_count} compute units, so it is a "
+            f"{arch_of(case.cu_count)}, whose kernels have {own}; use that, or another cu_count"
+        )
+        raise Unsupported(message)
+    if case.experts == "triton" and case.dispatch_dtype == "fp8" and case.fp8_format == "e4m3fnuz":
+        message = (
+            "fp8_format = e4m3fnuz with experts triton: their kernels compute e4m3fn, the fp8 of Hopper; use bf16, or "
+            "e4m3fn (emulated: with --cu-count 256)"
+        )
+        raise Unsupported(message)
 
 
 def _check_graph(case: Case) -> None:

@@ -107,6 +107,7 @@ def workload_for(case: Case, device: torch.device) -> Workload:
         routing=case.routing,
         tokens_per_rank=case.tokens,
         dispatch_dtype=case.dispatch_dtype,
+        fp8_format=case.fp8_format,
         combine_quant=case.combine_quant,
         device=device,
     )

@@ -12,7 +12,9 @@ from typing import Any, get_args
 
 import msgspec
 
+from distbench.architectures import arch_of, fp8_format
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
+from distbench.devices import architecture
 from distbench.errors import InvalidCase
 from distbench.injection import parse_inject
 from distbench.limits import parse_limit
@@ -65,6 +67,8 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
     for key, default in FIELD_DEFAULTS.items():
         if key not in values:
             values[key], sources[key] = default, "default"
+    if sources["fp8_format"] == "default":
+        values["fp8_format"], sources["fp8_format"] = fp8_format(_architecture(values)), "device"
     _normalise(values)
     case = Case(**values)
     if fit:
@@ -164,6 +168,13 @@ def _apply_preset(values: dict[str, Any], sources: dict[str, str]) -> None:
     for key, value in preset.items():
         if key not in values:
             values[key], sources[key] = value, f"preset:{name}"
+
+
+def _architecture(values: dict[str, Any]) -> str:
+    """Return that of the device that the stand-ins imitate, or of this node's where the case may use it."""
+    if values["emulate"]:
+        return arch_of(values["cu_count"])
+    return "" if values["device"] == "cpu" else architecture()
 
 
 def _normalise(values: dict[str, Any]) -> None:

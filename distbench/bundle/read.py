@@ -38,7 +38,8 @@ from distbench.verify.records import STAGE_ORDER, Gathered
 _MAX_EXPERTS = 1 << 16
 _MAX_COLUMNS = 1 << 18
 _LENGTH_BYTES = 8
-_DTYPES = {"bf16": "BF16", "fp8": "F8_E4M3"}
+# safetensors before 0.8 has no name for e4m3fnuz: its bytes are written.
+_FP8 = {"e4m3fn": "F8_E4M3", "e4m3fnuz": "U8"}
 _BLOCK = 128
 
 
@@ -216,7 +217,7 @@ def tensor_kinds(case: Case) -> dict[str, tuple[str, int | None]]:
     """Return the tensors that a part may hold: by name, dtype as safetensors has it, and columns (None: a vector)."""
     hidden, topk = case.hidden_size, case.topk
     batch: dict[str, tuple[str, int | None]] = {
-        "hidden": (_DTYPES[case.dispatch_dtype], hidden),
+        "hidden": (_FP8[case.fp8_format] if case.dispatch_dtype == "fp8" else "BF16", hidden),
         "weights": ("F32", topk),
         "ids": ("I32", topk),
     }

@@ -101,7 +101,7 @@ def _write_part(
     for arm, one in seen.items():
         tensors |= {f"{arm}.{name}": tensor for name, tensor in _rows(rank, one, finished, tokens).items()}
     content = save(
-        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        {name: _storable(tensor.cpu().contiguous()) for name, tensor in tensors.items()},
         {"digests": msgspec.json.encode(_digests(seen, finished)).decode()},
     )
     if len(content) > MAX_PART_BYTES:
@@ -111,6 +111,10 @@ def _write_part(
     except OSError:
         return -1, bytes(32)
     return len(content), hashlib.sha256(content).digest()
+
+
+def _storable(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fnuz else tensor
 
 
 def _own_tokens(rank: int, finished: Finished, tokens: Tensor) -> dict[str, Tensor]:

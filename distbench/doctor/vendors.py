@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.doctor.findings import Finding, Path
 from distbench.doctor.probe import AITER, MORI, Node
@@ -118,7 +119,7 @@ def _case(node: Node, case: Case, network: Network) -> list[Finding]:
         plan = plan_mori(asked, node.environ, case.ep_size // network.nodes)
     except (InvalidCase, Unsupported) as error:
         return [_missing("case", str(error), "choose another case, or another number of ranks or nodes")]
-    return [_heap(node.environ, plan), _blocks(node, plan, network), _quant(node, plan)]
+    return [_heap(node.environ, plan), _blocks(node, plan, network), _quant(node, case)]
 
 
 def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Finding:
@@ -155,11 +156,15 @@ def _rdma_blocks(launch: Launch, found: str) -> Finding:
     return _ok("blocks", found)
 
 
-def _quant(node: Node, plan: MoriPlan) -> Finding:
+def _quant(node: Node, case: Case) -> Finding:
     others = sorted(set(node.devices) - {"gfx950"})
-    if plan.quant == "fp4_blockwise" and others:
+    if case.combine_quant == "fp4_blockwise" and others:
         return _missing("combine", f"fp4_blockwise on {', '.join(others)}", "mori has it on gfx950; use fp8_blockwise")
-    return _ok("combine", plan.quant)
+    foreign = sorted({one for one in node.devices if fp8_format(one) != case.fp8_format})
+    if case.uses_fp8 and foreign:
+        fix = f"these compute with {fp8_format(foreign[0])}: add --fp8-format {fp8_format(foreign[0])}"
+        return _missing("fp8", f"{case.fp8_format} on {', '.join(foreign)}", fix)
+    return _ok("combine", case.combine_quant)
 
 
 def _heap_mode(environ: Mapping[str, str]) -> Finding:

@@ -6,11 +6,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from distbench.architectures import arch_of
 from distbench.experts.kernel_names import DEFAULT_TILE_K
 from distbench.experts.rules import BucketRules
-
-GFX_BY_CU_COUNT = {80: "gfx942", 256: "gfx950", 304: "gfx942"}
-"""Architecture by compute units, where a tuned table or a caller gives none (aiter v0.1.20, gfx_from_cu_num)."""
 
 ONE_STAGE_BLOCK_M = 32
 _BLOCK_ROWS = (32, 64, 128)
@@ -41,7 +39,7 @@ class LayerKey(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def arch(self) -> str:
         """The architecture, given or derived."""
-        return self.gfx or GFX_BY_CU_COUNT.get(self.cu_count, "gfx942")
+        return self.gfx or arch_of(self.cu_count)
 
     def lookup_topk(self, rules: BucketRules) -> int:
         """Top-k as the lookup and the heuristics count it (aiter v0.1.16, get_2stage_cfgs)."""

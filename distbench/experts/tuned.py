@@ -14,8 +14,9 @@ from typing import NoReturn
 
 import msgspec
 
+from distbench.architectures import GFX_BY_CU_COUNT, fp8_format
 from distbench.errors import InvalidCase
-from distbench.experts.heuristics import GFX_BY_CU_COUNT, LayerKey
+from distbench.experts.heuristics import LayerKey
 from distbench.experts.rules import CURRENT, BucketRules
 
 KEY_COLUMNS = (
@@ -64,7 +65,7 @@ class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def for_layer(cls, layer: LayerKey, rules: BucketRules = CURRENT) -> TunedKey:
         """Return the key that aiter looks `layer` up by, activation SiLU (v0.1.20, get_2stage_cfgs)."""
-        fp8 = "torch.float8_e4m3fnuz" if layer.arch == "gfx942" else "torch.float8_e4m3fn"
+        fp8 = f"torch.float8_{fp8_format(layer.arch)}"
         quantised = fp8 if layer.quant == "fp8" else "torch.bfloat16"
         return cls(
             cu_num=layer.cu_count,

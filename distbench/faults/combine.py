@@ -9,9 +9,8 @@ from distbench.faults.base import Fault
 from distbench.faults.dispatch import BIT, flip
 from distbench.faults.options import real
 from distbench.transport.base import Dispatched
+from distbench.workload.quantize import fp8_dtype, saturated
 from distbench.workload.routing import destinations
-
-_FP8_MAX = 448.0
 
 
 class TokenBit(Fault):
@@ -193,7 +192,7 @@ class SaturatingCast(Fault):
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Clamp to what e4m3 holds, and round."""
         live = len(self.scene.sources())
-        cast = rows[:live].float().clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).bfloat16()
+        cast = saturated(rows[:live].float(), fp8_dtype(self.scene.case.fp8_format)).bfloat16()
         self.hits += int((cast != rows[:live]).any(1).sum())
         rows[:live] = cast
         return rows, ids

@@ -10,7 +10,6 @@ import msgspec
 
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported, Verdict
-from distbench.experts import make_selector
 from distbench.faults.base import Fault
 from distbench.faults.injector import FAULTS
 from distbench.job import Entry
@@ -169,7 +168,7 @@ class _Maker:
         self._asked = list(asked)
         base = self._case({}, _BASE)
         check_case(base)
-        self._takes_fp8 = base.experts != "aiter" or make_selector(base).layer.arch != "gfx942"
+        self._takes_fp8 = base.experts != "triton" or base.fp8_format == "e4m3fn"
         self._guards = GUARDS.get(base.transport, {}) | GUARDS.get(base.experts, {})
 
     def trial(self, kind: type[Fault], variant: Variant, seed: int) -> Trial:

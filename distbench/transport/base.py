@@ -59,7 +59,7 @@ def poison_(rows: Tensor) -> None:
     """Fill rows that nobody may read: NaN, or an expert id that no model has."""
     if rows.dtype.is_floating_point:
         if rows.element_size() == 1:
-            rows.view(torch.uint8).fill_(0x7F)
+            rows.view(torch.uint8).fill_(0x80 if rows.dtype is torch.float8_e4m3fnuz else 0x7F)
         else:
             rows.fill_(float("nan"))
     else:

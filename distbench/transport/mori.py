@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.architectures import arch_of
 from distbench.case import Case
 from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
@@ -26,6 +27,7 @@ from distbench.transport.mori_config import Launch, MoriPlan, check_environment,
 from distbench.transport.mori_world import join_world
 from distbench.values import one_line
 from distbench.workload.batch import TokenBatch
+from distbench.workload.quantize import fp8_dtype
 
 Phase = Literal["dispatch", "combine"]
 
@@ -65,7 +67,7 @@ class MoriTransport:
             heap_bytes = heap_size(self._plan, os.environ, emulated=case.emulate)
             mori = _package(case, session.device)
             if not case.emulate:
-                check_device(self._plan, session.device)
+                check_device(case, self._plan, session.device)
             config = _configuration(mori, case, self._plan, session.rank)
         heap = join_world(mori, session, heap_bytes)
         os.environ["MORI_EP_LAUNCH_CONFIG_MODE"] = case.launch_mode
@@ -204,7 +206,7 @@ def _package(case: Case, device: torch.device) -> Any:
     if case.emulate:
         from distbench.emulation import mori as stand_in  # noqa: PLC0415 - only where it is asked for
 
-        stand_in.assume(case.mori_habits)
+        stand_in.assume(case.mori_habits, arch_of(case.cu_count))
         return stand_in
     try:
         import mori
@@ -231,7 +233,7 @@ def _configuration(mori: Any, case: Case, plan: MoriPlan, rank: int) -> Any:
     if unknown:
         message = f"the installed mori's configuration has no {', '.join(unknown)}; install amd-mori 1.2.4"
         raise Unsupported(message)
-    dtype = torch.float8_e4m3fn if case.dispatch_dtype == "fp8" else torch.bfloat16
+    dtype = fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16
     return mori.ops.EpDispatchCombineConfig(data_type=dtype, kernel_type=getattr(kernels, plan.kernel), **values)
 
 

@@ -7,10 +7,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.mori_config import SKIPS_NEGATIVE, MoriPlan
 from distbench.workload.batch import TokenBatch
+from distbench.workload.quantize import fp8_dtype
 
 _FP4_ARCH = "gfx950"
 
@@ -28,7 +30,7 @@ def check_batch(batch: TokenBatch, case: Case, plan: MoriPlan, device: torch.dev
         "hidden": (
             batch.hidden,
             (tokens, case.hidden_size),
-            torch.float8_e4m3fn if case.dispatch_dtype == "fp8" else torch.bfloat16,
+            fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16,
         ),
         "weights": (batch.weights, (tokens, case.topk), torch.float32),
         "ids": (batch.ids, (tokens, case.topk), torch.int32),
@@ -64,14 +66,19 @@ def check_routing_is_own(ids: Tensor, routing: Tensor) -> None:
         _refuse_ids(f"of token {row} are {ids[row].tolist()}, dispatched were {routing[row].tolist()}")
 
 
-def check_device(plan: MoriPlan, device: torch.device) -> None:
+def check_device(case: Case, plan: MoriPlan, device: torch.device) -> None:
     """Refuse a plan that the device cannot run.
 
     Raises:
-        Unsupported: fp4 on the way back where the device has no instructions for it, or more blocks than units.
+        Unsupported: fp8 of another format than the device's, for which no kernel is compiled, fp4 on the way back where
+            the device has no instructions for it, or more blocks than units.
 
     """
     arch = str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")).split(":")[0] or "unknown"
+    own = fp8_format(arch)
+    if case.uses_fp8 and case.fp8_format != own:
+        message = f"fp8_format = {case.fp8_format}: MoRI's kernels for {device}, {arch}, have {own} only; use that"
+        raise Unsupported(message)
     if plan.quant == "fp4_blockwise" and arch != _FP4_ARCH:
         message = (
             f"combine_quant = fp4_blockwise: MoRI has it on {_FP4_ARCH} only, {device} is {arch}; use fp8_blockwise"

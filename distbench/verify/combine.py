@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -172,8 +172,8 @@ class CombineChecker:
     def _gathered_effects(self, recount: _Recount) -> list[tuple[list[list[int]], list[list[int]]]]:
         """Return, by rank, `effects` of its wrong tokens and of its right ones, as `choose` wants them. Collective."""
         wrong, right = recount.examined, recount.spared
-        explaining = effects(wrong.contributions, self._rank, self._order, lambda sums: self._same(wrong.actual, sums))
-        sparing = effects(right.contributions, self._rank, self._order, lambda sums: ~self._same(right.expected, sums))
+        explaining = self._effects(wrong, lambda sums: self._same(wrong.actual, sums))
+        sparing = self._effects(right, lambda sums: ~self._same(right.expected, sums))
         table = explaining.new_full((_EXAMINED + _SPARED, 1 + explaining.shape[1]), -1)
         for start, part in ((0, explaining), (_EXAMINED, sparing)):
             table[start : start + len(part), 0] = 1
@@ -181,6 +181,9 @@ class CombineChecker:
         everyone = [torch.empty_like(table) for _ in range(dist.get_world_size(self._group))]
         dist.all_gather(everyone, table, group=self._group)
         return [(_rows(one[:_EXAMINED]), _rows(one[_EXAMINED:])) for one in everyone]
+
+    def _effects(self, sample: _Sample, holds: Callable[[Tensor], Tensor]) -> Tensor:
+        return effects(sample.contributions, self._rank, self._order, self._workload.fp8, holds)
 
     def _explain(
         self, arm: str, recount: _Recount, table: list[list[int]], chosen: list[Alternatives]
@@ -200,7 +203,8 @@ class CombineChecker:
 
     def _modelled(self, sample: _Sample, chosen: Sequence[Alternatives]) -> Tensor:
         """Return what combine would have given if all that was chosen held."""
-        return added(changed(sample.contributions, [one[0] for one in chosen], self._rank), self._order)
+        explanations = [one[0] for one in chosen]
+        return added(changed(sample.contributions, explanations, self._rank, self._workload.fp8), self._order)
 
     def _causes(self, sample: _Sample, table: list[list[int]], chosen: list[Alternatives]) -> list[int]:
         """Return, for each token, the place of its explanation among the chosen, or the number of those for none.

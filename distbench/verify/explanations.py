@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from distbench.verify.sums import Contributions, SumOrder, added
-
-_FP8_MAX = 448.0
+from distbench.workload.quantize import saturated
 
 Same = Callable[[Tensor, Tensor], Tensor]
 """Whether rows [n, H] are as good as others: bool [n]."""
@@ -32,31 +31,32 @@ Alternatives = tuple[Explanation, ...]
 """Explanations of the very same tokens, which nothing tells apart."""
 
 
-def _cast(rows: Tensor) -> Tensor:
-    return rows.float().clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn).to(rows.dtype)
-
-
-CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "a rank's share is missing": torch.zeros_like,
-    "a rank's share counts twice": lambda rows: rows * 2,
-    "a rank's share was cast to fp8 without a scale": _cast,
+CHANGES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+    "a rank's share is missing": lambda rows, _: torch.zeros_like(rows),
+    "a rank's share counts twice": lambda rows, _: rows * 2,
+    "a rank's share was cast to fp8 without a scale": lambda rows, fp8: saturated(rows.float(), fp8).to(rows.dtype),
 }
+"""What became of rows, by the device's fp8 type."""
 ALONE = "only the rank's own experts contributed"
 _KINDS = (*CHANGES, ALONE)
 
 
-def changed(contributions: Contributions, explanations: Sequence[Explanation], rank: int) -> Contributions:
-    """Return what `rank` would have added if all of the explanations held."""
+def changed(
+    contributions: Contributions, explanations: Sequence[Explanation], rank: int, fp8: torch.dtype
+) -> Contributions:
+    """Return what `rank` would have added if all of the explanations held, on devices of that `fp8` type."""
     rows, ranks = contributions
     for one in explanations:
         if one.what == ALONE and one.rank == rank:
             rows = torch.where((ranks == rank).unsqueeze(2), rows, torch.zeros_like(rows))
         elif one.what != ALONE:
-            rows = torch.where((ranks == one.rank).unsqueeze(2), CHANGES[one.what](rows), rows)
+            rows = torch.where((ranks == one.rank).unsqueeze(2), CHANGES[one.what](rows, fp8), rows)
     return Contributions(rows, ranks)
 
 
-def effects(contributions: Contributions, rank: int, order: SumOrder, holds: Callable[[Tensor], Tensor]) -> Tensor:
+def effects(
+    contributions: Contributions, rank: int, order: SumOrder, fp8: torch.dtype, holds: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Return, for tokens of `rank`, whom each explanation blames where `holds` says so of the sum it makes, else -1.
 
     int64 [n, x]: a column for each change of the contribution in each place, and one for ALONE. `holds` takes sums
@@ -67,10 +67,10 @@ def effects(contributions: Contributions, rank: int, order: SumOrder, holds: Cal
     for change in CHANGES.values():
         for place in range(ranks.shape[1]):
             other = rows.clone()
-            other[:, place] = change(rows[:, place])
+            other[:, place] = change(rows[:, place], fp8)
             found = holds(added(Contributions(other, ranks), order)) & (ranks[:, place] >= 0)
             columns.append(torch.where(found, ranks[:, place], -1))
-    alone = holds(added(changed(contributions, [Explanation(ALONE, rank)], rank), order))
+    alone = holds(added(changed(contributions, [Explanation(ALONE, rank)], rank, fp8), order))
     columns.append(torch.where(alone, rank, -1))
     return torch.stack(columns, dim=1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 class TokenBatch(NamedTuple):
     """Rows as they enter dispatch and as they must arrive.
 
-    hidden [n, H] bf16, or float8_e4m3fn with scales float32 [n, H/128]; weights [n, k] float32; ids [n, k] int32,
+    hidden [n, H] bf16, or the device's fp8 with scales float32 [n, H/128]; weights [n, k] float32; ids [n, k] int32,
     global.
     """
 

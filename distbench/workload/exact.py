@@ -7,9 +7,10 @@ output element are then integers of at most k*V*U*2*2 units of 32 * 1/2, which b
 
 fp8 combine: w2 holds 1/4 in place of 1 and the sums are within 16 units, none of which e4m3 rounds.
 
-fp8 dispatch: the last column of each 128 is 1.75, which no weight reads, so its block's scale is 2**-8 and quantising
-loses nothing. The last intermediate row of each 128 is likewise 448 whatever the token, and no w2 row reads it, so a
-kernel that quantises its intermediate by blocks of 128 loses nothing either.
+fp8 dispatch: the last column of each 128 is 1.75 (1.875 where the device's fp8 ends at 240), which no weight reads, so
+its block's scale is 2**-8 (2**-7) and quantising loses nothing. The last intermediate row of each 128 is likewise 448
+(480) whatever the token, and no w2 row reads it, so a kernel that quantises its intermediate by blocks of 128 loses
+nothing either.
 """
 
 from __future__ import annotations
@@ -22,11 +23,8 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import byte_columns, positive_words
-from distbench.workload.plan import BLOCK, GATE_STEP, ExactPlan
+from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, ExactPlan
 from distbench.workload.steps import rows_at_a_time
-
-GUARD_VALUE = 1.75
-GUARD_GATE, GUARD_UP = 64.0, 7.0
 
 _CHUNK_ELEMENTS = 4 << 20
 _KEPT_BYTES = 4 << 20
@@ -81,7 +79,7 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
     w1[:, :inter, 0] = GATE_STEP
     if plan.guard_rows:
         w1[:, BLOCK - 1 : inter : BLOCK, 0] = GUARD_GATE
-        w1[:, inter + BLOCK - 1 :: BLOCK, 0] = GUARD_UP
+        w1[:, inter + BLOCK - 1 :: BLOCK, 0] = plan.guard_up
     gate, up = patterns.first[:, :1], patterns.first[:, 1:]
     _put(w1, rows, gate, torch.full_like(gate, int(GATE_STEP)))
     _put(w1, rows + inter, up % hidden, 1 - 2 * (up >= hidden).int())
@@ -103,7 +101,7 @@ def hidden_states(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
         hidden[start : start + step, 1 : 1 + plan.gate_columns] = (bits[:, 1 : 1 + plan.gate_columns] & 1).bfloat16()
     hidden[:, 0] = 1.0
     if plan.guard_columns:
-        hidden[:, BLOCK - 1 :: BLOCK] = GUARD_VALUE
+        hidden[:, BLOCK - 1 :: BLOCK] = plan.guard_column
     return hidden
 
 

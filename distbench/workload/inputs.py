@@ -7,13 +7,14 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from distbench.architectures import Fp8Format
 from distbench.workload import exact, gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
 from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.oracle import expert_rows, reference_rows
 from distbench.workload.plan import ExactPlan, plan_exact
-from distbench.workload.quantize import quantize_fp8_blocks
+from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import route, token_keys
 
 DispatchDtype = Literal["bf16", "fp8"]
@@ -50,16 +51,18 @@ class Workload:
         seed: int,
         tokens_per_rank: tuple[int, ...],
         dispatch_dtype: DispatchDtype,
+        fp8: torch.dtype,
         device: Device,
     ) -> None:
-        """See `make_workload`, which checks what is passed here."""
+        """See `make_workload`, which checks what is passed here. `fp8` is the device's type of that width."""
         self.numerics = numerics
         self.group = group
         self.routing = routing
         self.tokens_per_rank = tokens_per_rank
         self.device = torch.device(device)
         self._seed = seed
-        self._fp8 = dispatch_dtype == "fp8"
+        self.fp8 = fp8
+        self._quantised = dispatch_dtype == "fp8"
 
     @property
     def experts_per_rank(self) -> int:
@@ -77,8 +80,8 @@ class Workload:
         ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
         keys = token_keys(ranks, tokens)
         hidden, scales = self.numerics.hidden_states(keys), None
-        if self._fp8:
-            hidden, scales = quantize_fp8_blocks(hidden)
+        if self._quantised:
+            hidden, scales = quantize_fp8_blocks(hidden, self.fp8)
         ids = route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
         return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
 
@@ -176,6 +179,7 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     routing: str,
     tokens_per_rank: tuple[int, ...],
     dispatch_dtype: DispatchDtype,
+    fp8_format: Fp8Format = "e4m3fn",
     combine_quant: str = "none",
     device: Device,
 ) -> Workload:
@@ -190,7 +194,7 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     check_routing(chosen, group)
     source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed)
     if numerics == "exact":
-        plan = plan_exact(hidden_size, intermediate_size, topk, dispatch_dtype, num_experts, combine_quant)
+        plan = plan_exact(hidden_size, intermediate_size, topk, dispatch_dtype, num_experts, combine_quant, fp8_format)
         source = ExactNumerics(plan, seed)
     return Workload(
         source,
@@ -199,5 +203,6 @@ def make_workload(  # noqa: PLR0913 - a case's keys
         seed=seed,
         tokens_per_rank=tokens_per_rank,
         dispatch_dtype=dispatch_dtype,
+        fp8=fp8_dtype(fp8_format),
         device=device,
     )

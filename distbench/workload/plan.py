@@ -5,10 +5,12 @@ No tensor is made here, so a bad shape is refused before torch is loaded.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NoReturn
 
 import msgspec
 
+from distbench.architectures import LARGEST_FP8, Fp8Format
 from distbench.errors import InvalidCase
 
 # Columns of a block-scaled fp8 row that share one scale.
@@ -17,6 +19,7 @@ BLOCK = 128
 MAX_UNITS = 256
 MAX_FP8_UNITS = 16
 GATE_STEP = 32.0
+GUARD_GATE = 64.0
 _GATE_RATIO = 2
 _MIN_HIDDEN = 8
 _MAX_GATE_COLUMNS = 64
@@ -28,7 +31,8 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     """How many entries each row has: G gate columns, U entries of an up row, V of a w2 row.
 
     `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. `guard_columns` and
-    `guard_rows` say whether the last hidden column and the last intermediate row of each 128 are guards.
+    `guard_rows` say whether the last hidden column and the last intermediate row of each 128 are guards, which have
+    the mantissa of `largest_fp8`, the largest number of the device's e4m3.
     """
 
     hidden_size: int
@@ -42,6 +46,17 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     guard_columns: bool
     guard_rows: bool
     max_units: int
+    largest_fp8: float
+
+    @property
+    def guard_column(self) -> float:
+        """What a block's largest column has to be for its scale to be a power of two: 1.75 = 448 / 2**8, or 1.875."""
+        return math.ldexp(math.frexp(self.largest_fp8)[0], 1)
+
+    @property
+    def guard_up(self) -> float:
+        """7 or 7.5: with GUARD_GATE it makes 448 or 480 of a guard row, above all else in its block, 256 at most."""
+        return 4 * self.guard_column
 
     @property
     def unit(self) -> float:
@@ -77,6 +92,7 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
     dispatch_dtype: Literal["bf16", "fp8"],
     num_experts: int,
     combine_quant: str = "none",
+    fp8_format: Fp8Format = "e4m3fn",
 ) -> ExactPlan:
     """Choose as many entries as the exactness bound allows: both weights first, then U up to 4, then V up to 8.
 
@@ -109,6 +125,7 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
             guard_columns=fp8,
             guard_rows=guard_rows,
             max_units=max_units,
+            largest_fp8=LARGEST_FP8[fp8_format],
         )
         for weight_ratio in (2, 1)
         for up_entries in range(_MAX_UP_ENTRIES, 0, -1)

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from distbench.emulation.aiter import fused_moe as stand_in_moe
 from distbench.emulation.aiter import habits
 from distbench.emulation.aiter.jit.utils import chip_info
 from distbench.emulation.aiter.utility import dtypes
-from distbench.experts.aiter import adapter
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.package import STAND_IN, load_package
 from distbench.experts.aiter.weights import quantize_blocks
@@ -33,6 +31,7 @@ from distbench.experts.heuristics import LayerKey
 from distbench.experts.rules import rules_for
 from distbench.kernel_map import make_table_selector
 from distbench.rank import workload_for
+from distbench.workload.quantize import fp8_dtype, saturated
 from tests.cases import tiny_case
 from tests.contract.wheels import aiter_wheel, lifted, tree
 
@@ -136,8 +135,8 @@ def test_the_choice_that_the_adapter_reads_is_the_selectors_with_the_wheels_tabl
         moe = selection(layer.cu_count)
         selector = make_table_selector(layer, rules, [str(moe.make_table)])
         package = load_package(STAND_IN)._replace(version=VERSION, moe=moe)
-        with patch.object(adapter, "_check_fp8"):
-            experts = AiterExperts(tiny_case(1, experts="aiter", emulate=True, **shape), package)
+        case = tiny_case(1, experts="aiter", emulate=True, cu_count=layer.cu_count, **shape)
+        experts = AiterExperts(case, package)
         found = [experts.selection(count) for count in COUNTS]
         assert found == [selector.choose(count) for count in COUNTS]
         answered = {choice.bucket for choice in found if choice.source == "tuned"}
@@ -176,9 +175,12 @@ def quantised(
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rows", [1, 40, 300, 0])
-def test_float8_results_are_those_of_the_wheels_torch_code(wheel: zipfile.ZipFile, seed: int, rows: int) -> None:
+@pytest.mark.parametrize("cu_count", [256, 304])
+def test_float8_results_are_those_of_the_wheels_torch_code(
+    wheel: zipfile.ZipFile, seed: int, rows: int, cu_count: int
+) -> None:
     """No rows stand for those of an exact workload, which give the same bits."""
-    case = tiny_case(4, experts="aiter", emulate=True, dispatch_dtype="fp8", cu_count=256, seed=seed)
+    case = tiny_case(4, experts="aiter", emulate=True, dispatch_dtype="fp8", cu_count=cu_count, seed=seed)
     mask = torch.zeros(16, dtype=torch.int32)
     mask[4:8] = 1
     if rows:
@@ -187,7 +189,8 @@ def test_float8_results_are_those_of_the_wheels_torch_code(wheel: zipfile.ZipFil
         weights = torch.rand(rows, 4, generator=generator)
         ids = torch.rand(rows, 16, generator=generator).argsort(1)[:, :4].int().contiguous()
         scales = torch.exp2(torch.randint(-7, -4, (rows, 2), generator=generator).float())
-        hidden = (wide.view(rows, 2, 128) / scales.unsqueeze(2)).view(rows, 256).to(torch.float8_e4m3fn)
+        hidden = (wide.view(rows, 2, 128) / scales.unsqueeze(2)).view(rows, 256)
+        hidden = saturated(hidden, fp8_dtype(case.fp8_format))
         by_block = torch.tensor([1.0, 4.0]).repeat_interleave(128)
         w1 = (torch.randn(4, 256, 256, generator=generator) / 40 * by_block).bfloat16()
         w2 = (torch.randn(4, 256, 128, generator=generator) / 11).bfloat16()
@@ -201,7 +204,7 @@ def test_float8_results_are_those_of_the_wheels_torch_code(wheel: zipfile.ZipFil
     ours = make_aiter_experts(case)(
         hidden, w1, w2, weights, ids, expert_mask=mask, num_local_tokens=live, a1_scale=scales, dtype=torch.bfloat16
     )
-    (narrow1, scale1), (narrow2, scale2) = quantize_blocks(w1), quantize_blocks(w2)
+    (narrow1, scale1), (narrow2, scale2) = quantize_blocks(w1, hidden.dtype), quantize_blocks(w2, hidden.dtype)
     local = torch.where((ids >= 4) & (ids < 8), ids - 4, -1)
     theirs = quantised(wheel, (hidden, scales), (narrow1, narrow2, scale1, scale2), (weights, local))
     if rows:

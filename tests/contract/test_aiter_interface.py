@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import zipfile
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.emulation import aiter as stand_in
 from distbench.emulation.aiter import fused_moe as stand_in_moe
@@ -142,6 +144,13 @@ def test_enums_have_the_wheels_numbers(wheel: zipfile.ZipFile) -> None:
             if name:
                 names[name] = number
         assert {member.name: member.value for member in enum}.items() <= names.items()
+
+
+def test_the_fp8_of_each_architecture_is_the_wheels(wheel: zipfile.ZipFile) -> None:
+    text = wheel.read("aiter/utility/dtypes.py").decode()
+    theirs = dict(re.findall(r'"(gfx\w+)": \{"fp8": torch\.float8_(\w+)\}', text))
+    assert theirs == {arch: fp8_format(arch) for arch in ("gfx942", "gfx950")}
+    assert "dtypeMax = torch.finfo(dtype).max" in wheel.read("aiter/ops/quant.py").decode()
 
 
 def test_weights_are_shuffled_as_the_wheel_does(wheel: zipfile.ZipFile) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import torch
 
+from distbench.architectures import LARGEST_FP8
 from distbench.emulation.mori import moves, ops, shmem
 from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
@@ -280,3 +281,28 @@ def test_the_habits_are_those_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     constructor = ast.unparse(class_of(wheel, "EpDispatchCombineOp").body[0])
     assert constructor.count("dist.barrier()") == 2
     assert constructor.rstrip().endswith("dist.barrier()")
+
+
+def test_each_fp8_type_has_kernels_where_the_architecture_has_the_type(wheel: zipfile.ZipFile) -> None:
+    operator = text(wheel, "mori/ops/dispatch_combine.py")
+    suffixes = dict(re.findall(r'_DTYPE_SUFFIX\[torch\.(float8_\w+)\] = "(\w+)"', operator))
+    assert suffixes == {"float8_e4m3fn": "fp8_ocp", "float8_e4m3fnuz": "fp8_fnuz"}
+    types = text(wheel, f"{SOURCES}include/mori/utils/data_types.hpp")
+    common = text(wheel, f"{SOURCES}src/ops/kernels/ep_common.hip")
+    for name in ("FNUZ", "OCP"):
+        guarded = (
+            rf"#if defined\(HIP_FP8_TYPE_{name}\) && HIP_FP8_TYPE_{name} == 1\s+#define MORI_FP8_TYPE_{name}_ENABLED"
+        )
+        assert re.search(guarded, types)
+        assert f"#ifdef MORI_FP8_TYPE_{name}_ENABLED\n#define MORI_FP8_{name}(...) __VA_ARGS__" in common
+
+
+def test_a_combine_casts_to_the_fp8_type_of_the_architecture(wheel: zipfile.ZipFile) -> None:
+    primitives = text(wheel, f"{SOURCES}include/mori/core/transport/p2p/device_primitives.hpp")
+    ocp, fnuz = (
+        "using CombineInternalFp8 = __hip_fp8_e4m3;",
+        "#elif defined(MORI_FP8_TYPE_FNUZ_ENABLED)\nusing CombineInternalFp8 = __hip_fp8_e4m3_fnuz;",
+    )
+    assert 0 < primitives.index(ocp) < primitives.index(fnuz)
+    largest = re.findall(r"kCombineInternalFp8MaxFinite = (\d+\.0)f;", primitives)
+    assert [float(one) for one in largest] == [LARGEST_FP8["e4m3fn"], LARGEST_FP8["e4m3fnuz"]]

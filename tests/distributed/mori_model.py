@@ -14,18 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e4m3fnuz: 240.0}
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCKS = 56
 
 
 class Layout(NamedTuple):
-    """A kernel type on W ranks of El experts each, P ranks to a node."""
+    """A kernel type on W ranks of El experts each, P ranks to a node, and the e4m3 of its devices."""
 
     kernel: str
     ranks: int
     experts: int
     per_node: int
+    fp8: torch.dtype = torch.float8_e4m3fn
 
 
 def f32(value: float) -> float:
@@ -41,8 +42,8 @@ def bf16(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32).bfloat16())
 
 
-def e4m3(value: float) -> float:
-    return float(torch.tensor(min(max(value, -E4M3_MAX), E4M3_MAX)).to(torch.float8_e4m3fn))
+def e4m3(value: float, fp8: torch.dtype) -> float:
+    return float(torch.tensor(min(max(value, -LARGEST[fp8]), LARGEST[fp8])).to(fp8))
 
 
 def e2m1(value: float) -> float:
@@ -81,7 +82,7 @@ def received(layout: Layout, ids: list[list[list[int]]], rank: int) -> list[tupl
 def combined(layout: Layout, ids: list[int], rows: Callable[[int], list[float]], quant: str) -> list[float]:
     """Return one token's result from the expert rows that each rank made of it, as bf16 values."""
     order = [rank for _, rank in representatives(layout, ids)]
-    sent = {rank: _transported(rows(rank), quant) for rank in order}
+    sent = {rank: _transported(rows(rank), quant, layout.fp8) for rank in order}
     columns = len(next(iter(sent.values()))) if sent else 0
     return [bf16(_sum(layout, order, [sent[rank][c] for rank in order], quant)) for c in range(columns)]
 
@@ -91,12 +92,12 @@ class _Element(NamedTuple):
     scale: float | None
 
 
-def _transported(row: list[float], quant: str) -> list[_Element]:
+def _transported(row: list[float], quant: str, fp8: torch.dtype) -> list[_Element]:
     if quant == "none":
         return [_Element(value, None) for value in row]
     if quant == "fp8_direct_cast":
-        return [_Element(e4m3(value), None) for value in row]
-    size = -(-len(row) // BLOCKS)
+        return [_Element(e4m3(value, fp8), None) for value in row]
+    size, most = -(-len(row) // BLOCKS), LARGEST[fp8]
     found: list[_Element] = []
     any_scaled = False
     for start in range(0, len(row), size):
@@ -106,12 +107,12 @@ def _transported(row: list[float], quant: str) -> list[_Element]:
             any_scaled = True
             scale, factor = (f32(amax / E2M1[-1]), f32(E2M1[-1] / amax)) if amax else (1.0, 0.0)
             found += [_Element(e2m1(f32(value * factor)), scale) for value in block]
-        elif amax > E4M3_MAX:
+        elif amax > most:
             any_scaled = True
-            scale, factor = f32(amax * f32(1.0 / E4M3_MAX)), f32(E4M3_MAX / amax)
-            found += [_Element(e4m3(f32(value * factor)), scale) for value in block]
+            scale, factor = f32(amax * f32(1.0 / most)), f32(most / amax)
+            found += [_Element(e4m3(f32(value * factor), fp8), scale) for value in block]
         else:
-            found += [_Element(e4m3(value), 1.0) for value in block]
+            found += [_Element(e4m3(value, fp8), 1.0) for value in block]
     return found if any_scaled else [_Element(element.value, None) for element in found]
 
 
@@ -134,7 +135,7 @@ def _sum(layout: Layout, order: list[int], elements: list[_Element], quant: str)
             partial = 0.0
             for element in here:
                 partial = _add(partial, element)
-            total = f32(total + (e4m3(partial) if quant == "fp8_direct_cast" else bf16(partial)))
+            total = f32(total + (e4m3(partial, layout.fp8) if quant == "fp8_direct_cast" else bf16(partial)))
     return total
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from distbench.bundle.analysis import analyse
 from distbench.bundle.findings import SUM
 from distbench.bundle.layout import MAX_TOKENS, part_name
-from distbench.bundle.read import Bundle, open_bundle, read_part
+from distbench.bundle.read import Bundle, open_bundle, read_part, runnable_case
 from distbench.bundle.write import write_parts
 from distbench.case import Case
 from distbench.errors import Verdict
@@ -25,6 +25,7 @@ from tests.ranks import on_ranks
 
 RANK = 2
 FP8 = tiny_case(dispatch_dtype="fp8")
+FNUZ = tiny_case(dispatch_dtype="fp8", fp8_format="e4m3fnuz")
 SINGLE_FAULTS = [(stage, fault) for stage, faults in FAULTS.items() for fault in faults]
 
 
@@ -36,9 +37,10 @@ def tensors_of(bundle: Bundle, rank: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("stage", "fault"), SINGLE_FAULTS)
 def test_the_recording_alone_gives_verdict_stage_rank_and_diagnosis(stage: str, fault: str, tmp_path: Path) -> None:
     number = SINGLE_FAULTS.index((stage, fault))
-    arm, case = ARM_CALLS[number % 4], (tiny_case(), FP8)[number % 2]
+    arm, case = ARM_CALLS[number % 4], (tiny_case(), FP8, FNUZ)[number % 3]
     outcome = leave_bundle(tmp_path, run_with_fault, case, stage, fault, arm, RANK)
     bundle = open_bundle(tmp_path)
+    assert runnable_case(bundle).fp8_format == case.fp8_format
     analysis = analyse(bundle)
     assert analysis.trusted
     assert analysis.judgement is not None

@@ -164,6 +164,7 @@ def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
         (4, {"routing": "fan-in:1"}),
         (4, {"tokens": 1, "topk": 1}),
         (4, {"dispatch_dtype": "fp8"}),
+        (4, {"dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"}),
         (4, {"topk": 3, "routing": "duplicates"}),
     ],
 )
@@ -197,12 +198,16 @@ def test_ids_that_changed_in_place_are_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", ["triton", "torch"])
-@pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "payload", [{}, {"dispatch_dtype": "fp8"}, {"dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"}], ids=str
+)
 @torch.inference_mode()
-def test_a_device_gives_the_bits_of_the_cpu(dispatch_dtype: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_gives_the_bits_of_the_cpu(
+    payload: dict[str, str], rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if rows == "torch":
         monkeypatch.setattr(collective, "find_spec", lambda _: None)
-    case = tiny_case(1, dispatch_dtype=dispatch_dtype, topk=3)
+    case = tiny_case(1, topk=3, **payload)
     ends: dict[str, list[Tensor]] = {}
     for device in ("cpu", "cuda"):
         batch = workload_for(case, torch.device(device)).tokens(0)

@@ -136,6 +136,14 @@ def test_quantised_sums_are_held_against_the_same_rows_once_more(quant: str, num
     assert [(found.stage, found.ranks) for found in damaged.diagnosis] == [("dispatch", [1])]
 
 
+@pytest.mark.parametrize("cu_count", [304, 256])
+def test_a_cast_on_the_way_back_is_known_by_the_devices_fp8(cu_count: int) -> None:
+    """An exact sum reaches 256 units of 16: above what either format holds."""
+    mori = {"transport": "mori", "emulate": True, "cu_count": cu_count}
+    outcome = outcome_of(tiny_case(RANKS, inject="saturating-cast:rank=1", **mori))
+    assert blame_of(outcome) == [("combine: a rank's share was cast to fp8 without a scale", "certain", [1])]
+
+
 def test_wrong_rows_in_the_padded_arm_are_no_baseline_for_others() -> None:
     outcome = outcome_of(tiny_case(RANKS, inject="swapped-rows:rank=2,arm=padded", **SPLIT_K))
     assert outcome.judgement.verdict is Verdict.BASELINE_WRONG

@@ -56,17 +56,18 @@ def verdict_of(case: Case, function: Run = run) -> tuple[Verdict, str]:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_kernel_type_passes_on_one_node_and_on_two(kernel: str, ranks: int, experts: str) -> None:
-    fp8 = {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)], "cu_count": 256}
+    fp8 = {"dispatch_dtype": "fp8", "routing": "duplicates", "tokens": [7, *[0] * (ranks - 1)]}
     for nodes in (1,) if kernel.startswith("IntraNode") else (1, 2):
-        for values in ({}, fp8):
+        for values in ({}, fp8 | {"cu_count": 256}, fp8 | {"cu_count": 304}):
             case = mori_case(ranks, mori_kernel=kernel, gpu_per_node=ranks // nodes, experts=experts, **values)
             assert verdict_of(case) == (Verdict.PASS, "")
 
 
+@pytest.mark.parametrize("cu_count", [304, 256])
 @pytest.mark.parametrize("quant", ["fp8_direct_cast", "fp8_blockwise"])
-def test_a_quantised_combine_passes_bit_for_bit(quant: str) -> None:
+def test_a_quantised_combine_passes_bit_for_bit(quant: str, cu_count: int) -> None:
     for dtype, routing in (("bf16", "uniform"), ("fp8", "fan-in:1")):
-        case = mori_case(combine_quant=quant, dispatch_dtype=dtype, routing=routing)
+        case = mori_case(combine_quant=quant, dispatch_dtype=dtype, routing=routing, cu_count=cu_count)
         assert verdict_of(case) == (Verdict.PASS, "")
 
 

@@ -19,8 +19,9 @@ from tests.distributed import mori_model as model
 from tests.ranks import on_ranks
 
 HIDDEN, TOPK, MOST = 64, 6, 16
+FP8 = {304: torch.float8_e4m3fnuz, 256: torch.float8_e4m3fn}
 # What the sum of some of these comes to depends on their order, and on roundings between them.
-VALUES = (1e8, 1.0, -1e8, -0.0, 0.0, 1.0078125, -3.0, 2.0**-9, 255.0, 1.5e38, 257.0, -500.0, 0.01)
+VALUES = (1e8, 1.0, -1e8, -0.0, 0.0, 1.0078125, -3.0, 2.0**-9, 255.0, 1.5e38, 257.0, -500.0, 300.0, -241.0, 0.01)
 SKIPPING = ("IntraNode", "IntraNodeLL", "InterNodeV1")
 Ids = list[list[list[int]]]
 LAYOUTS = [
@@ -111,8 +112,18 @@ def test_the_registered_buffer_gives_the_same(kernel: str) -> None:
         ("IntraNodeLL", 1, "fp4_blockwise"),
     ],
 )
-def test_quantised_combine_is_the_model(kernel: str, nodes: int, quant: str) -> None:
-    check(layout_case(kernel, 4, nodes, combine_quant=quant, numerics="gaussian"), seed=3)
+@pytest.mark.parametrize("cu_count", [304, 256])
+def test_quantised_combine_is_the_model(kernel: str, nodes: int, quant: str, cu_count: int) -> None:
+    check(layout_case(kernel, 4, nodes, combine_quant=quant, numerics="gaussian", cu_count=cu_count), seed=3)
+
+
+def test_the_vectors_tell_the_formats_of_fp8_apart() -> None:
+    for quant in ("fp8_direct_cast", "fp8_blockwise"):
+        found = [
+            model.combined(model.Layout("IntraNode", 4, 4, 4, fp8), [0, 4], lambda rank: [300.0 + rank], quant)
+            for fp8 in FP8.values()
+        ]
+        assert found == ([[480.0], [576.0]] if quant == "fp8_direct_cast" else [[600.0], [576.0]])
 
 
 def test_four_bit_floats_round_to_even() -> None:
@@ -125,7 +136,7 @@ def test_four_bit_floats_round_to_even() -> None:
 
 
 def check(case: Case, seed: int) -> None:
-    layout = model.Layout(case.mori_kernel, case.ep_size, case.experts_per_rank, case.gpu_per_node)
+    layout = model.Layout(case.mori_kernel, case.ep_size, case.experts_per_rank, case.gpu_per_node, FP8[case.cu_count])
     ids = ids_of(case, random.Random(seed))
 
     def expected(rank: int, token: int) -> list[float]:

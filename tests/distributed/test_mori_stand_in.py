@@ -166,6 +166,26 @@ def test_what_is_not_imitated_says_so() -> None:
         assert "the registered buffer as what InterNodeV1 reads" in found[6]
 
 
+def foreign_fp8(session: Session, cu_count: int) -> str:
+    """Return what dispatch says of the other device's fp8; its own goes through."""
+    op, given = operator(session, cu_count=cu_count), Given(session.rank)
+    own, other = torch.float8_e4m3fnuz, torch.float8_e4m3fn
+    if cu_count == 256:
+        own, other = other, own
+    rows = op.dispatch(given.hidden.to(own), given.weights, None, given.ids)[0]
+    assert rows.dtype is own
+    try:
+        op.dispatch(given.hidden.to(other), given.weights, None, given.ids)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("cu_count", "said"), [(304, "float8_e4m3fn, the device has e4m3fnuz"), (256, "has e4m3fn")])
+def test_the_fp8_of_another_device_has_no_kernel(cu_count: int, said: str) -> None:
+    assert all(said in found for found in on_ranks(RANKS, foreign_fp8, cu_count))
+
+
 def positions(session: Session) -> list[tuple[int, int]]:
     op, given = operator(session), Given(session.rank)
     hidden = given.dispatch(op)[0]

@@ -20,6 +20,7 @@ RANK = 2
 CASES = {
     "bf16": tiny_case(),
     "fp8": tiny_case(dispatch_dtype="fp8"),
+    "fp8 of gfx942": tiny_case(dispatch_dtype="fp8", fp8_format="e4m3fnuz"),
     "digests": tiny_case(gather="digests", slot_order="source"),
 }
 SINGLE_FAULTS = [(stage, fault) for stage, faults in FAULTS.items() for fault in faults]

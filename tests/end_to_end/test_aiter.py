@@ -23,7 +23,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "PASS",
         {"dispatch_dtype": "fp8", "cu_count": 256, "aiter_version": "0.1.7.post2.dev18", "limit": "max-recv"},
     ),
-    "fp8 on gfx942": ("UNSUPPORTED", {"dispatch_dtype": "fp8", "cu_count": 304}),
+    "fp8 of gfx942": ("PASS", {"dispatch_dtype": "fp8", "cu_count": 304}),
+    "fp8 of gfx942, EP of two over mori": (
+        "PASS",
+        {"dispatch_dtype": "fp8", "cu_count": 304, "ep_size": 2, "transport": "mori", "combine_quant": "fp8_blockwise"},
+    ),
+    "fp8 of gfx950, EP of two over mori": (
+        "PASS",
+        {"dispatch_dtype": "fp8", "cu_count": 256, "ep_size": 2, "transport": "mori", "combine_quant": "fp8_blockwise"},
+    ),
+    "fp8 of another device": ("UNSUPPORTED", {"dispatch_dtype": "fp8", "cu_count": 304, "fp8_format": "e4m3fn"}),
     "a shape that cannot be shuffled": ("INVALID", {"hidden_size": 144}),
     "aiter 3933, one bucket is wrong": ("CORRUPT", {"tokens": 1, "limit": 4, "aiter_habits": "wrong-bucket-4"}),
     "aiter 3933, that bucket is not taken": ("PASS", {"limit": 32, "aiter_habits": "wrong-bucket-4"}),
@@ -71,13 +80,16 @@ def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
     assert any("[fused_moe] using 2stage default for (304, 256," in line for line in facts["log"])
 
 
-def test_both_stand_ins_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("cu_count", "fp8"), [("304", "e4m3fnuz"), ("256", "e4m3fn")])
+def test_both_stand_ins_together(tmp_path: Path, cu_count: str, fp8: str) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "emulate"]
-    flags += ["--dispatch-dtype=fp8", "--cu-count=256", "--transport=mori", "--emulate"]
+    flags += ["--dispatch-dtype=fp8", f"--cu-count={cu_count}", "--transport=mori", "--emulate"]
     done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     both = "distbench.emulation.mori for mori, distbench.emulation.aiter for aiter"
     assert f"PASS (emulated: {both}): truncated == repadded == control == padded == oracle" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["case"]["fp8_format"], report["sources"]["fp8_format"]) == (fp8, "device")
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,18 @@ def test_a_case_that_mori_cannot_run_is_told_as_a_run_would() -> None:
     assert (line.topic, line.found) == ("combine", "fp4_blockwise on gfx942")
 
 
+def test_the_fp8_of_another_device_is_told_as_a_run_would() -> None:
+    def told(fp8: str, device: str, **case: Any) -> list[tuple[str, str, str]]:
+        lines = findings(case={"fp8_format": fp8} | case, devices=(device,) * 8)
+        return [(line.topic, line.found, line.fix) for line in lines if line.level == "missing"]
+
+    fix = "these compute with e4m3fnuz: add --fp8-format e4m3fnuz"
+    assert told("e4m3fn", "gfx942", dispatch_dtype="fp8") == [("fp8", "e4m3fn on gfx942", fix)]
+    assert told("e4m3fn", "gfx942") == []
+    assert told("e4m3fnuz", "gfx942", combine_quant="fp8_blockwise") == []
+    assert told("e4m3fn", "gfx950", dispatch_dtype="fp8") == []
+
+
 def test_several_nodes_need_a_nic() -> None:
     assert exit_code(findings(nics={"mlx5_0": "DOWN"}), "mori") == 0
     lines = findings(Network(nodes=2), nics={"mlx5_0": "DOWN"})

@@ -8,7 +8,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from distbench.experts.aiter.package import installed_tables
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import KernelSelector, LayerKey
 from distbench.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
+from distbench.resolve import Layer, resolve_case
 
 LAYER = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048, cu_count=256)
 ROOT = Path(__file__).parents[2]
@@ -107,22 +110,24 @@ def test_the_command_prints_json_and_csv(capsys: pytest.CaptureFixture[str], tmp
     assert document["tables"] == [path]
 
 
-def node_of(folder: Path, number: int, simds: int) -> None:
+def node_of(folder: Path, number: int, simds: int, version: int = 90500) -> None:
     node = folder / str(number)
     node.mkdir()
     lines = [f"cpu_cores_count {0 if simds else 64}", f"simd_count {simds}", f"simd_per_cu {4 if simds else 0}"]
-    (node / "properties").write_text("\n".join([*lines, "gfx_target_version 90500", ""]))
+    devices.architecture.cache_clear()
+    (node / "properties").write_text("\n".join([*lines, f"gfx_target_version {version if simds else 0}", ""]))
 
 
 @pytest.fixture
-def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return the folder in which the kernel driver's devices are looked for; there is a CPU."""
     folder = tmp_path / "nodes"
     folder.mkdir()
     monkeypatch.setattr(devices, "_KFD_NODES", folder)
     monkeypatch.delenv("CU_NUM", raising=False)
     node_of(folder, 0, 0)
-    return folder
+    yield folder
+    devices.architecture.cache_clear()
 
 
 def test_compute_units_are_this_nodes_or_said_to_be_assumed(
@@ -144,6 +149,24 @@ def test_compute_units_are_this_nodes_or_said_to_be_assumed(
     monkeypatch.delenv("CU_NUM")
     node_of(kfd, 3, 1216)
     assert devices.compute_units() is None
+
+
+def test_the_fp8_of_a_case_is_that_of_the_device(kfd: Path) -> None:
+    def found(**values: Any) -> tuple[str, str]:
+        resolved = resolve_case([Layer("test", {"model": "tiny", "dispatch_dtype": "fp8"} | values)], 4)
+        return resolved.case.fp8_format, resolved.sources["fp8_format"]
+
+    assert devices.architecture() == ""
+    assert found() == ("e4m3fn", "device")
+    node_of(kfd, 1, 1216, 90402)
+    assert devices.architecture() == "gfx942"
+    assert found() == ("e4m3fnuz", "device")
+    assert found(device="cpu") == ("e4m3fn", "device")
+    assert found(fp8_format="e4m3fn") == ("e4m3fn", "test")
+    assert found(emulate=True, cu_count=256) == ("e4m3fn", "device")
+    node_of(kfd, 2, 1024, 90500)
+    assert devices.architecture() == ""
+    assert found(emulate=True) == ("e4m3fnuz", "device")
 
 
 @pytest.mark.parametrize("arguments", [["kernels", "--model", "deepseek-v3"], ["doctor", "--json"], ["presets"]])

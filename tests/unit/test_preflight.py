@@ -66,6 +66,20 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"transport": "mori", "emulate": True, "fp8_format": "e4m3fn"}, "has 304 compute units, so it is a gfx942, "),
+        ({"experts": "aiter", "emulate": True, "cu_count": 256, "fp8_format": "e4m3fnuz"}, "kernels have e4m3fn; "),
+        ({"experts": "triton", "fp8_format": "e4m3fnuz"}, "with experts triton: their kernels compute e4m3fn"),
+    ],
+)
+def test_a_format_of_fp8_without_kernels_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(Unsupported, match=message):
+        check_case(tiny_case(dispatch_dtype="fp8", **values))
+    check_case(tiny_case(**values))
+
+
 def test_memory_is_refused_by_the_largest_case() -> None:
     small, large = entry("small"), entry("large", max_dispatch_tokens_per_rank=1 << 20)
     needed = memory_bytes(large.case)

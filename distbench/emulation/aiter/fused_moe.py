@@ -1,7 +1,7 @@
 """`fused_moe` with aiter's names, selection rules and log line, computing as `ReferenceExperts` does.
 
-What a kernel would not look at is not looked at here either: weights are read as shuffled, ids as int32, and an id
-that no expert has is an access out of bounds.
+What a kernel would not look at is not looked at here either: weights are read as shuffled, ids as int32, bytes as the
+device's fp8, and an id that no expert has is an access out of bounds.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from distbench.emulation.aiter import habits
 from distbench.emulation.aiter.enums import ActivationType, QuantType
 from distbench.emulation.aiter.ops.shuffle import unshuffled
+from distbench.emulation.aiter.utility.dtypes import get_dtype_fp8
 from distbench.experts.heuristics import LayerKey, block_rows
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.rules import padded_rows
@@ -105,7 +106,7 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
     _check_ids(ids[:live], mask.numel())
     engine = _engine(_layer(w1, w2, topk_ids.shape[1], is_ep=expert_mask is not None))
     output = engine(
-        hidden_states,
+        _as_fp8(hidden_states),
         _weights(w1, w1_scale),
         _weights(w2, w2_scale),
         topk_weight,
@@ -224,7 +225,7 @@ class _Plain:
         """Return `weights` in row order, multiplied out where they have a scale for each 128 x 128."""
         known = self._known.get(weights.shape)
         if known is None or known[0] is not weights:
-            known = (weights, _multiplied(unshuffled(weights), scale))
+            known = (weights, _multiplied(_as_fp8(unshuffled(weights)), scale))
             self._known[weights.shape] = known
             self._known = dict(list(self._known.items())[-_WEIGHTS_OF_A_LAYER:])
         return known[1]
@@ -261,6 +262,11 @@ def _live_rows(num_local_tokens: Tensor | None, rows: int) -> int:
     if live and rows in _FAULTY_ROWS and habits.has(habits.FAULT_AT_ROWS):
         habits.fault(f"a kernel for {rows} rows reads past its input")
     return min(live, rows)
+
+
+def _as_fp8(rows: Tensor) -> Tensor:
+    """Read bytes as kernels do: as the device's fp8, whatever type they say they are."""
+    return rows.view(get_dtype_fp8()) if rows.element_size() == 1 else rows
 
 
 def _as_int32(ids: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import msgspec
 
-from distbench.experts.heuristics import GFX_BY_CU_COUNT
+from distbench.architectures import arch_of
 from distbench.experts.rules import BucketRules, rules_for
 
 WRONG_BUCKET = "wrong-bucket-4"
@@ -56,7 +56,7 @@ class Assumed(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def gfx(self) -> str:
         """The device's architecture."""
-        return GFX_BY_CU_COUNT.get(self.cu_count, "gfx942")
+        return arch_of(self.cu_count)
 
 
 _assumed = Assumed()

@@ -1,7 +1,7 @@
 """A stand-in for the package `mori` (amd-mori), over `torch.distributed`: docs/mori.md says what it imitates.
 
 `mori.shmem` and `mori.ops` have the names and signatures of the wheel and are loaded when used, as there. `assume`
-chooses the release it behaves like.
+chooses the release and the device it behaves like.
 """
 
 from __future__ import annotations

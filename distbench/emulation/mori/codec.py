@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
+from distbench.emulation.mori import habits
+from distbench.workload.quantize import fp8_dtype, saturated
+
 FP4_MAX = 6.0
 
 _BLOCKS_VARIABLE = "MORI_FP8_COMBINE_SCALE_DIM"
@@ -60,11 +61,14 @@ class Plain:
 
 
 class DirectCast:
-    """fp8_direct_cast: e4m3, saturating, no scale."""
+    """fp8_direct_cast: the device's e4m3, saturating, no scale."""
+
+    def __init__(self) -> None:
+        self._fp8 = fp8_dtype(habits.fp8_format())
 
     def pack(self, rows: Tensor) -> Tensor:
         """See `Codec.pack`."""
-        return _fp8(rows.float()).view(torch.uint8)
+        return saturated(rows.float(), self._fp8).view(torch.uint8)
 
     def width(self, columns: int) -> int:
         """See `Codec.width`."""
@@ -72,19 +76,18 @@ class DirectCast:
 
     def add(self, total: Tensor, packed: Tensor) -> Tensor:
         """See `Codec.add`."""
-        return total + packed.view(FP8).float()
+        return total + packed.view(self._fp8).float()
 
     def round(self, total: Tensor) -> Tensor:
         """See `Codec.round`."""
-        return _fp8(total).float()
+        return saturated(total, self._fp8).float()
 
 
 class Fp8Blockwise:
-    """fp8_blockwise: blocks above the largest fp8 number are scaled down to it; scales follow the row."""
-
-    maximum = FP8_MAX
+    """fp8_blockwise: blocks above the largest number of the device's e4m3 are scaled down to it; scales follow."""
 
     def __init__(self, columns: int) -> None:
+        self._fp8 = fp8_dtype(habits.fp8_format())
         self.blocks = int(os.environ.get(_BLOCKS_VARIABLE, _DEFAULT_BLOCKS))
         self._columns = columns
         self._block = -(-columns // self.blocks)
@@ -117,16 +120,16 @@ class Fp8Blockwise:
 
     def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return whether each block [m, blocks] is scaled, the scale that is stored, and the factor applied."""
-        maximum = torch.full_like(amax, self.maximum)
+        maximum = torch.full_like(amax, torch.finfo(self._fp8).max)
         scaled = amax > maximum
         inverse = torch.ones_like(amax) / maximum
         return scaled, torch.where(scaled, amax * inverse, 1.0), torch.where(scaled, maximum / amax, 1.0)
 
     def _encode(self, values: Tensor) -> Tensor:
-        return _fp8(values).view(torch.uint8)
+        return saturated(values, self._fp8).view(torch.uint8)
 
     def _decode(self, payload: Tensor) -> Tensor:
-        return payload.view(FP8).float()
+        return payload.view(self._fp8).float()
 
     def _payload(self, columns: int) -> int:
         return columns
@@ -177,7 +180,3 @@ def combine_row_bytes(quant_type: str, columns: int, payload: int) -> int:
     """Return the bytes that a blockwise row is allotted: fp8 as much as an unquantised one, and the scales."""
     codec = Fp4Blockwise(columns) if quant_type == "fp4_blockwise" else Fp8Blockwise(columns)
     return codec.width(columns) if isinstance(codec, Fp4Blockwise) else payload + 4 * codec.blocks
-
-
-def _fp8(values: Tensor) -> Tensor:
-    return values.clamp(-FP8_MAX, FP8_MAX).to(FP8)

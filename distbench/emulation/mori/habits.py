@@ -1,4 +1,4 @@
-"""What releases of mori do differently, to be chosen by release or one by one. Loads no torch."""
+"""What releases of mori do differently, to be chosen by release or one by one, and the device. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import sys
 import time
 from typing import NoReturn
+
+from distbench.architectures import Fp8Format
+from distbench.architectures import fp8_format as format_of
 
 NO_CONSTRUCTOR_BARRIER = "no-constructor-barrier"
 NO_ROW_GUARD = "no-row-guard"
@@ -22,6 +25,7 @@ RELEASES: dict[str, tuple[str, ...]] = {
 }
 
 _assumed: frozenset[str] = frozenset()
+_arch = "gfx942"
 
 
 def parse_habits(text: str) -> frozenset[str]:
@@ -40,10 +44,15 @@ def parse_habits(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def assume(text: str) -> None:
-    """Behave like the releases and habits of `text` from now on; see `parse_habits`."""
-    global _assumed  # noqa: PLW0603 - a package has one version in a process
-    _assumed = parse_habits(text)
+def assume(text: str, arch: str) -> None:
+    """Behave like the releases and habits of `text` on a device of `arch` from now on; see `parse_habits`."""
+    global _assumed, _arch
+    _assumed, _arch = parse_habits(text), arch
+
+
+def fp8_format() -> Fp8Format:
+    """Return the e4m3 that kernels are compiled with."""
+    return format_of(_arch)
 
 
 def has(habit: str) -> bool:

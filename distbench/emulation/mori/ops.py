@@ -16,6 +16,7 @@ from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig
 from distbench.emulation.mori.heap import at_address
 from distbench.emulation.mori.moves import TOPK_IDX_DTYPE, Mover
 from distbench.emulation.mori.routing import INTRA, EpDispatchCombineKernelType, representatives
+from distbench.workload.quantize import fp8_dtype
 
 __all__ = [
     "EpDispatchCombineConfig",
@@ -103,8 +104,10 @@ class EpDispatchCombineOp(Mover):
 
         Raises:
             NotImplementedError: a routing handle is given or asked for.
+            RuntimeError: fp8 of another format than the device's, for which no kernel is compiled.
 
         """
+        _check_kernels(input.dtype)
         if routing is not None or return_routing:
             habits.refuse("a routing handle")
         asked = (block_num, rdma_block_num, warp_per_block)
@@ -248,6 +251,12 @@ class EpDispatchCombineOp(Mover):
         if kernel not in allowed or rows.dtype is not torch.bfloat16 or not external:
             message = f"{quant} combine: not with {kernel}, {rows.dtype}, use_external_inp_buf={external}"
             raise ValueError(message)
+
+
+def _check_kernels(dtype: torch.dtype) -> None:
+    if dtype.is_floating_point and dtype.itemsize == 1 and dtype is not fp8_dtype(habits.fp8_format()):
+        message = f"hipModuleGetFunction (emulated): no kernel for {dtype}, the device has {habits.fp8_format()}"
+        raise RuntimeError(message)
 
 
 def launch_local_expert_count(  # noqa: PLR0913 - the wheel's signature

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori.codec import FP8_MAX, Codec
+from distbench.emulation.mori.codec import Codec
 from distbench.emulation.mori.heap import Region
 from distbench.emulation.mori.routing import Shape, owners
+from distbench.workload.quantize import saturated
 
 
 class Returned(NamedTuple):
@@ -94,4 +95,4 @@ class NodeSums:
 
 def cast(total: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a float32 sum as the type of the rows; fp8 saturates."""
-    return total.clamp(-FP8_MAX, FP8_MAX).to(dtype) if dtype.itemsize == 1 else total.to(dtype)
+    return saturated(total, dtype) if dtype.itemsize == 1 else total.to(dtype)

@@ -15,6 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.errors import Unsupported
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
@@ -27,6 +28,7 @@ from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelChoice
 from distbench.workload.plan import BLOCK
+from distbench.workload.quantize import fp8_dtype
 
 
 class AiterExperts:
@@ -61,6 +63,7 @@ class AiterExperts:
             check_settings(case, package.version)
         if case.dispatch_dtype == "fp8":
             _check_fp8(case, self._key.arch)
+        self._payload = fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`; by aiter's `get_2stage_cfgs`.
@@ -158,7 +161,7 @@ class AiterExperts:
 
     def _prepared(self, w1: Tensor, w2: Tensor) -> PreparedWeights:
         if self._known is None or self._known[0][0] is not w1 or self._known[0][1] is not w2:
-            self._known = ((w1, w2), prepare_weights(w1, w2, self._package.shuffle.shuffle_weight, self._key.quant))
+            self._known = ((w1, w2), prepare_weights(w1, w2, self._package.shuffle.shuffle_weight, self._payload))
         return self._known[1]
 
     def _choice(self, rows: int) -> KernelChoice:
@@ -230,7 +233,7 @@ class AiterExperts:
 
     def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
         fp8 = self._key.quant == "fp8"
-        hidden = w1.new_zeros(rows, self._key.model_dim).to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
+        hidden = w1.new_zeros(rows, self._key.model_dim).to(self._payload)
         self(
             hidden,
             w1,
@@ -278,11 +281,8 @@ def _assume(package: AiterPackage, case: Case) -> AiterPackage:
 
 
 def _check_fp8(case: Case, arch: str) -> None:
-    if arch == "gfx942":
-        message = (
-            "dispatch_dtype = fp8: aiter takes e4m3fnuz on gfx942, distbench makes e4m3fn; "
-            "use bf16 here, or fp8 on gfx950 (--emulate --cu-count 256)"
-        )
+    if case.fp8_format != fp8_format(arch):
+        message = f"fp8_format = {case.fp8_format}: aiter's kernels for {arch} read {fp8_format(arch)}; use that"
         raise Unsupported(message)
     if case.numerics != "exact":
         message = (

@@ -11,8 +11,6 @@ from torch import Tensor
 from distbench.errors import InvalidCase
 from distbench.workload.plan import BLOCK
 
-_FP8_MAX = 448.0
-
 
 class PreparedWeights(NamedTuple):
     """A rank's weights as aiter wants them: shuffled, float8 with a scale for each 128 x 128 where rows are."""
@@ -23,26 +21,25 @@ class PreparedWeights(NamedTuple):
     w2_scale: Tensor | None
 
 
-def prepare_weights(
-    w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor], quant: Literal["bf16", "fp8"]
-) -> PreparedWeights:
-    """Return w1 [El, 2I, H] and w2 [El, H, I], bf16, as aiter's kernels read them."""
-    if quant == "bf16":
+def prepare_weights(w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PreparedWeights:
+    """Return w1 [El, 2I, H] and w2 [El, H, I], bf16, as aiter's kernels read them: as bf16, or as fp8 `dtype`."""
+    if dtype is torch.bfloat16:
         return PreparedWeights(_shuffled(w1, shuffle), _shuffled(w2, shuffle), None, None)
-    (narrow1, scale1), (narrow2, scale2) = quantize_blocks(w1), quantize_blocks(w2)
+    (narrow1, scale1), (narrow2, scale2) = quantize_blocks(w1, dtype), quantize_blocks(w2, dtype)
     return PreparedWeights(_shuffled(narrow1, shuffle), _shuffled(narrow2, shuffle), scale1, scale2)
 
 
-def quantize_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights [E, N, K] as float8_e4m3fn and a scale for each 128 x 128, float32 [E, N/128, K/128].
+def quantize_blocks(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return weights [E, N, K] as fp8 `dtype` and a scale for each 128 x 128, float32 [E, N/128, K/128].
 
     Scales are powers of two, so weights that float8 can hold lose nothing.
     """
     count, rows, columns = weights.shape
     blocks = weights.float().view(count, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
     amax = blocks.abs().amax((2, 4), keepdim=True)
-    scale = torch.where(amax == 0, 1.0, torch.exp2(torch.ceil(torch.log2(amax) - torch.log2(torch.tensor(_FP8_MAX)))))
-    narrow = (blocks / scale).view(count, rows, columns).to(torch.float8_e4m3fn)
+    most = torch.log2(torch.tensor(torch.finfo(dtype).max))
+    scale = torch.where(amax == 0, 1.0, torch.exp2(torch.ceil(torch.log2(amax) - most)))
+    narrow = (blocks / scale).view(count, rows, columns).to(dtype)
     return narrow, scale.view(count, rows // BLOCK, columns // BLOCK)
 
 

@@ -78,20 +78,34 @@ def device_of(monkeypatch: pytest.MonkeyPatch, arch: str, units: int = 304) -> t
 
 def test_fp4_on_the_way_back_wants_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fp4 = plan_mori(mori_case(combine_quant="fp4_blockwise"), {})
-    check_device(fp4, device_of(monkeypatch, "gfx950:sramecc+:xnack-"))
-    check_device(plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+    check_device(mori_case(), fp4, device_of(monkeypatch, "gfx950:sramecc+:xnack-"))
+    check_device(mori_case(), plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
     with pytest.raises(
         Unsupported, match=r"fp4_blockwise: MoRI has it on gfx950 only, cuda:0 is gfx942; use fp8_block"
     ):
-        check_device(fp4, device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+        check_device(mori_case(), fp4, device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+
+
+@pytest.mark.parametrize("asked", [{"dispatch_dtype": "fp8"}, {"combine_quant": "fp8_blockwise"}])
+def test_fp8_of_another_format_than_the_devices_is_refused(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]
+) -> None:
+    ocp, fnuz = (mori_case(**asked, fp8_format=one) for one in ("e4m3fn", "e4m3fnuz"))
+    plan = plan_mori(ocp, {})
+    check_device(ocp, plan, device_of(monkeypatch, "gfx950:sramecc+:xnack-"))
+    check_device(fnuz, plan, device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+    with pytest.raises(Unsupported, match="e4m3fn: MoRI's kernels for cuda:0, gfx942, have e4m3fnuz only; use that"):
+        check_device(ocp, plan, device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
+    with pytest.raises(Unsupported, match="e4m3fnuz: MoRI's kernels for cuda:0, gfx950, have e4m3fn only; use that"):
+        check_device(fnuz, plan, device_of(monkeypatch, "gfx950"))
 
 
 def test_a_pinned_grid_has_to_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_device(plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942", 80))
+    check_device(mori_case(), plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942", 80))
     small = device_of(monkeypatch, "gfx942", 79)
-    check_device(plan_mori(mori_case(launch_mode="AUTO"), {}), small)
+    check_device(mori_case(), plan_mori(mori_case(launch_mode="AUTO"), {}), small)
     with pytest.raises(Unsupported, match="80 blocks have to run at once, cuda:0 has 79 compute units"):
-        check_device(plan_mori(mori_case(), {}), small)
+        check_device(mori_case(), plan_mori(mori_case(), {}), small)
 
 
 @pytest.mark.parametrize("error", [ValueError("invalid quant_type 'fp4_blockwise'"), NotImplementedError("no LL here")])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distbench.verify.bitwise import bits_at, compare_rows, row_digests, tensor_digest
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int32]
 
 
 def random_rows(dtype: torch.dtype, rows: int = 5, columns: int = 8) -> torch.Tensor:

@@ -11,6 +11,7 @@ from distbench.verify.explanations import ALONE, CHANGES, Explanation, changed, 
 from distbench.verify.sums import Contributions, SumOrder, added
 
 MISSING, DOUBLED, CAST = CHANGES
+OCP, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
 # Two places of a token, so columns: missing, missing, doubled, doubled, cast, cast, alone.
 NOBODY = [-1] * 7
 
@@ -57,16 +58,23 @@ def equals(expected: list[list[float]]) -> Callable[[Tensor], Tensor]:
 
 def test_effects_blame_whoever_returned_the_row_or_added_alone() -> None:
     order = SumOrder()
-    missing_2 = effects(contributions(), 0, order, equals([[2.0, 3.0], [0.0, 0.0]]))
+    missing_2 = effects(contributions(), 0, order, OCP, equals([[2.0, 3.0], [0.0, 0.0]]))
     assert missing_2.tolist() == [[2, -1, -1, -1, -1, -1, 0], [1, -1, -1, -1, -1, -1, 0]]
-    doubled_0 = effects(contributions(), 3, order, equals([[5.0, 506.0], [8.0, 10.0]]))
+    doubled_0 = effects(contributions(), 3, order, OCP, equals([[5.0, 506.0], [8.0, 10.0]]))
     assert doubled_0.tolist() == [[-1, -1, -1, 0, -1, -1, -1], [-1, -1, 1, -1, -1, -1, -1]]
-    cast_2 = effects(contributions(), 3, order, equals([[3.0, 451.0], [-1.0, 0.0]]))
+    cast_2 = effects(contributions(), 3, order, OCP, equals([[3.0, 451.0], [-1.0, 0.0]]))
     assert cast_2.tolist() == [[-1, -1, -1, -1, 2, -1, -1], NOBODY]
 
 
+def test_a_cast_saturates_where_the_devices_fp8_ends() -> None:
+    cast = [[3.0, 243.0], [-1.0, 0.0]]
+    blamed = [[-1, -1, -1, -1, 2, -1, -1], NOBODY]
+    assert effects(contributions(), 3, SumOrder(), FNUZ, equals(cast)).tolist() == blamed
+    assert effects(contributions(), 3, SumOrder(), OCP, equals(cast)).tolist() == [NOBODY, NOBODY]
+
+
 def test_several_changes_hold_at_once() -> None:
-    both = changed(contributions(), [Explanation(MISSING, 0), Explanation(DOUBLED, 1), Explanation(ALONE, 3)], 2)
+    both = changed(contributions(), [Explanation(MISSING, 0), Explanation(DOUBLED, 1), Explanation(ALONE, 3)], 2, OCP)
     assert torch.equal(added(both, SumOrder()), torch.tensor([[1.0, 500.0], [8.0, 10.0]]).bfloat16())
-    alone = changed(contributions(), [Explanation(ALONE, 1)], 1)
+    alone = changed(contributions(), [Explanation(ALONE, 1)], 1, OCP)
     assert torch.equal(added(alone, SumOrder()), torch.tensor([[0.0, 0.0], [4.0, 5.0]]).bfloat16())

@@ -14,8 +14,9 @@ SHAPES = {
     "gpt-oss-120b/15": (192, 192, 8, 4, "bf16"),
     "tiny": (256, 128, 8, 4, "bf16"),
     "tiny-odd": (192, 96, 10, 3, "bf16"),
-    "tiny fp8": (256, 128, 8, 4, "fp8"),
-    "odd intermediate fp8": (256, 96, 16, 8, "fp8"),
+    "tiny fp8": (256, 128, 8, 4, "e4m3fn"),
+    "tiny fnuz": (256, 128, 8, 4, "e4m3fnuz"),
+    "odd intermediate fp8": (256, 96, 16, 8, "e4m3fn"),
     "many experts a token": (128, 64, 64, 32, "bf16"),
     "one weight": (128, 64, 96, 72, "bf16"),
 }
@@ -33,7 +34,8 @@ def workload_of(name: str, seed: int = 0, routing: str = "uniform", tokens: int 
         seed=seed,
         routing=routing,
         tokens_per_rank=(tokens, tokens),
-        dispatch_dtype="fp8" if dtype == "fp8" else "bf16",
+        dispatch_dtype="bf16" if dtype == "bf16" else "fp8",
+        fp8_format="e4m3fnuz" if dtype == "e4m3fnuz" else "e4m3fn",
         device="cpu",
     )
 

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distbench.architectures import LARGEST_FP8, Fp8Format
 from distbench.errors import InvalidCase
 from distbench.models import PRESETS
 from distbench.workload.exact import dense_weights, expert_patterns, hidden_states, routing_weights
 from distbench.workload.plan import ExactPlan, plan_exact
-from distbench.workload.quantize import dequantize, quantize_fp8_blocks
+from distbench.workload.quantize import dequantize, fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import token_keys
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -205,13 +206,23 @@ def test_weights_are_one_or_half() -> None:
 
 
 @pytest.mark.parametrize("hidden_size", [128, 256, 7168])
-def test_fp8_quantising_loses_nothing(hidden_size: int) -> None:
-    plan = plan_exact(hidden_size, hidden_size // 2, 4, "fp8", 8)
+@pytest.mark.parametrize(("fp8", "scale"), [("e4m3fn", 2.0**-8), ("e4m3fnuz", 2.0**-7)])
+def test_fp8_quantising_loses_nothing(hidden_size: int, fp8: Fp8Format, scale: float) -> None:
+    plan = plan_exact(hidden_size, hidden_size // 2, 4, "fp8", 8, fp8_format=fp8)
     hidden = hidden_states(plan, 0, torch.arange(64))
-    quantized, scales = quantize_fp8_blocks(hidden)
-    assert bool((scales == 2.0**-8).all())
+    quantized, scales = quantize_fp8_blocks(hidden, fp8_dtype(fp8))
+    assert bool((scales == scale).all())
     restored = dequantize(quantized, scales).bfloat16()
     assert torch.equal(restored.view(torch.int16), hidden.view(torch.int16))
+
+
+@pytest.mark.parametrize("fp8", ["e4m3fn", "e4m3fnuz"])
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_what_an_fp8_combine_may_return_is_in_each_format(fp8: Fp8Format, topk: int) -> None:
+    plan = plan_exact(256, 128, topk, "bf16", 8, "fp8_blockwise", fp8)
+    sums = torch.arange(-plan.max_units, plan.max_units + 1) * plan.unit
+    assert float(sums.max()) <= LARGEST_FP8[fp8] == torch.finfo(fp8_dtype(fp8)).max
+    assert torch.equal(sums.to(fp8_dtype(fp8)).float(), sums)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -30,15 +30,15 @@ class Kernel(NamedTuple):
     one_stage: bool
     weight_in_stage_1: bool
     atomic: bool
-    requantize: bool
+    requantize: torch.dtype | None
     order: torch.Generator
 
     @staticmethod
-    def drawn(seed: int, *, requantize: bool) -> Kernel:
+    def drawn(seed: int, *, requantize: torch.dtype | None) -> Kernel:
         order = torch.Generator().manual_seed(seed)
         splits = int(torch.randint(1, 9, (1,), generator=order))
         rounded, one_stage, weighted, atomic, again = (torch.rand(5, generator=order) < 0.5).tolist()
-        return Kernel(splits, rounded, one_stage, weighted, atomic, again and requantize, order)
+        return Kernel(splits, rounded, one_stage, weighted, atomic, requantize if again else None, order)
 
     def layer(self, batch: TokenBatch, w1: Tensor, w2: Tensor, first: int = 0) -> Tensor:
         hidden = dequantize(batch.hidden, batch.scales)
@@ -59,8 +59,8 @@ class Kernel(NamedTuple):
             activation = activation * weight
         if not self.one_stage:
             activation = activation.bfloat16().float()
-        if self.requantize:
-            activation = dequantize(*quantize_fp8_blocks(activation.unsqueeze(0)))[0]
+        if self.requantize is not None:
+            activation = dequantize(*quantize_fp8_blocks(activation.unsqueeze(0), self.requantize))[0]
         result = self.product(activation, w2.float())
         return result if self.weight_in_stage_1 else (result.bfloat16() * weight).bfloat16().float()
 
@@ -81,7 +81,7 @@ def test_every_order_of_sums_gives_the_bits_of_the_oracle(name: str, seed: int) 
     batch = workload.tokens(1)
     w1, w2 = (torch.cat(parts) for parts in zip(*(workload.local_weights(rank) for rank in range(2)), strict=True))
     expected = workload.expected(batch)
-    kernel = Kernel.drawn(seed, requantize=name == "tiny fp8")
+    kernel = Kernel.drawn(seed, requantize=workload.fp8 if name in ("tiny fp8", "tiny fnuz") else None)
     assert expected is not None
     assert same_bits(kernel.layer(batch, w1, w2), expected)
 
@@ -101,14 +101,14 @@ def test_gaussian_inputs_would_tell_those_kernels_apart() -> None:
         device="cpu",
     )
     made = [
-        Kernel.drawn(seed, requantize=False).layer(workload.tokens(0), *workload.local_weights(0)) for seed in (1, 2)
+        Kernel.drawn(seed, requantize=None).layer(workload.tokens(0), *workload.local_weights(0)) for seed in (1, 2)
     ]
     assert not same_bits(*made)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "e4m3fn", "e4m3fnuz"])
 @pytest.mark.parametrize("seed", range(6))
-def test_full_size_qwen_expert(dtype: str, seed: int) -> None:
+def test_full_size_qwen_expert(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], seed: int) -> None:
     shape = PRESETS["qwen3-30b-a3b"]
     workload = make_workload(
         numerics="exact",
@@ -120,14 +120,15 @@ def test_full_size_qwen_expert(dtype: str, seed: int) -> None:
         seed=seed,
         routing="hot-rank:77",
         tokens_per_rank=(2,) * 128,
-        dispatch_dtype="fp8" if dtype == "fp8" else "bf16",
+        dispatch_dtype="bf16" if dtype == "bf16" else "fp8",
+        fp8_format="e4m3fn" if dtype == "bf16" else dtype,
         device="cpu",
     )
     batch = workload.tokens(3)
     expected = workload.expected_rows(77, batch)
     assert expected is not None
     assert bool(expected.any(1).all())
-    kernel = Kernel.drawn(seed, requantize=dtype == "fp8")
+    kernel = Kernel.drawn(seed, requantize=None if dtype == "bf16" else workload.fp8)
     assert same_bits(kernel.layer(batch, *workload.local_weights(77), first=77), expected)
 
 

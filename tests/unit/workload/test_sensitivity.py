@@ -72,7 +72,7 @@ def test_swapped_tokens_change_both(name: str, seed: int) -> None:
         assert changed_rows(before, workload.expected(other)) == wanted
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-odd", "tiny fp8", "qwen3-30b-a3b/8"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-odd", "tiny fp8", "tiny fnuz", "qwen3-30b-a3b/8"])
 def test_every_hidden_column_shows(name: str) -> None:
     workload = workload_of(name)
     batch = workload.tokens(0, torch.tensor([0]))

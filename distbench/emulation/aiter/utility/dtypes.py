@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from distbench.architectures import fp8_format
 from distbench.emulation.aiter.habits import assumed
+from distbench.workload.quantize import fp8_dtype
 
 bf16 = torch.bfloat16
 fp16 = torch.float16
@@ -14,7 +16,7 @@ i32 = torch.int32
 
 def get_dtype_fp8() -> torch.dtype:
     """Return the 8-bit format of the device."""
-    return torch.float8_e4m3fnuz if assumed().gfx == "gfx942" else torch.float8_e4m3fn
+    return fp8_dtype(fp8_format(assumed().gfx))
 
 
 def __getattr__(name: str) -> torch.dtype:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distbench.emulation.aiter import ActivationType, QuantType, habits
-from distbench.emulation.aiter.fused_moe import fused_moe, get_2stage_cfgs, get_padded_M
+from distbench.emulation.aiter.fused_moe import _as_fp8, fused_moe, get_2stage_cfgs, get_padded_M
 from distbench.emulation.aiter.ops.shuffle import shuffle_weight, unshuffled
 from distbench.experts.heuristics import LayerKey
 from distbench.experts.reference import ReferenceExperts
@@ -72,6 +72,15 @@ def test_computes_as_the_reference_does(rows: int, live: int) -> None:
     given = layer(rows, live)
     assert same_bits(call(given)[:live], reference(given)[:live])
     assert bool(call(given)[live:].isnan().all())
+
+
+@pytest.mark.parametrize(("cu_count", "fp8"), [(304, torch.float8_e4m3fnuz), (256, torch.float8_e4m3fn)])
+def test_bytes_are_read_as_the_devices_fp8(cu_count: int, fp8: torch.dtype) -> None:
+    assume(cu_count=cu_count)
+    made = torch.arange(256, dtype=torch.uint8)
+    for said in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+        assert torch.equal(_as_fp8(made.view(said)).view(torch.uint8), made)
+        assert _as_fp8(made.view(said)).dtype is fp8
 
 
 @pytest.mark.parametrize("element", [torch.bfloat16, torch.float8_e4m3fn])
