@@ -49,7 +49,8 @@ class MoriTransport:
         """Join MoRI's shmem world, make the operator, and wait until every rank has made its own.
 
         Raises:
-            Unsupported: the package is not there, is too old for the case, or finds no device that can run it.
+            Unsupported: the package is not there, is too old for the case, or finds no device that can run it; or see
+                `join_world`.
             InvalidCase: see `plan_mori` and `heap_size`; or nodes with unlike numbers of ranks.
 
         """
@@ -216,6 +217,8 @@ def _package(case: Case, device: torch.device) -> Any:
     if device.type != "cuda":
         message = f"transport mori: the ranks compute on {device}, MoRI on GPUs; use --device cuda, or add --emulate"
         raise Unsupported(message)
+    with contextlib.suppress(ImportError):  # which a release may lack: see `join_world`
+        import mori.ops._jit_loader
     return mori
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.emulation.mori import moves, ops, shmem
+from distbench.emulation.mori import _jit_loader, moves, ops, shmem
 from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
 from distbench.transport.mori_config import plan_mori
@@ -171,6 +171,46 @@ def test_counting_local_experts_apart_is_refused_by_the_wheels_name(wheel: zipfi
     assert our_signature(ops.launch_local_expert_count) == signature(theirs)
     with pytest.raises(NotImplementedError, match=f"{name} is not imitated"):
         ops.launch_local_expert_count(None, 0, 0, 0)
+
+
+def test_a_loaded_kernel_is_told_of_the_world_once_until_it_is_forgotten(
+    wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel's own loader is executed over a HIP that is not there."""
+    loader = ast.parse(text(wheel, "mori/ops/_jit_loader.py"))
+    told: list[object] = []
+    pybinds = SimpleNamespace(shmem_module_init=told.append)
+    driver = SimpleNamespace(HipModule=lambda path: SimpleNamespace(_module=SimpleNamespace(value=path)))
+    for name, module in {"libmori_pybinds": pybinds, "mori.jit.hip_driver": driver}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("mori", "mori.jit"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    scope: dict[str, Any] = {}
+    exec(compile(loader, "wheel", "exec"), scope)  # noqa: S102 - a release's own loader
+    scope["_compiled_hsaco"]["ep_async_ll"] = "path"
+    load, modules = scope["load_hip_module"], scope["_loaded_modules"]
+    assert load("ep_async_ll") is load("ep_async_ll") is modules["ep_async_ll"]
+    assert told == ["path"]
+    modules.clear()
+    load("ep_async_ll")
+    assert told == ["path", "path"]
+    functions = [node for node in loader.body if isinstance(node, ast.FunctionDef)]
+    (theirs,) = (node for node in functions if node.name == "load_hip_module")
+    assert our_signature(_jit_loader.load_hip_module) == signature(theirs)
+
+
+def test_the_kernels_of_each_type_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+    tree = ast.parse(text(wheel, "mori/ops/dispatch_combine.py"))
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_KERNEL_TYPE_TO_HIP"
+    )
+    assert isinstance(table, ast.Dict)
+    kinds = [ast.unparse(kind).rpartition(".")[2] for kind in table.keys if kind is not None]
+    theirs = dict(zip(kinds, map(ast.literal_eval, table.values), strict=True))
+    ours = {kind.name: name for kind, name in moves.HIP_NAMES.items()}
+    assert ours == {kind: name for kind, name in theirs.items() if kind != "InterNode"}
 
 
 @pytest.mark.parametrize("mode", ["MANUAL", "AUTO"])
