@@ -142,6 +142,7 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:
+    stage2 = "" if row.run_1stage else row.kernel_name2
     return KernelChoice(
         rows=rows,
         bucket=bucket,
@@ -150,8 +151,8 @@ def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:
         ksplit=row.ksplit if row.ksplit > 1 else named_split(row.kernel_name1),
         run_1stage=row.run_1stage,
         stage1=row.kernel_name1,
-        stage2=row.kernel_name2,
-        stage2_mode="atomic" if row.run_1stage else stage2_mode(row.kernel_name2),
+        stage2=stage2,
+        stage2_mode=stage2_mode(stage2),
         tile_k1=tile_k(row.kernel_name1),
-        tile_k2=tile_k(row.kernel_name2),
+        tile_k2=tile_k(stage2),
     )

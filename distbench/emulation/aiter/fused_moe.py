@@ -167,9 +167,8 @@ def get_2stage_cfgs(  # noqa: PLR0913 - aiter's signature
         is_ep=is_ep,
         cu_count=habits.assumed().cu_count,
     )
-    choice = _selector(layer).choose(token)
-    tuned = choice.source == "tuned"
-    kernelName1, kernelName2 = (choice.stage1, choice.stage2) if tuned else ("", "")  # noqa: N806
+    choice, tuned = _selector(layer).choose(token), _selector(layer).tuned_row(token)
+    kernelName1, kernelName2 = (tuned.kernel_name1, tuned.kernel_name2) if tuned else ("", "")  # noqa: N806
     key = (layer.cu_count, token, model_dim, inter_dim, expert, layer.lookup_topk(habits.assumed().rules))
     key += (str(activation), str(dtype), str(q_dtype_a), str(q_dtype_w), str(q_type), use_g1u1, doweight_stage1)  # type: ignore[assignment]
     names = f"({kernelName1=}, {kernelName2=})" if tuned else "default"

@@ -26,6 +26,7 @@ from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_m
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelChoice
+from distbench.experts.tuned import MISSING
 from distbench.workload.plan import BLOCK
 
 
@@ -55,6 +56,7 @@ class AiterExperts:
         self._known: tuple[tuple[Tensor, Tensor], PreparedWeights] | None = None
         self._choices: dict[int, KernelChoice] = {}
         self._log = kernel_log()
+        self._doubts: list[str] = []
         self._tables = tuned_tables(package)
         check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
@@ -63,23 +65,22 @@ class AiterExperts:
             _check_fp8(case, self._key.arch)
 
     def selection(self, rows: int) -> KernelChoice:
-        """See `Experts.selection`; by aiter's `get_2stage_cfgs`.
+        """See `Experts.selection`; by aiter's `get_2stage_cfgs`. That aiter logged others is told by `about`.
 
         Raises:
             Unsupported: the function wants an argument that is not known here.
-            DistbenchError: aiter logged other kernels for these rows.
 
         """
         if rows not in self._choices:
-            choice = self._choice(rows)
-            self._log.check(choice, self._key)
-            self._choices[rows] = choice
+            choice = self._choices[rows] = self._choice(rows)
+            doubt = self._log.doubt(choice, self._key)
+            self._doubts += [doubt] if doubt else []
         return self._choices[rows]
 
     def about(self) -> dict[str, Any]:
         """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines.
 
-        The tables are as they were when these experts were made.
+        `doubts` are selections that a log line contradicts. The tables are as they were when these experts were made.
         """
         return {
             PACKAGE: {
@@ -88,6 +89,7 @@ class AiterExperts:
                 "cu_count": self._key.cu_count,
                 "tuned_tables": msgspec.to_builtins(self._tables),
                 "log": self._log.of_layer(self._key),
+                "doubts": self._doubts,
             }
         }
 
@@ -294,4 +296,4 @@ def _check_fp8(case: Case, arch: str) -> None:
 
 def _kernel_name(stage: Any) -> str:
     name = (getattr(stage, "keywords", None) or {}).get("kernelName", "")
-    return name if isinstance(name, str) and name != "nan" else ""
+    return name if isinstance(name, str) and name not in MISSING else ""
