@@ -97,7 +97,10 @@ class MoriTransport:
         # Kernels keep the addresses of what they were given until combine is done.
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
         self._under_way = True
-        return Dispatched(hidden, scales, weights, ids, self._total_recv)
+        dispatched = Dispatched(hidden, scales, weights, ids, self._total_recv)
+        if known is None:
+            _poison_tail(dispatched, self._known.received)
+        return dispatched
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -190,6 +193,16 @@ class MoriTransport:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)
+
+
+def _poison_tail(dispatched: Dispatched, received: int) -> None:
+    """Overwrite rows that were not received: what MoRI leaves there are valid ids, which hide who reads them.
+
+    They stay so until other tokens are dispatched, and no peer writes before this rank is in combine.
+    """
+    for rows in dispatched[:4]:
+        if rows is not None:
+            poison_(rows[received:])
 
 
 def _whole(expert_out: Tensor, received: int) -> Tensor:

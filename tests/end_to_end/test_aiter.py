@@ -88,14 +88,18 @@ def test_both_stand_ins_together(tmp_path: Path) -> None:
         {"aiter_habits": "fault-at-304-336", "limit": "304", "max_dispatch_tokens_per_rank": "256"},
     ],
 )
-def test_faults_of_kernels_name_the_arm(habit: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("transport", "moved_by"), [("collective", "collective"), ("mori", "distbench.emulation.mori")]
+)
+def test_faults_of_kernels_name_the_arm(habit: dict[str, str], transport: str, moved_by: str, tmp_path: Path) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | habit).items() if key != "emulate"]
-    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), "--emulate", *flags)
+    flags += [f"--transport={transport}", "--emulate"]
+    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 3, done.stderr
     out = done.stdout
     arm = "padded" if "all-rows" in habit.values() else "truncated"
     assert f"ended by SIGABRT in {arm}/experts" in out
-    assert "RANK_FAULT (emulated: collective for mori, distbench.emulation.aiter for aiter)" in out
+    assert f"RANK_FAULT (emulated: {moved_by} for mori, distbench.emulation.aiter for aiter)" in out
 
 
 def test_without_the_package_nothing_runs(tmp_path: Path) -> None:
