@@ -25,6 +25,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fp8 on gfx942": ("UNSUPPORTED", {"dispatch_dtype": "fp8", "cu_count": 304}),
     "a shape that cannot be shuffled": ("INVALID", {"hidden_size": 144}),
+    "a shape smaller than any tile": ("INVALID", {"model": "tiny-odd"}),
+    "a shape that is not of whole tiles": (
+        "UNSUPPORTED",
+        {"hidden_size": 320, "intermediate_size": 320, "cu_count": 80},
+    ),
     "aiter 3933, one bucket is wrong": ("CORRUPT", {"tokens": 1, "limit": 4, "aiter_habits": "wrong-bucket-4"}),
     "aiter 3933, that bucket is not taken": ("PASS", {"limit": 32, "aiter_habits": "wrong-bucket-4"}),
     "vllm 53108, mostly padding": ("BASELINE_WRONG", {"aiter_habits": "zero-rows"}),

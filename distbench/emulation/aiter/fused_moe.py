@@ -100,6 +100,7 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
         bias2,
         is_ep=expert_mask is not None,
     )
+    _check_tiles(_layer(w1, w2, topk_ids.shape[1], is_ep=expert_mask is not None), rows)
     live = _live_rows(num_local_tokens, rows)
     ids = _as_int32(topk_ids)
     _check_ids(ids[:live], mask.numel())
@@ -246,6 +247,12 @@ def _multiplied(weights: Tensor, scale: Tensor | None) -> Tensor:
     blocks = weights.float().view(count, rows // _BLOCK, _BLOCK, columns // _BLOCK, _BLOCK)
     wide = blocks * scale.view(count, rows // _BLOCK, 1, columns // _BLOCK, 1)
     return wide.view(count, rows, columns)
+
+
+def _check_tiles(layer: LayerKey, rows: int) -> None:
+    if _selector(layer).choose(rows).unfit(layer.model_dim, layer.inter_dim):
+        message = "wrong! device_gemm with the specified compilation parameters does not support this GEMM problem"
+        raise RuntimeError(message)
 
 
 def _warn_of_layout(w1: Tensor, w2: Tensor) -> None:

@@ -27,7 +27,10 @@ from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelChoice
 from distbench.experts.tuned import MISSING
+from distbench.values import one_line
 from distbench.workload.plan import BLOCK
+
+_UNFIT = "does not support this GEMM problem"
 
 
 class AiterExperts:
@@ -97,11 +100,14 @@ class AiterExperts:
         """Have aiter build what calls with `rows` rows need: on each node one rank, while the others wait for it.
 
         Raises:
-            Unsupported: weights on the CPU, or see `selection`.
+            Unsupported: weights on the CPU, or kernels that cannot take the layer; or see `selection`.
 
         """
         self._check_device(w1)
-        self._selection_arguments(max(rows))
+        for count in rows:
+            unfit = self.selection(count).unfit(self._key.model_dim, self._key.inter_dim)
+            if unfit:
+                raise Unsupported(_unfit(count, unfit))
         folder = Path(self._package.core.get_user_jit_dir())
         smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
         for bucket, count in sorted(smallest.items()):
@@ -233,17 +239,22 @@ class AiterExperts:
     def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
         fp8 = self._key.quant == "fp8"
         hidden = w1.new_zeros(rows, self._key.model_dim).to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
-        self(
-            hidden,
-            w1,
-            w2,
-            hidden.new_zeros(rows, self._key.topk, dtype=torch.float32),
-            hidden.new_zeros(rows, self._key.topk, dtype=torch.int32),
-            expert_mask=expert_mask,
-            num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
-            a1_scale=hidden.new_ones(rows, self._key.model_dim // BLOCK, dtype=torch.float32) if fp8 else None,
-            dtype=torch.bfloat16,
-        )
+        try:
+            self(
+                hidden,
+                w1,
+                w2,
+                hidden.new_zeros(rows, self._key.topk, dtype=torch.float32),
+                hidden.new_zeros(rows, self._key.topk, dtype=torch.int32),
+                expert_mask=expert_mask,
+                num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
+                a1_scale=hidden.new_ones(rows, self._key.model_dim // BLOCK, dtype=torch.float32) if fp8 else None,
+                dtype=torch.bfloat16,
+            )
+        except RuntimeError as error:
+            if _UNFIT not in str(error):
+                raise
+            raise Unsupported(_unfit(rows, one_line(error))) from error
 
     def _check_device(self, weights: Tensor) -> None:
         if weights.device.type == "cpu" and not self._case.emulate:
@@ -292,6 +303,13 @@ def _check_fp8(case: Case, arch: str) -> None:
             "here follows; use exact, which loses nothing by it"
         )
         raise Unsupported(message)
+
+
+def _unfit(rows: int, reason: str) -> str:
+    return (
+        f"experts aiter: the kernels for {rows} rows cannot take this layer: {reason}; "
+        "use sizes that are multiples of 128, or another limit"
+    )
 
 
 def _kernel_name(stage: Any) -> str:

@@ -12,6 +12,7 @@ from distbench.errors import InvalidCase
 from distbench.workload.plan import BLOCK
 
 _FP8_MAX = 448.0
+_SMALLEST_TILE = 64
 
 
 class PreparedWeights(NamedTuple):
@@ -47,13 +48,13 @@ def quantize_blocks(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_shape(hidden_size: int, intermediate_size: int, quant: Literal["bf16", "fp8"]) -> None:
-    """Refuse a layer whose weights cannot be shuffled, or quantised by blocks.
+    """Refuse a layer that is smaller than any kernel's tile, or not of whole blocks: no number of rows would do.
 
     Raises:
         InvalidCase: names the size and what it has to be a multiple of.
 
     """
-    least = BLOCK if quant == "fp8" else 32
+    least = BLOCK if quant == "fp8" else _SMALLEST_TILE
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size % least:
             message = (

@@ -273,7 +273,8 @@ def test_tells_each_table_by_its_digest_and_its_rows_as_they_were_when_it_was_re
 @pytest.mark.parametrize(
     ("values", "error", "complaint"),
     [
-        ({"hidden_size": 144}, InvalidCase, "hidden_size = 144: aiter takes bf16 weights in multiples of 32; use 160"),
+        ({"hidden_size": 144}, InvalidCase, "hidden_size = 144: aiter takes bf16 weights in multiples of 64; use 192"),
+        ({"model": "tiny-odd"}, InvalidCase, "intermediate_size = 96: aiter takes bf16 weights in multiples of 64"),
         ({"intermediate_size": 48}, InvalidCase, "intermediate_size = 48: .*use 64"),
         ({"dispatch_dtype": "fp8", "intermediate_size": 96, "cu_count": 256}, InvalidCase, "in multiples of 128"),
         ({"dispatch_dtype": "fp8", "cu_count": 304}, Unsupported, "e4m3fnuz on gfx942"),
@@ -285,6 +286,38 @@ def test_cases_that_aiter_cannot_take_are_refused(
 ) -> None:
     with pytest.raises(error, match=complaint):
         make_experts(aiter_case(**values))
+
+
+def warmed(case: Case, rows: int, experts: AiterExperts | None = None) -> None:
+    shapes = ((2 * case.intermediate_size, case.hidden_size), (case.hidden_size, case.intermediate_size))
+    w1, w2 = (torch.zeros(case.experts_per_rank, *shape).bfloat16() for shape in shapes)
+    made = make_aiter_experts(case) if experts is None else experts
+    made.warm_up(w1, w2, torch.ones(case.num_experts, dtype=torch.int32), (rows,))
+
+
+ODD_TILES = {"hidden_size": 320, "intermediate_size": 320, "cu_count": 80}
+
+
+def test_rows_whose_kernels_cannot_take_the_layer_are_refused_as_it_warms_up() -> None:
+    case = aiter_case(**ODD_TILES)
+    warmed(case, 16)
+    with pytest.raises(
+        Unsupported, match=r"for 256 rows .*: stage 1, ck_2stages_gemm1_bm64_n128_\w+, takes 320 columns by 128"
+    ):
+        warmed(case, 256)
+
+
+def test_what_the_package_cannot_take_is_refused_where_its_kernels_are_not_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case = aiter_case(**ODD_TILES)
+    package = load_package(STAND_IN)
+    experts = make_aiter_experts(case)
+    monkeypatch.setattr(package.core, "get_user_jit_dir", lambda: str(tmp_path))
+    unknown = experts.selection(256)
+    monkeypatch.setattr(experts, "_choices", {256: msgspec.structs.replace(unknown, stage1="a", stage2="b")})
+    with pytest.raises(Unsupported, match=r"for 256 rows .*wrong! device_gemm .*use sizes that are multiples of 128"):
+        warmed(case, 256, experts)
 
 
 def test_without_the_package_nothing_stands_in() -> None:
