@@ -6,7 +6,6 @@ bounds, as docs/mori.md describes both.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,6 +13,7 @@ import msgspec
 
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
+from distbench.values import parse_heap_size
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
 SHMEM_MODE = "MORI_SHMEM_MODE"
@@ -29,8 +29,6 @@ _MAX_TOPK = 64
 _ELEMENT = 2
 _QUEUE_PAIRS = 2
 _SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
-_SIZE = re.compile(r"(\d{1,12})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SMALLEST_HEAP = 4 << 30
 _HEAP_STEP = 64 << 20
 _SMALL_BUFFERS = 1 << 20
@@ -124,14 +122,14 @@ def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> 
         InvalidCase: the variable is no size, or too small for the case's operator.
 
     """
-    text = environ.get(HEAP_SIZE, "").strip()
+    text = environ.get(HEAP_SIZE, "")
     if not text:
         rounded = -(-plan.heap_bytes // _HEAP_STEP) * _HEAP_STEP
         return rounded if emulated else max(rounded, _SMALLEST_HEAP)
-    matched = _SIZE.fullmatch(text)
-    if matched is None:
-        _refuse(f"env:{HEAP_SIZE} = {text!r:.60}: no size; write for instance 6G")
-    size = int(matched[1]) * _UNITS[matched[2].upper()]
+    try:
+        size = parse_heap_size(text)
+    except ValueError as error:
+        _refuse(f"env:{HEAP_SIZE} = {text!r:.60}: {error}")
     if size < plan.heap_bytes:
         _refuse(
             f"env:{HEAP_SIZE} = {text}: {size} bytes, the case needs {plan.heap_bytes}; raise or unset it, or lower "

@@ -43,7 +43,7 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     leave_world()
     kernels.clear()
     session.at_close(leave_world)
-    set_here = HEAP_SIZE not in os.environ
+    set_here = not os.environ.get(HEAP_SIZE)  # MoRI reads an empty one as a heap of no bytes
     if set_here:
         os.environ[HEAP_SIZE] = str(heap_bytes)
     os.environ.setdefault(SHMEM_MODE, "static_heap")
