@@ -19,13 +19,13 @@ from distbench.transport.mori_config import (
     MoriPlan,
     check_environment,
     heap_size,
+    lost_chunks,
     plan_mori,
 )
 from distbench.versions import version_key
 
 _MORI: tuple[Path, ...] = ("mori",)
 _ARCHITECTURES = ("gfx942", "gfx950")
-_RDMA_MULTIPLE = 8
 _LAST_WITHOUT_BARRIER = "1.2.2"
 _SPLIT_K_FIXED = ("0.1.18", "0.1.19")
 _KERNEL_CHANGERS = (
@@ -82,7 +82,7 @@ def _architecture(node: Node) -> Finding:
 
 
 def _mori(packages: Mapping[str, str]) -> Finding:
-    installed = {name: packages[name] for name in MORI if name in packages}
+    installed = _installed(packages)
     found = " and ".join(f"{name} {version}" for name, version in installed.items())
     if not installed:
         return _missing("mori", "not installed", "pip install amd-mori, or use a container that has it (docs/amd.md)")
@@ -95,6 +95,11 @@ def _mori(packages: Mapping[str, str]) -> Finding:
         fix = "take 1.2.4 or later; distbench synchronises by itself, other users of it do not"
         return _degraded("mori", f"{found}: no barrier after its buffers are made, so ranks can lose signals", fix)
     return _ok("mori", found)
+
+
+def _installed(packages: Mapping[str, str]) -> dict[str, str]:
+    """Return the distributions of mori that are there, by name."""
+    return {name: packages[name] for name in MORI if name in packages}
 
 
 def _aiter(version: str) -> Finding:
@@ -144,14 +149,16 @@ def _blocks(node: Node, plan: MoriPlan, network: Network) -> Finding:
         fix = f"take up to {node.units} blocks: they wait for each other, and would for ever"
         return _missing("blocks", f"{found}, {node.units} compute units", fix)
     if launch != own or plan.kernel not in INTRA:
-        return _rdma_blocks(launch, found)
+        return _rdma_blocks(node, plan.kernel, launch, found)
     return _ok("blocks", found)
 
 
-def _rdma_blocks(launch: Launch, found: str) -> Finding:
-    if not 0 < launch.rdma_blocks < launch.blocks or launch.rdma_blocks % _RDMA_MULTIPLE:
-        fix = f"take a multiple of {_RDMA_MULTIPLE} above 0 and below block_num: others drop rows or hang (mori #507)"
-        return _missing("blocks", found, fix)
+def _rdma_blocks(node: Node, kernel: str, launch: Launch, found: str) -> Finding:
+    if not 0 < launch.rdma_blocks < launch.blocks:
+        return _missing("blocks", found, "take a number above 0 and below block_num: others hang")
+    lost = lost_chunks(kernel, launch.rdma_blocks, next(iter(_installed(node.packages).values()), ""))
+    if lost:
+        return _missing("blocks", f"{found}: {lost}", "take a multiple of 8, or a later mori")
     return _ok("blocks", found)
 
 

@@ -22,7 +22,7 @@ from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
 from distbench.transport.base import Dispatched, poison_
 from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own, excess_blocks
-from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, plan_mori
+from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
 from distbench.transport.mori_world import join_world
 from distbench.values import one_line
 from distbench.workload.batch import TokenBatch
@@ -172,16 +172,19 @@ class MoriTransport:
         """Report the geometry that MoRI took, where the release tells.
 
         Raises:
-            DistbenchError: under AUTO it took more blocks than can run at once; they will never end.
+            DistbenchError: under AUTO it took more blocks than can run at once, which will never end; or RDMA blocks
+                with which the release loses rows.
 
         """
         taken = getattr(self._op, f"_cached_{phase}_launch", None)
         launch = None if taken is None else _named(Launch(*taken))
         if launch is None or launch == self.facts[f"{phase}_launch"]:
             return
-        excess = "" if self._case.emulate else excess_blocks(launch["block_num"], self._device)
-        if excess:
-            message = f"{phase}: {excess}; launch_mode = {self._plan.launch_mode} took them: use MANUAL"
+        wrong = "" if self._case.emulate else excess_blocks(launch["block_num"], self._device)
+        if phase == "dispatch":
+            wrong = wrong or lost_chunks(self._plan.kernel, launch["rdma_block_num"], self.facts["mori"])
+        if wrong:
+            message = f"{phase}: {wrong}; launch_mode = {self._plan.launch_mode} took them: use MANUAL"
             raise DistbenchError(message)
         self.facts[f"{phase}_launch"] = launch
 

@@ -14,6 +14,7 @@ import msgspec
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.values import parse_heap_size
+from distbench.versions import version_key
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
 SHMEM_MODE = "MORI_SHMEM_MODE"
@@ -32,6 +33,8 @@ _SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
 _SMALLEST_HEAP = 4 << 30
 _HEAP_STEP = 64 << 20
 _SMALL_BUFFERS = 1 << 20
+_RECEIVING_BLOCKS = 8
+_FIRST_WITH_WHOLE_CHUNKS = "1.2.4"
 
 
 class Launch(NamedTuple):
@@ -136,6 +139,21 @@ def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> 
             "max_dispatch_tokens_per_rank"
         )
     return size
+
+
+def lost_chunks(kernel: str, rdma_blocks: int, version: str) -> str:
+    """Return why dispatch would drop and double rows with so many RDMA blocks, or nothing.
+
+    Releases before 1.2.4 take the part of a chunk by the block, not by the turn of its loop (mori #507), and so is a
+    version taken that cannot be compared.
+    """
+    key, fixed = version_key(version), version_key(_FIRST_WITH_WHOLE_CHUNKS)
+    if kernel != "InterNodeV1" or rdma_blocks % _RECEIVING_BLOCKS == 0 or (key and fixed and key >= fixed):
+        return ""
+    return (
+        f"rdma_block_num {rdma_blocks}: InterNodeV1 of mori {version or 'unknown'} drops and doubles rows with no "
+        f"multiple of {_RECEIVING_BLOCKS} (mori #507, mended in {_FIRST_WITH_WHOLE_CHUNKS})"
+    )
 
 
 def mori_warnings(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ import torch
 from distbench.emulation.mori import _jit_loader, moves, ops, shmem
 from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
-from distbench.transport.mori_config import plan_mori
+from distbench.transport.mori_config import lost_chunks, plan_mori
 from tests.cases import tiny_case
 
 VERSION = "1.2.4"
@@ -320,3 +320,18 @@ def test_the_habits_are_those_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     constructor = ast.unparse(class_of(wheel, "EpDispatchCombineOp").body[0])
     assert constructor.count("dist.barrier()") == 2
     assert constructor.rstrip().endswith("dist.barrier()")
+
+
+def test_the_wheel_takes_chunks_by_the_turn_of_the_loop(wheel: zipfile.ZipFile) -> None:
+    """So its InterNodeV1 takes any number of RDMA blocks, and so do its tables."""
+    kernels = text(wheel, f"{SOURCES}src/ops/dispatch_combine/internode_v1.cpp")
+    receive, low_latency = (
+        re.search(rf"void {name}\(.*?\n}}\n", kernels, re.DOTALL)[0]  # type: ignore[index]
+        for name in ("DispatchInterNodeRecv", "DispatchInterNodeLLRecv")
+    )
+    assert "constexpr int numRecvBlock = 8;" in receive
+    assert "(bid % numRecvBlock) * warpNum" in receive
+    assert "blockId % numRecvBlock" not in kernels
+    assert "numRecvBlock" not in low_latency
+    assert lost_chunks("InterNodeV1", 42, VERSION) == ""
+    assert lost_chunks("InterNodeV1", 42, "1.2.2")
