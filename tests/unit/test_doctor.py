@@ -73,7 +73,7 @@ LINES = [
     (packages("1.2.4", "0.1.19", "1.2.5"), "mori", "degraded", "amd-mori-nightly 1.2.5 are both installed", (0, 0, 1)),
     (packages("1.2.4", ""), "aiter", "missing", "not installed", (0, 0, 2)),
     (packages("1.2.4", "0.1.20"), "aiter", "degraded", "#3997", (0, 0, 1)),
-    (packages("1.2.4", "0.0.3"), "aiter", "missing", "no rules are known", (0, 0, 2)),
+    (packages("1.2.4", "0.1.dev1+g123"), "aiter", "degraded", "no rules are known", (0, 0, 1)),
     ({"environ": {"MORI_SHMEM_HEAP_SIZE": "1K"}}, "heap", "missing", "1K: 1024 bytes, the case needs", (0, 0, 2)),
     ({"environ": {"MORI_SHMEM_HEAP_SIZE": "lots"}}, "heap", "missing", "no size; write for instance 6G", (0, 0, 2)),
     ({"environ": {"MORI_EP_COMM": "cco"}}, "case", "missing", "only the shmem backend", (0, 0, 2)),

@@ -19,7 +19,15 @@ from distbench.case import Case
 from distbench.errors import Unsupported
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import kernel_log
-from distbench.experts.aiter.package import PACKAGE, STAND_IN, AiterPackage, check_settings, load_package, tuned_tables
+from distbench.experts.aiter.package import (
+    PACKAGE,
+    STAND_IN,
+    AiterPackage,
+    check_table,
+    followed_release,
+    load_package,
+    tuned_tables,
+)
 from distbench.experts.aiter.weights import PreparedWeights, check_shape, prepare_weights
 from distbench.experts.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
 from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
@@ -55,7 +63,8 @@ class AiterExperts:
             cu_count=int(package.chip.get_cu_num()),
             gfx=str(package.chip.get_gfx()),
         )
-        self._rules = rules_for(package.version)
+        self._release = package.version if case.emulate else followed_release(case, package)
+        self._rules = rules_for(self._release)
         self._known: tuple[tuple[Tensor, Tensor], PreparedWeights] | None = None
         self._choices: dict[int, KernelChoice] = {}
         self._log = kernel_log()
@@ -63,7 +72,7 @@ class AiterExperts:
         self._tables = tuned_tables(package)
         check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
-            check_settings(case, package.version)
+            check_table(case)
         if case.dispatch_dtype == "fp8":
             _check_fp8(case, self._key.arch)
 
@@ -83,11 +92,13 @@ class AiterExperts:
     def about(self) -> dict[str, Any]:
         """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines.
 
-        `doubts` are selections that a log line contradicts. The tables are as they were when these experts were made.
+        `rules` is the release whose rules it follows, `doubts` are selections that a log line contradicts. The tables
+        are as they were when these experts were made.
         """
         return {
             PACKAGE: {
                 "version": self._package.version,
+                "rules": self._release,
                 "gfx": self._key.arch,
                 "cu_count": self._key.cu_count,
                 "tuned_tables": msgspec.to_builtins(self._tables),

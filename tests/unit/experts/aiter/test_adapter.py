@@ -23,7 +23,7 @@ from distbench.experts import make_experts, make_selector
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import KernelLog
-from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, load_package
+from distbench.experts.aiter.package import STAND_IN, check_available, check_table, followed_release, load_package
 from distbench.experts.aiter.weights import quantize_blocks
 from distbench.experts.base import check_values
 from distbench.experts.tuned import KEY_COLUMNS, TunedKey
@@ -338,14 +338,25 @@ def test_habits_are_checked_before_a_rank_starts() -> None:
 def test_the_real_one_follows_no_other_release_and_no_other_table(tmp_path: Any) -> None:
     table = tmp_path / "table.csv"
     table.write_text("")
-    case = aiter_case(emulate=False, aiter_version="0.1.9")
-    check_settings(case, "0.1.9", {})
+    case, package = aiter_case(emulate=False, aiter_version="0.1.9"), load_package(STAND_IN)
+    assert followed_release(case, package._replace(version="0.1.9")) == "0.1.9"
     with pytest.raises(InvalidCase, match=r"0\.1\.20 is installed"):
-        check_settings(case, "0.1.20", {})
+        followed_release(case, package._replace(version="0.1.20"))
     tabled = aiter_case(emulate=False, kernel_table=str(table))
-    check_settings(tabled, "0.1.20", {"AITER_CONFIG_FMOE": str(table)})
+    check_table(tabled, {"AITER_CONFIG_FMOE": str(table)})
     with pytest.raises(InvalidCase, match="set AITER_CONFIG_FMOE="):
-        check_settings(tabled, "0.1.20", {})
+        check_table(tabled, {})
+
+
+@pytest.mark.parametrize("version", ["0.1.dev1+g123", "unknown"])
+def test_of_a_build_without_tags_the_case_tells_the_release(version: str) -> None:
+    package = load_package(STAND_IN)._replace(version=version)
+    with pytest.raises(InvalidCase, match="aiter_version"):
+        AiterExperts(aiter_case(emulate=False), package)
+    with pytest.raises(InvalidCase, match=rf"the installed {re.escape(version)} has bucket 1 for 1 rows, .* 16; give"):
+        AiterExperts(aiter_case(emulate=False, aiter_version="0.1.5"), package)
+    about = AiterExperts(aiter_case(emulate=False, aiter_version="0.1.19"), package).about()["aiter"]
+    assert (about["version"], about["rules"]) == (version, "0.1.19")
 
 
 def test_the_cpu_is_no_place_for_the_real_one() -> None:
