@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,8 @@ REPEAT = "..."
 MAX_FILE_BYTES = 256 << 10
 _MAX_LINE_DOTS = 500
 _SHOWN_CHARACTERS = 120
+_HEAP_SIZE = re.compile(r"([0-9]{1,12})(?:([KMG])(?:B|b|iB)?|([kmg])(?:b|ib)?)?")
+_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
 def split_tokens(raw: Any) -> tuple[Any, tuple[str, ...]]:
@@ -35,6 +38,20 @@ def spread_tokens(tokens: int | Sequence[int | str], ep_size: int) -> tuple[int 
     if numbers[-1:] == (REPEAT,):
         return tuple(islice(cycle(numbers[:-1]), ep_size))
     return numbers * ep_size if len(numbers) == 1 else numbers
+
+
+def parse_heap_size(text: str) -> int:
+    """Return the bytes that MoRI makes of MORI_SHMEM_HEAP_SIZE.
+
+    Raises:
+        ValueError: not a number with a suffix that MoRI knows: of anything else it takes the digits, `6T` as 6 bytes.
+
+    """
+    matched = _HEAP_SIZE.fullmatch(text)
+    if matched is None:
+        message = "no size; write for instance 6G: MoRI knows K, KB, Kb, KiB, k, kb and kib, and the like of M and G"
+        raise ValueError(message)
+    return int(matched[1]) << _SHIFTS[(matched[2] or matched[3] or "").upper()]
 
 
 def shown(value: object) -> str:

@@ -20,13 +20,13 @@ from distbench.transport.mori_config import (
     MoriPlan,
     check_environment,
     heap_size,
+    lost_chunks,
     plan_mori,
 )
 from distbench.versions import version_key
 
 _MORI: tuple[Path, ...] = ("mori",)
 _ARCHITECTURES = ("gfx942", "gfx950")
-_RDMA_MULTIPLE = 8
 _LAST_WITHOUT_BARRIER = "1.2.2"
 _SPLIT_K_FIXED = ("0.1.18", "0.1.19")
 _KERNEL_CHANGERS = (
@@ -83,7 +83,7 @@ def _architecture(node: Node) -> Finding:
 
 
 def _mori(packages: Mapping[str, str]) -> Finding:
-    installed = {name: packages[name] for name in MORI if name in packages}
+    installed = _installed(packages)
     found = " and ".join(f"{name} {version}" for name, version in installed.items())
     if not installed:
         return _missing("mori", "not installed", "pip install amd-mori, or use a container that has it (docs/amd.md)")
@@ -98,13 +98,18 @@ def _mori(packages: Mapping[str, str]) -> Finding:
     return _ok("mori", found)
 
 
+def _installed(packages: Mapping[str, str]) -> dict[str, str]:
+    """Return the distributions of mori that are there, by name."""
+    return {name: packages[name] for name in MORI if name in packages}
+
+
 def _aiter(version: str) -> Finding:
     if not version:
         return _missing("aiter", "not installed", "install amd-aiter for this ROCm, or use a container (docs/amd.md)")
     try:
         rules = rules_for(version)
     except InvalidCase as error:
-        return _missing("aiter", f"{version}: {error}", "install a release")
+        return _degraded("aiter", f"{version}: {error}", "install a release, or give --aiter-version with each run")
     if rules.fp8_split_columns and version_key(version) not in map(version_key, _SPLIT_K_FIXED):
         fix = f"keep to bf16, or AITER_KSPLIT=-1 for tuned rows; {' and '.join(_SPLIT_K_FIXED)} were right"
         return _degraded("aiter", f"{version}: fp8 split-k of few rows adds to memory never zeroed (#3997)", fix)
@@ -145,14 +150,16 @@ def _blocks(node: Node, plan: MoriPlan, network: Network) -> Finding:
         fix = f"take up to {node.units} blocks: they wait for each other, and would for ever"
         return _missing("blocks", f"{found}, {node.units} compute units", fix)
     if launch != own or plan.kernel not in INTRA:
-        return _rdma_blocks(launch, found)
+        return _rdma_blocks(node, plan.kernel, launch, found)
     return _ok("blocks", found)
 
 
-def _rdma_blocks(launch: Launch, found: str) -> Finding:
-    if not 0 < launch.rdma_blocks < launch.blocks or launch.rdma_blocks % _RDMA_MULTIPLE:
-        fix = f"take a multiple of {_RDMA_MULTIPLE} above 0 and below block_num: others drop rows or hang (mori #507)"
-        return _missing("blocks", found, fix)
+def _rdma_blocks(node: Node, kernel: str, launch: Launch, found: str) -> Finding:
+    if not 0 < launch.rdma_blocks < launch.blocks:
+        return _missing("blocks", found, "take a number above 0 and below block_num: others hang")
+    lost = lost_chunks(kernel, launch.rdma_blocks, next(iter(_installed(node.packages).values()), ""))
+    if lost:
+        return _missing("blocks", f"{found}: {lost}", "take a multiple of 8, or a later mori")
     return _ok("blocks", found)
 
 

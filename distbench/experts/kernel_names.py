@@ -22,6 +22,9 @@ DEFAULT_TILE_K = 128
 
 _TILE = re.compile(r"(?<![0-9x])(?:[0-9]{1,6}x){2,3}([0-9]{1,6})(?![0-9x])")
 _DESCRIPTIVE = re.compile(r"ck_2stages_gemm[12]_bm[0-9]{1,6}_n[0-9]{1,6}_k([0-9]{1,6})_")
+_CK = re.compile(
+    r"(?:moe_ck2stages_gemm[12]_[0-9]{1,6}x[0-9]{1,6}x|ck_2stages_gemm[12]_bm[0-9]{1,6}_n)([0-9]{1,6})(?:x|_k)([0-9]{1,6})_"
+)
 _SPLIT = re.compile(r"_(?:kb|sk)([0-9]{1,6})(?=_|$)")
 _ROUTE_REDUCE_FAMILIES = ("flydsl_mxmoe_g2_", "opus_moe2_")
 
@@ -30,6 +33,15 @@ def tile_k(name: str) -> int:
     """Return the elements of K that kernel `name` takes at a time, `DEFAULT_TILE_K` where the name does not tell."""
     match = _TILE.search(name) or _DESCRIPTIVE.match(name)
     return max(int(match[1]), 1) if match else DEFAULT_TILE_K
+
+
+def ck_tile(name: str) -> tuple[int, int] | None:
+    """Return the columns and the elements of K that CK's kernel `name` takes at a time; None where it is none of CK's.
+
+    CK pads neither: a layer has to be of whole tiles.
+    """
+    match = _CK.match(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def named_split(name: str) -> int:

@@ -99,7 +99,10 @@ def rules_for(version: str) -> BucketRules:
     wanted = _version_key(version)
     known = [name for name in BUCKET_RULES if _version_key(name) <= wanted]
     if not known:
-        message = f"aiter version {version!r}: no rules are known before {next(iter(BUCKET_RULES))}; give a later one"
+        message = (
+            f"aiter version {version!r}: no rules are known before {next(iter(BUCKET_RULES))}; of a build without git "
+            "tags give as aiter_version the release that it was built from"
+        )
         raise InvalidCase(message)
     return BUCKET_RULES[known[-1]]
 
@@ -116,6 +119,9 @@ def padded_rows(rows: int, rules: BucketRules = CURRENT) -> int:
 def _version_key(version: str) -> VersionKey:
     key = version_key(version)
     if key is None:
-        message = f"aiter version {version!r:.80}: allowed is a release such as 0.1.7.post2.dev18 or 0.1.20"
+        message = (
+            f"aiter version {version!r:.80}: allowed is a release such as 0.1.7.post2.dev18 or 0.1.20; give it as "
+            "aiter_version"
+        )
         raise InvalidCase(message)
     return key

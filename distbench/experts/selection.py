@@ -17,7 +17,7 @@ from distbench.experts.heuristics import (
     runs_one_stage,
     split_parts,
 )
-from distbench.experts.kernel_names import DEFAULT_TILE_K, Stage2Mode, named_split, stage2_mode, tile_k
+from distbench.experts.kernel_names import DEFAULT_TILE_K, Stage2Mode, ck_tile, named_split, stage2_mode, tile_k
 from distbench.experts.rules import BUCKET_RULES, CURRENT, BucketRules, padded_rows, rules_for
 from distbench.experts.tuned import TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
 
@@ -65,6 +65,14 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
         k = f"k{self.tile_k1}" if self.tile_k1 == self.tile_k2 else f"k{self.tile_k1}/{self.tile_k2}"
         split = f" ks{self.ksplit}" if self.ksplit > 1 else ""
         return f"{self.source[0].upper()} bm{self.block_m} {stages} {self.stage2_mode} {k}{split}"
+
+    def unfit(self, model_dim: int, inter_dim: int) -> str:
+        """Return why a kernel cannot take a layer of these sizes, which is no whole number of its tiles; or nothing."""
+        for stage, name, columns, k in ((1, self.stage1, inter_dim, model_dim), (2, self.stage2, model_dim, inter_dim)):
+            tile = ck_tile(name)
+            if tile is not None and (columns % tile[0] or k % tile[1]):
+                return f"stage {stage}, {name}, takes {columns} columns by {tile[0]} and {k} of K by {tile[1]}"
+        return ""
 
     def same_kernel(self, other: KernelChoice) -> bool:
         """Return whether both run the same code, and so differ in bits only where that differs from itself.
@@ -142,6 +150,7 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:
+    stage2 = "" if row.run_1stage else row.kernel_name2
     return KernelChoice(
         rows=rows,
         bucket=bucket,
@@ -150,8 +159,8 @@ def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:
         ksplit=row.ksplit if row.ksplit > 1 else named_split(row.kernel_name1),
         run_1stage=row.run_1stage,
         stage1=row.kernel_name1,
-        stage2=row.kernel_name2,
-        stage2_mode="atomic" if row.run_1stage else stage2_mode(row.kernel_name2),
+        stage2=stage2,
+        stage2_mode=stage2_mode(stage2),
         tile_k1=tile_k(row.kernel_name1),
-        tile_k2=tile_k(row.kernel_name2),
+        tile_k2=tile_k(stage2),
     )

@@ -36,8 +36,10 @@ KEY_COLUMNS = (
 )
 REQUIRED_COLUMNS = (*KEY_COLUMNS, "block_m", "ksplit", "kernelName1", "kernelName2")
 
-_MISSING = frozenset({"", "nan", "NaN", "None", "Null", "null", "NULL", "NA", "N/A"})
-_MISSING_GFX = _MISSING | {"0", "0.0"}
+MISSING = frozenset({"", "nan", "NaN", "None", "Null", "null", "NULL", "NA", "N/A"})
+"""Cells that hold nothing; aiter logs them as kernels' names, as they stand."""
+
+_MISSING_GFX = MISSING | {"0", "0.0"}
 _DROPPED_TAG = "flydsl_fallback"
 _WHOLE = re.compile(r"([0-9]{1,18})(?:\.0*)?")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
@@ -90,7 +92,7 @@ class TunedRow(msgspec.Struct, frozen=True, kw_only=True):
     run_1stage: bool
     kernel_name1: str
     kernel_name2: str
-    """Empty for a one-stage kernel."""
+    """Of a one-stage kernel whatever the cell holds."""
     us1: float | None = None
     us2: float | None = None
     us: float | None = None
@@ -157,7 +159,7 @@ class _Record:
 
     def microseconds(self, column: str) -> float | None:
         text = self.text(column).strip()
-        if text in _MISSING:
+        if text in MISSING:
             return None
         if _DECIMAL.fullmatch(text) is None or not math.isfinite(float(text)):
             self.refuse(column, "a number of microseconds, or nothing")
@@ -165,7 +167,7 @@ class _Record:
 
     def kernel(self, column: str) -> str:
         name = self.text(column)
-        if name in _MISSING:
+        if name in MISSING:
             self.refuse(column, "the name of a kernel (kernelName2 may be empty where run_1stage is 1)")
         return name
 
@@ -240,14 +242,14 @@ def _matches(record: _Record, key: TunedKey) -> bool:
 
 def _row(record: _Record) -> TunedRow:
     # run_1stage came with v0.1.6; a cell that is missing is no.
-    one_stage = record.text("run_1stage") not in _MISSING and record.flag("run_1stage")
+    one_stage = record.text("run_1stage") not in MISSING and record.flag("run_1stage")
     return TunedRow(
         bucket=record.whole("token", 1),
         block_m=record.whole("block_m", 1),
         ksplit=record.whole("ksplit"),
         run_1stage=one_stage,
         kernel_name1=record.kernel("kernelName1"),
-        kernel_name2="" if one_stage else record.kernel("kernelName2"),
+        kernel_name2=record.text("kernelName2") if one_stage else record.kernel("kernelName2"),
         us1=record.microseconds("us1"),
         us2=record.microseconds("us2"),
         us=record.microseconds("us") if record.text("us") else record.microseconds("total_us"),

@@ -162,7 +162,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         stand_ins=outcome.case.stand_ins,
         case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
-        warnings=[*entry.warnings, *_doubts(records)],
+        warnings=[*entry.warnings, *_doubts(records), *kernel_doubts(records)],
         limit=_limit(question, entry.sources) if question else None,
         environment=environment,
         transport=records[0].transport if records else {},
@@ -350,6 +350,17 @@ def _doubts(records: list[Observation]) -> list[str]:
         for record in records
         if record.device_state is not None
         for doubt in record.device_state.doubts()
+    ]
+    return found[:_DOUBTS_SHOWN]
+
+
+def kernel_doubts(records: list[Observation]) -> list[str]:
+    """Return where the kernels of a report may not be those that ran: what a package selects is not what it logged."""
+    found = [
+        f"rank {record.rank}: {doubt}"
+        for record in records
+        for facts in record.packages.values()
+        for doubt in facts.get("doubts", ())
     ]
     return found[:_DOUBTS_SHOWN]
 

@@ -61,6 +61,7 @@ GUARDS: dict[str, dict[str, Guard]] = {
     "mori": {"dispatched-ids": Guard("combine")},
     "aiter": {
         "weights-not-cut": Guard("experts"),
+        "shifted-window": Guard("experts", always=False),
         "flipped-bit:field=ids": Guard("experts", always=False),
         "ids-and-weights-dropped": Guard("experts"),
         "ids-out-of-range": Guard("experts"),

@@ -23,7 +23,7 @@ from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
 from distbench.transport.base import Dispatched, poison_
 from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own, excess_blocks
-from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, plan_mori
+from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
 from distbench.transport.mori_world import join_world
 from distbench.values import one_line
 from distbench.workload.batch import TokenBatch
@@ -51,7 +51,8 @@ class MoriTransport:
         """Join MoRI's shmem world, make the operator, and wait until every rank has made its own.
 
         Raises:
-            Unsupported: the package is not there, is too old for the case, or finds no device that can run it.
+            Unsupported: the package is not there, is too old for the case, or finds no device that can run it; or see
+                `join_world`.
             InvalidCase: see `plan_mori` and `heap_size`; or nodes with unlike numbers of ranks.
 
         """
@@ -98,7 +99,10 @@ class MoriTransport:
         # Kernels keep the addresses of what they were given until combine is done.
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
         self._under_way = True
-        return Dispatched(hidden, scales, weights, ids, self._total_recv)
+        dispatched = Dispatched(hidden, scales, weights, ids, self._total_recv)
+        if known is None:
+            _poison_tail(dispatched, self._known.received)
+        return dispatched
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -170,16 +174,19 @@ class MoriTransport:
         """Report the geometry that MoRI took, where the release tells.
 
         Raises:
-            DistbenchError: under AUTO it took more blocks than can run at once; they will never end.
+            DistbenchError: under AUTO it took more blocks than can run at once, which will never end; or RDMA blocks
+                with which the release loses rows.
 
         """
         taken = getattr(self._op, f"_cached_{phase}_launch", None)
         launch = None if taken is None else _named(Launch(*taken))
         if launch is None or launch == self.facts[f"{phase}_launch"]:
             return
-        excess = "" if self._case.emulate else excess_blocks(launch["block_num"], self._device)
-        if excess:
-            message = f"{phase}: {excess}; launch_mode = {self._plan.launch_mode} took them: use MANUAL"
+        wrong = "" if self._case.emulate else excess_blocks(launch["block_num"], self._device)
+        if phase == "dispatch":
+            wrong = wrong or lost_chunks(self._plan.kernel, launch["rdma_block_num"], self.facts["mori"])
+        if wrong:
+            message = f"{phase}: {wrong}; launch_mode = {self._plan.launch_mode} took them: use MANUAL"
             raise DistbenchError(message)
         self.facts[f"{phase}_launch"] = launch
 
@@ -191,6 +198,16 @@ class MoriTransport:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         dist.barrier(group=self._group)
+
+
+def _poison_tail(dispatched: Dispatched, received: int) -> None:
+    """Overwrite rows that were not received: what MoRI leaves there are valid ids, which hide who reads them.
+
+    They stay so until other tokens are dispatched, and no peer writes before this rank is in combine.
+    """
+    for rows in dispatched[:4]:
+        if rows is not None:
+            poison_(rows[received:])
 
 
 def _whole(expert_out: Tensor, received: int) -> Tensor:
@@ -218,6 +235,8 @@ def _package(case: Case, device: torch.device) -> Any:
     if device.type != "cuda":
         message = f"transport mori: the ranks compute on {device}, MoRI on GPUs; use --device cuda, or add --emulate"
         raise Unsupported(message)
+    with contextlib.suppress(ImportError):  # which a release may lack: see `join_world`
+        import mori.ops._jit_loader
     return mori
 
 

@@ -6,7 +6,6 @@ bounds, as docs/mori.md describes both.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
@@ -14,6 +13,8 @@ import msgspec
 
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
+from distbench.values import parse_heap_size
+from distbench.versions import version_key
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
 SHMEM_MODE = "MORI_SHMEM_MODE"
@@ -29,11 +30,11 @@ _MAX_TOPK = 64
 _ELEMENT = 2
 _QUEUE_PAIRS = 2
 _SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
-_SIZE = re.compile(r"(\d{1,12})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SMALLEST_HEAP = 4 << 30
 _HEAP_STEP = 64 << 20
 _SMALL_BUFFERS = 1 << 20
+_RECEIVING_BLOCKS = 8
+_FIRST_WITH_WHOLE_CHUNKS = "1.2.4"
 
 
 class Launch(NamedTuple):
@@ -124,20 +125,35 @@ def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> 
         InvalidCase: the variable is no size, or too small for the case's operator.
 
     """
-    text = environ.get(HEAP_SIZE, "").strip()
+    text = environ.get(HEAP_SIZE, "")
     if not text:
         rounded = -(-plan.heap_bytes // _HEAP_STEP) * _HEAP_STEP
         return rounded if emulated else max(rounded, _SMALLEST_HEAP)
-    matched = _SIZE.fullmatch(text)
-    if matched is None:
-        _refuse(f"env:{HEAP_SIZE} = {text!r:.60}: no size; write for instance 6G")
-    size = int(matched[1]) * _UNITS[matched[2].upper()]
+    try:
+        size = parse_heap_size(text)
+    except ValueError as error:
+        _refuse(f"env:{HEAP_SIZE} = {text!r:.60}: {error}")
     if size < plan.heap_bytes:
         _refuse(
             f"env:{HEAP_SIZE} = {text}: {size} bytes, the case needs {plan.heap_bytes}; raise or unset it, or lower "
             "max_dispatch_tokens_per_rank"
         )
     return size
+
+
+def lost_chunks(kernel: str, rdma_blocks: int, version: str) -> str:
+    """Return why dispatch would drop and double rows with so many RDMA blocks, or nothing.
+
+    Releases before 1.2.4 take the part of a chunk by the block, not by the turn of its loop (mori #507), and so is a
+    version taken that cannot be compared.
+    """
+    key, fixed = version_key(version), version_key(_FIRST_WITH_WHOLE_CHUNKS)
+    if kernel != "InterNodeV1" or rdma_blocks % _RECEIVING_BLOCKS == 0 or (key and fixed and key >= fixed):
+        return ""
+    return (
+        f"rdma_block_num {rdma_blocks}: InterNodeV1 of mori {version or 'unknown'} drops and doubles rows with no "
+        f"multiple of {_RECEIVING_BLOCKS} (mori #507, mended in {_FIRST_WITH_WHOLE_CHUNKS})"
+    )
 
 
 def mori_warnings(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> tuple[str, ...]:

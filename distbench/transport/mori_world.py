@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from distbench.errors import DistbenchError
+from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
 from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE
 
@@ -31,12 +31,19 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
 
     MoRI has one world in a process: another group, or a larger heap, ends the one before. The 128 bytes that MoRI's
     ranks find each other by are sent here, because MoRI's own way takes them from global rank 0.
+
+    Raises:
+        Unsupported: a second world, with kernels that would keep to the first.
+
     """
     if _all_are_in(mori, session, heap_bytes):
         return _worlds[0].heap_bytes
+    with session.together():
+        kernels = _kernels(mori)
     leave_world()
+    kernels.clear()
     session.at_close(leave_world)
-    set_here = HEAP_SIZE not in os.environ
+    set_here = not os.environ.get(HEAP_SIZE)  # MoRI reads an empty one as a heap of no bytes
     if set_here:
         os.environ[HEAP_SIZE] = str(heap_bytes)
     os.environ.setdefault(SHMEM_MODE, "static_heap")
@@ -64,6 +71,23 @@ def leave_world() -> None:
     """Finalise shmem, if it was initialised: after the operators, before the process groups."""
     if _worlds:
         _worlds.pop().mori.shmem.shmem_finalize()
+
+
+def _kernels(mori: Any) -> dict[str, Any]:
+    """Return the kernels that MoRI has loaded in this process: it tells each of the world once, when it loads it.
+
+    Raises:
+        Unsupported: a world is to be left, and the release does not show them.
+
+    """
+    kernels: dict[str, Any] | None = getattr(getattr(mori.ops, "_jit_loader", None), "_loaded_modules", None)
+    if kernels is None and _worlds:
+        message = (
+            "transport mori: the installed mori does not show its loaded kernels, which would go on in the world of "
+            "the case before; start new ranks for this one, or install amd-mori 1.2.4"
+        )
+        raise Unsupported(message)
+    return {} if kernels is None else kernels
 
 
 def _all_are_in(mori: Any, session: Session, heap_bytes: int) -> bool:

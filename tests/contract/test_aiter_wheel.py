@@ -201,3 +201,14 @@ def test_the_command_maps_the_wheels_own_table(
     assert {span["source"] for span in spans} == {"tuned"}
     assert all(span["us"] > 0 and "ck2stages" in span["stage1"] for span in spans)
     assert [span["limit_here"] for span in spans][-2:] == ["other kernel", "same kernel"]
+
+
+def test_ck_takes_whole_tiles_only_and_says_so_by_raising(wheel: zipfile.ZipFile) -> None:
+    codegen = "aiter_meta/csrc/ck_gemm_moe_2stages_codegen/gemm_moe_ck2stages_common"
+    ck = "aiter_meta/3rdparty/composable_kernel/include/ck/tensor_operation/gpu/device/impl/device_moe_gemm"
+    for kind in ("", "_blockscale"):
+        device = wheel.read(f"{ck}{kind}.hpp").decode()
+        assert "if(arg.N % NPerBlock != 0 || arg.K % KPerBlock != 0)\n        {\n            return false;" in device
+        caller = wheel.read(f"{codegen}{kind}.cuh").decode()
+        assert caller.count("GemmSpecialization::Default;") == caller.count("IsSupportedArgument(argument)") == 2
+        assert caller.count('"not support this GEMM problem"') == 2

@@ -26,10 +26,10 @@ import pytest
 import torch
 
 from distbench.architectures import LARGEST_FP8
-from distbench.emulation.mori import moves, ops, shmem
+from distbench.emulation.mori import _jit_loader, moves, ops, shmem
 from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
-from distbench.transport.mori_config import plan_mori
+from distbench.transport.mori_config import lost_chunks, plan_mori
 from tests.cases import tiny_case
 
 VERSION = "1.2.4"
@@ -174,6 +174,46 @@ def test_counting_local_experts_apart_is_refused_by_the_wheels_name(wheel: zipfi
         ops.launch_local_expert_count(None, 0, 0, 0)
 
 
+def test_a_loaded_kernel_is_told_of_the_world_once_until_it_is_forgotten(
+    wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel's own loader is executed over a HIP that is not there."""
+    loader = ast.parse(text(wheel, "mori/ops/_jit_loader.py"))
+    told: list[object] = []
+    pybinds = SimpleNamespace(shmem_module_init=told.append)
+    driver = SimpleNamespace(HipModule=lambda path: SimpleNamespace(_module=SimpleNamespace(value=path)))
+    for name, module in {"libmori_pybinds": pybinds, "mori.jit.hip_driver": driver}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("mori", "mori.jit"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[]))
+    scope: dict[str, Any] = {}
+    exec(compile(loader, "wheel", "exec"), scope)  # noqa: S102 - a release's own loader
+    scope["_compiled_hsaco"]["ep_async_ll"] = "path"
+    load, modules = scope["load_hip_module"], scope["_loaded_modules"]
+    assert load("ep_async_ll") is load("ep_async_ll") is modules["ep_async_ll"]
+    assert told == ["path"]
+    modules.clear()
+    load("ep_async_ll")
+    assert told == ["path", "path"]
+    functions = [node for node in loader.body if isinstance(node, ast.FunctionDef)]
+    (theirs,) = (node for node in functions if node.name == "load_hip_module")
+    assert our_signature(_jit_loader.load_hip_module) == signature(theirs)
+
+
+def test_the_kernels_of_each_type_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+    tree = ast.parse(text(wheel, "mori/ops/dispatch_combine.py"))
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_KERNEL_TYPE_TO_HIP"
+    )
+    assert isinstance(table, ast.Dict)
+    kinds = [ast.unparse(kind).rpartition(".")[2] for kind in table.keys if kind is not None]
+    theirs = dict(zip(kinds, map(ast.literal_eval, table.values), strict=True))
+    ours = {kind.name: name for kind, name in moves.HIP_NAMES.items()}
+    assert ours == {kind: name for kind, name in theirs.items() if kind != "InterNode"}
+
+
 @pytest.mark.parametrize("mode", ["MANUAL", "AUTO"])
 def test_geometries_without_a_table_are_the_wheels(
     wheel: zipfile.ZipFile, mode: str, monkeypatch: pytest.MonkeyPatch
@@ -306,3 +346,18 @@ def test_a_combine_casts_to_the_fp8_type_of_the_architecture(wheel: zipfile.ZipF
     assert 0 < primitives.index(ocp) < primitives.index(fnuz)
     largest = re.findall(r"kCombineInternalFp8MaxFinite = (\d+\.0)f;", primitives)
     assert [float(one) for one in largest] == [LARGEST_FP8["e4m3fn"], LARGEST_FP8["e4m3fnuz"]]
+
+
+def test_the_wheel_takes_chunks_by_the_turn_of_the_loop(wheel: zipfile.ZipFile) -> None:
+    """So its InterNodeV1 takes any number of RDMA blocks, and so do its tables."""
+    kernels = text(wheel, f"{SOURCES}src/ops/dispatch_combine/internode_v1.cpp")
+    receive, low_latency = (
+        re.search(rf"void {name}\(.*?\n}}\n", kernels, re.DOTALL)[0]  # type: ignore[index]
+        for name in ("DispatchInterNodeRecv", "DispatchInterNodeLLRecv")
+    )
+    assert "constexpr int numRecvBlock = 8;" in receive
+    assert "(bid % numRecvBlock) * warpNum" in receive
+    assert "blockId % numRecvBlock" not in kernels
+    assert "numRecvBlock" not in low_latency
+    assert lost_chunks("InterNodeV1", 42, VERSION) == ""
+    assert lost_chunks("InterNodeV1", 42, "1.2.2")

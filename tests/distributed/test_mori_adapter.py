@@ -75,6 +75,7 @@ class FakeOp:
     """An operator of one rank that moves nothing, and reads nothing."""
 
     blocks = 80
+    rdma_blocks = 0
 
     def __init__(self, config: Any) -> None:
         rows = config.world_size * config.max_num_inp_token_per_rank
@@ -83,14 +84,14 @@ class FakeOp:
         self._counter = torch.full((1,), 3, dtype=torch.int32)
 
     def dispatch(self, *_: object, **__: object) -> tuple[Tensor | None, ...]:
-        self._cached_dispatch_launch = (self.blocks, 0, 16)
+        self._cached_dispatch_launch = (self.blocks, self.rdma_blocks, 16)
         return self._hidden, self._weights, None, self._weights.int(), self._counter
 
     def get_registered_combine_input_buffer(self, *_: object) -> Tensor:
         return self._hidden.clone()
 
     def combine(self, rows: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
-        self._cached_combine_launch = (self.blocks, 0, 16)
+        self._cached_combine_launch = (self.blocks, self.rdma_blocks, 16)
         return rows, None
 
 
@@ -183,6 +184,31 @@ def test_more_blocks_than_units_are_told_before_they_hang() -> None:
     (found,) = on_ranks(1, a_grid_that_does_not_fit, mori_case(1, launch_mode="AUTO"))
     assert found.startswith("dispatch: mori: 128 blocks have to run at once, cpu has 80 compute units")
     assert found.endswith("launch_mode = AUTO took them: use MANUAL")
+
+
+def rdma_blocks_of_a_table(session: Session, case: Case, version: str) -> str:
+    transport, batch, rows = one_rank(session, case)
+    transport.facts["mori"] = version
+    with patch.object(FakeOp, "rdma_blocks", 42):
+        found = complaint(transport.dispatch, batch)
+        if not found:
+            transport.combine(rows, batch.ids)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kernel", "version", "told"),
+    [
+        ("InterNodeV1", "1.2.2", "dispatch: rdma_block_num 42: InterNodeV1 of mori 1.2.2 drops and doubles rows"),
+        ("InterNodeV1", "1.2.4", ""),
+        ("InterNodeV1LL", "1.2.2", ""),
+    ],
+)
+def test_rdma_blocks_with_which_a_release_loses_rows_are_refused(kernel: str, version: str, told: str) -> None:
+    case = mori_case(1, launch_mode="AUTO", mori_kernel=kernel)
+    (found,) = on_ranks(1, rdma_blocks_of_a_table, case, version)
+    assert found.startswith(told)
+    assert bool(found) == bool(told)
 
 
 def stages_of_parts(session: Session, case: Case) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distbench.case import Case
-from distbench.emulation.mori import habits
+from distbench.emulation.mori import _jit_loader, habits, ops
 from distbench.emulation.mori.buffers import allocate
 from distbench.errors import DistbenchError, Verdict
 from distbench.rank import run_case
@@ -76,10 +76,50 @@ def narrower_then_wider(session: Session, narrow: Case, wide: Case) -> list[Verd
     return [outcome.judgement.verdict if outcome else None for outcome in outcomes]
 
 
-def test_a_group_that_is_not_the_whole_job() -> None:
-    found = on_ranks(4, narrower_then_wider, mori_case(2), mori_case(4))
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_group_that_is_not_the_whole_job(kernel: str) -> None:
+    found = on_ranks(4, narrower_then_wider, mori_case(2, mori_kernel=kernel), mori_case(4, mori_kernel=kernel))
     assert found[0] == [Verdict.PASS] * 4
     assert found[3] == [None] * 4
+
+
+def one_after_the_other(session: Session, cases: tuple[Case, ...]) -> list[Verdict | None]:
+    outcomes = [run(session, case) for case in cases]
+    return [outcome.judgement.verdict if outcome else None for outcome in outcomes]
+
+
+@pytest.mark.parametrize("kernel", ["InterNodeV1", "InterNodeV1LL", "AsyncLL"])
+def test_a_case_that_needs_a_larger_heap(kernel: str) -> None:
+    cases = tuple(mori_case(2, mori_kernel=kernel, max_dispatch_tokens_per_rank=most) for most in (64, 65536))
+    assert on_ranks(2, one_after_the_other, cases)[0] == [Verdict.PASS] * 2
+
+
+def with_kernels_of_before(session: Session, narrow: Case, wide: Case) -> str:
+    """Run in a second world with the kernels that were told of the first."""
+    run(session, wide)
+    with ExitStack() as patches:
+        patches.enter_context(patch("distbench.transport.mori_world._kernels", lambda _: {}))
+        patches.enter_context(patch.object(_jit_loader, "trap", raising))
+        return raised(session, narrow, run)
+
+
+def test_a_kernel_of_a_world_that_was_left_is_a_fault() -> None:
+    cases = [mori_case(ranks, mori_kernel="AsyncLL") for ranks in (2, 4)]
+    assert "shmem world that was finalised" in on_ranks(4, with_kernels_of_before, *cases)[0]
+
+
+def without_a_view_of_kernels(session: Session, narrow: Case, wide: Case) -> list[str]:
+    """Run in a second world where the release does not show its kernels: what each rank says of it."""
+    run(session, wide)
+    with patch.object(ops, "_jit_loader", None):
+        outcome = run(session, narrow)
+    return [str(reason.message) for reason in outcome.judgement.reasons] if outcome else []
+
+
+def test_a_second_world_is_refused_where_kernels_cannot_be_let_go() -> None:
+    found = on_ranks(4, without_a_view_of_kernels, mori_case(2), mori_case(4))
+    assert "start new ranks for this one" in found[0][0]
+    assert found[2:] == [[], []]
 
 
 # What the adapter refuses is let through in what follows, to see what would have come of it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from distbench.emulation.mori import ops, shmem
 from distbench.emulation.mori.ops import EpDispatchCombineOp
 from distbench.session import Session
 from distbench.transport.mori import MoriTransport
+from distbench.transport.mori_world import leave_world
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 
@@ -213,3 +216,21 @@ def test_the_geometry_of_auto_wins_over_the_calls() -> None:
         (128, -1, 16),
     )
     assert on_ranks(RANKS, geometry, tiny_case(RANKS, transport="mori", emulate=True))[0] == ((-1,) * 3, (7, -1, -1))
+
+
+def joined(session: Session, size: str) -> str:
+    """Join a world with a heap of that size: what comes of it."""
+    leave_world()
+    with patch.dict(os.environ, {"MORI_SHMEM_HEAP_SIZE": size}):
+        try:
+            shmem.shmem_init_attr(shmem.MORI_SHMEM_INIT_WITH_UNIQUEID, session.rank, 1, bytes(128))
+        except ValueError as error:
+            return str(error)
+    size_there = shmem.world().heap.size
+    shmem.shmem_finalize()
+    return str(size_there)
+
+
+def test_the_heap_is_of_the_size_that_the_adapter_accepts() -> None:
+    assert on_ranks(1, joined, "6KiB") == ["6144"]
+    assert on_ranks(1, joined, "1T")[0].startswith("no size; write for instance 6G")

@@ -34,6 +34,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "fp8 of another device": ("UNSUPPORTED", {"dispatch_dtype": "fp8", "cu_count": 304, "fp8_format": "e4m3fn"}),
     "a shape that cannot be shuffled": ("INVALID", {"hidden_size": 144}),
+    "a shape smaller than any tile": ("INVALID", {"model": "tiny-odd"}),
+    "a shape that is not of whole tiles": (
+        "UNSUPPORTED",
+        {"hidden_size": 320, "intermediate_size": 320, "cu_count": 80},
+    ),
     "aiter 3933, one bucket is wrong": ("CORRUPT", {"tokens": 1, "limit": 4, "aiter_habits": "wrong-bucket-4"}),
     "aiter 3933, that bucket is not taken": ("PASS", {"limit": 32, "aiter_habits": "wrong-bucket-4"}),
     "vllm 53108, mostly padding": ("BASELINE_WRONG", {"aiter_habits": "zero-rows"}),
@@ -100,14 +105,18 @@ def test_both_stand_ins_together(tmp_path: Path, cu_count: str, fp8: str) -> Non
         {"aiter_habits": "fault-at-304-336", "limit": "304", "max_dispatch_tokens_per_rank": "256"},
     ],
 )
-def test_faults_of_kernels_name_the_arm(habit: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("transport", "moved_by"), [("collective", "collective"), ("mori", "distbench.emulation.mori")]
+)
+def test_faults_of_kernels_name_the_arm(habit: dict[str, str], transport: str, moved_by: str, tmp_path: Path) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | habit).items() if key != "emulate"]
-    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), "--emulate", *flags)
+    flags += [f"--transport={transport}", "--emulate"]
+    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 3, done.stderr
     out = done.stdout
     arm = "padded" if "all-rows" in habit.values() else "truncated"
     assert f"ended by SIGABRT in {arm}/experts" in out
-    assert "RANK_FAULT (emulated: collective for mori, distbench.emulation.aiter for aiter)" in out
+    assert f"RANK_FAULT (emulated: {moved_by} for mori, distbench.emulation.aiter for aiter)" in out
 
 
 def test_without_the_package_nothing_runs(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ LINES = [
     (packages("1.2.4", "0.1.19", "1.2.5"), "mori", "degraded", "amd-mori-nightly 1.2.5 are both installed", (0, 0, 1)),
     (packages("1.2.4", ""), "aiter", "missing", "not installed", (0, 0, 2)),
     (packages("1.2.4", "0.1.20"), "aiter", "degraded", "#3997", (0, 0, 1)),
-    (packages("1.2.4", "0.0.3"), "aiter", "missing", "no rules are known", (0, 0, 2)),
+    (packages("1.2.4", "0.1.dev1+g123"), "aiter", "degraded", "no rules are known", (0, 0, 1)),
     ({"environ": {"MORI_SHMEM_HEAP_SIZE": "1K"}}, "heap", "missing", "1K: 1024 bytes, the case needs", (0, 0, 2)),
     ({"environ": {"MORI_SHMEM_HEAP_SIZE": "lots"}}, "heap", "missing", "no size; write for instance 6G", (0, 0, 2)),
     ({"environ": {"MORI_EP_COMM": "cco"}}, "case", "missing", "only the shmem backend", (0, 0, 2)),
@@ -108,10 +108,26 @@ def test_versions_are_compared_as_versions_and_either_distribution_counts(found:
     assert exit_code(findings(**found), "mori") == 0
 
 
-@pytest.mark.parametrize("blocks", [(64, 0), (64, 64), (64, 12), (64, -8), (None, 64), (32, None)])
-def test_rdma_blocks_that_drop_rows_or_hang(blocks: tuple[int | None, int | None]) -> None:
+@pytest.mark.parametrize("blocks", [(64, 0), (64, 64), (64, -8), (None, 64), (32, None)])
+def test_rdma_blocks_that_hang(blocks: tuple[int | None, int | None]) -> None:
     lines = findings(Network(nodes=2, block_num=blocks[0], rdma_block_num=blocks[1]))
     assert [line.topic for line in lines if line.level == "missing"] == ["blocks"]
+
+
+@pytest.mark.parametrize(
+    ("version", "kernel", "blocks", "wanting"),
+    [
+        ("1.2.2", "InterNodeV1", 42, ["blocks"]),
+        ("1.2.2", "InterNodeV1", 40, []),
+        ("1.2.2", "InterNodeV1LL", 42, []),
+        ("1.2.4", "InterNodeV1", 42, []),
+        ("1.2.5.dev20261001", "InterNodeV1", 42, []),
+        ("nightly", "InterNodeV1", 42, ["blocks"]),
+    ],
+)
+def test_rdma_blocks_that_drop_rows_in_releases(version: str, kernel: str, blocks: int, wanting: list[str]) -> None:
+    lines = findings(Network(nodes=2, rdma_block_num=blocks), {"mori_kernel": kernel}, **packages(version, "0.1.19"))
+    assert [line.topic for line in lines if line.level == "missing"] == wanting
 
 
 def test_the_blocks_that_are_looked_at_are_the_cases() -> None:

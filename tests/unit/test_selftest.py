@@ -71,6 +71,8 @@ def test_a_guard_is_right_in_its_stage_on_its_rank_only() -> None:
     assert result_of(strict, lost(strict, "combine", (rank + 1) % 4)).healthy_blamed
     (rank,) = loose.ranks
     assert result_of(loose, lost(loose, "experts", rank)).right
+    shifted = trial_of("shifted-window", *MORI_AITER)
+    assert result_of(shifted, lost(shifted, "experts", shifted.ranks[0])).right
     unguarded = trial_of("flipped-bit:field=ids")
     assert not result_of(unguarded, lost(unguarded, "experts", unguarded.ranks[0])).right
 

@@ -101,6 +101,7 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
         bias2,
         is_ep=expert_mask is not None,
     )
+    _check_tiles(_layer(w1, w2, topk_ids.shape[1], is_ep=expert_mask is not None), rows)
     live = _live_rows(num_local_tokens, rows)
     ids = _as_int32(topk_ids)
     _check_ids(ids[:live], mask.numel())
@@ -168,9 +169,8 @@ def get_2stage_cfgs(  # noqa: PLR0913 - aiter's signature
         is_ep=is_ep,
         cu_count=habits.assumed().cu_count,
     )
-    choice = _selector(layer).choose(token)
-    tuned = choice.source == "tuned"
-    kernelName1, kernelName2 = (choice.stage1, choice.stage2) if tuned else ("", "")  # noqa: N806
+    choice, tuned = _selector(layer).choose(token), _selector(layer).tuned_row(token)
+    kernelName1, kernelName2 = (tuned.kernel_name1, tuned.kernel_name2) if tuned else ("", "")  # noqa: N806
     key = (layer.cu_count, token, model_dim, inter_dim, expert, layer.lookup_topk(habits.assumed().rules))
     key += (str(activation), str(dtype), str(q_dtype_a), str(q_dtype_w), str(q_type), use_g1u1, doweight_stage1)  # type: ignore[assignment]
     names = f"({kernelName1=}, {kernelName2=})" if tuned else "default"
@@ -248,6 +248,12 @@ def _multiplied(weights: Tensor, scale: Tensor | None) -> Tensor:
     blocks = weights.float().view(count, rows // _BLOCK, _BLOCK, columns // _BLOCK, _BLOCK)
     wide = blocks * scale.view(count, rows // _BLOCK, 1, columns // _BLOCK, 1)
     return wide.view(count, rows, columns)
+
+
+def _check_tiles(layer: LayerKey, rows: int) -> None:
+    if _selector(layer).choose(rows).unfit(layer.model_dim, layer.inter_dim):
+        message = "wrong! device_gemm with the specified compilation parameters does not support this GEMM problem"
+        raise RuntimeError(message)
 
 
 def _warn_of_layout(w1: Tensor, w2: Tensor) -> None:

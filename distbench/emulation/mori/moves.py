@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.emulation.mori import habits, shmem
+from distbench.emulation.mori._jit_loader import load_hip_module
 from distbench.emulation.mori.buffers import EpDispatchCombineConfig, allocate
 from distbench.emulation.mori.codec import Plain, make_codec
 from distbench.emulation.mori.heap import at_address
@@ -27,6 +28,13 @@ TOPK_IDX_DTYPE = torch.int32
 QUANT_TYPES = ("none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")
 
 _TOKEN_BYTES = 4
+HIP_NAMES = {
+    EpDispatchCombineKernelType.IntraNode: "ep_intranode",
+    EpDispatchCombineKernelType.IntraNodeLL: "ep_intranode",
+    EpDispatchCombineKernelType.InterNodeV1: "ep_internode_v1",
+    EpDispatchCombineKernelType.InterNodeV1LL: "ep_internode_v1ll",
+    EpDispatchCombineKernelType.AsyncLL: "ep_async_ll",
+}
 _numbers: dict[str, count[int]] = {}
 
 
@@ -62,6 +70,7 @@ class Mover:
         dist.barrier()
         self._buffers = allocate(self._world.heap, config)
         self._launches = Launches(config)
+        self._hip_module = load_hip_module(HIP_NAMES[config.kernel_type])
         self._shape = Shape(config.kernel_type, config.world_size, config.num_experts_per_rank)
         self._total = torch.zeros(1, dtype=TOPK_IDX_DTYPE, device=self._world.heap.bytes.device)
         self._nodes = NodeSums(self._shape, config.gpu_per_node, config.max_num_inp_token_per_rank)
@@ -183,6 +192,8 @@ class Mover:
 
     def _exchange(self, rows: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
         """Send rows uint8 [m, width], in order of their ranks `to`: what arrives, in order of its ranks, and counts."""
+        if self.config.kernel_type not in INTRA:  # which takes its peers' addresses as arguments
+            self._hip_module.launch()
         sent = torch.bincount(to, minlength=self.config.world_size)
         lost = torch.tensor([self._lost(rank) for rank in range(self.config.world_size)], device=sent.device)
         told = torch.stack([sent, lost.long()], dim=1)

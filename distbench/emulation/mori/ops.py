@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori import habits
+from distbench.emulation.mori import _jit_loader, habits  # noqa: F401 - found here, as in the package
 from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig
 from distbench.emulation.mori.heap import at_address
 from distbench.emulation.mori.moves import TOPK_IDX_DTYPE, Mover

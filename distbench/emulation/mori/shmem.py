@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 
 from distbench.emulation.mori.habits import refuse
 from distbench.emulation.mori.heap import Heap
+from distbench.values import parse_heap_size
 
 MORI_SHMEM_INIT_WITH_MPI_COMM = 0
 MORI_SHMEM_INIT_WITH_UNIQUEID = 1
@@ -24,7 +24,6 @@ NOT_IMITATED = (
 
 _UNIQUE_ID_BYTES = 128
 _DEFAULT_HEAP = "4G"
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class World(NamedTuple):
@@ -62,7 +61,8 @@ def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int
         members = _members(name, rank, nranks)
         if members not in _groups:  # none is made twice: its ranks would find each other's old addresses
             _groups[members] = _group_of(members)
-        _worlds.append(World(name, _groups[members], rank, nranks, Heap(_heap_bytes(), _device())))
+        size = parse_heap_size(os.environ.get("MORI_SHMEM_HEAP_SIZE", _DEFAULT_HEAP))
+        _worlds.append(World(name, _groups[members], rank, nranks, Heap(size, _device())))
     return 0
 
 
@@ -127,12 +127,6 @@ def _members(name: str, rank: int, nranks: int) -> tuple[int, ...]:
     """Return the global ranks of a world, which meet in the job's store under its name."""
     store().set(f"{name}/{rank}", str(dist.get_rank()))
     return tuple(int(store().get(f"{name}/{member}")) for member in range(nranks))
-
-
-def _heap_bytes() -> int:
-    text = os.environ.get("MORI_SHMEM_HEAP_SIZE", _DEFAULT_HEAP)
-    number, unit = re.fullmatch(r"(\d+)([KMG]?)i?B?", text.strip(), re.IGNORECASE).groups()  # type: ignore[union-attr]
-    return int(number) * _UNITS[unit.upper()]
 
 
 def _device() -> torch.device:

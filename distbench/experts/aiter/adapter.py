@@ -20,15 +20,27 @@ from distbench.case import Case
 from distbench.errors import Unsupported
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import kernel_log
-from distbench.experts.aiter.package import PACKAGE, STAND_IN, AiterPackage, check_settings, load_package, tuned_tables
+from distbench.experts.aiter.package import (
+    PACKAGE,
+    STAND_IN,
+    AiterPackage,
+    check_table,
+    followed_release,
+    load_package,
+    tuned_tables,
+)
 from distbench.experts.aiter.weights import PreparedWeights, check_shape, prepare_weights
 from distbench.experts.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
 from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelChoice
+from distbench.experts.tuned import MISSING
+from distbench.values import one_line
 from distbench.workload.plan import BLOCK
 from distbench.workload.quantize import fp8_dtype
+
+_UNFIT = "does not support this GEMM problem"
 
 
 class AiterExperts:
@@ -53,44 +65,48 @@ class AiterExperts:
             cu_count=int(package.chip.get_cu_num()),
             gfx=str(package.chip.get_gfx()),
         )
-        self._rules = rules_for(package.version)
+        self._release = package.version if case.emulate else followed_release(case, package)
+        self._rules = rules_for(self._release)
         self._known: tuple[tuple[Tensor, Tensor], PreparedWeights] | None = None
         self._choices: dict[int, KernelChoice] = {}
         self._log = kernel_log()
+        self._doubts: list[str] = []
         self._tables = tuned_tables(package)
         check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
-            check_settings(case, package.version)
+            check_table(case)
         if case.dispatch_dtype == "fp8":
             _check_fp8(case, self._key.arch)
         self._payload = fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16
 
     def selection(self, rows: int) -> KernelChoice:
-        """See `Experts.selection`; by aiter's `get_2stage_cfgs`.
+        """See `Experts.selection`; by aiter's `get_2stage_cfgs`. That aiter logged others is told by `about`.
 
         Raises:
             Unsupported: the function wants an argument that is not known here.
-            DistbenchError: aiter logged other kernels for these rows.
 
         """
         if rows not in self._choices:
-            choice = self._choice(rows)
-            self._log.check(choice, self._key)
-            self._choices[rows] = choice
+            choice = self._choices[rows] = self._choice(rows)
+            doubt = self._log.doubt(choice, self._key)
+            self._doubts += [doubt] if doubt else []
         return self._choices[rows]
 
     def about(self) -> dict[str, Any]:
         """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines.
 
-        The tables are as they were when these experts were made.
+        `rules` is the release whose rules it follows, `doubts` are selections that a log line contradicts. The tables
+        are as they were when these experts were made.
         """
         return {
             PACKAGE: {
                 "version": self._package.version,
+                "rules": self._release,
                 "gfx": self._key.arch,
                 "cu_count": self._key.cu_count,
                 "tuned_tables": msgspec.to_builtins(self._tables),
                 "log": self._log.of_layer(self._key),
+                "doubts": self._doubts,
             }
         }
 
@@ -98,11 +114,14 @@ class AiterExperts:
         """Have aiter build what calls with `rows` rows need: on each node one rank, while the others wait for it.
 
         Raises:
-            Unsupported: weights on the CPU, or see `selection`.
+            Unsupported: weights on the CPU, or kernels that cannot take the layer; or see `selection`.
 
         """
         self._check_device(w1)
-        self._selection_arguments(max(rows))
+        for count in rows:
+            unfit = self.selection(count).unfit(self._key.model_dim, self._key.inter_dim)
+            if unfit:
+                raise Unsupported(_unfit(count, unfit))
         folder = Path(self._package.core.get_user_jit_dir())
         smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
         for bucket, count in sorted(smallest.items()):
@@ -234,17 +253,22 @@ class AiterExperts:
     def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
         fp8 = self._key.quant == "fp8"
         hidden = w1.new_zeros(rows, self._key.model_dim).to(self._payload)
-        self(
-            hidden,
-            w1,
-            w2,
-            hidden.new_zeros(rows, self._key.topk, dtype=torch.float32),
-            hidden.new_zeros(rows, self._key.topk, dtype=torch.int32),
-            expert_mask=expert_mask,
-            num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
-            a1_scale=hidden.new_ones(rows, self._key.model_dim // BLOCK, dtype=torch.float32) if fp8 else None,
-            dtype=torch.bfloat16,
-        )
+        try:
+            self(
+                hidden,
+                w1,
+                w2,
+                hidden.new_zeros(rows, self._key.topk, dtype=torch.float32),
+                hidden.new_zeros(rows, self._key.topk, dtype=torch.int32),
+                expert_mask=expert_mask,
+                num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
+                a1_scale=hidden.new_ones(rows, self._key.model_dim // BLOCK, dtype=torch.float32) if fp8 else None,
+                dtype=torch.bfloat16,
+            )
+        except RuntimeError as error:
+            if _UNFIT not in str(error):
+                raise
+            raise Unsupported(_unfit(rows, one_line(error))) from error
 
     def _check_device(self, weights: Tensor) -> None:
         if weights.device.type == "cpu" and not self._case.emulate:
@@ -292,6 +316,13 @@ def _check_fp8(case: Case, arch: str) -> None:
         raise Unsupported(message)
 
 
+def _unfit(rows: int, reason: str) -> str:
+    return (
+        f"experts aiter: the kernels for {rows} rows cannot take this layer: {reason}; "
+        "use sizes that are multiples of 128, or another limit"
+    )
+
+
 def _kernel_name(stage: Any) -> str:
     name = (getattr(stage, "keywords", None) or {}).get("kernelName", "")
-    return name if isinstance(name, str) and name != "nan" else ""
+    return name if isinstance(name, str) and name not in MISSING else ""

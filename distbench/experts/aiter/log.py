@@ -6,12 +6,12 @@ import logging
 import re
 from functools import lru_cache
 
-from distbench.errors import DistbenchError
 from distbench.experts.heuristics import LayerKey
 from distbench.experts.selection import KernelChoice
+from distbench.experts.tuned import MISSING
 
 _LINE = re.compile(r"\[fused_moe\] using (?P<stages>[12])stage\b(?P<kernels>.*?) for \((?P<key>.*)\)")
-_NAME = re.compile(r"kernelName[12]='([^']*)'")
+_NAME = re.compile(r"kernelName([12])='([^']*)'")
 _QUOTED = re.compile(r"'[^']*'")
 _NUMBER = re.compile(r"(?<![\w.])[0-9]+(?![\w.])")
 
@@ -35,17 +35,12 @@ class KernelLog(logging.Handler):
         found = [(line, _numbers(match)) for line, match in self._lines.items()]
         return [line for line, (cu_count, _, *shape) in found if [cu_count, *shape] == wanted]
 
-    def check(self, choice: KernelChoice, layer: LayerKey) -> None:
-        """Hold `choice` against what was logged of its bucket, if anything was.
-
-        Raises:
-            DistbenchError: other kernels were logged, so the report would name some that did not run.
-
-        """
+    def doubt(self, choice: KernelChoice, layer: LayerKey) -> str:
+        """Return why `choice` may name kernels that did not run: others were logged of its bucket. Else nothing."""
         lines = [line for line in self.of_layer(layer) if _numbers(self._lines[line])[1] == choice.bucket]
-        if lines and not any(_agrees(self._lines[line], choice) for line in lines):
-            message = f"aiter logged {lines[-1]!r:.300}, but selects {choice.label} ({choice.stage1!r})"
-            raise DistbenchError(message)
+        if not lines or any(_agrees(self._lines[line], choice) for line in lines):
+            return ""
+        return f"aiter logged {lines[-1]!r:.300}, but selects {choice.label} ({choice.stage1!r}): trust the line"
 
 
 @lru_cache(maxsize=1)
@@ -64,6 +59,8 @@ def _numbers(match: re.Match[str]) -> list[int]:
 
 
 def _agrees(match: re.Match[str], choice: KernelChoice) -> bool:
-    names = [name for name in _NAME.findall(match["kernels"]) if name not in ("", "nan")]
-    expected = [name for name in (choice.stage1, choice.stage2) if name] if choice.source == "tuned" else []
-    return (match["stages"] == "1") == choice.run_1stage and names == expected
+    """Compare names, of one stage the first alone: the second is then whatever the table's cell holds."""
+    stages = "1" if choice.run_1stage else "12"
+    logged = {stage: name for stage, name in _NAME.findall(match["kernels"]) if stage in stages and name not in MISSING}
+    expected = dict(zip(stages, (choice.stage1, choice.stage2), strict=False)) if choice.source == "tuned" else {}
+    return (match["stages"] == "1") == choice.run_1stage and logged == expected

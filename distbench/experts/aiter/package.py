@@ -19,6 +19,7 @@ import msgspec
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.node_warmup import first_on_node
+from distbench.experts.rules import BUCKET_RULES, padded_rows, rules_for
 
 DISTRIBUTION = "amd-aiter"
 PACKAGE = "aiter"
@@ -181,15 +182,45 @@ def _described(path: str) -> TunedTable:
     return TunedTable(path, hashlib.sha256(content).hexdigest(), max(rows - 1, 0))
 
 
-def check_settings(case: Case, version: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse what the case says of aiter where the real one does not follow it.
+def followed_release(case: Case, package: AiterPackage) -> str:
+    """Return the release whose rules the installed aiter follows: its own, or the case's where a build has no tags.
 
     Raises:
-        InvalidCase: another release or another table than the installed one uses, or habits, which stand-ins have.
+        InvalidCase: no release is known of it, or the case says another one than it follows.
 
     """
-    if case.aiter_version not in ("", version):
-        _refuse(f"aiter_version = {case.aiter_version!r}: {version} is installed; drop the key, or install that one")
+    said, installed = case.aiter_version, package.version
+    try:
+        rules_for(installed)
+    except InvalidCase:
+        if not said:
+            raise
+        _check_buckets(said, package)
+        return said
+    if said not in ("", installed):
+        _refuse(f"aiter_version = {said!r}: {installed} is installed; drop the key, or install that one")
+    return installed
+
+
+def _check_buckets(said: str, package: AiterPackage) -> None:
+    """Refuse a release that the package cannot have been built from: its buckets are others."""
+    rules = rules_for(said)
+    for rows in sorted({1, *(tier for known in BUCKET_RULES.values() for tier in known.tiers)}):
+        there, expected = int(package.moe.get_padded_M(rows)), padded_rows(rows, rules)
+        if there != expected:
+            _refuse(
+                f"aiter_version = {said!r}: the installed {package.version} has bucket {there} for {rows} rows, that "
+                f"release {expected}; give the release that it was built from"
+            )
+
+
+def check_table(case: Case, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse another table than the installed aiter uses.
+
+    Raises:
+        InvalidCase: says what to set.
+
+    """
     if case.kernel_table and case.kernel_table != environ.get(TABLE_VARIABLE):
         _refuse(
             f"kernel_table = {case.kernel_table!r}: aiter reads its table when it is imported; set "

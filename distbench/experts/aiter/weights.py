@@ -11,6 +11,8 @@ from torch import Tensor
 from distbench.errors import InvalidCase
 from distbench.workload.plan import BLOCK
 
+_SMALLEST_TILE = 64
+
 
 class PreparedWeights(NamedTuple):
     """A rank's weights as aiter wants them: shuffled, float8 with a scale for each 128 x 128 where rows are."""
@@ -44,13 +46,13 @@ def quantize_blocks(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def check_shape(hidden_size: int, intermediate_size: int, quant: Literal["bf16", "fp8"]) -> None:
-    """Refuse a layer whose weights cannot be shuffled, or quantised by blocks.
+    """Refuse a layer that is smaller than any kernel's tile, or not of whole blocks: no number of rows would do.
 
     Raises:
         InvalidCase: names the size and what it has to be a multiple of.
 
     """
-    least = BLOCK if quant == "fp8" else 32
+    least = BLOCK if quant == "fp8" else _SMALLEST_TILE
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if size % least:
             message = (

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
+from distbench.experts.kernel_names import DEFAULT_TILE_K, ck_tile, named_split, stage2_mode, tile_k
 
 CK = "1x4_TypeCast_v3_Nswizzle0_Quant0_MulRoutedWeight"
 
@@ -65,3 +65,16 @@ def test_any_name_has_a_k_and_a_mode(name: str) -> None:
     assert tile_k(name) >= 1
     assert stage2_mode(name) in ("reduce", "atomic")
     assert named_split(name) >= 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [
+        ("moe_ck2stages_gemm1_256x64x128x64_1x4_MulABScale_v1", (128, 64)),
+        ("ck_2stages_gemm2_bm32_n128_k256_v1", (128, 256)),
+        ("flydsl_moe2_afp8_wfp8_bf16_t32x128x256_reduce", None),
+        ("asm_stage1_bm64", None),
+    ],
+)
+def test_tiles_of_ck_are_told_by_its_names(name: str, tile: tuple[int, int] | None) -> None:
+    assert ck_tile(name) == tile

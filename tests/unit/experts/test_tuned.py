@@ -148,7 +148,7 @@ def test_a_short_row_lacks_its_last_cells_and_blank_lines_count_for_nothing() ->
 @pytest.mark.parametrize("value", ["1", "419", "1.0", "True", " 1 "])
 def test_any_number_but_zero_is_one_stage(value: str) -> None:
     found = read({"run_1stage": value, "kernelName2": "Null"})
-    assert found == (changed(run_1stage=True, kernel_name2=""),)
+    assert found == (changed(run_1stage=True, kernel_name2="Null"),)
 
 
 @pytest.mark.parametrize("value", ["0", "0.0", "False", "", "nan"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -126,10 +127,34 @@ def test_the_heap_holds_the_case_and_a_smaller_one_is_refused() -> None:
     assert heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "512MiB"}, emulated=False) == 512 << 20
     with pytest.raises(InvalidCase, match=rf"1M: 1048576 bytes, the case needs {plan.heap_bytes}"):
         heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "1M"}, emulated=False)
-    with pytest.raises(InvalidCase, match=r"no size; write for instance 6G"):
-        heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": "much"}, emulated=False)
+    assert heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": ""}, emulated=False) == 4 << 30
     large = plan_mori(case_of(model="deepseek-v3", max_dispatch_tokens_per_rank=8192, tokens=1), {})
     assert heap_size(large, {}, emulated=False) > 2 * 65536 * 7168 * 2
+
+
+def as_mori_reads(text: str) -> int:
+    """Return what `ParseSizeString` of MoRI's init.cpp makes of a size; the release's text is C++."""
+    units = {"G": 30, "M": 20, "K": 10}
+    known = {f"{unit}iB": shift for unit, shift in units.items()} | {f"{unit.lower()}ib": units[unit] for unit in units}
+    for unit, shift in units.items():
+        known |= dict.fromkeys((f"{unit}B", f"{unit.lower()}b", f"{unit}b", unit, unit.lower()), shift)
+    for length in (3, 2, 1):
+        if text[-length:] in known:
+            return int(re.match(r"[0-9]+", text[:-length])[0]) << known[text[-length:]]  # type: ignore[index]
+    return int(re.match(r"[0-9]+", text)[0])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("letter", ["", *"KMGTkmgt"])
+@pytest.mark.parametrize("ending", ["", "B", "b", "iB", "ib", "IB", "Ib", " ", "x"])
+def test_a_heap_size_is_taken_as_mori_reads_it_or_not_at_all(letter: str, ending: str) -> None:
+    plan, text = plan_mori(case_of(), {}), f"8000000000{letter}{ending}"
+    whole = {letter + ending for letter in "KMG" for ending in ("", "B", "b", "iB")}
+    whole |= {letter + ending for letter in "kmg" for ending in ("", "b", "ib")} | {""}
+    if letter + ending in whole:
+        assert heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": text}, emulated=False) == as_mori_reads(text)
+        return
+    with pytest.raises(InvalidCase, match=r"no size; write for instance 6G: MoRI knows K, KB, Kb, KiB"):
+        heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": text}, emulated=False)
 
 
 def test_a_reader_is_warned_of_what_is_not_pinned() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
@@ -21,11 +23,13 @@ from distbench.experts import make_experts, make_selector
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import KernelLog
-from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, load_package
+from distbench.experts.aiter.package import STAND_IN, check_available, check_table, followed_release, load_package
 from distbench.experts.aiter.weights import quantize_blocks
 from distbench.experts.base import check_values
+from distbench.experts.tuned import KEY_COLUMNS, TunedKey
 from distbench.graphs import GraphedExperts
 from distbench.preflight import check_case
+from distbench.report.document import kernel_doubts
 from tests.cases import tiny_case
 from tests.host_reads import HostReads
 
@@ -190,15 +194,46 @@ def test_other_kernels_in_the_log_are_noticed() -> None:
     case = aiter_case(cu_count=256)
     choice, layer = make_selector(case).choose(64), make_selector(case).layer
     log = KernelLog()
-    log.check(choice, layer)
+    assert not log.doubt(choice, layer)
     _say(log, "[fused_moe] using 2stage default for ('gfx950', 256, 64, 256, 128, 4, 4, 'ActivationType.Silu') ")
-    log.check(choice, layer)
+    assert not log.doubt(choice, layer)
     other = KernelLog()
     _say(other, "[fused_moe] using 2stage (kernelName1='a', kernelName2='b') for (256, 64, 256, 128, 4, 4, 'x') ")
-    with pytest.raises(DistbenchError, match=r"aiter logged .*kernelName1='a'"):
-        other.check(choice, layer)
+    assert re.match(r"aiter logged .*kernelName1='a'.*, but selects H bm32", other.doubt(choice, layer))
     assert log.of_layer(layer)
     assert not log.of_layer(msgspec.structs.replace(layer, model_dim=7168))
+
+
+def one_stage_table(case: Case, folder: Path) -> str:
+    """Write a table with a one-stage row of the bucket 64; its second kernel is what aiter's own tables have there."""
+    key = msgspec.to_builtins(TunedKey.for_layer(make_selector(case).layer))
+    row = {name: key[name] for name in KEY_COLUMNS if name != "token"}
+    row |= {"token": 64, "act_type": "ActivationType.Silu", "block_m": 32, "ksplit": 0, "run_1stage": 1}
+    row |= {"kernelName1": "one_stage_kernel", "kernelName2": "Null"}
+    row |= {name: int(row[name]) for name in ("use_g1u1", "doweight_stage1")}
+    path = folder / "tuned_fmoe.csv"
+    path.write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+    return str(path)
+
+
+def test_one_stage_is_told_by_its_first_kernel_alone(tmp_path: Path) -> None:
+    case = aiter_case(dispatch_dtype="fp8", cu_count=256)
+    experts = make_aiter_experts(msgspec.structs.replace(case, kernel_table=one_stage_table(case, tmp_path)))
+    choice = experts.selection(64)
+    assert (choice.source, choice.run_1stage, choice.stage1, choice.stage2) == ("tuned", True, "one_stage_kernel", "")
+    about = experts.about()["aiter"]
+    assert any("kernelName1='one_stage_kernel', kernelName2='Null'" in line for line in about["log"])
+    assert about["doubts"] == []
+
+
+def test_a_selection_that_the_log_contradicts_is_told() -> None:
+    experts = make_aiter_experts(aiter_case(cu_count=256))
+    with patch.object(KernelLog, "doubt", lambda *_: "other kernels"):
+        experts.selection(64)
+        experts.selection(64)
+    assert experts.about()["aiter"]["doubts"] == ["other kernels"]
+    records: Any = [SimpleNamespace(rank=3, packages=experts.about()), SimpleNamespace(rank=4, packages={})]
+    assert kernel_doubts(records) == ["rank 3: other kernels"]
 
 
 def _say(log: KernelLog, line: str) -> None:
@@ -242,7 +277,8 @@ def test_tells_each_table_by_its_digest_and_its_rows_as_they_were_when_it_was_re
 @pytest.mark.parametrize(
     ("values", "error", "complaint"),
     [
-        ({"hidden_size": 144}, InvalidCase, "hidden_size = 144: aiter takes bf16 weights in multiples of 32; use 160"),
+        ({"hidden_size": 144}, InvalidCase, "hidden_size = 144: aiter takes bf16 weights in multiples of 64; use 192"),
+        ({"model": "tiny-odd"}, InvalidCase, "intermediate_size = 96: aiter takes bf16 weights in multiples of 64"),
         ({"intermediate_size": 48}, InvalidCase, "intermediate_size = 48: .*use 64"),
         ({"dispatch_dtype": "fp8", "intermediate_size": 96, "cu_count": 256}, InvalidCase, "in multiples of 128"),
         ({"dispatch_dtype": "fp8", "fp8_format": "e4m3fn"}, Unsupported, "aiter's kernels for gfx942 read e4m3fnuz"),
@@ -254,6 +290,38 @@ def test_cases_that_aiter_cannot_take_are_refused(
 ) -> None:
     with pytest.raises(error, match=complaint):
         make_experts(aiter_case(**values))
+
+
+def warmed(case: Case, rows: int, experts: AiterExperts | None = None) -> None:
+    shapes = ((2 * case.intermediate_size, case.hidden_size), (case.hidden_size, case.intermediate_size))
+    w1, w2 = (torch.zeros(case.experts_per_rank, *shape).bfloat16() for shape in shapes)
+    made = make_aiter_experts(case) if experts is None else experts
+    made.warm_up(w1, w2, torch.ones(case.num_experts, dtype=torch.int32), (rows,))
+
+
+ODD_TILES = {"hidden_size": 320, "intermediate_size": 320, "cu_count": 80}
+
+
+def test_rows_whose_kernels_cannot_take_the_layer_are_refused_as_it_warms_up() -> None:
+    case = aiter_case(**ODD_TILES)
+    warmed(case, 16)
+    with pytest.raises(
+        Unsupported, match=r"for 256 rows .*: stage 1, ck_2stages_gemm1_bm64_n128_\w+, takes 320 columns by 128"
+    ):
+        warmed(case, 256)
+
+
+def test_what_the_package_cannot_take_is_refused_where_its_kernels_are_not_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case = aiter_case(**ODD_TILES)
+    package = load_package(STAND_IN)
+    experts = make_aiter_experts(case)
+    monkeypatch.setattr(package.core, "get_user_jit_dir", lambda: str(tmp_path))
+    unknown = experts.selection(256)
+    monkeypatch.setattr(experts, "_choices", {256: msgspec.structs.replace(unknown, stage1="a", stage2="b")})
+    with pytest.raises(Unsupported, match=r"for 256 rows .*wrong! device_gemm .*use sizes that are multiples of 128"):
+        warmed(case, 256, experts)
 
 
 def test_without_the_package_nothing_stands_in() -> None:
@@ -274,14 +342,25 @@ def test_habits_are_checked_before_a_rank_starts() -> None:
 def test_the_real_one_follows_no_other_release_and_no_other_table(tmp_path: Any) -> None:
     table = tmp_path / "table.csv"
     table.write_text("")
-    case = aiter_case(emulate=False, aiter_version="0.1.9")
-    check_settings(case, "0.1.9", {})
+    case, package = aiter_case(emulate=False, aiter_version="0.1.9"), load_package(STAND_IN)
+    assert followed_release(case, package._replace(version="0.1.9")) == "0.1.9"
     with pytest.raises(InvalidCase, match=r"0\.1\.20 is installed"):
-        check_settings(case, "0.1.20", {})
+        followed_release(case, package._replace(version="0.1.20"))
     tabled = aiter_case(emulate=False, kernel_table=str(table))
-    check_settings(tabled, "0.1.20", {"AITER_CONFIG_FMOE": str(table)})
+    check_table(tabled, {"AITER_CONFIG_FMOE": str(table)})
     with pytest.raises(InvalidCase, match="set AITER_CONFIG_FMOE="):
-        check_settings(tabled, "0.1.20", {})
+        check_table(tabled, {})
+
+
+@pytest.mark.parametrize("version", ["0.1.dev1+g123", "unknown"])
+def test_of_a_build_without_tags_the_case_tells_the_release(version: str) -> None:
+    package = load_package(STAND_IN)._replace(version=version)
+    with pytest.raises(InvalidCase, match="aiter_version"):
+        AiterExperts(aiter_case(emulate=False), package)
+    with pytest.raises(InvalidCase, match=rf"the installed {re.escape(version)} has bucket 1 for 1 rows, .* 16; give"):
+        AiterExperts(aiter_case(emulate=False, aiter_version="0.1.5"), package)
+    about = AiterExperts(aiter_case(emulate=False, aiter_version="0.1.19"), package).about()["aiter"]
+    assert (about["version"], about["rules"]) == (version, "0.1.19")
 
 
 def test_the_cpu_is_no_place_for_the_real_one() -> None:

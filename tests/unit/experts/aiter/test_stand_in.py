@@ -20,7 +20,7 @@ from distbench.experts.reference import ReferenceExperts
 from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelSelector
 
-EXPERTS, TOPK, HIDDEN, INTER = 4, 2, 64, 32
+EXPERTS, TOPK, HIDDEN, INTER = 4, 2, 128, 64
 
 
 @pytest.fixture(autouse=True)
@@ -132,12 +132,12 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         call(layer(40))
     assert [line.split(" for ")[0] for line in caplog.messages] == ["[fused_moe] using 2stage default"]
-    assert "(256, 64, 64, 32, 4, 1, 'ActivationType.Silu', 'torch.bfloat16'" in caplog.text
+    assert "(256, 64, 128, 64, 4, 1, 'ActivationType.Silu', 'torch.bfloat16'" in caplog.text
 
 
 def test_a_tuned_row_names_its_kernels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = tmp_path / "tuned.csv"
-    key = "256,64,64,32,4,1,ActivationType.Silu,torch.bfloat16,torch.bfloat16,torch.bfloat16,QuantType.No,1,0"
+    key = "256,64,128,64,4,1,ActivationType.Silu,torch.bfloat16,torch.bfloat16,torch.bfloat16,QuantType.No,1,0"
     header = "cu_num,token,model_dim,inter_dim,expert,topk,act_type,dtype,q_dtype_a,q_dtype_w,q_type,use_g1u1"
     table.write_text(
         f"{header},doweight_stage1,block_m,ksplit,kernelName1,kernelName2\n{key},32,0,flydsl_a,flydsl_b_reduce\n"
