@@ -83,3 +83,9 @@ def bundle_folder(root: str, case: Case) -> Path:
 def part_name(rank: int) -> str:
     """Return the name of a rank's file; no name is ever taken from a bundle."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def names_token(case: Case, token: Token) -> bool:
+    """Whether the case has this token; what a faulty transport, or a stranger, says of sources may name any."""
+    rank, number = token
+    return 0 <= rank < case.ep_size and 0 <= number < case.tokens[rank]

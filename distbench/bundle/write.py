@@ -22,6 +22,7 @@ from distbench.bundle.layout import (
     ROUTING_BYTES,
     Part,
     Recorded,
+    names_token,
     part_name,
 )
 from distbench.case import Case
@@ -68,7 +69,8 @@ def failing_tokens(outcome: Outcome) -> list[Token]:
         if found.source_rank is not None and found.source_token is not None
     ]
     differing = [token for listed in gathered.differing.values() for token in listed]
-    found = list(dict.fromkeys([*diverged, *differing, *lost_tokens(gathered)]))
+    named = dict.fromkeys([*diverged, *differing, *lost_tokens(gathered)])
+    found = [token for token in named if names_token(outcome.case, token)]
     return found or [(record.rank, 0) for record in gathered.observations if record.tokens][:1]
 
 
@@ -128,7 +130,10 @@ def _own_tokens(rank: int, finished: Finished, tokens: Tensor) -> dict[str, Tens
 
 def _rows(rank: int, seen: Seen, finished: Finished, tokens: Tensor) -> dict[str, Tensor]:
     """Return the rows of `tokens` as they arrived, where in the buffer, and what became of them."""
-    wanted = torch.isin(_keys(seen.sources), _keys(tokens)).nonzero().flatten()
+    keys = _keys(seen.sources)
+    found_at = torch.isin(keys, _keys(tokens)).nonzero().flatten()
+    first = {key: slot for slot, key in zip(found_at.tolist()[::-1], keys[found_at].tolist()[::-1], strict=True)}
+    wanted = torch.tensor(sorted(first.values()), dtype=torch.int64)  # each token once, whatever a transport did
     live = wanted[wanted < seen.expert_rows.shape[0]]
     cut = wanted[wanted >= seen.expert_rows.shape[0]]
     found = {
