@@ -78,7 +78,7 @@ def open_bundle(folder: str | Path) -> Bundle:
 def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
     """Return the bundle's case, what is `asked` for in front, checked as if it came from a case file.
 
-    Its kernel table is the bundle's own copy, never the path that the case names.
+    Its kernel table is the bundle's own copy, never the path that the case names, unless one is asked for.
 
     Raises:
         InvalidCase: the case makes no sense, or its kernel table is not in the bundle.
@@ -87,7 +87,10 @@ def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
     case = bundle.manifest.case
     values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
     values["kernel_table"] = str(bundle.folder / KERNEL_TABLE) if case.kernel_table else ""
-    if case.kernel_table:
+    if case.kernel_table and not any("kernel_table" in layer.values for layer in asked):
+        if bundle.manifest.table_left_out:
+            message = f"bundle {bundle.folder}: its kernel table was too large to be copied; give --kernel-table FILE"
+            raise InvalidCase(message)
         table = read_bounded(bundle.folder, KERNEL_TABLE, MAX_TABLE_BYTES)
         if hashlib.sha256(table).hexdigest() != case.kernel_table_sha256:
             _refuse(bundle.folder, KERNEL_TABLE, "is not the table that the case ran with")
