@@ -135,7 +135,6 @@ def bisect(lab: Lab, case: Case, folder: Path, known: Report | None = None) -> A
     limited = ""
     if first.verdict is Verdict.HANG:
         case, limited = impatient(case), f"time limits of at most {HANG_S:g} s"
-        swaps = swaps_of(case, folder)
     base = _base(lab, case, _FEW_TRIALS if first.verdict in _COSTLY else _TRIALS, limited)
     recorded = "" if known is None else str(first)
     if not base.failing.seen:
