@@ -10,16 +10,21 @@ from typing import Any
 import msgspec
 
 from distbench.case import Case, case_hash
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector
 from distbench.experts.pinned import pinned_table
 from distbench.injection import parse_inject
 from distbench.rates import Rate, trials_to_see
+from distbench.report.document import Report
 from distbench.report.files import write_atomically
-from distbench.trials import Lab, possible, signature, varied
+from distbench.trials import HANG_S, Lab, impatient, possible, signature, varied
 
 MAX_TRIALS = 64
 _TRIALS = 5
+# Each failure of these costs a launch, or a time limit too; two in a row say less, and cures, which cost little, more.
+_COSTLY = (Verdict.HANG, Verdict.RANK_FAULT)
+_FEW_TRIALS = 2
+_CONDITIONS = ("kernel", "truncate", "row order", "dispatch dtype")
 _PINNED = "pinned.csv"
 
 
@@ -35,6 +40,10 @@ class Swap(msgspec.Struct, frozen=True):
     stages: tuple[str, ...] = ()
 
 
+Pick = tuple[Swap, ...]
+"""One swap, or two that are made together."""
+
+
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one or two swaps: how often the case still failed, over seeds from the case's own up, and how."""
 
@@ -45,44 +54,74 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     cured: bool
 
 
+class Blame(msgspec.Struct, frozen=True):
+    """Guilty parts, and the conditions without which the failure does not show.
+
+    Several parts interact where each of their swaps cures by itself: all of them have to be there. They are
+    `independent` where only their swaps together cure: each of them alone breaks the case.
+    """
+
+    guilty: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    independent: bool = False
+
+    def __str__(self) -> str:
+        """Return who is guilty, and when it shows."""
+        names = " and ".join(self.guilty)
+        if self.independent:
+            return f"{names} are guilty, each by itself: only both swaps together cure it"
+        found = f"{names} interact: each swap alone cures it" if len(self.guilty) > 1 else f"{names} is guilty"
+        return f"{found}, and shows only with this {' and '.join(self.needs)}" if self.needs else found
+
+
 class Accusation(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome: guilty parts (two where only a pair cures), what else the failure needs, and all results.
+    """The outcome: whom to blame, and all results.
 
     A cure has passed `trials` times in a row. Nobody is guilty where the case did not fail, or where neither a swap nor
-    a pair of them cures it, or could be told from luck.
+    a pair of them cures it, or could be told from luck. `recorded` is the signature in the report that was given.
     """
 
     base: Result
     results: list[Result]
-    guilty: tuple[str, ...]
-    needs: tuple[str, ...]
+    blame: Blame
     trials: int
     launches: int
+    recorded: str = ""
 
     @property
     def verdict(self) -> str:
         """One line."""
         failing = self.base.failing
         if not failing.seen:
-            return f"the case does not fail here: PASS on {failing.tried} seeds"
+            return f"the case does not fail here: fails on {failing}{self._not_as_recorded}"
         rate = f"; {'' if failing.always else 'intermittent, '}fails on {failing}"
+        return f"{self._finding(failing)}{rate}{self._cured_by}{self._not_as_recorded}"
+
+    def _finding(self, failing: Rate) -> str:
         if trials_to_see(failing.low) > self.trials:
-            return f"it fails too rarely to tell a cure from luck in {self.trials} seeds{rate}"
-        if not self.guilty:
-            return f"no swap and no pair of swaps cures it{rate}"
-        rate += f"; cured is what passes {self.trials} times in a row, by luck in less than 2.5 % of all cases"
-        if len(self.guilty) > 1:
-            return f"{' and '.join(self.guilty)} interact: only both swaps together cure it{rate}"
-        needs = f", and shows only with this {' and '.join(self.needs)}" if self.needs else ""
-        return f"{self.guilty[0]} is guilty{needs}{rate}"
+            return f"it fails too rarely to tell a cure from luck in {self.trials} seeds"
+        return str(self.blame) if self.blame.guilty else "no swap and no pair of swaps cures it"
+
+    @property
+    def _cured_by(self) -> str:
+        if not self.blame.guilty:
+            return ""
+        return f"; cured is what passes {self.trials} times in a row, by luck in less than 2.5 % of all cases"
+
+    @property
+    def _not_as_recorded(self) -> str:
+        if not self.recorded or self.recorded in self.base.endings:
+            return ""
+        return f"; its report says {self.recorded}, here it ends in {'; '.join(self.base.endings)}"
 
 
-def bisect(lab: Lab, case: Case, folder: Path) -> Accusation:
+def bisect(lab: Lab, case: Case, folder: Path, known: Report | None = None) -> Accusation:
     """Find the guilty part of a failing case. `folder` takes the kernel table that pins one kernel.
 
-    The case runs with several seeds, with more where it fails with some of them only; a swap is a cure once it has
-    passed so often that a failure as rare as that one may be would have come up, 39 to 1. Where no swap cures, pairs
-    are tried. A lost rank costs a launch more.
+    The case runs with several seeds, with more where it fails with some of them only, or with none; a swap is a cure
+    once it has passed so often that a failure as rare as that one may be would have come up, 39 to 1. Where no swap
+    cures, pairs are tried. A lost rank costs a launch more, and one that hangs its time limit, which is lowered.
+    `known` is a report of the case.
 
     Raises:
         InvalidCase: nothing in the case can be swapped.
@@ -92,42 +131,59 @@ def bisect(lab: Lab, case: Case, folder: Path) -> Accusation:
     if not swaps:
         message = "nothing in this case can be swapped: no limit, no other transport or experts, no fault, bf16"
         raise InvalidCase(message)
-    singles = [(swap,) for swap in swaps]
-    # One launch; `_tried` finds these again in the lab's memory.
-    lab.run([*_seeds(case, _TRIALS), *(variant for picked in singles for variant in _swapped(case, picked))])
-    base = _base(lab, case)
+    first = signature(known or lab.run([case])[0])
+    limited = ""
+    if first.verdict is Verdict.HANG:
+        case, limited = impatient(case), f"time limits of at most {HANG_S:g} s"
+    base = _base(lab, case, _FEW_TRIALS if first.verdict in _COSTLY else _TRIALS, limited)
+    recorded = "" if known is None else str(first)
     if not base.failing.seen:
-        return Accusation(base=base, results=[], guilty=(), needs=(), trials=0, launches=lab.launches)
+        return Accusation(base=base, results=[], blame=Blame(), trials=0, launches=lab.launches, recorded=recorded)
     needed = trials_to_see(base.failing.low)
     trials = min(needed, MAX_TRIALS)
-    results = _tried(lab, case, singles, trials)
+    picks: list[Pick] = [(swap,) for swap in swaps]
+    results = _tried(lab, case, picks, trials)
     if not any(result.cured for result in results):
-        results += _tried(lab, case, list(combinations(swaps, 2)), trials)
-    guilty, needs = blame([result.parts for result in results if result.cured and trials >= needed])
-    return Accusation(base=base, results=results, guilty=guilty, needs=needs, trials=trials, launches=lab.launches)
+        pairs = list(combinations(swaps, 2))
+        picks += pairs
+        results += _tried(lab, case, pairs, trials)
+    cures = [picked for picked, result in zip(picks, results, strict=True) if result.cured and trials >= needed]
+    return Accusation(
+        base=base, results=results, blame=blame(cures), trials=trials, launches=lab.launches, recorded=recorded
+    )
 
 
-def _base(lab: Lab, case: Case) -> Result:
+def _base(lab: Lab, case: Case, trials: int, what: str) -> Result:
     """Return how often the case fails: tried until as many trials show a failure of the least rate that it may have."""
-    trials = _TRIALS
     while True:
         base = _result(lab, case, (), trials)
         rate = base.failing
-        if not rate.seen or rate.always or trials == MAX_TRIALS or trials_to_see(rate.low) <= trials:
-            return base
+        known = bool(rate.seen) and (rate.always or trials_to_see(rate.low) <= trials)
+        if known or trials >= MAX_TRIALS:
+            return msgspec.structs.replace(base, what=what)
         trials = min(2 * trials, MAX_TRIALS)
 
 
-def blame(cures: list[tuple[str, ...]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the guilty part, or the pair, and the conditions without which the failure does not show.
+def blame(cures: Sequence[Pick]) -> Blame:
+    """Return whom to blame where each of `cures`, in order of `swaps_of`, cures: singles, or pairs where none does.
 
-    `cures` are in order of `swaps_of`: to put a trusted part in the place of another takes that one's bugs away,
-    whereas to change limit, kernel, order or dtype may only take away what they need to show.
+    To put a trusted part in the place of another takes that one's bugs away, whereas to change limit, kernel, order or
+    dtype may only take away what they need to show. A part whose swap takes a guilty part's stage away as well cures by
+    that, and is not named.
     """
     if not cures:
-        return (), ()
-    guilty, *others = cures
-    return guilty, tuple(parts[0] for parts in others if len(guilty) == 1 and len(parts) == 1)
+        return Blame()
+    if len(cures[0]) > 1:
+        return Blame(tuple(swap.part for swap in cures[0]), independent=True)
+    singles = [swap for (swap,) in cures]
+    guilty: list[Swap] = []
+    for swap in singles:
+        wider = any(set(one.stages) <= set(swap.stages) for one in guilty)
+        if swap.part not in _CONDITIONS and not wider:
+            guilty.append(swap)
+    guilty = guilty or singles[:1]
+    needs = [swap.part for swap in singles if swap.part in _CONDITIONS and swap not in guilty]
+    return Blame(tuple(swap.part for swap in guilty), tuple(needs))
 
 
 def swaps_of(case: Case, folder: Path) -> list[Swap]:
@@ -178,7 +234,7 @@ def _pinned(case: Case, path: Path) -> list[Swap]:
     return [swap] if all(kernel.same_kernel(one) for one in pinned) else []
 
 
-def _swapped(case: Case, picked: Sequence[Swap]) -> list[Case]:
+def _swapped(case: Case, picked: Pick) -> list[Case]:
     """Return the case with the swaps made, or nothing where that makes no sense."""
     changes = {key: value for swap in picked for key, value in swap.changes.items()}
     stages = [stage for swap in picked for stage in swap.stages]
@@ -190,7 +246,7 @@ def _seeds(case: Case, trials: int) -> list[Case]:
     return [varied(case, seed=case.seed + trial) for trial in range(trials)]
 
 
-def _tried(lab: Lab, case: Case, picks: Sequence[Sequence[Swap]], trials: int) -> list[Result]:
+def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int) -> list[Result]:
     """Run every pick, in one launch, and in a second one those that may be cures as often as it takes to say so."""
     known = [(picked, variant) for picked in picks for variant in _swapped(case, picked)]
     lab.run([variant for _, variant in known])
@@ -202,7 +258,7 @@ def _tried(lab: Lab, case: Case, picks: Sequence[Sequence[Swap]], trials: int) -
     ]
 
 
-def _result(lab: Lab, variant: Case, picked: Sequence[Swap], trials: int) -> Result:
+def _result(lab: Lab, variant: Case, picked: Pick, trials: int) -> Result:
     reports = lab.run(_seeds(variant, trials))
     failing = Rate(sum(bool(report.exit_code) for report in reports), trials)
     return Result(

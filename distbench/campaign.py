@@ -9,13 +9,13 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.bundle.layout import NOTHING_RECORDED, bundle_folder
+from distbench.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
 from distbench.bundle.manifest import write_manifest
-from distbench.case import case_hash
+from distbench.case import Case, case_hash
 from distbench.errors import DistbenchError, LaunchFailed, Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
-from distbench.postmortem import Ending, outcome_of
+from distbench.postmortem import Ending, machines, outcome_of
 from distbench.progress import Progress
 from distbench.report.document import build_report, rate_report
 from distbench.report.environment import capture_environment
@@ -118,7 +118,7 @@ class Campaign:
             if entry is None or case_hash(entry.case) in self._finished:
                 self._note(ending)
             else:
-                self._record(entry, outcome_of(ending, entry), self._job((entry,)))
+                self._record(entry, outcome_of(ending, entry), self._job((entry,)), lost=True)
         self._write_summary()
         return self._summary
 
@@ -159,7 +159,7 @@ class Campaign:
         self._tries[digest] += 1
         if self._tries[digest] > self._rules.retries:
             self._faults_in_row = self._faults_in_row + 1 if len(self._finished) == self._finished_by_then else 1
-            self._record(entry, outcome_of(ending, entry), job)
+            self._record(entry, outcome_of(ending, entry), job, lost=True)
             self._finished_by_then = len(self._finished)
 
     def _entry_of(self, ending: Ending, job: Job) -> Entry | None:
@@ -209,15 +209,21 @@ class Campaign:
             if entry.refused:
                 self._record(entry, refusal(entry), self._job((entry,)))
 
-    def _record(self, entry: Entry, outcome: Outcome, job: Job) -> None:
-        report = build_report(entry, outcome, environment=capture_environment(os.environ, [], []), wall_s=0.0)
+    def _record(self, entry: Entry, outcome: Outcome, job: Job, *, lost: bool = False) -> None:
+        """Write down the ending of a case that its ranks did not: they are `lost`, or have never seen it."""
+        where = machines(self._out, entry.case.ep_size) if lost else {}
+        hosts = {rank: machine.host for rank, machine in where.items()}
+        devices = ["cpu" if entry.case.device == "cpu" else machine.device for machine in where.values()]
+        environment = capture_environment(os.environ, list(hosts.values()), devices)
+        report = build_report(entry, outcome, environment=environment, wall_s=0.0)
         journal = Journal(self._out)
         journal.append(report)
         journal.close()
         for path in job.report_paths:
             write_report(Path(path), report)
         if job.bundle and job.failed(report.exit_code, as_expected=report.as_expected):
-            write_manifest(bundle_folder(job.bundle, entry.case), report, outcome, NOTHING_RECORDED)
+            folder = bundle_folder(job.bundle, entry.case)
+            write_manifest(folder, report, outcome, _routing(folder, entry.case, hosts) if lost else NOTHING_RECORDED)
         self._take_new_lines()
 
     def _tick(self, current: Entry | None) -> None:
@@ -251,3 +257,9 @@ class Campaign:
             self._summary.exit_code = worst_exit_code({self._summary.exit_code, Verdict.RANK_FAULT.exit_code})
         content = msgspec.json.format(msgspec.json.encode(self._summary), indent=2) + b"\n"
         write_atomically(self._out / "summary.json", content)
+
+
+def _routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
+    from distbench.bundle.write import write_routing  # noqa: PLC0415 - loads torch, for lost ranks with a bundle only
+
+    return write_routing(folder, case, hosts)

@@ -18,7 +18,7 @@ from distbench.job import Job, RankFailure, Spread, failure_path
 from distbench.locks import hold
 from distbench.nodes.link import Link, NodeLost
 from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
-from distbench.postmortem import positions
+from distbench.postmortem import machines, positions
 from distbench.preflight import check_devices
 from distbench.signals import Interrupted, collect_signals
 from distbench.supervisor import Agent, Watch, clear, end, first_exit
@@ -120,7 +120,7 @@ class _Follower:
         clear(self._out)
         launch = job.spread.launch if job.spread else 0
         self._beat = msgspec.structs.replace(
-            self._beat, launch=launch, ended=False, exit=None, crumbs={}, failures=[], stacks={}
+            self._beat, launch=launch, ended=False, exit=None, crumbs={}, failures=[], stacks={}, machines={}
         )
         agent = Agent(job)
         watch = Watch(job, agent)
@@ -152,6 +152,7 @@ class _Follower:
     def _note(self, job: Job) -> None:
         now = time.monotonic_ns()
         self._beat.crumbs = {rank: _aged(at, now) for rank, at in positions(job).items()}
+        self._beat.machines = machines(self._out, job.num_ranks)
         self._beat.failures = [failure for rank in self._beat.crumbs if (failure := self._failure(rank, now))]
 
     def _failure(self, rank: int, now: int) -> RankFailure | None:

@@ -114,6 +114,13 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
         return f"rank {self.rank} raised {self.exception} in {self.position.place}: {self.message}"
 
 
+class Machine(msgspec.Struct, frozen=True):
+    """Where a rank runs: its host, and the device that it takes for a case that does not ask for the CPU."""
+
+    host: str
+    device: str
+
+
 def ranks_folder(out: Path) -> Path:
     """Return the folder of the files below."""
     return out / "ranks"
@@ -137,6 +144,11 @@ def done_path(out: Path, number: int) -> Path:
 def crumb_path(out: Path, rank: int) -> Path:
     """Return the file of a rank's breadcrumbs."""
     return ranks_folder(out) / f"rank-{rank:05d}.crumbs"
+
+
+def machine_path(out: Path, rank: int) -> Path:
+    """Return the file in which a rank says where it runs."""
+    return ranks_folder(out) / f"rank-{rank:05d}.machine.json"
 
 
 def failure_path(out: Path, rank: int) -> Path:

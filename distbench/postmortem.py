@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import msgspec
 
 from distbench.breadcrumbs import Position, read_position
 from distbench.errors import DiskFull, LaunchFailed, Verdict
-from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path
+from distbench.job import Entry, Job, Machine, RankFailure, crumb_path, failure_path, machine_path
 from distbench.verify.records import Judgement, Outcome, Reason
 
 
@@ -71,6 +72,15 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
 def outcome_of(ending: Ending, entry: Entry) -> Outcome:
     """Return the outcome of the case on which a launch ended."""
     return Outcome(entry.case, Judgement(ending.verdict, ending.reasons, None), stacks=ending.stacks)
+
+
+def machines(out: Path, num_ranks: int) -> dict[int, Machine]:
+    """Return where each rank ran, by rank; ranks that had not met the others are missing."""
+    found = {}
+    for rank in range(num_ranks):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            found[rank] = msgspec.json.decode(machine_path(out, rank).read_bytes(), type=Machine)
+    return found
 
 
 def positions(job: Job) -> dict[int, Position]:

@@ -66,8 +66,14 @@ class Session:
         if not runs_on_device(asked, self._devices, self.local_ranks):
             self.device = torch.device("cpu")
             return
-        self.device = torch.device("cuda", self._local_rank)
+        self.device = self.own_device
         torch.cuda.set_device(self.device)
+
+    @property
+    def own_device(self) -> torch.device:
+        """The device of this rank alone, or the CPU where some node has fewer devices than ranks."""
+        enough = 0 < self.local_ranks <= self._devices
+        return torch.device("cuda", self._local_rank) if enough else torch.device("cpu")
 
     def agree(self, case_digest: str, probe: Tensor, counts: Tensor) -> Tensor:
         """Prove that all ranks hold one case and one workload, and return everyone's row counts. Collective.

@@ -12,8 +12,7 @@ from distbench.case import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.injection import Injection, parse_inject
 from distbench.report.document import Report
-from distbench.stage_limits import parse_stage_timeouts
-from distbench.trials import Lab, Signature, possible, signature, varied
+from distbench.trials import Lab, Signature, impatient, possible, signature
 from distbench.workload.kinds import parse_routing
 
 Changes = dict[str, Any]
@@ -25,7 +24,6 @@ _SEEDS = 4
 _FEW_TOKENS = 64
 _MOST_LEVELS = 24
 _COSTLY = 1 << 28
-_HANG_S = 5.0
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -70,7 +68,7 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | N
         return found
 
     if same.verdict is Verdict.HANG:
-        case = _impatient(case)
+        case = impatient(case)
     limits = _limits(case, first)
     take("as given", case)
     grown = (lab.first(candidates, fails_the_same) for candidates in _growing(case, limits))
@@ -83,13 +81,6 @@ def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | N
         if lower is None:
             return Shrunk(same=same, case=current, report=lab.run([current])[0])
         current = take("lowered", lower)
-
-
-def _impatient(case: Case) -> Case:
-    """Return the case with time limits that small cases keep, since each candidate that hangs takes as long."""
-    stages = {stage: min(limit, _HANG_S) for stage, limit in parse_stage_timeouts(case.stage_timeouts).items()}
-    text = ",".join(f"{stage}={limit:g}" for stage, limit in stages.items())
-    return varied(case, timeout=min(case.timeout, _HANG_S), stage_timeouts=text)
 
 
 def _refuse(here: Signature, recorded: Signature | None = None) -> NoReturn:

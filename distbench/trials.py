@@ -18,8 +18,10 @@ from distbench.report.document import Report
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.resolve import Layer, load_case_file, resolve_case
+from distbench.stage_limits import parse_stage_timeouts
 from distbench.standing import StandingRanks
 
+HANG_S = 5.0
 _TRIAL = "trial "
 
 
@@ -154,6 +156,13 @@ def possible(case: Case, **changes: Any) -> list[Case]:
         return [varied(case, **changes)]
     except (InvalidCase, Unsupported):
         return []
+
+
+def impatient(case: Case) -> Case:
+    """Return the case with time limits of `HANG_S` at most: each variant of a case that hangs takes as long."""
+    stages = {stage: min(limit, HANG_S) for stage, limit in parse_stage_timeouts(case.stage_timeouts).items()}
+    text = ",".join(f"{stage}={limit:g}" for stage, limit in stages.items())
+    return varied(case, timeout=min(case.timeout, HANG_S), stage_timeouts=text)
 
 
 def load_layer(path: str) -> Layer:

@@ -7,6 +7,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -21,11 +22,13 @@ from distbench.errors import Verdict, is_disk_full, worst_exit_code
 from distbench.job import (
     Entry,
     Job,
+    Machine,
     RankFailure,
     crumb_path,
     done_path,
     failure_path,
     job_path,
+    machine_path,
     next_job_path,
     ranks_folder,
     stack_path,
@@ -78,6 +81,8 @@ def work(job: Job) -> int:
 def _run_jobs(job: Job, crumbs: Breadcrumbs) -> int:
     """Run the job, and where its ranks stay up those that follow."""
     session = Session(crumbs, _group_timeout(job), accelerated=job.accelerated)
+    machine = Machine(socket.gethostname(), str(session.own_device))
+    machine_path(Path(job.out), session.rank).write_bytes(msgspec.json.encode(machine))
     exit_code = _run_entries(job, session, crumbs)
     crumbs.mark("done")
     number = 0

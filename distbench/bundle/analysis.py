@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from distbench.breadcrumbs import ARMS
 from distbench.bundle.findings import INPUTS, SUM, Analysis, Finding
 from distbench.bundle.layout import Part, part_name
 from distbench.bundle.read import Bundle, read_part
+from distbench.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
 from distbench.case import Case
 from distbench.errors import InvalidCase
 from distbench.rank import workload_for
@@ -38,17 +38,6 @@ _BORNE_OUT_BY = {
 }
 
 
-class _Rows(NamedTuple):
-    """One arm's recorded rows on one rank."""
-
-    arm: str
-    sources: Tensor
-    slots: Tensor
-    cut: Tensor
-    received: TokenBatch
-    experts: Tensor
-
-
 class _Sums(NamedTuple):
     """Expert rows by (arm, source rank, source token) and the rank that made them; tokens that were cut have None."""
 
@@ -65,9 +54,8 @@ def analyse(bundle: Bundle) -> Analysis:
 
     """
     manifest = bundle.manifest
-    if manifest.gathered is None:
-        return Analysis([], [], None, [])
-    workload = workload_for(manifest.case, torch.device("cpu"))
+    case, gathered = manifest.case, manifest.gathered
+    workload = workload_for(case, torch.device("cpu"))
     findings: list[Finding] = []
     missing: list[str] = []
     sums = _Sums(defaultdict(dict), {}, {})
@@ -77,13 +65,17 @@ def analyse(bundle: Bundle) -> Analysis:
             continue
         tensors = _loaded(bundle, part)
         try:
-            findings += _own_tokens(part.rank, tensors, workload, manifest.recorded.tokens, sums)
-            findings += _arms(part.rank, tensors, workload, manifest.recorded.tokens, sums)
+            if gathered is None:
+                findings.append(_inputs(part.rank, workload, routing_of(part.rank, tensors, case)))
+                continue
+            recorded = rank_tensors(part.rank, tensors, case, manifest.recorded.tokens)
+            findings += _own_tokens(part.rank, recorded, workload, sums)
+            findings += _arms(part.rank, recorded.arms, workload, sums)
         except (LookupError, ValueError, RuntimeError) as error:
             message = f"bundle {bundle.folder}: {part_name(part.rank)}: contradicts itself ({one_line(error)})"
             raise InvalidCase(message) from error
-    if not missing:
-        findings += _summed(manifest.case, sum_order(manifest.gathered.observations[0].transport), sums)
+    if gathered is not None and not missing:
+        findings += _summed(case, sum_order(gathered.observations[0].transport), sums)
     return _judged(bundle, findings, missing)
 
 
@@ -97,49 +89,41 @@ def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
     return tensors
 
 
-def _own_tokens(
-    rank: int, tensors: dict[str, Tensor], workload: Workload, listed: list[tuple[int, int]], sums: _Sums
-) -> list[Finding]:
+def _inputs(rank: int, workload: Workload, routing: Tensor, rows: int = 0, wrong: int = 0) -> Finding:
+    """Hold a rank's recorded routing against the one made here; `rows` of its tokens, `wrong` of them, were before."""
+    strayed = differing(routing, workload.routing_of(rank, len(routing))).any(1)
+    total = wrong + int(strayed.sum())
+    return Finding(rank=rank, arm="", stage=INPUTS, rows=rows + len(routing), wrong=total)
+
+
+def _own_tokens(rank: int, recorded: RankTensors, workload: Workload, sums: _Sums) -> list[Finding]:
     """Check a rank's routing and failing tokens: inputs as made here, results against the oracle."""
-    index, routing = tensors["token.index"], tensors["routing"]
-    if not set(index.tolist()) <= {token for owner, token in listed if owner == rank}:
-        message = "tokens that the manifest does not list"
-        raise ValueError(message)
-    known = torch.arange(min(len(routing), workload.tokens_per_rank[rank]))
+    index = recorded.tokens
     batch = workload.tokens(rank, index)
     wrong = torch.zeros(len(index), dtype=torch.bool)
-    for name, expected in batch._asdict().items():
-        if expected is not None:
-            wrong |= differing(_sized(tensors, f"token.{name}", len(index)), expected).any(1)
-    strayed = differing(routing[: len(known)], workload.tokens(rank, known).ids).any(1)
-    total = int(wrong.sum()) + int(strayed.sum())
-    findings = [Finding(rank=rank, arm="", stage=INPUTS, rows=len(index) + len(known), wrong=total)]
+    for sent, expected in zip(recorded.sent, batch, strict=True):
+        if sent is not None and expected is not None:
+            wrong |= differing(sent, expected).any(1)
+    findings = [_inputs(rank, workload, recorded.routing, len(index), int(wrong.sum()))]
     oracle = workload.expected(batch)
-    for arm in ARMS[1:]:
-        if f"combined.{arm}" in tensors:
-            combined = _sized(tensors, f"combined.{arm}", len(index))
-            for place, token in enumerate(index.tolist()):
-                sums.combined[arm, rank, token] = combined[place]
-            if oracle is not None:
-                sources = torch.stack([torch.full_like(index, rank), index], dim=1)
-                tokens = _Place(rank, arm, "combine", sources, index)
-                findings.append(tokens.compare("tokens", "oracle", combined, oracle))
+    for arm, combined in recorded.combined.items():
+        for place, token in enumerate(index.tolist()):
+            sums.combined[arm, rank, token] = combined[place]
+        if oracle is not None:
+            sources = torch.stack([torch.full_like(index, rank), index], dim=1)
+            tokens = _Place(rank, arm, "combine", sources, index)
+            findings.append(tokens.compare("tokens", "oracle", combined, oracle))
     sums.ids.update({(rank, token): row for token, row in zip(index.tolist(), batch.ids.tolist(), strict=True)})
     return findings
 
 
-def _arms(
-    rank: int, tensors: dict[str, Tensor], workload: Workload, listed: list[tuple[int, int]], sums: _Sums
-) -> list[Finding]:
+def _arms(rank: int, arms: list[ArmRows], workload: Workload, sums: _Sums) -> list[Finding]:
     """Check the rows that a rank received: fields against their sources, expert rows against oracle or padded arm."""
     findings = []
     baseline: dict[tuple[int, ...], Tensor] = {}
-    for arm in ARMS[1:]:
-        if f"{arm}.sources" not in tensors:
-            continue
-        rows = _rows(arm, tensors, listed)
+    for rows in arms:
         batch = workload.token_rows(*rows.sources.unbind(1))
-        dispatch = _Place(rank, arm, "dispatch", rows.sources, rows.slots)
+        dispatch = _Place(rank, rows.arm, "dispatch", rows.sources, rows.slots)
         fields = [
             dispatch.compare(name, "source", actual, expected)
             for name, actual, expected in zip(batch._fields, rows.received, batch, strict=True)
@@ -150,53 +134,20 @@ def _arms(
         oracle, against = workload.expected_rows(rank, batch), "oracle"
         if oracle is None:
             oracle, against = _first_seen(baseline, rows), "padded"
-        experts = _Place(rank, arm, "experts", rows.sources, rows.slots)
+        experts = _Place(rank, rows.arm, "experts", rows.sources, rows.slots)
         findings.append(experts.compare("rows", against, rows.experts, oracle))
         for (owner, token), row in zip(rows.sources.tolist(), rows.experts, strict=True):
-            sums.rows[arm, owner, token][rank] = row
+            sums.rows[rows.arm, owner, token][rank] = row
         for owner, token, _ in rows.cut.tolist():
-            sums.rows[arm, owner, token][rank] = None
+            sums.rows[rows.arm, owner, token][rank] = None
     return findings
 
 
-def _first_seen(known: dict[tuple[int, ...], Tensor], rows: _Rows) -> Tensor:
+def _first_seen(known: dict[tuple[int, ...], Tensor], rows: ArmRows) -> Tensor:
     """Return, for each row, what the first arm made of it: bf16 [m, H]."""
     found = torch.empty_like(rows.experts)
     for place, source in enumerate(rows.sources.tolist()):
         found[place] = known.setdefault(tuple(source), rows.experts[place])
-    return found
-
-
-def _rows(arm: str, tensors: dict[str, Tensor], listed: list[tuple[int, int]]) -> _Rows:
-    sources = tensors[f"{arm}.sources"]
-    cut = tensors[f"{arm}.cut"]
-    named = {tuple(source) for source in [*sources.tolist(), *cut[:, :2].tolist()]}
-    if not named <= set(listed):
-        message = f"{arm} has rows of tokens that the manifest does not list"
-        raise ValueError(message)
-    fields = [
-        _sized(tensors, f"{arm}.{name}", len(sources)) if f"{arm}.{name}" in tensors else None
-        for name in TokenBatch._fields
-    ]
-    hidden, scales, weights, ids = fields
-    if hidden is None or weights is None or ids is None:
-        message = f"{arm} lacks what was received"
-        raise ValueError(message)
-    return _Rows(
-        arm,
-        sources,
-        _sized(tensors, f"{arm}.slots", len(sources)),
-        cut,
-        TokenBatch(hidden, scales, weights, ids),
-        _sized(tensors, f"{arm}.experts", len(sources)),
-    )
-
-
-def _sized(tensors: dict[str, Tensor], name: str, rows: int) -> Tensor:
-    found = tensors[name]
-    if found.shape[0] != rows:
-        message = f"{name} has {found.shape[0]} rows, not {rows}"
-        raise ValueError(message)
     return found
 
 
@@ -235,7 +186,7 @@ class _Place(NamedTuple):
         return msgspec.structs.replace(finding, first=first)
 
 
-def _cut(rank: int, rows: _Rows) -> Finding:
+def _cut(rank: int, rows: ArmRows) -> Finding:
     """Return the rows that did not reach the experts."""
     total, lost = len(rows.sources) + len(rows.cut), len(rows.cut)
     first = None

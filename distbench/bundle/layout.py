@@ -9,7 +9,7 @@ import msgspec
 
 from distbench.case import Case, case_hash
 from distbench.limits import Traffic
-from distbench.verify.records import Gathered, Question, Token
+from distbench.verify.records import LISTED_TOKENS, Gathered, Question, Token
 
 SCHEMA = "distbench.bundle/1"
 MANIFEST = "manifest.json"
@@ -27,7 +27,7 @@ RECORDED_BYTES = 32 << 20
 """Bytes of recorded tensors over all ranks; fewer tokens are taken where they would be more."""
 
 ROUTING_BYTES = 4 << 20
-"""Bytes of a rank's own routing; later tokens are left out."""
+"""Bytes of a rank's own routing; later tokens are left out, and counted."""
 
 _HASH_DIGITS = 12
 
@@ -45,11 +45,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ranks wrote down: the failing tokens taken, how many more were known, and each rank's part."""
+    """What was written down: the failing tokens taken, how many more there are at least, and each rank's part.
+
+    `routing_left_out` counts tokens, over all ranks, whose routing is not in the parts.
+    """
 
     tokens: list[Token]
     left_out: int
     parts: list[Part]
+    routing_left_out: int = 0
 
 
 NOTHING_RECORDED = Recorded(tokens=[], left_out=0, parts=[])
@@ -58,7 +62,8 @@ NOTHING_RECORDED = Recorded(tokens=[], left_out=0, parts=[])
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`manifest.json`, written last: a bundle without one is not whole.
 
-    `gathered` is what rank 0 judged, without timings; None where the case was refused or lost its ranks.
+    `gathered` is what rank 0 judged, without timings; None where the case was refused or lost its ranks. Its lists of
+    tokens end at `listed_tokens`. `table_left_out` has the bytes of a kernel table that is too large to be copied.
     """
 
     schema: str = SCHEMA
@@ -68,6 +73,21 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None
     gathered: Gathered | None
     recorded: Recorded
+    listed_tokens: int = LISTED_TOKENS
+    table_left_out: int = 0
+
+    @property
+    def cuts(self) -> list[str]:
+        """What is not in the bundle because there would be too much of it, in words."""
+        known, left_out, unrouted = len(self.recorded.tokens), self.recorded.left_out, self.recorded.routing_left_out
+        table = f"{self.table_left_out} bytes, allowed are {MAX_TABLE_BYTES}"
+        found = [
+            (left_out, f"{left_out} failing tokens or more, beside the {known} recorded"),
+            (unrouted, f"the routing of {unrouted} tokens"),
+            (self.table_left_out, f"the kernel table: {table}; replay with --kernel-table FILE"),
+            (self.listed_tokens < LISTED_TOKENS, f"tokens that ranks list after the first {self.listed_tokens}"),
+        ]
+        return [what for cut, what in found if cut]
 
     @property
     def question(self) -> Question | None:
@@ -83,3 +103,14 @@ def bundle_folder(root: str, case: Case) -> Path:
 def part_name(rank: int) -> str:
     """Return the name of a rank's file; no name is ever taken from a bundle."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def names_token(case: Case, token: Token) -> bool:
+    """Whether the case has this token; what a faulty transport, or a stranger, says of sources may name any."""
+    rank, number = token
+    return 0 <= rank < case.ep_size and 0 <= number < case.tokens[rank]
+
+
+def routed_tokens(topk: int, most: int = ROUTING_BYTES) -> int:
+    """Return how many tokens of a rank, its first ones, have their routing in `most` bytes."""
+    return most // (topk * 4)

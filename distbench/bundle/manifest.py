@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
-from distbench.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_TABLE_BYTES, REPORT, Manifest, Recorded
+from distbench.bundle.layout import (
+    KERNEL_TABLE,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    MAX_TABLE_BYTES,
+    REPORT,
+    Manifest,
+    Recorded,
+    names_token,
+)
+from distbench.case import Case
 from distbench.report.document import Report
-from distbench.report.files import write_atomically, write_report
-from distbench.verify.records import Gathered, Outcome
+from distbench.report.files import write_atomically
+from distbench.verify.records import LISTED_TOKENS, Divergence, Observation, Outcome, Token
+
+_SHORTER_LISTS = (LISTED_TOKENS, LISTED_TOKENS // 4, LISTED_TOKENS // 16, 1, 0)
 
 
 def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Write what makes the parts a bundle: the report, the kernel table, and the manifest last."""
-    write_report(folder / REPORT, report)
+    """Write what makes the parts a bundle: the report, the kernel table, and the manifest last.
+
+    Where there are too many ranks for their records to be read back, the lists of tokens in them are made shorter;
+    where even that is not enough there is no bundle.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     case, question = outcome.case, outcome.question
-    if case.kernel_table:
-        table = Path(case.kernel_table).read_bytes()
-        if len(table) <= MAX_TABLE_BYTES:
-            write_atomically(folder / KERNEL_TABLE, table)
     manifest = Manifest(
         how_to_replay=[
             f"distbench replay {folder}",
@@ -29,14 +44,70 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
         case=case,
         traffic=question.traffic if question else None,
         limit=question.limit if question else None,
-        gathered=_without_timings(outcome.gathered),
+        gathered=outcome.gathered,
         recorded=recorded,
+        table_left_out=_write_table(folder, case),
     )
-    write_atomically(folder / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    told = _first_that_fits(iter([_without_raw_times(report)]))
+    content = _first_that_fits(_with_shorter_lists(manifest))
+    if told is not None and content is not None:
+        write_atomically(folder / REPORT, told)
+        write_atomically(folder / MANIFEST, content)
 
 
-def _without_timings(gathered: Gathered | None) -> Gathered | None:
+def _write_table(folder: Path, case: Case) -> int:
+    """Copy the case's kernel table; return its size where it is too large for that."""
+    if not case.kernel_table:
+        return 0
+    table = Path(case.kernel_table).read_bytes()
+    if len(table) > MAX_TABLE_BYTES:
+        return len(table)
+    write_atomically(folder / KERNEL_TABLE, table)
+    return 0
+
+
+def _first_that_fits(documents: Iterator[Any]) -> bytes | None:
+    """Return the first document that a reader takes, as lines for people where they fit."""
+    for document in documents:
+        plain = msgspec.json.encode(document)
+        lines = msgspec.json.format(plain, indent=2) + b"\n" if len(plain) <= MAX_JSON_BYTES else plain
+        for content in (lines, plain):
+            if len(content) <= MAX_JSON_BYTES:
+                return content
+    return None
+
+
+def _without_raw_times(report: Report) -> Report:
+    ranks = [msgspec.structs.replace(rank, layer_us={}) for rank in report.ranks]
+    return msgspec.structs.replace(report, ranks=ranks)
+
+
+def _with_shorter_lists(manifest: Manifest) -> Iterator[Manifest]:
+    """Yield the manifest with ever shorter lists of tokens, all of them the case's: a faulty transport names others."""
+    gathered = manifest.gathered
     if gathered is None:
-        return None
-    records = [msgspec.structs.replace(record, durations_us={}) for record in gathered.observations]
-    return msgspec.structs.replace(gathered, observations=records)
+        yield manifest
+        return
+    for most in _SHORTER_LISTS:
+        records = [_shortened(record, manifest.case, most) for record in gathered.observations]
+        shorter = msgspec.structs.replace(gathered, observations=records)
+        yield msgspec.structs.replace(manifest, gathered=shorter, listed_tokens=most)
+
+
+def _shortened(record: Observation, case: Case, most: int) -> Observation:
+    lost = msgspec.structs.replace(record.lost, tokens=_known(record.lost.tokens, case, most))
+    divergences = [_shortened_clues(found, case, most) for found in record.divergences]
+    return msgspec.structs.replace(record, lost=lost, divergences=divergences, durations_us={})
+
+
+def _shortened_clues(found: Divergence, case: Case, most: int) -> Divergence:
+    clues = msgspec.structs.replace(found.clues, tokens=_known(found.clues.tokens, case, most))
+    if found.source_rank is None or found.source_token is None:
+        return msgspec.structs.replace(found, clues=clues)
+    known = names_token(case, (found.source_rank, found.source_token))
+    source = {} if known else {"source_rank": None, "source_token": None}
+    return msgspec.structs.replace(found, clues=clues, **source)
+
+
+def _known(tokens: list[Token], case: Case, most: int) -> list[Token]:
+    return [token for token in tokens if names_token(case, token)][:most]

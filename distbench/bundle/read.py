@@ -25,6 +25,7 @@ from distbench.bundle.layout import (
     SCHEMA,
     Manifest,
     Part,
+    names_token,
     part_name,
 )
 from distbench.case import DERIVED_KEYS, Case
@@ -33,7 +34,7 @@ from distbench.limits import Traffic
 from distbench.report.document import Report
 from distbench.resolve import Layer, resolve_case
 from distbench.values import one_line, shown
-from distbench.verify.records import STAGE_ORDER, Gathered
+from distbench.verify.records import STAGE_ORDER, Divergence, Gathered
 
 _MAX_EXPERTS = 1 << 16
 _MAX_COLUMNS = 1 << 18
@@ -78,7 +79,7 @@ def open_bundle(folder: str | Path) -> Bundle:
 def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
     """Return the bundle's case, what is `asked` for in front, checked as if it came from a case file.
 
-    Its kernel table is the bundle's own copy, never the path that the case names.
+    Its kernel table is the bundle's own copy, never the path that the case names, unless one is asked for.
 
     Raises:
         InvalidCase: the case makes no sense, or its kernel table is not in the bundle.
@@ -87,7 +88,10 @@ def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
     case = bundle.manifest.case
     values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
     values["kernel_table"] = str(bundle.folder / KERNEL_TABLE) if case.kernel_table else ""
-    if case.kernel_table:
+    if case.kernel_table and not any("kernel_table" in layer.values for layer in asked):
+        if bundle.manifest.table_left_out:
+            message = f"bundle {bundle.folder}: its kernel table was too large to be copied; give --kernel-table FILE"
+            raise InvalidCase(message)
         table = read_bounded(bundle.folder, KERNEL_TABLE, MAX_TABLE_BYTES)
         if hashlib.sha256(table).hexdigest() != case.kernel_table_sha256:
             _refuse(bundle.folder, KERNEL_TABLE, "is not the table that the case ran with")
@@ -165,22 +169,42 @@ def _check_recorded(folder: Path, manifest: Manifest) -> None:
         _refuse(folder, MANIFEST, f"{len(recorded.parts)} parts are not one for each of {case.ep_size} ranks in order")
     if len(recorded.tokens) > MAX_TOKENS:
         _refuse(folder, MANIFEST, f"{len(recorded.tokens)} recorded tokens, at most {MAX_TOKENS} are written")
-    for rank, token in recorded.tokens:
-        if not 0 <= rank < case.ep_size or not 0 <= token < case.tokens[rank]:
-            _refuse(folder, MANIFEST, f"recorded token {shown(token)} of rank {shown(rank)}: the case has none such")
-    if (gathered is None) != (manifest.traffic is None) or (gathered is None and recorded.parts):
-        _refuse(folder, MANIFEST, "parts, traffic and what rank 0 gathered belong together, some are missing")
+    _refuse_strangers(folder, case, recorded.tokens)
+    if (gathered is None) != (manifest.traffic is None) or (gathered is None and recorded.tokens):
+        _refuse(folder, MANIFEST, "recorded tokens, traffic and what rank 0 gathered belong together, some are missing")
     if gathered is not None and manifest.traffic is not None:
-        _check_gathered(folder, gathered, manifest.traffic, ranks)
+        _check_gathered(folder, case, gathered, manifest.traffic)
 
 
-def _check_gathered(folder: Path, gathered: Gathered, traffic: Traffic, ranks: list[int]) -> None:
+def _check_gathered(folder: Path, case: Case, gathered: Gathered, traffic: Traffic) -> None:
+    ranks = list(range(case.ep_size))
     if [record.rank for record in gathered.observations] != ranks or len(traffic.total_recv) != len(ranks):
         _refuse(folder, MANIFEST, f"records of {len(gathered.observations)} ranks for a case of {len(ranks)}")
+    names = frozenset(map(str, ranks))
+    for listed in gathered.differing.values():
+        _refuse_strangers(folder, case, listed)
     for record in gathered.observations:
+        _refuse_strangers(folder, case, record.lost.tokens)
         for found in record.divergences:
-            if found.arm not in ARMS or found.stage not in STAGE_ORDER:
-                _refuse(folder, MANIFEST, f"no such arm or stage: {shown(found.arm)}, {shown(found.stage)}")
+            _check_divergence(folder, case, record.rank, found, names)
+
+
+def _check_divergence(folder: Path, case: Case, rank: int, found: Divergence, names: frozenset[str]) -> None:
+    if found.arm not in ARMS or found.stage not in STAGE_ORDER:
+        _refuse(folder, MANIFEST, f"no such arm or stage: {shown(found.arm)}, {shown(found.stage)}")
+    named = [str(found.rank), *map(str, found.clues.suspects), *found.clues.by_destination]
+    strange = [one for one in named if one not in names]
+    if strange or found.rank != rank:
+        _refuse(folder, MANIFEST, f"a divergence of rank {rank} names rank {shown((strange or named)[0])}")
+    source = (found.source_rank, found.source_token)
+    sources = [] if source == (None, None) else [source]
+    _refuse_strangers(folder, case, [*sources, *found.clues.tokens])
+
+
+def _refuse_strangers(folder: Path, case: Case, tokens: Sequence[tuple[int | None, int | None]]) -> None:
+    for rank, token in tokens:
+        if rank is None or token is None or not names_token(case, (rank, token)):
+            _refuse(folder, MANIFEST, f"token {shown(token)} of rank {shown(rank)}: the case has none such")
 
 
 def _check_header(content: bytes, case: Case) -> dict[str, str]:

@@ -22,16 +22,19 @@ from distbench.bundle.layout import (
     ROUTING_BYTES,
     Part,
     Recorded,
+    names_token,
     part_name,
+    routed_tokens,
 )
 from distbench.case import Case
 from distbench.errors import Verdict
+from distbench.rank import workload_for
 from distbench.recording import Finished, Recorder, Seen
 from distbench.report.files import write_atomically
 from distbench.session import Session
 from distbench.verify.bitwise import row_digests, tensor_digest
 from distbench.verify.diagnosis import lost_tokens
-from distbench.verify.records import ORACLE, Outcome, Token
+from distbench.verify.records import ORACLE, Gathered, Outcome, Token
 
 
 def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Outcome | None) -> Recorded | None:
@@ -53,7 +56,22 @@ def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Out
         return None
     hosts = [record.host for record in outcome.gathered.observations]
     parts = [_part(rank, host, row) for rank, (host, row) in enumerate(zip(hosts, written, strict=True))]
-    return Recorded(tokens=taken, left_out=len(known) - len(taken), parts=parts)
+    left_out = max(_wrong_tokens(outcome.gathered), len(known)) - len(taken)
+    unrouted = _unrouted(outcome.case, routed_tokens(outcome.case.topk))
+    return Recorded(tokens=taken, left_out=left_out, parts=parts, routing_left_out=unrouted)
+
+
+def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
+    """Write parts with the routing of all ranks, which are lost: they can record nothing, and any machine makes it."""
+    workload = workload_for(case, torch.device("cpu"))
+    routed = routed_tokens(case.topk, min(ROUTING_BYTES, RECORDED_BYTES // case.ep_size))
+    parts = []
+    for rank, count in enumerate(case.tokens):
+        content = save({"routing": workload.routing_of(rank, min(count, routed))})
+        write_atomically(folder / part_name(rank), content)
+        digest = hashlib.sha256(content).hexdigest()
+        parts.append(Part(rank=rank, host=hosts.get(rank, "unknown"), size=len(content), sha256=digest))
+    return Recorded(tokens=[], left_out=0, parts=parts, routing_left_out=_unrouted(case, routed))
 
 
 def failing_tokens(outcome: Outcome) -> list[Token]:
@@ -68,8 +86,22 @@ def failing_tokens(outcome: Outcome) -> list[Token]:
         if found.source_rank is not None and found.source_token is not None
     ]
     differing = [token for listed in gathered.differing.values() for token in listed]
-    found = list(dict.fromkeys([*diverged, *differing, *lost_tokens(gathered)]))
+    named = dict.fromkeys([*diverged, *differing, *lost_tokens(gathered)])
+    found = [token for token in named if names_token(outcome.case, token)]
     return found or [(record.rank, 0) for record in gathered.observations if record.tokens][:1]
+
+
+def _wrong_tokens(gathered: Gathered) -> int:
+    """Return how many tokens went wrong at least: each of these counts has a token once."""
+    differing = [found.differing_tokens for found in gathered.comparisons.values()]
+    lost = [record.lost.rows for record in gathered.observations]
+    wrong = [found.rows for record in gathered.observations for found in record.divergences if found.clues.tokens]
+    return max([*differing, *lost, *wrong], default=0)
+
+
+def _unrouted(case: Case, routed: int) -> int:
+    """Return how many tokens there are beyond the first `routed` of each rank."""
+    return sum(max(count - routed, 0) for count in case.tokens)
 
 
 def _affordable(case: Case) -> int:
@@ -121,8 +153,8 @@ def _own_tokens(rank: int, finished: Finished, tokens: Tensor) -> dict[str, Tens
     batch, outputs = finished.batch, finished.outputs
     index = tokens[tokens[:, 0] == rank, 1]
     chosen = index.to(batch.ids.device)
-    rows = ROUTING_BYTES // (batch.ids.shape[1] * 4)
-    found = {"routing": batch.ids[:rows].clone(), "token.index": index}
+    routed = routed_tokens(batch.ids.shape[1])
+    found = {"routing": batch.ids[:routed].clone(), "token.index": index}
     found |= {f"token.{name}": part[chosen] for name, part in batch._asdict().items() if part is not None}
     found |= {f"combined.{arm}": rows[chosen] for arm, rows in outputs.items() if arm != ORACLE}
     if ORACLE in outputs:
@@ -132,7 +164,10 @@ def _own_tokens(rank: int, finished: Finished, tokens: Tensor) -> dict[str, Tens
 
 def _rows(rank: int, seen: Seen, finished: Finished, tokens: Tensor) -> dict[str, Tensor]:
     """Return the rows of `tokens` as they arrived, where in the buffer, and what became of them."""
-    wanted = torch.isin(_keys(seen.sources), _keys(tokens)).nonzero().flatten()
+    keys = _keys(seen.sources)
+    found_at = torch.isin(keys, _keys(tokens)).nonzero().flatten()
+    first = {key: slot for slot, key in zip(found_at.tolist()[::-1], keys[found_at].tolist()[::-1], strict=True)}
+    wanted = torch.tensor(sorted(first.values()), dtype=torch.int64)  # each token once, whatever a transport did
     live = wanted[wanted < seen.expert_rows.shape[0]]
     cut = wanted[wanted >= seen.expert_rows.shape[0]]
     found = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.bisect import Accusation, Result, bisect
-from distbench.commands.options import add_case_options, add_folder, add_ranks, one_case
+from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case
 from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_plain, print_table
@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
         "bisect",
         help="name the guilty stage of a failing case",
         description="Run a failing case with one part after the other replaced by a trusted one. Exit code 0: a part, "
-        "or a pair, is named.",
+        "or several, are named.",
     )
     command.set_defaults(command=_bisect)
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
@@ -37,9 +37,9 @@ def _bisect(options: argparse.Namespace) -> int:
     with hold(out, (), options.lock_timeout):
         preload_ranks()
         with Lab(out) as lab:
-            accusation = bisect(lab, case, out)
+            accusation = bisect(lab, case, out, known_report(options.case, options))
     _print(accusation)
-    return 0 if accusation.guilty else 1
+    return 0 if accusation.blame.guilty else 1
 
 
 def _print(accusation: Accusation) -> None:

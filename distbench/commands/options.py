@@ -29,12 +29,13 @@ from distbench.preflight import available_bytes, check_case, check_devices, chec
 from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.console import print_note
+from distbench.report.document import Report
 from distbench.report.results import Results
 from distbench.report.summary import Summary
 from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
-from distbench.trials import load_layer
+from distbench.trials import load_layer, load_report
 
 _CASE_DEST = "case_"
 DEFAULT_OUT = "distbench-out"
@@ -159,6 +160,11 @@ def one_case(path: str, options: argparse.Namespace) -> Case:
     check_case(case)
     check_folder(options.out)
     return case
+
+
+def known_report(path: str, options: argparse.Namespace) -> Report | None:
+    """Return the report that `path` holds, or None where it holds a case, or the command line says otherwise of it."""
+    return load_report(path) if not case_flags(options)[0].values else None
 
 
 def num_ranks(options: argparse.Namespace) -> int | None:

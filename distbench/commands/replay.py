@@ -52,11 +52,13 @@ def _analyse(bundle: Bundle) -> bool:
     report = bundle.report
     analysis = analyse(bundle)
     print_plain(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
+    for cut in bundle.manifest.cuts:
+        print_plain(f"left out of the bundle: {cut}")
     for missing in analysis.missing:
         print_plain(f"missing: {missing}")
     print_table(_stage_rows(analysis.findings), ("arm", "stage", "recorded rows", "wrong", "on rank", "first"))
     if analysis.judgement is None:
-        print_plain("no tensors were recorded: the case was refused or lost its ranks")
+        print_plain("no rows were recorded: the case was refused or lost its ranks")
         return False
     for found in analysis.diagnosis:
         print_plain(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")

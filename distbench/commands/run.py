@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.bundle.layout import bundle_folder
+from distbench.bundle.read import open_bundle
 from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
 from distbench.commands.nodes import add_nodes, other_nodes
 from distbench.commands.options import (
@@ -24,14 +25,14 @@ from distbench.commands.options import (
     warnings,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
-from distbench.errors import Verdict
+from distbench.errors import InvalidCase, Verdict
 from distbench.export import Writer
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_bundle, print_report, print_start
+from distbench.report.console import print_plain, print_report, print_start
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.results import Results
@@ -96,9 +97,21 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         report = read_report(paths[0])
         print_report(report)
         if options.bundle and report.exit_code:
-            print_bundle(bundle_folder(options.bundle, entry.case))
+            _print_bundle(bundle_folder(options.bundle, entry.case))
         nodes.exit_code = judge_baseline(options, results, report.exit_code)
     return nodes.exit_code
+
+
+def _print_bundle(folder: Path) -> None:
+    """Say where a bundle lies and what is not in it, or why there is none."""
+    try:
+        cuts = open_bundle(folder).manifest.cuts
+    except InvalidCase as error:
+        print_plain(f"no {error}")
+        return
+    print_plain(f"bundle: {folder}; distbench replay {folder}")
+    for cut in cuts:
+        print_plain(f"left out of the bundle: {cut}")
 
 
 def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:

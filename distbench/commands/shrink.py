@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from distbench.case import DERIVED_KEYS, Case
-from distbench.commands.options import add_case_options, add_folder, add_ranks, case_flags, one_case
+from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case
 from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_error, print_plain, print_table
@@ -17,7 +17,7 @@ from distbench.report.files import write_atomically
 from distbench.shrink import Shrunk, Step, shrink
 from distbench.suite import value_text
 from distbench.supervisor import preload_ranks
-from distbench.trials import Lab, load_report
+from distbench.trials import Lab
 
 _SHRUNK = "shrunk.json"
 
@@ -40,7 +40,7 @@ def add(commands: Any) -> None:
 def _shrink(options: argparse.Namespace) -> int:
     alone("shrink")
     case = one_case(options.case, options)
-    known = load_report(options.case) if not case_flags(options)[0].values else None
+    known = known_report(options.case, options)
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):
         preload_ranks()

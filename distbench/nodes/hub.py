@@ -14,7 +14,7 @@ import msgspec
 
 from distbench.breadcrumbs import write_position
 from distbench.errors import DistbenchError, InvalidCase
-from distbench.job import Job, RankFailure, Spread, crumb_path, failure_path
+from distbench.job import Job, RankFailure, Spread, crumb_path, failure_path, machine_path
 from distbench.nodes.wire import BEAT_S, SILENCE_S, Beat, Order, Phase
 from distbench.postmortem import Exit
 
@@ -125,6 +125,8 @@ class Hub:
             self._mirrored[node] = heard
             for rank, at in beat.crumbs.items():
                 write_position(crumb_path(out, rank), msgspec.structs.replace(at, since_ns=now - at.since_ns))
+            for rank, machine in beat.machines.items():
+                machine_path(out, rank).write_bytes(msgspec.json.encode(machine))
             for failure in beat.failures:
                 _leave(out, failure, now)
 

@@ -7,7 +7,7 @@ from enum import Enum
 import msgspec
 
 from distbench.breadcrumbs import Position
-from distbench.job import Job, RankFailure
+from distbench.job import Job, Machine, RankFailure
 from distbench.postmortem import Exit
 
 BEAT_S = 0.5
@@ -28,7 +28,8 @@ class Beat(msgspec.Struct, kw_only=True):
     """How a node stands. In `crumbs`, `since_ns` is an age, since hosts share no clock, and `pid` is 0.
 
     `launch` is the last one that the node began, 0 for none; `ended` says that its ranks are gone, `exit` which of them
-    went first, and `failures` what they said. `refused` says why the node leaves, which it then does.
+    went first, `failures` what they said, and `machines` where they run. `refused` says why the node leaves, which it
+    then does.
     """
 
     node: int
@@ -40,6 +41,7 @@ class Beat(msgspec.Struct, kw_only=True):
     exit: Exit | None = None
     crumbs: dict[int, Position] = {}
     failures: list[RankFailure] = []
+    machines: dict[int, Machine] = {}
     stacks: dict[int, str] = {}
     refused: str = ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.case import Case
@@ -71,13 +70,6 @@ def print_summary(summary: Summary, out: str) -> None:
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
     print(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
     print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
-
-
-def print_bundle(folder: Path) -> None:
-    """Say where a bundle lies, or that it could not be written."""
-    whole = (folder / "manifest.json").exists()
-    text = f"bundle: {folder}; distbench replay {folder}" if whole else f"bundle: {folder} could not be written"
-    print(text, flush=True)
 
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:

@@ -75,6 +75,11 @@ class Workload:
             index = torch.arange(self.tokens_per_rank[rank], device=self.device)
         return self.token_rows(torch.full_like(index, rank), index)
 
+    def routing_of(self, rank: int, count: int) -> Tensor:
+        """Return the experts of the first `count` tokens of any rank: int32 [count, k]."""
+        tokens = torch.arange(count, device=self.device)
+        return self._route(torch.full_like(tokens, rank), tokens)
+
     def token_rows(self, source_ranks: Tensor, source_tokens: Tensor) -> TokenBatch:
         """Return any ranks' tokens as they must arrive: int64 [m] each, a row for each pair."""
         ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
@@ -82,8 +87,7 @@ class Workload:
         hidden, scales = self.numerics.hidden_states(keys), None
         if self._quantised:
             hidden, scales = quantize_fp8_blocks(hidden, self.fp8)
-        ids = route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
-        return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
+        return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), self._route(ranks, tokens))
 
     def local_weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return w1 bf16 [El, 2I, H], gate rows before up rows, and w2 bf16 [El, H, I] of the experts of `rank`."""
@@ -107,6 +111,9 @@ class Workload:
         taken = min(count, available)
         index = torch.arange(taken, device=self.device) * available // max(taken, 1)
         return index, self.numerics.reference_rows(self.tokens(rank, index), range(self.group.num_experts))
+
+    def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
+        return route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
 
     def _local_experts(self, rank: int) -> range:
         return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from distbench.bisect import bisect
+from distbench.bisect import Blame, bisect
 from distbench.case import Case, case_hash
 from distbench.faults.injector import FAULTS
 from distbench.job import Entry
@@ -79,7 +79,9 @@ def lab() -> Lab:
 @pytest.mark.parametrize("name", SINGLE if SOAK else SINGLE[::4])
 def test_every_single_fault_is_bisected_to_its_stage(name: str, tmp_path: Path) -> None:
     found = bisect(lab(), case_with(name), tmp_path)
-    assert found.guilty == (FAULTS[name].stage,), [(one.parts, str(one.failing), one.endings) for one in found.results]
+    assert found.blame.guilty == (FAULTS[name].stage,), [
+        (one.parts, str(one.failing), one.endings) for one in found.results
+    ]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,13 @@ def test_every_single_fault_is_bisected_to_its_stage(name: str, tmp_path: Path) 
 )
 def test_two_faults_are_bisected_to_both_stages(pair: tuple[str, str], tmp_path: Path) -> None:
     found = bisect(lab(), case_with(*pair), tmp_path)
-    assert set(found.guilty) == {FAULTS[name].stage for name in pair}
+    assert set(found.blame.guilty) == {FAULTS[name].stage for name in pair}
+    assert found.blame.independent
+
+
+def test_a_fault_at_a_boundary_of_the_transport_is_not_laid_to_the_transport(tmp_path: Path) -> None:
+    case = tiny_case(RANKS, transport="mori", emulate=True, inject="flipped-bit:rank=1")
+    assert bisect(lab(), case, tmp_path).blame == Blame(("dispatch",))
 
 
 @pytest.mark.skipif(not SOAK, reason="minutes: set DISTBENCH_SOAK=1")

@@ -5,25 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import torch
 from safetensors.torch import load
 
+from distbench.bundle import manifest as manifest_module
+from distbench.bundle import write as write_module
 from distbench.bundle.analysis import analyse
 from distbench.bundle.findings import SUM
 from distbench.bundle.layout import MAX_TOKENS, part_name
+from distbench.bundle.manifest import write_manifest
 from distbench.bundle.read import Bundle, open_bundle, read_part, runnable_case
-from distbench.bundle.write import write_parts
+from distbench.bundle.write import write_parts, write_routing
 from distbench.case import Case
-from distbench.errors import Verdict
-from distbench.rank import run_case
+from distbench.errors import InvalidCase, Verdict
+from distbench.job import Entry
+from distbench.rank import run_case, workload_for
 from distbench.recording import Recorder
+from distbench.report.document import build_report
+from distbench.report.environment import capture_environment
+from distbench.resolve import Layer
 from distbench.session import Session
+from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle, run_healthy
 from tests.distributed.faults import ARM_CALLS, FAULTS, run_with_fault, run_with_weights_of_another_expert
 from tests.ranks import on_ranks
 
 RANK = 2
+CPU = torch.device("cpu")
 FP8 = tiny_case(dispatch_dtype="fp8")
 FNUZ = tiny_case(dispatch_dtype="fp8", fp8_format="e4m3fnuz")
 SINGLE_FAULTS = [(stage, fault) for stage, faults in FAULTS.items() for fault in faults]
@@ -112,10 +123,82 @@ def test_more_failing_tokens_than_fit_are_counted(tmp_path: Path) -> None:
     leave_bundle(tmp_path, run_healthy, case)
     recorded = open_bundle(tmp_path).manifest.recorded
     assert len(recorded.tokens) == MAX_TOKENS
-    assert recorded.left_out > 0
+    differing = max(one.differing_tokens for one in open_bundle(tmp_path).report.comparison)
+    assert differing > 2 * MAX_TOKENS
+    assert recorded.left_out == differing - MAX_TOKENS
+    assert open_bundle(tmp_path).manifest.cuts == [
+        f"{recorded.left_out} failing tokens or more, beside the 64 recorded"
+    ]
     assert analyse(open_bundle(tmp_path)).confirms(
         Verdict.UNDER_LIMIT, [found.cause for found in open_bundle(tmp_path).report.diagnosis]
     )
+
+
+def rewritten(folder: Path, outcome: Outcome) -> Bundle:
+    """Write the manifest of a bundle anew, of another outcome."""
+    bundle = open_bundle(folder)
+    write_manifest(folder, bundle.report, outcome, bundle.manifest.recorded)
+    return open_bundle(folder)
+
+
+def test_lists_are_shortened_until_a_manifest_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = leave_bundle(tmp_path, run_healthy, tiny_case(tokens=64, limit="1", policy="unchecked"))
+    assert outcome.gathered is not None
+    whole = msgspec.json.encode(open_bundle(tmp_path).manifest)
+    monkeypatch.setattr(manifest_module, "MAX_JSON_BYTES", len(whole) * 4 // 5)
+    bundle = rewritten(tmp_path, outcome)
+    most = bundle.manifest.listed_tokens
+    assert most < LISTED_TOKENS
+    assert bundle.manifest.cuts[-1] == f"tokens that ranks list after the first {most}"
+    assert (tmp_path / "manifest.json").stat().st_size <= len(whole) * 4 // 5
+    assert analyse(bundle).confirms(Verdict.UNDER_LIMIT, [found.cause for found in bundle.report.diagnosis])
+    monkeypatch.setattr(manifest_module, "MAX_JSON_BYTES", 1000)
+    with pytest.raises(InvalidCase, match=r"manifest\.json: cannot be read"):
+        rewritten(tmp_path, outcome)
+
+
+def test_sources_that_a_transport_made_up_do_not_spoil_the_bundle(tmp_path: Path) -> None:
+    outcome = leave_bundle(tmp_path, run_healthy, tiny_case(tokens=40, limit="max-recv-1", policy="unchecked"))
+    assert outcome.gathered is not None
+    record = next(one for one in outcome.gathered.observations if one.divergences)
+    first = record.divergences[0]
+    record.divergences[0] = msgspec.structs.replace(first, source_rank=1 << 20, clues=Clues(tokens=[(-1, 0), (0, 1)]))
+    found = rewritten(tmp_path, outcome).manifest.gathered
+    assert found is not None
+    read_back = found.observations[record.rank].divergences[0]
+    assert (read_back.source_rank, read_back.source_token, read_back.clues.tokens) == (None, None, [(0, 1)])
+
+
+def test_a_kernel_table_that_is_too_large_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Path("tests/data/splitk.csv")
+    monkeypatch.setattr(manifest_module, "MAX_TABLE_BYTES", 10)
+    case = tiny_case(limit="max-recv-1", policy="unchecked", kernel_table=str(table))
+    leave_bundle(tmp_path, run_healthy, case)
+    bundle = open_bundle(tmp_path)
+    assert bundle.manifest.table_left_out == table.stat().st_size
+    assert "--kernel-table FILE" in bundle.manifest.cuts[0]
+    with pytest.raises(InvalidCase, match="give --kernel-table FILE"):
+        runnable_case(bundle)
+    assert runnable_case(bundle, [Layer("flag", {"kernel_table": str(table)})]).kernel_table == str(table)
+
+
+def test_the_routing_of_lost_ranks_is_written_for_them_and_its_cut_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_module, "RECORDED_BYTES", 4 * 10 * 4 * FP8.topk)
+    case = msgspec.structs.replace(FP8, tokens=(40, 5, 0, 11))
+    recorded = write_routing(tmp_path, case, {0: "one", 1: "other"})
+    assert recorded.routing_left_out == 30 + 1
+    assert [part.host for part in recorded.parts] == ["one", "other", "unknown", "unknown"]
+    outcome = Outcome(case, Judgement(Verdict.HANG, [], None))
+    environment = capture_environment({}, [], [])
+    report = build_report(Entry(name="run", case=case, sources={}), outcome, environment=environment, wall_s=0.0)
+    write_manifest(tmp_path, report, outcome, recorded)
+    bundle = open_bundle(tmp_path)
+    assert bundle.manifest.cuts == ["the routing of 31 tokens"]
+    findings = analyse(bundle).findings
+    assert [(found.rows, found.wrong) for found in findings] == [(10, 0), (5, 0), (0, 0), (10, 0)]
+    assert tensors_of(bundle, 1)["routing"].tolist() == workload_for(case, CPU).tokens(1).ids.tolist()
 
 
 def passed(session: Session, folder: Path, case: Case) -> bool:

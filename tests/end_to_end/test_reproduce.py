@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ def test_what_loses_its_ranks_shrinks_to_the_same_stage_and_leaves_no_process(in
     assert 1 < launches <= cases
 
 
-def test_a_lost_rank_leaves_a_bundle_without_parts(tmp_path: Path) -> None:
+def test_a_bundle_of_lost_ranks_says_where_they_ran_and_holds_their_routing(tmp_path: Path) -> None:
     run = distbench(
         "run",
         "--model",
@@ -139,4 +140,12 @@ def test_a_lost_rank_leaves_a_bundle_without_parts(tmp_path: Path) -> None:
     )
     assert run.returncode == 3
     (bundle,) = (tmp_path / "bundles").iterdir()
-    assert {path.name for path in bundle.iterdir()} == {"manifest.json", "report.json"}
+    parts = {"rank-00000.safetensors", "rank-00001.safetensors"}
+    assert {path.name for path in bundle.iterdir()} == {"manifest.json", "report.json", *parts}
+    environment = json.loads((bundle / "report.json").read_text())["environment"]
+    assert (environment["hosts"], environment["devices"]) == ([socket.gethostname()], ["cpu"])
+    replayed = distbench("replay", bundle, "--offline")
+    assert replayed.returncode == 1
+    assert f"on {socket.gethostname()}\n" in replayed.stdout
+    assert re.search(r"inputs +32 +0", replayed.stdout)
+    assert "no rows were recorded" in replayed.stdout

@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
 
 from distbench.bundle.analysis import analyse
 from distbench.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_HEADER_BYTES, MAX_PART_BYTES, REPORT, part_name
 from distbench.bundle.read import open_bundle, runnable_case
 from distbench.cli import main
 from distbench.errors import InvalidCase
+from distbench.workload.inputs import Workload
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle, run_healthy
 
@@ -80,6 +84,63 @@ def set_recorded(**values: object) -> Attack:
 
 def set_tensor(name: str, **values: object) -> Attack:
     return lambda folder: change_header(folder, lambda header: header[name].update(values))
+
+
+def set_divergence(**values: object) -> Attack:
+    return lambda folder: change_manifest(
+        folder, lambda manifest: manifest["gathered"]["observations"][0]["divergences"][0].update(values)
+    )
+
+
+def set_clues(**values: object) -> Attack:
+    return lambda folder: change_manifest(
+        folder,
+        lambda manifest: (
+            manifest["gathered"]["observations"][0]["divergences"][0].setdefault("clues", {}).update(values)
+        ),
+    )
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    def changed(content: bytes) -> bytes:
+        tensors: dict[str, Tensor] = load(content)
+        change(tensors)
+        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+    change_part(folder, changed)
+
+
+def list_one_token_often(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        if name != "routing":
+            del tensors[name]
+    tensors["token.index"] = torch.zeros(10_000, dtype=torch.int64)
+
+
+def repeat_rows(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("padded.") and name != "padded.cut"]:
+        tensors[name] = tensors[name].repeat(10, *[1] * (tensors[name].dim() - 1))
+
+
+BULK: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "one token ten thousand times": list_one_token_often,
+    "no tensor but the tokens": lambda tensors: [tensors.pop(name) for name in list(tensors) if "hidden" in name],
+    "rows of an arm ten times": repeat_rows,
+}
+
+
+@pytest.mark.parametrize("attack", BULK)
+def test_no_inputs_are_made_for_a_part_that_contradicts_itself(
+    attack: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*_: object) -> None:
+        pytest.fail("inputs were made")
+
+    set_recorded(tokens=[[0, 0], *json.loads((bundle / MANIFEST).read_text())["recorded"]["tokens"]])(bundle)
+    change_tensors(bundle, BULK[attack])
+    monkeypatch.setattr(Workload, "token_rows", made)
+    with pytest.raises(InvalidCase, match="contradicts itself"):
+        analyse(open_bundle(bundle))
 
 
 def replace_by_link(name: str) -> Attack:
@@ -152,6 +213,23 @@ ATTACKS: dict[str, Attack] = {
     ),
     "an arm that is none": lambda folder: change_manifest(
         folder, lambda manifest: manifest["gathered"]["observations"][0]["divergences"][0].update(arm="x")
+    ),
+    "a divergence of another rank": set_divergence(rank=1),
+    "a divergence of a rank that is none": set_divergence(rank=99),
+    "a source rank that is none": set_divergence(source_rank=10**12),
+    "a source token that is none": set_divergence(source_token=10**12),
+    "a source of half a name": set_divergence(source_rank=None),
+    "a suspect that is none": set_clues(suspects=[77]),
+    "a clue of a token that is none": set_clues(tokens=[[0, 10**12]]),
+    "a clue of a destination that is none": set_clues(by_destination={"x": 1}),
+    "a lost token that is none": lambda folder: change_manifest(
+        folder, lambda manifest: manifest["gathered"]["observations"][0]["lost"].update(tokens=[[7, 0]])
+    ),
+    "a differing token that is none": lambda folder: change_manifest(
+        folder, lambda manifest: manifest["gathered"]["differing"].update({"padded/truncated": [[-1, 0]]})
+    ),
+    "more routing than tokens": lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update(routing=tensors["routing"].repeat(1000, 1))
     ),
     "traffic of other ranks": lambda folder: change_manifest(
         folder, lambda manifest: manifest["traffic"].update(total_recv=[1] * 7)

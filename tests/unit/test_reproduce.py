@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.bisect import bisect, blame
+from distbench.bisect import Blame, bisect
 from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.document import LimitReport, Report
@@ -65,48 +66,99 @@ PARTS: dict[str, Callable[[Case], bool]] = {
 @pytest.mark.parametrize("part", PARTS)
 def test_a_single_part_is_named(part: str, tmp_path: Path) -> None:
     found = bisect(lab(PARTS[part]), BASE, tmp_path)
-    assert found.guilty == (part,)
-    assert not found.needs
-    assert found.launches == 2
+    assert found.blame.guilty == (part,)
+    assert not found.blame.needs
+    assert found.launches == 4  # batches: the case, its other seeds, the swaps, those that may be cures
 
 
 def test_a_kernel_that_only_the_cut_selects_is_named(tmp_path: Path) -> None:
     case = tiny_case(limit="48", kernel_table="tests/data/splitk.csv")
     found = bisect(lab(lambda case: case.limit != "off" and "splitk" in case.kernel_table), case, tmp_path)
-    assert found.guilty == ("kernel",)
-    assert found.needs == ("truncate",)
+    assert found.blame.guilty == ("kernel",)
+    assert found.blame.needs == ("truncate",)
 
 
 def test_what_a_guilty_part_needs_to_show_is_said(tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS["experts"](case) and PARTS["truncate"](case)), BASE, tmp_path)
-    assert found.guilty == ("experts",)
-    assert found.needs == ("truncate",)
+    assert found.blame.guilty == ("experts",)
+    assert found.blame.needs == ("truncate",)
     assert "shows only with this truncate" in found.verdict
 
 
 @pytest.mark.parametrize("pair", [("transport", "experts"), ("experts", "truncate"), ("truncate", "dispatch dtype")])
-def test_two_faults_are_named_as_a_pair(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_two_independent_faults_are_both_named(pair: tuple[str, str], tmp_path: Path) -> None:
     found = bisect(lab(lambda case: any(PARTS[part](case) for part in pair)), BASE, tmp_path)
-    assert found.guilty == pair
-    assert "interact" in found.verdict
+    assert found.blame == Blame(pair, independent=True)
+    assert f"{pair[0]} and {pair[1]} are guilty, each by itself" in found.verdict
+
+
+def test_parts_whose_swaps_cure_singly_interact(tmp_path: Path) -> None:
+    needed = ("transport", "experts", "truncate")
+    found = bisect(lab(lambda case: all(PARTS[part](case) for part in needed)), BASE, tmp_path)
+    assert found.blame == Blame(("transport", "experts"), ("truncate",))
+    assert (
+        "transport and experts interact: each swap alone cures it, and shows only with this truncate" in found.verdict
+    )
+
+
+def test_a_swap_that_takes_the_guilty_stage_away_as_well_is_not_named(tmp_path: Path) -> None:
+    case = tiny_case(transport="mori", emulate=True, inject="flipped-bit:rank=1")
+    found = bisect(lab(lambda case: "flipped-bit" in case.inject), case, tmp_path)
+    assert [result.parts for result in found.results if result.cured] == [("dispatch",), ("transport",)]
+    assert found.blame == Blame(("dispatch",))
 
 
 def test_nobody_is_blamed_for_what_no_pair_cures(tmp_path: Path) -> None:
     found = bisect(lab(lambda _: True), BASE, tmp_path)
-    assert found.guilty == ()
+    assert found.blame.guilty == ()
     assert "no swap and no pair" in found.verdict
 
 
 def test_a_case_that_does_not_fail(tmp_path: Path) -> None:
     found = bisect(lab(lambda _: False), BASE, tmp_path)
-    assert found.guilty == ()
-    assert "does not fail" in found.verdict
+    assert found.blame.guilty == ()
+    assert found.verdict == "the case does not fail here: fails on 0 of 64, 0 to 5.6 %"
+
+
+def test_a_report_is_held_against_what_happens_here(tmp_path: Path) -> None:
+    known = report_of(BASE, "broken")
+    found = bisect(lab(lambda _: False), BASE, tmp_path, known)
+    assert found.verdict.endswith("0 to 5.6 %; its report says CORRUPT, broken, here it ends in PASS")
+    found = bisect(lab(lambda case: PARTS["experts"](case) and "otherwise"), BASE, tmp_path, known)
+    assert found.blame.guilty == ("experts",)
+    assert found.verdict.endswith("; its report says CORRUPT, broken, here it ends in CORRUPT, otherwise")
+    assert "its report" not in bisect(lab(PARTS["experts"]), BASE, tmp_path, known).verdict
+
+
+def test_a_failure_that_the_first_seeds_miss_is_looked_for_with_more(tmp_path: Path) -> None:
+    found = bisect(lab(lambda case: PARTS["experts"](case) and case.seed % 6 == 5), BASE, tmp_path)
+    assert found.blame.guilty == ("experts",)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.HANG, Verdict.RANK_FAULT])
+def test_what_loses_its_ranks_is_tried_twice_and_hangs_not_for_long(verdict: Verdict, tmp_path: Path) -> None:
+    seen: list[Case] = []
+
+    class Lossy(PretendedLab):
+        def run(self, cases: Iterable[Case]) -> list[Report]:
+            wanted = list(cases)
+            seen.extend(wanted)
+            return [report_of(case, self._rule(case), verdict) for case in wanted]
+
+    patient = msgspec.structs.replace(BASE, timeout=300.0)
+    laboratory = cast(Lab, Lossy(lambda case: "stuck" if PARTS["experts"](case) else ""))
+    found = bisect(laboratory, patient, tmp_path, report_of(patient, "stuck", verdict))
+    assert found.blame.guilty == ("experts",)
+    assert found.base.failing.tried == 2
+    if verdict is Verdict.HANG:
+        assert found.base.what == "time limits of at most 5 s"
+        assert {case.timeout for case in seen} == {5.0}
 
 
 @pytest.mark.parametrize("part", ["transport", "experts"])
 def test_an_intermittent_fault_is_tried_until_a_cure_can_be_told_from_luck(part: str, tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS[part](case) and case.seed % 3 == 0), BASE, tmp_path)
-    assert found.guilty == (part,)
+    assert found.blame.guilty == (part,)
     assert "intermittent, fails on" in found.verdict
     assert found.base.failing.low < 1 / 3 < found.base.failing.high
     assert all(result.failing.tried >= 15 for result in found.results if result.cured)
@@ -122,8 +174,8 @@ def test_what_fails_a_few_times_in_a_row_is_not_taken_for_permanent(lucky: tuple
         return PARTS["experts"](case) and case.seed % 10 not in lucky and not innocent_luck
 
     found = bisect(lab(fails), BASE, tmp_path)
-    assert found.guilty == ("experts",)
-    assert found.needs == ()
+    assert found.blame.guilty == ("experts",)
+    assert found.blame.needs == ()
     assert found.trials >= 6
     assert f"cured is what passes {found.trials} times in a row, by luck in less than 2.5 %" in found.verdict
 
@@ -137,7 +189,7 @@ def test_a_failure_that_never_missed_is_told_with_its_bounds(tmp_path: Path) -> 
 
 def test_nobody_is_guilty_of_what_fails_too_rarely(tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS["experts"](case) and case.seed == 0), BASE, tmp_path)
-    assert found.guilty == ()
+    assert found.blame.guilty == ()
     assert "fails too rarely to tell a cure from luck in 64 seeds" in found.verdict
 
 
@@ -145,12 +197,6 @@ def test_nothing_to_swap_is_refused(tmp_path: Path) -> None:
     case = tiny_case(limit="off", slot_order="source")
     with pytest.raises(InvalidCase, match="nothing in this case can be swapped"):
         bisect(lab(lambda _: True), case, tmp_path)
-
-
-def test_blame_prefers_a_part_over_the_conditions_that_it_needs() -> None:
-    assert blame([]) == ((), ())
-    assert blame([("experts",), ("kernel",), ("limit",)]) == (("experts",), ("kernel", "limit"))
-    assert blame([("transport", "limit"), ("experts", "limit")]) == (("transport", "limit"), ())
 
 
 LARGE = tiny_case(8, tokens=300, num_experts=64, topk=4, hidden_size=512, max_dispatch_tokens_per_rank=512)

@@ -7,6 +7,7 @@ import socket
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 from lxml import etree
 
@@ -16,11 +17,13 @@ from distbench.commands.nodes import spread_of
 from distbench.commands.options import exported
 from distbench.errors import InvalidCase, Unsupported
 from distbench.export import FILES, load_writers, parse_targets
-from distbench.job import Spread
+from distbench.job import Entry, Job, Machine, Spread, ranks_folder
 from distbench.nodes.hub import Hub
 from distbench.nodes.link import Link
 from distbench.nodes.wire import Beat, Phase
+from distbench.postmortem import machines
 from distbench.report.results import Results
+from tests.cases import tiny_case
 from tests.end_to_end.launches import wait_until, write_suite
 
 
@@ -90,6 +93,23 @@ def test_node_0_hears_either_kind_of_address(host: str) -> None:
     assert wait_until(lambda: link.tell(beat).phase is Phase.END, 5)
     leaving.join()
     link.close()
+
+
+def test_where_ranks_of_other_nodes_run_is_known_on_node_0(tmp_path: Path) -> None:
+    meeting = Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
+    hub = Hub(meeting, 1.0)
+    link = Link(meeting, 5.0, [])
+    beat = Beat(node=1, nodes=2, nproc=1, host="other")
+    link.tell(beat)
+    entry = Entry(name="case", case=tiny_case(2), sources={})
+    job = hub.begin(Job(entries=(entry,), out=str(tmp_path), supervised=True), [])
+    machine = Machine("other", "cuda:0")
+    link.tell(msgspec.structs.replace(beat, launch=1, machines={1: machine}))
+    ranks_folder(tmp_path).mkdir()
+    hub.mirror(job)
+    assert machines(tmp_path, job.num_ranks) == {1: machine}
+    link.close()
+    hub.close(0)
 
 
 @pytest.mark.parametrize("command", ["suite", "run"])

@@ -1,0 +1,111 @@
+"""The tensors of one part, held against the case and each other before inputs are made for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from distbench.breadcrumbs import ARMS
+from distbench.bundle.layout import MAX_TOKENS
+from distbench.case import Case
+from distbench.verify.records import Token
+from distbench.workload.batch import TokenBatch
+
+
+class ArmRows(NamedTuple):
+    """One arm's recorded rows on one rank."""
+
+    arm: str
+    sources: Tensor
+    slots: Tensor
+    cut: Tensor
+    received: TokenBatch
+    experts: Tensor
+
+
+class RankTensors(NamedTuple):
+    """What one rank recorded: its routing, its failing `tokens` as sent and as combined by arm, and the arms' rows."""
+
+    routing: Tensor
+    tokens: Tensor
+    sent: TokenBatch
+    combined: dict[str, Tensor]
+    arms: list[ArmRows]
+
+
+def rank_tensors(rank: int, tensors: dict[str, Tensor], case: Case, listed: Sequence[Token]) -> RankTensors:
+    """Return the tensors of a part of `rank`, whose failing tokens are among those `listed`.
+
+    Raises:
+        ValueError: a tensor is missing, or has not as many rows as it must.
+
+    """
+    index = _present(tensors, "token.index")
+    _refuse_others([(rank, token) for token in index.tolist()], listed, "token.index")
+    return RankTensors(
+        routing=routing_of(rank, tensors, case),
+        tokens=index,
+        sent=_batch(tensors, "token", len(index), case),
+        combined={
+            arm: _sized(tensors, f"combined.{arm}", len(index)) for arm in ARMS[1:] if f"combined.{arm}" in tensors
+        },
+        arms=[_rows(arm, tensors, case, listed) for arm in ARMS[1:] if f"{arm}.sources" in tensors],
+    )
+
+
+def routing_of(rank: int, tensors: dict[str, Tensor], case: Case) -> Tensor:
+    """Return the routing of the first tokens of `rank`: int32 [n, k].
+
+    Raises:
+        ValueError: there is none, or it has more tokens than the rank.
+
+    """
+    routing = _present(tensors, "routing")
+    if len(routing) > case.tokens[rank]:
+        message = f"routing has {len(routing)} tokens, rank {rank} has {case.tokens[rank]}"
+        raise ValueError(message)
+    return routing
+
+
+def _rows(arm: str, tensors: dict[str, Tensor], case: Case, listed: Sequence[Token]) -> ArmRows:
+    sources, cut = tensors[f"{arm}.sources"], _present(tensors, f"{arm}.cut")
+    named = [(rank, token) for rank, token in [*sources.tolist(), *cut[:, :2].tolist()]]
+    _refuse_others(named, listed, f"{arm}.sources")
+    rows = len(sources)
+    slots, experts = (_sized(tensors, f"{arm}.{name}", rows) for name in ("slots", "experts"))
+    return ArmRows(arm, sources, slots, cut, _batch(tensors, arm, rows, case), experts)
+
+
+def _refuse_others(found: Sequence[Token], listed: Sequence[Token], name: str) -> None:
+    if len(found) > MAX_TOKENS or len(set(found)) != len(found):
+        message = f"{name} names {len(found)} tokens, allowed are {MAX_TOKENS}, each once"
+        raise ValueError(message)
+    if not set(found) <= set(listed):
+        message = f"{name} names tokens that the manifest does not list"
+        raise ValueError(message)
+
+
+def _batch(tensors: dict[str, Tensor], part: str, rows: int, case: Case) -> TokenBatch:
+    return TokenBatch(
+        hidden=_sized(tensors, f"{part}.hidden", rows),
+        scales=_sized(tensors, f"{part}.scales", rows) if case.dispatch_dtype == "fp8" else None,
+        weights=_sized(tensors, f"{part}.weights", rows),
+        ids=_sized(tensors, f"{part}.ids", rows),
+    )
+
+
+def _sized(tensors: dict[str, Tensor], name: str, rows: int) -> Tensor:
+    found = _present(tensors, name)
+    if len(found) != rows:
+        message = f"{name} has {len(found)} rows, not {rows}"
+        raise ValueError(message)
+    return found
+
+
+def _present(tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        message = f"there is no {name}"
+        raise ValueError(message)
+    return tensors[name]
