@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import Experts, check_values
+from distbench.experts.base import Experts, check_values, facts_of
 from distbench.experts.selection import KernelChoice
 from distbench.layer import ExpertWeights, run_experts
 from distbench.truncation import ExpertInput
@@ -51,6 +51,10 @@ class GraphedExperts:
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
         return self.inner.selection(rows)
+
+    def about(self) -> dict[str, Any]:
+        """See `PackageUser.about`."""
+        return facts_of(self.inner)
 
     def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
         """See `CheckedExperts.check`; a replay looks at nothing."""

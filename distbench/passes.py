@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distbench.arms import arms_of
 from distbench.devices import DeviceState
-from distbench.experts.base import Experts, PackageUser
+from distbench.experts.base import Experts, facts_of
 from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
@@ -169,8 +169,7 @@ class Passes:
         )
 
     def _packages(self) -> dict[str, Any]:
-        users = [part for part in (self._parts.transport, self._parts.experts) if isinstance(part, PackageUser)]
-        return {name: facts for user in users for name, facts in user.about().items()}
+        return facts_of(self._parts.transport) | facts_of(self._parts.experts)
 
     def _reference_error(self) -> FloatError | None:
         if self._expected is not None:

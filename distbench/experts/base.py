@@ -70,3 +70,8 @@ class PackageUser(Protocol):
 
     def about(self) -> dict[str, Any]:
         """Return, by the package's name, what decides its results besides the case: versions, devices, tables."""
+
+
+def facts_of(part: object) -> dict[str, Any]:
+    """Return what a part of the layer tells of its packages; nothing where it runs none."""
+    return part.about() if isinstance(part, PackageUser) else {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.case import Case
 from distbench.errors import InvalidCase
-from distbench.experts.base import Experts, check_values
+from distbench.experts.base import Experts, check_values, facts_of
 from distbench.experts.selection import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
@@ -97,6 +97,9 @@ class _FaultyTransport:
         self._inner = inner
         self._faults = faults
 
+    def about(self) -> dict[str, Any]:
+        return facts_of(self._inner)
+
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         _enter(self._faults, "dispatch")
         dispatched = self._inner.dispatch(batch)
@@ -121,6 +124,9 @@ class _FaultyExperts:
     def __init__(self, inner: Experts, faults: list[Fault]) -> None:
         self._inner = inner
         self._faults = faults
+
+    def about(self) -> dict[str, Any]:
+        return facts_of(self._inner)
 
     def selection(self, rows: int) -> KernelChoice:
         return self._inner.selection(rows)

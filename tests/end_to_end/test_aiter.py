@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "aiter_habits": "unset-split-k",
         },
     ),
+    "a fault is injected": ("BASELINE_WRONG", {"inject": "flipped-expert-bit:rank=1"}),
     "rows past the cut are lost": ("UNDER_LIMIT", {"limit": "max-recv-1", "policy": "unchecked"}),
 }
 
@@ -79,7 +80,8 @@ def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
     assert {report["name"]: report["verdict"] for report in reports} == {name: CASES[name][0] for name in CASES}
     assert all(report["emulated"] for report in reports)
     assert all("distbench.emulation.aiter for aiter" in report["stand_ins"] for report in reports)
-    passed = next(report for report in reports if report["name"] == "bf16")
+    passed, injected = (report for report in reports if report["name"] in {"bf16", "a fault is injected"})
+    assert injected["ranks"][0]["packages"]["aiter"]["version"]
     facts = passed["ranks"][0]["packages"]["aiter"]
     assert facts["version"]
     assert any("[fused_moe] using 2stage default for (304, 256," in line for line in facts["log"])
