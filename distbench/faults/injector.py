@@ -92,6 +92,7 @@ class _FaultyTransport:
         self.capacity = inner.capacity
         self.facts = inner.facts
         self.sources = inner.sources
+        self.forget = inner.forget
         self.close = inner.close
         self._inner = inner
         self._faults = faults
