@@ -99,6 +99,9 @@ class _FaultyTransport:
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         _enter(self._faults, "dispatch")
+        for fault in self._faults:
+            if fault.active:
+                batch = fault.sent(batch)
         dispatched = self._inner.dispatch(batch)
         for fault in self._faults:
             if fault.active:
