@@ -11,6 +11,7 @@ from distbench.verify.records import (
     MULTIPLIED,
     POISON,
     SCATTERED,
+    SEVERAL,
     STAGE_ORDER,
     Clues,
     Diagnosis,
@@ -182,7 +183,7 @@ def _several(causes: list[Diagnosis]) -> Diagnosis | None:
         return None
     names = "; ".join(f"{one.cause} (rank {', '.join(map(str, one.ranks[:_FEW]))})" for one in causes)
     return Diagnosis(
-        cause="several faults at once",
+        cause=SEVERAL,
         confidence="likely",
         evidence=f"none explains the others: {names}",
         ranks=sorted({rank for one in causes for rank in one.ranks}),

@@ -21,6 +21,7 @@ POISON = "poison or NaN"
 SCATTERED = "other values"
 ANOTHER_ROW = "another token's row"
 MULTIPLIED = "multiplied by"
+SEVERAL = "several faults at once"
 
 
 class RowComparison(msgspec.Struct, frozen=True):
