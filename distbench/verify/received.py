@@ -10,6 +10,9 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
 
+_FIELD_FACTOR = 31
+_EXACT_IN_JSON = (1 << 53) - 1
+
 
 def wrong_rows(  # noqa: PLR0913 - which rows, and the two sides
     sources: Tensor, slots: Tensor, wrong: Tensor, actual: TokenBatch, expected: TokenBatch, group: ExpertGroup
@@ -22,13 +25,14 @@ def wrong_rows(  # noqa: PLR0913 - which rows, and the two sides
     ranks, counts = sources[places, 0].unique(return_counts=True)
     by_source = dict(zip(ranks.tolist(), counts.tolist(), strict=True))
     listed = places[:LISTED_TOKENS]
-    digests = [
-        row_digests(mine[slots[listed]])[:, 0].tolist()
-        for mine, right in zip(actual, expected, strict=True)
-        if mine is not None and right is not None
-    ]
+    bits = listed.new_zeros(len(listed))
+    for mine, right in zip(actual, expected, strict=True):
+        if mine is not None and right is not None:
+            bits = bits * _FIELD_FACTOR + row_digests(mine[slots[listed]])[:, 0]
     going = destinations(expected.ids[listed], group.experts_per_rank, group.ep_size)
     return by_source, [
-        WrongRow((rank, token), list(bits), to.nonzero().flatten().tolist())
-        for (rank, token), bits, to in zip(sources[listed].tolist(), zip(*digests, strict=True), going, strict=True)
+        WrongRow((rank, token), digest, to.nonzero().flatten().tolist())
+        for (rank, token), digest, to in zip(
+            sources[listed].tolist(), (bits & _EXACT_IN_JSON).tolist(), going, strict=True
+        )
     ]

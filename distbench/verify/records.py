@@ -53,10 +53,10 @@ NO_DIFFERENCE = RowComparison(0, 0, 0)
 
 
 class WrongRow(msgspec.Struct, frozen=True, array_like=True):
-    """A row received wrong: its (source rank, source token), a digest of each field, and all ranks that receive it."""
+    """A row received wrong: its (source rank, source token), a digest of all fields, and all ranks that receive it."""
 
     token: tuple[int, int]
-    bits: list[int]
+    bits: int
     receivers: list[int]
 
 
