@@ -180,6 +180,7 @@ class Passes:
     def _run_arm(self, arm: str, cut: Cut) -> Tensor:
         self._arm = self._session.crumbs.arm = arm
         parts = self._parts
+        parts.transport.forget()
         combined = run_layer(parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark)
         self._mark("check")
         self._expose(arm, combined)
@@ -212,6 +213,7 @@ class Passes:
         timer = Timer(session, self._question.case)
         for arm, cut in arms.items():
             session.crumbs.arm = arm
+            parts.transport.forget()
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
             self._timed[arm] = self._with_graphs(arm, timer.time(layer, self.outputs[arm]))
         if session.device.type != "cpu":

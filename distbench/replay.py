@@ -9,6 +9,7 @@ import msgspec
 from distbench.case import DERIVED_KEYS
 from distbench.report.document import Report
 from distbench.trials import signature
+from distbench.verify.records import Reason
 
 _IGNORED_KEYS = (*DERIVED_KEYS, "hash", "kernel_table")
 
@@ -31,18 +32,25 @@ class Replay(msgspec.Struct, frozen=True):
 def compare(recorded: Report, here: Report) -> Replay:
     """Return how a run here compares with the recorded one.
 
-    Reproduced is the same verdict, first wrong stage, rank and arm, and surest cause. Bits are compared by the digests
-    of each arm on each rank, and may differ where kernels do.
+    Reproduced is the same verdict, first wrong stage, rank and arm, and surest cause; where no stage was judged, the
+    same rank in the same stage of the first reason. Bits are compared by the digests of each arm on each rank, and may
+    differ where kernels do.
     """
-    outcome = [*_differ("ending", str(signature(recorded)), str(signature(here))), *_first(recorded, here)]
+    outcome = [
+        *_differ("ending", str(signature(recorded)), str(signature(here))),
+        *_differ("first wrong place", _first_place(recorded), _first_place(here)),
+    ]
     details = [*_causes(recorded, here), *_case(recorded, here), *_environment(recorded, here), *_ranks(recorded, here)]
     return Replay(not outcome, [*outcome, *details])
 
 
-def _first(recorded: Report, here: Report) -> Iterator[Difference]:
-    then, now = recorded.first_divergence, here.first_divergence
-    if then is not None and now is not None:
-        yield from _differ("first wrong arm and rank", f"{then.arm} {then.rank}", f"{now.arm} {now.rank}")
+def _first_place(report: Report) -> str:
+    first = report.first_divergence
+    if first is not None:
+        return f"arm {first.arm}, rank {first.rank}"
+    reason = next(iter(report.reasons), Reason(code="", message=""))
+    places = {"rank": reason.rank, "stage": reason.stage or None}
+    return ", ".join(f"{name} {value}" for name, value in places.items() if value is not None) or "none"
 
 
 def _causes(recorded: Report, here: Report) -> Iterator[Difference]:

@@ -20,13 +20,14 @@ from distbench.report.journal import RESULTS, refuse_others
 from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.stage_limits import parse_stage_timeouts
 from distbench.standing import StandingRanks
+from distbench.verify.records import SEVERAL
 
 HANG_S = 5.0
 _TRIAL = "trial "
 
 
 class Signature(msgspec.Struct, frozen=True):
-    """What makes two failures the same: the verdict, the first wrong stage, and the surest cause.
+    """What makes two failures the same: the verdict, the first wrong stage, and the surest cause, or all of several.
 
     Where no stage was judged (a lost rank, a refused case) the first reason's stage and code stand for stage and cause.
     """
@@ -43,7 +44,10 @@ class Signature(msgspec.Struct, frozen=True):
 def signature(report: Report) -> Signature:
     """Return what a report's ending is recognised by."""
     stage = report.first_divergence.stage if report.first_divergence else ""
-    cause = report.diagnosis[0].cause if report.diagnosis else ""
+    causes = [found.cause for found in report.diagnosis]
+    cause = causes[0] if causes else ""
+    if SEVERAL in causes:
+        cause = f"{SEVERAL}: {'; '.join(sorted(found.cause for found in report.diagnosis if found.stage))}"
     if not cause and report.verdict is not Verdict.PASS and report.reasons:
         stage, cause = stage or report.reasons[0].stage, report.reasons[0].code
     return Signature(report.verdict, stage, cause)

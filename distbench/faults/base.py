@@ -16,6 +16,7 @@ from distbench.faults.options import Option, one_of, rank_option
 from distbench.injection import Injection
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
+from distbench.workload.batch import TokenBatch
 
 EVERYWHERE = "all"
 
@@ -99,6 +100,10 @@ class Fault:
 
     def enter(self, stage: str) -> None:
         """Be there when the rank begins a stage."""
+
+    def sent(self, batch: TokenBatch) -> TokenBatch:
+        """Damage a copy of what dispatch is given."""
+        return batch
 
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Damage what dispatch gives."""

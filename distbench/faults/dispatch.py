@@ -1,4 +1,4 @@
-"""Faults of dispatch: what a rank finds in its receive buffer."""
+"""Faults of dispatch: what a rank sends, and what it finds in its receive buffer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor
 from distbench.faults.base import Fault
 from distbench.faults.options import one_of, whole
 from distbench.transport.base import Dispatched, poison_
+from distbench.workload.batch import TokenBatch
+from distbench.workload.routing import destinations
 
 BIT = whole(-1, -1, (1 << 20) - 1)
 """A bit, counted over the whole row and from its start again past its end; -1 for a random one."""
@@ -23,6 +25,39 @@ def flip(rows: Tensor, row: int, bit: int) -> None:
     """Flip bit `bit` of one row of `rows` [n, columns], counted over the whole row, in place."""
     whole = rows.view(torch.uint8)
     whole[row, bit // 8 % whole.shape[1]] ^= 1 << bit % 8
+
+
+class SentZeros(Fault):
+    """A rank sends zeros in the place of its tokens' payload."""
+
+    name, stage = "sent-zeros", "dispatch"
+    bug = "mori 617's class, on the sender: a send buffer that nobody filled goes out to every rank"
+    needs = "tokens on its rank"
+
+    def sent(self, batch: TokenBatch) -> TokenBatch:
+        """Zero a copy of the payload."""
+        self.hits += len(batch.hidden)
+        return batch._replace(hidden=torch.zeros_like(batch.hidden))
+
+
+class SentFlip(Fault):
+    """One bit of one token's payload is wrong before it is sent, so all ranks that receive it have it wrong."""
+
+    name, stage = "sent-flip", "dispatch"
+    bug = "mori 475, 610: single tokens are corrupted, which the ranks that receive them are blamed for"
+    options = {"bit": BIT}
+    needs = "a token of its rank that goes to two ranks"
+
+    def sent(self, batch: TokenBatch) -> TokenBatch:
+        """Flip bit `bit` of a token that goes to several ranks, or a random one where it is negative."""
+        case = self.scene.case
+        shared = (destinations(batch.ids, case.experts_per_rank, case.ep_size).sum(1) > 1).nonzero().flatten()
+        if not shared.numel():
+            return batch
+        hidden, bit = batch.hidden.clone(), self.chosen["bit"]
+        bits = hidden.shape[1] * hidden.element_size() * 8
+        flip(hidden, int(shared[self.pick(shared.numel())]), bit if bit >= 0 else int(self.random(1) * bits))
+        return batch._replace(hidden=hidden)
 
 
 class FlippedBit(Fault):

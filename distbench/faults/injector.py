@@ -93,6 +93,7 @@ class _FaultyTransport:
         self.capacity = inner.capacity
         self.facts = inner.facts
         self.sources = inner.sources
+        self.forget = inner.forget
         self.close = inner.close
         self._inner = inner
         self._faults = faults
@@ -102,6 +103,9 @@ class _FaultyTransport:
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         _enter(self._faults, "dispatch")
+        for fault in self._faults:
+            if fault.active:
+                batch = fault.sent(batch)
         dispatched = self._inner.dispatch(batch)
         for fault in self._faults:
             if fault.active:

@@ -12,7 +12,8 @@ import msgspec
 from distbench.errors import Verdict
 from distbench.report.document import Report
 from distbench.report.journal import RESULTS
-from distbench.selftest.trials import DEAD, SEVERAL, Plan, Trial
+from distbench.selftest.trials import DEAD, Plan, Trial
+from distbench.verify.records import SEVERAL
 
 RIGHT_SHARE = 0.95
 

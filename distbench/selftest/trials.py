@@ -15,8 +15,8 @@ from distbench.faults.injector import FAULTS
 from distbench.job import Entry
 from distbench.preflight import check_case
 from distbench.resolve import Layer, resolve_case
+from distbench.verify.records import SEVERAL
 
-SEVERAL = "several faults at once"
 CLEAN = "clean"
 DEAD = (Verdict.HANG.value, Verdict.RANK_FAULT.value)
 _DEAD_SEEDS = 3

@@ -51,6 +51,12 @@ class Transport(Protocol):
     def sources(self) -> Tensor:
         """Return (source rank, source token) of each received row, int64 [total_recv, 2]; before combine."""
 
+    def forget(self) -> None:
+        """Let no later call pass for one that moved rows because memory still holds those of an earlier call.
+
+        Collective; before a dispatch. Timed passes do without.
+        """
+
     def close(self) -> None:
         """Let the buffers go, after the last combine. Collective."""
 

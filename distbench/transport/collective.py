@@ -103,6 +103,9 @@ class CollectiveTransport:
         tokens = self._plan.route.numbers[:, 0].long()
         return torch.stack([self._source_ranks, tokens], dim=1)[self._plan.rows]
 
+    def forget(self) -> None:
+        """See `Transport.forget`: each call does so itself, see `_forget` and `Mover.room`."""
+
     def close(self) -> None:
         """See `Transport.close`."""
 

@@ -77,6 +77,8 @@ class MoriTransport:
         self._total_recv = torch.zeros(1, dtype=torch.int32, device=session.device)
         self._known: _Known | None = None
         self._under_way = False
+        self._received: Dispatched | None = None
+        self._combined: Tensor | None = None
         self.facts = _facts(mori, self._plan, heap)
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
@@ -99,10 +101,10 @@ class MoriTransport:
         # Kernels keep the addresses of what they were given until combine is done.
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
         self._under_way = True
-        dispatched = Dispatched(hidden, scales, weights, ids, self._total_recv)
+        self._received = Dispatched(hidden, scales, weights, ids, self._total_recv)
         if known is None:
-            _poison_tail(dispatched, self._known.received)
-        return dispatched
+            _poison_tail(self._received, self._known.received)
+        return self._received
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -130,12 +132,33 @@ class MoriTransport:
         self._note_launch("combine")
         if self._plan.kernel == "AsyncLL":
             self._op.combine_recv()
+        self._combined = combined
         result: Tensor = combined[: known.routing.shape[0]].clone()
         return result
+
+    def forget(self) -> None:
+        """See `Transport.forget`; peers read these buffers in combine and write to them in dispatch, so all ranks wait.
+
+        What lies in the package's own memory besides is not known.
+        """
+        if self._known is None or self._received is None or self._combined is None:
+            return
+        tokens, received = len(self._known.routing), self._known.received
+        self._wait_for_all()
+        poison_(self._combined[:tokens])
+        for part in self._received[:4]:
+            if part is not None:
+                poison_(part[:received])
+        if not self._case.combine_quant.endswith("_blockwise"):  # its rows have another width there
+            columns = self._case.hidden_size
+            pushed = self._op.get_registered_combine_input_buffer(self._combined.dtype, columns)
+            poison_(pushed.view(self._case.ep_size, -1, columns)[:, :tokens])
+        self._wait_for_all()
 
     def close(self) -> None:
         """Let the operator go, once no peer can be reading from it. Collective."""
         self._wait_for_all()
+        self._received = self._combined = None
         del self._op
 
     def _geometry(self) -> dict[str, Any]:

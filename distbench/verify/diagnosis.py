@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from distbench.breadcrumbs import ARMS
 from distbench.verify.records import (
     ANOTHER_ROW,
@@ -13,6 +11,7 @@ from distbench.verify.records import (
     MULTIPLIED,
     POISON,
     SCATTERED,
+    SEVERAL,
     STAGE_ORDER,
     Clues,
     Diagnosis,
@@ -22,9 +21,12 @@ from distbench.verify.records import (
     Question,
     Token,
 )
+from distbench.verify.senders import Root, dispatch_roots
 from distbench.verify.verdict import is_noise
 
 _FEW = 8
+# What is wrong there was made wrong there.
+_OWN_STAGES = ("truncate", "experts")
 # What a bad row of one rank makes of a sum; a flipped bit of a sum does not come from a rank's row.
 _WHOLE_ROWS = (POISON, SCATTERED)
 # What no single rank's row makes of a sum of several.
@@ -32,26 +34,6 @@ _OF_THE_SUM = (ANOTHER_ROW, MULTIPLIED)
 _ENOUGH = 2
 # What travels beside a row's payload.
 _ROUTING = frozenset(("scales", "weights", "ids"))
-
-
-class Root(msgspec.Struct, frozen=True):
-    """A divergence that no earlier one explains, the ranks to blame, and how sure that is.
-
-    No rank is blamed where any of `candidates` may be the one.
-    """
-
-    found: Divergence
-    ranks: list[int]
-    certain: bool
-    candidates: list[int] = []
-
-    @property
-    def doubt(self) -> str:
-        """What is to be said where nobody is blamed."""
-        names = ", ".join(map(str, self.candidates[:_FEW]))
-        if self.candidates:
-            return f"; which rank is not known: each of {names} would explain it"
-        return "" if self.ranks else "; which rank is not known: no single one explains it"
 
 
 def diagnose(question: Question, gathered: Gathered, judgement: Judgement) -> list[Diagnosis]:
@@ -79,13 +61,16 @@ def _roots(question: Question, gathered: Gathered) -> list[Root]:
     Other bits of a kernel that repeats itself in no bits, or of another kernel, are no damage where there is some, and
     do not stand for what is proven at their place.
     """
-    roots: dict[tuple[str, tuple[int, ...]], Root] = {}
+    roots: dict[tuple[str, bool, tuple[int, ...]], Root] = {}
     for arm in ARMS[1:]:
         wrong = [found for record in gathered.observations for found in record.divergences if found.arm == arm]
-        own = [_root_of(found) for found in wrong if found.stage != "combine" and not question.asks_for(found)]
+        own = [_root_of(found) for found in wrong if found.stage in _OWN_STAGES and not question.asks_for(found)]
         own.sort(key=lambda root: not root.found.proven)
-        for root in [*own, *_combine_roots([found for found in wrong if found.stage == "combine"])]:
-            roots.setdefault((root.found.stage, tuple(root.ranks or root.candidates)), root)
+        combine = _combine_roots([found for found in wrong if found.stage == "combine"])
+        for root in [*dispatch_roots(gathered, arm, question.case.repeats), *own, *combine]:
+            key = (root.found.stage, root.sent, tuple(root.ranks or root.candidates))
+            if key not in roots or root.certain > roots[key].certain:
+                roots[key] = root
     found = [root for root in roots.values() if not is_noise(gathered, root.found)] or list(roots.values())
     return sorted(found, key=lambda root: STAGE_ORDER.index(root.found.stage))
 
@@ -144,10 +129,10 @@ def _common_destinations(group: list[Divergence]) -> list[int]:
 
 def _causes(gathered: Gathered, roots: list[Root]) -> list[Diagnosis]:
     """Return one cause for each stage and sort of damage, with all ranks that it began on."""
-    causes: dict[tuple[str, str], list[Root]] = {}
+    causes: dict[tuple[str, bool, str], list[Root]] = {}
     for root in roots:
-        causes.setdefault((root.found.stage, root.found.clues.pattern), []).append(root)
-    return [_cause(gathered, pattern, group) for (_, pattern), group in causes.items()]
+        causes.setdefault((root.found.stage, root.sent, root.found.clues.pattern), []).append(root)
+    return [_cause(gathered, pattern, group) for (*_, pattern), group in causes.items()]
 
 
 def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
@@ -155,15 +140,25 @@ def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
     what = pattern or "wrong rows"
     if first.stage == "dispatch" and _ROUTING.issuperset((*first.clues.fields, first.field)):
         what += f", in {' and '.join(first.clues.fields)} only: the payload is right"
+    if group[0].sent:
+        what += ", as sent"
     tokens = sorted({token for root in group for token in root.found.clues.tokens})
     return Diagnosis(
         cause=f"{first.stage}: {what}",
         confidence="certain" if all(root.certain for root in group) else "likely",
-        evidence=f"{first}{_kernels(gathered, first)}{next(filter(None, (root.doubt for root in group)), '')}",
+        evidence=f"{first}{_kernels(gathered, first)}{next(filter(None, map(_doubt, group)), '')}",
         stage=first.stage,
         ranks=sorted({rank for root in group for rank in root.ranks}),
         tokens=tokens[:LISTED_TOKENS],
     )
+
+
+def _doubt(root: Root) -> str:
+    """Return what is to be said beside the evidence, as where nobody is blamed."""
+    names = ", ".join(map(str, root.candidates[:_FEW]))
+    if root.candidates:
+        return f"; which rank is not known: each of {names} would explain it"
+    return root.note if root.ranks else "; which rank is not known: no single one explains it"
 
 
 def _kernels(gathered: Gathered, found: Divergence) -> str:
@@ -190,7 +185,7 @@ def _several(causes: list[Diagnosis]) -> Diagnosis | None:
         return None
     names = "; ".join(f"{one.cause} (rank {', '.join(map(str, one.ranks[:_FEW]))})" for one in causes)
     return Diagnosis(
-        cause="several faults at once",
+        cause=SEVERAL,
         confidence="likely",
         evidence=f"none explains the others: {names}",
         ranks=sorted({rank for one in causes for rank in one.ranks}),

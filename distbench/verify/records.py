@@ -21,6 +21,7 @@ POISON = "poison or NaN"
 SCATTERED = "other values"
 ANOTHER_ROW = "another token's row"
 MULTIPLIED = "multiplied by"
+SEVERAL = "several faults at once"
 
 
 class RowComparison(msgspec.Struct, frozen=True):
@@ -51,11 +52,20 @@ class RowComparison(msgspec.Struct, frozen=True):
 NO_DIFFERENCE = RowComparison(0, 0, 0)
 
 
+class WrongRow(msgspec.Struct, frozen=True, array_like=True):
+    """A row received wrong: its (source rank, source token), a digest of all fields, and all ranks that receive it."""
+
+    token: tuple[int, int]
+    bits: int
+    receivers: list[int]
+
+
 class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What the wrong rows of one stage have in common, as far as the rank itself can see.
 
     `tokens` are the first 64 as (source rank, source token), `fields` those that are wrong. For tokens: of those
     `examined`, `suspects` are ranks of which each explains them all, `by_destination` how many have a row on each rank.
+    For received rows: how many came from each source rank, and the first 64 of them.
     """
 
     pattern: str = ""
@@ -64,6 +74,8 @@ class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
     suspects: list[int] = []
     examined: int = 0
     by_destination: dict[str, int] = {}
+    by_source: dict[int, int] = {}
+    received: list[WrongRow] = []
 
 
 class Divergence(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import differing, row_digests, same_bits
 from distbench.verify.patterns import far_sources, pattern_of
 from distbench.verify.places import first_difference
+from distbench.verify.received import wrong_rows
 from distbench.verify.records import LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence
 from distbench.verify.sums import Returned, key_of, split_key
 from distbench.workload.batch import TokenBatch
@@ -126,7 +127,13 @@ class StageChecker:
             return found, None
         received = place.wrong_rows(before, right)
         if received is not None:
-            found.append(place.describe("dispatch", before, right, received, len(self._counts)))
+            wrongly = place.describe("dispatch", before, right, received, len(self._counts))
+            if wrongly is not None:
+                sources, slots = place.sources[place.order], place.slots(before)
+                wrongly.clues.by_source, wrongly.clues.received = wrong_rows(
+                    sources, slots, received, before, right, self._workload.group
+                )
+            found.append(wrongly)
             wrong_in_cut = wrong & ~received
         else:
             wrong_in_cut = wrong
@@ -201,7 +208,7 @@ class _Place(NamedTuple):
     def wrong_rows(self, actual: TokenBatch, expected: TokenBatch) -> Tensor | None:
         """Return which visible rows differ in any field, bool [m]; None where none does."""
         wrong: Tensor | None = None
-        slots = self.order.clamp(max=actual.hidden.shape[0] - 1)
+        slots = self.slots(actual)
         for mine, right in zip(actual, expected, strict=True):
             if mine is None or right is None:
                 continue
@@ -213,12 +220,16 @@ class _Place(NamedTuple):
             wrong &= self.visible
         return wrong if wrong is not None and bool(wrong.any()) else None
 
+    def slots(self, rows: TokenBatch) -> Tensor:
+        """Return the slots [m] that lie in a buffer; what is past its end is taken to be in its last row."""
+        return self.order.clamp(max=rows.hidden.shape[0] - 1)
+
     def describe(
         self, stage: str, actual: TokenBatch, expected: TokenBatch, wrong: Tensor, num_ranks: int
     ) -> Divergence | None:
         """Return the first difference of the rows `wrong` [m], of which there are some, with what they look like."""
         only = self._replace(visible=wrong)
-        slots = self.order.clamp(max=actual.hidden.shape[0] - 1)
+        slots = self.slots(actual)
         fields = [
             found
             for name, mine, right in zip(TokenBatch._fields, actual, expected, strict=True)

@@ -99,6 +99,9 @@ class FaultyTransport:
     def sources(self) -> Tensor:
         return self._inner.sources()
 
+    def forget(self) -> None:
+        self._inner.forget()
+
     def close(self) -> None:
         self._inner.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from distbench.faults.injector import FAULTS
 from distbench.rank import run_case
 from distbench.resolve import Layer, resolve_case
 from distbench.selftest.trials import DEAD, random_keys
-from distbench.verify.records import STAGE_ORDER, Diagnosis, Outcome
+from distbench.verify.records import LISTED_TOKENS, STAGE_ORDER, Diagnosis, Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 
@@ -46,9 +47,64 @@ def test_whoever_sent_or_added_wrongly_is_told_apart(ranks: int, routing: str, f
     ]
 
 
+@pytest.mark.parametrize("arm", ["padded", "truncated"])
+@pytest.mark.parametrize("fault", ["sent-zeros", "sent-flip"])
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "bf16"), (4, "fp8"), (8, "bf16")])
+def test_a_rank_that_sends_wrong_rows_is_blamed_and_not_those_that_receive_them(
+    ranks: int, dtype: str, fault: str, arm: str
+) -> None:
+    inject = f"{fault}:rank={ranks - 1},arm={arm}"
+    case = tiny_case(
+        ranks, tokens=90, max_dispatch_tokens_per_rank=96, dispatch_dtype=dtype, limit="sum", inject=inject
+    )
+    outcome = outcome_of(case)
+    ((cause, confidence, blamed),) = blame_of(outcome)
+    assert (cause.split(": ")[0], cause.split(", ")[-1], confidence, blamed) == (
+        "dispatch",
+        "as sent",
+        "certain",
+        [ranks - 1],
+    )
+    assert outcome.gathered is not None
+    found = [one for record in outcome.gathered.observations for one in record.divergences if one.stage == "dispatch"]
+    assert max(len(one.clues.received) for one in found) == min(max(one.rows for one in found), LISTED_TOKENS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_token_that_another_rank_has_right_was_spoilt_where_it_is_wrong(seed: int) -> None:
+    """With two ranks, so that most tokens go to both."""
+    outcome = outcome_of(tiny_case(2, seed=seed, inject="flipped-bit:rank=1"))
+    assert blame_of(outcome) == [("dispatch: single bits flipped", "certain", [1])]
+
+
+def test_where_no_other_rank_has_the_token_the_blame_is_likely_and_both_are_told() -> None:
+    alone: dict[str, Any] = {"topk": 1, "seed": 1}
+    outcome = outcome_of(tiny_case(RANKS, inject="flipped-bit:rank=3", **alone))
+    assert blame_of(outcome) == [("dispatch: single bits flipped", "likely", [3])]
+    (found,) = (one for one in outcome.diagnosis if one.stage)
+    assert f"; or rank {found.tokens[0][0]} sent it so" in found.evidence
+    several = outcome_of(tiny_case(RANKS, inject="overwritten-by-peer:rank=3", tokens=40, **alone))
+    assert [(confidence, blamed) for _, confidence, blamed in blame_of(several)] == [("certain", [3])]
+    sent = outcome_of(tiny_case(RANKS, inject="sent-zeros:rank=2", **alone))
+    assert blame_of(sent) == [("dispatch: zeros, as sent", "likely", [2])]
+
+
+def test_what_was_spoilt_in_different_repeats_proves_nothing_of_other_ranks() -> None:
+    for seed in range(4):
+        outcome = outcome_of(tiny_case(RANKS, seed=seed, repeats=3, inject="sent-flip:rank=2,arm=control"))
+        assert [found for found in wrongly_blamed(outcome) if found.confidence == "certain"] == []
+
+
+def test_damage_of_every_row_of_every_rank_is_no_proof_against_senders() -> None:
+    inject = ";".join(f"sent-zeros:rank={rank}" for rank in range(RANKS))
+    assert [cause for cause, _, _ in blame_of(outcome_of(tiny_case(RANKS, inject=inject)))] == ["dispatch: zeros"]
+
+
 @pytest.mark.parametrize(
     ("inject", "guilty"),
     [
+        ("sent-flip:rank=3;share-lost:rank=1", [1, 3]),
+        ("sent-zeros:rank=3;flipped-bit:rank=1;times-ep-size:rank=0", [0, 1, 3]),
         ("flipped-bit:rank=3;share-lost:rank=1", [1, 3]),
         ("share-lost:rank=0;share-lost:rank=1", [0, 1]),
         ("zero-rows:rank=2;communication-skipped:rank=0", [0, 2]),

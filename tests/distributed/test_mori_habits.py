@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from distbench.architectures import arch_of
 from distbench.case import Case
+from distbench.emulation import mori as stand_in
 from distbench.emulation.mori import _jit_loader, habits, ops
 from distbench.emulation.mori.buffers import allocate
 from distbench.errors import DistbenchError, Verdict
+from distbench.passes import Passes
 from distbench.rank import run_case
 from distbench.session import Session
-from distbench.transport import mori_config
+from distbench.transport import mori, mori_config
 from distbench.transport.base import Dispatched
 from distbench.transport.mori import MoriTransport
 from distbench.verify.records import Outcome
@@ -120,6 +123,69 @@ def test_a_second_world_is_refused_where_kernels_cannot_be_let_go() -> None:
     found = on_ranks(4, without_a_view_of_kernels, mori_case(2), mori_case(4))
     assert "start new ranks for this one" in found[0][0]
     assert found[2:] == [[], []]
+
+
+ORDINARY: dict[str, Any] = {"limit": "max-recv", "policy": "unchecked"}
+LEFT_BY_THE_FIRST_CALL = [
+    ("stale-receive", kernel, "dispatch") for kernel in ("IntraNode", "IntraNodeLL", "InterNodeV1LL", "AsyncLL")
+] + [
+    *(("stale-push", kernel, "combine") for kernel in ("IntraNode", "IntraNodeLL", "AsyncLL")),
+    *(("stale-output", kernel, "combine") for kernel in ("IntraNode", "InterNodeV1", "AsyncLL")),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize(("habit", "kernel", "stage"), LEFT_BY_THE_FIRST_CALL)
+def test_rows_of_the_call_before_do_not_pass_for_those_of_this_call(
+    habit: str, kernel: str, stage: str, dtype: str
+) -> None:
+    """Every arm moves the same rows: what the first call left in a buffer is what the second should put there."""
+    case = mori_case(mori_kernel=kernel, mori_habits=habit, dispatch_dtype=dtype, **ORDINARY)
+    assert verdict_of(case) == (Verdict.CORRUPT, stage)
+    capped: dict[str, Any] = {"combine_input": "registered", "prealloc_max_recv_tokens": 96, "tokens": 12}
+    if kernel.startswith("IntraNode") and habit != "stale-push":
+        assert verdict_of(mori_case(mori_kernel=kernel, mori_habits=habit, **capped, **ORDINARY)) == (
+            Verdict.CORRUPT,
+            stage,
+        )
+
+
+def one_rank_keeps_its_output(session: Session, case: Case) -> Outcome | None:
+    """Run `case` where combine on rank 1 leaves what its first call gave."""
+    habit = case.mori_habits if session.rank == 1 else ""
+    with patch.object(mori, "_package", lambda *_: _stand_in(habit, arch_of(case.cu_count))):
+        return run(session, case)
+
+
+def _stand_in(habit: str, arch: str) -> Any:
+    habits.assume(habit, arch)
+    return stand_in
+
+
+def test_an_output_that_one_rank_keeps_is_put_down_to_it() -> None:
+    outcome: Outcome = on_ranks(2, one_rank_keeps_its_output, mori_case(2, mori_habits="stale-output", **ORDINARY))[0]
+    assert outcome.judgement.verdict is Verdict.CORRUPT
+    first = outcome.judgement.first_divergence
+    assert first is not None
+    assert (first.stage, first.arm, first.rank) == ("combine", "control", 1)
+
+
+def timed_output(session: Session, case: Case) -> Outcome | None:
+    """Run `case` where combine leaves its output alone once passes are timed."""
+    timed = Passes._time
+
+    def time(passes: Passes, arms: Any) -> None:
+        with patch.object(habits, "_assumed", frozenset({"stale-output"})):
+            timed(passes, arms)
+
+    with patch.object(Passes, "_time", time):
+        return run(session, case)
+
+
+def test_timed_passes_that_write_nothing_are_noticed() -> None:
+    outcome: Outcome = on_ranks(2, timed_output, mori_case(2, iterations=2, warmup=1, **ORDINARY))[0]
+    assert outcome.judgement.verdict is Verdict.CORRUPT
+    assert {reason.code for reason in outcome.judgement.reasons} == {"timed-differs"}
 
 
 # What the adapter refuses is let through in what follows, to see what would have come of it.

@@ -85,6 +85,9 @@ UNGUARDED: dict[str, tuple[dict[str, Any], str, str]] = {
         "RANK_FAULT",
         "ended by SIGABRT in padded/dispatch",
     ),
+    "received once": ({"mori_habits": "stale-receive"}, "PASS", ""),
+    "pushed once": ({"mori_habits": "stale-push"}, "PASS", ""),
+    "written once": ({"mori_habits": "stale-output"}, "PASS", ""),
     "no barrier after construction": (LATE, "HANG", "rank 1"),
 }
 

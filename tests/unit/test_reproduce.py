@@ -10,13 +10,15 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from distbench.bisect import Blame, bisect
 from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.document import LimitReport, Report
 from distbench.shrink import Step, shrink
-from distbench.trials import Lab
+from distbench.trials import Lab, signature
+from distbench.verify.records import SEVERAL, Diagnosis
 from tests.cases import tiny_case
 from tests.reports import report_of
 
@@ -227,6 +229,34 @@ def test_never_takes_another_failure_for_the_same() -> None:
     assert [step.case for step in steps][-1] == found.case
 
 
+def several(case: Case, *causes: str) -> Report:
+    named = [
+        Diagnosis(cause=cause, confidence="certain", evidence="made up", stage=cause.split(":")[0]) for cause in causes
+    ]
+    both = Diagnosis(cause=SEVERAL, confidence="likely", evidence="made up")
+    return replace(report_of(case, SEVERAL), diagnosis=[both, *named])
+
+
+def test_several_faults_are_the_same_only_with_all_of_their_causes() -> None:
+    found = signature(several(LARGE, "dispatch: zeros", "combine: multiplied by 4"))
+    assert found.cause == "several faults at once: combine: multiplied by 4; dispatch: zeros"
+    assert found == signature(several(LARGE, "combine: multiplied by 4", "dispatch: zeros"))
+    assert found != signature(several(LARGE, "dispatch: zeros", "experts: zeros"))
+    assert found != signature(several(LARGE, "dispatch: zeros", "combine: multiplied by 4", "experts: zeros"))
+
+
+def test_shrinking_keeps_every_one_of_several_faults() -> None:
+    class Three(PretendedLab):
+        def run(self, cases: Iterable[Case]) -> list[Report]:
+            return [self._several(case) for case in cases]
+
+        def _several(self, case: Case) -> Report:
+            causes = ["dispatch: zeros", "experts: zeros"]
+            return several(case, *causes, *(["combine: zeros"] if case.topk > 2 else []))
+
+    assert shrink(cast(Lab, Three(lambda _: "")), LARGE, lambda _: None).case.topk == 3
+
+
 def test_a_limit_stays_as_far_from_the_rows_received() -> None:
     limit = LimitReport(
         requested="100", effective=100, source="flag", policy="unchecked", safe=False, max_recv=130, sum_tokens=0
@@ -234,8 +264,6 @@ def test_a_limit_stays_as_far_from_the_rows_received() -> None:
 
     class UnderLimit(PretendedLab):
         def run(self, cases: Iterable[Case]) -> list[Report]:
-            from msgspec.structs import replace  # noqa: PLC0415
-
             return [replace(report, limit=limit) for report in super().run(cases)]
 
     def cause(case: Case) -> str:

@@ -15,8 +15,14 @@ NO_ROW_GUARD = "no-row-guard"
 INTRANODE_OVERFLOW_ASSERT = "intranode-overflow-assert"
 NO_OVERFLOW_ASSERT = "no-overflow-assert"
 LL_ALL_SLOTS = "ll-all-slots"
+STALE_RECEIVE = "stale-receive"
+STALE_PUSH = "stale-push"
+STALE_OUTPUT = "stale-output"
 
-HABITS = (NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT, NO_OVERFLOW_ASSERT, LL_ALL_SLOTS)
+HABITS = (
+    *(NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT, NO_OVERFLOW_ASSERT, LL_ALL_SLOTS),
+    *(STALE_RECEIVE, STALE_PUSH, STALE_OUTPUT),
+)
 """Each is a difference from the release that the wheels under test are of, 1.2.4."""
 
 RELEASES: dict[str, tuple[str, ...]] = {

@@ -22,7 +22,7 @@ from distbench.emulation.mori.routing import (
     Shape,
     owners,
 )
-from distbench.emulation.mori.sums import NodeSums, Returned, cast, stage, sum_slots
+from distbench.emulation.mori.sums import NodeSums, Returned, Staged, cast, stage, sum_slots
 
 TOPK_IDX_DTYPE = torch.int32
 QUANT_TYPES = ("none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")
@@ -120,7 +120,8 @@ class Mover:
         widths = (sent.payload, ids, ids, sent.scales, _TOKEN_BYTES)
         regions = (buffers.dispatch_out, buffers.weights, buffers.ids, buffers.scales, buffers.sources)
         for region, part in zip(regions, rows.split(widths, dim=1), strict=True):
-            region.put(slots, part)
+            if not self._is_stale(habits.STALE_RECEIVE):
+                region.put(slots, part)
         self._total += rows.shape[0]
 
     def _count_local(self) -> None:
@@ -178,13 +179,17 @@ class Mover:
             raise AssertionError(message)
         most, kernel, route = self.config.max_num_inp_token_per_rank, self.config.kernel_type, self._route
         region = self._buffers.combine_inp if external and kernel not in TWO_LEVELS else None
-        staged = stage(back, back.rows, self._shape, most, region)
+        if region is not None and self._is_stale(habits.STALE_PUSH):
+            staged = Staged(region, None, most, back.rows.shape[1])
+        else:
+            staged = stage(back, back.rows, self._shape, most, region)
         if kernel in TWO_LEVELS:
             total = self._nodes.add(back, staged, route)
         else:
             total = sum_slots(back.codec, staged, route, self._shape, back.columns)
         tokens, topk = route.shape
-        self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(cast(total, back.dtype))
+        if not self._is_stale(habits.STALE_OUTPUT):
+            self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(cast(total, back.dtype))
         if back.weights is not None and kernel is not EpDispatchCombineKernelType.AsyncLL:
             aside = stage(back, back.weights, self._shape, most, None)
             summed = sum_slots(Plain(torch.float32), aside, route, self._shape, topk)
@@ -204,6 +209,10 @@ class Mover:
         arrived = rows.new_empty(int(heard[:, 0].sum()), rows.shape[1])
         dist.all_to_all_single(arrived, rows, heard[:, 0].tolist(), sent.tolist(), group=self._world.group)
         return arrived, heard[:, 0]
+
+    def _is_stale(self, habit: str) -> bool:
+        """Whether this call leaves what the first one wrote."""
+        return self._calls > 1 and habits.has(habit)
 
     def _lost(self, rank: int) -> bool:
         """Whether a count that is written to `rank` now is zeroed by it later: its constructor is not through."""

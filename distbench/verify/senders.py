@@ -1,0 +1,123 @@
+"""Whom to blame for rows that were received wrong: the rank that received them, or the one that sent them so.
+
+A token goes to several ranks. What was sent wrong is wrong in the same bits on all of them; what one of them has right
+was spoilt on the way to another, or there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import msgspec
+
+from distbench.verify.records import Divergence, Gathered, Token, WrongRow
+
+
+class Root(msgspec.Struct, frozen=True):
+    """A divergence that no earlier one explains, the ranks to blame, and how sure that is.
+
+    No rank is blamed where any of `candidates` may be the one. `sent` says that the rank sent the wrong rows, `note`
+    what else is to be known.
+    """
+
+    found: Divergence
+    ranks: list[int]
+    certain: bool
+    candidates: list[int] = []
+    sent: bool = False
+    note: str = ""
+
+
+def dispatch_roots(gathered: Gathered, arm: str, repeats: int) -> list[Root]:
+    """Return whom to blame for what dispatch did in one arm."""
+    found = [
+        one
+        for record in gathered.observations
+        for one in record.divergences
+        if (one.arm, one.stage) == (arm, "dispatch")
+    ]
+    others = [Root(one, [one.rank], certain=True) for one in found if not one.clues.received]
+    return [*others, *_Rows(gathered, arm, repeats, [one for one in found if one.clues.received]).roots()]
+
+
+class _Rows:
+    """Rows that were received wrong in one arm, on all ranks."""
+
+    def __init__(self, gathered: Gathered, arm: str, repeats: int, wrong: list[Divergence]) -> None:
+        self._wrong = {found.rank: found for found in wrong}
+        self._listed = {found.rank: {row.token: row for row in found.clues.received} for found in wrong}
+        self._complete = {rank for rank, found in self._wrong.items() if _count(found) == len(self._listed[rank])}
+        self._saw_all = self._witnesses(gathered, arm) if repeats == 1 else set()
+        received = sum(record.total_recv for record in gathered.observations)
+        self._some_are_right = sum(map(_count, wrong)) < received
+
+    def roots(self) -> list[Root]:
+        """Return what is to be blamed, senders first."""
+        spoilt_here = {rank for rank, rows in self._listed.items() if any(map(self._is_right_elsewhere, rows.values()))}
+        senders = self._senders(spoilt_here) if self._some_are_right else {}
+        left = {rank: sorted(found.clues.by_source.keys() - senders.keys()) for rank, found in self._wrong.items()}
+        here = [rank for rank in self._wrong if rank in spoilt_here or len(left[rank]) > 1]
+        return [
+            *senders.values(),
+            *(Root(self._wrong[rank], [rank], certain=True) for rank in here),
+            *self._of_one_source({rank: sources[0] for rank, sources in left.items() if sources and rank not in here}),
+        ]
+
+    def _witnesses(self, gathered: Gathered, arm: str) -> set[int]:
+        """Return the ranks that looked at every row they received."""
+        blind = {
+            record.rank
+            for record in gathered.observations
+            for one in record.divergences
+            if one.arm == arm and one.stage in ("dispatch", "truncate") and not one.clues.received
+        }
+        return {record.rank for record in gathered.observations} - blind
+
+    def _has_right(self, rank: int, token: Token) -> bool:
+        """Whether a rank that received a token is known to have it right."""
+        listed = self._listed.get(rank, {})
+        seen = rank not in self._wrong or rank in self._complete or token < max(listed)
+        return rank in self._saw_all and token not in listed and seen
+
+    def _is_right_elsewhere(self, row: WrongRow) -> bool:
+        return any(self._has_right(rank, row.token) for rank in row.receivers)
+
+    def _with_same_bits(self, row: WrongRow) -> list[int]:
+        same = (self._listed.get(rank, {}).get(row.token) for rank in row.receivers)
+        return [rank for rank, other in zip(row.receivers, same, strict=True) if other and other.bits == row.bits]
+
+    def _senders(self, spoilt_here: set[int]) -> dict[int, Root]:
+        """Return the sources of tokens that several ranks have wrong in the same bits, and none right.
+
+        One of them at least has nothing wrong of its own: two that spoil what they receive may spoil a token alike.
+        """
+        senders: dict[int, Root] = {}
+        for rank, rows in self._listed.items():
+            for row in rows.values() if rank not in spoilt_here else ():
+                source, token = row.token
+                ranks = self._with_same_bits(row)
+                if len(ranks) > 1 and source not in senders:
+                    text = ", ".join(map(str, ranks))
+                    note = f"; token {token} of rank {source} has the same wrong bits on ranks {text}: it was sent so"
+                    senders[source] = Root(self._wrong[rank], [source], certain=True, sent=True, note=note)
+        return senders
+
+    def _of_one_source(self, sources: dict[int, int]) -> Iterator[Root]:
+        """Yield roots for ranks that have wrong rows of one source only, and no other rank to compare them with."""
+        by_source: dict[int, list[int]] = defaultdict(list)
+        for rank, source in sources.items():
+            by_source[source].append(rank)
+        for source, ranks in by_source.items():
+            found = self._wrong[ranks[0]]
+            if ranks == [source]:
+                yield Root(found, ranks, certain=True)
+            elif len(ranks) == 1:
+                yield Root(found, ranks, certain=False, note=f"; or rank {source} sent it so")
+            else:
+                note = f"; all wrong rows on ranks {', '.join(map(str, ranks))} are of rank {source}"
+                yield Root(found, [source], certain=False, sent=True, note=note)
+
+
+def _count(found: Divergence) -> int:
+    return sum(found.clues.by_source.values())
