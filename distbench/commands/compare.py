@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
         help="what became wrong or slower since a baseline",
         description="Compare results with older ones: verdicts first, then the time of each stage against the noise "
         "that both have, and with several OLD against what lies between launches. Exits with 1 on a regression or a "
-        "value that is gone, 77 where a stage cannot be judged.",
+        "value that is gone, 77 where something cannot be judged.",
     )
     command.add_argument(
         "old",
