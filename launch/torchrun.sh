@@ -8,7 +8,7 @@
 #   NPROC_PER_NODE  ranks on each node (one for each GPU that torch sees, else 8)
 #   NNODES          nodes (1); with one, the ranks meet on a free port of this machine
 #   NODE_RANK       this node, from 0; node 0 hosts the rendezvous. Needed with several nodes
-#   MASTER_ADDR     address of node 0. Needed with several nodes
+#   MASTER_ADDR     name or address of node 0. Needed with several nodes
 #   MASTER_PORT     port on node 0 (29500)
 #   RDZV_ID         the same word on all nodes of a job (the Slurm, PBS or LSF job id, else distbench)
 #   OMP_NUM_THREADS threads of a rank (cores / ranks, at least 1)
@@ -60,13 +60,16 @@ if ((NNODES > 1)); then
         python -c "import socket; socket.create_server(('', $MASTER_PORT)).close()" >/dev/null 2>&1 ||
             fail "MASTER_PORT=$MASTER_PORT: in use on this node; set it to a free port, the same on all nodes"
     fi
+    host=${MASTER_ADDR#\[} endpoint=$MASTER_ADDR
+    host=${host%\]}
+    [[ $host != *:* ]] || endpoint=[$host]
     rendezvous=(
         --rdzv-backend=c10d
-        --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT"
+        --rdzv-endpoint="$endpoint:$MASTER_PORT"
         --rdzv-id="${RDZV_ID:-${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-distbench}}}}"
         --rdzv-conf=is_host=$((NODE_RANK == 0))
     )
-    interfaces=$(python -m distbench.nodes.interfaces "$MASTER_ADDR" "$MASTER_PORT")
+    interfaces=$(python -m distbench.nodes.interfaces "$host" "$MASTER_PORT")
     while IFS= read -r variable; do
         [[ -z $variable ]] || export "${variable?}"
     done <<<"$interfaces"

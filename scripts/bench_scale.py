@@ -1,7 +1,8 @@
 """What a rank costs at several numbers of ranks on this machine: start-up, time, bytes to rank 0, memory, descriptors.
 
 Every rank holds a tiny case, so what grows is the ranks and not their work. Bytes are those that the kernel has counted
-on rank 0's sockets (TCP_INFO), over a whole case and within gathering alone. Exit 1 where the gathered bytes per rank
+on sockets (TCP_INFO): what rank 0 receives over a whole case and within gathering alone, what it sends, and what all
+ranks send. Exit 1 where the gathered bytes per rank
 grow by more than a fifth from the fewest ranks to the most.
 """
 
@@ -50,6 +51,8 @@ _COLUMNS = (
     ("its cpu ms", "{:10.1f}"),
     ("bytes/rank", "{:10.0f}"),
     ("gathered/rank", "{:13.0f}"),
+    ("sent kB", "{:8.1f}"),
+    ("by all MB", "{:9.2f}"),
     ("MiB/rank", "{:8.1f}"),
     ("files of a rank", "{:15d}"),
     ("of the agents", "{:13d}"),
@@ -67,8 +70,9 @@ class Parent(msgspec.Struct):
 class Figures(msgspec.Struct):
     """What one number of ranks came to. Times are medians over cases, processor time and memory means over ranks.
 
-    `received` and `gathered` are bytes that rank 0 got in a case and in gathering, `gather_cpu_s` is what it computed
-    there. Memory is what a rank shares with no other process; the interpreter and torch it does share.
+    `received` and `gathered` are bytes that rank 0 got in a case and in gathering, `sent` those that it sent in a case,
+    `all_sent` those of all ranks, `gather_cpu_s` is what it computed in gathering. Memory is what a rank shares with no
+    other process; the interpreter and torch it does share.
     """
 
     start_s: float
@@ -77,6 +81,8 @@ class Figures(msgspec.Struct):
     gather_cpu_s: float
     received: float
     gathered: float
+    sent: float
+    all_sent: float
     cpu_s: float
     memory_bytes: float
     rank_files: int
@@ -138,26 +144,32 @@ def work(case: Case, repeats: int, started: float, out: str) -> None:
     session.enter(case.ep_size)
     run(session, case)
     rows = [_measured(session, case, measured) for _ in range(repeats)]
-    case_s, gather_s, gather_cpu_s, received, gathered, cpu_s = map(statistics.median, zip(*rows, strict=True))
-    means = torch.tensor([cpu_s, _own_bytes()], dtype=torch.float64)
-    dist.all_reduce(means)
+    case_s, gather_s, gather_cpu_s, received, gathered, sent, cpu_s = map(statistics.median, zip(*rows, strict=True))
+    sums = torch.tensor([sent, cpu_s, _own_bytes()], dtype=torch.float64)
+    dist.all_reduce(sums)
     files = torch.tensor([len(_files())])
     dist.all_reduce(files, dist.ReduceOp.MAX)
     if session.rank == 0:
-        cpu_s, memory_bytes = (means / session.world_size).tolist()
+        all_sent, *sums_of_ranks = sums.tolist()
+        cpu_s, memory_bytes = (one / session.world_size for one in sums_of_ranks)
         times = (start_s, case_s, gather_s, gather_cpu_s)
-        figures = Figures(*times, received, gathered, cpu_s, memory_bytes, int(files))
+        figures = Figures(*times, received, gathered, sent, all_sent, cpu_s, memory_bytes, int(files))
         Path(out).write_bytes(msgspec.json.encode(figures))
     session.close()
 
 
 def _measured(session: Session, case: Case, gathering: Gathering) -> tuple[float, ...]:
     dist.barrier()
-    received, wall, cpu = counted_bytes(_BYTES_RECEIVED_AT), time.perf_counter(), time.process_time()
+    received, sent = _counted()
+    wall, cpu = time.perf_counter(), time.process_time()
     run(session, case)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    received = counted_bytes(_BYTES_RECEIVED_AT) - received
-    return wall, gathering.seconds, gathering.cpu_seconds, received, gathering.received, cpu
+    received, sent = (after - before for after, before in zip(_counted(), (received, sent), strict=True))
+    return wall, gathering.seconds, gathering.cpu_seconds, received, gathering.received, sent, cpu
+
+
+def _counted() -> tuple[int, int]:
+    return counted_bytes(_BYTES_RECEIVED_AT), counted_bytes(_BYTES_SENT_AT)
 
 
 def run(session: Session, case: Case) -> None:
@@ -249,6 +261,8 @@ def show(ranks: int, found: Figures) -> None:
         found.gather_cpu_s * 1e3,
         found.received / (ranks - 1),
         found.gathered / (ranks - 1),
+        found.sent / 1e3,
+        found.all_sent / 1e6,
         found.memory_bytes / 2**20,
         found.rank_files,
         parent.files,

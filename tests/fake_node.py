@@ -2,8 +2,8 @@
 
 PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
 (exit 0 without results), `dies`, `half dies`, `late VERDICT`, `hangs` (until its standard input ends), `deaf` (hangs
-all the same), `elsewhere` (sees another folder for results), `gone` (cannot be reached), or a number by which its times
-are multiplied.
+all the same), `elsewhere` (sees another folder for results), `gone` (cannot be reached), `on the CPU` (passes there
+unless it is told --device cuda; others have a device), or a number by which its times are multiplied.
 """
 
 from __future__ import annotations
@@ -51,11 +51,15 @@ def main() -> int:
         time.sleep(1.0 if node == group[0] else 0.0)
     if what != "silent" and node == group[0]:
         scale = float(what) if isinstance(what, int | float) else 1.0
-        verdict = "PASS" if isinstance(what, int | float) else what
+        on_cpu = what == "on the CPU"
+        passes = isinstance(what, int | float) or (on_cpu and "cuda" not in command)
+        verdict = "PASS" if passes else "UNSUPPORTED" if on_cpu else what
+        ranks = [{"rank": 0, "host": node, "device": "cpu" if on_cpu else "cuda:0", "total_recv": 6}]
         noise = sum(map(ord, "".join(group))) % 7 / 100
-        cases = [result(f"case {seed}", verdict, timing=timing(scale + noise) | {"wall_s": 1.0}) for seed in range(2)]
+        times = timing(scale + noise) | {"wall_s": 1.0}
+        cases = [result(f"case {seed}", verdict, timing=times, ranks=ranks) for seed in range(2)]
         write_results(out, cases, cases=2)
-    return 0 if what == "silent" or not isinstance(what, str) or what == "PASS" else 1
+    return 0 if what in ("silent", "on the CPU") or not isinstance(what, str) or what == "PASS" else 1
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def result(name: str = "case", verdict: str = "PASS", **changes: Any) -> dict[st
         "stand_ins": ["collective for mori"],
         "case": {"model": "tiny", "ep_size": 2, "hash": f"hash of {name}"},
         "limit": {"requested": "sum32", "effective": 32, "max_recv": 6, "source": "default"},
-        "ranks": [{"rank": rank, "host": f"node{rank}", "total_recv": 6} for rank in range(2)],
+        "ranks": [{"rank": rank, "host": f"node{rank}", "device": "cpu", "total_recv": 6} for rank in range(2)],
         "lost": {"rows": 0},
         "diagnosis": [],
         "timing": timing() | {"wall_s": 0.25},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from distbench.cluster.devices import fail_other_devices
 from distbench.cluster.faults import Finding, Trial, name_faults
 from distbench.cluster.plan import Group, Round, Step, rounds_of
 from distbench.cluster.stragglers import name_stragglers, not_judged
@@ -44,8 +45,7 @@ def validate(nodes: Group, steps: Sequence[Step], run_round: RunRound, *, emulat
         findings = name_faults(trials)
         left = _left(nodes, findings)
         rounds = [] if any(found.kind == "common" for found in findings) else rounds_of(step, left)
-        for groups in rounds:
-            trials += run_round(step, groups)
+        trials += fail_other_devices([trial for groups in rounds for trial in run_round(step, groups)])
         if not rounds:
             not_run.append(step)
     faults, slow = name_faults(trials), name_stragglers(trials)

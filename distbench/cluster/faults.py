@@ -15,6 +15,7 @@ Kind = Literal["node", "link", "common", "fabric", "scale", "slow node", "slow l
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """One group of nodes and how its suite ended.
 
+    `devices` are the kinds of device that its ranks ran on, in any case, none where it came to no result.
     `times[stage][case and arm]` is the slowest rank's median time in microseconds, of the cases that passed; `wall_s`
     what the group took with its start-up.
     """
@@ -25,6 +26,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
     reason: str = ""
     wall_s: float = 0.0
+    devices: tuple[str, ...] = ()
     times: dict[str, dict[str, float]] = {}
 
     @property

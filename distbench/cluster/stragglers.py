@@ -1,36 +1,51 @@
 """The slow node or link, from the distribution of times.
 
-The rule is Iglewicz and Hoaglin's modified z-score (How to Detect and Handle Outliers, 1993): a group is slow whose
-0.6745 (x - median) / MAD is above 3.5. x is the median over cases and arms of log(time / median of all groups), for
-each stage; MAD is that over the groups, or that of a group's own cases and arms about its x where this is larger, so
-that nobody is slow by less than the measurement's own scatter.
+For each stage x is the median over cases and arms of log(time / median of all groups); of a pair, what that is above
+the slower of its nodes alone. The slowest is held against the others by Student's t, as Grubbs does (Ann. Math. Stat.
+21, 1950): how many of their standard deviations it is above their mean. Of n values that differ by chance alone the
+largest is above the quantile of p / n with a chance of p at most. Then the next slowest is held against those that are
+left, and so on: a slow one does not hide another (Rosner's generalised ESD, Technometrics 25, 1983). All these tests,
+of all stages, nodes and links, share ALARMS.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from distbench.cluster.faults import Finding, Kind, Trial
 from distbench.cluster.plan import Group
+from distbench.student import student_quantile
 
-THRESHOLD = 3.5
+ALARMS = 0.01
+"""Chance that anybody at all is called slow where nodes and links differ by chance alone."""
+LEAST_SLOWDOWN = 1.05
+"""Times the mean of the others below which nobody is called slow, however sure that is."""
 LEAST_GROUPS = 5
 """Groups below which there is no distribution to speak of."""
 LEAST_TIMES = 4
-"""Cases and arms below which the scatter of a group is not known."""
-
-_NORMAL_MAD = 0.6745
+"""Cases and arms below which a single one decides."""
 
 
-class _Scores(msgspec.Struct, frozen=True):
-    """log(time / median of all) of each group, and the scatter of a group's own times about it."""
+class _Compared(msgspec.Struct, frozen=True):
+    """What is held against one another, in one stage: x of nodes or of links, between `nodes` nodes in all."""
 
+    kind: Kind
+    stage: str
+    alone: bool
+    nodes: int
     values: dict[Group, float]
-    scatter: float
+
+
+class _Outlier(msgspec.Struct, frozen=True):
+    """How many times slower than the others, and how far that is, in their standard deviations."""
+
+    times: float
+    t: float
+    needed: float
 
 
 def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
@@ -38,15 +53,16 @@ def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
 
     Trials that failed have no say. Fewer than LEAST_GROUPS nodes, or LEAST_TIMES cases and arms, name nobody.
     """
-    findings: list[Finding] = []
     passed = [trial for trial in trials if not trial.failed]
-    for stage in dict.fromkeys(stage for trial in passed for stage in trial.times):
-        alone = _scores([trial for trial in passed if trial.step == "nodes"], stage)
-        pairs = _scores([trial for trial in passed if trial.step == "pairs"], stage)
-        slow = _outliers(alone.values, alone.scatter) if alone else {}
-        findings += [_finding("slow node", group, f"alone, {stage}", slow[group]) for group in slow]
-        if pairs:
-            findings += _slow_in_pairs(pairs, stage, {group[0] for group in slow})
+    stages = dict.fromkeys(stage for trial in passed for stage in trial.times)
+    compared = [one for stage in stages for one in _compared(passed, stage)]
+    known: set[tuple[str, Group]] = set()
+    findings: list[Finding] = []
+    for one in compared:
+        for group, found in _outliers(one, ALARMS / len(compared)).items():
+            if (one.stage, group) not in known:
+                findings.append(_finding(one, group, found))
+                known.add((one.stage, group))
     return findings
 
 
@@ -59,7 +75,9 @@ def not_judged(trials: Sequence[Trial]) -> list[str]:
         nodes = {node for trial in passed for node in trial.nodes}
         stages = list(dict.fromkeys(stage for trial in passed for stage in trial.times))
         thin = [stage for stage in stages if len(_shared_keys(passed, stage)) < LEAST_TIMES]
-        if own and len(nodes) < LEAST_GROUPS:
+        if own and step == "pairs" and not any(trial.step == "nodes" for trial in trials):
+            told.append(f"{what}: a pair is held against its nodes alone, which the plan has not; add the step nodes")
+        elif own and len(nodes) < LEAST_GROUPS:
             told.append(f"{what}: {len(nodes)} nodes pass, at least {LEAST_GROUPS} are needed to tell who is slow")
         elif own and (thin or not stages):
             which = f" in {', '.join(thin)}" if stages else ""
@@ -67,31 +85,34 @@ def not_judged(trials: Sequence[Trial]) -> list[str]:
     return told
 
 
-def _slow_in_pairs(pairs: _Scores, stage: str, known: set[str]) -> list[Finding]:
-    """A pair is as slow as its slower end; what is slower than that is the link."""
-    nodes = {node for group in pairs.values for node in group}
+def _compared(passed: Sequence[Trial], stage: str) -> Iterator[_Compared]:
+    """Yield the nodes alone, the nodes by the median of their pairs, and the links by what theirs is above that."""
+    alone, pairs = (_values([trial for trial in passed if trial.step == step], stage) for step in ("nodes", "pairs"))
+    if not alone:
+        return
+    yield _Compared("slow node", stage, alone=True, nodes=len(alone), values=alone)
+    nodes = sorted({node for group in pairs for node in group})
     if len(nodes) < LEAST_GROUPS:
-        return []
-    ends = {node: statistics.median(value for group, value in pairs.values.items() if node in group) for node in nodes}
-    slow = _outliers({(node,): value for node, value in sorted(ends.items())}, pairs.scatter)
-    rest = {group: value - max(ends[node] for node in group) for group, value in pairs.values.items()}
-    links = _outliers(rest, pairs.scatter)
-    found = [_finding("slow node", one, f"in pairs, {stage}", slow[one]) for one in slow if one[0] not in known]
-    return found + [_finding("slow link", one, stage, links[one]) for one in links]
+        return
+    above = {group: value - max(alone[node,] for node in group) for group, value in pairs.items()}
+    ends: dict[Group, float] = {
+        (node,): statistics.median(value for group, value in above.items() if node in group) for node in nodes
+    }
+    yield _Compared("slow node", stage, alone=False, nodes=len(nodes), values=ends)
+    rest = {group: value - max(ends[node,] for node in group) for group, value in above.items()}
+    yield _Compared("slow link", stage, alone=False, nodes=len(nodes), values=rest)
 
 
-def _scores(trials: Sequence[Trial], stage: str) -> _Scores | None:
-    """Return None where groups or the times that all of them have are too few."""
+def _values(trials: Sequence[Trial], stage: str) -> dict[Group, float]:
+    """Return x of each group; of none where groups or the times that all of them have are too few."""
     if len(trials) < LEAST_GROUPS:
-        return None
+        return {}
     times = {trial.nodes: trial.times.get(stage, {}) for trial in trials}
     keys = _shared_keys(trials, stage)
     if len(keys) < LEAST_TIMES:
-        return None
+        return {}
     middle = {key: statistics.median(math.log(own[key]) for own in times.values()) for key in keys}
-    ratios = {group: [math.log(own[key]) - middle[key] for key in keys] for group, own in times.items()}
-    values = {group: statistics.median(own) for group, own in ratios.items()}
-    return _Scores(values, statistics.median(_mad(own) for own in ratios.values()))
+    return {group: statistics.median(math.log(own[key]) - middle[key] for key in keys) for group, own in times.items()}
 
 
 def _shared_keys(trials: Sequence[Trial], stage: str) -> set[str]:
@@ -99,24 +120,50 @@ def _shared_keys(trials: Sequence[Trial], stage: str) -> set[str]:
     return set.intersection(*(set(trial.times.get(stage, {})) for trial in trials))
 
 
-def _outliers(values: Mapping[Group, float], scatter: float) -> dict[Group, tuple[float, float]]:
-    """Return for each group that is slow how many times slower than the median it is, and its modified z-score."""
-    if len(values) < LEAST_GROUPS:
-        return {}
-    middle = statistics.median(values.values())
-    spread = max(_mad(list(values.values())), scatter)
-    if spread == 0:
-        return {}
-    scores = {group: _NORMAL_MAD * (value - middle) / spread for group, value in values.items()}
-    return {group: (math.exp(values[group] - middle), score) for group, score in scores.items() if score > THRESHOLD}
+def _outliers(compared: _Compared, alarms: float) -> dict[Group, _Outlier]:
+    """Return the groups that are slower than what is left without them by more than chance explains.
+
+    Up to a third can be. Links share their nodes, so that their scatter is known no better than that of the nodes.
+    """
+    ordered = sorted(compared.values, key=compared.values.__getitem__)
+    values = [compared.values[group] for group in ordered]
+    below = list(_moments(values))
+    found: list[Group] = []
+    limit = math.inf
+    most = (compared.nodes - 2) // 3
+    for slowest in range(1, most + 1):
+        count = len(values) - slowest
+        needed = student_quantile(alarms / most / (count + 1), compared.nodes - slowest - 1)
+        if _distance(values[count], *below[count]) > needed:
+            found, limit = ordered[count:], needed
+    mean, deviation, count = below[len(values) - len(found)]
+    outliers = {
+        group: _Outlier(
+            math.exp(compared.values[group] - mean), _distance(compared.values[group], mean, deviation, count), limit
+        )
+        for group in reversed(found)
+    }
+    return {group: one for group, one in outliers.items() if one.times >= LEAST_SLOWDOWN}
 
 
-def _mad(values: Sequence[float]) -> float:
-    middle = statistics.median(values)
-    return statistics.median(abs(value - middle) for value in values)
+def _moments(values: Sequence[float]) -> Iterator[tuple[float, float, int]]:
+    """Yield the mean, the standard deviation and the number of the first 0, 1, 2, … values (Welford)."""
+    mean = squares = 0.0
+    yield mean, 0.0, 0
+    for count, value in enumerate(values, 1):
+        before, mean = mean, mean + (value - mean) / count
+        squares += (value - before) * (value - mean)
+        yield mean, math.sqrt(squares / max(count - 1, 1)), count
 
 
-def _finding(kind: Kind, nodes: Group, where: str, found: tuple[float, float]) -> Finding:
-    times, score = found
-    evidence = f"{where}: {times:.2f} times the median, modified z-score {score:.1f}, threshold {THRESHOLD}"
-    return Finding(kind=kind, nodes=nodes, evidence=evidence)
+def _distance(value: float, mean: float, deviation: float, count: int) -> float:
+    """Return Student's t of one more value, beside `count` others."""
+    above = value - mean
+    scale = deviation * math.sqrt(1 + 1 / count)
+    return above / scale if scale else math.copysign(math.inf, above) if above else 0.0
+
+
+def _finding(compared: _Compared, group: Group, found: _Outlier) -> Finding:
+    place = "alone, " if compared.alone else "in pairs, " if compared.kind == "slow node" else ""
+    evidence = f"{found.times:.2f} times the others, Student's t {found.t:.1f}, needed {found.needed:.1f}"
+    return Finding(kind=compared.kind, nodes=group, evidence=f"{place}{compared.stage}: {evidence}")

@@ -157,10 +157,10 @@ class _Running:
         unexpected = next((result for result in found if not result.as_expected), None)
         if unexpected is not None:
             message = unexpected.reasons[0].message if unexpected.reasons else f"expected {unexpected.expect}"
-            return self._ended(exit_code, unexpected.verdict.value, f"{unexpected.name}: {message}")
+            return self._ended(exit_code, unexpected.verdict.value, f"{unexpected.name}: {message}", found)
         if exit_code or any(self._processes.codes.values()) or not found:
             return self._failed(Verdict.RANK_FAULT, f"{len(found)} cases ended as expected{self._last_words()}")
-        return msgspec.structs.replace(self._ended(0, Verdict.PASS.value, ""), times=_times(found))
+        return msgspec.structs.replace(self._ended(0, Verdict.PASS.value, "", found), times=_times(found))
 
     def _last_words(self) -> str:
         """Return how the nodes ended that did not end well, and the last that each of them said."""
@@ -171,10 +171,15 @@ class _Running:
     def _failed(self, verdict: Verdict, reason: str) -> Trial:
         return self._ended(verdict.exit_code, verdict.value, reason)
 
-    def _ended(self, exit_code: int, verdict: str, reason: str) -> Trial:
-        wall_s = self._wall_s or time.monotonic() - self._started
+    def _ended(self, exit_code: int, verdict: str, reason: str, found: Sequence[Result] = ()) -> Trial:
         return Trial(
-            step=self._step, nodes=self._nodes, exit_code=exit_code, verdict=verdict, reason=reason, wall_s=wall_s
+            step=self._step,
+            nodes=self._nodes,
+            exit_code=exit_code,
+            verdict=verdict,
+            reason=reason,
+            wall_s=self._wall_s or time.monotonic() - self._started,
+            devices=_kinds_of_device(found),
         )
 
     def _command(self, number: int) -> list[str]:
@@ -194,6 +199,10 @@ class _Running:
         )
         place = ["--nnodes", str(spread.nodes), "--node-rank", str(number), "--rdzv-endpoint", spread.endpoint]
         return [*command, *place, "--join-timeout", f"{settings.join_timeout_s:g}"]
+
+
+def _kinds_of_device(results: Sequence[Result]) -> tuple[str, ...]:
+    return tuple(sorted({rank.device.partition(":")[0] for result in results for rank in result.ranks}))
 
 
 def _times(results: Sequence[Result]) -> dict[str, dict[str, float]]:

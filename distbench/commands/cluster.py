@@ -17,7 +17,7 @@ from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
 from distbench.cluster.plan import STEPS, Round, Step
 from distbench.cluster.trials import Settings, check_shared, run_round
 from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
-from distbench.commands.options import DEFAULT_OUT, add_report, report_writers
+from distbench.commands.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
 from distbench.errors import InvalidCase
 from distbench.export import write_reports
 from distbench.locks import hold
@@ -75,6 +75,7 @@ def add(commands: Any) -> None:
         help="seconds for a group (default: %(default)s)",
     )
     command.add_argument("--select", metavar="TERMS", default="", help="as for `distbench suite`")
+    add_case_options(command, ("device",))
     command.add_argument(
         "--join-timeout",
         type=seconds(LEAST_SECONDS),
@@ -102,7 +103,7 @@ def _cluster(options: argparse.Namespace) -> int:
     writers = report_writers(options, Path(options.out), reports.__name__)
     settings = Settings(
         suite=str(Path(options.suite).resolve()) if Path(options.suite).exists() else options.suite,
-        options=("--select", options.select) if options.select else (),
+        options=_suite_options(options),
         nproc=options.nproc,
         out=Path(options.out).resolve(),
         timeout_s=options.trial_timeout,
@@ -123,6 +124,12 @@ def _cluster(options: argparse.Namespace) -> int:
     write_reports(validation, writers)
     _print(settings.out, validation)
     return validation.exit_code
+
+
+def _suite_options(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return what the suite's command on each node has from this one's."""
+    given = {"--select": options.select, "--device": options.case_device}
+    return tuple(word for name, value in given.items() if value for word in (name, value))
 
 
 def _steps(text: str) -> tuple[Step, ...]:
@@ -175,7 +182,7 @@ def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int)
     """Refuse a suite that cannot be read, or selects nothing, for the ranks of a group that the plan has."""
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):
-        suite = load_suite(options.suite, size * options.nproc, [], read_environment(os.environ))
+        suite = load_suite(options.suite, size * options.nproc, case_flags(options), read_environment(os.environ))
         select(suite.entries, options.select)
 
 

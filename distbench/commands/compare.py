@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from distbench.report.console import print_line
 from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
 
+Baseline = list[list[Result]]
+
 
 def add(commands: Any) -> None:
     """Describe the command."""
@@ -23,7 +25,7 @@ def add(commands: Any) -> None:
         help="what became wrong or slower since a baseline",
         description="Compare results with older ones: verdicts first, then the time of each stage against the noise "
         "that both have, and with several OLD against what lies between launches. Exits with 1 on a regression or a "
-        "value that is gone, 77 where a stage cannot be judged.",
+        "value that is gone, 77 where something cannot be judged.",
     )
     command.add_argument(
         "old",
@@ -49,23 +51,30 @@ def add_baseline(command: Any) -> None:
     _add_judging(command)
 
 
-def check_baseline(options: argparse.Namespace) -> None:
-    """Read the baseline, so that one that cannot be read is known before a rank starts."""
+def read_baseline(options: argparse.Namespace) -> Baseline:
+    """Return the results of each launch of the baseline.
+
+    Read before a rank starts: one that cannot be read is known by then, and the run may take the place of one.
+    """
     _check_detect(options)
-    for path in options.baseline:
-        sum(1 for _ in Results(path))
+    return [list(Results(path)) for path in options.baseline]
 
 
 def judge_baseline(
-    options: argparse.Namespace, results: Results, exit_code: int, keep: Callable[[str], bool] | None = None
+    options: argparse.Namespace,
+    baseline: Baseline,
+    results: Results,
+    exit_code: int,
+    keep: Callable[[str], bool] | None = None,
 ) -> int:
     """Compare `results` with the baseline, if there is one; return the worse exit code of theirs and `exit_code`.
 
     `keep` tells by its name whether a case of the baseline was to be run at all.
     """
-    if not options.baseline:
+    if not baseline:
         return exit_code
-    return worst_exit_code((exit_code, _judge(options, options.baseline, results, "", keep)))
+    wanted = [[result for result in launch if keep is None or keep(result.name)] for launch in baseline]
+    return worst_exit_code((exit_code, _judge(options, wanted, results)))
 
 
 def _add_judging(command: Any) -> None:
@@ -86,27 +95,19 @@ def _check_detect(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> int:
     _check_detect(options)
-    return _judge(options, options.old, Results(options.new), options.json)
+    return _judge(options, [Results(path) for path in options.old], Results(options.new), options.json)
 
 
-def _judge(
-    options: argparse.Namespace, old: list[str], new: Results, json: str, keep: Callable[[str], bool] | None = None
-) -> int:
+def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results, json: str = "") -> int:
     try:
         from distbench.compare.comparison import compare  # noqa: PLC0415 - loads numpy
         from distbench.compare.words import comparison_lines  # noqa: PLC0415 - likewise
     except ModuleNotFoundError as error:
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
-    comparison = compare(
-        [_wanted(path, keep) for path in old], new, times=not options.verdicts_only, detect=options.detect
-    )
+    comparison = compare(old, new, times=not options.verdicts_only, detect=options.detect)
     if json:
         write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
     for line in comparison_lines(comparison):
         print_line(line)
     return comparison.exit_code
-
-
-def _wanted(path: str, keep: Callable[[str], bool] | None) -> Iterator[Result]:
-    return (result for result in Results(path) if keep is None or keep(result.name))

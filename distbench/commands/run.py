@@ -9,7 +9,7 @@ from typing import Any
 
 from distbench.bundle.layout import bundle_folder
 from distbench.bundle.read import open_bundle
-from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
+from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
 from distbench.commands.nodes import add_nodes, other_nodes
 from distbench.commands.options import (
     add_case_options,
@@ -79,13 +79,12 @@ def _run(options: argparse.Namespace) -> int:
         check_path(path)
         check_folder(str(Path(path).parent), report_bytes([resolved.case]))
     writers = report_writers(options, Path(options.out))
-    check_baseline(options)
     act = _launch if world_size() is None else _take_part
     return act(entry, options, paths, writers)
 
 
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
-    out = Path(options.out)
+    out, baseline = Path(options.out), read_baseline(options)
     devices = check_launch([entry], options.nnodes)
     results = Results(out)
     with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
@@ -98,7 +97,7 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         print_report(report)
         if options.bundle and report.exit_code:
             _print_bundle(bundle_folder(options.bundle, entry.case))
-        nodes.exit_code = judge_baseline(options, results, report.exit_code)
+        nodes.exit_code = judge_baseline(options, baseline, results, report.exit_code)
     return nodes.exit_code
 
 
@@ -120,11 +119,12 @@ def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...]
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():
             return work(job)
+        baseline = read_baseline(options)
         _forget(out, paths)
         results = Results(out)
         with exported(results, writers):
             code = work(job)
-    return judge_baseline(options, results, code)
+    return judge_baseline(options, baseline, results, code)
 
 
 def _forget(out: Path, paths: tuple[str, ...]) -> None:

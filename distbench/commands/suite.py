@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.case import case_hash
-from distbench.commands.compare import add_baseline, check_baseline, judge_baseline
+from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
 from distbench.commands.nodes import add_nodes, other_nodes
 from distbench.commands.numbers import whole
 from distbench.commands.options import (
@@ -86,12 +86,11 @@ def _suite(options: argparse.Namespace) -> int:
     entries = examined(chosen, suite.origin, options)
     check_folder(options.out, report_bytes(entry.case for entry in entries))
     writers = report_writers(options, Path(options.out))
-    check_baseline(options)
     return _launch(entries, options, writers) if world_size() is None else _take_part(entries, options, writers)
 
 
 def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writers) -> int:
-    out = Path(options.out)
+    out, baseline = Path(options.out), read_baseline(options)
     devices = check_launch(entries, options.nnodes)
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
@@ -101,7 +100,7 @@ def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writ
         with exported(results, writers):
             summary = campaign(entries, options, progress, hub=nodes.hub)
         print_summary(summary, options.out)
-        nodes.exit_code = judge_baseline(options, results, summary.exit_code, _asked(entries, options))
+        nodes.exit_code = judge_baseline(options, baseline, results, summary.exit_code, _asked(entries, options))
     return nodes.exit_code
 
 
@@ -110,11 +109,12 @@ def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers:
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():
             return work(job)
+        baseline = read_baseline(options)
         _forget(Path(options.out), entries, options.rerun)
         results = _results(Path(options.out), entries)
         with exported(results, writers):
             code = work(job)
-    return judge_baseline(options, results, code, _asked(entries, options))
+    return judge_baseline(options, baseline, results, code, _asked(entries, options))
 
 
 def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:

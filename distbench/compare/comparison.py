@@ -18,7 +18,10 @@ SCHEMA = "distbench.compare/1"
 ALL_CASES = ""
 
 Key = tuple[str, str]
-Kind = Literal["regressed", "new failure", "absent", "another case", "time absent", "fixed", "still failing"]
+_Samples = dict[Key, tuple[Samples, ...]]
+Kind = Literal[
+    "regressed", "new failure", "absent", "another case", "time absent", "no result", "fixed", "still failing"
+]
 
 Noise = Literal["within launches", "between launches"]
 
@@ -27,6 +30,9 @@ _REGRESSIONS = ("regressed", "new failure", "absent", "another case", "time abse
 _DEFAULTS = msgspec.to_builtins(FIELD_DEFAULTS)
 _UNKNOWN = object()
 _UNSUPPORTED = Verdict.UNSUPPORTED.exit_code
+_NO_RESULT = {Verdict.INVALID, Verdict.UNSUPPORTED, Verdict.HANG, Verdict.RANK_FAULT}
+# Without --iterations it is run once: the others are held against that.
+_RUN_ONCE = "padded"
 
 
 class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +60,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     `times` has every arm and stage over all cases, then the single cases that are slower or faster. `noise` says whose
     noise they were held against, that of `launches` old launches, `left_out` how many cases of an arm and stage had too
     few samples to be judged in. `coarse` are the arms and stages of which less can be told than was asked for.
+    `untimed` says that times were asked for and none could be compared.
     """
 
     schema: str = SCHEMA
@@ -65,6 +72,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     unjudged: list[Key]
     left_out: dict[str, int]
     coarse: list[Key]
+    untimed: bool
     exit_code: int
 
 
@@ -77,7 +85,7 @@ class _Kept(msgspec.Struct, frozen=True):
     verdict: Verdict
     as_expected: bool
     message: str
-    times: dict[Key, tuple[Samples, ...]]
+    times: _Samples
 
 
 class _Timed(msgspec.Struct, frozen=True):
@@ -88,31 +96,41 @@ class _Timed(msgspec.Struct, frozen=True):
 class _Times:
     """The samples of all cases that ended as before, by arm and stage, and what could not be taken."""
 
-    def __init__(self, launches: int) -> None:
+    def __init__(self, launches: int, *, asked: bool) -> None:
+        self.asked = asked
         self.timed: dict[Key, list[_Timed]] = {}
         self.stages: set[Key] = set()
         self.left_out: Counter[str] = Counter()
         self._launches = launches
 
     def take(self, old: _Kept, new: _Kept) -> list[CaseFinding]:
-        """Note the samples that both have, and return what only the old one has."""
+        """Note the samples that both have, and return what only the old one has, or has enough of."""
         self.stages |= old.times.keys()
-        absent = [
-            "/".join(key)
-            for key, before in old.times.items()
-            if key not in new.times or (before and not new.times[key])
-        ]
         for key in old.times.keys() & new.times.keys():
             series = (*old.times[key], *new.times[key])
             if len(series) == self._launches + 1 and min(one.size for one in series) >= LEAST_SAMPLES:
                 self.timed.setdefault(key, []).append(_Timed(new.name, Pair(series[:-1], series[-1])))
             else:
                 self.left_out["/".join(key)] += 1
-        if not absent:
+        message = _gone(old.times, new.times)
+        if not message:
             return []
-        message = f"no time any more of {', '.join(absent)}"
         verdicts = {"old": old.verdict.value, "new": new.verdict.value}
         return [CaseFinding(kind="time absent", name=new.name, message=message, **verdicts)]
+
+
+def _gone(old: _Samples, new: _Samples) -> str:
+    """Return in words which times or samples of `old` are not in `new`."""
+    absent = [key for key, before in old.items() if key not in new or (before and not new[key])]
+    thin = [
+        key for key, before in old.items() if key not in absent and _most(before) >= LEAST_SAMPLES > _most(new[key])
+    ]
+    told = (("no time any more of", absent), (f"fewer than {LEAST_SAMPLES} samples any more of", thin))
+    return "; ".join(f"{what} {', '.join(map('/'.join, keys))}" for what, keys in told if keys)
+
+
+def _most(launches: tuple[Samples, ...]) -> int:
+    return max((one.size for one in launches), default=0)
 
 
 def compare(
@@ -133,7 +151,7 @@ def compare(
         )
         raise InvalidCase(message)
     findings: list[CaseFinding] = []
-    taken = _Times(len(old))
+    taken = _Times(len(old), asked=times)
     pairs = 0
     before_all = _merged([[_kept(result) for result in launch] for launch in old])
     for before, after in _pairs(before_all, [_kept(result) for result in new]):
@@ -141,7 +159,7 @@ def compare(
         finding = _finding(before, after)
         if finding is not None:
             findings.append(finding)
-        elif times and before is not None and after is not None:
+        elif taken.asked and before is not None and after is not None:
             findings += taken.take(before, after)
     if not pairs:
         message = "compare: the two have no case in common; give results of the same suite"
@@ -157,8 +175,9 @@ def _concluded(
     judged = {key for key, detectable in together.items() if detectable is not None}
     unjudged = sorted(taken.stages - judged)
     coarse = [] if detect is None else sorted(key for key in judged if (together[key] or 0) > detect)
-    nowhere = {stage for _, stage in unjudged} - {stage for _, stage in judged}
-    unanswered = bool(nowhere if detect is None else unjudged or coarse)
+    untimed = taken.asked and not taken.timed
+    excused = {key for key in unjudged if detect is None and key[0] == _RUN_ONCE and key not in taken.timed}
+    unanswered = untimed or bool(coarse) or bool(set(unjudged) - excused)
     return Comparison(
         pairs=pairs,
         launches=launches,
@@ -168,12 +187,13 @@ def _concluded(
         unjudged=unjudged,
         left_out={name: taken.left_out[name] for name in map("/".join, sorted(taken.timed)) if taken.left_out[name]},
         coarse=coarse,
+        untimed=untimed,
         exit_code=_exit_code(findings, changes, unanswered=unanswered),
     )
 
 
 def _kept(result: Result) -> _Kept:
-    times: dict[Key, tuple[Samples, ...]] = {}
+    times: _Samples = {}
     try:
         for time in result.stage_times():
             times[time.arm, time.stage] = (readable(time.samples_us),) if time.samples_us else ()
@@ -251,7 +271,9 @@ def _kind(old: _Kept, new: _Kept) -> Kind | None:
         if old.verdict is Verdict.PASS and new.verdict is not Verdict.PASS:
             return "regressed"
         return None if old.as_expected else "fixed"
-    return "regressed" if old.as_expected or worse else "still failing"
+    if old.as_expected or worse:
+        return "regressed"
+    return "no result" if {old.verdict, new.verdict} <= _NO_RESULT else "still failing"
 
 
 def _judge(timed: dict[Key, list[_Timed]], launches: int) -> list[TimeFinding]:
@@ -276,4 +298,4 @@ def _judge(timed: dict[Key, list[_Timed]], launches: int) -> list[TimeFinding]:
 def _exit_code(findings: list[CaseFinding], changes: list[TimeFinding], *, unanswered: bool) -> int:
     if any(found.kind in _REGRESSIONS for found in findings) or any(found.change.slower for found in changes):
         return 1
-    return _UNSUPPORTED if unanswered else 0
+    return _UNSUPPORTED if unanswered or any(found.kind == "no result" for found in findings) else 0

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from distbench.compare.noise import PLANNED_POWER, Change, Pair, Samples, judge_change
+from distbench.student import student_quantile, student_tail
 
 LEAST_LAUNCHES = 3
 """Old launches below which nothing is known of how far they lie apart; one is compared by its own noise alone."""
@@ -45,30 +46,6 @@ def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
         faster=within.faster and p_faster < alpha,
         between=_as_share(float(np.std(old, ddof=1))),
     )
-
-
-def student_tail(t: float, freedom: int) -> float:
-    """Return the chance that Student's t of `freedom` degrees of freedom exceeds `t` (Abramowitz and Stegun 26.7)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for step in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine**2 * step / (step + 1)
-    inside = (angle + sine * total) * 2 / math.pi if odd else sine * total
-    return (1 - inside) / 2
-
-
-def student_quantile(tail: float, freedom: int) -> float:
-    """Return the value that Student's t is above with the chance `tail`, below one half."""
-    low, high = 0.0, 1.0
-    while student_tail(high, freedom) > tail and high < _WIDEST:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_tail(middle, freedom) > tail else (low, middle)
-    return high
 
 
 def _levels(pairs: Sequence[Pair]) -> Samples:

@@ -9,7 +9,16 @@ from distbench.compare.launches import LEAST_LAUNCHES
 from distbench.compare.noise import ALPHA, LEAST_SAMPLES, POWER
 
 _SHOWN = 50
-_WORST_FIRST = ("regressed", "new failure", "absent", "another case", "time absent", "still failing", "fixed")
+_WORST_FIRST = (
+    "regressed",
+    "new failure",
+    "absent",
+    "another case",
+    "time absent",
+    "no result",
+    "still failing",
+    "fixed",
+)
 
 
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
@@ -30,6 +39,11 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
 
 def _limits(comparison: Comparison) -> Iterator[str]:
     """Yield what the comparison cannot tell."""
+    if comparison.untimed:
+        yield (
+            f"no times compared: no arm and stage has {LEAST_SAMPLES} samples on each side in a case that ended the "
+            "same way; --verdicts-only asks for none"
+        )
     if comparison.unjudged:
         yield f"not judged: {_named(comparison.unjudged)}: too few samples ({LEAST_SAMPLES} of each) or too much noise"
     if comparison.left_out:

@@ -23,6 +23,7 @@ class ResultRank(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     host: str
+    device: str
     total_recv: int
     digests: dict[str, str] = {}
 

@@ -65,6 +65,28 @@ def test_a_planted_fault_is_named(
         assert document["not_run"] == ["pairs", "all"]
 
 
+@pytest.mark.parametrize(
+    ("planted", "defects"), [({"b": "on the CPU"}, ["b"]), (dict.fromkeys("abc", "on the CPU"), [])]
+)
+def test_a_node_that_passes_on_other_devices_than_most_is_a_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: dict[str, Any], defects: list[str]
+) -> None:
+    code, document = validate(tmp_path, monkeypatch, "a,b,c", planted)
+    alone = {trial["nodes"][0]: trial["devices"] for trial in document["trials"] if trial["step"] == "nodes"}
+    assert alone == {node: ["cpu" if node in planted else "cuda"] for node in "abc"}
+    assert (code, document["defects"]) == (77 if defects else 0, defects)
+    if defects:
+        assert document["findings"][0]["evidence"] == "fails alone: UNSUPPORTED: ran on cpu, 2 of 3 on cuda"
+        code, document = validate(tmp_path, monkeypatch, "a,b", planted, "--plan", "nodes")
+        assert (code, document["defects"]) == (77, ["b"])
+
+
+def test_a_device_that_is_asked_for_is_asked_of_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = dict.fromkeys("abc", "on the CPU")
+    code, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--device", "cuda")
+    assert (code, [one["kind"] for one in document["findings"]]) == (77, ["common"])
+
+
 def test_what_a_group_finds_is_waited_for_and_one_that_lost_a_node_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,15 +38,20 @@ def documents(name: str) -> list[dict[str, Any]]:
     return [json.loads(json.dumps(one)) for one in yaml.safe_load_all((FOLDER / name).read_text())]
 
 
+def document(name: str, kind: str) -> dict[str, Any]:
+    (only,) = (one for one in documents(name) if one["kind"] == kind)
+    return only
+
+
 def indexed_pod() -> tuple[int, dict[str, Any]]:
     """Return the number of pods of the job, and their template."""
-    _, job = documents("indexed-job.yaml")
+    job = document("indexed-job.yaml", "Job")
     return job["spec"]["completions"], job["spec"]["template"]
 
 
 def operators_pods() -> list[tuple[int, dict[str, Any]]]:
     """Return for each kind of pod the number of pods of all kinds, and the template."""
-    (job,) = documents("pytorchjob.yaml")
+    job = document("pytorchjob.yaml", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"].values()
     return [(sum(one["replicas"] for one in replicas), one["template"]) for one in replicas]
 
@@ -65,15 +70,17 @@ def validate_pytorchjob(job: dict[str, Any]) -> None:
     jsonschema.validate(job, PYTORCHJOB, jsonschema.Draft7Validator)
 
 
-def test_the_job_and_its_service_are_valid() -> None:
-    for document in documents("indexed-job.yaml"):
-        kubernetes_validate.validate(document, VERSION, strict=True)
+def test_what_kubernetes_itself_knows_is_valid() -> None:
+    own = [one for name in ("indexed-job.yaml", "pytorchjob.yaml") for one in documents(name)]
+    assert [one["kind"] for one in own].count("PyTorchJob") == 1
+    for one in own:
+        if one["kind"] != "PyTorchJob":
+            kubernetes_validate.validate(one, VERSION, strict=True)
 
 
 def test_the_job_of_the_training_operator_is_valid_and_so_are_its_pods() -> None:
     jsonschema.Draft7Validator.check_schema(PYTORCHJOB)
-    (job,) = documents("pytorchjob.yaml")
-    validate_pytorchjob(job)
+    validate_pytorchjob(document("pytorchjob.yaml", "PyTorchJob"))
     for number, (_, template) in enumerate(operators_pods()):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": f"pod{number}"}, **template}
         kubernetes_validate.validate(pod, VERSION, strict=True)
@@ -81,7 +88,7 @@ def test_the_job_of_the_training_operator_is_valid_and_so_are_its_pods() -> None
 
 @pytest.mark.parametrize(("key", "value"), [("compeltions", 4), ("completionMode", ["Indexed"]), ("parallelism", "4")])
 def test_the_validator_sees_a_mistake(key: str, value: object) -> None:
-    _, job = documents("indexed-job.yaml")
+    job = document("indexed-job.yaml", "Job")
     job["spec"][key] = value
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(job, VERSION, strict=True)
@@ -103,7 +110,7 @@ def test_the_validator_sees_a_mistake(key: str, value: object) -> None:
     ],
 )
 def test_a_mistake_in_the_operators_part_is_seen(path: str, value: object) -> None:
-    (job,) = documents("pytorchjob.yaml")
+    job = document("pytorchjob.yaml", "PyTorchJob")
     *folders, last = path.split("/")
     place: Any = job
     for name in folders:
@@ -113,10 +120,11 @@ def test_a_mistake_in_the_operators_part_is_seen(path: str, value: object) -> No
         validate_pytorchjob(job)
 
 
-def test_no_pod_is_started_again_in_secret() -> None:
-    _, job = documents("indexed-job.yaml")
-    (pytorch,) = documents("pytorchjob.yaml")
-    assert job["spec"]["backoffLimit"] == pytorch["spec"]["runPolicy"]["backoffLimit"] == 0
+def test_no_pod_is_started_again_in_secret_nor_killed_with_another() -> None:
+    job, pytorch = document("indexed-job.yaml", "Job"), document("pytorchjob.yaml", "PyTorchJob")
+    assert job["spec"]["backoffLimitPerIndex"] == 0
+    assert not {"backoffLimit", "maxFailedIndexes"} & job["spec"].keys()
+    assert pytorch["spec"]["runPolicy"] == {"backoffLimit": 0, "cleanPodPolicy": "None"}
     replicas = pytorch["spec"]["pytorchReplicaSpecs"].values()
     policies = [job["spec"]["template"]["spec"]["restartPolicy"], *(one["restartPolicy"] for one in replicas)]
     assert policies == ["Never"] * 3
@@ -133,6 +141,18 @@ def test_every_pod_runs_a_command_that_distbench_knows() -> None:
         )
         mounted = {mount["mountPath"] for mount in pod["volumeMounts"]}
         assert {"/dev/shm", options.out} == mounted  # noqa: S108 - a mount of the pod
+
+
+def test_results_outlive_their_pod() -> None:
+    for name, templates in (("indexed-job.yaml", [indexed_pod()]), ("pytorchjob.yaml", operators_pods())):
+        claim = document(name, "PersistentVolumeClaim")
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+        for _, template in templates:
+            pod = container(template)
+            out = parse(pod["command"]).out
+            (volume,) = (mount["name"] for mount in pod["volumeMounts"] if mount["mountPath"] == out)
+            kept = {one["name"]: one for one in template["spec"]["volumes"]}[volume]
+            assert kept["persistentVolumeClaim"] == {"claimName": claim["metadata"]["name"]}
 
 
 def parse(command: list[str]) -> Any:
@@ -154,7 +174,7 @@ def named(template: dict[str, Any]) -> set[str]:
 
 
 def test_the_pods_of_the_job_meet_where_the_service_says() -> None:
-    service, job = documents("indexed-job.yaml")
+    service, job = (document("indexed-job.yaml", kind) for kind in ("Service", "Job"))
     name = job["metadata"]["name"]
     assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"job-name": name}
@@ -165,7 +185,7 @@ def test_the_pods_of_the_job_meet_where_the_service_says() -> None:
 
 
 def test_the_pods_of_the_operator_meet_where_it_says() -> None:
-    (job,) = documents("pytorchjob.yaml")
+    job = document("pytorchjob.yaml", "PyTorchJob")
     for _, template in operators_pods():
         command = container(template)["command"]
         assert {"--rdzv-endpoint=$(MASTER_ADDR):29500", "--node-rank=$(RANK)"} <= set(command)

@@ -21,6 +21,12 @@ JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "
 
 def launch(folder: Path, *arguments: str, **variables: str) -> list[str]:
     """Return the arguments of `distbench` on the job's nodes."""
+    lines = printed(folder, *arguments, **variables)
+    return lines[lines.index("task") + 2 :]
+
+
+def printed(folder: Path, *arguments: str, **variables: str) -> list[str]:
+    """Return what the script and srun print."""
     for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo n1"), ("distbench", ":")):
         path = folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -29,8 +35,7 @@ def launch(folder: Path, *arguments: str, **variables: str) -> list[str]:
     environment = {"PATH": os.defpath, "VENV": str(folder), "SLURM_SUBMIT_DIR": "/jobs", **JOB, **variables}
     command = [str(SCRIPT), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    return lines[lines.index("task") + 2 :]
+    return done.stdout.splitlines()
 
 
 def examples() -> list[list[str]]:
@@ -70,3 +75,33 @@ def test_ranks_that_got_gpus_have_to_run_on_them(
 def test_one_node_needs_no_rendezvous(tmp_path: Path) -> None:
     told = launch(tmp_path, "run", "--model", "tiny", SLURM_JOB_NUM_NODES="1", NPROC_PER_NODE="2", OUT="/out")
     assert told == ["run", "--model", "tiny", "--nproc", "2", "--out", "/out"]
+
+
+@pytest.mark.parametrize(
+    ("out", "folder"),
+    [("", "/jobs/distbench-17"), ("results", "/jobs/results"), ("/scratch/results", "/scratch/results")],
+)
+def test_results_leave_a_container(tmp_path: Path, out: str, folder: str) -> None:
+    image = {"CONTAINER_IMAGE": "/images/distbench.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
+    given = {"OUT": out} if out else {}
+    lines = printed(tmp_path, **image, **given)
+    outside = folder.startswith("/scratch")
+    assert lines[lines.index("--out") + 1] == folder
+    mounts = "/data:/data,/jobs:/jobs" + f",{folder}:{folder}" * outside
+    assert f"--container-mounts={mounts}" in lines
+    made = [number for number, line in enumerate(lines) if line == "mkdir"]
+    assert [lines[number + 1 : number + 3] for number in made] == [["-p", folder]] * outside
+
+
+@pytest.mark.parametrize(
+    ("variables", "endpoint"),
+    [
+        ({"MASTER_ADDR": "stale"}, "n1:20017"),
+        ({"ENDPOINT_HOST": "10.0.0.1", "MASTER_PORT": "4000"}, "10.0.0.1:4000"),
+        ({"ENDPOINT_HOST": "fd00::1"}, "[fd00::1]:20017"),
+        ({"ENDPOINT_HOST": "[fd00::1]"}, "[fd00::1]:20017"),
+    ],
+)
+def test_nodes_meet_where_the_job_says(tmp_path: Path, variables: dict[str, str], endpoint: str) -> None:
+    told = launch(tmp_path, **variables)
+    assert told[told.index("--rdzv-endpoint") + 1] == endpoint

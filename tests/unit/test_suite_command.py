@@ -14,6 +14,7 @@ from distbench import campaign, preflight
 from distbench.case import case_hash
 from distbench.cli import main
 from distbench.commands import options
+from distbench.commands import run as run_command
 from distbench.commands import suite as suite_command
 from distbench.errors import Verdict
 from distbench.job import Entry, Job
@@ -55,6 +56,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     for module in (options, preflight):
         monkeypatch.setattr(module, "count_devices", lambda: 0)
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
+    monkeypatch.setattr(run_command, "print_report", lambda _: None)  # it shows comparisons, of which none was made
     return ending
 
 
@@ -113,6 +115,20 @@ def test_what_is_no_result_is_set_aside_when_all_is_run_again(tmp_path: Path, ra
     assert suite(out, seeds, "--rerun=all", "--select=seed=3") == 0
     assert changed(first, lines(out)) == {"seed=3"}
     assert (out / "results.damaged.jsonl").read_bytes() == b'{"old":1}\n'
+
+
+@pytest.mark.parametrize("arguments", [("run", "--model=tiny"), ("suite", "seeds", "--rerun=all", "--select=seed=0")])
+def test_a_baseline_in_the_folder_of_the_run_is_what_was_there_before(
+    tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    command = [str(seeds) if word == "seeds" else word for word in arguments]
+    command += ["--nproc=2", f"--out={out}", "--verdicts-only"]
+    ranks({})
+    assert main(command) == 0
+    ranks({0: Verdict.CORRUPT})
+    assert main([*command, f"--baseline={out}"]) == 1
+    assert ": PASS → CORRUPT" in capsys.readouterr().out
 
 
 def expectation(verdict: str, **match: object) -> list[dict[str, object]]:

@@ -57,6 +57,17 @@ def test_command(venv: Path, variables: dict[str, str], command: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("address", "host"), [("fd00::1", "fd00::1"), ("[fd00::1]", "fd00::1"), ("10.0.0.1", "10.0.0.1")]
+)
+def test_an_address_of_ipv6_is_in_brackets_before_a_port_only(venv: Path, address: str, host: str) -> None:
+    write_command(venv / "bin" / "python", f'[ "$3" = "{host}" ] && echo GLOO_SOCKET_IFNAME=eth7')
+    write_command(venv / "bin" / "torchrun", 'echo "$GLOO_SOCKET_IFNAME $*"')
+    told = launch(venv, **TWO_NODES | {"MASTER_ADDR": address}).stdout
+    assert told.startswith("eth7 ")
+    assert f" --rdzv-endpoint={f'[{host}]' if ':' in host else host}:29500 " in told
+
+
+@pytest.mark.parametrize(
     ("arguments", "command"),
     [
         ((), "run"),

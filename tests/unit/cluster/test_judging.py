@@ -8,12 +8,12 @@ from collections.abc import Callable
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.cluster.faults import Finding, Trial, name_faults
 from distbench.cluster.plan import STEPS, Step, rounds_of
-from distbench.cluster.stragglers import name_stragglers
+from distbench.cluster.stragglers import LEAST_SLOWDOWN, name_stragglers, not_judged
 from distbench.verify.records import STAGE_ORDER
 
 KEYS = [f"case {number}" for number in range(8)]
@@ -83,7 +83,7 @@ def test_the_evidence_says_how_it_failed() -> None:
     assert found.evidence == "fails with each of its 3 partners: HANG: why"
 
 
-def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.05) -> list[Trial]:
+def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.01) -> list[Trial]:
     """Return trials with noisy times: a case's own, as slow as its group is in that stage."""
     rng = random.Random(seed)
     base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in STAGE_ORDER for key in KEYS}
@@ -98,6 +98,7 @@ def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise:
     return found
 
 
+@settings(deadline=None)
 @given(count=st.integers(5, 12), seed=st.integers(0, 10**6), slow=st.integers(0, 4), by=st.floats(1.5, 10))
 def test_a_slow_node_is_named_in_its_stage_and_no_other(count: int, seed: int, slow: int, by: float) -> None:
     node = f"node{slow}"
@@ -108,6 +109,7 @@ def test_a_slow_node_is_named_in_its_stage_and_no_other(count: int, seed: int, s
     assert all("alone, experts: " in found.evidence for found in findings)
 
 
+@settings(deadline=None)
 @given(count=st.integers(5, 12), seed=st.integers(0, 10**6), by=st.floats(1.5, 10))
 def test_a_slow_link_is_named_and_a_node_that_is_slow_with_others_only(count: int, seed: int, by: float) -> None:
     link = {"node0", "node1"}
@@ -118,11 +120,44 @@ def test_a_slow_link_is_named_and_a_node_that_is_slow_with_others_only(count: in
     assert all("in pairs, " in found.evidence for found in findings)
 
 
+def nodes_that_differ(count: int, seed: int, slow: int = 0) -> list[Trial]:
+    """Return trials of nodes that lie 2 % apart in each stage, the first few of them 30 % slower in their experts."""
+    rng = random.Random(seed)
+    level = {(stage, node): math.exp(rng.gauss(0, 0.02)) for stage in STAGE_ORDER for node in names(count)}
+    for node in names(slow):
+        level["experts", node] *= 1.3
+    return timed(count, seed, lambda stage, group: max(level[stage, node] for node in group))
+
+
 @pytest.mark.parametrize("count", [5, 8, 16])
-def test_noise_alone_names_hardly_anybody(count: int) -> None:
+def test_healthy_nodes_that_differ_are_hardly_ever_called_slow(count: int) -> None:
     rounds = 30
-    found = [name_stragglers(timed(count, seed, lambda *_: 1.0, noise=0.2)) for seed in range(rounds)]
-    assert sum(map(bool, found)) <= 1
+    noisy = sum(bool(name_stragglers(timed(count, seed, lambda *_: 1.0, noise=0.2))) for seed in range(rounds))
+    differing = sum(bool(name_stragglers(nodes_that_differ(count, seed))) for seed in range(rounds))
+    assert max(noisy, differing) <= 2
+
+
+@pytest.mark.parametrize(("count", "slow", "found"), [(8, 1, 24), (16, 1, 30), (16, 3, 30)])
+def test_slow_nodes_are_found_among_nodes_that_differ(count: int, slow: int, found: int) -> None:
+    right = {("slow node", frozenset([node])) for node in names(slow)}
+    rounds = [named(name_stragglers(nodes_that_differ(count, seed, slow))) for seed in range(30)]
+    assert rounds.count(right) >= found
+
+
+def test_less_than_the_least_slowdown_is_not_looked_for() -> None:
+    def slower(by: float) -> list[Finding]:
+        return name_stragglers(timed(8, 0, lambda _, group: by if "node0" in group else 1.0, noise=1e-4))
+
+    assert slower(LEAST_SLOWDOWN - 0.01) == []
+    assert named(slower(LEAST_SLOWDOWN + 0.01)) == {("slow node", frozenset(["node0"]))}
+
+
+def test_pairs_are_not_judged_without_their_nodes_alone() -> None:
+    pairs = [trial for trial in timed(8, 0, lambda _, group: 9.0 if "node0" in group else 1.0) if trial.step == "pairs"]
+    assert name_stragglers(pairs) == []
+    assert not_judged(pairs) == [
+        "slow links: a pair is held against its nodes alone, which the plan has not; add the step nodes"
+    ]
 
 
 def test_too_few_nodes_name_nobody() -> None:

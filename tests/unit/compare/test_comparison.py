@@ -42,6 +42,10 @@ def compare(tmp_path: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]
         (result(verdict="CORRUPT"), result(verdict="CORRUPT"), "still failing", 0),
         (result(verdict="CORRUPT"), result(verdict="HANG"), "regressed", 1),
         (result(verdict="HANG"), result(verdict="CORRUPT"), "still failing", 0),
+        (result(verdict="HANG"), result(verdict="HANG"), "no result", 77),
+        (result(verdict="HANG"), result(verdict="RANK_FAULT"), "no result", 77),
+        (result(verdict="UNSUPPORTED"), result(verdict="UNSUPPORTED"), "no result", 77),
+        (result(verdict="INVALID", as_expected=True), result(verdict="INVALID", as_expected=True), None, 0),
         (result(verdict="CORRUPT"), result(), "fixed", 0),
         (result(), result(case=CASE | {"model": "other"}), "another case", 1),
         (result(), result(case=CASE | {"repeats": 1, "policy": "strict"}), None, 0),
@@ -93,7 +97,13 @@ def test_one_case_of_many_that_became_slower_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "code"),
     [
-        (noisy(1), noisy(2, size=3), 77),
+        (noisy(1), noisy(2, size=3), 1),
+        (noisy(1), noisy(2) | {"truncated": noisy(2, size=9)["truncated"]}, 1),
+        (noisy(1, size=9), noisy(2), 77),
+        (noisy(1) | {"truncated": noisy(1, size=9)["truncated"]}, noisy(2), 77),
+        (noisy(1) | {"padded": noisy(1, size=1)["padded"]}, noisy(2), 0),
+        ({"wall_s": 1.0}, noisy(1), 77),
+        ({"wall_s": 1.0}, {"wall_s": 1.0}, 77),
         (noisy(1, size=3), noisy(2, size=3), 77),
         (timing(samples=[1.0]) | {"wall_s": 1.0}, timing(samples=[1.0]) | {"wall_s": 1.0}, 77),
         (noisy(1), {"wall_s": 1.0}, 1),
@@ -107,6 +117,16 @@ def test_a_time_that_is_absent_or_unreadable_is_no_pass(
     tmp_path: Path, old: dict[str, Any], new: dict[str, Any], code: int
 ) -> None:
     assert compare(tmp_path, [result(timing=old)], [result(timing=new)])[0] == code
+
+
+def test_that_nothing_was_timed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    untimed = [result(timing={"wall_s": 1.0})]
+    code, comparison = compare(tmp_path, untimed, untimed)
+    assert (code, comparison["untimed"]) == (77, True)
+    assert "no times compared: " in capsys.readouterr().out
+    code, comparison = compare(tmp_path, untimed, untimed, "--verdicts-only")
+    assert (code, comparison["untimed"]) == (0, False)
+    assert "no times compared" not in capsys.readouterr().out
 
 
 def several(tmp_path: Path, new: list[dict[str, Any]], *more: str, old: int = 5) -> tuple[int, Any]:
