@@ -10,12 +10,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.devices import runs_on_device
 from distbench.errors import InvalidCase, Unsupported
 
 _WORD_BYTES = 8
+# A rank that is called in later says so often that it stands still for no other reason.
+_SAID_S = 0.5
 
 
 class Session:
@@ -42,19 +45,45 @@ class Session:
         self._devices = torch.cuda.device_count() if accelerated else 0
         _share_cores(self.local_ranks)
         backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.group = _world_group()
         if accelerated:
             self._devices = self._fewest_devices()
         self._groups = {self.world_size: self.group}
+        self._entered = self.world_size
+        self._calls = 0
+        self._store = store
         self._closing = contextlib.ExitStack()
 
     def enter(self, ep_size: int) -> bool:
-        """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective."""
+        """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective there.
+
+        Ranks outside go on at once, and wait where they are needed again: for all the cases between, which no time
+        limit covers. Rank 0 calls them before it begins; until then they are ahead of it.
+        """
+        before, self._entered = self._entered, ep_size
+        self._calls += ep_size > before
+        if self.rank >= ep_size:
+            return False
+        call = f"distbench/call-{self._calls}"
+        if self.rank == 0 and ep_size > before:
+            self._store.set(call, "")
+        self.crumbs.mark("start")
+        if self.rank >= before:
+            self._wait_for(call)
         if ep_size not in self._groups:
-            self._groups[ep_size] = dist.new_group(list(range(ep_size)))
+            self._groups[ep_size] = dist.new_group(list(range(ep_size)), use_local_synchronization=True)
         self.group = self._groups[ep_size]
-        return self.rank < ep_size
+        return True
+
+    def _wait_for(self, call: str) -> None:
+        while True:
+            with contextlib.suppress(dist.DistStoreError):
+                self._store.wait([call], timedelta(seconds=_SAID_S))
+                return
+            self.crumbs.mark("start")
 
     def use(self, asked: str) -> None:
         """Take the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch decide alike.
