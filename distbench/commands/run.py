@@ -103,7 +103,14 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
 
 def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
     out = Path(options.out)
-    job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
+    job = Job(
+        entries=(entry,),
+        out=options.out,
+        report_paths=paths,
+        bundle=options.bundle,
+        supervised=False,
+        started=world_size() or 0,
+    )
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():
             return work(job)

@@ -106,7 +106,14 @@ def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writ
 
 
 def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
-    job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False)
+    job = Job(
+        entries=entries,
+        out=options.out,
+        bundle=options.bundle,
+        supervised=False,
+        started=world_size() or 0,
+        quiet=options.quiet,
+    )
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():
             return work(job)

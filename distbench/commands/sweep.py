@@ -66,8 +66,9 @@ def _sweep(options: argparse.Namespace) -> int:
     entries = _entries(options)
     check_path(options.out)
     check_folder(options.out, report_bytes(entry.case for entry in entries))
-    if world_size() is not None:
-        job = Job(entries=entries, out=options.out, supervised=False)
+    started = world_size()
+    if started is not None:
+        job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False, started=started)
         with hold_as_rank(job, options.lock_timeout):
             return work(job)
     devices = check_launch(entries)

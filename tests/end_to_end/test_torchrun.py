@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from distbench.job import clear_ranks, crumb_path, failure_path, stack_path
+from distbench.locks import hold
 from tests.end_to_end.launches import TINY, Torchrun, faulty, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -153,3 +155,29 @@ def test_collect_names_no_rank_that_was_outside(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "distbench", "collect", str(bench.out)], check=False, cwd=ROOT)
     assert bench.verdicts == {"seed=0 ep_size=2": "PASS", "seed=1 ep_size=2": "RANK_FAULT"}
     assert [reason["rank"] for reason in bench.reports[-1]["reasons"]] == [1]
+
+
+def test_no_rank_touches_a_folder_that_another_bench_holds(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    theirs = [crumb_path(out, 2), failure_path(out, 2), failure_path(out, 7), stack_path(out, 1)]
+    clear_ranks(out)
+    for path in theirs:
+        path.write_text("theirs")
+    with hold(out, (), 0.0):
+        waiting = Torchrun(out, "run", "--model=tiny", "--timeout=2", "--lock-timeout=60")
+        time.sleep(20)  # longer than it takes to load torch and wait for a stage's time
+        with Torchrun(out, "run", "--model=tiny") as refused:
+            assert refused.finish() == 1
+        assert [path.read_text() for path in theirs] == ["theirs"] * len(theirs)
+        assert f"distbench: BUSY: folder {out} is in use by process " in refused.stderr
+        assert len(refused.stderr.split("distbench: ")) == 2
+    with waiting:
+        assert waiting.finish() == 0, waiting.stderr
+    assert not failure_path(out, 7).exists()
+
+
+def test_quiet_ranks_print_no_case(tmp_path: Path) -> None:
+    suite = small_suite(tmp_path / "suite.json", 2)
+    with Torchrun(tmp_path / "out", "suite", suite, "--quiet") as bench:
+        assert bench.finish() == 0
+    assert bench.stdout == ""
