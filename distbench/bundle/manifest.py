@@ -7,13 +7,22 @@ from pathlib import Path
 import msgspec
 
 from distbench.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_TABLE_BYTES, REPORT, Manifest, Recorded
+from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import write_atomically, write_report
 from distbench.verify.records import Gathered, Outcome
 
 
 def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Write what makes the parts a bundle: the report, the kernel table, and the manifest last."""
+    """Write what makes the parts a bundle. Where that cannot be written it is said, and the verdict stands."""
+    try:
+        _write(folder, report, outcome, recorded)
+    except OSError as error:
+        print_note(f"no bundle of case {report.name}: {error.filename or folder}: {error.strerror}; its verdict stands")
+
+
+def _write(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
+    """Write the report, the kernel table, and the manifest last."""
     write_report(folder / REPORT, report)
     case, question = outcome.case, outcome.question
     if case.kernel_table:

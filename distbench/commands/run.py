@@ -16,6 +16,7 @@ from distbench.commands.options import (
     add_report,
     campaign,
     case_flags,
+    check_bundle,
     check_launch,
     exported,
     follow_node_0,
@@ -77,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     for path in paths:
         check_path(path)
         check_folder(str(Path(path).parent), report_bytes([resolved.case]))
+    check_bundle(options)
     writers = report_writers(options, Path(options.out))
     check_baseline(options)
     act = _launch if world_size() is None else _take_part

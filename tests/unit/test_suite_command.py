@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -316,3 +317,32 @@ def test_numbers_have_bounds(command: str, option: str, value: str, capsys: pyte
     assert told.startswith(f"distbench: INVALID: argument {option}: {value!r} is refused; allowed are ")
     assert told.endswith(f"; see `distbench {command.split(maxsplit=1)[0]} --help`\n")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["suite", "smoke"], ["run"], ["sweep"], ["selftest", "--quick"]])
+def test_a_folder_for_bundles_that_cannot_be_made_is_refused_before_ranks_start(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    launches = ranks({})
+    (tmp_path / "file").write_text("")
+    bundles = tmp_path / "file" / "bundles"
+    where = ["--nproc=2", f"--out={tmp_path / 'out'}", f"--bundle={bundles}"]
+    assert main([*command, *where]) == 2
+    assert capsys.readouterr().err == (
+        f"distbench: INVALID: folder '{bundles}': cannot be written (Not a directory); name another folder\n"
+    )
+    assert launches == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [((), 1), (("--rerun=failed",), 2), (("--rerun=all",), 2)], ids=["resume", "failed", "all"]
+)
+def test_room_is_asked_for_what_is_still_to_run(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int
+) -> None:
+    ranks(dict.fromkeys(range(8), Verdict.CORRUPT))
+    out, eight = tmp_path / "out", write_suite(tmp_path / "eight.json", range(8))
+    assert suite(out, eight) == 1
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=65 << 10))
+    assert suite(out, eight, *arguments) == code
