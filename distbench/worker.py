@@ -110,8 +110,8 @@ def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
     for index in _unfinished(job, session, sink):
         entry = job.entries[index]
         crumbs.case_index = index
+        started_ns = time.monotonic_ns()
         if session.enter(entry.case.ep_size):
-            started_ns = time.monotonic_ns()
             recorder = Recorder() if job.bundle else None
             outcome = run_case(session, entry.case, recorder)
             crumbs.mark("report")
