@@ -67,7 +67,7 @@ def find_hang(
     least = min(at.progress for at in running.values())
     behind = {rank: at for rank, at in running.items() if at.progress == least}
     last = max(behind.values(), key=lambda at: at.since_ns)
-    over = last.stage_name == "done" or last.case_index == len(job.entries)
+    over = last.stage_name == "done" or last.case_index >= len(job.entries)
     limit = stage_limit(job.entries[-1 if over else last.case_index].case, last.stage_name)
     stood = _seconds_since(last.since_ns)
     if stood <= limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
@@ -17,7 +18,8 @@ from distbench.devices import runs_on_device
 from distbench.errors import InvalidCase, Unsupported
 
 _WORD_BYTES = 8
-# A rank that is called in later says so often that it stands still for no other reason.
+# A rank that waits to be called looks so often, and says so often that it stands still for no other reason.
+_POLL_S = 0.02
 _SAID_S = 0.5
 
 
@@ -79,11 +81,13 @@ class Session:
         return True
 
     def _wait_for(self, call: str) -> None:
-        while True:
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait([call], timedelta(seconds=_SAID_S))
-                return
-            self.crumbs.mark("start")
+        """Wait without a limit of time. Polls, since torch prints a warning each time a wait of the store's runs out."""
+        said = time.monotonic()
+        while not self._store.check([call]):
+            if time.monotonic() - said > _SAID_S:
+                self.crumbs.mark("start")
+                said = time.monotonic()
+            time.sleep(_POLL_S)
 
     def use(self, asked: str) -> None:
         """Take the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch decide alike.

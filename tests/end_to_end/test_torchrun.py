@@ -146,6 +146,7 @@ def test_ranks_outside_the_group_wait_longer_than_a_stage_may_take(tmp_path: Pat
     with Torchrun(tmp_path / "out", "suite", suite, **faulty(pauses)) as bench:
         assert bench.finish() == 0, bench.stderr
     assert list(bench.verdicts.values()) == ["PASS"] * (4 + len(last))
+    assert "[rank2]" not in bench.stderr
 
 
 def test_collect_names_no_rank_that_was_outside(tmp_path: Path) -> None:
