@@ -81,7 +81,7 @@ class Session:
         return True
 
     def _wait_for(self, call: str) -> None:
-        """Wait without a limit of time. Polls: a wait of the store's own has torch print a warning where it runs out."""
+        """Wait without a limit of time. Polls: whenever the store's own wait runs out, torch prints a warning."""
         said = time.monotonic()
         while not self._store.check([call]):
             if time.monotonic() - said > _SAID_S:
