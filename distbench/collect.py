@@ -21,7 +21,7 @@ def collect(out: Path, lock_timeout_s: float = 0.0) -> Summary:
     """Give the case that was in flight its verdict, and write summary.json. Cases that never began stay open.
 
     Raises:
-        InvalidCase: `out` holds no job.
+        InvalidCase: `out` holds no job, or one whose supervisor has written its verdicts.
         Busy: a bench holds the folder, or its ranks are still running on this machine.
         LaunchFailed: none of the job's ranks had begun.
 
@@ -39,6 +39,10 @@ def _collect(out: Path) -> Summary:
     except (OSError, msgspec.DecodeError) as error:
         message = f"{job_path(out)}: {one_line(error)}; give the --out folder of a run"
         raise InvalidCase(message) from error
+    if job.supervised:
+        message = f"{out}: its verdicts are there, since distbench started its ranks; go on with the same command"
+        raise InvalidCase(message)
+    job = msgspec.structs.replace(job, out=str(out))  # the folder may have moved, and a path may be relative
     seen = positions(job)
     running = [rank for rank, at in seen.items() if at.stage_name != "done" and is_alive(at.pid)]
     if running:

@@ -20,7 +20,7 @@ from distbench.errors import Unsupported
 
 _NODES = ("/dev/nvidia[0-9]*", "/dev/kfd")
 _KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+_UNKNOWN_UUID = f"GPU-{0:016x}"
 _SMI_SECONDS, _TORCH_SECONDS = 10, 60
 _HOT_CELSIUS = 85
 _SLOW_SHARE = 0.9
@@ -95,21 +95,21 @@ def architecture() -> str:
 def _units_of(properties: Path) -> int:
     """Return the compute units of a node of the kernel driver, 0 for a CPU; rocminfo has them from there too."""
     with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):
-        values = _values(properties)
-        return int(values["simd_count"]) // int(values["simd_per_cu"])
+        values = _read_properties(properties)
+        return values["simd_count"] // values["simd_per_cu"]
     return 0
 
 
 def _gfx_of(properties: Path) -> str:
     """Return the architecture of a node of the kernel driver, which has it as 90402 for gfx942; nothing for a CPU."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        version = int(_values(properties)["gfx_target_version"])
+        version = _read_properties(properties)["gfx_target_version"]
         return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}" if version else ""
     return ""
 
 
-def _values(properties: Path) -> dict[str, str]:
-    return dict(line.split() for line in properties.read_text().splitlines())
+def _read_properties(properties: Path) -> dict[str, int]:
+    return {name: int(value) for name, value in (line.split() for line in properties.read_text().splitlines())}
 
 
 def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:
@@ -143,10 +143,41 @@ def devices_to_hold(asked: Sequence[str], local_ranks: int, available: int) -> t
 
 
 def _physical(environ: Mapping[str, str], available: int) -> list[str]:
-    """Return what the node calls the devices that this process sees, so that two processes mean the same one."""
-    chosen = next((environ[name] for name in _VISIBLE if environ.get(name)), "")
-    listed = [one.strip() for one in chosen.split(",") if one.strip()]
-    return listed if len(listed) >= available else [str(number) for number in range(available)]
+    """Return what the node calls the devices that this process sees, so that two processes mean the same one.
+
+    That is the driver's UUID, or a number where nothing tells one. On ROCm the runtime's variable comes first, and
+    HIP counts within what it leaves.
+    """
+    visible = _nvidia_uuids()
+    variables = ["CUDA_VISIBLE_DEVICES"]
+    if not visible:
+        visible = _rocm_uuids() or [str(number) for number in range(available)]
+        hip = "HIP_VISIBLE_DEVICES"
+        variables = ["ROCR_VISIBLE_DEVICES", hip if environ.get(hip) else "CUDA_VISIBLE_DEVICES"]
+    for variable in variables:
+        chosen = [word.strip() for word in environ.get(variable, "").split(",") if word.strip()]
+        visible = [_named(word, visible) for word in chosen] or visible
+    return visible if len(visible) >= available else [str(number) for number in range(available)]
+
+
+def _named(word: str, devices: Sequence[str]) -> str:
+    """Return which of `devices` a word of such a variable means: by number or UUID, of which the beginning will do."""
+    if word.isdecimal() and int(word) < len(devices):
+        return devices[int(word)]
+    return next((device for device in devices if device.startswith(word)), word)
+
+
+def _nvidia_uuids() -> list[str]:
+    """Return the UUIDs of this node's NVIDIA devices in their order, none where nvidia-smi does not tell."""
+    program = shutil.which("nvidia-smi")
+    return [] if program is None else _ask([program, "--query-gpu=uuid", "--format=csv,noheader"], _SMI_SECONDS)
+
+
+def _rocm_uuids() -> list[str]:
+    """Return the UUIDs of this node's ROCm devices in their order, none where the kernel driver does not tell all."""
+    nodes = sorted(_KFD_NODES.glob("*/properties"), key=lambda path: int(path.parent.name))
+    found = [f"GPU-{_read_properties(node).get('unique_id', 0):016x}" for node in nodes if _units_of(node)]
+    return found if len({*found, _UNKNOWN_UUID}) == len(found) + 1 else []
 
 
 def device_state(index: int) -> DeviceState:

@@ -14,14 +14,14 @@ import msgspec
 from distbench.breadcrumbs import Position
 from distbench.errors import Busy, Unsupported
 from distbench.hang import dump_stacks
-from distbench.job import Job, RankFailure, Spread, failure_path
+from distbench.job import Job, RankFailure, Spread, clear_ranks, failure_path
 from distbench.locks import hold
 from distbench.nodes.link import Link, NodeLost
 from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
 from distbench.postmortem import machines, positions
 from distbench.preflight import check_devices
 from distbench.signals import Interrupted, collect_signals
-from distbench.supervisor import Agent, Watch, clear, end, first_exit
+from distbench.supervisor import Agent, Watch, end, first_exit
 
 
 class Timeouts(NamedTuple):
@@ -117,7 +117,7 @@ class _Follower:
         return msgspec.structs.replace(job, out=str(self._out), spread=mine)
 
     def _launch(self, job: Job) -> None:
-        clear(self._out)
+        clear_ranks(self._out)
         launch = job.spread.launch if job.spread else 0
         self._beat = msgspec.structs.replace(
             self._beat, launch=launch, ended=False, exit=None, crumbs={}, failures=[], stacks={}, machines={}

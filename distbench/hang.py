@@ -37,6 +37,7 @@ _WAITING = (
     ("/distbench/transport/waiting.py", "wait_for"),
     ("/distbench/emulation/mori/shmem.py", "_members"),
     ("/distbench/session.py", "on_any_rank"),
+    ("/distbench/session.py", "_wait_for"),
 )
 _FRAME = re.compile(r'^  File "(.*)", line \d+ in (.*)$', re.MULTILINE)
 
@@ -66,14 +67,15 @@ def find_hang(
     least = min(at.progress for at in running.values())
     behind = {rank: at for rank, at in running.items() if at.progress == least}
     last = max(behind.values(), key=lambda at: at.since_ns)
-    limit = stage_limit(job.entries[last.case_index].case, last.stage_name)
+    over = last.stage_name == "done" or last.case_index >= len(job.entries)
+    limit = stage_limit(job.entries[-1 if over else last.case_index].case, last.stage_name)
     stood = _seconds_since(last.since_ns)
     if stood <= limit:
         return None
     stacks = dump_stacks(job, running) | stacks_elsewhere()
     stuck = _stuck(behind, stacks)
     told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s"
-    case_index = None if last.stage_name == "done" else last.case_index
+    case_index = None if over else last.case_index
     return _hang(stuck, running.keys() - stuck, told, stacks, case_index, last.stage_name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -54,7 +55,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
     fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code, and `stays` that
-    it will have another job for the same ranks. `spread` is None on one node.
+    it will have another job for the same ranks. `spread` is None on one node. `started` is the number of ranks that
+    torchrun started; 0 where the launch has as many as `num_ranks` says. `quiet` ranks of torchrun print no case.
     """
 
     entries: tuple[Entry, ...]
@@ -64,6 +66,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     supervised: bool
     stays: bool = False
     spread: Spread | None = None
+    started: int = 0
+    quiet: bool = False
 
     @property
     def accelerated(self) -> bool:
@@ -83,7 +87,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that the largest case needs; over several nodes, all that these have."""
+        """Ranks that the largest case needs; over several nodes, or under torchrun, all that there are."""
+        if self.started:
+            return self.started
         if self.spread is not None:
             return self.spread.nodes * self.spread.nproc
         return max(entry.case.ep_size for entry in self.entries)
@@ -124,6 +130,12 @@ class Machine(msgspec.Struct, frozen=True):
 def ranks_folder(out: Path) -> Path:
     """Return the folder of the files below."""
     return out / "ranks"
+
+
+def clear_ranks(out: Path) -> None:
+    """Make the folder for what the ranks of a launch leave anew."""
+    shutil.rmtree(ranks_folder(out), ignore_errors=True)
+    ranks_folder(out).mkdir(parents=True, exist_ok=True)
 
 
 def job_path(out: Path) -> Path:

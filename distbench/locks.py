@@ -7,6 +7,7 @@ holds it. Accelerators' files lie in one folder for all users of a node.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -25,6 +26,7 @@ _POLL_S = 0.1
 _NOTE_BYTES = 4096
 _COMMAND_SHOWN = 80
 _FOR_ALL = 0o666
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -43,7 +45,7 @@ def hold(out: Path | None, devices: Sequence[str], timeout_s: float) -> Iterator
 
     Raises:
         Busy: another process holds one of them, and did not let go within `timeout_s`.
-        InvalidCase: there is something else where a lock's file should be.
+        InvalidCase: there is something else where a lock's file should be, or its file system has no locks.
 
     """
     locks = [] if out is None else [(out / ".lock", f"folder {out}")]
@@ -64,7 +66,7 @@ def is_held(path: Path) -> bool:
     """Whether a process holds the lock of this file."""
     descriptor = _open(path)
     try:
-        return not _taken(descriptor)
+        return not _taken(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -74,7 +76,7 @@ def _held(path: Path, what: str, timeout_s: float) -> Iterator[None]:
     descriptor = _open(path)
     try:
         deadline = time.monotonic() + timeout_s
-        while not _taken(descriptor):
+        while not _taken(descriptor, path):
             if time.monotonic() >= deadline:
                 message = (
                     f"{what} is in use by {_holder(descriptor)}; wait for it, raise --lock-timeout, or use another"
@@ -110,11 +112,19 @@ def _open(path: Path) -> int:
     return descriptor
 
 
-def _taken(descriptor: int) -> bool:
+def _taken(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        message = (
+            f"lock {path}: its file system has no locks ({error.strerror}); name a folder on another one, or mount it "
+            "with them (Lustre: -o flock)"
+        )
+        raise InvalidCase(message) from error
     return True
 
 

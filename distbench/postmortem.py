@@ -63,7 +63,8 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     if first_exit is not None and first_exit.rank in silent:
         return _died(job, first_exit, silent[first_exit.rank])
     if silent:
-        return _left_no_word(job, silent) if failures or len(silent) == 1 else _all_left_no_word(job, silent)
+        told = failures or len(silent) == 1
+        return _left_no_word(job, silent, failures) if told else _all_left_no_word(job, silent)
     if failures:
         return _raised(job, min(failures, key=lambda failure: failure.position.since_ns))
     return _after_all(first_exit)
@@ -101,7 +102,8 @@ def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
     seen = positions(job)
     absent = [rank for rank in range(job.num_ranks) if rank not in seen]
     waiting = {failure.rank: failure.position for failure in waited}
-    others = {rank: at for rank, at in seen.items() if rank not in waiting} or waiting
+    furthest = max(at.progress for at in waiting.values())
+    others = {rank: at for rank, at in seen.items() if rank not in waiting and at.progress <= furthest} or waiting
     late = min(others.values(), key=lambda at: at.progress)
     behind = absent or [rank for rank, at in sorted(others.items()) if at.progress == late.progress]
     stood = "never began" if absent else f"stood in {late.place}"
@@ -120,9 +122,14 @@ def _died(job: Job, end: Exit, position: Position | None) -> Ending:
     return _lost(job, end.rank, f"ended by {end.how}", position)
 
 
-def _left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
-    """Return the ending where peers tell that they lost a rank, or had been done; the earliest that said nothing."""
-    rank = min(silent, key=lambda one: _since(silent[one]))
+def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[RankFailure]) -> Ending:
+    """Return the ending where peers tell that they lost a rank, or had been done; the earliest that said nothing.
+
+    Ranks that waited for a later case than any peer tells of were outside.
+    """
+    reached = max((failure.position.case_index for failure in failures), default=len(job.entries))
+    inside = {rank: at for rank, at in silent.items() if at is None or at.case_index <= reached} or silent
+    rank = min(inside, key=lambda one: _since(inside[one]))
     return _lost(job, rank, "ended without a word", silent[rank])
 
 

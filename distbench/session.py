@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.devices import runs_on_device
 from distbench.errors import InvalidCase, Unsupported
 
 _WORD_BYTES = 8
+# A rank that waits to be called looks so often, and says so often that it stands still for no other reason.
+_POLL_S = 0.02
+_SAID_S = 0.5
 
 
 class Session:
@@ -42,19 +47,47 @@ class Session:
         self._devices = torch.cuda.device_count() if accelerated else 0
         _share_cores(self.local_ranks)
         backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.group = _world_group()
         if accelerated:
             self._devices = self._fewest_devices()
         self._groups = {self.world_size: self.group}
+        self._entered = self.world_size
+        self._calls = 0
+        self._store = store
         self._closing = contextlib.ExitStack()
 
     def enter(self, ep_size: int) -> bool:
-        """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective."""
+        """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective there.
+
+        Ranks outside go on at once, and wait where they are needed again: for all the cases between, which no time
+        limit covers. Rank 0 calls them before it begins; until then they are ahead of it.
+        """
+        before, self._entered = self._entered, ep_size
+        self._calls += ep_size > before
+        if self.rank >= ep_size:
+            return False
+        call = f"distbench/call-{self._calls}"
+        if self.rank == 0 and ep_size > before:
+            self._store.set(call, "")
+        self.crumbs.mark("start")
+        if self.rank >= before:
+            self._wait_for(call)
         if ep_size not in self._groups:
-            self._groups[ep_size] = dist.new_group(list(range(ep_size)))
+            self._groups[ep_size] = dist.new_group(list(range(ep_size)), use_local_synchronization=True)
         self.group = self._groups[ep_size]
-        return self.rank < ep_size
+        return True
+
+    def _wait_for(self, call: str) -> None:
+        """Wait without a limit of time. Polls: whenever the store's own wait runs out, torch prints a warning."""
+        said = time.monotonic()
+        while not self._store.check([call]):
+            if time.monotonic() - said > _SAID_S:
+                self.crumbs.mark("start")
+                said = time.monotonic()
+            time.sleep(_POLL_S)
 
     def use(self, asked: str) -> None:
         """Take the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch decide alike.

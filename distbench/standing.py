@@ -8,12 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.job import Entry, Job, done_path, next_job_path
+from distbench.job import Entry, Job, clear_ranks, done_path, next_job_path
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending
 from distbench.report.files import write_atomically
 from distbench.signals import Interrupted
-from distbench.supervisor import Agent, Watch, clear, concluded, end
+from distbench.supervisor import Agent, Watch, concluded, end
 
 _TICK_S = 0.1
 _POLL_S = 0.005
@@ -79,7 +79,7 @@ class StandingRanks:
             self._write(job)
             return self._agent
         self.close()
-        clear(Path(job.out))
+        clear_ranks(Path(job.out))
         self.launches += 1
         self._number, self._first, self._agent = 0, job, Agent(job)
         self._agent.start()

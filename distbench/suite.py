@@ -34,18 +34,21 @@ def load_suite(
 ) -> Suite:
     """Return the cases of a built-in suite or of a .toml or .json file, for a launch of `ep_size` ranks.
 
-    `overrides` win over the file, that over `environment`. A case that an earlier one equals is left out. One that is
-    expected to be INVALID may have values that do not fit each other.
+    `overrides` win over the file, that over `environment`. Of cases that are equal the first stays, with all their
+    tags. One that is expected to be INVALID may have values that do not fit each other.
 
     Raises:
-        InvalidCase: no such suite, something in the file that is not allowed, or a case that makes no sense.
+        InvalidCase: no such suite, something in the file that is not allowed, a case that makes no sense, or equal
+            cases that are expected to end otherwise, unless they differ in what is overridden.
 
     """
     file = read_suite_file(name_or_path)
     overridden = {key for layer in overrides for key in layer.values}
     entries: dict[str, Entry] = {}
     names: Counter[str] = Counter()
-    for draft in _drafts(file, ep_size):
+    drafts = list(_drafts(file, ep_size))
+    merged = not overridden.isdisjoint(key for draft in drafts for key in draft.keys)
+    for draft in drafts:
         name = draft.name or _name(draft.keys, overridden)
         own = Layer(f"suite:{file.name}", file.defaults | draft.keys)
         try:
@@ -57,11 +60,17 @@ def load_suite(
         except (InvalidCase, UnicodeEncodeError) as error:
             message = f"{file.origin}: case {name}: {one_line(error)}"
             raise InvalidCase(message) from error
-        if digest not in entries:
-            tags = tuple(dict.fromkeys(file.tags + draft.tags))
-            entries[digest] = Entry(
-                name=_unique(name, names), case=resolved.case, sources=resolved.sources, tags=tags, expect=expect
+        first = entries.get(digest)
+        if first is None:
+            first = Entry(name=_unique(name, names), case=resolved.case, sources=resolved.sources, expect=expect)
+        elif expect != first.expect and not merged:
+            message = (
+                f"{file.origin}: case {name}: expect = {expect}, but it equals case {first.name}, which is expected to "
+                f"end as {first.expect}; drop one of them, or expect the same"
             )
+            raise InvalidCase(message)
+        tags = tuple(dict.fromkeys(first.tags + file.tags + draft.tags))
+        entries[digest] = msgspec.structs.replace(first, tags=tags)
     if not entries:
         message = f"{file.origin}: [[exclude]] leaves no case; drop one of them or add [[include]]"
         raise InvalidCase(message)

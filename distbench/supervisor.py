@@ -11,7 +11,6 @@ import contextlib
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -25,7 +24,7 @@ import msgspec
 from distbench.breadcrumbs import Position
 from distbench.errors import LaunchFailed, Verdict
 from distbench.hang import find_hang
-from distbench.job import Entry, Job, ranks_folder
+from distbench.job import Entry, Job, clear_ranks
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, Exit, explain_fault, positions
 from distbench.process import is_alive
@@ -73,7 +72,7 @@ def supervise(
         DiskFull: a rank had no room for its results.
 
     """
-    clear(Path(job.out))
+    clear_ranks(Path(job.out))
     if hub is not None:
         job = hub.begin(job, signals)
     agent = Agent(job)
@@ -288,9 +287,3 @@ class Watch:
     def _mute(self) -> set[int]:
         """Return the ranks that have left no breadcrumb."""
         return set(range(self._job.num_ranks)) - positions(self._job).keys()
-
-
-def clear(out: Path) -> None:
-    """Make the folder for what the ranks of a launch leave anew."""
-    shutil.rmtree(ranks_folder(out), ignore_errors=True)
-    ranks_folder(out).mkdir(parents=True)

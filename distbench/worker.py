@@ -115,7 +115,6 @@ def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
     for index in _unfinished(job, session, sink):
         entry = job.entries[index]
         crumbs.case_index = index
-        crumbs.mark("start")
         started_ns = time.monotonic_ns()
         if session.enter(entry.case.ep_size):
             recorder = Recorder() if job.bundle else None
@@ -125,6 +124,8 @@ def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
             report = sink.put(entry, outcome, wall_s) if sink is not None and outcome is not None else None
             if recorder is not None:
                 _bundle(session, job, entry, recorder, report, outcome)
+    crumbs.case_index = len(job.entries)
+    session.enter(session.world_size)
     exit_code = 0 if job.supervised else session.announce(worst_exit_code(sink.codes.values() if sink else ()))
     if sink is not None:
         sink.close()

@@ -19,6 +19,7 @@ from distbench.bundle.layout import (
     names_token,
 )
 from distbench.case import Case
+from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.verify.records import LISTED_TOKENS, Divergence, Observation, Outcome, Token
@@ -27,7 +28,15 @@ _SHORTER_LISTS = (LISTED_TOKENS, LISTED_TOKENS // 4, LISTED_TOKENS // 16, 1, 0)
 
 
 def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Write what makes the parts a bundle: the report, the kernel table, and the manifest last.
+    """Write what makes the parts a bundle. Where that cannot be written it is said, and the verdict stands."""
+    try:
+        _write(folder, report, outcome, recorded)
+    except OSError as error:
+        print_note(f"no bundle of case {report.name}: {error.filename or folder}: {error.strerror}; its verdict stands")
+
+
+def _write(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
+    """Write the report, the kernel table, and the manifest last.
 
     Where there are too many ranks for their records to be read back, the lists of tokens in them are made shorter;
     where even that is not enough there is no bundle.

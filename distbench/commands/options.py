@@ -51,6 +51,13 @@ def add_launch(command: Any) -> None:
     )
 
 
+def check_bundle(options: argparse.Namespace) -> None:
+    """Make the folder for bundles, where one is asked for, and prove that it can be written."""
+    if options.bundle:
+        check_path(options.bundle)
+        check_folder(options.bundle)
+
+
 def add_ranks(command: Any, text: str) -> None:
     """Add the option that says how many ranks."""
     command.add_argument("--nproc", type=whole(1, MOST_RANKS), metavar="N", help=text)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
-from distbench.errors import InvalidCase, Unsupported
-from distbench.job import Job
+from distbench.errors import InvalidCase, LaunchFailed, Unsupported
+from distbench.job import Job, clear_ranks
 from distbench.locks import hold
 from distbench.preflight import check_devices
+from distbench.values import one_line
 
 
 def world_size() -> int | None:
@@ -39,13 +41,41 @@ def alone(command: str) -> None:
 def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
     """Hold what a bench that starts its own ranks would: the folder by rank 0, a node's devices by its first rank.
 
+    No rank goes on before all is held, and what an earlier launch left in the folder is gone.
+
     Raises:
         Busy: another bench holds one of them.
+        LaunchFailed: a rank that should hold something did not come.
 
     """
     first = os.environ.get("LOCAL_RANK") == "0"
     with hold(Path(job.out) if is_rank_0() else None, _devices(job) if first else (), timeout_s):
-        yield
+        if is_rank_0():
+            clear_ranks(Path(job.out))
+        with _all_held(timeout_s + job.longest_stage_s, holds=first):
+            yield
+
+
+@contextlib.contextmanager
+def _all_held(timeout_s: float, *, holds: bool) -> Iterator[None]:
+    """Wait for the first rank of every node; in the context the store is left open, which rank 0 may host."""
+    import torch.distributed as dist  # noqa: PLC0415 - ranks load it anyway, and other commands do without
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+    timeout = timedelta(seconds=timeout_s)
+    held = [f"distbench/held-{node}" for node in range(int(os.environ["GROUP_WORLD_SIZE"]))]
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        if holds:
+            store.set(held[int(os.environ["GROUP_RANK"])], "")
+        store.wait(held, timeout)
+    except dist.DistError as error:
+        message = (
+            f"the first rank of each node did not come within {timeout_s:g} s, --lock-timeout and the longest stage "
+            f"({one_line(error)}); see what it says, or raise one of them"
+        )
+        raise LaunchFailed(message) from error
+    yield
 
 
 def _devices(job: Job) -> tuple[str, ...]:

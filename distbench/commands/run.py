@@ -17,6 +17,7 @@ from distbench.commands.options import (
     add_report,
     campaign,
     case_flags,
+    check_bundle,
     check_launch,
     exported,
     follow_node_0,
@@ -78,6 +79,7 @@ def _run(options: argparse.Namespace) -> int:
     for path in paths:
         check_path(path)
         check_folder(str(Path(path).parent), report_bytes([resolved.case]))
+    check_bundle(options)
     writers = report_writers(options, Path(options.out))
     act = _launch if world_size() is None else _take_part
     return act(entry, options, paths, writers)
@@ -115,7 +117,14 @@ def _print_bundle(folder: Path) -> None:
 
 def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
     out = Path(options.out)
-    job = Job(entries=(entry,), out=options.out, report_paths=paths, bundle=options.bundle, supervised=False)
+    job = Job(
+        entries=(entry,),
+        out=options.out,
+        report_paths=paths,
+        bundle=options.bundle,
+        supervised=False,
+        started=world_size() or 0,
+    )
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():
             return work(job)

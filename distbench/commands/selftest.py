@@ -12,7 +12,14 @@ import msgspec
 
 from distbench.case import FIELD_HINTS
 from distbench.commands.numbers import whole
-from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_launch
+from distbench.commands.options import (
+    add_case_options,
+    add_launch,
+    campaign,
+    case_flags,
+    check_bundle,
+    check_launch,
+)
 from distbench.errors import InvalidCase
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
@@ -71,6 +78,7 @@ def _selftest(options: argparse.Namespace) -> int:
     for path in filter(None, (options.out, options.markdown)):
         check_path(path)
     check_folder(options.out, report_bytes(entry.case for entry in entries))
+    check_bundle(options)
     devices = check_launch(entries)
     options.max_faults = len(entries) + 1
     with hold(out, devices, options.lock_timeout):

@@ -19,6 +19,7 @@ from distbench.commands.options import (
     add_report,
     campaign,
     case_flags,
+    check_bundle,
     check_launch,
     examined,
     exported,
@@ -34,7 +35,7 @@ from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_summary
-from distbench.report.journal import expect_anew, filter_journal, forget_cases
+from distbench.report.journal import expect_anew, filter_journal, forget_cases, unfinished
 from distbench.report.results import Results
 from distbench.room import report_bytes
 from distbench.suite import load_suite, select
@@ -84,7 +85,9 @@ def _suite(options: argparse.Namespace) -> int:
     chosen = select(suite.entries, options.select)
     check_path(options.out)
     entries = examined(chosen, suite.origin, options)
-    check_folder(options.out, report_bytes(entry.case for entry in entries))
+    check_folder(options.out)
+    check_folder(options.out, report_bytes(entry.case for entry in _to_run(entries, options)))
+    check_bundle(options)
     writers = report_writers(options, Path(options.out))
     return _launch(entries, options, writers) if world_size() is None else _take_part(entries, options, writers)
 
@@ -105,7 +108,14 @@ def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writ
 
 
 def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
-    job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False)
+    job = Job(
+        entries=entries,
+        out=options.out,
+        bundle=options.bundle,
+        supervised=False,
+        started=world_size() or 0,
+        quiet=options.quiet,
+    )
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():
             return work(job)
@@ -125,6 +135,12 @@ def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
     elif rerun == "failed":
         expect_anew(out, entries)
         filter_journal(out, lambda line: line.as_expected or line.case.hash not in chosen)
+
+
+def _to_run(entries: Sequence[Entry], options: argparse.Namespace) -> Sequence[Entry]:
+    if options.rerun == "all":
+        return entries
+    return unfinished(Path(options.out), entries, lambda line: options.rerun is None or line.as_expected)
 
 
 def _results(out: Path, entries: Sequence[Entry]) -> Results:

@@ -15,6 +15,7 @@ from distbench.commands.options import (
     add_launch,
     campaign,
     case_flags,
+    check_bundle,
     check_launch,
     num_ranks,
     warnings,
@@ -30,7 +31,7 @@ from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_sweep
 from distbench.report.files import write_atomically
-from distbench.report.journal import RESULTS
+from distbench.report.journal import RESULTS, unfinished
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
 from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.room import report_bytes
@@ -65,9 +66,12 @@ def add(commands: Any) -> None:
 def _sweep(options: argparse.Namespace) -> int:
     entries = _entries(options)
     check_path(options.out)
-    check_folder(options.out, report_bytes(entry.case for entry in entries))
-    if world_size() is not None:
-        job = Job(entries=entries, out=options.out, supervised=False)
+    check_folder(options.out)
+    check_folder(options.out, report_bytes(entry.case for entry in unfinished(Path(options.out), entries)))
+    check_bundle(options)
+    started = world_size()
+    if started is not None:
+        job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False, started=started)
         with hold_as_rank(job, options.lock_timeout):
             return work(job)
     devices = check_launch(entries)

@@ -132,6 +132,17 @@ def _decode(raw: bytes, where: str) -> Line:
     return line
 
 
+def unfinished(out: Path, entries: Iterable[Entry], keep: Callable[[Line], bool] = lambda _: True) -> list[Entry]:
+    """Return the entries of which the journal holds no result, or none that `keep` holds for.
+
+    Raises:
+        InvalidCase: a whole line is no report.
+
+    """
+    kept = {line.case.hash for line in JournalReader(out).new_lines() if keep(line)}
+    return [entry for entry in entries if case_hash(entry.case) not in kept]
+
+
 def repair_journal(out: Path) -> None:
     """Cut off a last line that a kill left half written, where there is a journal."""
     if (out / RESULTS).exists():

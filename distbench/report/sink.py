@@ -49,7 +49,7 @@ class Sink:
         alone = bool(self._job.report_paths)
         code = report.exit_code if alone else suite_code(report.exit_code, as_expected=report.as_expected)
         self.codes[report.case["hash"]] = code
-        if not self._job.supervised:
+        if not self._job.supervised and not self._job.quiet:
             self._print(report)
         return report
 

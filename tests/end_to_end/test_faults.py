@@ -132,15 +132,15 @@ ODD = [
         [("hang", rank, "rank 0, rank 1 stood in control/experts for ") for rank in (0, 1)],
     ),
     ("1:1:truncated/check#2:stop", 7, [("hang", 1, "rank 1 stood in truncated/check for ")]),
-    ("2:1:start:stop", 9, [("hang", 2, "rank 2 stood in start for ")]),
-    ("1:0:done:stop", None, []),
+    ("2:2:start:stop", 10, [("hang", 2, "rank 2 stood in start for ")]),
+    ("1:1:done:stop", None, []),
 ]
 OF_TWO_RANKS = 9
 
 
 def test_odd_endings(tmp_path: Path) -> None:
-    """Before and in the first stage; two at once; in a stage passed before; outside the group; after all is done."""
-    cases = [{"seed": seed, "ep_size": 2 if seed == OF_TWO_RANKS else RANKS} for seed in range(11)]
+    """Before and in the first stage; two at once; in a stage passed before; back from outside; after all is done."""
+    cases = [{"seed": seed, "ep_size": 2 if seed == OF_TWO_RANKS else RANKS} for seed in range(12)]
     suite = tmp_path / "suite.json"
     suite.write_text(json.dumps({"defaults": TINY | {"timeout": LIMIT_S, "repeats": 2}, "include": cases}))
     variables = faulty(*(faults for faults, _, _ in ODD), once=tmp_path / "fired")

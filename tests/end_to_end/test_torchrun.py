@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.launches import Torchrun, faulty, wait_until
+from distbench.job import clear_ranks, crumb_path, failure_path, stack_path
+from distbench.locks import hold
+from tests.end_to_end.launches import TINY, Torchrun, faulty, wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,3 +130,55 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == len(lines) - 5
     hashes = [json.loads(line)["case"]["hash"] for line in journal.read_text().splitlines()]
     assert sorted(hashes) == sorted({json.loads(line)["case"]["hash"] for line in lines})
+
+
+def small_suite(path: Path, *ep_sizes: int, **defaults: object) -> Path:
+    """Write a suite of tiny cases on so many ranks each."""
+    cases = [{"seed": seed, "ep_size": ep_size} for seed, ep_size in enumerate(ep_sizes)]
+    path.write_text(json.dumps({"defaults": TINY | defaults, "include": cases}))
+    return path
+
+
+@pytest.mark.parametrize("last", [(3,), ()], ids=["called back", "until the end"])
+def test_ranks_outside_the_group_wait_longer_than_a_stage_may_take(tmp_path: Path, last: tuple[int, ...]) -> None:
+    suite = small_suite(tmp_path / "suite.json", 2, 2, 2, 2, *last, timeout=2)
+    pauses = "+".join(f"0:{case}:{arm}/experts:pause" for case in range(4) for arm in ("padded", "truncated"))
+    with Torchrun(tmp_path / "out", "suite", suite, **faulty(pauses)) as bench:
+        assert bench.finish() == 0, bench.stderr
+    assert list(bench.verdicts.values()) == ["PASS"] * (4 + len(last))
+    assert "[rank2]" not in bench.stderr
+
+
+def test_collect_names_no_rank_that_was_outside(tmp_path: Path) -> None:
+    suite = small_suite(tmp_path / "suite.json", 2, 2, 3)
+    with Torchrun(tmp_path / "out", "suite", suite, **faulty("1:1:control/experts:kill")) as bench:
+        assert bench.finish() == 1
+    subprocess.run([sys.executable, "-m", "distbench", "collect", str(bench.out)], check=False, cwd=ROOT)
+    assert bench.verdicts == {"seed=0 ep_size=2": "PASS", "seed=1 ep_size=2": "RANK_FAULT"}
+    assert [reason["rank"] for reason in bench.reports[-1]["reasons"]] == [1]
+
+
+def test_no_rank_touches_a_folder_that_another_bench_holds(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    theirs = [crumb_path(out, 2), failure_path(out, 2), failure_path(out, 7), stack_path(out, 1)]
+    clear_ranks(out)
+    for path in theirs:
+        path.write_text("theirs")
+    with hold(out, (), 0.0):
+        waiting = Torchrun(out, "run", "--model=tiny", "--timeout=2", "--lock-timeout=60")
+        time.sleep(20)  # longer than it takes to load torch and wait for a stage's time
+        with Torchrun(out, "run", "--model=tiny") as refused:
+            assert refused.finish() == 1
+        assert [path.read_text() for path in theirs] == ["theirs"] * len(theirs)
+        assert f"distbench: BUSY: folder {out} is in use by process " in refused.stderr
+        assert len(refused.stderr.split("distbench: ")) == 2
+    with waiting:
+        assert waiting.finish() == 0, waiting.stderr
+    assert not failure_path(out, 7).exists()
+
+
+def test_quiet_ranks_print_no_case(tmp_path: Path) -> None:
+    suite = small_suite(tmp_path / "suite.json", 2)
+    with Torchrun(tmp_path / "out", "suite", suite, "--quiet") as bench:
+        assert bench.finish() == 0
+    assert bench.stdout == ""

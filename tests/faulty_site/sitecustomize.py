@@ -47,6 +47,7 @@ KINDS = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "sleep": lambda: time.sleep(1000),
+    "pause": lambda: time.sleep(1.5),
     "exit": lambda: os._exit(0),
     "segv": _segfault,
     "raise": _raise,

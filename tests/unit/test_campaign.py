@@ -237,3 +237,17 @@ def test_an_ending_seen_afterwards_takes_no_result_back(tmp_path: Path, entries:
     assert verdicts(tmp_path) == passed()
     assert (kept.events, kept.exit_code) == (["rank 1 went"], 3)
     assert {line.case.hash for line in JournalReader(tmp_path).new_lines()} == {case_hash(one.case) for one in entries}
+
+
+def test_a_bundle_that_cannot_be_written_leaves_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(campaign, "supervise", lambda job, *_: killers(1)(job))
+    progress = Progress(CASES, quiet=True)
+    summary = Campaign(entries, tmp_path, Rules(), progress, bundle=str(tmp_path / "file" / "bundles")).run()
+    assert verdicts(tmp_path) == passed(1)
+    assert (summary.exit_code, summary.stopped, summary.events) == (3, "", [])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"distbench: no bundle of case case 1: {tmp_path}/file/bundles/")
+    assert told.endswith(": Not a directory; its verdict stands")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,12 +32,79 @@ def test_cuda_without_devices_is_refused_before_ranks_start() -> None:
     assert Unsupported("").exit_code == 77
 
 
-def test_held_devices_are_those_that_the_node_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert devices_to_hold(["auto"], 2, 4) == ("cuda:0", "cuda:1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert devices_to_hold(["cpu", "cuda"], 2, 2) == ("cuda:3", "cuda:1")
+NVIDIA = ["GPU-a1", "GPU-b2", "GPU-c3", "GPU-d4"]
+ROCM = [f"GPU-{number:016x}" for number in range(16, 24)]
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return what sets the variables that choose devices, and what the drivers tell."""
+
+    def set_up(nvidia: list[str], rocm: list[str], **chosen: str) -> None:
+        for vendor in ("CUDA", "HIP", "ROCR"):
+            monkeypatch.delenv(f"{vendor}_VISIBLE_DEVICES", raising=False)
+        for vendor, value in chosen.items():
+            monkeypatch.setenv(f"{vendor}_VISIBLE_DEVICES", value)
+        monkeypatch.setattr(devices, "_nvidia_uuids", lambda: nvidia)
+        monkeypatch.setattr(devices, "_rocm_uuids", lambda: rocm)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("chosen", "held"),
+    [
+        ({}, ("cuda:GPU-a1", "cuda:GPU-b2")),
+        ({"CUDA": "3,1"}, ("cuda:GPU-d4", "cuda:GPU-b2")),
+        ({"CUDA": "GPU-a1, GPU-b"}, ("cuda:GPU-a1", "cuda:GPU-b2")),
+        ({"CUDA": "MIG-7,MIG-8"}, ("cuda:MIG-7", "cuda:MIG-8")),
+        ({"CUDA": "3,1", "HIP": "0,1"}, ("cuda:GPU-d4", "cuda:GPU-b2")),
+    ],
+)
+def test_one_device_has_one_name_whatever_the_variable_says(
+    node: Callable[..., None], chosen: dict[str, str], held: tuple[str, ...]
+) -> None:
+    node(NVIDIA, [], **chosen)
+    assert devices_to_hold(["cpu", "cuda"], 2, 2) == held
     assert devices_to_hold(["cpu"], 2, 2) == ()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "numbers"),
+    [
+        ({}, (0, 1)),
+        ({"ROCR": "4,5"}, (4, 5)),
+        ({"ROCR": "4,5", "HIP": "1,0"}, (5, 4)),
+        ({"ROCR": "4,5,6", "CUDA": "1,2"}, (5, 6)),
+        ({"HIP": "3,2", "CUDA": "0,1"}, (3, 2)),
+        ({"ROCR": f"{ROCM[7]},{ROCM[6]}", "HIP": "0,1"}, (7, 6)),
+    ],
+)
+@pytest.mark.parametrize("uuids", [ROCM, []], ids=["UUIDs", "numbers"])
+def test_hip_counts_within_what_the_runtime_leaves(
+    node: Callable[..., None], chosen: dict[str, str], numbers: tuple[int, int], uuids: list[str]
+) -> None:
+    node([], uuids, **chosen)
+    held = devices_to_hold(["auto"], 2, 2)
+    named = uuids or [ROCM[number] if "GPU-" in chosen.get("ROCR", "") else str(number) for number in range(8)]
+    assert held == tuple(f"cuda:{named[number]}" for number in numbers)
+
+
+def test_the_kernel_driver_tells_the_uuids_of_rocm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(devices, "_KFD_NODES", tmp_path)
+
+    def held(unique: dict[int, int]) -> tuple[str, ...]:
+        for number in range(11):
+            (tmp_path / str(number)).mkdir(exist_ok=True)
+            told = f"simd_count 8\nsimd_per_cu 4\nunique_id {unique[number]}" if number in unique else "simd_count 0"
+            (tmp_path / str(number) / "properties").write_text(f"{told}\n")
+        return devices_to_hold(["auto"], 2, 2)
+
+    assert held({2: 255, 10: 16}) == (f"cuda:GPU-{255:016x}", f"cuda:GPU-{16:016x}")
+    assert held({2: 255, 10: 255}) == held({2: 255, 10: 0}) == ("cuda:0", "cuda:1")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def frame(code: CodeType) -> str:
         (HEADER + DEVICE + LAYER, True),
         (HEADER + frame(wait_for.__code__) + LAYER, True),
         (HEADER + frame(Session.on_any_rank.__code__) + LAYER, True),
+        (HEADER + frame(Session._wait_for.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
         (HEADER + frame(filelock.BaseFileLock.acquire.__code__) + LAYER, True),
         (HEADER + frame(shmem._members.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
         (HEADER + ASLEEP + LAYER, False),
@@ -124,3 +125,16 @@ def test_a_stand_after_all_cases_falls_on_none(tmp_path: Path, monkeypatch: pyte
     assert ending.case_index is None
     monkeypatch.setattr(hang, "is_alive", lambda _: False)
     assert find_hang(make_job(tmp_path), seen, ago(90)) is None
+
+
+def test_ranks_outside_a_group_are_ahead_until_they_are_called_and_behind_no_case_after_the_last(
+    tmp_path: Path,
+) -> None:
+    job = make_job(tmp_path)
+    outside = at("start", 99, case_index=2)
+    within = at("dispatch", LIMIT_S - 0.5, step=4, case_index=1)
+    assert find_hang(job, {0: within, 1: within, 2: outside}, ago(90)) is None
+    ending = find_hang(job, {0: at("done", 1), 1: at("done", 1), 2: outside}, ago(90))
+    assert told(ending)[1] == [2]
+    assert ending is not None
+    assert ending.case_index is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import stat
@@ -157,4 +159,15 @@ def test_an_error_inside_lets_go(out: Path) -> None:
     with pytest.raises(KeyError), hold(out, ("cuda:0",), 0):
         raise KeyError
     with hold(out, ("cuda:0",), 0):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    told = rf"^lock {tmp_path}/.lock: its file system has no locks \({os.strerror(number)}\); .*Lustre: -o flock"
+    with pytest.raises(InvalidCase, match=told), hold(tmp_path, (), 0.0):
         pass

@@ -216,3 +216,20 @@ def test_stages_come_round_and_progress_does_not(job: Job) -> None:
     again = leave(job, 0, "experts", "check", "combine", "check", "dispatch", arm="truncated")
     following = leave(job, 0, case_index=2)
     assert before.progress < after.progress < again.progress < following.progress
+
+
+@pytest.mark.parametrize("why", [{"echo": True}, {"timeout": True}])
+def test_a_rank_outside_the_group_is_not_to_blame(job: Job, why: dict[str, bool]) -> None:
+    for outside in (2, 3):
+        leave(job, outside, case_index=1)
+    leave(job, 1, "dispatch", case_index=0)
+    speak(job, 0, leave(job, 0, "dispatch", "experts", case_index=0), **why)
+    assert {reason.rank for reason in explain_fault(job, None).reasons} == {1}
+
+
+def test_where_all_of_a_group_waited_none_outside_is_to_blame(job: Job) -> None:
+    for outside in (2, 3):
+        leave(job, outside, case_index=1)
+    for inside in (0, 1):
+        speak(job, inside, leave(job, inside, "dispatch", case_index=0), timeout=True)
+    assert {reason.rank for reason in explain_fault(job, None).reasons} == {0, 1}

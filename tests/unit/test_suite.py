@@ -108,6 +108,27 @@ def test_equal_cases_run_once_under_the_first_name(load: Load) -> None:
     assert names(suite) == ["limit=off", "limit=5"]
 
 
+EQUAL = '[defaults]\nmodel = "tiny"\n[axes]\nseed = [1, 2]\n[[include]]\nname = "far"\ntags = ["damage"]\nseed = 2\n'
+
+
+def test_equal_cases_have_the_tags_of_all(load: Load) -> None:
+    suite = load(EQUAL)
+    assert [(entry.name, entry.tags) for entry in suite.entries] == [("seed=1", ()), ("seed=2", ("damage",))]
+
+
+def test_equal_cases_that_are_expected_to_end_otherwise_are_refused_unless_flags_made_them_equal(load: Load) -> None:
+    text = EQUAL + 'expect = "UNDER_LIMIT"\n'
+    told = (
+        r"some\.toml: case far: expect = UNDER_LIMIT, but it equals case seed=2, which is expected to end as by-limit"
+    )
+    with pytest.raises(InvalidCase, match=told):
+        load(text)
+    with pytest.raises(InvalidCase, match=told):
+        load(text, 4, Layer("flags", {"timeout": 9}))
+    (entry,) = load(text, 4, Layer("flags", {"seed": 3})).entries
+    assert (entry.name, entry.expect) == ("default", BY_LIMIT)
+
+
 def test_equal_names_are_numbered(load: Load) -> None:
     suite = load(
         "".join(f'[[include]]\nname = "{name}"\nseed = {seed}\n' for seed, name in enumerate(["a", "a #2"] * 2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from distbench import campaign, preflight
 from distbench.case import case_hash
 from distbench.cli import main
 from distbench.commands import options
+from distbench.commands import ranks as rank_command
 from distbench.commands import run as run_command
 from distbench.commands import suite as suite_command
 from distbench.errors import Verdict
@@ -259,6 +262,7 @@ def test_ranks_of_torchrun_look_for_devices_themselves(
         return 7
 
     monkeypatch.setattr(suite_command, "work", work)
+    monkeypatch.setattr(rank_command, "_all_held", lambda *_, **__: contextlib.nullcontext())
     file = included(
         tmp_path / "odd.json", {"name": "cuda", "device": "cuda"}, {"name": "odd", "expect": "INVALID", "topk": 99}
     )
@@ -329,3 +333,32 @@ def test_numbers_have_bounds(command: str, option: str, value: str, capsys: pyte
     assert told.startswith(f"distbench: INVALID: argument {option}: {value!r} is refused; allowed are ")
     assert told.endswith(f"; see `distbench {command.split(maxsplit=1)[0]} --help`\n")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["suite", "smoke"], ["run"], ["sweep"], ["selftest", "--quick"]])
+def test_a_folder_for_bundles_that_cannot_be_made_is_refused_before_ranks_start(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    launches = ranks({})
+    (tmp_path / "file").write_text("")
+    bundles = tmp_path / "file" / "bundles"
+    where = ["--nproc=2", f"--out={tmp_path / 'out'}", f"--bundle={bundles}"]
+    assert main([*command, *where]) == 2
+    assert capsys.readouterr().err == (
+        f"distbench: INVALID: folder '{bundles}': cannot be written (Not a directory); name another folder\n"
+    )
+    assert launches == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [((), 1), (("--rerun=failed",), 2), (("--rerun=all",), 2)], ids=["resume", "failed", "all"]
+)
+def test_room_is_asked_for_what_is_still_to_run(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int
+) -> None:
+    ranks(dict.fromkeys(range(8), Verdict.CORRUPT))
+    out, eight = tmp_path / "out", write_suite(tmp_path / "eight.json", range(8))
+    assert suite(out, eight) == 1
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=65 << 10))
+    assert suite(out, eight, *arguments) == code

@@ -1,0 +1,56 @@
+"""Verdicts from a folder, wherever it is and whoever left it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from distbench.breadcrumbs import Breadcrumbs
+from distbench.cli import main
+from distbench.job import Entry, Job, clear_ranks, crumb_path, job_path
+from distbench.report.journal import JournalReader
+from tests.cases import tiny_case
+
+RANKS = 3
+
+
+def left(out: Path, stages: dict[int, str], **values: object) -> Path:
+    """Leave in `out` what ranks of torchrun leave that ended in these stages of a case of two ranks."""
+    entry = Entry(name="small", case=tiny_case(2), sources={})
+    job = Job(entries=(entry,), out="as/typed", supervised=False, started=RANKS)
+    clear_ranks(out)
+    job_path(out).write_bytes(msgspec.json.encode(msgspec.structs.replace(job, **values)))
+    for rank, stage in stages.items():
+        crumbs = Breadcrumbs(crumb_path(out, rank))
+        crumbs.mark(stage)
+        crumbs.close()
+        crumb_path(out, rank).write_bytes(_of_another_host(crumb_path(out, rank).read_bytes()))
+    return out
+
+
+def _of_another_host(content: bytes) -> bytes:
+    """Return breadcrumbs whose process ids say nothing here."""
+    return content[:-8] + b"elsewher"
+
+
+def test_the_folder_may_have_moved(tmp_path: Path) -> None:
+    out = left(tmp_path, {0: "done", 1: "dispatch", 2: "done"})
+    assert main(["collect", str(out)]) == 3
+    assert [line.verdict.value for line in JournalReader(out).new_lines()] == ["RANK_FAULT"]
+
+
+def test_ranks_beyond_those_of_the_largest_case_are_looked_at(tmp_path: Path) -> None:
+    out = left(tmp_path, {0: "done", 1: "done", 2: "start"})
+    assert main(["collect", str(out)]) == 3
+    (line,) = JournalReader(out).new_lines()
+    assert line.verdict.value == "RANK_FAULT"
+
+
+def test_verdicts_of_a_supervised_run_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = left(tmp_path, {0: "done", 1: "done"}, supervised=True, started=0)
+    (out / "summary.json").write_text("kept")
+    assert main(["collect", str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"distbench: INVALID: {out}: its verdicts are there")
+    assert (out / "summary.json").read_text() == "kept"
