@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
-from distbench.bundle.manifest import write_manifest
+from distbench.bundle.manifest import without_a_bundle, write_manifest
 from distbench.case import Case, case_hash
 from distbench.errors import DistbenchError, LaunchFailed, Verdict, suite_code, worst_exit_code
 from distbench.job import Entry, Job
@@ -223,7 +223,9 @@ class Campaign:
             write_report(Path(path), report)
         if job.bundle and job.failed(report.exit_code, as_expected=report.as_expected):
             folder = bundle_folder(job.bundle, entry.case)
-            write_manifest(folder, report, outcome, _routing(folder, entry.case, hosts) if lost else NOTHING_RECORDED)
+            with without_a_bundle(entry.name):
+                recorded = _routing(folder, entry.case, hosts) if lost else NOTHING_RECORDED
+                write_manifest(folder, report, outcome, recorded)
         self._take_new_lines()
 
     def _tick(self, current: Entry | None) -> None:

@@ -137,14 +137,15 @@ def _bundle(  # noqa: PLR0913 - where, and what of
 ) -> None:
     """Leave a bundle if the case failed, which rank 0 knows: it alone has a report. Collective, in the group."""
     from distbench.bundle.layout import bundle_folder  # noqa: PLC0415 - only where a bundle is asked for
-    from distbench.bundle.manifest import write_manifest  # noqa: PLC0415
+    from distbench.bundle.manifest import without_a_bundle, write_manifest  # noqa: PLC0415
     from distbench.bundle.write import write_parts  # noqa: PLC0415
 
     folder = bundle_folder(job.bundle, entry.case)
     failed = outcome if report is not None and job.failed(report.exit_code, as_expected=report.as_expected) else None
     recorded = write_parts(session, recorder, folder, failed)
     if failed is not None and report is not None and recorded is not None:
-        write_manifest(folder, report, failed, recorded)
+        with without_a_bundle(entry.name):
+            write_manifest(folder, report, failed, recorded)
 
 
 def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,17 @@ from distbench.verify.records import LISTED_TOKENS, Divergence, Observation, Out
 _SHORTER_LISTS = (LISTED_TOKENS, LISTED_TOKENS // 4, LISTED_TOKENS // 16, 1, 0)
 
 
-def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Write what makes the parts a bundle. Where that cannot be written it is said, and the verdict stands."""
+@contextlib.contextmanager
+def without_a_bundle(name: str) -> Iterator[None]:
+    """Say where the bundle of case `name` cannot be written: its verdict stands without."""
     try:
-        _write(folder, report, outcome, recorded)
+        yield
     except OSError as error:
-        print_note(f"no bundle of case {report.name}: {error.filename or folder}: {error.strerror}; its verdict stands")
+        print_note(f"no bundle of case {name}: {error.filename or 'its folder'}: {error.strerror}; its verdict stands")
 
 
-def _write(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Write the report, the kernel table, and the manifest last.
+def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
+    """Write what makes the parts a bundle: the report, the kernel table, and the manifest last.
 
     Where there are too many ranks for their records to be read back, the lists of tokens in them are made shorter;
     where even that is not enough there is no bundle.

@@ -110,6 +110,7 @@ class Bench:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         self.process.wait()
+        assert wait_until(self.gone, 30)
 
     def left(self) -> list[int]:
         """Return the processes that were started by this bench, or by one of those, and live."""

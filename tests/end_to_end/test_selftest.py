@@ -54,7 +54,7 @@ def test_guards_of_adapters_are_right_to_end_a_rank(tmp_path: Path) -> None:
     assert DEATH.format(fault="dispatched-ids", stage="combine") in text
     assert DEATH.format(fault="weights-not-cut", stage="experts") in text
     assert "| capacity-ignored | " in text
-    assert "| scales-not-cut | 1 CORRUPT | 1 CORRUPT | truncate: columns from 1 on | 1/1 | 1/1 | 0 |" in text
+    assert "| scales-not-cut | 1 CORRUPT | 1 CORRUPT | truncate: poison or NaN | 1/1 | 1/1 | 0 |" in text
     assert {report["case"]["transport"] for report in bench.reports} == {"mori"}
 
 
