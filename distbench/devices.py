@@ -169,8 +169,7 @@ def _named(word: str, devices: Sequence[str]) -> str:
 
 def _nvidia_uuids() -> list[str]:
     """Return the UUIDs of this node's NVIDIA devices in their order, none where nvidia-smi does not tell."""
-    program = shutil.which("nvidia-smi")
-    return [] if program is None else _ask([program, "--query-gpu=uuid", "--format=csv,noheader"], _SMI_SECONDS)
+    return _smi("--query-gpu=uuid")
 
 
 def _rocm_uuids() -> list[str]:
@@ -189,8 +188,8 @@ def device_state(index: int) -> DeviceState:
         return _rocm_state(name, index)
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
     fields = "clocks.sm,clocks.max.sm,pstate,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-    device = f"GPU-{uuid}" if uuid else ""
-    values = _smi("--query-gpu=" + fields, device)
+    device = f"GPU-{uuid}"
+    values = _smi("--query-gpu=" + fields, device) if uuid else []
     if len(values) != 1:
         return DeviceState(name=name)
     clock, most, power_state, watts, celsius, reasons = (one.strip() for one in values[0].split(","))
@@ -237,12 +236,13 @@ def free_device_bytes(held: Sequence[str]) -> int | None:
     return _number(lines[-1]) if lines else None
 
 
-def _smi(query: str, device: str) -> list[str]:
-    """Ask nvidia-smi; no lines where there is none, as on ROCm, or it does not answer."""
+def _smi(query: str, device: str = "") -> list[str]:
+    """Ask nvidia-smi about a device, or all; no lines where there is none, as on ROCm, or it does not answer."""
     program = shutil.which("nvidia-smi")
-    if program is None or not device:
+    if program is None:
         return []
-    return _ask([program, query, "--format=csv,noheader,nounits", f"--id={device}"], _SMI_SECONDS)
+    chosen = [f"--id={device}"] if device else []
+    return _ask([program, query, "--format=csv,noheader,nounits", *chosen], _SMI_SECONDS)
 
 
 def _ask(command: list[str], timeout_s: float) -> list[str]:

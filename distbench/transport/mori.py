@@ -102,8 +102,8 @@ class MoriTransport:
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
         self._under_way = True
         self._received = Dispatched(hidden, scales, weights, ids, self._total_recv)
-        if known is None:
-            _poison_tail(self._received, self._known.received)
+        if known is None:  # the tail stays so until other tokens are dispatched, and no peer writes before combine
+            _poison_rows(self._received, slice(self._known.received, None))
         return self._received
 
     def sources(self) -> Tensor:
@@ -146,9 +146,7 @@ class MoriTransport:
         tokens, received = len(self._known.routing), self._known.received
         self._wait_for_all()
         poison_(self._combined[:tokens])
-        for part in self._received[:4]:
-            if part is not None:
-                poison_(part[:received])
+        _poison_rows(self._received, slice(received))
         if not self._case.combine_quant.endswith("_blockwise"):  # its rows have another width there
             columns = self._case.hidden_size
             pushed = self._op.get_registered_combine_input_buffer(self._combined.dtype, columns)
@@ -223,14 +221,11 @@ class MoriTransport:
         dist.barrier(group=self._group)
 
 
-def _poison_tail(dispatched: Dispatched, received: int) -> None:
-    """Overwrite rows that were not received: what MoRI leaves there are valid ids, which hide who reads them.
-
-    They stay so until other tokens are dispatched, and no peer writes before this rank is in combine.
-    """
-    for rows in dispatched[:4]:
-        if rows is not None:
-            poison_(rows[received:])
+def _poison_rows(dispatched: Dispatched, rows: slice) -> None:
+    """Overwrite rows of the receive buffer: what MoRI leaves past those received are valid ids, which hide a reader."""
+    for part in dispatched[:4]:
+        if part is not None:
+            poison_(part[rows])
 
 
 def _whole(expert_out: Tensor, received: int) -> Tensor:
