@@ -1,36 +1,61 @@
 """Triton kernels launched past Triton's own look-up, which takes most of the time of a launch.
 
 What Triton compiles depends on the types of the arguments, on whether pointers and numbers are multiples of 16, on
-numbers that are 1, and on constants. A kernel that was compiled for the same of all these is launched directly.
+numbers that are 1, and on constants. A kernel that was compiled for the same of all these is launched directly, with
+addresses for its tensors: Triton would ask each for its own, and the driver whether that is one. Its launch hooks,
+which profilers set, hear of the first launch only.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-_COMPILED: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+
+class _Compiled(NamedTuple):
+    """What Triton hands to the driver for a kernel, and the constants that it expects behind the arguments."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    constants: tuple[object, ...]
+
+
+_COMPILED: dict[tuple[object, ...], _Compiled] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a `triton.jit` function, whose constants stand last: kernel[grid](*arguments, **constants).
 
     arguments are tensors, one of them at least, tensor descriptors, numbers and None; constants may have Triton's
-    options among them. On the current device and stream; interpreted kernels are run as ever.
+    options among them. On the current stream of the tensors' device; interpreted kernels are run as ever.
     """
-    kinds = [(one.dtype, one.data_ptr() % _ALIGNMENT) if type(one) is Tensor else _kind(one) for one in arguments]
-    device = next(one for one in arguments if type(one) is Tensor).get_device()
+    given: list[object] = []
+    kinds: list[object] = []
+    device = -1
+    for one in arguments:
+        if type(one) is Tensor:
+            address, device = one.data_ptr(), one.get_device()
+            given.append(address)
+            kinds.append((one.dtype, address % _ALIGNMENT))
+        else:
+            given.append(one)
+            kinds.append(_kind(one))
     key = (id(kernel), device, *kinds, *constants.values())
     known = _COMPILED.get(key)
     if known is not None:
-        compiled, values = known
-        compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+        stream = torch._C._cuda_getCurrentRawStream(device)  # noqa: SLF001 - the public way makes an object each time
+        rest = None, None, None, *given, *known.constants  # no hooks
+        known.run(*(*grid, 1, 1)[:3], stream, known.function, known.metadata, *rest)
         return
     compiled = kernel[grid](*arguments, **constants)
     if compiled is not None:
-        _COMPILED[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        last = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _COMPILED[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, last)
 
 
 def _kind(argument: Any) -> tuple[object, ...] | None:

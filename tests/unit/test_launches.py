@@ -24,28 +24,30 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*arguments: object, **constants: object) -> Any:
             self.compiled.append((grid, arguments, constants))
-            return None if self._interpreted else self._Compiled(self)
+            return None if self._interpreted else SimpleNamespace(run=self._run, function="f", packed_metadata="m")
 
         return run
 
-    class _Compiled:
-        def __init__(self, kernel: Kernel) -> None:
-            self._kernel = kernel
+    def _run(self, *arguments: Any) -> None:
+        self.launched.append(arguments)
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *arguments: self._kernel.launched.append((grid, arguments))
+
+@pytest.fixture(autouse=True)
+def _stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)  # noqa: SLF001
 
 
 ROWS = torch.zeros(64)
 CONSTANTS = {"BLOCK": 16, "WIDTH": 5, "num_warps": 4}
 
 
-def test_the_second_launch_gets_the_constants_in_their_order() -> None:
+def test_the_second_launch_gets_addresses_and_the_constants_in_their_order() -> None:
     kernel = Kernel()
     for count in (3, 5):
         launch(kernel, (7, 2), ROWS, None, count, **CONSTANTS)
     assert kernel.compiled == [((7, 2), (ROWS, None, 3), CONSTANTS)]
-    assert kernel.launched == [((7, 2, 1), (ROWS, None, 5, 5, 16))]
+    hooks = (None, None, None)
+    assert kernel.launched == [(7, 2, 1, 99, "f", "m", *hooks, ROWS.data_ptr(), None, 5, 5, 16)]
 
 
 DESCRIPTOR = SimpleNamespace(base=ROWS, block_shape=[16, 8])
