@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
+# What the hooks are told of a launch, the one before it, and the one after it.
+_NO_HOOKS = None, None, None
 
 
 class _Compiled(NamedTuple):
@@ -32,25 +34,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Launch a `triton.jit` function, whose constants stand last: kernel[grid](*arguments, **constants).
 
     arguments are tensors, one of them at least, tensor descriptors, numbers and None; constants may have Triton's
-    options among them. On the current stream of the tensors' device; interpreted kernels are run as ever.
+    options among them. On the current device, which the tensors are on, and its stream; interpreted kernels are run as
+    ever.
     """
     given: list[object] = []
     kinds: list[object] = []
-    device = -1
     for one in arguments:
         if type(one) is Tensor:
-            address, device = one.data_ptr(), one.get_device()
+            address = one.data_ptr()
             given.append(address)
             kinds.append((one.dtype, address % _ALIGNMENT))
         else:
             given.append(one)
             kinds.append(_kind(one))
+    device = next(one for one in arguments if type(one) is Tensor).get_device()
     key = (id(kernel), device, *kinds, *constants.values())
     known = _COMPILED.get(key)
     if known is not None:
         stream = torch._C._cuda_getCurrentRawStream(device)  # noqa: SLF001 - the public way makes an object each time
-        rest = None, None, None, *given, *known.constants  # no hooks
-        known.run(*(*grid, 1, 1)[:3], stream, known.function, known.metadata, *rest)
+        values = *given, *known.constants
+        known.run(*(*grid, 1, 1)[:3], stream, known.function, known.metadata, *_NO_HOOKS, *values)
         return
     compiled = kernel[grid](*arguments, **constants)
     if compiled is not None:

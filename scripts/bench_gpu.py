@@ -32,7 +32,7 @@ from distbench.workload.batch import TokenBatch
 EXACT_ROWS = tuple(1 << power for power in range(16))
 CUT_ROWS = (48, 100, 200, 400, 800, 1500, 3000, 6000)
 REPLAYS = 21
-# Python takes twice as long over the first hundred launches of a process as over later ones.
+# An eager call takes 1.7 times as long among the first of a process as later: Python has to warm up.
 WARM_CALLS = 100
 COPIED_BYTES = 4 << 30
 PRODUCT = 8192
