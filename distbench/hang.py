@@ -34,9 +34,9 @@ _WAITING = (
     ("/torch/cuda/", "synchronize"),
     ("/multiprocessing/synchronize.py", "wait"),
     ("/filelock/", "acquire"),
-    ("/distbench/transport/waiting.py", "wait_for"),
+    ("/distbench/exchange/waiting.py", "wait_for"),
+    ("/distbench/exchange/shared_memory.py", "_hear"),
     ("/distbench/emulation/mori/shmem.py", "_members"),
-    ("/distbench/session.py", "on_any_rank"),
     ("/distbench/session.py", "_wait_for"),
 )
 _FRAME = re.compile(r'^  File "(.*)", line \d+ in (.*)$', re.MULTILINE)

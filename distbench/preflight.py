@@ -186,13 +186,14 @@ def check_memory(entries: Iterable[Entry], available: int | None = None) -> None
 
 
 def memory_bytes(case: Case) -> int:
-    """Estimate what all ranks of a case take together: weights, receive and output buffers, routed rows, process."""
+    """Estimate what all ranks of a case take together: weights, buffers, routed rows, those laid for peers, process."""
     element = 2
     weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
     buffers = case.capacity * (payload + case.hidden_size * element)
     work = max(case.tokens) * case.topk * case.hidden_size * 16 + min(_WIDENED * weights, _SCRATCH_BYTES)
-    return _SHARED_BYTES + case.ep_size * (weights + buffers + work + _RANK_BYTES)
+    laid = max(case.tokens) * min(case.topk, case.ep_size) * (payload + case.hidden_size * element)
+    return _SHARED_BYTES + case.ep_size * (weights + buffers + work + laid + _RANK_BYTES)
 
 
 def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available: int | None = None) -> None:

@@ -80,7 +80,7 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
     mode = choose_mode(case.gather, case.tokens, stacked[:1].numel() * stacked.element_size())
     record = passes.observation(stacked, digests)
     outputs = Outputs(tuple(passes.outputs), stacked, digests)
-    gathered = gather(session.group, mode, case.tokens, record, outputs)
+    gathered = gather(session, mode, case.tokens, record, outputs)
     if parts.injector is not None:
         parts.injector.leave()
     if gathered is None:

@@ -1,9 +1,9 @@
 """What a rank costs at several numbers of ranks on this machine: start-up, time, bytes to rank 0, memory, descriptors.
 
-Every rank holds a tiny case, so what grows is the ranks and not their work. Bytes are those that the kernel has counted
-on sockets (TCP_INFO): what rank 0 receives over a whole case and within gathering alone, what it sends, and what all
-ranks send. Exit 1 where the gathered bytes per rank
-grow by more than a fifth from the fewest ranks to the most.
+Every rank holds a tiny case, so what grows is the ranks and not their work. They share no memory, as if each were on
+another host. Bytes are those that the kernel has counted on sockets (TCP_INFO): what rank 0 receives over a whole case
+and within gathering alone, what it sends, and what all ranks send. Exit 1 where the gathered bytes per rank grow by
+more than a fifth from the fewest ranks to the most.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distbench.breadcrumbs import Breadcrumbs
 from distbench.case import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.resolve import Layer, resolve_case
-from distbench.session import Session
+from distbench.session import SHARED_MEMORY, Session
 from distbench.supervisor import preload_ranks
 from distbench.verify.gather import gather
 
@@ -137,7 +137,7 @@ class Gathering:
 
 def work(case: Case, repeats: int, started: float, out: str) -> None:
     """Run as a rank: the case `repeats` times after a first one; rank 0 writes what was measured."""
-    session = Session(Breadcrumbs(None), _TIMEOUT_S)
+    session = Session(Breadcrumbs(None), _TIMEOUT_S, os.environ | {SHARED_MEMORY: "0"})
     dist.barrier()
     start_s = time.time() - started
     vars(rank_module)["gather"] = measured = Gathering()

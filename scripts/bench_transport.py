@@ -3,8 +3,8 @@
 Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. Ours and bare
 take turns, and each call is timed by itself after an all_reduce. On a device the bound is held against the device's
 time, by events around a call that is launched beforehand, as it is where a layer runs behind others; the time with
-launches, from an idle device to an idle device, stands beside it. On the CPU the figures are those of gloo on one
-machine, and only check the harness.
+launches, from an idle device to an idle device, stands beside it. On the CPU ours goes through shared memory and bare
+is gloo's, which only checks the harness.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads what it uses
 
         return MoriTransport(session, case)
+    from distbench.exchange import choose_exchange  # noqa: PLC0415 - as above
     from distbench.transport.arrival import Geometry  # noqa: PLC0415 - as above
     from distbench.transport.collective import CollectiveTransport  # noqa: PLC0415
 
@@ -37,4 +38,5 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         counts=counts,
     )
     shuffled = case.slot_order == "shuffled"
-    return CollectiveTransport(session.group, geometry, like, seed=case.seed, shuffled=shuffled)
+    exchange = choose_exchange(session.group, session.shared, counts, session.device)
+    return CollectiveTransport(exchange, geometry, like, seed=case.seed, shuffled=shuffled)

@@ -1,4 +1,4 @@
-"""MoRI's dispatch and combine emulated over `torch.distributed`, one exchange of rows each.
+"""MoRI's dispatch and combine emulated over any exchange of rows between ranks, one for each.
 
 All that goes to one peer for one token (payload, scales, weights, ids, token number) travels as one row of bytes. Row
 counts are those of the agreed routing, so none are exchanged here. A rank's own rows stay on it: they are copied while
@@ -7,20 +7,20 @@ the others travel. Rows are ordered by the other rank and by token, own rows las
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from distbench.errors import DistbenchError
+from distbench.exchange.base import Exchange, Underway
+from distbench.exchange.waiting import wait_for
 from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
-from distbench.transport.exchange import Travel, few_pairs, send_to_some
 from distbench.transport.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.rows import TorchRows
-from distbench.transport.waiting import wait_for
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
@@ -44,19 +44,15 @@ class CollectiveTransport:
     tensor again are taken as unchanged, and nobody may write to it meanwhile.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool
-    ) -> None:
+    def __init__(self, exchange: Exchange, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool) -> None:
         """Allocate the receive buffer, poisoned; `like` gives the dtypes, the width of the scales and the device."""
         self.capacity = geometry.capacity
-        self._group = group
+        self._rows = exchange
         self._geometry = geometry
         self._traffic = Traffic(geometry)
         self._device = like.ids.device
         self._mover = make_mover(self._traffic, self._device)
-        self._few = self._device.type == "cpu" and few_pairs(geometry)
-        kernel = "send_recv" if self._few else "all_to_all"
-        self.facts: dict[str, Any] = {"kernel": kernel, "rows": self._mover.name}
+        self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self._mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: Route | None = None
         self._adding: _Slots | None = None
@@ -160,23 +156,18 @@ class CollectiveTransport:
             )
             raise DistbenchError(message)
 
-    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> Travel:
+    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> Sequence[Underway]:
         """Let the rows travel between ranks, those to the experts while the caller goes on; nothing where one is alone.
 
         A device's stream waits for rows on their way back, which spares it two events, not the host.
         """
         if self._geometry.ep_size == 1:
             return ()
-        received, sent = self._traffic.from_peers, self._traffic.to_peers
-        if not to_experts:
-            received, sent = sent, received
-        if self._few:
-            travel = send_to_some(self._group, incoming, outgoing, received, sent)
-            if not to_experts:
-                wait_for(travel)
-            return travel
-        work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=to_experts)
-        return () if work is None else (work,)
+        there, back = self._traffic.from_peers, self._traffic.to_peers
+        if to_experts:
+            return self._rows.start(incoming, outgoing, there, back)
+        self._rows.run(incoming, outgoing, back, there)
+        return ()
 
     def _take_plan(self, ids: Tensor) -> Plan:
         plan, self._plan = self._plan, None

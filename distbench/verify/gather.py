@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.process import peak_bytes
+from distbench.session import Session
 from distbench.verify.bitwise import compare_rows, differing, row_digests, same_bits
 from distbench.verify.records import (
     LISTED_TOKENS,
@@ -42,7 +43,9 @@ class Outputs(NamedTuple):
 
 
 def stacked_digests(rows: Tensor) -> Tensor:
-    """Return the digests int64 [n, arms, 2] of rows [n, arms, H]."""
+    """Return the digests int64 [n, arms, 2] of rows [n, arms, H]; equal arms take no longer than one."""
+    if same_bits(rows[:, 1:], rows[:, :1].expand_as(rows[:, 1:])):
+        return row_digests(rows[:, 0]).unsqueeze(1).expand(*rows.shape[:2], 2).contiguous()
     return row_digests(rows.flatten(0, 1)).view(*rows.shape[:2], 2)
 
 
@@ -54,20 +57,20 @@ def choose_mode(asked: str, tokens: tuple[int, ...], token_bytes: int) -> Mode:
 
 
 def gather(
-    group: dist.ProcessGroup, mode: Mode, tokens: tuple[int, ...], observation: Observation, outputs: Outputs
+    session: Session, mode: Mode, tokens: tuple[int, ...], observation: Observation, outputs: Outputs
 ) -> Gathered | None:
     """Bring all ranks' outputs to rank 0, which returns what it found; the others return None. Collective.
 
     `outputs` has the same arms in the same order on every rank.
     """
     payload = outputs.rows if mode == "rows" else outputs.digests
-    records = _gather_records(group, observation)
+    records = _gather_records(session, observation)
     reader = _Reader(outputs.arms, mode, len(tokens) if records else 0)
-    for start, blocks in _gather_blocks(group, payload, max(tokens)):
+    for start, blocks in _gather_blocks(session, payload, tokens):
         for rank, block in enumerate(blocks):
             reader.take(rank, block[: max(tokens[rank] - start, 0)], start)
     if mode == "digests":
-        _fetch_differing(group, reader, outputs.rows)
+        _fetch_differing(session.group, reader, outputs.rows)
     return reader.finish(records) if records else None
 
 
@@ -122,7 +125,7 @@ class _Reader:
         return all(mine[name].differing_tokens == record.comparisons[name].differing_tokens for name in mine)
 
 
-def _gather_records(group: dist.ProcessGroup, observation: Observation) -> list[Observation]:
+def _gather_records(session: Session, observation: Observation) -> list[Observation]:
     """Return all ranks' records on rank 0, nothing elsewhere.
 
     A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows. By
@@ -131,38 +134,30 @@ def _gather_records(group: dist.ProcessGroup, observation: Observation) -> list[
     content = msgspec.json.encode(observation)
     framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8)
     head, rest = framed[:_RECORD_BYTES], framed[_RECORD_BYTES:]
-    heads = _gathered(group, torch.cat([head, head.new_zeros(_RECORD_BYTES - head.numel())]))
-    if rest.numel() and dist.get_rank(group) != 0:
-        dist.send(rest, group=group, group_dst=0)
+    heads = session.gathered(torch.cat([head, head.new_zeros(_RECORD_BYTES - head.numel())]))
+    if rest.numel() and session.rank != 0:
+        dist.send(rest, group=session.group, group_dst=0)
     records = []
     for rank, raw in enumerate(heads):
         size = 8 + int.from_bytes(raw[:8].tolist(), "little")
         tail = rest if rank == 0 else raw.new_empty(max(size - _RECORD_BYTES, 0))
         if tail.numel() and rank != 0:
-            dist.recv(tail, group=group, group_src=rank)
+            dist.recv(tail, group=session.group, group_src=rank)
         whole = torch.cat([raw, tail])[8:size].numpy().tobytes()
         records.append(msgspec.json.decode(whole, type=Observation))
     return records
 
 
-def _gather_blocks(group: dist.ProcessGroup, payload: Tensor, most: int) -> Iterator[tuple[int, list[Tensor]]]:
+def _gather_blocks(session: Session, payload: Tensor, tokens: tuple[int, ...]) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield, round after round, the first token of all ranks' blocks and the blocks; no blocks but on rank 0."""
+    most = max(tokens)
     row_bytes = payload.shape[1] * payload.shape[2] * payload.element_size()
-    step = max(min(ROUND_BYTES // (row_bytes * dist.get_world_size(group)), most), 1)
+    step = max(min(ROUND_BYTES // (row_bytes * len(tokens)), most), 1)
     for start in range(0, most, step):
         block = payload[start : start + step]
         if block.shape[0] < step:
             block = torch.cat([block, block.new_zeros(step - block.shape[0], *payload.shape[1:])])
-        raw = _gathered(group, block.contiguous().view(torch.uint8))
-        yield start, [one.view(payload.dtype) for one in raw]
-
-
-def _gathered(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
-    """Return all ranks' tensors, of one size, on rank 0, nothing elsewhere."""
-    first = dist.get_rank(group) == 0
-    everyone = list(mine.new_empty(dist.get_world_size(group), *mine.shape)) if first else []
-    dist.gather(mine, everyone if first else None, group=group, group_dst=0)
-    return everyone
+        yield start, list(session.gathered(block.contiguous().view(torch.uint8)).view(payload.dtype))
 
 
 def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from distbench.case import Case
 from distbench.errors import DistbenchError
+from distbench.exchange.collective import AllToAll
 from distbench.rank import workload_for
 from distbench.session import Session
 from distbench.transport import collective, make_transport
@@ -24,6 +26,7 @@ from tests.cases import tiny_case
 from tests.ranks import on_ranks
 
 CALLS = 6
+ALONE = AllToAll(None)  # type: ignore[arg-type] # a rank that is alone exchanges nothing
 
 
 def same(first: Tensor, second: Tensor) -> bool:
@@ -171,19 +174,32 @@ def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
 def test_rows_and_sums_are_those_of_the_model(world: int, changes: dict[str, Any], slot_order: str) -> None:
     case = tiny_case(world, **changes, slot_order=slot_order)
     assert on_ranks(world, passes, case) == [[]] * world
+    assert on_ranks(world, without_shared_memory, passes, case) == [[]] * world
 
 
 @torch.inference_mode()
-def how_rows_travel(session: Session, case: Case) -> str:
-    return str(transport_of(session, case)[0].facts["kernel"])
+def how_rows_travel(session: Session, case: Case) -> list[str]:
+    return [str(transport_of(session, case)[0].facts["kernel"]), *without_shared_memory(session, _kernel, case)]
+
+
+def _kernel(session: Session, case: Case) -> list[str]:
+    return [str(transport_of(session, case)[0].facts["kernel"])]
+
+
+def without_shared_memory(session: Session, function: Any, case: Case) -> Any:
+    """Do as ranks of several hosts do, of which none shares memory with all others."""
+    with patch.object(session, "shared", None):
+        return function(session, case)
 
 
 @pytest.mark.parametrize(
-    ("changes", "kernel"),
+    ("changes", "elsewhere"),
     [({}, "all_to_all"), ({"routing": "fan-in:1"}, "send_recv"), ({"tokens": 1, "topk": 1}, "send_recv")],
 )
-def test_where_few_ranks_have_rows_for_each_other_only_those_talk(changes: dict[str, Any], kernel: str) -> None:
-    assert on_ranks(4, how_rows_travel, tiny_case(4, **changes)) == [kernel] * 4
+def test_rows_go_through_memory_and_between_hosts_to_whom_there_are_rows_for(
+    changes: dict[str, Any], elsewhere: str
+) -> None:
+    assert on_ranks(4, how_rows_travel, tiny_case(4, **changes)) == [["shared_memory", elsewhere]] * 4
 
 
 def test_a_row_that_never_left_comes_back_as_poison() -> None:
@@ -213,7 +229,7 @@ def test_a_device_gives_the_bits_of_the_cpu(
         batch = workload_for(case, torch.device(device)).tokens(0)
         counts = recv_counts(batch.ids, case.experts_per_rank, 1).cpu().unsqueeze(0)
         geometry = Geometry(0, 1, case.num_experts, case.capacity, counts)
-        transport = CollectiveTransport(None, geometry, batch, seed=7, shuffled=True)  # type: ignore[arg-type]
+        transport = CollectiveTransport(ALONE, geometry, batch, seed=7, shuffled=True)
         ends[device] = []
         for call in range(CALLS):
             ends[device] += [part.clone() for part in transport.dispatch(batch) if part is not None]
@@ -231,7 +247,7 @@ def test_a_pass_on_a_device_does_not_wait_for_it() -> None:
     batch = workload_for(case, torch.device("cuda")).tokens(0)
     counts = recv_counts(batch.ids, case.experts_per_rank, 1).cpu().unsqueeze(0)
     geometry = Geometry(0, 1, case.num_experts, case.capacity, counts)
-    transport = CollectiveTransport(None, geometry, batch, seed=7, shuffled=True)  # type: ignore[arg-type]
+    transport = CollectiveTransport(ALONE, geometry, batch, seed=7, shuffled=True)
     out = torch.zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16, device="cuda")
     transport.dispatch(batch)
     transport.combine(out, batch.ids)

@@ -117,6 +117,29 @@ def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
     assert "Traceback" not in bench.stderr
 
 
+def test_faults_of_ranks_that_share_no_memory(tmp_path: Path) -> None:
+    """As between hosts: there it is gloo in which ranks wait, and by which they hear of a peer that is gone."""
+    faults = [
+        Fault(0, "padded/combine", "kill"),
+        Fault(1, "control/dispatch", "stop"),
+        Fault(2, "agree", "raise"),
+        Fault(1, "gather", "segv"),
+        Fault(2, "truncated/experts", "sleep"),
+    ]
+    suite = write_suite(tmp_path / "suite.json", range(2 * len(faults) + 1), timeout=LIMIT_S)
+    variables = faulty(*map(str, faults), once=tmp_path / "fired") | {"DISTBENCH_SHARED_MEMORY": "0"}
+    with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
+        assert bench.finish() == 3
+        assert wait_until(bench.gone, 2)
+    reports = {report["name"]: report for report in bench.reports}
+    complaints = [
+        found for turn, fault in enumerate(faults) for found in fault.complaints(reports.pop(f"seed={2 * turn + 1}"))
+    ]
+    assert not complaints
+    assert {report["verdict"] for report in reports.values()} == {"PASS"}
+    assert {report["transport"]["kernel"] for report in reports.values()} == {"all_to_all"}
+
+
 # The faults of each launch, the seed of the case that they hit, and what is said of it.
 ODD = [
     ("1:0:boot:stop", 0, [("hang", 1, "rank 1 had not begun ")]),

@@ -94,6 +94,15 @@ def test_the_exact_limit_passes_and_one_less_names_the_lost(tmp_path: Path, npro
     assert {tuple(token) for token in cause["tokens"]} == lost
 
 
+@pytest.mark.parametrize(
+    ("environ", "kernel"), [({}, "shared_memory"), ({"DISTBENCH_SHARED_MEMORY": "0"}, "all_to_all")]
+)
+def test_how_rows_travel_between_ranks_is_told(tmp_path: Path, environ: dict[str, str], kernel: str) -> None:
+    run = tiny(tmp_path, 3, "--tokens", "0,9,5", **environ)
+    assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
+    assert run.report["transport"]["kernel"] == kernel
+
+
 def test_strict_refuses_on_all_ranks(tmp_path: Path) -> None:
     run = tiny(tmp_path, 3, "--tokens", "0,9,5", "--limit", "max-recv-1")
     assert (run.exit_code, run.report["verdict"]) == (1, "UNDER_LIMIT")

@@ -13,11 +13,12 @@ from distbench import hang
 from distbench.breadcrumbs import ARMS, STAGES, Position
 from distbench.emulation.mori import shmem
 from distbench.errors import Verdict
+from distbench.exchange.shared_memory import SharedMemory
+from distbench.exchange.waiting import wait_for
 from distbench.hang import find_hang, waits_for_peers
 from distbench.job import Entry, Job, Spread
 from distbench.postmortem import Ending
 from distbench.session import Session
-from distbench.transport.waiting import wait_for
 from tests.cases import tiny_case
 
 OTHER_THREAD = """Thread 0x00007f3a (most recent call first):
@@ -43,7 +44,7 @@ def frame(code: CodeType) -> str:
         (HEADER + GLOO + LAYER, True),
         (HEADER + DEVICE + LAYER, True),
         (HEADER + frame(wait_for.__code__) + LAYER, True),
-        (HEADER + frame(Session.on_any_rank.__code__) + LAYER, True),
+        (HEADER + frame(SharedMemory._hear.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
         (HEADER + frame(Session._wait_for.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
         (HEADER + frame(filelock.BaseFileLock.acquire.__code__) + LAYER, True),
         (HEADER + frame(shmem._members.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for

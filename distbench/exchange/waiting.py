@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch.distributed as dist
+from distbench.exchange.base import Underway
 
 
-def wait_for(travel: Iterable[dist.Work]) -> None:
+def wait_for(travel: Iterable[Underway]) -> None:
     """Return when the rows are there; on a device the device waits, and the host goes on."""
-    for work in travel:
-        work.wait()
+    for rows in travel:
+        rows.wait()

@@ -1,0 +1,71 @@
+"""Rows on their way between ranks: by one all-to-all, or only between those ranks that have rows for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.exchange.base import Underway
+from distbench.exchange.waiting import wait_for
+
+_FEW = 0.5
+
+
+class AllToAll:
+    """See `Exchange`: the group's own all-to-all."""
+
+    name = "all_to_all"
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def start(
+        self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> Sequence[Underway]:
+        """See `Exchange.start`."""
+        parts = list(received), list(sent)
+        work = dist.all_to_all_single(incoming, outgoing, *parts, group=self._group, async_op=True)
+        return () if work is None else (work,)
+
+    def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
+        """See `Exchange.run`: a device is spared two events."""
+        dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self._group)
+
+
+class SendReceive:
+    """See `Exchange`: no message where there is no row, when gloo's all-to-all has W (W - 1) of them."""
+
+    name = "send_recv"
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+
+    def start(
+        self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> Sequence[Underway]:
+        """See `Exchange.start`."""
+        group = self._group
+        receipts = [dist.irecv(rows, group=group, group_src=peer) for peer, rows in _parts(incoming, received)]
+        sendings = [dist.isend(rows, group=group, group_dst=peer) for peer, rows in _parts(outgoing, sent)]
+        return tuple(work for work in (*receipts, *sendings) if work is not None)
+
+    def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
+        """See `Exchange.run`."""
+        wait_for(self.start(incoming, outgoing, received, sent))
+
+
+def few_pairs(counts: Tensor) -> bool:
+    """Whether less than half of all pairs of ranks have rows for each other; counts int64 [W, W]: from i to j."""
+    ranks = len(counts)
+    busy = int((counts > 0).sum()) - int((counts.diagonal() > 0).sum())
+    return busy < _FEW * ranks * (ranks - 1)
+
+
+def _parts(rows: Tensor, counts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    start = 0
+    for peer, count in enumerate(counts):
+        if count:
+            yield peer, rows[start : start + count]
+        start += count

@@ -1,0 +1,137 @@
+"""How the ranks of one host find each other: a socket to each, and the file in memory that each lays its rows in.
+
+Nothing of it has a name that could stay behind: sockets are bound to names that the kernel chooses and forgets, files
+are memfds, handed from process to process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.process import pid_space
+
+_HELLO = struct.Struct("<q")
+_CREDENTIALS = struct.Struct("3i")
+_SECONDS = struct.Struct("@ll")
+_WORD_BYTES = 8
+
+Everyones = Callable[[Tensor], Tensor]
+"""Returns all ranks' rows, int64 [W, c], of each's own [c]. Collective."""
+
+
+class Peer(NamedTuple):
+    """Another rank of this host: a socket to it, which keeps messages apart, and its file."""
+
+    rank: int
+    line: socket.socket
+    file: int
+
+
+class Neighbours(NamedTuple):
+    """This rank, its own file, and all other ranks of the group, from the next one round to the one before."""
+
+    rank: int
+    file: int
+    peers: list[Peer]
+
+
+class _Door(NamedTuple):
+    """Where other ranks call at, by its name, and the file that they are handed."""
+
+    socket: socket.socket
+    name: int
+    file: int
+
+
+def find_neighbours(rank: int, everyones: Everyones, timeout_s: float) -> Neighbours | None:
+    """Connect to all other ranks of a group, or return None on every rank where not all of them can. Collective.
+
+    They can where they run on one Linux, for one user, in one namespace of processes and of networks. Whoever waits
+    for a peer gives up after `timeout_s`.
+    """
+    with contextlib.ExitStack() as opened:
+        door = _open_door(opened)
+        cards = everyones(torch.tensor([_place(), 0 if door is None else door.name])).tolist()
+        if door is None or any(place != cards[0][0] or not name for place, name in cards):
+            return None
+        called = _call(opened, door, rank, [name for _, name in cards[:rank]])
+        if bool(everyones(torch.tensor([int(called is None)])).any()) or called is None:
+            return None
+        peers = [_heard(line) for line in called]
+        peers += [_answer(opened, door, rank) for _ in cards[rank + 1 :]]
+        for peer in peers:
+            peer.line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SECONDS.pack(int(timeout_s) + 1, 0))
+        door.socket.close()
+        opened.pop_all()
+    return Neighbours(rank, door.file, sorted(peers, key=lambda peer: (peer.rank < rank, peer.rank)))
+
+
+def _open_door(opened: contextlib.ExitStack) -> _Door | None:
+    try:
+        file = os.memfd_create("distbench-rows")
+        opened.callback(os.close, file)
+        listening = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        listening.bind("")
+        listening.listen(socket.SOMAXCONN)
+        name: bytes = listening.getsockname()
+    except (OSError, AttributeError):
+        return None
+    return _Door(listening, int.from_bytes(name[1:], "little"), file)
+
+
+def _call(opened: contextlib.ExitStack, door: _Door, rank: int, names: list[int]) -> list[socket.socket] | None:
+    """Connect to the lower ranks, by the names of their doors; None where one cannot be reached."""
+    lines = []
+    try:
+        for name in names:
+            line = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            line.connect(b"\0" + name.to_bytes(_WORD_BYTES, "little").rstrip(b"\0"))
+            socket.send_fds(line, [_HELLO.pack(rank)], [door.file])
+            lines.append(line)
+    except OSError:
+        return None
+    return lines
+
+
+def _answer(opened: contextlib.ExitStack, door: _Door, rank: int) -> Peer:
+    """Take the next call of a rank, whose first word is there already, and passes over those of other users."""
+    while True:
+        line = door.socket.accept()[0]
+        credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        if _CREDENTIALS.unpack(credentials)[1] == os.geteuid():
+            opened.enter_context(line)
+            socket.send_fds(line, [_HELLO.pack(rank)], [door.file])
+            return _heard(line)
+        line.close()
+
+
+def _heard(line: socket.socket) -> Peer:
+    word, files, _, _ = socket.recv_fds(line, _HELLO.size, 1)
+    if not word:
+        message = "connection closed by peer while ranks of one host looked for each other"
+        raise ConnectionResetError(message)
+    if not files:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    (rank,) = _HELLO.unpack(word)
+    return Peer(rank, line, files[0])
+
+
+def _place() -> int:
+    """Return a number that processes have in common which can find and reach each other."""
+    try:
+        network = str(Path("/proc/self/ns/net").readlink())
+    except OSError:
+        network = ""
+    digest = hashlib.blake2b(f"{pid_space()}/{network}/{os.geteuid()}".encode(), digest_size=_WORD_BYTES).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,145 @@
+"""Rows between ranks of one host: each lays its own in a file in memory, says where, and reads the others'.
+
+gloo's all-to-all has two threads of each rank pass every message through the kernel's network, which for tiny cases
+takes longer than the case. Here a message is a few words, and rows are copied twice. Sockets and not flags in shared
+memory say that rows are there: nobody spins where ranks outnumber cores, the kernel orders what was written before what
+is read, and a rank whose peer has died hears of it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distbench.exchange.neighbours import Neighbours, Peer
+from distbench.exchange.waiting import wait_for
+
+_WORD = struct.Struct("<qqq")
+
+Span = tuple[int, int]
+"""Where bytes begin, and how many there are."""
+
+
+class SharedMemory:
+    """See `Exchange`; two exchanges more, of what ranks tell each other.
+
+    Every rank says a word to every other in each exchange, also where it has no row for it. So whoever is through with
+    one knows that all are through with the one before, and may write over what it laid there.
+    """
+
+    name = "shared_memory"
+
+    def __init__(self, neighbours: Neighbours) -> None:
+        self._rank, self._file, self._peers = neighbours
+        self._size = len(self._peers) + 1
+        self._calls = 0
+        self._laid = (0, 0)
+
+    def start(
+        self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> tuple[_Arriving, ...]:
+        """See `Exchange.start`."""
+        row_bytes = outgoing.shape[1]
+        self._lay(outgoing, _spans(sent, row_bytes))
+        return (_Arriving(self, incoming, _spans(received, row_bytes)),)
+
+    def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
+        """See `Exchange.run`."""
+        wait_for(self.start(incoming, outgoing, received, sent))
+
+    def everyones(self, mine: Tensor) -> Tensor:
+        """Return every rank's tensor, of one shape and dtype, on every rank: [W, ...]. Collective."""
+        return self._collected(mine, [(0, mine.nbytes)] * self._size, self._size)
+
+    def gathered(self, mine: Tensor) -> Tensor:
+        """Return every rank's tensor, of one shape and dtype, on rank 0 [W, ...] and nothing elsewhere. Collective."""
+        first = [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1)
+        return self._collected(mine, first, self._size if self._rank == 0 else 0)
+
+    def take(self, incoming: Tensor, spans: Sequence[Span]) -> None:
+        """Read what each rank has laid for this one to its span of `incoming`, when it says that it is there."""
+        content = _bytes_of(incoming)
+        for peer in self._peers:
+            start, length = spans[peer.rank]
+            _read(peer.file, content[start : start + length], self._hear(peer, length))
+
+    def _collected(self, mine: Tensor, spans: Sequence[Span], count: int) -> Tensor:
+        self._lay(mine, spans)
+        everyone = mine.new_empty(count, *mine.shape)
+        if count:
+            everyone[self._rank] = mine
+        size = mine.nbytes if count else 0
+        self.take(everyone, [(rank * size, size) for rank in range(self._size)])
+        return everyone
+
+    def _lay(self, outgoing: Tensor, spans: Sequence[Span]) -> None:
+        """Write bytes where no peer may still be reading, and tell each of them its span."""
+        content = _bytes_of(outgoing)
+        begin = 0 if len(content) <= self._laid[0] else self._laid[1]
+        _write(self._file, content, begin)
+        self._laid = (begin, begin + len(content))
+        self._calls += 1
+        for peer in self._peers:
+            start, length = spans[peer.rank]
+            peer.line.send(_WORD.pack(self._calls, begin + start, length))
+
+    def _hear(self, peer: Peer, length: int) -> int:
+        """Wait for a peer's word and return where its bytes begin (hang.py knows this function by its name)."""
+        try:
+            word = peer.line.recv(_WORD.size)
+        except BlockingIOError as error:
+            message = f"rank {peer.rank} has laid nothing for exchange {self._calls}: timed out"
+            raise TimeoutError(message) from error
+        if not word:
+            message = f"rank {peer.rank}: connection closed by peer"
+            raise ConnectionResetError(message)
+        call, start, laid = _WORD.unpack(word)
+        if (call, laid) != (self._calls, length):
+            message = (
+                f"rank {peer.rank} lays {laid} bytes in exchange {call}, this rank expects {length} in exchange "
+                f"{self._calls}: the two do not run the same case"
+            )
+            raise RuntimeError(message)
+        return int(start)
+
+
+class _Arriving:
+    """See `Underway`."""
+
+    def __init__(self, memory: SharedMemory, incoming: Tensor, spans: Sequence[Span]) -> None:
+        self._memory, self._incoming, self._spans = memory, incoming, spans
+
+    def wait(self) -> None:
+        """See `Underway.wait`."""
+        self._memory.take(self._incoming, self._spans)
+
+
+def _spans(counts: Sequence[int], row_bytes: int) -> list[Span]:
+    spans, start = [], 0
+    for count in counts:
+        spans.append((start, count * row_bytes))
+        start += count * row_bytes
+    return spans
+
+
+def _bytes_of(rows: Tensor) -> memoryview:
+    return rows.view(-1).view(torch.uint8).numpy().data
+
+
+def _write(file: int, content: memoryview, start: int) -> None:
+    while len(content):
+        written = os.pwrite(file, content, start)
+        content, start = content[written:], start + written
+
+
+def _read(file: int, place: memoryview, start: int) -> None:
+    while len(place):
+        count = os.preadv(file, [place], start)
+        if not count:
+            message = f"shared memory: {len(place)} bytes at {start} are not there"
+            raise RuntimeError(message)
+        place, start = place[count:], start + count

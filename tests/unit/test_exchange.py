@@ -1,0 +1,266 @@
+"""Ranks of one host find each other and exchange rows through memory; here each rank is a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.exchange import neighbours, shared_memory
+from distbench.exchange.neighbours import Everyones, Neighbours, find_neighbours
+from distbench.exchange.shared_memory import SharedMemory
+
+TIMEOUT_S = 20.0
+Result = TypeVar("Result")
+
+
+class Table:
+    """`Everyones` among threads."""
+
+    def __init__(self, ranks: int) -> None:
+        self._barrier = threading.Barrier(ranks, timeout=TIMEOUT_S)
+        self._rows: dict[int, Tensor] = {}
+
+    def of(self, rank: int) -> Everyones:
+        def everyones(mine: Tensor) -> Tensor:
+            self._rows[rank] = mine
+            self._barrier.wait()
+            table = torch.stack([self._rows[one] for one in sorted(self._rows)])
+            self._barrier.wait()
+            return table
+
+        return everyones
+
+
+def together(ranks: int, work: Callable[[int], Result]) -> list[Result]:
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(work, range(ranks)))
+
+
+def found(ranks: int, timeout_s: float = TIMEOUT_S) -> list[Neighbours | None]:
+    table = Table(ranks)
+    return together(ranks, lambda rank: find_neighbours(rank, table.of(rank), timeout_s))
+
+
+@contextlib.contextmanager
+def memories(ranks: int, timeout_s: float = TIMEOUT_S) -> Iterator[list[SharedMemory]]:
+    connected = [one for one in found(ranks, timeout_s) if one is not None]
+    assert len(connected) == ranks
+    yield [SharedMemory(one) for one in connected]
+    for one in connected:
+        with contextlib.suppress(OSError):
+            os.close(one.file)
+        for peer in one.peers:
+            os.close(peer.file)
+            peer.line.close()
+
+
+def counts_of(ranks: int, seed: int) -> list[list[int]]:
+    """Return how many rows each rank sends to each: none, some or, now and then, many."""
+    chosen = random.Random(seed)
+    return [[chosen.choice([0, 0, 1, 3, 40]) for _ in range(ranks)] for _ in range(ranks)]
+
+
+def rows_of(source: int, target: int, seed: int, count: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed((source * 64 + target) * 1000 + seed)
+    return torch.randint(0, 256, (count, width), dtype=torch.uint8, generator=generator)
+
+
+def exchanged(memory: SharedMemory, rank: int, counts: list[list[int]], seed: int) -> bool:
+    """Exchange rows of one width; whether this rank got what all others sent, and nothing else was written."""
+    width, ranks = 8 * (1 + seed % 5), range(len(counts))
+    outgoing = torch.cat([rows_of(rank, peer, seed, counts[rank][peer], width) for peer in ranks])
+    received = [counts[peer][rank] if peer != rank else 0 for peer in ranks]
+    sent = [count if peer != rank else 0 for peer, count in enumerate(counts[rank])]
+    leaving = torch.cat([rows_of(rank, peer, seed, sent[peer], width) for peer in ranks])
+    incoming = torch.full((sum(received), width), 0xA5, dtype=torch.uint8)
+    if seed % 2:
+        memory.run(incoming, leaving, received, sent)
+    else:
+        travel = memory.start(incoming, leaving, received, sent)
+        outgoing.zero_()
+        for rows in travel:
+            rows.wait()
+    return torch.equal(incoming, torch.cat([rows_of(peer, rank, seed, received[peer], width) for peer in ranks]))
+
+
+def awkward(memory: SharedMemory, rank: int, ranks: int, turns: int) -> list[str]:
+    """Exchange this and that in turn, sleeping at other times than the others; return what came wrong."""
+    wrong = []
+    for turn in range(turns):
+        if random.Random(turn * 64 + rank).random() < 0.2:
+            time.sleep(0.002)
+        if not exchanged(memory, rank, counts_of(ranks, turn), turn):
+            wrong.append(f"rows of turn {turn}")
+        if turn % 3 == 0:
+            table = memory.everyones(torch.tensor([rank, turn]))
+            if table.tolist() != [[peer, turn] for peer in range(ranks)]:
+                wrong.append(f"table of turn {turn}")
+        if turn % 4 == 0:
+            block = torch.full((2, turn, 3), float(rank), dtype=torch.bfloat16)
+            gathered = memory.gathered(block)
+            expected = [[[[float(peer)] * 3] * turn] * 2 for peer in range(ranks if rank == 0 else 0)]
+            if gathered.tolist() != expected:
+                wrong.append(f"gathered in turn {turn}")
+    return wrong
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_all_that_is_sent_arrives_whoever_is_late(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = shared_memory._read  # noqa: SLF001 - a reader is held up in the middle of an exchange
+
+    def slow(file: int, place: memoryview, start: int) -> None:
+        if random.random() < 0.05:
+            time.sleep(0.003)
+        read(file, place, start)
+
+    monkeypatch.setattr(shared_memory, "_read", slow)
+    with memories(ranks) as joined:
+        assert together(ranks, lambda rank: awkward(joined[rank], rank, ranks, 60)) == [[]] * ranks
+
+
+def test_memory_is_used_again() -> None:
+    with memories(2) as joined:
+        together(2, lambda rank: awkward(joined[rank], rank, 2, 120))
+        largest = max(sum(counts_of(2, turn)[0]) * 8 * (1 + turn % 5) for turn in range(120))
+        assert os.fstat(joined[0]._file).st_size <= 3 * largest  # noqa: SLF001 - see above
+
+
+@pytest.mark.parametrize(
+    ("ends", "told"), [(socket.SHUT_WR, "rank 2: connection closed by peer"), (socket.SHUT_RDWR, "Broken pipe")]
+)
+def test_whoever_waits_for_a_rank_that_is_gone_says_so(ends: int, told: str) -> None:
+    with memories(3) as joined:
+        for peer in joined[2]._peers:  # noqa: SLF001 - as the end of a process does
+            peer.line.shutdown(ends)
+        with pytest.raises(OSError, match=told):
+            together(2, lambda rank: exchanged(joined[rank], rank, counts_of(3, 0), 0))
+
+
+def test_a_rank_waits_no_longer_than_it_may() -> None:
+    with memories(2, timeout_s=0.0) as joined:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError, match="rank 1 has laid nothing for exchange 1: timed out"):
+            joined[0].everyones(torch.zeros(1))
+        assert time.monotonic() - started < TIMEOUT_S / 2
+
+
+def test_ranks_that_expect_something_else_are_told_apart() -> None:
+    with memories(2) as joined:
+        joined[1].start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8), [0, 0], [3, 0])
+        with pytest.raises(
+            RuntimeError, match="rank 1 lays 24 bytes in exchange 1, this rank expects 16 in exchange 1"
+        ):
+            joined[0].run(torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, 2], [0, 0])
+
+
+def test_a_rank_that_is_at_another_exchange_is_told_apart() -> None:
+    with memories(2) as joined:
+        joined[1]._calls = 4  # noqa: SLF001 - what nobody does
+        joined[1].start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8), [0, 0], [3, 0])
+        with pytest.raises(
+            RuntimeError, match="rank 1 lays 24 bytes in exchange 5, this rank expects 24 in exchange 1"
+        ):
+            joined[0].run(torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, 3], [0, 0])
+
+
+def test_bytes_that_are_not_there_are_no_row() -> None:
+    with memories(2) as joined:
+        joined[1].start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8), [0, 0], [3, 0])
+        os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - what nobody does
+        with pytest.raises(RuntimeError, match="shared memory: 14 bytes at 10 are not there"):
+            joined[0].run(torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, 3], [0, 0])
+
+
+def test_ranks_of_several_hosts_do_not_look_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = iter([1, 1, 2])
+    monkeypatch.setattr(neighbours, "_place", lambda: next(hosts))
+    before = _open_files()
+    assert found(3) == [None] * 3
+    assert _open_files() == before
+
+
+@pytest.mark.parametrize("missing", ["memfd_create", "socket"])
+def test_where_one_rank_cannot_none_does(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, turns = neighbours._open_door, iter(range(3))  # noqa: SLF001 - one rank of three fails in it
+
+    def open_door(stack: contextlib.ExitStack) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if next(turns) == 1:
+                patch.setattr(socket if missing == "socket" else os, missing, _refused)
+            return opened(stack)
+
+    table, order = Table(3), threading.Lock()
+
+    def one_at_a_time(stack: contextlib.ExitStack) -> Any:
+        with order:
+            return open_door(stack)
+
+    monkeypatch.setattr(neighbours, "_open_door", one_at_a_time)
+    before = _open_files()
+    assert together(3, lambda rank: find_neighbours(rank, table.of(rank), TIMEOUT_S)) == [None] * 3
+    assert _open_files() == before
+
+
+def test_a_rank_that_cannot_be_reached_leaves_all_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = neighbours._call  # noqa: SLF001 - one rank of three fails in it
+    monkeypatch.setattr(neighbours, "_call", lambda *of: None if of[2] == 2 else call(*of))
+    before = _open_files()
+    assert found(3) == [None] * 3
+    assert _open_files() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can call as another user")
+def test_another_user_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, strangers = neighbours._call, []  # noqa: SLF001 - a stranger calls first
+
+    def call_after_a_stranger(opened: Any, door: Any, rank: int, names: list[int]) -> Any:
+        if rank == 1:
+            strangers.append(_call_as_another(names[0]))
+        return call(opened, door, rank, names)
+
+    monkeypatch.setattr(neighbours, "_call", call_after_a_stranger)
+    with memories(2) as joined:
+        assert together(2, lambda rank: awkward(joined[rank], rank, 2, 3)) == [[]] * 2
+    for pid in strangers:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+    assert strangers
+
+
+def _call_as_another(name: int) -> int:
+    """Have a process of another user call at a door and keep the line; return its number once it is connected."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setuid(65534)
+        line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        line.connect(b"\0" + name.to_bytes(8, "little").rstrip(b"\0"))
+        line.send(bytes(8))
+        os.write(told, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(told)
+    return pid
+
+
+def _refused(*_: object, **__: object) -> None:
+    message = "refused"
+    raise OSError(message)
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
