@@ -158,7 +158,7 @@ class Passes:
             drift=relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
             exposure=self._exposure,
             injected=self._parts.injector.hits if self._parts.injector else {},
-            nan_tokens=dict(zip(outputs, stacked.isnan().any(2).sum(0).tolist(), strict=True)),
+            nan_tokens=dict(zip(outputs, stacked.amax(2).isnan().sum(0).tolist(), strict=True)),
             durations_us=self._durations,
             transport=self._parts.transport.facts,
             peak_bytes=peak_bytes(),

@@ -110,7 +110,8 @@ class ReferenceExperts:
         local = local_experts(ids, expert_mask).flatten()
         for group in grouped_routes(local, w1.shape[0], w1[0].numel() * 8):
             rows = group.routes.div(topk, rounding_mode="floor")
-            activation = self._stage1(hidden[rows], first, group.experts, choice)
+            routed_in = hidden.index_select(0, rows.flatten()).view(*rows.shape, -1)
+            activation = self._stage1(routed_in, first, group.experts, choice)
             result = blocked_product(activation, second, group.experts, choice.tile_k2, 1)
             routed[group.routes] = result * flat_weights[group.routes].unsqueeze(2)
         return routed[:-1].view(live, topk, -1)
@@ -137,7 +138,8 @@ class ReferenceExperts:
                 total += slot
             return total.bfloat16()
         order = self._arrivals.next(live * topk, routed.device).view(live, topk).argsort(1)
-        arriving = rounded[torch.arange(live, device=routed.device).unsqueeze(1), order]
+        order += torch.arange(0, live * topk, topk, device=routed.device).unsqueeze(1)
+        arriving = rounded.flatten(0, 1).index_select(0, order.flatten()).view_as(rounded)
         added = torch.zeros_like(arriving[:, 0])
         for one in arriving.unbind(1):
             added += one
@@ -173,15 +175,17 @@ def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> It
 
 
 def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
-    """Return rows [g, m, K] times the weights of `experts` [g, N, K] transposed, float32 [g, m, N].
+    """Return rows float32 [g, m, K] times the weights of `experts` [g, N, K] transposed, float32 [g, m, N].
 
     K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
-    divided into that many runs of blocks, which are summed apart and then added in order.
+    divided into that many runs of blocks, which are summed apart and then added in order. Where no order rounds, one
+    product has it all.
     """
+    if weights.exact_with(rows):
+        return torch.bmm(rows, weights.of(experts)).add_(0.0)  # a sum of nothing but -0.0 begins at +0.0 too
     run = -(-rows.shape[2] // (tile_k * max(splits, 1)))
     total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
-    wide = rows.to(torch.float32 if weights.exact_with(rows, tile_k) else torch.float64)
-    blocks = zip(wide.split(tile_k, dim=2), weights.blocks(experts, tile_k, wide.dtype), strict=True)
+    blocks = zip(rows.double().split(tile_k, dim=2), weights.blocks(experts, tile_k), strict=True)
     for index, (left, right) in enumerate(blocks):
         if index and index % run == 0:
             total = partial if total is partial else total.add_(partial)
@@ -196,31 +200,33 @@ class _Weights:
     def __init__(self, weights: Tensor) -> None:
         self.rows = weights.shape[1]
         self._weights = weights
-        self._wide = weights.float() if weights.numel() * 8 <= _WIDE_BYTES else None
-        self._largest = math.inf if self._wide is None else _largest(self._wide)
+        self._few = weights.numel() * 8 <= _WIDE_BYTES
+        self._wide = weights.float() if self._few else weights
+        self._most = _EXACT_SUM / (_largest(self._wide) * weights.shape[2] or 1.0) if self._few else 0.0
 
     def are(self, weights: Tensor) -> bool:
         """Whether `weights` is the tensor that these are made of."""
         return weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
 
-    def exact_with(self, rows: Tensor, tile_k: int) -> bool:
-        """Whether products with `rows` float32, `tile_k` of them added up in any order, are exact in float32."""
-        return self._largest < math.inf and _largest(rows) * self._largest * tile_k <= _EXACT_SUM
+    def exact_with(self, rows: Tensor) -> bool:
+        """Whether products with `rows` float32, added up in any order, are exact in float32."""
+        return self._most > 0 and _largest(rows) <= self._most
 
-    def blocks(self, experts: Tensor, tile_k: int, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Yield [g, at most tile_k, N] of `experts` in `dtype`, one block of K after another."""
-        if self._wide is None:
-            for block in self._weights.split(tile_k, dim=2):
-                yield block[experts].to(dtype).transpose(1, 2)
-            return
-        self._wide = self._wide.to(dtype)
-        wide = self._wide if experts.numel() == len(self._wide) else self._wide[experts]
-        yield from wide.transpose(1, 2).split(tile_k, dim=1)
+    def of(self, experts: Tensor) -> Tensor:
+        """Return those of `experts` in one piece, [g, K, N], float32 where a product with them can be exact."""
+        return (self._wide if experts.numel() == len(self._wide) else self._wide[experts]).transpose(1, 2)
+
+    def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
+        """Yield float64 [g, at most tile_k, N] of `experts`, one block of K after another."""
+        if self._few:  # as float64 from here on: rows that ask for it once do so again
+            self._wide, self._most = self._wide.double(), 0.0
+        for block in self._wide.split(tile_k, dim=2):
+            yield (block if experts.numel() == len(block) else block[experts]).double().transpose(1, 2)
 
 
 def _largest(values: Tensor) -> float:
     """Return the largest magnitude of float32 values that all are multiples of _STEP; infinity of others."""
-    if values.numel() == 0 or _magnitude((values / _STEP).frac_()) != 0:
+    if values.numel() == 0 or _magnitude((values * (1 / _STEP)).frac_()) != 0:
         return math.inf
     return _magnitude(values)
 

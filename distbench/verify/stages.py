@@ -212,7 +212,7 @@ class _Place(NamedTuple):
         for mine, right in zip(actual, expected, strict=True):
             if mine is None or right is None:
                 continue
-            rows = mine[slots]
+            rows = mine.index_select(0, slots)
             if not same_bits(rows, right):
                 here = differing(rows, right).any(1)
                 wrong = here if wrong is None else wrong | here
@@ -269,7 +269,7 @@ def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
     """Return the rows that combine reads, in canonical order [m, H]; one past the end of `expert_out` is poison."""
     if not len(expert_out):
         return expert_out.new_full((len(order), expert_out.shape[1]), float("nan"))
-    rows = expert_out[order.clamp(max=len(expert_out) - 1)]
+    rows = expert_out.index_select(0, order.clamp(max=len(expert_out) - 1))
     if len(order) > len(expert_out):
         rows.masked_fill_((order >= len(expert_out)).unsqueeze(1), float("nan"))
     return rows

@@ -38,12 +38,12 @@ def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) ->
 
 def _mix(values: Tensor, second: Tensor) -> Tensor:
     """Mix int32 `values` in place by lowbias32, a second key added in the middle."""
-    _fold(values, 16, 32)
-    values *= 0x7FEB352D
+    _fold(values, 16)
+    values *= _constant(0x7FEB352D, torch.int32)
     values += second
-    _fold(values, 15, 32)
-    values *= _signed(0x846CA68B, 32)
-    return _fold(values, 16, 32)
+    _fold(values, 15)
+    values *= _constant(0x846CA68B, torch.int32)
+    return _fold(values, 16)
 
 
 def positive_words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
@@ -113,18 +113,26 @@ def _mixed_row(row: int) -> int:
 
 def _row_keys(rows: Tensor) -> Tensor:
     """Mix int64 `rows` one to one, in place, by the finaliser of splitmix64."""
-    _fold(rows, 30, 64)
-    rows *= _signed(0xBF58476D1CE4E5B9, 64)
-    _fold(rows, 27, 64)
-    rows *= _signed(0x94D049BB133111EB, 64)
-    return _fold(rows, 31, 64)
+    _fold(rows, 30)
+    rows *= _constant(0xBF58476D1CE4E5B9, torch.int64)
+    _fold(rows, 27)
+    rows *= _constant(0x94D049BB133111EB, torch.int64)
+    return _fold(rows, 31)
 
 
-def _fold(values: Tensor, shift: int, width: int) -> Tensor:
-    shifted = values >> shift
-    shifted &= (1 << (width - shift)) - 1
+def _fold(values: Tensor, shift: int) -> Tensor:
+    """Add the bits above `shift` to those below, in place: the shift is a logical one."""
+    dtype = values.dtype
+    shifted = values >> _constant(shift, dtype)
+    shifted &= _constant((1 << (8 * dtype.itemsize - shift)) - 1, dtype)
     values ^= shifted
     return values
+
+
+@lru_cache(maxsize=32)
+def _constant(word: int, dtype: torch.dtype) -> Tensor:
+    """Return an unsigned number as a tensor of its own, which spares each operation to make one of it."""
+    return torch.tensor(_signed(word, 8 * dtype.itemsize), dtype=dtype)
 
 
 def _signed(word: int, width: int) -> int:

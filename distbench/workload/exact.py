@@ -139,12 +139,13 @@ def _spread(seed: int, stream: str, experts: Tensor, grid: _Grid) -> Tensor:
     factor = units[keys[:, :num_turns] % units.numel()].gather(1, turn)
     offset = (keys[:, num_turns:] % grid.places).gather(1, turn)
     start = (factor * ((row - turn * pass_rows) * grid.entries) + offset) % grid.places
-    step = factor.to(torch.int32)
-    places = [start.to(torch.int32)]
-    for _ in range(1, grid.entries):
-        following = places[-1] + step
-        places.append(following - (following >= grid.places) * grid.places)
-    return torch.stack(places, dim=1)
+    places = torch.empty(experts.numel(), grid.entries, grid.rows, dtype=torch.int32, device=experts.device)
+    places[:, 0] = start
+    step = factor.to(torch.int32) - grid.places
+    for entry in range(1, grid.entries):
+        following = places[:, entry - 1] + step
+        torch.where(following < 0, following + grid.places, following, out=places[:, entry])
+    return places
 
 
 @lru_cache(maxsize=32)
