@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import resource
 import signal
 import socket
@@ -15,6 +16,20 @@ STOPPED = "T"
 GONE = "gone"
 _ZOMBIE = "Z"
 _PR_SET_PDEATHSIG = 1
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def usable_cores(quota: Path = _QUOTA) -> int:
+    """Return how many cores this process may keep busy: of its affinity, and no more than its control group's quota.
+
+    More threads than that would spin and wait for each other in turn.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        microseconds, period = quota.read_text().split()
+        return min(allowed, max(-(-int(microseconds) // int(period)), 1))
+    except (OSError, ValueError):  # no such group, or "max"
+        return allowed
 
 
 def peak_bytes() -> int:

@@ -20,6 +20,7 @@ from distbench.devices import runs_on_device
 from distbench.errors import InvalidCase, Unsupported
 from distbench.exchange.neighbours import find_neighbours
 from distbench.exchange.shared_memory import SharedMemory
+from distbench.process import usable_cores
 
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
 """The variable that, at 0, has ranks of one host talk as those of several do."""
@@ -247,7 +248,7 @@ def _share_cores(local_ranks: int) -> None:
     A message that wakes one rank would otherwise interrupt another in the middle of its work, which costs tiny cases
     about a seventh of their time.
     """
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     torch.set_num_threads(max(cores // local_ranks, 1))
     if local_ranks > cores and hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):

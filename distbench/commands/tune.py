@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import Table, encode_table, load_table
 from distbench.models import PRESETS
+from distbench.process import usable_cores
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
 
@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
     tune.add_argument("--stage2", choices=("reduce", "atomic"), default="reduce", help="sum (default: %(default)s)")
     tune.add_argument("--buckets", default=_BUCKETS, metavar="ROWS", help="row counts (default: 1,2,4,...,32768)")
     tune.add_argument(
-        "--processes", type=processes, default=os.cpu_count() or 1, metavar="N", help="compilers side by side, at most"
+        "--processes", type=processes, default=usable_cores(), metavar="N", help="compilers side by side, at most"
     )
     tune.add_argument("--table", metavar="FILE", default="", help="the table (default: its own name, here)")
 
