@@ -226,9 +226,13 @@ class _Weights:
 
 def _largest(values: Tensor) -> float:
     """Return the largest magnitude of float32 values that all are multiples of _STEP; infinity of others."""
-    if values.numel() == 0 or _magnitude((values * (1 / _STEP)).frac_()) != 0:
+    if values.numel() == 0 or not (_are_whole(values) or _are_whole(values / _STEP)):
         return math.inf
     return _magnitude(values)
+
+
+def _are_whole(values: Tensor) -> bool:
+    return _magnitude(values.frac()) == 0
 
 
 def _magnitude(values: Tensor) -> float:
