@@ -59,7 +59,7 @@ class CheckedExperts(Protocol):
 
 def check_values(experts: Experts, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
     """Have experts that need it look at the values of what they are about to be called with."""
-    if hasattr(experts, "check"):  # a few times in each pass: isinstance takes 30 us to compare protocols
+    if hasattr(experts, "check"):  # in every pass, and isinstance takes 9 us to compare protocols
         experts.check(topk_ids, expert_mask, num_local_tokens)
 
 
