@@ -63,7 +63,7 @@ class Session:
         self._local_rank = int(environ.get("LOCAL_RANK", "0"))
         self.local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
         self._devices = torch.cuda.device_count() if accelerated else 0
-        _share_cores(self.local_ranks)
+        _share_cores(self._local_rank, self.local_ranks)
         backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
         timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
@@ -242,17 +242,22 @@ def _table(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
     return table
 
 
-def _share_cores(local_ranks: int) -> None:
-    """Give each rank its share of the threads; where ranks outnumber cores, let each finish its turn.
+def _share_cores(local_rank: int, local_ranks: int) -> None:
+    """Give each rank its share of the threads; where ranks outnumber cores, let each finish its turn, and on its core.
 
     A message that wakes one rank would otherwise interrupt another in the middle of its work, which costs tiny cases
-    about a seventh of their time.
+    about a seventh of their time, and wakes it where another core has its data: a sixteenth. Cores that would get
+    unequal numbers of ranks are left to the scheduler.
     """
     cores = usable_cores()
     torch.set_num_threads(max(cores // local_ranks, 1))
-    if local_ranks > cores and hasattr(os, "SCHED_BATCH"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if local_ranks <= cores or not hasattr(os, "SCHED_BATCH"):
+        return
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        allowed = sorted(os.sched_getaffinity(0))
+        if len(allowed) == cores and local_ranks % cores == 0:
+            os.sched_setaffinity(0, {allowed[local_rank % cores]})
 
 
 def _world_group() -> dist.ProcessGroup:
