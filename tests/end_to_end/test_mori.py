@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from tests.end_to_end.launches import ROOT, Bench
+from tests.end_to_end.launches import ROOT, Bench, wait_until
 from tests.end_to_end.test_run import tiny
 from tests.faulty_site.unguarded import MISTAKEN
 
@@ -54,7 +54,7 @@ def test_the_suite_goes_as_expected_on_eight_ranks(tmp_path: Path) -> None:
     with Bench(tmp_path / "out", "suite", "mori", "--nproc", "8", "--quiet") as bench:
         assert bench.finish() == 0
         assert bench.summary["as_expected"] == bench.summary["cases"]
-        assert bench.gone()
+        assert wait_until(bench.gone, 2)
 
 
 OVERFLOW: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12}
