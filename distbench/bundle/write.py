@@ -217,11 +217,7 @@ def _keys(sources: Tensor) -> Tensor:
 def _everyones(session: Session, size: int, digest: bytes) -> list[list[int]]:
     """Return size and digest words of every rank's part on rank 0, nothing elsewhere."""
     words = torch.frombuffer(bytearray(digest), dtype=torch.int64)
-    mine = torch.cat([torch.tensor([size]), words]).to(session.device)
-    first = dist.get_rank(session.group) == 0
-    table = mine.new_empty(dist.get_world_size(session.group), mine.numel()) if first else None
-    dist.gather(mine, list(table) if table is not None else None, group=session.group, group_dst=0)
-    found: list[list[int]] = [] if table is None else table.tolist()
+    found: list[list[int]] = session.gathered(torch.cat([torch.tensor([size]), words])).tolist()
     return found
 
 

@@ -128,8 +128,8 @@ class _Reader:
 def _gather_records(session: Session, observation: Observation) -> list[Observation]:
     """Return all ranks' records on rank 0, nothing elsewhere.
 
-    A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows. By
-    gloo, also where the payload is on a device: NCCL makes a communicator for each pair that sends by itself.
+    A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows.
+    Between CPUs, also where the payload is on a device: NCCL makes a communicator for each pair that sends by itself.
     """
     content = msgspec.json.encode(observation)
     framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8)
