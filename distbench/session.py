@@ -103,7 +103,8 @@ class Session:
 
     def _group_of(self, members: dist.ProcessGroup) -> _Group:
         """Return a group with the memory that its ranks share, if they do. Collective."""
-        found = find_neighbours(self.rank, partial(_table, members), self._timeout_s) if self._sharing else None
+        everyones = partial(_table, members)
+        found = find_neighbours(self.rank, everyones, self._timeout_s, willing=self._sharing)
         return _Group(members, found and SharedMemory(found))
 
     def _wait_for(self, call: str) -> None:

@@ -54,14 +54,14 @@ class _Door(NamedTuple):
     file: int
 
 
-def find_neighbours(rank: int, everyones: Everyones, timeout_s: float) -> Neighbours | None:
+def find_neighbours(rank: int, everyones: Everyones, timeout_s: float, *, willing: bool = True) -> Neighbours | None:
     """Connect to all other ranks of a group, or return None on every rank where not all of them can. Collective.
 
-    They can where they run on one Linux, for one user, in one namespace of processes and of networks. Whoever waits
-    for a peer gives up after `timeout_s`.
+    They can where they are willing, and run on one Linux, for one user, in one namespace of processes and of networks.
+    Whoever waits for a peer gives up after `timeout_s`.
     """
     with contextlib.ExitStack() as opened:
-        door = _open_door(opened)
+        door = _open_door(opened) if willing else None
         cards = everyones(torch.tensor([_place(), 0 if door is None else door.name])).tolist()
         if door is None or any(place != cards[0][0] or not name for place, name in cards):
             return None

@@ -213,6 +213,13 @@ def test_where_one_rank_cannot_none_does(missing: str, monkeypatch: pytest.Monke
     assert _open_files() == before
 
 
+def test_where_one_rank_is_not_willing_none_shares() -> None:
+    table, before = Table(3), _open_files()
+    found_by = together(3, lambda rank: find_neighbours(rank, table.of(rank), TIMEOUT_S, willing=rank != 1))
+    assert found_by == [None] * 3
+    assert _open_files() == before
+
+
 def test_a_rank_that_cannot_be_reached_leaves_all_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     call = neighbours._call  # noqa: SLF001 - one rank of three fails in it
     monkeypatch.setattr(neighbours, "_call", lambda *of: None if of[2] == 2 else call(*of))
