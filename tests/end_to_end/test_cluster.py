@@ -56,7 +56,7 @@ def test_a_planted_fault_is_named(
     code: int,
     findings: list[tuple[str, list[str]]],
 ) -> None:
-    found, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--trial-timeout", "2")
+    found, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--trial-timeout", "4")
     defects = [nodes[0] for kind, nodes in findings if kind == "node"]
     assert (found, document["defects"]) == (code, defects)
     assert [(one["kind"], sorted(one["nodes"])) for one in document["findings"]] == findings
