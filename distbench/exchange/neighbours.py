@@ -105,7 +105,7 @@ def _call(opened: contextlib.ExitStack, door: _Door, rank: int, names: list[int]
 
 
 def _answer(opened: contextlib.ExitStack, door: _Door, rank: int) -> Peer:
-    """Take the next call of a rank, whose first word is there already, and passes over those of other users."""
+    """Take the next call of a rank, whose first word is there already, and pass over those of other users."""
     while True:
         line = door.socket.accept()[0]
         credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)

@@ -1,7 +1,7 @@
 """Rows between ranks of one host: each lays its own in a file in memory, says where, and reads the others'.
 
-gloo's all-to-all has two threads of each rank pass every message through the kernel's network, which for tiny cases
-takes longer than the case. Here a message is a few words, and rows are copied twice. Sockets and not flags in shared
+gloo's all-to-all has two threads of each rank pass every message through the kernel's network, which takes tiny cases a
+fifth of their time. Here a message is a few words, and rows are copied twice. Sockets and not flags in shared
 memory say that rows are there: nobody spins where ranks outnumber cores, the kernel orders what was written before what
 is read, and a rank whose peer has died hears of it.
 """

@@ -101,9 +101,26 @@ BATCHES = [CHOSEN[start : start + BATCH] for start in range(0, len(CHOSEN), BATC
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: str(batch[0]))
 def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
+    assert kernels_beside(tmp_path, batch) == {"shared_memory"}
+
+
+def test_every_fault_of_ranks_that_share_no_memory_is_named(tmp_path: Path) -> None:
+    """As between hosts: there it is gloo in which ranks wait, and by which they hear of a peer that is gone."""
+    batch = [
+        Fault(0, "padded/combine", "kill"),
+        Fault(1, "control/dispatch", "stop"),
+        Fault(2, "agree", "raise"),
+        Fault(1, "gather", "segv"),
+        Fault(2, "truncated/experts", "sleep"),
+    ]
+    assert kernels_beside(tmp_path, batch, DISTBENCH_SHARED_MEMORY="0") == {"all_to_all"}
+
+
+def kernels_beside(tmp_path: Path, batch: list[Fault], **environ: str) -> set[str]:
+    """Have the faults happen, each named in its case; return how rows travelled in the others, which pass."""
     timed = {"iterations": 2, "warmup": 1}
     suite = write_suite(tmp_path / "suite.json", range(2 * len(batch) + 1), timeout=LIMIT_S, **timed)
-    variables = faulty(*map(str, batch), once=tmp_path / "fired")
+    variables = faulty(*map(str, batch), once=tmp_path / "fired") | environ
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
         assert bench.finish(110) == 3
         assert wait_until(bench.gone, 2)
@@ -115,29 +132,7 @@ def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
     assert len(reports) == len(batch) + 1
     assert bench.summary["as_expected"] == len(reports)
     assert "Traceback" not in bench.stderr
-
-
-def test_faults_of_ranks_that_share_no_memory(tmp_path: Path) -> None:
-    """As between hosts: there it is gloo in which ranks wait, and by which they hear of a peer that is gone."""
-    faults = [
-        Fault(0, "padded/combine", "kill"),
-        Fault(1, "control/dispatch", "stop"),
-        Fault(2, "agree", "raise"),
-        Fault(1, "gather", "segv"),
-        Fault(2, "truncated/experts", "sleep"),
-    ]
-    suite = write_suite(tmp_path / "suite.json", range(2 * len(faults) + 1), timeout=LIMIT_S)
-    variables = faulty(*map(str, faults), once=tmp_path / "fired") | {"DISTBENCH_SHARED_MEMORY": "0"}
-    with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}", **variables) as bench:
-        assert bench.finish() == 3
-        assert wait_until(bench.gone, 2)
-    reports = {report["name"]: report for report in bench.reports}
-    complaints = [
-        found for turn, fault in enumerate(faults) for found in fault.complaints(reports.pop(f"seed={2 * turn + 1}"))
-    ]
-    assert not complaints
-    assert {report["verdict"] for report in reports.values()} == {"PASS"}
-    assert {report["transport"]["kernel"] for report in reports.values()} == {"all_to_all"}
+    return {report["transport"]["kernel"] for report in reports.values()}
 
 
 # The faults of each launch, the seed of the case that they hit, and what is said of it.

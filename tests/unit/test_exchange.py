@@ -80,7 +80,6 @@ def rows_of(source: int, target: int, seed: int, count: int, width: int) -> Tens
 def exchanged(memory: SharedMemory, rank: int, counts: list[list[int]], seed: int) -> bool:
     """Exchange rows of one width; whether this rank got what all others sent, and nothing else was written."""
     width, ranks = 8 * (1 + seed % 5), range(len(counts))
-    outgoing = torch.cat([rows_of(rank, peer, seed, counts[rank][peer], width) for peer in ranks])
     received = [counts[peer][rank] if peer != rank else 0 for peer in ranks]
     sent = [count if peer != rank else 0 for peer, count in enumerate(counts[rank])]
     leaving = torch.cat([rows_of(rank, peer, seed, sent[peer], width) for peer in ranks])
@@ -88,11 +87,17 @@ def exchanged(memory: SharedMemory, rank: int, counts: list[list[int]], seed: in
     if seed % 2:
         memory.run(incoming, leaving, received, sent)
     else:
-        travel = memory.start(incoming, leaving, received, sent)
-        outgoing.zero_()
-        for rows in travel:
+        for rows in memory.start(incoming, leaving, received, sent):
             rows.wait()
     return torch.equal(incoming, torch.cat([rows_of(peer, rank, seed, received[peer], width) for peer in ranks]))
+
+
+def lay_for_rank_0(memory: SharedMemory, count: int) -> None:
+    memory.start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(count, 8, dtype=torch.uint8), [0, 0], [count, 0])
+
+
+def take_of_rank_1(memory: SharedMemory, count: int) -> None:
+    memory.run(torch.zeros(count, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, count], [0, 0])
 
 
 def awkward(memory: SharedMemory, rank: int, ranks: int, turns: int) -> list[str]:
@@ -158,29 +163,29 @@ def test_a_rank_waits_no_longer_than_it_may() -> None:
 
 def test_ranks_that_expect_something_else_are_told_apart() -> None:
     with memories(2) as joined:
-        joined[1].start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8), [0, 0], [3, 0])
+        lay_for_rank_0(joined[1], 3)
         with pytest.raises(
             RuntimeError, match="rank 1 lays 24 bytes in exchange 1, this rank expects 16 in exchange 1"
         ):
-            joined[0].run(torch.zeros(2, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, 2], [0, 0])
+            take_of_rank_1(joined[0], 2)
 
 
 def test_a_rank_that_is_at_another_exchange_is_told_apart() -> None:
     with memories(2) as joined:
         joined[1]._calls = 4  # noqa: SLF001 - what nobody does
-        joined[1].start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8), [0, 0], [3, 0])
+        lay_for_rank_0(joined[1], 3)
         with pytest.raises(
             RuntimeError, match="rank 1 lays 24 bytes in exchange 5, this rank expects 24 in exchange 1"
         ):
-            joined[0].run(torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, 3], [0, 0])
+            take_of_rank_1(joined[0], 3)
 
 
 def test_bytes_that_are_not_there_are_no_row() -> None:
     with memories(2) as joined:
-        joined[1].start(torch.zeros(0, 8, dtype=torch.uint8), torch.zeros(3, 8, dtype=torch.uint8), [0, 0], [3, 0])
+        lay_for_rank_0(joined[1], 3)
         os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - what nobody does
         with pytest.raises(RuntimeError, match="shared memory: 14 bytes at 10 are not there"):
-            joined[0].run(torch.zeros(3, 8, dtype=torch.uint8), torch.zeros(0, 8, dtype=torch.uint8), [0, 3], [0, 0])
+            take_of_rank_1(joined[0], 3)
 
 
 def test_ranks_of_several_hosts_do_not_look_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
