@@ -1,31 +1,29 @@
 """`fused_moe` in plain torch: slow, readable, and with the arithmetic of the kernel that the row count selects.
 
-Every K block's dot product is taken in float64 and rounded to float32, or in float32 where that is exact in any order.
-So a row's bits depend neither on its place in a tile nor on the thread count; what does change bits is what would
-change them on the device: the length of a K block, split-k, whether the activation is rounded between the stages, and
-how the routes of a token are added up.
+Every K block's dot product is taken in float64 and rounded to float32 (see `distbench.experts.products`). So a row's
+bits depend neither on its place in a tile nor on the thread count; what does change bits is what would change them on
+the device: the length of a K block, split-k, whether the activation is rounded between the stages, and how the routes
+of a token are added up.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from distbench.experts.products import Weights, blocked_product
 from distbench.experts.selection import KernelChoice, KernelSelector
 from distbench.workload.bits import Shuffles
 
 _WEIGHT_BYTES = 8 << 20
-_WIDE_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20
-# float32 holds multiples of the product of two steps up to this sum.
-_STEP = 0.25
-_EXACT_SUM = 2.0**24 * _STEP**2
+
+T = TypeVar("T")
 
 
 class _Group(NamedTuple):
@@ -39,6 +37,21 @@ class _Group(NamedTuple):
     routes: Tensor
 
 
+class _Kept(Generic[T]):
+    """What was last made of a tensor, made anew for another; nobody writes to a known one."""
+
+    def __init__(self, make: Callable[[Tensor], T]) -> None:
+        self._make = make
+        self._known: tuple[Tensor, T] | None = None
+
+    def of(self, tensor: Tensor) -> T:
+        """Return what is made of `tensor`."""
+        known = self._known
+        if known is None or (known[0].data_ptr(), known[0].shape) != (tensor.data_ptr(), tensor.shape):
+            known = self._known = tensor, self._make(tensor)
+        return known[1]
+
+
 class ReferenceExperts:
     """The stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
@@ -48,7 +61,7 @@ class ReferenceExperts:
         self._arrivals = Shuffles(seed, "atomic")
         self._output: Tensor | None = None
         self._written = 0
-        self._widened: dict[int, _Weights] = {}
+        self._first, self._second, self._local = _Kept(Weights), _Kept(Weights), _Kept(local_rows)
         self._choices: dict[int, KernelChoice] = {}
 
     def selection(self, rows: int) -> KernelChoice:
@@ -103,11 +116,11 @@ class ReferenceExperts:
         choice: KernelChoice,
     ) -> Tensor:
         live, topk = ids.shape
-        first, second = self._widen(1, w1), self._widen(2, w2)
+        first, second = self._first.of(w1), self._second.of(w2)
         hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
         flat_weights = torch.cat([weights.flatten(), weights.new_zeros(1)])
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
-        local = local_experts(ids, expert_mask).flatten()
+        local = local_experts(ids, self._local.of(expert_mask)).flatten()
         for group in grouped_routes(local, w1.shape[0], w1[0].numel() * 8):
             rows = group.routes.div(topk, rounding_mode="floor")
             routed_in = hidden.index_select(0, rows.flatten()).view(*rows.shape, -1)
@@ -116,15 +129,8 @@ class ReferenceExperts:
             routed[group.routes] = result * flat_weights[group.routes].unsqueeze(2)
         return routed[:-1].view(live, topk, -1)
 
-    def _widen(self, stage: int, weights: Tensor) -> _Weights:
-        """Return a stage's weights for `blocked_product`, made anew for another tensor; nobody writes to a known."""
-        known = self._widened.get(stage)
-        if known is None or not known.are(weights):
-            known = self._widened[stage] = _Weights(weights)
-        return known
-
     @staticmethod
-    def _stage1(hidden: Tensor, w1: _Weights, experts: Tensor, choice: KernelChoice) -> Tensor:
+    def _stage1(hidden: Tensor, w1: Weights, experts: Tensor, choice: KernelChoice) -> Tensor:
         gate, up = blocked_product(hidden, w1, experts, choice.tile_k1, choice.ksplit).chunk(2, dim=2)
         activation = functional.silu(gate) * up
         return activation if choice.run_1stage else activation.bfloat16().float()
@@ -154,12 +160,16 @@ def widen(hidden: Tensor, scales: Tensor | None) -> Tensor:
     return (hidden.float().view(rows, scales.shape[1], -1) * scales.unsqueeze(2)).view(rows, columns)
 
 
-def local_experts(ids: Tensor, expert_mask: Tensor) -> Tensor:
-    """Map global ids [n, k] to rows of the local weights, -1 for those of other ranks or of no rank."""
-    num_experts = expert_mask.numel()
-    rows = torch.full((num_experts + 1,), -1, device=ids.device)
-    rows[:num_experts] = (expert_mask.cumsum(0) * (expert_mask == 1)) - 1
-    return rows[ids.clamp(-1, num_experts).long()]
+def local_rows(expert_mask: Tensor) -> Tensor:
+    """Return the row of the local weights that each expert of a mask [E] has, and -1 for others and at the end."""
+    rows = torch.full((expert_mask.numel() + 1,), -1, device=expert_mask.device)
+    rows[:-1] = (expert_mask.cumsum(0) * (expert_mask == 1)) - 1
+    return rows
+
+
+def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
+    """Map global ids [n, k] to `local_rows`, -1 for those of other ranks or of no rank."""
+    return rows[ids.clamp(-1, len(rows) - 1).long()]
 
 
 def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[_Group]:
@@ -172,68 +182,3 @@ def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> It
         experts = used[start : start + step]
         padded = pad_sequence([routes[expert] for expert in experts], batch_first=True, padding_value=local.numel())
         yield _Group(torch.tensor(experts, device=local.device), padded)
-
-
-def blocked_product(rows: Tensor, weights: _Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
-    """Return rows float32 [g, m, K] times the weights of `experts` [g, N, K] transposed, float32 [g, m, N].
-
-    K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
-    divided into that many runs of blocks, which are summed apart and then added in order. Where no order rounds, one
-    product has it all.
-    """
-    if weights.exact_with(rows):
-        return torch.bmm(rows, weights.of(experts)).add_(0.0)  # a sum of nothing but -0.0 begins at +0.0 too
-    run = -(-rows.shape[2] // (tile_k * max(splits, 1)))
-    total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
-    blocks = zip(rows.double().split(tile_k, dim=2), weights.blocks(experts, tile_k), strict=True)
-    for index, (left, right) in enumerate(blocks):
-        if index and index % run == 0:
-            total = partial if total is partial else total.add_(partial)
-            partial = torch.zeros_like(total)
-        partial += torch.bmm(left, right).float()
-    return total if total is partial else total.add_(partial)
-
-
-class _Weights:
-    """One stage's weights [El, N, K], widened block by block, or once where they are few."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self.rows = weights.shape[1]
-        self._weights = weights
-        self._few = weights.numel() * 8 <= _WIDE_BYTES
-        self._wide = weights.float() if self._few else weights
-        self._most = _EXACT_SUM / (_largest(self._wide) * weights.shape[2] or 1.0) if self._few else 0.0
-
-    def are(self, weights: Tensor) -> bool:
-        """Whether `weights` is the tensor that these are made of."""
-        return weights.data_ptr() == self._weights.data_ptr() and weights.shape == self._weights.shape
-
-    def exact_with(self, rows: Tensor) -> bool:
-        """Whether products with `rows` float32, added up in any order, are exact in float32."""
-        return self._most > 0 and _largest(rows) <= self._most
-
-    def of(self, experts: Tensor) -> Tensor:
-        """Return those of `experts` in one piece, [g, K, N], float32 where a product with them can be exact."""
-        return (self._wide if experts.numel() == len(self._wide) else self._wide[experts]).transpose(1, 2)
-
-    def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
-        """Yield float64 [g, at most tile_k, N] of `experts`, one block of K after another."""
-        if self._few:  # as float64 from here on: rows that ask for it once do so again
-            self._wide, self._most = self._wide.double(), 0.0
-        for block in self._wide.split(tile_k, dim=2):
-            yield (block if experts.numel() == len(block) else block[experts]).double().transpose(1, 2)
-
-
-def _largest(values: Tensor) -> float:
-    """Return the largest magnitude of float32 values that all are multiples of _STEP; infinity of others."""
-    if values.numel() == 0 or not (_are_whole(values) or _are_whole(values / _STEP)):
-        return math.inf
-    return _magnitude(values)
-
-
-def _are_whole(values: Tensor) -> bool:
-    return _magnitude(values.frac()) == 0
-
-
-def _magnitude(values: Tensor) -> float:
-    return max(abs(float(end)) for end in values.aminmax())

@@ -1,0 +1,153 @@
+"""Rows times weights, with the bits of a kernel that walks K in blocks; a shorter way where no order of adding rounds.
+
+Exact inputs are whole numbers, few of them not zero in a row of weights (`distbench.workload.exact`). Their products
+are added up in float32 without rounding, so what is zero need not be read: tens of rows times a layer's dense weights
+would push all else out of a core's cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_WIDE_BYTES = 8 << 20
+# Weights are sparse where at most one in so many is not zero, in all and in each row.
+_SPARSE = 4
+_SUM = 0
+# float32 holds multiples of the product of two steps up to this sum.
+_STEP = 0.25
+_EXACT_SUM = 2.0**24 * _STEP**2
+
+
+class _Entries(NamedTuple):
+    """What is not zero in weights [El, N, K]: in order of expert and row, `counts` int64 [El, N] of each.
+
+    columns int64 [e] count on from expert to expert, K for each; values float32 [e]; `starts` int64 [El * N] are where
+    rows begin in them. Products with float32 rows of whole multiples of `_STEP` that are at most `most` are exact.
+    """
+
+    counts: Tensor
+    columns: Tensor
+    values: Tensor
+    starts: Tensor
+    most: float
+
+    def of(self, experts: Tensor, width: int) -> _Entries:
+        """Return those of `experts` [g] alone, whose columns count on in that order; `width` is K."""
+        sizes = self.counts.sum(1).tolist()
+        columns, values = self.columns.split(sizes), self.values.split(sizes)
+        wanted = experts.tolist()
+        return _Entries(
+            self.counts[experts],
+            torch.cat([columns[expert] + (place - expert) * width for place, expert in enumerate(wanted)]),
+            torch.cat([values[expert] for expert in wanted]),
+            _starts(self.counts[experts]),
+            self.most,
+        )
+
+
+class Weights:
+    """One stage's weights, bf16 [El, N, K], as `blocked_product` wants them."""
+
+    def __init__(self, weights: Tensor) -> None:
+        """Look through `weights`, which nobody may write to from here on."""
+        self.rows = weights.shape[1]
+        self._weights = weights
+        self._wide: Tensor | None = None
+        self._entries = _entries_of(weights)
+
+    def exact_product(self, rows: Tensor, experts: Tensor) -> Tensor | None:
+        """Return rows float32 [g, m, K] times the weights of `experts` [g], float32 [g, m, N]; None where it rounds."""
+        entries = self._entries
+        if entries is None or not _largest(rows) <= entries.most:
+            return None
+        count, num_rows, width = rows.shape
+        if count < len(entries.counts):
+            entries = entries.of(experts, width)
+        table = rows.transpose(1, 2).reshape(count * width, num_rows)
+        sums, *_ = torch.embedding_bag(
+            table, entries.columns, entries.starts, mode=_SUM, per_sample_weights=entries.values
+        )
+        return sums.view(count, self.rows, num_rows).transpose(1, 2)
+
+    def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
+        """Yield float64 [g, at most tile_k, N] of `experts`, one block of K after another."""
+        if self._wide is None and self._weights.numel() * 8 <= _WIDE_BYTES:
+            self._wide = self._weights.double()
+        for block in (self._weights if self._wide is None else self._wide).split(tile_k, dim=2):
+            yield (block if experts.numel() == len(block) else block[experts]).double().transpose(1, 2)
+
+
+def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
+    """Return rows float32 [g, m, K] times the weights of `experts` [g, N, K] transposed, float32 [g, m, N].
+
+    K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
+    divided into that many runs of blocks, which are summed apart and then added in order.
+    """
+    exact = weights.exact_product(rows, experts)
+    if exact is not None:
+        return exact
+    run = -(-rows.shape[2] // (tile_k * max(splits, 1)))
+    total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
+    blocks = zip(rows.double().split(tile_k, dim=2), weights.blocks(experts, tile_k), strict=True)
+    for index, (left, right) in enumerate(blocks):
+        if index and index % run == 0:
+            total = partial if total is partial else total.add_(partial)
+            partial = torch.zeros_like(total)
+        partial += torch.bmm(left, right).float()
+    return total if total is partial else total.add_(partial)
+
+
+def _entries_of(weights: Tensor) -> _Entries | None:
+    """Return what is not zero in the weights; None where that is much, or no whole multiples of `_STEP`."""
+    count, height, width = weights.shape
+    places = _nonzero(weights)
+    if places is None or not len(places):
+        return None
+    rows = places.div(width, rounding_mode="floor")
+    counts = torch.bincount(rows, minlength=count * height)
+    values = weights.flatten()[places].float()
+    columns = places - (rows - rows.div(height, rounding_mode="floor")) * width
+    most = _EXACT_SUM / (_largest(values) * int(counts.max()) or 1.0)
+    return _Entries(counts.view(count, height), columns, values, _starts(counts), most)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    """Return where each of so many begins: int64 [c] of counts, whatever their shape."""
+    flat = counts.flatten()
+    return flat.cumsum(0) - flat
+
+
+def _nonzero(weights: Tensor) -> Tensor | None:
+    """Return the places of what is not +0.0 in the flattened weights, int64; None where they are not few.
+
+    Words of several weights are looked through first, of which most are zero together.
+    """
+    flat = weights.flatten()
+    size = flat.element_size()
+    word = next(word for word in (torch.int64, torch.int32, torch.int16) if flat.nbytes % word.itemsize == 0)
+    words = flat.view(word)
+    if int(words.count_nonzero()) * _SPARSE > words.numel():
+        return None
+    each = torch.arange(word.itemsize // size, device=flat.device)
+    places = (words.nonzero() * len(each) + each).flatten()
+    return places[flat[places].view(torch.int16) != 0]
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude of float32 values that all are multiples of _STEP; infinity of others."""
+    if values.numel() == 0 or not (_are_whole(values) or _are_whole(values / _STEP)):
+        return math.inf
+    return _magnitude(values)
+
+
+def _are_whole(values: Tensor) -> bool:
+    return torch.equal(values.trunc(), values)
+
+
+def _magnitude(values: Tensor) -> float:
+    return max(abs(float(end)) for end in values.aminmax())
