@@ -20,7 +20,6 @@ Device = torch.device | str
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INDEX_BITS = 24
 _COUNT_BITS = 31
-_ALL_64 = (1 << 64) - 1
 # Permutations of a stream that are drawn at a time: drawing is some 20 operations, for one or for many.
 _DRAWN = 4
 
@@ -44,6 +43,15 @@ def _mix(values: Tensor, second: Tensor) -> Tensor:
     _fold(values, 15)
     values *= _constant(0x846CA68B, torch.int32)
     return _fold(values, 16)
+
+
+def words_of_streams(seed: int, names: Sequence[str], rows: Tensor, columns: int) -> Tensor:
+    """Return the `words` of several streams, rows int64 [s, r] of each: int32 [s, r, columns] on their device."""
+    row_keys, column_keys = zip(*(_stream_keys(seed, name) for name in names), strict=True)
+    keys = rows ^ torch.tensor(row_keys, device=rows.device).unsqueeze(1)
+    first, second = _row_keys(keys).view(torch.int32).view(*rows.shape, 2, 1).unbind(2)
+    starts = torch.tensor(column_keys, dtype=torch.int32, device=rows.device).view(-1, 1, 1)
+    return _mix((_steps(columns, rows.device) + starts) ^ first, second)
 
 
 def positive_words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
@@ -72,14 +80,8 @@ def shuffle(seed: int, name: str, row: int, count: int, device: Device) -> Tenso
 
 def shuffles(seed: int, names: Sequence[str], row: int, count: int, device: Device) -> Tensor:
     """Return the `shuffle` of each of these streams, int64 [names, count]."""
-    words_of = []
-    for row_key, column_key in (_stream_keys(seed, name) for name in names):
-        second, first = divmod(_mixed_row(row ^ row_key), 1 << 32)
-        words_of.append((column_key, _signed(first, 32), _signed(second, 32)))
-    column_keys, first_keys, second_keys = torch.tensor(words_of, dtype=torch.int32, device=device).t().unsqueeze(2)
-    values = _steps(count, torch.device(device)) + column_keys
-    values ^= first_keys
-    keys = _mix(values, second_keys).long()
+    rows = torch.full((len(names), 1), row, device=device)
+    keys = words_of_streams(seed, names, rows, count).squeeze(1).long()
     keys &= 0xFFFF_FFFF
     keys <<= _COUNT_BITS
     keys |= torch.arange(count, device=device)
@@ -101,14 +103,6 @@ class Shuffles:
             self._ahead = [*shuffles(self._seed, names, 0, count, device).unbind(0)][::-1]
         self._taken += 1
         return self._ahead.pop()
-
-
-def _mixed_row(row: int) -> int:
-    """Mix one row's number as `_row_keys` does: 64 bits, unsigned."""
-    row &= _ALL_64
-    row = (row ^ (row >> 30)) * 0xBF58476D1CE4E5B9 & _ALL_64
-    row = (row ^ (row >> 27)) * 0x94D049BB133111EB & _ALL_64
-    return row ^ (row >> 31)
 
 
 def _row_keys(rows: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ nothing either.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distbench.workload.bits import byte_columns, positive_words
+from distbench.workload.bits import byte_columns, words_of_streams
 from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, ExactPlan
 from distbench.workload.steps import rows_at_a_time
 
@@ -59,10 +60,17 @@ def _all_patterns(plan: ExactPlan, seed: int, device: torch.device) -> Patterns:
 
 def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     live, hidden = plan.live_rows, plan.hidden_size
-    gate = _spread(seed, "gate", experts, _Grid(live, 1, plan.gate_columns)) + 1
-    up = _spread(seed, "up", experts, _Grid(live, plan.up_entries, plan.up_columns))
-    up = _skip_guards(up + (1 + plan.gate_columns), skip=plan.guard_columns)
-    down = _spread(seed, "down", experts, _Grid(hidden, plan.down_entries, live))
+    gate, up, down = _spread(
+        seed,
+        experts,
+        {
+            "gate": _Grid(live, 1, plan.gate_columns),
+            "up": _Grid(live, plan.up_entries, plan.up_columns),
+            "down": _Grid(hidden, plan.down_entries, live),
+        },
+    )
+    gate += 1
+    up = _skip_guards(up.add_(1 + plan.gate_columns), skip=plan.guard_columns)
     bits = byte_columns(seed, "minus", experts, live + hidden, experts.device).to(torch.int32).unsqueeze(1)
     up += _bit_of_entry(bits[:, :, :live], plan.up_entries) * hidden
     down += _bit_of_entry(bits[:, :, live:], plan.down_entries) * live
@@ -121,31 +129,58 @@ class _Grid(NamedTuple):
     places: int
 
 
-def _spread(seed: int, stream: str, experts: Tensor, grid: _Grid) -> Tensor:
-    """Return the place of each entry, int32 [e, entries, rows]: distinct in a row, all places in every pass.
+class _Walk(NamedTuple):
+    """How a grid's rows go through its places, pass after pass; `sharing` experts in a sequence walk on together.
 
-    A pass is a run of rows, long enough for all places, over which row * entries + entry goes through one keyed affine
-    bijection of the places. Experts with fewer rows than that share a pass.
+    A pass is a run of rows that is long enough for all places. turns int64 [sharing, rows] are the passes of rows,
+    steps int64 [sharing, entries, rows] say where in them an entry comes.
     """
+
+    sharing: int
+    num_turns: int
+    turns: Tensor
+    steps: Tensor
+
+    def of(self, experts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the turns and steps of `experts` int64 [e], instead of those of a sequence of experts."""
+        if self.sharing == 1:
+            return self.turns.expand(len(experts), -1), self.steps
+        place = experts % self.sharing
+        return self.turns[place], self.steps[place]
+
+
+@lru_cache(maxsize=32)
+def _walk(grid: _Grid, device: torch.device) -> _Walk:
     pass_rows = -(-grid.places // grid.entries)
     sharing = -(-pass_rows // grid.rows)
-    first = experts % sharing * grid.rows
-    row = first.unsqueeze(1) + torch.arange(grid.rows, device=experts.device)
-    turn = row.div(pass_rows, rounding_mode="floor")
-    num_turns = -(-sharing * grid.rows // pass_rows)
-    group = experts.div(sharing, rounding_mode="floor")
-    keys = positive_words(seed, f"spread/{stream}", group, 2 * num_turns, experts.device)
+    rows = torch.arange(sharing * grid.rows, device=device).view(sharing, 1, grid.rows)
+    turns = rows.div(pass_rows, rounding_mode="floor")
+    steps = (rows - turns * pass_rows) * grid.entries + torch.arange(grid.entries, device=device).unsqueeze(1)
+    return _Walk(sharing, -(-sharing * grid.rows // pass_rows), turns.squeeze(1), steps)
+
+
+def _spread(seed: int, experts: Tensor, grids: Mapping[str, _Grid]) -> list[Tensor]:
+    """Return the place of each entry, int32 [e, entries, rows] for each grid: distinct in a row, all in every pass.
+
+    In a pass row * entries + entry goes through one keyed affine bijection of the places.
+    """
+    walks = [_walk(grid, experts.device) for grid in grids.values()]
+    groups = torch.stack([experts.div(walk.sharing, rounding_mode="floor") for walk in walks])
+    streams = [f"spread/{name}" for name in grids]
+    words = words_of_streams(seed, streams, groups, 2 * max(walk.num_turns for walk in walks)).long() & 0xFFFF_FFFF
+    each = zip(grids.values(), walks, words.unbind(0), strict=True)
+    return [_places(experts, grid, walk, keys) for grid, walk, keys in each]
+
+
+def _places(experts: Tensor, grid: _Grid, walk: _Walk, keys: Tensor) -> Tensor:
+    """Return the places int32 [e, entries, rows] by keys int64 [e, 2 * num_turns or more], of 32 bits."""
+    turns, steps = walk.of(experts)
     units = _units(grid.places, experts.device)
-    factor = units[keys[:, :num_turns] % units.numel()].gather(1, turn)
-    offset = (keys[:, num_turns:] % grid.places).gather(1, turn)
-    start = (factor * ((row - turn * pass_rows) * grid.entries) + offset) % grid.places
-    places = torch.empty(experts.numel(), grid.entries, grid.rows, dtype=torch.int32, device=experts.device)
-    places[:, 0] = start
-    step = factor.to(torch.int32) - grid.places
-    for entry in range(1, grid.entries):
-        following = places[:, entry - 1] + step
-        torch.where(following < 0, following + grid.places, following, out=places[:, entry])
-    return places
+    factors = units[keys[:, : walk.num_turns] % units.numel()].gather(1, turns)
+    offsets = (keys[:, walk.num_turns : 2 * walk.num_turns] % grid.places).gather(1, turns)
+    places = steps * factors.unsqueeze(1)
+    places += offsets.unsqueeze(1)
+    return places.remainder_(grid.places).to(torch.int32)
 
 
 @lru_cache(maxsize=32)
