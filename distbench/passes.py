@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import torch
 from torch import Tensor
 
 from distbench.arms import arms_of
@@ -25,9 +24,11 @@ from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest
 from distbench.verify.combine import CombineChecker, Combined, Own
+from distbench.verify.gather import Outputs
 from distbench.verify.nearness import relative_error
 from distbench.verify.records import (
     LISTED_TOKENS,
+    NO_DIFFERENCE,
     ORACLE,
     Divergence,
     Exposure,
@@ -36,6 +37,7 @@ from distbench.verify.records import (
     Observation,
     Question,
     Replay,
+    RowComparison,
     Timed,
     pair_name,
     pairs_of,
@@ -97,6 +99,7 @@ class Passes:
             tolerance(question.case),
         )
         self._damaged: set[str] = set()
+        self._wrong = False
         self._timed: dict[str, Timed] = {}
         self._device_state: DeviceState | None = None
         self._given: ExpertInput | None = None
@@ -133,14 +136,9 @@ class Passes:
         if self._recorder is not None:
             self._recorder.finish(Finished(self._parts.workload, self._parts.batch, self._parts.weights, self.outputs))
 
-    def stacked(self) -> Tensor:
-        """Return the outputs of all arms, and of the oracle where there is one: bf16 [n, arms, H]."""
-        return torch.stack(list(self.outputs.values()), dim=1)
-
-    def observation(self, stacked: Tensor, digests: Tensor) -> Observation:
-        """Return what this rank saw, after `run`: of `stacked`, and of its rows' digests int64 [n, arms, 2]."""
+    def observation(self, made: Outputs) -> Observation:
+        """Return what this rank saw, after `run`, of all its `outputs` as they were `made`."""
         session, question, outputs = self._session, self._question, self.outputs
-        pairs = pairs_of(tuple(outputs))
         return Observation(
             rank=session.rank,
             host=socket.gethostname(),
@@ -151,14 +149,14 @@ class Passes:
             limit=question.limit,
             lost=self._lost,
             kernels=self._kernels,
-            digests={arm: tensor_digest(digests[:, index]) for index, arm in enumerate(outputs)},
+            digests=_digests(made),
             divergences=self._divergences,
-            comparisons={pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs},
+            comparisons=_comparisons(made, outputs),
             reference=self._reference_error(),
             drift=relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
             exposure=self._exposure,
             injected=self._parts.injector.hits if self._parts.injector else {},
-            nan_tokens=dict(zip(outputs, stacked.amax(2).isnan().sum(0).tolist(), strict=True)),
+            nan_tokens=dict(zip(outputs, made.rows.amax(2).isnan().sum(0).tolist(), strict=True)),
             durations_us=self._durations,
             transport=self._parts.transport.facts,
             peak_bytes=peak_bytes(),
@@ -193,9 +191,7 @@ class Passes:
         In exact inputs nothing is wrong with combine where every token has the oracle's bits.
         """
         self._mark("check")
-        right = self._expected if self._expected is not None else fresh.get("padded", self.outputs.get("padded"))
-        suspicious = bool(self._damaged) or any(right is None or not same_bits(rows, right) for rows in fresh.values())
-        wrong = self._session.on_any_rank(value=suspicious)
+        wrong = self._session.on_any_rank(value=bool(self._damaged) or self._differs(fresh))
         if wrong or self._expected is None:
             returned = self._checker.returned
             passes = [Combined(arm, rows, returned(arm), arm in self._damaged) for arm, rows in fresh.items()]
@@ -204,7 +200,15 @@ class Passes:
             self._divergences += [one for one in found if one.arm not in known]
             wrong = wrong or self._session.on_any_rank(value=bool(found))
         self._damaged.clear()
+        self._wrong = False
         return wrong
+
+    def _differs(self, fresh: dict[str, Tensor]) -> bool:
+        """Whether an output of a repeat is not what it must be; in exact inputs `_expose` has seen to it."""
+        if self._expected is not None:
+            return self._wrong
+        right = fresh.get("padded", self.outputs.get("padded"))
+        return any(right is None or not same_bits(rows, right) for rows in fresh.values())
 
     def _time(self, arms: dict[str, Cut]) -> None:
         parts, session = self._parts, self._session
@@ -264,6 +268,7 @@ class Passes:
         if right is not None:
             wrong = compare_rows(combined, right).differing_tokens
             self._exposure = self._exposure.plus(combined.shape[0], wrong)
+            self._wrong |= wrong > 0
 
     def _inspect(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
         arm, self._given = self._arm, given
@@ -313,6 +318,21 @@ class Passes:
         self._session.crumbs.mark(stage)
 
 
+def _digests(made: Outputs) -> dict[str, str]:
+    if made.alike:
+        return dict.fromkeys(made.arms, tensor_digest(made.digests[:, 0]))
+    return {arm: tensor_digest(made.digests[:, index]) for index, arm in enumerate(made.arms)}
+
+
+def _comparisons(made: Outputs, outputs: dict[str, Tensor]) -> dict[str, RowComparison]:
+    pairs = pairs_of(made.arms)
+    if made.alike:
+        return {pair_name(pair): NO_DIFFERENCE for pair in pairs}
+    return {pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs}
+
+
 def _lost_rows(sources: Tensor, limit: int) -> LostRows:
+    if len(sources) <= limit:
+        return LostRows()
     beyond = sources[limit:]
     return LostRows(beyond.shape[0], [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])

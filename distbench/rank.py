@@ -22,7 +22,7 @@ from distbench.stage_limits import compiles
 from distbench.transport import make_transport
 from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
-from distbench.verify.gather import Outputs, choose_mode, gather, stacked_digests
+from distbench.verify.gather import choose_mode, gather, outputs_of
 from distbench.verify.records import Judgement, Outcome, Question, Reason
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
@@ -75,12 +75,9 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
     passes = Passes(session, question, parts, counts, recorder)
     passes.run()
     parts.transport.close()
-    stacked = passes.stacked()
-    digests = stacked_digests(stacked)
-    mode = choose_mode(case.gather, case.tokens, stacked[:1].numel() * stacked.element_size())
-    record = passes.observation(stacked, digests)
-    outputs = Outputs(tuple(passes.outputs), stacked, digests)
-    gathered = gather(session, mode, case.tokens, record, outputs)
+    outputs = outputs_of(passes.outputs)
+    mode = choose_mode(case.gather, case.tokens, outputs.rows[:1].nbytes)
+    gathered = gather(session, mode, case.tokens, passes.observation(outputs), outputs)
     if parts.injector is not None:
         parts.injector.leave()
     if gathered is None:

@@ -6,7 +6,7 @@ whole rows, or 128-bit digests where rows would be many, followed by those rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -35,18 +35,26 @@ Mode = Literal["rows", "digests"]
 
 
 class Outputs(NamedTuple):
-    """A rank's outputs: the arms' names, their tokens [n, arms, H], and the digests of those, int64 [n, arms, 2]."""
+    """A rank's outputs: the arms' names, their tokens [n, arms, H], and the digests of those, int64 [n, arms, 2].
+
+    `alike` where all arms have the same bits.
+    """
 
     arms: tuple[str, ...]
     rows: Tensor
     digests: Tensor
+    alike: bool
 
 
-def stacked_digests(rows: Tensor) -> Tensor:
-    """Return the digests int64 [n, arms, 2] of rows [n, arms, H]; equal arms take no longer than one."""
-    if same_bits(rows[:, 1:], rows[:, :1].expand_as(rows[:, 1:])):
-        return row_digests(rows[:, 0]).unsqueeze(1).expand(*rows.shape[:2], 2).contiguous()
-    return row_digests(rows.flatten(0, 1)).view(*rows.shape[:2], 2)
+def outputs_of(arms: Mapping[str, Tensor]) -> Outputs:
+    """Return each arm's tokens [n, H] as one; digests of equal arms take no longer than those of one."""
+    rows = torch.stack(list(arms.values()), dim=1)
+    alike = _are_alike(rows)
+    if alike:
+        digests = row_digests(rows[:, 0]).unsqueeze(1).expand(*rows.shape[:2], 2).contiguous()
+    else:
+        digests = row_digests(rows.flatten(0, 1)).view(*rows.shape[:2], 2)
+    return Outputs(tuple(arms), rows, digests, alike)
 
 
 def choose_mode(asked: str, tokens: tuple[int, ...], token_bytes: int) -> Mode:
@@ -86,7 +94,7 @@ class _Reader:
 
     def take(self, rank: int, chunk: Tensor, start: int = 0) -> None:
         """Compare a chunk [c, arms, columns] of `rank`'s tokens from `start` on."""
-        if same_bits(chunk[:, 1:], chunk[:, :1].expand_as(chunk[:, 1:])):
+        if _are_alike(chunk):
             return
         found = self._per_rank[rank]
         for name, first, second in self._pairs:
@@ -123,6 +131,11 @@ class _Reader:
     def _agrees(self, record: Observation) -> bool:
         mine = self._per_rank[record.rank]
         return all(mine[name].differing_tokens == record.comparisons[name].differing_tokens for name in mine)
+
+
+def _are_alike(rows: Tensor) -> bool:
+    """Whether rows [n, arms, .] hold the same bits in every arm."""
+    return same_bits(rows[:, 1:], rows[:, :1].expand_as(rows[:, 1:]))
 
 
 def _gather_records(session: Session, observation: Observation) -> list[Observation]:
