@@ -50,7 +50,8 @@ def expert_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     """
     if plan.num_experts * plan.entries * 4 <= _KEPT_BYTES:
         return Patterns(*(part.index_select(0, experts) for part in _all_patterns(plan, seed, experts.device)))
-    return _make_patterns(plan, seed, experts)
+    used, position = torch.unique(experts, return_inverse=True)
+    return Patterns(*(part.index_select(0, position) for part in _make_patterns(plan, seed, used)))
 
 
 @lru_cache(maxsize=1)

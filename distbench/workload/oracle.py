@@ -24,7 +24,7 @@ _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Tiles(NamedTuple):
-    """Routes by expert, T of the same one side by side: experts [t], tokens [t, T], units [t, T].
+    """Routes by expert, T of the same one side by side: experts [t], tokens [t, T], units float32 [t, T].
 
     A route's units are its weight over the smallest weight. An expert's first lanes may have no route: token n, one
     past the last.
@@ -38,7 +38,7 @@ class _Tiles(NamedTuple):
 def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -> Tensor:
     """Return the weighted sum of those of each row's experts that are in `experts`: bf16 [m, H].
 
-    Sums are whole numbers; zeros are +0.0.
+    Sums are whole numbers, as float32 holds them; zeros are +0.0.
 
     Raises:
         DistbenchError: a sum exceeds what bf16, or fp8 in combine, holds exactly, so the batch is not one of the plan.
@@ -51,13 +51,13 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
         part = slice(start, start + step)
         ids = batch.ids[part].long()
         wanted = torch.where((ids >= experts.start) & (ids < experts.stop), ids, -1)
-        tiles = _tile(wanted, (batch.weights[part] * plan.weight_ratio).to(torch.int16))
+        tiles = _tile(wanted, batch.weights[part] * plan.weight_ratio, plan.num_experts)
         total = _sum_units(plan, seed, hidden[part].to(torch.int8), tiles)
-        most = int(total.abs().max())
-        if most > plan.max_units:
-            message = f"oracle: a sum of {most} units, allowed are {plan.max_units}; the batch is not one of the plan"
+        most = float(total.abs().max())
+        if not most <= plan.max_units:
+            message = f"oracle: a sum of {most:g} units, allowed are {plan.max_units}; the batch is not one of the plan"
             raise DistbenchError(message)
-        output[part] = total.float() * plan.unit
+        output[part] = total.mul_(plan.unit)
     return output
 
 
@@ -83,40 +83,37 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([rows @ part.double().t() for part in torch.split(weight, step)], dim=1)
 
 
-def _tile(experts: Tensor, units: Tensor) -> _Tiles:
-    """Put the routes of experts [m, k] (-1: none) into as wide tiles as an average expert fills."""
+def _tile(experts: Tensor, units: Tensor, num_experts: int) -> _Tiles:
+    """Put the routes of experts int64 [m, k] (-1: none) into as wide tiles as an average expert fills."""
     rows, topk = experts.shape
-    owner, routes = experts.flatten().sort(stable=True)
-    skipped = int((owner < 0).sum())
-    owner, routes = owner[skipped:], routes[skipped:]
-    used, counts = torch.unique_consecutive(owner, return_counts=True)
-    average = routes.numel() // max(used.numel(), 1)
-    width = 1 << min(max(average.bit_length() - 1, 0), 3)
-    num_tiles = (counts + width - 1).div(width, rounding_mode="floor")
-    vacant = num_tiles * width - counts
-    place = torch.arange(routes.numel(), device=routes.device) + vacant.cumsum(0).repeat_interleave(counts)
-    tile_experts = used.repeat_interleave(num_tiles)
-    tokens = torch.full((tile_experts.numel() * width,), rows, device=experts.device)
-    tokens[place] = routes.div(topk, rounding_mode="floor")
-    lanes = units.new_zeros(tokens.numel())
-    lanes[place] = units.flatten()[routes]
-    return _Tiles(tile_experts, tokens.view(-1, width), lanes.view(-1, width))
+    flat = experts.flatten()
+    nowhere, counts = torch.bincount(flat + 1, minlength=num_experts + 1).split([1, num_experts])
+    routes = flat.argsort(stable=True)[int(nowhere) :]
+    average = len(routes) // max(int(counts.count_nonzero()), 1)
+    shift = min(max(average.bit_length() - 1, 0), 3)
+    num_tiles = (counts + ((1 << shift) - 1)) >> shift
+    vacant = (num_tiles << shift) - counts
+    place = torch.arange(len(routes), device=flat.device) + vacant.cumsum(0).repeat_interleave(counts)
+    tile_experts = torch.arange(num_experts, device=flat.device).repeat_interleave(num_tiles)
+    tokens = torch.full((len(tile_experts), 1 << shift), rows, device=flat.device)
+    tokens.view(-1).scatter_(0, place, routes.div(topk, rounding_mode="floor"))
+    lanes = units.new_zeros(tokens.shape)
+    lanes.view(-1).scatter_(0, place, units.flatten().index_select(0, routes))
+    return _Tiles(tile_experts, tokens, lanes)
 
 
 def _sum_units(plan: ExactPlan, seed: int, hidden: Tensor, tiles: _Tiles) -> Tensor:
-    """Return whole multiples of the plan's unit, int16 [m, H], from hidden int8 [m, H]."""
+    """Return whole multiples of the plan's unit, float32 [m, H], from hidden int8 [m, H]."""
     signed = torch.cat([hidden, -hidden], dim=1)
     signed = torch.cat([signed, signed.new_zeros(1, signed.shape[1])])
-    total = torch.zeros(signed.shape[0], plan.hidden_size, dtype=torch.int16, device=hidden.device)
+    total = torch.zeros(signed.shape[0], plan.hidden_size, device=hidden.device)
     entries = plan.up_entries * plan.live_rows + plan.down_entries * plan.hidden_size
     width = tiles.tokens.shape[1]
     step = rows_at_a_time(_CHUNK_BYTES, entries * (width + 16), hidden.device)
-    for start in range(0, tiles.experts.numel(), step):
+    for start in range(0, len(tiles.experts), step):
         chunk = _Tiles(*(part[start : start + step] for part in tiles))
-        used, position = torch.unique_consecutive(chunk.experts, return_inverse=True)
-        patterns = Patterns(*(part.index_select(0, position) for part in expert_patterns(plan, seed, used)))
         routed = signed.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, -1)
-        result = _tile_outputs(routed.transpose(1, 2).contiguous(), patterns)
+        result = _tile_outputs(routed.transpose(1, 2).contiguous(), expert_patterns(plan, seed, chunk.experts))
         rows = result.transpose(1, 2).reshape(-1, plan.hidden_size) * chunk.units.view(-1, 1)
         total.index_add_(0, chunk.tokens.flatten(), rows)
     return total[:-1]
@@ -137,7 +134,7 @@ def _tile_outputs(signed: Tensor, patterns: Patterns) -> Tensor:
 def _pick(values: Tensor, entries: Tensor) -> Tensor:
     """Return values int8 [t, N, T] at entries int32 [t, ..., r]: int8 [t, ..., r, T]."""
     tiles, places, width = values.shape
-    first = torch.arange(tiles, dtype=entries.dtype, device=values.device) * places
+    first = torch.arange(0, tiles * places, places, dtype=entries.dtype, device=values.device)
     index = entries.flatten(1) + first.unsqueeze(1)
     picked = values.view(_LANES[width]).flatten().index_select(0, index.flatten())
     return picked.view(torch.int8).view(*entries.shape, width)

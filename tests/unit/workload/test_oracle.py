@@ -188,8 +188,9 @@ def test_no_tokens() -> None:
     assert expected.shape == (0, 256)
 
 
-def test_inputs_of_another_plan_are_noticed() -> None:
+@pytest.mark.parametrize("factor", [64.0, float("nan")])
+def test_inputs_of_another_plan_are_noticed(factor: float) -> None:
     plan = plan_exact(256, 128, 4, "bf16", 8)
     batch = workload_of("tiny").tokens(0)
     with pytest.raises(DistbenchError, match="allowed are 256"):
-        expert_rows(plan, 0, batch._replace(weights=batch.weights * 64), range(8))
+        expert_rows(plan, 0, batch._replace(weights=batch.weights * factor), range(8))
