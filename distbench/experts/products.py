@@ -110,7 +110,7 @@ def _entries_of(weights: Tensor) -> _Entries | None:
         return None
     rows = places.div(width, rounding_mode="floor")
     counts = torch.bincount(rows, minlength=count * height)
-    values = weights.flatten()[places].float()
+    values = weights.flatten().index_select(0, places).float()
     columns = places - (rows - rows.div(height, rounding_mode="floor")) * width
     most = _EXACT_SUM / (_largest(values) * int(counts.max()) or 1.0)
     return _Entries(counts.view(count, height), columns, values, _starts(counts), most)
@@ -127,15 +127,15 @@ def _nonzero(weights: Tensor) -> Tensor | None:
 
     Words of several weights are looked through first, of which most are zero together.
     """
-    flat = weights.flatten()
-    size = flat.element_size()
+    flat = weights.flatten().view(torch.int16)
     word = next(word for word in (torch.int64, torch.int32, torch.int16) if flat.nbytes % word.itemsize == 0)
     words = flat.view(word)
     if int(words.count_nonzero()) * _SPARSE > words.numel():
         return None
-    each = torch.arange(word.itemsize // size, device=flat.device)
-    places = (words.nonzero() * len(each) + each).flatten()
-    return places[flat[places].view(torch.int16) != 0]
+    live = words.nonzero().flatten()
+    found = words.index_select(0, live).view(torch.int16).nonzero().flatten()
+    each = word.itemsize // flat.itemsize
+    return live.index_select(0, found.div(each, rounding_mode="floor")) * each + found % each
 
 
 def _largest(values: Tensor) -> float:
@@ -146,8 +146,8 @@ def _largest(values: Tensor) -> float:
 
 
 def _are_whole(values: Tensor) -> bool:
-    return torch.equal(values.trunc(), values)
+    return _magnitude(values.frac()) == 0
 
 
 def _magnitude(values: Tensor) -> float:
-    return max(abs(float(end)) for end in values.aminmax())
+    return float(values.abs().amax())

@@ -126,7 +126,7 @@ class ReferenceExperts:
             routed_in = hidden.index_select(0, rows.flatten()).view(*rows.shape, -1)
             activation = self._stage1(routed_in, first, group.experts, choice)
             result = blocked_product(activation, second, group.experts, choice.tile_k2, 1)
-            routed[group.routes] = result * flat_weights[group.routes].unsqueeze(2)
+            routed[group.routes] = (result * flat_weights[group.routes].unsqueeze(2)).contiguous()
         return routed[:-1].view(live, topk, -1)
 
     @staticmethod
