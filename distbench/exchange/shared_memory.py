@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +20,27 @@ from distbench.exchange.neighbours import Neighbours, Peer
 from distbench.exchange.waiting import wait_for
 
 _WORD = struct.Struct("<qqq")
+# Gathers in a row that only rank 0 waits for: what the others have laid for them is kept.
+_GATHERS_AHEAD = 3
 
 Span = tuple[int, int]
 """Where bytes begin, and how many there are."""
+
+
+class _Laid(NamedTuple):
+    """Where the bytes of an exchange lie that a peer may still have to read."""
+
+    start: int
+    stop: int
+    call: int
 
 
 class SharedMemory:
     """See `Exchange`; two exchanges more, of what ranks tell each other.
 
     Every rank says a word to every other in each exchange, also where it has no row for it. So whoever is through with
-    one knows that all are through with the one before, and may write over what it laid there.
+    one knows that all are through with those before, and may write over what it laid there. A gather is only rank 0's
+    to wait for, a few in a row: tiny cases end with two.
     """
 
     name = "shared_memory"
@@ -37,13 +49,15 @@ class SharedMemory:
         self._rank, self._file, self._peers = neighbours
         self._size = len(self._peers) + 1
         self._calls = 0
-        self._laid = (0, 0)
+        self._gathers = 0
+        self._laid: list[_Laid] = []
 
     def start(
         self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]
     ) -> tuple[_Arriving, ...]:
         """See `Exchange.start`."""
         row_bytes = outgoing.shape[1]
+        self._gathers = 0
         self._lay(outgoing, _spans(sent, row_bytes))
         return (_Arriving(self, incoming, _spans(received, row_bytes)),)
 
@@ -53,12 +67,18 @@ class SharedMemory:
 
     def everyones(self, mine: Tensor) -> Tensor:
         """Return every rank's tensor, of one shape and dtype, on every rank: [W, ...]. Collective."""
-        return self._collected(mine, [(0, mine.nbytes)] * self._size, self._size)
+        self._gathers = 0
+        self._lay(mine, [(0, mine.nbytes)] * self._size)
+        return self._collected(mine, self._size)
 
     def gathered(self, mine: Tensor) -> Tensor:
         """Return every rank's tensor, of one shape and dtype, on rank 0 [W, ...] and nothing elsewhere. Collective."""
-        first = [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1)
-        return self._collected(mine, first, self._size if self._rank == 0 else 0)
+        together = self._gathers == _GATHERS_AHEAD
+        self._gathers = 0 if together else self._gathers + 1
+        count = self._size if self._rank == 0 else 0
+        waited_for = self._peers if together else [peer for peer in self._peers if peer.rank == 0]
+        self._lay(mine[:0] if count else mine, [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1), waited_for)
+        return self._collected(mine, count) if count or together else mine.new_empty(0, *mine.shape)
 
     def take(self, incoming: Tensor, spans: Sequence[Span]) -> None:
         """Read what each rank has laid for this one to its span of `incoming`, when it says that it is there."""
@@ -66,9 +86,9 @@ class SharedMemory:
         for peer in self._peers:
             start, length = spans[peer.rank]
             _read(peer.file, content[start : start + length], self._hear(peer, length))
+        self._laid = [one for one in self._laid if one.call == self._calls]
 
-    def _collected(self, mine: Tensor, spans: Sequence[Span], count: int) -> Tensor:
-        self._lay(mine, spans)
+    def _collected(self, mine: Tensor, count: int) -> Tensor:
         everyone = mine.new_empty(count, *mine.shape)
         if count:
             everyone[self._rank] = mine
@@ -76,16 +96,26 @@ class SharedMemory:
         self.take(everyone, [(rank * size, size) for rank in range(self._size)])
         return everyone
 
-    def _lay(self, outgoing: Tensor, spans: Sequence[Span]) -> None:
-        """Write bytes where no peer may still be reading, and tell each of them its span."""
-        content = _bytes_of(outgoing)
-        begin = 0 if len(content) <= self._laid[0] else self._laid[1]
-        _write(self._file, content, begin)
-        self._laid = (begin, begin + len(content))
+    def _lay(self, outgoing: Tensor, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
+        """Write bytes where no peer may still be reading, and tell each of them, or of `listeners`, its span."""
         self._calls += 1
-        for peer in self._peers:
+        content = _bytes_of(outgoing)
+        begin = self._room_for(len(content))
+        _write(self._file, content, begin)
+        if len(content):
+            self._laid.append(_Laid(begin, begin + len(content), self._calls))
+        for peer in self._peers if listeners is None else listeners:
             start, length = spans[peer.rank]
             peer.line.send(_WORD.pack(self._calls, begin + start, length))
+
+    def _room_for(self, size: int) -> int:
+        """Return where so many bytes first find room."""
+        begin = 0
+        for one in sorted(self._laid):
+            if begin + size <= one.start:
+                break
+            begin = one.stop
+        return begin
 
     def _hear(self, peer: Peer, length: int) -> int:
         """Wait for a peer's word and return where its bytes begin (hang.py knows this function by its name)."""
