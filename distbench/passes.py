@@ -283,7 +283,7 @@ class Passes:
 
     def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
         """Return how many rows the experts are to be called with, of a receive buffer as it is."""
-        question, rows = self._question, len(dispatched.hidden)
+        question, rows = self._question, dispatched.hidden.shape[0]
         if arm != "truncated" or question.limit is None:
             return rows
         guarded = question.case.policy == "guard"
@@ -332,7 +332,7 @@ def _comparisons(made: Outputs, outputs: dict[str, Tensor]) -> dict[str, RowComp
 
 
 def _lost_rows(sources: Tensor, limit: int) -> LostRows:
-    if len(sources) <= limit:
+    if sources.shape[0] <= limit:
         return LostRows()
     beyond = sources[limit:]
     return LostRows(beyond.shape[0], [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])

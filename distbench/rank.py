@@ -142,7 +142,7 @@ def _build(  # noqa: PLR0913 - what parts are made of
         session.crumbs.mark("compile")
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = make_experts(case)
-        if isinstance(experts, CompiledExperts):
+        if case.experts != "reference" and isinstance(experts, CompiledExperts):
             experts.warm_up(*weights, rows=rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
     parts = Parts(

@@ -18,6 +18,7 @@ _WIDE_BYTES = 8 << 20
 # Weights are sparse where at most one in so many is not zero, in all and in each row.
 _SPARSE = 4
 _SUM = 0
+_INTEGERS = {2: torch.int16, 4: torch.int32}
 # float32 holds multiples of the product of two steps up to this sum.
 _STEP = 0.25
 _EXACT_SUM = 2.0**24 * _STEP**2
@@ -51,7 +52,7 @@ class _Entries(NamedTuple):
 
 
 class Weights:
-    """One stage's weights, bf16 [El, N, K], as `blocked_product` wants them."""
+    """One stage's weights [El, N, K], bf16 or float32, as `blocked_product` wants them."""
 
     def __init__(self, weights: Tensor) -> None:
         """Look through `weights`, which nobody may write to from here on."""
@@ -66,7 +67,7 @@ class Weights:
         if entries is None or not _largest(rows) <= entries.most:
             return None
         count, num_rows, width = rows.shape
-        if count < len(entries.counts):
+        if count < entries.counts.shape[0]:
             entries = entries.of(experts, width)
         table = rows.transpose(1, 2).reshape(count * width, num_rows)
         sums, *_ = torch.embedding_bag(
@@ -127,13 +128,13 @@ def _nonzero(weights: Tensor) -> Tensor | None:
 
     Words of several weights are looked through first, of which most are zero together.
     """
-    flat = weights.flatten().view(torch.int16)
+    flat = weights.flatten().view(_INTEGERS[weights.element_size()])
     word = next(word for word in (torch.int64, torch.int32, torch.int16) if flat.nbytes % word.itemsize == 0)
     words = flat.view(word)
     if int(words.count_nonzero()) * _SPARSE > words.numel():
         return None
     live = words.nonzero().flatten()
-    found = words.index_select(0, live).view(torch.int16).nonzero().flatten()
+    found = words.index_select(0, live).view(flat.dtype).nonzero().flatten()
     each = word.itemsize // flat.itemsize
     return live.index_select(0, found.div(each, rounding_mode="floor")) * each + found % each
 

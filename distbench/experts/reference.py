@@ -169,7 +169,7 @@ def local_rows(expert_mask: Tensor) -> Tensor:
 
 def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
     """Map global ids [n, k] to `local_rows`, -1 for those of other ranks or of no rank."""
-    return rows[ids.clamp(-1, len(rows) - 1).long()]
+    return rows[ids.clamp(-1, rows.shape[0] - 1).long()]
 
 
 def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[_Group]:

@@ -68,8 +68,9 @@ class StageChecker:
                 return [broken]
         if self._known is None:
             return []
-        live = min(int(given.num_local_tokens), given.rows, len(keys))
-        place = _Place(arm, self._rank, sources, order, None if live >= len(keys) else order < live)
+        received = keys.shape[0]
+        live = min(int(given.num_local_tokens), given.rows, received)
+        place = _Place(arm, self._rank, sources, order, None if live == received else order < live)
         found, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
         found.append(self._check_expert_rows(place.without(unfit), keys, _for_combine(expert_out, order)))
         return [one for one in found if one is not None]
@@ -115,7 +116,7 @@ class StageChecker:
     ) -> tuple[list[Divergence | None], Tensor | None]:
         """Return what is wrong before and after the cut, and which rows [m] of those that are visible it concerns."""
         found: list[Divergence | None] = [
-            self._check_count(place.arm, "capacity", len(dispatched.hidden), self._capacity),
+            self._check_count(place.arm, "capacity", dispatched.hidden.shape[0], self._capacity),
             self._check_count(
                 place.arm, "total_recv", int(dispatched.total_recv), int(self._counts[:, self._rank].sum())
             ),
@@ -267,9 +268,10 @@ def _cut_alike(given: ExpertInput) -> bool:
 
 def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
     """Return the rows that combine reads, in canonical order [m, H]; one past the end of `expert_out` is poison."""
-    if not len(expert_out):
-        return expert_out.new_full((len(order), expert_out.shape[1]), float("nan"))
-    rows = expert_out.index_select(0, order.clamp(max=len(expert_out) - 1))
-    if len(order) > len(expert_out):
-        rows.masked_fill_((order >= len(expert_out)).unsqueeze(1), float("nan"))
+    count = expert_out.shape[0]
+    if not count:
+        return expert_out.new_full((order.shape[0], expert_out.shape[1]), float("nan"))
+    rows = expert_out.index_select(0, order.clamp(max=count - 1))
+    if order.shape[0] > count:
+        rows.masked_fill_((order >= count).unsqueeze(1), float("nan"))
     return rows

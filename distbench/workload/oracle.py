@@ -87,8 +87,9 @@ def _tile(experts: Tensor, units: Tensor, num_experts: int) -> _Tiles:
     """Put the routes of experts int64 [m, k] (-1: none) into as wide tiles as an average expert fills."""
     rows, topk = experts.shape
     flat = experts.flatten()
-    nowhere, counts = torch.bincount(flat + 1, minlength=num_experts + 1).split([1, num_experts])
-    routes = flat.argsort(stable=True)[int(nowhere) :]
+    counts = torch.bincount(flat + 1, minlength=num_experts + 1)
+    nowhere, counts = int(counts[0]), counts[1:]
+    routes = flat.argsort(stable=True)[nowhere:]
     average = len(routes) // max(int(counts.count_nonzero()), 1)
     shift = min(max(average.bit_length() - 1, 0), 3)
     num_tiles = (counts + ((1 << shift) - 1)) >> shift

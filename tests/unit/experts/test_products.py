@@ -71,8 +71,9 @@ def test_only_what_is_not_zero_is_read_of_sparse_weights_and_rows_without_a_boun
 
 
 @pytest.mark.parametrize("columns", [12, 10, 7])
-def test_sparse_weights_may_have_any_number_of_columns_and_rows_of_zeros(columns: int) -> None:
-    weights = torch.zeros(2, 3, columns).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sparse_weights_may_have_any_number_of_columns_and_rows_of_zeros(dtype: torch.dtype, columns: int) -> None:
+    weights = torch.zeros(2, 3, columns, dtype=dtype)
     weights[0, 1, columns - 1], weights[1, 2, 0] = -3.0, -0.0
     rows = torch.arange(2 * 4 * columns).view(2, 4, columns) * 1.0
     product = Weights(weights).exact_product(rows, torch.arange(2))
