@@ -105,7 +105,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
 
 def _free_port() -> int:
-    """Return a port below those that the system hands to connections, of which other pools make many until it is used."""
+    """Return a port below those that the system gives to connections, of which other pools make many meanwhile."""
     while True:
         port = secrets.choice(range(20_000, 30_000))
         with socket.socket() as probe, contextlib.suppress(OSError):
