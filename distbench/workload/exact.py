@@ -43,7 +43,7 @@ class Patterns(NamedTuple):
 
 
 def expert_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
-    """Return the entries of `experts`, global ids int64 [e] on the device of the result.
+    """Return the entries of `experts`, global ids int64 [e], any of them more than once, on the result's device.
 
     Entries of a row are distinct. An expert (or where it has too few rows, some experts in a sequence together) reads
     all columns, and all live rows. Those of a small layer are made once for all its experts.
