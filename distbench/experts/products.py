@@ -1,8 +1,7 @@
 """Rows times weights, with the bits of a kernel that walks K in blocks; a shorter way where no order of adding rounds.
 
 Exact inputs are whole numbers, few of them not zero in a row of weights (`distbench.workload.exact`). Their products
-are added up in float32 without rounding, so what is zero need not be read: tens of rows times a layer's dense weights
-would push all else out of a core's cache.
+are added up in float32 without rounding, so what is zero need not be read.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 _WIDE_BYTES = 8 << 20
-# Weights are sparse where at most one in so many is not zero, in all and in each row.
+# Weights are sparse where at most one in so many of their words of 64 bits is not zero.
 _SPARSE = 4
+# The mode of embedding_bag that sums.
 _SUM = 0
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 # float32 holds multiples of the product of two steps up to this sum.
