@@ -136,6 +136,32 @@ class FloatError(msgspec.Struct, frozen=True):
     tokens: int
 
 
+class ArmError(msgspec.Struct, frozen=True, kw_only=True):
+    """Error of one arm at one stage on one rank, against float64, beside the error of ideal roundings.
+
+    `stage` is "experts" (rows that this rank's experts returned) or "combine" (this rank's tokens). `family` names the
+    ideal: the roundings that the kernel's own format demands, in the order in which its family makes them.
+
+    `rows` are the sampled rows [n, H] that were judged; rows of a token that lost a row to the cut are left out.
+    `nan_rows` of them hold a NaN or an infinity where float64 holds none. `ratio` is the rms error over the ideal's,
+    `bias` the z score of the mean signed error less the ideal's; both are None where `nan_rows` is not 0. `worst` and
+    `ideal_worst` are the largest error of a row, as a share of the row's largest magnitude. `allowed` holds the bounds
+    of this sample: `ratio_low`, `ratio_high`, `bias`, `worst`. `within` says that all of them hold.
+    """
+
+    arm: str
+    stage: str
+    family: str
+    rows: int
+    nan_rows: int
+    ratio: float | None
+    bias: float | None
+    worst: float | None
+    ideal_worst: float
+    allowed: dict[str, float]
+    within: bool
+
+
 class Timed(msgspec.Struct, frozen=True, kw_only=True):
     """The timed iterations of one arm on one rank, in microseconds.
 
@@ -185,7 +211,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault, by its place in the
     case's list, has changed here.
     `timed` has the arms that were timed, `device_state` the device while the last of them ran on. `replays` are those
-    of the last arm's graph with other tokens.
+    of the last arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian.
     """
 
     rank: int
@@ -212,6 +238,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     timed: dict[str, Timed] = {}
     device_state: DeviceState | None = None
     replays: list[Replay] = []
+    errors: list[ArmError] = []
 
 
 class Gathered(msgspec.Struct, frozen=True):
