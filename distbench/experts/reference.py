@@ -9,32 +9,21 @@ of a token are added up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from distbench.experts.products import Weights, blocked_product
+from distbench.experts.products import Weights
 from distbench.experts.selection import KernelChoice, KernelSelector
+from distbench.experts.steps import STEPS, Group
 from distbench.workload.bits import Shuffles
 
 _WEIGHT_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20
 
 T = TypeVar("T")
-
-
-class _Group(NamedTuple):
-    """Routes of some experts, padded to one length.
-
-    experts [g]: rows of the local weights. routes [g, m]: numbers in the flat list of a call's routes, and past an
-    expert's last one the number that follows the list's end.
-    """
-
-    experts: Tensor
-    routes: Tensor
 
 
 class _Kept(Generic[T]):
@@ -57,6 +46,7 @@ class ReferenceExperts:
 
     def __init__(self, selector: KernelSelector, seed: int) -> None:
         """Select kernels with `selector`; `seed` orders the adds of atomic epilogues."""
+        self.steps = STEPS
         self._selector = selector
         self._arrivals = Shuffles(seed, "atomic")
         self._output: Tensor | None = None
@@ -91,7 +81,7 @@ class ReferenceExperts:
         step = max(_ROUTED_BYTES // (topk_ids.shape[1] * hidden_states.shape[1] * 4), 1)
         for start in range(0, live, step):
             part = slice(start, min(start + step, live))
-            wide = widen(hidden_states[part], None if a1_scale is None else a1_scale[part])
+            wide = self.steps.widen(hidden_states[part], None if a1_scale is None else a1_scale[part])
             routed = self._routes(wide, w1, w2, topk_weight[part], topk_ids[part], expert_mask, choice)
             output[part] = self._reduce(routed, choice).to(dtype)
         self._written = max(self._written, live)
@@ -124,40 +114,23 @@ class ReferenceExperts:
         for group in grouped_routes(local, w1.shape[0], w1[0].numel() * 8):
             rows = group.routes.div(topk, rounding_mode="floor")
             routed_in = hidden.index_select(0, rows.flatten()).view(*rows.shape, -1)
-            activation = self._stage1(routed_in, first, group.experts, choice)
-            result = blocked_product(activation, second, group.experts, choice.tile_k2, 1)
-            routed[group.routes] = (result * flat_weights[group.routes].unsqueeze(2)).contiguous()
+            gate, up = self.steps.first(routed_in, first, group, choice).chunk(2, dim=2)
+            intermediate = self.steps.activate(gate, up)
+            if not choice.run_1stage:
+                intermediate = self.steps.store(intermediate)
+            result = self.steps.second(intermediate, second, group, choice)
+            routed[group.routes] = self.steps.weigh(result, flat_weights[group.routes], group).contiguous()
         return routed[:-1].view(live, topk, -1)
-
-    @staticmethod
-    def _stage1(hidden: Tensor, w1: Weights, experts: Tensor, choice: KernelChoice) -> Tensor:
-        gate, up = blocked_product(hidden, w1, experts, choice.tile_k1, choice.ksplit).chunk(2, dim=2)
-        activation = functional.silu(gate) * up
-        return activation if choice.run_1stage else activation.bfloat16().float()
 
     def _reduce(self, routed: Tensor, choice: KernelChoice) -> Tensor:
         live, topk, _ = routed.shape
-        rounded = routed.bfloat16()
+        rounded = self.steps.round(routed)
         if choice.stage2_mode == "reduce":
-            total = torch.zeros_like(routed[:, 0])
-            for slot in rounded.unbind(1):
-                total += slot
-            return total.bfloat16()
+            return self.steps.add(rounded, torch.float32)
         order = self._arrivals.next(live * topk, routed.device).view(live, topk).argsort(1)
         order += torch.arange(0, live * topk, topk, device=routed.device).unsqueeze(1)
         arriving = rounded.flatten(0, 1).index_select(0, order.flatten()).view_as(rounded)
-        added = torch.zeros_like(arriving[:, 0])
-        for one in arriving.unbind(1):
-            added += one
-        return added
-
-
-def widen(hidden: Tensor, scales: Tensor | None) -> Tensor:
-    """Return hidden rows as float32, block-scaled rows multiplied out."""
-    if scales is None:
-        return hidden.float()
-    rows, columns = hidden.shape
-    return (hidden.float().view(rows, scales.shape[1], -1) * scales.unsqueeze(2)).view(rows, columns)
+        return self.steps.add(arriving, torch.bfloat16)
 
 
 def local_rows(expert_mask: Tensor) -> Tensor:
@@ -172,7 +145,7 @@ def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
     return rows[ids.clamp(-1, rows.shape[0] - 1).long()]
 
 
-def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[_Group]:
+def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[Group]:
     """Group the routes (flat indices into `local`) by expert, so many experts at a time as memory allows."""
     nowhere, *counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
     routes = local.argsort(stable=True)[nowhere:].split(counts)
@@ -181,4 +154,4 @@ def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> It
     for start in range(0, len(used), step):
         experts = used[start : start + step]
         padded = pad_sequence([routes[expert] for expert in experts], batch_first=True, padding_value=local.numel())
-        yield _Group(torch.tensor(experts, device=local.device), padded)
+        yield Group(torch.tensor(experts, device=local.device), padded, local.numel())

@@ -12,9 +12,10 @@ from torch import Tensor
 from distbench.breadcrumbs import ARMS, Breadcrumbs
 from distbench.case import Case
 from distbench.errors import InvalidCase
+from distbench.experts.base import Experts
 from distbench.faults.options import Option, one_of, rank_option
 from distbench.injection import Injection
-from distbench.transport.base import Dispatched
+from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 
@@ -22,12 +23,17 @@ EVERYWHERE = "all"
 
 
 class Scene(NamedTuple):
-    """Where a fault finds itself: `sources` gives (source rank, source token) of the rows received last."""
+    """Where a fault finds itself: `sources` gives (source rank, source token) of the rows received last.
+
+    `transport` and `experts` are the parts that it stands around; None where a case is only checked.
+    """
 
     rank: int
     case: Case
     crumbs: Breadcrumbs
     sources: Callable[[], Tensor]
+    transport: Transport | None = None
+    experts: Experts | None = None
 
 
 class Fault:

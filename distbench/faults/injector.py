@@ -60,7 +60,9 @@ class Injector:
     def __init__(self, session: Session, case: Case, transport: Transport, compute: Experts) -> None:
         """Wrap `transport` and `compute`; the wrapped ones are `transport` and `experts`, `inner` is `compute`."""
         self.inner = compute
-        self.faults = make_faults(case, Scene(session.rank, case, session.crumbs, transport.sources))
+        self.faults = make_faults(
+            case, Scene(session.rank, case, session.crumbs, transport.sources, transport, compute)
+        )
         self.transport = _FaultyTransport(transport, self.faults)
         self.experts = _FaultyExperts(compute, self.faults)
 

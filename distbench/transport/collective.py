@@ -51,8 +51,8 @@ class CollectiveTransport:
         self._geometry = geometry
         self._traffic = Traffic(geometry)
         self._device = like.ids.device
-        self._mover = make_mover(self._traffic, self._device)
-        self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self._mover.name}
+        self.mover = make_mover(self._traffic, self._device)
+        self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self.mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: Route | None = None
         self._adding: _Slots | None = None
@@ -70,7 +70,7 @@ class CollectiveTransport:
             DistbenchError: the ids ask for other row counts than the agreed routing.
 
         """
-        traffic, mover = self._traffic, self._mover
+        traffic, mover = self._traffic, self.mover
         route = self._route = self._route_of(batch.ids)
         plan = self._plan = Plan(route, *self._arrivals.next())
         parts = [words(part.contiguous()) for part in batch if part is not None]
@@ -84,7 +84,7 @@ class CollectiveTransport:
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
         """See `Transport.combine`; a row past the end of `expert_out` comes back as poison."""
-        plan, traffic, mover = self._take_plan(ids), self._traffic, self._mover
+        plan, traffic, mover = self._take_plan(ids), self._traffic, self.mover
         outgoing, returned = mover.send_back(expert_out, plan), mover.room(expert_out)
         self._exchange(returned[: traffic.leaving].view(torch.uint8), outgoing.view(torch.uint8), to_experts=False)
         mover.stay_back(expert_out, plan, returned)

@@ -20,6 +20,7 @@ class TorchRows:
     name = "torch"
 
     def __init__(self, traffic: Traffic) -> None:
+        self.sum_in_order = sum_in_order
         self._traffic = traffic
         self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2)
 
@@ -65,7 +66,7 @@ class TorchRows:
             named = slots[start : start + step]
             gathered = returned.new_empty(named.numel(), returned.shape[1])
             _take(returned, named.flatten(), gathered)
-            _sum_in_order(gathered.view(*named.shape, -1), total[start : start + step])
+            self.sum_in_order(gathered.view(*named.shape, -1), total[start : start + step])
         return total
 
     def _take_back(self, expert_out: Tensor, slots: Tensor, out: Tensor) -> None:
@@ -88,7 +89,7 @@ def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
         torch.ops.aten.index(rows, [index], out=out)
 
 
-def _sum_in_order(rows: Tensor, out: Tensor) -> None:
+def sum_in_order(rows: Tensor, out: Tensor) -> None:
     """Sum [n, c, H] over c, from +0.0. The sum of two has one order: there a device does with one pass."""
     if rows.shape[1] <= 2 and rows.device.type != "cpu":  # noqa: PLR2004 - see above
         torch.sum(rows, 1, out=out)
