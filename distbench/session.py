@@ -74,6 +74,7 @@ class Session:
         if accelerated:
             self._devices = self._fewest_devices()
         self._groups = {self.world_size: world}
+        self._created = {self.world_size}
         self._entered = self.world_size
         self._calls = 0
         self._store = store
@@ -88,6 +89,7 @@ class Session:
         before, self._entered = self._entered, ep_size
         self._calls += ep_size > before
         if self.rank >= ep_size:
+            self._create_group(ep_size)
             return False
         call = f"distbench/call-{self._calls}"
         if self.rank == 0 and ep_size > before:
@@ -95,11 +97,22 @@ class Session:
         self.crumbs.mark("start")
         if self.rank >= before:
             self._wait_for(call)
-        if ep_size not in self._groups:
-            members = dist.new_group(list(range(ep_size)), use_local_synchronization=True)
-            self._groups[ep_size] = self._group_of(members)
+        self._create_group(ep_size)
         self.group, self.shared = self._groups[ep_size]
         return True
+
+    def _create_group(self, ep_size: int) -> None:
+        """Create the group of the first `ep_size` ranks, once. Collective there; other ranks return at once.
+
+        torch names a group by the number of groups that the process has created or taken part in, so all ranks have
+        to call this for all groups in one order: the order of the cases.
+        """
+        if ep_size in self._created:
+            return
+        self._created.add(ep_size)
+        members = dist.new_group(list(range(ep_size)))
+        if self.rank < ep_size:
+            self._groups[ep_size] = self._group_of(members)
 
     def _group_of(self, members: dist.ProcessGroup) -> _Group:
         """Return a group with the memory that its ranks share, if they do. Collective."""

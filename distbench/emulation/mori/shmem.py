@@ -37,7 +37,6 @@ class World(NamedTuple):
 
 
 _worlds: list[World] = []
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
 def __getattr__(name: str) -> Any:
@@ -59,18 +58,21 @@ def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int
     if not _worlds:
         name = f"mori/{unique_id.hex()[:32]}"
         members = _members(name, rank, nranks)
-        if members not in _groups:  # none is made twice: its ranks would find each other's old addresses
-            _groups[members] = _group_of(members)
         size = parse_heap_size(os.environ.get("MORI_SHMEM_HEAP_SIZE", _DEFAULT_HEAP))
-        _worlds.append(World(name, _groups[members], rank, nranks, Heap(size, _device())))
+        _worlds.append(World(name, _group_of(members), rank, nranks, Heap(size, _device())))
     return 0
 
 
 def _group_of(members: tuple[int, ...]) -> dist.ProcessGroup:
-    """Return a group of `members`; the world is its own: ranks that hold unlike groups name a new one apart."""
-    world_group = dist.group.WORLD
-    if world_group is not None and len(members) == dist.get_world_size():
-        return world_group
+    """Return the group of `members` that the process has, and a new one where it has none.
+
+    torch names a group that only its members create by how many groups each of them has, so members with different
+    numbers of groups would wait for each other for ever.
+    """
+    for existing in vars(dist.distributed_c10d)["_world"].pg_group_ranks:
+        if dist.get_process_group_ranks(existing) == list(members):
+            found: dist.ProcessGroup = existing
+            return found
     group: dist.ProcessGroup = dist.new_group(members, use_local_synchronization=True)
     return group
 
