@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from distbench.cluster import reports
 from distbench.cluster.campaign import Validation, document, validate
 from distbench.cluster.faults import Trial
+from distbench.cluster.host_lists import parse_host_file, parse_hosts
 from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
 from distbench.cluster.plan import STEPS, Round, Step
 from distbench.cluster.trials import Settings, check_shared, run_round
@@ -28,7 +27,7 @@ from distbench.report.files import write_atomically
 from distbench.signals import collect_signals
 from distbench.suite import load_suite, select
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
+_SHOWN_HOSTS = 4
 _MOST_PORTS = 65536
 # Ranks that meet here are on one machine, whatever the nodes are called.
 _LOOPBACK = "127.0.0.1"
@@ -46,7 +45,10 @@ def add(commands: Any) -> None:
     command.add_argument("suite", metavar="FILE|NAME", help="what every group runs, as for `distbench suite`")
     command.add_argument("--plan", metavar="STEPS", default=",".join(STEPS), help="steps (default: %(default)s)")
     command.add_argument(
-        "--nodes", metavar="A,B,…|@FILE", default="", help="host names (default: those of the Slurm job)"
+        "--nodes",
+        metavar="A,B,…|@FILE",
+        default="",
+        help="host names, node[01-04] too, or a host file (default: those of the Slurm job)",
     )
     command.add_argument(
         "--launcher",
@@ -90,7 +92,7 @@ def add(commands: Any) -> None:
 
 
 def _cluster(options: argparse.Namespace) -> int:
-    steps, nodes = _steps(options.plan), _nodes(options.nodes)
+    steps, nodes = _steps(options.plan), _nodes(options.nodes, options.nproc)
     launcher = options.launcher or ("slurm" if "SLURM_JOB_ID" in os.environ else "")
     if not launcher:
         message = f"launcher: none given and no Slurm job; allowed are {', '.join(LAUNCHERS)} or a JSON list"
@@ -140,35 +142,21 @@ def _steps(text: str) -> tuple[Step, ...]:
     return tuple(step for step in STEPS if step in wanted)
 
 
-def _nodes(text: str) -> tuple[str, ...]:
-    """Return the host names that are given, or those of the Slurm job."""
+def _nodes(text: str, nproc: int) -> tuple[str, ...]:
+    """Host names of `--nodes`, of the file that it names, or of the Slurm job; slots other than `nproc` are noted."""
     if text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text(encoding="utf-8")
+            hosts = parse_host_file(Path(text[1:]).read_text(encoding="utf-8"), text[1:])
         except (OSError, ValueError) as error:
             message = f"nodes {text!r:.80}: {error}; name a file with one host a line"
             raise InvalidCase(message) from error
-    elif not text:
-        text = _slurm_nodes()
-    nodes = tuple(text.replace(",", " ").split())
-    wrong = next((node for node in nodes if not _HOST_NAME.fullmatch(node)), None)
-    if wrong is not None or not nodes or len(set(nodes)) < len(nodes):
-        found = f"{wrong!r:.80} is no host name" if wrong is not None else f"{len(nodes)} names, none or one twice"
-        message = f"nodes: {found}; give each node once: --nodes a,b,c or --nodes @FILE"
-        raise InvalidCase(message)
-    return nodes
-
-
-def _slurm_nodes() -> str:
-    names = os.environ.get("SLURM_JOB_NODELIST", "")
-    if not names:
-        return ""
-    command = ["scontrol", "show", "hostnames", names]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
-    except (OSError, subprocess.CalledProcessError) as error:
-        message = f"SLURM_JOB_NODELIST={names!r:.80}: {error}; give --nodes"
-        raise InvalidCase(message) from error
+    else:
+        hosts = parse_hosts(text or os.environ.get("SLURM_JOB_NODELIST", ""))
+    other = [f"{name} {slots}" for name, slots in hosts.slots.items() if slots != nproc]
+    if other:
+        more = f" and {len(other) - _SHOWN_HOSTS} more" if len(other) > _SHOWN_HOSTS else ""
+        print_note(f"slots of {', '.join(other[:_SHOWN_HOSTS])}{more} are not used: {nproc} ranks on each (--nproc)")
+    return hosts.names
 
 
 def _check_port(port: int, nodes: int) -> None:
