@@ -12,10 +12,11 @@ from typing import NamedTuple
 import msgspec
 
 from distbench.breadcrumbs import Position
-from distbench.errors import Busy, Unsupported
+from distbench.errors import Busy, InvalidCase, Unsupported
 from distbench.hang import dump_stacks
 from distbench.job import Job, RankFailure, Spread, clear_ranks, failure_path
 from distbench.locks import hold
+from distbench.nodes.interfaces import check_interfaces
 from distbench.nodes.link import Link, NodeLost
 from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
 from distbench.postmortem import machines, positions
@@ -38,7 +39,7 @@ def follow(spread: Spread, out: Path, timeouts: Timeouts) -> int:
 
     Raises:
         NodeLost: node 0 did not come, or has gone; no rank is left here.
-        InvalidCase: node 0 refuses this node.
+        InvalidCase: node 0 refuses this node, or NCCL is told to use interfaces that are not there.
         Busy: another bench holds this node's devices, and did not let go within `timeouts.lock_s`.
         Unsupported: this node has fewer devices than ranks.
         Interrupted: a signal came; no rank is left here.
@@ -50,7 +51,7 @@ def follow(spread: Spread, out: Path, timeouts: Timeouts) -> int:
         follower = _Follower(spread, out, link, signals, _Devices(held, timeouts.lock_s))
         try:
             return follower.run()
-        except (Busy, Unsupported) as error:
+        except (Busy, InvalidCase, Unsupported) as error:
             follower.refuse(str(error))
             raise
 
@@ -70,6 +71,7 @@ class _Devices:
         Raises:
             Busy: another bench holds one of them, and has not let go in time.
             Unsupported: this node has fewer than ranks.
+            InvalidCase: NCCL is told to use interfaces that are not there.
 
         """
         now = time.monotonic()
@@ -78,6 +80,7 @@ class _Devices:
             if not self._taken:
                 cases = [entry.case for entry in job.entries if not entry.refused]
                 names = check_devices(cases, job.num_ranks // job.spread.nodes) if job.spread else ()
+                check_interfaces(accelerated=bool(names))
                 self._held.enter_context(hold(None, names, 0.0))
                 self._taken = True
         except Busy:
@@ -108,7 +111,7 @@ class _Follower:
     def refuse(self, why: str) -> None:
         """Tell node 0 why this node has no part in the campaign."""
         self._beat.refused = why
-        with contextlib.suppress(NodeLost):
+        with contextlib.suppress(NodeLost, InvalidCase):
             self._link.tell(self._beat)
 
     def _mine(self, job: Job) -> Job:

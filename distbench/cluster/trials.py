@@ -188,7 +188,7 @@ class _Running:
         suite = ["suite", settings.suite, "--out", str(self.out), *settings.options, "--quiet"]
         command = [sys.executable, "-m", "distbench", "--end-with-stdin", *suite, "--nproc", str(settings.nproc)]
         if len(self._nodes) == 1:
-            return command
+            return [*command, "--nnodes", "1"]  # in a job of several nodes too
         spread = Spread(
             nodes=len(self._nodes),
             node=number,

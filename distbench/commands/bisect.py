@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from distbench.bisect import Accusation, Result, bisect
-from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case
+from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_plain, print_table
-from distbench.supervisor import preload_ranks
 from distbench.trials import Lab
 
 
@@ -35,7 +34,7 @@ def _bisect(options: argparse.Namespace) -> int:
     case = one_case(options.case, options)
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):
-        preload_ranks()
+        prepare_ranks()
         with Lab(out) as lab:
             accusation = bisect(lab, case, out, known_report(options.case, options))
     _print(accusation)

@@ -12,6 +12,7 @@ import msgspec
 
 from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
 from distbench.commands.ranks import world_size
+from distbench.commands.tasks import refuse_tasks
 from distbench.errors import InvalidCase, Verdict
 from distbench.job import Spread
 from distbench.nodes.hub import Hub
@@ -25,7 +26,7 @@ def add_nodes(command: Any) -> None:
     """Add the options of a launch over several nodes."""
     group = command.add_argument_group("several nodes", "the same command on each, with a --node-rank of its own")
     nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
-    group.add_argument("--nnodes", type=nodes, metavar="N", default=1, help="nodes; --nproc is then the ranks on each")
+    group.add_argument("--nnodes", type=nodes, metavar="N", help="nodes, with --nproc ranks on each (default: 1)")
     group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")
     group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
     group.add_argument(
@@ -37,6 +38,20 @@ def add_nodes(command: Any) -> None:
     )
 
 
+def nodes_of(options: argparse.Namespace) -> int:
+    """Number of nodes that the options ask for.
+
+    Raises:
+        InvalidCase: none is asked for, and a launcher started this process as one of several tasks.
+
+    """
+    if not hasattr(options, "nnodes"):
+        return 1
+    if options.nnodes is None and world_size() is None:
+        refuse_tasks()
+    return options.nnodes or 1
+
+
 def spread_of(options: argparse.Namespace) -> Spread | None:
     """Return what the options say of several nodes; None for one.
 
@@ -44,7 +59,7 @@ def spread_of(options: argparse.Namespace) -> Spread | None:
         InvalidCase: values that make no sense.
 
     """
-    nodes, node = getattr(options, "nnodes", 1), getattr(options, "node_rank", 0)
+    nodes, node = nodes_of(options), getattr(options, "node_rank", 0)
     if nodes == 1 and node == 0:
         return None
     if node >= nodes:

@@ -15,7 +15,7 @@ import msgspec
 from distbench import export
 from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
-from distbench.commands.nodes import spread_of
+from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import world_size
 from distbench.devices import count_devices
@@ -24,7 +24,7 @@ from distbench.export import FILES, Writer, load_writers, parse_targets, write_r
 from distbench.job import Entry, Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
-from distbench.nodes.interfaces import choose_interfaces
+from distbench.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
 from distbench.preflight import available_bytes, check_case, check_devices, check_folder, check_memory, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
@@ -74,13 +74,21 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     check_folder(str(out))
     allow_open_files(spread.nproc, spread.nodes * spread.nproc)
     with hold(out, (), options.lock_timeout):
-        _prepare(spread)
+        prepare_ranks(spread)
         return follow(spread, out, Timeouts(options.join_timeout, options.lock_timeout))
 
 
-def _prepare(spread: Spread | None) -> None:
-    """Begin to import torch for the ranks; on several nodes, choose the network interface before that."""
-    if spread is not None:
+def prepare_ranks(spread: Spread | None = None) -> None:
+    """Begin to import torch for the ranks, their network interfaces chosen; on one node gloo and NCCL keep to loopback.
+
+    Raises:
+        InvalidCase: gloo is told to use an interface that is not there.
+
+    """
+    check_interfaces(accelerated=False)
+    if spread is None:
+        choose_loopback()
+    else:
         chosen = choose_interfaces(spread.host, spread.port)
         print_note(f"node {spread.node} of {spread.nodes} on {socket.gethostname()}, {spread.nproc} ranks, {chosen}")
     preload_ranks()
@@ -209,7 +217,7 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
         Unsupported: a case that this machine lacks something for.
 
     """
-    local_ranks = -(-max(entry.case.ep_size for entry in entries) // options.nnodes)
+    local_ranks = -(-max(entry.case.ep_size for entry in entries) // nodes_of(options))
     available = count_devices() if any(entry.case.device != "cpu" for entry in entries) else 0
 
     def check(case: Case) -> tuple[str, ...]:
@@ -241,6 +249,7 @@ def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
     ranks = max(entry.case.ep_size for entry in running)
     local_ranks = -(-ranks // nodes)
     devices = check_devices([entry.case for entry in running], local_ranks)
+    check_interfaces(accelerated=bool(devices))
     allow_open_files(local_ranks, ranks)
     for note in check_shared_memory(local_ranks, on_devices=bool(devices)):
         print_note(note)
@@ -274,7 +283,7 @@ def campaign(
     """Run the entries to their end, starting ranks as often as it takes."""
     rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
     try:
-        _prepare(spread_of(options))
+        prepare_ranks(spread_of(options))
         return Campaign(entries, Path(options.out), rules, progress, options.bundle, hub).run(report_paths)
     finally:
         progress.close()

@@ -11,6 +11,7 @@ from pathlib import Path
 from distbench.errors import InvalidCase, LaunchFailed, Unsupported
 from distbench.job import Job, clear_ranks
 from distbench.locks import hold
+from distbench.nodes.interfaces import check_interfaces
 from distbench.preflight import check_devices
 from distbench.values import one_line
 
@@ -45,10 +46,12 @@ def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
 
     Raises:
         Busy: another bench holds one of them.
+        InvalidCase: gloo is told to use an interface that is not there.
         LaunchFailed: a rank that should hold something did not come.
 
     """
     first = os.environ.get("LOCAL_RANK") == "0"
+    check_interfaces(accelerated=False)
     with hold(Path(job.out) if is_rank_0() else None, _devices(job) if first else (), timeout_s):
         if is_rank_0():
             clear_ranks(Path(job.out))

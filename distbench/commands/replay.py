@@ -8,13 +8,12 @@ from typing import Any
 
 from distbench.bundle.findings import Finding
 from distbench.bundle.read import Bundle, open_bundle, runnable_case
-from distbench.commands.options import add_case_options, add_folder, case_flags
+from distbench.commands.options import add_case_options, add_folder, case_flags, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.preflight import check_case, check_folder
 from distbench.replay import compare
 from distbench.report.console import print_plain, print_table
-from distbench.supervisor import preload_ranks
 from distbench.trials import Lab, signature
 
 _SHOWN_RANKS = 8
@@ -86,7 +85,7 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     check_case(case)
     check_folder(options.out)
     with hold(Path(options.out), (), options.lock_timeout):
-        preload_ranks()
+        prepare_ranks()
         with Lab(Path(options.out)) as lab:
             report = lab.run([case])[0]
     replay = compare(bundle.report, report)

@@ -10,7 +10,7 @@ from typing import Any
 from distbench.bundle.layout import bundle_folder
 from distbench.bundle.read import open_bundle
 from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
-from distbench.commands.nodes import add_nodes, other_nodes
+from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -87,7 +87,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
     out, baseline = Path(options.out), read_baseline(options)
-    devices = check_launch([entry], options.nnodes)
+    devices = check_launch([entry], nodes_of(options))
     results = Results(out)
     with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
         check_device_memory([entry], devices)

@@ -9,14 +9,13 @@ from typing import Any
 import msgspec
 
 from distbench.case import DERIVED_KEYS, Case
-from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case
+from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.report.console import print_error, print_plain, print_table
 from distbench.report.files import write_atomically
 from distbench.shrink import Shrunk, Step, shrink
 from distbench.suite import value_text
-from distbench.supervisor import preload_ranks
 from distbench.trials import Lab
 
 _SHRUNK = "shrunk.json"
@@ -43,7 +42,7 @@ def _shrink(options: argparse.Namespace) -> int:
     known = known_report(options.case, options)
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):
-        preload_ranks()
+        prepare_ranks()
         with Lab(out) as lab:
             found = shrink(lab, case, _tell, known)
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in DERIVED_KEYS}

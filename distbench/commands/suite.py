@@ -10,7 +10,7 @@ from typing import Any
 
 from distbench.case import case_hash
 from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
-from distbench.commands.nodes import add_nodes, other_nodes
+from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
 from distbench.commands.numbers import whole
 from distbench.commands.options import (
     DEFAULT_OUT,
@@ -94,7 +94,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writers) -> int:
     out, baseline = Path(options.out), read_baseline(options)
-    devices = check_launch(entries, options.nnodes)
+    devices = check_launch(entries, nodes_of(options))
     progress = Progress(len(entries), quiet=options.quiet)
     with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
         check_device_memory(entries, devices)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from distbench.case import Case
-from distbench.doctor.findings import Finding, Level, Path
+from distbench.doctor.findings import PATHS, Finding, Level, Path
 from distbench.doctor.probe import Node
 from distbench.doctor.vendors import Network, check_vendors
+from distbench.nodes.interfaces import VARIABLES, interface_complaints
 from distbench.production import near_misses
 
 _OPEN_FILES = 4096
@@ -24,6 +25,7 @@ def check_node(node: Node, case: Case, network: Network) -> list[Finding]:
         *check_vendors(node, case, network),
         _open_files(node),
         _shared_memory(node, ranks),
+        *_interfaces(node),
         *_names(node),
         *_locks(node),
     ]
@@ -82,6 +84,22 @@ def _shared_memory(node: Node, ranks: int) -> Finding:
         fix = f"give /dev/shm {needed >> 20} MiB for {ranks} ranks: docker run --shm-size, or --ipc host"
         return Finding(topic="shared memory", level="degraded", found=found, fix=fix)
     return Finding(topic="shared memory", level="ok", found=found)
+
+
+def _interfaces(node: Node) -> list[Finding]:
+    topic = "interfaces"
+    complaints = interface_complaints(node.environ, node.interfaces)
+    found = []
+    for variable in VARIABLES:
+        paths = _DEVICE_PATHS if variable.startswith("NCCL") else PATHS
+        value = node.environ.get(variable, "")
+        if variable in complaints:
+            told, _, fix = complaints[variable].rpartition("; ")
+            found.append(Finding(topic=topic, level="missing", found=told, fix=fix, paths=paths))
+        elif value:
+            found.append(Finding(topic=topic, level="ok", found=f"{variable}={value}", paths=paths))
+    told = f"{', '.join(node.interfaces) or 'none'}; ranks of one host talk over loopback, others towards node 0"
+    return found or [Finding(topic=topic, level="ok", found=told)]
 
 
 def _names(node: Node) -> list[Finding]:

@@ -15,6 +15,7 @@ import msgspec
 from distbench.devices import compute_units
 from distbench.errors import InvalidCase
 from distbench.locks import DEVICE_LOCKS, is_held
+from distbench.nodes.interfaces import interface_names
 
 _ROCM = Path("/opt/rocm")
 _NICS = Path("/sys/class/infiniband")
@@ -47,6 +48,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     open_files: int = 0
     shm_total: int = 0
     shm_free: int = 0
+    interfaces: tuple[str, ...] = ()
+    """Network interfaces that have an address."""
     locks: tuple[str, ...] = ()
     """Locks of benches that run on this node now."""
     environ: dict[str, str] = {}
@@ -67,6 +70,7 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         shm_total=shm.total if shm else 0,
         shm_free=shm.free if shm else 0,
+        interfaces=interface_names(),
         locks=tuple(held_locks()),
         environ=dict(environ),
     )

@@ -1,4 +1,4 @@
-"""The network interface by which a node reaches another.
+"""Network interfaces of gloo and NCCL: what the variables select, and the interface by which a node reaches another.
 
 For launch scripts `python -m distbench.nodes.interfaces HOST PORT` prints NAME=VALUE for each variable that gloo and
 NCCL should have, and says on standard error what was found.
@@ -12,21 +12,101 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+
+from distbench.errors import InvalidCase
+from distbench.values import shown
 
 _SIOCGIFADDR = 0x8915
 _ADDRESSES_V6 = Path("/proc/net/if_inet6")
-_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_GLOO, _NCCL = VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means this machine wherever it is used, so that all nodes are on it."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    return host == "localhost"
+
+
+def interface_names() -> tuple[str, ...]:
+    """Names of the interfaces that have an address, in the order of the kernel."""
+    with_v6 = {name for _, name in _addresses_v6()}
+    return tuple(name for _, name in socket.if_nameindex() if _address_v4(name) or name in with_v6)
+
+
+def interface_complaints(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    """What is wrong with the variables that are set, by variable: `names` are the interfaces with an address."""
+    complaints = {}
+    for variable in VARIABLES:
+        value = environ.get(variable, "")
+        found = (_gloo_complaint if variable == _GLOO else _nccl_complaint)(value, names) if value else ""
+        if found:
+            there = ", ".join(names) or "none"
+            complaints[variable] = (
+                f"{variable}={shown(value)}: {found}; interfaces with an address here: {there}; unset it, ranks of one "
+                "host need none"
+            )
+    return complaints
+
+
+def check_interfaces(*, accelerated: bool, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse variables that name no interface of this node; NCCL's count where cases may be `accelerated`.
+
+    Raises:
+        InvalidCase: names the variable, its value, and the interfaces that there are.
+
+    """
+    complaints = interface_complaints(environ, interface_names())
+    wrong = [told for variable, told in complaints.items() if accelerated or variable == _GLOO]
+    if wrong:
+        raise InvalidCase("; ".join(wrong))
+
+
+def nccl_selection(value: str, names: Sequence[str]) -> list[str]:
+    """Interfaces that a value of NCCL_SOCKET_IFNAME selects: prefixes, after `=` whole names, after `^` all others.
+
+    Source: NCCL's documentation of the variable; `^` and `=` stand once, before the whole list.
+    """
+    exclude, listed = value.startswith("^"), value.removeprefix("^")
+    exact, listed = listed.startswith("="), listed.removeprefix("=")
+    wanted = [part.partition(":")[0] for part in listed.split(",") if part]
+
+    def held(name: str) -> bool:
+        return any(name == one if exact else name.startswith(one) for one in wanted)
+
+    return [name for name in names if held(name) != exclude]
+
+
+def _gloo_complaint(value: str, names: Sequence[str]) -> str:
+    """Gloo takes whole names, separated by commas, and fails in each rank at one that is not there."""
+    absent = [name for name in value.split(",") if name not in names]
+    if not absent:
+        return ""
+    return f"gloo takes names as they are, and there is no {', '.join(shown(name) for name in absent)}"
+
+
+def _nccl_complaint(value: str, names: Sequence[str]) -> str:
+    return "" if nccl_selection(value, names) else "NCCL finds no interface by it"
+
+
+def choose_loopback(environ: MutableMapping[str, str] = os.environ) -> str:
+    """Have gloo and NCCL listen on loopback only, where nobody has chosen; return what was chosen, in words."""
+    name = _interface_of("127.0.0.1")
+    return _choose(name, environ)
 
 
 def choose_interfaces(host: str, port: int, environ: MutableMapping[str, str] = os.environ) -> str:
     """Have gloo and NCCL use the interface towards `host`, where nobody has chosen; return what was found, in words.
 
-    Never a loopback interface, which leads to no other node: a name that stands for one is told, and no choice made.
+    Loopback only where `host` says that all nodes are on this machine: a name that merely stands for a loopback address
+    here is told, and no choice made.
     """
+    if is_loopback(host):
+        return choose_loopback(environ)
     try:
-        address = _source_address(host, port)
+        address = source_address(host, port)[0].partition("%")[0]
     except OSError as error:
         return f"no interface found for {host}: {error}; gloo and NCCL choose"
     if ipaddress.ip_address(address).is_loopback:
@@ -34,14 +114,17 @@ def choose_interfaces(host: str, port: int, environ: MutableMapping[str, str] = 
             f"{host} is {address} on this node, which other machines do not reach; gloo and NCCL choose; "
             "name node 0 by an address that all nodes reach"
         )
-    name = _interface_of(address)
-    for variable in _VARIABLES if name else ():
-        environ.setdefault(variable, name)
-    return ", ".join(f"{variable}={environ.get(variable, '(its own choice)')}" for variable in _VARIABLES)
+    return _choose(_interface_of(address), environ)
 
 
-def _source_address(host: str, port: int) -> str:
-    """Return the address from which this node reaches `host`.
+def _choose(name: str, environ: MutableMapping[str, str]) -> str:
+    for variable in VARIABLES if name else ():
+        environ[variable] = environ.get(variable) or name
+    return ", ".join(f"{variable}={environ.get(variable) or '(its own choice)'}" for variable in VARIABLES)
+
+
+def source_address(host: str, port: int) -> tuple[str, ...]:
+    """Socket address from which this node reaches `host`; of a host of this node, that host's own.
 
     Raises:
         OSError: the name does not resolve, or no route leads there.
@@ -50,33 +133,31 @@ def _source_address(host: str, port: int) -> str:
     family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
         probe.connect(where)  # sends nothing
-        address: str = probe.getsockname()[0]
-        return address.partition("%")[0]
+        address: tuple[str, ...] = probe.getsockname()
+        return address
 
 
 def _interface_of(address: str) -> str:
     """Return the name of the interface that has `address`, or empty where nothing tells."""
-    return _interface_v6(address) if ":" in address else _interface_v4(address)
+    if ":" in address:
+        wanted = ipaddress.IPv6Address(address).packed.hex()
+        return next((name for found, name in _addresses_v6() if found == wanted), "")
+    return next((name for _, name in socket.if_nameindex() if _address_v4(name) == address), "")
 
 
-def _interface_v4(address: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                content = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(content[20:24]) == address:
-                    return name
+def _address_v4(name: str) -> str:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        content = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+        return socket.inet_ntoa(content[20:24])
     return ""
 
 
-def _interface_v6(address: str) -> str:
-    wanted = ipaddress.IPv6Address(address).packed.hex()
+def _addresses_v6() -> list[tuple[str, str]]:
+    """Return addresses, as hexadecimal digits, with the names of their interfaces."""
     with contextlib.suppress(OSError):
-        for line in _ADDRESSES_V6.read_text().splitlines():
-            found, *_, name = line.split()
-            if found == wanted:
-                return name
-    return ""
+        lines = (line.split() for line in _ADDRESSES_V6.read_text().splitlines())
+        return [(found, name) for found, *_, name in lines]
+    return []
 
 
 def main() -> None:
@@ -87,8 +168,8 @@ def main() -> None:
     sys.stderr.write(
         f"distbench: {socket.gethostname()}: {choose_interfaces(sys.argv[1], int(sys.argv[2]), environ)}\n"
     )
-    for variable in _VARIABLES:
-        if variable in environ:
+    for variable in VARIABLES:
+        if environ.get(variable):
             sys.stdout.write(f"{variable}={environ[variable]}\n")
 
 

@@ -55,6 +55,14 @@ def packages(mori: str, of_aiter: str, nightly: str = "") -> dict[str, Any]:
 
 
 LINES = [
+    (
+        {"environ": {"GLOO_SOCKET_IFNAME": "eth9"}, "interfaces": ("lo", "eth0")},
+        *("interfaces", "missing", "interfaces with an address here: lo, eth0", (2, 2, 2)),
+    ),
+    (
+        {"environ": {"NCCL_SOCKET_IFNAME": "^lo,eth"}, "interfaces": ("lo", "eth0")},
+        *("interfaces", "missing", "NCCL finds no interface by it", (0, 2, 2)),
+    ),
     ({"torch": ""}, "torch", "missing", "not installed", (2, 2, 2)),
     ({"torch": "! OSError: libamdhip64.so"}, "torch", "missing", "OSError: libamdhip64.so", (2, 2, 2)),
     ({"torch": "2.4.0"}, "torch", "degraded", "2.4.0", (1, 1, 1)),

@@ -6,11 +6,22 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from distbench.nodes.interfaces import choose_interfaces
+from distbench.cli import main
+from distbench.errors import InvalidCase
+from distbench.nodes.interfaces import (
+    check_interfaces,
+    choose_interfaces,
+    choose_loopback,
+    interface_complaints,
+    interface_names,
+    is_loopback,
+    nccl_selection,
+)
 from tests.hosts import ROOT
 
 VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -41,9 +52,84 @@ def test_a_name_that_nobody_knows_is_said() -> None:
 
 def test_a_launch_script_gets_what_was_chosen_before() -> None:
     given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-m", "distbench.nodes.interfaces", "localhost", "29500"]
+    command = [sys.executable, "-m", "distbench.nodes.interfaces", "127.0.0.1", "29500"]
     chosen = given | {"GLOO_SOCKET_IFNAME": "ib0"}
-    for environ, printed in ((given, ""), (chosen, "GLOO_SOCKET_IFNAME=ib0\n")):
+    for environ, gloo in ((given, "lo"), (chosen, "ib0")):
         done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout == printed
-        assert "localhost is " in done.stderr
+        assert done.stdout == f"GLOO_SOCKET_IFNAME={gloo}\nNCCL_SOCKET_IFNAME=lo\n"
+
+
+NAMES = ("lo", "eth0", "eth1", "ib0", "docker0")
+
+
+@pytest.mark.parametrize(
+    ("value", "selected"),
+    [
+        ("eth", ["eth0", "eth1"]),
+        ("eth0,ib", ["eth0", "ib0"]),
+        ("=eth", []),
+        ("=eth0,ib0", ["eth0", "ib0"]),
+        ("^docker,lo", ["eth0", "eth1", "ib0"]),
+        ("^=eth0", ["lo", "eth1", "ib0", "docker0"]),
+        ("bond", []),
+        ("eth1:4000", ["eth1"]),
+        ("^lo,eth,ib,docker", []),
+    ],
+)
+def test_nccl_syntax_is_understood(value: str, selected: list[str]) -> None:
+    assert nccl_selection(value, NAMES) == selected
+    assert ("NCCL_SOCKET_IFNAME" in interface_complaints({"NCCL_SOCKET_IFNAME": value}, NAMES)) == (not selected)
+
+
+@pytest.mark.parametrize(
+    ("value", "absent"),
+    [("eth9", "'eth9'"), ("eth", "'eth'"), ("eth0,eth9", "'eth9'"), ("^docker,lo", "'^docker'"), ("=eth0", "'=eth0'")],
+)
+def test_gloo_takes_names_only(value: str, absent: str) -> None:
+    told = interface_complaints({"GLOO_SOCKET_IFNAME": value}, NAMES)["GLOO_SOCKET_IFNAME"]
+    assert f"there is no {absent}" in told
+    assert "interfaces with an address here: lo, eth0, eth1, ib0, docker0; unset it" in told
+
+
+@pytest.mark.parametrize("value", ["eth0", "eth0,ib0", ""])
+def test_gloo_names_that_are_there_are_taken(value: str) -> None:
+    assert interface_complaints({"GLOO_SOCKET_IFNAME": value}, NAMES) == {}
+
+
+def test_nccl_variable_counts_only_where_nccl_is_used() -> None:
+    check_interfaces(accelerated=False, environ={"NCCL_SOCKET_IFNAME": "eth9"})
+    with pytest.raises(InvalidCase, match="NCCL_SOCKET_IFNAME='eth9': NCCL finds no interface by it"):
+        check_interfaces(accelerated=True, environ={"NCCL_SOCKET_IFNAME": "eth9"})
+
+
+def test_interfaces_of_this_machine_have_loopback() -> None:
+    assert "lo" in interface_names()
+    environ = {"NCCL_SOCKET_IFNAME": "eth0"}
+    assert choose_loopback(environ) == "GLOO_SOCKET_IFNAME=lo, NCCL_SOCKET_IFNAME=eth0"
+    assert environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"}
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.1.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("node0", False),
+        ("10.0.0.1", False),
+    ],
+)
+def test_loopback_is_told_by_the_address_alone(host: str, here: bool) -> None:
+    assert is_loopback(host) == here
+
+
+@pytest.mark.parametrize("command", [["run", "--model", "tiny"], ["suite", "smoke"]])
+def test_interface_that_is_not_there_is_invalid_before_a_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    assert main([*command, "--nproc", "2", "--num-experts", "8", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "INVALID: GLOO_SOCKET_IFNAME='eth9': gloo takes names as they are, and there is no 'eth9'" in told
+    assert "interfaces with an address here: lo" in told

@@ -1,0 +1,96 @@
+"""Whether a launcher started this process as one of several tasks, which would each test a node alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from distbench.errors import InvalidCase
+
+
+class _Launcher(NamedTuple):
+    """The variables in which a launcher says how many tasks it started, and which of them a process is."""
+
+    name: str
+    size: str
+    rank: str
+
+
+# The launcher that started the process itself comes before the scheduler in whose job it runs.
+_LAUNCHERS = (
+    _Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    _Launcher("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
+    _Launcher("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK"),
+    _Launcher("Flux", "FLUX_JOB_SIZE", "FLUX_TASK_RANK"),
+    _Launcher("PMI", "PMI_SIZE", "PMI_RANK"),
+    _Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+)
+# A training operator sets these without torchrun, whose own ranks never get here.
+_OPERATOR = _Launcher("a training operator", "WORLD_SIZE", "RANK")
+_MOST_DIGITS = 9
+_COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
+_FIX = (
+    "distbench starts the ranks of a node itself: start it once a node with --nnodes N --node-rank R --rdzv-endpoint "
+    "HOST:PORT (docs/cluster.md), or with --nnodes 1 to test each node alone"
+)
+
+
+def refuse_tasks(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse to be one of several tasks, or alone in a job of several nodes: a PASS would be taken for the cluster's.
+
+    Raises:
+        InvalidCase: says which task of how many, and what to give instead.
+
+    """
+    found = _task(environ)
+    if found:
+        message = f"started as {found}; {_FIX}"
+        raise InvalidCase(message)
+
+
+def _task(environ: Mapping[str, str]) -> str:
+    """Return which of several tasks this is, in words; empty for the only one."""
+    for launcher in _LAUNCHERS:
+        size, rank = _number(environ, launcher.size), _number(environ, launcher.rank)
+        if size is not None and rank is not None:
+            return _told(launcher, rank, size)
+    tasks, rank = _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID")
+    in_script = "SLURM_JOB_ID" in environ and rank == 0  # a batch script runs once, whatever it asks for
+    if tasks is not None and rank is not None and not in_script:
+        return _told(_Launcher("Slurm", "SLURM_NTASKS", "SLURM_PROCID"), rank, tasks)
+    if environ.get(_COMPLETION_INDEX):
+        return f"task {environ[_COMPLETION_INDEX]:.20} of an Indexed Job ({_COMPLETION_INDEX})"
+    size, rank = _number(environ, _OPERATOR.size), _number(environ, _OPERATOR.rank)
+    if size is not None and rank is not None:
+        return _told(_OPERATOR, rank, size)
+    return next(
+        (f"the only task in a job of {count} nodes ({name})" for name, count in _nodes(environ) if count > 1), ""
+    )
+
+
+def _told(launcher: _Launcher, rank: int, size: int) -> str:
+    return f"task {rank} of {size} ({launcher.name}: {launcher.rank}, {launcher.size})" if size > 1 else ""
+
+
+def _nodes(environ: Mapping[str, str]) -> list[tuple[str, int]]:
+    """Return the nodes of a batch job as its scheduler tells them."""
+    hosts = environ.get("LSB_MCPU_HOSTS", "").split()  # pairs of host and slots
+    return [
+        ("SLURM_JOB_NUM_NODES", _number(environ, "SLURM_JOB_NUM_NODES") or 0),
+        ("PBS_NODEFILE", len(set(_lines(environ.get("PBS_NODEFILE", ""))))),
+        ("LSB_MCPU_HOSTS", len(set(hosts[::2]))),
+    ]
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").split() if path else []
+    except (OSError, ValueError):
+        return []
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else None
