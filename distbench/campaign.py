@@ -82,6 +82,7 @@ class Campaign:
         self._faults_in_row = self._finished_by_then = 0
         self._codes: set[int] = set()
         self._verdicts: Counter[str] = Counter()
+        self._limits: Counter[str] = Counter()
         self._exposed: Counter[str] = Counter()
         self._summary = Summary(cases=len(entries))
 
@@ -193,6 +194,7 @@ class Campaign:
         self._finished.clear()
         self._codes.clear()
         self._verdicts.clear()
+        self._limits.clear()
         self._exposed.clear()
         self._summary.as_expected = 0
         self._summary.unexpected.clear()
@@ -241,6 +243,8 @@ class Campaign:
     def _count(self, line: Line) -> None:
         self._finished.add(line.case.hash)
         self._verdicts[line.verdict.value] += 1
+        if line.limit is not None:
+            self._limits[line.limit.status] += 1
         self._summary.as_expected += line.as_expected
         self._codes.add(suite_code(line.exit_code, as_expected=line.as_expected))
         if line.exposed is not None:
@@ -253,6 +257,7 @@ class Campaign:
     def _write_summary(self) -> None:
         self._summary.finished = len(self._finished)
         self._summary.verdicts = dict(self._verdicts)
+        self._summary.limits = dict(self._limits)
         self._summary.rate = rate_report(*(self._exposed[name] for name in ("wrong", "tokens", "repeats")))
         self._summary.exit_code = worst_exit_code(self._codes)
         if self._summary.finished < self._summary.cases or self._summary.events:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -24,6 +25,9 @@ _OFFSET = re.compile(rf"(max-recv[+-]|capacity\+)(\d{{1,{_MAX_DIGITS}}})", re.AS
 
 RECV_BOUND_STEP = 32
 _SHOWN_RANKS = 8
+_MOST_TERMS = 16
+
+Proof = Literal["proven", "this batch", "unsafe"]
 
 
 class Traffic(msgspec.Struct, frozen=True):
@@ -100,6 +104,55 @@ def resolve_limit(limit: str, traffic: Traffic) -> int | None:
         )
         raise InvalidCase(message)
     return rows
+
+
+class LimitProof(msgspec.Struct, frozen=True, kw_only=True):
+    """Traffic for which a limit loses no row.
+
+    `status`: "proven" under any routing of these token counts, "this batch" under the routing that ran and not under
+    every other, "unsafe" not even under that. `bound`: rows that a rank receives at most under any routing. `formula`
+    derives the bound, with its numbers.
+    """
+
+    status: Proof
+    bound: int
+    formula: str
+
+    def words(self, max_recv: int) -> str:
+        """Return the status with its evidence; `max_recv` is what the fullest rank receives in this batch."""
+        status = "this batch only" if self.status == "this batch" else self.status
+        return (
+            f"{status}: the fullest rank receives {max_recv}, any routing of these token counts at most {self.bound} "
+            f"({self.formula})"
+        )
+
+
+def prove_limit(limit: int | None, traffic: Traffic) -> LimitProof:
+    """Return for which traffic a resolved limit, None for off, loses no row.
+
+    A token sends one row at most to a rank, however many of its experts that rank holds, so a rank receives at most the
+    sum of all senders' tokens. No smaller bound holds for every routing: where each token has one expert on the same
+    rank, which any number of experts and any top-k allow, that rank receives the sum. More rows than the receive buffer
+    holds are no loss of the limit: they end in OVERFLOW. So the bound is min(sum of tokens, capacity R).
+    """
+    total = sum(traffic.tokens)
+    bound = min(total, traffic.capacity)
+    formula = f"sum of tokens over all ranks = {_terms(traffic.tokens)}{total}"
+    if bound < total:
+        formula = f"min({formula}, capacity R = {bound}) = {bound}"
+    if limit is None or limit >= bound:
+        return LimitProof(status="proven", bound=bound, formula=formula)
+    return LimitProof(status="this batch" if limit >= traffic.max_recv else "unsafe", bound=bound, formula=formula)
+
+
+def _terms(tokens: Sequence[int]) -> str:
+    """Return the tokens of each rank as a sum, up to the equals sign; nothing for a single rank."""
+    if len(tokens) == 1:
+        return ""
+    if len(tokens) <= _MOST_TERMS:
+        return "+".join(map(str, tokens)) + " = "
+    first = "+".join(map(str, tokens[: _MOST_TERMS // 2]))
+    return f"{first}+...+{tokens[-1]} of {len(tokens)} ranks = "
 
 
 def recv_bound(traffic: Traffic) -> int | None:

@@ -28,12 +28,26 @@ def result(name: str = "case", verdict: str = "PASS", **changes: Any) -> dict[st
         "emulated": True,
         "stand_ins": ["collective for mori"],
         "case": {"model": "tiny", "ep_size": 2, "hash": f"hash of {name}"},
-        "limit": {"requested": "sum32", "effective": 32, "max_recv": 6, "source": "default"},
+        "limit": limit(),
         "ranks": [{"rank": rank, "host": f"node{rank}", "device": "cpu", "total_recv": 6} for rank in range(2)],
         "lost": {"rows": 0},
         "diagnosis": [],
         "timing": timing() | {"wall_s": 0.25},
     } | changes
+
+
+def limit(effective: int = 32, status: str = "proven", max_recv: int = 6) -> dict[str, Any]:
+    """Return a limit of two ranks with 5 and 4 tokens, as a report has it."""
+    return {
+        "requested": "sum32" if status == "proven" else str(effective),
+        "effective": effective,
+        "source": "default",
+        "policy": "strict",
+        "safe": status != "unsafe",
+        "max_recv": max_recv,
+        "sum_tokens": 9,
+        "proof": {"status": status, "bound": 9, "formula": "sum of tokens over all ranks = 5+4 = 9"},
+    }
 
 
 def timing(scale: float = 1.0, samples: Iterable[float] = (1.0, 2.0, 3.0)) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def add(commands: Any) -> None:
         metavar="auto|L,L,…",
         default=_AUTO,
         help="limits; auto: the rows really received, each edge of a kernel bucket above the least that some rank must "
-        "receive, and each safe bound (default: %(default)s)",
+        "receive, and each proven bound (default: %(default)s)",
     )
     sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
     add_launch(sweep)
@@ -87,6 +87,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _notes(rows: list[SweepRow], out: Path) -> list[str]:
     notes = sorted({note for row in rows for note in row.notes})
+    proofs = {row.proof.bound: row.proof.formula for row in rows if row.proof is not None}
+    notes += [
+        f"proven: loses no row under any routing of these token counts, at most {bound} rows a rank ({formula}); "
+        "this batch: loses none under this routing, others may; unsafe: loses rows of this batch"
+        for bound, formula in proofs.items()
+    ]
     return [*notes, f"results in {out / _SWEEP} and {out / RESULTS}"]
 
 

@@ -51,6 +51,7 @@ def _test_case(result: Result) -> TestCase:
         outcome = kind(xml_text(_headline(result)), result.verdict.value)
         outcome.text = xml_text("\n".join(_lines(result)))
         case.result = [outcome]
+    case.system_out = xml_text("\n".join(_facts(result)))
     return case
 
 
@@ -66,6 +67,11 @@ def _lines(result: Result) -> list[str]:
         *(f"{reason.code}: {reason.message}" for reason in result.reasons),
         *(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}" for found in result.diagnosis),
     ]
+
+
+def _facts(result: Result) -> list[str]:
+    """Return what a reader of any case asks, passed or not; the schema has no properties of a test case."""
+    return [] if result.limit is None else [str(result.limit), f"lost rows: {result.lost.rows}"]
 
 
 def _missing(count: int, why: str) -> TestCase:

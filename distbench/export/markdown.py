@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 from distbench.export.totals import Totals, quantiles_of
+from distbench.limits import Proof
 from distbench.report.results import Result, Results
 
+_PROOFS: dict[Proof, str] = {
+    "proven": "under any routing of the case's token counts",
+    "this batch": "under the case's own routing; another one of the same token counts may lose rows",
+    "unsafe": "not even under the case's own routing",
+}
 _SHOWN_HOSTS = 32
 _SHOWN_CHARACTERS = 300
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@^=$\"'/])")
@@ -48,9 +54,12 @@ def _lines(totals: Totals) -> Iterator[str]:
         ("verdict", "cases", "not as expected"),
         ((verdict.value, count, totals.unexpected[verdict]) for verdict, count in sorted(totals.verdicts.items())),
     )
+    if totals.limits:
+        yield "## Limits"
+        yield from table(("limit", "cases", "loses no row"), _limits(totals.limits))
     if totals.shown:
         yield "## Not as expected"
-        yield from table(("verdict", "expected", "case", "reason"), map(_row, totals.shown))
+        yield from table(("verdict", "expected", "case", "limit", "reason"), map(_row, totals.shown))
         left = sum(totals.unexpected.values()) - len(totals.shown)
         yield f"and {left} more" if left else ""
     if totals.medians_us:
@@ -61,8 +70,15 @@ def _lines(totals: Totals) -> Iterator[str]:
         yield from table(("arm", "stage", "median", "p99", "max", "cases"), rows)
 
 
+def _limits(counts: Mapping[str, int]) -> Iterator[tuple[object, ...]]:
+    for status, where in _PROOFS.items():
+        if counts.get(status):
+            yield status, counts[status], where
+
+
 def _row(result: Result) -> tuple[str, ...]:
-    return (result.verdict.value, result.expect, result.name, result.reasons[0].message if result.reasons else "")
+    reason = result.reasons[0].message if result.reasons else ""
+    return (result.verdict.value, result.expect, result.name, str(result.limit or ""), reason)
 
 
 def _microseconds(totals: Totals, arm: str, stage: str) -> tuple[str, ...]:

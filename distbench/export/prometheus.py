@@ -7,8 +7,8 @@ a suite holds; no case and no host is a label.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from distbench import __version__
 from distbench.errors import Verdict
 from distbench.export.totals import Totals, quantiles_of
+from distbench.limits import Proof
 from distbench.report.results import Results
 
 _STATISTICS = ("median", "p99", "max")
@@ -41,6 +42,7 @@ class _Collector(Collector):
         yield info
         yield _by_verdict("distbench_cases", "Cases by verdict.", totals.verdicts)
         yield _by_verdict("distbench_cases_unexpected", "Cases not as expected, by verdict.", totals.unexpected)
+        yield _by_proof(totals.limits)
         yield gauge("distbench_cases_missing", "Cases that have no result.", totals.missing)
         yield gauge("distbench_exit_code", "The exit code of all results together.", totals.exit_code)
         yield gauge("distbench_written_timestamp_seconds", "When this file was written.", time.time())
@@ -61,6 +63,14 @@ class _Collector(Collector):
             for statistic, value in zip(_STATISTICS, quantiles_of(values), strict=True):
                 family.add_metric((arm, stage, statistic), value / 1e6)
         return family
+
+
+def _by_proof(counts: Mapping[str, int]) -> Metric:
+    text = "Cases by what their limit is safe for: any routing of their token counts, their batch only, or nothing."
+    family = GaugeMetricFamily("distbench_cases_by_limit", text, labels=("proof",))
+    for proof in get_args(Proof):
+        family.add_metric((proof,), counts.get(proof, 0))
+    return family
 
 
 def gauge(name: str, text: str, value: float) -> Metric:

@@ -42,6 +42,10 @@ COLUMNS = (
     "reason",
     "wall_s",
     *(f"{arm}_{stage}_median_us" for arm, stage in _TIMES),
+    # Later columns, at the end: a reader may count the others.
+    "limit_proof",
+    "limit_bound",
+    "limit_formula",
 )
 # A spreadsheet takes a cell that begins so for a formula, and may run it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -69,6 +73,8 @@ def _row(result: Result) -> Iterator[Any]:
     yield result.wall_s
     times = {(time.arm, time.stage): time.median_us for time in result.stage_times()}
     yield from (times.get(key) for key in _TIMES)
+    yield limit.status if limit else None
+    yield from (limit.proof.bound, limit.proof.formula) if limit and limit.proof else (None, None)
 
 
 def cell(value: Any) -> Any:

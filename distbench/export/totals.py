@@ -20,6 +20,7 @@ class Totals:
         """Go through `results` once."""
         self.verdicts: Counter[Verdict] = Counter()
         self.unexpected: Counter[Verdict] = Counter()
+        self.limits: Counter[str] = Counter()
         self.shown: list[Result] = []
         self.hosts: set[str] = set()
         self.stand_ins: set[str] = set()
@@ -42,6 +43,8 @@ class Totals:
 
     def _add(self, result: Result) -> None:
         self.verdicts[result.verdict] += 1
+        if result.limit is not None:
+            self.limits[result.limit.status] += 1
         self.hosts.update(result.hosts)
         self.stand_ins.update(result.stand_ins)
         self.wall_s.append(result.wall_s)

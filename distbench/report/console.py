@@ -11,6 +11,7 @@ from distbench.errors import Verdict
 from distbench.report.document import InjectedReport, RankReport, RateReport, Report
 from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
+from distbench.verify.records import NOT_PROVEN
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -67,6 +68,9 @@ def print_summary(summary: Summary, out: str) -> None:
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(summary.verdicts.items()))
     if summary.rate is not None:
         print(_rate_line(summary.rate))
+    if summary.limits:
+        limits = ", ".join(f"{count} {status}" for status, count in sorted(summary.limits.items()))
+        print(f"limits by case: {limits} (proven: for any routing of these token counts; this batch: for its own only)")
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
     print(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
     print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
@@ -100,11 +104,15 @@ def verdict_line(report: Report) -> str:
         line += f" (emulated: {', '.join(report.stand_ins)})"
     if report.injected:
         line += f" (INJECTED FAULT: {report.case['inject']})"
-    findings = [reason.message for reason in report.reasons]
-    if report.verdict is Verdict.PASS and all(comparison.equal for comparison in report.comparison):
+    proven = [reason for reason in report.reasons if reason.code != NOT_PROVEN]
+    findings = [reason.message for reason in proven]
+    compared = report.comparison
+    if report.verdict is Verdict.PASS and compared and all(comparison.equal for comparison in compared):
         findings.insert(0, _equality(report))
     if findings:
         line += ": " + findings[0] + (f" (+{len(findings) - 1} more)" if len(findings) > 1 else "")
+    if len(proven) < len(report.reasons):
+        line += "; not proven for other routings"
     return line
 
 
@@ -155,14 +163,7 @@ def _headline(report: Report) -> str:
         f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {case['numerics']} inputs, "
         f"routing {case['routing']}, {case['transport']} + {case['experts']}, case {case['hash'][:12]}"
     )
-    if limit is not None:
-        kept = "off" if limit.effective is None else f"{limit.effective} rows"
-        safe = "safe" if limit.safe else "NOT safe"
-        text += (
-            f"\nlimit {limit.requested} → {kept} (from {limit.source}, policy {limit.policy}, {safe}: "
-            f"the fullest rank receives {limit.max_recv}, all senders hold {limit.sum_tokens})"
-        )
-    return text
+    return text if limit is None else f"{text}\n{limit}"
 
 
 def _rank_table(report: Report) -> Table:

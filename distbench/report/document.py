@@ -14,6 +14,7 @@ from distbench.injection import Injection, parse_inject
 from distbench.job import BY_LIMIT, Entry
 from distbench.rates import Rate
 from distbench.report.environment import Environment
+from distbench.report.limit import LimitReport, limit_report
 from distbench.samples import median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import (
@@ -35,18 +36,6 @@ _RAW_KEPT = 512
 _DOUBTS_SHOWN = 16
 KEPT_SAMPLES = 1000
 """Iterations of a stage, the last ones, whose raw times stay in the report."""
-
-
-class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The limit as asked for and as resolved; rows, or None for off. `safe` says that no rank receives more."""
-
-    requested: str
-    effective: int | None
-    source: str
-    policy: str
-    safe: bool
-    max_recv: int
-    sum_tokens: int
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,7 +152,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
         warnings=[*entry.warnings, *_doubts(records), *kernel_doubts(records)],
-        limit=_limit(question, entry.sources) if question else None,
+        limit=limit_report(question, entry.sources) if question else None,
         environment=environment,
         transport=records[0].transport if records else {},
         ranks=[_rank(record) for record in records],
@@ -186,21 +175,6 @@ def as_expected(expect: str, verdict: Verdict, *, safe: bool, policy: str) -> bo
     if expect != BY_LIMIT:
         return verdict.value == expect
     return verdict is (Verdict.PASS if safe or policy == "guard" else Verdict.UNDER_LIMIT)
-
-
-def _limit(question: Question, sources: dict[str, str]) -> LimitReport:
-    source = sources.get("limit", "default")
-    if question.case.limit == "off":
-        source = sources.get("recv_bound", source) if question.limit is not None else "off"
-    return LimitReport(
-        requested=question.case.limit,
-        effective=question.limit,
-        source=source,
-        policy=question.case.policy,
-        safe=not question.short_ranks,
-        max_recv=question.traffic.max_recv,
-        sum_tokens=sum(question.traffic.tokens),
-    )
 
 
 def _rank(record: Observation) -> RankReport:

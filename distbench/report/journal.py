@@ -15,6 +15,7 @@ from distbench.errors import InvalidCase, Verdict
 from distbench.job import Entry
 from distbench.report.document import SCHEMA, RateReport, Report, as_expected
 from distbench.report.files import atomic_file, naming, sync_folder
+from distbench.report.limit import LimitReport
 from distbench.values import one_line
 
 RESULTS = "results.jsonl"
@@ -28,10 +29,6 @@ class _Hash(msgspec.Struct, frozen=True):
 
 class _Wall(msgspec.Struct, frozen=True):
     wall_s: float
-
-
-class _Limit(msgspec.Struct, frozen=True):
-    safe: bool
 
 
 class _Injected(msgspec.Struct, frozen=True):
@@ -49,7 +46,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     as_expected: bool
     case: _Hash
     timing: _Wall
-    limit: _Limit | None
+    limit: LimitReport | None
     injected: list[_Injected] = []
     rate: RateReport | None = None
 

@@ -11,6 +11,7 @@ import msgspec
 from distbench.errors import InvalidCase, Verdict, suite_code, worst_exit_code
 from distbench.report.document import SCHEMA
 from distbench.report.journal import RESULTS
+from distbench.report.limit import LimitReport
 from distbench.report.summary import Summary
 from distbench.values import one_line
 from distbench.verify.records import Diagnosis, Reason
@@ -32,14 +33,6 @@ class ResultLost(msgspec.Struct, frozen=True):
     """Rows at and past the limit."""
 
     rows: int
-
-
-class ResultLimit(msgspec.Struct, frozen=True, kw_only=True):
-    """The limit as asked for and as resolved."""
-
-    requested: str
-    effective: int | None
-    max_recv: int
 
 
 class StageTime(msgspec.Struct, frozen=True):
@@ -65,7 +58,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     emulated: bool
     stand_ins: list[str]
     case: dict[str, Any]
-    limit: ResultLimit | None
+    limit: LimitReport | None
     ranks: list[ResultRank]
     lost: ResultLost
     diagnosis: list[Diagnosis]

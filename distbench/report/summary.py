@@ -11,14 +11,15 @@ class Summary(msgspec.Struct, kw_only=True):
     """`summary.json`: counts by verdict, and the first cases that did not end as expected.
 
     `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out.
-    `rate` has the wrong tokens of all cases together, but for those with injected faults and those that were expected
-    not to pass.
+    `limits` counts cases by the status of their limit's proof. `rate` has the wrong tokens of all cases together, but
+    for those with injected faults and those that were expected not to pass.
     """
 
     cases: int = 0
     finished: int = 0
     as_expected: int = 0
     verdicts: dict[str, int] = {}
+    limits: dict[str, int] = {}
     exit_code: int = 0
     stopped: str = ""
     events: list[str] = []

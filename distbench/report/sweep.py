@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from distbench.limits import LimitProof
 from distbench.report.document import Report
 from distbench.report.kernels import label_beside
 
@@ -24,6 +25,8 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
     limit: str
     rows: int | None
     safe: bool
+    proof: LimitProof | None
+    status: str
     kernel: str
     experts_us: float | None
     layer_us: float | None
@@ -39,7 +42,7 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
         times = (_shown(self.experts_us, 1), _shown(self.layer_us, 1), _shown(self.layer_p99_us, 1))
         rows = "off" if self.rows is None else str(self.rows)
         ratio = _shown(self.padded_over_cut, 2)
-        return (self.limit, rows, "yes" if self.safe else "NO", self.kernel, *times, ratio, gib, self.verdict)
+        return (self.limit, rows, self.status, self.kernel, *times, ratio, gib, self.verdict)
 
 
 def read_rows(journal: Path, hashes: Sequence[str]) -> list[SweepRow]:
@@ -66,6 +69,8 @@ def sweep_row(report: Report) -> SweepRow:
         limit=report.case["limit"],
         rows=rows,
         safe=report.limit is None or report.limit.safe,
+        proof=report.limit.proof if report.limit else None,
+        status=report.limit.status if report.limit else "unknown",
         kernel=label_beside(kernels[arm], kernels["padded"]) if arm in kernels else "not run",
         experts_us=experts["median_us"] if experts else None,
         layer_us=layer["median_us"] if layer else None,

@@ -9,7 +9,7 @@ import msgspec
 from distbench.case import Case
 from distbench.devices import DeviceState
 from distbench.errors import Verdict
-from distbench.limits import Traffic
+from distbench.limits import LimitProof, Traffic, prove_limit
 
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"
@@ -22,6 +22,8 @@ SCATTERED = "other values"
 ANOTHER_ROW = "another token's row"
 MULTIPLIED = "multiplied by"
 SEVERAL = "several faults at once"
+NOT_PROVEN = "limit-not-proven"
+"""Code of the note on a PASS whose limit may lose rows under another routing of the same token counts."""
 
 
 class RowComparison(msgspec.Struct, frozen=True):
@@ -278,6 +280,11 @@ class Question(msgspec.Struct, frozen=True):
         if self.limit is None:
             return []
         return [rank for rank, rows in enumerate(self.traffic.total_recv) if rows > self.limit]
+
+    @property
+    def proof(self) -> LimitProof:
+        """The traffic for which the limit loses no row: any routing of these token counts, or this batch at most."""
+        return prove_limit(self.limit, self.traffic)
 
     def asks_for(self, found: Divergence) -> bool:
         """Whether the case itself asks for this loss: a limit below what the rank receives."""

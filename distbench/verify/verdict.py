@@ -11,6 +11,7 @@ from distbench.case import Case
 from distbench.errors import Verdict
 from distbench.experts.selection import KernelChoice
 from distbench.verify.records import (
+    NOT_PROVEN,
     ORACLE,
     STAGE_ORDER,
     Divergence,
@@ -169,12 +170,16 @@ def _under_limit(question: Question, gathered: Gathered) -> Finding:
         return Verdict.UNDER_LIMIT, []
     recv = question.traffic.total_recv
     consequence = "refused on all ranks" if question.refused else "cut all the same"
+    advice = (
+        f"a limit of {question.proof.bound} is proven for any routing of these token counts, "
+        f"{question.traffic.max_recv} is enough for this batch only"
+    )
     reasons = [
         Reason(
             code="limit-below-total-recv",
             rank=rank,
             message=f"rank {rank} receives {recv[rank]} rows, the limit keeps {question.limit}: "
-            f"{recv[rank] - (question.limit or 0)} lost, {consequence}; a limit of {question.traffic.max_recv} is safe",
+            f"{recv[rank] - (question.limit or 0)} lost, {consequence}; {advice}",
         )
         for rank in question.short_ranks
     ]
@@ -212,6 +217,12 @@ def _notes(question: Question, gathered: Gathered) -> list[Reason]:
         ranks = ", ".join(str(rank) for rank in question.short_ranks)
         message = f"policy guard raised the limit of {question.limit} rows on rank {ranks}"
         notes.append(Reason(code="guarded", message=message))
+    if question.proof.status == "this batch" and question.case.policy != "guard":
+        message = (
+            f"not proven for other routings: the limit keeps {question.limit} rows, a rank receives up to "
+            f"{question.proof.bound} under another routing of these token counts ({question.proof.formula})"
+        )
+        notes.append(Reason(code=NOT_PROVEN, message=message))
     return notes
 
 

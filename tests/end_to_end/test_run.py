@@ -111,6 +111,30 @@ def test_strict_refuses_on_all_ranks(tmp_path: Path) -> None:
     assert run.report["lost"]["rows"] >= 1
 
 
+def test_limit_that_this_batch_needs_is_not_called_safe_for_another_routing(tmp_path: Path) -> None:
+    short = tiny(tmp_path, 4, "--tokens", "64", "--limit", "max-recv-1")
+    needed, proof = short.report["limit"]["max_recv"], short.report["limit"]["proof"]
+    formula = "sum of tokens over all ranks = 64+64+64+64 = 256"
+    assert (needed, proof) == (195, {"status": "unsafe", "bound": 256, "formula": formula})
+    assert short.last_line.endswith(
+        "a limit of 256 is proven for any routing of these token counts, 195 is enough for this batch only"
+    )
+    enough = tiny(tmp_path, 4, "--tokens", "64", "--limit", str(needed))
+    assert (enough.exit_code, enough.report["limit"]["proof"]["status"]) == (0, "this batch")
+    assert enough.last_line.endswith("not proven for other routings")
+    assert enough.report["limit"]["safe"] is True
+    assert [reason["code"] for reason in enough.report["reasons"]] == ["limit-not-proven"]
+    other = tiny(tmp_path, 4, "--tokens", "64", "--limit", str(needed), "--seed", "3")
+    assert (other.exit_code, other.report["verdict"]) == (1, "UNDER_LIMIT")
+    assert other.report["lost"]["rows"] > 0
+    for routing in ("uniform", "fan-in:1"):
+        proven = tiny(tmp_path, 4, "--tokens", "64", "--limit", "256", "--seed", "3", "--routing", routing)
+        assert (proven.exit_code, proven.report["limit"]["proof"]["status"]) == (0, "proven")
+        assert not proven.report["reasons"]
+        assert "not proven" not in proven.stdout
+    assert proven.report["limit"]["max_recv"] == 256
+
+
 def test_guard_raises_the_limit(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, "--limit", "3", "--policy", "guard")
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")

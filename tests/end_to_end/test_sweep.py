@@ -19,12 +19,25 @@ def test_auto_begins_padded_and_has_edges_and_bounds() -> None:
 
 
 def test_one_table_of_limits(tmp_path: Path) -> None:
-    case = ("--nproc", "2", "--model", "tiny", "--max-dispatch-tokens-per-rank", "64", "--iterations", "3")
+    case = (
+        "--nproc",
+        "2",
+        "--model",
+        "tiny",
+        "--max-dispatch-tokens-per-rank",
+        "64",
+        "--iterations",
+        "3",
+        "--topk",
+        "1",
+    )
     with Bench(tmp_path / "out", "sweep", "--limits", "max-recv-1,max-recv,sum32", *case) as bench:
         assert bench.finish() == 0
         rows = json.loads((bench.out / "sweep.json").read_text())
         assert [row["limit"] for row in rows] == ["off", "max-recv-1", "max-recv", "sum32"]
         assert [row["safe"] for row in rows] == [True, False, True, True]
+        assert [row["status"] for row in rows] == ["proven", "unsafe", "this batch", "proven"]
+        assert "= 16+16 = 32" in bench.stdout
         assert [row["verdict"] for row in rows[:2]] == ["PASS (emulated)", "UNDER_LIMIT (emulated)"]
         assert rows[1]["layer_us"] is None
         assert rows[2]["layer_us"] > 0
