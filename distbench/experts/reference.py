@@ -4,6 +4,9 @@ Every K block's dot product is taken in float64 and rounded to float32 (see `dis
 bits depend neither on its place in a tile nor on the thread count; what does change bits is what would change them on
 the device: the length of a K block, split-k, whether the activation is rounded between the stages, and how the routes
 of a token are added up.
+
+float8 rows are computed as production does: bf16 weights are rounded to e4m3 by 128 x 128, and the intermediate by 128
+columns of each row, in the format of the rows.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from distbench.experts.products import Weights
+from distbench.experts.roundings import Scales
 from distbench.experts.selection import KernelChoice, KernelSelector
 from distbench.experts.steps import STEPS, Group
 from distbench.workload.bits import Shuffles
+from distbench.workload.quantize import through_weight_blocks
 
 _WEIGHT_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20
@@ -44,14 +49,19 @@ class _Kept(Generic[T]):
 class ReferenceExperts:
     """The stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
-    def __init__(self, selector: KernelSelector, seed: int) -> None:
-        """Select kernels with `selector`; `seed` orders the adds of atomic epilogues."""
+    def __init__(self, selector: KernelSelector, seed: int, scales: Scales = "power of two") -> None:
+        """Select kernels with `selector`; `seed` orders the adds of atomic epilogues; `scales` has an fp8 intermediate.
+
+        Weights of float32 are taken as quantised, and multiplied out.
+        """
+        self._scales: Scales = scales
         self.steps = STEPS
         self._selector = selector
         self._arrivals = Shuffles(seed, "atomic")
         self._output: Tensor | None = None
         self._written = 0
         self._first, self._second, self._local = _Kept(Weights), _Kept(Weights), _Kept(local_rows)
+        self._narrow: dict[torch.dtype, tuple[_Kept[Weights], _Kept[Weights]]] = {}
         self._choices: dict[int, KernelChoice] = {}
 
     def selection(self, rows: int) -> KernelChoice:
@@ -82,7 +92,8 @@ class ReferenceExperts:
         for start in range(0, live, step):
             part = slice(start, min(start + step, live))
             wide = self.steps.widen(hidden_states[part], None if a1_scale is None else a1_scale[part])
-            routed = self._routes(wide, w1, w2, topk_weight[part], topk_ids[part], expert_mask, choice)
+            narrow = hidden_states.dtype if a1_scale is not None else None
+            routed = self._routes(wide, w1, w2, topk_weight[part], topk_ids[part], expert_mask, choice, narrow)
             output[part] = self._reduce(routed, choice).to(dtype)
         self._written = max(self._written, live)
         return output
@@ -104,9 +115,10 @@ class ReferenceExperts:
         ids: Tensor,
         expert_mask: Tensor,
         choice: KernelChoice,
+        narrow: torch.dtype | None,
     ) -> Tensor:
         live, topk = ids.shape
-        first, second = self._first.of(w1), self._second.of(w2)
+        first, second = self._weights(w1, w2, narrow)
         hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
         flat_weights = torch.cat([weights.flatten(), weights.new_zeros(1)])
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
@@ -118,9 +130,23 @@ class ReferenceExperts:
             intermediate = self.steps.activate(gate, up)
             if not choice.run_1stage:
                 intermediate = self.steps.store(intermediate)
+            if narrow is not None:
+                intermediate = self.steps.requantise(intermediate, narrow, self._scales)
             result = self.steps.second(intermediate, second, group, choice)
             routed[group.routes] = self.steps.weigh(result, flat_weights[group.routes], group).contiguous()
         return routed[:-1].view(live, topk, -1)
+
+    def _weights(self, w1: Tensor, w2: Tensor, narrow: torch.dtype | None) -> tuple[Weights, Weights]:
+        """Return both weights as the kernel holds them."""
+        if narrow is None or w1.dtype is not torch.bfloat16:
+            return self._first.of(w1), self._second.of(w2)
+        if narrow not in self._narrow:
+            self._narrow[narrow] = (
+                _Kept(lambda weights: Weights(through_halves(weights, narrow))),
+                _Kept(lambda weights: Weights(through_weight_blocks(weights, narrow))),
+            )
+        first, second = self._narrow[narrow]
+        return first.of(w1), second.of(w2)
 
     def _reduce(self, routed: Tensor, choice: KernelChoice) -> Tensor:
         live, topk, _ = routed.shape
@@ -131,6 +157,11 @@ class ReferenceExperts:
         order += torch.arange(0, live * topk, topk, device=routed.device).unsqueeze(1)
         arriving = rounded.flatten(0, 1).index_select(0, order.flatten()).view_as(rounded)
         return self.steps.add(arriving, torch.bfloat16)
+
+
+def through_halves(w1: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what e4m3 `dtype` leaves of w1 bf16 [El, 2I, H]: blocks of gate rows and of up rows each begin anew."""
+    return through_weight_blocks(w1.view(2 * w1.shape[0], -1, w1.shape[2]), dtype).view(w1.shape)
 
 
 def local_rows(expert_mask: Tensor) -> Tensor:

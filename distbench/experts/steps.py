@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from distbench.experts.products import Weights, blocked_product
+from distbench.experts.roundings import Scales
 from distbench.experts.selection import KernelChoice
+from distbench.workload.quantize import through_blocks
 
 
 class Group(NamedTuple):
@@ -45,6 +47,10 @@ class Steps:
     def store(self, intermediate: Tensor) -> Tensor:
         """Return the intermediate [g, m, I] as a kernel of two stages stores it in between."""
         return intermediate.bfloat16().float()
+
+    def requantise(self, intermediate: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
+        """Return what e4m3 `dtype` leaves of the intermediate [g, m, I], with a scale for each 128 of its columns."""
+        return through_blocks(intermediate, dtype, power_of_two=scales == "power of two")
 
     def second(self, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
         """Return intermediate rows [g, m, I] times w2: [g, m, H]."""

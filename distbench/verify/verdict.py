@@ -28,6 +28,9 @@ TOLERANCE = 2.0**-5
 # The same where expert rows are quantised on their way back: up to half a step of e4m3 or E2M1 in each rank's row.
 _QUANTISED_TOLERANCE = {"fp8_direct_cast": 2.0**-3, "fp8_blockwise": 2.0**-3, "fp4_blockwise": 2.0**-1}
 
+# The same where weights and intermediate are e4m3: half a step of each, over the few routes of a token.
+_FP8_TOLERANCE = 2.0**-3
+
 _DRIFT_PAIRS = ("padded/truncated", "repadded/truncated")
 _ARM_ORDER = ARMS[1:]
 
@@ -59,7 +62,8 @@ Finding = tuple[Verdict, list[Reason]]
 
 def tolerance(case: Case) -> float:
     """Return how far a result may be from another that is as good, as a share of the token's largest magnitude."""
-    return _QUANTISED_TOLERANCE.get(case.combine_quant, TOLERANCE)
+    least = _FP8_TOLERANCE if case.dispatch_dtype == "fp8" else TOLERANCE
+    return max(_QUANTISED_TOLERANCE.get(case.combine_quant, TOLERANCE), least)
 
 
 def _baseline(question: Question, gathered: Gathered) -> Finding:

@@ -1,4 +1,8 @@
-"""fp8 (e4m3) as devices round to it, and with a float32 scale for each 128 columns, as production dispatches it."""
+"""fp8 (e4m3) as devices round to it, and with a float32 scale for each 128 columns, as production dispatches it.
+
+Weights and what the experts store between their products have scales that are powers of two, of 128 x 128 and of 128
+columns: only the rounding to e4m3 loses anything.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from distbench.workload.plan import BLOCK
 from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_ELEMENTS = 4 << 20
+_EXPONENT, _MANTISSA, _MANTISSA_BITS = 0x7F80_0000, 0x007F_FFFF, 23
+_LEAST = 1e-30
 
 
 def fp8_dtype(fp8_format: Fp8Format) -> torch.dtype:
@@ -51,3 +57,56 @@ def dequantize(hidden: Tensor, scales: Tensor | None) -> Tensor:
         return hidden.float()
     rows, columns = hidden.shape
     return (hidden.float().view(rows, columns // BLOCK, BLOCK) * scales.unsqueeze(2)).view(rows, columns)
+
+
+def quantize_weight_blocks(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return weights [n, N, K] as fp8 `dtype`, and scales float32 [n, ceil(N/128), ceil(K/128)], powers of two."""
+    count, height, width = weights.shape
+    tall, wide = -(-height // BLOCK), -(-width // BLOCK)
+    quantized = torch.empty_like(weights, dtype=dtype)
+    scales = torch.empty(count, tall, wide, device=weights.device)
+    for one, source, target in zip(scales, weights, quantized, strict=True):
+        padded = source.float() if (height, width) == (tall * BLOCK, wide * BLOCK) else _padded(source, tall, wide)
+        blocks = padded.view(tall, BLOCK, wide, BLOCK)
+        one.copy_(power_of_two_scales(blocks.abs().amax((1, 3)), dtype))
+        target.copy_((blocks / one.view(tall, 1, wide, 1)).view(padded.shape)[:height, :width].to(dtype))
+    return quantized, scales
+
+
+def through_weight_blocks(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `quantize_weight_blocks` leaves of weights [n, N, K], multiplied out: bf16, which holds them all."""
+    quantized, scales = quantize_weight_blocks(weights, dtype)
+    left = torch.empty_like(weights, dtype=torch.bfloat16)
+    for one, source, target in zip(scales, quantized, left, strict=True):
+        by_row = one.repeat_interleave(BLOCK, 0)[: source.shape[0]]
+        target.copy_(source.float() * by_row.repeat_interleave(BLOCK, 1)[:, : source.shape[1]])
+    return left
+
+
+def through_blocks(rows: Tensor, dtype: torch.dtype, *, power_of_two: bool) -> Tensor:
+    """Return what fp8 `dtype` with a scale for each 128 columns leaves of rows [..., K], multiplied out, as float32.
+
+    A scale is the least power of two that keeps its block within the format, or the block's maximum over its largest.
+    """
+    columns = rows.shape[-1]
+    blocks = torch.nn.functional.pad(rows.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
+    amax = blocks.abs().amax(-1, keepdim=True)
+    if power_of_two:
+        scales = power_of_two_scales(amax, dtype)
+    else:
+        scales = torch.where(amax == 0, 1.0, amax / torch.full_like(amax, torch.finfo(dtype).max))
+    return (saturated(blocks / scales, dtype).float() * scales).flatten(-2)[..., :columns]
+
+
+def power_of_two_scales(amax: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the least power of two that amax float32 over it is within fp8 `dtype`; 1 where amax is 0, or near it."""
+    most = int(torch.tensor(torch.finfo(dtype).max).view(torch.int32))
+    carry = _MANTISSA - (most & _MANTISSA)  # a mantissa above that of the largest number takes the next power
+    bits = ((amax.view(torch.int32) + carry) & _EXPONENT) - ((most >> _MANTISSA_BITS) - 127 << _MANTISSA_BITS)
+    return torch.where(amax > _LEAST, bits.view(torch.float32), 1.0)
+
+
+def _padded(source: Tensor, tall: int, wide: int) -> Tensor:
+    padded = torch.zeros(tall * BLOCK, wide * BLOCK, device=source.device)
+    padded[: source.shape[0], : source.shape[1]] = source
+    return padded

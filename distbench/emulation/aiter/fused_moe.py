@@ -212,7 +212,7 @@ def _selector(layer: LayerKey) -> KernelSelector:
 
 @functools.lru_cache(maxsize=4)
 def _engine(layer: LayerKey) -> ReferenceExperts:
-    return ReferenceExperts(_selector(layer), habits.assumed().seed)
+    return ReferenceExperts(_selector(layer), habits.assumed().seed, "maximum")
 
 
 class _Plain:

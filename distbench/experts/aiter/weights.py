@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distbench.errors import InvalidCase
 from distbench.workload.plan import BLOCK
+from distbench.workload.quantize import quantize_weight_blocks
 
 _SMALLEST_TILE = 64
 
@@ -27,22 +28,8 @@ def prepare_weights(w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor],
     """Return w1 [El, 2I, H] and w2 [El, H, I], bf16, as aiter's kernels read them: as bf16, or as fp8 `dtype`."""
     if dtype is torch.bfloat16:
         return PreparedWeights(_shuffled(w1, shuffle), _shuffled(w2, shuffle), None, None)
-    (narrow1, scale1), (narrow2, scale2) = quantize_blocks(w1, dtype), quantize_blocks(w2, dtype)
+    (narrow1, scale1), (narrow2, scale2) = quantize_weight_blocks(w1, dtype), quantize_weight_blocks(w2, dtype)
     return PreparedWeights(_shuffled(narrow1, shuffle), _shuffled(narrow2, shuffle), scale1, scale2)
-
-
-def quantize_blocks(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return weights [E, N, K] as fp8 `dtype` and a scale for each 128 x 128, float32 [E, N/128, K/128].
-
-    Scales are powers of two, so weights that float8 can hold lose nothing.
-    """
-    count, rows, columns = weights.shape
-    blocks = weights.float().view(count, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    amax = blocks.abs().amax((2, 4), keepdim=True)
-    most = torch.log2(torch.tensor(torch.finfo(dtype).max))
-    scale = torch.where(amax == 0, 1.0, torch.exp2(torch.ceil(torch.log2(amax) - most)))
-    narrow = (blocks / scale).view(count, rows, columns).to(dtype)
-    return narrow, scale.view(count, rows // BLOCK, columns // BLOCK)
 
 
 def check_shape(hidden_size: int, intermediate_size: int, quant: Literal["bf16", "fp8"]) -> None:

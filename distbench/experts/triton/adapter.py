@@ -15,9 +15,9 @@ from distbench.errors import Unsupported
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.selection import KernelChoice
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
-from distbench.experts.triton.quantize import quantize_weights
 from distbench.experts.triton.table import selector_for
 from distbench.workload.plan import BLOCK
+from distbench.workload.quantize import quantize_weight_blocks
 
 _ALIGNMENT_BYTES = 16
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -131,8 +131,8 @@ class TritonExperts:
         key = (w1.data_ptr(), _changes(w1), w2.data_ptr(), _changes(w2))
         if self._known is None or self._known.key != key:
             local, double, hidden = w1.shape
-            first, scales1 = quantize_weights(w1.view(2 * local, double // 2, hidden))
-            second, scales2 = quantize_weights(w2)
+            first, scales1 = quantize_weight_blocks(w1.view(2 * local, double // 2, hidden), torch.float8_e4m3fn)
+            second, scales2 = quantize_weight_blocks(w2, torch.float8_e4m3fn)
             self._known = _Known(key, (w1, w2), (first.view(w1.shape), second, scales1, scales2))
         return self._known.quantized
 

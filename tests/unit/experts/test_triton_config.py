@@ -26,12 +26,12 @@ from distbench.experts.triton.config import (
     heuristic,
     routes_per_row,
 )
-from distbench.experts.triton.quantize import quantize_weights
 from distbench.experts.triton.table import Table, encode_table, load_table, selector_for, shape_of, shipped_selector
 from distbench.models import PRESETS
 from distbench.preflight import check_case
 from distbench.workload.exact import dense_weights
 from distbench.workload.plan import plan_exact
+from distbench.workload.quantize import quantize_weight_blocks
 from tests.cases import tiny_case
 
 DEEPSEEK = LayerShape(num_experts=256, num_local_experts=32, hidden_size=7168, intermediate_size=2048, topk=8)
@@ -241,21 +241,21 @@ def test_tune_without_a_gpu_is_unsupported(capsys: pytest.CaptureFixture[str]) -
 def test_exact_weights_lose_nothing_in_float8() -> None:
     plan = plan_exact(256, 256, 4, "fp8", 4)
     for weights in dense_weights(plan, 0, torch.arange(4)):
-        quantized, scales = quantize_weights(weights)
+        quantized, scales = quantize_weight_blocks(weights, torch.float8_e4m3fn)
         wide = scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
         assert torch.equal(quantized.float() * wide, weights.float())
 
 
 @given(amax=st.floats(2.0**-90, 2.0**90, width=32))
 def test_a_scale_is_the_least_power_of_two(amax: float) -> None:
-    _, scales = quantize_weights(torch.full((1, 1, 1), amax))
+    _, scales = quantize_weight_blocks(torch.full((1, 1, 1), amax), torch.float8_e4m3fn)
     scale = float(scales)
     assert torch.tensor(scale).frexp().mantissa == 0.5
     assert amax / scale <= 448 < 2 * amax / scale
 
 
 def test_a_block_of_zeros_has_scale_one() -> None:
-    quantized, scales = quantize_weights(torch.zeros(1, 3, 130))
+    quantized, scales = quantize_weight_blocks(torch.zeros(1, 3, 130), torch.float8_e4m3fn)
     assert scales.tolist() == [[[1.0, 1.0]]]
     assert not quantized.float().any()
 

@@ -24,12 +24,12 @@ from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_table, followed_release, load_package
-from distbench.experts.aiter.weights import quantize_blocks
 from distbench.experts.base import check_values
 from distbench.experts.tuned import KEY_COLUMNS, TunedKey
 from distbench.graphs import GraphedExperts
 from distbench.preflight import check_case
 from distbench.report.document import kernel_doubts
+from distbench.workload.quantize import quantize_weight_blocks
 from tests.cases import tiny_case
 from tests.host_reads import HostReads
 
@@ -160,7 +160,7 @@ def test_values_are_looked_at_where_that_is_asked_for() -> None:
 @pytest.mark.parametrize("fp8", FP8)
 def test_weights_that_float8_holds_lose_nothing(fp8: torch.dtype) -> None:
     weights = torch.randint(-7, 8, (2, 256, 384)).bfloat16() * torch.exp2(torch.arange(3).repeat_interleave(128))
-    narrow, scale = quantize_blocks(weights, fp8)
+    narrow, scale = quantize_weight_blocks(weights, fp8)
     assert scale.shape == (2, 2, 3)
     wide = narrow.float().view(2, 2, 128, 3, 128) * scale.view(2, 2, 1, 3, 1)
     assert torch.equal(wide.view(2, 256, 384), weights.float())
@@ -168,7 +168,7 @@ def test_weights_that_float8_holds_lose_nothing(fp8: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fp8", FP8)
 def test_blocks_use_the_range_of_float8(fp8: torch.dtype) -> None:
-    narrow, _ = quantize_blocks(torch.randn(2, 256, 256).bfloat16(), fp8)
+    narrow, _ = quantize_weight_blocks(torch.randn(2, 256, 256).bfloat16(), fp8)
     largest = narrow.float().abs().view(2, 2, 128, 2, 128).amax((2, 4))
     assert bool((largest > 0.46 * torch.finfo(fp8).max).all())
 
@@ -282,7 +282,6 @@ def test_tells_each_table_by_its_digest_and_its_rows_as_they_were_when_it_was_re
         ({"intermediate_size": 48}, InvalidCase, "intermediate_size = 48: .*use 64"),
         ({"dispatch_dtype": "fp8", "intermediate_size": 96, "cu_count": 256}, InvalidCase, "in multiples of 128"),
         ({"dispatch_dtype": "fp8", "fp8_format": "e4m3fn"}, Unsupported, "aiter's kernels for gfx942 read e4m3fnuz"),
-        ({"dispatch_dtype": "fp8", "cu_count": 256, "numerics": "gaussian"}, Unsupported, "use exact"),
     ],
 )
 def test_cases_that_aiter_cannot_take_are_refused(
