@@ -32,7 +32,9 @@ def _help(text: str) -> msgspec.Meta:
 class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One test: a model layer, a routing, a limit and how it is judged. Field descriptions are the help texts."""
 
-    model: Annotated[str, _help("preset of the MoE layer, see `distbench presets`")] = "qwen3-30b-a3b"
+    model: Annotated[
+        str, _help("preset of the MoE layer, see `distbench presets`; custom where a dimension is not the preset's")
+    ] = "qwen3-30b-a3b"
     hidden_size: Annotated[Count, _help("hidden columns H")]
     intermediate_size: Annotated[Count, _help("intermediate columns I of an expert")]
     num_experts: Annotated[Count, _help("routed experts E over all ranks")]

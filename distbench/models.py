@@ -25,6 +25,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return (self.experts_per_rank or 0) * ep_size
 
 
+CUSTOM = "custom"
+"""Name of a layer whose dimensions are no preset's."""
+
+DIMENSIONS = ("hidden_size", "intermediate_size", "num_experts", "topk")
+
 PRESETS: dict[str, ModelShape] = {
     "deepseek-v3": ModelShape(hidden_size=7168, intermediate_size=2048, num_experts=256, topk=8),
     "deepseek-v2-lite": ModelShape(hidden_size=2048, intermediate_size=1408, num_experts=64, topk=6),

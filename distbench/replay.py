@@ -11,7 +11,8 @@ from distbench.report.document import Report
 from distbench.trials import signature
 from distbench.verify.records import Reason
 
-_IGNORED_KEYS = (*DERIVED_KEYS, "hash", "kernel_table")
+# "model" is a label of the dimensions, which are compared themselves.
+_IGNORED_KEYS = (*DERIVED_KEYS, "hash", "kernel_table", "model")
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -71,6 +72,7 @@ def _environment(recorded: Report, here: Report) -> Iterator[Difference]:
         ("version", then.versions, now.versions),
         ("commit", then.commits, now.commits),
         ("variable", then.variables, now.variables),
+        ("system", then.system, now.system),
     ):
         for key in sorted({*old, *new}):
             yield from _differ(f"{name}: {key}", old.get(key, "none"), new.get(key, "none"))

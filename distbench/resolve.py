@@ -18,7 +18,7 @@ from distbench.devices import architecture
 from distbench.errors import InvalidCase
 from distbench.injection import parse_inject
 from distbench.limits import parse_limit
-from distbench.models import PRESETS
+from distbench.models import CUSTOM, DIMENSIONS, PRESETS
 from distbench.stage_limits import parse_stage_timeouts
 from distbench.values import one_line, read_table_file, refuse_bulk, shown, split_tokens, spread_tokens
 
@@ -155,9 +155,12 @@ def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int |
 
 def _apply_preset(values: dict[str, Any], sources: dict[str, str]) -> None:
     name = values.get("model", FIELD_DEFAULTS["model"])
+    if name == CUSTOM:
+        _require_dimensions(values)
+        return
     shape = PRESETS.get(name)
     if shape is None:
-        message = f"model = {name!r:.80}: allowed are {', '.join(PRESETS)}"
+        message = f"model = {name!r:.80}: allowed are {', '.join(PRESETS)}, or {CUSTOM} with all dimensions given"
         raise InvalidCase(message)
     preset = {
         "hidden_size": shape.hidden_size,
@@ -168,6 +171,16 @@ def _apply_preset(values: dict[str, Any], sources: dict[str, str]) -> None:
     for key, value in preset.items():
         if key not in values:
             values[key], sources[key] = value, f"preset:{name}"
+    overridden = [key for key, value in preset.items() if values[key] != value]
+    if overridden:
+        values["model"], sources["model"] = CUSTOM, f"preset:{name} with another {', '.join(overridden)}"
+
+
+def _require_dimensions(values: Mapping[str, Any]) -> None:
+    missing = [key for key in DIMENSIONS if key not in values]
+    if missing:
+        message = f"model = {CUSTOM}: {', '.join(missing)} not given; give all of {', '.join(DIMENSIONS)}, or a preset"
+        raise InvalidCase(message)
 
 
 def _architecture(values: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -15,7 +15,11 @@ from distbench.report.console import print_line
 from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
 
+if TYPE_CHECKING:
+    from distbench.compare.comparison import Detect
+
 Baseline = list[list[Result]]
+_AUTO, _OFF = "auto", "off"
 
 
 def add(commands: Any) -> None:
@@ -56,7 +60,7 @@ def read_baseline(options: argparse.Namespace) -> Baseline:
 
     Read before a rank starts: one that cannot be read is known by then, and the run may take the place of one.
     """
-    _check_detect(options)
+    _detect(options)
     return [list(Results(path)) for path in options.baseline]
 
 
@@ -81,20 +85,34 @@ def _add_judging(command: Any) -> None:
     command.add_argument("--verdicts-only", action="store_true", help="compare no times")
     command.add_argument(
         "--detect",
-        metavar="SHARE",
-        type=float,
-        help="a slowdown that has to be found in every arm and stage, such as 0.05, else exit 77",
+        metavar="SHARE|off",
+        default=_AUTO,
+        help="a slowdown that has to be found in every arm and stage, such as 0.05, else exit 77 "
+        "(default: 0.1 where a device was timed, else off)",
     )
 
 
-def _check_detect(options: argparse.Namespace) -> None:
-    if options.detect is not None and not 0 < options.detect < math.inf:
-        message = f"--detect {options.detect}: give a share above 0, such as 0.05 for 5 %"
+def _detect(options: argparse.Namespace) -> Detect:
+    """Return what --detect asks for.
+
+    Raises:
+        InvalidCase: neither a share above 0 nor off.
+
+    """
+    if options.detect in (_AUTO, _OFF):
+        return cast("Detect", options.detect)
+    try:
+        share = float(options.detect)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        message = f"--detect {options.detect:.40}: give a share above 0, such as 0.05 for 5 %, or off"
         raise InvalidCase(message)
+    return share
 
 
 def _compare(options: argparse.Namespace) -> int:
-    _check_detect(options)
+    _detect(options)
     return _judge(options, [Results(path) for path in options.old], Results(options.new), options.json)
 
 
@@ -105,7 +123,7 @@ def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Re
     except ModuleNotFoundError as error:
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
-    comparison = compare(old, new, times=not options.verdicts_only, detect=options.detect)
+    comparison = compare(old, new, times=not options.verdicts_only, detect=_detect(options))
     if json:
         write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
     for line in comparison_lines(comparison):

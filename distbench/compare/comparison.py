@@ -9,9 +9,11 @@ from typing import Any, Literal
 import msgspec
 
 from distbench.case import FIELD_DEFAULTS
+from distbench.compare.environment import EnvironmentFinding, Surroundings
 from distbench.compare.launches import LEAST_LAUNCHES, judge_launches
-from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Pair, Samples, judge_change, readable
+from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Pair, Samples, judge_change, median_of, readable
 from distbench.errors import InvalidCase, Verdict
+from distbench.models import DIMENSIONS
 from distbench.report.results import Result
 
 SCHEMA = "distbench.compare/1"
@@ -22,6 +24,16 @@ _Samples = dict[Key, tuple[Samples, ...]]
 Kind = Literal[
     "regressed", "new failure", "absent", "another case", "time absent", "no result", "fixed", "still failing"
 ]
+
+Detect = float | Literal["auto", "off"]
+
+DEVICE_DETECT = 0.1
+"""The slowdown that has to be found in every arm and stage where a device was timed, unless --detect says else."""
+
+# An arm and stage in which not even a tenfold slowdown would have been found is not judged.
+_BLIND = 9.0
+# Growth of a device's times, and of a host's, where ranks wait for cores, that is no pass even if noise explains it.
+_GROSS_ON_DEVICE, _GROSS_ON_HOST = 1.0, 4.0
 
 Noise = Literal["within launches", "between launches"]
 
@@ -46,12 +58,22 @@ class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
-    """How the time of a stage changed in one case, or in all of them together (ALL_CASES)."""
+    """How the time of a stage changed in one case, or in all of them together (ALL_CASES).
+
+    `old_us` and `new_us` are medians in microseconds, summed over the `cases` cases.
+    """
 
     arm: str
     stage: str
     case: str
     change: Change
+    old_us: float
+    new_us: float
+    cases: int
+
+    def suspect(self, gross: float) -> bool:
+        """Whether the time has grown by the share `gross` or more without being called slower."""
+        return self.change.change >= gross and not self.change.slower
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +81,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     `times` has every arm and stage over all cases, then the single cases that are slower or faster. `noise` says whose
     noise they were held against, that of `launches` old launches, `left_out` how many cases of an arm and stage had too
-    few samples to be judged in. `coarse` are the arms and stages of which less can be told than was asked for.
+    few samples to be judged in. `coarse` are the arms and stages in which a slowdown of `detect` would not
+    have been found; None asks for none. `suspect` are times that have grown grossly without being called slower.
+    `environment` holds what OLD and NEW do not have in common.
     `untimed` says that times were asked for and none could be compared.
     """
 
@@ -67,11 +91,14 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     pairs: int
     launches: int
     noise: Noise
+    environment: list[EnvironmentFinding]
     cases: list[CaseFinding]
     times: list[TimeFinding]
     unjudged: list[Key]
     left_out: dict[str, int]
+    detect: float | None
     coarse: list[Key]
+    suspect: list[tuple[str, str, str]]
     untimed: bool
     exit_code: int
 
@@ -86,6 +113,7 @@ class _Kept(msgspec.Struct, frozen=True):
     as_expected: bool
     message: str
     times: _Samples
+    on_device: bool
 
 
 class _Timed(msgspec.Struct, frozen=True):
@@ -98,6 +126,7 @@ class _Times:
 
     def __init__(self, launches: int, *, asked: bool) -> None:
         self.asked = asked
+        self.on_device = False
         self.timed: dict[Key, list[_Timed]] = {}
         self.stages: set[Key] = set()
         self.left_out: Counter[str] = Counter()
@@ -106,7 +135,8 @@ class _Times:
     def take(self, old: _Kept, new: _Kept) -> list[CaseFinding]:
         """Note the samples that both have, and return what only the old one has, or has enough of."""
         self.stages |= old.times.keys()
-        for key in old.times.keys() & new.times.keys():
+        self.on_device |= old.on_device or new.on_device
+        for key in (key for key in old.times if key in new.times):
             series = (*old.times[key], *new.times[key])
             if len(series) == self._launches + 1 and min(one.size for one in series) >= LEAST_SAMPLES:
                 self.timed.setdefault(key, []).append(_Timed(new.name, Pair(series[:-1], series[-1])))
@@ -134,11 +164,12 @@ def _most(launches: tuple[Samples, ...]) -> int:
 
 
 def compare(
-    old: Sequence[Iterable[Result]], new: Iterable[Result], *, times: bool = True, detect: float | None = None
+    old: Sequence[Iterable[Result]], new: Iterable[Result], *, times: bool = True, detect: Detect = "auto"
 ) -> Comparison:
     """Compare `new` with the launches `old`; without `times` the verdicts alone.
 
-    A slowdown of `detect`, a share, has to be one that would be found in every arm and stage.
+    A slowdown of `detect`, a share, has to be one that would be found in every arm and stage; "auto" is DEVICE_DETECT
+    where a device was timed, else off.
 
     Raises:
         InvalidCase: they have no case in common, results that cannot be read, or two old launches.
@@ -153,8 +184,9 @@ def compare(
     findings: list[CaseFinding] = []
     taken = _Times(len(old), asked=times)
     pairs = 0
-    before_all = _merged([[_kept(result) for result in launch] for launch in old])
-    for before, after in _pairs(before_all, [_kept(result) for result in new]):
+    then, now = Surroundings(), Surroundings()
+    before_all = _merged([[_kept(result, then) for result in launch] for launch in old])
+    for before, after in _pairs(before_all, [_kept(result, now) for result in new]):
         pairs += before is not None and after is not None
         finding = _finding(before, after)
         if finding is not None:
@@ -164,35 +196,47 @@ def compare(
     if not pairs:
         message = "compare: the two have no case in common; give results of the same suite"
         raise InvalidCase(message)
-    return _concluded(pairs, findings, taken, len(old), detect)
+    share = (DEVICE_DETECT if taken.on_device else None) if detect == "auto" else detect
+    return _concluded(pairs, findings, taken, len(old), None if share == "off" else share, then.against(now))
 
 
-def _concluded(
-    pairs: int, findings: list[CaseFinding], taken: _Times, launches: int, detect: float | None
+def _concluded(  # noqa: PLR0913 - what was found, and what was asked
+    pairs: int,
+    findings: list[CaseFinding],
+    taken: _Times,
+    launches: int,
+    detect: float | None,
+    environment: list[EnvironmentFinding],
 ) -> Comparison:
-    changes = _judge(taken.timed, launches)
+    gross = _GROSS_ON_DEVICE if taken.on_device else _GROSS_ON_HOST
+    changes = _judge(taken.timed, launches, gross)
     together = {(found.arm, found.stage): found.change.detectable for found in changes if found.case == ALL_CASES}
-    judged = {key for key, detectable in together.items() if detectable is not None}
+    judged = {key for key, detectable in together.items() if detectable is not None and detectable < _BLIND}
     unjudged = sorted(taken.stages - judged)
     coarse = [] if detect is None else sorted(key for key in judged if (together[key] or 0) > detect)
     untimed = taken.asked and not taken.timed
     excused = {key for key in unjudged if detect is None and key[0] == _RUN_ONCE and key not in taken.timed}
-    unanswered = untimed or bool(coarse) or bool(set(unjudged) - excused)
+    suspect = [(found.arm, found.stage, found.case) for found in changes if found.suspect(gross)]
+    unanswered = untimed or bool(coarse) or bool(suspect) or bool(set(unjudged) - excused)
     return Comparison(
         pairs=pairs,
         launches=launches,
         noise="within launches" if launches == 1 else "between launches",
+        environment=environment,
         cases=findings,
         times=changes,
         unjudged=unjudged,
         left_out={name: taken.left_out[name] for name in map("/".join, sorted(taken.timed)) if taken.left_out[name]},
+        detect=detect,
         coarse=coarse,
+        suspect=suspect,
         untimed=untimed,
         exit_code=_exit_code(findings, changes, unanswered=unanswered),
     )
 
 
-def _kept(result: Result) -> _Kept:
+def _kept(result: Result, surroundings: Surroundings) -> _Kept:
+    surroundings.take(result.environment)
     times: _Samples = {}
     try:
         for time in result.stage_times():
@@ -201,7 +245,16 @@ def _kept(result: Result) -> _Kept:
         message = f"case {result.name}: {error}; run it again"
         raise InvalidCase(message) from error
     message = result.reasons[0].message if result.reasons else ""
-    return _Kept(result.name, result.hash, result.case, result.verdict, result.as_expected, message, times)
+    return _Kept(
+        name=result.name,
+        hash=result.hash,
+        case=result.case,
+        verdict=result.verdict,
+        as_expected=result.as_expected,
+        message=message,
+        times=times,
+        on_device=result.timed_on_device,
+    )
 
 
 def _merged(launches: list[list[_Kept]]) -> list[_Kept]:
@@ -250,9 +303,10 @@ def _finding(old: _Kept | None, new: _Kept | None) -> CaseFinding | None:
         if new.as_expected:
             return None
         return CaseFinding(kind="new failure", name=new.name, new=new.verdict.value, message=new.message)
-    other = sorted(
-        key for key in (old.case.keys() | new.case.keys()) - {"hash"} if _value(old, key) != _value(new, key)
-    )
+    keys = (old.case.keys() | new.case.keys()) - {"hash"}
+    if all(key in one.case for key in DIMENSIONS for one in (old, new)):
+        keys -= {"model"}  # a label of the dimensions; before there was "custom", also where they were overridden
+    other = sorted(key for key in keys if _value(old, key) != _value(new, key))
     kind: Kind | None = "another case" if other else _kind(old, new)
     if kind is None:
         return None
@@ -276,23 +330,38 @@ def _kind(old: _Kept, new: _Kept) -> Kind | None:
     return "no result" if {old.verdict, new.verdict} <= _NO_RESULT else "still failing"
 
 
-def _judge(timed: dict[Key, list[_Timed]], launches: int) -> list[TimeFinding]:
-    """Judge each arm's stages over all cases and in each; half of ALPHA is shared by the first, half by the others."""
+def _judge(timed: dict[Key, list[_Timed]], launches: int, gross: float) -> list[TimeFinding]:
+    """Judge each arm's stages over all cases and in each; half of ALPHA is shared by the first, half by the others.
+
+    Of single cases those are returned that changed, or whose time has grown by `gross` or more.
+    """
     if not timed:
         return []
     judge = judge_change if launches == 1 else judge_launches
     together = ALPHA / 2 / len(timed)
     alone = ALPHA / 2 / sum(map(len, timed.values()))
     changes = [
-        TimeFinding(arm=arm, stage=stage, case=ALL_CASES, change=judge([one.pair for one in cases], together))
-        for (arm, stage), cases in timed.items()
+        _timed(key, ALL_CASES, [one.pair for one in cases], judge([one.pair for one in cases], together))
+        for key, cases in timed.items()
     ]
-    for (arm, stage), cases in timed.items():
+    for key, cases in timed.items():
         for one in cases if len(cases) > 1 else ():
-            change = judge([one.pair], alone)
-            if change.slower or change.faster:
-                changes.append(TimeFinding(arm=arm, stage=stage, case=one.case, change=change))
+            found = _timed(key, one.case, [one.pair], judge([one.pair], alone))
+            if found.change.slower or found.change.faster or found.suspect(gross):
+                changes.append(found)
     return changes
+
+
+def _timed(key: Key, case: str, pairs: Sequence[Pair], change: Change) -> TimeFinding:
+    return TimeFinding(
+        arm=key[0],
+        stage=key[1],
+        case=case,
+        change=change,
+        old_us=sum(median_of(pair.before) for pair in pairs),
+        new_us=sum(median_of(pair.new) for pair in pairs),
+        cases=len(pairs),
+    )
 
 
 def _exit_code(findings: list[CaseFinding], changes: list[TimeFinding], *, unanswered: bool) -> int:

@@ -80,6 +80,11 @@ def readable(samples: Sequence[float]) -> Samples:
     return np.maximum(array, _NANOSECOND_US)
 
 
+def median_of(samples: Samples) -> float:
+    """Median of samples, in their unit."""
+    return float(np.median(samples))
+
+
 def judge_change(pairs: Sequence[Pair], alpha: float) -> Change:
     """Judge old and new samples of one case, or of several that are expected to change alike.
 

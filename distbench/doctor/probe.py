@@ -16,12 +16,13 @@ from distbench.devices import compute_units
 from distbench.errors import InvalidCase
 from distbench.locks import DEVICE_LOCKS, is_held
 from distbench.nodes.interfaces import interface_names
+from distbench.report.environment import PACKAGES
 
 _ROCM = Path("/opt/rocm")
 _NICS = Path("/sys/class/infiniband")
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - its size is looked at
-MORI = ("amd-mori", "amd-mori-nightly")
-AITER = "amd-aiter"
+MORI = PACKAGES["mori"]
+(AITER,) = PACKAGES["aiter"]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):

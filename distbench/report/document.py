@@ -32,6 +32,7 @@ from distbench.verify.records import (
 
 _MILLION = 1e6
 SCHEMA = "distbench.report/1"
+DEVICE_CLOCK = "device events"
 _RAW_KEPT = 512
 _DOUBTS_SHOWN = 16
 KEPT_SAMPLES = 1000
@@ -303,7 +304,7 @@ def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
     scales = case.hidden_size // 128 * 4 if case.dispatch_dtype == "fp8" else 0
     row = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + scales + 8 * case.topk
     return {
-        "clock": "host, emulated: a check of the harness, no figure of a device" if emulated else "device events",
+        "clock": "host, emulated: a check of the harness, no figure of a device" if emulated else DEVICE_CLOCK,
         "statistic": "slowest rank of each iteration, then min, median, p99 over iterations",
         "align": case.align,
         "l2": f"flushed by {written} bytes written before each iteration" if written else "warm",

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from distbench.errors import InvalidCase, Verdict, suite_code, worst_exit_code
-from distbench.report.document import SCHEMA
+from distbench.report.document import DEVICE_CLOCK, SCHEMA
+from distbench.report.environment import NO_ENVIRONMENT, Environment
 from distbench.report.journal import RESULTS
 from distbench.report.limit import LimitReport
 from distbench.report.summary import Summary
@@ -63,6 +64,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     lost: ResultLost
     diagnosis: list[Diagnosis]
     timing: dict[str, Any]
+    method: dict[str, Any] = {}
+    environment: Environment = NO_ENVIRONMENT
+
+    @property
+    def timed_on_device(self) -> bool:
+        """Whether its times were taken by a device's clock."""
+        return self.method.get("clock") == DEVICE_CLOCK
 
     @property
     def hash(self) -> str:

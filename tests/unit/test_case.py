@@ -58,6 +58,8 @@ def test_capacity_follows_prealloc(prealloc: int, capacity: int) -> None:
         ({"num_experts": 10}, "not divisible by 4 ranks; use 8"),
         ({"topk": 200}, "topk = 200: above num_experts = 128"),
         ({"model": "gpt-9"}, "allowed are deepseek-v3"),
+        ({"model": "custom"}, "model = custom: hidden_size, intermediate_size, num_experts, topk not given"),
+        ({"model": "custom", "hidden_size": 64, "topk": 1}, "custom: intermediate_size, num_experts not given"),
         ({"seed": -1}, "seed = -1"),
         ({"seed": 1 << 70}, "seed = 1180591620717411303424"),
         ({"timeout": float("nan")}, "timeout = nan"),
@@ -69,6 +71,21 @@ def test_capacity_follows_prealloc(prealloc: int, capacity: int) -> None:
 def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidCase, match=message):
         resolve(**values)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_experts", "topk"])
+def test_model_with_an_overridden_dimension_is_custom(key: str) -> None:
+    preset = resolve_case([Layer("file", {})], 4)
+    other = resolve_case([Layer("file", {key: getattr(preset.case, key) * 2})], 4)
+    assert other.case.model == "custom"
+    assert other.sources["model"] == f"preset:qwen3-30b-a3b with another {key}"
+    again = resolve_case([Layer("report", msgspec.to_builtins(other.case))], 4).case
+    assert case_hash(again) == case_hash(other.case)
+
+
+def test_model_keeps_its_name_where_given_dimensions_are_its_own() -> None:
+    preset = resolve().model
+    assert resolve(hidden_size=2048, intermediate_size=768, num_experts=128, topk=8).model == preset != "custom"
 
 
 def test_ranks_of_the_case_and_of_the_launcher_must_agree() -> None:

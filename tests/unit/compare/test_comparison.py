@@ -16,6 +16,7 @@ from tests.results import result, timing, write_results
 EXPECTED: dict[str, Any] = {"as_expected": True, "expect": "UNDER_LIMIT"}
 
 CASE = result()["case"] | {"hash": "other"}
+SHAPE = {"hidden_size": 64, "intermediate_size": 32, "num_experts": 8, "topk": 2}
 
 
 def noisy(seed: int, scale: float = 1.0, size: int = 30) -> dict[str, Any]:
@@ -48,6 +49,8 @@ def compare(tmp_path: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]
         (result(verdict="INVALID", as_expected=True), result(verdict="INVALID", as_expected=True), None, 0),
         (result(verdict="CORRUPT"), result(), "fixed", 0),
         (result(), result(case=CASE | {"model": "other"}), "another case", 1),
+        (result(case=CASE | SHAPE), result(case=CASE | SHAPE | {"model": "custom"}), None, 0),
+        (result(case=CASE | SHAPE), result(case=CASE | SHAPE | {"model": "custom", "topk": 9}), "another case", 1),
         (result(), result(case=CASE | {"repeats": 1, "policy": "strict"}), None, 0),
         (result(), result(case=CASE | {"repeats": 2}), "another case", 1),
         (result(), result(case=CASE | {"no key of today": 1}), "another case", 1),
@@ -81,7 +84,9 @@ def test_one_stage_that_became_slower_is_named(tmp_path: Path, capsys: pytest.Ca
     code, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=slow)])
     slower = [(one["arm"], one["stage"]) for one in comparison["times"] if one["change"]["slower"]]
     assert (code, slower) == (1, [("truncated", "experts")])
-    assert re.search(r"slower +truncated/experts, all cases: \+[45]\d\.\d%; 90% of ", capsys.readouterr().out)
+    assert re.search(
+        r"slower +truncated/experts, all cases: [\d.]+ → [\d.]+ µs, \+[45]\d\.\d%; 90% of ", capsys.readouterr().out
+    )
     assert compare(tmp_path, [result(timing=noisy(1))], [result(timing=slow)], "--verdicts-only")[0] == 0
     assert compare(tmp_path, [result(timing=slow)], [result(timing=noisy(1))])[0] == 0
 
@@ -187,7 +192,7 @@ def test_less_than_was_asked_for_is_no_pass(
     assert found == code
     if code == 77:
         assert ["padded", "experts"] in comparison["coarse"]
-        assert "too much noise to find as little as --detect: control/combine" in capsys.readouterr().out
+        assert "too much noise to find as little as --detect 0.001: control/combine" in capsys.readouterr().out
 
 
 def test_with_a_share_to_detect_every_arm_has_to_be_judged(tmp_path: Path) -> None:
@@ -204,6 +209,83 @@ def test_stages_that_are_not_judged_are_counted_in_the_last_line(
     thin = noisy(1) | {"padded": noisy(1, size=3)["padded"]}
     compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))])
     assert capsys.readouterr().out.splitlines()[-1] == "exit 0: 1 cases compared, 4 arms and stages not judged"
+
+
+DEVICE: dict[str, Any] = {"method": {"clock": "device events"}}
+
+
+def test_tenfold_slowdown_never_passes_whatever_the_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launches = [
+        str(write_results(tmp_path / f"old{number}", [result(timing=noisy(number, scale))]))
+        for number, scale in enumerate((1.0, 1.3, 0.7))
+    ]
+    new = str(write_results(tmp_path / "new", [result(timing=noisy(9, 10.0))]))
+    for more in ((), ("--detect", "off")):
+        assert main(["compare", *launches, new, *more]) == 77
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("not judged: control/combine, ")
+        assert "not even a tenfold slowdown would have been found" in lines[0]
+        assert lines[1].startswith("suspect: far slower, but ")
+        assert any(line.startswith("suspect        padded/experts, all cases: ") for line in lines)
+
+
+def test_tenfold_slowdown_of_one_case_in_many_never_passes(tmp_path: Path) -> None:
+    old = [result(f"case {seed}", timing=noisy(seed, size=10)) for seed in range(40)]
+    new = [result(f"case {seed}", timing=noisy(seed + 100, 10.0 if seed == 7 else 1.0, size=10)) for seed in range(40)]
+    code, comparison = compare(tmp_path, old, new)
+    assert code == 77
+    assert {case for _, _, case in comparison["suspect"]} == {"case 7"}
+
+
+def test_slowdown_of_a_tenth_has_to_be_found_by_default_where_a_device_was_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = [100 * np.exp(np.random.default_rng(seed).normal(0, 0.4, 30)) for seed in range(2)]
+    old, new = (result(timing=timing(samples=samples.tolist()) | {"wall_s": 1.0}) for samples in wide)
+    assert compare(tmp_path, [old], [new])[0] == 0
+    code, comparison = compare(tmp_path, [old | DEVICE], [new | DEVICE])
+    assert (code, comparison["detect"]) == (77, 0.1)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("exit 77")
+    code, comparison = compare(tmp_path, [old | DEVICE], [new | DEVICE], "--detect", "off")
+    assert (code, comparison["detect"], comparison["coarse"]) == (0, None, [])
+    narrow = [result(timing=noisy(seed, size=200), **DEVICE) for seed in (1, 2)]
+    code, comparison = compare(tmp_path, narrow[:1], narrow[1:])
+    assert (code, comparison["detect"], comparison["coarse"]) == (0, 0.1, [])
+
+
+def test_differences_of_the_environment_lead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def environment(torch: str, **more: str) -> dict[str, Any]:
+        versions = {"torch": torch, "python": "3.12.3"}
+        return {"hosts": ["a"], "devices": ["cpu"], "versions": versions, "commits": {}, "variables": more}
+
+    old, new = environment("2.13.0"), environment("2.9.0+rocm7.0", NCCL_ALGO="Ring")
+    slow = [result(timing=noisy(1, scale), environment=one) for scale, one in ((1.0, old), (2.0, new))]
+    code, comparison = compare(tmp_path, slow[:1], slow[1:])
+    assert (code, comparison["environment"]) == (
+        1,
+        [
+            {"what": "versions.torch", "old": ["2.13.0"], "new": ["2.9.0+rocm7.0"]},
+            {"what": "variables.NCCL_ALGO", "old": [], "new": ["Ring"]},
+        ],
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "environment    versions.torch: 2.13.0 → 2.9.0+rocm7.0",
+        "environment    variables.NCCL_ALGO: none → Ring",
+    ]
+    assert lines[-1] == "exit 1: 1 cases compared, 2 differences of the environment"
+    assert compare(tmp_path, slow[:1], slow[:1])[1]["environment"] == []
+
+
+def test_old_and_new_microseconds_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    laps = np.random.default_rng(1).permutation(np.arange(10.0, 41.0)).tolist()
+    old, new = ([result(name, timing=timing(scale, laps) | {"wall_s": 1.0}) for name in "ab"] for scale in (1.0, 3.0))
+    code, comparison = compare(tmp_path, old, new)
+    (found,) = (
+        one for one in comparison["times"] if (one["arm"], one["stage"], one["case"]) == ("padded", "experts", "")
+    )
+    assert (code, found["old_us"], found["new_us"], found["cases"]) == (1, 50.0, 150.0, 2)
+    assert "padded/experts, all cases: 50.0 → 150.0 µs summed over 2 cases, +" in capsys.readouterr().out
 
 
 def test_results_that_are_not_there_are_no_pass(tmp_path: Path) -> None:
