@@ -99,7 +99,7 @@ def package_versions() -> dict[str, str]:
     """Versions of PACKAGES that are installed, by the name that they are imported by."""
     import importlib.metadata  # noqa: PLC0415 - rank 0 alone asks, once
 
-    found = {}
+    found: dict[str, str] = {}
     for package, distributions in PACKAGES.items():
         for distribution in distributions:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
