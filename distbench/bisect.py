@@ -208,12 +208,11 @@ def _faults_elsewhere(case: Case, stages: Sequence[str]) -> str:
     """Return the injected faults whose stage is none of `stages`: what is put in a stage's place has not its faults."""
     if not case.inject:
         return ""
-    from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch
+    from distbench.faults.injector import fault_kind  # noqa: PLC0415 - loads torch
 
     kept = []
     for text, fault in zip(filter(str.strip, case.inject.split(";")), parse_inject(case.inject), strict=True):
-        known = FAULTS.get(fault.name)
-        if known is not None and fault.options.get("stage", known.stage) not in stages:
+        if fault.options.get("stage", fault_kind(fault).stage) not in stages:
             kept.append(text)
     return ";".join(kept)
 

@@ -14,7 +14,7 @@ from distbench.experts.base import Experts, check_values, facts_of
 from distbench.experts.selection import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
-from distbench.injection import parse_inject
+from distbench.injection import Injection, parse_inject
 from distbench.layer import Cut
 from distbench.session import Session
 from distbench.transport.base import Dispatched, Transport
@@ -29,6 +29,23 @@ FAULTS: dict[str, type[Fault]] = {
 }
 
 
+def fault_kind(injection: Injection) -> type[Fault]:
+    """Return the fault that `injection` names.
+
+    Raises:
+        InvalidCase: there is none.
+
+    """
+    if injection.name == "mutant":
+        from distbench.faults.mutants.fault import mutant_kind  # noqa: PLC0415 - loaded only where one is asked for
+
+        return mutant_kind(injection)
+    if injection.name not in FAULTS:
+        message = f"inject = {injection.name}: no such fault; allowed are {', '.join(FAULTS)}, mutant"
+        raise InvalidCase(message)
+    return FAULTS[injection.name]
+
+
 def make_faults(case: Case, scene: Scene) -> list[Fault]:
     """Return the faults that `case` asks for, in its order.
 
@@ -36,12 +53,7 @@ def make_faults(case: Case, scene: Scene) -> list[Fault]:
         InvalidCase: there is no such fault, or it has no such option.
 
     """
-    asked = parse_inject(case.inject)
-    for injection in asked:
-        if injection.name not in FAULTS:
-            message = f"inject = {injection.name}: no such fault; allowed are {', '.join(FAULTS)}"
-            raise InvalidCase(message)
-    return [FAULTS[injection.name](scene, injection) for injection in asked]
+    return [fault_kind(injection)(scene, injection) for injection in parse_inject(case.inject)]
 
 
 def check_faults(case: Case) -> None:

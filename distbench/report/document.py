@@ -229,9 +229,9 @@ def _injected_one(place: int, one: Injection, records: list[Observation]) -> Inj
     hits = {str(record.rank): hits for record in records if (hits := record.injected.get(str(place), 0))}
     needs = ""
     if records and not hits:
-        from distbench.faults.injector import FAULTS  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
+        from distbench.faults.injector import fault_kind  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
 
-        needs = FAULTS[one.name].wanted(one)
+        needs = fault_kind(one).wanted(one)
     return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs)
 
 

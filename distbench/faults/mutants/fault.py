@@ -1,0 +1,144 @@
+"""A mutant of the corpus as a fault that a case can ask for: `mutant:name=gelu-for-silu,arm=truncated`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from distbench.errors import InvalidCase, Unsupported
+from distbench.experts.steps import STEPS, Steps
+from distbench.faults.base import EVERYWHERE, Fault, Scene
+from distbench.faults.mutants import CORPUS
+from distbench.faults.mutants.corpus import BOUNDARIES, SUM, Mutant, Site
+from distbench.faults.options import Option, one_of
+from distbench.injection import Injection
+from distbench.transport.base import Dispatched
+from distbench.truncation import ExpertInput
+from distbench.workload.batch import TokenBatch
+
+NAME = "mutant"
+
+T = TypeVar("T")
+
+
+class MutantFault(Fault):
+    """One mutant of the corpus, on all ranks unless one is named. `hits` counts the calls that it took effect in."""
+
+    name = NAME
+    mutant: ClassVar[Mutant]
+
+    def __init__(self, scene: Scene, injection: Injection) -> None:
+        """Take effect as `injection` says.
+
+        Raises:
+            Unsupported: the mutant patches arithmetic of the reference, or of the collective transport, and the case
+                runs another part.
+            InvalidCase: see `Fault`.
+
+        """
+        super().__init__(scene, injection)
+        part = unfit(self.mutant, scene.case.experts, scene.case.transport)
+        if part:
+            message = f"inject = {NAME}: {self.mutant.name} {part}"
+            raise Unsupported(message)
+        self._kept: dict[str, Tensor] = {}
+        self._steps = _Patched(self._patches())
+
+    @classmethod
+    def all_options(cls, ranks: int) -> dict[str, Option]:
+        """See `Fault.all_options`; the rank is all of them unless told."""
+        words = (EVERYWHERE, *map(str, range(ranks)))
+        return super().all_options(ranks) | {"rank": one_of(*words), "name": one_of("", *CORPUS)}
+
+    def sent(self, batch: TokenBatch) -> TokenBatch:
+        """See `Fault.sent`."""
+        return self._at("sent", batch, batch)
+
+    def received(self, dispatched: Dispatched) -> Dispatched:
+        """See `Fault.received`."""
+        return self._at("received", dispatched, dispatched)
+
+    def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
+        """See `Fault.cut`."""
+        return self._at("cut", given, dispatched, given)
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """See `Fault.asked`; from here on the experts compute with the patched steps."""
+        if self._steps.patched:
+            self.hits += 1
+            self.scene.experts.steps = self._steps  # type: ignore[union-attr]
+        return self._at("asked", given, given)
+
+    def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
+        """See `Fault.computed`; the experts have their own steps again."""
+        if self._steps.patched:
+            self.scene.experts.steps = STEPS  # type: ignore[union-attr]
+        return self._at("computed", rows, given, rows)
+
+    def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Fault.returned`; from here on the transport adds with the patched sum."""
+        if SUM in self.mutant.patches:
+            self.hits += 1
+            mover = self.scene.transport.mover  # type: ignore[union-attr]
+            self._right_sum = mover.sum_in_order
+            mover.sum_in_order = self._patch(SUM, self._right_sum)
+        return self._at("returned", (rows, ids), rows, ids)
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        """See `Fault.combined`; the transport has its own sum again."""
+        if SUM in self.mutant.patches:
+            self.scene.transport.mover.sum_in_order = self._right_sum  # type: ignore[union-attr]
+        return self._at("combined", tokens, tokens)
+
+    def _at(self, seam: str, unchanged: T, *passing: Any) -> T:
+        if seam not in self.mutant.patches:
+            return unchanged
+        self.hits += 1
+        changed: T = self._patch(seam, None)(*passing)
+        return changed
+
+    def _patch(self, seam: str, right: Any) -> Callable[..., Any]:
+        site = Site(self.scene.case, self.scene.rank, right, self._kept)
+        return partial(self.mutant.patches[seam], site)
+
+    def _patches(self) -> dict[str, Callable[..., Any]]:
+        inside = [seam for seam in self.mutant.patches if seam not in BOUNDARIES and seam != SUM]
+        return {seam: self._patch(seam, getattr(STEPS, seam)) for seam in inside}
+
+
+class _Patched(Steps):
+    """The steps with some replaced."""
+
+    def __init__(self, patches: dict[str, Callable[..., Any]]) -> None:
+        self.patched = bool(patches)
+        vars(self).update(patches)
+
+
+def unfit(mutant: Mutant, experts: str, transport: str) -> str:
+    """Return why a mutant cannot be put into these parts, or nothing."""
+    if SUM in mutant.patches and transport != "collective":
+        return f"patches the sum of the collective transport; the case has transport {transport}"
+    if not all(seam in BOUNDARIES or seam == SUM for seam in mutant.patches) and experts != "reference":
+        return f"patches the arithmetic of the reference experts; the case has experts {experts}"
+    return ""
+
+
+def mutant_kind(injection: Injection) -> type[Fault]:
+    """Return the fault of the mutant that `injection` names.
+
+    Raises:
+        InvalidCase: there is no such mutant.
+
+    """
+    mutant = CORPUS.get(injection.options.get("name", ""))
+    if mutant is None:
+        asked = injection.options.get("name", "")
+        message = f"inject = {NAME}: name = {asked!r:.60}: no such mutant; `distbench mutants --list` has them"
+        raise InvalidCase(message)
+    seam = mutant.seams[0]
+    stage = "combine" if seam == SUM else BOUNDARIES.get(seam, "experts")
+    attributes = {"mutant": mutant, "bug": mutant.bug, "stage": stage, "__doc__": mutant.text}
+    return type(f"Mutant_{mutant.name}", (MutantFault,), attributes)
