@@ -45,7 +45,22 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = (16,)
     routing: Annotated[str, _help("uniform, zipf:S, hot-rank:R, fan-in:R, local or duplicates")] = "uniform"
     limit: Annotated[str, _help(f"rows kept: {ALLOWED_LIMITS}")] = "sum32"
-    recv_bound: Annotated[bool, _help("with the limit off, cut at the bound that newer SGLang derives")] = False
+    recv_bound: Annotated[
+        bool, _help("with the limit off, cut at the bound that SGLang derives, where its release has one")
+    ] = False
+    sglang_version: Annotated[
+        str, _help("SGLang release whose variables and receive bound apply; empty: the newest known")
+    ] = ""
+    two_batch_overlap: Annotated[
+        bool, _help("production overlaps two batches; it cuts at no receive bound then. Nothing else follows from it")
+    ] = False
+    tp_size: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=1 << 16)],
+        _help("production's tensor-parallel size; 0: the ranks. With another it cuts at no receive bound"),
+    ] = 0
+    sender_rows: Annotated[
+        str, _help("tokens of the ranks as the scheduler's metadata has them, such as 9,7; empty: as they are")
+    ] = ""
     policy: Annotated[
         Literal["strict", "unchecked", "guard"],
         _help("limit below total_recv: refuse on all ranks, cut as production does, or cut to total_recv"),
@@ -104,9 +119,17 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = "shuffled"
     kernel_table: Annotated[
         str,
-        _help("CSV in aiter's tuned_fmoe format, or a table of `distbench tune` for triton; empty: none, or its own"),
+        _help(
+            "CSV in aiter's tuned_fmoe format, several joined by colons, or a table of `distbench tune` for triton; "
+            "empty: none, or its own"
+        ),
     ] = ""
     kernel_table_sha256: Annotated[str, _help("digest of the table's bytes, filled in when it is read")] = ""
+    aiter_ksplit: Annotated[
+        Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)],
+        _help("AITER_KSPLIT: parts of K without a tuned row, where not 0; -1: tuned rows split nothing either"),
+    ] = 0
+    aiter_bypass_tune: Annotated[bool, _help("AITER_BYPASS_TUNE_CONFIG: tuned rows are ignored")] = False
     aiter_version: Annotated[str, _help("aiter release whose selection rules apply; empty: the newest known")] = ""
     cu_count: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=4096)], _help("compute units assumed by the heuristics")

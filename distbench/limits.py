@@ -74,7 +74,7 @@ def resolve_limit(limit: str, traffic: Traffic) -> int | None:
     """Return the number of rows to cut to, or None where the limit is off.
 
     `sum` is the provable bound (one row per token and destination rank); `sum32` rounds it up to 32, at least 32 and
-    at most R, as newer SGLang does with SGLANG_MORI_RECV_BOUND; `pow2` rounds it up to a power of two. `capacity` is R.
+    at most R; `pow2` rounds it up to a power of two. `capacity` is R.
 
     Raises:
         InvalidCase: a derived limit comes out below one row, which production would read as off.
@@ -153,11 +153,6 @@ def _terms(tokens: Sequence[int]) -> str:
         return "+".join(map(str, tokens)) + " = "
     first = "+".join(map(str, tokens[: _MOST_TERMS // 2]))
     return f"{first}+...+{tokens[-1]} of {len(tokens)} ranks = "
-
-
-def recv_bound(traffic: Traffic) -> int | None:
-    """Rows that newer SGLang cuts to on its own (SGLANG_MORI_RECV_BOUND); None where no sender has a row."""
-    return resolve_limit("sum32", traffic) if sum(traffic.tokens) else None
 
 
 def check_capacity(traffic: Traffic, max_dispatch_tokens_per_rank: int) -> None:

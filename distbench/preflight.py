@@ -22,7 +22,9 @@ from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.job import Entry
 from distbench.limits import Traffic, resolve_limit
+from distbench.recv_bound import recv_bound
 from distbench.resolve import check_fit
+from distbench.sglang import rules_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 from distbench.workload.plan import plan_exact
@@ -52,6 +54,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
         sizes = (case.hidden_size, case.intermediate_size, case.topk)
         plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant, case.fp8_format)
     notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
+    notes = (*notes, *_check_bound(case, local_ranks))
     if case.uses_fp8:
         _check_fp8(case)
     _check_graph(case)
@@ -68,6 +71,18 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     if not case.kernel_table or selector.tuned:
         return notes
     return (*notes, _untuned(case, selector, assumed=units is None))
+
+
+def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
+    """Say where SGLang's receive bound cuts nothing, and that the bound of older releases is for decode batches."""
+    if not case.recv_bound or case.limit != "off":
+        return ()
+    bound = recv_bound(case, local_ranks)
+    if bound.rows is None:
+        return (f"recv_bound: nothing is cut, as in production: {bound.reason}",)
+    if rules_of(case.sglang_version).recv_bound == "routes":
+        return (f"recv_bound: SGLang {case.sglang_version} cuts at tokens times top-k, in decode batches only",)
+    return ()
 
 
 def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
@@ -240,7 +255,8 @@ def _least_cut(case: Case) -> int:
 
     Each token goes to one rank or more, so that the fullest receives no fewer than all tokens over all ranks.
     """
-    limit = "sum32" if case.limit == "off" and case.recv_bound else case.limit
+    bound = recv_bound(case).rows if case.limit == "off" and case.recv_bound else None
+    limit = case.limit if bound is None else str(bound)
     total = sum(case.tokens)
     if limit == "off" or "max-recv-" in limit or not total:
         return 0

@@ -14,9 +14,10 @@ from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts
 from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
-from distbench.limits import Traffic, check_capacity, recv_bound, resolve_limit
+from distbench.limits import Traffic, check_capacity, resolve_limit
 from distbench.passes import Parts, Passes
 from distbench.recording import Recorder
+from distbench.recv_bound import recv_bound
 from distbench.session import Session
 from distbench.stage_limits import compiles
 from distbench.transport import make_transport
@@ -64,7 +65,7 @@ def _prepare(session: Session, case: Case) -> _Ready:
     batch, probe = _tokens_and_probe(workload, session.rank)
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
     counts = session.agree(case_hash(case), probe, sent)
-    question = _question(case, counts)
+    question = _question(session, case, counts)
     session.crumbs.mark("workload")
     return _Ready(question, _build(session, case, workload, batch, counts, question.limit), counts)
 
@@ -122,12 +123,12 @@ def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor
     return mine, row_digests(torch.cat(shared, dim=1)).flatten()
 
 
-def _question(case: Case, counts: Tensor) -> Question:
+def _question(session: Session, case: Case, counts: Tensor) -> Question:
     traffic = Traffic(case.tokens, tuple(counts.sum(0).tolist()), case.capacity)
     check_capacity(traffic, case.max_dispatch_tokens_per_rank)
     limit = resolve_limit(case.limit, traffic)
     if limit is None and case.recv_bound:
-        limit = recv_bound(traffic)
+        limit = recv_bound(case, session.local_ranks).rows
     return Question(case, traffic, limit)
 
 

@@ -15,8 +15,9 @@ import msgspec
 from distbench.architectures import arch_of, fp8_format
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
 from distbench.devices import architecture
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Unsupported
 from distbench.injection import parse_inject
+from distbench.kernel_tables import table_bytes
 from distbench.limits import parse_limit
 from distbench.models import CUSTOM, DIMENSIONS, PRESETS
 from distbench.stage_limits import parse_stage_timeouts
@@ -27,11 +28,17 @@ _UNTIL_FAILURE = 10_000
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """Values from one place. `strict` layers are typed (files); the others hold text (flags, environment)."""
+    """Values from one place. `strict` layers are typed (files); the others hold text (flags, environment).
+
+    `unsupported` says why distbench cannot run what the layer selects: it is raised where one of its values would be
+    taken, or where it has none. A layer does not apply to a case whose value for a key is the one in `unless`.
+    """
 
     source: str
     values: Mapping[str, Any]
     strict: bool = True
+    unsupported: str = ""
+    unless: Mapping[str, Any] = {}
 
 
 class Resolved(msgspec.Struct, frozen=True):
@@ -49,15 +56,13 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
 
     Raises:
         InvalidCase: an unknown key, a bad value, or values that do not fit each other.
+        Unsupported: the environment selects what distbench does not run.
 
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer in layers:
-        for key, raw in layer.values.items():
-            if key not in values and key not in DERIVED_KEYS:
-                values[key] = typed_value(key, raw, layer)
-                sources[key] = layer.source
+        _apply_layer(layer, values, sources)
     _apply_ranks(values, sources, ep_size)
     _apply_preset(values, sources)
     if values.get("recv_bound") and "limit" not in values:
@@ -138,6 +143,18 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
     return (*typed, *repeat) if repeat else typed
 
 
+def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Take what no stronger layer has."""
+    if any(values.get(key, FIELD_DEFAULTS.get(key)) == value for key, value in layer.unless.items()):
+        return
+    taken = [key for key in layer.values if key not in values and key not in DERIVED_KEYS]
+    if layer.unsupported and (taken or not layer.values):
+        raise Unsupported(layer.unsupported)
+    for key in taken:
+        values[key] = typed_value(key, layer.values[key], layer)
+        sources[key] = layer.source
+
+
 def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int | None) -> None:
     if ep_size is None:
         values.setdefault("ep_size", 8)
@@ -202,7 +219,7 @@ def _table_digest(path: str) -> str:
     if not path:
         return ""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(table_bytes(path)).hexdigest()
     except (OSError, ValueError) as error:
         message = f"kernel_table = {path!r:.200}: cannot be read ({one_line(error)}); give a readable CSV file"
         raise InvalidCase(message) from error

@@ -20,6 +20,7 @@ from distbench.bundle.layout import (
     names_token,
 )
 from distbench.case import Case
+from distbench.kernel_tables import table_bytes
 from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
@@ -70,7 +71,7 @@ def _write_table(folder: Path, case: Case) -> int:
     """Copy the case's kernel table; return its size where it is too large for that."""
     if not case.kernel_table:
         return 0
-    table = Path(case.kernel_table).read_bytes()
+    table = table_bytes(case.kernel_table)
     if len(table) > MAX_TABLE_BYTES:
         return len(table)
     write_atomically(folder / KERNEL_TABLE, table)

@@ -170,7 +170,8 @@ def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int)
     """Refuse a suite that cannot be read, or selects nothing, for the ranks of a group that the plan has."""
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):
-        suite = load_suite(options.suite, size * options.nproc, case_flags(options), read_environment(os.environ))
+        flags = case_flags(options)
+        suite = load_suite(options.suite, size * options.nproc, flags, read_environment(os.environ, flags))
         select(suite.entries, options.select)
 
 

@@ -48,8 +48,9 @@ def add(commands: Any) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     node = probe()
-    layers, complaint = _environment()
-    case = resolve_case([*case_flags(options), *layers], options.nproc * options.nodes).case
+    flags = case_flags(options)
+    layers, complaint = _environment(flags)
+    case = resolve_case([*flags, *layers], options.nproc * options.nodes).case
     network = Network(nodes=options.nodes, block_num=options.block_num, rdma_block_num=options.rdma_block_num)
     findings = [*complaint, *check_node(node, case, network)]
     path = options.path or _usual(node)
@@ -70,11 +71,19 @@ def _usual(node: Node) -> Path:
     return "mori" if node.flavour == "rocm" else "cuda" if node.devices else "cpu"
 
 
-def _environment() -> tuple[list[Layer], list[Finding]]:
+def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Finding]]:
+    """Return what the environment says of a case, and what of it cannot be run."""
     try:
-        return read_environment(os.environ), []
+        layers = read_environment(os.environ, flags)
     except InvalidCase as error:
-        return [], [Finding(topic="environment", level="missing", found=str(error), fix="correct or unset it")]
+        return [], [_complaint(str(error))]
+    return [one for one in layers if not one.unsupported], [
+        _complaint(one.unsupported) for one in layers if one.unsupported
+    ]
+
+
+def _complaint(found: str) -> Finding:
+    return Finding(topic="environment", level="missing", found=found, fix="correct or unset it")
 
 
 def _recorded(node: Node) -> dict[str, Any]:

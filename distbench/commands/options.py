@@ -17,7 +17,7 @@ from distbench.campaign import Campaign, Rules
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
-from distbench.commands.ranks import world_size
+from distbench.commands.ranks import is_rank_0, world_size
 from distbench.devices import count_devices
 from distbench.errors import DistbenchError, InvalidCase, Unsupported
 from distbench.export import FILES, Writer, load_writers, parse_targets, write_reports
@@ -36,6 +36,7 @@ from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer, load_report
+from distbench.unused_variables import unused_variables
 
 _CASE_DEST = "case_"
 DEFAULT_OUT = "distbench-out"
@@ -194,9 +195,10 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     return options.nproc if started is None else started
 
 
-def warnings(case: Case, options: argparse.Namespace) -> tuple[str, ...]:
+def warnings(case: Case, sources: Mapping[str, str], options: argparse.Namespace) -> tuple[str, ...]:
     """Return what the reader of the case's report should know of it, in the launch that `options` ask for."""
-    return (*near_misses(os.environ), *check_case(case, _local_ranks(options)))
+    found = check_case(case, _local_ranks(options))
+    return (*near_misses(os.environ), *unused_variables(os.environ, case, sources), *found)
 
 
 def _local_ranks(options: argparse.Namespace) -> int | None:
@@ -220,17 +222,27 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
     local_ranks = -(-max(entry.case.ep_size for entry in entries) // nodes_of(options))
     available = count_devices() if any(entry.case.device != "cpu" for entry in entries) else 0
 
-    def check(case: Case) -> tuple[str, ...]:
+    def check(entry: Entry) -> tuple[str, ...]:
         if world_size() is None:
-            check_devices([case], local_ranks, available)
-        return warnings(case, options)
+            check_devices([entry.case], local_ranks, available)
+        return warnings(entry.case, entry.sources, options)
 
-    return tuple(_examined(entry, origin, check) for entry in entries)
+    found = tuple(_examined(entry, origin, check) for entry in entries)
+    if world_size() is None or is_rank_0():
+        _say_unused(found)
+    return found
 
 
-def _examined(entry: Entry, origin: str, check: Callable[[Case], tuple[str, ...]]) -> Entry:
+def _say_unused(entries: Sequence[Entry]) -> None:
+    """Print once which variables are set and not used, though each report has it."""
+    lines = dict.fromkeys(line for one in entries for line in unused_variables(os.environ, one.case, one.sources))
+    for line in list(lines)[:1]:
+        print_note(line + (f"; {len(lines) - 1} cases' reports have other lists" if len(lines) > 1 else ""))
+
+
+def _examined(entry: Entry, origin: str, check: Callable[[Entry], tuple[str, ...]]) -> Entry:
     try:
-        return msgspec.structs.replace(entry, warnings=check(entry.case))
+        return msgspec.structs.replace(entry, warnings=check(entry))
     except (InvalidCase, Unsupported) as error:
         if entry.expect == error.verdict.value:
             return msgspec.structs.replace(entry, refused=str(error))

@@ -67,13 +67,13 @@ def _run(options: argparse.Namespace) -> int:
     if followed is not None:
         return followed
     layers = [*case_flags(options), *([load_case_file(options.case)] if options.case else [])]
-    resolved = resolve_case([*layers, *read_environment(os.environ)], num_ranks(options))
+    resolved = resolve_case([*layers, *read_environment(os.environ, layers)], num_ranks(options))
     entry = Entry(
         name=_NAME,
         case=resolved.case,
         sources=resolved.sources,
         expect=Verdict.PASS.value,
-        warnings=warnings(resolved.case, options),
+        warnings=warnings(resolved.case, resolved.sources, options),
     )
     paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
     for path in paths:

@@ -81,7 +81,8 @@ def _suite(options: argparse.Namespace) -> int:
     if followed is not None:
         return followed
     ranks = num_ranks(options) or _DEFAULT_RANKS
-    suite = load_suite(options.suite, ranks, case_flags(options), read_environment(os.environ))
+    flags = case_flags(options)
+    suite = load_suite(options.suite, ranks, flags, read_environment(os.environ, flags))
     chosen = select(suite.entries, options.select)
     check_path(options.out)
     entries = examined(chosen, suite.origin, options)

@@ -99,10 +99,12 @@ def _notes(rows: list[SweepRow], out: Path) -> list[str]:
 def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     files = [load_case_file(options.case)] if options.case else []
     timed = Layer("sweep", {"iterations": _ITERATIONS})
-    layers = [*case_flags(options), *files, timed, *read_environment(os.environ)]
-    base = resolve_case([Layer("sweep", {"limit": "off"}), *layers], num_ranks(options)).case
+    given = [*case_flags(options), *files, timed]
+    layers = [*given, *read_environment(os.environ, given)]
+    resolved = resolve_case([Layer("sweep", {"limit": "off"}), *layers], num_ranks(options))
+    base = resolved.case
     entries: dict[str, Entry] = {}
-    notes = warnings(base, options)
+    notes = warnings(base, resolved.sources, options)
     for limit in sweep_limits(base, options.limits):
         resolved = resolve_case([Layer("sweep", {"limit": limit}), *layers], num_ranks(options))
         entry = Entry(name=f"limit={limit}", case=resolved.case, sources=resolved.sources, warnings=notes)

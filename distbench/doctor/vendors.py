@@ -19,7 +19,9 @@ from distbench.transport.mori_config import (
     Launch,
     MoriPlan,
     check_environment,
+    doubt_of_mode,
     heap_size,
+    is_isolated,
     lost_chunks,
     plan_mori,
 )
@@ -133,6 +135,8 @@ def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Finding:
         size = heap_size(plan, environ, emulated=False)
     except InvalidCase as error:
         return _missing("heap", str(error), enough)
+    if is_isolated(environ):
+        return _ok("heap", f"none, {SHMEM_MODE} is {environ[SHMEM_MODE]}; the case takes {plan.heap_bytes} bytes")
     told = HEAP_SIZE if environ.get(HEAP_SIZE) else f"{HEAP_SIZE} is not set, distbench sets it"
     return _ok("heap", f"{size} bytes ({told}), the case takes {plan.heap_bytes}")
 
@@ -175,11 +179,8 @@ def _quant(node: Node, case: Case) -> Finding:
 
 
 def _heap_mode(environ: Mapping[str, str]) -> Finding:
-    mode = environ.get(SHMEM_MODE, "static_heap")
-    if mode != "static_heap":
-        fix = f"unset {SHMEM_MODE}: vmm_heap has corrupted rows on ROCm 7.2 (mori #610)"
-        return _degraded("heap mode", mode, fix)
-    return _ok("heap mode", mode)
+    mode, doubt = environ.get(SHMEM_MODE, "static_heap"), doubt_of_mode(environ)
+    return _degraded("heap mode", mode, f"unset {SHMEM_MODE}: {doubt}") if doubt else _ok("heap mode", mode)
 
 
 def _nics(node: Node, network: Network) -> Finding:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distbench.case import Case
-from distbench.experts.selection import CURRENT, KernelSelector, LayerKey, TunedKey, load_tuned_rows, rules_for
+from distbench.experts.selection import (
+    CURRENT,
+    KernelSelector,
+    LayerKey,
+    Overrides,
+    TunedKey,
+    load_tuned_rows,
+    rules_for,
+)
 
 if TYPE_CHECKING:
     from distbench.experts.base import Experts
@@ -28,7 +36,12 @@ def make_selector(case: Case) -> KernelSelector:
         cu_count=case.cu_count,
     )
     tuned = load_tuned_rows(case.kernel_table, TunedKey.for_layer(layer, rules)) if case.kernel_table else ()
-    return KernelSelector(layer=layer, tuned=tuned, rules=rules)
+    return KernelSelector(layer=layer, tuned=tuned, rules=rules, overrides=overrides_of(case))
+
+
+def overrides_of(case: Case) -> Overrides:
+    """What the case has of the variables that change aiter's choice."""
+    return Overrides(ksplit=case.aiter_ksplit, bypass_tuned=case.aiter_bypass_tune)
 
 
 def make_experts(case: Case) -> Experts:

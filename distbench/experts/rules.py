@@ -39,6 +39,10 @@ class BucketRules(msgspec.Struct, frozen=True, kw_only=True):
     """CK's 16-row stage 2 halves its tile where inter_dim does not fill the larger one."""
     bf16_narrow_tiles: bool
     """CK has tiles of its own for a small inter_dim."""
+    reads_overrides: bool
+    """AITER_KSPLIT and AITER_BYPASS_TUNE_CONFIG are read."""
+    unsplit_tuned: bool
+    """AITER_KSPLIT=-1 takes the split of tuned rows away."""
 
 
 _FIRST = BucketRules(
@@ -54,6 +58,8 @@ _FIRST = BucketRules(
     fp8_asm_stage1=True,
     fp8_fitted_stage2=False,
     bf16_narrow_tiles=False,
+    reads_overrides=False,
+    unsplit_tuned=False,
 )
 
 
@@ -68,12 +74,14 @@ def _generations() -> dict[str, BucketRules]:
         fp8_small_tile=True,
         fp8_split_columns=2,
         fp8_asm_stage1=False,
+        reads_overrides=True,
     )
     rules["0.1.9.post1"] = changed(rules["0.1.9"], fp8_split_columns=1)
     rules["0.1.10"] = changed(rules["0.1.9.post1"], fp8_one_stage_over=None, fp8_fitted_stage2=True)
     rules["0.1.10.post1"] = changed(rules["0.1.10"], fp8_one_stage_over=32)
     rules["0.1.12"] = changed(rules["0.1.10.post1"], tiers=(32768,), fp8_one_stage_inter=128)
-    rules["0.1.14"] = changed(rules["0.1.12"], tiers=(32768, 131072), tier_fallback=True, activation_matters=False)
+    rules["0.1.13"] = changed(rules["0.1.12"], unsplit_tuned=True)
+    rules["0.1.14"] = changed(rules["0.1.13"], tiers=(32768, 131072), tier_fallback=True, activation_matters=False)
     rules["0.1.16"] = changed(rules["0.1.14"], ep_drops_topk=True)
     return rules
 

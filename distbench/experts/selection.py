@@ -28,6 +28,7 @@ __all__ = [
     "KernelChoice",
     "KernelSelector",
     "LayerKey",
+    "Overrides",
     "TunedKey",
     "TunedRow",
     "load_tuned_rows",
@@ -94,6 +95,15 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Overrides(msgspec.Struct, frozen=True, kw_only=True):
+    """What the environment changes of aiter's choice: AITER_KSPLIT, AITER_BYPASS_TUNE_CONFIG."""
+
+    ksplit: int = 0
+    """Parts of K where no row is tuned, unless 0; -1 takes the split of tuned rows away too."""
+    bypass_tuned: bool = False
+    """Tuned rows are ignored."""
+
+
 class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
     """Chooses kernels for one layer on one kind of device."""
 
@@ -101,15 +111,23 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
     tuned: tuple[TunedRow, ...] = ()
     """The rows that match the layer, one per bucket."""
     rules: BucketRules = CURRENT
+    overrides: Overrides = Overrides()
+    """Taken into account where the release reads them."""
 
     def choose(self, rows: int) -> KernelChoice:
         """Return the kernel for `rows` rows (aiter v0.1.20, get_2stage_cfgs)."""
         bucket = padded_rows(rows, self.rules)
         row = self.tuned_row(bucket)
-        return self._heuristic(rows, bucket) if row is None else _from_table(rows, bucket, row)
+        if row is None:
+            return self._heuristic(rows, bucket)
+        choice = _from_table(rows, bucket, row)
+        unsplit = self.rules.unsplit_tuned and self.overrides.ksplit == -1
+        return msgspec.structs.replace(choice, ksplit=named_split(row.kernel_name1)) if unsplit else choice
 
     def tuned_row(self, bucket: int) -> TunedRow | None:
-        """Return the row that answers for `bucket`, None without one."""
+        """Return the row that answers for `bucket`, None without one, or where rows are ignored."""
+        if self.overrides.bypass_tuned and self.rules.reads_overrides:
+            return None
         by_bucket = {row.bucket: row for row in reversed(self.tuned)}
         if bucket in by_bucket or not self.rules.tier_fallback:
             return by_bucket.get(bucket)
@@ -139,7 +157,7 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
             bucket=bucket,
             source="heuristic",
             block_m=block_m,
-            ksplit=split_parts(bucket, self.layer, self.rules),
+            ksplit=self._split(bucket),
             run_1stage=False,
             stage1=stage1.name,
             stage2=stage2.name,
@@ -147,6 +165,11 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
             tile_k1=stage1.tile_k,
             tile_k2=stage2.tile_k,
         )
+
+    def _split(self, bucket: int) -> int:
+        """Return the parts of K without a tuned row (aiter v0.1.20, get_ksplit); bf16 kernels do not ask."""
+        asked = self.overrides.ksplit if self.rules.reads_overrides and self.layer.quant != "bf16" else 0
+        return asked or split_parts(bucket, self.layer, self.rules)
 
 
 def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:

@@ -18,6 +18,7 @@ from distbench.architectures import GFX_BY_CU_COUNT, fp8_format
 from distbench.errors import InvalidCase
 from distbench.experts.heuristics import LayerKey
 from distbench.experts.rules import CURRENT, BucketRules
+from distbench.kernel_tables import table_paths
 
 KEY_COLUMNS = (
     "cu_num",
@@ -98,20 +99,33 @@ class TunedRow(msgspec.Struct, frozen=True, kw_only=True):
     us: float | None = None
 
 
-def load_tuned_rows(path: str | Path, key: TunedKey) -> tuple[TunedRow, ...]:
-    """Read the rows of the CSV file `path` that match `key`, one per bucket, in the order of the file.
+def load_tuned_rows(named: str | Path, key: TunedKey) -> tuple[TunedRow, ...]:
+    """Read the rows that match `key` of the CSV file `named`, or of several joined by colons; the first of a bucket.
 
     Raises:
-        InvalidCase: the file cannot be read or is not such a table; see `parse_tuned_rows`.
+        InvalidCase: a file cannot be read or is not such a table; see `parse_tuned_rows`.
+
+    """
+    rows: dict[int, TunedRow] = {}
+    for path in table_paths(str(named)):
+        for row in parse_tuned_rows(read_table(path), path, key):
+            rows.setdefault(row.bucket, row)
+    return tuple(rows.values())
+
+
+def read_table(path: str) -> bytes:
+    """Bytes of a table.
+
+    Raises:
+        InvalidCase: the file cannot be read.
 
     """
     try:
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not a path"
-        message = f"kernel table {str(path)!r}: cannot be read ({reason}); give a readable file in tuned_fmoe format"
+        message = f"kernel table {path!r}: cannot be read ({reason}); give a readable file in tuned_fmoe format"
         raise InvalidCase(message) from error
-    return parse_tuned_rows(content, str(path), key)
 
 
 def parse_tuned_rows(content: bytes, source: str, key: TunedKey) -> tuple[TunedRow, ...]:

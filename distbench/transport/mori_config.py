@@ -13,6 +13,7 @@ import msgspec
 
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
+from distbench.sglang import SDMA, enables, sglang_enables
 from distbench.values import parse_heap_size
 from distbench.versions import version_key
 
@@ -24,6 +25,7 @@ TWO_LEVELS = ("InterNodeV1", "InterNodeV1LL")
 SKIPS_NEGATIVE = (*INTRA, "InterNodeV1")
 BLOCKWISE = ("fp8_blockwise", "fp4_blockwise")
 
+_STATIC_HEAP, _VMM_HEAP, _ISOLATION = ((name, name.upper()) for name in ("static_heap", "vmm_heap", "isolation"))
 _MAX_NODE = 8
 _LL_TOPK = 8
 _MAX_TOPK = 64
@@ -118,14 +120,28 @@ def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = 
     )
 
 
+def production_kernel(case: Case, local_ranks: int | None = None) -> str:
+    """Name of the kernel type that SGLang takes for the case, whatever its transport here.
+
+    A transport other than MoRI counts up to eight ranks of a launch on one node, as SGLang does.
+    """
+    if case.transport == "mori":
+        per_node = _ranks_per_node(case, min(local_ranks or case.ep_size, case.ep_size))
+    else:
+        per_node = case.gpu_per_node or min(_MAX_NODE, local_ranks or _MAX_NODE)
+    return _kernel(case, -(-case.ep_size // per_node))
+
+
 def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> int:
     """Return the bytes of the symmetric heap: as MORI_SHMEM_HEAP_SIZE says, else as the case needs.
+
+    In isolation mode MoRI allocates each buffer by itself and does not look at the variable.
 
     Raises:
         InvalidCase: the variable is no size, or too small for the case's operator.
 
     """
-    text = environ.get(HEAP_SIZE, "")
+    text = "" if is_isolated(environ) else environ.get(HEAP_SIZE, "")
     if not text:
         rounded = -(-plan.heap_bytes // _HEAP_STEP) * _HEAP_STEP
         return rounded if emulated else max(rounded, _SMALLEST_HEAP)
@@ -158,15 +174,34 @@ def lost_chunks(kernel: str, rdma_blocks: int, version: str) -> str:
 
 def mori_warnings(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> tuple[str, ...]:
     """Return what the reader of a report should know of the way MoRI runs."""
-    found = []
-    mode = environ.get(SHMEM_MODE, "static_heap")
-    if mode != "static_heap":
-        found.append(f"{SHMEM_MODE}={mode}: static_heap is the mode without known corruption; unset it to compare")
+    doubt = doubt_of_mode(environ)
+    found = [f"{SHMEM_MODE}={environ[SHMEM_MODE]}: {doubt}; unset it to compare"] if doubt else []
     if plan.launch_mode == "AUTO":
         found.append("launch_mode = AUTO: MoRI's tuning tables decide the launch geometry; MANUAL pins it")
-    if plan.kernel == "AsyncLL" and not emulated and environ.get("MORI_ENABLE_SDMA") not in ("1", "true"):
-        found.append("mori_kernel = AsyncLL without MORI_ENABLE_SDMA=1 copies by compute units, about 40 times slower")
+    sdma = environ.get(SDMA, "")
+    if plan.kernel == "AsyncLL" and not emulated and not enables(sdma):
+        found.append(f"mori_kernel = AsyncLL without {SDMA}=1 copies by compute units, about 40 times slower")
+    if enables(sdma) and not sglang_enables(sdma):
+        found.append(
+            f"{SDMA}={sdma}: MoRI takes it as on, SGLang reads true and 1 only and does not take AsyncLL for it; "
+            "write 1 or 0"
+        )
     return tuple(found)
+
+
+def is_isolated(environ: Mapping[str, str]) -> bool:
+    """Whether MoRI allocates each buffer by itself: the two spellings that it knows of that mode."""
+    return environ.get(SHMEM_MODE, "") in _ISOLATION
+
+
+def doubt_of_mode(environ: Mapping[str, str]) -> str:
+    """Reason to doubt results of the heap mode that is set, or nothing."""
+    mode = environ.get(SHMEM_MODE, "")
+    if mode in _VMM_HEAP:
+        return "vmm_heap has corrupted rows on ROCm 7.2 (mori #610)"
+    if mode and mode not in (*_ISOLATION, *_STATIC_HEAP):
+        return "MoRI knows static_heap, vmm_heap and isolation, and takes static_heap for it"
+    return ""
 
 
 def check_environment(environ: Mapping[str, str]) -> None:

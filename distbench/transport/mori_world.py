@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
-from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE
+from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
 
 _UNIQUE_ID_BYTES = 128
 
@@ -43,7 +43,8 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     leave_world()
     kernels.clear()
     session.at_close(leave_world)
-    set_here = not os.environ.get(HEAP_SIZE)  # MoRI reads an empty one as a heap of no bytes
+    told = os.environ.get(HEAP_SIZE)
+    set_here = not told or is_isolated(os.environ)  # MoRI reads an empty one as a heap of no bytes
     if set_here:
         os.environ[HEAP_SIZE] = str(heap_bytes)
     os.environ.setdefault(SHMEM_MODE, "static_heap")
@@ -57,6 +58,7 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     status = shmem.shmem_init_attr(shmem.MORI_SHMEM_INIT_WITH_UNIQUEID, session.rank, size, identity)
     if set_here:
         del os.environ[HEAP_SIZE]
+        os.environ.update({HEAP_SIZE: told} if told else {})
     if status not in (0, None) or shmem.shmem_mype() != session.rank or shmem.shmem_npes() != size:
         message = (
             f"mori.shmem: init gave status {status}, this is rank {session.rank} of {size}; see MORI_SOCKET_IFNAME and "

@@ -25,7 +25,8 @@ def test_emulated_and_said_so(tmp_path: Path) -> None:
     assert facts["heap_size"] >= facts["heap_bytes"]
 
 
-def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path) -> None:
+def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATOM_X", "1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -36,6 +37,7 @@ def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "0" / "report.json").read_text())
     facts = report["transport"]
     assert (report["verdict"], facts["kernel"], facts["nodes"], facts["gpu_per_node"]) == ("PASS", "InterNodeV1", 2, 2)
+    assert sum(warning.count("ATOM_X=1") for warning in report["warnings"]) == 1
 
 
 def test_without_the_package_it_is_unsupported(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distbench.production import LIMIT
+from distbench.sglang import LIMIT
 from distbench.verify.gather import ROUND_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -197,9 +197,17 @@ def test_environment_sets_the_limit_and_flags_win(tmp_path: Path) -> None:
     assert run.report["limit"]["effective"] == 40
     assert run.report["limit"]["source"] == f"env:{LIMIT}"
     (warning,) = run.report["warnings"]
-    assert "has no effect" in warning
+    assert warning == "set and not used by this case: MORI_MOE_MAX_INPUT_TOKENS=8 (this case does not run mori)"
     assert warning in " ".join(run.stdout.split())
     assert tiny(tmp_path, 2, "--limit", "41", **{LIMIT: "40"}).report["limit"]["effective"] == 41
+
+
+def test_a_variable_that_does_nothing_is_listed_once_in_console_and_report(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 2, "--tokens", "2", ATOM_X="1", SGLANG_MORI_FP8_DISP="True")
+    (warning,) = run.report["warnings"]
+    assert warning.startswith("set and not used by this case: ATOM_X=1 (nothing that distbench runs reads it); ")
+    assert warning.endswith("SGLANG_MORI_FP8_DISP=True (SGLang 0.5.23 does not read it, 0.5.9 to 0.5.20 do)")
+    assert " ".join((run.stdout + run.stderr).split()).count("ATOM_X=1") == 1
 
 
 def test_case_file_and_a_report_shown_again(tmp_path: Path) -> None:

@@ -39,9 +39,10 @@ def collected(out: Path) -> dict[str, Any]:
 
 
 def test_rank_0_prints_and_all_ranks_exit_alike(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, "--tokens", "0,5,9")
+    done = torchrun(tmp_path, "--tokens", "0,5,9", ATOM_X="1")
     assert done.returncode == 0
     assert done.stdout.count("PASS (emulated") == 1
+    assert (done.stdout + done.stderr).count("set and not used by this case: ATOM_X=1") == 1
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "PASS"
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distbench.errors import InvalidCase, Overflow
-from distbench.limits import Traffic, check_capacity, parse_limit, recv_bound, resolve_limit
+from distbench.limits import Traffic, check_capacity, parse_limit, resolve_limit
 
 WRONG_OFFSETS = (
     *("max-recv-", "max-recv--1", "max-recv+1.5", "max-recv+١", "max-recv - 1", "max-recv+" + "9" * 13),
@@ -93,11 +93,6 @@ def test_pow2_rounds_up(total: int, rows: int) -> None:
 def test_a_limit_of_no_rows_is_refused(limit: str) -> None:
     with pytest.raises(InvalidCase, match="production reads as off"):
         resolve_limit(limit, Traffic((0, 0), (0, 0), 64))
-
-
-def test_recv_bound_is_off_where_nobody_sends() -> None:
-    assert recv_bound(Traffic((0, 0), (0, 0), 64)) is None
-    assert recv_bound(UNEVEN) == 64
 
 
 @given(st.lists(st.integers(0, 64), min_size=1, max_size=16), st.integers(1, 2000))

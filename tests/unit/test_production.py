@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from typing import Any
+
 import pytest
 
-from distbench.errors import InvalidCase
-from distbench.production import (
+from distbench.errors import InvalidCase, Unsupported
+from distbench.production import near_misses, read_environment, recorded_environment
+from distbench.resolve import FLAGS, Layer, resolve_case
+from distbench.sglang import (
+    COMBINE_DTYPE,
+    DISPATCH_DTYPE,
     DISPATCH_TOKENS,
+    EP_V2,
+    FP4_DISPATCH,
+    FP8_COMBINE,
+    FP8_DISPATCH,
     LIMIT,
     PREALLOC,
     RECV_BOUND,
-    near_misses,
-    read_environment,
-    recorded_environment,
+    SDMA,
+    VARIABLES,
+    reads,
+    rules_of,
 )
-from distbench.resolve import resolve_case
+from distbench.unused_variables import unused_variables
+from tests.cases import tiny_case
 
 
 def test_variables_become_keys_and_are_named_as_sources() -> None:
@@ -48,6 +61,12 @@ def test_recv_bound_alone_takes_the_place_of_the_default_limit() -> None:
         (DISPATCH_TOKENS, "4096.0", "fall back to 4096"),
         (DISPATCH_TOKENS, "0", "no token could be sent"),
         (RECV_BOUND, "on", "allowed are true, 1, yes, y"),
+        (DISPATCH_DTYPE, "nonsense", "allowed are auto, bf16, fp8, fp4, mxfp8; production would ignore it"),
+        (DISPATCH_DTYPE, " fp8", "allowed are auto"),
+        (COMBINE_DTYPE, "int8", "production would ignore it and take the type that goes with the weights"),
+        (EP_V2, "on", "allowed are true, 1, yes, y"),
+        ("AITER_KSPLIT", "four", "not a whole number; production would fail in aiter's first call"),
+        ("AITER_BYPASS_TUNE_CONFIG", "true", "not a whole number"),
     ],
 )
 def test_what_production_would_ignore_is_refused(name: str, text: str, message: str) -> None:
@@ -81,3 +100,156 @@ def test_known_and_unrelated_names_are_not(name: str) -> None:
 def test_only_listed_variables_are_recorded() -> None:
     environ = {LIMIT: "1", "AWS_SECRET_ACCESS_KEY": "x", "AITER_KSPLIT": "2", "HOME": "/"}
     assert recorded_environment(environ) == {LIMIT: "1", "AITER_KSPLIT": "2"}
+
+
+def case_of(environ: dict[str, str], **flags: Any) -> Any:
+    layers = [Layer(FLAGS, {"transport": "mori"} | flags, strict=False)]
+    return resolve_case([*layers, *read_environment(environ, layers)], 8).case
+
+
+@pytest.mark.parametrize(
+    ("environ", "sglang", "key", "value"),
+    [
+        ({DISPATCH_DTYPE: "FP8"}, "", "dispatch_dtype", "fp8"),
+        ({DISPATCH_DTYPE: "auto"}, "", "dispatch_dtype", "bf16"),
+        ({DISPATCH_DTYPE: "fp8"}, "0.5.9", "dispatch_dtype", "bf16"),
+        ({FP8_DISPATCH: "True"}, "0.5.9", "dispatch_dtype", "fp8"),
+        ({FP8_DISPATCH: "True"}, "0.5.20", "dispatch_dtype", "fp8"),
+        ({FP8_DISPATCH: "True"}, "0.5.20.post1", "dispatch_dtype", "fp8"),
+        ({FP8_DISPATCH: "True"}, "0.5.21", "dispatch_dtype", "bf16"),
+        ({FP8_DISPATCH: "yes"}, "0.5.20", "dispatch_dtype", "bf16"),
+        ({FP8_DISPATCH: "True", DISPATCH_DTYPE: "bf16"}, "0.5.20", "dispatch_dtype", "bf16"),
+        ({COMBINE_DTYPE: "FP8"}, "", "combine_quant", "fp8_blockwise"),
+        ({COMBINE_DTYPE: "Fp8_Direct_Cast"}, "", "combine_quant", "fp8_direct_cast"),
+        ({COMBINE_DTYPE: "fp8"}, "0.5.11", "combine_quant", "none"),
+        ({FP8_COMBINE: "true"}, "0.5.11", "combine_quant", "fp8_direct_cast"),
+        ({FP8_COMBINE: "true"}, "0.5.12", "combine_quant", "fp8_blockwise"),
+        ({FP8_COMBINE: "true"}, "0.5.21", "combine_quant", "none"),
+        ({FP8_COMBINE: "true", COMBINE_DTYPE: "bf16"}, "0.5.12", "combine_quant", "none"),
+        ({SDMA: "True"}, "", "mori_kernel", "AsyncLL"),
+        ({SDMA: "on"}, "", "mori_kernel", "auto"),
+        ({SDMA: "yes"}, "", "mori_kernel", "auto"),
+        ({SDMA: "1"}, "0.5.10", "mori_kernel", "auto"),
+        ({LIMIT: "64"}, "0.5.10", "limit", "sum32"),
+        ({RECV_BOUND: "1"}, "0.5.18", "recv_bound", False),
+        ({RECV_BOUND: "1"}, "0.5.19", "recv_bound", True),
+        ({EP_V2: "false"}, "", "mori_kernel", "auto"),
+    ],
+)
+def test_a_variable_is_read_as_its_release_reads_it(
+    environ: dict[str, str], sglang: str, key: str, value: object
+) -> None:
+    assert getattr(case_of(environ, sglang_version=sglang), key) == value
+
+
+def test_words_of_another_release_are_refused() -> None:
+    with pytest.raises(InvalidCase, match="allowed are true, 1, false, 0"):
+        case_of({RECV_BOUND: "yes"}, sglang_version="0.5.20")
+    with pytest.raises(InvalidCase, match="allowed are auto, bf16, fp8, fp8_direct_cast;"):
+        case_of({COMBINE_DTYPE: "fp4"}, sglang_version="0.5.15")
+
+
+@pytest.mark.parametrize("version", ["0.5.8", "0.4.10", "newest"])
+def test_a_release_without_the_path_is_refused(version: str) -> None:
+    with pytest.raises(InvalidCase, match=f"sglang_version = '{version}'"):
+        case_of({}, sglang_version=version)
+
+
+@pytest.mark.parametrize(
+    ("environ", "sglang"),
+    [
+        ({DISPATCH_DTYPE: "fp4"}, ""),
+        ({DISPATCH_DTYPE: "MXFP8"}, ""),
+        ({FP4_DISPATCH: "1"}, "0.5.20"),
+        ({EP_V2: "y"}, ""),
+    ],
+)
+def test_what_cannot_be_run_is_unsupported(environ: dict[str, str], sglang: str) -> None:
+    with pytest.raises(Unsupported, match="env:SGLANG_MORI_"):
+        case_of(environ, sglang_version=sglang)
+
+
+def test_a_flag_wins_over_a_type_that_cannot_be_run() -> None:
+    assert case_of({DISPATCH_DTYPE: "fp4"}, dispatch_dtype="bf16").dispatch_dtype == "bf16"
+
+
+def test_the_installed_release_counts_unless_the_case_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.5.10.post1")
+    assert case_of({FP8_DISPATCH: "1"}).sglang_version == "0.5.10.post1"
+    assert case_of({FP8_DISPATCH: "1"}).dispatch_dtype == "fp8"
+    assert case_of({FP8_DISPATCH: "1"}, sglang_version="0.5.23").dispatch_dtype == "bf16"
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.0.0.dev1+g123")
+    assert not case_of({}).sglang_version
+
+
+def test_a_launchers_own_name_is_no_near_miss_where_the_real_one_is_set() -> None:
+    environ = {"MORI_MOE_MAX_INPUT_TOKENS_DECODE": "2048"}
+    assert len(near_misses(environ)) == 1
+    assert near_misses(environ | {LIMIT: "2048"}) == []
+    assert len(near_misses(environ | {LIMIT: " "})) == 1
+
+
+def test_the_triton_experts_take_no_table_of_aiter(tmp_path: Any) -> None:
+    table = tmp_path / "tuned.csv"
+    table.write_text("cu_num")
+    environ = {"AITER_CONFIG_FMOE": str(table), "AITER_KSPLIT": "2"}
+    assert case_of(environ).kernel_table == str(table)
+    case = case_of(environ, experts="triton")
+    assert (case.kernel_table, case.aiter_ksplit) == ("", 0)
+    (line,) = unused_variables(environ, case, {})
+    assert "experts triton have their own tables" in line
+
+
+def test_several_tables_are_one_key_with_a_digest_of_all(tmp_path: Any) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"token,only_{name}\n1,2\n")
+    named = f"{tmp_path}/a:{tmp_path}/b"
+    case = case_of({"AITER_CONFIG_FMOE": named})
+    assert case.kernel_table == named
+    assert case.kernel_table_sha256 not in ("", case_of({"AITER_CONFIG_FMOE": f"{tmp_path}/a"}).kernel_table_sha256)
+    with pytest.raises(InvalidCase, match="missing"):
+        case_of({"AITER_CONFIG_FMOE": f"{tmp_path}/a:{tmp_path}/missing"})
+
+
+@pytest.mark.parametrize(
+    ("environ", "values", "reason"),
+    [
+        ({"MORI_RDMA_TC": "96"}, {}, "this case does not run mori"),
+        ({"MORI_RDMA_TC": "96"}, {"transport": "mori", "emulate": True}, "the stand-in of mori does not read it"),
+        ({"MORI_RDMA_TC": "96"}, {"transport": "mori"}, ""),
+        ({"MORI_SHMEM_HEAP_SIZE": "6G"}, {"transport": "mori", "emulate": True}, ""),
+        ({"AITER_USE_NT": "1"}, {}, "this case does not run aiter"),
+        ({"AITER_USE_NT": "1"}, {"experts": "aiter"}, ""),
+        ({COMBINE_DTYPE: "fp8"}, {}, "transport collective has no combine_quant"),
+        ({RECV_BOUND: "1"}, {"limit": 64}, "limit is set by test"),
+        ({RECV_BOUND: "1"}, {"limit": "off"}, ""),
+        ({"SOME_MORI_THING": "1"}, {}, "nothing that distbench runs reads it"),
+        ({"MEMORIES": "1", "AITERATION": "1", "X_AITER_Y": "1"}, {}, ""),
+        ({"MORI_RDMA_TC": ""}, {}, ""),
+    ],
+)
+def test_each_variable_that_does_nothing_is_listed_with_its_reason(
+    environ: dict[str, str], values: dict[str, Any], reason: str
+) -> None:
+    case = tiny_case(4, **values)
+    lines = unused_variables(environ, case, {"limit": "test"})
+    assert bool(lines) == bool(reason)
+    assert not reason or f"{next(iter(environ))}={next(iter(environ.values()))} ({reason})" in lines[0]
+
+
+def test_reasons_are_shared_and_secrets_are_not_shown() -> None:
+    environ = {"ATOM_HUB_TOKEN": "hf_x", "ATOM_A": "1", "ATOM_B": "2"}
+    (line,) = unused_variables(environ, tiny_case(4), {})
+    assert line == (
+        "set and not used by this case: ATOM_A=1, ATOM_B=2, ATOM_HUB_TOKEN=(not shown) "
+        "(nothing that distbench runs reads it)"
+    )
+    assert recorded_environment(environ) == {"ATOM_A": "1", "ATOM_B": "2"}
+
+
+def test_every_variable_is_read_by_the_first_release_it_names() -> None:
+    for name, span in VARIABLES.items():
+        assert reads(name, span.first)
+        assert reads(name, span.last or "")
+        assert not span.last or not reads(name, "")
+    assert rules_of("") == rules_of("0.5.23") == rules_of("0.6.0")

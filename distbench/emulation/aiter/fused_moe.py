@@ -207,7 +207,7 @@ def _layer(w1: Tensor, w2: Tensor, topk: int, *, is_ep: bool) -> LayerKey:
 def _selector(layer: LayerKey) -> KernelSelector:
     assumed = habits.assumed()
     tuned = load_tuned_rows(assumed.table, TunedKey.for_layer(layer, assumed.rules)) if assumed.table else ()
-    return KernelSelector(layer=layer, tuned=tuned, rules=assumed.rules)
+    return KernelSelector(layer=layer, tuned=tuned, rules=assumed.rules, overrides=assumed.overrides)
 
 
 @functools.lru_cache(maxsize=4)

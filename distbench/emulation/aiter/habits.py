@@ -15,6 +15,7 @@ import msgspec
 
 from distbench.architectures import arch_of
 from distbench.experts.rules import BucketRules, rules_for
+from distbench.experts.selection import Overrides
 
 WRONG_BUCKET = "wrong-bucket-4"
 FAULT_AT_ROWS = "fault-at-304-336"
@@ -44,7 +45,9 @@ class Assumed(msgspec.Struct, frozen=True, kw_only=True):
     version: str = NEWEST
     cu_count: int = 304
     table: str = ""
-    """Path of the tuned table; empty: a table without rows."""
+    """Path of the tuned table, or several joined by colons; empty: a table without rows."""
+    overrides: Overrides = Overrides()
+    """What a real aiter finds in its environment."""
     seed: int = 0
     """Orders the adds of atomic epilogues."""
 

@@ -18,13 +18,14 @@ from torch import Tensor
 from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.errors import Unsupported
+from distbench.experts import overrides_of
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import kernel_log
 from distbench.experts.aiter.package import (
     PACKAGE,
     STAND_IN,
     AiterPackage,
-    check_table,
+    check_settings,
     followed_release,
     load_package,
     tuned_tables,
@@ -74,7 +75,7 @@ class AiterExperts:
         self._tables = tuned_tables(package)
         check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
-            check_table(case)
+            check_settings(case)
         if case.dispatch_dtype == "fp8":
             _check_fp8(case, self._key.arch)
         self._payload = fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16
@@ -298,6 +299,7 @@ def _assume(package: AiterPackage, case: Case) -> AiterPackage:
         version=case.aiter_version or habits.NEWEST,
         cu_count=case.cu_count,
         table=case.kernel_table,
+        overrides=overrides_of(case),
         seed=case.seed,
     )
     habits.assume(assumed)

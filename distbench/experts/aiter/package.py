@@ -20,11 +20,11 @@ from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import BUCKET_RULES, padded_rows, rules_for
+from distbench.kernel_tables import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
 
 DISTRIBUTION = "amd-aiter"
 PACKAGE = "aiter"
 STAND_IN = "distbench.emulation.aiter"
-TABLE_VARIABLE = "AITER_CONFIG_FMOE"
 BUILD_VARIABLE = "AITER_JIT_DIR"
 INSTALL = (
     "run in a ROCm container that has it, or install amd-aiter for this ROCm (docs/amd.md); "
@@ -69,7 +69,7 @@ def installed_tables(environ: Mapping[str, str] = os.environ) -> list[str]:
 
     AITER_CONFIG_FMOE replaces the release's own set: configs/tuned_fmoe.csv and those of model_configs.
     """
-    named = environ.get(TABLE_VARIABLE, "")
+    named = environ.get(KERNEL_TABLES, "")
     spec = importlib.util.find_spec(PACKAGE)
     if named or spec is None or not spec.submodule_search_locations:
         return [part for part in named.split(os.pathsep) if part]
@@ -214,18 +214,25 @@ def _check_buckets(said: str, package: AiterPackage) -> None:
             )
 
 
-def check_table(case: Case, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse another table than the installed aiter uses.
+def check_settings(case: Case, environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse another table, or other overrides, than the installed aiter reads in its environment.
 
     Raises:
         InvalidCase: says what to set.
 
     """
-    if case.kernel_table and case.kernel_table != environ.get(TABLE_VARIABLE):
+    if case.kernel_table and case.kernel_table != environ.get(KERNEL_TABLES):
         _refuse(
             f"kernel_table = {case.kernel_table!r}: aiter reads its table when it is imported; set "
-            f"{TABLE_VARIABLE}={case.kernel_table} for the launch too"
+            f"{KERNEL_TABLES}={case.kernel_table} for the launch too"
         )
+    asked = {
+        KSPLIT: ("aiter_ksplit", case.aiter_ksplit),
+        BYPASS_TUNE: ("aiter_bypass_tune", int(case.aiter_bypass_tune)),
+    }
+    for name, (key, value) in asked.items():
+        if int(environ.get(name, "").strip() or 0) != value:
+            _refuse(f"{key} = {value}: aiter reads {name} in its environment; set it to {value} for the launch too")
 
 
 def _refuse(message: str) -> None:

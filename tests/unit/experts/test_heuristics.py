@@ -116,6 +116,7 @@ def test_one_stage_by_generation() -> None:
         "0.1.10": [False] * 4,
         "0.1.10.post1": large,
         "0.1.12": large_any,
+        "0.1.13": large_any,
         "0.1.14": large_any,
         "0.1.16": large_any,
     }

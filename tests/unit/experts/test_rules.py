@@ -24,6 +24,7 @@ EDGES |= {
     "0.1.9.post1": EDGES["0.1.9"],
     "0.1.10": EDGES["0.1.9"],
     "0.1.10.post1": EDGES["0.1.9"],
+    "0.1.13": EDGES["0.1.12"],
     "0.1.16": EDGES["0.1.14"],
 }
 generations = pytest.mark.parametrize("rules", BUCKET_RULES.values(), ids=BUCKET_RULES)
@@ -78,8 +79,8 @@ def test_a_current_bucket_holds_its_rows_below_the_first_tier(rows: int) -> None
         ("0.1.10.post3", "0.1.10.post1"),
         ("0.1.11.post1", "0.1.10.post1"),
         ("0.1.12+rocm7", "0.1.12"),
-        ("0.1.13.post1", "0.1.12"),
-        ("v0.1.14-rc0", "0.1.12"),
+        ("0.1.13.post1", "0.1.13"),
+        ("v0.1.14-rc0", "0.1.13"),
         ("0.1.14", "0.1.14"),
         ("0.1.15.post3", "0.1.14"),
         ("0.1.16", "0.1.16"),

@@ -17,6 +17,7 @@ from distbench.experts.selection import (
     KernelChoice,
     KernelSelector,
     LayerKey,
+    Overrides,
     TunedKey,
     TunedRow,
     load_tuned_rows,
@@ -89,6 +90,36 @@ def test_fp8_without_a_table_is_split_then_two_stage_then_one_stage() -> None:
         "",
     )
     assert (most.tile_k1, most.tile_k2, most.stage2_mode, most.source) == (128, 128, "atomic", "heuristic")
+
+
+@pytest.mark.parametrize(
+    ("release", "overrides", "source", "ksplit"),
+    [
+        ("0.1.8", {"ksplit": 6, "bypass_tuned": True}, "tuned", 3),
+        ("0.1.9", {"bypass_tuned": True}, "heuristic", 2),
+        ("0.1.16", {"bypass_tuned": True}, "heuristic", 2),
+        ("0.1.16", {"bypass_tuned": True, "ksplit": 6}, "heuristic", 6),
+        ("0.1.16", {"ksplit": 6}, "tuned", 3),
+        ("0.1.12", {"ksplit": -1}, "tuned", 3),
+        ("0.1.13", {"ksplit": -1}, "tuned", 0),
+    ],
+)
+def test_the_environment_of_aiter_changes_its_choice_where_the_release_reads_it(
+    release: str, overrides: dict[str, Any], source: str, ksplit: int
+) -> None:
+    selector = KernelSelector(
+        layer=msgspec.structs.replace(DEEPSEEK, quant="fp8"),
+        tuned=(row(1, ksplit=3), row(16, ksplit=3)),
+        rules=BUCKET_RULES[release],
+        overrides=Overrides(**overrides),
+    )
+    found = selector.choose(1)
+    assert (found.source, found.ksplit) == (source, ksplit)
+
+
+def test_kernels_of_bf16_ask_for_no_split() -> None:
+    selector = KernelSelector(layer=DEEPSEEK, overrides=Overrides(ksplit=4))
+    assert selector.choose(1).ksplit == 0
 
 
 def test_a_tuned_row_decides_all_but_the_rows() -> None:

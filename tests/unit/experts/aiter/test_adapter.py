@@ -23,7 +23,7 @@ from distbench.experts import make_experts, make_selector
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
 from distbench.experts.aiter.log import KernelLog
-from distbench.experts.aiter.package import STAND_IN, check_available, check_table, followed_release, load_package
+from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, followed_release, load_package
 from distbench.experts.base import check_values
 from distbench.experts.tuned import KEY_COLUMNS, TunedKey
 from distbench.graphs import GraphedExperts
@@ -346,9 +346,9 @@ def test_the_real_one_follows_no_other_release_and_no_other_table(tmp_path: Any)
     with pytest.raises(InvalidCase, match=r"0\.1\.20 is installed"):
         followed_release(case, package._replace(version="0.1.20"))
     tabled = aiter_case(emulate=False, kernel_table=str(table))
-    check_table(tabled, {"AITER_CONFIG_FMOE": str(table)})
+    check_settings(tabled, {"AITER_CONFIG_FMOE": str(table)})
     with pytest.raises(InvalidCase, match="set AITER_CONFIG_FMOE="):
-        check_table(tabled, {})
+        check_settings(tabled, {})
 
 
 @pytest.mark.parametrize("version", ["0.1.dev1+g123", "unknown"])

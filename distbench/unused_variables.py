@@ -1,0 +1,107 @@
+"""The variables of the MoRI path and of aiter that are set and do nothing for a case, each with the reason.
+
+The names that MoRI and aiter read themselves are those of their sources: mori 2026-08-21 (`getenv` in `src` and
+`include`, `os.environ` in `python/mori`) and aiter 2026-08-22 (`fused_moe.py`, `jit/`, `ops/flydsl`, `ops/quant.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from distbench.case import Case
+from distbench.production import KEYS, is_secret, near_miss
+from distbench.sglang import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
+from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
+
+_LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
+_MORI_KEYS = ("combine_quant", "launch_mode", "inter_kernel_switch", "mori_kernel")
+_AITER_KEYS = ("kernel_table", "aiter_ksplit", "aiter_bypass_tune")
+_SHOWN_CHARACTERS = 60
+
+_MORI_READS = frozenset(
+    f"MORI_{name}"
+    for name in (
+        *("APP_LOG_LEVEL", "BNXT_ENABLE_UDP_SPORT", "BOOTSTRAP_TIMEOUT", "CORE_LOG_LEVEL", "DEBUG_INFO", "DEVICE_NIC"),
+        *("DISABLE_AUTO_XGMI", "DISABLE_IONIC_CCQE", "DISABLE_JIT", "DISABLE_LOGGING", "DISABLE_P2P", "DISABLE_TOPO"),
+        *("ENABLE_DMABUF_REG", "ENABLE_RAIL_ONLY", "EP_COMM", "EP_DISABLE_RDMA_ATOMICS", "EP_DISABLE_VIEW_CACHE"),
+        *("EP_TUNING_CONFIG", "FP8_COMBINE_SCALE_DIM", "GLOBAL_LOG_LEVEL", "GPU_ARCHS", "IB_ENABLE_RELAXED_ORDERING"),
+        *("IB_GID_INDEX", "IB_PATH_MTU", "IGNORE_CPU_AFFINITY", "JIT_ARCH", "JIT_CACHE_DIR", "JIT_EXTRA_FLAGS"),
+        *("JIT_HIPCC", "JIT_KEEP_FAILED", "JIT_VERBOSE", "KERNEL_DIR", "LOG_FILE", "LOG_PATTERN"),
+        *("MLX5_ENABLE_UDP_SPORT", "NUM_QP_PER_PE", "OPS_LOG_LEVEL", "PRECOMPILE", "RDMA_DEVICES", "RDMA_SL"),
+        *("RDMA_TC", "ROCM_SMI_PATH", "SDMA_NUM_CHANNELS", "SHMEM_HEAP_SIZE", "SHMEM_HEAP_TYPE", "SHMEM_LOG_LEVEL"),
+        *("SHMEM_MODE", "SHMEM_VMM_CHUNK_SIZE", "SOCKET_IFNAME", "SOURCE_ROOT", "WAVE_SIZE"),
+    )
+)
+_AITER_READS = frozenset(
+    f"AITER_{name}"
+    for name in (
+        *("ASM_DEBUG", "ASM_DIR", "BF16_FP8_MOE_BOUND", "CONFIG_GROUPED_FMOE", "DISABLE_KERNARG_PRELOAD"),
+        *("ENABLE_EXPERIMENTAL", "ENABLE_VSKIP", "FLYDSL_EP_NO_FAKE_EXPERT", "FLYDSL_FORCE", "FLYDSL_FORCE_REDUCE"),
+        *("FLYDSL_KERNARG_PRELOAD", "FLYDSL_KERNARG_PRELOAD_COUNT", "FLYDSL_MOE_EXPERT_SCHEDULING_MODE"),
+        *("FLYDSL_STAGE2_FP8", "FORCE_A8W4", "GPU_ARCHS", "JIT_DIR", "LOG_LEVEL", "LOG_MORE", "LOG_TUNED_CONFIG"),
+        *("META_DIR", "MOE_SORT_BACKEND", "MXFP4_INTERMEDIATE", "ONLINE_TUNE", "REBUILD", "SITUV2_A4W4"),
+        *("SITUV2_A8W4", "SYMBOL_VISIBLE", "USE_CK_MOE_SORTING", "USE_FLYDSL_MOE_SORTING", "USE_GROUPED_GEMM"),
+        *("USE_NT", "XBFLOAT16"),
+    )
+)
+_PACKAGES = {"mori": _MORI_READS, "aiter": _AITER_READS}
+_STAND_INS = {
+    "mori": frozenset({HEAP_SIZE, "MORI_FP8_COMBINE_SCALE_DIM", "MORI_EP_COMM"}),
+    "aiter": frozenset({"AITER_JIT_DIR"}),
+}
+
+
+def unused_variables(environ: Mapping[str, str], case: Case, sources: Mapping[str, str]) -> tuple[str, ...]:
+    """One line that lists them with their values and reasons, or none. Near misses have warnings of their own.
+
+    `sources` says for each key of the case where its value came from.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name in sorted(environ):
+        if _LISTED.search(name) and environ[name].strip() and not near_miss(name, environ):
+            reason = _reason(name, environ, case, sources)
+            if reason:
+                value = "(not shown)" if is_secret(name) else f"{environ[name]:.{_SHOWN_CHARACTERS}}"
+                reasons.setdefault(reason, []).append(f"{name}={value}")
+    if not reasons:
+        return ()
+    listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return (f"set and not used by this case: {listed}",)
+
+
+def _reason(name: str, environ: Mapping[str, str], case: Case, sources: Mapping[str, str]) -> str:
+    """Return why the case does not use the variable, or nothing where it does."""
+    if name in VARIABLES and not reads(name, case.sglang_version):
+        return f"SGLang {case.sglang_version or NEWEST} does not read it, {VARIABLES[name]} do"
+    if name in TRANSFER_VARIABLES or name.startswith("MORI_IO_"):
+        return "for the transfer of the KV cache"
+    if name in KEYS:
+        return _reason_of_key(name, KEYS[name], case, sources)
+    if name == HEAP_SIZE and is_isolated(environ):
+        return f"{SHMEM_MODE} is {environ[SHMEM_MODE]}, which has no heap"
+    if name.startswith(("MORI_", "AITER_")):
+        return _reason_of_package(name, case)
+    return "" if name == EP_V2 else "nothing that distbench runs reads it"
+
+
+def _reason_of_key(name: str, key: str, case: Case, sources: Mapping[str, str]) -> str:
+    if key in _MORI_KEYS and case.transport != "mori":
+        return f"transport {case.transport} has no {key}"
+    if key in _AITER_KEYS and case.experts == "triton":
+        return "experts triton have their own tables"
+    if key == "recv_bound" and case.limit != "off":
+        return f"limit is set by {sources.get('limit', 'default')}"
+    source = sources.get(key, "default")
+    if source in ("default", f"env:{name}") or source.startswith("preset:"):
+        return ""
+    return f"{key} is set by {source}"
+
+
+def _reason_of_package(name: str, case: Case) -> str:
+    package = name.partition("_")[0].lower()
+    if package not in (case.transport, case.experts):
+        return f"this case does not run {package}"
+    if name in (_STAND_INS if case.emulate else _PACKAGES)[package]:
+        return ""
+    return f"the stand-in of {package} does not read it" if case.emulate else f"{package} is not known to read it"

@@ -1,0 +1,59 @@
+"""Public recipes: what becomes of each variable, read as the release of SGLang reads it that they were written for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from distbench.errors import Unsupported
+from distbench.production import near_miss, read_environment, recorded_environment
+from distbench.resolve import FLAGS, Layer, Resolved, resolve_case
+from distbench.unused_variables import unused_variables
+
+RECIPES = msgspec.toml.decode((Path(__file__).parents[1] / "data" / "recipes.toml").read_bytes())["recipe"]
+LISTED = re.compile(r"MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
+
+
+def resolved(recipe: dict[str, Any], without: tuple[str, ...] = ()) -> Resolved:
+    flags = {"transport": "mori", "experts": "aiter", "sglang_version": recipe["sglang"]}
+    layers = [Layer(FLAGS, flags, strict=False)]
+    environ = {name: value for name, (value, _) in recipe["variables"].items() if name not in without}
+    return resolve_case([*layers, *read_environment(environ, layers)], 8)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe["name"])
+def test_each_variable_of_a_recipe_does_what_the_table_says(recipe: dict[str, Any]) -> None:
+    environ = {name: value for name, (value, _) in recipe["variables"].items()}
+    refused = tuple(name for name, (_, fate) in recipe["variables"].items() if fate == "UNSUPPORTED")
+    assert bool(refused) == (recipe.get("ends") == "UNSUPPORTED")
+    for name in refused:
+        with pytest.raises(Unsupported, match=f"env:{name}: production"):
+            resolved(recipe, tuple(other for other in refused if other != name))
+    found = resolved(recipe, refused)
+    (line,) = unused_variables(environ, found.case, found.sources) or ("",)
+    recorded = recorded_environment(environ)
+    for name, (value, fate) in recipe["variables"].items():
+        unused = f"{name}={value}" in line
+        assert unused == fate.startswith("unused: "), (name, line)
+        assert bool(near_miss(name, environ)) == (fate == "near miss"), name
+        assert recorded[name] == value
+        if unused:
+            after = line[line.index(f"{name}={value}") :]
+            assert after[after.index("(") + 1 : after.index(")")] == fate.removeprefix("unused: ")
+        if "=" in fate:
+            key, _, expected = fate.partition("=")
+            assert str(getattr(found.case, key)) == expected
+            assert found.sources[key] == f"env:{name}"
+
+
+def test_every_variable_of_the_path_has_a_fate_in_some_recipe() -> None:
+    fates = {name: fate for recipe in RECIPES for name, (_, fate) in recipe["variables"].items()}
+    assert all(LISTED.search(name) for name, fate in fates.items() if fate not in ("recorded", "package"))
+    assert len(RECIPES) >= 20
+    assert {fate.split(":")[0] for fate in fates.values() if "=" not in fate} == {
+        *("package", "unused", "near miss", "neutral", "UNSUPPORTED", "recorded"),
+    }
