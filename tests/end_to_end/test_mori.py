@@ -7,6 +7,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.end_to_end.launches import ROOT, Bench, wait_until
 from tests.end_to_end.test_run import tiny
 from tests.faulty_site.unguarded import MISTAKEN
