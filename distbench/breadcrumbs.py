@@ -51,6 +51,11 @@ class Position(msgspec.Struct, frozen=True):
     step: int
 
     @property
+    def is_known(self) -> bool:
+        """Whether there are such an arm and stage."""
+        return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES)
+
+    @property
     def stage_name(self) -> str:
         """The stage in words."""
         return STAGES[self.stage]
@@ -130,5 +135,4 @@ def read_position(path: Path) -> Position | None:
     position = Position(*fields)
     if space != pid_space():
         position = msgspec.structs.replace(position, pid=0)
-    known = 0 <= position.arm < len(ARMS) and 0 <= position.stage < len(STAGES) and position.case_index >= 0
-    return position if known else None
+    return position if position.is_known and position.case_index >= 0 else None

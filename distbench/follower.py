@@ -32,21 +32,23 @@ class Timeouts(NamedTuple):
     lock_s: float
 
 
-def follow(spread: Spread, out: Path, timeouts: Timeouts) -> int:
+def follow(spread: Spread, secret: bytes, out: Path, timeouts: Timeouts) -> int:
     """Take part until node 0 ends the campaign; return the exit code that it gives.
 
-    What the ranks leave goes below `out`, which no other node may use. Devices are held from the first launch on.
+    `secret` is the launch's. What the ranks leave goes below `out`, which no other node may use. Devices are held from
+    the first launch on.
 
     Raises:
         NodeLost: node 0 did not come, or has gone; no rank is left here.
-        InvalidCase: node 0 refuses this node, or NCCL is told to use interfaces that are not there.
+        InvalidCase: node 0 refuses this node or has another secret, or NCCL is told to use an interface that is not
+            there.
         Busy: another bench holds this node's devices, and did not let go within `timeouts.lock_s`.
         Unsupported: this node has fewer devices than ranks.
         Interrupted: a signal came; no rank is left here.
 
     """
     with collect_signals() as signals, contextlib.ExitStack() as held:
-        link = Link(spread, timeouts.join_s, signals)
+        link = Link(spread, secret, timeouts.join_s, signals)
         held.callback(link.close)
         follower = _Follower(spread, out, link, signals, _Devices(held, timeouts.lock_s))
         try:

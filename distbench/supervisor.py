@@ -12,20 +12,23 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from distbench.breadcrumbs import Position
 from distbench.errors import LaunchFailed, Verdict
 from distbench.hang import find_hang
-from distbench.job import Entry, Job, clear_ranks
+from distbench.job import Entry, Job, Spread, clear_ranks
 from distbench.nodes.hub import Hub
+from distbench.nodes.wire import BACKEND
 from distbench.postmortem import Ending, Exit, explain_fault, positions
 from distbench.process import is_alive
 from distbench.signals import TERMINAL_SIGNALS, Interrupted
@@ -38,6 +41,8 @@ _RANKS_ENVIRON = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
+_LOOPBACK = "127.0.0.1"
+_WAITING = 1024
 _MONITOR_S = 0.1
 _MEETING_S = 60
 _TICK_S = 0.1
@@ -83,6 +88,7 @@ def supervise(
     if hub is not None:
         job = hub.begin(job, signals)
     agent = Agent(job)
+    agent.store = None if hub is None else hub.store
     watch = Watch(job, agent, hub)
     agent.start()
     while agent.is_alive() and not watch.given_up:
@@ -178,6 +184,8 @@ class Agent(threading.Thread):
         self.finished = False
         self.failure = ""
         self.first_exit: Exit | None = None
+        self.store: socket.socket | None = None
+        """Where node 0 of several has its ranks meet."""
 
     def run(self) -> None:
         """Run the ranks of this node to their end; `failure` says why it could not."""
@@ -185,23 +193,14 @@ class Agent(threading.Thread):
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 
+        from distbench.nodes.rendezvous import register  # noqa: PLC0415
+
         logging.getLogger("torch").setLevel(logging.CRITICAL)
-        spread = self._job.spread
-        config = LaunchConfig(
-            min_nodes=1 if spread is None else spread.nodes,
-            max_nodes=1 if spread is None else spread.nodes,
-            nproc_per_node=self._job.num_ranks if spread is None else spread.nproc,
-            run_id=f"distbench-{os.getpid() if spread is None else spread.launch}",
-            rdzv_backend="c10d" if spread is None else "static",  # static: rank 0 is on node 0
-            rdzv_endpoint="localhost:0" if spread is None else spread.endpoint,
-            rdzv_configs={} if spread is None else {"rank": spread.node, "timeout": _MEETING_S},
-            start_method="forkserver",
-            monitor_interval=_MONITOR_S,
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        )
+        register()
         try:
-            elastic_launch(config, start_rank)(self._job)
+            elastic_launch(
+                LaunchConfig(**self._settings(), logs_specs=DefaultLogsSpecs(log_dir=os.devnull)), start_rank
+            )(self._job)
             self.finished = True
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -209,10 +208,35 @@ class Agent(threading.Thread):
             self.first_exit = Exit(rank, how)
         except Exception as error:  # noqa: BLE001 - whatever torchrun raises, the main thread has to hear of it
             told = f"{type(error).__name__} of torchrun's agent: {one_line(error)}"
+            spread = self._job.spread
             if spread is None:
                 self.failure = f"{told}; distbench doctor looks at this node's limits"
             else:
                 self.first_exit = Exit(spread.node * spread.nproc, told)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return torchrun's settings. The store where ranks meet listens on loopback if all are on one node."""
+        spread, store = self._job.spread, self.store
+        listener: int | None = None
+        run_id = f"distbench-{os.getpid() if spread is None else spread.launch}"
+        if spread is None:
+            store = socket.create_server((_LOOPBACK, 0), backlog=_WAITING)
+            port = store.getsockname()[1]
+            spread = Spread(nodes=1, node=0, nproc=self._job.num_ranks, host=_LOOPBACK, port=port, launch=0)
+            listener = store.detach()
+        elif store is not None:
+            listener = os.dup(store.fileno())
+        return {
+            "min_nodes": spread.nodes,
+            "max_nodes": spread.nodes,
+            "nproc_per_node": spread.nproc,
+            "run_id": run_id,
+            "rdzv_backend": BACKEND,
+            "rdzv_configs": {"timeout": _MEETING_S, "spread": spread, "listener": listener},
+            "start_method": "forkserver",
+            "monitor_interval": _MONITOR_S,
+            "max_restarts": 0,
+        }
 
     def workers(self) -> set[int]:
         """Return the processes that it has started and that have not ended."""

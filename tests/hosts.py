@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,7 @@ class Hosts:
         self.folder = out
         self.count = count
         self.meeting = 0
+        self.secret = secrets.token_hex(32)
         self.started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Hosts:  # noqa: PYI034 - Self comes with Python 3.11
@@ -114,7 +116,7 @@ class Hosts:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "DISTBENCH_SECRET": self.secret} | environ,
                 start_new_session=True,
             )
         self.started.append(process)

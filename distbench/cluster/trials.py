@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import sys
 import time
@@ -24,6 +25,7 @@ _POLL_S = 0.1
 _PROBE_S = 120.0
 # Once a process of a group has failed the others have so long to end: they may have the group's verdict to write.
 _PARTING_S = 30.0
+_SECRET_BYTES = 32
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +107,7 @@ class _Running:
     def __init__(self, settings: Settings, step: Step, nodes: Group, port: int) -> None:
         self._settings, self._step, self._nodes, self._port = settings, step, nodes, port
         self.out = settings.out / "trials" / step / ("all" if step == "all" else "+".join(nodes))
+        self._secret = self.out / "secret"  # the nodes share this folder, and their commands can be seen by all
         self._processes = Processes(settings.launcher, self.out)
         self._failed_at: float | None = None
         self._late = False
@@ -115,6 +118,8 @@ class _Running:
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir(parents=True)
         (self.out / "nodes.txt").write_text("".join(f"{node}\n" for node in self._nodes))
+        self._secret.touch(mode=0o600)
+        self._secret.write_text(secrets.token_hex(_SECRET_BYTES))
         try:
             self._processes.start({node: self._command(number) for number, node in enumerate(self._nodes)})
         except BaseException:
@@ -124,6 +129,7 @@ class _Running:
 
     def __exit__(self, *_: object) -> None:
         self._processes.end()
+        self._secret.unlink(missing_ok=True)
 
     def alive(self) -> bool:
         """Whether a process of the group is running; the others are ended a while after one has failed."""
@@ -198,6 +204,7 @@ class _Running:
             launch=0,
         )
         place = ["--nnodes", str(spread.nodes), "--node-rank", str(number), "--rdzv-endpoint", spread.endpoint]
+        place += ["--secret-file", str(self._secret)]
         return [*command, *place, "--join-timeout", f"{settings.join_timeout_s:g}"]
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,9 +17,11 @@ from distbench.commands.tasks import refuse_tasks
 from distbench.errors import InvalidCase, Verdict
 from distbench.job import Spread
 from distbench.nodes.hub import Hub
+from distbench.nodes.secret import VARIABLE, read_secret
 
 _LOCAL_RANKS = 8
 _PORTS = 65536
+_REFUSED = "refused.log"
 _ENDPOINT = re.compile(r"(?:\[(?P<v6>[^\s\[\]]+)\]|(?P<host>[^\s:\[\]]+)):(?P<port>\d{1,5})", re.ASCII)
 
 
@@ -29,6 +32,9 @@ def add_nodes(command: Any) -> None:
     group.add_argument("--nnodes", type=nodes, metavar="N", help="nodes, with --nproc ranks on each (default: 1)")
     group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")
     group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
+    group.add_argument(
+        "--secret-file", metavar="FILE", default="", help=f"the launch's secret, mode 0600 (default: {VARIABLE})"
+    )
     group.add_argument(
         "--join-timeout",
         type=seconds(LEAST_SECONDS),
@@ -97,11 +103,14 @@ def other_nodes(options: argparse.Namespace) -> Iterator[Nodes]:
     """Let the other nodes of the launch join, if there are any; when the context ends they are sent home.
 
     Raises:
-        InvalidCase: the port on which they are to be heard is taken.
+        InvalidCase: the port on which they are to be heard is taken, or there is no secret.
 
     """
     spread = spread_of(options)
-    nodes = Nodes(None if spread is None else Hub(spread, options.join_timeout))
+    nodes = Nodes(None)
+    if spread is not None:
+        secret = read_secret(spread.host, options.secret_file)
+        nodes.hub = Hub(spread, options.join_timeout, secret, Path(options.out) / _REFUSED)
     try:
         yield nodes
     finally:

@@ -25,6 +25,8 @@ from distbench.job import Entry, Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
 from distbench.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
+from distbench.nodes.secret import VARIABLE as SECRET
+from distbench.nodes.secret import read_secret
 from distbench.preflight import available_bytes, check_case, check_devices, check_folder, check_memory, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
@@ -65,9 +67,17 @@ def add_ranks(command: Any, text: str) -> None:
 
 
 def follow_node_0(options: argparse.Namespace) -> int | None:
-    """Take part as a node that is not node 0; None where this is node 0."""
+    """Take part as a node that is not node 0; None where this is node 0.
+
+    Raises:
+        InvalidCase: the nodes have no secret, or not the same.
+
+    """
     spread = spread_of(options)
-    if spread is None or spread.node == 0:
+    if spread is None:
+        return None
+    secret = read_secret(spread.host, options.secret_file)
+    if spread.node == 0:
         return None
     from distbench.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
 
@@ -76,7 +86,7 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     allow_open_files(spread.nproc, spread.nodes * spread.nproc)
     with hold(out, (), options.lock_timeout):
         prepare_ranks(spread)
-        return follow(spread, out, Timeouts(options.join_timeout, options.lock_timeout))
+        return follow(spread, secret, out, Timeouts(options.join_timeout, options.lock_timeout))
 
 
 def prepare_ranks(spread: Spread | None = None) -> None:
@@ -92,6 +102,7 @@ def prepare_ranks(spread: Spread | None = None) -> None:
     else:
         chosen = choose_interfaces(spread.host, spread.port)
         print_note(f"node {spread.node} of {spread.nodes} on {socket.gethostname()}, {spread.nproc} ranks, {chosen}")
+    os.environ.pop(SECRET, None)  # no rank needs it
     preload_ranks()
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
-import socketserver
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from distbench.breadcrumbs import write_position
-from distbench.errors import DistbenchError, InvalidCase
+from distbench.errors import DistbenchError, Verdict
 from distbench.job import Job, RankFailure, Spread, crumb_path, failure_path, machine_path
-from distbench.nodes.wire import BEAT_S, SILENCE_S, Beat, Order, Phase
+from distbench.nodes.gate import Gate
+from distbench.nodes.listeners import listen
+from distbench.nodes.proof import Channel, Tampered
+from distbench.nodes.refusals import Refusals
+from distbench.nodes.wire import BEAT_S, MOST_BEAT_BYTES, SILENCE_S, Beat, Order, Phase
 from distbench.postmortem import Exit
+from distbench.values import one_line
 
 _TICK_S = 0.05
 _STACKS_S = 4.0
@@ -35,44 +38,68 @@ class NodesMissing(DistbenchError):
 class Hub:
     """The nodes of a campaign as node 0 sees them, itself included.
 
-    `refused` says which of them cannot take part, and why.
+    `refused` says which of them cannot take part, and why. Only peers that know the secret are heard at all.
     """
 
-    def __init__(self, spread: Spread, join_timeout_s: float) -> None:
-        """Listen on the port of `spread`; all nodes have to come within `join_timeout_s`.
+    def __init__(self, spread: Spread, join_timeout_s: float, secret: bytes = b"", log: Path | None = None) -> None:
+        """Listen on the endpoint of `spread`; all nodes have to come within `join_timeout_s`.
+
+        `log` gets a line for each peer that is refused.
 
         Raises:
-            InvalidCase: the port is taken.
+            InvalidCase: the port is taken, or the endpoint is not on this node.
 
         """
         self._spread = spread
         self._join_timeout_s = join_timeout_s
         self._order = Order(phase=Phase.WAIT)
         self._job: Job | None = None
+        self.store: socket.socket | None = None
+        """Where the ranks of the launch under way meet."""
         self._lock = threading.Lock()
+        self._channels: dict[int, Channel] = {}
         self._beats: dict[int, Beat] = {}
         self._heard: dict[int, float] = {}
         self._mirrored: dict[int, float] = {}
         self._told_end: set[int] = set()
+        self._refusals = Refusals(log)
         self.refused = ""
-        try:
-            self._server = _Server(("", spread.port), self)
-        except OSError as error:
-            message = f"--rdzv-endpoint {spread.endpoint}: {error.strerror or error} on node 0; use another port"
-            raise InvalidCase(message) from error
-        threading.Thread(target=self._server.serve_forever, name="hub", daemon=True).start()
+        self._gate = Gate(listen(spread), secret, self._serve, self._refusals)
+        self._gate.start()
 
-    def answer(self, beat: Beat) -> Order:
-        """Take a beat of another node and return the order for it."""
+    def _serve(self, channel: Channel, peer: str) -> None:
+        """Answer a node until it hangs up, falls silent, or says what is not its to say."""
+        try:
+            while True:
+                beat = msgspec.json.decode(channel.receive(MOST_BEAT_BYTES), type=Beat)
+                order = self._answer(beat, channel)
+                channel.send(msgspec.json.encode(order))
+        except (OSError, EOFError):
+            pass
+        except (Tampered, msgspec.DecodeError) as error:
+            self._refusals.note(peer, f"knows the secret, but {one_line(error)}")
+        finally:
+            channel.close()
+            self._forget(channel)
+
+    def _answer(self, beat: Beat, channel: Channel) -> Order:
+        """Take a beat of another node and return the order for it.
+
+        Raises:
+            Tampered: it tells of what is not its own.
+
+        """
         spread = self._spread
         if (beat.nodes, beat.nproc) != (spread.nodes, spread.nproc) or not 0 < beat.node < spread.nodes:
             text = f"node 0 has {spread.nodes} x {spread.nproc} ranks, node {beat.node} {beat.nodes} x {beat.nproc}"
-            return Order(phase=Phase.END, exit_code=2, refused=f"{text}; give all nodes the same --nnodes and --nproc")
+            return _turned_away(f"{text}; give all nodes the same --nnodes and --nproc")
+        if beat.foreign:
+            message = f"node {beat.node} {beat.foreign}"
+            raise Tampered(message)
         with self._lock:
-            other = self._beats.get(beat.node)
-            if other is not None and other.host != beat.host:
-                text = f"node {beat.node} is {other.host} already, {beat.host} comes too"
-                return Order(phase=Phase.END, exit_code=2, refused=f"{text}; give each node a --node-rank of its own")
+            away = self._claim(beat, channel)
+            if away:
+                return _turned_away(away)
             self._beats[beat.node] = beat
             self._heard[beat.node] = time.monotonic()
             if beat.refused and not self.refused:
@@ -83,10 +110,30 @@ class Hub:
             job = self._job if order.phase is Phase.RUN and beat.launch < order.launch else None
         return msgspec.structs.replace(order, job=job)
 
-    def forget(self, node: int) -> None:
+    def _claim(self, beat: Beat, channel: Channel) -> str:
+        """Give a node's place to the connection that speaks for it first; return why another one is sent away."""
+        holder = self._channels.get(beat.node)
+        if holder is channel:
+            return ""
+        if channel in self._channels.values():
+            message = "speaks for two nodes"
+            raise Tampered(message)
+        if holder is not None:
+            host = self._beats[beat.node].host
+            return f"node {beat.node} is {host} already, {beat.host} comes too; give each node a --node-rank of its own"
+        if beat.node in self._heard and self._order.phase is not Phase.WAIT:
+            return f"node {beat.node} was lost in this launch; start all nodes again"
+        self._channels[beat.node] = channel
+        return ""
+
+    def _forget(self, channel: Channel) -> None:
         """Note that a node has hung up before it was sent home: it is lost, unless a signal ends this one as well."""
         with self._lock:
-            if node in self._heard and node not in self._told_end:
+            node = next((node for node, held in self._channels.items() if held is channel), None)
+            if node is None:
+                return
+            del self._channels[node]
+            if node not in self._told_end:
                 self._heard[node] = time.monotonic() - SILENCE_S + _HUNG_UP_S
 
     def _gather(self, signals: Sequence[int]) -> None:
@@ -96,6 +143,7 @@ class Hub:
                 absent = [node for node in range(1, self._spread.nodes) if node not in self._beats]
                 names = ", ".join(map(str, absent))
                 message = f"node {names} not there after {self._join_timeout_s:.0f} s; see --join-timeout"
+                message += f" ({self.strangers})" if self.strangers else ""
                 raise NodesMissing(message)
             time.sleep(_TICK_S)
 
@@ -107,13 +155,24 @@ class Hub:
 
         """
         self._gather(signals)
-        spread = msgspec.structs.replace(self._spread, port=_free_port(), launch=self._order.launch + 1)
+        if self.store is not None:
+            self.store.close()
+        self.store, *others = listen(self._spread, 0)
+        for other in others:
+            other.close()
+        port = self.store.getsockname()[1]
+        spread = msgspec.structs.replace(self._spread, port=port, launch=self._order.launch + 1)
         job = msgspec.structs.replace(job, spread=spread)
         with self._lock:
             self._job = job
             self._mirrored.clear()
             self._order = Order(phase=Phase.RUN, launch=spread.launch)
         return job
+
+    @property
+    def strangers(self) -> str:
+        """Peers that were refused, in words; empty for none."""
+        return self._refusals.summary()
 
     def mirror(self, job: Job) -> None:
         """Write what other nodes told of their ranks to where the ranks of this one leave it."""
@@ -162,8 +221,9 @@ class Hub:
         deadline = time.monotonic() + _TOLD_S + BEAT_S
         while time.monotonic() < deadline and set(self._beats) - self._told_end - set(self.lost()):
             time.sleep(_TICK_S)
-        self._server.shutdown()
-        self._server.server_close()
+        self._gate.close()
+        if self.store is not None:
+            self.store.close()
 
     def place(self, rank: int) -> str:
         """Return the host of a rank."""
@@ -190,46 +250,5 @@ def _leave(out: Path, failure: RankFailure, now: int) -> None:
     failure_path(out, failure.rank).write_bytes(content)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class _Server(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    request_queue_size = 1024
-
-    def __init__(self, address: tuple[str, int], hub: Hub) -> None:
-        self.hub = hub
-        super().__init__(address, _Connection)
-
-    def server_bind(self) -> None:
-        """Listen to IPv4 as well, where both go over one socket."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
-
-
-class _Connection(socketserver.StreamRequestHandler):
-    timeout = SILENCE_S
-
-    def handle(self) -> None:
-        node = 0
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            for line in self._lines():
-                beat = msgspec.json.decode(line, type=Beat)
-                assert isinstance(self.server, _Server)  # noqa: S101 - tells mypy
-                order = self.server.hub.answer(beat)
-                node = node if order.refused else beat.node
-                self.wfile.write(msgspec.json.encode(order) + b"\n")
-        if node and isinstance(self.server, _Server):
-            self.server.hub.forget(node)
-
-    def _lines(self) -> Iterator[bytes]:
-        while line := self.rfile.readline():
-            yield line
+def _turned_away(why: str) -> Order:
+    return Order(phase=Phase.END, exit_code=Verdict.INVALID.exit_code, refused=why)

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from distbench.errors import InvalidCase
 from distbench.values import shown
@@ -106,7 +107,8 @@ def choose_interfaces(host: str, port: int, environ: MutableMapping[str, str] = 
     if is_loopback(host):
         return choose_loopback(environ)
     try:
-        address = source_address(host, port)[0].partition("%")[0]
+        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        address = str(source_address(family, where)[0]).partition("%")[0]
     except OSError as error:
         return f"no interface found for {host}: {error}; gloo and NCCL choose"
     if ipaddress.ip_address(address).is_loopback:
@@ -123,17 +125,16 @@ def _choose(name: str, environ: MutableMapping[str, str]) -> str:
     return ", ".join(f"{variable}={environ.get(variable) or '(its own choice)'}" for variable in VARIABLES)
 
 
-def source_address(host: str, port: int) -> tuple[str, ...]:
-    """Socket address from which this node reaches `host`; of a host of this node, that host's own.
+def source_address(family: int, where: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Socket address from which this node reaches another one.
 
     Raises:
-        OSError: the name does not resolve, or no route leads there.
+        OSError: no route leads there.
 
     """
-    family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(where)  # sends nothing
-        address: tuple[str, ...] = probe.getsockname()
+        address: tuple[Any, ...] = probe.getsockname()
         return address
 
 

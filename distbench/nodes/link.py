@@ -10,7 +10,9 @@ import msgspec
 
 from distbench.errors import DistbenchError, InvalidCase
 from distbench.job import Spread
-from distbench.nodes.wire import SILENCE_S, Beat, Order
+from distbench.nodes.proof import Channel, Tampered, WrongSecret, prove
+from distbench.nodes.secret import VARIABLE
+from distbench.nodes.wire import MOST_ORDER_BYTES, SILENCE_S, Beat, Order
 
 _RETRY_S = 0.5
 
@@ -25,25 +27,28 @@ class NodeLost(DistbenchError):
 class Link:
     """The connection to node 0."""
 
-    def __init__(self, spread: Spread, seconds: float, signals: Sequence[int]) -> None:
-        """Connect, trying for `seconds`, since node 0 may come up later.
+    def __init__(self, spread: Spread, secret: bytes, seconds: float, signals: Sequence[int]) -> None:
+        """Connect and prove the secret, trying for `seconds`, since node 0 may come up later, or have no room yet.
 
         Raises:
             NodeLost: node 0 does not answer.
+            InvalidCase: node 0 has another secret.
 
         """
         self._name = f"node 0 at {spread.endpoint}"
         deadline = time.monotonic() + seconds
         while True:
             try:
-                self._socket = socket.create_connection((spread.host, spread.port), timeout=SILENCE_S)
+                self._channel = _connect(spread, secret)
                 break
-            except OSError as error:
+            except (OSError, EOFError, Tampered) as error:
                 if signals or time.monotonic() > deadline:
-                    message = f"{self._name} did not answer within {seconds:.0f} s: {error}; see --join-timeout"
+                    message = f"{self._name} did not answer within {seconds:.0f} s: {_why(error)}; see --join-timeout"
                     raise NodeLost(message) from error
                 time.sleep(_RETRY_S)
-        self._file = self._socket.makefile("rb")
+            except WrongSecret as error:
+                message = f"{self._name} has another secret than this node; give all nodes the same {VARIABLE}"
+                raise InvalidCase(message) from error
 
     def tell(self, beat: Beat) -> Order:
         """Tell node 0 how this node stands, and return what it wants.
@@ -54,20 +59,34 @@ class Link:
 
         """
         try:
-            self._socket.sendall(msgspec.json.encode(beat) + b"\n")
-            line = self._file.readline()
-        except OSError as error:
-            message = f"{self._name} no longer answers: {error}"
-            raise NodeLost(message) from error
-        if not line:
+            self._channel.send(msgspec.json.encode(beat))
+            order = msgspec.json.decode(self._channel.receive(MOST_ORDER_BYTES), type=Order)
+        except EOFError as error:
             message = f"{self._name} has gone"
-            raise NodeLost(message)
-        order = msgspec.json.decode(line, type=Order)
+            raise NodeLost(message) from error
+        except (OSError, Tampered, msgspec.DecodeError) as error:
+            message = f"{self._name} no longer answers: {_why(error)}"
+            raise NodeLost(message) from error
         if order.refused:
             raise InvalidCase(order.refused)
         return order
 
     def close(self) -> None:
         """Hang up."""
-        self._file.close()
-        self._socket.close()
+        self._channel.close()
+
+
+def _connect(spread: Spread, secret: bytes) -> Channel:
+    connection = socket.create_connection((spread.host, spread.port), timeout=SILENCE_S)
+    try:
+        keys = prove(connection, secret)
+    except BaseException:
+        connection.close()
+        raise
+    return Channel(connection, sending=keys.up, receiving=keys.down)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "it hung up"
+    return f"what listens there is no node 0 ({error})" if isinstance(error, Tampered) else str(error)

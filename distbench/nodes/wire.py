@@ -1,4 +1,4 @@
-"""What travels between node 0 and the other nodes: one line of JSON each way, about twice a second."""
+"""What travels between node 0 and the other nodes: a JSON document each way, about twice a second, by proof.Channel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from distbench.breadcrumbs import Position
 from distbench.job import Job, Machine, RankFailure
 from distbench.postmortem import Exit
 
+BACKEND = "distbench"
+"""The rendezvous of rendezvous.py in torchrun's registry."""
 BEAT_S = 0.5
 # Without a word for so long, the other side is taken for lost.
 SILENCE_S = 15.0
+# The longest messages: a node's stacks, and a job of very many cases.
+MOST_BEAT_BYTES = 1 << 24
+MOST_ORDER_BYTES = 1 << 28
+
+_MOST_NAME = 255
+_MOST_NUMBER = 1 << 62
 
 
 class Phase(str, Enum):
@@ -44,6 +52,25 @@ class Beat(msgspec.Struct, kw_only=True):
     machines: dict[int, Machine] = {}
     stacks: dict[int, str] = {}
     refused: str = ""
+
+    @property
+    def foreign(self) -> str:
+        """What a node cannot say: of ranks that are not its own, or no such host or place; empty for an honest beat."""
+        own = range(self.node * self.nproc, (self.node + 1) * self.nproc)
+        told = {*self.crumbs, *self.machines, *self.stacks, *(failure.rank for failure in self.failures)}
+        told |= set() if self.exit is None else {self.exit.rank}
+        others = sorted(rank for rank in told if rank not in own)
+        if others:
+            return f"tells of rank {others[0]}, which is not on it"
+        if len(self.host) > _MOST_NAME or not self.host.isprintable():
+            return "has no name that a host may have"
+        places = [*self.crumbs.values(), *(failure.position for failure in self.failures)]
+        return "" if all(map(_is_place, places)) else "tells of a place that no rank can be in"
+
+
+def _is_place(at: Position) -> bool:
+    numbers = at.case_index, at.since_ns, at.step
+    return at.is_known and at.pid == 0 and all(0 <= number < _MOST_NUMBER for number in numbers)
 
 
 class Order(msgspec.Struct, kw_only=True):

@@ -90,7 +90,7 @@ def test_a_node_that_cannot_have_its_devices_leaves_and_node_0_is_told(
     ending = begin(tmp_path / "node0", spread)
     mine = msgspec.structs.replace(spread, node=1)
     with hold(None, ("cuda:0",), 0), pytest.raises(DistbenchError, match=told):
-        follow(mine, tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0))
+        follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0))
     assert f"host {socket.gethostname()} (node 1): {told}" in ending()
 
 
@@ -109,7 +109,7 @@ def test_a_node_holds_its_devices_from_the_first_launch_on(
     monkeypatch.setattr(supervisor, "Agent", IdleAgent)
     ending = begin(tmp_path / "node0", spread)
     mine = msgspec.structs.replace(spread, node=1)
-    assert follow(mine, tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0)) == 3
+    assert follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0)) == 3
     assert held == [True]
     assert not is_held(device_lock("cuda:0"))
     assert "before any of them had begun" in ending()

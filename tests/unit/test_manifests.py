@@ -163,10 +163,19 @@ def parse(command: list[str]) -> Any:
 
 def test_what_a_command_names_is_set_in_its_pod() -> None:
     _, template = indexed_pod()
-    assert named(template) == {variable["name"] for variable in container(template)["env"]}
+    assert named(template) == {variable["name"] for variable in container(template)["env"]} - {"DISTBENCH_SECRET"}
     for _, template in operators_pods():
         assert named(template) == OPERATORS
-        assert "env" not in container(template)
+        assert {variable["name"] for variable in container(template)["env"]} == {"DISTBENCH_SECRET"}
+
+
+def test_pods_have_a_secret_that_the_manifest_says_how_to_make() -> None:
+    for name, templates in (("indexed-job.yaml", [indexed_pod()]), ("pytorchjob.yaml", operators_pods())):
+        assert "\n#   kubectl create secret generic distbench --from-literal=secret=" in (FOLDER / name).read_text()
+        for _, template in templates:
+            variables = {variable["name"]: variable for variable in container(template)["env"]}
+            source = variables["DISTBENCH_SECRET"]["valueFrom"]["secretKeyRef"]
+            assert source == {"name": "distbench", "key": "secret"}
 
 
 def named(template: dict[str, Any]) -> set[str]:

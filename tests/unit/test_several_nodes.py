@@ -84,7 +84,7 @@ def test_numbers_that_make_no_sense_are_refused(arguments: tuple[str, ...]) -> N
 def test_node_0_hears_either_kind_of_address(host: str) -> None:
     meeting = Spread(nodes=2, node=0, nproc=1, host=host, port=free_port(), launch=0)
     hub = Hub(meeting, 1.0)
-    link = Link(meeting, 5.0, [])
+    link = Link(meeting, b"", 5.0, [])
     beat = Beat(node=1, nodes=2, nproc=1, host="other")
     assert link.tell(beat).phase is Phase.WAIT
     assert hub.place(1) == "other"
@@ -98,7 +98,7 @@ def test_node_0_hears_either_kind_of_address(host: str) -> None:
 def test_where_ranks_of_other_nodes_run_is_known_on_node_0(tmp_path: Path) -> None:
     meeting = Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
     hub = Hub(meeting, 1.0)
-    link = Link(meeting, 5.0, [])
+    link = Link(meeting, b"", 5.0, [])
     beat = Beat(node=1, nodes=2, nproc=1, host="other")
     link.tell(beat)
     entry = Entry(name="case", case=tiny_case(2), sources={})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -27,7 +28,11 @@ def launch(folder: Path, *arguments: str, **variables: str) -> list[str]:
 
 def printed(folder: Path, *arguments: str, **variables: str) -> list[str]:
     """Return what the script and srun print."""
-    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", "echo n1"), ("distbench", ":")):
+    for name, text in (
+        ("srun", 'printf "%s\\n" "$DISTBENCH_SECRET" "$@"'),
+        ("scontrol", "echo n1"),
+        ("distbench", ":"),
+    ):
         path = folder / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{text}\n")
@@ -75,6 +80,19 @@ def test_ranks_that_got_gpus_have_to_run_on_them(
 def test_one_node_needs_no_rendezvous(tmp_path: Path) -> None:
     told = launch(tmp_path, "run", "--model", "tiny", SLURM_JOB_NUM_NODES="1", NPROC_PER_NODE="2", OUT="/out")
     assert told == ["run", "--model", "tiny", "--nproc", "2", "--out", "/out"]
+
+
+def test_each_job_of_several_nodes_makes_a_secret(tmp_path: Path) -> None:
+    lines = [printed(tmp_path) for _ in range(2)]
+    made = {found[found.index("--export=ALL") - 1] for found in lines}
+    assert len(made) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in made)
+    assert not any(secret in word for secret in made for found in lines for word in found if word != secret)
+    variables = {"DISTBENCH_SECRET": "given to the job"}
+    given = printed(tmp_path, **variables)
+    assert given[given.index("--export=ALL") - 1] == "given to the job"
+    alone = printed(tmp_path, SLURM_JOB_NUM_NODES="1")
+    assert alone[alone.index("--export=ALL") - 1] == ""
 
 
 @pytest.mark.parametrize(

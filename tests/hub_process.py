@@ -1,0 +1,38 @@
+"""Node 0's side in a process of its own: prints its port, then its resident bytes for each line on standard input.
+
+With standard input its life ends; the last line that it prints has the peers that it refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+
+from distbench.job import Spread
+from distbench.nodes.hub import Hub
+
+
+def resident_bytes() -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def main(log: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    spread = Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=port, launch=0)
+    hub = Hub(spread, 60.0, os.environ["DISTBENCH_SECRET"].encode(), Path(log))
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+    for _ in sys.stdin:
+        sys.stdout.write(f"{resident_bytes()} {len(hub.lost())} {hub.refused or '-'}\n")
+        sys.stdout.flush()
+    hub.close(0)
+    sys.stdout.write(f"{hub.strangers}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
