@@ -24,8 +24,10 @@ from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest
 from distbench.verify.combine import CombineChecker, Combined, Own
+from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
-from distbench.verify.nearness import relative_error
+from distbench.verify.losses import Losses, surviving, survivors
+from distbench.verify.nearness import TOLERANCE, relative_error
 from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
@@ -44,7 +46,6 @@ from distbench.verify.records import (
 )
 from distbench.verify.stages import StageChecker
 from distbench.verify.sums import sum_order
-from distbench.verify.verdict import TOLERANCE, adds_atomically, tolerance
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
@@ -86,6 +87,8 @@ class Passes:
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
         self._lost = LostRows()
+        self._losses = Losses(session.group, question, session.rank)
+        self._without_rows: dict[str, Tensor] = {}
         self._exposure = Exposure()
         self._waits = random.Random(f"{question.case.seed}/{session.rank}")  # noqa: S311 - jitter, no secret
         self._durations: dict[str, dict[str, list[float]]] = {}
@@ -118,9 +121,11 @@ class Passes:
             fresh: dict[str, Tensor] = {
                 arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0
             }
-            wrong = self._check_repeat(fresh)
+            without_rows = self._losses.share()
+            wrong = self._check_repeat(fresh, without_rows)
             if not settled:
                 self.outputs |= fresh
+                self._without_rows |= without_rows
                 settled = wrong
                 if self._recorder is not None:
                     self._recorder.keep()
@@ -153,7 +158,8 @@ class Passes:
             divergences=self._divergences,
             comparisons=_comparisons(made, outputs),
             reference=self._reference_error(),
-            drift=relative_error(outputs.get("truncated", outputs["padded"]), outputs["padded"]),
+            distance=self._distances(),
+            survivors=survivors(made, self._without_rows) if question.lossy else None,
             exposure=self._exposure,
             injected=self._parts.injector.hits if self._parts.injector else {},
             nan_tokens=dict(zip(outputs, made.rows.amax(2).isnan().sum(0).tolist(), strict=True)),
@@ -165,6 +171,16 @@ class Passes:
             device_state=self._device_state,
             replays=self._replays,
         )
+
+    def _distances(self) -> dict[str, float | None]:
+        """How far each arm is from padded in tokens that lost no row; where every bit is known nobody asks."""
+        if self._expected is not None:
+            return {}
+        found = {}
+        for arm, tokens in self.outputs.items():
+            lost = self._without_rows.get(arm)
+            found[arm] = relative_error(surviving(tokens, lost), surviving(self.outputs["padded"], lost))
+        return found
 
     def _packages(self) -> dict[str, Any]:
         return facts_of(self._parts.transport) | facts_of(self._parts.experts)
@@ -185,16 +201,19 @@ class Passes:
         self._arm = self._session.crumbs.arm = ""
         return combined
 
-    def _check_repeat(self, fresh: dict[str, Tensor]) -> bool:
+    def _check_repeat(self, fresh: dict[str, Tensor], lost: dict[str, Tensor]) -> bool:
         """Check what combine gave in a repeat; return whether anything is wrong, or differs, on any rank. Collective.
 
+        `lost` names the tokens, bool [n], that lost a row to the limit.
         In exact inputs nothing is wrong with combine where every token has the oracle's bits.
         """
         self._mark("check")
         wrong = self._session.on_any_rank(value=bool(self._damaged) or self._differs(fresh))
         if wrong or self._expected is None:
             returned = self._checker.returned
-            passes = [Combined(arm, rows, returned(arm), arm in self._damaged) for arm, rows in fresh.items()]
+            passes = [
+                Combined(arm, rows, returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
+            ]
             found = self._combine_checker.check(passes)
             known = {one.arm for one in self._divergences if one.stage == "combine"}
             self._divergences += [one for one in found if one.arm not in known]
@@ -275,6 +294,7 @@ class Passes:
         self._kernels[arm] = self._kernel(given.rows)
         if self._question.limit is not None and self._question.case.policy != "guard":
             self._lost = _lost_rows(sources, self._question.limit)
+        self._losses.take(arm, sources)
         for found in self._checker.check_rows(arm, sources, dispatched, given, expert_out):
             self._note(found)
         self._note(self._checker.check_cut(arm, sources, dispatched, given, self._rows_after_cut(arm, dispatched)))
@@ -302,7 +322,8 @@ class Passes:
             return
         if found.proven:
             self._damaged.add(found.arm)
-        if not any((known.arm, known.stage) == (found.arm, found.stage) for known in self._divergences):
+        known = [one for one in self._divergences if (one.arm, one.stage) == (found.arm, found.stage)]
+        if not known or (all(map(self._question.asks_for, known)) and not self._question.asks_for(found)):
             self._divergences.append(found)
 
     def _mark(self, stage: str) -> None:

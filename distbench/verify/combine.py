@@ -67,13 +67,15 @@ class _Recount(NamedTuple):
 class Combined(NamedTuple):
     """One pass on this rank: tokens [n, H] as combine gave them, and what this rank had returned for others' sums.
 
-    `returned` is None where nobody knows what this rank had received; `damaged` says that it was wrong before.
+    `returned` is None where nobody knows what this rank had received; `damaged` says that it was wrong before. `lost`
+    bool [n] are the tokens that lost a row to the limit, None where none did.
     """
 
     arm: str
     tokens: Tensor
     returned: Returned | None
     damaged: bool
+    lost: Tensor | None = None
 
 
 class _Doubts(NamedTuple):
@@ -148,11 +150,14 @@ class CombineChecker:
         return self._against("what padded made of the same rows", one, first.tokens) if alike else []
 
     def _against(self, name: str, one: Combined, expected: Tensor | None) -> list[Divergence]:
-        """Return where tokens first differ from others, if there are such, without a cause."""
+        """Return where tokens that lost no row first differ from others, if there are such, without a cause."""
         if expected is None:
             return []
-        found = first_difference("combine", one.arm, self._rank, "tokens", name, one.tokens, expected)
-        return [] if found is None else [self._at_token(found, found.row or 0)]
+        kept = torch.arange(len(expected), device=expected.device)
+        kept = kept if one.lost is None else kept[~one.lost.to(kept.device)]
+        tokens, expected = one.tokens[kept], expected[kept]
+        found = first_difference("combine", one.arm, self._rank, "tokens", name, tokens, expected)
+        return [] if found is None else [self._at_token(found, int(kept[found.row or 0]))]
 
     def _recount(self, returned: Returned, combined: Tensor) -> _Recount:
         workload = self._workload

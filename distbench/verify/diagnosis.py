@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distbench.breadcrumbs import ARMS
+from distbench.verify.excuses import Part, is_noise
 from distbench.verify.records import (
     ANOTHER_ROW,
     LISTED_TOKENS,
@@ -22,7 +23,7 @@ from distbench.verify.records import (
     Token,
 )
 from distbench.verify.senders import Root, dispatch_roots
-from distbench.verify.verdict import is_noise
+from distbench.verify.verdict import part_of, parts_of
 
 _FEW = 8
 # What is wrong there was made wrong there.
@@ -37,8 +38,13 @@ _ROUTING = frozenset(("scales", "weights", "ids"))
 
 
 def diagnose(question: Question, gathered: Gathered, judgement: Judgement) -> list[Diagnosis]:
-    """Return the causes that fit, the surest first; empty where nothing differs."""
-    roots = _roots(question, gathered)
+    """Return the causes that fit, the surest first; empty where nothing differs.
+
+    They are those of the inputs with which the verdict was found.
+    """
+    part = part_of(parts_of(question, gathered), judgement.findings)
+    question, gathered = part
+    roots = _roots(part)
     causes = _causes(gathered, roots)
     found = [
         _lost_by_the_cut(question, gathered),
@@ -55,12 +61,13 @@ def lost_tokens(gathered: Gathered) -> list[Token]:
     return sorted({(rank, token) for record in gathered.observations for rank, token in record.lost.tokens})
 
 
-def _roots(question: Question, gathered: Gathered) -> list[Root]:
+def _roots(part: Part) -> list[Root]:
     """Return what no earlier damage explains, over all arms; the same stage on the same rank comes once.
 
     Other bits of a kernel that repeats itself in no bits, or of another kernel, are no damage where there is some, and
     do not stand for what is proven at their place.
     """
+    question, gathered = part
     roots: dict[tuple[str, bool, tuple[int, ...]], Root] = {}
     for arm in ARMS[1:]:
         wrong = [found for record in gathered.observations for found in record.divergences if found.arm == arm]
@@ -71,7 +78,7 @@ def _roots(question: Question, gathered: Gathered) -> list[Root]:
             key = (root.found.stage, root.sent, tuple(root.ranks or root.candidates))
             if key not in roots or root.certain > roots[key].certain:
                 roots[key] = root
-    found = [root for root in roots.values() if not is_noise(gathered, root.found)] or list(roots.values())
+    found = [root for root in roots.values() if not is_noise(part, root.found)] or list(roots.values())
     return sorted(found, key=lambda root: STAGE_ORDER.index(root.found.stage))
 
 

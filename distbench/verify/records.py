@@ -85,7 +85,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
     `row` is the slot in the receive buffer (dispatch, experts) or the token (combine); `against` says what it was
     compared with: the source, the oracle, the padded arm, or the sum of what ranks returned. `rows` counts the rows of
-    this stage that are wrong.
+    this stage that are wrong. `far` counts those that are further from the padded arm's than any rounding takes them.
     """
 
     stage: str
@@ -100,6 +100,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     field: str
     against: str
     rows: int
+    far: int = 0
     clues: Clues = msgspec.field(default_factory=Clues)
 
     @property
@@ -205,15 +206,26 @@ class Exposure(msgspec.Struct, frozen=True, kw_only=True):
         return Exposure(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
 
 
+class Survivors(msgspec.Struct, frozen=True):
+    """One rank's tokens that lost no row to a limit below total_recv: what is wrong with them is not the limit's doing.
+
+    `nan_tokens[arm]` counts those with a NaN, `differing[pair]` those that differ between two arms.
+    """
+
+    nan_tokens: dict[str, int]
+    differing: dict[str, int]
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
-    `drift` is how far truncated is from padded, as a share of a token's largest magnitude, None with a
-    NaN; `nan_tokens[arm]` counts tokens with a NaN; `durations_us[arm][stage]` has one entry for each repeat, the first
-    4096; `packages` is what adapters say of theirs; `injected` counts what each injected fault, by its place in the
-    case's list, has changed here.
-    `timed` has the arms that were timed, `device_state` the device while the last of them ran on. `replays` are those
-    of the last arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian.
+    `distance[arm]` is how far an arm is from padded, as a share of a token's largest magnitude, None with a NaN or an
+    infinity; tokens that lost a row to the limit are left out. `drift` is the truncated arm's in records that have no
+    `distance`. `nan_tokens[arm]` counts tokens with a NaN. `survivors` is None where the limit takes no row away.
+    `durations_us[arm][stage]` has one entry for each repeat, the first 4096; `packages` is what adapters say of theirs;
+    `injected` counts what each injected fault, by its place in the case's list, has changed here. `timed` has the arms
+    that were timed, `device_state` the device while the last of them ran on. `replays` are those of the last arm's
+    graph with other tokens. `errors` measure arms and stages where inputs are gaussian.
     """
 
     rank: int
@@ -229,7 +241,9 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     divergences: list[Divergence]
     comparisons: dict[str, RowComparison]
     reference: FloatError | None
-    drift: float | None
+    drift: float | None = None
+    distance: dict[str, float | None] = {}
+    survivors: Survivors | None = None
     exposure: Exposure
     injected: dict[str, int]
     nan_tokens: dict[str, int]
@@ -241,6 +255,12 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     device_state: DeviceState | None = None
     replays: list[Replay] = []
     errors: list[ArmError] = []
+
+    def distance_of(self, arm: str) -> float | None:
+        """How far `arm` is from padded; 0 where that was not measured."""
+        if arm == "truncated" and not self.distance:
+            return self.drift
+        return self.distance.get(arm, 0.0)
 
 
 class Gathered(msgspec.Struct, frozen=True):
@@ -286,9 +306,16 @@ class Question(msgspec.Struct, frozen=True):
         """The traffic for which the limit loses no row: any routing of these token counts, or this batch at most."""
         return prove_limit(self.limit, self.traffic)
 
+    @property
+    def lossy(self) -> bool:
+        """Whether the case asks for lost rows: the limit is below total_recv on some rank, and cuts all the same."""
+        return self.case.policy == "unchecked" and bool(self.short_ranks)
+
     def asks_for(self, found: Divergence) -> bool:
-        """Whether the case itself asks for this loss: a limit below what the rank receives."""
-        return found.stage == "truncate" and found.field == "rows" and found.rank in self.short_ranks
+        """Whether the case itself asks for this loss: the rows past a limit below what the rank receives, no others."""
+        if self.limit is None or (found.stage, found.field) != ("truncate", "rows"):
+            return False
+        return found.rank in self.short_ranks and found.rows == self.traffic.total_recv[found.rank] - self.limit
 
     @property
     def refused(self) -> bool:
@@ -296,12 +323,25 @@ class Question(msgspec.Struct, frozen=True):
         return self.case.policy == "strict" and bool(self.short_ranks)
 
 
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One rule that struck: the verdict that it stands for, its reasons, and the inputs (exact or gaussian)."""
+
+    verdict: Verdict
+    inputs: str
+    reasons: list[Reason]
+
+
 class Judgement(msgspec.Struct, frozen=True):
-    """The verdict of a case, what led to it, and the first place that went wrong."""
+    """The verdict of a case, what led to it, and the first place that went wrong.
+
+    `findings` are all rules that struck, the most fundamental first: verdict and reasons are that one's, and those of a
+    PASS its notes. There are none where a case was refused or lost its ranks.
+    """
 
     verdict: Verdict
     reasons: list[Reason]
     first_divergence: Divergence | None
+    findings: list[Finding] = []
 
 
 Token = tuple[int, int]

@@ -14,6 +14,7 @@ from torch import Tensor
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import differing, row_digests, same_bits
+from distbench.verify.nearness import FP8_TOLERANCE, TOLERANCE, far_rows
 from distbench.verify.patterns import far_sources, pattern_of
 from distbench.verify.places import first_difference
 from distbench.verify.received import wrong_rows
@@ -70,7 +71,7 @@ class StageChecker:
             return []
         received = keys.shape[0]
         live = min(int(given.num_local_tokens), given.rows, received)
-        place = _Place(arm, self._rank, sources, order, None if live == received else order < live)
+        place = _Place(arm, self._rank, sources, order, None if live == received else order < live, self._allowed())
         found, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
         found.append(self._check_expert_rows(place.without(unfit), keys, _for_combine(expert_out, order)))
         return [one for one in found if one is not None]
@@ -174,6 +175,10 @@ class StageChecker:
         self._known = _Received(keys, batch, self._workload.expected_rows(self._rank, batch))
         return None
 
+    def _allowed(self) -> float:
+        quantised = self._known is not None and self._known.batch.scales is not None
+        return FP8_TOLERANCE if quantised else TOLERANCE
+
     def _misplaced(self, arm: str, against: str, rows: int) -> Divergence:
         return Divergence(stage="dispatch", arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
 
@@ -192,13 +197,17 @@ class StageChecker:
 
 
 class _Place(NamedTuple):
-    """Where rows stand: `order` [m] slots in canonical order; `visible` [m] those to look at, None for all."""
+    """Where rows stand: `order` [m] slots in canonical order; `visible` [m] those to look at, None for all.
+
+    `allowed` is how far rounding takes an expert row from the padded arm's.
+    """
 
     arm: str
     rank: int
     sources: Tensor
     order: Tensor
     visible: Tensor | None
+    allowed: float
 
     def without(self, unfit: Tensor | None) -> _Place:
         """Return the place without rows that are `unfit` [m]."""
@@ -256,10 +265,13 @@ class _Place(NamedTuple):
         slot = int(slots[found.row])
         source_rank, source_token = self.sources[slot].tolist()
         rows = differing(mine, right).any(1)
+        far = far_rows(mine[rows], right[rows], self.allowed) if against == PADDED else 0
         tokens = [(rank, token) for rank, token in self.sources[slots[rows]][:LISTED_TOKENS].tolist()]
         pattern = pattern_of(mine[rows], right[rows], lambda: row_digests(expected))
         clues = Clues(pattern=pattern, tokens=tokens, fields=[field])
-        return msgspec.structs.replace(found, row=slot, source_rank=source_rank, source_token=source_token, clues=clues)
+        return msgspec.structs.replace(
+            found, row=slot, source_rank=source_rank, source_token=source_token, far=far, clues=clues
+        )
 
 
 def _cut_alike(given: ExpertInput) -> bool:

@@ -144,12 +144,15 @@ def test_no_order_of_additions_explains_it(
     assert "order" not in timed[1]
 
 
-def test_a_padded_kernel_that_shows_itself_when_timed_is_not_deterministic(tmp_path: Path) -> None:
-    outcome = on_ranks(2, outcome_of, rounding_case(tmp_path, lambda _: "atomic", require="tolerance"))[0]
+@pytest.mark.parametrize(("require", "verdict"), [("tolerance", "PASS"), ("bitwise", "NONDETERMINISTIC")])
+def test_padded_kernel_that_shows_itself_only_when_timed_never_repeats_its_bits(
+    tmp_path: Path, require: str, verdict: str
+) -> None:
+    outcome = on_ranks(2, outcome_of, rounding_case(tmp_path, lambda _: "atomic", require=require))[0]
     alike = [msgspec.structs.replace(record, divergences=[]) for record in outcome.gathered.observations]
     same = dict.fromkeys(outcome.gathered.comparisons, NO_DIFFERENCE)
     found = judge(outcome.question, msgspec.structs.replace(outcome.gathered, observations=alike, comparisons=same))
-    assert (found.verdict.value, found.reasons[0].code) == ("NONDETERMINISTIC", "timed-differs")
+    assert (found.verdict.value, found.reasons[0].code) == (verdict, "timed-differs")
 
 
 @pytest.mark.parametrize("device", ["cuda"])

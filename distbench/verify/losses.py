@@ -1,0 +1,73 @@
+"""Tokens that lost a row to a limit below total_recv: their damage is the limit's doing, and no other token's is."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.verify.bitwise import differing
+from distbench.verify.excuses import CUT_ARMS
+from distbench.verify.gather import Outputs
+from distbench.verify.records import ORACLE, Question, Survivors, pair_name, pairs_of
+
+
+class Losses:
+    """A rank's own tokens that lost a row on any rank, by arm; nothing where the case asks for no lost rows."""
+
+    def __init__(self, group: dist.ProcessGroup, question: Question, rank: int) -> None:
+        self._group = group
+        self._limit = question.limit if question.lossy else None
+        self._tokens = torch.tensor(question.traffic.tokens)
+        self._starts = self._tokens.cumsum(0) - self._tokens
+        self._own = slice(int(self._starts[rank]), int(self._starts[rank] + self._tokens[rank]))
+        self._taken: dict[str, Tensor] = {}
+
+    def take(self, arm: str, sources: Tensor) -> None:
+        """Note what this rank lost in a pass of `arm`: the rows of `sources` int64 [total_recv, 2] past the limit."""
+        if self._limit is None or arm not in CUT_ARMS:
+            return
+        rank, token = sources[self._limit :].cpu().unbind(1)
+        known = (rank >= 0) & (rank < len(self._tokens)) & (token >= 0)
+        rank, token = rank[known], token[known]
+        known = token < self._tokens[rank]
+        flags = torch.zeros(int(self._tokens.sum()), dtype=torch.uint8)
+        flags[(self._starts[rank] + token)[known]] = 1
+        self._taken[arm] = flags
+
+    def share(self) -> dict[str, Tensor]:
+        """Return the rank's own tokens that lost a row in the passes taken since the last call: arm to bool [n].
+
+        Collective where the case asks for lost rows: one byte for each token of all ranks.
+        """
+        found = {}
+        for arm, flags in self._taken.items():
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+            found[arm] = flags[self._own].bool()
+        self._taken = {}
+        return found
+
+
+def surviving(rows: Tensor, lost: Tensor | None) -> Tensor:
+    """The rows [n, .] of tokens that lost nothing; `lost` bool [n], or None where none did."""
+    return rows if lost is None else rows[~lost.to(rows.device)]
+
+
+def survivors(made: Outputs, lost: dict[str, Tensor]) -> Survivors:
+    """Count what is wrong with a rank's tokens that lost no row; for a pair of arms in either of them."""
+    rows = dict(zip(made.arms, made.rows.unbind(1), strict=True))
+    nan_tokens = {
+        arm: int(surviving(tokens, lost.get(arm)).isnan().any(1).sum()) for arm, tokens in rows.items() if arm != ORACLE
+    }
+    differ = {}
+    for first, second in pairs_of(made.arms):
+        kept = _neither(lost.get(first), lost.get(second))
+        wrong = differing(surviving(rows[second], kept).contiguous(), surviving(rows[first], kept).contiguous())
+        differ[pair_name((first, second))] = int(wrong.any(1).sum())
+    return Survivors(nan_tokens, differ)
+
+
+def _neither(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first | second

@@ -1,0 +1,245 @@
+"""The rules of the verdict, one for each: reasons for it, or none (docs/verdicts.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from distbench.errors import Verdict
+from distbench.verify.excuses import (
+    OTHERS,
+    Part,
+    adds_atomically,
+    again,
+    excuse,
+    far_ranks,
+    is_close,
+    is_noise,
+    shows_other_bits,
+    tolerance,
+)
+from distbench.verify.records import NOT_PROVEN, ORACLE, ArmError, Divergence, Gathered, Question, Reason
+
+
+def baseline_wrong(part: Part) -> list[Reason]:
+    """What is wrong with the padded arm: proven, a NaN, or outside its ideal."""
+    reasons = [_diverged(found) for found in part.divergences("padded")]
+    oracle = f"padded/{ORACLE}"
+    if not reasons and oracle in part.gathered.comparisons and not part.gathered.comparisons[oracle].equal:
+        reasons = [_differs(part.gathered, oracle)]
+    return [*reasons, *_nan(part, "padded"), *_outside(part, "padded"), *_far_from_reference(part)]
+
+
+def corrupt(part: Part) -> list[Reason]:
+    """What is wrong with another arm, in tokens that lost no row to the limit.
+
+    Where the padded arm is wrong, other bits than it has say nothing.
+    """
+    baseline = not baseline_wrong(part)
+    found = [one for one in part.divergences(*OTHERS) if one.proven or (baseline and not is_noise(part, one))]
+    reasons = [_diverged(one) for one in sorted(found, key=lambda one: not one.proven)]
+    for arm in OTHERS:
+        reasons += [*_nan(part, arm), *_outside(part, arm), *(_far(part, arm) if baseline else ())]
+    reasons += [once.reason for once in again(part) if not once.rounding]
+    reasons += [_differs(part.gathered, pair) for pair in _unexplained_pairs(part, baseline=baseline)]
+    reasons += [
+        Reason(code="disputed", rank=rank, message=f"rank {rank} and rank 0 disagree on which of its tokens differ")
+        for rank in part.gathered.disputed
+    ]
+    return reasons
+
+
+def under_limit(part: Part) -> list[Reason]:
+    """The ranks that receive more rows than the limit keeps, and the damage."""
+    question = part.question
+    if question.case.policy == "guard" or not question.short_ranks:
+        return []
+    recv = question.traffic.total_recv
+    consequence = "refused on all ranks" if question.refused else "cut all the same"
+    advice = (
+        f"a limit of {question.proof.bound} is proven for any routing of these token counts, "
+        f"{question.traffic.max_recv} is enough for this batch only"
+    )
+    reasons = [
+        Reason(
+            code="limit-below-total-recv",
+            rank=rank,
+            message=f"rank {rank} receives {recv[rank]} rows, the limit keeps {question.limit}: "
+            f"{recv[rank] - (question.limit or 0)} lost, {consequence}; {advice}",
+        )
+        for rank in question.short_ranks
+    ]
+    if not question.refused:
+        damaged = part.gathered.comparisons["padded/truncated"]
+        message = f"truncated differs from padded in {damaged.differing_tokens} tokens"
+        reasons.append(Reason(code="damage", message=message))
+    return reasons
+
+
+def nondeterministic(part: Part) -> list[Reason]:
+    """The first sign that the padded arm's kernel gives other bits each time, where bits are asked of it.
+
+    `require = tolerance` asks none of a kernel that adds atomically; one that does not has to repeat them.
+    """
+    if part.question.case.require == "tolerance" and adds_atomically(part.kernels["padded"]):
+        return []
+    return _unrepeated(part)[:1]
+
+
+def drift(part: Part) -> list[Reason]:
+    """How another kernel has other bits, where bits are asked of it."""
+    return [] if part.question.case.require == "tolerance" else _drifted(part)
+
+
+def notes(part: Part) -> list[Reason]:
+    """What a PASS has to add of other bits that are explained."""
+    return [*_unrepeated(part)[:1], *_drifted(part)]
+
+
+def limit_notes(question: Question) -> list[Reason]:
+    """What a PASS has to add of the limit."""
+    found = []
+    if question.short_ranks:
+        ranks = ", ".join(str(rank) for rank in question.short_ranks)
+        message = f"policy guard raised the limit of {question.limit} rows on rank {ranks}"
+        found.append(Reason(code="guarded", message=message))
+    if question.proof.status == "this batch" and question.case.policy != "guard":
+        message = (
+            f"not proven for other routings: the limit keeps {question.limit} rows, a rank receives up to "
+            f"{question.proof.bound} under another routing of these token counts ({question.proof.formula})"
+        )
+        found.append(Reason(code=NOT_PROVEN, message=message))
+    return found
+
+
+RULES = (
+    (Verdict.BASELINE_WRONG, baseline_wrong),
+    (Verdict.CORRUPT, corrupt),
+    (Verdict.UNDER_LIMIT, under_limit),
+    (Verdict.NONDETERMINISTIC, nondeterministic),
+    (Verdict.DRIFT, drift),
+)
+"""The most fundamental first."""
+
+
+def _unexplained_pairs(part: Part, *, baseline: bool) -> list[str]:
+    """Comparisons of other arms that differ in tokens that lost no row, and that no kernel explains."""
+    if not (baseline or part.exact):  # distances are from a padded arm that is wrong
+        return []
+    found = []
+    for pair in part.gathered.comparisons:
+        first, second = pair.split("/")
+        said = second != ORACLE and (baseline or first != "padded")
+        other = [arm for arm in (first, second) if shows_other_bits(part, arm)]
+        explained = other and all(excuse(part, arm) for arm in other)
+        if said and part.differing(pair) and not explained:
+            found.append(pair)
+    return found
+
+
+def _nan(part: Part, arm: str) -> Iterable[Reason]:
+    for record in part.records:
+        tokens = part.nan_tokens(record, arm)
+        if tokens:
+            message = f"rank {record.rank}: {tokens} tokens of {arm} hold a NaN; no input holds one"
+            yield Reason(code="nan", rank=record.rank, message=message)
+
+
+def _outside(part: Part, arm: str) -> Iterable[Reason]:
+    for record in part.records:
+        for error in record.errors:
+            if error.arm == arm and not error.within:
+                message = f"rank {record.rank}: {_error(error)}"
+                yield Reason(code="error", rank=record.rank, message=message, stage=error.stage)
+
+
+def _error(error: ArmError) -> str:
+    """Name what is outside its bounds."""
+    start = f"{error.arm} at {error.stage}, {error.rows} rows against ideal roundings ({error.family}): "
+    if error.nan_rows:
+        return f"{start}{error.nan_rows} rows hold a NaN or an infinity"
+    low, high = (error.allowed.get(key, 0.0) for key in ("ratio_low", "ratio_high"))
+    bias, worst = (error.allowed.get(key, 0.0) for key in ("bias", "worst"))
+    return (
+        f"{start}error {_figure(error.ratio)} of ideal, allowed {low:.3g} to {high:.3g}; bias {_figure(error.bias)}, "
+        f"allowed {bias:.3g}; worst {_figure(error.worst)}, allowed {worst:.3g}"
+    )
+
+
+def _far_from_reference(part: Part) -> Iterable[Reason]:
+    """Where no error was measured, padded is held against a float reference of a few tokens."""
+    allowed = tolerance(part.question.case)
+    for record in part.records:
+        measured = any(error.arm == "padded" for error in record.errors)
+        if record.reference is not None and not measured and not is_close(record.reference.worst, allowed):
+            message = (
+                f"rank {record.rank}: padded is {_figure(record.reference.worst)} of a token's largest magnitude "
+                f"away from the float reference, allowed is {allowed:.3g}"
+            )
+            yield Reason(code="reference", rank=record.rank, message=message)
+
+
+def _far(part: Part, arm: str) -> Iterable[Reason]:
+    """Where rounding explains no difference between an arm and padded: in gaussian inputs, beyond the tolerance."""
+    if part.exact:
+        return
+    allowed = tolerance(part.question.case)
+    for record in far_ranks(part, arm):
+        if not part.nan_tokens(record, arm):
+            message = (
+                f"rank {record.rank}: {arm} is {_figure(record.distance_of(arm))} of a token's largest magnitude away "
+                f"from padded, allowed is {allowed:.3g}"
+            )
+            yield Reason(code="far", rank=record.rank, message=message)
+
+
+def _unrepeated(part: Part) -> list[Reason]:
+    """Signs that the padded arm's kernel gives other bits each time."""
+    if part.exact:
+        return []
+    label = part.kernels["padded"]["label"]
+    reasons = [
+        Reason(
+            code=f"{arm}-differs",
+            message=f"{arm} differs from padded in {part.rows(arm)} expert rows and in "
+            f"{_extent(part.gathered, f'padded/{arm}')}: the same kernel ({label}) gave other bits, so bits "
+            "cannot be asked of it",
+        )
+        for arm in OTHERS
+        if shows_other_bits(part, arm) and excuse(part, arm) == "order"
+    ]
+    return reasons + [once.reason for once in again(part) if once.rounding and not once.other]
+
+
+def _drifted(part: Part) -> list[Reason]:
+    """How truncated differs from padded by its kernel, in tokens or only in expert rows, and where that ran again."""
+    repeated = [once.reason for once in again(part) if once.rounding and once.other]
+    if not shows_other_bits(part, "truncated") or excuse(part, "truncated") != "kernel":
+        return repeated
+    kernels = part.kernels
+    message = (
+        f"no row lost, another kernel ({kernels['padded']['label']} → {kernels['truncated']['label']}), other bits in "
+        f"{part.rows('truncated')} expert rows and in {_extent(part.gathered, 'padded/truncated')}, within tolerance"
+    )
+    return [Reason(code="kernel-drift", message=message), *repeated]
+
+
+def _diverged(found: Divergence) -> Reason:
+    return Reason(code=f"{found.stage}-differs", rank=found.rank, message=str(found), stage=found.stage)
+
+
+def _differs(gathered: Gathered, pair: str) -> Reason:
+    first, second = pair.split("/")
+    listed = gathered.differing[pair]
+    rank = listed[0][0] if listed else None
+    start = f", first token {listed[0][1]} of rank {rank}" if listed else ""
+    message = f"{second} differs from {first} in {_extent(gathered, pair)}{start}"
+    return Reason(code="bits-differ", rank=rank, message=message)
+
+
+def _figure(value: float | None) -> str:
+    return "NaN" if value is None else f"{value:.3g}"
+
+
+def _extent(gathered: Gathered, pair: str) -> str:
+    found = gathered.comparisons[pair]
+    return f"{found.differing_tokens} tokens ({found.differing_elements} elements, at most {found.max_ulp} ulp)"

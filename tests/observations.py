@@ -1,0 +1,133 @@
+"""What ranks would tell rank 0, made up: a clean case of two ranks, to be damaged by tests of the verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from distbench.case import Case
+from distbench.limits import Traffic
+from distbench.verify.records import (
+    NO_DIFFERENCE,
+    ORACLE,
+    ArmError,
+    Divergence,
+    Exposure,
+    Gathered,
+    LostRows,
+    Observation,
+    Question,
+    RowComparison,
+    pair_name,
+    pairs_of,
+)
+from tests.cases import tiny_case
+
+ARMS = ("padded", "control", "repadded", "truncated")
+TOKENS, RECEIVED, CAPACITY = 16, 20, 128
+SOME = RowComparison(3, 7, 2)
+
+
+def kernel(rows: int, block_m: int = 64, mode: str = "atomic") -> dict[str, Any]:
+    """A kernel as records have it; another `block_m` is another kernel."""
+    return {
+        "rows": rows,
+        "bucket": rows,
+        "source": "heuristic",
+        "block_m": block_m,
+        "ksplit": 0,
+        "run_1stage": False,
+        "stage1": "s1",
+        "stage2": "s2",
+        "stage2_mode": mode,
+        "tile_k1": 64,
+        "tile_k2": 64,
+        "label": f"H bm{block_m} {mode}",
+    }
+
+
+def kernels(mode: str = "atomic", truncated: int = 64) -> dict[str, dict[str, Any]]:
+    """The arms' kernels: truncated runs one of `truncated` rows a block, the others of 64."""
+    found = dict.fromkeys(ARMS, kernel(CAPACITY, mode=mode))
+    return found | {"truncated": kernel(32, truncated, mode)}
+
+
+def asked(limit: int | None = RECEIVED, **values: Any) -> Question:
+    """A case of two ranks that each receive 20 rows."""
+    case: Case = tiny_case(2, tokens=TOKENS, **{"numerics": "exact", "policy": "unchecked"} | values)
+    return Question(case, Traffic(case.tokens, (RECEIVED, RECEIVED), case.capacity), limit)
+
+
+def seen(rank: int, question: Question, **values: Any) -> Observation:
+    """What a rank saw of a clean case."""
+    exact = question.case.numerics == "exact"
+    arms = (*ARMS, ORACLE) if exact else ARMS
+    known: dict[str, Any] = {
+        "rank": rank,
+        "host": "host",
+        "device": "cpu",
+        "tokens": TOKENS,
+        "total_recv": RECEIVED,
+        "capacity": CAPACITY,
+        "limit": question.limit,
+        "lost": LostRows(),
+        "kernels": kernels(),
+        "digests": dict.fromkeys(arms, "0"),
+        "divergences": [],
+        "comparisons": dict.fromkeys(map(pair_name, pairs_of(arms)), NO_DIFFERENCE),
+        "reference": None,
+        "distance": {} if exact else dict.fromkeys(ARMS, 0.0),
+        "exposure": Exposure(),
+        "injected": {},
+        "nan_tokens": dict.fromkeys(arms, 0),
+        "durations_us": {},
+        "transport": {},
+        "peak_bytes": 0,
+        "packages": {},
+    }
+    return Observation(**known | values)
+
+
+def gathered(question: Question, *ranks: dict[str, Any], differing: dict[str, Any] | None = None) -> Gathered:
+    """What rank 0 holds: for each of the two ranks what is not as in a clean case; pairs that differ, by name."""
+    records = [seen(rank, question, **values) for rank, values in enumerate((*ranks, {}, {})[:2])]
+    comparisons: dict[str, RowComparison] = dict(records[0].comparisons)
+    listed: dict[str, list[tuple[int, int]]] = {pair: [] for pair in comparisons}
+    for pair, found in (differing or {}).items():
+        comparisons[pair], listed[pair] = found, [(1, 3)]
+    return Gathered(records, comparisons, listed, [], "rows", 0)
+
+
+def divergence(arm: str, stage: str = "experts", against: str = ORACLE, **values: Any) -> Divergence:
+    """A stage that is wrong on rank 1 in four rows."""
+    known: dict[str, Any] = {"stage": stage, "arm": arm, "rank": 1, "field": "rows", "against": against, "rows": 4}
+    return Divergence(**known | values)
+
+
+def lost_as_asked(arm: str, question: Question, rank: int = 1, more: int = 0) -> Divergence:
+    """The rows past the limit, and `more`."""
+    rows = RECEIVED - (question.limit or 0) + more
+    return divergence(arm, "truncate", "received", rank=rank, rows=rows)
+
+
+def arm_error(arm: str, *, within: bool, stage: str = "combine", ratio: float | None = 1.0) -> ArmError:
+    """The error of an arm on one rank."""
+    return ArmError(
+        arm=arm,
+        stage=stage,
+        family="bf16 rows, float32 sum",
+        rows=64,
+        nan_rows=0 if ratio is not None else 1,
+        ratio=ratio,
+        bias=None if ratio is None else 0.5,
+        worst=None if ratio is None else 0.004,
+        ideal_worst=0.004,
+        allowed={"ratio_low": 0.9, "ratio_high": 1.1, "bias": 5.0, "worst": 0.01},
+        within=within,
+    )
+
+
+def changed(found: Gathered, **values: Any) -> Gathered:
+    """The same with other values."""
+    return msgspec.structs.replace(found, **values)

@@ -1,0 +1,322 @@
+"""The verdict by table: what the ranks saw, the verdict, and the codes of its reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distbench.errors import Verdict
+from distbench.verify.records import (
+    NO_DIFFERENCE,
+    NOT_PROVEN,
+    ORACLE,
+    PADDED,
+    FloatError,
+    Judgement,
+    Question,
+    Replay,
+    Survivors,
+    Timed,
+)
+from distbench.verify.verdict import judge
+from tests.observations import (
+    ARMS,
+    RECEIVED,
+    SOME,
+    arm_error,
+    asked,
+    changed,
+    divergence,
+    gathered,
+    kernels,
+    lost_as_asked,
+)
+
+SHORT = RECEIVED - 1
+GAUSSIAN: dict[str, Any] = {"numerics": "gaussian"}
+TOLERANT: dict[str, Any] = {"numerics": "gaussian", "require": "tolerance"}
+ORDERED: dict[str, Any] = {"kernels": kernels("reduce")}
+OTHER: dict[str, Any] = {"kernels": kernels("reduce", truncated=32)}
+NEAR, FAR = 2.0**-6, 2.0**-4
+
+
+def codes(found: Judgement) -> tuple[str, list[str]]:
+    """The verdict and its reasons' codes, without that the limit is not proven for other routings."""
+    return found.verdict.value, [reason.code for reason in found.reasons if reason.code != NOT_PROVEN]
+
+
+def verdict_of(question: Question, *ranks: dict[str, Any], **options: Any) -> tuple[str, list[str]]:
+    return codes(judge(question, gathered(question, *ranks, **options)))
+
+
+def timed(tokens: int, drift: float | None) -> Timed:
+    last = NO_DIFFERENCE if not tokens else SOME
+    return Timed(slowest_us={}, layer_us=[], last=last, drift=drift, flushed_bytes=0, peak_device_bytes=None)
+
+
+def distance(**arms: float | None) -> dict[str, float | None]:
+    return dict.fromkeys(ARMS, 0.0) | arms
+
+
+def nan_in(*arms: str) -> dict[str, int]:
+    return dict.fromkeys(ARMS, 0) | dict.fromkeys(arms, 2)
+
+
+@pytest.mark.parametrize(
+    "question", [asked(), asked(**GAUSSIAN), asked(limit=None), asked(policy="guard", limit=SHORT)]
+)
+def test_a_clean_case_passes(question: Question) -> None:
+    verdict, reasons = verdict_of(question)
+    assert (verdict, reasons) == ("PASS", ["guarded"] if question.short_ranks else [])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(("stage", "against"), [("dispatch", "source"), ("experts", ORACLE), ("combine", "the sum")])
+@pytest.mark.parametrize("inputs", [{}, GAUSSIAN, TOLERANT])
+@pytest.mark.parametrize("limit", [RECEIVED, SHORT])
+def test_a_proven_divergence_is_never_hidden(
+    arm: str, stage: str, against: str, inputs: dict[str, Any], limit: int
+) -> None:
+    noisy = {"differing": {"padded/control": SOME}} if inputs else {}
+    question = asked(limit, **inputs)
+    verdict, reasons = verdict_of(question, {}, {"divergences": [divergence(arm, stage, against)]}, **noisy)
+    assert verdict == ("BASELINE_WRONG" if arm == "padded" else "CORRUPT")
+    assert reasons[0] == f"{stage}-differs"
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("inputs", [{}, GAUSSIAN, TOLERANT])
+@pytest.mark.parametrize("mode", ["atomic", "reduce"])
+def test_a_nan_in_a_token_that_lost_no_row_is_never_excused(arm: str, inputs: dict[str, Any], mode: str) -> None:
+    question = asked(**inputs)
+    there = {"kernels": kernels(mode), "nan_tokens": nan_in(arm), "distance": distance(**{arm: None})}
+    verdict, reasons = verdict_of(question, {}, there, differing={"padded/control": SOME} if inputs else {})
+    assert verdict == ("BASELINE_WRONG" if arm == "padded" else "CORRUPT")
+    assert "nan" in reasons
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_a_nan_where_a_row_was_lost_is_the_limits_damage(numerics: str) -> None:
+    question = asked(SHORT, numerics=numerics)
+    pairs = dict.fromkeys(("padded/repadded", "repadded/truncated", "padded/truncated"), 0)
+    there = {
+        "nan_tokens": nan_in("repadded", "truncated"),
+        "survivors": Survivors(nan_in(), pairs),
+        "divergences": [lost_as_asked("repadded", question), lost_as_asked("truncated", question)],
+    }
+    differing = dict.fromkeys(pairs, SOME)
+    assert verdict_of(question, there, there, differing=differing) == (
+        "UNDER_LIMIT",
+        ["limit-below-total-recv", "limit-below-total-recv", "damage"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("survivors", "code"),
+    [
+        (Survivors(nan_in("truncated"), {}), "nan"),
+        (Survivors(nan_in(), {"padded/truncated": 1}), "bits-differ"),
+        (Survivors(nan_in(), {"padded/repadded": 1}), "bits-differ"),
+    ],
+)
+def test_damage_to_tokens_that_lost_no_row_stands_before_the_limits(survivors: Survivors, code: str) -> None:
+    question = asked(SHORT)
+    verdict, reasons = verdict_of(question, {"survivors": survivors})
+    assert (verdict, reasons[0]) == ("CORRUPT", code)
+    found = judge(question, gathered(question, {"survivors": survivors})).findings
+    assert [one.verdict for one in found] == [Verdict.CORRUPT, Verdict.UNDER_LIMIT]
+
+
+@pytest.mark.parametrize(("more", "verdict"), [(0, "UNDER_LIMIT"), (1, "CORRUPT"), (-1, "CORRUPT")])
+def test_only_the_rows_past_the_limit_are_lost_as_asked(more: int, verdict: str) -> None:
+    question = asked(SHORT - 1)
+    found = {"divergences": [lost_as_asked("truncated", question, more=more)]}
+    assert verdict_of(question, {}, found)[0] == verdict
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_lost_where_the_limit_takes_none_are_corrupt(rank: int) -> None:
+    question = asked(RECEIVED)
+    lost = {"divergences": [divergence("truncated", "truncate", "received", rank=rank)]}
+    assert verdict_of(question, *(lost if rank == one else {} for one in (0, 1))) == ("CORRUPT", ["truncate-differs"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found", "expected"),
+    [
+        ({}, SOME, ("CORRUPT", ["bits-differ"])),
+        (GAUSSIAN, SOME, ("NONDETERMINISTIC", ["control-differs"])),
+        (TOLERANT, SOME, ("PASS", ["control-differs"])),
+    ],
+)
+def test_control_of_an_atomic_kernel_has_other_bits(inputs: dict[str, Any], found: Any, expected: Any) -> None:
+    assert verdict_of(asked(**inputs), differing={"padded/control": found}) == expected
+
+
+@pytest.mark.parametrize("require", ["bitwise", "tolerance"])
+def test_an_ordered_kernel_has_to_repeat_its_bits(require: str) -> None:
+    question = asked(numerics="gaussian", require=require)
+    both = (ORDERED, ORDERED)
+    assert verdict_of(question, *both, differing={"padded/control": SOME}) == ("NONDETERMINISTIC", ["control-differs"])
+    assert verdict_of(question, *both, differing={"padded/repadded": SOME}) == ("CORRUPT", ["bits-differ"])
+    rows = {"divergences": [divergence("truncated", against=PADDED)]} | ORDERED
+    assert verdict_of(question, ORDERED, rows) == ("CORRUPT", ["experts-differs"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [(GAUSSIAN, ("DRIFT", ["kernel-drift"])), (TOLERANT, ("PASS", ["kernel-drift"]))],
+)
+def test_another_kernel_within_tolerance_drifts(inputs: dict[str, Any], expected: Any) -> None:
+    question = asked(**inputs)
+    rows = {"divergences": [divergence("truncated", against=PADDED)], "distance": distance(truncated=NEAR)} | OTHER
+    assert verdict_of(question, OTHER, rows) == expected
+    both = {"padded/truncated": SOME, "repadded/truncated": SOME}
+    assert verdict_of(question, OTHER, OTHER, differing=both) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [FAR, None])
+@pytest.mark.parametrize("arm", ARMS[1:])
+@pytest.mark.parametrize("kernel", [OTHER, {"kernels": kernels()}], ids=["another kernel", "atomic"])
+def test_one_rank_within_tolerance_excuses_no_other(rank: int, error: float | None, arm: str, kernel: Any) -> None:
+    near, far = (kernel | {"distance": distance(**{arm: one})} for one in (NEAR, error))
+    ranks = [far if rank == one else near for one in (0, 1)]
+    verdict, reasons = verdict_of(asked(**TOLERANT), *ranks, differing={f"padded/{arm}": SOME})
+    assert verdict == "CORRUPT"
+    assert "far" in reasons
+
+
+@pytest.mark.parametrize("arm", ["control", "repadded"])
+def test_the_distance_of_one_arm_does_not_stand_for_another(arm: str) -> None:
+    far = OTHER | {"distance": distance(truncated=FAR, **{arm: 0.0})}
+    assert verdict_of(asked(**TOLERANT), far, OTHER, differing={"padded/truncated": SOME})[0] == "CORRUPT"
+    near = OTHER | {"distance": distance(truncated=0.0, **{arm: FAR})}
+    assert verdict_of(asked(**TOLERANT), near, OTHER)[0] == "CORRUPT"
+
+
+@pytest.mark.parametrize(
+    ("quant", "error", "verdict"),
+    [
+        ("none", 2.0**-5, "PASS"),
+        ("none", 2.0**-5 + 2.0**-20, "CORRUPT"),
+        ("none", 2.0**-4, "CORRUPT"),
+        ("fp8_direct_cast", 2.0**-3, "PASS"),
+        ("fp8_blockwise", 2.0**-3 + 2.0**-20, "CORRUPT"),
+        ("fp4_blockwise", 2.0**-1, "PASS"),
+        ("fp4_blockwise", 2.0**-1 + 2.0**-20, "CORRUPT"),
+    ],
+)
+def test_the_tolerance_is_what_the_formats_make(quant: str, error: float, verdict: str) -> None:
+    question = asked(**TOLERANT, combine_quant=quant, transport="mori", emulate=True)
+    there = OTHER | {"distance": distance(truncated=error)}
+    assert verdict_of(question, there, OTHER, differing={"padded/truncated": SOME})[0] == verdict
+
+
+def test_rows_that_no_rounding_takes_so_far_are_corrupt_even_where_tokens_are_near() -> None:
+    far = {"divergences": [divergence("truncated", against=PADDED, far=1)]}
+    assert verdict_of(asked(**TOLERANT), {}, far) == ("CORRUPT", ["experts-differs"])
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("stage", ["experts", "combine"])
+def test_an_error_outside_its_ideal_is_wrong_whatever_is_required(arm: str, stage: str) -> None:
+    question = asked(**TOLERANT)
+    there = {"errors": [arm_error("padded", within=True), arm_error(arm, within=False, stage=stage, ratio=3.0)]}
+    verdict, reasons = verdict_of(question, {}, there, differing={"padded/control": SOME})
+    assert (verdict, reasons) == ("BASELINE_WRONG" if arm == "padded" else "CORRUPT", ["error"])
+
+
+@pytest.mark.parametrize(
+    ("worst", "errors", "verdict"),
+    [
+        (2.0**-5, [], "PASS"),
+        (2.0**-4, [], "BASELINE_WRONG"),
+        (None, [], "BASELINE_WRONG"),
+        (2.0**-4, [arm_error("padded", within=True)], "PASS"),
+    ],
+)
+def test_the_float_reference_counts_where_no_error_was_measured(
+    worst: float | None, errors: list[Any], verdict: str
+) -> None:
+    there = {"reference": FloatError(worst, 4), "errors": errors}
+    assert verdict_of(asked(**TOLERANT), {}, there)[0] == verdict
+
+
+@pytest.mark.parametrize("disputed", [[0], [1], [0, 1]])
+def test_every_disputing_rank_is_told(disputed: list[int]) -> None:
+    question = asked()
+    found = judge(question, changed(gathered(question), disputed=disputed))
+    assert codes(found) == ("CORRUPT", ["disputed"] * len(disputed))
+    assert [reason.rank for reason in found.reasons] == disputed
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+@pytest.mark.parametrize("pair", ["padded/oracle", "padded/control", "padded/repadded", "repadded/truncated"])
+def test_any_pair_that_differs_is_noticed(numerics: str, pair: str) -> None:
+    question = asked(numerics=numerics)
+    if pair in gathered(question).comparisons:
+        assert verdict_of(question, ORDERED, ORDERED, differing={pair: SOME})[0] != "PASS"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kernel", "arm", "drift", "expected"),
+    [
+        ({}, "atomic", "padded", 0.0, "CORRUPT"),
+        (GAUSSIAN, "atomic", "padded", NEAR, "NONDETERMINISTIC"),
+        (TOLERANT, "atomic", "padded", NEAR, "PASS"),
+        (TOLERANT, "atomic", "padded", FAR, "CORRUPT"),
+        (TOLERANT, "atomic", "padded", None, "CORRUPT"),
+        (TOLERANT, "reduce", "padded", NEAR, "CORRUPT"),
+        (GAUSSIAN, "atomic", "truncated", NEAR, "DRIFT"),
+    ],
+)
+def test_a_timed_iteration_has_to_repeat_its_bits(
+    inputs: dict[str, Any], kernel: str, arm: str, drift: float | None, expected: str
+) -> None:
+    there = {"kernels": kernels(kernel, truncated=32), "timed": {arm: timed(3, drift)}}
+    question = asked(**inputs)
+    assert verdict_of(question, {"kernels": there["kernels"]}, there)[0] == expected
+    assert verdict_of(question, there | {"timed": {arm: timed(0, 0.0)}})[0] == "PASS"
+
+
+@pytest.mark.parametrize(("near", "verdict"), [(0, "PASS"), (2, "NONDETERMINISTIC")])
+def test_replays_within_tolerance_do_not_repeat_bits(near: int, verdict: str) -> None:
+    assert verdict_of(asked(**GAUSSIAN), {"replays": [Replay(4, 0, near)]})[0] == verdict
+
+
+def test_all_rules_that_strike_are_kept_the_most_fundamental_first() -> None:
+    question = asked(SHORT, **GAUSSIAN)
+    there = {
+        "divergences": [
+            divergence("padded", "dispatch", "source"),
+            divergence("truncated", "combine", "the sum"),
+            lost_as_asked("truncated", question),
+        ]
+    }
+    found = judge(question, gathered(question, {}, there, differing={"padded/control": SOME}))
+    assert [one.verdict.value for one in found.findings] == [
+        "BASELINE_WRONG",
+        "CORRUPT",
+        "UNDER_LIMIT",
+        "NONDETERMINISTIC",
+    ]
+    assert found.reasons == found.findings[0].reasons
+    assert found.first_divergence == there["divergences"][0]
+
+
+def test_what_rounding_explains_does_not_lead() -> None:
+    question = asked(**GAUSSIAN)
+    noise = divergence("control", against=PADDED)
+    wrong = divergence("truncated", against=PADDED, far=4)
+    found = judge(question, gathered(question, {}, {"divergences": [noise, wrong]}))
+    assert (found.verdict.value, found.first_divergence) == ("CORRUPT", wrong)
+
+
+def test_other_bits_than_a_wrong_padded_arm_blame_no_other_arm() -> None:
+    question = asked(**TOLERANT)
+    there = {"nan_tokens": nan_in("padded"), "distance": dict.fromkeys(ARMS)}
+    pairs = {"padded/control": SOME, "repadded/truncated": SOME}
+    found = judge(question, gathered(question, there, there, differing=pairs))
+    assert [one.verdict.value for one in found.findings] == ["BASELINE_WRONG"]
