@@ -1,7 +1,6 @@
-"""Where a rank is, left in a small mmapped file so that it outlives the rank.
+"""A rank's heartbeat: where it is and what it waits for, in a small mmapped file that outlives the rank.
 
-Writing one costs a microsecond or two: one store of a fixed-size record, no system call. Whoever watches reads the
-same file.
+A mark costs a microsecond or two: one store of a fixed-size record, no system call. A supervisor reads the same file.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from distbench import waits
 from distbench.process import pid_space
 
 STAGES = (
@@ -33,6 +33,9 @@ STAGES = (
 )
 ARMS = ("", "padded", "control", "repadded", "truncated")
 _RECORD = struct.Struct("<qqqqqqq")
+_WAITS = struct.Struct(f"<{waits.WORDS}q")
+_SIZE = _RECORD.size + _WAITS.size
+_PLACES = 6  # fields of a position before what it waits for
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -41,6 +44,8 @@ class Position(msgspec.Struct, frozen=True):
     `case_index` counts the cases of a launch, `arm` and `stage` index ARMS and STAGES. `since_ns` is CLOCK_MONOTONIC
     in nanoseconds, comparable between the processes of one host. `step` counts the stages entered since the case
     began: all ranks of a case pass the same ones, some of them several times. `pid` is 0 for a rank of another host.
+    `waiting` and `kind` index waits.KINDS: what the rank waits for now, and the last collective that it entered, which
+    is number `entered` of the case, on `device` (-1: the host).
     """
 
     case_index: int
@@ -49,11 +54,16 @@ class Position(msgspec.Struct, frozen=True):
     since_ns: int
     pid: int
     step: int
+    waiting: int = 0
+    entered: int = 0
+    kind: int = 0
+    device: int = waits.HOST
 
     @property
     def is_known(self) -> bool:
-        """Whether there are such an arm and stage."""
-        return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES)
+        """Whether there are such an arm, stage, wait and collective."""
+        waiting, kind = (0 <= number < len(waits.KINDS) for number in (self.waiting, self.kind))
+        return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES) and waiting and kind
 
     @property
     def stage_name(self) -> str:
@@ -71,28 +81,54 @@ class Position(msgspec.Struct, frozen=True):
         return f"{self.arm_name}/{self.stage_name}" if self.arm else self.stage_name
 
     @property
-    def progress(self) -> tuple[int, int]:
-        """How far the rank has come, comparable between the ranks of a launch."""
-        return self.case_index, self.step
+    def progress(self) -> tuple[int, int, int]:
+        """How far the rank has come, comparable between the ranks of a launch: case, stage, collective."""
+        return self.case_index, self.step, self.entered
+
+    @property
+    def waits_for(self) -> str:
+        """What the rank waits for, in words; empty where it does not say."""
+        return waits.KINDS[self.waiting]
+
+    @property
+    def collective(self) -> str:
+        """The last collective that the rank entered in this case, as a message names it; empty where there is none."""
+        if not self.entered:
+            return ""
+        where = " on a device" if self.device != waits.HOST else ""
+        return f"{waits.KINDS[self.kind]} (collective {self.entered} of the case{where})"
 
 
 class Breadcrumbs:
     """The writer's side, one for each rank."""
 
     def __init__(self, path: Path | None) -> None:
-        """Map `path`, made anew; None keeps the position in memory alone."""
+        """Map `path`, made anew, and write what this process waits for there; None keeps the position in memory."""
         self._file = None
         self._pid, self._space = os.getpid(), pid_space()
         if path is None:
-            self._map: mmap.mmap | bytearray = bytearray(_RECORD.size)
+            self._map: mmap.mmap | bytearray = bytearray(_SIZE)
         else:
-            path.write_bytes(bytes(_RECORD.size))
+            path.write_bytes(bytes(_SIZE))
             self._file = path.open("r+b")
-            self._map = mmap.mmap(self._file.fileno(), _RECORD.size)
-        self._step = 0
-        self.case_index = 0
+            self._map = mmap.mmap(self._file.fileno(), _SIZE)
+        self._waits = memoryview(self._map)[_RECORD.size :].cast("q")
+        if path is not None:
+            waits.write_to(self._waits)
+        self._step = self._case_index = 0
         self.arm = ""
         self.mark("start")
+
+    @property
+    def case_index(self) -> int:
+        """The number of the case in its launch; another one begins to count collectives anew."""
+        return self._case_index
+
+    @case_index.setter
+    def case_index(self, index: int) -> None:
+        if index != self._case_index:
+            waits.begin_case(self._waits)
+        self._case_index = index
 
     def mark(self, stage: str) -> None:
         """Record that this rank enters `stage` of the current case and arm."""
@@ -105,19 +141,23 @@ class Breadcrumbs:
 
     def position(self) -> Position:
         """Return the position written last."""
-        return Position(*_RECORD.unpack_from(self._map)[:-1])
+        return Position(*_RECORD.unpack_from(self._map)[:-1], *_WAITS.unpack_from(self._map, _RECORD.size))
 
     def close(self) -> None:
-        """Unmap the file; it stays on disk."""
-        if isinstance(self._map, mmap.mmap):
-            self._map.close()
-        if self._file is not None:
-            self._file.close()
+        """Write that the rank waits for the launch to end, and unmap the file; it stays on disk."""
+        if self._file is None or not isinstance(self._map, mmap.mmap):
+            return
+        waits.waiting("end of the launch").__enter__()
+        waits.write_to(waits.no_heartbeat())
+        self._waits.release()
+        self._map.close()
+        self._file.close()
 
 
 def write_position(path: Path, position: Position) -> None:
     """Leave in `path` what a rank of another host has told of itself."""
-    path.write_bytes(_RECORD.pack(*msgspec.structs.astuple(position), pid_space()))
+    fields = msgspec.structs.astuple(position)
+    path.write_bytes(_RECORD.pack(*fields[:_PLACES], pid_space()) + _WAITS.pack(*fields[_PLACES:]))
 
 
 def read_position(path: Path) -> Position | None:
@@ -129,10 +169,10 @@ def read_position(path: Path) -> Position | None:
         content = path.read_bytes()
     except OSError:
         return None
-    if len(content) != _RECORD.size or not any(content):
+    if len(content) != _SIZE or not any(content):
         return None
-    *fields, space = _RECORD.unpack(content)
-    position = Position(*fields)
+    *fields, space = _RECORD.unpack_from(content)
+    position = Position(*fields, *_WAITS.unpack_from(content, _RECORD.size))
     if space != pid_space():
         position = msgspec.structs.replace(position, pid=0)
     return position if position.is_known and position.case_index >= 0 else None

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from distbench.breadcrumbs import Position
 from distbench.errors import Verdict
+from distbench.flight_recorder import from_stacks, late_ranks
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
 from distbench.process import STOPPED, is_alive, state
+from distbench.signals import STACKS_SIGNAL
 from distbench.stage_limits import stage_limit
 from distbench.verify.records import Reason
-
-STACKS_SIGNAL = signal.SIGUSR1
 
 _STACKS_WAIT_S = 0.5
 _SPY_S = 2.0
 # Ranks are forked at about one time, but first, and on other nodes at another time, torch has to be loaded.
 _LOADING_S = 60.0
-# A rank whose main thread stands here, by file and function, waits for others: for its peers; while kernels are
-# compiled, for the rank of its node that does so; when it is done, for the agent. On a device a collective returns at
-# once, and what waits is the next call that needs the device.
-_WAITING = (
-    ("/torch/distributed/", ""),
-    ("/torch/cuda/", "synchronize"),
-    ("/multiprocessing/synchronize.py", "wait"),
-    ("/filelock/", "acquire"),
-    ("/distbench/exchange/waiting.py", "wait_for"),
-    ("/distbench/exchange/shared_memory.py", "_hear"),
-    ("/distbench/emulation/mori/shmem.py", "_members"),
-    ("/distbench/session.py", "_wait_for"),
-)
-_FRAME = re.compile(r'^  File "(.*)", line \d+ in (.*)$', re.MULTILINE)
 
 
 def _none_elsewhere() -> dict[int, str]:
@@ -54,9 +39,13 @@ def find_hang(
 ) -> Ending | None:
     """Return the ending where the ranks that are furthest behind have stood still past their stage's limit.
 
-    Ranks that are ahead wait by definition. Where all that are behind entered one stage, the last to enter counts; one
-    that has not begun is behind all others. `launched_ns` is the launch's start on the monotonic clock, and
-    `stacks_elsewhere` asks other nodes for the stacks of their ranks. A stand after all cases falls on none of them.
+    Ranks are compared by case, by stage, and by the collectives that they have entered: those ahead wait for those
+    behind. Of ranks equally far, the last to enter the stage counts, and ranks whose heartbeat says that they wait are
+    not to blame; where all wait, NCCL's flight recorder may tell whose device is late. A rank that has not begun is
+    behind all others.
+
+    `launched_ns` is the launch's start on the monotonic clock, and `stacks_elsewhere` asks other nodes for the stacks
+    of their ranks. A stand after all cases falls on none of them.
     """
     missing = [rank for rank in range(job.num_ranks) if rank not in seen]
     if missing:
@@ -73,10 +62,11 @@ def find_hang(
     if stood <= limit:
         return None
     stacks = dump_stacks(job, running) | stacks_elsewhere()
-    stuck = _stuck(behind, stacks)
-    told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s"
+    stuck, late = _stuck(behind, stacks)
+    told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s{late}"
     case_index = None if over else last.case_index
-    return _hang(stuck, running.keys() - stuck, told, stacks, case_index, last.stage_name)
+    others = {rank: at for rank, at in running.items() if rank not in stuck}
+    return _hang(stuck, others, told, stacks, case_index, last.stage_name)
 
 
 def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> Ending | None:
@@ -92,14 +82,26 @@ def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launch
 
 
 def _hang(  # noqa: PLR0913 - who stood where, and who waited
-    stuck: Iterable[int], waiting: Iterable[int], told: str, stacks: dict[int, str], case_index: int | None, stage: str
+    stuck: Collection[int],
+    others: Mapping[int, Position],
+    told: str,
+    stacks: dict[int, str],
+    case_index: int | None,
+    stage: str,
 ) -> Ending:
     message = f"{', '.join(f'rank {rank}' for rank in sorted(stuck))} {told}"
-    others = ", ".join(map(str, sorted(waiting)))
-    message += f"; rank {others} waited for it" if others else ""
+    if others:
+        message += f"; rank {', '.join(map(str, sorted(others)))} waited for it{_where_they_wait(others)}"
     reasons = [Reason(code="hang", rank=rank, message=message, stage=stage) for rank in sorted(stuck)]
     named = {str(rank): text for rank, text in stacks.items()}
     return Ending(verdict=Verdict.HANG, case_index=case_index, reasons=reasons, stacks=named)
+
+
+def _where_they_wait(others: Mapping[int, Position]) -> str:
+    """Return what most of the ranks wait for, by their heartbeats: on a device, the last collective they entered."""
+    waits = [at.collective if at.collective and at.device >= 0 else at.waits_for for at in others.values()]
+    ((most, _),) = Counter(waits).most_common(1)
+    return f" in {most}" if most else ""
 
 
 def _seconds_since(moment_ns: int) -> float:
@@ -112,23 +114,18 @@ def _running(seen: dict[int, Position]) -> dict[int, Position]:
     return under_way or {rank: at for rank, at in seen.items() if is_alive(at.pid)}
 
 
-def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> set[int]:
-    """Of the ranks behind, those that are not themselves waiting for their peers; all of them where all wait."""
-    stuck = {
-        rank
-        for rank, at in behind.items()
-        if state(at.pid) == STOPPED or (rank in stacks and not waits_for_peers(stacks[rank]))
-    }
-    return stuck or set(behind)
+def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> tuple[set[int], str]:
+    """Of the ranks behind, return those to blame, and what the flight recorder says of them.
 
-
-def waits_for_peers(stack: str) -> bool:
-    """Whether a rank with this stack, as faulthandler writes it, waits for other ranks.
-
-    What counts is the innermost frame of the main thread, which is listed last.
+    To blame is a rank that is stopped or does not say that it waits. Where no rank says so, or all do, those are left
+    that the recorders of their devices blame, and all where these tell no difference.
     """
-    frame = _FRAME.search(stack.rpartition("(most recent call first):")[2])
-    return frame is not None and any(place in frame[1] and name in ("", frame[2]) for place, name in _WAITING)
+    stuck = {rank for rank, at in behind.items() if state(at.pid) == STOPPED or not at.waiting}
+    if stuck and stuck != behind.keys():
+        return stuck, ""
+    recorded = {rank: from_stacks(stacks.get(rank, "")) for rank in behind}
+    late = late_ranks(recorded) if all(recorded.values()) else None
+    return (set(behind), "") if late is None else (late.ranks, f"; its device {late.told}")
 
 
 def dump_stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:

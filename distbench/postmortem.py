@@ -203,4 +203,5 @@ def _since(position: Position | None) -> int:
 
 
 def _progress(position: Position | None) -> tuple[int, int]:
-    return position.progress if position else (-1, -1)
+    """Case and stage: ranks that are ended at one moment may have entered unlike numbers of collectives."""
+    return position.progress[:2] if position else (-1, -1)

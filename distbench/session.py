@@ -21,6 +21,7 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.exchange.neighbours import find_neighbours
 from distbench.exchange.shared_memory import SharedMemory
 from distbench.process import usable_cores
+from distbench.waits import collective, waiting
 
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
 """The variable that, at 0, has ranks of one host talk as those of several do."""
@@ -68,8 +69,9 @@ class Session:
         timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
         self._sharing = environ.get(SHARED_MEMORY, "1") != "0"
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        with collective("group creation"):
+            store, _, _ = next(rendezvous("env://", timeout=timeout))
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.group, self.shared = world = self._group_of(_world_group())
         if accelerated:
             self._devices = self._fewest_devices()
@@ -110,24 +112,29 @@ class Session:
         if ep_size in self._created:
             return
         self._created.add(ep_size)
-        members = dist.new_group(list(range(ep_size)))
-        if self.rank < ep_size:
-            self._groups[ep_size] = self._group_of(members)
+        if self.rank >= ep_size:
+            dist.new_group(list(range(ep_size)))
+            return
+        with collective("group creation"):
+            members = dist.new_group(list(range(ep_size)))
+        self._groups[ep_size] = self._group_of(members)
 
     def _group_of(self, members: dist.ProcessGroup) -> _Group:
         """Return a group with the memory that its ranks share, if they do. Collective."""
         everyones = partial(_table, members)
-        found = find_neighbours(self.rank, everyones, self._timeout_s, willing=self._sharing)
+        with waiting("group creation"):
+            found = find_neighbours(self.rank, everyones, self._timeout_s, willing=self._sharing)
         return _Group(members, found and SharedMemory(found))
 
     def _wait_for(self, call: str) -> None:
         """Wait without a limit of time. Polls: whenever the store's own wait runs out, torch prints a warning."""
         said = time.monotonic()
-        while not self._store.check([call]):
-            if time.monotonic() - said > _SAID_S:
-                self.crumbs.mark("start")
-                said = time.monotonic()
-            time.sleep(_POLL_S)
+        with waiting("store of the launch"):
+            while not self._store.check([call]):
+                if time.monotonic() - said > _SAID_S:
+                    self.crumbs.mark("start")
+                    said = time.monotonic()
+                time.sleep(_POLL_S)
 
     def use(self, asked: str) -> None:
         """Take the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch decide alike.
@@ -194,7 +201,8 @@ class Session:
         if not self.on_any_rank(value=refusal is not None):
             return
         told: list[tuple[type[InvalidCase | Unsupported], str] | None] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(told, None if refusal is None else (type(refusal), str(refusal)), group=self.group)
+        with collective("all_gather"):
+            dist.all_gather_object(told, None if refusal is None else (type(refusal), str(refusal)), group=self.group)
         rank, (kind, message) = next((rank, one) for rank, one in enumerate(told) if one is not None)
         raise refusal or kind(f"rank {rank}: {message}")
 
@@ -210,7 +218,8 @@ class Session:
         if self.shared is not None and mine.device.type == "cpu":
             return self.shared.gathered(mine)
         everyone = mine.new_empty(dist.get_world_size(self.group) if self.rank == 0 else 0, *mine.shape)
-        dist.gather(mine, list(everyone) or None, group=self.group, group_dst=0)
+        with collective("gather", mine.get_device()):
+            dist.gather(mine, list(everyone) or None, group=self.group, group_dst=0)
         return everyone
 
     def announce(self, value: int) -> int:
@@ -220,13 +229,15 @@ class Session:
     def share(self, values: Sequence[int]) -> list[int]:
         """Return rank 0's values, as many on every rank, everywhere. Collective, over all ranks of the launch."""
         shared = torch.tensor(values, dtype=torch.int64)
-        dist.broadcast(shared, group=self._groups[self.world_size].process_group, group_src=0)
+        with collective("broadcast"):
+            dist.broadcast(shared, group=self._groups[self.world_size].process_group, group_src=0)
         numbers: list[int] = shared.tolist()
         return numbers
 
     def meet(self) -> None:
         """Wait for every rank of the launch. Collective, over all of them."""
-        dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=self._groups[self.world_size].process_group)
+        with collective("barrier"):
+            dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=self._groups[self.world_size].process_group)
 
     def at_close(self, leave: Callable[[], None]) -> None:
         """Have `leave` called before the process groups are left, the last one given first."""
@@ -240,7 +251,8 @@ class Session:
     def _fewest_devices(self) -> int:
         """Return this node's devices, or none where some node has fewer than ranks. Collective."""
         enough = torch.tensor([self._devices >= self.local_ranks], dtype=torch.int64)
-        dist.all_reduce(enough, op=dist.ReduceOp.MIN)
+        with collective("all_reduce"):
+            dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         return self._devices if int(enough) else 0
 
     def _everyones(self, mine: Tensor) -> Tensor:
@@ -251,8 +263,9 @@ class Session:
 def _table(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
     """Return every rank's row [c], [W, c]. Gathering and broadcasting takes gloo a fifth of its all-gather's time."""
     table = mine.new_empty(dist.get_world_size(group), mine.numel())
-    dist.gather(mine, list(table) if dist.get_rank(group) == 0 else None, group=group, group_dst=0)
-    dist.broadcast(table, group=group, group_src=0)
+    with collective("all_gather", mine.get_device()):
+        dist.gather(mine, list(table) if dist.get_rank(group) == 0 else None, group=group, group_dst=0)
+        dist.broadcast(table, group=group, group_src=0)
     return table
 
 

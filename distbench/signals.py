@@ -12,6 +12,8 @@ from typing import NoReturn
 # Ctrl-C, a scheduler that takes the node back, a terminal that was closed.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
+STACKS_SIGNAL = signal.SIGUSR1
+"""Asks a rank for its stacks."""
 
 
 # What has been raised. Where a destructor or a weak reference's callback runs, as in the import system, it gets lost.

@@ -18,6 +18,7 @@ from distbench.session import Session
 from distbench.verify.bitwise import compare_rows
 from distbench.verify.nearness import relative_error
 from distbench.verify.records import Timed
+from distbench.waits import collective, waiting
 
 STAGES = ("dispatch", "truncate", "experts", "combine")
 LAYER = "layer"
@@ -73,7 +74,8 @@ class EventLaps:
     def microseconds(self) -> list[float]:
         """See `_Laps.microseconds`; waits for the last event."""
         events = self._events
-        events[-1].synchronize()
+        with waiting("this rank's device"):
+            events[-1].synchronize()
         laps = [events[index].elapsed_time(events[index + 1]) * 1000 for index in range(len(STAGES))]
         return [*laps, events[0].elapsed_time(events[-1]) * 1000]
 
@@ -109,7 +111,8 @@ class Timer:
                 chunk.append(laps)
             table = torch.tensor([laps.microseconds() for laps in chunk], dtype=torch.float64)
             mine += table.tolist()
-            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._session.group)
+            with collective("all_reduce"):
+                dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self._session.group)
             slowest += table.tolist()
         return Timed(
             slowest_us={
@@ -140,7 +143,8 @@ class Timer:
         if self._cold is not None:
             self._cold.zero_()
         if self._case.align == "barrier":
-            dist.all_reduce(self._aligner, group=self._session.group)
+            with collective("all_reduce", self._aligner.get_device()):
+                dist.all_reduce(self._aligner, group=self._session.group)
         laps: _Laps = EventLaps() if self._on_device else HostLaps()
         output = layer(laps.mark)
         laps.mark("")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -19,6 +17,7 @@ import msgspec
 from distbench.breadcrumbs import Breadcrumbs
 from distbench.case import case_hash
 from distbench.errors import Verdict, is_disk_full, worst_exit_code
+from distbench.flight_recorder import START_EVENTS
 from distbench.job import (
     Entry,
     Job,
@@ -40,9 +39,8 @@ from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
+from distbench.stacks import answer_with_stacks
 from distbench.verify.records import Outcome
-
-STACKS_SIGNAL = signal.SIGUSR1
 
 _PEER_GRACE_S = 10.0
 # A rank without a job looks for one so often, and says so often that it stands still for no other reason.
@@ -67,8 +65,7 @@ def work(job: Job) -> int:
     failure_path(out, rank).unlink(missing_ok=True)
     if job.supervised:
         _die_with_supervisor()
-    stacks = stack_path(out, rank).open("w")  # open to the process's end, since it may be asked for them until then
-    faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    answer_with_stacks(stack_path(out, rank))
     with contextlib.closing(Breadcrumbs(crumb_path(out, rank))) as crumbs:
         try:
             if rank == 0:
@@ -80,6 +77,8 @@ def work(job: Job) -> int:
 
 def _run_jobs(job: Job, crumbs: Breadcrumbs) -> int:
     """Run the job, and where its ranks stay up those that follow."""
+    if job.accelerated and not any(entry.case.iterations for entry in job.entries):  # an event more would be timed too
+        os.environ.setdefault(START_EVENTS, "1")
     session = Session(crumbs, _group_timeout(job), accelerated=job.accelerated)
     machine = Machine(socket.gethostname(), str(session.own_device))
     machine_path(Path(job.out), session.rank).write_bytes(msgspec.json.encode(machine))

@@ -35,6 +35,7 @@ from distbench.session import Session
 from distbench.verify.bitwise import row_digests, tensor_digest
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import ORACLE, Gathered, Outcome, Token
+from distbench.waits import collective
 
 
 def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Outcome | None) -> Recorded | None:
@@ -119,7 +120,8 @@ def _shared(session: Session, tokens: list[Token], *, failed: bool) -> Tensor | 
     if tokens:
         sent[1 : 1 + len(tokens)] = torch.tensor(tokens)
     sent = sent.to(session.device)
-    dist.broadcast(sent, group=session.group, group_src=0)
+    with collective("broadcast", sent.get_device()):
+        dist.broadcast(sent, group=session.group, group_src=0)
     (told, *_), *_ = sent.tolist()
     listed = sent[1:].cpu()
     return listed[listed[:, 0] >= 0] if told else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distbench.exchange.base import Underway
 from distbench.exchange.waiting import wait_for
+from distbench.waits import collective
 
 _FEW = 0.5
 
@@ -26,12 +27,14 @@ class AllToAll:
     ) -> Sequence[Underway]:
         """See `Exchange.start`."""
         parts = list(received), list(sent)
-        work = dist.all_to_all_single(incoming, outgoing, *parts, group=self._group, async_op=True)
+        with collective("all_to_all", outgoing.get_device()):
+            work = dist.all_to_all_single(incoming, outgoing, *parts, group=self._group, async_op=True)
         return () if work is None else (work,)
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
         """See `Exchange.run`: a device is spared two events."""
-        dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self._group)
+        with collective("all_to_all", outgoing.get_device()):
+            dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self._group)
 
 
 class SendReceive:
@@ -47,8 +50,9 @@ class SendReceive:
     ) -> Sequence[Underway]:
         """See `Exchange.start`."""
         group = self._group
-        receipts = [dist.irecv(rows, group=group, group_src=peer) for peer, rows in _parts(incoming, received)]
-        sendings = [dist.isend(rows, group=group, group_dst=peer) for peer, rows in _parts(outgoing, sent)]
+        with collective("send and receive", outgoing.get_device()):
+            receipts = [dist.irecv(rows, group=group, group_src=peer) for peer, rows in _parts(incoming, received)]
+            sendings = [dist.isend(rows, group=group, group_dst=peer) for peer, rows in _parts(outgoing, sent)]
         return tuple(work for work in (*receipts, *sendings) if work is not None)
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from distbench.exchange.neighbours import Neighbours, Peer
 from distbench.exchange.waiting import wait_for
+from distbench.waits import collective, waiting
 
 _WORD = struct.Struct("<qqq")
 # Gathers in a row that only rank 0 waits for: what the others have laid for them is kept.
 _GATHERS_AHEAD = 3
+_EXCHANGE = "exchange in shared memory"
 
 Span = tuple[int, int]
 """Where bytes begin, and how many there are."""
@@ -99,6 +101,7 @@ class SharedMemory:
     def _lay(self, outgoing: Tensor, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
         """Write bytes where no peer may still be reading, and tell each of them, or of `listeners`, its span."""
         self._calls += 1
+        collective(_EXCHANGE)
         content = _bytes_of(outgoing)
         begin = self._room_for(len(content))
         _write(self._file, content, begin)
@@ -118,9 +121,10 @@ class SharedMemory:
         return begin
 
     def _hear(self, peer: Peer, length: int) -> int:
-        """Wait for a peer's word and return where its bytes begin (hang.py knows this function by its name)."""
+        """Wait for a peer's word and return where its bytes begin."""
         try:
-            word = peer.line.recv(_WORD.size)
+            with waiting(_EXCHANGE):
+                word = peer.line.recv(_WORD.size)
         except BlockingIOError as error:
             message = f"rank {peer.rank} has laid nothing for exchange {self._calls}: timed out"
             raise TimeoutError(message) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import filelock
 
+from distbench.waits import waiting
+
 _POLL_S = 0.1
 
 
@@ -20,7 +22,10 @@ def first_on_node(folder: Path, name: str, build: Callable[[], object]) -> bool:
     note = folder / f"distbench-{hashlib.sha256(name.encode()).hexdigest()[:16]}.built"
     if note.exists():
         return False
-    with filelock.FileLock(note.with_suffix(".lock"), poll_interval=_POLL_S):
+    lock = filelock.FileLock(note.with_suffix(".lock"), poll_interval=_POLL_S)
+    with waiting("lock of this node's compilation"):
+        held = lock.acquire()
+    with held:
         if note.exists():
             return False
         build()

@@ -26,6 +26,7 @@ from distbench.transport.mori_checks import check_batch, check_device, check_rou
 from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
 from distbench.transport.mori_world import join_world
 from distbench.values import one_line
+from distbench.waits import collective, waiting
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import fp8_dtype
 
@@ -91,12 +92,13 @@ class MoriTransport:
         known = self._known if self._is_known(batch) else None
         if known is None:
             check_batch(batch, self._case, self._plan, self._device)
-        hidden, weights, scales, ids, counter = self._op.dispatch(
-            batch.hidden, batch.weights, batch.scales, batch.ids, **self._geometry()
-        )
-        self._note_launch("dispatch")
-        if self._plan.kernel == "AsyncLL":
-            self._op.dispatch_recv()
+        with collective("dispatch of mori", batch.ids.get_device()):
+            hidden, weights, scales, ids, counter = self._op.dispatch(
+                batch.hidden, batch.weights, batch.scales, batch.ids, **self._geometry()
+            )
+            self._note_launch("dispatch")
+            if self._plan.kernel == "AsyncLL":
+                self._op.dispatch_recv()
         self._total_recv.copy_(counter)  # combine sets the counter to zero
         # Kernels keep the addresses of what they were given until combine is done.
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
@@ -128,10 +130,11 @@ class MoriTransport:
             buffer = self._op.get_registered_combine_input_buffer(rows.dtype, rows.shape[1])
             buffer[: known.received].copy_(rows[: known.received])
             rows = buffer
-        combined, _ = self._op.combine(rows, None, known.routing, **self._geometry())
-        self._note_launch("combine")
-        if self._plan.kernel == "AsyncLL":
-            self._op.combine_recv()
+        with collective("combine of mori", rows.get_device()):
+            combined, _ = self._op.combine(rows, None, known.routing, **self._geometry())
+            self._note_launch("combine")
+            if self._plan.kernel == "AsyncLL":
+                self._op.combine_recv()
         self._combined = combined
         result: Tensor = combined[: known.routing.shape[0]].clone()
         return result
@@ -217,8 +220,10 @@ class MoriTransport:
         Releases before 1.2.4 leave this out after they zero their buffers, and a fast peer's first signal is lost.
         """
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        dist.barrier(group=self._group)
+            with waiting("this rank's device"):
+                torch.cuda.synchronize(self._device)
+        with collective("barrier", -1 if self._device.index is None else self._device.index):
+            dist.barrier(group=self._group)
 
 
 def _poison_rows(dispatched: Dispatched, rows: slice) -> None:
@@ -282,7 +287,7 @@ def _operator(mori: Any, config: Any, group: dist.ProcessGroup) -> Any:
 
     """
     try:
-        with _barriers_within(group):
+        with _barriers_within(group), collective("construction of mori"):
             return mori.ops.EpDispatchCombineOp(config)
     except (ValueError, NotImplementedError) as error:
         message = f"the installed mori cannot run the case: {one_line(error)}"

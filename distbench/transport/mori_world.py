@@ -11,6 +11,7 @@ import torch.distributed as dist
 from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
 from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
+from distbench.waits import collective
 
 _UNIQUE_ID_BYTES = 128
 
@@ -52,10 +53,12 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     word = torch.zeros(_UNIQUE_ID_BYTES, dtype=torch.uint8, device=session.device)
     if session.rank == 0:
         word.copy_(torch.frombuffer(bytearray(shmem.shmem_get_unique_id()), dtype=torch.uint8))
-    dist.broadcast(word, group=session.group, group_src=0)
+    with collective("broadcast", word.get_device()):
+        dist.broadcast(word, group=session.group, group_src=0)
     size = dist.get_world_size(session.group)
     identity = bytes(word.cpu().tolist())
-    status = shmem.shmem_init_attr(shmem.MORI_SHMEM_INIT_WITH_UNIQUEID, session.rank, size, identity)
+    with collective("construction of mori", word.get_device()):
+        status = shmem.shmem_init_attr(shmem.MORI_SHMEM_INIT_WITH_UNIQUEID, session.rank, size, identity)
     if set_here:
         del os.environ[HEAP_SIZE]
         os.environ.update({HEAP_SIZE: told} if told else {})
@@ -97,5 +100,6 @@ def _all_are_in(mori: Any, session: Session, heap_bytes: int) -> bool:
     mine = _worlds[0] if _worlds else None
     fits = mine is not None and (mine.mori, mine.group) == (mori, session.group) and mine.heap_bytes >= heap_bytes
     agreed = torch.tensor([fits], dtype=torch.int32, device=session.device)
-    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=session.group)
+    with collective("all_reduce", agreed.get_device()):
+        dist.all_reduce(agreed, dist.ReduceOp.MIN, group=session.group)
     return bool(agreed)

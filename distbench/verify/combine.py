@@ -16,6 +16,7 @@ from distbench.verify.patterns import pattern_of
 from distbench.verify.places import difference, first_difference
 from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Clues, Divergence
 from distbench.verify.sums import Contributions, Returned, SumOrder, added, recounted, same_bits_or_nan
+from distbench.waits import collective
 from distbench.workload.inputs import Workload
 
 _EXAMINED = 32
@@ -121,7 +122,8 @@ class CombineChecker:
         self._first = self._first or passes[0]
         doubts = [self._doubts(one, self._first) for one in passes]
         anywhere = torch.tensor(doubts, dtype=torch.int32, device=self._ids.device)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
+        with collective("all_reduce", anywhere.get_device()):
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
         found = []
         for one, doubt in zip(passes, (_Doubts(*map(bool, row)) for row in anywhere.tolist()), strict=True):
             found += self._check_one(one, self._first, doubt)
@@ -184,7 +186,8 @@ class CombineChecker:
             table[start : start + len(part), 0] = 1
             table[start : start + len(part), 1:] = part
         everyone = [torch.empty_like(table) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(everyone, table, group=self._group)
+        with collective("all_gather", table.get_device()):
+            dist.all_gather(everyone, table, group=self._group)
         return [(_rows(one[:_EXAMINED]), _rows(one[_EXAMINED:])) for one in everyone]
 
     def _effects(self, sample: _Sample, holds: Callable[[Tensor], Tensor]) -> Tensor:

@@ -25,11 +25,13 @@ from distbench.verify.records import (
     pair_name,
     pairs_of,
 )
+from distbench.waits import waiting
 
 ROUND_BYTES = 16 << 20
 ROWS_UP_TO_BYTES = 64 << 20
 FETCHED_TOKENS = 4
 _RECORD_BYTES = 4 << 10
+_MESSAGE = "message of a peer"
 
 Mode = Literal["rows", "digests"]
 
@@ -149,13 +151,15 @@ def _gather_records(session: Session, observation: Observation) -> list[Observat
     head, rest = framed[:_RECORD_BYTES], framed[_RECORD_BYTES:]
     heads = session.gathered(torch.cat([head, head.new_zeros(_RECORD_BYTES - head.numel())]))
     if rest.numel() and session.rank != 0:
-        dist.send(rest, group=session.group, group_dst=0)
+        with waiting(_MESSAGE):
+            dist.send(rest, group=session.group, group_dst=0)
     records = []
     for rank, raw in enumerate(heads):
         size = 8 + int.from_bytes(raw[:8].tolist(), "little")
         tail = rest if rank == 0 else raw.new_empty(max(size - _RECORD_BYTES, 0))
         if tail.numel() and rank != 0:
-            dist.recv(tail, group=session.group, group_src=rank)
+            with waiting(_MESSAGE):
+                dist.recv(tail, group=session.group, group_src=rank)
         whole = torch.cat([raw, tail])[8:size].numpy().tobytes()
         records.append(msgspec.json.decode(whole, type=Observation))
     return records
@@ -181,16 +185,21 @@ def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, rows: Tensor) ->
     for rank in range(1, dist.get_world_size(group)):
         tokens = reader.requests(rank)
         request = torch.tensor(tokens + [-1] * (FETCHED_TOKENS - len(tokens)))
-        dist.send(request, group=group, group_dst=rank)
+        fetched = torch.empty(len(tokens), *rows.shape[1:], dtype=rows.dtype)
+        with waiting(_MESSAGE):
+            dist.send(request, group=group, group_dst=rank)
+            if tokens:
+                dist.recv(fetched.view(torch.uint8), group=group, group_src=rank)
         if tokens:
-            fetched = torch.empty(len(tokens), *rows.shape[1:], dtype=rows.dtype)
-            dist.recv(fetched.view(torch.uint8), group=group, group_src=rank)
             reader.confirm(rank, fetched)
 
 
 def _answer_request(group: dist.ProcessGroup, rows: Tensor) -> None:
     request = torch.empty(FETCHED_TOKENS, dtype=torch.int64)
-    dist.recv(request, group=group, group_src=0)
+    with waiting(_MESSAGE):
+        dist.recv(request, group=group, group_src=0)
     tokens = request[request >= 0].to(rows.device)
     if tokens.numel():
-        dist.send(rows[tokens].cpu().view(torch.uint8), group=group, group_dst=0)
+        listed = rows[tokens].cpu().view(torch.uint8)
+        with waiting(_MESSAGE):
+            dist.send(listed, group=group, group_dst=0)

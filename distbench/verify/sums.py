@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distbench.transport.mori_config import TWO_LEVELS
 from distbench.verify.bitwise import integer_view
+from distbench.waits import collective
 from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations, recv_counts
 
@@ -146,5 +147,6 @@ def _exchanged(group: dist.ProcessGroup, rows: Tensor, leaving: list[int], arriv
     """Send rows [m, H], so many to each rank in turn; return what arrives, by rank. Collective."""
     found = rows.new_empty(sum(arriving), rows.shape[1])
     sent, received = rows.contiguous().view(torch.uint8), found.view(torch.uint8)
-    dist.all_to_all_single(received, sent, arriving, leaving, group=group)
+    with collective("all_to_all", sent.get_device()):
+        dist.all_to_all_single(received, sent, arriving, leaving, group=group)
     return found

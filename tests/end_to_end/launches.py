@@ -44,6 +44,12 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
+def run_python(code: str, **environ: str) -> bytes:
+    """Run `code` in a new interpreter; return what it writes to standard output."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, env=os.environ | environ, cwd=ROOT, check=True).stdout
+
+
 class Bench:
     """A command of distbench in a session of its own; on leaving the context nothing of it is left."""
 

@@ -4,61 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from types import CodeType
 
-import filelock
 import pytest
 
 from distbench import hang
 from distbench.breadcrumbs import ARMS, STAGES, Position
-from distbench.emulation.mori import shmem
 from distbench.errors import Verdict
-from distbench.exchange.shared_memory import SharedMemory
-from distbench.exchange.waiting import wait_for
-from distbench.hang import find_hang, waits_for_peers
+from distbench.flight_recorder import Group, as_line
+from distbench.hang import find_hang
 from distbench.job import Entry, Job, Spread
 from distbench.postmortem import Ending
-from distbench.session import Session
+from distbench.waits import KINDS
 from tests.cases import tiny_case
 
-OTHER_THREAD = """Thread 0x00007f3a (most recent call first):
-  File "/site/torch/distributed/distributed_c10d.py", line 12 in barrier
-
-"""
-HEADER = "Current thread 0x00007f3b (most recent call first):\n"
-GLOO = '  File "/site/torch/distributed/distributed_c10d.py", line 2990 in broadcast\n'
-DEVICE = '  File "/site/torch/cuda/streams.py", line 231 in synchronize\n'
-ASLEEP = '  File "/repo/tests/faulty_site/sitecustomize.py", line 40 in <lambda>\n'
-LAYER = '  File "/repo/distbench/layer.py", line 40 in run_layer\n'
 LIMIT_S = 2.0
-
-
-def frame(code: CodeType) -> str:
-    """Return a frame of that code as faulthandler writes it."""
-    return f'  File "{code.co_filename}", line {code.co_firstlineno} in {code.co_name}\n'
-
-
-@pytest.mark.parametrize(
-    ("stack", "waits"),
-    [
-        (HEADER + GLOO + LAYER, True),
-        (HEADER + DEVICE + LAYER, True),
-        (HEADER + frame(wait_for.__code__) + LAYER, True),
-        (HEADER + frame(SharedMemory._hear.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
-        (HEADER + frame(Session._wait_for.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
-        (HEADER + frame(filelock.BaseFileLock.acquire.__code__) + LAYER, True),
-        (HEADER + frame(shmem._members.__code__) + LAYER, True),  # noqa: SLF001 - the name is what is looked for
-        (HEADER + ASLEEP + LAYER, False),
-        (HEADER + ASLEEP + GLOO, False),
-        (OTHER_THREAD + HEADER + LAYER, False),
-        (OTHER_THREAD + HEADER + GLOO, True),
-        (HEADER + frame(Session.use.__code__) + LAYER, False),
-        ("no answer; its process is in state T (T: stopped)", False),
-        ("", False),
-    ],
-)
-def test_a_stack_tells_whether_a_rank_waits_for_others(stack: str, *, waits: bool) -> None:
-    assert waits_for_peers(stack) is waits
 
 
 def make_job(out: Path, spread: Spread | None = None) -> Job:
@@ -70,9 +29,21 @@ def ago(seconds: float) -> int:
     return time.monotonic_ns() - int(seconds * 1e9)
 
 
-def at(stage: str, seconds: float, *, step: int = 0, arm: str = "", case_index: int = 0) -> Position:
+def at(  # noqa: PLR0913 - all of a position that matters
+    stage: str,
+    seconds: float,
+    *,
+    step: int = 0,
+    arm: str = "",
+    case_index: int = 0,
+    waits: str = "",
+    entered: int = 0,
+    device: int = -1,
+) -> Position:
     """Return a position that was taken some seconds ago, by a rank whose process is not looked at."""
-    return Position(case_index, ARMS.index(arm), STAGES.index(stage), ago(seconds), 0, step)
+    kind = KINDS.index("all_to_all")
+    places = case_index, ARMS.index(arm), STAGES.index(stage), ago(seconds), 0, step
+    return Position(*places, KINDS.index(waits), entered, kind, device)
 
 
 def told(ending: Ending | None) -> tuple[Verdict, list[int | None], str]:
@@ -104,22 +75,53 @@ def test_ranks_of_other_nodes_load_torch_when_they_like(tmp_path: Path) -> None:
     assert told(find_hang(job, {0: at("start", LIMIT_S + 61)}, ago(90)))[1] == [1, 2]
 
 
-def test_those_that_wait_are_told_apart_from_those_that_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stacks = {0: HEADER + GLOO, 1: HEADER + frame(wait_for.__code__), 2: HEADER + ASLEEP}
-    monkeypatch.setattr(hang, "dump_stacks", lambda *_: stacks)
-    seen = {rank: at("combine", 3, arm="control", step=4) for rank in range(3)}
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """What ranks answer when they are asked for their stacks."""
+    answers: dict[int, str] = {}
+    monkeypatch.setattr(hang, "dump_stacks", lambda *_: answers)
+    return answers
+
+
+@pytest.mark.usefixtures("stacks")
+def test_rank_that_does_not_say_that_it_waits_is_to_blame(tmp_path: Path) -> None:
+    seen = {rank: at("combine", 3, arm="control", step=4, entered=7, waits="gather") for rank in range(3)}
+    assert told(find_hang(make_job(tmp_path), seen, ago(90)))[1] == [0, 1, 2]
+    seen[2] = at("combine", 3, arm="control", step=4, entered=7)
     _, ranks, message = told(find_hang(make_job(tmp_path), seen, ago(90)))
     assert ranks == [2]
     assert message.startswith("rank 2 stood in control/combine for 3")
-    assert message.endswith("; rank 0, 1 waited for it")
-    stacks[2] = HEADER + GLOO
+    assert message.endswith("; rank 0, 1 waited for it in gather")
+
+
+@pytest.mark.usefixtures("stacks")
+def test_rank_that_has_entered_fewer_collectives_is_to_blame_where_none_says_that_it_waits(tmp_path: Path) -> None:
+    """On a device: a collective returns at once, and a rank waits wherever it next needs the device."""
+    seen = {rank: at("dispatch", 3, arm="truncated", step=4, entered=9, device=rank) for rank in range(3)}
+    seen[1] = at("dispatch", 4, arm="truncated", step=4, entered=8, device=1)
+    _, ranks, message = told(find_hang(make_job(tmp_path), seen, ago(90)))
+    assert ranks == [1]
+    assert message.startswith("rank 1 stood in truncated/dispatch for 4")
+    assert message.endswith("; rank 0, 2 waited for it in all_to_all (collective 9 of the case on a device)")
+
+
+def test_flight_recorder_tells_whose_device_is_late(tmp_path: Path, stacks: dict[int, str]) -> None:
+    seen = {rank: at("check", 3, arm="padded", step=4, entered=9, device=rank) for rank in range(3)}
+    for rank, state in enumerate(("started", "scheduled", "started")):
+        line = as_line([Group("0", 9, "a", 9, "nccl:all_to_all", state)])
+        stacks[rank] = f"Thread 0x1 (most recent call first):\n{line}"
+    _, ranks, message = told(find_hang(make_job(tmp_path), seen, ago(90)))
+    assert ranks == [1]
+    assert "; its device has not begun nccl:all_to_all 9 of NCCL group 0; rank 0, 2 waited for it in " in message
+    stacks[0] = "no answer"
     assert told(find_hang(make_job(tmp_path), seen, ago(90)))[1] == [0, 1, 2]
 
 
 def test_a_stand_after_all_cases_falls_on_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hang, "is_alive", lambda _: True)
-    monkeypatch.setattr(hang, "dump_stacks", lambda *_: {0: HEADER + ASLEEP, 1: HEADER + GLOO, 2: HEADER + GLOO})
-    seen = {rank: at("done", 3, case_index=1, step=9) for rank in range(3)}
+    monkeypatch.setattr(hang, "dump_stacks", lambda *_: {})
+    waits = ("", "end of the launch", "end of the launch")
+    seen = {rank: at("done", 3, case_index=1, step=9, waits=waits[rank]) for rank in range(3)}
     ending = find_hang(make_job(tmp_path), seen, ago(90))
     assert told(ending)[1] == [0]
     assert ending is not None

@@ -1,0 +1,101 @@
+"""Whose device is late, from what each rank's flight recorder says in JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from distbench.flight_recorder import Group, as_line, from_stacks, last_collectives, late_ranks
+from tests.end_to_end.launches import run_python
+
+NAME = "nccl:all_to_all"
+
+
+def recording(*states: str, first: int = 1, **others: Any) -> bytes:
+    """Return a recording of collectives in these states, the keys as torch writes them."""
+    entries = [
+        {
+            "record_id": number,
+            "process_group": ["0", "default_pg"],
+            "collective_seq_id": first + number,
+            "profiling_name": NAME,
+            "state": state,
+            "is_p2p": False,
+            "retired": False,
+            "timeout_ms": 600_000,
+            **others,
+        }
+        for number, state in enumerate(states)
+    ]
+    return msgspec.json.encode({"version": "2.10", "entries": entries, "nccl_comm_state": {}})
+
+
+def test_recording_gives_last_collective_and_first_pending_one_of_each_group() -> None:
+    assert last_collectives(recording("completed", "started", "scheduled")) == [Group("0", 3, NAME, 2, NAME, "started")]
+    assert last_collectives(recording("completed", "completed")) == [Group("0", 2, NAME)]
+
+
+def test_messages_between_two_ranks_and_retired_collectives_are_not_pending() -> None:
+    assert last_collectives(recording("scheduled", is_p2p=True)) == []
+    assert last_collectives(recording("scheduled", retired=True)) == [Group("0", 1, NAME)]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"entries": [{}]}', b"\x80\x02}q\x00.", b'{"entries": 3}'])
+def test_bytes_that_are_no_recording_say_nothing(content: bytes) -> None:
+    assert last_collectives(content) == []
+
+
+def test_recording_is_read_from_the_stacks_that_it_stands_below() -> None:
+    groups = [Group("0", 3, NAME, 2, NAME, "started"), Group("1", 1, NAME)]
+    text = f'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in y\n{as_line(groups)}\n'
+    assert from_stacks(text) == {group.group: group for group in groups}
+    assert from_stacks("no answer") == from_stacks("") == {}
+    assert from_stacks(as_line([])[:-1]) == {}
+
+
+def of(*states: str) -> dict[str, Group]:
+    return {group.group: group for group in last_collectives(recording(*states))}
+
+
+# What the recorders of three ranks say, which ranks are late, and what is told of them.
+NOT_ENTERED, NOT_BEGUN = f"has not entered {NAME} 2 of NCCL group 0", f"has not begun {NAME} 1 of NCCL group 0"
+LATE = [
+    ((("completed", "started"), ("completed",), ("completed", "started")), {1}, NOT_ENTERED),
+    ((("completed",), ("completed",), ("completed", "scheduled")), {0, 1}, NOT_ENTERED),
+    ((("started",), ("scheduled",), ("started",)), {1}, NOT_BEGUN),
+    ((("completed", "started"), ("started", "scheduled"), ("completed", "started")), {1}, NOT_BEGUN),
+    ((("completed",), ("completed",), ("started",)), {2}, NOT_BEGUN),
+]
+
+
+@pytest.mark.parametrize(("states", "ranks", "told"), LATE)
+def test_rank_whose_device_has_come_less_far_is_late(
+    states: tuple[tuple[str, ...], ...], ranks: set[int], told: str
+) -> None:
+    late = late_ranks({rank: of(*one) for rank, one in enumerate(states)})
+    assert late is not None
+    assert (late.ranks, late.told) == (ranks, told)
+
+
+@pytest.mark.parametrize("states", [("started",), ("scheduled",), ("completed",), ()])
+def test_nobody_is_late_where_all_recorders_say_the_same(states: tuple[str, ...]) -> None:
+    assert late_ranks({rank: of(*states) for rank in range(3)}) is None
+
+
+_BY_GLOO = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.all_reduce(torch.ones(2))
+dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", lambda **_: b"none")
+sys.stdout.buffer.write(dump(includeCollectives=True, onlyActive=False))
+"""
+
+
+def test_keys_are_those_that_torch_writes() -> None:
+    """The recorder of gloo's collectives, which a CPU has, writes the same form; it completes none."""
+    content = run_python(_BY_GLOO, TORCH_FR_BUFFER_SIZE="100")
+    if content == b"none":
+        pytest.skip("this torch records collectives of NCCL only")
+    assert last_collectives(content) == [Group("0", 1, "gloo:all_reduce")]

@@ -1,0 +1,93 @@
+"""What a rank waits for, as its heartbeat has it."""
+
+from __future__ import annotations
+
+import os
+import timeit
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from distbench.breadcrumbs import Breadcrumbs, Position, read_position, write_position
+from distbench.waits import KINDS, collective, waiting
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "rank.crumbs"
+
+
+@pytest.fixture
+def crumbs(path: Path) -> Iterator[Breadcrumbs]:
+    with closing(Breadcrumbs(path)) as opened:
+        yield opened
+
+
+def read(path: Path) -> Position:
+    position = read_position(path)
+    assert position is not None
+    return position
+
+
+@pytest.mark.usefixtures("crumbs")
+def test_waits_nest_and_end(path: Path) -> None:
+    assert read(path).waits_for == ""
+    with waiting("group creation"):
+        with collective("all_gather"):
+            assert read(path).waits_for == "all_gather"
+        assert read(path).waits_for == "group creation"
+    assert read(path).waits_for == ""
+
+
+@pytest.mark.usefixtures("crumbs")
+def test_wait_that_an_exception_ends_is_over(path: Path) -> None:
+    with pytest.raises(ValueError, match="x"), waiting("gather"):
+        raise ValueError("x")  # noqa: EM101
+    assert read(path).waits_for == ""
+
+
+def test_collectives_are_numbered_by_case_and_told_with_their_device(path: Path, crumbs: Breadcrumbs) -> None:
+    assert read(path).collective == ""
+    with collective("all_to_all", 3):
+        pass
+    assert read(path).collective == "all_to_all (collective 1 of the case on a device)"
+    assert read(path).device == 3
+    with collective("gather"):
+        crumbs.mark("gather")
+        assert read(path).collective == "gather (collective 2 of the case)"
+    first = read(path).progress
+    crumbs.case_index = 1
+    crumbs.mark("start")
+    assert read(path).entered == 0
+    assert read(path).progress > first
+
+
+def test_last_word_of_a_rank_is_that_it_waits_for_the_end_of_the_launch(path: Path) -> None:
+    with closing(Breadcrumbs(path)) as crumbs:
+        crumbs.mark("done")
+    assert read(path).waits_for == "end of the launch"
+    with waiting("gather"):
+        assert read(path).waits_for == "end of the launch"
+
+
+def test_position_of_another_host_keeps_what_its_rank_waits_for(path: Path) -> None:
+    position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0)
+    write_position(path, position)
+    assert read(path) == position
+
+
+@pytest.mark.parametrize("number", [len(KINDS), -1])
+def test_record_of_an_unknown_wait_is_refused(path: Path, number: int) -> None:
+    write_position(path, Position(0, 0, 0, 0, 1, 0, number))
+    assert read_position(path) is None
+
+
+@pytest.mark.usefixtures("crumbs")
+def test_wait_takes_a_microsecond_or_two() -> None:
+    def wait() -> None:
+        with collective("gather"):
+            pass
+
+    assert min(timeit.repeat(wait, number=200, repeat=100)) / 200 < 3e-6
