@@ -84,7 +84,8 @@ class Campaign:
         self._verdicts: Counter[str] = Counter()
         self._limits: Counter[str] = Counter()
         self._exposed: Counter[str] = Counter()
-        self._summary = Summary(cases=len(entries))
+        self._others = False
+        self._summary = Summary(suite=entries[0].suite if entries else "", cases=len(entries))
 
     def run(self, report_paths: tuple[str, ...] = ()) -> Summary:
         """Run what is left and return the summary, which is also written to summary.json.
@@ -103,9 +104,12 @@ class Campaign:
                 self._run_launches(report_paths, signals)
             except (Interrupted, DistbenchError) as error:
                 self._summary.stopped = str(error)
+                self._write_summary(error.exit_code)
                 raise
-            finally:
+            except BaseException:
                 self._write_summary()
+                raise
+            self._write_summary()
         return self._summary
 
     def conclude(self, ending: Ending | None) -> Summary:
@@ -236,6 +240,7 @@ class Campaign:
 
     def _take_new_lines(self, *, quiet: bool = False) -> None:
         for line in self._reader.new_lines():
+            self._others |= line.case.hash not in self._wanted
             if line.case.hash in self._wanted and line.case.hash not in self._finished:
                 self._count(line)
                 self._progress.take(line, quiet=quiet)
@@ -254,7 +259,8 @@ class Campaign:
         if not line.as_expected and len(self._summary.unexpected) < _WORST_SHOWN:
             self._summary.unexpected.append({"name": line.name, "verdict": line.verdict.value, "hash": line.case.hash})
 
-    def _write_summary(self) -> None:
+    def _write_summary(self, exit_code: int | None = None) -> None:
+        """Write summary.json; `exit_code` is that of an error that ends the command, and counts before the cases'."""
         self._summary.finished = len(self._finished)
         self._summary.verdicts = dict(self._verdicts)
         self._summary.limits = dict(self._limits)
@@ -262,6 +268,9 @@ class Campaign:
         self._summary.exit_code = worst_exit_code(self._codes)
         if self._summary.finished < self._summary.cases or self._summary.events:
             self._summary.exit_code = worst_exit_code({self._summary.exit_code, Verdict.RANK_FAULT.exit_code})
+        if exit_code is not None:
+            self._summary.exit_code = exit_code
+        self._summary.selected = sorted(self._wanted) if self._others else []
         content = msgspec.json.format(msgspec.json.encode(self._summary), indent=2) + b"\n"
         write_atomically(self._out / "summary.json", content)
 

@@ -41,8 +41,11 @@ _RANK_0_SPEAKS_S = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    resumes = False
     try:
-        return _run(arguments)
+        options = _parser().parse_args(arguments)
+        resumes = getattr(options, "resumes", False)
+        return _run(options)
     except BrokenPipeError:
         if not _nobody_reads():
             raise
@@ -51,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistbenchError as error:
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
         if rank == "0":
-            print_error(error.label, str(error))
+            stopped = isinstance(error, DiskFull)
+            print_error(error.label, f"{error}; {_next_time(resumes=resumes)}" if stopped else str(error))
         else:
             time.sleep(_RANK_0_SPEAKS_S)  # torchrun ends all ranks as soon as one has left
         return error.exit_code
     except Interrupted as error:
-        print_error("INTERRUPTED", f"{error}; what had finished is kept, the same command goes on from there")
+        print_error("INTERRUPTED", f"{error}; {_next_time(resumes=resumes)}")
         return error.exit_code
     except KeyboardInterrupt:
         print_error("INTERRUPTED", "ended by SIGINT; no rank is left")
@@ -65,12 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_disk_full(error):
             raise
         full = DiskFull(f"{error.filename or 'standard output'}: {error.strerror}")
-        print_error(full.label, str(full))
+        print_error(full.label, f"{full}; {_next_time(resumes=resumes)}")
         return full.exit_code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+def _next_time(*, resumes: bool) -> str:
+    """What the same command does when it is given again."""
+    if resumes:
+        return "what had finished is kept, the same command goes on from there"
+    return "nothing goes on from here, the same command starts anew"
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.end_with_stdin:
         end_with_stdin()
     code = int(options.command(options))

@@ -112,10 +112,7 @@ class DiskFull(DistbenchError):
     exit_code = 3
 
     def __init__(self, what: str) -> None:
-        super().__init__(
-            f"{what}; free some space or name another folder; what had finished is kept, and the same command goes on "
-            "from there"
-        )
+        super().__init__(f"{what}; free some space or name another folder")
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -17,6 +17,7 @@ BY_LIMIT = "by-limit"
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One case of a launch: its name there, where each of its values came from, and the verdict it should have.
 
+    `suite` names what the case belongs to: a suite, or the command that made it, such as `distbench run`.
     `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS. `refused` says why the
     case ends in `expect` before a rank has seen it, and is empty for all others.
     """
@@ -24,6 +25,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     case: Case
     sources: dict[str, str]
+    suite: str = ""
     tags: tuple[str, ...] = ()
     expect: str = BY_LIMIT
     warnings: tuple[str, ...] = ()

@@ -21,12 +21,16 @@ _MAX_VALUE = 40
 
 
 class Suite(msgspec.Struct, frozen=True):
-    """Cases in the order in which they run; names and case hashes are unique. `origin` is the file, in messages."""
+    """Cases in the order in which they run; names and case hashes are unique. `origin` is the file, in messages.
+
+    `merged` are cases of the file that equal another one, each as its name and that of the case which runs for it.
+    """
 
     name: str
     origin: str
     description: str
     entries: tuple[Entry, ...]
+    merged: tuple[tuple[str, str], ...] = ()
 
 
 def load_suite(
@@ -46,6 +50,7 @@ def load_suite(
     overridden = {key for layer in overrides for key in layer.values}
     entries: dict[str, Entry] = {}
     names: Counter[str] = Counter()
+    doubles: list[tuple[str, str]] = []
     drafts = list(_drafts(file, ep_size))
     merged = not overridden.isdisjoint(key for draft in drafts for key in draft.keys)
     for draft in drafts:
@@ -62,19 +67,27 @@ def load_suite(
             raise InvalidCase(message) from error
         first = entries.get(digest)
         if first is None:
-            first = Entry(name=_unique(name, names), case=resolved.case, sources=resolved.sources, expect=expect)
+            first = Entry(
+                name=_unique(name, names),
+                case=resolved.case,
+                sources=resolved.sources,
+                suite=file.name,
+                expect=expect,
+            )
         elif expect != first.expect and not merged:
             message = (
                 f"{file.origin}: case {name}: expect = {expect}, but it equals case {first.name}, which is expected to "
                 f"end as {first.expect}; drop one of them, or expect the same"
             )
             raise InvalidCase(message)
+        else:
+            doubles.append((name, first.name))
         tags = tuple(dict.fromkeys(first.tags + file.tags + draft.tags))
         entries[digest] = msgspec.structs.replace(first, tags=tags)
     if not entries:
         message = f"{file.origin}: [[exclude]] leaves no case; drop one of them or add [[include]]"
         raise InvalidCase(message)
-    return Suite(file.name, file.origin, file.description, tuple(entries.values()))
+    return Suite(file.name, file.origin, file.description, tuple(entries.values()), tuple(doubles))
 
 
 def select(entries: Sequence[Entry], expression: str) -> tuple[Entry, ...]:

@@ -23,7 +23,7 @@ from distbench.standing import StandingRanks
 from distbench.verify.records import SEVERAL
 
 HANG_S = 5.0
-_TRIAL = "trial "
+_SUITE, _TRIAL = "distbench trials", "trial "
 
 
 class Signature(msgspec.Struct, frozen=True):
@@ -69,7 +69,7 @@ class Lab:
         self._out = out
         self._reports: dict[str, Report] = {}
         self._ranks = StandingRanks()
-        refuse_others(out, lambda name: name.startswith(_TRIAL))
+        refuse_others(out, _SUITE, lambda name: name.startswith(_TRIAL))
         (out / RESULTS).unlink(missing_ok=True)
 
     def __enter__(self) -> Lab:  # noqa: PYI034 - Self comes with Python 3.11
@@ -124,7 +124,9 @@ class Lab:
         new = {case_hash(case): case for case in cases if case_hash(case) not in self._reports}
         if not new:
             return
-        entries = [Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}) for digest, case in new.items()]
+        entries = [
+            Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}, suite=_SUITE) for digest, case in new.items()
+        ]
         check_memory(entries)
         progress = Progress(len(entries), quiet=True)
         rules = Rules(max_faults=max_faults)

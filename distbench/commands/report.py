@@ -7,7 +7,7 @@ from typing import Any
 
 from distbench.commands.options import add_report, report_writers
 from distbench.export import write_reports
-from distbench.report.console import print_line
+from distbench.report.console import print_line, print_note
 from distbench.report.results import Results
 
 
@@ -20,11 +20,29 @@ def add(commands: Any) -> None:
     )
     command.add_argument("results", metavar="DIR|FILE", help="the --out folder of a suite or run, or its results.jsonl")
     add_report(command, required=True)
+    command.add_argument(
+        "--all",
+        action="store_true",
+        help="count results of cases too that the last command in this folder did not select",
+    )
     command.set_defaults(command=_report)
 
 
-def _report(options: argparse.Namespace) -> int:
+def _counted(options: argparse.Namespace) -> Results:
+    """Results that the last command in the folder was about, so that both exit alike; all of them with --all."""
     results = Results(options.results)
+    summary = results.summary
+    if options.all or summary is None or not summary.selected:
+        return results
+    print_note(
+        f"{options.results}: of the results, the {len(summary.selected)} cases are counted that the last command there "
+        "selected; --all counts the others too"
+    )
+    return Results(options.results, frozenset(summary.selected).__contains__)
+
+
+def _report(options: argparse.Namespace) -> int:
+    results = _counted(options)
     writers = report_writers(options, results.path if results.path.is_dir() else results.path.parent)
     write_reports(results, writers)
     for path in writers:

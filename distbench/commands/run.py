@@ -26,7 +26,7 @@ from distbench.commands.options import (
     warnings,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
-from distbench.errors import InvalidCase, Verdict
+from distbench.errors import InvalidCase, Verdict, worst_exit_code
 from distbench.export import Writer
 from distbench.job import Entry, Job
 from distbench.locks import hold
@@ -40,7 +40,7 @@ from distbench.report.results import Results
 from distbench.resolve import load_case_file, resolve_case
 from distbench.room import report_bytes
 
-_NAME = "run"
+_SUITE, _NAME = "distbench run", "run"
 _REPORT = "report.json"
 
 
@@ -70,6 +70,7 @@ def _run(options: argparse.Namespace) -> int:
     resolved = resolve_case([*layers, *read_environment(os.environ, layers)], num_ranks(options))
     entry = Entry(
         name=_NAME,
+        suite=_SUITE,
         case=resolved.case,
         sources=resolved.sources,
         expect=Verdict.PASS.value,
@@ -94,12 +95,15 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         _forget(out, paths)
         print_start(entry.case)
         with exported(results, writers):
-            campaign((entry,), options, Progress(1, quiet=True), paths, nodes.hub)
+            summary = campaign((entry,), options, Progress(1, quiet=True), paths, nodes.hub)
         report = read_report(paths[0])
         print_report(report)
+        for event in summary.events:
+            print_plain(f"event: {event}")
         if options.bundle and report.exit_code:
             _print_bundle(bundle_folder(options.bundle, entry.case))
-        nodes.exit_code = judge_baseline(options, baseline, results, report.exit_code)
+        code = worst_exit_code((report.exit_code, summary.exit_code))
+        nodes.exit_code = judge_baseline(options, baseline, results, code)
     return nodes.exit_code
 
 
@@ -143,6 +147,6 @@ def _forget(out: Path, paths: tuple[str, ...]) -> None:
         InvalidCase: the folder holds results of something else.
 
     """
-    refuse_others(out, _NAME.__eq__)
+    refuse_others(out, _SUITE, _NAME.__eq__)
     for path in (*paths, str(out / RESULTS)):
         Path(path).unlink(missing_ok=True)

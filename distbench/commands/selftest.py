@@ -63,7 +63,7 @@ def _selftest(options: argparse.Namespace) -> int:
     from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch, which other commands do without
     from distbench.selftest.outcomes import outcomes  # noqa: PLC0415
     from distbench.selftest.table import COLUMNS, cells, closing_lines, markdown, ran  # noqa: PLC0415
-    from distbench.selftest.trials import CLEAN, plan  # noqa: PLC0415
+    from distbench.selftest.trials import CLEAN, SUITE, plan  # noqa: PLC0415
 
     if options.list:
         rows = [(name, kind.stage, (kind.__doc__ or "").strip(), kind.bug) for name, kind in FAULTS.items()]
@@ -83,7 +83,7 @@ def _selftest(options: argparse.Namespace) -> int:
     options.max_faults = len(entries) + 1
     with hold(out, devices, options.lock_timeout):
         check_device_memory(entries, devices)
-        refuse_others(out, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
+        refuse_others(out, SUITE, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
         (out / RESULTS).unlink(missing_ok=True)
         campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
     found = outcomes(asked, out)

@@ -34,16 +34,19 @@ from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_summary
-from distbench.report.journal import expect_anew, filter_journal, forget_cases, unfinished
+from distbench.report.console import print_note, print_summary
+from distbench.report.journal import expect_anew, filter_journal, forget_cases, refuse_strangers, unfinished
 from distbench.report.results import Results
 from distbench.room import report_bytes
-from distbench.suite import load_suite, select
+from distbench.suite import Suite, load_suite, select
 from distbench.suite_files import builtin_suites
 
 Writers = dict[Path, Writer]
 
 _DEFAULT_RANKS = 8
+_SHOWN_DOUBLES = 8
+# Names of results that are no suite's, in folders from before results named theirs.
+_RUN, _TRIAL = "run", "trial "
 _OWN_OUT = f"{DEFAULT_OUT}/NAME"
 
 
@@ -55,7 +58,7 @@ def add(commands: Any) -> None:
         description=f"Run the cases of a suite file, or of a built-in suite ({', '.join(builtin_suites())}). The same "
         "command with the same --out goes on where it was stopped.",
     )
-    suite.set_defaults(command=_suite)
+    suite.set_defaults(command=_suite, resumes=True)
     suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
     add_launch(suite)
     suite.set_defaults(out=_OWN_OUT)
@@ -83,6 +86,8 @@ def _suite(options: argparse.Namespace) -> int:
     ranks = num_ranks(options) or _DEFAULT_RANKS
     flags = case_flags(options)
     suite = load_suite(options.suite, ranks, flags, read_environment(os.environ, flags))
+    if suite.merged and (world_size() is None or is_rank_0()):
+        print_note(_merged(suite))
     chosen = select(suite.entries, options.select)
     check_path(options.out)
     entries = examined(chosen, suite.origin, options)
@@ -91,6 +96,14 @@ def _suite(options: argparse.Namespace) -> int:
     check_bundle(options)
     writers = report_writers(options, Path(options.out))
     return _launch(entries, options, writers) if world_size() is None else _take_part(entries, options, writers)
+
+
+def _merged(suite: Suite) -> str:
+    """Return how many cases of a suite equal others, and which the first of them are."""
+    total = len(suite.entries) + len(suite.merged)
+    shown = ", ".join(f"{name} equals {first}" for name, first in suite.merged[:_SHOWN_DOUBLES])
+    more = f" and {len(suite.merged) - _SHOWN_DOUBLES} more" if len(suite.merged) > _SHOWN_DOUBLES else ""
+    return f"{suite.origin}: {len(suite.merged)} of {total} cases equal others and run once: {shown}{more}"
 
 
 def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writers) -> int:
@@ -129,7 +142,13 @@ def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers:
 
 
 def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
-    """Drop the results that --rerun asks for anew; those of cases that were not selected stay."""
+    """Drop the results that --rerun asks for anew; those of cases that were not selected stay.
+
+    Raises:
+        InvalidCase: the folder holds results of something else than this suite.
+
+    """
+    refuse_strangers(out, entries[0].suite, lambda name: name != _RUN and not name.startswith(_TRIAL))
     chosen = {case_hash(entry.case) for entry in entries}
     if rerun == "all":
         forget_cases(out, chosen)

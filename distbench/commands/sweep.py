@@ -20,7 +20,7 @@ from distbench.commands.options import (
     num_ranks,
     warnings,
 )
-from distbench.commands.ranks import hold_as_rank, work, world_size
+from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.experts.rules import BucketRules, padded_rows
 from distbench.experts.selection import CURRENT, rules_for
 from distbench.job import Entry, Job
@@ -31,11 +31,12 @@ from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_sweep
 from distbench.report.files import write_atomically
-from distbench.report.journal import RESULTS, unfinished
+from distbench.report.journal import RESULTS, refuse_strangers, unfinished
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
 from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.room import report_bytes
 
+_SUITE, _LIMIT = "distbench sweep", "limit="
 _SWEEP = "sweep.json"
 _BOUNDS = ("max-recv", "sum", "sum32", "pow2", "capacity")
 _ITERATIONS = 50
@@ -50,7 +51,7 @@ def add(commands: Any) -> None:
         description="Run one case without a limit, then at each of --limits, in one launch; sweep.json in --out has "
         "the table too. The same command with the same --out goes on where it was stopped.",
     )
-    sweep.set_defaults(command=_sweep)
+    sweep.set_defaults(command=_sweep, resumes=True)
     sweep.add_argument(
         "--limits",
         metavar="auto|L,L,…",
@@ -73,16 +74,23 @@ def _sweep(options: argparse.Namespace) -> int:
     if started is not None:
         job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False, started=started)
         with hold_as_rank(job, options.lock_timeout):
+            if is_rank_0():
+                _refuse_strangers(Path(options.out))
             return work(job)
     devices = check_launch(entries)
     out = Path(options.out)
     with hold(out, devices, options.lock_timeout):
         check_device_memory(entries, devices)
+        _refuse_strangers(out)
         summary = campaign(entries, options, Progress(len(entries), quiet=False))
         rows = read_rows(out / RESULTS, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
     print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))
     return summary.exit_code
+
+
+def _refuse_strangers(out: Path) -> None:
+    refuse_strangers(out, _SUITE, lambda name: name.startswith(_LIMIT))
 
 
 def _notes(rows: list[SweepRow], out: Path) -> list[str]:
@@ -107,7 +115,9 @@ def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     notes = warnings(base, resolved.sources, options)
     for limit in sweep_limits(base, options.limits):
         resolved = resolve_case([Layer("sweep", {"limit": limit}), *layers], num_ranks(options))
-        entry = Entry(name=f"limit={limit}", case=resolved.case, sources=resolved.sources, warnings=notes)
+        entry = Entry(
+            name=f"{_LIMIT}{limit}", case=resolved.case, sources=resolved.sources, suite=_SUITE, warnings=notes
+        )
         entries.setdefault(case_hash(resolved.case), entry)
     return tuple(entries.values())
 

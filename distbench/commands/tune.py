@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         "The table is written after each bucket: the same command goes on where it was stopped. Use it with "
         "--experts triton --kernel-table FILE.",
     )
-    tune.set_defaults(command=_tune)
+    tune.set_defaults(command=_tune, resumes=True)
     tune.add_argument("--model", choices=sorted(PRESETS), default="deepseek-v3", help="layer (default: %(default)s)")
     ranks, processes = whole(1, MOST_RANKS), whole(1)
     tune.add_argument(

@@ -8,6 +8,7 @@ from typing import BinaryIO
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from distbench.errors import Verdict
+from distbench.export.totals import DISTBENCH, Totals
 from distbench.report.results import Result, Results
 
 # XML 1.0 has no way to write these, not even escaped.
@@ -21,26 +22,27 @@ def write(results: Results, file: BinaryIO) -> None:
 
     A case without a result is an error too, all of them together in one test case.
     """
-    suite = TestSuite("distbench")
-    stand_ins: set[str] = set()
-    hosts: set[str] = set()
+    totals = Totals(results)
+    suite = TestSuite(xml_text(totals.suite))
     for result in results:
         suite.append(_test_case(result))
-        stand_ins.update(result.stand_ins)
-        hosts.update(result.hosts)
     if results.missing:
-        suite.append(_missing(results.missing, results.summary.stopped if results.summary else ""))
-    suite.add_property("emulated", xml_text(", ".join(sorted(stand_ins))) or "no")
-    suite.add_property("hosts", xml_text(" ".join(sorted(hosts))))
+        suite.append(_missing(totals.suite, results.missing, results.summary.stopped if results.summary else ""))
+    suite.add_property("emulated", xml_text(", ".join(sorted(totals.stand_ins))) or "no")
+    suite.add_property("hosts", xml_text(" ".join(sorted(totals.hosts))))
+    if totals.first_host:
+        suite.hostname = xml_text(totals.first_host)
+    if totals.ended:
+        suite.timestamp = xml_text(min(totals.ended).removesuffix("Z"))
     suite.update_statistics()
     suite.time = round(suite.time, 3)
-    document = JUnitXml("distbench")
+    document = JUnitXml(DISTBENCH)
     document.add_testsuite(suite)
     document.write(file)
 
 
 def _test_case(result: Result) -> TestCase:
-    case = TestCase(xml_text(result.name), f"distbench.{xml_text(str(result.case.get('model', 'case')))}")
+    case = TestCase(xml_text(result.name), xml_text(_class(result.suite, str(result.case.get("model", "case")))))
     case.time = round(result.wall_s, 3)
     kind: type[Skipped | Error | Failure] | None = None
     if result.verdict is Verdict.UNSUPPORTED:
@@ -53,6 +55,11 @@ def _test_case(result: Result) -> TestCase:
         case.result = [outcome]
     case.system_out = xml_text("\n".join(_facts(result)))
     return case
+
+
+def _class(suite: str, model: str) -> str:
+    """Class of a test case, by which readers keep the cases of two suites apart; a dot ends a package's name."""
+    return ".".join(filter(None, [DISTBENCH, suite.replace(".", "_"), model]))
 
 
 def _headline(result: Result) -> str:
@@ -71,11 +78,13 @@ def _lines(result: Result) -> list[str]:
 
 def _facts(result: Result) -> list[str]:
     """Return what a reader of any case asks, passed or not; the schema has no properties of a test case."""
-    return [] if result.limit is None else [str(result.limit), f"lost rows: {result.lost.rows}"]
+    facts = [f"hosts: {' '.join(result.hosts)}"] if result.hosts else []
+    facts += [f"ended: {result.ended}"] if result.ended else []
+    return facts if result.limit is None else [*facts, str(result.limit), f"lost rows: {result.lost.rows}"]
 
 
-def _missing(count: int, why: str) -> TestCase:
-    case = TestCase("cases without a result", "distbench")
+def _missing(suite: str, count: int, why: str) -> TestCase:
+    case = TestCase("cases without a result", xml_text(_class("" if suite == DISTBENCH else suite, "")))
     case.time = 0
     reason = f": {why}" if why else ""
     case.result = [Error(xml_text(f"{count} cases of the suite have no result{reason}"), "MISSING")]

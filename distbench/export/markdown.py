@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
-from distbench.export.totals import Totals, quantiles_of
+from distbench.export.totals import DISTBENCH, Totals, quantiles_of
 from distbench.limits import Proof
 from distbench.report.results import Result, Results
 
@@ -41,7 +41,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[
 
 
 def _lines(totals: Totals) -> Iterator[str]:
-    yield f"# distbench: exit {totals.exit_code}, {totals.as_expected} of {totals.cases + totals.missing} as expected"
+    planned = totals.cases + totals.missing
+    title = escape(totals.suite if totals.suite.startswith(DISTBENCH) else f"{DISTBENCH} {totals.suite}")
+    yield f"# {title}: exit {totals.exit_code}, {totals.as_expected} of {planned} as expected"
     yield ""
     if totals.missing:
         yield f"**{totals.missing} cases have no result.**"
@@ -50,6 +52,8 @@ def _lines(totals: Totals) -> Iterator[str]:
     hosts = sorted(totals.hosts)
     more = f" and {len(hosts) - _SHOWN_HOSTS} more" if len(hosts) > _SHOWN_HOSTS else ""
     yield f"hosts: {escape(' '.join(hosts[:_SHOWN_HOSTS])) or 'none'}{more}"
+    if totals.ended:
+        yield f"from {escape(min(totals.ended))} to {escape(max(totals.ended))}"
     yield from table(
         ("verdict", "cases", "not as expected"),
         ((verdict.value, count, totals.unexpected[verdict]) for verdict, count in sorted(totals.verdicts.items())),
@@ -59,7 +63,7 @@ def _lines(totals: Totals) -> Iterator[str]:
         yield from table(("limit", "cases", "loses no row"), _limits(totals.limits))
     if totals.shown:
         yield "## Not as expected"
-        yield from table(("verdict", "expected", "case", "limit", "reason"), map(_row, totals.shown))
+        yield from table(("verdict", "expected", "case", "limit", "lost rows", "reason"), map(_row, totals.shown))
         left = sum(totals.unexpected.values()) - len(totals.shown)
         yield f"and {left} more" if left else ""
     if totals.medians_us:
@@ -78,7 +82,8 @@ def _limits(counts: Mapping[str, int]) -> Iterator[tuple[object, ...]]:
 
 def _row(result: Result) -> tuple[str, ...]:
     reason = result.reasons[0].message if result.reasons else ""
-    return (result.verdict.value, result.expect, result.name, str(result.limit or ""), reason)
+    limit = str(result.limit or "")
+    return (result.verdict.value, result.expect, result.name, limit, str(result.lost.rows), reason)
 
 
 def _microseconds(totals: Totals, arm: str, stage: str) -> tuple[str, ...]:

@@ -1,13 +1,15 @@
 """A Prometheus text file, such as node_exporter's textfile collector reads.
 
-Labels take values from lists that the code fixes (verdicts, arms, stages), so the number of series is bounded whatever
-a suite holds; no case and no host is a label.
+Every series has the suite's name as a label: node_exporter refuses two files with the same series. The other labels
+take values from lists that the code fixes (verdicts, arms, stages), so the number of series does not depend on what a
+suite holds; no case is a label, and one host only, that of rank 0.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
 from typing import BinaryIO, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -18,6 +20,7 @@ from distbench import __version__
 from distbench.errors import Verdict
 from distbench.export.totals import Totals, quantiles_of
 from distbench.limits import Proof
+from distbench.report.document import ENDED
 from distbench.report.results import Results
 
 _STATISTICS = ("median", "p99", "max")
@@ -37,49 +40,84 @@ class _Collector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         totals = self._totals
-        info = GaugeMetricFamily("distbench_info", "Always 1.", labels=("version", "emulated"))
-        info.add_metric((__version__, "true" if totals.stand_ins else "false"), 1)
+        info = self._family("distbench_info", "Always 1.", "version", "emulated", "host")
+        emulated = "true" if totals.stand_ins else "false"
+        info.add_metric((totals.suite, __version__, emulated, totals.first_host), 1)
         yield info
-        yield _by_verdict("distbench_cases", "Cases by verdict.", totals.verdicts)
-        yield _by_verdict("distbench_cases_unexpected", "Cases not as expected, by verdict.", totals.unexpected)
-        yield _by_proof(totals.limits)
-        yield gauge("distbench_cases_missing", "Cases that have no result.", totals.missing)
-        yield gauge("distbench_exit_code", "The exit code of all results together.", totals.exit_code)
-        yield gauge("distbench_written_timestamp_seconds", "When this file was written.", time.time())
+        yield self._by("verdict", "distbench_cases", "Cases by verdict.", _named(totals.verdicts))
+        yield self._by(
+            "verdict", "distbench_cases_unexpected", "Cases not as expected, by verdict.", _named(totals.unexpected)
+        )
+        text = "Cases by what their limit is safe for: any routing of their token counts, their batch only, or nothing."
+        proofs = {proof: totals.limits[proof] for proof in get_args(Proof)}
+        yield self._by("proof", "distbench_cases_by_limit", text, proofs)
+        yield self._gauge("distbench_cases_missing", "Cases that have no result.", totals.missing)
+        yield self._gauge("distbench_exit_code", "The exit code of all results together.", totals.exit_code)
+        yield self._gauge("distbench_written_timestamp_seconds", "When this file was written.", time.time())
+        yield self._gauge("distbench_lost_rows", "Rows that limits lost, over all cases.", totals.lost_rows)
+        if totals.max_recv:
+            text = "Most rows that a rank received, over cases."
+            yield self._gauge("distbench_max_recv_rows", text, max(totals.max_recv))
+        if totals.limit_rows:
+            text = "Rows that a limit keeps, over cases with one."
+            rows = {"min": min(totals.limit_rows), "max": max(totals.limit_rows)}
+            yield self._by("statistic", "distbench_limit_rows", text, rows)
+        yield from self._rates()
+        yield self._stages()
+
+    def _rates(self) -> Iterator[Metric]:
+        totals = self._totals
+        ended = _seconds(max(totals.ended, default=""))
+        if ended is not None:
+            yield self._gauge("distbench_ended_timestamp_seconds", "When the last case ended.", ended)
         planned = totals.cases + totals.missing
         if planned:
-            yield gauge("distbench_as_expected_ratio", "Share of cases as expected.", totals.as_expected / planned)
+            share = totals.as_expected / planned
+            yield self._gauge("distbench_as_expected_ratio", "Share of cases as expected.", share)
         if totals.cases:
             busy = sum(totals.wall_s)
-            yield gauge("distbench_busy_seconds", "Seconds that all cases took on rank 0, without start-up.", busy)
+            text = "Seconds that all cases took on rank 0, without start-up."
+            yield self._gauge("distbench_busy_seconds", text, busy)
             if busy:
-                yield gauge("distbench_cases_per_second", "Cases a second, without start-up.", totals.cases / busy)
-        yield self._stages()
+                text = "Cases a second, without start-up."
+                yield self._gauge("distbench_cases_per_second", text, totals.cases / busy)
 
     def _stages(self) -> Metric:
         text = "Over cases: the slowest rank's median time of a stage. A harness figure where emulated."
-        family = GaugeMetricFamily("distbench_stage_seconds", text, labels=("arm", "stage", "statistic"))
+        family = self._family("distbench_stage_seconds", text, "arm", "stage", "statistic")
         for (arm, stage), values in self._totals.medians_us.items():
             for statistic, value in zip(_STATISTICS, quantiles_of(values), strict=True):
-                family.add_metric((arm, stage, statistic), value / 1e6)
+                family.add_metric((self._totals.suite, arm, stage, statistic), value / 1e6)
+        return family
+
+    def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
+        """Return a metric without a value yet; its first label is the suite, or two suites' files would collide."""
+        return GaugeMetricFamily(name, text, labels=("suite", *labels))
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = self._family(name, text)
+        family.add_metric((self._totals.suite,), value)
+        return family
+
+    def _by(self, label: str, name: str, text: str, counts: Mapping[str, int]) -> Metric:
+        family = self._family(name, text, label)
+        for value, count in counts.items():
+            family.add_metric((self._totals.suite, value), count)
         return family
 
 
-def _by_proof(counts: Mapping[str, int]) -> Metric:
-    text = "Cases by what their limit is safe for: any routing of their token counts, their batch only, or nothing."
-    family = GaugeMetricFamily("distbench_cases_by_limit", text, labels=("proof",))
-    for proof in get_args(Proof):
-        family.add_metric((proof,), counts.get(proof, 0))
-    return family
+def _named(counts: Mapping[Verdict, int]) -> dict[str, int]:
+    return {verdict.value: counts.get(verdict, 0) for verdict in Verdict}
+
+
+def _seconds(ended: str) -> float | None:
+    """Seconds since the epoch of a report's `ended`; None where it is no such time."""
+    try:
+        return datetime.strptime(ended, ENDED).replace(tzinfo=timezone.utc).timestamp()
+    except ValueError:
+        return None
 
 
 def gauge(name: str, text: str, value: float) -> Metric:
     """Return a metric with one value and no label."""
     return GaugeMetricFamily(name, text, value=value)
-
-
-def _by_verdict(name: str, text: str, counts: dict[Verdict, int]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=("verdict",))
-    for verdict in Verdict:
-        family.add_metric((verdict.value,), counts.get(verdict, 0))
-    return family

@@ -46,6 +46,8 @@ COLUMNS = (
     "limit_proof",
     "limit_bound",
     "limit_formula",
+    "suite",
+    "ended",
 )
 # A spreadsheet takes a cell that begins so for a formula, and may run it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -75,6 +77,7 @@ def _row(result: Result) -> Iterator[Any]:
     yield from (times.get(key) for key in _TIMES)
     yield limit.status if limit else None
     yield from (limit.proof.bound, limit.proof.formula) if limit and limit.proof else (None, None)
+    yield from (result.suite, result.ended)
 
 
 def cell(value: Any) -> Any:

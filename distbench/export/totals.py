@@ -11,6 +11,7 @@ from distbench.errors import Verdict
 from distbench.report.results import Result, Results
 
 _SHOWN = 50
+DISTBENCH = "distbench"
 
 
 class Totals:
@@ -22,14 +23,28 @@ class Totals:
         self.unexpected: Counter[Verdict] = Counter()
         self.limits: Counter[str] = Counter()
         self.shown: list[Result] = []
+        self.suites: set[str] = set()
         self.hosts: set[str] = set()
+        self.first_host = ""
+        self.ended: set[str] = set()
+        self.limit_rows = array("q")
+        self.max_recv = array("q")
+        self.lost_rows = 0
         self.stand_ins: set[str] = set()
         self.wall_s = array("d")
         self.medians_us: dict[tuple[str, str], array[float]] = {}
         self.missing = results.missing
         self.exit_code = results.exit_code
+        summary = results.summary
+        if summary is not None and summary.suite:
+            self.suites.add(summary.suite)
         for result in results:
             self._add(result)
+
+    @property
+    def suite(self) -> str:
+        """Name of the suite, or of all suites that the results are of; DISTBENCH where they name none."""
+        return ", ".join(sorted(self.suites)) or DISTBENCH
 
     @property
     def cases(self) -> int:
@@ -43,8 +58,15 @@ class Totals:
 
     def _add(self, result: Result) -> None:
         self.verdicts[result.verdict] += 1
+        self.suites.update(filter(None, [result.suite]))
+        self.ended.update(filter(None, [result.ended]))
+        self.first_host = self.first_host or next((rank.host for rank in result.ranks), "")
+        self.lost_rows += result.lost.rows
         if result.limit is not None:
             self.limits[result.limit.status] += 1
+            self.max_recv.append(result.limit.max_recv)
+            if result.limit.effective is not None:
+                self.limit_rows.append(result.limit.effective)
         self.hosts.update(result.hosts)
         self.stand_ins.update(result.stand_ins)
         self.wall_s.append(result.wall_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from datetime import datetime, timezone
 from typing import Any
 
 import msgspec
@@ -32,6 +33,7 @@ from distbench.verify.records import (
 
 _MILLION = 1e6
 SCHEMA = "distbench.report/1"
+ENDED = "%Y-%m-%dT%H:%M:%SZ"
 DEVICE_CLOCK = "device events"
 _RAW_KEPT = 512
 _DOUBTS_SHOWN = 16
@@ -102,9 +104,13 @@ class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole document. A case that was refused or lost its ranks has no ranks and no comparison."""
+    """The whole document. A case that was refused or lost its ranks has no ranks and no comparison.
+
+    `suite` names what the case belongs to; `ended` is when the report was written, in UTC as ISO 8601.
+    """
 
     schema: str = SCHEMA
+    suite: str = ""
     name: str
     tags: tuple[str, ...]
     verdict: Verdict
@@ -130,6 +136,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     injected: list[InjectedReport]
     rate: RateReport | None
     timing: dict[str, Any]
+    ended: str = ""
     method: dict[str, Any] = {}
     memory: dict[str, Any]
 
@@ -141,6 +148,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
     verdict = outcome.judgement.verdict
     safe = question is None or not question.short_ranks
     return Report(
+        suite=entry.suite,
         name=entry.name,
         tags=entry.tags,
         verdict=verdict,
@@ -166,6 +174,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         injected=_injected(outcome.case, records),
         rate=_rate(records),
         timing=_timing(records) | {"wall_s": wall_s},
+        ended=datetime.now(timezone.utc).strftime(ENDED),
         method=_method(question, records) if question and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
     )

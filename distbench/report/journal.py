@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -39,6 +40,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What progress and resuming need of a report; the rest of its line is passed over."""
 
     schema: str
+    suite: str = ""
     name: str
     verdict: Verdict
     exit_code: int
@@ -179,8 +181,10 @@ def forget_cases(out: Path, hashes: AbstractSet[str]) -> None:
     _rewrite(out, kept, lambda: _set_aside(out / _DAMAGED, damaged))
 
 
-def refuse_others(out: Path, mine: Callable[[str], bool]) -> None:
-    """Refuse to replace the results in `out` where `mine` does not hold for each one's name.
+def refuse_others(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
+    """Refuse to replace the results in `out` where one of them is not of `suite`.
+
+    `mine` tells by its name whether a result is, that was written before results named their suite.
 
     Raises:
         InvalidCase: names one that would be lost, and the fix.
@@ -188,13 +192,48 @@ def refuse_others(out: Path, mine: Callable[[str], bool]) -> None:
     """
     fix = "which this would replace; name another folder with --out"
     try:
-        others = [line.name for line in JournalReader(out).new_lines() if not mine(line.name)]
+        others = _strangers(JournalReader(out).new_lines(), suite, mine)
     except InvalidCase as error:
         message = f"folder {out}: holds results that cannot be read, {fix} ({error})"
         raise InvalidCase(message) from error
+    _refuse(out, others, fix)
+
+
+def refuse_strangers(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
+    """Refuse to add results of `suite` to those of something else in `out`. What is no result is passed over.
+
+    `mine` is as in `refuse_others`.
+
+    Raises:
+        InvalidCase: names one that is there, and the fix.
+
+    """
+    _refuse(
+        out,
+        _strangers(_readable(out), suite, mine),
+        "which this would mix with its own; name another folder with --out",
+    )
+
+
+def _strangers(lines: Iterable[Line], suite: str, mine: Callable[[str], bool]) -> list[Line]:
+    return [line for line in lines if line.suite != suite and (line.suite or not mine(line.name))]
+
+
+def _refuse(out: Path, others: Sequence[Line], fix: str) -> None:
     if others:
-        message = f"folder {out}: holds {len(others)} results of something else ({others[0]:.80}), {fix}"
+        whose = f"{others[0].suite}, {others[0].name}" if others[0].suite else others[0].name
+        message = f"folder {out}: holds {len(others)} results of something else ({whose:.80}), {fix}"
         raise InvalidCase(message)
+
+
+def _readable(out: Path) -> Iterator[Line]:
+    path = out / RESULTS
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for raw in file:
+            with contextlib.suppress(InvalidCase):
+                yield _decode(raw, str(path))
 
 
 def expect_anew(out: Path, entries: Iterable[Entry]) -> None:

@@ -18,6 +18,7 @@ from distbench.values import one_line
 from distbench.verify.records import Diagnosis, Reason
 
 _SUMMARY = "summary.json"
+_SIGNALS = 128
 
 
 class ResultRank(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +50,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What other formats and comparisons need of a report (docs/report-format.md); the rest is passed over."""
 
     schema: str
+    suite: str = ""
     name: str
     tags: tuple[str, ...]
     verdict: Verdict
@@ -64,6 +66,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     lost: ResultLost
     diagnosis: list[Diagnosis]
     timing: dict[str, Any]
+    ended: str = ""
     method: dict[str, Any] = {}
     environment: Environment = NO_ENVIRONMENT
 
@@ -140,9 +143,14 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """The exit code for all of them, a missing one counting as a lost rank's, and so an event beside them."""
+        """The exit code for all of them, a missing one counting as a lost rank's, and so an event beside them.
+
+        A signal that ended the suite before all had a result keeps its code.
+        """
         codes = {suite_code(result.exit_code, as_expected=result.as_expected) for result in self}
         summary = self.summary
+        if summary is not None and self.missing and summary.exit_code > _SIGNALS:
+            return summary.exit_code
         lost = self.missing or (summary is not None and summary.events)
         return worst_exit_code(codes | ({Verdict.RANK_FAULT.exit_code} if lost else set()))
 

@@ -11,10 +11,13 @@ class Summary(msgspec.Struct, kw_only=True):
     """`summary.json`: counts by verdict, and the first cases that did not end as expected.
 
     `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out.
+    `selected` holds the hashes of the cases that it is about where results.jsonl has results of others too, and is
+    empty where it has none. `exit_code` is that of the command, but for a comparison with a baseline.
     `limits` counts cases by the status of their limit's proof. `rate` has the wrong tokens of all cases together, but
     for those with injected faults and those that were expected not to pass.
     """
 
+    suite: str = ""
     cases: int = 0
     finished: int = 0
     as_expected: int = 0
@@ -23,5 +26,6 @@ class Summary(msgspec.Struct, kw_only=True):
     exit_code: int = 0
     stopped: str = ""
     events: list[str] = []
+    selected: list[str] = []
     unexpected: list[dict[str, str]] = []
     rate: RateReport | None = None

@@ -17,6 +17,7 @@ from distbench.preflight import check_case
 from distbench.resolve import Layer, resolve_case
 from distbench.verify.records import SEVERAL
 
+SUITE = "distbench selftest"
 CLEAN = "clean"
 DEAD = (Verdict.HANG.value, Verdict.RANK_FAULT.value)
 _DEAD_SEEDS = 3
@@ -258,7 +259,7 @@ class _Maker:
     def _entry(self, name: str, needed: Keys, keys: Keys, tag: str, expect: str) -> Entry:
         case = self._case(needed, keys)
         check_case(case)
-        return Entry(name=name, case=case, sources={}, tags=(tag,), expect=expect)
+        return Entry(name=name, case=case, sources={}, suite=SUITE, tags=(tag,), expect=expect)
 
     def _case(self, needed: Keys, keys: Keys) -> Case:
         return resolve_case([Layer("fault", needed), *self._asked, Layer("selftest", keys)], self.ranks).case

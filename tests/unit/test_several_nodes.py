@@ -128,7 +128,8 @@ def test_nodes_that_do_not_come_leave_every_report(
     assert (document["results"], document["missing"], document["exit_code"]) == ([], cases, 3)
     (case,) = etree.fromstring((out / "junit.xml").read_bytes()).iter("testcase")
     assert f"{cases} cases of the suite have no result: node 1 not there" in case[0].get("message")
-    assert f"distbench_cases_missing {cases}.0" in (out / "results.prom").read_text()
+    name = "suite" if command == "suite" else "distbench run"
+    assert f'distbench_cases_missing{{suite="{name}"}} {cases}.0' in (out / "results.prom").read_text()
     assert f"{cases} cases have no result" in (out / "results.md").read_text()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 
@@ -19,16 +20,20 @@ from distbench.commands import options
 from distbench.commands import ranks as rank_command
 from distbench.commands import run as run_command
 from distbench.commands import suite as suite_command
+from distbench.commands import sweep as sweep_command
 from distbench.errors import Verdict
 from distbench.job import Entry, Job
+from distbench.postmortem import Ending
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.files import write_report
 from distbench.report.journal import RESULTS, Journal
 from distbench.report.sink import Sink
-from distbench.verify.records import Judgement, Outcome
+from distbench.signals import Interrupted
+from distbench.verify.records import Judgement, Outcome, Reason
 from tests.cases import tiny_case
 from tests.end_to_end.launches import write_suite
+from tests.results import result
 
 NOWHERE = Environment(hosts=[], devices=[], versions={}, commits={}, variables={})
 Ranks = Callable[..., list[list[str]]]
@@ -76,6 +81,12 @@ def lines(out: Path) -> dict[str, bytes]:
 def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
     assert before.keys() == after.keys()
     return {name for name in before if before[name] != after[name]}
+
+
+@pytest.fixture
+def no_ranks(ranks: Ranks) -> None:
+    """Let no rank start."""
+    ranks({})
 
 
 @pytest.fixture
@@ -169,7 +180,9 @@ def test_a_run_takes_no_suites_folder(
     capsys.readouterr()
     run = ["run", "--model=tiny", "--nproc=2"]
     assert main([*run, f"--out={out}"]) == 2
-    refused = "holds 4 results of something else (seed=0), which this would replace; name another folder with --out"
+    refused = (
+        "holds 4 results of something else (suite, seed=0), which this would replace; name another folder with --out"
+    )
     assert capsys.readouterr().err == f"distbench: INVALID: folder {out}: {refused}\n"
     assert ((out / RESULTS).read_bytes(), (out / "summary.json").read_bytes()) == (kept, summary)
 
@@ -180,6 +193,116 @@ def test_a_run_takes_no_suites_folder(
         file.write(b"{}\n")
     assert main([*run, f"--out={other}"]) == 2
     assert "holds results that cannot be read" in capsys.readouterr().err
+
+
+def sweep(out: Path, *arguments: str) -> int:
+    return main(["sweep", "--limits=max-recv", "--model=tiny", "--nproc=2", f"--out={out}", *arguments])
+
+
+def test_results_of_one_command_are_not_mixed_with_those_of_another(
+    tmp_path: Path, ranks: Ranks, seeds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({7: Verdict.CORRUPT})
+    monkeypatch.setattr(sweep_command, "print_sweep", lambda *_: None)
+    other = write_suite(tmp_path / "other.json", range(2))
+    commands: dict[str, Callable[[Path], int]] = {
+        "distbench run": lambda out: main(["run", "--model=tiny", "--nproc=2", f"--out={out}", "--seed=7"]),
+        "suite": lambda out: suite(out, seeds),
+        "other": lambda out: suite(out, other),
+        "distbench sweep": sweep,
+    }
+    for name, command in commands.items():
+        out = tmp_path / name
+        code = command(out)
+        assert code == (name == "distbench run")
+        kept = (out / RESULTS).read_bytes()
+        for another, refused in commands.items():
+            if another != name:
+                capsys.readouterr()
+                assert refused(out) == 2
+                assert f"results of something else ({name}, " in capsys.readouterr().err
+        assert (out / RESULTS).read_bytes() == kept
+        assert main(["report", str(out), "--report=md"]) == code
+
+
+@pytest.mark.parametrize("name", ["run", "trial 0123456789ab"])
+def test_old_results_of_a_run_are_not_mixed_with_a_suites(
+    tmp_path: Path, ranks: Ranks, seeds: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / RESULTS).write_text(json.dumps(result(name)) + "\n")
+    assert suite(out, seeds) == 2
+    assert f"something else ({name}), which this would mix" in capsys.readouterr().err
+    (out / RESULTS).write_text(json.dumps(result("seed=0")) + "\n")
+    assert suite(out, seeds) == 0
+
+
+def test_report_exits_as_the_last_suite_did_also_where_it_selected_cases(
+    tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({1: Verdict.CORRUPT})
+    out = tmp_path / "out"
+    report = ["report", str(out), f"--report=junit={tmp_path}/junit.xml"]
+    assert suite(out, seeds) == main(report) == 1
+    assert suite(out, seeds, "--select=seed=0") == main(report) == 0
+    assert "the 1 cases are counted that the last command there selected; --all counts" in capsys.readouterr().err
+    assert main([*report, "--all"]) == 1
+    (tmp_path / "fewer").mkdir()
+    fewer = write_suite(tmp_path / "fewer" / "suite.json", [0, 2])
+    assert suite(out, fewer) == main(report) == 0
+    assert suite(out, seeds) == main(report) == 1
+
+
+def test_equal_cases_of_a_suite_are_told(tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+    ranks({})
+    file = included(tmp_path / "twice.json", {"name": "first"}, {"name": "second"}, {"name": "third", "seed": 1})
+    assert suite(tmp_path / "out", file) == 0
+    told = f"distbench: {file}: 1 of 3 cases equal others and run once: second equals first"
+    assert told in capsys.readouterr().err.splitlines()
+    assert lines(tmp_path / "out").keys() == {"first", "third"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("no_ranks")
+def test_signal_leaves_one_exit_code_and_no_false_promise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: Path, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    def interrupted(*_: Any) -> None:
+        raise Interrupted(number)
+
+    monkeypatch.setattr(campaign, "supervise", interrupted)
+    goes_on = "what had finished is kept, the same command goes on from there"
+    commands: dict[str, Callable[[Path], int]] = {
+        "suite": lambda out: suite(out, seeds),
+        "run": lambda out: main(["run", "--model=tiny", "--nproc=2", f"--out={out}"]),
+    }
+    for name, command in commands.items():
+        out = tmp_path / name
+        assert command(out) == 128 + number
+        assert json.loads((out / "summary.json").read_text())["exit_code"] == 128 + number
+        assert (goes_on in capsys.readouterr().err) == (name == "suite")
+        (out / RESULTS).touch()
+        assert main(["report", str(out), "--report=md"]) == 128 + number
+
+
+def test_rank_lost_after_its_case_has_passed_is_no_exit_code_of_0(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({})
+    passing = cast("Callable[[Job], None]", vars(campaign)["supervise"])
+
+    def lost(job: Job, *_: Any) -> Ending:
+        passing(job)
+        return Ending(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[Reason(code="why", message="rank 1 went")])
+
+    monkeypatch.setattr(campaign, "supervise", lost)
+    out = tmp_path / "out"
+    assert main(["run", "--model=tiny", "--nproc=2", f"--out={out}"]) == 3
+    assert json.loads((out / "summary.json").read_text())["exit_code"] == 3
+    assert "event: rank 1 went" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [("bisect",), ("shrink",)])

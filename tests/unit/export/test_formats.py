@@ -88,7 +88,7 @@ def test_junit_follows_the_schema(tmp_path: Path) -> None:
 def test_prometheus_text_as_other_parsers_see_it(tmp_path: Path) -> None:
     text = write(tmp_path, SUITE, cases=8)["prom"]
     samples = {
-        (sample.name, *sorted(sample.labels.values())): sample.value
+        (sample.name, *sorted(value for name, value in sample.labels.items() if name != "suite")): sample.value
         for family in parse_prometheus(text)
         for sample in family.samples
     }
@@ -105,6 +105,59 @@ def test_prometheus_text_as_other_parsers_see_it(tmp_path: Path) -> None:
     if shutil.which("promtool"):
         done = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False)  # noqa: S607
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+NAMED = {"suite": "night", "ended": "2026-11-30T05:47:25Z"}
+
+
+def test_junit_of_two_suites_keeps_their_cases_apart(tmp_path: Path) -> None:
+    seen: set[tuple[str, str]] = set()
+    for name in ("night", "day.short"):
+        made = [
+            result("same name", "UNDER_LIMIT", lost={"rows": 3}, **NAMED | {"suite": name}),
+            result("other", **NAMED),
+        ]
+        root = etree.fromstring(write(tmp_path / name, made[:1], cases=2)["junit"].encode())
+        (suite,) = root.findall("testsuite")
+        assert (suite.get("name"), suite.get("hostname"), suite.get("timestamp")) == (
+            name,
+            "node0",
+            "2026-11-30T05:47:25",
+        )
+        cases = {(str(case.get("classname")), str(case.get("name"))) for case in suite.findall("testcase")}
+        assert len(cases) == 2
+        assert not cases & seen
+        seen |= cases
+        (told,) = (case.findtext("system-out") for case in suite.iter("testcase") if case.get("name") == "same name")
+        assert "limit sum32 → 32 rows" in str(told)
+        assert "the fullest rank receives 6" in str(told)
+        assert "lost rows: 3" in str(told)
+        assert "hosts: node0 node1\nended: 2026-11-30T05:47:25Z" in str(told)
+
+
+def test_prometheus_files_of_two_suites_have_no_series_in_common(tmp_path: Path) -> None:
+    series: list[set[tuple[str, tuple[tuple[str, str], ...]]]] = []
+    for name in ("night", "day"):
+        text = write(tmp_path / name, [result(lost={"rows": 3}, **NAMED | {"suite": name})])["prom"]
+        samples = [sample for family in parse_prometheus(text) for sample in family.samples]
+        assert {sample.labels["suite"] for sample in samples} == {name}
+        series.append({(sample.name, tuple(sorted(sample.labels.items()))) for sample in samples})
+        values = {(one.name, one.labels.get("statistic", "")): one.value for one in samples}
+        assert values["distbench_lost_rows", ""] == 3
+        assert values["distbench_max_recv_rows", ""] == 6
+        assert values["distbench_limit_rows", "min"] == 32
+        assert values["distbench_ended_timestamp_seconds", ""] == 1796017645
+        assert "node0" in {sample.labels.get("host") for sample in samples}
+    assert not series[0] & series[1]
+
+
+def test_csv_and_markdown_name_suite_and_time(tmp_path: Path) -> None:
+    written = write(tmp_path, [result("wrong", "CORRUPT", lost={"rows": 3}, **NAMED)])
+    (row,) = csv.DictReader(io.StringIO(written["csv"], newline=""))
+    assert (row["suite"], row["ended"], row["lost_rows"], row["max_recv"]) == (*NAMED.values(), "3", "6")
+    assert written["md"].startswith("# distbench night: exit 1, ")
+    assert "from 2026" in written["md"]
+    assert ["verdict", "expected", "case", "limit", "lost rows", "reason"] in markdown_cells(written["md"])
 
 
 def test_the_number_of_series_is_bounded(tmp_path: Path) -> None:
@@ -134,7 +187,7 @@ def test_markdown_says_what_matters(tmp_path: Path) -> None:
     assert "exit 3, 2 of 8 as expected" in text
     assert "2 cases have no result" in text
     cells = markdown_cells(text)
-    assert [row[:3] + row[4:] for row in cells if row[:1] == ["CORRUPT"]][-1:] == [
+    assert [row[:3] + row[5:] for row in cells if row[:1] == ["CORRUPT"]][-1:] == [
         ["CORRUPT", "PASS", "wrong", "wrong ended in CORRUPT"]
     ]
     assert ["PASS", "2", "1"] in cells
