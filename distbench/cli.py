@@ -29,7 +29,7 @@ from distbench.commands import (
     sweep,
     tune,
 )
-from distbench.errors import DiskFull, DistbenchError, InvalidCase, is_disk_full
+from distbench.errors import DiskFull, DistbenchError, InvalidCase, Unsupported, is_disk_full
 from distbench.report.console import print_error
 from distbench.signals import Interrupted
 from distbench.tether import end_with_stdin
@@ -83,7 +83,13 @@ def _next_time(*, resumes: bool) -> str:
 def _run(options: argparse.Namespace) -> int:
     if options.end_with_stdin:
         end_with_stdin()
-    code = int(options.command(options))
+    try:
+        code = int(options.command(options))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "torch":
+            raise
+        message = f"torch: {error}, for {sys.executable}; run make setup, or use a Python that has torch"
+        raise Unsupported(message) from error
     sys.stdout.flush()  # a pipe that is broken shows here, not when the interpreter ends
     return code
 

@@ -27,7 +27,7 @@ from distbench.verify.combine import CombineChecker, Combined, Own
 from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
-from distbench.verify.nearness import TOLERANCE, relative_error
+from distbench.verify.nearness import relative_error
 from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
@@ -46,6 +46,7 @@ from distbench.verify.records import (
 )
 from distbench.verify.stages import StageChecker
 from distbench.verify.sums import sum_order
+from distbench.verify.tolerances import TOLERANCE
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 

@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -56,7 +57,14 @@ def preload_ranks() -> None:
     """Begin to import torch in the process that ranks are forked from, while this one goes on.
 
     A terminal's Ctrl-C, and its end, reach that process too, and are for this one to act upon.
+
+    Raises:
+        ModuleNotFoundError: there is no torch.
+
     """
+    if find_spec("torch") is None:
+        message = "No module named 'torch'"
+        raise ModuleNotFoundError(message, name="torch")
     for name, value in _RANKS_ENVIRON.items():
         os.environ.setdefault(name, value)
     multiprocessing.set_forkserver_preload(["distbench.lifeline", "distbench.worker", "distbench.sharing"])
@@ -189,6 +197,12 @@ class Agent(threading.Thread):
 
     def run(self) -> None:
         """Run the ranks of this node to their end; `failure` says why it could not."""
+        try:
+            self._launch()
+        except Exception as error:  # noqa: BLE001 - torch that cannot be loaded: the main thread has to hear of it
+            self.failure = f"{type(error).__name__}: {one_line(error)}; distbench doctor looks at this node's torch"
+
+    def _launch(self) -> None:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs  # noqa: PLC0415
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415

@@ -13,8 +13,8 @@ import msgspec
 from distbench.breadcrumbs import ARMS
 from distbench.case import Case
 from distbench.experts.selection import KernelChoice
-from distbench.verify.nearness import FP8_TOLERANCE, TOLERANCE
 from distbench.verify.records import STAGE_ORDER, Divergence, Gathered, Observation, Question, Reason
+from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 
 # The tolerance where expert rows are quantised on their way back: up to half a step of e4m3 or E2M1 in each rank's row.
 _QUANTISED_TOLERANCE = {"fp8_direct_cast": 2.0**-3, "fp8_blockwise": 2.0**-3, "fp4_blockwise": 2.0**-1}

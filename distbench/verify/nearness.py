@@ -7,12 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-# Share of a token's largest magnitude: top-k bf16 adds and up to top-k rounded rank rows, 2**-9 each.
-TOLERANCE = 2.0**-5
-
-# The same where weights and intermediate are e4m3: half a step of each, over the few routes of a token.
-FP8_TOLERANCE = 2.0**-3
-
 
 def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
     """Return each row's largest error, float32 [n], as a share of the largest magnitude expected; NaN with a NaN."""

@@ -14,12 +14,13 @@ from torch import Tensor
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import differing, row_digests, same_bits
-from distbench.verify.nearness import FP8_TOLERANCE, TOLERANCE, far_rows
+from distbench.verify.nearness import far_rows
 from distbench.verify.patterns import far_sources, pattern_of
 from distbench.verify.places import first_difference
 from distbench.verify.received import wrong_rows
 from distbench.verify.records import LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence
 from distbench.verify.sums import Returned, key_of, split_key
+from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 from distbench.workload.routing import destinations
