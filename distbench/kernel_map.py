@@ -7,19 +7,24 @@ from typing import Literal
 
 import msgspec
 
+from distbench.experts.lookup import Lookup
 from distbench.experts.rules import BUCKET_RULES, BucketRules, padded_rows
 from distbench.experts.selection import KernelChoice, KernelSelector, LayerKey, TunedKey
+from distbench.experts.table_match import TableMatch, match_tables
 from distbench.experts.tuned import load_tuned_rows
 
 NODE = "node"
-Effect = Literal["nothing", "same kernel", "other kernel", "ordered to atomic", "atomic to ordered"]
+UNKNOWN: Literal["unknown"] = "unknown"
+Effect = Literal["nothing", "same kernel", "other kernel", "ordered to atomic", "atomic to ordered", "unknown"]
+_PLAIN = Lookup()
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
     """The row counts `first` to `last` of one bucket, their kernel, and what a limit there does to a padded buffer.
 
     Times are those of the tuned table, in microseconds, None without a row. `ordered` says that a token's routes are
-    added up in one order; an atomic sum of three routes or more may differ from run to run.
+    added up in one order; an atomic sum of three routes or more may differ from run to run. Where no row matches, of a
+    quantisation whose heuristics are not known here, `source` and `limit_here` are UNKNOWN and the kernel is left out.
     """
 
     first: int
@@ -61,57 +66,103 @@ class KernelMap(msgspec.Struct, frozen=True, kw_only=True):
     padded: int
     spans: list[Span]
     limits: list[LimitEffect]
+    lookup: Lookup = _PLAIN
+    key: TunedKey
+    """The key that the tables are asked with."""
+    matches: list[TableMatch]
+
+    @property
+    def matched(self) -> bool:
+        """Whether a table has a row for the key."""
+        return any(table.matching for table in self.matches)
 
 
-def map_kernels(layer: LayerKey, release: str, rules: BucketRules, tables: Sequence[str], padded: int) -> KernelMap:
+def map_kernels(  # noqa: PLR0913 - what decides a kernel
+    layer: LayerKey,
+    release: str,
+    rules: BucketRules,
+    tables: Sequence[str],
+    padded: int,
+    lookup: Lookup = _PLAIN,
+) -> KernelMap:
     """Return the map of all row counts from 1 to `padded`, without limits.
 
     Raises:
         InvalidCase: a table cannot be read.
 
     """
-    selector = make_table_selector(layer, rules, tables)
-    baseline = selector.choose(padded)
-    spans = [_span(selector, first, last, baseline) for first, last in _ranges(rules, padded)]
-    return KernelMap(release=release, tables=list(tables), layer=layer, padded=padded, spans=spans, limits=[])
+    selector = make_table_selector(layer, rules, tables, lookup)
+    baseline = _choice(selector, padded, lookup)
+    spans = [_span(selector, (first, last), baseline, lookup) for first, last in _ranges(rules, padded)]
+    key = lookup.key(layer, rules)
+    return KernelMap(
+        release=release,
+        tables=list(tables),
+        layer=layer,
+        padded=padded,
+        spans=spans,
+        limits=[],
+        lookup=lookup,
+        key=key,
+        matches=match_tables(tables, key, rules),
+    )
 
 
-def limit_effects(
-    layer: LayerKey, rules: BucketRules, tables: Sequence[str], padded: int, limits: Sequence[int]
+def limit_effects(  # noqa: PLR0913 - what decides a kernel
+    layer: LayerKey,
+    rules: BucketRules,
+    tables: Sequence[str],
+    padded: int,
+    limits: Sequence[int],
+    lookup: Lookup = _PLAIN,
 ) -> list[LimitEffect]:
     """Return what each limit does to a buffer of `padded` rows, under `rules` and under those of every release.
 
     All releases are asked with the same tables, each by its own key.
     """
-    selector = make_table_selector(layer, rules, tables)
-    others = {name: make_table_selector(layer, other, tables) for name, other in BUCKET_RULES.items()}
+    if not limits:
+        return []
+    selector = make_table_selector(layer, rules, tables, lookup)
+    others = {name: make_table_selector(layer, other, tables, lookup) for name, other in BUCKET_RULES.items()}
     return [
         LimitEffect(
             limit=limit,
-            bucket=selector.choose(min(limit, padded)).bucket,
-            effect=effect_of(selector, limit, padded),
-            by_release={name: effect_of(other, limit, padded) for name, other in others.items()},
+            bucket=padded_rows(min(limit, padded), rules),
+            effect=effect_of(selector, limit, padded, lookup),
+            by_release={name: effect_of(other, limit, padded, lookup) for name, other in others.items()},
         )
         for limit in limits
     ]
 
 
-def make_table_selector(layer: LayerKey, rules: BucketRules, tables: Sequence[str]) -> KernelSelector:
+def make_table_selector(
+    layer: LayerKey, rules: BucketRules, tables: Sequence[str], lookup: Lookup = _PLAIN
+) -> KernelSelector:
     """Return the choice by the rows of all `tables`; of two rows for one bucket the first counts."""
-    key = TunedKey.for_layer(layer, rules)
-    return KernelSelector(
-        layer=layer, tuned=tuple(row for path in tables for row in load_tuned_rows(path, key)), rules=rules
-    )
+    key = lookup.key(layer, rules)
+    tuned = tuple(row for path in tables for row in load_tuned_rows(path, key))
+    return KernelSelector(layer=layer, tuned=tuned, rules=rules, overrides=lookup.overrides)
 
 
-def effect_of(selector: KernelSelector, limit: int, padded: int) -> Effect:
+def effect_of(selector: KernelSelector, limit: int, padded: int, lookup: Lookup = _PLAIN) -> Effect:
     """Return what cutting `padded` rows to `limit` does to the kernel."""
     if limit >= padded:
         return "nothing"
-    return _effect(selector.choose(padded), selector.choose(limit))
+    return _effect(_choice(selector, padded, lookup), _choice(selector, limit, lookup))
 
 
-def _effect(before: KernelChoice, after: KernelChoice) -> Effect:
+def _choice(selector: KernelSelector, rows: int, lookup: Lookup) -> KernelChoice | None:
+    """Return the kernel for `rows` rows; None where tables that were asked for have no row at all, or none is known."""
+    ignored = selector.overrides.bypass_tuned and selector.rules.reads_overrides
+    if lookup.explicit and not selector.tuned and not ignored:
+        return None
+    tuned = selector.tuned_row(padded_rows(rows, selector.rules)) is not None
+    return selector.choose(rows) if tuned or lookup.modelled else None
+
+
+def _effect(before: KernelChoice | None, after: KernelChoice | None) -> Effect:
+    if before is None or after is None:
+        return UNKNOWN
     if before.same_kernel(after):
         return "same kernel"
     if before.stage2_mode == after.stage2_mode:
@@ -127,20 +178,21 @@ def _ranges(rules: BucketRules, padded: int) -> list[tuple[int, int]]:
     return list(zip(selected, [start - 1 for start in selected[1:]] + [padded], strict=True))
 
 
-def _span(selector: KernelSelector, first: int, last: int, baseline: KernelChoice) -> Span:
-    choice = selector.choose(first)
-    row = selector.tuned_row(choice.bucket)
+def _span(selector: KernelSelector, rows: tuple[int, int], baseline: KernelChoice | None, lookup: Lookup) -> Span:
+    first, last = rows
+    bucket = padded_rows(first, selector.rules)
+    choice, row = _choice(selector, first, lookup), selector.tuned_row(bucket)
     return Span(
         first=first,
         last=last,
-        bucket=choice.bucket,
-        source=choice.source,
-        stages=1 if choice.run_1stage else 2,
-        block_m=choice.block_m,
-        ksplit=choice.ksplit,
-        stage1=choice.stage1,
-        stage2=choice.stage2,
-        ordered=choice.stage2_mode == "reduce",
+        bucket=bucket,
+        source=choice.source if choice else UNKNOWN,
+        stages=0 if choice is None else 1 if choice.run_1stage else 2,
+        block_m=choice.block_m if choice else 0,
+        ksplit=choice.ksplit if choice else 0,
+        stage1=choice.stage1 if choice else "",
+        stage2=choice.stage2 if choice else "",
+        ordered=choice is not None and choice.stage2_mode == "reduce",
         us1=row.us1 if row else None,
         us2=row.us2 if row else None,
         us=row.us if row else None,

@@ -6,22 +6,27 @@ import argparse
 import csv
 import io
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from distbench.case import Case
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
 from distbench.devices import compute_units
 from distbench.errors import InvalidCase
-from distbench.experts import make_selector
+from distbench.experts import make_selector, overrides_of
 from distbench.experts.aiter.package import installed_release, installed_tables
+from distbench.experts.lookup import ACTIVATIONS, QUANTS, Lookup
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import rules_for
-from distbench.kernel_map import NODE, KernelMap, LimitEffect, Span, limit_effects, map_kernels
+from distbench.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
+from distbench.kernel_tables import table_paths
 from distbench.production import read_environment
 from distbench.report.console import print_line, print_table
 from distbench.resolve import Layer, resolve_case
+from distbench.table_survey import survey_tables, total_of
 
 _WHERE_FROM = {
     NODE: " (this node's)",
@@ -29,8 +34,10 @@ _WHERE_FROM = {
 }
 _KEYS = (
     *("model", "hidden_size", "intermediate_size", "num_experts", "topk", "dispatch_dtype", "cu_count"),
-    *("kernel_table", "aiter_version", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
+    *("kernel_table", "aiter_version", "aiter_ksplit", "aiter_bypass_tune"),
+    *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
 )
+_NO_ANSWER = "no verdict: no tuned row for its kernel, and what the library takes then is not known"
 
 
 def add(commands: Any) -> None:
@@ -47,26 +54,70 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--limits", default="", metavar="L,…", help="limits to look at (default: that of the environment)"
     )
+    command.add_argument(
+        "--quant",
+        choices=tuple(QUANTS),
+        help="quantisation to look up, `run` computes bf16 and fp8 (default: the case's)",
+    )
+    command.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="default: %(default)s")
+    command.add_argument("--doweight-stage1", action="store_true", help="routing weights are applied in stage 1")
+    command.add_argument(
+        "--survey", metavar="DIR", help="say of each fmoe table of a folder which share of its rows some key reaches"
+    )
     command.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: %(default)s")
     add_case_options(command, _KEYS)
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    environment = read_environment(os.environ)
-    resolved = resolve_case([*case_flags(options), *environment, *_node()], options.ep_size)
+    if options.survey:
+        return _survey(options)
+    flags = case_flags(options)
+    environment = [layer for layer in read_environment(os.environ, flags) if not layer.unsupported]
+    resolved = resolve_case([*flags, *environment, *_node()], options.ep_size)
     case = resolved.case
     release = case.aiter_version or installed_release()
-    tables = [case.kernel_table] if case.kernel_table else installed_tables()
-    layer, rules = make_selector(case).layer, rules_for(release)
+    tables = table_paths(case.kernel_table) or installed_tables()
+    rules, lookup = rules_for(release), _lookup(options, case)
+    layer = make_selector(msgspec.structs.replace(case, kernel_table="")).layer
+    layer = msgspec.structs.replace(layer, quant="bf16" if lookup.quant == "bf16" else "fp8") if lookup.quant else layer
     limits = _limits(options.limits or (case.limit if case.limit.isdigit() else ""))
-    found = map_kernels(layer, release or f"{next(reversed(BUCKET_RULES))} or later", rules, tables, case.capacity)
+    named = release or f"{next(reversed(BUCKET_RULES))} or later"
+    found = map_kernels(layer, named, rules, tables, case.capacity, lookup)
     found = msgspec.structs.replace(
         found,
-        limits=limit_effects(layer, rules, tables, case.capacity, limits),
+        limits=limit_effects(layer, rules, tables, case.capacity, limits, lookup),
         cu_count_from=resolved.sources["cu_count"],
     )
     {"table": _print_tables, "json": _print_json, "csv": _print_csv}[options.format](found)
+    ignored = case.aiter_bypass_tune and rules.reads_overrides
+    if lookup.explicit and not found.matched and not ignored:
+        message = f"kernel_table = {case.kernel_table}: no row for this key, so the table says nothing of these kernels"
+        raise InvalidCase(message)
     return 0
+
+
+def _lookup(options: argparse.Namespace, case: Case) -> Lookup:
+    return Lookup(
+        quant=options.quant or "",
+        activation=options.activation,
+        doweight_stage1=options.doweight_stage1,
+        overrides=overrides_of(case),
+        explicit=bool(case.kernel_table),
+    )
+
+
+def _survey(options: argparse.Namespace) -> int:
+    """Print what becomes of each table of a folder, and the sum."""
+    version = next(
+        (layer.values["aiter_version"] for layer in case_flags(options) if "aiter_version" in layer.values), ""
+    )
+    found = survey_tables(Path(options.survey), rules_for(version))
+    if options.format == "json":
+        print_line(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+    else:
+        rows = [one.cells() for one in (*found, total_of(found))]
+        print_table(rows, ("table", "rows", "reached by kernels", "by run", "not reached", "refused"))
+    return 0 if found and not any(one.refused for one in found) else 2
 
 
 def _node() -> list[Layer]:
@@ -107,7 +158,8 @@ def _print_tables(found: KernelMap) -> None:
         f"aiter {found.release}, {layer.arch} with {layer.cu_count} compute units{told}, {layer.quant}: model_dim "
         f"{layer.model_dim}, inter_dim {layer.inter_dim}, {layer.num_local_experts} local experts, top-k {layer.topk}"
     )
-    print_line(f"tuned tables: {', '.join(found.tables) or 'none, so heuristics only'}")
+    for line in _table_lines(found):
+        print_line(line)
     names: dict[str, str] = {}
     rows = [_cells(span, names) for span in found.spans]
     columns = ("rows", "bucket", "from", "stages", "block_m", "split-k", "kernels", "sum", "us", "a limit here")
@@ -119,19 +171,47 @@ def _print_tables(found: KernelMap) -> None:
         print_line(_limit_line(one))
 
 
+def _table_lines(found: KernelMap) -> list[str]:
+    """Lines about the tables: the key, what matches, what comes near, what cannot be reached, what is overridden."""
+    key = msgspec.structs.asdict(found.key)
+    told = ", ".join(f"{name} {value}" for name, value in key.items() if value is not None)
+    lines = [f"tuned tables: {len(found.tables) or 'none, so heuristics only'}"]
+    lines += [f"key looked up: {told}, token = the bucket"] if found.tables else []
+    for table in found.matches:
+        near = f"; nearest differs in {table.nearest}" if table.nearest else ""
+        lines.append(f"{table.path}: {table.matching} of {table.rows} rows match{near}")
+        if table.unreached:
+            lines.append(f"  no number of rows leads to bucket {', '.join(map(str, table.unreached))} of them")
+    overrides = found.lookup.overrides
+    if overrides.bypass_tuned:
+        lines.append("aiter_bypass_tune: tuned rows are ignored (since aiter 0.1.9)")
+    if overrides.ksplit:
+        lines.append(
+            f"aiter_ksplit {overrides.ksplit}: not the table's and the heuristics' own split (since aiter 0.1.9)"
+        )
+    return lines
+
+
 def _cells(span: Span, names: dict[str, str]) -> tuple[str, ...]:
     rows = str(span.first) if span.first == span.last else f"{span.first}-{span.last}"
     kernels = [names.setdefault(name, f"k{len(names) + 1}") for name in (span.stage1, span.stage2) if name]
     numbers = (str(span.bucket), span.source, str(span.stages), str(span.block_m), str(span.ksplit))
     time = "" if span.us is None else f"{span.us:.1f}"
+    if span.source == UNKNOWN:
+        return rows, str(span.bucket), "no row", "", "", "", "", "", "", UNKNOWN
     return rows, *numbers, " ".join(kernels), "ordered" if span.ordered else "atomic", time, span.limit_here
 
 
 def _limit_line(one: LimitEffect) -> str:
+    if one.effect == UNKNOWN:
+        return f"limit {one.limit}: bucket {one.bucket}, {_NO_ANSWER}"
     releases: dict[str, list[str]] = {}
     for release, effect in one.by_release.items():
         releases.setdefault(effect, []).append(release)
-    told = "; ".join(f"{effect}: {_spans(names, list(one.by_release))}" for effect, names in releases.items())
+    told = "; ".join(
+        f"{'no verdict' if effect == UNKNOWN else effect}: {_spans(names, list(one.by_release))}"
+        for effect, names in releases.items()
+    )
     return f"limit {one.limit}: bucket {one.bucket}, {one.effect}. By release: {told}"
 
 

@@ -173,7 +173,7 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _from_table(rows: int, bucket: int, row: TunedRow) -> KernelChoice:
-    stage2 = "" if row.run_1stage else row.kernel_name2
+    stage2 = "" if row.run_1stage else row.kernel_name2 or f"unnamed_stage2_bm{row.block_m}"
     return KernelChoice(
         rows=rows,
         bucket=bucket,

@@ -45,6 +45,7 @@ _DROPPED_TAG = "flydsl_fallback"
 _WHOLE = re.compile(r"([0-9]{1,18})(?:\.0*)?")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 _FLAGS = {"True": True, "False": False}
+_LEFT_TO_THE_KERNEL = ("-1", "-1.0")
 
 
 class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +94,7 @@ class TunedRow(msgspec.Struct, frozen=True, kw_only=True):
     run_1stage: bool
     kernel_name1: str
     kernel_name2: str
-    """Of a one-stage kernel whatever the cell holds."""
+    """Of a one-stage kernel whatever the cell holds; empty where a table leaves the kernel to the library."""
     us1: float | None = None
     us2: float | None = None
     us: float | None = None
@@ -146,6 +147,16 @@ def parse_tuned_rows(content: bytes, source: str, key: TunedKey) -> tuple[TunedR
     return tuple(rows.values())
 
 
+def row_keys(content: bytes, source: str) -> list[tuple[TunedKey, int]]:
+    """Key and bucket of every row of the table `content`, in its order; messages call it `source`.
+
+    Raises:
+        InvalidCase: as `parse_tuned_rows`.
+
+    """
+    return [(_key(record), record.whole("token", 1)) for record in _records(content, source)]
+
+
 class _Record:
     """One line of the table: its cells by column, and refusals that name where a bad one stands."""
 
@@ -166,6 +177,10 @@ class _Record:
             self.refuse(column, f"a whole number from {least} up")
         return int(match[1])
 
+    def split(self) -> int:
+        """Parts of K; a table may say -1, which leaves them to the kernel."""
+        return -1 if self.text("ksplit").strip() in _LEFT_TO_THE_KERNEL else self.whole("ksplit")
+
     def flag(self, column: str) -> bool:
         """Any number but 0 is true, as it is to aiter: a released table has a row with run_1stage 419."""
         value = _FLAGS.get(self.text(column).strip())
@@ -179,11 +194,33 @@ class _Record:
             self.refuse(column, "a number of microseconds, or nothing")
         return float(text)
 
+    def name_or_nothing(self, column: str) -> str:
+        return self.kernel(column) if self.text(column).strip() else ""
+
     def kernel(self, column: str) -> str:
         name = self.text(column)
         if name in MISSING:
-            self.refuse(column, "the name of a kernel (kernelName2 may be empty where run_1stage is 1)")
+            self.refuse(column, "the name of a kernel")
         return name
+
+
+def _key(record: _Record) -> TunedKey:
+    cu_num, gfx = record.whole("cu_num", 1), record.text("gfx")
+    return TunedKey(
+        cu_num=cu_num,
+        model_dim=record.whole("model_dim"),
+        inter_dim=record.whole("inter_dim"),
+        expert=record.whole("expert"),
+        topk=record.whole("topk"),
+        dtype=record.text("dtype"),
+        q_dtype_a=record.text("q_dtype_a"),
+        q_dtype_w=record.text("q_dtype_w"),
+        q_type=record.text("q_type"),
+        act_type=record.text("act_type"),
+        use_g1u1=record.flag("use_g1u1"),
+        doweight_stage1=record.flag("doweight_stage1"),
+        gfx=(GFX_BY_CU_COUNT.get(cu_num) if gfx in _MISSING_GFX else gfx),
+    )
 
 
 def _records(content: bytes, source: str) -> Iterator[_Record]:
@@ -237,21 +274,13 @@ def _lines(text: str, source: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _matches(record: _Record, key: TunedKey) -> bool:
-    cu_num = record.whole("cu_num", 1)
-    gfx = record.text("gfx")
-    if gfx in _MISSING_GFX:
-        gfx = GFX_BY_CU_COUNT.get(cu_num, "")
     record.whole("token", 1)
-    numbers = (cu_num, *(record.whole(column) for column in ("model_dim", "inter_dim", "expert", "topk")))
-    names = tuple(record.text(column) for column in ("dtype", "q_dtype_a", "q_dtype_w", "q_type"))
-    flags = record.flag("use_g1u1"), record.flag("doweight_stage1")
-    return (
-        numbers == (key.cu_num, key.model_dim, key.inter_dim, key.expert, key.topk)
-        and names == (key.dtype, key.q_dtype_a, key.q_dtype_w, key.q_type)
-        and flags == (key.use_g1u1, key.doweight_stage1)
-        and key.act_type in (None, record.text("act_type"))
-        and (not gfx or key.gfx in (None, gfx))
-    )
+    row = _key(record)
+    return all(
+        getattr(key, name) is None or getattr(row, name) == getattr(key, name)
+        for name in TunedKey.__struct_fields__
+        if name != "gfx"
+    ) and (row.gfx is None or key.gfx in (None, row.gfx))
 
 
 def _row(record: _Record) -> TunedRow:
@@ -260,10 +289,10 @@ def _row(record: _Record) -> TunedRow:
     return TunedRow(
         bucket=record.whole("token", 1),
         block_m=record.whole("block_m", 1),
-        ksplit=record.whole("ksplit"),
+        ksplit=record.split(),
         run_1stage=one_stage,
         kernel_name1=record.kernel("kernelName1"),
-        kernel_name2=record.text("kernelName2") if one_stage else record.kernel("kernelName2"),
+        kernel_name2=record.text("kernelName2") if one_stage else record.name_or_nothing("kernelName2"),
         us1=record.microseconds("us1"),
         us2=record.microseconds("us2"),
         us=record.microseconds("us") if record.text("us") else record.microseconds("total_us"),

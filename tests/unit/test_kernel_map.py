@@ -16,10 +16,13 @@ import pytest
 
 from distbench import devices
 from distbench.cli import main
+from distbench.experts import make_selector
 from distbench.experts.aiter.package import installed_tables
+from distbench.experts.lookup import QUANTS, Lookup
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import KernelSelector, LayerKey
 from distbench.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
+from distbench.production import read_environment
 from distbench.resolve import Layer, resolve_case
 
 LAYER = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048, cu_count=256)
@@ -97,8 +100,124 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path
     out = run(capsys, "--kernel-table", table(tmp_path, {64: "reduce"}), "--limits", "64,40000")
     assert "gfx950 with 256 compute units" in out
     assert "flydsl_two_reduce" in out
-    assert "limit 64: bucket 64, atomic to ordered. By release: other kernel: 0.1.5 to before 0.1.16" in out
+    assert "limit 64: bucket 64, atomic to ordered. By release: no verdict: 0.1.5 to before 0.1.16" in out
     assert "limit 40000: bucket 32768, nothing" in out
+
+
+MX_KEY = (
+    "7168,2048,32,7,ActivationType.Silu,torch.bfloat16,torch.float4_e2m1fn_x2,torch.float4_e2m1fn_x2,"
+    "QuantType.per_1x32,1,0"
+)
+
+
+def mx_table(tmp_path: Path, *rows: str) -> str:
+    path = tmp_path / "dsv3_fp4_tuned_fmoe.csv"
+    lines = rows or tuple(f"256,{token},{MX_KEY},32,-1,1.5,one,2.5,,4.0" for token in (1, 64, 96, 32768))
+    path.write_text("\n".join([HEADER, *lines]) + "\n")
+    return str(path)
+
+
+def test_a_table_without_a_row_for_the_key_gives_no_verdict(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = mx_table(tmp_path)
+    command = ["kernels", "--model", "deepseek-v3", "--cu-count", "256", "--kernel-table", path, "--limits", "64"]
+    assert main(command) == 2
+    out, error = capsys.readouterr()
+    assert f"{path}: 0 of 4 rows match; nearest differs in q_dtype_a torch.float4_e2m1fn_x2" in out
+    assert "q_type QuantType.per_1x32" in out
+    assert "key looked up: cu_num 256, model_dim 7168, inter_dim 2048, expert 32, topk 7, dtype torch.bfloat16" in out
+    assert "limit 64: bucket 64, no verdict" in out
+    assert "same kernel" not in out
+    assert "no row for this key" in error
+    document = json.loads(_out(capsys, [*command, "--format", "json"]))
+    assert {span["limit_here"] for span in document["spans"]} == {"unknown"}
+    assert [one["effect"] for one in document["limits"]] == ["unknown"]
+    assert document["matches"][0]["rows"] == 4
+
+
+def _out(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
+    main(command)
+    return capsys.readouterr().out
+
+
+def test_another_quantisation_is_looked_up_and_rows_without_a_bucket_are_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = mx_table(tmp_path)
+    out = run(capsys, "--kernel-table", path, "--quant", "a4w4", "--limits", "64,128,40000")
+    assert f"{path}: 4 of 4 rows match\n" in out
+    assert "no number of rows leads to bucket 96 of them" in out
+    assert "limit 64: bucket 64, same kernel" in out
+    assert "limit 128: bucket 128, no verdict: no tuned row for its kernel" in out
+    assert "unnamed_stage2_bm32" in out
+    document = json.loads(run(capsys, "--kernel-table", path, "--quant", "a4w4", "--format", "json"))
+    assert [span["source"] for span in document["spans"]].count("tuned") == 3
+    assert document["key"]["q_type"] == "QuantType.per_1x32"
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_quantisation_reaches_its_own_rows(
+    quant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kind = QUANTS[quant]
+    types = ",".join((*kind.dtypes("gfx950"), f"QuantType.{kind.q_type}"))
+    key = f"7168,2048,32,7,ActivationType.Gelu,torch.bfloat16,{types},1,1"
+    path = mx_table(tmp_path, f"256,64,{key},32,0,1.5,one,2.5,two,4.0")
+    asked = ("--quant", quant, "--activation", "gelu", "--doweight-stage1")
+    assert "1 of 1 rows match" in run(capsys, "--kernel-table", path, *asked)
+    assert main(["kernels", "--model", "deepseek-v3", "--cu-count", "256", "--kernel-table", path, *asked[:4]]) == 2
+    assert "nearest differs in doweight_stage1 True" in capsys.readouterr().out
+
+
+def test_no_verdict_by_heuristics_that_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "limit 64: bucket 64, no verdict" in run(capsys, "--quant", "fp8-per-token", "--limits", "64")
+    assert "limit 32: bucket 32, other kernel" in run(capsys, "--quant", "fp8", "--limits", "32")
+
+
+def test_the_variables_of_aiter_are_followed_and_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AITER_CONFIG_FMOE", table(tmp_path, {64: "reduce"}))
+    assert "flydsl_two_reduce" in run(capsys)
+    monkeypatch.setenv("AITER_BYPASS_TUNE_CONFIG", "1")
+    out = run(capsys, "--limits", "64")
+    assert "flydsl_two_reduce" not in out
+    assert "aiter_bypass_tune: tuned rows are ignored" in out
+    assert "limit 64: bucket 64, other kernel" in out
+    monkeypatch.setenv("AITER_KSPLIT", "6")
+    assert "aiter_ksplit 6" in run(capsys, "--quant", "fp8")
+    spans = json.loads(run(capsys, "--quant", "fp8", "--format", "json"))["spans"]
+    assert [span["ksplit"] for span in spans] == [6] * 6 + [0] * 10
+
+
+def test_kernels_and_run_choose_alike_in_one_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AITER_CONFIG_FMOE", table(tmp_path, {64: "reduce"}))
+    monkeypatch.setenv("AITER_KSPLIT", "-1")
+    layers = [Layer("test", {"model": "deepseek-v3", "cu_count": 256})]
+    case = resolve_case([*layers, *read_environment(os.environ)], 8).case
+    ours = make_selector(case)
+    theirs = make_table_selector(LAYER, ours.rules, [os.environ["AITER_CONFIG_FMOE"]], Lookup(overrides=ours.overrides))
+    for rows in (1, 64, 4096):
+        assert ours.choose(rows) == theirs.choose(rows)
+    assert ours.choose(64).stage2 == "flydsl_two_reduce"
+
+
+def test_the_survey_counts_what_is_reached_and_names_what_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mx_table(tmp_path)
+    table(tmp_path, {64: "reduce", 96: "reduce"}).replace("tuned.csv", "")
+    (tmp_path / "tuned.csv").rename(tmp_path / "tuned_fmoe.csv")
+    (tmp_path / "untuned_fmoe.csv").write_text("token\n")
+    command = ["kernels", "--survey", str(tmp_path)]
+    assert main([*command, "--format", "json"]) == 0
+    found = {one["table"]: one for one in json.loads(capsys.readouterr().out)}
+    mx, plain = found["dsv3_fp4_tuned_fmoe.csv"], found["tuned_fmoe.csv"]
+    assert (mx["rows"], mx["kernels"], mx["run"]) == (4, 3, 0)
+    assert (plain["rows"], plain["kernels"], plain["run"]) == (2, 1, 1)
+    assert plain["unreached"] == {"for a bucket that the release does not have": 1}
+    (tmp_path / "broken_fmoe.csv").write_text("token\n1\n")
+    assert main(command) == 2
+    assert "column cu_num is missing" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_prints_json_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_whole_numbers_may_have_been_written_as_decimals() -> None:
         ("doweight_stage1", "", "a whole number from 0 up"),
         ("block_m", "0", "a whole number from 1 up"),
         ("block_m", "9" * 19, "a whole number from 1 up"),
-        ("ksplit", "-1", "a whole number from 0 up"),
+        ("ksplit", "-2", "a whole number from 0 up"),
         ("run_1stage", "x", "a whole number from 0 up"),
         ("kernelName1", "", "the name of a kernel"),
         ("kernelName2", "Null", "the name of a kernel"),

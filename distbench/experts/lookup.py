@@ -1,0 +1,80 @@
+"""What aiter looks tuned rows up by besides the layer, for every quantisation that its tables have.
+
+`run` computes two of them, bf16 and fp8 in blocks; the others are here so that their tables can be asked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from distbench.architectures import fp8_format
+from distbench.experts.heuristics import LayerKey
+from distbench.experts.rules import BucketRules
+from distbench.experts.selection import Overrides
+from distbench.experts.tuned import TunedKey
+
+
+class Quant(NamedTuple):
+    """A quantisation in the words of a table: its type, and what activations and weights are; fp8 is the device's."""
+
+    q_type: str
+    activations: str
+    weights: str
+
+    def dtypes(self, arch: str) -> tuple[str, str]:
+        """Cells of q_dtype_a and q_dtype_w on the architecture."""
+        own = f"float8_{fp8_format(arch)}"
+        first, second = (own if name == "fp8" else name for name in (self.activations, self.weights))
+        return f"torch.{first}", f"torch.{second}"
+
+
+_FP4 = "float4_e2m1fn_x2"
+QUANTS: dict[str, Quant] = {
+    "bf16": Quant("No", "bfloat16", "bfloat16"),
+    "fp8": Quant("per_1x128", "fp8", "fp8"),
+    "fp8-per-token": Quant("per_Token", "fp8", "fp8"),
+    "fp8-per-tensor": Quant("per_Tensor", "fp8", "fp8"),
+    "int8-per-token": Quant("per_Token", "int8", "int8"),
+    "int8-per-tensor": Quant("per_Tensor", "int8", "int8"),
+    "mxfp8": Quant("per_1x32", "fp8", "fp8"),
+    "a4w4": Quant("per_1x32", _FP4, _FP4),
+    "a8w4": Quant("per_1x32", "fp8", _FP4),
+    "a16w4": Quant("per_1x32", "bfloat16", _FP4),
+    "a16i4": Quant("per_1x32", "bfloat16", "int4"),
+}
+"""The quantisations by name. The heuristics of the first two are known (heuristics.py)."""
+ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "swiglu": "Swiglu", "situv2": "Situv2"}
+_MODELLED = ("bf16", "fp8")
+
+
+class Lookup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a lookup takes besides layer and release."""
+
+    quant: str = ""
+    """A name in `QUANTS`; empty: that of the layer."""
+    activation: str = "silu"
+    doweight_stage1: bool = False
+    """Routing weights are applied in stage 1."""
+    overrides: Overrides = Overrides()
+    explicit: bool = False
+    """The tables were asked for, so that without a matching row there is no answer."""
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the kernel without a tuned row is known."""
+        return (self.quant or "bf16") in _MODELLED and self.activation == "silu" and not self.doweight_stage1
+
+    def key(self, layer: LayerKey, rules: BucketRules) -> TunedKey:
+        """Key that a release with `rules` looks the layer up by."""
+        quant = QUANTS[self.quant or layer.quant]
+        activations, weights = quant.dtypes(layer.arch)
+        return msgspec.structs.replace(
+            TunedKey.for_layer(layer, rules),
+            q_type=f"QuantType.{quant.q_type}",
+            q_dtype_a=activations,
+            q_dtype_w=weights,
+            act_type=f"ActivationType.{ACTIVATIONS[self.activation]}" if rules.activation_matters else None,
+            doweight_stage1=self.doweight_stage1,
+        )
