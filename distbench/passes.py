@@ -14,6 +14,7 @@ from torch import Tensor
 from distbench.arms import arms_of
 from distbench.devices import DeviceState
 from distbench.experts.base import Experts, facts_of
+from distbench.experts.roundings import roundings_of
 from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
@@ -24,7 +25,8 @@ from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest
 from distbench.verify.combine import CombineChecker, Combined, Own
-from distbench.verify.excuses import adds_atomically, tolerance
+from distbench.verify.error_check import ErrorChecker, Pass
+from distbench.verify.excuses import CUT_ARMS, adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
 from distbench.verify.nearness import relative_error
@@ -32,9 +34,9 @@ from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
     ORACLE,
+    ArmError,
     Divergence,
     Exposure,
-    FloatError,
     LostRows,
     Observation,
     Question,
@@ -45,15 +47,13 @@ from distbench.verify.records import (
     pairs_of,
 )
 from distbench.verify.stages import StageChecker
-from distbench.verify.sums import sum_order
-from distbench.verify.tolerances import TOLERANCE
+from distbench.verify.sums import key_of, sum_order
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
 if TYPE_CHECKING:
     from distbench.faults.injector import Injector
 
-_REFERENCE_TOKENS = 4
 _TIMED_ARMS = ("padded", "truncated")
 _LAPS = 4096
 
@@ -102,6 +102,8 @@ class Passes:
             sum_order(parts.transport.facts),
             tolerance(question.case),
         )
+        self._errors = self._error_checker() if self._expected is None else None
+        self._beyond: dict[str, Tensor] = {}
         self._damaged: set[str] = set()
         self._wrong = False
         self._timed: dict[str, Timed] = {}
@@ -158,7 +160,7 @@ class Passes:
             digests=_digests(made),
             divergences=self._divergences,
             comparisons=_comparisons(made, outputs),
-            reference=self._reference_error(),
+            reference=None,
             distance=self._distances(),
             survivors=survivors(made, self._without_rows) if question.lossy else None,
             exposure=self._exposure,
@@ -171,6 +173,7 @@ class Passes:
             timed=self._timed,
             device_state=self._device_state,
             replays=self._replays,
+            errors=[] if self._errors is None else self._errors.found,
         )
 
     def _distances(self) -> dict[str, float | None]:
@@ -186,11 +189,37 @@ class Passes:
     def _packages(self) -> dict[str, Any]:
         return facts_of(self._parts.transport) | facts_of(self._parts.experts)
 
-    def _reference_error(self) -> FloatError | None:
-        if self._expected is not None:
+    def _error_checker(self) -> ErrorChecker:
+        parts, question = self._parts, self._question
+        return ErrorChecker(
+            self._session.group,
+            parts.workload,
+            self._session.rank,
+            parts.batch.ids,
+            parts.weights,
+            sum_order(parts.transport.facts),
+            question.case.repeats + min(question.case.iterations, 1),
+        )
+
+    def _measure(self, fresh: dict[str, Tensor], lost: dict[str, Tensor]) -> None:
+        """Measure the errors of the arms of a repeat. Collective."""
+        if self._errors is None:
+            return
+        case = self._question.case
+        families = {
+            arm: roundings_of(case, self._parts.experts.selection(self._kernels[arm]["rows"])) for arm in self._kernels
+        }
+        passes = {
+            arm: Pass(self._checker.returned(arm), rows, self._beyond.get(arm), lost.get(arm))
+            for arm, rows in fresh.items()
+        }
+        self._errors.measure(passes, families)
+
+    def _error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
+        """Return the error of tokens that an arm gave again; None where there is none, or rows may be lost."""
+        if self._errors is None or (arm in CUT_ARMS and self._question.short_ranks):
             return None
-        index, reference = self._parts.workload.reference_sample(self._session.rank, _REFERENCE_TOKENS)
-        return FloatError(relative_error(self.outputs["padded"][index], reference), index.numel())
+        return self._errors.error_of(arm, tokens)
 
     def _run_arm(self, arm: str, cut: Cut) -> Tensor:
         self._arm = self._session.crumbs.arm = arm
@@ -221,6 +250,7 @@ class Passes:
             wrong = wrong or self._session.on_any_rank(value=bool(found))
         self._damaged.clear()
         self._wrong = False
+        self._measure(fresh, lost)
         return wrong
 
     def _differs(self, fresh: dict[str, Tensor]) -> bool:
@@ -239,7 +269,9 @@ class Passes:
             session.crumbs.arm = arm
             parts.transport.forget()
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
-            self._timed[arm] = self._with_graphs(arm, timer.time(layer, self.outputs[arm]))
+            self._timed[arm] = self._with_graphs(
+                arm, timer.time(layer, self.outputs[arm], partial(self._error_of, arm))
+            )
         if session.device.type != "cpu":
             self._device_state = timer.state_while(layer)
         session.crumbs.arm = ""
@@ -259,7 +291,8 @@ class Passes:
             return
         arm = list(self.outputs)[-1]
         repeats = self._question.case.numerics == "exact" or not adds_atomically(self._kernels[arm])
-        allowed = 0.0 if repeats else TOLERANCE
+        apart = None if self._errors is None else self._errors.allowed_between(arm)
+        allowed = 0.0 if repeats else apart or tolerance(self._question.case)
         self._replays = replay_others(graphed, given, parts.weights, parts.workload, self._session.rank, allowed)
         wrong = next((replay for replay in self._replays if replay.wrong), None)
         if wrong is not None:
@@ -295,6 +328,8 @@ class Passes:
         self._kernels[arm] = self._kernel(given.rows)
         if self._question.limit is not None and self._question.case.policy != "guard":
             self._lost = _lost_rows(sources, self._question.limit)
+            if arm in CUT_ARMS:
+                self._beyond[arm] = key_of(*sources[self._question.limit :].unbind(1))
         self._losses.take(arm, sources)
         for found in self._checker.check_rows(arm, sources, dispatched, given, expert_out):
             self._note(found)

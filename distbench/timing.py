@@ -17,7 +17,7 @@ from distbench.samples import median_error
 from distbench.session import Session
 from distbench.verify.bitwise import compare_rows
 from distbench.verify.nearness import relative_error
-from distbench.verify.records import Timed
+from distbench.verify.records import ArmError, Timed
 from distbench.waits import collective, waiting
 
 STAGES = ("dispatch", "truncate", "experts", "combine")
@@ -30,6 +30,7 @@ _FLUSHED_L2S = 4
 _ROCM_FLUSHED_BYTES = 1 << 30
 
 Layer = Callable[[Callable[[str], None]], Tensor]
+Measure = Callable[[Tensor], ArmError | None]
 
 
 class _Laps(Protocol):
@@ -90,8 +91,10 @@ class Timer:
         self._cold = flushing_memory(session.device) if case.flush_l2 else None
         self._aligner = torch.zeros(1, device=session.device)
 
-    def time(self, layer: Layer, checked: Tensor) -> Timed:
+    def time(self, layer: Layer, checked: Tensor, measure: Measure | None = None) -> Timed:
         """Time `layer`, one pass of an arm, and compare its last output with `checked`, that of the checked pass.
+
+        `measure` tells the error of the last output.
 
         Collective: after each chunk of iterations all ranks know the slowest rank's times, and stop at the same one.
         """
@@ -123,6 +126,7 @@ class Timer:
             drift=relative_error(output, checked),
             flushed_bytes=0 if self._cold is None else self._cold.nbytes,
             peak_device_bytes=torch.cuda.max_memory_allocated() if self._on_device else None,
+            error=None if measure is None else measure(output),
         )
 
     def state_while(self, layer: Layer) -> DeviceState:

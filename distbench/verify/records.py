@@ -172,7 +172,8 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     layer. `last` compares the output of the last iteration with that of the checked pass, and `drift` is how far it is
     from there, as a share of a token's largest magnitude, None with a NaN. `flushed_bytes` were written before each
     iteration to empty the caches, 0 where they stay warm. `peak_device_bytes` is the most that torch held on the device
-    meanwhile, None on the CPU.
+    meanwhile, None on the CPU. `error` is that of the last
+    iteration's tokens, where inputs are gaussian and no row was lost.
     """
 
     slowest_us: dict[str, list[float]]
@@ -181,6 +182,7 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     drift: float | None
     flushed_bytes: int
     peak_device_bytes: int | None
+    error: ArmError | None = None
 
 
 class Replay(msgspec.Struct, frozen=True, array_like=True):

@@ -121,7 +121,7 @@ def recounted(  # noqa: PLR0913 - what was returned, whose tokens, how they are 
         block = ids[start : start + step]
         leaving = torch.bincount(owners[asked], minlength=group.ep_size)
         arriving = recv_counts(block, group.experts_per_rank, group.ep_size)
-        rows = _exchanged(process_group, returned.rows[asked], leaving.tolist(), arriving.tolist())
+        rows = exchanged(process_group, returned.rows[asked], leaving.tolist(), arriving.tolist())
         yield start, in_slot_order(rows, block, group, order)
 
 
@@ -143,7 +143,7 @@ def _added_in_order(rows: Tensor) -> Tensor:
     return total
 
 
-def _exchanged(group: dist.ProcessGroup, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
+def exchanged(group: dist.ProcessGroup, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
     """Send rows [m, H], so many to each rank in turn; return what arrives, by rank. Collective."""
     found = rows.new_empty(sum(arriving), rows.shape[1])
     sent, received = rows.contiguous().view(torch.uint8), found.view(torch.uint8)

@@ -60,7 +60,7 @@ class Workload:
         self.routing = routing
         self.tokens_per_rank = tokens_per_rank
         self.device = torch.device(device)
-        self._seed = seed
+        self.seed = seed
         self.fp8 = fp8
         self._quantised = dispatch_dtype == "fp8"
 
@@ -113,7 +113,7 @@ class Workload:
         return index, self.numerics.reference_rows(self.tokens(rank, index), range(self.group.num_experts))
 
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
-        return route(self.routing, self.group, seed=self._seed, ranks=ranks, tokens=tokens)
+        return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
 
     def _local_experts(self, rank: int) -> range:
         return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)

@@ -1,0 +1,141 @@
+"""The error of rows beside that of an ideal kernel, in three figures with bounds (docs/gaussian.md derives them)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.verify.ideal import Ideal
+
+FALSE_ALARMS = 1e-6
+"""How many cases without a fault may be judged outside their bounds."""
+
+# What kernels of one family may differ by: another order of float32 sums flips few roundings.
+_SLACK = 0.02
+_BIAS_SLACK = 0.01
+# A fourth moment over the second one squared, of uniform errors whose steps follow normal values: no less is assumed.
+_KURTOSIS = 5.4
+# The deviation of a row's intermediate errors is estimated from its H elements.
+_DEVIATION_SLACK = 1.25
+
+
+class Figures(NamedTuple):
+    """See `verify.records.ArmError`."""
+
+    rows: int
+    nan_rows: int
+    ratio: float | None
+    bias: float | None
+    worst: float | None
+    ideal_worst: float
+    allowed: dict[str, float]
+    within: bool
+
+
+def sure(tests: int) -> float:
+    """Return the deviations that a sum of symmetric bounded errors exceeds in none of `tests`, but for FALSE_ALARMS.
+
+    Hoeffding: P(|sum| > z * root of the sum of squares) <= 2 exp(-z**2 / 2).
+    """
+    return math.sqrt(2 * math.log(2 * tests / FALSE_ALARMS))
+
+
+class Yardstick:
+    """What some rows should be, in float64 and by an ideal kernel, against which any number of results is measured."""
+
+    def __init__(self, exact: Tensor, ideal: Ideal, sure_of: float) -> None:
+        """Take exact float32 [n, H], the ideal of the same rows, and the deviations allowed to an estimate (`sure`)."""
+        self._exact, self._sure = exact, sure_of
+        self._ideal = ideal
+        self._most = exact.abs().amax(1)
+        rms = exact.square().mean(1, keepdim=True).sqrt()
+        self._scale = torch.where(rms > 0, rms, 1.0)
+        self._elements = int((rms > 0).sum()) * exact.shape[1]
+        error = (ideal.rows.float() - exact) / self._scale
+        self._bias = float((error * exact.sign()).sum(dtype=torch.float64))
+        squares = error.square()
+        self._power = float(squares.sum(dtype=torch.float64))
+        self._fourth = float(squares.square_().sum(dtype=torch.float64))
+        self._deviation = ideal.variance.sqrt() * _DEVIATION_SLACK
+        self._ideal_worst = _most((ideal.rows.float() - exact).abs().amax(1) / self._most)
+
+    def part(self, kept: Tensor) -> Yardstick:
+        """Return the yardstick of the rows `kept`, bool [n]."""
+        if bool(kept.all()):
+            return self
+        return Yardstick(self._exact[kept], Ideal(*(part[kept] for part in self._ideal)), self._sure)
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return len(self._exact)
+
+    @property
+    def loosest(self) -> float:
+        """What the largest error of any of the rows may be, as a share of the row's largest magnitude."""
+        return _most(self._deviation.amax(1) * self._extreme / self._most) if self.rows else 0.0
+
+    @property
+    def _extreme(self) -> float:
+        """Deviations that no element exceeds: errors are sums of uniform ones, and normal where many are added."""
+        return math.sqrt(self._sure**2 + 2 * math.log(max(self._elements, 1)))
+
+    def measure(self, actual: Tensor) -> Figures:
+        """Return the figures of rows `actual` [n, H]."""
+        wide = actual.float()
+        error = wide - self._exact
+        nan_rows = int((~error.isfinite().all(1)).sum())
+        allowed = self._allowed()
+        if nan_rows:
+            return Figures(self.rows, nan_rows, None, None, None, self._ideal_worst, allowed, within=False)
+        excess, worst, bound = self._worst(error)
+        error /= self._scale
+        bias = (float((error * self._exact.sign()).sum(dtype=torch.float64)) - self._bias) / math.sqrt(
+            2 * self._power or 1.0
+        )
+        power = float(error.square().sum(dtype=torch.float64))
+        ratio = math.sqrt(power / self._power) if self._power else (1.0 if power == 0 else math.inf)
+        allowed["worst"] = bound
+        within = allowed["ratio_low"] <= ratio <= allowed["ratio_high"] and abs(bias) <= allowed["bias"] and excess <= 1
+        return Figures(
+            self.rows, 0, _finite(ratio), _finite(bias), _finite(worst), self._ideal_worst, allowed, within=within
+        )
+
+    def _allowed(self) -> dict[str, float]:
+        count = max(self._elements, 1)
+        fourth = max(self._fourth, _KURTOSIS * self._power**2 / count)
+        wide = 1 + self._sure * math.sqrt(2 * fourth) / self._power if self._power else 1.0
+        return {
+            "ratio_low": (1 - _SLACK) / math.sqrt(wide),
+            "ratio_high": (1 + _SLACK) * math.sqrt(wide),
+            "bias": self._sure + _BIAS_SLACK * math.sqrt(count / 2),
+            "worst": 0.0,
+        }
+
+    def _worst(self, error: Tensor) -> tuple[float, float, float]:
+        """Return how much of its bound the row takes that takes most, that row's largest error, and its bound.
+
+        The latter two are shares of the row's largest magnitude.
+        """
+        if not self.rows:
+            return 0.0, 0.0, 0.0
+        size = error.abs()
+        bounds = self._deviation * self._extreme
+        taken = torch.where(size == 0, 0.0, size / bounds).amax(1)
+        row = int(taken.argmax())
+        excess, most = float(taken[row]), float(size[row].amax())
+        share = most / float(self._most[row]) if float(self._most[row]) else (0.0 if most == 0 else math.inf)
+        bound = share / excess if 0 < excess < math.inf else float(bounds[row].amax() / self._most[row])
+        return excess, share, bound if math.isfinite(bound) else 0.0
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _most(shares: Tensor) -> float:
+    """Return the largest of shares [n], those of rows of zeros aside."""
+    return float(shares.nan_to_num(0.0, posinf=0.0).amax()) if len(shares) else 0.0

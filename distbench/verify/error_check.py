@@ -1,0 +1,251 @@
+"""What the errors of some rows and tokens are beside those of ideal roundings, by arm and stage (docs/gaussian.md).
+
+Tokens are sampled by a keyed hash, alike on all ranks. Each rank computes its experts' rows of them from what must have
+travelled (`verify.stages` holds that against what did), with the very weights that its kernels are called with; the
+rows go to the tokens' owners, who add them up as combine does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distbench.experts.roundings import Roundings
+from distbench.layer import ExpertWeights
+from distbench.verify.bitwise import same_bits
+from distbench.verify.error_bounds import Yardstick, sure
+from distbench.verify.ideal import Ideal, ideal_rows, rounding_variance
+from distbench.verify.records import ArmError
+from distbench.verify.sums import (
+    Contributions,
+    Returned,
+    SumOrder,
+    added,
+    exchanged,
+    in_slot_order,
+    key_of,
+)
+from distbench.workload.batch import TokenBatch
+from distbench.workload.bits import positive_words
+from distbench.workload.inputs import Workload
+from distbench.workload.routing import destinations, recv_counts, token_keys
+
+_MOST_TOKENS = 256
+_LEAST_TOKENS = 48
+_CPU_OPERATIONS = 8e9
+_FIGURES = 4
+_STAGES = 2
+_ARMS = 4
+
+
+class _Sample(NamedTuple):
+    """Sampled tokens of all ranks that have an expert here, by (rank, token): keys [m], and their rows."""
+
+    keys: Tensor
+    batch: TokenBatch
+
+
+class _Side(NamedTuple):
+    """What arms with one kernel are measured by: the family, expert rows here, and this rank's own tokens."""
+
+    family: str
+    experts: Yardstick
+    combine: Yardstick
+
+
+class Pass(NamedTuple):
+    """One arm of a repeat: what this rank returned to combine, and its tokens [n, H] as combine gave them.
+
+    Where the cut took rows away: the keys int64 [l] of those lost here, and which tokens [n] lost one anywhere.
+    """
+
+    returned: Returned | None
+    tokens: Tensor
+    lost_rows: Tensor | None
+    lost_tokens: Tensor | None
+
+
+class ErrorChecker:
+    """Measures the passes of one case on one rank; every rank of the group makes one, and calls it alike."""
+
+    def __init__(  # noqa: PLR0913 - what errors are measured from
+        self,
+        group: dist.ProcessGroup,
+        workload: Workload,
+        rank: int,
+        ids: Tensor,
+        weights: ExpertWeights,
+        order: SumOrder,
+        repeats: int,
+    ) -> None:
+        """`ids` [n, k] are this rank's own; `repeats` is how often each arm is measured at most."""
+        self._group, self._workload, self._rank = group, workload, rank
+        self._weights, self._order = weights, order
+        tests = _FIGURES * _STAGES * _ARMS * workload.group.ep_size * max(repeats, 1)
+        self._sure = sure(tests)
+        ranks, tokens = sampled_tokens(workload, weights)
+        batch = workload.token_rows(ranks, tokens)
+        here = destinations(batch.ids, workload.experts_per_rank, workload.group.ep_size)[:, rank]
+        self._sample = _Sample(
+            key_of(ranks, tokens)[here],
+            TokenBatch(
+                batch.hidden[here],
+                None if batch.scales is None else batch.scales[here],
+                batch.weights[here],
+                batch.ids[here],
+            ),
+        )
+        self._own = tokens[ranks == rank]
+        self._own_ids = ids[self._own]
+        self._sides: dict[str, _Side] = {}
+        self._found: dict[tuple[str, str], ArmError] = {}
+
+    @property
+    def found(self) -> list[ArmError]:
+        """What was measured of each arm and stage: the first that is not within its bounds, else the last."""
+        return list(self._found.values())
+
+    def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings]) -> None:
+        """Measure the arms of a repeat. Collective.
+
+        `families` has the roundings of each arm's kernel; arms with other rows than the padded one are `truncated`.
+        """
+        if not self._sides:
+            self._sides = self._make_sides(families)
+        known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]] = {}
+        for arm, one in passes.items():
+            side = self._side(arm)
+            rows = self._rows(one.returned)
+            if rows is not None:
+                kept = None if one.lost_rows is None else ~torch.isin(self._sample.keys, one.lost_rows)
+                self._keep(arm, "experts", side.family, side.experts, rows, kept, known)
+            if not self._order.quantised:
+                kept = None if one.lost_tokens is None else ~one.lost_tokens.to(self._own.device)[self._own]
+                self._keep(arm, "combine", side.family, side.combine, one.tokens[self._own], kept, known)
+
+    def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
+        """Return the error of this rank's tokens [n, H] where `arm` ran again and lost none; None without a sample."""
+        if not len(self._own) or not self._sides:
+            return None
+        side = self._side(arm)
+        return _error(arm, "combine", side.family, side.combine, tokens[self._own])
+
+    def allowed_between(self, arm: str) -> float | None:
+        """Return how far two runs of an arm's kernel may be apart in a row, as a share of its largest magnitude."""
+        experts = self._side(arm).experts if self._sides else None
+        return 2 * experts.loosest if experts is not None and experts.rows else None
+
+    def _side(self, arm: str) -> _Side:
+        return self._sides["truncated" if arm == "truncated" else "padded"]
+
+    def _rows(self, returned: Returned | None) -> Tensor | None:
+        """Return this rank's expert rows of the sample; None where nobody knows what it had received."""
+        if returned is None or not len(self._sample.keys):
+            return None
+        places = torch.searchsorted(returned.keys, self._sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
+        if not len(returned.keys) or not torch.equal(returned.keys[places], self._sample.keys):
+            return None
+        return returned.rows[places]
+
+    def _keep(  # noqa: PLR0913 - what is measured, by what, and what is known
+        self,
+        arm: str,
+        stage: str,
+        family: str,
+        yardstick: Yardstick,
+        rows: Tensor,
+        kept: Tensor | None,
+        known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]],
+    ) -> None:
+        """Keep the arm's error, unless one outside its bounds is known; the same bits are measured once."""
+        before = self._found.get((arm, stage))
+        if not yardstick.rows or (before is not None and not before.within):
+            return
+        if kept is not None and not bool(kept.all()):
+            yardstick, rows = yardstick.part(kept), rows[kept]
+            if len(rows):
+                self._found[arm, stage] = _error(arm, stage, family, yardstick, rows)
+            return
+        alike = known.setdefault((stage, family), [])
+        found = next((error for other, error in alike if same_bits(other, rows)), None)
+        if found is None:
+            found = _error(arm, stage, family, yardstick, rows)
+            alike.append((rows, found))
+        self._found[arm, stage] = msgspec.structs.replace(found, arm=arm)
+
+    def _make_sides(self, families: Mapping[str, Roundings]) -> dict[str, _Side]:
+        """Compute what must come out, by kernel. Collective."""
+        by_side = {side: families[side] for side in ("padded", "truncated") if side in families}
+        distinct = list(dict.fromkeys(by_side.values()))
+        exact, ideals = ideal_rows(self._sample.batch, self._weights, distinct)
+        made = {side: ideals[distinct.index(family)] for side, family in by_side.items()}
+        parts = [exact, *(part for ideal in made.values() for part in (ideal.rows, ideal.variance.bfloat16()))]
+        arrived = self._to_owners(parts)
+        wide = _exact_sum(arrived[0])
+        sides: dict[str, _Side] = {}
+        for place, (side, family) in enumerate(by_side.items()):
+            combined = _combined(arrived[1 + 2 * place], arrived[2 + 2 * place], self._order)
+            sides[side] = _Side(
+                family.name, Yardstick(exact, made[side], self._sure), Yardstick(wide, combined, self._sure)
+            )
+        return sides
+
+    def _to_owners(self, parts: list[Tensor]) -> list[Contributions]:
+        """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, laid out by slot. Collective."""
+        group = self._workload.group
+        packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+        leaving = torch.bincount(self._sample.keys >> 32, minlength=group.ep_size)
+        arriving = recv_counts(self._own_ids, group.experts_per_rank, group.ep_size)
+        rows = exchanged(self._group, packed, leaving.tolist(), arriving.tolist())
+        widths = [
+            part[:1].numel() * part.element_size() if len(part) else part.shape[1] * part.element_size()
+            for part in parts
+        ]
+        split = rows.split(widths, dim=1)
+        return [
+            in_slot_order(raw.contiguous().view(part.dtype), self._own_ids, group, self._order)
+            for raw, part in zip(split, parts, strict=True)
+        ]
+
+
+def sampled_tokens(workload: Workload, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
+    """Return the source ranks and tokens of the sample, int64 [s] each, by rank and token: the same on every rank."""
+    device = workload.device
+    counts = torch.tensor(workload.tokens_per_rank, device=device)
+    ranks = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    tokens = torch.arange(len(ranks), device=device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    most = _sample_size(workload, weights)
+    if len(ranks) <= most:
+        return ranks, tokens
+    order = positive_words(workload.seed, "errors", token_keys(ranks, tokens), 1, device).squeeze(1)
+    chosen = order.argsort(stable=True)[:most].sort().values
+    return ranks[chosen], tokens[chosen]
+
+
+def _sample_size(workload: Workload, weights: ExpertWeights) -> int:
+    """Return how many tokens are sampled: hundreds, fewer where a CPU would take seconds for them."""
+    if workload.device.type != "cpu":
+        return _MOST_TOKENS
+    operations = 8 * workload.group.topk * (weights.w1[0].numel() + weights.w2[0].numel())
+    return max(min(int(_CPU_OPERATIONS / operations), _MOST_TOKENS), _LEAST_TOKENS)
+
+
+def _error(arm: str, stage: str, family: str, yardstick: Yardstick, rows: Tensor) -> ArmError:
+    return ArmError(arm=arm, stage=stage, family=family, **yardstick.measure(rows)._asdict())
+
+
+def _exact_sum(contributions: Contributions) -> Tensor:
+    return contributions.rows.double().sum(1).float()
+
+
+def _combined(rows: Contributions, variances: Contributions, order: SumOrder) -> Ideal:
+    """Return each token as an ideal combine adds up the ranks' ideal rows, bf16 as those are."""
+    total = added(rows, order)
+    several = (rows.ranks >= 0).sum(1, keepdim=True) > 1
+    rounded = rounding_variance(total) * several * (2 if order.node_ranks else 1)
+    return Ideal(total, variances.rows.float().sum(1) + rounded)
