@@ -12,7 +12,7 @@ import msgspec
 from distbench.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
 from distbench.bundle.manifest import without_a_bundle, write_manifest
 from distbench.case import Case, case_hash
-from distbench.errors import DistbenchError, LaunchFailed, Verdict, suite_code, worst_exit_code
+from distbench.errors import DistbenchError, LaunchFailed, OutOfTime, suite_code, worst_exit_code
 from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, machines, outcome_of
@@ -34,6 +34,7 @@ from distbench.report.summary import Summary
 from distbench.room import prove_room
 from distbench.signals import Interrupted, collect_signals
 from distbench.supervisor import supervise
+from distbench.time_budget import Deadline, Pace
 from distbench.verify.records import Outcome
 
 _WORST_SHOWN = 32
@@ -43,10 +44,14 @@ Launch = Callable[[Job, Callable[[Entry | None], None], Sequence[int], Hub | Non
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a case that lost its ranks is tried again, and after how many that ended so, in a row, to stop."""
+    """How often a case that lost its ranks is tried again, and after how many that ended so, in a row, to stop.
+
+    No case is begun that cannot be expected to end by the `deadline`, and none is under way after it.
+    """
 
     retries: int = 0
     max_faults: int = 3
+    deadline: Deadline | None = None
 
 
 class Campaign:
@@ -76,7 +81,8 @@ class Campaign:
         self._launch = launch
         self._progress = progress
         self._reader = JournalReader(out)
-        self._wanted = {case_hash(entry.case) for entry in entries}
+        self._wanted = {case_hash(entry.case): entry.case for entry in entries}
+        self._pace = Pace()
         self._finished: set[str] = set()
         self._tries: Counter[str] = Counter()
         self._faults_in_row = self._finished_by_then = 0
@@ -102,6 +108,8 @@ class Campaign:
                 self._take_new_lines(quiet=True)
                 self._record_refusals()
                 self._run_launches(report_paths, signals)
+            except OutOfTime:
+                self._leave_for_time()
             except (Interrupted, DistbenchError) as error:
                 self._summary.stopped = str(error)
                 self._write_summary(error.exit_code)
@@ -131,6 +139,9 @@ class Campaign:
         while pending := self._pending():
             if signals:
                 raise Interrupted(signals[0])
+            if not self._in_time(pending):
+                self._leave_for_time()
+                return
             job = self._job(pending, report_paths)
             before = len(self._finished)
             ending = (self._launch or supervise)(job, self._tick, signals, self._hub)
@@ -140,9 +151,25 @@ class Campaign:
                 self._summary.stopped = self._enough(ending) if self._pending() else ""
                 if self._summary.stopped:
                     return
-            elif len(self._finished) == before:
+            elif len(self._finished) == before and self._in_time(pending):
                 message = f"the ranks came to their end and left no result; was {self._out / RESULTS} taken away?"
                 raise LaunchFailed(message)
+
+    def _in_time(self, pending: Sequence[Entry]) -> bool:
+        """Whether any of these cases can be expected to end by the deadline."""
+        return any(self._pace.fits(entry.case, self._rules.deadline) for entry in pending)
+
+    def _leave_for_time(self) -> None:
+        """Note the cases that have no result since the time is over, or too short for them."""
+        self._take_new_lines()
+        pending, deadline = self._pending(), self._rules.deadline
+        if not pending or deadline is None:
+            return
+        self._summary.left_for_time = len(pending)
+        needed = self._pace.shortest(entry.case for entry in pending)
+        told = f"{deadline.left_s:.1f} s were left, the next case takes about {needed:.1f} s"
+        why = f"{deadline.source}: {told if deadline.left_s > 0 else 'it is over'}"
+        self._summary.stopped = f"{len(pending)} cases left out for time ({why}); the same command goes on with them"
 
     def _take_ending(self, ending: Ending, job: Job) -> None:
         """Give the case on which a launch ended its result, unless it is to be tried again.
@@ -208,7 +235,15 @@ class Campaign:
         self._progress.give_back(as_expected=self._summary.as_expected < as_expected)
 
     def _job(self, entries: tuple[Entry, ...], report_paths: tuple[str, ...] = ()) -> Job:
-        return Job(entries=entries, out=str(self._out), report_paths=report_paths, bundle=self._bundle, supervised=True)
+        return Job(
+            entries=entries,
+            out=str(self._out),
+            report_paths=report_paths,
+            bundle=self._bundle,
+            supervised=True,
+            deadline=self._rules.deadline,
+            pace=self._pace.by_class,
+        )
 
     def _record_refusals(self) -> None:
         for entry in self._pending():
@@ -247,6 +282,7 @@ class Campaign:
 
     def _count(self, line: Line) -> None:
         self._finished.add(line.case.hash)
+        self._pace.note(self._wanted[line.case.hash], line.timing.wall_s)
         self._verdicts[line.verdict.value] += 1
         if line.limit is not None:
             self._limits[line.limit.status] += 1
@@ -266,8 +302,7 @@ class Campaign:
         self._summary.limits = dict(self._limits)
         self._summary.rate = rate_report(*(self._exposed[name] for name in ("wrong", "tokens", "repeats")))
         self._summary.exit_code = worst_exit_code(self._codes)
-        if self._summary.finished < self._summary.cases or self._summary.events:
-            self._summary.exit_code = worst_exit_code({self._summary.exit_code, Verdict.RANK_FAULT.exit_code})
+        self._summary.exit_code = worst_exit_code({self._summary.exit_code, *self._summary.incomplete_codes})
         if exit_code is not None:
             self._summary.exit_code = exit_code
         self._summary.selected = sorted(self._wanted) if self._others else []

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="distbench",
         description="Does cutting the rows in front of fused_moe change a bit, on any rank?",
-        epilog="Exit codes: 0 PASS, 1 a wrong result, 2 INVALID, 3 HANG or RANK_FAULT, 77 UNSUPPORTED.",
+        epilog="Exit codes: 0 PASS, 1 a wrong result, 2 INVALID, 3 HANG or RANK_FAULT, 75 out of time, 77 UNSUPPORTED.",
     )
     parser.add_argument("--version", action="version", version=f"distbench {__version__}")
     parser.add_argument(

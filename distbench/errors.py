@@ -43,8 +43,11 @@ _EXIT_CODES = {
 }
 
 
+OUT_OF_TIME = 75
+"""The exit code of results that are as expected, of a suite whose time was over before its last case (EX_TEMPFAIL)."""
+
 # A suite's exit code is its worst case's: a lost rank before a wrong result before a bad case before a missing part.
-_WORST_FIRST = (3, 1, 2, 77, 0)
+_WORST_FIRST = (3, 1, 2, 77, OUT_OF_TIME, 0)
 
 
 def worst_exit_code(codes: Iterable[int]) -> int:
@@ -96,6 +99,13 @@ class Busy(DistbenchError):
 
     label = "BUSY"
     exit_code = 3
+
+
+class OutOfTime(DistbenchError):
+    """The time of a suite is over. Not a verdict: the case under way has none."""
+
+    label = "OUT_OF_TIME"
+    exit_code = OUT_OF_TIME
 
 
 class LaunchFailed(DistbenchError):

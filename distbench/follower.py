@@ -169,4 +169,5 @@ class _Follower:
 
 
 def _aged(at: Position, now: int) -> Position:
-    return msgspec.structs.replace(at, since_ns=now - at.since_ns, pid=0)
+    """Return a position with its age, which is 0 where the rank has moved since `now`."""
+    return msgspec.structs.replace(at, since_ns=max(now - at.since_ns, 0), pid=0)

@@ -10,6 +10,7 @@ import msgspec
 from distbench.breadcrumbs import STAGES, Position
 from distbench.case import FIELD_DEFAULTS, Case
 from distbench.stage_limits import compiles, stage_limit
+from distbench.time_budget import Deadline
 
 BY_LIMIT = "by-limit"
 
@@ -58,7 +59,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
     fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code, and `stays` that
     it will have another job for the same ranks. `spread` is None on one node. `started` is the number of ranks that
-    torchrun started; 0 where the launch has as many as `num_ranks` says. `quiet` ranks of torchrun print no case.
+    torchrun started; 0 where the launch has as many as `num_ranks` says. `quiet` ranks of torchrun print no case. Cases
+    that cannot end by the `deadline` are left out, as `pace`, what earlier cases took (time_budget.Pace), tells.
     """
 
     entries: tuple[Entry, ...]
@@ -70,6 +72,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     spread: Spread | None = None
     started: int = 0
     quiet: bool = False
+    deadline: Deadline | None = None
+    pace: dict[int, float] = {}
 
     @property
     def accelerated(self) -> bool:

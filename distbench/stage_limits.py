@@ -10,6 +10,8 @@ from distbench.errors import InvalidCase
 _FLOPS_PER_S = 1e9
 _BYTES_PER_S = 50e6
 _COMPILE_SECONDS = 3600.0
+# What a case without tokens costs, beside such rates.
+_FIXED_SECONDS = 0.1
 _MAX_SECONDS = 86400.0
 
 
@@ -48,6 +50,13 @@ def stage_limit(case: Case, stage: str) -> float:
     given = parse_stage_timeouts(case.stage_timeouts)
     allowed = given[stage] if stage in given else case.timeout + _work_seconds(case, stage)
     return allowed + case.jitter / 1000
+
+
+def case_work(case: Case) -> float:
+    """Work of a whole case, by which cases of one machine are compared: in seconds of a machine far too slow."""
+    arm = sum(_work_seconds(case, stage) for stage in ("dispatch", "experts", "combine", "check", "gather"))
+    runs = case.repeats + case.iterations + (case.warmup if case.iterations else 0)
+    return _FIXED_SECONDS + _work_seconds(case, "workload") + arm * runs
 
 
 def _work_seconds(case: Case, stage: str) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 import msgspec
 
 from distbench.breadcrumbs import Position
-from distbench.errors import LaunchFailed, Verdict
+from distbench.errors import LaunchFailed, OutOfTime, Verdict
 from distbench.hang import find_hang
 from distbench.job import Entry, Job, Spread, clear_ranks
 from distbench.nodes.hub import Hub
@@ -89,6 +89,7 @@ def supervise(
         Interrupted: one of ENDING_SIGNALS; no rank is left.
         NodesMissing: not all nodes came.
         LaunchFailed: no rank could be started, or a node cannot take part.
+        OutOfTime: the job's deadline has come; no rank is left.
         DiskFull: a rank had no room for its results.
 
     """
@@ -105,6 +106,9 @@ def supervise(
         if signals or (hub is not None and hub.refused):
             end(agent, watch)
             raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
+        if job.deadline is not None and job.deadline.left_s < 0:
+            end(agent, watch)
+            raise OutOfTime(job.deadline.source)
         watch.look()
     if hub is not None:
         end(agent, watch)

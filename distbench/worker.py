@@ -15,8 +15,8 @@ from typing import NoReturn
 import msgspec
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.case import case_hash
-from distbench.errors import Verdict, is_disk_full, worst_exit_code
+from distbench.case import Case, case_hash
+from distbench.errors import OUT_OF_TIME, Verdict, is_disk_full, worst_exit_code
 from distbench.flight_recorder import START_EVENTS
 from distbench.job import (
     Entry,
@@ -40,6 +40,7 @@ from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
 from distbench.session import Session
 from distbench.stacks import answer_with_stacks
+from distbench.time_budget import Deadline, Pace
 from distbench.verify.records import Outcome
 
 _PEER_GRACE_S = 10.0
@@ -111,24 +112,36 @@ def _next_job(path: Path, crumbs: Breadcrumbs) -> Job:
 
 def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
     sink = Sink(job) if session.rank == 0 else None
+    pace = Pace(job.pace)
+    left_out = False
     for index in _unfinished(job, session, sink):
         entry = job.entries[index]
         crumbs.case_index = index
         started_ns = time.monotonic_ns()
         if session.enter(entry.case.ep_size):
+            if job.deadline is not None and not _in_time(session, pace, entry.case, job.deadline):
+                left_out = True
+                continue
             recorder = Recorder() if job.bundle else None
             outcome = run_case(session, entry.case, recorder)
             crumbs.mark("report")
             wall_s = (time.monotonic_ns() - started_ns) / 1e9
+            pace.note(entry.case, wall_s)
             report = sink.put(entry, outcome, wall_s) if sink is not None and outcome is not None else None
             if recorder is not None:
                 _bundle(session, job, entry, recorder, report, outcome)
     crumbs.case_index = len(job.entries)
     session.enter(session.world_size)
-    exit_code = 0 if job.supervised else session.announce(worst_exit_code(sink.codes.values() if sink else ()))
+    codes = [*(sink.codes.values() if sink else ()), *([OUT_OF_TIME] if left_out else ())]
+    exit_code = 0 if job.supervised else session.announce(worst_exit_code(codes))
     if sink is not None:
         sink.close()
     return exit_code
+
+
+def _in_time(session: Session, pace: Pace, case: Case, deadline: Deadline) -> bool:
+    """Whether rank 0 expects the case to end by the deadline, on every rank. Collective, in the case's group."""
+    return not session.on_any_rank(value=session.rank == 0 and not pace.fits(case, deadline))
 
 
 def _bundle(  # noqa: PLR0913 - where, and what of

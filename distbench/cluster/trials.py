@@ -191,7 +191,7 @@ class _Running:
     def _command(self, number: int) -> list[str]:
         """Return the suite's command on the group's node `number`."""
         settings = self._settings
-        suite = ["suite", settings.suite, "--out", str(self.out), *settings.options, "--quiet"]
+        suite = ["suite", settings.suite, "--out", str(self.out), *settings.options, "--quiet", "--for", "none"]
         command = [sys.executable, "-m", "distbench", "--end-with-stdin", *suite, "--nproc", str(settings.nproc)]
         if len(self._nodes) == 1:
             return [*command, "--nnodes", "1"]  # in a job of several nodes too

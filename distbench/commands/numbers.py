@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Callable
 
 MOST = 1 << 24
 MOST_RANKS = 1 << 16
 LEAST_SECONDS = 0.001
 _MOST_SECONDS = 31 * 86400.0
+_UNITS = {"h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?=\d)(?:(?P<h>\d{1,6})h)?(?:(?P<m>\d{1,6})m)?(?:(?P<s>\d{1,8})s?)?", re.ASCII)
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -39,6 +43,17 @@ def seconds(least: float = 0.0) -> Callable[[str], float]:
         return number
 
     return read
+
+
+def duration(text: str) -> float:
+    """Return the seconds of `90`, `90s`, `20m` or `1h30m`; infinity for `none`."""
+    if text == "none":
+        return math.inf
+    found = _DURATION.fullmatch(text.strip())
+    total = sum(int(found[unit] or 0) * size for unit, size in _UNITS.items()) if found else 0
+    if not 0 < total <= _MOST_SECONDS:
+        _refuse(text, "durations such as 90s, 20m and 1h30m, up to a month, or none")
+    return float(total)
 
 
 def _refuse(text: str, allowed: str) -> None:

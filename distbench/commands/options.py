@@ -303,8 +303,12 @@ def campaign(
     report_paths: tuple[str, ...] = (),
     hub: Hub | None = None,
 ) -> Summary:
-    """Run the entries to their end, starting ranks as often as it takes."""
-    rules = Rules(retries=getattr(options, "retries", 0), max_faults=getattr(options, "max_faults", 1))
+    """Run the entries to their end, starting ranks as often as it takes, or up to the deadline."""
+    rules = Rules(
+        retries=getattr(options, "retries", 0),
+        max_faults=getattr(options, "max_faults", 1),
+        deadline=getattr(options, "deadline", None),
+    )
     try:
         prepare_ranks(spread_of(options))
         return Campaign(entries, Path(options.out), rules, progress, options.bundle, hub).run(report_paths)

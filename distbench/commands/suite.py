@@ -11,7 +11,7 @@ from typing import Any
 from distbench.case import case_hash
 from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
 from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
-from distbench.commands.numbers import whole
+from distbench.commands.numbers import duration, whole
 from distbench.commands.options import (
     DEFAULT_OUT,
     add_case_options,
@@ -40,6 +40,7 @@ from distbench.report.results import Results
 from distbench.room import report_bytes
 from distbench.suite import Suite, load_suite, select
 from distbench.suite_files import builtin_suites
+from distbench.time_budget import earliest_deadline
 
 Writers = dict[Path, Writer]
 
@@ -71,6 +72,13 @@ def add(commands: Any) -> None:
         "--retries", type=whole(0), default=0, metavar="N", help="tries more for a case that lost its ranks"
     )
     suite.add_argument("--max-faults", type=whole(1), default=3, metavar="K", help="stop after K such cases in a row")
+    suite.add_argument(
+        "--for",
+        dest="time_budget",
+        type=duration,
+        metavar="TIME",
+        help="begin no case that cannot end within 90s, 20m, 1h30m; none: no limit (default: the end of the Slurm job)",
+    )
     suite.add_argument("--quiet", action="store_true", help="no progress")
     add_report(suite)
     add_baseline(suite)
@@ -83,6 +91,7 @@ def _suite(options: argparse.Namespace) -> int:
     followed = follow_node_0(options)
     if followed is not None:
         return followed
+    options.deadline = earliest_deadline(options.time_budget, os.environ)
     ranks = num_ranks(options) or _DEFAULT_RANKS
     flags = case_flags(options)
     suite = load_suite(options.suite, ranks, flags, read_environment(os.environ, flags))
@@ -95,7 +104,8 @@ def _suite(options: argparse.Namespace) -> int:
     check_folder(options.out, report_bytes(entry.case for entry in _to_run(entries, options)))
     check_bundle(options)
     writers = report_writers(options, Path(options.out))
-    return _launch(entries, options, writers) if world_size() is None else _take_part(entries, options, writers)
+    act = _launch if world_size() is None else _take_part
+    return act(entries, options, writers)
 
 
 def _merged(suite: Suite) -> str:
@@ -106,7 +116,7 @@ def _merged(suite: Suite) -> str:
     return f"{suite.origin}: {len(suite.merged)} of {total} cases equal others and run once: {shown}{more}"
 
 
-def _launch(entries: Sequence[Entry], options: argparse.Namespace, writers: Writers) -> int:
+def _launch(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
     out, baseline = Path(options.out), read_baseline(options)
     devices = check_launch(entries, nodes_of(options))
     progress = Progress(len(entries), quiet=options.quiet)
@@ -129,6 +139,7 @@ def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers:
         supervised=False,
         started=world_size() or 0,
         quiet=options.quiet,
+        deadline=options.deadline,
     )
     with hold_as_rank(job, options.lock_timeout):
         if not is_rank_0():

@@ -6,6 +6,7 @@ from enum import Enum
 
 import msgspec
 
+from distbench import waits
 from distbench.breadcrumbs import Position
 from distbench.job import Job, Machine, RankFailure
 from distbench.postmortem import Exit
@@ -69,7 +70,7 @@ class Beat(msgspec.Struct, kw_only=True):
 
 
 def _is_place(at: Position) -> bool:
-    numbers = at.case_index, at.since_ns, at.step
+    numbers = at.case_index, at.since_ns, at.step, at.entered, at.device - waits.HOST
     return at.is_known and at.pid == 0 and all(0 <= number < _MOST_NUMBER for number in numbers)
 
 

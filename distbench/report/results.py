@@ -145,14 +145,13 @@ class Results:
     def exit_code(self) -> int:
         """The exit code for all of them, a missing one counting as a lost rank's, and so an event beside them.
 
-        A signal that ended the suite before all had a result keeps its code.
+        A signal that ended the suite before all had a result keeps its code, and so does a lack of time.
         """
         codes = {suite_code(result.exit_code, as_expected=result.as_expected) for result in self}
         summary = self.summary
         if summary is not None and self.missing and summary.exit_code > _SIGNALS:
             return summary.exit_code
-        lost = self.missing or (summary is not None and summary.events)
-        return worst_exit_code(codes | ({Verdict.RANK_FAULT.exit_code} if lost else set()))
+        return worst_exit_code(codes | (set() if summary is None else summary.incomplete_codes))
 
     def __iter__(self) -> Iterator[Result]:
         return (result for _, result in self.lines())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+from distbench.errors import OUT_OF_TIME, Verdict
 from distbench.report.document import RateReport
 
 
 class Summary(msgspec.Struct, kw_only=True):
     """`summary.json`: counts by verdict, and the first cases that did not end as expected.
 
-    `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out.
+    `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out, and
+    `left_for_time` how many for want of time.
     `selected` holds the hashes of the cases that it is about where results.jsonl has results of others too, and is
     empty where it has none. `exit_code` is that of the command, but for a comparison with a baseline.
     `limits` counts cases by the status of their limit's proof. `rate` has the wrong tokens of all cases together, but
@@ -25,7 +27,15 @@ class Summary(msgspec.Struct, kw_only=True):
     limits: dict[str, int] = {}
     exit_code: int = 0
     stopped: str = ""
+    left_for_time: int = 0
     events: list[str] = []
     selected: list[str] = []
     unexpected: list[dict[str, str]] = []
     rate: RateReport | None = None
+
+    @property
+    def incomplete_codes(self) -> set[int]:
+        """What cases without a result, and events, add to the exit code."""
+        lost = self.cases - self.finished > self.left_for_time or self.events
+        codes = {Verdict.RANK_FAULT.exit_code} if lost else set()
+        return codes | ({OUT_OF_TIME} if self.left_for_time else set())

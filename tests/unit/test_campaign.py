@@ -64,7 +64,7 @@ def killers(*seeds: int) -> Launch:
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, out: Path, entries: Sequence[Entry], launch: Launch, **rules: int
+    monkeypatch: pytest.MonkeyPatch, out: Path, entries: Sequence[Entry], launch: Launch, **rules: Any
 ) -> tuple[Summary, dict[str, str]]:
     """Run a campaign over made-up launches; return its summary and the verdicts by name."""
 

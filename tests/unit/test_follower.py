@@ -12,11 +12,13 @@ import msgspec
 import pytest
 
 from distbench import follower, locks, supervisor
+from distbench.breadcrumbs import Position
 from distbench.errors import DistbenchError, LaunchFailed, Unsupported
 from distbench.follower import Timeouts, follow
 from distbench.job import Entry, Job, Spread
 from distbench.locks import device_lock, hold, is_held
 from distbench.nodes.hub import Hub
+from distbench.nodes.wire import Beat
 from distbench.supervisor import Agent, supervise
 from tests.cases import tiny_case
 
@@ -92,6 +94,13 @@ def test_a_node_that_cannot_have_its_devices_leaves_and_node_0_is_told(
     with hold(None, ("cuda:0",), 0), pytest.raises(DistbenchError, match=told):
         follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0))
     assert f"host {socket.gethostname()} (node 1): {told}" in ending()
+
+
+def test_rank_that_has_moved_since_has_no_negative_age() -> None:
+    at = Position(case_index=0, arm=1, stage=4, since_ns=10, pid=7, step=3)
+    told = Beat(node=1, nodes=2, nproc=1, host="other", crumbs={1: follower._aged(at, 5)})  # noqa: SLF001
+    assert told.crumbs[1].since_ns == 0
+    assert told.foreign == ""
 
 
 def test_a_node_holds_its_devices_from_the_first_launch_on(

@@ -1,0 +1,93 @@
+"""Which cases can still end in the time that is left, told by the time that others took."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from distbench.case import Case
+from distbench.stage_limits import case_work
+
+# Cases of one class of work differ by up to twice the work, and machines are not always equally fast.
+_MARGIN = 1.5
+# Slurm ends a job at its end time: ranks have to end, and reports to be written, before that.
+SLURM_END = "SLURM_JOB_END_TIME"
+SLURM_RESERVE_S = 30.0
+_MOST_SECONDS = 366 * 86400.0
+
+
+class Deadline(msgspec.Struct, frozen=True, kw_only=True):
+    """The moment by which a suite has to end, on this machine's monotonic clock, and what set it, in words."""
+
+    at_s: float
+    source: str
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then; negative afterwards."""
+        return self.at_s - time.monotonic()
+
+
+def earliest_deadline(seconds: float | None, environ: Mapping[str, str]) -> Deadline | None:
+    """Deadline of a command that may take `seconds` from now, or of its Slurm job, whichever is earlier.
+
+    Infinity sets none, whatever Slurm says.
+    """
+    if seconds == math.inf:
+        return None
+    found = []
+    now = time.monotonic()
+    if seconds is not None:
+        found.append(Deadline(at_s=now + seconds, source=f"--for {seconds:g} s"))
+    left = _slurm_seconds(environ)
+    if left is not None:
+        source = f"{SLURM_RESERVE_S:g} s before the end of the Slurm job ({SLURM_END})"
+        found.append(Deadline(at_s=now + left - SLURM_RESERVE_S, source=source))
+    return min(found, key=lambda one: one.at_s, default=None)
+
+
+def _slurm_seconds(environ: Mapping[str, str]) -> float | None:
+    """Seconds until the job's end; None where Slurm says none, as for a job without a limit."""
+    text = environ.get(SLURM_END, "")
+    left = int(text) - time.time() if text.isascii() and text.isdigit() and text != "0" else _MOST_SECONDS
+    return left if left < _MOST_SECONDS else None
+
+
+class Pace:
+    """Seconds that cases took, by class of work: the longest for each power of two of work."""
+
+    def __init__(self, known: Mapping[int, float] | None = None) -> None:
+        """Begin with what an earlier launch measured, as `by_class` has it."""
+        self.by_class = dict(known or {})
+
+    def note(self, case: Case, seconds: float) -> None:
+        """Take the time of a finished case; one that never ran has none."""
+        number = _class_of(case)
+        if seconds > 0:
+            self.by_class[number] = max(seconds, self.by_class.get(number, 0.0))
+
+    def estimate_s(self, case: Case) -> float:
+        """Seconds that a case may take; 0 where no case has been timed.
+
+        Its class decides, else the next larger class, or the next smaller one in proportion to the work.
+        """
+        number = _class_of(case)
+        larger = [self.by_class[one] for one in sorted(self.by_class) if one >= number][:1]
+        smaller = [self.by_class[one] * 2.0 ** (number - one) for one in sorted(self.by_class) if one < number][-1:]
+        known = larger if number in self.by_class else larger + smaller
+        return min(known, default=0.0) * _MARGIN
+
+    def fits(self, case: Case, deadline: Deadline | None) -> bool:
+        """Whether a case that starts now can be expected to end by the deadline."""
+        return deadline is None or self.estimate_s(case) < deadline.left_s
+
+    def shortest(self, cases: Iterable[Case]) -> float:
+        """The least estimate, in seconds."""
+        return min(map(self.estimate_s, cases), default=0.0)
+
+
+def _class_of(case: Case) -> int:
+    return math.floor(math.log2(case_work(case)))

@@ -1,0 +1,50 @@
+"""`suite --for` over real ranks: it ends in time, leaves the rest out on all ranks alike, and goes on from there."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from tests.end_to_end.launches import TINY, Bench, Torchrun
+
+CASES = 40
+
+
+def write_slow_suite(path: Path) -> Path:
+    """Write cases that wait up to 100 ms before each stage, every other one of them on one rank of two."""
+    axes = {"seed": list(range(CASES // 2)), "ep_size": [2, 1]}
+    path.write_text(json.dumps({"defaults": TINY | {"jitter": 100, "num_experts": 8}, "axes": axes}))
+    return path
+
+
+def test_suite_ends_in_time_and_goes_on(tmp_path: Path) -> None:
+    suite = write_slow_suite(tmp_path / "suite.json")
+    arguments = ("suite", suite, "--nproc", "2")
+    budget_s = 20
+    began = time.monotonic()
+    with Bench(tmp_path / "out", *arguments, "--for", f"{budget_s}s") as bench:
+        assert bench.finish(90) == 75, bench.stderr
+        took = time.monotonic() - began
+        found, summary = bench.verdicts, bench.summary
+        assert "cases left out for time (--for 20 s: " in bench.stdout
+    assert took < budget_s + 5
+    assert len(found) < CASES
+    assert set(found.values()) <= {
+        "PASS"
+    }  # none at all where the machine is so busy that ranks take that long to start
+    assert (summary["finished"], summary["left_for_time"]) == (len(found), CASES - len(found))
+    path = tmp_path / "out" / "results.jsonl"
+    kept = path.read_bytes()
+    with Bench(tmp_path / "out", *arguments, "--for", "1s") as bench:
+        assert bench.finish(60) == 75, bench.stderr
+    assert path.read_bytes() == kept
+
+
+def test_end_of_the_slurm_job_is_the_deadline_under_torchrun_too(tmp_path: Path) -> None:
+    suite = write_slow_suite(tmp_path / "suite.json")
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1)}  # ranks would have to end before they are there
+    with Torchrun(tmp_path / "out", "suite", suite, "--select", "seed=0", "--num-experts", "6", **end) as bench:
+        assert bench.finish(90) != 0
+        assert bench.verdicts == {}
+        assert "exitcode  : 75" in bench.stderr, bench.stderr
