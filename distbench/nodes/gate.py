@@ -118,8 +118,8 @@ class Gate(threading.Thread):
         threading.Thread(target=self._welcome, args=(channel, peer.name), name="node", daemon=True).start()
 
     def _refuse(self, peer: _Peer, why: str) -> None:
-        self._drop(peer)
         self._refusals.note(peer.name, why)
+        self._drop(peer)
 
     def _drop(self, peer: _Peer) -> None:
         self._forget(peer)

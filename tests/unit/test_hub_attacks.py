@@ -41,7 +41,12 @@ class Meeting(NamedTuple):
     spread: Spread
     log: Path
 
-    def refusals(self) -> list[str]:
+    def refusals(self, count: int = 1) -> list[str]:
+        """Return the reasons of the refusals once there are so many."""
+        wait_until(lambda: len(self._refusals()) >= count, 5)
+        return self._refusals()
+
+    def _refusals(self) -> list[str]:
         return [line.partition(": ")[2] for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def connect(self) -> socket.socket:
@@ -171,7 +176,7 @@ def test_stranger_is_refused_with_a_line(meeting: Meeting, monkeypatch: pytest.M
     monkeypatch.setattr(gate, "PROOF_S", 0.3)
     monkeypatch.setattr("tests.attacks.KINDS", {kind: KINDS[kind]})
     assert attack(meeting.spread.port, 3) == 3
-    assert wait_until(lambda: len(meeting.refusals()) == 3, 5), meeting.refusals()
+    assert len(meeting.refusals(3)) == 3
     assert meeting.hub.lost() == {}
 
 
@@ -187,7 +192,7 @@ def test_strangers_that_wait_make_room_for_a_node(meeting: Meeting) -> None:
     strangers = [meeting.connect() for _ in range(gate.MOST_PEERS + 10)]
     link = Link(meeting.spread, SECRET, 5.0, [])
     assert link.tell(beat()).phase is Phase.WAIT
-    assert meeting.refusals() == [f"made room: {gate.MOST_PEERS} peers had proved nothing"] * 11
+    assert meeting.refusals(11) == [f"made room: {gate.MOST_PEERS} peers had proved nothing"] * 11
     link.close()
     for stranger in strangers:
         stranger.close()
