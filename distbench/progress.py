@@ -8,6 +8,7 @@ import time
 from typing import TextIO
 
 from distbench.report.journal import Line
+from distbench.values import printable
 
 _CLEAR = "\r\x1b[K"
 _REFRESH_S = 0.2
@@ -34,7 +35,8 @@ class Progress:
         if self._quiet or quiet or (self._live and line.as_expected):
             return
         surprise = "" if line.as_expected else "  UNEXPECTED"
-        text = f"{self._done:>6}/{self._total} {line.verdict.value:<16} {line.timing.wall_s:8.3f} s  {line.name}"
+        name = printable(line.name)
+        text = f"{self._done:>6}/{self._total} {line.verdict.value:<16} {line.timing.wall_s:8.3f} s  {name}"
         self._stream.write(f"{_CLEAR if self._live else ''}{text}{surprise}\n")
         self._stream.flush()
 
@@ -52,7 +54,7 @@ class Progress:
         rate = (self._done - self._skipped) / (now - self._started)
         left = f"{(self._total - self._done) / rate:.0f} s left" if rate > 0 else "starting"
         counts = f"{self._done}/{self._total} done, {self._done - self._failed} passed, {self._failed} failed"
-        text = f"{counts}, {rate:.1f}/s, {left}{f', now {current}' if current else ''}"
+        text = f"{counts}, {rate:.1f}/s, {left}{f', now {printable(current)}' if current else ''}"
         self._stream.write(_CLEAR + text[: self._columns() - 1])
         self._stream.flush()
 

@@ -94,6 +94,13 @@ def refuse_bulk(content: bytes) -> None:
             raise ValueError(message)
 
 
+def printable(text: str) -> str:
+    """Text with each character that is not printable as its escape: no terminal acts on it, no line is forged."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def one_line(error: BaseException | str) -> str:
     """Return a message without its line breaks and outer blanks."""
     return " ".join(str(error).split())

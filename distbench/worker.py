@@ -41,6 +41,7 @@ from distbench.report.sink import Sink
 from distbench.session import Session
 from distbench.stacks import answer_with_stacks
 from distbench.time_budget import Deadline, Pace
+from distbench.values import printable
 from distbench.verify.records import Outcome
 
 _PEER_GRACE_S = 10.0
@@ -194,7 +195,7 @@ def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoRetur
     with contextlib.suppress(OSError):
         failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))
     if not job.supervised and not failure.echo:
-        sys.stderr.write(f"distbench: {Verdict.RANK_FAULT.value}: {failure}\n")
+        sys.stderr.write(printable(f"distbench: {Verdict.RANK_FAULT.value}: {failure}") + "\n")
         sys.stderr.flush()
     if failure.echo:
         time.sleep(_PEER_GRACE_S)

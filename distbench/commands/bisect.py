@@ -10,7 +10,7 @@ from distbench.bisect import Accusation, Result, bisect
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.locks import hold
-from distbench.report.console import print_plain, print_table
+from distbench.report.console import print_line, print_table
 from distbench.trials import Lab
 
 
@@ -44,7 +44,7 @@ def _bisect(options: argparse.Namespace) -> int:
 def _print(accusation: Accusation) -> None:
     rows = [_row(result) for result in (accusation.base, *accusation.results)]
     print_table(rows, ("replaced", "by", "failing", "ends in", "cured"))
-    print_plain(f"{accusation.verdict} ({accusation.launches} launches)")
+    print_line(f"{accusation.verdict} ({accusation.launches} launches)")
 
 
 def _row(result: Result) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from distbench.commands.options import add_json, json_on_standard_output
 from distbench.errors import InvalidCase, Unsupported, worst_exit_code
+from distbench.export import STANDARD_OUTPUT
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
@@ -38,7 +40,7 @@ def add(commands: Any) -> None:
         help="a launch of the baseline: an --out folder, a results.jsonl, a report.json",
     )
     command.add_argument("new", metavar="NEW", help="what is compared with it")
-    command.add_argument("--json", metavar="PATH", default="", help="write the comparison here too")
+    add_json(command, "the comparison")
     _add_judging(command)
     command.set_defaults(command=_compare)
 
@@ -124,8 +126,9 @@ def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Re
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
     comparison = compare(old, new, times=not options.verdicts_only, detect=_detect(options))
-    if json:
+    if json and json != str(STANDARD_OUTPUT):
         write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
-    for line in comparison_lines(comparison):
-        print_line(line)
+    with json_on_standard_output(json, lambda: comparison):
+        for line in comparison_lines(comparison):
+            print_line(line)
     return comparison.exit_code

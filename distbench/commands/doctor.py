@@ -16,7 +16,7 @@ from distbench.doctor.probe import Node, probe
 from distbench.doctor.vendors import Network
 from distbench.errors import InvalidCase
 from distbench.production import read_environment
-from distbench.report.console import print_line
+from distbench.report.console import print_json, print_line
 from distbench.resolve import Layer, resolve_case
 
 _KEYS = (
@@ -57,7 +57,7 @@ def _doctor(options: argparse.Namespace) -> int:
     code = exit_code(findings, path)
     if options.json:
         document = {"for": path, "exit_code": code, "node": _recorded(node), "findings": findings}
-        print_line(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+        print_json(document)
         return code
     for finding in findings:
         if path in finding.paths:

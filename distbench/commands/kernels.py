@@ -24,7 +24,7 @@ from distbench.experts.selection import rules_for
 from distbench.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
 from distbench.kernel_tables import table_paths
 from distbench.production import read_environment
-from distbench.report.console import print_line, print_table
+from distbench.report.console import print_json, print_line, print_table
 from distbench.resolve import Layer, resolve_case
 from distbench.table_survey import survey_tables, total_of
 
@@ -88,7 +88,7 @@ def _kernels(options: argparse.Namespace) -> int:
         limits=limit_effects(layer, rules, tables, case.capacity, limits, lookup),
         cu_count_from=resolved.sources["cu_count"],
     )
-    {"table": _print_tables, "json": _print_json, "csv": _print_csv}[options.format](found)
+    {"table": _print_tables, "json": print_json, "csv": _print_csv}[options.format](found)
     ignored = case.aiter_bypass_tune and rules.reads_overrides
     if lookup.explicit and not found.matched and not ignored:
         message = f"kernel_table = {case.kernel_table}: no row for this key, so the table says nothing of these kernels"
@@ -138,17 +138,14 @@ def _limits(text: str) -> list[int]:
     return limits
 
 
-def _print_json(found: KernelMap) -> None:
-    print_line(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
-
-
 def _print_csv(found: KernelMap) -> None:
     text = io.StringIO()
     columns = [field.name for field in msgspec.structs.fields(Span)]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(msgspec.to_builtins(span) for span in found.spans)
-    print_line(text.getvalue().rstrip("\n"))
+    for line in text.getvalue().splitlines():
+        print_line(line)
 
 
 def _print_tables(found: KernelMap) -> None:

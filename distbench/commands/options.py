@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,7 +21,7 @@ from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
 from distbench.devices import count_devices
 from distbench.errors import DistbenchError, InvalidCase, Unsupported
-from distbench.export import FILES, Writer, load_writers, parse_targets, write_reports
+from distbench.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
 from distbench.job import Entry, Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
@@ -30,7 +31,7 @@ from distbench.nodes.secret import read_secret
 from distbench.preflight import available_bytes, check_case, check_devices, check_folder, check_memory, check_path
 from distbench.production import near_misses
 from distbench.progress import Progress
-from distbench.report.console import print_note
+from distbench.report.console import print_json, print_note
 from distbench.report.document import Report
 from distbench.report.results import Results
 from distbench.report.summary import Summary
@@ -130,16 +131,56 @@ def add_report(command: Any, *, required: bool = False) -> None:
     command.add_argument(
         "--report",
         metavar="FORMATS",
-        default="",
+        action="append",
+        default=[],
         required=required,
-        help=f"write results as {formats}; FORMAT=PATH names the file, else one in the results' folder",
+        help=f"write results as {formats}, also several times; FORMAT=PATH names the file, else one in the results' "
+        "folder",
     )
 
 
-def report_writers(options: argparse.Namespace, out: Path, package: str = export.__name__) -> dict[Path, Any]:
-    """Return what --report asks for, its libraries loaded and its folders there. `package` has a module a format."""
-    targets = parse_targets(options.report, out)
+def add_json(command: Any, what: str) -> None:
+    """Add the option that names a file for a JSON document."""
+    text = f"write {what} here too; - for standard output, where what people read then goes to standard error"
+    command.add_argument("--json", metavar="PATH", default="", help=text)
+
+
+@contextlib.contextmanager
+def json_on_standard_output(path: str, document: Callable[[], Any]) -> Iterator[None]:
+    """Send what is printed in this context to standard error where `path` is `-`; print `document()` as JSON after it.
+
+    `document` is called where the context ends well, and may return None for none.
+    """
+    if path != str(STANDARD_OUTPUT):
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+    made = document()
+    if made is not None:
+        print_json(made)
+
+
+def report_writers(
+    options: argparse.Namespace, out: Path, package: str = export.__name__, *, silent: bool = False
+) -> dict[Path, Any]:
+    """Return what --report asks for, its libraries loaded and its folders there. `package` has a module a format.
+
+    A format on standard output is for commands that are otherwise `silent` there.
+
+    Raises:
+        InvalidCase: a format, path or folder that is not allowed.
+
+    """
+    targets = parse_targets(",".join(options.report), out)
     for path in targets.values():
+        if path == STANDARD_OUTPUT and silent:
+            continue
+        if path == STANDARD_OUTPUT:
+            message = (
+                "report -: standard output tells how the run goes; name a file, or: distbench report DIR --report …=-"
+            )
+            raise InvalidCase(message)
         check_path(str(path))
         check_folder(str(path.parent))
     return load_writers(targets, package)

@@ -13,7 +13,7 @@ from distbench.commands.ranks import alone
 from distbench.locks import hold
 from distbench.preflight import check_case, check_folder
 from distbench.replay import compare
-from distbench.report.console import print_plain, print_table
+from distbench.report.console import print_line, print_table
 from distbench.trials import Lab, signature
 
 _SHOWN_RANKS = 8
@@ -50,19 +50,19 @@ def _analyse(bundle: Bundle) -> bool:
 
     report = bundle.report
     analysis = analyse(bundle)
-    print_plain(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
+    print_line(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
     for cut in bundle.manifest.cuts:
-        print_plain(f"left out of the bundle: {cut}")
+        print_line(f"left out of the bundle: {cut}")
     for missing in analysis.missing:
-        print_plain(f"missing: {missing}")
+        print_line(f"missing: {missing}")
     print_table(_stage_rows(analysis.findings), ("arm", "stage", "recorded rows", "wrong", "on rank", "first"))
     if analysis.judgement is None:
-        print_plain("no rows were recorded: the case was refused or lost its ranks")
+        print_line("no rows were recorded: the case was refused or lost its ranks")
         return False
     for found in analysis.diagnosis:
-        print_plain(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
+        print_line(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
     same = analysis.confirms(report.verdict, [found.cause for found in report.diagnosis])
-    print_plain(f"from the recording: {analysis.judgement.verdict.value}, {_AGREES if same else _DIFFERS}")
+    print_line(f"from the recording: {analysis.judgement.verdict.value}, {_AGREES if same else _DIFFERS}")
     return same
 
 
@@ -93,5 +93,5 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     if rows:
         print_table(rows, ("differs", "recorded", "here"))
     emulated = f" (emulated: {', '.join(report.stand_ins)})" if report.emulated else ""
-    print_plain(f"{'reproduced' if replay.reproduced else 'not reproduced'} here{emulated}: {signature(report)}")
+    print_line(f"{'reproduced' if replay.reproduced else 'not reproduced'} here{emulated}: {signature(report)}")
     return 0 if replay.reproduced else 1

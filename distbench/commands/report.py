@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from distbench.commands.options import add_report, report_writers
-from distbench.export import write_reports
+from distbench.export import STANDARD_OUTPUT, write_reports
 from distbench.report.console import print_line, print_note
 from distbench.report.results import Results
 
@@ -43,8 +43,9 @@ def _counted(options: argparse.Namespace) -> Results:
 
 def _report(options: argparse.Namespace) -> int:
     results = _counted(options)
-    writers = report_writers(options, results.path if results.path.is_dir() else results.path.parent)
+    writers = report_writers(options, results.path if results.path.is_dir() else results.path.parent, silent=True)
     write_reports(results, writers)
     for path in writers:
-        print_line(str(path))
+        if path != STANDARD_OUTPUT:
+            print_line(str(path))
     return results.exit_code

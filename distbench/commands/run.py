@@ -13,6 +13,7 @@ from distbench.commands.compare import add_baseline, judge_baseline, read_baseli
 from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
 from distbench.commands.options import (
     add_case_options,
+    add_json,
     add_launch,
     add_report,
     campaign,
@@ -21,19 +22,20 @@ from distbench.commands.options import (
     check_launch,
     exported,
     follow_node_0,
+    json_on_standard_output,
     num_ranks,
     report_writers,
     warnings,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
-from distbench.export import Writer
+from distbench.export import STANDARD_OUTPUT, Writer
 from distbench.job import Entry, Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.production import read_environment
 from distbench.progress import Progress
-from distbench.report.console import print_plain, print_report, print_start
+from distbench.report.console import print_line, print_report, print_start
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.results import Results
@@ -56,7 +58,7 @@ def add(commands: Any) -> None:
     add_launch(run)
     add_nodes(run)
     run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
-    run.add_argument("--json", metavar="PATH", default="", help="write the report here too")
+    add_json(run, "the report")
     add_report(run)
     add_baseline(run)
     add_case_options(run)
@@ -76,14 +78,16 @@ def _run(options: argparse.Namespace) -> int:
         expect=Verdict.PASS.value,
         warnings=warnings(resolved.case, resolved.sources, options),
     )
-    paths = tuple(path for path in (str(Path(options.out) / _REPORT), options.json) if path)
+    also = [options.json] if options.json not in ("", str(STANDARD_OUTPUT)) else []
+    paths = (str(Path(options.out) / _REPORT), *also)
     for path in paths:
         check_path(path)
         check_folder(str(Path(path).parent), report_bytes([resolved.case]))
     check_bundle(options)
     writers = report_writers(options, Path(options.out))
-    act = _launch if world_size() is None else _take_part
-    return act(entry, options, paths, writers)
+    here = world_size() is None
+    with json_on_standard_output(options.json, lambda: read_report(paths[0]) if here or is_rank_0() else None):
+        return (_launch if here else _take_part)(entry, options, paths, writers)
 
 
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
@@ -99,7 +103,7 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         report = read_report(paths[0])
         print_report(report)
         for event in summary.events:
-            print_plain(f"event: {event}")
+            print_line(f"event: {event}")
         if options.bundle and report.exit_code:
             _print_bundle(bundle_folder(options.bundle, entry.case))
         code = worst_exit_code((report.exit_code, summary.exit_code))
@@ -112,11 +116,11 @@ def _print_bundle(folder: Path) -> None:
     try:
         cuts = open_bundle(folder).manifest.cuts
     except InvalidCase as error:
-        print_plain(f"no {error}")
+        print_line(f"no {error}")
         return
-    print_plain(f"bundle: {folder}; distbench replay {folder}")
+    print_line(f"bundle: {folder}; distbench replay {folder}")
     for cut in cuts:
-        print_plain(f"left out of the bundle: {cut}")
+        print_line(f"left out of the bundle: {cut}")
 
 
 def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:

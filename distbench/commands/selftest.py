@@ -24,7 +24,7 @@ from distbench.errors import InvalidCase
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.progress import Progress
-from distbench.report.console import print_plain, print_table
+from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.room import report_bytes
@@ -87,10 +87,10 @@ def _selftest(options: argparse.Namespace) -> int:
         (out / RESULTS).unlink(missing_ok=True)
         campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
     found = outcomes(asked, out)
-    print_plain(f"self-test of {ran(found)}")
+    print_line(f"self-test of {ran(found)}")
     print_table(cells(found), COLUMNS)
     for line in closing_lines(found):
-        print_plain(line)
+        print_line(line)
     if options.markdown:
         write_atomically(Path(options.markdown), markdown(found, _command(options, ranks, seeds, clean)).encode())
     return 0 if found.passed else 1

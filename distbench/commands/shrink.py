@@ -12,7 +12,7 @@ from distbench.case import DERIVED_KEYS, Case
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.locks import hold
-from distbench.report.console import print_error, print_plain, print_table
+from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.shrink import Shrunk, Step, shrink
 from distbench.suite import value_text
@@ -48,7 +48,7 @@ def _shrink(options: argparse.Namespace) -> int:
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in DERIVED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
     _print(case, found)
-    print_plain(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}")
+    print_line(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}")
     return 0
 
 

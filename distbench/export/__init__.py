@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -15,6 +17,9 @@ from distbench.values import shown
 FILES = {"junit": "junit.xml", "md": "results.md", "csv": "results.csv", "prom": "results.prom", "json": "results.json"}
 """The formats, and the file that each is written to in the folder of the results."""
 
+STANDARD_OUTPUT = Path("-")
+"""The path that stands for standard output."""
+
 _MODULES = {"junit": "junit", "md": "markdown", "csv": "table", "prom": "prometheus", "json": "document"}
 
 Content = TypeVar("Content")
@@ -25,8 +30,10 @@ Targets = Mapping[str, Path]
 def parse_targets(text: str, out: Path) -> Targets:
     """Return the file of each format in `junit,md=summary.md,…`; one without a path goes into `out`.
 
+    `-` as a path is STANDARD_OUTPUT.
+
     Raises:
-        InvalidCase: a format that is not known or named twice, or an empty path.
+        InvalidCase: a format that is not known or named twice, an empty path, or one that two formats share.
 
     """
     targets: dict[str, Path] = {}
@@ -35,7 +42,11 @@ def parse_targets(text: str, out: Path) -> Targets:
         if name not in FILES or name in targets or (equals and not path):
             message = f"report {shown(part)}: allowed are {', '.join(FILES)}, each once, or FORMAT=PATH"
             raise InvalidCase(message)
-        targets[name] = Path(path) if path else out / FILES[name]
+        target = Path(path) if path else out / FILES[name]
+        if target in targets.values():
+            message = f"report {shown(part)}: another format is written to {target} already; name another file"
+            raise InvalidCase(message)
+        targets[name] = target
     return targets
 
 
@@ -63,6 +74,11 @@ def write_reports(content: Content, writers: Mapping[Path, Callable[[Content, Bi
 
 
 def _write(content: Content, path: Path, write: Callable[[Content, BinaryIO], None]) -> None:
+    if path == STANDARD_OUTPUT:
+        text = BytesIO()
+        write(content, text)
+        sys.stdout.write(text.getvalue().decode())
+        return
     try:
         with atomic_file(path) as file:
             write(content, file)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from distbench.case import Case
 from distbench.errors import Verdict
 from distbench.report.document import InjectedReport, RankReport, RateReport, Report
 from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
+from distbench.values import printable
 from distbench.verify.records import NOT_PROVEN
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
-    from rich.text import Text
 
 _SHOWN_REASONS = 12
 _SHOWN_TOKENS = 16
@@ -27,30 +30,35 @@ def print_report(report: Report) -> None:
     """Print the whole report to standard output, its verdict last."""
     console = _console()
     for part in _parts(report):
-        console.print(part)
+        console.print(printable(part) if isinstance(part, str) else part, markup=False)
     style = "bold green" if report.verdict is Verdict.PASS else "bold red"
-    console.print(verdict_line(report), style=style, markup=False, soft_wrap=True)
+    console.print(printable(verdict_line(report)), style=style, markup=False, soft_wrap=True)
 
 
 def print_line(text: str) -> None:
-    """Print one line to standard output at once."""
-    print(text, flush=True)
+    """Print one line to standard output at once, whatever it holds: what is not printable as its escape."""
+    print(printable(text), flush=True)
+
+
+def print_json(document: Any) -> None:
+    """Print a document to standard output as JSON that no terminal acts on."""
+    text = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
+    print("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text), flush=True)
 
 
 def print_start(case: Case) -> None:
     """Say on standard error what is about to take its time."""
-    text = f"distbench: starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens"
-    print(text, file=sys.stderr, flush=True)
+    print_note(f"starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens")
 
 
 def print_note(text: str) -> None:
     """Say on standard error how far something has come."""
-    print(f"distbench: {text}", file=sys.stderr, flush=True)
+    print(printable(f"distbench: {text}"), file=sys.stderr, flush=True)
 
 
 def print_error(ending: str, message: str) -> None:
     """Print one line to standard error: how the run ended, and why."""
-    print(f"distbench: {ending}: {message}", file=sys.stderr, flush=True)
+    print(printable(f"distbench: {ending}: {message}"), file=sys.stderr, flush=True)
 
 
 def case_line(report: Report) -> str:
@@ -62,18 +70,20 @@ def case_line(report: Report) -> str:
 def print_summary(summary: Summary, out: str) -> None:
     """Print what became of a suite, the verdict line last."""
     for case in summary.unexpected:
-        print(f"unexpected: {case['verdict']:<16} {case['name']}")
+        print_line(f"unexpected: {case['verdict']:<16} {case['name']}")
     for event in summary.events:
-        print(f"event: {event}")
+        print_line(f"event: {event}")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(summary.verdicts.items()))
     if summary.rate is not None:
-        print(_rate_line(summary.rate))
+        print_line(_rate_line(summary.rate))
     if summary.limits:
         limits = ", ".join(f"{count} {status}" for status, count in sorted(summary.limits.items()))
-        print(f"limits by case: {limits} (proven: for any routing of these token counts; this batch: for its own only)")
+        print_line(
+            f"limits by case: {limits} (proven: for any routing of these token counts; this batch: for its own only)"
+        )
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
-    print(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
-    print(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json", flush=True)
+    print_line(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
+    print_line(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json")
 
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
@@ -81,20 +91,12 @@ def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: li
     console = _console()
     console.print(_table("", columns, rows))
     for note in notes:
-        console.print(note, markup=False)
+        console.print(printable(note), markup=False)
 
 
 def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print a table to standard output, its cells as they are but for control characters."""
-    from rich.text import Text
-
-    cells = [tuple(Text(cell) for cell in row) for row in rows]
-    _console().print(_table("", columns, cells))
-
-
-def print_plain(text: str) -> None:
-    """Print a line that may hold anything: what is not printable is shown by its code."""
-    print_line(text if text.isprintable() else repr(text))
+    """Print a table to standard output, its cells as they are but for what is not printable."""
+    _console().print(_table("", columns, rows))
 
 
 def verdict_line(report: Report) -> str:
@@ -126,7 +128,7 @@ def _equality(report: Report) -> str:
 def _parts(report: Report) -> list[RenderableType]:
     parts: list[RenderableType] = [f"warning: {warning}" for warning in report.warnings]
     parts += [_injected_line(one) for one in report.injected]
-    parts.append(_headline(report))
+    parts += _headlines(report)
     if report.ranks:
         parts += [_rank_table(report), _comparison_table(report)]
     if report.method:
@@ -155,7 +157,7 @@ def _rate_line(rate: RateReport) -> str:
     )
 
 
-def _headline(report: Report) -> str:
+def _headlines(report: Report) -> list[str]:
     case = report.case
     limit = report.limit
     text = (
@@ -163,7 +165,7 @@ def _headline(report: Report) -> str:
         f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {case['numerics']} inputs, "
         f"routing {case['routing']}, {case['transport']} + {case['experts']}, case {case['hash'][:12]}"
     )
-    return text if limit is None else f"{text}\n{limit}"
+    return [text] if limit is None else [text, str(limit)]
 
 
 def _rank_table(report: Report) -> Table:
@@ -236,15 +238,16 @@ def _lost_line(report: Report) -> str:
     return f"rows at or past the limit: {report.lost.rows} ({ranks}); source rank:token {' '.join(tokens)}{more}"
 
 
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str | Text, ...]]) -> Table:
+def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(printable(title)) if title else None, box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 

@@ -255,6 +255,21 @@ def test_report_exits_as_the_last_suite_did_also_where_it_selected_cases(
     assert suite(out, seeds) == main(report) == 1
 
 
+def test_report_as_json_is_all_of_standard_output(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks({})
+    monkeypatch.setattr(run_command, "print_report", print)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "--model=tiny", "--nproc=2", "--out=out", "--json", "-"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "Report(" in told.err
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert main(["run", "--model=tiny", "--nproc=2", "--out=out", "--report=md=-"]) == 2
+    assert "distbench report DIR --report" in capsys.readouterr().err
+
+
 def test_equal_cases_of_a_suite_are_told(tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
     ranks({})
     file = included(tmp_path / "twice.json", {"name": "first"}, {"name": "second"}, {"name": "third", "seed": 1})

@@ -288,6 +288,15 @@ def test_old_and_new_microseconds_stand_side_by_side(tmp_path: Path, capsys: pyt
     assert "padded/experts, all cases: 50.0 → 150.0 µs summed over 2 cases, +" in capsys.readouterr().out
 
 
+def test_comparison_as_json_is_all_of_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(write_results(tmp_path / name, [result()])) for name in ("old", "new")]
+    assert main(["compare", *folders, "--json", "-", "--verdicts-only"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["schema"] == "distbench.compare/1"
+    assert told.err.splitlines()[-1].startswith("exit 0: 1 cases compared")
+    assert not list(tmp_path.glob("**/-"))
+
+
 def test_results_that_are_not_there_are_no_pass(tmp_path: Path) -> None:
     assert compare(tmp_path, [], [])[0] == 2
     assert compare(tmp_path, [result("a")], [result("b")])[0] == 2

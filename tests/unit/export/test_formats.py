@@ -20,6 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
 
 from distbench.breadcrumbs import ARMS
+from distbench.cli import main
 from distbench.errors import InvalidCase, Verdict
 from distbench.export import FILES, load_writers, parse_targets, write_reports
 from distbench.export.markdown import escape
@@ -105,6 +106,25 @@ def test_prometheus_text_as_other_parsers_see_it(tmp_path: Path) -> None:
     if shutil.which("promtool"):
         done = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False)  # noqa: S607
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_format_on_standard_output_is_all_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_results(tmp_path, SUITE)
+    assert main(["report", str(tmp_path), "--report", "json=-", "--report", f"md={tmp_path}/results.md"]) == 3
+    printed = capsys.readouterr().out
+    document, _, rest = printed.partition("\n],")
+    assert json.loads(document + "\n]," + rest.splitlines()[0])["exit_code"] == 3
+    assert rest.splitlines()[1:] == [f"{tmp_path}/results.md"]
+
+
+def test_every_report_option_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_results(tmp_path, [result()])
+    assert main(["report", str(tmp_path), "--report=md,csv", "--report=junit"]) == 0
+    assert {path.name for path in tmp_path.glob("*.*")} == {"results.jsonl", "results.md", "results.csv", "junit.xml"}
+    for again in (("md", "md"), ("md=a", "csv=a"), ("md=-", "csv=-")):
+        capsys.readouterr()
+        assert main(["report", str(tmp_path), *(f"--report={one}" for one in again)]) == 2
+        assert "distbench: INVALID: report " in capsys.readouterr().err
 
 
 NAMED = {"suite": "night", "ended": "2026-11-30T05:47:25Z"}
