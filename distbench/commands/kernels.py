@@ -113,7 +113,7 @@ def _survey(options: argparse.Namespace) -> int:
     )
     found = survey_tables(Path(options.survey), rules_for(version))
     if options.format == "json":
-        print_line(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
+        print_json(found)
     else:
         rows = [one.cells() for one in (*found, total_of(found))]
         print_table(rows, ("table", "rows", "reached by kernels", "by run", "not reached", "refused"))
