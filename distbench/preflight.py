@@ -18,6 +18,7 @@ from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
+from distbench.experts.coverage import plan_of
 from distbench.experts.selection import KernelSelector
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.job import Entry
@@ -27,7 +28,6 @@ from distbench.resolve import check_fit
 from distbench.sglang import rules_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
-from distbench.workload.plan import plan_exact
 
 # What ranks share with the process that they are forked from, and what each takes for itself besides tensors.
 _SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20
@@ -51,8 +51,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     check_fit(case)
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if case.numerics == "exact":
-        sizes = (case.hidden_size, case.intermediate_size, case.topk)
-        plan_exact(*sizes, case.dispatch_dtype, case.num_experts, case.combine_quant, case.fp8_format)
+        plan_of(case)
     notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
     notes = (*notes, *_check_bound(case, local_ranks))
     if case.uses_fp8:

@@ -12,6 +12,7 @@ from distbench.case import Case, case_hash
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts
+from distbench.experts.roundings import stored_intermediate
 from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, resolve_limit
@@ -107,6 +108,7 @@ def workload_for(case: Case, device: torch.device) -> Workload:
         dispatch_dtype=case.dispatch_dtype,
         fp8_format=case.fp8_format,
         combine_quant=case.combine_quant,
+        intermediate=stored_intermediate(case),
         device=device,
     )
 

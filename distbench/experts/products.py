@@ -1,7 +1,8 @@
 """Rows times weights, with the bits of a kernel that walks K in blocks; a shorter way where no order of adding rounds.
 
-Exact inputs are whole numbers, few of them not zero in a row of weights (`distbench.workload.exact`). Their products
-are added up in float32 without rounding, so what is zero need not be read.
+Few entries of a row of exact weights are not zero (`distbench.workload.exact`). A row with one of them has the product
+itself, rounded once, whatever the numbers are. A row with several reads whole multiples of a step, of which float32
+adds up so many without rounding. So what is zero need not be read.
 """
 
 from __future__ import annotations
@@ -19,23 +20,40 @@ _SPARSE = 4
 # The mode of embedding_bag that sums.
 _SUM = 0
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-# float32 holds multiples of the product of two steps up to this sum.
-_STEP = 0.25
-_EXACT_SUM = 2.0**24 * _STEP**2
+# float32 holds whole multiples of a step up to so many of it.
+_WHOLE = 2.0**24
+# Steps that are looked for in rows, and the smallest one in weights.
+_STEPS = (1.0, 0.25, 2.0**-7)
+_SMALLEST = 2.0**-40
 
 
 class _Entries(NamedTuple):
     """What is not zero in weights [El, N, K]: in order of expert and row, `counts` int64 [El, N] of each.
 
     columns int64 [e] count on from expert to expert, K for each; values float32 [e]; `starts` int64 [El * N] are where
-    rows begin in them. Products with float32 rows of whole multiples of `_STEP` that are at most `most` are exact.
+    rows begin in them. `shared` bool [K] are the columns that any row with several entries reads. What is read there
+    makes exact products if it is whole multiples of a step and at most `most` of them.
     """
 
     counts: Tensor
     columns: Tensor
     values: Tensor
     starts: Tensor
+    shared: Tensor
     most: float
+
+    def suit(self, rows: Tensor) -> bool:
+        """Whether products with rows float32 [g, m, K] are exact in any order."""
+        flat = rows.flatten(0, 1)
+        if not flat.numel():
+            return False
+        largest = flat.abs().amax(0)
+        if not float(largest.amax()) < math.inf:
+            return False
+        most = float((largest * self.shared).amax())
+        return any(
+            most <= self.most * step and float((_fractions(flat, step) * self.shared).amax()) == 0 for step in _STEPS
+        )
 
     def of(self, experts: Tensor, width: int) -> _Entries:
         """Return those of `experts` [g] alone, whose columns count on in that order; `width` is K."""
@@ -47,6 +65,7 @@ class _Entries(NamedTuple):
             torch.cat([columns[expert] + (place - expert) * width for place, expert in enumerate(wanted)]),
             torch.cat([values[expert] for expert in wanted]),
             _starts(self.counts[experts]),
+            self.shared,
             self.most,
         )
 
@@ -64,7 +83,7 @@ class Weights:
     def exact_product(self, rows: Tensor, experts: Tensor) -> Tensor | None:
         """Return rows float32 [g, m, K] times the weights of `experts` [g], float32 [g, m, N]; None where it rounds."""
         entries = self._entries
-        if entries is None or not _largest(rows) <= entries.most:
+        if entries is None or not entries.suit(rows):
             return None
         count, num_rows, width = rows.shape
         if count < entries.counts.shape[0]:
@@ -104,7 +123,7 @@ def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int
 
 
 def _entries_of(weights: Tensor) -> _Entries | None:
-    """Return what is not zero in the weights; None where that is much, or no whole multiples of `_STEP`."""
+    """Return what is not zero in the weights; None where that is much, or rows of several have no step in common."""
     count, height, width = weights.shape
     places = _nonzero(weights)
     if places is None or not len(places):
@@ -112,9 +131,34 @@ def _entries_of(weights: Tensor) -> _Entries | None:
     rows = places.div(width, rounding_mode="floor")
     counts = torch.bincount(rows, minlength=count * height)
     values = weights.flatten().index_select(0, places).float()
-    columns = places - (rows - rows.div(height, rounding_mode="floor")) * width
-    most = _EXACT_SUM / (_largest(values) * int(counts.max()) or 1.0)
-    return _Entries(counts.view(count, height), columns, values, _starts(counts), most)
+    inside = places - rows * width
+    columns = inside + rows.div(height, rounding_mode="floor") * width
+    several = counts.index_select(0, rows) > 1
+    shared = torch.zeros(width, device=weights.device).index_fill_(0, inside[several], 1.0)
+    most = _most(rows[several], values[several])
+    if most is None:
+        return None
+    return _Entries(counts.view(count, height), columns, values, _starts(counts), shared, most)
+
+
+def _most(rows: Tensor, values: Tensor) -> float | None:
+    """Return how many steps what is read may be, for values of weights in `rows`; None where there is no bound."""
+    if not len(rows):
+        return math.inf
+    sums = torch.bincount(rows, weights=values.abs().double())
+    step = _step(values)
+    return None if step is None else _WHOLE * step / float(sums.amax())
+
+
+def _step(values: Tensor) -> float | None:
+    """Return the largest power of two that finite float32 values are whole multiples of; None where it is too small."""
+    mantissas, exponents = torch.frexp(values)
+    whole = (mantissas * 2.0**24).to(torch.int32)
+    lowest = torch.frexp((whole & -whole).float()).exponent - 1 + exponents - 24
+    if not bool(values.isfinite().all()):
+        return None
+    step = 2.0 ** int(torch.where(whole == 0, lowest.new_full((), 127), lowest).amin())
+    return step if step >= _SMALLEST else None
 
 
 def _starts(counts: Tensor) -> Tensor:
@@ -139,16 +183,6 @@ def _nonzero(weights: Tensor) -> Tensor | None:
     return live.index_select(0, found.div(each, rounding_mode="floor")) * each + found % each
 
 
-def _largest(values: Tensor) -> float:
-    """Return the largest magnitude of float32 values that all are multiples of _STEP; infinity of others."""
-    if values.numel() == 0 or not (_are_whole(values) or _are_whole(values / _STEP)):
-        return math.inf
-    return _magnitude(values)
-
-
-def _are_whole(values: Tensor) -> bool:
-    return _magnitude(values.frac()) == 0
-
-
-def _magnitude(values: Tensor) -> float:
-    return float(values.abs().amax())
+def _fractions(rows: Tensor, step: float) -> Tensor:
+    """Return what each column [K] of rows has at most beyond whole multiples of a step, zero for none."""
+    return (rows if step == 1 else rows * (1 / step)).frac().abs_().amax(0)

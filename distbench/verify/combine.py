@@ -165,7 +165,8 @@ class CombineChecker:
         workload = self._workload
         most = max(workload.tokens_per_rank)
         examined, spared, digests = _Some(_EXAMINED), _Some(_SPARED), []
-        for start, contributions in recounted(self._group, returned, self._ids, most, workload.group, self._order):
+        for start, given in recounted(self._group, returned, self._ids, most, workload.group, self._order):
+            contributions = given._replace(rows=workload.returned_rows(given.rows))
             actual = combined[start : start + len(contributions.ranks)]
             expected = added(contributions, self._order)
             tokens = torch.arange(start, start + len(actual), device=actual.device)

@@ -1,54 +1,67 @@
-"""Inputs for which every sum of the layer is exact in any order, so that every correct kernel gives the same bits.
+"""Inputs for which every correct kernel gives the same bits: sums that are exact in any order, and probes beside them.
 
-hidden: column 0 is 1, columns 1..G are 0 or 1, the others -1, 0 or 1. Each gate row holds 32 at column 0 and 32 at one
-of the columns 1..G, so the gate is 32 or 64, and silu(gate) is the gate itself in float32 (e**-32 is below half an ulp
-of 1). Each up row holds U entries of +-1, each w2 row V of them; routing weights are 1 or 1/2. All partial sums of an
-output element are then integers of at most k*V*U*2*2 units of 32 * 1/2, which bf16 holds exactly up to 256.
+Sums: hidden columns are -1, 0 or 1, the gate of a sum row is 32, and silu(32) is 32 in float32 (e**-32 is below half an
+ulp of 1). Each up row holds U entries of +-1, each w2 row V of them; routing weights are 1 or 1/2. All partial sums of
+an output element are then whole numbers of at most k*V*U*2 units of 32 * 1/2, which bf16 holds exactly up to 256. They
+see what is lost, doubled or swapped.
 
-fp8 combine: w2 holds 1/4 in place of 1 and the sums are within 16 units, none of which e4m3 rounds.
+Probes (`distbench.workload.probes`): every other output column reads one intermediate row of one expert, so no order of
+additions changes a bit, and the row may hold what rounds: gates and up values at the points of
+`distbench.workload.points`, switched by the code columns of the token. They see the activation, the weights and every
+column, and by wide columns the mantissa and the scale of hidden states.
 
-fp8 dispatch: the last column of each 128 is 1.75 (1.875 where the device's fp8 ends at 240), which no weight reads, so
-its block's scale is 2**-8 (2**-7) and quantising loses nothing. The last intermediate row of each 128 is likewise 448
-(480) whatever the token, and no w2 row reads it, so a kernel that quantises its intermediate by blocks of 128 loses
-nothing either.
+fp8 combine: w2 holds 1/4 in place of 1 in sums, which stay within 16 units, none of which e4m3 rounds; probes are
+rounded as the oracle says.
+
+fp8 dispatch: the last column of each 128 is 1.75 (1.875 where the device's fp8 ends at 240) times a power of two that
+differs from row to row and from block to block, so its block's scale is a power of two and quantising loses nothing.
+The column before it is always 0, and an intermediate row of each 128 as well; weights there are so large that each
+128 x 128 block of weights has a scale of its own. Two intermediate rows of each 128 are guards: 448 (480) times a power
+of two that differs from block to block and from token to token, which makes the scales of a quantised intermediate.
+Output columns read the difference of the two.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distbench.workload.bits import byte_columns, words_of_streams
-from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, ExactPlan
+from distbench.workload.bits import byte_columns
+from distbench.workload.codes import code_columns, code_groups
+from distbench.workload.places import Places, places_of
+from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_STEP, ExactPlan
+from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
+from distbench.workload.probe_plan import ProbePlan
+from distbench.workload.probes import Probes, minus, physical, probe_patterns
+from distbench.workload.spread import Grid, spread
 from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_ELEMENTS = 4 << 20
-_KEPT_BYTES = 4 << 20
+# The least magnitude that makes the scale of a block of weights, above all else in it.
+_FIRST_SCALE, _SECOND_SCALE = 128.0, 8.0
 
 
 class Patterns(NamedTuple):
-    """Which entries the rows of e experts have, as whole numbers; live intermediate rows are numbered without guards.
+    """Which entries the sums of e experts have, as whole numbers.
 
-    first int32 [e, 1 + U, live]: the gate's column in 1..G, then those of up, plus H where the sign is minus.
-    down int32 [e, V, H]: a live row, plus their number where the sign is minus.
+    up int32 [e, U, S]: hidden columns, plus H where the sign is minus. down int32 [e, V, columns]: a sum row by number,
+    plus S where the sign is minus.
     """
 
-    first: Tensor
+    up: Tensor
     down: Tensor
 
 
-def expert_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
-    """Return the entries of `experts`, global ids int64 [e], any of them more than once, on the result's device.
+def sum_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
+    """Return the entries of sums of `experts`, global ids int64 [e], any of them more than once, on their device.
 
     Entries of a row are distinct. An expert (or where it has too few rows, some experts in a sequence together) reads
-    all columns, and all live rows. Those of a small layer are made once for all its experts.
+    all payload columns, and all sum rows. Those of a small layer are made once for all its experts.
     """
-    if plan.num_experts * plan.entries * 4 <= _KEPT_BYTES:
+    if plan.is_small:
         return Patterns(*(part.index_select(0, experts) for part in _all_patterns(plan, seed, experts.device)))
     used, position = torch.unique(experts, return_inverse=True)
     return Patterns(*(part.index_select(0, position) for part in _make_patterns(plan, seed, used)))
@@ -60,145 +73,175 @@ def _all_patterns(plan: ExactPlan, seed: int, device: torch.device) -> Patterns:
 
 
 def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
-    live, hidden = plan.live_rows, plan.hidden_size
-    gate, up, down = _spread(
-        seed,
-        experts,
-        {
-            "gate": _Grid(live, 1, plan.gate_columns),
-            "up": _Grid(live, plan.up_entries, plan.up_columns),
-            "down": _Grid(hidden, plan.down_entries, live),
-        },
-    )
-    gate += 1
-    up = _skip_guards(up.add_(1 + plan.gate_columns), skip=plan.guard_columns)
-    bits = byte_columns(seed, "minus", experts, live + hidden, experts.device).to(torch.int32).unsqueeze(1)
-    up += _bit_of_entry(bits[:, :, :live], plan.up_entries) * hidden
-    down += _bit_of_entry(bits[:, :, live:], plan.down_entries) * live
-    return Patterns(torch.cat([gate, up], dim=1), down)
+    rows, columns = plan.sum_rows, plan.sum_columns
+    grids = {
+        "up": Grid(rows, plan.up_entries, plan.payload_columns),
+        "down": Grid(columns, plan.down_entries, rows),
+    }
+    up, down = spread(seed, experts, grids)
+    bits = byte_columns(seed, "minus", experts, rows + columns, experts.device).to(torch.int32).unsqueeze(1)
+    up = physical(plan, up) + minus(bits[:, :, :rows], plan.up_entries) * plan.hidden_size
+    down += minus(bits[:, :, rows:], plan.down_entries) * rows
+    return Patterns(up, down)
 
 
 def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I] of `experts` int64 [e]."""
     count, hidden, inter = experts.numel(), plan.hidden_size, plan.intermediate_size
-    patterns = expert_patterns(plan, seed, experts)
-    live = torch.arange(plan.live_rows, device=experts.device)
-    rows = _skip_guards(live, skip=plan.guard_rows)
+    sums = sum_patterns(plan, seed, experts)
+    places = places_of(plan, experts.device)
     w1 = torch.zeros(count, 2 * inter, hidden, dtype=torch.bfloat16, device=experts.device)
-    w1[:, :inter, 0] = GATE_STEP
-    if plan.guard_rows:
-        w1[:, BLOCK - 1 : inter : BLOCK, 0] = GUARD_GATE
-        w1[:, inter + BLOCK - 1 :: BLOCK, 0] = plan.guard_up
-    gate, up = patterns.first[:, :1], patterns.first[:, 1:]
-    _put(w1, rows, gate, torch.full_like(gate, int(GATE_STEP)))
-    _put(w1, rows + inter, up % hidden, 1 - 2 * (up >= hidden).int())
     w2 = torch.zeros(count, hidden, inter, dtype=torch.bfloat16, device=experts.device)
-    columns = _skip_guards(patterns.down % plan.live_rows, skip=plan.guard_rows)
-    signs = 1 - 2 * (patterns.down >= plan.live_rows).int()
-    _put(w2, torch.arange(hidden, device=experts.device), columns, signs * plan.down_step)
+    w1[:, :, 0] = _constants(plan, experts.device)
+    _put(w1, places.sum_rows + inter, sums.up % hidden, 1 - 2 * (sums.up >= hidden).int())
+    rows = places.sum_rows[sums.down % plan.sum_rows]
+    _put(w2, places.sum_columns, rows, (1 - 2 * (sums.down >= plan.sum_rows).int()) * plan.down_step)
+    if plan.guard_rows:
+        _put_guards(plan, experts, places, w1, w2)
+        _put_scales(plan, seed, experts, w1, w2)
+    if plan.probes is not None:
+        probes = probe_patterns(plan, seed, experts)
+        _put_probes(plan, plan.probes, places, probes, w1)
+        _put_switches(plan, plan.probes, seed, experts, places, probes, w1)
+        read = places.probe_rows[probes.read * plan.probes.live_groups + _groups(plan.probes, experts.device)]
+        _put(w2, places.probe_columns, read.unsqueeze(1), probes.weight.unsqueeze(1))
     return w1, w2
 
 
-def hidden_states(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
-    """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`), bf16 [n, H] on their device."""
+@lru_cache(maxsize=8)
+def _constants(plan: ExactPlan, device: torch.device) -> Tensor:
+    """Return what rows of w1 have at column 0, bf16 [2I]."""
+    places, inter = places_of(plan, device), plan.intermediate_size
+    values = torch.zeros(2 * inter, dtype=torch.bfloat16, device=device)
+    values[places.sum_rows] = GATE_STEP
+    for guards in (places.guards, places.twins):
+        values[guards] = GUARD_GATE
+        values[guards + inter] = _guard_ups(plan, device)
+    if plan.probes is not None and plan.probes.hot_rows:
+        values[places.probe_rows[-plan.probes.hot_rows :] + inter] = plan.hot_up
+    return values
+
+
+def _guard_ups(plan: ExactPlan, device: torch.device) -> Tensor:
+    """Return the guards' up by block, bf16 [blocks]: with GUARD_GATE, scales of neighbouring blocks differ."""
+    block = torch.arange(plan.intermediate_size // BLOCK if plan.guard_rows else 0, device=device)
+    return (plan.guard_up * (1 + block % 2)).bfloat16()
+
+
+def _put_guards(plan: ExactPlan, experts: Tensor, places: Places, w1: Tensor, w2: Tensor) -> None:
+    """Double the guards under every other code column, and have outputs read the difference of two."""
+    inter, device = plan.intermediate_size, experts.device
+    doubling = places.codes[1::2]
+    for guards in (places.guards, places.twins):
+        w1[:, guards.unsqueeze(1) + inter, doubling] = _guard_ups(plan, device).unsqueeze(1)
+    if plan.guard_sums:
+        block = (torch.arange(plan.guard_sums, device=device) + experts.unsqueeze(1) * plan.guard_sums).unsqueeze(1)
+        block %= len(places.guards)
+        step = torch.full(block.shape, GUARD_STEP, device=device)
+        _put(w2, places.guard_columns, places.guards[block], step)
+        _put(w2, places.guard_columns, places.twins[block], -step)
+
+
+def _put_scales(plan: ExactPlan, seed: int, experts: Tensor, w1: Tensor, w2: Tensor) -> None:
+    """Put what is always multiplied by zero into each block of weights: neighbouring blocks have different scales."""
+    inter, device, places = plan.intermediate_size, experts.device, places_of(plan, experts.device)
+    tall, wide = len(places.zero_rows), len(places.zeros)
+    bits = byte_columns(seed, "scales", experts, 3 * tall * wide, device).view(-1, 3, tall, wide)
+    odd = (torch.arange(tall, device=device).unsqueeze(1) + torch.arange(wide, device=device)).unsqueeze(0)
+    odd = (odd + experts.view(-1, 1, 1)) % 2
+    for part, rows in enumerate((places.zero_rows, places.zero_rows + inter)):
+        power = 2 * (bits[:, part] & 1) + (odd + part) % 2
+        w1[:, rows.unsqueeze(1), places.zeros] = _FIRST_SCALE * (1 << power.int()).bfloat16()
+    power = 2 * (bits[:, 2] & 1) + odd
+    down = torch.arange(wide, device=device) * BLOCK + 4 * (torch.arange(tall, device=device).unsqueeze(1) % 32) + 3
+    w2[:, down, places.zero_rows.unsqueeze(1)] = _SECOND_SCALE * (1 << power.int()).bfloat16()
+
+
+def _put_probes(plan: ExactPlan, probes: ProbePlan, places: Places, made: Probes, w1: Tensor) -> None:
+    """Put the payloads of probe rows into w1."""
+    hidden, inter, points = plan.hidden_size, plan.intermediate_size, plan.points
+    doubled, single = plan.gate_entries
+    gates, first_up = probes.gate_rows, probes.first_up_row
+    signs = 1 - 2 * (made.entries >= hidden).int()
+    gate = made.entries[:, : doubled + single, :gates]
+    steps = torch.full((doubled + single, 1), points.step, device=w1.device)
+    steps[:doubled] *= 2
+    _put(w1, places.probe_rows[:gates], gate % hidden, signs[:, : doubled + single, :gates] * steps)
+    ups = slice(doubled, doubled + min(UP_ENTRIES, plan.payload_columns)), slice(first_up, first_up + probes.up_rows)
+    rows = places.probe_rows[ups[1]] + inter
+    _put(w1, rows, made.entries[:, ups[0], ups[1]] % hidden, signs[:, ups[0], ups[1]])
+    for start, count, part, value in (
+        (gates, probes.wide_gate_rows, 0, points.wide_step),
+        (first_up + probes.up_rows, probes.wide_up_rows, inter, 1.0),
+    ):
+        columns = places.wide[made.wide[:, start : start + count].long()].unsqueeze(1)
+        rows = places.probe_rows[start : start + count] + part
+        _put(w1, rows, columns, torch.full(columns.shape, value, device=w1.device))
+
+
+def _put_switches(  # noqa: PLR0913 - what a switch is made of
+    plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor, places: Places, made: Probes, w1: Tensor
+) -> None:
+    """Put into each probe row its switch, at the code columns under which its expert is on in the row's group."""
+    group = torch.arange(probes.rows, device=w1.device) % probes.live_groups
+    on = code_groups(plan, seed, w1.device)[experts].unsqueeze(1) == group.unsqueeze(1)
+    rows = places.probe_rows.clone()
+    rows[: probes.first_up_row] += plan.intermediate_size
+    w1[:, rows.unsqueeze(1), places.codes] = (on * made.switch.unsqueeze(2)).bfloat16()
+
+
+def _groups(probes: ProbePlan, device: torch.device) -> Tensor:
+    return torch.arange(probes.columns, device=device) % probes.live_groups
+
+
+def hidden_states(plan: ExactPlan, seed: int, keys: Tensor, ids: Tensor) -> Tensor:
+    """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`) with experts `ids` [n, k]: bf16 [n, H]."""
     hidden = torch.empty(keys.numel(), plan.hidden_size, dtype=torch.bfloat16, device=keys.device)
+    places = places_of(plan, keys.device)
     step = rows_at_a_time(_CHUNK_ELEMENTS, plan.hidden_size, keys.device)
     for start in range(0, keys.numel(), step):
         part = keys[start : start + step]
         bits = byte_columns(seed, "hidden", part, plan.hidden_size, keys.device).to(torch.int16)
-        hidden[start : start + step] = ((bits * 3) >> 8) - 1
-        hidden[start : start + step, 1 : 1 + plan.gate_columns] = (bits[:, 1 : 1 + plan.gate_columns] & 1).bfloat16()
+        rows = hidden[start : start + step]
+        rows.copy_(((bits * 3) >> 8) - 1)
+        rows[:, places.wide] = _wide_values(plan, seed, part)
+        if plan.block_scaled:
+            rows[:, places.zeros] = 0
+        if plan.probes is not None:
+            rows[:, places.codes] = 0
+            column = code_columns(plan, seed, part, ids[start : start + step])
+            code = torch.cat([places.codes, places.codes.new_zeros(1)])[column]
+            rows.scatter_(1, code.unsqueeze(1), 1.0)
     hidden[:, 0] = 1.0
-    if plan.guard_columns:
-        hidden[:, BLOCK - 1 :: BLOCK] = plan.guard_column
     return hidden
 
 
+def _wide_values(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
+    """Return the wide columns [n, Wc]: a mantissa times 2**0 to 2**4, odd or even by the numbers of row and block."""
+    wide, count = plan.points.wide, plan.wide_columns
+    bits = byte_columns(seed, "wide", keys, 2 * count, keys.device).long()
+    odd = (keys.unsqueeze(1) + torch.arange(count, device=keys.device)) & 1
+    power = odd + 2 * ((bits[:, :count] * (3 - odd)) >> 8)
+    return _wide_table(plan, keys.device)[((bits[:, count:] * len(wide)) >> 8) * WIDE_POWERS + power]
+
+
+@lru_cache(maxsize=8)
+def _wide_table(plan: ExactPlan, device: torch.device) -> Tensor:
+    values = [mantissa / 128 * 2**power for mantissa in plan.points.wide for power in range(WIDE_POWERS)]
+    return torch.tensor(values, dtype=torch.bfloat16, device=device)
+
+
 def routing_weights(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
-    """Return the weights of the tokens numbered `keys` int64 [n]: float32 [n, k], powers of two of at most 1."""
+    """Return the weights of the tokens numbered `keys` int64 [n]: float32 [n, k], 1 or 1/2, or all of them 1.
+
+    The first two of a token differ, and so do the first ones of neighbouring tokens.
+    """
     if plan.weight_ratio == 1:
         return torch.ones(keys.numel(), plan.topk, device=keys.device)
     bits = byte_columns(seed, "weights", keys, plan.topk, keys.device) & 1
+    bits[:, 0] = keys & 1
+    bits[:, 1:2] = 1 - bits[:, :1]
     return 1.0 - 0.5 * bits
-
-
-class _Grid(NamedTuple):
-    """An expert's rows, the entries of each, and the places that they are spread over."""
-
-    rows: int
-    entries: int
-    places: int
-
-
-class _Walk(NamedTuple):
-    """How a grid's rows go through its places, pass after pass; `sharing` experts in a sequence walk on together.
-
-    A pass is a run of rows that is long enough for all places. turns int64 [sharing, rows] are the passes of rows,
-    steps int64 [sharing, entries, rows] say where in them an entry comes.
-    """
-
-    sharing: int
-    num_turns: int
-    turns: Tensor
-    steps: Tensor
-
-    def of(self, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the turns and steps of `experts` int64 [e], instead of those of a sequence of experts."""
-        if self.sharing == 1:
-            return self.turns.expand(len(experts), -1), self.steps
-        place = experts % self.sharing
-        return self.turns[place], self.steps[place]
-
-
-@lru_cache(maxsize=32)
-def _walk(grid: _Grid, device: torch.device) -> _Walk:
-    pass_rows = -(-grid.places // grid.entries)
-    sharing = -(-pass_rows // grid.rows)
-    rows = torch.arange(sharing * grid.rows, device=device).view(sharing, 1, grid.rows)
-    turns = rows.div(pass_rows, rounding_mode="floor")
-    steps = (rows - turns * pass_rows) * grid.entries + torch.arange(grid.entries, device=device).unsqueeze(1)
-    return _Walk(sharing, -(-sharing * grid.rows // pass_rows), turns.squeeze(1), steps)
-
-
-def _spread(seed: int, experts: Tensor, grids: Mapping[str, _Grid]) -> list[Tensor]:
-    """Return the place of each entry, int32 [e, entries, rows] for each grid: distinct in a row, all in every pass.
-
-    In a pass row * entries + entry goes through one keyed affine bijection of the places.
-    """
-    walks = [_walk(grid, experts.device) for grid in grids.values()]
-    groups = torch.stack([experts.div(walk.sharing, rounding_mode="floor") for walk in walks])
-    streams = [f"spread/{name}" for name in grids]
-    words = words_of_streams(seed, streams, groups, 2 * max(walk.num_turns for walk in walks)).long() & 0xFFFF_FFFF
-    each = zip(grids.values(), walks, words.unbind(0), strict=True)
-    return [_places(experts, grid, walk, keys) for grid, walk, keys in each]
-
-
-def _places(experts: Tensor, grid: _Grid, walk: _Walk, keys: Tensor) -> Tensor:
-    """Return the places int32 [e, entries, rows] by keys int64 [e, 2 * num_turns or more], of 32 bits."""
-    turns, steps = walk.of(experts)
-    units = _units(grid.places, experts.device)
-    factors = units[keys[:, : walk.num_turns] % units.numel()].gather(1, turns)
-    offsets = (keys[:, walk.num_turns : 2 * walk.num_turns] % grid.places).gather(1, turns)
-    places = steps * factors.unsqueeze(1)
-    places += offsets.unsqueeze(1)
-    return places.remainder_(grid.places).to(torch.int32)
-
-
-@lru_cache(maxsize=32)
-def _units(modulus: int, device: torch.device) -> Tensor:
-    """Numbers that have no divisor in common with `modulus`: multiplying by one of them permutes the residues."""
-    return torch.tensor([unit for unit in range(1, modulus + 1) if math.gcd(unit, modulus) == 1], device=device)
-
-
-def _bit_of_entry(bits: Tensor, entries: int) -> Tensor:
-    """Return bit j of each row's bits [e, 1, r] for entry j: [e, entries, r]."""
-    entry = torch.arange(entries, dtype=bits.dtype, device=bits.device).view(-1, 1)
-    return (bits >> entry) & 1
-
-
-def _skip_guards(places: Tensor, *, skip: bool) -> Tensor:
-    """Renumber places that were counted without the last of each 128."""
-    return places + places.div(BLOCK - 1, rounding_mode="floor") if skip else places
 
 
 def _put(weights: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
@@ -209,4 +252,4 @@ def _put(weights: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None
     count, height, width = weights.shape
     first = torch.arange(count, device=weights.device).view(-1, 1, 1) * height
     index = (first + rows) * width + columns
-    weights.view(-1).index_copy_(0, index.flatten(), values.flatten().to(weights.dtype))
+    weights.view(-1).index_copy_(0, index.flatten(), values.expand_as(index).flatten().to(weights.dtype))

@@ -11,9 +11,10 @@ from distbench.architectures import Fp8Format
 from distbench.workload import exact, gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
+from distbench.workload.blind_spots import blind_spots
 from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
-from distbench.workload.oracle import expert_rows, reference_rows
-from distbench.workload.plan import ExactPlan, plan_exact
+from distbench.workload.oracle import expert_rows, reference_rows, returned_rows
+from distbench.workload.plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import route, token_keys
 
@@ -23,8 +24,8 @@ DispatchDtype = Literal["bf16", "fp8"]
 class Numerics(Protocol):
     """Where values come from: exact or gaussian. `keys` int64 [n] number tokens (`token_keys`), `experts` int64 [e]."""
 
-    def hidden_states(self, keys: Tensor) -> Tensor:
-        """Return bf16 [n, H]."""
+    def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
+        """Return bf16 [n, H] for tokens that go to experts `ids` [n, k]."""
 
     def routing_weights(self, keys: Tensor) -> Tensor:
         """Return float32 [n, k]."""
@@ -34,6 +35,9 @@ class Numerics(Protocol):
 
     def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor | None:
         """Return the one right result, bf16 [n, H], of the batch's experts in `experts`; None where bits may vary."""
+
+    def returned_rows(self, rows: Tensor) -> Tensor:
+        """Return expert rows [m, H] as combine adds them: as they arrive after the way back, where that is known."""
 
     def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
         """Return the same within rounding: float32 [n, H]."""
@@ -65,6 +69,11 @@ class Workload:
         self._quantised = dispatch_dtype == "fp8"
 
     @property
+    def blind_spots(self) -> list[str]:
+        """What these inputs cannot see, a sentence each; nothing for other than exact ones."""
+        return blind_spots(self.numerics.plan) if isinstance(self.numerics, ExactNumerics) else []
+
+    @property
     def experts_per_rank(self) -> int:
         """Local experts El; rank r holds [r * El, (r + 1) * El)."""
         return self.group.experts_per_rank
@@ -83,11 +92,11 @@ class Workload:
     def token_rows(self, source_ranks: Tensor, source_tokens: Tensor) -> TokenBatch:
         """Return any ranks' tokens as they must arrive: int64 [m] each, a row for each pair."""
         ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
-        keys = token_keys(ranks, tokens)
-        hidden, scales = self.numerics.hidden_states(keys), None
+        keys, ids = token_keys(ranks, tokens), self._route(ranks, tokens)
+        hidden, scales = self.numerics.hidden_states(keys, ids), None
         if self._quantised:
             hidden, scales = quantize_fp8_blocks(hidden, self.fp8)
-        return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), self._route(ranks, tokens))
+        return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
 
     def local_weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return w1 bf16 [El, 2I, H], gate rows before up rows, and w2 bf16 [El, H, I] of the experts of `rank`."""
@@ -96,7 +105,12 @@ class Workload:
 
     def expected(self, batch: TokenBatch) -> Tensor | None:
         """Return what combine must give for `batch`, bit for bit: bf16 [n, H]; None where bits may vary."""
-        return self.numerics.expert_rows(batch, range(self.group.num_experts))
+        total = self.numerics.expert_rows(batch, range(self.group.num_experts))
+        return None if total is None else self.numerics.returned_rows(total)
+
+    def returned_rows(self, rows: Tensor) -> Tensor:
+        """Return expert rows [m, H] as combine adds them: where inputs are exact, as they arrive after the way back."""
+        return self.numerics.returned_rows(rows)
 
     def expected_rows(self, rank: int, batch: TokenBatch) -> Tensor | None:
         """Return what the experts of `rank` must make of received rows: bf16 [m, H]; None where bits may vary."""
@@ -125,9 +139,9 @@ class ExactNumerics(NamedTuple):
     plan: ExactPlan
     seed: int
 
-    def hidden_states(self, keys: Tensor) -> Tensor:
+    def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
         """See `Numerics.hidden_states`."""
-        return exact.hidden_states(self.plan, self.seed, keys)
+        return exact.hidden_states(self.plan, self.seed, keys, ids)
 
     def routing_weights(self, keys: Tensor) -> Tensor:
         """See `Numerics.routing_weights`."""
@@ -141,9 +155,13 @@ class ExactNumerics(NamedTuple):
         """See `Numerics.expert_rows`."""
         return expert_rows(self.plan, self.seed, batch, experts)
 
+    def returned_rows(self, rows: Tensor) -> Tensor:
+        """See `Numerics.returned_rows`."""
+        return returned_rows(self.plan, rows)
+
     def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
         """See `Numerics.reference_rows`."""
-        return self.expert_rows(batch, experts).float()
+        return self.returned_rows(self.expert_rows(batch, experts)).float()
 
 
 class GaussianNumerics(NamedTuple):
@@ -154,8 +172,9 @@ class GaussianNumerics(NamedTuple):
     topk: int
     seed: int
 
-    def hidden_states(self, keys: Tensor) -> Tensor:
-        """See `Numerics.hidden_states`."""
+    def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
+        """See `Numerics.hidden_states`; the experts do not matter."""
+        del ids
         return gaussian.hidden_states(self.seed, keys, self.hidden_size)
 
     def routing_weights(self, keys: Tensor) -> Tensor:
@@ -168,6 +187,10 @@ class GaussianNumerics(NamedTuple):
 
     def expert_rows(self, batch: TokenBatch, experts: range) -> None:
         """See `Numerics.expert_rows`."""
+
+    def returned_rows(self, rows: Tensor) -> Tensor:
+        """See `Numerics.returned_rows`; what a quantised way back makes of them is not known to a bit."""
+        return rows
 
     def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
         """See `Numerics.reference_rows`."""
@@ -188,9 +211,10 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     dispatch_dtype: DispatchDtype,
     fp8_format: Fp8Format = "e4m3fn",
     combine_quant: str = "none",
+    intermediate: Intermediate = "bf16",
     device: Device,
 ) -> Workload:
-    """Return the inputs that a case describes.
+    """Return the inputs that a case describes; `intermediate` is what its experts store between their products.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
@@ -201,7 +225,8 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     check_routing(chosen, group)
     source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed)
     if numerics == "exact":
-        plan = plan_exact(hidden_size, intermediate_size, topk, dispatch_dtype, num_experts, combine_quant, fp8_format)
+        sizes = hidden_size, intermediate_size, topk
+        plan = plan_exact(*sizes, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate)
         source = ExactNumerics(plan, seed)
     return Workload(
         source,

@@ -11,9 +11,13 @@ from torch.nn import functional
 from distbench.errors import DistbenchError
 from distbench.workload import gaussian
 from distbench.workload.batch import TokenBatch
-from distbench.workload.exact import Patterns, expert_patterns
+from distbench.workload.codes import code_groups
+from distbench.workload.exact import Patterns, sum_patterns
+from distbench.workload.places import Places, places_of
 from distbench.workload.plan import ExactPlan
-from distbench.workload.quantize import dequantize
+from distbench.workload.probe_plan import ProbePlan
+from distbench.workload.probes import FIRST_WIDE, WIDE_VALUES, GroupedProbes, grouped_probes, row_values
+from distbench.workload.quantize import dequantize, fp8_dtype, saturated
 from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_BYTES = 8 << 20
@@ -23,22 +27,29 @@ _BLOCK_BYTES = 64 << 20
 _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Tiles(NamedTuple):
-    """Routes by expert, T of the same one side by side: experts [t], tokens [t, T], units float32 [t, T].
+class _Routes(NamedTuple):
+    """Routes by expert: experts [r], tokens [r], weights float32 [r]."""
 
-    A route's units are its weight over the smallest weight. An expert's first lanes may have no route: token n, one
-    past the last.
+    experts: Tensor
+    tokens: Tensor
+    weights: Tensor
+
+
+class _Tiles(NamedTuple):
+    """Routes by expert, T of the same one side by side: experts [t], tokens [t, T], weights float32 [t, T].
+
+    An expert's first lanes may have no route: token n, one past the last.
     """
 
     experts: Tensor
     tokens: Tensor
-    units: Tensor
+    weights: Tensor
 
 
 def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -> Tensor:
     """Return the weighted sum of those of each row's experts that are in `experts`: bf16 [m, H].
 
-    Sums are whole numbers, as float32 holds them; zeros are +0.0.
+    Sums are whole numbers, as float32 holds them; a probe is one expert's value, rounded to bf16; zeros are +0.0.
 
     Raises:
         DistbenchError: a sum exceeds what bf16, or fp8 in combine, holds exactly, so the batch is not one of the plan.
@@ -46,19 +57,40 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
     """
     hidden = dequantize(batch.hidden, batch.scales)
     output = torch.empty(hidden.shape, dtype=torch.bfloat16, device=hidden.device)
+    places = places_of(plan, hidden.device)
     step = rows_at_a_time(_BLOCK_BYTES, plan.hidden_size * 8, hidden.device)
     for start in range(0, hidden.shape[0], step):
         part = slice(start, start + step)
         ids = batch.ids[part].long()
         wanted = torch.where((ids >= experts.start) & (ids < experts.stop), ids, -1)
-        tiles = _tile(wanted, batch.weights[part] * plan.weight_ratio, plan.num_experts)
-        total = _sum_units(plan, seed, hidden[part].to(torch.int8), tiles)
-        most = float(total.abs().max())
+        routes, tiles = _routes(wanted, batch.weights[part], plan.num_experts)
+        signed = _signed(hidden[part])
+        total = _sum_units(plan, seed, signed, tiles)
+        most = float(total.abs().max()) if total.numel() else 0.0
         if not most <= plan.max_units:
             message = f"oracle: a sum of {most:g} units, allowed are {plan.max_units}; the batch is not one of the plan"
             raise DistbenchError(message)
-        output[part] = total.mul_(plan.unit)
+        parts = [total.mul_(plan.unit).bfloat16()]
+        if plan.probes is not None:
+            wide = _wide_bits(hidden[part], places)
+            code = _code_of(hidden[part], places)
+            parts.append(_probe_sums(plan, plan.probes, seed, _Rows(signed, wide, code), routes).bfloat16())
+        if plan.guard_sums:
+            parts.append(total.new_zeros(total.shape[0], 1, dtype=torch.bfloat16))
+        output[part] = torch.cat(parts, dim=1).index_select(1, places.output)
     return output
+
+
+def returned_rows(plan: ExactPlan, rows: Tensor) -> Tensor:
+    """Return expert rows [m, H] as they arrive after the way back: in the case's combine_quant, scaled or not.
+
+    A block is scaled by a power of two, if at all, and nothing in it is so small that this changes its rounding; what
+    is above the largest number of e4m3 is that number times the scale.
+    """
+    if plan.combine == "none":
+        return rows
+    small = saturated(rows.float(), fp8_dtype(plan.fp8_format)).to(rows.dtype)
+    return torch.where(rows.abs() > plan.largest_fp8, rows, small)
 
 
 def reference_rows(intermediate_size: int, seed: int, batch: TokenBatch, experts: range) -> Tensor:
@@ -83,8 +115,8 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([rows @ part.double().t() for part in torch.split(weight, step)], dim=1)
 
 
-def _tile(experts: Tensor, units: Tensor, num_experts: int) -> _Tiles:
-    """Put the routes of experts int64 [m, k] (-1: none) into as wide tiles as an average expert fills."""
+def _routes(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[_Routes, _Tiles]:
+    """Return the routes of experts int64 [m, k] (-1: none), also in as wide tiles as an average expert fills."""
     rows, topk = experts.shape
     flat = experts.flatten()
     counts = torch.bincount(flat + 1, minlength=num_experts + 1)
@@ -97,37 +129,46 @@ def _tile(experts: Tensor, units: Tensor, num_experts: int) -> _Tiles:
     place = torch.arange(len(routes), device=flat.device) + vacant.cumsum(0).repeat_interleave(counts)
     tile_experts = torch.arange(num_experts, device=flat.device).repeat_interleave(num_tiles)
     tokens = torch.full((len(tile_experts), 1 << shift), rows, device=flat.device)
-    tokens.view(-1).scatter_(0, place, routes.div(topk, rounding_mode="floor"))
-    lanes = units.new_zeros(tokens.shape)
-    lanes.view(-1).scatter_(0, place, units.flatten().index_select(0, routes))
-    return _Tiles(tile_experts, tokens, lanes)
+    sources = routes.div(topk, rounding_mode="floor")
+    tokens.view(-1).scatter_(0, place, sources)
+    shares = weights.flatten().index_select(0, routes)
+    lanes = weights.new_zeros(tokens.shape)
+    lanes.view(-1).scatter_(0, place, shares)
+    return _Routes(flat.index_select(0, routes), sources, shares), _Tiles(tile_experts, tokens, lanes)
 
 
-def _sum_units(plan: ExactPlan, seed: int, hidden: Tensor, tiles: _Tiles) -> Tensor:
-    """Return whole multiples of the plan's unit, float32 [m, H], from hidden int8 [m, H]."""
-    signed = torch.cat([hidden, -hidden], dim=1)
-    signed = torch.cat([signed, signed.new_zeros(1, signed.shape[1])])
-    total = torch.zeros(signed.shape[0], plan.hidden_size, device=hidden.device)
-    entries = plan.up_entries * plan.live_rows + plan.down_entries * plan.hidden_size
+def _signed(hidden: Tensor) -> Tensor:
+    """Return hidden float32 [m, H] as int8 [m + 1, 2H + 1]: each column, each negated, and a zero; a last row of zeros.
+
+    Wide columns do not fit, and are read by nobody.
+    """
+    whole = hidden.to(torch.int8)
+    signed = torch.cat([whole, -whole, whole.new_zeros(whole.shape[0], 1)], dim=1)
+    return torch.cat([signed, signed.new_zeros(1, signed.shape[1])])
+
+
+def _sum_units(plan: ExactPlan, seed: int, signed: Tensor, tiles: _Tiles) -> Tensor:
+    """Return the sum columns as whole multiples of the plan's unit, float32 [m, columns]."""
+    total = torch.zeros(signed.shape[0], plan.sum_columns, device=signed.device)
+    entries = plan.up_entries * plan.sum_rows + plan.down_entries * plan.sum_columns
     width = tiles.tokens.shape[1]
-    step = rows_at_a_time(_CHUNK_BYTES, entries * (width + 16), hidden.device)
+    step = rows_at_a_time(_CHUNK_BYTES, entries * (width + 16), signed.device)
     for start in range(0, len(tiles.experts), step):
         chunk = _Tiles(*(part[start : start + step] for part in tiles))
         routed = signed.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, -1)
-        result = _tile_outputs(routed.transpose(1, 2).contiguous(), expert_patterns(plan, seed, chunk.experts))
-        rows = result.transpose(1, 2).reshape(-1, plan.hidden_size) * chunk.units.view(-1, 1)
+        result = _tile_outputs(routed.transpose(1, 2).contiguous(), sum_patterns(plan, seed, chunk.experts))
+        units = chunk.weights.view(-1, 1) * plan.weight_ratio
+        rows = result.transpose(1, 2).reshape(-1, plan.sum_columns) * units
         total.index_add_(0, chunk.tokens.flatten(), rows)
     return total[:-1]
 
 
 def _tile_outputs(signed: Tensor, patterns: Patterns) -> Tensor:
-    """Return what each route's expert makes of its token, in gate steps: int8 [t, H, T].
+    """Return what each route's expert makes of its token, in gate steps: int8 [t, columns, T].
 
-    signed int8 [t, 2H, T] holds each hidden column, then each negated, as the entries' numbers want them.
+    signed int8 [t, 2H + 1, T] holds each hidden column, then each negated, as the entries' numbers want them.
     """
-    first = _pick(signed, patterns.first)
-    gate = first[:, 0] + signed[:, :1]
-    activation = first[:, 1:].sum(1, dtype=torch.int8) * gate
+    activation = _pick(signed, patterns.up).sum(1, dtype=torch.int8)
     both = torch.cat([activation, -activation], dim=1)
     return _pick(both, patterns.down).sum(1, dtype=torch.int8)
 
@@ -139,3 +180,56 @@ def _pick(values: Tensor, entries: Tensor) -> Tensor:
     index = entries.flatten(1) + first.unsqueeze(1)
     picked = values.view(_LANES[width]).flatten().index_select(0, index.flatten())
     return picked.view(torch.int8).view(*entries.shape, width)
+
+
+class _Rows(NamedTuple):
+    """Rows of tokens: signed int8 [m + 1, 2H + 1], wide int64 [m, Wc + 1], code int64 [m]."""
+
+    signed: Tensor
+    wide: Tensor
+    code: Tensor
+
+
+def _wide_bits(hidden: Tensor, places: Places) -> Tensor:
+    """Return the number of each wide column's value among bf16 numbers from 1, int64 [m, Wc + 1]; a zero at the end."""
+    bits = hidden.index_select(1, places.wide).bfloat16().view(torch.int16).long() - FIRST_WIDE
+    return functional.pad(bits.clamp_(0, WIDE_VALUES - 1), (0, 1))
+
+
+def _code_of(hidden: Tensor, places: Places) -> Tensor:
+    """Return which code column of each token is 1, int64 [m], and their number for none."""
+    found = hidden.index_select(1, places.codes).max(1)
+    return torch.where(found.values > 0, found.indices, len(places.codes))
+
+
+def _probe_sums(plan: ExactPlan, probes: ProbePlan, seed: int, rows: _Rows, routes: _Routes) -> Tensor:
+    """Return the probe columns group by group, float32 [m, C]: for each route those of the group it is on in."""
+    groups, slots = probes.live_groups, probes.column_slots
+    count = rows.code.shape[0]
+    total = torch.zeros(count * groups, slots, device=rows.code.device)
+    table = functional.pad(code_groups(plan, seed, rows.code.device), (0, 1), value=probes.code.groups)
+    group = table[routes.experts, rows.code.index_select(0, routes.tokens)]
+    on = (group < groups).nonzero().flatten()
+    values = row_values(plan, rows.code.device)
+    entries = sum(plan.gate_entries) + 4
+    step = rows_at_a_time(_CHUNK_BYTES, entries * probes.row_slots * 16, rows.code.device)
+    for chunk in on.split(step):
+        experts, tokens, weights = (part.index_select(0, chunk) for part in routes)
+        where = group.index_select(0, chunk)
+        made = grouped_probes(plan, seed, experts, where)
+        outputs = _probe_outputs(plan, rows, tokens, made, values)
+        total.index_add_(0, tokens * groups + where, outputs * weights.unsqueeze(1))
+    return total.view(count, -1)
+
+
+def _probe_outputs(plan: ExactPlan, rows: _Rows, tokens: Tensor, made: GroupedProbes, values: Tensor) -> Tensor:
+    """Return what one group of an expert makes of each of tokens [r], float32 [r, D]."""
+    first = (tokens * rows.signed.shape[1]).to(torch.int32)
+    index = made.entries + first.view(-1, 1, 1)
+    read = rows.signed.flatten().index_select(0, index.flatten()).view(index.shape)
+    number = read.sum(1, dtype=torch.int32) + read[:, : plan.gate_entries[0]].sum(1, dtype=torch.int32)
+    first = (tokens * rows.wide.shape[1]).to(torch.int32)
+    wide = rows.wide.flatten().index_select(0, (made.wide + first.unsqueeze(1)).flatten())
+    place = made.first + number + wide.view(number.shape)
+    result = values.index_select(0, place.flatten()).view(place.shape)
+    return result.gather(1, made.read) * made.weight

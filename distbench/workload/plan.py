@@ -5,13 +5,18 @@ No tensor is made here, so a bad shape is refused before torch is loaded.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import Literal, NoReturn
 
 import msgspec
 
 from distbench.architectures import LARGEST_FP8, Fp8Format
 from distbench.errors import InvalidCase
+from distbench.workload.points import Points, points_for
+from distbench.workload.probe_plan import ProbePlan, plan_code, plan_probes
+
+Intermediate = Literal["bf16", "e4m3"]
+"""What a kernel stores between its two products; one that keeps float32 gives the bits of bf16."""
 
 # Columns of a block-scaled fp8 row that share one scale.
 BLOCK = 128
@@ -20,47 +25,64 @@ MAX_UNITS = 256
 MAX_FP8_UNITS = 16
 GATE_STEP = 32.0
 GUARD_GATE = 64.0
-_GATE_RATIO = 2
-_MIN_HIDDEN = 8
-_MAX_GATE_COLUMNS = 64
+# Output weights of a guard row and its twin: their sum is zero.
+GUARD_STEP = 0.125
+# Rows of each 128 that are guards, and the one that is always zero.
+GUARD_ROWS = (63, 127)
+ZERO_ROW = 95
+_KEPT_BYTES = 4 << 20
+_MIN_HIDDEN = 4
 _MAX_UP_ENTRIES = 4
 _MAX_DOWN_ENTRIES = 8
+_READS_OF_A_ROW = 4
+_SHARES_OF_PROBES = (1.0, 0.5, 0.25, 0.125, 0.0)
+# Whole numbers of eight bits are exact in bf16 in any sum: the odd part of a guard times routes and weights.
+_GUARD_PARTS = {448.0: 7, 240.0: 15}
 
 
 class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How many entries each row has: G gate columns, U entries of an up row, V of a w2 row.
+    """How many entries the rows of sums have, U of an up row and V of a w2 row, and how probes are laid out.
 
-    `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. `guard_columns` and
-    `guard_rows` say whether the last hidden column and the last intermediate row of each 128 are guards, which have
-    the mantissa of `largest_fp8`, the largest number of the device's e4m3.
+    `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. `block_scaled` says that
+    hidden states travel as fp8; `guard_rows` that each 128 intermediate rows hold two guards and a row of zeros, and
+    `guard_sums` is how many output columns read guards. `largest_fp8` is the largest number of the device's e4m3.
+    `combine` is the case's combine_quant.
     """
 
     hidden_size: int
     intermediate_size: int
     topk: int
     num_experts: int
-    gate_columns: int
     up_entries: int
     down_entries: int
     weight_ratio: int
-    guard_columns: bool
+    block_scaled: bool
     guard_rows: bool
+    guard_sums: int
     max_units: int
-    largest_fp8: float
+    fp8_format: Fp8Format
+    intermediate: Intermediate
+    combine: str
+    probes: ProbePlan | None
 
     @property
-    def guard_column(self) -> float:
-        """What a block's largest column has to be for its scale to be a power of two: 1.75 = 448 / 2**8, or 1.875."""
-        return math.ldexp(math.frexp(self.largest_fp8)[0], 1)
+    def largest_fp8(self) -> float:
+        """The largest number of the device's e4m3."""
+        return LARGEST_FP8[self.fp8_format]
 
     @property
     def guard_up(self) -> float:
-        """7 or 7.5: with GUARD_GATE it makes 448 or 480 of a guard row, above all else in its block, 256 at most."""
-        return 4 * self.guard_column
+        """7 or 7.5: with GUARD_GATE it makes 448 or 480 of a guard row, above all else in its block."""
+        return 7.0 if self.fp8_format == "e4m3fn" else 7.5
+
+    @property
+    def hot_up(self) -> float:
+        """What with a gate of 64 makes the largest number of the device's e4m3."""
+        return self.largest_fp8 / GUARD_GATE
 
     @property
     def unit(self) -> float:
-        """What all outputs are whole multiples of, `max_units` at most."""
+        """What all sums are whole multiples of, `max_units` at most."""
         return GATE_STEP * self.down_step / self.weight_ratio
 
     @property
@@ -69,20 +91,64 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         return 1.0 if self.max_units == MAX_UNITS else 0.25
 
     @property
-    def up_columns(self) -> int:
-        """Hidden columns that up rows may read: neither column 0, nor those of the gate, nor guards."""
-        guards = self.hidden_size // BLOCK if self.guard_columns else 0
-        return self.hidden_size - 1 - self.gate_columns - guards
+    def points(self) -> Points:
+        """The numbers that probes are made of."""
+        coarse = self.intermediate == "e4m3" or self.combine != "none"
+        return points_for(coarse=coarse, fp8=self.fp8_format if self.block_scaled else None)
 
     @property
-    def entries(self) -> int:
-        """Entries of one expert beside the gate's fixed ones."""
-        return self.live_rows * (1 + self.up_entries) + self.hidden_size * self.down_entries
+    def dead_columns(self) -> int:
+        """Hidden columns at the end of each 128 that no sum and no payload reads: a wide one, and in fp8 a zero."""
+        return 2 if self.block_scaled else 1
+
+    @property
+    def wide_columns(self) -> int:
+        """Wide columns: the last of each 128, and the last of all."""
+        return -(-self.hidden_size // BLOCK)
+
+    @property
+    def live_columns(self) -> int:
+        """Hidden columns that are neither wide nor zero."""
+        rest = self.hidden_size % BLOCK
+        return self.hidden_size // BLOCK * (BLOCK - self.dead_columns) + max(rest - 1, 0)
+
+    @property
+    def code_columns(self) -> int:
+        """The last of the live columns, one of which is 1 in a token."""
+        return self.probes.code.columns if self.probes else 0
+
+    @property
+    def payload_columns(self) -> int:
+        """Live columns that are no code columns; the first is always 1."""
+        return self.live_columns - self.code_columns
+
+    @property
+    def gate_entries(self) -> tuple[int, int]:
+        """Entries of 2 and of 1 in the payload of a gate row."""
+        doubled = min(self.points.doubled, self.payload_columns)
+        return doubled, min(self.points.single, self.payload_columns - doubled)
 
     @property
     def live_rows(self) -> int:
-        """Intermediate rows that are no guards."""
-        return self.intermediate_size - (self.intermediate_size // BLOCK if self.guard_rows else 0)
+        """Intermediate rows that are neither guards nor zero."""
+        return self.intermediate_size - (self.intermediate_size // BLOCK * 3 if self.guard_rows else 0)
+
+    @property
+    def sum_rows(self) -> int:
+        """Live intermediate rows that are no probes."""
+        return self.live_rows - (self.probes.rows if self.probes else 0)
+
+    @property
+    def sum_columns(self) -> int:
+        """Output columns that are neither probes nor those that read guards."""
+        return self.hidden_size - self.guard_sums - (self.probes.columns if self.probes else 0)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the entries of all experts take little enough memory to be kept."""
+        rows = self.probes.rows * sum(self.gate_entries) if self.probes else 0
+        entries = rows + self.sum_rows * self.up_entries + self.sum_columns * self.down_entries
+        return self.num_experts * entries * 4 <= _KEPT_BYTES
 
 
 def plan_exact(  # noqa: PLR0913 - a case's keys
@@ -93,8 +159,9 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
     num_experts: int,
     combine_quant: str = "none",
     fp8_format: Fp8Format = "e4m3fn",
+    intermediate: Intermediate = "bf16",
 ) -> ExactPlan:
-    """Choose as many entries as the exactness bound allows: both weights first, then U up to 4, then V up to 8.
+    """Choose as much as the bounds allow: both weights first, then probes, then U up to 4, then V.
 
     With fp8 on the way back, sums stay within what fp8 holds, so that neither a cast nor a scaled block rounds any.
 
@@ -104,55 +171,93 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
     """
     fp8 = dispatch_dtype == "fp8"
     if hidden_size < _MIN_HIDDEN:
-        _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed for 1, the gate and the rest")
+        _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed for 1, a code and the rest")
     if fp8 and hidden_size % BLOCK:
         _refuse(f"hidden_size = {hidden_size}: fp8 dispatch scales blocks of {BLOCK} columns, use a multiple of them")
     if combine_quant.startswith("fp4"):
         _refuse(f"combine_quant = {combine_quant}: its scales are sixths of each block's maximum, which rounds")
-    max_units = MAX_UNITS if combine_quant == "none" else MAX_FP8_UNITS
-    guard_rows = fp8 and intermediate_size % BLOCK == 0
-    live_rows = intermediate_size - (intermediate_size // BLOCK if guard_rows else 0)
-    plans = [
-        ExactPlan(
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            topk=topk,
-            num_experts=num_experts,
-            gate_columns=min(_MAX_GATE_COLUMNS, hidden_size // 4, live_rows),
-            up_entries=up_entries,
-            down_entries=min(_MAX_DOWN_ENTRIES, _entry_budget(max_units, topk, weight_ratio) // up_entries, live_rows),
-            weight_ratio=weight_ratio,
-            guard_columns=fp8,
-            guard_rows=guard_rows,
-            max_units=max_units,
-            largest_fp8=LARGEST_FP8[fp8_format],
-        )
-        for weight_ratio in (2, 1)
-        for up_entries in range(_MAX_UP_ENTRIES, 0, -1)
-        if up_entries <= _entry_budget(max_units, topk, weight_ratio)
-    ]
-    if not plans:
-        bound = max_units // _GATE_RATIO
-        _refuse(f"topk = {topk}: the sum of a token's experts stays within {max_units} units up to topk = {bound}")
-    return _first_covering(plans, num_experts)
+    plain = ExactPlan(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        topk=topk,
+        num_experts=num_experts,
+        up_entries=1,
+        down_entries=1,
+        weight_ratio=1,
+        block_scaled=fp8,
+        guard_rows=fp8 and intermediate_size % BLOCK == 0,
+        guard_sums=0,
+        max_units=MAX_UNITS if combine_quant == "none" else MAX_FP8_UNITS,
+        fp8_format=fp8_format,
+        intermediate=intermediate,
+        combine=combine_quant,
+        probes=None,
+    )
+    if not _budget(plain, 1):
+        bound = plain.max_units
+        _refuse(f"topk = {topk}: the sum of a token's experts stays within {bound} units up to topk = {bound}")
+    return _first_covering([*_plans(plain)])
 
 
-def _entry_budget(max_units: int, topk: int, weight_ratio: int) -> int:
-    return max_units // (topk * _GATE_RATIO * weight_ratio)
+def _budget(plan: ExactPlan, weight_ratio: int) -> int:
+    return plan.max_units // (plan.topk * weight_ratio)
 
 
-def _first_covering(plans: list[ExactPlan], num_experts: int) -> ExactPlan:
-    hidden, inter = plans[0].hidden_size, plans[0].intermediate_size
-    reading = [plan for plan in plans if hidden * plan.down_entries >= plan.live_rows]
+def _plans(plain: ExactPlan) -> Iterator[ExactPlan]:
+    """Yield plans within the bounds, the best first."""
+    for weight_ratio in (2, 1):
+        for share in _SHARES_OF_PROBES:
+            sums = _with_probes(msgspec.structs.replace(plain, weight_ratio=weight_ratio), share)
+            for up_entries in range(min(_MAX_UP_ENTRIES, sums.payload_columns), 0, -1):
+                down = min(_budget(plain, weight_ratio) // up_entries, _MAX_DOWN_ENTRIES, sums.sum_rows)
+                wanted = max(-(-_READS_OF_A_ROW * sums.sum_rows // max(sums.sum_columns, 1)), 2)
+                if down:
+                    yield msgspec.structs.replace(sums, up_entries=up_entries, down_entries=min(down, wanted))
+
+
+def _with_probes(plan: ExactPlan, share: float) -> ExactPlan:
+    """Return the plan with `share` of the probes that there is room for, and with sums of guards."""
+    probes = plan_probes(
+        plan_code(plan.num_experts, plan.topk, plan.hidden_size),
+        rows=_places(plan.intermediate_size),
+        columns=_places(plan.hidden_size),
+        wide_columns=plan.wide_columns,
+        hot=plan.combine == "fp8_blockwise",
+        share=share,
+    )
+    plan = msgspec.structs.replace(plan, probes=probes)
+    blocks = plan.intermediate_size // BLOCK if plan.guard_rows else 0
+    fits = _GUARD_PARTS[plan.largest_fp8] * plan.weight_ratio * plan.topk <= MAX_UNITS
+    return msgspec.structs.replace(plan, guard_sums=min(blocks, plan.sum_columns // 4) if fits else 0)
+
+
+def _places(size: int) -> int:
+    """Return how many of 0 to size - 1 are 1 or 2 mod 4: where probes may be, so that tiles begin and end with sums."""
+    return size // 4 * 2 + max(min(size % 4 - 1, 2), 0)
+
+
+def _first_covering(plans: list[ExactPlan]) -> ExactPlan:
+    hidden, inter, experts = plans[0].hidden_size, plans[0].intermediate_size, plans[0].num_experts
+    reading = [plan for plan in plans if plan.sum_columns * plan.down_entries >= plan.sum_rows]
     if not reading:
-        most = max(hidden * plan.down_entries for plan in plans)
-        _refuse(f"intermediate_size = {inter}: {hidden} w2 rows read {most} intermediate rows of {plans[0].live_rows}")
-    covering = [plan for plan in reading if num_experts * plan.live_rows * plan.up_entries >= plan.up_columns]
+        most = max(plan.sum_columns * plan.down_entries for plan in plans)
+        _refuse(f"intermediate_size = {inter}: {hidden} w2 rows read {most} intermediate rows of {plans[-1].live_rows}")
+    covering = [plan for plan in reading if experts * max(up_reads(plan), gate_reads(plan)) >= plan.payload_columns]
     if not covering:
-        most = max(num_experts * plan.live_rows * plan.up_entries for plan in reading)
-        wanted = plans[0].up_columns
-        _refuse(f"intermediate_size = {inter}: {num_experts} experts read {most} hidden columns of {wanted}")
+        most = max(experts * max(up_reads(plan), gate_reads(plan)) for plan in reading)
+        wanted = reading[0].payload_columns
+        _refuse(f"intermediate_size = {inter}: {experts} experts read {most} hidden columns of {wanted}")
     return covering[0]
+
+
+def up_reads(plan: ExactPlan) -> int:
+    """Return how many entries the up rows of sums of one expert have."""
+    return plan.sum_rows * plan.up_entries
+
+
+def gate_reads(plan: ExactPlan) -> int:
+    """Return how many payload entries the gates of one expert have."""
+    return plan.probes.gate_rows * sum(plan.gate_entries) if plan.probes else 0
 
 
 def _refuse(reason: str) -> NoReturn:

@@ -108,7 +108,7 @@ class Fp8Blockwise:
     def add(self, total: Tensor, packed: Tensor) -> Tensor:
         """See `Codec.add`: one rounding for product and sum, or a plain sum where nothing was scaled."""
         payload = self._payload(self._columns)
-        scales = packed[:, payload:].contiguous().view(torch.float32)
+        scales = packed[:, payload:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         values = self._blocked(self._decode(packed[:, :payload].contiguous()))
         wide = (values.double() * scales.abs().double().unsqueeze(2)).flatten(1)[:, : self._columns]
         plain = values.flatten(1)[:, : self._columns]

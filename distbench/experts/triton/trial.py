@@ -58,6 +58,7 @@ def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> Layer:
         routing="uniform",
         tokens_per_rank=(0,) * (shape.num_experts // shape.num_local_experts),
         dispatch_dtype=shape.quant,
+        intermediate="e4m3" if shape.quant == "fp8" else "bf16",
         device=device,
     )
     mask = (torch.arange(shape.num_experts, device=device) < shape.num_local_experts).int()

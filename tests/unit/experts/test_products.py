@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distbench.experts.products import Weights, _largest, blocked_product
+from distbench.experts.products import Weights, _step, blocked_product
 
 EXPERTS, ROWS, COLUMNS, OUT = 3, 5, 96, 7
 
@@ -42,6 +42,7 @@ def in_float64(rows: Tensor, weights: Tensor, tile_k: int, splits: int) -> Tenso
     return total
 
 
+@settings(deadline=None)
 @given(
     seed=st.integers(0, 1 << 30),
     kind=st.sampled_from(["gaussian", "dense", "sparse"]),
@@ -83,25 +84,49 @@ def test_sparse_weights_may_have_any_number_of_columns_and_rows_of_zeros(dtype: 
 
 
 @pytest.mark.parametrize(
-    ("values", "largest"),
+    ("values", "step"),
     [
-        ([0.25, -3.0], 3.0),
-        ([-0.0], 0.0),
-        ([0.125, 1.0], math.inf),
-        ([1e-40, 1.0], math.inf),
-        ([math.nan, 1.0], math.inf),
-        ([math.inf, 1.0], math.inf),
-        ([], math.inf),
+        ([0.25, -3.0], 0.25),
+        ([0.0, 48.0, 80.0], 16.0),
+        ([13 / 32, 2.0], 2.0**-5),
+        ([1e-40, 1.0], None),
+        ([math.nan, 1.0], None),
+        ([math.inf, 1.0], None),
     ],
 )
-def test_only_multiples_of_a_step_have_a_bound(values: list[float], largest: float) -> None:
-    assert _largest(torch.tensor(values)) == largest
+def test_the_step_of_values_is_the_largest_power_of_two_that_divides_them(
+    values: list[float], step: float | None
+) -> None:
+    assert _step(torch.tensor(values)) == step
 
 
 def test_sums_past_what_float32_holds_are_taken_in_float64() -> None:
     weights = torch.zeros(1, 1, 64)
     weights[0, 0, ::16] = 128.0
     held = Weights(weights.bfloat16())
-    most = 2.0**20 / 128 / 4
+    most = 2.0**24 / 4
     assert held.exact_product(torch.full((1, 1, 64), most), torch.arange(1)) is not None
-    assert held.exact_product(torch.full((1, 1, 64), most + 0.25), torch.arange(1)) is None
+    assert held.exact_product(torch.full((1, 1, 64), most + 1), torch.arange(1)) is None
+    assert held.exact_product(torch.full((1, 1, 64), most / 4 + 0.25), torch.arange(1)) is None
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 1 << 30))
+def test_rows_of_one_entry_are_exact_for_any_value_and_others_for_whole_steps(seed: int) -> None:
+    """As in an exact layer: some rows of weights read one column of any values, the others columns of whole ones."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(EXPERTS, ROWS, COLUMNS, generator=generator)
+    whole = torch.randperm(COLUMNS, generator=generator)[: COLUMNS // 2]
+    rows[:, :, whole] = torch.randint(-64, 65, (EXPERTS, ROWS, len(whole)), generator=generator) / 4
+    weights = torch.zeros(EXPERTS, OUT, COLUMNS)
+    weights[:, 0, whole[:9]] = torch.randint(-9, 10, (EXPERTS, 9), generator=generator) * 13 / 32
+    for row in range(1, OUT):
+        weights[:, row, torch.randint(COLUMNS, (), generator=generator)] = 1.25
+    held = Weights(weights.bfloat16())
+    expected = in_float64(rows, weights, 32, 2)
+    assert held.exact_product(rows, torch.arange(EXPERTS)) is not None
+    product = blocked_product(rows, held, torch.arange(EXPERTS), 32, 2)
+    assert torch.equal(product.contiguous().view(torch.int32), expected.view(torch.int32))
+    rows[0, 0, whole[0]] += 2.0**-9
+    weights[0, 0, whole[0]] = 1.0
+    assert Weights(weights.bfloat16()).exact_product(rows, torch.arange(EXPERTS)) is None

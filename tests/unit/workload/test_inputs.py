@@ -115,7 +115,7 @@ def test_the_exact_sample_is_the_oracle() -> None:
         ({"routing": "fan-in:4"}, "R is allowed from 0 to 3"),
         ({"routing": "sideways"}, "allowed are uniform"),
         ({"routing": "local", "topk": 5}, "topk = 5"),
-        ({"topk": 200, "num_experts": 256}, "topk = 200"),
+        ({"topk": 300, "num_experts": 512}, "topk = 300"),
         ({"hidden_size": 192, "dispatch_dtype": "fp8"}, "hidden_size = 192"),
     ],
 )

@@ -1,8 +1,9 @@
-"""The proof of exactness: any correct kernel gives the oracle's bits."""
+"""The proof of exactness: any correct kernel gives the oracle's bits, and any combine those of its tokens."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import os
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,104 +12,82 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from distbench.emulation.mori import codec, habits
 from distbench.errors import DistbenchError
 from distbench.models import PRESETS
 from distbench.workload import oracle as module
-from distbench.workload.batch import TokenBatch
-from distbench.workload.inputs import make_workload
+from distbench.workload.inputs import Workload, make_workload
 from distbench.workload.oracle import expert_rows
 from distbench.workload.plan import plan_exact
-from distbench.workload.quantize import dequantize, quantize_fp8_blocks
-from tests.unit.workload.shapes import SHAPES, same_bits, workload_of
+from distbench.workload.quantize import dequantize, fp8_dtype
+from tests.unit.workload.kernels import VARIANTS, Kernel, layer_of, run
+from tests.unit.workload.shapes import (
+    SHAPES,
+    plan_of_workload,
+    random_workload,
+    same_bits,
+    some_routes_nowhere,
+    workload_of,
+)
+
+SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 
 
-class Kernel(NamedTuple):
-    """A way to compute the layer: in how many parts a sum is split, what is rounded where, all in random order."""
-
-    splits: int
-    round_partials: bool
-    one_stage: bool
-    weight_in_stage_1: bool
-    atomic: bool
-    requantize: torch.dtype | None
-    order: torch.Generator
-
-    @staticmethod
-    def drawn(seed: int, *, requantize: torch.dtype | None) -> Kernel:
-        order = torch.Generator().manual_seed(seed)
-        splits = int(torch.randint(1, 9, (1,), generator=order))
-        rounded, one_stage, weighted, atomic, again = (torch.rand(5, generator=order) < 0.5).tolist()
-        return Kernel(splits, rounded, one_stage, weighted, atomic, requantize if again else None, order)
-
-    def layer(self, batch: TokenBatch, w1: Tensor, w2: Tensor, first: int = 0) -> Tensor:
-        hidden = dequantize(batch.hidden, batch.scales)
-        total = torch.zeros_like(hidden)
-        for route in torch.randperm(batch.ids.numel(), generator=self.order).tolist():
-            token, slot = divmod(route, batch.ids.shape[1])
-            expert = int(batch.ids[token, slot]) - first
-            if 0 <= expert < w1.shape[0]:
-                total[token] += self.expert(hidden[token], w1[expert], w2[expert], batch.weights[token, slot])
-                if self.atomic:
-                    total[token] = total[token].bfloat16().float()
-        return total.bfloat16()
-
-    def expert(self, hidden: Tensor, w1: Tensor, w2: Tensor, weight: Tensor) -> Tensor:
-        gate, up = self.product(hidden, w1.float()).chunk(2)
-        activation = functional.silu(gate) * up
-        if self.weight_in_stage_1:
-            activation = activation * weight
-        if not self.one_stage:
-            activation = activation.bfloat16().float()
-        if self.requantize is not None:
-            activation = dequantize(*quantize_fp8_blocks(activation.unsqueeze(0), self.requantize))[0]
-        result = self.product(activation, w2.float())
-        return result if self.weight_in_stage_1 else (result.bfloat16() * weight).bfloat16().float()
-
-    def product(self, row: Tensor, weight: Tensor) -> Tensor:
-        total = torch.zeros(weight.shape[0])
-        for columns in torch.randperm(row.numel(), generator=self.order).tensor_split(self.splits):
-            total += weight[:, columns] @ row[columns]
-            if self.round_partials:
-                total = total.bfloat16().float()
-        return total
+def check_all_variants(workload: Workload, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Hold the rows of every variant, and what a combine makes of them, against the oracle; count the variants."""
+    plan, group = plan_of_workload(workload), workload.group
+    batch = workload.tokens(seed % group.ep_size)
+    if seed % 3 == 0:
+        batch = some_routes_nowhere(batch, seed)
+    expected = workload.expected(batch)
+    shares = [workload.expected_rows(rank, batch) for rank in range(group.ep_size)]
+    layers = [layer_of(workload, range(rank, rank + 1), seed=seed) for rank in range(group.ep_size)]
+    monkeypatch.setattr(habits, "fp8_format", lambda: plan.fp8_format)
+    travel = codec.make_codec(plan.combine, torch.bfloat16, plan.hidden_size, external=True)
+    assert expected is not None
+    for name, kernel in VARIANTS.items():
+        total = torch.zeros(expected.shape)
+        for layer, share in zip(layers, shares, strict=True):
+            rows = run(kernel, layer, batch)
+            assert share is not None
+            assert same_bits(rows, share), (name, plan)
+            total = travel.add(total, travel.pack(rows))
+        assert same_bits(total.bfloat16(), expected), (name, plan)
+    return len(VARIANTS)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**62))
-def test_every_order_of_sums_gives_the_bits_of_the_oracle(name: str, seed: int) -> None:
-    workload = workload_of(name, seed, tokens=2)
-    batch = workload.tokens(1)
-    w1, w2 = (torch.cat(parts) for parts in zip(*(workload.local_weights(rank) for rank in range(2)), strict=True))
-    expected = workload.expected(batch)
-    kernel = Kernel.drawn(seed, requantize=workload.fp8 if name in ("tiny fp8", "tiny fnuz") else None)
-    assert expected is not None
-    assert same_bits(kernel.layer(batch, w1, w2), expected)
+def test_every_right_kernel_gives_the_bits_of_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_all_variants(workload_of(name, 5, tokens=4), 1, monkeypatch) >= 22
+
+
+@pytest.mark.parametrize("combine", ["none", "fp8_direct_cast", "fp8_blockwise"])
+@pytest.mark.parametrize("name", ["tiny", "tiny fp8", "tiny fnuz", "qwen3-30b-a3b/8"])
+def test_every_combine_and_an_intermediate_in_e4m3(name: str, combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    intermediate = "e4m3" if "f" in name[5:] and name.startswith("tiny") else "bf16"
+    workload = workload_of(name, 6, tokens=8, combine_quant=combine, intermediate=intermediate)
+    check_all_variants(workload, 2, monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(3000 if SOAK else 12))
+def test_random_shapes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_all_variants(random_workload(seed), seed, monkeypatch)
 
 
 def test_gaussian_inputs_would_tell_those_kernels_apart() -> None:
-    workload = make_workload(
-        numerics="gaussian",
-        hidden_size=256,
-        intermediate_size=128,
-        num_experts=8,
-        topk=4,
-        ep_size=1,
-        seed=0,
-        routing="uniform",
-        tokens_per_rank=(2,),
-        dispatch_dtype="bf16",
-        device="cpu",
-    )
-    made = [
-        Kernel.drawn(seed, requantize=None).layer(workload.tokens(0), *workload.local_weights(0)) for seed in (1, 2)
+    workload = workload_of("tiny", numerics="gaussian", tokens=2)
+    weights = [
+        torch.cat(part).float() for part in zip(*(workload.local_weights(rank) for rank in range(2)), strict=True)
     ]
-    assert not same_bits(*made)
+    layer = layer_of(workload_of("tiny"), range(2))._replace(w1=weights[0], w2=weights[1])
+    plain = run(VARIANTS["plain"], layer, workload.tokens(0))
+    for name in ("split-k", "gates in bf16", "one stage"):
+        assert not same_bits(plain, run(VARIANTS[name], layer, workload.tokens(0))), name
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "e4m3fn", "e4m3fnuz"])
-@pytest.mark.parametrize("seed", range(6))
-def test_full_size_qwen_expert(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], seed: int) -> None:
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_full_size_qwen_expert(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], variant: str) -> None:
     shape = PRESETS["qwen3-30b-a3b"]
     workload = make_workload(
         numerics="exact",
@@ -117,19 +96,36 @@ def test_full_size_qwen_expert(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], see
         num_experts=128,
         topk=8,
         ep_size=128,
-        seed=seed,
+        seed=9,
         routing="hot-rank:77",
-        tokens_per_rank=(2,) * 128,
+        tokens_per_rank=(24,) * 128,
         dispatch_dtype="bf16" if dtype == "bf16" else "fp8",
         fp8_format="e4m3fn" if dtype == "bf16" else dtype,
+        intermediate="bf16" if dtype == "bf16" else "e4m3",
         device="cpu",
     )
     batch = workload.tokens(3)
     expected = workload.expected_rows(77, batch)
     assert expected is not None
     assert bool(expected.any(1).all())
-    kernel = Kernel.drawn(seed, requantize=None if dtype == "bf16" else workload.fp8)
-    assert same_bits(kernel.layer(batch, *workload.local_weights(77), first=77), expected)
+    assert same_bits(run(VARIANTS[variant], layer_of(workload, range(77, 78)), batch), expected)
+
+
+def in_float64(workload: Workload, batch: Any) -> Tensor:
+    """Return the layer in float64: the intermediate rounded as it is stored, and the sum once."""
+    plan = plan_of_workload(workload)
+    wide = dequantize(batch.hidden, batch.scales).double()
+    total = torch.zeros_like(wide)
+    for expert in range(workload.group.num_experts):
+        w1, w2 = (part[0].double() for part in workload.numerics.dense_weights(torch.tensor([expert])))
+        gate, up = (wide @ w1.t()).chunk(2, dim=1)
+        stored = (functional.silu(gate) * up).bfloat16()
+        if plan.intermediate == "e4m3":
+            within = stored.abs() <= 64  # guards are larger, and exact
+            stored = torch.where(within, stored.float().to(fp8_dtype(plan.fp8_format)).bfloat16(), stored)
+        share = ((batch.ids == expert) * batch.weights).sum(1, keepdim=True)
+        total += stored.double() @ w2.t() * share
+    return (total + 0.0).bfloat16()
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -137,21 +133,48 @@ def test_full_size_qwen_expert(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], see
 def test_large_batches_agree_with_a_dense_product(name: str, routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = workload_of(name, 3, routing, tokens=60)
     batch = workload.tokens(0)
-    wide = dequantize(batch.hidden, batch.scales).double()
-    total = torch.zeros_like(wide)
-    for expert in range(workload.group.num_experts):
-        w1, w2 = (part[0].double() for part in workload.numerics.dense_weights(torch.tensor([expert])))
-        gate, up = (wide @ w1.t()).chunk(2, dim=1)
-        share = ((batch.ids == expert) * batch.weights).sum(1, keepdim=True)
-        total += (gate * up) @ w2.t() * share
     expected = workload.expected(batch)
     assert expected is not None
-    assert same_bits(expected, (total + 0.0).bfloat16())
+    assert same_bits(expected, in_float64(workload, batch))
     for limit in ("_CHUNK_BYTES", "_BLOCK_BYTES"):
         monkeypatch.setattr(module, limit, 40_000)
         again = workload.expected(batch)
         assert again is not None
         assert same_bits(again, expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1 << 40))
+def test_any_shape_agrees_with_a_dense_product(seed: int) -> None:
+    workload = random_workload(seed)
+    batch = workload.tokens(0)
+    rows = workload.numerics.expert_rows(batch, range(workload.group.num_experts))
+    assert rows is not None
+    assert same_bits(rows, in_float64(workload, batch))
+
+
+def test_layers_whose_patterns_are_not_kept_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = workload_of("tiny", 4, tokens=40)
+    batch = workload.tokens(0)
+    expected = workload.expected(batch)
+    monkeypatch.setattr("distbench.workload.plan._KEPT_BYTES", 0)
+    again, weights = workload.expected(batch), workload.local_weights(1)
+    monkeypatch.undo()
+    assert expected is not None
+    assert again is not None
+    assert same_bits(again, expected)
+    assert all(same_bits(one, other) for one, other in zip(workload.local_weights(1), weights, strict=True))
+
+
+def test_an_expert_twice_in_a_token_is_added_twice() -> None:
+    workload = workload_of("tiny", 8)
+    ids = workload.tokens(0).ids.clone()
+    ids[:, 1] = ids[:, 0]
+    keys = torch.arange(6)
+    batch = workload.tokens(0)._replace(ids=ids, hidden=workload.numerics.hidden_states(keys, ids))
+    expected = workload.expected(batch)
+    assert expected is not None
+    assert same_bits(run(Kernel(), layer_of(workload, range(2)), batch), expected)
 
 
 def test_zeros_are_positive_and_rows_without_experts_are_zero() -> None:

@@ -1,0 +1,32 @@
+"""What the exact workload of a case cannot see, with the experts that it has. Loads no torch."""
+
+from __future__ import annotations
+
+from distbench.case import Case
+from distbench.experts.roundings import stored_intermediate
+from distbench.workload.blind_spots import blind_spots
+from distbench.workload.plan import ExactPlan, plan_exact
+
+
+def plan_of(case: Case) -> ExactPlan:
+    """Return the plan of a case's exact inputs.
+
+    Raises:
+        InvalidCase: the shape cannot be exact; the message names the bound.
+
+    """
+    return plan_exact(
+        case.hidden_size,
+        case.intermediate_size,
+        case.topk,
+        case.dispatch_dtype,
+        case.num_experts,
+        case.combine_quant,
+        case.fp8_format,
+        stored_intermediate(case),
+    )
+
+
+def blind_spots_of(case: Case) -> list[str]:
+    """Return what the case's exact inputs cannot see, a sentence each; nothing for other inputs."""
+    return blind_spots(plan_of(case)) if case.numerics == "exact" else []

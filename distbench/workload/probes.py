@@ -1,0 +1,268 @@
+"""The probes of experts: what each probe row reads, which probe row each probe column reads, and what comes of it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.workload.bits import byte_columns
+from distbench.workload.places import live_column, places_of
+from distbench.workload.plan import BLOCK, ExactPlan
+from distbench.workload.points import HOT_GATE, UP_ENTRIES, WIDE_POWERS
+from distbench.workload.probe_plan import ProbePlan
+from distbench.workload.quantize import fp8_dtype
+from distbench.workload.spread import Grid, spread
+
+# Patterns of bf16 from 1 to 2**WIDE_POWERS, and the first of them.
+WIDE_VALUES = WIDE_POWERS << 7
+FIRST_WIDE = 0x3F80
+_SWITCHES = 4
+_HOT_READ = 0.125
+
+
+class Probes(NamedTuple):
+    """The probes of e experts, by number of row [R] and column [C]; see `ProbePlan`.
+
+    entries int32 [e, n, R]: hidden columns of a row's payload, plus H where the sign is minus, 2H for none; the first
+    `doubled` ones count twice. wide int32 [e, R]: number of the wide column, Wc for none. switch float32 [e, R]: what
+    the row's switch is when on. first int32 [e, R]: where in `row_values` the value of payload 0 is. read int64 [e, C]:
+    slot of the row in its group that a column reads, and weight float32 [e, C] by what.
+    """
+
+    entries: Tensor
+    wide: Tensor
+    switch: Tensor
+    first: Tensor
+    read: Tensor
+    weight: Tensor
+
+
+class GroupedProbes(NamedTuple):
+    """The same group by group: [p] groups of experts, Q rows and D columns in each.
+
+    entries int32 [p, n, Q], wide and first int32 [p, Q], read int64 and weight float32 [p, D]. What a column makes of
+    its row is its weight times the value in `row_values`.
+    """
+
+    entries: Tensor
+    wide: Tensor
+    first: Tensor
+    read: Tensor
+    weight: Tensor
+
+
+def probe_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Probes:
+    """Return the probes of `experts`, ids int64 [e]; those of a small layer are made once for all its experts."""
+    if plan.is_small:
+        return Probes(*(part.index_select(0, experts) for part in _all_probes(plan, seed, experts.device)))
+    return _make_probes(plan, _probes(plan), seed, experts)
+
+
+def grouped_probes(plan: ExactPlan, seed: int, experts: Tensor, groups: Tensor) -> GroupedProbes:
+    """Return the probes of one group of each of `experts`, ids int64 [p], any of them more than once."""
+    probes = _probes(plan)
+    if plan.is_small:
+        made, position = _all_grouped(plan, seed, experts.device), experts
+    else:
+        used, position = torch.unique(experts, return_inverse=True)
+        made = _by_group(probes, _make_probes(plan, probes, seed, used))
+    wanted = position * probes.live_groups + groups
+    return GroupedProbes(*(part.index_select(0, wanted) for part in made))
+
+
+@lru_cache(maxsize=1)
+def _all_probes(plan: ExactPlan, seed: int, device: torch.device) -> Probes:
+    return _make_probes(plan, _probes(plan), seed, torch.arange(plan.num_experts, device=device))
+
+
+@lru_cache(maxsize=1)
+def _all_grouped(plan: ExactPlan, seed: int, device: torch.device) -> GroupedProbes:
+    return _by_group(_probes(plan), _all_probes(plan, seed, device))
+
+
+def _probes(plan: ExactPlan) -> ProbePlan:
+    assert plan.probes is not None  # noqa: S101 - asked for only where a plan has them
+    return plan.probes
+
+
+def _by_group(probes: ProbePlan, made: Probes) -> GroupedProbes:
+    count, entries, _ = made.entries.shape
+    groups, rows, columns = probes.live_groups, probes.row_slots, probes.column_slots
+    switch = made.switch.clone()
+    switch[:, probes.first_up_row :] = 1.0  # a value holds its gate already
+    number = made.read * groups + torch.arange(probes.columns, device=made.read.device) % groups
+    weight = made.weight * switch.gather(1, number)
+
+    def grouped(part: Tensor, slots: int) -> Tensor:
+        return part.view(count, slots, groups).transpose(1, 2).reshape(count * groups, slots)
+
+    return GroupedProbes(
+        made.entries.view(count, entries, rows, groups).permute(0, 3, 1, 2).reshape(count * groups, entries, rows),
+        grouped(made.wide, rows),
+        grouped(made.first, rows),
+        grouped(made.read, columns),
+        grouped(weight, columns),
+    )
+
+
+def _make_probes(plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor) -> Probes:
+    device, rows = experts.device, probes.rows
+    doubled, single = plan.gate_entries
+    ups = min(UP_ENTRIES, plan.payload_columns)
+    grids = {"read": Grid(probes.column_slots, 1, probes.column_slots)}
+    grids |= {"probe/gate": Grid(probes.gate_rows, doubled + single, plan.payload_columns)} if probes.gate_rows else {}
+    grids |= {"probe/up": Grid(probes.up_rows, ups, plan.payload_columns)} if probes.up_rows else {}
+    read, *payloads = spread(seed, experts, grids)
+    entries = read.new_full((experts.numel(), doubled + max(single, ups), rows), 2 * plan.hidden_size)
+    signs = byte_columns(seed, "probe/signs", experts, 3 * rows, device).to(torch.int32).view(-1, 3, rows)
+    bits = signs[:, :1] | signs[:, 1:2] << 8 | signs[:, 2:] << 16
+    starts = ([(0, 0)] if probes.gate_rows else []) + ([(probes.first_up_row, doubled)] if probes.up_rows else [])
+    for (row, entry), payload in zip(starts, payloads, strict=True):
+        part = entries[:, entry : entry + payload.shape[1], row : row + payload.shape[2]]
+        part.copy_(physical(plan, payload))
+        part += minus(bits[:, :, row : row + payload.shape[2]], payload.shape[1]) * plan.hidden_size
+    wide, switch, first, magnitude = _by_kind(plan, experts)
+    slots, weight = _reading(plan, probes, seed, experts, read.squeeze(1), magnitude)
+    return Probes(entries, wide, switch, first, slots, weight)
+
+
+def physical(plan: ExactPlan, live: Tensor) -> Tensor:
+    """Return where live hidden columns are, given by number."""
+    last = live_column(plan, plan.live_columns - 1)
+    if last == plan.live_columns - 1:
+        return live
+    return live + live.div(BLOCK - plan.dead_columns, rounding_mode="floor") * plan.dead_columns
+
+
+def minus(bits: Tensor, entries: int) -> Tensor:
+    """Return bit j of each row's bits [e, 1, r] for entry j: [e, entries, r]."""
+    entry = torch.arange(entries, dtype=bits.dtype, device=bits.device).view(-1, 1)
+    return (bits >> entry) & 1
+
+
+def _by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return wide, switch and first of `Probes`, and the magnitude [e, R] of output weights that read the row."""
+    static = _static_kinds(plan, experts.device)
+    turns = experts.unsqueeze(1)
+    cycle = (static.number + turns).remainder(static.cycle)
+    place = static.start + cycle
+    wide = static.wide_start + turns * static.wide_step
+    wide = torch.where(static.wide_step > 0, wide.remainder(plan.wide_columns), plan.wide_columns)
+    switch, first, magnitude = (table.index_select(0, place.flatten()).view(place.shape) for table in static.tables)
+    return wide.to(torch.int32), switch, first.to(torch.int32), magnitude
+
+
+class _Static(NamedTuple):
+    """What rows have in common for all experts, [R]; tables by place: switch, first value, magnitude."""
+
+    number: Tensor
+    cycle: Tensor
+    start: Tensor
+    wide_start: Tensor
+    wide_step: Tensor
+    tables: tuple[Tensor, Tensor, Tensor]
+
+
+@lru_cache(maxsize=8)
+def _static_kinds(plan: ExactPlan, device: torch.device) -> _Static:
+    """Return the kinds of a plan's rows: each goes round its switches, another first for each expert."""
+    probes, points = _probes(plan), plan.points
+    groups = probes.live_groups
+    powers = [2.0**power for power in range(_SWITCHES)]
+    only = 1 if plan.block_scaled and plan.fp8_format == "e4m3fn" else _SWITCHES - 1
+    values = _offsets(plan)
+    kinds = [
+        (probes.gate_rows, [(power, values[0][0], 1.0) for power in powers], False),
+        (probes.wide_gate_rows, [(2.0**only, values[1][0], 1.0)], True),
+        (probes.up_rows, [(q, at, m) for (q, m), at in zip(points.up_gates, values[2], strict=True)], False),
+        (probes.wide_up_rows, [(q, at, m) for (q, m), at in zip(points.wide_up_gates, values[3], strict=True)], True),
+        (probes.hot_rows, [(HOT_GATE, values[4][0], 0.0)], False),
+    ]
+    number, cycle, start, wide_start, wide_step = [], [], [], [], []
+    places: list[tuple[float, int, float]] = []
+    for count, switches, reads_wide in kinds:
+        number += [row + row // groups for row in range(count)]
+        cycle += [len(switches)] * count
+        start += [len(places)] * count
+        wide_start += list(range(count))
+        wide_step += [count if reads_wide else 0] * count
+        places += switches
+    lists = [
+        torch.tensor(one, dtype=torch.int64, device=device) for one in (number, cycle, start, wide_start, wide_step)
+    ]
+    switch, first, magnitude = zip(*places, strict=True)
+    tables = (
+        torch.tensor(switch, device=device),
+        torch.tensor(first, dtype=torch.int64, device=device),
+        torch.tensor(magnitude, device=device),
+    )
+    return _Static(lists[0], lists[1], lists[2], lists[3], lists[4], tables)
+
+
+def _reading(  # noqa: PLR0913 - what a weight is made of
+    plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor, read: Tensor, magnitude: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `read` and `weight` of `Probes`; read int32 [e, D] is a bijection of each group's columns."""
+    device, groups, slots = experts.device, probes.live_groups, probes.row_slots
+    number = torch.arange(probes.columns, device=device)
+    group = number % groups
+    column_slot = number.div(groups, rounding_mode="floor")
+    turned = (read.index_select(1, column_slot).long() + group).remainder_(probes.column_slots)
+    hot = places_of(plan, device).hot_columns
+    chosen = turned.remainder_(slots)
+    chosen[:, hot] = slots - 1
+    row = chosen * groups + group
+    bits = byte_columns(seed, "probe/weights", experts, probes.columns, device)
+    gates = row < probes.first_up_row
+    power = (bits & 1) + (plan.combine != "none")
+    size = torch.where(gates, (1 << power.int()).float(), magnitude.gather(1, row))
+    if probes.hot_rows:
+        size = torch.where(row >= probes.rows - probes.hot_rows, _HOT_READ, size)
+        size[:, hot] = (2 << (bits[:, hot] & 1).int()).float()
+    return chosen, size * (1.0 - (bits >> 7).float() * 2)
+
+
+def row_values(plan: ExactPlan, device: torch.device) -> Tensor:
+    """Return what probe rows can be without their switch of 2**p, float32: rounded as the intermediate is stored."""
+    return _row_values(plan).to(device)
+
+
+@lru_cache(maxsize=8)
+def _row_values(plan: ExactPlan) -> Tensor:
+    points = plan.points
+    payload = torch.arange(-points.largest, points.largest + 1, dtype=torch.float64)
+    ups = torch.arange(-UP_ENTRIES, UP_ENTRIES + 1, dtype=torch.float64)
+    wide = (torch.arange(WIDE_VALUES, dtype=torch.int16) + FIRST_WIDE).view(torch.bfloat16).double()
+    parts = [
+        silu(payload * points.step),
+        silu(wide * points.wide_step),
+        *(silu(torch.tensor(gate, dtype=torch.float64)) * ups for gate, _ in points.up_gates),
+        *(silu(torch.tensor(gate, dtype=torch.float64)) * wide for gate, _ in points.wide_up_gates),
+        torch.tensor([plan.largest_fp8], dtype=torch.float64),
+    ]
+    values = torch.cat(parts).bfloat16().float()
+    return values.to(fp8_dtype(plan.fp8_format)).float() if plan.intermediate == "e4m3" else values
+
+
+def _offsets(plan: ExactPlan) -> list[list[int]]:
+    """Return where in `row_values` payload 0 is, for each kind of row and each of its gates."""
+    points = plan.points
+    wide = 2 * points.largest + 1
+    ups = wide + WIDE_VALUES
+    wide_ups = ups + len(points.up_gates) * (2 * UP_ENTRIES + 1)
+    hot = wide_ups + len(points.wide_up_gates) * WIDE_VALUES
+    return [
+        [points.largest],
+        [wide],
+        [ups + place * (2 * UP_ENTRIES + 1) + UP_ENTRIES for place in range(len(points.up_gates))],
+        [wide_ups + place * WIDE_VALUES for place in range(len(points.wide_up_gates))],
+        [hot],
+    ]
+
+
+def silu(values: Tensor) -> Tensor:
+    """Return the activation in float64."""
+    return values * torch.sigmoid(values)
