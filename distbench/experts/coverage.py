@@ -28,5 +28,10 @@ def plan_of(case: Case) -> ExactPlan:
 
 
 def blind_spots_of(case: Case) -> list[str]:
-    """Return what the case's exact inputs cannot see, a sentence each; nothing for other inputs."""
-    return blind_spots(plan_of(case)) if case.numerics == "exact" else []
+    """Return what the case's exact inputs cannot see, a sentence each; nothing for gaussian ones.
+
+    Raises:
+        InvalidCase: see `plan_of`.
+
+    """
+    return blind_spots(plan_of(case)) if case.numerics != "gaussian" else []

@@ -10,7 +10,8 @@ import msgspec
 
 from distbench.case import Case, case_hash
 from distbench.devices import DeviceState
-from distbench.errors import Verdict
+from distbench.errors import InvalidCase, Verdict
+from distbench.experts.coverage import blind_spots_of
 from distbench.injection import Injection, parse_inject
 from distbench.job import BY_LIMIT, Entry
 from distbench.rates import Rate
@@ -160,7 +161,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         stand_ins=outcome.case.stand_ins,
         case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
-        warnings=[*entry.warnings, *_doubts(records), *kernel_doubts(records)],
+        warnings=[*entry.warnings, *_blind_spots(outcome.case), *_doubts(records), *kernel_doubts(records)],
         limit=limit_report(question, entry.sources) if question else None,
         environment=environment,
         transport=records[0].transport if records else {},
@@ -325,6 +326,14 @@ def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
         "dispatch_bytes": question.traffic.max_recv * row,
         "combine_bytes": question.traffic.max_recv * case.hidden_size * 2,
     }
+
+
+def _blind_spots(case: Case) -> list[str]:
+    """Return what the case's exact inputs cannot show, as warnings; nothing for a case that is refused."""
+    try:
+        return [f"exact inputs are blind here: {text}" for text in blind_spots_of(case)]
+    except InvalidCase:
+        return []
 
 
 def _doubts(records: list[Observation]) -> list[str]:

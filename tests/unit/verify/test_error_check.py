@@ -313,4 +313,4 @@ def test_scaled_rows_are_what_is_measured_in_fp8() -> None:
 
 
 def self_of(layer: Layer) -> Tensor:
-    return layer.workload.numerics.hidden_states(torch.arange(ROWS)).float()
+    return layer.workload.numerics.hidden_states(torch.arange(ROWS), layer.batch.ids).float()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from distbench.architectures import LARGEST_FP8, Fp8Format
 from distbench.errors import InvalidCase
-from distbench.experts.aiter.weights import quantize_blocks
 from distbench.models import PRESETS
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.codes import code_columns, code_groups
@@ -21,7 +20,7 @@ from distbench.workload.exact import dense_weights, hidden_states, routing_weigh
 from distbench.workload.places import places_of
 from distbench.workload.plan import ExactPlan, Intermediate, gate_reads, plan_exact, up_reads
 from distbench.workload.probe_plan import plan_code
-from distbench.workload.quantize import dequantize, fp8_dtype, quantize_fp8_blocks
+from distbench.workload.quantize import dequantize, fp8_dtype, quantize_fp8_blocks, quantize_weight_blocks
 from distbench.workload.routing import token_keys
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -302,7 +301,7 @@ def test_weights_lose_nothing_in_scaled_blocks_whose_neighbours_have_other_scale
     plan = plan_exact(512, 256, 4, "fp8", 8, combine, fp8, intermediate)
     w1, w2 = dense_weights(plan, 4, torch.arange(8))
     for weights in (w1[:, :256], w1[:, 256:], w2):
-        narrow, scales = quantize_blocks(weights, fp8_dtype(fp8))
+        narrow, scales = quantize_weight_blocks(weights, fp8_dtype(fp8))
         blocks = narrow.float().view(8, scales.shape[1], 128, scales.shape[2], 128)
         restored = (blocks * scales.view(8, scales.shape[1], 1, scales.shape[2], 1)).view(weights.shape)
         assert torch.equal(restored, weights.float())
