@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,16 @@ import msgspec
 from distbench.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
 from distbench.bundle.manifest import without_a_bundle, write_manifest
 from distbench.case import Case, case_hash
-from distbench.errors import DistbenchError, LaunchFailed, OutOfTime, suite_code, worst_exit_code
+from distbench.errors import (
+    DistbenchError,
+    InvalidCase,
+    LaunchFailed,
+    OutOfTime,
+    ResultsLost,
+    is_disk_full,
+    suite_code,
+    worst_exit_code,
+)
 from distbench.job import Entry, Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, machines, outcome_of
@@ -99,11 +109,12 @@ class Campaign:
         Raises:
             Interrupted: by a signal, after summary.json was written.
             LaunchFailed: no ranks can be had, likewise.
+            ResultsLost: others changed the results meanwhile, likewise.
             NodesMissing: not all nodes came, likewise.
             DiskFull: a rank had no room for its results, likewise if there is room for it.
 
         """
-        with collect_signals() as signals:
+        with collect_signals() as signals, _writable():
             try:
                 self._take_new_lines(quiet=True)
                 self._record_refusals()
@@ -112,13 +123,17 @@ class Campaign:
                 self._leave_for_time()
             except (Interrupted, DistbenchError) as error:
                 self._summary.stopped = str(error)
-                self._write_summary(error.exit_code)
+                self._try_to_write_summary(error.exit_code)
                 raise
             except BaseException:
-                self._write_summary()
+                self._try_to_write_summary()
                 raise
             self._write_summary()
         return self._summary
+
+    def _try_to_write_summary(self, exit_code: int | None = None) -> None:
+        with contextlib.suppress(OSError):  # the folder may have gone, and the error that ends the campaign says so
+            self._write_summary(exit_code)
 
     def conclude(self, ending: Ending | None) -> Summary:
         """Take the journal as it is, record `ending` for the case on which the launch ended, and run nothing.
@@ -270,7 +285,10 @@ class Campaign:
         self._take_new_lines()
 
     def _tick(self, current: Entry | None) -> None:
-        self._take_new_lines()
+        try:
+            self._take_new_lines()
+        except InvalidCase as error:  # the ranks write no such line
+            raise ResultsLost(str(error)) from error
         self._progress.refresh(current.name if current else "")
 
     def _take_new_lines(self, *, quiet: bool = False) -> None:
@@ -308,6 +326,18 @@ class Campaign:
         self._summary.selected = sorted(self._wanted) if self._others else []
         content = msgspec.json.format(msgspec.json.encode(self._summary), indent=2) + b"\n"
         write_atomically(self._out / "summary.json", content)
+
+
+@contextlib.contextmanager
+def _writable() -> Iterator[None]:
+    """Say of a file that cannot be written, unless the disk is full, that others changed the folder."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error) or error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+        raise ResultsLost(message) from error
 
 
 def _routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:

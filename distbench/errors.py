@@ -125,6 +125,19 @@ class DiskFull(DistbenchError):
         super().__init__(f"{what}; free some space or name another folder")
 
 
+class ResultsLost(DistbenchError):
+    """Files of the results were removed or changed by others while ranks ran. Not a verdict: no case is to blame."""
+
+    label = "RESULTS_LOST"
+    exit_code = 3
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; no rank is left, and the same command goes on with the results that are there: let no one else "
+            "write to the folder, or name another one with --out"
+        )
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk, or somebody's share of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -109,7 +109,7 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     """An exception that ended a rank.
 
     `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long, `disk_full`
-    that it could not write.
+    that it could not write for want of room, `results_lost` that it could not write its results for another reason.
     """
 
     rank: int
@@ -120,6 +120,7 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     echo: bool
     timeout: bool
     disk_full: bool = False
+    results_lost: bool = False
 
     def __str__(self) -> str:
         """Return one line: rank, exception, arm, stage, message."""

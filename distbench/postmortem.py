@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from distbench.breadcrumbs import Position, read_position
-from distbench.errors import DiskFull, LaunchFailed, Verdict
-from distbench.job import Entry, Job, Machine, RankFailure, crumb_path, failure_path, machine_path
+from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
+from distbench.job import Entry, Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
 from distbench.verify.records import Judgement, Outcome, Reason
 
 
@@ -44,15 +44,19 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     Raises:
         LaunchFailed: no rank had begun.
         DiskFull: a rank had no room for its results.
+        ResultsLost: a rank could not write them for another reason, or what the ranks left was removed.
 
     """
     out = Path(job.out)
+    if not ranks_folder(out).is_dir():
+        message = f"{ranks_folder(out)}: removed while ranks ran"
+        raise ResultsLost(message)
     failures = [failure for rank in range(job.num_ranks) if (failure := _failure(out, rank)) is not None]
     if not failures and not positions(job):
         how = f"; rank {first_exit.rank} ended by {first_exit.how}" if first_exit else ""
         message = f"the ranks ended before any of them had begun{how}; see the messages above"
         raise LaunchFailed(message)
-    _refuse_full_disk(failures)
+    _refuse_lost_results(failures)
     own = [failure for failure in failures if not failure.echo]
     raised = [failure for failure in own if not failure.timeout]
     if raised:
@@ -166,10 +170,12 @@ def _after_all(first_exit: Exit | None) -> Ending:
     return Ending(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[reason])
 
 
-def _refuse_full_disk(failures: list[RankFailure]) -> None:
-    full = next((failure for failure in failures if failure.disk_full), None)
-    if full is not None:
-        raise DiskFull(str(full))
+def _refuse_lost_results(failures: list[RankFailure]) -> None:
+    for failure in failures:
+        if failure.disk_full:
+            raise DiskFull(str(failure))
+        if failure.results_lost:
+            raise ResultsLost(str(failure))
 
 
 def _ending(job: Job, position: Position | None, reason: Reason, stacks: dict[str, str]) -> Ending:

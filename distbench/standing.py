@@ -13,7 +13,7 @@ from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending
 from distbench.report.files import write_atomically
 from distbench.signals import Interrupted
-from distbench.supervisor import Agent, Watch, concluded, end
+from distbench.supervisor import Agent, Watch, concluded, end, no_rank_left
 
 _TICK_S = 0.1
 _POLL_S = 0.005
@@ -38,7 +38,7 @@ class StandingRanks:
         """See `supervise`; here all ranks are on this node.
 
         Raises:
-            Interrupted, LaunchFailed, DiskFull: as there.
+            Interrupted, ResultsLost, LaunchFailed, DiskFull: as there.
 
         """
         if hub is not None:
@@ -49,18 +49,18 @@ class StandingRanks:
         watch = Watch(job, agent)
         finished = done_path(Path(job.out), self._number)
         since = 0.0
-        while agent.is_alive():
-            if finished.exists():
-                return None
-            agent.join(_POLL_S)
-            if time.monotonic() - since < _TICK_S:
-                continue
-            since = time.monotonic()
-            tick(watch.current)
-            if signals:
-                end(agent, watch)
-                raise Interrupted(signals[0])
-            watch.look()
+        with no_rank_left(agent, watch):
+            while agent.is_alive():
+                if finished.exists():
+                    return None
+                agent.join(_POLL_S)
+                if time.monotonic() - since < _TICK_S:
+                    continue
+                since = time.monotonic()
+                tick(watch.current)
+                if signals:
+                    raise Interrupted(signals[0])
+                watch.look()
         self._agent = None
         return concluded(job, agent, watch)
 

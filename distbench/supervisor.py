@@ -7,6 +7,7 @@ thread reads the ranks' breadcrumbs, and handles signals.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -15,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
@@ -25,9 +26,10 @@ from typing import Any
 import msgspec
 
 from distbench.breadcrumbs import Position
-from distbench.errors import LaunchFailed, OutOfTime, Verdict
+from distbench.errors import LaunchFailed, OutOfTime, ResultsLost, Verdict
 from distbench.hang import find_hang
-from distbench.job import Entry, Job, Spread, clear_ranks
+from distbench.helpers import end_fork_server, resume_helpers
+from distbench.job import Entry, Job, Spread, clear_ranks, crumb_path
 from distbench.nodes.hub import Hub
 from distbench.nodes.wire import BACKEND
 from distbench.postmortem import Ending, Exit, explain_fault, positions
@@ -51,6 +53,8 @@ _TICK_S = 0.1
 _AGENT_GRACE_S = 2.0
 # After a signal the agent has so long to end; what it still waits for is a rank that has not come up.
 _INTERRUPT_GRACE_S = 8.0
+# An agent that has not ended so long after its ranks were killed does not hear of their ends.
+_STUBBORN_S = 4.0
 
 
 def preload_ranks() -> None:
@@ -75,6 +79,7 @@ def preload_ranks() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    atexit.register(resume_helpers)  # the interpreter waits for them
 
 
 def supervise(
@@ -86,7 +91,8 @@ def supervise(
     yields. `hub` has the other nodes.
 
     Raises:
-        Interrupted: one of ENDING_SIGNALS; no rank is left.
+        Interrupted: one of ENDING_SIGNALS. No rank is left, as after any exception.
+        ResultsLost: what the ranks leave was removed.
         NodesMissing: not all nodes came.
         LaunchFailed: no rank could be started, or a node cannot take part.
         OutOfTime: the job's deadline has come; no rank is left.
@@ -100,21 +106,30 @@ def supervise(
     agent.store = None if hub is None else hub.store
     watch = Watch(job, agent, hub)
     agent.start()
-    while agent.is_alive() and not watch.given_up:
-        agent.join(_TICK_S)
-        tick(watch.current)
-        if signals or (hub is not None and hub.refused):
-            end(agent, watch)
-            raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
-        if job.deadline is not None and job.deadline.left_s < 0:
-            end(agent, watch)
-            raise OutOfTime(job.deadline.source)
-        watch.look()
+    with no_rank_left(agent, watch):
+        while agent.is_alive() and not watch.given_up:
+            agent.join(_TICK_S)
+            tick(watch.current)
+            if signals or (hub is not None and hub.refused):
+                raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
+            if job.deadline is not None and job.deadline.left_s < 0:
+                raise OutOfTime(job.deadline.source)
+            watch.look()
     if hub is not None:
         end(agent, watch)
         hub.stop()
         hub.mirror(job)
     return concluded(job, agent, watch, hub)
+
+
+@contextlib.contextmanager
+def no_rank_left(agent: Agent, watch: Watch) -> Iterator[None]:
+    """End the ranks where an exception leaves the context."""
+    try:
+        yield
+    except BaseException:
+        end(agent, watch)
+        raise
 
 
 def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> Ending | None:
@@ -276,6 +291,7 @@ class Watch:
         self._hub = hub
         self._launched_ns = time.monotonic_ns()
         self._killed_at: float | None = None
+        self._known: set[int] = set()
         self.elsewhere: Exit | None = None
         self._gone_since: float | None = None
         self.first_gone: Exit | None = None
@@ -288,7 +304,8 @@ class Watch:
         if self._hub is not None:
             self._hub.mirror(self._job)
             self.elsewhere = self.elsewhere or self._hub.first_exit()
-        seen = positions(self._job)
+        self._free_agent()
+        seen = self._positions()
         self.current = self._current(seen)
         if self._gone_since is None:
             here = {rank: at for rank, at in seen.items() if at.pid}
@@ -306,6 +323,28 @@ class Watch:
             self.ending = self._hang(seen)
             if self.ending is not None:
                 self.kill()
+
+    def _positions(self) -> dict[int, Position]:
+        """Return where the ranks are.
+
+        Raises:
+            ResultsLost: a rank's heartbeat has gone.
+
+        """
+        seen = positions(self._job)
+        missing = self._known - seen.keys()
+        if missing:
+            path = crumb_path(Path(self._job.out), min(missing))
+            message = f"{path}: the heartbeat of rank {min(missing)} was removed or cut while it ran"
+            raise ResultsLost(message)
+        self._known |= seen.keys()
+        return seen
+
+    def _free_agent(self) -> None:
+        """See to it that the agent hears of the ends of its ranks."""
+        resume_helpers()
+        if self._killed_at is not None and time.monotonic() - self._killed_at > _STUBBORN_S:
+            end_fork_server()
 
     def _current(self, seen: dict[int, Position]) -> Entry | None:
         """Return the case of the ranks furthest behind."""
@@ -327,6 +366,7 @@ class Watch:
     def kill(self) -> None:
         """Kill every rank that is left on this node, also one that has not said a word yet."""
         self._killed_at = self._killed_at or time.monotonic()
+        self._free_agent()
         seen = {at.pid: rank for rank, at in positions(self._job).items() if is_alive(at.pid)}
         for pid in seen.keys() | self._agent.workers():
             self.killed |= {seen[pid]} if pid in seen else self._mute()

@@ -172,6 +172,11 @@ def _group_timeout(job: Job) -> float:
     return job.longest_stage_s * 2 + 60 if job.supervised else job.longest_stage_s
 
 
+def _reports(crumbs: Breadcrumbs) -> bool:
+    """Whether the rank was about to write a result down."""
+    return crumbs.position().stage_name == "report"
+
+
 def _die_with_supervisor() -> None:
     """See to it that no rank outlives the supervisor, which may be killed without a last word (lifeline.py)."""
     die_with_parent()
@@ -191,6 +196,7 @@ def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoRetur
         echo=any(words in str(error).lower() for words in _LOST_PEER),
         timeout=any(words in str(error).lower() for words in _TIMED_OUT),
         disk_full=is_disk_full(error),
+        results_lost=isinstance(error, OSError) and error.filename is not None and _reports(crumbs),
     )
     with contextlib.suppress(OSError):
         failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))

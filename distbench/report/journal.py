@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case import case_hash
-from distbench.errors import InvalidCase, Verdict
+from distbench.errors import DistbenchError, InvalidCase, ResultsLost, Verdict
 from distbench.job import Entry
 from distbench.report.document import SCHEMA, RateReport, Report, as_expected
 from distbench.report.files import atomic_file, naming, sync_folder
@@ -102,14 +102,21 @@ class JournalReader:
         """Yield whole lines only; one that is being written waits for the next call.
 
         Raises:
-            InvalidCase: a whole line is no report.
+            InvalidCase: the file cannot be read, or a whole line is no report.
+            ResultsLost: lines that were read are there no more.
 
         """
         try:
             file = self._path.open("rb")
-        except FileNotFoundError:
-            return
+        except OSError as error:
+            if not self._offset and isinstance(error, FileNotFoundError):
+                return
+            raise self._unreadable(error) from error
         with file:
+            size = os.fstat(file.fileno()).st_size
+            if size < self._offset:
+                message = f"{self._path}: cut to {size} bytes after {self._number} results had been read from it"
+                raise ResultsLost(message)
             file.seek(self._offset)
             for raw in file:
                 if not raw.endswith(b"\n"):
@@ -117,6 +124,11 @@ class JournalReader:
                 self._offset += len(raw)
                 self._number += 1
                 yield _decode(raw, f"{self._path}, line {self._number}")
+
+    def _unreadable(self, error: OSError) -> DistbenchError:
+        if self._offset:
+            return ResultsLost(f"{self._path}: {error.strerror}, after {self._number} results had been read from it")
+        return InvalidCase(f"{self._path}: cannot be read ({error.strerror}); name another folder with --out")
 
 
 def _decode(raw: bytes, where: str) -> Line:
