@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from distbench.nodes.link import Link, NodeLost
 from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
 from distbench.postmortem import machines, positions
 from distbench.preflight import check_devices
+from distbench.report.console import print_note
 from distbench.signals import Interrupted, collect_signals
 from distbench.supervisor import Agent, Watch, end, first_exit
+from distbench.unused_variables import note_of_launch
 
 
 class Timeouts(NamedTuple):
@@ -98,6 +101,7 @@ class _Follower:
         self._spread = spread
         self._link = link
         self._signals = signals
+        self._said = False
         self._beat = Beat(node=spread.node, nodes=spread.nodes, nproc=spread.nproc, host=socket.gethostname())
 
     def run(self) -> int:
@@ -121,7 +125,15 @@ class _Follower:
         mine = msgspec.structs.replace(spread, node=self._spread.node, host=self._spread.host)
         return msgspec.structs.replace(job, out=str(self._out), spread=mine)
 
+    def _say_unused(self, job: Job) -> None:
+        """Print once which variables of this node do nothing: node 0's reports have its own."""
+        note = "" if self._said else note_of_launch(os.environ, job.entries)
+        self._said = True
+        if note:
+            print_note(f"node {self._spread.node}: {note}")
+
     def _launch(self, job: Job) -> None:
+        self._say_unused(job)
         clear_ranks(self._out)
         launch = job.spread.launch if job.spread else 0
         self._beat = msgspec.structs.replace(

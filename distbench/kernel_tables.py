@@ -11,6 +11,14 @@ from pathlib import Path
 KERNEL_TABLES = "AITER_CONFIG_FMOE"
 KSPLIT = "AITER_KSPLIT"
 BYPASS_TUNE = "AITER_BYPASS_TUNE_CONFIG"
+NOT_FOLLOWED = tuple(
+    f"AITER_{name}"
+    for name in (
+        *("ONLINE_TUNE", "FLYDSL_EP_NO_FAKE_EXPERT", "FLYDSL_FORCE", "FLYDSL_FORCE_REDUCE", "BF16_FP8_MOE_BOUND"),
+        *("FORCE_A8W4", "SITUV2_A8W4", "SITUV2_A4W4", "XBFLOAT16", "FLYDSL_STAGE2_FP8"),
+    )
+)
+"""Other variables that aiter chooses kernels by; only the package itself follows them."""
 
 
 def table_paths(named: str) -> list[str]:

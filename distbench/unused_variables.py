@@ -7,9 +7,10 @@ The names that MoRI and aiter read themselves are those of their sources: mori 2
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from distbench.case import Case
+from distbench.job import Entry
 from distbench.production import KEYS, is_secret, near_miss
 from distbench.sglang import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
 from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
@@ -68,6 +69,14 @@ def unused_variables(environ: Mapping[str, str], case: Case, sources: Mapping[st
         return ()
     listed = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
     return (f"set and not used by this case: {listed}",)
+
+
+def note_of_launch(environ: Mapping[str, str], entries: Sequence[Entry]) -> str:
+    """One line about the cases of a launch, or nothing: the first list, and how many others the reports have."""
+    lines = list(dict.fromkeys(line for one in entries for line in unused_variables(environ, one.case, one.sources)))
+    if not lines:
+        return ""
+    return lines[0] + (f"; reports have {len(lines) - 1} other lists" if len(lines) > 1 else "")
 
 
 def _reason(name: str, environ: Mapping[str, str], case: Case, sources: Mapping[str, str]) -> str:

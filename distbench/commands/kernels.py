@@ -22,7 +22,7 @@ from distbench.experts.lookup import ACTIVATIONS, QUANTS, Lookup
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import rules_for
 from distbench.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
-from distbench.kernel_tables import table_paths
+from distbench.kernel_tables import NOT_FOLLOWED, table_paths
 from distbench.production import read_environment
 from distbench.report.console import print_json, print_line, print_table
 from distbench.resolve import Layer, resolve_case
@@ -179,6 +179,9 @@ def _table_lines(found: KernelMap) -> list[str]:
         lines.append(f"{table.path}: {table.matching} of {table.rows} rows match{near}")
         if table.unreached:
             lines.append(f"  no number of rows leads to bucket {', '.join(map(str, table.unreached))} of them")
+    if found.tables and not found.matched:
+        answered = found.lookup.modelled and not found.lookup.explicit
+        lines.append(f"no tuned row matches: {'heuristics decide' if answered else 'no verdict on any limit'}")
     overrides = found.lookup.overrides
     if overrides.bypass_tuned:
         lines.append("aiter_bypass_tune: tuned rows are ignored (since aiter 0.1.9)")
@@ -186,6 +189,11 @@ def _table_lines(found: KernelMap) -> list[str]:
         lines.append(
             f"aiter_ksplit {overrides.ksplit}: not the table's and the heuristics' own split (since aiter 0.1.9)"
         )
+    ignored = [
+        f"{name}={os.environ[name]}" for name in NOT_FOLLOWED if os.environ.get(name, "").strip() not in ("", "0")
+    ]
+    if ignored:
+        lines.append(f"not followed here, and aiter's choice may depend on it: {', '.join(ignored)}")
     return lines
 
 

@@ -39,7 +39,7 @@ from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer, load_report
-from distbench.unused_variables import unused_variables
+from distbench.unused_variables import note_of_launch, unused_variables
 
 _CASE_DEST = "case_"
 DEFAULT_OUT = "distbench-out"
@@ -280,16 +280,10 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
         return warnings(entry.case, entry.sources, options)
 
     found = tuple(_examined(entry, origin, check) for entry in entries)
-    if world_size() is None or is_rank_0():
-        _say_unused(found)
+    note = note_of_launch(os.environ, found) if world_size() is None or is_rank_0() else ""
+    if note:
+        print_note(note)
     return found
-
-
-def _say_unused(entries: Sequence[Entry]) -> None:
-    """Print once which variables are set and not used, though each report has it."""
-    lines = dict.fromkeys(line for one in entries for line in unused_variables(os.environ, one.case, one.sources))
-    for line in list(lines)[:1]:
-        print_note(line + (f"; {len(lines) - 1} cases' reports have other lists" if len(lines) > 1 else ""))
 
 
 def _examined(entry: Entry, origin: str, check: Callable[[Entry], tuple[str, ...]]) -> Entry:

@@ -32,11 +32,19 @@ def aiter_wheel(version: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _download(path: Path, requirement: str) -> None:
+def sglang_wheel(version: str) -> zipfile.ZipFile:
+    """Return the wheel of SGLang; skips the test only where there is no package index."""
+    path = CACHE / f"sglang-{version}-cp311-cp311-manylinux_2_34_x86_64.whl"
+    if not path.exists():
+        _download(path, f"sglang=={version}", "--python-version=3.11", "--platform=manylinux_2_34_x86_64")
+    return zipfile.ZipFile(path)
+
+
+def _download(path: Path, requirement: str, *more: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
-        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, requirement]
+        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, *more, requirement]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
         if done.returncode and (UNREACHABLE.search(done.stderr) or "PIP_NO_INDEX" in os.environ):
             pytest.skip("no package index within reach of pip")

@@ -34,8 +34,13 @@ def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path, monkeypatch: p
         meeting = f"127.0.0.1:{probe.getsockname()[1]}"
     shape = ("run", "--model", "tiny", "--transport", "mori", "--emulate", "--nproc", "2")
     nodes = ("--nnodes", "2", "--rdzv-endpoint", meeting)
-    with Bench(tmp_path / "1", *shape, *nodes, "--node-rank", "1"), Bench(tmp_path / "0", *shape, *nodes) as node0:
+    with (
+        Bench(tmp_path / "1", *shape, *nodes, "--node-rank", "1") as node1,
+        Bench(tmp_path / "0", *shape, *nodes) as node0,
+    ):
         assert node0.finish() == 0, node0.stderr
+        assert node1.finish() == 0
+        assert node1.stderr.count("node 1: set and not used by this case: ATOM_X=1") == 1
     report = json.loads((tmp_path / "0" / "report.json").read_text())
     facts = report["transport"]
     assert (report["verdict"], facts["kernel"], facts["nodes"], facts["gpu_per_node"]) == ("PASS", "InterNodeV1", 2, 2)

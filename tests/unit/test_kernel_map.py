@@ -126,6 +126,7 @@ def test_a_table_without_a_row_for_the_key_gives_no_verdict(capsys: pytest.Captu
     assert "q_type QuantType.per_1x32" in out
     assert "key looked up: cu_num 256, model_dim 7168, inter_dim 2048, expert 32, topk 7, dtype torch.bfloat16" in out
     assert "limit 64: bucket 64, no verdict" in out
+    assert "no tuned row matches: no verdict on any limit" in out
     assert "same kernel" not in out
     assert "no row for this key" in error
     document = json.loads(_out(capsys, [*command, "--format", "json"]))
@@ -178,6 +179,8 @@ def test_the_variables_of_aiter_are_followed_and_told(
 ) -> None:
     monkeypatch.setenv("AITER_CONFIG_FMOE", table(tmp_path, {64: "reduce"}))
     assert "flydsl_two_reduce" in run(capsys)
+    monkeypatch.setenv("AITER_FLYDSL_EP_NO_FAKE_EXPERT", "1")
+    assert "aiter's choice may depend on it: AITER_FLYDSL_EP_NO_FAKE_EXPERT=1" in run(capsys)
     monkeypatch.setenv("AITER_BYPASS_TUNE_CONFIG", "1")
     out = run(capsys, "--limits", "64")
     assert "flydsl_two_reduce" not in out

@@ -1,0 +1,106 @@
+"""SGLang's MoRI path as distbench knows it, against the text of the wheel 0.5.23, some functions of which are executed.
+
+The wheel is read, never imported: importing SGLang needs most of its dependencies.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import random
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from distbench.production import recorded_environment
+from distbench.recv_bound import recv_bound
+from distbench.sglang import NEWEST, SDMA, SGLANG_RULES, TRANSFER_VARIABLES, VARIABLES, reads, sglang_enables
+from tests.cases import tiny_case
+from tests.contract.wheels import lifted, sglang_wheel, tree
+
+MORI = "sglang/srt/layers/moe/token_dispatcher/moriep.py"
+NEWER_RULES = next(reversed(SGLANG_RULES.values()))
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Iterator[zipfile.ZipFile]:
+    with sglang_wheel(NEWEST) as archive:
+        yield archive
+
+
+def test_the_variables_are_those_that_the_wheel_reads(wheel: zipfile.ZipFile) -> None:
+    sources = [name for name in wheel.namelist() if name.endswith(".py") and "/srt/" in name]
+    text = "\n".join(wheel.read(name).decode(errors="replace") for name in sources)
+    theirs = set(re.findall(r"\bSGLANG_MORI_[A-Z0-9_]+\b", text)) | set(re.findall(rf"\b{SDMA}\b", text))
+    ours = {name for name in VARIABLES if reads(name, NEWEST)} | TRANSFER_VARIABLES
+    assert theirs <= ours
+    assert ours - theirs == {"SGLANG_MORI_USE_XGMI"}
+    assert set(recorded_environment(dict.fromkeys(theirs, "1"))) == theirs
+
+
+def test_the_words_of_the_types_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+    text = wheel.read(MORI).decode()
+    dispatch = re.search(r"epv2_dtypes = \(\"\", (.*?)\)", text)
+    assert dispatch is not None
+    assert ast.literal_eval(f"({dispatch[1]},)") == NEWER_RULES.dispatch_words
+    combine = text[text.index("def _apply_combine_dtype_override", text.index("class _MoriEPv1DispatcherImplBase")) :]
+    words = set(re.findall(r"combine_dtype [!=]= \"(\w+)\"", combine[: combine.index("\n    def ", 4)]))
+    assert words == set(NEWER_RULES.combine_words)
+
+
+@pytest.mark.parametrize("text", ["true", "True", "1", "TRUE", "on", "yes", "y", "0", "false", "2", " 1", "enable"])
+def test_yes_and_no_are_the_wheels(wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    namespace = {"os": os, "logger": logging.getLogger("sglang"), "_warned_bool_env_var_keys": set()}
+    theirs = lifted(wheel, "sglang/srt/utils/common.py", ("get_bool_env_var",), namespace)["get_bool_env_var"]
+    monkeypatch.setenv(SDMA, text)
+    assert sglang_enables(text) == theirs(SDMA)
+
+
+def test_the_words_of_the_bound_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+    (parse,) = (
+        ast.unparse(node)
+        for node in tree(wheel, "sglang/srt/environ.py").body
+        if isinstance(node, ast.ClassDef) and node.name == "EnvBool"
+    )
+    yes, no = (ast.literal_eval(words) for words in re.findall(r"value in (\[.*?\])", parse))
+    assert (tuple(yes), tuple(no)) == (NEWER_RULES.yes_words, NEWER_RULES.no_words)
+
+
+class _Parallel:
+    """The sizes that the wheel's bound asks for: data-parallel attention on as many ranks as experts."""
+
+    attn_cp_size = attn_tp_size = 1
+    attn_tp_rank = 0
+
+    def __init__(self, ranks: int, tp_size: int, rank: int) -> None:
+        self.moe_ep_size = self.attn_dp_size = ranks
+        self.tp_size, self.attn_dp_rank = tp_size or ranks, rank
+
+
+def test_the_bound_is_the_wheels_for_tokens_and_metadata_of_any_kind(wheel: zipfile.ZipFile) -> None:
+    namespace: dict[str, Any] = {"Optional": Any, "MORI_MIN_LOGICAL_RECV_ROWS": 32, "MORI_LOGICAL_RECV_ROW_ALIGN": 32}
+    constants = wheel.read(MORI).decode()
+    for name in ("MORI_MIN_LOGICAL_RECV_ROWS", "MORI_LOGICAL_RECV_ROW_ALIGN"):
+        assert f"\n{name} = {namespace[name]}\n" in constants
+    lifted(wheel, MORI, ("round_logical_recv_rows", "mori_recv_bound"), namespace)
+    draw = random.Random(17)
+    for _ in range(200):
+        ranks, tp_size = draw.randint(1, 8), draw.choice([0, 0, 0, 16])
+        tokens = [draw.choice([0, 1, 7, 33, 64]) for _ in range(ranks)]
+        told = draw.choice([tokens, [count + 1 for count in tokens], tokens[:-1], [-1] * ranks])
+        case = tiny_case(
+            ranks, tokens=tokens, limit="off", recv_bound=True, tp_size=tp_size, sender_rows=",".join(map(str, told))
+        )
+        if not case.sender_rows:
+            continue
+        caps = set()
+        for rank in range(ranks):
+            namespace["get_parallel"] = lambda rank=rank, ranks=ranks, tp_size=tp_size: _Parallel(ranks, tp_size, rank)
+            bound = namespace["mori_recv_bound"](tokens[rank], tuple(told))
+            cap = namespace["round_logical_recv_rows"](bound, False) if bound > 0 else 0
+            caps.add(cap if 0 < cap < case.capacity else None)
+        assert caps == {recv_bound(case).rows}, case
