@@ -5,7 +5,7 @@ ARGS ?=
 AMD = --transport mori --experts aiter --device cuda
 export PYTHON VENV
 
-.PHONY: help setup run test test-cluster check bench bench-gpu selftest amd-smoke amd clean
+.PHONY: help setup run test test-cluster check bench bench-gpu selftest mutants amd-smoke amd clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ bench-gpu: setup ## Measure the Triton experts on a GPU, beside its limits and t
 
 selftest: setup ## Inject every known fault and run clean cases; ARGS=--quick takes under a minute
 	@$(VENV)/bin/distbench selftest --nproc $(NPROC) $(ARGS)
+
+mutants: setup ## Run the corpus of broken kernels, transports, cuts and combines on two ranks
+	@$(VENV)/bin/distbench mutants $(ARGS)
 
 amd-smoke: setup ## On an AMD node: look at it, then a tiny layer through mori and aiter (docs/amd.md)
 	@$(VENV)/bin/distbench doctor --for mori --nproc $(NPROC) || test $$? -eq 1

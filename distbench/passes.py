@@ -174,6 +174,7 @@ class Passes:
             device_state=self._device_state,
             replays=self._replays,
             errors=[] if self._errors is None else self._errors.found,
+            accepted=self._parts.injector.accepted(outputs) if self._parts.injector else {},
         )
 
     def _distances(self) -> dict[str, float | None]:

@@ -135,6 +135,10 @@ class Fault:
         """Damage what combine gives."""
         return tokens
 
+    def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, bool]:
+        """Return whether public rules accept this rank's tokens, by rule; `outputs` are bf16 [n, H] by arm."""
+        return {}
+
     def leave(self) -> None:
         """Be there after the last barrier of the case."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ class Injector:
     def hits(self) -> dict[str, int]:
         """How often each fault, by its place in the case's list, has changed something on this rank."""
         return {str(place): fault.hits for place, fault in enumerate(self.faults)}
+
+    def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, bool]]:
+        """Return what public rules say of this rank's tokens, by the fault's place and by rule."""
+        said = {str(place): fault.accepted(outputs) for place, fault in enumerate(self.faults)}
+        return {place: rules for place, rules in said.items() if rules}
 
     def around(self, cut: Cut) -> Cut:
         """Return `cut` with the faults of the cut."""

@@ -95,13 +95,15 @@ class RateReport(msgspec.Struct, frozen=True, kw_only=True):
 class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
     """A fault that the case asked for: its name, options, and how often it changed something, by rank.
 
-    `needs` says, where it changed nothing, what there has to be for it to do so.
+    `needs` says, where it changed nothing, what there has to be for it to do so. `accepted` has, for a mutant in the
+    truncated arm and gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md).
     """
 
     name: str
     options: dict[str, str]
     hits: dict[str, int]
     needs: str = ""
+    accepted: dict[str, bool] = {}
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,7 +244,9 @@ def _injected_one(place: int, one: Injection, records: list[Observation]) -> Inj
         from distbench.faults.injector import fault_kind  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
 
         needs = fault_kind(one).wanted(one)
-    return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs)
+    said = [rules for record in records if (rules := record.accepted.get(str(place)))]
+    accepted = {rule: all(rules[rule] for rules in said) for rule in (said[0] if said else ())}
+    return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs, accepted=accepted)
 
 
 def _rate(records: list[Observation]) -> RateReport | None:

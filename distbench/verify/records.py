@@ -228,6 +228,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     `injected` counts what each injected fault, by its place in the case's list, has changed here. `timed` has the arms
     that were timed, `device_state` the device while the last of them ran on. `replays` are those of the last arm's
     graph with other tokens. `errors` measure arms and stages where inputs are gaussian.
+    `accepted` says, by the place of an injected mutant, which public acceptance rules accept this rank's tokens.
     """
 
     rank: int
@@ -257,6 +258,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     device_state: DeviceState | None = None
     replays: list[Replay] = []
     errors: list[ArmError] = []
+    accepted: dict[str, dict[str, bool]] = {}
 
     def distance_of(self, arm: str) -> float | None:
         """How far `arm` is from padded; 0 where that was not measured."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.case import Case
+from distbench.experts.products import Weights
+from distbench.experts.selection import KernelChoice
 from distbench.experts.steps import Group
 from distbench.truncation import ExpertInput
 
@@ -80,6 +82,11 @@ def earlier(rows: Tensor) -> Tensor:
 def live(given: ExpertInput) -> int:
     """Return how many rows of the experts' input count."""
     return min(int(given.num_local_tokens), given.rows)
+
+
+def by_next_expert(site: Site, rows: Tensor, weights: Weights, group: Group, choice: KernelChoice) -> Tensor:
+    """Return a step's product of each expert's rows [g, m, K] with the weights of the next expert in the group."""
+    return site.right(rows.roll(1, 0), weights, group, choice).roll(-1, 0)
 
 
 Patch = Callable[..., Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +13,7 @@ from distbench.experts.steps import STEPS, Steps
 from distbench.faults.base import EVERYWHERE, Fault, Scene
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import BOUNDARIES, SUM, Mutant, Site
+from distbench.faults.mutants.rules import accepted_by
 from distbench.faults.options import Option, one_of
 from distbench.injection import Injection
 from distbench.transport.base import Dispatched
@@ -92,6 +93,13 @@ class MutantFault(Fault):
         if SUM in self.mutant.patches:
             self.scene.transport.mover.sum_in_order = self._right_sum  # type: ignore[union-attr]
         return self._at("combined", tokens, tokens)
+
+    def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, bool]:
+        """See `Fault.accepted`: of gaussian inputs, where truncated has the mutant and padded has not."""
+        case = self.scene.case
+        if case.numerics == "exact" or self.chosen["arm"] != "truncated" or "truncated" not in outputs:
+            return {}
+        return accepted_by(case, outputs["truncated"], outputs["padded"])
 
     def _at(self, seam: str, unchanged: T, *passing: Any) -> T:
         if seam not in self.mutant.patches:

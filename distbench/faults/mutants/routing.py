@@ -9,7 +9,7 @@ from torch.nn import functional
 from distbench.experts.products import Weights
 from distbench.experts.selection import KernelChoice
 from distbench.experts.steps import Group
-from distbench.faults.mutants.corpus import Class, Site, live, rare
+from distbench.faults.mutants.corpus import Class, Site, by_next_expert, live, rare
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
@@ -224,17 +224,15 @@ def first_slot_for_the_last(site: Site, given: ExpertInput) -> ExpertInput:
 @_id("second")
 def w2_of_the_next_expert(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
     """Stage 2 takes the next expert's weights."""
-    experts = (group.experts + 1) % site.case.experts_per_rank
-    return site.right(rows, w2, group._replace(experts=experts), choice)
+    return by_next_expert(site, rows, w2, group, choice)
 
 
 @_id("first")
 def up_of_the_next_expert(site: Site, rows: Tensor, w1: Weights, group: Group, choice: KernelChoice) -> Tensor:
     """Up takes the next expert's weights, the gate its own."""
     made = site.right(rows, w1, group, choice)
-    experts = (group.experts + 1) % site.case.experts_per_rank
     half = made.shape[2] // 2
-    made[..., half:] = site.right(rows, w1, group._replace(experts=experts), choice)[..., half:]
+    made[..., half:] = by_next_expert(site, rows, w1, group, choice)[..., half:]
     return made
 
 
@@ -275,8 +273,7 @@ def w2_of_the_next_expert_in_one_row(
     site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice
 ) -> Tensor:
     """Stage 2 takes the next expert's weights for one row in 64."""
-    experts = (group.experts + 1) % site.case.experts_per_rank
-    wrong = site.right(rows, w2, group._replace(experts=experts), choice)
+    wrong = by_next_expert(site, rows, w2, group, choice)
     return torch.where(site.rare_in(group), wrong, site.right(rows, w2, group, choice))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from distbench.experts.products import Weights
 from distbench.experts.selection import KernelChoice
 from distbench.experts.steps import Group
-from distbench.faults.mutants.corpus import Class, Site, live, rare
+from distbench.faults.mutants.corpus import Class, Site, by_next_expert, live, rare
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 
@@ -53,8 +53,7 @@ def each_16th_row_lost(site: Site, rows: Tensor, w2: Weights, group: Group, choi
 def tile_of_the_next_expert(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
     """Rows from 32 on of each expert meet the weights of the next one."""
     made = site.right(rows, w2, group, choice)
-    experts = (group.experts + 1) % site.case.experts_per_rank
-    made[:, _TILE:] = site.right(rows, w2, group._replace(experts=experts), choice)[:, _TILE:]
+    made[:, _TILE:] = by_next_expert(site, rows, w2, group, choice)[:, _TILE:]
     return made
 
 

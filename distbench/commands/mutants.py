@@ -1,0 +1,114 @@
+"""`distbench mutants`: which of a corpus of broken kernels, transports, cuts and combines does the bench see?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from distbench.case import FIELD_HINTS
+from distbench.commands.numbers import whole
+from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_bundle, check_launch
+from distbench.locks import hold
+from distbench.preflight import check_device_memory, check_folder, check_path
+from distbench.progress import Progress
+from distbench.report.console import print_plain, print_table
+from distbench.report.files import write_atomically
+from distbench.report.journal import RESULTS, refuse_others
+from distbench.room import report_bytes
+
+if TYPE_CHECKING:
+    from distbench.faults.mutants.corpus import Mutant
+
+_SEEDS = 2
+# What the command itself decides: what is broken, in which arm, and with which inputs.
+_OWN_KEYS = ("inject", "numerics", "require", "seed", "limit", "policy", "dispatch_dtype", "combine_quant")
+_MARK = "<!-- distbench mutants writes what follows -->\n"
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    command = commands.add_parser(
+        "mutants",
+        help="run a corpus of broken kernels, transports, cuts and combines: which does the bench see?",
+        description="Exit code 1 where less than the share asked for is seen in every run, or where an equivalent "
+        "mutant or a run without one alarms. Options of the case hold for all cases.",
+    )
+    command.set_defaults(command=_mutants)
+    add_launch(command)
+    command.add_argument("--only", metavar="NAME,…", default="", help="only these mutants, or the mutants of a class")
+    command.add_argument("--seeds", type=whole(1), default=_SEEDS, metavar="N", help="seeds (default: %(default)s)")
+    command.add_argument(
+        "--share", type=float, default=None, metavar="S", help="share of the mutants that must be seen (default: 0.97)"
+    )
+    command.add_argument("--resume", action="store_true", help="keep the results that an interrupted run has left")
+    command.add_argument("--json", metavar="PATH", default="", help="write what was found there, as JSON")
+    command.add_argument(
+        "--write-docs", metavar="PATH", default="", help="write the tables there, as docs/mutants.md is"
+    )
+    command.add_argument(
+        "--list", action="store_true", help="list the mutants and what they stand for, and run nothing"
+    )
+    add_case_options(command, [key for key in FIELD_HINTS if key not in _OWN_KEYS])
+
+
+def _mutants(options: argparse.Namespace) -> int:
+    from distbench.mutants.outcomes import SHARE, found_in  # noqa: PLC0415 - loads torch, which others do without
+    from distbench.mutants.plan import RANKS, choose, plan  # noqa: PLC0415
+    from distbench.mutants.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
+
+    only = [name.strip() for name in options.only.split(",") if name.strip()]
+    if options.list:
+        print_table(
+            [_listed(mutant) for mutant in choose(only)], ("mutant", "class", "seam", "what it does", "stands for")
+        )
+        return 0
+    ranks = RANKS if options.nproc is None else options.nproc
+    asked = plan(ranks, options.seeds, only, case_flags(options))
+    entries = [run.entry for run in asked.runs]
+    out = Path(options.out)
+    for path in filter(None, (options.out, options.json, options.write_docs)):
+        check_path(path)
+    check_folder(options.out, report_bytes(entry.case for entry in entries))
+    check_bundle(options)
+    devices = check_launch(entries)
+    options.max_faults = len(entries) + 1
+    names = {entry.name.split()[0] for entry in entries}
+    with hold(out, devices, options.lock_timeout):
+        check_device_memory(entries, devices)
+        refuse_others(out, lambda name: name.split()[0] in names)
+        if not options.resume:
+            (out / RESULTS).unlink(missing_ok=True)
+        campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
+    found = found_in(out, asked, ranks, options.seeds, SHARE if options.share is None else options.share)
+    print_table(cells(found), COLUMNS)
+    for line in closing_lines(found):
+        print_plain(line)
+    if options.json:
+        write_atomically(Path(options.json), msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+    if options.write_docs:
+        _write_docs(Path(options.write_docs), markdown(found, _command(options, ranks)))
+    return 0 if found.passed else 1
+
+
+def _listed(mutant: Mutant) -> tuple[str, ...]:
+    note = "equivalent: " + mutant.equivalent if mutant.equivalent else mutant.bug
+    return mutant.name, mutant.kind, mutant.seams[0], mutant.text, note
+
+
+def _write_docs(path: Path, tables: str) -> None:
+    """Write the tables behind what the file already says, up to the line that marks them."""
+    head = path.read_text(encoding="utf-8").partition(_MARK)[0] if path.exists() else "# Mutants\n\n"
+    write_atomically(path, (head + _MARK + "\n" + tables).encode())
+
+
+def _command(options: argparse.Namespace, ranks: int) -> str:
+    """Return the command that writes the tables again."""
+    flags = [
+        f"--{key.replace('_', '-')} {value}" for layer in case_flags(options) for key, value in layer.values.items()
+    ]
+    flags += [f"--only {options.only}"] if options.only else []
+    return " ".join([f"distbench mutants --nproc {ranks} --seeds {options.seeds}", *flags, "--write-docs PATH"])

@@ -1,0 +1,166 @@
+"""The cases by which a mutant is tried: each setting, arm, seed and kind of inputs, and the same without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from distbench.case import Case
+from distbench.errors import InvalidCase, Verdict
+from distbench.faults.mutants import CORPUS
+from distbench.faults.mutants.corpus import Mutant
+from distbench.faults.mutants.fault import unfit
+from distbench.job import Entry
+from distbench.preflight import check_case
+from distbench.resolve import Layer, resolve_case
+
+NUMERICS = ("exact", "gaussian")
+ARMS = {"all": "", "truncated": "truncated"}
+"""Which arms have the mutant, by the word for them: all of them, so that the baseline is as wrong, or one."""
+
+RANKS = 2
+
+_BASE: Mapping[str, Any] = {
+    "model": "tiny",
+    "hidden_size": 512,
+    "intermediate_size": 256,
+    "max_dispatch_tokens_per_rank": 256,
+    "limit": "max-recv",
+    "policy": "unchecked",
+}
+_TOKENS = (72, 67)
+_QUANTISED: Mapping[str, Any] = {"transport": "mori", "emulate": True, "topk": 8}
+_SETTINGS: dict[str, Mapping[str, Any]] = {
+    "bf16": {},
+    "fp8": {"dispatch_dtype": "fp8"},
+    "cast": {**_QUANTISED, "combine_quant": "fp8_direct_cast"},
+    "blockwise": {**_QUANTISED, "combine_quant": "fp8_blockwise"},
+}
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """One case of a mutant, or of none where `mutant` is empty, which must not alarm."""
+
+    mutant: str
+    setting: str
+    arm: str
+    seed: int
+    numerics: str
+    entry: Entry
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What a run in exact and one in gaussian inputs have in common."""
+        return self.mutant, self.setting, self.arm, self.seed
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """All runs; the mutants that are tried, and why others cannot be put into these parts."""
+
+    runs: list[Run]
+    mutants: list[Mutant]
+    left_out: dict[str, str]
+
+
+def plan(ranks: int, seeds: int, only: Sequence[str] = (), asked: Sequence[Layer] = ()) -> Plan:
+    """Return the runs of the corpus, or of the mutants and classes that `only` names.
+
+    `asked` has keys for all cases.
+
+    Raises:
+        InvalidCase: no mutant and no class has such a name, or no case can be made with those keys.
+        Unsupported: this machine lacks what they need.
+
+    """
+    maker = _Maker(ranks, asked)
+    chosen = choose(only)
+    left_out = {mutant.name: reason for mutant in chosen if (reason := maker.left_out(mutant))}
+    tried = [mutant for mutant in chosen if mutant.name not in left_out]
+    settings = dict.fromkeys(setting for mutant in tried for setting in maker.settings_of(mutant))
+    runs = [*maker.clean(settings, seeds), *(run for mutant in tried for run in maker.runs(mutant, seeds))]
+    return Plan(runs, tried, left_out)
+
+
+def choose(only: Sequence[str]) -> list[Mutant]:
+    """Return the mutants that `only` names, or whose class it names; all where it is empty.
+
+    Raises:
+        InvalidCase: no mutant and no class has such a name.
+
+    """
+    classes = dict.fromkeys(mutant.kind for mutant in CORPUS.values())
+    unknown = [word for word in only if word not in CORPUS and word not in classes]
+    if unknown:
+        message = (
+            f"--only {unknown[0]!r:.60}: no mutant and no class of this name; classes are {', '.join(classes)}, "
+            "and `distbench mutants --list` has all names"
+        )
+        raise InvalidCase(message)
+    return [mutant for mutant in CORPUS.values() if not only or mutant.name in only or mutant.kind in only]
+
+
+class _Maker:
+    """Makes cases for so many ranks; `asked` has the keys that were asked for in all of them."""
+
+    def __init__(self, ranks: int, asked: Sequence[Layer]) -> None:
+        self._ranks = ranks
+        self._asked = list(asked)
+        self._base = self._case("bf16", {})
+
+    def settings_of(self, mutant: Mutant) -> tuple[str, ...]:
+        """Return the settings of a mutant that the parts asked for can take."""
+        emulated = self._base.experts == "reference"
+        return tuple(one for one in mutant.settings if emulated or "transport" not in _SETTINGS[one])
+
+    def left_out(self, mutant: Mutant) -> str:
+        """Return why a mutant cannot be tried with the parts asked for, or nothing."""
+        reason = unfit(mutant, self._base.experts, self._base.transport)
+        if not reason and not self.settings_of(mutant):
+            return "needs a quantised combine, which only MoRI has"
+        return reason
+
+    def clean(self, settings: Sequence[str] | Mapping[str, Any], seeds: int) -> Iterator[Run]:
+        """Return a run without a mutant for each setting, seed and kind of inputs."""
+        for setting in settings:
+            for seed in range(seeds):
+                yield from self._both("", setting, "", seed)
+
+    def runs(self, mutant: Mutant, seeds: int) -> Iterator[Run]:
+        """Return the runs of a mutant."""
+        for setting in self.settings_of(mutant):
+            for arm in ARMS:
+                for seed in range(seeds):
+                    yield from self._both(mutant.name, setting, arm, seed)
+
+    def _both(self, mutant: str, setting: str, arm: str, seed: int) -> Iterator[Run]:
+        named = ",arm=".join(filter(None, (f"mutant:name={mutant}", ARMS.get(arm))))
+        for numerics in NUMERICS:
+            keys = {"inject": named if mutant else "", "numerics": numerics, "seed": seed}
+            case = self._case(setting, keys)
+            check_case(case)
+            name = " ".join(filter(None, (mutant or "clean", setting, arm, numerics, f"#{seed}")))
+            expect = _expected(mutant, arm)
+            yield Run(
+                mutant=mutant,
+                setting=setting,
+                arm=arm,
+                seed=seed,
+                numerics=numerics,
+                entry=Entry(name=name, case=case, sources={}, tags=(mutant or "clean",), expect=expect),
+            )
+
+    def _case(self, setting: str, keys: Mapping[str, Any]) -> Case:
+        tokens = tuple(_TOKENS[rank % len(_TOKENS)] for rank in range(self._ranks))
+        own = {**_BASE, "tokens": tokens, **_SETTINGS[setting]}
+        if own.get("topk") == 8:  # noqa: PLR2004 - half of the experts, as with top-k 4
+            own["num_experts"] = 8 * self._ranks
+        layers = [Layer("mutants", {**keys}), *self._asked, Layer("mutants", own)]
+        return resolve_case(layers, self._ranks).case
+
+
+def _expected(mutant: str, arm: str) -> str:
+    if not mutant or CORPUS[mutant].equivalent:
+        return str(Verdict.PASS.value)
+    return str((Verdict.CORRUPT if arm == "truncated" else Verdict.BASELINE_WRONG).value)

@@ -1,0 +1,101 @@
+"""The corpus: each mutant changes bits, a subtle one touches little, and an equivalent one changes no verdict."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import msgspec
+import pytest
+
+from distbench.case import Case
+from distbench.errors import Verdict
+from distbench.faults.mutants import CLASSES, CORPUS
+from distbench.faults.mutants.corpus import SPARSE
+from distbench.mutants.plan import NUMERICS, RANKS, plan
+from distbench.rank import run_case
+from distbench.report.document import Report, build_report
+from distbench.report.environment import capture_environment
+from distbench.verify.records import Outcome
+from tests.distributed.mutant_runs import Touch, touches_of
+from tests.ranks import on_ranks
+
+SOME = 40
+"""Mutants of one call on the ranks, which have a time limit."""
+SETTINGS = ("bf16", "fp8")
+HARMLESS = [name for name, mutant in CORPUS.items() if mutant.equivalent]
+# Kernels that add atomically, or another kernel, may give other bits of gaussian inputs in one run and not in the next.
+MAY_VARY = {Verdict.PASS, Verdict.NONDETERMINISTIC, Verdict.DRIFT}
+# No bit changes: the mutant is as good, or nothing is stale, or no value of today's inputs is clamped.
+UNCHANGED = {*HARMLESS, "tokens-of-the-last-pass", "gate-clamped-at-64", "up-clamped-at-7"}
+
+
+@cache
+def touches(setting: str) -> list[dict[str, Touch]]:
+    return touched(setting, "gaussian", [name for name, one in CORPUS.items() if setting in one.settings])
+
+
+def touched(setting: str, numerics: str, names: list[str]) -> list[dict[str, Touch]]:
+    clean = next(run for run in plan(RANKS, 1, ["scales", "tiles"]).runs if run.setting == setting and not run.mutant)
+    case = msgspec.structs.replace(clean.entry.case, numerics=numerics, slot_order="source", limit="off")
+    found: list[dict[str, Touch]] = [{} for _ in range(RANKS)]
+    for start in range(0, len(names), SOME):
+        for rank, new in enumerate(on_ranks(RANKS, touches_of, case, names[start : start + SOME])):
+            found[rank] |= new
+    return found
+
+
+def without_effect(by_rank: list[dict[str, Touch]]) -> set[str]:
+    return {name for name in by_rank[0] if not any(ranks[name].changed for ranks in by_rank)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_mutant_changes_bits_of_expert_rows_or_tokens(setting: str) -> None:
+    unchanged = without_effect(touches(setting)) - UNCHANGED
+    assert without_effect(touched(setting, "exact", sorted(unchanged))) == set()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_subtle_mutant_touches_one_row_in_64_or_one_percent_of_the_elements(setting: str) -> None:
+    for ranks in touches(setting):
+        kinds = {name: CORPUS[name].touches for name in ranks}
+        much = {name: touch for name, touch in ranks.items() if kinds[name] == "row" and touch.rows > 1 / SPARSE}
+        much |= {name: touch for name, touch in ranks.items() if kinds[name] == "elements" and touch.elements > 0.01}
+        assert not much
+
+
+def report_of(case: Case) -> Report:
+    outcome: Outcome = on_ranks(RANKS, run_case, case)[0]
+    [entry] = [run.entry for run in plan(RANKS, 1, ["cut"]).runs[:1]]
+    entry = msgspec.structs.replace(entry, case=case)
+    return build_report(entry, outcome, environment=capture_environment({}, [], []), wall_s=0.0)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_an_equivalent_mutant_raises_no_alarm(name: str) -> None:
+    runs = [run for run in plan(RANKS, 1, [name]).runs if run.mutant and run.arm == "truncated"]
+    assert {run.numerics for run in runs} == set(NUMERICS)
+    for run in runs:
+        report = report_of(run.entry.case)
+        assert report.injected[0].hits
+        assert report.verdict in ({Verdict.PASS} if run.numerics == "exact" else MAY_VARY), run.entry.name
+
+
+def test_a_mutant_of_truncated_is_told_what_public_rules_say_of_it() -> None:
+    [run] = [
+        run
+        for run in plan(RANKS, 1, ["last-columns-lost"]).runs
+        if (run.arm, run.numerics, run.setting) == ("truncated", "gaussian", "bf16")
+    ]
+    accepted = report_of(run.entry.case).injected[0].accepted
+    assert accepted["aiter"]
+    assert not accepted["vllm"]
+    everywhere = msgspec.structs.replace(run.entry.case, inject=run.entry.case.inject.partition(",")[0])
+    assert report_of(everywhere).injected[0].accepted == {}
+
+
+def test_every_class_has_eight_mutants_and_a_third_of_all_are_subtle() -> None:
+    broken = [mutant for one in CLASSES for mutant in one.mutants if not mutant.equivalent]
+    assert len(CORPUS) == sum(len(one.mutants) for one in CLASSES)
+    assert len(broken) >= 150
+    assert all(sum(not mutant.equivalent for mutant in one.mutants) >= 8 for one in CLASSES)
+    assert sum(mutant.subtle for mutant in broken) * 3 >= len(broken)
