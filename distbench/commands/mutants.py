@@ -15,7 +15,7 @@ from distbench.commands.options import add_case_options, add_launch, campaign, c
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.progress import Progress
-from distbench.report.console import print_plain, print_table
+from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.room import report_bytes
@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
 
 def _mutants(options: argparse.Namespace) -> int:
     from distbench.mutants.outcomes import SHARE, found_in  # noqa: PLC0415 - loads torch, which others do without
-    from distbench.mutants.plan import RANKS, choose, plan  # noqa: PLC0415
+    from distbench.mutants.plan import RANKS, SUITE, choose, plan  # noqa: PLC0415
     from distbench.mutants.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
 
     only = [name.strip() for name in options.only.split(",") if name.strip()]
@@ -76,17 +76,16 @@ def _mutants(options: argparse.Namespace) -> int:
     check_bundle(options)
     devices = check_launch(entries)
     options.max_faults = len(entries) + 1
-    names = {entry.name.split()[0] for entry in entries}
     with hold(out, devices, options.lock_timeout):
         check_device_memory(entries, devices)
-        refuse_others(out, lambda name: name.split()[0] in names)
+        refuse_others(out, SUITE, lambda _: False)
         if not options.resume:
             (out / RESULTS).unlink(missing_ok=True)
         campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
     found = found_in(out, asked, ranks, options.seeds, SHARE if options.share is None else options.share)
     print_table(cells(found), COLUMNS)
     for line in closing_lines(found):
-        print_plain(line)
+        print_line(line)
     if options.json:
         write_atomically(Path(options.json), msgspec.json.format(msgspec.json.encode(found)) + b"\n")
     if options.write_docs:

@@ -21,6 +21,7 @@ ARMS = {"all": "", "truncated": "truncated"}
 """Which arms have the mutant, by the word for them: all of them, so that the baseline is as wrong, or one."""
 
 RANKS = 2
+SUITE = "distbench mutants"
 
 _BASE: Mapping[str, Any] = {
     "model": "tiny",
@@ -148,7 +149,7 @@ class _Maker:
                 arm=arm,
                 seed=seed,
                 numerics=numerics,
-                entry=Entry(name=name, case=case, sources={}, tags=(mutant or "clean",), expect=expect),
+                entry=Entry(name=name, suite=SUITE, case=case, sources={}, tags=(mutant or "clean",), expect=expect),
             )
 
     def _case(self, setting: str, keys: Mapping[str, Any]) -> Case:
