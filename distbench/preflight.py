@@ -74,12 +74,15 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 
 def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     """Say where SGLang's receive bound cuts nothing, and that the bound of older releases is for decode batches."""
+    rule = rules_of(case.sglang_version).recv_bound
     if not case.recv_bound or case.limit != "off":
-        return ()
+        named = ("two_batch_overlap", "tp_size", "sender_rows")
+        inert = [name for name in named if getattr(case, name)]
+        return (f"{', '.join(inert)}: looked at by recv_bound with the limit off alone",) if inert else ()
     bound = recv_bound(case, local_ranks)
     if bound.rows is None:
         return (f"recv_bound: nothing is cut, as in production: {bound.reason}",)
-    if rules_of(case.sglang_version).recv_bound == "routes":
+    if rule == "routes":
         return (f"recv_bound: SGLang {case.sglang_version} cuts at tokens times top-k, in decode batches only",)
     return ()
 

@@ -89,6 +89,8 @@ KNOWN_NAMES = (
 )
 _LOOKALIKE_RATIO = 0.85
 _PREFIX = "SGLANG_"
+_IO_ENGINE = "MORI_IO_"
+"""MoRI's own names for the transfer of the KV cache, some of which are like SGLang's."""
 
 RECORDED_PREFIXES = (
     *("SGLANG_MORI_", "SGLANG_USE_AITER", "SGLANG_AITER_", "SGLANG_ROCM_"),
@@ -177,7 +179,7 @@ def _lookalike(name: str) -> str | None:
     upper = name.upper()
     if upper in KNOWN_NAMES:
         return upper
-    if "MORI" not in upper:
+    if "MORI" not in upper or upper.startswith(_IO_ENGINE):
         return None
     close = difflib.get_close_matches(upper.removeprefix(_PREFIX), _SHORT_NAMES, n=1, cutoff=_LOOKALIKE_RATIO)
     return _PREFIX + close[0] if close else None

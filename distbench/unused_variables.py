@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from distbench.case import Case
+from distbench.experts.rules import rules_for
 from distbench.job import Entry
 from distbench.production import KEYS, is_secret, near_miss
 from distbench.sglang import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
@@ -17,7 +18,8 @@ from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
 
 _LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
 _MORI_KEYS = ("combine_quant", "launch_mode", "inter_kernel_switch", "mori_kernel")
-_AITER_KEYS = ("kernel_table", "aiter_ksplit", "aiter_bypass_tune")
+_OVERRIDES = ("aiter_ksplit", "aiter_bypass_tune")
+_AITER_KEYS = ("kernel_table", *_OVERRIDES)
 _SHOWN_CHARACTERS = 60
 
 _MORI_READS = frozenset(
@@ -99,6 +101,8 @@ def _reason_of_key(name: str, key: str, case: Case, sources: Mapping[str, str]) 
         return f"transport {case.transport} has no {key}"
     if key in _AITER_KEYS and case.experts == "triton":
         return "experts triton have their own tables"
+    if key in _OVERRIDES and not rules_for(case.aiter_version).reads_overrides:
+        return f"aiter {case.aiter_version} does not read it"
     if key == "recv_bound" and case.limit != "off":
         return f"limit is set by {sources.get('limit', 'default')}"
     source = sources.get(key, "default")

@@ -27,6 +27,15 @@ def test_emulated_and_said_so(tmp_path: Path) -> None:
     assert facts["heap_size"] >= facts["heap_bytes"]
 
 
+def test_the_receive_bound_keeps_the_whole_buffer_between_nodes(tmp_path: Path) -> None:
+    shape = ("--tokens", "16", "--transport", "mori", "--emulate", "--max-dispatch-tokens-per-rank", "512")
+    run = tiny(tmp_path, 4, *shape, "--gpu-per-node", "2", SGLANG_MORI_RECV_BOUND="1")
+    assert (run.exit_code, run.report["limit"]["effective"], run.report["limit"]["source"]) == (0, None, "off")
+    assert "InterNodeV1 is none of IntraNode and AsyncLL" in run.report["warnings"][0]
+    run = tiny(tmp_path, 4, *shape, SGLANG_MORI_RECV_BOUND="1", MORI_SHMEM_MODE="ISOLATION", MORI_SHMEM_HEAP_SIZE="1K")
+    assert (run.exit_code, run.report["limit"]["effective"]) == (0, 64)
+
+
 def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOM_X", "1")
     with socket.socket() as probe:

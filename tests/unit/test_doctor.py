@@ -87,6 +87,7 @@ LINES = [
     ({"environ": {"MORI_EP_COMM": "cco"}}, "case", "missing", "only the shmem backend", (0, 0, 2)),
     ({"units": 64}, "blocks", "missing", "IntraNode: rdma_block_num 0 of block_num 80, 64 compute units", (0, 0, 2)),
     ({"environ": {"MORI_SHMEM_MODE": "vmm_heap"}}, "heap mode", "degraded", "vmm_heap", (0, 0, 1)),
+    ({"environ": {"MORI_SHMEM_MODE": "Isolation"}}, "heap mode", "degraded", "Isolation", (0, 0, 1)),
     ({"memlock": 65536}, "ulimit -l", "degraded", "65536 bytes", (0, 0, 1)),
     ({"open_files": 1024}, "ulimit -n", "degraded", "1024", (1, 1, 1)),
     ({"shm_free": 64 << 20}, "shared memory", "degraded", "64 of 65536 MiB", (1, 1, 1)),
@@ -97,6 +98,24 @@ LINES = [
     ),
     ({"locks": ("distbench-0-gpu-0.lock",)}, "locks", "degraded", "distbench-0-gpu-0.lock is held", (1, 1, 1)),
 ]
+
+
+def test_isolation_is_no_lack_and_has_no_heap() -> None:
+    environ = {"MORI_SHMEM_MODE": "ISOLATION", "MORI_SHMEM_HEAP_SIZE": "1K"}
+    found = {finding.topic: finding for finding in findings(environ=environ)}
+    assert (found["heap mode"].level, found["heap mode"].found) == ("ok", "ISOLATION")
+    assert found["heap"].level == "ok"
+    assert found["heap"].found.startswith("none, MORI_SHMEM_MODE is ISOLATION; the case takes ")
+
+
+@pytest.mark.parametrize("value", ["fp4", "nonsense"])
+def test_a_type_that_cannot_be_run_is_told_by_the_doctor(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SGLANG_MORI_DISPATCH_DTYPE", value)
+    monkeypatch.setattr(command, "probe", lambda: READY)
+    assert main(["doctor", "--for", "mori"]) == 2
+    assert "missing   environment       env:SGLANG_MORI_DISPATCH_DTYPE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changed", "topic", "level", "found", "codes"), LINES)

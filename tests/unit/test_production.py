@@ -92,7 +92,10 @@ def test_near_misses_are_warned_of(name: str) -> None:
     assert "has no effect: production reads SGLANG_MORI_" in warning
 
 
-@pytest.mark.parametrize("name", [LIMIT, "MORI_SHMEM_HEAP_SIZE", "PATH", "MORI_RDMA_SL", "SGLANG_MORI_NO_PAD_MASK"])
+@pytest.mark.parametrize(
+    "name",
+    [LIMIT, "MORI_SHMEM_HEAP_SIZE", "PATH", "MORI_RDMA_SL", "SGLANG_MORI_NO_PAD_MASK", "MORI_IO_POST_BATCH_SIZE"],
+)
 def test_known_and_unrelated_names_are_not(name: str) -> None:
     assert near_misses({name: "1"}) == []
 
@@ -226,6 +229,9 @@ def test_several_tables_are_one_key_with_a_digest_of_all(tmp_path: Any) -> None:
         ({"SOME_MORI_THING": "1"}, {}, "nothing that distbench runs reads it"),
         ({"MEMORIES": "1", "AITERATION": "1", "X_AITER_Y": "1"}, {}, ""),
         ({"MORI_RDMA_TC": ""}, {}, ""),
+        ({"AITER_KSPLIT": "4"}, {"aiter_version": "0.1.8"}, "aiter 0.1.8 does not read it"),
+        ({"AITER_KSPLIT": "4"}, {"aiter_version": "0.1.9"}, ""),
+        ({"MORI_IO_POST_BATCH_SIZE": "1"}, {}, "for the transfer of the KV cache"),
     ],
 )
 def test_each_variable_that_does_nothing_is_listed_with_its_reason(

@@ -77,3 +77,7 @@ def test_the_report_says_why_nothing_is_cut() -> None:
     assert "in decode batches only" in check_case(case(sglang_version="0.5.20"))[0]
     assert check_case(case()) == ()
     assert check_case(case(limit="sum32", gpu_per_node=2)) == ()
+    (inert,) = check_case(case(recv_bound=False, tp_size=8, two_batch_overlap=True))
+    assert inert.startswith("two_batch_overlap, tp_size: looked at by recv_bound")
+    with pytest.raises(InvalidCase, match=r"sglang_version = '0\.4\.0'"):
+        check_case(case(recv_bound=False, sglang_version="0.4.0"))

@@ -164,6 +164,41 @@ def test_a_reader_is_warned_of_what_is_not_pinned() -> None:
     assert mori_warnings(plan_mori(case_of(), {}), {}, emulated=False) == ()
 
 
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"MORI_SHMEM_MODE": "ISOLATION"}, ""),
+        ({"MORI_SHMEM_MODE": "isolation", "MORI_SHMEM_HEAP_SIZE": "1K"}, ""),
+        ({"MORI_SHMEM_MODE": "STATIC_HEAP"}, ""),
+        ({"MORI_SHMEM_MODE": "VMM_HEAP"}, "vmm_heap has corrupted rows on ROCm 7.2"),
+        ({"MORI_SHMEM_MODE": "Isolation"}, "takes static_heap for it"),
+        ({"MORI_ENABLE_SDMA": "True"}, ""),
+        ({"MORI_ENABLE_SDMA": "on"}, "SGLang reads true and 1 only"),
+        ({"MORI_ENABLE_SDMA": "yes"}, "SGLang reads true and 1 only"),
+        ({"MORI_ENABLE_SDMA": "off"}, ""),
+    ],
+)
+def test_modes_and_switches_are_read_as_mori_reads_them(environ: dict[str, str], words: str) -> None:
+    found = mori_warnings(plan_mori(case_of(), environ), environ, emulated=False)
+    assert bool(found) == bool(words)
+    assert words in "".join(found)
+
+
+def test_no_heap_is_refused_where_none_is_allocated() -> None:
+    plan, small = plan_mori(case_of(), {}), {"MORI_SHMEM_HEAP_SIZE": "1K"}
+    assert heap_size(plan, small | {"MORI_SHMEM_MODE": "ISOLATION"}, emulated=True) >= plan.heap_bytes
+    with pytest.raises(InvalidCase, match="1024 bytes, the case needs"):
+        heap_size(plan, small | {"MORI_SHMEM_MODE": "Isolation"}, emulated=True)
+
+
+@pytest.mark.parametrize("word", ["1", "True", "on", "yes"])
+def test_sdma_in_any_word_of_mori_is_on_to_asyncll(word: str) -> None:
+    plan = plan_mori(case_of(mori_kernel="AsyncLL"), {})
+    found = mori_warnings(plan, {"MORI_ENABLE_SDMA": word}, emulated=False)
+    assert "copies by compute units" not in "".join(found)
+    assert "copies by compute units" in "".join(mori_warnings(plan, {"MORI_ENABLE_SDMA": "no"}, emulated=False))
+
+
 def test_another_backend_is_refused() -> None:
     with pytest.raises(Unsupported, match=r"MORI_EP_COMM = 'cco'"):
         check_environment({"MORI_EP_COMM": "cco"})
