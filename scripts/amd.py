@@ -37,6 +37,9 @@ _SHOWN_LINES = 15
 _BUILD_LOGS = 40
 _SAY_SECONDS = 30.0
 _NOTE_CHARACTERS = 400
+_LOGS = (".log", ".ninja", ".ninja_log")
+_BUILT = (*_LOGS, ".so", ".co", ".hsaco", ".built")
+_NOTED = ("lock_", ".lock", ".ninja_log")
 _ERROR_LINE = re.compile(r"[A-Za-z_.]*(?:Error|Exception|Interrupt)\b")
 
 
@@ -86,7 +89,7 @@ def main() -> int:
         _say("interrupted; what there is goes into the archive")
         code = 130
     _collect_facts(out, facts.TOOLS_AFTER)
-    _collect_build_logs(out)
+    _collect_build_logs(out, f"{options.venv}/bin/python")
     summary = _summary(ended, options, code)
     _write(out / "summary.md", summary)
     archive = _pack(out)
@@ -268,21 +271,42 @@ def _collect_facts(out: Path, tools: dict[str, list[str]]) -> None:
             _write(out / "node" / "files" / f"{path.strip('/').replace('/', '.')}.txt", text)
 
 
-def _collect_build_logs(out: Path) -> None:
-    """Copy the newest logs of aiter's and MoRI's compilers, and list their caches."""
-    home = Path.home()
-    jit = os.environ.get("AITER_JIT_DIR")
-    folders = [Path(jit)] if jit else [home / ".aiter"]
-    folders += [Path(os.environ.get("MORI_JIT_CACHE_DIR") or home / ".mori"), home / ".cache" / "mori"]
-    folders += list(Path(sys.prefix).glob("lib/python3*/site-packages/aiter/jit"))
-    found = [path for folder in folders if folder.is_dir() for path in folder.rglob("*") if path.is_file()]
-    listed = "".join(f"{path.stat().st_size:>12} {time.ctime(path.stat().st_mtime)} {path}\n" for path in sorted(found))
-    _write(out / "build" / "caches.txt", listed or f"none of {', '.join(map(str, folders))} holds a file\n")
-    logs = [
-        path for path in found if path.suffix in (".log", ".txt", ".ninja") or path.name.startswith(("lock", ".lock"))
-    ]
-    for path in sorted(logs, key=lambda one: one.stat().st_mtime)[-_BUILD_LOGS:]:
+def _collect_build_logs(out: Path, python: str) -> None:
+    """Copy the newest logs of aiter's and MoRI's compilers, and list what they built and what is locked."""
+    folders = _build_folders(python)
+    inside = [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
+    found = sorted(path for path in inside if path.suffix in _BUILT or path.name.startswith(_NOTED))
+    listed = "".join(f"{_facts_of(path)} {path}\n" for path in found)
+    _write(out / "build" / "caches.txt", f"looked in {', '.join(map(str, folders))}\n{listed or 'nothing was built'}\n")
+    logs = [path for path in found if path.suffix in _LOGS or path.name.startswith(_NOTED)]
+    for path in sorted(logs, key=_age)[:_BUILD_LOGS]:
         _write(out / "build" / f"{str(path).strip('/').replace('/', '.')}.txt", _tail(path))
+
+
+def _build_folders(python: str) -> list[Path]:
+    """Return where aiter and MoRI keep what they compile: as told, beside the package, or in the home folder."""
+    home, told = Path.home(), os.environ.get("AITER_JIT_DIR")
+    folders = [Path(told)] if told else [home / ".aiter"]
+    folders.append(Path(os.environ.get("MORI_JIT_CACHE_DIR") or home / ".mori" / "jit"))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            [python, "-c", facts.AITER_FOLDER], capture_output=True, text=True, timeout=60, check=False
+        )
+        folders += [Path(line) / "jit" for line in done.stdout.split("\n") if line.startswith("/")]
+    return folders
+
+
+def _age(path: Path) -> float:
+    """Return the seconds since a file was written, the newest first; none where it has gone."""
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime
+    return 0.0
+
+
+def _facts_of(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f"{path.stat().st_size:>12} {time.ctime(path.stat().st_mtime)}"
+    return "it has gone"
 
 
 def _tail(path: Path) -> str:

@@ -147,6 +147,11 @@ if name == 'torch':
         print(index, module.cuda.get_device_properties(index))
 """
 MODULES = ("torch", "mori", "mori.ops", "mori.shmem", "aiter", "aiter.fused_moe", "triton", "sglang.version")
+AITER_FOLDER = """
+import importlib.util
+spec = importlib.util.find_spec('aiter')
+print(*(spec.submodule_search_locations if spec else ()), sep='\\n')
+"""
 # Shared libraries of the vendors' packages that the loader does not find, without importing anything.
 LIBRARIES = """
 import importlib.util, pathlib, subprocess

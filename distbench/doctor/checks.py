@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from distbench.case import Case
 from distbench.doctor.findings import PATHS, Finding, Level, Path
 from distbench.doctor.probe import Node
 from distbench.doctor.vendors import Network, check_vendors
 from distbench.nodes.interfaces import VARIABLES, interface_complaints
 from distbench.production import near_misses
+from distbench.unused_variables import unused_variables
 
 _OPEN_FILES = 4096
 _SHM_PER_RANK = 64 << 20
@@ -27,6 +30,7 @@ def check_node(node: Node, case: Case, network: Network) -> list[Finding]:
         _shared_memory(node, ranks),
         *_interfaces(node),
         *_names(node),
+        *_unused(node, case),
         *_locks(node),
     ]
 
@@ -106,6 +110,13 @@ def _names(node: Node) -> list[Finding]:
     fix = "rename or unset it"
     lines = [Finding(topic="environment", level="degraded", found=line, fix=fix) for line in near_misses(node.environ)]
     return lines or [Finding(topic="environment", level="ok", found="no name that is almost one of production's")]
+
+
+def _unused(node: Node, case: Case) -> list[Finding]:
+    """Look at the variables that a case through mori and aiter would not use."""
+    chain = msgspec.structs.replace(case, transport="mori", experts="aiter")
+    lines = unused_variables(node.environ, chain, {})
+    return [Finding(topic="environment", level="ok", found=line, paths=("mori",)) for line in lines]
 
 
 def _locks(node: Node) -> list[Finding]:

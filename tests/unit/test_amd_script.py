@@ -16,6 +16,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "amd.py"
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
+*submodule_search_locations*) case "$*" in *ldd*) ;; *) echo "{folder}/aiter";; esac;;
 *" mori"*) printf 'Traceback (most recent call last):\\nImportError: libgrpc++.so.1.51: cannot open\\n' >&2; exit 1;;
 *) echo fine;;
 esac
@@ -45,7 +46,7 @@ class Node:
 
     def __init__(self, folder: Path, sleep: float = 0) -> None:
         self.folder, self.out, self.calls = folder, folder / "out", folder / "calls"
-        executable(folder / "venv" / "bin" / "python", FAKE_PYTHON)
+        executable(folder / "venv" / "bin" / "python", FAKE_PYTHON.format(folder=folder))
         executable(folder / "venv" / "bin" / "distbench", FAKE_DISTBENCH.format(calls=self.calls, sleep=sleep))
         executable(folder / "bin" / "rocminfo", TOOL)
         executable(folder / "bin" / "make", "#!/bin/sh\necho no network >&2\nexit 2\n")
@@ -99,8 +100,15 @@ def test_every_step_runs_and_the_first_failure_is_named(tmp_path: Path) -> None:
 
 def test_the_archive_has_what_is_asked_for_and_no_secret(tmp_path: Path) -> None:
     node = Node(tmp_path)
+    executable(tmp_path / "aiter" / "jit" / "build" / "module_moe" / "build.log", "hipcc: error: no such instruction")
+    executable(tmp_path / "aiter" / "jit" / "build" / "lock_module_moe", "12345 somewhere")
+    executable(tmp_path / ".mori" / "jit" / "gfx942" / "ep.hsaco", "binary")
     node.start("--skip-setup").communicate(timeout=90)
     texts = node.texts()
+    (log,) = [text for name, text in texts.items() if name.endswith("build.log.txt")]
+    assert "no such instruction" in log
+    assert "12345" in next(text for name, text in texts.items() if name.endswith("lock_module_moe.txt"))
+    assert "gfx942/ep.hsaco" in texts["build/caches.txt"]
     wanted = [
         *("summary.md", "node/variables.txt", "node/process.txt", "node/rocm/rocminfo.txt", "node/system/limits.txt"),
         *("node/rocm/rocm-smi.txt", "node/system/dmesg-after.txt", "node/system/shared-memory-after.txt"),

@@ -108,6 +108,14 @@ def test_isolation_is_no_lack_and_has_no_heap() -> None:
     assert found["heap"].found.startswith("none, MORI_SHMEM_MODE is ISOLATION; the case takes ")
 
 
+def test_variables_that_the_chain_does_not_use_are_told_and_no_lack() -> None:
+    found = [
+        finding for finding in findings(environ={"ATOM_X": "1", "MORI_RDMA_TC": "96"}) if "ATOM_X" in finding.found
+    ]
+    assert [(finding.level, finding.paths) for finding in found] == [("ok", ("mori",))]
+    assert "MORI_RDMA_TC" not in found[0].found
+
+
 @pytest.mark.parametrize("value", ["fp4", "nonsense"])
 def test_a_type_that_cannot_be_run_is_told_by_the_doctor(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
