@@ -152,8 +152,10 @@ def recorded_proof(secret: bytes) -> bytes:
     return answer
 
 
+@pytest.mark.timeout(900)
 def test_forged_messages_change_no_verdict(tmp_path: Path) -> None:
-    suite = write_suite(tmp_path / "suite.json", range(10))
+    cases = 60 if SOAK else 10
+    suite = write_suite(tmp_path / "suite.json", range(cases), jitter=20 if SOAK else 0)  # as long as the attack
     secret = {"DISTBENCH_SECRET": secrets.token_hex(16)}
     port = free_port()
     several = ("--nproc", "1", "--nnodes", "2", "--rdzv-endpoint", f"{LOOPBACK}:{port}", "--num-experts", "8")
@@ -163,11 +165,12 @@ def test_forged_messages_change_no_verdict(tmp_path: Path) -> None:
         Bench(tmp_path / "other", "suite", suite, *several, "--node-rank", "1", **secret) as node_1,
     ):
         assert wait_until(lambda: len(node_0.reports) > 0, 60), node_0.stderr + node_1.stderr
-        sent = attack(port, 200)
-        assert [node_0.finish(), node_1.finish()] == [0, 0], node_0.stderr + node_1.stderr
+        sent = attack(port, MESSAGES if SOAK else 200)
+        assert [node_0.finish(300), node_1.finish(60)] == [0, 0], node_0.stderr + node_1.stderr
         assert set(node_0.verdicts.values()) == {"PASS"}
-        assert len(node_0.verdicts) == 10
-        assert (out / "refused.log").read_text().count("\n") == sent
+        assert len(node_0.verdicts) == cases
+        logged = (out / "refused.log").read_text().count("\n")
+        assert sent - gate.MOST_PEERS <= logged <= sent  # those that waited when node 0 ended have no line
         assert secret["DISTBENCH_SECRET"] not in node_0.stderr + node_0.stdout + (out / "results.jsonl").read_text()
 
 

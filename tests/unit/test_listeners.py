@@ -1,0 +1,77 @@
+"""Addresses on which node 0 listens: those of the endpoint, and no others where that can be told."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any
+
+import pytest
+
+from distbench.errors import InvalidCase
+from distbench.job import Spread
+from distbench.nodes.listeners import listen
+
+
+def addresses(host: str, port: int = 0) -> list[str]:
+    spread = Spread(nodes=2, node=0, nproc=1, host=host, port=29500, launch=0)
+    with contextlib.ExitStack() as stack:
+        listeners = listen(spread, port)
+        for listener in listeners:
+            stack.callback(listener.close)
+        return [listener.getsockname()[0] for listener in listeners]
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *found: tuple[int, str]) -> None:
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        del host
+        return [(family, socket.SOCK_STREAM, 6, "", (address, port)) for family, address in found]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "::1"])
+def test_loopback_address_is_the_only_one(host: str) -> None:
+    assert addresses(host) == [host]
+
+
+def test_name_of_this_machine_opens_no_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distbench.nodes.listeners.is_loopback", lambda _: False)  # as if it were on a network
+    resolve_to(monkeypatch, (socket.AF_INET, "127.0.3.1"), (socket.AF_INET, "127.0.3.1"))
+    assert addresses("node0") == ["127.0.3.1"]
+
+
+def test_name_that_stands_for_loopback_here_leaves_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve_to(monkeypatch, (socket.AF_INET, "127.0.1.1"))
+    assert addresses("node0") in (["::"], ["0.0.0.0"])  # noqa: S104 - what is looked for
+
+
+def test_address_that_is_translated_gives_the_one_it_is_reached_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distbench.nodes.listeners.source_address", lambda *_: ("127.0.3.2", 0))
+    resolve_to(monkeypatch, (socket.AF_INET, "203.0.113.77"))
+    assert addresses("node0") == ["127.0.3.2"]
+
+
+def test_family_that_this_node_does_not_speak_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve_to(monkeypatch, (socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "203.0.113.77"))
+    monkeypatch.setattr("distbench.nodes.listeners.source_address", lambda family, _: no_route(family))
+    assert addresses("node0") == ["127.0.0.1"]
+
+
+def no_route(family: int) -> tuple[Any, ...]:
+    if family == socket.AF_INET6:
+        raise OSError(101, "Network is unreachable")
+    return ("127.0.0.1", 0)
+
+
+def test_host_that_has_no_address_is_refused() -> None:
+    with pytest.raises(InvalidCase, match="on node 0; use an address of node 0"):
+        addresses("no.such.host.invalid")
+
+
+def test_port_that_is_taken_is_refused() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        pytest.raises(InvalidCase, match="Address already in use on node 0; use another port"),
+    ):
+        addresses("127.0.0.1", other.getsockname()[1])
