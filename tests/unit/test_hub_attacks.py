@@ -154,7 +154,7 @@ def recorded_proof(secret: bytes) -> bytes:
 
 @pytest.mark.timeout(900)
 def test_forged_messages_change_no_verdict(tmp_path: Path) -> None:
-    cases = 60 if SOAK else 10
+    cases = 120 if SOAK else 10
     suite = write_suite(tmp_path / "suite.json", range(cases), jitter=20 if SOAK else 0)  # as long as the attack
     secret = {"DISTBENCH_SECRET": secrets.token_hex(16)}
     port = free_port()
