@@ -1,6 +1,7 @@
-"""SGLang's MoRI path as distbench knows it, against the text of the wheel 0.5.23, some functions of which are executed.
+"""SGLang's MoRI path as distbench knows it, against the text of two wheels, some functions of which are executed.
 
-The wheel is read, never imported: importing SGLang needs most of its dependencies.
+0.5.23 is the newest that was read, 0.5.20 the last that has the older names and the older bound. They are read, never
+imported: importing SGLang needs most of its dependencies.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import logging
 import os
 import random
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +26,8 @@ from tests.cases import tiny_case
 from tests.contract.wheels import lifted, sglang_wheel, tree
 
 MORI = "sglang/srt/layers/moe/token_dispatcher/moriep.py"
+OLDER = "0.5.20"
+RUNNER = "sglang/srt/layers/moe/moe_runner/aiter.py"
 NEWER_RULES = next(reversed(SGLANG_RULES.values()))
 
 
@@ -32,13 +37,13 @@ def wheel() -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def test_the_variables_are_those_that_the_wheel_reads(wheel: zipfile.ZipFile) -> None:
-    sources = [name for name in wheel.namelist() if name.endswith(".py") and "/srt/" in name]
-    text = "\n".join(wheel.read(name).decode(errors="replace") for name in sources)
+@pytest.mark.parametrize("version", [NEWEST, OLDER])
+def test_the_variables_are_those_that_the_wheel_reads(version: str) -> None:
+    with sglang_wheel(version) as wheel:
+        sources = [name for name in wheel.namelist() if name.endswith(".py") and "/srt/" in name]
+        text = "\n".join(wheel.read(name).decode(errors="replace") for name in sources)
     theirs = set(re.findall(r"\bSGLANG_MORI_[A-Z0-9_]+\b", text)) | set(re.findall(rf"\b{SDMA}\b", text))
-    ours = {name for name in VARIABLES if reads(name, NEWEST)} | TRANSFER_VARIABLES
-    assert theirs <= ours
-    assert ours - theirs == {"SGLANG_MORI_USE_XGMI"}
+    assert theirs - TRANSFER_VARIABLES == {name for name in VARIABLES if reads(name, version)}
     assert set(recorded_environment(dict.fromkeys(theirs, "1"))) == theirs
 
 
@@ -104,3 +109,28 @@ def test_the_bound_is_the_wheels_for_tokens_and_metadata_of_any_kind(wheel: zipf
             cap = namespace["round_logical_recv_rows"](bound, False) if bound > 0 else 0
             caps.add(cap if 0 < cap < case.capacity else None)
         assert caps == {recv_bound(case).rows}, case
+
+
+def test_the_older_bound_is_its_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = ModuleType("sglang.srt.layers.dp_attention")
+    for name in ("sglang", "sglang.srt", "sglang.srt.layers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, attention.__name__, attention)
+    namespace: dict[str, Any] = {
+        "get_bool_env_var": lambda *_: True,
+        "logger": logging.getLogger("sglang"),
+        "_RECV_BOUND_LOGGED": {0},
+        "_warn_recv_bound_unavailable": lambda: None,
+    }
+    with sglang_wheel(OLDER) as older:
+        theirs = lifted(older, RUNNER, ("_mori_decode_recv_bound",), namespace)["_mori_decode_recv_bound"]
+    draw = random.Random(18)
+    for _ in range(200):
+        ranks = draw.randint(1, 8)
+        tokens = [draw.choice([0, 1, 7, 33, 64]) for _ in range(ranks)]
+        told = draw.choice([tokens, [count + 1 for count in tokens], tokens[:-1] or tokens])
+        attention.__dict__.update(get_dp_global_num_tokens=lambda told=told: told, get_is_extend_in_batch=lambda: False)
+        namespace["get_parallel"] = lambda ranks=ranks: SimpleNamespace(moe_ep_size=ranks, tp_rank=1)
+        named = {"sglang_version": OLDER, "sender_rows": ",".join(map(str, told))}
+        case = tiny_case(ranks, tokens=tokens, limit="off", recv_bound=True, **named)
+        assert (theirs(case.capacity, case.topk) or None) == recv_bound(case).rows, case
