@@ -21,11 +21,13 @@ RunRound = Callable[[Step, Round], list[Trial]]
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
     """`distbench.cluster/1`: every trial, what they point at, and the nodes that a scheduler should not use.
 
-    `emulated` says that the nodes were groups of ranks on one machine. `not_run` has the steps for which too few nodes
-    were left, `not_judged` says of whom it is not known whether they are slow, and why.
+    `suite` names what each group ran. `emulated` says that the nodes were groups of ranks on one machine. `not_run` has
+    the steps for which too few nodes were left, `not_judged` says of whom it is not known whether they are slow, and
+    why.
     """
 
     schema: str = SCHEMA
+    suite: str = ""
     emulated: bool
     nodes: Group
     findings: list[Finding]
@@ -37,8 +39,10 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     trials: list[Trial]
 
 
-def validate(nodes: Group, steps: Sequence[Step], run_round: RunRound, *, emulated: bool) -> Validation:
-    """Run `steps` on `nodes` and judge them."""
+def validate(
+    nodes: Group, steps: Sequence[Step], run_round: RunRound, *, emulated: bool, suite: str = ""
+) -> Validation:
+    """Run `steps` of `suite` on `nodes` and judge them."""
     trials: list[Trial] = []
     not_run: list[Step] = []
     for step in steps:
@@ -51,6 +55,7 @@ def validate(nodes: Group, steps: Sequence[Step], run_round: RunRound, *, emulat
     faults, slow = name_faults(trials), name_stragglers(trials)
     codes = {trial.exit_code for trial in trials} | ({SLOW_EXIT_CODE} if slow else set())
     return Validation(
+        suite=suite,
         emulated=emulated,
         nodes=nodes,
         findings=[*faults, *slow],

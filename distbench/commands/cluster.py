@@ -101,7 +101,7 @@ def _cluster(options: argparse.Namespace) -> int:
     check_path(options.out)
     check_folder(options.out)
     _check_port(options.port, len(nodes))
-    _check_suite(options, steps, len(nodes))
+    suite = _check_suite(options, steps, len(nodes))
     writers = report_writers(options, Path(options.out), reports.__name__)
     settings = Settings(
         suite=str(Path(options.suite).resolve()) if Path(options.suite).exists() else options.suite,
@@ -121,7 +121,7 @@ def _cluster(options: argparse.Namespace) -> int:
             return run_round(settings, step, groups, signals)
 
         check_shared(settings, nodes, signals)
-        validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK)
+        validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK, suite=suite)
     _write(settings.out, validation)
     write_reports(validation, writers)
     _print(settings.out, validation)
@@ -166,13 +166,16 @@ def _check_port(port: int, nodes: int) -> None:
         raise InvalidCase(message)
 
 
-def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> None:
-    """Refuse a suite that cannot be read, or selects nothing, for the ranks of a group that the plan has."""
+def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> str:
+    """Refuse a suite that cannot be read, or selects nothing, for the ranks of a group of the plan; return its name."""
+    name = ""
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):
         flags = case_flags(options)
         suite = load_suite(options.suite, size * options.nproc, flags, read_environment(os.environ, flags))
         select(suite.entries, options.select)
+        name = suite.name
+    return name
 
 
 def _write(out: Path, validation: Validation) -> None:

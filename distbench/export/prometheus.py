@@ -116,8 +116,3 @@ def _seconds(ended: str) -> float | None:
         return datetime.strptime(ended, ENDED).replace(tzinfo=timezone.utc).timestamp()
     except ValueError:
         return None
-
-
-def gauge(name: str, text: str, value: float) -> Metric:
-    """Return a metric with one value and no label."""
-    return GaugeMetricFamily(name, text, value=value)

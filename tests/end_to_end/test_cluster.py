@@ -169,6 +169,7 @@ def test_every_format_names_the_groups_and_the_findings(tmp_path: Path, monkeypa
     assert {"a", "b", "c", "a+b", "a+c", "b+c", "a+b+c", "link a c"} < cases.keys()
     assert {name for name, case in cases.items() if case.find("failure") is not None} == {"a+c", "a+b+c", "link a c"}
     assert "CORRUPT" in cases["a+c"].find("failure").get("message")
+    assert {str(case.get("classname")).rpartition(".")[0] for case in cases.values()} == {"distbench.cluster.smoke"}
     assert cases["slow nodes"].find("skipped") is not None
     families = {family.name: family for family in parse_metrics((tmp_path / "results.prom").read_text())}
     groups = {
@@ -177,6 +178,7 @@ def test_every_format_names_the_groups_and_the_findings(tmp_path: Path, monkeypa
     assert groups["pairs", "pass"] == 2
     assert groups["pairs", "fail"] == 1
     assert families["distbench_cluster_exit_code"].samples[0].value == 1
+    assert {one.labels["suite"] for family in families.values() for one in family.samples} == {"smoke"}
     rows = list(csv.DictReader((tmp_path / "results.csv").read_text().splitlines()))
     assert [row["nodes"] for row in rows if row["verdict"] == "CORRUPT"] == ["a c", "a b c"]
     assert json.loads((tmp_path / "results.json").read_text()) == document

@@ -13,7 +13,6 @@ from prometheus_client.registry import Collector
 
 from distbench.cluster.campaign import Validation
 from distbench.cluster.plan import STEPS
-from distbench.export.prometheus import gauge
 
 _RESULTS = ("pass", "fail")
 
@@ -33,18 +32,26 @@ class _Collector(Collector):
         """Yield the metrics."""
         validation = self._validation
         yield self._groups()
-        yield gauge("distbench_cluster_nodes", "Nodes of the plan.", len(validation.nodes))
-        yield gauge("distbench_cluster_defects", "Nodes at fault.", len(validation.defects))
-        yield gauge("distbench_cluster_slow_nodes", "Slow nodes.", len(validation.slow))
-        yield gauge("distbench_cluster_findings", "Findings, links included.", len(validation.findings))
-        yield gauge("distbench_cluster_not_judged", "Kinds of slowness not judged.", len(validation.not_judged))
-        yield gauge("distbench_cluster_exit_code", "The exit code of the plan.", validation.exit_code)
-        yield gauge("distbench_cluster_written_timestamp_seconds", "When this file was written.", time.time())
+        yield self._gauge("distbench_cluster_nodes", "Nodes of the plan.", len(validation.nodes))
+        yield self._gauge("distbench_cluster_defects", "Nodes at fault.", len(validation.defects))
+        yield self._gauge("distbench_cluster_slow_nodes", "Slow nodes.", len(validation.slow))
+        yield self._gauge("distbench_cluster_findings", "Findings, links included.", len(validation.findings))
+        yield self._gauge("distbench_cluster_not_judged", "Kinds of slowness not judged.", len(validation.not_judged))
+        yield self._gauge("distbench_cluster_exit_code", "The exit code of the plan.", validation.exit_code)
+        yield self._gauge("distbench_cluster_written_timestamp_seconds", "When this file was written.", time.time())
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        """Return a metric with one value; node_exporter refuses two suites' files without a label that differs."""
+        family = GaugeMetricFamily(name, text, labels=("suite",))
+        family.add_metric((self._validation.suite,), value)
+        return family
 
     def _groups(self) -> Metric:
-        family = GaugeMetricFamily("distbench_cluster_groups", "Groups of nodes by step.", labels=("step", "result"))
+        family = GaugeMetricFamily(
+            "distbench_cluster_groups", "Groups of nodes by step.", labels=("suite", "step", "result")
+        )
         counts = Counter((trial.step, _RESULTS[trial.failed]) for trial in self._validation.trials)
         for step in STEPS:
             for result in _RESULTS:
-                family.add_metric((step, result), counts[step, result])
+                family.add_metric((self._validation.suite, step, result), counts[step, result])
         return family
