@@ -75,11 +75,12 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     fp8_format: Annotated[
         Fp8Format, _help("the fp8 of the device, real or emulated: e4m3fnuz on gfx942; given, no device is looked at")
     ] = "e4m3fn"
-    numerics: Annotated[Literal["exact", "gaussian"], _help("inputs: exact in any summation order, or realistic")] = (
-        "exact"
-    )
+    numerics: Annotated[
+        Literal["both", "exact", "gaussian"],
+        _help("inputs: exact in any summation order, which decides bits, realistic, which decides errors, or both"),
+    ] = "both"
     require: Annotated[
-        Literal["bitwise", "tolerance"], _help("what counts as equal where the numerics are not exact")
+        Literal["bitwise", "tolerance"], _help("what counts as equal where the numerics are gaussian alone")
     ] = "bitwise"
     transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
     experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
@@ -190,6 +191,24 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.prealloc_max_recv_tokens:
             share = min(-(-self.prealloc_max_recv_tokens // self.ep_size), share)
         return self.ep_size * share
+
+
+def inputs_of(case: Case) -> tuple[Literal["exact", "gaussian"], ...]:
+    """The kinds of inputs that a case runs with, in order."""
+    return ("exact", "gaussian") if case.numerics == "both" else (case.numerics,)
+
+
+def with_inputs(case: Case, inputs: Literal["exact", "gaussian"]) -> Case:
+    """The part of a case that runs with one kind of inputs.
+
+    Of both, exact inputs decide bits and gaussian ones only errors: these run once, untimed, and need not repeat bits.
+    """
+    if case.numerics != "both":
+        return case
+    if inputs == "exact":
+        return msgspec.structs.replace(case, numerics=inputs)
+    once: dict[str, Any] = {"repeats": 1, "until_failure": False, "iterations": 0}
+    return msgspec.structs.replace(case, numerics=inputs, require="tolerance", **once)
 
 
 DERIVED_KEYS = ("kernel_table_sha256",)

@@ -9,17 +9,16 @@ import msgspec
 
 from distbench.breadcrumbs import STAGES, Position
 from distbench.case import FIELD_DEFAULTS, Case
+from distbench.expectations import BY_LIMIT
 from distbench.stage_limits import compiles, stage_limit
 from distbench.time_budget import Deadline
-
-BY_LIMIT = "by-limit"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One case of a launch: its name there, where each of its values came from, and the verdict it should have.
 
     `suite` names what the case belongs to: a suite, or the command that made it, such as `distbench run`.
-    `expect` is a verdict, or `by-limit`: UNDER_LIMIT where the limit is not safe, else PASS. `refused` says why the
+    `expect` is what it should end in (see `distbench.expectations`). `refused` says why the
     case ends in `expect` before a rank has seen it, and is empty for all others.
     """
 

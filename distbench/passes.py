@@ -18,7 +18,7 @@ from distbench.experts.roundings import roundings_of
 from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.process import peak_bytes
-from distbench.recording import Finished, Recorder
+from distbench.recording import Finished, PartRecorder
 from distbench.session import Session
 from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
@@ -77,7 +77,7 @@ class Passes:
     """
 
     def __init__(
-        self, session: Session, question: Question, parts: Parts, counts: Tensor, recorder: Recorder | None = None
+        self, session: Session, question: Question, parts: Parts, counts: Tensor, recorder: PartRecorder | None = None
     ) -> None:
         """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps what the arms kept."""
         self._session = session

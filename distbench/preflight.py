@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.architectures import arch_of, fp8_format
-from distbench.case import Case
+from distbench.case import Case, inputs_of
 from distbench.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
@@ -50,7 +50,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     """
     check_fit(case)
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
-    if case.numerics == "exact":
+    if "exact" in inputs_of(case):
         plan_of(case)
     notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()
     notes = (*notes, *_check_bound(case, local_ranks))

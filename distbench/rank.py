@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
-from distbench.case import Case, case_hash
+from distbench.case import Case, case_hash, inputs_of, with_inputs
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts
@@ -22,24 +23,50 @@ from distbench.recv_bound import recv_bound
 from distbench.session import Session
 from distbench.stage_limits import compiles
 from distbench.transport import make_transport
+from distbench.transport.base import Transport
 from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
-from distbench.verify.gather import choose_mode, gather, outputs_of
-from distbench.verify.records import Judgement, Outcome, Question, Reason
+from distbench.verify.gather import Outputs, choose_mode, gather, outputs_of
+from distbench.verify.records import Gathered, Judgement, Observation, Outcome, Question, Reason
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload, make_workload
 from distbench.workload.routing import recv_counts
 
+if TYPE_CHECKING:
+    from distbench.faults.injector import Injector
+
 _PROBED_TOKENS = 2
 
 
+class _Inputs(NamedTuple):
+    """One kind of inputs: all of the case's, and this rank's tokens."""
+
+    workload: Workload
+    batch: TokenBatch
+
+
 class _Ready(NamedTuple):
-    """A case whose first dispatch is next: what is asked, the parts it runs with, and the agreed counts [W, W]."""
+    """A case whose first dispatch is next.
+
+    What is asked, its kinds of inputs, the weights of the first of them, what all of them are run with, and the agreed
+    counts [W, W]. Whoever takes the weights out of their list is the last to hold them.
+    """
 
     question: Question
-    parts: Parts
+    inputs: list[_Inputs]
+    weights: list[ExpertWeights]
+    transport: Transport
+    experts: Experts
     counts: Tensor
+
+
+class _Seen(NamedTuple):
+    """What one rank has of one kind of inputs."""
+
+    observation: Observation
+    outputs: Outputs
+    injector: Injector | None
 
 
 @torch.inference_mode()
@@ -62,41 +89,60 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
 def _prepare(session: Session, case: Case) -> _Ready:
     session.crumbs.mark("agree")
     session.use(case.device)
-    workload = workload_for(case, session.device)
-    batch, probe = _tokens_and_probe(workload, session.rank)
-    sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
-    counts = session.agree(case_hash(case), probe, sent)
+    workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
+    batches, probes = zip(*(_tokens_and_probe(workload, session.rank) for workload in workloads), strict=True)
+    sent = recv_counts(batches[0].ids, case.experts_per_rank, case.ep_size)
+    counts = session.agree(case_hash(case), torch.cat(probes), sent)
     question = _question(session, case, counts)
     session.crumbs.mark("workload")
-    return _Ready(question, _build(session, case, workload, batch, counts, question.limit), counts)
+    inputs = [_Inputs(*one) for one in zip(workloads, batches, strict=True)]
+    return _build(session, question, inputs, counts)
 
 
 def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome | None:
-    question, parts, counts = ready
-    case = question.case
-    passes = Passes(session, question, parts, counts, recorder)
+    """Run the case with each kind of inputs, over the same routing, transport and experts; gather them at once."""
+    case = ready.question.case
+    found = [_run_with(session, ready, number, recorder) for number in range(len(ready.inputs))]
+    ready.transport.close()
+    mode = choose_mode(case.gather, case.tokens, sum(one.outputs.rows[:1].nbytes for one in found))
+    gathered = gather(session, mode, case.tokens, [(one.observation, one.outputs) for one in found])
+    injector = found[-1].injector
+    if injector is not None:
+        injector.leave()
+    return None if gathered is None else _judged(ready, gathered)
+
+
+def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder | None) -> _Seen:
+    kind, inputs, experts = inputs_of(ready.question.case)[number], ready.inputs[number], ready.experts
+    question = msgspec.structs.replace(ready.question, case=with_inputs(ready.question.case, kind))
+    if number:
+        session.crumbs.mark("workload")
+        ready.weights.append(_weights(session, question.case, inputs.workload))
+        experts = GraphedExperts(experts.inner) if isinstance(experts, GraphedExperts) else experts
+    parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, experts)
+    parts = _inject(session, question.case, parts)
+    passes = Passes(session, question, parts, ready.counts, None if recorder is None else recorder.part(kind))
     passes.run()
-    parts.transport.close()
     outputs = outputs_of(passes.outputs)
-    mode = choose_mode(case.gather, case.tokens, outputs.rows[:1].nbytes)
-    gathered = gather(session, mode, case.tokens, passes.observation(outputs), outputs)
-    if parts.injector is not None:
-        parts.injector.leave()
-    if gathered is None:
-        return None
-    judgement = judge(question, gathered)
-    return Outcome(case, judgement, question, gathered, diagnose(question, gathered, judgement))
+    return _Seen(passes.observation(outputs), outputs, parts.injector)
+
+
+def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
+    question, (first, *others) = ready.question, gathered
+    whole = msgspec.structs.replace(first, gaussian=others[0]) if others else first
+    judgement = judge(question, whole)
+    return Outcome(question.case, judgement, question, whole, diagnose(question, whole, judgement))
 
 
 def workload_for(case: Case, device: torch.device) -> Workload:
-    """Return the case's inputs.
+    """Return the case's inputs, the exact ones of a case that runs with both kinds.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
 
     """
     return make_workload(
-        numerics=case.numerics,
+        numerics=inputs_of(case)[0],
         hidden_size=case.hidden_size,
         intermediate_size=case.intermediate_size,
         num_experts=case.num_experts,
@@ -134,12 +180,9 @@ def _question(session: Session, case: Case, counts: Tensor) -> Question:
     return Question(case, traffic, limit)
 
 
-def _build(  # noqa: PLR0913 - what parts are made of
-    session: Session, case: Case, workload: Workload, batch: TokenBatch, counts: Tensor, limit: int | None
-) -> Parts:
-    mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
-    mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
-    weights = ExpertWeights(*workload.local_weights(session.rank), mask)
+def _build(session: Session, question: Question, inputs: list[_Inputs], counts: Tensor) -> _Ready:
+    case, (workload, batch), limit = question.case, inputs[0], question.limit
+    weights = _weights(session, case, workload)
     rows = (case.capacity, *((limit,) if limit else ()))
     if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
         session.crumbs.mark("compile")
@@ -148,14 +191,13 @@ def _build(  # noqa: PLR0913 - what parts are made of
         if case.experts != "reference" and isinstance(experts, CompiledExperts):
             experts.warm_up(*weights, rows=rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
-    parts = Parts(
-        workload=workload,
-        batch=batch,
-        weights=weights,
-        transport=make_transport(session, case, counts, batch),
-        experts=experts,
-    )
-    return _inject(session, case, parts) if case.inject else parts
+    return _Ready(question, inputs, [weights], make_transport(session, case, counts, batch), experts, counts)
+
+
+def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:
+    mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
+    mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
+    return ExpertWeights(*workload.local_weights(session.rank), mask)
 
 
 def _graphed(
@@ -171,6 +213,9 @@ def _graphed(
 
 
 def _inject(session: Session, case: Case, parts: Parts) -> Parts:
+    """Return the parts with the case's faults around them, which strike anew with each kind of inputs."""
+    if not case.inject:
+        return parts
     from distbench.faults.injector import Injector  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
 
     injector = Injector(session, case, parts.transport, parts.experts)

@@ -35,6 +35,17 @@ class Finished(NamedTuple):
 
 
 class Recorder:
+    """Keeps what one rank sees of a case, for each kind of inputs apart."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, PartRecorder] = {}
+
+    def part(self, inputs: str) -> PartRecorder:
+        """Return what keeps the passes with one kind of inputs."""
+        return self.parts.setdefault(inputs, PartRecorder())
+
+
+class PartRecorder:
     """Keeps, for each arm, the pass whose outputs are kept (see `Passes`): its live rows, copied to the CPU."""
 
     def __init__(self) -> None:

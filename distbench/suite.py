@@ -12,7 +12,8 @@ import msgspec
 
 from distbench.case import FIELD_DEFAULTS, Case, case_hash
 from distbench.errors import InvalidCase, Verdict
-from distbench.job import BY_LIMIT, Entry
+from distbench.expectations import BY_LIMIT, expected_verdict
+from distbench.job import Entry
 from distbench.resolve import Layer, Resolved, check_fit, resolve_case, typed_value
 from distbench.suite_files import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
 from distbench.values import one_line, spread_tokens
@@ -60,7 +61,7 @@ def load_suite(
             resolved = _resolve([*overrides, own, *environment], ep_size)
             digest = case_hash(resolved.case)
             expect = draft.expect or _expected(file, resolved.case)
-            if expect != Verdict.INVALID.value:
+            if expected_verdict(expect) != Verdict.INVALID.value:
                 check_fit(resolved.case)
         except (InvalidCase, UnicodeEncodeError) as error:
             message = f"{file.origin}: case {name}: {one_line(error)}"

@@ -40,13 +40,12 @@ from typing import Any, NoReturn
 import msgspec
 
 from distbench.case import DERIVED_KEYS, FIELD_TYPES
-from distbench.errors import InvalidCase, Verdict
-from distbench.job import BY_LIMIT
+from distbench.errors import InvalidCase
+from distbench.expectations import ALLOWED, is_expectation
 from distbench.limits import parse_limit
 from distbench.resolve import Layer, decode_table, typed_value
 from distbench.values import one_line, read_table_file, shown
 
-EXPECTATIONS = (BY_LIMIT, *(verdict.value for verdict in Verdict))
 CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in DERIVED_KEYS)
 MAX_CASES = 100_000
 
@@ -265,8 +264,8 @@ def _tags(where: str, value: Any) -> tuple[str, ...]:
 
 
 def _expectation(where: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in EXPECTATIONS:
-        _refuse(where, value, ", ".join(EXPECTATIONS))
+    if not isinstance(value, str) or not is_expectation(value):
+        _refuse(where, value, ALLOWED)
     return value
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from distbench.case import Case, case_hash
 from distbench.errors import Verdict
-from distbench.job import BY_LIMIT
+from distbench.expectations import BY_LIMIT
 from distbench.report.document import LostReport, Report
 from distbench.report.environment import Environment
 from distbench.verify.records import Diagnosis

@@ -15,7 +15,7 @@ from distbench.bundle.findings import INPUTS, SUM, Analysis, Finding
 from distbench.bundle.layout import Part, part_name
 from distbench.bundle.read import Bundle, read_part
 from distbench.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
-from distbench.case import Case
+from distbench.case import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
 from distbench.rank import workload_for
 from distbench.values import one_line
@@ -55,7 +55,8 @@ def analyse(bundle: Bundle) -> Analysis:
     """
     manifest = bundle.manifest
     case, gathered = manifest.case, manifest.gathered
-    workload = workload_for(case, torch.device("cpu"))
+    inputs = manifest.recorded.inputs or inputs_of(case)[0]
+    workload = workload_for(with_inputs(case, inputs), torch.device("cpu"))
     findings: list[Finding] = []
     missing: list[str] = []
     sums = _Sums(defaultdict(dict), {}, {})
@@ -230,7 +231,9 @@ def _judged(bundle: Bundle, findings: list[Finding], missing: list[str]) -> Anal
     question, gathered = bundle.manifest.question, bundle.manifest.gathered
     if question is None or gathered is None:
         return Analysis(findings, missing, None, [])
-    if not missing:
+    if not missing and bundle.manifest.recorded.inputs == "gaussian" and gathered.gaussian is not None:
+        gathered = msgspec.structs.replace(gathered, gaussian=_with_findings(gathered.gaussian, findings))
+    elif not missing:
         gathered = _with_findings(gathered, findings)
     try:
         judgement = judge(question, gathered)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -47,13 +47,15 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     """What was written down: the failing tokens taken, how many more there are at least, and each rank's part.
 
-    `routing_left_out` counts tokens, over all ranks, whose routing is not in the parts.
+    `routing_left_out` counts tokens, over all ranks, whose routing is not in the parts. `inputs` is the kind of inputs
+    with which the case failed, which alone is recorded; empty where the case has only one.
     """
 
     tokens: list[Token]
     left_out: int
     parts: list[Part]
     routing_left_out: int = 0
+    inputs: Literal["", "exact", "gaussian"] = ""
 
 
 NOTHING_RECORDED = Recorded(tokens=[], left_out=0, parts=[])

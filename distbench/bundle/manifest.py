@@ -24,7 +24,7 @@ from distbench.kernel_tables import table_bytes
 from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
-from distbench.verify.records import LISTED_TOKENS, Divergence, Observation, Outcome, Token
+from distbench.verify.records import LISTED_TOKENS, Divergence, Gathered, Observation, Outcome, Token
 
 _SHORTER_LISTS = (LISTED_TOKENS, LISTED_TOKENS // 4, LISTED_TOKENS // 16, 1, 0)
 
@@ -101,9 +101,14 @@ def _with_shorter_lists(manifest: Manifest) -> Iterator[Manifest]:
         yield manifest
         return
     for most in _SHORTER_LISTS:
-        records = [_shortened(record, manifest.case, most) for record in gathered.observations]
-        shorter = msgspec.structs.replace(gathered, observations=records)
+        shorter = _with_shorter_records(gathered, manifest.case, most)
         yield msgspec.structs.replace(manifest, gathered=shorter, listed_tokens=most)
+
+
+def _with_shorter_records(gathered: Gathered, case: Case, most: int) -> Gathered:
+    records = [_shortened(record, case, most) for record in gathered.observations]
+    other = None if gathered.gaussian is None else _with_shorter_records(gathered.gaussian, case, most)
+    return msgspec.structs.replace(gathered, observations=records, gaussian=other)
 
 
 def _shortened(record: Observation, case: Case, most: int) -> Observation:

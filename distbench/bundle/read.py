@@ -28,7 +28,7 @@ from distbench.bundle.layout import (
     names_token,
     part_name,
 )
-from distbench.case import DERIVED_KEYS, Case
+from distbench.case import DERIVED_KEYS, Case, inputs_of
 from distbench.errors import InvalidCase
 from distbench.limits import Traffic
 from distbench.report.document import Report
@@ -172,8 +172,13 @@ def _check_recorded(folder: Path, manifest: Manifest) -> None:
     _refuse_strangers(folder, case, recorded.tokens)
     if (gathered is None) != (manifest.traffic is None) or (gathered is None and recorded.tokens):
         _refuse(folder, MANIFEST, "recorded tokens, traffic and what rank 0 gathered belong together, some are missing")
+    if recorded.inputs and recorded.inputs not in inputs_of(case):
+        _refuse(folder, MANIFEST, f"recorded {recorded.inputs} inputs, the case runs with {case.numerics}")
+    if gathered is not None and (gathered.gaussian is not None) != (case.numerics == "both"):
+        _refuse(folder, MANIFEST, f"records do not fit a case that runs with numerics {case.numerics}")
     if gathered is not None and manifest.traffic is not None:
-        _check_gathered(folder, case, gathered, manifest.traffic)
+        for one in filter(None, (gathered, gathered.gaussian)):
+            _check_gathered(folder, case, one, manifest.traffic)
 
 
 def _check_gathered(folder: Path, case: Case, gathered: Gathered, traffic: Traffic) -> None:

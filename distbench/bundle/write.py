@@ -26,7 +26,7 @@ from distbench.bundle.layout import (
     part_name,
     routed_tokens,
 )
-from distbench.case import Case
+from distbench.case import Case, inputs_of
 from distbench.errors import Verdict
 from distbench.rank import workload_for
 from distbench.recording import Finished, Recorder, Seen
@@ -35,31 +35,57 @@ from distbench.session import Session
 from distbench.verify.bitwise import row_digests, tensor_digest
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import ORACLE, Gathered, Outcome, Token
+from distbench.verify.verdict import part_of, parts_of
 from distbench.waits import collective
 
 
 def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Outcome | None) -> Recorded | None:
     """Write this rank's part of a case that failed; on rank 0 return what all ranks wrote. Collective.
 
-    Rank 0 alone passes the outcome, or None where the case did not fail and nothing is written. A rank that cannot
-    write says so in its place in the manifest; the verdict stands.
+    Rank 0 alone passes the outcome, or None where the case did not fail and nothing is written. Of a case that ran with
+    two kinds of inputs the one with which it failed is recorded. A rank that cannot write says so in its place in the
+    manifest; the verdict stands.
     """
-    if recorder.finished is None:  # refused before its first dispatch, on all ranks
-        return NOTHING_RECORDED
+    if not recorder.parts or any(part.finished is None for part in recorder.parts.values()):
+        return NOTHING_RECORDED  # refused before its first dispatch, on all ranks
+    inputs = list(recorder.parts)
     known = failing_tokens(outcome) if outcome is not None else []
     taken = known[: _affordable(outcome.case)] if outcome is not None else []
-    tokens = _shared(session, taken, failed=outcome is not None)
-    if tokens is None:
+    number = inputs.index(_failed_with(outcome, inputs)) if outcome is not None else -1
+    told, tokens = _shared(session, taken, number)
+    if told < 0:
         return None
-    size, digest = _write_part(session.rank, recorder.seen, recorder.finished, folder, tokens)
+    part = recorder.parts[inputs[told]]
+    if part.finished is None:
+        return None
+    size, digest = _write_part(session.rank, part.seen, part.finished, folder, tokens)
     written = _everyones(session, size, digest)
     if outcome is None or outcome.gathered is None:
         return None
     hosts = [record.host for record in outcome.gathered.observations]
     parts = [_part(rank, host, row) for rank, (host, row) in enumerate(zip(hosts, written, strict=True))]
-    left_out = max(_wrong_tokens(outcome.gathered), len(known)) - len(taken)
+    left_out = max(_wrong_tokens(_failed_part(outcome) or outcome.gathered), len(known)) - len(taken)
     unrouted = _unrouted(outcome.case, routed_tokens(outcome.case.topk))
-    return Recorded(tokens=taken, left_out=left_out, parts=parts, routing_left_out=unrouted)
+    return Recorded(
+        tokens=taken,
+        left_out=left_out,
+        parts=parts,
+        routing_left_out=unrouted,
+        inputs=inputs_of(outcome.case)[told] if len(inputs) > 1 else "",
+    )
+
+
+def _failed_with(outcome: Outcome, inputs: list[str]) -> str:
+    """The kind of inputs with which a case failed."""
+    findings = outcome.judgement.findings
+    return findings[0].inputs if findings and findings[0].inputs in inputs else inputs[0]
+
+
+def _failed_part(outcome: Outcome) -> Gathered | None:
+    """What rank 0 gathered with the kind of inputs with which a case failed."""
+    if outcome.question is None or outcome.gathered is None:
+        return outcome.gathered
+    return part_of(parts_of(outcome.question, outcome.gathered), outcome.judgement.findings).gathered
 
 
 def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
@@ -77,7 +103,7 @@ def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
 
 def failing_tokens(outcome: Outcome) -> list[Token]:
     """Return the tokens that went wrong as far as rank 0 lists them: first divergences, differing, lost."""
-    gathered = outcome.gathered
+    gathered = _failed_part(outcome)
     if gathered is None or outcome.judgement.verdict is Verdict.PASS:
         return []
     diverged = [
@@ -113,10 +139,10 @@ def _affordable(case: Case) -> int:
     return max(min(RECORDED_BYTES // token, MAX_TOKENS), 1)
 
 
-def _shared(session: Session, tokens: list[Token], *, failed: bool) -> Tensor | None:
-    """Return rank 0's tokens on all ranks of the group, int64 [t, 2] on the CPU; None where the case did not fail."""
+def _shared(session: Session, tokens: list[Token], part: int) -> tuple[int, Tensor]:
+    """Return rank 0's part, -1 where the case did not fail, and its tokens int64 [t, 2] on the CPU, on all ranks."""
     sent = torch.full((1 + MAX_TOKENS, 2), -1, dtype=torch.int64)
-    sent[0] = int(failed)
+    sent[0] = part
     if tokens:
         sent[1 : 1 + len(tokens)] = torch.tensor(tokens)
     sent = sent.to(session.device)
@@ -124,7 +150,7 @@ def _shared(session: Session, tokens: list[Token], *, failed: bool) -> Tensor | 
         dist.broadcast(sent, group=session.group, group_src=0)
     (told, *_), *_ = sent.tolist()
     listed = sent[1:].cpu()
-    return listed[listed[:, 0] >= 0] if told else None
+    return told, listed[listed[:, 0] >= 0]
 
 
 def _write_part(

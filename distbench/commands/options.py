@@ -21,6 +21,7 @@ from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
 from distbench.devices import count_devices
 from distbench.errors import DistbenchError, InvalidCase, Unsupported
+from distbench.expectations import expected_verdict
 from distbench.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
 from distbench.job import Entry, Spread
 from distbench.locks import hold
@@ -290,7 +291,7 @@ def _examined(entry: Entry, origin: str, check: Callable[[Entry], tuple[str, ...
     try:
         return msgspec.structs.replace(entry, warnings=check(entry))
     except (InvalidCase, Unsupported) as error:
-        if entry.expect == error.verdict.value:
+        if expected_verdict(entry.expect) == error.verdict.value:
             return msgspec.structs.replace(entry, refused=str(error))
         message = f"{origin}: case {entry.name}: {error}"
         raise type(error)(message) from error

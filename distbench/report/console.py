@@ -12,6 +12,7 @@ import msgspec
 from distbench.case import Case
 from distbench.errors import Verdict
 from distbench.report.document import InjectedReport, RankReport, RateReport, Report
+from distbench.report.findings import ErrorReport
 from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
 from distbench.values import printable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _SHOWN_REASONS = 12
 _SHOWN_TOKENS = 16
 _LOG_WIDTH = 140
+_INPUTS = {"both": "exact and gaussian", "exact": "exact", "gaussian": "gaussian"}
 
 
 def print_report(report: Report) -> None:
@@ -108,9 +110,9 @@ def verdict_line(report: Report) -> str:
         line += f" (INJECTED FAULT: {report.case['inject']})"
     proven = [reason for reason in report.reasons if reason.code != NOT_PROVEN]
     findings = [reason.message for reason in proven]
-    compared = report.comparison
-    if report.verdict is Verdict.PASS and compared and all(comparison.equal for comparison in compared):
-        findings.insert(0, _equality(report))
+    held = _held(report) if report.verdict is Verdict.PASS else ""
+    if held:
+        findings.insert(0, held)
     if findings:
         line += ": " + findings[0] + (f" (+{len(findings) - 1} more)" if len(findings) > 1 else "")
     if len(proven) < len(report.reasons):
@@ -125,12 +127,27 @@ def _equality(report: Report) -> str:
     return f"{' == '.join(arms)}, bit for bit, {tokens} tokens on {len(report.ranks)} ranks"
 
 
+def _held(report: Report) -> str:
+    """What a PASS has held: bits with exact inputs, errors with gaussian ones."""
+    compared = report.comparison
+    bits = _equality(report) if compared and all(comparison.equal for comparison in compared) else ""
+    ratios = [error.ratio for error in report.errors if error.ratio is not None]
+    errors = ""
+    if ratios:
+        low, high = min(low for low, _ in ratios), max(high for _, high in ratios)
+        errors = f"errors {low:.2f} to {high:.2f} of ideal"
+    blind = f"{len(report.blind_spots)} blind spots of exact inputs (see warnings)" if report.blind_spots else ""
+    return "; ".join(filter(None, (bits, errors, blind)))
+
+
 def _parts(report: Report) -> list[RenderableType]:
     parts: list[RenderableType] = [f"warning: {warning}" for warning in report.warnings]
     parts += [_injected_line(one) for one in report.injected]
     parts += _headlines(report)
     if report.ranks:
         parts += [_rank_table(report), _comparison_table(report)]
+    if report.errors:
+        parts += [_error_table(report.errors), *_families(report.errors)]
     if report.method:
         parts.append(_timing_table(report))
     if report.lost.rows:
@@ -162,7 +179,7 @@ def _headlines(report: Report) -> list[str]:
     limit = report.limit
     text = (
         f"{case['model']} H{case['hidden_size']} I{case['intermediate_size']} E{case['num_experts']} "
-        f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {case['numerics']} inputs, "
+        f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {_INPUTS[case['numerics']]} inputs, "
         f"routing {case['routing']}, {case['transport']} + {case['experts']}, case {case['hash'][:12]}"
     )
     return [text] if limit is None else [text, str(limit)]
@@ -229,6 +246,32 @@ def _comparison_table(report: Report) -> Table:
         for comparison in report.comparison
     ]
     return _table("", columns, rows)
+
+
+def _error_table(errors: list[ErrorReport]) -> Table:
+    columns = ("error of", "stage", "rows", "of ideal", "allowed", "bias", "worst (ideal)", "within")
+    rows = [
+        (
+            error.arm,
+            error.stage,
+            str(error.rows),
+            "NaN" if error.ratio is None else f"{error.ratio[0]:.3f} to {error.ratio[1]:.3f}",
+            f"{error.allowed.get('ratio_low', 0):.3f} to {error.allowed.get('ratio_high', 0):.3f}",
+            "NaN" if error.bias is None else f"{error.bias:.1f}",
+            f"{'NaN' if error.worst is None else f'{error.worst:.4f}'} ({error.ideal_worst:.4f})",
+            "yes" if error.within else "NO",
+        )
+        for error in errors
+    ]
+    return _table("", columns, rows)
+
+
+def _families(errors: list[ErrorReport]) -> list[str]:
+    """Name the roundings of the ideal, with the arms that it is held against."""
+    arms: dict[str, dict[str, None]] = {}
+    for error in errors:
+        arms.setdefault(error.family, {})[error.arm] = None
+    return [f"ideal of {', '.join(of)}: {family}" for family, of in arms.items()]
 
 
 def _lost_line(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
@@ -11,11 +12,13 @@ import msgspec
 from distbench.case import Case, case_hash
 from distbench.devices import DeviceState
 from distbench.errors import InvalidCase, Verdict
+from distbench.expectations import is_met
 from distbench.experts.coverage import blind_spots_of
 from distbench.injection import Injection, parse_inject
-from distbench.job import BY_LIMIT, Entry
+from distbench.job import Entry
 from distbench.rates import Rate
 from distbench.report.environment import Environment
+from distbench.report.findings import ErrorReport, FindingReport, codes_behind, error_reports, finding_reports
 from distbench.report.limit import LimitReport, limit_report
 from distbench.samples import median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
@@ -109,7 +112,10 @@ class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document. A case that was refused or lost its ranks has no ranks and no comparison.
 
-    `suite` names what the case belongs to; `ended` is when the report was written, in UTC as ISO 8601.
+    `comparison`, `timing` and `rate` are those with exact inputs where a case runs with both kinds, `errors` those with
+    gaussian ones. `findings` are all rules that struck, the verdict's first; `blind_spots` say what exact inputs of
+    this shape cannot see. `suite` names what the case belongs to; `ended` is when the report was written, in UTC as ISO
+    8601.
     """
 
     schema: str = SCHEMA
@@ -121,6 +127,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     expect: str
     as_expected: bool
     reasons: list[Reason]
+    findings: list[FindingReport] = []
+    blind_spots: list[str] = []
     emulated: bool
     stand_ins: list[str]
     case: dict[str, Any]
@@ -131,6 +139,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     transport: dict[str, Any]
     ranks: list[RankReport]
     comparison: list[ComparisonReport]
+    errors: list[ErrorReport] = []
     gather: str | None
     lost: LostReport
     first_divergence: Divergence | None
@@ -150,6 +159,10 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
     records = gathered.observations if gathered else []
     verdict = outcome.judgement.verdict
     safe = question is None or not question.short_ranks
+    findings = finding_reports(outcome.judgement)
+    codes = codes_behind(verdict, findings, outcome.judgement.reasons)
+    blind = _blind_spots(outcome.case)
+    measured = gathered.gaussian.observations if gathered and gathered.gaussian else []
     return Report(
         suite=entry.suite,
         name=entry.name,
@@ -157,37 +170,38 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         verdict=verdict,
         exit_code=verdict.exit_code,
         expect=entry.expect,
-        as_expected=as_expected(entry.expect, verdict, safe=safe, policy=entry.case.policy),
+        as_expected=is_met(entry.expect, verdict, codes, safe=safe, policy=entry.case.policy),
         reasons=outcome.judgement.reasons,
+        findings=findings,
+        blind_spots=blind,
         emulated=bool(outcome.case.stand_ins),
         stand_ins=outcome.case.stand_ins,
         case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
-        warnings=[*entry.warnings, *_blind_spots(outcome.case), *_doubts(records), *kernel_doubts(records)],
+        warnings=[
+            *entry.warnings,
+            *(f"exact inputs are blind here: {spot}" for spot in blind),
+            *_doubts(records),
+            *kernel_doubts(records),
+        ],
         limit=limit_report(question, entry.sources) if question else None,
         environment=environment,
         transport=records[0].transport if records else {},
         ranks=[_rank(record) for record in records],
         comparison=_comparisons(gathered, outcome.case) if gathered else [],
+        errors=error_reports(measured or records),
         gather=gathered.mode if gathered else None,
         lost=_lost(gathered),
         first_divergence=outcome.judgement.first_divergence,
         diagnosis=outcome.diagnosis,
         stacks=outcome.stacks,
-        injected=_injected(outcome.case, records),
+        injected=_injected(outcome.case, [*records, *measured]),
         rate=_rate(records),
         timing=_timing(records) | {"wall_s": wall_s},
         ended=datetime.now(timezone.utc).strftime(ENDED),
         method=_method(question, records) if question and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
     )
-
-
-def as_expected(expect: str, verdict: Verdict, *, safe: bool, policy: str) -> bool:
-    """Whether a case ended as its suite says. `by-limit` expects UNDER_LIMIT of an unsafe limit that is not guarded."""
-    if expect != BY_LIMIT:
-        return verdict.value == expect
-    return verdict is (Verdict.PASS if safe or policy == "guard" else Verdict.UNDER_LIMIT)
 
 
 def _rank(record: Observation) -> RankReport:
@@ -238,7 +252,10 @@ def _injected(case: Case, records: list[Observation]) -> list[InjectedReport]:
 
 
 def _injected_one(place: int, one: Injection, records: list[Observation]) -> InjectedReport:
-    hits = {str(record.rank): hits for record in records if (hits := record.injected.get(str(place), 0))}
+    counted: Counter[str] = Counter()
+    for record in records:
+        counted[str(record.rank)] += record.injected.get(str(place), 0)
+    hits = {rank: count for rank, count in counted.items() if count}
     needs = ""
     if records and not hits:
         from distbench.faults.injector import fault_kind  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
@@ -333,9 +350,9 @@ def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
 
 
 def _blind_spots(case: Case) -> list[str]:
-    """Return what the case's exact inputs cannot show, as warnings; nothing for a case that is refused."""
+    """Return what the case's exact inputs cannot show; nothing for a case that is refused."""
     try:
-        return [f"exact inputs are blind here: {text}" for text in blind_spots_of(case)]
+        return blind_spots_of(case)
     except InvalidCase:
         return []
 

@@ -13,11 +13,14 @@ import msgspec
 
 from distbench.case import case_hash
 from distbench.errors import DistbenchError, InvalidCase, ResultsLost, Verdict
+from distbench.expectations import is_met
 from distbench.job import Entry
-from distbench.report.document import SCHEMA, RateReport, Report, as_expected
+from distbench.report.document import SCHEMA, RateReport, Report
 from distbench.report.files import atomic_file, naming, sync_folder
+from distbench.report.findings import FindingReport, codes_behind
 from distbench.report.limit import LimitReport
 from distbench.values import one_line
+from distbench.verify.records import Reason
 
 RESULTS = "results.jsonl"
 _DAMAGED = "results.damaged.jsonl"
@@ -51,6 +54,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     limit: LimitReport | None
     injected: list[_Injected] = []
     rate: RateReport | None = None
+    reasons: list[Reason] = []
+    findings: list[FindingReport] = []
 
     @property
     def exposed(self) -> RateReport | None:
@@ -61,7 +66,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     def ended_as(self, entry: Entry) -> bool:
         """Whether the case ended as `entry`, which is of the same case, expects it to."""
         safe = self.limit is None or self.limit.safe
-        return as_expected(entry.expect, self.verdict, safe=safe, policy=entry.case.policy)
+        codes = codes_behind(self.verdict, self.findings, self.reasons)
+        return is_met(entry.expect, self.verdict, codes, safe=safe, policy=entry.case.policy)
 
 
 class Journal:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distbench.case import case_hash
 from distbench.errors import Verdict, suite_code
+from distbench.expectations import expected_verdict
 from distbench.job import Entry, Job
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
@@ -68,5 +69,6 @@ class Sink:
 
 def refusal(entry: Entry) -> Outcome:
     """Return the outcome of a case that is refused as it is expected to be."""
-    reason = Reason(code=entry.expect.lower(), message=entry.refused)
-    return Outcome(entry.case, Judgement(Verdict(entry.expect), [reason], None))
+    verdict = Verdict(expected_verdict(entry.expect))
+    reason = Reason(code=verdict.value.lower(), message=entry.refused)
+    return Outcome(entry.case, Judgement(verdict, [reason], None))

@@ -36,9 +36,14 @@ class Part(NamedTuple):
     gathered: Gathered
 
     @property
+    def inputs(self) -> str:
+        """The kind of inputs: exact or gaussian."""
+        return self.question.case.numerics
+
+    @property
     def exact(self) -> bool:
         """Whether every bit is known."""
-        return self.question.case.numerics == "exact"
+        return self.inputs == "exact"
 
     @property
     def records(self) -> list[Observation]:

@@ -6,7 +6,7 @@ whole rows, or 128-bit digests where rows would be many, followed by those rows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -67,21 +67,25 @@ def choose_mode(asked: str, tokens: tuple[int, ...], token_bytes: int) -> Mode:
 
 
 def gather(
-    session: Session, mode: Mode, tokens: tuple[int, ...], observation: Observation, outputs: Outputs
-) -> Gathered | None:
+    session: Session, mode: Mode, tokens: tuple[int, ...], parts: Sequence[tuple[Observation, Outputs]]
+) -> list[Gathered] | None:
     """Bring all ranks' outputs to rank 0, which returns what it found; the others return None. Collective.
 
-    `outputs` has the same arms in the same order on every rank.
+    `parts` has what was seen with each kind of inputs, and rank 0 returns as many; the outputs have the same arms in
+    the same order on every rank.
     """
-    payload = outputs.rows if mode == "rows" else outputs.digests
-    records = _gather_records(session, observation)
-    reader = _Reader(outputs.arms, mode, len(tokens) if records else 0)
-    for start, blocks in _gather_blocks(session, payload, tokens):
+    payloads = [outputs.rows if mode == "rows" else outputs.digests for _, outputs in parts]
+    records = _gather_records(session, [observation for observation, _ in parts])
+    readers = [_Reader(outputs.arms, mode, len(tokens) if records else 0) for _, outputs in parts]
+    for start, blocks in _gather_blocks(session, payloads, tokens):
         for rank, block in enumerate(blocks):
-            reader.take(rank, block[: max(tokens[rank] - start, 0)], start)
+            chunks = block[: max(tokens[rank] - start, 0)].split([payload.shape[1] for payload in payloads], dim=1)
+            for reader, chunk in zip(readers, chunks, strict=True):
+                reader.take(rank, chunk, start)
     if mode == "digests":
-        _fetch_differing(session.group, reader, outputs.rows)
-    return reader.finish(records) if records else None
+        for reader, (_, outputs) in zip(readers, parts, strict=True):
+            _fetch_differing(session.group, reader, outputs.rows)
+    return [reader.finish(seen) for reader, seen in zip(readers, records, strict=True)] if records else None
 
 
 class _Reader:
@@ -140,13 +144,13 @@ def _are_alike(rows: Tensor) -> bool:
     return same_bits(rows[:, 1:], rows[:, :1].expand_as(rows[:, 1:]))
 
 
-def _gather_records(session: Session, observation: Observation) -> list[Observation]:
-    """Return all ranks' records on rank 0, nothing elsewhere.
+def _gather_records(session: Session, mine: list[Observation]) -> list[list[Observation]]:
+    """Return all ranks' records of each part on rank 0, nothing elsewhere.
 
     A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows.
     Between CPUs, also where the payload is on a device: NCCL makes a communicator for each pair that sends by itself.
     """
-    content = msgspec.json.encode(observation)
+    content = msgspec.json.encode(mine)
     framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8)
     head, rest = framed[:_RECORD_BYTES], framed[_RECORD_BYTES:]
     heads = session.gathered(torch.cat([head, head.new_zeros(_RECORD_BYTES - head.numel())]))
@@ -161,20 +165,26 @@ def _gather_records(session: Session, observation: Observation) -> list[Observat
             with waiting(_MESSAGE):
                 dist.recv(tail, group=session.group, group_src=rank)
         whole = torch.cat([raw, tail])[8:size].numpy().tobytes()
-        records.append(msgspec.json.decode(whole, type=Observation))
-    return records
+        records.append(msgspec.json.decode(whole, type=list[Observation]))
+    return [list(part) for part in zip(*records, strict=True)]
 
 
-def _gather_blocks(session: Session, payload: Tensor, tokens: tuple[int, ...]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield, round after round, the first token of all ranks' blocks and the blocks; no blocks but on rank 0."""
+def _gather_blocks(
+    session: Session, payloads: list[Tensor], tokens: tuple[int, ...]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield, round after round, the first token of all ranks' blocks and the blocks; no blocks but on rank 0.
+
+    A block has the arms of all payloads [n, arms, .], one after another.
+    """
     most = max(tokens)
-    row_bytes = payload.shape[1] * payload.shape[2] * payload.element_size()
+    row_bytes = sum(payload.shape[1] * payload.shape[2] * payload.element_size() for payload in payloads)
     step = max(min(ROUND_BYTES // (row_bytes * len(tokens)), most), 1)
     for start in range(0, most, step):
-        block = payload[start : start + step]
+        parts = [payload[start : start + step] for payload in payloads]
+        block = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if block.shape[0] < step:
-            block = torch.cat([block, block.new_zeros(step - block.shape[0], *payload.shape[1:])])
-        yield start, list(session.gathered(block.contiguous().view(torch.uint8)).view(payload.dtype))
+            block = torch.cat([block, block.new_zeros(step - block.shape[0], *block.shape[1:])])
+        yield start, list(session.gathered(block.contiguous().view(torch.uint8)).view(block.dtype))
 
 
 def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, rows: Tensor) -> None:

@@ -10,6 +10,7 @@ from distbench.verify.bitwise import differing
 from distbench.verify.excuses import CUT_ARMS
 from distbench.verify.gather import Outputs
 from distbench.verify.records import ORACLE, Question, Survivors, pair_name, pairs_of
+from distbench.waits import collective
 
 
 class Losses:
@@ -42,7 +43,8 @@ class Losses:
         """
         found = {}
         for arm, flags in self._taken.items():
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
+            with collective("all_reduce"):
+                dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group)
             found[arm] = flags[self._own].bool()
         self._taken = {}
         return found

@@ -17,6 +17,7 @@ LISTED_TOKENS = 64
 COUNTS = ("capacity", "total_recv")
 RETURNED = "the sum of what ranks returned"
 PADDED = "padded"
+FINITE = "finite values"
 POISON = "poison or NaN"
 SCATTERED = "other values"
 ANOTHER_ROW = "another token's row"
@@ -271,7 +272,8 @@ class Gathered(msgspec.Struct, frozen=True):
     """What rank 0 holds of all ranks: their records, and its own comparison of their outputs.
 
     `differing[pair]` lists the first differing tokens as (rank, token). `disputed` names ranks whose own comparison
-    disagrees with that of rank 0. `peak_bytes` is rank 0's largest resident size, gathering included.
+    disagrees with that of rank 0. `peak_bytes` is rank 0's largest resident size, gathering included. `gaussian` is the
+    part with gaussian inputs of a case that runs with both.
     """
 
     observations: list[Observation]
@@ -280,6 +282,7 @@ class Gathered(msgspec.Struct, frozen=True):
     disputed: list[int]
     mode: str
     peak_bytes: int
+    gaussian: Gathered | None = None
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -18,7 +18,7 @@ from distbench.verify.nearness import far_rows
 from distbench.verify.patterns import far_sources, pattern_of
 from distbench.verify.places import first_difference
 from distbench.verify.received import wrong_rows
-from distbench.verify.records import LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence
+from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence
 from distbench.verify.sums import Returned, key_of, split_key
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
@@ -187,7 +187,8 @@ class StageChecker:
         """Hold rows [m, H], ordered as `keys`, against the oracle or the first pass; keep what combine is given."""
         expected, against = self._known.expert_rows if self._known else None, ORACLE
         if expected is None:
-            self._baseline = self._baseline or _Baseline(rows, place.visible)
+            if self._baseline is None:
+                return self._check_baseline(place, keys, rows)
             expected, against = self._baseline.rows, PADDED
             place = place.without(None if self._baseline.fit is None else ~self._baseline.fit)
         if rows is expected or same_bits(rows, expected):
@@ -195,6 +196,17 @@ class StageChecker:
             return None
         self._returned[place.arm] = Returned(keys, rows)  # memory of its own until the next pass of this arm
         return place.first_difference("experts", "rows", against, rows, expected)
+
+    def _check_baseline(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
+        """Take rows [m, H] as what other passes are held against, but for those with a NaN, which no input holds."""
+        self._returned[place.arm] = Returned(keys, rows)
+        finite = rows.isfinite()
+        if bool(finite.all()):
+            self._baseline = _Baseline(rows, place.visible)
+            return None
+        fit = finite.all(1)
+        self._baseline = _Baseline(rows, fit if place.visible is None else fit & place.visible)
+        return place.first_difference("experts", "rows", FINITE, rows, rows.masked_fill(~finite, 0.0))
 
 
 class _Place(NamedTuple):

@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from distbench.case import inputs_of, with_inputs
 from distbench.errors import Verdict
 from distbench.verify.excuses import Part, in_order, is_noise
-from distbench.verify.records import Divergence, Finding, Gathered, Judgement, Question
-from distbench.verify.rules import RULES, limit_notes, notes
+from distbench.verify.records import Divergence, Finding, Gathered, Judgement, Question, Reason
+from distbench.verify.rules import RULES, limit_notes, notes, under_limit
 
 
 def judge(question: Question, gathered: Gathered) -> Judgement:
     """Return the verdict of a case whose ranks all reported, and every rule that struck."""
     parts = parts_of(question, gathered)
     findings = [
-        Finding(verdict=verdict, inputs=part.question.case.numerics, reasons=reasons)
+        Finding(verdict=verdict, inputs=part.inputs, reasons=_said(part, reasons, parts))
         for verdict, rule in RULES
         for part in parts
-        if (reasons := rule(part))
+        if (part is parts[0] or rule is not under_limit) and (reasons := rule(part))
     ]
     first = first_divergence(part_of(parts, findings))
     if findings:
         return Judgement(findings[0].verdict, findings[0].reasons, first, findings)
-    return Judgement(Verdict.PASS, [*(note for part in parts for note in notes(part)), *limit_notes(question)], first)
+    told = [note for part in parts for note in _said(part, notes(part), parts)]
+    return Judgement(Verdict.PASS, [*told, *limit_notes(question)], first)
 
 
 def parts_of(question: Question, gathered: Gathered) -> list[Part]:
     """The parts of a case, one for each kind of inputs, exact before gaussian."""
-    return [Part(question, gathered)]
+    found = zip(inputs_of(question.case), (gathered, gathered.gaussian), strict=False)
+    return [
+        Part(msgspec.structs.replace(question, case=with_inputs(question.case, inputs)), seen)
+        for inputs, seen in found
+        if seen is not None
+    ]
+
+
+def _said(part: Part, reasons: list[Reason], parts: list[Part]) -> list[Reason]:
+    """Name the inputs in what was found with those that do not decide bits."""
+    if part is parts[0]:
+        return reasons
+    return [msgspec.structs.replace(one, message=f"{part.inputs} inputs: {one.message}") for one in reasons]
 
 
 def part_of(parts: list[Part], findings: list[Finding]) -> Part:
     """The part in which the first finding was made; without one the first part."""
     wanted = findings[0].inputs if findings else ""
-    return next((part for part in parts if part.question.case.numerics == wanted), parts[0])
+    return next((part for part in parts if part.inputs == wanted), parts[0])
 
 
 def first_divergence(part: Part) -> Divergence | None:

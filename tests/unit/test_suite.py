@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 
 from distbench.case import case_hash
 from distbench.errors import InvalidCase, Verdict
-from distbench.job import BY_LIMIT, Entry
-from distbench.report.document import as_expected
+from distbench.expectations import BY_LIMIT, CODES, is_expectation, is_met
+from distbench.job import Entry
 from distbench.resolve import Layer
 from distbench.suite import Suite, load_suite, select
-from distbench.suite_files import EXPECTATIONS, builtin_suites, parse_suite
+from distbench.suite_files import builtin_suites, parse_suite
+from distbench.verify.records import STAGE_ORDER
 
 Load = Callable[..., Suite]
 BUILTIN = sorted(builtin_suites())
@@ -258,8 +260,38 @@ def test_built_in_suites_are_not_swayed_by_production_variables() -> None:
     ],
 )
 def test_as_expected(expect: str, verdict: Verdict, safe: bool, policy: str, expected: bool) -> None:
-    assert expect in EXPECTATIONS
-    assert as_expected(expect, verdict, safe=safe, policy=policy) is expected
+    assert is_expectation(expect)
+    assert is_met(expect, verdict, [], safe=safe, policy=policy) is expected
+
+
+@pytest.mark.parametrize(
+    ("expect", "verdict", "codes", "expected"),
+    [
+        ("CORRUPT:experts-differs", Verdict.CORRUPT, ["experts-differs"], True),
+        ("CORRUPT:experts-differs", Verdict.CORRUPT, ["experts-differs", "nan"], False),
+        ("CORRUPT:experts-differs,nan", Verdict.CORRUPT, ["experts-differs", "nan"], True),
+        ("CORRUPT:experts-differs,nan", Verdict.CORRUPT, ["nan"], True),
+        ("CORRUPT:experts-differs", Verdict.BASELINE_WRONG, ["experts-differs"], False),
+        ("CORRUPT", Verdict.CORRUPT, ["experts-differs", "nan"], True),
+        ("NONDETERMINISTIC", Verdict.CORRUPT, ["nan"], False),
+    ],
+)
+def test_an_expectation_with_codes_allows_no_other_reason(
+    expect: str, verdict: Verdict, codes: list[str], expected: bool
+) -> None:
+    assert is_expectation(expect)
+    assert is_met(expect, verdict, codes, safe=True, policy="strict") is expected
+
+
+@pytest.mark.parametrize("text", ["", "by-limit:nan", "CORRUPT:", "CORRUPT:none", "PASS:nan", "WRONG", "CORRUPT:nan,"])
+def test_what_cannot_be_expected_is_refused(text: str) -> None:
+    assert not is_expectation(text)
+
+
+def test_every_code_of_a_rule_can_be_expected() -> None:
+    source = Path("distbench/verify/rules.py").read_text() + Path("distbench/verify/excuses.py").read_text()
+    written = {code for code in re.findall(r'code="([a-z-]+)"', source) if code != "guarded"}
+    assert written | {f"{stage}-differs" for stage in STAGE_ORDER} <= set(CODES)
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""What a suite expects of a case: a verdict, perhaps with the codes of its reasons, or what follows from the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from distbench.errors import Verdict
+
+BY_LIMIT = "by-limit"
+"""UNDER_LIMIT where the limit loses rows of this batch and is not guarded, else PASS."""
+
+CODES = (
+    "dispatch-differs",
+    "truncate-differs",
+    "experts-differs",
+    "combine-differs",
+    "nan",
+    "error",
+    "reference",
+    "far",
+    "bits-differ",
+    "disputed",
+    "timed-differs",
+    "replay-differs",
+    "limit-below-total-recv",
+    "damage",
+    "control-differs",
+    "repadded-differs",
+    "truncated-differs",
+    "kernel-drift",
+    "hang",
+    "rank-fault",
+    "baseline-fault",
+    "invalid",
+    "unsupported",
+    "overflow",
+)
+"""Codes of the reasons behind a verdict (docs/verdicts.md)."""
+
+ALLOWED = f"{', '.join((BY_LIMIT, *(verdict.value for verdict in Verdict)))}, or VERDICT:CODE,CODE (docs/suites.md)"
+
+
+def is_expectation(text: str) -> bool:
+    """Whether `text` is something that can be expected."""
+    if text == BY_LIMIT:
+        return True
+    verdict, colon, codes = text.partition(":")
+    known = verdict in Verdict.__members__ and verdict != Verdict.PASS.value
+    return (known and set(codes.split(",")) <= set(CODES)) if colon else verdict in Verdict.__members__
+
+
+def expected_verdict(expect: str) -> str:
+    """The verdict that an expectation names; empty for one that follows from the limit."""
+    return "" if expect == BY_LIMIT else expect.partition(":")[0]
+
+
+def is_met(expect: str, verdict: Verdict, codes: Iterable[str], *, safe: bool, policy: str) -> bool:
+    """Whether a case ended as expected: with the verdict and, where codes are named, for no other reason.
+
+    `codes` are those of all reasons for the verdict, which is the worst that was found. `safe` says that the limit
+    loses no row of this batch.
+    """
+    if expect == BY_LIMIT:
+        return verdict is (Verdict.PASS if safe or policy == "guard" else Verdict.UNDER_LIMIT)
+    wanted, colon, named = expect.partition(":")
+    return verdict.value == wanted and (not colon or set(codes) <= set(named.split(",")))

@@ -1,0 +1,202 @@
+"""A case with both kinds of inputs: exact ones decide bits, gaussian ones errors, in one verdict and one report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.bundle.analysis import analyse
+from distbench.bundle.read import open_bundle
+from distbench.case import Case
+from distbench.expectations import BY_LIMIT
+from distbench.experts import make_experts
+from distbench.experts.base import Experts
+from distbench.job import Entry
+from distbench.rank import run_case
+from distbench.report.console import verdict_line
+from distbench.report.document import Report, build_report
+from distbench.report.environment import NO_ENVIRONMENT
+from distbench.resolve import Layer, resolve_case
+from distbench.session import Session
+from distbench.verify.records import Gathered, Outcome
+from tests.cases import tiny_case
+from tests.distributed.bundles import leave_bundle
+from tests.ranks import on_ranks
+
+RANKS = 2
+ARMS = ["padded", "control", "repadded", "truncated"]
+Damage = Callable[[Tensor], object]
+
+
+class Damaged:
+    """Experts that damage their result in some calls: 0 to 3 are the arms with exact inputs, 4 to 7 with gaussian."""
+
+    def __init__(self, inner: Experts, damage: Damage, calls: range) -> None:
+        self._inner, self._damage, self._calls, self._call = inner, damage, calls, -1
+        self.selection = inner.selection
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        self._call += 1
+        rows = self._inner(*arguments, **options)
+        if self._call in self._calls:
+            self._damage(rows[: int(options["num_local_tokens"])])
+        return rows
+
+
+def nan_lane(rows: Tensor) -> None:
+    rows[:, -1] = float("nan")
+
+
+def truncated_roundings(rows: Tensor) -> None:
+    """Lose the last bit of every value: exact inputs have none there to lose in most, realistic ones do."""
+    rows.view(torch.int16).bitwise_and_(-2)
+
+
+def both_case(ep_size: int = RANKS, **values: Any) -> Case:
+    return tiny_case(ep_size, **{"numerics": "both"} | values)
+
+
+def run_damaged(session: Session, case: Case, damage: Damage, calls: range, rank: int = 1) -> Outcome | None:
+    def experts(case: Case) -> Experts:
+        return Damaged(make_experts(case), damage, calls)
+
+    if session.rank != rank:
+        return run_case(session, case)
+    with patch("distbench.rank.make_experts", experts):
+        return run_case(session, case)
+
+
+def outcome_of(case: Case) -> Outcome:
+    found: Outcome = on_ranks(case.ep_size, run_case, case)[0]
+    return found
+
+
+def report_of(outcome: Outcome, expect: str = BY_LIMIT) -> Report:
+    named = Entry(name="both", case=outcome.case, sources={}, expect=expect)
+    return build_report(named, outcome, environment=NO_ENVIRONMENT, wall_s=0.0)
+
+
+def gaussian_part(outcome: Outcome) -> Gathered:
+    assert outcome.gathered is not None
+    assert outcome.gathered.gaussian is not None
+    return outcome.gathered.gaussian
+
+
+def test_both_is_the_default() -> None:
+    assert resolve_case([Layer("test", {"model": "tiny"})], RANKS).case.numerics == "both"
+
+
+def test_its_report_has_bits_and_errors() -> None:
+    outcome = outcome_of(both_case(RANKS, tokens=(37, 21)))
+    report = report_of(outcome)
+    assert (report.verdict.value, report.findings) == ("PASS", [])
+    assert all(comparison.equal for comparison in report.comparison)
+    assert [error.arm for error in report.errors if error.stage == "combine"] == ARMS
+    assert all(error.within and error.ratio is not None for error in report.errors)
+    assert "bit for bit, 58 tokens on 2 ranks; errors " in verdict_line(report)
+    assert " of ideal" in verdict_line(report)
+
+
+@pytest.mark.parametrize("gather", ["rows", "digests"])
+def test_other_bits_of_an_atomic_kernel_in_gaussian_inputs_are_a_note(gather: str) -> None:
+    outcome = outcome_of(both_case(RANKS, tokens=(37, 21), routing="local", gather=gather))
+    assert gaussian_part(outcome).comparisons["padded/control"].differing_tokens
+    assert outcome.judgement.verdict.value == "PASS"
+    notes = [note for note in outcome.judgement.reasons if note.code in ("control-differs", "kernel-drift")]
+    assert notes
+    assert all(note.message.startswith("gaussian inputs: ") for note in notes)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("inputs", ["exact", "gaussian"])
+def test_a_nan_is_found_with_either_kind_of_inputs(arm: str, inputs: str) -> None:
+    call = ARMS.index(arm) + 4 * (inputs == "gaussian")
+    outcome: Outcome = on_ranks(RANKS, run_damaged, both_case(RANKS), nan_lane, range(call, call + 1))[0]
+    verdict = "BASELINE_WRONG" if arm == "padded" else "CORRUPT"
+    first = outcome.judgement.findings[0]
+    assert (outcome.judgement.verdict.value, first.inputs) == (verdict, inputs)
+    assert "nan" in {reason.code for reason in first.reasons}
+    assert outcome.judgement.reasons[0].message.startswith("gaussian inputs: ") is (inputs == "gaussian")
+    assert outcome.judgement.first_divergence is None or outcome.judgement.first_divergence.arm == arm
+
+
+@pytest.mark.parametrize(("calls", "verdict"), [(range(4, 8), "BASELINE_WRONG"), (range(7, 8), "CORRUPT")])
+def test_an_error_outside_its_ideal_fails_the_case_though_its_bits_are_right(calls: range, verdict: str) -> None:
+    case = both_case(RANKS, tokens=64)
+    outcome: Outcome = on_ranks(RANKS, run_damaged, case, truncated_roundings, calls)[0]
+    report = report_of(outcome)
+    assert all(comparison.equal for comparison in report.comparison)
+    assert report.verdict.value == verdict
+    assert "error" in report.findings[0].codes
+    assert any(not error.within and error.outside == [1] for error in report.errors if error.stage == "experts")
+
+
+def test_a_fault_strikes_with_both_kinds_of_inputs() -> None:
+    both = outcome_of(both_case(RANKS, inject="nan-lanes:arm=truncated"))
+    exact = outcome_of(both_case(RANKS, inject="nan-lanes:arm=truncated", numerics="exact"))
+    hits = [sum(report_of(one).injected[0].hits.values()) for one in (both, exact)]
+    assert hits[0] == 2 * hits[1] > 0
+    found = [(one.verdict.value, one.inputs) for one in both.judgement.findings]
+    assert found[:2] == [("CORRUPT", "exact"), ("CORRUPT", "gaussian")]
+
+
+def test_repeats_and_timing_are_those_with_exact_inputs() -> None:
+    case = both_case(RANKS, repeats=3, until_failure=True, iterations=2, warmup=0, routing="local")
+    outcome = outcome_of(case)
+    report = report_of(outcome)
+    assert report.verdict.value == "PASS"
+    assert report.rate is not None
+    assert (report.rate.repeats, report.rate.wrong_tokens) == (3, 0)
+    assert report.timing["padded"]["layer"]["iterations"] == 2
+    assert [record.exposure.repeats for record in gaussian_part(outcome).observations] == [1] * RANKS
+    assert not any(record.timed for record in gaussian_part(outcome).observations)
+
+
+@pytest.mark.parametrize("policy", ["strict", "unchecked", "guard"])
+def test_lost_rows_are_told_once(policy: str) -> None:
+    outcome = outcome_of(both_case(RANKS, limit="max-recv-1", policy=policy))
+    verdicts = [found.verdict.value for found in outcome.judgement.findings]
+    assert verdicts == ([] if policy == "guard" else ["UNDER_LIMIT"])
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"transport": "mori", "emulate": True, "combine_quant": "fp8_blockwise"},
+        {"experts": "aiter", "emulate": True, "dispatch_dtype": "fp8"},
+        {"dispatch_dtype": "fp8"},
+        {"ep_size": 1},
+    ],
+)
+def test_every_part_runs_with_both_kinds_of_inputs(parts: dict[str, Any]) -> None:
+    ranks = parts.get("ep_size", RANKS)
+    outcome = outcome_of(both_case(ranks, **{key: value for key, value in parts.items() if key != "ep_size"}))
+    assert outcome.judgement.verdict.value == "PASS"
+    assert gaussian_part(outcome).observations[0].errors
+
+
+@pytest.mark.parametrize(("calls", "inputs"), [(range(3, 4), "exact"), (range(7, 8), "gaussian")])
+def test_a_bundle_records_the_inputs_with_which_the_case_failed(tmp_path: Path, calls: range, inputs: str) -> None:
+    outcome = leave_bundle(tmp_path, run_damaged, both_case(RANKS), nan_lane, calls)
+    bundle = open_bundle(tmp_path)
+    assert bundle.manifest.recorded.inputs == inputs
+    assert bundle.manifest.recorded.tokens
+    analysis = analyse(bundle)
+    assert analysis.trusted
+    assert analysis.confirms(outcome.judgement.verdict, [found.cause for found in outcome.diagnosis])
+    assert [found.stage for found in outcome.diagnosis if found.stage] == ["experts"]
+
+
+@pytest.mark.parametrize(
+    ("expect", "expected"),
+    [("CORRUPT", True), ("CORRUPT:experts-differs,nan,error,bits-differ", True), ("CORRUPT:experts-differs", False)],
+)
+def test_an_expectation_names_the_reasons_with_both_kinds_of_inputs(expect: str, expected: bool) -> None:
+    outcome: Outcome = on_ranks(RANKS, run_damaged, both_case(RANKS), nan_lane, range(3, 4))[0]
+    assert report_of(outcome, expect=expect).as_expected is expected
