@@ -19,9 +19,11 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
 from distbench.experts.coverage import plan_of
-from distbench.experts.selection import KernelSelector
+from distbench.experts.selection import KernelSelector, TunedKey
+from distbench.experts.table_match import match_tables
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.job import Entry
+from distbench.kernel_tables import table_paths
 from distbench.limits import Traffic, resolve_limit
 from distbench.recv_bound import recv_bound
 from distbench.resolve import check_fit
@@ -93,8 +95,15 @@ def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
     return (
         f"kernel_table = {case.kernel_table}: no row for cu_num {units}, model_dim {layer.model_dim}, "
         f"inter_dim {layer.inter_dim}, expert {layer.num_local_experts}, topk {layer.lookup_topk(selector.rules)} "
-        f"and {layer.quant}; all kernels come from heuristics"
+        f"and {layer.quant}; all kernels come from heuristics{_nearest(case, selector)}"
     )
+
+
+def _nearest(case: Case, selector: KernelSelector) -> str:
+    """Say what the nearest row differs in, of the first table that has rows at all."""
+    key = TunedKey.for_layer(selector.layer, selector.rules)
+    matches = match_tables(table_paths(case.kernel_table), key, selector.rules)
+    return next((f"; the nearest row differs in {one.nearest}" for one in matches if one.nearest), "")
 
 
 def _compute_units(case: Case) -> int | None:

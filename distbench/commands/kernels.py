@@ -151,8 +151,9 @@ def _print_csv(found: KernelMap) -> None:
 def _print_tables(found: KernelMap) -> None:
     layer = found.layer
     told = _WHERE_FROM.get(found.cu_count_from, "")
+    quant = found.lookup.quant or layer.quant
     print_line(
-        f"aiter {found.release}, {layer.arch} with {layer.cu_count} compute units{told}, {layer.quant}: model_dim "
+        f"aiter {found.release}, {layer.arch} with {layer.cu_count} compute units{told}, {quant}: model_dim "
         f"{layer.model_dim}, inter_dim {layer.inter_dim}, {layer.num_local_experts} local experts, top-k {layer.topk}"
     )
     for line in _table_lines(found):

@@ -145,6 +145,7 @@ def test_another_quantisation_is_looked_up_and_rows_without_a_bucket_are_told(
 ) -> None:
     path = mx_table(tmp_path)
     out = run(capsys, "--kernel-table", path, "--quant", "a4w4", "--limits", "64,128,40000")
+    assert "compute units, a4w4: model_dim 7168" in out
     assert f"{path}: 4 of 4 rows match\n" in out
     assert "no number of rows leads to bucket 96 of them" in out
     assert "limit 64: bucket 64, same kernel" in out

@@ -251,3 +251,10 @@ def test_what_ranks_are_forked_from_is_counted_once() -> None:
     few, many = (memory_bytes(tiny_case(ranks, num_experts=512)) for ranks in (2, 256))
     assert few > 200 << 20
     assert many < 16 << 30
+
+
+def test_a_table_without_a_row_for_the_case_is_warned_of_with_the_nearest(tmp_path: Path) -> None:
+    table = tmp_path / "tuned.csv"
+    shutil.copy(Path(__file__).parents[1] / "data" / "atomic.csv", table)
+    (note,) = check_case(tiny_case(4, kernel_table=str(table), hidden_size=512))
+    assert "all kernels come from heuristics; the nearest row differs in model_dim 256" in note
