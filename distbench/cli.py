@@ -78,7 +78,7 @@ def _next_time(*, resumes: bool) -> str:
     """What the same command does when it is given again."""
     if resumes:
         return "what had finished is kept, the same command goes on from there"
-    return "nothing goes on from here, the same command starts anew"
+    return "the same command starts from the beginning"
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 # docker build -f launch/docker/cpu.Dockerfile -t distbench:cpu .
 FROM python:3.12-slim
+ENV DISTBENCH_IMAGE="distbench on python:3.12-slim"
 WORKDIR /opt/distbench
 COPY pyproject.toml README.md ./
 COPY distbench distbench

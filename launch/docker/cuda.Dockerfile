@@ -2,6 +2,8 @@
 # Takes torch with NCCL and triton from the base image, and replaces none of it.
 ARG BASE=pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime
 FROM ${BASE}
+ARG BASE
+ENV DISTBENCH_IMAGE="distbench on ${BASE}"
 WORKDIR /opt/distbench
 COPY pyproject.toml README.md ./
 COPY distbench distbench

@@ -3,6 +3,8 @@
 # one is for MI300X and MI325X; for MI355X: --build-arg BASE=lmsysorg/sglang:v0.5.12-rocm720-mi35x
 ARG BASE=lmsysorg/sglang:v0.5.12-rocm720-mi30x
 FROM ${BASE}
+ARG BASE
+ENV DISTBENCH_IMAGE="distbench on ${BASE}"
 WORKDIR /opt/distbench
 COPY pyproject.toml README.md ./
 COPY distbench distbench

@@ -17,6 +17,7 @@ from distbench.cli import _parser
 from distbench.commands.options import case_flags
 from distbench.errors import Unsupported
 from distbench.preflight import check_devices
+from distbench.report.environment import IMAGE
 from distbench.suite import load_suite
 from tests.hosts import ROOT
 
@@ -234,8 +235,10 @@ def test_there_is_a_dockerfile_for_each_flavour() -> None:
 @pytest.mark.parametrize("flavour", BUILT_ON)
 def test_an_image_holds_this_checkout_on_a_base_of_a_named_version(flavour: str) -> None:
     (base,) = values(flavour, "FROM")
-    arguments = dict(value.split("=", 1) for value in values(flavour, "ARG"))
+    arguments = dict(value.split("=", 1) for value in values(flavour, "ARG") if "=" in value)
     assert (arguments["BASE"] if base == "${BASE}" else base) == BUILT_ON[flavour]
+    (named,) = values(flavour, "ENV")
+    assert named == f'{IMAGE}="distbench on {base}"'
     copied = [part for value in values(flavour, "COPY") for part in value.split()[:-1]]
     assert set(copied) == {"pyproject.toml", "README.md", "distbench"}
     assert all((ROOT / name).exists() for name in copied)
