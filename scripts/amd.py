@@ -177,7 +177,7 @@ def _cases(options: argparse.Namespace, more: Sequence[str], out: Path, distbenc
         case("smoke", 0, "both fail together on all devices", *tiny, *where, *rows, *experts),
         case("layer", 0, "a real layer with a safe limit fails", *layer, *where, *rows, *experts, "--limit", "sum32"),
         case(
-            *("short-limit", 1, "a limit that loses a row was not found out"),
+            *("short-limit", 1, "a limit that loses a row did not end in UNDER_LIMIT"),
             *(*layer, *where, *rows, *experts, "--limit", "max-recv-1"),
         ),
     ]
