@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distbench.arms import arms_of
 from distbench.devices import DeviceState
+from distbench.exchange import choose_exchange
 from distbench.experts.base import Experts, facts_of
 from distbench.experts.roundings import roundings_of
 from distbench.graphs import GraphedExperts, replay_others
@@ -95,8 +96,10 @@ class Passes:
         self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
+        self._exchange = choose_exchange(session.group, session.shared, counts, session.device)
         self._combine_checker = CombineChecker(
             session.group,
+            self._exchange,
             parts.workload,
             Own(session.rank, parts.batch.ids, self._expected),
             sum_order(parts.transport.facts),
@@ -193,7 +196,7 @@ class Passes:
     def _error_checker(self) -> ErrorChecker:
         parts, question = self._parts, self._question
         return ErrorChecker(
-            self._session.group,
+            self._exchange,
             parts.workload,
             self._session.rank,
             parts.batch.ids,
@@ -270,9 +273,10 @@ class Passes:
             session.crumbs.arm = arm
             parts.transport.forget()
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
-            self._timed[arm] = self._with_graphs(
-                arm, timer.time(layer, self.outputs[arm], partial(self._error_of, arm))
-            )
+            timed = timer.time(layer, self.outputs[arm], partial(self._error_of, arm))
+            if timed.error is not None and self._errors is not None:
+                timed = msgspec.structs.replace(timed, apart=self._errors.allowed_between(arm, "combine"))
+            self._timed[arm] = self._with_graphs(arm, timed)
         if session.device.type != "cpu":
             self._device_state = timer.state_while(layer)
         session.crumbs.arm = ""
@@ -292,7 +296,7 @@ class Passes:
             return
         arm = list(self.outputs)[-1]
         repeats = self._question.case.numerics == "exact" or not adds_atomically(self._kernels[arm])
-        apart = None if self._errors is None else self._errors.allowed_between(arm)
+        apart = None if self._errors is None else self._errors.allowed_between(arm, "experts")
         allowed = 0.0 if repeats else apart or tolerance(self._question.case)
         self._replays = replay_others(graphed, given, parts.weights, parts.workload, self._session.rank, allowed)
         wrong = next((replay for replay in self._replays if replay.wrong), None)

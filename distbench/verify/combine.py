@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.exchange.base import Exchange
 from distbench.verify.bitwise import row_digests, same_bits
 from distbench.verify.explanations import ALONE, Alternatives, Same, changed, choose, effects, explained_by
 from distbench.verify.patterns import pattern_of
@@ -57,12 +58,15 @@ class _Some:
 
 
 class _Recount(NamedTuple):
-    """All tokens of this rank: how many are wrong, the first of those and of the right ones, digests of the sums."""
+    """All tokens of this rank: how many are wrong, the first of those and of the right ones, and the sums, by block."""
 
     wrong: int
     examined: _Sample
     spared: _Sample
-    digests: Tensor
+    sums: list[Tensor]
+
+    def sum_digests(self) -> Tensor:
+        return row_digests(torch.cat(self.sums))
 
 
 class Combined(NamedTuple):
@@ -80,9 +84,10 @@ class Combined(NamedTuple):
 
 
 class _Doubts(NamedTuple):
-    """What may not be as it should in a pass: that there are sums, and rows and tokens as in the first pass."""
+    """What may not be as it should in a pass: that it has sums, and sources, rows and tokens as the first pass has."""
 
     sums: bool
+    sources: bool
     rows: bool
     tokens: bool
 
@@ -98,9 +103,17 @@ class Own(NamedTuple):
 class CombineChecker:
     """Checks what combine gave on one rank; every rank of the group makes one, and calls it for the same arms."""
 
-    def __init__(self, group: dist.ProcessGroup, workload: Workload, own: Own, order: SumOrder, allowed: float) -> None:
+    def __init__(  # noqa: PLR0913 - who takes part, what is added, and how
+        self,
+        group: dist.ProcessGroup,
+        exchange: Exchange,
+        workload: Workload,
+        own: Own,
+        order: SumOrder,
+        allowed: float,
+    ) -> None:
         """`allowed` is how far a sum of quantised rows may be away, as a share of the token's largest magnitude."""
-        self._group = group
+        self._group, self._exchange = group, exchange
         self._workload = workload
         self._rank, self._ids, self._expected = own
         self._order = order
@@ -120,36 +133,70 @@ class CombineChecker:
         if not any(self._workload.tokens_per_rank):
             return []
         self._first = self._first or passes[0]
-        doubts = [self._doubts(one, self._first) for one in passes]
-        anywhere = torch.tensor(doubts, dtype=torch.int32, device=self._ids.device)
-        with collective("all_reduce", anywhere.get_device()):
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
-        found = []
-        for one, doubt in zip(passes, (_Doubts(*map(bool, row)) for row in anywhere.tolist()), strict=True):
-            found += self._check_one(one, self._first, doubt)
+        doubts = [_Doubts(*row) for row in self._on_any_rank([self._doubts(one, self._first) for one in passes])]
+        found: list[Divergence] = []
+        asked = [(one, doubt) for one, doubt in zip(passes, doubts, strict=True) if self._in_doubt(one, doubt)]
+        found += self._check_some(asked)
+        left = [pair for pair in zip(passes, doubts, strict=True) if pair not in asked and not pair[1].sums]
+        if not self._first_is_right:
+            found += self._check_some(left)
+        for one, doubt in zip(passes, doubts, strict=True):
+            if doubt.sums:
+                found += self._against(ORACLE, one, self._expected)
         return found
 
+    def _in_doubt(self, one: Combined, doubts: _Doubts) -> bool:
+        """Whether a pass has to be recounted even if the first one is right."""
+        first = one is self._first and not self._first_is_right
+        return not doubts.sums and (first or doubts.rows or doubts.tokens)
+
+    def _on_any_rank(self, flags: Sequence[Sequence[bool]]) -> list[list[bool]]:
+        """Return which of these hold on any rank. Collective."""
+        anywhere = torch.tensor(flags, dtype=torch.int32, device=self._ids.device)
+        with collective("all_reduce", anywhere.get_device()):
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
+        rows: list[list[bool]] = anywhere.bool().tolist()
+        return rows
+
     def _doubts(self, one: Combined, first: Combined) -> _Doubts:
-        rows = one.returned is not None and first.returned is not None and one.returned.rows is first.returned.rows
+        sources = rows = True
+        if one.returned is not None and first.returned is not None:
+            sources = not torch.equal(one.returned.keys, first.returned.keys)
+            rows = one.returned.rows is not first.returned.rows
         return _Doubts(
             sums=one.returned is None or (self._order.quantised and one.damaged),
-            rows=not rows,
+            sources=sources,
+            rows=rows,
             tokens=not same_bits(one.tokens, first.tokens),
         )
 
-    def _check_one(self, one: Combined, first: Combined, doubts: _Doubts) -> list[Divergence]:
-        if doubts.sums or one.returned is None:
-            return self._against(ORACLE, one, self._expected)
-        if self._first_is_right and not doubts.rows and not doubts.tokens:
+    def _check_some(self, asked: Sequence[tuple[Combined, _Doubts]]) -> list[Divergence]:
+        """Check passes that have sums: those with the first one's sources together, in one exchange."""
+        alike = [pair for pair in asked if not pair[1].sources]
+        groups = [alike, *([pair] for pair in asked if pair[1].sources)]
+        counted = [
+            (one, doubts, recount)
+            for group in groups
+            if group
+            for (one, doubts), recount in zip(group, self._recounts([one for one, _ in group]), strict=True)
+        ]
+        if not counted:
             return []
-        recount = self._recount(one.returned, one.tokens)
-        tables = self._gathered_effects(recount)
-        if any(wrong for wrong, _ in tables):
-            chosen = choose([wrong for wrong, _ in tables], [spared for _, spared in tables])
+        wrong = self._on_any_rank([[recount.wrong > 0] for _, _, recount in counted])
+        found: list[Divergence] = []
+        for (one, doubts, recount), (anywhere,) in zip(counted, wrong, strict=True):
+            found += self._judged(one, doubts, recount, wrong=anywhere)
+        return found
+
+    def _judged(self, one: Combined, doubts: _Doubts, recount: _Recount, *, wrong: bool) -> list[Divergence]:
+        if wrong:
+            tables = self._gathered_effects(recount)
+            chosen = choose([explaining for explaining, _ in tables], [spared for _, spared in tables])
             return self._explain(one.arm, recount, tables[self._rank][0], chosen) if recount.wrong else []
-        self._first_is_right |= one is first
-        alike = self._loose and not doubts.rows
-        return self._against("what padded made of the same rows", one, first.tokens) if alike else []
+        self._first_is_right |= one is self._first
+        first = self._first
+        alike = self._loose and not doubts.rows and first is not None
+        return self._against("what padded made of the same rows", one, first.tokens) if alike and first else []
 
     def _against(self, name: str, one: Combined, expected: Tensor | None) -> list[Divergence]:
         """Return where tokens that lost no row first differ from others, if there are such, without a cause."""
@@ -161,21 +208,31 @@ class CombineChecker:
         found = first_difference("combine", one.arm, self._rank, "tokens", name, tokens, expected)
         return [] if found is None else [self._at_token(found, int(kept[found.row or 0]))]
 
-    def _recount(self, returned: Returned, combined: Tensor) -> _Recount:
+    def _recounts(self, passes: Sequence[Combined]) -> list[_Recount]:
+        """Add up the rows of passes that have the same sources. Collective."""
         workload = self._workload
+        returned = [one.returned for one in passes if one.returned is not None]
+        together = Returned(returned[0].keys, torch.cat([one.rows for one in returned], dim=1))
+        columns = returned[0].rows.shape[1]
+        examined, spared = [_Some(_EXAMINED) for _ in passes], [_Some(_SPARED) for _ in passes]
+        sums: list[list[Tensor]] = [[] for _ in passes]
         most = max(workload.tokens_per_rank)
-        examined, spared, digests = _Some(_EXAMINED), _Some(_SPARED), []
-        for start, given in recounted(self._group, returned, self._ids, most, workload.group, self._order):
-            contributions = given._replace(rows=workload.returned_rows(given.rows))
-            actual = combined[start : start + len(contributions.ranks)]
-            expected = added(contributions, self._order)
-            tokens = torch.arange(start, start + len(actual), device=actual.device)
-            block = _Sample(tokens, contributions, actual, expected)
-            right = self._same(actual, expected)
-            examined.take(block, ~right)
-            spared.take(block, right)
-            digests.append(row_digests(expected))
-        return _Recount(examined.seen, examined.joined(), spared.joined(), torch.cat(digests))
+        group, order = workload.group, self._order
+        for start, given in recounted(self._exchange, self._rank, together, self._ids, most, group, order):
+            for place, rows in enumerate(given.rows.split(columns, dim=2)):
+                part = Contributions(workload.returned_rows(rows), given.ranks)
+                expected = added(part, order)
+                actual = passes[place].tokens[start : start + len(part.ranks)]
+                tokens = torch.arange(start, start + len(actual), device=actual.device)
+                block = _Sample(tokens, part, actual, expected)
+                right = self._same(actual, expected)
+                examined[place].take(block, ~right)
+                spared[place].take(block, right)
+                sums[place].append(expected)
+        return [
+            _Recount(some.seen, some.joined(), right.joined(), made)
+            for some, right, made in zip(examined, spared, sums, strict=True)
+        ]
 
     def _gathered_effects(self, recount: _Recount) -> list[tuple[list[list[int]], list[list[int]]]]:
         """Return, by rank, `effects` of its wrong tokens and of its right ones, as `choose` wants them. Collective."""
@@ -237,7 +294,7 @@ class CombineChecker:
         chosen = recount.examined.take(index)
         found = difference("combine", arm, self._rank, "tokens", RETURNED, chosen.actual, chosen.expected)
         going = [rank for rank in chosen.contributions.ranks.flatten().tolist() if rank >= 0]
-        pattern = causes[0].what if causes else pattern_of(chosen.actual, modelled[index], lambda: recount.digests)
+        pattern = causes[0].what if causes else pattern_of(chosen.actual, modelled[index], recount.sum_digests)
         if pattern == f"{MULTIPLIED} {self._workload.group.ep_size}":
             pattern = f"{MULTIPLIED} the number of ranks"
         return msgspec.structs.replace(

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from distbench.exchange.base import Exchange
 from distbench.experts.roundings import Roundings
 from distbench.layer import ExpertWeights
 from distbench.verify.bitwise import same_bits
@@ -36,8 +36,8 @@ from distbench.workload.inputs import Workload
 from distbench.workload.routing import destinations, recv_counts, token_keys
 
 _MOST_TOKENS = 256
-_LEAST_TOKENS = 48
-_CPU_OPERATIONS = 8e9
+_MOST_ON_CPU, _LEAST_TOKENS = 128, 48
+_CPU_OPERATIONS = 4e10
 _FIGURES = 4
 _STAGES = 2
 _ARMS = 4
@@ -75,7 +75,7 @@ class ErrorChecker:
 
     def __init__(  # noqa: PLR0913 - what errors are measured from
         self,
-        group: dist.ProcessGroup,
+        exchange: Exchange,
         workload: Workload,
         rank: int,
         ids: Tensor,
@@ -84,7 +84,7 @@ class ErrorChecker:
         repeats: int,
     ) -> None:
         """`ids` [n, k] are this rank's own; `repeats` is how often each arm is measured at most."""
-        self._group, self._workload, self._rank = group, workload, rank
+        self._exchange, self._workload, self._rank = exchange, workload, rank
         self._weights, self._order = weights, order
         tests = _FIGURES * _STAGES * _ARMS * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
@@ -130,15 +130,21 @@ class ErrorChecker:
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of this rank's tokens [n, H] where `arm` ran again and lost none; None without a sample."""
-        if not len(self._own) or not self._sides:
+        if not len(self._own) or not self._sides or self._order.quantised:
             return None
         side = self._side(arm)
         return _error(arm, "combine", side.family, side.combine, tokens[self._own])
 
-    def allowed_between(self, arm: str) -> float | None:
-        """Return how far two runs of an arm's kernel may be apart in a row, as a share of its largest magnitude."""
-        experts = self._side(arm).experts if self._sides else None
-        return 2 * experts.loosest if experts is not None and experts.rows else None
+    def allowed_between(self, arm: str, stage: str) -> float | None:
+        """Return how far two runs of an arm's kernel may be apart in a row, as a share of its largest magnitude.
+
+        Either may be as far from float64 as the loosest bound of the sample allows; None without one.
+        """
+        if not self._sides or (stage == "combine" and self._order.quantised):
+            return None
+        side = self._side(arm)
+        yardstick = side.experts if stage == "experts" else side.combine
+        return 2 * yardstick.loosest if yardstick.rows else None
 
     def _side(self, arm: str) -> _Side:
         return self._sides["truncated" if arm == "truncated" else "padded"]
@@ -201,7 +207,7 @@ class ErrorChecker:
         packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
         leaving = torch.bincount(self._sample.keys >> 32, minlength=group.ep_size)
         arriving = recv_counts(self._own_ids, group.experts_per_rank, group.ep_size)
-        rows = exchanged(self._group, packed, leaving.tolist(), arriving.tolist())
+        rows = exchanged(self._exchange, self._rank, packed, leaving.tolist(), arriving.tolist())
         widths = [
             part[:1].numel() * part.element_size() if len(part) else part.shape[1] * part.element_size()
             for part in parts
@@ -232,7 +238,7 @@ def _sample_size(workload: Workload, weights: ExpertWeights) -> int:
     if workload.device.type != "cpu":
         return _MOST_TOKENS
     operations = 8 * workload.group.topk * (weights.w1[0].numel() + weights.w2[0].numel())
-    return max(min(int(_CPU_OPERATIONS / operations), _MOST_TOKENS), _LEAST_TOKENS)
+    return max(min(int(_CPU_OPERATIONS / operations), _MOST_ON_CPU), _LEAST_TOKENS)
 
 
 def _error(arm: str, stage: str, family: str, yardstick: Yardstick, rows: Tensor) -> ArmError:

@@ -179,7 +179,8 @@ def again(part: Part) -> list[Again]:
                     f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
                     f"{timed.last.differing_tokens} tokens"
                 )
-                near = is_close(timed.drift, tolerance(part.question.case))
+                allowed = tolerance(part.question.case) if timed.apart is None else timed.apart
+                near = is_close(timed.drift, allowed) and (timed.error is None or timed.error.within)
                 found.append(_once(part, record, arm, Reason(code="timed-differs", message=message), near=near))
         rows = sum(replay.near for replay in record.replays)
         if rows:

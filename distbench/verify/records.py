@@ -174,7 +174,7 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     from there, as a share of a token's largest magnitude, None with a NaN. `flushed_bytes` were written before each
     iteration to empty the caches, 0 where they stay warm. `peak_device_bytes` is the most that torch held on the device
     meanwhile, None on the CPU. `error` is that of the last
-    iteration's tokens, where inputs are gaussian and no row was lost.
+    iteration's tokens, where inputs are gaussian and no row was lost, `apart` how large `drift` may be there.
     """
 
     slowest_us: dict[str, list[float]]
@@ -184,6 +184,7 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     flushed_bytes: int
     peak_device_bytes: int | None
     error: ArmError | None = None
+    apart: float | None = None
 
 
 class Replay(msgspec.Struct, frozen=True, array_like=True):

@@ -6,16 +6,15 @@ combine's own, whatever went wrong before it and whether or not inputs are exact
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from distbench.exchange.base import Exchange
 from distbench.transport.mori_config import TWO_LEVELS
 from distbench.verify.bitwise import integer_view
-from distbench.waits import collective
 from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations, recv_counts
 
@@ -106,11 +105,11 @@ def in_slot_order(rows: Tensor, ids: Tensor, group: ExpertGroup, order: SumOrder
 
 
 def recounted(  # noqa: PLR0913 - what was returned, whose tokens, how they are added
-    process_group: dist.ProcessGroup, returned: Returned, ids: Tensor, most: int, group: ExpertGroup, order: SumOrder
+    exchange: Exchange, rank: int, returned: Returned, ids: Tensor, most: int, group: ExpertGroup, order: SumOrder
 ) -> Iterator[tuple[int, Contributions]]:
     """Yield, block after block, its first token and what all ranks returned for its tokens. Collective.
 
-    ids [n, k] are this rank's own; no rank has more than `most` tokens. A block's rows take `ROUND_BYTES` at most on
+    ids [n, k] are `rank`'s own; no rank has more than `most` tokens. A block's rows take `ROUND_BYTES` at most on
     any rank, or are those of one token of each rank.
     """
     row_bytes = returned.rows.shape[1] * returned.rows.element_size()
@@ -121,7 +120,7 @@ def recounted(  # noqa: PLR0913 - what was returned, whose tokens, how they are 
         block = ids[start : start + step]
         leaving = torch.bincount(owners[asked], minlength=group.ep_size)
         arriving = recv_counts(block, group.experts_per_rank, group.ep_size)
-        rows = exchanged(process_group, returned.rows[asked], leaving.tolist(), arriving.tolist())
+        rows = exchanged(exchange, rank, returned.rows[asked], leaving.tolist(), arriving.tolist())
         yield start, in_slot_order(rows, block, group, order)
 
 
@@ -143,10 +142,14 @@ def _added_in_order(rows: Tensor) -> Tensor:
     return total
 
 
-def exchanged(group: dist.ProcessGroup, rows: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
-    """Send rows [m, H], so many to each rank in turn; return what arrives, by rank. Collective."""
-    found = rows.new_empty(sum(arriving), rows.shape[1])
-    sent, received = rows.contiguous().view(torch.uint8), found.view(torch.uint8)
-    with collective("all_to_all", sent.get_device()):
-        dist.all_to_all_single(received, sent, arriving, leaving, group=group)
-    return found
+def exchanged(exchange: Exchange, rank: int, rows: Tensor, leaving: Sequence[int], arriving: Sequence[int]) -> Tensor:
+    """Send rows [m, H], so many to each rank in turn; return what arrives at `rank`, by rank. Collective."""
+    mine = slice(sum(leaving[:rank]), sum(leaving[: rank + 1]))
+    if mine == slice(0, len(rows)) and len(leaving) == 1:
+        return rows
+    outgoing = torch.cat([rows[: mine.start], rows[mine.stop :]])
+    found = rows.new_empty(sum(arriving) - arriving[rank], rows.shape[1])
+    received, sent = ([0 if peer == rank else count for peer, count in enumerate(one)] for one in (arriving, leaving))
+    exchange.run(found.view(torch.uint8), outgoing.view(torch.uint8), received, sent)
+    before = sum(arriving[:rank])
+    return torch.cat([found[:before], rows[mine], found[before:]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import random
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
@@ -314,3 +316,23 @@ def test_scaled_rows_are_what_is_measured_in_fp8() -> None:
 
 def self_of(layer: Layer) -> Tensor:
     return layer.workload.numerics.hidden_states(torch.arange(ROWS), layer.batch.ids).float()
+
+
+@pytest.mark.skipif("DISTBENCH_SOAK" not in os.environ, reason="long; set DISTBENCH_SOAK")
+def test_no_false_alarms_over_shapes_seeds_and_families() -> None:
+    """Count results of correct kernels outside their bounds, which hold for one case in a million."""
+    rng = random.Random(os.environ["DISTBENCH_SOAK"])
+    measured = 0
+    for seed in range(300):
+        dtype: Literal["bf16", "fp8"] = rng.choice(["bf16", "fp8"])
+        hidden = rng.choice([128, 256, 384]) if dtype == "fp8" else rng.choice([8, 32, 64, 96, 192, 320])
+        layer = Layer(dtype, seed, hidden, rng.choice([16, 32, 96, 128, 200, 256]))
+        for values in KERNELS.values():
+            family = roundings_of(tiny_case(2, dispatch_dtype=dtype), chosen(**values))
+            rows = layer.run(values)
+            some = torch.rand(ROWS, generator=torch.Generator().manual_seed(seed)) < rng.choice([0.02, 0.1, 1.0])
+            for kept in (torch.ones_like(some), some):
+                found = layer.yardstick(family).part(kept).measure(rows[kept])
+                assert found.within, (seed, dtype, values, found)
+                measured += 1
+    assert measured == 300 * len(KERNELS) * 2
