@@ -201,7 +201,7 @@ class Passes:
             self._session.rank,
             parts.batch.ids,
             parts.weights,
-            sum_order(parts.transport.facts),
+            parts.transport.facts,
             question.case.repeats + min(question.case.iterations, 1),
         )
 

@@ -8,7 +8,7 @@ rows go to the tokens' owners, who add them up as combine does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -19,16 +19,16 @@ from distbench.experts.roundings import Roundings
 from distbench.layer import ExpertWeights
 from distbench.verify.bitwise import same_bits
 from distbench.verify.error_bounds import Yardstick, sure
-from distbench.verify.ideal import Ideal, ideal_rows, rounding_variance
+from distbench.verify.ideal import ideal_rows
+from distbench.verify.ideal_sums import combined, quantised_way
 from distbench.verify.records import ArmError
 from distbench.verify.sums import (
     Contributions,
     Returned,
-    SumOrder,
-    added,
     exchanged,
     in_slot_order,
     key_of,
+    sum_order,
 )
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
@@ -80,12 +80,13 @@ class ErrorChecker:
         rank: int,
         ids: Tensor,
         weights: ExpertWeights,
-        order: SumOrder,
+        facts: Mapping[str, Any],
         repeats: int,
     ) -> None:
-        """`ids` [n, k] are this rank's own; `repeats` is how often each arm is measured at most."""
+        """`ids` [n, k] are this rank's own, `facts` the transport's; each arm is measured `repeats` times at most."""
         self._exchange, self._workload, self._rank = exchange, workload, rank
-        self._weights, self._order = weights, order
+        self._weights, self._order = weights, sum_order(facts)
+        self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
         tests = _FIGURES * _STAGES * _ARMS * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
         ranks, tokens = sampled_tokens(workload, weights)
@@ -124,13 +125,12 @@ class ErrorChecker:
             if rows is not None:
                 kept = None if one.lost_rows is None else ~torch.isin(self._sample.keys, one.lost_rows)
                 self._keep(arm, "experts", side.family, side.experts, rows, kept, known)
-            if not self._order.quantised:
-                kept = None if one.lost_tokens is None else ~one.lost_tokens.to(self._own.device)[self._own]
-                self._keep(arm, "combine", side.family, side.combine, one.tokens[self._own], kept, known)
+            kept = None if one.lost_tokens is None else ~one.lost_tokens.to(self._own.device)[self._own]
+            self._keep(arm, "combine", side.family, side.combine, one.tokens[self._own], kept, known)
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of this rank's tokens [n, H] where `arm` ran again and lost none; None without a sample."""
-        if not len(self._own) or not self._sides or self._order.quantised:
+        if not len(self._own) or not self._sides:
             return None
         side = self._side(arm)
         return _error(arm, "combine", side.family, side.combine, tokens[self._own])
@@ -140,7 +140,7 @@ class ErrorChecker:
 
         Either may be as far from float64 as the loosest bound of the sample allows; None without one.
         """
-        if not self._sides or (stage == "combine" and self._order.quantised):
+        if not self._sides:
             return None
         side = self._side(arm)
         yardstick = side.experts if stage == "experts" else side.combine
@@ -195,9 +195,9 @@ class ErrorChecker:
         wide = _exact_sum(arrived[0])
         sides: dict[str, _Side] = {}
         for place, (side, family) in enumerate(by_side.items()):
-            combined = _combined(arrived[1 + 2 * place], arrived[2 + 2 * place], self._order)
+            tokens = combined(arrived[1 + 2 * place], arrived[2 + 2 * place], self._order, self._way)
             sides[side] = _Side(
-                family.name, Yardstick(exact, made[side], self._sure), Yardstick(wide, combined, self._sure)
+                family.name, Yardstick(exact, made[side], self._sure), Yardstick(wide, tokens, self._sure)
             )
         return sides
 
@@ -247,11 +247,3 @@ def _error(arm: str, stage: str, family: str, yardstick: Yardstick, rows: Tensor
 
 def _exact_sum(contributions: Contributions) -> Tensor:
     return contributions.rows.double().sum(1).float()
-
-
-def _combined(rows: Contributions, variances: Contributions, order: SumOrder) -> Ideal:
-    """Return each token as an ideal combine adds up the ranks' ideal rows, bf16 as those are."""
-    total = added(rows, order)
-    several = (rows.ranks >= 0).sum(1, keepdim=True) > 1
-    rounded = rounding_variance(total) * several * (2 if order.node_ranks else 1)
-    return Ideal(total, variances.rows.float().sum(1) + rounded)

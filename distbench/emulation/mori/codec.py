@@ -63,8 +63,8 @@ class Plain:
 class DirectCast:
     """fp8_direct_cast: the device's e4m3, saturating, no scale."""
 
-    def __init__(self) -> None:
-        self._fp8 = fp8_dtype(habits.fp8_format())
+    def __init__(self, fp8: torch.dtype | None = None) -> None:
+        self._fp8 = fp8 or fp8_dtype(habits.fp8_format())
 
     def pack(self, rows: Tensor) -> Tensor:
         """See `Codec.pack`."""
@@ -86,8 +86,8 @@ class DirectCast:
 class Fp8Blockwise:
     """fp8_blockwise: blocks above the largest number of the device's e4m3 are scaled down to it; scales follow."""
 
-    def __init__(self, columns: int) -> None:
-        self._fp8 = fp8_dtype(habits.fp8_format())
+    def __init__(self, columns: int, fp8: torch.dtype | None = None) -> None:
+        self._fp8 = fp8 or fp8_dtype(habits.fp8_format())
         self.blocks = int(os.environ.get(_BLOCKS_VARIABLE, _DEFAULT_BLOCKS))
         self._columns = columns
         self._block = -(-columns // self.blocks)
@@ -168,12 +168,17 @@ class Fp4Blockwise(Fp8Blockwise):
         return -(-columns // 2)
 
 
-def make_codec(quant_type: str, dtype: torch.dtype, columns: int, *, external: bool) -> Codec:
-    """Return how rows of `dtype` travel; a direct cast is silently left out for other types and without a copy."""
+def make_codec(
+    quant_type: str, dtype: torch.dtype, columns: int, *, external: bool, fp8: torch.dtype | None = None
+) -> Codec:
+    """Return how rows of `dtype` travel; a direct cast is silently left out for other types and without a copy.
+
+    `fp8` is the device's, None for that of the device that is imitated.
+    """
     if quant_type == "fp8_direct_cast" and dtype is torch.bfloat16 and external:
-        return DirectCast()
+        return DirectCast(fp8)
     blockwise: dict[str, Any] = {"fp8_blockwise": Fp8Blockwise, "fp4_blockwise": Fp4Blockwise}
-    return blockwise[quant_type](columns) if quant_type in blockwise else Plain(dtype)
+    return blockwise[quant_type](columns, fp8) if quant_type in blockwise else Plain(dtype)
 
 
 def combine_row_bytes(quant_type: str, columns: int, payload: int) -> int:

@@ -1,0 +1,77 @@
+"""Tokens as an ideal combine adds up ranks' ideal rows: plain, or quantised on their way back as MoRI does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.emulation.mori.codec import Codec, make_codec
+from distbench.verify.ideal import Ideal, rounding_variance
+from distbench.verify.sums import Contributions, SumOrder, added
+
+# A step of a format over the value that it is a step at, at most.
+_RELATIVE_STEP = {"fp8_direct_cast": 2.0**-3, "fp8_blockwise": 2.0**-3, "fp4_blockwise": 2.0**-1}
+
+
+class Quantised(NamedTuple):
+    """How rows are quantised on their way back, and the largest relative step of the format."""
+
+    codec: Codec
+    step: float
+
+
+def quantised_way(facts: Mapping[str, Any], columns: int, fp8: torch.dtype) -> Quantised | None:
+    """Return how a transport quantises rows [m, columns] of bf16, from what it says of itself; None where it does not.
+
+    `fp8` is the device's.
+    """
+    quant = str(facts.get("quant", "none"))
+    if quant not in _RELATIVE_STEP:
+        return None
+    codec = make_codec(quant, torch.bfloat16, columns, external=bool(facts.get("external")), fp8=fp8)
+    return Quantised(codec, _RELATIVE_STEP[quant])
+
+
+def combined(rows: Contributions, variances: Contributions, order: SumOrder, way: Quantised | None) -> Ideal:
+    """Return each token's ideal sum: rows bf16 [n, c, H], and the variances [n, c, H] of their errors."""
+    variance = variances.rows.float().sum(1)
+    if way is None:
+        total = added(rows, order)
+        several = (rows.ranks >= 0).sum(1, keepdim=True) > 1
+        variance += rounding_variance(total) * several * (2 if order.node_ranks else 1)
+        return Ideal(total, variance)
+    sums, spread = _quantised_sum(rows, order, way)
+    total = sums.to(rows.rows.dtype)
+    return Ideal(total, variance + spread + rounding_variance(total))
+
+
+def _quantised_sum(rows: Contributions, order: SumOrder, way: Quantised) -> tuple[Tensor, Tensor]:
+    """Return the float32 sums [n, H], added rank by rank or node by node, and the variance of what they lost."""
+    total = torch.zeros_like(rows.rows[:, 0], dtype=torch.float32)
+    variance = torch.zeros_like(total)
+    node_of = rows.ranks.div(order.node_ranks or 1, rounding_mode="floor") if order.node_ranks else rows.ranks * 0
+    for node in range(int(node_of.max()) + 1 if node_of.numel() else 0):
+        partial = torch.zeros_like(total)
+        for place in range(rows.ranks.shape[1]):
+            here = ((rows.ranks[:, place] >= 0) & (node_of[:, place] == node)).nonzero().flatten()
+            if not here.numel():
+                continue
+            row = rows.rows[here, place]
+            packed = way.codec.pack(row)
+            partial[here] = way.codec.add(partial[here], packed)
+            arrived = way.codec.add(torch.zeros_like(partial[here]), packed)
+            variance[here] += _lost(row.float(), arrived, way.step)
+        if order.node_ranks:
+            rounded = way.codec.round(partial)
+            variance += _lost(partial, rounded, way.step)
+            partial = rounded
+        total += partial
+    return total, variance
+
+
+def _lost(before: Tensor, after: Tensor, step: float) -> Tensor:
+    """Return the variance of a rounding: uniform within its step, and near zero as large as it is in the row."""
+    return (before * step).square() / 12 + (after - before).square().mean(1, keepdim=True)
