@@ -80,3 +80,11 @@ def test_empty_rows() -> None:
     empty = torch.empty(0, 8, dtype=torch.bfloat16)
     assert compare_rows(empty, empty).equal
     assert row_digests(empty).shape == (0, 2)
+
+
+def test_a_digest_depends_on_the_highest_bit_of_the_widest_word_in_every_column() -> None:
+    """2**63 times an even key is 0 modulo 2**64."""
+    rows = torch.zeros(64, 64, dtype=torch.int64)
+    flipped = rows.clone()
+    flipped.fill_diagonal_(-(2**63))
+    assert (row_digests(flipped) != row_digests(rows)).all()

@@ -1,0 +1,150 @@
+"""Causes by table: what the ranks saw, and the stage, the ranks and the confidence that are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distbench.verify.diagnosis import diagnose
+from distbench.verify.records import (
+    ORACLE,
+    PADDED,
+    RETURNED,
+    SEVERAL,
+    Clues,
+    Diagnosis,
+    Gathered,
+    LostRows,
+    Question,
+    WrongRow,
+)
+from distbench.verify.verdict import judge
+from tests.observations import ARMS, RECEIVED, SOME, asked, changed, divergence, gathered, kernels, lost_as_asked
+
+GAUSSIAN: dict[str, Any] = {"numerics": "gaussian", "require": "tolerance"}
+
+
+def causes(question: Question, found: Gathered) -> list[Diagnosis]:
+    return diagnose(question, found, judge(question, found))
+
+
+def told(question: Question, *ranks: dict[str, Any], **options: Any) -> list[tuple[str, list[int], str]]:
+    found = causes(question, gathered(question, *ranks, **options))
+    return [(one.stage, one.ranks, one.confidence) for one in found]
+
+
+def shares(suspects: list[int], examined: int) -> dict[str, Any]:
+    clues = Clues(pattern="a rank's share is missing", suspects=suspects, examined=examined, by_destination={"0": 1})
+    return {"divergences": [divergence("padded", "combine", RETURNED, clues=clues)]}
+
+
+def received(*rows: WrongRow, by_source: dict[int, int]) -> dict[str, Any]:
+    clues = Clues(pattern="other values", received=list(rows), by_source=by_source)
+    return {"clues": clues}
+
+
+@pytest.mark.parametrize("inputs", [{}, GAUSSIAN])
+def test_nothing_is_said_where_nothing_differs(inputs: dict[str, Any]) -> None:
+    assert told(asked(**inputs)) == []
+
+
+@pytest.mark.parametrize("arm", ["padded", "truncated"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_wrong_expert_rows_are_put_down_to_their_rank(arm: str, rank: int) -> None:
+    wrong = {"divergences": [divergence(arm, rank=rank)]}
+    assert told(asked(), *(wrong if one == rank else {} for one in (0, 1))) == [("experts", [rank], "certain")]
+
+
+def test_the_kernel_that_is_wrong_is_named_with_one_that_is_right() -> None:
+    question = asked()
+    there = {"divergences": [divergence("truncated")], "kernels": kernels(truncated=32)}
+    (found,) = causes(question, gathered(question, {}, there))
+    assert "kernel H bm32 atomic, selected by M = 32; right with M = 128" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("suspects", "examined", "ranks", "confidence"),
+    [([0], 2, [0], "certain"), ([0], 1, [0], "likely"), ([0, 1], 4, [], "likely")],
+)
+def test_a_share_is_put_down_to_the_one_rank_that_explains_it(
+    suspects: list[int], examined: int, ranks: list[int], confidence: str
+) -> None:
+    assert told(asked(), {}, shares(suspects, examined)) == [("combine", ranks, confidence)]
+
+
+def test_a_row_that_two_ranks_have_wrong_alike_was_sent_so() -> None:
+    row = WrongRow((0, 3), 77, [0, 1])
+    ranks = [
+        {
+            "divergences": [
+                divergence("padded", "dispatch", "source", rank=rank, rows=1, **received(row, by_source={0: 1}))
+            ]
+        }
+        for rank in (0, 1)
+    ]
+    (found,) = causes(asked(), gathered(asked(), *ranks))
+    assert (found.stage, found.ranks) == ("dispatch", [0])
+    assert found.cause.endswith("as sent")
+
+
+def test_a_row_that_another_rank_has_right_was_spoilt_where_it_is_wrong() -> None:
+    row = WrongRow((0, 3), 77, [0, 1])
+    wrong = {"divergences": [divergence("padded", "dispatch", "source", rows=1, **received(row, by_source={0: 1}))]}
+    assert told(asked(), {}, wrong) == [("dispatch", [1], "certain")]
+
+
+def test_two_faults_are_told_as_several() -> None:
+    question = asked()
+    here = {"divergences": [divergence("truncated", rank=0)]}
+    there = {"divergences": [divergence("padded", "truncate", "source")]}
+    found = causes(question, gathered(question, here, there))
+    assert found[0].cause == SEVERAL
+    assert [(one.stage, one.ranks) for one in found[1:]] == [("truncate", [1]), ("experts", [0])]
+
+
+@pytest.mark.parametrize(("differing", "confidence"), [([(0, 4), (1, 3)], "certain"), ([(1, 3)], "likely")])
+def test_lost_rows_are_certain_where_the_damaged_tokens_are_exactly_theirs(
+    differing: list[tuple[int, int]], confidence: str
+) -> None:
+    question = asked(RECEIVED - 1)
+    ranks = [
+        {"lost": LostRows(1, [(1 - rank, 3 + rank)]), "divergences": [lost_as_asked("truncated", question, rank)]}
+        for rank in (0, 1)
+    ]
+    found = gathered(question, *ranks, differing={"padded/truncated": SOME})
+    found = changed(found, differing=found.differing | {"padded/truncated": differing})
+    first = causes(question, found)[0]
+    assert (first.cause, first.ranks, first.confidence) == ("lost by the cut", [0, 1], confidence)
+
+
+def test_a_nan_is_told_as_poison_that_was_read() -> None:
+    question = asked(**GAUSSIAN)
+    there = {"nan_tokens": dict.fromkeys(ARMS, 0) | {"truncated": 3}}
+    found = causes(question, gathered(question, {}, there))
+    assert [one.cause for one in found] == ["poison read from undefined rows"]
+    assert "3 tokens of truncated" in found[0].evidence
+
+
+def test_what_rounding_explains_is_no_cause_beside_what_nothing_explains() -> None:
+    question = asked(**GAUSSIAN)
+    noise = divergence("control", against=PADDED, rank=0)
+    for wrong in (divergence("truncated", against=PADDED, far=4), divergence("truncated", "dispatch", "source")):
+        found = causes(question, gathered(question, {"divergences": [noise]}, {"divergences": [wrong]}))
+        assert [(one.stage, one.ranks) for one in found] == [(wrong.stage, [1])]
+
+
+def test_other_bits_are_told_where_nothing_else_is_wrong() -> None:
+    noise = {"divergences": [divergence("control", against=PADDED)]}
+    assert told(asked(numerics="gaussian"), {}, noise) == [("experts", [1], "likely")]
+
+
+def test_causes_are_those_of_the_inputs_that_failed() -> None:
+    question = asked(numerics="both")
+    exact, gaussian = (asked(numerics=one) for one in ("exact", "gaussian"))
+    wrong = {"divergences": [divergence("truncated", against=PADDED, far=4)]}
+    found = changed(gathered(exact), gaussian=gathered(gaussian, {}, wrong))
+    assert [(one.stage, one.ranks) for one in causes(question, found)] == [("experts", [1])]
+    proven = {"divergences": [divergence("truncated", against=ORACLE, rank=0)]}
+    found = changed(gathered(exact, proven), gaussian=gathered(gaussian, {}, wrong))
+    assert [(one.stage, one.ranks) for one in causes(question, found)] == [("experts", [0])]

@@ -1,0 +1,179 @@
+"""The checks of single stages by table: what a pass made on one rank, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from distbench.rank import workload_for
+from distbench.transport.base import Dispatched, poison_
+from distbench.truncation import ExpertInput, padded, truncated
+from distbench.verify.records import FINITE, ORACLE, PADDED, Divergence
+from distbench.verify.stages import StageChecker
+from tests.cases import tiny_case
+
+TOKENS, CAPACITY = 6, 16
+CPU = torch.device("cpu")
+
+
+class Scene(NamedTuple):
+    """One rank that holds all experts: what it received, in an order of its own, and what its experts made of it."""
+
+    checker: StageChecker
+    sources: Tensor
+    dispatched: Dispatched
+    rows: Tensor
+
+    def told(self, arm: str = "padded", cut: Callable[[Dispatched], ExpertInput] = padded) -> list[Divergence]:
+        return self.checker.check_rows(arm, self.sources, self.dispatched, cut(self.dispatched), self.rows)
+
+
+def scene(numerics: str = "exact", dtype: str = "bf16") -> Scene:
+    case = tiny_case(1, tokens=TOKENS, max_dispatch_tokens_per_rank=CAPACITY, numerics=numerics, dispatch_dtype=dtype)
+    workload = workload_for(case, CPU)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    batch = workload.tokens(0, order)
+    made = workload.expected_rows(0, batch)
+    rows = made if made is not None else torch.randn(TOKENS, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def buffer(part: Tensor) -> Tensor:
+        whole = part.new_empty(CAPACITY, part.shape[1])
+        poison_(whole)
+        whole.view(torch.uint8)[:TOKENS] = part.view(torch.uint8)
+        return whole
+
+    dispatched = Dispatched(
+        *(None if part is None else buffer(part) for part in batch),
+        total_recv=torch.tensor([TOKENS], dtype=torch.int32),
+    )
+    sources = torch.stack([torch.zeros_like(order), order], dim=1)
+    checker = StageChecker(workload, 0, torch.tensor([[TOKENS]]), CAPACITY)
+    return Scene(checker, sources, dispatched, buffer(rows))
+
+
+def flip(rows: Tensor, row: int = 2, byte: int = 1) -> None:
+    rows.view(torch.uint8)[row, byte] ^= 1
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_a_right_pass_is_told_nothing_of(numerics: str, dtype: str) -> None:
+    found = scene(numerics, dtype)
+    assert found.told() == []
+    assert found.told("truncated", lambda dispatched: truncated(dispatched, TOKENS)) == []
+
+
+@pytest.mark.parametrize("field", ["hidden", "scales", "weights", "ids"])
+def test_one_bit_of_one_field_is_dispatchs(field: str) -> None:
+    found = scene(dtype="fp8")
+    flip(getattr(found.dispatched, field), byte=0)
+    (told,) = found.told()
+    assert (told.stage, told.field, told.rows, told.source_token, told.row) == ("dispatch", field, 1, 5, 2)
+    assert told.clues.fields == [field]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda found: found.dispatched.total_recv.sub_(1), "total_recv"),
+        (lambda found: found.sources[:, 0].add_(1), "sources"),
+        (lambda found: found.sources[0].copy_(found.sources[1]), "sources"),
+        (lambda found: found.sources[0, 1].fill_(TOKENS), "sources"),
+        (lambda found: found.sources[0, 1].fill_(-1), "sources"),
+    ],
+)
+def test_rows_that_are_not_as_agreed_are_dispatchs(change: Callable[[Scene], object], field: str) -> None:
+    found = scene()
+    change(found)
+    assert (found.told()[0].stage, found.told()[0].field) == ("dispatch", field)
+
+
+def test_one_bit_of_an_expert_row_is_the_experts() -> None:
+    found = scene()
+    flip(found.rows)
+    (told,) = found.told()
+    assert (told.stage, told.against, told.rows, told.source_token) == ("experts", ORACLE, 1, 5)
+    assert told.proven
+
+
+def test_a_row_whose_input_was_wrong_is_not_the_experts() -> None:
+    found = scene()
+    flip(found.dispatched.hidden)
+    flip(found.rows)
+    assert [told.stage for told in found.told()] == ["dispatch"]
+
+
+def test_damage_of_the_cut_is_not_dispatchs() -> None:
+    found = scene()
+
+    def damaged(dispatched: Dispatched) -> ExpertInput:
+        given = truncated(dispatched, TOKENS)._replace(hidden=dispatched.hidden[:TOKENS].clone())
+        flip(given.hidden)
+        return given
+
+    assert [(told.stage, told.field) for told in found.told("truncated", damaged)] == [("truncate", "hidden")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_padded_row_that_is_not_finite_is_proven_wrong_and_no_baseline(value: float) -> None:
+    found = scene("gaussian")
+    found.rows[2, 7] = value
+    (told,) = found.told()
+    assert (told.arm, told.stage, told.against, told.rows, told.proven) == ("padded", "experts", FINITE, 1, True)
+    found.rows[2, 7] = 1.0
+    assert found.told("control") == []
+
+
+@pytest.mark.parametrize(
+    ("share", "far"), [(2.0**-8, 0), (2.0**-6, 0), (2.0**-4, 1), (1.0, 1), (float("nan"), 1), (float("inf"), 1)]
+)
+def test_other_bits_than_padded_are_near_or_far_by_the_tolerance(share: float, far: int) -> None:
+    found = scene("gaussian")
+    assert found.told() == []
+    before = found.rows[2].clone()
+    place = int(before.abs().argmin())
+    found.rows[2, place] += share * float(before.abs().amax())
+    (told,) = found.told("truncated")
+    assert (told.stage, told.against, told.rows, told.far, told.proven) == ("experts", PADDED, 1, far, False)
+
+
+def cut_of(dispatched: Dispatched, rows: int, **uncut: Tensor | None) -> ExpertInput:
+    return truncated(dispatched, rows)._replace(**uncut)
+
+
+@pytest.mark.parametrize("field", ["scales", "weights", "ids"])
+def test_a_tensor_that_alone_is_not_cut_is_told(field: str) -> None:
+    found = scene(dtype="fp8")
+    given = cut_of(found.dispatched, TOKENS, **{field: getattr(found.dispatched, field)})
+    told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, TOKENS)
+    assert told is not None
+    assert (told.stage, told.field, told.proven) == ("truncate", "tensors", True)
+
+
+def test_hidden_rows_that_alone_are_not_cut_are_told() -> None:
+    found = scene()
+    given = cut_of(found.dispatched, TOKENS, hidden=found.dispatched.hidden)
+    told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, TOKENS)
+    assert told is not None
+    assert told.field == "row count"
+
+
+@pytest.mark.parametrize(
+    ("kept", "live", "wanted", "field", "rows"),
+    [
+        (TOKENS, TOKENS, TOKENS, "", 0),
+        (TOKENS - 1, TOKENS, TOKENS - 1, "rows", 1),
+        (TOKENS, TOKENS - 2, TOKENS, "rows", 2),
+        (TOKENS + 1, TOKENS, TOKENS, "row count", 1),
+        (TOKENS + 2, TOKENS + 2, TOKENS + 2, "num_local_tokens", 1),
+    ],
+)
+def test_a_cut_is_held_against_its_limit(kept: int, live: int, wanted: int, field: str, rows: int) -> None:
+    found = scene()
+    given = cut_of(found.dispatched, kept, num_local_tokens=torch.tensor([live], dtype=torch.int32))
+    told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, wanted)
+    assert (told.field if told else "", told.rows if told else 0) == (field, rows)
