@@ -43,12 +43,14 @@ def touches_of(session: Session, case: Case, names: list[str]) -> dict[str, Touc
     """Run the layer once without a mutant and once with each of `names`; nothing else differs. Collective."""
     session.crumbs.arm = "padded"
     ready = _prepare(session, case)
-    clean = _made(session, case, ready.parts, ready.counts, None)
+    workload, batch = ready.inputs[0]
+    parts = Parts(workload, batch, ready.weights.pop(), ready.transport, ready.experts)
+    clean = _made(session, case, parts, ready.counts, None)
     received = ready.question.traffic.total_recv[session.rank]
     found = {}
     for name in names:
         log = _Log(received, case.topk)
-        made = _made(session, case, ready.parts, ready.counts, (CORPUS[name], log))
+        made = _made(session, case, parts, ready.counts, (CORPUS[name], log))
         changed = not all(torch.equal(_bits(one), _bits(right)) for one, right in zip(made, clean, strict=True))
         found[name] = Touch(changed, log.rows, log.elements)
     session.crumbs.arm = ""

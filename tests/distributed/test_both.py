@@ -200,3 +200,13 @@ def test_a_bundle_records_the_inputs_with_which_the_case_failed(tmp_path: Path, 
 def test_an_expectation_names_the_reasons_with_both_kinds_of_inputs(expect: str, expected: bool) -> None:
     outcome: Outcome = on_ranks(RANKS, run_damaged, both_case(RANKS), nan_lane, range(3, 4))[0]
     assert report_of(outcome, expect=expect).as_expected is expected
+
+
+@pytest.mark.parametrize("arm", ARMS[1:])
+def test_the_distance_of_an_arm_is_its_own(arm: str) -> None:
+    calls = range(ARMS.index(arm), ARMS.index(arm) + 1)
+    case = both_case(numerics="gaussian")
+    outcome: Outcome = on_ranks(RANKS, run_damaged, case, nan_lane, calls)[0]
+    assert outcome.gathered is not None
+    for record in outcome.gathered.observations:
+        assert [one for one, far in record.distance.items() if far is None] == [arm]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,7 +47,10 @@ def scene(numerics: str = "exact", dtype: str = "bf16") -> Scene:
         return whole
 
     dispatched = Dispatched(
-        *(None if part is None else buffer(part) for part in batch),
+        hidden=buffer(batch.hidden),
+        scales=None if batch.scales is None else buffer(batch.scales),
+        weights=buffer(batch.weights),
+        ids=buffer(batch.ids),
         total_recv=torch.tensor([TOKENS], dtype=torch.int32),
     )
     sources = torch.stack([torch.zeros_like(order), order], dim=1)
@@ -141,7 +144,7 @@ def test_other_bits_than_padded_are_near_or_far_by_the_tolerance(share: float, f
     assert (told.stage, told.against, told.rows, told.far, told.proven) == ("experts", PADDED, 1, far, False)
 
 
-def cut_of(dispatched: Dispatched, rows: int, **uncut: Tensor | None) -> ExpertInput:
+def cut_of(dispatched: Dispatched, rows: int, **uncut: Any) -> ExpertInput:
     return truncated(dispatched, rows)._replace(**uncut)
 
 
