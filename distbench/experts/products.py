@@ -25,6 +25,8 @@ _WHOLE = 2.0**24
 # Steps that are looked for in rows, and the smallest one in weights.
 _STEPS = (1.0, 0.25, 2.0**-7)
 _SMALLEST = 2.0**-40
+# As float32 has exponents: that of 2**23, the unit of whose mantissa is 1, and that of infinities and NaN.
+_EXPONENT_OF_2_23, _NOT_FINITE = 150, 255
 
 
 class _Entries(NamedTuple):
@@ -123,7 +125,7 @@ def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int
 
 
 def _entries_of(weights: Tensor) -> _Entries | None:
-    """Return what is not zero in the weights; None where that is much, or rows of several have no step in common."""
+    """Return what is not zero in the weights; None where that is much, or has no step in common."""
     count, height, width = weights.shape
     places = _nonzero(weights)
     if places is None or not len(places):
@@ -133,32 +135,27 @@ def _entries_of(weights: Tensor) -> _Entries | None:
     values = weights.flatten().index_select(0, places).float()
     inside = places - rows * width
     columns = inside + rows.div(height, rounding_mode="floor") * width
-    several = counts.index_select(0, rows) > 1
-    shared = torch.zeros(width, device=weights.device).index_fill_(0, inside[several], 1.0)
-    most = _most(rows[several], values[several])
-    if most is None:
-        return None
-    return _Entries(counts.view(count, height), columns, values, _starts(counts), shared, most)
-
-
-def _most(rows: Tensor, values: Tensor) -> float | None:
-    """Return how many steps what is read may be, for values of weights in `rows`; None where there is no bound."""
-    if not len(rows):
-        return math.inf
-    sums = torch.bincount(rows, weights=values.abs().double())
     step = _step(values)
-    return None if step is None else _WHOLE * step / float(sums.amax())
+    if step is None:
+        return None
+    several = counts > 1
+    sums = torch.bincount(rows, weights=values.abs().double(), minlength=len(counts)) * several
+    shared = torch.bincount(inside, weights=several.index_select(0, rows).float(), minlength=width) > 0
+    largest = float(sums.amax())
+    most = _WHOLE * step / largest if largest else math.inf
+    return _Entries(counts.view(count, height), columns, values, _starts(counts), shared.float(), most)
 
 
 def _step(values: Tensor) -> float | None:
-    """Return the largest power of two that finite float32 values are whole multiples of; None where it is too small."""
-    mantissas, exponents = torch.frexp(values)
-    whole = (mantissas * 2.0**24).to(torch.int32)
-    lowest = torch.frexp((whole & -whole).float()).exponent - 1 + exponents - 24
-    if not bool(values.isfinite().all()):
-        return None
-    step = 2.0 ** int(torch.where(whole == 0, lowest.new_full((), 127), lowest).amin())
-    return step if step >= _SMALLEST else None
+    """Return the largest power of two that float32 values are whole multiples of; zeros count as 1.
+
+    None where it is too small, or a value is not finite.
+    """
+    bits = values.view(torch.int32)
+    exponents, mantissas = (bits >> 23) & 0xFF, (bits & 0x7FFFFF) | 0x800000
+    lowest = exponents + ((mantissas & -mantissas).float().view(torch.int32) >> 23) - 127
+    step = 2.0 ** (int(torch.where(values == 0, _EXPONENT_OF_2_23, lowest).amin()) - _EXPONENT_OF_2_23)
+    return None if int(exponents.amax()) == _NOT_FINITE or step < _SMALLEST else step
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from distbench.workload.bits import byte_columns
 from distbench.workload.codes import code_columns, code_groups
+from distbench.workload.draws import bytes_of, sum_draws
 from distbench.workload.places import Places, places_of
 from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.probes import Probes, minus, physical, probe_patterns
-from distbench.workload.spread import Grid, spread
 from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_ELEMENTS = 4 << 20
@@ -74,14 +74,10 @@ def _all_patterns(plan: ExactPlan, seed: int, device: torch.device) -> Patterns:
 
 def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     rows, columns = plan.sum_rows, plan.sum_columns
-    grids = {
-        "up": Grid(rows, plan.up_entries, plan.payload_columns),
-        "down": Grid(columns, plan.down_entries, rows),
-    }
-    up, down = spread(seed, experts, grids)
-    bits = byte_columns(seed, "minus", experts, rows + columns, experts.device).to(torch.int32).unsqueeze(1)
-    up = physical(plan, up) + minus(bits[:, :, :rows], plan.up_entries) * plan.hidden_size
-    down += minus(bits[:, :, rows:], plan.down_entries) * rows
+    drawn = sum_draws(plan, seed, experts)
+    bits = bytes_of(drawn.words["minus"], rows + columns).unsqueeze(1)
+    up = physical(plan, drawn.places["up"]) + minus(bits[:, :, :rows], plan.up_entries) * plan.hidden_size
+    down = drawn.places["down"] + minus(bits[:, :, rows:], plan.down_entries) * rows
     return Patterns(up, down)
 
 
@@ -102,7 +98,7 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
     if plan.probes is not None:
         probes = probe_patterns(plan, seed, experts)
         _put_probes(plan, plan.probes, places, probes, w1)
-        _put_switches(plan, plan.probes, seed, experts, places, probes, w1)
+        _put_switches(plan, plan.probes, experts, places, probes, w1)
         read = places.probe_rows[probes.read * plan.probes.live_groups + _groups(plan.probes, experts.device)]
         _put(w2, places.probe_columns, read.unsqueeze(1), probes.weight.unsqueeze(1))
     return w1, w2
@@ -180,11 +176,11 @@ def _put_probes(plan: ExactPlan, probes: ProbePlan, places: Places, made: Probes
 
 
 def _put_switches(  # noqa: PLR0913 - what a switch is made of
-    plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor, places: Places, made: Probes, w1: Tensor
+    plan: ExactPlan, probes: ProbePlan, experts: Tensor, places: Places, made: Probes, w1: Tensor
 ) -> None:
     """Put into each probe row its switch, at the code columns under which its expert is on in the row's group."""
     group = torch.arange(probes.rows, device=w1.device) % probes.live_groups
-    on = code_groups(plan, seed, w1.device)[experts].unsqueeze(1) == group.unsqueeze(1)
+    on = code_groups(plan, w1.device)[experts, :-1].unsqueeze(1) == group.unsqueeze(1)
     rows = places.probe_rows.clone()
     rows[: probes.first_up_row] += plan.intermediate_size
     w1[:, rows.unsqueeze(1), places.codes] = (on * made.switch.unsqueeze(2)).bfloat16()
@@ -204,25 +200,24 @@ def hidden_states(plan: ExactPlan, seed: int, keys: Tensor, ids: Tensor) -> Tens
         bits = byte_columns(seed, "hidden", part, plan.hidden_size, keys.device).to(torch.int16)
         rows = hidden[start : start + step]
         rows.copy_(((bits * 3) >> 8) - 1)
-        rows[:, places.wide] = _wide_values(plan, seed, part)
+        rows[:, places.wide] = _wide_values(plan, part, bits[:, places.wide])
         if plan.block_scaled:
             rows[:, places.zeros] = 0
         if plan.probes is not None:
             rows[:, places.codes] = 0
-            column = code_columns(plan, seed, part, ids[start : start + step])
-            code = torch.cat([places.codes, places.codes.new_zeros(1)])[column]
-            rows.scatter_(1, code.unsqueeze(1), 1.0)
+            draw = bits[:, places.codes[0]] | bits[:, places.codes[-1]].int() << 8
+            column = code_columns(plan, draw, ids[start : start + step])
+            rows.scatter_(1, places.marks[column].unsqueeze(1), 1.0)
     hidden[:, 0] = 1.0
     return hidden
 
 
-def _wide_values(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
-    """Return the wide columns [n, Wc]: a mantissa times 2**0 to 2**4, odd or even by the numbers of row and block."""
-    wide, count = plan.points.wide, plan.wide_columns
-    bits = byte_columns(seed, "wide", keys, 2 * count, keys.device).long()
-    odd = (keys.unsqueeze(1) + torch.arange(count, device=keys.device)) & 1
-    power = odd + 2 * ((bits[:, :count] * (3 - odd)) >> 8)
-    return _wide_table(plan, keys.device)[((bits[:, count:] * len(wide)) >> 8) * WIDE_POWERS + power]
+def _wide_values(plan: ExactPlan, keys: Tensor, bits: Tensor) -> Tensor:
+    """Return the wide columns [n, Wc] by bytes: a mantissa times 2**0 to 2**4, odd or even by row and block."""
+    wide = plan.points.wide
+    odd = (keys.unsqueeze(1) + torch.arange(bits.shape[1], device=keys.device)) & 1
+    power = odd + 2 * (((bits >> 6) * (3 - odd)) >> 2)
+    return _wide_table(plan, keys.device)[(((bits & 63) * len(wide)) >> 6) * WIDE_POWERS + power]
 
 
 @lru_cache(maxsize=8)

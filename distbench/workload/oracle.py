@@ -207,8 +207,7 @@ def _probe_sums(plan: ExactPlan, probes: ProbePlan, seed: int, rows: _Rows, rout
     groups, slots = probes.live_groups, probes.column_slots
     count = rows.code.shape[0]
     total = torch.zeros(count * groups, slots, device=rows.code.device)
-    table = functional.pad(code_groups(plan, seed, rows.code.device), (0, 1), value=probes.code.groups)
-    group = table[routes.experts, rows.code.index_select(0, routes.tokens)]
+    group = code_groups(plan, rows.code.device)[routes.experts, rows.code.index_select(0, routes.tokens)]
     on = (group < groups).nonzero().flatten()
     values = row_values(plan, rows.code.device)
     entries = sum(plan.gate_entries) + 4

@@ -16,13 +16,15 @@ _HOT_BLOCKS = 56
 class Places(NamedTuple):
     """Places of a layer, int64.
 
-    Hidden columns: codes [m], wide [Wc], zeros. Intermediate rows: sums [S], probes [R] by number, guards and twins
+    Hidden columns: codes [m], marks [m + 1] the same and the first column, wide [Wc], zeros.
+    Intermediate rows: sums [S], probes [R] by number, guards and twins
     [blocks], zero_rows [blocks]. Output columns: sums [.], guards [.], probes [C] by number. `hot_columns` are the
     numbers of probe columns of which each block of a combine in blocks has one. `output` [H] says for each output
     column where it is among sums, probes group by group, and one column of zeros.
     """
 
     codes: Tensor
+    marks: Tensor
     wide: Tensor
     zeros: Tensor
     sum_rows: Tensor
@@ -54,8 +56,10 @@ def places_of(plan: ExactPlan, device: torch.device) -> Places:
     source = dict.fromkeys(guard_columns, hidden - plan.guard_sums)
     source |= {column: number for number, column in enumerate(sums)}
     source |= {column: len(sums) + place for column, place in zip(columns, _by_group(plan), strict=True)}
+    codes = [live_column(plan, number) for number in range(plan.payload_columns, plan.live_columns)]
     lists = (
-        [live_column(plan, number) for number in range(plan.payload_columns, plan.live_columns)],
+        codes,
+        [*codes, 0],
         wide,
         [column - 1 for column in wide] if plan.block_scaled else [],
         [row for row in range(inter) if row not in taken],

@@ -6,6 +6,7 @@ No tensor is made here, so a bad shape is refused before torch is loaded.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Literal, NoReturn
 
 import msgspec
@@ -151,6 +152,7 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_experts * entries * 4 <= _KEPT_BYTES
 
 
+@lru_cache(maxsize=64)
 def plan_exact(  # noqa: PLR0913 - a case's keys
     hidden_size: int,
     intermediate_size: int,
@@ -196,7 +198,7 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
     if not _budget(plain, 1):
         bound = plain.max_units
         _refuse(f"topk = {topk}: the sum of a token's experts stays within {bound} units up to topk = {bound}")
-    return _first_covering([*_plans(plain)])
+    return _first_covering(plain)
 
 
 def _budget(plan: ExactPlan, weight_ratio: int) -> int:
@@ -236,18 +238,23 @@ def _places(size: int) -> int:
     return size // 4 * 2 + max(min(size % 4 - 1, 2), 0)
 
 
-def _first_covering(plans: list[ExactPlan]) -> ExactPlan:
-    hidden, inter, experts = plans[0].hidden_size, plans[0].intermediate_size, plans[0].num_experts
-    reading = [plan for plan in plans if plan.sum_columns * plan.down_entries >= plan.sum_rows]
-    if not reading:
-        most = max(plan.sum_columns * plan.down_entries for plan in plans)
-        _refuse(f"intermediate_size = {inter}: {hidden} w2 rows read {most} intermediate rows of {plans[-1].live_rows}")
-    covering = [plan for plan in reading if experts * max(up_reads(plan), gate_reads(plan)) >= plan.payload_columns]
-    if not covering:
-        most = max(experts * max(up_reads(plan), gate_reads(plan)) for plan in reading)
-        wanted = reading[0].payload_columns
-        _refuse(f"intermediate_size = {inter}: {experts} experts read {most} hidden columns of {wanted}")
-    return covering[0]
+def _first_covering(plain: ExactPlan) -> ExactPlan:
+    """Return the first plan whose sums read all intermediate rows, and whose experts together read all columns."""
+    hidden, inter, experts = plain.hidden_size, plain.intermediate_size, plain.num_experts
+    most_rows = most_columns = wanted = 0
+    for plan in _plans(plain):
+        if plan.sum_columns * plan.down_entries < plan.sum_rows:
+            most_rows = max(most_rows, plan.sum_columns * plan.down_entries)
+            continue
+        reads = experts * max(up_reads(plan), gate_reads(plan))
+        if reads >= plan.payload_columns:
+            return plan
+        most_columns, wanted = max(most_columns, reads), wanted or plan.payload_columns
+    if not wanted:
+        _refuse(
+            f"intermediate_size = {inter}: {hidden} w2 rows read {most_rows} intermediate rows of {plain.live_rows}"
+        )
+    return _refuse(f"intermediate_size = {inter}: {experts} experts read {most_columns} hidden columns of {wanted}")
 
 
 def up_reads(plan: ExactPlan) -> int:

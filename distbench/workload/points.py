@@ -8,6 +8,8 @@ rounding to bf16.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import msgspec
 
 from distbench.architectures import Fp8Format
@@ -52,6 +54,7 @@ class Points(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.doubled + self.single
 
 
+@lru_cache(maxsize=8)
 def points_for(*, coarse: bool, fp8: Fp8Format | None) -> Points:
     """Return the points of a layer; `fp8` is the format in which hidden states travel, None for bf16."""
     doubled, single = _COARSE_ENTRIES if coarse else _FINE_ENTRIES

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.workload.bits import byte_columns
+from distbench.workload.draws import Drawn, bytes_of, probe_draws
 from distbench.workload.places import live_column, places_of
 from distbench.workload.plan import BLOCK, ExactPlan
 from distbench.workload.points import HOT_GATE, UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.quantize import fp8_dtype
-from distbench.workload.spread import Grid, spread
 
 # Patterns of bf16 from 1 to 2**WIDE_POWERS, and the first of them.
 WIDE_VALUES = WIDE_POWERS << 7
@@ -109,23 +108,20 @@ def _by_group(probes: ProbePlan, made: Probes) -> GroupedProbes:
 
 
 def _make_probes(plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor) -> Probes:
-    device, rows = experts.device, probes.rows
     doubled, single = plan.gate_entries
-    ups = min(UP_ENTRIES, plan.payload_columns)
-    grids = {"read": Grid(probes.column_slots, 1, probes.column_slots)}
-    grids |= {"probe/gate": Grid(probes.gate_rows, doubled + single, plan.payload_columns)} if probes.gate_rows else {}
-    grids |= {"probe/up": Grid(probes.up_rows, ups, plan.payload_columns)} if probes.up_rows else {}
-    read, *payloads = spread(seed, experts, grids)
-    entries = read.new_full((experts.numel(), doubled + max(single, ups), rows), 2 * plan.hidden_size)
-    signs = byte_columns(seed, "probe/signs", experts, 3 * rows, device).to(torch.int32).view(-1, 3, rows)
-    bits = signs[:, :1] | signs[:, 1:2] << 8 | signs[:, 2:] << 16
-    starts = ([(0, 0)] if probes.gate_rows else []) + ([(probes.first_up_row, doubled)] if probes.up_rows else [])
-    for (row, entry), payload in zip(starts, payloads, strict=True):
-        part = entries[:, entry : entry + payload.shape[1], row : row + payload.shape[2]]
-        part.copy_(physical(plan, payload))
-        part += minus(bits[:, :, row : row + payload.shape[2]], payload.shape[1]) * plan.hidden_size
+    drawn = probe_draws(plan, seed, experts)
+    count = doubled + max(single, min(UP_ENTRIES, plan.payload_columns))
+    entries = drawn.places["read"].new_full((experts.numel(), count, probes.rows), 2 * plan.hidden_size)
+    signs = drawn.words["signs"][:, : probes.rows].unsqueeze(1)
+    for name, row, entry in (("gate", 0, 0), ("payload", probes.first_up_row, doubled)):
+        places = drawn.places.get(name)
+        if places is not None:
+            _, number, rows = places.shape
+            part = entries[:, entry : entry + number, row : row + rows]
+            part.copy_(physical(plan, places))
+            part += minus(signs[:, :, row : row + rows], number) * plan.hidden_size
     wide, switch, first, magnitude = _by_kind(plan, experts)
-    slots, weight = _reading(plan, probes, seed, experts, read.squeeze(1), magnitude)
+    slots, weight = _reading(plan, probes, drawn, magnitude)
     return Probes(entries, wide, switch, first, slots, weight)
 
 
@@ -145,6 +141,17 @@ def minus(bits: Tensor, entries: int) -> Tensor:
 
 def _by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return wide, switch and first of `Probes`, and the magnitude [e, R] of output weights that read the row."""
+    if plan.is_small and experts.numel() == plan.num_experts:
+        return _all_by_kind(plan, experts.device)
+    return _make_by_kind(plan, experts)
+
+
+@lru_cache(maxsize=4)
+def _all_by_kind(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _make_by_kind(plan, torch.arange(plan.num_experts, device=device))
+
+
+def _make_by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     static = _static_kinds(plan, experts.device)
     turns = experts.unsqueeze(1)
     cycle = (static.number + turns).remainder(static.cycle)
@@ -202,11 +209,10 @@ def _static_kinds(plan: ExactPlan, device: torch.device) -> _Static:
     return _Static(lists[0], lists[1], lists[2], lists[3], lists[4], tables)
 
 
-def _reading(  # noqa: PLR0913 - what a weight is made of
-    plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor, read: Tensor, magnitude: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `read` and `weight` of `Probes`; read int32 [e, D] is a bijection of each group's columns."""
-    device, groups, slots = experts.device, probes.live_groups, probes.row_slots
+def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `read` and `weight` of `Probes`: in each group a bijection of its columns, turned by the group."""
+    device, groups, slots = magnitude.device, probes.live_groups, probes.row_slots
+    read = drawn.places["read"].squeeze(1)
     number = torch.arange(probes.columns, device=device)
     group = number % groups
     column_slot = number.div(groups, rounding_mode="floor")
@@ -215,13 +221,13 @@ def _reading(  # noqa: PLR0913 - what a weight is made of
     chosen = turned.remainder_(slots)
     chosen[:, hot] = slots - 1
     row = chosen * groups + group
-    bits = byte_columns(seed, "probe/weights", experts, probes.columns, device)
+    bits = bytes_of(drawn.words["weights"], probes.columns)
     gates = row < probes.first_up_row
     power = (bits & 1) + (plan.combine != "none")
-    size = torch.where(gates, (1 << power.int()).float(), magnitude.gather(1, row))
+    size = torch.where(gates, (1 << power).float(), magnitude.gather(1, row))
     if probes.hot_rows:
         size = torch.where(row >= probes.rows - probes.hot_rows, _HOT_READ, size)
-        size[:, hot] = (2 << (bits[:, hot] & 1).int()).float()
+        size[:, hot] = (2 << (bits[:, hot] & 1)).float()
     return chosen, size * (1.0 - (bits >> 7).float() * 2)
 
 

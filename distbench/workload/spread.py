@@ -12,6 +12,9 @@ from torch import Tensor
 
 from distbench.workload.bits import words_of_streams
 
+# Products of steps and factors below this are taken in int32, whose remainders cost a third.
+_INT32 = 1 << 31
+
 
 class Grid(NamedTuple):
     """An expert's rows, the entries of each, and the places that they are spread over."""
@@ -25,7 +28,7 @@ class _Walk(NamedTuple):
     """How a grid's rows go through its places, pass after pass; `sharing` experts in a sequence walk on together.
 
     A pass is a run of rows that is long enough for all places. turns int64 [sharing, rows] are the passes of rows,
-    steps int64 [sharing, entries, rows] say where in them an entry comes.
+    steps int32 or int64 [sharing, entries, rows] say where in them an entry comes.
     """
 
     sharing: int
@@ -48,6 +51,7 @@ def _walk(grid: Grid, device: torch.device) -> _Walk:
     rows = torch.arange(sharing * grid.rows, device=device).view(sharing, 1, grid.rows)
     turns = rows.div(pass_rows, rounding_mode="floor")
     steps = (rows - turns * pass_rows) * grid.entries + torch.arange(grid.entries, device=device).unsqueeze(1)
+    steps = steps.to(torch.int32 if (pass_rows * grid.entries + 1) * grid.places < _INT32 else torch.int64)
     return _Walk(sharing, -(-sharing * grid.rows // pass_rows), turns.squeeze(1), steps)
 
 
@@ -68,8 +72,10 @@ def _places(experts: Tensor, grid: Grid, walk: _Walk, keys: Tensor) -> Tensor:
     """Return the places int32 [e, entries, rows] by keys int64 [e, 2 * num_turns or more], of 32 bits."""
     turns, steps = walk.of(experts)
     units = _units(grid.places, experts.device)
-    factors = units[keys[:, : walk.num_turns] % units.numel()].gather(1, turns)
-    offsets = (keys[:, walk.num_turns : 2 * walk.num_turns] % grid.places).gather(1, turns)
+    factors = units[keys[:, : walk.num_turns] % units.numel()].to(steps.dtype)
+    offsets = (keys[:, walk.num_turns : 2 * walk.num_turns] % grid.places).to(steps.dtype)
+    if walk.num_turns > 1:
+        factors, offsets = factors.gather(1, turns), offsets.gather(1, turns)
     places = steps * factors.unsqueeze(1)
     places += offsets.unsqueeze(1)
     return places.remainder_(grid.places).to(torch.int32)

@@ -87,7 +87,8 @@ def test_sparse_weights_may_have_any_number_of_columns_and_rows_of_zeros(dtype: 
     ("values", "step"),
     [
         ([0.25, -3.0], 0.25),
-        ([0.0, 48.0, 80.0], 16.0),
+        ([48.0, 80.0], 16.0),
+        ([0.0, 48.0], 1.0),
         ([13 / 32, 2.0], 2.0**-5),
         ([1e-40, 1.0], None),
         ([math.nan, 1.0], None),

@@ -1,0 +1,81 @@
+"""What is drawn for the experts of an exact layer: places of entries, and random words; one call draws for all uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.workload.bits import words_of_streams
+from distbench.workload.plan import ExactPlan
+from distbench.workload.points import UP_ENTRIES
+from distbench.workload.spread import Grid, spread
+
+
+class Drawn(NamedTuple):
+    """Of e experts: places int32 [e, entries, rows] by grid, and random words int32 [e, columns or more] by stream."""
+
+    places: Mapping[str, Tensor]
+    words: Mapping[str, Tensor]
+
+
+def sum_draws(plan: ExactPlan, seed: int, experts: Tensor) -> Drawn:
+    """Draw grids `up` and `down`, and words `minus`; all experts of a small layer are drawn at once."""
+    if plan.is_small and experts.numel() == plan.num_experts:
+        return _all_draws(plan, seed, experts.device)
+    return _draw(seed, experts, _sum_grids(plan), _sum_words(plan))
+
+
+def probe_draws(plan: ExactPlan, seed: int, experts: Tensor) -> Drawn:
+    """Draw grids `read`, `gate` and `payload`, where there are such rows, and words `signs` and `weights`."""
+    if plan.is_small and experts.numel() == plan.num_experts:
+        return _all_draws(plan, seed, experts.device)
+    return _draw(seed, experts, _probe_grids(plan), _probe_words(plan))
+
+
+@lru_cache(maxsize=1)
+def _all_draws(plan: ExactPlan, seed: int, device: torch.device) -> Drawn:
+    grids, columns = _sum_grids(plan) | _probe_grids(plan), _sum_words(plan) | _probe_words(plan)
+    return _draw(seed, torch.arange(plan.num_experts, device=device), grids, columns)
+
+
+def _sum_grids(plan: ExactPlan) -> dict[str, Grid]:
+    return {
+        "up": Grid(plan.sum_rows, plan.up_entries, plan.payload_columns),
+        "down": Grid(plan.sum_columns, plan.down_entries, plan.sum_rows),
+    }
+
+
+def _sum_words(plan: ExactPlan) -> dict[str, int]:
+    return {"minus": -(-(plan.sum_rows + plan.sum_columns) // 4)}
+
+
+def _probe_grids(plan: ExactPlan) -> dict[str, Grid]:
+    probes = plan.probes
+    if probes is None:
+        return {}
+    grids = {
+        "read": Grid(probes.column_slots, 1, probes.column_slots),
+        "gate": Grid(probes.gate_rows, sum(plan.gate_entries), plan.payload_columns),
+        "payload": Grid(probes.up_rows, min(UP_ENTRIES, plan.payload_columns), plan.payload_columns),
+    }
+    return {name: grid for name, grid in grids.items() if grid.rows}
+
+
+def _probe_words(plan: ExactPlan) -> dict[str, int]:
+    return {"signs": plan.probes.rows, "weights": -(-plan.probes.columns // 4)} if plan.probes else {}
+
+
+def _draw(seed: int, experts: Tensor, grids: Mapping[str, Grid], columns: Mapping[str, int]) -> Drawn:
+    places = dict(zip(grids, spread(seed, experts, grids), strict=True))
+    rows = experts.expand(len(columns), -1)
+    words = words_of_streams(seed, [f"expert/{name}" for name in columns], rows, max(columns.values()))
+    return Drawn(places, dict(zip(columns, words.unbind(0), strict=True)))
+
+
+def bytes_of(words: Tensor, count: int) -> Tensor:
+    """Return the first `count` bytes of words int32 [e, columns], int32 [e, count]."""
+    return words.view(torch.uint8)[:, :count].to(torch.int32)
