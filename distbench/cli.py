@@ -30,9 +30,10 @@ from distbench.commands import (
     sweep,
     tune,
 )
-from distbench.errors import DiskFull, DistbenchError, InvalidCase, Unsupported, is_disk_full
+from distbench.errors import DiskFull, DistbenchError, InvalidCase, ResultsLost, Unsupported, is_disk_full
 from distbench.report.console import print_error
 from distbench.signals import Interrupted
+from distbench.streams import speak_any_encoding
 from distbench.tether import end_with_stdin
 
 _SIGINT_EXIT_CODE = 130
@@ -43,6 +44,7 @@ _RANK_0_SPEAKS_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     resumes = False
+    speak_any_encoding(sys.stdout, sys.stderr)
     try:
         options = _parser().parse_args(arguments)
         resumes = getattr(options, "resumes", False)
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistbenchError as error:
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
         if rank == "0":
-            stopped = isinstance(error, DiskFull)
+            stopped = isinstance(error, (DiskFull, ResultsLost))
             print_error(error.label, f"{error}; {_next_time(resumes=resumes)}" if stopped else str(error))
         else:
             time.sleep(_RANK_0_SPEAKS_S)  # torchrun ends all ranks as soon as one has left
@@ -112,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="distbench",
         description="Does cutting the rows in front of fused_moe change a bit, on any rank?",
-        epilog="Exit codes: 0 PASS, 1 a wrong result, 2 INVALID, 3 HANG or RANK_FAULT, 75 out of time, 77 UNSUPPORTED.",
+        epilog="Exit codes: 0 PASS, 1 a wrong result, 2 INVALID, "
+        "3 HANG or RANK_FAULT, 70 a crash of the bench, 75 out of time, 77 UNSUPPORTED.",
     )
     parser.add_argument("--version", action="version", version=f"distbench {__version__}")
     parser.add_argument(

@@ -133,8 +133,7 @@ class ResultsLost(DistbenchError):
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what}; no rank is left, and the same command goes on with the results that are there: let no one else "
-            "write to the folder, or name another one with --out"
+            f"{what}; no rank is left: let nobody else write to the folder, or name another one with --out"
         )
 
 

@@ -140,7 +140,7 @@ def dump_stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:
 
 def _stack(out: Path, rank: int, pid: int) -> str:
     with contextlib.suppress(OSError):
-        text = stack_path(out, rank).read_text()
+        text = stack_path(out, rank).read_text(encoding="utf-8", errors="replace")
         if text:
             return text
     return _spied(pid) or f"no answer; its process is in state {state(pid)} ({STOPPED}: stopped)"

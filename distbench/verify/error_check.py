@@ -214,7 +214,9 @@ class ErrorChecker:
         ]
         split = rows.split(widths, dim=1)
         return [
-            in_slot_order(raw.contiguous().view(part.dtype), self._own_ids, group, self._order)
+            in_slot_order(
+                raw.clone(memory_format=torch.contiguous_format).view(part.dtype), self._own_ids, group, self._order
+            )
             for raw, part in zip(split, parts, strict=True)
         ]
 

@@ -37,6 +37,14 @@ class Codec(Protocol):
         """Return a node's float32 sum as it travels to the next: its values in float32."""
 
 
+def of_its_own(columns: Tensor) -> Tensor:
+    """Copy columns [m, c] of rows of bytes, so that they may be viewed as a wider type.
+
+    `contiguous()` copies no single row, which then begins wherever it does in its row: a view refuses an odd place.
+    """
+    return columns.clone(memory_format=torch.contiguous_format)
+
+
 class Plain:
     """Rows of their own type."""
 
@@ -108,8 +116,8 @@ class Fp8Blockwise:
     def add(self, total: Tensor, packed: Tensor) -> Tensor:
         """See `Codec.add`: one rounding for product and sum, or a plain sum where nothing was scaled."""
         payload = self._payload(self._columns)
-        scales = packed[:, payload:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-        values = self._blocked(self._decode(packed[:, :payload].contiguous()))
+        scales = of_its_own(packed[:, payload:]).view(torch.float32)
+        values = self._blocked(self._decode(of_its_own(packed[:, :payload])))
         wide = (values.double() * scales.abs().double().unsqueeze(2)).flatten(1)[:, : self._columns]
         plain = values.flatten(1)[:, : self._columns]
         return torch.where(scales[:, :1] < 0, (total.double() + wide).float(), total + plain)

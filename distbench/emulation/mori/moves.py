@@ -12,7 +12,7 @@ from torch import Tensor
 from distbench.emulation.mori import habits, shmem
 from distbench.emulation.mori._jit_loader import load_hip_module
 from distbench.emulation.mori.buffers import EpDispatchCombineConfig, allocate
-from distbench.emulation.mori.codec import Plain, make_codec
+from distbench.emulation.mori.codec import Plain, make_codec, of_its_own
 from distbench.emulation.mori.heap import at_address
 from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import (
@@ -112,7 +112,7 @@ class Mover:
             habits.trap("assertion failed: Total recv token overflow: increase maxTotalRecvTokens")
         if self.config.kernel_type is EpDispatchCombineKernelType.AsyncLL:
             owners_of = owners(
-                rows[:, sent.payload + ids : sent.payload + 2 * ids].contiguous().view(torch.int32), self._shape
+                of_its_own(rows[:, sent.payload + ids : sent.payload + 2 * ids]).view(torch.int32), self._shape
             )
             if bool((owners_of == self.config.world_size).any()):
                 habits.trap("assertion failed: (pe >= 0) && (pe < config.worldSize)")
@@ -162,10 +162,10 @@ class Mover:
         arrived, by_rank = self._exchange(torch.cat(parts, dim=1)[to.argsort(stable=True)], to)
         width = codec.width(columns)
         self._returned = Returned(
-            rows=arrived[:, :width].contiguous(),
+            rows=of_its_own(arrived[:, :width]),
             ranks=torch.arange(config.world_size, device=arrived.device).repeat_interleave(by_rank.to(arrived.device)),
-            tokens=arrived[:, width : width + _TOKEN_BYTES].contiguous().view(torch.int32).flatten().long(),
-            weights=arrived[:, width + _TOKEN_BYTES :].contiguous() if len(parts) > 2 else None,  # noqa: PLR2004
+            tokens=of_its_own(arrived[:, width : width + _TOKEN_BYTES]).view(torch.int32).flatten().long(),
+            weights=of_its_own(arrived[:, width + _TOKEN_BYTES :]) if len(parts) > 2 else None,  # noqa: PLR2004
             codec=codec,
             ids=at_address(indices, TOPK_IDX_DTYPE, self._route.shape[0], config.num_experts_per_token),
             columns=columns,

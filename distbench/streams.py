@@ -1,0 +1,35 @@
+"""Standard output and error in whatever encoding they have."""
+
+from __future__ import annotations
+
+import codecs
+from io import TextIOWrapper
+from typing import TextIO
+
+_PLAIN = "distbench.plain"
+_SPELLED = {
+    "\u2192": "->",
+    "\u2500": "-",
+    "\u2502": "|",
+    "\u2588": "#",
+    "\u2026": "...",
+    "\u00b5": "u",
+    "\u00b7": "*",
+    "\u00d7": "x",
+}
+
+
+def speak_any_encoding(*streams: TextIO) -> None:
+    """Have the streams spell characters that their encoding lacks: an arrow as ->, others by their code."""
+    codecs.register_error(_PLAIN, _spelled)
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors=_PLAIN)
+
+
+def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    spelled = "".join(_SPELLED.get(one) or one.encode("ascii", "backslashreplace").decode() for one in lacking)
+    return spelled, error.end
