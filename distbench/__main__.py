@@ -29,7 +29,7 @@ def main() -> None:
     except Interrupted as error:
         leave(error)
     except Exception:  # noqa: BLE001 - Python's own exit code, 1, would say that a result is wrong
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type] # there is an exception
+        sys.excepthook(*sys.exc_info())
         code = CRASHED
     sys.exit(code)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -115,53 +115,71 @@ class Accusation(msgspec.Struct, frozen=True, kw_only=True):
         return f"; its report says {self.recorded}, here it ends in {'; '.join(self.base.endings)}"
 
 
-def bisect(lab: Lab, case: Case, folder: Path, known: Report | None = None) -> Accusation:
+def bisect(  # noqa: PLR0913 - the case, what is known of it, and how it is tried
+    lab: Lab,
+    case: Case,
+    folder: Path,
+    known: Report | None = None,
+    seeds: int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Accusation:
     """Find the guilty part of a failing case. `folder` takes the kernel table that pins one kernel.
 
     The case runs with several seeds, with more where it fails with some of them only, or with none; a swap is a cure
     once it has passed so often that a failure as rare as that one may be would have come up, 39 to 1. Where no swap
     cures, pairs are tried. A lost rank costs a launch more, and one that hangs its time limit, which is lowered.
-    `known` is a report of the case.
+    `known` is a report of the case. `seeds` is the most seeds that are tried for a failure (None: MAX_TRIALS).
+    `tell` hears of what is tried next.
 
     Raises:
-        InvalidCase: nothing in the case can be swapped.
+        InvalidCase: nothing in the case can be swapped, or its report says PASS and no number of seeds was given.
 
     """
+    if known is not None and not known.exit_code and seeds is None:
+        message = (
+            f"the report says {known.verdict.value}: no stage is to blame; give the report of a case that fails, or "
+            "--seeds N to try N seeds for a failure"
+        )
+        raise InvalidCase(message)
     swaps = swaps_of(case, folder)
     if not swaps:
         message = "nothing in this case can be swapped: no limit, no other transport or experts, no fault, bf16"
         raise InvalidCase(message)
+    tell("the case as given")
     first = signature(known or lab.run([case])[0])
     limited = ""
     if first.verdict is Verdict.HANG:
         case, limited = impatient(case), f"time limits of at most {HANG_S:g} s"
-    base = _base(lab, case, _FEW_TRIALS if first.verdict in _COSTLY else _TRIALS, limited)
+    base = _base(lab, case, _FEW_TRIALS if first.verdict in _COSTLY else _TRIALS, seeds or MAX_TRIALS, tell)
+    base = msgspec.structs.replace(base, what=limited)
     recorded = "" if known is None else str(first)
     if not base.failing.seen:
         return Accusation(base=base, results=[], blame=Blame(), trials=0, launches=lab.launches, recorded=recorded)
     needed = trials_to_see(base.failing.low)
     trials = min(needed, MAX_TRIALS)
     picks: list[Pick] = [(swap,) for swap in swaps]
-    results = _tried(lab, case, picks, trials)
+    results = _tried(lab, case, picks, trials, tell)
     if not any(result.cured for result in results):
         pairs = list(combinations(swaps, 2))
         picks += pairs
-        results += _tried(lab, case, pairs, trials)
+        results += _tried(lab, case, pairs, trials, tell)
     cures = [picked for picked, result in zip(picks, results, strict=True) if result.cured and trials >= needed]
     return Accusation(
         base=base, results=results, blame=blame(cures), trials=trials, launches=lab.launches, recorded=recorded
     )
 
 
-def _base(lab: Lab, case: Case, trials: int, what: str) -> Result:
+def _base(lab: Lab, case: Case, trials: int, most: int, tell: Callable[[str], None]) -> Result:
     """Return how often the case fails: tried until as many trials show a failure of the least rate that it may have."""
+    trials = min(trials, most)
     while True:
+        tell(f"as given, with {trials} seeds of at most {most}")
         base = _result(lab, case, (), trials)
         rate = base.failing
         known = bool(rate.seen) and (rate.always or trials_to_see(rate.low) <= trials)
-        if known or trials >= MAX_TRIALS:
-            return msgspec.structs.replace(base, what=what)
-        trials = min(2 * trials, MAX_TRIALS)
+        if known or trials >= most:
+            return base
+        trials = min(2 * trials, most)
 
 
 def blame(cures: Sequence[Pick]) -> Blame:
@@ -245,11 +263,13 @@ def _seeds(case: Case, trials: int) -> list[Case]:
     return [varied(case, seed=case.seed + trial) for trial in range(trials)]
 
 
-def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int) -> list[Result]:
+def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int, tell: Callable[[str], None]) -> list[Result]:
     """Run every pick, in one launch, and in a second one those that may be cures as often as it takes to say so."""
     known = [(picked, variant) for picked in picks for variant in _swapped(case, picked)]
+    tell(f"{len(known)} swaps of {'two parts' if len(picks[0]) > 1 else 'one part'}, once each")
     lab.run([variant for _, variant in known])
     passing = [not lab.run([variant])[0].exit_code for _, variant in known]
+    tell(f"{sum(passing)} swaps that may cure, with {trials} seeds each")
     lab.run([one for (_, variant), cure in zip(known, passing, strict=True) if cure for one in _seeds(variant, trials)])
     return [
         _result(lab, variant, picked, trials if cure else 1)

@@ -20,6 +20,7 @@ from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available
 from distbench.experts.coverage import plan_of
 from distbench.experts.selection import KernelSelector, TunedKey
+from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.table_match import match_tables
 from distbench.experts.triton.table import load_table, shape_of
 from distbench.job import Entry
@@ -51,6 +52,8 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 
     """
     check_fit(case)
+    if not any(case.tokens):  # what is received is known without a rank: nothing
+        resolve_limit(case.limit, Traffic(case.tokens, (0,) * case.ep_size, case.capacity))
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if "exact" in inputs_of(case):
         plan_of(case)
@@ -64,9 +67,11 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 
         check_faults(case)
     if case.experts == "triton":
+        check_triton_shape(case.hidden_size, case.intermediate_size, 1 if case.dispatch_dtype == "fp8" else 2)
         return (*notes, *_check_triton_table(case))
     if case.experts == "aiter":
         check_available(case)
+        check_aiter_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
     units = _compute_units(case)
     selector = make_selector(msgspec.structs.replace(case, cu_count=units or case.cu_count))
     if not case.kernel_table or selector.tuned:

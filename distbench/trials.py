@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class Lab:
             Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}, suite=_SUITE) for digest, case in new.items()
         ]
         check_memory(entries)
-        progress = Progress(len(entries), quiet=True)
+        progress = Progress(len(entries), quiet=not sys.stderr.isatty())
         rules = Rules(max_faults=max_faults)
         Campaign(entries, self._out, rules, progress, launch=self._ranks.run).run()
         self._reports |= self._read(set(new))

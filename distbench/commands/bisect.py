@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distbench.bisect import Accusation, Result, bisect
+from distbench.bisect import MAX_TRIALS, Accusation, Result, bisect
+from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.locks import hold
-from distbench.report.console import print_line, print_table
+from distbench.report.console import print_line, print_note, print_table
 from distbench.trials import Lab
 
 
@@ -26,6 +28,12 @@ def add(commands: Any) -> None:
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
     add_ranks(command, "ranks, where the case does not say (default: 8)")
     add_folder(command)
+    command.add_argument(
+        "--seeds",
+        type=whole(1),
+        metavar="N",
+        help=f"most seeds that are tried for a failure (default: {MAX_TRIALS}); needed where a report says PASS",
+    )
     add_case_options(command)
 
 
@@ -36,9 +44,14 @@ def _bisect(options: argparse.Namespace) -> int:
     with hold(out, (), options.lock_timeout):
         prepare_ranks()
         with Lab(out) as lab:
-            accusation = bisect(lab, case, out, known_report(options.case, options))
+            accusation = bisect(lab, case, out, known_report(options.case, options), options.seeds, _tell(lab))
     _print(accusation)
     return 0 if accusation.blame.guilty else 1
+
+
+def _tell(lab: Lab) -> Callable[[str], None]:
+    """Return what says on standard error what is tried next."""
+    return lambda what: print_note(f"bisect: {what} ({lab.cases} cases, {lab.launches} launches)")
 
 
 def _print(accusation: Accusation) -> None:

@@ -74,7 +74,7 @@ def ideal_rows(
             one.rounded[routes] = ((result + off) * share).bfloat16()
             one.middle.index_add_(0, rows.flatten(), (off * share.float()).flatten(0, 1))
     return exact[:-1].float(), tuple(
-        _summed(one.rounded[:-1].view(count, topk, -1), one.middle[:-1], family)
+        _summed(one.rounded[:-1].view(count, topk, one.rounded.shape[1]), one.middle[:-1], family)
         for family, one in zip(families, made, strict=True)
     )
 

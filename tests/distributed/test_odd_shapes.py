@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,8 @@ from distbench.session import Session
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 
-ODD = {"hidden_size": 9, "intermediate_size": 8, "topk": 1, "tokens": 1}
-PARTS = [
+ODD: dict[str, Any] = {"hidden_size": 9, "intermediate_size": 8, "topk": 1, "tokens": 1}
+PARTS: list[dict[str, Any]] = [
     *(
         {"transport": "mori", "emulate": True, "mori_kernel": kernel}
         for kernel in ("IntraNode", "IntraNodeLL", "AsyncLL")
@@ -27,13 +28,14 @@ PARTS = [
 ]
 
 
-def endings(session: Session, cases: list[Case]) -> list[tuple[Verdict, str] | None]:
-    found: list[tuple[Verdict, str] | None] = []
+def endings(session: Session, cases: list[Case]) -> list[tuple[Verdict, str]]:
+    found: list[tuple[Verdict, str]] = []
     for case in cases:
         session.enter(case.ep_size)
         outcome = run_case(session, case)
-        reasons = outcome.judgement.reasons if outcome else []
-        found.append(outcome and (outcome.judgement.verdict, reasons[0].message if reasons else ""))
+        if outcome is not None:
+            reasons = outcome.judgement.reasons
+            found.append((outcome.judgement.verdict, reasons[0].message if reasons else ""))
     return found
 
 

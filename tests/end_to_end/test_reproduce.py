@@ -79,6 +79,22 @@ def test_a_bundle_of_a_device_replays_on_the_cpu_with_parts_that_are_here(failed
     assert "UNSUPPORTED" in missing.stderr
 
 
+@pytest.mark.parametrize("command", ["bisect", "shrink"])
+def test_report_that_says_pass_is_refused_before_a_case_runs(command: str, tmp_path: Path) -> None:
+    run = ("--model", "tiny", "--nproc", "2", "--tokens", "3", "--max-dispatch-tokens-per-rank", "64")
+    assert distbench("run", *run, "--out", tmp_path).returncode == 0
+    done = distbench(command, tmp_path / "report.json", "--out", tmp_path / command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("distbench: INVALID: the ")
+    assert not (tmp_path / command / "results.jsonl").exists()
+    if command == "bisect":
+        assert "--seeds N" in done.stderr
+        tried = distbench(command, tmp_path / "report.json", "--out", tmp_path / command, "--seeds", "3")
+        assert tried.returncode == 1
+        assert "the case does not fail here: fails on 0 of 3" in tried.stdout
+        assert "bisect: as given, with 3 seeds of at most 3" in tried.stderr
+
+
 def test_bisect_and_shrink_take_a_report(failed: Path, tmp_path: Path) -> None:
     report = failed / "report.json"
     blamed = distbench("bisect", report, "--out", tmp_path / "bisect")

@@ -35,6 +35,13 @@ from tests.cases import tiny_case
 from tests.end_to_end.launches import write_suite
 from tests.results import result
 
+# Keys of a case that is refused whatever a rank would find, and what is said of it.
+UNFIT: list[tuple[dict[str, Any], int, str]] = [
+    ({"experts": "aiter", "emulate": True, "hidden_size": 9}, 2, "hidden_size = 9: aiter takes bf16 weights in "),
+    ({"experts": "aiter", "emulate": True, "intermediate_size": 32}, 2, "intermediate_size = 32: aiter takes bf16"),
+    ({"experts": "triton", "hidden_size": 12, "device": "cpu"}, 77, "experts triton: hidden_size = 12: rows of 24 "),
+    ({"tokens": 0, "limit": "max-recv"}, 2, "limit = max-recv: comes out as 0 rows"),
+]
 NOWHERE = Environment(hosts=[], devices=[], versions={}, commits={}, variables={})
 Ranks = Callable[..., list[list[str]]]
 
@@ -66,6 +73,20 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
     monkeypatch.setattr(run_command, "print_report", lambda _: None)  # it shows comparisons, of which none was made
     return ending
+
+
+@pytest.mark.parametrize("unfit", UNFIT, ids=lambda unfit: unfit[2][:30])
+def test_suite_with_a_shape_that_a_case_refuses_is_refused_before_a_rank_starts(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], unfit: tuple[dict[str, Any], int, str]
+) -> None:
+    keys, code, told = unfit
+    launches = ranks({})
+    cases = [{"name": "sound"}, {"name": "odd", **keys}]
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps({"defaults": {"model": "tiny", "tokens": 3, "numerics": "gaussian"}, "include": cases}))
+    assert main(["suite", str(suite), "--nproc", "2", "--out", str(tmp_path / "out")]) == code
+    assert f"{suite}: case odd: {told}" in capsys.readouterr().err
+    assert launches == []
 
 
 def suite(out: Path, file: Path | str, *arguments: str) -> int:

@@ -30,12 +30,13 @@ from distbench.experts.aiter.package import (
     load_package,
     tuned_tables,
 )
-from distbench.experts.aiter.weights import PreparedWeights, check_shape, prepare_weights
+from distbench.experts.aiter.weights import PreparedWeights, prepare_weights
 from distbench.experts.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
 from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelChoice
+from distbench.experts.shapes import check_aiter_shape
 from distbench.experts.tuned import MISSING
 from distbench.values import one_line
 from distbench.workload.plan import BLOCK
@@ -73,7 +74,7 @@ class AiterExperts:
         self._log = kernel_log()
         self._doubts: list[str] = []
         self._tables = tuned_tables(package)
-        check_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
+        check_aiter_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
             check_settings(case)
         if case.dispatch_dtype == "fp8":

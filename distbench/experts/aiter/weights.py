@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distbench.errors import InvalidCase
-from distbench.workload.plan import BLOCK
 from distbench.workload.quantize import quantize_weight_blocks
-
-_SMALLEST_TILE = 64
 
 
 class PreparedWeights(NamedTuple):
@@ -30,22 +26,6 @@ def prepare_weights(w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor],
         return PreparedWeights(_shuffled(w1, shuffle), _shuffled(w2, shuffle), None, None)
     (narrow1, scale1), (narrow2, scale2) = quantize_weight_blocks(w1, dtype), quantize_weight_blocks(w2, dtype)
     return PreparedWeights(_shuffled(narrow1, shuffle), _shuffled(narrow2, shuffle), scale1, scale2)
-
-
-def check_shape(hidden_size: int, intermediate_size: int, quant: Literal["bf16", "fp8"]) -> None:
-    """Refuse a layer that is smaller than any kernel's tile, or not of whole blocks: no number of rows would do.
-
-    Raises:
-        InvalidCase: names the size and what it has to be a multiple of.
-
-    """
-    least = BLOCK if quant == "fp8" else _SMALLEST_TILE
-    for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
-        if size % least:
-            message = (
-                f"{name} = {size}: aiter takes {quant} weights in multiples of {least}; use {-(-size // least) * least}"
-            )
-            raise InvalidCase(message)
 
 
 def _shuffled(weights: Tensor, shuffle: Callable[[Tensor], Tensor]) -> Tensor:

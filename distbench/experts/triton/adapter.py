@@ -14,12 +14,12 @@ from distbench.case import Case
 from distbench.errors import Unsupported
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.selection import KernelChoice
+from distbench.experts.shapes import check_triton_shape
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.table import selector_for
 from distbench.workload.plan import BLOCK
 from distbench.workload.quantize import quantize_weight_blocks
 
-_ALIGNMENT_BYTES = 16
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -119,7 +119,7 @@ class TritonExperts:
         """Do `__call__` with kernels of the caller's choice, as tuning does."""
         from distbench.experts.triton.launch import Rows, Weights, compute  # noqa: PLC0415 - loads Triton
 
-        _check_alignment(w1, w2, a1_scale)
+        check_triton_shape(w1.shape[2], w2.shape[2], w1.element_size() if a1_scale is None else 1)
         rows = Rows(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
         weights = Weights(w1, w2, None, None, expert_mask)
         if a1_scale is not None:
@@ -183,17 +183,6 @@ def _build_name(device: torch.device) -> str:
     import triton
 
     return f"triton-{triton.__version__}-{torch.cuda.get_device_name(device)}"
-
-
-def _check_alignment(w1: Tensor, w2: Tensor, a1_scale: Tensor | None) -> None:
-    element = w1.element_size() if a1_scale is None else 1
-    for name, width in (("hidden_size", w1.shape[2]), ("intermediate_size", w2.shape[2])):
-        if width * element % _ALIGNMENT_BYTES:
-            message = (
-                f"experts triton: {name} = {width}: rows of {width * element} bytes; the kernels load multiples of "
-                f"{_ALIGNMENT_BYTES} bytes, use a multiple of {_ALIGNMENT_BYTES // element}"
-            )
-            raise Unsupported(message)
 
 
 def _changes(weights: Tensor) -> int:

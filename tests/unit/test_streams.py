@@ -1,0 +1,61 @@
+"""Output in encodings other than UTF-8, and what a crash of the bench exits with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from io import BytesIO, TextIOWrapper
+
+import pytest
+
+from distbench.streams import speak_any_encoding
+from tests.end_to_end.launches import ROOT
+
+PLAIN = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1"},
+    {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
+RUN = ("run", "--model=tiny", "--nproc=1", "--tokens=2", "--max-dispatch-tokens-per-rank=64")
+
+
+def distbench(*arguments: str, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "distbench", *arguments]
+    return subprocess.run(command, capture_output=True, env=os.environ | environ, cwd=ROOT, timeout=110, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_characters_that_an_encoding_lacks_are_spelled(encoding: str) -> None:
+    raw = BytesIO()
+    stream = TextIOWrapper(raw, encoding=encoding)
+    speak_any_encoding(stream)
+    stream.write("a \u2192 b \u4e16 \u00e9")
+    stream.flush()
+    spelled = {"ascii": b"a -> b \\u4e16 \\xe9", "latin-1": b"a -> b \\u4e16 \xe9"}
+    assert raw.getvalue() == spelled.get(encoding, "a \u2192 b \u4e16 \u00e9".encode())
+
+
+@pytest.mark.parametrize("environ", PLAIN, ids=str)
+def test_run_passes_in_any_encoding(environ: dict[str, str], tmp_path: pytest.TempPathFactory) -> None:
+    done = distbench(*RUN, "--out", str(tmp_path), **environ)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"padded -> truncated" in done.stdout
+    assert b"PASS (emulated: " in done.stdout
+
+
+_CRASH = """
+import sys
+from distbench import cli
+cli.main = lambda: {}["crash"]
+sys.argv = ["distbench"]
+from distbench.__main__ import main
+main()
+"""
+
+
+def test_crash_of_the_bench_exits_70() -> None:
+    done = subprocess.run([sys.executable, "-c", _CRASH], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 70
+    assert done.stderr.splitlines()[-1] == "KeyError: 'crash'"
