@@ -23,7 +23,7 @@ from distbench.room import report_bytes
 if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant
 
-_SEEDS = 2
+_SEEDS = 1
 # What the command itself decides: what is broken, in which arm, and with which inputs.
 _OWN_KEYS = ("inject", "numerics", "require", "seed", "limit", "policy", "dispatch_dtype", "combine_quant")
 _MARK = "<!-- distbench mutants writes what follows -->\n"
@@ -42,6 +42,9 @@ def add(commands: Any) -> None:
     command.add_argument("--only", metavar="NAME,…", default="", help="only these mutants, or the mutants of a class")
     command.add_argument("--seeds", type=whole(1), default=_SEEDS, metavar="N", help="seeds (default: %(default)s)")
     command.add_argument(
+        "--arms", choices=("all", "truncated"), help="only mutants of all arms alike, or of truncated (default: both)"
+    )
+    command.add_argument(
         "--share", type=float, default=None, metavar="S", help="share of the mutants that must be seen (default: 0.97)"
     )
     command.add_argument("--resume", action="store_true", help="keep the results that an interrupted run has left")
@@ -57,7 +60,7 @@ def add(commands: Any) -> None:
 
 def _mutants(options: argparse.Namespace) -> int:
     from distbench.mutants.outcomes import SHARE, found_in  # noqa: PLC0415 - loads torch, which others do without
-    from distbench.mutants.plan import RANKS, SUITE, choose, plan  # noqa: PLC0415
+    from distbench.mutants.plan import ARMS, RANKS, SUITE, choose, plan  # noqa: PLC0415
     from distbench.mutants.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
 
     only = [name.strip() for name in options.only.split(",") if name.strip()]
@@ -67,7 +70,8 @@ def _mutants(options: argparse.Namespace) -> int:
         )
         return 0
     ranks = RANKS if options.nproc is None else options.nproc
-    asked = plan(ranks, options.seeds, only, case_flags(options))
+    arms = (options.arms,) if options.arms else tuple(ARMS)
+    asked = plan(ranks, options.seeds, only, case_flags(options), arms)
     entries = [run.entry for run in asked.runs]
     out = Path(options.out)
     for path in filter(None, (options.out, options.json, options.write_docs)):
@@ -109,5 +113,5 @@ def _command(options: argparse.Namespace, ranks: int) -> str:
     flags = [
         f"--{key.replace('_', '-')} {value}" for layer in case_flags(options) for key, value in layer.values.items()
     ]
-    flags += [f"--only {options.only}"] if options.only else []
+    flags += [f"--{name} {value}" for name in ("only", "arms") if (value := getattr(options, name))]
     return " ".join([f"distbench mutants --nproc {ranks} --seeds {options.seeds}", *flags, "--write-docs PATH"])

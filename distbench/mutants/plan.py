@@ -65,10 +65,12 @@ class Plan(msgspec.Struct, frozen=True):
     left_out: dict[str, str]
 
 
-def plan(ranks: int, seeds: int, only: Sequence[str] = (), asked: Sequence[Layer] = ()) -> Plan:
+def plan(
+    ranks: int, seeds: int, only: Sequence[str] = (), asked: Sequence[Layer] = (), arms: Sequence[str] = tuple(ARMS)
+) -> Plan:
     """Return the runs of the corpus, or of the mutants and classes that `only` names.
 
-    `asked` has keys for all cases.
+    `asked` has keys for all cases, `arms` are of ARMS.
 
     Raises:
         InvalidCase: no mutant and no class has such a name, or no case can be made with those keys.
@@ -80,7 +82,7 @@ def plan(ranks: int, seeds: int, only: Sequence[str] = (), asked: Sequence[Layer
     left_out = {mutant.name: reason for mutant in chosen if (reason := maker.left_out(mutant))}
     tried = [mutant for mutant in chosen if mutant.name not in left_out]
     settings = dict.fromkeys(setting for mutant in tried for setting in maker.settings_of(mutant))
-    runs = [*maker.clean(settings, seeds), *(run for mutant in tried for run in maker.runs(mutant, seeds))]
+    runs = [*maker.clean(settings, seeds), *(run for mutant in tried for run in maker.runs(mutant, seeds, arms))]
     return Plan(runs, tried, left_out)
 
 
@@ -128,10 +130,10 @@ class _Maker:
             for seed in range(seeds):
                 yield from self._both("", setting, "", seed)
 
-    def runs(self, mutant: Mutant, seeds: int) -> Iterator[Run]:
+    def runs(self, mutant: Mutant, seeds: int, arms: Sequence[str]) -> Iterator[Run]:
         """Return the runs of a mutant."""
         for setting in self.settings_of(mutant):
-            for arm in ARMS:
+            for arm in arms:
                 for seed in range(seeds):
                     yield from self._both(mutant.name, setting, arm, seed)
 

@@ -37,3 +37,11 @@ def test_the_triton_experts_in_a_case(tmp_path: Path, dispatch_dtype: str) -> No
         (rank,) = json.loads((bench.out / "report.json").read_text())["ranks"]
         assert rank["replays"]
         assert all(not wrong and not near for _, wrong, near in rank["replays"])
+
+
+def test_mutants_around_the_triton_experts_are_seen(tmp_path: Path) -> None:
+    parts = ("--nproc", "1", "--experts", "triton", "--device", "cuda", "--seeds", "1")
+    with Bench(tmp_path / "out", "mutants", *parts, "--only", "tails,ids,order,dispatch,cut,activation") as bench:
+        assert bench.finish() == 0
+        assert "not tried here: gelu-for-silu patches the arithmetic of the reference experts" in bench.stdout
+        assert bench.stdout.splitlines()[-1] == "mutants: passed"

@@ -113,7 +113,7 @@ def up_clamped_at_7(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up.clamp(-7.0, 7.0)
 
 
-@_at("activate")
+@_at("activate", unseen="with fp8 dispatch no gate of exact inputs is above 64; in bf16 some are, and it is seen there")
 def gate_clamped_at_64(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     """The gate is clamped at 64."""
     return functional.silu(gate.clamp(max=64.0)) * up

@@ -27,7 +27,7 @@ BOUNDARIES = {
 }
 """Seams around any transport, cut and experts, by the methods of `Fault`, and the stage that each belongs to."""
 
-STEPS = ("widen", "first", "activate", "store", "second", "weigh", "round", "add")
+STEPS = ("widen", "first", "activate", "store", "requantise", "second", "weigh", "round", "add")
 """Seams inside the reference experts: the methods of `distbench.experts.steps.Steps`."""
 
 SUM = "sum"
@@ -98,7 +98,8 @@ class Mutant(NamedTuple):
     `patches` are functions by seam: of a step, `patch(site, *arguments of the step)` in its place; of a boundary,
     `patch(site, *what passes there)`. `touches` says what part of the values at the seam it changes: all, at most one
     row in 64, or at most 1 % of the elements. `settings` are those that it is tried with. `equivalent` proves in a
-    sentence that the results are as good, so that it must not alarm; `unseen` says why no oracle can see it.
+    sentence that the results are as good, so that it must not alarm; `unseen` says why some or all of its runs do not
+    show it.
     """
 
     name: str

@@ -79,7 +79,11 @@ def stage_1_accumulates_in_fp16(site: Site, rows: Tensor, w1: Weights, group: Gr
     return _accumulated(rows, w1, group, _in_fp16)
 
 
-@_precise("second")
+@_precise(
+    "second",
+    unseen="fp16 sums of 256 products are nearly as good as the route in bf16; with I 1024 the error is 1.08 of "
+    "ideal where 1.06 is allowed, and it is seen",
+)
 def stage_2_accumulates_in_fp16(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
     """Stage 2 keeps its sums in fp16."""
     return _accumulated(rows, w2, group, _in_fp16)

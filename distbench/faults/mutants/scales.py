@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distbench.experts.roundings import Scales
 from distbench.faults.mutants.corpus import Class, Site, rare
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
+from distbench.workload.plan import BLOCK
+from distbench.workload.quantize import power_of_two_scales
 
 SCALES = Class("scales", "fp8")
 _scale = SCALES.at
@@ -96,7 +99,11 @@ def scales_rounded_to_powers_of_two(site: Site, hidden: Tensor, scales: Tensor) 
     return site.right(hidden, scales.log2().ceil().exp2())
 
 
-@_scale("widen")
+@_scale(
+    "widen",
+    unseen="exact inputs have scales that are powers of two, which bf16 holds; gaussian values move by 2^-9 of "
+    "themselves, a sixteenth of half a step of e4m3, by which quantising has moved them already",
+)
 def scales_rounded_to_bf16(site: Site, hidden: Tensor, scales: Tensor) -> Tensor:
     """Scales are rounded to bf16."""
     return site.right(hidden, scales.bfloat16().float())
@@ -161,6 +168,64 @@ def guard_columns_unscaled(site: Site, hidden: Tensor, scales: Tensor) -> Tensor
     """The last column of each block has the scale of the next block."""
     made = site.right(hidden, scales)
     made[:, 127::128] = site.right(hidden, scales.roll(-1, 1))[:, 127::128]
+    return made
+
+
+def _by_row_and_block(values: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
+    """Return the scales of an intermediate [g, m, I] as `requantise` takes them: [g, m, I/128]."""
+    amax = values.unflatten(2, (-1, BLOCK)).abs().amax(3)
+    if scales == "power of two":
+        return power_of_two_scales(amax, dtype)
+    return torch.where(amax == 0, 1.0, amax / torch.finfo(dtype).max)
+
+
+def _rescaled(made: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """Return a requantised intermediate that was multiplied by other scales than its own."""
+    return made * (others / own).repeat_interleave(BLOCK, 2)
+
+
+@_scale("requantise")
+def intermediate_scales_of_the_row_before(
+    site: Site, intermediate: Tensor, dtype: torch.dtype, scales: Scales
+) -> Tensor:
+    """Each row of the intermediate has the scales of the row before it."""
+    own = _by_row_and_block(intermediate, dtype, scales)
+    return _rescaled(site.right(intermediate, dtype, scales), own, own.roll(1, 1))
+
+
+@_scale("requantise")
+def intermediate_scales_reversed(site: Site, intermediate: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
+    """Scales of the intermediate are read from the last block to the first."""
+    own = _by_row_and_block(intermediate, dtype, scales)
+    return _rescaled(site.right(intermediate, dtype, scales), own, own.flip(2))
+
+
+@_scale("requantise")
+def intermediate_scales_ignored(site: Site, intermediate: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
+    """Scales of the intermediate are taken for 1."""
+    own = _by_row_and_block(intermediate, dtype, scales)
+    return _rescaled(site.right(intermediate, dtype, scales), own, torch.ones_like(own))
+
+
+@_scale("requantise", touches="row")
+def intermediate_scales_of_one_row_doubled(
+    site: Site, intermediate: Tensor, dtype: torch.dtype, scales: Scales
+) -> Tensor:
+    """The first scale of each expert's 38th row of the intermediate is doubled."""
+    own = _by_row_and_block(intermediate, dtype, scales)
+    wrong = own.clone()
+    wrong[:, 37:38, 0] *= 2
+    return _rescaled(site.right(intermediate, dtype, scales), own, wrong)
+
+
+@_scale("requantise", touches="elements")
+def last_column_of_the_intermediate_unscaled(
+    site: Site, intermediate: Tensor, dtype: torch.dtype, scales: Scales
+) -> Tensor:
+    """The last column of the intermediate's first block has the scale of the next."""
+    own = _by_row_and_block(intermediate, dtype, scales)
+    made = site.right(intermediate, dtype, scales)
+    made[..., BLOCK - 1] *= own[..., 1] / own[..., 0]
     return made
 
 
