@@ -27,6 +27,8 @@ HARMLESS = [name for name, mutant in CORPUS.items() if mutant.equivalent]
 MAY_VARY = {Verdict.PASS, Verdict.NONDETERMINISTIC, Verdict.DRIFT}
 # No bit changes: the mutant is as good, or nothing is stale.
 UNCHANGED = {*HARMLESS, "tokens-of-the-last-pass"}
+# No input of the workload reaches what is wrong, which the mutant says of itself, and the bench counts as not seen.
+NOT_REACHED = {"bf16": set[str](), "fp8": {"gate-clamped-at-64"}}
 
 
 @cache
@@ -50,7 +52,7 @@ def without_effect(by_rank: list[dict[str, Touch]]) -> set[str]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_every_mutant_changes_bits_of_expert_rows_or_tokens(setting: str) -> None:
-    unchanged = without_effect(touches(setting)) - UNCHANGED
+    unchanged = without_effect(touches(setting)) - UNCHANGED - NOT_REACHED[setting]
     assert without_effect(touched(setting, "exact", sorted(unchanged))) == set()
 
 
@@ -91,6 +93,10 @@ def test_a_mutant_of_truncated_is_told_what_public_rules_say_of_it() -> None:
     assert not accepted["vllm"]
     everywhere = msgspec.structs.replace(run.entry.case, inject=run.entry.case.inject.partition(",")[0])
     assert report_of(everywhere).injected[0].accepted == {}
+
+
+def test_what_no_input_reaches_is_declared() -> None:
+    assert all(CORPUS[name].unseen for names in NOT_REACHED.values() for name in names)
 
 
 def test_every_class_has_eight_mutants_and_a_third_of_all_are_subtle() -> None:
