@@ -123,7 +123,7 @@ def test_limit_that_this_batch_needs_is_not_called_safe_for_another_routing(tmp_
     assert (enough.exit_code, enough.report["limit"]["proof"]["status"]) == (0, "this batch")
     assert enough.last_line.endswith("not proven for other routings")
     assert enough.report["limit"]["safe"] is True
-    assert [reason["code"] for reason in enough.report["reasons"]] == ["limit-not-proven"]
+    assert "limit-not-proven" in {reason["code"] for reason in enough.report["reasons"]}
     other = tiny(tmp_path, 4, "--tokens", "64", "--limit", str(needed), "--seed", "3")
     assert (other.exit_code, other.report["verdict"]) == (1, "UNDER_LIMIT")
     assert other.report["lost"]["rows"] > 0
@@ -133,7 +133,7 @@ def test_proven_limit_holds_under_the_routing_that_reaches_the_bound(tmp_path: P
     run = tiny(tmp_path, 4, "--tokens", "64", "--limit", "256", "--seed", "3", "--routing", "fan-in:1")
     assert (run.exit_code, run.report["limit"]["proof"]["status"]) == (0, "proven")
     assert run.report["limit"]["max_recv"] == 256
-    assert not run.report["reasons"]
+    assert "limit-not-proven" not in {reason["code"] for reason in run.report["reasons"]}
     assert "not proven" not in run.stdout
 
 

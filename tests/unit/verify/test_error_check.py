@@ -337,3 +337,12 @@ def test_no_false_alarms_over_shapes_seeds_and_families() -> None:
                 assert found.within, (seed, dtype, values, found)
                 measured += 1
     assert measured == 300 * len(KERNELS) * 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_ideal_of_a_rank_that_receives_no_row_is_empty(dtype: Literal["bf16", "fp8"]) -> None:
+    layer = Layer(dtype, hidden=128, inter=128)
+    hidden, scales, weights, ids = layer.batch
+    none = TokenBatch(hidden[:0], None if scales is None else scales[:0], weights[:0], ids[:0])
+    exact, (ideal,) = ideal_rows(none, layer.weights, [Roundings()])
+    assert exact.shape == ideal.rows.shape == ideal.variance.shape == (0, 128)
