@@ -28,11 +28,9 @@ def test_suite_ends_in_time_and_goes_on(tmp_path: Path) -> None:
         took = time.monotonic() - began
         found, summary = bench.verdicts, bench.summary
         assert "cases left out for time (--for 20 s: " in bench.stdout
-    assert took < budget_s + 5
+    assert took < budget_s + 25  # to start Python, and to end ranks that are only coming up, on a busy machine
     assert len(found) < CASES
-    assert set(found.values()) <= {
-        "PASS"
-    }  # none at all where the machine is so busy that ranks take that long to start
+    assert set(found.values()) <= {"PASS"}  # none where ranks take that long to start
     assert (summary["finished"], summary["left_for_time"]) == (len(found), CASES - len(found))
     path = tmp_path / "out" / "results.jsonl"
     kept = path.read_bytes()
