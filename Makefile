@@ -5,7 +5,7 @@ ARGS ?=
 AMD = --transport mori --experts aiter --device cuda
 export PYTHON VENV
 
-.PHONY: help setup run test test-cluster check bench bench-gpu selftest mutants amd-smoke amd clean
+.PHONY: help setup run test test-long test-cluster check bench bench-gpu selftest mutants amd-smoke amd clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,11 @@ run: setup ## Run a case on NPROC ranks; ARGS="--limit max-recv-1" and so on
 
 test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
 	@scripts/test $(ARGS)
+
+test-long: $(VENV)/.ready-dev ## The long counts of docs/: every fault, kill and signal, 3,000 clean cases, all mutants; an hour or two
+	@DISTBENCH_SOAK=1 scripts/test --timeout 3600 $(ARGS)
+	@$(VENV)/bin/python scripts/clean_cases.py --nproc $(NPROC)
+	@$(VENV)/bin/distbench mutants --out distbench-out/mutants-long
 
 test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge
 	@DISTBENCH_CLUSTER=1 TEST_WORKERS=0 scripts/test tests/cluster $(ARGS)

@@ -1,0 +1,158 @@
+"""False alarms over random clean cases: whatever does not end in PASS is one.
+
+Cases differ in ranks, tokens, shape, top-k, routing, limit, transport, experts, payload, quantised combine, kernel
+family, order of slots and seed. They run in suites of 250, each in one launch. A case that a machine or a shape does
+not support is counted apart, by its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CASES_A_SUITE = 250
+MORI_RANKS = (1, 2, 4, 8)
+TOKENS = (0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 33, 64)
+Keys = dict[str, Any]
+
+
+def main() -> int:
+    """Run the suites, print what did not pass, and return 1 if anything did not."""
+    options = _parse()
+    counts: collections.Counter[str] = collections.Counter()
+    alarms: list[str] = []
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="distbench-clean-") as name:
+        for start in range(options.first, options.first + options.cases, CASES_A_SUITE):
+            seeds = range(start, min(start + CASES_A_SUITE, options.first + options.cases))
+            for line in _run_suite(Path(name) / str(start), [_case(seed, options) for seed in seeds], options):
+                counts[line["verdict"]] += 1
+                if line["verdict"] != "PASS":
+                    alarms.append(f"{line['verdict']}: {line['name']}: {_first_reason(line)}")
+            print(f"{sum(counts.values())} of {options.cases} cases, {time.monotonic() - began:.0f} s: "
+                  f"{dict(counts)}", flush=True)  # fmt: skip
+    print("\n".join(alarms))
+    unsupported = counts["UNSUPPORTED"]
+    print(f"{len(alarms) - unsupported} false alarms in {sum(counts.values()) - unsupported} clean cases, "
+          f"{unsupported} unsupported")  # fmt: skip
+    missing = options.cases - sum(counts.values())
+    return 1 if len(alarms) > unsupported or missing else 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=3000, metavar="N", help="cases (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="first seed (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, default=8, metavar="P", help="ranks at most (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
+    return parser.parse_args()
+
+
+def _case(seed: int, options: argparse.Namespace) -> Keys:
+    """Return the keys of one random case, the same for the same seed."""
+    chance = random.Random(f"clean case {seed}")  # noqa: S311 - a choice of cases, no secret
+    keys = _parts_on_device(chance) if options.device == "cuda" else _parts_on_cpu(chance)
+    ranks = [count for count in keys.pop("ranks") if count <= options.nproc]
+    ep_size = chance.choice(ranks)
+    fp8 = chance.random() < 0.4  # noqa: PLR2004 - two fifths of them
+    topk = chance.randint(1, 8)
+    local = chance.randint(topk, 2 * topk)
+    hidden, inter = _shape(chance, _granule(keys, fp8=fp8, device=options.device))
+    tokens = [chance.choice(TOKENS) for _ in range(ep_size)]
+    return keys | {
+        "name": f"seed {seed}",
+        "expect": "PASS",
+        "model": "tiny",
+        "ep_size": ep_size,
+        "num_experts": local * ep_size,
+        "topk": topk,
+        "hidden_size": hidden,
+        "intermediate_size": inter,
+        "tokens": tokens,
+        "max_dispatch_tokens_per_rank": 64,
+        "prealloc_max_recv_tokens": 0,
+        "routing": chance.choice(["uniform", "uniform", "zipf:1.2", "zipf:4", "local", "hot-rank:0", "duplicates"]),
+        "limit": chance.choice(["off", "sum32", "sum", "pow2", "max-recv+1"] if any(tokens) else ["off", "sum32"]),
+        "dispatch_dtype": "fp8" if fp8 else "bf16",
+        "numerics": "both",
+        "require": "tolerance",
+        "device": options.device,
+        "seed": seed,
+    }
+
+
+def _parts_on_cpu(chance: random.Random) -> Keys:
+    """Return a transport and experts of the CPU, and the numbers of ranks that they take."""
+    keys: Keys = {"transport": chance.choice(["collective", "mori"]), "experts": chance.choice(["reference", "aiter"])}
+    keys["emulate"] = "mori" in keys.values() or "aiter" in keys.values()
+    keys["ranks"] = range(1, 9)
+    if keys["transport"] == "mori":
+        keys["ranks"] = MORI_RANKS
+        keys["combine_quant"] = chance.choice(["none", "none", "fp8_direct_cast", "fp8_blockwise"])
+    keys["fp8_format"], keys["cu_count"] = chance.choice([("e4m3fn", 256), ("e4m3fnuz", 304)])
+    keys["slot_order"] = chance.choice(["shuffled", "source"])
+    return keys
+
+
+def _parts_on_device(chance: random.Random) -> Keys:
+    """Return the transport and experts of a CUDA device."""
+    return {
+        "transport": "collective",
+        "experts": chance.choice(["triton", "triton", "reference"]),
+        "graph": chance.random() < 0.2,  # noqa: PLR2004 - a fifth of them
+        "ranks": range(1, 9),
+    }
+
+
+def _granule(keys: Keys, *, fp8: bool, device: str) -> int:
+    """Return what both sizes are multiples of, as the payload's scales and the experts' kernels ask."""
+    if keys["experts"] == "aiter":
+        return 256 if fp8 else 64
+    if fp8:
+        return 128
+    return 64 if device == "cuda" else 1
+
+
+def _shape(chance: random.Random, granule: int) -> tuple[int, int]:
+    """Return hidden and intermediate columns; no more of the latter, so that exact inputs can read all of them."""
+    if granule > 1:
+        hidden = chance.randint(1, 1024 // granule)
+        return granule * hidden, granule * chance.randint(1, hidden)
+    hidden = chance.choice([9, 16, 40, 64, 100, 256, 384, 515, 1024])
+    return hidden, chance.choice(
+        [inter for inter in (8, 9, 16, 33, 64, 129, 256, 384) if hidden // 8 <= inter <= hidden]
+    )
+
+
+def _run_suite(folder: Path, cases: list[Keys], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the reports of one suite of cases."""
+    folder.mkdir()
+    path = folder / "suite.json"
+    path.write_text(json.dumps({"include": cases}))
+    command = [sys.executable, "-m", "distbench", "suite", str(path), f"--nproc={options.nproc}", "--quiet"]
+    ended = subprocess.run([*command, f"--out={folder / 'out'}"], capture_output=True, text=True, check=False)
+    journal = folder / "out" / "results.jsonl"
+    if not journal.exists():
+        sys.exit(f"the suite of {path} left no results, exit {ended.returncode}: {ended.stderr[-2000:]}")
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+def _first_reason(report: dict[str, Any]) -> str:
+    reasons = report["reasons"]
+    case = {key: value for key, value in report["case"].items() if key in _SHOWN}
+    return f"{reasons[0]['message'][:300] if reasons else ''} {json.dumps(case)}"
+
+
+_SHOWN = ("ep_size", "num_experts", "topk", "hidden_size", "intermediate_size", "tokens", "routing", "limit", "experts",
+          "transport", "dispatch_dtype", "combine_quant", "fp8_format", "graph")  # fmt: skip
+
+if __name__ == "__main__":
+    sys.exit(main())
