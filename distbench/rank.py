@@ -49,15 +49,16 @@ class _Inputs(NamedTuple):
 class _Ready(NamedTuple):
     """A case whose first dispatch is next.
 
-    What is asked, its kinds of inputs, the weights of the first of them, what all of them are run with, and the agreed
-    counts [W, W]. Whoever takes the weights out of their list is the last to hold them.
+    What is asked, its kinds of inputs, the weights and the experts of the first of them, what all of them are run over,
+    and the agreed counts [W, W]. Whoever takes weights and experts out of their lists is the last to hold them: experts
+    keep what they make of weights, and two sets of weights may not fit.
     """
 
     question: Question
     inputs: list[_Inputs]
     weights: list[ExpertWeights]
     transport: Transport
-    experts: Experts
+    experts: list[Experts]
     counts: Tensor
 
 
@@ -113,13 +114,14 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
 
 
 def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder | None) -> _Seen:
-    kind, inputs, experts = inputs_of(ready.question.case)[number], ready.inputs[number], ready.experts
+    kind, inputs = inputs_of(ready.question.case)[number], ready.inputs[number]
     question = msgspec.structs.replace(ready.question, case=with_inputs(ready.question.case, kind))
     if number:
         session.crumbs.mark("workload")
         ready.weights.append(_weights(session, question.case, inputs.workload))
-        experts = GraphedExperts(experts.inner) if isinstance(experts, GraphedExperts) else experts
-    parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, experts)
+        experts = make_experts(question.case)
+        ready.experts.append(GraphedExperts(experts) if question.case.graph else experts)
+    parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, ready.experts.pop())
     parts = _inject(session, question.case, parts)
     passes = Passes(session, question, parts, ready.counts, None if recorder is None else recorder.part(kind))
     passes.run()
@@ -191,7 +193,7 @@ def _build(session: Session, question: Question, inputs: list[_Inputs], counts: 
         if case.experts != "reference" and isinstance(experts, CompiledExperts):
             experts.warm_up(*weights, rows=rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
-    return _Ready(question, inputs, [weights], make_transport(session, case, counts, batch), experts, counts)
+    return _Ready(question, inputs, [weights], make_transport(session, case, counts, batch), [experts], counts)
 
 
 def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:

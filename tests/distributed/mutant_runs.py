@@ -44,7 +44,7 @@ def touches_of(session: Session, case: Case, names: list[str]) -> dict[str, Touc
     session.crumbs.arm = "padded"
     ready = _prepare(session, case)
     workload, batch = ready.inputs[0]
-    parts = Parts(workload, batch, ready.weights.pop(), ready.transport, ready.experts)
+    parts = Parts(workload, batch, ready.weights.pop(), ready.transport, ready.experts.pop())
     clean = _made(session, case, parts, ready.counts, None)
     received = ready.question.traffic.total_recv[session.rank]
     found = {}

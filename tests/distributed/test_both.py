@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,14 +38,13 @@ Damage = Callable[[Tensor], object]
 class Damaged:
     """Experts that damage their result in some calls: 0 to 3 are the arms with exact inputs, 4 to 7 with gaussian."""
 
-    def __init__(self, inner: Experts, damage: Damage, calls: range) -> None:
-        self._inner, self._damage, self._calls, self._call = inner, damage, calls, -1
+    def __init__(self, inner: Experts, damage: Damage, calls: range, numbers: Iterator[int]) -> None:
+        self._inner, self._damage, self._calls, self._numbers = inner, damage, calls, numbers
         self.selection = inner.selection
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        self._call += 1
         rows = self._inner(*arguments, **options)
-        if self._call in self._calls:
+        if next(self._numbers) in self._calls:
             self._damage(rows[: int(options["num_local_tokens"])])
         return rows
 
@@ -63,8 +63,10 @@ def both_case(ep_size: int = RANKS, **values: Any) -> Case:
 
 
 def run_damaged(session: Session, case: Case, damage: Damage, calls: range, rank: int = 1) -> Outcome | None:
+    numbers = count()
+
     def experts(case: Case) -> Experts:
-        return Damaged(make_experts(case), damage, calls)
+        return Damaged(make_experts(case), damage, calls, numbers)
 
     if session.rank != rank:
         return run_case(session, case)
