@@ -8,6 +8,8 @@ from distbench.errors import Verdict
 
 BY_LIMIT = "by-limit"
 """UNDER_LIMIT where the limit loses rows of this batch and is not guarded, else PASS."""
+BY_KERNEL = "by-kernel"
+"""NONDETERMINISTIC where the kernel of the padded arm adds atomically, else PASS: known before a rank starts."""
 
 CODES = (
     "dispatch-differs",
@@ -37,12 +39,13 @@ CODES = (
 )
 """Codes of the reasons behind a verdict (docs/verdicts.md)."""
 
-ALLOWED = f"{', '.join((BY_LIMIT, *(verdict.value for verdict in Verdict)))}, or VERDICT:CODE,CODE (docs/suites.md)"
+_WORDS = ", ".join((BY_LIMIT, BY_KERNEL, *(verdict.value for verdict in Verdict)))
+ALLOWED = f"{_WORDS}, or VERDICT:CODE,CODE (docs/suites.md)"
 
 
 def is_expectation(text: str) -> bool:
     """Whether `text` is something that can be expected."""
-    if text == BY_LIMIT:
+    if text in {BY_LIMIT, BY_KERNEL}:
         return True
     verdict, colon, codes = text.partition(":")
     known = verdict in Verdict.__members__ and verdict != Verdict.PASS.value
@@ -50,8 +53,8 @@ def is_expectation(text: str) -> bool:
 
 
 def expected_verdict(expect: str) -> str:
-    """The verdict that an expectation names; empty for one that follows from the limit."""
-    return "" if expect == BY_LIMIT else expect.partition(":")[0]
+    """The verdict that an expectation names; empty for one that follows from the limit or the kernel."""
+    return "" if expect in {BY_LIMIT, BY_KERNEL} else expect.partition(":")[0]
 
 
 def is_met(expect: str, verdict: Verdict, codes: Iterable[str], *, safe: bool, policy: str) -> bool:

@@ -22,7 +22,7 @@ from distbench.experts.coverage import plan_of
 from distbench.experts.selection import KernelSelector, TunedKey
 from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.table_match import match_tables
-from distbench.experts.triton.table import load_table, shape_of
+from distbench.experts.triton.table import load_table, selector_for, shape_of
 from distbench.job import Entry
 from distbench.kernel_tables import table_paths
 from distbench.limits import Traffic, resolve_limit
@@ -146,6 +146,17 @@ def _check_graph(case: Case) -> None:
     if case.graph and case.experts == "reference":
         message = "graph with experts reference: they read the live-row count on the host, which no capture allows"
         raise Unsupported(message)
+
+
+def adds_atomically(case: Case) -> bool:
+    """Whether the padded arm's kernel adds routes atomically, in an order that changes from run to run.
+
+    Of the Triton experts' tables only the case's own is looked at, not one that came along for a device.
+    """
+    if case.experts == "triton":
+        return selector_for(case, "").choose(case.capacity).stage2_mode == "atomic"
+    selector = make_selector(msgspec.structs.replace(case, cu_count=_compute_units(case) or case.cu_count))
+    return selector.choose(case.capacity).stage2_mode == "atomic"
 
 
 def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None = None) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
 from distbench.devices import count_devices
-from distbench.errors import DistbenchError, InvalidCase, Unsupported
-from distbench.expectations import expected_verdict
+from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
+from distbench.expectations import BY_KERNEL, expected_verdict
 from distbench.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
 from distbench.job import Entry, Spread
 from distbench.locks import hold
@@ -29,7 +29,15 @@ from distbench.nodes.hub import Hub
 from distbench.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
 from distbench.nodes.secret import VARIABLE as SECRET
 from distbench.nodes.secret import read_secret
-from distbench.preflight import available_bytes, check_case, check_devices, check_folder, check_memory, check_path
+from distbench.preflight import (
+    adds_atomically,
+    available_bytes,
+    check_case,
+    check_devices,
+    check_folder,
+    check_memory,
+    check_path,
+)
 from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.console import print_json, print_note
@@ -288,6 +296,9 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
 
 
 def _examined(entry: Entry, origin: str, check: Callable[[Entry], tuple[str, ...]]) -> Entry:
+    if entry.expect == BY_KERNEL:
+        verdict = Verdict.NONDETERMINISTIC if adds_atomically(entry.case) else Verdict.PASS
+        entry = msgspec.structs.replace(entry, expect=verdict.value)
     try:
         return msgspec.structs.replace(entry, warnings=check(entry))
     except (InvalidCase, Unsupported) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from distbench.devices import count_devices
 from tests.end_to_end.launches import Bench
 
 pytestmark = pytest.mark.gpu
@@ -45,3 +46,18 @@ def test_mutants_around_the_triton_experts_are_seen(tmp_path: Path) -> None:
         assert bench.finish() == 0
         assert "not tried here: gelu-for-silu patches the arithmetic of the reference experts" in bench.stdout
         assert bench.stdout.splitlines()[-1] == "mutants: passed"
+
+
+@pytest.mark.parametrize("stage", ["dispatch", "experts", "combine"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_hang_of_one_of_two_devices_is_named(tmp_path: Path, rank: int, stage: str) -> None:
+    if count_devices() < 2:
+        pytest.skip("needs two devices")
+    limits = "--stage-timeouts=dispatch=5,experts=5,check=5,combine=5"
+    flags = ("--model=tiny", "--device=cuda", "--experts=triton", "--policy=unchecked", "--limit=max-recv", limits)
+    with Bench(tmp_path / "out", "run", "--nproc=2", *flags, f"--inject=hang:rank={rank},stage={stage}") as bench:
+        assert bench.finish() == 3
+        report = json.loads((bench.out / "report.json").read_text())
+    assert report["verdict"] == "HANG"
+    assert [(reason["rank"], reason["stage"]) for reason in report["reasons"]] == [(rank, stage)]
+    assert all("most recent call first" in stack for stack in report["stacks"].values())

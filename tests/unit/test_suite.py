@@ -190,7 +190,7 @@ WRONG = {
     "[axes]\nseed = [1]\n[[exclude]]\nseed = 1": r"\[\[exclude\]\] leaves no case",
     "include = 3": "include = 3: allowed is a list of tables",
     "include = [3]": r"include\[0\] = 3: allowed is a table",
-    '[[include]]\nexpect = "GOOD"': r"include\[0\].expect = 'GOOD': allowed is by-limit, INVALID",
+    '[[include]]\nexpect = "GOOD"': r"include\[0\].expect = 'GOOD': allowed is by-limit, by-kernel, INVALID",
     "[[include]]\nverdict = 1": r"include\[0\]: unknown key 'verdict'; allowed are name, tags, expect, model",
     "[[exclude]]\nname = 1": r"exclude\[0\]: unknown key 'name'",
     "[[expect]]\nmatch = {seed = 1}": r"expect\[0\].verdict = None: allowed is by-limit",

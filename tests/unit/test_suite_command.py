@@ -75,6 +75,16 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     return ending
 
 
+@pytest.mark.parametrize(("experts", "code"), [("reference", 1), ("triton", 0)])
+def test_expectation_that_depends_on_the_kernel_is_derived_from_it(
+    tmp_path: Path, ranks: Ranks, experts: str, code: int
+) -> None:
+    """All cases end in PASS, as those of an ordered kernel do: from an atomic one that is not expected."""
+    ranks({})
+    chosen = ("--select=name~gaussian atomic", f"--experts={experts}", "--device=cpu")
+    assert main(["suite", "smoke", "--nproc=2", "--out", str(tmp_path), *chosen]) == code
+
+
 @pytest.mark.parametrize("unfit", UNFIT, ids=lambda unfit: unfit[2][:30])
 def test_suite_with_a_shape_that_a_case_refuses_is_refused_before_a_rank_starts(
     tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], unfit: tuple[dict[str, Any], int, str]
