@@ -148,7 +148,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         _help("milliseconds: each rank waits a seeded random time of up to so many before each stage"),
     ] = 0.0
     inject: Annotated[
-        str, _help("faults to inject, NAME[:key=value,...] joined by semicolons; `distbench selftest --list` has them")
+        str,
+        _help(
+            "faults to inject, NAME[:key=value,...] joined by semicolons; `selftest --list`, `mutants --list` have them"
+        ),
     ] = ""
     iterations: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=4096)], _help("timed iterations of each arm, at most; 0 times nothing")
