@@ -32,7 +32,7 @@ from torch import Tensor
 from distbench.workload.bits import byte_columns
 from distbench.workload.codes import code_columns, code_groups
 from distbench.workload.draws import bytes_of, sum_draws
-from distbench.workload.places import Places, places_of
+from distbench.workload.places import Places, live_column, places_of
 from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
@@ -97,7 +97,7 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
         _put_scales(plan, seed, experts, w1, w2)
     if plan.probes is not None:
         probes = probe_patterns(plan, seed, experts)
-        _put_probes(plan, plan.probes, places, probes, w1)
+        _put_probes(plan, places, probes, w1)
         _put_switches(plan, plan.probes, experts, places, probes, w1)
         read = places.probe_rows[probes.read * plan.probes.live_groups + _groups(plan.probes, experts.device)]
         _put(w2, places.probe_columns, read.unsqueeze(1), probes.weight.unsqueeze(1))
@@ -153,26 +153,39 @@ def _put_scales(plan: ExactPlan, seed: int, experts: Tensor, w1: Tensor, w2: Ten
     w2[:, down, places.zero_rows.unsqueeze(1)] = _SECOND_SCALE * (1 << power.int()).bfloat16()
 
 
-def _put_probes(plan: ExactPlan, probes: ProbePlan, places: Places, made: Probes, w1: Tensor) -> None:
-    """Put the payloads of probe rows into w1."""
-    hidden, inter, points = plan.hidden_size, plan.intermediate_size, plan.points
+def _put_probes(plan: ExactPlan, places: Places, made: Probes, w1: Tensor) -> None:
+    """Add the payloads of probe rows to w1; what a row does not read is added as zero."""
+    count, height, width = w1.shape
+    rows, coefficients = _payloads(plan, w1.device)
+    wide = torch.cat([places.wide, places.wide.new_zeros(1)])[made.wide].unsqueeze(1)
+    entries = torch.cat([made.entries, wide], dim=1)
+    values = (1 - 2 * (entries >= plan.hidden_size).int()) * coefficients
+    first = torch.arange(count, device=w1.device).view(-1, 1, 1) * height
+    index = (first + rows) * width + entries % plan.hidden_size
+    w1.view(-1).index_add_(0, index.flatten(), values.flatten().bfloat16())
+
+
+@lru_cache(maxsize=8)
+def _payloads(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the rows of w1 with payloads of probe rows, int64 [R], and the magnitudes of their entries [n + 1, R].
+
+    The last entry is the wide column; an entry that a kind of rows does not have is zero.
+    """
+    probes, points, places = plan.probes, plan.points, places_of(plan, device)
+    assert probes is not None  # noqa: S101 - asked for only where a plan has them
     doubled, single = plan.gate_entries
+    ups = min(UP_ENTRIES, plan.payload_columns)
     gates, first_up = probes.gate_rows, probes.first_up_row
-    signs = 1 - 2 * (made.entries >= hidden).int()
-    gate = made.entries[:, : doubled + single, :gates]
-    steps = torch.full((doubled + single, 1), points.step, device=w1.device)
-    steps[:doubled] *= 2
-    _put(w1, places.probe_rows[:gates], gate % hidden, signs[:, : doubled + single, :gates] * steps)
-    ups = slice(doubled, doubled + min(UP_ENTRIES, plan.payload_columns)), slice(first_up, first_up + probes.up_rows)
-    rows = places.probe_rows[ups[1]] + inter
-    _put(w1, rows, made.entries[:, ups[0], ups[1]] % hidden, signs[:, ups[0], ups[1]])
-    for start, count, part, value in (
-        (gates, probes.wide_gate_rows, 0, points.wide_step),
-        (first_up + probes.up_rows, probes.wide_up_rows, inter, 1.0),
-    ):
-        columns = places.wide[made.wide[:, start : start + count].long()].unsqueeze(1)
-        rows = places.probe_rows[start : start + count] + part
-        _put(w1, rows, columns, torch.full(columns.shape, value, device=w1.device))
+    wide_up = first_up + probes.up_rows
+    rows = places.probe_rows.clone()
+    rows[first_up:] += plan.intermediate_size
+    coefficients = torch.zeros(doubled + max(single, ups) + 1, probes.rows, device=device)
+    coefficients[:doubled, :gates] = 2 * points.step
+    coefficients[doubled : doubled + single, :gates] = points.step
+    coefficients[-1, gates:first_up] = points.wide_step
+    coefficients[doubled : doubled + ups, first_up:wide_up] = 1
+    coefficients[-1, wide_up : wide_up + probes.wide_up_rows] = 1
+    return rows, coefficients
 
 
 def _put_switches(  # noqa: PLR0913 - what a switch is made of
@@ -200,12 +213,13 @@ def hidden_states(plan: ExactPlan, seed: int, keys: Tensor, ids: Tensor) -> Tens
         bits = byte_columns(seed, "hidden", part, plan.hidden_size, keys.device).to(torch.int16)
         rows = hidden[start : start + step]
         rows.copy_(((bits * 3) >> 8) - 1)
-        rows[:, places.wide] = _wide_values(plan, part, bits[:, places.wide])
+        rows.index_copy_(1, places.wide, _wide_values(plan, part, bits.index_select(1, places.wide)))
         if plan.block_scaled:
-            rows[:, places.zeros] = 0
+            rows.index_fill_(1, places.zeros, 0)
         if plan.probes is not None:
-            rows[:, places.codes] = 0
-            draw = bits[:, places.codes[0]] | bits[:, places.codes[-1]].int() << 8
+            rows.index_fill_(1, places.codes, 0)
+            first, last = live_column(plan, plan.payload_columns), live_column(plan, plan.live_columns - 1)
+            draw = bits[:, first] | bits[:, last].int() << 8
             column = code_columns(plan, draw, ids[start : start + step])
             rows.scatter_(1, places.marks[column].unsqueeze(1), 1.0)
     hidden[:, 0] = 1.0

@@ -55,28 +55,60 @@ def _walk(grid: Grid, device: torch.device) -> _Walk:
     return _Walk(sharing, -(-sharing * grid.rows // pass_rows), turns.squeeze(1), steps)
 
 
+class _Joint(NamedTuple):
+    """What the keys of several grids are turned into factors and offsets by: [g, 1, 1], and all units in a row."""
+
+    walks: list[_Walk]
+    num_turns: int
+    sharing: Tensor
+    units: Tensor
+    num_units: Tensor
+    first_unit: Tensor
+    places: Tensor
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=32)
+def _joint(grids: tuple[Grid, ...], device: torch.device) -> _Joint:
+    walks = [_walk(grid, device) for grid in grids]
+    units = [_units(grid.places, device) for grid in grids]
+    counts = torch.tensor([one.numel() for one in units], device=device).view(-1, 1, 1)
+    return _Joint(
+        walks,
+        max(walk.num_turns for walk in walks),
+        torch.tensor([walk.sharing for walk in walks], device=device).unsqueeze(1),
+        torch.cat(units),
+        counts,
+        counts.cumsum(0) - counts,
+        torch.tensor([grid.places for grid in grids], device=device).view(-1, 1, 1),
+        torch.int32 if all(grid.places**2 + grid.places * grid.entries < _INT32 for grid in grids) else torch.int64,
+    )
+
+
 def spread(seed: int, experts: Tensor, grids: Mapping[str, Grid]) -> list[Tensor]:
     """Return the place of each entry, int32 [e, entries, rows] for each grid: distinct in a row, all in every pass.
 
     In a pass row * entries + entry goes through one keyed affine bijection of the places.
     """
-    walks = [_walk(grid, experts.device) for grid in grids.values()]
-    groups = torch.stack([experts.div(walk.sharing, rounding_mode="floor") for walk in walks])
-    streams = [f"spread/{name}" for name in grids]
-    words = words_of_streams(seed, streams, groups, 2 * max(walk.num_turns for walk in walks)).long() & 0xFFFF_FFFF
-    each = zip(grids.values(), walks, words.unbind(0), strict=True)
-    return [_places(experts, grid, walk, keys) for grid, walk, keys in each]
+    joint = _joint(tuple(grids.values()), experts.device)
+    groups = experts.div(joint.sharing, rounding_mode="floor")
+    words = words_of_streams(seed, [f"spread/{name}" for name in grids], groups, 2 * joint.num_turns)
+    keys = words.long() & 0xFFFF_FFFF
+    chosen = (keys[..., : joint.num_turns] % joint.num_units).add_(joint.first_unit)
+    factors = joint.units.index_select(0, chosen.flatten()).view(chosen.shape).to(joint.dtype)
+    offsets = (keys[..., joint.num_turns :] % joint.places).to(joint.dtype)
+    each = zip(grids.values(), joint.walks, factors.unbind(0), offsets.unbind(0), strict=True)
+    return [_places(experts, grid, walk, factor, offset) for grid, walk, factor, offset in each]
 
 
-def _places(experts: Tensor, grid: Grid, walk: _Walk, keys: Tensor) -> Tensor:
-    """Return the places int32 [e, entries, rows] by keys int64 [e, 2 * num_turns or more], of 32 bits."""
+def _places(experts: Tensor, grid: Grid, walk: _Walk, factors: Tensor, offsets: Tensor) -> Tensor:
+    """Return the places int32 [e, entries, rows] by factors and offsets [e, turns]."""
     turns, steps = walk.of(experts)
-    units = _units(grid.places, experts.device)
-    factors = units[keys[:, : walk.num_turns] % units.numel()].to(steps.dtype)
-    offsets = (keys[:, walk.num_turns : 2 * walk.num_turns] % grid.places).to(steps.dtype)
-    if walk.num_turns > 1:
+    if walk.num_turns == 1:
+        factors, offsets = factors[:, :1], offsets[:, :1]
+    else:
         factors, offsets = factors.gather(1, turns), offsets.gather(1, turns)
-    places = steps * factors.unsqueeze(1)
+    places = steps.to(factors.dtype) * factors.unsqueeze(1)
     places += offsets.unsqueeze(1)
     return places.remainder_(grid.places).to(torch.int32)
 

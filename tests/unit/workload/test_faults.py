@@ -122,7 +122,7 @@ def test_other_scales_of_received_rows_are_seen_in_nearly_all(layer: str, name: 
     _, local, batch, expected = share_of(layer)
     assert batch.scales is not None
     moved = batch._replace(scales=SCALES[name](batch.scales))
-    touched = (moved.scales != batch.scales).any(1) & expected.any(1)
+    touched = (SCALES[name](batch.scales) != batch.scales).any(1) & expected.any(1)
     assert len(changed_rows(expected, run(Kernel(), local, moved))) >= 0.9 * int(touched.sum())
     assert int(touched.sum()) >= 6
 
