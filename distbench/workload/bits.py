@@ -54,6 +54,14 @@ def words_of_streams(seed: int, names: Sequence[str], rows: Tensor, columns: int
     return _mix((_steps(columns, rows.device) + starts) ^ first, second)
 
 
+def permuted(seed: int, tensor: str, numbers: Tensor) -> Tensor:
+    """Return numbers int64 [n], from 0 to 2**32 - 1, each as another one of 32 bits: int32 [n], no two alike."""
+    row_key, column_key = _stream_keys(seed, tensor)
+    first, second = _row_keys(torch.tensor([row_key], device=numbers.device)).view(torch.int32).unbind(0)
+    spread = (numbers * _GOLDEN + column_key).to(torch.int32)
+    return _mix(spread ^ first, second)
+
+
 def positive_words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
     """Return `words` as numbers from 0 to 2**32 - 1, int64 [r, columns]."""
     return words(seed, tensor, rows, columns, device).long() & 0xFFFF_FFFF

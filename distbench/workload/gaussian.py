@@ -2,16 +2,22 @@
 
 The sum of four bytes less 510 has 9 bits and a sign; times a scale of 8 significant bits it is exact in float32, so
 rounding to bf16 is the only rounding.
+
+Weights are too many to draw each. For each of w1 and w2 a pool of 2**14 values and of 2**18 signs is drawn. A row takes
+as many of both as it has columns, from two places on, which a keyed permutation of 32 bits makes of its number. So no
+two rows have both places in common: rows of other experts are other rows. The terms of a product of two rows have
+independent signs, so rows are no more correlated than if each value had been drawn (test_gaussian.py).
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from distbench.workload.bits import positive_words, words
+from distbench.workload.bits import permuted, positive_words, words
 from distbench.workload.steps import rows_at_a_time
 
 _DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
@@ -20,6 +26,9 @@ _SCALE_BITS = 8
 _CHUNK_ELEMENTS = 1 << 20
 _WEIGHT_BITS = 20
 _LOW_BYTES = 0x00FF_00FF
+_POOL_BITS = 14
+_POOL_VALUES, _POOL_SIGNS = 1 << _POOL_BITS, 1 << (32 - _POOL_BITS)
+_SIGN = -(1 << 15)
 
 
 def hidden_states(seed: int, keys: Tensor, hidden_size: int) -> Tensor:
@@ -39,13 +48,38 @@ def routing_weights(seed: int, keys: Tensor, topk: int) -> Tensor:
 def dense_weights(hidden_size: int, intermediate_size: int, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Return w1 bf16 [e, 2I, H], about N(0, 1/H), and w2 bf16 [e, H, I], about N(0, 1/I), of `experts` int64 [e]."""
     count, inter = experts.numel(), intermediate_size
-    w1 = _normal(seed, "gaussian/w1", _rows_of(experts, 2 * inter), hidden_size, hidden_size)
-    w2 = _normal(seed, "gaussian/w2", _rows_of(experts, hidden_size), inter, inter)
+    w1 = _from_pool(seed, "gaussian/w1", _rows_of(experts, 2 * inter), hidden_size)
+    w2 = _from_pool(seed, "gaussian/w2", _rows_of(experts, hidden_size), inter)
     return w1.view(count, 2 * inter, hidden_size), w2.view(count, hidden_size, inter)
 
 
 def _rows_of(experts: Tensor, rows: int) -> Tensor:
     return (experts.unsqueeze(1) * rows + torch.arange(rows, device=experts.device)).flatten()
+
+
+def _from_pool(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
+    """Return the weights of rows numbered `rows` int64 [n]: bf16 [n, columns], about N(0, 1/columns)."""
+    values, signs = _pool(seed, stream, columns, rows.device)
+    places = permuted(seed, f"{stream}/places", rows).long()
+    first, second = places & (_POOL_VALUES - 1), (places >> _POOL_BITS) & (_POOL_SIGNS - 1)
+    made = torch.empty(rows.numel(), columns, dtype=torch.int16, device=rows.device)
+    step = rows_at_a_time(_CHUNK_ELEMENTS, columns, rows.device)
+    for start in range(0, rows.numel(), step):
+        part = slice(start, start + step)
+        torch.bitwise_xor(values[first[part]], signs[second[part]], out=made[part])
+    return made.view(torch.bfloat16)
+
+
+@lru_cache(maxsize=2)
+def _pool(seed: int, stream: str, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what rows of a stream are taken from, as int16 [places, columns]: bits of bf16 values, and sign bits."""
+    first = torch.arange(1, device=device)
+    values = _normal(seed, stream, first, _POOL_VALUES + columns - 1, columns).view(torch.int16)
+    count = _POOL_SIGNS + columns - 1
+    drawn = words(seed, f"{stream}/signs", first, -(-count // 16), device).view(torch.int16)
+    bits = drawn.unsqueeze(2) << torch.arange(8, dtype=torch.int16, device=device)
+    signs = (bits & _SIGN).flatten()[:count]
+    return values.flatten().unfold(0, columns, 1), signs.unfold(0, columns, 1)
 
 
 def _normal(seed: int, stream: str, rows: Tensor, columns: int, fan_in: int) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distbench.workload.bits import byte_columns, positive_words, shuffle, smallest, words
+from distbench.workload.bits import byte_columns, permuted, positive_words, shuffle, smallest, words
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BIT = torch.arange(32)
@@ -152,3 +152,13 @@ def test_smallest_breaks_ties_by_column(keys: list[int], data: st.DataObject) ->
     count = data.draw(st.integers(1, len(keys)))
     wanted = sorted(range(len(keys)), key=lambda column: (keys[column], column))[:count]
     assert smallest(torch.tensor([keys]), count).tolist() == [wanted]
+
+
+def test_a_keyed_permutation_gives_no_number_twice() -> None:
+    numbers = torch.cat([torch.arange(100_000), torch.arange((1 << 32) - 1000, 1 << 32)])
+    made = permuted(3, "one", numbers)
+    assert made.dtype == torch.int32
+    assert len(torch.unique(made)) == len(numbers)
+    assert torch.equal(permuted(3, "one", numbers[70:90]), made[70:90])
+    assert not torch.equal(permuted(4, "one", numbers), made)
+    assert not torch.equal(permuted(3, "two", numbers), made)
