@@ -149,7 +149,7 @@ def read_environment(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -
 def near_misses(environ: Mapping[str, str]) -> list[str]:
     """Warnings of names that are almost, but not quite, one that production reads, and that is not set itself."""
     return [
-        f"{name}={environ[name]!r:.60} has no effect: production reads {known}; rename or unset it"
+        f"{name}={environ[name]!r:.60} has no effect: production reads {_by_release(known)}; rename or unset it"
         for name in sorted(environ)
         if (known := near_miss(name, environ))
     ]
@@ -159,6 +159,12 @@ def near_miss(name: str, environ: Mapping[str, str]) -> str:
     """Name that was probably meant by `name`; nothing where it is set too, since `name` is then a launcher's own."""
     known = None if name in KNOWN_NAMES else _lookalike(name)
     return known if known and not environ.get(known, "").strip() else ""
+
+
+def _by_release(name: str) -> str:
+    """Return the name, with the releases that read it where the newest does not."""
+    span = VARIABLES.get(name)
+    return f"{name} (SGLang {span})" if span and span.last else name
 
 
 def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -222,10 +228,13 @@ def _combine(values: Mapping[str, str], version: str) -> list[Layer]:
     rules = rules_of(version)
     if COMBINE_DTYPE in values:
         word = _word(COMBINE_DTYPE, values[COMBINE_DTYPE], rules.combine_words)
-        return [] if word == "auto" else [_layer(COMBINE_DTYPE, {"combine_quant": _COMBINE_QUANT[word]})]
-    if sglang_enables(values.get(FP8_COMBINE, "")):
-        return [_layer(FP8_COMBINE, {"combine_quant": rules.fp8_combine})]
-    return []
+        return [] if word == "auto" else [_returned(COMBINE_DTYPE, _COMBINE_QUANT[word])]
+    return [_returned(FP8_COMBINE, rules.fp8_combine)] if sglang_enables(values.get(FP8_COMBINE, "")) else []
+
+
+def _returned(name: str, quant: str) -> Layer:
+    """Return how expert rows are quantised on their way back, which the transport collective does not do."""
+    return Layer(f"env:{name}", {"combine_quant": quant}, unless={"transport": "collective"})
 
 
 def _others(values: Mapping[str, str]) -> list[Layer]:

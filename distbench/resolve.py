@@ -74,7 +74,7 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
             values[key], sources[key] = default, "default"
     if sources["fp8_format"] == "default":
         values["fp8_format"], sources["fp8_format"] = fp8_format(_architecture(values)), "device"
-    _normalise(values)
+    _normalise(values, sources)
     case = Case(**values)
     if fit:
         check_fit(case)
@@ -207,21 +207,23 @@ def _architecture(values: dict[str, Any]) -> str:
     return "" if values["device"] == "cpu" else architecture()
 
 
-def _normalise(values: dict[str, Any]) -> None:
+def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["tokens"] = spread_tokens(values["tokens"], values["ep_size"])
     values["limit"] = parse_limit(values["limit"])
     values["timeout"] = float(values["timeout"])
     values["jitter"] = float(values["jitter"])
-    values["kernel_table_sha256"] = _table_digest(values["kernel_table"])
+    values["kernel_table_sha256"] = _table_digest(values["kernel_table"], sources["kernel_table"])
 
 
-def _table_digest(path: str) -> str:
+def _table_digest(path: str, source: str) -> str:
     if not path:
         return ""
     try:
         return hashlib.sha256(table_bytes(path)).hexdigest()
     except (OSError, ValueError) as error:
-        message = f"kernel_table = {path!r:.200}: cannot be read ({one_line(error)}); give a readable CSV file"
+        message = (
+            f"kernel_table = {path!r:.200} ({source}): cannot be read ({one_line(error)}); give a readable CSV file"
+        )
         raise InvalidCase(message) from error
 
 
@@ -250,4 +252,10 @@ def check_fit(case: Case) -> None:
         raise InvalidCase(message)
     if case.dispatch_dtype == "fp8" and case.hidden_size % 128:
         message = f"hidden_size = {case.hidden_size}: fp8 dispatch scales blocks of 128 columns; use a multiple of 128"
+        raise InvalidCase(message)
+    if case.transport != "mori" and case.combine_quant != "none":
+        message = (
+            f"combine_quant = {case.combine_quant}: transport {case.transport} returns expert rows as they are; "
+            "use transport mori, or combine_quant none"
+        )
         raise InvalidCase(message)

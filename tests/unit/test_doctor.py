@@ -39,7 +39,7 @@ READY = Node(
 
 def findings(network: Network | None = None, case: dict[str, Any] | None = None, **changed: Any) -> list[Any]:
     node = msgspec.structs.replace(READY, **changed)
-    return check_node(node, tiny_case(8, **(case or {})), network or Network())
+    return check_node(node, tiny_case(8, transport="mori", **(case or {})), network or Network())
 
 
 def test_a_node_that_has_everything_is_ready_for_all() -> None:
@@ -271,3 +271,10 @@ def test_a_bad_limit_in_the_environment_is_a_finding(
     monkeypatch.setenv("SGLANG_MORI_MOE_MAX_INPUT_TOKENS", "many")
     assert main(["doctor"]) == 2
     assert "SGLANG_MORI_MOE_MAX_INPUT_TOKENS" in capsys.readouterr().out
+
+
+def test_the_environment_is_read_for_mori(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "probe", lambda: READY)
+    monkeypatch.setenv("SGLANG_MORI_COMBINE_DTYPE", "fp8")
+    assert main(["doctor", "--for", "mori"]) == 0
+    assert "fp8_blockwise" in capsys.readouterr().out

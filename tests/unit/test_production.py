@@ -92,6 +92,11 @@ def test_near_misses_are_warned_of(name: str) -> None:
     assert "has no effect: production reads SGLANG_MORI_" in warning
 
 
+def test_near_miss_of_an_old_name_says_which_releases_read_it() -> None:
+    (warning,) = near_misses({"SGLANG_MORI_FP8_DISPATCH": "1"})
+    assert "production reads SGLANG_MORI_FP8_DISP (SGLang 0.5.9 to 0.5.20); " in warning
+
+
 @pytest.mark.parametrize(
     "name",
     [LIMIT, "MORI_SHMEM_HEAP_SIZE", "PATH", "MORI_RDMA_SL", "SGLANG_MORI_NO_PAD_MASK", "MORI_IO_POST_BATCH_SIZE"],
@@ -143,6 +148,11 @@ def test_a_variable_is_read_as_its_release_reads_it(
     environ: dict[str, str], sglang: str, key: str, value: object
 ) -> None:
     assert getattr(case_of(environ, sglang_version=sglang), key) == value
+
+
+@pytest.mark.parametrize("environ", [{COMBINE_DTYPE: "fp8"}, {FP8_COMBINE: "true"}])
+def test_combine_type_of_the_environment_does_not_reach_a_transport_that_has_none(environ: dict[str, str]) -> None:
+    assert case_of(environ, sglang_version="0.5.12", transport="collective").combine_quant == "none"
 
 
 def test_words_of_another_release_are_refused() -> None:
@@ -226,6 +236,8 @@ def test_several_tables_are_one_key_with_a_digest_of_all(tmp_path: Any) -> None:
         ({COMBINE_DTYPE: "fp8"}, {}, "transport collective has no combine_quant"),
         ({RECV_BOUND: "1"}, {"limit": 64}, "limit is set by test"),
         ({RECV_BOUND: "1"}, {"limit": "off"}, ""),
+        ({SDMA: "1"}, {}, "transport collective has no mori_kernel"),
+        ({SDMA: "1"}, {"limit": "off", "recv_bound": True}, ""),
         ({"SOME_MORI_THING": "1"}, {}, "nothing that distbench runs reads it"),
         ({"MEMORIES": "1", "AITERATION": "1", "X_AITER_Y": "1"}, {}, ""),
         ({"MORI_RDMA_TC": ""}, {}, ""),
