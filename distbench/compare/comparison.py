@@ -238,9 +238,11 @@ def _concluded(  # noqa: PLR0913 - what was found, and what was asked
 def _kept(result: Result, surroundings: Surroundings) -> _Kept:
     surroundings.take(result.environment)
     times: _Samples = {}
+    timed = result.timed_arms
     try:
         for time in result.stage_times():
-            times[time.arm, time.stage] = (readable(time.samples_us),) if time.samples_us else ()
+            if not timed or time.arm in timed:  # beside timed iterations a pass that checks bits is no measurement
+                times[time.arm, time.stage] = (readable(time.samples_us),) if time.samples_us else ()
     except ValueError as error:
         message = f"case {result.name}: {error}; run it again"
         raise InvalidCase(message) from error

@@ -58,7 +58,7 @@ def _limits(comparison: Comparison) -> Iterator[str]:
     if comparison.untimed:
         yield (
             f"no times compared: no arm and stage has {LEAST_SAMPLES} samples on each side in a case that ended the "
-            "same way; --verdicts-only asks for none"
+            "same way; run both with --iterations, or give --verdicts-only"
         )
     if comparison.unjudged:
         yield (

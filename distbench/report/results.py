@@ -76,6 +76,16 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         return self.method.get("clock") == DEVICE_CLOCK
 
     @property
+    def timed_arms(self) -> frozenset[str]:
+        """Arms with timed iterations, whose figures have a `median_error`; empty without `--iterations`."""
+        return frozenset(
+            arm
+            for arm, stages in self.timing.items()
+            if isinstance(stages, dict)
+            and any(isinstance(figures, dict) and "median_error" in figures for figures in stages.values())
+        )
+
+    @property
     def hash(self) -> str:
         """The hash of the case."""
         return str(self.case["hash"])

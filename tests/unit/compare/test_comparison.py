@@ -211,6 +211,19 @@ def test_stages_that_are_not_judged_are_counted_in_the_last_line(
     assert capsys.readouterr().out.splitlines()[-1] == "exit 0: 1 cases compared, 4 arms and stages not judged"
 
 
+def test_passes_that_check_bits_are_not_compared_beside_timed_iterations(tmp_path: Path) -> None:
+    def timed(seed: int, scale: float = 1.0) -> dict[str, Any]:
+        once, found = timing(samples=[float(seed)]), noisy(seed, scale, size=200)
+        for arm in ("padded", "truncated"):
+            once[arm] = {stage: figures | {"median_error": 0.01} for stage, figures in found[arm].items()}
+        return result(timing=once | {"wall_s": 1.0}, **DEVICE)
+
+    code, comparison = compare(tmp_path, [timed(1)], [timed(2)])
+    assert (code, comparison["unjudged"]) == (0, [])
+    assert {time["arm"] for time in comparison["times"]} == {"padded", "truncated"}
+    assert compare(tmp_path, [timed(1)], [timed(2, 1.5)])[0] == 1
+
+
 DEVICE: dict[str, Any] = {"method": {"clock": "device events"}}
 
 
