@@ -50,7 +50,7 @@ _AITER_READS = frozenset(
 )
 _PACKAGES = {"mori": _MORI_READS, "aiter": _AITER_READS}
 _STAND_INS = {
-    "mori": frozenset({HEAP_SIZE, "MORI_FP8_COMBINE_SCALE_DIM", "MORI_EP_COMM"}),
+    "mori": frozenset({HEAP_SIZE, SHMEM_MODE, "MORI_FP8_COMBINE_SCALE_DIM", "MORI_EP_COMM"}),
     "aiter": frozenset({"AITER_JIT_DIR"}),
 }
 

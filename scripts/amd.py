@@ -40,17 +40,27 @@ _NOTE_CHARACTERS = 400
 _LOGS = (".log", ".ninja", ".ninja_log")
 _BUILT = (*_LOGS, ".so", ".co", ".hsaco", ".built")
 _NOTED = ("lock_", ".lock", ".ninja_log")
+_CODES = {"PASS": 0, "UNDER_LIMIT": 1}
 _ERROR_LINE = re.compile(r"[A-Za-z_.]*(?:Error|Exception|Interrupt)\b")
 
 
 class Step(NamedTuple):
-    """A command, the exit codes that it should end with, and what its failure would mean. `needs` must exist for it."""
+    """A command, how it should end, and what its failure would mean. `needs` must exist for it.
+
+    `verdict` is what its report should say: exit code 1 stands for every wrong result.
+    """
 
     name: str
     command: list[str]
     expected: tuple[int, ...]
     meaning: str
     needs: str = ""
+    verdict: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """How it should end, in words."""
+        return f"{' or '.join(map(str, self.expected))} {self.verdict}".rstrip()
 
 
 class Ended(NamedTuple):
@@ -64,7 +74,7 @@ class Ended(NamedTuple):
     @property
     def is_right(self) -> bool:
         """Whether it ended as it should."""
-        return self.code in self.step.expected
+        return self.code in self.step.expected and self.note.startswith(self.step.verdict)
 
 
 def main() -> int:
@@ -74,6 +84,8 @@ def main() -> int:
     os.chdir(ROOT)
     out.mkdir(parents=True)
     _say(f"results in {out}; every step runs, whatever becomes of the others")
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # a scheduler's time limit, a terminal that has gone
+        signal.signal(ending, signal.default_int_handler)
     ended: list[Ended] = []
     code = 1
     try:
@@ -161,23 +173,25 @@ def _cases(options: argparse.Namespace, more: Sequence[str], out: Path, distbenc
     where = ["--device", "cpu", "--emulate"] if options.emulate else ["--device", "cuda"]
     rows, experts = ["--transport", "mori"], ["--experts", "aiter"]
 
-    def case(name: str, code: int, meaning: str, *arguments: str, ranks: int = 0) -> Step:
+    def case(name: str, verdict: str, meaning: str, *arguments: str, ranks: int = 0) -> Step:
         target = ["--nproc", str(ranks or options.nproc), "--out", str(out / "steps" / name)]
         bundle = ["--bundle", str(out / "bundles")]
         command = [distbench, "run", *target, *bundle, *arguments, *(more if name != "cpu" else ())]
-        return Step(name, command, (code,), meaning, distbench)
+        return Step(name, command, (_CODES[verdict],), meaning, distbench, verdict)
 
     two = min(options.nproc, 2)
     return [
-        case("cpu", 0, "distbench itself does not run here, devices aside", *tiny, "--device", "cpu"),
-        case("devices", 0, "torch's collectives fail between these devices", *tiny, *where),
-        case("mori-alone", 0, "MoRI moves rows wrongly, or not at all, without aiter", *tiny, *where, *rows),
-        case("aiter-alone", 0, "aiter computes wrongly, or not at all, without MoRI", *tiny, *where, *experts),
-        case("two-ranks", 0, "both fail together on two devices", *tiny, *where, *rows, *experts, ranks=two),
-        case("smoke", 0, "both fail together on all devices", *tiny, *where, *rows, *experts),
-        case("layer", 0, "a real layer with a safe limit fails", *layer, *where, *rows, *experts, "--limit", "sum32"),
+        case("cpu", "PASS", "distbench itself does not run here, devices aside", *tiny, "--device", "cpu"),
+        case("devices", "PASS", "torch's collectives fail between these devices", *tiny, *where),
+        case("mori-alone", "PASS", "MoRI moves rows wrongly, or not at all, without aiter", *tiny, *where, *rows),
+        case("aiter-alone", "PASS", "aiter computes wrongly, or not at all, without MoRI", *tiny, *where, *experts),
+        case("two-ranks", "PASS", "both fail together on two devices", *tiny, *where, *rows, *experts, ranks=two),
+        case("smoke", "PASS", "both fail together on all devices", *tiny, *where, *rows, *experts),
         case(
-            *("short-limit", 1, "a limit that loses a row did not end in UNDER_LIMIT"),
+            "layer", "PASS", "a real layer with a safe limit fails", *layer, *where, *rows, *experts, "--limit", "sum32"
+        ),
+        case(
+            *("short-limit", "UNDER_LIMIT", "a limit that loses a row did not end in UNDER_LIMIT"),
             *(*layer, *where, *rows, *experts, "--limit", "max-recv-1"),
         ),
     ]
@@ -201,7 +215,7 @@ def _run(step: Step, out: Path, seconds: float) -> Ended:
     note = note or _verdict(out / "steps" / step.name / "report.json") or _said(log)
     ended = Ended(step, code, took, note)
     if not ended.is_right:
-        _say(f"{step.name} ended with {code}, expected {' or '.join(map(str, step.expected))}: {note or step.meaning}")
+        _say(f"{step.name} ended with {code}, expected {step.wanted}: {note or step.meaning}")
         print("\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]))
     return ended
 
@@ -273,7 +287,7 @@ def _collect_facts(out: Path, tools: dict[str, list[str]]) -> None:
 
 def _collect_build_logs(out: Path, python: str) -> None:
     """Copy the newest logs of aiter's and MoRI's compilers, and list what they built and what is locked."""
-    folders = _build_folders(python)
+    folders = facts.build_folders(python)
     inside = [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
     found = sorted(path for path in inside if path.suffix in _BUILT or path.name.startswith(_NOTED))
     listed = "".join(f"{_facts_of(path)} {path}\n" for path in found)
@@ -281,19 +295,6 @@ def _collect_build_logs(out: Path, python: str) -> None:
     logs = [path for path in found if path.suffix in _LOGS or path.name.startswith(_NOTED)]
     for path in sorted(logs, key=_age)[:_BUILD_LOGS]:
         _write(out / "build" / f"{str(path).strip('/').replace('/', '.')}.txt", _tail(path))
-
-
-def _build_folders(python: str) -> list[Path]:
-    """Return where aiter and MoRI keep what they compile: as told, beside the package, or in the home folder."""
-    home, told = Path.home(), os.environ.get("AITER_JIT_DIR")
-    folders = [Path(told)] if told else [home / ".aiter"]
-    folders.append(Path(os.environ.get("MORI_JIT_CACHE_DIR") or home / ".mori" / "jit"))
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            [python, "-c", facts.AITER_FOLDER], capture_output=True, text=True, timeout=60, check=False
-        )
-        folders += [Path(line) / "jit" for line in done.stdout.split("\n") if line.startswith("/")]
-    return folders
 
 
 def _age(path: Path) -> float:
@@ -336,10 +337,9 @@ def _summary(ended: Sequence[Ended], options: argparse.Namespace, code: int) -> 
         "|---|---|---|---|---|",
     ]
     for one in ended:
-        expected = " or ".join(map(str, one.step.expected))
         mark = "" if one.is_right else "**FAILED** "
         told = one.note.replace("|", "/")
-        lines.append(f"| {one.step.name} | {one.code} | {expected} | {one.seconds:.0f} | {mark}{told} |")
+        lines.append(f"| {one.step.name} | {one.code} | {one.step.wanted} | {one.seconds:.0f} | {mark}{told} |")
     lines += [
         "",
         "logs/STEP.log has the output of a step, steps/STEP its reports, journal and stacks, bundles a failing case's",

@@ -5,6 +5,7 @@ Only the standard library, and nothing of distbench: the node may lack everythin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -169,3 +170,14 @@ for name in ('mori', 'aiter', 'torch'):
             if missing or done.returncode:
                 print(library, *(missing or [done.stderr.strip()]), sep='\\n    ')
 """
+
+
+def build_folders(python: str) -> list[Path]:
+    """Folders where aiter and MoRI keep what they compile: as told, beside the package, or in the home folder."""
+    home, told = Path.home(), os.environ.get("AITER_JIT_DIR")
+    folders = [Path(told)] if told else [home / ".aiter"]
+    folders.append(Path(os.environ.get("MORI_JIT_CACHE_DIR") or home / ".mori" / "jit"))
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run([python, "-c", AITER_FOLDER], capture_output=True, text=True, timeout=60, check=False)
+        folders += [Path(line) / "jit" for line in done.stdout.split("\n") if line.startswith("/")]
+    return folders

@@ -91,7 +91,10 @@ def _kernels(options: argparse.Namespace) -> int:
     {"table": _print_tables, "json": print_json, "csv": _print_csv}[options.format](found)
     ignored = case.aiter_bypass_tune and rules.reads_overrides
     if lookup.explicit and not found.matched and not ignored:
-        message = f"kernel_table = {case.kernel_table}: no row for this key, so the table says nothing of these kernels"
+        message = (
+            f"kernel_table = {case.kernel_table}: no row for this key, so the table says nothing of these kernels; "
+            "give the table, --cu-count and --quant that belong to the layer"
+        )
         raise InvalidCase(message)
     return 0
 
@@ -175,6 +178,8 @@ def _table_lines(found: KernelMap) -> list[str]:
     told = ", ".join(f"{name} {value}" for name, value in key.items() if value is not None)
     lines = [f"tuned tables: {len(found.tables) or 'none, so heuristics only'}"]
     lines += [f"key looked up: {told}, token = the bucket"] if found.tables else []
+    if found.tables and found.key.topk != found.layer.topk:
+        lines.append("  topk: one less than the layer's, as aiter counts it with an expert_mask since 0.1.16")
     for table in found.matches:
         near = f"; nearest differs in {table.nearest}" if table.nearest else ""
         lines.append(f"{table.path}: {table.matching} of {table.rows} rows match{near}")

@@ -32,6 +32,12 @@ esac
 while [ "$1" != --out ]; do shift; done
 mkdir -p "$2"; echo '{{"verdict": "PASS", "reasons": [], "emulated": true}}' > "$2/report.json"
 """
+FAKE_CORRUPT = """#!/bin/sh
+while [ $# -gt 0 ] && [ "$1" != --out ]; do shift; done
+[ $# -gt 0 ] || exit 0
+mkdir -p "$2"; echo '{"verdict": "CORRUPT"}' > "$2/report.json"
+exit 1
+"""
 TOOL = "#!/bin/sh\necho gfx942 agent\n"
 
 
@@ -88,9 +94,9 @@ def test_every_step_runs_and_the_first_failure_is_named(tmp_path: Path) -> None:
     assert "| setup | 2 | 0 |" in summary
     assert "| import-mori | 1 | 0 | 0 | **FAILED** ImportError: libgrpc++.so.1.51: cannot open |" in summary
     assert "| doctor | 2 | 0 or 1 |" in summary
-    assert "| cpu | 0 | 0 | 0 | PASS (emulated) |" in summary
+    assert "| cpu | 0 | 0 PASS | 0 | PASS (emulated) |" in summary
     assert "**FAILED** distbench: UNSUPPORTED: transport mori: no package mori here |" in summary
-    assert "| short-limit | 3 | 1 |" in summary
+    assert "| short-limit | 3 | 1 UNDER_LIMIT |" in summary
     calls = node.calls.read_text().splitlines()
     assert len(calls) == 11
     assert sum("--tokens 32" in call for call in calls) == 7
@@ -134,12 +140,23 @@ def test_without_an_environment_the_archive_is_written_all_the_same(tmp_path: Pa
     process.communicate(timeout=90)
     assert process.returncode == 1
     summary = node.texts()["summary.md"]
-    assert f"| smoke | None | 0 | 0 | **FAILED** not run: there is no {tmp_path}/nowhere/bin/distbench |" in summary
+    assert (
+        f"| smoke | None | 0 PASS | 0 | **FAILED** not run: there is no {tmp_path}/nowhere/bin/distbench |" in summary
+    )
     assert not node.calls.exists()
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_step_without_an_end_is_ended_and_told(tmp_path: Path, interrupted: bool) -> None:
+def test_another_wrong_result_is_not_taken_for_the_one_expected(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    executable(tmp_path / "venv" / "bin" / "distbench", FAKE_CORRUPT)
+    process = node.start("--skip-setup")
+    process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "| short-limit | 1 | 1 UNDER_LIMIT | 0 | **FAILED** CORRUPT |" in node.texts()["summary.md"]
+
+
+@pytest.mark.parametrize("interrupted", [None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_step_without_an_end_is_ended_and_told(tmp_path: Path, interrupted: signal.Signals | None) -> None:
     node = Node(tmp_path, sleep=600)
     process = node.start("--skip-setup", "--step-timeout", "60" if interrupted else "3")
     if interrupted:
@@ -147,7 +164,7 @@ def test_a_step_without_an_end_is_ended_and_told(tmp_path: Path, interrupted: bo
         while "max-recv-1" not in (node.calls.read_text() if node.calls.exists() else ""):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(interrupted)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == (130 if interrupted else 1)
     summary = node.texts()["summary.md"]

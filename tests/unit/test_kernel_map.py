@@ -125,6 +125,7 @@ def test_a_table_without_a_row_for_the_key_gives_no_verdict(capsys: pytest.Captu
     assert f"{path}: 0 of 4 rows match; nearest differs in q_dtype_a torch.float4_e2m1fn_x2" in out
     assert "q_type QuantType.per_1x32" in out
     assert "key looked up: cu_num 256, model_dim 7168, inter_dim 2048, expert 32, topk 7, dtype torch.bfloat16" in out
+    assert "topk: one less than the layer's, as aiter counts it with an expert_mask since 0.1.16" in out
     assert "limit 64: bucket 64, no verdict" in out
     assert "no tuned row matches: no verdict on any limit" in out
     assert "same kernel" not in out

@@ -231,6 +231,7 @@ def test_several_tables_are_one_key_with_a_digest_of_all(tmp_path: Any) -> None:
         ({"MORI_RDMA_TC": "96"}, {"transport": "mori", "emulate": True}, "the stand-in of mori does not read it"),
         ({"MORI_RDMA_TC": "96"}, {"transport": "mori"}, ""),
         ({"MORI_SHMEM_HEAP_SIZE": "6G"}, {"transport": "mori", "emulate": True}, ""),
+        ({"MORI_SHMEM_MODE": "ISOLATION"}, {"transport": "mori", "emulate": True}, ""),
         ({"AITER_USE_NT": "1"}, {}, "this case does not run aiter"),
         ({"AITER_USE_NT": "1"}, {"experts": "aiter"}, ""),
         ({COMBINE_DTYPE: "fp8"}, {}, "transport collective has no combine_quant"),
