@@ -107,12 +107,12 @@ class _Follower:
     def run(self) -> int:
         while True:
             order = self._tell()
+            if order.job is not None and self._devices.take(order.job):
+                order = self._launch(self._mine(order.job)) or order
+            elif order.phase is not Phase.END:
+                time.sleep(BEAT_S)
             if order.phase is Phase.END:
                 return order.exit_code
-            if order.job is not None and self._devices.take(order.job):
-                self._launch(self._mine(order.job))
-            else:
-                time.sleep(BEAT_S)
 
     def refuse(self, why: str) -> None:
         """Tell node 0 why this node has no part in the campaign."""
@@ -132,7 +132,8 @@ class _Follower:
         if note:
             print_note(f"node {self._spread.node}: {note}")
 
-    def _launch(self, job: Job) -> None:
+    def _launch(self, job: Job) -> Order | None:
+        """Run the ranks of this node; return the order that ended them, if one did: node 0 says END only once."""
         self._say_unused(job)
         clear_ranks(self._out)
         launch = job.spread.launch if job.spread else 0
@@ -143,23 +144,25 @@ class _Follower:
         watch = Watch(job, agent)
         agent.start()
         try:
-            self._watch(job, agent, watch)
+            order = self._watch(job, agent, watch)
         finally:
             end(agent, watch)
         self._note(job)
         self._beat.ended = True
         self._beat.exit = None if agent.finished else first_exit(agent, watch)
+        return order
 
-    def _watch(self, job: Job, agent: Agent, watch: Watch) -> None:
+    def _watch(self, job: Job, agent: Agent, watch: Watch) -> Order | None:
         while agent.is_alive():
             agent.join(BEAT_S)
             watch.look()
             self._note(job)
             order = self._tell()
             if order.phase is not Phase.RUN:
-                return
+                return order
             if order.want_stacks and not self._beat.stacks:
                 self._beat.stacks = dump_stacks(job, positions(job))
+        return None
 
     def _tell(self) -> Order:
         if self._signals:

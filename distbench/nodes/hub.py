@@ -74,6 +74,8 @@ class Hub:
                 beat = msgspec.json.decode(channel.receive(MOST_BEAT_BYTES), type=Beat)
                 order = self._answer(beat, channel)
                 channel.send(msgspec.json.encode(order))
+                if order.phase is Phase.END and not order.refused:
+                    self._told_end.add(beat.node)
         except (OSError, EOFError):
             pass
         except (Tampered, msgspec.DecodeError) as error:
@@ -105,8 +107,6 @@ class Hub:
             if beat.refused and not self.refused:
                 self.refused = f"host {beat.host} (node {beat.node}): {beat.refused}"
             order = self._order
-            if order.phase is Phase.END:
-                self._told_end.add(beat.node)
             job = self._job if order.phase is Phase.RUN and beat.launch < order.launch else None
         return msgspec.structs.replace(order, job=job)
 

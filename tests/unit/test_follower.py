@@ -122,3 +122,31 @@ def test_a_node_holds_its_devices_from_the_first_launch_on(
     assert held == [True]
     assert not is_held(device_lock("cuda:0"))
     assert "before any of them had begun" in ending()
+
+
+def test_a_node_told_to_end_amid_a_launch_ends_with_node_0s_exit_code(
+    tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EndlessAgent(IdleAgent):
+        def run(self) -> None:
+            ended.wait(20)
+
+    ended, begun = threading.Event(), threading.Event()
+    monkeypatch.setattr(follower, "Agent", EndlessAgent)
+    monkeypatch.setattr(follower, "end", lambda *_: ended.wait(20))
+
+    def node_0() -> None:
+        hub = Hub(spread, 10)
+        hub.begin(Job(entries=(Entry(name="", case=tiny_case(2), sources={}),), out=str(tmp_path), supervised=True), [])
+        begun.wait(20)
+        hub.close(75)
+        for channel in vars(hub)["_channels"].values():  # as when its process has ended
+            channel.close()
+        ended.set()  # ranks may take longer to end than node 0 waits
+
+    thread = threading.Thread(target=node_0)
+    thread.start()
+    monkeypatch.setattr(follower, "clear_ranks", lambda _: begun.set())
+    mine = msgspec.structs.replace(spread, node=1)
+    assert follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0)) == 75
+    thread.join()
