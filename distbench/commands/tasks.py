@@ -27,8 +27,12 @@ _LAUNCHERS = (
     _Launcher("PMI", "PMI_SIZE", "PMI_RANK"),
     _Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-# A training operator sets these without torchrun, whose own ranks never get here.
-_OPERATOR = _Launcher("a training operator", "WORLD_SIZE", "RANK")
+# What a training operator or a launch script sets for torchrun, whose own ranks never get here. Ranges are not told.
+_FOR_TORCHRUN = (
+    _Launcher("a training operator", "WORLD_SIZE", "RANK"),
+    _Launcher("for torchrun", "PET_NNODES", "PET_NODE_RANK"),
+    _Launcher("for torchrun", "NNODES", "NODE_RANK"),
+)
 _MOST_DIGITS = 9
 _COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
 _FIX = (
@@ -62,9 +66,10 @@ def _task(environ: Mapping[str, str]) -> str:
         return _told(_Launcher("Slurm", "SLURM_NTASKS", "SLURM_PROCID"), rank, tasks)
     if environ.get(_COMPLETION_INDEX):
         return f"task {environ[_COMPLETION_INDEX]:.20} of an Indexed Job ({_COMPLETION_INDEX})"
-    size, rank = _number(environ, _OPERATOR.size), _number(environ, _OPERATOR.rank)
-    if size is not None and rank is not None:
-        return _told(_OPERATOR, rank, size)
+    for launcher in _FOR_TORCHRUN:
+        size, rank = _number(environ, launcher.size), _number(environ, launcher.rank)
+        if size is not None and rank is not None and size > 1:
+            return _told(launcher, rank, size)
     return next(
         (f"the only task in a job of {count} nodes ({name})" for name, count in _nodes(environ) if count > 1), ""
     )
@@ -79,6 +84,7 @@ def _nodes(environ: Mapping[str, str]) -> list[tuple[str, int]]:
     hosts = environ.get("LSB_MCPU_HOSTS", "").split()  # pairs of host and slots
     return [
         ("SLURM_JOB_NUM_NODES", _number(environ, "SLURM_JOB_NUM_NODES") or 0),
+        ("NHOSTS", _number(environ, "NHOSTS") or 0),
         ("PBS_NODEFILE", len(set(_lines(environ.get("PBS_NODEFILE", ""))))),
         ("LSB_MCPU_HOSTS", len(set(hosts[::2]))),
     ]
