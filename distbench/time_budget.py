@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable, Mapping
 
@@ -17,6 +18,7 @@ _MARGIN = 1.5
 SLURM_END = "SLURM_JOB_END_TIME"
 SLURM_RESERVE_S = 30.0
 _MOST_SECONDS = 366 * 86400.0
+_SLURM_TIME = re.compile(r"[1-9]\d{0,15}", re.ASCII)
 
 
 class Deadline(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,7 +46,7 @@ def earliest_deadline(seconds: float | None, environ: Mapping[str, str]) -> Dead
         found.append(Deadline(at_s=now + seconds, source=f"--for {seconds:g} s"))
     left = _slurm_seconds(environ)
     if left is not None:
-        source = f"{SLURM_RESERVE_S:g} s before the end of the Slurm job ({SLURM_END})"
+        source = f"{SLURM_RESERVE_S:g} s before the end of the Slurm job ({SLURM_END}; --for none disregards it)"
         found.append(Deadline(at_s=now + left - SLURM_RESERVE_S, source=source))
     return min(found, key=lambda one: one.at_s, default=None)
 
@@ -52,7 +54,9 @@ def earliest_deadline(seconds: float | None, environ: Mapping[str, str]) -> Dead
 def _slurm_seconds(environ: Mapping[str, str]) -> float | None:
     """Seconds until the job's end; None where Slurm says none, as for a job without a limit."""
     text = environ.get(SLURM_END, "")
-    left = int(text) - time.time() if text.isascii() and text.isdigit() and text != "0" else _MOST_SECONDS
+    if not _SLURM_TIME.fullmatch(text):
+        return None
+    left = int(text) - time.time()
     return left if left < _MOST_SECONDS else None
 
 

@@ -12,7 +12,7 @@ MOST_RANKS = 1 << 16
 LEAST_SECONDS = 0.001
 _MOST_SECONDS = 31 * 86400.0
 _UNITS = {"h": 3600, "m": 60, "s": 1}
-_DURATION = re.compile(r"(?=\d)(?:(?P<h>\d{1,6})h)?(?:(?P<m>\d{1,6})m)?(?:(?P<s>\d{1,8})s?)?", re.ASCII)
+_DURATION = re.compile(r"(?=\d)(?:(?P<h>\d{1,6})h)?(?:(?P<m>\d{1,6})m)?(?:(?P<s>\d{1,8})s)?", re.ASCII)
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -46,10 +46,11 @@ def seconds(least: float = 0.0) -> Callable[[str], float]:
 
 
 def duration(text: str) -> float:
-    """Return the seconds of `90`, `90s`, `20m` or `1h30m`; infinity for `none`."""
+    """Return the seconds of `90`, `90s`, `20m` or `1h30m`; infinity for `none`. `1h30` could mean two things."""
     if text == "none":
         return math.inf
-    found = _DURATION.fullmatch(text.strip())
+    given = text.strip()
+    found = _DURATION.fullmatch(f"{given}s" if given.isdigit() else given)
     total = sum(int(found[unit] or 0) * size for unit, size in _UNITS.items()) if found else 0
     if not 0 < total <= _MOST_SECONDS:
         _refuse(text, "durations such as 90s, 20m and 1h30m, up to a month, or none")

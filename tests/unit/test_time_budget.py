@@ -34,7 +34,9 @@ def test_durations_are_read(text: str, seconds: float) -> None:
     assert duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "0", "m", "-5m", "20 m", "1.5h", "20min", "1m1h", "999999h", "nan", "５m"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "m", "-5m", "20 m", "1.5h", "20min", "1m1h", "999999h", "nan", "５m", "1h30", "５"]
+)
 def test_text_that_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="durations such as 90s, 20m and 1h30m"):
         duration(text)
@@ -49,11 +51,11 @@ def test_earlier_of_budget_and_end_of_the_slurm_job_counts() -> None:
     assert 59 < budget.left_s <= 60
     job = earliest_deadline(3600.0, {SLURM_END: str(int(time.time()) + 100)})
     assert job is not None
-    assert "the end of the Slurm job (SLURM_JOB_END_TIME)" in job.source
+    assert "the end of the Slurm job (SLURM_JOB_END_TIME; --for none disregards it)" in job.source
     assert 98 - SLURM_RESERVE_S < job.left_s <= 100 - SLURM_RESERVE_S
 
 
-@pytest.mark.parametrize("text", ["", "0", "unlimited", "4294967294000", "-1"])
+@pytest.mark.parametrize("text", ["", "0", "unlimited", "4294967294000", "-1", "9" * 5000])
 def test_slurm_job_without_an_end_sets_no_deadline(text: str) -> None:
     assert earliest_deadline(None, {SLURM_END: text}) is None
 
