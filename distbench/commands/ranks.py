@@ -11,7 +11,7 @@ from pathlib import Path
 from distbench.errors import InvalidCase, LaunchFailed, Unsupported
 from distbench.job import Job, clear_ranks
 from distbench.locks import hold
-from distbench.nodes.interfaces import check_interfaces
+from distbench.nodes.interfaces import check_interfaces, choose_loopback
 from distbench.preflight import check_devices
 from distbench.values import one_line
 
@@ -42,7 +42,8 @@ def alone(command: str) -> None:
 def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
     """Hold what a bench that starts its own ranks would: the folder by rank 0, a node's devices by its first rank.
 
-    No rank goes on before all is held, and what an earlier launch left in the folder is gone.
+    No rank goes on before all is held, and what an earlier launch left in the folder is gone. On one node gloo and NCCL
+    keep to loopback.
 
     Raises:
         Busy: another bench holds one of them.
@@ -52,6 +53,8 @@ def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
     """
     first = os.environ.get("LOCAL_RANK") == "0"
     check_interfaces(accelerated=False)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        choose_loopback()
     with hold(Path(job.out) if is_rank_0() else None, _devices(job) if first else (), timeout_s):
         if is_rank_0():
             clear_ranks(Path(job.out))

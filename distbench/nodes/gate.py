@@ -79,7 +79,8 @@ class Gate(threading.Thread):
             return
         if len(self._peers) >= MOST_PEERS:
             self._refuse(next(iter(self._peers.values())), f"made room: {MOST_PEERS} peers had proved nothing")
-        peer = _Peer(connection, f"{address[0]}:{address[1]}")
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
+        peer = _Peer(connection, f"{host}:{address[1]}")
         connection.settimeout(0)
         self._peers[connection] = peer
         self._selector.register(connection, selectors.EVENT_READ)

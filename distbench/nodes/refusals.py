@@ -44,7 +44,7 @@ class Refusals:
         if not self.count:
             return ""
         where = f", {self._path} has a line for each" if self._path is not None else ""
-        return f"{self.count} peers were refused{where}"
+        return f"{self.count} {'peers were' if self.count > 1 else 'peer was'} refused{where}"
 
     def _so_far(self) -> str:
         return f" ({self.summary()})" if self.count > 1 else ""

@@ -6,13 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distbench.cli import main
+from distbench.commands import ranks
 from distbench.errors import InvalidCase
+from distbench.job import Job
 from distbench.nodes.interfaces import (
     check_interfaces,
     choose_interfaces,
@@ -107,6 +110,20 @@ def test_interfaces_of_this_machine_have_loopback() -> None:
     environ = {"NCCL_SOCKET_IFNAME": "eth0"}
     assert choose_loopback(environ) == "GLOO_SOCKET_IFNAME=lo, NCCL_SOCKET_IFNAME=eth0"
     assert environ == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"}
+
+
+@pytest.mark.parametrize(("nodes", "chosen"), [("1", "lo"), ("2", None)])
+def test_ranks_that_torchrun_started_on_one_node_keep_to_loopback(
+    monkeypatch: pytest.MonkeyPatch, nodes: str, chosen: str | None
+) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "GROUP_WORLD_SIZE": nodes}.items():
+        monkeypatch.setenv(name, value)
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and again after the test
+    monkeypatch.setattr(ranks, "_all_held", lambda *_, **__: nullcontext())
+    with ranks.hold_as_rank(Job(entries=(), out="", supervised=False), 0.0):
+        assert [os.environ.get(name) for name in VARIABLES] == [chosen] * len(VARIABLES)
 
 
 @pytest.mark.parametrize(
