@@ -122,9 +122,10 @@ def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:
     if asked == "cpu" or (asked == "auto" and available < local_ranks):
         return False
     if available < local_ranks:
+        fix = "start fewer ranks" if available else "distbench doctor says why"
         message = (
             f"device cuda: {local_ranks} ranks on this node, torch sees {available} devices; a rank takes a device of "
-            "its own, since NCCL refuses two on one: start fewer ranks, or use --device cpu or auto"
+            f"its own, since NCCL refuses two on one: {fix}, or use --device cpu or auto"
         )
         raise Unsupported(message)
     return True

@@ -115,12 +115,15 @@ def _survey(options: argparse.Namespace) -> int:
         (layer.values["aiter_version"] for layer in case_flags(options) if "aiter_version" in layer.values), ""
     )
     found = survey_tables(Path(options.survey), rules_for(version))
+    if not found:
+        message = f"--survey {options.survey}: no tuned fmoe table (*fmoe*.csv) there; name a folder that has some"
+        raise InvalidCase(message)
     if options.format == "json":
         print_json(found)
     else:
         rows = [one.cells() for one in (*found, total_of(found))]
         print_table(rows, ("table", "rows", "reached by kernels", "by run", "not reached", "refused"))
-    return 0 if found and not any(one.refused for one in found) else 2
+    return 2 if any(one.refused for one in found) else 0
 
 
 def _node() -> list[Layer]:

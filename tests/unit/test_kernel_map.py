@@ -328,3 +328,9 @@ def test_the_environments_limit_is_looked_at(
 def test_tables_of_the_environment_replace_all_others() -> None:
     assert installed_tables({"AITER_CONFIG_FMOE": "/a.csv:/b.csv"}) == ["/a.csv", "/b.csv"]
     assert installed_tables({}) == []
+
+
+def test_survey_of_a_folder_without_tables_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert main(["kernels", "--survey", str(folder)]) == 2
+        assert f"--survey {folder}: no tuned fmoe table" in capsys.readouterr().err
