@@ -34,7 +34,7 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         """Return the limit with where it came from, its policy, and what is proven of it."""
         if self.effective is None:
-            return f"limit off (from {self.source}): no row is cut"
+            return "limit off: no row is cut"
         proof = f"{self.status}: the fullest rank receives {self.max_recv}"
         if self.proof is not None:
             proof = self.proof.words(self.max_recv)
