@@ -57,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistbenchError as error:
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
         if rank == "0":
-            stopped = isinstance(error, (DiskFull, ResultsLost))
-            print_error(error.label, f"{error}; {_next_time(resumes=resumes)}" if stopped else str(error))
+            lost = isinstance(error, ResultsLost)
+            stopped = lost or isinstance(error, DiskFull)
+            print_error(error.label, f"{error}; {_next_time(resumes=resumes, lost=lost)}" if stopped else str(error))
         else:
             time.sleep(_RANK_0_SPEAKS_S)  # torchrun ends all ranks as soon as one has left
         return error.exit_code
@@ -76,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return full.exit_code
 
 
-def _next_time(*, resumes: bool) -> str:
-    """What the same command does when it is given again."""
+def _next_time(*, resumes: bool, lost: bool = False) -> str:
+    """What the same command does when it is given again; `lost` says that results have gone that it had found."""
+    if resumes and lost:
+        return "the same command goes on with the results that are still there"
     if resumes:
         return "what had finished is kept, the same command goes on from there"
     return "the same command starts from the beginning"

@@ -20,7 +20,7 @@ MOST_HOSTS = 65536
 
 _FIX = "give each node once: --nodes a,b,node[01-04] or --nodes @FILE"
 
-_HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")
+_HOST_NAME = re.compile(r"(?!\d+\Z)[A-Za-z0-9]([A-Za-z0-9._-]{0,252}[A-Za-z0-9])?")  # a number is slots, somewhere
 _ENTRY = re.compile(r"(?:\[[^\]]*\]|[^\s,\[])+")
 _RANGE = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?", re.ASCII)
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")

@@ -80,6 +80,7 @@ def test_node_list_that_names_no_hosts_is_refused(text: str, complaint: str) -> 
         ("a\nb ansible_host=10.0.0.1\n", "hosts, line 2: 'ansible_host=10.0.0.1': allowed behind a host"),
         ("[gpu]\na\n", "hosts, line 1: "),
         ("# nothing\n", "hosts: no host"),
+        ("a 8\nb 8\n", "hosts, line 1: nodes: '8' is no host name"),  # PE_HOSTFILE has slots so
     ],
 )
 def test_host_file_line_that_is_not_understood_is_named(content: str, complaint: str) -> None:
