@@ -23,8 +23,13 @@ def speak_any_encoding(*streams: TextIO) -> None:
     """Have the streams spell characters that their encoding lacks: an arrow as ->, others by their code."""
     codecs.register_error(_PLAIN, _spelled)
     for stream in streams:
-        if isinstance(stream, TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+        if isinstance(stream, TextIOWrapper) and not speaks_all(stream):
             stream.reconfigure(errors=_PLAIN)
+
+
+def speaks_all(stream: TextIO) -> bool:
+    """Whether the stream's encoding has all characters."""
+    return stream.encoding is None or stream.encoding.lower().replace("-", "") == "utf8"
 
 
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:

@@ -77,7 +77,9 @@ def _write(content: Content, path: Path, write: Callable[[Content, BinaryIO], No
     if path == STANDARD_OUTPUT:
         text = BytesIO()
         write(content, text)
-        sys.stdout.write(text.getvalue().decode())
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.getvalue())  # UTF-8, as in a file: XML says so in its first line
+        sys.stdout.buffer.flush()
         return
     try:
         with atomic_file(path) as file:

@@ -15,6 +15,7 @@ from distbench.report.document import InjectedReport, RankReport, RateReport, Re
 from distbench.report.findings import ErrorReport
 from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
+from distbench.streams import speaks_all
 from distbench.values import printable
 from distbench.verify.records import NOT_PROVEN
 
@@ -43,9 +44,11 @@ def print_line(text: str) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print a document to standard output as JSON that no terminal acts on."""
+    """Print a document to standard output as JSON that no terminal acts on, and that any encoding has."""
     text = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
-    print("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text), flush=True)
+    any_character = speaks_all(sys.stdout)
+    kept = (one == "\n" or (one.isprintable() and (any_character or one.isascii())) for one in text)
+    print("".join(one if keep else json.dumps(one)[1:-1] for one, keep in zip(text, kept, strict=True)), flush=True)
 
 
 def print_start(case: Case) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from io import BytesIO, TextIOWrapper
 
 import pytest
 
+from distbench.export import STANDARD_OUTPUT, write_reports
+from distbench.report.console import print_json
 from distbench.streams import speak_any_encoding
 from tests.end_to_end.launches import ROOT
 
@@ -43,6 +46,23 @@ def test_run_passes_in_any_encoding(environ: dict[str, str], tmp_path: pytest.Te
     assert b"Traceback" not in done.stderr
     assert b"padded -> truncated" in done.stdout
     assert b"PASS (emulated: " in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_documents_on_standard_output_say_the_same_in_any_encoding(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    raw = BytesIO()
+    stream = TextIOWrapper(raw, encoding=encoding)
+    speak_any_encoding(stream)
+    monkeypatch.setattr("sys.stdout", stream)
+    told = "a \u2192 b \U0001f600 \u00e9 \x1b[2J"
+    print_json({"name": told})
+    assert json.loads(raw.getvalue().decode(encoding)) == {"name": told}
+    raw.truncate(0)
+    raw.seek(0)
+    write_reports(told, {STANDARD_OUTPUT: lambda text, file: file.write(text.encode())})
+    assert raw.getvalue() == told.encode()
 
 
 _CRASH = """
