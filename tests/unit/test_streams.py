@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from io import BytesIO, TextIOWrapper
+from typing import BinaryIO
 
 import pytest
 
@@ -48,6 +49,10 @@ def test_run_passes_in_any_encoding(environ: dict[str, str], tmp_path: pytest.Te
     assert b"PASS (emulated: " in done.stdout
 
 
+def write_plain(text: str, file: BinaryIO) -> None:
+    file.write(text.encode())
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_documents_on_standard_output_say_the_same_in_any_encoding(
     monkeypatch: pytest.MonkeyPatch, encoding: str
@@ -61,7 +66,7 @@ def test_documents_on_standard_output_say_the_same_in_any_encoding(
     assert json.loads(raw.getvalue().decode(encoding)) == {"name": told}
     raw.truncate(0)
     raw.seek(0)
-    write_reports(told, {STANDARD_OUTPUT: lambda text, file: file.write(text.encode())})
+    write_reports(told, {STANDARD_OUTPUT: write_plain})
     assert raw.getvalue() == told.encode()
 
 
