@@ -83,7 +83,7 @@ def main() -> int:
     out = Path(options.out or f"distbench-out/amd-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     os.chdir(ROOT)
     out.mkdir(parents=True)
-    _say(f"results in {out}; every step runs, whatever becomes of the others")
+    _say(f"results in {out}; every step runs, even if others fail")
     for ending in (signal.SIGTERM, signal.SIGHUP):  # a scheduler's time limit, a terminal that has gone
         signal.signal(ending, signal.default_int_handler)
     ended: list[Ended] = []
@@ -117,7 +117,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--out", default="", metavar="DIR", help="folder that must not exist (default: one with the time)"
     )
-    parser.add_argument("--emulate", action="store_true", help="the stand-ins in the place of mori, aiter and devices")
+    parser.add_argument("--emulate", action="store_true", help="stand-ins for mori, aiter and devices")
     parser.add_argument("--skip-setup", action="store_true", help="the environment is complete")
     parser.add_argument(
         "--step-timeout",
@@ -161,7 +161,7 @@ def _steps(options: argparse.Namespace, more: Sequence[str], out: Path) -> list[
 
 
 def _any(options: argparse.Namespace, module: str) -> tuple[int, ...]:
-    """Return how an import may end: as it likes where the module is not needed."""
+    """Exit codes that an import may have: any if the module is not needed."""
     needed = module == "torch" or (not options.emulate and module.startswith(("mori", "aiter")))
     return (0,) if needed else (0, 1)
 
@@ -256,7 +256,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _verdict(report: Path) -> str:
-    """Return what a report says in one line, or nothing where there is none."""
+    """Summary of a report in one line; empty if the file is missing or broken."""
     try:
         found = json.loads(report.read_text())
     except (OSError, ValueError):
@@ -322,11 +322,7 @@ def _tail(path: Path) -> str:
 
 def _summary(ended: Sequence[Ended], options: argparse.Namespace, code: int) -> str:
     first = next((one for one in ended if not one.is_right), None)
-    kind = (
-        "emulated: stand-ins in the place of mori, aiter and devices"
-        if options.emulate
-        else "mori and aiter on devices"
-    )
+    kind = "emulated: stand-ins for mori, aiter and devices" if options.emulate else "mori and aiter on devices"
     lines = [f"# distbench on an AMD node, {options.nproc} ranks ({kind})", ""]
     if first is not None:
         lines += [f"First failure: **{first.step.name}**. {first.step.meaning}", "", f"    {first.note}", ""]

@@ -18,7 +18,7 @@ TOOL_SECONDS = 60
 _MOST_BYTES = 2 << 20
 _LAST_LINES = 400
 
-# A file's name in the archive, and the command whose output it holds; a tool that is missing is told there.
+# Name of a file in the archive -> command whose output it holds; the file names a tool that is missing.
 TOOLS: dict[str, list[str]] = {
     "system/uname": ["uname", "-a"],
     "system/lscpu": ["lscpu"],

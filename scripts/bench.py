@@ -124,7 +124,7 @@ def sample_memory(command: Sequence[str]) -> list[Memory]:
 
 
 def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a command whose output nobody reads."""
+    """Start a command; discard its output."""
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

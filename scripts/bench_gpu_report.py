@@ -68,7 +68,7 @@ def print_rows(exact: list[Row], cuts: list[Row]) -> None:
 
 
 def checks_of(exact: list[Row], cuts: list[Row], *, peak: bool) -> list[Check]:
-    """Return what was measured beside its bounds; `peak`: the share of the bf16 matrix peak too."""
+    """Checks of the measurements against their bounds; `peak` adds the fraction of the bf16 matrix peak."""
     checks = []
     for row in exact:
         name = f"{row.rows} rows"

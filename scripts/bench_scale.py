@@ -71,8 +71,8 @@ class Figures(msgspec.Struct):
     """What one number of ranks came to. Times are medians over cases, processor time and memory means over ranks.
 
     `received` and `gathered` are bytes that rank 0 got in a case and in gathering, `sent` those that it sent in a case,
-    `all_sent` those of all ranks, `gather_cpu_s` is what it computed in gathering. Memory is what a rank shares with no
-    other process; the interpreter and torch it does share.
+    `all_sent` those of all ranks, `gather_cpu_s` is what it computed in gathering. Memory excludes pages shared
+    with other processes, such as the interpreter's and torch's.
     """
 
     start_s: float
@@ -90,7 +90,7 @@ class Figures(msgspec.Struct):
 
 
 def counted_bytes(counter_at: int) -> int:
-    """Return what a counter of TCP_INFO comes to over this process's open sockets."""
+    """Sum of a TCP_INFO counter over this process's open sockets."""
     total = 0
     for name in _files():
         with contextlib.suppress(OSError):  # gone since, or no socket of that kind

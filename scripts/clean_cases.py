@@ -115,7 +115,7 @@ def _parts_on_device(chance: random.Random) -> Keys:
 
 
 def _granule(keys: Keys, *, fp8: bool, device: str) -> int:
-    """Return what both sizes are multiples of, as the payload's scales and the experts' kernels ask."""
+    """Divisor of both sizes that the payload's scales and the experts' kernels require."""
     if keys["experts"] == "aiter":
         return 256 if fp8 else 64
     if fp8:

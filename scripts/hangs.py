@@ -88,7 +88,7 @@ def reports(out: Path, hangs: list[Hang]) -> list[dict[str, Any]]:
 
 
 def named_right(hang: Hang, report: dict[str, Any]) -> bool:
-    """Whether a report names the rank and the stage of a hang, and nobody else; says so where it does not."""
+    """Return whether a report names the rank and the stage of a hang and no other; print a line if it does not."""
     named = [(reason["rank"], reason["stage"]) for reason in report.get("reasons", [])]
     if report.get("verdict") == "HANG" and named == [(hang.rank, hang.stage)]:
         return True

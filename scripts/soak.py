@@ -34,7 +34,7 @@ class Use(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What every process holds after so many cases, by its name."""
+    """Resources of each process after `cases` cases, by process name."""
 
     cases: int
     uses: dict[str, Use]
@@ -103,7 +103,7 @@ class _Lines:
 
 
 def _uses(out: Path, supervisor: int, nproc: int) -> dict[str, Use]:
-    """Return what each process holds; those that are not there are missing."""
+    """Resources of each process; processes that are not running are missing."""
     pids = {"supervisor": supervisor}
     for rank in range(nproc):
         position = read_position(crumb_path(out, rank))

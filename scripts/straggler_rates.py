@@ -1,6 +1,6 @@
 """How often `distbench cluster` names a healthy node or link as slow, and how often it finds a slow node.
 
-Healthy nodes differ by a normal deviation of 2 %, in each stage anew; each time is 1 % off; a pair is as slow as its
+Healthy nodes differ by a normal deviation of 2 %, drawn per stage; each time has 1 % noise; a pair is as slow as its
 slower end. Then one node is slower in one stage.
 """
 

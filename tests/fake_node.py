@@ -3,7 +3,7 @@
 PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
 (exit 0 without results), `dies`, `half dies`, `late VERDICT`, `hangs` (until its standard input ends), `deaf` (hangs
 all the same), `elsewhere` (sees another folder for results), `gone` (cannot be reached), `on the CPU` (passes there
-unless it is told --device cuda; others have a device), or a number by which its times are multiplied.
+unless it is given --device cuda; others have a device), or a number by which its times are multiplied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CUDA graphs as the CPU can have them: what was captured is done again, and allocated bytes are told by the test."""
+"""CUDA graphs emulated on the CPU: a replay repeats the captured calls, and the test sets the allocated bytes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def fake_graphs(
 
 
 class Capturable:
-    """Experts whose calls a `FakeGraph` does again; `damage` sees the live rows of a replay, and what came of them."""
+    """Experts whose calls a `FakeGraph` repeats; `damage` gets the live rows of a replay and their results."""
 
     def __init__(self, inner: Experts, damage: Callable[[int, Tensor], object] | None) -> None:
         self._inner, self._damage = inner, damage

@@ -49,7 +49,7 @@ def cannot(why: str) -> NoReturn:
 class Hosts:
     """`count` hosts, named host0, host1, …, at 10.77.0.1 and on; on the other network at 10.78.0.1 and on.
 
-    `meeting` is the number of the network on which `distbench` is told to meet.
+    `meeting` is the number of the network of the rendezvous address.
     """
 
     def __init__(self, count: int, out: Path) -> None:
@@ -128,7 +128,7 @@ class Hosts:
         return [*enter, 'hostname "$0" && exec "$@"', f"host{number}", *command]
 
     def cut(self, number: int) -> None:
-        """Pull a host's cables: nothing arrives any more, and nobody is told."""
+        """Pull a host's cables: packets are lost without an error at either end."""
         for network in range(len(NETWORKS)):
             _ip("-n", self._space("switch"), "link", "set", f"port{number}-{network}", "down")
 
@@ -147,7 +147,7 @@ class Hosts:
                 cannot("this kernel has neither netem nor tbf to slow a link")
 
     def processes(self, number: int | str) -> list[int]:
-        """Return what runs on a host."""
+        """Return the process ids on a host."""
         command = ["ip", "netns", "pids", self._space(number)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return [int(pid) for pid in done.stdout.split()]

@@ -113,7 +113,7 @@ class Slurm:
         return int(code.split(":")[0])
 
     def log(self, number: str) -> str:
-        """Return what a job has printed."""
+        """Return the output of a job."""
         path = self._folder / f"job-{number}.log"
         return path.read_text() if path.exists() else ""
 

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.skipif(not LONG, reason="long: make test-cluster"), py
 
 
 def launcher(net: Hosts) -> str:
-    """Return what starts a command on one of the hosts."""
+    """Return a launcher command that runs its arguments on one of the hosts."""
     script = net.folder / "on_host.py"
     commands = {f"host{number}": net.on(number, []) for number in range(net.count)}
     script.write_text(

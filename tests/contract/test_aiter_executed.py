@@ -80,7 +80,7 @@ class Anything:
 
 @pytest.fixture
 def selection(wheel: zipfile.ZipFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return what makes the wheel's own selection functions for a number of compute units, over its own table."""
+    """Factory of the wheel's selection functions for a number of compute units, over the wheel's own table."""
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(read_csv=Table))
     path = tmp_path / "tuned_fmoe.csv"
     path.write_bytes(wheel.read("aiter/configs/tuned_fmoe.csv"))

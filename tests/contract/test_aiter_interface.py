@@ -1,6 +1,7 @@
-"""What the adapter and the stand-in call aiter by is what the released wheel has; read with `ast`, never imported.
+"""Names and signatures by which the adapter and the stand-in call aiter match the released wheel; read with `ast`.
 
-The wheel's own torch code is run: `torch_moe` against our experts, `shuffle_weight` against the stand-in's.
+The wheel is never imported. Its torch code is run: `torch_moe` against our experts, `shuffle_weight` against the
+stand-in's.
 """
 
 from __future__ import annotations

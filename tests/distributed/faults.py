@@ -53,7 +53,7 @@ DISPATCH: dict[str, Callable[[Dispatched], object]] = {
     "swap weights only": lambda received: received.weights[0].mul_(2),
     "lowest bit of a weight": lambda received: flip(received.weights, byte=0),
     "wrong expert id": lambda received: _other_expert(received.ids),
-    "id of nobody": lambda received: received.ids[0].fill_(-1),
+    "id of no expert": lambda received: received.ids[0].fill_(-1),
     "drop a row": lambda received: received.hidden[0].fill_(float("nan")),
     "stale row": lambda received: received.hidden[0].copy_(received.hidden[1]),
     "one row fewer": lambda received: received.total_recv.sub_(1),

@@ -135,7 +135,7 @@ def test_more_failing_tokens_than_fit_are_counted(tmp_path: Path) -> None:
 
 
 def rewritten(folder: Path, outcome: Outcome) -> Bundle:
-    """Write the manifest of a bundle anew, of another outcome."""
+    """Rewrite the manifest of a bundle for another outcome."""
     bundle = open_bundle(folder)
     write_manifest(folder, bundle.report, outcome, bundle.manifest.recorded)
     return open_bundle(folder)

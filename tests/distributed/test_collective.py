@@ -53,13 +53,13 @@ def transport_of(session: Session, case: Case) -> tuple[CollectiveTransport, Tok
 
 
 def results(source_rank: int, token: int, destination: int, call: int, columns: int) -> Tensor:
-    """Return what the experts of a rank make of a token: any rank can tell."""
+    """Expert rows of a token on `destination`, [columns]: a function of the arguments, so any rank can compute it."""
     return awkward(1, columns, ((source_rank * 1000 + token) * 16 + destination) * 16 + call)[0]
 
 
 @torch.inference_mode()
 def passes(session: Session, case: Case) -> list[str]:
-    """Return what is wrong in some passes: received rows, their sources and order, and combined tokens."""
+    """Errors of several passes: in received rows, their sources, their order, and combined tokens."""
     transport, _, counts = transport_of(session, case)
     workload, rank, wrong = workload_for(case, session.device), session.rank, []
     everyone = [workload.tokens(peer) for peer in range(case.ep_size)]

@@ -132,7 +132,7 @@ def pair_case(number: int, ranks: int) -> Case:
 
 
 def wrongly_blamed(outcome: Outcome) -> list[Diagnosis]:
-    """Return what blames a rank on which no fault has changed anything."""
+    """Diagnoses that blame a rank on which no fault has changed anything."""
     assert outcome.gathered is not None
     guilty = {record.rank for record in outcome.gathered.observations if any(record.injected.values())}
     return [found for found in outcome.diagnosis if found.stage and not guilty.issuperset(found.ranks)]

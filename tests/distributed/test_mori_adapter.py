@@ -1,4 +1,4 @@
-"""The adapter of MoRI on real ranks: nodes and launches that it tells of, and what it looks at once for a routing."""
+"""The adapter of MoRI on real ranks: nodes and launches that it reports, and checks that it makes once per routing."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def one_rank(session: Session, case: Case) -> tuple[MoriTransport, Any, Tensor]:
 
 
 def reads_of_a_second_pass(session: Session, case: Case, device: str) -> tuple[int, bool]:
-    """Return how often the host would wait in a pass of the same batch, and whether the count lies where it lay."""
+    """Host synchronisations in a second pass of the same batch, and whether total_recv keeps its address."""
     transport, batch, rows = one_rank(session, case)
     first = transport.dispatch(batch).total_recv.data_ptr()
     transport.combine(rows, batch.ids)
@@ -212,7 +212,7 @@ def test_rdma_blocks_with_which_a_release_loses_rows_are_refused(kernel: str, ve
 
 
 def stages_of_parts(session: Session, case: Case) -> list[str]:
-    """Return the stages in which experts and transport are made, in the place of packages that are not here."""
+    """Stages in which experts and transport are made, with stand-ins for packages that are not installed."""
     seen: list[str] = []
     stand_ins = msgspec.structs.replace(case, emulate=True)
 

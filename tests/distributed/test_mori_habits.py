@@ -40,7 +40,7 @@ def run(session: Session, case: Case) -> Outcome | None:
 
 
 def raised(session: Session, case: Case, function: Run) -> str:
-    """Return what every rank alike ends with; where only some did, the others would wait for them."""
+    """Error message that every rank raises, or an empty text; an error on some ranks only would hang the others."""
     try:
         function(session, case)
     except (DistbenchError, RuntimeError, ValueError) as error:
@@ -98,7 +98,7 @@ def test_a_case_that_needs_a_larger_heap(kernel: str) -> None:
 
 
 def with_kernels_of_before(session: Session, narrow: Case, wide: Case) -> str:
-    """Run in a second world with the kernels that were told of the first."""
+    """Run in a second world with kernels that were initialised for the first."""
     run(session, wide)
     with ExitStack() as patches:
         patches.enter_context(patch("distbench.transport.mori_world._kernels", lambda _: {}))
@@ -139,7 +139,7 @@ LEFT_BY_THE_FIRST_CALL = [
 def test_rows_of_the_call_before_do_not_pass_for_those_of_this_call(
     habit: str, kernel: str, stage: str, dtype: str
 ) -> None:
-    """Every arm moves the same rows: what the first call left in a buffer is what the second should put there."""
+    """Every arm moves the same rows, so a stale row in a buffer equals the row that the next call should write."""
     case = mori_case(mori_kernel=kernel, mori_habits=habit, dispatch_dtype=dtype, **ORDINARY)
     assert verdict_of(case) == (Verdict.CORRUPT, stage)
     capped: dict[str, Any] = {"combine_input": "registered", "prealloc_max_recv_tokens": 96, "tokens": 12}
@@ -209,7 +209,7 @@ def with_received_ids(session: Session, case: Case) -> Outcome | None:
 
 
 def taking(routing: Callable[[Tensor], Tensor]) -> Any:
-    """Return what stands for the adapter's look at the ids: it has others passed on."""
+    """Replacement of the adapter's check of ids: it passes on other ids."""
 
     def take(transport: MoriTransport, ids: Tensor) -> Any:
         assert transport._known is not None
@@ -271,7 +271,7 @@ def raising(message: str) -> NoReturn:
 
 @contextmanager
 def late_without_barriers(session: Session, *, adapter_waits: bool) -> Iterator[None]:
-    """One rank allocates late, and nobody waits for it unless the adapter does."""
+    """Delay the allocation on one rank; no other rank waits for it unless the adapter does."""
     wait = MoriTransport._wait_for_all
 
     def late(*arguments: Any) -> Any:

@@ -60,7 +60,7 @@ def ids_of(case: Case, chance: random.Random) -> Ids:
 
 
 def value_of(seed: int, rank: int, source: int, token: int) -> list[float]:
-    """Return what `rank` makes of a token: bf16 numbers."""
+    """Expert row of a token on `rank`: HIDDEN numbers, each a bf16 value."""
     chance = random.Random(f"{seed}/{rank}/{source}/{token}")
     return [model.bf16(chance.choice(VALUES)) for _ in range(HIDDEN)]
 

@@ -68,7 +68,7 @@ def test_the_asynchronous_kernel_counts_anew_and_combine_leaves_it() -> None:
 
 
 def tails(session: Session) -> list[set[float]]:
-    """Return what the buffer's tail holds at first, and what after a larger and a smaller dispatch."""
+    """Values in the buffer's tail at first, after a larger dispatch, and after a smaller one."""
     op, found = operator(session), []
     for value, tokens in ((5.0, TOKENS), (7.0, 0)):
         given = Given(session.rank, value)
@@ -170,7 +170,7 @@ def test_what_is_not_imitated_says_so() -> None:
 
 
 def foreign_fp8(session: Session, cu_count: int) -> str:
-    """Return what dispatch says of the other device's fp8; its own goes through."""
+    """Error of a dispatch with the other device's fp8 type; the device's own type is accepted."""
     op, given = operator(session, cu_count=cu_count), Given(session.rank)
     own, other = torch.float8_e4m3fnuz, torch.float8_e4m3fn
     if cu_count == 256:
@@ -219,7 +219,7 @@ def test_the_geometry_of_auto_wins_over_the_calls() -> None:
 
 
 def joined(session: Session, size: str) -> str:
-    """Join a world with a heap of that size: what comes of it."""
+    """Join a world with a heap of `size`; return the error, or the heap's bytes."""
     leave_world()
     with patch.dict(os.environ, {"MORI_SHMEM_HEAP_SIZE": size}):
         try:

@@ -1,4 +1,4 @@
-"""Whatever becomes of a rank, wherever: the right verdict names it, the other cases pass, and no process is left.
+"""A fault of any kind, on any rank, in any stage: the verdict names it, the other cases pass, and no process is left.
 
 One command takes many faults: each hits the second case of a launch, whose first passes, and the rest goes on in the
 next launch. DISTBENCH_SOAK=1 runs every kind of fault on every rank in every stage.
@@ -55,7 +55,7 @@ class Fault(NamedTuple):
         return "baseline-fault" if self.place.startswith("padded/") else "rank-fault"
 
     def complaints(self, report: dict[str, Any]) -> list[str]:
-        """Return what is wrong with the report of the case that was hit."""
+        """Errors in the report of the case that the fault hit."""
         verdict = "HANG" if self.kind in HANGS else "RANK_FAULT"
         found = [(reason["code"], reason["rank"]) for reason in report["reasons"]]
         message = report["reasons"][0]["message"]

@@ -134,7 +134,7 @@ def test_a_suite_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 
 def small_suite(path: Path, *ep_sizes: int, **defaults: object) -> Path:
-    """Write a suite of tiny cases on so many ranks each."""
+    """Write a suite of tiny cases, one for each of `ep_sizes`."""
     cases = [{"seed": seed, "ep_size": ep_size} for seed, ep_size in enumerate(ep_sizes)]
     path.write_text(json.dumps({"defaults": TINY | defaults, "include": cases}))
     return path

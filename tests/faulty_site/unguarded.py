@@ -1,6 +1,6 @@
 """Takes away what stands between a case and MoRI: the adapter's guards and those before it.
 
-With DISTBENCH_TEST_UNGUARDED=1 sitecustomize.py does this to every process of a launch. What then comes of a case is
+With DISTBENCH_TEST_UNGUARDED=1 sitecustomize.py does this to every process of a launch. The outcome of a case is then
 what the stand-in's release, or its habit, makes of it. A case with the seed MISTAKEN passes to combine the ids that
 dispatch returned, as callers have; where there is no barrier after construction, one rank allocates after the others.
 """

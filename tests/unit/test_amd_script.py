@@ -48,7 +48,7 @@ def executable(path: Path, text: str) -> None:
 
 
 class Node:
-    """A folder that acts as a node: an environment and tools that do as they are told."""
+    """A folder that acts as a node: an environment, and tools with scripted results."""
 
     def __init__(self, folder: Path, sleep: float = 0) -> None:
         self.folder, self.out, self.calls = folder, folder / "out", folder / "calls"

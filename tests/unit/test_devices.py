@@ -38,7 +38,7 @@ ROCM = [f"GPU-{number:016x}" for number in range(16, 24)]
 
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return what sets the variables that choose devices, and what the drivers tell."""
+    """Setter of the variables that choose devices and of the drivers' answers."""
 
     def set_up(nvidia: list[str], rocm: list[str], **chosen: str) -> None:
         for vendor in ("CUDA", "HIP", "ROCR"):

@@ -67,7 +67,7 @@ def memories(ranks: int, timeout_s: float = TIMEOUT_S) -> Iterator[list[SharedMe
 
 
 def counts_of(ranks: int, seed: int) -> list[list[int]]:
-    """Return how many rows each rank sends to each: none, some or, now and then, many."""
+    """Rows that each rank sends to each, [ranks][ranks]: often none, sometimes many."""
     chosen = random.Random(seed)
     return [[chosen.choice([0, 0, 1, 3, 40]) for _ in range(ranks)] for _ in range(ranks)]
 
@@ -179,7 +179,7 @@ def test_ranks_that_expect_something_else_are_told_apart() -> None:
 
 def test_a_rank_that_is_at_another_exchange_is_told_apart() -> None:
     with memories(2) as joined:
-        joined[1]._calls = 4  # noqa: SLF001 - what nobody does
+        joined[1]._calls = 4  # noqa: SLF001 - a fault that no public call can cause
         lay_for_rank_0(joined[1], 3)
         with pytest.raises(
             RuntimeError, match="rank 1 lays 24 bytes in exchange 5, this rank expects 24 in exchange 1"
@@ -190,7 +190,7 @@ def test_a_rank_that_is_at_another_exchange_is_told_apart() -> None:
 def test_bytes_that_are_not_there_are_no_row() -> None:
     with memories(2) as joined:
         lay_for_rank_0(joined[1], 3)
-        os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - what nobody does
+        os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - a fault that no public call can cause
         with pytest.raises(RuntimeError, match="shared memory: 14 bytes at 10 are not there"):
             take_of_rank_1(joined[0], 3)
 

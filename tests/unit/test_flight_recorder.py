@@ -59,7 +59,7 @@ def of(*states: str) -> dict[str, Group]:
     return {group.group: group for group in last_collectives(recording(*states))}
 
 
-# What the recorders of three ranks say, which ranks are late, and what is told of them.
+# Records of three ranks, the ranks that are late, and the expected message.
 NOT_ENTERED, NOT_BEGUN = f"has not entered {NAME} 2 of NCCL group 0", f"has not begun {NAME} 1 of NCCL group 0"
 LATE = [
     ((("completed", "started"), ("completed",), ("completed", "started")), {1}, NOT_ENTERED),

@@ -42,7 +42,7 @@ class Meeting(NamedTuple):
     log: Path
 
     def refusals(self, count: int = 1) -> list[str]:
-        """Return the reasons of the refusals once there are so many."""
+        """Wait until there are `count` refusals; return the reason of each."""
         wait_until(lambda: len(self._refusals()) >= count, 5)
         return self._refusals()
 
@@ -139,7 +139,7 @@ def test_strangers_cost_no_memory_and_no_node(tmp_path: Path) -> None:
 
 
 def recorded_proof(secret: bytes) -> bytes:
-    """Return what a node sends to prove the secret in another session."""
+    """Proof of the secret that a node sent in another session."""
     here, there = socket.socketpair()
     with here, there:
         asked = challenge()

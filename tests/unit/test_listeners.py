@@ -1,4 +1,4 @@
-"""Addresses on which node 0 listens: those of the endpoint, and no others where that can be told."""
+"""Addresses on which node 0 listens: those of the endpoint only, wherever they can be resolved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One bench at a time in a folder and on an accelerator; a lock of a process that is gone holds nobody up."""
+"""One bench at a time in a folder and on an accelerator; the lock of a process that has ended is free."""
 
 from __future__ import annotations
 

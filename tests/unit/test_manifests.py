@@ -212,7 +212,7 @@ def values(flavour: str, instruction: str) -> list[str]:
 
 
 def gpu_commands() -> list[list[str]]:
-    """Return what is run where GPUs are asked for, by a pod or by an image on its own."""
+    """Commands of pods and images that request GPUs."""
     in_pods = [container(template)["command"] for _, template in pods()]
     return in_pods + [json.loads(values(flavour, "CMD")[-1]) for flavour in ("cuda", "rocm")]
 

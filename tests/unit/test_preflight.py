@@ -51,7 +51,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Return what sets the bytes that a disk has left."""
+    """Setter of a disk's free bytes."""
 
     def leave(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(free, 0, free))

@@ -51,7 +51,7 @@ def terminal() -> Iterator[Terminal]:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Return what puts the clock forward."""
+    """Setter that advances the monotonic clock by some seconds."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 

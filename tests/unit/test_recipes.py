@@ -1,4 +1,4 @@
-"""Public recipes: what becomes of each variable, read as the release of SGLang reads it that they were written for."""
+"""Public recipes: each variable is read as the SGLang release reads it for which the recipe was written."""
 
 from __future__ import annotations
 

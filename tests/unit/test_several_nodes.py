@@ -1,4 +1,4 @@
-"""What several nodes are told on the command line, and what is left where they do not come."""
+"""Options of several nodes on the command line, and the reports that remain if nodes never connect."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def launch(folder: Path, *arguments: str, **variables: str) -> list[str]:
 
 
 def printed(folder: Path, *arguments: str, **variables: str) -> list[str]:
-    """Return what the script and srun print."""
+    """Lines that the script and srun print."""
     for name, text in (
         ("srun", 'printf "%s\\n" "$DISTBENCH_SECRET" "$@"'),
         ("scontrol", "echo n1"),

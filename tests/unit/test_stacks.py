@@ -34,7 +34,7 @@ CALLS = {
 
 
 def dumps(path: Path, count: int) -> bool:
-    """Whether the stack of the main thread was written so often."""
+    """Return whether the stack of the main thread was written `count` times."""
     return path.read_text().count("in in_the_driver") == count
 
 

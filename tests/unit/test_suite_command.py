@@ -48,7 +48,7 @@ Ranks = Callable[..., list[list[str]]]
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
-    """Return what says how cases end, by their seed (PASS where it does not); it returns the names of each launch."""
+    """Setter of the verdict of each case by its seed (default: PASS); it returns the case names of each launch."""
 
     def ending(verdicts: dict[int, Verdict]) -> list[list[str]]:
         launches: list[list[str]] = []

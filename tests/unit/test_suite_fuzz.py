@@ -103,7 +103,7 @@ wild_suites = st.dictionaries(
 
 
 class ByteEdit(NamedTuple):
-    """Put other bytes in the place of some, `where` as a share of the whole."""
+    """Replace some bytes by others; `where` is a fraction of the length."""
 
     where: float
     removed: int
@@ -115,7 +115,7 @@ class ByteEdit(NamedTuple):
 
 
 class ValueEdit(NamedTuple):
-    """Put another value in the place of one."""
+    """Replace one value by another."""
 
     number: int
     put: bytes
@@ -148,7 +148,7 @@ edits = st.lists(value_edits | byte_edits, min_size=1, max_size=4)
 
 
 def outcome(work: Callable[[], Suite | Case]) -> Suite | Case | None:
-    """Return what `work` returns, or None where it refuses in one line; anything else fails the test."""
+    """Return the result of `work`, or None if it refuses in one line; any other end fails the test."""
     refused = ""
     try:
         return work()

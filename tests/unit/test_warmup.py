@@ -1,4 +1,4 @@
-"""Iterations that are not timed are told one by one, and keep the device busy while it is asked; the flushed cache."""
+"""Warm-up: untimed iterations are counted one by one and keep the device busy during clock queries; the cache flush."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fault that is planted is named, and nobody else is."""
+"""A planted fault is named; no healthy node or link is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every pair once, nobody twice in a round."""
+"""Every pair meets once, and no node is in two pairs of a round."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
             found += judge_change(moved, ALPHA).slower
     assert asked > TRIALS / 3
     assert found >= POWER * asked - 3 * np.sqrt(asked * POWER * (1 - POWER))
-    # samples that follow one another get what a series of this length can tell of their likeness
+    # drifting noise is autocorrelated, which a series of this length shows only roughly: twice the bound
     assert alarms <= ALPHA * TRIALS * (2 if noise is drifting else 1) + 3 * np.sqrt(ALPHA * TRIALS)
 
 

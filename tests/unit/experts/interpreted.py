@@ -120,7 +120,7 @@ def right(actual: Tensor, expected: Tensor) -> bool:
 
 
 def poisoned(batch: TokenBatch, live: int) -> TokenBatch:
-    """Return the batch with rows past `live` that nobody may read: NaN, and ids of local experts."""
+    """Return the batch with poison in rows past `live`, which no kernel may read: NaN, and ids of local experts."""
     hidden, weights, ids = batch.hidden.clone(), batch.weights.clone(), batch.ids.clone()
     hidden[live:], weights[live:], ids[live:] = torch.nan, torch.nan, 1
     return TokenBatch(hidden, None, weights, ids)

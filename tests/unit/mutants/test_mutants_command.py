@@ -1,4 +1,4 @@
-"""What comes of the runs of mutants: words, shares, alarms and the exit code."""
+"""Results of mutant runs: outcomes, detection rates, false alarms and the exit code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def found(out: Path, verdicts: dict[str, Verdict], asked: Plan, without: str = "", share: float = 0.97) -> Found:
-    """Return what is found where a run ends in the verdict of the first text that its name has in it, else PASS."""
+    """Findings where a run ends in the verdict of the first key of `verdicts` that its name contains, else PASS."""
     with (out / "results.jsonl").open("wb") as lines:
         for run in asked.runs:
             name = run.entry.name

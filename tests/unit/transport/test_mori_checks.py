@@ -1,4 +1,4 @@
-"""The host checks that MoRI lacks, and what an older package is told."""
+"""Host checks that MoRI lacks, and the refusal of older packages."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_the_heap_holds_the_case_and_a_smaller_one_is_refused() -> None:
 
 
 def as_mori_reads(text: str) -> int:
-    """Return what `ParseSizeString` of MoRI's init.cpp makes of a size; the release's text is C++."""
+    """Bytes that `ParseSizeString` of MoRI's init.cpp (C++) reads from `text`."""
     units = {"G": 30, "M": 20, "K": 10}
     known = {f"{unit}iB": shift for unit, shift in units.items()} | {f"{unit.lower()}ib": units[unit] for unit in units}
     for unit, shift in units.items():

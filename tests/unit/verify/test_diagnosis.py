@@ -1,4 +1,4 @@
-"""Causes by table: what the ranks saw, and the stage, the ranks and the confidence that are told."""
+"""Diagnoses by table: the ranks' observations, and the stage, ranks and confidence of the diagnosis."""
 
 from __future__ import annotations
 

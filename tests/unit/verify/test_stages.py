@@ -1,4 +1,4 @@
-"""The checks of single stages by table: what a pass made on one rank, and what is told of it."""
+"""Checks of single stages by table: the tensors of a pass on one rank, and the findings."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ FORMATS: list[Fp8Format | None] = [None, "e4m3fn", "e4m3fnuz"]
 
 
 def margin(values: Tensor, bits: int = BF16) -> float:
-    """Return how far float64 values are from a tie between neighbours of so many significant bits, in their steps."""
+    """Least distance of float64 values from a rounding tie at `bits` significant bits, in ulps."""
     sizes = values[values != 0].abs()
     steps = sizes / torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - bits)
     return float((steps.frac() - 0.5).abs().min())
