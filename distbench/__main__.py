@@ -1,7 +1,7 @@
 """`python -m distbench`, and the entry point of the `distbench` command.
 
-Signals are seen to before anything else is loaded, which takes longer than a hand on a keyboard. A rank that torchrun
-started ends by them without a word, as torchrun expects.
+Signal handlers are installed before any other import, since imports take longer than a keystroke. A rank that torchrun
+started exits on signals without a message, as torchrun expects.
 """
 
 from __future__ import annotations

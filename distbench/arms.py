@@ -1,4 +1,4 @@
-"""The passes that one case compares (docs/semantics.md has the table of what each difference tells)."""
+"""The arms that one case compares (docs/semantics.md tabulates what a difference between two arms means)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Arm = Literal["padded", "control", "repadded", "truncated"]
 
 
 def arms_of(limit: int | None, policy: Policy, *, refused: bool) -> dict[Arm, Cut]:
-    """Return the arms of a case in the order in which they run; the first is the baseline.
+    """Arms of a case in execution order; the first is the baseline.
 
-    `limit` is None where the limit is off. `refused` says that policy strict found the limit below total_recv on some
-    rank: then nothing is cut, on any rank.
+    `limit` is None where the limit is off. `refused`: policy strict found the limit below total_recv on some rank; then
+    no arm is cut, on any rank.
     """
     arms: dict[Arm, Cut] = {"padded": padded, "control": padded}
     if limit is None or refused:

@@ -1,4 +1,4 @@
-"""Which stage is to blame: one at a time is taken away or put in the place of, and what cures the failure is guilty."""
+"""Bisection by stage: remove one stage or swap in a trusted one; a stage whose swap cures the failure is guilty."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distbench.trials import HANG_S, Lab, impatient, possible, signature, varied
 
 MAX_TRIALS = 64
 _TRIALS = 5
-# Each failure of these costs a launch, or a time limit too; two in a row say less, and cures, which cost little, more.
+# Each failure of these costs a launch, or a time limit as well. Two in a row say less; cures cost little, so take more.
 _COSTLY = (Verdict.HANG, Verdict.RANK_FAULT)
 _FEW_TRIALS = 2
 _CONDITIONS = ("kernel", "truncate", "row order", "dispatch dtype")
@@ -29,9 +29,9 @@ _PINNED = "pinned.csv"
 
 
 class Swap(msgspec.Struct, frozen=True):
-    """A trusted part in the place of one that is not: which, by what, the keys that it changes.
+    """A trusted part that replaces an untrusted one: the stage, the replacement, and the changed keys.
 
-    `stages` are those whose injected faults go with the part that is replaced.
+    Faults injected into `stages` are removed with the replaced part.
     """
 
     part: str
@@ -41,11 +41,11 @@ class Swap(msgspec.Struct, frozen=True):
 
 
 Pick = tuple[Swap, ...]
-"""One swap, or two that are made together."""
+"""One swap, or two made together."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one or two swaps: how often the case still failed, over seeds from the case's own up, and how."""
+    """Outcome of one or two swaps: how often the case still failed, over seeds from the case's own up, and how."""
 
     parts: tuple[str, ...]
     what: str
@@ -57,8 +57,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 class Blame(msgspec.Struct, frozen=True):
     """Guilty parts, and the conditions without which the failure does not show.
 
-    Several parts interact where each of their swaps cures by itself: all of them have to be there. They are
-    `independent` where only their swaps together cure: each of them alone breaks the case.
+    Several guilty parts interact where each single swap cures: all of them have to be present. They are `independent`
+    where only their swaps together cure: each part alone breaks the case.
     """
 
     guilty: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ class Blame(msgspec.Struct, frozen=True):
     independent: bool = False
 
     def __str__(self) -> str:
-        """Return who is guilty, and when it shows."""
+        """The guilty parts and the conditions of the failure, as one line."""
         names = " and ".join(self.guilty)
         if self.independent:
             return f"{names} are guilty, each by itself: only both swaps together cure it"
@@ -75,10 +75,10 @@ class Blame(msgspec.Struct, frozen=True):
 
 
 class Accusation(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome: whom to blame, and all results.
+    """Outcome of a bisection: the blame and all results.
 
-    A cure has passed `trials` times in a row. Nobody is guilty where the case did not fail, or where neither a swap nor
-    a pair of them cures it, or could be told from luck. `recorded` is the signature in the report that was given.
+    A cure has passed `trials` times in a row. `blame` is empty where the case did not fail, where neither a swap nor a
+    pair of swaps cures it, or where a cure cannot be told from luck. `recorded` is the signature in the given report.
     """
 
     base: Result
@@ -90,7 +90,7 @@ class Accusation(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The outcome in one line."""
         failing = self.base.failing
         if not failing.seen:
             return f"the case does not fail here: fails on {failing}{self._not_as_recorded}"
@@ -125,11 +125,11 @@ def bisect(  # noqa: PLR0913 - the case, what is known of it, and how it is trie
 ) -> Accusation:
     """Find the guilty part of a failing case. `folder` takes the kernel table that pins one kernel.
 
-    The case runs with several seeds, with more where it fails with some of them only, or with none; a swap is a cure
-    once it has passed so often that a failure as rare as that one may be would have come up, 39 to 1. Where no swap
-    cures, pairs are tried. A lost rank costs a launch more, and one that hangs its time limit, which is lowered.
-    `known` is a report of the case. `seeds` is the most seeds that are tried for a failure (None: MAX_TRIALS).
-    `tell` hears of what is tried next.
+    The case runs with several seeds, and with more where only some of them fail, or none. A swap counts as a cure once
+    it has passed often enough that a failure at the lowest plausible rate would have shown, at odds of 39 to 1. Where
+    no swap cures, pairs are tried. A lost rank costs another launch, a hang its time limit, which is lowered. `known`
+    is a report of the case. `seeds` is the largest number of seeds tried for a failure (None: MAX_TRIALS). `tell`
+    receives a progress line before each step.
 
     Raises:
         InvalidCase: nothing in the case can be swapped, or its report says PASS and no number of seeds was given.
@@ -170,7 +170,7 @@ def bisect(  # noqa: PLR0913 - the case, what is known of it, and how it is trie
 
 
 def _base(lab: Lab, case: Case, trials: int, most: int, tell: Callable[[str], None]) -> Result:
-    """Return how often the case fails: tried until as many trials show a failure of the least rate that it may have."""
+    """Failure rate of the case, over trials that grow until the lowest plausible rate would show in them."""
     trials = min(trials, most)
     while True:
         tell(f"as given, with {trials} seeds of at most {most}")
@@ -183,11 +183,10 @@ def _base(lab: Lab, case: Case, trials: int, most: int, tell: Callable[[str], No
 
 
 def blame(cures: Sequence[Pick]) -> Blame:
-    """Return whom to blame where each of `cures`, in order of `swaps_of`, cures: singles, or pairs where none does.
+    """Parts to blame, given `cures` in order of `swaps_of`: single swaps that cure, or pairs where none does.
 
-    To put a trusted part in the place of another takes that one's bugs away, whereas to change limit, kernel, order or
-    dtype may only take away what they need to show. A part whose swap takes a guilty part's stage away as well cures by
-    that, and is not named.
+    Replacing a part removes its bugs. Changing limit, kernel, order or dtype may only remove a condition that bugs
+    elsewhere need. A part whose swap also replaces a guilty part's stage cures for that reason, and is not named.
     """
     if not cures:
         return Blame()
@@ -205,7 +204,7 @@ def blame(cures: Sequence[Pick]) -> Blame:
 
 
 def swaps_of(case: Case, folder: Path) -> list[Swap]:
-    """Return the swaps that change `case` and leave one that makes sense, the most telling first."""
+    """Swaps that change `case` and leave a valid one, the most informative first."""
     swaps = [
         Swap("dispatch", "no fault injected there", stages=("dispatch",)),
         Swap("combine", "no fault injected there", stages=("combine",)),
@@ -223,7 +222,7 @@ def swaps_of(case: Case, folder: Path) -> list[Swap]:
 
 
 def _faults_elsewhere(case: Case, stages: Sequence[str]) -> str:
-    """Return the injected faults whose stage is none of `stages`: what is put in a stage's place has not its faults."""
+    """Faults injected into stages other than `stages`: a replaced stage loses its faults."""
     if not case.inject:
         return ""
     from distbench.faults.injector import fault_kind  # noqa: PLC0415 - loads torch
@@ -236,9 +235,9 @@ def _faults_elsewhere(case: Case, stages: Sequence[str]) -> str:
 
 
 def _pinned(case: Case, path: Path) -> list[Swap]:
-    """Return the swap that runs the padded arm's kernel whatever the rows, where a table can name that kernel.
+    """The swap that runs the padded arm's kernel for any number of rows, where a table can name that kernel.
 
-    What heuristics choose has a name of ours, which only the reference knows.
+    A kernel chosen by heuristics has a distbench name, which only the reference experts know.
     """
     selector = make_selector(case)
     kernel = selector.choose(case.capacity)
@@ -252,19 +251,19 @@ def _pinned(case: Case, path: Path) -> list[Swap]:
 
 
 def _swapped(case: Case, picked: Pick) -> list[Case]:
-    """Return the case with the swaps made, or nothing where that makes no sense."""
+    """The case with the swaps made; empty where that is no valid case."""
     changes = {key: value for swap in picked for key, value in swap.changes.items()}
     stages = [stage for swap in picked for stage in swap.stages]
     return possible(case, **changes, inject=_faults_elsewhere(case, stages))
 
 
 def _seeds(case: Case, trials: int) -> list[Case]:
-    """Return the case with its own seed and those after it: other bits, the same question."""
+    """The case with its own seed and the following ones: other bits, same configuration."""
     return [varied(case, seed=case.seed + trial) for trial in range(trials)]
 
 
 def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int, tell: Callable[[str], None]) -> list[Result]:
-    """Run every pick, in one launch, and in a second one those that may be cures as often as it takes to say so."""
+    """Run every pick once in one launch, then possible cures in a second one, as often as a cure requires."""
     known = [(picked, variant) for picked in picks for variant in _swapped(case, picked)]
     tell(f"{len(known)} swaps of {'two parts' if len(picks[0]) > 1 else 'one part'}, once each")
     lab.run([variant for _, variant in known])

@@ -1,4 +1,4 @@
-"""A rank's heartbeat: where it is and what it waits for, in a small mmapped file that outlives the rank.
+"""A rank's heartbeat: its position and its wait, in a small mmapped file that outlives the rank.
 
 A mark costs a microsecond or two: one store of a fixed-size record, no system call. A supervisor reads the same file.
 """
@@ -39,13 +39,13 @@ _PLACES = 6  # fields of a position before what it waits for
 
 
 class Position(msgspec.Struct, frozen=True):
-    """Where a rank was last seen.
+    """Position of a rank at its last mark.
 
     `case_index` counts the cases of a launch, `arm` and `stage` index ARMS and STAGES. `since_ns` is CLOCK_MONOTONIC
     in nanoseconds, comparable between the processes of one host. `step` counts the stages entered since the case
-    began: all ranks of a case pass the same ones, some of them several times. `pid` is 0 for a rank of another host.
-    `waiting` and `kind` index waits.KINDS: what the rank waits for now, and the last collective that it entered, which
-    is number `entered` of the case, on `device` (-1: the host).
+    began: all ranks of a case pass the same stages, some of them several times. `pid` is 0 for a rank of another host.
+    `waiting` and `kind` index waits.KINDS: the rank's current wait, and the last collective that it entered, which is
+    number `entered` of the case, on `device` (-1: the host).
     """
 
     case_index: int
@@ -61,38 +61,38 @@ class Position(msgspec.Struct, frozen=True):
 
     @property
     def is_known(self) -> bool:
-        """Whether there are such an arm, stage, wait and collective."""
+        """Whether arm, stage, wait and collective are valid indices."""
         waiting, kind = (0 <= number < len(waits.KINDS) for number in (self.waiting, self.kind))
         return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES) and waiting and kind
 
     @property
     def stage_name(self) -> str:
-        """The stage in words."""
+        """Name of the stage."""
         return STAGES[self.stage]
 
     @property
     def arm_name(self) -> str:
-        """The arm in words; empty between arms."""
+        """Name of the arm; empty between arms."""
         return ARMS[self.arm]
 
     @property
     def place(self) -> str:
-        """Arm and stage, as a message says it."""
+        """Arm and stage, as messages name them."""
         return f"{self.arm_name}/{self.stage_name}" if self.arm else self.stage_name
 
     @property
     def progress(self) -> tuple[int, int, int]:
-        """How far the rank has come, comparable between the ranks of a launch: case, stage, collective."""
+        """Progress of the rank, comparable between the ranks of a launch: case, stage, collective."""
         return self.case_index, self.step, self.entered
 
     @property
     def waits_for(self) -> str:
-        """What the rank waits for, in words; empty where it does not say."""
+        """Name of the rank's wait; empty where the rank declares none."""
         return waits.KINDS[self.waiting]
 
     @property
     def collective(self) -> str:
-        """The last collective that the rank entered in this case, as a message names it; empty where there is none."""
+        """The last collective that the rank entered in this case, as messages name it; empty for none."""
         if not self.entered:
             return ""
         where = " on a device" if self.device != waits.HOST else ""
@@ -103,7 +103,7 @@ class Breadcrumbs:
     """The writer's side, one for each rank."""
 
     def __init__(self, path: Path | None) -> None:
-        """Map `path`, made anew, and write what this process waits for there; None keeps the position in memory."""
+        """Map a new file at `path` and record this process's waits there; None keeps the position in memory."""
         self._file = None
         self._pid, self._space = os.getpid(), pid_space()
         if path is None:
@@ -121,7 +121,7 @@ class Breadcrumbs:
 
     @property
     def case_index(self) -> int:
-        """The number of the case in its launch; another one begins to count collectives anew."""
+        """Index of the case in its launch; setting another one restarts the count of collectives."""
         return self._case_index
 
     @case_index.setter
@@ -136,15 +136,15 @@ class Breadcrumbs:
         self._step = self._step + 1 if number else 0
         record = _RECORD.pack(self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step, self._space)
         self._map[: _RECORD.size] = (
-            record  # pack_into would zero it first, and a reader would see a rank with no process
+            record  # pack_into would zero it first, and a reader would see a rank without a process
         )
 
     def position(self) -> Position:
-        """Return the position written last."""
+        """The position written last."""
         return Position(*_RECORD.unpack_from(self._map)[:-1], *_WAITS.unpack_from(self._map, _RECORD.size))
 
     def close(self) -> None:
-        """Write that the rank waits for the launch to end, and unmap the file; it stays on disk."""
+        """Record the wait for the end of the launch, and unmap the file; it stays on disk."""
         if self._file is None or not isinstance(self._map, mmap.mmap):
             return
         waits.waiting("end of the launch").__enter__()
@@ -155,15 +155,15 @@ class Breadcrumbs:
 
 
 def write_position(path: Path, position: Position) -> None:
-    """Leave in `path` what a rank of another host has told of itself."""
+    """Write the position that a rank of another host has sent."""
     fields = msgspec.structs.astuple(position)
     path.write_bytes(_RECORD.pack(*fields[:_PLACES], pid_space()) + _WAITS.pack(*fields[_PLACES:]))
 
 
 def read_position(path: Path) -> Position | None:
-    """Return what a rank wrote last to `path`, or None where it never started writing, or the file is no such file.
+    """Last position written to `path`; None where the rank never wrote one, or the file has another format.
 
-    A process id of another host says nothing here, and comes as 0.
+    A process id of another host is meaningless here, and is returned as 0.
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Cases one after another until each has an ending, whatever becomes of the ranks."""
+"""Run cases one after another until each has an ending, even if ranks are lost."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ from distbench.verify.records import Outcome
 _WORST_SHOWN = 32
 
 Launch = Callable[[Job, Callable[[Entry | None], None], Sequence[int], Hub | None], Ending | None]
-"""What `supervise` does."""
+"""The signature of `supervise`."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a case that lost its ranks is tried again, and after how many that ended so, in a row, to stop.
+    """Retries of a case that lost its ranks, and the number of lost cases in a row that stops the campaign.
 
-    No case is begun that cannot be expected to end by the `deadline`, and none is under way after it.
+    No case begins that is not expected to end by the `deadline`; a case under way is ended then.
     """
 
     retries: int = 0
@@ -65,9 +65,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Campaign:
-    """Runs entries launch after launch, keeping count; results are in the journal."""
+    """Runs entries launch after launch and counts them; results are in the journal."""
 
-    def __init__(  # noqa: PLR0913 - what, where to, and how
+    def __init__(  # noqa: PLR0913 - the entries, the folder and the rules
         self,
         entries: Sequence[Entry],
         out: Path,
@@ -77,9 +77,9 @@ class Campaign:
         hub: Hub | None = None,
         launch: Launch | None = None,
     ) -> None:
-        """Take up the journal of `out`: cases that it holds are not run again, but held against what is expected now.
+        """Continue the journal of `out`: cases with a result are not run again, but judged by the current expectation.
 
-        `bundle` is as in `Job`. `launch` runs a job to its end, as `supervise` does where there is none.
+        `bundle` is as in `Job`. `launch` runs a job to its end; the default is `supervise`.
         """
         repair_journal(out)
         expect_anew(out, entries)
@@ -104,14 +104,14 @@ class Campaign:
         self._summary = Summary(suite=entries[0].suite if entries else "", cases=len(entries))
 
     def run(self, report_paths: tuple[str, ...] = ()) -> Summary:
-        """Run what is left and return the summary, which is also written to summary.json.
+        """Run the remaining cases and return the summary, which is also written to summary.json.
 
         Raises:
-            Interrupted: by a signal, after summary.json was written.
-            LaunchFailed: no ranks can be had, likewise.
-            ResultsLost: others changed the results meanwhile, likewise.
-            NodesMissing: not all nodes came, likewise.
-            DiskFull: a rank had no room for its results, likewise if there is room for it.
+            Interrupted: by a signal. summary.json is written first, for this and every error below.
+            LaunchFailed: no ranks could be started.
+            ResultsLost: another process changed the results.
+            NodesMissing: not all nodes joined.
+            DiskFull: a rank had no room for its results; summary.json is written if there is room for it.
 
         """
         with collect_signals() as signals, _writable():
@@ -132,13 +132,13 @@ class Campaign:
         return self._summary
 
     def _try_to_write_summary(self, exit_code: int | None = None) -> None:
-        with contextlib.suppress(OSError):  # the folder may have gone, and the error that ends the campaign says so
+        with contextlib.suppress(OSError):  # the folder may be gone; the error that ends the campaign says so
             self._write_summary(exit_code)
 
     def conclude(self, ending: Ending | None) -> Summary:
-        """Take the journal as it is, record `ending` for the case on which the launch ended, and run nothing.
+        """Read the journal, record `ending` for the case on which the launch ended, and run nothing.
 
-        Where that case has a result it stays, and `ending` is an event of the summary: nobody saw the ranks end.
+        A result of that case stays, and `ending` becomes an event of the summary: no supervisor saw the ranks end.
         """
         self._take_new_lines(quiet=True)
         if ending is not None:
@@ -167,7 +167,7 @@ class Campaign:
                 if self._summary.stopped:
                     return
             elif len(self._finished) == before and self._in_time(pending):
-                message = f"the ranks came to their end and left no result; was {self._out / RESULTS} taken away?"
+                message = f"the ranks ended without a result; was {self._out / RESULTS} removed?"
                 raise LaunchFailed(message)
 
     def _in_time(self, pending: Sequence[Entry]) -> bool:
@@ -175,7 +175,7 @@ class Campaign:
         return any(self._pace.fits(entry.case, self._rules.deadline) for entry in pending)
 
     def _leave_for_time(self) -> None:
-        """Note the cases that have no result since the time is over, or too short for them."""
+        """Record the cases without a result because the time is over, or too short for them."""
         self._take_new_lines()
         pending, deadline = self._pending(), self._rules.deadline
         if not pending or deadline is None:
@@ -187,12 +187,12 @@ class Campaign:
         self._summary.stopped = f"{len(pending)} cases left out for time ({why}); the same command goes on with them"
 
     def _take_ending(self, ending: Ending, job: Job) -> None:
-        """Give the case on which a launch ended its result, unless it is to be tried again.
+        """Record the result of the case on which a launch ended, unless the case is to be retried.
 
-        One that it has already is taken back: a rank was lost after all, behind the last barrier or outside the group.
+        A result that it already has is revoked: a rank was lost after all, past the last barrier or outside the group.
 
         Raises:
-            DiskFull: there is no room, which may be all that ended the ranks.
+            DiskFull: no room is left, which may be the only reason why the ranks ended.
 
         """
         entry = self._entry_of(ending, job)
@@ -210,7 +210,7 @@ class Campaign:
             self._finished_by_then = len(self._finished)
 
     def _entry_of(self, ending: Ending, job: Job) -> Entry | None:
-        """Return the case on which a launch ended. A lost host takes no result back: it had sent its part of that."""
+        """The case on which a launch ended. A lost host revokes no result: it had sent its share of that."""
         if ending.case_index is None:
             return None
         entries = job.entries[ending.case_index :]
@@ -222,7 +222,7 @@ class Campaign:
         self._summary.events += dict.fromkeys(reason.message for reason in ending.reasons)
 
     def _enough(self, ending: Ending) -> str:
-        """Return why no further launch is to be made, or nothing."""
+        """Reason to make no further launch; empty for none."""
         if ending.last:
             return "; ".join(reason.message for reason in ending.reasons)
         if self._faults_in_row >= self._rules.max_faults:
@@ -233,7 +233,7 @@ class Campaign:
         return tuple(entry for entry in self._entries if case_hash(entry.case) not in self._finished)
 
     def _revoke(self, digest: str) -> None:
-        """Take back what was written of a case."""
+        """Delete the result of a case."""
         filter_journal(self._out, lambda line: line.case.hash != digest)
         as_expected = self._summary.as_expected
         self._reader = JournalReader(self._out)
@@ -266,7 +266,7 @@ class Campaign:
                 self._record(entry, refusal(entry), self._job((entry,)))
 
     def _record(self, entry: Entry, outcome: Outcome, job: Job, *, lost: bool = False) -> None:
-        """Write down the ending of a case that its ranks did not: they are `lost`, or have never seen it."""
+        """Write the result of a case whose ranks did not: they are `lost`, or never saw it."""
         where = machines(self._out, entry.case.ep_size) if lost else {}
         hosts = {rank: machine.host for rank, machine in where.items()}
         devices = ["cpu" if entry.case.device == "cpu" else machine.device for machine in where.values()]
@@ -287,7 +287,7 @@ class Campaign:
     def _tick(self, current: Entry | None) -> None:
         try:
             self._take_new_lines()
-        except InvalidCase as error:  # the ranks write no such line
+        except InvalidCase as error:  # the ranks write no line like this
             raise ResultsLost(str(error)) from error
         self._progress.refresh(current.name if current else "")
 
@@ -314,7 +314,7 @@ class Campaign:
             self._summary.unexpected.append({"name": line.name, "verdict": line.verdict.value, "hash": line.case.hash})
 
     def _write_summary(self, exit_code: int | None = None) -> None:
-        """Write summary.json; `exit_code` is that of an error that ends the command, and counts before the cases'."""
+        """Write summary.json; `exit_code` is that of an error that ends the command, and takes precedence."""
         self._summary.finished = len(self._finished)
         self._summary.verdicts = dict(self._verdicts)
         self._summary.limits = dict(self._limits)
@@ -330,7 +330,7 @@ class Campaign:
 
 @contextlib.contextmanager
 def _writable() -> Iterator[None]:
-    """Say of a file that cannot be written, unless the disk is full, that others changed the folder."""
+    """Report a file that cannot be written, unless the disk is full, as a folder changed by another process."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
-"""The case: everything that decides what one run does, frozen, validated and hashed.
+"""The case: all that decides one run, frozen, validated and hashed.
 
-Nothing in it is optional (resolve.py puts it together). Two ranks that hold the same `case_hash` hold the same case.
+Nothing in it is optional (resolve.py fills it in). Two ranks with the same `case_hash` hold the same case.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _help(text: str) -> msgspec.Meta:
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One test: a model layer, a routing, a limit and how it is judged. Field descriptions are the help texts."""
+    """One test: a model layer, a routing, a limit and the rules of judgement. Field descriptions are the help texts."""
 
     model: Annotated[
         str, _help("preset of the MoE layer, see `distbench presets`; custom where a dimension is not the preset's")
@@ -52,14 +52,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str, _help("SGLang release whose variables and receive bound apply; empty: the newest known")
     ] = ""
     two_batch_overlap: Annotated[
-        bool, _help("production overlaps two batches; it cuts at no receive bound then. Nothing else follows from it")
+        bool, _help("production overlaps two batches and then cuts at no receive bound; no other effect")
     ] = False
     tp_size: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=1 << 16)],
-        _help("production's tensor-parallel size; 0: the ranks. With another it cuts at no receive bound"),
+        _help("production's tensor-parallel size; 0: the ranks. With any other size it cuts at no receive bound"),
     ] = 0
     sender_rows: Annotated[
-        str, _help("tokens of the ranks as the scheduler's metadata has them, such as 9,7; empty: as they are")
+        str, _help("tokens of the ranks in the scheduler's metadata, such as 9,7; empty: the real ones")
     ] = ""
     policy: Annotated[
         Literal["strict", "unchecked", "guard"],
@@ -73,21 +73,23 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Literal["bf16", "fp8"], _help("payload type; fp8 is e4m3 with a scale per 128 columns")
     ] = "bf16"
     fp8_format: Annotated[
-        Fp8Format, _help("the fp8 of the device, real or emulated: e4m3fnuz on gfx942; given, no device is looked at")
+        Fp8Format, _help("the device's fp8, real or emulated: e4m3fnuz on gfx942; given, no device is queried")
     ] = "e4m3fn"
     numerics: Annotated[
         Literal["both", "exact", "gaussian"],
-        _help("inputs: exact in any summation order, which decides bits, realistic, which decides errors, or both"),
+        _help("inputs: exact in any summation order (decides bits), realistic (decides errors), or both"),
     ] = "both"
-    require: Annotated[
-        Literal["bitwise", "tolerance"], _help("what counts as equal where the numerics are gaussian alone")
-    ] = "bitwise"
-    transport: Annotated[Literal["collective", "mori"], _help("what moves the rows")] = "collective"
-    experts: Annotated[Literal["reference", "triton", "aiter"], _help("what computes them")] = "reference"
+    require: Annotated[Literal["bitwise", "tolerance"], _help("equality where the numerics are gaussian alone")] = (
+        "bitwise"
+    )
+    transport: Annotated[Literal["collective", "mori"], _help("library that moves the rows")] = "collective"
+    experts: Annotated[Literal["reference", "triton", "aiter"], _help("library that computes the experts")] = (
+        "reference"
+    )
     aiter_habits: Annotated[
         str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
     ] = ""
-    emulate: Annotated[bool, _help("distbench's stand-ins in the place of the packages mori and aiter")] = False
+    emulate: Annotated[bool, _help("replace the packages mori and aiter by distbench's stand-ins")] = False
     mori_kernel: Annotated[
         Literal["auto", "IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL"],
         _help("transport mori: its kernel type; auto chooses as SGLang does"),
@@ -97,7 +99,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 256
     gpu_per_node: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=1024)],
-        _help("transport mori: ranks of a node; 0 for those that the launch has there. Other numbers: only emulated"),
+        _help("transport mori: ranks of a node; 0 for the launch's ranks per node. Other numbers: only emulated"),
     ] = 0
     combine_quant: Annotated[
         Literal["none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise"],
@@ -128,7 +130,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     kernel_table_sha256: Annotated[str, _help("digest of the table's bytes, filled in when it is read")] = ""
     aiter_ksplit: Annotated[
         Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)],
-        _help("AITER_KSPLIT: parts of K without a tuned row, where not 0; -1: tuned rows split nothing either"),
+        _help("AITER_KSPLIT: parts of K without a tuned row, where not 0; -1: no split in tuned rows either"),
     ] = 0
     aiter_bypass_tune: Annotated[bool, _help("AITER_BYPASS_TUNE_CONFIG: tuned rows are ignored")] = False
     aiter_version: Annotated[str, _help("aiter release whose selection rules apply; empty: the newest known")] = ""
@@ -141,11 +143,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Literal["auto", "rows", "digests"], _help("what rank 0 compares: rows, 128-bit digests, or by size")
     ] = "auto"
     until_failure: Annotated[
-        bool, _help("end the repeats, 10000 where no number is given, with the first one that differs")
+        bool, _help("stop the repeats, 10000 where no number is given, at the first one that differs")
     ] = False
     jitter: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=60_000)],
-        _help("milliseconds: each rank waits a seeded random time of up to so many before each stage"),
+        _help("milliseconds: each rank waits a seeded random time of at most this before each stage"),
     ] = 0.0
     inject: Annotated[
         str,
@@ -161,11 +163,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = 5
     median_error: Annotated[
         Annotated[float, msgspec.Meta(ge=0, le=1)],
-        _help("timing stops once the median is known to this share of it, with 95 % confidence; 0: all iterations"),
+        _help("timing stops once the median's 95 % CI is within this share of it; 0: all iterations"),
     ] = 0.0
     flush_l2: Annotated[bool, _help("overwrite the L2 cache before each timed iteration")] = False
     align: Annotated[
-        Literal["barrier", "free"], _help("ranks start a timed iteration together, or each when it has ended the last")
+        Literal["barrier", "free"], _help("ranks start a timed iteration together, or each after its previous one")
     ] = "barrier"
     graph: Annotated[bool, _help("run the experts from a CUDA graph, captured for each number of rows")] = False
     timeout: Annotated[Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take")] = 300.0
@@ -183,7 +185,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def stand_ins(self) -> list[str]:
-        """What runs in the place of mori and aiter."""
+        """The stand-ins that replace mori and aiter."""
         known = STAND_INS | (EMULATED if self.emulate else {})
         return [known[name] for name in (self.transport, self.experts) if name in known]
 
@@ -204,7 +206,7 @@ def inputs_of(case: Case) -> tuple[Literal["exact", "gaussian"], ...]:
 def with_inputs(case: Case, inputs: Literal["exact", "gaussian"]) -> Case:
     """The part of a case that runs with one kind of inputs.
 
-    Of both, exact inputs decide bits and gaussian ones only errors: these run once, untimed, and need not repeat bits.
+    With both, exact inputs decide bits. Gaussian inputs decide errors only: they run once, untimed, and may not repeat.
     """
     if case.numerics != "both":
         return case

@@ -1,4 +1,4 @@
-"""The command line: parse, hand over, and turn every ending into an exit code."""
+"""The command line: parse, dispatch, and map every ending to an exit code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at interpreter exit
         return _SIGPIPE_EXIT_CODE
     except DistbenchError as error:
         rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
@@ -78,11 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _next_time(*, resumes: bool, lost: bool = False) -> str:
-    """What the same command does when it is given again; `lost` says that results have gone that it had found."""
+    """Effect of running the same command again; `lost`: results that it had found are gone."""
     if resumes and lost:
         return "the same command goes on with the results that are still there"
     if resumes:
-        return "what had finished is kept, the same command goes on from there"
+        return "finished results are kept; the same command resumes"
     return "the same command starts from the beginning"
 
 
@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is a pipe that nobody reads any more, as behind `| head`; another pipe may be the broken one."""
+    """Whether stdout is a pipe without a reader, as behind `| head`; another pipe may be the broken one."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--end-with-stdin",
         action="store_true",
-        help="end, as by SIGTERM, when standard input does that has brought something: for launchers on other machines",
+        help="exit as by SIGTERM on stdin EOF, once at least one byte has arrived: for launchers on other machines",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (

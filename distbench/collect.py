@@ -1,4 +1,4 @@
-"""Verdicts after the fact: from what the ranks of a plain torchrun left in their folder."""
+"""Verdicts after the fact, from the files that the ranks of a plain torchrun left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distbench.values import one_line
 
 
 def collect(out: Path, lock_timeout_s: float = 0.0) -> Summary:
-    """Give the case that was in flight its verdict, and write summary.json. Cases that never began stay open.
+    """Write the verdict of the case in flight, and summary.json. Cases that never began stay open.
 
     Raises:
         InvalidCase: `out` holds no job, or one whose supervisor has written its verdicts.
@@ -40,7 +40,7 @@ def _collect(out: Path) -> Summary:
         message = f"{job_path(out)}: {one_line(error)}; give the --out folder of a run"
         raise InvalidCase(message) from error
     if job.supervised:
-        message = f"{out}: its verdicts are there, since distbench started its ranks; go on with the same command"
+        message = f"{out}: its verdicts are complete, since distbench started its ranks; resume with the same command"
         raise InvalidCase(message)
     job = msgspec.structs.replace(job, out=str(out))  # the folder may have moved, and a path may be relative
     seen = positions(job)

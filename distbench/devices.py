@@ -1,6 +1,6 @@
-"""Accelerators of this node: how many there are, which ranks take them, and their state while something is timed.
+"""Accelerators of this node: their number, the ranks that take them, and their state during a timing.
 
-torch calls them `cuda` on NVIDIA and on ROCm alike. What only one vendor has is asked for here, and may be missing.
+torch calls them `cuda` on NVIDIA and on ROCm alike. Facts that only one vendor provides are queried here, and optional.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SLOW_SHARE = 0.9
 
 
 class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
-    """A device that runs what was timed; None and empty where nothing here could tell.
+    """State of a device that ran a timing; unknown values are None or empty.
 
     `clock_mhz` and `max_clock_mhz` are those of the compute units, `processes` counts those that hold memory on it.
     """
@@ -42,7 +42,7 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
     processes: int | None = None
 
     def doubts(self) -> list[str]:
-        """Return what makes a time taken on this device doubtful."""
+        """Reasons to doubt a time taken on this device."""
         found = []
         if self.clock_mhz is not None and self.max_clock_mhz and self.clock_mhz < _SLOW_SHARE * self.max_clock_mhz:
             found.append(f"its clock is {self.clock_mhz} MHz of {self.max_clock_mhz}")
@@ -58,10 +58,10 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def count_devices() -> int:
-    """Return the number of devices that torch can use. Loads torch only where the system has a device at all.
+    """Number of devices that torch can use. Loads torch only where the system has a device at all.
 
-    Starts no CUDA context where the vendor's management library is there. Ranks are forked from another process, which
-    never asks.
+    Creates no CUDA context where the vendor's management library is present. Ranks are forked from another process,
+    which never calls this.
     """
     if not any(path for pattern in _NODES for path in Path("/").glob(pattern.removeprefix("/"))):
         return 0
@@ -71,9 +71,9 @@ def count_devices() -> int:
 
 
 def compute_units(environ: Mapping[str, str] = os.environ) -> int | None:
-    """Return the compute units of each ROCm device of this node, as aiter counts them, without waking a device.
+    """Compute units of each ROCm device of this node, as aiter counts them, without waking a device.
 
-    CU_NUM says otherwise, there as here. None where there is no such device, or where they are not alike.
+    CU_NUM overrides them, as in aiter. None where there is no such device, or where the devices differ.
     """
     told = environ.get("CU_NUM", "")
     if told.isdecimal() and int(told):
@@ -84,16 +84,16 @@ def compute_units(environ: Mapping[str, str] = os.environ) -> int | None:
 
 @functools.cache
 def architecture() -> str:
-    """Return the architecture of this node's ROCm devices, such as gfx942, without waking a device; empty for none.
+    """Architecture of this node's ROCm devices, such as gfx942, without waking a device; empty for none.
 
-    Empty too where they are not alike.
+    Empty as well where the devices differ.
     """
     found = {_gfx_of(node) for node in _KFD_NODES.glob("*/properties")} - {""}
     return found.pop() if len(found) == 1 else ""
 
 
 def _units_of(properties: Path) -> int:
-    """Return the compute units of a node of the kernel driver, 0 for a CPU; rocminfo has them from there too."""
+    """Compute units of a node of the kernel driver (rocminfo's source, too); 0 for a CPU."""
     with contextlib.suppress(OSError, ValueError, KeyError, ZeroDivisionError):
         values = _read_properties(properties)
         return values["simd_count"] // values["simd_per_cu"]
@@ -101,7 +101,7 @@ def _units_of(properties: Path) -> int:
 
 
 def _gfx_of(properties: Path) -> str:
-    """Return the architecture of a node of the kernel driver, which has it as 90402 for gfx942; nothing for a CPU."""
+    """Architecture of a node of the kernel driver, which stores 90402 for gfx942; empty for a CPU."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         version = _read_properties(properties)["gfx_target_version"]
         return f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}" if version else ""
@@ -132,7 +132,7 @@ def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:
 
 
 def devices_to_hold(asked: Sequence[str], local_ranks: int, available: int) -> tuple[str, ...]:
-    """Return the names of the devices that cases asking for `asked` take for themselves: none if all run on the CPU.
+    """Names of the devices that cases asking for `asked` hold exclusively; none if all run on the CPU.
 
     Raises:
         Unsupported: as `runs_on_device`.
@@ -144,10 +144,10 @@ def devices_to_hold(asked: Sequence[str], local_ranks: int, available: int) -> t
 
 
 def _physical(environ: Mapping[str, str], available: int) -> list[str]:
-    """Return what the node calls the devices that this process sees, so that two processes mean the same one.
+    """Node-wide names of the devices that this process sees, so that two processes name the same device alike.
 
-    That is the driver's UUID, or a number where nothing tells one. On ROCm the runtime's variable comes first, and
-    HIP counts within what it leaves.
+    The driver's UUID, or a number where it is unknown. On ROCm the runtime's variable applies first, and HIP counts
+    within the devices that it leaves visible.
     """
     visible = _nvidia_uuids()
     variables = ["CUDA_VISIBLE_DEVICES"]
@@ -162,26 +162,26 @@ def _physical(environ: Mapping[str, str], available: int) -> list[str]:
 
 
 def _named(word: str, devices: Sequence[str]) -> str:
-    """Return which of `devices` a word of such a variable means: by number or UUID, of which the beginning will do."""
+    """The one of `devices` that a word of such a variable names: by number, UUID, or prefix of a UUID."""
     if word.isdecimal() and int(word) < len(devices):
         return devices[int(word)]
     return next((device for device in devices if device.startswith(word)), word)
 
 
 def _nvidia_uuids() -> list[str]:
-    """Return the UUIDs of this node's NVIDIA devices in their order, none where nvidia-smi does not tell."""
+    """UUIDs of this node's NVIDIA devices in order; empty where nvidia-smi fails."""
     return _smi("--query-gpu=uuid")
 
 
 def _rocm_uuids() -> list[str]:
-    """Return the UUIDs of this node's ROCm devices in their order, none where the kernel driver does not tell all."""
+    """UUIDs of this node's ROCm devices in order; empty where the kernel driver does not list all."""
     nodes = sorted(_KFD_NODES.glob("*/properties"), key=lambda path: int(path.parent.name))
     found = [f"GPU-{_read_properties(node).get('unique_id', 0):016x}" for node in nodes if _units_of(node)]
     return found if len({*found, _UNKNOWN_UUID}) == len(found) + 1 else []
 
 
 def device_state(index: int) -> DeviceState:
-    """Return the state of torch's device `index` now."""
+    """Current state of torch's device `index`."""
     import torch  # noqa: PLC0415 - ranks have it
 
     name = torch.cuda.get_device_name(index)
@@ -207,13 +207,13 @@ def device_state(index: int) -> DeviceState:
 
 
 def _rocm_state(name: str, index: int) -> DeviceState:
-    """Return what torch has of amdsmi, where that is installed: clock in MHz, degrees Celsius, watts; 0 for unknown."""
+    """Clock in MHz, degrees Celsius or watts by torch's use of amdsmi, where installed; 0 for unknown."""
     import torch  # noqa: PLC0415 - ranks have it
 
     found = []
     for ask in (torch.cuda.clock_rate, torch.cuda.temperature, torch.cuda.power_draw):
         value = None
-        with contextlib.suppress(Exception):  # ModuleNotFoundError, RuntimeError, or one of amdsmi's own
+        with contextlib.suppress(Exception):  # ModuleNotFoundError, RuntimeError, or an exception of amdsmi
             value = int(ask(index)) or None
         found.append(value)
     clock, celsius, watts = found
@@ -222,10 +222,10 @@ def _rocm_state(name: str, index: int) -> DeviceState:
 
 
 def free_device_bytes(held: Sequence[str]) -> int | None:
-    """Return the memory that is free on the fullest of the devices `held`, as `devices_to_hold` names them.
+    """Free bytes on the fullest of the devices `held`, as `devices_to_hold` names them.
 
-    None where nothing tells. nvidia-smi does without a CUDA context; elsewhere torch is asked in a process of its own,
-    since its context would take some of that memory and stay.
+    None where unknown. nvidia-smi needs no CUDA context. Elsewhere a separate process asks torch, whose context would
+    take part of that memory and stay.
     """
     names = ",".join(one.removeprefix("cuda:") for one in held)
     mebibytes = [_number(line) for line in _smi("--query-gpu=memory.free", names)]
@@ -238,7 +238,7 @@ def free_device_bytes(held: Sequence[str]) -> int | None:
 
 
 def _smi(query: str, device: str = "") -> list[str]:
-    """Ask nvidia-smi about a device, or all; no lines where there is none, as on ROCm, or it does not answer."""
+    """Lines of an nvidia-smi query about a device, or all; empty without nvidia-smi (ROCm), or where it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -262,7 +262,7 @@ def _number(text: str) -> int | None:
 
 
 def _throttled(reasons: str) -> bool | None:
-    """Whether NVML's bits name a power cap (0x4, 0x80) or heat (0x20, 0x40), or another slowdown of hardware (0x8)."""
+    """Whether NVML's bits name a power cap (0x4, 0x80), heat (0x20, 0x40), or another hardware slowdown (0x8)."""
     try:
         return bool(int(reasons, 16) & 0xEC)
     except ValueError:

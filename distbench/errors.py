@@ -14,7 +14,7 @@ from enum import Enum
 
 
 class Verdict(str, Enum):
-    """How a case ends, most fundamental cause first (docs/verdicts.md)."""
+    """Ending of a case, most fundamental cause first (docs/verdicts.md)."""
 
     INVALID = "INVALID"
     UNSUPPORTED = "UNSUPPORTED"
@@ -30,7 +30,7 @@ class Verdict(str, Enum):
 
     @property
     def exit_code(self) -> int:
-        """The process exit code that stands for this verdict."""
+        """The process exit code of this verdict."""
         return _EXIT_CODES.get(self, 1)
 
 
@@ -44,19 +44,19 @@ _EXIT_CODES = {
 
 
 OUT_OF_TIME = 75
-"""The exit code of results that are as expected, of a suite whose time was over before its last case (EX_TEMPFAIL)."""
+"""Exit code of a suite whose results are as expected but whose time ended before its last case (EX_TEMPFAIL)."""
 
-# A suite's exit code is its worst case's: a lost rank before a wrong result before a bad case before a missing part.
+# A suite's exit code is its worst case's: lost rank, then wrong result, then bad case, then missing part.
 _WORST_FIRST = (3, 1, 2, 77, OUT_OF_TIME, 0)
 
 
 def worst_exit_code(codes: Iterable[int]) -> int:
-    """Return the exit code that stands for all of `codes`; 0 for none."""
+    """The exit code of `codes` taken together; 0 for none."""
     return min(codes, key=_WORST_FIRST.index, default=0)
 
 
 def suite_code(exit_code: int, *, as_expected: bool) -> int:
-    """Return what a case adds to its suite's exit code: nothing where it ended as expected, else never 0."""
+    """Contribution of a case to its suite's exit code: 0 where it ended as expected, else never 0."""
     return 0 if as_expected else exit_code or 1
 
 
@@ -83,7 +83,7 @@ class InvalidCase(DistbenchError):
 
 
 class Unsupported(DistbenchError):
-    """This machine lacks what the case needs; nothing is put in its place."""
+    """This machine lacks a part that the case needs; no other part replaces it."""
 
     verdict = Verdict.UNSUPPORTED
 
@@ -95,7 +95,7 @@ class Overflow(DistbenchError):
 
 
 class Busy(DistbenchError):
-    """Another process holds what this run needs for itself. Not a verdict: no case was looked at."""
+    """Another process holds a resource that this run needs exclusively. Not a verdict: no case was examined."""
 
     label = "BUSY"
     exit_code = 3
@@ -116,7 +116,7 @@ class LaunchFailed(DistbenchError):
 
 
 class DiskFull(DistbenchError):
-    """There was no room for what had to be written. Not a verdict: no case is to blame."""
+    """No disk space was left for an output. Not a verdict: no case is to blame."""
 
     label = "DISK_FULL"
     exit_code = 3
@@ -126,17 +126,17 @@ class DiskFull(DistbenchError):
 
 
 class ResultsLost(DistbenchError):
-    """Files of the results were removed or changed by others while ranks ran. Not a verdict: no case is to blame."""
+    """Another process removed or changed results while ranks ran. Not a verdict: no case is to blame."""
 
     label = "RESULTS_LOST"
     exit_code = 3
 
     def __init__(self, what: str) -> None:
         super().__init__(
-            f"{what}; no rank is left: let nobody else write to the folder, or name another one with --out"
+            f"{what}; no rank is left: keep other processes out of the folder, or name another one with --out"
         )
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk, or somebody's share of it, is full."""
+    """Whether an error says that a disk, or a user's quota, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,4 +1,4 @@
-"""What a suite expects of a case: a verdict, perhaps with the codes of its reasons, or what follows from the limit."""
+"""Expected ending of a suite's case: a verdict, optionally with reason codes, or derived from the limit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ALLOWED = f"{_WORDS}, or VERDICT:CODE,CODE (docs/suites.md)"
 
 
 def is_expectation(text: str) -> bool:
-    """Whether `text` is something that can be expected."""
+    """Whether `text` is a valid expectation."""
     if text in {BY_LIMIT, BY_KERNEL}:
         return True
     verdict, colon, codes = text.partition(":")
@@ -60,8 +60,8 @@ def expected_verdict(expect: str) -> str:
 def is_met(expect: str, verdict: Verdict, codes: Iterable[str], *, safe: bool, policy: str) -> bool:
     """Whether a case ended as expected: with the verdict and, where codes are named, for no other reason.
 
-    `codes` are those of all reasons for the verdict, which is the worst that was found. `safe` says that the limit
-    loses no row of this batch.
+    `codes` are those of all reasons for the verdict, which is the worst one found. `safe`: the limit loses no row of
+    this batch.
     """
     if expect == BY_LIMIT:
         return verdict is (Verdict.PASS if safe or policy == "guard" else Verdict.UNDER_LIMIT)

@@ -1,7 +1,7 @@
-"""torch's flight recorder of NCCL collectives, read in its JSON form: which rank's device has not come to which.
+"""torch's flight recorder of NCCL collectives, in its JSON form: which device has not reached which collective.
 
-The recorder runs unless TORCH_FR_BUFFER_SIZE is 0. It numbers the collectives of each process group, and says of each
-whether it was scheduled by the host, has started on the device (see START_EVENTS), or is completed.
+The recorder runs unless TORCH_FR_BUFFER_SIZE is 0. It numbers the collectives of each process group and records for
+each whether the host scheduled it, whether it started on the device (see START_EVENTS), and whether it completed.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 START_EVENTS = "TORCH_NCCL_ENABLE_TIMING"
-"""The variable that, at 1, has torch record an event at the start of each collective."""
+"""Environment variable; 1 makes torch record an event at the start of each collective."""
 
 _MARK = "NCCL flight recorder: "
 _STATES = ("scheduled", "started", "completed")
 
 
 class _Collective(msgspec.Struct):
-    """An entry of the recorder, as far as it is read. `process_group` is a name and a description."""
+    """An entry of the recorder, reduced to the fields read here. `process_group` is a name and a description."""
 
     process_group: list[str]
     collective_seq_id: int
@@ -33,10 +33,10 @@ class _Recording(msgspec.Struct):
 
 
 class Group(msgspec.Struct, frozen=True):
-    """What one rank's recorder says of one process group.
+    """State of one process group in one rank's recorder.
 
     `entered` is the number of the last collective that the host entered, `name` its name. `pending` is the number of
-    the first that is not completed, 0 where all are, `pending_name` its name, and `state` how far it has come.
+    the first incomplete one, 0 where all are complete, `pending_name` its name, and `state` its progress.
     """
 
     group: str
@@ -48,7 +48,7 @@ class Group(msgspec.Struct, frozen=True):
 
 
 def last_collectives(recording: bytes | str) -> list[Group]:
-    """Return what a recording in JSON says of each process group; nothing where it is no such recording."""
+    """State of each process group in a JSON recording; empty for any other text."""
     try:
         entries = msgspec.json.decode(recording, type=_Recording).entries
     except msgspec.DecodeError:
@@ -69,12 +69,12 @@ def last_collectives(recording: bytes | str) -> list[Group]:
 
 
 def as_line(groups: Iterable[Group]) -> str:
-    """Return the line that stands below a rank's stacks."""
+    """The line that follows a rank's stacks."""
     return _MARK + msgspec.json.encode(list(groups)).decode()
 
 
 def from_stacks(text: str) -> dict[str, Group]:
-    """Return what the last line of its kind in a rank's stacks says, by the groups' names."""
+    """Process groups by name, from the last recorder line in a rank's stacks."""
     line = next((line for line in reversed(text.splitlines()) if line.startswith(_MARK)), "")
     try:
         groups = msgspec.json.decode(line.removeprefix(_MARK), type=list[Group])
@@ -84,16 +84,16 @@ def from_stacks(text: str) -> dict[str, Group]:
 
 
 class Late(msgspec.Struct, frozen=True):
-    """Ranks that others wait for on the device, and in what they are late."""
+    """Ranks that others wait for on the device, and the collective in which they are late."""
 
     ranks: set[int]
     told: str
 
 
 def late_ranks(recorded: Mapping[int, Mapping[str, Group]]) -> Late | None:
-    """Return the ranks that have not entered a collective that others have, or whose device has not begun it.
+    """Ranks that have not entered a collective that others have, or whose device has not begun it.
 
-    `recorded` has what each rank's recorder says. None where the recorders tell no difference.
+    `recorded` holds each rank's recorder state. None where the recorders show no difference.
     """
     for name in dict.fromkeys(name for groups in recorded.values() for name in groups):
         members = {rank: groups[name] for rank, groups in recorded.items() if name in groups}
@@ -114,7 +114,7 @@ def _not_entered(members: Mapping[int, Group]) -> Late | None:
 
 
 def _not_begun(members: Mapping[int, Group]) -> Late | None:
-    """Return the ranks whose device has come less far than others' in the first collective that is not completed."""
+    """Ranks whose device is behind the others in the first incomplete collective."""
     pending = {rank: group for rank, group in members.items() if group.pending}
     if not pending:
         return None

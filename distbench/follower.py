@@ -1,4 +1,4 @@
-"""A node other than node 0: it starts its ranks when node 0 says so, and tells how they stand."""
+"""A node other than node 0: it starts its ranks on node 0's order, and reports their state."""
 
 from __future__ import annotations
 
@@ -29,25 +29,24 @@ from distbench.unused_variables import note_of_launch
 
 
 class Timeouts(NamedTuple):
-    """How long a node waits for node 0, and for another bench to let go of devices, in seconds."""
+    """Seconds that a node waits for node 0, and for another bench to release devices."""
 
     join_s: float
     lock_s: float
 
 
 def follow(spread: Spread, secret: bytes, out: Path, timeouts: Timeouts) -> int:
-    """Take part until node 0 ends the campaign; return the exit code that it gives.
+    """Take part until node 0 ends the campaign; return the exit code that node 0 sends.
 
-    `secret` is the launch's. What the ranks leave goes below `out`, which no other node may use. Devices are held from
-    the first launch on.
+    `secret` is the launch's. Files of the ranks go below `out`, which no other node may use. Devices are held from the
+    first launch on.
 
     Raises:
-        NodeLost: node 0 did not come, or has gone; no rank is left here.
-        InvalidCase: node 0 refuses this node or has another secret, or NCCL is told to use an interface that is not
-            there.
-        Busy: another bench holds this node's devices, and did not let go within `timeouts.lock_s`.
+        NodeLost: node 0 did not appear, or has disappeared; no rank is left here.
+        InvalidCase: node 0 refuses this node or has another secret, or NCCL is configured to use a missing interface.
+        Busy: another bench holds this node's devices, and did not release them within `timeouts.lock_s`.
         Unsupported: this node has fewer devices than ranks.
-        Interrupted: a signal came; no rank is left here.
+        Interrupted: a signal arrived; no rank is left here.
 
     """
     with collect_signals() as signals, contextlib.ExitStack() as held:
@@ -62,7 +61,7 @@ def follow(spread: Spread, secret: bytes, out: Path, timeouts: Timeouts) -> int:
 
 
 class _Devices:
-    """The devices of this node, taken for all launches once the first job says which."""
+    """The devices of this node, held for all launches once the first job names them."""
 
     def __init__(self, held: contextlib.ExitStack, timeout_s: float) -> None:
         self._held = held
@@ -71,12 +70,12 @@ class _Devices:
         self._taken = False
 
     def take(self, job: Job) -> bool:
-        """Whether they are this bench's now; while they are not, ask again.
+        """Whether this bench now holds the devices; call again while it does not.
 
         Raises:
-            Busy: another bench holds one of them, and has not let go in time.
-            Unsupported: this node has fewer than ranks.
-            InvalidCase: NCCL is told to use interfaces that are not there.
+            Busy: another bench holds one of them, and has not released it in time.
+            Unsupported: this node has fewer devices than ranks.
+            InvalidCase: NCCL is configured to use missing interfaces.
 
         """
         now = time.monotonic()
@@ -115,7 +114,7 @@ class _Follower:
                 return order.exit_code
 
     def refuse(self, why: str) -> None:
-        """Tell node 0 why this node has no part in the campaign."""
+        """Send node 0 the reason why this node takes no part in the campaign."""
         self._beat.refused = why
         with contextlib.suppress(NodeLost, InvalidCase):
             self._link.tell(self._beat)
@@ -126,14 +125,14 @@ class _Follower:
         return msgspec.structs.replace(job, out=str(self._out), spread=mine)
 
     def _say_unused(self, job: Job) -> None:
-        """Print once which variables of this node do nothing: node 0's reports have its own."""
+        """Print once which variables of this node have no effect: node 0's reports contain its own."""
         note = "" if self._said else note_of_launch(os.environ, job.entries)
         self._said = True
         if note:
             print_note(f"node {self._spread.node}: {note}")
 
     def _launch(self, job: Job) -> Order | None:
-        """Run the ranks of this node; return the order that ended them, if one did: node 0 says END only once."""
+        """Run the ranks of this node; return the order that ended them, if any: node 0 sends END only once."""
         self._say_unused(job)
         clear_ranks(self._out)
         launch = job.spread.launch if job.spread else 0
@@ -184,5 +183,5 @@ class _Follower:
 
 
 def _aged(at: Position, now: int) -> Position:
-    """Return a position with its age, which is 0 where the rank has moved since `now`."""
+    """A position with its age in nanoseconds, 0 where the rank has moved since `now`."""
     return msgspec.structs.replace(at, since_ns=max(now - at.since_ns, 0), pid=0)

@@ -1,7 +1,7 @@
-"""Experts run from CUDA graphs: captured once for each number of rows, replayed with whatever the buffers hold.
+"""Experts run from CUDA graphs: captured once per number of rows, replayed with the buffers' current contents.
 
-Capturing records the kernels and their addresses; a kernel that was chosen on the host from a device value would be
-replayed wrongly, so nothing in between may read one.
+A capture records kernels and their addresses. A kernel chosen on the host from a device value would be replayed
+wrongly, so no code in between may read one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_FRESH = 4096
 
 
 class _Captured(NamedTuple):
-    """A graph and its output; bytes that the capture left allocated, and those that it had allocated besides.
+    """A graph and its output, the bytes that the capture left allocated, and its further peak bytes.
 
     The latter stay the graph's own, and count as free between replays.
     """
@@ -57,7 +57,7 @@ class GraphedExperts:
         return facts_of(self.inner)
 
     def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-        """See `CheckedExperts.check`; a replay looks at nothing."""
+        """See `CheckedExperts.check`; a replay checks nothing."""
         check_values(self.inner, topk_ids, expert_mask, num_local_tokens)
 
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
@@ -102,9 +102,9 @@ class GraphedExperts:
         return captured.output
 
     def uncounted_bytes(self, rows: int) -> int:
-        """Return what calls with `rows` rows take on the device beyond what torch counts as allocated meanwhile.
+        """Device bytes that calls with `rows` rows take beyond those that torch counts as allocated meanwhile.
 
-        That is what their graphs write besides the output, less what is left of the captures of other calls.
+        These are the bytes that their graphs write besides the output, less the remains of captures of other calls.
         """
         mine = [captured.workspace for key, captured in self._graphs.items() if key[0] == rows]
         others = [captured.kept for key, captured in self._graphs.items() if key[0] != rows]
@@ -112,7 +112,7 @@ class GraphedExperts:
 
 
 def prove_capture(experts: Experts, weights: ExpertWeights, like: TokenBatch, rows: int) -> None:
-    """Capture a call of `experts` with `rows` rows like those of `like`, none of them live, and let it go.
+    """Capture a call of `experts` with `rows` rows like those of `like`, none of them live, and discard the graph.
 
     Raises:
         Unsupported: the experts cannot be captured, on any rank.
@@ -151,7 +151,7 @@ def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> _Captured
 
 
 def _capture(call: Callable[[], Tensor]) -> _Captured:
-    """Capture `call`, and refuse what no capture allows; any other error is raised as it is."""
+    """Capture `call`, and refuse operations that no capture allows; any other error is raised as it is."""
     graph = torch.cuda.CUDAGraph()
     first: Exception | None = None
     before = torch.cuda.memory_allocated()
@@ -177,11 +177,11 @@ def _capture(call: Callable[[], Tensor]) -> _Captured:
 
 
 def _is_forbidden(error: Exception) -> bool:
-    """Whether an error is one of capturing: of cudaErrorStreamCapture..., hipErrorStreamCapture..., or torch's own."""
+    """Whether an error is one of capturing: cudaErrorStreamCapture..., hipErrorStreamCapture..., or torch's own."""
     return not isinstance(error, torch.OutOfMemoryError) and "captur" in str(error).lower()
 
 
-def replay_others(  # noqa: PLR0913 - the experts, what they are called with, and how it is judged
+def replay_others(  # noqa: PLR0913 - the experts, their arguments, and the rules of judgement
     experts: GraphedExperts,
     given: ExpertInput,
     weights: ExpertWeights,
@@ -191,9 +191,9 @@ def replay_others(  # noqa: PLR0913 - the experts, what they are called with, an
 ) -> list[Replay]:
     """Replay the graph of `given` with other tokens and live-row counts.
 
-    The buffers that `given` is a view of are overwritten; `num_local_tokens` is put back. Wrong is what differs from
-    the oracle by a bit; where inputs have none, from the same experts run without a graph: by a bit, or, where
-    `allowed` is above 0, by more than that share of a row's largest magnitude.
+    The buffers behind `given` are overwritten; `num_local_tokens` is restored. A replay is wrong if it differs from the
+    oracle by a bit. Where the inputs have no oracle, the same experts without a graph are the reference: by a bit, or,
+    where `allowed` is above 0, by more than that share of a row's largest magnitude.
     """
     live = given.num_local_tokens.clone()
     found = []

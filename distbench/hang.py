@@ -1,4 +1,4 @@
-"""Finding the rank that stands still, and those that only wait for it."""
+"""Attribution of a hang: the rank that stands still, as opposed to ranks that only wait for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distbench.verify.records import Reason
 
 _STACKS_WAIT_S = 0.5
 _SPY_S = 2.0
-# Ranks are forked at about one time, but first, and on other nodes at another time, torch has to be loaded.
+# Ranks are forked at nearly the same time, but the first launch, and other nodes, also have to load torch.
 _LOADING_S = 60.0
 
 
@@ -37,15 +37,15 @@ def find_hang(
     launched_ns: int,
     stacks_elsewhere: Callable[[], dict[int, str]] = _none_elsewhere,
 ) -> Ending | None:
-    """Return the ending where the ranks that are furthest behind have stood still past their stage's limit.
+    """The ending where the ranks furthest behind have stood still past their stage's limit; else None.
 
     Ranks are compared by case, by stage, and by the collectives that they have entered: those ahead wait for those
-    behind. Of ranks equally far, the last to enter the stage counts, and ranks whose heartbeat says that they wait are
-    not to blame; where all wait, NCCL's flight recorder may tell whose device is late. A rank that has not begun is
-    behind all others.
+    behind. Of ranks equally far, the last to enter the stage counts, and ranks whose heartbeat declares a wait are not
+    to blame. Where all wait, NCCL's flight recorder may show whose device is late. A rank that has not begun is behind
+    all others.
 
-    `launched_ns` is the launch's start on the monotonic clock, and `stacks_elsewhere` asks other nodes for the stacks
-    of their ranks. A stand after all cases falls on none of them.
+    `launched_ns` is the launch's start on the monotonic clock. `stacks_elsewhere` requests the stacks of other nodes'
+    ranks. A hang after the last case is attributed to no case.
     """
     missing = [rank for rank in range(job.num_ranks) if rank not in seen]
     if missing:
@@ -70,7 +70,7 @@ def find_hang(
 
 
 def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> Ending | None:
-    """Return the ending where ranks have left no breadcrumb while the others wait for them to join, or none has."""
+    """The ending where ranks have left no breadcrumb while the others wait for them to join, or where none has."""
     limit = stage_limit(job.entries[0].case, "start")
     if not seen or job.spread is not None:
         limit += _LOADING_S
@@ -81,7 +81,7 @@ def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launch
     return _hang(missing, seen, told, dump_stacks(job, seen), 0, "start")
 
 
-def _hang(  # noqa: PLR0913 - who stood where, and who waited
+def _hang(  # noqa: PLR0913 - the ranks that stood, and those that waited
     stuck: Collection[int],
     others: Mapping[int, Position],
     told: str,
@@ -98,7 +98,7 @@ def _hang(  # noqa: PLR0913 - who stood where, and who waited
 
 
 def _where_they_wait(others: Mapping[int, Position]) -> str:
-    """Return what most of the ranks wait for, by their heartbeats: on a device, the last collective they entered."""
+    """Common wait of most ranks, by their heartbeats: on a device, the last collective they entered."""
     waits = [at.collective if at.collective and at.device >= 0 else at.waits_for for at in others.values()]
     ((most, _),) = Counter(waits).most_common(1)
     return f" in {most}" if most else ""
@@ -109,16 +109,16 @@ def _seconds_since(moment_ns: int) -> float:
 
 
 def _running(seen: dict[int, Position]) -> dict[int, Position]:
-    """Return the ranks that are under way; where all are done, those whose process does not end."""
+    """The ranks under way; where all are done, those whose process does not end."""
     under_way = {rank: at for rank, at in seen.items() if at.stage_name != "done"}
     return under_way or {rank: at for rank, at in seen.items() if is_alive(at.pid)}
 
 
 def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> tuple[set[int], str]:
-    """Of the ranks behind, return those to blame, and what the flight recorder says of them.
+    """Of the ranks behind, those to blame, and the flight recorder's evidence.
 
-    To blame is a rank that is stopped or does not say that it waits. Where no rank says so, or all do, those are left
-    that the recorders of their devices blame, and all where these tell no difference.
+    A rank is to blame if it is stopped or declares no wait. Where no rank declares one, or all do, the ranks whose
+    devices the recorders show as late are to blame; all of them where the recorders show no difference.
     """
     stuck = {rank for rank, at in behind.items() if state(at.pid) == STOPPED or not at.waiting}
     if stuck and stuck != behind.keys():
@@ -129,7 +129,7 @@ def _stuck(behind: dict[int, Position], stacks: dict[int, str]) -> tuple[set[int
 
 
 def dump_stacks(job: Job, running: dict[int, Position]) -> dict[int, str]:
-    """Ask every rank of this host for its Python stacks; a stopped one cannot answer."""
+    """Request Python stacks from every rank of this host; a stopped rank cannot answer."""
     here = {rank: at for rank, at in running.items() if at.pid}
     for at in here.values():
         with contextlib.suppress(ProcessLookupError):
@@ -147,7 +147,7 @@ def _stack(out: Path, rank: int, pid: int) -> str:
 
 
 def _spied(pid: int) -> str:
-    """Return what py-spy reads from outside, where it is installed and may."""
+    """Stacks read from outside by py-spy, where it is installed and permitted."""
     spy = shutil.which("py-spy")
     if spy is None:
         return ""

@@ -1,7 +1,7 @@
-"""The helper processes of multiprocessing: the fork server, from which ranks are forked, and the resource tracker.
+"""The helper processes of multiprocessing: the fork server, which forks the ranks, and the resource tracker.
 
-A helper that is stopped by SIGSTOP holds up whoever waits for it without a limit: torchrun's agent for the ends of its
-ranks, the interpreter's own end for the tracker.
+A helper stopped by SIGSTOP blocks every process that waits for it without a limit: torchrun's agent, which waits for
+the ends of its ranks, and the interpreter's exit, which waits for the tracker.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from distbench.process import STOPPED, state
 
 
 def resume_helpers() -> None:
-    """Let helpers that are stopped go on."""
+    """Continue helpers that are stopped."""
     for pid in filter(None, (_fork_server(), _tracker())):
         if state(pid) == STOPPED:
             with contextlib.suppress(OSError):
@@ -23,7 +23,7 @@ def resume_helpers() -> None:
 
 
 def end_fork_server() -> None:
-    """Kill the fork server, and with it the ranks that are left: whoever waits for their ends hears of them."""
+    """Kill the fork server, and with it the remaining ranks: a process that waits for their ends is notified."""
     pid = _fork_server()
     if pid is not None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The text by which a case asks for faults: `NAME[:key=value,…]`, several joined by semicolons."""
+"""The syntax of a case's faults: `NAME[:key=value,…]`, several joined by semicolons."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _KEY = re.compile(r"[a-z_]{1,40}")
 
 
 class Injection(msgspec.Struct, frozen=True):
-    """One fault that is asked for: its name, and its options as they were written."""
+    """One requested fault: its name, and its options as written."""
 
     name: str
     options: dict[str, str]
 
 
 def parse_inject(text: str) -> tuple[Injection, ...]:
-    """Read the faults of a case; which names and options there are is known to distbench.faults alone.
+    """Parse the faults of a case; valid names and options are known to distbench.faults alone.
 
     Raises:
-        InvalidCase: not of that form.
+        InvalidCase: the text has another form.
 
     """
     return tuple(_parse_one(part) for part in filter(None, (one.strip() for one in text.split(";"))))

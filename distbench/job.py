@@ -1,4 +1,4 @@
-"""What a launch hands to its ranks, and the files by which they are heard of when they cannot speak."""
+"""The input of a launch's ranks, and the files that they leave when they cannot report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distbench.time_budget import Deadline
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One case of a launch: its name there, where each of its values came from, and the verdict it should have.
+    """One case of a launch: its name there, the source of each of its values, and the expected verdict.
 
-    `suite` names what the case belongs to: a suite, or the command that made it, such as `distbench run`.
-    `expect` is what it should end in (see `distbench.expectations`). `refused` says why the
-    case ends in `expect` before a rank has seen it, and is empty for all others.
+    `suite` names the suite that the case belongs to, or the command that made it, such as `distbench run`. `expect` is
+    the expected ending (see `distbench.expectations`). `refused` is the reason why the case ends in `expect` before a
+    rank has seen it; empty for all others.
     """
 
     name: str
@@ -35,8 +35,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
     """A launch over several nodes: `nproc` ranks on each of `nodes`, this one is `node`.
 
-    The ranks of node n are n * nproc and on, so rank 0 is on node 0. `host` and `port` are where the agents meet, and
-    `launch` counts the launches of a campaign.
+    Node n has ranks n * nproc to (n + 1) * nproc - 1, so rank 0 is on node 0. `host` and `port` are the agents'
+    rendezvous, and `launch` counts the launches of a campaign.
     """
 
     nodes: int
@@ -53,13 +53,13 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What every rank is told at its start: the cases in order, and the folder that takes their results.
+    """A rank's input at its start: the cases in order, and the folder for their results.
 
-    `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of cases that
-    fail, or empty for none. `supervised` says that a parent watches, prints and decides the exit code, and `stays` that
-    it will have another job for the same ranks. `spread` is None on one node. `started` is the number of ranks that
-    torchrun started; 0 where the launch has as many as `num_ranks` says. `quiet` ranks of torchrun print no case. Cases
-    that cannot end by the `deadline` are left out, as `pace`, what earlier cases took (time_budget.Pace), tells.
+    `report_paths` also take the last report whole, as one document. `bundle` is the folder for bundles of failing
+    cases, or empty for none. `supervised`: a parent watches, prints and decides the exit code. `stays`: the parent will
+    have another job for the same ranks. `spread` is None on one node. `started` is the number of ranks that torchrun
+    started; 0 where the launch has `num_ranks` of them. `quiet` ranks of torchrun print no case. Cases that cannot end
+    by the `deadline` are left out, as estimated by `pace` from the times of earlier cases (time_budget.Pace).
     """
 
     entries: tuple[Entry, ...]
@@ -81,7 +81,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def longest_stage_s(self) -> float:
-        """Seconds that the slowest stage of any case may take."""
+        """Longest time limit of a stage of any case, in seconds."""
         limits = (
             stage_limit(entry.case, stage)
             for entry in self.entries
@@ -92,7 +92,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that the largest case needs; over several nodes, or under torchrun, all that there are."""
+        """Ranks that the largest case needs; over several nodes, or under torchrun, all ranks."""
         if self.started:
             return self.started
         if self.spread is not None:
@@ -100,15 +100,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return max(entry.case.ep_size for entry in self.entries)
 
     def failed(self, exit_code: int, *, as_expected: bool) -> bool:
-        """Whether a case of this job failed: with a wrong result, and in a suite one that was not expected."""
+        """Whether a case of this job failed: with a wrong result and, in a suite, an unexpected one."""
         return exit_code != 0 and (bool(self.report_paths) or not as_expected)
 
 
 class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     """An exception that ended a rank.
 
-    `echo` says that it only lost a peer that had failed before; `timeout` that it waited for one too long, `disk_full`
-    that it could not write for want of room, `results_lost` that it could not write its results for another reason.
+    `echo`: it only lost a peer that had failed before. `timeout`: it waited for a peer too long. `disk_full`: it could
+    not write for lack of space. `results_lost`: it could not write its results for another reason.
     """
 
     rank: int
@@ -122,58 +122,58 @@ class RankFailure(msgspec.Struct, frozen=True, kw_only=True):
     results_lost: bool = False
 
     def __str__(self) -> str:
-        """Return one line: rank, exception, arm, stage, message."""
+        """One line: rank, exception, arm, stage, message."""
         return f"rank {self.rank} raised {self.exception} in {self.position.place}: {self.message}"
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Where a rank runs: its host, and the device that it takes for a case that does not ask for the CPU."""
+    """Location of a rank: its host, and the device that it takes for a case that does not request the CPU."""
 
     host: str
     device: str
 
 
 def ranks_folder(out: Path) -> Path:
-    """Return the folder of the files below."""
+    """Folder of the files below."""
     return out / "ranks"
 
 
 def clear_ranks(out: Path) -> None:
-    """Make the folder for what the ranks of a launch leave anew."""
+    """Make an empty folder for the files of a launch's ranks."""
     shutil.rmtree(ranks_folder(out), ignore_errors=True)
     ranks_folder(out).mkdir(parents=True, exist_ok=True)
 
 
 def job_path(out: Path) -> Path:
-    """Return the file that holds the job itself, for whoever looks at the rest later."""
+    """File of the job itself, for a later `collect`."""
     return ranks_folder(out) / "job.json"
 
 
 def next_job_path(out: Path, number: int) -> Path:
-    """Return the file by which ranks that stay up hear of their next job, the first being number 1."""
+    """File by which ranks that stay up receive their next job, the first being number 1."""
     return ranks_folder(out) / f"next-{number:05d}.json"
 
 
 def done_path(out: Path, number: int) -> Path:
-    """Return the file that says that all ranks have come to the end of a job; 0 for the one that they began with."""
+    """File that marks a job as ended on all ranks; 0 is the job that they began with."""
     return ranks_folder(out) / f"done-{number:05d}"
 
 
 def crumb_path(out: Path, rank: int) -> Path:
-    """Return the file of a rank's breadcrumbs."""
+    """File of a rank's breadcrumbs."""
     return ranks_folder(out) / f"rank-{rank:05d}.crumbs"
 
 
 def machine_path(out: Path, rank: int) -> Path:
-    """Return the file in which a rank says where it runs."""
+    """File of a rank's location (`Machine`)."""
     return ranks_folder(out) / f"rank-{rank:05d}.machine.json"
 
 
 def failure_path(out: Path, rank: int) -> Path:
-    """Return the file in which a rank says what ended it."""
+    """File of the exception that ended a rank (`RankFailure`)."""
     return ranks_folder(out) / f"rank-{rank:05d}.failure.json"
 
 
 def stack_path(out: Path, rank: int) -> Path:
-    """Return the file into which a rank writes its Python stacks when asked to."""
+    """File into which a rank writes its Python stacks on request."""
     return ranks_folder(out) / f"rank-{rank:05d}.stacks"

@@ -1,4 +1,4 @@
-"""From row count to kernel, over all row counts: what a limit on the rows would change, on one release or on each."""
+"""From row count to kernel, over all row counts: the effect of a limit on the kernel, on one release or on each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PLAIN = Lookup()
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
-    """The row counts `first` to `last` of one bucket, their kernel, and what a limit there does to a padded buffer.
+    """The row counts `first` to `last` of one bucket, their kernel, and the effect of a limit there on a padded buffer.
 
-    Times are those of the tuned table, in microseconds, None without a row. `ordered` says that a token's routes are
-    added up in one order; an atomic sum of three routes or more may differ from run to run. Where no row matches, of a
-    quantisation whose heuristics are not known here, `source` and `limit_here` are UNKNOWN and the kernel is left out.
+    Times are those of the tuned table, in microseconds, None without a row. `ordered`: a token's routes are added in
+    one order; an atomic sum of three routes or more may differ from run to run. Where no row matches, and the
+    quantisation's heuristics are not known here, `source` and `limit_here` are UNKNOWN and the kernel is left out.
     """
 
     first: int
@@ -44,7 +44,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LimitEffect(msgspec.Struct, frozen=True, kw_only=True):
-    """What one limit does to the padded buffer's kernel: on the release looked at, and since which release what."""
+    """Effect of one limit on the padded buffer's kernel: on the given release, and by first release of each effect."""
 
     limit: int
     bucket: int
@@ -55,8 +55,8 @@ class LimitEffect(msgspec.Struct, frozen=True, kw_only=True):
 class KernelMap(msgspec.Struct, frozen=True, kw_only=True):
     """The kernels of one layer on one device and release; `tables` are the files with tuned rows, `padded` is R.
 
-    `cu_count_from` says where the layer's compute units are known from: NODE, `default` where they are assumed, or what
-    asked for them.
+    `cu_count_from` is the source of the layer's compute units: NODE, `default` where they are assumed, or the option
+    that gave them.
     """
 
     release: str
@@ -68,7 +68,7 @@ class KernelMap(msgspec.Struct, frozen=True, kw_only=True):
     limits: list[LimitEffect]
     lookup: Lookup = _PLAIN
     key: TunedKey
-    """The key that the tables are asked with."""
+    """The key by which the tables are searched."""
     matches: list[TableMatch]
 
     @property
@@ -77,7 +77,7 @@ class KernelMap(msgspec.Struct, frozen=True, kw_only=True):
         return any(table.matching for table in self.matches)
 
 
-def map_kernels(  # noqa: PLR0913 - what decides a kernel
+def map_kernels(  # noqa: PLR0913 - all that decides a kernel
     layer: LayerKey,
     release: str,
     rules: BucketRules,
@@ -85,7 +85,7 @@ def map_kernels(  # noqa: PLR0913 - what decides a kernel
     padded: int,
     lookup: Lookup = _PLAIN,
 ) -> KernelMap:
-    """Return the map of all row counts from 1 to `padded`, without limits.
+    """Map of all row counts from 1 to `padded`, without limits.
 
     Raises:
         InvalidCase: a table cannot be read.
@@ -108,7 +108,7 @@ def map_kernels(  # noqa: PLR0913 - what decides a kernel
     )
 
 
-def limit_effects(  # noqa: PLR0913 - what decides a kernel
+def limit_effects(  # noqa: PLR0913 - all that decides a kernel
     layer: LayerKey,
     rules: BucketRules,
     tables: Sequence[str],
@@ -116,9 +116,9 @@ def limit_effects(  # noqa: PLR0913 - what decides a kernel
     limits: Sequence[int],
     lookup: Lookup = _PLAIN,
 ) -> list[LimitEffect]:
-    """Return what each limit does to a buffer of `padded` rows, under `rules` and under those of every release.
+    """Effect of each limit on a buffer of `padded` rows, under `rules` and under those of every release.
 
-    All releases are asked with the same tables, each by its own key.
+    All releases use the same tables, each with its own key.
     """
     if not limits:
         return []
@@ -138,21 +138,21 @@ def limit_effects(  # noqa: PLR0913 - what decides a kernel
 def make_table_selector(
     layer: LayerKey, rules: BucketRules, tables: Sequence[str], lookup: Lookup = _PLAIN
 ) -> KernelSelector:
-    """Return the choice by the rows of all `tables`; of two rows for one bucket the first counts."""
+    """Selector by the rows of all `tables`; of two rows for one bucket the first counts."""
     key = lookup.key(layer, rules)
     tuned = tuple(row for path in tables for row in load_tuned_rows(path, key))
     return KernelSelector(layer=layer, tuned=tuned, rules=rules, overrides=lookup.overrides)
 
 
 def effect_of(selector: KernelSelector, limit: int, padded: int, lookup: Lookup = _PLAIN) -> Effect:
-    """Return what cutting `padded` rows to `limit` does to the kernel."""
+    """Effect on the kernel of cutting `padded` rows to `limit`."""
     if limit >= padded:
         return "nothing"
     return _effect(_choice(selector, padded, lookup), _choice(selector, limit, lookup))
 
 
 def _choice(selector: KernelSelector, rows: int, lookup: Lookup) -> KernelChoice | None:
-    """Return the kernel for `rows` rows; None where tables that were asked for have no row at all, or none is known."""
+    """Kernel for `rows` rows; None where requested tables have no row at all, or no kernel is known."""
     ignored = selector.overrides.bypass_tuned and selector.rules.reads_overrides
     if lookup.explicit and not selector.tuned and not ignored:
         return None
@@ -171,7 +171,7 @@ def _effect(before: KernelChoice | None, after: KernelChoice | None) -> Effect:
 
 
 def _ranges(rules: BucketRules, padded: int) -> list[tuple[int, int]]:
-    """Return the first and last row count of each bucket up to `padded`."""
+    """First and last row count of each bucket up to `padded`."""
     powers = {(1 << power) + 1 for power in range((padded - 1).bit_length())}
     starts = sorted({1, *powers, *rules.tiers} & set(range(1, padded + 1)))
     selected = [start for start in starts if start == 1 or padded_rows(start, rules) != padded_rows(start - 1, rules)]

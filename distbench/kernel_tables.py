@@ -1,4 +1,4 @@
-"""What decides aiter's choice of kernels from outside: its variables, and the files of tuned kernels that a case names.
+"""External inputs of aiter's choice of kernels: its variables, and the files of tuned kernels that a case names.
 
 A case names one path, or several joined as aiter joins them in AITER_CONFIG_FMOE.
 """
@@ -18,18 +18,18 @@ NOT_FOLLOWED = tuple(
         *("FORCE_A8W4", "SITUV2_A8W4", "SITUV2_A4W4", "XBFLOAT16", "FLYDSL_STAGE2_FP8"),
     )
 )
-"""Other variables that aiter chooses kernels by; only the package itself follows them."""
+"""Further variables that decide aiter's choice of kernels; only the package itself follows them."""
 
 
 def table_paths(named: str) -> list[str]:
-    """Paths in `named`, which a colon separates; a path that holds a colon itself is one if there is such a file."""
+    """Paths in `named`, separated by colons; a path that contains a colon is one path if the file exists."""
     if not named or os.pathsep not in named or Path(named).exists():
         return [named] if named else []
     return [part for part in named.split(os.pathsep) if part]
 
 
 def table_bytes(named: str) -> bytes:
-    """Bytes of the table that `named` stands for; several CSV files become one, with the columns of all.
+    """Bytes of the table that `named` names; several CSV files become one, with the columns of all.
 
     Raises:
         OSError: a file cannot be read.

@@ -1,9 +1,9 @@
-"""Triton kernels launched past Triton's own look-up, which takes most of the time of a launch.
+"""Launches of Triton kernels that bypass Triton's own look-up, which takes most of a launch's time.
 
-What Triton compiles depends on the types of the arguments, on whether pointers and numbers are multiples of 16, on
-numbers that are 1, and on constants. A kernel that was compiled for the same of all these is launched directly, with
-addresses for its tensors: Triton would ask each for its own, and the driver whether that is one. Its launch hooks,
-which profilers set, hear of the first launch only.
+Triton specialises a kernel on the types of its arguments, on pointers and numbers that are multiples of 16, on
+numbers that are 1, and on constants. A kernel already compiled for the same specialisation is launched directly, with
+addresses for its tensors: Triton would query each tensor for its address, and the driver for its kind. Triton's
+launch hooks, which profilers set, see the first launch only.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 16
-# What the hooks are told of a launch, the one before it, and the one after it.
+# Arguments of the hooks: metadata of the launch, hook before it, hook after it.
 _NO_HOOKS = None, None, None
 
 
 class _Compiled(NamedTuple):
-    """What Triton hands to the driver for a kernel, and the constants that it expects behind the arguments."""
+    """Triton's arguments to the driver for a kernel, and the constants that follow the kernel's arguments."""
 
     run: Any
     function: Any
@@ -33,9 +33,8 @@ _COMPILED: dict[tuple[object, ...], _Compiled] = {}
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a `triton.jit` function, whose constants stand last: kernel[grid](*arguments, **constants).
 
-    arguments are tensors, one of them at least, tensor descriptors, numbers and None; constants may have Triton's
-    options among them. On the current device, which the tensors are on, and its stream; interpreted kernels are run as
-    ever.
+    arguments are tensors (at least one), tensor descriptors, numbers and None; constants may include Triton's options.
+    The launch uses the current device, which holds the tensors, and its stream. Interpreted kernels run as usual.
     """
     given: list[object] = []
     kinds: list[object] = []

@@ -25,10 +25,10 @@ class ExpertWeights(NamedTuple):
 
 
 class Inspector(Protocol):
-    """Looks at what a pass made before combine lets the buffers go."""
+    """Inspects the buffers of a pass before combine releases them."""
 
     def __call__(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
-        """See sources [total_recv, 2], the receive buffer, what the experts were given, and their output."""
+        """Receive sources [total_recv, 2], the receive buffer, the experts' input, and their output."""
 
 
 def run_layer(  # noqa: PLR0913 - the parts of a layer
@@ -40,9 +40,9 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     inspect: Inspector | None,
     mark: Callable[[str], None],
 ) -> Tensor:
-    """Return this rank's combined tokens, bf16 [n, H]; `mark` hears of each stage as it begins.
+    """This rank's combined tokens, bf16 [n, H]; `mark` is called with each stage as it begins.
 
-    Without `inspect` nothing is looked at on the host. Collective: every rank calls it, with no tokens too.
+    Without `inspect` the host inspects nothing. Collective: every rank calls it, even without tokens.
     """
     mark("dispatch")
     dispatched = transport.dispatch(batch)
@@ -60,7 +60,7 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
 
 
 def run_experts(experts: Experts, given: ExpertInput, weights: ExpertWeights) -> Tensor:
-    """Call the experts as production calls `aiter.fused_moe`: [M, H] bf16."""
+    """Experts' output, bf16 [M, H], called as production calls `aiter.fused_moe`."""
     return experts(
         given.hidden,
         weights.w1,

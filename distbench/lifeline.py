@@ -1,6 +1,6 @@
-"""Loaded first by the process that ranks are forked from, so that it ends with the supervisor, and they with it.
+"""Preloaded by the fork server, so that it ends with the supervisor, and the forked ranks end with it.
 
-On its own it would end only after the last rank, since each rank holds the pipe by which it notices.
+Without this it would end only after the last rank, since each rank holds the pipe whose EOF it waits for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The limit: how many rows of the receive buffer reach the experts, as asked for and as resolved.
+"""The limit: the number of rows of the receive buffer that reach the experts, as requested and as resolved.
 
-`SGLANG_MORI_MOE_MAX_INPUT_TOKENS` is a number of rows, 0 meaning off. A case may also name the number by what it is
-derived from, so that one case file serves any routing.
+`SGLANG_MORI_MOE_MAX_INPUT_TOKENS` is a number of rows, 0 meaning off. A case may also name a formula instead of a
+number, so that one case file serves any routing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Proof = Literal["proven", "this batch", "unsafe"]
 
 
 class Traffic(msgspec.Struct, frozen=True):
-    """What the routing makes of a case, known before any payload moves.
+    """Row counts of a case's routing, known before any payload moves.
 
     `tokens[r]` is the batch of rank r, `total_recv[r]` the rows rank r receives, `capacity` is R, the rows of the
     receive buffer.
@@ -48,10 +48,10 @@ class Traffic(msgspec.Struct, frozen=True):
 
 
 def parse_limit(value: str | int) -> str:
-    """Return the canonical text of a limit: `off`, digits, or one of `DERIVED_LIMITS`, some with `+N` or `-N`.
+    """Canonical text of a limit: `off`, digits, or one of `DERIVED_LIMITS`, some with `+N` or `-N`.
 
     Raises:
-        InvalidCase: not one of those. A negative number is refused because production reads it as off.
+        InvalidCase: any other text. A negative number is refused because production reads it as off.
 
     """
     text = value.strip() if isinstance(value, str) else shown(value)
@@ -71,7 +71,7 @@ def parse_limit(value: str | int) -> str:
 
 
 def resolve_limit(limit: str, traffic: Traffic) -> int | None:
-    """Return the number of rows to cut to, or None where the limit is off.
+    """Number of rows to cut to, or None where the limit is off.
 
     `sum` is the provable bound (one row per token and destination rank); `sum32` rounds it up to 32, at least 32 and
     at most R; `pow2` rounds it up to a power of two. `capacity` is R.
@@ -119,7 +119,7 @@ class LimitProof(msgspec.Struct, frozen=True, kw_only=True):
     formula: str
 
     def words(self, max_recv: int) -> str:
-        """Return the status with its evidence; `max_recv` is what the fullest rank receives in this batch."""
+        """The status with its evidence; `max_recv` is the rows that the fullest rank receives in this batch."""
         status = "this batch only" if self.status == "this batch" else self.status
         return (
             f"{status}: the fullest rank receives {max_recv}, any routing of these token counts at most {self.bound} "
@@ -128,12 +128,12 @@ class LimitProof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prove_limit(limit: int | None, traffic: Traffic) -> LimitProof:
-    """Return for which traffic a resolved limit, None for off, loses no row.
+    """Traffic for which a resolved limit (None for off) loses no row.
 
-    A token sends one row at most to a rank, however many of its experts that rank holds, so a rank receives at most the
+    A token sends at most one row to a rank, however many of its experts that rank holds, so a rank receives at most the
     sum of all senders' tokens. No smaller bound holds for every routing: where each token has one expert on the same
-    rank, which any number of experts and any top-k allow, that rank receives the sum. More rows than the receive buffer
-    holds are no loss of the limit: they end in OVERFLOW. So the bound is min(sum of tokens, capacity R).
+    rank, which any number of experts and any top-k allow, that rank receives the sum. Rows above the receive buffer's
+    capacity are no loss of the limit: they end in OVERFLOW. So the bound is min(sum of tokens, capacity R).
     """
     total = sum(traffic.tokens)
     bound = min(total, traffic.capacity)
@@ -146,7 +146,7 @@ def prove_limit(limit: int | None, traffic: Traffic) -> LimitProof:
 
 
 def _terms(tokens: Sequence[int]) -> str:
-    """Return the tokens of each rank as a sum, up to the equals sign; nothing for a single rank."""
+    """The tokens of each rank as a sum, up to the equals sign; empty for a single rank."""
     if len(tokens) == 1:
         return ""
     if len(tokens) <= _MOST_TERMS:

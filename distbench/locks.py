@@ -1,7 +1,7 @@
-"""Where several processes meet: one bench at a time in a folder, and one on a set of accelerators of a node.
+"""Mutual exclusion of processes: one bench at a time in a folder, and on a set of accelerators of a node.
 
-The locks are the kernel's own (flock): that of a process which died is free at once. A lock's file stays, and says who
-holds it. Accelerators' files lie in one folder for all users of a node.
+The locks are the kernel's own (flock): the kernel releases the lock of a dead process at once. A lock file stays, and
+names the holder. Lock files of accelerators lie in one folder for all users of a node.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class Holder(msgspec.Struct, frozen=True):
-    """Who holds a lock: process, start in seconds since the epoch, command line."""
+    """Holder of a lock: process, start in seconds since the epoch, command line."""
 
     pid: int
     since: float
@@ -39,13 +39,13 @@ class Holder(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def hold(out: Path | None, devices: Sequence[str], timeout_s: float) -> Iterator[None]:
-    """Hold the folder `out` and each accelerator of `devices`; the CPU is nobody's alone, so it is not named there.
+    """Hold the folder `out` and each accelerator of `devices`; the CPU is shared, so it is not named there.
 
-    Accelerators are taken in one order by all, so that two benches never wait for each other.
+    All benches take accelerators in one order, so that two never deadlock.
 
     Raises:
-        Busy: another process holds one of them, and did not let go within `timeout_s`.
-        InvalidCase: there is something else where a lock's file should be, or its file system has no locks.
+        Busy: another process holds one of them, and did not release it within `timeout_s`.
+        InvalidCase: another file stands in place of a lock file, or its file system has no locks.
 
     """
     locks = [] if out is None else [(out / ".lock", f"folder {out}")]
@@ -57,7 +57,7 @@ def hold(out: Path | None, devices: Sequence[str], timeout_s: float) -> Iterator
 
 
 def device_lock(device: str) -> Path:
-    """Return the file of an accelerator's lock."""
+    """File of an accelerator's lock."""
     name = "".join(letter if letter.isalnum() else "-" for letter in device)
     return DEVICE_LOCKS / f"distbench-{name}.lock"
 
@@ -90,9 +90,9 @@ def _held(path: Path, what: str, timeout_s: float) -> Iterator[None]:
 
 
 def _open(path: Path) -> int:
-    """Open a lock's file, made for all users where there is none, and never what somebody linked there.
+    """Open a lock file, created for all users if missing; never follow a link placed there.
 
-    Linux lets nobody create a file in /tmp that is there already and another user's, but open it.
+    Linux forbids creating a file in /tmp that exists and belongs to another user, but permits opening it.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -107,7 +107,7 @@ def _open(path: Path) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         os.close(descriptor)
-        message = f"lock {path}: no plain file of its own; remove it, or have its owner remove it"
+        message = f"lock {path}: not a plain file with a single link; remove it, or have its owner remove it"
         raise InvalidCase(message)
     return descriptor
 
@@ -129,7 +129,7 @@ def _taken(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    """Say who holds the lock; where the disk is full, nobody is told."""
+    """Write the holder to the lock file. Best effort: ignored if the disk is full."""
     holder = Holder(os.getpid(), time.time(), " ".join(sys.argv)[:_COMMAND_SHOWN])
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
@@ -141,6 +141,6 @@ def _holder(descriptor: int) -> str:
         holder = msgspec.json.decode(os.pread(descriptor, _NOTE_BYTES, 0), type=Holder)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder.since))
     except (ValueError, OverflowError, OSError):
-        return "a process that has not said who it is"
+        return "a process that has left no name"
     command = "".join(letter if letter.isprintable() else "?" for letter in holder.command[:_COMMAND_SHOWN])
     return f"process {holder.pid} ({command}) since {since}"

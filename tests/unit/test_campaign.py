@@ -196,7 +196,7 @@ def test_ranks_that_died_on_a_full_disk_are_no_verdict(
 def test_ranks_that_come_to_their_end_without_results_are_not_started_for_ever(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
-    with pytest.raises(LaunchFailed, match="left no result"):
+    with pytest.raises(LaunchFailed, match="ended without a result"):
         run(monkeypatch, tmp_path, entries, lambda _: None)
 
 

@@ -52,5 +52,5 @@ def test_verdicts_of_a_supervised_run_stay(tmp_path: Path, capsys: pytest.Captur
     out = left(tmp_path, {0: "done", 1: "done"}, supervised=True, started=0)
     (out / "summary.json").write_text("kept")
     assert main(["collect", str(out)]) == 2
-    assert capsys.readouterr().err.startswith(f"distbench: INVALID: {out}: its verdicts are there")
+    assert capsys.readouterr().err.startswith(f"distbench: INVALID: {out}: its verdicts are complete")
     assert (out / "summary.json").read_text() == "kept"

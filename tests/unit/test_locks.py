@@ -94,7 +94,7 @@ def test_a_killed_process_holds_nothing(out: Path) -> None:
 def test_a_holder_that_has_not_said_who_it_is(out: Path, note: bytes) -> None:
     with holder(out):
         (out / ".lock").write_bytes(note)
-        with pytest.raises(Busy, match="in use by a process that has not said who it is"), hold(out, (), 0):
+        with pytest.raises(Busy, match="in use by a process that has left no name"), hold(out, (), 0):
             pytest.fail("held twice")
 
 

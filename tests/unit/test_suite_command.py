@@ -320,7 +320,7 @@ def test_signal_leaves_one_exit_code_and_no_false_promise(
         raise Interrupted(number)
 
     monkeypatch.setattr(campaign, "supervise", interrupted)
-    goes_on = "what had finished is kept, the same command goes on from there"
+    goes_on = "finished results are kept; the same command resumes"
     commands: dict[str, Callable[[Path], int]] = {
         "suite": lambda out: suite(out, seeds),
         "run": lambda out: main(["run", "--model=tiny", "--nproc=2", f"--out={out}"]),
