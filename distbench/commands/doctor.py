@@ -23,8 +23,8 @@ _KEYS = (
     *("model", "hidden_size", "num_experts", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
     *("dispatch_dtype", "mori_kernel", "gpu_per_node", "combine_quant", "combine_input"),
 )
-_PATH = Layer("doctor", {"transport": "mori"})
-"""The case of which the environment is asked, whatever --for says: mori's findings are the only ones that need it."""
+_MORI = Layer("doctor", {"transport": "mori"})
+"""Transport of the case, whatever --for says: variables that MoRI's path alone reads count for its findings."""
 _WORDS = ("ready", "degraded", "not usable")
 
 
@@ -52,7 +52,7 @@ def _doctor(options: argparse.Namespace) -> int:
     node = probe()
     flags = case_flags(options)
     layers, complaint = _environment(flags)
-    case = resolve_case([*flags, _PATH, *layers], options.nproc * options.nodes).case
+    case = resolve_case([*flags, _MORI, *layers], options.nproc * options.nodes).case
     network = Network(nodes=options.nodes, block_num=options.block_num, rdma_block_num=options.rdma_block_num)
     findings = [*complaint, *check_node(node, case, network)]
     path = options.path or _usual(node)
