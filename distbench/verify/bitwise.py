@@ -24,13 +24,13 @@ def same_bits(actual: Tensor, expected: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bits."""
     try:
         words = actual.view(torch.int64), expected.view(torch.int64)
-    except RuntimeError:  # rows that are no whole words of 64 bits, by which comparing takes a fraction of the time
+    except RuntimeError:  # rows that are not whole 64-bit words, which compare several times faster
         words = integer_view(actual), integer_view(expected)
     return torch.equal(*words)
 
 
 def differing(actual: Tensor, expected: Tensor) -> Tensor:
-    """Return bool [n, H]: where the bits differ."""
+    """Return a mask of the elements whose bits differ, bool [n, H]."""
     return integer_view(actual) != integer_view(expected)
 
 
@@ -54,7 +54,7 @@ def row_digests(rows: Tensor) -> Tensor:
     """Return a 128-bit digest of each row, int64 [n, 2], that depends on every bit and on its column.
 
     Multilinear hashing over the row's integer words with odd 64-bit keys (Carter and Wegman; Lemire and Kaser,
-    "Strongly universal string hashing is fast"): a row that differs in one element always has another digest.
+    "Strongly universal string hashing is fast"): changing one element of a row always changes its digest.
     """
     words = integer_view(rows)
     first, second = (key.to(rows.device) for key in _digest_keys(rows.shape[1]))
@@ -68,7 +68,7 @@ def row_digests(rows: Tensor) -> Tensor:
 
 
 def tensor_digest(digests: Tensor) -> str:
-    """Return one digest, 32 hex digits, of rows and their order, from the rows' own digests int64 [n, 2]."""
+    """Return one digest, 32 hex digits, of rows and their order, from the digests of the rows, int64 [n, 2]."""
     content = digests.cpu().contiguous().numpy().astype("<i8", copy=False)
     return hashlib.sha256(content.data).hexdigest()[:32]
 

@@ -1,4 +1,4 @@
-"""Combine's own check: every token against the sum of what ranks returned for it, and who made a wrong one wrong."""
+"""The check of combine: every token against the sum of the returned rows, and attribution of wrong tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPARED = 16
 
 
 class _Sample(NamedTuple):
-    """Some tokens [s] of this rank: what was returned for them, what combine gave, and what it should have."""
+    """Some tokens [s] of this rank: the rows returned for them, combine's output, and the expected output."""
 
     tokens: Tensor
     contributions: Contributions
@@ -37,7 +37,7 @@ class _Sample(NamedTuple):
 
 
 class _Some:
-    """The first tokens of their sort, out of one block after another; `seen` counts them all."""
+    """The first tokens of one kind, collected over blocks; `seen` counts them all."""
 
     def __init__(self, most: int) -> None:
         self.seen = 0
@@ -58,7 +58,7 @@ class _Some:
 
 
 class _Recount(NamedTuple):
-    """All tokens of this rank: how many are wrong, the first of those and of the right ones, and the sums, by block."""
+    """All tokens of this rank: the number of wrong ones, the first wrong and first right ones, and block sums."""
 
     wrong: int
     examined: _Sample
@@ -70,10 +70,10 @@ class _Recount(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """One pass on this rank: tokens [n, H] as combine gave them, and what this rank had returned for others' sums.
+    """One pass on this rank: combine's output tokens [n, H], and the rows that this rank returned for others' sums.
 
-    `returned` is None where nobody knows what this rank had received; `damaged` says that it was wrong before. `lost`
-    bool [n] are the tokens that lost a row to the limit, None where none did.
+    `returned` is None where the received rows are unknown; `damaged` says that the returned rows were already wrong.
+    `lost` bool [n] marks tokens that lost a row to the limit; None where none did.
     """
 
     arm: str
@@ -84,7 +84,7 @@ class Combined(NamedTuple):
 
 
 class _Doubts(NamedTuple):
-    """What may not be as it should in a pass: that it has sums, and sources, rows and tokens as the first pass has."""
+    """Ways in which a pass may differ from the first pass: without sums, or with other sources, rows or tokens."""
 
     sums: bool
     sources: bool
@@ -93,7 +93,7 @@ class _Doubts(NamedTuple):
 
 
 class Own(NamedTuple):
-    """This rank, the ids [n, k] of its tokens, and what must come of them, None where inputs are not exact."""
+    """This rank, the ids [n, k] of its tokens, and their expected outputs; None where inputs are not exact."""
 
     rank: int
     ids: Tensor
@@ -101,9 +101,9 @@ class Own(NamedTuple):
 
 
 class CombineChecker:
-    """Checks what combine gave on one rank; every rank of the group makes one, and calls it for the same arms."""
+    """Checks combine's output on one rank; every rank of the group makes one, and calls it for the same arms."""
 
-    def __init__(  # noqa: PLR0913 - who takes part, what is added, and how
+    def __init__(  # noqa: PLR0913 - the group, the inputs and the order of addition
         self,
         group: dist.ProcessGroup,
         exchange: Exchange,
@@ -112,7 +112,7 @@ class CombineChecker:
         order: SumOrder,
         allowed: float,
     ) -> None:
-        """`allowed` is how far a sum of quantised rows may be away, as a share of the token's largest magnitude."""
+        """Keep the parts; `allowed` bounds errors of quantised sums, as a share of the token's largest magnitude."""
         self._group, self._exchange = group, exchange
         self._workload = workload
         self._rank, self._ids, self._expected = own
@@ -123,12 +123,12 @@ class CombineChecker:
         self._first_is_right = False
 
     def check(self, passes: Sequence[Combined]) -> list[Divergence]:
-        """Return where tokens are not the sum of what the ranks returned, one divergence for each cause. Collective.
+        """Return the first wrong token of each cause: tokens that are not the sum of the returned rows. Collective.
 
-        A pass in which some rank received nobody knows what has no such sum, nor has one of quantised rows that were
-        wrong before: there a token that differs from the oracle is told without a cause. The same rows as in the first
-        pass on all ranks must give the same tokens once more: then nothing is fetched, and where sums are known within
-        rounding only this is the sharper check.
+        A pass has no such sum where the received rows of some rank are unknown, or where quantised rows were already
+        wrong: a token that then differs from the oracle is reported without a cause. If all ranks returned the rows of
+        the first pass again, they must get the same tokens again. Then no rows are exchanged; where sums are known
+        within rounding only, this is the sharper check.
         """
         if not any(self._workload.tokens_per_rank):
             return []
@@ -146,12 +146,12 @@ class CombineChecker:
         return found
 
     def _in_doubt(self, one: Combined, doubts: _Doubts) -> bool:
-        """Whether a pass has to be recounted even if the first one is right."""
+        """Whether a pass has to be recounted even if the first pass is right."""
         first = one is self._first and not self._first_is_right
         return not doubts.sums and (first or doubts.rows or doubts.tokens)
 
     def _on_any_rank(self, flags: Sequence[Sequence[bool]]) -> list[list[bool]]:
-        """Return which of these hold on any rank. Collective."""
+        """Return which of these flags hold on any rank. Collective."""
         anywhere = torch.tensor(flags, dtype=torch.int32, device=self._ids.device)
         with collective("all_reduce", anywhere.get_device()):
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
@@ -171,7 +171,7 @@ class CombineChecker:
         )
 
     def _check_some(self, asked: Sequence[tuple[Combined, _Doubts]]) -> list[Divergence]:
-        """Check passes that have sums: those with the first one's sources together, in one exchange."""
+        """Check the passes that have sums; those with the first pass's sources share one exchange."""
         alike = [pair for pair in asked if not pair[1].sources]
         groups = [alike, *([pair] for pair in asked if pair[1].sources)]
         counted = [
@@ -199,7 +199,7 @@ class CombineChecker:
         return self._against("what padded made of the same rows", one, first.tokens) if alike and first else []
 
     def _against(self, name: str, one: Combined, expected: Tensor | None) -> list[Divergence]:
-        """Return where tokens that lost no row first differ from others, if there are such, without a cause."""
+        """Return the first difference from `expected` among tokens that lost no row, without a cause; None if equal."""
         if expected is None:
             return []
         kept = torch.arange(len(expected), device=expected.device)
@@ -235,7 +235,7 @@ class CombineChecker:
         ]
 
     def _gathered_effects(self, recount: _Recount) -> list[tuple[list[list[int]], list[list[int]]]]:
-        """Return, by rank, `effects` of its wrong tokens and of its right ones, as `choose` wants them. Collective."""
+        """Return `effects` of each rank's wrong tokens and of its right ones, in the form for `choose`. Collective."""
         wrong, right = recount.examined, recount.spared
         explaining = self._effects(wrong, lambda sums: self._same(wrong.actual, sums))
         sparing = self._effects(right, lambda sums: ~self._same(right.expected, sums))
@@ -254,7 +254,7 @@ class CombineChecker:
     def _explain(
         self, arm: str, recount: _Recount, table: list[list[int]], chosen: list[Alternatives]
     ) -> list[Divergence]:
-        """Return a divergence for each explanation that holds for tokens of this rank, and one for those left over."""
+        """Return a divergence for each explanation that holds for tokens of this rank, and one for the others."""
         sample = recount.examined
         modelled = self._modelled(sample, chosen)
         groups: dict[int, list[int]] = {}
@@ -268,15 +268,16 @@ class CombineChecker:
         ]
 
     def _modelled(self, sample: _Sample, chosen: Sequence[Alternatives]) -> Tensor:
-        """Return what combine would have given if all that was chosen held."""
+        """Return combine's output if all of the chosen explanations held."""
         explanations = [one[0] for one in chosen]
         return added(changed(sample.contributions, explanations, self._rank, self._workload.fp8), self._order)
 
     def _causes(self, sample: _Sample, table: list[list[int]], chosen: list[Alternatives]) -> list[int]:
-        """Return, for each token, the place of its explanation among the chosen, or the number of those for none.
+        """Return the index of each token's explanation among the chosen; their number where none fits.
 
-        What other ranks returned comes before this rank's having added nothing else: where a token lacks the shares of
-        all others, and each is missing elsewhere too, the ranks that sent them are to blame.
+        Explanations of the rows that other ranks returned come before ALONE, by which this rank added only its own
+        rows. Where a token lacks the shares of all others, and each share is missing elsewhere too, the ranks that sent
+        them are to blame.
         """
         others = [one for one in chosen if one[0].what != ALONE]
         together = self._same(sample.actual, self._modelled(sample, others)).tolist()
@@ -288,7 +289,7 @@ class CombineChecker:
             found.append((by_others or joint or single or [len(chosen)])[0])
         return found
 
-    def _divergence(  # noqa: PLR0913 - what is told of a group of tokens
+    def _divergence(  # noqa: PLR0913 - the facts of a group of tokens
         self, arm: str, recount: _Recount, index: Tensor, modelled: Tensor, causes: Alternatives, num_groups: int
     ) -> Divergence:
         chosen = recount.examined.take(index)
@@ -319,7 +320,7 @@ def _concerns(sample: _Sample, token: int, alternatives: Alternatives) -> bool:
 
 
 def _rows(table: Tensor) -> list[list[int]]:
-    """Return the rows that were filled in, without the column that says so."""
+    """Return the rows that are filled in, without their flag column."""
     return [row[1:] for row in table.tolist() if row[0] > 0]
 
 

@@ -1,4 +1,4 @@
-"""What went wrong first, where, and on which rank, said with its evidence."""
+"""The first fault: stage, place and rank, with the evidence."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from distbench.verify.senders import Root, dispatch_roots
 from distbench.verify.verdict import part_of, parts_of
 
 _FEW = 8
-# What is wrong there was made wrong there.
+# Stages whose damage always originates in the stage itself.
 _OWN_STAGES = ("truncate", "experts")
-# What a bad row of one rank makes of a sum; a flipped bit of a sum does not come from a rank's row.
+# Patterns that one rank's bad row makes in a sum; a flipped bit of a sum does not come from a rank's row.
 _WHOLE_ROWS = (POISON, SCATTERED)
-# What no single rank's row makes of a sum of several.
+# Patterns that no single rank's row makes in a sum of several.
 _OF_THE_SUM = (ANOTHER_ROW, MULTIPLIED)
 _ENOUGH = 2
-# What travels beside a row's payload.
+# Fields that travel with a row's payload.
 _ROUTING = frozenset(("scales", "weights", "ids"))
 
 
 def diagnose(question: Question, gathered: Gathered, judgement: Judgement) -> list[Diagnosis]:
-    """Return the causes that fit, the surest first; empty where nothing differs.
+    """Return the causes that fit, the most certain first; empty where nothing differs.
 
-    They are those of the inputs with which the verdict was found.
+    They are those of the inputs that decided the verdict.
     """
     part = part_of(parts_of(question, gathered), judgement.findings)
     question, gathered = part
@@ -62,10 +62,10 @@ def lost_tokens(gathered: Gathered) -> list[Token]:
 
 
 def _roots(part: Part) -> list[Root]:
-    """Return what no earlier damage explains, over all arms; the same stage on the same rank comes once.
+    """Return the damage that no earlier damage explains, over all arms; each stage and rank occurs once.
 
-    Other bits of a kernel that repeats itself in no bits, or of another kernel, are no damage where there is some, and
-    do not stand for what is proven at their place.
+    Different bits from a kernel that does not repeat its bits, or from another kernel, count only where there is no
+    damage; they do not replace proven damage at the same place.
     """
     question, gathered = part
     roots: dict[tuple[str, bool, tuple[int, ...]], Root] = {}
@@ -87,7 +87,7 @@ def _root_of(found: Divergence) -> Root:
 
 
 def _combine_roots(wrong: Sequence[Divergence]) -> list[Root]:
-    """Return the damage that combine did in one arm: each explanation, and each pattern of what none explains."""
+    """Return the damage by combine in one arm: each explanation, and each pattern of unexplained tokens."""
     groups: dict[tuple[str, tuple[int, ...]], list[Divergence]] = {}
     for found in wrong:
         if found.clues.examined:
@@ -106,7 +106,7 @@ def _explained(group: list[Divergence], suspects: list[int]) -> list[Root]:
 
 
 def _unexplained(pattern: str, group: list[Divergence]) -> list[Root]:
-    """Return whom to blame for tokens of one pattern, on one rank or several: whoever holds them, or sent them all."""
+    """Return the ranks to blame for tokens of one pattern: the tokens' owners, or the rank that sent them all."""
     if pattern not in _WHOLE_ROWS:
         proof = pattern.startswith(_OF_THE_SUM)
         return [Root(found, [found.rank], certain=proof and _of_several(found.clues)) for found in group]
@@ -121,12 +121,12 @@ def _unexplained(pattern: str, group: list[Divergence]) -> list[Root]:
 
 
 def _of_several(clues: Clues) -> bool:
-    """Whether several ranks had a part in these tokens."""
+    """Whether several ranks contributed to these tokens."""
     return len(clues.by_destination) > 1
 
 
 def _common_destinations(group: list[Divergence]) -> list[int]:
-    """Return the ranks that had a row of every damaged token that was looked at."""
+    """Return the ranks that had a row of every damaged token examined."""
     examined = sum(found.clues.examined for found in group)
     ranks = {rank for found in group for rank in found.clues.by_destination}
     return sorted(
@@ -135,7 +135,7 @@ def _common_destinations(group: list[Divergence]) -> list[int]:
 
 
 def _causes(gathered: Gathered, roots: list[Root]) -> list[Diagnosis]:
-    """Return one cause for each stage and sort of damage, with all ranks that it began on."""
+    """Return one cause for each stage and kind of damage, with all ranks where it originated."""
     causes: dict[tuple[str, bool, str], list[Root]] = {}
     for root in roots:
         causes.setdefault((root.found.stage, root.sent, root.found.clues.pattern), []).append(root)
@@ -161,7 +161,7 @@ def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
 
 
 def _doubt(root: Root) -> str:
-    """Return what is to be said beside the evidence, as where nobody is blamed."""
+    """Return the caveat to the evidence, such as that no rank can be blamed."""
     names = ", ".join(map(str, root.candidates[:_FEW]))
     if root.candidates:
         return f"; which rank is not known: each of {names} would explain it"
@@ -169,7 +169,7 @@ def _doubt(root: Root) -> str:
 
 
 def _kernels(gathered: Gathered, found: Divergence) -> str:
-    """Name the kernel where the experts are wrong in the arms of one row count only."""
+    """Name the kernel where the experts are wrong only in arms of one row count."""
     if found.stage != "experts":
         return ""
     kernels = next(record for record in gathered.observations if record.rank == found.rank).kernels
@@ -188,7 +188,7 @@ def _kernels(gathered: Gathered, found: Divergence) -> str:
 
 
 def _several(causes: list[Diagnosis]) -> Diagnosis | None:
-    if len(causes) < 2:  # noqa: PLR2004 - two are several
+    if len(causes) < 2:  # noqa: PLR2004 - two or more are several
         return None
     names = "; ".join(f"{one.cause} (rank {', '.join(map(str, one.ranks[:_FEW]))})" for one in causes)
     return Diagnosis(

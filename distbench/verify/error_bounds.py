@@ -1,4 +1,4 @@
-"""The error of rows beside that of an ideal kernel, in three figures with bounds (docs/gaussian.md derives them)."""
+"""Errors of rows relative to an ideal kernel, in three figures with bounds (docs/gaussian.md derives them)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from distbench.verify.ideal import Ideal
 
 FALSE_ALARMS = 1e-6
-"""How many cases without a fault may be judged outside their bounds."""
+"""Fraction of fault-free cases that may fall outside their bounds."""
 
-# What kernels of one family may differ by: another order of float32 sums flips few roundings.
+# Allowance between kernels of one family: another order of float32 sums flips few roundings.
 _SLACK = 0.02
 _BIAS_SLACK = 0.01
-# A fourth moment over the second one squared, of uniform errors whose steps follow normal values: no less is assumed.
+# Lower bound of a fourth moment over the second one squared, for uniform errors whose steps follow normal values.
 _KURTOSIS = 5.4
-# The deviation of a row's intermediate errors is estimated from its H elements.
+# The standard deviation of a row's intermediate errors is estimated from its H elements.
 _DEVIATION_SLACK = 1.25
 
 
@@ -36,7 +36,7 @@ class Figures(NamedTuple):
 
 
 def sure(tests: int) -> float:
-    """Return the deviations that a sum of symmetric bounded errors exceeds in none of `tests`, but for FALSE_ALARMS.
+    """Return the z that a sum of symmetric bounded errors exceeds in any of `tests` with probability FALSE_ALARMS.
 
     Hoeffding: P(|sum| > z * root of the sum of squares) <= 2 exp(-z**2 / 2).
     """
@@ -44,7 +44,7 @@ def sure(tests: int) -> float:
 
 
 class Yardstick:
-    """What some rows should be, in float64 and by an ideal kernel, against which any number of results is measured."""
+    """Expected values of some rows, in float64 and by an ideal kernel, against which results are measured."""
 
     def __init__(self, exact: Tensor, ideal: Ideal, sure_of: float) -> None:
         """Take exact float32 [n, H], the ideal of the same rows, and the deviations allowed to an estimate (`sure`)."""
@@ -70,12 +70,12 @@ class Yardstick:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """Number of rows."""
         return len(self._exact)
 
     @property
     def loosest(self) -> float:
-        """What the largest error of any of the rows may be, as a share of the row's largest magnitude."""
+        """The bound on the largest error of any of the rows, as a share of the row's largest magnitude."""
         return _most(self._deviation.amax(1) * self._extreme / self._most) if self.rows else 0.0
 
     @property
@@ -116,9 +116,9 @@ class Yardstick:
         }
 
     def _worst(self, error: Tensor) -> tuple[float, float, float]:
-        """Return how much of its bound the row takes that takes most, that row's largest error, and its bound.
+        """Return the largest share of a row's bound that an error takes, that row's largest error, and its bound.
 
-        The latter two are shares of the row's largest magnitude.
+        Error and bound are shares of the row's largest magnitude.
         """
         if not self.rows:
             return 0.0, 0.0, 0.0
@@ -137,5 +137,5 @@ def _finite(value: float) -> float | None:
 
 
 def _most(shares: Tensor) -> float:
-    """Return the largest of shares [n], those of rows of zeros aside."""
+    """Return the largest of shares [n], ignoring rows of zeros."""
     return float(shares.nan_to_num(0.0, posinf=0.0).amax()) if len(shares) else 0.0

@@ -1,8 +1,8 @@
-"""What the errors of some rows and tokens are beside those of ideal roundings, by arm and stage (docs/gaussian.md).
+"""Errors of sampled rows and tokens relative to ideal roundings, by arm and stage (docs/gaussian.md).
 
-Tokens are sampled by a keyed hash, alike on all ranks. Each rank computes its experts' rows of them from what must have
-travelled (`verify.stages` holds that against what did), with the very weights that its kernels are called with; the
-rows go to the tokens' owners, who add them up as combine does.
+A keyed hash samples the same tokens on all ranks. Each rank computes its experts' rows of them from the rows that must
+have travelled (`verify.stages` compares these with the received ones), with the same weights as its kernels. The rows
+go to the tokens' owners, who add them up as combine does.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Sample(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """What arms with one kernel are measured by: the family, expert rows here, and this rank's own tokens."""
+    """Yardsticks of the arms with one kernel: the family, the expert rows here, and this rank's own tokens."""
 
     family: str
     experts: Yardstick
@@ -59,9 +59,10 @@ class _Side(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One arm of a repeat: what this rank returned to combine, and its tokens [n, H] as combine gave them.
+    """One arm of a repeat: the rows this rank returned to combine, and combine's output tokens [n, H].
 
-    Where the cut took rows away: the keys int64 [l] of those lost here, and which tokens [n] lost one anywhere.
+    Where the cut removed rows: the keys int64 [l] of those lost here, and a mask of tokens [n] that lost one on any
+    rank.
     """
 
     returned: Returned | None
@@ -71,9 +72,9 @@ class Pass(NamedTuple):
 
 
 class ErrorChecker:
-    """Measures the passes of one case on one rank; every rank of the group makes one, and calls it alike."""
+    """Measures the passes of one case on one rank; every rank of the group makes one, and makes the same calls."""
 
-    def __init__(  # noqa: PLR0913 - what errors are measured from
+    def __init__(  # noqa: PLR0913 - the inputs of the measurement
         self,
         exchange: Exchange,
         workload: Workload,
@@ -108,13 +109,13 @@ class ErrorChecker:
 
     @property
     def found(self) -> list[ArmError]:
-        """What was measured of each arm and stage: the first that is not within its bounds, else the last."""
+        """Measured errors of each arm and stage: the first outside its bounds, else the last."""
         return list(self._found.values())
 
     def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings]) -> None:
         """Measure the arms of a repeat. Collective.
 
-        `families` has the roundings of each arm's kernel; arms with other rows than the padded one are `truncated`.
+        `families` has the roundings of each arm's kernel; arms whose rows differ from padded's use the `truncated` one.
         """
         if not self._sides:
             self._sides = self._make_sides(families)
@@ -129,16 +130,16 @@ class ErrorChecker:
             self._keep(arm, "combine", side.family, side.combine, one.tokens[self._own], kept, known)
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
-        """Return the error of this rank's tokens [n, H] where `arm` ran again and lost none; None without a sample."""
+        """Return the error of this rank's tokens [n, H] of a lossless second run of `arm`; None without a sample."""
         if not len(self._own) or not self._sides:
             return None
         side = self._side(arm)
         return _error(arm, "combine", side.family, side.combine, tokens[self._own])
 
     def allowed_between(self, arm: str, stage: str) -> float | None:
-        """Return how far two runs of an arm's kernel may be apart in a row, as a share of its largest magnitude.
+        """Return the bound on the distance of two runs of an arm's kernel in a row, as a share of its largest value.
 
-        Either may be as far from float64 as the loosest bound of the sample allows; None without one.
+        Each run may differ from float64 by the loosest bound of the sample. None without a sample.
         """
         if not self._sides:
             return None
@@ -150,7 +151,7 @@ class ErrorChecker:
         return self._sides["truncated" if arm == "truncated" else "padded"]
 
     def _rows(self, returned: Returned | None) -> Tensor | None:
-        """Return this rank's expert rows of the sample; None where nobody knows what it had received."""
+        """Return this rank's expert rows of the sample; None where the received rows are unknown."""
         if returned is None or not len(self._sample.keys):
             return None
         places = torch.searchsorted(returned.keys, self._sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
@@ -158,7 +159,7 @@ class ErrorChecker:
             return None
         return returned.rows[places]
 
-    def _keep(  # noqa: PLR0913 - what is measured, by what, and what is known
+    def _keep(  # noqa: PLR0913 - the measurement, its yardstick and its place
         self,
         arm: str,
         stage: str,
@@ -168,7 +169,7 @@ class ErrorChecker:
         kept: Tensor | None,
         known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]],
     ) -> None:
-        """Keep the arm's error, unless one outside its bounds is known; the same bits are measured once."""
+        """Keep the arm's error unless one outside its bounds is kept already; identical bits are measured once."""
         before = self._found.get((arm, stage))
         if not yardstick.rows or (before is not None and not before.within):
             return
@@ -185,7 +186,7 @@ class ErrorChecker:
         self._found[arm, stage] = msgspec.structs.replace(found, arm=arm)
 
     def _make_sides(self, families: Mapping[str, Roundings]) -> dict[str, _Side]:
-        """Compute what must come out, by kernel. Collective."""
+        """Compute the expected outputs, by kernel. Collective."""
         by_side = {side: families[side] for side in ("padded", "truncated") if side in families}
         distinct = list(dict.fromkeys(by_side.values()))
         exact, ideals = ideal_rows(self._sample.batch, self._weights, distinct)
@@ -202,7 +203,7 @@ class ErrorChecker:
         return sides
 
     def _to_owners(self, parts: list[Tensor]) -> list[Contributions]:
-        """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, laid out by slot. Collective."""
+        """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, arranged by slot. Collective."""
         group = self._workload.group
         packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
         leaving = torch.bincount(self._sample.keys >> 32, minlength=group.ep_size)
@@ -222,7 +223,7 @@ class ErrorChecker:
 
 
 def sampled_tokens(workload: Workload, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """Return the source ranks and tokens of the sample, int64 [s] each, by rank and token: the same on every rank."""
+    """Return the source ranks and tokens of the sample, int64 [s] each, sorted; the same on every rank."""
     device = workload.device
     counts = torch.tensor(workload.tokens_per_rank, device=device)
     ranks = torch.arange(len(counts), device=device).repeat_interleave(counts)
@@ -236,7 +237,7 @@ def sampled_tokens(workload: Workload, weights: ExpertWeights) -> tuple[Tensor, 
 
 
 def _sample_size(workload: Workload, weights: ExpertWeights) -> int:
-    """Return how many tokens are sampled: hundreds, fewer where a CPU would take seconds for them."""
+    """Return the number of sampled tokens: hundreds, fewer where a CPU would take seconds."""
     if workload.device.type != "cpu":
         return _MOST_TOKENS
     operations = 8 * workload.group.topk * (weights.w1[0].numel() + weights.w2[0].numel())

@@ -1,7 +1,7 @@
-"""Who may have made a sum wrong: what each explanation would have made of it, and which few explain all ranks' tokens.
+"""Attribution of wrong sums: the sum under each explanation, and few explanations for all ranks' tokens.
 
-An explanation is a change of all that one rank returned, or that a rank added nothing but its own rows. It explains a
-wrong token if it makes it what it is, and is out of question where it would have changed one that is right.
+An explanation is a change of all rows that one rank returned, or that a rank added only its own rows. It explains a
+wrong token if it yields the token's bits. It is rejected if it would change a right token.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from distbench.verify.sums import Contributions, SumOrder, added
 from distbench.workload.quantize import saturated
 
 Same = Callable[[Tensor, Tensor], Tensor]
-"""Whether rows [n, H] are as good as others: bool [n]."""
+"""Predicate on rows [n, H] and reference rows: bool [n], whether each row is as good as its reference."""
 
 
 class Explanation(NamedTuple):
-    """What became of rows, and the rank that is to blame: the one that returned them, or for ALONE that added them."""
+    """A change of rows, and the rank to blame: the one that returned them, or for ALONE the one that added them."""
 
     what: str
     rank: int
 
 
 Alternatives = tuple[Explanation, ...]
-"""Explanations of the very same tokens, which nothing tells apart."""
+"""Explanations of exactly the same tokens, which cannot be told apart."""
 
 
 CHANGES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
@@ -36,7 +36,7 @@ CHANGES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
     "a rank's share counts twice": lambda rows, _: rows * 2,
     "a rank's share was cast to fp8 without a scale": lambda rows, fp8: saturated(rows.float(), fp8).to(rows.dtype),
 }
-"""What became of rows, by the device's fp8 type."""
+"""Changes of rows, by the device's fp8 type."""
 ALONE = "only the rank's own experts contributed"
 _KINDS = (*CHANGES, ALONE)
 
@@ -44,7 +44,7 @@ _KINDS = (*CHANGES, ALONE)
 def changed(
     contributions: Contributions, explanations: Sequence[Explanation], rank: int, fp8: torch.dtype
 ) -> Contributions:
-    """Return what `rank` would have added if all of the explanations held, on devices of that `fp8` type."""
+    """Return the sum on `rank` if all of the explanations held, on devices of that `fp8` type."""
     rows, ranks = contributions
     for one in explanations:
         if one.what == ALONE and one.rank == rank:
@@ -57,10 +57,10 @@ def changed(
 def effects(
     contributions: Contributions, rank: int, order: SumOrder, fp8: torch.dtype, holds: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return, for tokens of `rank`, whom each explanation blames where `holds` says so of the sum it makes, else -1.
+    """Return the rank that each explanation blames for tokens of `rank`, where its sum satisfies `holds`; else -1.
 
-    int64 [n, x]: a column for each change of the contribution in each place, and one for ALONE. `holds` takes sums
-    [n, H] and returns bool [n].
+    int64 [n, x]: a column for each change of the contribution in each place, and one for ALONE. `holds` takes sums [n,
+    H] and returns bool [n].
     """
     rows, ranks = contributions
     columns = []
@@ -76,10 +76,10 @@ def effects(
 
 
 def choose(explaining: Sequence[list[list[int]]], spared: Sequence[list[list[int]]]) -> list[Alternatives]:
-    """Return few explanations that explain all tokens that any explains, that of the most tokens first.
+    """Return few explanations that cover all tokens that any explains, greedily: the one with the most tokens first.
 
-    Of each rank: `effects` of its wrong tokens, of those that explain them, and of its right ones, of those that would
-    have changed them.
+    `explaining` has the `effects` of each rank's wrong tokens; `spared` those of its right tokens, which an explanation
+    would have changed.
     """
     tokens: dict[Explanation, set[tuple[int, int]]] = defaultdict(set)
     for owner, table in enumerate(explaining):
@@ -101,7 +101,7 @@ def choose(explaining: Sequence[list[list[int]]], spared: Sequence[list[list[int
 
 
 def explained_by(row: Sequence[int], alternatives: Alternatives) -> bool:
-    """Whether a token, by its row of `effects`, is explained by one of them."""
+    """Whether one of the alternatives explains a token, given its row of `effects`."""
     return not set(_explanations(row)).isdisjoint(alternatives)
 
 

@@ -1,7 +1,7 @@
-"""How rank 0 gets every rank's rows and compares them itself, in memory that no number of tokens enlarges.
+"""Rank 0's collection and comparison of all ranks' rows, in memory that does not grow with the number of tokens.
 
-All ranks send their records, and then their outputs in rounds of one small block each, so that a round fits a bound:
-whole rows, or 128-bit digests where rows would be many, followed by those rows whose digests differ.
+All ranks send their records, then their outputs in rounds of one small block each, so that a round has a bounded size.
+A block holds whole rows, or 128-bit digests where rows would be too many; rows whose digests differ follow.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Mode = Literal["rows", "digests"]
 
 
 class Outputs(NamedTuple):
-    """A rank's outputs: the arms' names, their tokens [n, arms, H], and the digests of those, int64 [n, arms, 2].
+    """A rank's outputs: the arms' names, their tokens [n, arms, H], and the tokens' digests, int64 [n, arms, 2].
 
-    `alike` where all arms have the same bits.
+    `alike` says that all arms have the same bits.
     """
 
     arms: tuple[str, ...]
@@ -49,7 +49,7 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(arms: Mapping[str, Tensor]) -> Outputs:
-    """Return each arm's tokens [n, H] as one; digests of equal arms take no longer than those of one."""
+    """Return the tokens [n, H] of all arms as one; equal arms are digested once."""
     rows = torch.stack(list(arms.values()), dim=1)
     alike = _are_alike(rows)
     if alike:
@@ -60,7 +60,7 @@ def outputs_of(arms: Mapping[str, Tensor]) -> Outputs:
 
 
 def choose_mode(asked: str, tokens: tuple[int, ...], token_bytes: int) -> Mode:
-    """Return `rows` or `digests`: what was asked for, or by the bytes that rank 0 would read."""
+    """Return `rows` or `digests`: the mode asked for, or the choice by the bytes that rank 0 would read."""
     if asked == "rows" or (asked == "auto" and sum(tokens) * token_bytes <= ROWS_UP_TO_BYTES):
         return "rows"
     return "digests"
@@ -69,10 +69,10 @@ def choose_mode(asked: str, tokens: tuple[int, ...], token_bytes: int) -> Mode:
 def gather(
     session: Session, mode: Mode, tokens: tuple[int, ...], parts: Sequence[tuple[Observation, Outputs]]
 ) -> list[Gathered] | None:
-    """Bring all ranks' outputs to rank 0, which returns what it found; the others return None. Collective.
+    """Gather all ranks' outputs on rank 0, which returns the findings; the others return None. Collective.
 
-    `parts` has what was seen with each kind of inputs, and rank 0 returns as many; the outputs have the same arms in
-    the same order on every rank.
+    `parts` has the observations with each kind of inputs, and rank 0 returns one result for each. The outputs have the
+    same arms in the same order on every rank.
     """
     payloads = [outputs.rows if mode == "rows" else outputs.digests for _, outputs in parts]
     records = _gather_records(session, [observation for observation, _ in parts])
@@ -89,7 +89,7 @@ def gather(
 
 
 class _Reader:
-    """Compares chunk after chunk, keeping counts and the first differing tokens only."""
+    """Compares chunk by chunk; keeps only counts and the first differing tokens."""
 
     def __init__(self, arms: tuple[str, ...], mode: Mode, num_ranks: int) -> None:
         self._pairs = [(pair_name(pair), arms.index(pair[0]), arms.index(pair[1])) for pair in pairs_of(arms)]
@@ -120,16 +120,16 @@ class _Reader:
         return tokens[:FETCHED_TOKENS]
 
     def confirm(self, rank: int, rows: Tensor) -> None:
-        """Dispute a rank whose fetched rows [c, arms, H] do not differ although their digests did."""
+        """Dispute a rank whose fetched rows [c, arms, H] are equal although their digests differed."""
         if all(compare_rows(rows[:, second], rows[:, first]).equal for _, first, second in self._pairs):
             self._disputed.add(rank)
 
     def finish(self, records: list[Observation]) -> Gathered:
-        """Return the whole, the ranks' records beside it."""
+        """Return the complete result with the ranks' records."""
         disputed = sorted(self._disputed | {record.rank for record in records if not self._agrees(record)})
         total = {name: NO_DIFFERENCE for name, _, _ in self._pairs}
         for record in records:
-            # Digests tell which tokens differ; in how many elements and how far, only their rank has seen.
+            # Digests show which tokens differ; only their rank knows the number of elements and the distance.
             seen = self._per_rank[record.rank] if self._mode == "rows" else record.comparisons
             total = {name: found.plus(seen[name]) for name, found in total.items()}
         return Gathered(records, total, self.differing, disputed, self._mode, peak_bytes())
@@ -147,8 +147,8 @@ def _are_alike(rows: Tensor) -> bool:
 def _gather_records(session: Session, mine: list[Observation]) -> list[list[Observation]]:
     """Return all ranks' records of each part on rank 0, nothing elsewhere.
 
-    A record travels with its length in front, as far as `_RECORD_BYTES` reach; what is left of a long one follows.
-    Between CPUs, also where the payload is on a device: NCCL makes a communicator for each pair that sends by itself.
+    A record travels with its length in front, up to `_RECORD_BYTES`; the rest of a longer one follows. Records travel
+    between CPUs even where the payload is on a device: NCCL makes a communicator for each pair that sends by itself.
     """
     content = msgspec.json.encode(mine)
     framed = torch.frombuffer(bytearray(len(content).to_bytes(8, "little") + content), dtype=torch.uint8)
@@ -172,7 +172,7 @@ def _gather_records(session: Session, mine: list[Observation]) -> list[list[Obse
 def _gather_blocks(
     session: Session, payloads: list[Tensor], tokens: tuple[int, ...]
 ) -> Iterator[tuple[int, list[Tensor]]]:
-    """Yield, round after round, the first token of all ranks' blocks and the blocks; no blocks but on rank 0.
+    """Yield, for each round, the first token of all ranks' blocks and the blocks; blocks only on rank 0.
 
     A block has the arms of all payloads [n, arms, .], one after another.
     """
@@ -188,7 +188,7 @@ def _gather_blocks(
 
 
 def _fetch_differing(group: dist.ProcessGroup, reader: _Reader, rows: Tensor) -> None:
-    """Bring the first differing rows of each rank to rank 0, which looks whether they do differ."""
+    """Fetch each rank's first differing rows to rank 0, which confirms that they differ."""
     if dist.get_rank(group) != 0:
         _answer_request(group, rows)
         return

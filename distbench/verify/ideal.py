@@ -1,7 +1,7 @@
-"""Rows of experts in float64, and as an ideal kernel of a family returns them: rounded where its format demands it.
+"""Expert rows in float64, and as an ideal kernel of a family returns them: rounded only where its format demands it.
 
-Only the rounding of what is stored counts, so the ideal is computed in float64 up to each such place. Beside it stands
-the variance that its error has if each rounding is uniform within its step.
+Only the rounding of stored values counts, so the ideal is computed in float64 up to each store. Its variance assumes
+that each rounding error is uniform within its step.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _BF16_STEP = 2.0**-7
 
 
 class Ideal(NamedTuple):
-    """What a family of kernels returns: rows bf16 [n, H], and the variance of each element's error, float32 [n, H]."""
+    """Output of an ideal kernel: rows bf16 [n, H], and the variance of each element's error, float32 [n, H]."""
 
     rows: Tensor
     variance: Tensor
 
 
 class _Routes(NamedTuple):
-    """One family's routes bf16 [n * k + 1, H], and what its intermediates' errors add to each row, float32 [n + 1, H].
+    """One family's routes bf16 [n * k + 1, H], and the error variance of intermediates by row, float32 [n + 1, H].
 
-    The last of each stands for no route.
+    The last element of each stands for no route.
     """
 
     rounded: Tensor
@@ -43,10 +43,10 @@ class _Routes(NamedTuple):
 def ideal_rows(
     batch: TokenBatch, weights: ExpertWeights, families: Sequence[Roundings]
 ) -> tuple[Tensor, tuple[Ideal, ...]]:
-    """Return the local experts' weighted sums of each row, float32 [n, H] as float64 has them, and each family's ideal.
+    """Return the local experts' weighted sums, float32 [n, H] from float64, and the ideal rows of each family.
 
-    `batch` is what was received, `weights` those that the rank's kernels are called with. All families hold them in one
-    format. Slots whose expert is elsewhere, or no expert's, add nothing.
+    `batch` is the received batch, `weights` the weights of the rank's kernels. All families hold them in one format.
+    Slots of experts elsewhere, or of no expert, add nothing.
     """
     count, topk = batch.ids.shape
     hidden = functional.pad(dequantize(batch.hidden, batch.scales).double(), (0, 0, 0, 1))
@@ -80,13 +80,13 @@ def ideal_rows(
 
 
 def rounding_variance(values: Tensor) -> Tensor:
-    """Return the variance of an error that is uniform within a step of bf16 at each of `values`, as float32."""
+    """Return the variance of an error that is uniform within a bf16 step at each of `values`, as float32."""
     steps = (values.float().view(torch.int32) & _EXPONENT).view(torch.float32) * _BF16_STEP
     return steps.square_().div_(12)
 
 
 def _held(weights: ExpertWeights, experts: Tensor, family: Roundings) -> tuple[Tensor, Tensor]:
-    """Return both weights of `experts` [g] as the kernel holds them, multiplied out."""
+    """Return both weights of `experts` [g] as the kernel holds them, dequantised."""
     w1, w2 = weights.w1[experts], weights.w2[experts]
     if family.weights == "bf16":
         return w1, w2
@@ -104,7 +104,7 @@ def _stored(middle: Tensor, family: Roundings) -> Tensor:
 
 
 def _summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
-    """Add up bf16 routes [n, k, H], to which their intermediates' errors have added `middle` [n, H]."""
+    """Add up bf16 routes [n, k, H], whose intermediates' errors contributed `middle` [n, H]."""
     variance = rounding_variance(routes).sum(1)
     variance += middle.square().mean(1, keepdim=True)
     if family.sums == "float32":
@@ -115,6 +115,6 @@ def _summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
     for slot, route in enumerate(routes.unbind(1)):
         first = rows.eq(0) if slot else None
         rows = rows + route
-        if first is not None:  # what is added to nothing, or is nothing, is not rounded
+        if first is not None:  # adding zero, or adding to zero, does not round
             variance += rounding_variance(rows).masked_fill_(first | route.eq(0), 0.0)
     return Ideal(rows, variance)

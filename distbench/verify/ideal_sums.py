@@ -1,4 +1,4 @@
-"""Tokens as an ideal combine adds up ranks' ideal rows: plain, or quantised on their way back as MoRI does it."""
+"""Tokens as an ideal combine adds up the ranks' ideal rows: plain, or quantised on the trip back as MoRI does it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from distbench.emulation.mori.codec import Codec, make_codec
 from distbench.verify.ideal import Ideal, rounding_variance
 from distbench.verify.sums import Contributions, SumOrder, added
 
-# A step of a format over the value that it is a step at, at most.
+# Upper bound of a format's step relative to the value at the step.
 _RELATIVE_STEP = {"fp8_direct_cast": 2.0**-3, "fp8_blockwise": 2.0**-3, "fp4_blockwise": 2.0**-1}
 
 
 class Quantised(NamedTuple):
-    """How rows are quantised on their way back, and the largest relative step of the format."""
+    """Quantisation of rows on the trip back, and the largest relative step of the format."""
 
     codec: Codec
     step: float
 
 
 def quantised_way(facts: Mapping[str, Any], columns: int, fp8: torch.dtype) -> Quantised | None:
-    """Return how a transport quantises rows [m, columns] of bf16, from what it says of itself; None where it does not.
+    """Return the quantisation of bf16 rows [m, columns] that a transport's facts state; None where it has none.
 
-    `fp8` is the device's.
+    `fp8` is the device's fp8 type.
     """
     quant = str(facts.get("quant", "none"))
     if quant not in _RELATIVE_STEP:
@@ -49,7 +49,7 @@ def combined(rows: Contributions, variances: Contributions, order: SumOrder, way
 
 
 def _quantised_sum(rows: Contributions, order: SumOrder, way: Quantised) -> tuple[Tensor, Tensor]:
-    """Return the float32 sums [n, H], added rank by rank or node by node, and the variance of what they lost."""
+    """Return the float32 sums [n, H], added rank by rank or node by node, and the variance of their rounding errors."""
     total = torch.zeros_like(rows.rows[:, 0], dtype=torch.float32)
     variance = torch.zeros_like(total)
     node_of = rows.ranks.div(order.node_ranks or 1, rounding_mode="floor") if order.node_ranks else rows.ranks * 0
@@ -73,5 +73,5 @@ def _quantised_sum(rows: Contributions, order: SumOrder, way: Quantised) -> tupl
 
 
 def _lost(before: Tensor, after: Tensor, step: float) -> Tensor:
-    """Return the variance of a rounding: uniform within its step, and near zero as large as it is in the row."""
+    """Return the variance of a rounding error: uniform within its step, plus the row's mean square error near zero."""
     return (before * step).square() / 12 + (after - before).square().mean(1, keepdim=True)

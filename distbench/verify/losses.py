@@ -1,4 +1,4 @@
-"""Tokens that lost a row to a limit below total_recv: their damage is the limit's doing, and no other token's is."""
+"""Tokens that lost a row to a limit below total_recv: only their damage is due to the limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distbench.waits import collective
 
 
 class Losses:
-    """A rank's own tokens that lost a row on any rank, by arm; nothing where the case asks for no lost rows."""
+    """A rank's own tokens that lost a row on any rank, by arm; empty where the case does not ask for lost rows."""
 
     def __init__(self, group: dist.ProcessGroup, question: Question, rank: int) -> None:
         self._group = group
@@ -25,7 +25,7 @@ class Losses:
         self._taken: dict[str, Tensor] = {}
 
     def take(self, arm: str, sources: Tensor) -> None:
-        """Note what this rank lost in a pass of `arm`: the rows of `sources` int64 [total_recv, 2] past the limit."""
+        """Record this rank's losses in a pass of `arm`: the rows of `sources` int64 [total_recv, 2] past the limit."""
         if self._limit is None or arm not in CUT_ARMS:
             return
         rank, token = sources[self._limit :].cpu().unbind(1)
@@ -51,12 +51,12 @@ class Losses:
 
 
 def surviving(rows: Tensor, lost: Tensor | None) -> Tensor:
-    """The rows [n, .] of tokens that lost nothing; `lost` bool [n], or None where none did."""
+    """Rows [n, .] of the tokens that lost nothing; `lost` bool [n], or None where none did."""
     return rows if lost is None else rows[~lost.to(rows.device)]
 
 
 def survivors(made: Outputs, lost: dict[str, Tensor]) -> Survivors:
-    """Count what is wrong with a rank's tokens that lost no row; for a pair of arms in either of them."""
+    """Count the wrong tokens of a rank that lost no row; for a pair of arms, in neither of them."""
     rows = dict(zip(made.arms, made.rows.unbind(1), strict=True))
     nan_tokens = {
         arm: int(surviving(tokens, lost.get(arm)).isnan().any(1).sum()) for arm, tokens in rows.items() if arm != ORACLE

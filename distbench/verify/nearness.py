@@ -1,4 +1,4 @@
-"""How far rows are from others, as a share of the row's largest magnitude: what is held against a tolerance."""
+"""Distances between rows, as a share of the row's largest magnitude, for comparison with a tolerance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float | None:
-    """Return the worst of `row_errors`; None where a NaN or an infinity is in the way."""
+    """Return the worst of `row_errors`; None where it is NaN or infinite."""
     if torch.equal(actual, expected):
         return 0.0
     worst = float(row_errors(actual, expected).max())
@@ -24,5 +24,5 @@ def relative_error(actual: Tensor, expected: Tensor) -> float | None:
 
 
 def far_rows(actual: Tensor, expected: Tensor, allowed: float) -> int:
-    """Count rows [n, H] that are further from those expected than `allowed`, or hold a NaN where these do not."""
+    """Count rows [n, H] further than `allowed` from the expected rows, or with a NaN that these do not have."""
     return int((~(row_errors(actual, expected) <= allowed)).sum())

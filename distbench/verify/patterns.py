@@ -1,4 +1,4 @@
-"""What wrong rows look like beside the right ones, in a few words: the sort of damage, not its extent."""
+"""Classification of wrong rows against the right ones, in a few words: the kind of damage, not its extent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NODE_ROWS = 6
 
 
 def pattern_of(actual: Tensor, expected: Tensor, known: Callable[[], Tensor]) -> str:
-    """Return what happened to rows [m, H], all of them wrong; `known` gives digests [p, 2] of right ones."""
+    """Return the pattern of damage of rows [m, H], all of them wrong; `known` gives digests [p, 2] of right rows."""
     actual, expected = actual[:_EXAMINED], expected[:_EXAMINED]
     floating = actual.dtype.is_floating_point
     if floating and bool(actual.float().isnan().any(1).all()):
@@ -34,9 +34,9 @@ def pattern_of(actual: Tensor, expected: Tensor, known: Callable[[], Tensor]) ->
 
 
 def far_sources(wrong: Tensor, everyone: Tensor, rank: int, num_ranks: int) -> str:
-    """Return whether only rows of other nodes are wrong, for some number of ranks a node; else nothing.
+    """Return a pattern if, for some number of ranks per node, only rows of other nodes are wrong; else None.
 
-    `wrong` and `everyone` int64 [m] are the source ranks of the wrong rows and of all.
+    `wrong` and `everyone` int64 [m] are the source ranks of the wrong rows and of all rows.
     """
     hit, sent = set(wrong.tolist()), set(everyone.tolist())
     if wrong.numel() < _NODE_ROWS:
@@ -49,7 +49,7 @@ def far_sources(wrong: Tensor, everyone: Tensor, rank: int, num_ranks: int) -> s
 
 
 def _single_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Whether one bit of each row differs. x & (x - 1) takes the lowest bit away; nothing is left of a single one."""
+    """Whether each row has one flipped bit: x & (x - 1) clears the lowest set bit, which leaves 0 for a single one."""
     changed = integer_view(actual) ^ integer_view(expected)
     values = changed[changed != 0]
     return bool(((changed != 0).sum(1) == 1).all()) and not bool((values & (values - 1)).any())

@@ -1,4 +1,4 @@
-"""Where two sets of rows differ first, as a record."""
+"""The first difference of two sets of rows, as a record."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from distbench.verify.bitwise import bits_at, differing, same_bits
 from distbench.verify.records import Divergence
 
 
-def first_difference(  # noqa: PLR0913 - names of a place, then the two sides
+def first_difference(  # noqa: PLR0913 - the names of a place and the two sides
     stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor
 ) -> Divergence | None:
-    """Return where rows [n, H] first differ from what they should be, if they do; `row` counts them as given."""
+    """Return the first difference of rows [n, H] from the expected ones; None where all agree; `row` is its index."""
     if same_bits(actual, expected):
         return None
     return difference(stage, arm, rank, field, against, actual, expected)
 
 
-def difference(  # noqa: PLR0913 - names of a place, then the two sides
+def difference(  # noqa: PLR0913 - the names of a place and the two sides
     stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor
 ) -> Divergence:
-    """Return where rows [n, H] that do differ first do so."""
+    """Return the first difference of rows [n, H] that are known to differ."""
     wrong = differing(actual, expected)
     row, column = divmod(int(wrong.flatten().int().argmax()), wrong.shape[1])
     return Divergence(

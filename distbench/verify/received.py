@@ -1,4 +1,4 @@
-"""What a rank tells of rows that it received wrong, so that rank 0 can tell who spoilt them: sender or receiver."""
+"""A rank's evidence on rows that it received wrong, from which rank 0 finds the culprit: sender or receiver."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FIELD_FACTOR = 31
 _EXACT_IN_JSON = (1 << 53) - 1
 
 
-def wrong_rows(  # noqa: PLR0913 - which rows, and the two sides
+def wrong_rows(  # noqa: PLR0913 - the rows and the two sides
     sources: Tensor, slots: Tensor, wrong: Tensor, actual: TokenBatch, expected: TokenBatch, group: ExpertGroup
 ) -> tuple[dict[int, int], list[WrongRow]]:
-    """Return how many of the rows `wrong` [m] came from each source rank, and the first of them.
+    """Return the number of the rows `wrong` [m] from each source rank, and the first of them.
 
-    `sources` [m, 2] and `expected` are in canonical order, in which the rows of `actual` have their `slots` [m].
+    `sources` [m, 2] and `expected` are in canonical order; `slots` [m] are the positions of their rows in `actual`.
     """
     places = wrong.nonzero().flatten()
     ranks, counts = sources[places, 0].unique(return_counts=True)

@@ -1,4 +1,4 @@
-"""The records that a case leaves: what ranks saw, what rank 0 found, how it was judged. No tensors, no torch."""
+"""Records of a case: observations of ranks, findings of rank 0, judgement. No tensors, no torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ANOTHER_ROW = "another token's row"
 MULTIPLIED = "multiplied by"
 SEVERAL = "several faults at once"
 NOT_PROVEN = "limit-not-proven"
-"""Code of the note on a PASS whose limit may lose rows under another routing of the same token counts."""
+"""Code of the note on a PASS whose limit may lose rows under another routing with the same token counts."""
 
 
 class RowComparison(msgspec.Struct, frozen=True):
-    """How two tensors of one shape [n, H] differ, bit for bit.
+    """Differences of two tensors of one shape [n, H], bit for bit.
 
     `max_ulp` is the largest distance of two differing elements in units in the last place (steps between neighbouring
     floats of the type, sign and NaN patterns included).
@@ -56,7 +56,7 @@ NO_DIFFERENCE = RowComparison(0, 0, 0)
 
 
 class WrongRow(msgspec.Struct, frozen=True, array_like=True):
-    """A row received wrong: its (source rank, source token), a digest of all fields, and all ranks that receive it."""
+    """A wrongly received row: its (source rank, source token), a digest of all fields, and all its receivers."""
 
     token: tuple[int, int]
     bits: int
@@ -64,11 +64,11 @@ class WrongRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What the wrong rows of one stage have in common, as far as the rank itself can see.
+    """Properties that the wrong rows of one stage share, as far as the rank itself can see.
 
-    `tokens` are the first 64 as (source rank, source token), `fields` those that are wrong. For tokens: of those
-    `examined`, `suspects` are ranks of which each explains them all, `by_destination` how many have a row on each rank.
-    For received rows: how many came from each source rank, and the first 64 of them.
+    `tokens` are the first 64 as (source rank, source token), `fields` the wrong fields. For tokens: of those
+    `examined`, `suspects` are the ranks of which each explains them all, and `by_destination` counts how many have a
+    row on each rank. For received rows: the number from each source rank, and the first 64 of them.
     """
 
     pattern: str = ""
@@ -82,11 +82,11 @@ class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Divergence(msgspec.Struct, frozen=True, kw_only=True):
-    """The first place where a stage of one pass on one rank is not what it should be.
+    """The first place where a stage of one pass on one rank is wrong.
 
-    `row` is the slot in the receive buffer (dispatch, experts) or the token (combine); `against` says what it was
-    compared with: the source, the oracle, the padded arm, or the sum of what ranks returned. `rows` counts the rows of
-    this stage that are wrong. `far` counts those that are further from the padded arm's than any rounding takes them.
+    `row` is the slot in the receive buffer (dispatch, experts) or the token (combine). `against` names the reference:
+    the source, the oracle, the padded arm, or the sum of the returned rows. `rows` counts the wrong rows of this stage.
+    `far` counts those further from the padded arm's than any rounding explains.
     """
 
     stage: str
@@ -106,11 +106,11 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def proven(self) -> bool:
-        """Whether it is wrong whatever the kernel, not only other bits than the padded arm has."""
+        """Whether it is wrong whatever the kernel, and not merely different from the padded arm's bits."""
         return self.against != PADDED
 
     def __str__(self) -> str:
-        """Return one line: which rank and arm, how many rows, and the first of them."""
+        """Return one line: rank, arm, number of rows, and the first row."""
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
         if self.stage == "truncate" and self.field == "rows":
             return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
@@ -127,7 +127,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LostRows(msgspec.Struct, frozen=True):
-    """Rows of one rank's receive buffer at and past the limit: how many, and the first sources, in slot order."""
+    """Rows of one rank's receive buffer at and past the limit: their number, and the first sources in slot order."""
 
     rows: int = 0
     tokens: list[tuple[int, int]] = []
@@ -141,16 +141,16 @@ class FloatError(msgspec.Struct, frozen=True):
 
 
 class ArmError(msgspec.Struct, frozen=True, kw_only=True):
-    """Error of one arm at one stage on one rank, against float64, beside the error of ideal roundings.
+    """Error of one arm at one stage on one rank against float64, with the error of ideal roundings.
 
     `stage` is "experts" (rows that this rank's experts returned) or "combine" (this rank's tokens). `family` names the
     ideal: the roundings that the kernel's own format demands, in the order in which its family makes them.
 
-    `rows` are the sampled rows [n, H] that were judged; rows of a token that lost a row to the cut are left out.
-    `nan_rows` of them hold a NaN or an infinity where float64 holds none. `ratio` is the rms error over the ideal's,
-    `bias` the z score of the mean signed error less the ideal's; both are None where `nan_rows` is not 0. `worst` and
-    `ideal_worst` are the largest error of a row, as a share of the row's largest magnitude. `allowed` holds the bounds
-    of this sample: `ratio_low`, `ratio_high`, `bias`, `worst`. `within` says that all of them hold.
+    `rows` is the number of sampled rows [n, H] that were judged; rows of a token that lost a row to the cut are left
+    out. `nan_rows` of them hold a NaN or an infinity where float64 holds none. `ratio` is the rms error over the
+    ideal's, `bias` the z score of the mean signed error less the ideal's; both are None where `nan_rows` is not 0.
+    `worst` and `ideal_worst` are the largest error of a row, as a share of the row's largest magnitude. `allowed` holds
+    the bounds of this sample: `ratio_low`, `ratio_high`, `bias`, `worst`. `within` says that all of them hold.
     """
 
     arm: str
@@ -170,11 +170,11 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
     """The timed iterations of one arm on one rank, in microseconds.
 
     `slowest_us[stage]` has the slowest rank of each iteration, alike on all ranks; `layer_us` is this rank's own whole
-    layer. `last` compares the output of the last iteration with that of the checked pass, and `drift` is how far it is
-    from there, as a share of a token's largest magnitude, None with a NaN. `flushed_bytes` were written before each
-    iteration to empty the caches, 0 where they stay warm. `peak_device_bytes` is the most that torch held on the device
-    meanwhile, None on the CPU. `error` is that of the last
-    iteration's tokens, where inputs are gaussian and no row was lost, `apart` how large `drift` may be there.
+    layer. `last` compares the output of the last iteration with that of the checked pass, and `drift` is their distance
+    as a share of a token's largest magnitude, None with a NaN. `flushed_bytes` were written before each iteration to
+    flush the caches; 0 where they stay warm. `peak_device_bytes` is torch's peak memory on the device meanwhile, None
+    on the CPU. `error` is that of the last iteration's tokens, where inputs are gaussian and no row was lost; `apart`
+    is the bound on `drift` there.
     """
 
     slowest_us: dict[str, list[float]]
@@ -188,9 +188,9 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Replay(msgspec.Struct, frozen=True, array_like=True):
-    """A graph's replay with `live` rows of other tokens: rows that are wrong, and that have other bits by a rounding.
+    """A graph's replay with `live` rows of other tokens: wrong rows, and rows whose bits differ by a rounding only.
 
-    The latter are of kernels that add atomically, where inputs are not exact, and within the tolerance.
+    The latter come from kernels that add atomically, where inputs are not exact, and are within the tolerance.
     """
 
     live: int
@@ -199,19 +199,19 @@ class Replay(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Exposure(msgspec.Struct, frozen=True, kw_only=True):
-    """Results of tokens that were held against what they must be, over all passes, and how many were wrong."""
+    """Number of tokens compared with a reference, over all passes, and how many were wrong."""
 
     tokens: int = 0
     wrong: int = 0
     repeats: int = 0
 
     def plus(self, tokens: int, wrong: int) -> Exposure:
-        """Return it with so many tokens more."""
+        """Add counts of tokens and wrong tokens."""
         return Exposure(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
 
 
 class Survivors(msgspec.Struct, frozen=True):
-    """One rank's tokens that lost no row to a limit below total_recv: what is wrong with them is not the limit's doing.
+    """One rank's tokens that lost no row to a limit below total_recv: their damage is not due to the limit.
 
     `nan_tokens[arm]` counts those with a NaN, `differing[pair]` those that differ between two arms.
     """
@@ -223,14 +223,14 @@ class Survivors(msgspec.Struct, frozen=True):
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
-    `distance[arm]` is how far an arm is from padded, as a share of a token's largest magnitude, None with a NaN or an
+    `distance[arm]` is the arm's distance from padded, as a share of a token's largest magnitude, None with a NaN or an
     infinity; tokens that lost a row to the limit are left out. `drift` is the truncated arm's in records that have no
     `distance`. `nan_tokens[arm]` counts tokens with a NaN. `survivors` is None where the limit takes no row away.
-    `durations_us[arm][stage]` has one entry for each repeat, the first 4096; `packages` is what adapters say of theirs;
-    `injected` counts what each injected fault, by its place in the case's list, has changed here. `timed` has the arms
-    that were timed, `device_state` the device while the last of them ran on. `replays` are those of the last arm's
-    graph with other tokens. `errors` measure arms and stages where inputs are gaussian.
-    `accepted` says, by the place of an injected mutant, which public acceptance rules accept this rank's tokens.
+    `durations_us[arm][stage]` has one entry for each repeat, the first 4096; `packages` holds the adapters' facts about
+    their packages; `injected` counts the changes here by each injected fault, by its index in the case's list. `timed`
+    has the timed arms, `device_state` the device's state while the last of them ran. `replays` are replays of the last
+    arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian. `accepted` lists, by the
+    index of an injected mutant, the public acceptance rules that accept this rank's tokens.
     """
 
     rank: int
@@ -263,14 +263,14 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     accepted: dict[str, dict[str, bool]] = {}
 
     def distance_of(self, arm: str) -> float | None:
-        """How far `arm` is from padded; 0 where that was not measured."""
+        """Distance of `arm` from padded; 0 where that was not measured."""
         if arm == "truncated" and not self.distance:
             return self.drift
         return self.distance.get(arm, 0.0)
 
 
 class Gathered(msgspec.Struct, frozen=True):
-    """What rank 0 holds of all ranks: their records, and its own comparison of their outputs.
+    """All ranks' records on rank 0, and its own comparison of their outputs.
 
     `differing[pair]` lists the first differing tokens as (rank, token). `disputed` names ranks whose own comparison
     disagrees with that of rank 0. `peak_bytes` is rank 0's largest resident size, gathering included. `gaussian` is the
@@ -287,7 +287,7 @@ class Gathered(msgspec.Struct, frozen=True):
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One finding behind a verdict; `code` is stable, `message` is for people, `stage` is where it was found."""
+    """One finding behind a verdict; `code` is stable, `message` is for people, `stage` is where the fault was found."""
 
     code: str
     message: str
@@ -296,7 +296,7 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Question(msgspec.Struct, frozen=True):
-    """What is asked of a case: the traffic that the routing makes, the rows to cut to, or None where none are cut."""
+    """The question a case asks: the traffic that the routing makes, and the rows to cut to; None for no cut."""
 
     case: Case
     traffic: Traffic
@@ -311,16 +311,16 @@ class Question(msgspec.Struct, frozen=True):
 
     @property
     def proof(self) -> LimitProof:
-        """The traffic for which the limit loses no row: any routing of these token counts, or this batch at most."""
+        """Traffic for which the limit loses no row: any routing of these token counts, or only this batch."""
         return prove_limit(self.limit, self.traffic)
 
     @property
     def lossy(self) -> bool:
-        """Whether the case asks for lost rows: the limit is below total_recv on some rank, and cuts all the same."""
+        """Whether the case asks for lost rows: the limit is below total_recv on some rank, and the cut is made."""
         return self.case.policy == "unchecked" and bool(self.short_ranks)
 
     def asks_for(self, found: Divergence) -> bool:
-        """Whether the case itself asks for this loss: the rows past a limit below what the rank receives, no others."""
+        """Whether the case itself asks for this loss: exactly the rows past a limit below the rank's total_recv."""
         if self.limit is None or (found.stage, found.field) != ("truncate", "rows"):
             return False
         return found.rank in self.short_ranks and found.rows == self.traffic.total_recv[found.rank] - self.limit
@@ -332,7 +332,7 @@ class Question(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One rule that struck: the verdict that it stands for, its reasons, and the inputs (exact or gaussian)."""
+    """One rule that applied: its verdict, its reasons, and the inputs (exact or gaussian)."""
 
     verdict: Verdict
     inputs: str
@@ -340,10 +340,10 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """The verdict of a case, what led to it, and the first place that went wrong.
+    """The verdict of a case, its grounds, and the first wrong place.
 
-    `findings` are all rules that struck, the most fundamental first: verdict and reasons are that one's, and those of a
-    PASS its notes. There are none where a case was refused or lost its ranks.
+    `findings` are all rules that applied, the most fundamental first: verdict and reasons are those of the first, and
+    those of a PASS are its notes. There are none where a case was refused or lost its ranks.
     """
 
     verdict: Verdict
@@ -356,7 +356,7 @@ Token = tuple[int, int]
 
 
 class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One cause that fits what was seen: `stage` and `ranks` where it began, the first 64 (source rank, token)."""
+    """One cause that fits the evidence: `stage` and `ranks` of its origin, and the first 64 (source rank, token)."""
 
     cause: str
     confidence: Literal["certain", "likely"]
@@ -367,9 +367,9 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How a case ended. Nothing was gathered where it was refused before its first dispatch, or lost its ranks.
+    """End of a case. Nothing was gathered where it was refused before its first dispatch, or lost its ranks.
 
-    `stacks` holds the Python stacks of ranks, by rank, where they tell why.
+    `stacks` holds the Python stacks of ranks, by rank, where they show the reason.
     """
 
     case: Case
@@ -381,7 +381,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
 
 def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return which outputs are compared with which, in the order of the report. `arms` may end in the oracle."""
+    """Return the pairs of outputs to compare, in the order of the report. `arms` may end in the oracle."""
     wanted = [
         ("padded", ORACLE),
         ("padded", "control"),

@@ -1,4 +1,4 @@
-"""The rules of the verdict, one for each: reasons for it, or none (docs/verdicts.md)."""
+"""The rules of the verdict, one function each: reasons for it, or none (docs/verdicts.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distbench.verify.records import NOT_PROVEN, ORACLE, ArmError, Divergence, G
 
 
 def baseline_wrong(part: Part) -> list[Reason]:
-    """What is wrong with the padded arm: proven, a NaN, or outside its ideal."""
+    """Faults of the padded arm: proven, a NaN, or outside its ideal."""
     reasons = [_diverged(found) for found in part.divergences("padded")]
     oracle = f"padded/{ORACLE}"
     if not reasons and oracle in part.gathered.comparisons and not part.gathered.comparisons[oracle].equal:
@@ -30,9 +30,9 @@ def baseline_wrong(part: Part) -> list[Reason]:
 
 
 def corrupt(part: Part) -> list[Reason]:
-    """What is wrong with another arm, in tokens that lost no row to the limit.
+    """Faults of another arm, in tokens that lost no row to the limit.
 
-    Where the padded arm is wrong, other bits than it has say nothing.
+    Where the padded arm is wrong, bits that differ from its bits mean nothing.
     """
     baseline = not baseline_wrong(part)
     found = [one for one in part.divergences(*OTHERS) if one.proven or (baseline and not is_noise(part, one))]
@@ -49,7 +49,7 @@ def corrupt(part: Part) -> list[Reason]:
 
 
 def under_limit(part: Part) -> list[Reason]:
-    """The ranks that receive more rows than the limit keeps, and the damage."""
+    """Ranks that receive more rows than the limit keeps, and the damage."""
     question = part.question
     if question.case.policy == "guard" or not question.short_ranks:
         return []
@@ -76,9 +76,9 @@ def under_limit(part: Part) -> list[Reason]:
 
 
 def nondeterministic(part: Part) -> list[Reason]:
-    """The first sign that the padded arm's kernel gives other bits each time, where bits are asked of it.
+    """The first sign that the padded arm's kernel does not repeat its bits, where bits are required.
 
-    `require = tolerance` asks none of a kernel that adds atomically; one that does not has to repeat them.
+    `require = tolerance` requires none of a kernel that adds atomically; any other kernel must repeat them.
     """
     if part.question.case.require == "tolerance" and adds_atomically(part.kernels["padded"]):
         return []
@@ -86,17 +86,17 @@ def nondeterministic(part: Part) -> list[Reason]:
 
 
 def drift(part: Part) -> list[Reason]:
-    """How another kernel has other bits, where bits are asked of it."""
+    """Differences between another kernel's bits and padded's, where bits are required."""
     return [] if part.question.case.require == "tolerance" else _drifted(part)
 
 
 def notes(part: Part) -> list[Reason]:
-    """What a PASS has to add of other bits that are explained."""
+    """Notes of a PASS on explained differences of bits."""
     return [*_unrepeated(part)[:1], *_drifted(part)]
 
 
 def limit_notes(question: Question) -> list[Reason]:
-    """What a PASS has to add of the limit."""
+    """Notes of a PASS on the limit."""
     found = []
     if question.short_ranks:
         ranks = ", ".join(str(rank) for rank in question.short_ranks)
@@ -122,8 +122,8 @@ RULES = (
 
 
 def _unexplained_pairs(part: Part, *, baseline: bool) -> list[str]:
-    """Comparisons of other arms that differ in tokens that lost no row, and that no kernel explains."""
-    if not (baseline or part.exact):  # distances are from a padded arm that is wrong
+    """Comparisons of other arms with differing tokens that lost no row and that no kernel explains."""
+    if not (baseline or part.exact):  # distances are from a wrong padded arm
         return []
     found = []
     for pair in part.gathered.comparisons:
@@ -153,7 +153,7 @@ def _outside(part: Part, arm: str) -> Iterable[Reason]:
 
 
 def _error(error: ArmError) -> str:
-    """Name what is outside its bounds."""
+    """Name the figures outside their bounds."""
     start = f"{error.arm} at {error.stage}, {error.rows} rows against ideal roundings ({error.family}): "
     if error.nan_rows:
         return f"{start}{error.nan_rows} rows hold a NaN or an infinity"
@@ -166,7 +166,7 @@ def _error(error: ArmError) -> str:
 
 
 def _far_from_reference(part: Part) -> Iterable[Reason]:
-    """Where no error was measured, padded is held against a float reference of a few tokens."""
+    """Padded against a float reference of a few tokens, where no error was measured."""
     allowed = tolerance(part.question.case)
     for record in part.records:
         measured = any(error.arm == "padded" for error in record.errors)
@@ -179,7 +179,7 @@ def _far_from_reference(part: Part) -> Iterable[Reason]:
 
 
 def _far(part: Part, arm: str) -> Iterable[Reason]:
-    """Where rounding explains no difference between an arm and padded: in gaussian inputs, beyond the tolerance."""
+    """Arms whose distance from padded no rounding explains: in gaussian inputs, beyond the tolerance."""
     if part.exact:
         return
     allowed = tolerance(part.question.case)
@@ -193,7 +193,7 @@ def _far(part: Part, arm: str) -> Iterable[Reason]:
 
 
 def _unrepeated(part: Part) -> list[Reason]:
-    """Signs that the padded arm's kernel gives other bits each time."""
+    """Signs that the padded arm's kernel does not repeat its bits."""
     if part.exact:
         return []
     label = part.kernels["padded"]["label"]
@@ -211,7 +211,7 @@ def _unrepeated(part: Part) -> list[Reason]:
 
 
 def _drifted(part: Part) -> list[Reason]:
-    """How truncated differs from padded by its kernel, in tokens or only in expert rows, and where that ran again."""
+    """Differences of truncated from padded due to its kernel, in tokens or only in expert rows, and in second runs."""
     repeated = [once.reason for once in again(part) if once.rounding and once.other]
     if not shows_other_bits(part, "truncated") or excuse(part, "truncated") != "kernel":
         return repeated

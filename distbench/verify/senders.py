@@ -1,7 +1,7 @@
-"""Whom to blame for rows that were received wrong: the rank that received them, or the one that sent them so.
+"""Attribution of rows that were received wrong: to their receiver or to their sender.
 
-A token goes to several ranks. What was sent wrong is wrong in the same bits on all of them; what one of them has right
-was spoilt on the way to another, or there.
+A token goes to several ranks. A token sent wrong has the same wrong bits on all of them. If one rank has it right, it
+was damaged on the way to another rank, or there.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from distbench.verify.records import Divergence, Gathered, Token, WrongRow
 
 
 class Root(msgspec.Struct, frozen=True):
-    """A divergence that no earlier one explains, the ranks to blame, and how sure that is.
+    """A divergence that no earlier one explains, the ranks to blame, and the certainty.
 
-    No rank is blamed where any of `candidates` may be the one. `sent` says that the rank sent the wrong rows, `note`
-    what else is to be known.
+    No rank is blamed where any of `candidates` may be the culprit. `sent` says that the rank sent the wrong rows;
+    `note` has further facts.
     """
 
     found: Divergence
@@ -30,7 +30,7 @@ class Root(msgspec.Struct, frozen=True):
 
 
 def dispatch_roots(gathered: Gathered, arm: str, repeats: int) -> list[Root]:
-    """Return whom to blame for what dispatch did in one arm."""
+    """Return the roots of dispatch's damage in one arm."""
     found = [
         one
         for record in gathered.observations
@@ -53,7 +53,7 @@ class _Rows:
         self._some_are_right = sum(map(_count, wrong)) < received
 
     def roots(self) -> list[Root]:
-        """Return what is to be blamed, senders first."""
+        """Return the roots, senders first."""
         spoilt_here = {rank for rank, rows in self._listed.items() if any(map(self._is_right_elsewhere, rows.values()))}
         senders = self._senders(spoilt_here) if self._some_are_right else {}
         left = {rank: sorted(found.clues.by_source.keys() - senders.keys()) for rank, found in self._wrong.items()}
@@ -65,7 +65,7 @@ class _Rows:
         ]
 
     def _witnesses(self, gathered: Gathered, arm: str) -> set[int]:
-        """Return the ranks that looked at every row they received."""
+        """Return the ranks that checked every row they received."""
         blind = {
             record.rank
             for record in gathered.observations
@@ -90,7 +90,8 @@ class _Rows:
     def _senders(self, spoilt_here: set[int]) -> dict[int, Root]:
         """Return the sources of tokens that several ranks have wrong in the same bits, and none right.
 
-        One of them at least has nothing wrong of its own: two that spoil what they receive may spoil a token alike.
+        At least one of these ranks has no damage of its own: two ranks that damage received rows may damage a token
+        alike.
         """
         senders: dict[int, Root] = {}
         for rank, rows in self._listed.items():
@@ -104,7 +105,7 @@ class _Rows:
         return senders
 
     def _of_one_source(self, sources: dict[int, int]) -> Iterator[Root]:
-        """Yield roots for ranks that have wrong rows of one source only, and no other rank to compare them with."""
+        """Yield roots for ranks whose wrong rows come from one source only, with no other rank to compare with."""
         by_source: dict[int, list[int]] = defaultdict(list)
         for rank, source in sources.items():
             by_source[source].append(rank)

@@ -1,6 +1,6 @@
-"""What one rank checks in every pass: received rows against their sources, expert rows against the oracle.
+"""One rank's checks in every pass: received rows against their sources, expert rows against the oracle.
 
-The final bits alone would miss damage that a later rounding hides, so each stage is held against what it should be.
+The final bits alone would miss damage that a later rounding hides, so each stage has its own reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distbench.workload.routing import destinations
 
 
 class _Received(NamedTuple):
-    """Received rows in order of (source rank, source token): keys [m], what they must hold, and expert rows."""
+    """Received rows sorted by (source rank, source token): keys [m], expected contents, and expert rows."""
 
     keys: Tensor
     batch: TokenBatch
@@ -35,7 +35,7 @@ class _Received(NamedTuple):
 
 
 class _Baseline(NamedTuple):
-    """Expert rows [m, H] of the first pass, and which of them [m] came of right inputs; None for all."""
+    """Expert rows [m, H] of the first pass, and a mask [m] of those with right inputs; None for all."""
 
     rows: Tensor
     fit: Tensor | None
@@ -45,7 +45,7 @@ class StageChecker:
     """Checks the passes of one case on one rank; the first pass seen is the baseline of the others."""
 
     def __init__(self, workload: Workload, rank: int, counts: Tensor, capacity: int) -> None:
-        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `capacity` rows has a receive buffer."""
+        """Keep the parts; `counts` int64 [W, W]: agreed rows from rank i to j; a receive buffer has `capacity` rows."""
         self._workload = workload
         self._rank = rank
         self._counts = counts
@@ -57,10 +57,10 @@ class StageChecker:
     def check_rows(
         self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor
     ) -> list[Divergence]:
-        """Return where this pass's received rows, their cut, and the expert rows are wrong, the earliest stage first.
+        """Return the divergences of this pass's received rows, cut and expert rows, the earliest stage first.
 
-        Each stage answers for itself only: expert rows whose input was wrong already are passed over. Rows that a cut
-        took away are not looked at here; see `check_cut`.
+        Each stage answers only for itself: expert rows whose input was already wrong are skipped. Rows that a cut
+        removed are not checked here; see `check_cut`.
         """
         self._returned.pop(arm, None)
         keys, order = key_of(sources[:, 0], sources[:, 1]).sort()
@@ -78,13 +78,13 @@ class StageChecker:
         return [one for one in found if one is not None]
 
     def returned(self, arm: str) -> Returned | None:
-        """Return what the last pass of `arm` gave to combine; None where nobody knows what it had received."""
+        """Return the rows that the last pass of `arm` gave to combine; None where the received rows are unknown."""
         return self._returned.get(arm)
 
     def check_cut(
         self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, rows: int
     ) -> Divergence | None:
-        """Return how the cut of this pass is not one to `rows` rows, or how it loses a row that was received."""
+        """Return the divergence of a cut that does not keep `rows` rows, or that loses a received row."""
         total, live = int(dispatched.total_recv), int(given.num_local_tokens)
         cut = Divergence(stage="truncate", arm=arm, rank=self._rank, field="rows", against="received", rows=0)
         first = min(live, given.rows)
@@ -116,7 +116,7 @@ class StageChecker:
     def _check_inputs(
         self, place: _Place, right: TokenBatch, dispatched: Dispatched, given: ExpertInput
     ) -> tuple[list[Divergence | None], Tensor | None]:
-        """Return what is wrong before and after the cut, and which rows [m] of those that are visible it concerns."""
+        """Return the divergences before and after the cut, and a mask [m] of the visible rows they concern."""
         found: list[Divergence | None] = [
             self._check_count(place.arm, "capacity", dispatched.hidden.shape[0], self._capacity),
             self._check_count(
@@ -145,7 +145,7 @@ class StageChecker:
         return found, wrong
 
     def _check_count(self, arm: str, field: str, count: int, agreed: int) -> Divergence | None:
-        """Return how a number of rows that dispatch gives is not the one that all ranks know it must be."""
+        """Return a divergence where a number of rows that dispatch gives differs from the agreed number."""
         if count == agreed:
             return None
         return Divergence(
@@ -159,7 +159,7 @@ class StageChecker:
         )
 
     def _learn(self, arm: str, sources: Tensor, keys: Tensor) -> Divergence | None:
-        """Take `sources` as those of this case, and make what must lie there, unless they are not as agreed."""
+        """Take `sources` as those of this case and compute the expected rows, unless the agreed ones differ."""
         agreed = self._counts[:, self._rank]
         num_ranks = len(agreed)
         tokens = torch.tensor(self._workload.tokens_per_rank, device=sources.device)
@@ -184,7 +184,7 @@ class StageChecker:
         return Divergence(stage="dispatch", arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
 
     def _check_expert_rows(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
-        """Hold rows [m, H], ordered as `keys`, against the oracle or the first pass; keep what combine is given."""
+        """Compare rows [m, H], ordered as `keys`, with the oracle or the first pass; keep the rows given to combine."""
         expected, against = self._known.expert_rows if self._known else None, ORACLE
         if expected is None:
             if self._baseline is None:
@@ -194,11 +194,11 @@ class StageChecker:
         if rows is expected or same_bits(rows, expected):
             self._returned[place.arm] = Returned(keys, expected)
             return None
-        self._returned[place.arm] = Returned(keys, rows)  # memory of its own until the next pass of this arm
+        self._returned[place.arm] = Returned(keys, rows)  # a copy, valid until the next pass of this arm
         return place.first_difference("experts", "rows", against, rows, expected)
 
     def _check_baseline(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
-        """Take rows [m, H] as what other passes are held against, but for those with a NaN, which no input holds."""
+        """Take rows [m, H] as the reference of other passes, except those with a NaN, which no input holds."""
         self._returned[place.arm] = Returned(keys, rows)
         finite = rows.isfinite()
         if bool(finite.all()):
@@ -210,9 +210,9 @@ class StageChecker:
 
 
 class _Place(NamedTuple):
-    """Where rows stand: `order` [m] slots in canonical order; `visible` [m] those to look at, None for all.
+    """Positions of rows: `order` [m] slots in canonical order; `visible` [m] marks those to check, None for all.
 
-    `allowed` is how far rounding takes an expert row from the padded arm's.
+    `allowed` bounds the distance that rounding explains between an expert row and the padded arm's.
     """
 
     arm: str
@@ -223,13 +223,13 @@ class _Place(NamedTuple):
     allowed: float
 
     def without(self, unfit: Tensor | None) -> _Place:
-        """Return the place without rows that are `unfit` [m]."""
+        """Return the place without the rows that are `unfit` [m]."""
         if unfit is None:
             return self
         return self._replace(visible=~unfit if self.visible is None else self.visible & ~unfit)
 
     def wrong_rows(self, actual: TokenBatch, expected: TokenBatch) -> Tensor | None:
-        """Return which visible rows differ in any field, bool [m]; None where none does."""
+        """Return a mask of visible rows that differ in any field, bool [m]; None where none does."""
         wrong: Tensor | None = None
         slots = self.slots(actual)
         for mine, right in zip(actual, expected, strict=True):
@@ -244,13 +244,13 @@ class _Place(NamedTuple):
         return wrong if wrong is not None and bool(wrong.any()) else None
 
     def slots(self, rows: TokenBatch) -> Tensor:
-        """Return the slots [m] that lie in a buffer; what is past its end is taken to be in its last row."""
+        """Return the slots [m] clamped to a buffer: a slot past its end becomes its last row."""
         return self.order.clamp(max=rows.hidden.shape[0] - 1)
 
     def describe(
         self, stage: str, actual: TokenBatch, expected: TokenBatch, wrong: Tensor, num_ranks: int
     ) -> Divergence | None:
-        """Return the first difference of the rows `wrong` [m], of which there are some, with what they look like."""
+        """Return the first difference of the rows `wrong` [m], at least one, with its pattern."""
         only = self._replace(visible=wrong)
         slots = self.slots(actual)
         fields = [
@@ -268,7 +268,7 @@ class _Place(NamedTuple):
     def first_difference(
         self, stage: str, field: str, against: str, actual: Tensor, expected: Tensor
     ) -> Divergence | None:
-        """Return the first difference of the visible rows [m, .], in canonical order, with what they look like."""
+        """Return the first difference of the visible rows [m, .], in canonical order, with its pattern."""
         slots, mine, right = self.order, actual, expected
         if self.visible is not None:
             slots, mine, right = slots[self.visible], mine[self.visible], right[self.visible]
@@ -292,7 +292,7 @@ def _cut_alike(given: ExpertInput) -> bool:
 
 
 def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
-    """Return the rows that combine reads, in canonical order [m, H]; one past the end of `expert_out` is poison."""
+    """Return the rows that combine reads, in canonical order [m, H]; slots past the end of `expert_out` give poison."""
     count = expert_out.shape[0]
     if not count:
         return expert_out.new_full((order.shape[0], expert_out.shape[1]), float("nan"))

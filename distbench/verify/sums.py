@@ -1,7 +1,7 @@
-"""What combine should have given: each token's contributions, fetched from those that returned them, and added anew.
+"""Expected output of combine: each token's contributions, fetched from the ranks that returned them, and summed.
 
-Nothing is believed of the transport that is checked but the order in which it says it adds, so a difference is
-combine's own, whatever went wrong before it and whether or not inputs are exact.
+The transport under test is trusted only for its stated order of addition. A difference is therefore combine's own,
+whatever went wrong before it and whether or not inputs are exact.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ _TOKEN_BITS = 32
 
 
 class SumOrder(NamedTuple):
-    """How a transport adds a token's contributions: in float32 from +0.0, in the order of top-k slots.
+    """Order in which a transport adds a token's contributions: in float32 from +0.0, in the order of top-k slots.
 
-    A rank stands at its first slot, or its last. With `node_ranks` each node of so many ranks has its sum rounded
-    first, and those are added in order of nodes. `quantised` rows are not added as they were returned.
+    A rank takes the place of its first slot, or of its last. With `node_ranks`, each node of that many ranks has its
+    sum rounded first, and the nodes' sums are added in node order. `quantised` rows are not added as they were
+    returned.
     """
 
     last_slot: bool = False
@@ -35,25 +36,25 @@ class SumOrder(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """What one rank gave to combine: keys int64 [m], rank << 32 | token of each received row, rising; rows [m, H]."""
+    """Rows that one rank gave to combine: keys int64 [m], rank << 32 | token, ascending; rows [m, H]."""
 
     keys: Tensor
     rows: Tensor
 
 
 class Contributions(NamedTuple):
-    """What ranks returned for some tokens, in the order of adding: rows [n, c, H], ranks int64 [n, c], -1 for none."""
+    """Rows that ranks returned for some tokens, in order of addition: rows [n, c, H], ranks int64 [n, c], else -1."""
 
     rows: Tensor
     ranks: Tensor
 
     def take(self, index: Tensor) -> Contributions:
-        """Return those of the tokens `index` [m]."""
+        """Return the contributions of the tokens `index` [m]."""
         return Contributions(self.rows[index], self.ranks[index])
 
 
 def sum_order(facts: Mapping[str, Any]) -> SumOrder:
-    """Return the order in which a transport adds, from what it says of itself."""
+    """Return the order of addition that a transport's facts state."""
     kernel, node_ranks = facts.get("kernel"), facts.get("gpu_per_node")
     return SumOrder(
         last_slot=kernel == "IntraNodeLL",
@@ -63,7 +64,7 @@ def sum_order(facts: Mapping[str, Any]) -> SumOrder:
 
 
 def key_of(ranks: Tensor, tokens: Tensor) -> Tensor:
-    """Return the number by which received rows are ordered, int64 [m]."""
+    """Return the sort key of received rows, int64 [m]."""
     return (ranks << _TOKEN_BITS) | tokens
 
 
@@ -73,7 +74,7 @@ def split_key(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def added(contributions: Contributions, order: SumOrder) -> Tensor:
-    """Return the sum of each token's contributions as combine has to make it: [n, H] of the rows' dtype."""
+    """Return the sum of each token's contributions as combine must compute it: [n, H] of the rows' dtype."""
     rows, ranks = contributions
     if not order.node_ranks:
         return _added_in_order(rows).to(rows.dtype)
@@ -86,15 +87,15 @@ def added(contributions: Contributions, order: SumOrder) -> Tensor:
 
 
 def same_bits_or_nan(actual: Tensor, expected: Tensor) -> Tensor:
-    """Whether rows [n, H] have the same bits, bool [n]; one NaN is as good as another: machines differ in theirs."""
+    """Whether rows [n, H] have the same bits, bool [n]; all NaNs are equal, because machines differ in theirs."""
     nan = actual.isnan() & expected.isnan()
     return ((integer_view(actual) == integer_view(expected)) | nan).all(1)
 
 
 def in_slot_order(rows: Tensor, ids: Tensor, group: ExpertGroup, order: SumOrder) -> Contributions:
-    """Lay out rows [m, H] for tokens with `ids` [n, k].
+    """Arrange rows [m, H] for tokens with `ids` [n, k].
 
-    `rows` has one row for each rank that a token went to, ordered by that rank and then by token.
+    `rows` has one row for each destination rank of a token, ordered by that rank and then by token.
     """
     going = destinations(ids, group.experts_per_rank, group.ep_size)
     position = (going.t().flatten().cumsum(0) - 1).view(group.ep_size, len(ids))
@@ -104,13 +105,13 @@ def in_slot_order(rows: Tensor, ids: Tensor, group: ExpertGroup, order: SumOrder
     return Contributions(padded[torch.where(ranks < 0, len(rows), index)], ranks)
 
 
-def recounted(  # noqa: PLR0913 - what was returned, whose tokens, how they are added
+def recounted(  # noqa: PLR0913 - the returned rows, their tokens and the order
     exchange: Exchange, rank: int, returned: Returned, ids: Tensor, most: int, group: ExpertGroup, order: SumOrder
 ) -> Iterator[tuple[int, Contributions]]:
-    """Yield, block after block, its first token and what all ranks returned for its tokens. Collective.
+    """Yield, for each block, its first token and all ranks' rows for its tokens. Collective.
 
-    ids [n, k] are `rank`'s own; no rank has more than `most` tokens. A block's rows take `ROUND_BYTES` at most on
-    any rank, or are those of one token of each rank.
+    ids [n, k] are `rank`'s own; no rank has more than `most` tokens. A block's rows take at most `ROUND_BYTES` on any
+    rank, or are those of one token of each rank.
     """
     row_bytes = returned.rows.shape[1] * returned.rows.element_size()
     step = max(ROUND_BYTES // (row_bytes * group.ep_size), 1)
@@ -143,7 +144,7 @@ def _added_in_order(rows: Tensor) -> Tensor:
 
 
 def exchanged(exchange: Exchange, rank: int, rows: Tensor, leaving: Sequence[int], arriving: Sequence[int]) -> Tensor:
-    """Send rows [m, H], so many to each rank in turn; return what arrives at `rank`, by rank. Collective."""
+    """Send rows [m, H], `leaving` of them to each rank in turn; return the arriving rows by rank. Collective."""
     mine = slice(sum(leaving[:rank]), sum(leaving[: rank + 1]))
     if mine == slice(0, len(rows)) and len(leaving) == 1:
         return rows

@@ -1,7 +1,7 @@
-"""How far a result may be from another that is as good, as a share of the token's largest magnitude. Loads no torch."""
+"""Largest distance between two equally good results, as a share of the token's largest magnitude. Loads no torch."""
 
 # Top-k bf16 adds and up to top-k rounded rank rows, 2**-9 each.
 TOLERANCE = 2.0**-5
 
-# The same where weights and intermediate are e4m3: half a step of each, over the few routes of a token.
+# The same where weights and intermediate are e4m3: half a step of each, over a token's few routes.
 FP8_TOLERANCE = 2.0**-3

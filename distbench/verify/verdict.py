@@ -1,4 +1,4 @@
-"""From what the ranks saw to one verdict: the most fundamental cause wins (docs/verdicts.md)."""
+"""One verdict from the observations of all ranks: the most fundamental cause wins (docs/verdicts.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distbench.verify.rules import RULES, limit_notes, notes, under_limit
 
 
 def judge(question: Question, gathered: Gathered) -> Judgement:
-    """Return the verdict of a case whose ranks all reported, and every rule that struck."""
+    """Return the verdict of a case whose ranks all reported, and every rule that applied."""
     parts = parts_of(question, gathered)
     findings = [
         Finding(verdict=verdict, inputs=part.inputs, reasons=_said(part, reasons, parts))
@@ -38,14 +38,14 @@ def parts_of(question: Question, gathered: Gathered) -> list[Part]:
 
 
 def _said(part: Part, reasons: list[Reason], parts: list[Part]) -> list[Reason]:
-    """Name the inputs in what was found with those that do not decide bits."""
+    """Name the inputs in findings of those that do not decide bits."""
     if part is parts[0]:
         return reasons
     return [msgspec.structs.replace(one, message=f"{part.inputs} inputs: {one.message}") for one in reasons]
 
 
 def part_of(parts: list[Part], findings: list[Finding]) -> Part:
-    """The part in which the first finding was made; without one the first part."""
+    """Part of the first finding; without findings the first part."""
     wanted = findings[0].inputs if findings else ""
     return next((part for part in parts if part.inputs == wanted), parts[0])
 
@@ -53,7 +53,7 @@ def part_of(parts: list[Part], findings: list[Finding]) -> Part:
 def first_divergence(part: Part) -> Divergence | None:
     """The first wrong stage of the first wrong arm, on the first rank where it is wrong.
 
-    What a kernel's rounding explains comes behind what nothing explains.
+    Divergences that a kernel's rounding explains come after unexplained ones.
     """
     found = in_order(one for record in part.records for one in record.divergences)
     return next((one for one in found if not is_noise(part, one)), found[0] if found else None)

@@ -1,1 +1,1 @@
-"""The bits that go in, the same on every rank and device, and the bits that must come out."""
+"""Inputs, bit-identical on every rank and device, and the oracles that give the expected outputs."""

@@ -1,4 +1,4 @@
-"""What a rank sends: one row for each token."""
+"""The rows a rank sends: one for each token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class TokenBatch(NamedTuple):
-    """Rows as they enter dispatch and as they must arrive.
+    """Rows as they enter dispatch, and as they must arrive.
 
     hidden [n, H] bf16, or the device's fp8 with scales float32 [n, H/128]; weights [n, k] float32; ids [n, k] int32,
     global.

@@ -1,9 +1,9 @@
-"""Random bits from a counter: value = hash(seed, tensor, row, column), so that any rank makes any slice anywhere.
+"""Random bits from a counter: value = hash(seed, tensor, row, column); any rank computes any slice.
 
-Integer arithmetic only (products that wrap, logical shifts), hence the same bits on CPU, CUDA and ROCm. A row becomes
-two 32-bit keys by the finaliser of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-2014); with them, `lowbias32` (Chris Wellons, "Prospecting for hash functions", 2018) mixes the column. One 32-bit key
-alone would repeat whole rows after some 2**16 of them.
+Integer arithmetic only (products that wrap, logical shifts), hence the same bits on CPU, CUDA and ROCm. A row gets two
+32-bit keys from the finaliser of splitmix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+2014); with them, `lowbias32` (Chris Wellons, "Prospecting for hash functions", 2018) mixes the column. With a single
+32-bit key, whole rows would repeat after about 2**16 rows.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Device = torch.device | str
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INDEX_BITS = 24
 _COUNT_BITS = 31
-# Permutations of a stream that are drawn at a time: drawing is some 20 operations, for one or for many.
+# Permutations of a stream that are drawn in one call: a draw costs about 20 operations, whether for one or for many.
 _DRAWN = 4
 
 
 def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
     """Return 32 random bits for each row and column: int32 [r, columns] on `device`.
 
-    `tensor` names an independent stream of `seed`. `rows` int64 [r] are any numbers, in any order; no two of them
-    share their keys.
+    `tensor` names an independent stream of `seed`. `rows` int64 [r] may hold any numbers in any order; distinct rows
+    have distinct keys.
     """
     row_key, column_key = _stream_keys(seed, tensor)
     first, second = _row_keys(rows.to(device) ^ row_key).view(torch.int32).view(-1, 2, 1).unbind(1)
@@ -36,7 +36,7 @@ def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) ->
 
 
 def _mix(values: Tensor, second: Tensor) -> Tensor:
-    """Mix int32 `values` in place by lowbias32, a second key added in the middle."""
+    """Mix int32 `values` in place by lowbias32, with a second key added midway."""
     _fold(values, 16)
     values *= _constant(0x7FEB352D, torch.int32)
     values += second
@@ -55,7 +55,7 @@ def words_of_streams(seed: int, names: Sequence[str], rows: Tensor, columns: int
 
 
 def permuted(seed: int, tensor: str, numbers: Tensor) -> Tensor:
-    """Return numbers int64 [n], from 0 to 2**32 - 1, each as another one of 32 bits: int32 [n], no two alike."""
+    """Return a keyed permutation of 32-bit numbers, int32 [n], of numbers int64 [n] from 0 to 2**32 - 1."""
     row_key, column_key = _stream_keys(seed, tensor)
     first, second = _row_keys(torch.tensor([row_key], device=numbers.device)).view(torch.int32).unbind(0)
     spread = (numbers * _GOLDEN + column_key).to(torch.int32)
@@ -63,7 +63,7 @@ def permuted(seed: int, tensor: str, numbers: Tensor) -> Tensor:
 
 
 def positive_words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) -> Tensor:
-    """Return `words` as numbers from 0 to 2**32 - 1, int64 [r, columns]."""
+    """Return `words` as unsigned numbers, 0 to 2**32 - 1: int64 [r, columns]."""
     return words(seed, tensor, rows, columns, device).long() & 0xFFFF_FFFF
 
 
@@ -75,14 +75,14 @@ def byte_columns(seed: int, tensor: str, rows: Tensor, columns: int, device: Dev
 def smallest(keys: Tensor, count: int) -> Tensor:
     """Return the columns of each row's `count` smallest keys, smallest first: int64 [m, count].
 
-    keys int64 [m, n], from 0 to 2**39 - 1. Equal keys go by column: the result is the same on every device.
+    keys int64 [m, n], from 0 to 2**39 - 1. Ties go to the lower column, so the result is the same on every device.
     """
     unique = (keys << _INDEX_BITS) | torch.arange(keys.shape[1], device=keys.device)
     return unique.topk(count, dim=1, largest=False, sorted=True).values & ((1 << _INDEX_BITS) - 1)
 
 
 def shuffle(seed: int, name: str, row: int, count: int, device: Device) -> Tensor:
-    """Return a permutation of `count` numbers, int64 [count]: row `row` of the stream `name`."""
+    """Return a permutation of 0 to `count` - 1, int64 [count]: row `row` of the stream `name`."""
     return shuffles(seed, [name], row, count, device)[0]
 
 
@@ -97,7 +97,7 @@ def shuffles(seed: int, names: Sequence[str], row: int, count: int, device: Devi
 
 
 class Shuffles:
-    """One permutation after another, of as many numbers as each time are asked for; equal sizes in a row cost least."""
+    """Successive permutations of one stream, of the size each call asks for; equal sizes in succession cost least."""
 
     def __init__(self, seed: int, stream: str) -> None:
         self._seed, self._stream = seed, stream
@@ -105,7 +105,7 @@ class Shuffles:
         self._ahead: list[Tensor] = []
 
     def next(self, count: int, device: Device) -> Tensor:
-        """Return a permutation of `count` numbers, int64 [count]."""
+        """Return the next permutation of 0 to `count` - 1, int64 [count]."""
         if not self._ahead or self._ahead[-1].shape[0] != count:
             names = [f"{self._stream}/{turn}" for turn in range(self._taken, self._taken + _DRAWN)]
             self._ahead = [*shuffles(self._seed, names, 0, count, device).unbind(0)][::-1]
@@ -114,7 +114,7 @@ class Shuffles:
 
 
 def _row_keys(rows: Tensor) -> Tensor:
-    """Mix int64 `rows` one to one, in place, by the finaliser of splitmix64."""
+    """Mix int64 `rows` in place, bijectively, by the finaliser of splitmix64."""
     _fold(rows, 30)
     rows *= _constant(0xBF58476D1CE4E5B9, torch.int64)
     _fold(rows, 27)
@@ -123,7 +123,7 @@ def _row_keys(rows: Tensor) -> Tensor:
 
 
 def _fold(values: Tensor, shift: int) -> Tensor:
-    """Add the bits above `shift` to those below, in place: the shift is a logical one."""
+    """XOR the bits above `shift` into those below, in place; the shift is logical."""
     dtype = values.dtype
     shifted = values >> _constant(shift, dtype)
     shifted &= _constant((1 << (8 * dtype.itemsize - shift)) - 1, dtype)
@@ -133,7 +133,7 @@ def _fold(values: Tensor, shift: int) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _constant(word: int, dtype: torch.dtype) -> Tensor:
-    """Return an unsigned number as a tensor of its own, which spares each operation to make one of it."""
+    """Return an unsigned number as a cached tensor, which saves each operation from making one."""
     return torch.tensor(_signed(word, 8 * dtype.itemsize), dtype=dtype)
 
 
@@ -143,7 +143,7 @@ def _signed(word: int, width: int) -> int:
 
 @lru_cache(maxsize=16)
 def _steps(columns: int, device: torch.device) -> Tensor:
-    """Multiples of the golden ratio, which spread neighbouring columns: int32 [columns]."""
+    """Multiples of the golden ratio, which spread neighbouring columns apart: int32 [columns]."""
     return torch.arange(columns, dtype=torch.int32, device=device) * _GOLDEN
 
 

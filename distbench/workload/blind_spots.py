@@ -1,4 +1,4 @@
-"""What an exact layer of a shape cannot see, or sees in few tokens only. Loads no torch."""
+"""Kinds of damage that the exact inputs of a shape cannot show, or show in few tokens only. Loads no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from distbench.workload.plan import BLOCK, MAX_UNITS, ExactPlan, gate_reads, up_reads
 from distbench.workload.probe_plan import ProbePlan
 
-# Below this many hidden columns there are few code columns and few probes.
+# Below this number of hidden columns there are few code columns and few probes.
 _FEW_COLUMNS = 64
 _MANY_WITHOUT_CODE = 0.01
 
 
 def blind_spots(plan: ExactPlan) -> list[str]:
-    """Return a sentence for each kind of damage that inputs of the plan do not show; none where nothing is blind."""
+    """Return a sentence for each kind of damage that the plan's inputs do not show; empty where there is none."""
     found = [*_of_sums(plan)]
     if plan.probes is None:
         unseen = "the activation, the gate's columns, roundings and the scales of rows"

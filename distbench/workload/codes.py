@@ -1,4 +1,4 @@
-"""Which experts a token's probes listen to: the code of a layer, and each token's code column."""
+"""Experts that a token's probes listen to: the code of a layer, and each token's code column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from distbench.workload.plan import ExactPlan
 from distbench.workload.probe_plan import Code
 
 _WORD_BITS = 64
-# Two experts of a token in one group make 2 or more in its lane of a word, which is as wide as their number needs.
+# Two experts of a token in one group add up to 2 or more in the group's lane of a word; a lane is as wide as topk
+# needs.
 _NARROW, _WIDE = 4, 8
 _COUNT_BITS = 31
 _SEED = 0
@@ -21,9 +22,9 @@ _SEED = 0
 
 @lru_cache(maxsize=4)
 def code_groups(plan: ExactPlan, device: torch.device) -> Tensor:
-    """Return the group of each expert under each code column, int64 [E, m + 1], and past all groups under none.
+    """Return the group of each expert under each code column, int64 [E, m + 1]; the last column, no code, has no group.
 
-    It is the same for all seeds: cases of one shape, of which a suite has many, need not draw it anew.
+    The code is the same for all seeds, so cases of one shape, of which a suite has many, share it.
     """
     experts = plan.num_experts
     rows = torch.arange(plan.code_columns, device=device)
@@ -34,9 +35,9 @@ def code_groups(plan: ExactPlan, device: torch.device) -> Tensor:
 
 
 def code_columns(plan: ExactPlan, draw: Tensor, ids: Tensor) -> Tensor:
-    """Return the code column of each token, int64 [n], m for none, by draw [n], any whole numbers, and ids [n, k].
+    """Return the code column of each token, int64 [n], m for none; draw [n] holds any whole numbers, ids is [n, k].
 
-    It is one under which all experts of the token are in different groups; ids of no expert are passed over.
+    Under its code column all experts of the token are in different groups. Ids that name no expert are ignored.
     """
     count = plan.code_columns
     used = torch.where((ids < 0) | (ids >= plan.num_experts), plan.num_experts, ids).flatten()
@@ -50,14 +51,14 @@ def code_columns(plan: ExactPlan, draw: Tensor, ids: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _turned(count: int, device: torch.device) -> Tensor:
-    """Return how far each column is from a first one on, int64 [first, column]."""
+    """Return the distance of each column from each first column, modulo their number: int64 [first, column]."""
     columns = torch.arange(count, device=device)
     return (columns - columns.unsqueeze(1)) % count
 
 
 @lru_cache(maxsize=4)
 def _lanes(plan: ExactPlan, device: torch.device) -> list[tuple[Tensor, int]]:
-    """Return for each word of lanes: 1 in the lane of the expert's group, int64 [E + 1, m], and the bits of two."""
+    """Return words of lanes and masks of counts above 1: int64 [E + 1, m], with 1 in the lane of the expert's group."""
     code = plan.probes.code if plan.probes else Code(groups=1, columns=0, missing=0.0)
     width = _NARROW if plan.topk < 1 << _NARROW else _WIDE
     lanes = _WORD_BITS // width

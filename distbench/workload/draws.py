@@ -1,4 +1,4 @@
-"""What is drawn for the experts of an exact layer: places of entries, and random words; one call draws for all uses."""
+"""Random draws for the experts of an exact layer: places of entries and random words, drawn in one call."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from distbench.workload.spread import Grid, spread
 
 
 class Drawn(NamedTuple):
-    """Of e experts: places int32 [e, entries, rows] by grid, and random words int32 [e, columns or more] by stream."""
+    """Draws of e experts: places int32 [e, entries, rows] by grid, words int32 [e, at least columns] by stream."""
 
     places: Mapping[str, Tensor]
     words: Mapping[str, Tensor]
 
 
 def sum_draws(plan: ExactPlan, seed: int, experts: Tensor) -> Drawn:
-    """Draw grids `up` and `down`, and words `minus`; all experts of a small layer are drawn at once."""
+    """Draw the grids `up` and `down` and the words `minus`; a small layer's experts are drawn all at once."""
     if plan.is_small and experts.numel() == plan.num_experts:
         return _all_draws(plan, seed, experts.device)
     return _draw(seed, experts, _sum_grids(plan), _sum_words(plan))
 
 
 def probe_draws(plan: ExactPlan, seed: int, experts: Tensor) -> Drawn:
-    """Draw grids `read`, `gate` and `payload`, where there are such rows, and words `signs` and `weights`."""
+    """Draw the grids `read`, `gate` and `payload`, where such rows exist, and the words `signs` and `weights`."""
     if plan.is_small and experts.numel() == plan.num_experts:
         return _all_draws(plan, seed, experts.device)
     return _draw(seed, experts, _probe_grids(plan), _probe_words(plan))
@@ -77,5 +77,5 @@ def _draw(seed: int, experts: Tensor, grids: Mapping[str, Grid], columns: Mappin
 
 
 def bytes_of(words: Tensor, count: int) -> Tensor:
-    """Return the first `count` bytes of words int32 [e, columns], int32 [e, count]."""
+    """Return the first `count` bytes of each row of words int32 [e, columns]: int32 [e, count]."""
     return words.view(torch.uint8)[:, :count].to(torch.int32)

@@ -1,24 +1,24 @@
-"""Inputs for which every correct kernel gives the same bits: sums that are exact in any order, and probes beside them.
+"""Inputs for which every correct kernel gives the same bits: sums that are exact in any order, and probes.
 
 Sums: hidden columns are -1, 0 or 1, the gate of a sum row is 32, and silu(32) is 32 in float32 (e**-32 is below half an
 ulp of 1). Each up row holds U entries of +-1, each w2 row V of them; routing weights are 1 or 1/2. All partial sums of
-an output element are then whole numbers of at most k*V*U*2 units of 32 * 1/2, which bf16 holds exactly up to 256. They
-see what is lost, doubled or swapped.
+an output element are then whole numbers of at most k*V*U*2 units of 32 * 1/2, which bf16 holds exactly up to 256. Sums
+detect lost, doubled and swapped contributions.
 
 Probes (`distbench.workload.probes`): every other output column reads one intermediate row of one expert, so no order of
-additions changes a bit, and the row may hold what rounds: gates and up values at the points of
-`distbench.workload.points`, switched by the code columns of the token. They see the activation, the weights and every
-column, and by wide columns the mantissa and the scale of hidden states.
+additions changes a bit, and the row may hold values that round: gates and up values at the points of
+`distbench.workload.points`, switched by the code columns of the token. Probes detect faults in the activation, in the
+weights and in every column; wide columns detect faults in the mantissa and the scale of hidden states.
 
-fp8 combine: w2 holds 1/4 in place of 1 in sums, which stay within 16 units, none of which e4m3 rounds; probes are
+fp8 combine: w2 holds 1/4 instead of 1 in sums, which stay within 16 units, and e4m3 holds these exactly; probes are
 rounded as the oracle says.
 
 fp8 dispatch: the last column of each 128 is 1.75 (1.875 where the device's fp8 ends at 240) times a power of two that
-differs from row to row and from block to block, so its block's scale is a power of two and quantising loses nothing.
-The column before it is always 0, and an intermediate row of each 128 as well; weights there are so large that each
-128 x 128 block of weights has a scale of its own. Two intermediate rows of each 128 are guards: 448 (480) times a power
-of two that differs from block to block and from token to token, which makes the scales of a quantised intermediate.
-Output columns read the difference of the two.
+differs between rows and between blocks, so its block's scale is a power of two and quantising loses nothing. The column
+before it is always 0, and so is one intermediate row of each 128; the weights that they multiply are large enough to
+give each 128 x 128 block of weights its own scale. Two intermediate rows of each 128 are guards: 448 (480) times a
+power of two that differs between blocks and between tokens, which sets the scales of a quantised intermediate. Output
+columns read the difference of the two guards.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from distbench.workload.probes import Probes, minus, physical, probe_patterns
 from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_ELEMENTS = 4 << 20
-# The least magnitude that makes the scale of a block of weights, above all else in it.
+# The smallest magnitude that sets the scale of a block of weights: it exceeds all other weights.
 _FIRST_SCALE, _SECOND_SCALE = 128.0, 8.0
 
 
 class Patterns(NamedTuple):
-    """Which entries the sums of e experts have, as whole numbers.
+    """Entries of the sums of e experts, as integers.
 
-    up int32 [e, U, S]: hidden columns, plus H where the sign is minus. down int32 [e, V, columns]: a sum row by number,
+    up int32 [e, U, S]: hidden columns, plus H where the sign is minus. down int32 [e, V, columns]: numbers of sum rows,
     plus S where the sign is minus.
     """
 
@@ -56,10 +56,10 @@ class Patterns(NamedTuple):
 
 
 def sum_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
-    """Return the entries of sums of `experts`, global ids int64 [e], any of them more than once, on their device.
+    """Return the entries of the sums of `experts`, global ids int64 [e], repeats allowed, on their device.
 
-    Entries of a row are distinct. An expert (or where it has too few rows, some experts in a sequence together) reads
-    all payload columns, and all sum rows. Those of a small layer are made once for all its experts.
+    Entries of a row are distinct. An expert reads all payload columns and all sum rows; where it has too few rows,
+    several consecutive experts do so together. A small layer's entries are made once for all its experts.
     """
     if plan.is_small:
         return Patterns(*(part.index_select(0, experts) for part in _all_patterns(plan, seed, experts.device)))
@@ -106,7 +106,7 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
 
 @lru_cache(maxsize=8)
 def _constants(plan: ExactPlan, device: torch.device) -> Tensor:
-    """Return what rows of w1 have at column 0, bf16 [2I]."""
+    """Return the values of w1's rows at column 0, bf16 [2I]."""
     places, inter = places_of(plan, device), plan.intermediate_size
     values = torch.zeros(2 * inter, dtype=torch.bfloat16, device=device)
     values[places.sum_rows] = GATE_STEP
@@ -119,13 +119,13 @@ def _constants(plan: ExactPlan, device: torch.device) -> Tensor:
 
 
 def _guard_ups(plan: ExactPlan, device: torch.device) -> Tensor:
-    """Return the guards' up by block, bf16 [blocks]: with GUARD_GATE, scales of neighbouring blocks differ."""
+    """Return the guards' up values by block, bf16 [blocks]; with GUARD_GATE, neighbouring blocks' scales differ."""
     block = torch.arange(plan.intermediate_size // BLOCK if plan.guard_rows else 0, device=device)
     return (plan.guard_up * (1 + block % 2)).bfloat16()
 
 
 def _put_guards(plan: ExactPlan, experts: Tensor, places: Places, w1: Tensor, w2: Tensor) -> None:
-    """Double the guards under every other code column, and have outputs read the difference of two."""
+    """Double the guards under every second code column, and let outputs read the difference of two guards."""
     inter, device = plan.intermediate_size, experts.device
     doubling = places.codes[1::2]
     for guards in (places.guards, places.twins):
@@ -139,7 +139,7 @@ def _put_guards(plan: ExactPlan, experts: Tensor, places: Places, w1: Tensor, w2
 
 
 def _put_scales(plan: ExactPlan, seed: int, experts: Tensor, w1: Tensor, w2: Tensor) -> None:
-    """Put what is always multiplied by zero into each block of weights: neighbouring blocks have different scales."""
+    """Put weights that always multiply zero into each block of weights, so that neighbouring blocks' scales differ."""
     inter, device, places = plan.intermediate_size, experts.device, places_of(plan, experts.device)
     tall, wide = len(places.zero_rows), len(places.zeros)
     bits = byte_columns(seed, "scales", experts, 3 * tall * wide, device).view(-1, 3, tall, wide)
@@ -154,7 +154,7 @@ def _put_scales(plan: ExactPlan, seed: int, experts: Tensor, w1: Tensor, w2: Ten
 
 
 def _put_probes(plan: ExactPlan, places: Places, made: Probes, w1: Tensor) -> None:
-    """Add the payloads of probe rows to w1; what a row does not read is added as zero."""
+    """Add the payloads of probe rows to w1; entries that a row does not have are added as zero."""
     count, height, width = w1.shape
     rows, coefficients = _payloads(plan, w1.device)
     wide = torch.cat([places.wide, places.wide.new_zeros(1)])[made.wide].unsqueeze(1)
@@ -169,10 +169,10 @@ def _put_probes(plan: ExactPlan, places: Places, made: Probes, w1: Tensor) -> No
 def _payloads(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the rows of w1 with payloads of probe rows, int64 [R], and the magnitudes of their entries [n + 1, R].
 
-    The last entry is the wide column; an entry that a kind of rows does not have is zero.
+    The last entry is the wide column. An entry that a kind of row lacks is zero.
     """
     probes, points, places = plan.probes, plan.points, places_of(plan, device)
-    assert probes is not None  # noqa: S101 - asked for only where a plan has them
+    assert probes is not None  # noqa: S101 - called only for plans that have probes
     doubled, single = plan.gate_entries
     ups = min(UP_ENTRIES, plan.payload_columns)
     gates, first_up = probes.gate_rows, probes.first_up_row
@@ -188,10 +188,10 @@ def _payloads(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, coefficients
 
 
-def _put_switches(  # noqa: PLR0913 - what a switch is made of
+def _put_switches(  # noqa: PLR0913 - the parts of a switch
     plan: ExactPlan, probes: ProbePlan, experts: Tensor, places: Places, made: Probes, w1: Tensor
 ) -> None:
-    """Put into each probe row its switch, at the code columns under which its expert is on in the row's group."""
+    """Put its switch into each probe row, at the code columns that switch its expert on in the row's group."""
     group = torch.arange(probes.rows, device=w1.device) % probes.live_groups
     on = code_groups(plan, w1.device)[experts, :-1].unsqueeze(1) == group.unsqueeze(1)
     rows = places.probe_rows.clone()
@@ -204,7 +204,7 @@ def _groups(probes: ProbePlan, device: torch.device) -> Tensor:
 
 
 def hidden_states(plan: ExactPlan, seed: int, keys: Tensor, ids: Tensor) -> Tensor:
-    """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`) with experts `ids` [n, k]: bf16 [n, H]."""
+    """Return the rows of the tokens with keys int64 [n] (`token_keys`) and experts `ids` [n, k]: bf16 [n, H]."""
     hidden = torch.empty(keys.numel(), plan.hidden_size, dtype=torch.bfloat16, device=keys.device)
     places = places_of(plan, keys.device)
     step = rows_at_a_time(_CHUNK_ELEMENTS, plan.hidden_size, keys.device)
@@ -227,7 +227,7 @@ def hidden_states(plan: ExactPlan, seed: int, keys: Tensor, ids: Tensor) -> Tens
 
 
 def _wide_values(plan: ExactPlan, keys: Tensor, bits: Tensor) -> Tensor:
-    """Return the wide columns [n, Wc] by bytes: a mantissa times 2**0 to 2**4, odd or even by row and block."""
+    """Return the wide columns [n, Wc] from random bytes: a mantissa times 2**0 to 2**4, parity by row and block."""
     wide = plan.points.wide
     odd = (keys.unsqueeze(1) + torch.arange(bits.shape[1], device=keys.device)) & 1
     power = odd + 2 * (((bits >> 6) * (3 - odd)) >> 2)
@@ -241,9 +241,9 @@ def _wide_table(plan: ExactPlan, device: torch.device) -> Tensor:
 
 
 def routing_weights(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
-    """Return the weights of the tokens numbered `keys` int64 [n]: float32 [n, k], 1 or 1/2, or all of them 1.
+    """Return the weights of the tokens with keys int64 [n]: float32 [n, k], each 1 or 1/2, or all 1.
 
-    The first two of a token differ, and so do the first ones of neighbouring tokens.
+    A token's first two weights differ, and so do the first weights of neighbouring tokens.
     """
     if plan.weight_ratio == 1:
         return torch.ones(keys.numel(), plan.topk, device=keys.device)
@@ -254,9 +254,9 @@ def routing_weights(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
 
 
 def _put(weights: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-    """Write values, as many as columns [e, entries, r], into weights [e, R, C] at rows [r]. No place comes twice.
+    """Write values, shaped like columns [e, entries, r], into weights [e, R, C] at rows [r]; no place occurs twice.
 
-    Flat, because `scatter_` walks all of `weights` on the CPU.
+    The index is flat because `scatter_` walks all of `weights` on the CPU.
     """
     count, height, width = weights.shape
     first = torch.arange(count, device=weights.device).view(-1, 1, 1) * height

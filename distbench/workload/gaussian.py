@@ -1,12 +1,12 @@
-"""Realistic inputs: nearly normal values (Irwin-Hall, the sum of four random bytes), the same bits on every device.
+"""Realistic inputs: nearly normal values (Irwin-Hall: the sum of four random bytes), bit-identical on every device.
 
-The sum of four bytes less 510 has 9 bits and a sign; times a scale of 8 significant bits it is exact in float32, so
-rounding to bf16 is the only rounding.
+The sum of four bytes minus 510 has 9 bits and a sign. Times a scale of 8 significant bits it is exact in float32, so
+the cast to bf16 is the only rounding.
 
-Weights are too many to draw each. For each of w1 and w2 a pool of 2**14 values and of 2**18 signs is drawn. A row takes
-as many of both as it has columns, from two places on, which a keyed permutation of 32 bits makes of its number. So no
-two rows have both places in common: rows of other experts are other rows. The terms of a product of two rows have
-independent signs, so rows are no more correlated than if each value had been drawn (test_gaussian.py).
+Drawing each weight would cost too much. For each of w1 and w2 a pool of 2**14 values and one of 2**18 signs are drawn.
+A row takes consecutive values and signs, one of each for a column, from two places that a keyed permutation of 32 bits
+makes of the row's number. No two rows share both places, so rows of different experts differ. The terms of a product of
+two rows have independent signs, so rows are no more correlated than if each value had been drawn (test_gaussian.py).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _SIGN = -(1 << 15)
 
 
 def hidden_states(seed: int, keys: Tensor, hidden_size: int) -> Tensor:
-    """Return the rows of the tokens numbered `keys` int64 [n] (`token_keys`): bf16 [n, H], about N(0, 1)."""
+    """Return the rows of the tokens with keys int64 [n] (`token_keys`): bf16 [n, H], about N(0, 1)."""
     return _normal(seed, "gaussian/hidden", keys, hidden_size, 1)
 
 
 def routing_weights(seed: int, keys: Tensor, topk: int) -> Tensor:
-    """Return the weights of the tokens numbered `keys` int64 [n]: float32 [n, k], above 0, summing to 1 within k ulp.
+    """Return the weights of the tokens with keys int64 [n]: float32 [n, k], above 0, summing to 1 within k ulp.
 
-    An ulp is 2**-20 here: shares are whole numbers of it, so that no device rounds them its own way.
+    An ulp is 2**-20 here: weights are integer multiples of it, so every device rounds them alike.
     """
     shares = (positive_words(seed, "gaussian/weights", keys, topk, keys.device) >> 20) + 512
     return ((shares << _WEIGHT_BITS) // shares.sum(1, keepdim=True)).float() * 2.0**-_WEIGHT_BITS
@@ -58,7 +58,7 @@ def _rows_of(experts: Tensor, rows: int) -> Tensor:
 
 
 def _from_pool(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
-    """Return the weights of rows numbered `rows` int64 [n]: bf16 [n, columns], about N(0, 1/columns)."""
+    """Return the weights of the rows with numbers int64 [n]: bf16 [n, columns], about N(0, 1/columns)."""
     values, signs = _pool(seed, stream, columns, rows.device)
     places = permuted(seed, f"{stream}/places", rows).long()
     first, second = places & (_POOL_VALUES - 1), (places >> _POOL_BITS) & (_POOL_SIGNS - 1)
@@ -72,7 +72,7 @@ def _from_pool(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _pool(seed: int, stream: str, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what rows of a stream are taken from, as int16 [places, columns]: bits of bf16 values, and sign bits."""
+    """Return the pools of a stream, int16 [places, columns]: bits of bf16 values, and sign bits."""
     first = torch.arange(1, device=device)
     values = _normal(seed, stream, first, _POOL_VALUES + columns - 1, columns).view(torch.int16)
     count = _POOL_SIGNS + columns - 1

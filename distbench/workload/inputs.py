@@ -1,4 +1,4 @@
-"""Everything a case feeds to the layer, and what must come out: any rank makes any rank's share."""
+"""All inputs of a case's layer, and the expected outputs: any rank computes any rank's share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DispatchDtype = Literal["bf16", "fp8"]
 
 
 class Numerics(Protocol):
-    """Where values come from: exact or gaussian. `keys` int64 [n] number tokens (`token_keys`), `experts` int64 [e]."""
+    """Source of values: exact or gaussian. `keys` int64 [n] identify tokens (`token_keys`), `experts` int64 [e]."""
 
     def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
         """Return bf16 [n, H] for tokens that go to experts `ids` [n, k]."""
@@ -34,19 +34,19 @@ class Numerics(Protocol):
         """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I]."""
 
     def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor | None:
-        """Return the one right result, bf16 [n, H], of the batch's experts in `experts`; None where bits may vary."""
+        """Return the only correct result of the batch's experts in `experts`, bf16 [n, H]; None where bits may vary."""
 
     def returned_rows(self, rows: Tensor) -> Tensor:
-        """Return expert rows [m, H] as combine adds them: as they arrive after the way back, where that is known."""
+        """Return expert rows [m, H] as combine adds them: after the trip back, where its arithmetic is known."""
 
     def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
-        """Return the same within rounding: float32 [n, H]."""
+        """Return the result of `expert_rows` within rounding: float32 [n, H]."""
 
 
 class Workload:
-    """One layer's inputs under one routing, on one device. Nothing is kept: every call makes its tensors anew."""
+    """One layer's inputs under one routing, on one device. Stateless: every call makes new tensors."""
 
-    def __init__(  # noqa: PLR0913 - what makes a workload
+    def __init__(  # noqa: PLR0913 - the parts of a workload
         self,
         numerics: Numerics,
         group: ExpertGroup,
@@ -58,7 +58,7 @@ class Workload:
         fp8: torch.dtype,
         device: Device,
     ) -> None:
-        """See `make_workload`, which checks what is passed here. `fp8` is the device's type of that width."""
+        """Keep the parts; `make_workload` checks them first. `fp8` is the device's fp8 type."""
         self.numerics = numerics
         self.group = group
         self.routing = routing
@@ -70,7 +70,7 @@ class Workload:
 
     @property
     def blind_spots(self) -> list[str]:
-        """What these inputs cannot see, a sentence each; nothing for other than exact ones."""
+        """Return a sentence for each kind of damage that exact inputs cannot show; empty for gaussian inputs."""
         return blind_spots(self.numerics.plan) if isinstance(self.numerics, ExactNumerics) else []
 
     @property
@@ -79,7 +79,7 @@ class Workload:
         return self.group.experts_per_rank
 
     def tokens(self, rank: int, index: Tensor | None = None) -> TokenBatch:
-        """Return any rank's tokens, all of them or those numbered `index` int64 [n]."""
+        """Return tokens of any rank: all of them, or those with numbers `index` int64 [n]."""
         if index is None:
             index = torch.arange(self.tokens_per_rank[rank], device=self.device)
         return self.token_rows(torch.full_like(index, rank), index)
@@ -90,7 +90,7 @@ class Workload:
         return self._route(torch.full_like(tokens, rank), tokens)
 
     def token_rows(self, source_ranks: Tensor, source_tokens: Tensor) -> TokenBatch:
-        """Return any ranks' tokens as they must arrive: int64 [m] each, a row for each pair."""
+        """Return tokens of any ranks as they must arrive, a row for each pair of rank and token, int64 [m] each."""
         ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
         keys, ids = token_keys(ranks, tokens), self._route(ranks, tokens)
         hidden, scales = self.numerics.hidden_states(keys, ids), None
@@ -104,22 +104,22 @@ class Workload:
         return self.numerics.dense_weights(torch.arange(local.start, local.stop, device=self.device))
 
     def expected(self, batch: TokenBatch) -> Tensor | None:
-        """Return what combine must give for `batch`, bit for bit: bf16 [n, H]; None where bits may vary."""
+        """Return combine's expected output for `batch`, bit for bit: bf16 [n, H]; None where bits may vary."""
         total = self.numerics.expert_rows(batch, range(self.group.num_experts))
         return None if total is None else self.numerics.returned_rows(total)
 
     def returned_rows(self, rows: Tensor) -> Tensor:
-        """Return expert rows [m, H] as combine adds them: where inputs are exact, as they arrive after the way back."""
+        """Return expert rows [m, H] as combine adds them: after the trip back, where inputs are exact."""
         return self.numerics.returned_rows(rows)
 
     def expected_rows(self, rank: int, batch: TokenBatch) -> Tensor | None:
-        """Return what the experts of `rank` must make of received rows: bf16 [m, H]; None where bits may vary."""
+        """Return the expected expert rows of `rank` for its received rows: bf16 [m, H]; None where bits may vary."""
         return self.numerics.expert_rows(batch, self._local_experts(rank))
 
     def reference_sample(self, rank: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return up to `count` tokens of `rank`, spread evenly, int64 [s], and what must come of them: float32 [s, H].
+        """Return up to `count` evenly spread tokens of `rank`, int64 [s], and their expected outputs, float32 [s, H].
 
-        Right within the rounding of the layer's bf16 steps, whatever the numerics.
+        The outputs are correct within the rounding of the layer's bf16 steps, for either numerics.
         """
         available = self.tokens_per_rank[rank]
         taken = min(count, available)
@@ -134,7 +134,7 @@ class Workload:
 
 
 class ExactNumerics(NamedTuple):
-    """See distbench.workload.exact; the `Numerics` of bitwise checks."""
+    """The `Numerics` of bitwise checks; see distbench.workload.exact."""
 
     plan: ExactPlan
     seed: int
@@ -165,7 +165,7 @@ class ExactNumerics(NamedTuple):
 
 
 class GaussianNumerics(NamedTuple):
-    """See distbench.workload.gaussian; the `Numerics` of realistic values."""
+    """The `Numerics` of realistic values; see distbench.workload.gaussian."""
 
     hidden_size: int
     intermediate_size: int
@@ -173,7 +173,7 @@ class GaussianNumerics(NamedTuple):
     seed: int
 
     def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
-        """See `Numerics.hidden_states`; the experts do not matter."""
+        """See `Numerics.hidden_states`; the experts are ignored."""
         del ids
         return gaussian.hidden_states(self.seed, keys, self.hidden_size)
 
@@ -189,7 +189,7 @@ class GaussianNumerics(NamedTuple):
         """See `Numerics.expert_rows`."""
 
     def returned_rows(self, rows: Tensor) -> Tensor:
-        """See `Numerics.returned_rows`; what a quantised way back makes of them is not known to a bit."""
+        """See `Numerics.returned_rows`; the bits after a quantised trip back are unknown."""
         return rows
 
     def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
@@ -214,11 +214,10 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     intermediate: Intermediate = "bf16",
     device: Device,
 ) -> Workload:
-    """Return the inputs that a case describes; `intermediate` is what its experts store between their products.
+    """Return the inputs that a case describes; `intermediate` is the dtype that experts store between their products.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
-
     """
     group = ExpertGroup(ep_size, num_experts, topk)
     chosen = parse_routing(routing)

@@ -1,4 +1,4 @@
-"""The kinds of routing, as text and as what a group of ranks can carry out. No tensor is made here."""
+"""Kinds of routing: their text, and the check that a group of ranks supports them. Makes no tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_ZIPF = 8.0
 
 
 class Routing(msgspec.Struct, frozen=True):
-    """How tokens choose experts. `parameter` is S of zipf, R of hot-rank and fan-in, else 0."""
+    """How tokens choose experts. `parameter` is S for zipf, R for hot-rank and fan-in, else 0."""
 
     kind: str
     parameter: float = 0
@@ -47,8 +47,7 @@ def parse_routing(text: str) -> Routing:
     """Read `uniform`, `zipf:S` (0 < S <= 8), `hot-rank:R`, `fan-in:R`, `local` or `duplicates`.
 
     Raises:
-        InvalidCase: another kind, a missing or superfluous parameter, or one that is no such number.
-
+        InvalidCase: an unknown kind, a missing or superfluous parameter, or one out of range.
     """
     kind, colon, parameter = text.strip().partition(":")
     if kind in _PLAIN_KINDS and not colon:
@@ -59,7 +58,7 @@ def parse_routing(text: str) -> Routing:
         exponent = _number(parameter)
         if 0 < exponent <= _MAX_ZIPF:
             return Routing(kind, exponent)
-        message = f"routing = {text!r:.80}: S is allowed above 0 and up to {_MAX_ZIPF:g}; write for instance zipf:1.2"
+        message = f"routing = {text!r:.80}: S must be above 0 and at most {_MAX_ZIPF:g}, for example zipf:1.2"
         raise InvalidCase(message)
     message = f"routing = {text!r:.80}: allowed are {ALLOWED_ROUTINGS}; R is a rank from 0 up, write fan-in:0"
     raise InvalidCase(message)
@@ -69,15 +68,14 @@ def check_routing(routing: Routing, group: ExpertGroup) -> None:
     """Refuse a routing that `group` cannot carry out.
 
     Raises:
-        InvalidCase: a rank outside the group, or more experts a token than the one rank holds that all of them are on.
-
+        InvalidCase: a rank outside the group, or more experts per token than the one rank of a token holds.
     """
     if routing.kind in _RANK_KINDS and not routing.parameter < group.ep_size:
         message = f"routing = {routing}: with {group.ep_size} ranks, R is allowed from 0 to {group.ep_size - 1}"
         raise InvalidCase(message)
     if routing.kind in ("fan-in", "local") and group.topk > group.experts_per_rank:
         message = (
-            f"routing = {routing}: puts all topk = {group.topk} experts of a token on one rank, which holds "
+            f"routing = {routing}: needs all topk = {group.topk} experts of a token on one rank, which holds "
             f"{group.experts_per_rank}; use fewer ranks, a smaller topk or hot-rank:R"
         )
         raise InvalidCase(message)

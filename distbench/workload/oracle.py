@@ -1,4 +1,4 @@
-"""What must come out: without a dense product where the inputs are exact, in float64 where they are not."""
+"""Expected outputs: without a dense product where inputs are exact, in float64 where they are not."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from distbench.workload.steps import rows_at_a_time
 _CHUNK_BYTES = 8 << 20
 _BLOCK_BYTES = 64 << 20
 
-# The T routes of a tile lie side by side in one integer of this type, so that one gather moves all of them.
+# The T routes of a tile lie side by side in one integer of this type, so one gather moves them all.
 _LANES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class _Routes(NamedTuple):
-    """Routes by expert: experts [r], tokens [r], weights float32 [r]."""
+    """Routes sorted by expert: experts [r], tokens [r], weights float32 [r]."""
 
     experts: Tensor
     tokens: Tensor
@@ -36,9 +36,9 @@ class _Routes(NamedTuple):
 
 
 class _Tiles(NamedTuple):
-    """Routes by expert, T of the same one side by side: experts [t], tokens [t, T], weights float32 [t, T].
+    """Routes sorted by expert, T of one expert side by side: experts [t], tokens [t, T], weights float32 [t, T].
 
-    An expert's first lanes may have no route: token n, one past the last.
+    An expert's first lanes may hold no route: their token is n, one past the last.
     """
 
     experts: Tensor
@@ -47,13 +47,12 @@ class _Tiles(NamedTuple):
 
 
 def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -> Tensor:
-    """Return the weighted sum of those of each row's experts that are in `experts`: bf16 [m, H].
+    """Return the weighted sum over those experts of each row that are in `experts`: bf16 [m, H].
 
-    Sums are whole numbers, as float32 holds them; a probe is one expert's value, rounded to bf16; zeros are +0.0.
+    Sums are integers that float32 holds exactly. A probe is one expert's value, rounded to bf16. Zeros are +0.0.
 
     Raises:
-        DistbenchError: a sum exceeds what bf16, or fp8 in combine, holds exactly, so the batch is not one of the plan.
-
+        DistbenchError: a sum exceeds the exact range of bf16, or of fp8 in combine, so the batch is not of the plan.
     """
     hidden = dequantize(batch.hidden, batch.scales)
     output = torch.empty(hidden.shape, dtype=torch.bfloat16, device=hidden.device)
@@ -68,7 +67,7 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
         total = _sum_units(plan, seed, signed, tiles)
         most = float(total.abs().max()) if total.numel() else 0.0
         if not most <= plan.max_units:
-            message = f"oracle: a sum of {most:g} units, allowed are {plan.max_units}; the batch is not one of the plan"
+            message = f"oracle: a sum of {most:g} units exceeds {plan.max_units}; the batch does not belong to the plan"
             raise DistbenchError(message)
         parts = [total.mul_(plan.unit).bfloat16()]
         if plan.probes is not None:
@@ -82,10 +81,10 @@ def expert_rows(plan: ExactPlan, seed: int, batch: TokenBatch, experts: range) -
 
 
 def returned_rows(plan: ExactPlan, rows: Tensor) -> Tensor:
-    """Return expert rows [m, H] as they arrive after the way back: in the case's combine_quant, scaled or not.
+    """Return expert rows [m, H] as they arrive after the trip back in the case's combine_quant, scaled or not.
 
-    A block is scaled by a power of two, if at all, and nothing in it is so small that this changes its rounding; what
-    is above the largest number of e4m3 is that number times the scale.
+    A block's scale, if any, is a power of two, and no value of the block is small enough for it to change the rounding.
+    A value above the largest number of e4m3 saturates to that number times the scale.
     """
     if plan.combine == "none":
         return rows
@@ -94,9 +93,9 @@ def returned_rows(plan: ExactPlan, rows: Tensor) -> Tensor:
 
 
 def reference_rows(intermediate_size: int, seed: int, batch: TokenBatch, experts: range) -> Tensor:
-    """Return the same sum for gaussian inputs, computed in float64 and rounded once: float32 [m, H].
+    """Return the expert sum of gaussian inputs, computed in float64 and rounded once: float32 [m, H].
 
-    The weights of one expert at a time are made anew, so this is for a few rows.
+    Each expert's weights are made again in every call, so this suits a few rows only.
     """
     ids, hidden = batch.ids, dequantize(batch.hidden, batch.scales).double()
     total = torch.zeros_like(hidden)
@@ -116,7 +115,7 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _routes(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[_Routes, _Tiles]:
-    """Return the routes of experts int64 [m, k] (-1: none), also in as wide tiles as an average expert fills."""
+    """Return the routes of experts int64 [m, k] (-1: none), and the same in tiles as wide as an expert's average."""
     rows, topk = experts.shape
     flat = experts.flatten()
     counts = torch.bincount(flat + 1, minlength=num_experts + 1)
@@ -138,9 +137,9 @@ def _routes(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[_Routes
 
 
 def _signed(hidden: Tensor) -> Tensor:
-    """Return hidden float32 [m, H] as int8 [m + 1, 2H + 1]: each column, each negated, and a zero; a last row of zeros.
+    """Return hidden float32 [m, H] as int8 [m + 1, 2H + 1]: columns, their negatives, a zero; the last row is zeros.
 
-    Wide columns do not fit, and are read by nobody.
+    Wide columns overflow int8; no caller reads them.
     """
     whole = hidden.to(torch.int8)
     signed = torch.cat([whole, -whole, whole.new_zeros(whole.shape[0], 1)], dim=1)
@@ -148,7 +147,7 @@ def _signed(hidden: Tensor) -> Tensor:
 
 
 def _sum_units(plan: ExactPlan, seed: int, signed: Tensor, tiles: _Tiles) -> Tensor:
-    """Return the sum columns as whole multiples of the plan's unit, float32 [m, columns]."""
+    """Return the sum columns as integer multiples of the plan's unit, float32 [m, columns]."""
     total = torch.zeros(signed.shape[0], plan.sum_columns, device=signed.device)
     entries = plan.up_entries * plan.sum_rows + plan.down_entries * plan.sum_columns
     width = tiles.tokens.shape[1]
@@ -164,9 +163,9 @@ def _sum_units(plan: ExactPlan, seed: int, signed: Tensor, tiles: _Tiles) -> Ten
 
 
 def _tile_outputs(signed: Tensor, patterns: Patterns) -> Tensor:
-    """Return what each route's expert makes of its token, in gate steps: int8 [t, columns, T].
+    """Return the expert output of each route, in gate steps: int8 [t, columns, T].
 
-    signed int8 [t, 2H + 1, T] holds each hidden column, then each negated, as the entries' numbers want them.
+    signed int8 [t, 2H + 1, T] holds each hidden column, then each negated, in the order that entries index.
     """
     activation = _pick(signed, patterns.up).sum(1, dtype=torch.int8)
     both = torch.cat([activation, -activation], dim=1)
@@ -191,19 +190,19 @@ class _Rows(NamedTuple):
 
 
 def _wide_bits(hidden: Tensor, places: Places) -> Tensor:
-    """Return the number of each wide column's value among bf16 numbers from 1, int64 [m, Wc + 1]; a zero at the end."""
+    """Return each wide column's index among the bf16 numbers from 1, int64 [m, Wc + 1]; the last column is zero."""
     bits = hidden.index_select(1, places.wide).bfloat16().view(torch.int16).long() - FIRST_WIDE
     return functional.pad(bits.clamp_(0, WIDE_VALUES - 1), (0, 1))
 
 
 def _code_of(hidden: Tensor, places: Places) -> Tensor:
-    """Return which code column of each token is 1, int64 [m], and their number for none."""
+    """Return the code column of each token that is 1, int64 [m], and m for none."""
     found = hidden.index_select(1, places.codes).max(1)
     return torch.where(found.values > 0, found.indices, len(places.codes))
 
 
 def _probe_sums(plan: ExactPlan, probes: ProbePlan, seed: int, rows: _Rows, routes: _Routes) -> Tensor:
-    """Return the probe columns group by group, float32 [m, C]: for each route those of the group it is on in."""
+    """Return the probe columns by group, float32 [m, C]: each route adds those of the group where it is on."""
     groups, slots = probes.live_groups, probes.column_slots
     count = rows.code.shape[0]
     total = torch.zeros(count * groups, slots, device=rows.code.device)
@@ -222,7 +221,7 @@ def _probe_sums(plan: ExactPlan, probes: ProbePlan, seed: int, rows: _Rows, rout
 
 
 def _probe_outputs(plan: ExactPlan, rows: _Rows, tokens: Tensor, made: GroupedProbes, values: Tensor) -> Tensor:
-    """Return what one group of an expert makes of each of tokens [r], float32 [r, D]."""
+    """Return the output of one group of one expert for each of tokens [r]: float32 [r, D]."""
     first = (tokens * rows.signed.shape[1]).to(torch.int32)
     index = made.entries + first.view(-1, 1, 1)
     read = rows.signed.flatten().index_select(0, index.flatten()).view(index.shape)

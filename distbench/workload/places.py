@@ -1,4 +1,4 @@
-"""Where the parts of an exact layer lie: hidden columns, intermediate rows, output columns; alike for all experts."""
+"""Layout of an exact layer: hidden columns, intermediate rows, output columns; the same for all experts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _HOT_BLOCKS = 56
 class Places(NamedTuple):
     """Places of a layer, int64.
 
-    Hidden columns: codes [m], marks [m + 1] the same and the first column, wide [Wc], zeros.
-    Intermediate rows: sums [S], probes [R] by number, guards and twins
-    [blocks], zero_rows [blocks]. Output columns: sums [.], guards [.], probes [C] by number. `hot_columns` are the
-    numbers of probe columns of which each block of a combine in blocks has one. `output` [H] says for each output
-    column where it is among sums, probes group by group, and one column of zeros.
+    Hidden columns: codes [m], marks [m + 1], which are the codes and the first column, wide [Wc], zeros. Intermediate
+    rows: sums [S], probes [R] by number, guards and twins [blocks], zero_rows [blocks]. Output columns: sums [.],
+    guards [.], probes [C] by number. `hot_columns` are the numbers of the probe columns that a blockwise combine has
+    one of in each block. `output` [H] maps each output column to its place among sums, probes by group, and one column
+    of zeros.
     """
 
     codes: Tensor
@@ -77,12 +77,12 @@ def places_of(plan: ExactPlan, device: torch.device) -> Places:
 
 
 def live_column(plan: ExactPlan, number: int) -> int:
-    """Return where the live column of that number is: dead ones are at the end of each 128."""
+    """Return the hidden column of a live column's number; dead columns end each 128."""
     return number + number // (BLOCK - plan.dead_columns) * plan.dead_columns
 
 
 def _probe_places(size: int, count: int, *, scattered: bool) -> list[int]:
-    """Return `count` of the places that are 1 or 2 mod 4, spread evenly; scattered, neighbours by number lie apart."""
+    """Return `count` places that are 1 or 2 mod 4, evenly spread; with `scattered`, neighbours by number lie apart."""
     available = size // 4 * 2 + max(min(size % 4 - 1, 2), 0)
     stride = next(step for step in range(max(count * 5 // 8, 1), 2 * count + 2) if _coprime(step, count))
     spread = [(number * stride % count if scattered else number) * available // count for number in range(count)]
@@ -96,7 +96,7 @@ def _coprime(left: int, right: int) -> bool:
 
 
 def _by_group(plan: ExactPlan) -> list[int]:
-    """Return the place of each probe column, group by group."""
+    """Return the place of each probe column in the order of groups."""
     if plan.probes is None:
         return []
     groups, slots = plan.probes.live_groups, plan.probes.column_slots
@@ -104,7 +104,7 @@ def _by_group(plan: ExactPlan) -> list[int]:
 
 
 def _hot(plan: ExactPlan, columns: list[int]) -> list[int]:
-    """Return the number of the first probe column of each block that a combine scales as one."""
+    """Return the number of the first probe column in each block that combine scales as one."""
     if plan.probes is None or not plan.probes.hot_rows:
         return []
     block = -(-plan.hidden_size // _HOT_BLOCKS)

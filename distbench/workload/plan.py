@@ -1,6 +1,6 @@
-"""How sparse an exact layer has to be: entries of its rows, chosen so that every sum stays within what bf16 holds.
+"""Sparsity of an exact layer: entries per row, chosen so that every sum stays exact in bf16.
 
-No tensor is made here, so a bad shape is refused before torch is loaded.
+Makes no tensor, so a bad shape is refused before torch is loaded.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from distbench.workload.points import Points, points_for
 from distbench.workload.probe_plan import ProbePlan, plan_code, plan_probes
 
 Intermediate = Literal["bf16", "e4m3"]
-"""What a kernel stores between its two products; one that keeps float32 gives the bits of bf16."""
+"""Dtype that a kernel stores between its two products; one that keeps float32 gives the bits of bf16."""
 
 # Columns of a block-scaled fp8 row that share one scale.
 BLOCK = 128
-# Whole numbers up to these survive bf16, and the cast to fp8 (e4m3) of a quantised combine.
+# Integers up to these survive bf16, and the cast to fp8 (e4m3) of a quantised combine.
 MAX_UNITS = 256
 MAX_FP8_UNITS = 16
 GATE_STEP = 32.0
 GUARD_GATE = 64.0
-# Output weights of a guard row and its twin: their sum is zero.
+# Output weight of a guard row and, negated, of its twin: they cancel.
 GUARD_STEP = 0.125
-# Rows of each 128 that are guards, and the one that is always zero.
+# Rows of each 128 that are guards, and the row that is always zero.
 GUARD_ROWS = (63, 127)
 ZERO_ROW = 95
 _KEPT_BYTES = 4 << 20
@@ -37,17 +37,17 @@ _MAX_UP_ENTRIES = 4
 _MAX_DOWN_ENTRIES = 8
 _READS_OF_A_ROW = 4
 _SHARES_OF_PROBES = (1.0, 0.5, 0.25, 0.125, 0.0)
-# Whole numbers of eight bits are exact in bf16 in any sum: the odd part of a guard times routes and weights.
+# Integers of eight bits are exact in bf16 in any sum: the odd part of a guard times routes and weights.
 _GUARD_PARTS = {448.0: 7, 240.0: 15}
 
 
 class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """How many entries the rows of sums have, U of an up row and V of a w2 row, and how probes are laid out.
+    """Entries per row of sums, U of an up row and V of a w2 row, and the layout of probes.
 
-    `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. `block_scaled` says that
-    hidden states travel as fp8; `guard_rows` that each 128 intermediate rows hold two guards and a row of zeros, and
-    `guard_sums` is how many output columns read guards. `largest_fp8` is the largest number of the device's e4m3.
-    `combine` is the case's combine_quant.
+    `weight_ratio` is the largest routing weight over the smallest, 2 or 1; the largest is 1. With `block_scaled`,
+    hidden states travel as fp8. With `guard_rows`, each 128 intermediate rows hold two guards and a row of zeros;
+    `guard_sums` output columns read guards. `largest_fp8` is the largest number of the device's e4m3. `combine` is the
+    case's combine_quant.
     """
 
     hidden_size: int
@@ -73,54 +73,54 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def guard_up(self) -> float:
-        """7 or 7.5: with GUARD_GATE it makes 448 or 480 of a guard row, above all else in its block."""
+        """7 or 7.5: with GUARD_GATE it gives a guard row 448 or 480, the maximum of its block."""
         return 7.0 if self.fp8_format == "e4m3fn" else 7.5
 
     @property
     def hot_up(self) -> float:
-        """What with a gate of 64 makes the largest number of the device's e4m3."""
+        """The up value that, with a gate of 64, gives the largest number of the device's e4m3."""
         return self.largest_fp8 / GUARD_GATE
 
     @property
     def unit(self) -> float:
-        """What all sums are whole multiples of, `max_units` at most."""
+        """Unit of all sums: each is an integer multiple of it, at most `max_units`."""
         return GATE_STEP * self.down_step / self.weight_ratio
 
     @property
     def down_step(self) -> float:
-        """Magnitude of w2's entries; with it the largest fp8 sum, 16 * 8, is below the largest number of any e4m3."""
+        """Magnitude of w2's entries; it keeps the largest fp8 sum, 16 * 8, below the largest number of any e4m3."""
         return 1.0 if self.max_units == MAX_UNITS else 0.25
 
     @property
     def points(self) -> Points:
-        """The numbers that probes are made of."""
+        """The numbers that the probes use."""
         coarse = self.intermediate == "e4m3" or self.combine != "none"
         return points_for(coarse=coarse, fp8=self.fp8_format if self.block_scaled else None)
 
     @property
     def dead_columns(self) -> int:
-        """Hidden columns at the end of each 128 that no sum and no payload reads: a wide one, and in fp8 a zero."""
+        """Hidden columns at the end of each 128 that no sum or payload reads: a wide one, and with fp8 a zero."""
         return 2 if self.block_scaled else 1
 
     @property
     def wide_columns(self) -> int:
-        """Wide columns: the last of each 128, and the last of all."""
+        """Number of wide columns: the last of each 128, and the last of all."""
         return -(-self.hidden_size // BLOCK)
 
     @property
     def live_columns(self) -> int:
-        """Hidden columns that are neither wide nor zero."""
+        """Number of hidden columns that are neither wide nor zero."""
         rest = self.hidden_size % BLOCK
         return self.hidden_size // BLOCK * (BLOCK - self.dead_columns) + max(rest - 1, 0)
 
     @property
     def code_columns(self) -> int:
-        """The last of the live columns, one of which is 1 in a token."""
+        """Number of code columns, the last of the live columns; a token has 1 in one of them."""
         return self.probes.code.columns if self.probes else 0
 
     @property
     def payload_columns(self) -> int:
-        """Live columns that are no code columns; the first is always 1."""
+        """Number of live columns that are not code columns; the first is always 1."""
         return self.live_columns - self.code_columns
 
     @property
@@ -131,22 +131,22 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def live_rows(self) -> int:
-        """Intermediate rows that are neither guards nor zero."""
+        """Number of intermediate rows that are neither guards nor zero."""
         return self.intermediate_size - (self.intermediate_size // BLOCK * 3 if self.guard_rows else 0)
 
     @property
     def sum_rows(self) -> int:
-        """Live intermediate rows that are no probes."""
+        """Number of live intermediate rows that are not probes."""
         return self.live_rows - (self.probes.rows if self.probes else 0)
 
     @property
     def sum_columns(self) -> int:
-        """Output columns that are neither probes nor those that read guards."""
+        """Number of output columns that neither are probes nor read guards."""
         return self.hidden_size - self.guard_sums - (self.probes.columns if self.probes else 0)
 
     @property
     def is_small(self) -> bool:
-        """Whether the entries of all experts take little enough memory to be kept."""
+        """Whether the entries of all experts are small enough to be kept in memory."""
         rows = self.probes.rows * sum(self.gate_entries) if self.probes else 0
         entries = rows + self.sum_rows * self.up_entries + self.sum_columns * self.down_entries
         return self.num_experts * entries * 4 <= _KEPT_BYTES
@@ -163,17 +163,16 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
     fp8_format: Fp8Format = "e4m3fn",
     intermediate: Intermediate = "bf16",
 ) -> ExactPlan:
-    """Choose as much as the bounds allow: both weights first, then probes, then U up to 4, then V.
+    """Choose the largest plan within the bounds: both weights first, then probes, then U up to 4, then V.
 
-    With fp8 on the way back, sums stay within what fp8 holds, so that neither a cast nor a scaled block rounds any.
+    With fp8 on the trip back, sums stay within the exact range of fp8, so neither a cast nor a scaled block rounds any.
 
     Raises:
         InvalidCase: the shape cannot be exact, or cannot read all of its columns and rows; the message names the bound.
-
     """
     fp8 = dispatch_dtype == "fp8"
     if hidden_size < _MIN_HIDDEN:
-        _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed for 1, a code and the rest")
+        _refuse(f"hidden_size = {hidden_size}: at least {_MIN_HIDDEN} columns are needed")
     if fp8 and hidden_size % BLOCK:
         _refuse(f"hidden_size = {hidden_size}: fp8 dispatch scales blocks of {BLOCK} columns, use a multiple of them")
     if combine_quant.startswith("fp4"):
@@ -218,7 +217,7 @@ def _plans(plain: ExactPlan) -> Iterator[ExactPlan]:
 
 
 def _with_probes(plan: ExactPlan, share: float) -> ExactPlan:
-    """Return the plan with `share` of the probes that there is room for, and with sums of guards."""
+    """Return the plan with `share` of the probes that fit, and with sums of guards."""
     probes = plan_probes(
         plan_code(plan.num_experts, plan.topk, plan.hidden_size),
         rows=_places(plan.intermediate_size),
@@ -234,7 +233,7 @@ def _with_probes(plan: ExactPlan, share: float) -> ExactPlan:
 
 
 def _places(size: int) -> int:
-    """Return how many of 0 to size - 1 are 1 or 2 mod 4: where probes may be, so that tiles begin and end with sums."""
+    """Return how many of 0 to size - 1 are 1 or 2 mod 4: places of probes, so that tiles begin and end with sums."""
     return size // 4 * 2 + max(min(size % 4 - 1, 2), 0)
 
 
@@ -258,12 +257,12 @@ def _first_covering(plain: ExactPlan) -> ExactPlan:
 
 
 def up_reads(plan: ExactPlan) -> int:
-    """Return how many entries the up rows of sums of one expert have."""
+    """Return the number of entries in the up rows of one expert's sums."""
     return plan.sum_rows * plan.up_entries
 
 
 def gate_reads(plan: ExactPlan) -> int:
-    """Return how many payload entries the gates of one expert have."""
+    """Return the number of payload entries in one expert's gates."""
     return plan.probes.gate_rows * sum(plan.gate_entries) if plan.probes else 0
 
 

@@ -1,10 +1,10 @@
-"""How the probes of an exact layer are laid out: code columns, groups, kinds of rows. Loads no torch.
+"""Layout of the probes of an exact layer: code columns, groups, kinds of rows. Loads no torch.
 
-A probe row is an intermediate row whose gate or up value is one of many numbers, and a probe column is an output column
-that reads one probe row and nothing else, so that no order of additions can change a bit of it. Rows and columns fall
-into groups. A token has 1 in one of the code columns, and the code says in which group each expert is switched on for
-it; in the other groups the expert gives an exact zero. A code under which two experts of the token share a group is
-not used for it, so in every group one expert at most has a say.
+A probe row is an intermediate row whose gate or up value is one of many numbers. A probe column is an output column
+that reads one probe row and nothing else, so no order of additions changes its bits. Rows and columns fall into groups.
+A token has 1 in one of the code columns, and the code names the group in which each expert is switched on for the
+token; in the other groups the expert gives an exact zero. A code column under which two experts of the token share a
+group is not used for it, so at most one expert contributes to each group.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 import msgspec
 
 _LEAST_CODES = 8
-# With so many code columns for each group, an expert is on in all groups but one in twenty under some column.
+# With this number of code columns per group, an expert is on in all but about one in twenty groups under some column.
 _CODES_OF_A_GROUP = 3
 _NO_CODE = 1e-4
 _LARGEST_CODE_SHARE = 4
@@ -24,7 +24,7 @@ _HOT_SLOTS = 2
 
 
 class Code(msgspec.Struct, frozen=True, kw_only=True):
-    """`columns` code columns, each of which maps experts to `groups`; `missing` is the share of tokens without one."""
+    """Code of a layer: `columns` map experts to `groups`; `missing` is the share of tokens without a code column."""
 
     groups: int
     columns: int
@@ -32,7 +32,7 @@ class Code(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Probe rows are numbered by kind: gate, wide gate, up, wide up, hot; row r and column c are in group r, c mod G.
+    """Layout of probes by kind: gate, wide gate, up, wide up, hot; row r and column c are in group r, c mod G.
 
     `live_groups` G is the number of groups that have rows and columns; `rows` and `columns` are multiples of it. A gate
     row has a payload in its gate and the switch in its up; an up row has them the other way round. Wide rows read one
@@ -49,27 +49,27 @@ class ProbePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def up_rows(self) -> int:
-        """Rows with a payload in their up values, a quarter."""
+        """Number of rows with a payload in their up values: a quarter."""
         return (self.rows - self.hot_rows) // 4 - self.wide_up_rows
 
     @property
     def gate_rows(self) -> int:
-        """Rows with a payload in their gate."""
+        """Number of rows with a payload in their gate."""
         return self.rows - self.hot_rows - self.wide_up_rows - self.up_rows - self.wide_gate_rows
 
     @property
     def first_up_row(self) -> int:
-        """Where rows begin that have the switch in their gate."""
+        """First row that has the switch in its gate."""
         return self.gate_rows + self.wide_gate_rows
 
     @property
     def row_slots(self) -> int:
-        """Rows of a group."""
+        """Rows per group."""
         return self.rows // self.live_groups
 
     @property
     def column_slots(self) -> int:
-        """Columns of a group."""
+        """Columns per group."""
         return self.columns // self.live_groups
 
 
@@ -77,7 +77,8 @@ class ProbePlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_code(num_experts: int, topk: int, hidden_size: int) -> Code:
     """Return the code with the fewest groups that leaves at most one token in 10,000 of a uniform routing without one.
 
-    A quarter of the hidden columns at most are code columns; where these are too few, it is the code that misses least.
+    At most a quarter of the hidden columns are code columns; where these are too few, the code that misses least is
+    returned.
     """
     topk = min(topk, num_experts)
     most = max(hidden_size // _LARGEST_CODE_SHARE, 1)
@@ -92,10 +93,10 @@ def plan_code(num_experts: int, topk: int, hidden_size: int) -> Code:
     return min(codes, key=lambda code: code.missing)
 
 
-def plan_probes(  # noqa: PLR0913 - what probes have to fit
+def plan_probes(  # noqa: PLR0913 - the bounds on probes
     code: Code, *, rows: int, columns: int, wide_columns: int, hot: bool, share: float
 ) -> ProbePlan | None:
-    """Return how `share` of so many rows and columns are probes; None where that is not one row in one group."""
+    """Return the probes that take `share` of these rows and columns; None where less than one row per group is left."""
     columns, rows = int(columns * share), int(rows * share)
     rows = min(rows, columns)
     groups = min(code.groups, rows)
@@ -116,7 +117,7 @@ def plan_probes(  # noqa: PLR0913 - what probes have to fit
 
 
 def _distinct(num_experts: int, topk: int, groups: int) -> float:
-    """Return the chance that `topk` experts are all in different groups: e_k of the groups' sizes over C(E, k)."""
+    """Return the probability that `topk` experts are all in different groups: e_k of the groups' sizes over C(E, k)."""
     ways = [1] + [0] * topk
     for group in range(min(groups, num_experts)):
         size = (num_experts - group + groups - 1) // groups

@@ -1,4 +1,4 @@
-"""The probes of experts: what each probe row reads, which probe row each probe column reads, and what comes of it."""
+"""The probes of experts: payload of each probe row, probe row of each probe column, and the resulting values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distbench.workload.points import HOT_GATE, UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.quantize import fp8_dtype
 
-# Patterns of bf16 from 1 to 2**WIDE_POWERS, and the first of them.
+# Number of bf16 bit patterns from 1 to 2**WIDE_POWERS, and the first of them.
 WIDE_VALUES = WIDE_POWERS << 7
 FIRST_WIDE = 0x3F80
 _SWITCHES = 4
@@ -25,10 +25,10 @@ _HOT_READ = 0.125
 class Probes(NamedTuple):
     """The probes of e experts, by number of row [R] and column [C]; see `ProbePlan`.
 
-    entries int32 [e, n, R]: hidden columns of a row's payload, plus H where the sign is minus, 2H for none; the first
-    `doubled` ones count twice. wide int32 [e, R]: number of the wide column, Wc for none. switch float32 [e, R]: what
-    the row's switch is when on. first int32 [e, R]: where in `row_values` the value of payload 0 is. read int64 [e, C]:
-    slot of the row in its group that a column reads, and weight float32 [e, C] by what.
+    entries int32 [e, n, R]: the hidden columns of a row's payload, plus H where the sign is minus, 2H for none; the
+    first `doubled` ones count twice. wide int32 [e, R]: number of the wide column, Wc for none. switch float32 [e, R]:
+    value of the row's switch when on. first int32 [e, R]: index in `row_values` of the value of payload 0. read int64
+    [e, C]: slot within its group of the row that a column reads. weight float32 [e, C]: its output weight.
     """
 
     entries: Tensor
@@ -40,10 +40,10 @@ class Probes(NamedTuple):
 
 
 class GroupedProbes(NamedTuple):
-    """The same group by group: [p] groups of experts, Q rows and D columns in each.
+    """The `Probes` by group: [p] groups of experts, Q rows and D columns in each.
 
-    entries int32 [p, n, Q], wide and first int32 [p, Q], read int64 and weight float32 [p, D]. What a column makes of
-    its row is its weight times the value in `row_values`.
+    entries int32 [p, n, Q], wide and first int32 [p, Q], read int64 and weight float32 [p, D]. A column's output is its
+    weight times the row's value in `row_values`.
     """
 
     entries: Tensor
@@ -54,14 +54,14 @@ class GroupedProbes(NamedTuple):
 
 
 def probe_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Probes:
-    """Return the probes of `experts`, ids int64 [e]; those of a small layer are made once for all its experts."""
+    """Return the probes of `experts`, ids int64 [e]; a small layer's are made once for all its experts."""
     if plan.is_small:
         return Probes(*(part.index_select(0, experts) for part in _all_probes(plan, seed, experts.device)))
     return _make_probes(plan, _probes(plan), seed, experts)
 
 
 def grouped_probes(plan: ExactPlan, seed: int, experts: Tensor, groups: Tensor) -> GroupedProbes:
-    """Return the probes of one group of each of `experts`, ids int64 [p], any of them more than once."""
+    """Return the probes of one group of each of `experts`, ids int64 [p], repeats allowed."""
     probes = _probes(plan)
     if plan.is_small:
         made, position = _all_grouped(plan, seed, experts.device), experts
@@ -83,7 +83,7 @@ def _all_grouped(plan: ExactPlan, seed: int, device: torch.device) -> GroupedPro
 
 
 def _probes(plan: ExactPlan) -> ProbePlan:
-    assert plan.probes is not None  # noqa: S101 - asked for only where a plan has them
+    assert plan.probes is not None  # noqa: S101 - called only for plans that have probes
     return plan.probes
 
 
@@ -91,7 +91,7 @@ def _by_group(probes: ProbePlan, made: Probes) -> GroupedProbes:
     count, entries, _ = made.entries.shape
     groups, rows, columns = probes.live_groups, probes.row_slots, probes.column_slots
     switch = made.switch.clone()
-    switch[:, probes.first_up_row :] = 1.0  # a value holds its gate already
+    switch[:, probes.first_up_row :] = 1.0  # a value already includes its gate
     number = made.read * groups + torch.arange(probes.columns, device=made.read.device) % groups
     weight = made.weight * switch.gather(1, number)
 
@@ -126,7 +126,7 @@ def _make_probes(plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor)
 
 
 def physical(plan: ExactPlan, live: Tensor) -> Tensor:
-    """Return where live hidden columns are, given by number."""
+    """Return the hidden columns of live columns' numbers."""
     last = live_column(plan, plan.live_columns - 1)
     if last == plan.live_columns - 1:
         return live
@@ -140,7 +140,7 @@ def minus(bits: Tensor, entries: int) -> Tensor:
 
 
 def _by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return wide, switch and first of `Probes`, and the magnitude [e, R] of output weights that read the row."""
+    """Return `wide`, `switch` and `first` of `Probes`, and the magnitude [e, R] of output weights reading each row."""
     if plan.is_small and experts.numel() == plan.num_experts:
         return _all_by_kind(plan, experts.device)
     return _make_by_kind(plan, experts)
@@ -163,7 +163,7 @@ def _make_by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 class _Static(NamedTuple):
-    """What rows have in common for all experts, [R]; tables by place: switch, first value, magnitude."""
+    """Properties of rows that all experts share, [R]; tables by place: switch, first value, magnitude."""
 
     number: Tensor
     cycle: Tensor
@@ -175,7 +175,7 @@ class _Static(NamedTuple):
 
 @lru_cache(maxsize=8)
 def _static_kinds(plan: ExactPlan, device: torch.device) -> _Static:
-    """Return the kinds of a plan's rows: each goes round its switches, another first for each expert."""
+    """Return the kinds of a plan's rows; each cycles through its switches, from another start for each expert."""
     probes, points = _probes(plan), plan.points
     groups = probes.live_groups
     powers = [2.0**power for power in range(_SWITCHES)]
@@ -210,7 +210,7 @@ def _static_kinds(plan: ExactPlan, device: torch.device) -> _Static:
 
 
 def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `read` and `weight` of `Probes`: in each group a bijection of its columns, turned by the group."""
+    """Return `read` and `weight` of `Probes`: a bijection of columns in each group, rotated by the group."""
     device, groups, slots = magnitude.device, probes.live_groups, probes.row_slots
     read = drawn.places["read"].squeeze(1)
     number = torch.arange(probes.columns, device=device)
@@ -232,7 +232,7 @@ def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor
 
 
 def row_values(plan: ExactPlan, device: torch.device) -> Tensor:
-    """Return what probe rows can be without their switch of 2**p, float32: rounded as the intermediate is stored."""
+    """Return all values of probe rows without their switch of 2**p, float32, rounded as the intermediate is stored."""
     return _row_values(plan).to(device)
 
 
@@ -254,7 +254,7 @@ def _row_values(plan: ExactPlan) -> Tensor:
 
 
 def _offsets(plan: ExactPlan) -> list[list[int]]:
-    """Return where in `row_values` payload 0 is, for each kind of row and each of its gates."""
+    """Return the index in `row_values` of payload 0, for each kind of row and each of its gates."""
     points = plan.points
     wide = 2 * points.largest + 1
     ups = wide + WIDE_VALUES
@@ -270,5 +270,5 @@ def _offsets(plan: ExactPlan) -> list[list[int]]:
 
 
 def silu(values: Tensor) -> Tensor:
-    """Return the activation in float64."""
+    """Return SiLU in float64."""
     return values * torch.sigmoid(values)

@@ -1,7 +1,7 @@
-"""fp8 (e4m3) as devices round to it, and with a float32 scale for each 128 columns, as production dispatches it.
+"""fp8 (e4m3) rounding as devices do it, and block quantisation with a float32 scale per 128 columns, as in production.
 
-Weights and what the experts store between their products have scales that are powers of two, of 128 x 128 and of 128
-columns: only the rounding to e4m3 loses anything.
+Weights and the stored intermediate have scales that are powers of two, per 128 x 128 block and per 128 columns: the
+rounding to e4m3 is the only loss.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _LEAST = 1e-30
 
 
 def fp8_dtype(fp8_format: Fp8Format) -> torch.dtype:
-    """Return torch's name of a format."""
+    """Return torch's dtype of an fp8 format."""
     dtype: torch.dtype = getattr(torch, f"float8_{fp8_format}")
     return dtype
 
 
 def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values as fp8 `dtype`: what is larger than its largest number becomes that, as on devices."""
+    """Return values as fp8 `dtype`, saturated at its largest number as on devices."""
     most = torch.finfo(dtype).max
     return values.clamp(-most, most).to(dtype)
 
@@ -44,7 +44,7 @@ def quantize_fp8_blocks(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
         part = hidden[start : start + step].float()
         blocks = part.view(part.shape[0], columns // BLOCK, BLOCK)
         amax = blocks.abs().amax(2)
-        # By a tensor: CUDA turns division by a number into a product with its rounded inverse.
+        # Divide by a tensor: CUDA turns division by a Python number into a product with its rounded inverse.
         scale = torch.where(amax == 0, 1.0, amax / torch.full_like(amax, torch.finfo(dtype).max))
         quantized[start : start + step] = saturated(blocks / scale.unsqueeze(2), dtype).flatten(1)
         scales[start : start + step] = scale
@@ -52,7 +52,7 @@ def quantize_fp8_blocks(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def dequantize(hidden: Tensor, scales: Tensor | None) -> Tensor:
-    """Return rows [n, H] as float32, block-scaled ones multiplied out; scales float32 [n, H/128] or None."""
+    """Return rows [n, H] as float32, multiplied by their block scales, float32 [n, H/128] or None."""
     if scales is None:
         return hidden.float()
     rows, columns = hidden.shape
@@ -74,7 +74,7 @@ def quantize_weight_blocks(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor,
 
 
 def through_weight_blocks(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `quantize_weight_blocks` leaves of weights [n, N, K], multiplied out: bf16, which holds them all."""
+    """Return weights [n, N, K] after a round trip through `quantize_weight_blocks`: bf16, which holds them exactly."""
     quantized, scales = quantize_weight_blocks(weights, dtype)
     left = torch.empty_like(weights, dtype=torch.bfloat16)
     for one, source, target in zip(scales, quantized, left, strict=True):
@@ -84,9 +84,10 @@ def through_weight_blocks(weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def through_blocks(rows: Tensor, dtype: torch.dtype, *, power_of_two: bool) -> Tensor:
-    """Return what fp8 `dtype` with a scale for each 128 columns leaves of rows [..., K], multiplied out, as float32.
+    """Return rows [..., K] after a round trip through fp8 `dtype` with a scale per 128 columns: float32.
 
-    A scale is the least power of two that keeps its block within the format, or the block's maximum over its largest.
+    A scale is the least power of two that keeps its block within the format, or the block's maximum over the format's
+    largest number.
     """
     columns = rows.shape[-1]
     blocks = torch.nn.functional.pad(rows.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
@@ -99,9 +100,9 @@ def through_blocks(rows: Tensor, dtype: torch.dtype, *, power_of_two: bool) -> T
 
 
 def power_of_two_scales(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the least power of two that amax float32 over it is within fp8 `dtype`; 1 where amax is 0, or near it."""
+    """Return the least power of two by which amax float32 fits fp8 `dtype` when divided; 1 where amax is 0 or tiny."""
     most = int(torch.tensor(torch.finfo(dtype).max).view(torch.int32))
-    carry = _MANTISSA - (most & _MANTISSA)  # a mantissa above that of the largest number takes the next power
+    carry = _MANTISSA - (most & _MANTISSA)  # a mantissa above that of the largest number needs the next power
     bits = ((amax.view(torch.int32) + carry) & _EXPONENT) - ((most >> _MANTISSA_BITS) - 127 << _MANTISSA_BITS)
     return torch.where(amax > _LEAST, bits.view(torch.float32), 1.0)
 

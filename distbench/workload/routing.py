@@ -1,4 +1,4 @@
-"""Which experts a token goes to: integer arithmetic only, any rank knows any rank's routing."""
+"""Experts of tokens, by integer arithmetic only: any rank computes any rank's routing."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_BYTES = 16 << 20
 
-# Logarithms in fixed point, 20 bits after the point; uniform numbers in (0, 1) in steps of 2**-12.
+# Logarithms in fixed point with 20 fractional bits; uniform numbers in (0, 1) in steps of 2**-12.
 _POINT_BITS = 20
 _UNIFORM_BITS = 12
 _TIE_BITS = 8
 
 
 def token_keys(ranks: Tensor, tokens: Tensor) -> Tensor:
-    """Return a number for each token of each rank, int64 [m], from ranks and tokens int64 [m], below 2**31."""
+    """Return a unique number for each token, int64 [m], from ranks and tokens int64 [m], below 2**31."""
     return (ranks << 31) | tokens
 
 
 def route(routing: Routing, group: ExpertGroup, *, seed: int, ranks: Tensor, tokens: Tensor) -> Tensor:
     """Return the experts of any ranks' tokens: int32 [m, k], distinct global ids, in random slot order.
 
-    ranks, tokens int64 [m] on the device of the result. The routing has passed `check_routing`.
+    ranks, tokens int64 [m] are on the device of the result. `check_routing` has accepted the routing.
     """
     keys = token_keys(ranks, tokens)
     step = rows_at_a_time(_CHUNK_BYTES, group.num_experts * 8, keys.device)
@@ -43,9 +43,9 @@ def route(routing: Routing, group: ExpertGroup, *, seed: int, ranks: Tensor, tok
 
 
 def destinations(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
-    """Return which ranks each token goes to: bool [n, W] from ids [n, k].
+    """Return the destination ranks of each token: bool [n, W] from ids [n, k].
 
-    An id below 0 or at and past E goes nowhere.
+    An id below 0 or from E up has no destination.
     """
     owner = ids.long().div(experts_per_rank, rounding_mode="floor")
     owner = torch.where((owner < 0) | (owner >= ep_size), ep_size, owner)
@@ -54,12 +54,12 @@ def destinations(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
 
 
 def recv_counts(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
-    """Return how many of these tokens each rank receives, each once: int64 [W]."""
+    """Return the number of these tokens that each rank receives, duplicates merged: int64 [W]."""
     return destinations(ids, experts_per_rank, ep_size).sum(0)
 
 
 class _Choice(NamedTuple):
-    """What a chooser needs: the routing, the group, the seed, and the numbers of the tokens, int64 [m]."""
+    """Inputs of a chooser: the routing, the group, the seed, and the tokens' keys, int64 [m]."""
 
     routing: Routing
     group: ExpertGroup
@@ -67,7 +67,7 @@ class _Choice(NamedTuple):
     keys: Tensor
 
     def distinct(self, stream: str, candidates: int, count: int) -> Tensor:
-        """Choose `count` of `candidates` numbers for each token, in random order: int64 [m, count]."""
+        """Return `count` distinct numbers below `candidates` for each token, in random order: int64 [m, count]."""
         keys = positive_words(self.seed, f"route/{stream}", self.keys, candidates, self.keys.device)
         return smallest(keys, count)
 
@@ -79,7 +79,7 @@ def _uniform(choice: _Choice) -> Tensor:
 def _zipf(choice: _Choice) -> Tensor:
     """Draw without replacement, with popularity 1 / position**S: the k smallest of exponentials over weights.
 
-    In logarithms (the Gumbel race): ln(-ln u) + S * ln(position), which no S can overflow.
+    Computed in logarithms (the Gumbel race): ln(-ln u) + S * ln(position), which no S can overflow.
     """
     device, experts = choice.keys.device, choice.group.num_experts
     bits = positive_words(choice.seed, "route/zipf", choice.keys, experts, device)
@@ -114,7 +114,7 @@ def _local(choice: _Choice) -> Tensor:
 
 
 def _duplicates(choice: _Choice) -> Tensor:
-    """Take two ranks in turn (more where two hold too few experts), so that a rank's slots are not neighbours."""
+    """Alternate between two ranks (more where two hold too few experts), so that a rank's slots are not adjacent."""
     group, local = choice.group, choice.group.experts_per_rank
     num_owners = min(max(-(-group.topk // local), 2), group.ep_size)
     owners = choice.distinct("owners", group.ep_size, num_owners)

@@ -1,4 +1,4 @@
-"""Places of entries: keyed walks through all places, so that every place is taken and none comes twice in a row."""
+"""Places of entries: keyed permutations of all places, so that every place is used and none occurs twice in a row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from distbench.workload.bits import words_of_streams
 
-# Products of steps and factors below this are taken in int32, whose remainders cost a third.
+# Below this bound, products of steps and factors are taken in int32, whose remainders cost a third.
 _INT32 = 1 << 31
 
 
 class Grid(NamedTuple):
-    """An expert's rows, the entries of each, and the places that they are spread over."""
+    """An expert's rows, the entries of each, and the number of places that they spread over."""
 
     rows: int
     entries: int
@@ -25,10 +25,10 @@ class Grid(NamedTuple):
 
 
 class _Walk(NamedTuple):
-    """How a grid's rows go through its places, pass after pass; `sharing` experts in a sequence walk on together.
+    """Order in which a grid's rows visit its places, pass after pass; `sharing` consecutive experts continue one walk.
 
-    A pass is a run of rows that is long enough for all places. turns int64 [sharing, rows] are the passes of rows,
-    steps int32 or int64 [sharing, entries, rows] say where in them an entry comes.
+    A pass is a run of rows long enough to visit all places. turns int64 [sharing, rows] number the passes of rows;
+    steps int32 or int64 [sharing, entries, rows] are the positions of entries within a pass.
     """
 
     sharing: int
@@ -37,7 +37,7 @@ class _Walk(NamedTuple):
     steps: Tensor
 
     def of(self, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the turns and steps of `experts` int64 [e], instead of those of a sequence of experts."""
+        """Return the turns and steps of `experts` int64 [e], by their position in the sequence."""
         if self.sharing == 1:
             return self.turns.expand(len(experts), -1), self.steps
         place = experts % self.sharing
@@ -56,7 +56,7 @@ def _walk(grid: Grid, device: torch.device) -> _Walk:
 
 
 class _Joint(NamedTuple):
-    """What the keys of several grids are turned into factors and offsets by: [g, 1, 1], and all units in a row."""
+    """Constants that turn the keys of several grids into factors and offsets: [g, 1, 1], and all units concatenated."""
 
     walks: list[_Walk]
     num_turns: int
@@ -86,9 +86,9 @@ def _joint(grids: tuple[Grid, ...], device: torch.device) -> _Joint:
 
 
 def spread(seed: int, experts: Tensor, grids: Mapping[str, Grid]) -> list[Tensor]:
-    """Return the place of each entry, int32 [e, entries, rows] for each grid: distinct in a row, all in every pass.
+    """Return the place of each entry, int32 [e, entries, rows] by grid: distinct in a row, all used in every pass.
 
-    In a pass row * entries + entry goes through one keyed affine bijection of the places.
+    In a pass, row * entries + entry goes through one keyed affine bijection of the places.
     """
     joint = _joint(tuple(grids.values()), experts.device)
     groups = experts.div(joint.sharing, rounding_mode="floor")
@@ -115,5 +115,5 @@ def _places(experts: Tensor, grid: Grid, walk: _Walk, factors: Tensor, offsets: 
 
 @lru_cache(maxsize=32)
 def _units(modulus: int, device: torch.device) -> Tensor:
-    """Numbers that have no divisor in common with `modulus`: multiplying by one of them permutes the residues."""
+    """Numbers coprime to `modulus`: multiplication by one of them permutes the residues."""
     return torch.tensor([unit for unit in range(1, modulus + 1) if math.gcd(unit, modulus) == 1], device=device)

@@ -1,4 +1,4 @@
-"""How many rows are made at a time: what a CPU's caches hold, and on a device enough to make up for the launches."""
+"""Chunk sizes in rows: bounded by the CPU's caches; on a device, large enough to amortise launches."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _ON_DEVICE = 16
 
 
 def rows_at_a_time(budget: int, row: int, device: torch.device) -> int:
-    """Return how many rows of size `row` fit `budget`, which is for the CPU and in the same unit; one at least."""
+    """Return the number of rows of size `row` that fit `budget`, the CPU's, in the same unit; at least one."""
     return max(budget * (1 if device.type == "cpu" else _ON_DEVICE) // max(row, 1), 1)
