@@ -47,7 +47,7 @@ def assert_interface(net: Hosts, name: str) -> None:
 
 
 @pytest.mark.parametrize(("count", "nproc"), SHAPES if LONG else [(2, 2)])
-def test_all_hosts_pass_and_are_named(tmp_path: Path, count: int, nproc: int) -> None:
+def test_suite_over_all_hosts_passes_and_reports_name_the_hosts(tmp_path: Path, count: int, nproc: int) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2))
     with hosts(count, tmp_path) as net:
         running = start_all(net, suite, nproc)
@@ -60,7 +60,7 @@ def test_all_hosts_pass_and_are_named(tmp_path: Path, count: int, nproc: int) ->
 
 
 @only_long
-def test_ranks_talk_over_the_interface_towards_node_0(tmp_path: Path) -> None:
+def test_ranks_use_the_interface_that_routes_to_node_0(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(1))
     with hosts(2, tmp_path) as net:
         net.meeting = 1
@@ -69,7 +69,7 @@ def test_ranks_talk_over_the_interface_towards_node_0(tmp_path: Path) -> None:
         assert_interface(net, "eth1")
 
 
-def test_a_host_that_is_cut_off_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+def test_host_that_loses_its_network_is_named_and_no_process_is_left(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2000))
     with hosts(2, tmp_path) as net:
         node0, node1 = start_all(net, suite, 1)
@@ -91,7 +91,7 @@ def test_a_host_that_is_cut_off_is_named_and_nothing_is_left(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_rank_that_dies_is_named_with_its_host_and_the_suite_goes_on(tmp_path: Path, number: int) -> None:
+def test_rank_that_dies_is_named_with_its_host_and_the_suite_continues(tmp_path: Path, number: int) -> None:
     if number == 0 and not LONG:
         pytest.skip("long: make test-cluster")
     suite = write_suite(tmp_path / "suite.json", range(3))
@@ -109,7 +109,7 @@ def test_a_rank_that_dies_is_named_with_its_host_and_the_suite_goes_on(tmp_path:
 
 @only_long
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_rank_that_stands_still_is_named_with_its_host(tmp_path: Path, number: int) -> None:
+def test_rank_that_hangs_is_named_with_its_host(tmp_path: Path, number: int) -> None:
     suite = write_suite(tmp_path / "suite.json", range(3), timeout=3)
     fault = faulty(f"{number}:1:control/experts:sleep", once=tmp_path / "once")
     with hosts(2, tmp_path) as net:
@@ -123,7 +123,7 @@ def test_a_rank_that_stands_still_is_named_with_its_host(tmp_path: Path, number:
 
 
 @only_long
-def test_a_host_that_loses_power_is_named(tmp_path: Path) -> None:
+def test_host_whose_processes_are_all_killed_is_named(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2000))
     with hosts(3, tmp_path) as net:
         running = start_all(net, suite, 1)
@@ -136,7 +136,7 @@ def test_a_host_that_loses_power_is_named(tmp_path: Path) -> None:
 
 
 @only_long
-def test_late_hosts_are_waited_for(tmp_path: Path) -> None:
+def test_launch_waits_for_hosts_that_join_late(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(1))
     arguments = ("suite", suite, "--nproc", "1", "--out", tmp_path / "out", "--num-experts", "6")
     with hosts(3, tmp_path) as net:
@@ -149,7 +149,7 @@ def test_late_hosts_are_waited_for(tmp_path: Path) -> None:
 
 
 @only_long
-def test_a_host_that_never_comes_is_named(tmp_path: Path) -> None:
+def test_host_that_never_joins_is_named(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(1))
     arguments = ("suite", suite, "--nproc", "1", "--out", tmp_path / "out", "--join-timeout", "4")
     with hosts(3, tmp_path) as net:
@@ -159,7 +159,7 @@ def test_a_host_that_never_comes_is_named(tmp_path: Path) -> None:
 
 
 @only_long
-def test_torchrun_starts_a_suite_over_the_interface_towards_node_0(tmp_path: Path) -> None:
+def test_torchrun_script_runs_a_suite_over_the_interface_that_routes_to_node_0(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2))
     with hosts(2, tmp_path) as net:
         variables = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_ADDR": net.address(0, 1), "MASTER_PORT": str(PORT)}
@@ -174,7 +174,7 @@ def test_torchrun_starts_a_suite_over_the_interface_towards_node_0(tmp_path: Pat
 
 
 @only_long
-def test_a_slow_link_changes_times_not_results(tmp_path: Path) -> None:
+def test_slow_link_changes_times_and_no_verdict(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2))
     with hosts(2, tmp_path) as net:
         net.slow(1)
@@ -187,7 +187,7 @@ def test_a_slow_link_changes_times_not_results(tmp_path: Path) -> None:
 
 @only_long
 @pytest.mark.parametrize("numbers", [(0, 1), (0,)])
-def test_a_scheduler_that_takes_the_nodes_back_leaves_results_and_no_process(
+def test_sigterm_of_a_scheduler_keeps_finished_results_and_leaves_no_process(
     tmp_path: Path, numbers: tuple[int, ...]
 ) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2000))

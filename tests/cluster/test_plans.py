@@ -46,7 +46,7 @@ def document(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_broken_link_is_named_and_neither_of_its_ends(tmp_path: Path) -> None:
+def test_broken_link_is_named_and_neither_of_its_nodes(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(1))
     with hosts(3, tmp_path) as net:
         net.part(1, 2)
@@ -61,7 +61,7 @@ def test_a_broken_link_is_named_and_neither_of_its_ends(tmp_path: Path) -> None:
     assert "slow nodes: 3 nodes pass, at least 5 are needed" in told
 
 
-def test_a_host_that_is_cut_off_in_the_midst_is_named_within_seconds(tmp_path: Path) -> None:
+def test_host_that_loses_its_network_during_a_trial_is_named_within_seconds(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2000))
     with hosts(2, tmp_path) as net:
         running = start(net, suite, "--plan", "pairs")
@@ -76,7 +76,7 @@ def test_a_host_that_is_cut_off_in_the_midst_is_named_within_seconds(tmp_path: P
     assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in trial["reason"]
 
 
-def test_a_plan_inside_a_slurm_job(tmp_path: Path) -> None:
+def test_cluster_plan_runs_inside_a_slurm_job(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(1))
     with hosts(2, tmp_path) as net:
         slurm = Slurm(net, tmp_path)

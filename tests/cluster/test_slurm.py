@@ -51,7 +51,7 @@ def _command(pid: int) -> bytes:
     return b"" if any(name in content for name in (b"munged", b"slurmd", b"slurmctld", b"slurmstepd")) else content
 
 
-def test_a_job_runs_to_a_verdict_with_its_hosts(net: Hosts, tmp_path: Path) -> None:
+def test_a_slurm_job_ends_with_a_verdict_and_names_its_hosts(net: Hosts, tmp_path: Path) -> None:
     slurm = Slurm(net, tmp_path)
     suite = write_suite(tmp_path / "suite.json", range(2))
     number = slurm.submit(SCRIPT, "suite", str(suite), NPROC_PER_NODE="2")
@@ -62,7 +62,7 @@ def test_a_job_runs_to_a_verdict_with_its_hosts(net: Hosts, tmp_path: Path) -> N
     assert "2 x 2 ranks on host[0-1], meeting at host0:" in slurm.log(number)
 
 
-def test_a_wrong_result_is_the_jobs_exit_code(net: Hosts, tmp_path: Path) -> None:
+def test_exit_code_of_a_failing_case_is_that_of_the_slurm_job(net: Hosts, tmp_path: Path) -> None:
     slurm = Slurm(net, tmp_path)
     more = ("--max-dispatch-tokens-per-rank", "64", "--limit", "max-recv-1", "--policy", "unchecked")
     number = slurm.submit(SCRIPT, "run", "--model", "tiny", *more, NPROC_PER_NODE="1")
@@ -74,7 +74,7 @@ def test_a_wrong_result_is_the_jobs_exit_code(net: Hosts, tmp_path: Path) -> Non
     ("node_timeout", "states", "code"),
     [(300, ("FAILED", "COMPLETING"), 3), (5, ("NODE_FAIL",), 0)],  # COMPLETING for as long as Slurm counts on host1
 )
-def test_a_host_that_is_cut_off_ends_the_job_and_is_named(
+def test_host_that_loses_its_network_is_named_and_the_slurm_job_ends(
     net: Hosts, tmp_path: Path, node_timeout: int, states: tuple[str, ...], code: int
 ) -> None:
     slurm = Slurm(net, tmp_path, node_timeout=node_timeout)
@@ -87,7 +87,7 @@ def test_a_host_that_is_cut_off_ends_the_job_and_is_named(
     assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in slurm.log(number)
 
 
-def test_scancel_leaves_results_and_no_processes(net: Hosts, tmp_path: Path) -> None:
+def test_scancel_keeps_finished_results_and_leaves_no_process(net: Hosts, tmp_path: Path) -> None:
     slurm = Slurm(net, tmp_path)
     suite = write_suite(tmp_path / "suite.json", range(2000))
     number = slurm.submit(SCRIPT, "suite", str(suite), NPROC_PER_NODE="1")
@@ -100,7 +100,7 @@ def test_scancel_leaves_results_and_no_processes(net: Hosts, tmp_path: Path) -> 
     assert "SIGTERM" in summary["stopped"]
 
 
-def test_a_preempted_job_goes_on_where_it_was(net: Hosts, tmp_path: Path) -> None:
+def test_preempted_slurm_job_resumes_with_its_finished_results(net: Hosts, tmp_path: Path) -> None:
     slurm = Slurm(net, tmp_path)
     suite = write_suite(tmp_path / "suite.json", range(60))
     number = slurm.submit("--partition=low", SCRIPT, "suite", str(suite), NPROC_PER_NODE="1")

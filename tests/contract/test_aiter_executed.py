@@ -122,7 +122,7 @@ def tuned_layers(wheel: zipfile.ZipFile) -> dict[LayerKey, int]:
     return found
 
 
-def test_the_choice_that_the_adapter_reads_is_the_selectors_with_the_wheels_table(
+def test_choice_read_by_the_adapter_equals_the_selectors_over_the_wheels_table(
     wheel: zipfile.ZipFile, selection: Any
 ) -> None:
     """The wheel's lookup is executed, so that its stages have to carry the names of their kernels where we look."""
@@ -183,7 +183,7 @@ def quantised(
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("rows", [1, 40, 300, 0])
 @pytest.mark.parametrize("cu_count", [256, 304])
-def test_float8_results_are_those_of_the_wheels_torch_code(
+def test_fp8_results_equal_those_of_the_wheels_torch_code(
     wheel: zipfile.ZipFile, seed: int, rows: int, cu_count: int
 ) -> None:
     """No rows stand for those of an exact workload, which give the same bits."""

@@ -64,7 +64,7 @@ def parameters(node: ast.FunctionDef) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize("path", MODULES)
-def test_the_stand_ins_functions_are_the_wheels(wheel: zipfile.ZipFile, path: str) -> None:
+def test_stand_in_functions_have_the_wheels_parameters_and_defaults(wheel: zipfile.ZipFile, path: str) -> None:
     module, names = MODULES[path]
     for name in names:
         theirs = parameters(function(tree(wheel, path), name))
@@ -78,7 +78,7 @@ def test_the_stand_ins_functions_are_the_wheels(wheel: zipfile.ZipFile, path: st
             assert default is None or str(found) == default, (name, parameter)
 
 
-def test_what_the_adapter_passes_is_what_the_wheel_takes(wheel: zipfile.ZipFile) -> None:
+def test_keywords_that_the_adapter_passes_are_parameters_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     source = ast.parse(inspect.getsource(inspect.getmodule(AiterExperts) or SimpleNamespace()))  # type: ignore[arg-type]
     call = next(
         node
@@ -91,7 +91,7 @@ def test_what_the_adapter_passes_is_what_the_wheel_takes(wheel: zipfile.ZipFile)
     assert {keyword.arg for keyword in call.keywords} <= set(theirs)
 
 
-def test_what_the_selection_is_asked_is_what_the_wheel_asks_for(wheel: zipfile.ZipFile) -> None:
+def test_selection_arguments_of_the_adapter_cover_the_wheels_parameters(wheel: zipfile.ZipFile) -> None:
     moe = tree(wheel, "aiter/fused_moe.py")
     theirs = parameters(function(moe, "get_2stage_cfgs"))
     experts = make_aiter_experts(tiny_case(4, experts="aiter", emulate=True))
@@ -105,7 +105,7 @@ def test_what_the_selection_is_asked_is_what_the_wheel_asks_for(wheel: zipfile.Z
     assert len(call.args) == len(theirs)
 
 
-def test_metadata_has_the_wheels_fields(wheel: zipfile.ZipFile) -> None:
+def test_stand_in_moe_metadata_has_the_wheels_fields(wheel: zipfile.ZipFile) -> None:
     moe = tree(wheel, "aiter/fused_moe.py")
     theirs = next(node for node in moe.body if isinstance(node, ast.ClassDef) and node.name == "MOEMetadata")
     fields = [
@@ -114,7 +114,7 @@ def test_metadata_has_the_wheels_fields(wheel: zipfile.ZipFile) -> None:
     assert list(stand_in_moe.MOEMetadata.__dataclass_fields__) == fields
 
 
-def test_the_log_line_is_the_wheels(wheel: zipfile.ZipFile) -> None:
+def test_log_line_that_the_adapter_parses_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     text = wheel.read("aiter/fused_moe.py").decode()
     assert (
         "[fused_moe] using {'1stage' if run_1stage else '2stage'} {'default' if cfg is None else tag} for {keys} "
@@ -124,7 +124,7 @@ def test_the_log_line_is_the_wheels(wheel: zipfile.ZipFile) -> None:
     assert 'logger = logging.getLogger("aiter")' in wheel.read("aiter/__init__.py").decode()
 
 
-def test_names_that_the_adapter_takes_from_modules_are_there(wheel: zipfile.ZipFile) -> None:
+def test_module_attributes_that_the_adapter_reads_exist_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert "AITER_CONFIG_FMOE_FILE = get_config_file(" in wheel.read("aiter/jit/core.py").decode()
     root = wheel.read("aiter/__init__.py").decode()
     assert "from .ops.enum import *" in root
@@ -134,7 +134,7 @@ def test_names_that_the_adapter_takes_from_modules_are_there(wheel: zipfile.ZipF
     assert f"Version: {VERSION}\n" in metadata
 
 
-def test_enums_have_the_wheels_numbers(wheel: zipfile.ZipFile) -> None:
+def test_stand_in_enums_have_the_wheels_values(wheel: zipfile.ZipFile) -> None:
     text = wheel.read("aiter_meta/csrc/include/aiter_enum.h").decode()
     for enum in (stand_in.ActivationType, stand_in.QuantType):
         body = text.split(f"enum class {enum.__name__}")[1].split("{")[1].split("}")[0]
@@ -147,14 +147,14 @@ def test_enums_have_the_wheels_numbers(wheel: zipfile.ZipFile) -> None:
         assert {member.name: member.value for member in enum}.items() <= names.items()
 
 
-def test_the_fp8_of_each_architecture_is_the_wheels(wheel: zipfile.ZipFile) -> None:
+def test_fp8_format_of_each_architecture_equals_the_wheels(wheel: zipfile.ZipFile) -> None:
     text = wheel.read("aiter/utility/dtypes.py").decode()
     theirs = dict(re.findall(r'"(gfx\w+)": \{"fp8": torch\.float8_(\w+)\}', text))
     assert theirs == {arch: fp8_format(arch) for arch in ("gfx942", "gfx950")}
     assert "dtypeMax = torch.finfo(dtype).max" in wheel.read("aiter/ops/quant.py").decode()
 
 
-def test_weights_are_shuffled_as_the_wheel_does(wheel: zipfile.ZipFile) -> None:
+def test_stand_in_weight_shuffle_equals_the_wheels(wheel: zipfile.ZipFile) -> None:
     theirs = lifted(wheel, "aiter/ops/shuffle.py", ("shuffle_weight",), {})["shuffle_weight"]
     for element in (torch.bfloat16, torch.float8_e4m3fn):
         weights = torch.randn(3, 64, 96).to(element)
@@ -181,7 +181,7 @@ def torch_moe(wheel: zipfile.ZipFile) -> Any:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", [{"rows": 1}, {"rows": 40}, {"rows": 300}])
-def test_results_are_those_of_the_wheels_torch_code(torch_moe: Any, seed: int, case: dict[str, int]) -> None:
+def test_bf16_results_equal_those_of_the_wheels_torch_code(torch_moe: Any, seed: int, case: dict[str, int]) -> None:
     rows = case["rows"]
     generator = torch.Generator().manual_seed(seed)
     experts = make_aiter_experts(layer_case())
@@ -205,7 +205,7 @@ def layer_case() -> Case:
     return tiny_case(4, experts="aiter", emulate=True)
 
 
-def test_exact_inputs_give_the_wheels_bits(torch_moe: Any) -> None:
+def test_exact_inputs_give_the_bits_of_the_wheels_torch_code(torch_moe: Any) -> None:
     case = layer_case()
     workload = workload_for(case, torch.device("cpu"))
     batch, mask = workload.tokens(0), torch.zeros(16, dtype=torch.int32)

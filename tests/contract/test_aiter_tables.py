@@ -19,7 +19,7 @@ VERSION = "0.1.7.post2.dev18"
 FOLDER = os.environ.get("DISTBENCH_AITER_CONFIGS", "")
 
 
-def test_all_but_three_rows_of_the_wheels_own_table_are_reached(tmp_path: Path) -> None:
+def test_all_but_three_rows_of_the_wheels_table_are_selected_by_some_layer(tmp_path: Path) -> None:
     with aiter_wheel(VERSION) as wheel:
         (tmp_path / "tuned_fmoe.csv").write_bytes(wheel.read("aiter/configs/tuned_fmoe.csv"))
     (own,) = survey_tables(tmp_path, rules_for(VERSION))
@@ -30,7 +30,7 @@ def test_all_but_three_rows_of_the_wheels_own_table_are_reached(tmp_path: Path) 
 
 
 @pytest.mark.skipif(not FOLDER, reason="DISTBENCH_AITER_CONFIGS names no folder of tables")
-def test_every_table_of_the_folder_is_read_or_refused_by_name() -> None:
+def test_every_table_in_a_folder_is_read_or_refused_with_its_name() -> None:
     found = survey_tables(Path(FOLDER), CURRENT)
     assert found, f"no fmoe table below {FOLDER}"
     for one in found:

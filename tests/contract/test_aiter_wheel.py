@@ -85,7 +85,7 @@ def _default_choice(source: ast.Module, bucket: int, layer: LayerKey) -> tuple[b
     return namespace["run_1stage"], namespace["block_m"], namespace["ksplit"]
 
 
-def test_every_row_count_has_the_wheels_bucket(source: ast.Module) -> None:
+def test_bucket_of_every_row_count_equals_the_wheels(source: ast.Module) -> None:
     namespace: dict[str, Any] = {}
     _function(source, "nextPow2", namespace)
     theirs = _function(source, "get_padded_M", namespace)
@@ -94,7 +94,7 @@ def test_every_row_count_has_the_wheels_bucket(source: ast.Module) -> None:
 
 
 @pytest.mark.parametrize("cu_count", CU_COUNTS)
-def test_every_row_count_has_the_wheels_block_size(source: ast.Module, cu_count: int) -> None:
+def test_block_size_of_every_row_count_equals_the_wheels(source: ast.Module, cu_count: int) -> None:
     theirs = _function(source, "get_block_size_M", {"get_cu_num": lambda: cu_count})
     for experts, topk, inter in SHAPES:
         key = LayerKey(num_local_experts=experts, topk=topk, model_dim=7168, inter_dim=inter, cu_count=cu_count)
@@ -105,7 +105,9 @@ def test_every_row_count_has_the_wheels_block_size(source: ast.Module, cu_count:
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
 @pytest.mark.parametrize("cu_count", CU_COUNTS)
-def test_choice_without_a_row_is_the_wheels(source: ast.Module, quant: Literal["bf16", "fp8"], cu_count: int) -> None:
+def test_heuristic_choice_without_a_tuned_row_equals_the_wheels(
+    source: ast.Module, quant: Literal["bf16", "fp8"], cu_count: int
+) -> None:
     for experts, topk, inter in SHAPES:
         key = LayerKey(
             num_local_experts=experts, topk=topk, model_dim=7168, inter_dim=inter, quant=quant, cu_count=cu_count
@@ -115,7 +117,7 @@ def test_choice_without_a_row_is_the_wheels(source: ast.Module, quant: Literal["
             assert (ours.run_1stage, ours.block_m, ours.ksplit) == _default_choice(source, bucket, key), (bucket, key)
 
 
-def test_ck_tiles_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+def test_ck_tile_lists_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
     text = wheel.read("aiter_meta/csrc/ck_gemm_moe_2stages_codegen/gen_instances.py").decode()
     lists = dict(re.findall(r'^(A\w+_heuristic_dispatch) = """(.*?)"""', text, re.DOTALL | re.MULTILINE))
     for gfx, suffix in (("gfx942", ""), ("gfx950", "_gfx950")):
@@ -140,7 +142,7 @@ def table(wheel: zipfile.ZipFile) -> bytes:
     return wheel.read("aiter/configs/tuned_fmoe.csv")
 
 
-def test_every_row_of_the_wheels_table_is_read(table: bytes) -> None:
+def test_every_row_of_the_wheels_tuned_table_is_parsed(table: bytes) -> None:
     lines = list(csv.DictReader(io.StringIO(table.decode(), newline="")))
     keys = {_key(line) for line in lines}
     read = [(key, row) for key in keys for row in parse_tuned_rows(table, "wheel", key)]
@@ -162,7 +164,7 @@ def _key(line: dict[str, str]) -> TunedKey:
     return msgspec.convert({name: line[name] for name in names}, TunedKey, strict=False)
 
 
-def test_every_kernel_name_of_the_wheels_table_is_understood(table: bytes) -> None:
+def test_every_kernel_name_of_the_wheels_tuned_table_is_parsed(table: bytes) -> None:
     names = set(re.findall(rb"moe_ck2stages\w+|_ZN5aiter\w+", table))
     assert len(names) > 50
     for name in (name.decode() for name in names):
@@ -172,7 +174,7 @@ def test_every_kernel_name_of_the_wheels_table_is_understood(table: bytes) -> No
         assert stage2_mode(name) == "atomic"
 
 
-def test_the_wheels_table_answers_by_activation(table: bytes) -> None:
+def test_lookup_in_the_wheels_table_depends_on_the_activation(table: bytes) -> None:
     layer = LayerKey(num_local_experts=128, topk=8, model_dim=4096, inter_dim=384, cu_count=256)
     with_act = TunedKey.for_layer(layer, RULES)
     assert with_act.act_type == "ActivationType.Silu"
@@ -183,13 +185,13 @@ def test_the_wheels_table_answers_by_activation(table: bytes) -> None:
     assert "_gelu_" in gelu[0].kernel_name1
 
 
-def test_a_cut_table_is_refused(table: bytes) -> None:
+def test_truncated_tuned_table_is_refused_with_its_line(table: bytes) -> None:
     layer = LayerKey(num_local_experts=128, topk=8, model_dim=4096, inter_dim=384, cu_count=256)
     with pytest.raises(InvalidCase, match="line 774: column"):
         parse_tuned_rows(table[: table.rindex(b"ActivationType")], "wheel", TunedKey.for_layer(layer, RULES))
 
 
-def test_the_command_maps_the_wheels_own_table(
+def test_kernels_command_maps_the_wheels_own_table(
     table: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "tuned_fmoe.csv"
@@ -203,7 +205,7 @@ def test_the_command_maps_the_wheels_own_table(
     assert [span["limit_here"] for span in spans][-2:] == ["other kernel", "same kernel"]
 
 
-def test_ck_takes_whole_tiles_only_and_says_so_by_raising(wheel: zipfile.ZipFile) -> None:
+def test_ck_kernels_raise_unless_the_layer_is_a_multiple_of_the_tile(wheel: zipfile.ZipFile) -> None:
     codegen = "aiter_meta/csrc/ck_gemm_moe_2stages_codegen/gemm_moe_ck2stages_common"
     ck = "aiter_meta/3rdparty/composable_kernel/include/ck/tensor_operation/gpu/device/impl/device_moe_gemm"
     for kind in ("", "_blockscale"):

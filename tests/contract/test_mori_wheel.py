@@ -99,7 +99,7 @@ def our_signature(function: object) -> list[tuple[str, str]]:
     ]
 
 
-def test_methods_have_the_wheels_parameters_and_defaults(wheel: zipfile.ZipFile) -> None:
+def test_stand_in_methods_have_the_wheels_parameters_and_defaults(wheel: zipfile.ZipFile) -> None:
     theirs = {
         node.name: node for node in class_of(wheel, "EpDispatchCombineOp").body if isinstance(node, ast.FunctionDef)
     }
@@ -109,7 +109,7 @@ def test_methods_have_the_wheels_parameters_and_defaults(wheel: zipfile.ZipFile)
         assert our_signature(getattr(ops.EpDispatchCombineOp, name)) == signature(theirs[name]), name
 
 
-def test_the_configuration_has_the_wheels_fields_and_defaults(wheel: zipfile.ZipFile) -> None:
+def test_stand_in_configuration_has_the_wheels_fields_and_defaults(wheel: zipfile.ZipFile) -> None:
     theirs = {
         ast.unparse(node.target): ast.unparse(node.value) if node.value else ""
         for node in class_of(wheel, "EpDispatchCombineConfig").body
@@ -128,7 +128,7 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
-def test_every_keyword_that_the_adapter_gives_is_a_field(wheel: zipfile.ZipFile) -> None:
+def test_configuration_keywords_of_the_adapter_are_fields_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     fields = {
         ast.unparse(node.target)
         for node in class_of(wheel, "EpDispatchCombineConfig").body
@@ -139,7 +139,7 @@ def test_every_keyword_that_the_adapter_gives_is_a_field(wheel: zipfile.ZipFile)
     assert given == fields
 
 
-def test_shmem_functions_have_the_wheels_parameters(wheel: zipfile.ZipFile) -> None:
+def test_stand_in_shmem_functions_have_the_wheels_parameters(wheel: zipfile.ZipFile) -> None:
     tree = ast.parse(text(wheel, "mori/shmem/api.py"))
     theirs = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     public = {name for name in theirs if not name.startswith("_")}
@@ -151,7 +151,7 @@ def test_shmem_functions_have_the_wheels_parameters(wheel: zipfile.ZipFile) -> N
     assert "from .api import *" in text(wheel, "mori/shmem/__init__.py")
 
 
-def test_names_are_exported_where_the_adapter_looks(wheel: zipfile.ZipFile) -> None:
+def test_names_that_the_adapter_imports_are_exported_by_the_wheel(wheel: zipfile.ZipFile) -> None:
     exported = {
         alias.name
         for node in ast.parse(text(wheel, "mori/ops/__init__.py")).body
@@ -165,7 +165,7 @@ def test_names_are_exported_where_the_adapter_looks(wheel: zipfile.ZipFile) -> N
     assert VERSION in text(wheel, "mori/_version.py")
 
 
-def test_counting_local_experts_apart_is_refused_by_the_wheels_name(wheel: zipfile.ZipFile) -> None:
+def test_local_expert_count_of_the_stand_in_is_refused_under_the_wheels_name(wheel: zipfile.ZipFile) -> None:
     tree = ast.parse(text(wheel, "mori/ops/local_expert_count.py"))
     name = "launch_local_expert_count"
     (theirs,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
@@ -174,7 +174,7 @@ def test_counting_local_experts_apart_is_refused_by_the_wheels_name(wheel: zipfi
         ops.launch_local_expert_count(None, 0, 0, 0)
 
 
-def test_a_loaded_kernel_is_told_of_the_world_once_until_it_is_forgotten(
+def test_kernel_module_is_initialised_for_a_world_once_until_it_is_unloaded(
     wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wheel's own loader is executed over a HIP that is not there."""
@@ -200,7 +200,7 @@ def test_a_loaded_kernel_is_told_of_the_world_once_until_it_is_forgotten(
     assert our_signature(_jit_loader.load_hip_module) == signature(theirs)
 
 
-def test_the_kernels_of_each_type_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+def test_kernels_of_each_kernel_type_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
     tree = ast.parse(text(wheel, "mori/ops/dispatch_combine.py"))
     (table,) = (
         node.value
@@ -215,7 +215,7 @@ def test_the_kernels_of_each_type_are_the_wheels(wheel: zipfile.ZipFile) -> None
 
 
 @pytest.mark.parametrize("mode", ["MANUAL", "AUTO"])
-def test_geometries_without_a_table_are_the_wheels(
+def test_launch_geometry_without_a_tuned_table_equals_the_wheels(
     wheel: zipfile.ZipFile, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MORI_EP_LAUNCH_CONFIG_MODE", mode)
@@ -274,18 +274,18 @@ def config_of(kernel: EpDispatchCombineKernelType) -> ops.EpDispatchCombineConfi
     )
 
 
-def test_the_wheel_tells_what_it_launched(wheel: zipfile.ZipFile) -> None:
+def test_wheel_records_the_geometry_that_it_launched(wheel: zipfile.ZipFile) -> None:
     operator = text(wheel, "mori/ops/dispatch_combine.py")
     for phase in ("dispatch", "combine"):
         assert f"self._cached_{phase}_launch = (actual_bn, actual_rbn, actual_wpb)" in operator
 
 
-def test_the_wheel_refuses_fp4_as_the_adapter_says(wheel: zipfile.ZipFile) -> None:
+def test_wheel_refuses_fp4_except_on_gfx950_as_the_adapter_does(wheel: zipfile.ZipFile) -> None:
     constructor = ast.unparse(class_of(wheel, "EpDispatchCombineOp").body[0])
     assert "if 'gfx950' not in _arch:\n            raise ValueError(" in constructor
 
 
-def test_kernel_types_and_quant_types(wheel: zipfile.ZipFile) -> None:
+def test_kernel_and_quant_type_values_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
     header = text(wheel, f"{SOURCES}include/mori/ops/dispatch_combine/dispatch_combine.hpp")
     (enum,) = re.findall(r"enum KernelType \{(.*?)\}", header, re.DOTALL) or re.findall(
         r"enum class KernelType \{(.*?)\}", header, re.DOTALL
@@ -298,7 +298,7 @@ def test_kernel_types_and_quant_types(wheel: zipfile.ZipFile) -> None:
     assert tuple(quants) == moves.QUANT_TYPES
 
 
-def test_the_buffers_rows_follow_the_wheels_formula(wheel: zipfile.ZipFile) -> None:
+def test_receive_buffer_rows_follow_the_wheels_formula(wheel: zipfile.ZipFile) -> None:
     header = text(wheel, f"{SOURCES}include/mori/ops/dispatch_combine/dispatch_combine.hpp")
     assert "int perRank = (maxTotalRecvTokens + worldSize - 1) / worldSize;" in header
     assert "return perRank < maxNumInpTokenPerRank ? perRank : maxNumInpTokenPerRank;" in header
@@ -309,7 +309,7 @@ def test_the_buffers_rows_follow_the_wheels_formula(wheel: zipfile.ZipFile) -> N
     assert "DEFAULT_STATIC_SYMMETRIC_HEAP_SIZE = 4ULL * 1024 * 1024 * 1024" in heap
 
 
-def test_the_habits_are_those_of_the_wheel(wheel: zipfile.ZipFile) -> None:
+def test_default_habits_are_those_of_the_wheels_sources(wheel: zipfile.ZipFile) -> None:
     kernels = f"{SOURCES}src/ops/dispatch_combine/"
     overflow = "Total recv token overflow"
     assert overflow not in text(wheel, f"{kernels}intranode.hpp")
@@ -323,7 +323,7 @@ def test_the_habits_are_those_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     assert constructor.rstrip().endswith("dist.barrier()")
 
 
-def test_each_fp8_type_has_kernels_where_the_architecture_has_the_type(wheel: zipfile.ZipFile) -> None:
+def test_fp8_kernels_exist_for_the_format_of_each_architecture(wheel: zipfile.ZipFile) -> None:
     operator = text(wheel, "mori/ops/dispatch_combine.py")
     suffixes = dict(re.findall(r'_DTYPE_SUFFIX\[torch\.(float8_\w+)\] = "(\w+)"', operator))
     assert suffixes == {"float8_e4m3fn": "fp8_ocp", "float8_e4m3fnuz": "fp8_fnuz"}
@@ -337,7 +337,7 @@ def test_each_fp8_type_has_kernels_where_the_architecture_has_the_type(wheel: zi
         assert f"#ifdef MORI_FP8_TYPE_{name}_ENABLED\n#define MORI_FP8_{name}(...) __VA_ARGS__" in common
 
 
-def test_a_combine_casts_to_the_fp8_type_of_the_architecture(wheel: zipfile.ZipFile) -> None:
+def test_fp8_combine_casts_to_the_format_of_the_architecture(wheel: zipfile.ZipFile) -> None:
     primitives = text(wheel, f"{SOURCES}include/mori/core/transport/p2p/device_primitives.hpp")
     ocp, fnuz = (
         "using CombineInternalFp8 = __hip_fp8_e4m3;",
@@ -348,7 +348,7 @@ def test_a_combine_casts_to_the_fp8_type_of_the_architecture(wheel: zipfile.ZipF
     assert [float(one) for one in largest] == [LARGEST_FP8["e4m3fn"], LARGEST_FP8["e4m3fnuz"]]
 
 
-def test_the_wheel_takes_chunks_by_the_turn_of_the_loop(wheel: zipfile.ZipFile) -> None:
+def test_wheel_assigns_chunks_to_any_number_of_rdma_blocks(wheel: zipfile.ZipFile) -> None:
     """So its InterNodeV1 takes any number of RDMA blocks, and so do its tables."""
     kernels = text(wheel, f"{SOURCES}src/ops/dispatch_combine/internode_v1.cpp")
     receive, low_latency = (

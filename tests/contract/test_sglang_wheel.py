@@ -38,7 +38,7 @@ def wheel() -> Iterator[zipfile.ZipFile]:
 
 
 @pytest.mark.parametrize("version", [NEWEST, OLDER])
-def test_the_variables_are_those_that_the_wheel_reads(version: str) -> None:
+def test_known_variables_are_those_that_the_wheel_reads(version: str) -> None:
     with sglang_wheel(version) as wheel:
         sources = [name for name in wheel.namelist() if name.endswith(".py") and "/srt/" in name]
         text = "\n".join(wheel.read(name).decode(errors="replace") for name in sources)
@@ -47,7 +47,7 @@ def test_the_variables_are_those_that_the_wheel_reads(version: str) -> None:
     assert set(recorded_environment(dict.fromkeys(theirs, "1"))) == theirs
 
 
-def test_the_words_of_the_types_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+def test_accepted_type_names_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(MORI).decode()
     dispatch = re.search(r"epv2_dtypes = \(\"\", (.*?)\)", text)
     assert dispatch is not None
@@ -58,14 +58,16 @@ def test_the_words_of_the_types_are_the_wheels(wheel: zipfile.ZipFile) -> None:
 
 
 @pytest.mark.parametrize("text", ["true", "True", "1", "TRUE", "on", "yes", "y", "0", "false", "2", " 1", "enable"])
-def test_yes_and_no_are_the_wheels(wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_boolean_variables_are_parsed_as_the_wheel_does(
+    wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     namespace = {"os": os, "logger": logging.getLogger("sglang"), "_warned_bool_env_var_keys": set()}
     theirs = lifted(wheel, "sglang/srt/utils/common.py", ("get_bool_env_var",), namespace)["get_bool_env_var"]
     monkeypatch.setenv(SDMA, text)
     assert sglang_enables(text) == theirs(SDMA)
 
 
-def test_the_words_of_the_bound_are_the_wheels(wheel: zipfile.ZipFile) -> None:
+def test_accepted_values_of_the_receive_bound_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
     (parse,) = (
         ast.unparse(node)
         for node in tree(wheel, "sglang/srt/environ.py").body
@@ -86,7 +88,7 @@ class _Parallel:
         self.tp_size, self.attn_dp_rank = tp_size or ranks, rank
 
 
-def test_the_bound_is_the_wheels_for_tokens_and_metadata_of_any_kind(wheel: zipfile.ZipFile) -> None:
+def test_receive_bound_equals_the_wheels_for_any_tokens_and_metadata(wheel: zipfile.ZipFile) -> None:
     namespace: dict[str, Any] = {"Optional": Any, "MORI_MIN_LOGICAL_RECV_ROWS": 32, "MORI_LOGICAL_RECV_ROW_ALIGN": 32}
     constants = wheel.read(MORI).decode()
     for name in ("MORI_MIN_LOGICAL_RECV_ROWS", "MORI_LOGICAL_RECV_ROW_ALIGN"):
@@ -111,7 +113,7 @@ def test_the_bound_is_the_wheels_for_tokens_and_metadata_of_any_kind(wheel: zipf
         assert caps == {recv_bound(case).rows}, case
 
 
-def test_the_older_bound_is_its_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_receive_bound_of_the_older_release_equals_its_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = ModuleType("sglang.srt.layers.dp_attention")
     for name in ("sglang", "sglang.srt", "sglang.srt.layers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

@@ -71,7 +71,7 @@ def write_cases(path: Path) -> Path:
     return path
 
 
-def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
+def test_each_public_aiter_bug_ends_in_its_expected_verdict(tmp_path: Path) -> None:
     suite = write_cases(tmp_path / "aiter.json")
     done = distbench("suite", str(suite), "--nproc", "4", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def test_each_case_ends_as_it_must(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("cu_count", "fp8"), [("304", "e4m3fnuz"), ("256", "e4m3fn")])
-def test_both_stand_ins_together(tmp_path: Path, cu_count: str, fp8: str) -> None:
+def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "emulate"]
     flags += ["--dispatch-dtype=fp8", f"--cu-count={cu_count}", "--transport=mori", "--emulate"]
     done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
@@ -110,7 +110,9 @@ def test_both_stand_ins_together(tmp_path: Path, cu_count: str, fp8: str) -> Non
 @pytest.mark.parametrize(
     ("transport", "moved_by"), [("collective", "collective"), ("mori", "distbench.emulation.mori")]
 )
-def test_faults_of_kernels_name_the_arm(habit: dict[str, str], transport: str, moved_by: str, tmp_path: Path) -> None:
+def test_kernel_fault_is_reported_with_its_arm(
+    habit: dict[str, str], transport: str, moved_by: str, tmp_path: Path
+) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | habit).items() if key != "emulate"]
     flags += [f"--transport={transport}", "--emulate"]
     done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), *flags)
@@ -121,7 +123,7 @@ def test_faults_of_kernels_name_the_arm(habit: dict[str, str], transport: str, m
     assert f"RANK_FAULT (emulated: {moved_by} for mori, distbench.emulation.aiter for aiter)" in out
 
 
-def test_without_the_package_nothing_runs(tmp_path: Path) -> None:
+def test_aiter_experts_without_the_package_are_unsupported(tmp_path: Path) -> None:
     done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), "--model", "tiny", "--experts", "aiter")
     assert done.returncode == 77
     assert "UNSUPPORTED: experts aiter: the package amd-aiter is not installed" in done.stderr

@@ -49,7 +49,7 @@ def validate(
         ({"a": "INVALID", "b": "INVALID", "c": "INVALID"}, 2, [("common", [])]),
     ],
 )
-def test_a_planted_fault_is_named(
+def test_planted_fault_is_named_with_its_nodes_and_exit_code(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     planted: dict[str, Any],
@@ -68,7 +68,7 @@ def test_a_planted_fault_is_named(
 @pytest.mark.parametrize(
     ("planted", "defects"), [({"b": "on the CPU"}, ["b"]), (dict.fromkeys("abc", "on the CPU"), [])]
 )
-def test_a_node_that_passes_on_other_devices_than_most_is_a_defect(
+def test_node_that_passes_on_another_device_type_than_most_is_a_defect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: dict[str, Any], defects: list[str]
 ) -> None:
     code, document = validate(tmp_path, monkeypatch, "a,b,c", planted)
@@ -81,13 +81,13 @@ def test_a_node_that_passes_on_other_devices_than_most_is_a_defect(
         assert (code, document["defects"]) == (77, ["b"])
 
 
-def test_a_device_that_is_asked_for_is_asked_of_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requested_device_is_required_of_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = dict.fromkeys("abc", "on the CPU")
     code, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--device", "cuda")
     assert (code, [one["kind"] for one in document["findings"]]) == (77, ["common"])
 
 
-def test_what_a_group_finds_is_waited_for_and_one_that_lost_a_node_is_not(
+def test_verdict_of_a_group_is_awaited_unless_the_group_lost_a_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first process of a group to fail is not always the one that writes the group's verdict."""
@@ -109,7 +109,7 @@ def test_what_a_group_finds_is_waited_for_and_one_that_lost_a_node_is_not(
         (("smoke", "--select", "model=deepseek-v3"), "select"),
     ],
 )
-def test_a_suite_that_selects_nothing_is_known_before_a_node_is_asked(
+def test_suite_that_selects_no_case_is_refused_before_any_node_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], complaint: str
 ) -> None:
     out = tmp_path / "out"
@@ -118,13 +118,15 @@ def test_a_suite_that_selects_nothing_is_known_before_a_node_is_asked(
     assert not (out / "trials").exists()
 
 
-def test_a_node_that_dies_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_words_of_a_node_that_exits_are_quoted_as_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, document = validate(tmp_path, monkeypatch, "a,b", {"b": "dies"}, "--plan", "nodes")
     (finding,) = document["findings"]
     assert finding["evidence"].endswith("b exited with 9: the power went")
 
 
-def test_a_folder_that_a_node_does_not_see_is_no_defect_of_the_node(
+def test_folder_that_a_node_does_not_share_is_invalid_and_no_defect(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PLANTED", json.dumps({"b": "elsewhere"}))
@@ -137,19 +139,19 @@ def test_a_folder_that_a_node_does_not_see_is_no_defect_of_the_node(
     assert not (tmp_path / "defects.txt").exists()
 
 
-def test_a_node_that_cannot_be_reached_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_node_is_a_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, document = validate(tmp_path, monkeypatch, "a,b", {"b": "gone"}, "--plan", "nodes")
     assert (code, document["defects"]) == (3, ["b"])
 
 
-def test_a_node_that_ends_by_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_that_ignores_termination_is_abandoned_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_PARTING_S", 0.5)
     code, document = validate(tmp_path, monkeypatch, "a,b", {"b": "deaf"}, "--plan", "nodes", "--trial-timeout", "4")
     assert (code, document["defects"]) == (3, ["b"])
     assert "HANG: no end within 4 s" in document["findings"][0]["evidence"]
 
 
-def test_too_few_nodes_to_tell_who_is_slow_are_said(
+def test_slow_nodes_are_reported_as_not_judged_below_five_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, document = validate(tmp_path, monkeypatch, "a,b,c,d", {"d": 9.0}, "--plan", "nodes")
@@ -160,7 +162,7 @@ def test_too_few_nodes_to_tell_who_is_slow_are_said(
     assert document["not_judged"] == []
 
 
-def test_every_format_names_the_groups_and_the_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_report_format_names_the_groups_and_the_findings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = {"a+c": "CORRUPT"}
     code, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--report", ",".join(FILES))
     assert code == 1
@@ -187,7 +189,7 @@ def test_every_format_names_the_groups_and_the_findings(tmp_path: Path, monkeypa
     assert "| link | a c |" in told
 
 
-def test_a_slow_node_is_listed_for_the_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_node_is_written_to_slow_txt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, document = validate(tmp_path, monkeypatch, "a,b,c,d,e,f", {"d": 2.5}, "--plan", "nodes")
     assert (code, document["defects"], document["slow"]) == (1, [], ["d"])
     assert (tmp_path / "slow.txt").read_text() == "d\n"
@@ -209,14 +211,14 @@ def test_a_slow_node_is_listed_for_the_scheduler(tmp_path: Path, monkeypatch: py
         ["--port", "65535"],
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_contradictory_cluster_arguments_are_refused(
     tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cluster", "smoke", "--nodes", "a,b", "--launcher", FAKE, "--out", str(tmp_path), *arguments]) == 2
     assert "INVALID" in capsys.readouterr().err
 
 
-def test_a_signal_leaves_no_process(tmp_path: Path) -> None:
+def test_signal_to_cluster_command_leaves_no_process(tmp_path: Path) -> None:
     environ = {"PLANTED": json.dumps({"a": "hangs"})}
     with Bench(tmp_path / "out", "cluster", "smoke", "--nodes", "a,b", "--launcher", FAKE, **environ) as bench:
         deadline = time.monotonic() + 20
@@ -229,7 +231,7 @@ def test_a_signal_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("launchers_too", [False, True] if SOAK else [True])
-def test_ranks_on_other_nodes_end_with_whoever_started_them(tmp_path: Path, launchers_too: bool) -> None:
+def test_ranks_on_other_nodes_end_when_the_cluster_command_is_killed(tmp_path: Path, launchers_too: bool) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2000))
     launcher = json.dumps([sys.executable, str(ROOT / "tests" / "far_node.py"), "{host}"])
     more = ("--nodes", "a,b", "--launcher", launcher, "--nproc", "1", "--plan", "pairs", "--endpoint-host", "127.0.0.1")
@@ -243,7 +245,7 @@ def test_ranks_on_other_nodes_end_with_whoever_started_them(tmp_path: Path, laun
         assert wait_until(bench.gone, 20)
 
 
-def test_real_ranks_one_node_of_which_is_broken(tmp_path: Path) -> None:
+def test_broken_node_with_real_ranks_is_named(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", [0])
     node = tmp_path / "node.py"
     broken = json.dumps(faulty("raise:0:0"))

@@ -45,7 +45,7 @@ def suite_under_way(tmp_path: Path, cases: int = CASES) -> Bench:
 
 
 @pytest.mark.parametrize("name", HELPERS)
-def test_suite_whose_helper_is_stopped_comes_to_its_end(tmp_path: Path, name: str) -> None:
+def test_suite_whose_helper_process_is_stopped_completes(tmp_path: Path, name: str) -> None:
     with suite_under_way(tmp_path) as bench:
         os.kill(process(bench, name), signal.SIGSTOP)
         assert bench.finish(60) == 0
@@ -53,7 +53,7 @@ def test_suite_whose_helper_is_stopped_comes_to_its_end(tmp_path: Path, name: st
     assert len(bench.verdicts) == CASES
 
 
-def test_ranks_are_forked_by_a_server_that_was_stopped_before_it_began(tmp_path: Path) -> None:
+def test_suite_whose_fork_server_is_stopped_before_the_first_rank_completes(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(3), timeout=LIMIT_S)
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}") as bench:
         assert wait_until(lambda: any(_is_server(pid) for pid in bench.left()), 60)
@@ -69,7 +69,7 @@ def _is_server(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("rank", range(RANKS))
-def test_rank_that_is_stopped_beside_the_fork_server_is_named_within_its_limit(tmp_path: Path, rank: int) -> None:
+def test_rank_stopped_together_with_the_fork_server_is_named_within_its_limit(tmp_path: Path, rank: int) -> None:
     with suite_under_way(tmp_path) as bench:
         for name in ("fork server", f"rank {rank}"):
             os.kill(process(bench, name), signal.SIGSTOP)
@@ -106,7 +106,7 @@ def test_signal_ends_a_bench_whose_processes_are_stopped(
 
 
 @pytest.mark.skipif(not SOAK, reason="long: set DISTBENCH_SOAK=1")
-def test_bench_that_is_stopped_and_goes_on_loses_nothing(tmp_path: Path) -> None:
+def test_bench_that_is_stopped_and_continued_loses_no_result(tmp_path: Path) -> None:
     with suite_under_way(tmp_path, 400) as bench:
         for _ in range(3):
             bench.process.send_signal(signal.SIGSTOP)
@@ -134,7 +134,7 @@ DISTURBANCES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("disturbance", DISTURBANCES)
-def test_results_that_are_disturbed_end_the_bench_with_one_line_and_exit_code_3(
+def test_changed_or_removed_results_end_the_bench_with_one_line_and_exit_code_3(
     tmp_path: Path, disturbance: str
 ) -> None:
     with suite_under_way(tmp_path, 200) as bench:
@@ -150,7 +150,7 @@ def test_results_that_are_disturbed_end_the_bench_with_one_line_and_exit_code_3(
     assert "terminate called" not in bench.stderr
 
 
-def test_folder_of_a_run_that_is_removed_ends_it_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
+def test_removed_folder_of_a_run_ends_it_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     more = ("--model=tiny", f"--nproc={RANKS}", "--num-experts=8", "--repeats=300", "--report=junit,json")
     with Bench(tmp_path / "out", "run", *more) as bench:
         assert wait_until(lambda: len(list(bench.out.glob("ranks/*.crumbs"))) == RANKS, 60)

@@ -99,11 +99,11 @@ BATCHES = [CHOSEN[start : start + BATCH] for start in range(0, len(CHOSEN), BATC
 
 
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: str(batch[0]))
-def test_every_fault_is_named(tmp_path: Path, batch: list[Fault]) -> None:
+def test_every_rank_fault_is_named_with_shared_memory(tmp_path: Path, batch: list[Fault]) -> None:
     assert kernels_beside(tmp_path, batch) == {"shared_memory"}
 
 
-def test_every_fault_of_ranks_that_share_no_memory_is_named(tmp_path: Path) -> None:
+def test_every_rank_fault_is_named_without_shared_memory(tmp_path: Path) -> None:
     """As between hosts: there it is gloo in which ranks wait, and by which they hear of a peer that is gone."""
     batch = [
         Fault(0, "padded/combine", "kill"),
@@ -155,7 +155,7 @@ ODD = [
 OF_TWO_RANKS = 9
 
 
-def test_odd_endings(tmp_path: Path) -> None:
+def test_rank_faults_at_launch_boundaries_and_in_pairs_are_named(tmp_path: Path) -> None:
     """Before and in the first stage; two at once; in a stage passed before; back from outside; after all is done."""
     cases = [{"seed": seed, "ep_size": 2 if seed == OF_TWO_RANKS else RANKS} for seed in range(12)]
     suite = tmp_path / "suite.json"
@@ -178,7 +178,7 @@ def test_odd_endings(tmp_path: Path) -> None:
     assert f"event: {event}" in bench.stdout
 
 
-def test_a_single_case_that_hangs_ends_within_its_limit_and_five_seconds(tmp_path: Path) -> None:
+def test_run_of_a_case_that_hangs_ends_within_its_limit_plus_five_seconds(tmp_path: Path) -> None:
     fired = tmp_path / "fired"
     case = ("run", "--model=tiny", "--nproc=2", f"--timeout={LIMIT_S}", "--max-dispatch-tokens-per-rank=64")
     with Bench(tmp_path / "out", *case, **faulty("1:0:repadded/experts:sleep", once=fired)) as bench:
@@ -190,7 +190,7 @@ def test_a_single_case_that_hangs_ends_within_its_limit_and_five_seconds(tmp_pat
     assert "sitecustomize.py" in report["stacks"]["1"]
 
 
-def test_retries_make_good_and_faults_in_a_row_stop_with_what_is_there(tmp_path: Path) -> None:
+def test_retried_cases_pass_and_consecutive_faults_stop_the_suite(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(6))
     once, twice = ["1:1:padded/experts:kill"], ["1:1:gather:kill", "0:0:agree:kill"]  # seeds 1 and 2
     faults = [*once, *twice, "1:0:padded/experts:kill", "0:0:start:kill"]
@@ -204,7 +204,7 @@ def test_retries_make_good_and_faults_in_a_row_stop_with_what_is_there(tmp_path:
     assert "stopped early: 2 cases" in bench.stdout
 
 
-def test_a_disk_that_fills_up_is_no_cases_fault(tmp_path: Path) -> None:
+def test_full_disk_ends_the_suite_and_fails_no_case(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(3))
     command = ("suite", suite, "--nproc=2", "--quiet")
     with Bench(tmp_path / "out", *command, **faulty("0:1:report:full", once=tmp_path / "f")) as bench:

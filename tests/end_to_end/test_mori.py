@@ -14,7 +14,7 @@ from tests.end_to_end.test_run import tiny
 from tests.faulty_site.unguarded import MISTAKEN
 
 
-def test_emulated_and_said_so(tmp_path: Path) -> None:
+def test_emulated_mori_passes_and_is_reported_as_emulated(tmp_path: Path) -> None:
     run = tiny(tmp_path, 4, "--transport", "mori", "--emulate", "--gpu-per-node", "2")
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     assert run.report["emulated"] is True
@@ -27,7 +27,7 @@ def test_emulated_and_said_so(tmp_path: Path) -> None:
     assert facts["heap_size"] >= facts["heap_bytes"]
 
 
-def test_the_receive_bound_keeps_the_whole_buffer_between_nodes(tmp_path: Path) -> None:
+def test_receive_bound_between_nodes_keeps_the_whole_buffer(tmp_path: Path) -> None:
     shape = ("--tokens", "16", "--transport", "mori", "--emulate", "--max-dispatch-tokens-per-rank", "512")
     run = tiny(tmp_path, 4, *shape, "--gpu-per-node", "2", SGLANG_MORI_RECV_BOUND="1")
     assert (run.exit_code, run.report["limit"]["effective"], run.report["limit"]["source"]) == (0, None, "off")
@@ -36,7 +36,7 @@ def test_the_receive_bound_keeps_the_whole_buffer_between_nodes(tmp_path: Path) 
     assert (run.exit_code, run.report["limit"]["effective"]) == (0, 64)
 
 
-def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mori_sees_two_nodes_if_two_are_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATOM_X", "1")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -56,19 +56,19 @@ def test_two_launched_nodes_are_two_nodes_to_mori(tmp_path: Path, monkeypatch: p
     assert sum(warning.count("ATOM_X=1") for warning in report["warnings"]) == 1
 
 
-def test_without_the_package_it_is_unsupported(tmp_path: Path) -> None:
+def test_mori_transport_without_the_package_is_unsupported(tmp_path: Path) -> None:
     run = tiny(tmp_path, 4, "--transport", "mori")
     assert run.exit_code == 77
     assert run.stderr.startswith("distbench: UNSUPPORTED: transport mori: no package mori here")
 
 
-def test_an_unknown_habit_is_refused(tmp_path: Path) -> None:
+def test_unknown_mori_habit_is_refused(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, "--transport", "mori", "--emulate", "--mori-habits", "1.9")
     assert run.exit_code == 2
     assert "neither a release" in run.stderr
 
 
-def test_the_suite_goes_as_expected_on_eight_ranks(tmp_path: Path) -> None:
+def test_mori_suite_ends_as_expected_on_eight_ranks(tmp_path: Path) -> None:
     with Bench(tmp_path / "out", "suite", "mori", "--nproc", "8", "--quiet") as bench:
         assert bench.finish() == 0
         assert bench.summary["as_expected"] == bench.summary["cases"]
@@ -110,7 +110,7 @@ UNGUARDED: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-def test_each_habit_ends_in_its_verdict_where_no_guard_is_left(tmp_path: Path) -> None:
+def test_each_mori_habit_without_guards_ends_in_its_verdict(tmp_path: Path) -> None:
     defaults = {"model": "tiny", "transport": "mori", "emulate": True, "max_dispatch_tokens_per_rank": 64}
     cases = [{"name": name, "expect": verdict} | values for name, (values, verdict, _) in UNGUARDED.items()]
     suite = tmp_path / "habits.json"

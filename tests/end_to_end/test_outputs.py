@@ -11,7 +11,7 @@ from distbench.export import FILES
 from tests.end_to_end.launches import Bench, write_suite
 
 
-def test_a_suite_leaves_every_format_and_is_its_own_baseline(tmp_path: Path) -> None:
+def test_suite_writes_every_report_format_and_matches_itself_as_baseline(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2), repeats=12)
     common = ("suite", suite, "--nproc", "2", "--quiet")
     with Bench(tmp_path / "old", *common, "--report", ",".join(FILES)) as bench:
@@ -39,7 +39,7 @@ def test_a_suite_leaves_every_format_and_is_its_own_baseline(tmp_path: Path) -> 
         assert "another case   seed=0: PASS → PASS: not the same seed" in bench.stdout
 
 
-def test_a_baseline_that_cannot_be_read_is_known_before_a_rank_starts(tmp_path: Path) -> None:
+def test_unreadable_baseline_is_refused_before_a_rank_starts(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("{}\n")
     with Bench(tmp_path / "out", "run", "--model", "tiny", "--baseline", tmp_path / "broken.jsonl") as bench:
         assert bench.finish(20) == 2

@@ -33,7 +33,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_bundle_replays(failed: Path, tmp_path: Path) -> None:
+def test_replay_of_a_bundle_reproduces_its_verdict(failed: Path, tmp_path: Path) -> None:
     (bundle,) = (failed / "bundles").iterdir()
     done = distbench("replay", bundle, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,7 +41,7 @@ def test_a_bundle_replays(failed: Path, tmp_path: Path) -> None:
     assert "reproduced here (emulated" in done.stdout
 
 
-def test_what_differs_is_said_where_it_does_not_reproduce(failed: Path, tmp_path: Path) -> None:
+def test_replay_that_does_not_reproduce_names_the_differences(failed: Path, tmp_path: Path) -> None:
     (bundle,) = (failed / "bundles").iterdir()
     done = distbench("replay", bundle, "--out", tmp_path, "--limit", "off")
     assert done.returncode == 1
@@ -60,7 +60,7 @@ def as_of_a_device(bundle: Path, copy: Path) -> Path:
     return copy
 
 
-def test_a_bundle_of_a_device_replays_on_the_cpu_with_parts_that_are_here(failed: Path, tmp_path: Path) -> None:
+def test_bundle_of_a_device_replays_on_the_cpu_with_available_parts(failed: Path, tmp_path: Path) -> None:
     (recorded,) = (failed / "bundles").iterdir()
     bundle = as_of_a_device(recorded, tmp_path / "bundle")
     here = ("--device", "cpu", "--transport", "collective", "--experts", "reference")
@@ -80,7 +80,7 @@ def test_a_bundle_of_a_device_replays_on_the_cpu_with_parts_that_are_here(failed
 
 
 @pytest.mark.parametrize("command", ["bisect", "shrink"])
-def test_report_that_says_pass_is_refused_before_a_case_runs(command: str, tmp_path: Path) -> None:
+def test_bisect_or_shrink_of_a_passing_report_is_refused_before_a_case_runs(command: str, tmp_path: Path) -> None:
     run = ("--model", "tiny", "--nproc", "2", "--tokens", "3", "--max-dispatch-tokens-per-rank", "64")
     assert distbench("run", *run, "--out", tmp_path).returncode == 0
     done = distbench(command, tmp_path / "report.json", "--out", tmp_path / command)
@@ -95,7 +95,7 @@ def test_report_that_says_pass_is_refused_before_a_case_runs(command: str, tmp_p
         assert "bisect: as given, with 3 seeds of at most 3" in tried.stderr
 
 
-def test_bisect_and_shrink_take_a_report(failed: Path, tmp_path: Path) -> None:
+def test_bisect_and_shrink_accept_a_failing_report(failed: Path, tmp_path: Path) -> None:
     report = failed / "report.json"
     blamed = distbench("bisect", report, "--out", tmp_path / "bisect")
     assert blamed.returncode == 0, blamed.stdout + blamed.stderr
@@ -120,7 +120,7 @@ def test_bisect_and_shrink_take_a_report(failed: Path, tmp_path: Path) -> None:
         pytest.param("hang:stage=combine", marks=pytest.mark.skipif(not SOAK, reason="long: set DISTBENCH_SOAK=1")),
     ],
 )
-def test_what_loses_its_ranks_shrinks_to_the_same_stage_and_leaves_no_process(inject: str, tmp_path: Path) -> None:
+def test_case_that_loses_its_ranks_shrinks_to_the_same_stage_and_leaves_no_process(inject: str, tmp_path: Path) -> None:
     case = {"model": "tiny", "ep_size": 4, "inject": inject, "stage_timeouts": "experts=1.5,combine=1.5"}
     path = tmp_path / "case.json"
     path.write_text(json.dumps(case | {"policy": "unchecked", "max_dispatch_tokens_per_rank": 64}))
@@ -138,7 +138,7 @@ def test_what_loses_its_ranks_shrinks_to_the_same_stage_and_leaves_no_process(in
     assert 1 < launches <= cases
 
 
-def test_a_bundle_of_lost_ranks_says_where_they_ran_and_holds_their_routing(tmp_path: Path) -> None:
+def test_bundle_of_lost_ranks_holds_their_hosts_and_their_routing(tmp_path: Path) -> None:
     run = distbench(
         "run",
         "--model",

@@ -63,7 +63,7 @@ def cut_last_line(out: Path, chance: random.Random) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_each_case_has_one_result(tmp_path: Path, moment: int) -> None:
+def test_suite_killed_at_any_moment_resumes_to_one_result_per_case(tmp_path: Path, moment: int) -> None:
     chance = random.Random(moment)
     out = tmp_path / "out"
     command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), "--nproc=4", "--quiet")
@@ -85,7 +85,7 @@ def test_killed_at_any_moment_each_case_has_one_result(tmp_path: Path, moment: i
     assert bench.summary["finished"] == CASES
 
 
-def test_what_is_run_again(tmp_path: Path) -> None:
+def test_resumed_suite_runs_missing_cases_and_those_that_rerun_selects(tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "suite.json"
     write_suite(path, range(3), expect=[{"verdict": "UNDER_LIMIT", "match": {"seed": 1}}])
     assert run(out, path).finish() == 1
@@ -117,7 +117,7 @@ def test_what_is_run_again(tmp_path: Path) -> None:
     assert lines(out).items() - third.items() == {("seed=5", lines(out)["seed=5"])}
 
 
-def test_one_bench_at_a_time_in_a_folder(tmp_path: Path) -> None:
+def test_second_bench_in_a_folder_is_refused_unless_it_waits_for_the_lock(tmp_path: Path) -> None:
     command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), "--nproc=2")
     with Bench(tmp_path / "out", *command) as first, Bench(tmp_path / "other", *command) as other:
         lock = tmp_path / "out" / ".lock"

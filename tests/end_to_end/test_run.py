@@ -49,7 +49,7 @@ def tiny(out: Path, nproc: int, *arguments: str, **environ: str) -> Run:
     return Run(out, "--nproc", str(nproc), "--model", "tiny", *arguments, environ=environ)
 
 
-def test_pass_with_two_kernels(tmp_path: Path) -> None:
+def test_tiny_case_passes_and_reports_both_kernels(tmp_path: Path) -> None:
     run = tiny(tmp_path, 4)
     assert run.exit_code == 0
     assert run.last_line.startswith("PASS (emulated: collective for mori, reference for aiter): truncated == ")
@@ -75,7 +75,7 @@ def test_pass_with_two_kernels(tmp_path: Path) -> None:
         (8, "0,1,7,33,0,2,2,40"),
     ],
 )
-def test_the_exact_limit_passes_and_one_less_names_the_lost(tmp_path: Path, nproc: int, tokens: str) -> None:
+def test_limit_of_max_recv_passes_and_one_row_less_names_the_lost_rows(tmp_path: Path, nproc: int, tokens: str) -> None:
     run = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv")
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     short = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv-1", "--policy", "unchecked")
@@ -97,13 +97,13 @@ def test_the_exact_limit_passes_and_one_less_names_the_lost(tmp_path: Path, npro
 @pytest.mark.parametrize(
     ("environ", "kernel"), [({}, "shared_memory"), ({"DISTBENCH_SHARED_MEMORY": "0"}, "all_to_all")]
 )
-def test_how_rows_travel_between_ranks_is_told(tmp_path: Path, environ: dict[str, str], kernel: str) -> None:
+def test_report_names_the_path_of_rows_between_ranks(tmp_path: Path, environ: dict[str, str], kernel: str) -> None:
     run = tiny(tmp_path, 3, "--tokens", "0,9,5", **environ)
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     assert run.report["transport"]["kernel"] == kernel
 
 
-def test_strict_refuses_on_all_ranks(tmp_path: Path) -> None:
+def test_limit_below_total_recv_is_refused_on_all_ranks(tmp_path: Path) -> None:
     run = tiny(tmp_path, 3, "--tokens", "0,9,5", "--limit", "max-recv-1")
     assert (run.exit_code, run.report["verdict"]) == (1, "UNDER_LIMIT")
     assert "refused on all ranks" in run.stdout
@@ -111,7 +111,7 @@ def test_strict_refuses_on_all_ranks(tmp_path: Path) -> None:
     assert run.report["lost"]["rows"] >= 1
 
 
-def test_limit_that_this_batch_needs_is_not_called_safe_for_another_routing(tmp_path: Path) -> None:
+def test_limit_of_max_recv_is_proven_for_this_batch_only(tmp_path: Path) -> None:
     short = tiny(tmp_path, 4, "--tokens", "64", "--limit", "max-recv-1")
     needed, proof = short.report["limit"]["max_recv"], short.report["limit"]["proof"]
     formula = "sum of tokens over all ranks = 64+64+64+64 = 256"
@@ -137,7 +137,7 @@ def test_proven_limit_holds_under_the_routing_that_reaches_the_bound(tmp_path: P
     assert "not proven" not in run.stdout
 
 
-def test_guard_raises_the_limit(tmp_path: Path) -> None:
+def test_guard_policy_raises_a_limit_below_total_recv(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, "--limit", "3", "--policy", "guard")
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     for rank in run.report["ranks"]:
@@ -151,13 +151,13 @@ def test_guard_raises_the_limit(tmp_path: Path) -> None:
         (("--routing", "fan-in:1", "--prealloc-max-recv-tokens", "20"), "OVERFLOW"),
     ],
 )
-def test_overflow(tmp_path: Path, arguments: tuple[str, ...], verdict: str) -> None:
+def test_batch_beyond_a_capacity_is_overflow(tmp_path: Path, arguments: tuple[str, ...], verdict: str) -> None:
     run = tiny(tmp_path, 2, *arguments)
     assert (run.exit_code, run.report["verdict"]) == (1, verdict)
 
 
 @pytest.mark.parametrize("routing", ["uniform", "zipf:1.2", "hot-rank:1", "fan-in:0", "local", "duplicates"])
-def test_routings_and_fp8_pass(tmp_path: Path, routing: str) -> None:
+def test_every_routing_passes_with_fp8_dispatch(tmp_path: Path, routing: str) -> None:
     run = tiny(
         tmp_path, 3, "--routing", routing, "--dispatch-dtype", "fp8", "--gather", "digests", "--tokens", "0,9,33"
     )
@@ -173,7 +173,9 @@ def test_routings_and_fp8_pass(tmp_path: Path, routing: str) -> None:
         ("atomic", "exact", "PASS"),
     ],
 )
-def test_kernels_that_differ(tmp_path: Path, table: str, numerics: str, verdict: str) -> None:
+def test_kernel_that_changes_at_the_limit_gives_its_verdict(
+    tmp_path: Path, table: str, numerics: str, verdict: str
+) -> None:
     run = tiny(tmp_path, 4, *LARGE, "--kernel-table", f"tests/data/{table}.csv", "--numerics", numerics)
     assert run.report["verdict"] == verdict
     assert not run.report["warnings"]
@@ -187,14 +189,14 @@ def test_kernels_that_differ(tmp_path: Path, table: str, numerics: str, verdict:
         assert not equal["padded", "control"]
 
 
-def test_tolerance_accepts_drift(tmp_path: Path) -> None:
+def test_require_tolerance_accepts_drift(tmp_path: Path) -> None:
     table = ("--kernel-table", "tests/data/splitk.csv", "--numerics", "gaussian", "--require", "tolerance")
     run = tiny(tmp_path, 4, *LARGE, *table)
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     assert "within tolerance" in run.last_line
 
 
-def test_environment_sets_the_limit_and_flags_win(tmp_path: Path) -> None:
+def test_environment_variable_sets_the_limit_and_a_flag_overrides_it(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, **{LIMIT: "40", "MORI_MOE_MAX_INPUT_TOKENS": "8"})
     assert run.report["limit"]["effective"] == 40
     assert run.report["limit"]["source"] == f"env:{LIMIT}"
@@ -204,7 +206,7 @@ def test_environment_sets_the_limit_and_flags_win(tmp_path: Path) -> None:
     assert tiny(tmp_path, 2, "--limit", "41", **{LIMIT: "40"}).report["limit"]["effective"] == 41
 
 
-def test_a_variable_that_does_nothing_is_listed_once_in_console_and_report(tmp_path: Path) -> None:
+def test_unused_variable_is_listed_once_in_console_and_report(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, "--tokens", "2", ATOM_X="1", SGLANG_MORI_FP8_DISP="True")
     (warning,) = run.report["warnings"]
     assert warning.startswith("set and not used by this case: ATOM_X=1 (nothing that distbench runs reads it); ")
@@ -212,7 +214,7 @@ def test_a_variable_that_does_nothing_is_listed_once_in_console_and_report(tmp_p
     assert " ".join((run.stdout + run.stderr).split()).count("ATOM_X=1") == 1
 
 
-def test_case_file_and_a_report_shown_again(tmp_path: Path) -> None:
+def test_run_of_a_case_file_writes_a_report_that_show_prints(tmp_path: Path) -> None:
     file = tmp_path / "case.toml"
     file.write_text('model = "tiny-odd"\ntokens = [3, 0]\nrouting = "local"\nseed = 5\n')
     run = Run(tmp_path, "--nproc", "2", "--case", str(file), "--json", str(tmp_path / "deep" / "copy.json"))
@@ -246,13 +248,13 @@ def test_invalid_cases_are_refused_in_one_line_within_two_seconds(tmp_path: Path
     assert run.seconds < 2
 
 
-def test_repeats_count_as_iterations(tmp_path: Path) -> None:
+def test_repeats_of_the_truncated_arm_count_as_timed_iterations(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, "--repeats", "3")
     assert run.report["timing"]["padded"]["experts"]["iterations"] == 1
     assert run.report["timing"]["truncated"]["experts"]["iterations"] == 3
 
 
-def test_the_report_has_every_promised_key(tmp_path: Path) -> None:
+def test_report_has_every_documented_key(tmp_path: Path) -> None:
     report = tiny(tmp_path, 2).report
     promised = {
         "schema", "verdict", "exit_code", "reasons", "emulated", "stand_ins", "case", "limit", "environment", "ranks",
@@ -265,7 +267,7 @@ def test_the_report_has_every_promised_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("nproc", [2, 8])
-def test_rank_0_gathers_in_bounded_memory(tmp_path: Path, nproc: int) -> None:
+def test_memory_of_rank_0_in_gather_is_bounded(tmp_path: Path, nproc: int) -> None:
     tokens, hidden, arms = 1024, 2048, 5
     gathered_bytes = nproc * tokens * hidden * 2 * arms
     run = tiny(

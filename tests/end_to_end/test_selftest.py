@@ -17,7 +17,7 @@ HANG = "| hang:stage={stage} | 1 HANG | 1 HANG | hang in {stage} | 1/1 | 1/1 | 0
 DEATH = "| {fault} | 1 RANK_FAULT | 1 RANK_FAULT | rank fault in {stage} | 1/1 | 1/1 | 0 |"
 
 
-def test_every_fault_is_caught_placed_and_blamed_on_its_rank(tmp_path: Path) -> None:
+def test_selftest_catches_every_fault_with_its_stage_and_rank(tmp_path: Path) -> None:
     chosen = () if SOAK else ("--clean=5",)
     table = tmp_path / "selftest.md"
     with Bench(tmp_path / "out", "selftest", "--quick", "--nproc=4", f"--markdown={table}", *chosen) as bench:
@@ -40,7 +40,7 @@ def test_every_fault_is_caught_placed_and_blamed_on_its_rank(tmp_path: Path) -> 
     assert len(bench.verdicts) == len(bench.reports)
 
 
-def test_guards_of_adapters_are_right_to_end_a_rank(tmp_path: Path) -> None:
+def test_selftest_counts_guards_of_adapters_that_end_a_rank_as_right(tmp_path: Path) -> None:
     table = tmp_path / "selftest.md"
     parts = ("--transport=mori", "--experts=aiter", "--emulate")
     faults = "--faults=dispatched-ids,weights-not-cut,capacity-ignored,scales"
@@ -59,7 +59,7 @@ def test_guards_of_adapters_are_right_to_end_a_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("faults", ["zzz", "death,zzz"])
-def test_a_fault_that_there_is_not_is_refused_with_those_that_there_are(faults: str, tmp_path: Path) -> None:
+def test_unknown_selftest_fault_is_refused_with_the_known_ones(faults: str, tmp_path: Path) -> None:
     with Bench(tmp_path / "out", "selftest", "--faults", faults, "--clean", "0") as bench:
         assert bench.finish() == 2
     (line,) = bench.stderr.splitlines()
@@ -69,7 +69,7 @@ def test_a_fault_that_there_is_not_is_refused_with_those_that_there_are(faults: 
 
 @pytest.mark.skipif(not SOAK, reason="minutes: set DISTBENCH_SOAK=1")
 @pytest.mark.timeout(600)
-def test_one_wrong_token_in_a_million_is_found_and_its_rate_covered(tmp_path: Path) -> None:
+def test_one_wrong_token_in_a_million_is_found_and_its_rate_is_in_the_interval(tmp_path: Path) -> None:
     shape = {
         "hidden-size": 64,
         "intermediate-size": 32,

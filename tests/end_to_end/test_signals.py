@@ -59,7 +59,7 @@ def interrupt(bench: Bench, number: int) -> float:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_in_the_midst_leaves_nothing_but_results(tmp_path: Path, scratch: Path, number: int) -> None:
+def test_signal_during_a_suite_leaves_only_its_results(tmp_path: Path, scratch: Path, number: int) -> None:
     before = shared_memory()
     suite = write_suite(tmp_path / "suite.json", range(CASES))
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={NPROC}", TMPDIR=str(scratch)) as bench:
@@ -80,7 +80,7 @@ def test_a_signal_in_the_midst_leaves_nothing_but_results(tmp_path: Path, scratc
     assert "Traceback" not in bench.stderr
 
 
-def test_a_run_that_is_taken_back_leaves_its_reports(tmp_path: Path) -> None:
+def test_signal_during_a_run_leaves_its_report_files(tmp_path: Path) -> None:
     more = ("--model=tiny", "--nproc=2", "--num-experts=8", "--repeats=1000000", "--report=junit,json")
     with Bench(tmp_path / "out", "run", *more) as bench:
         assert wait_until(lambda: len(list(bench.out.glob("ranks/*.crumbs"))) == 2, 60)
@@ -101,7 +101,7 @@ def sees_to_signals(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_before_anything_has_begun(tmp_path: Path, number: int) -> None:
+def test_signal_before_the_first_launch_ends_the_bench_with_its_exit_code(tmp_path: Path, number: int) -> None:
     with Bench(tmp_path / "out", "suite", "smoke", "--nproc=2") as bench:
         while not sees_to_signals(bench.process.pid):
             assert bench.process.poll() is None
@@ -112,14 +112,14 @@ def test_a_signal_before_anything_has_begun(tmp_path: Path, number: int) -> None
     assert bench.stderr.count("\n") == 1
 
 
-def test_signals_are_seen_to_before_anything_is_loaded() -> None:
+def test_main_module_loads_no_library_before_its_signal_handlers() -> None:
     asked = "import sys, distbench.__main__; print(sorted({'argparse', 'msgspec', 'torch'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-S", "-c", asked], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 0.4), (signal.SIGTERM, 1.0)])
-def test_a_signal_while_ranks_come_up(tmp_path: Path, scratch: Path, number: int, seconds: float) -> None:
+def test_signal_while_ranks_start_leaves_no_process(tmp_path: Path, scratch: Path, number: int, seconds: float) -> None:
     suite = write_suite(tmp_path / "suite.json", range(CASES))
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={NPROC}", TMPDIR=str(scratch)) as bench:
         assert wait_until((tmp_path / "out" / "ranks").exists, 30)
@@ -133,7 +133,7 @@ def test_a_signal_while_ranks_come_up(tmp_path: Path, scratch: Path, number: int
 
 
 @pytest.mark.parametrize("moment", range(12 if SOAK else 1))
-def test_a_signal_at_any_moment_of_many_launches(tmp_path: Path, moment: int) -> None:
+def test_signal_at_any_moment_of_many_launches_leaves_no_process(tmp_path: Path, moment: int) -> None:
     number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
     suite = write_suite(tmp_path / "suite.json", range(CASES))
     always = faulty("0:0:start:kill")
@@ -148,7 +148,7 @@ def test_a_signal_at_any_moment_of_many_launches(tmp_path: Path, moment: int) ->
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_ranks_that_stand_still_end_with_the_supervisor(tmp_path: Path, number: int, exit_code: int) -> None:
+def test_hanging_ranks_end_if_the_supervisor_ends(tmp_path: Path, number: int, exit_code: int) -> None:
     fired = tmp_path / "fired"
     suite = write_suite(tmp_path / "suite.json", range(3))
     faults = faulty("1:1:padded/experts:stop+0:1:padded/experts:sleep", once=fired)
@@ -160,7 +160,7 @@ def test_ranks_that_stand_still_end_with_the_supervisor(tmp_path: Path, number: 
     assert bench.verdicts == {"seed=0": "PASS"}
 
 
-def test_ctrl_c_while_waiting_for_the_folder(tmp_path: Path) -> None:
+def test_ctrl_c_while_waiting_for_the_folder_lock_ends_the_bench(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with (out / ".lock").open("w") as file:

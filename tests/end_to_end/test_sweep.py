@@ -10,7 +10,7 @@ from tests.cases import tiny_case
 from tests.end_to_end.launches import Bench
 
 
-def test_auto_begins_padded_and_has_edges_and_bounds() -> None:
+def test_auto_limits_start_at_off_and_contain_bucket_edges_and_bounds() -> None:
     limits = sweep_limits(tiny_case(2, tokens=16), "auto")
     assert limits[:2] == ["off", "max-recv"]
     assert limits[2:6] == ["16", "32", "64", "128"]
@@ -18,7 +18,7 @@ def test_auto_begins_padded_and_has_edges_and_bounds() -> None:
     assert sweep_limits(tiny_case(2), "7,max-recv-1") == ["off", "7", "max-recv-1"]
 
 
-def test_one_table_of_limits(tmp_path: Path) -> None:
+def test_sweep_prints_and_writes_one_row_per_limit(tmp_path: Path) -> None:
     case = (
         "--nproc",
         "2",

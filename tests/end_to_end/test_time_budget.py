@@ -18,7 +18,7 @@ def write_slow_suite(path: Path) -> Path:
     return path
 
 
-def test_suite_ends_in_time_and_goes_on(tmp_path: Path) -> None:
+def test_suite_with_a_time_budget_ends_in_time_and_resumes(tmp_path: Path) -> None:
     suite = write_slow_suite(tmp_path / "suite.json")
     arguments = ("suite", suite, "--nproc", "2")
     budget_s = 20
@@ -39,7 +39,7 @@ def test_suite_ends_in_time_and_goes_on(tmp_path: Path) -> None:
     assert path.read_bytes() == kept
 
 
-def test_end_of_the_slurm_job_is_the_deadline_under_torchrun_too(tmp_path: Path) -> None:
+def test_end_of_the_slurm_job_is_the_deadline_under_torchrun(tmp_path: Path) -> None:
     suite = write_slow_suite(tmp_path / "suite.json")
     end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1)}  # ranks would have to end before they are there
     with Torchrun(tmp_path / "out", "suite", suite, "--select", "seed=0", "--num-experts", "6", **end) as bench:

@@ -38,7 +38,7 @@ def collected(out: Path) -> dict[str, Any]:
     return report
 
 
-def test_rank_0_prints_and_all_ranks_exit_alike(tmp_path: Path) -> None:
+def test_only_rank_0_prints_and_all_ranks_exit_with_one_code_under_torchrun(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--tokens", "0,5,9", ATOM_X="1")
     assert done.returncode == 0
     assert done.stdout.count("PASS (emulated") == 1
@@ -46,13 +46,13 @@ def test_rank_0_prints_and_all_ranks_exit_alike(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "PASS"
 
 
-def test_a_wrong_result_fails_the_job(tmp_path: Path) -> None:
+def test_wrong_result_fails_the_torchrun_job(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--limit", "max-recv-1")
     assert done.returncode == 1
     assert done.stdout.count("UNDER_LIMIT (emulated") == 1
 
 
-def test_an_exception_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> None:
+def test_exception_on_one_rank_ends_all_ranks_and_is_printed_once(tmp_path: Path) -> None:
     fault = faulty("2:0:control/experts:raise")
     start = time.monotonic()
     done = torchrun(tmp_path, **fault)
@@ -62,7 +62,7 @@ def test_an_exception_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> N
     assert time.monotonic() - start < 40
 
 
-def test_a_refusal_in_the_middle_of_a_pass_ends_all_and_names_its_rank(tmp_path: Path) -> None:
+def test_refusal_during_a_pass_ends_all_ranks_and_names_its_rank(tmp_path: Path) -> None:
     start = time.monotonic()
     checked = ("--experts", "aiter", "--emulate", "--max-dispatch-tokens-per-rank", "64")
     done = torchrun(tmp_path, *checked, "--policy", "unchecked", "--inject", "weights-not-cut:rank=1")
@@ -73,7 +73,7 @@ def test_a_refusal_in_the_middle_of_a_pass_ends_all_and_names_its_rank(tmp_path:
     assert time.monotonic() - start < 40
 
 
-def test_bad_values_are_told_once(tmp_path: Path) -> None:
+def test_invalid_value_under_torchrun_is_printed_once(tmp_path: Path) -> None:
     done = torchrun(tmp_path, "--seed", "x")
     told = [line for line in done.stderr.splitlines() if line.startswith("distbench:")]
     assert told == ["distbench: INVALID: --seed = 'x': Expected `int`, got `str`"]
@@ -90,7 +90,7 @@ def test_collect_names_the_rank_that_died(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "told"), [("control/experts", "rank 2 stood in control/experts; "), ("boot", "rank 2 never began; ")]
 )
-def test_collect_names_the_rank_that_stood_still(tmp_path: Path, place: str, told: str) -> None:
+def test_collect_names_the_rank_that_hung(tmp_path: Path, place: str, told: str) -> None:
     assert torchrun(tmp_path, "--timeout", "4", **faulty(f"2:0:{place}:sleep")).returncode == 1
     report = collected(tmp_path)
     assert report["verdict"] == "HANG"
@@ -99,7 +99,7 @@ def test_collect_names_the_rank_that_stood_still(tmp_path: Path, place: str, tol
     assert re.fullmatch(told + waited, report["reasons"][0]["message"])
 
 
-def test_collect_names_the_rank_that_was_behind_when_all_were_killed(tmp_path: Path) -> None:
+def test_collect_names_the_rank_that_was_behind_if_all_were_killed(tmp_path: Path) -> None:
     fired = tmp_path / "fired"
     with Torchrun(tmp_path / "out", "run", "--model=tiny", **faulty("2:0:control/experts:sleep", once=fired)) as bench:
         assert wait_until(fired.exists, 60)
@@ -117,7 +117,7 @@ def test_collect_names_the_rank_that_was_behind_when_all_were_killed(tmp_path: P
     assert [(reason["rank"], reason["message"]) for reason in report["reasons"]] == [(2, message)]
 
 
-def test_a_suite_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_suite_under_torchrun_resumes_with_its_finished_results(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "-m", "distbench", "suite", "smoke", "--out", str(tmp_path), "--select", "!name~gaussian",
@@ -141,7 +141,7 @@ def small_suite(path: Path, *ep_sizes: int, **defaults: object) -> Path:
 
 
 @pytest.mark.parametrize("last", [(3,), ()], ids=["called back", "until the end"])
-def test_ranks_outside_the_group_wait_longer_than_a_stage_may_take(tmp_path: Path, last: tuple[int, ...]) -> None:
+def test_ranks_outside_the_group_wait_beyond_the_timeout_of_a_stage(tmp_path: Path, last: tuple[int, ...]) -> None:
     suite = small_suite(tmp_path / "suite.json", 2, 2, 2, 2, *last, timeout=2)
     pauses = "+".join(f"0:{case}:{arm}/experts:pause" for case in range(4) for arm in ("padded", "truncated"))
     with Torchrun(tmp_path / "out", "suite", suite, **faulty(pauses)) as bench:
@@ -150,7 +150,7 @@ def test_ranks_outside_the_group_wait_longer_than_a_stage_may_take(tmp_path: Pat
     assert "[rank2]" not in bench.stderr
 
 
-def test_collect_names_no_rank_that_was_outside(tmp_path: Path) -> None:
+def test_collect_names_no_rank_outside_the_group(tmp_path: Path) -> None:
     suite = small_suite(tmp_path / "suite.json", 2, 2, 3)
     with Torchrun(tmp_path / "out", "suite", suite, **faulty("1:1:control/experts:kill")) as bench:
         assert bench.finish() == 1
@@ -159,7 +159,7 @@ def test_collect_names_no_rank_that_was_outside(tmp_path: Path) -> None:
     assert [reason["rank"] for reason in bench.reports[-1]["reasons"]] == [1]
 
 
-def test_no_rank_touches_a_folder_that_another_bench_holds(tmp_path: Path) -> None:
+def test_rank_changes_no_file_in_a_folder_that_another_bench_locks(tmp_path: Path) -> None:
     out = tmp_path / "out"
     theirs = [crumb_path(out, 2), failure_path(out, 2), failure_path(out, 7), stack_path(out, 1)]
     clear_ranks(out)
@@ -178,7 +178,7 @@ def test_no_rank_touches_a_folder_that_another_bench_holds(tmp_path: Path) -> No
     assert not failure_path(out, 7).exists()
 
 
-def test_quiet_ranks_print_no_case(tmp_path: Path) -> None:
+def test_quiet_flag_prints_no_case_under_torchrun(tmp_path: Path) -> None:
     suite = small_suite(tmp_path / "suite.json", 2)
     with Torchrun(tmp_path / "out", "suite", suite, "--quiet") as bench:
         assert bench.finish() == 0

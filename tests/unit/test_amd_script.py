@@ -104,7 +104,7 @@ def test_every_step_runs_and_the_first_failure_is_named(tmp_path: Path) -> None:
     assert f"send {node.out}.tar.gz" in output
 
 
-def test_the_archive_has_what_is_asked_for_and_no_secret(tmp_path: Path) -> None:
+def test_archive_holds_reports_and_build_logs_and_no_secret(tmp_path: Path) -> None:
     node = Node(tmp_path)
     executable(tmp_path / "aiter" / "jit" / "build" / "module_moe" / "build.log", "hipcc: error: no such instruction")
     executable(tmp_path / "aiter" / "jit" / "build" / "lock_module_moe", "12345 somewhere")
@@ -134,7 +134,7 @@ def test_the_archive_has_what_is_asked_for_and_no_secret(tmp_path: Path) -> None
     assert json.loads(texts["steps/cpu/report.json"])["verdict"] == "PASS"
 
 
-def test_without_an_environment_the_archive_is_written_all_the_same(tmp_path: Path) -> None:
+def test_archive_is_written_without_a_python_environment(tmp_path: Path) -> None:
     node = Node(tmp_path)
     process = node.start(venv="nowhere")
     process.communicate(timeout=90)
@@ -146,7 +146,7 @@ def test_without_an_environment_the_archive_is_written_all_the_same(tmp_path: Pa
     assert not node.calls.exists()
 
 
-def test_another_wrong_result_is_not_taken_for_the_one_expected(tmp_path: Path) -> None:
+def test_step_that_ends_in_another_verdict_than_expected_fails(tmp_path: Path) -> None:
     node = Node(tmp_path)
     executable(tmp_path / "venv" / "bin" / "distbench", FAKE_CORRUPT)
     process = node.start("--skip-setup")
@@ -156,7 +156,7 @@ def test_another_wrong_result_is_not_taken_for_the_one_expected(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("interrupted", [None, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_step_without_an_end_is_ended_and_told(tmp_path: Path, interrupted: signal.Signals | None) -> None:
+def test_step_beyond_its_timeout_is_killed_and_reported(tmp_path: Path, interrupted: signal.Signals | None) -> None:
     node = Node(tmp_path, sleep=600)
     process = node.start("--skip-setup", "--step-timeout", "60" if interrupted else "3")
     if interrupted:

@@ -19,7 +19,7 @@ def script() -> dict[str, Any]:
     return runpy.run_path(str(SCRIPT), run_name="bench_transport")
 
 
-def test_ranks_meet_after_the_wait(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_synchronise_after_the_device_wait(script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
 
     class Event:
@@ -43,7 +43,7 @@ def test_ranks_meet_after_the_wait(script: dict[str, Any], monkeypatch: pytest.M
     assert told == ["sleep", "all_reduce", "event", "work", "event", "wait"]
 
 
-def test_ours_and_bare_take_turns_and_each_is_aligned(script: dict[str, Any]) -> None:
+def test_transport_and_bare_collectives_are_timed_in_turn_after_a_barrier(script: dict[str, Any]) -> None:
     told: list[str] = []
 
     def clock(_: object, work: str) -> float:

@@ -20,7 +20,7 @@ from distbench.process import pid_space
 from distbench.waits import KINDS
 
 
-def test_the_last_position_is_read_from_the_file(tmp_path: Path) -> None:
+def test_last_position_of_a_rank_is_read_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "rank.crumbs"
     assert read_position(path) is None
     with closing(Breadcrumbs(path)) as crumbs:
@@ -35,7 +35,9 @@ def test_the_last_position_is_read_from_the_file(tmp_path: Path) -> None:
     assert read_position(path) == msgspec.structs.replace(position, waiting=KINDS.index("end of the launch"))
 
 
-def test_a_process_id_of_another_host_says_nothing_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_id_of_another_host_is_not_taken_for_a_local_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "rank.crumbs"
     with closing(Breadcrumbs(path)) as crumbs:
         crumbs.mark("combine")
@@ -47,14 +49,14 @@ def test_a_process_id_of_another_host_says_nothing_here(tmp_path: Path, monkeypa
     assert elsewhere == msgspec.structs.replace(here, pid=0)
 
 
-def test_process_ids_are_told_apart_by_host(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_id_space_differs_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {pid_space.__wrapped__()}
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     assert pid_space.__wrapped__() not in found
     assert pid_space.__wrapped__() == pid_space.__wrapped__()
 
 
-def test_a_mark_takes_a_microsecond_or_two(tmp_path: Path) -> None:
+def test_marking_a_stage_takes_less_than_three_microseconds(tmp_path: Path) -> None:
     with closing(Breadcrumbs(tmp_path / "rank.crumbs")) as crumbs:
         assert min(timeit.repeat(lambda: crumbs.mark("dispatch"), number=200, repeat=100)) / 200 < 3e-6
 
@@ -68,7 +70,7 @@ while True:
 """
 
 
-def test_a_reader_never_sees_a_half_written_record(tmp_path: Path) -> None:
+def test_reader_never_sees_a_partially_written_record(tmp_path: Path) -> None:
     path = tmp_path / "rank.crumbs"
     with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], cwd=Path(__file__).parents[2]) as writer:
         try:

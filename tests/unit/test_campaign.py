@@ -87,7 +87,7 @@ def passed(*but: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("retries", "max_faults"), [(0, 2), (1, 2), (5, 3), (5, 2)])
-def test_a_case_that_always_kills_is_recorded_and_the_others_run(
+def test_case_that_always_kills_its_ranks_is_recorded_and_the_others_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], retries: int, max_faults: int
 ) -> None:
     launches: list[int] = []
@@ -103,7 +103,7 @@ def test_a_case_that_always_kills_is_recorded_and_the_others_run(
 
 
 @pytest.mark.parametrize(("finished", "seen_in"), [(3, 1), (3, 3), (CASES, CASES - 1)])
-def test_a_lost_host_takes_no_result_back(
+def test_finished_results_stay_if_a_host_is_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], finished: int, seen_in: int
 ) -> None:
     def launch(job: Job) -> Ending | None:
@@ -119,7 +119,7 @@ def test_a_lost_host_takes_no_result_back(
 
 
 @pytest.mark.parametrize("retries", [0, 4])
-def test_cases_in_a_row_that_lose_their_ranks_stop_it(
+def test_suite_stops_after_max_faults_consecutive_rank_faults(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], retries: int
 ) -> None:
     summary, found = run(monkeypatch, tmp_path, entries, killers(1, 2, 3, 4), retries=retries, max_faults=3)
@@ -128,7 +128,7 @@ def test_cases_in_a_row_that_lose_their_ranks_stop_it(
     assert (summary.finished, summary.exit_code) == (4, 3)
 
 
-def test_cases_between_which_others_end_are_not_in_a_row(
+def test_rank_faults_with_a_finished_case_between_them_are_not_consecutive(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
     summary, found = run(monkeypatch, tmp_path, entries, killers(0, 1, 3, 4), max_faults=3)
@@ -137,7 +137,7 @@ def test_cases_between_which_others_end_are_not_in_a_row(
 
 
 @pytest.mark.parametrize("verdict", [Verdict.HANG, Verdict.RANK_FAULT])
-def test_a_case_on_which_ranks_are_lost_after_all_loses_its_result(
+def test_result_is_withdrawn_if_the_ranks_of_its_case_are_lost_afterwards(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], verdict: Verdict
 ) -> None:
     endings = iter([lost(1, verdict), None])
@@ -152,7 +152,7 @@ def test_a_case_on_which_ranks_are_lost_after_all_loses_its_result(
     assert (summary.finished, summary.exit_code, summary.as_expected) == (CASES, 3, CASES - 1)
 
 
-def test_ranks_that_are_lost_after_all_cases_are_an_event(
+def test_ranks_lost_after_the_last_case_are_recorded_as_an_event(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
     def launch(job: Job) -> Ending:
@@ -165,7 +165,7 @@ def test_ranks_that_are_lost_after_all_cases_are_an_event(
 
 
 @pytest.mark.parametrize("error", [LaunchFailed("no files"), DiskFull("no room")])
-def test_a_launch_that_fails_is_no_verdict(
+def test_failed_launch_gives_exit_code_3_and_no_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], error: LaunchFailed | DiskFull
 ) -> None:
     def launch(job: Job) -> Ending:
@@ -181,7 +181,7 @@ def test_a_launch_that_fails_is_no_verdict(
     assert (summary.stopped, summary.exit_code) == (str(error), 3)
 
 
-def test_ranks_that_died_on_a_full_disk_are_no_verdict(
+def test_ranks_that_died_on_a_full_disk_give_no_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
     def full(**_: Any) -> None:
@@ -193,14 +193,14 @@ def test_ranks_that_died_on_a_full_disk_are_no_verdict(
     assert verdicts(tmp_path) == {"case 0": "PASS"}
 
 
-def test_ranks_that_come_to_their_end_without_results_are_not_started_for_ever(
+def test_ranks_that_end_without_a_result_fail_the_launch_and_are_not_restarted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
     with pytest.raises(LaunchFailed, match="ended without a result"):
         run(monkeypatch, tmp_path, entries, lambda _: None)
 
 
-def test_progress_is_told_which_case_is_under_way(
+def test_progress_shows_the_case_in_flight(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
     told: list[str] = []
@@ -216,7 +216,7 @@ def test_progress_is_told_which_case_is_under_way(
     assert told == ["", "case 1"]
 
 
-def test_a_disk_that_is_full_for_the_summary_ends_the_command_in_one_line(
+def test_full_disk_while_writing_the_summary_ends_the_command_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(path: Path, _: bytes) -> None:
@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_for_the_summary_ends_the_command_in_one_line(
     assert len(verdicts(tmp_path)) > 5
 
 
-def test_an_ending_seen_afterwards_takes_no_result_back(tmp_path: Path, entries: list[Entry]) -> None:
+def test_hang_reported_after_a_case_has_finished_keeps_its_result(tmp_path: Path, entries: list[Entry]) -> None:
     finish(Job(entries=tuple(entries), out=str(tmp_path), supervised=False), CASES)
     kept = Campaign(entries, tmp_path, Rules(), Progress(CASES, quiet=True)).conclude(lost(CASES - 1, Verdict.HANG))
     assert verdicts(tmp_path) == passed()
@@ -239,7 +239,7 @@ def test_an_ending_seen_afterwards_takes_no_result_back(tmp_path: Path, entries:
     assert {line.case.hash for line in JournalReader(tmp_path).new_lines()} == {case_hash(one.case) for one in entries}
 
 
-def test_a_bundle_that_cannot_be_written_leaves_the_verdict(
+def test_verdict_stays_if_its_bundle_cannot_be_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -20,14 +20,14 @@ def resolve(ep_size: int | None = 4, **values: Any) -> Case:
     return resolve_case([Layer("test", values)], ep_size).case
 
 
-def test_defaults_are_the_production_layer_of_eight_ranks() -> None:
+def test_default_case_is_the_production_layer_on_eight_ranks() -> None:
     case = resolve(None)
     assert (case.ep_size, case.hidden_size, case.intermediate_size) == (8, 2048, 768)
     assert (case.num_experts, case.topk, case.capacity) == (128, 8, 32768)
     assert case.tokens == (16,) * 8
 
 
-def test_the_first_layer_wins_and_is_named() -> None:
+def test_first_layer_that_sets_a_key_wins_and_is_named_as_its_source() -> None:
     layers = [
         Layer("flag", {"seed": "7"}, strict=False),
         Layer("file", {"seed": 8, "limit": 64}),
@@ -42,7 +42,7 @@ def test_the_first_layer_wins_and_is_named() -> None:
 
 
 @pytest.mark.parametrize(("prealloc", "capacity"), [(0, 512), (4, 4), (5, 8), (511, 512), (10**6, 512)])
-def test_capacity_follows_prealloc(prealloc: int, capacity: int) -> None:
+def test_capacity_follows_prealloc_max_recv_tokens(prealloc: int, capacity: int) -> None:
     case = resolve(max_dispatch_tokens_per_rank=128, prealloc_max_recv_tokens=prealloc)
     assert case.capacity == capacity
 
@@ -69,7 +69,7 @@ def test_capacity_follows_prealloc(prealloc: int, capacity: int) -> None:
         ({"kernel_table": "a\0b"}, "cannot be read"),
     ],
 )
-def test_bad_values_are_named(values: dict[str, Any], message: str) -> None:
+def test_invalid_value_is_refused_with_its_key(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidCase, match=message):
         resolve(**values)
 
@@ -84,22 +84,22 @@ def test_model_with_an_overridden_dimension_is_custom(key: str) -> None:
     assert case_hash(again) == case_hash(other.case)
 
 
-def test_model_keeps_its_name_where_given_dimensions_are_its_own() -> None:
+def test_model_keeps_its_name_if_given_dimensions_equal_its_own() -> None:
     preset = resolve().model
     assert resolve(hidden_size=2048, intermediate_size=768, num_experts=128, topk=8).model == preset != "custom"
 
 
-def test_ranks_of_the_case_and_of_the_launcher_must_agree() -> None:
+def test_ep_size_that_differs_from_the_launched_ranks_is_refused() -> None:
     with pytest.raises(InvalidCase, match=r"ep_size = 3 .*4 ranks were started"):
         resolve_case([Layer("file", {"ep_size": 3})], 4)
 
 
-def test_the_digest_of_a_table_is_never_taken_from_outside() -> None:
+def test_kernel_table_digest_given_from_outside_is_ignored() -> None:
     assert resolve(kernel_table_sha256="00").kernel_table_sha256 == ""
 
 
 @pytest.mark.parametrize("suffix", ["json", "toml"])
-def test_round_trip(tmp_path: Path, suffix: str) -> None:
+def test_case_survives_a_round_trip_through_json_and_toml(tmp_path: Path, suffix: str) -> None:
     case = resolve(tokens=[0, 1, 7, 33], limit="max-recv", dispatch_dtype="fp8", routing="zipf:1.2")
     file = tmp_path / f"case.{suffix}"
     file.write_bytes(getattr(msgspec, suffix).encode(case))
@@ -109,7 +109,7 @@ def test_round_trip(tmp_path: Path, suffix: str) -> None:
 
 
 @given(st.sampled_from(sorted(FIELD_TYPES)), st.integers(1, 9))
-def test_every_field_is_hashed(key: str, number: int) -> None:
+def test_changing_any_field_changes_the_hash_of_a_case(key: str, number: int) -> None:
     case = resolve()
     value = getattr(case, key)
     changed: Any = f"{value}x"
@@ -122,7 +122,7 @@ def test_every_field_is_hashed(key: str, number: int) -> None:
     assert case_hash(msgspec.structs.replace(case, **{key: changed})) != case_hash(case)
 
 
-def test_hash_is_stable() -> None:
+def test_equal_cases_have_equal_hashes() -> None:
     assert case_hash(resolve(None)) == case_hash(resolve(None))
     assert len(case_hash(resolve(None))) == 64
 
@@ -138,7 +138,7 @@ def test_hash_is_stable() -> None:
         ("case.yaml", b"", "neither .toml nor .json"),
     ],
 )
-def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_broken_case_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(InvalidCase, match=message) as caught:
@@ -146,7 +146,7 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -
     assert "\n" not in str(caught.value)
 
 
-def test_missing_file() -> None:
+def test_missing_case_file_is_refused() -> None:
     with pytest.raises(InvalidCase, match="cannot be read"):
         load_case_file("/nonexistent/case.toml")
 
@@ -157,7 +157,7 @@ values = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(FIELD_TYPES)) | st.text(max_size=8), values, max_size=4), st.booleans())
-def test_any_values_give_a_case_or_one_line(table: dict[str, Any], strict: bool) -> None:
+def test_any_table_of_values_gives_a_case_or_a_one_line_error(table: dict[str, Any], strict: bool) -> None:
     line = ""
     try:
         resolve_case([Layer("test", table, strict)], None)
@@ -167,7 +167,7 @@ def test_any_values_give_a_case_or_one_line(table: dict[str, Any], strict: bool)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_preset_makes_a_case(name: str) -> None:
+def test_every_preset_resolves_to_a_case_on_eight_ranks(name: str) -> None:
     case = resolve(8, model=name)
     assert case.num_experts % 8 == 0
     assert case.topk <= case.num_experts

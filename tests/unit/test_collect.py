@@ -35,20 +35,22 @@ def _of_another_host(content: bytes) -> bytes:
     return content[:48] + b"elsewher" + content[56:]
 
 
-def test_the_folder_may_have_moved(tmp_path: Path) -> None:
+def test_collect_works_in_a_folder_that_was_moved(tmp_path: Path) -> None:
     out = left(tmp_path, {0: "done", 1: "dispatch", 2: "done"})
     assert main(["collect", str(out)]) == 3
     assert [line.verdict.value for line in JournalReader(out).new_lines()] == ["RANK_FAULT"]
 
 
-def test_ranks_beyond_those_of_the_largest_case_are_looked_at(tmp_path: Path) -> None:
+def test_collect_examines_ranks_beyond_those_of_the_largest_case(tmp_path: Path) -> None:
     out = left(tmp_path, {0: "done", 1: "done", 2: "start"})
     assert main(["collect", str(out)]) == 3
     (line,) = JournalReader(out).new_lines()
     assert line.verdict.value == "RANK_FAULT"
 
 
-def test_verdicts_of_a_supervised_run_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collect_refuses_a_supervised_run_and_keeps_its_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = left(tmp_path, {0: "done", 1: "done"}, supervised=True, started=0)
     (out / "summary.json").write_text("kept")
     assert main(["collect", str(out)]) == 2

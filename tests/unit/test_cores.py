@@ -23,7 +23,7 @@ ALLOWED = {2, 3, 8, 9}
         (8, 2, 1, [None] * 8),  # a quota: which of the cores are free is not known
     ],
 )
-def test_ranks_get_equal_shares_of_cores_or_none(
+def test_ranks_are_pinned_to_equal_shares_of_cores_or_not_at_all(
     local_ranks: int, usable: int, threads: int, pinned: list[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[int] = []

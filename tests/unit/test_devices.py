@@ -22,7 +22,9 @@ from tests.cases import tiny_case
     ("asked", "available", "local_ranks", "expected"),
     [("cpu", 8, 8, False), ("auto", 8, 8, True), ("auto", 7, 8, False), ("auto", 0, 1, False), ("cuda", 2, 2, True)],
 )
-def test_a_rank_takes_a_device_of_its_own(asked: str, available: int, local_ranks: int, expected: bool) -> None:
+def test_case_runs_on_devices_if_each_local_rank_has_its_own(
+    asked: str, available: int, local_ranks: int, expected: bool
+) -> None:
     assert runs_on_device(asked, available, local_ranks) is expected
 
 
@@ -61,7 +63,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ({"CUDA": "3,1", "HIP": "0,1"}, ("cuda:GPU-d4", "cuda:GPU-b2")),
     ],
 )
-def test_one_device_has_one_name_whatever_the_variable_says(
+def test_lock_name_of_a_device_does_not_depend_on_cuda_visible_devices(
     node: Callable[..., None], chosen: dict[str, str], held: tuple[str, ...]
 ) -> None:
     node(NVIDIA, [], **chosen)
@@ -81,7 +83,7 @@ def test_one_device_has_one_name_whatever_the_variable_says(
     ],
 )
 @pytest.mark.parametrize("uuids", [ROCM, []], ids=["UUIDs", "numbers"])
-def test_hip_counts_within_what_the_runtime_leaves(
+def test_hip_visible_devices_index_into_rocr_visible_devices(
     node: Callable[..., None], chosen: dict[str, str], numbers: tuple[int, int], uuids: list[str]
 ) -> None:
     node([], uuids, **chosen)
@@ -90,7 +92,7 @@ def test_hip_counts_within_what_the_runtime_leaves(
     assert held == tuple(f"cuda:{named[number]}" for number in numbers)
 
 
-def test_the_kernel_driver_tells_the_uuids_of_rocm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_uuids_of_rocm_devices_are_read_from_the_kernel_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(shutil, "which", lambda _: None)
@@ -115,7 +117,7 @@ def test_the_kernel_driver_tells_the_uuids_of_rocm(monkeypatch: pytest.MonkeyPat
         ({"device": "cuda"}, "reference: they read the live-row count on the host"),
     ],
 )
-def test_what_no_graph_can_hold_is_refused_with_the_reason(values: dict[str, str], words: str) -> None:
+def test_case_that_no_graph_can_capture_is_refused_with_the_reason(values: dict[str, str], words: str) -> None:
     with pytest.raises(Unsupported, match=words):
         check_case(tiny_case(2, graph=True, **values))
 
@@ -123,13 +125,15 @@ def test_what_no_graph_can_hold_is_refused_with_the_reason(values: dict[str, str
 @pytest.mark.parametrize(
     ("lines", "expected"), [(["81000", "500"], 500 << 20), (["81000", "[N/A]"], None), (["81000"], None)]
 )
-def test_the_fullest_device_counts(monkeypatch: pytest.MonkeyPatch, lines: list[str], expected: int | None) -> None:
+def test_free_device_memory_is_that_of_the_fullest_device(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], expected: int | None
+) -> None:
     told = {("--query-gpu=memory.free", "3,GPU-1f"): lines}
     monkeypatch.setattr(devices, "_smi", lambda query, names: told[query, names])
     assert devices.free_device_bytes(("cuda:3", "cuda:GPU-1f")) == expected
 
 
-def test_without_a_management_program_torch_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_device_memory_without_a_management_program_is_read_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(devices, "_ask", lambda command, _: ["17"] if "mem_get_info" in command[-1] else [])
     assert devices.free_device_bytes(("cuda:0",)) == 17
@@ -138,7 +142,7 @@ def test_without_a_management_program_torch_is_asked(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.gpu
-def test_this_machine_tells_its_free_memory() -> None:
+def test_free_device_memory_is_read_on_a_real_device() -> None:
     free = devices.free_device_bytes(("cuda:0",))
     assert free is not None
     assert 1 << 30 < free <= torch.cuda.get_device_properties(0).total_memory
@@ -158,7 +162,7 @@ def refuse(_: int) -> int:
     ],
     ids=["told", "unknown", "refused"],
 )
-def test_rocm_is_asked_through_torch(
+def test_rocm_device_state_is_read_through_torch(
     monkeypatch: pytest.MonkeyPatch, clock: Callable[[int], int], expected: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -176,7 +180,7 @@ def test_rocm_is_asked_through_torch(
     assert state.doubts() == [told]
 
 
-def test_doubts_name_what_was_seen() -> None:
+def test_doubts_about_a_device_state_name_their_cause() -> None:
     good: dict[str, Any] = {
         "name": "d",
         "clock_mhz": 1980,

@@ -18,5 +18,5 @@ _MOJIBAKE = re.compile("[\\xc2-\\xef][\\x80-\\xbf]|[\\x80-\\x9f]")
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if path.suffix in SUFFIXES], ids=str)
-def test_no_text_holds_bytes_decoded_twice(path: Path) -> None:
+def test_no_text_file_holds_doubly_decoded_utf8(path: Path) -> None:
     assert not _MOJIBAKE.findall(path.read_text(encoding="utf-8"))

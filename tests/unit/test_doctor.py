@@ -42,7 +42,7 @@ def findings(network: Network | None = None, case: dict[str, Any] | None = None,
     return check_node(node, tiny_case(8, transport="mori", **(case or {})), network or Network())
 
 
-def test_a_node_that_has_everything_is_ready_for_all() -> None:
+def test_complete_node_is_ready_for_every_path() -> None:
     found = findings()
     assert [finding for finding in found if finding.level != "ok"] == []
     assert [exit_code(found, path) for path in PATHS] == [0, 0, 0]
@@ -100,7 +100,7 @@ LINES = [
 ]
 
 
-def test_isolation_is_no_lack_and_has_no_heap() -> None:
+def test_isolation_heap_mode_is_ok_and_its_heap_size_is_not_checked() -> None:
     environ = {"MORI_SHMEM_MODE": "ISOLATION", "MORI_SHMEM_HEAP_SIZE": "1K"}
     found = {finding.topic: finding for finding in findings(environ=environ)}
     assert (found["heap mode"].level, found["heap mode"].found) == ("ok", "ISOLATION")
@@ -108,7 +108,7 @@ def test_isolation_is_no_lack_and_has_no_heap() -> None:
     assert found["heap"].found.startswith("none, MORI_SHMEM_MODE is ISOLATION; the case takes ")
 
 
-def test_variables_that_the_chain_does_not_use_are_told_and_no_lack() -> None:
+def test_unused_variables_are_listed_as_ok() -> None:
     found = [
         finding for finding in findings(environ={"ATOM_X": "1", "MORI_RDMA_TC": "96"}) if "ATOM_X" in finding.found
     ]
@@ -117,7 +117,7 @@ def test_variables_that_the_chain_does_not_use_are_told_and_no_lack() -> None:
 
 
 @pytest.mark.parametrize("value", ["fp4", "nonsense"])
-def test_a_type_that_cannot_be_run_is_told_by_the_doctor(
+def test_dispatch_dtype_that_cannot_run_is_reported_as_missing(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SGLANG_MORI_DISPATCH_DTYPE", value)
@@ -127,7 +127,7 @@ def test_a_type_that_cannot_be_run_is_told_by_the_doctor(
 
 
 @pytest.mark.parametrize(("changed", "topic", "level", "found", "codes"), LINES)
-def test_each_lack_is_told_with_its_fix(
+def test_each_missing_requirement_is_reported_with_its_fix(
     changed: dict[str, Any], topic: str, level: str, found: str, codes: tuple[int, ...]
 ) -> None:
     lines = findings(**changed)
@@ -139,12 +139,12 @@ def test_each_lack_is_told_with_its_fix(
 
 
 @pytest.mark.parametrize("found", [packages("1.2.20", "0.1.19"), packages("", "0.1.18+rocm7", "1.2.5.dev20261001")])
-def test_versions_are_compared_as_versions_and_either_distribution_counts(found: dict[str, Any]) -> None:
+def test_package_versions_compare_numerically_under_either_distribution_name(found: dict[str, Any]) -> None:
     assert exit_code(findings(**found), "mori") == 0
 
 
 @pytest.mark.parametrize("blocks", [(64, 0), (64, 64), (64, -8), (None, 64), (32, None)])
-def test_rdma_blocks_that_hang(blocks: tuple[int | None, int | None]) -> None:
+def test_rdma_block_counts_that_hang_are_reported_as_missing(blocks: tuple[int | None, int | None]) -> None:
     lines = findings(Network(nodes=2, block_num=blocks[0], rdma_block_num=blocks[1]))
     assert [line.topic for line in lines if line.level == "missing"] == ["blocks"]
 
@@ -160,12 +160,14 @@ def test_rdma_blocks_that_hang(blocks: tuple[int | None, int | None]) -> None:
         ("nightly", "InterNodeV1", 42, ["blocks"]),
     ],
 )
-def test_rdma_blocks_that_drop_rows_in_releases(version: str, kernel: str, blocks: int, wanting: list[str]) -> None:
+def test_rdma_block_counts_that_drop_rows_are_reported_for_affected_releases(
+    version: str, kernel: str, blocks: int, wanting: list[str]
+) -> None:
     lines = findings(Network(nodes=2, rdma_block_num=blocks), {"mori_kernel": kernel}, **packages(version, "0.1.19"))
     assert [line.topic for line in lines if line.level == "missing"] == wanting
 
 
-def test_the_blocks_that_are_looked_at_are_the_cases() -> None:
+def test_checked_block_counts_are_those_of_the_case() -> None:
     def told(network: Network, **case: Any) -> str:
         (line,) = [line for line in findings(network, case) if line.topic == "blocks"]
         return f"{line.level} {line.found}"
@@ -176,7 +178,7 @@ def test_the_blocks_that_are_looked_at_are_the_cases() -> None:
     assert told(Network(), launch_mode="AUTO").startswith("degraded IntraNode: ")
 
 
-def test_a_case_that_mori_cannot_run_is_told_as_a_run_would() -> None:
+def test_case_that_mori_cannot_run_gets_the_message_of_a_run() -> None:
     for case, found in (
         ({"mori_kernel": "IntraNodeLL", "topk": 9}, "topk = 9: IntraNodeLL loses the slots past 8"),
         ({"gpu_per_node": 4}, "gpu_per_node = 4: the launch has 8 of the case's ranks on each node"),
@@ -192,7 +194,7 @@ def test_a_case_that_mori_cannot_run_is_told_as_a_run_would() -> None:
     assert (line.topic, line.found) == ("combine", "fp4_blockwise on gfx942")
 
 
-def test_the_fp8_of_another_device_is_told_as_a_run_would() -> None:
+def test_fp8_format_of_another_device_gets_the_message_of_a_run() -> None:
     def told(fp8: str, device: str, **case: Any) -> list[tuple[str, str, str]]:
         lines = findings(case={"fp8_format": fp8} | case, devices=(device,) * 8)
         return [(line.topic, line.found, line.fix) for line in lines if line.level == "missing"]
@@ -204,13 +206,13 @@ def test_the_fp8_of_another_device_is_told_as_a_run_would() -> None:
     assert told("e4m3fn", "gfx950", dispatch_dtype="fp8") == []
 
 
-def test_several_nodes_need_a_nic() -> None:
+def test_several_nodes_without_an_active_nic_are_not_ready() -> None:
     assert exit_code(findings(nics={"mlx5_0": "DOWN"}), "mori") == 0
     lines = findings(Network(nodes=2), nics={"mlx5_0": "DOWN"})
     assert [(line.topic, line.found) for line in lines if line.level == "missing"] == [("NICs", "mlx5_0 DOWN")]
 
 
-def test_the_heap_is_what_a_run_takes() -> None:
+def test_required_heap_equals_that_of_a_run() -> None:
     large = {"model": "deepseek-v3", "max_dispatch_tokens_per_rank": 32768}
     plan = plan_mori(tiny_case(8, transport="mori", **large), {})
     assert plan.heap_bytes > 4 << 30
@@ -224,7 +226,7 @@ def test_the_heap_is_what_a_run_takes() -> None:
     assert exit_code(findings(case=large, environ={"MORI_SHMEM_HEAP_SIZE": enough}), "mori") == 0
 
 
-def test_held_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_device_locks_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
     with hold(None, ("cuda:0", "cuda:1"), 0):
         pass
@@ -236,7 +238,7 @@ def test_held_locks_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found.startswith("distbench-x.lock (lock ")
 
 
-def test_this_node_can_be_looked_at() -> None:
+def test_probe_of_this_node_succeeds() -> None:
     node = probe()
     assert node.torch
     assert node.open_files > 0
@@ -245,7 +247,9 @@ def test_this_node_can_be_looked_at() -> None:
 
 
 @pytest.mark.parametrize(("path", "code"), [("cpu", 0), ("cuda", 0), ("mori", 2)])
-def test_the_command(path: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_command_exits_with_the_code_of_its_path(
+    path: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     node = msgspec.structs.replace(READY, flavour="cuda", devices=("sm_90",) * 8, environ=dict(os.environ))
     monkeypatch.setattr(command, "probe", lambda: node)
     assert main(["doctor", "--for", path]) == code
@@ -253,7 +257,7 @@ def test_the_command(path: str, code: int, monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().out.splitlines()[-1] == f"{words[code]} for {path}"
 
 
-def test_the_command_in_json_keeps_the_environment_to_itself(
+def test_doctor_json_contains_no_environment_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "probe", lambda: msgspec.structs.replace(READY, environ={"SECRET": "word"}))
@@ -264,7 +268,7 @@ def test_the_command_in_json_keeps_the_environment_to_itself(
     assert "SECRET" not in out
 
 
-def test_a_bad_limit_in_the_environment_is_a_finding(
+def test_invalid_limit_in_the_environment_is_reported_and_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "probe", lambda: READY)
@@ -273,7 +277,9 @@ def test_a_bad_limit_in_the_environment_is_a_finding(
     assert "SGLANG_MORI_MOE_MAX_INPUT_TOKENS" in capsys.readouterr().out
 
 
-def test_the_environment_is_read_for_mori(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_reads_the_environment_for_the_mori_path(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(command, "probe", lambda: READY)
     monkeypatch.setenv("SGLANG_MORI_COMBINE_DTYPE", "fp8")
     assert main(["doctor", "--for", "mori"]) == 0

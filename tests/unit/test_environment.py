@@ -32,7 +32,7 @@ def repository(folder: Path, name: str) -> str:
     return git(folder, "rev-parse", "HEAD")
 
 
-def test_commit_is_that_of_the_own_checkout_and_says_when_files_are_changed(tmp_path: Path) -> None:
+def test_commit_is_that_of_the_own_checkout_and_marks_changed_files_as_dirty(tmp_path: Path) -> None:
     top = tmp_path / "checkout"
     head = repository(top, "distbench")
     assert own_commit(top) == head
@@ -68,7 +68,7 @@ def test_commit_of_an_installation_in_another_repository_is_not_recorded(tmp_pat
     assert done.stdout == "{}"
 
 
-def test_container_image_is_what_launcher_or_runtime_tells(tmp_path: Path) -> None:
+def test_container_image_comes_from_the_launcher_or_the_runtime(tmp_path: Path) -> None:
     podman, docker = tmp_path / "containerenv", tmp_path / "dockerenv"
     assert container_image({}, podman, docker) == ""
     assert container_image({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, podman, docker) == "unknown"
@@ -83,7 +83,9 @@ def test_container_image_is_what_launcher_or_runtime_tells(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "module", ["x86_64 Kernel Module  570.124.06  Wed", "Open Kernel Module for x86_64  570.124.06  R"]
 )
-def test_system_and_versions_are_in_one_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str) -> None:
+def test_environment_holds_system_and_driver_versions_in_one_section(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str
+) -> None:
     files = {
         "_ROCM": "7.0.2-56\n",
         "_NVIDIA": f"NVRM version: NVIDIA UNIX {module} Feb 26 01:58:57 UTC 2025\n",

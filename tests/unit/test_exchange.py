@@ -122,7 +122,7 @@ def awkward(memory: SharedMemory, rank: int, ranks: int, turns: int) -> list[str
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_all_that_is_sent_arrives_whoever_is_late(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_arrives_if_any_rank_is_late(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     read = shared_memory._read  # noqa: SLF001 - a reader is held up in the middle of an exchange
 
     def slow(file: int, place: memoryview, start: int) -> None:
@@ -135,14 +135,14 @@ def test_all_that_is_sent_arrives_whoever_is_late(ranks: int, monkeypatch: pytes
         assert together(ranks, lambda rank: awkward(joined[rank], rank, ranks, 60)) == [[]] * ranks
 
 
-def test_memory_is_used_again() -> None:
+def test_shared_memory_is_reused_between_exchanges() -> None:
     with memories(2) as joined:
         together(2, lambda rank: awkward(joined[rank], rank, 2, 120))
         largest = max(sum(counts_of(2, turn)[0]) * 8 * (1 + turn % 5) for turn in range(120))
         assert os.fstat(joined[0]._file).st_size <= 3 * largest  # noqa: SLF001 - see above
 
 
-def test_what_was_laid_for_gathers_in_a_row_does_not_pile_up() -> None:
+def test_shared_memory_does_not_grow_over_consecutive_gathers() -> None:
     block = torch.zeros(1024, dtype=torch.uint8)
     with memories(2) as joined:
         together(2, lambda rank: [joined[rank].gathered(block) for _ in range(50)])
@@ -152,7 +152,7 @@ def test_what_was_laid_for_gathers_in_a_row_does_not_pile_up() -> None:
 @pytest.mark.parametrize(
     ("ends", "told"), [(socket.SHUT_WR, "rank 2: connection closed by peer"), (socket.SHUT_RDWR, "Broken pipe")]
 )
-def test_whoever_waits_for_a_rank_that_is_gone_says_so(ends: int, told: str) -> None:
+def test_rank_that_waits_for_a_lost_peer_raises_an_error_that_names_it(ends: int, told: str) -> None:
     with memories(3) as joined:
         for peer in joined[2]._peers:  # noqa: SLF001 - as the end of a process does
             peer.line.shutdown(ends)
@@ -160,7 +160,7 @@ def test_whoever_waits_for_a_rank_that_is_gone_says_so(ends: int, told: str) -> 
             together(2, lambda rank: exchanged(joined[rank], rank, counts_of(3, 0), 0))
 
 
-def test_a_rank_waits_no_longer_than_it_may() -> None:
+def test_wait_for_a_silent_peer_times_out() -> None:
     with memories(2, timeout_s=0.0) as joined:
         started = time.monotonic()
         with pytest.raises(TimeoutError, match="rank 1 has laid nothing for exchange 1: timed out"):
@@ -168,7 +168,7 @@ def test_a_rank_waits_no_longer_than_it_may() -> None:
         assert time.monotonic() - started < TIMEOUT_S / 2
 
 
-def test_ranks_that_expect_something_else_are_told_apart() -> None:
+def test_mismatched_byte_counts_of_an_exchange_are_refused() -> None:
     with memories(2) as joined:
         lay_for_rank_0(joined[1], 3)
         with pytest.raises(
@@ -177,7 +177,7 @@ def test_ranks_that_expect_something_else_are_told_apart() -> None:
             take_of_rank_1(joined[0], 2)
 
 
-def test_a_rank_that_is_at_another_exchange_is_told_apart() -> None:
+def test_peer_at_another_exchange_number_is_refused() -> None:
     with memories(2) as joined:
         joined[1]._calls = 4  # noqa: SLF001 - a fault that no public call can cause
         lay_for_rank_0(joined[1], 3)
@@ -187,7 +187,7 @@ def test_a_rank_that_is_at_another_exchange_is_told_apart() -> None:
             take_of_rank_1(joined[0], 3)
 
 
-def test_bytes_that_are_not_there_are_no_row() -> None:
+def test_truncated_shared_memory_is_refused() -> None:
     with memories(2) as joined:
         lay_for_rank_0(joined[1], 3)
         os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - a fault that no public call can cause
@@ -195,7 +195,7 @@ def test_bytes_that_are_not_there_are_no_row() -> None:
             take_of_rank_1(joined[0], 3)
 
 
-def test_ranks_of_several_hosts_do_not_look_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = iter([1, 1, 2])
     monkeypatch.setattr(neighbours, "_place", lambda: next(hosts))
     before = _open_files()
@@ -204,7 +204,7 @@ def test_ranks_of_several_hosts_do_not_look_for_each_other(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("missing", ["memfd_create", "socket"])
-def test_where_one_rank_cannot_none_does(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rank_shares_memory_if_one_cannot(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, turns = neighbours._open_door, iter(range(3))  # noqa: SLF001 - one rank of three fails in it
 
     def open_door(stack: contextlib.ExitStack) -> Any:
@@ -225,14 +225,14 @@ def test_where_one_rank_cannot_none_does(missing: str, monkeypatch: pytest.Monke
     assert _open_files() == before
 
 
-def test_where_one_rank_is_not_willing_none_shares() -> None:
+def test_no_rank_shares_memory_if_one_declines() -> None:
     table, before = Table(3), _open_files()
     found_by = together(3, lambda rank: find_neighbours(rank, table.of(rank), TIMEOUT_S, willing=rank != 1))
     assert found_by == [None] * 3
     assert _open_files() == before
 
 
-def test_a_rank_that_cannot_be_reached_leaves_all_to_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_use_the_network_if_one_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     call = neighbours._call  # noqa: SLF001 - one rank of three fails in it
     monkeypatch.setattr(neighbours, "_call", lambda *of: None if of[2] == 2 else call(*of))
     before = _open_files()
@@ -241,7 +241,7 @@ def test_a_rank_that_cannot_be_reached_leaves_all_to_the_network(monkeypatch: py
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can call as another user")
-def test_another_user_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     call, strangers = neighbours._call, []  # noqa: SLF001 - a stranger calls first
 
     def call_after_a_stranger(opened: Any, door: Any, rank: int, names: list[int]) -> Any:

@@ -32,7 +32,7 @@ def recording(*states: str, first: int = 1, **others: Any) -> bytes:
     return msgspec.json.encode({"version": "2.10", "entries": entries, "nccl_comm_state": {}})
 
 
-def test_recording_gives_last_collective_and_first_pending_one_of_each_group() -> None:
+def test_recording_yields_last_and_first_pending_collective_of_each_group() -> None:
     assert last_collectives(recording("completed", "started", "scheduled")) == [Group("0", 3, NAME, 2, NAME, "started")]
     assert last_collectives(recording("completed", "completed")) == [Group("0", 2, NAME)]
 
@@ -43,11 +43,11 @@ def test_messages_between_two_ranks_and_retired_collectives_are_not_pending() ->
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"entries": [{}]}', b"\x80\x02}q\x00.", b'{"entries": 3}'])
-def test_bytes_that_are_no_recording_say_nothing(content: bytes) -> None:
+def test_invalid_recording_yields_no_collective(content: bytes) -> None:
     assert last_collectives(content) == []
 
 
-def test_recording_is_read_from_the_stacks_that_it_stands_below() -> None:
+def test_recording_is_read_from_the_stack_dump_that_precedes_it() -> None:
     groups = [Group("0", 3, NAME, 2, NAME, "started"), Group("1", 1, NAME)]
     text = f'Thread 0x1 (most recent call first):\n  File "x.py", line 1 in y\n{as_line(groups)}\n'
     assert from_stacks(text) == {group.group: group for group in groups}
@@ -71,7 +71,7 @@ LATE = [
 
 
 @pytest.mark.parametrize(("states", "ranks", "told"), LATE)
-def test_rank_whose_device_has_come_less_far_is_late(
+def test_rank_whose_device_has_completed_fewer_collectives_is_late(
     states: tuple[tuple[str, ...], ...], ranks: set[int], told: str
 ) -> None:
     late = late_ranks({rank: of(*one) for rank, one in enumerate(states)})
@@ -80,7 +80,7 @@ def test_rank_whose_device_has_come_less_far_is_late(
 
 
 @pytest.mark.parametrize("states", [("started",), ("scheduled",), ("completed",), ()])
-def test_nobody_is_late_where_all_recorders_say_the_same(states: tuple[str, ...]) -> None:
+def test_no_rank_is_late_if_all_recordings_are_equal(states: tuple[str, ...]) -> None:
     assert late_ranks({rank: of(*states) for rank in range(3)}) is None
 
 
@@ -93,7 +93,7 @@ sys.stdout.buffer.write(dump(includeCollectives=True, onlyActive=False))
 """
 
 
-def test_keys_are_those_that_torch_writes() -> None:
+def test_recording_keys_are_those_that_torch_writes() -> None:
     """The recorder of gloo's collectives, which a CPU has, writes the same form; it completes none."""
     content = run_python(_BY_GLOO, TORCH_FR_BUFFER_SIZE="100")
     if content == b"none":

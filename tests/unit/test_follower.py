@@ -83,7 +83,7 @@ def too_few(*_: object) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("devices", "told"), [(in_use, "device cuda:0 is in use by process"), (too_few, "too few devices")]
 )
-def test_a_node_that_cannot_have_its_devices_leaves_and_node_0_is_told(
+def test_node_without_free_devices_leaves_and_node_0_receives_the_reason(
     tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch, devices: Devices, told: str
 ) -> None:
     monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
@@ -96,14 +96,14 @@ def test_a_node_that_cannot_have_its_devices_leaves_and_node_0_is_told(
     assert f"host {socket.gethostname()} (node 1): {told}" in ending()
 
 
-def test_rank_that_has_moved_since_has_no_negative_age() -> None:
+def test_age_of_a_position_that_changed_meanwhile_is_not_negative() -> None:
     at = Position(case_index=0, arm=1, stage=4, since_ns=10, pid=7, step=3)
     told = Beat(node=1, nodes=2, nproc=1, host="other", crumbs={1: follower._aged(at, 5)})  # noqa: SLF001
     assert told.crumbs[1].since_ns == 0
     assert told.foreign == ""
 
 
-def test_a_node_holds_its_devices_from_the_first_launch_on(
+def test_node_locks_its_devices_from_the_first_launch_on(
     tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
@@ -124,7 +124,7 @@ def test_a_node_holds_its_devices_from_the_first_launch_on(
     assert "before any of them had begun" in ending()
 
 
-def test_a_node_told_to_end_amid_a_launch_ends_with_node_0s_exit_code(
+def test_node_ended_by_node_0_during_a_launch_exits_with_node_0s_code(
     tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class EndlessAgent(IdleAgent):

@@ -110,12 +110,12 @@ def replays_are_right(device: str) -> LiveRows:
 
 
 @pytest.mark.usefixtures("fake_cuda")
-def test_a_call_is_captured_once_with_no_live_row_and_replayed_with_others() -> None:
+def test_call_is_captured_once_without_live_rows_and_replayed_with_live_rows() -> None:
     assert replays_are_right("cpu").calls == [5, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("fake_cuda")
-def test_what_cannot_be_captured_is_refused_with_the_reason() -> None:
+def test_call_that_cannot_be_captured_is_refused_with_the_reason() -> None:
     with pytest.raises(Unsupported, match=REFUSED) as caught:
         Buffers("cpu").call(GraphedExperts(LiveRows(reads=True)))
     assert "not permitted when stream is capturing" in str(caught.value)
@@ -124,7 +124,7 @@ def test_what_cannot_be_captured_is_refused_with_the_reason() -> None:
 
 
 @pytest.mark.usefixtures("fake_cuda")
-def test_capture_is_proved_before_a_row_moves() -> None:
+def test_capture_is_tested_before_any_row_is_sent() -> None:
     nothing = torch.empty(0)
     weights = ExpertWeights(nothing, nothing, nothing)
     like = TokenBatch(torch.ones(2, COLUMNS), None, torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int32))
@@ -160,7 +160,7 @@ def invalidated() -> None:
 @pytest.mark.parametrize("ended", [lambda: None, invalidated], ids=["ended", "invalidated"])
 @pytest.mark.parametrize("captured", [False, True], ids=["before", "captured"])
 @pytest.mark.parametrize("error", [ILLEGAL, OUT_OF_MEMORY], ids=["illegal access", "out of memory"])
-def test_what_fails_without_a_graph_too_is_no_refusal(
+def test_error_that_also_occurs_without_a_graph_is_raised_unchanged(
     error: Exception, ended: Callable[[], object], *, captured: bool
 ) -> None:
     buffers = Buffers("cpu")
@@ -170,7 +170,7 @@ def test_what_fails_without_a_graph_too_is_no_refusal(
     assert int(buffers.live) == 5
 
 
-def test_a_fault_that_the_device_tells_of_late_is_no_refusal() -> None:
+def test_asynchronous_device_fault_is_raised_unchanged() -> None:
     def late() -> None:
         raise ILLEGAL
 
@@ -186,7 +186,7 @@ def test_a_fault_that_the_device_tells_of_late_is_no_refusal() -> None:
         "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned.",
     ],
 )
-def test_what_a_capture_forbids_is_refused_and_leaves_the_live_rows(words: str) -> None:
+def test_operation_forbidden_in_capture_is_refused_and_keeps_the_live_row_count(words: str) -> None:
     buffers = Buffers("cpu")
     with fake_graphs(invalidated), pytest.raises(Unsupported, match=REFUSED) as caught:
         buffers.call(GraphedExperts(Failing(RuntimeError(words), captured=True)))
@@ -194,7 +194,7 @@ def test_what_a_capture_forbids_is_refused_and_leaves_the_live_rows(words: str) 
     assert int(buffers.live) == 5
 
 
-def test_a_capture_that_only_its_end_refuses() -> None:
+def test_capture_that_fails_at_its_end_is_refused() -> None:
     with fake_graphs(invalidated), pytest.raises(Unsupported, match="previous error during capture"):
         Buffers("cpu").call(GraphedExperts(LiveRows()))
 
@@ -215,7 +215,7 @@ class Allocating(LiveRows):
         return output
 
 
-def test_memory_of_an_arm_is_its_own_graphs(fake_cuda: FakeMemory) -> None:
+def test_graph_memory_of_an_arm_counts_its_own_graphs_only(fake_cuda: FakeMemory) -> None:
     fake_cuda.take(1000)
     experts, buffers = GraphedExperts(Allocating(fake_cuda)), Buffers("cpu")
     for rows in (ROWS, 4, ROWS):
@@ -227,7 +227,7 @@ def test_memory_of_an_arm_is_its_own_graphs(fake_cuda: FakeMemory) -> None:
 
 
 @pytest.mark.gpu
-def test_experts_of_torch_alone_replay_on_a_device() -> None:
+def test_pure_torch_experts_replay_in_a_graph_on_a_device() -> None:
     replays_are_right("cuda")
 
 

@@ -51,7 +51,7 @@ def told(ending: Ending | None) -> tuple[Verdict, list[int | None], str]:
     return ending.verdict, [reason.rank for reason in ending.reasons], ending.reasons[0].message
 
 
-def test_a_rank_that_has_not_begun_is_behind_all_others(tmp_path: Path) -> None:
+def test_rank_that_has_not_started_is_blamed_for_the_hang(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     seen = {0: at("start", 5), 2: at("start", LIMIT_S + 0.5)}
     verdict, ranks, message = told(find_hang(job, seen, ago(90)))
@@ -60,7 +60,7 @@ def test_a_rank_that_has_not_begun_is_behind_all_others(tmp_path: Path) -> None:
     assert find_hang(job, seen | {2: at("start", LIMIT_S - 0.5)}, ago(90)) is None
 
 
-def test_before_the_first_rank_torch_may_have_to_be_loaded(tmp_path: Path) -> None:
+def test_hang_limit_before_the_first_rank_allows_for_loading_torch(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     assert find_hang(job, {}, ago(LIMIT_S + 50)) is None
     verdict, ranks, message = told(find_hang(job, {}, ago(LIMIT_S + 61)))
@@ -68,7 +68,7 @@ def test_before_the_first_rank_torch_may_have_to_be_loaded(tmp_path: Path) -> No
     assert message.startswith("rank 0, rank 1, rank 2 had not begun 63.0 s after the launch, allowed are 62.0 s")
 
 
-def test_ranks_of_other_nodes_load_torch_when_they_like(tmp_path: Path) -> None:
+def test_ranks_on_other_nodes_get_their_own_time_to_load_torch(tmp_path: Path) -> None:
     spread = Spread(nodes=3, node=0, nproc=1, host="node0", port=1, launch=1)
     job = make_job(tmp_path, spread)
     assert find_hang(job, {0: at("start", LIMIT_S + 50)}, ago(90)) is None
@@ -84,7 +84,7 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
 
 
 @pytest.mark.usefixtures("stacks")
-def test_rank_that_does_not_say_that_it_waits_is_to_blame(tmp_path: Path) -> None:
+def test_rank_that_records_no_wait_is_blamed_for_the_hang(tmp_path: Path) -> None:
     seen = {rank: at("combine", 3, arm="control", step=4, entered=7, waits="gather") for rank in range(3)}
     assert told(find_hang(make_job(tmp_path), seen, ago(90)))[1] == [0, 1, 2]
     seen[2] = at("combine", 3, arm="control", step=4, entered=7)
@@ -95,7 +95,7 @@ def test_rank_that_does_not_say_that_it_waits_is_to_blame(tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("stacks")
-def test_rank_that_has_entered_fewer_collectives_is_to_blame_where_none_says_that_it_waits(tmp_path: Path) -> None:
+def test_rank_with_fewest_collectives_is_blamed_if_no_rank_records_a_wait(tmp_path: Path) -> None:
     """On a device: a collective returns at once, and a rank waits wherever it next needs the device."""
     seen = {rank: at("dispatch", 3, arm="truncated", step=4, entered=9, device=rank) for rank in range(3)}
     seen[1] = at("dispatch", 4, arm="truncated", step=4, entered=8, device=1)
@@ -105,7 +105,7 @@ def test_rank_that_has_entered_fewer_collectives_is_to_blame_where_none_says_tha
     assert message.endswith("; rank 0, 2 waited for it in all_to_all (collective 9 of the case on a device)")
 
 
-def test_flight_recorder_tells_whose_device_is_late(tmp_path: Path, stacks: dict[int, str]) -> None:
+def test_flight_recorder_names_the_rank_whose_device_is_late(tmp_path: Path, stacks: dict[int, str]) -> None:
     seen = {rank: at("check", 3, arm="padded", step=4, entered=9, device=rank) for rank in range(3)}
     for rank, state in enumerate(("started", "scheduled", "started")):
         line = as_line([Group("0", 9, "a", 9, "nccl:all_to_all", state)])
@@ -117,7 +117,7 @@ def test_flight_recorder_tells_whose_device_is_late(tmp_path: Path, stacks: dict
     assert told(find_hang(make_job(tmp_path), seen, ago(90)))[1] == [0, 1, 2]
 
 
-def test_a_stand_after_all_cases_falls_on_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hang_after_the_last_case_fails_no_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hang, "is_alive", lambda _: True)
     monkeypatch.setattr(hang, "dump_stacks", lambda *_: {})
     waits = ("", "end of the launch", "end of the launch")
@@ -130,7 +130,7 @@ def test_a_stand_after_all_cases_falls_on_none(tmp_path: Path, monkeypatch: pyte
     assert find_hang(make_job(tmp_path), seen, ago(90)) is None
 
 
-def test_ranks_outside_a_group_are_ahead_until_they_are_called_and_behind_no_case_after_the_last(
+def test_ranks_outside_the_group_of_a_case_are_not_blamed_for_its_hang(
     tmp_path: Path,
 ) -> None:
     job = make_job(tmp_path)

@@ -130,7 +130,7 @@ BULK: dict[str, Callable[[dict[str, Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("attack", BULK)
-def test_no_inputs_are_made_for_a_part_that_contradicts_itself(
+def test_contradictory_bundle_part_is_refused_before_inputs_are_generated(
     attack: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def made(*_: object) -> None:
@@ -265,9 +265,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_hostile_bundle_is_refused_with_a_reason(
-    attack: str, bundle: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hostile_bundle_is_refused_with_a_reason(attack: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ATTACKS[attack](bundle)
     assert main(["replay", str(bundle), "--offline"]) == 2
     complaint = capsys.readouterr().err
@@ -275,22 +273,22 @@ def test_a_hostile_bundle_is_refused_with_a_reason(
     assert complaint.count("\n") == 1
 
 
-def test_untouched_it_is_read(bundle: Path) -> None:
+def test_unmodified_bundle_is_read(bundle: Path) -> None:
     assert main(["replay", str(bundle), "--offline"]) == 0
 
 
-def test_the_bundles_own_kernel_table_is_used_whatever_path_the_case_names(bundle: Path) -> None:
+def test_kernel_table_in_the_bundle_is_used_instead_of_the_path_in_the_case(bundle: Path) -> None:
     set_case(kernel_table="/etc/passwd")(bundle)
     assert runnable_case(open_bundle(bundle)).kernel_table == str(bundle / KERNEL_TABLE)
 
 
-def test_another_kernel_table_is_refused(bundle: Path) -> None:
+def test_kernel_table_with_another_digest_is_refused(bundle: Path) -> None:
     (bundle / KERNEL_TABLE).write_text("cu_num\n")
     with pytest.raises(InvalidCase, match="not the table that the case ran with"):
         runnable_case(open_bundle(bundle))
 
 
-def test_a_linked_kernel_table_is_refused(bundle: Path) -> None:
+def test_kernel_table_that_is_a_symbolic_link_is_refused(bundle: Path) -> None:
     replace_by_link(KERNEL_TABLE)(bundle)
     with pytest.raises(InvalidCase, match="cannot be read"):
         runnable_case(open_bundle(bundle))
@@ -308,7 +306,9 @@ def flipped(content: bytes, place: float, mask: int, length: int) -> bytes:
     name=st.sampled_from([MANIFEST, REPORT, PART]),
     where=st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255), st.integers(1, 4)),
 )
-def test_any_changed_bytes_are_read_or_refused(healthy: Path, name: str, where: tuple[float, int, int]) -> None:
+def test_bundle_with_any_bytes_changed_is_read_or_refused(
+    healthy: Path, name: str, where: tuple[float, int, int]
+) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(shutil.copytree(healthy, Path(place) / "changed"))
         if name == PART:

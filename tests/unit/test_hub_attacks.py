@@ -79,7 +79,7 @@ def position(**told: int) -> Position:
 
 
 @pytest.mark.timeout(1200)
-def test_strangers_cost_no_memory_and_no_node(tmp_path: Path) -> None:
+def test_unauthenticated_peers_cost_no_memory_and_block_no_node(tmp_path: Path) -> None:
     secret = secrets.token_hex(16)
     log = tmp_path / "refused.log"
     with subprocess.Popen(
@@ -153,7 +153,7 @@ def recorded_proof(secret: bytes) -> bytes:
 
 
 @pytest.mark.timeout(900)
-def test_forged_messages_change_no_verdict(tmp_path: Path) -> None:
+def test_forged_messages_to_node_0_change_no_verdict(tmp_path: Path) -> None:
     cases = 120 if SOAK else 10
     suite = write_suite(tmp_path / "suite.json", range(cases), jitter=20 if SOAK else 0)  # as long as the attack
     secret = {"DISTBENCH_SECRET": secrets.token_hex(16)}
@@ -175,7 +175,9 @@ def test_forged_messages_change_no_verdict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stranger_is_refused_with_a_line(meeting: Meeting, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_unauthenticated_peer_is_refused_and_logged(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setattr(gate, "PROOF_S", 0.3)
     monkeypatch.setattr("tests.attacks.KINDS", {kind: KINDS[kind]})
     assert attack(meeting.spread.port, 3) == 3
@@ -183,7 +185,7 @@ def test_stranger_is_refused_with_a_line(meeting: Meeting, monkeypatch: pytest.M
     assert meeting.hub.lost() == {}
 
 
-def test_silent_stranger_is_refused_in_time(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_peer_is_refused_after_the_proof_timeout(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "PROOF_S", 0.3)
     with meeting.connect() as stranger:
         assert len(stranger.recv(1000)) == CHALLENGE_BYTES
@@ -191,7 +193,7 @@ def test_silent_stranger_is_refused_in_time(meeting: Meeting, monkeypatch: pytes
     assert meeting.refusals() == ["proved nothing within 0.3 s"]
 
 
-def test_strangers_that_wait_make_room_for_a_node(meeting: Meeting) -> None:
+def test_oldest_unauthenticated_peer_is_dropped_if_a_node_connects(meeting: Meeting) -> None:
     strangers = [meeting.connect() for _ in range(gate.MOST_PEERS + 10)]
     link = Link(meeting.spread, SECRET, 5.0, [])
     assert link.tell(beat()).phase is Phase.WAIT
@@ -202,13 +204,13 @@ def test_strangers_that_wait_make_room_for_a_node(meeting: Meeting) -> None:
 
 
 @pytest.mark.parametrize("secret", [b"", b"another secret than that of node 0"])
-def test_node_with_another_secret_is_invalid(meeting: Meeting, secret: bytes) -> None:
+def test_node_with_another_secret_is_refused_as_invalid(meeting: Meeting, secret: bytes) -> None:
     with pytest.raises(InvalidCase, match="has another secret than this node; give all nodes the same"):
         Link(meeting.spread, secret, 5.0, [])
     assert meeting.refusals() == ["has another secret, or none"]
 
 
-def test_node_0_has_to_prove_the_secret_too() -> None:
+def test_node_refuses_a_node_0_that_does_not_prove_the_secret() -> None:
     with socket.create_server((LOOPBACK, 0)) as impostor:
         spread = Spread(nodes=2, node=1, nproc=1, host=LOOPBACK, port=impostor.getsockname()[1], launch=0)
 
@@ -226,7 +228,7 @@ def test_node_0_has_to_prove_the_secret_too() -> None:
         thread.join()
 
 
-def test_something_else_that_listens_is_no_node_0() -> None:
+def test_node_refuses_a_listener_of_another_protocol() -> None:
     with socket.create_server((LOOPBACK, 0)) as other:
         spread = Spread(nodes=2, node=1, nproc=1, host=LOOPBACK, port=other.getsockname()[1], launch=0)
 
@@ -263,7 +265,9 @@ def test_something_else_that_listens_is_no_node_0() -> None:
         ),
     ],
 )  # fmt: skip
-def test_node_speaks_for_its_own_ranks_only(meeting: Meeting, told: dict[str, Any], complaint: str) -> None:
+def test_node_that_reports_on_ranks_of_another_node_is_refused(
+    meeting: Meeting, told: dict[str, Any], complaint: str
+) -> None:
     link = Link(meeting.spread, SECRET, 5.0, [])
     with pytest.raises(NodeLost):
         link.tell(beat(**told))
@@ -274,7 +278,7 @@ def test_node_speaks_for_its_own_ranks_only(meeting: Meeting, told: dict[str, An
     assert meeting.hub.first_exit() is None
 
 
-def test_place_of_a_node_is_its_first_connections(meeting: Meeting) -> None:
+def test_second_connection_under_a_taken_node_number_is_refused(meeting: Meeting) -> None:
     first = Link(meeting.spread, SECRET, 5.0, [])
     first.tell(beat())
     second = Link(meeting.spread, SECRET, 5.0, [])
@@ -293,7 +297,7 @@ def channels() -> tuple[Channel, Channel, socket.socket, socket.socket]:
 
 
 @pytest.mark.parametrize("damage", ["content", "mark", "replay", "reflection", "size"])
-def test_message_that_was_changed_or_sent_again_is_refused(damage: str) -> None:
+def test_modified_or_replayed_message_is_refused(damage: str) -> None:
     sender, receiver, here, there = channels()
     with here, there:
         sender.send(b"the order")
@@ -314,7 +318,7 @@ def test_message_that_was_changed_or_sent_again_is_refused(damage: str) -> None:
             receiver.receive(100)
 
 
-def test_refused_peers_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_of_refused_peers_has_a_bounded_number_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distbench.nodes.refusals.MOST_LINES", 10)
     refusals = Refusals(tmp_path / "log")
     for number in range(30):

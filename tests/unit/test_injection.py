@@ -9,7 +9,7 @@ from distbench.injection import Injection, parse_inject
 from tests.cases import tiny_case
 
 
-def test_several_faults_with_options() -> None:
+def test_several_faults_with_options_are_parsed() -> None:
     assert parse_inject("") == ()
     assert parse_inject("hang; flipped-bit:rank=2, arm=truncated") == (
         Injection("hang", {}),
@@ -18,6 +18,6 @@ def test_several_faults_with_options() -> None:
 
 
 @pytest.mark.parametrize("text", ["Hang", "hang:rank", "hang:rank=", "hang:=1", "hang:rank=1,rank=2", "a b"])
-def test_other_texts_are_refused(text: str) -> None:
+def test_malformed_inject_text_is_refused(text: str) -> None:
     with pytest.raises(InvalidCase, match="inject = "):
         tiny_case(inject=text)

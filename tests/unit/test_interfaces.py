@@ -31,7 +31,7 @@ VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.1.1", "::1"])
-def test_a_loopback_interface_is_never_chosen(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+def test_loopback_interface_is_never_chosen_for_several_nodes(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     found = [(family, socket.SOCK_DGRAM, 17, "", (address, 29500))]
 
@@ -47,13 +47,13 @@ def test_a_loopback_interface_is_never_chosen(monkeypatch: pytest.MonkeyPatch, a
     assert "name node 0 by an address that all nodes reach" in told
 
 
-def test_a_name_that_nobody_knows_is_said() -> None:
+def test_unresolvable_host_name_is_reported_and_no_interface_is_set() -> None:
     environ: dict[str, str] = {}
     assert "no interface found for no.such.host.invalid" in choose_interfaces("no.such.host.invalid", 1, environ)
     assert environ == {}
 
 
-def test_a_launch_script_gets_what_was_chosen_before() -> None:
+def test_interface_that_the_user_set_is_kept_by_the_launch_script() -> None:
     given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-m", "distbench.nodes.interfaces", "127.0.0.1", "29500"]
     chosen = given | {"GLOO_SOCKET_IFNAME": "ib0"}
@@ -79,7 +79,7 @@ NAMES = ("lo", "eth0", "eth1", "ib0", "docker0")
         ("^lo,eth,ib,docker", []),
     ],
 )
-def test_nccl_syntax_is_understood(value: str, selected: list[str]) -> None:
+def test_nccl_socket_ifname_syntax_is_parsed(value: str, selected: list[str]) -> None:
     assert nccl_selection(value, NAMES) == selected
     assert ("NCCL_SOCKET_IFNAME" in interface_complaints({"NCCL_SOCKET_IFNAME": value}, NAMES)) == (not selected)
 
@@ -88,24 +88,24 @@ def test_nccl_syntax_is_understood(value: str, selected: list[str]) -> None:
     ("value", "absent"),
     [("eth9", "'eth9'"), ("eth", "'eth'"), ("eth0,eth9", "'eth9'"), ("^docker,lo", "'^docker'"), ("=eth0", "'=eth0'")],
 )
-def test_gloo_takes_names_only(value: str, absent: str) -> None:
+def test_gloo_socket_ifname_that_is_no_interface_is_refused(value: str, absent: str) -> None:
     told = interface_complaints({"GLOO_SOCKET_IFNAME": value}, NAMES)["GLOO_SOCKET_IFNAME"]
     assert f"there is no {absent}" in told
     assert "interfaces with an address here: lo, eth0, eth1, ib0, docker0; unset it" in told
 
 
 @pytest.mark.parametrize("value", ["eth0", "eth0,ib0", ""])
-def test_gloo_names_that_are_there_are_taken(value: str) -> None:
+def test_gloo_socket_ifname_with_existing_interfaces_is_accepted(value: str) -> None:
     assert interface_complaints({"GLOO_SOCKET_IFNAME": value}, NAMES) == {}
 
 
-def test_nccl_variable_counts_only_where_nccl_is_used() -> None:
+def test_nccl_socket_ifname_is_checked_on_accelerators_only() -> None:
     check_interfaces(accelerated=False, environ={"NCCL_SOCKET_IFNAME": "eth9"})
     with pytest.raises(InvalidCase, match="NCCL_SOCKET_IFNAME='eth9': NCCL finds no interface by it"):
         check_interfaces(accelerated=True, environ={"NCCL_SOCKET_IFNAME": "eth9"})
 
 
-def test_interfaces_of_this_machine_have_loopback() -> None:
+def test_loopback_of_this_machine_is_chosen_and_user_values_are_kept() -> None:
     assert "lo" in interface_names()
     environ = {"NCCL_SOCKET_IFNAME": "eth0"}
     assert choose_loopback(environ) == "GLOO_SOCKET_IFNAME=lo, NCCL_SOCKET_IFNAME=eth0"
@@ -137,12 +137,12 @@ def test_ranks_that_torchrun_started_on_one_node_keep_to_loopback(
         ("10.0.0.1", False),
     ],
 )
-def test_loopback_is_told_by_the_address_alone(host: str, here: bool) -> None:
+def test_loopback_hosts_are_recognised_by_address(host: str, here: bool) -> None:
     assert is_loopback(host) == here
 
 
 @pytest.mark.parametrize("command", [["run", "--model", "tiny"], ["suite", "smoke"]])
-def test_interface_that_is_not_there_is_invalid_before_a_rank_starts(
+def test_missing_interface_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")

@@ -58,7 +58,7 @@ def append(out: Path, *reports: Report) -> None:
     journal.close()
 
 
-def test_what_is_appended_is_read_once(tmp_path: Path) -> None:
+def test_appended_report_is_read_once(tmp_path: Path) -> None:
     reader = JournalReader(tmp_path)
     assert names(reader) == []
     journal = Journal(tmp_path)
@@ -73,9 +73,7 @@ def test_what_is_appended_is_read_once(tmp_path: Path) -> None:
 
 
 @given(cuts=st.lists(CUTS, max_size=6))
-def test_a_reader_beside_a_writer_sees_whole_lines_only(
-    tmp_path_factory: pytest.TempPathFactory, cuts: Sequence[int]
-) -> None:
+def test_concurrent_reader_sees_whole_lines_only(tmp_path_factory: pytest.TempPathFactory, cuts: Sequence[int]) -> None:
     out = tmp_path_factory.mktemp("out")
     reader, seen = JournalReader(out), []
     for cut in (*sorted(cuts), len(WHOLE)):
@@ -86,7 +84,9 @@ def test_a_reader_beside_a_writer_sees_whole_lines_only(
 
 
 @given(cut=CUTS)
-def test_a_torn_end_is_cut_off_and_the_next_line_is_whole(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
+def test_torn_last_line_is_removed_and_the_next_append_is_whole(
+    tmp_path_factory: pytest.TempPathFactory, cut: int
+) -> None:
     out = tmp_path_factory.mktemp("out")
     (out / RESULTS).write_bytes(WHOLE[:cut])
     left = sum(end <= cut for end in ENDS)
@@ -100,13 +100,13 @@ def test_a_torn_end_is_cut_off_and_the_next_line_is_whole(tmp_path_factory: pyte
 
 @pytest.mark.parametrize("torn", [1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES])
 @pytest.mark.parametrize("whole", [b"", WHOLE])
-def test_a_torn_end_of_any_length(tmp_path: Path, whole: bytes, torn: int) -> None:
+def test_torn_last_line_of_any_length_is_removed(tmp_path: Path, whole: bytes, torn: int) -> None:
     (tmp_path / RESULTS).write_bytes(whole + b"x" * torn)
     repair_journal(tmp_path)
     assert (tmp_path / RESULTS).read_bytes() == whole
 
 
-def test_there_is_nothing_to_repair(tmp_path: Path) -> None:
+def test_repair_leaves_a_missing_or_whole_journal_unchanged(tmp_path: Path) -> None:
     repair_journal(tmp_path)
     assert not (tmp_path / RESULTS).exists()
     (tmp_path / RESULTS).write_bytes(WHOLE)
@@ -128,13 +128,13 @@ def test_damage_in_a_whole_line_is_refused_with_its_number(tmp_path: Path, damag
     assert "--rerun all" in str(caught.value)
 
 
-def test_another_schema_is_refused(tmp_path: Path) -> None:
+def test_journal_of_another_schema_is_refused(tmp_path: Path) -> None:
     (tmp_path / RESULTS).write_bytes(WHOLE.replace(b"distbench.report/1", b"distbench.report/0", 1))
     with pytest.raises(InvalidCase, match=r"line 1: schema 'distbench.report/0', known is distbench.report/1"):
         names(JournalReader(tmp_path))
 
 
-def test_filtering_keeps_lines_as_they_are_and_drops_doubles(tmp_path: Path) -> None:
+def test_filter_keeps_lines_byte_for_byte_and_drops_duplicates(tmp_path: Path) -> None:
     lines = WHOLE.splitlines(keepends=True)
     (tmp_path / RESULTS).write_bytes(WHOLE + lines[0] + b'{"torn')
     filter_journal(tmp_path, lambda line: line.name != "case 2")
@@ -142,7 +142,7 @@ def test_filtering_keeps_lines_as_they_are_and_drops_doubles(tmp_path: Path) -> 
     filter_journal(tmp_path / "nowhere", lambda _: True)
 
 
-def test_the_name_of_a_new_journal_is_on_disk_before_its_first_line(
+def test_directory_of_a_new_journal_is_synced_before_its_first_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[int] = []
@@ -157,7 +157,7 @@ def test_the_name_of_a_new_journal_is_on_disk_before_its_first_line(
     assert synced == [(tmp_path / RESULTS).stat().st_ino, tmp_path.stat().st_ino]
 
 
-def test_an_error_while_writing_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_error_names_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -166,7 +166,7 @@ def test_an_error_while_writing_names_the_journal(tmp_path: Path, monkeypatch: p
         append(tmp_path, report(0))
 
 
-def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
+def test_second_writer_waits_for_the_lock_of_the_first(tmp_path: Path) -> None:
     first = Journal(tmp_path)
     second = threading.Thread(target=append, args=(tmp_path, report(1)))
     second.start()
@@ -177,7 +177,7 @@ def test_a_second_writer_waits_for_the_first(tmp_path: Path) -> None:
     assert names(JournalReader(tmp_path)) == expected(2)
 
 
-def test_the_lock_is_that_of_the_file(tmp_path: Path) -> None:
+def test_open_journal_holds_the_file_lock(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with (tmp_path / RESULTS).open("rb") as file:
         with pytest.raises(BlockingIOError):

@@ -16,5 +16,5 @@ PADDED = {"label": "T bm128", "stage1": "a", "stage2": "b"}
         ({"label": "T bm64", "stage1": "c", "stage2": "b"}, "T bm64"),
     ],
 )
-def test_a_kernel_that_only_its_name_tells_from_the_padded_one_is_marked(kernel: dict[str, str], label: str) -> None:
+def test_kernel_that_differs_from_the_padded_one_by_name_only_is_marked(kernel: dict[str, str], label: str) -> None:
     assert label_beside(kernel, PADDED) == label

@@ -43,7 +43,7 @@ def table(tmp_path: Path, modes: dict[int, str], topk: int = 7) -> str:
 
 @pytest.mark.parametrize("release", BUCKET_RULES)
 @pytest.mark.parametrize("padded", [1, 1000, 16383, 140_000])
-def test_the_map_holds_for_every_row_count(release: str, padded: int) -> None:
+def test_kernel_map_equals_the_selector_for_every_row_count(release: str, padded: int) -> None:
     rules = BUCKET_RULES[release]
     found = map_kernels(LAYER, release, rules, (), padded)
     selector = make_table_selector(LAYER, rules, ())
@@ -65,7 +65,7 @@ def _against(selector: KernelSelector, rows: int, padded: int) -> str:
     return "other kernel"  # heuristics are all atomic
 
 
-def test_limits_that_turn_an_ordered_sum_into_an_atomic_one(tmp_path: Path) -> None:
+def test_limit_that_selects_an_atomic_kernel_for_an_ordered_one_is_reported(tmp_path: Path) -> None:
     path = table(tmp_path, {64: "reduce", 128: "atomic", 256: "atomic"})
     effects = limit_effects(LAYER, BUCKET_RULES["0.1.16"], [path], 256, [64, 128, 250, 256, 300])
     assert [one.effect for one in effects] == ["atomic to ordered", "same kernel", "same kernel", "nothing", "nothing"]
@@ -73,7 +73,7 @@ def test_limits_that_turn_an_ordered_sum_into_an_atomic_one(tmp_path: Path) -> N
     assert back[0].effect == "ordered to atomic"
 
 
-def test_the_same_limit_does_nothing_on_another_release() -> None:
+def test_effect_of_a_limit_is_listed_per_release() -> None:
     (effect,) = limit_effects(LAYER, BUCKET_RULES["0.1.16"], (), 4096, [1024])
     by_release = effect.by_release
     assert by_release["0.1.5"] == "same kernel"
@@ -82,7 +82,7 @@ def test_the_same_limit_does_nothing_on_another_release() -> None:
     assert small.effect == "other kernel"
 
 
-def test_times_and_kernels_come_from_the_table(tmp_path: Path) -> None:
+def test_kernel_map_takes_times_and_names_from_the_tuned_table(tmp_path: Path) -> None:
     path = table(tmp_path, {64: "reduce"})
     found = map_kernels(LAYER, "0.1.20", BUCKET_RULES["0.1.16"], [path], 200)
     tuned = [span for span in found.spans if span.source == "tuned"]
@@ -96,7 +96,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_kernels_command_prints_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = run(capsys, "--kernel-table", table(tmp_path, {64: "reduce"}), "--limits", "64,40000")
     assert "gfx950 with 256 compute units" in out
     assert "flydsl_two_reduce" in out
@@ -117,7 +117,9 @@ def mx_table(tmp_path: Path, *rows: str) -> str:
     return str(path)
 
 
-def test_a_table_without_a_row_for_the_key_gives_no_verdict(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_tuned_table_without_a_row_for_the_layer_gives_no_verdict(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = mx_table(tmp_path)
     command = ["kernels", "--model", "deepseek-v3", "--cu-count", "256", "--kernel-table", path, "--limits", "64"]
     assert main(command) == 2
@@ -141,7 +143,7 @@ def _out(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_another_quantisation_is_looked_up_and_rows_without_a_bucket_are_told(
+def test_quant_option_selects_rows_and_rows_outside_any_bucket_are_reported(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     path = mx_table(tmp_path)
@@ -158,7 +160,7 @@ def test_another_quantisation_is_looked_up_and_rows_without_a_bucket_are_told(
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-def test_every_quantisation_reaches_its_own_rows(
+def test_every_quantisation_selects_its_own_rows(
     quant: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     kind = QUANTS[quant]
@@ -171,12 +173,12 @@ def test_every_quantisation_reaches_its_own_rows(
     assert "nearest differs in doweight_stage1 True" in capsys.readouterr().out
 
 
-def test_no_verdict_by_heuristics_that_are_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_heuristics_give_no_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert "limit 64: bucket 64, no verdict" in run(capsys, "--quant", "fp8-per-token", "--limits", "64")
     assert "limit 32: bucket 32, other kernel" in run(capsys, "--quant", "fp8", "--limits", "32")
 
 
-def test_the_variables_of_aiter_are_followed_and_told(
+def test_aiter_variables_change_the_kernel_map_and_are_printed(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AITER_CONFIG_FMOE", table(tmp_path, {64: "reduce"}))
@@ -194,7 +196,9 @@ def test_the_variables_of_aiter_are_followed_and_told(
     assert [span["ksplit"] for span in spans] == [6] * 6 + [0] * 10
 
 
-def test_kernels_and_run_choose_alike_in_one_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_command_and_run_choose_the_same_kernel_in_one_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AITER_CONFIG_FMOE", table(tmp_path, {64: "reduce"}))
     monkeypatch.setenv("AITER_KSPLIT", "-1")
     layers = [Layer("test", {"model": "deepseek-v3", "cu_count": 256})]
@@ -206,7 +210,7 @@ def test_kernels_and_run_choose_alike_in_one_shell(tmp_path: Path, monkeypatch: 
     assert ours.choose(64).stage2 == "flydsl_two_reduce"
 
 
-def test_the_survey_counts_what_is_reached_and_names_what_is_refused(
+def test_survey_counts_reached_rows_and_names_refused_tables(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     mx_table(tmp_path)
@@ -225,7 +229,7 @@ def test_the_survey_counts_what_is_reached_and_names_what_is_refused(
     assert "column cu_num is missing" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_command_prints_json_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_kernels_command_prints_json_and_csv(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = table(tmp_path, {64: "reduce"})
     document = json.loads(run(capsys, "--kernel-table", path, "--format", "json"))
     lines = list(csv.DictReader(io.StringIO(run(capsys, "--kernel-table", path, "--format", "csv"))))
@@ -254,7 +258,7 @@ def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     devices.architecture.cache_clear()
 
 
-def test_compute_units_are_this_nodes_or_said_to_be_assumed(
+def test_compute_units_are_read_from_this_node_or_marked_as_assumed(
     kfd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def told(*arguments: str) -> str:
@@ -275,7 +279,7 @@ def test_compute_units_are_this_nodes_or_said_to_be_assumed(
     assert devices.compute_units() is None
 
 
-def test_the_fp8_of_a_case_is_that_of_the_device(kfd: Path) -> None:
+def test_fp8_format_of_a_case_defaults_to_that_of_the_device(kfd: Path) -> None:
     def found(**values: Any) -> tuple[str, str]:
         resolved = resolve_case([Layer("test", {"model": "tiny", "dispatch_dtype": "fp8"} | values)], 4)
         return resolved.case.fp8_format, resolved.sources["fp8_format"]
@@ -294,7 +298,7 @@ def test_the_fp8_of_a_case_is_that_of_the_device(kfd: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["kernels", "--model", "deepseek-v3"], ["doctor", "--json"], ["presets"]])
-def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str]) -> None:
+def test_closed_standard_output_is_no_error(arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "distbench", *arguments]
@@ -303,7 +307,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments: list[str]) -> None
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_pipe_other_than_standard_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise BrokenPipeError
 
@@ -313,19 +317,19 @@ def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("limits", ["0", "-4", "many"])
-def test_limits_that_are_none_are_refused(limits: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_limits_option_is_refused(limits: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["kernels", f"--limits={limits}"]) == 2
     assert "--limits" in capsys.readouterr().err
 
 
-def test_the_environments_limit_is_looked_at(
+def test_kernels_command_includes_the_limit_of_the_environment(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SGLANG_MORI_MOE_MAX_INPUT_TOKENS", "512")
     assert "limit 512: bucket 512" in run(capsys)
 
 
-def test_tables_of_the_environment_replace_all_others() -> None:
+def test_tables_named_by_the_environment_replace_the_installed_ones() -> None:
     assert installed_tables({"AITER_CONFIG_FMOE": "/a.csv:/b.csv"}) == ["/a.csv", "/b.csv"]
     assert installed_tables({}) == []
 

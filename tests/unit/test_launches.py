@@ -41,7 +41,7 @@ ROWS = torch.zeros(64)
 CONSTANTS = {"BLOCK": 16, "WIDTH": 5, "num_warps": 4}
 
 
-def test_the_second_launch_gets_addresses_and_the_constants_in_their_order() -> None:
+def test_second_launch_passes_addresses_and_constants_in_order() -> None:
     kernel = Kernel()
     for count in (3, 5):
         launch(kernel, (7, 2), ROWS, None, count, **CONSTANTS)
@@ -65,21 +65,21 @@ DESCRIPTOR = SimpleNamespace(base=ROWS, block_shape=[16, 8])
         (DESCRIPTOR, SimpleNamespace(base=ROWS.half(), block_shape=[16, 8])),
     ],
 )
-def test_what_triton_tells_apart_is_compiled_anew(first: object, second: object) -> None:
+def test_arguments_that_triton_specialises_on_are_compiled_separately(first: object, second: object) -> None:
     kernel = Kernel()
     for argument in (first, second, first, second):
         launch(kernel, (1,), ROWS, argument, 2, **CONSTANTS)
     assert (len(kernel.compiled), len(kernel.launched)) == (2, 2)
 
 
-def test_other_constants_are_compiled_anew() -> None:
+def test_other_constants_are_compiled_separately() -> None:
     kernel = Kernel()
     for width in (5, 6):
         launch(kernel, (1,), ROWS, None, 2, **CONSTANTS | {"WIDTH": width})
     assert len(kernel.compiled) == 2
 
 
-def test_an_interpreted_kernel_is_run_each_time() -> None:
+def test_interpreted_kernel_is_run_without_caching() -> None:
     kernel = Kernel(interpreted=True)
     for _ in range(3):
         launch(kernel, (1,), ROWS, None, 2, **CONSTANTS)

@@ -55,11 +55,11 @@ def traffic(*total_recv: int, capacity: int = 4096) -> Traffic:
         (1, "unsafe"),
     ],
 )
-def test_status_follows_from_limit_batch_and_bound(rows: int | None, status: str) -> None:
+def test_proof_status_follows_from_limit_batch_and_bound(rows: int | None, status: str) -> None:
     assert prove_limit(rows, traffic(80, 7, 0, 3)) == LimitProof(status=status, bound=129, formula=FORMULA)  # type: ignore[arg-type]
 
 
-def test_receive_buffer_smaller_than_the_sum_is_the_bound() -> None:
+def test_proof_bound_is_the_receive_buffer_if_smaller_than_the_token_sum() -> None:
     proof = prove_limit(100, traffic(80, 7, 0, 3, capacity=100))
     assert (proof.status, proof.bound) == ("proven", 100)
     assert proof.formula == f"min({FORMULA}, capacity R = 100) = 100"
@@ -70,7 +70,7 @@ def test_batch_that_reaches_the_bound_makes_its_limit_proven() -> None:
     assert prove_limit(128, traffic(129, 0, 0, 0)).status == "unsafe"
 
 
-def test_formula_stays_short_with_many_ranks() -> None:
+def test_proof_formula_is_abbreviated_with_many_ranks() -> None:
     proof = prove_limit(1, Traffic(tokens=(*[7] * 63, 9), total_recv=(3,) * 64, capacity=4096))
     assert proof.formula == "sum of tokens over all ranks = 7+7+7+7+7+7+7+7+...+9 of 64 ranks = 450"
     assert prove_limit(1, Traffic((7,), (7,), 4096)).formula == "sum of tokens over all ranks = 7"

@@ -31,28 +31,28 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *found: tuple[int, str]) -> None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.1.1", "::1"])
-def test_loopback_address_is_the_only_one(host: str) -> None:
+def test_loopback_endpoint_is_the_only_listening_address(host: str) -> None:
     assert addresses(host) == [host]
 
 
-def test_name_of_this_machine_opens_no_other_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_name_of_this_machine_listens_on_its_own_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distbench.nodes.listeners.is_loopback", lambda _: False)  # as if it were on a network
     resolve_to(monkeypatch, (socket.AF_INET, "127.0.3.1"), (socket.AF_INET, "127.0.3.1"))
     assert addresses("node0") == ["127.0.3.1"]
 
 
-def test_name_that_stands_for_loopback_here_leaves_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_name_that_resolves_to_loopback_listens_on_all_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, (socket.AF_INET, "127.0.1.1"))
     assert addresses("node0") in (["::"], ["0.0.0.0"])  # noqa: S104 - what is looked for
 
 
-def test_address_that_is_translated_gives_the_one_it_is_reached_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_translated_address_listens_on_its_source_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distbench.nodes.listeners.source_address", lambda *_: ("127.0.3.2", 0))
     resolve_to(monkeypatch, (socket.AF_INET, "203.0.113.77"))
     assert addresses("node0") == ["127.0.3.2"]
 
 
-def test_family_that_this_node_does_not_speak_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_address_family_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, (socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "203.0.113.77"))
     monkeypatch.setattr("distbench.nodes.listeners.source_address", lambda family, _: no_route(family))
     assert addresses("node0") == ["127.0.0.1"]
@@ -64,12 +64,12 @@ def no_route(family: int) -> tuple[Any, ...]:
     return ("127.0.0.1", 0)
 
 
-def test_host_that_has_no_address_is_refused() -> None:
+def test_unresolvable_endpoint_host_is_refused() -> None:
     with pytest.raises(InvalidCase, match="on node 0; use an address of node 0"):
         addresses("no.such.host.invalid")
 
 
-def test_port_that_is_taken_is_refused() -> None:
+def test_occupied_port_is_refused() -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as other,
         pytest.raises(InvalidCase, match="Address already in use on node 0; use another port"),

@@ -57,7 +57,7 @@ def own_folder_for_device_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
 
 
-def test_the_holder_is_named_at_once(out: Path) -> None:
+def test_lock_holder_is_named_without_waiting(out: Path) -> None:
     with holder(out) as process:
         started = time.monotonic()
         with pytest.raises(Busy) as caught, hold(out, (), 0):
@@ -70,7 +70,7 @@ def test_the_holder_is_named_at_once(out: Path) -> None:
     assert (caught.value.label, caught.value.exit_code) == ("BUSY", 3)
 
 
-def test_a_lock_is_waited_for(out: Path) -> None:
+def test_lock_is_awaited_for_the_given_timeout(out: Path) -> None:
     with holder(out) as process:
         assert process.stdin is not None
         started = time.monotonic()
@@ -82,7 +82,7 @@ def test_a_lock_is_waited_for(out: Path) -> None:
             assert process.wait(5) == 0
 
 
-def test_a_killed_process_holds_nothing(out: Path) -> None:
+def test_lock_of_a_killed_process_is_free(out: Path) -> None:
     with holder(out) as process:
         process.kill()
         process.wait()
@@ -91,21 +91,21 @@ def test_a_killed_process_holds_nothing(out: Path) -> None:
 
 
 @pytest.mark.parametrize("note", [b"", b"{", b"\xff", b'{"pid":1,"since":1e300,"command":""}', b"x" * 10_000])
-def test_a_holder_that_has_not_said_who_it_is(out: Path, note: bytes) -> None:
+def test_lock_without_a_readable_holder_note_is_reported_as_busy(out: Path, note: bytes) -> None:
     with holder(out):
         (out / ".lock").write_bytes(note)
         with pytest.raises(Busy, match="in use by a process that has left no name"), hold(out, (), 0):
             pytest.fail("held twice")
 
 
-def test_what_a_holder_says_is_shown_in_one_line(out: Path) -> None:
+def test_holder_note_is_shown_in_one_escaped_line(out: Path) -> None:
     with holder(out):
         (out / ".lock").write_text(r'{"pid":1,"since":0,"command":"a\nb\u001b[31m' + "c" * 500 + '"}')
         with pytest.raises(Busy, match=r"process 1 \(a\?b\?\[31mc{70,80}\) since "), hold(out, (), 0):
             pytest.fail("held twice")
 
 
-def test_a_device_has_one_lock_for_all_users_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_lock_is_shared_by_all_users_and_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = os.umask(0o077)
     try:
         with hold(None, ("cuda:0",), 0):
@@ -120,7 +120,7 @@ def test_a_device_has_one_lock_for_all_users_and_jobs(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link", "fifo", "folder"])
-def test_what_somebody_put_in_the_place_of_a_lock_is_left_alone(tmp_path: Path, kind: str) -> None:
+def test_foreign_file_at_the_path_of_a_lock_is_not_modified(tmp_path: Path, kind: str) -> None:
     victim, lock = tmp_path / "victim", device_lock("cuda:0")
     victim.write_text("precious")
     put: dict[str, Callable[[], None]] = {
@@ -135,7 +135,7 @@ def test_what_somebody_put_in_the_place_of_a_lock_is_left_alone(tmp_path: Path, 
     assert victim.read_text() == "precious"
 
 
-def test_folders_do_not_collide_and_devices_do(out: Path, tmp_path: Path) -> None:
+def test_benches_in_different_folders_conflict_only_on_shared_devices(out: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     with holder(out, "cuda:1", "cuda:0"):
@@ -147,7 +147,7 @@ def test_folders_do_not_collide_and_devices_do(out: Path, tmp_path: Path) -> Non
             pass
 
 
-def test_devices_are_taken_in_one_order(out: Path, tmp_path: Path) -> None:
+def test_device_locks_are_acquired_in_sorted_order(out: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     wanted = ("cuda:1", "cuda:0", "cuda:1")
@@ -155,7 +155,7 @@ def test_devices_are_taken_in_one_order(out: Path, tmp_path: Path) -> None:
         pytest.fail("held twice")
 
 
-def test_an_error_inside_lets_go(out: Path) -> None:
+def test_locks_are_released_on_an_exception(out: Path) -> None:
     with pytest.raises(KeyError), hold(out, ("cuda:0",), 0):
         raise KeyError
     with hold(out, ("cuda:0",), 0):
