@@ -26,7 +26,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 CUSTOM = "custom"
-"""Name of a layer whose dimensions are no preset's."""
+"""Name of a layer whose dimensions match no preset."""
 
 DIMENSIONS = ("hidden_size", "intermediate_size", "num_experts", "topk")
 
@@ -39,7 +39,7 @@ PRESETS: dict[str, ModelShape] = {
     "kimi-k2": ModelShape(hidden_size=7168, intermediate_size=2048, num_experts=384, topk=8),
     "glm-4.5": ModelShape(hidden_size=5120, intermediate_size=1536, num_experts=160, topk=8),
     "gpt-oss-120b": ModelShape(hidden_size=2880, intermediate_size=2880, num_experts=128, topk=4),
-    # For tests: the number of experts grows with the ranks, so that any number of ranks divides it.
+    # For tests: the number of experts grows with the ranks, so it is divisible by any number of ranks.
     "tiny": ModelShape(hidden_size=256, intermediate_size=128, experts_per_rank=4, topk=4),
     "tiny-odd": ModelShape(hidden_size=192, intermediate_size=96, experts_per_rank=5, topk=3),
 }

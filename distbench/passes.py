@@ -1,4 +1,4 @@
-"""The passes of one case on one rank, and what this rank saw of them."""
+"""The passes of one case on one rank, and this rank's observations of them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _LAPS = 4096
 
 
 class Parts(NamedTuple):
-    """What a case is run with on one rank."""
+    """The parts of a rank that a case runs with."""
 
     workload: Workload
     batch: TokenBatch
@@ -71,16 +71,16 @@ class Parts(NamedTuple):
 
 
 class Passes:
-    """Runs the arms, once or often, and keeps what has to be told of them.
+    """Runs the arms, once or repeatedly, and keeps the outputs and findings to report.
 
-    The first padded pass is the baseline of all repeats. Of the other arms those of the first repeat are kept in which
-    anything is wrong on any rank, or of the last repeat.
+    The first padded pass is the baseline of all repeats. The other arms are kept from the first repeat in which
+    anything is wrong on any rank, else from the last repeat.
     """
 
     def __init__(
         self, session: Session, question: Question, parts: Parts, counts: Tensor, recorder: PartRecorder | None = None
     ) -> None:
-        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps what the arms kept."""
+        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps the same passes."""
         self._session = session
         self._question = question
         self._parts = parts
@@ -148,7 +148,7 @@ class Passes:
             self._recorder.finish(Finished(self._parts.workload, self._parts.batch, self._parts.weights, self.outputs))
 
     def observation(self, made: Outputs) -> Observation:
-        """Return what this rank saw, after `run`, of all its `outputs` as they were `made`."""
+        """This rank's observation, after `run`, of all its `outputs` as they were `made`."""
         session, question, outputs = self._session, self._question, self.outputs
         return Observation(
             rank=session.rank,
@@ -181,7 +181,7 @@ class Passes:
         )
 
     def _distances(self) -> dict[str, float | None]:
-        """How far each arm is from padded in tokens that lost no row; where every bit is known nobody asks."""
+        """Distance of each arm from padded, over tokens that lost no row; empty where an oracle knows every bit."""
         if self._expected is not None:
             return {}
         found = {}
@@ -220,7 +220,7 @@ class Passes:
         self._errors.measure(passes, families)
 
     def _error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
-        """Return the error of tokens that an arm gave again; None where there is none, or rows may be lost."""
+        """Error of a pass whose tokens an arm returned; None where there is no reference, or rows may be lost."""
         if self._errors is None or (arm in CUT_ARMS and self._question.short_ranks):
             return None
         return self._errors.error_of(arm, tokens)
@@ -236,10 +236,10 @@ class Passes:
         return combined
 
     def _check_repeat(self, fresh: dict[str, Tensor], lost: dict[str, Tensor]) -> bool:
-        """Check what combine gave in a repeat; return whether anything is wrong, or differs, on any rank. Collective.
+        """Check combine's output in a repeat; return whether anything is wrong, or differs, on any rank. Collective.
 
         `lost` names the tokens, bool [n], that lost a row to the limit.
-        In exact inputs nothing is wrong with combine where every token has the oracle's bits.
+        In exact inputs combine is correct where every token has the oracle's bits.
         """
         self._mark("check")
         wrong = self._session.on_any_rank(value=bool(self._damaged) or self._differs(fresh))
@@ -258,7 +258,7 @@ class Passes:
         return wrong
 
     def _differs(self, fresh: dict[str, Tensor]) -> bool:
-        """Whether an output of a repeat is not what it must be; in exact inputs `_expose` has seen to it."""
+        """Whether an output of a repeat is not as required; in exact inputs `_expose` has checked it."""
         if self._expected is not None:
             return self._wrong
         right = fresh.get("padded", self.outputs.get("padded"))
@@ -282,7 +282,7 @@ class Passes:
         session.crumbs.arm = ""
 
     def _with_graphs(self, arm: str, timed: Timed) -> Timed:
-        """Return what was timed with the memory that the arm's graph holds, and without that of others."""
+        """Timings with the memory that the arm's graph holds, and without that of other graphs."""
         graphed, peak = self._graphed(), timed.peak_device_bytes
         if graphed is None or peak is None:
             return timed
@@ -290,7 +290,7 @@ class Passes:
         return msgspec.structs.replace(timed, peak_device_bytes=peak + uncounted)
 
     def _replay_graph(self) -> None:
-        """Replay the graph of the last arm with other tokens, and note rows that come out wrong."""
+        """Replay the graph of the last arm with other tokens, and record wrong rows."""
         parts, graphed, given = self._parts, self._graphed(), self._given
         if graphed is None or given is None:
             return
@@ -313,13 +313,13 @@ class Passes:
             )
 
     def _graphed(self) -> GraphedExperts | None:
-        """Return the experts if they run from graphs; faults may stand around them, and are left out."""
+        """The experts if they run from graphs, without faults wrapped around them; else None."""
         injector = self._parts.injector
         experts = self._parts.experts if injector is None else injector.inner
         return experts if isinstance(experts, GraphedExperts) else None
 
     def _expose(self, arm: str, combined: Tensor) -> None:
-        """Count the tokens of a pass: against the oracle, else those of the arms that run the padded kernel."""
+        """Count wrong tokens of a pass: against the oracle, else against the arms that run the padded kernel."""
         right = self._expected
         if right is None and arm in ("control", "repadded"):
             right = self.outputs.get("padded", combined)
@@ -343,7 +343,7 @@ class Passes:
             self._recorder.take(arm, sources, given, expert_out)
 
     def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
-        """Return how many rows the experts are to be called with, of a receive buffer as it is."""
+        """Rows that the experts are called with, for a receive buffer in its current state."""
         question, rows = self._question, dispatched.hidden.shape[0]
         if arm != "truncated" or question.limit is None:
             return rows

@@ -1,4 +1,4 @@
-"""What became of ranks that did not come to an end: from their breadcrumbs and last words to a verdict."""
+"""Post-mortem of ranks that ended early: from their breadcrumbs and failure files to a verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distbench.verify.records import Judgement, Outcome, Reason
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a launch ended early: the verdict, the case that it falls on, and what is known of the ranks.
+    """Why a launch ended early: the verdict, the case in flight, and the known state of the ranks.
 
     `case_index` is None where all cases had been done. `last` says that no further launch can be made.
     """
@@ -27,7 +27,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exit(msgspec.Struct, frozen=True):
-    """How a rank's process ended, as the agent saw it: a signal's name, or an exit code."""
+    """End of a rank's process, as the agent saw it: a signal's name, or an exit code."""
 
     rank: int
     how: str
@@ -36,15 +36,15 @@ class Exit(msgspec.Struct, frozen=True):
 def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     """Name the rank that ended a launch.
 
-    In this order: the earliest exception of a rank's own; a collective that timed out, which falls on the ranks that
-    are furthest behind; the process that died first, where it left no word; a rank that left no word while its peers
-    told that they lost one; the ranks furthest behind, where none left a word; an exception of a rank that lost its
-    peer. `first_exit` is None where nobody saw the processes end.
+    In this order: the earliest exception of a rank's own; a collective that timed out, attributed to the ranks furthest
+    behind; the process that died first, if it left no failure file; a silent rank whose peers report that they lost
+    one; the ranks furthest behind, where all are silent; an exception of a rank that lost its peer. `first_exit` is
+    None where no supervisor saw the processes end.
 
     Raises:
         LaunchFailed: no rank had begun.
         DiskFull: a rank had no room for its results.
-        ResultsLost: a rank could not write them for another reason, or what the ranks left was removed.
+        ResultsLost: a rank could not write them for another reason, or the ranks' files were removed.
 
     """
     out = Path(job.out)
@@ -75,12 +75,12 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
 
 
 def outcome_of(ending: Ending, entry: Entry) -> Outcome:
-    """Return the outcome of the case on which a launch ended."""
+    """Outcome of the case on which a launch ended."""
     return Outcome(entry.case, Judgement(ending.verdict, ending.reasons, None), stacks=ending.stacks)
 
 
 def machines(out: Path, num_ranks: int) -> dict[int, Machine]:
-    """Return where each rank ran, by rank; ranks that had not met the others are missing."""
+    """Location of each rank, by rank; ranks that had not joined are missing."""
     found = {}
     for rank in range(num_ranks):
         with contextlib.suppress(OSError, msgspec.DecodeError):
@@ -89,7 +89,7 @@ def machines(out: Path, num_ranks: int) -> dict[int, Machine]:
 
 
 def positions(job: Job) -> dict[int, Position]:
-    """Return where each rank was last seen, by rank; ranks that never began are missing."""
+    """Last known position of each rank, by rank; ranks that never began are missing."""
     found = {rank: read_position(crumb_path(Path(job.out), rank)) for rank in range(job.num_ranks)}
     return {rank: position for rank, position in found.items() if position is not None}
 
@@ -127,9 +127,9 @@ def _died(job: Job, end: Exit, position: Position | None) -> Ending:
 
 
 def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[RankFailure]) -> Ending:
-    """Return the ending where peers tell that they lost a rank, or had been done; the earliest that said nothing.
+    """The ending where peers report a lost rank, or had finished: the earliest silent rank is to blame.
 
-    Ranks that waited for a later case than any peer tells of were outside.
+    Ranks that waited for a later case than any peer reports were outside the group.
     """
     reached = max((failure.position.case_index for failure in failures), default=len(job.entries))
     inside = {rank: at for rank, at in silent.items() if at is None or at.case_index <= reached} or silent
@@ -146,7 +146,7 @@ def _lost(job: Job, rank: int, how: str, position: Position | None) -> Ending:
 
 
 def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
-    """Return the ending where all were ended from outside, or with a node: whoever was behind held up the others."""
+    """The ending where all ranks were killed from outside, or with a node: those behind held up the others."""
     least = min(_progress(at) for at in silent.values())
     behind = [rank for rank, at in silent.items() if _progress(at) == least]
     ahead = [rank for rank in silent if rank not in behind]
@@ -199,7 +199,7 @@ def _failure(out: Path, rank: int) -> RankFailure | None:
 
 
 def _left_silently(job: Job, out: Path, spoke: set[int]) -> dict[int, Position | None]:
-    """Return ranks that neither finished nor said why, with their last position."""
+    """Ranks that neither finished nor left a failure file, with their last position."""
     seen = {rank: read_position(crumb_path(out, rank)) for rank in range(job.num_ranks) if rank not in spoke}
     return {rank: at for rank, at in seen.items() if at is None or at.stage_name != "done"}
 
@@ -209,5 +209,5 @@ def _since(position: Position | None) -> int:
 
 
 def _progress(position: Position | None) -> tuple[int, int]:
-    """Case and stage: ranks that are ended at one moment may have entered unlike numbers of collectives."""
+    """Case and stage: ranks ended at the same moment may have entered different numbers of collectives."""
     return position.progress[:2] if position else (-1, -1)

@@ -1,4 +1,4 @@
-"""What can be found before a rank is started, with the fix. Loads no torch."""
+"""Checks before any rank starts, each with its fix. Loads no torch."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from distbench.sglang import rules_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 
-# What ranks share with the process that they are forked from, and what each takes for itself besides tensors.
+# Memory that ranks share with the fork server, and memory of each rank besides tensors.
 _SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20
-# Weights that are widened to float64, a block of them where they are many.
+# Weights widened to float64, in blocks where there are many.
 _SCRATCH_BYTES, _WIDENED = 120 << 20, 4
-# What a CUDA context takes on a device, at least.
+# Least memory of a CUDA context on a device.
 _CONTEXT_BYTES = 256 << 20
 _LITTLE_BYTES = 64 << 10
 _GROUP = Path("/sys/fs/cgroup")
@@ -44,15 +44,15 @@ _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
 
 def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
-    """Return warnings about a case that can run, in a launch of `local_ranks` on each node; None: all are on one.
+    """Warnings about a valid case, in a launch of `local_ranks` on each node; None: all ranks are on one node.
 
     Raises:
-        InvalidCase: inputs that cannot be made, a kernel table that cannot be read, or what MoRI would get wrong.
-        Unsupported: a package that the case needs is not there.
+        InvalidCase: inputs that cannot be made, an unreadable kernel table, or a configuration that MoRI gets wrong.
+        Unsupported: a package that the case needs is missing.
 
     """
     check_fit(case)
-    if not any(case.tokens):  # what is received is known without a rank: nothing
+    if not any(case.tokens):  # no rank receives a row, which is known before a launch
         resolve_limit(case.limit, Traffic(case.tokens, (0,) * case.ep_size, case.capacity))
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
     if "exact" in inputs_of(case):
@@ -80,7 +80,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 
 
 def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
-    """Say where SGLang's receive bound cuts nothing, and that the bound of older releases is for decode batches."""
+    """Warnings where SGLang's receive bound cuts nothing, or is that of older releases, for decode batches only."""
     rule = rules_of(case.sglang_version).recv_bound
     if not case.recv_bound or case.limit != "off":
         named = ("two_batch_overlap", "tp_size", "sender_rows")
@@ -105,19 +105,19 @@ def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:
 
 
 def _nearest(case: Case, selector: KernelSelector) -> str:
-    """Say what the nearest row differs in, of the first table that has rows at all."""
+    """Difference to the nearest row, from the first table that has rows at all; empty for none."""
     key = TunedKey.for_layer(selector.layer, selector.rules)
     matches = match_tables(table_paths(case.kernel_table), key, selector.rules)
     return next((f"; the nearest row differs in {one.nearest}" for one in matches if one.nearest), "")
 
 
 def _compute_units(case: Case) -> int | None:
-    """Return the units that kernels are selected for: the case's, but with the real aiter this node's."""
+    """Compute units that kernels are selected for: the case's, or with the real aiter this node's."""
     return compute_units() if case.experts == "aiter" and not case.emulate else case.cu_count
 
 
 def _check_fp8(case: Case) -> None:
-    """Refuse a format that an emulated device has no kernels for, or that the Triton kernels do not know."""
+    """Refuse a format for which the emulated device has no kernels, or that the Triton kernels do not support."""
     own = fp8_format(arch_of(case.cu_count))
     if case.emulate and case.fp8_format != own and (case.transport == "mori" or case.experts == "aiter"):
         message = (
@@ -151,7 +151,7 @@ def _check_graph(case: Case) -> None:
 def adds_atomically(case: Case) -> bool:
     """Whether the padded arm's kernel adds routes atomically, in an order that changes from run to run.
 
-    Of the Triton experts' tables only the case's own is looked at, not one that came along for a device.
+    For the Triton experts only the case's own table counts, not one selected by device.
     """
     if case.experts == "triton":
         return selector_for(case, "").choose(case.capacity).stage2_mode == "atomic"
@@ -160,12 +160,12 @@ def adds_atomically(case: Case) -> bool:
 
 
 def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None = None) -> tuple[str, ...]:
-    """Return the names of the devices that a launch of `local_ranks` on this machine takes; none on the CPU alone.
+    """Names of the devices that a launch of `local_ranks` on this machine takes; empty on the CPU alone.
 
-    `available` is the number of devices; None asks the machine, where a case wants one.
+    `available` is the number of devices; None queries the machine, where a case needs one.
 
     Raises:
-        Unsupported: a case asks for more devices than there are, or for a graph where there are too few.
+        Unsupported: a case needs more devices than there are, or a graph with too few devices.
 
     """
     listed = list(cases)
@@ -207,9 +207,9 @@ def _check_triton_table(case: Case) -> tuple[str, ...]:
 
 
 def check_memory(entries: Iterable[Entry], available: int | None = None) -> None:
-    """Refuse a launch whose largest case needs more memory than this machine has to give.
+    """Refuse a launch whose largest case needs more memory than this machine has available.
 
-    `available` is in bytes; None asks the machine.
+    `available` is in bytes; None queries the machine.
 
     Raises:
         Unsupported: names the bytes needed and available, and what to make smaller.
@@ -228,7 +228,7 @@ def check_memory(entries: Iterable[Entry], available: int | None = None) -> None
 
 
 def memory_bytes(case: Case) -> int:
-    """Estimate what all ranks of a case take together: weights, buffers, routed rows, those laid for peers, process."""
+    """Estimated bytes of all ranks of a case: weights, buffers, routed rows, rows staged for peers, processes."""
     element = 2
     weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
@@ -241,7 +241,7 @@ def memory_bytes(case: Case) -> int:
 def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available: int | None = None) -> None:
     """Refuse a launch whose largest case needs more memory than the fullest of the devices `held` has free.
 
-    `available` is in bytes; None asks the devices. Nothing is refused where nothing tells.
+    `available` is in bytes; None queries the devices. Nothing is refused where it is unknown.
 
     Raises:
         Unsupported: names the bytes needed and available, and what to make smaller.
@@ -262,10 +262,10 @@ def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available
 
 
 def device_bytes(case: Case) -> int:
-    """Return what a rank of a case takes on its device at least: weights, buffers, routed rows, and the CUDA context.
+    """Least bytes of a rank of a case on its device: weights, buffers, routed rows, and the CUDA context.
 
-    The Triton experts hold an activation and an output for each of R x top-k routes, and float8 weights besides. Of a
-    graph each number of rows has such memory of its own, and its output.
+    The Triton experts hold an activation and an output for each of R x top-k routes, and float8 weights as well. The
+    graph of each number of rows holds such memory and an output of its own.
     """
     elements = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size
     triton = case.experts == "triton"
@@ -278,9 +278,9 @@ def device_bytes(case: Case) -> int:
 
 
 def _least_cut(case: Case) -> int:
-    """Return the rows that a cut keeps at least where one is sure to run, 0 where none is another graph's.
+    """Least rows after a cut that is certain to run; 0 where no such cut needs a graph of its own.
 
-    Each token goes to one rank or more, so that the fullest receives no fewer than all tokens over all ranks.
+    Each token goes to at least one rank, so the fullest rank receives at least the mean of all tokens over all ranks.
     """
     bound = recv_bound(case).rows if case.limit == "off" and case.recv_bound else None
     limit = case.limit if bound is None else str(bound)
@@ -293,9 +293,9 @@ def _least_cut(case: Case) -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that new processes can have: what Linux says, and no more than the control group's limit.
+    """Memory available to new processes: Linux's figure, capped by the control group's limit.
 
-    What the group holds of files counts as free.
+    The group's file cache counts as free.
     """
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(meminfo["MemAvailable"].split()[0]) * 1024
@@ -311,7 +311,7 @@ def available_bytes() -> int:
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that reports, which are UTF-8, could not name.
+    """Refuse a path that is not UTF-8, since reports are.
 
     Raises:
         InvalidCase: not UTF-8.
@@ -325,10 +325,10 @@ def check_path(path: str) -> None:
 
 
 def check_folder(out: str, needed: int = _LITTLE_BYTES) -> None:
-    """Make the folder for results and prove that it can take `needed` bytes of them.
+    """Make the folder for results and prove that it has room for `needed` bytes.
 
     Raises:
-        InvalidCase: it cannot be made or written, or its disk is all but full.
+        InvalidCase: it cannot be made or written, or its disk is nearly full.
 
     """
     try:

@@ -1,4 +1,4 @@
-"""What the kernel says of processes, and does with them."""
+"""Process facts from the kernel, and controls over processes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def usable_cores(quota: Path = _QUOTA) -> int:
-    """Return how many cores this process may keep busy: of its affinity, and no more than its control group's quota.
+    """Cores that this process may keep busy: those of its affinity, capped by its control group's quota.
 
-    More threads than that would spin and wait for each other in turn.
+    More threads than that would spin while they wait for each other.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
@@ -33,13 +33,13 @@ def usable_cores(quota: Path = _QUOTA) -> int:
 
 
 def peak_bytes() -> int:
-    """Return the largest resident size that this process has had."""
+    """Largest resident size of this process so far, in bytes."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 
 
 def state(pid: int) -> str:
-    """Return the process's state as Linux has it (R, S, D, T, Z, …), or GONE."""
+    """Linux's state of the process (R, S, D, T, Z, …), or GONE."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -53,7 +53,7 @@ def is_alive(pid: int) -> bool:
 
 @lru_cache(maxsize=1)
 def pid_space() -> int:
-    """Return a number that processes have in common to which a process id means the same: of a boot and a namespace."""
+    """Identifier of a pid space, from boot and namespace: equal ones give process ids the same meaning."""
     parts = [socket.gethostname()]
     try:
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
@@ -64,6 +64,6 @@ def pid_space() -> int:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it ends, however that ends."""
+    """Make Linux kill this process when its parent ends, for any reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The environment of SGLang's MoRI path, read as production reads it, except that nothing is ignored silently.
+"""The environment of SGLang's MoRI path, parsed as production does, except that nothing is ignored silently.
 
 Sources: SGLang's `environ.py` and `moriep.py` by release (sglang.py), MoRI's `env_utils.hpp`, and aiter's
 `fused_moe.py`; docs/production.md has them as a table.
@@ -90,19 +90,19 @@ KNOWN_NAMES = (
 _LOOKALIKE_RATIO = 0.85
 _PREFIX = "SGLANG_"
 _IO_ENGINE = "MORI_IO_"
-"""MoRI's own names for the transfer of the KV cache, some of which are like SGLang's."""
+"""MoRI's own variables for the transfer of the KV cache, some with names similar to SGLang's."""
 
 RECORDED_PREFIXES = (
     *("SGLANG_MORI_", "SGLANG_USE_AITER", "SGLANG_AITER_", "SGLANG_ROCM_"),
     *("MORI_", "NCCL_", "RCCL_", "TORCH_", "GLOO_", "OMP_", "HIP_", "HSA_", "ROCR_", "ATOM_", "VLLM_ROCM_"),
-    # What aiter reads: its own, its kernel families' and the device it is told to be.
+    # Variables that aiter reads: its own, those of its kernel families and of the device that it is told to be.
     *("AITER_", "FLYDSL_", "GPTOSS_SWIGLU_", "GPU_ARCHS", "CU_NUM", "CK_DIR"),
 )
 _SECRET = re.compile(r"SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH|(?:^|_)TOKEN$|COOKIE", re.IGNORECASE)
 
 
 def sglang_layer(layers: Sequence[Layer]) -> Layer:
-    """Layer with the SGLang release whose variables apply: what `layers` say, else the installed one, else the newest.
+    """Layer with the SGLang release whose variables apply: from `layers`, else the installed one, else the newest.
 
     An installed release that cannot be compared, or has no MoRI path, counts as none.
     """
@@ -123,7 +123,7 @@ def read_environment(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -
     `layers` are stronger than the environment, and may name the SGLang release whose rules apply.
 
     Raises:
-        InvalidCase: a value that production would ignore; says what it would have done. Or no release of SGLang.
+        InvalidCase: a value that production would ignore, with production's reaction; or an unknown SGLang release.
 
     """
     release = sglang_layer(layers)
@@ -147,7 +147,7 @@ def read_environment(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -
 
 
 def near_misses(environ: Mapping[str, str]) -> list[str]:
-    """Warnings of names that are almost, but not quite, one that production reads, and that is not set itself."""
+    """Warnings about unset production variables for which a nearly identical name is set."""
     return [
         f"{name}={environ[name]!r:.60} has no effect: production reads {_by_release(known)}; rename or unset it"
         for name in sorted(environ)
@@ -156,13 +156,13 @@ def near_misses(environ: Mapping[str, str]) -> list[str]:
 
 
 def near_miss(name: str, environ: Mapping[str, str]) -> str:
-    """Name that was probably meant by `name`; nothing where it is set too, since `name` is then a launcher's own."""
+    """Name that was probably meant by `name`; empty where it is set too, since `name` then belongs to a launcher."""
     known = None if name in KNOWN_NAMES else _lookalike(name)
     return known if known and not environ.get(known, "").strip() else ""
 
 
 def _by_release(name: str) -> str:
-    """Return the name, with the releases that read it where the newest does not."""
+    """The name, with the releases that read it where the newest does not."""
     span = VARIABLES.get(name)
     return f"{name} (SGLang {span})" if span and span.last else name
 
@@ -173,7 +173,7 @@ def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_secret(name: str) -> bool:
-    """Whether a variable is called as secrets are."""
+    """Whether a variable's name marks it as a secret."""
     return _SECRET.search(name) is not None
 
 
@@ -204,7 +204,7 @@ def _recv_bound(values: Mapping[str, str], version: str) -> list[Layer]:
 
 
 def _dispatch(values: Mapping[str, str], version: str) -> list[Layer]:
-    """Return what the newer variable says of the dispatched type, else what the older ones do."""
+    """Layers of the newer variable for the dispatched type, else of the older ones."""
     if DISPATCH_DTYPE in values:
         word = _word(DISPATCH_DTYPE, values[DISPATCH_DTYPE], rules_of(version).dispatch_words)
         return [] if word == "auto" else [_dispatched(DISPATCH_DTYPE, word)]
@@ -233,7 +233,7 @@ def _combine(values: Mapping[str, str], version: str) -> list[Layer]:
 
 
 def _returned(name: str, quant: str) -> Layer:
-    """Return how expert rows are quantised on their way back, which the transport collective does not do."""
+    """Layer of the quantisation of returned expert rows, which the transport collective does not support."""
     return Layer(f"env:{name}", {"combine_quant": quant}, unless={"transport": "collective"})
 
 
@@ -252,7 +252,7 @@ def _others(values: Mapping[str, str]) -> list[Layer]:
 
 
 def _kernel_choice(values: Mapping[str, str]) -> list[Layer]:
-    """Return what changes aiter's choice of kernels; the Triton experts have tables of their own."""
+    """Layers that change aiter's choice of kernels; the Triton experts have their own tables."""
     found: dict[str, dict[str, Any]] = {}
     if KERNEL_TABLES in values:
         found[KERNEL_TABLES] = {"kernel_table": values[KERNEL_TABLES]}

@@ -1,4 +1,4 @@
-"""How far a suite has come: a live line on a terminal, a plain line for each case in a log, or nothing."""
+"""Progress of a suite: a live line on a terminal, a plain line for each case in a log, or nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COLUMNS = 80
 
 
 class Progress:
-    """Counts finished cases and says so on standard error; one that ended as expected has passed, any other failed."""
+    """Counts finished cases on standard error: passed if the case ended as expected, else failed."""
 
     def __init__(self, total: int, *, quiet: bool, stream: TextIO = sys.stderr) -> None:
         """Expect `total` cases."""
@@ -41,12 +41,12 @@ class Progress:
         self._stream.flush()
 
     def give_back(self, *, as_expected: bool) -> None:
-        """Count one finished case less: it comes once more, with another ending."""
+        """Uncount a finished case that will be counted again with another ending."""
         self._done -= 1
         self._failed -= not as_expected
 
     def refresh(self, current: str) -> None:
-        """Renew the live line, if there is one; `current` is the case under way, or empty."""
+        """Redraw the live line, if there is one; `current` is the case under way, or empty."""
         now = time.monotonic()
         if self._quiet or not self._live or now - self._shown < _REFRESH_S:
             return
@@ -59,14 +59,14 @@ class Progress:
         self._stream.flush()
 
     def _columns(self) -> int:
-        """Return the width of the terminal; a longer line could not be taken away again."""
+        """Width of the terminal; a longer line could not be erased."""
         try:
             return os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS
         except OSError:
             return _COLUMNS
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Erase the live line."""
         if self._live and not self._quiet:
             self._stream.write(_CLEAR)
             self._stream.flush()

@@ -1,4 +1,4 @@
-"""What the ranks do with a case: agree on it, run its arms, gather, judge."""
+"""A case on the ranks: agree on it, run its arms, gather, judge."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ _PROBED_TOKENS = 2
 
 
 class _Inputs(NamedTuple):
-    """One kind of inputs: all of the case's, and this rank's tokens."""
+    """One kind of inputs: the case's workload, and this rank's tokens."""
 
     workload: Workload
     batch: TokenBatch
 
 
 class _Ready(NamedTuple):
-    """A case whose first dispatch is next.
+    """A case that is ready for its first dispatch.
 
-    What is asked, its kinds of inputs, the weights and the experts of the first of them, what all of them are run over,
-    and the agreed counts [W, W]. Whoever takes weights and experts out of their lists is the last to hold them: experts
-    keep what they make of weights, and two sets of weights may not fit.
+    The question, the kinds of inputs, the weights and the experts of the first kind, the transport, and the agreed
+    counts [W, W]. `weights` and `experts` are lists so that their user can take out the last reference: experts keep
+    tensors derived from weights, and two sets of weights may not fit into memory.
     """
 
     question: Question
@@ -63,7 +63,7 @@ class _Ready(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What one rank has of one kind of inputs."""
+    """One rank's results for one kind of inputs."""
 
     observation: Observation
     outputs: Outputs
@@ -74,9 +74,9 @@ class _Seen(NamedTuple):
 def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> Outcome | None:
     """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
 
-    `recorder`, on all ranks or none, keeps this rank's rows for a bundle.
-    A case that is refused before its first dispatch is refused by all ranks alike, and its outcome is known to all.
-    From there on a refusal may be one rank's own: it is raised like any other error, and ends the rank.
+    `recorder`, on all ranks or none, keeps this rank's rows for a bundle. A case that is refused before its first
+    dispatch is refused by all ranks, and its outcome is known to all. A later refusal may be one rank's own: it is
+    raised like any other error, and ends the rank.
     """
     session.crumbs.arm = ""
     try:
@@ -101,7 +101,7 @@ def _prepare(session: Session, case: Case) -> _Ready:
 
 
 def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome | None:
-    """Run the case with each kind of inputs, over the same routing, transport and experts; gather them at once."""
+    """Run the case with each kind of inputs, with the same routing, transport and experts; gather all together."""
     case = ready.question.case
     found = [_run_with(session, ready, number, recorder) for number in range(len(ready.inputs))]
     ready.transport.close()
@@ -137,7 +137,7 @@ def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
 
 
 def workload_for(case: Case, device: torch.device) -> Workload:
-    """Return the case's inputs, the exact ones of a case that runs with both kinds.
+    """Inputs of the case; the exact ones where a case runs with both kinds.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
@@ -162,7 +162,7 @@ def workload_for(case: Case, device: torch.device) -> Workload:
 
 
 def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:
-    """Return the rank's tokens, and digests int64 of some that every rank makes alike if it computes as the others."""
+    """The rank's tokens, and digests int64 of tokens that every rank generates alike if it computes as the others."""
     count = workload.tokens_per_rank[rank]
     probed = torch.arange(_PROBED_TOKENS, device=workload.device)
     ranks = torch.cat([probed.new_full((count,), rank), torch.zeros_like(probed)])
@@ -205,7 +205,7 @@ def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:
 def _graphed(
     session: Session, experts: Experts, weights: ExpertWeights, batch: TokenBatch, rows: tuple[int, ...]
 ) -> Experts:
-    """Return the experts in graphs, after each number of rows has been captured once: a pass could not refuse it."""
+    """The experts in graphs, each number of rows captured once in advance: a pass could not refuse a capture."""
     if session.device.type == "cpu":
         message = "graph: CUDA graphs need a device, and this case runs on the CPU; drop --graph or use --device cuda"
         raise Unsupported(message)
@@ -215,7 +215,7 @@ def _graphed(
 
 
 def _inject(session: Session, case: Case, parts: Parts) -> Parts:
-    """Return the parts with the case's faults around them, which strike anew with each kind of inputs."""
+    """The parts with the case's faults around them; faults restart with each kind of inputs."""
     if not case.inject:
         return parts
     from distbench.faults.injector import Injector  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for

@@ -1,4 +1,4 @@
-"""How often something happens, from how often it was seen: exact bounds, sure on each side to 97.5 %."""
+"""Binomial rates from observed counts, with exact 95 % confidence intervals (2.5 % on each side)."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _TERMS = 10_000
 
 
 class Rate(msgspec.Struct, frozen=True):
-    """`seen` of `tried`, and the bounds of Clopper and Pearson (1934), which hold for any number of trials."""
+    """`seen` of `tried`, with the bounds of Clopper and Pearson (1934), which hold for any number of trials."""
 
     seen: int
     tried: int
 
     @property
     def low(self) -> float:
-        """The rate below which as many as were seen would come up in fewer than one row of trials in forty."""
+        """Lower bound: at this rate, at least `seen` occurrences have a probability of 2.5 %; 0 where none was seen."""
         return 0.0 if self.seen == 0 else _solve(lambda rate: _beta(self.seen, self.tried - self.seen + 1, rate))
 
     @property
     def high(self) -> float:
-        """The rate above which as few would; where none was seen, about 3.7 / tried."""
+        """Upper bound: at this rate, at most `seen` occurrences have that probability; about 3.7 / tried for none."""
         if self.seen == self.tried:
             return 1.0
         if self.seen == 0:
@@ -35,21 +35,21 @@ class Rate(msgspec.Struct, frozen=True):
 
     @property
     def always(self) -> bool:
-        """Whether every trial had it."""
+        """Whether every trial was a hit."""
         return self.seen == self.tried
 
     def __str__(self) -> str:
-        """Return it with its bounds: `3 of 8, 9 to 76 %`."""
+        """Counts with the bounds: `3 of 8, 9 to 76 %`."""
         return f"{self.seen} of {self.tried}, {100 * self.low:.3g} to {100 * self.high:.3g} %"
 
 
 def trials_to_see(rate: float) -> int:
-    """Return how many trials without it speak against a `rate` above 0, 39 to 1."""
+    """Number of trials without a hit that rules out a `rate` above 0, at odds of 39 to 1."""
     return 1 if rate >= 1 else math.ceil(math.log(_TAIL) / math.log1p(-rate))
 
 
 def _solve(rising: Callable[[float], float], level: float = _TAIL) -> float:
-    """Return where `rising`, from 0 at 0 to 1 at 1, reaches `level`."""
+    """Argument at which `rising`, from 0 at 0 to 1 at 1, reaches `level`."""
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -58,7 +58,7 @@ def _solve(rising: Callable[[float], float], level: float = _TAIL) -> float:
 
 
 def _beta(first: float, second: float, point: float) -> float:
-    """Return the regularised incomplete beta function: the chance of `first` or more in first + second - 1 trials."""
+    """Regularised incomplete beta function: the probability of `first` or more hits in first + second - 1 trials."""
     if point in (0.0, 1.0):
         return point
     if point > (first + 1) / (first + second + 2):
@@ -69,7 +69,7 @@ def _beta(first: float, second: float, point: float) -> float:
 
 
 def _fraction(first: float, second: float, point: float) -> float:
-    """Return the continued fraction of the incomplete beta function by Lentz's method (DLMF 8.17.22)."""
+    """Continued fraction of the incomplete beta function by Lentz's method (DLMF 8.17.22)."""
     upper, lower, value = 1.0, 0.0, 1.0
     for term in range(_TERMS):
         half = term // 2

@@ -1,4 +1,4 @@
-"""What one rank keeps of its passes while they run, for a bundle (bundle/); nothing is kept where none is asked for."""
+"""Rows that one rank records during its passes, for a bundle (bundle/); nothing is kept unless requested."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from distbench.workload.inputs import Workload
 class Seen(NamedTuple):
     """One pass on one rank, on the CPU.
 
-    sources int64 [total_recv, 2] in slot order; the rows that reached the experts, [0, live): `received`, and what the
-    experts made of them, bf16 [live, H].
+    sources int64 [total_recv, 2] in slot order; the rows that reached the experts, [0, live): `received`, and the
+    experts' output, bf16 [live, H].
     """
 
     sources: Tensor
@@ -26,7 +26,7 @@ class Seen(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """What the passes were made of, and what came out: tokens [n, H] of each arm, and of the oracle if there is one."""
+    """Inputs of the passes and their outputs: tokens [n, H] of each arm, and of the oracle if there is one."""
 
     workload: Workload
     batch: TokenBatch
@@ -35,13 +35,13 @@ class Finished(NamedTuple):
 
 
 class Recorder:
-    """Keeps what one rank sees of a case, for each kind of inputs apart."""
+    """Records one rank's view of a case, separately for each kind of inputs."""
 
     def __init__(self) -> None:
         self.parts: dict[str, PartRecorder] = {}
 
     def part(self, inputs: str) -> PartRecorder:
-        """Return what keeps the passes with one kind of inputs."""
+        """The recorder of the passes with one kind of inputs."""
         return self.parts.setdefault(inputs, PartRecorder())
 
 
@@ -54,7 +54,7 @@ class PartRecorder:
         self._fresh: dict[str, Seen] = {}
 
     def take(self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
-        """Copy what a pass made before combine lets the buffers go."""
+        """Copy the rows of a pass before combine releases the buffers."""
         live = min(int(given.num_local_tokens), given.rows, expert_out.shape[0])
         received = TokenBatch(
             hidden=_copied(given.hidden[:live]),
@@ -65,11 +65,11 @@ class PartRecorder:
         self._fresh[arm] = Seen(_copied(sources), received, _copied(expert_out[:live]))
 
     def keep(self) -> None:
-        """Keep the passes taken since the last repeat, in the place of earlier ones of the same arms."""
+        """Keep the passes taken since the last repeat, replacing earlier ones of the same arms."""
         self.seen |= self._fresh
 
     def finish(self, finished: Finished) -> None:
-        """Note that all passes have run."""
+        """Record the end of all passes."""
         self.finished = finished
 
 

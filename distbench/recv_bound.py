@@ -1,4 +1,4 @@
-"""The rows that SGLang cuts to on its own (SGLANG_MORI_RECV_BOUND), by release, and why it cuts to none.
+"""The rows that SGLang itself cuts to (SGLANG_MORI_RECV_BOUND), by release, and the reasons where it cuts nothing.
 
 Sources: `_select_recv_cap` and `mori_recv_bound` of the wheel 0.5.23 (`token_dispatcher/moriep.py`), and
 `_mori_decode_recv_bound` of 0.5.19 to 0.5.21 (`moe_runner/aiter.py`), which bounds decode batches only.
@@ -25,11 +25,11 @@ class Bound(NamedTuple):
 
 
 def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:
-    """Bound of SGLang's release for the case, in a launch of `local_ranks` on each node; None: all are on one.
+    """Bound of SGLang's release for the case, in a launch of `local_ranks` on each node; None: all are on one node.
 
     Raises:
-        InvalidCase: `sender_rows` or `sglang_version` is none.
-        Unsupported: the metadata is stale on some ranks only, where production cuts on the others alone.
+        InvalidCase: invalid `sender_rows` or `sglang_version`.
+        Unsupported: the metadata is stale on some ranks only; production then cuts on the others alone.
 
     """
     rule = rules_of(case.sglang_version).recv_bound
@@ -58,7 +58,7 @@ def _by_routes(case: Case, told: tuple[int, ...]) -> Bound:
 
 
 def _unproved(case: Case, told: tuple[int, ...], local_ranks: int | None) -> str:
-    """Reason why the newer rule does not trust the bound, or nothing."""
+    """Reason why the newer rule rejects the bound; empty for none."""
     kernel = production_kernel(case, local_ranks)
     if case.two_batch_overlap:
         return "not with two-batch overlap"

@@ -1,4 +1,4 @@
-"""A bundle's case once more, and what sets this run apart from the recorded one."""
+"""Replay of a bundle's case, and the differences between this run and the recorded one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _IGNORED_KEYS = (*DERIVED_KEYS, "hash", "kernel_table", "model")
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """One thing that is not as it was: what, as recorded, and here."""
+    """One difference: its subject, as recorded, and here."""
 
     what: str
     recorded: str
@@ -24,18 +24,18 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Replay(msgspec.Struct, frozen=True):
-    """Whether the same failure came up again, and everything that differs, what matters most first."""
+    """Whether the same failure was reproduced, and all differences, the most important first."""
 
     reproduced: bool
     differences: list[Difference]
 
 
 def compare(recorded: Report, here: Report) -> Replay:
-    """Return how a run here compares with the recorded one.
+    """Comparison of a run here with the recorded one.
 
-    Reproduced is the same verdict, first wrong stage, rank and arm, and surest cause; where no stage was judged, the
-    same rank in the same stage of the first reason. Bits are compared by the digests of each arm on each rank, and may
-    differ where kernels do.
+    Reproduced means the same verdict, first wrong stage, rank and arm, and most certain cause; where no stage was
+    judged, the same rank in the same stage of the first reason. Bits are compared by the digests of each arm on each
+    rank, and may differ where kernels do.
     """
     outcome = [
         *_differ("ending", str(signature(recorded)), str(signature(here))),
@@ -79,7 +79,7 @@ def _environment(recorded: Report, here: Report) -> Iterator[Difference]:
 
 
 def _ranks(recorded: Report, here: Report) -> Iterator[Difference]:
-    """Yield, for each arm, the kernels and the ranks whose bits are not those that were recorded."""
+    """Yield, for each arm, the kernels and the ranks whose bits differ from the recorded ones."""
     pairs = list(zip(recorded.ranks, here.ranks, strict=False))
     arms = dict.fromkeys(arm for then, _ in pairs for arm in then.digests)
     for arm in arms:

@@ -1,4 +1,4 @@
-"""How a case is put together: from layers, of which the first that has a key wins.
+"""Resolution of a case from layers, of which the first that has a key wins.
 
 Flags, case file, production environment, model preset, defaults, in this order.
 """
@@ -28,10 +28,10 @@ _UNTIL_FAILURE = 10_000
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """Values from one place. `strict` layers are typed (files); the others hold text (flags, environment).
+    """Values from one source. `strict` layers are typed (files); the others hold text (flags, environment).
 
-    `unsupported` says why distbench cannot run what the layer selects: it is raised where one of its values would be
-    taken, or where it has none. A layer does not apply to a case whose value for a key is the one in `unless`.
+    `unsupported` is the reason why distbench cannot run the layer's selection: it is raised where one of its values
+    would be used, or where it has none. A layer does not apply to a case whose value for a key is the one in `unless`.
     """
 
     source: str
@@ -42,7 +42,7 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class Resolved(msgspec.Struct, frozen=True):
-    """A case and, for every key, the place its value came from."""
+    """A case and, for every key, the source of its value."""
 
     case: Case
     sources: dict[str, str]
@@ -52,11 +52,11 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
     """Merge `layers`, the strongest first, with preset and defaults into a checked case.
 
     `ep_size` is the number of ranks that run, or None to take it from the layers (8 where they have none). Without
-    `fit` values that do not fit each other are let through, for check_fit to find.
+    `fit`, values that do not fit together pass, for check_fit to find.
 
     Raises:
-        InvalidCase: an unknown key, a bad value, or values that do not fit each other.
-        Unsupported: the environment selects what distbench does not run.
+        InvalidCase: an unknown key, a bad value, or values that do not fit together.
+        Unsupported: the environment selects a feature that distbench does not run.
 
     """
     values: dict[str, Any] = {}
@@ -122,10 +122,10 @@ def decode_table(path: str, content: bytes) -> dict[str, Any]:
 
 
 def typed_value(key: str, raw: Any, layer: Layer) -> Any:
-    """Return `raw` as the type of the case key `key`; tokens may still end in "...".
+    """`raw` converted to the type of the case key `key`; tokens may still end in "...".
 
     Raises:
-        InvalidCase: no such key, or not such a value.
+        InvalidCase: an unknown key, or an invalid value.
 
     """
     if key not in FIELD_TYPES:
@@ -144,7 +144,7 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
 
 
 def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Take what no stronger layer has."""
+    """Add the keys that no stronger layer has."""
     if any(values.get(key, FIELD_DEFAULTS.get(key)) == value for key, value in layer.unless.items()):
         return
     taken = [key for key in layer.values if key not in values and key not in DERIVED_KEYS]
@@ -201,7 +201,7 @@ def _require_dimensions(values: Mapping[str, Any]) -> None:
 
 
 def _architecture(values: dict[str, Any]) -> str:
-    """Return that of the device that the stand-ins imitate, or of this node's where the case may use it."""
+    """Architecture of the device that the stand-ins imitate, or of this node's device where the case may use it."""
     if values["emulate"]:
         return arch_of(values["cu_count"])
     return "" if values["device"] == "cpu" else architecture()
@@ -228,7 +228,7 @@ def _table_digest(path: str, source: str) -> str:
 
 
 def check_fit(case: Case) -> None:
-    """Refuse values that do not fit each other.
+    """Refuse values that do not fit together.
 
     Raises:
         InvalidCase: names them, and a value that would fit.

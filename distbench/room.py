@@ -1,4 +1,4 @@
-"""What a launch takes of a node besides memory: disk, shared memory, open files. Estimates, measured on EP1 to EP16."""
+"""Resources of a launch besides memory: disk, shared memory, open files. Estimates, measured on EP1 to EP16."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _PAGE_BYTES = 4096
 
 _LITTLE_BYTES = 64 << 10
 
-# A report: its frame, each rank's record, raw times of timed iterations on each rank and in all, and of repeats.
+# A report: its frame, each rank's record, raw times of timed iterations per rank and in all, and of repeats.
 _FRAME_BYTES, _RANK_BYTES = 8 << 10, 2 << 10
 _RANK_SAMPLE_BYTES, _RANK_SAMPLES = 18, 512
 _ITERATION_BYTES = 90
 _REPEAT_BYTES, _REPEATS = 120, 1000
 
-# torchrun's agent and its ranks meet at semaphores of a page each.
+# torchrun's agent and its ranks use semaphores of a page each.
 _AGENT_PAGES, _RANK_PAGES = 16, 4
-# What NCCL takes for one direction between two devices that do not reach each other's memory, and their directions.
+# NCCL's bytes for one direction between two devices without peer access, and the number of directions.
 _NCCL_BYTES, _NCCL_CHANNELS = 9_637_888, 2
 
-# The supervisor's files: node 0's has the store to which all ranks connect, and a connection to each other node. And
-# those of a rank, which has a socket to each other, and queues, another socket and the file of those on its node.
+# The supervisor's files: node 0's also hold the store to which all ranks connect, and a connection to each other node.
+# And those of a rank: a socket to each other rank, and for ranks of its node queues, another socket and a file.
 _AGENT_FILES, _FILES_FOR_RANK, _FILES_FOR_FAR_RANK = 32, 7, 2
 _RANK_FILES = 32
 _MOST_LOCAL_RANKS = 124
 
 
 def report_bytes(cases: Iterable[Case]) -> int:
-    """Return about what the reports of these cases take on disk."""
+    """Estimated bytes of the reports of these cases on disk."""
     return sum(_one_report(case) for case in cases)
 
 
@@ -46,10 +46,10 @@ def _one_report(case: Case) -> int:
 
 
 def prove_room(out: Path, case: Case) -> None:
-    """Prove that `out` can take another report of `case`: a rank that died may have had no room for its last words.
+    """Prove that `out` has room for another report of `case`: a dead rank may have lacked room for its failure file.
 
     Raises:
-        DiskFull: it cannot.
+        DiskFull: it has none.
 
     """
     try:
@@ -63,9 +63,10 @@ def prove_room(out: Path, case: Case) -> None:
 
 
 def allow_open_files(local_ranks: int, ranks: int, limits: tuple[int, int] | None = None) -> None:
-    """Let this process and the ranks that it starts open as many files as a launch of `ranks` takes.
+    """Let this process and the ranks that it starts open as many files as a launch of `ranks` needs.
 
-    `limits` are the soft and the hard limit, for tests; None asks the system, and raises its soft limit where needed.
+    `limits` are the soft and the hard limit, for tests; None queries the system, and raises its soft limit where
+    needed.
 
     Raises:
         LaunchFailed: names the files needed and those that the hard limit allows.
@@ -96,13 +97,13 @@ def _allows(limit: int, needed: int) -> bool:
 
 
 def check_shared_memory(local_ranks: int, *, on_devices: bool, free: int | None = None) -> tuple[str, ...]:
-    """Refuse a launch for which /dev/shm has no room, and return a warning where NCCL may find too little there.
+    """Refuse a launch for which /dev/shm has no room; return a warning where NCCL may find too little of it.
 
-    The emulated heap of mori and gloo take none. NCCL takes some only where devices do not reach each other's memory,
-    which cannot be asked before ranks start. `free` is in bytes; None asks the system, where there is a /dev/shm.
+    The emulated heap of mori and gloo use none. NCCL uses some only where devices have no peer access, which cannot be
+    queried before ranks start. `free` is in bytes; None queries the system, where there is a /dev/shm.
 
     Raises:
-        Unsupported: names the bytes needed and free, and what to do.
+        Unsupported: names the bytes needed and free, and the fix.
 
     """
     found = _free_bytes() if free is None else free

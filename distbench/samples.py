@@ -10,13 +10,13 @@ _NORMAL_95 = 1.96
 
 
 def percentile(samples: Sequence[float], percent: int) -> float:
-    """Return the smallest sample that at least `percent` in a hundred do not exceed (nearest rank)."""
+    """Smallest sample that at least `percent` % of the samples do not exceed (nearest rank)."""
     ordered = sorted(samples)
     return ordered[max(-(-percent * len(ordered) // 100), 1) - 1]
 
 
 def median_error(samples: Sequence[float]) -> float | None:
-    """Return half the width of the median's 95 % confidence interval, as a share of the median.
+    """Half the width of the median's 95 % confidence interval, as a share of the median.
 
     The interval lies between order statistics and assumes no distribution (Conover, "Practical Nonparametric
     Statistics", the quantile interval). None for fewer than 6 samples, which hold no such interval.

@@ -1,4 +1,4 @@
-"""One rank's place among the ranks that torchrun started: process groups, device, and what all must agree on."""
+"""One rank's session among the ranks that torchrun started: process groups, device, and agreement between ranks."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from distbench.process import usable_cores
 from distbench.waits import collective, waiting
 
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
-"""The variable that, at 0, has ranks of one host talk as those of several do."""
+"""Environment variable; 0 makes ranks of one host communicate as those of several hosts do."""
 
 _WORD_BYTES = 8
-# A rank that waits to be called looks so often, and says so often that it stands still for no other reason.
+# Poll interval of a rank outside the group, and its heartbeat interval, which keeps it from counting as hung.
 _POLL_S = 0.02
 _SAID_S = 0.5
 
@@ -40,9 +40,9 @@ class _Group(NamedTuple):
 
 
 class Session:
-    """Open from start to end of a launch; cases come and go. `local_ranks` of its ranks are on this node.
+    """Open for a whole launch, over many cases. `local_ranks` of its ranks are on this node.
 
-    `group` are the ranks of the case, and `shared` is the memory that these share, if they are on one host.
+    `group` are the ranks of the case. `shared` is their shared memory, if they are on one host.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Session:
     ) -> None:
         """Join the process group that torchrun's variables describe; no collective may take `timeout_s`. Collective.
 
-        `accelerated` looks for a device for each rank of the node, and joins NCCL (on ROCm: RCCL) beside gloo.
+        `accelerated` takes a device for each rank of the node, and joins NCCL (on ROCm: RCCL) as well as gloo.
         """
         self.crumbs = crumbs
         self.rank = int(environ["RANK"])
@@ -85,8 +85,8 @@ class Session:
     def enter(self, ep_size: int) -> bool:
         """Make the first `ep_size` ranks the group of the next case; whether this rank is in it. Collective there.
 
-        Ranks outside go on at once, and wait where they are needed again: for all the cases between, which no time
-        limit covers. Rank 0 calls them before it begins; until then they are ahead of it.
+        Ranks outside proceed at once, and wait at the next case that needs them, through all cases in between, without
+        a time limit. Rank 0 calls them before that case begins; until then they are ahead of it.
         """
         before, self._entered = self._entered, ep_size
         self._calls += ep_size > before
@@ -106,8 +106,8 @@ class Session:
     def _create_group(self, ep_size: int) -> None:
         """Create the group of the first `ep_size` ranks, once. Collective there; other ranks return at once.
 
-        torch names a group by the number of groups that the process has created or taken part in, so all ranks have
-        to call this for all groups in one order: the order of the cases.
+        torch names a group by the number of groups that the process has created or joined, so all ranks have to call
+        this for all groups in one order: the order of the cases.
         """
         if ep_size in self._created:
             return
@@ -120,14 +120,14 @@ class Session:
         self._groups[ep_size] = self._group_of(members)
 
     def _group_of(self, members: dist.ProcessGroup) -> _Group:
-        """Return a group with the memory that its ranks share, if they do. Collective."""
+        """A group with the memory that its ranks share, if they do. Collective."""
         everyones = partial(_table, members)
         with waiting("group creation"):
             found = find_neighbours(self.rank, everyones, self._timeout_s, willing=self._sharing)
         return _Group(members, found and SharedMemory(found))
 
     def _wait_for(self, call: str) -> None:
-        """Wait without a limit of time. Polls: whenever the store's own wait runs out, torch prints a warning."""
+        """Wait without a time limit. Polls: whenever the store's own wait times out, torch prints a warning."""
         said = time.monotonic()
         with waiting("store of the launch"):
             while not self._store.check([call]):
@@ -137,10 +137,10 @@ class Session:
                 time.sleep(_POLL_S)
 
     def use(self, asked: str) -> None:
-        """Take the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch decide alike.
+        """Select the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch resolve alike.
 
         Raises:
-            Unsupported: on every rank, where `cuda` was asked for and a node has fewer devices than ranks.
+            Unsupported: on every rank, where `cuda` was requested and a node has fewer devices than ranks.
 
         """
         if not runs_on_device(asked, self._devices, self.local_ranks):
@@ -156,13 +156,13 @@ class Session:
         return torch.device("cuda", self._local_rank) if enough else torch.device("cpu")
 
     def agree(self, case_digest: str, probe: Tensor, counts: Tensor) -> Tensor:
-        """Prove that all ranks hold one case and one workload, and return everyone's row counts. Collective.
+        """Prove that all ranks hold one case and one workload, and return the row counts of all ranks. Collective.
 
         `case_digest` is the case's hash, `probe` int64 [p] a digest of generated inputs that every rank must share,
         `counts` int64 [W] the rows that this rank sends to each. Returns int64 [W, W] on the CPU.
 
         Raises:
-            InvalidCase: on every rank, naming the ranks that hold something else than rank 0.
+            InvalidCase: on every rank, naming the ranks that differ from rank 0.
 
         """
         raw = bytearray.fromhex(case_digest)
@@ -179,7 +179,7 @@ class Session:
         """Refuse, on every rank of the case's group, ranks that hold another `value` than rank 0. Collective.
 
         Raises:
-            InvalidCase: names those ranks, `what` they disagree on, and the fix.
+            InvalidCase: names those ranks, the subject `what`, and the fix.
 
         """
         table = self._everyones(torch.tensor([value]))
@@ -187,10 +187,10 @@ class Session:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Have every rank of the case's group refuse what one of them refuses in this context. Collective at its end.
+        """Make every rank of the case's group refuse an input that one of them refuses here. Collective at its end.
 
         Raises:
-            InvalidCase, Unsupported: as raised here, or of the first other rank that did, which is named.
+            InvalidCase, Unsupported: as raised here, or by the first other rank that raised, which is named.
 
         """
         refusal: InvalidCase | Unsupported | None = None
@@ -211,7 +211,7 @@ class Session:
         return bool(self._everyones(torch.tensor([value])).any())
 
     def gathered(self, mine: Tensor) -> Tensor:
-        """Return every rank's tensor, of one shape and dtype: [W, ...] on rank 0, [0, ...] elsewhere.
+        """Tensors of all ranks, of one shape and dtype: [W, ...] on rank 0, [0, ...] elsewhere.
 
         Collective, in the case's group.
         """
@@ -223,11 +223,11 @@ class Session:
         return everyone
 
     def announce(self, value: int) -> int:
-        """Return rank 0's value on every rank. Collective, over all ranks of the launch."""
+        """Rank 0's value on every rank. Collective, over all ranks of the launch."""
         return self.share([value])[0]
 
     def share(self, values: Sequence[int]) -> list[int]:
-        """Return rank 0's values, as many on every rank, everywhere. Collective, over all ranks of the launch."""
+        """Rank 0's values on every rank; all ranks pass the same number. Collective, over all ranks of the launch."""
         shared = torch.tensor(values, dtype=torch.int64)
         with collective("broadcast"):
             dist.broadcast(shared, group=self._groups[self.world_size].process_group, group_src=0)
@@ -235,33 +235,33 @@ class Session:
         return numbers
 
     def meet(self) -> None:
-        """Wait for every rank of the launch. Collective, over all of them."""
+        """Barrier over all ranks of the launch. Collective."""
         with collective("barrier"):
             dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=self._groups[self.world_size].process_group)
 
     def at_close(self, leave: Callable[[], None]) -> None:
-        """Have `leave` called before the process groups are left, the last one given first."""
+        """Register `leave`, called before the process groups are destroyed, in reverse order of registration."""
         self._closing.callback(leave)
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Destroy the process groups."""
         self._closing.close()
         dist.destroy_process_group()
 
     def _fewest_devices(self) -> int:
-        """Return this node's devices, or none where some node has fewer than ranks. Collective."""
+        """Number of this node's devices, or 0 where some node has fewer devices than ranks. Collective."""
         enough = torch.tensor([self._devices >= self.local_ranks], dtype=torch.int64)
         with collective("all_reduce"):
             dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         return self._devices if int(enough) else 0
 
     def _everyones(self, mine: Tensor) -> Tensor:
-        """Return every rank's row [c] of the case's group, [W, c]. Collective."""
+        """Rows [c] of all ranks of the case's group, as [W, c]. Collective."""
         return _table(self.group, mine) if self.shared is None else self.shared.everyones(mine)
 
 
 def _table(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
-    """Return every rank's row [c], [W, c]. Gathering and broadcasting takes gloo a fifth of its all-gather's time."""
+    """Rows [c] of all ranks, as [W, c]. With gloo, gather and broadcast take a fifth of the time of all-gather."""
     table = mine.new_empty(dist.get_world_size(group), mine.numel())
     with collective("all_gather", mine.get_device()):
         dist.gather(mine, list(table) if dist.get_rank(group) == 0 else None, group=group, group_dst=0)
@@ -270,11 +270,11 @@ def _table(group: dist.ProcessGroup, mine: Tensor) -> Tensor:
 
 
 def _share_cores(local_rank: int, local_ranks: int) -> None:
-    """Give each rank its share of the threads; where ranks outnumber cores, let each finish its turn, and on its core.
+    """Give each rank its share of the threads; where ranks outnumber cores, use batch scheduling and pin to a core.
 
-    A message that wakes one rank would otherwise interrupt another in the middle of its work, which costs tiny cases
-    about a seventh of their time, and wakes it where another core has its data: a sixteenth. Cores that would get
-    unequal numbers of ranks are left to the scheduler.
+    Otherwise a message that wakes one rank would preempt another in the middle of its work, which costs tiny cases
+    about a seventh of their time, and might wake it on another core than its cached data: a sixteenth. Cores that would
+    get unequal numbers of ranks are left to the scheduler.
     """
     cores = usable_cores()
     torch.set_num_threads(max(cores // local_ranks, 1))

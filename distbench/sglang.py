@@ -1,7 +1,7 @@
-"""What of SGLang's MoRI path depends on its release: the variables that it reads, their words, its receive bound.
+"""Release-dependent rules of SGLang's MoRI path: the variables that it reads, their values, its receive bound.
 
-Read in the wheels 0.5.9 to 0.5.23 (`token_dispatcher/moriep.py`, `moe_runner/aiter.py`, `environ.py`), each of them for
-each rule: docs/production.md has the table.
+Read in the wheels 0.5.9 to 0.5.23 (`token_dispatcher/moriep.py`, `moe_runner/aiter.py`, `environ.py`), each of them
+for each rule: docs/production.md has the table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from distbench.errors import InvalidCase
 from distbench.versions import VersionKey, version_key
 
 NEWEST = "0.5.23"
-"""The newest release that was read; a later one is taken to be like it."""
+"""The newest release whose source was read; later ones are assumed to be like it."""
 FIRST = "0.5.9"
 """The first release with a MoRI path."""
 
@@ -41,7 +41,7 @@ class Span(NamedTuple):
     last: str = ""
 
     def __str__(self) -> str:
-        """The span in words."""
+        """The span as text."""
         return f"{self.first} to {self.last}" if self.last else f"{self.first} and later"
 
 
@@ -76,14 +76,14 @@ class SglangRules(msgspec.Struct, frozen=True, kw_only=True):
     """The rules of one generation of releases."""
 
     recv_bound: Literal["", "routes", "senders"] = ""
-    """What SGLANG_MORI_RECV_BOUND cuts at: nothing, the sum of tokens times top-k, or that of tokens, rounded up."""
+    """SGLANG_MORI_RECV_BOUND cuts at nothing, at the sum of tokens times top-k, or at that of tokens, rounded up."""
     yes_words: tuple[str, ...] = _YES
     no_words: tuple[str, ...] = ("false", "0")
-    """The words of SGLANG_MORI_RECV_BOUND, in lower case; others leave it off, with a warning."""
+    """Valid values of SGLANG_MORI_RECV_BOUND, in lower case; others leave it off, with a warning."""
     dispatch_words: tuple[str, ...] = ("auto", "bf16", "fp8", "fp4")
     combine_words: tuple[str, ...] = ()
     fp8_combine: Literal["none", "fp8_direct_cast", "fp8_blockwise"] = "none"
-    """What SGLANG_MORI_FP8_COMB=true makes of combine."""
+    """Quantisation of combine under SGLANG_MORI_FP8_COMB=true."""
 
 
 def _generations() -> dict[str, SglangRules]:
@@ -106,7 +106,7 @@ SGLANG_RULES = _generations()
 
 
 def rules_of(version: str) -> SglangRules:
-    """Rules of an SGLang release; of none (""), those of the newest.
+    """Rules of an SGLang release; of the newest for "".
 
     Raises:
         InvalidCase: not a version, or one without a MoRI path.
@@ -129,17 +129,17 @@ def reads(name: str, version: str) -> bool:
 
 
 def enables(text: str) -> bool:
-    """Whether MoRI takes `text` for on: every word but nothing, 0, false, off and no (`IsEnvVarEnabled`)."""
+    """Whether MoRI reads `text` as on: anything but the empty text, 0, false, off and no (`IsEnvVarEnabled`)."""
     return bool(text) and text.lower() not in _OFF_WORDS
 
 
 def sglang_enables(text: str) -> bool:
-    """Whether SGLang takes `text` for on (`get_bool_env_var`)."""
+    """Whether SGLang reads `text` as on (`get_bool_env_var`)."""
     return text.lower() in _YES
 
 
 def _next(version: str) -> VersionKey:
-    """Key of the release after `version`, so that post releases of it belong to it."""
+    """Key of the release after `version`, so that its post releases belong to it."""
     head, _, last = version.rpartition(".")
     return _key(f"{head}.{int(last) + 1}.dev0")
 

@@ -1,7 +1,7 @@
-"""Loaded last by the process that ranks are forked from, so that they go on sharing the memory that it holds.
+"""Preloaded last by the fork server, so that the forked ranks keep sharing its memory.
 
-A collection of garbage writes to every object that it looks at, and a page that a rank writes to becomes its own: some
-30 MiB of each rank. Objects that are frozen are passed over.
+Garbage collection writes to every object that it visits, and a page that a rank writes to becomes its own: some
+30 MiB of each rank. Frozen objects are skipped.
 """
 
 from __future__ import annotations

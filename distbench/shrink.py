@@ -1,4 +1,4 @@
-"""The smallest case that fails in the same way: first up from the smallest, then down in one dimension at a time."""
+"""The smallest case with the same failure: first upwards from the smallest, then down one dimension at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distbench.workload.kinds import parse_routing
 Changes = dict[str, Any]
 
 Ladder = Callable[[Case, Sequence[str]], Iterator[Changes]]
-"""Changes that lower one dimension of a case, the lowest first; limits go with those that change what is received."""
+"""Changes that lower one dimension of a case, the lowest first; limits follow changes of the rows received."""
 
 _SEEDS = 4
 _FEW_TOKENS = 64
@@ -27,7 +27,7 @@ _COSTLY = 1 << 28
 
 
 class Step(msgspec.Struct, frozen=True):
-    """A case on the way down, and what had been spent until then."""
+    """A smaller case that still fails, and the cases and launches spent so far."""
 
     what: str
     case: Case
@@ -36,7 +36,7 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Shrunk(msgspec.Struct, frozen=True, kw_only=True):
-    """How the case failed, all the way down, and the smallest case with its report."""
+    """The failure's signature, and the smallest case that has it, with its report."""
 
     same: Signature
     case: Case
@@ -44,12 +44,12 @@ class Shrunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shrink(lab: Lab, case: Case, tell: Callable[[Step], None], known: Report | None = None) -> Shrunk:
-    """Make a failing case small, as long as verdict, first wrong stage and surest cause stay the same.
+    """Reduce a failing case while verdict, first wrong stage and most certain cause stay the same.
 
-    `tell` hears of every smaller case. `known` is a report of the case, which then need not run as it is. First come
-    cases far smaller than the given one, growing until one fails: a large case costs what hundreds of small ones do.
-    Then one dimension after the other is lowered, until none can be. One launch does, and one more for each candidate
-    that loses its ranks.
+    `tell` receives every smaller case. `known` is a report of the case, which then need not run unchanged. Cases far
+    smaller than the given one run first, growing until one fails: a large case costs as much as hundreds of small ones.
+    Then one dimension after another is lowered, until none can be. This takes one launch, and another for each
+    candidate that loses its ranks.
 
     Raises:
         InvalidCase: the case does not fail here, or not as its report says.
@@ -105,7 +105,7 @@ def _growing(case: Case, limits: Sequence[str]) -> Iterator[list[Case]]:
 
 
 def _sizes(case: Case, level: int) -> dict[str, int]:
-    """Return each dimension at 2 to the `level` times the smallest worth a try (tokens: 4 to the), at most as given."""
+    """Each dimension at 2^`level` times the smallest useful value (tokens: 4^`level`), at most as given."""
     tokens = 2 << 2 * level
     return {
         "ep_size": min(case.ep_size, 2 << level),
@@ -119,7 +119,7 @@ def _sizes(case: Case, level: int) -> dict[str, int]:
 
 
 def _candidates(case: Case, shapes: list[dict[str, int]], limits: Sequence[str], seeds: int) -> list[Case]:
-    """Return the case in those shapes that make sense, with other seeds too: few tokens are easily missed."""
+    """Valid cases in those shapes, also with other seeds: a few tokens may miss the failure."""
     found = []
     for seed in range(case.seed, case.seed + seeds):
         for sizes in shapes:
@@ -133,7 +133,7 @@ def _candidates(case: Case, shapes: list[dict[str, int]], limits: Sequence[str],
 
 
 def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
-    """Return what has to change for the first `ranks` ranks alone, none with more than `tokens` tokens."""
+    """Changes that leave only the first `ranks` ranks, none with more than `tokens` tokens."""
     routing = parse_routing(case.routing)
     if routing.kind in ("hot-rank", "fan-in"):
         routing = msgspec.structs.replace(routing, parameter=int(routing.parameter) % ranks)
@@ -147,7 +147,7 @@ def _on_ranks(case: Case, ranks: int, tokens: int) -> Changes:
 
 
 def _placed(fault: Injection, ranks: int) -> str:
-    """Return an injected fault, one on a rank that is gone on the last that is left: it means any one rank."""
+    """An injected fault; one on a removed rank moves to the last remaining rank: it stands for any one rank."""
     options = dict(fault.options)
     if options.get("rank", "").isdigit():
         options["rank"] = str(min(int(options["rank"]), ranks - 1))
@@ -155,7 +155,7 @@ def _placed(fault: Injection, ranks: int) -> str:
 
 
 def _limits(case: Case, report: Report) -> list[str]:
-    """Return the limit, and limits as far from the rows received, for cases that receive fewer."""
+    """The limit, and limits at the same distance from the rows received, for cases that receive fewer rows."""
     found = [case.limit]
     if report.limit is not None and report.limit.effective is not None and not report.limit.safe:
         found += [f"max-recv-{report.limit.max_recv - report.limit.effective}", "max-recv-1"]
@@ -165,7 +165,7 @@ def _limits(case: Case, report: Report) -> list[str]:
 
 
 def _lowered(lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report], bool]) -> Case | None:
-    """Return the case with one dimension after the other as low as it then still fails the same, or None.
+    """The case with each dimension in turn as low as it still fails the same, or None.
 
     Where each case takes seconds, only the lowest value and the middle one are tried.
     """
@@ -180,7 +180,7 @@ def _lowered(lab: Lab, case: Case, limits: Sequence[str], same: Callable[[Report
 
 
 def _work(case: Case) -> int:
-    """Return the elements of weights that are made and of routed rows that are multiplied."""
+    """Work of a case: weights generated and routed rows multiplied, in elements."""
     return (case.num_experts + sum(case.tokens)) * case.hidden_size * case.intermediate_size
 
 
@@ -195,7 +195,7 @@ def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
 
 
 def _experts(case: Case, ranks: int) -> int:
-    """Return as many experts a rank as the case has, or as its top-k needs on fewer ranks."""
+    """Experts for fewer ranks: as many per rank as the case has, or as its top-k needs."""
     return max(case.experts_per_rank, -(-case.topk // ranks)) * ranks
 
 
@@ -229,7 +229,7 @@ def _plainer_routing(case: Case, _: Sequence[str]) -> Iterator[Changes]:
 
 
 def _below(value: int, least: int) -> list[int]:
-    """Return numbers from `least` up to `value` - 1, lowest first: its doubles, and halves of the way to `value`."""
+    """Numbers from `least` up to `value` - 1, lowest first: its doublings, and halves of the way to `value`."""
     found, step = set(), value - least
     while step > 0:
         found.add(value - step)

@@ -1,4 +1,4 @@
-"""The signals that end a bench: at once at first, then raised in the main thread; collected while ranks are watched."""
+"""Signals that end a bench: at once during start-up, then raised in the main thread; collected while ranks run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-# Ctrl-C, a scheduler that takes the node back, a terminal that was closed.
+# Ctrl-C, a scheduler that reclaims the node, a terminal that was closed.
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 STACKS_SIGNAL = signal.SIGUSR1
-"""Asks a rank for its stacks."""
+"""Requests a rank's stacks."""
 
 
-# What has been raised. Where a destructor or a weak reference's callback runs, as in the import system, it gets lost.
+# Signals already raised: an exception in a destructor or a weakref callback, as in the import system, is lost.
 _raised: list[int] = []
 
 
 class Interrupted(BaseException):
-    """A signal asked for the end; the ranks are gone. As KeyboardInterrupt, it is no error that a library handles."""
+    """A signal requested the end; no rank is left. Like KeyboardInterrupt, it is no error that a library handles."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -29,31 +29,31 @@ class Interrupted(BaseException):
 
 
 def leave(why: Interrupted) -> NoReturn:
-    """End this process without tidying up: there is nothing yet."""
+    """End this process without cleanup: there is nothing to clean up yet."""
     os.write(2, f"distbench: INTERRUPTED: {why}, before anything had begun\n".encode())
     os._exit(why.exit_code)
 
 
 def leave_by_signals() -> None:
-    """Let ENDING_SIGNALS end this process at once, for as long as nothing has begun. nohup keeps its meaning.
+    """Make ENDING_SIGNALS end this process at once, during start-up only. nohup keeps its effect.
 
-    A library that an exception met while it was loaded by half may go on, and crash later.
+    A library whose import is interrupted by an exception may continue, and crash later.
     """
     for number in _heeded():
         signal.signal(number, _leave)
 
 
 def raise_signals() -> None:
-    """Let ENDING_SIGNALS raise `Interrupted` from now on. nohup keeps its meaning."""
+    """Make ENDING_SIGNALS raise `Interrupted` from now on. nohup keeps its effect."""
     for number in _heeded():
         signal.signal(number, _raise)
 
 
 @contextlib.contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collect ENDING_SIGNALS instead of ending by them; yields the list that they go to. nohup keeps its meaning.
+    """Collect ENDING_SIGNALS instead of ending; yields the list that they are appended to. nohup keeps its effect.
 
-    The list begins with those that were raised before and got lost.
+    The list begins with signals that were raised before and lost.
     """
     received = list(_raised)
 

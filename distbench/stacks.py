@@ -1,7 +1,7 @@
-"""A rank's answer to STACKS_SIGNAL: its Python stacks, and what NCCL's flight recorder knows of its device.
+"""A rank's answer to STACKS_SIGNAL: its Python stacks, and the NCCL flight recorder's state of its device.
 
-A thread of its own takes the signal. The main thread may be in a call of the driver that no signal interrupts, and the
-dump, which faulthandler writes in the signal's handler, needs neither that thread nor the interpreter's lock.
+A separate thread takes the signal. The main thread may be in a driver call that no signal interrupts; the dump, which
+faulthandler writes in the signal handler, needs neither that thread nor the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MANY = 64
 
 
 def answer_with_stacks(path: Path) -> None:
-    """Write stacks to `path`, made anew, whenever this process gets STACKS_SIGNAL. Called once, by the main thread."""
+    """Write stacks to a new file at `path` whenever this process gets STACKS_SIGNAL. Call once, in the main thread."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -33,14 +33,14 @@ def answer_with_stacks(path: Path) -> None:
 
 
 def _add_recorder(reader: int, file: int) -> None:
-    """Append what the flight recorder knows after each dump. It needs the interpreter's lock, and so may come never."""
+    """Append the flight recorder's state after each dump. Needs the interpreter's lock, so it may never happen."""
     while signals := os.read(reader, _MANY):
         if STACKS_SIGNAL in signals and (groups := _recorded()):
             os.write(file, f"{as_line(groups)}\n".encode())
 
 
 def _recorded() -> list[Group]:
-    """Return the last collectives of each NCCL group; nothing where torch has no NCCL, or no recorder in JSON."""
+    """Last collectives of each NCCL group; empty where torch has no NCCL, or no recorder in JSON."""
     import torch  # noqa: PLC0415 - a rank has loaded it
 
     functions = vars(getattr(torch._C, "_distributed_c10d", None) or object)  # noqa: SLF001 - torch names no other way

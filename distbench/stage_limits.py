@@ -1,4 +1,4 @@
-"""How long a rank may stand in one stage before it counts as hanging."""
+"""Time limits of stages: a rank that stays in one stage longer counts as hung."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from distbench.breadcrumbs import STAGES
 from distbench.case import Case
 from distbench.errors import InvalidCase
 
-# What the slowest machine worth waiting for does in a second; work beyond that is added to the case's own limit.
+# Work per second of the slowest machine worth supporting; the time of more work is added to the case's own limit.
 _FLOPS_PER_S = 1e9
 _BYTES_PER_S = 50e6
 _COMPILE_SECONDS = 3600.0
-# What a case without tokens costs, beside such rates.
+# Seconds of a case without tokens, added to these rates.
 _FIXED_SECONDS = 0.1
 _MAX_SECONDS = 86400.0
 
 
 def parse_stage_timeouts(text: str) -> dict[str, float]:
-    """Read `stage=seconds,…`.
+    """Parse `stage=seconds,…`.
 
     Raises:
-        InvalidCase: no such stage, or no such number of seconds.
+        InvalidCase: an unknown stage, or an invalid number of seconds.
 
     """
     limits = {}
@@ -43,9 +43,9 @@ def compiles(case: Case) -> bool:
 
 
 def stage_limit(case: Case, stage: str) -> float:
-    """Return the seconds that `stage` of `case` may take: as given for the stage, else for all, and what its size asks.
+    """Seconds that `stage` of `case` may take: the limit given for the stage, else for all, plus time for its size.
 
-    The size is the worst case: all tokens of all ranks on one.
+    The size is the worst case: all tokens of all ranks on one rank.
     """
     given = parse_stage_timeouts(case.stage_timeouts)
     allowed = given[stage] if stage in given else case.timeout + _work_seconds(case, stage)
@@ -53,7 +53,7 @@ def stage_limit(case: Case, stage: str) -> float:
 
 
 def case_work(case: Case) -> float:
-    """Work of a whole case, by which cases of one machine are compared: in seconds of a machine far too slow."""
+    """Work of a whole case, to compare cases on one machine: in seconds of a far slower machine."""
     arm = sum(_work_seconds(case, stage) for stage in ("dispatch", "experts", "combine", "check", "gather"))
     runs = case.repeats + case.iterations + (case.warmup if case.iterations else 0)
     return _FIXED_SECONDS + _work_seconds(case, "workload") + arm * runs

@@ -21,9 +21,9 @@ _GOODBYE_S = 5.0
 
 
 class StandingRanks:
-    """Runs jobs as `supervise` does, on the ranks of the last job where these are left and fit the next one.
+    """Runs jobs as `supervise` does, on the ranks of the last job where they are alive and fit the next one.
 
-    Ranks that were lost are started anew with the next job, as are more ranks, or ranks with devices.
+    Lost ranks are restarted with the next job; so are all ranks where it needs more of them, or devices.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class StandingRanks:
         return concluded(job, agent, watch)
 
     def close(self) -> None:
-        """Send the ranks home."""
+        """End the ranks."""
         agent, first, self._agent = self._agent, self._first, None
         if agent is None or first is None:
             return
@@ -74,7 +74,7 @@ class StandingRanks:
         end(agent, Watch(first, agent))
 
     def _hand_over(self, job: Job) -> Agent:
-        """Give `job` to the ranks that are there, or to new ones."""
+        """Hand `job` to the live ranks, or to new ones."""
         if self._agent is not None and self._first is not None and self._agent.is_alive() and _fits(self._first, job):
             self._write(job)
             return self._agent
@@ -91,6 +91,6 @@ class StandingRanks:
 
 
 def _fits(first: Job, job: Job) -> bool:
-    """Whether ranks that were started for one job can do another: as many, with devices, and no more patient."""
+    """Whether ranks started for one job can run another: enough of them, devices, and no longer time limits."""
     enough = job.num_ranks <= first.num_ranks and job.out == first.out
     return enough and job.accelerated <= first.accelerated and job.longest_stage_s <= first.longest_stage_s

@@ -1,4 +1,4 @@
-"""Standard output and error in whatever encoding they have."""
+"""Standard output and error in any encoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SPELLED = {
 
 
 def speak_any_encoding(*streams: TextIO) -> None:
-    """Have the streams spell characters that their encoding lacks: an arrow as ->, others by their code."""
+    """Make the streams transliterate characters that their encoding lacks: an arrow as ->, others by their code."""
     codecs.register_error(_PLAIN, _spelled)
     for stream in streams:
         if isinstance(stream, TextIOWrapper) and not speaks_all(stream):

@@ -8,7 +8,7 @@ _WIDEST = 1e6
 
 
 def student_tail(t: float, freedom: int) -> float:
-    """Return the chance that Student's t of `freedom` degrees of freedom exceeds `t` (Abramowitz and Stegun 26.7)."""
+    """Probability that Student's t of `freedom` degrees of freedom exceeds `t` (Abramowitz and Stegun 26.7)."""
     angle = math.atan(t / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2
@@ -21,7 +21,7 @@ def student_tail(t: float, freedom: int) -> float:
 
 
 def student_quantile(tail: float, freedom: int) -> float:
-    """Return the value that Student's t is above with the chance `tail`, below one half."""
+    """Value that Student's t exceeds with probability `tail`, below one half."""
     low, high = 0.0, 1.0
     while student_tail(high, freedom) > tail and high < _WIDEST:
         high *= 2

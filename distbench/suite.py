@@ -1,4 +1,4 @@
-"""Suites: many cases from one file (suite_files.py has the format), with what each is expected to end in."""
+"""Suites: many cases from one file (suite_files.py has the format), each with its expected ending."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _MAX_VALUE = 40
 
 
 class Suite(msgspec.Struct, frozen=True):
-    """Cases in the order in which they run; names and case hashes are unique. `origin` is the file, in messages.
+    """Cases in execution order; names and case hashes are unique. `origin` names the file in messages.
 
-    `merged` are cases of the file that equal another one, each as its name and that of the case which runs for it.
+    `merged` are cases of the file that equal another one, as pairs: its name, and the name of the case that runs.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Suite(msgspec.Struct, frozen=True):
 def load_suite(
     name_or_path: str, ep_size: int, overrides: Sequence[Layer] = (), environment: Sequence[Layer] = ()
 ) -> Suite:
-    """Return the cases of a built-in suite or of a .toml or .json file, for a launch of `ep_size` ranks.
+    """Cases of a built-in suite or of a .toml or .json file, for a launch of `ep_size` ranks.
 
-    `overrides` win over the file, that over `environment`. Of cases that are equal the first stays, with all their
-    tags. One that is expected to be INVALID may have values that do not fit each other.
+    `overrides` win over the file, the file over `environment`. Of equal cases the first stays, with the tags of all. A
+    case that is expected to be INVALID may have values that do not fit together.
 
     Raises:
-        InvalidCase: no such suite, something in the file that is not allowed, a case that makes no sense, or equal
-            cases that are expected to end otherwise, unless they differ in what is overridden.
+        InvalidCase: an unknown suite, disallowed content of the file, an invalid case, or equal cases with different
+            expectations, unless they differ in an overridden key.
 
     """
     file = read_suite_file(name_or_path)
@@ -92,13 +92,13 @@ def load_suite(
 
 
 def select(entries: Sequence[Entry], expression: str) -> tuple[Entry, ...]:
-    """Return the entries for which every comma-separated term of `expression` holds, all of them for no term.
+    """Entries for which every comma-separated term of `expression` holds; all of them without terms.
 
-    A term is a tag, `key=value` of the case (a glob: `limit=max-recv*`), or `name~text` (part of the name, or a glob
-    of all of it). A leading `!` turns it round.
+    A term is a tag, `key=value` of the case (a glob: `limit=max-recv*`), or `name~text` (part of the name, or a glob of
+    all of it). A leading `!` negates it.
 
     Raises:
-        InvalidCase: a term that is none of these, or no entry is left; lists tags and keys.
+        InvalidCase: an invalid term, or no entry is left; lists tags and keys.
 
     """
     chosen = tuple(entries)
@@ -122,7 +122,7 @@ def select(entries: Sequence[Entry], expression: str) -> tuple[Entry, ...]:
 
 
 def value_text(value: Any) -> str:
-    """Return the value of a case key as names and selections have it: `true`, `0,1,7`, one number for all ranks."""
+    """Value of a case key as in names and selections: `true`, `0,1,7`, one number for all ranks."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -131,9 +131,9 @@ def value_text(value: Any) -> str:
 
 
 def _drafts(file: SuiteFile, ep_size: int) -> Iterator[Draft]:
-    """Yield what is left of the product, the last axis varying fastest, then the included cases.
+    """Yield the product without exclusions, the last axis varying fastest, then the included cases.
 
-    A combination is excluded by what the file and the case's defaults say, not by overrides or the environment.
+    Exclusion uses the keys of the file and the case's defaults, not overrides or the environment.
     """
     base = FIELD_DEFAULTS | {"ep_size": ep_size} | file.defaults
     for combination in product(*file.axes.values()) if file.axes else ():
@@ -155,7 +155,7 @@ def _same(key: str, first: Any, second: Any, ep_size: int) -> bool:
 
 
 def _resolve(layers: Sequence[Layer], ep_size: int) -> Resolved:
-    """Resolve a case that takes all ranks, or as many of them as it asks for; whether it fits is not looked at."""
+    """Resolve a case that takes all ranks, or as many as it requests; its values are not checked for fit."""
     layer = next((layer for layer in layers if "ep_size" in layer.values), None)
     if layer is None:
         return resolve_case(layers, ep_size, fit=False)
@@ -172,7 +172,7 @@ def _expected(file: SuiteFile, case: Case) -> str:
 
 
 def _name(keys: Keys, overridden: set[str]) -> str:
-    """Return the keys that set a case apart; what an override decides does not."""
+    """The keys that distinguish a case; overridden keys do not."""
     parts = [f"{key}={_short(value_text(value))}" for key, value in keys.items() if key not in overridden]
     return " ".join(parts) or "default"
 

@@ -1,4 +1,4 @@
-"""What a suite file says, read and checked on its own: no ranks, no case yet.
+"""The format of a suite file, read and checked on its own: no ranks, no case yet.
 
     name = "short"                            # default: the file's name
     description = "what it shows"
@@ -26,7 +26,7 @@
     verdict = "UNDER_LIMIT"
     match = { limit = "max-recv-3" }
 
-JSON with the same keys does as well. Without `[axes]` the included cases are all there are.
+JSON with the same keys works as well. Without `[axes]` the included cases are the whole suite.
 """
 
 from __future__ import annotations
@@ -91,17 +91,18 @@ class SuiteFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def builtin_suites() -> dict[str, bytes]:
-    """Return the files of the suites that come with distbench, by name."""
+    """Files of the suites that come with distbench, by name."""
     folder = resources.files("distbench") / "suites"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
     return {file.name.removesuffix(".toml"): file.read_bytes() for file in files}
 
 
 def read_suite_file(name_or_path: str) -> SuiteFile:
-    """Read a suite by the name of a built-in one, or from a .toml or .json file.
+    """Suite of a built-in name, or from a .toml or .json file.
 
     Raises:
-        InvalidCase: no such suite or file, or something in it that is not allowed: file, key, value and what is.
+        InvalidCase: an unknown suite or file, or disallowed content: names the file, key and value, and what is
+        allowed.
 
     """
     if not name_or_path.endswith(_SUFFIXES):
@@ -124,7 +125,7 @@ def parse_suite(path: str, content: bytes) -> SuiteFile:
     """Check the bytes of the suite file `path`.
 
     Raises:
-        InvalidCase: something in it that is not allowed: file, key, value and what is.
+        InvalidCase: disallowed content: names the file, key and value, and what is allowed.
 
     """
     origin = one_line(path)
@@ -206,7 +207,7 @@ def _rule(where: str, value: Keys) -> ExpectRule:
 
 
 def _case_keys(where: str, value: Any, others: Iterable[str] = ()) -> Keys:
-    """Return a table of case keys with typed values, limits in their canonical form."""
+    """Table of case keys with typed values, limits in their canonical form."""
     table = _table(where, value)
     _only(where, table, (*others, *CASE_KEYS))
     keys = {key: typed_value(key, raw, Layer(where, {})) for key, raw in table.items()}

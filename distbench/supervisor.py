@@ -38,7 +38,7 @@ from distbench.signals import TERMINAL_SIGNALS, Interrupted
 from distbench.values import one_line
 from distbench.verify.records import Reason
 
-# glibc keeps what a case frees, up to 64 MiB, for the next one, so that no rank is held up by touching new pages.
+# glibc keeps memory freed by a case, up to 64 MiB, for the next one, so that no rank is delayed by page faults.
 _RANKS_ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
@@ -49,21 +49,21 @@ _WAITING = 1024
 _MONITOR_S = 0.1
 _MEETING_S = 60
 _TICK_S = 0.1
-# A rank that is gone is left to the agent for so long; a stopped peer would keep the agent waiting for 30 s.
+# Grace period before a dead rank ends the launch; the agent would wait 30 s for a stopped peer.
 _AGENT_GRACE_S = 2.0
-# After a signal the agent has so long to end; what it still waits for is a rank that has not come up.
+# Grace period of the agent after a signal; it may be waiting for a rank that has not come up.
 _INTERRUPT_GRACE_S = 8.0
-# An agent that has not ended so long after its ranks were killed does not hear of their ends.
+# An agent still running this long after its ranks were killed receives no notice of their ends.
 _STUBBORN_S = 4.0
 
 
 def preload_ranks() -> None:
-    """Begin to import torch in the process that ranks are forked from, while this one goes on.
+    """Begin to import torch in the fork server, while this process continues.
 
-    A terminal's Ctrl-C, and its end, reach that process too, and are for this one to act upon.
+    A terminal's Ctrl-C and hang-up reach that process too, but are handled by this one.
 
     Raises:
-        ModuleNotFoundError: there is no torch.
+        ModuleNotFoundError: torch is not installed.
 
     """
     if find_spec("torch") is None:
@@ -75,27 +75,27 @@ def preload_ranks() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)
     try:
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)  # once more: that has unblocked SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERMINAL_SIGNALS)  # again: the call above unblocked SIGINT
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    atexit.register(resume_helpers)  # the interpreter waits for them
+    atexit.register(resume_helpers)  # the interpreter waits for them at exit
 
 
 def supervise(
     job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], hub: Hub | None = None
 ) -> Ending | None:
-    """Run `job` until all its ranks have ended; None if they came to the end, else why not.
+    """Run `job` until all its ranks have ended; None if they finished, else the reason.
 
-    `tick` is called about ten times a second, with the case that is under way. `signals` is what `collect_signals`
-    yields. `hub` has the other nodes.
+    `tick` is called about ten times a second, with the case under way. `signals` is the list that `collect_signals`
+    yields. `hub` holds the other nodes.
 
     Raises:
         Interrupted: one of ENDING_SIGNALS. No rank is left, as after any exception.
-        ResultsLost: what the ranks leave was removed.
-        NodesMissing: not all nodes came.
+        ResultsLost: the ranks' files were removed.
+        NodesMissing: not all nodes joined.
         LaunchFailed: no rank could be started, or a node cannot take part.
-        OutOfTime: the job's deadline has come; no rank is left.
+        OutOfTime: the job's deadline has passed; no rank is left.
         DiskFull: a rank had no room for its results.
 
     """
@@ -124,7 +124,7 @@ def supervise(
 
 @contextlib.contextmanager
 def no_rank_left(agent: Agent, watch: Watch) -> Iterator[None]:
-    """End the ranks where an exception leaves the context."""
+    """End the ranks when an exception leaves the context."""
     try:
         yield
     except BaseException:
@@ -133,7 +133,7 @@ def no_rank_left(agent: Agent, watch: Watch) -> Iterator[None]:
 
 
 def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> Ending | None:
-    """Return why an agent that has ended did so; None if its ranks came to their end.
+    """Why an agent has ended; None if its ranks finished.
 
     Raises:
         LaunchFailed, DiskFull: see `supervise`.
@@ -151,7 +151,7 @@ def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> E
 
 
 def first_exit(agent: Agent, watch: Watch) -> Exit | None:
-    """Return which rank went first, of its own accord."""
+    """The rank that ended first, on its own."""
     first = agent.first_exit
     return watch.first_gone if first is None or first.rank in watch.killed else first
 
@@ -169,9 +169,9 @@ def _with_hosts(ending: Ending, hub: Hub) -> Ending:
 
 
 def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
-    """Return the ending where nodes no longer answer; without them there is no further launch."""
+    """The ending where nodes no longer answer; without them no further launch is possible."""
     reasons = []
-    here = [at.case_index for at in seen.values() if at.pid]  # what other nodes told may be older than a case
+    here = [at.case_index for at in seen.values() if at.pid]  # other nodes' positions may be older than a case
     for node, host in hub.lost().items():
         ranks = hub.ranks_of(node)
         last = [seen[rank] for rank in ranks if rank in seen]
@@ -185,7 +185,7 @@ def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
 
 
 def end(agent: Agent, watch: Watch) -> None:
-    """Kill the ranks, also those that are only just coming up."""
+    """Kill the ranks, including those that are still starting."""
     deadline = time.monotonic() + _INTERRUPT_GRACE_S
     while agent.is_alive() and time.monotonic() < deadline:
         watch.kill()
@@ -202,7 +202,7 @@ def start_rank(job: Job) -> int:
 
 
 class Agent(threading.Thread):
-    """torchrun's agent, in a thread of its own."""
+    """torchrun's agent, in its own thread."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(name="torchrun-agent", daemon=True)
@@ -212,10 +212,10 @@ class Agent(threading.Thread):
         self.failure = ""
         self.first_exit: Exit | None = None
         self.store: socket.socket | None = None
-        """Where node 0 of several has its ranks meet."""
+        """Rendezvous of the ranks, on node 0 of several."""
 
     def run(self) -> None:
-        """Run the ranks of this node to their end; `failure` says why it could not."""
+        """Run the ranks of this node to their end; `failure` is the reason if that was not possible."""
         try:
             self._launch()
         except Exception as error:  # noqa: BLE001 - torch that cannot be loaded: the main thread has to hear of it
@@ -248,7 +248,7 @@ class Agent(threading.Thread):
                 self.first_exit = Exit(spread.node * spread.nproc, told)
 
     def _settings(self) -> dict[str, Any]:
-        """Return torchrun's settings. The store where ranks meet listens on loopback if all are on one node."""
+        """Settings of torchrun. The rendezvous store listens on loopback if all ranks are on one node."""
         spread, store = self._job.spread, self.store
         listener: int | None = None
         run_id = f"distbench-{os.getpid() if spread is None else spread.launch}"
@@ -272,18 +272,18 @@ class Agent(threading.Thread):
         }
 
     def workers(self) -> set[int]:
-        """Return the processes that it has started and that have not ended."""
+        """Processes that the agent has started and that have not ended."""
         return _children() - self._others
 
 
 def _children() -> set[int]:
-    """Return the processes of this one that were forked from the process that ranks are."""
+    """Process ids of the children that the fork server forked."""
     children = multiprocessing.active_children()
     return {child.pid for child in children if isinstance(child, ForkServerProcess) and child.pid is not None}
 
 
 class Watch:
-    """What the main thread sees of the ranks."""
+    """The main thread's view of the ranks."""
 
     def __init__(self, job: Job, agent: Agent, hub: Hub | None = None) -> None:
         self._job = job
@@ -300,7 +300,7 @@ class Watch:
         self.killed: set[int] = set()
 
     def look(self) -> None:
-        """Note ranks that are gone, and end the launch where one stands still or is gone too long."""
+        """Record dead ranks, and end the launch where one hangs or has been dead too long."""
         if self._hub is not None:
             self._hub.mirror(self._job)
             self.elsewhere = self.elsewhere or self._hub.first_exit()
@@ -325,10 +325,10 @@ class Watch:
                 self.kill()
 
     def _positions(self) -> dict[int, Position]:
-        """Return where the ranks are.
+        """Positions of the ranks.
 
         Raises:
-            ResultsLost: a rank's heartbeat has gone.
+            ResultsLost: a rank's heartbeat file was removed.
 
         """
         seen = positions(self._job)
@@ -341,13 +341,13 @@ class Watch:
         return seen
 
     def _free_agent(self) -> None:
-        """See to it that the agent hears of the ends of its ranks."""
+        """Make sure that the agent is notified of the ends of its ranks."""
         resume_helpers()
         if self._killed_at is not None and time.monotonic() - self._killed_at > _STUBBORN_S:
             end_fork_server()
 
     def _current(self, seen: dict[int, Position]) -> Entry | None:
-        """Return the case of the ranks furthest behind."""
+        """The case of the ranks furthest behind."""
         index = min((at.case_index for at in seen.values()), default=-1)
         return self._job.entries[index] if 0 <= index < len(self._job.entries) else None
 
@@ -359,12 +359,12 @@ class Watch:
 
     @property
     def given_up(self) -> bool:
-        """Whether an agent that still waits for its like on other nodes is left to itself."""
+        """Whether to stop waiting for this agent, which still waits for other nodes' agents."""
         over = self._hub is not None and self._killed_at is not None
         return over and time.monotonic() - (self._killed_at or 0.0) > _INTERRUPT_GRACE_S / 2
 
     def kill(self) -> None:
-        """Kill every rank that is left on this node, also one that has not said a word yet."""
+        """Kill every remaining rank on this node, including those without a heartbeat yet."""
         self._killed_at = self._killed_at or time.monotonic()
         self._free_agent()
         seen = {at.pid: rank for rank, at in positions(self._job).items() if is_alive(at.pid)}
@@ -374,5 +374,5 @@ class Watch:
                 os.kill(pid, signal.SIGKILL)
 
     def _mute(self) -> set[int]:
-        """Return the ranks that have left no breadcrumb."""
+        """The ranks that have left no breadcrumb."""
         return set(range(self._job.num_ranks)) - positions(self._job).keys()

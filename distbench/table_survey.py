@@ -1,4 +1,4 @@
-"""Rows of aiter's tuned tables that some key reaches: one of `distbench kernels`, or one that `run` computes."""
+"""Rows of aiter's tuned tables that some key reaches: a key of `distbench kernels`, or of a case of `run`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ACT_TYPES = (None, *(f"ActivationType.{name}" for name in ACTIVATIONS.values())
 
 
 class TableReach(msgspec.Struct, frozen=True, kw_only=True):
-    """One table: its rows, those that some key of `kernels` and some case of `run` reaches, or why it was refused.
+    """One table: its rows, those that a key of `kernels` and a case of `run` reaches, or the reason of a refusal.
 
     `unreached` counts the other rows by reason.
     """
@@ -33,14 +33,14 @@ class TableReach(msgspec.Struct, frozen=True, kw_only=True):
     refused: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """Texts of a line: counts with their share of the rows."""
+        """Texts of a table row: counts with their share of the rows."""
         reached = (f"{count} ({count / self.rows:.0%})" if self.rows else "0" for count in (self.kernels, self.run))
         told = ", ".join(f"{count} {reason}" for reason, count in self.unreached.items())
         return self.table, str(self.rows), *reached, told, self.refused
 
 
 def survey_tables(folder: Path, rules: BucketRules) -> list[TableReach]:
-    """Reach of each fmoe table below `folder`, by name; tables of shapes that are still to be tuned are left out."""
+    """Reach of each fmoe table below `folder`, by name; lists of shapes still to be tuned are left out."""
     paths = sorted(path for path in folder.rglob("*fmoe*.csv") if "untuned" not in path.name)
     return [_reach(path, rules) for path in paths]
 
@@ -83,12 +83,12 @@ def _reach(path: Path, rules: BucketRules) -> TableReach:
 
 
 def _asked(row: TunedKey, rules: BucketRules) -> TunedKey:
-    """Return the key that a release asks with to reach the row."""
+    """Key by which a release would reach the row."""
     return row if rules.activation_matters else msgspec.structs.replace(row, act_type=None)
 
 
 def _names(key: TunedKey) -> list[str]:
-    """Return the quantisations of the key; none where `kernels` cannot be asked with it."""
+    """Quantisations of the key; empty where `kernels` cannot express it."""
     arch = key.gfx or GFX_BY_CU_COUNT.get(key.cu_num, "")
     plain = key.dtype == "torch.bfloat16" and key.use_g1u1 and key.act_type in _ACT_TYPES
     return [

@@ -1,7 +1,7 @@
-"""Ending with whoever holds the other end of standard input, as a launcher does that starts a command on another node.
+"""Exit on stdin EOF, for launchers that start a command on another node.
 
-A launcher that is killed takes no signal to the far side, but there ssh and srun close the command's standard input.
-One that feeds nothing, as from /dev/null, holds nobody.
+A killed launcher sends no signal to the far side, but there ssh and srun close the command's standard input. A launcher
+that sends nothing, as from /dev/null, is not followed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _BLOCK_BYTES = 4096
 
 
 def end_with_stdin() -> None:
-    """Have this process get SIGTERM when its standard input ends, once a byte has come by it."""
+    """Send this process SIGTERM on stdin EOF, once at least one byte has arrived."""
     threading.Thread(target=_follow, args=(sys.stdin.fileno(),), name="tether", daemon=True).start()
 
 

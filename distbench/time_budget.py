@@ -1,4 +1,4 @@
-"""Which cases can still end in the time that is left, told by the time that others took."""
+"""Cases that can still end before the deadline, estimated from the times of finished ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import msgspec
 from distbench.case import Case
 from distbench.stage_limits import case_work
 
-# Cases of one class of work differ by up to twice the work, and machines are not always equally fast.
+# Cases of one class differ by up to twice the work, and machines are not always equally fast.
 _MARGIN = 1.5
-# Slurm ends a job at its end time: ranks have to end, and reports to be written, before that.
+# Slurm kills a job at its end time: ranks have to end, and reports to be written, before that.
 SLURM_END = "SLURM_JOB_END_TIME"
 SLURM_RESERVE_S = 30.0
 _MOST_SECONDS = 366 * 86400.0
@@ -22,21 +22,21 @@ _SLURM_TIME = re.compile(r"[1-9]\d{0,15}", re.ASCII)
 
 
 class Deadline(msgspec.Struct, frozen=True, kw_only=True):
-    """The moment by which a suite has to end, on this machine's monotonic clock, and what set it, in words."""
+    """The moment by which a suite has to end, on this machine's monotonic clock, and its source, in words."""
 
     at_s: float
     source: str
 
     @property
     def left_s(self) -> float:
-        """Seconds until then; negative afterwards."""
+        """Seconds until the deadline; negative afterwards."""
         return self.at_s - time.monotonic()
 
 
 def earliest_deadline(seconds: float | None, environ: Mapping[str, str]) -> Deadline | None:
     """Deadline of a command that may take `seconds` from now, or of its Slurm job, whichever is earlier.
 
-    Infinity sets none, whatever Slurm says.
+    Infinity sets no deadline, regardless of Slurm.
     """
     if seconds == math.inf:
         return None
@@ -52,7 +52,7 @@ def earliest_deadline(seconds: float | None, environ: Mapping[str, str]) -> Dead
 
 
 def _slurm_seconds(environ: Mapping[str, str]) -> float | None:
-    """Seconds until the job's end; None where Slurm says none, as for a job without a limit."""
+    """Seconds until the job's end; None where Slurm gives none, as for a job without a limit."""
     text = environ.get(SLURM_END, "")
     if not _SLURM_TIME.fullmatch(text):
         return None
@@ -64,11 +64,11 @@ class Pace:
     """Seconds that cases took, by class of work: the longest for each power of two of work."""
 
     def __init__(self, known: Mapping[int, float] | None = None) -> None:
-        """Begin with what an earlier launch measured, as `by_class` has it."""
+        """Begin with an earlier launch's measurements, as `by_class` has them."""
         self.by_class = dict(known or {})
 
     def note(self, case: Case, seconds: float) -> None:
-        """Take the time of a finished case; one that never ran has none."""
+        """Record the time of a finished case; a case that never ran has none."""
         number = _class_of(case)
         if seconds > 0:
             self.by_class[number] = max(seconds, self.by_class.get(number, 0.0))
@@ -76,7 +76,7 @@ class Pace:
     def estimate_s(self, case: Case) -> float:
         """Seconds that a case may take; 0 where no case has been timed.
 
-        Its class decides, else the next larger class, or the next smaller one in proportion to the work.
+        Uses its class, else the next larger class, or the next smaller one in proportion to the work.
         """
         number = _class_of(case)
         larger = [self.by_class[one] for one in sorted(self.by_class) if one >= number][:1]
@@ -89,7 +89,7 @@ class Pace:
         return deadline is None or self.estimate_s(case) < deadline.left_s
 
     def shortest(self, cases: Iterable[Case]) -> float:
-        """The least estimate, in seconds."""
+        """The smallest estimate, in seconds."""
         return min(map(self.estimate_s, cases), default=0.0)
 
 

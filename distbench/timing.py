@@ -34,17 +34,17 @@ Measure = Callable[[Tensor], ArmError | None]
 
 
 class _Laps(Protocol):
-    """Takes the moments at which the stages of one iteration begin, and the last one's end."""
+    """Timestamps of the stages' starts in one iteration, and of the last one's end."""
 
     def mark(self, stage: str) -> None:
-        """Take the moment at which `stage` begins; an empty stage is the end."""
+        """Record the time at which `stage` begins; an empty stage is the end."""
 
     def microseconds(self) -> list[float]:
-        """Return the time of each of STAGES, and of all of them together."""
+        """Times of each of STAGES, and of all of them together."""
 
 
 class HostLaps:
-    """Moments of the host's monotonic clock; the work is done when a call returns."""
+    """Timestamps of the host's monotonic clock; the work is complete when a call returns."""
 
     def __init__(self) -> None:
         self._moments: list[int] = []
@@ -61,7 +61,7 @@ class HostLaps:
 
 
 class EventLaps:
-    """Moments of the device, taken by events between the stages' kernels."""
+    """Timestamps of the device, by events between the stages' kernels."""
 
     def __init__(self) -> None:
         self._events: list[torch.cuda.Event] = []
@@ -94,7 +94,7 @@ class Timer:
     def time(self, layer: Layer, checked: Tensor, measure: Measure | None = None) -> Timed:
         """Time `layer`, one pass of an arm, and compare its last output with `checked`, that of the checked pass.
 
-        `measure` tells the error of the last output.
+        `measure` returns the error of the last output.
 
         Collective: after each chunk of iterations all ranks know the slowest rank's times, and stop at the same one.
         """
@@ -130,9 +130,9 @@ class Timer:
         )
 
     def state_while(self, layer: Layer) -> DeviceState:
-        """Return what this rank's device tells of itself while `layer` runs on, untimed: idle it would not show.
+        """State of this rank's device while `layer` runs, untimed: an idle device would not show it.
 
-        Collective: all ranks run on until the last one's device has answered.
+        Collective: all ranks keep running until the last one's device has answered.
         """
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(device_state, self._session.device.index)
@@ -162,9 +162,9 @@ class Timer:
 
 
 def flushing_memory(device: torch.device) -> Tensor:
-    """Return memory that is several times the last cache: written whole, it leaves nothing else there.
+    """Memory several times the size of the last-level cache: writing all of it evicts everything else.
 
-    Of the caches ROCm tells that of one die only: an MI300X has 4 MiB on each of eight, and 256 MiB behind them.
+    ROCm reports the cache of one die only: an MI300X has 4 MiB on each of eight, and 256 MiB behind them.
     """
     size = _CPU_CACHE_BYTES
     if device.type != "cpu":
@@ -176,4 +176,4 @@ def flushing_memory(device: torch.device) -> Tensor:
 
 
 def _ignore(_: str) -> None:
-    """Take no moment."""
+    """Record nothing."""

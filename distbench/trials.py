@@ -1,4 +1,4 @@
-"""Variants of a case, run in as few launches as their endings allow, and what sets one ending apart from another."""
+"""Variants of a case, run in as few launches as possible, and the signature that tells failures apart."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SUITE, _TRIAL = "distbench trials", "trial "
 
 
 class Signature(msgspec.Struct, frozen=True):
-    """What makes two failures the same: the verdict, the first wrong stage, and the surest cause, or all of several.
+    """Identity of a failure: the verdict, the first wrong stage, and the most certain cause, or all of several.
 
     Where no stage was judged (a lost rank, a refused case) the first reason's stage and code stand for stage and cause.
     """
@@ -38,12 +38,12 @@ class Signature(msgspec.Struct, frozen=True):
     cause: str
 
     def __str__(self) -> str:
-        """Return it in a few words."""
+        """The signature in a few words."""
         return ", ".join(filter(None, [self.verdict.value, self.stage, self.cause]))
 
 
 def signature(report: Report) -> Signature:
-    """Return what a report's ending is recognised by."""
+    """Signature of a report's ending."""
     stage = report.first_divergence.stage if report.first_divergence else ""
     causes = [found.cause for found in report.diagnosis]
     cause = causes[0] if causes else ""
@@ -55,16 +55,16 @@ def signature(report: Report) -> Signature:
 
 
 class Lab:
-    """Runs cases in one folder and remembers how each ended: a case that was run is not run again.
+    """Runs cases in one folder and remembers how each ended: no case runs twice.
 
-    One launch serves them all, as long as no rank is lost; on leaving the context no rank is left.
+    All runs share one launch, as long as no rank is lost; when the context ends, no rank is left.
     """
 
     def __init__(self, out: Path) -> None:
         """Start with an empty journal in `out`, which the caller holds.
 
         Raises:
-            InvalidCase: it holds results of something else than trials.
+            InvalidCase: it holds results of anything but trials.
 
         """
         self._out = out
@@ -81,20 +81,20 @@ class Lab:
 
     @property
     def launches(self) -> int:
-        """How often ranks have been started."""
+        """Number of launches so far."""
         return self._ranks.launches
 
     @property
     def cases(self) -> int:
-        """How many cases have been run."""
+        """Number of cases run so far."""
         return len(self._reports)
 
     def run(self, cases: Iterable[Case]) -> list[Report]:
-        """Run what has not been run yet, without a launch between unless ranks are lost; return the reports, in order.
+        """Run the new cases, in one launch unless ranks are lost; return the reports of all, in order.
 
         Raises:
             Interrupted: by SIGINT or SIGTERM.
-            Unsupported: a case needs more memory than there is.
+            Unsupported: a case needs more memory than is available.
 
         """
         wanted = list(cases)
@@ -102,11 +102,11 @@ class Lab:
         return [self._reports[case_hash(case)] for case in wanted]
 
     def first(self, cases: Iterable[Case], wanted: Callable[[Report], bool]) -> Case | None:
-        """Return the first case whose report is wanted, or None; few cases after it run, 1, 2, 4, … at a time.
+        """First case whose report is wanted, or None; few cases after it run, 1, 2, 4, … at a time.
 
         Raises:
             Interrupted: by SIGINT or SIGTERM.
-            Unsupported: a case needs more memory than there is.
+            Unsupported: a case needs more memory than is available.
 
         """
         left = list(cases)
@@ -145,10 +145,10 @@ class Lab:
 
 
 def varied(case: Case, **changes: Any) -> Case:
-    """Return `case` with other values, checked as if a case file had them.
+    """`case` with other values, checked as if a case file had them.
 
     Raises:
-        InvalidCase: the values do not fit each other.
+        InvalidCase: the values do not fit together.
 
     """
     values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
@@ -158,7 +158,7 @@ def varied(case: Case, **changes: Any) -> Case:
 
 
 def possible(case: Case, **changes: Any) -> list[Case]:
-    """Return the variant, or nothing where there is none with these values."""
+    """The variant as a list of one; empty where these values are invalid."""
     try:
         return [varied(case, **changes)]
     except (InvalidCase, Unsupported):
@@ -166,17 +166,17 @@ def possible(case: Case, **changes: Any) -> list[Case]:
 
 
 def impatient(case: Case) -> Case:
-    """Return the case with time limits of `HANG_S` at most: each variant of a case that hangs takes as long."""
+    """`case` with time limits of at most `HANG_S`: each variant of a hanging case takes that long."""
     stages = {stage: min(limit, HANG_S) for stage, limit in parse_stage_timeouts(case.stage_timeouts).items()}
     text = ",".join(f"{stage}={limit:g}" for stage, limit in stages.items())
     return varied(case, timeout=min(case.timeout, HANG_S), stage_timeouts=text)
 
 
 def load_layer(path: str) -> Layer:
-    """Return the keys of a case: of a report, or of a case file.
+    """Keys of a case, from a report or a case file.
 
     Raises:
-        InvalidCase: neither of them.
+        InvalidCase: the file is neither.
 
     """
     report = load_report(path)
@@ -187,7 +187,7 @@ def load_layer(path: str) -> Layer:
 
 
 def load_report(path: str) -> Report | None:
-    """Return the report that a file holds, or None where it holds none, perhaps a case.
+    """Report in a file; None where the file is no report, but perhaps a case.
 
     Raises:
         InvalidCase: a report that cannot be read.

@@ -1,4 +1,4 @@
-"""The cut in front of the experts: production's `[:L]`, and the padded ways past it that it is compared with."""
+"""The cut in front of the experts: production's `[:L]`, and the padded alternatives that it is compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Policy = Literal["strict", "unchecked", "guard"]
 
 
 class ExpertInput(NamedTuple):
-    """What the experts are called with: rows [M, .], M being what selects the kernel, and the live-row count [1]."""
+    """Arguments of the experts: rows [M, .], where M selects the kernel, and the live-row count [1]."""
 
     hidden: Tensor
     scales: Tensor | None
@@ -27,12 +27,12 @@ class ExpertInput(NamedTuple):
 
 
 def padded(dispatched: Dispatched) -> ExpertInput:
-    """Pass the whole receive buffer on: the limit off."""
+    """The whole receive buffer: the limit is off."""
     return ExpertInput(*dispatched)
 
 
 def truncated(dispatched: Dispatched, limit: int) -> ExpertInput:
-    """Cut hidden, scales, weights and ids to `[:limit]`; num_local_tokens stays what it was, as in production."""
+    """Hidden, scales, weights and ids cut to `[:limit]`; num_local_tokens is unchanged, as in production."""
     return ExpertInput(
         hidden=dispatched.hidden[:limit],
         scales=None if dispatched.scales is None else dispatched.scales[:limit],
@@ -43,7 +43,7 @@ def truncated(dispatched: Dispatched, limit: int) -> ExpertInput:
 
 
 def repadded(dispatched: Dispatched, limit: int) -> ExpertInput:
-    """Cut to `limit` and pad back to R with poison, in place: the padded kernel on the rows that survive a cut."""
+    """Rows cut to `limit` and padded back to R with poison, in place: the padded kernel on the rows kept by a cut."""
     total = int(dispatched.total_recv)
     for buffer in dispatched[:4]:
         if buffer is not None:
@@ -52,5 +52,5 @@ def repadded(dispatched: Dispatched, limit: int) -> ExpertInput:
 
 
 def guarded_limit(limit: int, dispatched: Dispatched) -> int:
-    """Return max(limit, total_recv): a device-to-host read, which no graph capture allows."""
+    """max(limit, total_recv), by a device-to-host read, which no graph capture allows."""
     return max(limit, int(dispatched.total_recv))

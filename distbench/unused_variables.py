@@ -1,4 +1,4 @@
-"""The variables of the MoRI path and of aiter that are set and do nothing for a case, each with the reason.
+"""Variables of the MoRI path and of aiter that are set without effect on a case, each with the reason.
 
 The names that MoRI and aiter read themselves are those of their sources: mori 2026-08-21 (`getenv` in `src` and
 `include`, `os.environ` in `python/mori`) and aiter 2026-08-22 (`fused_moe.py`, `jit/`, `ops/flydsl`, `ops/quant.py`).
@@ -56,9 +56,9 @@ _STAND_INS = {
 
 
 def unused_variables(environ: Mapping[str, str], case: Case, sources: Mapping[str, str]) -> tuple[str, ...]:
-    """One line that lists them with their values and reasons, or none. Near misses have warnings of their own.
+    """One line that lists them with their values and reasons, or none. Near misses have their own warnings.
 
-    `sources` says for each key of the case where its value came from.
+    `sources` names, for each key of the case, the source of its value.
     """
     reasons: dict[str, list[str]] = {}
     for name in sorted(environ):
@@ -74,7 +74,7 @@ def unused_variables(environ: Mapping[str, str], case: Case, sources: Mapping[st
 
 
 def note_of_launch(environ: Mapping[str, str], entries: Sequence[Entry]) -> str:
-    """One line about the cases of a launch, or nothing: the first list, and how many others the reports have."""
+    """One line about the cases of a launch, or nothing: the first list, and the number of others in the reports."""
     lines = list(dict.fromkeys(line for one in entries for line in unused_variables(environ, one.case, one.sources)))
     if not lines:
         return ""
@@ -82,7 +82,7 @@ def note_of_launch(environ: Mapping[str, str], entries: Sequence[Entry]) -> str:
 
 
 def _reason(name: str, environ: Mapping[str, str], case: Case, sources: Mapping[str, str]) -> str:
-    """Return why the case does not use the variable, or nothing where it does."""
+    """Reason why the case does not use the variable; empty where it does."""
     if name in VARIABLES and not reads(name, case.sglang_version):
         return f"SGLang {case.sglang_version or NEWEST} does not read it, {VARIABLES[name]} do"
     if name in TRANSFER_VARIABLES or name.startswith("MORI_IO_"):

@@ -1,4 +1,4 @@
-"""Values as people write them in files and flags, and as messages show them."""
+"""Values as users write them in files and flags, and as messages show them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import cycle, islice
 from typing import Any
 
 REPEAT = "..."
-"""Ends a list of tokens: start over until every rank has a number."""
+"""Ends a list of tokens: repeat it until every rank has a number."""
 
 MAX_FILE_BYTES = 256 << 10
 _MAX_LINE_DOTS = 500
@@ -21,7 +21,7 @@ _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
 def split_tokens(raw: Any) -> tuple[Any, tuple[str, ...]]:
-    """Return tokens without a `REPEAT` at their end, and that end; text is split at its commas first."""
+    """Tokens without a `REPEAT` at their end, and that end; text is split at its commas first."""
     value = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
     if isinstance(value, list | tuple) and value[-1:] in ([REPEAT], (REPEAT,)):
         return value[:-1], (REPEAT,)
@@ -30,9 +30,9 @@ def split_tokens(raw: Any) -> tuple[Any, tuple[str, ...]]:
 
 @lru_cache(maxsize=256)
 def spread_tokens(tokens: int | Sequence[int | str], ep_size: int) -> tuple[int | str, ...]:
-    """Return the tokens of each rank: a single number for all, a tuple that ends in `REPEAT` over and over.
+    """Tokens of each rank: a single number for all, a tuple that ends in `REPEAT` repeated.
 
-    Any other tuple is returned as it is, whatever its length.
+    Any other tuple is returned unchanged, whatever its length.
     """
     numbers = (tokens,) if isinstance(tokens, int) else tuple(tokens)
     if numbers[-1:] == (REPEAT,):
@@ -41,21 +41,21 @@ def spread_tokens(tokens: int | Sequence[int | str], ep_size: int) -> tuple[int 
 
 
 def parse_heap_size(text: str) -> int:
-    """Return the bytes that MoRI makes of MORI_SHMEM_HEAP_SIZE.
+    """Bytes that MoRI derives from MORI_SHMEM_HEAP_SIZE.
 
     Raises:
-        ValueError: not a number with a suffix that MoRI knows: of anything else it takes the digits, `6T` as 6 bytes.
+        ValueError: not a number with a suffix that MoRI knows: MoRI would read only the digits, `6T` as 6 bytes.
 
     """
     matched = _HEAP_SIZE.fullmatch(text)
     if matched is None:
-        message = "no size; write for instance 6G: MoRI knows K, KB, Kb, KiB, k, kb and kib, and the like of M and G"
+        message = "no size; write for instance 6G: MoRI knows K, KB, Kb, KiB, k, kb and kib, and the same for M and G"
         raise ValueError(message)
     return int(matched[1]) << _SHIFTS[(matched[2] or matched[3] or "").upper()]
 
 
 def shown(value: object) -> str:
-    """Return a value for a message: one line, cut at 120 characters, whatever it is."""
+    """Any value for a message: one line, cut at 120 characters."""
     try:
         return f"{value!r:.{_SHOWN_CHARACTERS}}"
     except (ValueError, RecursionError):  # thousands of digits, or nested almost too deep to be read
@@ -63,11 +63,11 @@ def shown(value: object) -> str:
 
 
 def read_table_file(path: str) -> bytes:
-    """Return the bytes of a file, or the first of them that are too many for a table of cases.
+    """Bytes of a file, cut just above the size allowed for a table of cases.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: not a path, or no plain file, such as a pipe that nobody may ever write to.
+        ValueError: not a path, or not a regular file, such as a pipe without a writer.
 
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -79,7 +79,7 @@ def read_table_file(path: str) -> bytes:
 
 
 def refuse_bulk(content: bytes) -> None:
-    """Refuse what a decoder of TOML would take minutes and gigabytes for.
+    """Refuse content that would take a TOML decoder minutes and gigabytes.
 
     Raises:
         ValueError: more bytes, or more dots on one line, than any table of cases needs.
@@ -95,12 +95,12 @@ def refuse_bulk(content: bytes) -> None:
 
 
 def printable(text: str) -> str:
-    """Text with each character that is not printable as its escape: no terminal acts on it, no line is forged."""
+    """Text with non-printable characters escaped, so that no terminal acts on it and no line is forged."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return a message without its line breaks and outer blanks."""
+    """A message without its line breaks and outer blanks."""
     return " ".join(str(error).split())

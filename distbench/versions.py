@@ -1,4 +1,4 @@
-"""Versions of packages, ordered as PEP 440 orders them."""
+"""Versions of packages in PEP 440 order."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ VersionKey = tuple[tuple[int, ...], float, float, float]
 
 
 def version_key(text: str) -> VersionKey | None:
-    """Return what versions are compared by, such as those of `0.1.7.post2.dev18` and `v0.1.20`; None if it is none.
+    """Sort key of a version such as `0.1.7.post2.dev18` or `v0.1.20`; None for other text.
 
-    What follows a plus sign, which says where it was built, does not count.
+    A local version (after a plus sign), which names the build, is ignored.
     """
     match = _VERSION.fullmatch(text.strip())
     if match is None:

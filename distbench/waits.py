@@ -1,8 +1,8 @@
-"""What a rank waits for, in its heartbeat: a supervisor reads it there, also while the rank itself cannot answer.
+"""Current wait of a rank, in its heartbeat: a supervisor reads it even while the rank cannot answer.
 
 Every rank of a case enters the same collectives in the same order, so they are numbered: ranks that have entered fewer
 than others are those that the others wait for. On a device a collective returns at once and the rank waits later, in
-whatever needs the device next; the number tells all the same.
+any call that needs the device next; the number is valid all the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ KINDS = (
     "end of the launch",
 )
 WORDS = 4
-"""Words of the heartbeat: what the rank waits for, the number and kind of the last collective entered, its device."""
+"""Words of the heartbeat: the rank's wait, the number and kind of the last collective entered, its device."""
 HOST = -1
 """The device of a collective on the host."""
 
@@ -40,7 +40,7 @@ _WAITING, _ENTERED, _KIND, _DEVICE = range(WORDS)
 
 
 def no_heartbeat() -> memoryview:
-    """Words that nobody reads."""
+    """Words of a heartbeat without a reader."""
     return memoryview(bytearray(8 * WORDS)).cast("q")
 
 
@@ -48,14 +48,14 @@ _heartbeats = [no_heartbeat()]
 
 
 def write_to(words: memoryview) -> None:
-    """Write what this process waits for to `words` from now on."""
+    """Write this process's waits to `words` from now on."""
     words[_WAITING] = words[_ENTERED] = words[_KIND] = 0
     words[_DEVICE] = HOST
     _heartbeats[0] = words
 
 
 def begin_case(words: memoryview) -> None:
-    """Number collectives from 1 again."""
+    """Restart the numbering of collectives at 1."""
     words[_ENTERED] = 0
 
 
@@ -77,14 +77,14 @@ class Waiting:
 
 
 def waiting(kind: str) -> Waiting:
-    """Return the context of a wait that not all ranks of the case have alike, or that is no collective."""
+    """Context of a wait that not all ranks of the case share, or that is no collective."""
     return Waiting(kind)
 
 
 def collective(kind: str, device: int = HOST) -> Waiting:
     """Number a collective that every rank of the case enters, on `device`; return the context of the wait for it.
 
-    `device` is what a tensor's `get_device()` returns: -1 for the host.
+    `device` is a tensor's `get_device()`: -1 for the host.
     """
     words = _heartbeats[0]
     words[_ENTERED] += 1

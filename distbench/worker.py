@@ -45,10 +45,10 @@ from distbench.values import printable
 from distbench.verify.records import Outcome
 
 _PEER_GRACE_S = 10.0
-# A rank without a job looks for one so often, and says so often that it stands still for no other reason.
+# Poll interval of a rank without a job, and its heartbeat interval, which keeps it from counting as hung.
 _POLL_S = 0.005
 _IDLE_S = 0.5
-# What gloo and NCCL say when the other side is gone; torch has no exception type of its own for it.
+# Messages of gloo and NCCL when a peer is gone; torch has no exception type for it.
 _LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
@@ -56,7 +56,7 @@ _LOST_PEER = (
     "socket closed",
     "no route to host",
 )
-# A collective says the one, the store in which ranks meet the other.
+# Timeout messages of collectives and of the rendezvous store.
 _TIMED_OUT = ("timed out", "wait timeout")
 
 
@@ -78,8 +78,8 @@ def work(job: Job) -> int:
 
 
 def _run_jobs(job: Job, crumbs: Breadcrumbs) -> int:
-    """Run the job, and where its ranks stay up those that follow."""
-    if job.accelerated and not any(entry.case.iterations for entry in job.entries):  # an event more would be timed too
+    """Run the job and, where its ranks stay up, the following ones."""
+    if job.accelerated and not any(entry.case.iterations for entry in job.entries):  # timing would include them
         os.environ.setdefault(START_EVENTS, "1")
     session = Session(crumbs, _group_timeout(job), accelerated=job.accelerated)
     machine = Machine(socket.gethostname(), str(session.own_device))
@@ -100,7 +100,7 @@ def _run_jobs(job: Job, crumbs: Breadcrumbs) -> int:
 
 
 def _next_job(path: Path, crumbs: Breadcrumbs) -> Job:
-    """Wait for the next job; meanwhile the rank says, time and again, that it has none."""
+    """Wait for the next job; the heartbeat meanwhile says that the rank has none."""
     crumbs.case_index = 0
     said = 0.0
     while not path.exists():
@@ -145,10 +145,10 @@ def _in_time(session: Session, pace: Pace, case: Case, deadline: Deadline) -> bo
     return not session.on_any_rank(value=session.rank == 0 and not pace.fits(case, deadline))
 
 
-def _bundle(  # noqa: PLR0913 - where, and what of
+def _bundle(  # noqa: PLR0913 - the job, the case and its records
     session: Session, job: Job, entry: Entry, recorder: Recorder, report: Report | None, outcome: Outcome | None
 ) -> None:
-    """Leave a bundle if the case failed, which rank 0 knows: it alone has a report. Collective, in the group."""
+    """Write a bundle if the case failed, which only rank 0 knows from its report. Collective, in the group."""
     from distbench.bundle.layout import bundle_folder  # noqa: PLC0415 - only where a bundle is asked for
     from distbench.bundle.manifest import without_a_bundle, write_manifest  # noqa: PLC0415
     from distbench.bundle.write import write_parts  # noqa: PLC0415
@@ -162,23 +162,23 @@ def _bundle(  # noqa: PLR0913 - where, and what of
 
 
 def _unfinished(job: Job, session: Session, sink: Sink | None) -> list[int]:
-    """Return the numbers of the cases that rank 0's journal does not hold, on every rank. Collective."""
+    """Numbers of the cases that rank 0's journal does not hold, on every rank. Collective."""
     finished = [sink is not None and case_hash(entry.case) in sink.codes for entry in job.entries]
     return [index for index, done in enumerate(session.share(finished)) if not done]
 
 
 def _group_timeout(job: Job) -> float:
-    """Seconds after which a collective gives up; under supervision it is the watcher who decides, and earlier."""
+    """Seconds until a collective gives up; under supervision the supervisor decides, and earlier."""
     return job.longest_stage_s * 2 + 60 if job.supervised else job.longest_stage_s
 
 
 def _reports(crumbs: Breadcrumbs) -> bool:
-    """Whether the rank was about to write a result down."""
+    """Whether the rank was about to write a result."""
     return crumbs.position().stage_name == "report"
 
 
 def _die_with_supervisor() -> None:
-    """See to it that no rank outlives the supervisor, which may be killed without a last word (lifeline.py)."""
+    """Make sure that no rank outlives the supervisor, even one that was killed (lifeline.py)."""
     die_with_parent()
     supervisor = multiprocessing.parent_process()
     if supervisor is not None and not supervisor.is_alive():
@@ -186,7 +186,7 @@ def _die_with_supervisor() -> None:
 
 
 def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoReturn:
-    """Say what ended this rank and leave; one that only lost its peer gives that peer time to be found."""
+    """Write the failure file of this rank and exit; a rank that only lost its peer waits for that peer to be found."""
     failure = RankFailure(
         rank=rank,
         exception=type(error).__name__,
