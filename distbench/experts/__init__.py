@@ -1,4 +1,4 @@
-"""What computes the experts of a rank, and which kernel the row count selects."""
+"""Implementations of a rank's experts, and the kernel that the row count selects."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def make_selector(case: Case) -> KernelSelector:
     """Return aiter's kernel choice for the case's layer on one rank.
 
     Raises:
-        InvalidCase: the kernel table cannot be read, or the aiter version cannot be told.
-
+        InvalidCase: the kernel table cannot be read, or the aiter version is unknown.
     """
     rules = rules_for(case.aiter_version) if case.aiter_version else CURRENT
     layer = LayerKey(
@@ -40,18 +39,18 @@ def make_selector(case: Case) -> KernelSelector:
 
 
 def overrides_of(case: Case) -> Overrides:
-    """What the case has of the variables that change aiter's choice."""
+    """The case's values of the variables that change aiter's choice."""
     return Overrides(ksplit=case.aiter_ksplit, bypass_tuned=case.aiter_bypass_tune)
 
 
 def make_experts(case: Case) -> Experts:
-    """Return what the case computes its experts with."""
+    """Return the experts that the case asks for."""
     if case.experts == "triton":
         from distbench.experts.triton.adapter import make_triton_experts  # noqa: PLC0415 - needs Triton and a GPU
 
         return make_triton_experts(case)
     if case.experts == "aiter":
-        from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - what a rank imports it pays for
+        from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - each rank pays for imports
 
         return make_aiter_experts(case)
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch

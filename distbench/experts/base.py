@@ -1,4 +1,4 @@
-"""The call of `aiter.fused_moe`, as every implementation here takes it (docs/semantics.md)."""
+"""The call signature of `aiter.fused_moe`, which every implementation here shares (docs/semantics.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distbench.experts.selection import KernelChoice
 
 
 class Experts(Protocol):
-    """Computes the experts that one rank holds, with a kernel that the row count selects."""
+    """Computes the experts of one rank with a kernel that the row count selects."""
 
     def selection(self, rows: int) -> KernelChoice:
         """Return the kernel that a call with `rows` allocated rows runs."""
@@ -42,35 +42,34 @@ class CompiledExperts(Protocol):
     """Experts whose kernels are compiled when they are first called."""
 
     def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
-        """Compile what calls with these numbers of rows need, once on each node."""
+        """Compile the kernels that calls with these numbers of rows need, once per node."""
 
 
 class CheckedExperts(Protocol):
-    """Experts that make garbage or a fault of some values. The host looks for them, and waits for the device."""
+    """Experts that compute garbage or fault on some values. The host checks for them, which waits for the device."""
 
     def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-        """Refuse what a call must not be given: for passes that are checked, never timed nor captured in a graph.
+        """Refuse bad values of arguments: for checked passes, never for timed or captured ones.
 
         Raises:
             DistbenchError: names the value and the bound.
-
         """
 
 
 def check_values(experts: Experts, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-    """Have experts that need it look at the values of what they are about to be called with."""
-    if hasattr(experts, "check"):  # in every pass, and isinstance takes 9 us to compare protocols
+    """Let experts that need it check the values of their coming call."""
+    if hasattr(experts, "check"):  # runs in every pass, and isinstance takes 9 us to compare protocols
         experts.check(topk_ids, expert_mask, num_local_tokens)
 
 
 class PackageUser(Protocol):
-    """A part of the layer that runs a package from elsewhere."""
+    """A part of the layer that runs an external package."""
 
     def about(self) -> dict[str, Any]:
-        """Return, by the package's name, what decides its results besides the case: versions, devices, tables."""
+        """Return, by package name, the facts that decide its results besides the case: versions, devices, tables."""
 
 
 def facts_of(part: object) -> dict[str, Any]:
-    """Return what a part of the layer tells of its packages; nothing where it runs none."""
+    """Return a part's facts about its packages; empty where it uses none."""
     facts: dict[str, Any] = part.about() if hasattr(part, "about") else {}
     return facts

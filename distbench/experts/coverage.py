@@ -1,4 +1,4 @@
-"""What the exact workload of a case cannot see, with the experts that it has. Loads no torch."""
+"""Blind spots of a case's exact inputs with its experts. Loads no torch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ def plan_of(case: Case) -> ExactPlan:
 
 
 def blind_spots_of(case: Case) -> list[str]:
-    """Return what the case's exact inputs cannot see, a sentence each; nothing for gaussian ones.
+    """Return a sentence for each kind of damage that the case's exact inputs cannot show; empty for gaussian inputs.
 
     Raises:
         InvalidCase: see `plan_of`.
-
     """
     return blind_spots(plan_of(case)) if case.numerics != "gaussian" else []

@@ -1,4 +1,4 @@
-"""The kernel that aiter takes for a bucket without a tuned row: SiLU, gate and up projections, weights in stage 2."""
+"""The kernel that aiter selects for a bucket without a tuned row: SiLU, gate and up projections, weights in stage 2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NARROW_INTER = 192
 
 
 class LayerKey(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything but the number of rows that aiter selects by. Dimensions in elements."""
+    """The facts that aiter selects by, except the number of rows. Dimensions in elements."""
 
     num_local_experts: int
     """Experts whose weights this rank holds: w1.shape[0]."""
@@ -34,7 +34,7 @@ class LayerKey(msgspec.Struct, frozen=True, kw_only=True):
     cu_count: int = 304
     """Compute units of the device: 304 MI300X, 256 MI355X, 80 MI308X."""
     gfx: str | None = None
-    """Architecture; None: by `cu_count`, gfx942 where that is unknown."""
+    """Architecture; None: derived from `cu_count`, gfx942 where that is unknown."""
 
     @property
     def arch(self) -> str:
@@ -42,12 +42,12 @@ class LayerKey(msgspec.Struct, frozen=True, kw_only=True):
         return self.gfx or arch_of(self.cu_count)
 
     def lookup_topk(self, rules: BucketRules) -> int:
-        """Top-k as the lookup and the heuristics count it (aiter v0.1.16, get_2stage_cfgs)."""
+        """Top-k as counted by lookup and heuristics (aiter v0.1.16, get_2stage_cfgs)."""
         return self.topk - 1 if self.is_ep and rules.ep_drops_topk else self.topk
 
 
 class Stage(NamedTuple):
-    """A kernel of one stage and the elements of K that it takes at a time."""
+    """A kernel of one stage, and its K block in elements."""
 
     name: str
     tile_k: int
@@ -59,7 +59,7 @@ class _Tile(NamedTuple):
     pipeline: int
 
 
-# CK's own choice by rows of a tile, as (inter_dim <= 192, inter_dim above); aiter v0.1.20, gen_instances.py.
+# CK's own tiles by rows of a tile, as (inter_dim <= 192, inter_dim above); aiter v0.1.20, gen_instances.py.
 _BF16_TILES: dict[tuple[str, int], dict[int, tuple[_Tile, _Tile]]] = {
     ("gfx942", 1): {
         32: (_Tile(64, 64, 1), _Tile(64, 64, 1)),
@@ -88,7 +88,7 @@ _FP8_HALVED_TILE = _Tile(128, 128, 1)
 
 
 def runs_one_stage(bucket: int, key: LayerKey, rules: BucketRules) -> bool:
-    """Return whether one fused kernel does both stages (aiter v0.1.20, get_2stage_cfgs); never in bf16."""
+    """Return whether one fused kernel runs both stages (aiter v0.1.20, get_2stage_cfgs); never in bf16."""
     over = rules.fp8_one_stage_over
     if key.quant == "bf16" or over is None:
         return False
@@ -106,7 +106,7 @@ def block_rows(bucket: int, key: LayerKey, rules: BucketRules) -> int:
 
     def waste(block: int) -> tuple[int, int]:
         slots = bucket * topk + key.num_local_experts * block - topk
-        # The product is divided, not its second factor: that counts part blocks of rows, as aiter does.
+        # Divide the product, not its second factor: aiter counts partial blocks of rows this way.
         tiles = -(-key.inter_dim // _BLOCK_COLUMNS) * (slots + block - 1) // block
         return -(-tiles // key.cu_count), key.cu_count - tiles % key.cu_count
 
@@ -114,9 +114,9 @@ def block_rows(bucket: int, key: LayerKey, rules: BucketRules) -> int:
 
 
 def split_parts(bucket: int, key: LayerKey, rules: BucketRules) -> int:
-    """Return the parts that stage 1 of two-stage per_1x128 divides model_dim into, 0 for none (v0.1.20, get_ksplit).
+    """Return the number of K parts in stage 1 of two-stage per_1x128, 0 for none (v0.1.20, get_ksplit).
 
-    Top-k counted as 0 makes aiter divide by zero here; it counts as no split.
+    With top-k counted as 0 aiter divides by zero here; that counts as no split.
     """
     routes = bucket * key.lookup_topk(rules)
     if key.quant == "bf16" or routes > key.num_local_experts:
@@ -129,9 +129,9 @@ def split_parts(bucket: int, key: LayerKey, rules: BucketRules) -> int:
 
 
 def default_stage(stage: Literal[1, 2], block_m: int, key: LayerKey, rules: BucketRules) -> Stage:
-    """Return the kernel of one of two stages that the library picks when aiter names none.
+    """Return the library's default kernel for one of two stages, used when aiter names none.
 
-    The names are ours: CK's heuristic dispatch (gen_instances.py, v0.1.20) has no names to log.
+    The names are distbench's: CK's heuristic dispatch (gen_instances.py, v0.1.20) has no names to log.
     """
     if stage == 1 and key.quant == "fp8" and rules.fp8_asm_stage1:
         return Stage(f"asm_stage1_bm{block_m}", DEFAULT_TILE_K)

@@ -18,7 +18,7 @@ from typing import Literal
 Stage2Mode = Literal["reduce", "atomic"]
 
 DEFAULT_TILE_K = 128
-"""K of a kernel whose name has none: the columns that share a block scale, which no per_1x128 tile falls below."""
+"""K of a kernel whose name states none: the columns that share a block scale, the minimum of per_1x128 tiles."""
 
 _TILE = re.compile(r"(?<![0-9x])(?:[0-9]{1,6}x){2,3}([0-9]{1,6})(?![0-9x])")
 _DESCRIPTIVE = re.compile(r"ck_2stages_gemm[12]_bm[0-9]{1,6}_n[0-9]{1,6}_k([0-9]{1,6})_")
@@ -30,31 +30,31 @@ _ROUTE_REDUCE_FAMILIES = ("flydsl_mxmoe_g2_", "opus_moe2_")
 
 
 def tile_k(name: str) -> int:
-    """Return the elements of K that kernel `name` takes at a time, `DEFAULT_TILE_K` where the name does not tell."""
+    """Return the K block of kernel `name` in elements; `DEFAULT_TILE_K` where the name states none."""
     match = _TILE.search(name) or _DESCRIPTIVE.match(name)
     return max(int(match[1]), 1) if match else DEFAULT_TILE_K
 
 
 def ck_tile(name: str) -> tuple[int, int] | None:
-    """Return the columns and the elements of K that CK's kernel `name` takes at a time; None where it is none of CK's.
+    """Return the columns and K elements of the tile of CK's kernel `name`; None for other kernels.
 
-    CK pads neither: a layer has to be of whole tiles.
+    CK pads neither: a layer must consist of whole tiles.
     """
     match = _CK.match(name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def named_split(name: str) -> int:
-    """Return the K parts that kernel `name` writes apart, 0 where the name has none (FlyDSL `_kb4`)."""
+    """Return the number of separate K parts of kernel `name`, 0 where the name has none (FlyDSL `_kb4`)."""
     match = _SPLIT.search(name)
     return int(match[1]) if match else 0
 
 
 def stage2_mode(name: str) -> Stage2Mode:
-    """Return how stage-2 kernel `name` adds up the routes of a token (aiter v0.1.20, stage2_uses_route_reduce).
+    """Return the way in which stage-2 kernel `name` sums a token's routes (aiter v0.1.20, stage2_uses_route_reduce).
 
-    `reduce`: one rounding after a sum in slot order. `atomic`: a rounding per route, in the order of arrival; also
-    for a one-stage kernel and for every family not known to reduce.
+    `reduce`: one rounding after a sum in slot order. `atomic`: a rounding per route, in the order of arrival; also for
+    a one-stage kernel and for every family not known to reduce.
     """
     if "_atomic" in name:
         return "atomic"

@@ -1,6 +1,6 @@
-"""What aiter looks tuned rows up by besides the layer, for every quantisation that its tables have.
+"""Lookup keys of tuned rows besides the layer, for every quantisation in aiter's tables.
 
-`run` computes two of them, bf16 and fp8 in blocks; the others are here so that their tables can be asked.
+`run` computes two of them, bf16 and fp8 in blocks; the others exist so that their tables can be queried.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from distbench.experts.tuned import TunedKey
 
 
 class Quant(NamedTuple):
-    """A quantisation in the words of a table: its type, and what activations and weights are; fp8 is the device's."""
+    """A quantisation in a table's terms: its type, and the dtypes of activations and weights; fp8 is the device's."""
 
     q_type: str
     activations: str
     weights: str
 
     def dtypes(self, arch: str) -> tuple[str, str]:
-        """Cells of q_dtype_a and q_dtype_w on the architecture."""
+        """Cells of q_dtype_a and q_dtype_w on an architecture."""
         own = f"float8_{fp8_format(arch)}"
         first, second = (own if name == "fp8" else name for name in (self.activations, self.weights))
         return f"torch.{first}", f"torch.{second}"
@@ -44,30 +44,30 @@ QUANTS: dict[str, Quant] = {
     "a16w4": Quant("per_1x32", "bfloat16", _FP4),
     "a16i4": Quant("per_1x32", "bfloat16", "int4"),
 }
-"""The quantisations by name. The heuristics of the first two are known (heuristics.py)."""
+"""Quantisations by name. The heuristics of the first two are known (heuristics.py)."""
 ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "swiglu": "Swiglu", "situv2": "Situv2"}
 _MODELLED = ("bf16", "fp8")
 
 
 class Lookup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a lookup takes besides layer and release."""
+    """The parts of a lookup besides layer and release."""
 
     quant: str = ""
-    """A name in `QUANTS`; empty: that of the layer."""
+    """A name in `QUANTS`; empty: the layer's."""
     activation: str = "silu"
     doweight_stage1: bool = False
     """Routing weights are applied in stage 1."""
     overrides: Overrides = Overrides()
     explicit: bool = False
-    """The tables were asked for, so that without a matching row there is no answer."""
+    """The tables themselves were asked for, so there is no answer without a matching row."""
 
     @property
     def modelled(self) -> bool:
-        """Whether the kernel without a tuned row is known."""
+        """Whether the kernel used without a tuned row is known."""
         return (self.quant or "bf16") in _MODELLED and self.activation == "silu" and not self.doweight_stage1
 
     def key(self, layer: LayerKey, rules: BucketRules) -> TunedKey:
-        """Key that a release with `rules` looks the layer up by."""
+        """Key under which a release with `rules` looks up the layer."""
         quant = QUANTS[self.quant or layer.quant]
         activations, weights = quant.dtypes(layer.arch)
         return msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""One rank of a node fills a cache on disk while the others wait: compiling the same thing eight times helps nobody."""
+"""One rank of a node fills an on-disk cache while the others wait, so that kernels are compiled once per node."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _POLL_S = 0.1
 
 
 def first_on_node(folder: Path, name: str, build: Callable[[], object]) -> bool:
-    """Run `build` unless it has run for `name`; whether it did. `folder` is the cache's own, on a disk of this node.
+    """Run `build` once for `name` and return whether this call ran it. `folder` is the cache's own, on a local disk.
 
-    Who comes while it runs waits for its end. A builder that fails or dies leaves nothing behind, and the next one
-    builds. A cache that is deleted takes the notes of what was built with it.
+    Concurrent callers wait for the builder. A builder that fails or dies leaves no note, and the next caller builds. A
+    deleted cache takes its notes with it.
     """
     note = folder / f"distbench-{hashlib.sha256(name.encode()).hexdigest()[:16]}.built"
     if note.exists():

@@ -1,4 +1,4 @@
-"""A kernel table that gives one kernel for every number of rows, so that a cut changes the rows and nothing else."""
+"""A kernel table with one kernel for all row counts, so that a cut changes the rows and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_BITS = 41
 
 
 def pinned_table(selector: KernelSelector, choice: KernelChoice) -> bytes:
-    """Return a table in tuned_fmoe format in which each bucket of the layer names the kernel of `choice`."""
+    """Return a table in tuned_fmoe format that names the kernel of `choice` in each bucket of the layer."""
     key = TunedKey.for_layer(selector.layer, selector.rules)
     values = {
         "cu_num": key.cu_num,

@@ -1,8 +1,8 @@
-"""Rows times weights, with the bits of a kernel that walks K in blocks; a shorter way where no order of adding rounds.
+"""Rows times weights, with the bits of a kernel that walks K in blocks, and a shortcut where no sum rounds.
 
-Few entries of a row of exact weights are not zero (`distbench.workload.exact`). A row with one of them has the product
-itself, rounded once, whatever the numbers are. A row with several reads whole multiples of a step, of which float32
-adds up so many without rounding. So what is zero need not be read.
+Few entries of a row of exact weights are non-zero (`distbench.workload.exact`). A row with one entry has the product
+itself, rounded once, whatever the numbers. A row with several reads integer multiples of a step, whose sums float32
+holds exactly up to a bound. So zeros need not be read.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 
 _WIDE_BYTES = 8 << 20
-# Weights are sparse where at most one in so many of their words of 64 bits is not zero.
+# Weights are sparse where at most one in this number of their 64-bit words is non-zero.
 _SPARSE = 4
 # The mode of embedding_bag that sums.
 _SUM = 0
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-# float32 holds whole multiples of a step up to so many of it.
+# float32 holds integer multiples of a step exactly up to this number.
 _WHOLE = 2.0**24
-# Steps that are looked for in rows, and the smallest one in weights.
+# Steps to search in rows, and the smallest one in weights.
 _STEPS = (1.0, 0.25, 2.0**-7)
 _SMALLEST = 2.0**-40
-# As float32 has exponents: that of 2**23, the unit of whose mantissa is 1, and that of infinities and NaN.
+# float32 exponents: of 2**23, whose mantissa unit is 1, and of infinities and NaN.
 _EXPONENT_OF_2_23, _NOT_FINITE = 150, 255
 
 
 class _Entries(NamedTuple):
-    """What is not zero in weights [El, N, K]: in order of expert and row, `counts` int64 [El, N] of each.
+    """Non-zero entries of weights [El, N, K] in order of expert and row; `counts` int64 [El, N] per row.
 
-    columns int64 [e] count on from expert to expert, K for each; values float32 [e]; `starts` int64 [El * N] are where
-    rows begin in them. `shared` bool [K] are the columns that any row with several entries reads. What is read there
-    makes exact products if it is whole multiples of a step and at most `most` of them.
+    columns int64 [e] are offset by K from expert to expert; values float32 [e]; `starts` int64 [El * N] are the first
+    entries of rows. `shared` bool [K] marks the columns read by any row with several entries. Inputs there give exact
+    sums if they are integer multiples of a step, at most `most` of it.
     """
 
     counts: Tensor
@@ -58,7 +58,7 @@ class _Entries(NamedTuple):
         )
 
     def of(self, experts: Tensor, width: int) -> _Entries:
-        """Return those of `experts` [g] alone, whose columns count on in that order; `width` is K."""
+        """Return the entries of `experts` [g] alone, with columns offset in that order; `width` is K."""
         sizes = self.counts.sum(1).tolist()
         columns, values = self.columns.split(sizes), self.values.split(sizes)
         wanted = experts.tolist()
@@ -73,17 +73,17 @@ class _Entries(NamedTuple):
 
 
 class Weights:
-    """One stage's weights [El, N, K], bf16 or float32, as `blocked_product` wants them."""
+    """One stage's weights [El, N, K], bf16 or float32, prepared for `blocked_product`."""
 
     def __init__(self, weights: Tensor) -> None:
-        """Look through `weights`, which nobody may write to from here on."""
+        """Scan `weights`, which must not be written to from here on."""
         self.rows = weights.shape[1]
         self._weights = weights
         self._wide: Tensor | None = None
         self._entries = _entries_of(weights)
 
     def exact_product(self, rows: Tensor, experts: Tensor) -> Tensor | None:
-        """Return rows float32 [g, m, K] times the weights of `experts` [g], float32 [g, m, N]; None where it rounds."""
+        """Return rows float32 [g, m, K] times the weights of `experts` [g], float32 [g, m, N]; None if a sum rounds."""
         entries = self._entries
         if entries is None or not entries.suit(rows):
             return None
@@ -97,7 +97,7 @@ class Weights:
         return sums.view(count, self.rows, num_rows).transpose(1, 2)
 
     def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
-        """Yield float64 [g, at most tile_k, N] of `experts`, one block of K after another."""
+        """Yield float64 [g, at most tile_k, N] of `experts`, one K block after another."""
         if self._wide is None and self._weights.numel() * 8 <= _WIDE_BYTES:
             self._wide = self._weights.double()
         for block in (self._weights if self._wide is None else self._wide).split(tile_k, dim=2):
@@ -107,8 +107,8 @@ class Weights:
 def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
     """Return rows float32 [g, m, K] times the weights of `experts` [g, N, K] transposed, float32 [g, m, N].
 
-    K is walked in blocks of `tile_k`, each rounded to float32 and added in order; with `splits` above one, K is first
-    divided into that many runs of blocks, which are summed apart and then added in order.
+    K is walked in blocks of `tile_k`, each rounded to float32 and added in order. With `splits` above one, K is first
+    divided into that many runs of blocks, which are summed separately and then added in order.
     """
     exact = weights.exact_product(rows, experts)
     if exact is not None:
@@ -125,7 +125,7 @@ def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int
 
 
 def _entries_of(weights: Tensor) -> _Entries | None:
-    """Return what is not zero in the weights; None where that is much, or has no step in common."""
+    """Return the non-zero entries of the weights; None if there are many, or if they have no common step."""
     count, height, width = weights.shape
     places = _nonzero(weights)
     if places is None or not len(places):
@@ -147,9 +147,9 @@ def _entries_of(weights: Tensor) -> _Entries | None:
 
 
 def _step(values: Tensor) -> float | None:
-    """Return the largest power of two that float32 values are whole multiples of; zeros count as 1.
+    """Return the largest power of two of which all float32 values are integer multiples; zeros count as 1.
 
-    None where it is too small, or a value is not finite.
+    None if it is too small, or a value is not finite.
     """
     bits = values.view(torch.int32)
     exponents, mantissas = (bits >> 23) & 0xFF, (bits & 0x7FFFFF) | 0x800000
@@ -159,15 +159,15 @@ def _step(values: Tensor) -> float | None:
 
 
 def _starts(counts: Tensor) -> Tensor:
-    """Return where each of so many begins: int64 [c] of counts, whatever their shape."""
+    """Exclusive prefix sum of counts, flattened: int64 [c]."""
     flat = counts.flatten()
     return flat.cumsum(0) - flat
 
 
 def _nonzero(weights: Tensor) -> Tensor | None:
-    """Return the places of what is not +0.0 in the flattened weights, int64; None where they are not few.
+    """Return the indices of entries other than +0.0 in the flattened weights, int64; None unless they are few.
 
-    Words of several weights are looked through first, of which most are zero together.
+    Whole words of several weights are scanned first; most of them are zero.
     """
     flat = weights.flatten().view(_INTEGERS[weights.element_size()])
     word = next(word for word in (torch.int64, torch.int32, torch.int16) if flat.nbytes % word.itemsize == 0)
@@ -181,5 +181,5 @@ def _nonzero(weights: Tensor) -> Tensor | None:
 
 
 def _fractions(rows: Tensor, step: float) -> Tensor:
-    """Return what each column [K] of rows has at most beyond whole multiples of a step, zero for none."""
+    """Return the largest remainder of each column [K] of rows modulo a step, zero for none."""
     return (rows if step == 1 else rows * (1 / step)).frac().abs_().amax(0)

@@ -1,12 +1,12 @@
-"""`fused_moe` in plain torch: slow, readable, and with the arithmetic of the kernel that the row count selects.
+"""`fused_moe` in plain torch: slow, readable, and arithmetically the kernel that the row count selects.
 
 Every K block's dot product is taken in float64 and rounded to float32 (see `distbench.experts.products`). So a row's
-bits depend neither on its place in a tile nor on the thread count; what does change bits is what would change them on
-the device: the length of a K block, split-k, whether the activation is rounded between the stages, and how the routes
-of a token are added up.
+bits depend neither on its place in a tile nor on the thread count. They depend on the same properties as on the device:
+the length of a K block, split-k, whether the activation is rounded between the stages, and the order in which a token's
+routes are summed.
 
-float8 rows are computed as production does: bf16 weights are rounded to e4m3 by 128 x 128, and the intermediate by 128
-columns of each row, in the format of the rows.
+float8 rows are computed as production does: bf16 weights are rounded to e4m3 per 128 x 128 block, and the intermediate
+per 128 columns of each row, in the format of the rows.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ T = TypeVar("T")
 
 
 class _Kept(Generic[T]):
-    """What was last made of a tensor, made anew for another; nobody writes to a known one."""
+    """Cache of the value derived from the last tensor; a cached tensor must not be written to."""
 
     def __init__(self, make: Callable[[Tensor], T]) -> None:
         self._make = make
         self._known: tuple[Tensor, T] | None = None
 
     def of(self, tensor: Tensor) -> T:
-        """Return what is made of `tensor`."""
+        """Return the value derived from `tensor`."""
         known = self._known
         if known is None or (known[0].data_ptr(), known[0].shape) != (tensor.data_ptr(), tensor.shape):
             known = self._known = tensor, self._make(tensor)
@@ -47,12 +47,12 @@ class _Kept(Generic[T]):
 
 
 class ReferenceExperts:
-    """The stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
+    """Stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
     def __init__(self, selector: KernelSelector, seed: int, scales: Scales = "power of two") -> None:
-        """Select kernels with `selector`; `seed` orders the adds of atomic epilogues; `scales` has an fp8 intermediate.
+        """Select kernels with `selector`; `seed` orders atomic adds; `scales` are those of an fp8 intermediate.
 
-        Weights of float32 are taken as quantised, and multiplied out.
+        float32 weights count as quantised and dequantised already.
         """
         self._scales: Scales = scales
         self.steps = STEPS
@@ -160,24 +160,24 @@ class ReferenceExperts:
 
 
 def through_halves(w1: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what e4m3 `dtype` leaves of w1 bf16 [El, 2I, H]: blocks of gate rows and of up rows each begin anew."""
+    """Return w1 bf16 [El, 2I, H] after a round trip through e4m3 `dtype`, gate and up rows in separate blocks."""
     return through_weight_blocks(w1.view(2 * w1.shape[0], -1, w1.shape[2]), dtype).view(w1.shape)
 
 
 def local_rows(expert_mask: Tensor) -> Tensor:
-    """Return the row of the local weights that each expert of a mask [E] has, and -1 for others and at the end."""
+    """Return the local weight row of each expert in a mask [E], -1 for others and for one extra entry at the end."""
     rows = torch.full((expert_mask.numel() + 1,), -1, device=expert_mask.device)
     rows[:-1] = (expert_mask.cumsum(0) * (expert_mask == 1)) - 1
     return rows
 
 
 def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
-    """Map global ids [n, k] to `local_rows`, -1 for those of other ranks or of no rank."""
+    """Map global ids [n, k] through `local_rows`; -1 for experts of other ranks or of no rank."""
     return rows[ids.clamp(-1, rows.shape[0] - 1).long()]
 
 
 def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[Group]:
-    """Group the routes (flat indices into `local`) by expert, so many experts at a time as memory allows."""
+    """Group routes (flat indices into `local`) by expert; memory bounds the number of experts at a time."""
     nowhere, *counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
     routes = local.argsort(stable=True)[nowhere:].split(counts)
     used = [expert for expert, count in enumerate(counts) if count]

@@ -1,7 +1,7 @@
-"""What of aiter's kernel choice depends on its release: the buckets of row counts, the lookup and the heuristics.
+"""Release-dependent parts of aiter's kernel choice: the buckets of row counts, the lookup and the heuristics.
 
 Each entry of `BUCKET_RULES` was read from the sources at the release tag that it is named after
-(docs/kernel-selection.md lists what changed when).
+(docs/kernel-selection.md lists the changes).
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from distbench.versions import VersionKey, version_key
 
 
 class BucketRules(msgspec.Struct, frozen=True, kw_only=True):
-    """The rules of one generation of aiter releases. Units: rows, and elements where a dimension is meant."""
+    """The rules of one generation of aiter releases. Units: rows, or elements for dimensions."""
 
     floor: int
     """1 to `floor` rows share one bucket."""
     tiers: tuple[int, ...]
-    """From the first tier up the bucket is the largest tier not above the rows; below it, the next power of two."""
+    """From the first tier up, the bucket is the largest tier not above the rows; below it, the next power of two."""
     tier_fallback: bool
-    """A tier above the first without a tuned row takes the row of a lower tier."""
+    """A tier above the first without a tuned row uses the row of a lower tier."""
     activation_matters: bool
-    """A tuned row answers only for its own activation; later releases compare it without."""
+    """A tuned row applies only to its own activation; later releases compare without it."""
     ep_drops_topk: bool
-    """With an expert_mask, one of the top-k columns is taken for a masked filler and not counted."""
+    """With an expert_mask, one of the top-k columns counts as a masked filler and is subtracted."""
     fp8_one_stage_over: int | None
-    """Buckets above this run per_1x128 in one stage where inter_dim allows it; None: never."""
+    """Buckets above this run per_1x128 in one stage where inter_dim allows; None: never."""
     fp8_one_stage_inter: int
-    """inter_dim must be a multiple of this for that."""
+    """inter_dim must be a multiple of this for one stage."""
     fp8_small_tile: bool
-    """Two-stage per_1x128 takes 16-row tiles up to bucket 32 rather than 64-row tiles always."""
+    """Two-stage per_1x128 uses 16-row tiles up to bucket 32; otherwise always 64-row tiles."""
     fp8_split_columns: int
     """Multiples of inter_dim that get_ksplit counts as columns; 0: no split-k without a tuned row."""
     fp8_asm_stage1: bool
     """Stage 1 of two-stage per_1x128 is assembly rather than CK."""
     fp8_fitted_stage2: bool
-    """CK's 16-row stage 2 halves its tile where inter_dim does not fill the larger one."""
+    """CK's 16-row stage 2 halves its tile where inter_dim does not fill the full one."""
     bf16_narrow_tiles: bool
-    """CK has tiles of its own for a small inter_dim."""
+    """CK has special tiles for a small inter_dim."""
     reads_overrides: bool
     """AITER_KSPLIT and AITER_BYPASS_TUNE_CONFIG are read."""
     unsplit_tuned: bool
-    """AITER_KSPLIT=-1 takes the split of tuned rows away."""
+    """AITER_KSPLIT=-1 also removes the split of tuned rows."""
 
 
 _FIRST = BucketRules(
@@ -87,20 +87,18 @@ def _generations() -> dict[str, BucketRules]:
 
 
 BUCKET_RULES = _generations()
-"""The rules by the first release that has them, oldest first."""
+"""The rules, by the first release that has them, oldest first."""
 
 CURRENT = BUCKET_RULES["0.1.16"]
 
 
 def rules_for(version: str) -> BucketRules:
-    """Return the rules of an aiter version such as `0.1.7.post2.dev18` or `v0.1.20`; of none (""), the newest.
+    """Return the rules of an aiter version such as `0.1.7.post2.dev18` or `v0.1.20`; for "" the newest.
 
-    Versions are ordered as PEP 440 orders them, so a development version counts to the release before the one it
-    leads to.
+    Versions are ordered by PEP 440, so a development version falls under the release before the one it leads to.
 
     Raises:
-        InvalidCase: not a version, or older than every generation known.
-
+        InvalidCase: not a version, or older than every known generation.
     """
     if not version:
         return CURRENT
@@ -108,15 +106,15 @@ def rules_for(version: str) -> BucketRules:
     known = [name for name in BUCKET_RULES if _version_key(name) <= wanted]
     if not known:
         message = (
-            f"aiter version {version!r}: no rules are known before {next(iter(BUCKET_RULES))}; of a build without git "
-            "tags give as aiter_version the release that it was built from"
+            f"aiter version {version!r}: no rules are known before {next(iter(BUCKET_RULES))}; for a build without git "
+            "tags, set aiter_version to the release it was built from"
         )
         raise InvalidCase(message)
     return BUCKET_RULES[known[-1]]
 
 
 def padded_rows(rows: int, rules: BucketRules = CURRENT) -> int:
-    """Return the bucket of a row count: what aiter selects by in place of it (v0.1.20, get_padded_M)."""
+    """Return the bucket of a row count, by which aiter selects (v0.1.20, get_padded_M)."""
     if rows >= rules.tiers[0]:
         return max(tier for tier in rules.tiers if tier <= rows)
     if rows <= 0:
@@ -127,9 +125,6 @@ def padded_rows(rows: int, rules: BucketRules = CURRENT) -> int:
 def _version_key(version: str) -> VersionKey:
     key = version_key(version)
     if key is None:
-        message = (
-            f"aiter version {version!r:.80}: allowed is a release such as 0.1.7.post2.dev18 or 0.1.20; give it as "
-            "aiter_version"
-        )
+        message = f"aiter version {version!r:.80}: not a release such as 0.1.7.post2.dev18 or 0.1.20; set aiter_version"
         raise InvalidCase(message)
     return key

@@ -1,6 +1,6 @@
-"""Which kernel `aiter.fused_moe` takes for a number of rows: rows → bucket → tuned row, or else heuristics.
+"""The kernel that `aiter.fused_moe` selects for a row count: rows → bucket → tuned row, or else heuristics.
 
-The number is the first dimension of its input, valid rows or not (docs/kernel-selection.md).
+The row count is the first dimension of its input, valid rows or not (docs/kernel-selection.md).
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
     bucket: int
     source: Literal["tuned", "heuristic"]
     block_m: int
-    """Rows of a tile, and of the blocks that routes are sorted into."""
+    """Rows of a tile, and of the blocks into which routes are sorted."""
     ksplit: int
-    """Parts of stage 1's K that are summed apart; 0 and 1: none."""
+    """Parts of stage 1's K that are summed separately; 0 and 1: none."""
     run_1stage: bool
     stage1: str
     stage2: str
-    """Kernel names: the tuned table's, or descriptive ones of ours; stage 2 is empty where one kernel does both."""
+    """Kernel names: the tuned table's, or descriptive ones by distbench; stage 2 is empty for a one-stage kernel."""
     stage2_mode: Stage2Mode
     tile_k1: int
     tile_k2: int
-    """Elements of K that stage 1, stage 2 takes at a time."""
+    """K blocks of stage 1 and stage 2, in elements."""
     table: str = ""
-    """The table that a tuned choice of the Triton experts came from."""
+    """The table of a tuned choice of the Triton experts."""
 
     @property
     def label(self) -> str:
@@ -68,15 +68,18 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.source[0].upper()} bm{self.block_m} {stages} {self.stage2_mode} {k}{split}"
 
     def unfit(self, model_dim: int, inter_dim: int) -> str:
-        """Return why a kernel cannot take a layer of these sizes, which is no whole number of its tiles; or nothing."""
+        """Return why a kernel does not support a layer of these sizes, which is not whole tiles; None if it does."""
         for stage, name, columns, k in ((1, self.stage1, inter_dim, model_dim), (2, self.stage2, model_dim, inter_dim)):
             tile = ck_tile(name)
             if tile is not None and (columns % tile[0] or k % tile[1]):
-                return f"stage {stage}, {name}, takes {columns} columns by {tile[0]} and {k} of K by {tile[1]}"
+                return (
+                    f"stage {stage}, {name}, needs multiples of {tile[0]} columns and of {tile[1]} in K, "
+                    f"the layer has {columns} and {k}"
+                )
         return ""
 
     def same_kernel(self, other: KernelChoice) -> bool:
-        """Return whether both run the same code, and so differ in bits only where that differs from itself.
+        """Return whether both run the same code: then bits differ only where the kernel does not repeat its own.
 
         Names are compared whole: a suffix that should only schedule has been numerically wrong (aiter #3933).
         """
@@ -96,10 +99,10 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Overrides(msgspec.Struct, frozen=True, kw_only=True):
-    """What the environment changes of aiter's choice: AITER_KSPLIT, AITER_BYPASS_TUNE_CONFIG."""
+    """Changes of aiter's choice by the environment: AITER_KSPLIT, AITER_BYPASS_TUNE_CONFIG."""
 
     ksplit: int = 0
-    """Parts of K where no row is tuned, unless 0; -1 takes the split of tuned rows away too."""
+    """Parts of K without a tuned row, unless 0; -1 also removes the split of tuned rows."""
     bypass_tuned: bool = False
     """Tuned rows are ignored."""
 
@@ -109,10 +112,10 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
 
     layer: LayerKey
     tuned: tuple[TunedRow, ...] = ()
-    """The rows that match the layer, one per bucket."""
+    """The table rows that match the layer, one per bucket."""
     rules: BucketRules = CURRENT
     overrides: Overrides = Overrides()
-    """Taken into account where the release reads them."""
+    """Used where the release reads them."""
 
     def choose(self, rows: int) -> KernelChoice:
         """Return the kernel for `rows` rows (aiter v0.1.20, get_2stage_cfgs)."""
@@ -125,7 +128,7 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(choice, ksplit=named_split(row.kernel_name1)) if unsplit else choice
 
     def tuned_row(self, bucket: int) -> TunedRow | None:
-        """Return the row that answers for `bucket`, None without one, or where rows are ignored."""
+        """Return the tuned row for `bucket`; None if there is none, or if tuned rows are ignored."""
         if self.overrides.bypass_tuned and self.rules.reads_overrides:
             return None
         by_bucket = {row.bucket: row for row in reversed(self.tuned)}
@@ -167,7 +170,7 @@ class KernelSelector(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def _split(self, bucket: int) -> int:
-        """Return the parts of K without a tuned row (aiter v0.1.20, get_ksplit); bf16 kernels do not ask."""
+        """Return the parts of K without a tuned row (aiter v0.1.20, get_ksplit); bf16 kernels have none."""
         asked = self.overrides.ksplit if self.rules.reads_overrides and self.layer.quant != "bf16" else 0
         return asked or split_parts(bucket, self.layer, self.rules)
 

@@ -1,4 +1,4 @@
-"""Layers that the kernels of a package cannot take, whatever the number of rows. Loads no torch."""
+"""Layers that a package's kernels do not support for any row count. Loads no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.workload.plan import BLOCK
 
 TRITON_ALIGNMENT_BYTES = 16
-"""Bytes that a row of the Triton experts' weights is a multiple of."""
+"""The Triton experts load weight rows in multiples of this number of bytes."""
 _SMALLEST_TILE = 64
 
 
 def check_aiter_shape(hidden_size: int, intermediate_size: int, quant: Literal["bf16", "fp8"]) -> None:
-    """Refuse a layer that is smaller than any tile of aiter's kernels, or not of whole blocks.
+    """Refuse a layer smaller than any tile of aiter's kernels, or not of whole blocks.
 
     Raises:
-        InvalidCase: names the size and what it has to be a multiple of.
-
+        InvalidCase: names the size and its required multiple.
     """
     least = BLOCK if quant == "fp8" else _SMALLEST_TILE
     for name, size in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
@@ -32,8 +31,7 @@ def check_triton_shape(hidden_size: int, intermediate_size: int, element_bytes: 
     """Refuse a layer whose rows the Triton experts cannot load.
 
     Raises:
-        Unsupported: names the size and what it has to be a multiple of.
-
+        Unsupported: names the size and its required multiple.
     """
     for name, width in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
         if width * element_bytes % TRITON_ALIGNMENT_BYTES:

@@ -1,4 +1,4 @@
-"""The arithmetic of the reference experts, one method a step: the seams at which a mutant replaces one."""
+"""Arithmetic of the reference experts, one method per step: each is a point where a mutant substitutes its own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from distbench.workload.quantize import through_blocks
 class Group(NamedTuple):
     """Routes of some experts, padded to one length.
 
-    experts [g]: rows of the local weights. routes [g, m]: numbers in the flat list of a call's `total` routes, and past
-    an expert's last one `total`.
+    experts [g]: rows of the local weights. routes [g, m]: indices into the flat list of a call's `total` routes;
+    `total` past an expert's last route.
     """
 
     experts: Tensor
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 class Steps:
-    """The steps of a kernel, in their order. All values are float32 unless said otherwise."""
+    """The steps of a kernel, in order. All values are float32 unless stated otherwise."""
 
     def widen(self, hidden: Tensor, scales: Tensor | None) -> Tensor:
         """Return hidden rows [n, H] as float32, block-scaled rows multiplied out; scales [n, H/128] or None."""
@@ -37,7 +37,7 @@ class Steps:
         return (hidden.float().view(rows, scales.shape[1], -1) * scales.unsqueeze(2)).view(rows, columns)
 
     def first(self, rows: Tensor, w1: Weights, group: Group, choice: KernelChoice) -> Tensor:
-        """Return gate and up of rows [g, m, H], beside each other: [g, m, 2I]."""
+        """Return gate and up of rows [g, m, H], concatenated: [g, m, 2I]."""
         return blocked_product(rows, w1, group.experts, choice.tile_k1, choice.ksplit)
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -45,27 +45,27 @@ class Steps:
         return functional.silu(gate) * up
 
     def store(self, intermediate: Tensor) -> Tensor:
-        """Return the intermediate [g, m, I] as a kernel of two stages stores it in between."""
+        """Return the intermediate [g, m, I] as a two-stage kernel stores it."""
         return intermediate.bfloat16().float()
 
     def requantise(self, intermediate: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
-        """Return what e4m3 `dtype` leaves of the intermediate [g, m, I], with a scale for each 128 of its columns."""
+        """Return the intermediate [g, m, I] after a round trip through e4m3 `dtype`, with a scale per 128 columns."""
         return through_blocks(intermediate, dtype, power_of_two=scales == "power of two")
 
     def second(self, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
         """Return intermediate rows [g, m, I] times w2: [g, m, H]."""
         return blocked_product(rows, w2, group.experts, choice.tile_k2, 1)
 
-    def weigh(self, rows: Tensor, weights: Tensor, group: Group) -> Tensor:  # noqa: ARG002 - a mutant's
+    def weigh(self, rows: Tensor, weights: Tensor, group: Group) -> Tensor:  # noqa: ARG002 - mutants use it
         """Return rows [g, m, H] times the routing weights [g, m] of their routes."""
         return rows * weights.unsqueeze(2)
 
     def round(self, routes: Tensor) -> Tensor:
-        """Return the rows of routes [n, k, H] as bf16, as they are added up."""
+        """Return the rows of routes [n, k, H] rounded to bf16 for the sum."""
         return routes.bfloat16()
 
     def add(self, routes: Tensor, sums: torch.dtype) -> Tensor:
-        """Return the sum of bf16 routes [n, k, H] over k, in order, kept in `sums` and rounded to bf16 [n, H]."""
+        """Return the ordered sum of bf16 routes [n, k, H] over k, accumulated in `sums`' dtype, as bf16 [n, H]."""
         total = torch.zeros_like(routes[:, 0], dtype=sums)
         for route in routes.unbind(1):
             total += route
@@ -73,4 +73,4 @@ class Steps:
 
 
 STEPS = Steps()
-"""The right ones."""
+"""The correct steps."""

@@ -1,4 +1,4 @@
-"""Matches of a key in tuned tables: their number, the nearest row where there is none, rows that no bucket reaches."""
+"""Matches of a key in tuned tables: their number, the nearest row if there is none, and unreachable rows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _EVERY_BUCKET_FROM = 1 << 20
 
 
 class TableMatch(msgspec.Struct, frozen=True, kw_only=True):
-    """One table: its rows, those that match the key, and of these the buckets that no number of rows leads to.
+    """One table: its rows, those that match the key, and their buckets that no row count reaches.
 
-    `nearest` says in which columns the row differs that differs in the fewest; empty where a row matches.
+    `nearest` lists the columns in which the closest row differs; empty if a row matches.
     """
 
     path: str
@@ -26,11 +26,10 @@ class TableMatch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def match_tables(paths: Sequence[str], key: TunedKey, rules: BucketRules) -> list[TableMatch]:
-    """Matches of each table.
+    """Return the matches in each table.
 
     Raises:
         InvalidCase: a table cannot be read.
-
     """
     return [_match(path, read_table(path), key, rules) for path in paths]
 
@@ -42,7 +41,7 @@ def reachable_buckets(rules: BucketRules) -> frozenset[int]:
 
 
 def answers(bucket: int, rules: BucketRules) -> bool:
-    """Whether a row of `bucket` answers for some number of rows."""
+    """Whether some row count uses a tuned row of `bucket`."""
     return bucket in reachable_buckets(rules)
 
 
@@ -64,7 +63,7 @@ def _nearest(keys: Sequence[TunedKey], key: TunedKey) -> str:
 
 
 def _difference(row: TunedKey, key: TunedKey) -> list[str]:
-    """Columns in which a row differs from the key, with the row's value."""
+    """Columns in which a row differs from the key, with the row's values."""
     found = []
     for name in TunedKey.__struct_fields__:
         there, wanted = getattr(row, name), getattr(key, name)

@@ -1,7 +1,7 @@
-"""aiter's tuned table: one CSV row per shape and bucket, with the kernels that were fastest for it.
+"""aiter's tuned table: one CSV row per shape and bucket, with its fastest kernels.
 
-Columns are found by name, so that the tables of every release since 0.1.5 read alike: `gfx`, `run_1stage` and `_tag`
-came later, and `us` was `total_us` first.
+Columns are found by name, so that the tables of all releases since 0.1.5 can be read: `gfx`, `run_1stage` and `_tag`
+came later, and `us` was first named `total_us`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEY_COLUMNS = (
 REQUIRED_COLUMNS = (*KEY_COLUMNS, "block_m", "ksplit", "kernelName1", "kernelName2")
 
 MISSING = frozenset({"", "nan", "NaN", "None", "Null", "null", "NULL", "NA", "N/A"})
-"""Cells that hold nothing; aiter logs them as kernels' names, as they stand."""
+"""Cells that mean nothing; aiter logs them verbatim as kernel names."""
 
 _MISSING_GFX = MISSING | {"0", "0.0"}
 _DROPPED_TAG = "flydsl_fallback"
@@ -49,7 +49,7 @@ _LEFT_TO_THE_KERNEL = ("-1", "-1.0")
 
 
 class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
-    """The columns that a row must match, but for the bucket; None matches every value."""
+    """The columns that a row must match, except the bucket; None matches every value."""
 
     cu_num: int
     model_dim: int
@@ -68,7 +68,7 @@ class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def for_layer(cls, layer: LayerKey, rules: BucketRules = CURRENT) -> TunedKey:
-        """Return the key that aiter looks `layer` up by, activation SiLU (v0.1.20, get_2stage_cfgs)."""
+        """Return the key under which aiter looks `layer` up, activation SiLU (v0.1.20, get_2stage_cfgs)."""
         fp8 = f"torch.float8_{fp8_format(layer.arch)}"
         quantised = fp8 if layer.quant == "fp8" else "torch.bfloat16"
         return cls(
@@ -86,7 +86,7 @@ class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TunedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What a row says about its bucket; times in microseconds, None where the table has none."""
+    """A row's choice for its bucket; times in microseconds, None if the table has none."""
 
     bucket: int
     block_m: int
@@ -94,18 +94,17 @@ class TunedRow(msgspec.Struct, frozen=True, kw_only=True):
     run_1stage: bool
     kernel_name1: str
     kernel_name2: str
-    """Of a one-stage kernel whatever the cell holds; empty where a table leaves the kernel to the library."""
+    """For a one-stage kernel the cell's text, unused; empty if a table leaves the kernel to the library."""
     us1: float | None = None
     us2: float | None = None
     us: float | None = None
 
 
 def load_tuned_rows(named: str | Path, key: TunedKey) -> tuple[TunedRow, ...]:
-    """Read the rows that match `key` of the CSV file `named`, or of several joined by colons; the first of a bucket.
+    """Read the rows that match `key` from the CSV file `named`, or from several joined by colons; the first per bucket.
 
     Raises:
         InvalidCase: a file cannot be read or is not such a table; see `parse_tuned_rows`.
-
     """
     rows: dict[int, TunedRow] = {}
     for path in table_paths(str(named)):
@@ -115,11 +114,10 @@ def load_tuned_rows(named: str | Path, key: TunedKey) -> tuple[TunedRow, ...]:
 
 
 def read_table(path: str) -> bytes:
-    """Bytes of a table.
+    """Return the bytes of a table.
 
     Raises:
         InvalidCase: the file cannot be read.
-
     """
     try:
         return Path(path).read_bytes()
@@ -132,12 +130,11 @@ def read_table(path: str) -> bytes:
 def parse_tuned_rows(content: bytes, source: str, key: TunedKey) -> tuple[TunedRow, ...]:
     """Return the rows of the table `content` that match `key`; messages call it `source`.
 
-    Of rows for one bucket the first counts; rows tagged flydsl_fallback never do (aiter v0.1.20, get_cfg_2stages).
-    The columns that identify a row are checked in all rows, the others in matching rows.
+    The first row of a bucket counts; rows tagged flydsl_fallback never do (aiter v0.1.20, get_cfg_2stages). The columns
+    that identify a row are checked in all rows, the others in matching rows.
 
     Raises:
-        InvalidCase: not UTF-8, not a table, a column is missing, or a value is none of those allowed.
-
+        InvalidCase: not UTF-8, not a table, a missing column, or a value that is not allowed.
     """
     rows: dict[int, TunedRow] = {}
     for record in _records(content, source):
@@ -148,17 +145,16 @@ def parse_tuned_rows(content: bytes, source: str, key: TunedKey) -> tuple[TunedR
 
 
 def row_keys(content: bytes, source: str) -> list[tuple[TunedKey, int]]:
-    """Key and bucket of every row of the table `content`, in its order; messages call it `source`.
+    """Return key and bucket of every row of the table `content`, in order; messages call it `source`.
 
     Raises:
         InvalidCase: as `parse_tuned_rows`.
-
     """
     return [(_key(record), record.whole("token", 1)) for record in _records(content, source)]
 
 
 class _Record:
-    """One line of the table: its cells by column, and refusals that name where a bad one stands."""
+    """One line of the table: its cells by column, and errors that name the place of a bad cell."""
 
     def __init__(self, source: str, line: int, cells: dict[str, str]) -> None:
         self._where = f"kernel table {source!r}, line {line}"
@@ -178,11 +174,11 @@ class _Record:
         return int(match[1])
 
     def split(self) -> int:
-        """Parts of K; a table may say -1, which leaves them to the kernel."""
+        """Parts of K; -1 in a table leaves them to the kernel."""
         return -1 if self.text("ksplit").strip() in _LEFT_TO_THE_KERNEL else self.whole("ksplit")
 
     def flag(self, column: str) -> bool:
-        """Any number but 0 is true, as it is to aiter: a released table has a row with run_1stage 419."""
+        """Any number except 0 is true, as in aiter: a released table has a row with run_1stage 419."""
         value = _FLAGS.get(self.text(column).strip())
         return bool(self.whole(column)) if value is None else value
 
@@ -243,7 +239,7 @@ def _records(content: bytes, source: str) -> Iterator[_Record]:
                 f" allowed are the {len(header)} of the header"
             )
             raise InvalidCase(message)
-        # Reversed, so that of two columns with one name the first counts, as in pandas.
+        # Reversed, so that the first of two columns with one name counts, as in pandas.
         yield _Record(source, line, dict(reversed(list(zip(header, cells, strict=False)))))
 
 
@@ -284,7 +280,7 @@ def _matches(record: _Record, key: TunedKey) -> bool:
 
 
 def _row(record: _Record) -> TunedRow:
-    # run_1stage came with v0.1.6; a cell that is missing is no.
+    # run_1stage came with v0.1.6; a missing cell means no.
     one_stage = record.text("run_1stage") not in MISSING and record.flag("run_1stage")
     return TunedRow(
         bucket=record.whole("token", 1),

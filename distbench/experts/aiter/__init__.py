@@ -1,1 +1,1 @@
-"""The experts by `aiter.fused_moe`: its package, weights and arguments as it wants them, and what it says it ran."""
+"""Experts by `aiter.fused_moe`: its package, the layout of its weights and arguments, and its log lines."""

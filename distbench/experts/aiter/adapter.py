@@ -1,7 +1,7 @@
-"""The experts by `aiter.fused_moe`, or by its stand-in: what production calls, with what aiter itself does not check.
+"""Experts by `aiter.fused_moe`, or by its stand-in: the call that production makes, plus checks that aiter omits.
 
-docs/aiter.md says for each thing that can go wrong there where it is seen to here. The kernel choice is read from
-aiter: from the function that it selects by, and from the line that it logs.
+docs/aiter.md lists aiter's failure modes and where each is handled here. The kernel choice is read from aiter: from its
+selection function, and from the line that it logs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ class AiterExperts:
         """Take `package` for the layer of `case`.
 
         Raises:
-            InvalidCase: a shape that aiter's kernels cannot take, or a setting that the package would not follow.
+            InvalidCase: aiter's kernels do not support the shape, or the package would ignore a setting.
             Unsupported: quantisation that cannot be exact on this device.
-
         """
         self._case = case
         self._package = package
@@ -82,11 +81,10 @@ class AiterExperts:
         self._payload = fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16
 
     def selection(self, rows: int) -> KernelChoice:
-        """See `Experts.selection`; by aiter's `get_2stage_cfgs`. That aiter logged others is told by `about`.
+        """See `Experts.selection`; by aiter's `get_2stage_cfgs`. `about` reports when aiter logged another kernel.
 
         Raises:
-            Unsupported: the function wants an argument that is not known here.
-
+            Unsupported: the function has an argument that is unknown here.
         """
         if rows not in self._choices:
             choice = self._choices[rows] = self._choice(rows)
@@ -95,7 +93,7 @@ class AiterExperts:
         return self._choices[rows]
 
     def about(self) -> dict[str, Any]:
-        """Return what decides the kernels besides the case: version, device, tuned tables, and aiter's log lines.
+        """Return the facts that decide the kernels besides the case: version, device, tuned tables, aiter's log lines.
 
         `rules` is the release whose rules it follows, `doubts` are selections that a log line contradicts. The tables
         are as they were when these experts were made.
@@ -113,11 +111,10 @@ class AiterExperts:
         }
 
     def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
-        """Have aiter build what calls with `rows` rows need: on each node one rank, while the others wait for it.
+        """Build the kernels that calls with `rows` rows need: one rank per node builds, the others wait.
 
         Raises:
-            Unsupported: weights on the CPU, or kernels that cannot take the layer; or see `selection`.
-
+            Unsupported: weights on the CPU, or kernels that do not support the layer; or see `selection`.
         """
         self._check_device(w1)
         for count in rows:
@@ -130,11 +127,10 @@ class AiterExperts:
             first_on_node(folder, self._build_name(bucket), partial(self._empty_call, w1, w2, expert_mask, count))
 
     def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-        """See `CheckedExperts.check`: more valid rows than rows, or ids that no expert has, are memory faults.
+        """See `CheckedExperts.check`: more valid rows than rows, or ids of no expert, cause memory faults in aiter.
 
         Raises:
-            DistbenchError: as there. Policy `unchecked` does with valid rows what production does.
-
+            DistbenchError: as there. Policy `unchecked` passes valid rows on as production does.
         """
         live = int(num_local_tokens)
         if self._case.policy != "unchecked":
@@ -154,11 +150,10 @@ class AiterExperts:
         a1_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """See `Experts.__call__`. Values are not looked at: see `check`.
+        """See `Experts.__call__`. Values are not checked: see `check`.
 
         Raises:
-            DistbenchError: types, shapes or layouts of which aiter would make garbage; names what was expected.
-
+            DistbenchError: types, shapes or layouts from which aiter would compute garbage; names the expected one.
         """
         layer = self._prepared(w1, w2)
         check_arguments(hidden_states, topk_weight, topk_ids, expert_mask, a1_scale, layer.w1_scale)
@@ -213,7 +208,7 @@ class AiterExperts:
         )
 
     def _selection_arguments(self, bucket: int) -> dict[str, Any]:
-        """Return the arguments of this release's selection function by its own names for them."""
+        """Return the arguments of this release's selection function, by its own names."""
         package, key = self._package, self._key
         fp8 = key.quant == "fp8"
         payload = package.root.dtypes.fp8 if fp8 else torch.bfloat16
@@ -241,14 +236,14 @@ class AiterExperts:
         unknown = [name for name, one in wanted.items() if one.default is one.empty and name not in known]
         if unknown:
             message = (
-                f"aiter {package.version}: get_2stage_cfgs asks for {', '.join(unknown)}, which distbench does not "
-                "know; use a release of docs/aiter.md"
+                f"aiter {package.version}: get_2stage_cfgs asks for {', '.join(unknown)}, which distbench does "
+                "not know; use a release of docs/aiter.md"
             )
             raise Unsupported(message)
         return {name: known[name] for name in wanted if name in known}
 
     def _build_name(self, bucket: int) -> str:
-        """Name what is built for a bucket: another of anything in it may be another module."""
+        """Return a key of a bucket's build: kernels with different keys may be in different modules."""
         key = msgspec.to_builtins(self._key) | {"version": self._package.version, "bucket": bucket}
         return "-".join(str(part) for part in key.values())
 
@@ -274,7 +269,7 @@ class AiterExperts:
 
     def _check_device(self, weights: Tensor) -> None:
         if weights.device.type == "cpu" and not self._case.emulate:
-            message = "experts aiter: computes on a GPU, this case's device is cpu; use --device cuda, or --emulate"
+            message = "experts aiter: computes on a GPU, but the case's device is cpu; use --device cuda, or --emulate"
             raise Unsupported(message)
 
 
@@ -282,9 +277,8 @@ def make_aiter_experts(case: Case) -> AiterExperts:
     """Return the experts of `case` over aiter, or over its stand-in where the case emulates.
 
     Raises:
-        Unsupported: no aiter that can be imported; says what to install.
-        InvalidCase: see `AiterExperts`; or a habit that the stand-in does not have.
-
+        Unsupported: aiter cannot be imported; the message says what to install.
+        InvalidCase: see `AiterExperts`; or the stand-in has no such habit.
     """
     package = load_package(STAND_IN if case.emulate else PACKAGE)
     if case.emulate:
@@ -293,7 +287,7 @@ def make_aiter_experts(case: Case) -> AiterExperts:
 
 
 def _assume(package: AiterPackage, case: Case) -> AiterPackage:
-    """Have the stand-in behave like the release and the device of `case`."""
+    """Set the stand-in to the release and the device of `case`."""
     habits = package.root.habits
     assumed = habits.Assumed(
         habits=habits.parse_habits(case.aiter_habits),

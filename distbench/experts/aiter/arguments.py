@@ -1,6 +1,6 @@
-"""What has to hold of the arguments of `fused_moe`, of which aiter itself checks next to nothing.
+"""Checks of the arguments of `fused_moe`, of which aiter itself checks almost none.
 
-A rank that meets something else ends: its peers are in the middle of a pass, and none of them knows.
+A rank that meets a bad argument ends: its peers are in the middle of a pass and do not know of it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from distbench.workload.plan import BLOCK
 def check_arguments(  # noqa: PLR0913 - the arguments of the call
     hidden: Tensor, weights: Tensor, ids: Tensor, mask: Tensor, scale: Tensor | None, weight_scale: Tensor | None
 ) -> None:
-    """Refuse what aiter takes without a word and makes garbage of.
+    """Refuse arguments that aiter accepts silently and computes garbage from.
 
     Raises:
-        DistbenchError: types, shapes or layouts that are not those of `Experts`.
-
+        DistbenchError: types, shapes or layouts other than those of `Experts`.
     """
     rows = hidden.shape[0]
     for name, tensor, dtype in (
@@ -32,10 +31,12 @@ def check_arguments(  # noqa: PLR0913 - the arguments of the call
         if tensor.dtype != dtype:
             _refuse(f"{name} is {tensor.dtype}: {dtype} is what the sort reads")
         if not tensor.is_contiguous():
-            _refuse(f"{name} is not contiguous: kernels take it as rows that follow each other")
+            _refuse(f"{name} is not contiguous: kernels read its rows as contiguous")
     for name, length in (("topk_ids", ids.shape[0]), ("topk_weight", weights.shape[0])):
         if length != rows:
-            _refuse(f"{name} has {length} rows, hidden_states {rows}: both select the kernel, cut them alike")
+            _refuse(
+                f"{name} has {length} rows, hidden_states {rows}: both select the kernel, so cut both to the same rows"
+            )
     if (scale is None) != (hidden.element_size() > 1) or (scale is None) != (weight_scale is None):
         _refuse(f"hidden_states is {hidden.dtype}: float8 goes with a1_scale and quantised weights, bf16 with neither")
     if scale is not None and scale.shape != (rows, hidden.shape[1] // BLOCK):
@@ -43,11 +44,10 @@ def check_arguments(  # noqa: PLR0913 - the arguments of the call
 
 
 def check_ids(ids: Tensor, num_experts: int) -> None:
-    """Refuse ids of valid rows that no expert has: aiter reads out of bounds for them. Waits for the device.
+    """Refuse ids of no expert in valid rows: aiter would read out of bounds. Waits for the device.
 
     Raises:
-        DistbenchError: names the first one.
-
+        DistbenchError: names the first such id.
     """
     wild = ids[(ids < 0) | (ids >= num_experts)]
     if wild.numel():
@@ -55,11 +55,10 @@ def check_ids(ids: Tensor, num_experts: int) -> None:
 
 
 def check_live(live: int, rows: int) -> None:
-    """Refuse more valid rows than there are rows: aiter writes past its memory for them.
+    """Refuse more valid rows than there are rows: aiter would write out of bounds.
 
     Raises:
-        DistbenchError: names both.
-
+        DistbenchError: names both numbers.
     """
     if live > rows:
         _refuse(f"num_local_tokens = {live}: at most {rows}, the rows of hidden_states")

@@ -1,4 +1,4 @@
-"""The line in which aiter says which kernels it runs, the one thing that was there when they were chosen."""
+"""aiter's log line of a kernel choice, the only record from the moment of the choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?<![\w.])[0-9]+(?![\w.])")
 
 
 class KernelLog(logging.Handler):
-    """All such lines of this process: aiter logs each choice once, and never again."""
+    """All such lines of this process: aiter logs each choice once only."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -36,7 +36,7 @@ class KernelLog(logging.Handler):
         return [line for line, (cu_count, _, *shape) in found if [cu_count, *shape] == wanted]
 
     def doubt(self, choice: KernelChoice, layer: LayerKey) -> str:
-        """Return why `choice` may name kernels that did not run: others were logged of its bucket. Else nothing."""
+        """Return why `choice` may not name the kernels that ran: the log names others for its bucket; else None."""
         lines = [line for line in self.of_layer(layer) if _numbers(self._lines[line])[1] == choice.bucket]
         if not lines or any(_agrees(self._lines[line], choice) for line in lines):
             return ""
@@ -45,7 +45,7 @@ class KernelLog(logging.Handler):
 
 @lru_cache(maxsize=1)
 def kernel_log() -> KernelLog:
-    """Return the one log of this process, and listen from now on."""
+    """Return the single log of this process, and start listening."""
     log, logger = KernelLog(), logging.getLogger("aiter")
     logger.addHandler(log)
     if not logger.isEnabledFor(logging.INFO):
@@ -54,12 +54,12 @@ def kernel_log() -> KernelLog:
 
 
 def _numbers(match: re.Match[str]) -> list[int]:
-    """Return compute units, bucket, model_dim, inter_dim and local experts; an architecture may come first, as text."""
+    """Return compute units, bucket, model_dim, inter_dim, local experts; an architecture's name may come first."""
     return [int(number) for number in _NUMBER.findall(_QUOTED.sub("", match["key"]))][:5]
 
 
 def _agrees(match: re.Match[str], choice: KernelChoice) -> bool:
-    """Compare names, of one stage the first alone: the second is then whatever the table's cell holds."""
+    """Compare kernel names; for one stage only the first, since the second repeats the table's cell unread."""
     stages = "1" if choice.run_1stage else "12"
     logged = {stage: name for stage, name in _NAME.findall(match["kernels"]) if stage in stages and name not in MISSING}
     expected = dict(zip(stages, (choice.stage1, choice.stage2), strict=False)) if choice.source == "tuned" else {}

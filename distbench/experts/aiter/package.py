@@ -1,4 +1,4 @@
-"""The package aiter, or its stand-in: imported when a case asks for it, and what it is set to."""
+"""The package aiter, or its stand-in: import on demand, and its settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INSTALL = (
 
 
 class AiterPackage(NamedTuple):
-    """The modules of aiter that are called here, or those of its stand-in."""
+    """The modules of aiter that are used here, or those of its stand-in."""
 
     version: str
     root: Any
@@ -44,12 +44,11 @@ class AiterPackage(NamedTuple):
 
 
 def check_available(case: Case) -> None:
-    """Refuse, without loading anything heavy, what cannot be run here.
+    """Refuse cases that cannot run here, without loading anything heavy.
 
     Raises:
         Unsupported: aiter is not installed.
-        InvalidCase: habits that the stand-in does not have, or habits of the real one.
-
+        InvalidCase: the stand-in has no such habits, or habits were given for the real package.
     """
     if case.emulate:
         try:
@@ -65,7 +64,7 @@ def check_available(case: Case) -> None:
 
 
 def installed_tables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the tuned tables that the installed aiter would take, without importing it; none where it is missing.
+    """Return the tuned tables that the installed aiter would read, without importing it; empty if it is missing.
 
     AITER_CONFIG_FMOE replaces the release's own set: configs/tuned_fmoe.csv and those of model_configs.
     """
@@ -79,7 +78,7 @@ def installed_tables(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def installed_release() -> str:
-    """Return the version of the installed aiter, empty where there is none."""
+    """Return the version of the installed aiter; empty if it is missing."""
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -87,17 +86,16 @@ def installed_release() -> str:
 
 
 def load_package(root: str) -> AiterPackage:
-    """Import aiter, on each node one rank ahead of the others, for it compiles modules then; or the package at `root`.
+    """Import aiter, first on one rank per node because it compiles modules then; or import the package at `root`.
 
     Raises:
-        Unsupported: it cannot be imported, as without a HIP toolchain or a GPU; says what to install.
-
+        Unsupported: it cannot be imported, as without a HIP toolchain or a GPU; the message says what to install.
     """
     try:
         if root == PACKAGE:
             first_on_node(_build_folder(), f"import-{installed_release()}", partial(_import, root))
         modules = _import(root)
-    except Exception as error:  # aiter compiles and asks the device while it is imported: anything may come
+    except Exception as error:  # aiter compiles and queries the device while it is imported: any exception may come
         message = f"experts aiter: cannot be imported ({type(error).__name__}: {error!s:.200}); {INSTALL}"
         raise Unsupported(" ".join(message.split())) from error
     return AiterPackage(installed_version(root, modules[0]), *modules)
@@ -109,9 +107,9 @@ def _import(root: str) -> list[Any]:
 
 
 def _build_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Return where aiter keeps what it compiles, by its own rules; where it has yet to make that, the folder above.
+    """Return the folder where aiter keeps compiled modules, by its own rules; its parent if it does not exist yet.
 
-    It makes the one in the home folder as a copy, which may not be there before.
+    aiter makes the one in the home folder as a copy, which must not exist before.
     """
     if environ.get(BUILD_VARIABLE):
         folder = Path(environ[BUILD_VARIABLE])
@@ -128,24 +126,23 @@ def _build_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def installed_version(root: str, module: Any) -> str:
-    """Return the version of the package at `root`, by which its selection rules are chosen.
+    """Return the version of the package at `root`, which decides its selection rules.
 
     Raises:
-        Unsupported: an aiter that was put into the path without being installed.
-
+        Unsupported: an aiter on the path that is not installed.
     """
     if root == STAND_IN:
         return str(module.habits.assumed().version)
     version = installed_release()
     if not version:
-        message = f"experts aiter: {PACKAGE} can be imported, but no {DISTRIBUTION} is installed, so its version and "
+        message = f"experts aiter: {PACKAGE} can be imported, but {DISTRIBUTION} is not installed, so its version and "
         message += "rules are unknown; install it with pip"
         raise Unsupported(message)
     return version
 
 
 class TunedTable(msgspec.Struct, frozen=True):
-    """A table as it is now; without digest and rows where it cannot be read."""
+    """A table at this moment; without digest and rows if it cannot be read."""
 
     path: str
     sha256: str = ""
@@ -153,9 +150,9 @@ class TunedTable(msgspec.Struct, frozen=True):
 
 
 class TunedTables(msgspec.Struct, frozen=True):
-    """What aiter takes tuned rows from: the `sources`, and the file that it reads, a merged one where they are several.
+    """Origin of aiter's tuned rows: the `sources`, and the file that it reads, a merged one if there are several.
 
-    Merged ones lie where all users of a machine write theirs, so that only their digests tell which rows were taken.
+    Merged files lie where all users of a machine write theirs, so only digests tell which rows were used.
     """
 
     sources: list[TunedTable]
@@ -163,7 +160,7 @@ class TunedTables(msgspec.Struct, frozen=True):
 
 
 def tuned_tables(package: AiterPackage) -> TunedTables:
-    """Return the tables of aiter as they are now."""
+    """Return aiter's tables at this moment."""
     path = getattr(package.core, "AITER_CONFIG_FMOE_FILE", None)
     if path is None:
         path = getattr(getattr(package.core, "AITER_CONFIGS", None), "AITER_CONFIG_FMOE_FILE", "")
@@ -183,11 +180,10 @@ def _described(path: str) -> TunedTable:
 
 
 def followed_release(case: Case, package: AiterPackage) -> str:
-    """Return the release whose rules the installed aiter follows: its own, or the case's where a build has no tags.
+    """Return the release whose rules the installed aiter follows: its own, or the case's if the build has no tags.
 
     Raises:
-        InvalidCase: no release is known of it, or the case says another one than it follows.
-
+        InvalidCase: its release is unknown, or the case names another release.
     """
     said, installed = case.aiter_version, package.version
     try:
@@ -203,23 +199,22 @@ def followed_release(case: Case, package: AiterPackage) -> str:
 
 
 def _check_buckets(said: str, package: AiterPackage) -> None:
-    """Refuse a release that the package cannot have been built from: its buckets are others."""
+    """Refuse a release that the package cannot have been built from, because its buckets differ."""
     rules = rules_for(said)
     for rows in sorted({1, *(tier for known in BUCKET_RULES.values() for tier in known.tiers)}):
         there, expected = int(package.moe.get_padded_M(rows)), padded_rows(rows, rules)
         if there != expected:
             _refuse(
-                f"aiter_version = {said!r}: the installed {package.version} has bucket {there} for {rows} rows, that "
-                f"release {expected}; give the release that it was built from"
+                f"aiter_version = {said!r}: the installed {package.version} has bucket {there} for {rows} rows, the "
+                f"release {expected}; give the release it was built from"
             )
 
 
 def check_settings(case: Case, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse another table, or other overrides, than the installed aiter reads in its environment.
+    """Refuse a table or overrides other than those that the installed aiter reads from its environment.
 
     Raises:
-        InvalidCase: says what to set.
-
+        InvalidCase: the message says what to set.
     """
     if case.kernel_table and case.kernel_table != environ.get(KERNEL_TABLES):
         _refuse(

@@ -1,4 +1,4 @@
-"""Weights as aiter's kernels read them: shuffled and marked, in float8 with block scales where the rows are."""
+"""Weights in the layout of aiter's kernels: shuffled and marked, in float8 with block scales where rows are float8."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distbench.workload.quantize import quantize_weight_blocks
 
 
 class PreparedWeights(NamedTuple):
-    """A rank's weights as aiter wants them: shuffled, float8 with a scale for each 128 x 128 where rows are."""
+    """A rank's weights in aiter's layout: shuffled; float8 with a scale per 128 x 128 block where rows are float8."""
 
     w1: Tensor
     w2: Tensor
@@ -21,7 +21,7 @@ class PreparedWeights(NamedTuple):
 
 
 def prepare_weights(w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor], dtype: torch.dtype) -> PreparedWeights:
-    """Return w1 [El, 2I, H] and w2 [El, H, I], bf16, as aiter's kernels read them: as bf16, or as fp8 `dtype`."""
+    """Return w1 [El, 2I, H] and w2 [El, H, I], bf16, in the layout of aiter's kernels: as bf16, or as fp8 `dtype`."""
     if dtype is torch.bfloat16:
         return PreparedWeights(_shuffled(w1, shuffle), _shuffled(w2, shuffle), None, None)
     (narrow1, scale1), (narrow2, scale2) = quantize_weight_blocks(w1, dtype), quantize_weight_blocks(w2, dtype)
@@ -29,7 +29,7 @@ def prepare_weights(w1: Tensor, w2: Tensor, shuffle: Callable[[Tensor], Tensor],
 
 
 def _shuffled(weights: Tensor, shuffle: Callable[[Tensor], Tensor]) -> Tensor:
-    """Shuffle, and mark the very tensor that is passed on: a slice or a copy of it would not be marked."""
+    """Shuffle, and mark exactly the tensor that is passed on: a slice or copy of it would lose the mark."""
     shuffled = shuffle(weights)
     shuffled.is_shuffled = True  # type: ignore[attr-defined]  # what aiter looks for
     return shuffled

@@ -1,1 +1,1 @@
-"""Experts in Triton kernels: the same interface and the same kind of kernel choice as aiter (docs/triton.md)."""
+"""Experts in Triton kernels, with the interface and the kind of kernel choice of aiter (docs/triton.md)."""

@@ -1,4 +1,4 @@
-"""`fused_moe`'s interface over the Triton kernels."""
+"""The interface of `fused_moe` over the Triton kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class _Known(NamedTuple):
-    """Weights that were quantised; `given` is held so that no others come to lie at their addresses."""
+    """Quantised weights; holding `given` keeps other tensors from reusing its addresses."""
 
     key: tuple[int, ...]
     given: tuple[Tensor, Tensor]
@@ -32,12 +32,11 @@ class _Known(NamedTuple):
 
 
 def make_triton_experts(case: Case) -> TritonExperts:
-    """Return the case's experts for the current device, which its table is looked up by.
+    """Return the case's experts for the current device, which selects the table.
 
     Raises:
         InvalidCase: its kernel_table cannot be read.
         Unsupported: see `TritonExperts`.
-
     """
     _check_triton()
     device = "" if interpreted() else torch.cuda.get_device_name()
@@ -45,10 +44,10 @@ def make_triton_experts(case: Case) -> TritonExperts:
 
 
 class TritonExperts:
-    """See `Experts` for the contract. No call waits for the device, and any may be captured in a CUDA graph.
+    """Triton experts; see `Experts` for the contract. No call waits for the device; CUDA graphs can capture any call.
 
-    float8 rows make it quantise the bf16 weights that it is given, once for as long as they stay the same; weights made
-    in inference mode are taken as unchanged.
+    With float8 rows the bf16 weights are quantised once, until they change; weights made in inference mode count as
+    unchanged.
     """
 
     def __init__(self, selector: ConfigSelector) -> None:
@@ -67,7 +66,7 @@ class TritonExperts:
         return self._selector.choose(rows)
 
     def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
-        """See `CompiledExperts.warm_up`; what is interpreted is not compiled."""
+        """See `CompiledExperts.warm_up`; interpreted kernels are not compiled."""
         if interpreted():
             return
         for count in sorted(set(rows)):
@@ -116,7 +115,7 @@ class TritonExperts:
         a1_scale: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Do `__call__` with kernels of the caller's choice, as tuning does."""
+        """Run `__call__` with given kernels, for tuning."""
         from distbench.experts.triton.launch import Rows, Weights, compute  # noqa: PLC0415 - loads Triton
 
         check_triton_shape(w1.shape[2], w2.shape[2], w1.element_size() if a1_scale is None else 1)
@@ -137,7 +136,7 @@ class TritonExperts:
         return self._known.quantized
 
     def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
-        """Call with `rows` rows, none of them live: Triton compiles by shapes, and nothing is computed."""
+        """Call with `rows` rows, none of them live: Triton compiles by shape, and computes nothing."""
         shape = self._selector.shape
         fp8 = shape.quant == "fp8"
         self(
@@ -162,7 +161,7 @@ def _check_triton() -> None:
     try:
         from triton.tools import tensor_descriptor  # noqa: F401
     except ImportError as error:
-        message = f"experts triton: Triton cannot be imported ({error}); install triton>=3.6 beside torch"
+        message = f"experts triton: Triton cannot be imported ({error}); install triton>=3.6 next to torch"
         raise Unsupported(message) from error
     if not interpreted() and not torch.cuda.is_available():
         message = "experts triton: torch sees no GPU; use one, or set TRITON_INTERPRET=1 for tiny shapes on the CPU"
@@ -170,7 +169,7 @@ def _check_triton() -> None:
 
 
 def _cache_folder() -> Path:
-    """Return where Triton keeps what it compiles."""
+    """Return Triton's cache folder."""
     import triton
 
     folder = Path(triton.knobs.cache.dir)
@@ -179,14 +178,14 @@ def _cache_folder() -> Path:
 
 
 def _build_name(device: torch.device) -> str:
-    """Name what decides a build besides layer and choice."""
+    """Return a key of a build: the facts that decide it besides layer and choice."""
     import triton
 
     return f"triton-{triton.__version__}-{torch.cuda.get_device_name(device)}"
 
 
 def _changes(weights: Tensor) -> int:
-    """Return how often they were written to, which torch does not count in inference mode."""
+    """Return the number of writes to the weights, which torch does not count in inference mode."""
     return 0 if weights.is_inference() else weights._version  # noqa: SLF001 - torch counts changes there
 
 

@@ -1,4 +1,4 @@
-"""The kernels that tuning tries for a bucket."""
+"""Candidate kernels of a bucket for tuning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BLOCK_BYTES = 1 << 10
 _FP8_K = 128
 _WGMMA_ROWS = 64
 
-# Columns, K, stages, warps, programs for each multiprocessor.
+# Columns, K, stages, warps, programs per multiprocessor.
 _Numbers = tuple[int, int, int, int, int]
 _SWAPPED1: tuple[_Numbers, ...] = (
     (64, 64, 5, 4, 2),
@@ -63,11 +63,11 @@ _TILE_ROWS: tuple[tuple[float, tuple[int, ...]], ...] = (
     (32, (32, 64)),
     (math.inf, (64, 128)),
 )
-"""Rows of a tile to try, by the most routes of an expert."""
+"""Candidate rows of a tile, by the largest number of routes of an expert."""
 
 
 class First(NamedTuple):
-    """What may vary in stage 1."""
+    """The variable parameters of stage 1."""
 
     tile: Tile
     gather: bool
@@ -75,7 +75,7 @@ class First(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Candidates that share a tile of rows and so the sort; either stage is chosen by itself."""
+    """Candidates with one tile of rows and so one sort; each stage is chosen separately."""
 
     block_m: int
     mode: Stage2Mode
@@ -83,7 +83,7 @@ class Family(NamedTuple):
     second: list[Tile]
 
     def config(self, first: First, second: Tile) -> KernelConfig:
-        """Return the whole choice."""
+        """Return the complete choice."""
         return KernelConfig(
             block_m=self.block_m,
             gather=first.gather,
@@ -94,13 +94,13 @@ class Family(NamedTuple):
         )
 
     def configs(self) -> Iterator[KernelConfig]:
-        """Yield choices in which each candidate of either stage occurs."""
+        """Yield choices that together contain each candidate of either stage."""
         for index in range(max(len(self.first), len(self.second))):
             yield self.config(self.first[index % len(self.first)], self.second[index % len(self.second)])
 
 
 def families(shape: LayerShape, bucket: int, mode: Stage2Mode = "reduce") -> list[Family]:
-    """Return what to try for a bucket, by how many routes an expert gets where all are hit alike."""
+    """Return the candidates of a bucket, by the routes of an expert under uniform load."""
     routes = bucket * shape.topk / shape.num_experts
     sizes = next((sizes for most, sizes in _TILE_ROWS if routes <= most), ())
     return [_family(size, shape, routes, mode) for size in sizes]
@@ -129,7 +129,7 @@ def _tiles(numbers: tuple[_Numbers, ...], *, swap: bool) -> list[Tile]:
 
 
 def _fits(tile: Tile, block_m: int, matrices: int, *, fp8: bool) -> bool:
-    """Whether the tiles under way fit the shared memory, and the sums the registers (256 for each of four warps)."""
+    """Whether the tiles in flight fit the shared memory, and the sums the registers (256 for each of four warps)."""
     size = 1 if fp8 else 2
     shared = (matrices * tile.n + block_m) * tile.k * size * tile.stages + _BLOCK_BYTES
     sums = matrices * tile.n * block_m / (tile.warps * 32)

@@ -1,4 +1,4 @@
-"""Compiling many kernels side by side, into Triton's cache."""
+"""Parallel compilation of kernels into Triton's cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distbench.values import one_line
 from distbench.workload.batch import TokenBatch
 
 _TRIED_ROWS = 64
-# A CUDA context, the kernels loaded there, and what quantising one matrix takes for a moment.
+# Memory for a CUDA context, its loaded kernels, and the peak of quantising one matrix.
 _CONTEXT_BYTES = 1 << 30
 _Compiler = tuple[TritonExperts, LocalExperts, TokenBatch, Tensor]
 _COMPILER: list[_Compiler] = []
@@ -28,8 +28,7 @@ def compile_all(shape: LayerShape, configs: Iterable[KernelConfig], processes: i
     """Compile the kernels of all configurations into Triton's cache, in as many processes as the device has room for.
 
     Raises:
-        Unsupported: it has none, or a process could not make what it compiles with.
-
+        Unsupported: there is no room, or a process could not make its inputs.
     """
     unique = list({(config.name1, config.name2): config for config in configs}.values())
     context = multiprocessing.get_context("spawn")
@@ -39,24 +38,24 @@ def compile_all(shape: LayerShape, configs: Iterable[KernelConfig], processes: i
 
 
 def _fitting(shape: LayerShape) -> int:
-    """Return how many compilers the device has room for: each has the layer's weights, for fp8 in both types."""
+    """Return the number of compilers that fit the device: each holds the layer's weights, for fp8 in both types."""
     elements = 3 * shape.num_local_experts * shape.hidden_size * shape.intermediate_size
     needed = elements * (3 if shape.quant == "fp8" else 2) + _CONTEXT_BYTES
     free, _ = torch.cuda.mem_get_info()
     if free < needed:
         message = (
-            f"tune: a compiler needs about {needed} bytes of the GPU ({needed / 2**30:.1f} GiB), {free} are free; end "
-            "what else runs there, or tune for a larger --ep-size"
+            f"tune: a compiler needs about {needed} bytes of the GPU ({needed / 2**30:.1f} GiB), {free} are free; stop "
+            "other processes there, or tune for a larger --ep-size"
         )
         raise Unsupported(message)
     return free // needed
 
 
 def _open_compiler(shape: LayerShape) -> None:
-    """Make what this process compiles with; an error raised here would have the pool start others for ever."""
+    """Make the inputs of this process; an error raised here would make the pool start others forever."""
     try:
         _COMPILER.append(_make_compiler(shape))
-    except Exception as error:  # noqa: BLE001 - `_compile` tells of it
+    except Exception as error:  # noqa: BLE001 - `_compile` reports it
         _REFUSED.append(one_line(error))
 
 
@@ -80,7 +79,9 @@ def _make_compiler(shape: LayerShape) -> _Compiler:
 
 def _compile(config: KernelConfig) -> None:
     if _REFUSED:
-        message = f"tune: a compiler cannot start ({_REFUSED[0]}); lower --processes, or end what else runs on the GPU"
+        message = (
+            f"tune: a compiler cannot start ({_REFUSED[0]}); lower --processes, or stop other processes on the GPU"
+        )
         raise Unsupported(message)
-    with contextlib.suppress(Exception):  # the tuner meets it again, and says so
+    with contextlib.suppress(Exception):  # the tuner meets it again and reports it
         run(*_COMPILER[0], config)

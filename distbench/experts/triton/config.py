@@ -1,4 +1,4 @@
-"""What a choice of Triton kernels consists of, the choice without a table, and the choice as the report tells it."""
+"""A choice of Triton kernels: its parts, the default without a table, and its form in the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Quant = Literal["bf16", "fp8"]
 
 
 class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What kernels are chosen for, besides the number of rows. Dimensions in elements."""
+    """The layer that kernels are chosen for. Dimensions in elements."""
 
     num_experts: int
     """Routed experts over all ranks."""
@@ -27,15 +27,15 @@ class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tile(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage's kernel: its tile of columns and of K, and how it is pipelined and spread over the device."""
+    """One stage's kernel: its tile of columns and of K, its pipelining and its distribution over the device."""
 
     n: int
     k: int
     stages: int
-    """Tiles of K under way at a time."""
+    """Tiles of K in flight at a time."""
     warps: int
     programs: int = 1
-    """Programs for each multiprocessor."""
+    """Programs per multiprocessor."""
     swap: bool = False
     """The weights are the rows of the product."""
     flatten: bool = False
@@ -48,7 +48,7 @@ class Tile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All kernels of one call. `gather`: stage 1 reads rows where they lie rather than from a sorted copy."""
+    """All kernels of one call. With `gather`, stage 1 reads rows in place rather than from a sorted copy."""
 
     block_m: int
     gather: bool
@@ -59,17 +59,17 @@ class KernelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name1(self) -> str:
-        """Stage 1's name: everything that it is compiled with."""
+        """Stage 1's name: all its compile-time parameters."""
         return f"triton1_m{self.block_m}_{self.stage1}_{'gather' if self.gather else 'sorted'}_ks{self.splits}"
 
     @property
     def name2(self) -> str:
-        """Stage 2's name, which ends in how it adds up the routes of a token."""
+        """Stage 2's name, which ends in the way it sums a token's routes."""
         return f"triton2_m{self.block_m}_{self.stage2}_{self.mode}"
 
 
 class TableRow(msgspec.Struct, frozen=True, kw_only=True):
-    """What was fastest for a bucket, and its microseconds where it was measured."""
+    """The fastest kernels of a bucket, and their microseconds if measured."""
 
     bucket: int
     config: KernelConfig
@@ -77,10 +77,10 @@ class TableRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def heuristic(shape: LayerShape, rows: int) -> KernelConfig:
-    """Return a choice for a bucket without a tuned row: by the routes that an expert gets if all are hit alike."""
+    """Return a choice for a bucket without a tuned row, by the routes of an expert under uniform load."""
     routes = padded_rows(rows) * shape.topk / shape.num_experts
     fp8 = shape.quant == "fp8"
-    if routes <= 32:  # noqa: PLR2004 - beyond it the weights are read once by wider tiles too
+    if routes <= 32:  # noqa: PLR2004 - above it wider tiles read the weights once as well
         tile = Tile(n=128, k=128, stages=3, warps=4, swap=True)
         return KernelConfig(block_m=16 if routes <= 8 else 32, gather=True, stage1=tile, stage2=tile)  # noqa: PLR2004
     if routes <= 96:  # noqa: PLR2004
@@ -92,9 +92,9 @@ def heuristic(shape: LayerShape, rows: int) -> KernelConfig:
 
 
 def routes_per_row(num_experts: int, num_local_experts: int, topk: int) -> float:
-    """Return how many local routes a received row has on average, where routing is uniform.
+    """Return the mean number of local routes of a received row, under uniform routing.
 
-    A row is received where at least one of its distinct experts is local: top-k at EP1, 1.5 of 8 at EP8.
+    A row is received if at least one of its distinct experts is local: top-k at EP1, 1.5 of 8 at EP8.
     """
     none_local = math.comb(num_experts - num_local_experts, topk) / math.comb(num_experts, topk)
     return topk * num_local_experts / num_experts / (1 - none_local)
@@ -103,8 +103,8 @@ def routes_per_row(num_experts: int, num_local_experts: int, topk: int) -> float
 class ConfigSelector(msgspec.Struct, frozen=True, kw_only=True):
     """Chooses kernels for one layer: from the rows of a table, or else by heuristics.
 
-    `tuned_experts` are the routed experts that the table was tuned with, 0 for the layer's own. Among more or fewer
-    ranks a row has other numbers of local routes: then the row of the bucket with as many routes is taken, or the last.
+    `tuned_experts` is the number of routed experts that the table was tuned with, 0 for the layer's own. With another
+    number of ranks, a row has another number of local routes: the bucket with as many routes is used, or the last.
     """
 
     shape: LayerShape
@@ -141,7 +141,7 @@ class ConfigSelector(msgspec.Struct, frozen=True, kw_only=True):
         return next((row for row in self.tuned if row.bucket == bucket), None)
 
     def _tuned_bucket(self, bucket: int) -> int:
-        """Return the bucket of the table whose rows have as many local routes as those of `bucket` have here."""
+        """Return the table's bucket whose rows have as many local routes as `bucket` has here."""
         shape = self.shape
         if self.tuned_experts in (0, shape.num_experts) or not self.tuned:
             return bucket

@@ -1,4 +1,4 @@
-"""One call's launches, in order: sort, stage 1, stage 2, sum. Nothing is read back, so a CUDA graph can hold them."""
+"""The launches of one call: sort, stage 1, stage 2, sum. Nothing is read back, so CUDA graphs can hold them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from distbench.workload.plan import BLOCK
 
 _SORT_ELEMENTS = 16384
 _COPY_COLUMNS = 1024
-# Elements of int32 that a kernel may take for aligned.
+# Elements of int32 for which a kernel may assume alignment.
 _ALIGNED = 4
 
 
 class Rows(NamedTuple):
-    """A call's rows: hidden [M, H], scales [M, H/128] where float8, weights and ids [M, k], num_local_tokens [1]."""
+    """A call's rows: hidden [M, H], scales [M, H/128] for float8, weights and ids [M, k], num_local_tokens [1]."""
 
     hidden: Tensor
     scales: Tensor | None
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """w1 [El, 2I, H] and w2 [El, H, I], in float8 with scales of 128 x 128, and the mask of local experts [E]."""
+    """w1 [El, 2I, H] and w2 [El, H, I], for float8 with scales per 128 x 128 block, and the local-expert mask [E]."""
 
     w1: Tensor
     w2: Tensor
@@ -41,7 +41,7 @@ class Weights(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """The places of the routes, as `sort_kernels.place_routes` leaves them, and the width of its tables."""
+    """Places of the routes, as `sort_kernels.place_routes` writes them, and the width of its tables."""
 
     order: Tensor
     inverse: Tensor
@@ -76,7 +76,7 @@ def compute(rows: Rows, weights: Weights, config: KernelConfig, dtype: torch.dty
 
 
 def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
-    """Give each live route to a local expert its place."""
+    """Assign a place to each live route of a local expert."""
     count, topk = rows.topk_ids.shape
     num_experts, num_local = weights.mask.numel(), weights.w1.shape[0]
     local = max(_power_of_two(num_local), 16)
@@ -102,10 +102,10 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
     return placed
 
 
-def stage1(  # noqa: PLR0913 - what a launch needs
+def stage1(  # noqa: PLR0913 - the parts of a launch
     rows: Rows, weights: Weights, placed: Sorted, config: KernelConfig, processors: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """Return SiLU(gate) * up of each place, [P, I] as the rows are, with scales [P, I/128] where float8."""
+    """Return SiLU(gate) * up of each place, [P, I] in the rows' dtype, with scales [P, I/128] for float8."""
     tile, (num_local, double, hidden_size) = config.stage1, weights.w1.shape
     inter = double // 2
     routes, topk = placed.order.numel(), rows.topk_ids.shape[1]
@@ -161,7 +161,7 @@ def stage1(  # noqa: PLR0913 - what a launch needs
     return activation, activation_scales
 
 
-def stage2(  # noqa: PLR0913 - what a launch needs
+def stage2(  # noqa: PLR0913 - the parts of a launch
     rows: Rows,
     weights: Weights,
     placed: Sorted,

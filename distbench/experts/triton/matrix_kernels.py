@@ -1,9 +1,9 @@
 """The two matrix products of the experts, over the places that `sort_kernels.place_routes` gave the routes.
 
 Weights come through tensor descriptors (the copy engine of Hopper), rows through one too or gathered by pointer. A
-program takes tiles `pid, pid + programs, ...` until the live ones end, so a padded buffer costs what a cut one does.
-The tiles of one expert that share weights are neighbours, so that one of them reads the weights for all. With SWAP the
-weights are the rows of the product and the tokens its columns: wgmma takes no fewer than 64 rows, but 16 columns.
+program takes tiles `pid, pid + programs, ...` until the live ones end, so a padded buffer costs the same as a cut one.
+The tiles of one expert that share weights are neighbours, so the weights are read once for all of them. With SWAP the
+weights are the rows of the product and the tokens its columns: wgmma needs at least 64 rows, but only 16 columns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SCALE_BLOCK = tl.constexpr(128)
 
 @triton.jit
 def _locate(item, tiles, experts, LOCAL: tl.constexpr, COLUMN_TILES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Item number → expert, tile of columns, first place, and places of the tile that are the expert's."""
+    """Item number → expert, tile of columns, first place, and number of the expert's places in the tile."""
     expert = tl.load(tiles + 1 + item // COLUMN_TILES)
     count = tl.load(experts + LOCAL + expert)
     within = item - tl.load(experts + 2 * LOCAL + expert) * COLUMN_TILES
@@ -48,7 +48,7 @@ def _scaled(weights, rows, total, row_scale, weight_scale, SWAP: tl.constexpr):
 
 @triton.jit
 def _power_of_two_scale(amax):
-    """The smallest power of two that amax over it is at most 448, the largest e4m3; 1 where amax is 0."""
+    """The smallest power of two by which amax fits e4m3 (at most 448) when divided; 1 where amax is 0."""
     bits = ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000) - (8 << 23)
     return tl.where(amax > 1e-30, bits, 127 << 23).to(tl.float32, bitcast=True)
 
@@ -66,7 +66,7 @@ def _store_activation(
     FP8: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """SiLU(gate) * up of a tile [places, columns], rounded; as e4m3 with a scale for its 128 columns where FP8."""
+    """SiLU(gate) * up of a tile [places, columns], rounded; with FP8 as e4m3 with a scale per 128 columns."""
     value = (gate * tl.sigmoid(gate) * up).to(ROUND)
     place = wide(place)
     inside = live[:, None] & (column < INTER)[None, :]
@@ -178,7 +178,7 @@ def activate_parts(
     FP8: tl.constexpr,
     ROUND: tl.constexpr,
 ):
-    """Add up the parts of stage 1 in the order of K, and apply the activation."""
+    """Add up the K parts of stage 1 in order, and apply the activation."""
     BLOCKS: tl.constexpr = (INTER + BLOCK - 1) // BLOCK
     places = live_places(experts, LOCAL)
     for item in range(tl.program_id(0), places * BLOCKS, tl.num_programs(0)):
@@ -218,7 +218,7 @@ def down(
     FP8: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """Stage 2: output[place, h] = weight * (activation . w2_h), or added to output[row, h] where ATOMIC."""
+    """Stage 2: output[place, h] = weight * (activation . w2_h); with ATOMIC, added to output[row, h]."""
     COLUMN_TILES: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     SCALES: tl.constexpr = (INTER + SCALE_BLOCK - 1) // SCALE_BLOCK
     WEIGHT_SCALES: tl.constexpr = (H + SCALE_BLOCK - 1) // SCALE_BLOCK * SCALES

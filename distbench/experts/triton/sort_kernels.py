@@ -1,7 +1,7 @@
-"""Kernels around the matrix products: routes by expert, rows side by side, and the sum of a token's routes.
+"""Kernels around the matrix products: sort routes by expert, permute rows, and sum a token's routes.
 
-A route is a flat index into the top-k ids, `row * k + slot`. P = M * k routes is what there can be at most; each kernel
-reads on the device how many are live, and a program past them leaves at once.
+A route is a flat index into the top-k ids, `row * k + slot`. There are at most P = M * k routes. Each kernel reads the
+number of live ones on the device, and a program past them returns at once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def wide(number):
-    """Return a number as int64. The interpreter counts loops in plain Python numbers, which have no `to`."""
+    """Return a number as int64. The interpreter's loop counters are plain Python numbers, which have no `to`."""
     return number + tl.full([], 0, tl.int64)
 
 
 @triton.jit
 def _local_experts(ids, mask, routes, live, NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The local expert of each route, -1 for those of other ranks, of no rank, and past the live ones."""
+    """The local expert of each route; -1 for experts of other ranks, of no rank, and past the live routes."""
     expert = tl.arange(0, WIDTH)
     local = tl.load(mask + expert, mask=expert < NUM_EXPERTS, other=0)
     position = tl.where(local == 1, tl.cumsum(local, 0) - 1, -1)
@@ -70,10 +70,11 @@ def place_routes(
     BLOCK_M: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """Give each local route its place, experts in turn and routes of one in their order.
+    """Assign a place to each local route: experts in order, and routes of one expert in order.
 
     order[place] is the route and inverse[route] the place, or -1. experts[3, LOCAL] holds each expert's first place,
-    number of routes and first tile of BLOCK_M places; tiles[0] the number of tiles, tiles[1 + t] the expert of tile t.
+    number of routes and first tile of BLOCK_M places; tiles[0] is the number of tiles, tiles[1 + t] the expert of tile
+    t.
     """
     block = tl.program_id(0)
     live = tl.minimum(tl.load(num_local_tokens), rows) * TOPK
@@ -115,7 +116,7 @@ def place_routes(
 
 @triton.jit
 def live_places(experts, LOCAL: tl.constexpr):
-    """Return how many routes have a place."""
+    """Return the number of routes that have a place."""
     return tl.load(experts + LOCAL - 1) + tl.load(experts + 2 * LOCAL - 1)
 
 
@@ -134,7 +135,7 @@ def permute_rows(
     SCALES: tl.constexpr,
     SCALE_WIDTH: tl.constexpr,
 ):
-    """Copy the row of each local route to its place, with its block scales where it has some."""
+    """Copy the row of each local route to its place, with its block scales if any."""
     places = live_places(experts, LOCAL)
     for place in range(tl.program_id(0), places, tl.num_programs(0)):
         row = wide(tl.load(order + place) // TOPK)
@@ -153,7 +154,7 @@ def permute_rows(
 def sum_routes(
     routed, inverse, num_local_tokens, output, rows, TOPK: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """output[row] = the row's routes in the order of their slots, added in float32 and rounded once."""
+    """output[row] = the row's routes in slot order, added in float32 and rounded once."""
     blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     live = tl.minimum(tl.load(num_local_tokens), rows)
     for item in range(tl.program_id(0), live * blocks, tl.num_programs(0)):
@@ -169,7 +170,7 @@ def sum_routes(
 
 @triton.jit(do_not_specialize=["rows"])
 def clear_rows(num_local_tokens, output, rows, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Zero the live rows, which atomic adds start from."""
+    """Zero the live rows, from which atomic adds start."""
     blocks: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     live = tl.minimum(tl.load(num_local_tokens), rows)
     for item in range(tl.program_id(0), live * blocks, tl.num_programs(0)):

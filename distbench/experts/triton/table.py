@@ -1,4 +1,4 @@
-"""Tables of tuned kernels: JSON, one file for each device and layer; some come with distbench."""
+"""Tables of tuned kernels: JSON, one file per device and layer; some ship with distbench."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SHIPPED = Path(__file__).with_name("tables")
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was fastest on one device for one layer. The key is as in aiter's tables: LOCAL experts.
+    """The fastest kernels of one device for one layer. The key is as in aiter's tables: LOCAL experts.
 
-    `num_experts` says what routing it was tuned with: the rows of one rank of num_experts / num_local_experts, routed
+    `num_experts` is the routing it was tuned with: the rows of one rank of num_experts / num_local_experts, routed
     uniformly.
     """
 
@@ -39,7 +39,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def file_name(self) -> str:
-        """The name that a table is found by."""
+        """File name by which a table is found."""
         return _file_name(self.device, self)
 
     def answers(self, shape: LayerShape) -> bool:
@@ -48,7 +48,7 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def shape_of(case: Case) -> LayerShape:
-    """Return the layer of a case as kernels are chosen for it."""
+    """Return the layer shape of a case, the key of kernel choice."""
     return LayerShape(
         num_experts=case.num_experts,
         num_local_experts=case.experts_per_rank,
@@ -79,13 +79,13 @@ def load_table(path: str | Path) -> Table:
 
 
 def encode_table(table: Table) -> bytes:
-    """Return a table as JSON, a line for each bucket."""
+    """Return a table as JSON, one line per bucket."""
     head = msgspec.json.encode(msgspec.structs.replace(table, rows=[])).removesuffix(b"[]}")
     return head + b"[\n" + b",\n".join(msgspec.json.encode(row) for row in table.rows) + b"\n]}\n"
 
 
 def selector_for(case: Case, device: str) -> ConfigSelector:
-    """Return how the case's kernels are chosen on `device`: by its kernel_table, one that came along, or heuristics."""
+    """Return the kernel selector of a case on `device`: its kernel_table, a shipped table, or heuristics."""
     shape = shape_of(case)
     if case.kernel_table:
         return _selector(shape, load_table(case.kernel_table), case.kernel_table)
@@ -94,7 +94,7 @@ def selector_for(case: Case, device: str) -> ConfigSelector:
 
 @lru_cache
 def shipped_selector(shape: LayerShape, device: str) -> ConfigSelector:
-    """Return the choice by the table that came along for `device` and this layer, or by heuristics."""
+    """Return the selector of the shipped table for `device` and this layer, or of heuristics."""
     path = _SHIPPED / _file_name(device, shape)
     if not path.exists():
         return ConfigSelector(shape=shape)

@@ -1,4 +1,4 @@
-"""One rank's part of a layer on the device, to try kernels on, and how long a call takes there."""
+"""One rank's part of a layer on the device, for trials of kernels, and the time of a call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DRAWN_AT_ONCE = 4096
 
 
 class LocalExperts(NamedTuple):
-    """w1 [El, 2I, H] and w2 [El, H, I] in bf16, and the mask of local experts [E]."""
+    """w1 [El, 2I, H] and w2 [El, H, I] in bf16, and the local-expert mask [E]."""
 
     w1: Tensor
     w2: Tensor
@@ -68,7 +68,7 @@ def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> Layer:
 def run(
     experts: TritonExperts, local: LocalExperts, batch: TokenBatch, live: Tensor, config: KernelConfig | None = None
 ) -> Tensor:
-    """Call the experts on `batch`, `live` [1] rows of it, with a configuration or with the one that they choose."""
+    """Call the experts on `batch`, of which `live` [1] rows count, with the given configuration or their own choice."""
     call = experts if config is None else partial(experts.run, config)
     return call(
         batch.hidden,
@@ -84,7 +84,7 @@ def run(
 
 
 def capture(call: Callable[[], object], calls: int = GRAPH_CALLS) -> Callable[[], None]:
-    """Return what replays `calls` calls of `call` from a CUDA graph; it has run once."""
+    """Return a function that replays `calls` calls of `call` from a CUDA graph; it has run once."""
     aside = torch.cuda.Stream()
     with torch.cuda.stream(aside):
         call()
@@ -98,13 +98,13 @@ def capture(call: Callable[[], object], calls: int = GRAPH_CALLS) -> Callable[[]
 
 
 def graph_us(call: Callable[[], object], calls: int = GRAPH_CALLS, replays: int = _REPLAYS) -> list[float]:
-    """Return microseconds of `call` in a CUDA graph of `calls` calls, one number for each replay."""
+    """Return microseconds of `call` in a CUDA graph of `calls` calls, one number per replay."""
     replay = capture(call, calls)
     return [time_us(replay) / calls for _ in range(replays)]
 
 
 def time_us(call: Callable[[], object]) -> float:
-    """Return the microseconds that the device takes for `call`, between two events."""
+    """Return the device time of `call` in microseconds, between two events."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()

@@ -1,6 +1,6 @@
-"""Finding the fastest kernels of a layer on this device, among those that give the oracle's bits.
+"""Search for the fastest kernels of a layer on this device, among those that give the oracle's bits.
 
-Bits are checked with an exact workload, times are taken with a gaussian one: matrix units run faster on zeros.
+Bits are checked with an exact workload, times measured with a gaussian one: matrix units run faster on zeros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Tuner:
     """Tunes buckets of one layer."""
 
     def __init__(self, shape: LayerShape, note: Callable[[str], None]) -> None:
-        """`note` hears what is being done."""
+        """Make the layers; `note` receives progress lines."""
         self._shape = shape
         self.note = note
         note("making the exact and the gaussian layer")
@@ -30,11 +30,10 @@ class Tuner:
         self.experts = TritonExperts(ConfigSelector(shape=shape)), TritonExperts(ConfigSelector(shape=shape))
 
     def tune(self, bucket: int, tried: Iterable[Family]) -> TableRow:
-        """Return the fastest right choice for `bucket` live rows in a buffer of as many.
+        """Return the fastest correct choice for `bucket` live rows in a buffer of the same size.
 
         Raises:
             Unsupported: no candidate gives the oracle's bits.
-
         """
         problem = _Problem(self, bucket)
         rows = [row for family in tried if (row := problem.best(family)) is not None]
@@ -45,7 +44,7 @@ class Tuner:
 
 
 class _Problem:
-    """One bucket: rows, what must come of them, and how long a choice takes."""
+    """One bucket: its rows, their expected results, and the time of a choice."""
 
     def __init__(self, tuner: Tuner, bucket: int) -> None:
         self._tuner = tuner
@@ -56,7 +55,7 @@ class _Problem:
         self._expected = tuner.exact.workload.expected_rows(0, self._exact_rows)
 
     def best(self, family: Family) -> TableRow | None:
-        """Choose the second stage beside the first candidate of the first, then the first beside that."""
+        """Choose the second stage with the first candidate of stage 1, then stage 1 with that second stage."""
         if not family.first or not family.second:
             return None
         second = self._fastest(family, [(family.first[0], tile) for tile in family.second])
@@ -81,14 +80,14 @@ class _Problem:
         return min(timed, key=lambda entry: entry[2], default=None)
 
     def _micros(self, config: KernelConfig) -> float | None:
-        """Return the median time of a whole call; None where the bits are wrong, or the device refuses the kernel."""
+        """Return the median time of a whole call; None if the bits are wrong, or the device refuses the kernel."""
         tuner = self._tuner
         exact, timed = tuner.experts
         try:
             output = run(exact, tuner.exact.local, self._exact_rows, self._live, config)
         except DistbenchError:
             raise
-        except Exception as error:  # noqa: BLE001 - Triton has many, none of which is the table's concern
+        except Exception as error:  # noqa: BLE001 - Triton has many exceptions, which need no distinction here
             tuner.note(f"refused: {config.name1} {config.name2}: {error}")
             return None
         if self._expected is None or not torch.equal(output.view(torch.int16), self._expected.view(torch.int16)):
