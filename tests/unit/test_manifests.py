@@ -71,7 +71,7 @@ def validate_pytorchjob(job: dict[str, Any]) -> None:
     jsonschema.validate(job, PYTORCHJOB, jsonschema.Draft7Validator)
 
 
-def test_what_kubernetes_itself_knows_is_valid() -> None:
+def test_kubernetes_manifests_follow_the_published_schemas() -> None:
     own = [one for name in ("indexed-job.yaml", "pytorchjob.yaml") for one in documents(name)]
     assert [one["kind"] for one in own].count("PyTorchJob") == 1
     for one in own:
@@ -79,7 +79,7 @@ def test_what_kubernetes_itself_knows_is_valid() -> None:
             kubernetes_validate.validate(one, VERSION, strict=True)
 
 
-def test_the_job_of_the_training_operator_is_valid_and_so_are_its_pods() -> None:
+def test_pytorchjob_manifest_and_its_pods_follow_their_schemas() -> None:
     jsonschema.Draft7Validator.check_schema(PYTORCHJOB)
     validate_pytorchjob(document("pytorchjob.yaml", "PyTorchJob"))
     for number, (_, template) in enumerate(operators_pods()):
@@ -88,7 +88,7 @@ def test_the_job_of_the_training_operator_is_valid_and_so_are_its_pods() -> None
 
 
 @pytest.mark.parametrize(("key", "value"), [("compeltions", 4), ("completionMode", ["Indexed"]), ("parallelism", "4")])
-def test_the_validator_sees_a_mistake(key: str, value: object) -> None:
+def test_kubernetes_validator_rejects_an_invalid_manifest(key: str, value: object) -> None:
     job = document("indexed-job.yaml", "Job")
     job["spec"][key] = value
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -110,7 +110,7 @@ def test_the_validator_sees_a_mistake(key: str, value: object) -> None:
         ("spec/pytorchReplicaSpecs/Master/template/spec/containers/0/name", "distbench"),
     ],
 )
-def test_a_mistake_in_the_operators_part_is_seen(path: str, value: object) -> None:
+def test_pytorchjob_validator_rejects_an_invalid_manifest(path: str, value: object) -> None:
     job = document("pytorchjob.yaml", "PyTorchJob")
     *folders, last = path.split("/")
     place: Any = job
@@ -121,7 +121,7 @@ def test_a_mistake_in_the_operators_part_is_seen(path: str, value: object) -> No
         validate_pytorchjob(job)
 
 
-def test_no_pod_is_started_again_in_secret_nor_killed_with_another() -> None:
+def test_failed_pod_is_neither_restarted_nor_ends_other_pods() -> None:
     job, pytorch = document("indexed-job.yaml", "Job"), document("pytorchjob.yaml", "PyTorchJob")
     assert job["spec"]["backoffLimitPerIndex"] == 0
     assert not {"backoffLimit", "maxFailedIndexes"} & job["spec"].keys()
@@ -131,7 +131,7 @@ def test_no_pod_is_started_again_in_secret_nor_killed_with_another() -> None:
     assert policies == ["Never"] * 3
 
 
-def test_every_pod_runs_a_command_that_distbench_knows() -> None:
+def test_command_of_every_pod_is_parsed_by_distbench() -> None:
     for count, template in pods():
         pod = container(template)
         options = parse(pod["command"])
@@ -144,7 +144,7 @@ def test_every_pod_runs_a_command_that_distbench_knows() -> None:
         assert {"/dev/shm", options.out} == mounted  # noqa: S108 - a mount of the pod
 
 
-def test_results_outlive_their_pod() -> None:
+def test_results_of_a_pod_are_on_a_persistent_volume() -> None:
     for name, templates in (("indexed-job.yaml", [indexed_pod()]), ("pytorchjob.yaml", operators_pods())):
         claim = document(name, "PersistentVolumeClaim")
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
@@ -162,7 +162,7 @@ def parse(command: list[str]) -> Any:
     return _parser().parse_args([re.sub(r"\$\((RANK|JOB_COMPLETION_INDEX)\)", "1", word) for word in command[1:]])
 
 
-def test_what_a_command_names_is_set_in_its_pod() -> None:
+def test_variables_in_a_pods_command_are_set_in_the_pod() -> None:
     _, template = indexed_pod()
     assert named(template) == {variable["name"] for variable in container(template)["env"]} - {"DISTBENCH_SECRET"}
     for _, template in operators_pods():
@@ -170,7 +170,7 @@ def test_what_a_command_names_is_set_in_its_pod() -> None:
         assert {variable["name"] for variable in container(template)["env"]} == {"DISTBENCH_SECRET"}
 
 
-def test_pods_have_a_secret_that_the_manifest_says_how_to_make() -> None:
+def test_pods_read_the_secret_whose_creation_the_manifest_documents() -> None:
     for name, templates in (("indexed-job.yaml", [indexed_pod()]), ("pytorchjob.yaml", operators_pods())):
         assert "\n#   kubectl create secret generic distbench --from-literal=secret=" in (FOLDER / name).read_text()
         for _, template in templates:
@@ -183,7 +183,7 @@ def named(template: dict[str, Any]) -> set[str]:
     return set(re.findall(r"\$\((\w+)\)", " ".join(container(template)["command"])))
 
 
-def test_the_pods_of_the_job_meet_where_the_service_says() -> None:
+def test_rendezvous_address_of_indexed_job_pods_is_that_of_the_service() -> None:
     service, job = (document("indexed-job.yaml", kind) for kind in ("Service", "Job"))
     name = job["metadata"]["name"]
     assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
@@ -194,7 +194,7 @@ def test_the_pods_of_the_job_meet_where_the_service_says() -> None:
     assert "--node-rank=$(JOB_COMPLETION_INDEX)" in command
 
 
-def test_the_pods_of_the_operator_meet_where_it_says() -> None:
+def test_rendezvous_address_of_pytorchjob_pods_is_that_of_the_operator() -> None:
     job = document("pytorchjob.yaml", "PyTorchJob")
     for _, template in operators_pods():
         command = container(template)["command"]
@@ -218,7 +218,7 @@ def gpu_commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", gpu_commands())
-def test_nothing_that_asks_for_gpus_runs_without(command: list[str]) -> None:
+def test_every_case_of_a_gpu_pod_or_image_requires_a_device(command: list[str]) -> None:
     options = parse(command)
     ranks = options.nproc or 8
     cases = [entry.case for entry in load_suite(options.suite, ranks, case_flags(options), []).entries]
@@ -228,12 +228,12 @@ def test_nothing_that_asks_for_gpus_runs_without(command: list[str]) -> None:
         check_devices(cases, ranks, available=ranks - 1)
 
 
-def test_there_is_a_dockerfile_for_each_flavour() -> None:
+def test_each_flavour_has_a_dockerfile() -> None:
     assert {path.name for path in DOCKERFILES.iterdir()} == {f"{flavour}.Dockerfile" for flavour in BUILT_ON}
 
 
 @pytest.mark.parametrize("flavour", BUILT_ON)
-def test_an_image_holds_this_checkout_on_a_base_of_a_named_version(flavour: str) -> None:
+def test_image_installs_this_checkout_on_a_base_with_a_version_tag(flavour: str) -> None:
     (base,) = values(flavour, "FROM")
     arguments = dict(value.split("=", 1) for value in values(flavour, "ARG") if "=" in value)
     assert (arguments["BASE"] if base == "${BASE}" else base) == BUILT_ON[flavour]
@@ -249,6 +249,6 @@ def test_an_image_holds_this_checkout_on_a_base_of_a_named_version(flavour: str)
     assert [json.loads(value) for value in values(flavour, "CMD")] == [["distbench", "suite", "smoke", *device]]
 
 
-def test_only_the_image_for_cpus_brings_its_own_torch() -> None:
+def test_only_the_cpu_image_installs_torch() -> None:
     brought = {flavour for flavour in BUILT_ON if any("torch" in value for value in values(flavour, "RUN"))}
     assert brought == {"cpu"}

@@ -30,7 +30,7 @@ BUNDLES = {
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_show_prints_an_old_report(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_a_report_of_commit_e296384(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = OLD / "reports" / f"{name}.json"
     assert main(["show", str(path)]) in (0, 1)
     assert capsys.readouterr().out.splitlines()[-1].startswith(REPORTS[name])
@@ -40,7 +40,7 @@ def test_show_prints_an_old_report(name: str, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("name", JOURNALS)
 @pytest.mark.parametrize("kind", ["junit", "md", "csv", "prom", "json"])
-def test_report_writes_an_old_journal_in_other_formats(name: str, kind: str, tmp_path: Path) -> None:
+def test_report_converts_an_old_journal_to_other_formats(name: str, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     shutil.copytree(OLD / "journals" / name, folder)
     unexpected = sum(not result.as_expected for result in Results(folder))
@@ -53,7 +53,7 @@ def test_compare_finds_no_change_in_an_old_journal(name: str) -> None:
     assert main(["compare", str(OLD / "journals" / name), str(OLD / "journals" / name)]) in (0, 77)
 
 
-def test_compare_tells_an_old_report_from_another() -> None:
+def test_compare_reports_changes_between_old_reports() -> None:
     first, other = (str(OLD / "reports" / f"{name}.json") for name in ("pass", "under-limit"))
     assert main(["compare", first, first]) in (0, 77)
     assert main(["compare", first, other]) == 1
@@ -71,20 +71,20 @@ def test_a_suite_resumes_over_an_old_journal(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", JOURNALS)
-def test_an_old_result_is_held_against_its_expectation(name: str) -> None:
+def test_old_result_is_judged_by_its_expectation(name: str) -> None:
     entries = {entry.name: entry for entry in load_suite(str(OLD / "suites" / f"{name}.toml"), 2).entries}
     for line in JournalReader(OLD / "journals" / name).new_lines():
         assert line.ended_as(entries[line.name]) is line.as_expected
 
 
 @pytest.mark.parametrize("name", NUMERICS)
-def test_an_old_case_file_means_what_it_says(name: str) -> None:
+def test_old_case_file_keeps_its_numerics(name: str) -> None:
     layer = load_case_file(str(OLD / "cases" / f"{name}.toml"))
     assert resolve_case([layer], 2).case.numerics == NUMERICS[name]
 
 
 @pytest.mark.parametrize("name", BUNDLES)
-def test_an_old_bundle_is_judged_again(name: str) -> None:
+def test_old_bundle_is_judged_with_its_recorded_verdict(name: str) -> None:
     bundle = open_bundle(OLD / "bundles" / name)
     analysis = analyse(bundle)
     assert analysis.judgement is not None

@@ -60,7 +60,7 @@ def blamed(ending: Ending) -> list[tuple[str, int | None]]:
 @pytest.mark.parametrize(
     ("arm", "code"), [("padded", "baseline-fault"), ("truncated", "rank-fault"), ("", "rank-fault")]
 )
-def test_the_process_that_died_first(job: Job, arm: str, code: str) -> None:
+def test_process_that_died_first_is_blamed_with_its_stage(job: Job, arm: str, code: str) -> None:
     leave_all(job, "dispatch", arm=arm)
     ending = explain_fault(job, KILLED)
     place = f"{arm}/dispatch" if arm else "dispatch"
@@ -69,7 +69,7 @@ def test_the_process_that_died_first(job: Job, arm: str, code: str) -> None:
     assert ending.reasons[0].message == f"rank 2 ended by SIGKILL in {place}{whose}"
 
 
-def test_an_exception_comes_before_a_death_and_the_earliest_before_others(job: Job) -> None:
+def test_earliest_exception_is_blamed_before_any_death(job: Job) -> None:
     leave_all(job, "dispatch", arm="control")
     first = leave(job, 3, "experts", arm="control")
     time.sleep(0.001)
@@ -81,7 +81,7 @@ def test_an_exception_comes_before_a_death_and_the_earliest_before_others(job: J
     assert ending.stacks == {"3": "Traceback"}
 
 
-def test_ranks_that_lost_their_peer_are_not_to_blame(job: Job) -> None:
+def test_ranks_that_lost_their_peer_are_not_blamed(job: Job) -> None:
     leave_all(job, "combine", arm="truncated")
     for rank in (0, 1, 3):
         speak(job, rank, leave(job, rank, "combine", arm="truncated"), echo=True)
@@ -90,7 +90,7 @@ def test_ranks_that_lost_their_peer_are_not_to_blame(job: Job) -> None:
     assert explain_fault(job, None).reasons[0].message == "rank 2 ended without a word in truncated/combine"
 
 
-def test_where_none_left_a_word_those_behind_held_up_the_others(job: Job) -> None:
+def test_ranks_furthest_behind_are_blamed_if_no_rank_left_an_error(job: Job) -> None:
     for rank in (1, 3, 0):
         leave(job, rank, "experts", "combine", arm="control")
     leave(job, 2, "experts", arm="control")
@@ -101,7 +101,7 @@ def test_where_none_left_a_word_those_behind_held_up_the_others(job: Job) -> Non
     )
 
 
-def test_where_none_left_a_word_one_that_had_not_begun_held_up_the_others(job: Job) -> None:
+def test_rank_that_never_started_is_blamed_if_no_rank_left_an_error(job: Job) -> None:
     for rank in (0, 1, 3):
         leave(job, rank, case_index=0)
     ending = explain_fault(job, None)
@@ -109,27 +109,27 @@ def test_where_none_left_a_word_one_that_had_not_begun_held_up_the_others(job: J
     assert ending.reasons[0].message.startswith("rank 2 was behind before its first stage, rank 0, 1, 3 waited")
 
 
-def test_where_none_left_a_word_and_none_is_behind_none_is_blamed(job: Job) -> None:
+def test_no_rank_is_blamed_if_none_left_an_error_and_none_is_behind(job: Job) -> None:
     leave_all(job, "experts", arm="control")
     ending = explain_fault(job, None)
     assert (ending.verdict, blamed(ending)) == (Verdict.RANK_FAULT, [("rank-fault", None)])
     assert ending.reasons[0].message == ("rank 0, 1, 2, 3 ended without a word in control/experts, none behind another")
 
 
-def test_where_all_only_lost_a_peer_the_earliest_is_named(job: Job) -> None:
+def test_earliest_error_is_blamed_if_all_ranks_only_lost_a_peer(job: Job) -> None:
     for rank in range(job.num_ranks):
         speak(job, rank, leave(job, rank, "agree"), echo=True)
     assert blamed(explain_fault(job, None)) == [("rank-fault", 0)]
 
 
-def test_ranks_that_were_done_are_not_to_blame(job: Job) -> None:
+def test_finished_ranks_are_not_blamed(job: Job) -> None:
     for rank in range(3):
         leave(job, rank, "gather", "done")
     leave(job, 3, "gather")
     assert blamed(explain_fault(job, KILLED)) == [("rank-fault", 3)]
 
 
-def test_a_timeout_falls_on_those_that_are_behind(job: Job) -> None:
+def test_timeout_is_blamed_on_the_ranks_that_are_behind(job: Job) -> None:
     leave(job, 0, "dispatch", "combine", arm="control")
     leave(job, 1, "dispatch", arm="control")
     for rank in (2, 3):
@@ -142,7 +142,7 @@ def test_a_timeout_falls_on_those_that_are_behind(job: Job) -> None:
     assert ending.stacks.keys() == {"2", "3"}
 
 
-def test_a_timeout_falls_on_the_rank_that_never_began(job: Job) -> None:
+def test_timeout_is_blamed_on_the_rank_that_never_started(job: Job) -> None:
     for rank in (0, 1, 3):
         speak(job, rank, leave(job, rank, case_index=0), timeout=True)
     ending = explain_fault(job, None)
@@ -150,7 +150,7 @@ def test_a_timeout_falls_on_the_rank_that_never_began(job: Job) -> None:
     assert ending.reasons[0].message.startswith("rank 2 never began; rank 0, 1, 3 waited")
 
 
-def test_nothing_was_left_behind(job: Job) -> None:
+def test_launch_without_any_position_is_a_failed_launch(job: Job) -> None:
     assert positions(job) == {}
     with pytest.raises(LaunchFailed, match=r"before any of them had begun; rank 2 ended by SIGKILL; see"):
         explain_fault(job, KILLED)
@@ -158,7 +158,7 @@ def test_nothing_was_left_behind(job: Job) -> None:
         explain_fault(job, None)
 
 
-def test_a_rank_that_died_before_its_first_stage(job: Job) -> None:
+def test_rank_that_died_before_its_first_stage_is_blamed(job: Job) -> None:
     for rank in (0, 1, 3):
         leave(job, rank, case_index=0)
     ending = explain_fault(job, KILLED)
@@ -166,27 +166,27 @@ def test_a_rank_that_died_before_its_first_stage(job: Job) -> None:
     assert ending.reasons[0].message == "rank 2 ended by SIGKILL before its first stage"
 
 
-def test_all_were_done_and_the_launch_failed_all_the_same(job: Job) -> None:
+def test_death_after_all_ranks_are_done_is_blamed_without_a_case(job: Job) -> None:
     leave_all(job, "done")
     ending = explain_fault(job, KILLED)
     assert (ending.case_index, blamed(ending)) == (None, [("rank-fault", 2)])
     assert ending.reasons[0].message == "rank 2 ended by SIGKILL after all cases had been done"
 
 
-def test_a_full_disk_is_nobodys_fault(job: Job) -> None:
+def test_full_disk_is_reported_and_no_rank_is_blamed(job: Job) -> None:
     leave_all(job, "report")
     speak(job, 0, leave(job, 0, "report"), disk_full=True)
     with pytest.raises(DiskFull, match=r"rank 0 raised ValueError in report: broken; free some space or name another"):
         explain_fault(job, Exit(0, "exit code 3"))
 
 
-def test_a_place_past_the_last_case_falls_on_the_last(job: Job) -> None:
+def test_position_past_the_last_case_counts_as_the_last_case(job: Job) -> None:
     for rank in range(job.num_ranks):
         leave(job, rank, case_index=7)
     assert explain_fault(job, KILLED).case_index == 1
 
 
-def test_the_outcome_holds_all_that_is_known(job: Job) -> None:
+def test_outcome_of_lost_ranks_holds_case_reasons_and_positions(job: Job) -> None:
     leave_all(job, "agree")
     ending = explain_fault(job, KILLED)
     outcome = outcome_of(ending, job.entries[1])
@@ -197,7 +197,7 @@ def test_the_outcome_holds_all_that_is_known(job: Job) -> None:
 
 @settings(deadline=None)
 @given(content=st.binary(max_size=60), words=st.binary(max_size=60))
-def test_damaged_files_name_no_wrong_rank(
+def test_damaged_position_files_blame_no_wrong_rank(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, words: bytes
 ) -> None:
     out = tmp_path_factory.mktemp("job")
@@ -209,7 +209,7 @@ def test_damaged_files_name_no_wrong_rank(
     assert blamed(explain_fault(job, None)) == [("rank-fault", 0)]
 
 
-def test_stages_come_round_and_progress_does_not(job: Job) -> None:
+def test_progress_of_a_rank_increases_although_stages_repeat(job: Job) -> None:
     """Repeats and the second check of an arm go back to stages passed before."""
     before = leave(job, 0, "experts", "check", "combine", arm="truncated")
     after = leave(job, 0, "experts", "check", "combine", "check", arm="truncated")
@@ -219,7 +219,7 @@ def test_stages_come_round_and_progress_does_not(job: Job) -> None:
 
 
 @pytest.mark.parametrize("why", [{"echo": True}, {"timeout": True}])
-def test_a_rank_outside_the_group_is_not_to_blame(job: Job, why: dict[str, bool]) -> None:
+def test_rank_outside_the_group_of_a_case_is_not_blamed(job: Job, why: dict[str, bool]) -> None:
     for outside in (2, 3):
         leave(job, outside, case_index=1)
     leave(job, 1, "dispatch", case_index=0)
@@ -227,7 +227,7 @@ def test_a_rank_outside_the_group_is_not_to_blame(job: Job, why: dict[str, bool]
     assert {reason.rank for reason in explain_fault(job, None).reasons} == {1}
 
 
-def test_where_all_of_a_group_waited_none_outside_is_to_blame(job: Job) -> None:
+def test_no_rank_outside_the_group_is_blamed_if_all_of_the_group_waited(job: Job) -> None:
     for outside in (2, 3):
         leave(job, outside, case_index=1)
     for inside in (0, 1):

@@ -74,13 +74,13 @@ def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"experts": "triton", "fp8_format": "e4m3fnuz"}, "with experts triton: their kernels compute e4m3fn"),
     ],
 )
-def test_a_format_of_fp8_without_kernels_is_refused(values: dict[str, Any], message: str) -> None:
+def test_fp8_format_without_kernels_is_unsupported(values: dict[str, Any], message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         check_case(tiny_case(dispatch_dtype="fp8", **values))
     check_case(tiny_case(**values))
 
 
-def test_memory_is_refused_by_the_largest_case() -> None:
+def test_host_memory_is_checked_against_the_largest_case() -> None:
     small, large = entry("small"), entry("large", max_dispatch_tokens_per_rank=1 << 20)
     needed = memory_bytes(large.case)
     check_memory([small, large, small], needed)
@@ -92,7 +92,7 @@ def test_memory_is_refused_by_the_largest_case() -> None:
     assert caught.value.exit_code == 77
 
 
-def test_more_of_anything_takes_more_memory() -> None:
+def test_estimated_memory_grows_with_every_dimension() -> None:
     base = memory_bytes(tiny_case(2))
     for change in (
         {"max_dispatch_tokens_per_rank": 128},
@@ -108,7 +108,9 @@ def test_more_of_anything_takes_more_memory() -> None:
 @pytest.mark.parametrize(
     ("limit", "used", "files", "expected"), [(1000, 400, 0, 600), (1000, 900, 300, 400), (1000, 1000, 0, 0)]
 )
-def test_memory_is_what_the_control_group_leaves(group: Path, limit: int, used: int, files: int, expected: int) -> None:
+def test_available_memory_is_what_the_control_group_leaves(
+    group: Path, limit: int, used: int, files: int, expected: int
+) -> None:
     of_the_machine = available_bytes()
     (group / "memory.current").write_text(f"{used}\n")
     (group / "memory.stat").write_text(f"anon 5\nactive_file {files // 3}\ninactive_file {files - files // 3}\n")
@@ -118,7 +120,7 @@ def test_memory_is_what_the_control_group_leaves(group: Path, limit: int, used: 
     assert available_bytes() == expected
 
 
-def test_device_memory_is_refused_by_the_largest_case() -> None:
+def test_device_memory_is_checked_against_the_largest_case() -> None:
     triton = {"experts": "triton"}
     small, large = entry("small", **triton), entry("large", max_dispatch_tokens_per_rank=1 << 16, **triton)
     on_cpu = entry("large", max_dispatch_tokens_per_rank=1 << 16, device="cpu", **triton)
@@ -133,7 +135,7 @@ def test_device_memory_is_refused_by_the_largest_case() -> None:
     assert f"{needed - 1} are free on the fullest of cuda:0, cuda:1" in str(caught.value)
 
 
-def test_the_triton_experts_take_more_of_a_device() -> None:
+def test_estimated_device_memory_includes_triton_intermediates() -> None:
     reference, triton = tiny_case(2), tiny_case(2, experts="triton")
     routes = triton.capacity * triton.topk
     extra = routes * (triton.hidden_size + triton.intermediate_size) * 2
@@ -158,7 +160,7 @@ def test_the_triton_experts_take_more_of_a_device() -> None:
         ({"limit": "capacity"}, 0),
     ],
 )
-def test_each_graph_takes_memory_of_its_own(values: dict[str, Any], rows: int) -> None:
+def test_estimated_device_memory_includes_each_graph(values: dict[str, Any], rows: int) -> None:
     eager = tiny_case(2, experts="triton", tokens=10, **values)
     graph = msgspec.structs.replace(eager, graph=True)
     row = eager.topk * (eager.hidden_size + eager.intermediate_size) * 2 + eager.hidden_size * 2
@@ -166,7 +168,7 @@ def test_each_graph_takes_memory_of_its_own(values: dict[str, Any], rows: int) -
 
 
 @pytest.mark.usefixtures("no_ranks")
-def test_no_rank_is_started_without_device_memory(
+def test_run_without_enough_device_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "count_devices", lambda: 2)
@@ -175,20 +177,22 @@ def test_no_rank_is_started_without_device_memory(
     assert "1000 are free on the fullest of cuda:0, cuda:1" in capsys.readouterr().err
 
 
-def test_a_folder_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_checked_output_folder_is_created_and_left_empty(tmp_path: Path) -> None:
     check_folder(str(tmp_path / "a" / "b"))
     assert not list((tmp_path / "a" / "b").iterdir())
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "/proc/nowhere", "a\0b"])
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
+def test_unwritable_output_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InvalidCase, match=r"cannot be written \(.+\); name another folder") as caught:
         check_folder(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_refused_by_the_bytes_of_the_results(tmp_path: Path, free_disk: Callable[[int], None]) -> None:
+def test_disk_with_fewer_free_bytes_than_the_results_need_is_refused(
+    tmp_path: Path, free_disk: Callable[[int], None]
+) -> None:
     free_disk(1 << 20)
     check_folder(str(tmp_path), 1 << 20)
     with pytest.raises(InvalidCase, match=r"1048576 bytes are free, results take about 1048577; name another folder"):
@@ -197,7 +201,7 @@ def test_a_full_disk_is_refused_by_the_bytes_of_the_results(tmp_path: Path, free
 
 @pytest.mark.usefixtures("no_ranks")
 @pytest.mark.parametrize("command", [("run", "--model=tiny"), ("suite", "smoke")])
-def test_no_rank_is_started_without_memory(
+def test_command_without_enough_host_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(preflight, "available_bytes", lambda: 1000)
@@ -207,7 +211,7 @@ def test_no_rank_is_started_without_memory(
 
 @pytest.mark.usefixtures("no_ranks")
 @pytest.mark.parametrize("command", [("run", "--model=tiny"), ("suite", "smoke")])
-def test_no_rank_is_started_without_a_folder_or_with_a_full_disk(
+def test_command_without_a_writable_folder_or_disk_is_refused_before_a_rank_starts(
     tmp_path: Path,
     free_disk: Callable[[int], None],
     capsys: pytest.CaptureFixture[str],
@@ -221,13 +225,13 @@ def test_no_rank_is_started_without_a_folder_or_with_a_full_disk(
     assert "0 bytes are free" in capsys.readouterr().err
 
 
-def test_a_table_without_a_row_for_the_layer_is_warned_of() -> None:
+def test_kernel_table_without_a_row_for_the_layer_gives_a_warning() -> None:
     (warning,) = check_case(tiny_case(intermediate_size=384, kernel_table="tests/data/splitk.csv"))
     assert warning.startswith("kernel_table = tests/data/splitk.csv: no row for ")
     assert not check_case(tiny_case())
 
 
-def test_aiter_is_asked_for_a_row_of_this_nodes_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_table_for_aiter_is_looked_up_with_this_nodes_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "check_available", lambda _: None)
     case = tiny_case(intermediate_size=384, kernel_table="tests/data/splitk.csv", experts="aiter", device="cuda")
     for units, told in (
@@ -242,18 +246,18 @@ def test_aiter_is_asked_for_a_row_of_this_nodes_devices(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("routing", ["spiral", "fan-in:9"])
-def test_a_routing_that_cannot_be_made_is_refused(routing: str) -> None:
+def test_routing_that_does_not_fit_the_case_is_refused(routing: str) -> None:
     with pytest.raises(InvalidCase, match="routing"):
         check_case(tiny_case(routing=routing))
 
 
-def test_what_ranks_are_forked_from_is_counted_once() -> None:
+def test_memory_shared_by_forked_ranks_is_counted_once() -> None:
     few, many = (memory_bytes(tiny_case(ranks, num_experts=512)) for ranks in (2, 256))
     assert few > 200 << 20
     assert many < 16 << 30
 
 
-def test_a_table_without_a_row_for_the_case_is_warned_of_with_the_nearest(tmp_path: Path) -> None:
+def test_warning_of_a_kernel_table_without_a_row_names_the_nearest_row(tmp_path: Path) -> None:
     table = tmp_path / "tuned.csv"
     shutil.copy(Path(__file__).parents[1] / "data" / "atomic.csv", table)
     (note,) = check_case(tiny_case(4, kernel_table=str(table), hidden_size=512))

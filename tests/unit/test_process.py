@@ -14,7 +14,7 @@ from distbench.process import usable_cores
     ("quota", "cores"),
     [("max 100000", 3), ("800000 100000", 3), ("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("", 3)],
 )
-def test_cores_are_those_of_the_affinity_within_the_quota(
+def test_usable_cores_are_the_affinity_limited_by_the_cgroup_quota(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 6})
@@ -24,7 +24,7 @@ def test_cores_are_those_of_the_affinity_within_the_quota(
     assert usable_cores(tmp_path / "none") == 3
 
 
-def test_a_system_without_affinity_has_all_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usable_cores_without_an_affinity_call_are_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     assert usable_cores(tmp_path / "none") == 64

@@ -30,7 +30,7 @@ from distbench.unused_variables import unused_variables
 from tests.cases import tiny_case
 
 
-def test_variables_become_keys_and_are_named_as_sources() -> None:
+def test_variables_set_keys_and_are_named_as_their_sources() -> None:
     environ = {LIMIT: "128", DISPATCH_TOKENS: "512", PREALLOC: "2048", RECV_BOUND: "true"}
     resolved = resolve_case(read_environment(environ), 8)
     case = resolved.case
@@ -45,7 +45,7 @@ def test_zero_turns_the_limit_off_and_unset_leaves_the_default(text: str) -> Non
     assert case.limit == ("off" if text else "sum32")
 
 
-def test_recv_bound_alone_takes_the_place_of_the_default_limit() -> None:
+def test_recv_bound_alone_replaces_the_default_limit() -> None:
     resolved = resolve_case(read_environment({RECV_BOUND: "1"}), 8)
     assert resolved.case.limit == "off"
     assert resolved.sources["limit"] == f"env:{RECV_BOUND}"
@@ -69,7 +69,7 @@ def test_recv_bound_alone_takes_the_place_of_the_default_limit() -> None:
         ("AITER_BYPASS_TUNE_CONFIG", "true", "not a whole number"),
     ],
 )
-def test_what_production_would_ignore_is_refused(name: str, text: str, message: str) -> None:
+def test_value_that_production_would_ignore_is_refused(name: str, text: str, message: str) -> None:
     with pytest.raises(InvalidCase, match=message) as caught:
         read_environment({name: text})
     assert name in str(caught.value)
@@ -86,13 +86,13 @@ def test_what_production_would_ignore_is_refused(name: str, text: str, message: 
         "SGLANG_MORI_PREALLOC_MAX_RECV_TOKEN",
     ],
 )
-def test_near_misses_are_warned_of(name: str) -> None:
+def test_misspelled_variable_gives_a_warning(name: str) -> None:
     (warning,) = near_misses({name: "64"})
     assert name in warning
     assert "has no effect: production reads SGLANG_MORI_" in warning
 
 
-def test_near_miss_of_an_old_name_says_which_releases_read_it() -> None:
+def test_warning_of_a_misspelled_old_name_lists_the_releases_that_read_it() -> None:
     (warning,) = near_misses({"SGLANG_MORI_FP8_DISPATCH": "1"})
     assert "production reads SGLANG_MORI_FP8_DISP (SGLang 0.5.9 to 0.5.20); " in warning
 
@@ -101,11 +101,11 @@ def test_near_miss_of_an_old_name_says_which_releases_read_it() -> None:
     "name",
     [LIMIT, "MORI_SHMEM_HEAP_SIZE", "PATH", "MORI_RDMA_SL", "SGLANG_MORI_NO_PAD_MASK", "MORI_IO_POST_BATCH_SIZE"],
 )
-def test_known_and_unrelated_names_are_not(name: str) -> None:
+def test_known_and_unrelated_variables_give_no_warning(name: str) -> None:
     assert near_misses({name: "1"}) == []
 
 
-def test_only_listed_variables_are_recorded() -> None:
+def test_only_known_variables_are_recorded_in_a_report() -> None:
     environ = {LIMIT: "1", "AWS_SECRET_ACCESS_KEY": "x", "AITER_KSPLIT": "2", "HOME": "/"}
     assert recorded_environment(environ) == {LIMIT: "1", "AITER_KSPLIT": "2"}
 
@@ -151,11 +151,11 @@ def test_a_variable_is_read_as_its_release_reads_it(
 
 
 @pytest.mark.parametrize("environ", [{COMBINE_DTYPE: "fp8"}, {FP8_COMBINE: "true"}])
-def test_combine_type_of_the_environment_does_not_reach_a_transport_that_has_none(environ: dict[str, str]) -> None:
+def test_combine_dtype_of_the_environment_is_ignored_by_the_collective_transport(environ: dict[str, str]) -> None:
     assert case_of(environ, sglang_version="0.5.12", transport="collective").combine_quant == "none"
 
 
-def test_words_of_another_release_are_refused() -> None:
+def test_boolean_word_of_another_release_is_refused() -> None:
     with pytest.raises(InvalidCase, match="allowed are true, 1, false, 0"):
         case_of({RECV_BOUND: "yes"}, sglang_version="0.5.20")
     with pytest.raises(InvalidCase, match="allowed are auto, bf16, fp8, fp8_direct_cast;"):
@@ -163,7 +163,7 @@ def test_words_of_another_release_are_refused() -> None:
 
 
 @pytest.mark.parametrize("version", ["0.5.8", "0.4.10", "newest"])
-def test_a_release_without_the_path_is_refused(version: str) -> None:
+def test_release_without_the_mori_path_is_refused(version: str) -> None:
     with pytest.raises(InvalidCase, match=f"sglang_version = '{version}'"):
         case_of({}, sglang_version=version)
 
@@ -177,16 +177,16 @@ def test_a_release_without_the_path_is_refused(version: str) -> None:
         ({EP_V2: "y"}, ""),
     ],
 )
-def test_what_cannot_be_run_is_unsupported(environ: dict[str, str], sglang: str) -> None:
+def test_variable_that_selects_an_unavailable_type_is_unsupported(environ: dict[str, str], sglang: str) -> None:
     with pytest.raises(Unsupported, match="env:SGLANG_MORI_"):
         case_of(environ, sglang_version=sglang)
 
 
-def test_a_flag_wins_over_a_type_that_cannot_be_run() -> None:
+def test_flag_overrides_an_unavailable_type_of_the_environment() -> None:
     assert case_of({DISPATCH_DTYPE: "fp4"}, dispatch_dtype="bf16").dispatch_dtype == "bf16"
 
 
-def test_the_installed_release_counts_unless_the_case_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sglang_version_is_the_installed_release_unless_the_case_names_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.5.10.post1")
     assert case_of({FP8_DISPATCH: "1"}).sglang_version == "0.5.10.post1"
     assert case_of({FP8_DISPATCH: "1"}).dispatch_dtype == "fp8"
@@ -195,14 +195,14 @@ def test_the_installed_release_counts_unless_the_case_names_one(monkeypatch: pyt
     assert not case_of({}).sglang_version
 
 
-def test_a_launchers_own_name_is_no_near_miss_where_the_real_one_is_set() -> None:
+def test_misspelled_variable_beside_the_correct_one_gives_no_warning() -> None:
     environ = {"MORI_MOE_MAX_INPUT_TOKENS_DECODE": "2048"}
     assert len(near_misses(environ)) == 1
     assert near_misses(environ | {LIMIT: "2048"}) == []
     assert len(near_misses(environ | {LIMIT: " "})) == 1
 
 
-def test_the_triton_experts_take_no_table_of_aiter(tmp_path: Any) -> None:
+def test_triton_experts_ignore_kernel_tables_of_aiter(tmp_path: Any) -> None:
     table = tmp_path / "tuned.csv"
     table.write_text("cu_num")
     environ = {"AITER_CONFIG_FMOE": str(table), "AITER_KSPLIT": "2"}
@@ -213,7 +213,7 @@ def test_the_triton_experts_take_no_table_of_aiter(tmp_path: Any) -> None:
     assert "experts triton have their own tables" in line
 
 
-def test_several_tables_are_one_key_with_a_digest_of_all(tmp_path: Any) -> None:
+def test_several_kernel_tables_are_one_key_with_a_joint_digest(tmp_path: Any) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text(f"token,only_{name}\n1,2\n")
     named = f"{tmp_path}/a:{tmp_path}/b"
@@ -247,7 +247,7 @@ def test_several_tables_are_one_key_with_a_digest_of_all(tmp_path: Any) -> None:
         ({"MORI_IO_POST_BATCH_SIZE": "1"}, {}, "for the transfer of the KV cache"),
     ],
 )
-def test_each_variable_that_does_nothing_is_listed_with_its_reason(
+def test_each_unused_variable_is_listed_with_its_reason(
     environ: dict[str, str], values: dict[str, Any], reason: str
 ) -> None:
     case = tiny_case(4, **values)
@@ -256,7 +256,7 @@ def test_each_variable_that_does_nothing_is_listed_with_its_reason(
     assert not reason or f"{next(iter(environ))}={next(iter(environ.values()))} ({reason})" in lines[0]
 
 
-def test_reasons_are_shared_and_secrets_are_not_shown() -> None:
+def test_unused_variables_are_grouped_by_reason_and_secrets_are_hidden() -> None:
     environ = {"ATOM_HUB_TOKEN": "hf_x", "ATOM_A": "1", "ATOM_B": "2"}
     (line,) = unused_variables(environ, tiny_case(4), {})
     assert line == (
@@ -266,7 +266,7 @@ def test_reasons_are_shared_and_secrets_are_not_shown() -> None:
     assert recorded_environment(environ) == {"ATOM_A": "1", "ATOM_B": "2"}
 
 
-def test_every_variable_is_read_by_the_first_release_it_names() -> None:
+def test_every_variable_is_read_by_its_first_and_last_named_release() -> None:
     for name, span in VARIABLES.items():
         assert reads(name, span.first)
         assert reads(name, span.last or "")

@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return forward
 
 
-def test_a_log_gets_a_plain_line_for_each_case(clock: Callable[[float], None]) -> None:
+def test_log_stream_gets_one_plain_line_per_case(clock: Callable[[float], None]) -> None:
     stream = io.StringIO()
     progress = Progress(3, quiet=False, stream=stream)
     progress.take(line("old"), quiet=True)
@@ -76,7 +76,7 @@ def test_a_log_gets_a_plain_line_for_each_case(clock: Callable[[float], None]) -
     ]
 
 
-def test_a_terminal_gets_one_live_line(terminal: Terminal, clock: Callable[[float], None]) -> None:
+def test_terminal_gets_one_live_line(terminal: Terminal, clock: Callable[[float], None]) -> None:
     stream, shown = terminal
     progress = Progress(10, quiet=False, stream=stream)
     progress.take(line("old"), quiet=True)
@@ -105,7 +105,7 @@ def test_a_terminal_gets_one_live_line(terminal: Terminal, clock: Callable[[floa
     assert shown() == CLEAR
 
 
-def test_a_live_line_never_wraps(terminal: Terminal, clock: Callable[[float], None]) -> None:
+def test_live_line_is_cut_to_the_terminal_width(terminal: Terminal, clock: Callable[[float], None]) -> None:
     stream, shown = terminal
     progress = Progress(10, quiet=False, stream=stream)
     clock(1)
@@ -115,14 +115,14 @@ def test_a_live_line_never_wraps(terminal: Terminal, clock: Callable[[float], No
     assert len(text) - len(CLEAR) == COLUMNS - 1
 
 
-def test_a_terminal_keeps_lines_of_what_was_not_expected(terminal: Terminal) -> None:
+def test_terminal_keeps_a_line_for_each_unexpected_result(terminal: Terminal) -> None:
     stream, shown = terminal
     progress = Progress(2, quiet=False, stream=stream)
     progress.take(line("bad", "DRIFT", as_expected=False))
     assert shown() == f"{CLEAR}     1/2 DRIFT               0.250 s  bad  UNEXPECTED\r\n"
 
 
-def test_quiet_is_silent(terminal: Terminal, clock: Callable[[float], None]) -> None:
+def test_quiet_progress_prints_nothing(terminal: Terminal, clock: Callable[[float], None]) -> None:
     stream, shown = terminal
     log = io.StringIO()
     for progress in (Progress(2, quiet=True, stream=stream), Progress(2, quiet=True, stream=log)):
@@ -133,7 +133,9 @@ def test_quiet_is_silent(terminal: Terminal, clock: Callable[[float], None]) -> 
     assert shown() == log.getvalue() == ""
 
 
-def test_a_stream_that_pretends_to_be_a_terminal(tmp_path: Path, clock: Callable[[float], None]) -> None:
+def test_stream_that_falsely_reports_a_terminal_gets_plain_lines(
+    tmp_path: Path, clock: Callable[[float], None]
+) -> None:
     class Pretender(io.StringIO):
         def isatty(self) -> bool:
             return True

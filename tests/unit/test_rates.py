@@ -26,13 +26,13 @@ from tests.reports import report_of
     ("seen", "tried", "low", "high"),
     [(0, 3, 0.0, 0.7076), (3, 3, 0.2924, 1.0), (1, 10, 0.0025, 0.4450), (50, 100, 0.3983, 0.6017)],
 )
-def test_bounds_are_those_of_the_tables(seen: int, tried: int, low: float, high: float) -> None:
+def test_rate_bounds_equal_published_clopper_pearson_values(seen: int, tried: int, low: float, high: float) -> None:
     assert (Rate(seen, tried).low, Rate(seen, tried).high) == pytest.approx((low, high), abs=1e-4)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.floats(0.01, 0.99))
-def test_the_bounds_cover_the_true_rate_as_often_as_they_say(tried: int, rate: float) -> None:
+def test_rate_interval_covers_the_true_rate_in_95_percent_of_trials(tried: int, rate: float) -> None:
     missed = math.fsum(
         math.comb(tried, seen) * rate**seen * (1 - rate) ** (tried - seen)
         for seen in range(tried + 1)
@@ -42,13 +42,13 @@ def test_the_bounds_cover_the_true_rate_as_often_as_they_say(tried: int, rate: f
 
 
 @given(st.floats(0.02, 0.99))
-def test_so_many_clean_trials_speak_against_a_rate(rate: float) -> None:
+def test_trials_to_see_is_the_least_count_of_clean_trials_that_excludes_a_rate(rate: float) -> None:
     trials = trials_to_see(rate)
     assert Rate(0, trials).high <= rate + 1e-9
     assert trials == 1 or Rate(0, trials - 1).high > rate
 
 
-def test_one_in_a_million() -> None:
+def test_rate_bounds_are_exact_at_one_in_a_million() -> None:
     assert Rate(0, 10**9).high == pytest.approx(3.6889e-9, rel=1e-4)
     rate = Rate(3, 3_000_000)
     assert rate.low == pytest.approx(0.2062e-6, rel=1e-3)
@@ -62,7 +62,7 @@ def reported(seed: int, *, tokens: int, wrong: int, verdict: Verdict = Verdict.P
     )
 
 
-def test_a_suite_has_the_rate_of_all_cases_that_were_to_pass(tmp_path: Path) -> None:
+def test_rate_of_a_suite_counts_all_cases_expected_to_pass(tmp_path: Path) -> None:
     reports = [
         reported(0, tokens=3_000_000, wrong=0),
         reported(1, tokens=1_000_000, wrong=2, verdict=Verdict.CORRUPT),
@@ -86,7 +86,7 @@ def test_a_suite_has_the_rate_of_all_cases_that_were_to_pass(tmp_path: Path) -> 
     assert written["rate"]["high_per_million"] == summary.rate.high_per_million
 
 
-def test_no_wrong_token_leaves_an_upper_bound() -> None:
+def test_rate_without_wrong_tokens_has_an_upper_bound() -> None:
     rate = rate_report(0, 4_000_000, 1)
     assert rate is not None
     assert (rate.per_million, rate.low_per_million) == (0, 0)
@@ -94,7 +94,7 @@ def test_no_wrong_token_leaves_an_upper_bound() -> None:
     assert rate_report(0, 0, 1) is None
 
 
-def test_until_failure_alone_repeats_until_then() -> None:
+def test_until_failure_without_repeats_defaults_to_10000_repeats() -> None:
     assert tiny_case(until_failure=True).repeats == 10_000
     assert tiny_case(until_failure=True, repeats=7).repeats == 7
     assert tiny_case().repeats == 1

@@ -26,7 +26,7 @@ def resolved(recipe: dict[str, Any], without: tuple[str, ...] = ()) -> Resolved:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe["name"])
-def test_each_variable_of_a_recipe_does_what_the_table_says(recipe: dict[str, Any]) -> None:
+def test_each_variable_of_a_recipe_has_the_effect_in_the_table(recipe: dict[str, Any]) -> None:
     environ = {name: value for name, (value, _) in recipe["variables"].items()}
     refused = tuple(name for name, (_, fate) in recipe["variables"].items() if fate == "UNSUPPORTED")
     assert bool(refused) == (recipe.get("ends") == "UNSUPPORTED")
@@ -50,7 +50,7 @@ def test_each_variable_of_a_recipe_does_what_the_table_says(recipe: dict[str, An
             assert found.sources[key] == f"env:{name}"
 
 
-def test_every_variable_of_the_path_has_a_fate_in_some_recipe() -> None:
+def test_every_known_variable_occurs_in_some_recipe() -> None:
     fates = {name: fate for recipe in RECIPES for name, (_, fate) in recipe["variables"].items()}
     assert all(LISTED.search(name) for name, fate in fates.items() if fate not in ("recorded", "package"))
     assert len(RECIPES) >= 20

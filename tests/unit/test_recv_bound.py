@@ -49,28 +49,28 @@ def case(**values: Any) -> Any:
         ({"sglang_version": "0.5.18"}, None, "SGLang 0.5.18 has none (0.5.19 and later)"),
     ],
 )
-def test_the_bound_is_that_of_the_release(values: dict[str, Any], rows: int | None, reason: str) -> None:
+def test_receive_bound_follows_the_sglang_release(values: dict[str, Any], rows: int | None, reason: str) -> None:
     bound = recv_bound(case(**values))
     assert bound.rows == rows
     assert reason in bound.reason
     assert bool(reason) == bool(bound.reason)
 
 
-def test_more_ranks_than_a_node_has_are_two_nodes_to_production() -> None:
+def test_receive_bound_is_off_if_ranks_exceed_one_node() -> None:
     values = {"transport": "collective", "emulate": False, "limit": "off", "recv_bound": True}
     assert recv_bound(tiny_case(8, **values)).rows == 128
     assert recv_bound(tiny_case(16, **values)).rows is None
     assert recv_bound(tiny_case(8, **values), local_ranks=4).rows is None
 
 
-def test_metadata_that_is_stale_on_some_ranks_cannot_be_run() -> None:
+def test_metadata_that_is_stale_on_some_ranks_is_unsupported() -> None:
     with pytest.raises(Unsupported, match="stale on 1 of 4 ranks, the first is rank 1"):
         recv_bound(case(sender_rows="16,9,16,16"))
     with pytest.raises(InvalidCase, match="give whole numbers joined by commas"):
         recv_bound(case(sender_rows="many"))
 
 
-def test_the_report_says_why_nothing_is_cut() -> None:
+def test_reason_for_an_unbounded_receive_buffer_is_reported() -> None:
     assert check_case(case(gpu_per_node=2))[0] == (
         "recv_bound: nothing is cut, as in production: SGLang 0.5.23: InterNodeV1 is none of IntraNode and AsyncLL"
     )

@@ -32,7 +32,7 @@ def differing(recorded: Report, here: Report) -> list[str]:
 
 
 @pytest.mark.parametrize("verdict", [Verdict.RANK_FAULT, Verdict.HANG])
-def test_another_rank_that_is_lost_is_no_reproduction(verdict: Verdict) -> None:
+def test_loss_of_another_rank_does_not_reproduce(verdict: Verdict) -> None:
     recorded = lost(2, "experts", verdict)
     assert differing(recorded, lost(2, "experts", verdict)) == []
     assert differing(recorded, lost(3, "experts", verdict)) == ["first wrong place"]
@@ -40,14 +40,14 @@ def test_another_rank_that_is_lost_is_no_reproduction(verdict: Verdict) -> None:
     assert differing(recorded, lost(2, "combine", verdict)) == ["ending", "first wrong place"]
 
 
-def test_another_arm_or_rank_is_no_reproduction() -> None:
+def test_divergence_in_another_arm_or_rank_does_not_reproduce() -> None:
     recorded = diverged("padded", 1)
     assert differing(recorded, diverged("padded", 1)) == []
     assert differing(recorded, diverged("padded", 2)) == ["first wrong place"]
     assert differing(recorded, diverged("truncated", 1)) == ["first wrong place"]
 
 
-def test_a_divergence_that_one_has_and_the_other_has_not_is_a_difference() -> None:
+def test_divergence_in_only_one_of_two_reports_is_a_difference() -> None:
     without = replace(diverged("padded", 1), first_divergence=None)
     assert "first wrong place" in differing(diverged("padded", 1), without)
     assert "first wrong place" in differing(without, diverged("padded", 1))

@@ -67,21 +67,21 @@ PARTS: dict[str, Callable[[Case], bool]] = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_single_part_is_named(part: str, tmp_path: Path) -> None:
+def test_bisect_names_a_single_guilty_part(part: str, tmp_path: Path) -> None:
     found = bisect(lab(PARTS[part]), BASE, tmp_path)
     assert found.blame.guilty == (part,)
     assert not found.blame.needs
     assert found.launches == 4  # batches: the case, its other seeds, the swaps, those that may be cures
 
 
-def test_a_kernel_that_only_the_cut_selects_is_named(tmp_path: Path) -> None:
+def test_bisect_names_a_kernel_that_only_the_limit_selects(tmp_path: Path) -> None:
     case = tiny_case(limit="48", kernel_table="tests/data/splitk.csv")
     found = bisect(lab(lambda case: case.limit != "off" and "splitk" in case.kernel_table), case, tmp_path)
     assert found.blame.guilty == ("kernel",)
     assert found.blame.needs == ("truncate",)
 
 
-def test_what_a_guilty_part_needs_to_show_is_said(tmp_path: Path) -> None:
+def test_bisect_names_the_condition_under_which_a_guilty_part_fails(tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS["experts"](case) and PARTS["truncate"](case)), BASE, tmp_path)
     assert found.blame.guilty == ("experts",)
     assert found.blame.needs == ("truncate",)
@@ -89,13 +89,13 @@ def test_what_a_guilty_part_needs_to_show_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pair", [("transport", "experts"), ("experts", "truncate"), ("truncate", "dispatch dtype")])
-def test_two_independent_faults_are_both_named(pair: tuple[str, str], tmp_path: Path) -> None:
+def test_bisect_names_two_independent_faults(pair: tuple[str, str], tmp_path: Path) -> None:
     found = bisect(lab(lambda case: any(PARTS[part](case) for part in pair)), BASE, tmp_path)
     assert found.blame == Blame(pair, independent=True)
     assert f"{pair[0]} and {pair[1]} are guilty, each by itself" in found.verdict
 
 
-def test_parts_whose_swaps_cure_singly_interact(tmp_path: Path) -> None:
+def test_parts_each_of_whose_swaps_cures_the_failure_are_reported_as_interacting(tmp_path: Path) -> None:
     needed = ("transport", "experts", "truncate")
     found = bisect(lab(lambda case: all(PARTS[part](case) for part in needed)), BASE, tmp_path)
     assert found.blame == Blame(("transport", "experts"), ("truncate",))
@@ -104,26 +104,26 @@ def test_parts_whose_swaps_cure_singly_interact(tmp_path: Path) -> None:
     )
 
 
-def test_a_swap_that_takes_the_guilty_stage_away_as_well_is_not_named(tmp_path: Path) -> None:
+def test_swap_that_also_removes_the_guilty_stage_is_not_blamed(tmp_path: Path) -> None:
     case = tiny_case(transport="mori", emulate=True, inject="flipped-bit:rank=1")
     found = bisect(lab(lambda case: "flipped-bit" in case.inject), case, tmp_path)
     assert [result.parts for result in found.results if result.cured] == [("dispatch",), ("transport",)]
     assert found.blame == Blame(("dispatch",))
 
 
-def test_nobody_is_blamed_for_what_no_pair_cures(tmp_path: Path) -> None:
+def test_no_part_is_blamed_if_no_swap_and_no_pair_cures_the_failure(tmp_path: Path) -> None:
     found = bisect(lab(lambda _: True), BASE, tmp_path)
     assert found.blame.guilty == ()
     assert "no swap and no pair" in found.verdict
 
 
-def test_a_case_that_does_not_fail(tmp_path: Path) -> None:
+def test_bisect_of_a_passing_case_blames_no_part(tmp_path: Path) -> None:
     found = bisect(lab(lambda _: False), BASE, tmp_path)
     assert found.blame.guilty == ()
     assert found.verdict == "the case does not fail here: fails on 0 of 64, 0 to 5.6 %"
 
 
-def test_a_report_is_held_against_what_happens_here(tmp_path: Path) -> None:
+def test_bisect_names_the_difference_between_report_and_local_result(tmp_path: Path) -> None:
     known = report_of(BASE, "broken")
     found = bisect(lab(lambda _: False), BASE, tmp_path, known)
     assert found.verdict.endswith("0 to 5.6 %; its report says CORRUPT, broken, here it ends in PASS")
@@ -133,13 +133,13 @@ def test_a_report_is_held_against_what_happens_here(tmp_path: Path) -> None:
     assert "its report" not in bisect(lab(PARTS["experts"]), BASE, tmp_path, known).verdict
 
 
-def test_a_failure_that_the_first_seeds_miss_is_looked_for_with_more(tmp_path: Path) -> None:
+def test_bisect_tries_more_seeds_if_the_first_do_not_fail(tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS["experts"](case) and case.seed % 6 == 5), BASE, tmp_path)
     assert found.blame.guilty == ("experts",)
 
 
 @pytest.mark.parametrize("verdict", [Verdict.HANG, Verdict.RANK_FAULT])
-def test_what_loses_its_ranks_is_tried_twice_and_hangs_not_for_long(verdict: Verdict, tmp_path: Path) -> None:
+def test_bisect_tries_a_rank_loss_twice_with_a_short_timeout(verdict: Verdict, tmp_path: Path) -> None:
     seen: list[Case] = []
 
     class Lossy(PretendedLab):
@@ -159,7 +159,7 @@ def test_what_loses_its_ranks_is_tried_twice_and_hangs_not_for_long(verdict: Ver
 
 
 @pytest.mark.parametrize("part", ["transport", "experts"])
-def test_an_intermittent_fault_is_tried_until_a_cure_can_be_told_from_luck(part: str, tmp_path: Path) -> None:
+def test_bisect_repeats_an_intermittent_fault_until_a_cure_is_significant(part: str, tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS[part](case) and case.seed % 3 == 0), BASE, tmp_path)
     assert found.blame.guilty == (part,)
     assert "intermittent, fails on" in found.verdict
@@ -168,7 +168,9 @@ def test_an_intermittent_fault_is_tried_until_a_cure_can_be_told_from_luck(part:
 
 
 @pytest.mark.parametrize("lucky", [(3, 4), (0, 4, 5, 9)])
-def test_what_fails_a_few_times_in_a_row_is_not_taken_for_permanent(lucky: tuple[int, ...], tmp_path: Path) -> None:
+def test_consecutive_failures_of_an_intermittent_fault_blame_no_innocent_part(
+    lucky: tuple[int, ...], tmp_path: Path
+) -> None:
     """Three failures in a row say little of a rate: one of 60 % has them in 22 of 100 cases."""
 
     def fails(case: Case) -> bool:
@@ -183,20 +185,20 @@ def test_what_fails_a_few_times_in_a_row_is_not_taken_for_permanent(lucky: tuple
     assert f"cured is what passes {found.trials} times in a row, by luck in less than 2.5 %" in found.verdict
 
 
-def test_a_failure_that_never_missed_is_told_with_its_bounds(tmp_path: Path) -> None:
+def test_failure_in_every_trial_is_reported_with_its_confidence_interval(tmp_path: Path) -> None:
     found = bisect(lab(PARTS["experts"]), BASE, tmp_path)
     assert "fails on 5 of 5, 47.8 to 100 %" in found.verdict
     assert found.trials == 6
     assert [result.failing.tried for result in found.results if result.cured] == [6]
 
 
-def test_nobody_is_guilty_of_what_fails_too_rarely(tmp_path: Path) -> None:
+def test_no_part_is_blamed_for_a_failure_too_rare_to_test(tmp_path: Path) -> None:
     found = bisect(lab(lambda case: PARTS["experts"](case) and case.seed == 0), BASE, tmp_path)
     assert found.blame.guilty == ()
     assert "fails too rarely to tell a cure from luck in 64 seeds" in found.verdict
 
 
-def test_nothing_to_swap_is_refused(tmp_path: Path) -> None:
+def test_bisect_of_a_case_without_swappable_parts_is_refused(tmp_path: Path) -> None:
     case = tiny_case(limit="off", slot_order="source")
     with pytest.raises(InvalidCase, match="nothing in this case can be swapped"):
         bisect(lab(lambda _: True), case, tmp_path)
@@ -207,7 +209,7 @@ LARGE = tiny_case(8, tokens=300, num_experts=64, topk=4, hidden_size=512, max_di
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 60), st.integers(1, 4), st.sampled_from([8, 64, 130, 512]))
-def test_shrinks_to_what_the_fault_needs(ranks: int, tokens: int, topk: int, hidden: int) -> None:
+def test_shrink_reduces_a_case_to_what_its_fault_needs(ranks: int, tokens: int, topk: int, hidden: int) -> None:
     def fails(case: Case) -> bool:
         enough = case.ep_size >= ranks and sum(case.tokens) >= tokens
         return enough and case.topk >= topk and case.hidden_size >= hidden
@@ -219,7 +221,7 @@ def test_shrinks_to_what_the_fault_needs(ranks: int, tokens: int, topk: int, hid
     assert sum(found.tokens) == tokens
 
 
-def test_never_takes_another_failure_for_the_same() -> None:
+def test_shrink_rejects_a_smaller_case_with_another_cause() -> None:
     def cause(case: Case) -> str:
         return "the fault" if case.ep_size > 2 else "another fault"
 
@@ -238,7 +240,7 @@ def several(case: Case, *causes: str) -> Report:
     return replace(report_of(case, SEVERAL), diagnosis=[both, *named])
 
 
-def test_several_faults_are_the_same_only_with_all_of_their_causes() -> None:
+def test_signature_of_several_faults_contains_all_causes() -> None:
     found = signature(several(LARGE, "dispatch: zeros", "combine: multiplied by 4"))
     assert found.cause == "several faults at once: combine: multiplied by 4; dispatch: zeros"
     assert found == signature(several(LARGE, "combine: multiplied by 4", "dispatch: zeros"))
@@ -246,7 +248,7 @@ def test_several_faults_are_the_same_only_with_all_of_their_causes() -> None:
     assert found != signature(several(LARGE, "dispatch: zeros", "combine: multiplied by 4", "experts: zeros"))
 
 
-def test_shrinking_keeps_every_one_of_several_faults() -> None:
+def test_shrink_keeps_all_of_several_faults() -> None:
     class Three(PretendedLab):
         def run(self, cases: Iterable[Case]) -> list[Report]:
             return [self._several(case) for case in cases]
@@ -258,7 +260,7 @@ def test_shrinking_keeps_every_one_of_several_faults() -> None:
     assert shrink(cast(Lab, Three(lambda _: "")), LARGE, lambda _: None).case.topk == 3
 
 
-def test_a_limit_stays_as_far_from_the_rows_received() -> None:
+def test_shrink_keeps_the_distance_of_a_limit_to_max_recv() -> None:
     limit = LimitReport(
         requested="100", effective=100, source="flag", policy="unchecked", safe=False, max_recv=130, sum_tokens=0
     )
@@ -277,12 +279,12 @@ def test_a_limit_stays_as_far_from_the_rows_received() -> None:
     assert sum(found.case.tokens) == 1  # with none this limit makes no sense
 
 
-def test_a_case_that_passes_cannot_be_shrunk() -> None:
+def test_shrink_of_a_passing_case_is_refused() -> None:
     with pytest.raises(InvalidCase, match="does not fail here"):
         shrink(lab(lambda _: False), LARGE, lambda _: None)
 
 
-def test_a_lost_rank_is_shrunk_one_launch_at_a_time() -> None:
+def test_shrink_of_a_rank_loss_runs_one_case_per_launch() -> None:
     class Fatal(PretendedLab):
         batches: list[int]
 

@@ -13,7 +13,7 @@ from distbench.report.results import Results
 from tests.results import result, write_results
 
 
-def test_the_first_of_two_results_counts_and_a_torn_line_is_none(tmp_path: Path) -> None:
+def test_first_of_two_results_of_a_case_counts_and_a_torn_line_is_ignored(tmp_path: Path) -> None:
     write_results(tmp_path, [result("a"), result("b", "CORRUPT"), result("a", "CORRUPT")])
     with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(b'{"schema":"distbench.rep')
@@ -33,7 +33,7 @@ def test_the_first_of_two_results_counts_and_a_torn_line_is_none(tmp_path: Path)
         {"as_expected": None},
     ],
 )
-def test_what_is_no_report_is_refused_by_its_line(tmp_path: Path, damage: dict[str, Any]) -> None:
+def test_line_that_is_no_report_is_refused_with_its_number(tmp_path: Path, damage: dict[str, Any]) -> None:
     write_results(tmp_path, [result("a"), result("b") | damage])
     with pytest.raises(InvalidCase, match=r"results.jsonl, line 2: .*distbench.report/1"):
         list(Results(tmp_path))
@@ -48,7 +48,7 @@ def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
         _ = Results(tmp_path).exit_code
 
 
-def test_a_suite_that_ended_without_a_result_has_none(tmp_path: Path) -> None:
+def test_suite_without_any_result_reports_all_cases_missing(tmp_path: Path) -> None:
     write_results(tmp_path, [], cases=3)
     (tmp_path / "results.jsonl").unlink()
     results = Results(tmp_path)
@@ -68,7 +68,7 @@ def test_a_suite_that_ended_without_a_result_has_none(tmp_path: Path) -> None:
         ([result("a", "UNDER_LIMIT", as_expected=True, expect="UNDER_LIMIT")], 1, 0),
     ],
 )
-def test_the_command_exits_as_the_suite_did(
+def test_report_command_exits_with_the_code_of_the_suite(
     tmp_path: Path, reports: list[dict[str, Any]], cases: int | None, code: int
 ) -> None:
     write_results(tmp_path, reports, cases)
@@ -76,7 +76,7 @@ def test_the_command_exits_as_the_suite_did(
     assert (tmp_path / "elsewhere" / "all.json").exists()
 
 
-def test_a_missing_library_is_named_before_anything_runs(
+def test_missing_library_of_a_report_format_is_named_before_any_case_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "junitparser", None)

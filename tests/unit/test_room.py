@@ -28,7 +28,9 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("shape", "measured"), MEASURED)
-def test_a_report_takes_no_more_than_estimated_and_not_far_less(shape: dict[str, Any], measured: int) -> None:
+def test_estimated_report_bytes_bound_the_measured_ones_within_a_factor_of_two_and_a_half(
+    shape: dict[str, Any], measured: int
+) -> None:
     estimated = report_bytes([tiny_case(num_experts=16, **shape)])
     assert measured < estimated < 2.5 * measured
     assert report_bytes([tiny_case(num_experts=16, **shape)] * 3) == 3 * estimated
@@ -40,26 +42,26 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("ranks", "measured"), [(1, 57_344), (2, 65_536), (4, 81_920), (8, 114_688)])
-def test_too_little_shared_memory_is_refused(ranks: int, measured: int) -> None:
+def test_launch_with_too_little_shared_memory_is_refused(ranks: int, measured: int) -> None:
     with pytest.raises(Unsupported, match=rf"{ranks} ranks meet at semaphores.*; {measured} are free: .*--shm-size"):
         check_shared_memory(ranks, on_devices=False, free=measured)
     assert check_shared_memory(ranks, on_devices=False, free=2 * measured) == ()
 
 
-def test_nccl_is_warned_of_where_it_may_find_too_little() -> None:
+def test_launch_with_little_shared_memory_for_nccl_gives_a_warning() -> None:
     (warning,) = check_shared_memory(8, on_devices=True, free=64 << 20)
     assert "67108864 bytes of /dev/shm are free, NCCL takes up to about 1079640064 for 8 ranks" in warning
     assert check_shared_memory(8, on_devices=True, free=2 << 30) == ()
     assert check_shared_memory(8, on_devices=False, free=64 << 20) == ()
 
 
-def test_a_system_without_dev_shm_is_let_through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_system_without_dev_shm_passes_the_shared_memory_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(room, "_SHARED_MEMORY", tmp_path / "nowhere")
     assert check_shared_memory(8, on_devices=True) == ()
 
 
 @pytest.mark.usefixtures("no_ranks")
-def test_no_rank_is_started_without_shared_memory(
+def test_run_without_shared_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(room, "_free_bytes", lambda: 4096)
@@ -70,19 +72,19 @@ def test_no_rank_is_started_without_shared_memory(
 @pytest.mark.parametrize(
     ("local", "ranks", "measured"), [(1, 1, 33), (2, 2, 41), (4, 4, 55), (8, 8, 83), (16, 16, 139)]
 )
-def test_too_few_open_files_are_refused(local: int, ranks: int, measured: int) -> None:
+def test_launch_with_too_low_a_file_limit_is_refused(local: int, ranks: int, measured: int) -> None:
     with pytest.raises(LaunchFailed, match=rf"open files: {local} ranks here take about \d+, {measured} are allowed"):
         allow_open_files(local, ranks, (measured, measured))
     allow_open_files(local, ranks, (measured, measured + 32))
     allow_open_files(local, ranks, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def test_a_rank_of_many_opens_files_too() -> None:
+def test_needed_open_files_grow_with_the_total_number_of_ranks() -> None:
     with pytest.raises(LaunchFailed, match=r"take about 2120, 1024 are allowed; ulimit -Hn 2120"):
         allow_open_files(8, 1024, (1024, 1024))
 
 
-def test_the_soft_limit_is_raised_as_far_as_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_file_limit_is_raised_to_what_a_launch_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     raised: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
     monkeypatch.setattr(resource, "setrlimit", lambda *arguments: raised.append(arguments))
@@ -100,7 +102,7 @@ def test_more_ranks_than_one_process_can_start_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("no_ranks")
-def test_no_rank_is_started_without_open_files(
+def test_suite_with_too_low_a_file_limit_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (48, 48))

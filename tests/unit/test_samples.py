@@ -8,12 +8,12 @@ import statistics
 from distbench.samples import median_error, percentile
 
 
-def test_percentiles_are_samples() -> None:
+def test_percentile_is_one_of_the_samples() -> None:
     samples = [float(value) for value in range(1, 101)]
     assert (percentile(samples, 99), percentile(samples, 50), percentile([7.0], 99)) == (99.0, 50.0, 7.0)
 
 
-def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+def test_median_interval_covers_the_true_median_in_over_90_percent_of_series() -> None:
     draw = random.Random(5)
     held = 0
     for _ in range(1000):
@@ -25,6 +25,6 @@ def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
     assert held > 900
 
 
-def test_few_samples_tell_no_error_and_equal_ones_none() -> None:
+def test_median_error_is_unknown_for_five_samples_and_zero_for_equal_ones() -> None:
     assert median_error([1.0] * 5) is None
     assert median_error([3.0] * 20) == 0.0

@@ -21,7 +21,7 @@ def trial_of(label: str, *asked: Layer) -> Trial:
     return next(one for one in plan(4, 1, 0, asked).trials if one.label == label)
 
 
-def test_what_is_asked_for_holds_in_every_case_but_for_what_a_fault_needs() -> None:
+def test_requested_keys_hold_in_every_selftest_case_unless_a_fault_needs_others() -> None:
     asked = Layer(FLAGS, {"slot_order": "source", "limit": "off", "tokens": "9"}, strict=False)
     found = plan(4, 2, 20, [asked])
     assert {one.entry.case.slot_order for one in found.trials} == {"source"}
@@ -31,12 +31,12 @@ def test_what_is_asked_for_holds_in_every_case_but_for_what_a_fault_needs() -> N
     assert trial_of("capacity-ignored", asked).entry.case.tokens == (12,) * 4
 
 
-def test_clean_cases_have_gaussian_inputs_too() -> None:
+def test_clean_selftest_cases_include_gaussian_inputs() -> None:
     numerics = [one.entry.case.numerics for one in plan(4, 1, 50).trials if not one.label]
     assert numerics.count("gaussian") == 10
 
 
-def test_faults_that_cannot_be_tried_are_named_with_the_reason() -> None:
+def test_faults_that_selftest_cannot_try_are_named_with_the_reason() -> None:
     found = plan(2, 1, 0)
     assert set(found.impossible) == {"cross-node", "slots-lost", "dispatched-ids"}
     tried = {one.label.split(":")[0] for one in found.trials if "+" not in one.label}
@@ -45,12 +45,12 @@ def test_faults_that_cannot_be_tried_are_named_with_the_reason() -> None:
     assert "capacity-ignored" in plan(4, 1, 0, [two_nodes]).impossible
 
 
-def test_both_row_counts_at_which_a_kernel_dies_are_tried() -> None:
+def test_selftest_tries_both_row_counts_at_which_a_kernel_dies() -> None:
     limits = [one.entry.case.limit for one in plan(2, 1, 0).trials if one.label.startswith("dies-at")]
     assert limits == ["304", "336"]
 
 
-def test_only_a_few_seeds_of_what_costs_a_launch() -> None:
+def test_selftest_tries_a_fault_that_costs_a_launch_with_few_seeds() -> None:
     found = plan(4, 5, 0, MORI_AITER).trials
     assert len([one for one in found if one.label == "dispatched-ids"]) == 3
     assert len([one for one in found if one.label == "swapped-rows"]) == 5
@@ -62,7 +62,7 @@ def lost(trial: Trial, stage: str, rank: int) -> Report:
     return replace(report_of(trial.entry.case, "", Verdict.PASS), verdict=Verdict.RANK_FAULT, reasons=[reason])
 
 
-def test_a_guard_is_right_in_its_stage_on_its_rank_only() -> None:
+def test_guard_counts_as_right_only_in_its_stage_and_on_its_rank() -> None:
     strict, loose = (trial_of(label, *MORI_AITER) for label in ("dispatched-ids", "flipped-bit:field=ids"))
     assert (strict.verdict, strict.stage, loose.verdict in DEAD) == ("RANK_FAULT", "combine", False)
     (rank,) = strict.ranks
@@ -77,7 +77,7 @@ def test_a_guard_is_right_in_its_stage_on_its_rank_only() -> None:
     assert not result_of(unguarded, lost(unguarded, "experts", unguarded.ranks[0])).right
 
 
-def test_a_stage_that_another_fault_explains_is_not_right() -> None:
+def test_stage_explained_by_another_fault_does_not_count_as_right() -> None:
     trial = trial_of("zero-rows")
     (rank,) = trial.ranks
     diagnosis = [Diagnosis(cause="experts: zeros", confidence="certain", evidence="", stage="experts", ranks=[rank])]
@@ -89,7 +89,7 @@ def test_a_stage_that_another_fault_explains_is_not_right() -> None:
     assert result_of(trial, replace(report, injected=[])).fired is False
 
 
-def test_a_kernel_that_never_repeats_its_bits_is_no_false_alarm_and_others_are() -> None:
+def test_only_nondeterminism_of_an_atomic_kernel_is_no_false_alarm() -> None:
     clean = plan(2, 1, 1).trials[0]
     report = replace(report_of(clean.entry.case, "other bits", Verdict.NONDETERMINISTIC), diagnosis=[])
     assert not is_clean(report)
@@ -102,7 +102,7 @@ def outcomes(**values: object) -> Outcomes:
     return Outcomes(**(known | {"parts": ["collective", "reference"], "stand_ins": []} | values))  # type: ignore[arg-type]
 
 
-def test_a_self_test_that_tried_nothing_has_not_passed() -> None:
+def test_selftest_that_tried_no_fault_fails() -> None:
     lines = closing_lines(outcomes(not_tried={"scales-not-cut": "needs fp8"}))
     assert lines[0] == "not tried here: scales-not-cut: needs fp8"
     assert lines[-1] == "selftest: FAILED"

@@ -30,7 +30,7 @@ def interpreter(path: Path, torch: str | None) -> str:
     return str(path)
 
 
-def test_torch_of_python_is_used_as_it_is(tmp_path: Path) -> None:
+def test_setup_uses_the_torch_of_the_given_python(tmp_path: Path) -> None:
     python = interpreter(tmp_path / "python", '__version__ = "2.9.0+rocm6.4"')
     result = dry_run(tmp_path, python)
     assert f"using torch 2.9.0+rocm6.4 of {python} as it is" in result.stdout
@@ -38,7 +38,7 @@ def test_torch_of_python_is_used_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_torch_of_the_environment_comes_first(tmp_path: Path) -> None:
+def test_setup_prefers_the_torch_of_an_existing_environment(tmp_path: Path) -> None:
     interpreter(tmp_path / "venv" / "bin" / "python", '__version__ = "2.9.0"')
     python = interpreter(tmp_path / "python", '__version__ = "2.10.0"')
     result = dry_run(tmp_path, python)
@@ -47,7 +47,7 @@ def test_torch_of_the_environment_comes_first(tmp_path: Path) -> None:
     assert "2.10.0" not in result.stdout
 
 
-def test_torch_that_does_not_import_is_not_replaced(tmp_path: Path) -> None:
+def test_setup_refuses_a_torch_that_does_not_import(tmp_path: Path) -> None:
     python = interpreter(tmp_path / "python", 'raise OSError("libamdhip64.so: not found")')
     result = dry_run(tmp_path, python)
     assert result.returncode != 0
@@ -58,14 +58,14 @@ def test_torch_that_does_not_import_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "shown"), [("", "the default index"), ("https://one.example", "https://one.example")]
 )
-def test_torch_is_installed_where_there_is_none(tmp_path: Path, index: str, shown: str) -> None:
+def test_setup_installs_torch_if_none_is_present(tmp_path: Path, index: str, shown: str) -> None:
     python = interpreter(tmp_path / "python", None)
     result = dry_run(tmp_path, python, "--dev", TORCH_INDEX=index)
     assert f"from {shown}" in result.stdout
     assert "with the tools for check and test" in result.stdout
 
 
-def test_old_python_is_refused_with_version_bound_and_fix(tmp_path: Path) -> None:
+def test_setup_refuses_an_old_python_with_version_bound_and_fix(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$2" in *platform*) echo 3.9.1 ;; *) exit 1 ;; esac\n')
     python.chmod(0o755)
@@ -74,6 +74,6 @@ def test_old_python_is_refused_with_version_bound_and_fix(tmp_path: Path) -> Non
     assert f"PYTHON={python} is Python 3.9.1, needed is at least 3.10: make setup PYTHON=" in result.stderr
 
 
-def test_missing_python_and_unknown_arguments_are_refused(tmp_path: Path) -> None:
+def test_setup_refuses_a_missing_python_and_unknown_arguments(tmp_path: Path) -> None:
     assert "PYTHON=/no/python does not run" in dry_run(tmp_path, "/no/python").stderr
     assert "unknown argument --devel" in dry_run(tmp_path, sys.executable, "--devel").stderr

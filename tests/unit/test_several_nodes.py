@@ -48,7 +48,7 @@ def spread(endpoint: str, *arguments: str) -> Spread | None:
         ("[fe80::1%eth0]:29500", "fe80::1%eth0", 29500, "[fe80::1%eth0]:29500"),
     ],
 )
-def test_where_nodes_meet(endpoint: str, host: str, port: int, again: str) -> None:
+def test_rendezvous_endpoint_is_parsed_to_host_and_port(endpoint: str, host: str, port: int, again: str) -> None:
     found = spread(endpoint)
     assert found is not None
     assert (found.host, found.port, found.endpoint) == (host, port, again)
@@ -58,7 +58,7 @@ def test_where_nodes_meet(endpoint: str, host: str, port: int, again: str) -> No
     "endpoint",
     ["", "node0", ":29500", "node0:", "node0:0", "node0:65536", "node0:x", "::1:29500", "[::1:29500", "[]:1", "a b:1"],
 )
-def test_what_is_no_place_to_meet_is_refused(endpoint: str) -> None:
+def test_malformed_rendezvous_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(InvalidCase, match=r"give HOST:PORT or \[IPV6\]:PORT"):
         spread(endpoint)
 
@@ -75,13 +75,13 @@ def test_what_is_no_place_to_meet_is_refused(endpoint: str) -> None:
         ("--nnodes", "0"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(arguments: tuple[str, ...]) -> None:
+def test_contradictory_node_numbers_are_refused(arguments: tuple[str, ...]) -> None:
     with pytest.raises(InvalidCase):
         spread("node0:29500", *arguments)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_node_0_hears_either_kind_of_address(host: str) -> None:
+def test_node_0_accepts_connections_over_ipv4_and_ipv6(host: str) -> None:
     meeting = Spread(nodes=2, node=0, nproc=1, host=host, port=free_port(), launch=0)
     hub = Hub(meeting, 1.0)
     link = Link(meeting, b"", 5.0, [])
@@ -95,7 +95,7 @@ def test_node_0_hears_either_kind_of_address(host: str) -> None:
     link.close()
 
 
-def test_where_ranks_of_other_nodes_run_is_known_on_node_0(tmp_path: Path) -> None:
+def test_node_0_knows_the_host_of_every_rank(tmp_path: Path) -> None:
     meeting = Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
     hub = Hub(meeting, 1.0)
     link = Link(meeting, b"", 5.0, [])
@@ -113,7 +113,7 @@ def test_where_ranks_of_other_nodes_run_is_known_on_node_0(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("command", ["suite", "run"])
-def test_nodes_that_do_not_come_leave_every_report(
+def test_every_report_format_is_written_if_nodes_never_join(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     monkeypatch.setattr(commands, "preload_ranks", lambda: None)
@@ -133,7 +133,7 @@ def test_nodes_that_do_not_come_leave_every_report(
     assert f"{cases} cases have no result" in (out / "results.md").read_text()
 
 
-def test_reports_that_cannot_be_written_do_not_hide_what_went_wrong(
+def test_failed_report_export_does_not_hide_the_original_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     writers = load_writers(parse_targets("json", tmp_path))

@@ -26,12 +26,12 @@ class Last:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_that_got_lost_in_a_destructor_is_collected() -> None:
+def test_signal_swallowed_in_a_destructor_is_collected_afterwards() -> None:
     Last()
     with collect_signals() as received:
         assert received == [signal.SIGTERM]
 
 
-def test_a_library_that_handles_every_error_does_not_handle_a_signal() -> None:
+def test_signal_passes_through_an_except_exception_block() -> None:
     with pytest.raises(Interrupted, match="ended by SIGTERM"), contextlib.suppress(Exception):
         os.kill(os.getpid(), signal.SIGTERM)

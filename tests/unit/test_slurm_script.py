@@ -49,13 +49,13 @@ def examples() -> list[list[str]]:
     return [found[found.index("launch/slurm.sbatch") + 1 :] for found in words if "launch/slurm.sbatch" in found]
 
 
-def test_the_head_has_examples() -> None:
+def test_slurm_script_header_contains_examples() -> None:
     assert [] in examples()
     assert ["suite", "smoke", "--select", "!name~gaussian"] in examples()
 
 
 @pytest.mark.parametrize("arguments", examples())
-def test_an_example_is_a_command_that_selects_cases(tmp_path: Path, arguments: list[str]) -> None:
+def test_every_example_of_the_slurm_script_selects_cases(tmp_path: Path, arguments: list[str]) -> None:
     options = _parser().parse_args([*launch(tmp_path, *arguments), "--node-rank", "0"])
     assert (options.nnodes, options.nproc, options.rdzv_endpoint) == (2, 8, "n1:20017")
     if options.suite in builtin_suites():
@@ -69,7 +69,7 @@ def test_an_example_is_a_command_that_selects_cases(tmp_path: Path, arguments: l
     ("gpus", "arguments", "device"),
     [("8", [], "cuda"), ("8", ["run", "--device", "auto"], "auto"), ("0", [], None), ("", [], None)],
 )
-def test_ranks_that_got_gpus_have_to_run_on_them(
+def test_slurm_script_requires_devices_for_ranks_with_gpus(
     tmp_path: Path, gpus: str, arguments: list[str], device: str | None
 ) -> None:
     given = {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
@@ -78,18 +78,18 @@ def test_ranks_that_got_gpus_have_to_run_on_them(
 
 
 @pytest.mark.parametrize("nodes", ["1", "2"])
-def test_each_node_has_one_task_whatever_sbatch_was_told(tmp_path: Path, nodes: str) -> None:
+def test_slurm_script_starts_one_task_per_node_for_any_sbatch_options(tmp_path: Path, nodes: str) -> None:
     several = {"SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "16"}
     lines = printed(tmp_path, SLURM_JOB_NUM_NODES=nodes, **several)
     assert {f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"} <= set(lines)
 
 
-def test_one_node_needs_no_rendezvous(tmp_path: Path) -> None:
+def test_slurm_script_on_one_node_passes_no_rendezvous(tmp_path: Path) -> None:
     told = launch(tmp_path, "run", "--model", "tiny", SLURM_JOB_NUM_NODES="1", NPROC_PER_NODE="2", OUT="/out")
     assert told == ["run", "--model", "tiny", "--nproc", "2", "--out", "/out"]
 
 
-def test_each_job_of_several_nodes_makes_a_secret(tmp_path: Path) -> None:
+def test_slurm_script_on_several_nodes_generates_a_secret(tmp_path: Path) -> None:
     lines = [printed(tmp_path) for _ in range(2)]
     made = {found[1] for found in lines}
     assert len(made) == 2
@@ -106,7 +106,7 @@ def test_each_job_of_several_nodes_makes_a_secret(tmp_path: Path) -> None:
     ("out", "folder"),
     [("", "/jobs/distbench-17"), ("results", "/jobs/results"), ("/scratch/results", "/scratch/results")],
 )
-def test_results_leave_a_container(tmp_path: Path, out: str, folder: str) -> None:
+def test_slurm_script_mounts_the_results_folder_into_a_container(tmp_path: Path, out: str, folder: str) -> None:
     image = {"CONTAINER_IMAGE": "/images/distbench.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
     given = {"OUT": out} if out else {}
     lines = printed(tmp_path, **image, **given)
@@ -127,6 +127,8 @@ def test_results_leave_a_container(tmp_path: Path, out: str, folder: str) -> Non
         ({"ENDPOINT_HOST": "[fd00::1]"}, "[fd00::1]:20017"),
     ],
 )
-def test_nodes_meet_where_the_job_says(tmp_path: Path, variables: dict[str, str], endpoint: str) -> None:
+def test_slurm_script_takes_the_rendezvous_address_from_the_job(
+    tmp_path: Path, variables: dict[str, str], endpoint: str
+) -> None:
     told = launch(tmp_path, **variables)
     assert told[told.index("--rdzv-endpoint") + 1] == endpoint

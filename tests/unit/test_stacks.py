@@ -39,7 +39,7 @@ def dumps(path: Path, count: int) -> bool:
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_stuck_rank_answers_with_the_stack_of_its_main_thread(tmp_path: Path, call: str) -> None:
+def test_hanging_rank_dumps_the_stack_of_its_main_thread(tmp_path: Path, call: str) -> None:
     path = tmp_path / "stacks"
     command = [sys.executable, "-c", _STUCK.format(call=CALLS[call]), str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as rank:
@@ -67,7 +67,7 @@ time.sleep(60)
 """
 
 
-def test_flight_recorder_stands_below_the_stacks(tmp_path: Path) -> None:
+def test_flight_recorder_dump_follows_the_stacks(tmp_path: Path) -> None:
     path = tmp_path / "stacks"
     with subprocess.Popen([sys.executable, "-c", _RECORDED, str(path)], stdout=subprocess.PIPE, cwd=ROOT) as rank:
         try:

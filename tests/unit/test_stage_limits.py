@@ -13,7 +13,7 @@ from distbench.worker import _group_timeout
 from tests.cases import tiny_case
 
 
-def test_overrides_are_exact_and_others_grow_with_the_work() -> None:
+def test_stage_limit_overrides_are_exact_and_defaults_grow_with_the_work() -> None:
     small = tiny_case(timeout=2.0, stage_timeouts="dispatch=5, experts=0.5")
     assert stage_limit(small, "dispatch") == 5
     assert stage_limit(small, "experts") == 0.5
@@ -24,7 +24,7 @@ def test_overrides_are_exact_and_others_grow_with_the_work() -> None:
 
 
 @pytest.mark.parametrize("text", ["dispatch", "dispatch=", "dispatch=0", "lunch=3", "experts=nan", "experts=1e9", "=3"])
-def test_bad_overrides_are_named(text: str) -> None:
+def test_invalid_stage_limit_override_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(InvalidCase, match="allowed is stage=seconds"):
         parse_stage_timeouts(text)
     with pytest.raises(InvalidCase, match="allowed is stage=seconds"):
@@ -42,7 +42,7 @@ def test_bad_overrides_are_named(text: str) -> None:
         ({"experts": "triton", "transport": "mori", "emulate": True}, True),
     ],
 )
-def test_the_hour_for_compiling_is_that_of_cases_that_compile(values: dict[str, Any], expected: bool) -> None:
+def test_compile_limit_of_an_hour_applies_only_to_cases_that_compile(values: dict[str, Any], expected: bool) -> None:
     case = tiny_case(2, **values)
     assert compiles(case) is expected
     entry = Entry(name="one", case=case, sources={})

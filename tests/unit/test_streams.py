@@ -30,7 +30,7 @@ def distbench(*arguments: str, **environ: str) -> subprocess.CompletedProcess[by
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_characters_that_an_encoding_lacks_are_spelled(encoding: str) -> None:
+def test_characters_missing_in_an_encoding_are_escaped(encoding: str) -> None:
     raw = BytesIO()
     stream = TextIOWrapper(raw, encoding=encoding)
     speak_any_encoding(stream)

@@ -37,7 +37,7 @@ def names(suite: Suite) -> list[str]:
     return [entry.name for entry in suite.entries]
 
 
-def test_axes_multiply_and_the_last_varies_fastest(load: Load) -> None:
+def test_suite_axes_form_a_product_whose_last_axis_varies_fastest(load: Load) -> None:
     suite = load('[defaults]\nmodel = "tiny"\n[axes]\nlimit = ["sum", 5]\nseed = [2, 1]')
     assert names(suite) == ["limit=sum seed=2", "limit=sum seed=1", "limit=5 seed=2", "limit=5 seed=1"]
     assert {entry.case.model for entry in suite.entries} == {"tiny"}
@@ -46,7 +46,7 @@ def test_axes_multiply_and_the_last_varies_fastest(load: Load) -> None:
     assert suite.entries[0].sources["topk"] == "preset:tiny"
 
 
-def test_a_table_on_an_axis_varies_keys_together(load: Load) -> None:
+def test_table_on_a_suite_axis_varies_its_keys_together(load: Load) -> None:
     suite = load('[axes]\nshape = [{model="tiny"}, {model="tiny-odd", tokens=3}]\nseed = [0, {seed = 1, limit = 8}]')
     assert [(case.model, case.tokens[0], case.seed, case.limit) for case in cases(suite)] == [
         ("tiny", 16, 0, "sum32"),
@@ -64,13 +64,15 @@ def cases(suite: Suite) -> list[Any]:
 @pytest.mark.parametrize(
     ("ep_size", "tokens"), [(1, (0,)), (3, (0, 1, 7)), (4, (0, 1, 7, 33)), (6, (0, 1, 7, 33, 0, 1))]
 )
-def test_three_dots_repeat_the_tokens_over_the_ranks(load: Load, ep_size: int, tokens: tuple[int, ...]) -> None:
+def test_ellipsis_in_tokens_repeats_the_pattern_over_all_ranks(
+    load: Load, ep_size: int, tokens: tuple[int, ...]
+) -> None:
     suite = load('[defaults]\nmodel = "tiny"\n[axes]\ntokens = [[0, 1, 7, 33, "..."]]', ep_size)
     assert names(suite) == ["tokens=0,1,7,33,..."]
     assert cases(suite)[0].tokens == tokens
 
 
-def test_included_cases_follow_the_product(load: Load) -> None:
+def test_included_cases_follow_the_product_of_axes(load: Load) -> None:
     suite = load(
         'tags = ["all"]\n[defaults]\nmodel = "tiny"\nseed = 9\n[axes]\nlimit = ["off"]\n'
         '[[include]]\nname = "my own"\ntags = ["mine", "all"]\nexpect = "DRIFT"\nseed = 4\n[[include]]\ntopk = 2'
@@ -81,7 +83,7 @@ def test_included_cases_follow_the_product(load: Load) -> None:
     assert [(case.seed, case.limit) for case in cases(suite)] == [(9, "off"), (4, "sum32"), (9, "sum32")]
 
 
-def test_excluded_combinations_are_left_out_of_the_product_only(load: Load) -> None:
+def test_exclude_removes_combinations_of_the_product_only(load: Load) -> None:
     suite = load(
         '[axes]\nlimit = ["0", 7, 8]\ntokens = [3, [3, "..."], 4]\n'
         '[[exclude]]\nlimit = "off"\ntokens = 3\n[[exclude]]\nlimit = 7\n[[exclude]]\npolicy = "guard"\n'
@@ -90,13 +92,13 @@ def test_excluded_combinations_are_left_out_of_the_product_only(load: Load) -> N
     assert names(suite) == ["limit=off tokens=4", "limit=8 tokens=3", "limit=8 tokens=4", "limit=7"]
 
 
-def test_the_number_of_ranks_can_be_excluded(load: Load) -> None:
+def test_exclude_can_match_ep_size(load: Load) -> None:
     text = '[axes]\nlimit = ["off", 7]\n[[exclude]]\nep_size = 1\nlimit = 7'
     assert names(load(text, 1)) == ["limit=off"]
     assert names(load(text, 2)) == ["limit=off", "limit=7"]
 
 
-def test_the_first_expectation_that_matches_counts(load: Load) -> None:
+def test_first_matching_expectation_applies(load: Load) -> None:
     suite = load(
         '[axes]\nlimit = ["off", 1, 2]\npolicy = ["guard", "strict"]\n'
         '[[expect]]\nverdict = "PASS"\nmatch = {limit = 1, policy = "guard"}\n'
@@ -113,12 +115,12 @@ def test_equal_cases_run_once_under_the_first_name(load: Load) -> None:
 EQUAL = '[defaults]\nmodel = "tiny"\n[axes]\nseed = [1, 2]\n[[include]]\nname = "far"\ntags = ["damage"]\nseed = 2\n'
 
 
-def test_equal_cases_have_the_tags_of_all(load: Load) -> None:
+def test_merged_equal_cases_have_the_tags_of_all(load: Load) -> None:
     suite = load(EQUAL)
     assert [(entry.name, entry.tags) for entry in suite.entries] == [("seed=1", ()), ("seed=2", ("damage",))]
 
 
-def test_equal_cases_that_are_expected_to_end_otherwise_are_refused_unless_flags_made_them_equal(load: Load) -> None:
+def test_equal_cases_with_different_expectations_are_refused_unless_flags_made_them_equal(load: Load) -> None:
     text = EQUAL + 'expect = "UNDER_LIMIT"\n'
     told = (
         r"some\.toml: case far: expect = UNDER_LIMIT, but it equals case seed=2, which is expected to end as by-limit"
@@ -131,14 +133,14 @@ def test_equal_cases_that_are_expected_to_end_otherwise_are_refused_unless_flags
     assert (entry.name, entry.expect) == ("default", BY_LIMIT)
 
 
-def test_equal_names_are_numbered(load: Load) -> None:
+def test_cases_with_equal_names_are_numbered(load: Load) -> None:
     suite = load(
         "".join(f'[[include]]\nname = "{name}"\nseed = {seed}\n' for seed, name in enumerate(["a", "a #2"] * 2))
     )
     assert names(suite) == ["a", "a #2", "a #3", "a #2 #2"]
 
 
-def test_overrides_win_and_leave_the_names(load: Load) -> None:
+def test_override_flags_win_over_suite_keys_and_keep_case_names(load: Load) -> None:
     text = '[axes]\nlimit = ["off", 1]\nseed = [1, 2]\n[[expect]]\nverdict = "UNDER_LIMIT"\nmatch = {limit = 1}'
     suite = load(text, 4, Layer("flag", {"limit": "77"}, strict=False), environment=(Layer("env:X", {"limit": 5}),))
     assert names(suite) == ["seed=1", "seed=2"]
@@ -154,7 +156,7 @@ def test_a_case_may_take_fewer_ranks_but_not_more(load: Load) -> None:
         load("[axes]\nep_size = [1, 5]")
 
 
-def test_json_does_as_well(tmp_path: Path) -> None:
+def test_suite_in_json_equals_the_suite_in_toml(tmp_path: Path) -> None:
     file = tmp_path / "some.json"
     file.write_bytes(msgspec.json.encode({"name": "other", "description": "why", "axes": {"seed": [1, 2]}}))
     suite = load_suite(str(file), 2)
@@ -205,7 +207,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", WRONG, ids=lambda text: text[:30])
-def test_what_is_wrong_is_said_in_one_line(load: Load, text: str) -> None:
+def test_invalid_suite_is_refused_in_one_line(load: Load, text: str) -> None:
     with pytest.raises(InvalidCase, match=r"some\.toml") as caught:
         load(text)
     caught.match(WRONG[text])
@@ -213,13 +215,13 @@ def test_what_is_wrong_is_said_in_one_line(load: Load, text: str) -> None:
 
 
 @pytest.mark.parametrize("depth", range(900, 1000, 9))
-def test_lists_nested_almost_too_deep_to_be_read(depth: int) -> None:
+def test_deeply_nested_lists_in_a_suite_are_refused_in_one_line(depth: int) -> None:
     with pytest.raises(InvalidCase, match=r"not valid JSON|seed = "):
         parse_suite("deep.json", b'{"defaults":{"seed":' + b"[" * depth + b"]" * depth + b"}}")
 
 
 @pytest.mark.parametrize("name", ["smok", "", "a\nb", "no/such.toml", "\0.toml", "smoke.yaml"])
-def test_an_unknown_suite_is_refused_with_those_there_are(name: str) -> None:
+def test_unknown_suite_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(InvalidCase, match=r"allowed are capacity, limits, .* or the path|cannot be read") as caught:
         load_suite(name, 2)
     assert len(str(caught.value).splitlines()) == 1
@@ -238,7 +240,7 @@ def test_built_in_suites_fit_any_number_of_ranks(name: str, ep_size: int) -> Non
     assert all(entry.case.hidden_size <= 256 and name in entry.tags for entry in suite.entries)
 
 
-def test_built_in_suites_are_not_swayed_by_production_variables() -> None:
+def test_built_in_suites_ignore_production_variables() -> None:
     layer = Layer("env", {"limit": 1, "max_dispatch_tokens_per_rank": 2, "prealloc_max_recv_tokens": 3})
     for name in BUILTIN:
         for entry in load_suite(name, 4, environment=[layer, Layer("env", {"recv_bound": True})]).entries:
@@ -259,7 +261,9 @@ def test_built_in_suites_are_not_swayed_by_production_variables() -> None:
         ("PASS", Verdict.UNDER_LIMIT, False, "strict", False),
     ],
 )
-def test_as_expected(expect: str, verdict: Verdict, safe: bool, policy: str, expected: bool) -> None:
+def test_result_is_as_expected_if_verdict_and_codes_match(
+    expect: str, verdict: Verdict, safe: bool, policy: str, expected: bool
+) -> None:
     assert is_expectation(expect)
     assert is_met(expect, verdict, [], safe=safe, policy=policy) is expected
 
@@ -276,7 +280,7 @@ def test_as_expected(expect: str, verdict: Verdict, safe: bool, policy: str, exp
         ("NONDETERMINISTIC", Verdict.CORRUPT, ["nan"], False),
     ],
 )
-def test_an_expectation_with_codes_allows_no_other_reason(
+def test_expectation_with_codes_rejects_any_other_reason(
     expect: str, verdict: Verdict, codes: list[str], expected: bool
 ) -> None:
     assert is_expectation(expect)
@@ -284,11 +288,11 @@ def test_an_expectation_with_codes_allows_no_other_reason(
 
 
 @pytest.mark.parametrize("text", ["", "by-limit:nan", "CORRUPT:", "CORRUPT:none", "PASS:nan", "WRONG", "CORRUPT:nan,"])
-def test_what_cannot_be_expected_is_refused(text: str) -> None:
+def test_impossible_expectation_is_refused(text: str) -> None:
     assert not is_expectation(text)
 
 
-def test_every_code_of_a_rule_can_be_expected() -> None:
+def test_every_reason_code_is_accepted_in_an_expectation() -> None:
     source = Path("distbench/verify/rules.py").read_text() + Path("distbench/verify/excuses.py").read_text()
     written = {code for code in re.findall(r'code="([a-z-]+)"', source) if code != "guarded"}
     assert written | {f"{stage}-differs" for stage in STAGE_ORDER} <= set(CODES)
@@ -321,7 +325,7 @@ def entries(load: Load) -> tuple[Entry, ...]:
         ("policy=strict", 7),
     ],
 )
-def test_select(entries: tuple[Entry, ...], expression: str, count: int) -> None:
+def test_select_terms_choose_the_matching_cases(entries: tuple[Entry, ...], expression: str, count: int) -> None:
     if not count:
         with pytest.raises(InvalidCase, match="no case is left; tags are odd, keys are model, hidden_size"):
             select(entries, expression)
@@ -330,7 +334,7 @@ def test_select(entries: tuple[Entry, ...], expression: str, count: int) -> None
 
 
 @pytest.mark.parametrize("expression", ["od", "!od", "sed=1", "!", "title~odd", "limit", "a\nb"])
-def test_a_term_that_means_nothing_is_refused(entries: tuple[Entry, ...], expression: str) -> None:
+def test_malformed_select_term_is_refused(entries: tuple[Entry, ...], expression: str) -> None:
     with pytest.raises(InvalidCase, match="is no tag, key=value or name~text; tags are odd, keys are model") as caught:
         select(entries, expression)
     assert len(str(caught.value).splitlines()) == 1

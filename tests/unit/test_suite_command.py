@@ -149,7 +149,7 @@ def test_only_results_of_selected_cases_are_replaced(
     assert launches[1:] == ([sorted(again)] if again else [])
 
 
-def test_what_is_no_result_is_set_aside_when_all_is_run_again(tmp_path: Path, ranks: Ranks, seeds: Path) -> None:
+def test_unreadable_results_are_moved_aside_by_rerun_all(tmp_path: Path, ranks: Ranks, seeds: Path) -> None:
     ranks({})
     out = tmp_path / "out"
     suite(out, seeds)
@@ -163,7 +163,7 @@ def test_what_is_no_result_is_set_aside_when_all_is_run_again(tmp_path: Path, ra
 
 
 @pytest.mark.parametrize("arguments", [("run", "--model=tiny"), ("suite", "seeds", "--rerun=all", "--select=seed=0")])
-def test_a_baseline_in_the_folder_of_the_run_is_what_was_there_before(
+def test_baseline_in_the_output_folder_is_read_before_it_is_overwritten(
     tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
     out = tmp_path / "out"
@@ -180,7 +180,7 @@ def expectation(verdict: str, **match: object) -> list[dict[str, object]]:
     return [{"verdict": verdict, "match": match}]
 
 
-def test_finished_cases_are_held_against_what_is_expected_now(tmp_path: Path, ranks: Ranks, seeds: Path) -> None:
+def test_finished_cases_are_judged_by_the_current_expectation(tmp_path: Path, ranks: Ranks, seeds: Path) -> None:
     launches = ranks({1: Verdict.CORRUPT})
     out = tmp_path / "out"
     write_suite(seeds, range(3), expect=expectation("DRIFT", seed=1))
@@ -201,7 +201,7 @@ def test_finished_cases_are_held_against_what_is_expected_now(tmp_path: Path, ra
     assert launches[1:] == [["seed=0", "seed=1"]]
 
 
-def test_a_run_takes_no_suites_folder(
+def test_run_refuses_the_folder_of_a_suite(
     tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({5: Verdict.DRIFT, 6: Verdict.DRIFT})
@@ -257,7 +257,7 @@ def test_results_of_one_command_are_not_mixed_with_those_of_another(
 
 
 @pytest.mark.parametrize("name", ["run", "trial 0123456789ab"])
-def test_old_results_of_a_run_are_not_mixed_with_a_suites(
+def test_suite_refuses_the_folder_of_a_run(
     tmp_path: Path, ranks: Ranks, seeds: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({})
@@ -270,7 +270,7 @@ def test_old_results_of_a_run_are_not_mixed_with_a_suites(
     assert suite(out, seeds) == 0
 
 
-def test_report_exits_as_the_last_suite_did_also_where_it_selected_cases(
+def test_report_exits_with_the_code_of_the_last_suite_with_or_without_select(
     tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({1: Verdict.CORRUPT})
@@ -286,7 +286,7 @@ def test_report_exits_as_the_last_suite_did_also_where_it_selected_cases(
     assert suite(out, seeds) == main(report) == 1
 
 
-def test_report_as_json_is_all_of_standard_output(
+def test_report_in_json_is_the_only_standard_output(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({})
@@ -301,7 +301,9 @@ def test_report_as_json_is_all_of_standard_output(
     assert "distbench report DIR --report" in capsys.readouterr().err
 
 
-def test_equal_cases_of_a_suite_are_told(tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merged_equal_cases_of_a_suite_are_reported(
+    tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
     ranks({})
     file = included(tmp_path / "twice.json", {"name": "first"}, {"name": "second"}, {"name": "third", "seed": 1})
     assert suite(tmp_path / "out", file) == 0
@@ -334,7 +336,7 @@ def test_signal_leaves_one_exit_code_and_no_false_promise(
         assert main(["report", str(out), "--report=md"]) == 128 + number
 
 
-def test_rank_lost_after_its_case_has_passed_is_no_exit_code_of_0(
+def test_rank_lost_after_its_case_has_passed_gives_a_nonzero_exit_code(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({})
@@ -352,7 +354,7 @@ def test_rank_lost_after_its_case_has_passed_is_no_exit_code_of_0(
 
 
 @pytest.mark.parametrize("command", [("bisect",), ("shrink",)])
-def test_trials_take_no_suites_folder(
+def test_trial_commands_refuse_the_folder_of_a_suite(
     tmp_path: Path, ranks: Ranks, seeds: Path, command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({})
@@ -389,7 +391,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("odd", REFUSED)
-def test_a_case_that_cannot_run_ends_so_where_that_is_expected(tmp_path: Path, ranks: Ranks, odd: Odd) -> None:
+def test_unsupported_case_is_as_expected_if_the_suite_expects_it(tmp_path: Path, ranks: Ranks, odd: Odd) -> None:
     launches = ranks({})
     out = tmp_path / "out"
     file = included(tmp_path / "odd.json", {"name": "odd", "expect": odd.verdict} | odd.keys, {"name": "sound"})
@@ -403,7 +405,7 @@ def test_a_case_that_cannot_run_ends_so_where_that_is_expected(tmp_path: Path, r
 
 
 @pytest.mark.parametrize("odd", REFUSED)
-def test_a_case_that_cannot_run_is_named_with_its_file(
+def test_case_that_cannot_run_is_named_with_its_file(
     tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], odd: Odd
 ) -> None:
     launches = ranks({})
@@ -417,7 +419,7 @@ def test_a_case_that_cannot_run_is_named_with_its_file(
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_ranks_of_torchrun_look_for_devices_themselves(
+def test_ranks_under_torchrun_count_devices_themselves(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, rank: str
 ) -> None:
     ranks({})
@@ -440,9 +442,7 @@ def test_ranks_of_torchrun_look_for_devices_themselves(
     assert [(entry.name, bool(entry.refused)) for entry in job.entries] == [("cuda", False), ("odd", True)]
 
 
-def test_rank_0_of_torchrun_writes_down_what_is_refused_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusal_under_torchrun_is_recorded_once_by_rank_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = Entry(name="odd", case=tiny_case(2), sources={}, expect="INVALID", refused="makes no sense")
     job = Job(entries=(entry,), out=str(tmp_path), supervised=False)
     for _ in range(2):
@@ -453,7 +453,9 @@ def test_rank_0_of_torchrun_writes_down_what_is_refused_once(
     assert capsys.readouterr().out.split() == ["INVALID", "0.000", "s", "odd"]
 
 
-def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_occupied_rendezvous_port_is_refused(
+    tmp_path: Path, ranks: Ranks, seeds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     launches = ranks({})
     with socket.create_server(("", 0)) as taken:
         endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -463,7 +465,7 @@ def test_a_taken_port_is_refused(tmp_path: Path, ranks: Ranks, seeds: Path, caps
     assert launches == []
 
 
-def test_no_ranks_are_started_where_none_are_needed(tmp_path: Path, ranks: Ranks) -> None:
+def test_suite_without_remaining_cases_starts_no_rank(tmp_path: Path, ranks: Ranks) -> None:
     launches = ranks({})
     file = included(tmp_path / "odd.json", {"expect": "INVALID", "topk": 99})
     assert suite(tmp_path / "out", file) == 0
@@ -496,7 +498,9 @@ FROM_0 = ("--lock-timeout", "--retries", "--clean")
         for value in ("-1", "nan", "x", "1e99", "", *(() if option in FROM_0 else ("0",)))
     ],
 )
-def test_numbers_have_bounds(command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numeric_option_outside_its_bounds_is_refused(
+    command: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*command.split(), f"{option}={value}"]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"distbench: INVALID: argument {option}: {value!r} is refused; allowed are ")
@@ -505,7 +509,7 @@ def test_numbers_have_bounds(command: str, option: str, value: str, capsys: pyte
 
 
 @pytest.mark.parametrize("command", [["suite", "smoke"], ["run"], ["sweep"], ["selftest", "--quick"]])
-def test_a_folder_for_bundles_that_cannot_be_made_is_refused_before_ranks_start(
+def test_bundle_folder_that_cannot_be_created_is_refused_before_a_rank_starts(
     tmp_path: Path, ranks: Ranks, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
     launches = ranks({})
@@ -522,7 +526,7 @@ def test_a_folder_for_bundles_that_cannot_be_made_is_refused_before_ranks_start(
 @pytest.mark.parametrize(
     ("arguments", "code"), [((), 1), (("--rerun=failed",), 2), (("--rerun=all",), 2)], ids=["resume", "failed", "all"]
 )
-def test_room_is_asked_for_what_is_still_to_run(
+def test_free_disk_is_checked_for_remaining_cases_only(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int
 ) -> None:
     ranks(dict.fromkeys(range(8), Verdict.CORRUPT))

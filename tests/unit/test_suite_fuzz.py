@@ -174,7 +174,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @fuzz
 @given(table=sound_suites | wild_suites, ep_size=st.integers(1, 8))
-def test_any_table(folder: Path, table: dict[str, Any], ep_size: int) -> None:
+def test_any_table_gives_a_suite_or_a_one_line_error(folder: Path, table: dict[str, Any], ep_size: int) -> None:
     file = folder / "table.json"
     file.write_bytes(msgspec.json.encode(table))
     check_suite(file, ep_size)
@@ -182,7 +182,9 @@ def test_any_table(folder: Path, table: dict[str, Any], ep_size: int) -> None:
 
 @fuzz
 @given(content=st.sampled_from(BUILTIN), changes=edits, ep_size=st.integers(1, 8))
-def test_any_damage_to_a_built_in_suite(folder: Path, content: bytes, changes: Edits, ep_size: int) -> None:
+def test_damaged_built_in_suite_is_read_or_refused_in_one_line(
+    folder: Path, content: bytes, changes: Edits, ep_size: int
+) -> None:
     file = folder / "suite.toml"
     file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
     check_suite(file, ep_size)
@@ -190,7 +192,9 @@ def test_any_damage_to_a_built_in_suite(folder: Path, content: bytes, changes: E
 
 @fuzz
 @given(changes=edits, suffix=st.sampled_from(["toml", "json"]), ep_size=st.none() | st.integers(1, 8))
-def test_any_damage_to_a_case_file(folder: Path, changes: Edits, suffix: str, ep_size: int | None) -> None:
+def test_damaged_case_file_is_read_or_refused_in_one_line(
+    folder: Path, changes: Edits, suffix: str, ep_size: int | None
+) -> None:
     content = CASE_FILE if suffix == "toml" else msgspec.json.encode(msgspec.toml.decode(CASE_FILE))
     file = folder / f"case.{suffix}"
     file.write_bytes(reduce(lambda damaged, edit: edit(damaged), changes, content))
@@ -211,7 +215,7 @@ def told(*arguments: str) -> tuple[int, str]:
 
 @sample
 @given(content=st.sampled_from(BUILTIN), changes=edits, ranks=st.integers(1, 8))
-def test_any_damage_to_a_suite_ends_the_command_in_one_line(
+def test_suite_command_refuses_a_damaged_suite_in_one_line(
     folder: Path, content: bytes, changes: Edits, ranks: int
 ) -> None:
     file = folder / "command.toml"
@@ -224,7 +228,7 @@ def test_any_damage_to_a_suite_ends_the_command_in_one_line(
 
 @sample
 @given(changes=edits, suffix=st.sampled_from(["toml", "json"]), ranks=st.integers(1, 8))
-def test_any_damage_to_a_case_ends_the_command_in_one_line(
+def test_run_command_refuses_a_damaged_case_file_in_one_line(
     folder: Path, changes: Edits, suffix: str, ranks: int
 ) -> None:
     content = CASE_FILE if suffix == "toml" else msgspec.json.encode(msgspec.toml.decode(CASE_FILE))
@@ -237,7 +241,7 @@ def test_any_damage_to_a_case_ends_the_command_in_one_line(
 
 
 @pytest.mark.parametrize("command", [("suite",), ("run", "--case")])
-def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_case_file_that_is_a_pipe_without_a_writer_is_refused(tmp_path: Path, command: tuple[str, ...]) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     code, said = told(*command, str(tmp_path / "pipe.toml"), f"--out={tmp_path}")
     assert code == 2
@@ -246,7 +250,7 @@ def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, command: tuple[
 
 @fuzz
 @given(content=st.binary(max_size=64), suffix=st.sampled_from(["toml", "json"]))
-def test_any_bytes(folder: Path, content: bytes, suffix: str) -> None:
+def test_any_bytes_give_a_suite_or_a_one_line_error(folder: Path, content: bytes, suffix: str) -> None:
     file = folder / f"bytes.{suffix}"
     file.write_bytes(content)
     check_suite(file, 2)
@@ -259,7 +263,7 @@ def test_any_bytes(folder: Path, content: bytes, suffix: str) -> None:
     flag=st.sampled_from(CASE_KEYS),
     text=st.text(max_size=8) | st.sampled_from(["1", "off", "1,2,...", "true", "\udcff", "9" * 5000]),
 )
-def test_any_selection_and_any_override(expression: str, flag: str, text: str) -> None:
+def test_any_select_and_override_are_accepted_or_refused_in_one_line(expression: str, flag: str, text: str) -> None:
     suite = outcome(lambda: load_suite("smoke", 2, [Layer("flag", {flag: text}, strict=False)]))
     if isinstance(suite, Suite):
         outcome(lambda: msgspec.structs.replace(suite, entries=select(suite.entries, expression)))

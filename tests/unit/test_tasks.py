@@ -34,7 +34,7 @@ BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
         ({"LSB_MCPU_HOSTS": "a 8 b 8"}, "the only task in a job of 2 nodes"),
     ],
 )
-def test_task_of_several_is_refused_with_what_to_give(environ: dict[str, str], told: str) -> None:
+def test_one_of_several_launcher_tasks_is_refused_with_the_options_to_give(environ: dict[str, str], told: str) -> None:
     with pytest.raises(InvalidCase, match=f"started as {told}.*--nnodes N --node-rank R.*--nnodes 1"):
         refuse_tasks(environ)
 
@@ -58,7 +58,7 @@ def test_task_of_several_is_refused_with_what_to_give(environ: dict[str, str], t
         {"LSB_MCPU_HOSTS": "a 16"},
     ],
 )
-def test_only_task_of_a_node_may_run(environ: dict[str, str]) -> None:
+def test_single_launcher_task_of_a_node_is_accepted(environ: dict[str, str]) -> None:
     refuse_tasks(environ)
 
 

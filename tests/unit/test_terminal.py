@@ -78,7 +78,7 @@ def hostile() -> Report:
     )
 
 
-def test_what_is_not_printable_is_shown_by_its_escape() -> None:
+def test_unprintable_characters_are_shown_as_escapes() -> None:
     assert printable(HOSTILE) == SHOWN
     assert printable("µ → ✓ 漢 \udc80") == "µ → ✓ 漢 \\udc80"
 
@@ -114,7 +114,7 @@ def test_show_prints_no_control_sequence(tmp_path: Path, hostile: Report, capsys
         ),
     ],
 )
-def test_console_prints_no_control_sequence(
+def test_console_report_prints_no_control_sequence(
     printing: Callable[[Report], None], hostile: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printing(msgspec.structs.replace(hostile, case=hostile.case | {"hash": "0"}))

@@ -30,19 +30,19 @@ Launch = Callable[[Job], Ending | None]
     ("text", "seconds"),
     [("90", 90), ("90s", 90), ("20m", 1200), ("2h", 7200), ("1h30m", 5400), ("1h5s", 3605), (" 5m ", 300)],
 )
-def test_durations_are_read(text: str, seconds: float) -> None:
+def test_duration_text_is_parsed_to_seconds(text: str, seconds: float) -> None:
     assert duration(text) == seconds
 
 
 @pytest.mark.parametrize(
     "text", ["", "0", "m", "-5m", "20 m", "1.5h", "20min", "1m1h", "999999h", "nan", "５m", "1h30", "５"]
 )
-def test_text_that_is_no_duration_is_refused(text: str) -> None:
+def test_malformed_duration_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="durations such as 90s, 20m and 1h30m"):
         duration(text)
 
 
-def test_earlier_of_budget_and_end_of_the_slurm_job_counts() -> None:
+def test_deadline_is_the_earlier_of_budget_and_slurm_job_end() -> None:
     assert earliest_deadline(None, {}) is None
     assert earliest_deadline(duration("none"), {SLURM_END: str(int(time.time()) + 100)}) is None
     budget = earliest_deadline(60.0, {SLURM_END: str(int(time.time()) + 3600)})
@@ -56,11 +56,11 @@ def test_earlier_of_budget_and_end_of_the_slurm_job_counts() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "unlimited", "4294967294000", "-1", "9" * 5000])
-def test_slurm_job_without_an_end_sets_no_deadline(text: str) -> None:
+def test_slurm_job_without_a_readable_end_sets_no_deadline(text: str) -> None:
     assert earliest_deadline(None, {SLURM_END: text}) is None
 
 
-def test_estimate_grows_with_the_work_and_never_below_a_like_case() -> None:
+def test_estimate_grows_with_the_work_and_is_at_least_that_of_a_similar_case() -> None:
     pace = Pace()
     small, like, large = (tiny_case(2, tokens=tokens, max_dispatch_tokens_per_rank=4096) for tokens in (8, 8, 4096))
     assert pace.estimate_s(small) == 0.0  # nothing is known: the first case begins
@@ -73,7 +73,7 @@ def test_estimate_grows_with_the_work_and_never_below_a_like_case() -> None:
     assert Pace(pace.by_class).estimate_s(large) == pace.estimate_s(large)
 
 
-def test_case_that_was_lost_tells_no_pace() -> None:
+def test_lost_case_does_not_change_the_pace() -> None:
     pace = Pace()
     pace.note(tiny_case(2), 0.0)
     assert pace.by_class == {}
@@ -101,7 +101,9 @@ def run(out: Path, entries: list[Entry], launch: Launch, seconds: float | None) 
     return campaign.run()
 
 
-def test_no_case_begins_that_cannot_end_and_the_partial_result_says_so(tmp_path: Path, entries: list[Entry]) -> None:
+def test_case_that_cannot_end_before_the_deadline_is_left_out_and_reported(
+    tmp_path: Path, entries: list[Entry]
+) -> None:
     launches: list[Job] = []
 
     def launch(job: Job) -> None:
@@ -122,7 +124,7 @@ def test_no_case_begins_that_cannot_end_and_the_partial_result_says_so(tmp_path:
     assert Results(tmp_path).exit_code == 0
 
 
-def test_case_under_way_at_the_deadline_has_no_result(tmp_path: Path, entries: list[Entry]) -> None:
+def test_case_in_flight_at_the_deadline_has_no_result(tmp_path: Path, entries: list[Entry]) -> None:
     def launch(job: Job) -> None:
         finish(job, 1, wall_s=0.1)
         time.sleep(0.2)
@@ -134,7 +136,7 @@ def test_case_under_way_at_the_deadline_has_no_result(tmp_path: Path, entries: l
     assert (tmp_path / "summary.json").exists()
 
 
-def test_ranks_hear_what_earlier_cases_took(tmp_path: Path, entries: list[Entry]) -> None:
+def test_ranks_receive_the_durations_of_earlier_cases(tmp_path: Path, entries: list[Entry]) -> None:
     paces: list[dict[int, float]] = []
 
     def launch(job: Job) -> None:
@@ -145,7 +147,7 @@ def test_ranks_hear_what_earlier_cases_took(tmp_path: Path, entries: list[Entry]
     assert [list(pace.values()) for pace in paces] == [[], [0.5]]
 
 
-def test_lost_results_outweigh_the_time(tmp_path: Path, entries: list[Entry]) -> None:
+def test_exit_code_of_lost_results_precedes_that_of_the_time_budget(tmp_path: Path, entries: list[Entry]) -> None:
     summary = Summary(cases=CASES, finished=3, left_for_time=2)
     assert summary.incomplete_codes == {3, 75}
     assert Summary(cases=CASES, finished=4, left_for_time=2, events=["rank 1 went"]).incomplete_codes == {3, 75}

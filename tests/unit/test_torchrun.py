@@ -51,7 +51,9 @@ def launch(venv: Path, *arguments: str, **variables: str) -> subprocess.Complete
         ),
     ],
 )
-def test_command(venv: Path, variables: dict[str, str], command: str) -> None:
+def test_script_builds_the_torchrun_command_from_its_variables(
+    venv: Path, variables: dict[str, str], command: str
+) -> None:
     result = launch(venv, "--model", "tiny", "--out", "a b", **variables)
     assert result.stdout == f"{command} -m distbench run --model tiny --out a b\n"
 
@@ -59,7 +61,7 @@ def test_command(venv: Path, variables: dict[str, str], command: str) -> None:
 @pytest.mark.parametrize(
     ("address", "host"), [("fd00::1", "fd00::1"), ("[fd00::1]", "fd00::1"), ("10.0.0.1", "10.0.0.1")]
 )
-def test_an_address_of_ipv6_is_in_brackets_before_a_port_only(venv: Path, address: str, host: str) -> None:
+def test_ipv6_address_is_bracketed_before_a_port_only(venv: Path, address: str, host: str) -> None:
     write_command(venv / "bin" / "python", f'[ "$3" = "{host}" ] && echo GLOO_SOCKET_IFNAME=eth7')
     write_command(venv / "bin" / "torchrun", 'echo "$GLOO_SOCKET_IFNAME $*"')
     told = launch(venv, **TWO_NODES | {"MASTER_ADDR": address}).stdout
@@ -76,21 +78,21 @@ def test_an_address_of_ipv6_is_in_brackets_before_a_port_only(venv: Path, addres
         (("suite", "smoke", "--out", "x"), "suite smoke --out x"),
     ],
 )
-def test_any_command_of_distbench_is_started(venv: Path, arguments: tuple[str, ...], command: str) -> None:
+def test_script_starts_any_distbench_command(venv: Path, arguments: tuple[str, ...], command: str) -> None:
     assert launch(venv, *arguments).stdout.endswith(f"--standalone -m distbench {command}\n")
 
 
-def test_ranks_on_several_nodes_get_the_interface_towards_node_0(venv: Path) -> None:
+def test_script_sets_the_interface_that_routes_to_node_0_on_several_nodes(venv: Path) -> None:
     write_command(venv / "bin" / "torchrun", 'echo "$GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME"')
     assert launch(venv, **TWO_NODES).stdout == "eth7 eth7\n"
     assert launch(venv).stdout == " \n"
 
 
-def test_own_word_for_the_job_wins(venv: Path) -> None:
+def test_rdzv_id_overrides_the_slurm_job_id(venv: Path) -> None:
     assert "--rdzv-id=mine " in launch(venv, **TWO_NODES, RDZV_ID="mine", SLURM_JOB_ID="17").stdout
 
 
-def test_what_was_picked_is_said(venv: Path) -> None:
+def test_script_prints_its_chosen_settings(venv: Path) -> None:
     assert launch(venv).stderr == "torchrun.sh: 1 x 8 ranks, OMP_NUM_THREADS=4, --standalone\n"
 
 
@@ -114,12 +116,12 @@ def test_wrong_variable_is_refused_in_one_line(venv: Path, variables: dict[str, 
     assert result.stderr.count("\n") == 1
 
 
-def test_missing_torchrun_is_said(tmp_path: Path) -> None:
+def test_missing_torchrun_is_refused_with_the_fix(tmp_path: Path) -> None:
     result = launch(tmp_path)
     assert (result.returncode, result.stderr) == (2, "torchrun.sh: torchrun: not found; run: make setup\n")
 
 
-def test_help_names_every_variable(venv: Path) -> None:
+def test_script_help_names_every_variable(venv: Path) -> None:
     result = launch(venv, "-h")
     assert result.returncode == 0
     for name in ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "OMP_NUM_THREADS"):

@@ -32,7 +32,7 @@ def read(path: Path) -> Position:
 
 
 @pytest.mark.usefixtures("crumbs")
-def test_waits_nest_and_end(path: Path) -> None:
+def test_nested_waits_are_recorded_and_cleared(path: Path) -> None:
     assert read(path).waits_for == ""
     with waiting("group creation"):
         with collective("all_gather"):
@@ -42,13 +42,13 @@ def test_waits_nest_and_end(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("crumbs")
-def test_wait_that_an_exception_ends_is_over(path: Path) -> None:
+def test_wait_is_cleared_by_an_exception(path: Path) -> None:
     with pytest.raises(ValueError, match="x"), waiting("gather"):
         raise ValueError("x")  # noqa: EM101
     assert read(path).waits_for == ""
 
 
-def test_collectives_are_numbered_by_case_and_told_with_their_device(path: Path, crumbs: Breadcrumbs) -> None:
+def test_collectives_are_numbered_per_case_and_recorded_with_their_device(path: Path, crumbs: Breadcrumbs) -> None:
     assert read(path).collective == ""
     with collective("all_to_all", 3):
         pass
@@ -64,7 +64,7 @@ def test_collectives_are_numbered_by_case_and_told_with_their_device(path: Path,
     assert read(path).progress > first
 
 
-def test_last_word_of_a_rank_is_that_it_waits_for_the_end_of_the_launch(path: Path) -> None:
+def test_finished_rank_records_that_it_waits_for_the_end_of_the_launch(path: Path) -> None:
     with closing(Breadcrumbs(path)) as crumbs:
         crumbs.mark("done")
     assert read(path).waits_for == "end of the launch"
@@ -72,20 +72,20 @@ def test_last_word_of_a_rank_is_that_it_waits_for_the_end_of_the_launch(path: Pa
         assert read(path).waits_for == "end of the launch"
 
 
-def test_position_of_another_host_keeps_what_its_rank_waits_for(path: Path) -> None:
+def test_position_of_another_host_keeps_its_wait(path: Path) -> None:
     position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0)
     write_position(path, position)
     assert read(path) == position
 
 
 @pytest.mark.parametrize("number", [len(KINDS), -1])
-def test_record_of_an_unknown_wait_is_refused(path: Path, number: int) -> None:
+def test_position_record_with_an_unknown_wait_is_ignored(path: Path, number: int) -> None:
     write_position(path, Position(0, 0, 0, 0, 1, 0, number))
     assert read_position(path) is None
 
 
 @pytest.mark.usefixtures("crumbs")
-def test_wait_takes_a_microsecond_or_two() -> None:
+def test_recording_a_wait_takes_less_than_three_microseconds() -> None:
     def wait() -> None:
         with collective("gather"):
             pass

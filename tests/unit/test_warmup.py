@@ -30,7 +30,7 @@ def test_each_untimed_iteration_leaves_a_breadcrumb() -> None:
     assert told == ["timing", "ran"] * 3
 
 
-def test_the_last_arm_runs_on_while_its_device_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_arm_keeps_the_device_busy_during_the_state_query(monkeypatch: pytest.MonkeyPatch) -> None:
     busy, told, ran = threading.Event(), [], 0
 
     def device_state(_: int) -> DeviceState:
@@ -56,7 +56,7 @@ def test_the_last_arm_runs_on_while_its_device_is_asked(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("hip", "l2", "written"), [(None, 50 << 20, 200 << 20), ("7.0", 4 << 20, 1 << 30), ("7.0", 512 << 20, 2 << 30)]
 )
-def test_the_flushed_cache_is_larger_than_what_rocm_tells_of(
+def test_flush_exceeds_the_l2_size_that_rocm_reports(
     monkeypatch: pytest.MonkeyPatch, hip: str | None, l2: int, written: int
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)

@@ -41,7 +41,7 @@ def forked() -> Iterator[int]:
     process.join()
 
 
-def test_the_case_under_way_is_that_of_the_ranks_furthest_behind(job: Job) -> None:
+def test_case_in_flight_is_that_of_the_rank_furthest_behind(job: Job) -> None:
     watch = Watch(job, Agent(job))
     watch.look()
     assert watch.current is None
@@ -71,7 +71,9 @@ class OneHostLost:
         """No rank has ended."""
 
 
-def test_a_host_is_lost_in_the_case_that_this_node_is_in(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_of_a_host_is_attributed_to_the_case_in_flight_on_this_node(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crumbs = Breadcrumbs(crumb_path(Path(job.out), 0))
     crumbs.case_index = 2
     crumbs.mark("agree")
@@ -85,7 +87,7 @@ def test_a_host_is_lost_in_the_case_that_this_node_is_in(job: Job, monkeypatch: 
     assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in watch.ending.reasons[0].message
 
 
-def test_a_rank_that_has_not_said_a_word_is_killed_too_and_nobody_else(job: Job) -> None:
+def test_kill_ends_ranks_without_a_heartbeat_and_no_other_process(job: Job) -> None:
     with forked() as other:
         agent = Agent(job)
         with forked() as mute:
@@ -96,7 +98,7 @@ def test_a_rank_that_has_not_said_a_word_is_killed_too_and_nobody_else(job: Job)
     assert watch.killed == {0, 1}
 
 
-def test_an_agent_that_cannot_start_ranks_is_a_launch_that_failed(
+def test_agent_that_cannot_start_ranks_fails_the_launch(
     job: Job, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def elastic_launch(*_: Any) -> None:

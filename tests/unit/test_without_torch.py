@@ -45,7 +45,7 @@ def distbench(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("tune",),
     ],
 )
-def test_command_that_needs_torch_says_so_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_command_that_needs_torch_is_refused_in_one_line_without_it(tmp_path: Path, command: tuple[str, ...]) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
     report = tmp_path / "report.json"
     write_report(report, report_of(tiny_case(2), "experts: other values"))
@@ -58,7 +58,7 @@ def test_command_that_needs_torch_says_so_in_one_line(tmp_path: Path, command: t
     assert "Traceback" not in done.stderr
 
 
-def test_torch_that_cannot_be_loaded_leaves_no_traceback_of_a_thread(tmp_path: Path) -> None:
+def test_broken_torch_leaves_no_traceback_of_a_thread(tmp_path: Path) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(BROKEN)
     done = distbench(tmp_path, "run", "--nproc=2", "--model=tiny", f"--out={tmp_path}/out")
@@ -70,7 +70,7 @@ def test_torch_that_cannot_be_loaded_leaves_no_traceback_of_a_thread(tmp_path: P
 @pytest.mark.parametrize(
     "command", [("presets",), ("kernels",), ("show", "report.json"), ("report", ".", "--report=md")]
 )
-def test_command_without_ranks_needs_no_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_command_without_ranks_runs_without_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)
     write_report(tmp_path / "report.json", report_of(tiny_case(2), ""))
     arguments = [str(tmp_path / word) if word in ("report.json", ".") else word for word in command]

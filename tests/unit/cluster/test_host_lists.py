@@ -44,7 +44,7 @@ def test_node_list_is_expanded_in_order(text: str, names: list[str]) -> None:
         ("a cpu=2", {"a": 2}),
     ],
 )
-def test_host_file_forms_are_understood(content: str, slots: dict[str, int | None]) -> None:
+def test_every_host_file_form_is_parsed(content: str, slots: dict[str, int | None]) -> None:
     found = parse_host_file(content, "hosts")
     assert {name: found.slots.get(name) for name in found.names} == slots
 
@@ -83,13 +83,13 @@ def test_node_list_that_names_no_hosts_is_refused(text: str, complaint: str) -> 
         ("a 8\nb 8\n", "hosts, line 1: nodes: '8' is no host name"),  # PE_HOSTFILE has slots so
     ],
 )
-def test_host_file_line_that_is_not_understood_is_named(content: str, complaint: str) -> None:
+def test_malformed_host_file_line_is_refused_with_its_number(content: str, complaint: str) -> None:
     with pytest.raises(InvalidCase) as caught:
         parse_host_file(content, "hosts")
     assert complaint in str(caught.value)
 
 
-def test_slots_other_than_nproc_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_host_file_slots_that_differ_from_nproc_give_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=8\nb slots=4\n")
     arguments = ["--nodes", f"@{hosts}", "--launcher", '["/nowhere/ssh", "{host}"]', "--out", str(tmp_path / "out")]
@@ -98,7 +98,7 @@ def test_slots_other_than_nproc_are_noted(tmp_path: Path, capsys: pytest.Capture
     assert "slots of b 4 are not used: 8 ranks on each (--nproc)" in told
 
 
-def test_slurm_node_list_needs_no_scontrol(
+def test_slurm_node_list_is_expanded_without_scontrol(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[01-02]")

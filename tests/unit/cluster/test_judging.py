@@ -38,7 +38,7 @@ def named(findings: list[Finding]) -> set[tuple[str, frozenset[str]]]:
 
 
 @given(data=st.data(), count=st.integers(3, 12))
-def test_nodes_and_links_that_fail_are_named_and_no_healthy_one(data: st.DataObject, count: int) -> None:
+def test_failing_nodes_and_links_are_named_and_no_healthy_one(data: st.DataObject, count: int) -> None:
     nodes = names(count)
     alone = set(data.draw(st.lists(st.sampled_from(nodes), max_size=count - 1, unique=True)))
     rest = [node for node in nodes if node not in alone]
@@ -60,7 +60,7 @@ def test_nodes_and_links_that_fail_are_named_and_no_healthy_one(data: st.DataObj
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_what_all_share_names_nobody(count: int) -> None:
+def test_fault_shared_by_all_trials_is_common_and_names_no_node(count: int) -> None:
     assert named(name_faults(trials(count, lambda *_: True))) == {("common", frozenset())}
     assert named(name_faults(trials(count, lambda *_: False))) == set()
     together = named(name_faults(trials(count, lambda step, _: step == "all")))
@@ -69,7 +69,7 @@ def test_what_all_share_names_nobody(count: int) -> None:
     assert between == ({("link", frozenset(names(2)))} if count == 2 else {("fabric", frozenset())})
 
 
-def test_scale_is_named_beside_a_node_that_was_left_out() -> None:
+def test_scale_fault_is_named_beside_a_node_that_was_left_out() -> None:
     found = [
         Trial(step="nodes", nodes=("a",), exit_code=1, verdict="CORRUPT"),
         *(Trial(step="nodes", nodes=(node,), exit_code=0, verdict="PASS") for node in "bc"),
@@ -78,7 +78,7 @@ def test_scale_is_named_beside_a_node_that_was_left_out() -> None:
     assert named(name_faults(found)) == {("node", frozenset("a")), ("scale", frozenset("bc"))}
 
 
-def test_the_evidence_says_how_it_failed() -> None:
+def test_evidence_of_a_finding_quotes_the_verdict_and_its_message() -> None:
     (found,) = name_faults(trials(4, lambda _, group: "node2" in group and len(group) == 2))[:1]
     assert found.evidence == "fails with each of its 3 partners: HANG: why"
 
@@ -100,7 +100,7 @@ def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise:
 
 @settings(deadline=None)
 @given(count=st.integers(5, 12), seed=st.integers(0, 10**6), slow=st.integers(0, 4), by=st.floats(1.5, 10))
-def test_a_slow_node_is_named_in_its_stage_and_no_other(count: int, seed: int, slow: int, by: float) -> None:
+def test_slow_node_is_named_with_its_stage_and_no_other_node_is(count: int, seed: int, slow: int, by: float) -> None:
     node = f"node{slow}"
     findings = name_stragglers(
         timed(count, seed, lambda stage, group: by if node in group and stage == "experts" else 1.0)
@@ -111,7 +111,7 @@ def test_a_slow_node_is_named_in_its_stage_and_no_other(count: int, seed: int, s
 
 @settings(deadline=None)
 @given(count=st.integers(5, 12), seed=st.integers(0, 10**6), by=st.floats(1.5, 10))
-def test_a_slow_link_is_named_and_a_node_that_is_slow_with_others_only(count: int, seed: int, by: float) -> None:
+def test_slow_link_and_node_slow_only_in_pairs_are_named(count: int, seed: int, by: float) -> None:
     link = {"node0", "node1"}
     findings = name_stragglers(timed(count, seed, lambda _, group: by if set(group) == link else 1.0))
     assert named(findings) == {("slow link", frozenset(link))}
@@ -130,7 +130,7 @@ def nodes_that_differ(count: int, seed: int, slow: int = 0) -> list[Trial]:
 
 
 @pytest.mark.parametrize("count", [5, 8, 16])
-def test_healthy_nodes_that_differ_are_hardly_ever_called_slow(count: int) -> None:
+def test_healthy_nodes_with_natural_differences_are_rarely_named_slow(count: int) -> None:
     rounds = 30
     noisy = sum(bool(name_stragglers(timed(count, seed, lambda *_: 1.0, noise=0.2))) for seed in range(rounds))
     differing = sum(bool(name_stragglers(nodes_that_differ(count, seed))) for seed in range(rounds))
@@ -138,13 +138,13 @@ def test_healthy_nodes_that_differ_are_hardly_ever_called_slow(count: int) -> No
 
 
 @pytest.mark.parametrize(("count", "slow", "found"), [(8, 1, 24), (16, 1, 30), (16, 3, 30)])
-def test_slow_nodes_are_found_among_nodes_that_differ(count: int, slow: int, found: int) -> None:
+def test_slow_nodes_are_named_among_nodes_with_natural_differences(count: int, slow: int, found: int) -> None:
     right = {("slow node", frozenset([node])) for node in names(slow)}
     rounds = [named(name_stragglers(nodes_that_differ(count, seed, slow))) for seed in range(30)]
     assert rounds.count(right) >= found
 
 
-def test_less_than_the_least_slowdown_is_not_looked_for() -> None:
+def test_slowdown_below_the_least_detectable_one_is_not_named() -> None:
     def slower(by: float) -> list[Finding]:
         return name_stragglers(timed(8, 0, lambda _, group: by if "node0" in group else 1.0, noise=1e-4))
 
@@ -152,7 +152,7 @@ def test_less_than_the_least_slowdown_is_not_looked_for() -> None:
     assert named(slower(LEAST_SLOWDOWN + 0.01)) == {("slow node", frozenset(["node0"]))}
 
 
-def test_pairs_are_not_judged_without_their_nodes_alone() -> None:
+def test_pair_times_without_single_node_times_are_not_judged() -> None:
     pairs = [trial for trial in timed(8, 0, lambda _, group: 9.0 if "node0" in group else 1.0) if trial.step == "pairs"]
     assert name_stragglers(pairs) == []
     assert not_judged(pairs) == [
@@ -160,5 +160,5 @@ def test_pairs_are_not_judged_without_their_nodes_alone() -> None:
     ]
 
 
-def test_too_few_nodes_name_nobody() -> None:
+def test_four_nodes_are_too_few_to_name_a_slow_one() -> None:
     assert name_stragglers(timed(4, 0, lambda _, group: 9.0 if "node0" in group else 1.0)) == []

@@ -10,7 +10,7 @@ from distbench.cluster.plan import pair_rounds, rounds_of
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 64, 129])
-def test_each_pair_meets_once_in_as_few_rounds_as_can_be(count: int) -> None:
+def test_each_pair_meets_once_in_the_least_number_of_rounds(count: int) -> None:
     nodes = [f"node{number}" for number in range(count)]
     rounds = pair_rounds(nodes)
     met = [frozenset(pair) for one in rounds for pair in one]
@@ -20,7 +20,7 @@ def test_each_pair_meets_once_in_as_few_rounds_as_can_be(count: int) -> None:
     assert len(rounds) == (0 if count < 2 else count - 1 + count % 2)
 
 
-def test_rounds_of_the_other_steps() -> None:
+def test_steps_nodes_and_all_have_one_round_each() -> None:
     assert rounds_of("nodes", ["a", "b"]) == [[("a",), ("b",)]]
     assert rounds_of("all", ["a", "b"]) == [[("a", "b")]]
     assert rounds_of("all", ["a"]) == rounds_of("pairs", ["a"]) == rounds_of("nodes", []) == []

@@ -56,13 +56,15 @@ def compare(tmp_path: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]
         (result(), result(case=CASE | {"no key of today": 1}), "another case", 1),
     ],
 )
-def test_verdicts(tmp_path: Path, old: dict[str, Any], new: dict[str, Any], kind: str | None, code: int) -> None:
+def test_change_of_verdict_gives_its_kind_and_exit_code(
+    tmp_path: Path, old: dict[str, Any], new: dict[str, Any], kind: str | None, code: int
+) -> None:
     found, comparison = compare(tmp_path, [old], [new], "--verdicts-only")
     assert found == comparison["exit_code"] == code
     assert [one["kind"] for one in comparison["cases"]] == ([kind] if kind else [])
 
 
-def test_a_case_that_is_gone_is_no_pass_and_a_new_one_is_judged_alone(tmp_path: Path) -> None:
+def test_missing_case_fails_the_comparison_and_a_new_case_is_judged_alone(tmp_path: Path) -> None:
     both = result("both")
     assert compare(tmp_path, [both, result("gone")], [both], "--verdicts-only")[0] == 1
     assert compare(tmp_path, [both], [both, result("new")], "--verdicts-only")[0] == 0
@@ -70,7 +72,7 @@ def test_a_case_that_is_gone_is_no_pass_and_a_new_one_is_judged_alone(tmp_path: 
     assert (code, comparison["cases"][0]["kind"]) == (1, "new failure")
 
 
-def test_times_that_did_not_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unchanged_times_pass_and_all_stages_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=noisy(2))])
     assert (code, comparison["unjudged"]) == (0, [])
     assert len(comparison["times"]) == 16
@@ -78,7 +80,7 @@ def test_times_that_did_not_change(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "90% of slowdowns of +" in capsys.readouterr().out
 
 
-def test_one_stage_that_became_slower_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stage_that_became_slower_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = noisy(2)
     slow["truncated"] = slow["truncated"] | {"experts": noisy(2, 1.5)["padded"]["experts"]}
     code, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=slow)])
@@ -91,7 +93,7 @@ def test_one_stage_that_became_slower_is_named(tmp_path: Path, capsys: pytest.Ca
     assert compare(tmp_path, [result(timing=slow)], [result(timing=noisy(1))])[0] == 0
 
 
-def test_one_case_of_many_that_became_slower_is_named(tmp_path: Path) -> None:
+def test_one_slower_case_among_many_is_named(tmp_path: Path) -> None:
     old = [result(f"case {seed}", timing=noisy(seed)) for seed in range(20)]
     new = [result(f"case {seed}", timing=noisy(seed + 100, 3.0 if seed == 7 else 1.0)) for seed in range(20)]
     code, comparison = compare(tmp_path, old, new)
@@ -118,13 +120,15 @@ def test_one_case_of_many_that_became_slower_is_named(tmp_path: Path) -> None:
         (noisy(1), noisy(1) | {"truncated": {"experts": {"median_us": 1.0, "samples_us": [-1.0]}}}, 2),
     ],
 )
-def test_a_time_that_is_absent_or_unreadable_is_no_pass(
+def test_missing_short_or_unreadable_times_give_their_exit_code(
     tmp_path: Path, old: dict[str, Any], new: dict[str, Any], code: int
 ) -> None:
     assert compare(tmp_path, [result(timing=old)], [result(timing=new)])[0] == code
 
 
-def test_that_nothing_was_timed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_of_untimed_results_is_reported_and_exits_77(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     untimed = [result(timing={"wall_s": 1.0})]
     code, comparison = compare(tmp_path, untimed, untimed)
     assert (code, comparison["untimed"]) == (77, True)
@@ -145,7 +149,7 @@ def several(tmp_path: Path, new: list[dict[str, Any]], *more: str, old: int = 5)
     return code, json.loads(path.read_text()) if path.exists() else None
 
 
-def test_several_old_launches_tell_how_far_launches_lie_apart(
+def test_several_old_launches_give_the_spread_between_launches(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     another = [result(timing=noisy(99, 1.15))]
@@ -159,12 +163,12 @@ def test_several_old_launches_tell_how_far_launches_lie_apart(
     assert several(tmp_path, [result(timing=noisy(99, 3.0))])[0] == 1
 
 
-def test_two_old_launches_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exactly_two_old_launches_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert several(tmp_path, [result(timing=noisy(9))], old=2)[0] == 2
     assert "give one, or at least 3" in capsys.readouterr().err
 
 
-def test_a_case_that_one_old_launch_lacks_is_left_out_of_times_and_told(
+def test_case_missing_in_one_old_launch_is_excluded_from_times_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [result("a", timing=noisy(1)), result("b", timing=noisy(2))]
@@ -175,7 +179,7 @@ def test_a_case_that_one_old_launch_lacks_is_left_out_of_times_and_told(
     assert main(["compare", *folders, str(write_results(tmp_path / "short", cases[:1]))]) == 1
 
 
-def test_a_case_that_failed_in_one_old_launch_only_has_to_pass(tmp_path: Path) -> None:
+def test_case_that_failed_in_one_of_several_old_launches_has_to_pass(tmp_path: Path) -> None:
     folders = [
         str(write_results(tmp_path / f"old{number}", [result(verdict=verdict)]))
         for number, verdict in enumerate(["CORRUPT", "PASS", "PASS"])
@@ -185,7 +189,7 @@ def test_a_case_that_failed_in_one_old_launch_only_has_to_pass(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("share", "code"), [("0.5", 0), ("0.001", 77), ("0", 2), ("nan", 2), ("-1", 2)])
-def test_less_than_was_asked_for_is_no_pass(
+def test_comparison_that_cannot_detect_the_requested_shift_exits_77(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str, code: int
 ) -> None:
     found, comparison = compare(tmp_path, [result(timing=noisy(1))], [result(timing=noisy(2))], "--detect", share)
@@ -195,7 +199,7 @@ def test_less_than_was_asked_for_is_no_pass(
         assert "too much noise to find as little as --detect 0.001: control/combine" in capsys.readouterr().out
 
 
-def test_with_a_share_to_detect_every_arm_has_to_be_judged(tmp_path: Path) -> None:
+def test_detect_option_requires_that_every_arm_is_judged(tmp_path: Path) -> None:
     thin = noisy(1) | {"padded": noisy(1, size=3)["padded"]}
     for more, code in (((), 0), (("--detect", "0.5"), 77)):
         found, comparison = compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))], *more)
@@ -203,15 +207,13 @@ def test_with_a_share_to_detect_every_arm_has_to_be_judged(tmp_path: Path) -> No
         assert ["padded", "experts"] in comparison["unjudged"]
 
 
-def test_stages_that_are_not_judged_are_counted_in_the_last_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_last_line_counts_stages_that_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     thin = noisy(1) | {"padded": noisy(1, size=3)["padded"]}
     compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))])
     assert capsys.readouterr().out.splitlines()[-1] == "exit 0: 1 cases compared, 4 arms and stages not judged"
 
 
-def test_passes_that_check_bits_are_not_compared_beside_timed_iterations(tmp_path: Path) -> None:
+def test_checked_passes_are_not_compared_if_timed_iterations_exist(tmp_path: Path) -> None:
     def timed(seed: int, scale: float = 1.0) -> dict[str, Any]:
         once, found = timing(samples=[float(seed)]), noisy(seed, scale, size=200)
         for arm in ("padded", "truncated"):
@@ -250,7 +252,7 @@ def test_tenfold_slowdown_of_one_case_in_many_never_passes(tmp_path: Path) -> No
     assert {case for _, _, case in comparison["suspect"]} == {"case 7"}
 
 
-def test_slowdown_of_a_tenth_has_to_be_found_by_default_where_a_device_was_timed(
+def test_device_times_too_noisy_to_detect_ten_percent_do_not_pass_by_default(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wide = [100 * np.exp(np.random.default_rng(seed).normal(0, 0.4, 30)) for seed in range(2)]
@@ -266,7 +268,7 @@ def test_slowdown_of_a_tenth_has_to_be_found_by_default_where_a_device_was_timed
     assert (code, comparison["detect"], comparison["coarse"]) == (0, 0.1, [])
 
 
-def test_differences_of_the_environment_lead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_environment_differences_are_printed_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def environment(torch: str, **more: str) -> dict[str, Any]:
         versions = {"torch": torch, "python": "3.12.3"}
         return {"hosts": ["a"], "devices": ["cpu"], "versions": versions, "commits": {}, "variables": more}
@@ -301,7 +303,7 @@ def test_old_and_new_microseconds_stand_side_by_side(tmp_path: Path, capsys: pyt
     assert "padded/experts, all cases: 50.0 → 150.0 µs summed over 2 cases, +" in capsys.readouterr().out
 
 
-def test_comparison_as_json_is_all_of_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_in_json_is_the_only_standard_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(write_results(tmp_path / name, [result()])) for name in ("old", "new")]
     assert main(["compare", *folders, "--json", "-", "--verdicts-only"]) == 0
     told = capsys.readouterr()
@@ -310,7 +312,7 @@ def test_comparison_as_json_is_all_of_standard_output(tmp_path: Path, capsys: py
     assert not list(tmp_path.glob("**/-"))
 
 
-def test_results_that_are_not_there_are_no_pass(tmp_path: Path) -> None:
+def test_missing_results_are_refused_by_compare(tmp_path: Path) -> None:
     assert compare(tmp_path, [], [])[0] == 2
     assert compare(tmp_path, [result("a")], [result("b")])[0] == 2
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "nowhere")]) == 2

@@ -23,7 +23,7 @@ def launches(rng: np.random.Generator, old: int, *, apart: float, shift: float =
 
 
 @pytest.mark.parametrize("old", [3, 5, 10])
-def test_a_launch_like_the_others_is_rarely_called_slower_and_the_detectable_shift_is_found(old: int) -> None:
+def test_launch_within_the_spread_is_rarely_called_slower_and_the_detectable_shift_is_found(old: int) -> None:
     rng = np.random.default_rng(old)
     alarms = found = 0
     for _ in range(TRIALS):
@@ -39,7 +39,7 @@ def test_a_launch_like_the_others_is_rarely_called_slower_and_the_detectable_shi
     assert found >= POWER * TRIALS - 3 * np.sqrt(TRIALS * POWER * (1 - POWER))
 
 
-def test_one_old_launch_takes_the_distance_of_launches_for_a_slowdown() -> None:
+def test_single_old_launch_mistakes_launch_spread_for_a_slowdown() -> None:
     rng = np.random.default_rng(0)
     pairs = [launches(rng, 5, apart=0.03) for _ in range(100)]
     alone = sum(judge_change([Pair(one.old[:1], one.new) for one in case], ALPHA).slower for case in pairs)
@@ -48,7 +48,7 @@ def test_one_old_launch_takes_the_distance_of_launches_for_a_slowdown() -> None:
     assert several <= 4
 
 
-def test_more_launches_tell_finer() -> None:
+def test_detectable_shift_shrinks_with_more_old_launches() -> None:
     rng = np.random.default_rng(1)
     bounds = [
         np.median([judge_launches(launches(rng, old, apart=0.03), ALPHA).detectable or 0.0 for _ in range(30)])
@@ -57,7 +57,7 @@ def test_more_launches_tell_finer() -> None:
     assert bounds[0] > 1.2 * bounds[1] > 1.2**2 * bounds[2] > 0.1
 
 
-def test_launches_that_lie_nowhere_apart_are_judged_by_their_own_noise() -> None:
+def test_launches_without_spread_are_judged_by_their_own_noise() -> None:
     series = np.random.default_rng(2).permutation(np.linspace(99, 101, 30))
     same = judge_launches([Pair((series, series, series), series)], ALPHA)
     assert (same.slower, same.faster) == (False, False)

@@ -65,7 +65,7 @@ def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
 
 
 @pytest.mark.parametrize("size", [10, 12, 20])
-def test_the_tail_is_not_below_the_exact_one(size: int) -> None:
+def test_p_value_of_separated_samples_is_not_below_the_exact_one(size: int) -> None:
     old, new = np.arange(1.0, size + 1), np.arange(size + 1.0, 2 * size + 1)
     rng = np.random.default_rng(size)
     change = judge_change([pair(rng.permutation(old), rng.permutation(new))], ALPHA)
@@ -74,7 +74,7 @@ def test_the_tail_is_not_below_the_exact_one(size: int) -> None:
 
 
 @given(scale=st.floats(1e-3, 1e6), seed=st.integers(0, 1000))
-def test_the_unit_of_time_does_not_matter(scale: float, seed: int) -> None:
+def test_comparison_is_invariant_under_the_unit_of_time(scale: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     old, new = lognormal(rng, 30), lognormal(rng, 30) * 1.3
     here, there = (judge_change([pair(old * by, new * by)], ALPHA) for by in (1.0, scale))
@@ -83,7 +83,7 @@ def test_the_unit_of_time_does_not_matter(scale: float, seed: int) -> None:
     assert here.detectable == pytest.approx(there.detectable)
 
 
-def test_slower_and_faster_are_mirror_images() -> None:
+def test_swapping_old_and_new_swaps_slower_and_faster() -> None:
     rng = np.random.default_rng(1)
     old, new = lognormal(rng, 50), lognormal(rng, 50) * 1.5
     there, back = judge_change([pair(old, new)], ALPHA), judge_change([pair(new, old)], ALPHA)
@@ -91,7 +91,7 @@ def test_slower_and_faster_are_mirror_images() -> None:
     assert there.change == pytest.approx(0.5, abs=0.1)
 
 
-def test_the_threshold_follows_the_noise() -> None:
+def test_detectable_shift_grows_with_the_noise() -> None:
     rng = np.random.default_rng(2)
     detectable = [
         judge_change([pair(np.exp(rng.normal(0, spread, 50)), np.exp(rng.normal(0, spread, 50)))], ALPHA).detectable
@@ -101,12 +101,12 @@ def test_the_threshold_follows_the_noise() -> None:
     assert detectable[0] * 5 < detectable[1] < detectable[2] / 3  # type: ignore[operator]
 
 
-def test_samples_that_never_vary_tell_nothing_of_noise() -> None:
+def test_constant_samples_are_judged_neither_slower_nor_faster() -> None:
     change = judge_change([pair(np.full(20, 5.0), np.full(20, 5.0))], ALPHA)
     assert (change.slower, change.faster) == (False, False)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
-def test_a_time_that_is_none_is_refused(value: float) -> None:
+def test_negative_or_non_finite_time_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="negative or not finite"):
         readable([1.0, value])

@@ -30,7 +30,7 @@ def layer(experts: int, topk: int, inter: int, **changes: Any) -> LayerKey:
 
 
 @pytest.mark.parametrize(("cu_count", "shape", "is_ep", "expected"), WORKED)
-def test_block_rows_follow_the_worked_tables(
+def test_block_rows_equal_the_worked_tables(
     cu_count: int, shape: tuple[int, int, int], is_ep: bool, expected: list[tuple[int, int]]
 ) -> None:
     key = layer(*shape, cu_count=cu_count, is_ep=is_ep)
@@ -48,11 +48,11 @@ def test_block_rows_follow_the_worked_tables(
         pytest.param((64, 2, 705), 64, 128, id="part-columns-count-whole"),
     ],
 )
-def test_block_rows_where_one_term_decides(shape: tuple[int, int, int], bucket: int, rows: int) -> None:
+def test_block_rows_follow_the_deciding_term(shape: tuple[int, int, int], bucket: int, rows: int) -> None:
     assert block_rows(bucket, layer(*shape, cu_count=80), CURRENT) == rows
 
 
-def test_expert_parallel_topk_counts_whole_before_0_1_16() -> None:
+def test_topk_is_not_reduced_under_expert_parallelism_before_0_1_16() -> None:
     key = layer(32, 8, 2048, cu_count=256, is_ep=True)
     assert block_rows(64, key, BUCKET_RULES["0.1.14"]) == 64
     assert block_rows(64, key, CURRENT) == 32
@@ -60,7 +60,7 @@ def test_expert_parallel_topk_counts_whole_before_0_1_16() -> None:
     assert layer(32, 8, 2048).lookup_topk(CURRENT) == 8
 
 
-def test_splits_follow_the_worked_table() -> None:
+def test_split_parts_equal_the_worked_table() -> None:
     key = layer(256, 8, 256, cu_count=256, quant="fp8")
     assert [split_parts(bucket, key, CURRENT) for bucket in (1, 2, 4, 8, 16)] == [14, 7, 4, 2, 0]
 
@@ -82,7 +82,7 @@ def test_splits_follow_the_worked_table() -> None:
         ({"topk": 1, "inter_dim": 128, "cu_count": 28}, 1, 28),
     ],
 )
-def test_a_split_needs_idle_units_few_routes_and_a_divisible_model(
+def test_split_requires_idle_units_few_routes_and_a_divisible_model_dim(
     changes: dict[str, Any], bucket: int, parts: int
 ) -> None:
     values: dict[str, Any] = {"num_local_experts": 256, "topk": 8, "inter_dim": 256, "model_dim": 7168, "cu_count": 256}
@@ -90,18 +90,18 @@ def test_a_split_needs_idle_units_few_routes_and_a_divisible_model(
     assert split_parts(bucket, LayerKey(**(values | changes)), CURRENT) == parts
 
 
-def test_splits_by_generation() -> None:
+def test_split_parts_follow_the_generation_of_rules() -> None:
     key = layer(256, 8, 256, cu_count=256, quant="fp8")
     parts = {since: split_parts(1, key, rules) for since, rules in BUCKET_RULES.items()}
     assert [parts.pop(since) for since in ("0.1.5", "0.1.8", "0.1.9")] == [0, 0, 7]
     assert set(parts.values()) == {14}
 
 
-def test_no_counted_topk_is_no_split() -> None:
+def test_topk_counted_as_zero_gives_no_split() -> None:
     assert split_parts(1, layer(8, 1, 256, is_ep=True, quant="fp8"), CURRENT) == 0
 
 
-def test_one_stage_by_generation() -> None:
+def test_one_stage_choice_follows_the_generation_of_rules() -> None:
     wide, odd, narrow = (layer(32, 8, inter, quant="fp8") for inter in (256, 384, 192))
     found = {
         since: [runs_one_stage(bucket, key, rules) for bucket, key in [(32, wide), (64, wide), (64, odd), (64, narrow)]]
@@ -122,7 +122,7 @@ def test_one_stage_by_generation() -> None:
     }
 
 
-def test_no_rows_at_all_are_one_stage_too_before_0_1_9() -> None:
+def test_smallest_bucket_is_one_stage_before_0_1_9() -> None:
     assert runs_one_stage(1, layer(32, 8, 256, quant="fp8"), BUCKET_RULES["0.1.5"])
 
 
@@ -134,7 +134,7 @@ def test_bf16_is_never_one_stage_and_never_split(bucket: int, inter: int) -> Non
         assert split_parts(bucket, key, rules) == 0
 
 
-def test_fp8_two_stage_blocks_are_small_up_to_bucket_32_since_0_1_9() -> None:
+def test_fp8_two_stage_blocks_have_16_rows_up_to_bucket_32_since_0_1_9() -> None:
     key = layer(32, 8, 192, quant="fp8")
     blocks = {
         since: [block_rows(bucket, key, rules) for bucket in (1, 32, 64)] for since, rules in BUCKET_RULES.items()
@@ -153,7 +153,7 @@ BF16_TILES = {
 
 
 @pytest.mark.parametrize(("gfx", "inter"), BF16_TILES)
-def test_bf16_tiles(gfx: str, inter: int) -> None:
+def test_bf16_tile_names_follow_architecture_and_width(gfx: str, inter: int) -> None:
     key = layer(32, 8, inter, gfx=gfx)
     stages: list[tuple[Literal[1, 2], int]] = [(1, 32), (1, 64), (1, 128), (2, 32), (2, 64), (2, 128)]
     names = [default_stage(stage, block, key, CURRENT).name for stage, block in stages]
@@ -163,7 +163,7 @@ def test_bf16_tiles(gfx: str, inter: int) -> None:
     ]
 
 
-def test_bf16_tiles_before_0_1_8_have_no_narrow_forms_and_one_longer_k() -> None:
+def test_bf16_tiles_before_0_1_8_have_no_narrow_variant_and_a_longer_k() -> None:
     for inter in (128, 2048):
         key = layer(32, 8, inter, gfx="gfx942")
         assert default_stage(1, 64, key, BUCKET_RULES["0.1.5"]) == ("ck_2stages_gemm1_bm64_n128_k128_v3", 128)
@@ -174,7 +174,7 @@ def test_bf16_tiles_before_0_1_8_have_no_narrow_forms_and_one_longer_k() -> None
     assert default_stage(1, 64, wide, BUCKET_RULES["0.1.5"]) == ("ck_2stages_gemm1_bm64_n64_k64_v1", 64)
 
 
-def test_fp8_tiles() -> None:
+def test_fp8_tile_names_follow_block_width_and_release() -> None:
     fits, odd = (layer(32, 8, inter, quant="fp8") for inter in (256, 384))
     assert default_stage(1, 16, odd, CURRENT) == ("ck_2stages_gemm1_bm16_n128_k256_v1", 256)
     assert default_stage(2, 16, fits, CURRENT) == ("ck_2stages_gemm2_bm16_n128_k256_v1", 256)
@@ -201,5 +201,7 @@ def test_fp8_stage_1_is_assembly_before_0_1_9() -> None:
         (64, "gfx950", "gfx950"),
     ],
 )
-def test_architecture_is_given_or_follows_the_compute_units(cu_count: int, gfx: str | None, arch: str) -> None:
+def test_architecture_is_taken_from_gfx_or_inferred_from_the_compute_units(
+    cu_count: int, gfx: str | None, arch: str
+) -> None:
     assert layer(32, 8, 2048, cu_count=cu_count, gfx=gfx).arch == arch

@@ -36,11 +36,11 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("name", "k", "mode"), NAMES)
-def test_names_of_every_family(name: str, k: int, mode: str) -> None:
+def test_tile_k_and_mode_are_parsed_from_names_of_every_family(name: str, k: int, mode: str) -> None:
     assert (tile_k(name), stage2_mode(name)) == (k, mode)
 
 
-def test_the_default_k_is_one_block_of_scales() -> None:
+def test_default_tile_k_is_one_scale_block() -> None:
     assert DEFAULT_TILE_K == 128
 
 
@@ -56,12 +56,12 @@ def test_the_default_k_is_one_block_of_scales() -> None:
         ("", 0),
     ],
 )
-def test_a_split_in_the_name(name: str, parts: int) -> None:
+def test_split_parts_are_parsed_from_the_kernel_name(name: str, parts: int) -> None:
     assert named_split(name) == parts
 
 
 @given(st.text(alphabet="_x0123456789abt") | st.text())
-def test_any_name_has_a_k_and_a_mode(name: str) -> None:
+def test_any_text_parses_to_a_tile_k_and_a_mode(name: str) -> None:
     assert tile_k(name) >= 1
     assert stage2_mode(name) in ("reduce", "atomic")
     assert named_split(name) >= 0
@@ -76,5 +76,5 @@ def test_any_name_has_a_k_and_a_mode(name: str) -> None:
         ("asm_stage1_bm64", None),
     ],
 )
-def test_tiles_of_ck_are_told_by_its_names(name: str, tile: tuple[int, int] | None) -> None:
+def test_ck_tile_is_parsed_from_the_kernel_name(name: str, tile: tuple[int, int] | None) -> None:
     assert ck_tile(name) == tile

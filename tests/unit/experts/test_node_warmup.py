@@ -31,7 +31,7 @@ def _die(folder: Path) -> None:
     first_on_node(folder, "kernel", lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_one_builds_and_the_others_wait_for_it(tmp_path: Path) -> None:
+def test_one_process_per_node_builds_and_the_others_wait(tmp_path: Path) -> None:
     ranks = [_CONTEXT.Process(target=_rank, args=(tmp_path,), kwargs={"seconds": 0.3}) for _ in range(RANKS)]
     for rank in ranks:
         rank.start()
@@ -41,7 +41,7 @@ def test_one_builds_and_the_others_wait_for_it(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("began-*"))) == 1
 
 
-def test_who_dies_while_building_is_replaced(tmp_path: Path) -> None:
+def test_another_process_builds_if_the_builder_dies(tmp_path: Path) -> None:
     victim = _CONTEXT.Process(target=_die, args=(tmp_path,))
     victim.start()
     victim.join(30)
@@ -49,7 +49,7 @@ def test_who_dies_while_building_is_replaced(tmp_path: Path) -> None:
     assert first_on_node(tmp_path, "kernel", lambda: _build(tmp_path, 0))
 
 
-def test_a_build_that_fails_is_not_noted(tmp_path: Path) -> None:
+def test_failed_build_is_not_recorded_as_done(tmp_path: Path) -> None:
     def fail() -> None:
         message = "no compiler"
         raise RuntimeError(message)

@@ -49,7 +49,7 @@ def in_float64(rows: Tensor, weights: Tensor, tile_k: int, splits: int) -> Tenso
     tile_k=st.sampled_from([16, 32, 40, 64, 96, 128]),
     splits=st.integers(1, 4),
 )
-def test_blocks_are_rounded_once_and_added_in_order(seed: int, kind: str, tile_k: int, splits: int) -> None:
+def test_block_products_are_rounded_once_and_added_in_order(seed: int, kind: str, tile_k: int, splits: int) -> None:
     rows, weights = problem(seed, kind)
     held = Weights(weights)
     everyone = torch.arange(EXPERTS)
@@ -61,7 +61,7 @@ def test_blocks_are_rounded_once_and_added_in_order(seed: int, kind: str, tile_k
     assert torch.equal(blocked_product(rows[some], held, some, tile_k, splits), expected[some])
 
 
-def test_only_what_is_not_zero_is_read_of_sparse_weights_and_rows_without_a_bound_read_all() -> None:
+def test_sparse_weights_skip_zero_columns_and_unbounded_rows_read_all() -> None:
     rows, weights = problem(1, "sparse")
     held = Weights(weights)
     zero_column = (weights[0] == 0).all(0).nonzero()[0, 0]
@@ -73,7 +73,7 @@ def test_only_what_is_not_zero_is_read_of_sparse_weights_and_rows_without_a_boun
 
 @pytest.mark.parametrize("columns", [12, 10, 7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_sparse_weights_may_have_any_number_of_columns_and_rows_of_zeros(dtype: torch.dtype, columns: int) -> None:
+def test_sparse_weights_accept_any_column_count_and_zero_rows(dtype: torch.dtype, columns: int) -> None:
     weights = torch.zeros(2, 3, columns, dtype=dtype)
     weights[0, 1, columns - 1], weights[1, 2, 0] = -3.0, -0.0
     rows = torch.arange(2 * 4 * columns).view(2, 4, columns) * 1.0
@@ -95,13 +95,11 @@ def test_sparse_weights_may_have_any_number_of_columns_and_rows_of_zeros(dtype: 
         ([math.inf, 1.0], None),
     ],
 )
-def test_the_step_of_values_is_the_largest_power_of_two_that_divides_them(
-    values: list[float], step: float | None
-) -> None:
+def test_step_of_values_is_the_largest_power_of_two_that_divides_them(values: list[float], step: float | None) -> None:
     assert _step(torch.tensor(values)) == step
 
 
-def test_sums_past_what_float32_holds_are_taken_in_float64() -> None:
+def test_sums_beyond_the_exact_float32_range_use_float64() -> None:
     weights = torch.zeros(1, 1, 64)
     weights[0, 0, ::16] = 128.0
     held = Weights(weights.bfloat16())
@@ -113,7 +111,7 @@ def test_sums_past_what_float32_holds_are_taken_in_float64() -> None:
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 1 << 30))
-def test_rows_of_one_entry_are_exact_for_any_value_and_others_for_whole_steps(seed: int) -> None:
+def test_single_entry_rows_are_exact_for_any_value_and_others_for_whole_steps(seed: int) -> None:
     """As in an exact layer: some rows of weights read one column of any values, the others columns of whole ones."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(EXPERTS, ROWS, COLUMNS, generator=generator)

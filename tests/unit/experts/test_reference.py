@@ -7,7 +7,7 @@ import torch
 from distbench.experts.reference import grouped_routes, local_experts, local_rows
 
 
-def test_routes_are_grouped_by_local_expert_in_their_order() -> None:
+def test_routes_are_grouped_by_local_expert_in_row_order() -> None:
     ids = torch.tensor([[5, 2], [-1, 4], [2, 0x7FFF_0000], [6, 7], [2, 3]], dtype=torch.int32)
     mask = torch.tensor([0, 0, 1, 0, 1, 1, 0, 0], dtype=torch.int32)
     local = local_experts(ids, local_rows(mask)).flatten()

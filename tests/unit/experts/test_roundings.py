@@ -51,7 +51,7 @@ CHOICE = KernelChoice(
         ),
     ],
 )
-def test_the_kernel_that_runs_says_where_it_rounds(
+def test_roundings_follow_the_chosen_kernel(
     values: dict[str, Any], one_stage: bool, mode: Any, expected: Roundings
 ) -> None:
     choice = KernelChoice(**(_fields(CHOICE) | {"run_1stage": one_stage, "stage2_mode": mode}))
@@ -67,7 +67,7 @@ def test_the_kernel_that_runs_says_where_it_rounds(
 @pytest.mark.parametrize("inter", [96, 256])
 @pytest.mark.parametrize("scales", ["power of two", "maximum"])
 @pytest.mark.parametrize("fp8_format", ["e4m3fn", "e4m3fnuz"])
-def test_float8_rows_make_the_reference_quantise(fp8_format: Fp8Format, scales: Scales, inter: int) -> None:
+def test_reference_quantises_the_intermediate_of_fp8_rows(fp8_format: Fp8Format, scales: Scales, inter: int) -> None:
     """One expert, one route a row, computed here block by block with scales of their own."""
     dtype = fp8_dtype(fp8_format)
     generator = torch.Generator().manual_seed(inter)

@@ -50,13 +50,13 @@ def test_buckets_grow_with_rows(rules: BucketRules, rows: list[int]) -> None:
 
 @generations
 @given(rows=st.integers(1, 1 << 22))
-def test_a_bucket_is_its_own_bucket(rules: BucketRules, rows: int) -> None:
+def test_bucket_of_a_bucket_is_itself(rules: BucketRules, rows: int) -> None:
     bucket = padded_rows(rows, rules)
     assert padded_rows(bucket, rules) == bucket
 
 
 @given(rows=st.integers(1, 131_072 - 1))
-def test_a_current_bucket_holds_its_rows_below_the_first_tier(rows: int) -> None:
+def test_current_bucket_is_at_least_its_rows_and_less_than_twice_below_the_first_tier(rows: int) -> None:
     bucket = padded_rows(rows)
     assert bucket == 32_768 or rows <= bucket < 2 * rows
 
@@ -89,11 +89,11 @@ def test_a_current_bucket_holds_its_rows_below_the_first_tier(rows: int) -> None
         ("1.0.0.1", "0.1.16"),
     ],
 )
-def test_a_version_has_the_rules_of_the_generation_before_it(version: str, generation: str) -> None:
+def test_version_uses_the_rules_of_the_last_generation_up_to_it(version: str, generation: str) -> None:
     assert rules_for(version) is BUCKET_RULES[generation]
 
 
-def test_no_version_is_the_newest() -> None:
+def test_empty_version_selects_the_newest_rules() -> None:
     assert rules_for("") is CURRENT is list(BUCKET_RULES.values())[-1]
 
 
@@ -104,14 +104,14 @@ def test_a_version_before_all_rules_is_refused(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", ["newest", "1", "0.1.x", "0.1.5-longctx", "٠.١.٥", "0.1.5\n0", "9" * 20 + ".1"])
-def test_what_is_no_version_is_refused_on_one_line(version: str) -> None:
+def test_malformed_version_is_refused_in_one_line(version: str) -> None:
     with pytest.raises(InvalidCase) as refusal:
         rules_for(version)
     assert len(str(refusal.value).splitlines()) == 1
 
 
 @given(st.text())
-def test_any_text_is_a_version_or_refused(text: str) -> None:
+def test_any_text_is_parsed_as_a_version_or_refused(text: str) -> None:
     try:
         rules = rules_for(text)
     except InvalidCase as error:

@@ -45,7 +45,7 @@ def choice(**changes: Any) -> KernelChoice:
 
 
 @given(rows=st.integers(0, 300_000))
-def test_heuristics_see_the_bucket_only(rows: int) -> None:
+def test_heuristic_choice_depends_on_the_bucket_only(rows: int) -> None:
     selector = KernelSelector(layer=DEEPSEEK)
     found = selector.choose(rows)
     assert found == msgspec.structs.replace(selector.choose(found.bucket), rows=rows)
@@ -53,7 +53,7 @@ def test_heuristics_see_the_bucket_only(rows: int) -> None:
     assert found.rows == rows
 
 
-def test_bf16_without_a_table() -> None:
+def test_bf16_choice_without_a_table_is_two_stage_by_heuristics() -> None:
     small, large = KernelSelector(layer=DEEPSEEK).choose(3), KernelSelector(layer=DEEPSEEK).choose(4096)
     assert small == KernelChoice(
         rows=3,
@@ -71,7 +71,7 @@ def test_bf16_without_a_table() -> None:
     assert (large.bucket, large.block_m, large.stage1) == (4096, 128, "ck_2stages_gemm1_bm128_n128_k64_v3")
 
 
-def test_stage_2_takes_another_k_on_a_small_bucket_of_a_gfx950() -> None:
+def test_stage_2_tile_k_differs_for_small_buckets_on_gfx950() -> None:
     selector = KernelSelector(layer=msgspec.structs.replace(DEEPSEEK, cu_count=256))
     assert [selector.choose(rows).tile_k2 for rows in (32, 128, 256)] == [128, 128, 64]
     assert {selector.choose(rows).tile_k1 for rows in (32, 128, 256)} == {64}
@@ -104,7 +104,7 @@ def test_fp8_without_a_table_is_split_then_two_stage_then_one_stage() -> None:
         ("0.1.13", {"ksplit": -1}, "tuned", 0),
     ],
 )
-def test_the_environment_of_aiter_changes_its_choice_where_the_release_reads_it(
+def test_aiter_override_changes_the_choice_if_the_release_reads_it(
     release: str, overrides: dict[str, Any], source: str, ksplit: int
 ) -> None:
     selector = KernelSelector(
@@ -117,12 +117,12 @@ def test_the_environment_of_aiter_changes_its_choice_where_the_release_reads_it(
     assert (found.source, found.ksplit) == (source, ksplit)
 
 
-def test_kernels_of_bf16_ask_for_no_split() -> None:
+def test_bf16_choice_ignores_the_ksplit_override() -> None:
     selector = KernelSelector(layer=DEEPSEEK, overrides=Overrides(ksplit=4))
     assert selector.choose(1).ksplit == 0
 
 
-def test_a_tuned_row_decides_all_but_the_rows() -> None:
+def test_tuned_row_determines_every_field_but_the_rows() -> None:
     found = KernelSelector(layer=DEEPSEEK, tuned=(row(64, ksplit=3),)).choose(33)
     assert found == KernelChoice(
         rows=33,
@@ -139,16 +139,16 @@ def test_a_tuned_row_decides_all_but_the_rows() -> None:
     )
 
 
-def test_a_bucket_without_a_row_takes_heuristics_not_a_neighbour() -> None:
+def test_bucket_without_a_tuned_row_uses_heuristics_not_a_neighbour() -> None:
     selector = KernelSelector(layer=DEEPSEEK, tuned=(row(64), row(256)))
     assert [selector.choose(rows).source for rows in (64, 65, 129)] == ["tuned", "heuristic", "tuned"]
 
 
-def test_the_first_of_two_rows_counts() -> None:
+def test_first_of_two_tuned_rows_of_a_bucket_applies() -> None:
     assert KernelSelector(layer=DEEPSEEK, tuned=(row(64), row(64, block_m=16))).choose(64).block_m == 64
 
 
-def test_the_top_bucket_falls_back_to_the_tier_below_it() -> None:
+def test_top_bucket_falls_back_to_the_tier_below_it() -> None:
     lower = row(32_768, block_m=16)
     selector = KernelSelector(layer=DEEPSEEK, tuned=(lower, row(16_384)))
     assert (selector.choose(200_000).block_m, selector.choose(200_000).bucket) == (16, 131_072)
@@ -157,19 +157,19 @@ def test_the_top_bucket_falls_back_to_the_tier_below_it() -> None:
     assert KernelSelector(layer=DEEPSEEK, tuned=(row(16_384),)).choose(32_768).source == "heuristic"
 
 
-def test_releases_before_0_1_14_do_not_fall_back() -> None:
+def test_top_bucket_does_not_fall_back_before_0_1_14() -> None:
     rules = BUCKET_RULES["0.1.8"]
     assert KernelSelector(layer=DEEPSEEK, tuned=(row(2048),), rules=rules).choose(20_000).source == "heuristic"
     assert KernelSelector(layer=DEEPSEEK, tuned=(row(1024),), rules=BUCKET_RULES["0.1.5"]).choose(20_000).block_m == 64
 
 
-def test_a_one_stage_row_is_atomic_whatever_its_names() -> None:
+def test_one_stage_row_is_atomic_with_any_kernel_name() -> None:
     found = KernelSelector(layer=DEEPSEEK, tuned=(row(1, run_1stage=True, kernel_name2=""),)).choose(1)
     assert (found.run_1stage, found.stage2, found.stage2_mode, found.tile_k2) == (True, "", "atomic", 128)
 
 
 @pytest.mark.parametrize(("column", "parts"), [(0, 4), (1, 4), (2, 2), (8, 8)])
-def test_a_split_may_stand_in_the_name_alone(column: int, parts: int) -> None:
+def test_split_given_only_in_the_kernel_name_counts(column: int, parts: int) -> None:
     tuned = row(1, kernel_name1="flydsl_moe1_abf16_wbf16_bf16_t32x64x64_kb4", ksplit=column)
     assert KernelSelector(layer=DEEPSEEK, tuned=(tuned,)).choose(1).ksplit == parts
 
@@ -185,7 +185,7 @@ def test_a_split_may_stand_in_the_name_alone(column: int, parts: int) -> None:
         ({"tile_k2": 128, "stage2_mode": "reduce"}, "H bm32 2-stage reduce k64/128"),
     ],
 )
-def test_labels(changes: dict[str, Any], label: str) -> None:
+def test_label_of_a_choice_names_its_differing_parts(changes: dict[str, Any], label: str) -> None:
     assert choice(**changes).label == label
 
 
@@ -194,7 +194,7 @@ def test_labels(changes: dict[str, Any], label: str) -> None:
     [{"rows": 7}, {"bucket": 8}, {"rows": 7, "bucket": 8}, {"ksplit": 1}, {"source": "tuned"}],
     ids=str,
 )
-def test_the_same_kernel_whatever_led_to_it(changes: dict[str, Any]) -> None:
+def test_same_kernel_ignores_how_the_choice_was_made(changes: dict[str, Any]) -> None:
     assert choice(**changes).same_kernel(choice())
     assert choice().same_kernel(choice(**changes))
 
@@ -213,16 +213,16 @@ def test_the_same_kernel_whatever_led_to_it(changes: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_another_kernel_by_any_part(changes: dict[str, Any]) -> None:
+def test_same_kernel_is_false_if_any_part_differs(changes: dict[str, Any]) -> None:
     assert not choice(**changes).same_kernel(choice())
 
 
-def test_a_choice_survives_json() -> None:
+def test_kernel_choice_survives_a_json_round_trip() -> None:
     assert msgspec.json.decode(msgspec.json.encode(choice()), type=KernelChoice) == choice()
 
 
 @pytest.mark.parametrize("cu_count", [304, 256])
-def test_the_split_example_splits_small_buckets_only(cu_count: int) -> None:
+def test_splitk_example_table_splits_small_buckets_only(cu_count: int) -> None:
     layer = msgspec.structs.replace(TINY, cu_count=cu_count)
     selector = KernelSelector(layer=layer, tuned=load_tuned_rows(DATA / "splitk.csv", TunedKey.for_layer(layer)))
     choices = [selector.choose(bucket) for bucket in BUCKETS]
@@ -233,7 +233,7 @@ def test_the_split_example_splits_small_buckets_only(cu_count: int) -> None:
 
 
 @pytest.mark.parametrize("cu_count", [304, 256])
-def test_the_atomic_example_is_one_kernel_for_all_buckets(cu_count: int) -> None:
+def test_atomic_example_table_selects_one_kernel_for_all_buckets(cu_count: int) -> None:
     layer = msgspec.structs.replace(TINY, cu_count=cu_count)
     selector = KernelSelector(layer=layer, tuned=load_tuned_rows(DATA / "atomic.csv", TunedKey.for_layer(layer)))
     choices = [selector.choose(bucket) for bucket in BUCKETS]
@@ -241,7 +241,7 @@ def test_the_atomic_example_is_one_kernel_for_all_buckets(cu_count: int) -> None
     assert all(found.same_kernel(choices[0]) for found in choices)
 
 
-def test_the_examples_are_missed_where_topk_counts_whole() -> None:
+def test_example_tables_do_not_match_releases_that_count_the_whole_topk() -> None:
     key = TunedKey.for_layer(TINY, BUCKET_RULES["0.1.14"])
     assert key.topk == 4
     assert load_tuned_rows(DATA / "splitk.csv", key) == ()
@@ -262,7 +262,7 @@ def test_the_examples_are_missed_where_topk_counts_whole() -> None:
     ),
     rules=st.sampled_from(list(BUCKET_RULES.values())),
 )
-def test_every_layer_has_a_kernel_for_every_row_count(rows: int, layer: LayerKey, rules: BucketRules) -> None:
+def test_any_layer_has_a_kernel_for_any_row_count(rows: int, layer: LayerKey, rules: BucketRules) -> None:
     found = KernelSelector(layer=layer, rules=rules).choose(rows)
     assert found.block_m in (16, 32, 64, 128)
     assert found.tile_k1 > 0
@@ -270,11 +270,11 @@ def test_every_layer_has_a_kernel_for_every_row_count(rows: int, layer: LayerKey
     assert found.ksplit == 0 or layer.model_dim % (found.ksplit * 256) == 0
 
 
-def test_newest_rules_are_the_default() -> None:
+def test_selector_uses_the_newest_rules_by_default() -> None:
     assert KernelSelector(layer=DEEPSEEK).rules is CURRENT
 
 
-def test_ranks_load_neither_torch_nor_csv_to_select() -> None:
+def test_selection_module_imports_neither_torch_nor_csv() -> None:
     code = "import sys, distbench.experts.selection; print(sorted({'torch', 'csv', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

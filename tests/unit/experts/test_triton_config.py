@@ -76,13 +76,13 @@ def written(path: Path, table: Table) -> str:
         {"stage2": msgspec.structs.replace(TILE, programs=2)},
     ],
 )
-def test_another_choice_has_another_name(changed: dict[str, object]) -> None:
+def test_configs_that_differ_have_different_kernel_names(changed: dict[str, object]) -> None:
     other = msgspec.structs.replace(CONFIG, **changed)
     assert (other.name1, other.name2) != (CONFIG.name1, CONFIG.name2)
 
 
 @given(rows=st.integers(1, 200_000))
-def test_the_choice_is_that_of_the_bucket(rows: int) -> None:
+def test_triton_choice_is_the_tuned_row_of_the_bucket(rows: int) -> None:
     selector = ConfigSelector(shape=DEEPSEEK, tuned=(TableRow(bucket=64, config=CONFIG),), table="some.json")
     choice = selector.choose(rows)
     assert choice.same_kernel(selector.choose(padded_rows(rows)))
@@ -93,11 +93,13 @@ def test_the_choice_is_that_of_the_bucket(rows: int) -> None:
 @pytest.mark.parametrize(
     ("num_experts", "local", "topk", "routes"), [(32, 32, 8, 8.0), (256, 32, 8, 1.51), (4, 2, 1, 1.0), (4, 2, 2, 1.2)]
 )
-def test_routes_of_a_received_row(num_experts: int, local: int, topk: int, routes: float) -> None:
+def test_expected_routes_per_received_row_follow_experts_and_topk(
+    num_experts: int, local: int, topk: int, routes: float
+) -> None:
     assert routes_per_row(num_experts, local, topk) == pytest.approx(routes, abs=0.01)
 
 
-def test_a_table_of_other_ranks_is_read_by_the_number_of_routes() -> None:
+def test_table_tuned_on_other_ranks_is_looked_up_by_the_number_of_routes() -> None:
     rows = tuple(TableRow(bucket=1 << power, config=CONFIG) for power in range(16))
     alone = msgspec.structs.replace(DEEPSEEK, num_experts=32)
     selector = ConfigSelector(shape=alone, tuned=rows, table="t.json", tuned_experts=256)
@@ -116,7 +118,7 @@ def test_a_table_of_other_ranks_is_read_by_the_number_of_routes() -> None:
     assert same.choose(512).table == "t.json"
 
 
-def test_a_case_reads_its_table_by_the_experts_that_it_was_tuned_with(tmp_path: Path) -> None:
+def test_lookup_uses_the_expert_count_with_which_the_table_was_tuned(tmp_path: Path) -> None:
     rows = [TableRow(bucket=bucket, config=CONFIG) for bucket in (64, 128, 256)]
     path = written(tmp_path / "table.json", made(num_experts=64, rows=rows))
     selector = selector_for(tiny_case(experts="triton", kernel_table=path), "NVIDIA H200")
@@ -125,7 +127,7 @@ def test_a_case_reads_its_table_by_the_experts_that_it_was_tuned_with(tmp_path: 
 
 @pytest.mark.parametrize("model", PRESETS)
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
-def test_what_heuristics_and_tuning_take_fits_the_shared_memory(model: str, quant: str) -> None:
+def test_heuristic_and_tuning_configs_fit_into_shared_memory(model: str, quant: str) -> None:
     preset, size = PRESETS[model], 1 if quant == "fp8" else 2
     num_experts = preset.experts_for(8)
     shape = LayerShape(
@@ -147,7 +149,7 @@ def test_what_heuristics_and_tuning_take_fits_the_shared_memory(model: str, quan
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_table_that_comes_along_is_whole_and_found(path: Path) -> None:
+def test_shipped_triton_table_is_complete_and_found(path: Path) -> None:
     known = load_table(path)
     assert known.file_name == path.name
     assert [row.bucket for row in known.rows] == [1 << power for power in range(16)]
@@ -178,7 +180,7 @@ NO_BUCKET = msgspec.json.encode(made()).replace(b'"bucket":64', b'"bucket":63')
         msgspec.json.encode(made()).replace(b'"bucket":64', b'"bucket":63'),
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_malformed_triton_table_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "table.json"
     path.write_bytes(content)
     with pytest.raises(InvalidCase, match=r"table\.json"):
@@ -186,35 +188,35 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("rows", [[], made().rows, [*made().rows, TableRow(bucket=128, config=CONFIG)]])
-def test_a_table_comes_back_as_it_was(tmp_path: Path, rows: list[TableRow]) -> None:
+def test_triton_table_survives_a_round_trip(tmp_path: Path, rows: list[TableRow]) -> None:
     table = msgspec.structs.replace(made(), rows=rows)
     assert load_table(written(tmp_path / "table.json", table)) == table
 
 
-def test_a_case_names_its_table(tmp_path: Path) -> None:
+def test_kernel_table_of_a_case_is_used(tmp_path: Path) -> None:
     case = tiny_case(experts="triton", kernel_table=written(tmp_path / "table.json", made()))
     assert selector_for(case, "NVIDIA H200").choose(64).table == case.kernel_table
     assert selector_for(case, "NVIDIA H200").choose(65).source == "heuristic"
     assert check_case(case) == ()
 
 
-def test_a_table_for_another_layer_does_not_count(tmp_path: Path) -> None:
+def test_triton_table_of_another_layer_is_ignored(tmp_path: Path) -> None:
     case = tiny_case(experts="triton", kernel_table=written(tmp_path / "table.json", made(topk=2)))
     assert selector_for(case, "NVIDIA H200").choose(64).source == "heuristic"
     assert "heuristics" in check_case(case)[0]
 
 
-def test_the_stand_in_is_told() -> None:
+def test_triton_experts_are_listed_in_stand_ins() -> None:
     assert "triton for aiter" in tiny_case(experts="triton").stand_ins
 
 
-def test_without_a_gpu_the_experts_are_refused() -> None:
+def test_triton_experts_without_a_gpu_are_unsupported() -> None:
     pytest.importorskip("triton", reason="Triton is not installed here")
     with patch.object(torch.cuda, "is_available", return_value=False), pytest.raises(Unsupported, match="no GPU"):
         make_experts(tiny_case(experts="triton"))
 
 
-def test_without_triton_the_experts_say_what_to_install() -> None:
+def test_triton_experts_without_triton_name_the_package_to_install() -> None:
     with patch.dict("sys.modules", {"triton.tools": None}), pytest.raises(Unsupported, match="install triton"):
         adapter.TritonExperts(ConfigSelector(shape=DEEPSEEK))
 
@@ -227,7 +229,9 @@ def test_without_triton_the_experts_say_what_to_install() -> None:
         (["--ep-size", "3"], "must divide"),
     ],
 )
-def test_tune_refuses_nonsense(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune_refuses_invalid_arguments(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["tune", *arguments]) == 2
     assert complaint in capsys.readouterr().err
 
@@ -238,7 +242,7 @@ def test_tune_without_a_gpu_is_unsupported(capsys: pytest.CaptureFixture[str]) -
     assert "no GPU" in capsys.readouterr().err
 
 
-def test_exact_weights_lose_nothing_in_float8() -> None:
+def test_exact_weights_are_quantised_to_fp8_without_error() -> None:
     plan = plan_exact(256, 256, 4, "fp8", 4)
     for weights in dense_weights(plan, 0, torch.arange(4)):
         quantized, scales = quantize_weight_blocks(weights, torch.float8_e4m3fn)
@@ -247,19 +251,19 @@ def test_exact_weights_lose_nothing_in_float8() -> None:
 
 
 @given(amax=st.floats(2.0**-90, 2.0**90, width=32))
-def test_a_scale_is_the_least_power_of_two(amax: float) -> None:
+def test_block_scale_is_the_least_sufficient_power_of_two(amax: float) -> None:
     _, scales = quantize_weight_blocks(torch.full((1, 1, 1), amax), torch.float8_e4m3fn)
     scale = float(scales)
     assert torch.tensor(scale).frexp().mantissa == 0.5
     assert amax / scale <= 448 < 2 * amax / scale
 
 
-def test_a_block_of_zeros_has_scale_one() -> None:
+def test_zero_block_has_scale_one() -> None:
     quantized, scales = quantize_weight_blocks(torch.zeros(1, 3, 130), torch.float8_e4m3fn)
     assert scales.tolist() == [[[1.0, 1.0]]]
     assert not quantized.float().any()
 
 
-def test_shapes_come_from_the_case() -> None:
+def test_triton_shape_is_taken_from_the_case() -> None:
     shape = shape_of(tiny_case(4))
     assert (shape.num_experts, shape.num_local_experts) == (16, 4)

@@ -61,7 +61,9 @@ def test_every_bucket_gives_the_bits_of_the_oracle(shape: LayerShape, quant: Lit
 @pytest.mark.parametrize("mode", ["reduce", "atomic"])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
-def test_splits_and_atomics_are_exact(mode: str, splits: int, quant: Literal["bf16", "fp8"]) -> None:
+def test_split_and_atomic_kernels_give_the_bits_of_the_oracle(
+    mode: str, splits: int, quant: Literal["bf16", "fp8"]
+) -> None:
     shape = msgspec.structs.replace(LITE, quant=quant)
     layer = make_layer(shape, "exact")
     batch = layer.received(40)
@@ -72,7 +74,7 @@ def test_splits_and_atomics_are_exact(mode: str, splits: int, quant: Literal["bf
     assert torch.equal(bits(output), bits(expected))
 
 
-def test_a_wrong_weight_shows() -> None:
+def test_changed_weight_changes_the_bits() -> None:
     layer = make_layer(LITE, "exact")
     batch = layer.received(64)
     layer.local.w2[0, 0, :] += 1
@@ -84,7 +86,7 @@ def test_a_wrong_weight_shows() -> None:
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
 @pytest.mark.parametrize("rows", [64, 1024, 4096])
-def test_a_row_has_its_bits_at_any_place(rows: int, quant: Literal["bf16", "fp8"]) -> None:
+def test_bits_of_a_row_do_not_depend_on_its_position(rows: int, quant: Literal["bf16", "fp8"]) -> None:
     shape = msgspec.structs.replace(LITE, quant=quant)
     layer = make_layer(shape, "gaussian")
     batch, config = layer.received(rows), heuristic(shape, rows)
@@ -96,7 +98,7 @@ def test_a_row_has_its_bits_at_any_place(rows: int, quant: Literal["bf16", "fp8"
     assert not whole.isnan().any()
 
 
-def test_close_to_a_wide_product() -> None:
+def test_gaussian_rows_are_close_to_a_float64_product() -> None:
     layer = make_layer(LITE, "gaussian")
     batch = layer.received(50)
     output = run(experts(LITE), layer.local, batch, number(50)).double()
@@ -108,7 +110,7 @@ def test_close_to_a_wide_product() -> None:
     assert (output - expected).norm() / expected.norm() < 1e-2
 
 
-def test_a_graph_replays_with_other_rows_and_routings() -> None:
+def test_graph_replays_with_other_rows_and_routings() -> None:
     layer = make_layer(LITE, "exact")
     batch, live = padded(layer.received(100), 128), number(100)
     one = experts(LITE)

@@ -33,10 +33,10 @@ def found() -> dict[str, bool]:
     return answer
 
 
-def test_all_that_is_computed_is_asked_for(found: dict[str, bool]) -> None:
+def test_every_interpreted_check_has_a_test(found: dict[str, bool]) -> None:
     assert set(found) == set(FOUND)
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_interpreted(found: dict[str, bool], name: str) -> None:
+def test_interpreted_triton_check_holds(found: dict[str, bool], name: str) -> None:
     assert found[name] is True

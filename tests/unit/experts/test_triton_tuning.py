@@ -64,12 +64,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     return FakeDevice(monkeypatch)
 
 
-def test_the_fastest_is_kept(device: FakeDevice) -> None:
+def test_fastest_candidate_is_kept(device: FakeDevice) -> None:
     row = device.tune()
     assert (row.bucket, row.config, row.us) == (8, FAMILY.config(FAMILY.first[2], TILES[2]), 15.6)
 
 
-def test_a_candidate_with_wrong_bits_is_dropped(device: FakeDevice) -> None:
+def test_candidate_with_wrong_bits_is_dropped(device: FakeDevice) -> None:
     def damage(config: KernelConfig, rows: Tensor) -> None:
         if TILES[2] in (config.stage1, config.stage2):
             rows.view(torch.int16)[0, 0] ^= 1
@@ -79,7 +79,7 @@ def test_a_candidate_with_wrong_bits_is_dropped(device: FakeDevice) -> None:
     assert [note for note in device.notes if note.startswith("WRONG BITS")]
 
 
-def test_a_candidate_that_the_device_refuses_is_dropped(device: FakeDevice) -> None:
+def test_candidate_that_the_device_refuses_is_dropped(device: FakeDevice) -> None:
     def damage(config: KernelConfig, _: Tensor) -> None:
         if config.stage2 == TILES[2]:
             message = "out of resource: shared memory"
@@ -90,7 +90,7 @@ def test_a_candidate_that_the_device_refuses_is_dropped(device: FakeDevice) -> N
     assert any(note.startswith("refused") and note.endswith("shared memory") for note in device.notes)
 
 
-def test_no_table_comes_of_wrong_bits_alone_nor_of_a_refusal(device: FakeDevice) -> None:
+def test_tuning_without_a_correct_candidate_writes_no_table(device: FakeDevice) -> None:
     device.damage = lambda _, rows: rows.neg_()
     with pytest.raises(Unsupported, match="no kernel gives the oracle's bits for 8 rows"):
         device.tune()
@@ -135,7 +135,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return call
 
 
-def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, tune: Callable[..., int]) -> None:
+def test_stopped_tuning_resumes_with_its_finished_buckets(tmp_path: Path, tune: Callable[..., int]) -> None:
     FakeTuner.stop = 128
     assert tune("--buckets=256,64,128") == 77
     assert [row.bucket for row in load_table(tmp_path / "table.json").rows] == [64, 256]
@@ -145,7 +145,7 @@ def test_tuning_goes_on_where_it_was_stopped(tmp_path: Path, tune: Callable[...,
     assert [row.bucket for row in load_table(tmp_path / "table.json").rows] == [64, 128, 256]
 
 
-def test_a_table_of_another_sum_is_not_gone_on_with(
+def test_tuning_does_not_resume_a_table_of_another_stage2_mode(
     tmp_path: Path, tune: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tune("--buckets=64") == 0
@@ -155,7 +155,7 @@ def test_a_table_of_another_sum_is_not_gone_on_with(
     assert (tmp_path / "table.json").read_bytes() == before
 
 
-def test_a_table_of_another_layer_is_not_gone_on_with(
+def test_tuning_does_not_resume_a_table_of_another_layer(
     tmp_path: Path, tune: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tune("--buckets=64") == 0
@@ -178,7 +178,7 @@ WEIGHTS = 3 * 4 * 256 * 128
         ("fp8", GIB + 3 * WEIGHTS, 1),
     ],
 )
-def test_compilers_are_as_many_as_the_device_has_room_for(
+def test_number_of_compilers_is_limited_by_device_memory(
     monkeypatch: pytest.MonkeyPatch, quant: Any, free: int, expected: int
 ) -> None:
     asked = []

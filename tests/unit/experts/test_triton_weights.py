@@ -28,7 +28,7 @@ def weights(value: float) -> tuple[Tensor, Tensor]:
     return torch.full((2, 256, 128), value).bfloat16(), torch.full((2, 128, 128), value).bfloat16()
 
 
-def test_in_inference_mode_they_are_made_once_for_the_same_weights(experts: TritonExperts) -> None:
+def test_fp8_weights_are_quantised_once_per_weights_in_inference_mode(experts: TritonExperts) -> None:
     with torch.inference_mode():
         first, second = weights(1.0), weights(2.0)
         made = experts.quantized(*first)
@@ -37,7 +37,7 @@ def test_in_inference_mode_they_are_made_once_for_the_same_weights(experts: Trit
     assert torch.equal(scales, 2 * made[2])
 
 
-def test_weights_that_were_written_to_are_quantised_anew(experts: TritonExperts) -> None:
+def test_modified_weights_are_quantised_again(experts: TritonExperts) -> None:
     first, second = weights(1.0)
     made = experts.quantized(first, second)
     first.mul_(2)
@@ -59,7 +59,7 @@ class Compiled:
 
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
-def test_one_rank_of_a_node_compiles_each_number_of_rows(
+def test_one_rank_per_node_compiles_each_row_count(
     quant: Literal["bf16", "fp8"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adapter, "_check_triton", lambda: None)
@@ -78,11 +78,11 @@ def test_one_rank_of_a_node_compiles_each_number_of_rows(
     assert [rows for rows, *_ in compiled[1].calls] == [128]
 
 
-def test_what_is_interpreted_is_not_compiled(experts: TritonExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_compiles_nothing_in_the_interpreter(experts: TritonExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(adapter, "_cache_folder", lambda: pytest.fail("compiles"))
     experts.warm_up(*weights(1.0), torch.ones(4, dtype=torch.int32), (64,))
 
 
-def test_the_ranks_see_that_they_compile(experts: TritonExperts) -> None:
+def test_triton_experts_implement_the_compiled_protocol(experts: TritonExperts) -> None:
     assert isinstance(experts, CompiledExperts)

@@ -67,7 +67,7 @@ def changed(**changes: Any) -> TunedRow:
     return msgspec.structs.replace(ROW, **changes)
 
 
-def test_a_row_is_read_whole() -> None:
+def test_every_field_of_a_tuned_row_is_parsed() -> None:
     assert read({}) == (ROW,)
 
 
@@ -88,19 +88,19 @@ def test_a_row_is_read_whole() -> None:
         ("doweight_stage1", "1"),
     ],
 )
-def test_a_row_of_another_shape_does_not_answer(column: str, value: str) -> None:
+def test_row_of_another_layer_does_not_match(column: str, value: str) -> None:
     key = msgspec.structs.replace(KEY, gfx="gfx942")
     assert read({}, key=key) == (ROW,)
     assert read({column: value}, key=key) == ()
 
 
-def test_activation_is_compared_only_where_the_key_has_one() -> None:
+def test_activation_is_compared_only_if_the_key_has_one() -> None:
     gelu = {"act_type": "ActivationType.Gelu", "block_m": "16"}
     assert read(gelu, {}) == (changed(block_m=16),)
     assert read(gelu, {}, key=msgspec.structs.replace(KEY, act_type="ActivationType.Silu")) == (ROW,)
 
 
-def test_the_first_row_of_a_bucket_counts() -> None:
+def test_first_row_of_a_bucket_applies() -> None:
     assert read({}, {"block_m": "16"}, {"token": "4"}) == (ROW, changed(bucket=4))
 
 
@@ -110,7 +110,7 @@ def test_flydsl_fallback_rows_are_dropped_and_other_tags_kept() -> None:
 
 
 @pytest.mark.parametrize("gfx", ["", "0", "0.0", "nan", "None"])
-def test_a_missing_architecture_follows_the_compute_units(gfx: str) -> None:
+def test_missing_architecture_is_inferred_from_the_compute_units(gfx: str) -> None:
     on_942, on_950 = (msgspec.structs.replace(KEY, gfx=name) for name in ("gfx942", "gfx950"))
     assert read({"gfx": gfx}, key=on_942) == (ROW,)
     assert read({"gfx": gfx}, key=on_950) == ()
@@ -119,26 +119,26 @@ def test_a_missing_architecture_follows_the_compute_units(gfx: str) -> None:
     assert read({"gfx": gfx, "cu_num": "64"}, key=unknown) == (ROW,)
 
 
-def test_tables_of_old_releases_lack_columns() -> None:
+def test_tables_of_old_releases_without_newer_columns_are_parsed() -> None:
     oldest = ("gfx", "_tag", "run_1stage", "us")
     assert read({"total_us": "9.5"}, without=oldest, add=("total_us",)) == (changed(us=9.5),)
     assert read({}, without=(*oldest, "us1", "us2")) == (changed(us=None, us1=None, us2=None),)
     assert read({}, without=oldest, key=msgspec.structs.replace(KEY, gfx="gfx950")) == ()
 
 
-def test_columns_may_stand_in_any_order_with_others_between() -> None:
+def test_columns_are_matched_by_name_in_any_order() -> None:
     columns = [*reversed(VALUES), "flat"]
     lines = [",".join(columns), ",".join((VALUES | {"flat": "49.07"})[column] for column in columns)]
     assert parse_tuned_rows("\r\n".join(lines).encode("utf-8-sig"), "table.csv", KEY) == (ROW,)
 
 
-def test_of_two_columns_with_one_name_the_first_counts() -> None:
+def test_first_of_two_columns_with_one_name_applies() -> None:
     content = table({}).decode().splitlines()
     doubled = f"{content[0]},block_m\n{content[1]},16\n"
     assert parse_tuned_rows(doubled.encode(), "table.csv", KEY) == (ROW,)
 
 
-def test_a_short_row_lacks_its_last_cells_and_blank_lines_count_for_nothing() -> None:
+def test_short_row_has_empty_last_cells_and_blank_lines_are_skipped() -> None:
     content = table({}).decode()
     assert content.endswith(",4.0,0,\n")
     short = content.replace(",4.0,0,\n", "\n\n,,\n")
@@ -146,27 +146,27 @@ def test_a_short_row_lacks_its_last_cells_and_blank_lines_count_for_nothing() ->
 
 
 @pytest.mark.parametrize("value", ["1", "419", "1.0", "True", " 1 "])
-def test_any_number_but_zero_is_one_stage(value: str) -> None:
+def test_nonzero_run_1stage_is_one_stage(value: str) -> None:
     found = read({"run_1stage": value, "kernelName2": "Null"})
     assert found == (changed(run_1stage=True, kernel_name2="Null"),)
 
 
 @pytest.mark.parametrize("value", ["0", "0.0", "False", "", "nan"])
-def test_zero_and_nothing_are_two_stage(value: str) -> None:
+def test_zero_or_empty_run_1stage_is_two_stage(value: str) -> None:
     assert read({"run_1stage": value}) == (ROW,)
 
 
 @pytest.mark.parametrize("value", ["", "nan", "NaN", "None", "Null", "null", "NULL", "NA", "N/A"])
-def test_no_time_is_written_in_many_ways(value: str) -> None:
+def test_time_cell_that_pandas_reads_as_missing_is_no_time(value: str) -> None:
     assert read({"us1": value}) == (changed(us1=None),)
 
 
 @pytest.mark.parametrize(("value", "us"), [("1e2", 100.0), ("-1", -1.0), (".5", 0.5), (" 7 ", 7.0)])
-def test_times(value: str, us: float) -> None:
+def test_time_cell_is_parsed_to_microseconds(value: str, us: float) -> None:
     assert read({"us1": value}) == (changed(us1=us),)
 
 
-def test_whole_numbers_may_have_been_written_as_decimals() -> None:
+def test_integer_written_as_a_decimal_is_parsed() -> None:
     assert read({"block_m": "64.0", "ksplit": "2.", "cu_num": "304.0", "use_g1u1": "True"}) == (ROW,)
 
 
@@ -196,7 +196,7 @@ def test_whole_numbers_may_have_been_written_as_decimals() -> None:
         ("us", "1_0", "a number of microseconds"),
     ],
 )
-def test_a_bad_value_is_refused_by_file_line_column_and_value(column: str, value: str, allowed: str) -> None:
+def test_invalid_cell_is_refused_with_file_line_column_and_value(column: str, value: str, allowed: str) -> None:
     with pytest.raises(InvalidCase) as refusal:
         read({}, {"token": "4", column: value})
     message = str(refusal.value)
@@ -204,64 +204,64 @@ def test_a_bad_value_is_refused_by_file_line_column_and_value(column: str, value
     assert len(message.splitlines()) == 1
 
 
-def test_only_what_identifies_a_row_is_checked_in_rows_of_other_shapes() -> None:
+def test_rows_of_other_layers_are_checked_in_key_columns_only() -> None:
     assert read({"topk": "7", "block_m": "abc", "us": "abc", "kernelName1": ""}, {}) == (ROW,)
     with pytest.raises(InvalidCase, match="line 2: column expert"):
         read({"topk": "7", "expert": "abc"}, {})
 
 
 @pytest.mark.parametrize("column", REQUIRED_COLUMNS)
-def test_a_missing_column_is_named(column: str) -> None:
+def test_missing_column_is_refused_with_its_name(column: str) -> None:
     with pytest.raises(InvalidCase, match=f"'table.csv', line 1: column {column} is missing"):
         read({}, without=(column,))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf", b" , ,\n"])
-def test_an_empty_table_is_refused(content: bytes) -> None:
+def test_empty_tuned_table_is_refused(content: bytes) -> None:
     with pytest.raises(InvalidCase, match=r"'table\.csv', line 1: is empty"):
         parse_tuned_rows(content, "table.csv", KEY)
 
 
-def test_a_table_without_rows_has_none() -> None:
+def test_table_with_a_header_only_has_no_rows() -> None:
     assert read() == ()
 
 
-def test_a_long_row_is_refused() -> None:
+def test_row_with_too_many_cells_is_refused() -> None:
     with pytest.raises(InvalidCase, match=r"line 2: has 24 cells, the last 'odd'; allowed are the 23"):
         parse_tuned_rows(table({}).rstrip() + b",odd\n", "table.csv", KEY)
 
 
-def test_bytes_that_are_not_utf8_are_named_by_line_and_value() -> None:
+def test_bytes_that_are_not_utf8_are_refused_with_line_and_value() -> None:
     with pytest.raises(InvalidCase, match=r"'table\.csv', line 2: byte 0xff is not UTF-8"):
         parse_tuned_rows(table({"_tag": "?"}).replace(b"?", b"\xff"), "table.csv", KEY)
 
 
-def test_what_the_csv_reader_refuses_is_refused_by_line() -> None:
+def test_csv_error_is_refused_with_its_line() -> None:
     with pytest.raises(InvalidCase, match="line 2: field larger than field limit"):
         parse_tuned_rows(table({"_tag": "x" * 200_000}), "table.csv", KEY)
 
 
-def test_a_long_bad_value_is_cut_in_the_message() -> None:
+def test_long_invalid_cell_is_truncated_in_the_message() -> None:
     with pytest.raises(InvalidCase) as refusal:
         read({"token": "x" * 5000})
     assert len(str(refusal.value)) < 250
 
 
 @pytest.mark.parametrize("name", ["none.csv", ".", "a\0b", "x" * 5000, "line\nbreak"])
-def test_an_unreadable_file_is_refused_on_one_line(tmp_path: Path, name: str) -> None:
+def test_unreadable_table_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidCase, match=r"kernel table '.*': cannot be read \(.+\); give") as refusal:
         load_tuned_rows(f"{tmp_path}/{name}", KEY)
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_the_reason_is_the_systems(tmp_path: Path) -> None:
+def test_refusal_of_an_unreadable_table_quotes_the_system_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidCase, match=r"none\.csv': cannot be read \(No such file or directory\)"):
         load_tuned_rows(tmp_path / "none.csv", KEY)
     with pytest.raises(InvalidCase, match=r"cannot be read \(not a path\)"):
         load_tuned_rows("a\0b", KEY)
 
 
-def test_a_file_is_read_and_named(tmp_path: Path) -> None:
+def test_table_file_is_read_and_named_as_its_source(tmp_path: Path) -> None:
     file = tmp_path / "tuned_fmoe.csv"
     file.write_bytes(table({}))
     assert load_tuned_rows(file, KEY) == load_tuned_rows(str(file), KEY) == (ROW,)
@@ -271,18 +271,18 @@ def test_a_file_is_read_and_named(tmp_path: Path) -> None:
 
 
 @given(st.binary() | st.text().map(str.encode))
-def test_any_bytes_are_a_table_or_refused(content: bytes) -> None:
+def test_any_bytes_are_parsed_as_a_table_or_refused(content: bytes) -> None:
     _read_or_refuse(content)
 
 
 @given(rows=st.lists(st.dictionaries(st.sampled_from(list(VALUES)), st.text()), max_size=3))
-def test_any_cells_are_rows_or_refused(rows: list[dict[str, str]]) -> None:
+def test_any_cells_are_parsed_as_rows_or_refused(rows: list[dict[str, str]]) -> None:
     content = "\n".join([",".join(VALUES), *(",".join((VALUES | row).values()) for row in rows)])
     _read_or_refuse(content.encode("utf-8", "surrogatepass"))
 
 
 @given(start=st.integers(0, 900), length=st.integers(0, 40), new=st.binary(max_size=8) | st.sampled_from([b'"', b"\n"]))
-def test_any_damage_to_a_real_table_is_read_or_refused(start: int, length: int, new: bytes) -> None:
+def test_damaged_real_table_is_parsed_or_refused(start: int, length: int, new: bytes) -> None:
     content = (DATA / "splitk.csv").read_bytes()
     _read_or_refuse(content[:start] + new + content[start + length :])
 
@@ -302,11 +302,11 @@ def _read_or_refuse(content: bytes) -> None:
 LAYER = LayerKey(num_local_experts=4, topk=4, model_dim=256, inter_dim=128)
 
 
-def test_the_key_of_a_bf16_layer() -> None:
+def test_key_of_a_bf16_layer_has_its_types() -> None:
     assert TunedKey.for_layer(LAYER) == msgspec.structs.replace(KEY, gfx="gfx942")
 
 
-def test_the_key_by_release() -> None:
+def test_key_fields_follow_the_release() -> None:
     keys = {since: TunedKey.for_layer(LAYER, rules) for since, rules in BUCKET_RULES.items()}
     assert [keys[since].topk for since in ("0.1.5", "0.1.14", "0.1.16")] == [4, 4, 3]
     silu = "ActivationType.Silu"
@@ -323,7 +323,7 @@ def test_the_key_by_release() -> None:
         (64, None, "torch.float8_e4m3fnuz", None),
     ],
 )
-def test_the_key_of_an_fp8_layer(cu_count: int, gfx: str | None, dtype: str, key_gfx: str | None) -> None:
+def test_key_of_an_fp8_layer_has_its_types(cu_count: int, gfx: str | None, dtype: str, key_gfx: str | None) -> None:
     key = TunedKey.for_layer(msgspec.structs.replace(LAYER, quant="fp8", cu_count=cu_count, gfx=gfx))
     assert (key.q_dtype_a, key.q_dtype_w, key.dtype, key.q_type) == (
         dtype,

@@ -56,7 +56,7 @@ def write(folder: Path, reports: list[dict[str, Any]], cases: int | None = None)
     return {name: path.read_bytes().decode() for name, path in targets.items()}
 
 
-def test_junit_as_another_parser_sees_it(tmp_path: Path) -> None:
+def test_junit_is_parsed_by_lxml_with_expected_outcomes(tmp_path: Path) -> None:
     root = etree.fromstring(write(tmp_path, SUITE, cases=8)["junit"].encode())
     (suite,) = root.findall("testsuite")
     kinds = {case.get("name"): [child.tag for child in case] for case in suite.findall("testcase")}
@@ -80,13 +80,13 @@ def test_junit_as_another_parser_sees_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("JUNIT_XSD" not in os.environ, reason="needs JUNIT_XSD, the path of a published JUnit schema")
-def test_junit_follows_the_schema(tmp_path: Path) -> None:
+def test_junit_is_valid_under_its_xsd(tmp_path: Path) -> None:
     schema = etree.XMLSchema(etree.parse(os.environ["JUNIT_XSD"]))
     hostile = [result(name, "CORRUPT") for name in HOSTILE]
     schema.assertValid(etree.fromstring(write(tmp_path, SUITE + hostile, cases=80)["junit"].encode()))
 
 
-def test_prometheus_text_as_other_parsers_see_it(tmp_path: Path) -> None:
+def test_prometheus_text_is_parsed_by_other_parsers_with_expected_samples(tmp_path: Path) -> None:
     text = write(tmp_path, SUITE, cases=8)["prom"]
     samples = {
         (sample.name, *sorted(value for name, value in sample.labels.items() if name != "suite")): sample.value
@@ -108,7 +108,9 @@ def test_prometheus_text_as_other_parsers_see_it(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_format_on_standard_output_is_all_that_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_format_written_to_standard_output_is_the_only_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_results(tmp_path, SUITE)
     assert main(["report", str(tmp_path), "--report", "json=-", "--report", f"md={tmp_path}/results.md"]) == 3
     printed = capsys.readouterr().out
@@ -117,7 +119,7 @@ def test_format_on_standard_output_is_all_that_is_there(tmp_path: Path, capsys: 
     assert rest.splitlines()[1:] == [f"{tmp_path}/results.md"]
 
 
-def test_every_report_option_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_report_options_accumulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_results(tmp_path, [result()])
     assert main(["report", str(tmp_path), "--report=md,csv", "--report=junit"]) == 0
     assert {path.name for path in tmp_path.glob("*.*")} == {"results.jsonl", "results.md", "results.csv", "junit.xml"}
@@ -180,14 +182,14 @@ def test_csv_and_markdown_name_suite_and_time(tmp_path: Path) -> None:
     assert ["verdict", "expected", "case", "limit", "lost rows", "reason"] in markdown_cells(written["md"])
 
 
-def test_the_number_of_series_is_bounded(tmp_path: Path) -> None:
+def test_number_of_prometheus_series_is_bounded(tmp_path: Path) -> None:
     few = write(tmp_path, SUITE)["prom"].splitlines()
     strange = {"padded": {f"stage {number}": {"median_us": 1.0} for number in range(50)}, "wall_s": 1.0}
     many = [result(f"case {number}", timing=strange | {f"arm {number}": strange["padded"]}) for number in range(50)]
     assert len(write(tmp_path, SUITE + many)["prom"].splitlines()) == len(few)
 
 
-def test_csv_has_a_row_a_case(tmp_path: Path) -> None:
+def test_csv_has_one_row_per_case(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(write(tmp_path, SUITE)["csv"], newline="")))
     assert [row["name"] for row in rows] == [report["name"] for report in SUITE]
     assert [row["verdict"] for row in rows] == [report["verdict"] for report in SUITE]
@@ -196,13 +198,13 @@ def test_csv_has_a_row_a_case(tmp_path: Path) -> None:
     assert [float(rows[0][f"{arm}_{stage}_median_us"]) for arm in ARMS if arm for stage in STAGE_ORDER] == [2.0] * 16
 
 
-def test_json_holds_the_reports_as_they_are(tmp_path: Path) -> None:
+def test_json_contains_the_reports_unchanged(tmp_path: Path) -> None:
     document = json.loads(write(tmp_path, SUITE, cases=7)["json"])
     assert document["results"] == SUITE
     assert (document["missing"], document["exit_code"], document["verdicts"]["PASS"]) == (1, 3, 2)
 
 
-def test_markdown_says_what_matters(tmp_path: Path) -> None:
+def test_markdown_states_exit_code_failures_and_missing_results(tmp_path: Path) -> None:
     text = write(tmp_path, SUITE, cases=8)["md"]
     assert "exit 3, 2 of 8 as expected" in text
     assert "2 cases have no result" in text
@@ -229,7 +231,7 @@ def markdown_cells(text: str) -> list[list[str]]:
 
 
 @given(text=st.text() | st.sampled_from(HOSTILE))
-def test_any_text_shows_as_itself_in_a_table_of_markdown(text: str) -> None:
+def test_any_text_renders_literally_in_a_markdown_table(text: str) -> None:
     shown = "".join(one if one.isprintable() else "�" for one in " ".join(text.split())[:300])
     rows = markdown_cells(f"| a | b |\n| --- | --- |\n| {escape(text)} | end |\n")
     assert rows[1][1] == "end"
@@ -237,7 +239,7 @@ def test_any_text_shows_as_itself_in_a_table_of_markdown(text: str) -> None:
         assert rows[1][0] == shown.strip()
 
 
-def test_hostile_names_stay_names(tmp_path: Path) -> None:
+def test_hostile_case_names_stay_literal_in_every_format(tmp_path: Path) -> None:
     texts = write(tmp_path, [result(name, "CORRUPT", reasons=[{"code": name, "message": name}]) for name in HOSTILE])
     assert [one["name"] for one in json.loads(texts["json"])["results"]] == HOSTILE
     rows = list(csv.DictReader(io.StringIO(texts["csv"], newline="")))
@@ -250,14 +252,14 @@ def test_hostile_names_stay_names(tmp_path: Path) -> None:
     list(parse_prometheus(texts["prom"]))
 
 
-def test_nothing_at_all_is_no_pass(tmp_path: Path) -> None:
+def test_empty_results_fail_in_every_format(tmp_path: Path) -> None:
     texts = write(tmp_path, [], cases=3)
     assert json.loads(texts["json"])["exit_code"] == Verdict.RANK_FAULT.exit_code
     assert "0 of 3" in texts["md"]
     assert [suite.get("errors") for suite in etree.fromstring(texts["junit"].encode()).findall("testsuite")] == ["1"]
 
 
-def test_files_are_whole_and_readable_by_others(tmp_path: Path) -> None:
+def test_report_files_are_readable_by_others_and_kept_if_a_rewrite_fails(tmp_path: Path) -> None:
     write(tmp_path, SUITE)
     before = os.umask(0o022)
     try:
@@ -274,10 +276,10 @@ def test_files_are_whole_and_readable_by_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["xml", "junit,junit", "md=", "JUNIT", "junit;md"])
-def test_other_formats_are_refused(text: str) -> None:
+def test_unknown_report_format_is_refused(text: str) -> None:
     with pytest.raises(InvalidCase, match="allowed are junit, md, csv, prom, json"):
         parse_targets(text, Path("out"))
 
 
-def test_a_format_may_name_its_file() -> None:
+def test_report_format_with_a_path_writes_to_it() -> None:
     assert parse_targets("prom=/x/a.prom, md", Path("out")) == {"prom": Path("/x/a.prom"), "md": Path("out/results.md")}

@@ -40,7 +40,7 @@ def found(out: Path, verdicts: dict[str, Verdict], asked: Plan, without: str = "
     return found_in(out, asked, 2, 2, share)
 
 
-def test_what_one_of_both_inputs_sees_in_every_run_is_seen(tmp_path: Path) -> None:
+def test_mutant_detected_by_one_kind_of_inputs_in_every_run_counts_as_detected(tmp_path: Path) -> None:
     asked = plan(2, 2, NAMES)
     seen = {
         "gelu-for-silu bf16 all gaussian": Verdict.BASELINE_WRONG,
@@ -63,7 +63,7 @@ def test_what_one_of_both_inputs_sees_in_every_run_is_seen(tmp_path: Path) -> No
     assert cells(result)[0][:6] == ("activation", "2", "1", "0 / 2 / 0", "0 / 1 / 1", "1 / 1 / 0")
 
 
-def test_too_small_a_share_an_alarm_or_a_missing_result_fails(tmp_path: Path) -> None:
+def test_low_detection_rate_false_alarm_or_missing_result_fails(tmp_path: Path) -> None:
     asked = plan(2, 1, NAMES)
     all_seen = dict.fromkeys(NAMES[:2], Verdict.CORRUPT)
     assert found(tmp_path, all_seen, asked).passed
@@ -76,13 +76,13 @@ def test_too_small_a_share_an_alarm_or_a_missing_result_fails(tmp_path: Path) ->
     assert (lost.passed, lost.missing) == (False, ["clean bf16 exact #0"])
 
 
-def test_other_bits_of_an_atomic_kernel_are_no_alarm(tmp_path: Path) -> None:
+def test_nondeterminism_of_an_atomic_kernel_is_no_false_alarm(tmp_path: Path) -> None:
     asked = plan(2, 1, NAMES)
     varying = {"clean": Verdict.NONDETERMINISTIC, "silu-by-exp2": Verdict.DRIFT}
     assert found(tmp_path, {**varying, "silu": Verdict.CORRUPT, "relu": Verdict.CORRUPT}, asked).passed
 
 
-def test_tables_list_every_mutant_and_every_rule(tmp_path: Path) -> None:
+def test_markdown_tables_list_every_mutant_and_every_rule(tmp_path: Path) -> None:
     text = markdown(found(tmp_path, {}, plan(2, 1, NAMES)), "distbench mutants")
     for name in NAMES:
         assert f"| {name} " in text
@@ -90,25 +90,25 @@ def test_tables_list_every_mutant_and_every_rule(tmp_path: Path) -> None:
     assert rules_table() in docs
 
 
-def test_around_other_kernels_only_wrappers_are_tried() -> None:
+def test_mutants_inside_the_reference_experts_are_unfit_for_other_parts() -> None:
     assert "reference experts" in unfit(CORPUS["gelu-for-silu"], "triton", "collective")
     assert "collective transport" in unfit(CORPUS["sum-truncated"], "reference", "mori")
     assert unfit(CORPUS["next-expert"], "triton", "mori") == ""
 
 
-def test_a_name_that_no_mutant_and_no_class_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_mutant_or_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mutants", "--only", "nonsense"]) == 2
     assert "classes are activation, K coverage" in capsys.readouterr().err
     with pytest.raises(InvalidCase, match="no such mutant"):
         check_case(tiny_case(2, inject="mutant:name=nonsense"))
 
 
-def test_the_list_names_each_mutant_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_option_prints_each_mutant_with_its_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mutants", "--list", "--only", "cut"]) == 0
     assert "window-shifted" in capsys.readouterr().out
 
 
-def test_a_small_run_prints_the_table_and_writes_what_was_found(tmp_path: Path) -> None:
+def test_mutants_command_prints_the_table_and_writes_its_findings(tmp_path: Path) -> None:
     result, docs = tmp_path / "found.json", tmp_path / "mutants.md"
     docs.write_text("# Mutants\n\nmine\n")
     arguments = ["--seeds=1", f"--json={result}", f"--write-docs={docs}", f"--out={tmp_path / 'out'}"]

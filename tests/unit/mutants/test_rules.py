@@ -20,7 +20,7 @@ def with_wrong(count: int, value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_right_tokens_are_accepted_and_zeros_and_nan_are_not(rule: str) -> None:
+def test_each_rule_accepts_correct_tokens_and_rejects_zeros_and_nan(rule: str) -> None:
     assert accepted_by(CASE, RIGHT, RIGHT)[rule]
     assert not accepted_by(CASE, torch.zeros_like(RIGHT), RIGHT)[rule]
     everywhere = torch.full_like(RIGHT, float("nan"))
@@ -38,20 +38,20 @@ def test_right_tokens_are_accepted_and_zeros_and_nan_are_not(rule: str) -> None:
         ("cosine", with_wrong(8, 1.0), with_wrong(30, 1.0)),
     ],
 )
-def test_a_rule_accepts_up_to_its_bound(rule: str, accepted: Tensor, rejected: Tensor) -> None:
+def test_each_rule_accepts_up_to_its_bound(rule: str, accepted: Tensor, rejected: Tensor) -> None:
     assert accepted_by(CASE, accepted, RIGHT)[rule]
     assert not accepted_by(CASE, rejected, RIGHT)[rule]
 
 
-def test_a_single_nan_passes_where_misses_are_counted() -> None:
+def test_single_nan_is_accepted_only_by_the_rule_that_counts_misses() -> None:
     said = accepted_by(CASE, with_wrong(1, float("nan")), RIGHT)
     assert [rule for rule, accepts in said.items() if accepts] == ["aiter"]
 
 
-def test_deepep_allows_more_with_fp8_dispatch() -> None:
+def test_deepep_rule_has_a_wider_bound_with_fp8_dispatch() -> None:
     some = with_wrong(8, 0.75)
     assert accepted_by(tiny_case(2, dispatch_dtype="fp8"), some, RIGHT)["deepep"]
 
 
-def test_a_rank_without_tokens_is_not_asked() -> None:
+def test_rules_give_no_answer_for_a_rank_without_tokens() -> None:
     assert accepted_by(CASE, RIGHT[:0], RIGHT[:0]) == {}

@@ -57,7 +57,9 @@ def good() -> dict[str, torch.Tensor | None]:
         ),
     ],
 )
-def test_a_batch_that_mori_would_misread(values: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+def test_batch_that_mori_would_misread_is_refused(
+    values: dict[str, Any], changed: dict[str, Any], message: str
+) -> None:
     case = mori_case(**values)
     plan = plan_mori(mori_case(**values, tokens=1), {})
     with pytest.raises(DistbenchError, match=message):
@@ -76,7 +78,7 @@ def device_of(monkeypatch: pytest.MonkeyPatch, arch: str, units: int = 304) -> t
     return torch.device("cuda", 0)
 
 
-def test_fp4_on_the_way_back_wants_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp4_combine_requires_a_device_with_fp4(monkeypatch: pytest.MonkeyPatch) -> None:
     fp4 = plan_mori(mori_case(combine_quant="fp4_blockwise"), {})
     check_device(mori_case(), fp4, device_of(monkeypatch, "gfx950:sramecc+:xnack-"))
     check_device(mori_case(), plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942:sramecc+:xnack-"))
@@ -87,9 +89,7 @@ def test_fp4_on_the_way_back_wants_a_device_that_has_it(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("asked", [{"dispatch_dtype": "fp8"}, {"combine_quant": "fp8_blockwise"}])
-def test_fp8_of_another_format_than_the_devices_is_refused(
-    monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]
-) -> None:
+def test_fp8_format_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch, asked: dict[str, str]) -> None:
     ocp, fnuz = (mori_case(**asked, fp8_format=one) for one in ("e4m3fn", "e4m3fnuz"))
     plan = plan_mori(ocp, {})
     check_device(ocp, plan, device_of(monkeypatch, "gfx950:sramecc+:xnack-"))
@@ -100,7 +100,7 @@ def test_fp8_of_another_format_than_the_devices_is_refused(
         check_device(fnuz, plan, device_of(monkeypatch, "gfx950"))
 
 
-def test_a_pinned_grid_has_to_fit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_grid_larger_than_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     check_device(mori_case(), plan_mori(mori_case(), {}), device_of(monkeypatch, "gfx942", 80))
     small = device_of(monkeypatch, "gfx942", 79)
     check_device(mori_case(), plan_mori(mori_case(launch_mode="AUTO"), {}), small)
@@ -109,7 +109,7 @@ def test_a_pinned_grid_has_to_fit_the_device(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("error", [ValueError("invalid quant_type 'fp4_blockwise'"), NotImplementedError("no LL here")])
-def test_what_a_release_refuses_when_it_is_constructed_is_unsupported(error: Exception) -> None:
+def test_error_of_mori_at_construction_is_unsupported(error: Exception) -> None:
     def refuse(_: object) -> NoReturn:
         raise error
 
@@ -118,14 +118,14 @@ def test_what_a_release_refuses_when_it_is_constructed_is_unsupported(error: Exc
         _operator(old, None, cast("Any", None))
 
 
-def test_ids_that_a_kernel_skips_are_let_through() -> None:
+def test_ids_that_a_kernel_skips_pass_the_check() -> None:
     for kernel in ("IntraNode", "IntraNodeLL", "InterNodeV1"):
         case = mori_case(mori_kernel=kernel)
         batch: dict[str, Any] = good() | {"ids": torch.full((3, 4), -1, dtype=torch.int32)}
         check_batch(TokenBatch(**batch), case, plan_mori(case, {}), CPU)
 
 
-def test_routing_is_compared_by_its_content() -> None:
+def test_routing_is_compared_by_content_not_identity() -> None:
     routing = torch.arange(12, dtype=torch.int32).view(3, 4)
     check_routing_is_own(routing.clone(), routing)
     with pytest.raises(DistbenchError, match=r"ids of token 0 are \[8, 9, 10, 11\], dispatched were \[0, 1, 2, 3\]"):
@@ -134,7 +134,7 @@ def test_routing_is_compared_by_its_content() -> None:
         check_routing_is_own(routing[:2], routing)
 
 
-def test_an_older_package_is_named_where_it_lacks_what_the_case_asks() -> None:
+def test_older_mori_without_a_requested_option_is_refused_with_its_version() -> None:
     case = mori_case(prealloc_max_recv_tokens=64, combine_input="registered")
     plan = plan_mori(case, {})
     known = [name for name in plan.values(case, 0) if name != "max_total_recv_tokens"]

@@ -34,7 +34,9 @@ def case_of(ranks: int = 8, **values: Any) -> Case:
         (8, {"mori_kernel": "IntraNodeLL"}, "IntraNodeLL", Launch(80, 0, 16)),
     ],
 )
-def test_kernel_and_geometry_are_productions(ranks: int, values: dict[str, Any], kernel: str, launch: Launch) -> None:
+def test_kernel_and_launch_geometry_are_those_of_production(
+    ranks: int, values: dict[str, Any], kernel: str, launch: Launch
+) -> None:
     plan = plan_mori(case_of(ranks, tokens=1, **values), {})
     assert (plan.kernel, plan.launch) == (kernel, launch)
     assert 0 <= plan.launch.rdma_blocks < plan.launch.blocks
@@ -65,7 +67,7 @@ def test_kernel_and_geometry_are_productions(ranks: int, values: dict[str, Any],
         (8, {"prealloc_max_recv_tokens": 64}, "combine buffer has 35072 bytes, IntraNode writes up to byte 237568"),
     ],
 )
-def test_what_mori_would_get_wrong_is_refused(ranks: int, values: dict[str, Any], message: str) -> None:
+def test_configuration_that_mori_would_corrupt_is_refused(ranks: int, values: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidCase, match=message):
         plan_mori(case_of(ranks, **({"tokens": 16} | values)), {})
 
@@ -79,7 +81,7 @@ def test_what_mori_would_get_wrong_is_refused(ranks: int, values: dict[str, Any]
         {"prealloc_max_recv_tokens": 64, "mori_kernel": "AsyncLL"},
     ],
 )
-def test_a_cap_that_is_safe_is_passed_on(values: dict[str, Any]) -> None:
+def test_safe_receive_cap_is_passed_to_mori(values: dict[str, Any]) -> None:
     plan = plan_mori(case_of(tokens=8, **values), {})
     assert plan.max_total_recv_tokens == values["prealloc_max_recv_tokens"]
 
@@ -95,14 +97,14 @@ def test_a_cap_that_is_safe_is_passed_on(values: dict[str, Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("emulate", [False, True])
-def test_a_node_has_the_ranks_that_the_launch_has_there(
+def test_ranks_per_node_are_those_of_the_launch(
     emulate: bool, local_ranks: int | None, kernel: str, nodes: int
 ) -> None:
     plan = plan_mori(tiny_case(8, transport="mori", emulate=emulate), {}, local_ranks)
     assert (plan.kernel, plan.nodes, plan.gpu_per_node) == (kernel, nodes, 8 // nodes)
 
 
-def test_another_number_of_ranks_on_a_node_can_only_be_emulated() -> None:
+def test_gpu_per_node_that_differs_from_the_launch_requires_emulation() -> None:
     case = tiny_case(8, transport="mori", gpu_per_node=8)
     with pytest.raises(InvalidCase, match=r"gpu_per_node = 8: the launch has 4 of the case's ranks on each node"):
         plan_mori(case, {}, 4)
@@ -112,14 +114,14 @@ def test_another_number_of_ranks_on_a_node_can_only_be_emulated() -> None:
         plan_mori(tiny_case(12, transport="mori"), {}, 6)
 
 
-def test_an_exact_case_cannot_come_back_as_fp4() -> None:
+def test_exact_case_with_fp4_combine_is_refused() -> None:
     with pytest.raises(InvalidCase, match=r"fp4_blockwise: .*use numerics = gaussian"):
         check_case(case_of(combine_quant="fp4_blockwise"))
     with pytest.raises(InvalidCase, match=r"topk = 9: .* 16 units up to topk = 8"):
         check_case(case_of(combine_quant="fp8_direct_cast", topk=9))
 
 
-def test_the_heap_holds_the_case_and_a_smaller_one_is_refused() -> None:
+def test_heap_is_sized_for_the_case_and_a_smaller_one_is_refused() -> None:
     plan = plan_mori(case_of(), {})
     assert heap_size(plan, {}, emulated=False) == 4 << 30
     assert plan.heap_bytes <= heap_size(plan, {}, emulated=True) < 2 * plan.heap_bytes + (64 << 20)
@@ -146,7 +148,7 @@ def as_mori_reads(text: str) -> int:
 
 @pytest.mark.parametrize("letter", ["", *"KMGTkmgt"])
 @pytest.mark.parametrize("ending", ["", "B", "b", "iB", "ib", "IB", "Ib", " ", "x"])
-def test_a_heap_size_is_taken_as_mori_reads_it_or_not_at_all(letter: str, ending: str) -> None:
+def test_heap_size_text_is_parsed_as_mori_parses_it_or_refused(letter: str, ending: str) -> None:
     plan, text = plan_mori(case_of(), {}), f"8000000000{letter}{ending}"
     whole = {letter + ending for letter in "KMG" for ending in ("", "B", "b", "iB")}
     whole |= {letter + ending for letter in "kmg" for ending in ("", "b", "ib")} | {""}
@@ -157,7 +159,7 @@ def test_a_heap_size_is_taken_as_mori_reads_it_or_not_at_all(letter: str, ending
         heap_size(plan, {"MORI_SHMEM_HEAP_SIZE": text}, emulated=False)
 
 
-def test_a_reader_is_warned_of_what_is_not_pinned() -> None:
+def test_settings_that_are_not_pinned_give_a_warning() -> None:
     plan = plan_mori(case_of(mori_kernel="AsyncLL", launch_mode="AUTO"), {})
     found = mori_warnings(plan, {"MORI_SHMEM_MODE": "vmm_heap"}, emulated=False)
     assert [warning.split()[0] for warning in found] == ["MORI_SHMEM_MODE=vmm_heap:", "launch_mode", "mori_kernel"]
@@ -178,13 +180,13 @@ def test_a_reader_is_warned_of_what_is_not_pinned() -> None:
         ({"MORI_ENABLE_SDMA": "off"}, ""),
     ],
 )
-def test_modes_and_switches_are_read_as_mori_reads_them(environ: dict[str, str], words: str) -> None:
+def test_mori_variables_are_parsed_as_mori_parses_them(environ: dict[str, str], words: str) -> None:
     found = mori_warnings(plan_mori(case_of(), environ), environ, emulated=False)
     assert bool(found) == bool(words)
     assert words in "".join(found)
 
 
-def test_no_heap_is_refused_where_none_is_allocated() -> None:
+def test_heap_size_is_not_checked_in_isolation_mode() -> None:
     plan, small = plan_mori(case_of(), {}), {"MORI_SHMEM_HEAP_SIZE": "1K"}
     assert heap_size(plan, small | {"MORI_SHMEM_MODE": "ISOLATION"}, emulated=True) >= plan.heap_bytes
     with pytest.raises(InvalidCase, match="1024 bytes, the case needs"):
@@ -192,26 +194,26 @@ def test_no_heap_is_refused_where_none_is_allocated() -> None:
 
 
 @pytest.mark.parametrize("word", ["1", "True", "on", "yes"])
-def test_sdma_in_any_word_of_mori_is_on_to_asyncll(word: str) -> None:
+def test_any_true_word_of_mori_enables_sdma_for_asyncll(word: str) -> None:
     plan = plan_mori(case_of(mori_kernel="AsyncLL"), {})
     found = mori_warnings(plan, {"MORI_ENABLE_SDMA": word}, emulated=False)
     assert "copies by compute units" not in "".join(found)
     assert "copies by compute units" in "".join(mori_warnings(plan, {"MORI_ENABLE_SDMA": "no"}, emulated=False))
 
 
-def test_another_backend_is_refused() -> None:
+def test_mori_communication_backend_cco_is_unsupported() -> None:
     with pytest.raises(Unsupported, match=r"MORI_EP_COMM = 'cco'"):
         check_environment({"MORI_EP_COMM": "cco"})
 
 
-def test_without_the_package_there_is_no_silent_stand_in() -> None:
+def test_missing_mori_is_unsupported_without_emulate() -> None:
     with pytest.raises(Unsupported, match=r"install amd-mori .* or add --emulate"):
         check_case(tiny_case(4, transport="mori"))
     assert tiny_case(4, transport="mori").stand_ins == ["reference for aiter"]
     assert "distbench.emulation.mori for mori" in case_of().stand_ins
 
 
-def test_habits_by_release_and_by_name() -> None:
+def test_habits_are_parsed_from_a_release_and_from_names() -> None:
     assert parse_habits("") == parse_habits("1.2.4") == frozenset()
     assert parse_habits("1.2.2, ll-all-slots") < set(HABITS)
     with pytest.raises(ValueError, match=r"neither a release"):

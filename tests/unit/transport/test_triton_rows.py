@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed here")
 ROOT = Path(__file__).parents[3]
 
 
-def test_every_bit_is_the_one_that_torch_gives() -> None:
+def test_interpreted_triton_rows_equal_torch_bit_for_bit() -> None:
     script = Path(__file__).with_name("interpreted_rows.py")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)

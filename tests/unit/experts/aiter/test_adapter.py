@@ -60,7 +60,7 @@ def given(rows: int = ROWS, **changed: Any) -> dict[str, Any]:
     return arguments | changed
 
 
-def test_good_arguments_pass() -> None:
+def test_valid_arguments_pass_the_check() -> None:
     check_arguments(**given())
     float8 = torch.zeros(ROWS, 256, dtype=torch.float8_e4m3fn)
     check_arguments(**given(hidden=float8, scale=torch.ones(ROWS, 2), weight_scale=torch.ones(4, 2, 2)))
@@ -87,20 +87,20 @@ def test_good_arguments_pass() -> None:
         ),
     ],
 )
-def test_bad_arguments_are_refused(changed: dict[str, Any], complaint: str) -> None:
+def test_invalid_arguments_are_refused(changed: dict[str, Any], complaint: str) -> None:
     with pytest.raises(DistbenchError, match=complaint) as caught:
         check_arguments(**given(**changed))
     assert caught.value.verdict is Verdict.RANK_FAULT  # its peers are in the middle of a pass
 
 
 @pytest.mark.parametrize("wild", [-1, 16, 0x7FFF0000])
-def test_ids_without_an_expert_are_refused(wild: int) -> None:
+def test_expert_id_out_of_range_in_a_valid_row_is_refused(wild: int) -> None:
     check_ids(torch.tensor([[0, 15]], dtype=torch.int32), 16)
     with pytest.raises(DistbenchError, match=f"topk_ids holds {wild} in a valid row: allowed is 0 to 15"):
         check_ids(torch.tensor([[0, wild]], dtype=torch.int32), 16)
 
 
-def test_more_valid_rows_than_rows_are_refused() -> None:
+def test_num_local_tokens_above_the_rows_is_refused() -> None:
     check_live(16, 16)
     with pytest.raises(DistbenchError, match="num_local_tokens = 17: at most 16"):
         check_live(17, 16)
@@ -135,7 +135,7 @@ def passed(rows: int, live: int, last: int) -> dict[str, Any]:
     }
 
 
-def test_a_call_reads_nothing_back_so_that_it_can_be_timed_and_captured() -> None:
+def test_call_after_the_first_makes_no_host_synchronisation() -> None:
     experts, calls = quiet_experts(aiter_case())
     given = passed(rows=8, live=9, last=99)
     experts(**given)
@@ -144,7 +144,7 @@ def test_a_call_reads_nothing_back_so_that_it_can_be_timed_and_captured() -> Non
     assert (reads.count, calls) == (0, [8, 8])
 
 
-def test_values_are_looked_at_where_that_is_asked_for() -> None:
+def test_ids_and_row_count_are_checked_unless_the_policy_is_unchecked() -> None:
     strict, unchecked = (quiet_experts(aiter_case(policy=policy))[0] for policy in ("strict", "unchecked"))
     wild, many = passed(8, 8, 99), passed(8, 9, 0)
     names = ("topk_ids", "expert_mask", "num_local_tokens")
@@ -158,7 +158,7 @@ def test_values_are_looked_at_where_that_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("fp8", FP8)
-def test_weights_that_float8_holds_lose_nothing(fp8: torch.dtype) -> None:
+def test_weights_representable_in_fp8_are_quantised_exactly(fp8: torch.dtype) -> None:
     weights = torch.randint(-7, 8, (2, 256, 384)).bfloat16() * torch.exp2(torch.arange(3).repeat_interleave(128))
     narrow, scale = quantize_weight_blocks(weights, fp8)
     assert scale.shape == (2, 2, 3)
@@ -167,13 +167,13 @@ def test_weights_that_float8_holds_lose_nothing(fp8: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("fp8", FP8)
-def test_blocks_use_the_range_of_float8(fp8: torch.dtype) -> None:
+def test_quantised_weight_blocks_use_the_whole_fp8_range(fp8: torch.dtype) -> None:
     narrow, _ = quantize_weight_blocks(torch.randn(2, 256, 256).bfloat16(), fp8)
     largest = narrow.float().abs().view(2, 2, 128, 2, 128).amax((2, 4))
     assert bool((largest > 0.46 * torch.finfo(fp8).max).all())
 
 
-def test_the_tensor_that_is_passed_on_is_marked() -> None:
+def test_weights_passed_to_aiter_are_marked_as_shuffled() -> None:
     experts = make_aiter_experts(aiter_case())
     prepared = experts._prepared(torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16())  # noqa: SLF001
     assert prepared.w1.is_shuffled  # type: ignore[attr-defined]
@@ -182,7 +182,7 @@ def test_the_tensor_that_is_passed_on_is_marked() -> None:
 
 @pytest.mark.parametrize("version", ["", "0.1.7.post2.dev18", "0.1.9"])
 @pytest.mark.parametrize(("quant", "cu_count"), [("bf16", 304), ("bf16", 256), ("fp8", 256), ("fp8", 304)])
-def test_the_choice_read_from_the_package_is_the_selectors(version: str, quant: str, cu_count: int) -> None:
+def test_choice_read_from_the_package_equals_the_selectors(version: str, quant: str, cu_count: int) -> None:
     case = aiter_case(aiter_version=version, dispatch_dtype=quant, cu_count=cu_count)
     experts, selector = make_experts(case), make_selector(case)
     for rows in (0, 1, 3, 16, 17, 64, 200, 1000, 1025, 40_000):
@@ -190,7 +190,7 @@ def test_the_choice_read_from_the_package_is_the_selectors(version: str, quant: 
         assert experts.selection(rows) == msgspec.structs.replace(expected, bucket=selector.choose(rows).bucket)
 
 
-def test_other_kernels_in_the_log_are_noticed() -> None:
+def test_kernel_in_the_log_that_differs_from_the_choice_raises_a_doubt() -> None:
     case = aiter_case(cu_count=256)
     choice, layer = make_selector(case).choose(64), make_selector(case).layer
     log = KernelLog()
@@ -216,7 +216,7 @@ def one_stage_table(case: Case, folder: Path) -> str:
     return str(path)
 
 
-def test_one_stage_is_told_by_its_first_kernel_alone(tmp_path: Path) -> None:
+def test_one_stage_choice_is_compared_by_its_first_kernel_only(tmp_path: Path) -> None:
     case = aiter_case(dispatch_dtype="fp8", cu_count=256)
     experts = make_aiter_experts(msgspec.structs.replace(case, kernel_table=one_stage_table(case, tmp_path)))
     choice = experts.selection(64)
@@ -226,7 +226,7 @@ def test_one_stage_is_told_by_its_first_kernel_alone(tmp_path: Path) -> None:
     assert about["doubts"] == []
 
 
-def test_a_selection_that_the_log_contradicts_is_told() -> None:
+def test_selection_that_the_log_contradicts_gives_a_warning() -> None:
     experts = make_aiter_experts(aiter_case(cu_count=256))
     with patch.object(KernelLog, "doubt", lambda *_: "other kernels"):
         experts.selection(64)
@@ -240,7 +240,7 @@ def _say(log: KernelLog, line: str) -> None:
     log.emit(logging.LogRecord("aiter", logging.INFO, "", 0, line, None, None))
 
 
-def test_a_release_with_an_unknown_argument_is_refused() -> None:
+def test_selection_function_with_an_unknown_argument_is_unsupported() -> None:
     def get_2stage_cfgs(token: int, colour: str) -> None:
         raise AssertionError(token, colour)
 
@@ -255,7 +255,7 @@ def test_a_release_with_an_unknown_argument_is_refused() -> None:
         experts.selection(16)
 
 
-def test_tells_version_device_table_and_log() -> None:
+def test_facts_hold_version_device_table_and_log() -> None:
     experts = make_aiter_experts(aiter_case(cu_count=256, aiter_version="0.1.9"))
     experts.selection(64)
     about = experts.about()["aiter"]
@@ -264,7 +264,7 @@ def test_tells_version_device_table_and_log() -> None:
     assert about["log"]
 
 
-def test_tells_each_table_by_its_digest_and_its_rows_as_they_were_when_it_was_read(tmp_path: Path) -> None:
+def test_facts_hold_digest_and_rows_of_each_table_at_the_time_of_reading(tmp_path: Path) -> None:
     table = tmp_path / "tuned.csv"
     content = Path("tests/data/atomic.csv").read_bytes()
     table.write_bytes(content)
@@ -284,7 +284,7 @@ def test_tells_each_table_by_its_digest_and_its_rows_as_they_were_when_it_was_re
         ({"dispatch_dtype": "fp8", "fp8_format": "e4m3fn"}, Unsupported, "aiter's kernels for gfx942 read e4m3fnuz"),
     ],
 )
-def test_cases_that_aiter_cannot_take_are_refused(
+def test_case_that_aiter_cannot_run_is_refused(
     values: dict[str, Any], error: type[DistbenchError], complaint: str
 ) -> None:
     with pytest.raises(error, match=complaint):
@@ -301,7 +301,7 @@ def warmed(case: Case, rows: int, experts: AiterExperts | None = None) -> None:
 ODD_TILES = {"hidden_size": 320, "intermediate_size": 320, "cu_count": 80}
 
 
-def test_rows_whose_kernels_cannot_take_the_layer_are_refused_as_it_warms_up() -> None:
+def test_row_count_whose_kernel_does_not_fit_the_layer_is_refused_in_warm_up() -> None:
     case = aiter_case(**ODD_TILES)
     warmed(case, 16)
     with pytest.raises(
@@ -312,7 +312,7 @@ def test_rows_whose_kernels_cannot_take_the_layer_are_refused_as_it_warms_up() -
         warmed(case, 256)
 
 
-def test_what_the_package_cannot_take_is_refused_where_its_kernels_are_not_known(
+def test_error_of_the_package_in_warm_up_is_unsupported_if_kernels_are_unknown(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     case = aiter_case(**ODD_TILES)
@@ -325,7 +325,7 @@ def test_what_the_package_cannot_take_is_refused_where_its_kernels_are_not_known
         warmed(case, 256, experts)
 
 
-def test_without_the_package_nothing_stands_in() -> None:
+def test_missing_package_is_unsupported_without_emulate() -> None:
     assert "aiter" not in sys.modules
     with pytest.raises(Unsupported, match=r"amd-aiter is not installed; .*docs/amd.md"):
         check_case(aiter_case(emulate=False))
@@ -333,14 +333,14 @@ def test_without_the_package_nothing_stands_in() -> None:
         make_experts(aiter_case(emulate=False))
 
 
-def test_habits_are_checked_before_a_rank_starts() -> None:
+def test_unknown_aiter_habit_is_refused_before_a_rank_starts() -> None:
     with pytest.raises(InvalidCase, match="'speed' is no habit"):
         check_available(aiter_case(aiter_habits="zero-rows,speed"))
     with pytest.raises(InvalidCase, match="only the stand-in"):
         check_available(aiter_case(aiter_habits="zero-rows", emulate=False))
 
 
-def test_the_real_one_follows_no_other_release_and_no_other_table(tmp_path: Any) -> None:
+def test_real_package_with_another_release_or_table_than_the_case_is_refused(tmp_path: Any) -> None:
     table = tmp_path / "table.csv"
     table.write_text("")
     case, package = aiter_case(emulate=False, aiter_version="0.1.9"), load_package(STAND_IN)
@@ -354,7 +354,7 @@ def test_the_real_one_follows_no_other_release_and_no_other_table(tmp_path: Any)
 
 
 @pytest.mark.parametrize("version", ["0.1.dev1+g123", "unknown"])
-def test_of_a_build_without_tags_the_case_tells_the_release(version: str) -> None:
+def test_build_without_a_version_tag_needs_aiter_version(version: str) -> None:
     package = load_package(STAND_IN)._replace(version=version)
     with pytest.raises(InvalidCase, match="aiter_version"):
         AiterExperts(aiter_case(emulate=False), package)
@@ -364,13 +364,13 @@ def test_of_a_build_without_tags_the_case_tells_the_release(version: str) -> Non
     assert (about["version"], about["rules"]) == (version, "0.1.19")
 
 
-def test_the_cpu_is_no_place_for_the_real_one() -> None:
+def test_real_package_on_the_cpu_is_refused() -> None:
     experts = AiterExperts(aiter_case(emulate=False), load_package(STAND_IN))
     weights = torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16()
     with pytest.raises(Unsupported, match="--device cuda"):
         experts.warm_up(*weights, torch.ones(16, dtype=torch.int32), (16,))
 
 
-def test_emulation_is_told() -> None:
+def test_emulated_aiter_is_listed_in_stand_ins() -> None:
     assert aiter_case().stand_ins == ["collective for mori", "distbench.emulation.aiter for aiter"]
     assert "distbench.emulation.aiter for aiter" not in aiter_case(emulate=False).stand_ins

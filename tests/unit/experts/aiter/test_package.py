@@ -38,7 +38,7 @@ def fake_aiter(folder: Path) -> Path:
     return folder
 
 
-def test_one_rank_imports_it_while_the_others_wait(tmp_path: Path) -> None:
+def test_one_rank_per_node_imports_aiter_while_the_others_wait(tmp_path: Path) -> None:
     site, times = fake_aiter(tmp_path / "site"), tmp_path / "times"
     times.mkdir()
     environ = os.environ | {"PYTHONPATH": f"{site}:{ROOT}", "TIMES": str(times), "AITER_JIT_DIR": str(tmp_path / "jit")}
@@ -50,7 +50,7 @@ def test_one_rank_imports_it_while_the_others_wait(tmp_path: Path) -> None:
     assert len(list((tmp_path / "jit").glob("distbench-*.built"))) == 1
 
 
-def test_what_is_built_lies_where_aiter_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_folder_is_that_of_aiter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = fake_aiter(tmp_path / "site")
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -62,7 +62,7 @@ def test_what_is_built_lies_where_aiter_keeps_it(tmp_path: Path, monkeypatch: py
     assert package._build_folder({}) == tmp_path / ".aiter" / "jit"  # noqa: SLF001
 
 
-def test_merged_tables_are_told_with_their_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_kernel_tables_are_reported_with_their_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     site = fake_aiter(tmp_path / "site")
     configs = site / "aiter" / "configs"
     (configs / "model_configs").mkdir(parents=True)

@@ -68,14 +68,14 @@ def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(("rows", "live"), [(1, 1), (7, 5), (64, 40), (300, 300)])
-def test_computes_as_the_reference_does(rows: int, live: int) -> None:
+def test_stand_in_gives_the_reference_bits_and_nan_past_the_valid_rows(rows: int, live: int) -> None:
     given = layer(rows, live)
     assert same_bits(call(given)[:live], reference(given)[:live])
     assert bool(call(given)[live:].isnan().all())
 
 
 @pytest.mark.parametrize(("cu_count", "fp8"), [(304, torch.float8_e4m3fnuz), (256, torch.float8_e4m3fn)])
-def test_bytes_are_read_as_the_devices_fp8(cu_count: int, fp8: torch.dtype) -> None:
+def test_stand_in_reads_fp8_bytes_in_the_format_of_the_device(cu_count: int, fp8: torch.dtype) -> None:
     assume(cu_count=cu_count)
     made = torch.arange(256, dtype=torch.uint8)
     for said in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
@@ -84,7 +84,7 @@ def test_bytes_are_read_as_the_devices_fp8(cu_count: int, fp8: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("element", [torch.bfloat16, torch.float8_e4m3fn])
-def test_shuffling_can_be_undone(element: torch.dtype) -> None:
+def test_weight_shuffle_is_invertible(element: torch.dtype) -> None:
     weights = torch.randn(3, 64, 96).to(element)
     shuffled = shuffle_weight(weights)
     assert shuffled.is_shuffled  # type: ignore[attr-defined]
@@ -92,14 +92,14 @@ def test_shuffling_can_be_undone(element: torch.dtype) -> None:
     assert torch.equal(unshuffled(shuffled).view(torch.uint8), weights.view(torch.uint8))
 
 
-def test_weights_that_were_not_shuffled_give_garbage_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_unshuffled_weights_give_wrong_rows_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     given = layer(16)
     garbage = call(given, w1=given["w1"], w2=given["w2"]).clone()
     assert not same_bits(garbage, reference(given))
     assert "not marked as shuffled" in caplog.text
 
 
-def test_ids_of_another_type_are_misread() -> None:
+def test_int64_ids_are_misread_as_int32() -> None:
     given = layer(16)
     assert not same_bits(call(given, topk_ids=given["topk_ids"].long()).clone(), reference(given))
 
@@ -107,12 +107,12 @@ def test_ids_of_another_type_are_misread() -> None:
 @pytest.mark.parametrize(
     "changed", [{"topk_weight": torch.ones(16, TOPK, dtype=torch.bfloat16)}, {"dtype": torch.float32}]
 )
-def test_refuses_what_aiter_refuses(changed: dict[str, Any]) -> None:
+def test_stand_in_refuses_what_aiter_refuses(changed: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         call(layer(16), **changed)
 
 
-def test_rows_past_the_cut_are_lost() -> None:
+def test_num_local_tokens_above_the_tensor_rows_computes_the_tensor_rows_only() -> None:
     given = layer(16, live=24)
     assert same_bits(call(given), reference(layer(16)))
 
@@ -121,12 +121,12 @@ def test_rows_past_the_cut_are_lost() -> None:
     ("version", "buckets"),
     [("0.1.7.post2.dev18", (16, 1024, 1024)), ("0.1.9", (4, 1024, 16384)), ("0.1.20", (4, 2048, 32768))],
 )
-def test_buckets_are_those_of_the_release(version: str, buckets: tuple[int, ...]) -> None:
+def test_stand_in_buckets_follow_the_release(version: str, buckets: tuple[int, ...]) -> None:
     assume(version=version)
     assert (get_padded_M(3), get_padded_M(2000), get_padded_M(40_000)) == buckets
 
 
-def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_kernel_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assume(cu_count=256)
     caplog.set_level(logging.INFO, logger="aiter")
     for _ in range(2):
@@ -135,7 +135,7 @@ def test_a_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "(256, 64, 128, 64, 4, 1, 'ActivationType.Silu', 'torch.bfloat16'" in caplog.text
 
 
-def test_a_tuned_row_names_its_kernels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tuned_row_is_logged_with_its_kernel_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     table = tmp_path / "tuned.csv"
     key = "256,64,128,64,4,1,ActivationType.Silu,torch.bfloat16,torch.bfloat16,torch.bfloat16,QuantType.No,1,0"
     header = "cu_num,token,model_dim,inter_dim,expert,topk,act_type,dtype,q_dtype_a,q_dtype_w,q_type,use_g1u1"
@@ -158,7 +158,7 @@ def test_a_tuned_row_names_its_kernels(tmp_path: Path, caplog: pytest.LogCapture
         (habits.UNSET_SPLIT_K, 64, 64, False),
     ],
 )
-def test_habits_change_what_they_are_said_to(habit: str, rows: int, live: int, *, changes: bool) -> None:
+def test_each_habit_changes_the_documented_rows(habit: str, rows: int, live: int, *, changes: bool) -> None:
     given = layer(rows, live)
     expected = reference(given)[:live].clone()
     assume(habits=frozenset({habit}))
@@ -188,20 +188,22 @@ print("no fault")
         (16, 16, "", "wild", "expert id 2147418112"),
     ],
 )
-def test_faults_end_the_process(rows: int, live: int, habit: str, wild: str, complaint: str) -> None:
+def test_memory_fault_of_the_stand_in_kills_the_process(
+    rows: int, live: int, habit: str, wild: str, complaint: str
+) -> None:
     command = [sys.executable, "-c", FAULTS, str(rows), str(live), habit, wild]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode < 0, done.stderr
     assert complaint in done.stderr
 
 
-def test_nobody_reads_ids_past_the_valid_rows() -> None:
+def test_stand_in_does_not_read_ids_past_the_valid_rows() -> None:
     given = layer(16, live=15)
     given["topk_ids"][-1] = -1
     call(given)
 
 
-def test_selection_by_keyword() -> None:
+def test_selection_function_accepts_keyword_arguments() -> None:
     assume(cu_count=304, version="0.1.20")
     names = ("hidden_pad", "intermediate_pad", "bias1", "bias2")
     metadata = get_2stage_cfgs(
