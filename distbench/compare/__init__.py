@@ -1,1 +1,1 @@
-"""Two sets of results side by side: verdicts first, then times against the noise that both have (docs/compare.md)."""
+"""Comparison of two sets of results: verdicts first, then times against the noise of both (docs/compare.md)."""

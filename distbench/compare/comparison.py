@@ -1,4 +1,4 @@
-"""Two sets of results, case by case: what went wrong since, what is not there any more, and what became slower."""
+"""Two sets of results, case by case: new failures, absent results, and slowdowns."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Kind = Literal[
 Detect = float | Literal["auto", "off"]
 
 DEVICE_DETECT = 0.1
-"""The slowdown that has to be found in every arm and stage where a device was timed, unless --detect says else."""
+"""Slowdown that must be detectable in every arm and stage where a device was timed, unless --detect says otherwise."""
 
-# An arm and stage in which not even a tenfold slowdown would have been found is not judged.
+# An arm and stage in which not even a tenfold slowdown would have been detected is not judged.
 _BLIND = 9.0
-# Growth of a device's times, and of a host's, where ranks wait for cores, that is no pass even if noise explains it.
+# Growth of times on a device, and on a host where ranks wait for cores, that never passes, even if noise explains it.
 _GROSS_ON_DEVICE, _GROSS_ON_HOST = 1.0, 4.0
 
 Noise = Literal["within launches", "between launches"]
@@ -43,12 +43,12 @@ _DEFAULTS = msgspec.to_builtins(FIELD_DEFAULTS)
 _UNKNOWN = object()
 _UNSUPPORTED = Verdict.UNSUPPORTED.exit_code
 _NO_RESULT = {Verdict.INVALID, Verdict.UNSUPPORTED, Verdict.HANG, Verdict.RANK_FAULT}
-# Without --iterations it is run once: the others are held against that.
+# Without --iterations it runs once: the others are compared against it.
 _RUN_ONCE = "padded"
 
 
 class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):
-    """A case whose result is not simply the same as before; verdicts are empty where there is no result."""
+    """A case whose result differs from before; verdicts are empty where there is no result."""
 
     kind: Kind
     name: str
@@ -58,7 +58,7 @@ class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
-    """How the time of a stage changed in one case, or in all of them together (ALL_CASES).
+    """Change of a stage's time in one case, or in all of them together (ALL_CASES).
 
     `old_us` and `new_us` are medians in microseconds, summed over the `cases` cases.
     """
@@ -79,12 +79,11 @@ class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """`distbench.compare/1`. `unjudged` are arms and stages with too few samples or too much noise for any change.
 
-    `times` has every arm and stage over all cases, then the single cases that are slower or faster. `noise` says whose
-    noise they were held against, that of `launches` old launches, `left_out` how many cases of an arm and stage had too
-    few samples to be judged in. `coarse` are the arms and stages in which a slowdown of `detect` would not
-    have been found; None asks for none. `suspect` are times that have grown grossly without being called slower.
-    `environment` holds what OLD and NEW do not have in common.
-    `untimed` says that times were asked for and none could be compared.
+    `times` has every arm and stage over all cases, then the single cases that are slower or faster. `noise` is the kind
+    of noise they were judged by, over `launches` old launches. `left_out` counts, by arm and stage, the cases with too
+    few samples to be judged. `coarse` are the arms and stages in which a slowdown of `detect` would not have been
+    detected; None requires none. `suspect` are times that grew grossly without being called slower. `environment` holds
+    the differences between OLD and NEW. `untimed`: times were requested and none could be compared.
     """
 
     schema: str = SCHEMA
@@ -104,7 +103,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Kept(msgspec.Struct, frozen=True):
-    """What a comparison holds of a result; `times` has the samples of each launch that it stands for, where kept."""
+    """The parts of a result that a comparison keeps; `times` has the samples of each launch in it, where kept."""
 
     name: str
     hash: str
@@ -122,7 +121,7 @@ class _Timed(msgspec.Struct, frozen=True):
 
 
 class _Times:
-    """The samples of all cases that ended as before, by arm and stage, and what could not be taken."""
+    """Samples of all cases that ended as before, by arm and stage, and those that could not be used."""
 
     def __init__(self, launches: int, *, asked: bool) -> None:
         self.asked = asked
@@ -133,7 +132,7 @@ class _Times:
         self._launches = launches
 
     def take(self, old: _Kept, new: _Kept) -> list[CaseFinding]:
-        """Note the samples that both have, and return what only the old one has, or has enough of."""
+        """Add the samples that both have; return findings where only the old result has them, or enough of them."""
         self.stages |= old.times.keys()
         self.on_device |= old.on_device or new.on_device
         for key in (key for key in old.times if key in new.times):
@@ -150,7 +149,7 @@ class _Times:
 
 
 def _gone(old: _Samples, new: _Samples) -> str:
-    """Return in words which times or samples of `old` are not in `new`."""
+    """Times or samples of `old` that `new` lacks, in words."""
     absent = [key for key, before in old.items() if key not in new or (before and not new[key])]
     thin = [
         key for key, before in old.items() if key not in absent and _most(before) >= LEAST_SAMPLES > _most(new[key])
@@ -166,7 +165,7 @@ def _most(launches: tuple[Samples, ...]) -> int:
 def compare(
     old: Sequence[Iterable[Result]], new: Iterable[Result], *, times: bool = True, detect: Detect = "auto"
 ) -> Comparison:
-    """Compare `new` with the launches `old`; without `times` the verdicts alone.
+    """Compare `new` with the launches `old`; without `times`, verdicts only.
 
     A slowdown of `detect`, a share, has to be one that would be found in every arm and stage; "auto" is DEVICE_DETECT
     where a device was timed, else off.

@@ -1,4 +1,4 @@
-"""What the machines and packages of two sets of results have not in common."""
+"""Differences between two sets of results in machines and packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distbench.report.environment import Environment
 
 
 class EnvironmentFinding(msgspec.Struct, frozen=True, kw_only=True):
-    """A fact of the environment, such as `versions.torch`, with its values on both sides; none where it is unknown."""
+    """A fact of the environment, such as `versions.torch`, with its values on both sides; empty where unknown."""
 
     what: str
     old: list[str]
@@ -30,7 +30,7 @@ class Surroundings:
             self._values.setdefault(what, set()).update(values)
 
     def against(self, new: Surroundings) -> list[EnvironmentFinding]:
-        """Return the facts whose values differ, these being the old ones; packages first, then the rest by name."""
+        """Facts whose values differ, `self` being the old side; packages first, then the rest by name."""
         names = sorted(self._values.keys() | new._values.keys(), key=lambda name: (_rank(name), name))
         pairs = [(name, self._values.get(name, set()), new._values.get(name, set())) for name in names]
         return [

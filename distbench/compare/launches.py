@@ -1,9 +1,9 @@
-"""How far launches of the same thing lie apart, and whether a new one lies further off than that.
+"""Variation between launches of the same configuration, and whether a new launch lies outside it.
 
-Samples of one launch share its placement, its clocks and its neighbours, so their noise says nothing of another
-launch's. The level of a launch is the median over cases of log(its median time / the mean of the old launches' median
-times). Whether a new level is one more of the kind is asked by Student's t with k - 1 degrees of freedom: the level
-against the standard deviation of the k old ones, times sqrt(1 + 1 / k).
+Samples of one launch share its placement, clocks and neighbours, so their noise does not predict another launch's. The
+level of a launch is the median over cases of log(its median time / the mean of the old launches' median times). Whether
+a new level belongs to the old ones is tested by Student's t with k - 1 degrees of freedom: the level against the
+standard deviation of the k old ones, times sqrt(1 + 1 / k).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from distbench.compare.noise import PLANNED_POWER, Change, Pair, Samples, judge_
 from distbench.student import student_quantile, student_tail
 
 LEAST_LAUNCHES = 3
-"""Old launches below which nothing is known of how far they lie apart; one is compared by its own noise alone."""
+"""Least number of old launches that shows their variation; one launch is compared by its own noise alone."""
 
 _WIDEST = 1e6
 
 
 def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
-    """Judge new samples against those of several old launches, in cases that are expected to change alike.
+    """Change of new samples against those of several old launches, in cases that are expected to change alike.
 
-    Slower is what the noise within launches does not explain, nor that between them.
+    Slower means more than both the noise within launches and the variation between them explain.
     """
     within = judge_change(pairs, alpha)
     levels = _levels(pairs)
@@ -49,7 +49,7 @@ def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
 
 
 def _levels(pairs: Sequence[Pair]) -> Samples:
-    """Return the level of each old launch, and last that of the new one."""
+    """Level of each old launch, and last that of the new one."""
     medians = np.log([[float(np.median(series)) for series in (*pair.old, pair.new)] for pair in pairs])
     levels: Samples = np.median(medians - medians[:, :-1].mean(axis=1, keepdims=True), axis=0)
     levels -= levels[:-1].mean()

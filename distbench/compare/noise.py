@@ -1,10 +1,10 @@
-"""Is one set of samples slower than another, and how much slower would it have had to be for that to be seen?
+"""Test whether one set of samples is slower than another, and the smallest slowdown that it would have detected.
 
 The test is Mann and Whitney's, over several cases as van Elteren combines it (Bull. Inst. Int. Stat. 37, 1960): within
-each case new samples are ranked among old ones, and the cases are added up with weights 1 / (n + m + 1). Samples that
-follow one another are alike, so the variance is raised by (1 + r) / (1 - r) with the lag-1 autocorrelation r of the
-ranks where that is positive. The change that could have been seen is Noether's (J. Am. Stat. Assoc. 82, 1987), with
-the noise as it was measured: the differences of all pairs of logarithms about their median.
+each case new samples are ranked among old ones, and the cases are summed with weights 1 / (n + m + 1). Consecutive
+samples are correlated, so the variance is raised by (1 + r) / (1 - r), where r is the lag-1 autocorrelation of the
+ranks, if positive. The detectable change is Noether's (J. Am. Stat. Assoc. 82, 1987), with the measured noise: the
+differences of all pairs of logarithms about their median.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALPHA = 0.01
-"""Chance that anything at all is called slower where nothing changed but the noise."""
+"""Probability that anything is called slower where nothing changed but the noise."""
 POWER = 0.9
-"""Chance that a slowdown of the detectable size is called one."""
+"""Probability that a slowdown of the detectable size is called one."""
 
 Samples = NDArray[np.float64]
 
 PLANNED_POWER = 0.95
-"""Planned for somewhat more than is promised: the noise is itself an estimate."""
+"""Power of the design, above the promised one: the noise is itself an estimate."""
 LEAST_SAMPLES = 10
-"""Samples below which the noise of a series is not known."""
+"""Samples below which the noise of a series is unknown."""
 
 _NANOSECOND_US = 1e-3
 _NORMAL = NormalDist()
@@ -38,7 +38,7 @@ _MOST_ALIKE = 0.99
 
 
 class Pair(NamedTuple):
-    """The samples of one case: a series for each old launch, and the new one's."""
+    """Samples of one case: a series for each old launch, and the new one's."""
 
     old: tuple[Samples, ...]
     new: Samples
@@ -50,11 +50,11 @@ class Pair(NamedTuple):
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """How new samples differ from old ones, as shares: 0.1 is 10 % slower.
+    """Difference of new samples from old ones, as shares: 0.1 is 10 % slower.
 
-    `detectable` is the smallest slowdown found with probability POWER, None where no slowdown of any size could be.
-    `slower` and `faster` hold where the chance of as much by noise alone is below `alpha`. `between` is the standard
-    deviation of launches of the same thing, None where one old launch tells nothing of it.
+    `detectable` is the smallest slowdown detected with probability POWER; None where no size would be. `slower` and
+    `faster` hold where noise alone has a probability below `alpha` of as large a change. `between` is the standard
+    deviation between launches of the same configuration; None where one old launch does not show it.
     """
 
     change: float
@@ -67,10 +67,10 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def readable(samples: Sequence[float]) -> Samples:
-    """Return samples in microseconds as an array; what is below a nanosecond counts as one.
+    """Samples in microseconds as an array; values below a nanosecond are raised to one.
 
     Raises:
-        ValueError: one that is negative or not finite.
+        ValueError: a sample is negative or not finite.
 
     """
     array = np.asarray(samples, dtype=np.float64)
@@ -108,14 +108,14 @@ def judge_change(pairs: Sequence[Pair], alpha: float) -> Change:
 
 
 def _score(old: Samples, new: Samples) -> float:
-    """Return Mann and Whitney's U of the new samples less what noise alone would give."""
+    """Mann and Whitney's U of the new samples less its expectation under noise alone."""
     ordered = np.sort(old)
     below = np.searchsorted(ordered, new, "left") + np.searchsorted(ordered, new, "right")
     return float(below.sum()) / 2 - old.size * new.size / 2
 
 
 def _deviation(pair: Pair) -> float:
-    """Return the standard deviation of `_score` under noise alone, for ties and for samples that follow one another."""
+    """Standard deviation of `_score` under noise alone, corrected for ties and for autocorrelation."""
     old, new = pair.before, pair.new
     total = old.size + new.size
     together = np.concatenate((old, new))
@@ -127,9 +127,9 @@ def _deviation(pair: Pair) -> float:
 
 
 def _autocorrelation(*launches: Samples) -> float:
-    """Return the lag-1 autocorrelation r of the ranks within each series, all together; 0 where it is negative.
+    """Lag-1 autocorrelation r of the ranks within each series, all together; 0 where it is negative.
 
-    From n samples r comes out about (1 + 4 r) / n too small (Kendall, Biometrika 41, 1954), which is added again.
+    From n samples r is biased by about -(1 + 4 r) / n (Kendall, Biometrika 41, 1954), which is corrected.
     """
     products = squares = 0.0
     for series in launches:
@@ -148,7 +148,7 @@ def _tail(score: float, deviation: float) -> float:
 
 
 def _differences(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[list[Samples], Samples]:
-    """Return log(new / old) of each case's pairs of samples, thinned alike, and what each of them weighs."""
+    """log(new / old) of each case's pairs of samples, thinned alike, and the weight of each pair."""
     points = int(math.sqrt(_MOST_DIFFERENCES / len(pairs)))
     points = max(_LEAST_POINTS, min(_MOST_POINTS, points))
     differences = [
@@ -170,9 +170,9 @@ def _thinned(samples: Samples, points: int) -> Samples:
 
 
 def _detectable(pairs: Sequence[Pair], differences: Sequence[Samples], shares: Samples, needed: float) -> float | None:
-    """Return the shift under which as large a share of pairs as is needed have the new sample as the slower one.
+    """Shift at which the needed share of pairs has the new sample as the slower one.
 
-    Differences about their own median are too small by what that median follows of the noise; they are widened again.
+    Differences about their own median are too small, since that median follows the noise; they are widened again.
     """
     noise = np.concatenate(
         [

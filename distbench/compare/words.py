@@ -1,4 +1,4 @@
-"""A comparison as a person reads it, what is worst first."""
+"""A comparison as text for a person, the worst first."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WORST_FIRST = (
 
 
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
-    """Yield the lines: the environment, what could not have been found, cases, stages, single cases, the ending."""
+    """Yield the lines: the environment, undetectable changes, cases, stages, single cases, the result."""
     yield from _environment(comparison)
     yield from _limits(comparison)
     cases = sorted(comparison.cases, key=lambda found: _WORST_FIRST.index(found.kind))
@@ -54,7 +54,7 @@ def _short(values: Sequence[str]) -> str:
 
 
 def _limits(comparison: Comparison) -> Iterator[str]:
-    """Yield what the comparison could not have found, the worst first."""
+    """Yield the changes that the comparison could not have detected, the worst first."""
     if comparison.untimed:
         yield (
             f"no times compared: no arm and stage has {LEAST_SAMPLES} samples on each side in a case that ended the "

@@ -1,1 +1,1 @@
-"""Runs the corpus of mutants (distbench.faults.mutants) and says which of them the bench sees."""
+"""Runs the corpus of mutants (distbench.faults.mutants) and reports which of them the bench detects."""

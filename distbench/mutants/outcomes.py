@@ -1,4 +1,4 @@
-"""What came of the runs: which mutants were seen, by which inputs, and what public rules say of the same outputs."""
+"""Outcomes of the runs: the mutants detected, by which inputs, and the public rules' decisions on the same outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distbench.report.document import Report
 from distbench.report.journal import RESULTS
 
 SHARE = 0.97
-"""The share of the corpus that has to be seen."""
+"""Share of the corpus that has to be detected."""
 
 _ALARMS = {
     Verdict.BASELINE_WRONG,
@@ -25,7 +25,7 @@ _ALARMS = {
     Verdict.HANG,
     Verdict.RANK_FAULT,
 }
-"""Verdicts that say something is wrong with a part. NONDETERMINISTIC and DRIFT may be a right kernel's."""
+"""Verdicts that say something is wrong with a part. NONDETERMINISTIC and DRIFT may come from a correct kernel."""
 
 Often = Literal["always", "sometimes", "never"]
 
@@ -33,9 +33,9 @@ Often = Literal["always", "sometimes", "never"]
 class Tried(msgspec.Struct, frozen=True, kw_only=True):
     """All runs of one mutant.
 
-    `exact`, `gaussian` and `either` say in how many runs it was seen; `either` counts a run in exact inputs and the one
-    in gaussian inputs that is else the same as one. `missed` are those that neither saw. `verdicts` are all that there
-    were. `rules` says which public rules reject the outputs in every run.
+    `exact`, `gaussian` and `either` count the runs in which it was detected; `either` counts an exact run and the
+    otherwise equal gaussian run as one. `missed` are those that neither detected. `verdicts` are all that occurred.
+    `rules` holds for each public rule whether it rejects the outputs in every run.
     """
 
     name: str
@@ -69,41 +69,41 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def broken(self) -> list[Tried]:
-        """The mutants that are no equivalents: those that have to be seen."""
+        """The mutants that are not equivalents, and so have to be detected."""
         return [one for one in self.mutants if not one.equivalent]
 
     @property
     def seen(self) -> list[Tried]:
-        """Those of them that were seen in every run."""
+        """Those detected in every run."""
         return [one for one in self.broken if one.either == "always"]
 
     @property
     def unseen(self) -> list[Tried]:
-        """Those of them that were not seen in every run."""
+        """Those not detected in every run."""
         return [one for one in self.broken if one.either != "always"]
 
     @property
     def seen_share(self) -> float:
-        """The share of them that was seen in every run."""
+        """The share detected in every run."""
         return len(self.seen) / max(len(self.broken), 1)
 
     @property
     def passed(self) -> bool:
-        """Whether enough was seen, nothing alarmed that must not, and all runs left a result."""
+        """Whether enough was detected, nothing alarmed that must not, and all runs left a result."""
         return self.seen_share >= self.share and not self.alarms and not self.missing
 
     def rejected_by(self, rule: str) -> list[Tried]:
-        """Return the mutants that a public rule rejects in every run in which it was asked."""
+        """Mutants that a public rule rejects in every run in which it was evaluated."""
         return [one for one in self.broken if one.rules.get(rule)]
 
     @property
     def ruled(self) -> int:
-        """The number of mutants that public rules were asked about."""
+        """Number of mutants that public rules were evaluated on."""
         return sum(bool(one.rules) for one in self.broken)
 
 
 def found_in(out: Path, asked: Plan, ranks: int, seeds: int, share: float = SHARE) -> Found:
-    """Hold the reports in `out` against the plan."""
+    """Outcomes from the reports in `out` for the plan."""
     reports = _reports(out)
     by_mutant: dict[str, list[Run]] = {}
     for run in asked.runs:

@@ -1,4 +1,4 @@
-"""The cases by which a mutant is tried: each setting, arm, seed and kind of inputs, and the same without it."""
+"""The cases that try a mutant: each setting, arm, seed and kind of inputs, and the same cases without it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distbench.resolve import Layer, resolve_case
 
 NUMERICS = ("exact", "gaussian")
 ARMS = {"all": "", "truncated": "truncated"}
-"""Which arms have the mutant, by the word for them: all of them, so that the baseline is as wrong, or one."""
+"""Arms that have the mutant, by keyword: all of them, so that the baseline is equally wrong, or one."""
 
 RANKS = 2
 SUITE = "distbench mutants"
@@ -53,12 +53,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What a run in exact and one in gaussian inputs have in common."""
+        """Key that pairs a run in exact inputs with the one in gaussian inputs."""
         return self.mutant, self.setting, self.arm, self.seed
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """All runs; the mutants that are tried, and why others cannot be put into these parts."""
+    """All runs; the mutants that are tried, and why others cannot be applied to these parts."""
 
     runs: list[Run]
     mutants: list[Mutant]
@@ -68,7 +68,7 @@ class Plan(msgspec.Struct, frozen=True):
 def plan(
     ranks: int, seeds: int, only: Sequence[str] = (), asked: Sequence[Layer] = (), arms: Sequence[str] = tuple(ARMS)
 ) -> Plan:
-    """Return the runs of the corpus, or of the mutants and classes that `only` names.
+    """Runs of the corpus, or of the mutants and classes that `only` names.
 
     `asked` has keys for all cases, `arms` are of ARMS.
 
@@ -87,7 +87,7 @@ def plan(
 
 
 def choose(only: Sequence[str]) -> list[Mutant]:
-    """Return the mutants that `only` names, or whose class it names; all where it is empty.
+    """Mutants that `only` names, or whose class it names; all where it is empty.
 
     Raises:
         InvalidCase: no mutant and no class has such a name.
@@ -105,7 +105,7 @@ def choose(only: Sequence[str]) -> list[Mutant]:
 
 
 class _Maker:
-    """Makes cases for so many ranks; `asked` has the keys that were asked for in all of them."""
+    """Makes cases for a number of ranks; `asked` has the requested keys of all of them."""
 
     def __init__(self, ranks: int, asked: Sequence[Layer]) -> None:
         self._ranks = ranks
@@ -113,25 +113,25 @@ class _Maker:
         self._base = self._case("bf16", {})
 
     def settings_of(self, mutant: Mutant) -> tuple[str, ...]:
-        """Return the settings of a mutant that the parts asked for can take."""
+        """Settings of a mutant that the requested parts support."""
         emulated = self._base.experts == "reference"
         return tuple(one for one in mutant.settings if emulated or "transport" not in _SETTINGS[one])
 
     def left_out(self, mutant: Mutant) -> str:
-        """Return why a mutant cannot be tried with the parts asked for, or nothing."""
+        """Reason why a mutant cannot be tried with the requested parts; empty for none."""
         reason = unfit(mutant, self._base.experts, self._base.transport)
         if not reason and not self.settings_of(mutant):
             return "needs a quantised combine, which only MoRI has"
         return reason
 
     def clean(self, settings: Sequence[str] | Mapping[str, Any], seeds: int) -> Iterator[Run]:
-        """Return a run without a mutant for each setting, seed and kind of inputs."""
+        """Yield a run without a mutant for each setting, seed and kind of inputs."""
         for setting in settings:
             for seed in range(seeds):
                 yield from self._both("", setting, "", seed)
 
     def runs(self, mutant: Mutant, seeds: int, arms: Sequence[str]) -> Iterator[Run]:
-        """Return the runs of a mutant."""
+        """Yield the runs of a mutant."""
         for setting in self.settings_of(mutant):
             for arm in arms:
                 for seed in range(seeds):

@@ -12,14 +12,14 @@ COLUMNS = ("class", "mutants", "subtle", "exact", "gaussian", "either", *RULES)
 
 
 def cells(found: Found) -> list[tuple[str, ...]]:
-    """Return a row for each class, and one for all: how many mutants each kind of inputs, and each rule, sees."""
+    """Rows for each class and for all: how many mutants each kind of inputs, and each rule, detects."""
     kinds = dict.fromkeys(one.kind for one in found.broken)
     rows = [_row(kind, [one for one in found.broken if one.kind == kind]) for kind in kinds]
     return [*rows, _row("all", found.broken)] if len(rows) > 1 else rows
 
 
 def closing_lines(found: Found) -> list[str]:
-    """Return what it comes to, the last line being the result."""
+    """Lines below the table, the last one being the result."""
     lines = [f"false alarm: {alarm}" for alarm in found.alarms]
     lines += [f"no result: {name}" for name in found.missing]
     lines += [f"not tried here: {name} {reason}" for name, reason in found.left_out.items()]
@@ -36,7 +36,7 @@ def closing_lines(found: Found) -> list[str]:
 
 
 def markdown(found: Found, command: str) -> str:
-    """Return the tables of docs/mutants.md."""
+    """Tables of docs/mutants.md."""
     emulated = f" (emulated: {', '.join(found.stand_ins)})" if found.stand_ins else ""
     seen = (
         f"{len(found.seen)} of {len(found.broken)} mutants are seen in every run, {100 * found.seen_share:.1f} %; "
@@ -63,7 +63,7 @@ def markdown(found: Found, command: str) -> str:
 
 
 def rules_table() -> str:
-    """Return the public rules with their sources, as markdown."""
+    """The public rules with their sources, as markdown."""
     rows = [(name, rule.project, rule.source, rule.text) for name, rule in RULES.items()]
     return _table(("rule", "project", "file and version", "accepts"), rows)
 

@@ -1,1 +1,1 @@
-"""What a case leaves behind: report.json and what a person reads."""
+"""Output of a case: report.json, and text for a person."""

@@ -39,12 +39,12 @@ def print_report(report: Report) -> None:
 
 
 def print_line(text: str) -> None:
-    """Print one line to standard output at once, whatever it holds: what is not printable as its escape."""
+    """Print one line to standard output at once; non-printable characters are escaped."""
     print(printable(text), flush=True)
 
 
 def print_json(document: Any) -> None:
-    """Print a document to standard output as JSON that no terminal acts on, and that any encoding has."""
+    """Print a document to standard output as JSON, escaped so that no terminal acts on it and any encoding has it."""
     text = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
     any_character = speaks_all(sys.stdout)
     kept = (one == "\n" or (one.isprintable() and (any_character or one.isascii())) for one in text)
@@ -52,28 +52,28 @@ def print_json(document: Any) -> None:
 
 
 def print_start(case: Case) -> None:
-    """Say on standard error what is about to take its time."""
+    """Announce on standard error a case that is about to run."""
     print_note(f"starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens")
 
 
 def print_note(text: str) -> None:
-    """Say on standard error how far something has come."""
+    """Report progress on standard error."""
     print(printable(f"distbench: {text}"), file=sys.stderr, flush=True)
 
 
 def print_error(ending: str, message: str) -> None:
-    """Print one line to standard error: how the run ended, and why."""
+    """Print one line to standard error: the ending of the run, and its cause."""
     print(printable(f"distbench: {ending}: {message}"), file=sys.stderr, flush=True)
 
 
 def case_line(report: Report) -> str:
-    """Return one plain line for a case of a suite."""
+    """One plain line for a case of a suite."""
     surprise = "" if report.as_expected else f" (expected {report.expect})"
     return f"{report.verdict.value:<16} {report.timing['wall_s']:7.3f} s  {report.name}{surprise}"
 
 
 def print_summary(summary: Summary, out: str) -> None:
-    """Print what became of a suite, the verdict line last."""
+    """Print the outcome of a suite, the verdict line last."""
     for case in summary.unexpected:
         print_line(f"unexpected: {case['verdict']:<16} {case['name']}")
     for event in summary.events:
@@ -92,7 +92,7 @@ def print_summary(summary: Summary, out: str) -> None:
 
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
-    """Print the table of limits, and what qualifies its figures."""
+    """Print the table of limits, and the notes to its figures."""
     console = _console()
     console.print(_table("", columns, rows))
     for note in notes:
@@ -100,12 +100,12 @@ def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: li
 
 
 def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print a table to standard output, its cells as they are but for what is not printable."""
+    """Print a table to standard output; non-printable characters are escaped."""
     _console().print(_table("", columns, rows))
 
 
 def verdict_line(report: Report) -> str:
-    """Return the one line that says how it ended, with `emulated` wherever a stand-in ran."""
+    """One line for the ending of a case, with `emulated` wherever a stand-in ran."""
     line = report.verdict.value
     if report.emulated:
         line += f" (emulated: {', '.join(report.stand_ins)})"
@@ -131,7 +131,7 @@ def _equality(report: Report) -> str:
 
 
 def _held(report: Report) -> str:
-    """What a PASS has held: bits with exact inputs, errors with gaussian ones."""
+    """Evidence of a PASS: bits with exact inputs, errors with gaussian ones."""
     compared = report.comparison
     bits = _equality(report) if compared and all(comparison.equal for comparison in compared) else ""
     ratios = [error.ratio for error in report.errors if error.ratio is not None]
@@ -172,9 +172,15 @@ def _injected_line(one: InjectedReport) -> str:
 
 def _rate_line(rate: RateReport) -> str:
     return (
-        f"wrong tokens: {rate.wrong_tokens} of {rate.tokens} in {rate.repeats} repeats, {rate.per_million:.3g} per "
-        f"million, 95 % sure to be {rate.low_per_million:.3g} to {rate.high_per_million:.3g}"
+        f"wrong tokens: {rate.wrong_tokens} of {rate.tokens} in {rate.repeats} repeats, "
+        f"{_figure(rate.per_million)} per million, 95 % CI {_figure(rate.low_per_million)} to "
+        f"{_figure(rate.high_per_million)}"
     )
+
+
+def _figure(value: float) -> str:
+    """A number with three significant digits, and commas between thousands."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def _headlines(report: Report) -> list[str]:
@@ -270,7 +276,7 @@ def _error_table(errors: list[ErrorReport]) -> Table:
 
 
 def _families(errors: list[ErrorReport]) -> list[str]:
-    """Name the roundings of the ideal, with the arms that it is held against."""
+    """Roundings of the ideal, each with the arms that are measured against it."""
     arms: dict[str, dict[str, None]] = {}
     for error in errors:
         arms.setdefault(error.family, {})[error.arm] = None
@@ -298,7 +304,7 @@ def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]
 
 
 def _console() -> Console:
-    """Return what prints to standard output. A pipe that nobody reads is left to the CLI: rich would exit with 1."""
+    """Console on standard output. A broken pipe is left to the CLI: rich would exit with 1."""
     from rich.console import Console
 
     class Output(Console):

@@ -1,4 +1,4 @@
-"""`report.json`: one document a run, the same keys in every version of one schema (docs/report-format.md)."""
+"""`report.json`: one document per run, the same keys in every version of one schema (docs/report-format.md)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEVICE_CLOCK = "device events"
 _RAW_KEPT = 512
 _DOUBTS_SHOWN = 16
 KEPT_SAMPLES = 1000
-"""Iterations of a stage, the last ones, whose raw times stay in the report."""
+"""Iterations of a stage, the last ones, whose raw times the report keeps."""
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,7 +85,7 @@ class LostReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Wrong results of tokens over all passes, and per million, with the bounds of 95 % (Clopper and Pearson)."""
+    """Wrong results of tokens over all passes, and per million, with the 95 % CI (Clopper and Pearson)."""
 
     repeats: int
     tokens: int
@@ -96,10 +96,10 @@ class RateReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A fault that the case asked for: its name, options, and how often it changed something, by rank.
+    """A requested fault: its name, options, and its hits (times that it changed something) by rank.
 
-    `needs` says, where it changed nothing, what there has to be for it to do so. `accepted` has, for a mutant in the
-    truncated arm and gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md).
+    `needs` is the precondition of a hit, where there was none. `accepted` holds, for a mutant in the truncated arm and
+    gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md).
     """
 
     name: str
@@ -113,9 +113,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document. A case that was refused or lost its ranks has no ranks and no comparison.
 
     `comparison`, `timing` and `rate` are those with exact inputs where a case runs with both kinds, `errors` those with
-    gaussian ones. `findings` are all rules that struck, the verdict's first; `blind_spots` say what exact inputs of
-    this shape cannot see. `suite` names what the case belongs to; `ended` is when the report was written, in UTC as ISO
-    8601.
+    gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
+    inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
+    written, in UTC as ISO 8601.
     """
 
     schema: str = SCHEMA
@@ -154,7 +154,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wall_s: float) -> Report:
-    """Turn an outcome into the document; `wall_s` is the time that the case took on rank 0."""
+    """The document of an outcome; `wall_s` is the time of the case on rank 0, in seconds."""
     gathered, question = outcome.gathered, outcome.question
     records = gathered.observations if gathered else []
     verdict = outcome.judgement.verdict
@@ -272,7 +272,7 @@ def _rate(records: list[Observation]) -> RateReport | None:
 
 
 def rate_report(wrong: int, tokens: int, repeats: int) -> RateReport | None:
-    """Return how often a token's result was wrong; None where none was looked at."""
+    """Rate of wrong results of tokens; None where none was examined."""
     if not tokens:
         return None
     rate = Rate(wrong, tokens)
@@ -287,10 +287,10 @@ def rate_report(wrong: int, tokens: int, repeats: int) -> RateReport | None:
 
 
 def _timing(records: list[Observation]) -> dict[str, Any]:
-    """Return each arm's and stage's figures: of the timed iterations where there are some, else of the checked passes.
+    """Figures of each arm and stage: of the timed iterations where there are some, else of the checked passes.
 
-    Timed: the slowest rank of each iteration, and statistics of those. Checked: each rank's own statistic over its
-    repeats, then the slowest rank's.
+    Timed: statistics over iterations of the slowest rank's time in each. Checked: the slowest rank's value of each
+    rank's own statistic over its repeats.
     """
     timing: dict[str, Any] = {}
     for arm, stages in (records[0].durations_us if records else {}).items():
@@ -328,7 +328,7 @@ def _stage_timing(per_rank: list[list[float]]) -> dict[str, Any]:
 
 
 def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
-    """Return how was timed, and the bytes that the fullest rank received and sent back meanwhile."""
+    """Method of timing, and the bytes that the fullest rank received and sent back in the process."""
     case = question.case
     emulated = records[0].device_state is None
     written = max(timed.flushed_bytes for record in records for timed in record.timed.values())
@@ -350,7 +350,7 @@ def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
 
 
 def _blind_spots(case: Case) -> list[str]:
-    """Return what the case's exact inputs cannot show; nothing for a case that is refused."""
+    """Errors that the case's exact inputs cannot show; empty for a refused case."""
     try:
         return blind_spots_of(case)
     except InvalidCase:
@@ -358,7 +358,7 @@ def _blind_spots(case: Case) -> list[str]:
 
 
 def _doubts(records: list[Observation]) -> list[str]:
-    """Return why the times may not be trusted: what the devices said of themselves, and medians not known well."""
+    """Reasons to doubt the times: states that devices reported, and medians with a wide confidence interval."""
     found = [
         f"rank {record.rank}, {record.device_state.name}: {doubt}; its times are doubtful"
         for record in records
@@ -369,7 +369,7 @@ def _doubts(records: list[Observation]) -> list[str]:
 
 
 def kernel_doubts(records: list[Observation]) -> list[str]:
-    """Return where the kernels of a report may not be those that ran: what a package selects is not what it logged."""
+    """Doubts whether a report's kernels are those that ran: a package's selection differs from its log."""
     found = [
         f"rank {record.rank}: {doubt}"
         for record in records

@@ -1,4 +1,4 @@
-"""Where a run took place: an allow-list of what can change a result, never the whole environment."""
+"""Environment of a run: an allow-list of facts that can change a result, never the whole environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = {
 """Distributions of the packages whose versions are recorded where they are installed; the first one found counts."""
 
 IMAGE = "DISTBENCH_IMAGE"
-"""The variable by which a launcher names the container image, which nothing inside a Docker container does."""
+"""Variable by which a launcher names the container image; Docker itself leaves no name inside a container."""
 
 _GIT_SECONDS = 5
 _IMAGE_VARIABLES = (IMAGE, "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER")
@@ -36,9 +36,9 @@ _NVIDIA_VERSION = re.compile(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s")
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """Hosts and devices of the ranks, versions and commits of what ran, and the variables that may change results.
+    """Hosts and devices of the ranks, versions and commits of the software, and variables that may change results.
 
-    `system` holds rank 0's kernel, operating system, drivers and container image, as far as they can be read.
+    `system` holds rank 0's kernel, operating system, drivers and container image, where readable.
     """
 
     hosts: list[str]
@@ -66,7 +66,7 @@ def capture_environment(environ: Mapping[str, str], hosts: list[str], devices: l
 
 
 def container_image(environ: Mapping[str, str], podman: Path = _PODMAN, docker: Path = _DOCKER) -> str:
-    """Name of the image that this process runs in; `unknown` in a container that does not tell, empty outside of one.
+    """Name of this process's container image; `unknown` in a container that does not name it, empty outside of one.
 
     Podman writes the name into /run/.containerenv, Apptainer into a variable.
     """
@@ -83,7 +83,7 @@ def container_image(environ: Mapping[str, str], podman: Path = _PODMAN, docker: 
 
 @lru_cache(maxsize=1)
 def software_versions() -> dict[str, str]:
-    """Versions of distbench, Python, torch, what torch was built with, ROCm, and PACKAGES, as far as they are there."""
+    """Versions of distbench, Python, torch and its build, ROCm, and PACKAGES, where present."""
     import torch  # noqa: PLC0415 - only where a rank has it loaded anyway
 
     found = {"distbench": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
@@ -109,7 +109,7 @@ def package_versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def system_facts() -> dict[str, str]:
-    """Kernel, operating system and drivers of this machine, as far as they can be read."""
+    """Kernel, operating system and drivers of this machine, where readable."""
     nvidia = _NVIDIA_VERSION.search(_text(_NVIDIA))
     name = re.search(r'^PRETTY_NAME="?([^"\n]*)', _text(_OS_RELEASE), re.MULTILINE)
     facts = {
@@ -123,16 +123,16 @@ def system_facts() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def own_commits() -> dict[str, str]:
-    """Commits of what ran, by package: of distbench's own checkout, or the one that it was installed from."""
+    """Commits by package: of distbench's own checkout, or the one that it was installed from."""
     commit = own_commit(Path(__file__).resolve().parents[2]) or _installed_commit()
     return {"distbench": commit} if commit else {}
 
 
 def own_commit(root: Path) -> str:
-    """Commit of the checkout of distbench whose top is `root`, `-dirty` behind it where tracked files are changed.
+    """Commit of the checkout of distbench whose top is `root`, with `-dirty` appended where tracked files are changed.
 
-    Empty where `root` is no such top: a distbench that is installed or copied into another repository has that one's
-    HEAD above it, which says nothing of it.
+    Empty where `root` is no such top: an installed copy, or one inside another repository, has that repository's HEAD
+    above it, which says nothing about distbench.
     """
     project = re.search(r"^name\s*=\s*[\"']([^\"']*)", _text(root / "pyproject.toml"), re.MULTILINE)
     if not (root / ".git").exists() or project is None or project[1] != "distbench":

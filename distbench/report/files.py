@@ -1,4 +1,4 @@
-"""Reading and writing reports; a reader never sees half a file."""
+"""Atomic writing and reading of reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_report(path: Path, report: Report) -> None:
 
 
 def read_report(path: str) -> Report:
-    """Read a report back.
+    """Report in a file.
 
     Raises:
         InvalidCase: not readable, not JSON, or not of this schema.
@@ -49,10 +49,10 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file to write that becomes `path` when the context ends well, and is gone when it does not.
+    """Yield a file to write, renamed to `path` when the context ends without an error, and deleted otherwise.
 
-    Until then its name begins with a dot and does not end as `path` does, and its mode is that of any new file. When
-    the context has ended, it is on disk under its name.
+    Its temporary name begins with a dot and has another suffix than `path`; its mode is that of any new file. After the
+    context it is on disk under its name.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError from within say which file it is about: one that comes from a descriptor does not."""
+    """Add the file's name to an OSError from within: one raised for a descriptor has none."""
     try:
         yield
     except OSError as error:
@@ -80,7 +80,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the names in `folder` are on disk."""
+    """Sync `folder`, so that its names are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

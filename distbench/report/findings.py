@@ -1,4 +1,4 @@
-"""All that was found in a case, bounded in size: every rule that struck, and the errors of every arm and stage."""
+"""All findings of a case, bounded in size: every rule that fired, and the errors of every arm and stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RANKS_SHOWN = 64
 
 
 class FindingReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rule that struck: its verdict, the inputs (exact or gaussian; empty where no rank ran), its reasons.
+    """One rule that fired: its verdict, the inputs (exact or gaussian; empty where no rank ran), its reasons.
 
     `reasons` are the first 16; `codes` counts all of them by code.
     """
@@ -49,7 +49,7 @@ class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def finding_reports(judgement: Judgement) -> list[FindingReport]:
-    """Return what struck, the verdict's first; of a case that no rank judged, its verdict alone."""
+    """Findings of a judgement, the verdict's first; the verdict alone for a case that no rank judged."""
     findings = judgement.findings
     if not findings and judgement.verdict is not Verdict.PASS:
         findings = [Finding(verdict=judgement.verdict, inputs="", reasons=judgement.reasons)]
@@ -65,13 +65,13 @@ def finding_reports(judgement: Judgement) -> list[FindingReport]:
 
 
 def codes_behind(verdict: Verdict, findings: Iterable[FindingReport], reasons: Iterable[Reason]) -> set[str]:
-    """Return the codes of all reasons for `verdict`; `reasons` are those of a report that has no findings."""
+    """Codes of all reasons for `verdict`; `reasons` are those of a report that has no findings."""
     listed = [found for found in findings if found.verdict is verdict]
     return {code for found in listed for code in found.codes} if listed else {reason.code for reason in reasons}
 
 
 def error_reports(records: Iterable[Observation]) -> list[ErrorReport]:
-    """Return the errors of all ranks together, in the order of the first rank's."""
+    """Errors of all ranks together, in the order of the first rank's."""
     groups: dict[tuple[str, str, str], list[tuple[int, ArmError]]] = {}
     for record in records:
         for error in record.errors:

@@ -40,7 +40,7 @@ class _Injected(msgspec.Struct, frozen=True):
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """What progress and resuming need of a report; the rest of its line is passed over."""
+    """The fields of a report that progress and resuming need; the rest of its line is ignored."""
 
     schema: str
     suite: str = ""
@@ -59,22 +59,22 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def exposed(self) -> RateReport | None:
-        """The rate of a case that nobody made fail: no fault injected, and PASS or not as expected."""
+        """Rate of a case without an injected fault that passed or ended unexpectedly; else None."""
         meant = self.injected or (self.as_expected and self.verdict is not Verdict.PASS)
         return None if meant else self.rate
 
     def ended_as(self, entry: Entry) -> bool:
-        """Whether the case ended as `entry`, which is of the same case, expects it to."""
+        """Whether the case ended as `entry`, which is of the same case, expects."""
         safe = self.limit is None or self.limit.safe
         codes = codes_behind(self.verdict, self.findings, self.reasons)
         return is_met(entry.expect, self.verdict, codes, safe=safe, policy=entry.case.policy)
 
 
 class Journal:
-    """Appends reports. Holds a lock on the file, so that a writer left over from another launch is waited for."""
+    """Appends reports. Locks the file, so that it waits for a writer left over from another launch."""
 
     def __init__(self, out: Path) -> None:
-        """Open `out`/results.jsonl, made if needed, and cut off a last line that a kill left half written."""
+        """Open `out`/results.jsonl, created if missing, and cut off an incomplete last line."""
         self._path = out / RESULTS
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
@@ -91,12 +91,12 @@ class Journal:
             os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
 class JournalReader:
-    """Reads the lines that have come since it last looked, and holds none of them."""
+    """Reads the lines added since its last call, and keeps none of them."""
 
     def __init__(self, out: Path) -> None:
         """Start at the beginning of `out`/results.jsonl, which may not exist yet."""
@@ -105,11 +105,11 @@ class JournalReader:
         self._number = 0
 
     def new_lines(self) -> Iterator[Line]:
-        """Yield whole lines only; one that is being written waits for the next call.
+        """Yield complete lines only; one that is being written waits for the next call.
 
         Raises:
-            InvalidCase: the file cannot be read, or a whole line is no report.
-            ResultsLost: lines that were read are there no more.
+            InvalidCase: the file cannot be read, or a complete line is no report.
+            ResultsLost: lines that were read have disappeared.
 
         """
         try:
@@ -150,10 +150,10 @@ def _decode(raw: bytes, where: str) -> Line:
 
 
 def unfinished(out: Path, entries: Iterable[Entry], keep: Callable[[Line], bool] = lambda _: True) -> list[Entry]:
-    """Return the entries of which the journal holds no result, or none that `keep` holds for.
+    """Entries for which the journal holds no result, or none that `keep` accepts.
 
     Raises:
-        InvalidCase: a whole line is no report.
+        InvalidCase: a complete line is no report.
 
     """
     kept = {line.case.hash for line in JournalReader(out).new_lines() if keep(line)}
@@ -161,16 +161,16 @@ def unfinished(out: Path, entries: Iterable[Entry], keep: Callable[[Line], bool]
 
 
 def repair_journal(out: Path) -> None:
-    """Cut off a last line that a kill left half written, where there is a journal."""
+    """Cut off an incomplete last line, where there is a journal."""
     if (out / RESULTS).exists():
         Journal(out).close()
 
 
 def filter_journal(out: Path, keep: Callable[[Line], bool]) -> None:
-    """Drop the lines that `keep` does not hold for, atomically; of two lines for one case the first stays.
+    """Drop the lines that `keep` rejects, atomically; of two lines for one case the first stays.
 
     Raises:
-        InvalidCase: a whole line is no report.
+        InvalidCase: a complete line is no report.
 
     """
     seen: set[str] = set()
@@ -186,7 +186,7 @@ def filter_journal(out: Path, keep: Callable[[Line], bool]) -> None:
 
 
 def forget_cases(out: Path, hashes: AbstractSet[str]) -> None:
-    """Drop the results of these cases, atomically. A line that is no result goes to results.damaged.jsonl."""
+    """Drop the results of these cases, atomically. A damaged line is moved to results.damaged.jsonl."""
     damaged: list[bytes] = []
 
     def kept(raw: bytes, where: str) -> bytes:
@@ -202,10 +202,10 @@ def forget_cases(out: Path, hashes: AbstractSet[str]) -> None:
 def refuse_others(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
     """Refuse to replace the results in `out` where one of them is not of `suite`.
 
-    `mine` tells by its name whether a result is, that was written before results named their suite.
+    `mine` decides by name for results written before results named their suite.
 
     Raises:
-        InvalidCase: names one that would be lost, and the fix.
+        InvalidCase: names a result that would be lost, and the fix.
 
     """
     fix = "which this would replace; name another folder with --out"
@@ -218,12 +218,12 @@ def refuse_others(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
 
 
 def refuse_strangers(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
-    """Refuse to add results of `suite` to those of something else in `out`. What is no result is passed over.
+    """Refuse to add results of `suite` to those of another one in `out`. Damaged lines are ignored.
 
     `mine` is as in `refuse_others`.
 
     Raises:
-        InvalidCase: names one that is there, and the fix.
+        InvalidCase: names a result of the other one, and the fix.
 
     """
     _refuse(
@@ -255,10 +255,10 @@ def _readable(out: Path) -> Iterator[Line]:
 
 
 def expect_anew(out: Path, entries: Iterable[Entry]) -> None:
-    """Hold the results of `entries` against what these expect now, and write down where that was something else.
+    """Judge the results of `entries` by their current expectations, and rewrite those judged by other ones.
 
     Raises:
-        InvalidCase: a whole line is no report.
+        InvalidCase: a complete line is no report.
 
     """
     wanted = {case_hash(entry.case): entry for entry in entries}
@@ -278,7 +278,7 @@ def expect_anew(out: Path, entries: Iterable[Entry]) -> None:
 
 
 def _rewrite(out: Path, change: Callable[[bytes, str], bytes], before: Callable[[], None] = lambda: None) -> None:
-    """Put `change(line, where it stands)` in the place of each line; `before` is called before the file changes."""
+    """Replace each line by `change(line, its place)`; `before` is called before the file changes."""
     path = out / RESULTS
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""Kernels in a few words, where two of them stand side by side."""
+"""Kernel labels for two kernels side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OTHER_CODE = "*"
 
 
 def label_beside(kernel: dict[str, Any], padded: dict[str, Any]) -> str:
-    """Return a kernel's label, marked where the padded kernel has the same label but is not the same code."""
+    """Label of a kernel, marked where the padded kernel has the same label but other code."""
     other = any(kernel[stage] != padded[stage] for stage in ("stage1", "stage2"))
     label: str = kernel["label"]
     return label + OTHER_CODE * (other and label == padded["label"])

@@ -1,4 +1,4 @@
-"""The limit in a report: as asked for, as resolved, and for which traffic it loses no row."""
+"""The limit in a report: as requested, as resolved, and the traffic for which it loses no row."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from distbench.verify.records import Question
 
 
 class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The limit as asked for and as resolved; rows, or None for off.
+    """The limit as requested and as resolved, in rows, or None for off.
 
-    `safe` says that no rank receives more in this batch, `proof` whether that holds for any routing of its token
-    counts; None in reports that were written before there was one.
+    `safe`: no rank receives more in this batch. `proof`: whether that holds for any routing of its token counts; None
+    in reports from before it existed.
     """
 
     requested: str
@@ -26,13 +26,13 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def status(self) -> str:
-        """The status of the proof; of an old report's limit no more is known than that it is safe for its batch."""
+        """Status of the proof; an old report's limit is known to be safe for its batch at most."""
         if self.proof is not None:
             return self.proof.status
         return "this batch" if self.safe else "unsafe"
 
     def __str__(self) -> str:
-        """Return the limit with where it came from, its policy, and what is proven of it."""
+        """The limit with its source, its policy, and the proof."""
         if self.effective is None:
             return "limit off: no row is cut"
         proof = f"{self.status}: the fullest rank receives {self.max_recv}"
@@ -42,7 +42,7 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def limit_report(question: Question, sources: dict[str, str]) -> LimitReport:
-    """Return the limit of a case; `sources` says where each of the case's values came from."""
+    """Limit of a case; `sources` names the source of each of the case's values."""
     source = sources.get("limit", "default")
     if question.case.limit == "off":
         source = sources.get("recv_bound", source) if question.limit is not None else "off"

@@ -1,4 +1,4 @@
-"""The results of a suite or a run, read one at a time by whatever writes them another way or compares them."""
+"""Results of a suite or a run, read one at a time, for exports and comparisons."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIGNALS = 128
 
 
 class ResultRank(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank of a result: where it ran, and the rows that it received."""
+    """One rank of a result: its host and device, and the rows that it received."""
 
     rank: int
     host: str
@@ -38,7 +38,7 @@ class ResultLost(msgspec.Struct, frozen=True):
 
 
 class StageTime(msgspec.Struct, frozen=True):
-    """The time of one stage in one arm: the slowest rank's median in microseconds, and the raw samples where kept."""
+    """Time of one stage in one arm: the slowest rank's median in microseconds, and the raw samples where kept."""
 
     arm: str
     stage: str
@@ -47,7 +47,7 @@ class StageTime(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What other formats and comparisons need of a report (docs/report-format.md); the rest is passed over."""
+    """The parts of a report that exports and comparisons need (docs/report-format.md); the rest is ignored."""
 
     schema: str
     suite: str = ""
@@ -104,7 +104,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         """Yield the times of all arms' stages.
 
         Raises:
-            ValueError: a time that is no number of microseconds.
+            ValueError: a time that is not a number of microseconds.
 
         """
         for arm, stages in self.timing.items():
@@ -128,34 +128,34 @@ def _stage_time(arm: str, stage: str, figures: dict[str, Any]) -> StageTime:
 
 
 class Results:
-    """The results in a folder, a journal or a report.json: read from disk each time they are gone through.
+    """The results in a folder, a journal or a report.json, read from disk on each iteration.
 
-    Of two results for one case the first counts, as it does for a suite. A last line that is still being written, or
-    that a kill left half written, is no result. A suite that came to its end without any has an empty set of them.
+    Of two results for one case the first counts, as in a suite. An incomplete last line, which is being written or was
+    cut off by a kill, is no result. A finished suite without any has an empty set of them.
     """
 
     def __init__(self, path: str | Path, keep: Callable[[str], bool] | None = None) -> None:
-        """Look at `path`; `keep` tells by a case's hash whether it belongs."""
+        """Open `path`; `keep` selects results by a case's hash."""
         self.path = Path(path)
         self._keep = keep
         self._file = self.path / RESULTS if self.path.is_dir() else self.path
 
     @property
     def summary(self) -> Summary | None:
-        """What the suite made of them, where there is one."""
+        """The suite's summary, where there is one."""
         return _read_summary(self.path / _SUMMARY) if self.path.is_dir() else None
 
     @property
     def missing(self) -> int:
-        """Cases that the suite should have had and that have no result; 0 where only a file is known."""
+        """Number of the suite's cases without a result; 0 where only a file is known."""
         summary = self.summary
         return max(summary.cases - summary.finished, 0) if summary else 0
 
     @property
     def exit_code(self) -> int:
-        """The exit code for all of them, a missing one counting as a lost rank's, and so an event beside them.
+        """The exit code of all results together, where missing ones and events count as lost ranks.
 
-        A signal that ended the suite before all had a result keeps its code, and so does a lack of time.
+        The code of a signal, or of a lack of time, is kept if it ended the suite before all cases had a result.
         """
         codes = {suite_code(result.exit_code, as_expected=result.as_expected) for result in self}
         summary = self.summary
@@ -170,7 +170,7 @@ class Results:
         """Yield each result with the bytes of its document.
 
         Raises:
-            InvalidCase: the file cannot be read, or something in it is no report.
+            InvalidCase: the file cannot be read, or part of it is no report.
 
         """
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Where finished cases go, on rank 0."""
+"""Output of finished cases, on rank 0."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from distbench.verify.records import Judgement, Outcome, Reason
 class Sink:
     """Turns outcomes into reports: a line of the journal each, and the files that the job names.
 
-    `codes` has what each case, of this launch or an earlier one, adds to the exit code. Cases that are refused before
-    a rank has seen them have their results from the start.
+    `codes` has the contribution of each case, of this launch or an earlier one, to the exit code. Cases that are
+    refused before a rank has seen them have their results from the start.
     """
 
     def __init__(self, job: Job) -> None:
-        """Open the journal in the job's folder, and see which of the job's cases it holds already."""
+        """Open the journal in the job's folder, and read which of the job's cases it already holds."""
         self._job = job
         repair_journal(Path(job.out))
         expect_anew(Path(job.out), job.entries)
@@ -40,7 +40,7 @@ class Sink:
                 self.put(entry, refusal(entry), wall_s=0.0)
 
     def put(self, entry: Entry, outcome: Outcome, wall_s: float) -> Report:
-        """Write down how `entry` ended, and return the report when it is on disk."""
+        """Write the outcome of `entry`, and return the report when it is on disk."""
         records = outcome.gathered.observations if outcome.gathered else []
         environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
         report = build_report(entry, outcome, environment=environment, wall_s=wall_s)
@@ -55,7 +55,7 @@ class Sink:
         return report
 
     def close(self) -> None:
-        """Let the journal go."""
+        """Close the journal."""
         self._journal.close()
 
     def _print(self, report: Report) -> None:
@@ -68,7 +68,7 @@ class Sink:
 
 
 def refusal(entry: Entry) -> Outcome:
-    """Return the outcome of a case that is refused as it is expected to be."""
+    """Outcome of a case that is refused as it is expected to be."""
     verdict = Verdict(expected_verdict(entry.expect))
     reason = Reason(code=verdict.value.lower(), message=entry.refused)
     return Outcome(entry.case, Judgement(verdict, [reason], None))

@@ -1,4 +1,4 @@
-"""`summary.json`: what became of a suite."""
+"""`summary.json`: the outcome of a suite."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from distbench.report.document import RateReport
 class Summary(msgspec.Struct, kw_only=True):
     """`summary.json`: counts by verdict, and the first cases that did not end as expected.
 
-    `events` tells of ranks that were lost when no case was in flight any more; `stopped` why cases were left out, and
-    `left_for_time` how many for want of time.
-    `selected` holds the hashes of the cases that it is about where results.jsonl has results of others too, and is
-    empty where it has none. `exit_code` is that of the command, but for a comparison with a baseline.
-    `limits` counts cases by the status of their limit's proof. `rate` has the wrong tokens of all cases together, but
-    for those with injected faults and those that were expected not to pass.
+    `events` are ranks lost when no case was in flight; `stopped` is the reason why cases were left out, and
+    `left_for_time` the number of those left out for lack of time. `selected` holds the hashes of its cases where
+    results.jsonl has other results too, and is empty where it has none. `exit_code` is that of the command, without a
+    comparison with a baseline. `limits` counts cases by the status of their limit's proof. `rate` has the wrong tokens
+    of all cases together, without those that had injected faults or were expected not to pass.
     """
 
     suite: str = ""
@@ -35,7 +34,7 @@ class Summary(msgspec.Struct, kw_only=True):
 
     @property
     def incomplete_codes(self) -> set[int]:
-        """What cases without a result, and events, add to the exit code."""
+        """Contribution of cases without a result, and of events, to the exit code."""
         lost = self.cases - self.finished > self.left_for_time or self.events
         codes = {Verdict.RANK_FAULT.exit_code} if lost else set()
         return codes | ({OUT_OF_TIME} if self.left_for_time else set())

@@ -19,7 +19,7 @@ COLUMNS = (
 class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
     """One limit. Times are medians and p99 of the slowest rank, in microseconds, of the cut arm, or of padded for off.
 
-    None where nothing was cut, as under a limit that is not safe, or nothing was timed.
+    None where nothing was cut, as under an unsafe limit, or nothing was timed.
     """
 
     limit: str
@@ -37,7 +37,7 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
     notes: list[str]
 
     def cells(self) -> tuple[str, ...]:
-        """Return the row as COLUMNS has it."""
+        """The row's cells in the order of COLUMNS."""
         gib = "-" if self.peak_device_bytes is None else f"{self.peak_device_bytes / 2**30:.2f}"
         times = (_shown(self.experts_us, 1), _shown(self.layer_us, 1), _shown(self.layer_p99_us, 1))
         rows = "off" if self.rows is None else str(self.rows)
@@ -46,7 +46,7 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_rows(journal: Path, hashes: Sequence[str]) -> list[SweepRow]:
-    """Return the rows of the cases with `hashes`, in this order; a case without a result has none."""
+    """Rows of the cases with `hashes`, in this order; a case without a result has none."""
     found: dict[str, SweepRow] = {}
     with journal.open("rb") as lines:
         for line in lines:
@@ -57,7 +57,7 @@ def read_rows(journal: Path, hashes: Sequence[str]) -> list[SweepRow]:
 
 
 def sweep_row(report: Report) -> SweepRow:
-    """Return what the table tells of one report."""
+    """The table's row for one report."""
     rows = None if report.limit is None else report.limit.effective
     arm = "padded" if rows is None else "truncated"
     timing = report.timing.get(arm, {}) if report.method else {}

@@ -1,1 +1,1 @@
-"""Would the bench have noticed? Faults and clean cases, what came of them, and the table."""
+"""Self-test: injected faults and clean cases, their outcomes, and the table."""

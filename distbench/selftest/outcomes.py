@@ -1,4 +1,4 @@
-"""What came of a self-test: each report held against the fault that was put in."""
+"""Outcomes of a self-test: each report compared with the injected fault."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RIGHT_SHARE = 0.95
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a trial: `fired` that the fault changed something, `healthy_blamed` that a sound rank was named."""
+    """Outcome of a trial. `fired`: the fault changed something; `healthy_blamed`: a healthy rank was named."""
 
     trial: Trial
     verdict: str
@@ -45,9 +45,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole self-test: a row for each fault, the random cases that were no PASS, and what could not be tried.
+    """The whole self-test: a row for each fault, random cases that did not PASS, and faults that could not be tried.
 
-    `stand_ins` are what ran in the place of packages, `parts` the transport and the experts.
+    `stand_ins` are the stand-ins that replaced packages, `parts` the transport and the experts.
     """
 
     rows: list[Row]
@@ -66,14 +66,14 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing slipped through, nobody was blamed wrongly, and no clean case was refused."""
+        """Whether no fault was missed, no healthy rank was blamed, and no clean case raised an alarm."""
         sound = all(row.seeds and row.caught == row.seeds and not row.healthy_blamed for row in self.rows)
         right = bool(self.rows) and self.right_share >= RIGHT_SHARE
         return sound and right and not self.false_alarms and not self.missing
 
 
 def outcomes(asked: Plan, out: Path) -> Outcomes:
-    """Hold the reports in `out` against what was asked. What this machine lacks the parts for was not tried."""
+    """Outcomes of the plan `asked`, from the reports in `out`. Faults of missing parts are not tried."""
     by_name = {trial.entry.name: trial for trial in asked.trials}
     results: list[Result] = []
     alarms: list[str] = []
@@ -107,7 +107,7 @@ def outcomes(asked: Plan, out: Path) -> Outcomes:
 
 
 def is_clean(report: Report) -> bool:
-    """Whether a case without a fault ended as it may: a kernel that adds atomically need not repeat its bits."""
+    """Whether a case without a fault ended validly: a kernel that adds atomically need not repeat its bits."""
     if report.verdict is not Verdict.NONDETERMINISTIC:
         return report.verdict is Verdict.PASS
     return any(rank.kernels["padded"].get("stage2_mode") == "atomic" for rank in report.ranks)
@@ -120,7 +120,7 @@ def _reports(out: Path) -> Iterator[Report]:
 
 
 def result_of(trial: Trial, report: Report) -> Result:
-    """Hold one report against the fault that was put in."""
+    """Compare one report with the injected fault."""
     hits = {int(rank) for one in report.injected for rank in one.hits}
     died = report.verdict.value in DEAD
     named = _lost_ranks(report) if died else _diagnosed(report)
@@ -139,7 +139,7 @@ def result_of(trial: Trial, report: Report) -> Result:
 
 
 class _Named(NamedTuple):
-    """What a report blames: in words, the stage (or that there are several), and ranks."""
+    """The blame of a report: in words, the stage (or that there are several), and ranks."""
 
     cause: str
     stage: str

@@ -8,13 +8,13 @@ COLUMNS = ("fault", "expected", "verdict", "diagnosis", "caught", "right", "heal
 
 
 def ran(outcomes: Outcomes) -> str:
-    """Say what ran: a self-test tells of its own transport and experts only."""
+    """Transport and experts that ran: a self-test makes a statement about these only."""
     emulated = f" (emulated: {', '.join(outcomes.stand_ins)})" if outcomes.stand_ins else ""
     return f"{outcomes.ranks} ranks, {' + '.join(outcomes.parts)}{emulated}"
 
 
 def cells(outcomes: Outcomes) -> list[tuple[str, ...]]:
-    """Return the table's rows."""
+    """Rows of the table."""
     return [
         (
             row.label,
@@ -30,7 +30,7 @@ def cells(outcomes: Outcomes) -> list[tuple[str, ...]]:
 
 
 def closing_lines(outcomes: Outcomes) -> list[str]:
-    """Return what it comes to, the last line being the result."""
+    """Lines below the table, the last one being the result."""
     seeds = sum(row.seeds for row in outcomes.rows)
     caught, right = sum(row.caught for row in outcomes.rows), sum(row.right for row in outcomes.rows)
     blamed, alarms = sum(row.healthy_blamed for row in outcomes.rows), outcomes.false_alarms
@@ -46,7 +46,7 @@ def closing_lines(outcomes: Outcomes) -> list[str]:
 
 
 def markdown(outcomes: Outcomes, command: str) -> str:
-    """Return the document that docs/selftest.md is."""
+    """Content of docs/selftest.md."""
     head = [
         "# Self-test",
         "",

@@ -31,14 +31,14 @@ Keys = dict[str, Any]
 
 
 class Variant(NamedTuple):
-    """One face of a fault: options that it is tried with, and keys of the case beside its own."""
+    """One variant of a fault: its options, and further keys of the case."""
 
     options: Mapping[str, str] = {}
     keys: Mapping[str, Any] = {}
 
     @property
     def text(self) -> str:
-        """What a label says of it."""
+        """Text of the variant in a label."""
         return ",".join(f"{key}={value}" for key, value in {**self.options, **self.keys}.items())
 
 
@@ -52,7 +52,7 @@ _TOGETHER = (("swapped-rows", "flipped-token-bit"), ("flipped-expert-bit", "flip
 
 
 class Guard(NamedTuple):
-    """A check of an adapter that ends the rank in `stage`, where a fault gives a package what it does not check."""
+    """A check of an adapter that ends the rank in `stage`, where a fault passes a package an unchecked argument."""
 
     stage: str
     always: bool = True
@@ -75,9 +75,10 @@ GUARDS: dict[str, dict[str, Guard]] = {
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One case with a fault, or with none: what must come of it.
+    """One case with a fault, or with none, and its required outcome.
 
-    `ranks` is empty where the hits tell them. `guard` is the stage in which an adapter may end the rank instead.
+    `ranks` is empty where the fault's hits name them. `guard` is the stage in which an adapter may end the rank
+    instead.
     """
 
     label: str
@@ -90,19 +91,19 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def deadly(self) -> bool:
-        """Whether it may cost a launch."""
+        """Whether the case may cost a launch."""
         return self.verdict in DEAD or bool(self.guard)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The clean cases, the faults, and last those that cost a launch each; faults that cannot be tried, and why."""
+    """Clean cases, faults, last the faults that cost a launch each; and the reasons why others cannot be tried."""
 
     trials: list[Trial]
     impossible: dict[str, str]
 
 
 def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> Plan:
-    """Return the trials; `asked` has keys for all cases, which only what a fault needs comes before.
+    """Trials of a self-test; `asked` has keys for all cases, overridden only by keys that a fault needs.
 
     Raises:
         InvalidCase: no case can be made with those keys.
@@ -117,12 +118,12 @@ def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> Pla
 
 
 def trials(ranks: int, seeds: int, clean: int) -> list[Trial]:
-    """Return the trials of the stand-ins."""
+    """Trials of the stand-ins."""
     return plan(ranks, seeds, clean).trials
 
 
 def random_keys(chance: random.Random, ranks: int) -> Keys:
-    """Return the keys of a random small case that passes."""
+    """Keys of a random small case that passes."""
     most = max(min(40, 240 // ranks), 10)
     return _BASE | {
         "seed": chance.randrange(1 << 30),
@@ -152,7 +153,7 @@ def _possible_ones(maker: _Maker, seeds: int) -> tuple[list[Trial], dict[str, st
 
 
 def _too_few_ranks(name: str, ranks: int) -> str:
-    """Say why so few ranks cannot show a fault, or nothing."""
+    """Reason why `ranks` ranks are too few to show a fault; empty for none."""
     if name == "cross-node" and (ranks % 2 or ranks < 4):  # noqa: PLR2004 - two nodes of two
         return "needs two nodes of two ranks or more"
     if name == "slots-lost" and ranks < 3:  # noqa: PLR2004 - of four experts each
@@ -163,7 +164,7 @@ def _too_few_ranks(name: str, ranks: int) -> str:
 
 
 class _Maker:
-    """Makes trials for so many ranks; `asked` has the keys that were asked for in all of them."""
+    """Makes trials for a number of ranks; `asked` has the requested keys of all of them."""
 
     def __init__(self, ranks: int, asked: Sequence[Layer]) -> None:
         self.ranks = ranks
@@ -174,7 +175,7 @@ class _Maker:
         self._guards = GUARDS.get(base.transport, {}) | GUARDS.get(base.experts, {})
 
     def trial(self, kind: type[Fault], variant: Variant, seed: int) -> Trial:
-        """Return a fault on a random rank, in a random arm."""
+        """A fault on a random rank, in a random arm."""
         chance = random.Random(f"{kind.name}/{dict(variant.options)}/{seed}")  # noqa: S311 - a choice of cases, no secret
         label = _label(kind, variant)
         rank = chance.randrange(self.ranks)
@@ -205,7 +206,7 @@ class _Maker:
         )
 
     def together(self, first: str, second: str, seed: int) -> Trial:
-        """Return two faults on two ranks."""
+        """Two faults on two ranks."""
         chance = random.Random(f"{first}+{second}/{seed}")  # noqa: S311 - a choice of cases, no secret
         guilty = sorted(chance.sample(range(self.ranks), 2))
         label, verdict = f"{first} + {second}", Verdict.BASELINE_WRONG.value
@@ -220,9 +221,9 @@ class _Maker:
         )
 
     def clean(self, seed: int) -> Trial:
-        """Return a random case without a fault; each fifth has gaussian inputs.
+        """A random case without a fault; every fifth has gaussian inputs.
 
-        One that what was asked for does not allow is drawn again.
+        A case that the requested keys do not allow is drawn again.
         """
         chance = random.Random(f"clean/{seed}")  # noqa: S311 - a choice of cases, no secret
         gaussian = {"numerics": "gaussian", "require": "tolerance", "dispatch_dtype": "bf16"}

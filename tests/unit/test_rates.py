@@ -16,6 +16,7 @@ from distbench.errors import Verdict
 from distbench.job import Entry
 from distbench.progress import Progress
 from distbench.rates import Rate, trials_to_see
+from distbench.report.console import print_report
 from distbench.report.document import InjectedReport, Report, rate_report
 from distbench.report.journal import Journal
 from tests.cases import tiny_case
@@ -92,6 +93,12 @@ def test_rate_without_wrong_tokens_has_an_upper_bound() -> None:
     assert (rate.per_million, rate.low_per_million) == (0, 0)
     assert 0.9 < rate.high_per_million < 0.95
     assert rate_report(0, 0, 1) is None
+
+
+def test_a_printed_rate_has_its_95_percent_interval_in_plain_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(msgspec.structs.replace(reported(1, tokens=512, wrong=4), timing={}))
+    line = "wrong tokens: 4 of 512 in 10 repeats, 7,810 per million, 95 % CI 2,130 to 19,900"
+    assert line in " ".join(capsys.readouterr().out.split())
 
 
 def test_until_failure_without_repeats_defaults_to_10000_repeats() -> None:
