@@ -93,7 +93,7 @@ def test_two_faults_are_bisected_to_both_stages(pair: tuple[str, str], tmp_path:
     assert found.blame.independent
 
 
-def test_a_fault_at_a_boundary_of_the_transport_is_not_laid_to_the_transport(tmp_path: Path) -> None:
+def test_fault_at_a_boundary_of_the_transport_is_not_blamed_on_the_transport(tmp_path: Path) -> None:
     case = tiny_case(RANKS, transport="mori", emulate=True, inject="flipped-bit:rank=1")
     assert bisect(lab(), case, tmp_path).blame == Blame(("dispatch",))
 

@@ -90,11 +90,11 @@ def gaussian_part(outcome: Outcome) -> Gathered:
     return outcome.gathered.gaussian
 
 
-def test_both_is_the_default() -> None:
+def test_numerics_both_is_the_default() -> None:
     assert resolve_case([Layer("test", {"model": "tiny"})], RANKS).case.numerics == "both"
 
 
-def test_its_report_has_bits_and_errors() -> None:
+def test_report_of_numerics_both_has_bitwise_comparisons_and_errors() -> None:
     outcome = outcome_of(both_case(RANKS, tokens=(37, 21)))
     report = report_of(outcome)
     assert (report.verdict.value, report.findings) == ("PASS", [])
@@ -106,7 +106,7 @@ def test_its_report_has_bits_and_errors() -> None:
 
 
 @pytest.mark.parametrize("gather", ["rows", "digests"])
-def test_other_bits_of_an_atomic_kernel_in_gaussian_inputs_are_a_note(gather: str) -> None:
+def test_nondeterminism_of_an_atomic_kernel_in_gaussian_inputs_is_a_note(gather: str) -> None:
     outcome = outcome_of(both_case(RANKS, tokens=(37, 21), routing="local", gather=gather))
     assert gaussian_part(outcome).comparisons["padded/control"].differing_tokens
     assert outcome.judgement.verdict.value == "PASS"
@@ -117,7 +117,7 @@ def test_other_bits_of_an_atomic_kernel_in_gaussian_inputs_are_a_note(gather: st
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("inputs", ["exact", "gaussian"])
-def test_a_nan_is_found_with_either_kind_of_inputs(arm: str, inputs: str) -> None:
+def test_nan_is_found_with_either_kind_of_inputs(arm: str, inputs: str) -> None:
     call = ARMS.index(arm) + 4 * (inputs == "gaussian")
     outcome: Outcome = on_ranks(RANKS, run_damaged, both_case(RANKS), nan_lane, range(call, call + 1))[0]
     verdict = "BASELINE_WRONG" if arm == "padded" else "CORRUPT"
@@ -129,7 +129,7 @@ def test_a_nan_is_found_with_either_kind_of_inputs(arm: str, inputs: str) -> Non
 
 
 @pytest.mark.parametrize(("calls", "verdict"), [(range(4, 8), "BASELINE_WRONG"), (range(7, 8), "CORRUPT")])
-def test_an_error_outside_its_ideal_fails_the_case_though_its_bits_are_right(calls: range, verdict: str) -> None:
+def test_error_outside_its_bounds_fails_a_case_whose_exact_bits_are_right(calls: range, verdict: str) -> None:
     case = both_case(RANKS, tokens=64)
     outcome: Outcome = on_ranks(RANKS, run_damaged, case, truncated_roundings, calls)[0]
     report = report_of(outcome)
@@ -139,7 +139,7 @@ def test_an_error_outside_its_ideal_fails_the_case_though_its_bits_are_right(cal
     assert any(not error.within and error.outside == [1] for error in report.errors if error.stage == "experts")
 
 
-def test_a_fault_strikes_with_both_kinds_of_inputs() -> None:
+def test_injected_fault_fires_with_both_kinds_of_inputs() -> None:
     both = outcome_of(both_case(RANKS, inject="nan-lanes:arm=truncated"))
     exact = outcome_of(both_case(RANKS, inject="nan-lanes:arm=truncated", numerics="exact"))
     hits = [sum(report_of(one).injected[0].hits.values()) for one in (both, exact)]
@@ -148,7 +148,7 @@ def test_a_fault_strikes_with_both_kinds_of_inputs() -> None:
     assert found[:2] == [("CORRUPT", "exact"), ("CORRUPT", "gaussian")]
 
 
-def test_repeats_and_timing_are_those_with_exact_inputs() -> None:
+def test_repeats_and_timing_run_with_exact_inputs_only() -> None:
     case = both_case(RANKS, repeats=3, until_failure=True, iterations=2, warmup=0, routing="local")
     outcome = outcome_of(case)
     report = report_of(outcome)
@@ -161,7 +161,7 @@ def test_repeats_and_timing_are_those_with_exact_inputs() -> None:
 
 
 @pytest.mark.parametrize("policy", ["strict", "unchecked", "guard"])
-def test_lost_rows_are_told_once(policy: str) -> None:
+def test_lost_rows_are_reported_once_for_both_kinds_of_inputs(policy: str) -> None:
     outcome = outcome_of(both_case(RANKS, limit="max-recv-1", policy=policy))
     verdicts = [found.verdict.value for found in outcome.judgement.findings]
     assert verdicts == ([] if policy == "guard" else ["UNDER_LIMIT"])
@@ -176,7 +176,7 @@ def test_lost_rows_are_told_once(policy: str) -> None:
         {"ep_size": 1},
     ],
 )
-def test_every_part_runs_with_both_kinds_of_inputs(parts: dict[str, Any]) -> None:
+def test_every_transport_and_experts_passes_with_both_kinds_of_inputs(parts: dict[str, Any]) -> None:
     ranks = parts.get("ep_size", RANKS)
     outcome = outcome_of(both_case(ranks, **{key: value for key, value in parts.items() if key != "ep_size"}))
     assert outcome.judgement.verdict.value == "PASS"
@@ -184,7 +184,9 @@ def test_every_part_runs_with_both_kinds_of_inputs(parts: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize(("calls", "inputs"), [(range(3, 4), "exact"), (range(7, 8), "gaussian")])
-def test_a_bundle_records_the_inputs_with_which_the_case_failed(tmp_path: Path, calls: range, inputs: str) -> None:
+def test_bundle_records_the_kind_of_inputs_with_which_the_case_failed(
+    tmp_path: Path, calls: range, inputs: str
+) -> None:
     outcome = leave_bundle(tmp_path, run_damaged, both_case(RANKS), nan_lane, calls)
     bundle = open_bundle(tmp_path)
     assert bundle.manifest.recorded.inputs == inputs
@@ -199,13 +201,13 @@ def test_a_bundle_records_the_inputs_with_which_the_case_failed(tmp_path: Path, 
     ("expect", "expected"),
     [("CORRUPT", True), ("CORRUPT:experts-differs,nan,error,bits-differ", True), ("CORRUPT:experts-differs", False)],
 )
-def test_an_expectation_names_the_reasons_with_both_kinds_of_inputs(expect: str, expected: bool) -> None:
+def test_expectation_matches_reasons_from_both_kinds_of_inputs(expect: str, expected: bool) -> None:
     outcome: Outcome = on_ranks(RANKS, run_damaged, both_case(RANKS), nan_lane, range(3, 4))[0]
     assert report_of(outcome, expect=expect).as_expected is expected
 
 
 @pytest.mark.parametrize("arm", ARMS[1:])
-def test_the_distance_of_an_arm_is_its_own(arm: str) -> None:
+def test_distance_of_an_arm_excludes_damage_in_other_arms(arm: str) -> None:
     calls = range(ARMS.index(arm), ARMS.index(arm) + 1)
     case = both_case(numerics="gaussian")
     outcome: Outcome = on_ranks(RANKS, run_damaged, case, nan_lane, calls)[0]

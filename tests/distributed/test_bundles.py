@@ -46,7 +46,7 @@ def tensors_of(bundle: Bundle, rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("stage", "fault"), SINGLE_FAULTS)
-def test_the_recording_alone_gives_verdict_stage_rank_and_diagnosis(stage: str, fault: str, tmp_path: Path) -> None:
+def test_bundle_alone_reproduces_verdict_stage_rank_and_diagnosis(stage: str, fault: str, tmp_path: Path) -> None:
     number = SINGLE_FAULTS.index((stage, fault))
     arm, case = ARM_CALLS[number % 4], (tiny_case(), FP8, FNUZ)[number % 3]
     outcome = leave_bundle(tmp_path, run_with_fault, case, stage, fault, arm, RANK)
@@ -64,7 +64,7 @@ def test_the_recording_alone_gives_verdict_stage_rank_and_diagnosis(stage: str, 
     assert {found.rank for found in damaged_sum} == ({RANK} if stage == "combine" else set())
 
 
-def test_a_gaussian_case_is_held_against_its_padded_arm(tmp_path: Path) -> None:
+def test_bundle_of_a_gaussian_case_is_compared_with_its_padded_arm(tmp_path: Path) -> None:
     case = tiny_case(numerics="gaussian", kernel_table="tests/data/splitk.csv", routing="duplicates")
     leave_bundle(tmp_path, run_with_fault, case, "dispatch", "flip a sign", "truncated", RANK)
     bundle = open_bundle(tmp_path)
@@ -73,7 +73,7 @@ def test_a_gaussian_case_is_held_against_its_padded_arm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["", "IntraNodeLL", "InterNodeV1"])
-def test_a_wrong_sum_of_gaussian_rows_is_seen_in_the_recording(kernel: str, tmp_path: Path) -> None:
+def test_wrong_sum_of_gaussian_rows_is_found_in_the_bundle(kernel: str, tmp_path: Path) -> None:
     mori: dict[str, Any] = {"transport": "mori", "emulate": True, "mori_kernel": kernel} if kernel else {}
     nodes: dict[str, Any] = {"gpu_per_node": 2} if kernel.startswith("Inter") else {}
     drift: dict[str, Any] = {"numerics": "gaussian", "kernel_table": "tests/data/splitk.csv", "routing": "duplicates"}
@@ -87,7 +87,7 @@ def test_a_wrong_sum_of_gaussian_rows_is_seen_in_the_recording(kernel: str, tmp_
     assert wrong == {(RANK, "truncated")}
 
 
-def test_wrong_weights_are_seen_in_the_expert_rows(tmp_path: Path) -> None:
+def test_wrong_weights_are_found_in_the_expert_rows_of_the_bundle(tmp_path: Path) -> None:
     leave_bundle(tmp_path, run_with_weights_of_another_expert, tiny_case(), RANK)
     analysis = analyse(open_bundle(tmp_path))
     wrong = {(found.stage, found.rank) for found in analysis.findings if found.wrong and found.arm == "padded"}
@@ -95,7 +95,7 @@ def test_wrong_weights_are_seen_in_the_expert_rows(tmp_path: Path) -> None:
     assert not any(stage == "dispatch" for stage, _ in wrong)
 
 
-def test_a_part_that_is_elsewhere_is_named_and_nothing_is_confirmed(tmp_path: Path) -> None:
+def test_missing_bundle_part_is_named_and_no_verdict_is_confirmed(tmp_path: Path) -> None:
     outcome = leave_bundle(tmp_path, run_with_fault, tiny_case(), "experts", "drop a contribution", "control", RANK)
     (tmp_path / part_name(1)).unlink()
     analysis = analyse(open_bundle(tmp_path))
@@ -103,7 +103,7 @@ def test_a_part_that_is_elsewhere_is_named_and_nothing_is_confirmed(tmp_path: Pa
     assert not analysis.confirms(outcome.judgement.verdict, [found.cause for found in outcome.diagnosis])
 
 
-def test_parts_hold_failing_tokens_only_and_the_routing_of_all(tmp_path: Path) -> None:
+def test_bundle_parts_hold_failing_tokens_and_the_routing_of_all_tokens(tmp_path: Path) -> None:
     case = tiny_case(tokens=40, limit="max-recv-1", policy="unchecked")
     leave_bundle(tmp_path, run_healthy, case)
     bundle = open_bundle(tmp_path)
@@ -118,7 +118,7 @@ def test_parts_hold_failing_tokens_only_and_the_routing_of_all(tmp_path: Path) -
         assert {"w1", "w2", "token.hidden", "padded.experts", "truncated.hidden", "combined.oracle"} <= set(digests)
 
 
-def test_more_failing_tokens_than_fit_are_counted(tmp_path: Path) -> None:
+def test_failing_tokens_beyond_the_bundle_limit_are_counted(tmp_path: Path) -> None:
     case = tiny_case(tokens=64, limit="1", policy="unchecked")
     leave_bundle(tmp_path, run_healthy, case)
     recorded = open_bundle(tmp_path).manifest.recorded
@@ -141,7 +141,7 @@ def rewritten(folder: Path, outcome: Outcome) -> Bundle:
     return open_bundle(folder)
 
 
-def test_lists_are_shortened_until_a_manifest_can_be_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_lists_are_shortened_to_the_readable_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome = leave_bundle(tmp_path, run_healthy, tiny_case(tokens=64, limit="1", policy="unchecked"))
     assert outcome.gathered is not None
     whole = msgspec.json.encode(open_bundle(tmp_path).manifest)
@@ -157,7 +157,7 @@ def test_lists_are_shortened_until_a_manifest_can_be_read_back(tmp_path: Path, m
         rewritten(tmp_path, outcome)
 
 
-def test_sources_that_a_transport_made_up_do_not_spoil_the_bundle(tmp_path: Path) -> None:
+def test_invalid_source_ids_of_a_transport_do_not_break_the_bundle(tmp_path: Path) -> None:
     outcome = leave_bundle(tmp_path, run_healthy, tiny_case(tokens=40, limit="max-recv-1", policy="unchecked"))
     assert outcome.gathered is not None
     record = next(one for one in outcome.gathered.observations if one.divergences)
@@ -169,7 +169,7 @@ def test_sources_that_a_transport_made_up_do_not_spoil_the_bundle(tmp_path: Path
     assert (read_back.source_rank, read_back.source_token, read_back.clues.tokens) == (None, None, [(0, 1)])
 
 
-def test_a_kernel_table_that_is_too_large_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_table_too_large_for_a_bundle_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = Path("tests/data/splitk.csv")
     monkeypatch.setattr(manifest_module, "MAX_TABLE_BYTES", 10)
     case = tiny_case(limit="max-recv-1", policy="unchecked", kernel_table=str(table))
@@ -182,7 +182,7 @@ def test_a_kernel_table_that_is_too_large_is_told(tmp_path: Path, monkeypatch: p
     assert runnable_case(bundle, [Layer("flag", {"kernel_table": str(table)})]).kernel_table == str(table)
 
 
-def test_the_routing_of_lost_ranks_is_written_for_them_and_its_cut_told(
+def test_routing_of_lost_ranks_is_written_and_its_truncation_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write_module, "RECORDED_BYTES", 4 * 10 * 4 * FP8.topk)
@@ -207,19 +207,19 @@ def passed(session: Session, folder: Path, case: Case) -> bool:
     return write_parts(session, recorder, folder, None) is None
 
 
-def test_a_case_that_passes_leaves_nothing(tmp_path: Path) -> None:
+def test_passing_case_writes_no_bundle(tmp_path: Path) -> None:
     assert on_ranks(4, passed, tmp_path / "bundle", tiny_case()) == [True] * 4
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_kept_repeat_is_the_recorded_one(tmp_path: Path) -> None:
+def test_bundle_records_the_repeat_that_the_report_describes(tmp_path: Path) -> None:
     case = tiny_case(repeats=3)
     outcome = leave_bundle(tmp_path, run_with_fault, case, "experts", "double a contribution", "truncated", RANK)
     causes = [found.cause for found in outcome.diagnosis]
     assert analyse(open_bundle(tmp_path)).confirms(Verdict.CORRUPT, causes)
 
 
-def test_a_refused_case_has_no_parts(tmp_path: Path) -> None:
+def test_bundle_of_a_refused_case_has_no_parts(tmp_path: Path) -> None:
     case = tiny_case(tokens=65)
     outcome = leave_bundle(tmp_path, run_healthy, case)
     bundle = open_bundle(tmp_path)

@@ -153,7 +153,7 @@ def lost_on_the_way(session: Session, case: Case) -> list[bool]:
     return [int(strangers.sum()) == peers > 0, torch.equal(missed, away.any(1))]
 
 
-def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
+def test_row_that_does_not_arrive_is_not_replaced_by_a_stale_one() -> None:
     assert on_ranks(4, lost_on_the_way, tiny_case(4)) == [[True, True]] * 4
 
 
@@ -171,7 +171,7 @@ def test_a_row_that_does_not_arrive_is_not_taken_for_an_earlier_one() -> None:
         (4, {"topk": 3, "routing": "duplicates"}),
     ],
 )
-def test_rows_and_sums_are_those_of_the_model(world: int, changes: dict[str, Any], slot_order: str) -> None:
+def test_rows_and_sums_equal_those_of_the_model(world: int, changes: dict[str, Any], slot_order: str) -> None:
     case = tiny_case(world, **changes, slot_order=slot_order)
     assert on_ranks(world, passes, case) == [[]] * world
     assert on_ranks(world, without_shared_memory, passes, case) == [[]] * world
@@ -196,13 +196,13 @@ def without_shared_memory(session: Session, function: Any, case: Case) -> Any:
     ("changes", "elsewhere"),
     [({}, "all_to_all"), ({"routing": "fan-in:1"}, "send_recv"), ({"tokens": 1, "topk": 1}, "send_recv")],
 )
-def test_rows_go_through_memory_and_between_hosts_to_whom_there_are_rows_for(
+def test_rows_travel_by_shared_memory_or_by_the_collective_that_fits_the_routing(
     changes: dict[str, Any], elsewhere: str
 ) -> None:
     assert on_ranks(4, how_rows_travel, tiny_case(4, **changes)) == [["shared_memory", elsewhere]] * 4
 
 
-def test_a_row_that_never_left_comes_back_as_poison() -> None:
+def test_combine_of_a_row_that_was_never_sent_is_poison() -> None:
     for flags in on_ranks(4, foreign_ids, tiny_case(4, topk=2)):
         assert not any(flags)
 
@@ -218,7 +218,7 @@ def test_ids_that_changed_in_place_are_refused() -> None:
     "payload", [{}, {"dispatch_dtype": "fp8"}, {"dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"}], ids=str
 )
 @torch.inference_mode()
-def test_a_device_gives_the_bits_of_the_cpu(
+def test_transport_on_a_device_gives_the_bits_of_the_cpu(
     payload: dict[str, str], rows: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rows == "torch":
@@ -242,7 +242,7 @@ def test_a_device_gives_the_bits_of_the_cpu(
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_a_pass_on_a_device_does_not_wait_for_it() -> None:
+def test_pass_on_a_device_makes_no_host_synchronisation() -> None:
     case = tiny_case(1)
     batch = workload_for(case, torch.device("cuda")).tokens(0)
     counts = recv_counts(batch.ids, case.experts_per_rank, 1).cpu().unsqueeze(0)

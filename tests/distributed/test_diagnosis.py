@@ -39,7 +39,9 @@ def blame_of(outcome: Outcome) -> list[tuple[str, str, list[int]]]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fault", ["share-lost", "share-doubled", "communication-skipped"])
 @pytest.mark.parametrize(("ranks", "routing"), [(2, "uniform"), (4, "duplicates"), (8, "uniform")])
-def test_whoever_sent_or_added_wrongly_is_told_apart(ranks: int, routing: str, fault: str, seed: int) -> None:
+def test_faulty_sender_and_faulty_owner_of_a_sum_are_distinguished(
+    ranks: int, routing: str, fault: str, seed: int
+) -> None:
     """With two ranks to a token a share that is missing looks like an owner who adds nothing but its own."""
     case = tiny_case(ranks, seed=seed, tokens=12, routing=routing, inject=f"{fault}:rank={seed % ranks}")
     assert [(confidence, blamed) for _, confidence, blamed in blame_of(outcome_of(case))] == [
@@ -50,7 +52,7 @@ def test_whoever_sent_or_added_wrongly_is_told_apart(ranks: int, routing: str, f
 @pytest.mark.parametrize("arm", ["padded", "truncated"])
 @pytest.mark.parametrize("fault", ["sent-zeros", "sent-flip"])
 @pytest.mark.parametrize(("ranks", "dtype"), [(2, "bf16"), (4, "fp8"), (8, "bf16")])
-def test_a_rank_that_sends_wrong_rows_is_blamed_and_not_those_that_receive_them(
+def test_rank_that_sends_wrong_rows_is_blamed_and_its_receivers_are_not(
     ranks: int, dtype: str, fault: str, arm: str
 ) -> None:
     inject = f"{fault}:rank={ranks - 1},arm={arm}"
@@ -71,13 +73,13 @@ def test_a_rank_that_sends_wrong_rows_is_blamed_and_not_those_that_receive_them(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_token_that_another_rank_has_right_was_spoilt_where_it_is_wrong(seed: int) -> None:
+def test_token_correct_on_another_rank_blames_the_receiver(seed: int) -> None:
     """With two ranks, so that most tokens go to both."""
     outcome = outcome_of(tiny_case(2, seed=seed, inject="flipped-bit:rank=1"))
     assert blame_of(outcome) == [("dispatch: single bits flipped", "certain", [1])]
 
 
-def test_where_no_other_rank_has_the_token_the_blame_is_likely_and_both_are_told() -> None:
+def test_token_on_a_single_rank_gives_a_likely_blame_and_names_both_candidates() -> None:
     alone: dict[str, Any] = {"topk": 1, "seed": 1}
     outcome = outcome_of(tiny_case(RANKS, inject="flipped-bit:rank=3", **alone))
     assert blame_of(outcome) == [("dispatch: single bits flipped", "likely", [3])]
@@ -89,13 +91,13 @@ def test_where_no_other_rank_has_the_token_the_blame_is_likely_and_both_are_told
     assert blame_of(sent) == [("dispatch: zeros, as sent", "likely", [2])]
 
 
-def test_what_was_spoilt_in_different_repeats_proves_nothing_of_other_ranks() -> None:
+def test_damage_in_different_repeats_gives_no_certain_blame_of_other_ranks() -> None:
     for seed in range(4):
         outcome = outcome_of(tiny_case(RANKS, seed=seed, repeats=3, inject="sent-flip:rank=2,arm=control"))
         assert [found for found in wrongly_blamed(outcome) if found.confidence == "certain"] == []
 
 
-def test_damage_of_every_row_of_every_rank_is_no_proof_against_senders() -> None:
+def test_damage_of_every_row_on_every_rank_gives_no_blame_of_senders() -> None:
     inject = ";".join(f"sent-zeros:rank={rank}" for rank in range(RANKS))
     assert [cause for cause, _, _ in blame_of(outcome_of(tiny_case(RANKS, inject=inject)))] == ["dispatch: zeros"]
 
@@ -112,7 +114,7 @@ def test_damage_of_every_row_of_every_rank_is_no_proof_against_senders() -> None
         ("nan-lanes:rank=0;times-ep-size:rank=3", [0, 3]),
     ],
 )
-def test_damage_before_combine_hides_none_of_combine(inject: str, guilty: list[int]) -> None:
+def test_damage_before_combine_does_not_hide_a_combine_fault(inject: str, guilty: list[int]) -> None:
     outcome = outcome_of(tiny_case(RANKS, tokens=20, inject=inject))
     stages = [found.stage for found in outcome.diagnosis if found.stage]
     assert sorted({rank for _, _, blamed in blame_of(outcome) for rank in blamed}) == guilty
@@ -140,7 +142,7 @@ def wrongly_blamed(outcome: Outcome) -> list[Diagnosis]:
 
 @settings(max_examples=400 if SOAK else 40, deadline=None, derandomize=True)
 @given(st.integers(0, 1 << 40))
-def test_of_two_random_faults_none_puts_certain_blame_on_a_healthy_rank(number: int) -> None:
+def test_two_random_faults_give_no_certain_blame_of_a_healthy_rank(number: int) -> None:
     outcome = outcome_of(pair_case(number, RANKS))
     assert [found for found in wrongly_blamed(outcome) if found.confidence == "certain"] == []
 
@@ -148,7 +150,7 @@ def test_of_two_random_faults_none_puts_certain_blame_on_a_healthy_rank(number: 
 @pytest.mark.parametrize("arm", ["padded", "control", "repadded", "truncated"])
 @pytest.mark.parametrize("fault", ["flipped-token-bit", "share-doubled", "swapped-tokens"])
 @pytest.mark.parametrize("inputs", [SPLIT_K, ATOMIC], ids=["drift", "atomic sums"])
-def test_combine_is_checked_in_gaussian_inputs(inputs: dict[str, object], fault: str, arm: str) -> None:
+def test_combine_fault_is_found_in_gaussian_inputs(inputs: dict[str, object], fault: str, arm: str) -> None:
     case = tiny_case(RANKS, inject=f"{fault}:rank=2,arm={arm}", require="tolerance", **inputs)
     outcome = outcome_of(case)
     assert outcome.judgement.verdict is (Verdict.BASELINE_WRONG if arm == "padded" else Verdict.CORRUPT)
@@ -158,7 +160,7 @@ def test_combine_is_checked_in_gaussian_inputs(inputs: dict[str, object], fault:
     assert blamed == [2]
 
 
-def test_combine_faults_on_two_ranks_are_not_blamed_on_a_kernel_that_never_repeats_its_bits() -> None:
+def test_combine_faults_on_two_ranks_are_not_blamed_on_an_atomic_kernel() -> None:
     inject = "share-doubled:rank=1,arm=control;swapped-tokens:rank=2,arm=control"
     outcome = outcome_of(tiny_case(RANKS, inject=inject, **ATOMIC))
     assert outcome.judgement.verdict is Verdict.CORRUPT
@@ -166,13 +168,13 @@ def test_combine_faults_on_two_ranks_are_not_blamed_on_a_kernel_that_never_repea
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_kernel_that_adds_atomically_is_named_whichever_arm_shows_it(seed: int) -> None:
+def test_nondeterminism_of_an_atomic_kernel_gets_no_other_verdict(seed: int) -> None:
     verdict = outcome_of(tiny_case(RANKS, seed=seed, limit="sum32", **ATOMIC)).judgement.verdict
     assert verdict in (Verdict.NONDETERMINISTIC, Verdict.PASS)
 
 
 @pytest.mark.parametrize("kernel", ["IntraNode", "IntraNodeLL", "InterNodeV1", "InterNodeV1LL", "AsyncLL"])
-def test_sums_of_every_kernel_of_mori_are_known_to_the_bit(kernel: str) -> None:
+def test_combine_of_every_mori_kernel_is_predicted_bit_for_bit(kernel: str) -> None:
     nodes = {"gpu_per_node": 2} if kernel.startswith("Inter") else {}
     mori = {"transport": "mori", "emulate": True, "mori_kernel": kernel} | nodes | SPLIT_K
     assert outcome_of(tiny_case(RANKS, **mori)).judgement.verdict is Verdict.PASS
@@ -182,7 +184,7 @@ def test_sums_of_every_kernel_of_mori_are_known_to_the_bit(kernel: str) -> None:
 
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
 @pytest.mark.parametrize("quant", ["fp8_direct_cast", "fp8_blockwise"])
-def test_quantised_sums_are_held_against_the_same_rows_once_more(quant: str, numerics: str) -> None:
+def test_quantised_combine_is_compared_with_a_second_run_on_the_same_rows(quant: str, numerics: str) -> None:
     case = {"transport": "mori", "emulate": True, "combine_quant": quant} | SPLIT_K | {"numerics": numerics}
     assert outcome_of(tiny_case(RANKS, **case)).judgement.verdict is Verdict.PASS
     flipped = outcome_of(tiny_case(RANKS, inject="flipped-token-bit:rank=1,arm=control,bit=5", **case))
@@ -193,21 +195,21 @@ def test_quantised_sums_are_held_against_the_same_rows_once_more(quant: str, num
 
 
 @pytest.mark.parametrize("cu_count", [304, 256])
-def test_a_cast_on_the_way_back_is_known_by_the_devices_fp8(cu_count: int) -> None:
+def test_saturating_cast_in_combine_is_identified_by_the_devices_fp8_format(cu_count: int) -> None:
     """An exact sum reaches 256 units of 16: above what either format holds."""
     mori = {"transport": "mori", "emulate": True, "cu_count": cu_count}
     outcome = outcome_of(tiny_case(RANKS, inject="saturating-cast:rank=1", **mori))
     assert blame_of(outcome) == [("combine: a rank's share was cast to fp8 without a scale", "certain", [1])]
 
 
-def test_wrong_rows_in_the_padded_arm_are_no_baseline_for_others() -> None:
+def test_wrong_rows_of_the_padded_arm_blame_no_other_arm() -> None:
     outcome = outcome_of(tiny_case(RANKS, inject="swapped-rows:rank=2,arm=padded", **SPLIT_K))
     assert outcome.judgement.verdict is Verdict.BASELINE_WRONG
     assert [(found.stage, found.ranks) for found in outcome.diagnosis] == [("dispatch", [2])]
 
 
 @pytest.mark.parametrize("arm", ["padded", "control", "truncated"])
-def test_a_capacity_that_is_not_applied_is_a_fault_of_dispatch(arm: str) -> None:
+def test_ignored_receive_capacity_is_a_fault_of_dispatch(arm: str) -> None:
     shape = {"prealloc_max_recv_tokens": 96, "tokens": 12}
     outcome = outcome_of(tiny_case(RANKS, inject=f"capacity-ignored:rank=2,arm={arm}", **shape))
     assert outcome.judgement.verdict is (Verdict.BASELINE_WRONG if arm == "padded" else Verdict.CORRUPT)
@@ -217,7 +219,7 @@ def test_a_capacity_that_is_not_applied_is_a_fault_of_dispatch(arm: str) -> None
 
 
 @pytest.mark.parametrize("arm", ["padded", "truncated"])
-def test_the_headline_names_the_first_wrong_stage_and_not_what_came_of_it(arm: str) -> None:
+def test_first_reason_names_the_first_wrong_stage_and_not_its_consequences(arm: str) -> None:
     outcome = outcome_of(tiny_case(RANKS, tokens=20, inject=f"total-recv-short:rank=3,arm={arm}"))
     reason = outcome.judgement.reasons[0]
     assert (reason.code, reason.rank) == ("dispatch-differs", 3)

@@ -25,7 +25,7 @@ def run_with_heads_of(session: Session, case: Case, record_bytes: int) -> Outcom
 
 
 @pytest.mark.parametrize("record_bytes", [8, 500, *range(2300, 2600, 50), 1 << 20])
-def test_records_longer_and_shorter_than_their_heads_arrive(record_bytes: int) -> None:
+def test_gathered_records_longer_or_shorter_than_their_heads_arrive_whole(record_bytes: int) -> None:
     outcome = on_ranks(4, run_with_heads_of, UNEVEN, record_bytes)[0]
     assert outcome.judgement.verdict is Verdict.PASS
     assert [record.tokens for record in outcome.gathered.observations] == [0, 1, 64, 33]

@@ -13,7 +13,7 @@ from tests.end_to_end.launches import Bench
 pytestmark = pytest.mark.gpu
 
 
-def test_a_case_on_one_device(tmp_path: Path) -> None:
+def test_case_on_one_device_passes_and_is_timed(tmp_path: Path) -> None:
     with Bench(
         tmp_path / "out", "run", "--nproc", "1", "--model", "tiny", "--device", "cuda", "--iterations", "30"
     ) as bench:
@@ -31,7 +31,7 @@ def test_more_ranks_than_devices_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
-def test_the_triton_experts_in_a_case(tmp_path: Path, dispatch_dtype: str) -> None:
+def test_case_with_triton_experts_in_a_graph_passes(tmp_path: Path, dispatch_dtype: str) -> None:
     flags = ("--model", "tiny", "--device", "cuda", "--experts", "triton", "--dispatch-dtype", dispatch_dtype)
     with Bench(tmp_path / "out", "run", "--nproc", "1", *flags, "--graph") as bench:
         assert bench.finish() == 0
@@ -40,7 +40,7 @@ def test_the_triton_experts_in_a_case(tmp_path: Path, dispatch_dtype: str) -> No
         assert all(not wrong and not near for _, wrong, near in rank["replays"])
 
 
-def test_mutants_around_the_triton_experts_are_seen(tmp_path: Path) -> None:
+def test_mutants_around_the_triton_experts_are_detected(tmp_path: Path) -> None:
     parts = ("--nproc", "1", "--experts", "triton", "--device", "cuda", "--seeds", "1")
     with Bench(tmp_path / "out", "mutants", *parts, "--only", "tails,ids,order,dispatch,cut,activation") as bench:
         assert bench.finish() == 0

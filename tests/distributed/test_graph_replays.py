@@ -56,14 +56,14 @@ def wrong_and_near(outcome: Outcome) -> tuple[int, int]:
     return sum(replay.wrong for replay in replays), sum(replay.near for replay in replays)
 
 
-def test_right_replays_pass() -> None:
+def test_correct_graph_replays_pass() -> None:
     outcome = replayed(tiny_case(2, graph=True), None)
     assert outcome.judgement.verdict.value == "PASS"
     assert wrong_and_near(outcome) == (0, 0)
 
 
 @pytest.mark.parametrize("values", [{}, {"limit": "off"}, {"inject": "flipped-expert-bit:rank=0,arm=truncated"}])
-def test_a_damaged_replay_is_corrupt(values: dict[str, str]) -> None:
+def test_damaged_graph_replay_is_corrupt(values: dict[str, str]) -> None:
     outcome = replayed(tiny_case(2, graph=True, **values), a_sign)
     assert outcome.judgement.verdict.value == "CORRUPT"
     assert wrong_and_near(outcome) == (1, 0)
@@ -80,7 +80,7 @@ def test_a_damaged_replay_is_corrupt(values: dict[str, str]) -> None:
         (lambda _: "atomic", "bitwise", "NONDETERMINISTIC"),
     ],
 )
-def test_replays_that_add_atomically_are_held_to_the_tolerance(
+def test_graph_replays_of_an_atomic_kernel_are_judged_by_the_tolerance(
     tmp_path: Path, mode: Callable[[int], str], require: str, verdict: str
 ) -> None:
     case = rounding_case(tmp_path, mode, require=require, iterations=0, graph=True)
@@ -98,7 +98,9 @@ def test_replays_that_add_atomically_are_held_to_the_tolerance(
     [(only_the_cut_is_atomic, a_row_of_zeros), (lambda _: "reduce", a_sign)],
     ids=["beyond the tolerance", "one sign of an ordered sum"],
 )
-def test_gaussian_replays_that_no_order_explains(tmp_path: Path, mode: Callable[[int], str], damage: Damage) -> None:
+def test_gaussian_graph_replay_that_no_summation_order_explains_is_corrupt(
+    tmp_path: Path, mode: Callable[[int], str], damage: Damage
+) -> None:
     case = rounding_case(tmp_path, mode, require="tolerance", iterations=0, graph=True)
     outcome = replayed(case, damage)
     assert outcome.judgement.verdict.value == "CORRUPT"

@@ -35,12 +35,12 @@ def report_of_entry(entry: Entry) -> Report:
     return build_report(entry, outcome, environment=capture_environment({}, [], []), wall_s=0.0)
 
 
-def test_each_fault_is_tried() -> None:
+def test_selftest_trials_contain_every_fault() -> None:
     assert {trial.label.split(":")[0] for trial in trials(RANKS, 1, 0)} >= FAULTS.keys()
 
 
 @pytest.mark.parametrize("label", TRIALS)
-def test_a_fault_is_caught_placed_and_announced(label: str) -> None:
+def test_injected_fault_is_caught_with_its_stage_and_rank_and_reported(label: str) -> None:
     trial = TRIALS[label]
     report = report_of(trial)
     result = result_of(trial, report)
@@ -52,7 +52,7 @@ def test_a_fault_is_caught_placed_and_announced(label: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_random_clean_cases_pass(number: int) -> None:
+def test_random_case_without_a_fault_passes(number: int) -> None:
     trial = trials(RANKS, 0, 8)[number]
     report = report_of(trial)
     assert report.verdict.value == "PASS"
@@ -65,7 +65,7 @@ def rate_case(**values: object) -> Case:
     return tiny_case(RANKS, **keys)
 
 
-def test_the_rate_covers_the_true_one() -> None:
+def test_rate_interval_covers_the_true_rate_of_an_injected_fault() -> None:
     case = rate_case(repeats=12)
     trial = Trial(label="rate", entry=TRIALS["delay"].entry, verdict="")
     outcome: Outcome = on_ranks(RANKS, run_case, case)[0]
@@ -76,7 +76,7 @@ def test_the_rate_covers_the_true_one() -> None:
     assert report.rate.low_per_million <= 2000 <= report.rate.high_per_million
 
 
-def test_until_failure_ends_with_the_first_failing_repeat() -> None:
+def test_until_failure_stops_at_the_first_failing_repeat() -> None:
     outcome: Outcome = on_ranks(RANKS, run_case, rate_case(repeats=500, until_failure=True))[0]
     assert outcome.gathered is not None
     repeats = {record.exposure.repeats for record in outcome.gathered.observations}
@@ -85,20 +85,20 @@ def test_until_failure_ends_with_the_first_failing_repeat() -> None:
     assert sum(record.exposure.wrong for record in outcome.gathered.observations) > 0
 
 
-def test_a_zero_that_lost_its_sign_is_not_blamed_on_a_sender() -> None:
+def test_zero_with_a_wrong_sign_is_not_blamed_on_a_sender() -> None:
     case = tiny_case(RANKS, seed=3, inject="negative-zero:rank=2")
     outcome: Outcome = on_ranks(RANKS, run_case, case)[0]
     assert outcome.judgement.verdict.value == "BASELINE_WRONG"
     assert (outcome.diagnosis[0].stage, outcome.diagnosis[0].ranks) == ("combine", [2])
 
 
-def test_ids_that_aiter_must_not_see_end_the_rank_that_has_them_and_no_other() -> None:
+def test_out_of_range_ids_end_only_the_rank_that_holds_them() -> None:
     case = tiny_case(2, experts="aiter", emulate=True, inject="ids-out-of-range:rank=1")
     with pytest.raises(AssertionError, match=r"rank 1: (.|\n)*DistbenchError: .*topk_ids holds -1 in a valid row"):
         on_ranks(2, run_case, case)
 
 
-def test_jitter_changes_no_bit() -> None:
+def test_jitter_does_not_change_any_bit() -> None:
     outcome: Outcome = on_ranks(RANKS, run_case, tiny_case(RANKS, jitter=3.0, repeats=2))[0]
     assert outcome.judgement.verdict.value == "PASS"
 
@@ -123,14 +123,14 @@ def test_jitter_changes_no_bit() -> None:
         ("slots-lost:first=1.5", "first = '1.5'; allowed are whole numbers from 0 to 1024"),
     ],
 )
-def test_a_fault_or_option_that_does_not_exist_is_refused_with_what_is_allowed(inject: str, told: str) -> None:
+def test_unknown_fault_or_option_is_refused_with_the_allowed_ones(inject: str, told: str) -> None:
     with pytest.raises(InvalidCase) as refusal:
         check_faults(tiny_case(RANKS, inject=inject))
     assert told in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_no_option_takes_what_it_does_not_list(name: str) -> None:
+def test_fault_option_with_a_value_outside_its_list_is_refused(name: str) -> None:
     for key in FAULTS[name].all_options(RANKS):
         for value in ("zzz", "nan", "-7", "1e30", "__class__"):
             with pytest.raises(InvalidCase, match="allowed are"):
@@ -147,7 +147,7 @@ def test_no_option_takes_what_it_does_not_list(name: str) -> None:
         ("short-limit", "a limit, and rows"),
     ],
 )
-def test_a_fault_that_changes_nothing_says_what_it_needs(inject: str, needs: str) -> None:
+def test_fault_that_changes_nothing_reports_its_precondition(inject: str, needs: str) -> None:
     report = report_of_case(tiny_case(RANKS, inject=inject, limit="off"))
     assert report.verdict.value == "PASS"
     assert report.injected[0].hits == {}

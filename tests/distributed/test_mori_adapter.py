@@ -44,12 +44,12 @@ def on_nodes(session: Session, case: Case, nodes: tuple[int, ...]) -> Outcome | 
 
 
 @pytest.mark.parametrize(("nodes", "per_node", "kernel"), [((4,) * 4, 4, "IntraNode"), ((2,) * 4, 2, "InterNodeV1LL")])
-def test_a_node_is_what_the_launch_has_there(nodes: tuple[int, ...], per_node: int, kernel: str) -> None:
+def test_nodes_of_mori_follow_the_hosts_of_the_launch(nodes: tuple[int, ...], per_node: int, kernel: str) -> None:
     facts = facts_of(on_ranks(4, on_nodes, mori_case(), nodes)[0])
     assert (facts["gpu_per_node"], facts["nodes"], facts["kernel"]) == (per_node, 4 // per_node, kernel)
 
 
-def test_nodes_with_unlike_numbers_of_ranks_are_refused_by_all() -> None:
+def test_nodes_with_unequal_rank_counts_are_refused_on_all_ranks() -> None:
     for outcome in on_ranks(4, on_nodes, mori_case(), (3, 3, 3, 1)):
         assert outcome.judgement.verdict is Verdict.INVALID
         assert "ranks disagree on the number of ranks on their nodes: rank 3 not as rank 0" in str(outcome.judgement)
@@ -63,7 +63,7 @@ def test_nodes_with_unlike_numbers_of_ranks_are_refused_by_all() -> None:
         ("AUTO", "InterNodeV1LL", (None, None, None), (256, 128, 8)),
     ],
 )
-def test_the_geometry_that_ran_is_told(mode: str, kernel: str, asked: tuple[int, ...], taken: tuple[int, ...]) -> None:
+def test_launched_geometry_is_reported(mode: str, kernel: str, asked: tuple[int, ...], taken: tuple[int, ...]) -> None:
     facts = facts_of(on_ranks(2, on_nodes, mori_case(2, launch_mode=mode, mori_kernel=kernel), (2, 2))[0])
     names = ("block_num", "rdma_block_num", "warp_num_per_block")
     assert tuple(facts[name] for name in names) == asked
@@ -134,7 +134,7 @@ def reads_of_a_second_pass(session: Session, case: Case, device: str) -> tuple[i
 
 
 @pytest.mark.parametrize("combine_input", ["external", "registered"])
-def test_a_known_batch_is_not_looked_at_again_on_a_device(combine_input: str) -> None:
+def test_second_pass_of_a_batch_makes_no_host_synchronisation_on_a_device(combine_input: str) -> None:
     case = mori_case(1, combine_input=combine_input)
     assert on_ranks(1, reads_of_a_second_pass, case, "cuda:0") == [(0, True)]
     assert on_ranks(1, reads_of_a_second_pass, case, "cpu")[0][0] > 0
@@ -164,7 +164,7 @@ def complaint(function: Any, *arguments: Any) -> str:
     return ""
 
 
-def test_other_ids_and_ids_that_changed_are_refused_as_before() -> None:
+def test_other_or_changed_ids_of_a_known_batch_are_refused() -> None:
     (found,) = on_ranks(1, what_is_still_refused, mori_case(1))
     assert "combine: ids of token 0 are [" in found[0]
     assert "have 2 rows, this rank dispatched 16" in found[1]
@@ -180,7 +180,7 @@ def a_grid_that_does_not_fit(session: Session, case: Case) -> str:
         return complaint(transport.dispatch, batch)
 
 
-def test_more_blocks_than_units_are_told_before_they_hang() -> None:
+def test_grid_with_more_blocks_than_compute_units_is_refused() -> None:
     (found,) = on_ranks(1, a_grid_that_does_not_fit, mori_case(1, launch_mode="AUTO"))
     assert found.startswith("dispatch: mori: 128 blocks have to run at once, cpu has 80 compute units")
     assert found.endswith("launch_mode = AUTO took them: use MANUAL")
@@ -204,7 +204,7 @@ def rdma_blocks_of_a_table(session: Session, case: Case, version: str) -> str:
         ("InterNodeV1LL", "1.2.2", ""),
     ],
 )
-def test_rdma_blocks_with_which_a_release_loses_rows_are_refused(kernel: str, version: str, told: str) -> None:
+def test_rdma_block_count_that_loses_rows_in_a_release_is_refused(kernel: str, version: str, told: str) -> None:
     case = mori_case(1, launch_mode="AUTO", mori_kernel=kernel)
     (found,) = on_ranks(1, rdma_blocks_of_a_table, case, version)
     assert found.startswith(told)
@@ -239,7 +239,7 @@ def stages_of_parts(session: Session, case: Case) -> list[str]:
         ({"transport": "mori", "experts": "aiter", "emulate": True}, "workload"),
     ],
 )
-def test_packages_are_imported_and_compile_in_the_stage_that_has_time_for_it(
+def test_packages_are_imported_and_compiled_in_the_stage_with_the_compile_limit(
     values: dict[str, Any], stage: str
 ) -> None:
     assert on_ranks(1, stages_of_parts, tiny_case(1, **values)) == [[stage, stage]]
@@ -261,7 +261,7 @@ def without_the_package(session: Session, case: Case, rank: int) -> Outcome | No
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_one_rank_lacks_all_ranks_refuse_with_its_reason(rank: int) -> None:
+def test_package_missing_on_one_rank_is_refused_on_all_ranks_with_its_reason(rank: int) -> None:
     outcomes = on_ranks(2, without_the_package, tiny_case(2, experts="aiter"), rank)
     for here, outcome in enumerate(outcomes):
         assert outcome.judgement.verdict is Verdict.UNSUPPORTED

@@ -80,7 +80,7 @@ def narrower_then_wider(session: Session, narrow: Case, wide: Case) -> list[Verd
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_group_that_is_not_the_whole_job(kernel: str) -> None:
+def test_narrower_and_wider_groups_of_one_launch_pass(kernel: str) -> None:
     found = on_ranks(4, narrower_then_wider, mori_case(2, mori_kernel=kernel), mori_case(4, mori_kernel=kernel))
     assert found[0] == [Verdict.PASS] * 4
     assert found[3] == [None] * 4
@@ -92,7 +92,7 @@ def one_after_the_other(session: Session, cases: tuple[Case, ...]) -> list[Verdi
 
 
 @pytest.mark.parametrize("kernel", ["InterNodeV1", "InterNodeV1LL", "AsyncLL"])
-def test_a_case_that_needs_a_larger_heap(kernel: str) -> None:
+def test_case_that_needs_a_larger_heap_than_the_one_before_passes(kernel: str) -> None:
     cases = tuple(mori_case(2, mori_kernel=kernel, max_dispatch_tokens_per_rank=most) for most in (64, 65536))
     assert on_ranks(2, one_after_the_other, cases)[0] == [Verdict.PASS] * 2
 
@@ -106,7 +106,7 @@ def with_kernels_of_before(session: Session, narrow: Case, wide: Case) -> str:
         return raised(session, narrow, run)
 
 
-def test_a_kernel_of_a_world_that_was_left_is_a_fault() -> None:
+def test_kernel_initialised_for_a_finalised_world_is_a_fault() -> None:
     cases = [mori_case(ranks, mori_kernel="AsyncLL") for ranks in (2, 4)]
     assert "shmem world that was finalised" in on_ranks(4, with_kernels_of_before, *cases)[0]
 
@@ -119,7 +119,7 @@ def without_a_view_of_kernels(session: Session, narrow: Case, wide: Case) -> lis
     return [str(reason.message) for reason in outcome.judgement.reasons] if outcome else []
 
 
-def test_a_second_world_is_refused_where_kernels_cannot_be_let_go() -> None:
+def test_second_world_is_refused_if_kernels_cannot_be_unloaded() -> None:
     found = on_ranks(4, without_a_view_of_kernels, mori_case(2), mori_case(4))
     assert "start new ranks for this one" in found[0][0]
     assert found[2:] == [[], []]
@@ -136,9 +136,7 @@ LEFT_BY_THE_FIRST_CALL = [
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize(("habit", "kernel", "stage"), LEFT_BY_THE_FIRST_CALL)
-def test_rows_of_the_call_before_do_not_pass_for_those_of_this_call(
-    habit: str, kernel: str, stage: str, dtype: str
-) -> None:
+def test_stale_rows_of_the_previous_call_are_corrupt(habit: str, kernel: str, stage: str, dtype: str) -> None:
     """Every arm moves the same rows, so a stale row in a buffer equals the row that the next call should write."""
     case = mori_case(mori_kernel=kernel, mori_habits=habit, dispatch_dtype=dtype, **ORDINARY)
     assert verdict_of(case) == (Verdict.CORRUPT, stage)
@@ -162,7 +160,7 @@ def _stand_in(habit: str, arch: str) -> Any:
     return stand_in
 
 
-def test_an_output_that_one_rank_keeps_is_put_down_to_it() -> None:
+def test_stale_output_of_one_rank_is_blamed_on_that_rank() -> None:
     outcome: Outcome = on_ranks(2, one_rank_keeps_its_output, mori_case(2, mori_habits="stale-output", **ORDINARY))[0]
     assert outcome.judgement.verdict is Verdict.CORRUPT
     first = outcome.judgement.first_divergence
@@ -182,7 +180,7 @@ def timed_output(session: Session, case: Case) -> Outcome | None:
         return run(session, case)
 
 
-def test_timed_passes_that_write_nothing_are_noticed() -> None:
+def test_timed_pass_that_writes_no_output_is_corrupt() -> None:
     outcome: Outcome = on_ranks(2, timed_output, mori_case(2, iterations=2, warmup=1, **ORDINARY))[0]
     assert outcome.judgement.verdict is Verdict.CORRUPT
     assert {reason.code for reason in outcome.judgement.reasons} == {"timed-differs"}
@@ -226,7 +224,7 @@ def first_rows(combine: Any) -> Any:
     return combined
 
 
-def test_received_ids_in_combine_corrupt_between_nodes_where_the_guard_is_missing() -> None:
+def test_received_ids_in_combine_corrupt_rows_between_nodes_without_the_guard() -> None:
     values: dict[str, Any] = {"mori_kernel": "InterNodeV1", "gpu_per_node": 2, "topk": 2}
     spoilt = verdict_of(mori_case(mori_habits="no-row-guard", **values), with_received_ids)
     assert spoilt == (Verdict.BASELINE_WRONG, "combine")
@@ -234,7 +232,7 @@ def test_received_ids_in_combine_corrupt_between_nodes_where_the_guard_is_missin
         assert "indices has 256 rows but this rank dispatched 16" in found
 
 
-def test_received_ids_in_combine_do_nothing_within_a_node() -> None:
+def test_received_ids_in_combine_have_no_effect_within_a_node() -> None:
     assert verdict_of(mori_case(mori_habits="no-row-guard"), with_received_ids) == (Verdict.PASS, "")
 
 
@@ -244,7 +242,7 @@ def with_rolled_ids(session: Session, case: Case) -> Outcome | None:
         return run(session, case)
 
 
-def test_ids_of_the_right_shape_pass_every_guard_and_corrupt() -> None:
+def test_wrong_ids_of_the_right_shape_in_combine_are_baseline_wrong() -> None:
     case = mori_case(mori_kernel="InterNodeV1", gpu_per_node=2, topk=2)
     assert verdict_of(case, with_rolled_ids) == (Verdict.BASELINE_WRONG, "combine")
 
@@ -259,7 +257,7 @@ def refused_routing(session: Session, case: Case) -> Outcome | None:
         return run(session, case)
 
 
-def test_the_adapter_refuses_other_ids_by_their_content() -> None:
+def test_adapter_refuses_ids_with_other_content_than_the_dispatched_ones() -> None:
     for found in on_ranks(4, raised, mori_case(), refused_routing):
         assert found.startswith("combine: ids of token 0 are [")
         assert "pass the rank's own routing" in found
@@ -293,7 +291,7 @@ def late_rank(session: Session, case: Case, adapter_waits: bool) -> Outcome | No
         return run(session, case)
 
 
-def test_without_a_barrier_after_construction_a_count_is_lost_unless_the_adapter_waits() -> None:
+def test_count_is_lost_without_a_constructor_barrier_unless_the_adapter_waits() -> None:
     case = mori_case(mori_habits="no-constructor-barrier")
     assert on_ranks(4, late_rank, case, True)[0].judgement.verdict is Verdict.PASS
     assert on_ranks(4, late_rank, mori_case(), False)[0].judgement.verdict is Verdict.PASS
@@ -321,7 +319,9 @@ def past_the_buffer(session: Session, case: Case) -> str:
         ("AsyncLL", "no-overflow-assert", "received 16 rows, its buffer has 12"),
     ],
 )
-def test_more_rows_than_the_buffer_holds(kernel: str, habit: str, message: str) -> None:
+def test_dispatch_beyond_the_receive_buffer_ends_in_the_message_of_its_kernel(
+    kernel: str, habit: str, message: str
+) -> None:
     values: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12}
     if kernel.startswith("IntraNode"):
         values["combine_input"] = "registered"
@@ -344,7 +344,7 @@ def what_an_overflow_overwrites(session: Session, case: Case) -> tuple[bool, boo
     return bool((behind == before).all()), int(transport._op._total) > transport.capacity
 
 
-def test_an_overflow_without_a_check_poisons_the_neighbour() -> None:
+def test_unchecked_receive_overflow_overwrites_neighbouring_memory() -> None:
     values: dict[str, Any] = {"routing": "fan-in:0", "prealloc_max_recv_tokens": 32, "combine_input": "registered"}
     found = on_ranks(4, what_an_overflow_overwrites, mori_case(mori_kernel="IntraNode", **values))
     assert found == [(False, True), (True, False), (True, False), (True, False)]
@@ -355,7 +355,7 @@ def unchecked_kernel(session: Session, case: Case) -> Outcome | None:
         return run(session, case)
 
 
-def test_the_low_latency_kernel_loses_slots_past_the_eighth() -> None:
+def test_low_latency_kernel_loses_slots_past_the_eighth() -> None:
     values: dict[str, Any] = {"mori_kernel": "IntraNodeLL", "topk": 10, "num_experts": 16}
     verdict, stage = verdict_of(mori_case(**values), unchecked_kernel)
     assert (verdict, stage) == (Verdict.BASELINE_WRONG, "dispatch")
@@ -376,6 +376,6 @@ def pushed_past_the_cap(session: Session, case: Case) -> bool:
     return bool((given.hidden != received).any())
 
 
-def test_a_capped_combine_buffer_is_pushed_past() -> None:
+def test_combine_writes_past_a_capped_buffer() -> None:
     case = mori_case(mori_kernel="IntraNode", tokens=8, prealloc_max_recv_tokens=32)
     assert any(on_ranks(4, pushed_past_the_cap, case))

@@ -89,12 +89,12 @@ def rounds(session: Session, case: Case, ids: Ids, seed: int) -> list[tuple[list
 
 
 @pytest.mark.parametrize(("kernel", "ranks", "nodes"), LAYOUTS)
-def test_the_stand_in_is_the_model(kernel: str, ranks: int, nodes: int) -> None:
+def test_stand_in_equals_the_model_of_mori(kernel: str, ranks: int, nodes: int) -> None:
     check(layout_case(kernel, ranks, nodes), seed=ranks)
 
 
 @pytest.mark.parametrize("kernel", ["IntraNode", "IntraNodeLL"])
-def test_the_registered_buffer_gives_the_same(kernel: str) -> None:
+def test_registered_combine_buffer_gives_the_same_bits(kernel: str) -> None:
     check(layout_case(kernel, 4, 1, combine_input="registered"), seed=9)
 
 
@@ -113,11 +113,11 @@ def test_the_registered_buffer_gives_the_same(kernel: str) -> None:
     ],
 )
 @pytest.mark.parametrize("cu_count", [304, 256])
-def test_quantised_combine_is_the_model(kernel: str, nodes: int, quant: str, cu_count: int) -> None:
+def test_quantised_combine_equals_the_model_of_mori(kernel: str, nodes: int, quant: str, cu_count: int) -> None:
     check(layout_case(kernel, 4, nodes, combine_quant=quant, numerics="gaussian", cu_count=cu_count), seed=3)
 
 
-def test_the_vectors_tell_the_formats_of_fp8_apart() -> None:
+def test_model_vectors_distinguish_the_fp8_formats() -> None:
     for quant in ("fp8_direct_cast", "fp8_blockwise"):
         found = [
             model.combined(model.Layout("IntraNode", 4, 4, 4, fp8), [0, 4], lambda rank: [300.0 + rank], quant)
@@ -126,7 +126,7 @@ def test_the_vectors_tell_the_formats_of_fp8_apart() -> None:
         assert found == ([[480.0], [576.0]] if quant == "fp8_direct_cast" else [[600.0], [576.0]])
 
 
-def test_four_bit_floats_round_to_even() -> None:
+def test_fp4_values_round_to_even() -> None:
     values = [eighths / 8 for eighths in range(-48, 49)]
     rows = torch.tensor([[6.0, value] for value in values]).bfloat16()
     codec = Fp4Blockwise(rows.shape[1])
@@ -161,7 +161,9 @@ def check(case: Case, seed: int) -> None:
     ("rows", "intra", "last", "two_levels"),
     [((1e8, -1e8, 1.0, 0.5), 1.5, 0.5, 1.5), ((256.0, 1.0, 0.0, 1.0), 258.0, 258.0, 256.0)],
 )
-def test_the_vectors_tell_kernels_apart(rows: tuple[float, ...], intra: float, last: float, two_levels: float) -> None:
+def test_model_vectors_distinguish_the_kernels(
+    rows: tuple[float, ...], intra: float, last: float, two_levels: float
+) -> None:
     ids = [0, 4, 1, 8, 2, 12]
 
     def result(kernel: str, per_node: int) -> float:

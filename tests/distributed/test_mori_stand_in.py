@@ -59,11 +59,11 @@ def counts(session: Session, kernel: str) -> list[int]:
     return [*found, int(total)]
 
 
-def test_two_dispatches_count_on_and_combine_sets_the_count_to_zero() -> None:
+def test_total_recv_accumulates_over_dispatches_and_combine_resets_it() -> None:
     assert on_ranks(RANKS, counts, "IntraNode") == [[once, 2 * once, 0] for once in RECEIVED]
 
 
-def test_the_asynchronous_kernel_counts_anew_and_combine_leaves_it() -> None:
+def test_total_recv_of_asyncll_restarts_per_dispatch_and_combine_keeps_it() -> None:
     assert on_ranks(RANKS, counts, "AsyncLL") == [[once] * 3 for once in RECEIVED]
 
 
@@ -79,7 +79,7 @@ def tails(session: Session) -> list[set[float]]:
     return found
 
 
-def test_a_tail_is_zero_at_first_and_keeps_the_rows_of_earlier_calls() -> None:
+def test_buffer_tail_is_zero_at_first_and_later_holds_stale_rows() -> None:
     for fresh, stale in on_ranks(RANKS, tails):
         assert fresh == {0.0}
         assert stale == {0.0, 5.0}
@@ -98,13 +98,13 @@ def summed_weights(session: Session, kernel: str) -> tuple[list[list[float]], li
 
 
 @pytest.mark.parametrize("kernel", ["IntraNode", "InterNodeV1"])
-def test_weights_that_are_passed_back_come_as_often_as_a_token_was_sent(kernel: str) -> None:
+def test_combined_weights_are_multiplied_by_the_ranks_of_a_token(kernel: str) -> None:
     for rank, (own, out) in enumerate(on_ranks(RANKS, summed_weights, kernel)):
         ranks_of_tokens = [len({expert // 2 for expert in row}) for row in IDS[rank]]
         assert out == [[count * one for one in row] for count, row in zip(ranks_of_tokens, own, strict=True)]
 
 
-def test_without_weights_combine_gives_none() -> None:
+def test_combine_without_weights_returns_no_weights() -> None:
     assert all(found is None for found in on_ranks(RANKS, combined_without_weights))
 
 
@@ -127,7 +127,7 @@ def local_counts(session: Session, kernel: str) -> list[list[int]]:
     return found
 
 
-def test_local_experts_are_counted_where_that_is_asked() -> None:
+def test_local_expert_counts_are_returned_on_request() -> None:
     assert on_ranks(RANKS, local_counts, "IntraNode") == [[[0, 0], [2, 3]], [[0, 0], [3, 4]]]
     assert on_ranks(RANKS, local_counts, "AsyncLL") == [[[0, 0], [0, 0], [2, 3]], [[0, 0], [0, 0], [3, 4]]]
 
@@ -161,7 +161,7 @@ def complaint(call: Any) -> str:
     return ""
 
 
-def test_what_is_not_imitated_says_so() -> None:
+def test_functions_that_the_stand_in_lacks_raise_an_error_that_says_so() -> None:
     for found in on_ranks(RANKS, what_is_not_imitated):
         assert all(one.startswith("mori (emulated): ") for one in found), found
         assert ["routing" in one for one in found] == [True] * 3 + [False] * 4
@@ -185,7 +185,7 @@ def foreign_fp8(session: Session, cu_count: int) -> str:
 
 
 @pytest.mark.parametrize(("cu_count", "said"), [(304, "float8_e4m3fn, the device has e4m3fnuz"), (256, "has e4m3fn")])
-def test_the_fp8_of_another_device_has_no_kernel(cu_count: int, said: str) -> None:
+def test_fp8_format_of_another_device_has_no_kernel(cu_count: int, said: str) -> None:
     assert all(said in found for found in on_ranks(RANKS, foreign_fp8, cu_count))
 
 
@@ -210,7 +210,7 @@ def geometry(session: Session, case: Case) -> tuple[tuple[int, int, int], ...]:
     return op.get_launch_config(), op.get_launch_config(is_dispatch=False, block_num=7)
 
 
-def test_the_geometry_of_auto_wins_over_the_calls() -> None:
+def test_geometry_of_launch_mode_auto_overrides_that_of_the_call() -> None:
     assert on_ranks(RANKS, geometry, tiny_case(RANKS, transport="mori", emulate=True, launch_mode="AUTO"))[0] == (
         (128, -1, 16),
         (128, -1, 16),
@@ -231,6 +231,6 @@ def joined(session: Session, size: str) -> str:
     return str(size_there)
 
 
-def test_the_heap_is_of_the_size_that_the_adapter_accepts() -> None:
+def test_heap_size_accepted_by_the_adapter_is_that_of_the_stand_in() -> None:
     assert on_ranks(1, joined, "6KiB") == ["6144"]
     assert on_ranks(1, joined, "1T")[0].startswith("no size; write for instance 6G")

@@ -51,13 +51,13 @@ def without_effect(by_rank: list[dict[str, Touch]]) -> set[str]:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_mutant_changes_bits_of_expert_rows_or_tokens(setting: str) -> None:
+def test_every_mutant_not_declared_unchanged_changes_bits(setting: str) -> None:
     unchanged = without_effect(touches(setting)) - UNCHANGED - NOT_REACHED[setting]
     assert without_effect(touched(setting, "exact", sorted(unchanged))) == set()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_subtle_mutant_touches_one_row_in_64_or_one_percent_of_the_elements(setting: str) -> None:
+def test_subtle_mutant_changes_at_most_one_row_in_64_or_one_percent_of_elements(setting: str) -> None:
     for ranks in touches(setting):
         kinds = {name: CORPUS[name].touches for name in ranks}
         much = {name: touch for name, touch in ranks.items() if kinds[name] == "row" and touch.rows > 1 / SPARSE}
@@ -73,7 +73,7 @@ def report_of(case: Case) -> Report:
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_an_equivalent_mutant_raises_no_alarm(name: str) -> None:
+def test_equivalent_mutant_raises_no_alarm(name: str) -> None:
     runs = [run for run in plan(RANKS, 1, [name]).runs if run.mutant and run.arm == "truncated"]
     assert {run.numerics for run in runs} == set(NUMERICS)
     for run in runs:
@@ -82,7 +82,7 @@ def test_an_equivalent_mutant_raises_no_alarm(name: str) -> None:
         assert report.verdict in ({Verdict.PASS} if run.numerics == "exact" else MAY_VARY), run.entry.name
 
 
-def test_a_mutant_of_truncated_is_told_what_public_rules_say_of_it() -> None:
+def test_mutant_of_the_truncated_arm_reports_the_verdicts_of_public_rules() -> None:
     [run] = [
         run
         for run in plan(RANKS, 1, ["last-columns-lost"]).runs
@@ -95,11 +95,11 @@ def test_a_mutant_of_truncated_is_told_what_public_rules_say_of_it() -> None:
     assert report_of(everywhere).injected[0].accepted == {}
 
 
-def test_what_no_input_reaches_is_declared() -> None:
+def test_mutants_that_no_input_reaches_are_declared_unseen() -> None:
     assert all(CORPUS[name].unseen for names in NOT_REACHED.values() for name in names)
 
 
-def test_every_class_has_eight_mutants_and_a_third_of_all_are_subtle() -> None:
+def test_each_mutant_class_has_eight_mutants_and_a_third_of_all_are_subtle() -> None:
     broken = [mutant for one in CLASSES for mutant in one.mutants if not mutant.equivalent]
     assert len(CORPUS) == sum(len(one.mutants) for one in CLASSES)
     assert len(broken) >= 150

@@ -28,7 +28,7 @@ SINGLE_FAULTS = [(stage, fault) for stage, faults in FAULTS.items() for fault in
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize(("stage", "fault"), SINGLE_FAULTS)
-def test_every_fault_is_caught_and_placed(stage: str, fault: str, name: str) -> None:
+def test_every_fault_is_caught_with_its_stage_and_rank(stage: str, fault: str, name: str) -> None:
     arm = ARM_CALLS[SINGLE_FAULTS.index((stage, fault)) % len(ARM_CALLS)]
     outcome: Outcome = on_ranks(4, run_with_fault, CASES[name], stage, fault, arm, RANK)[0]
     first = outcome.judgement.first_divergence
@@ -40,7 +40,7 @@ def test_every_fault_is_caught_and_placed(stage: str, fault: str, name: str) -> 
 
 @pytest.mark.parametrize("arm", ARM_CALLS)
 @pytest.mark.parametrize("rank", [0, 3])
-def test_any_arm_on_any_rank(arm: str, rank: int) -> None:
+def test_fault_in_any_arm_on_any_rank_is_caught(arm: str, rank: int) -> None:
     for stage, fault in (
         ("dispatch", "flip the lowest bit of a received element"),
         ("experts", "flip the lowest bit of a result"),
@@ -54,7 +54,7 @@ def test_any_arm_on_any_rank(arm: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("stage", FAULTS)
-def test_faults_in_gaussian_inputs(stage: str) -> None:
+def test_fault_in_gaussian_inputs_is_caught(stage: str) -> None:
     case = tiny_case(numerics="gaussian", kernel_table="tests/data/splitk.csv", routing="duplicates")
     for fault in FAULTS[stage][:2]:
         outcome: Outcome = on_ranks(4, run_with_fault, case, stage, fault, "truncated", RANK)[0]
@@ -64,7 +64,7 @@ def test_faults_in_gaussian_inputs(stage: str) -> None:
             assert outcome.judgement.verdict in (Verdict.CORRUPT, Verdict.DRIFT)
 
 
-def test_weights_of_another_expert() -> None:
+def test_weights_of_another_expert_are_baseline_wrong() -> None:
     outcome: Outcome = on_ranks(4, run_with_weights_of_another_expert, CASES["bf16"], RANK)[0]
     first = outcome.judgement.first_divergence
     assert outcome.judgement.verdict is Verdict.BASELINE_WRONG
@@ -72,7 +72,7 @@ def test_weights_of_another_expert() -> None:
     assert (first.stage, first.rank) == ("experts", RANK)
 
 
-def test_other_ids_of_the_right_shape_in_combine() -> None:
+def test_other_ids_of_the_right_shape_in_combine_are_baseline_wrong() -> None:
     outcome: Outcome = on_ranks(4, run_with_foreign_ids_in_combine, CASES["bf16"], RANK)[0]
     first = outcome.judgement.first_divergence
     assert outcome.judgement.verdict is Verdict.BASELINE_WRONG

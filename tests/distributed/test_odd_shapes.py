@@ -41,7 +41,7 @@ def endings(session: Session, cases: list[Case]) -> list[tuple[Verdict, str]]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
-def test_single_rows_of_odd_width_pass(ranks: int, numerics: str) -> None:
+def test_cases_with_single_rows_of_odd_width_pass(ranks: int, numerics: str) -> None:
     shapes = [ODD, ODD | {"hidden_size": 11, "intermediate_size": 3}, ODD | {"tokens": 2, "hidden_size": 17}]
     cases = [
         tiny_case(ranks, num_experts=ranks, numerics=numerics, require="tolerance", **shape, **parts)

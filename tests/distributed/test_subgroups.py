@@ -51,7 +51,7 @@ def test_groups_of_all_sizes_are_created_in_any_order() -> None:
     assert on_ranks(RANKS, sums, orders) == expected
 
 
-def test_groups_that_come_back_are_created_once() -> None:
+def test_group_that_is_requested_again_is_not_created_again() -> None:
     orders = [order + order[::-1] for order in permutations(range(1, RANKS + 1))]
     assert on_ranks(RANKS, sums, orders)[0] == [[sum(range(1, size + 1)) for size in order] for order in orders]
 
@@ -91,5 +91,5 @@ def unlike_worlds(session: Session) -> list[int]:
     return found
 
 
-def test_a_world_of_emulated_mori_uses_the_group_of_the_same_ranks() -> None:
+def test_emulated_mori_world_uses_the_group_of_the_same_ranks() -> None:
     assert on_ranks(RANKS, unlike_worlds) == [[1, 2, 3], [2, 3], [3], []]

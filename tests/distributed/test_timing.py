@@ -96,16 +96,16 @@ def test_both_arms_are_timed_on_all_ranks(align: str) -> None:
         assert len(layer) == 7
 
 
-def test_nothing_is_timed_unless_asked() -> None:
+def test_case_without_iterations_is_not_timed() -> None:
     assert on_ranks(2, outcome_of, tiny_case(2))[0].gathered.observations[0].timed == {}
 
 
-def test_the_slowest_rank_counts() -> None:
+def test_stage_time_is_that_of_the_slowest_rank() -> None:
     for timed in on_ranks(2, one_slow_rank, tiny_case(2, iterations=5, warmup=0)):
         assert min(timed.slowest_us["experts"]) >= SLOW_S * 1e6
 
 
-def test_timing_stops_when_the_median_is_known() -> None:
+def test_timing_stops_once_the_median_error_is_reached() -> None:
     timed = on_ranks(2, one_slow_rank, tiny_case(2, iterations=400, warmup=0, median_error=1.0))
     assert [len(one.layer_us) for one in timed] == [20, 20]
 
@@ -119,7 +119,7 @@ def test_damage_in_the_last_timed_iteration_is_corrupt() -> None:
 
 
 @pytest.mark.parametrize(("require", "verdict"), [("tolerance", "PASS"), ("bitwise", "DRIFT")])
-def test_a_timed_kernel_that_adds_atomically_drifts(tmp_path: Path, require: str, verdict: str) -> None:
+def test_timed_atomic_kernel_gives_the_verdict_of_its_requirement(tmp_path: Path, require: str, verdict: str) -> None:
     outcome = on_ranks(2, outcome_of, rounding_case(tmp_path, only_the_cut_is_atomic, require=require))[0]
     assert outcome.judgement.verdict.value == verdict
     first, *again = outcome.judgement.reasons
@@ -135,7 +135,7 @@ def test_a_timed_kernel_that_adds_atomically_drifts(tmp_path: Path, require: str
     [(only_the_cut_is_atomic, a_whole_row), (lambda _: "atomic", a_whole_row), (lambda _: "reduce", one_bit)],
     ids=["beyond the tolerance", "beyond it where nothing repeats", "one bit of an ordered sum"],
 )
-def test_no_order_of_additions_explains_it(
+def test_timed_damage_that_no_summation_order_explains_is_corrupt(
     tmp_path: Path, mode: Callable[[int], str], damage: Callable[[Tensor], object], require: str
 ) -> None:
     outcome = on_ranks(2, damaged_at_last, rounding_case(tmp_path, mode, require=require), damage)[0]
@@ -145,7 +145,7 @@ def test_no_order_of_additions_explains_it(
 
 
 @pytest.mark.parametrize(("require", "verdict"), [("tolerance", "PASS"), ("bitwise", "NONDETERMINISTIC")])
-def test_padded_kernel_that_shows_itself_only_when_timed_never_repeats_its_bits(
+def test_padded_kernel_that_differs_only_when_timed_is_nondeterministic(
     tmp_path: Path, require: str, verdict: str
 ) -> None:
     outcome = on_ranks(2, outcome_of, rounding_case(tmp_path, lambda _: "atomic", require=require))[0]
@@ -156,6 +156,6 @@ def test_padded_kernel_that_shows_itself_only_when_timed_never_repeats_its_bits(
 
 
 @pytest.mark.parametrize("device", ["cuda"])
-def test_ranks_refuse_a_device_that_is_not_there(device: str) -> None:
+def test_unavailable_device_is_unsupported_on_all_ranks(device: str) -> None:
     outcome = on_ranks(2, outcome_of, tiny_case(2, device=device))[0]
     assert outcome.judgement.verdict.value == "UNSUPPORTED"

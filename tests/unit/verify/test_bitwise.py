@@ -24,7 +24,7 @@ def flip(rows: torch.Tensor, row: int, column: int, bit: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_single_bit_counts(dtype: torch.dtype) -> None:
+def test_every_single_bit_flip_is_found(dtype: torch.dtype) -> None:
     rows = random_rows(dtype)
     for bit in range(8 * rows.element_size()):
         flipped = flip(rows, 2, 5, bit)
@@ -36,13 +36,13 @@ def test_every_single_bit_counts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_bits_are_equal(dtype: torch.dtype) -> None:
+def test_rows_with_the_same_bits_are_equal(dtype: torch.dtype) -> None:
     rows = random_rows(dtype)
     assert compare_rows(rows.clone(), rows).equal
     assert tensor_digest(row_digests(rows.clone())) == tensor_digest(row_digests(rows))
 
 
-def test_zeros_of_both_signs_differ_and_equal_nans_do_not() -> None:
+def test_signed_zeros_differ_and_equal_nans_do_not() -> None:
     zero = torch.zeros(1, 1, dtype=torch.bfloat16)
     assert not compare_rows(-zero, zero).equal
     nan = torch.full((1, 1), float("nan"), dtype=torch.bfloat16)
@@ -59,7 +59,7 @@ def test_neighbouring_floats_are_one_ulp_apart() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_digests_know_the_order(dtype: torch.dtype) -> None:
+def test_digests_change_with_the_order_of_rows_and_columns(dtype: torch.dtype) -> None:
     rows = random_rows(dtype)
     columns = rows.view(torch.uint8).view(5, 8, -1)
     swapped_columns = columns[:, [1, 0, 2, 3, 4, 5, 6, 7]].reshape(5, -1).view(dtype)
@@ -69,20 +69,20 @@ def test_digests_know_the_order(dtype: torch.dtype) -> None:
 
 
 @given(st.integers(0, 2**31), st.integers(1, 40))
-def test_two_changes_do_not_cancel(seed: int, columns: int) -> None:
+def test_two_changes_in_a_row_do_not_cancel_in_its_digest(seed: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(-(2**15), 2**15, (1, columns), generator=generator, dtype=torch.int16)
     other = torch.randint(-(2**15), 2**15, (1, columns), generator=generator, dtype=torch.int16)
     assert bool((row_digests(rows) == row_digests(other)).all()) == bool((rows == other).all())
 
 
-def test_empty_rows() -> None:
+def test_empty_rows_are_equal_and_have_empty_digests() -> None:
     empty = torch.empty(0, 8, dtype=torch.bfloat16)
     assert compare_rows(empty, empty).equal
     assert row_digests(empty).shape == (0, 2)
 
 
-def test_a_digest_depends_on_the_highest_bit_of_the_widest_word_in_every_column() -> None:
+def test_digest_depends_on_bit_63_of_every_int64_column() -> None:
     """2**63 times an even key is 0 modulo 2**64."""
     rows = torch.zeros(64, 64, dtype=torch.int64)
     flipped = rows.clone()

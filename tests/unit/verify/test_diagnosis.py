@@ -45,18 +45,18 @@ def received(*rows: WrongRow, by_source: dict[int, int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("inputs", [{}, GAUSSIAN])
-def test_nothing_is_said_where_nothing_differs(inputs: dict[str, Any]) -> None:
+def test_no_diagnosis_is_made_if_nothing_differs(inputs: dict[str, Any]) -> None:
     assert told(asked(**inputs)) == []
 
 
 @pytest.mark.parametrize("arm", ["padded", "truncated"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_wrong_expert_rows_are_put_down_to_their_rank(arm: str, rank: int) -> None:
+def test_wrong_expert_rows_are_attributed_to_their_rank(arm: str, rank: int) -> None:
     wrong = {"divergences": [divergence(arm, rank=rank)]}
     assert told(asked(), *(wrong if one == rank else {} for one in (0, 1))) == [("experts", [rank], "certain")]
 
 
-def test_the_kernel_that_is_wrong_is_named_with_one_that_is_right() -> None:
+def test_wrong_kernel_is_named_beside_a_correct_one() -> None:
     question = asked()
     there = {"divergences": [divergence("truncated")], "kernels": kernels(truncated=32)}
     (found,) = causes(question, gathered(question, {}, there))
@@ -67,13 +67,13 @@ def test_the_kernel_that_is_wrong_is_named_with_one_that_is_right() -> None:
     ("suspects", "examined", "ranks", "confidence"),
     [([0], 2, [0], "certain"), ([0], 1, [0], "likely"), ([0, 1], 4, [], "likely")],
 )
-def test_a_share_is_put_down_to_the_one_rank_that_explains_it(
+def test_wrong_partial_sum_is_attributed_to_the_one_rank_that_explains_it(
     suspects: list[int], examined: int, ranks: list[int], confidence: str
 ) -> None:
     assert told(asked(), {}, shares(suspects, examined)) == [("combine", ranks, confidence)]
 
 
-def test_a_row_that_two_ranks_have_wrong_alike_was_sent_so() -> None:
+def test_row_wrong_alike_on_two_ranks_is_attributed_to_its_sender() -> None:
     row = WrongRow((0, 3), 77, [0, 1])
     ranks = [
         {
@@ -88,13 +88,13 @@ def test_a_row_that_two_ranks_have_wrong_alike_was_sent_so() -> None:
     assert found.cause.endswith("as sent")
 
 
-def test_a_row_that_another_rank_has_right_was_spoilt_where_it_is_wrong() -> None:
+def test_row_correct_on_another_rank_is_attributed_to_its_receiver() -> None:
     row = WrongRow((0, 3), 77, [0, 1])
     wrong = {"divergences": [divergence("padded", "dispatch", "source", rows=1, **received(row, by_source={0: 1}))]}
     assert told(asked(), {}, wrong) == [("dispatch", [1], "certain")]
 
 
-def test_two_faults_are_told_as_several() -> None:
+def test_two_faults_are_diagnosed_as_several() -> None:
     question = asked()
     here = {"divergences": [divergence("truncated", rank=0)]}
     there = {"divergences": [divergence("padded", "truncate", "source")]}
@@ -104,7 +104,7 @@ def test_two_faults_are_told_as_several() -> None:
 
 
 @pytest.mark.parametrize(("differing", "confidence"), [([(0, 4), (1, 3)], "certain"), ([(1, 3)], "likely")])
-def test_lost_rows_are_certain_where_the_damaged_tokens_are_exactly_theirs(
+def test_lost_rows_are_a_certain_cause_if_exactly_their_tokens_differ(
     differing: list[tuple[int, int]], confidence: str
 ) -> None:
     question = asked(RECEIVED - 1)
@@ -118,7 +118,7 @@ def test_lost_rows_are_certain_where_the_damaged_tokens_are_exactly_theirs(
     assert (first.cause, first.ranks, first.confidence) == ("lost by the cut", [0, 1], confidence)
 
 
-def test_a_nan_is_told_as_poison_that_was_read() -> None:
+def test_nan_is_diagnosed_as_poison_that_was_read() -> None:
     question = asked(**GAUSSIAN)
     there = {"nan_tokens": dict.fromkeys(ARMS, 0) | {"truncated": 3}}
     found = causes(question, gathered(question, {}, there))
@@ -126,7 +126,7 @@ def test_a_nan_is_told_as_poison_that_was_read() -> None:
     assert "3 tokens of truncated" in found[0].evidence
 
 
-def test_what_rounding_explains_is_no_cause_beside_what_nothing_explains() -> None:
+def test_rounding_difference_is_no_cause_beside_an_unexplained_one() -> None:
     question = asked(**GAUSSIAN)
     noise = divergence("control", against=PADDED, rank=0)
     for wrong in (divergence("truncated", against=PADDED, far=4), divergence("truncated", "dispatch", "source")):
@@ -134,12 +134,12 @@ def test_what_rounding_explains_is_no_cause_beside_what_nothing_explains() -> No
         assert [(one.stage, one.ranks) for one in found] == [(wrong.stage, [1])]
 
 
-def test_other_bits_are_told_where_nothing_else_is_wrong() -> None:
+def test_rounding_difference_is_diagnosed_if_nothing_else_is_wrong() -> None:
     noise = {"divergences": [divergence("control", against=PADDED)]}
     assert told(asked(numerics="gaussian"), {}, noise) == [("experts", [1], "likely")]
 
 
-def test_causes_are_those_of_the_inputs_that_failed() -> None:
+def test_diagnosis_uses_the_kind_of_inputs_that_failed() -> None:
     question = asked(numerics="both")
     exact, gaussian = (asked(numerics=one) for one in ("exact", "gaussian"))
     wrong = {"divergences": [divergence("truncated", against=PADDED, far=4)]}

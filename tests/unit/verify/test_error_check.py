@@ -125,7 +125,7 @@ KERNELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_kernel_that_keeps_to_its_format_has_the_error_of_its_ideal(
+def test_error_of_a_correct_kernel_is_within_the_bounds_of_its_format(
     kernel: str, dtype: Literal["bf16", "fp8"]
 ) -> None:
     layer = layer_of(dtype)
@@ -232,7 +232,7 @@ DEVIATING: dict[str, tuple[Callable[[], Steps], float, float]] = {
 
 
 @pytest.mark.parametrize("kernel", DEVIATING)
-def test_a_kernel_that_deviates_is_outside_its_bounds(kernel: str) -> None:
+def test_error_of_a_deviating_kernel_is_outside_its_bounds(kernel: str) -> None:
     steps, ratio, bias = DEVIATING[kernel]
     layer = layer_of("bf16")
     found = layer.yardstick(Roundings()).measure(layer.run({}, steps()))
@@ -244,7 +244,7 @@ def test_a_kernel_that_deviates_is_outside_its_bounds(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("family", [Roundings(sums="bf16"), Roundings(bf16_intermediate=False)])
-def test_the_ideal_of_another_family_is_told_from_it(family: Roundings) -> None:
+def test_error_within_its_own_rounding_family_is_outside_another_family(family: Roundings) -> None:
     layer = layer_of("bf16")
     assert layer.yardstick(Roundings()).measure(layer.run({})).within
     assert not layer.yardstick(family).measure(layer.run({})).within
@@ -256,7 +256,7 @@ def damaged(layer: Layer, damage: Callable[[Tensor], object]) -> Figures:
     return layer.yardstick(Roundings()).measure(rows)
 
 
-def test_one_wrong_element_of_one_row_is_seen() -> None:
+def test_one_wrong_element_in_one_row_is_found() -> None:
     layer = layer_of("bf16")
 
     def element(rows: Tensor) -> None:
@@ -271,13 +271,13 @@ def test_one_wrong_element_of_one_row_is_seen() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_are_counted(value: float) -> None:
+def test_rows_with_nan_or_infinity_are_counted_and_fail(value: float) -> None:
     layer = layer_of("bf16")
     found = damaged(layer, lambda rows: rows[3:10:6, 7].fill_(value))
     assert (found.nan_rows, found.ratio, found.bias, found.worst, found.within) == (2, None, None, None, False)
 
 
-def test_rows_of_zeros_have_to_be_zeros() -> None:
+def test_zero_reference_rows_require_zero_rows() -> None:
     exact = torch.zeros(2, 64)
     yardstick = Yardstick(exact, Ideal(exact.bfloat16(), exact), SURE)
     assert yardstick.measure(exact.bfloat16()).within
@@ -288,7 +288,7 @@ def test_rows_of_zeros_have_to_be_zeros() -> None:
     assert found.worst is None
 
 
-def test_fewer_rows_have_wider_bounds() -> None:
+def test_error_bounds_widen_with_fewer_rows() -> None:
     layer = layer_of("bf16")
     yardstick = layer.yardstick(Roundings())
     rows = layer.run({})
@@ -301,7 +301,7 @@ def test_fewer_rows_have_wider_bounds() -> None:
     assert yardstick.part(torch.ones(ROWS, dtype=torch.bool)) is yardstick
 
 
-def test_scaled_rows_are_what_is_measured_in_fp8() -> None:
+def test_fp8_rows_that_are_quantised_twice_are_outside_the_bounds() -> None:
     """The values that travelled are the truth: rounding them once more is an error like any other."""
     layer = layer_of("fp8")
     family = Roundings(weights="e4m3fn", intermediate="e4m3fn")
@@ -320,7 +320,7 @@ def self_of(layer: Layer) -> Tensor:
 
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("DISTBENCH_SOAK" not in os.environ, reason="long; set DISTBENCH_SOAK=1")
-def test_no_false_alarms_over_shapes_seeds_and_families() -> None:
+def test_correct_kernels_stay_within_bounds_over_random_shapes_and_families() -> None:
     """Count results of correct kernels outside their bounds, which hold for one case in a million."""
     rng = random.Random(os.environ["DISTBENCH_SOAK"])
     measured = 0

@@ -28,22 +28,22 @@ def test_one_sender_explains_the_tokens_of_all_ranks() -> None:
     assert choose([first, second], [[], []]) == [(Explanation(MISSING, 1),)]
 
 
-def test_a_right_token_speaks_for_a_sender() -> None:
+def test_correct_token_excludes_an_explanation_that_would_change_it() -> None:
     wrong = [row(missing1=1, alone=0)]
     assert choose([wrong, []], [[], [row(missing0=1)]]) == [(Explanation(ALONE, 0),)]
 
 
-def test_what_nothing_tells_apart_stays_open() -> None:
+def test_indistinguishable_explanations_are_all_kept() -> None:
     wrong = [row(missing0=2, missing1=3)]
     assert choose([wrong], [[]]) == [(Explanation(MISSING, 2), Explanation(MISSING, 3))]
 
 
-def test_two_senders_are_both_named() -> None:
+def test_two_faulty_senders_are_both_named() -> None:
     found = choose([[row(missing0=1), row(missing0=1), row(doubled1=2)]], [[]])
     assert found == [(Explanation(MISSING, 1),), (Explanation(DOUBLED, 2),)]
 
 
-def test_nothing_explains_nothing() -> None:
+def test_unexplained_or_absent_tokens_give_no_explanation() -> None:
     assert choose([[NOBODY], []], [[], [NOBODY]]) == []
 
 
@@ -56,7 +56,7 @@ def equals(expected: list[list[float]]) -> Callable[[Tensor], Tensor]:
     return lambda sums: (sums == torch.tensor(expected).bfloat16()).all(1)
 
 
-def test_effects_blame_whoever_returned_the_row_or_added_alone() -> None:
+def test_effects_name_the_rank_whose_contribution_explains_the_sum() -> None:
     order = SumOrder()
     missing_2 = effects(contributions(), 0, order, OCP, equals([[2.0, 3.0], [0.0, 0.0]]))
     assert missing_2.tolist() == [[2, -1, -1, -1, -1, -1, 0], [1, -1, -1, -1, -1, -1, 0]]
@@ -66,14 +66,14 @@ def test_effects_blame_whoever_returned_the_row_or_added_alone() -> None:
     assert cast_2.tolist() == [[-1, -1, -1, -1, 2, -1, -1], NOBODY]
 
 
-def test_a_cast_saturates_where_the_devices_fp8_ends() -> None:
+def test_cast_effect_saturates_at_the_largest_fp8_value_of_the_device() -> None:
     cast = [[3.0, 243.0], [-1.0, 0.0]]
     blamed = [[-1, -1, -1, -1, 2, -1, -1], NOBODY]
     assert effects(contributions(), 3, SumOrder(), FNUZ, equals(cast)).tolist() == blamed
     assert effects(contributions(), 3, SumOrder(), OCP, equals(cast)).tolist() == [NOBODY, NOBODY]
 
 
-def test_several_changes_hold_at_once() -> None:
+def test_several_explanations_are_applied_together() -> None:
     both = changed(contributions(), [Explanation(MISSING, 0), Explanation(DOUBLED, 1), Explanation(ALONE, 3)], 2, OCP)
     assert torch.equal(added(both, SumOrder()), torch.tensor([[1.0, 500.0], [8.0, 10.0]]).bfloat16())
     alone = changed(contributions(), [Explanation(ALONE, 1)], 1, OCP)

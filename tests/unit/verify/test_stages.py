@@ -64,14 +64,14 @@ def flip(rows: Tensor, row: int = 2, byte: int = 1) -> None:
 
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_a_right_pass_is_told_nothing_of(numerics: str, dtype: str) -> None:
+def test_correct_pass_has_no_finding(numerics: str, dtype: str) -> None:
     found = scene(numerics, dtype)
     assert found.told() == []
     assert found.told("truncated", lambda dispatched: truncated(dispatched, TOKENS)) == []
 
 
 @pytest.mark.parametrize("field", ["hidden", "scales", "weights", "ids"])
-def test_one_bit_of_one_field_is_dispatchs(field: str) -> None:
+def test_bit_flip_in_a_received_field_is_a_finding_of_dispatch(field: str) -> None:
     found = scene(dtype="fp8")
     flip(getattr(found.dispatched, field), byte=0)
     (told,) = found.told()
@@ -89,13 +89,15 @@ def test_one_bit_of_one_field_is_dispatchs(field: str) -> None:
         (lambda found: found.sources[0, 1].fill_(-1), "sources"),
     ],
 )
-def test_rows_that_are_not_as_agreed_are_dispatchs(change: Callable[[Scene], object], field: str) -> None:
+def test_received_rows_that_differ_from_the_agreed_batch_are_a_finding_of_dispatch(
+    change: Callable[[Scene], object], field: str
+) -> None:
     found = scene()
     change(found)
     assert (found.told()[0].stage, found.told()[0].field) == ("dispatch", field)
 
 
-def test_one_bit_of_an_expert_row_is_the_experts() -> None:
+def test_bit_flip_in_an_expert_row_is_a_finding_of_experts() -> None:
     found = scene()
     flip(found.rows)
     (told,) = found.told()
@@ -103,14 +105,14 @@ def test_one_bit_of_an_expert_row_is_the_experts() -> None:
     assert told.proven
 
 
-def test_a_row_whose_input_was_wrong_is_not_the_experts() -> None:
+def test_expert_row_with_a_wrong_input_is_no_finding_of_experts() -> None:
     found = scene()
     flip(found.dispatched.hidden)
     flip(found.rows)
     assert [told.stage for told in found.told()] == ["dispatch"]
 
 
-def test_damage_of_the_cut_is_not_dispatchs() -> None:
+def test_damage_in_truncation_is_no_finding_of_dispatch() -> None:
     found = scene()
 
     def damaged(dispatched: Dispatched) -> ExpertInput:
@@ -122,7 +124,7 @@ def test_damage_of_the_cut_is_not_dispatchs() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_padded_row_that_is_not_finite_is_proven_wrong_and_no_baseline(value: float) -> None:
+def test_non_finite_padded_row_is_proven_wrong_and_excluded_as_baseline(value: float) -> None:
     found = scene("gaussian")
     found.rows[2, 7] = value
     (told,) = found.told()
@@ -134,7 +136,7 @@ def test_a_padded_row_that_is_not_finite_is_proven_wrong_and_no_baseline(value: 
 @pytest.mark.parametrize(
     ("share", "far"), [(2.0**-8, 0), (2.0**-6, 0), (2.0**-4, 1), (1.0, 1), (float("nan"), 1), (float("inf"), 1)]
 )
-def test_other_bits_than_padded_are_near_or_far_by_the_tolerance(share: float, far: int) -> None:
+def test_rows_that_differ_from_padded_are_near_or_far_by_the_tolerance(share: float, far: int) -> None:
     found = scene("gaussian")
     assert found.told() == []
     before = found.rows[2].clone()
@@ -149,7 +151,7 @@ def cut_of(dispatched: Dispatched, rows: int, **uncut: Any) -> ExpertInput:
 
 
 @pytest.mark.parametrize("field", ["scales", "weights", "ids"])
-def test_a_tensor_that_alone_is_not_cut_is_told(field: str) -> None:
+def test_single_tensor_that_is_not_truncated_is_found(field: str) -> None:
     found = scene(dtype="fp8")
     given = cut_of(found.dispatched, TOKENS, **{field: getattr(found.dispatched, field)})
     told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, TOKENS)
@@ -157,7 +159,7 @@ def test_a_tensor_that_alone_is_not_cut_is_told(field: str) -> None:
     assert (told.stage, told.field, told.proven) == ("truncate", "tensors", True)
 
 
-def test_hidden_rows_that_alone_are_not_cut_are_told() -> None:
+def test_hidden_rows_that_are_not_truncated_are_found_by_row_count() -> None:
     found = scene()
     given = cut_of(found.dispatched, TOKENS, hidden=found.dispatched.hidden)
     told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, TOKENS)
@@ -175,7 +177,7 @@ def test_hidden_rows_that_alone_are_not_cut_are_told() -> None:
         (TOKENS + 2, TOKENS + 2, TOKENS + 2, "num_local_tokens", 1),
     ],
 )
-def test_a_cut_is_held_against_its_limit(kept: int, live: int, wanted: int, field: str, rows: int) -> None:
+def test_truncation_is_checked_against_its_limit(kept: int, live: int, wanted: int, field: str, rows: int) -> None:
     found = scene()
     given = cut_of(found.dispatched, kept, num_local_tokens=torch.tensor([live], dtype=torch.int32))
     told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, wanted)

@@ -40,7 +40,7 @@ def told_by_the_words(ids: list[int], rows: dict[int, Tensor], order: SumOrder) 
 
 
 @pytest.mark.parametrize("kernel", ORDERS)
-def test_sums_follow_the_order_that_a_transport_names(kernel: str) -> None:
+def test_sums_follow_the_order_that_the_transport_declares(kernel: str) -> None:
     order = sum_order({"kernel": kernel, "gpu_per_node": 2, "quant": "none"})
     assert order == ORDERS[kernel]
     generator = torch.Generator().manual_seed(7)
@@ -56,16 +56,16 @@ def test_sums_follow_the_order_that_a_transport_names(kernel: str) -> None:
         assert torch.equal(found[token], told_by_the_words(row, mine, order))
 
 
-def test_no_tokens_have_no_sums() -> None:
+def test_sum_of_no_tokens_is_empty() -> None:
     nothing = in_slot_order(torch.empty(0, 8), torch.empty(0, 6, dtype=torch.int32), GROUP, SumOrder())
     assert added(nothing, SumOrder()).shape == (0, 8)
 
 
-def test_quantised_rows_are_known_as_such() -> None:
+def test_fp8_combine_is_declared_as_quantised() -> None:
     assert sum_order({"kernel": "IntraNode", "quant": "fp8_blockwise"}).quantised
 
 
-def test_one_nan_is_as_good_as_another_and_zeros_have_signs() -> None:
+def test_any_two_nans_are_equal_and_signed_zeros_differ() -> None:
     nan, other = torch.tensor([[0x7FC0]], dtype=torch.int16), torch.tensor([[-0x40]], dtype=torch.int16)
     assert same_bits_or_nan(nan.view(torch.bfloat16), other.view(torch.bfloat16)).tolist() == [True]
     assert same_bits_or_nan(torch.tensor([[0.0]]), torch.tensor([[-0.0]])).tolist() == [False]

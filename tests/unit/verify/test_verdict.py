@@ -66,7 +66,7 @@ def nan_in(*arms: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     "question", [asked(), asked(**GAUSSIAN), asked(limit=None), asked(policy="guard", limit=SHORT)]
 )
-def test_a_clean_case_passes(question: Question) -> None:
+def test_case_without_findings_passes(question: Question) -> None:
     verdict, reasons = verdict_of(question)
     assert (verdict, reasons) == ("PASS", ["guarded"] if question.short_ranks else [])
 
@@ -75,7 +75,7 @@ def test_a_clean_case_passes(question: Question) -> None:
 @pytest.mark.parametrize(("stage", "against"), [("dispatch", "source"), ("experts", ORACLE), ("combine", "the sum")])
 @pytest.mark.parametrize("inputs", [{}, GAUSSIAN, TOLERANT])
 @pytest.mark.parametrize("limit", [RECEIVED, SHORT])
-def test_a_proven_divergence_is_never_hidden(
+def test_proven_divergence_decides_the_verdict_under_any_other_finding(
     arm: str, stage: str, against: str, inputs: dict[str, Any], limit: int
 ) -> None:
     noisy = {"differing": {"padded/control": SOME}} if inputs else {}
@@ -88,7 +88,7 @@ def test_a_proven_divergence_is_never_hidden(
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("inputs", [{}, GAUSSIAN, TOLERANT])
 @pytest.mark.parametrize("mode", ["atomic", "reduce"])
-def test_a_nan_in_a_token_that_lost_no_row_is_never_excused(arm: str, inputs: dict[str, Any], mode: str) -> None:
+def test_nan_in_a_token_without_lost_rows_is_always_a_failure(arm: str, inputs: dict[str, Any], mode: str) -> None:
     question = asked(**inputs)
     there = {"kernels": kernels(mode), "nan_tokens": nan_in(arm), "distance": distance(**{arm: None})}
     verdict, reasons = verdict_of(question, {}, there, differing={"padded/control": SOME} if inputs else {})
@@ -97,7 +97,7 @@ def test_a_nan_in_a_token_that_lost_no_row_is_never_excused(arm: str, inputs: di
 
 
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
-def test_a_nan_where_a_row_was_lost_is_the_limits_damage(numerics: str) -> None:
+def test_nan_in_a_token_with_a_lost_row_counts_as_under_limit(numerics: str) -> None:
     question = asked(SHORT, numerics=numerics)
     pairs = dict.fromkeys(("padded/repadded", "repadded/truncated", "padded/truncated"), 0)
     there = {
@@ -120,7 +120,7 @@ def test_a_nan_where_a_row_was_lost_is_the_limits_damage(numerics: str) -> None:
         (Survivors(nan_in(), {"padded/repadded": 1}), "bits-differ"),
     ],
 )
-def test_damage_to_tokens_that_lost_no_row_stands_before_the_limits(survivors: Survivors, code: str) -> None:
+def test_damage_to_tokens_without_lost_rows_precedes_under_limit(survivors: Survivors, code: str) -> None:
     question = asked(SHORT)
     verdict, reasons = verdict_of(question, {"survivors": survivors})
     assert (verdict, reasons[0]) == ("CORRUPT", code)
@@ -129,14 +129,14 @@ def test_damage_to_tokens_that_lost_no_row_stands_before_the_limits(survivors: S
 
 
 @pytest.mark.parametrize(("more", "verdict"), [(0, "UNDER_LIMIT"), (1, "CORRUPT"), (-1, "CORRUPT")])
-def test_only_the_rows_past_the_limit_are_lost_as_asked(more: int, verdict: str) -> None:
+def test_lost_rows_other_than_those_past_the_limit_are_corrupt(more: int, verdict: str) -> None:
     question = asked(SHORT - 1)
     found = {"divergences": [lost_as_asked("truncated", question, more=more)]}
     assert verdict_of(question, {}, found)[0] == verdict
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_rows_lost_where_the_limit_takes_none_are_corrupt(rank: int) -> None:
+def test_rows_lost_under_a_sufficient_limit_are_corrupt(rank: int) -> None:
     question = asked(RECEIVED)
     lost = {"divergences": [divergence("truncated", "truncate", "received", rank=rank)]}
     assert verdict_of(question, *(lost if rank == one else {} for one in (0, 1))) == ("CORRUPT", ["truncate-differs"])
@@ -150,12 +150,14 @@ def test_rows_lost_where_the_limit_takes_none_are_corrupt(rank: int) -> None:
         (TOLERANT, SOME, ("PASS", ["control-differs"])),
     ],
 )
-def test_control_of_an_atomic_kernel_has_other_bits(inputs: dict[str, Any], found: Any, expected: Any) -> None:
+def test_differing_control_arm_of_an_atomic_kernel_gives_its_verdict(
+    inputs: dict[str, Any], found: Any, expected: Any
+) -> None:
     assert verdict_of(asked(**inputs), differing={"padded/control": found}) == expected
 
 
 @pytest.mark.parametrize("require", ["bitwise", "tolerance"])
-def test_an_ordered_kernel_has_to_repeat_its_bits(require: str) -> None:
+def test_ordered_kernel_with_differing_control_arm_is_nondeterministic(require: str) -> None:
     question = asked(numerics="gaussian", require=require)
     both = (ORDERED, ORDERED)
     assert verdict_of(question, *both, differing={"padded/control": SOME}) == ("NONDETERMINISTIC", ["control-differs"])
@@ -168,7 +170,7 @@ def test_an_ordered_kernel_has_to_repeat_its_bits(require: str) -> None:
     ("inputs", "expected"),
     [(GAUSSIAN, ("DRIFT", ["kernel-drift"])), (TOLERANT, ("PASS", ["kernel-drift"]))],
 )
-def test_another_kernel_within_tolerance_drifts(inputs: dict[str, Any], expected: Any) -> None:
+def test_differing_bits_of_another_kernel_within_tolerance_are_drift(inputs: dict[str, Any], expected: Any) -> None:
     question = asked(**inputs)
     rows = {"divergences": [divergence("truncated", against=PADDED)], "distance": distance(truncated=NEAR)} | OTHER
     assert verdict_of(question, OTHER, rows) == expected
@@ -180,7 +182,9 @@ def test_another_kernel_within_tolerance_drifts(inputs: dict[str, Any], expected
 @pytest.mark.parametrize("error", [FAR, None])
 @pytest.mark.parametrize("arm", ARMS[1:])
 @pytest.mark.parametrize("kernel", [OTHER, {"kernels": kernels()}], ids=["another kernel", "atomic"])
-def test_one_rank_within_tolerance_excuses_no_other(rank: int, error: float | None, arm: str, kernel: Any) -> None:
+def test_rank_outside_tolerance_is_corrupt_though_another_is_within(
+    rank: int, error: float | None, arm: str, kernel: Any
+) -> None:
     near, far = (kernel | {"distance": distance(**{arm: one})} for one in (NEAR, error))
     ranks = [far if rank == one else near for one in (0, 1)]
     verdict, reasons = verdict_of(asked(**TOLERANT), *ranks, differing={f"padded/{arm}": SOME})
@@ -189,7 +193,7 @@ def test_one_rank_within_tolerance_excuses_no_other(rank: int, error: float | No
 
 
 @pytest.mark.parametrize("arm", ["control", "repadded"])
-def test_the_distance_of_one_arm_does_not_stand_for_another(arm: str) -> None:
+def test_arm_outside_tolerance_is_corrupt_though_another_is_within(arm: str) -> None:
     far = OTHER | {"distance": distance(truncated=FAR, **{arm: 0.0})}
     assert verdict_of(asked(**TOLERANT), far, OTHER, differing={"padded/truncated": SOME})[0] == "CORRUPT"
     near = OTHER | {"distance": distance(truncated=0.0, **{arm: FAR})}
@@ -208,20 +212,20 @@ def test_the_distance_of_one_arm_does_not_stand_for_another(arm: str) -> None:
         ("fp4_blockwise", 2.0**-1 + 2.0**-20, "CORRUPT"),
     ],
 )
-def test_the_tolerance_is_what_the_formats_make(quant: str, error: float, verdict: str) -> None:
+def test_tolerance_follows_the_combine_format(quant: str, error: float, verdict: str) -> None:
     question = asked(**TOLERANT, combine_quant=quant, transport="mori", emulate=True)
     there = OTHER | {"distance": distance(truncated=error)}
     assert verdict_of(question, there, OTHER, differing={"padded/truncated": SOME})[0] == verdict
 
 
-def test_rows_that_no_rounding_takes_so_far_are_corrupt_even_where_tokens_are_near() -> None:
+def test_rows_outside_rounding_are_corrupt_though_tokens_are_within_tolerance() -> None:
     far = {"divergences": [divergence("truncated", against=PADDED, far=1)]}
     assert verdict_of(asked(**TOLERANT), {}, far) == ("CORRUPT", ["experts-differs"])
 
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("stage", ["experts", "combine"])
-def test_an_error_outside_its_ideal_is_wrong_whatever_is_required(arm: str, stage: str) -> None:
+def test_error_outside_its_bounds_fails_under_any_requirement(arm: str, stage: str) -> None:
     question = asked(**TOLERANT)
     there = {"errors": [arm_error("padded", within=True), arm_error(arm, within=False, stage=stage, ratio=3.0)]}
     verdict, reasons = verdict_of(question, {}, there, differing={"padded/control": SOME})
@@ -237,15 +241,13 @@ def test_an_error_outside_its_ideal_is_wrong_whatever_is_required(arm: str, stag
         (2.0**-4, [arm_error("padded", within=True)], "PASS"),
     ],
 )
-def test_the_float_reference_counts_where_no_error_was_measured(
-    worst: float | None, errors: list[Any], verdict: str
-) -> None:
+def test_float_reference_decides_if_no_error_was_measured(worst: float | None, errors: list[Any], verdict: str) -> None:
     there = {"reference": FloatError(worst, 4), "errors": errors}
     assert verdict_of(asked(**TOLERANT), {}, there)[0] == verdict
 
 
 @pytest.mark.parametrize("disputed", [[0], [1], [0, 1]])
-def test_every_disputing_rank_is_told(disputed: list[int]) -> None:
+def test_every_disputing_rank_is_listed_in_the_reasons(disputed: list[int]) -> None:
     question = asked()
     found = judge(question, changed(gathered(question), disputed=disputed))
     assert codes(found) == ("CORRUPT", ["disputed"] * len(disputed))
@@ -254,7 +256,7 @@ def test_every_disputing_rank_is_told(disputed: list[int]) -> None:
 
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
 @pytest.mark.parametrize("pair", ["padded/oracle", "padded/control", "padded/repadded", "repadded/truncated"])
-def test_any_pair_that_differs_is_noticed(numerics: str, pair: str) -> None:
+def test_difference_in_any_pair_of_arms_does_not_pass(numerics: str, pair: str) -> None:
     question = asked(numerics=numerics)
     if pair in gathered(question).comparisons:
         assert verdict_of(question, ORDERED, ORDERED, differing={pair: SOME})[0] != "PASS"
@@ -272,7 +274,7 @@ def test_any_pair_that_differs_is_noticed(numerics: str, pair: str) -> None:
         (GAUSSIAN, "atomic", "truncated", NEAR, "DRIFT"),
     ],
 )
-def test_a_timed_iteration_has_to_repeat_its_bits(
+def test_timed_iteration_with_other_bits_gives_its_verdict(
     inputs: dict[str, Any], kernel: str, arm: str, drift: float | None, expected: str
 ) -> None:
     there = {"kernels": kernels(kernel, truncated=32), "timed": {arm: timed(3, drift)}}
@@ -282,11 +284,11 @@ def test_a_timed_iteration_has_to_repeat_its_bits(
 
 
 @pytest.mark.parametrize(("near", "verdict"), [(0, "PASS"), (2, "NONDETERMINISTIC")])
-def test_replays_within_tolerance_do_not_repeat_bits(near: int, verdict: str) -> None:
+def test_graph_replays_within_tolerance_give_the_verdict_of_differing_bits(near: int, verdict: str) -> None:
     assert verdict_of(asked(**GAUSSIAN), {"replays": [Replay(4, 0, near)]})[0] == verdict
 
 
-def test_all_rules_that_strike_are_kept_the_most_fundamental_first() -> None:
+def test_all_matching_rules_are_kept_in_order_of_precedence() -> None:
     question = asked(SHORT, **GAUSSIAN)
     there = {
         "divergences": [
@@ -306,7 +308,7 @@ def test_all_rules_that_strike_are_kept_the_most_fundamental_first() -> None:
     assert found.first_divergence == there["divergences"][0]
 
 
-def test_what_rounding_explains_does_not_lead() -> None:
+def test_rounding_difference_is_not_the_first_divergence() -> None:
     question = asked(**GAUSSIAN)
     noise = divergence("control", against=PADDED)
     wrong = divergence("truncated", against=PADDED, far=4)
@@ -314,7 +316,7 @@ def test_what_rounding_explains_does_not_lead() -> None:
     assert (found.verdict.value, found.first_divergence) == ("CORRUPT", wrong)
 
 
-def test_other_bits_than_a_wrong_padded_arm_blame_no_other_arm() -> None:
+def test_difference_from_a_wrong_padded_arm_blames_no_other_arm() -> None:
     question = asked(**TOLERANT)
     there = {"nan_tokens": nan_in("padded"), "distance": dict.fromkeys(ARMS)}
     pairs = {"padded/control": SOME, "repadded/truncated": SOME}

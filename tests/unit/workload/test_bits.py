@@ -21,7 +21,7 @@ def bits_of(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_values_never_change(device: str) -> None:
+def test_counter_based_words_equal_their_golden_values(device: str) -> None:
     rows = torch.tensor([0, 1, 2**31 - 1, (5 << 31) | 7], device=device)
     found = words(0, "golden", rows, 3, device)
     assert found.dtype == torch.int32
@@ -52,31 +52,31 @@ def slow_word(seed: int, tensor: str, row: int, column: int) -> int:
 
 
 @given(st.integers(0, 2**62 - 1), st.integers(0, 2**62), st.text("abc/", max_size=5))
-def test_arithmetic_wraps_as_it_should(row: int, seed: int, tensor: str) -> None:
+def test_words_equal_a_scalar_model_with_wraparound(row: int, seed: int, tensor: str) -> None:
     wanted = [[slow_word(seed, tensor, row, column) for column in range(20)]]
     assert positive_words(seed, tensor, torch.tensor([row]), 20, "cpu").tolist() == wanted
 
 
 @given(st.lists(st.integers(0, 2**62 - 1), min_size=1, max_size=6), st.integers(1, 40), st.integers(0, 2**62))
-def test_a_slice_holds_what_the_whole_holds(rows: list[int], columns: int, seed: int) -> None:
+def test_words_of_any_slice_equal_those_of_the_whole(rows: list[int], columns: int, seed: int) -> None:
     whole = words(seed, "t", torch.tensor(rows), columns, "cpu")
     for place, row in enumerate(rows):
         assert torch.equal(words(seed, "t", torch.tensor([row]), columns + 3, "cpu")[0, :columns], whole[place])
 
 
-def test_streams_and_seeds_differ() -> None:
+def test_words_differ_between_streams_and_seeds() -> None:
     rows = torch.arange(4)
     drawn = [words(seed, stream, rows, 8, "cpu") for seed in (0, 1) for stream in ("a", "b")]
     assert len({tuple(part.flatten().tolist()) for part in drawn}) == 4
 
 
-def test_rows_are_not_changed() -> None:
+def test_row_indices_passed_to_words_are_not_modified() -> None:
     rows = torch.arange(4)
     words(0, "a", rows, 8, "cpu")
     assert rows.tolist() == [0, 1, 2, 3]
 
 
-def test_bytes_are_the_words_in_order() -> None:
+def test_byte_columns_are_the_bytes_of_the_words_in_order() -> None:
     whole = positive_words(1, "t", torch.arange(3), 2, "cpu")
     parts = byte_columns(1, "t", torch.arange(3), 7, "cpu").long()
     assert parts.shape == (3, 7)
@@ -91,7 +91,7 @@ def test_every_bit_is_balanced_overall_in_rows_and_in_columns() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2, 64, 1 << 20, 1 << 31])
-def test_neighbouring_rows_and_columns_are_unrelated(stride: int) -> None:
+def test_neighbouring_rows_and_columns_are_uncorrelated(stride: int) -> None:
     signs = bits_of(words(0, "pairs", torch.arange(256) * stride, 256, "cpu")).float() * 2 - 1
     bound = 6 / (256 * 256) ** 0.5
     assert float((signs[1:] * signs[:-1]).mean((0, 1)).abs().max()) < bound
@@ -100,7 +100,7 @@ def test_neighbouring_rows_and_columns_are_unrelated(stride: int) -> None:
     assert float((signs[..., 1:] * signs[..., :-1]).mean((0, 1)).abs().max()) < bound
 
 
-def test_rows_are_uncorrelated_as_wholes() -> None:
+def test_whole_rows_are_pairwise_uncorrelated() -> None:
     signs = (bits_of(words(0, "rows", torch.arange(200), 128, "cpu")).float() * 2 - 1).flatten(1)
     product = signs @ signs.t() / signs.shape[1]
     product.fill_diagonal_(0)
@@ -108,27 +108,27 @@ def test_rows_are_uncorrelated_as_wholes() -> None:
 
 
 @pytest.mark.parametrize("bit", range(0, 62, 3))
-def test_one_bit_of_the_row_flips_half_of_all_bits(bit: int) -> None:
+def test_flipping_a_bit_of_the_row_index_flips_half_of_all_bits(bit: int) -> None:
     rows = torch.arange(64) * 977 + (3 << 33)
     changed = words(0, "flip", rows, 64, "cpu") ^ words(0, "flip", rows ^ (1 << bit), 64, "cpu")
     assert float((bits_of(changed).float().mean((0, 1)) - 0.5).abs().max()) < 6 * 0.5 / (64 * 64) ** 0.5
 
 
 @pytest.mark.parametrize("bit", range(12))
-def test_one_bit_of_the_column_flips_half_of_all_bits(bit: int) -> None:
+def test_flipping_a_bit_of_the_column_index_flips_half_of_all_bits(bit: int) -> None:
     drawn = words(0, "flip", torch.arange(16), 1 << 12, "cpu")
     changed = drawn ^ drawn[:, torch.arange(1 << 12) ^ (1 << bit)]
     assert float((bits_of(changed).float().mean((0, 1)) - 0.5).abs().max()) < 6 * 0.5 / (1 << 16) ** 0.5
 
 
-def test_no_two_of_many_rows_are_alike() -> None:
+def test_many_rows_are_pairwise_distinct() -> None:
     rows = torch.cat([torch.arange(1 << 17), (torch.arange(1 << 17) << 31) | 12345])
     pairs = words(0, "unique", rows, 2, "cpu").long()
     keys = (pairs[:, 0] << 32) ^ (pairs[:, 1] & 0xFFFF_FFFF)
     assert torch.unique(keys).numel() == rows.unique().numel()
 
 
-def test_values_spread_evenly() -> None:
+def test_byte_values_are_uniform_by_chi_square() -> None:
     counts = torch.bincount(byte_columns(0, "chi", torch.arange(256), 4096, "cpu").flatten().long(), minlength=256)
     expected = 256 * 4096 / 256
     chi_square = float(((counts - expected) ** 2 / expected).sum())
@@ -136,11 +136,11 @@ def test_values_spread_evenly() -> None:
 
 
 @given(st.integers(0, 300), st.integers(0, 2**40))
-def test_shuffle_permutes(count: int, row: int) -> None:
+def test_shuffle_is_a_permutation(count: int, row: int) -> None:
     assert sorted(shuffle(0, "p", row, count, "cpu").tolist()) == list(range(count))
 
 
-def test_shuffle_has_no_favourite_place() -> None:
+def test_shuffle_positions_are_uniform() -> None:
     drawn = torch.stack([shuffle(0, "p", row, 6, "cpu") for row in range(3000)])
     for place in range(6):
         counts = torch.bincount(drawn[:, place], minlength=6).float()
@@ -154,7 +154,7 @@ def test_smallest_breaks_ties_by_column(keys: list[int], data: st.DataObject) ->
     assert smallest(torch.tensor([keys]), count).tolist() == [wanted]
 
 
-def test_a_keyed_permutation_gives_no_number_twice() -> None:
+def test_keyed_permutation_is_injective() -> None:
     numbers = torch.cat([torch.arange(100_000), torch.arange((1 << 32) - 1000, 1 << 32)])
     made = permuted(3, "one", numbers)
     assert made.dtype == torch.int32

@@ -63,7 +63,7 @@ def check_bounds(plan: ExactPlan) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("ep_size", [1, 2, 8])
-def test_presets_are_accepted_and_fp8_where_128_divides_the_columns(name: str, ep_size: int) -> None:
+def test_presets_are_planned_and_fp8_requires_columns_divisible_by_128(name: str, ep_size: int) -> None:
     shape = PRESETS[name]
     sizes = (shape.hidden_size, shape.intermediate_size, shape.topk)
     plan = plan_exact(*sizes, "bf16", shape.experts_for(ep_size))
@@ -91,13 +91,13 @@ def test_presets_are_accepted_and_fp8_where_128_divides_the_columns(name: str, e
         (256, (1, 1, 1)),
     ],
 )
-def test_larger_topk_costs_entries_and_last_the_second_weight(topk: int, entries: tuple[int, int, int]) -> None:
+def test_larger_topk_reduces_entries_and_finally_the_second_weight(topk: int, entries: tuple[int, int, int]) -> None:
     plan = plan_exact(2048, 768, topk, "bf16", 256)
     assert (plan.weight_ratio, plan.up_entries, plan.down_entries) == entries
 
 
 @pytest.mark.parametrize("topk", range(1, 9))
-def test_a_quantised_combine_keeps_both_weights_and_probes_up_to_eight_experts(topk: int) -> None:
+def test_quantised_combine_keeps_both_weights_and_probes_up_to_topk_eight(topk: int) -> None:
     for combine in ("fp8_direct_cast", "fp8_blockwise"):
         plan = plan_exact(2048, 768, topk, "bf16", 128, combine)
         assert plan.weight_ratio == 2
@@ -120,9 +120,7 @@ def test_a_quantised_combine_keeps_both_weights_and_probes_up_to_eight_experts(t
         (8, 8, 48),
     ],
 )
-def test_codes_leave_one_token_in_ten_thousand_without_and_are_three_for_each_group(
-    experts: int, topk: int, codes: int
-) -> None:
+def test_codes_miss_at_most_one_token_in_ten_thousand(experts: int, topk: int, codes: int) -> None:
     code = plan_code(experts, topk, 2048)
     assert (code.groups, code.columns) == (2 * topk, codes)
     assert code.missing <= 1e-4
@@ -138,7 +136,7 @@ def test_codes_leave_one_token_in_ten_thousand_without_and_are_three_for_each_gr
         ((2048, 16, 1, "bf16", 4), ["intermediate_size = 16", "4 experts read", "hidden columns of 2"]),
     ],
 )
-def test_refusals_name_the_bound(shape: tuple[int, int, int, str, int], said: list[str]) -> None:
+def test_refusal_of_a_shape_names_the_bound(shape: tuple[int, int, int, str, int], said: list[str]) -> None:
     with pytest.raises(InvalidCase) as caught:
         plan_of(("", *shape))
     assert all(part in str(caught.value) for part in [*said, "use numerics = gaussian"])
@@ -156,7 +154,7 @@ def test_any_shape_is_planned_within_bounds_or_refused(hidden: int, inter: int, 
     assert e * max(up_reads(plan), gate_reads(plan)) >= plan.payload_columns
 
 
-def test_a_narrow_output_gets_more_w2_entries_and_fewer_probes() -> None:
+def test_narrow_output_has_more_w2_entries_and_fewer_probes() -> None:
     plan = plan_exact(512, 2048, 8, "bf16", 8)
     assert (plan.up_entries, plan.down_entries) == (2, 8)
     assert plan.probes is not None
@@ -173,7 +171,7 @@ def test_every_shape_from_four_columns_and_two_rows_has_probes() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
-def test_rows_hold_what_the_plan_says(shape: tuple[str, int, int, int, str, int], seed: int) -> None:
+def test_weight_rows_hold_the_entries_of_the_plan(shape: tuple[str, int, int, int, str, int], seed: int) -> None:
     plan = plan_of(shape)
     places, inter = places_of(plan, torch.device("cpu")), plan.intermediate_size
     w1, w2 = dense_weights(plan, seed, torch.arange(shape[5]))
@@ -196,7 +194,7 @@ def test_rows_hold_what_the_plan_says(shape: tuple[str, int, int, int, str, int]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_every_column_and_row_is_read(shape: tuple[str, int, int, int, str, int]) -> None:
+def test_every_weight_column_and_row_is_read_by_some_token(shape: tuple[str, int, int, int, str, int]) -> None:
     plan = plan_of(shape)
     places = places_of(plan, torch.device("cpu"))
     w1, w2 = dense_weights(plan, 5, torch.arange(shape[5]))
@@ -209,7 +207,7 @@ def test_every_column_and_row_is_read(shape: tuple[str, int, int, int, str, int]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_experts_and_seeds_differ(shape: tuple[str, int, int, int, str, int]) -> None:
+def test_weights_differ_between_experts_and_seeds(shape: tuple[str, int, int, int, str, int]) -> None:
     plan = plan_of(shape)
     for weights in (*dense_weights(plan, 0, torch.arange(shape[5])), *dense_weights(plan, 1, torch.arange(shape[5]))):
         assert torch.unique(weights.flatten(1).float(), dim=0).shape[0] == shape[5]
@@ -217,7 +215,7 @@ def test_experts_and_seeds_differ(shape: tuple[str, int, int, int, str, int]) ->
     assert not any(torch.equal(left, right) for left, right in zip(first, second, strict=True))
 
 
-def test_any_expert_alone_is_the_same() -> None:
+def test_weights_of_a_single_expert_equal_those_of_the_whole() -> None:
     for shape in SHAPES:
         plan = plan_of(shape)
         whole = dense_weights(plan, 3, torch.arange(shape[5]))
@@ -226,7 +224,7 @@ def test_any_expert_alone_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_hidden_values(shape: tuple[str, int, int, int, str, int]) -> None:
+def test_hidden_states_take_the_values_of_the_plan(shape: tuple[str, int, int, int, str, int]) -> None:
     plan = plan_of(shape)
     places = places_of(plan, torch.device("cpu"))
     hidden = hidden_states(plan, 0, torch.arange(300), drawn(shape[5], plan.topk, 300)).float()
@@ -249,7 +247,7 @@ def drawn(experts: int, topk: int, tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("experts", "topk"), [(8, 4), (16, 8), (128, 8), (256, 8), (64, 32), (20, 16)])
-def test_experts_of_a_token_are_on_in_different_groups(experts: int, topk: int) -> None:
+def test_experts_of_a_token_use_different_code_groups(experts: int, topk: int) -> None:
     plan = plan_exact(512, 256, topk, "bf16", experts)
     ids = drawn(experts, topk, 400)
     ids[::7, 0] = -1
@@ -264,7 +262,7 @@ def test_experts_of_a_token_are_on_in_different_groups(experts: int, topk: int) 
     assert bool((code_columns(plan, torch.arange(400), twice) == plan.code_columns).all())
 
 
-def test_weights_are_one_or_half_and_differ_between_slots_and_neighbours() -> None:
+def test_routing_weights_are_one_or_half_and_differ_between_slots_and_tokens() -> None:
     plan = plan_exact(256, 128, 4, "bf16", 8)
     weights = routing_weights(plan, 0, torch.arange(500))
     assert weights.dtype == torch.float32
@@ -280,7 +278,9 @@ def test_weights_are_one_or_half_and_differ_between_slots_and_neighbours() -> No
 
 @pytest.mark.parametrize("hidden_size", [128, 256, 7168])
 @pytest.mark.parametrize("fp8", ["e4m3fn", "e4m3fnuz"])
-def test_fp8_quantising_loses_nothing_and_neighbouring_scales_differ(hidden_size: int, fp8: Fp8Format) -> None:
+def test_fp8_quantisation_of_hidden_states_is_exact_and_neighbouring_scales_differ(
+    hidden_size: int, fp8: Fp8Format
+) -> None:
     plan = plan_exact(hidden_size, hidden_size // 2, 4, "fp8", 8, fp8_format=fp8)
     hidden = hidden_states(plan, 0, torch.arange(64), drawn(8, 4, 64))
     quantized, scales = quantize_fp8_blocks(hidden, fp8_dtype(fp8))
@@ -294,7 +294,7 @@ def test_fp8_quantising_loses_nothing_and_neighbouring_scales_differ(hidden_size
 @pytest.mark.parametrize("fp8", ["e4m3fn", "e4m3fnuz"])
 @pytest.mark.parametrize("combine", ["none", "fp8_blockwise"])
 @pytest.mark.parametrize("intermediate", ["bf16", "e4m3"])
-def test_weights_lose_nothing_in_scaled_blocks_whose_neighbours_have_other_scales(
+def test_fp8_quantisation_of_weights_is_exact_and_neighbouring_block_scales_differ(
     fp8: Fp8Format, combine: str, intermediate: Intermediate
 ) -> None:
     """By the rule of the Triton kernels and the adapter for aiter: the least power of two that will do."""
@@ -312,7 +312,7 @@ def test_weights_lose_nothing_in_scaled_blocks_whose_neighbours_have_other_scale
 
 @pytest.mark.parametrize("fp8", ["e4m3fn", "e4m3fnuz"])
 @pytest.mark.parametrize("topk", [1, 2, 4])
-def test_what_an_fp8_combine_may_return_is_in_each_format(fp8: Fp8Format, topk: int) -> None:
+def test_sums_of_an_fp8_combine_are_representable_in_each_format(fp8: Fp8Format, topk: int) -> None:
     plan = plan_exact(256, 128, topk, "bf16", 8, "fp8_blockwise", fp8)
     sums = torch.arange(-plan.max_units, plan.max_units + 1) * plan.unit
     assert float(sums.max()) <= LARGEST_FP8[fp8] == torch.finfo(fp8_dtype(fp8)).max
@@ -320,7 +320,7 @@ def test_what_an_fp8_combine_may_return_is_in_each_format(fp8: Fp8Format, topk: 
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_values_never_change(device: str) -> None:
+def test_exact_tensors_equal_their_golden_digests(device: str) -> None:
     keys = token_keys(torch.tensor([0, 3], device=device), torch.tensor([5, 1], device=device))
     experts = torch.tensor([2, 7], device=device)
     found = []

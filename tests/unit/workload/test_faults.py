@@ -97,27 +97,27 @@ def share_of(layer: str) -> tuple[Workload, Layer, TokenBatch, Tensor]:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_another_activation_is_seen(layer: str, name: str) -> None:
+def test_another_activation_changes_expert_rows(layer: str, name: str) -> None:
     _, local, batch, expected = share_of(layer)
     assert changed_rows(expected, run(Kernel(), local, batch, Fault(activation=ACTIVATIONS[name])))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns_that_gates_do_not_read_as_they_should_are_seen(layer: str, name: str) -> None:
+def test_misread_gate_columns_change_expert_rows(layer: str, name: str) -> None:
     _, local, batch, expected = share_of(layer)
     assert changed_rows(expected, run(Kernel(), local, batch, Fault(columns=COLUMNS[name])))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_weight_on_the_gate_is_seen(layer: str) -> None:
+def test_routing_weight_applied_to_the_gate_changes_expert_rows(layer: str) -> None:
     _, local, batch, expected = share_of(layer)
     assert changed_rows(expected, run(Kernel(), local, batch, Fault(weigh_gate=True)))
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("f")])
 @pytest.mark.parametrize("name", SCALES)
-def test_other_scales_of_received_rows_are_seen_in_nearly_all(layer: str, name: str) -> None:
+def test_wrong_scales_of_received_rows_change_nearly_all_expert_rows(layer: str, name: str) -> None:
     """In the kernel, or because the transport delivered them so."""
     _, local, batch, expected = share_of(layer)
     assert batch.scales is not None
@@ -129,20 +129,20 @@ def test_other_scales_of_received_rows_are_seen_in_nearly_all(layer: str, name: 
 
 @pytest.mark.parametrize("layer", ["fp8", "fp8, wide", "fnuz, fp8 combine"])
 @pytest.mark.parametrize("name", ["a neighbouring row's", "constant", "one row for all"])
-def test_other_scales_of_the_intermediate_are_seen(layer: str, name: str) -> None:
+def test_wrong_scales_of_the_intermediate_change_expert_rows(layer: str, name: str) -> None:
     _, local, batch, expected = share_of(layer)
     assert changed_rows(expected, run(Kernel(), local, batch, Fault(scales=SCALES[name])))
 
 
 @pytest.mark.parametrize("name", ["a neighbouring block's", "reversed", "constant"])
-def test_other_scales_of_the_blocks_of_an_intermediate_are_seen(name: str) -> None:
+def test_wrong_block_scales_of_the_intermediate_change_expert_rows(name: str) -> None:
     _, local, batch, expected = share_of("fp8, wide")
     assert changed_rows(expected, run(Kernel(), local, batch, Fault(scales=SCALES[name])))
 
 
 @pytest.mark.parametrize("stage", ["gate", "up", "down"])
 @pytest.mark.parametrize("name", ["constant", "next row of blocks", "next column of blocks", "another expert's"])
-def test_other_scales_of_weights_are_seen(stage: str, name: str) -> None:
+def test_wrong_weight_scales_change_expert_rows(stage: str, name: str) -> None:
     _, local, batch, expected = share_of("fp8, wide")
     half = local.w1.shape[1] // 2
     part = {"gate": local.w1[:, :half], "up": local.w1[:, half:], "down": local.w2}[stage]
@@ -160,7 +160,7 @@ def test_other_scales_of_weights_are_seen(stage: str, name: str) -> None:
 @pytest.mark.parametrize("combine", ["none", "fp8_direct_cast", "fp8_blockwise"])
 @pytest.mark.parametrize("topk", range(2, 9))
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_other_routing_weights_are_seen_in_every_token(name: str, topk: int, combine: str) -> None:
+def test_wrong_routing_weights_change_every_token(name: str, topk: int, combine: str) -> None:
     workload = workload_of("qwen3-30b-a3b/8", 7, tokens=24, topk=topk, combine_quant=combine)
     batch = workload.tokens(0)
     expected = workload.expected(batch)
@@ -172,7 +172,7 @@ def test_other_routing_weights_are_seen_in_every_token(name: str, topk: int, com
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("row", [63, 127, 126, 0])
-def test_a_lost_row_of_a_block_is_seen(layer: str, row: int) -> None:
+def test_lost_intermediate_row_of_a_block_changes_expert_rows(layer: str, row: int) -> None:
     """Guards among them, where there are such."""
     workload, local, batch, expected = share_of(layer)
     inter = plan_of_workload(workload).intermediate_size
@@ -186,7 +186,7 @@ def test_a_lost_row_of_a_block_is_seen(layer: str, row: int) -> None:
 
 
 @pytest.mark.parametrize("layer", ["bf16", "fp8, bf16 intermediate", "fnuz, fp8 combine"])
-def test_a_route_that_is_cut_off_for_rounded_is_seen_in_the_rows(layer: str) -> None:
+def test_truncation_instead_of_rounding_changes_expert_rows(layer: str) -> None:
     """Nothing is left to round where the intermediate has three bits: there it is the same."""
     _, local, batch, expected = share_of(layer)
 
@@ -198,7 +198,7 @@ def test_a_route_that_is_cut_off_for_rounded_is_seen_in_the_rows(layer: str) -> 
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_hidden_states_of_fewer_bits_are_seen(bits: int) -> None:
+def test_hidden_states_of_lower_precision_change_expert_rows(bits: int) -> None:
     _, local, batch, expected = share_of("bf16")
     hidden = batch.hidden.float()
     scale = hidden.abs().amax(1, keepdim=True) / (127 if bits == 8 else 448)
@@ -206,7 +206,7 @@ def test_hidden_states_of_fewer_bits_are_seen(bits: int) -> None:
     assert changed_rows(expected, run(Kernel(), local, batch._replace(hidden=narrow * scale)))
 
 
-def test_scales_of_a_combine_in_blocks_are_seen() -> None:
+def test_wrong_block_scales_of_a_combine_change_tokens() -> None:
     """In each block one output of some rows is so large that the block is scaled."""
     workload = workload_of("tiny", 3, tokens=64, combine_quant="fp8_blockwise")
     batch = workload.tokens(0)

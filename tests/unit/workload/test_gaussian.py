@@ -26,7 +26,7 @@ def check_normal(values: Tensor, deviation: float) -> None:
     assert float(wide.abs().max()) < 3.5
 
 
-def test_distributions() -> None:
+def test_gaussian_tensors_have_the_documented_distributions() -> None:
     check_normal(hidden_states(0, torch.arange(1000), 1000), 1)
     w1, w2 = dense_weights(320, 96, 0, torch.tensor([3, 9]))
     assert w1.shape == (2, 192, 320)
@@ -36,7 +36,7 @@ def test_distributions() -> None:
     check_normal(w2, 96**-0.5)
 
 
-def test_rows_are_as_unlike_as_if_each_value_had_been_drawn() -> None:
+def test_rows_are_as_distinct_as_independently_drawn_ones() -> None:
     w1, w2 = dense_weights(256, 128, 0, torch.arange(16))
     for rows in (w1.view(-1, 256), w2.view(-1, 128)):
         assert len(torch.unique(rows.view(torch.int16), dim=0)) == len(rows)
@@ -48,14 +48,14 @@ def test_rows_are_as_unlike_as_if_each_value_had_been_drawn() -> None:
             assert float(alike.abs().max()) < 6.5
 
 
-def test_scaling_is_exact_before_the_one_rounding() -> None:
+def test_scaling_is_exact_before_the_single_rounding() -> None:
     sums = torch.arange(-510, 511)
     for fan_in in (1, 96, 320, 768, 2048, 7168, 14336):
         scale = gaussian._short_scale(1 / (gaussian._DEVIATION * fan_in**0.5))  # noqa: SLF001 - the claim is about it
         assert torch.equal((sums.float() * scale).double(), sums.double() * scale)
 
 
-def test_weights_are_positive_shares() -> None:
+def test_routing_weights_are_positive_and_sum_to_one() -> None:
     weights = routing_weights(0, torch.arange(2000), 8)
     assert weights.dtype == torch.float32
     assert float(weights.min()) > 0
@@ -65,7 +65,7 @@ def test_weights_are_positive_shares() -> None:
     assert float(weights.std()) > 0.02
 
 
-def test_any_slice_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gaussian_weights_of_any_slice_equal_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = dense_weights(64, 32, 1, torch.arange(6))
     monkeypatch.setattr(gaussian, "_CHUNK_ELEMENTS", 1000)
     part = dense_weights(64, 32, 1, torch.tensor([4, 1]))
@@ -74,7 +74,7 @@ def test_any_slice_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_values_never_change(device: str) -> None:
+def test_gaussian_tensors_equal_their_golden_digests(device: str) -> None:
     keys, experts = torch.arange(20, device=device), torch.tensor([1, 5], device=device)
     made = [hidden_states(9, keys, 100), routing_weights(9, keys, 6), *dense_weights(48, 80, 9, experts)]
     content = b"".join(bytes(part.cpu().view(torch.uint8).flatten().tolist()) for part in made)
@@ -82,7 +82,7 @@ def test_values_never_change(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_the_reference_is_the_layer(dtype: str) -> None:
+def test_float64_reference_equals_a_direct_computation_of_the_layer(dtype: str) -> None:
     workload = make_workload(
         numerics="gaussian",
         hidden_size=256,

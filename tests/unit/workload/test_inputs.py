@@ -39,7 +39,7 @@ def raw(batch: TokenBatch) -> list[Tensor]:
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
-def test_a_received_row_is_the_token_that_was_sent(routing: str, dtype: str, numerics: str) -> None:
+def test_received_rows_equal_the_tokens_that_were_sent(routing: str, dtype: str, numerics: str) -> None:
     workload = made(routing=routing, dispatch_dtype=dtype, numerics=numerics)
     ranks, tokens = torch.tensor([2, 0, 3, 2, 0]), torch.tensor([6, 4, 0, 1, 4])
     received = raw(workload.token_rows(ranks, tokens))
@@ -53,7 +53,7 @@ def test_a_received_row_is_the_token_that_was_sent(routing: str, dtype: str, num
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
-def test_types_and_shapes(dtype: str, numerics: str) -> None:
+def test_tensors_of_a_workload_have_the_documented_types_and_shapes(dtype: str, numerics: str) -> None:
     workload = made(dispatch_dtype=dtype, numerics=numerics)
     for rank, count in enumerate((5, 0, 7, 3)):
         batch = workload.tokens(rank)
@@ -85,7 +85,7 @@ def test_weights_do_not_depend_on_the_number_of_ranks(numerics: str) -> None:
 
 
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
-def test_the_seed_changes_everything(numerics: str) -> None:
+def test_seed_changes_every_tensor(numerics: str) -> None:
     one, other = made(numerics=numerics), made(numerics=numerics, seed=12)
     pairs = zip(raw(one.tokens(2)), raw(other.tokens(2)), strict=True)
     assert not any(torch.equal(left, right) for left, right in pairs)
@@ -99,7 +99,7 @@ def test_tokens_differ_between_ranks_and_positions() -> None:
     assert torch.unique(hidden.float(), dim=0).shape[0] == 256
 
 
-def test_the_exact_sample_is_the_oracle() -> None:
+def test_reference_sample_of_an_exact_workload_equals_the_oracle() -> None:
     workload = made()
     index, reference = workload.reference_sample(2, 3)
     expected = workload.expected(workload.tokens(2, index))
@@ -119,6 +119,6 @@ def test_the_exact_sample_is_the_oracle() -> None:
         ({"hidden_size": 192, "dispatch_dtype": "fp8"}, "hidden_size = 192"),
     ],
 )
-def test_refusals(changes: dict[str, Any], said: str) -> None:
+def test_workload_that_does_not_fit_is_refused_with_its_reason(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidCase, match=said):
         made(**changes)

@@ -57,24 +57,28 @@ def check_all_variants(workload: Workload, seed: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_right_kernel_gives_the_bits_of_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_correct_kernel_variant_gives_the_bits_of_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert check_all_variants(workload_of(name, 5, tokens=4), 1, monkeypatch) >= 22
 
 
 @pytest.mark.parametrize("combine", ["none", "fp8_direct_cast", "fp8_blockwise"])
 @pytest.mark.parametrize("name", ["tiny", "tiny fp8", "tiny fnuz", "qwen3-30b-a3b/8"])
-def test_every_combine_and_an_intermediate_in_e4m3(name: str, combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_holds_for_every_combine_and_for_an_e4m3_intermediate(
+    name: str, combine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     intermediate = "e4m3" if "f" in name[5:] and name.startswith("tiny") else "bf16"
     workload = workload_of(name, 6, tokens=8, combine_quant=combine, intermediate=intermediate)
     check_all_variants(workload, 2, monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(3000 if SOAK else 12))
-def test_random_shapes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_correct_kernel_variant_gives_the_bits_of_the_oracle_for_random_shapes(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_all_variants(random_workload(seed), seed, monkeypatch)
 
 
-def test_gaussian_inputs_would_tell_those_kernels_apart() -> None:
+def test_gaussian_inputs_distinguish_the_kernel_variants() -> None:
     workload = workload_of("tiny", numerics="gaussian", tokens=2)
     weights = [
         torch.cat(part).float() for part in zip(*(workload.local_weights(rank) for rank in range(2)), strict=True)
@@ -87,7 +91,7 @@ def test_gaussian_inputs_would_tell_those_kernels_apart() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "e4m3fn", "e4m3fnuz"])
 @pytest.mark.parametrize("variant", ["plain", "everything"])
-def test_full_size_qwen_expert(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], variant: str) -> None:
+def test_oracle_holds_for_full_size_qwen_experts(dtype: Literal["bf16", "e4m3fn", "e4m3fnuz"], variant: str) -> None:
     shape = PRESETS["qwen3-30b-a3b"]
     workload = make_workload(
         numerics="exact",
@@ -130,7 +134,9 @@ def in_float64(workload: Workload, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("routing", ["uniform", "zipf:1.5"])
-def test_large_batches_agree_with_a_dense_product(name: str, routing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_of_a_large_batch_equals_a_dense_product(
+    name: str, routing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workload = workload_of(name, 3, routing, tokens=60)
     batch = workload.tokens(0)
     expected = workload.expected(batch)
@@ -145,7 +151,7 @@ def test_large_batches_agree_with_a_dense_product(name: str, routing: str, monke
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1 << 40))
-def test_any_shape_agrees_with_a_dense_product(seed: int) -> None:
+def test_oracle_of_any_shape_equals_a_dense_product(seed: int) -> None:
     workload = random_workload(seed)
     batch = workload.tokens(0)
     rows = workload.numerics.expert_rows(batch, range(workload.group.num_experts))
@@ -153,7 +159,7 @@ def test_any_shape_agrees_with_a_dense_product(seed: int) -> None:
     assert same_bits(rows, in_float64(workload, batch))
 
 
-def test_layers_whose_patterns_are_not_kept_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_without_cached_patterns_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = workload_of("tiny", 4, tokens=40)
     batch = workload.tokens(0)
     expected = workload.expected(batch)
@@ -166,7 +172,7 @@ def test_layers_whose_patterns_are_not_kept_give_the_same(monkeypatch: pytest.Mo
     assert all(same_bits(one, other) for one, other in zip(workload.local_weights(1), weights, strict=True))
 
 
-def test_an_expert_twice_in_a_token_is_added_twice() -> None:
+def test_expert_selected_twice_by_a_token_is_added_twice() -> None:
     workload = workload_of("tiny", 8)
     ids = workload.tokens(0).ids.clone()
     ids[:, 1] = ids[:, 0]
@@ -177,7 +183,7 @@ def test_an_expert_twice_in_a_token_is_added_twice() -> None:
     assert same_bits(run(Kernel(), layer_of(workload, range(2)), batch), expected)
 
 
-def test_zeros_are_positive_and_rows_without_experts_are_zero() -> None:
+def test_zeros_of_the_oracle_are_positive_and_rows_without_experts_are_zero() -> None:
     workload = workload_of("tiny")
     batch = workload.tokens(0)
     expected = workload.expected(batch)
@@ -193,7 +199,7 @@ def test_zeros_are_positive_and_rows_without_experts_are_zero() -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_shares_of_the_ranks_add_up(name: str) -> None:
+def test_expected_rows_of_all_ranks_sum_to_the_expected_tokens(name: str) -> None:
     workload = workload_of(name)
     batch = workload.tokens(1)
     shares = [workload.expected_rows(rank, batch) for rank in range(2)]
@@ -204,7 +210,7 @@ def test_the_shares_of_the_ranks_add_up(name: str) -> None:
     assert torch.equal((shares[0].float() + shares[1].float()).bfloat16(), expected)
 
 
-def test_no_tokens() -> None:
+def test_oracle_of_no_tokens_is_empty() -> None:
     workload = workload_of("tiny", tokens=0)
     expected = workload.expected(workload.tokens(0))
     assert expected is not None
@@ -212,7 +218,7 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("factor", [64.0, float("nan")])
-def test_inputs_of_another_plan_are_noticed(factor: float) -> None:
+def test_inputs_of_another_plan_are_refused_by_the_oracle(factor: float) -> None:
     plan = plan_exact(256, 128, 4, "bf16", 8)
     batch = workload_of("tiny").tokens(0)
     with pytest.raises(DistbenchError, match="allowed are 256"):

@@ -43,7 +43,7 @@ def payload(points: Points) -> Tensor:
 
 @pytest.mark.parametrize("fp8", FORMATS)
 @pytest.mark.parametrize("coarse", [False, True])
-def test_gates_of_payloads_are_away_from_ties(fp8: Fp8Format | None, coarse: bool) -> None:
+def test_gates_of_payloads_keep_their_margin_to_rounding_ties(fp8: Fp8Format | None, coarse: bool) -> None:
     points = points_for(coarse=coarse, fp8=fp8)
     gates = payload(points)
     assert margin(silu(gates)) >= MARGIN
@@ -56,7 +56,7 @@ def test_gates_of_payloads_are_away_from_ties(fp8: Fp8Format | None, coarse: boo
 
 
 @pytest.mark.parametrize(("coarse", "largest"), [(False, 19), (True, 9)])
-def test_a_search_finds_these_steps_and_no_larger_margin(coarse: bool, largest: int) -> None:
+def test_exhaustive_search_finds_no_step_with_a_larger_margin(coarse: bool, largest: int) -> None:
     """All steps of an odd part up to 15, from 3/32 to 1: those that are away from every tie, the farthest first."""
     found = {}
     for odd in range(1, 16, 2):
@@ -74,7 +74,7 @@ def test_a_search_finds_these_steps_and_no_larger_margin(coarse: bool, largest: 
 
 @pytest.mark.parametrize("fp8", FORMATS)
 @pytest.mark.parametrize("coarse", [False, True])
-def test_up_payloads_times_a_gate_are_rounded_alike_wherever_they_are(
+def test_up_payloads_times_a_gate_round_equally_at_any_position(
     fp8: Fp8Format | None,
     coarse: bool,
 ) -> None:
@@ -87,7 +87,7 @@ def test_up_payloads_times_a_gate_are_rounded_alike_wherever_they_are(
 
 @pytest.mark.parametrize("fp8", FORMATS)
 @pytest.mark.parametrize("coarse", [False, True])
-def test_wide_columns_are_rounded_alike_in_gates_and_ups(fp8: Fp8Format | None, coarse: bool) -> None:
+def test_wide_columns_round_equally_in_gates_and_ups(fp8: Fp8Format | None, coarse: bool) -> None:
     points = points_for(coarse=coarse, fp8=fp8)
     for mantissa in points.wide:
         wide = mantissa / 128 * 2.0 ** torch.arange(WIDE_POWERS).double()
@@ -113,7 +113,7 @@ def check_product(gate: float, weight: float, ups: Tensor, *, coarse: bool) -> N
 
 
 @pytest.mark.parametrize("fp8", ["e4m3fn", "e4m3fnuz"])
-def test_values_that_are_stored_in_e4m3_are_normal_numbers_under_every_scale(fp8: Fp8Format) -> None:
+def test_values_stored_in_e4m3_are_normal_numbers_under_every_scale(fp8: Fp8Format) -> None:
     """Else a scale would decide how they are rounded; scales are 1 or 2 times 1, 2 or 4."""
     plan = plan_exact(256, 128, 4, "fp8", 8, fp8_format=fp8, intermediate="e4m3")
     values = row_values(plan, torch.device("cpu"))[: 2 * plan.points.largest + 1]
@@ -123,7 +123,7 @@ def test_values_that_are_stored_in_e4m3_are_normal_numbers_under_every_scale(fp8
 
 @pytest.mark.parametrize("name", ["gelu", "gelu-tanh", "relu", "identity", "quick-gelu"])
 @pytest.mark.parametrize("coarse", [False, True])
-def test_other_activations_give_other_values_at_most_points(name: str, coarse: bool) -> None:
+def test_other_activations_give_other_values_at_most_probe_points(name: str, coarse: bool) -> None:
     gates = payload(points_for(coarse=coarse, fp8=None))
     other = {
         "gelu": torch.nn.functional.gelu(gates),

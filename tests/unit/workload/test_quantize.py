@@ -18,13 +18,13 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_values_never_change(device: str) -> None:
+def test_quantised_rows_equal_their_golden_digests(device: str) -> None:
     parts = quantize_fp8_blocks(hidden_states(0, torch.arange(100, device=device), 256), OCP)
     content = b"".join(bytes(part.cpu().view(torch.uint8).flatten().tolist()) for part in parts)
     assert hashlib.sha256(content).hexdigest()[:16] == "f0bb2e96940b7ad6"
 
 
-def test_each_block_has_its_scale() -> None:
+def test_each_block_has_its_own_scale() -> None:
     hidden = torch.zeros(2, 384, dtype=torch.bfloat16)
     hidden[0, 5], hidden[0, 130], hidden[1, 383] = -448.0, 1.75, 3.0
     quantized, scales = quantize_fp8_blocks(hidden, OCP)
@@ -36,7 +36,7 @@ def test_each_block_has_its_scale() -> None:
     assert float(quantized[1, 383].float()) == 448
 
 
-def test_where_fp8_ends_at_240_scales_are_larger_and_there_is_one_zero() -> None:
+def test_e4m3fnuz_has_larger_scales_and_a_single_zero() -> None:
     hidden = torch.zeros(1, 256, dtype=torch.bfloat16)
     hidden[0, :4] = torch.tensor([1.875, -1.0, -0.0, -(2.0**-19)])
     hidden[0, 128:131] = torch.tensor([480.0, -448.0, 300.0])
@@ -48,7 +48,7 @@ def test_where_fp8_ends_at_240_scales_are_larger_and_there_is_one_zero() -> None
     assert quantized.float()[0, 128:131].tolist() == [240.0, -224.0, 144.0]
 
 
-def test_what_is_too_large_saturates_and_nan_stays() -> None:
+def test_too_large_values_saturate_and_nan_is_kept() -> None:
     values = torch.tensor([241.0, -300.0, 448.0, 1e9, float("-inf"), -0.0, float("nan")])
     for fp8, largest, zero in ((OCP, 448.0, 0x80), (FNUZ, 240.0, 0)):
         found = saturated(values, fp8)
@@ -61,7 +61,7 @@ def test_what_is_too_large_saturates_and_nan_stays() -> None:
 
 @pytest.mark.parametrize("fp8", [OCP, FNUZ])
 @given(seed=st.integers(0, 2**62), exponent=st.integers(-20, 20))
-def test_the_error_stays_within_half_a_step(fp8: torch.dtype, seed: int, exponent: int) -> None:
+def test_quantisation_error_is_at_most_half_a_step(fp8: torch.dtype, seed: int, exponent: int) -> None:
     hidden = hidden_states(seed, torch.arange(3), 256) * 2.0**exponent
     quantized, scales = quantize_fp8_blocks(hidden, fp8)
     restored = dequantize(quantized, scales)
@@ -70,13 +70,13 @@ def test_the_error_stays_within_half_a_step(fp8: torch.dtype, seed: int, exponen
     assert bool(((restored - hidden.float()).abs() <= allowed).all())
 
 
-def test_ties_go_to_even() -> None:
+def test_quantisation_ties_round_to_even() -> None:
     hidden = torch.zeros(1, 128, dtype=torch.bfloat16)
     hidden[0, :4] = torch.tensor([448.0, 17.0, 19.0, -17.0])
     assert quantize_fp8_blocks(hidden, OCP)[0][0, :4].float().tolist() == [448.0, 16.0, 20.0, -16.0]
 
 
-def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantisation_does_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = hidden_states(0, torch.arange(9), 256)
     whole = quantize_fp8_blocks(hidden, OCP)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 600)
@@ -85,12 +85,12 @@ def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole[1], parts[1])
 
 
-def test_plain_rows_are_only_widened() -> None:
+def test_dequantising_unscaled_rows_only_widens_them() -> None:
     hidden = hidden_states(0, torch.arange(2), 100)
     assert torch.equal(dequantize(hidden, None), hidden.float())
 
 
-def test_no_rows() -> None:
+def test_quantisation_of_no_rows_is_empty() -> None:
     quantized, scales = quantize_fp8_blocks(torch.zeros(0, 256, dtype=torch.bfloat16), OCP)
     assert quantized.shape == (0, 256)
     assert scales.shape == (0, 2)

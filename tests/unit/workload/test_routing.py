@@ -38,7 +38,7 @@ def owners_of(ids: Tensor, group: ExpertGroup) -> Tensor:
 
 
 @pytest.mark.parametrize("text", [*KINDS, "zipf:0.3333333333333333", "fan-in:123456789", "zipf:1e-06"])
-def test_text_round_trip(text: str) -> None:
+def test_routing_text_survives_a_round_trip(text: str) -> None:
     assert parse_routing(str(parse_routing(text))) == parse_routing(text)
     assert str(parse_routing(f" {text} ")) == text
 
@@ -64,7 +64,7 @@ def test_text_round_trip(text: str) -> None:
         ("hot-rank:" + "9" * 5000, "R is a rank from 0 up"),
     ],
 )
-def test_bad_text_is_refused(text: str, said: str) -> None:
+def test_malformed_routing_text_is_refused(text: str, said: str) -> None:
     with pytest.raises(InvalidCase) as caught:
         parse_routing(text)
     assert said in str(caught.value)
@@ -88,7 +88,9 @@ def test_routing_that_does_not_fit_is_refused(text: str, group: ExpertGroup, sai
 
 @pytest.mark.parametrize("text", KINDS)
 @given(groups(), st.integers(0, 2**62), st.data())
-def test_every_kind(text: str, group: ExpertGroup, seed: int, data: st.DataObject) -> None:
+def test_every_routing_kind_gives_distinct_valid_experts(
+    text: str, group: ExpertGroup, seed: int, data: st.DataObject
+) -> None:
     rank = data.draw(st.integers(0, group.ep_size - 1))
     routing = parse_routing(text)
     if routing.kind in ("fan-in", "hot-rank"):
@@ -131,7 +133,7 @@ def check_interleaved(group: ExpertGroup, owners: Tensor) -> None:
 
 
 @pytest.mark.parametrize("text", KINDS)
-def test_any_slice_is_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routing_of_any_slice_equals_that_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     group = ExpertGroup(4, 32, 5)
     index = torch.tensor([17, 3, 3, 23])
     whole = {rank: routed(text, group, rank) for rank in range(4)}
@@ -143,7 +145,7 @@ def test_any_slice_is_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("text", KINDS)
-def test_seed_rank_and_token_matter(text: str) -> None:
+def test_routing_depends_on_seed_rank_and_token(text: str) -> None:
     group = ExpertGroup(4, 64, 4)
     base = routed(text, group)
     assert not torch.equal(base, routed(text, group, seed=1))
@@ -151,7 +153,7 @@ def test_seed_rank_and_token_matter(text: str) -> None:
     assert len({tuple(row) for row in base.tolist()}) > TOKENS // 2 or text == "zipf:8"
 
 
-def test_no_tokens() -> None:
+def test_routing_of_no_tokens_is_empty() -> None:
     assert routed("uniform", ExpertGroup(2, 8, 3), tokens=0).shape == (0, 3)
 
 
@@ -168,7 +170,7 @@ def test_no_tokens() -> None:
         ("duplicates", "eda421c98ecc38ed"),
     ],
 )
-def test_routing_never_changes(text: str, digest: str, device: str) -> None:
+def test_routing_equals_its_golden_values(text: str, digest: str, device: str) -> None:
     ranks = torch.arange(8, device=device).repeat_interleave(40)
     tokens = torch.arange(40, device=device).repeat(8)
     ids = route(parse_routing(text), ExpertGroup(8, 128, 8), seed=7, ranks=ranks, tokens=tokens)
@@ -184,7 +186,7 @@ def test_uniform_favours_no_expert_and_no_slot() -> None:
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0])
-def test_zipf_draws_by_rank_of_popularity(exponent: float) -> None:
+def test_zipf_routing_draws_experts_by_their_popularity_rank(exponent: float) -> None:
     ids = routed(f"zipf:{exponent}", ExpertGroup(4, 32, 1), tokens=20000).long()
     counts = torch.bincount(ids.flatten(), minlength=32).sort(descending=True).values.double()
     popularity = torch.arange(1, 33).double() ** -exponent
@@ -192,13 +194,13 @@ def test_zipf_draws_by_rank_of_popularity(exponent: float) -> None:
     assert float(((counts - expected).abs() / expected.sqrt())[:8].max()) < 6
 
 
-def test_zipf_has_its_favourites_by_seed() -> None:
+def test_popular_experts_of_zipf_depend_on_the_seed() -> None:
     group = ExpertGroup(4, 32, 1)
     favourites = {int(torch.mode(routed("zipf:3", group, seed=seed).flatten()).values) for seed in range(12)}
     assert len(favourites) > 6
 
 
-def test_hot_rank_shuffles_its_slots() -> None:
+def test_hot_rank_routing_shuffles_its_slots() -> None:
     group = ExpertGroup(4, 64, 6)
     hot = (owners_of(routed("hot-rank:2", group, tokens=3000), group) == 2).float().mean(0)
     assert float((hot - 0.5).abs().max()) < 6 * 0.5 / 3000**0.5

@@ -18,7 +18,7 @@ from tests.unit.workload.shapes import SHAPES, changed_rows, plan_of_workload, w
 @pytest.mark.parametrize("name", SHAPES)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_a_wrong_missing_or_weighted_route_changes_its_token_alone(name: str, data: st.DataObject) -> None:
+def test_wrong_missing_or_reweighted_route_changes_only_its_token(name: str, data: st.DataObject) -> None:
     workload = workload_of(name, data.draw(st.integers(0, 2**62)))
     batch = workload.tokens(0)
     token = data.draw(st.integers(0, 5))
@@ -36,7 +36,7 @@ def test_a_wrong_missing_or_weighted_route_changes_its_token_alone(name: str, da
 @pytest.mark.parametrize("name", SHAPES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_every_route_counts_so_that_doubling_it_would_show(name: str, data: st.DataObject) -> None:
+def test_doubling_any_route_changes_its_token(name: str, data: st.DataObject) -> None:
     workload = workload_of(name, data.draw(st.integers(0, 2**62)))
     batch = workload.tokens(0)
     for slot in range(batch.ids.shape[1]):
@@ -50,7 +50,7 @@ def test_every_route_counts_so_that_doubling_it_would_show(name: str, data: st.D
 @pytest.mark.parametrize("name", SHAPES)
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**62))
-def test_swapped_tokens_change_both(name: str, seed: int) -> None:
+def test_swapping_two_tokens_changes_both(name: str, seed: int) -> None:
     workload = workload_of(name, seed)
     batch = workload.tokens(0)
     swapped = torch.tensor([1, 0, 2, 3, 5, 4])
@@ -74,7 +74,7 @@ def test_swapped_tokens_change_both(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-odd", "tiny fp8", "tiny fnuz", "qwen3-30b-a3b/8"])
-def test_every_hidden_column_shows(name: str) -> None:
+def test_every_hidden_column_affects_some_token(name: str) -> None:
     """One column of one token at a time is another value; a wide one shows where a row that reads it is on."""
     workload = workload_of(name, tokens=40)
     plan, layer = plan_of_workload(workload), layer_of(workload, range(2))
@@ -91,7 +91,7 @@ def test_every_hidden_column_shows(name: str) -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**62))
-def test_every_intermediate_row_shows(seed: int) -> None:
+def test_every_intermediate_row_affects_some_token(seed: int) -> None:
     """All but the few probe rows whose expert is never on in their group, as no code column says so."""
     workload = workload_of("tiny", seed, tokens=400)
     w1, w2 = (weights.float() for weights in workload.numerics.dense_weights(torch.arange(8)))
