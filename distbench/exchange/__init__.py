@@ -1,4 +1,4 @@
-"""How bytes get from rank to rank: through memory where ranks are on one host, else through `torch.distributed`."""
+"""Exchange of bytes between ranks: through memory where all ranks are on one host, else by `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distbench.exchange.shared_memory import SharedMemory
 def choose_exchange(
     group: dist.ProcessGroup, shared: SharedMemory | None, counts: Tensor, device: torch.device
 ) -> Exchange:
-    """Return how rows travel in a group: `counts` int64 [W, W] on the CPU are the rows that rank i sends to rank j.
+    """Return the exchange for a group; `counts` int64 [W, W] on the CPU are the rows from rank i to rank j.
 
-    All ranks choose alike. `shared` is the memory that the group's ranks share, if they do.
+    All ranks choose alike. `shared` is the memory that the group's ranks share, if any.
     """
     if device.type != "cpu":
         return AllToAll(group)

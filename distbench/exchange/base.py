@@ -1,4 +1,4 @@
-"""What every way of exchanging rows does."""
+"""The contract of every exchange of rows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 class Underway(Protocol):
-    """Rows that travel."""
+    """Rows in flight."""
 
     def wait(self) -> object:
-        """Return when they are there; on a device the device waits, and the host goes on."""
+        """Wait for the rows; on a device its stream waits, and the host continues."""
 
 
 class Exchange(Protocol):
-    """Rows of one size, uint8 [rows, row bytes] and contiguous, between all ranks of a group. `name` is for reports.
+    """Exchange of equal-sized rows, uint8 [rows, row bytes] and contiguous, within a group. `name` is for reports.
 
-    `outgoing` has so many rows for each rank as `sent` says, in the order of ranks, and `incoming` gets so many as
-    `received` says. Collective; the next begins when the last has been waited for.
+    `outgoing` has `sent[rank]` rows for each rank, in rank order; `incoming` receives `received[rank]` rows from each.
+    Collective; an exchange begins only after the previous one has been waited for.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Exchange(Protocol):
     def start(
         self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]
     ) -> Sequence[Underway]:
-        """Let rows travel while the caller goes on, which leaves both tensors alone until it has waited."""
+        """Start an exchange and return; the caller must not touch either tensor before it has waited."""
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
-        """Return when the rows are there; on a device its stream waits for them, not the host."""
+        """Exchange rows; on a device its stream waits for them, not the host."""

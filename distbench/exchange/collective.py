@@ -1,4 +1,4 @@
-"""Rows on their way between ranks: by one all-to-all, or only between those ranks that have rows for each other."""
+"""Rows between ranks: by one all-to-all, or only between ranks that have rows for each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FEW = 0.5
 
 
 class AllToAll:
-    """See `Exchange`: the group's own all-to-all."""
+    """`Exchange` by the group's own all-to-all."""
 
     name = "all_to_all"
 
@@ -32,13 +32,13 @@ class AllToAll:
         return () if work is None else (work,)
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
-        """See `Exchange.run`: a device is spared two events."""
+        """See `Exchange.run`: saves two events on a device."""
         with collective("all_to_all", outgoing.get_device()):
             dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self._group)
 
 
 class SendReceive:
-    """See `Exchange`: no message where there is no row, when gloo's all-to-all has W (W - 1) of them."""
+    """`Exchange` without empty messages, where gloo's all-to-all has W (W - 1) of them."""
 
     name = "send_recv"
 
@@ -61,7 +61,7 @@ class SendReceive:
 
 
 def few_pairs(counts: Tensor) -> bool:
-    """Whether less than half of all pairs of ranks have rows for each other; counts int64 [W, W]: from i to j."""
+    """Whether less than half of all pairs of ranks exchange rows; counts int64 [W, W]: from i to j."""
     ranks = len(counts)
     busy = int((counts > 0).sum()) - int((counts.diagonal() > 0).sum())
     return busy < _FEW * ranks * (ranks - 1)

@@ -1,7 +1,7 @@
-"""How the ranks of one host find each other: a socket to each, and the file in memory that each lays its rows in.
+"""Rendezvous of the ranks of one host: a socket to each peer, and its memory file with rows.
 
-Nothing of it has a name that could stay behind: sockets are bound to names that the kernel chooses and forgets, files
-are memfds, handed from process to process.
+No name is left behind: sockets are bound to names that the kernel chooses and frees, and files are memfds, passed
+between processes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SECONDS = struct.Struct("@ll")
 _WORD_BYTES = 8
 
 Everyones = Callable[[Tensor], Tensor]
-"""Returns all ranks' rows, int64 [W, c], of each's own [c]. Collective."""
+"""All-gather of rows: int64 [W, c] from each rank's [c]. Collective."""
 
 
 class Peer(NamedTuple):
-    """Another rank of this host: a socket to it, which keeps messages apart, and its file."""
+    """Another rank of this host: a message-preserving socket to it, and its file."""
 
     rank: int
     line: socket.socket
@@ -39,7 +39,7 @@ class Peer(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """This rank, its own file, and all other ranks of the group, from the next one round to the one before."""
+    """This rank, its own file, and the group's other ranks in ring order, starting with the next."""
 
     rank: int
     file: int
@@ -47,7 +47,7 @@ class Neighbours(NamedTuple):
 
 
 class _Door(NamedTuple):
-    """Where other ranks call at, by its name, and the file that they are handed."""
+    """A rank's listening socket, its name, and the file that callers receive."""
 
     socket: socket.socket
     name: int
@@ -55,10 +55,10 @@ class _Door(NamedTuple):
 
 
 def find_neighbours(rank: int, everyones: Everyones, timeout_s: float, *, willing: bool = True) -> Neighbours | None:
-    """Connect to all other ranks of a group, or return None on every rank where not all of them can. Collective.
+    """Connect to all other ranks of a group; return None on every rank if any pair cannot connect. Collective.
 
-    They can where they are willing, and run on one Linux, for one user, in one namespace of processes and of networks.
-    Whoever waits for a peer gives up after `timeout_s`.
+    Ranks can connect if all are willing and share one Linux, one user, one PID namespace and one network namespace. A
+    wait for a peer times out after `timeout_s`.
     """
     with contextlib.ExitStack() as opened:
         door = _open_door(opened) if willing else None
@@ -91,7 +91,7 @@ def _open_door(opened: contextlib.ExitStack) -> _Door | None:
 
 
 def _call(opened: contextlib.ExitStack, door: _Door, rank: int, names: list[int]) -> list[socket.socket] | None:
-    """Connect to the lower ranks, by the names of their doors; None where one cannot be reached."""
+    """Connect to the lower ranks by their sockets' names; None if one is unreachable."""
     lines = []
     try:
         for name in names:
@@ -105,7 +105,7 @@ def _call(opened: contextlib.ExitStack, door: _Door, rank: int, names: list[int]
 
 
 def _answer(opened: contextlib.ExitStack, door: _Door, rank: int) -> Peer:
-    """Take the next call of a rank, whose first word is there already, and pass over those of other users."""
+    """Accept the next rank's connection, whose first message is waiting already; ignore those of other users."""
     while True:
         line = door.socket.accept()[0]
         credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -128,7 +128,7 @@ def _heard(line: socket.socket) -> Peer:
 
 
 def _place() -> int:
-    """Return a number that processes have in common which can find and reach each other."""
+    """Return an identifier shared by processes that can find and reach each other."""
     try:
         network = str(Path("/proc/self/ns/net").readlink())
     except OSError:

@@ -1,9 +1,9 @@
-"""Rows between ranks of one host: each lays its own in a file in memory, says where, and reads the others'.
+"""Rows between ranks of one host: each writes its rows to a memory file, sends the offsets, and reads the others'.
 
-gloo's all-to-all has two threads of each rank pass every message through the kernel's network, which takes tiny cases a
-fifth of their time. Here a message is a few words, and rows are copied twice. Sockets and not flags in shared
-memory say that rows are there: nobody spins where ranks outnumber cores, the kernel orders what was written before what
-is read, and a rank whose peer has died hears of it.
+gloo's all-to-all has two threads of each rank pass every message through the kernel's network, a fifth of a tiny case's
+time. Here a message is a few words, and rows are copied twice. Sockets, not flags in shared memory, signal that rows
+are ready: no rank spins where ranks outnumber cores, the kernel orders writes before reads, and a dead peer shows as a
+closed connection.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from distbench.exchange.waiting import wait_for
 from distbench.waits import collective, waiting
 
 _WORD = struct.Struct("<qqq")
-# Gathers in a row that only rank 0 waits for: what the others have laid for them is kept.
+# Consecutive gathers that only rank 0 waits for: data for the other ranks is kept for this long.
 _GATHERS_AHEAD = 3
 _EXCHANGE = "exchange in shared memory"
 
 Span = tuple[int, int]
-"""Where bytes begin, and how many there are."""
+"""Offset and number of bytes."""
 
 
 class _Laid(NamedTuple):
-    """Where the bytes of an exchange lie that a peer may still have to read."""
+    """Region of an exchange that a peer may still have to read."""
 
     start: int
     stop: int
@@ -38,11 +38,11 @@ class _Laid(NamedTuple):
 
 
 class SharedMemory:
-    """See `Exchange`; two exchanges more, of what ranks tell each other.
+    """`Exchange` through shared memory, with all-gather and gather of small tensors between ranks.
 
-    Every rank says a word to every other in each exchange, also where it has no row for it. So whoever is through with
-    one knows that all are through with those before, and may write over what it laid there. A gather is only rank 0's
-    to wait for, a few in a row: tiny cases end with two.
+    Every rank sends a message to every other in each exchange, even without rows for it. A rank that has finished an
+    exchange therefore knows that all ranks have finished the previous ones, and may overwrite its data of those. Only
+    rank 0 waits for a gather, a few in a row: tiny cases end with two.
     """
 
     name = "shared_memory"
@@ -68,13 +68,13 @@ class SharedMemory:
         wait_for(self.start(incoming, outgoing, received, sent))
 
     def everyones(self, mine: Tensor) -> Tensor:
-        """Return every rank's tensor, of one shape and dtype, on every rank: [W, ...]. Collective."""
+        """All-gather of tensors of one shape and dtype: [W, ...] on every rank. Collective."""
         self._gathers = 0
         self._lay(mine, [(0, mine.nbytes)] * self._size)
         return self._collected(mine, self._size)
 
     def gathered(self, mine: Tensor) -> Tensor:
-        """Return every rank's tensor, of one shape and dtype, on rank 0 [W, ...] and nothing elsewhere. Collective."""
+        """Gather of tensors of one shape and dtype: [W, ...] on rank 0, None elsewhere. Collective."""
         together = self._gathers == _GATHERS_AHEAD
         self._gathers = 0 if together else self._gathers + 1
         count = self._size if self._rank == 0 else 0
@@ -83,7 +83,7 @@ class SharedMemory:
         return self._collected(mine, count) if count or together else mine.new_empty(0, *mine.shape)
 
     def take(self, incoming: Tensor, spans: Sequence[Span]) -> None:
-        """Read what each rank has laid for this one to its span of `incoming`, when it says that it is there."""
+        """Read each rank's data for this rank into its span of `incoming`, once the rank has announced it."""
         content = _bytes_of(incoming)
         for peer in self._peers:
             start, length = spans[peer.rank]
@@ -99,7 +99,7 @@ class SharedMemory:
         return everyone
 
     def _lay(self, outgoing: Tensor, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
-        """Write bytes where no peer may still be reading, and tell each of them, or of `listeners`, its span."""
+        """Write bytes to a region that no peer may still be reading, and send each peer, or `listeners`, its span."""
         self._calls += 1
         collective(_EXCHANGE)
         content = _bytes_of(outgoing)
@@ -112,7 +112,7 @@ class SharedMemory:
             peer.line.send(_WORD.pack(self._calls, begin + start, length))
 
     def _room_for(self, size: int) -> int:
-        """Return where so many bytes first find room."""
+        """Return the first offset with a free region of `size` bytes."""
         begin = 0
         for one in sorted(self._laid):
             if begin + size <= one.start:
@@ -121,12 +121,12 @@ class SharedMemory:
         return begin
 
     def _hear(self, peer: Peer, length: int) -> int:
-        """Wait for a peer's word and return where its bytes begin."""
+        """Wait for a peer's message and return the offset of its bytes."""
         try:
             with waiting(_EXCHANGE):
                 word = peer.line.recv(_WORD.size)
         except BlockingIOError as error:
-            message = f"rank {peer.rank} has laid nothing for exchange {self._calls}: timed out"
+            message = f"rank {peer.rank} sent nothing for exchange {self._calls}: timed out"
             raise TimeoutError(message) from error
         if not word:
             message = f"rank {peer.rank}: connection closed by peer"
@@ -134,7 +134,7 @@ class SharedMemory:
         call, start, laid = _WORD.unpack(word)
         if (call, laid) != (self._calls, length):
             message = (
-                f"rank {peer.rank} lays {laid} bytes in exchange {call}, this rank expects {length} in exchange "
+                f"rank {peer.rank} sends {laid} bytes in exchange {call}, this rank expects {length} in exchange "
                 f"{self._calls}: the two do not run the same case"
             )
             raise RuntimeError(message)

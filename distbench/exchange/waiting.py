@@ -1,4 +1,4 @@
-"""The wait for rows that travel."""
+"""The wait for rows in flight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distbench.waits import waiting
 
 
 def wait_for(travel: Iterable[Underway]) -> None:
-    """Return when the rows are there; on a device the device waits, and the host goes on."""
+    """Wait for the rows; on a device its stream waits, and the host continues."""
     with waiting("rows of peers"):
         for rows in travel:
             rows.wait()

@@ -1,4 +1,4 @@
-"""What moves rows between ranks."""
+"""Transports: dispatch and combine between ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
     """Return the case's transport; `counts` int64 [W, W] is the agreed routing, `like` a batch of its dtypes.
 
     Raises:
-        Unsupported: the case's package is not there.
-        InvalidCase: the case asks of it what it cannot do.
-
+        Unsupported: the case's package is missing.
+        InvalidCase: the package does not support the case.
     """
     if case.transport == "mori":
-        from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads what it uses
+        from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads only what it uses
 
         return MoriTransport(session, case)
     from distbench.exchange import choose_exchange  # noqa: PLC0415 - as above

@@ -1,4 +1,4 @@
-"""How many rows travel between which ranks, and where in the receive buffer they arrive."""
+"""Row counts between ranks, and the order of arrival in the receive buffer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from distbench.workload.bits import shuffles
 
-# Orders of the receive buffer that are drawn at a time: drawing is some 20 operations, for one order or for many. On a
-# device they come again in turn, so that no draw falls into a call that is timed.
+# Orders of the receive buffer drawn in one call: a draw costs about 20 operations, for one order or for many. On a
+# device they repeat in turn, so that no draw falls into a timed call.
 _DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
 
 
@@ -25,7 +25,7 @@ class Geometry(NamedTuple):
 
 
 class Traffic:
-    """Row counts of one rank: all it sends and receives, and what of it goes over the wire, by rank."""
+    """Row counts of one rank: the totals sent and received, and by rank those that cross the wire."""
 
     def __init__(self, geometry: Geometry) -> None:
         rank = self.rank = geometry.rank
@@ -39,21 +39,21 @@ class Traffic:
         self.leaving, self.arriving = self.total_sent - self.own, self.total_received - self.own
 
     def source_ranks(self, device: torch.device) -> Tensor:
-        """Return the rank that each row comes from, as they arrive, the own last: int64 [total]."""
+        """Return the source rank of each row in order of arrival, own rows last: int64 [total]."""
         order = [rank for rank in range(len(self.received)) if rank != self.rank] + [self.rank]
         counts = torch.tensor([self.received[rank] for rank in order], device=device)
         return torch.tensor(order, device=device).repeat_interleave(counts, output_size=self.total_received)
 
 
 class Order(NamedTuple):
-    """An order of the receive buffer, int64 [total]: the slot of each row as it arrives, and the row of each slot."""
+    """An order of the receive buffer, int64 [total]: the slot of each arriving row, and the row of each slot."""
 
     slots: Tensor
     rows: Tensor
 
 
 class Arrivals:
-    """The orders in which rows come to lie in the receive buffer, one after another: by source, or seeded ones."""
+    """Successive orders of rows in the receive buffer: by source, or seeded and random."""
 
     def __init__(self, traffic: Traffic, device: torch.device, *, seed: int, shuffled: bool) -> None:
         self._traffic = traffic

@@ -1,4 +1,4 @@
-"""What every transport does, because MoRI does (docs/semantics.md)."""
+"""The contract of every transport, which follows MoRI (docs/semantics.md)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Dispatched(NamedTuple):
 class Transport(Protocol):
     """Moves tokens to the ranks that hold their experts, and the results back.
 
-    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. `facts` is what a
-    report says of how rows are moved.
+    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. `facts` describes the
+    way rows move, for reports.
     """
 
     capacity: int
@@ -41,10 +41,10 @@ class Transport(Protocol):
         """Send each token once to every rank that holds one of its experts."""
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
-        """Sum what came of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
+        """Return the sum of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
 
-        expert_out [at most R, H], one row for each received row, routing weights applied. ids [n, k] int32 is this
-        rank's own routing, never the ids that dispatch returned. Contributions are added in the order of the top-k
+        expert_out [at most R, H] has one row for each received row, with routing weights applied. ids [n, k] int32 is
+        this rank's own routing, never the ids that dispatch returned. Contributions are added in the order of the top-k
         slots, in float32, with one rounding.
         """
 
@@ -52,17 +52,17 @@ class Transport(Protocol):
         """Return (source rank, source token) of each received row, int64 [total_recv, 2]; before combine."""
 
     def forget(self) -> None:
-        """Let no later call pass for one that moved rows because memory still holds those of an earlier call.
+        """Erase rows of earlier calls from memory, so that a later call that moves no rows cannot pass.
 
-        Collective; before a dispatch. Timed passes do without.
+        Collective; before a dispatch. Timed passes omit it.
         """
 
     def close(self) -> None:
-        """Let the buffers go, after the last combine. Collective."""
+        """Release the buffers, after the last combine. Collective."""
 
 
 def poison_(rows: Tensor) -> None:
-    """Fill rows that nobody may read: NaN, or an expert id that no model has."""
+    """Fill rows that must not be read: NaN, or an expert id that no model has."""
     if rows.dtype.is_floating_point:
         if rows.element_size() == 1:
             rows.view(torch.uint8).fill_(0x80 if rows.dtype is torch.float8_e4m3fnuz else 0x7F)

@@ -1,8 +1,8 @@
-"""MoRI's dispatch and combine emulated over any exchange of rows between ranks, one for each.
+"""MoRI's dispatch and combine emulated over any exchange, one row per token and destination rank.
 
-All that goes to one peer for one token (payload, scales, weights, ids, token number) travels as one row of bytes. Row
-counts are those of the agreed routing, so none are exchanged here. A rank's own rows stay on it: they are copied while
-the others travel. Rows are ordered by the other rank and by token, own rows last.
+A token's payload, scales, weights, ids and token number travel to a peer as one row of bytes. Row counts are those of
+the agreed routing, so none are exchanged here. A rank's own rows stay on it: they are copied while the others travel.
+Rows are ordered by peer rank and token, own rows last.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from distbench.workload.routing import destinations
 
 
 class _Slots(NamedTuple):
-    """Which returned rows a token adds, in the order of its top-k slots: int64 [n, min(k, W)].
+    """Returned rows that a token adds, in the order of its top-k slots: int64 [n, min(k, W)].
 
-    One slot for each rank counts. Those that do come first; the others name no row.
+    One slot per rank counts. Those that count come first; the others refer to no row.
     """
 
     given: Tensor
@@ -37,15 +37,15 @@ class _Slots(NamedTuple):
 
 
 class CollectiveTransport:
-    """The stand-in for MoRI's IntraNode kernel: see `Transport` for the contract.
+    """Stand-in for MoRI's IntraNode kernel: see `Transport` for the contract.
 
-    Received rows lie in a seeded random order that changes from call to call, like an order made by atomics, unless
-    `shuffled` is false. On a device neither call waits for it, once a routing is known: ids that are passed in the same
-    tensor again are taken as unchanged, and nobody may write to it meanwhile.
+    Received rows lie in a seeded random order that changes with each call, like an order made by atomics, unless
+    `shuffled` is false. On a device neither call waits for it once a routing is known: ids passed in the same tensor
+    again count as unchanged, and the tensor must not be written to meanwhile.
     """
 
     def __init__(self, exchange: Exchange, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool) -> None:
-        """Allocate the receive buffer, poisoned; `like` gives the dtypes, the width of the scales and the device."""
+        """Allocate the receive buffer, poisoned; `like` gives the dtypes, the number of scale columns and device."""
         self.capacity = geometry.capacity
         self._rows = exchange
         self._geometry = geometry
@@ -67,8 +67,7 @@ class CollectiveTransport:
         """See `Transport.dispatch`.
 
         Raises:
-            DistbenchError: the ids ask for other row counts than the agreed routing.
-
+            DistbenchError: the ids' row counts differ from the agreed routing.
         """
         traffic, mover = self._traffic, self.mover
         route = self._route = self._route_of(batch.ids)
@@ -94,13 +93,13 @@ class CollectiveTransport:
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
         if self._plan is None:
-            message = "sources() was called with no dispatch under way; call it between dispatch and combine"
+            message = "sources() was called without a dispatch; call it between dispatch and combine"
             raise DistbenchError(message)
         tokens = self._plan.route.numbers[:, 0].long()
         return torch.stack([self._source_ranks, tokens], dim=1)[self._plan.rows]
 
     def forget(self) -> None:
-        """See `Transport.forget`: each call does so itself, see `_forget` and `Mover.room`."""
+        """See `Transport.forget`: each call does this itself, see `_forget` and `Mover.room`."""
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -120,7 +119,7 @@ class CollectiveTransport:
         )
 
     def _is_known(self, known: Route | _Slots, ids: Tensor) -> bool:
-        """Whether these are the ids of `known`; comparing them on a device would wait for it."""
+        """Whether these are the ids of `known`; comparing values on a device would wait for it."""
         return (ids is known.given and self._device.type != "cpu") or torch.equal(known.ids, ids)
 
     def _route_of(self, ids: Tensor) -> Route:
@@ -145,21 +144,21 @@ class CollectiveTransport:
         return route
 
     def _forget(self, route: Route) -> None:
-        """Overwrite the numbers of rows from peers, so that one that does not arrive is not taken for an earlier."""
+        """Overwrite the token numbers of rows from peers, so that a missing row is not taken for an earlier one."""
         poison_(route.numbers[: self._traffic.arriving])
 
     def _check_counts(self, asked: list[int]) -> None:
         if asked != self._traffic.sent:
             message = (
-                f"dispatch: the ids ask for {asked} rows to each rank, the agreed routing for {self._traffic.sent}; "
+                f"dispatch: the ids send {asked} rows to each rank, the agreed routing {self._traffic.sent}; "
                 "the ids changed after the ranks agreed"
             )
             raise DistbenchError(message)
 
     def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> Sequence[Underway]:
-        """Let the rows travel between ranks, those to the experts while the caller goes on; nothing where one is alone.
+        """Exchange rows between ranks, asynchronously on the way to experts; nothing for a single rank.
 
-        A device's stream waits for rows on their way back, which spares it two events, not the host.
+        On the trip back a device's stream waits for the rows, which saves two events; the host does not wait.
         """
         if self._geometry.ep_size == 1:
             return ()
@@ -172,7 +171,7 @@ class CollectiveTransport:
     def _take_plan(self, ids: Tensor) -> Plan:
         plan, self._plan = self._plan, None
         if plan is None:
-            message = "combine() was called with no dispatch under way; the two strictly alternate"
+            message = "combine() was called without a dispatch; the two strictly alternate"
             raise DistbenchError(message)
         if ids.shape[0] != plan.route.ids.shape[0]:
             message = (
@@ -198,9 +197,9 @@ class CollectiveTransport:
 
 
 def make_mover(traffic: Traffic, device: torch.device) -> Mover:
-    """Return what moves rows on `device`: Triton kernels on an accelerator that has them, else torch's operations."""
+    """Return the mover for `device`: Triton kernels on an accelerator that supports them, else torch's operations."""
     if device.type != "cpu" and find_spec("triton") is not None:
-        from distbench.transport.triton_rows import TritonRows  # noqa: PLC0415 - a rank loads what it uses
+        from distbench.transport.triton_rows import TritonRows  # noqa: PLC0415 - a rank loads only what it uses
 
         return TritonRows(traffic)
     return TorchRows(traffic)

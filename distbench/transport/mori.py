@@ -1,6 +1,6 @@
 """MoRI's dispatch and combine: the package `mori`, or with `emulate` its stand-in `distbench.emulation.mori`.
 
-MoRI checks next to nothing of what it is given; what it would get wrong is refused here (docs/mori.md).
+MoRI checks almost none of its arguments; those that it would get wrong are refused here (docs/mori.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Phase = Literal["dispatch", "combine"]
 
 
 class _Known(NamedTuple):
-    """A batch that has been looked at, a copy of its ids, and how many rows this rank receives of it and the others."""
+    """A checked batch, a copy of its ids, and the number of rows that this rank receives, own and others'."""
 
     batch: TokenBatch
     routing: Tensor
@@ -44,18 +44,16 @@ class _Known(NamedTuple):
 class MoriTransport:
     """One MoRI operator: see `Transport` for the contract. Construction is collective over the session's group.
 
-    What waits for a device is done once for a routing: tensors that are passed again are taken as unchanged there, and
-    nobody may write to them meanwhile.
+    Waits for a device happen once per routing: tensors passed again count as unchanged, and must not be written to
+    meanwhile.
     """
 
     def __init__(self, session: Session, case: Case) -> None:
-        """Join MoRI's shmem world, make the operator, and wait until every rank has made its own.
+        """Join MoRI's shmem world, create the operator, and wait until every rank has created its own.
 
         Raises:
-            Unsupported: the package is not there, is too old for the case, or finds no device that can run it; or see
-                `join_world`.
-            InvalidCase: see `plan_mori` and `heap_size`; or nodes with unlike numbers of ranks.
-
+            Unsupported: the package is missing, is too old for the case, or finds no usable device; see `join_world`.
+            InvalidCase: see `plan_mori` and `heap_size`; or nodes with different numbers of ranks.
         """
         session.require_same(session.local_ranks, "number of ranks on their nodes", "start as many on each node")
         self.capacity = case.capacity
@@ -86,8 +84,7 @@ class MoriTransport:
         """See `Transport.dispatch`.
 
         Raises:
-            DistbenchError: a tensor that MoRI would misread, or more rows came than the receive buffer holds.
-
+            DistbenchError: a tensor that MoRI would misread, or more received rows than the receive buffer holds.
         """
         known = self._known if self._is_known(batch) else None
         if known is None:
@@ -100,18 +97,18 @@ class MoriTransport:
             if self._plan.kernel == "AsyncLL":
                 self._op.dispatch_recv()
         self._total_recv.copy_(counter)  # combine sets the counter to zero
-        # Kernels keep the addresses of what they were given until combine is done.
+        # Kernels keep the addresses of their arguments until combine is done.
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
         self._under_way = True
         self._received = Dispatched(hidden, scales, weights, ids, self._total_recv)
-        if known is None:  # the tail stays so until other tokens are dispatched, and no peer writes before combine
+        if known is None:  # poisoned until other tokens are dispatched; no peer writes before combine
             _poison_rows(self._received, slice(self._known.received, None))
         return self._received
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
         if not self._under_way:
-            message = "sources() was called with no dispatch under way; call it between dispatch and combine"
+            message = "sources() was called without a dispatch; call it between dispatch and combine"
             raise DistbenchError(message)
         stride = self._case.ep_size * self._case.max_dispatch_tokens_per_rank
         flat = self._op.get_dispatch_src_token_pos().to(self._device).long()
@@ -121,8 +118,7 @@ class MoriTransport:
         """See `Transport.combine`; a row past the end of `expert_out` is sent as poison.
 
         Raises:
-            DistbenchError: no dispatch is under way, or `ids` are not those that were dispatched.
-
+            DistbenchError: without a dispatch, or `ids` are not those that were dispatched.
         """
         known = self._take_known(ids)
         rows = _whole(expert_out, known.received)
@@ -140,9 +136,9 @@ class MoriTransport:
         return result
 
     def forget(self) -> None:
-        """See `Transport.forget`; peers read these buffers in combine and write to them in dispatch, so all ranks wait.
+        """See `Transport.forget`; peers read these buffers in combine and write them in dispatch, so all ranks wait.
 
-        What lies in the package's own memory besides is not known.
+        The package's other memory is out of reach.
         """
         if self._known is None or self._received is None or self._combined is None:
             return
@@ -150,14 +146,14 @@ class MoriTransport:
         self._wait_for_all()
         poison_(self._combined[:tokens])
         _poison_rows(self._received, slice(received))
-        if not self._case.combine_quant.endswith("_blockwise"):  # its rows have another width there
+        if not self._case.combine_quant.endswith("_blockwise"):  # its rows have a different width there
             columns = self._case.hidden_size
             pushed = self._op.get_registered_combine_input_buffer(self._combined.dtype, columns)
             poison_(pushed.view(self._case.ep_size, -1, columns)[:, :tokens])
         self._wait_for_all()
 
     def close(self) -> None:
-        """Let the operator go, once no peer can be reading from it. Collective."""
+        """Release the operator, once no peer can be reading from it. Collective."""
         self._wait_for_all()
         self._received = self._combined = None
         del self._op
@@ -187,7 +183,7 @@ class MoriTransport:
     def _take_known(self, ids: Tensor) -> _Known:
         known = self._known
         if known is None or not self._under_way:
-            message = "combine() was called with no dispatch under way; the two strictly alternate"
+            message = "combine() was called without a dispatch; the two strictly alternate"
             raise DistbenchError(message)
         self._under_way = False
         if ids is not known.batch.ids or self._device.type == "cpu":
@@ -195,12 +191,11 @@ class MoriTransport:
         return known
 
     def _note_launch(self, phase: Phase) -> None:
-        """Report the geometry that MoRI took, where the release tells.
+        """Report the geometry that MoRI chose, where the release shows it.
 
         Raises:
-            DistbenchError: under AUTO it took more blocks than can run at once, which will never end; or RDMA blocks
+            DistbenchError: under AUTO it chose more blocks than can run at once, which would hang; or RDMA blocks
                 with which the release loses rows.
-
         """
         taken = getattr(self._op, f"_cached_{phase}_launch", None)
         launch = None if taken is None else _named(Launch(*taken))
@@ -215,9 +210,9 @@ class MoriTransport:
         self.facts[f"{phase}_launch"] = launch
 
     def _wait_for_all(self) -> None:
-        """Wait until what this rank's device has to do is done, and then for the other ranks.
+        """Wait until this rank's device is idle, and then for the other ranks.
 
-        Releases before 1.2.4 leave this out after they zero their buffers, and a fast peer's first signal is lost.
+        Releases before 1.2.4 do not wait after they zero their buffers, and a fast peer's first signal is lost.
         """
         if self._device.type == "cuda":
             with waiting("this rank's device"):
@@ -227,14 +222,14 @@ class MoriTransport:
 
 
 def _poison_rows(dispatched: Dispatched, rows: slice) -> None:
-    """Overwrite rows of the receive buffer: what MoRI leaves past those received are valid ids, which hide a reader."""
+    """Overwrite rows of the receive buffer: MoRI leaves valid ids past the received rows, which hide a stray read."""
     for part in dispatched[:4]:
         if part is not None:
             poison_(part[rows])
 
 
 def _whole(expert_out: Tensor, received: int) -> Tensor:
-    """Return at least `received` contiguous rows: combine reads as many, whatever the tensor holds."""
+    """Return at least `received` contiguous rows: combine reads that many, whatever the tensor holds."""
     if expert_out.shape[0] >= received:
         return expert_out.contiguous()
     missing = expert_out.new_empty(received - expert_out.shape[0], expert_out.shape[1])
@@ -244,7 +239,7 @@ def _whole(expert_out: Tensor, received: int) -> Tensor:
 
 def _package(case: Case, device: torch.device) -> Any:
     if case.emulate:
-        from distbench.emulation import mori as stand_in  # noqa: PLC0415 - only where it is asked for
+        from distbench.emulation import mori as stand_in  # noqa: PLC0415 - loaded on demand
 
         stand_in.assume(case.mori_habits, arch_of(case.cu_count))
         return stand_in
@@ -264,7 +259,7 @@ def _package(case: Case, device: torch.device) -> Any:
 
 
 def _configuration(mori: Any, case: Case, plan: MoriPlan, rank: int) -> Any:
-    """Return the package's configuration; nothing that it does not know is left out silently."""
+    """Return the package's configuration; a key that it does not know is refused, never dropped."""
     kernels = mori.ops.EpDispatchCombineKernelType
     if not hasattr(kernels, plan.kernel):
         message = f"mori_kernel = {plan.kernel}: the installed mori has none; install amd-mori 1.2.4 or choose another"
@@ -283,8 +278,7 @@ def _operator(mori: Any, config: Any, group: dist.ProcessGroup) -> Any:
     """Return the package's operator. Collective.
 
     Raises:
-        Unsupported: the release has no such quantisation, kernel or size, or not for this device.
-
+        Unsupported: the release does not support the quantisation, kernel or size, or not on this device.
     """
     try:
         with _barriers_within(group), collective("construction of mori"):
@@ -296,7 +290,7 @@ def _operator(mori: Any, config: Any, group: dist.ProcessGroup) -> Any:
 
 @contextlib.contextmanager
 def _barriers_within(group: dist.ProcessGroup) -> Iterator[None]:
-    """Have MoRI's constructor wait for `group`, not for the whole job, part of which is not in this case."""
+    """Make MoRI's constructor wait for `group`, not for the whole job, which has ranks outside this case."""
     barrier = dist.barrier
     dist.barrier = partial(barrier, group=group)
     try:
@@ -317,5 +311,5 @@ def _facts(mori: Any, plan: MoriPlan, heap_bytes: int) -> dict[str, Any]:
 
 
 def _named(launch: Launch, warps: str = "warp_num_per_block") -> dict[str, Any]:
-    """Return a geometry by MoRI's names: `warps` is one in its configuration, and another in its calls."""
+    """Return a geometry under MoRI's names: `warps` has one in its configuration, and another in its calls."""
     return dict(zip(("block_num", "rdma_block_num", warps), launch, strict=True))

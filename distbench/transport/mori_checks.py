@@ -1,4 +1,4 @@
-"""What has to hold of what MoRI is given: its kernels take addresses, and check next to nothing."""
+"""Checks of MoRI's arguments: its kernels take addresses, and check almost nothing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ _FP4_ARCH = "gfx950"
 
 
 def check_batch(batch: TokenBatch, case: Case, plan: MoriPlan, device: torch.device) -> None:
-    """Refuse what MoRI's kernels would misread, or write out of bounds with. Waits for the device.
+    """Refuse tensors that MoRI's kernels would misread, or write out of bounds with. Waits for the device.
 
     Raises:
         DistbenchError: names the tensor, its value and the bound.
-
     """
     tokens = batch.hidden.shape[0]
     scales = case.hidden_size // 128
@@ -50,13 +49,12 @@ def check_batch(batch: TokenBatch, case: Case, plan: MoriPlan, device: torch.dev
 
 
 def check_routing_is_own(ids: Tensor, routing: Tensor) -> None:
-    """Refuse ids in combine that are not those of dispatch: MoRI sums other tokens' rows and says nothing.
+    """Refuse ids in combine other than those of dispatch: MoRI would silently sum other tokens' rows.
 
     Waits for the device.
 
     Raises:
         DistbenchError: names the first row that differs.
-
     """
     if ids.shape != routing.shape:
         _refuse_ids(f"have {ids.shape[0]} rows, this rank dispatched {routing.shape[0]} tokens")
@@ -70,9 +68,8 @@ def check_device(case: Case, plan: MoriPlan, device: torch.device) -> None:
     """Refuse a plan that the device cannot run.
 
     Raises:
-        Unsupported: fp8 of another format than the device's, for which no kernel is compiled, fp4 on the way back where
-            the device has no instructions for it, or more blocks than units.
-
+        Unsupported: an fp8 format other than the device's, for which no kernel is compiled; fp4 combine without
+            device instructions for it; or more blocks than compute units.
     """
     arch = str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")).split(":")[0] or "unknown"
     own = fp8_format(arch)
@@ -91,7 +88,7 @@ def check_device(case: Case, plan: MoriPlan, device: torch.device) -> None:
 
 
 def excess_blocks(blocks: int, device: torch.device) -> str:
-    """Return why a grid would hang whose blocks cannot all run at once, for they wait for each other; or nothing."""
+    """Return why a grid would hang: blocks that wait for each other but cannot all run at once; or "" if it is safe."""
     units = torch.cuda.get_device_properties(device).multi_processor_count
     return f"mori: {blocks} blocks have to run at once, {device} has {units} compute units" if blocks > units else ""
 

@@ -1,7 +1,7 @@
-"""What a case makes of MoRI: kernel type, launch geometry, configuration, memory, and what is refused. Loads no torch.
+"""MoRI's settings for a case: kernel type, launch geometry, configuration, memory, and refusals. Loads no torch.
 
-Sources: SGLang's `moriep.py` for the choices, MoRI's `dispatch_combine.hpp` and `dispatch_combine.cpp` for sizes and
-bounds, as docs/mori.md describes both.
+Sources: SGLang's `moriep.py` for the choices; MoRI's `dispatch_combine.hpp` and `dispatch_combine.cpp` for sizes and
+bounds; docs/mori.md describes both.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FIRST_WITH_WHOLE_CHUNKS = "1.2.4"
 
 
 class Launch(NamedTuple):
-    """Blocks of the grid, of them those that do RDMA, and warps of a block; -1 leaves all to MoRI."""
+    """Blocks of the grid, the RDMA blocks among them, and warps of a block; -1 leaves all three to MoRI."""
 
     blocks: int
     rdma_blocks: int
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 
 
 class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """MoRI as a case runs it. `heap_bytes` is what one operator takes of the symmetric heap."""
+    """MoRI's settings in a case. `heap_bytes` is one operator's share of the symmetric heap."""
 
     kernel: str
     nodes: int
@@ -62,7 +62,7 @@ class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
     heap_bytes: int
 
     def values(self, case: Case, rank: int) -> dict[str, Any]:
-        """Return the keywords of `EpDispatchCombineConfig`, less those that are types of the package."""
+        """Return the keywords of `EpDispatchCombineConfig`, except those whose values are types of the package."""
         scales = case.hidden_size // 128 if case.dispatch_dtype == "fp8" else 0
         values = {
             "rank": rank,
@@ -86,13 +86,12 @@ class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = None) -> MoriPlan:
-    """Choose kernel type and geometry as SGLang does, and refuse what MoRI would get wrong or hang on.
+    """Choose kernel type and geometry as SGLang does, and refuse settings that MoRI would get wrong or hang on.
 
-    `local_ranks` are those that the launch has on each of its nodes; None: all are on one.
+    `local_ranks` is the launch's number of ranks on each of its nodes; None: all ranks are on one.
 
     Raises:
         InvalidCase: names the value, the bound and the fix.
-
     """
     per_node = _ranks_per_node(case, min(local_ranks or case.ep_size, case.ep_size))
     if case.ep_size % per_node or per_node & (per_node - 1):
@@ -121,9 +120,9 @@ def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = 
 
 
 def production_kernel(case: Case, local_ranks: int | None = None) -> str:
-    """Name of the kernel type that SGLang takes for the case, whatever its transport here.
+    """Kernel type that SGLang would choose for the case, whatever its transport here.
 
-    A transport other than MoRI counts up to eight ranks of a launch on one node, as SGLang does.
+    With a transport other than MoRI, up to eight ranks of a launch count as one node, as in SGLang.
     """
     if case.transport == "mori":
         per_node = _ranks_per_node(case, min(local_ranks or case.ep_size, case.ep_size))
@@ -133,13 +132,12 @@ def production_kernel(case: Case, local_ranks: int | None = None) -> str:
 
 
 def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> int:
-    """Return the bytes of the symmetric heap: as MORI_SHMEM_HEAP_SIZE says, else as the case needs.
+    """Return the bytes of the symmetric heap: MORI_SHMEM_HEAP_SIZE if set, else the case's need.
 
-    In isolation mode MoRI allocates each buffer by itself and does not look at the variable.
+    In isolation mode MoRI allocates each buffer separately and ignores the variable.
 
     Raises:
-        InvalidCase: the variable is no size, or too small for the case's operator.
-
+        InvalidCase: the variable is not a size, or is too small for the case's operator.
     """
     text = "" if is_isolated(environ) else environ.get(HEAP_SIZE, "")
     if not text:
@@ -158,22 +156,22 @@ def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> 
 
 
 def lost_chunks(kernel: str, rdma_blocks: int, version: str) -> str:
-    """Return why dispatch would drop and double rows with so many RDMA blocks, or nothing.
+    """Return why dispatch would drop and double rows with this number of RDMA blocks; "" if it would not.
 
-    Releases before 1.2.4 take the part of a chunk by the block, not by the turn of its loop (mori #507), and so is a
-    version taken that cannot be compared.
+    Releases before 1.2.4 index the part of a chunk by the block, not by the loop iteration (mori #507). A version that
+    cannot be compared counts as affected.
     """
     key, fixed = version_key(version), version_key(_FIRST_WITH_WHOLE_CHUNKS)
     if kernel != "InterNodeV1" or rdma_blocks % _RECEIVING_BLOCKS == 0 or (key and fixed and key >= fixed):
         return ""
     return (
-        f"rdma_block_num {rdma_blocks}: InterNodeV1 of mori {version or 'unknown'} drops and doubles rows with no "
+        f"rdma_block_num {rdma_blocks}: InterNodeV1 of mori {version or 'unknown'} drops and doubles rows without a "
         f"multiple of {_RECEIVING_BLOCKS} (mori #507, mended in {_FIRST_WITH_WHOLE_CHUNKS})"
     )
 
 
 def mori_warnings(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> tuple[str, ...]:
-    """Return what the reader of a report should know of the way MoRI runs."""
+    """Return warnings about MoRI's settings, for readers of a report."""
     doubt = doubt_of_mode(environ)
     found = [f"{SHMEM_MODE}={environ[SHMEM_MODE]}: {doubt}; unset it to compare"] if doubt else []
     if plan.launch_mode == "AUTO":
@@ -183,33 +181,31 @@ def mori_warnings(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool)
         found.append(f"mori_kernel = AsyncLL without {SDMA}=1 copies by compute units, about 40 times slower")
     if enables(sdma) and not sglang_enables(sdma):
         found.append(
-            f"{SDMA}={sdma}: MoRI takes it as on, SGLang reads true and 1 only and does not take AsyncLL for it; "
-            "write 1 or 0"
+            f"{SDMA}={sdma}: MoRI reads it as on, SGLang reads true and 1 only and does not use AsyncLL; write 1 or 0"
         )
     return tuple(found)
 
 
 def is_isolated(environ: Mapping[str, str]) -> bool:
-    """Whether MoRI allocates each buffer by itself: the two spellings that it knows of that mode."""
+    """Whether MoRI allocates each buffer separately: it knows two spellings of that mode."""
     return environ.get(SHMEM_MODE, "") in _ISOLATION
 
 
 def doubt_of_mode(environ: Mapping[str, str]) -> str:
-    """Reason to doubt results of the heap mode that is set, or nothing."""
+    """Reason to doubt results under the current heap mode; "" without one."""
     mode = environ.get(SHMEM_MODE, "")
     if mode in _VMM_HEAP:
         return "vmm_heap has corrupted rows on ROCm 7.2 (mori #610)"
     if mode and mode not in (*_ISOLATION, *_STATIC_HEAP):
-        return "MoRI knows static_heap, vmm_heap and isolation, and takes static_heap for it"
+        return "MoRI knows static_heap, vmm_heap and isolation, and falls back to static_heap"
     return ""
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
-    """Refuse what would change the case behind its back.
+    """Refuse environment variables that would silently change the case.
 
     Raises:
-        Unsupported: the cco backend, which waits on ranks outside the expert-parallel group.
-
+        Unsupported: the cco backend, which waits for ranks outside the expert-parallel group.
     """
     if environ.get("MORI_EP_COMM", "shmem") != "shmem":
         message = f"env:MORI_EP_COMM = {environ['MORI_EP_COMM']!r:.40}: only the shmem backend is supported; unset it"
@@ -217,7 +213,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
 
 
 def _ranks_per_node(case: Case, there: int) -> int:
-    """Return gpu_per_node: the ranks of the case that are on one node, or as many as an emulated node has."""
+    """Return gpu_per_node: the case's ranks on one node, or those of an emulated node."""
     if case.emulate:
         return case.gpu_per_node or min(_MAX_NODE, there)
     if case.gpu_per_node not in (0, there):
@@ -239,7 +235,7 @@ def _kernel(case: Case, nodes: int) -> str:
 def _launch(case: Case, kernel: str) -> Launch:
     if kernel in INTRA:
         return Launch(80, 0, 16)
-    if kernel == "AsyncLL":  # whose blocks are dealt out to the ranks
+    if kernel == "AsyncLL":  # whose blocks are distributed over the ranks
         return Launch(max(64 // case.ep_size, 1) * case.ep_size, 32, 8)
     return Launch(64, 32, 8)
 
@@ -278,7 +274,7 @@ def _check_quant(case: Case, kernel: str) -> None:
 
 
 def _check_cap(case: Case, kernel: str, environ: Mapping[str, str]) -> None:
-    """Refuse a receive cap under which pushed rows leave the combine buffer, which is sized by the cap."""
+    """Refuse a receive cap under which pushed rows overflow the combine buffer, whose size follows from the cap."""
     if not case.prealloc_max_recv_tokens or kernel not in INTRA or case.combine_input == "registered":
         return
     reached = (case.ep_size - 1) * case.max_dispatch_tokens_per_rank + max(case.tokens)
@@ -291,7 +287,7 @@ def _check_cap(case: Case, kernel: str, environ: Mapping[str, str]) -> None:
 
 
 def _row_bytes(case: Case, environ: Mapping[str, str]) -> int:
-    """Bytes of an expert row as it is pushed: its payload, and the scales of its blocks."""
+    """Bytes of a pushed expert row: its payload and its block scales."""
     if case.combine_quant == "none":
         return case.hidden_size * _ELEMENT
     payload = -(-case.hidden_size // 2) if case.combine_quant == "fp4_blockwise" else case.hidden_size
@@ -318,7 +314,7 @@ def _block_scale_bytes(environ: Mapping[str, str]) -> int:
 
 
 def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str]) -> int:
-    """Add up the symmetric buffers of one operator, in the order of MoRI's `InitializeShmemBuf`, with their padding."""
+    """Return the bytes of an operator's symmetric buffers with padding, in the order of MoRI's `InitializeShmemBuf`."""
     rows, most = case.capacity, case.ep_size * case.max_dispatch_tokens_per_rank
     sender, payload = case.max_dispatch_tokens_per_rank, case.hidden_size * _ELEMENT
     transfer = payload + 8 * case.topk + 4 + _scale_bytes(case)

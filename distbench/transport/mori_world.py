@@ -1,4 +1,4 @@
-"""MoRI's shmem world: one in a process, made for one group of ranks and a heap of one size."""
+"""MoRI's shmem world: one per process, for one group of ranks and one heap size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _UNIQUE_ID_BYTES = 128
 
 
 class _World(NamedTuple):
-    """The one shmem world of a process: the ranks it was made for and the bytes of its heap."""
+    """The shmem world of a process: its ranks and the bytes of its heap."""
 
     mori: Any
     group: dist.ProcessGroup
@@ -30,12 +30,11 @@ _worlds: list[_World] = []
 def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     """Join the shmem world of the session's group, or stay in it, and return the bytes of its heap. Collective.
 
-    MoRI has one world in a process: another group, or a larger heap, ends the one before. The 128 bytes that MoRI's
-    ranks find each other by are sent here, because MoRI's own way takes them from global rank 0.
+    MoRI has one world per process: another group, or a larger heap, ends the previous one. The 128-byte rendezvous id
+    is broadcast here, because MoRI's own way takes it from global rank 0.
 
     Raises:
-        Unsupported: a second world, with kernels that would keep to the first.
-
+        Unsupported: a second world, with kernels that would keep the state of the first.
     """
     if _all_are_in(mori, session, heap_bytes):
         return _worlds[0].heap_bytes
@@ -45,7 +44,7 @@ def join_world(mori: Any, session: Session, heap_bytes: int) -> int:
     kernels.clear()
     session.at_close(leave_world)
     told = os.environ.get(HEAP_SIZE)
-    set_here = not told or is_isolated(os.environ)  # MoRI reads an empty one as a heap of no bytes
+    set_here = not told or is_isolated(os.environ)  # MoRI reads an empty value as a heap of 0 bytes
     if set_here:
         os.environ[HEAP_SIZE] = str(heap_bytes)
     os.environ.setdefault(SHMEM_MODE, "static_heap")
@@ -79,24 +78,23 @@ def leave_world() -> None:
 
 
 def _kernels(mori: Any) -> dict[str, Any]:
-    """Return the kernels that MoRI has loaded in this process: it tells each of the world once, when it loads it.
+    """Return the kernels that MoRI has loaded in this process; each learns of the world once, when loaded.
 
     Raises:
-        Unsupported: a world is to be left, and the release does not show them.
-
+        Unsupported: a world must be left, and the release does not show its kernels.
     """
     kernels: dict[str, Any] | None = getattr(getattr(mori.ops, "_jit_loader", None), "_loaded_modules", None)
     if kernels is None and _worlds:
         message = (
-            "transport mori: the installed mori does not show its loaded kernels, which would go on in the world of "
-            "the case before; start new ranks for this one, or install amd-mori 1.2.4"
+            "transport mori: the installed mori does not show its loaded kernels, which would stay in the world of "
+            "the previous case; start new ranks for this one, or install amd-mori 1.2.4"
         )
         raise Unsupported(message)
     return {} if kernels is None else kernels
 
 
 def _all_are_in(mori: Any, session: Session, heap_bytes: int) -> bool:
-    """Whether every rank of the group is still in a world of its own group, large enough; some may have left it."""
+    """Whether every rank of the group is still in a large enough world of its own group; some may have left it."""
     mine = _worlds[0] if _worlds else None
     fits = mine is not None and (mine.mori, mine.group) == (mori, session.group) and mine.heap_bytes >= heap_bytes
     agreed = torch.tensor([fits], dtype=torch.int32, device=session.device)

@@ -1,4 +1,4 @@
-"""What follows from a rank's routing: which rows leave, stay and arrive, and the bytes of a row that travels."""
+"""Consequences of a rank's routing: rows that leave, stay and arrive, and the byte layout of a row in transit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from distbench.transport.arrival import Traffic
 from distbench.transport.base import poison_
 
-# Where a field of a row starts, and what a row's length is a multiple of: whole transactions of a device's memory.
+# Alignment of a row's fields and of its length: whole transactions of a device's memory.
 _FIELD_BYTES, _ROW_BYTES = 16, 128
 _TELLING_COLUMNS = 8
 
 
 class Lane(NamedTuple):
-    """One field of the rows that travel, as words: views of those that leave, of all received, and of the buffer.
+    """One field of the rows in transit, as words: views of rows that leave, of all received, and of the buffer.
 
-    Received are first those from peers, in order of rank and token, then the rank's own.
+    Received rows are first those from peers, by rank and token, then the rank's own.
     """
 
     leaving: Tensor
@@ -28,12 +28,12 @@ class Lane(NamedTuple):
 
 
 class Route(NamedTuple):
-    """What follows from a rank's ids [n, k].
+    """The route of a rank's ids [n, k].
 
-    `given` is the tensor that held the ids, `ids` a copy. `leaving` and `staying` int64 are the tokens of the rows that
-    are sent to peers and kept, by rank and token. position int64 [n, W]: the row that went to a rank, as many as are
-    sent where none did. `outgoing` and `incoming` are uint8 [rows, row bytes], those that leave and all received;
-    `lanes` are their fields. `numbers` int32 [received, .] are the tokens' numbers in `incoming`.
+    `given` is the tensor that held the ids, `ids` a copy. `leaving` and `staying` int64 are the tokens of the rows sent
+    to peers and kept, by rank and token. position int64 [n, W] is the row that went to a rank; the number of sent rows
+    means none. `outgoing` and `incoming` are uint8 [rows, row bytes], the leaving and all received rows; `lanes` are
+    their fields. `numbers` int32 [received, .] are the token numbers in `incoming`.
     """
 
     given: Tensor
@@ -48,7 +48,7 @@ class Route(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one dispatch did, until its combine: its route, the slot of each row as it arrives, the row of each slot."""
+    """State of one dispatch until its combine: its route, the slot of each arriving row, the row of each slot."""
 
     route: Route
     slots: Tensor
@@ -56,37 +56,37 @@ class Plan(NamedTuple):
 
 
 class Mover(Protocol):
-    """Moves and adds one rank's rows on its device. Every mover gives the same bits, and none waits for the device."""
+    """Moves and adds one rank's rows on its device. All movers give the same bits, and none waits for the device."""
 
     name: str
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
-        """Lay the rows that leave into `route.outgoing`; parts [n, .] are the batch's fields, as words."""
+        """Copy the leaving rows into `route.outgoing`; parts [n, .] are the batch's fields, as words."""
 
     def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
-        """Do what can be done for the rank's own rows while the others travel; poison the room of the last combine."""
+        """Move the rank's own rows as far as possible while the others travel; poison the last combine's buffer."""
 
     def arrive(self, plan: Plan) -> None:
-        """Lay all received rows into their slots."""
+        """Copy all received rows into their slots."""
 
     def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
         """Return the expert rows that go back to peers, [arriving, H]; a row past the end of expert_out is poison."""
 
     def room(self, expert_out: Tensor) -> Tensor:
-        """Return room for rows that come back, of which the first [leaving, H] are for those of peers, and poisoned."""
+        """Return a buffer for returning rows; the first [leaving, H], those of peers, are poisoned."""
 
     def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
-        """Lay the rank's own rows where `add` looks for them."""
+        """Copy the rank's own rows to the place where `add` reads them."""
 
     def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:
-        """Add the rows that each token names, in order, from +0.0, in float32, with one rounding: [n, H].
+        """Add each token's rows in order, from +0.0, in float32, with one rounding: [n, H].
 
-        slots int64 [n, c]: a row as it was sent; as many as are sent for poison, one more for no row.
+        slots int64 [n, c]: the index of a row as sent; the number of sent rows means poison, one more means no row.
         """
 
 
 class Layout(NamedTuple):
-    """Where the fields of a row lie, in bytes: `spans` (start, stop), the token's number from `number` on."""
+    """Byte offsets of a row's fields: `spans` (start, stop); the token's number starts at `number`."""
 
     spans: list[tuple[int, int]]
     number: int
@@ -94,7 +94,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(fields: Sequence[Tensor]) -> Layout:
-    """Return where fields [., columns] lie in a row that travels."""
+    """Layout of fields [., columns] in a row in transit."""
     spans, start = [], 0
     for field in fields:
         stop = start + field.shape[1] * field.element_size()
@@ -104,7 +104,7 @@ def lay_out(fields: Sequence[Tensor]) -> Layout:
 
 
 def lanes_of(layout: Layout, buffers: Sequence[Tensor], outgoing: Tensor, incoming: Tensor) -> list[Lane]:
-    """Return each field of the rows outgoing and incoming, uint8 [rows, row bytes], and of its receive buffer."""
+    """Return each field of the outgoing and incoming rows, uint8 [rows, row bytes], and of its receive buffer."""
     lanes = []
     for buffer, (start, stop) in zip(buffers, layout.spans, strict=True):
         target = words(buffer)
@@ -116,7 +116,7 @@ def lanes_of(layout: Layout, buffers: Sequence[Tensor], outgoing: Tensor, incomi
 def sent_rows(going: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
     """Return the tokens of the rows sent, int64 [s], own last, and the row of each token and rank, int64 [n, W].
 
-    going bool [n, W]: which ranks each token goes to.
+    going bool [n, W]: the destination ranks of each token.
     """
     rank = traffic.rank
     ordered = going.t()
@@ -127,14 +127,14 @@ def sent_rows(going: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
 
 
 class Room:
-    """Memory for the rows of one step, kept from call to call."""
+    """Memory for the rows of one step, reused between calls."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
         self._kept: Tensor | None = None
 
     def of(self, like: Tensor) -> Tensor:
-        """Return rows of like's width and dtype: the last ones, or new ones, which are poison."""
+        """Return rows of like's width and dtype: the previous ones, or new ones filled with poison."""
         kept = self._kept
         if kept is None or kept.shape[1] != like.shape[1] or kept.dtype != like.dtype:
             kept = self._kept = like.new_empty(self._rows, like.shape[1])
@@ -142,7 +142,7 @@ class Room:
         return kept
 
     def poison(self, rows: int) -> None:
-        """Poison the first columns of the first `rows` rows: enough to tell a row that has not arrived since."""
+        """Poison the first columns of the first `rows` rows, enough to recognise a row that did not arrive."""
         if self._kept is not None:
             poison_(self._kept[:rows, :_TELLING_COLUMNS])
 

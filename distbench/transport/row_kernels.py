@@ -1,4 +1,4 @@
-"""Rows moved between a batch, the rows that travel, and the receive buffer; and combine's sum. All indices int64."""
+"""Kernels that move rows between batch, rows in transit and receive buffer; and combine's sum. Indices are int64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def move(
 ):
     """Copy up to four fields of a row, from source_rows[i] (i, unless PICK) to target_rows[i] (i, unless PUT).
 
-    A program copies a block of the first field; the first of a row's programs copies the other fields too.
+    A program copies a block of the first field; a row's first program copies the other fields too.
     """
     number = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -54,7 +54,7 @@ def move(
 
 @triton.jit(do_not_specialize=["there"])
 def take_back(expert_out, slots, out, there, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy expert_out[slots[i]] to out[i]; NaN where the slot is not one of the `there` rows."""
+    """Copy expert_out[slots[i]] to out[i]; NaN where the slot is not below `there`, the number of rows."""
     number = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -80,8 +80,8 @@ def add_rows(
 ):
     """Add the rows [token, COUNT] of each token in order, from +0.0, in float32, with one rounding.
 
-    A row below `leaving` is one of `returned`; one below `sent` is the rank's own, at expert_out[own_slots[row -
-    leaving]], NaN where that is not one of the `there` rows; `sent` is NaN, and above it is none.
+    A row below `leaving` is in `returned`. One below `sent` is the rank's own, at expert_out[own_slots[row - leaving]],
+    or NaN where that is not below `there`. `sent` means NaN, and a larger number no row.
     """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""Rows moved and added by torch's own operations: on the CPU, and on devices without Triton."""
+"""Row movement and sums by torch's own operations: on the CPU, and on devices without Triton."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from distbench.transport.arrival import Traffic
 from distbench.transport.route import Plan, Room, Route
 
-# Rows that one step of combine's sum gathers: on a device they should still be in its L2 when they are added.
+# Rows that one step of combine's sum gathers: on a device they should still be in its L2 for the add.
 _GATHERED_BYTES = 32 << 20
 
 
 class TorchRows:
-    """See `Mover`. The rank's own rows pass through the same memory as those of peers, so that one gather has all."""
+    """Torch's `Mover`. The rank's own rows share the memory of the peers' rows, so one gather reads both."""
 
     name = "torch"
 
@@ -80,7 +80,7 @@ class TorchRows:
 
 
 def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
-    """Copy rows[index] to `out`, 16 bytes at a time on a device and whole rows on the CPU, each by the op that does."""
+    """Copy rows[index] to `out`, by 16 bytes on a device and by whole rows on the CPU, with the faster op for each."""
     if index.numel() == 0:
         return
     if rows.device.type == "cpu":
@@ -90,7 +90,7 @@ def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
 
 
 def sum_in_order(rows: Tensor, out: Tensor) -> None:
-    """Sum [n, c, H] over c, from +0.0. The sum of two has one order: there a device does with one pass."""
+    """Sum [n, c, H] over c, from +0.0. A sum of two has one order, so a device does it in one pass."""
     if rows.shape[1] <= 2 and rows.device.type != "cpu":  # noqa: PLR2004 - see above
         torch.sum(rows, 1, out=out)
         return

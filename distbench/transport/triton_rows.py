@@ -1,4 +1,4 @@
-"""Rows moved and added by Triton kernels: a launch for each step, whatever the number of fields."""
+"""Row movement and sums by Triton kernels: one launch per step, whatever the number of fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELDS = 4
 
 
 class TritonRows:
-    """See `Mover`. The rank's own rows go straight between the batch or expert_out and their places."""
+    """Triton's `Mover`. The rank's own rows move directly between the batch or expert_out and their slots."""
 
     name = "triton"
 
@@ -38,7 +38,7 @@ class TritonRows:
         self._returned.poison(self._traffic.leaving)
 
     def arrive(self, plan: Plan) -> None:
-        """See `Mover.arrive`; the own rows lie there already."""
+        """See `Mover.arrive`; the own rows are there already."""
         lanes, slots = plan.route.lanes, plan.slots[: self._traffic.arriving]
         self._move("arrive", [lane.incoming for lane in lanes], [lane.buffer for lane in lanes], None, slots)
 
@@ -57,7 +57,7 @@ class TritonRows:
         return self._returned.of(expert_out)
 
     def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
-        """Leave the own rows where they are, for `add` to read."""
+        """Do nothing: `add` reads the own rows in place."""
 
     def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:
         """See `Mover.add`."""
@@ -90,7 +90,7 @@ class TritonRows:
         picked: Tensor | None,
         put: Tensor | None,
     ) -> None:
-        """Copy row picked[i] (i, where None) of each source to row put[i] of its target; a step has one shape."""
+        """Copy row picked[i] (i if None) of each source to row put[i] of its target; a step has one launch shape."""
         rows = picked if picked is not None else put
         if rows is None or rows.numel() == 0:
             return
@@ -105,7 +105,7 @@ class TritonRows:
 
 
 def _shape(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the constants of `row_kernels.move` for these fields; those that are missing are 0 words wide."""
+    """Return the constants of `row_kernels.move` for these fields; missing fields are 0 words wide."""
     nothing = (0,) * (_FIELDS - len(sources))
     widths = [source.shape[1] for source in sources]
     return {
@@ -121,5 +121,5 @@ def _block(rows: Tensor) -> int:
 
 
 def _whole(width: int) -> int:
-    """Return the power of two that holds `width` columns."""
+    """Return the smallest power of two that holds `width` columns."""
     return 1 << (width - 1).bit_length()

@@ -168,7 +168,7 @@ def test_other_or_changed_ids_of_a_known_batch_are_refused() -> None:
     (found,) = on_ranks(1, what_is_still_refused, mori_case(1))
     assert "combine: ids of token 0 are [" in found[0]
     assert "have 2 rows, this rank dispatched 16" in found[1]
-    assert "no dispatch under way" in found[2]
+    assert "called without a dispatch" in found[2]
     assert "id 4: the last expert is 3" in found[3]
 
 

@@ -163,7 +163,7 @@ def test_rank_that_waits_for_a_lost_peer_raises_an_error_that_names_it(ends: int
 def test_wait_for_a_silent_peer_times_out() -> None:
     with memories(2, timeout_s=0.0) as joined:
         started = time.monotonic()
-        with pytest.raises(TimeoutError, match="rank 1 has laid nothing for exchange 1: timed out"):
+        with pytest.raises(TimeoutError, match="rank 1 sent nothing for exchange 1: timed out"):
             joined[0].everyones(torch.zeros(1))
         assert time.monotonic() - started < TIMEOUT_S / 2
 
@@ -172,7 +172,7 @@ def test_mismatched_byte_counts_of_an_exchange_are_refused() -> None:
     with memories(2) as joined:
         lay_for_rank_0(joined[1], 3)
         with pytest.raises(
-            RuntimeError, match="rank 1 lays 24 bytes in exchange 1, this rank expects 16 in exchange 1"
+            RuntimeError, match="rank 1 sends 24 bytes in exchange 1, this rank expects 16 in exchange 1"
         ):
             take_of_rank_1(joined[0], 2)
 
@@ -182,7 +182,7 @@ def test_peer_at_another_exchange_number_is_refused() -> None:
         joined[1]._calls = 4  # noqa: SLF001 - a fault that no public call can cause
         lay_for_rank_0(joined[1], 3)
         with pytest.raises(
-            RuntimeError, match="rank 1 lays 24 bytes in exchange 5, this rank expects 24 in exchange 1"
+            RuntimeError, match="rank 1 sends 24 bytes in exchange 5, this rank expects 24 in exchange 1"
         ):
             take_of_rank_1(joined[0], 3)
 

@@ -173,7 +173,7 @@ def test_settings_that_are_not_pinned_give_a_warning() -> None:
         ({"MORI_SHMEM_MODE": "isolation", "MORI_SHMEM_HEAP_SIZE": "1K"}, ""),
         ({"MORI_SHMEM_MODE": "STATIC_HEAP"}, ""),
         ({"MORI_SHMEM_MODE": "VMM_HEAP"}, "vmm_heap has corrupted rows on ROCm 7.2"),
-        ({"MORI_SHMEM_MODE": "Isolation"}, "takes static_heap for it"),
+        ({"MORI_SHMEM_MODE": "Isolation"}, "falls back to static_heap"),
         ({"MORI_ENABLE_SDMA": "True"}, ""),
         ({"MORI_ENABLE_SDMA": "on"}, "SGLang reads true and 1 only"),
         ({"MORI_ENABLE_SDMA": "yes"}, "SGLang reads true and 1 only"),
