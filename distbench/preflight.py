@@ -17,16 +17,16 @@ from distbench.devices import compute_units, count_devices, devices_to_hold, fre
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
-from distbench.experts.aiter.package import check_available
+from distbench.experts.aiter.package import check_available, check_habits
 from distbench.experts.coverage import plan_of
-from distbench.experts.selection import KernelSelector, TunedKey
+from distbench.experts.selection import KernelSelector, TunedKey, rules_for
 from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.table_match import match_tables
 from distbench.experts.triton.table import load_table, selector_for, shape_of
 from distbench.job import Entry
 from distbench.kernel_tables import table_paths
 from distbench.limits import Traffic, resolve_limit
-from distbench.recv_bound import recv_bound
+from distbench.recv_bound import parse_sender_rows, recv_bound
 from distbench.resolve import check_fit
 from distbench.sglang import rules_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
@@ -52,6 +52,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 
     """
     check_fit(case)
+    _check_unused(case)
     if not any(case.tokens):  # no rank receives a row, which is known before a launch
         resolve_limit(case.limit, Traffic(case.tokens, (0,) * case.ep_size, case.capacity))
     check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
@@ -77,6 +78,18 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     if not case.kernel_table or selector.tuned:
         return notes
     return (*notes, _untuned(case, selector, assumed=units is None))
+
+
+def _check_unused(case: Case) -> None:
+    """Refuse values that cannot be parsed, also where the case's transport, experts or limit do not use them."""
+    try:
+        parse_habits(case.mori_habits)
+    except ValueError as error:
+        message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
+        raise InvalidCase(message) from error
+    check_habits(case)
+    rules_for(case.aiter_version)
+    parse_sender_rows(case)
 
 
 def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
@@ -186,11 +199,6 @@ def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:
             "transport mori: no package mori here; install amd-mori on a ROCm machine (docs/mori.md), or add --emulate"
         )
         raise Unsupported(message)
-    try:
-        parse_habits(case.mori_habits)
-    except ValueError as error:
-        message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
-        raise InvalidCase(message) from error
     check_environment(os.environ)
     plan = plan_mori(case, os.environ, local_ranks)
     heap_size(plan, os.environ, emulated=case.emulate)

@@ -33,7 +33,7 @@ def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:
 
     """
     rule = rules_of(case.sglang_version).recv_bound
-    told = _sender_rows(case)
+    told = parse_sender_rows(case)
     if not rule:
         return Bound(None, f"{_release(case)} has none ({VARIABLES[RECV_BOUND]})")
     if rule == "routes":
@@ -79,7 +79,13 @@ def _unproved(case: Case, told: tuple[int, ...], local_ranks: int | None) -> str
     return "the metadata is not of this batch" if stale else ""
 
 
-def _sender_rows(case: Case) -> tuple[int, ...]:
+def parse_sender_rows(case: Case) -> tuple[int, ...]:
+    """Tokens of each rank as the scheduler's metadata has them: `sender_rows`, or the case's own tokens.
+
+    Raises:
+        InvalidCase: `sender_rows` is no list of whole numbers.
+
+    """
     if not case.sender_rows:
         return case.tokens
     try:

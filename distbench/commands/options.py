@@ -48,6 +48,7 @@ from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer, load_report
+from distbench.unused_keys import note_of_keys, unused_keys
 from distbench.unused_variables import note_of_launch, unused_variables
 
 _CASE_DEST = "case_"
@@ -259,7 +260,8 @@ def num_ranks(options: argparse.Namespace) -> int | None:
 def warnings(case: Case, sources: Mapping[str, str], options: argparse.Namespace) -> tuple[str, ...]:
     """Return what the reader of the case's report should know of it, in the launch that `options` ask for."""
     found = check_case(case, _local_ranks(options))
-    return (*near_misses(os.environ), *unused_variables(os.environ, case, sources), *found)
+    unused = (*unused_variables(os.environ, case, sources), *unused_keys(case, sources))
+    return (*near_misses(os.environ), *unused, *found)
 
 
 def _local_ranks(options: argparse.Namespace) -> int | None:
@@ -289,9 +291,9 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
         return warnings(entry.case, entry.sources, options)
 
     found = tuple(_examined(entry, origin, check) for entry in entries)
-    note = note_of_launch(os.environ, found) if world_size() is None or is_rank_0() else ""
-    if note:
-        print_note(note)
+    if world_size() is None or is_rank_0():
+        for note in filter(None, (note_of_launch(os.environ, found), note_of_keys(found))):
+            print_note(note)
     return found
 
 

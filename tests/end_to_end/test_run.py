@@ -214,6 +214,18 @@ def test_unused_variable_is_listed_once_in_console_and_report(tmp_path: Path) ->
     assert " ".join((run.stdout + run.stderr).split()).count("ATOM_X=1") == 1
 
 
+def test_a_key_that_does_nothing_is_listed_once_in_console_and_report(tmp_path: Path) -> None:
+    run = tiny(tmp_path, 2, "--tokens", "2", "--launch-mode", "AUTO", "--gpu-per-node", "2")
+    (warning,) = run.report["warnings"]
+    assert warning == (
+        "keys set and not used by this case: gpu_per_node=2, launch_mode=AUTO (transport collective does not use it)"
+    )
+    assert " ".join((run.stdout + run.stderr).split()).count("launch_mode=AUTO") == 1
+    refused = tiny(tmp_path, 2, "--aiter-habits", "anything")
+    assert refused.exit_code == 2
+    assert "'anything' is no habit" in refused.stderr
+
+
 def test_run_of_a_case_file_writes_a_report_that_show_prints(tmp_path: Path) -> None:
     file = tmp_path / "case.toml"
     file.write_text('model = "tiny-odd"\ntokens = [3, 0]\nrouting = "local"\nseed = 5\n')

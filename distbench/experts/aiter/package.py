@@ -50,17 +50,27 @@ def check_available(case: Case) -> None:
         Unsupported: aiter is not installed.
         InvalidCase: the stand-in has no such habits, or habits were given for the real package.
     """
+    check_habits(case)
     if case.emulate:
-        try:
-            importlib.import_module(f"{STAND_IN}.habits").parse_habits(case.aiter_habits)
-        except ValueError as error:
-            _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: {error}")
         return
     if case.aiter_habits:
         _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: only the stand-in can be told; add --emulate")
     if importlib.util.find_spec(PACKAGE) is None:
         message = f"experts aiter: the package {DISTRIBUTION} is not installed; {INSTALL}"
         raise Unsupported(message)
+
+
+def check_habits(case: Case) -> None:
+    """Refuse habits that the stand-in does not have.
+
+    Raises:
+        InvalidCase: names the habits that it has.
+
+    """
+    try:
+        importlib.import_module(f"{STAND_IN}.habits").parse_habits(case.aiter_habits)
+    except ValueError as error:
+        _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: {error}")
 
 
 def installed_tables(environ: Mapping[str, str] = os.environ) -> list[str]:
