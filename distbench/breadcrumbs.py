@@ -160,6 +160,11 @@ def write_position(path: Path, position: Position) -> None:
     path.write_bytes(_RECORD.pack(*fields[:_PLACES], pid_space()) + _WAITS.pack(*fields[_PLACES:]))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether the file at `path` has the size of a heartbeat."""
+    return path.stat().st_size == _SIZE
+
+
 def read_position(path: Path) -> Position | None:
     """Last position written to `path`; None where the rank never wrote one, or the file has another format.
 

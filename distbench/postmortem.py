@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.breadcrumbs import Position, read_position
+from distbench.breadcrumbs import Position, is_whole, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.job import Entry, Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
 from distbench.verify.records import Judgement, Outcome, Reason
@@ -42,7 +42,7 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     None where no supervisor saw the processes end.
 
     Raises:
-        LaunchFailed: no rank had begun.
+        LaunchFailed: no rank had begun. The message names the first process that ended, if one was seen.
         DiskFull: a rank had no room for its results.
         ResultsLost: a rank could not write them for another reason, or the ranks' files were removed.
 
@@ -53,9 +53,8 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
         raise ResultsLost(message)
     failures = [failure for rank in range(job.num_ranks) if (failure := _failure(out, rank)) is not None]
     if not failures and not positions(job):
-        how = f"; rank {first_exit.rank} ended by {first_exit.how}" if first_exit else ""
-        message = f"the ranks ended before any of them had begun{how}; see the messages above"
-        raise LaunchFailed(message)
+        _refuse_cut_heartbeats(job)
+        raise LaunchFailed(_never_began(first_exit))
     _refuse_lost_results(failures)
     own = [failure for failure in failures if not failure.echo]
     raised = [failure for failure in own if not failure.timeout]
@@ -168,6 +167,23 @@ def _after_all(first_exit: Exit | None) -> Ending:
         code="rank-fault", rank=first_exit.rank if first_exit else None, message=f"{how} after all cases had been done"
     )
     return Ending(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[reason])
+
+
+def _refuse_cut_heartbeats(job: Job) -> None:
+    """Refuse heartbeats that are no longer whole: the ranks that have them mapped are killed by SIGBUS."""
+    paths = [crumb_path(Path(job.out), rank) for rank in range(job.num_ranks)]
+    cut = next((path for path in paths if path.exists() and not is_whole(path)), None)
+    if cut is not None:
+        message = f"{cut}: the heartbeat was cut while its rank ran; let nothing else write to {cut.parent}"
+        raise ResultsLost(message)
+
+
+def _never_began(first_exit: Exit | None) -> str:
+    if first_exit is None:
+        how = "nobody saw their processes end: look into the kernel's log and the job's for kills of rank processes"
+    else:
+        how = f"rank {first_exit.rank} ended by {first_exit.how}; its messages stand above"
+    return f"the ranks ended before any of them had begun; {how}; distbench doctor looks at this node"
 
 
 def _refuse_lost_results(failures: list[RankFailure]) -> None:

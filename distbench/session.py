@@ -77,6 +77,7 @@ class Session:
             self._devices = self._fewest_devices()
         self._groups = {self.world_size: world}
         self._created = {self.world_size}
+        self._connected: set[int] = set()
         self._entered = self.world_size
         self._calls = 0
         self._store = store
@@ -139,6 +140,8 @@ class Session:
     def use(self, asked: str) -> None:
         """Select the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch resolve alike.
 
+        Collective, in the case's group, where it is a device.
+
         Raises:
             Unsupported: on every rank, where `cuda` was requested and a node has fewer devices than ranks.
 
@@ -148,6 +151,22 @@ class Session:
             return
         self.device = self.own_device
         torch.cuda.set_device(self.device)
+        self._connect_devices()
+
+    def _connect_devices(self) -> None:
+        """Have NCCL connect the devices of the case's group, once: else the group's first dispatch would pay for it.
+
+        It takes seconds, and the limit of a stage is no allowance for it. Collective, in the case's group.
+        """
+        ranks = dist.get_world_size(self.group)
+        if ranks in self._connected:
+            return
+        self._connected.add(ranks)
+        if ranks > 1:
+            mine = torch.zeros(ranks, device=self.device)
+            with collective("group creation", mine.get_device()):
+                dist.all_to_all_single(torch.empty_like(mine), mine, group=self.group)
+                torch.cuda.synchronize(self.device)
 
     @property
     def own_device(self) -> torch.device:

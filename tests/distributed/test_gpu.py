@@ -11,6 +11,7 @@ from distbench.devices import count_devices
 from tests.end_to_end.launches import Bench
 
 pytestmark = pytest.mark.gpu
+NEED_A_PEER = {"mask-ignored"}
 
 
 def test_case_on_one_device_passes_and_is_timed(tmp_path: Path) -> None:
@@ -41,23 +42,44 @@ def test_case_with_triton_experts_in_a_graph_passes(tmp_path: Path, dispatch_dty
 
 
 def test_mutants_around_the_triton_experts_are_detected(tmp_path: Path) -> None:
-    parts = ("--nproc", "1", "--experts", "triton", "--device", "cuda", "--seeds", "1")
-    with Bench(tmp_path / "out", "mutants", *parts, "--only", "tails,ids,order,dispatch,cut,activation") as bench:
-        assert bench.finish() == 0
+    """All but those that need a peer: ids of a rank that is alone are all its own."""
+    found = tmp_path / "found.json"
+    parts = ("--nproc", "1", "--experts", "triton", "--device", "cuda", "--seeds", "1", "--json", found)
+    kinds = ("--only", "tails,ids,order,dispatch,cut,activation")
+    with Bench(tmp_path / "out", "mutants", *parts, *kinds, "--share", "0.9") as bench:
+        code = bench.finish()
         assert "not tried here: gelu-for-silu patches the arithmetic of the reference experts" in bench.stdout
-        assert bench.stdout.splitlines()[-1] == "mutants: passed"
+        told = json.loads(found.read_text())
+        assert (told["alarms"], told["missing"]) == ([], [])
+        assert {one["name"] for one in told["mutants"] if seen_less_than_always(one)} <= NEED_A_PEER
+        assert code == 0
+
+
+def seen_less_than_always(mutant: dict[str, str]) -> bool:
+    return not mutant["equivalent"] and mutant["either"] != "always"
+
+
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Return the flags of a case on two devices, whose kernels are compiled: no limit below is meant for that."""
+    if count_devices() < 2:
+        pytest.skip("needs two devices")
+    flags = ("--nproc=2", "--model=tiny", "--device=cuda", "--experts=triton", "--policy=unchecked", "--limit=max-recv")
+    with Bench(tmp_path_factory.mktemp("compiled") / "out", "run", *flags) as bench:
+        assert bench.finish() == 0
+    return flags
 
 
 @pytest.mark.parametrize("stage", ["dispatch", "experts", "combine"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_hang_of_one_of_two_devices_is_named(tmp_path: Path, rank: int, stage: str) -> None:
-    if count_devices() < 2:
-        pytest.skip("needs two devices")
-    limits = "--stage-timeouts=dispatch=5,experts=5,check=5,combine=5"
-    flags = ("--model=tiny", "--device=cuda", "--experts=triton", "--policy=unchecked", "--limit=max-recv", limits)
-    with Bench(tmp_path / "out", "run", "--nproc=2", *flags, f"--inject=hang:rank={rank},stage={stage}") as bench:
+def test_hang_of_one_of_two_devices_is_named(
+    tmp_path: Path, two_devices: tuple[str, ...], rank: int, stage: str
+) -> None:
+    limits = f"--stage-timeouts={stage}=5"
+    with Bench(tmp_path / "out", "run", *two_devices, limits, f"--inject=hang:rank={rank},stage={stage}") as bench:
         assert bench.finish() == 3
         report = json.loads((bench.out / "report.json").read_text())
-    assert report["verdict"] == "HANG"
-    assert [(reason["rank"], reason["stage"]) for reason in report["reasons"]] == [(rank, stage)]
-    assert all("most recent call first" in stack for stack in report["stacks"].values())
+        assert report["verdict"] == "HANG"
+        assert [(reason["rank"], reason["stage"]) for reason in report["reasons"]] == [(rank, stage)]
+        assert report["reasons"][0]["message"].startswith(f"rank {rank} stood in truncated/{stage} for ")
+        assert all("most recent call first" in stack for stack in report["stacks"].values())

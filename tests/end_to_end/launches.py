@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3}
 
+_TOLD = 6000
+_TOLD_REPORTS = 3
 _MARKER = "DISTBENCH_TEST_MARKER"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - others write there
 
@@ -74,8 +76,21 @@ class Bench:
     def __enter__(self) -> Bench:  # noqa: PYI034 - Self comes with Python 3.11
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.tell()
         self.end_at_once()
+
+    def tell(self) -> None:
+        """Print what a test that fails has to be understood by: what the command said, and what its reports blame."""
+        told = [f"exit code {self.process.poll()} of {self.process.args!r}"]
+        for name, path in zip(("stdout", "stderr"), self._logs, strict=True):
+            told.append(f"--- {name}\n{path.read_text(errors='replace')[-_TOLD:]}")
+        found = sorted(self.out.glob("**/report.json"))
+        for report in [json.loads(path.read_text()) for path in found] or self.reports[-_TOLD_REPORTS:]:
+            blamed = {key: report.get(key) for key in ("name", "verdict", "reasons", "diagnosis", "stacks")}
+            told.append(f"--- report\n{json.dumps(blamed, indent=1)[-_TOLD:]}")
+        sys.stdout.write("\n".join(told) + "\n")
 
     def finish(self, seconds: float = 100) -> int:
         """Wait for the exit code."""

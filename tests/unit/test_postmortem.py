@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.breadcrumbs import Breadcrumbs, Position, read_position
-from distbench.errors import DiskFull, LaunchFailed, Verdict
+from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.job import Entry, Job, RankFailure, crumb_path, failure_path, ranks_folder
 from distbench.postmortem import Ending, Exit, explain_fault, outcome_of, positions
 from tests.cases import tiny_case
@@ -152,10 +153,21 @@ def test_timeout_is_blamed_on_the_rank_that_never_started(job: Job) -> None:
 
 def test_launch_without_any_position_is_a_failed_launch(job: Job) -> None:
     assert positions(job) == {}
-    with pytest.raises(LaunchFailed, match=r"before any of them had begun; rank 2 ended by SIGKILL; see"):
+    with pytest.raises(LaunchFailed, match=r"before any of them had begun; rank 2 ended by SIGKILL; its messages"):
         explain_fault(job, KILLED)
-    with pytest.raises(LaunchFailed, match=r"before any of them had begun; see"):
+    with pytest.raises(LaunchFailed, match=r"before any of them had begun; nobody saw their processes end"):
         explain_fault(job, None)
+
+
+@pytest.mark.parametrize("size", [0, 40])
+def test_cut_heartbeats_are_lost_results_whatever_signal_ended_the_rank(job: Job, size: int) -> None:
+    leave_all(job, "dispatch")
+    for rank in range(job.num_ranks):
+        os.truncate(crumb_path(Path(job.out), rank), size)
+    with pytest.raises(
+        ResultsLost, match=r"rank-00000.crumbs: the heartbeat was cut while its rank ran; let nothing else write"
+    ):
+        explain_fault(job, Exit(1, "SIGBUS"))
 
 
 def test_rank_that_died_before_its_first_stage_is_blamed(job: Job) -> None:
