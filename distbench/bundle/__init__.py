@@ -1,1 +1,1 @@
-"""Reproduction bundles: what a failing case leaves for another machine (docs/reproduce.md)."""
+"""Reproduction bundles of failing cases, for another machine (docs/reproduce.md)."""

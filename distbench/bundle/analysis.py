@@ -1,4 +1,4 @@
-"""What a bundle shows by itself: its recorded tensors held against inputs and oracle made anew on this machine."""
+"""Analysis of a bundle by itself: its recorded tensors against inputs and oracle regenerated on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from distbench.workload.routing import destinations
 _RECORDED_FIELDS = (*TokenBatch._fields, "rows", "tokens")
 _BORNE_OUT_BY = {
     "dispatch": ("dispatch",),
-    "truncate": ("truncate", "dispatch"),  # rows are recorded as the experts got them: after the cut
+    "truncate": ("truncate", "dispatch"),  # rows are recorded as the experts received them: after the cut
     "experts": ("experts",),
     "combine": ("combine", SUM),
 }
@@ -47,7 +47,7 @@ class _Sums(NamedTuple):
 
 
 def analyse(bundle: Bundle) -> Analysis:
-    """Check every recorded stage and judge the case again, with the stages as they are found here.
+    """Check every recorded stage and judge the case again, with the stages as found here.
 
     Raises:
         InvalidCase: a part is damaged, or the record contradicts itself.
@@ -91,14 +91,14 @@ def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
 
 
 def _inputs(rank: int, workload: Workload, routing: Tensor, rows: int = 0, wrong: int = 0) -> Finding:
-    """Hold a rank's recorded routing against the one made here; `rows` of its tokens, `wrong` of them, were before."""
+    """Compare a rank's recorded routing with the one generated here; `rows` and `wrong` are added."""
     strayed = differing(routing, workload.routing_of(rank, len(routing))).any(1)
     total = wrong + int(strayed.sum())
     return Finding(rank=rank, arm="", stage=INPUTS, rows=rows + len(routing), wrong=total)
 
 
 def _own_tokens(rank: int, recorded: RankTensors, workload: Workload, sums: _Sums) -> list[Finding]:
-    """Check a rank's routing and failing tokens: inputs as made here, results against the oracle."""
+    """Check a rank's routing and failing tokens: inputs against regenerated ones, results against the oracle."""
     index = recorded.tokens
     batch = workload.tokens(rank, index)
     wrong = torch.zeros(len(index), dtype=torch.bool)
@@ -145,7 +145,7 @@ def _arms(rank: int, arms: list[ArmRows], workload: Workload, sums: _Sums) -> li
 
 
 def _first_seen(known: dict[tuple[int, ...], Tensor], rows: ArmRows) -> Tensor:
-    """Return, for each row, what the first arm made of it: bf16 [m, H]."""
+    """For each row, the first arm's expert row: bf16 [m, H]."""
     found = torch.empty_like(rows.experts)
     for place, source in enumerate(rows.sources.tolist()):
         found[place] = known.setdefault(tuple(source), rows.experts[place])
@@ -153,7 +153,7 @@ def _first_seen(known: dict[tuple[int, ...], Tensor], rows: ArmRows) -> Tensor:
 
 
 class _Place(NamedTuple):
-    """Where recorded rows stood: sources int64 [m, 2], slots (or tokens) int64 [m]."""
+    """Places of recorded rows: sources int64 [m, 2], slots (or tokens) int64 [m]."""
 
     rank: int
     arm: str
@@ -188,7 +188,7 @@ class _Place(NamedTuple):
 
 
 def _cut(rank: int, rows: ArmRows) -> Finding:
-    """Return the rows that did not reach the experts."""
+    """Rows that did not reach the experts."""
     total, lost = len(rows.sources) + len(rows.cut), len(rows.cut)
     first = None
     if lost:
@@ -208,7 +208,7 @@ def _cut(rank: int, rows: ArmRows) -> Finding:
 
 
 def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
-    """Hold each recorded token against the sum of its recorded expert rows, as its transport has to add them."""
+    """Compare each recorded token with the sum of its recorded expert rows, in its transport's order of addition."""
     rows: dict[tuple[int, str], list[bool]] = defaultdict(list)
     group = ExpertGroup(case.ep_size, case.num_experts, case.topk)
     for (arm, rank, token), combined in sums.combined.items():
@@ -227,7 +227,7 @@ def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
 
 
 def _judged(bundle: Bundle, findings: list[Finding], missing: list[str]) -> Analysis:
-    """Judge again, with the first divergences as found in the tensors where they are all here."""
+    """Judge again, with the first divergences found in the tensors where all of these are present."""
     question, gathered = bundle.manifest.question, bundle.manifest.gathered
     if question is None or gathered is None:
         return Analysis(findings, missing, None, [])
@@ -245,10 +245,10 @@ def _judged(bundle: Bundle, findings: list[Finding], missing: list[str]) -> Anal
 
 
 def _with_findings(gathered: Gathered, findings: list[Finding]) -> Gathered:
-    """Keep of the ranks' divergences those that the tensors bear out, and add those that only the tensors show.
+    """Keep the ranks' divergences that the tensors confirm, and add those that only the tensors show.
 
-    What no tensor holds (row counts, num_local_tokens) is believed. A later stage of an arm that went wrong before is
-    left out, as it is while a case runs: its input was wrong.
+    Values that no tensor holds (row counts, num_local_tokens) are taken as recorded. A later stage of an arm that
+    already went wrong is left out, as in a run: its input was wrong.
     """
     wrong = {(found.rank, found.arm, found.stage) for found in findings if found.wrong}
     records = []

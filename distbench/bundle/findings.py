@@ -1,4 +1,4 @@
-"""What the analysis of a bundle finds. Loads no torch."""
+"""Findings of a bundle's analysis. Loads no torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from distbench.verify.records import Diagnosis, Divergence, Judgement
 
 INPUTS = "inputs"
 SUM = "sum"
-"""Stages of an analysis beside those of a case: inputs made anew against those recorded, and the sum that combine
-should have made of the expert rows that were recorded."""
+"""Stages of an analysis besides those of a case: regenerated inputs against recorded ones, and the sum that combine
+should have made of the recorded expert rows."""
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One stage of one arm on one rank: recorded rows looked at, and how many of them are wrong."""
+    """One stage of one arm on one rank: the number of recorded rows, and how many of them are wrong."""
 
     rank: int
     arm: str
@@ -25,7 +25,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Analysis(msgspec.Struct, frozen=True):
-    """All findings, the parts that are not here, and verdict and diagnosis drawn from them; None where nothing ran."""
+    """All findings, the missing parts, and the verdict and diagnosis drawn from them; None where nothing ran."""
 
     findings: list[Finding]
     missing: list[str]
@@ -34,11 +34,11 @@ class Analysis(msgspec.Struct, frozen=True):
 
     @property
     def trusted(self) -> bool:
-        """Whether this machine makes the very inputs that were recorded."""
+        """Whether this machine generates exactly the recorded inputs."""
         return not any(found.wrong for found in self.findings if found.stage == INPUTS)
 
     def confirms(self, verdict: Verdict, causes: list[str]) -> bool:
-        """Whether what was recorded leads to this verdict and to these causes, on inputs that are made alike here."""
+        """Whether the record leads to this verdict and these causes, and inputs are generated alike here."""
         if self.judgement is None or not self.trusted or self.missing:
             return False
         return self.judgement.verdict is verdict and [found.cause for found in self.diagnosis] == causes

@@ -1,4 +1,4 @@
-"""The files of a bundle, what their names are, and how large each may be. Loads no torch."""
+"""Files of a bundle: their names and size limits. Loads no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_PART_BYTES = 64 << 20
 """Bytes of one rank's part: `RECORDED_BYTES` of tensors, its routing, and room for one token of any case."""
 
 RECORDED_BYTES = 32 << 20
-"""Bytes of recorded tensors over all ranks; fewer tokens are taken where they would be more."""
+"""Bytes of recorded tensors over all ranks; beyond them fewer tokens are recorded."""
 
 ROUTING_BYTES = 4 << 20
 """Bytes of a rank's own routing; later tokens are left out, and counted."""
@@ -35,7 +35,7 @@ Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """The file of one rank: size in bytes and SHA-256, or why there is none."""
+    """File of one rank: size in bytes and SHA-256, or the reason why it is missing."""
 
     rank: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
     host: str
@@ -45,7 +45,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recorded(msgspec.Struct, frozen=True, kw_only=True):
-    """What was written down: the failing tokens taken, how many more there are at least, and each rank's part.
+    """Contents of the record: the failing tokens in it, the least number of others, and each rank's part.
 
     `routing_left_out` counts tokens, over all ranks, whose routing is not in the parts. `inputs` is the kind of inputs
     with which the case failed, which alone is recorded; empty where the case has only one.
@@ -62,10 +62,11 @@ NOTHING_RECORDED = Recorded(tokens=[], left_out=0, parts=[])
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """`manifest.json`, written last: a bundle without one is not whole.
+    """`manifest.json`, written last: a bundle without one is incomplete.
 
-    `gathered` is what rank 0 judged, without timings; None where the case was refused or lost its ranks. Its lists of
-    tokens end at `listed_tokens`. `table_left_out` has the bytes of a kernel table that is too large to be copied.
+    `gathered` is the input of rank 0's judgement, without timings; None where the case was refused or lost its ranks.
+    Its lists of tokens end at `listed_tokens`. `table_left_out` is the size in bytes of a kernel table that is too
+    large to copy.
     """
 
     schema: str = SCHEMA
@@ -80,7 +81,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def cuts(self) -> list[str]:
-        """What is not in the bundle because there would be too much of it, in words."""
+        """Contents left out because of their size, in words."""
         known, left_out, unrouted = len(self.recorded.tokens), self.recorded.left_out, self.recorded.routing_left_out
         table = f"{self.table_left_out} bytes, allowed are {MAX_TABLE_BYTES}"
         found = [
@@ -93,26 +94,26 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def question(self) -> Question | None:
-        """The question that the case asked, where its ranks came to ask it."""
+        """The question of the case, if its ranks got that far."""
         return None if self.traffic is None else Question(self.case, self.traffic, self.limit)
 
 
 def bundle_folder(root: str, case: Case) -> Path:
-    """Return the folder of a case's bundle below the folder that `--bundle` names."""
+    """Folder of a case's bundle below the folder that `--bundle` names."""
     return Path(root) / case_hash(case)[:_HASH_DIGITS]
 
 
 def part_name(rank: int) -> str:
-    """Return the name of a rank's file; no name is ever taken from a bundle."""
+    """Name of a rank's file; no name is ever taken from a bundle."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def names_token(case: Case, token: Token) -> bool:
-    """Whether the case has this token; what a faulty transport, or a stranger, says of sources may name any."""
+    """Whether the case has this token; sources from a faulty transport, or a stranger, may name any."""
     rank, number = token
     return 0 <= rank < case.ep_size and 0 <= number < case.tokens[rank]
 
 
 def routed_tokens(topk: int, most: int = ROUTING_BYTES) -> int:
-    """Return how many tokens of a rank, its first ones, have their routing in `most` bytes."""
+    """Number of a rank's first tokens whose routing fits into `most` bytes."""
     return most // (topk * 4)

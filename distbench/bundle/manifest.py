@@ -1,4 +1,4 @@
-"""Writing what makes the parts of a bundle whole. Loads no torch: the parent does it for ranks that are lost."""
+"""Writing of the manifest that completes a bundle. Loads no torch: the parent writes it for lost ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SHORTER_LISTS = (LISTED_TOKENS, LISTED_TOKENS // 4, LISTED_TOKENS // 16, 1, 0)
 
 @contextlib.contextmanager
 def without_a_bundle(name: str) -> Iterator[None]:
-    """Say where the bundle of case `name` cannot be written: its verdict stands without."""
+    """Report a bundle of case `name` that cannot be written: its verdict stands without one."""
     try:
         yield
     except OSError as error:
@@ -39,10 +39,10 @@ def without_a_bundle(name: str) -> Iterator[None]:
 
 
 def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Write what makes the parts a bundle: the report, the kernel table, and the manifest last.
+    """Complete the parts to a bundle: write the report, the kernel table, and the manifest last.
 
-    Where there are too many ranks for their records to be read back, the lists of tokens in them are made shorter;
-    where even that is not enough there is no bundle.
+    Where the records of very many ranks would be too large to read back, their lists of tokens are shortened; where
+    even that is not enough, no bundle is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -68,7 +68,7 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
 
 
 def _write_table(folder: Path, case: Case) -> int:
-    """Copy the case's kernel table; return its size where it is too large for that."""
+    """Copy the case's kernel table; return its size where it is too large to copy, else 0."""
     if not case.kernel_table:
         return 0
     table = table_bytes(case.kernel_table)
@@ -79,7 +79,7 @@ def _write_table(folder: Path, case: Case) -> int:
 
 
 def _first_that_fits(documents: Iterator[Any]) -> bytes | None:
-    """Return the first document that a reader takes, as lines for people where they fit."""
+    """First document within a reader's limits, as indented lines where they fit; None for none."""
     for document in documents:
         plain = msgspec.json.encode(document)
         lines = msgspec.json.format(plain, indent=2) + b"\n" if len(plain) <= MAX_JSON_BYTES else plain

@@ -1,4 +1,4 @@
-"""Reading a bundle that may come from anyone: nothing in it names a file, and nothing is believed unchecked."""
+"""Reading of bundles from untrusted sources: no file name is taken from a bundle, and every value is checked."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from distbench.verify.records import STAGE_ORDER, Divergence, Gathered
 _MAX_EXPERTS = 1 << 16
 _MAX_COLUMNS = 1 << 18
 _LENGTH_BYTES = 8
-# safetensors before 0.8 has no name for e4m3fnuz: its bytes are written.
+# safetensors before 0.8 has no name for e4m3fnuz: it is written as bytes.
 _FP8 = {"e4m3fn": "F8_E4M3", "e4m3fnuz": "U8"}
 _BLOCK = 128
 
 
 class Bundle(NamedTuple):
-    """A bundle whose JSON has been read and holds together; parts are read one at a time."""
+    """A bundle whose JSON has been read and is consistent; parts are read one at a time."""
 
     folder: Path
     manifest: Manifest
@@ -53,7 +53,7 @@ class Bundle(NamedTuple):
 
 
 class PartContent(NamedTuple):
-    """The bytes of a part whose header has been checked, and the digests that it carries."""
+    """Bytes of a part whose header has been checked, and the digests that it carries."""
 
     content: bytes
     digests: dict[str, str]
@@ -63,7 +63,7 @@ def open_bundle(folder: str | Path) -> Bundle:
     """Read manifest and report.
 
     Raises:
-        InvalidCase: a file is missing, too large, no regular file or not of this schema, or does not fit the others.
+        InvalidCase: a file is missing, too large, not a regular file, not of this schema, or inconsistent with others.
 
     """
     folder = Path(folder)
@@ -77,12 +77,12 @@ def open_bundle(folder: str | Path) -> Bundle:
 
 
 def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
-    """Return the bundle's case, what is `asked` for in front, checked as if it came from a case file.
+    """The bundle's case with the `asked` keys in front, checked as if it came from a case file.
 
-    Its kernel table is the bundle's own copy, never the path that the case names, unless one is asked for.
+    Its kernel table is the bundle's own copy, never the path that the case names, unless another one is requested.
 
     Raises:
-        InvalidCase: the case makes no sense, or its kernel table is not in the bundle.
+        InvalidCase: the case is invalid, or its kernel table is not in the bundle.
 
     """
     case = bundle.manifest.case
@@ -99,7 +99,7 @@ def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
 
 
 def read_part(bundle: Bundle, part: Part) -> PartContent:
-    """Return a rank's part, its header checked name by name against what the case has.
+    """A rank's part, its header checked name by name against the case.
 
     Raises:
         InvalidCase: missing, changed, not safetensors, or a tensor of another name, dtype or width.
@@ -120,10 +120,10 @@ def read_part(bundle: Bundle, part: Part) -> PartContent:
 
 
 def read_bounded(folder: Path, name: str, most: int) -> bytes:
-    """Return a regular file's bytes; links are not followed.
+    """Bytes of a regular file; links are not followed.
 
     Raises:
-        InvalidCase: missing, a link, no regular file, or more than `most` bytes.
+        InvalidCase: missing, a link, not a regular file, or more than `most` bytes.
 
     """
     try:
@@ -243,7 +243,7 @@ class _TensorHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def tensor_kinds(case: Case) -> dict[str, tuple[str, int | None]]:
-    """Return the tensors that a part may hold: by name, dtype as safetensors has it, and columns (None: a vector)."""
+    """Tensors that a part may hold: by name, the safetensors dtype, and columns (None: a vector)."""
     hidden, topk = case.hidden_size, case.topk
     batch: dict[str, tuple[str, int | None]] = {
         "hidden": (_FP8[case.fp8_format] if case.dispatch_dtype == "fp8" else "BF16", hidden),

@@ -1,4 +1,4 @@
-"""The tensors of one part, held against the case and each other before inputs are made for them."""
+"""Tensors of one part, checked against the case and each other before inputs are generated for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ArmRows(NamedTuple):
 
 
 class RankTensors(NamedTuple):
-    """What one rank recorded: its routing, its failing `tokens` as sent and as combined by arm, and the arms' rows."""
+    """One rank's record: its routing, its failing `tokens` as sent and as combined by arm, and the arms' rows."""
 
     routing: Tensor
     tokens: Tensor
@@ -36,10 +36,10 @@ class RankTensors(NamedTuple):
 
 
 def rank_tensors(rank: int, tensors: dict[str, Tensor], case: Case, listed: Sequence[Token]) -> RankTensors:
-    """Return the tensors of a part of `rank`, whose failing tokens are among those `listed`.
+    """Tensors of a part of `rank`, whose failing tokens are among those `listed`.
 
     Raises:
-        ValueError: a tensor is missing, or has not as many rows as it must.
+        ValueError: a tensor is missing, or has a wrong number of rows.
 
     """
     index = _present(tensors, "token.index")
@@ -56,10 +56,10 @@ def rank_tensors(rank: int, tensors: dict[str, Tensor], case: Case, listed: Sequ
 
 
 def routing_of(rank: int, tensors: dict[str, Tensor], case: Case) -> Tensor:
-    """Return the routing of the first tokens of `rank`: int32 [n, k].
+    """Routing of the first tokens of `rank`: int32 [n, k].
 
     Raises:
-        ValueError: there is none, or it has more tokens than the rank.
+        ValueError: it is missing, or has more tokens than the rank.
 
     """
     routing = _present(tensors, "routing")

@@ -1,6 +1,6 @@
-"""Writing the parts of a bundle, each rank its own.
+"""Writing of a bundle's parts, each rank its own.
 
-No rank sends a row to another: what rank 0 takes in is the size and digest of each part.
+No rank sends a row to another: rank 0 gathers the size and digest of each part.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from distbench.waits import collective
 
 
 def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Outcome | None) -> Recorded | None:
-    """Write this rank's part of a case that failed; on rank 0 return what all ranks wrote. Collective.
+    """Write this rank's part of a failed case; on rank 0 return the record of all parts. Collective.
 
     Rank 0 alone passes the outcome, or None where the case did not fail and nothing is written. Of a case that ran with
-    two kinds of inputs the one with which it failed is recorded. A rank that cannot write says so in its place in the
-    manifest; the verdict stands.
+    two kinds of inputs the failing one is recorded. A rank that cannot write is marked as missing in the manifest; the
+    verdict stands.
     """
     if not recorder.parts or any(part.finished is None for part in recorder.parts.values()):
         return NOTHING_RECORDED  # refused before its first dispatch, on all ranks
@@ -76,20 +76,20 @@ def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Out
 
 
 def _failed_with(outcome: Outcome, inputs: list[str]) -> str:
-    """The kind of inputs with which a case failed."""
+    """Kind of inputs with which a case failed."""
     findings = outcome.judgement.findings
     return findings[0].inputs if findings and findings[0].inputs in inputs else inputs[0]
 
 
 def _failed_part(outcome: Outcome) -> Gathered | None:
-    """What rank 0 gathered with the kind of inputs with which a case failed."""
+    """Rank 0's gathered records for the kind of inputs with which a case failed."""
     if outcome.question is None or outcome.gathered is None:
         return outcome.gathered
     return part_of(parts_of(outcome.question, outcome.gathered), outcome.judgement.findings).gathered
 
 
 def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
-    """Write parts with the routing of all ranks, which are lost: they can record nothing, and any machine makes it."""
+    """Write parts with the routing of all ranks, which are lost: they can record nothing; any machine regenerates it."""
     workload = workload_for(case, torch.device("cpu"))
     routed = routed_tokens(case.topk, min(ROUTING_BYTES, RECORDED_BYTES // case.ep_size))
     parts = []
@@ -102,7 +102,7 @@ def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
 
 
 def failing_tokens(outcome: Outcome) -> list[Token]:
-    """Return the tokens that went wrong as far as rank 0 lists them: first divergences, differing, lost."""
+    """Tokens that went wrong as far as rank 0 lists them: first divergences, differing, lost."""
     gathered = _failed_part(outcome)
     if gathered is None or outcome.judgement.verdict is Verdict.PASS:
         return []
@@ -119,7 +119,7 @@ def failing_tokens(outcome: Outcome) -> list[Token]:
 
 
 def _wrong_tokens(gathered: Gathered) -> int:
-    """Return how many tokens went wrong at least: each of these counts has a token once."""
+    """Least number of tokens that went wrong: each of these counts has a token once."""
     differing = [found.differing_tokens for found in gathered.comparisons.values()]
     lost = [record.lost.rows for record in gathered.observations]
     wrong = [found.rows for record in gathered.observations for found in record.divergences if found.clues.tokens]
@@ -127,12 +127,12 @@ def _wrong_tokens(gathered: Gathered) -> int:
 
 
 def _unrouted(case: Case, routed: int) -> int:
-    """Return how many tokens there are beyond the first `routed` of each rank."""
+    """Number of tokens beyond the first `routed` of each rank."""
     return sum(max(count - routed, 0) for count in case.tokens)
 
 
 def _affordable(case: Case) -> int:
-    """Return how many tokens `RECORDED_BYTES` hold: their rows on every rank that they go to, in every arm."""
+    """Number of tokens that fit into `RECORDED_BYTES`: their rows on every rank that they go to, in every arm."""
     arms, element = 4, 2
     row = case.hidden_size * 3 * element + 12 * case.topk
     token = arms * (min(case.topk, case.ep_size) * row + case.hidden_size * element) + row
@@ -140,7 +140,7 @@ def _affordable(case: Case) -> int:
 
 
 def _shared(session: Session, tokens: list[Token], part: int) -> tuple[int, Tensor]:
-    """Return rank 0's part, -1 where the case did not fail, and its tokens int64 [t, 2] on the CPU, on all ranks."""
+    """Rank 0's part, -1 where the case did not fail, and its tokens int64 [t, 2] on the CPU, on all ranks."""
     sent = torch.full((1 + MAX_TOKENS, 2), -1, dtype=torch.int64)
     sent[0] = part
     if tokens:
@@ -156,7 +156,7 @@ def _shared(session: Session, tokens: list[Token], part: int) -> tuple[int, Tens
 def _write_part(
     rank: int, seen: dict[str, Seen], finished: Finished, folder: Path, tokens: Tensor
 ) -> tuple[int, bytes]:
-    """Write the part of `rank`; its size and digest, or -1 where it could not be written or is too large."""
+    """Write the part of `rank`; return its size and digest, or -1 where it could not be written or is too large."""
     tensors = _own_tokens(rank, finished, tokens)
     for arm, one in seen.items():
         tensors |= {f"{arm}.{name}": tensor for name, tensor in _rows(rank, one, finished, tokens).items()}
@@ -191,11 +191,11 @@ def _own_tokens(rank: int, finished: Finished, tokens: Tensor) -> dict[str, Tens
 
 
 def _rows(rank: int, seen: Seen, finished: Finished, tokens: Tensor) -> dict[str, Tensor]:
-    """Return the rows of `tokens` as they arrived, where in the buffer, and what became of them."""
+    """Rows of `tokens` as they arrived, their slots in the buffer, and their expert rows."""
     keys = _keys(seen.sources)
     found_at = torch.isin(keys, _keys(tokens)).nonzero().flatten()
     first = {key: slot for slot, key in zip(found_at.tolist()[::-1], keys[found_at].tolist()[::-1], strict=True)}
-    wanted = torch.tensor(sorted(first.values()), dtype=torch.int64)  # each token once, whatever a transport did
+    wanted = torch.tensor(sorted(first.values()), dtype=torch.int64)  # each token once, even if a transport repeats it
     live = wanted[wanted < seen.expert_rows.shape[0]]
     cut = wanted[wanted >= seen.expert_rows.shape[0]]
     found = {
@@ -215,14 +215,14 @@ def _rows(rank: int, seen: Seen, finished: Finished, tokens: Tensor) -> dict[str
 
 
 def _in_range(sources: Tensor, tokens_per_rank: tuple[int, ...]) -> bool:
-    """Whether sources [m, 2], which a faulty transport may have damaged, name tokens that there are."""
+    """Whether sources [m, 2], which a faulty transport may have damaged, name existing tokens."""
     held = torch.tensor(tokens_per_rank)
     ranks = sources[:, 0].clamp(0, len(tokens_per_rank) - 1)
     return bool(((sources >= 0).all(1) & (sources[:, 0] == ranks) & (sources[:, 1] < held[ranks])).all())
 
 
 def _digests(seen: dict[str, Seen], finished: Finished) -> dict[str, str]:
-    """Return digests of all rows, recorded or not: sources, experts' weights, received and expert rows by source."""
+    """Digests of all rows, recorded or not: sources, experts' weights, received and expert rows by source."""
     found = {f"token.{name}": _digest(part) for name, part in finished.batch._asdict().items() if part is not None}
     found |= {f"combined.{arm}": _digest(rows) for arm, rows in finished.outputs.items()}
     found |= {name: _digest(getattr(finished.weights, name).flatten(0, 1)) for name in ("w1", "w2")}
@@ -243,7 +243,7 @@ def _keys(sources: Tensor) -> Tensor:
 
 
 def _everyones(session: Session, size: int, digest: bytes) -> list[list[int]]:
-    """Return size and digest words of every rank's part on rank 0, nothing elsewhere."""
+    """Size and digest words of every rank's part on rank 0, nothing elsewhere."""
     words = torch.frombuffer(bytearray(digest), dtype=torch.int64)
     found: list[list[int]] = session.gathered(torch.cat([torch.tensor([size]), words])).tolist()
     return found

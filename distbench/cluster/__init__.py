@@ -1,1 +1,1 @@
-"""Each node alone, pairs of nodes, all together: which node or link is at fault (docs/cluster-plan.md)."""
+"""Fault location in a cluster by runs on each node alone, on pairs, and on all together (docs/cluster-plan.md)."""

@@ -1,4 +1,4 @@
-"""The steps of a plan one after another, each without the nodes that an earlier one found at fault."""
+"""The steps of a plan in order, each without the nodes that an earlier step found at fault."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ RunRound = Callable[[Step, Round], list[Trial]]
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
-    """`distbench.cluster/1`: every trial, what they point at, and the nodes that a scheduler should not use.
+    """`distbench.cluster/1`: every trial, the findings, and the nodes that a scheduler should not use.
 
-    `suite` names what each group ran. `emulated` says that the nodes were groups of ranks on one machine. `not_run` has
-    the steps for which too few nodes were left, `not_judged` says of whom it is not known whether they are slow, and
-    why.
+    `suite` names the suite of the groups. `emulated`: the nodes were groups of ranks on one machine. `not_run` has the
+    steps for which too few nodes were left, `not_judged` the kinds of slowness that could not be judged, with reasons.
     """
 
     schema: str = SCHEMA
@@ -69,7 +68,7 @@ def validate(
 
 
 def document(validation: Validation) -> bytes:
-    """Return `validation` as JSON."""
+    """`validation` as JSON."""
     return msgspec.json.format(msgspec.json.encode(validation), indent=2) + b"\n"
 
 

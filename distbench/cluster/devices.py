@@ -1,4 +1,4 @@
-"""Groups that ran on other devices than most: `auto` takes the CPU where a node's accelerators are gone, and passes."""
+"""Groups that ran on other devices than most: `auto` takes the CPU where a node lacks accelerators, and passes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CPU = ("cpu",)
 
 
 def fail_other_devices(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials of one step, those as failed that ran on other devices than most did; of a tie the CPU loses.
+    """Trials of one step, marked as failed where they ran on other devices than most; in a tie the CPU loses.
 
-    Trials that came to no result have no devices and no say.
+    Trials without a result have no devices and are not counted.
     """
     counts = Counter(trial.devices for trial in trials if trial.devices)
     usual = max(counts, key=lambda devices: (counts[devices], devices != _CPU, devices), default=())

@@ -1,4 +1,4 @@
-"""The node or link at fault, from which groups of nodes failed and which did not."""
+"""Attribution of failures to a node or link, by the groups of nodes that failed and those that passed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Kind = Literal["node", "link", "common", "fabric", "scale", "slow node", "slow l
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One group of nodes and how its suite ended.
+    """One group of nodes and the ending of its suite.
 
-    `devices` are the kinds of device that its ranks ran on, in any case, none where it came to no result.
-    `times[stage][case and arm]` is the slowest rank's median time in microseconds, of the cases that passed; `wall_s`
-    what the group took with its start-up.
+    `devices` are the kinds of device of its ranks, in any case; empty without a result. `times[stage][case and arm]` is
+    the slowest rank's median time in microseconds, of the cases that passed; `wall_s` is the group's time with
+    start-up.
     """
 
     step: Step
@@ -36,7 +36,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What a pattern of failures, or of times, points at: the nodes, one or the two ends of a link, and why."""
+    """Conclusion from a pattern of failures, or of times: the node, or the two ends of a link, and the evidence."""
 
     kind: Kind
     nodes: Group
@@ -44,12 +44,12 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def name_faults(trials: Sequence[Trial]) -> list[Finding]:
-    """Return the nodes and links that the failures single out; nobody is named where all failed alike.
+    """Nodes and links that the failures single out; none where all failed alike.
 
-    A node is at fault that fails alone, or that passes alone and fails with every partner, two or more, that did not
-    fail alone. A link is at fault where a pair fails and neither end is. Where all nodes fail alone the cause is one
-    that they share; where three nodes or more pass alone and every pair fails, it lies between them all. What fails
-    with all nodes only, and with none of the above among them, comes with scale.
+    A node is at fault that fails alone, or that passes alone and fails with every partner (at least two) that did not
+    fail alone. A link is at fault where a pair fails and neither end is at fault. Where all nodes fail alone, the cause
+    is common to them. Where at least three nodes pass alone and every pair fails, it is the fabric. A failure of all
+    nodes together only, without any of the above, comes with scale.
     """
     alone = [trial for trial in trials if trial.step == "nodes"]
     bad = [trial for trial in alone if trial.failed]

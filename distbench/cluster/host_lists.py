@@ -53,10 +53,10 @@ def parse_hosts(text: str) -> HostList:
 
 
 def parse_host_file(text: str, origin: str) -> HostList:
-    """Hosts of a host file; `origin` names it in messages. A host on several lines has as many slots.
+    """Hosts of a host file; `origin` names it in messages. A host on several lines has one slot per line.
 
     Raises:
-        InvalidCase: a line that is none of the forms above, or no host at all; names the line.
+        InvalidCase: a line of another form, or no host at all; names the line.
 
     """
     slots: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def _hosts(text: str) -> Iterator[tuple[str, int | None]]:
 
 
 def _slots(options: Sequence[str]) -> int | None:
-    """Slots that the options behind a host give, if they do."""
+    """Slots given by the options that follow a host; None for none."""
     count = None
     for option in options:
         found = _SLOTS.fullmatch(option)
@@ -123,7 +123,7 @@ def _expand(entry: str) -> Iterator[str]:
 
 
 def _numbers(text: str, entry: str) -> Iterator[str]:
-    """Yield the numbers of `01-04,07`, with the zeros that the first number of a range has."""
+    """Yield the numbers of `01-04,07`, zero-padded like the first number of a range."""
     for part in text.split(","):
         found = _RANGE.fullmatch(part.strip())
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)

@@ -1,7 +1,7 @@
-"""How a command is started on a node: a list of arguments, never a line for a shell here.
+"""Start of a command on a node: a list of arguments, never a line for a local shell.
 
-A launcher's items may hold {host}. Its item {command} becomes the whole command as one quoted argument, for what hands
-a line to a shell at the other end, as ssh does; without one the command's arguments follow.
+A launcher's items may hold {host}. Its item {command} is replaced by the whole command as one quoted argument, for
+launchers such as ssh that pass a line to a remote shell; without it the command's arguments are appended.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _HOST, _COMMAND = "{host}", "{command}"
 
 
 def parse_launcher(text: str) -> tuple[str, ...]:
-    """Return the arguments of a launcher by name, or of a JSON list.
+    """Arguments of a launcher by name, or of a JSON list.
 
     Raises:
-        InvalidCase: neither.
+        InvalidCase: the text is neither.
 
     """
     if text in LAUNCHERS:
@@ -48,7 +48,7 @@ def parse_launcher(text: str) -> tuple[str, ...]:
 
 
 def command_on(launcher: Sequence[str], host: str, command: Sequence[str]) -> list[str]:
-    """Return the arguments that start `command` on `host`."""
+    """Arguments that start `command` on `host`."""
     started = [item if item == _COMMAND else item.replace(_HOST, host) for item in launcher]
     if _COMMAND in started:
         return [shlex.join(command) if item == _COMMAND else item for item in started]

@@ -1,4 +1,4 @@
-"""What is run on which nodes, in rounds of groups that share no node."""
+"""Groups of nodes for each step, in rounds of groups that share no node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Round = list[Group]
 
 
 def rounds_of(step: Step, nodes: Sequence[str]) -> list[Round]:
-    """Return the rounds of a step; the groups of a round run at the same time. No round where nodes are too few."""
+    """Rounds of a step; the groups of a round run at the same time. Empty where nodes are too few."""
     if step == "nodes":
         return [[(node,) for node in nodes]] if nodes else []
     if step == "pairs":
@@ -22,7 +22,7 @@ def rounds_of(step: Step, nodes: Sequence[str]) -> list[Round]:
 
 
 def pair_rounds(nodes: Sequence[str]) -> list[Round]:
-    """Return rounds in which each pair of nodes meets once and each node is in one pair of a round at most.
+    """Rounds in which each pair of nodes meets once and each node is in at most one pair of a round.
 
     The round-robin tournament by the circle method: n - 1 rounds of n / 2 pairs; with an odd number of nodes n rounds,
     and a node sits out in each.

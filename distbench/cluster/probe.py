@@ -1,6 +1,6 @@
-"""Whether all nodes see the folder for results: each finds a word in it, and leaves its own mark beside that.
+"""Check that all nodes share the folder for results: each finds a word in it, and leaves a mark beside the word.
 
-As a module it is what a node runs: `python -m distbench.cluster.probe FOLDER WORD NODE`.
+As a module it is the command of a node: `python -m distbench.cluster.probe FOLDER WORD NODE`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 
 _FOLDER, _WORD = ".probe", "word"
 _COMPLAINT = "distbench: probe: "
-# A folder on another machine shows what was written elsewhere only after a while.
+# A network folder shows files written elsewhere only after a delay.
 _SHOWN_S = 5.0
 _POLL_S = 0.1
 
 RunOnNodes = Callable[[Path, Mapping[str, Sequence[str]]], None]
-"""Runs a command on each node, with its output in NODE.log of the folder, until all have ended or time is over."""
+"""Runs a command on each node, with its output in NODE.log of the folder, until all have ended or a time limit."""
 
 
 def unshared(out: Path, nodes: Sequence[str], run: RunOnNodes) -> dict[str, str]:
-    """Return the nodes that do not see `out`, and what they say. One that cannot be reached says nothing."""
+    """Nodes that do not see `out`, with their complaints. An unreachable node has none and is left out."""
     folder, word = out / _FOLDER, secrets.token_hex(8)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def unshared(out: Path, nodes: Sequence[str], run: RunOnNodes) -> dict[str, str]
 
 
 def _said(folder: Path, node: str, word: str) -> str:
-    """Return what a node has against the folder: nothing where its mark is there, or where it never spoke."""
+    """A node's complaint about the folder; empty where its mark is there, or where it printed nothing."""
     told = (folder / f"{node}.log").read_text(errors="replace")
     complaint = next((line for line in told.splitlines() if _COMPLAINT in line), "")
     if complaint:
@@ -53,7 +53,7 @@ def _said(folder: Path, node: str, word: str) -> str:
 
 
 def main(folder: str, word: str, node: str) -> int:
-    """Look for the word, leave the mark, and say the word, or what is wrong."""
+    """Find the word, leave the mark, and print the word, or a complaint."""
     try:
         if (Path(folder) / _WORD).read_text() != word:
             complaint = "another folder by that name"

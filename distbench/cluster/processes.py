@@ -1,4 +1,4 @@
-"""Processes that a launcher starts on nodes, and their end here and there."""
+"""Processes that a launcher starts on nodes, and their termination on both sides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from distbench.cluster.launchers import command_on
 from distbench.errors import InvalidCase
 
-# A command whose standard input ends has so long to end by itself, and its ranks first; then its launcher is told to.
+# Grace period of a command after its stdin EOF, while its ranks end first; then its launcher is terminated.
 _PARTING_S = 15.0
 _GRACE_S = 5.0
 _POLL_S = 0.05
@@ -22,10 +22,10 @@ _SHOWN_CHARACTERS = 200
 
 
 class Processes:
-    """One for each of some nodes. Their standard input stays open for as long as they are to run (tether.py)."""
+    """One process per node. Their standard input stays open for as long as they are to run (tether.py)."""
 
     def __init__(self, launcher: Sequence[str], folder: Path) -> None:
-        """Start with `launcher`, as command_on takes it; what a node prints goes to NODE.log in `folder`."""
+        """Start with `launcher`, as command_on takes it; a node's output goes to NODE.log in `folder`."""
         self._launcher = launcher
         self._folder = folder
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -43,18 +43,18 @@ class Processes:
 
     @property
     def codes(self) -> dict[str, int | None]:
-        """The exit codes of the launchers, None for one that runs."""
+        """Exit codes of the launchers, None while running."""
         return {node: process.poll() for node, process in self._running.items()}
 
     def let_go(self) -> None:
-        """Have the commands end by themselves, without waiting for it."""
+        """Close the commands' standard input, so that they end by themselves; does not wait."""
         for process in self._running.values():
             if process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
 
     def end(self) -> None:
-        """End what still runs, here and on the nodes."""
+        """End the remaining processes, here and on the nodes."""
         self.let_go()
         if not self._ended(_PARTING_S):
             for process in self._running.values():
@@ -66,7 +66,7 @@ class Processes:
             process.wait()
 
     def last_line(self, node: str) -> str:
-        """Return the last line that a node has printed, cut short."""
+        """Last line of a node's output, cut short."""
         with self._log(node).open("rb") as log:
             log.seek(max(log.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
             lines = log.read().decode(errors="replace").split("\n")

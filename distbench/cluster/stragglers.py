@@ -1,11 +1,11 @@
-"""The slow node or link, from the distribution of times.
+"""Attribution of slowness to a node or link, from the distribution of times.
 
-For each stage x is the median over cases and arms of log(time / median of all groups); of a pair, what that is above
-the slower of its nodes alone. The slowest is held against the others by Student's t, as Grubbs does (Ann. Math. Stat.
-21, 1950): how many of their standard deviations it is above their mean. Of n values that differ by chance alone the
-largest is above the quantile of p / n with a chance of p at most. Then the next slowest is held against those that are
-left, and so on: a slow one does not hide another (Rosner's generalised ESD, Technometrics 25, 1983). All these tests,
-of all stages, nodes and links, share ALARMS.
+For each stage x is the median over cases and arms of log(time / median of all groups); for a pair, its excess over the
+slower of its nodes alone. The slowest is tested against the others by Student's t, as Grubbs does (Ann. Math. Stat. 21,
+1950): its distance from their mean in their standard deviations. Of n values that differ by chance alone, the largest
+exceeds the quantile of p / n with a probability of at most p. Then the next slowest is tested against the rest, and so
+on, so that one slow node does not mask another (Rosner's generalised ESD, Technometrics 25, 1983). All these tests, of
+all stages, nodes and links, share ALARMS.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from distbench.cluster.plan import Group
 from distbench.student import student_quantile
 
 ALARMS = 0.01
-"""Chance that anybody at all is called slow where nodes and links differ by chance alone."""
+"""Probability that any node or link is called slow where they differ by chance alone."""
 LEAST_SLOWDOWN = 1.05
-"""Times the mean of the others below which nobody is called slow, however sure that is."""
+"""Ratio to the mean of the others below which none is called slow, however significant."""
 LEAST_GROUPS = 5
-"""Groups below which there is no distribution to speak of."""
+"""Number of groups below which there is no distribution to test."""
 LEAST_TIMES = 4
-"""Cases and arms below which a single one decides."""
+"""Number of cases and arms below which a single one would decide."""
 
 
 class _Compared(msgspec.Struct, frozen=True):
-    """What is held against one another, in one stage: x of nodes or of links, between `nodes` nodes in all."""
+    """Values x compared in one stage, of nodes or of links, between `nodes` nodes in all."""
 
     kind: Kind
     stage: str
@@ -41,7 +41,7 @@ class _Compared(msgspec.Struct, frozen=True):
 
 
 class _Outlier(msgspec.Struct, frozen=True):
-    """How many times slower than the others, and how far that is, in their standard deviations."""
+    """Ratio to the others, and the distance from them in their standard deviations."""
 
     times: float
     t: float
@@ -49,9 +49,9 @@ class _Outlier(msgspec.Struct, frozen=True):
 
 
 def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
-    """Return the slow nodes, by the times alone or else by those in pairs, and the links slower than both their ends.
+    """Slow nodes, by the times alone or else by those in pairs, and links slower than both their ends.
 
-    Trials that failed have no say. Fewer than LEAST_GROUPS nodes, or LEAST_TIMES cases and arms, name nobody.
+    Failed trials are not counted. With fewer than LEAST_GROUPS nodes, or LEAST_TIMES cases and arms, none is named.
     """
     passed = [trial for trial in trials if not trial.failed]
     stages = dict.fromkeys(stage for trial in passed for stage in trial.times)
@@ -67,7 +67,7 @@ def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
 
 
 def not_judged(trials: Sequence[Trial]) -> list[str]:
-    """Return in words why slow nodes or links were not looked for, of the steps that were run."""
+    """Reasons why slow nodes or links were not looked for, in the steps that were run."""
     told = []
     for step, what in (("nodes", "slow nodes"), ("pairs", "slow links")):
         own = [trial for trial in trials if trial.step == step]
@@ -86,7 +86,7 @@ def not_judged(trials: Sequence[Trial]) -> list[str]:
 
 
 def _compared(passed: Sequence[Trial], stage: str) -> Iterator[_Compared]:
-    """Yield the nodes alone, the nodes by the median of their pairs, and the links by what theirs is above that."""
+    """Yield the nodes alone, the nodes by the median of their pairs, and the links by their excess over that."""
     alone, pairs = (_values([trial for trial in passed if trial.step == step], stage) for step in ("nodes", "pairs"))
     if not alone:
         return
@@ -104,7 +104,7 @@ def _compared(passed: Sequence[Trial], stage: str) -> Iterator[_Compared]:
 
 
 def _values(trials: Sequence[Trial], stage: str) -> dict[Group, float]:
-    """Return x of each group; of none where groups or the times that all of them have are too few."""
+    """Value x of each group; empty where groups, or the times common to all of them, are too few."""
     if len(trials) < LEAST_GROUPS:
         return {}
     times = {trial.nodes: trial.times.get(stage, {}) for trial in trials}
@@ -116,14 +116,14 @@ def _values(trials: Sequence[Trial], stage: str) -> dict[Group, float]:
 
 
 def _shared_keys(trials: Sequence[Trial], stage: str) -> set[str]:
-    """Return the cases and arms that all groups have times of."""
+    """Cases and arms of which all groups have times."""
     return set.intersection(*(set(trial.times.get(stage, {})) for trial in trials))
 
 
 def _outliers(compared: _Compared, alarms: float) -> dict[Group, _Outlier]:
-    """Return the groups that are slower than what is left without them by more than chance explains.
+    """Groups that are slower than the remaining ones by more than chance explains.
 
-    Up to a third can be. Links share their nodes, so that their scatter is known no better than that of the nodes.
+    At most a third are. Links share nodes, so their scatter has no more degrees of freedom than that of the nodes.
     """
     ordered = sorted(compared.values, key=compared.values.__getitem__)
     values = [compared.values[group] for group in ordered]
@@ -157,7 +157,7 @@ def _moments(values: Sequence[float]) -> Iterator[tuple[float, float, int]]:
 
 
 def _distance(value: float, mean: float, deviation: float, count: int) -> float:
-    """Return Student's t of one more value, beside `count` others."""
+    """Student's t of one more value against `count` others."""
     above = value - mean
     scale = deviation * math.sqrt(1 + 1 / count)
     return above / scale if scale else math.copysign(math.inf, above) if above else 0.0

@@ -1,4 +1,4 @@
-"""Runs a suite on groups of nodes, a round's groups at the same time, and reads how each ended."""
+"""Runs of a suite on groups of nodes, those of a round at the same time, and their endings."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from distbench.signals import Interrupted
 
 _POLL_S = 0.1
 _PROBE_S = 120.0
-# Once a process of a group has failed the others have so long to end: they may have the group's verdict to write.
+# Grace period of a group's other processes after the first failure: they may have the group's verdict to write.
 _PARTING_S = 30.0
 _SECRET_BYTES = 32
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How a trial is started: the suite and its options, ranks on each node, where results go, seconds it may take.
+    """Settings of a trial: suite and options, ranks per node, folder for results, time limit in seconds.
 
-    `launcher` is what command_on takes; where it is empty all nodes are this machine, and `port` and those after it
-    are used, one for each group of a round. `endpoint_host` replaces the first node's name as the meeting point.
-    `join_timeout_s` is for the nodes of a group to meet.
+    `launcher` is as command_on takes it; where it is empty all nodes are this machine, and `port` and the following
+    ones are used, one for each group of a round. `endpoint_host` replaces the first node's name as the rendezvous.
+    `join_timeout_s` is the time for a group's nodes to join.
     """
 
     suite: str
@@ -48,7 +48,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_shared(settings: Settings, nodes: Group, signals: Sequence[int]) -> None:
-    """Refuse a folder for results that some nodes do not see, which would make them look broken.
+    """Refuse a folder for results that some nodes do not share, which would make them look broken.
 
     Raises:
         InvalidCase: names those nodes.
@@ -102,7 +102,7 @@ def _heed(signals: Sequence[int]) -> None:
 
 
 class _Running:
-    """The processes of one group, one for each of its nodes; on leaving the context none is left."""
+    """The processes of one group, one per node; when the context ends none is left."""
 
     def __init__(self, settings: Settings, step: Step, nodes: Group, port: int) -> None:
         self._settings, self._step, self._nodes, self._port = settings, step, nodes, port
@@ -132,7 +132,7 @@ class _Running:
         self._secret.unlink(missing_ok=True)
 
     def alive(self) -> bool:
-        """Whether a process of the group is running; the others are ended a while after one has failed."""
+        """Whether a process of the group is running; after one has failed the others are ended with a delay."""
         codes = self._processes.codes.values()
         if None not in codes:
             self._wall_s = self._wall_s or time.monotonic() - self._started
@@ -146,12 +146,12 @@ class _Running:
         return True
 
     def let_go(self) -> None:
-        """Have what still runs end by itself; a group that is told so without having failed is late."""
+        """Make the remaining processes end by themselves; a group that has not failed is then late."""
         self._late = self.alive() and self._failed_at is None
         self._processes.let_go()
 
     def trial(self) -> Trial:
-        """End what was let go, and say how the group did."""
+        """End the remaining processes, and return the group's trial."""
         self._processes.end()
         if self._late:
             return self._failed(Verdict.HANG, f"no end within {self._settings.timeout_s:g} s{self._last_words()}")
@@ -169,7 +169,7 @@ class _Running:
         return msgspec.structs.replace(self._ended(0, Verdict.PASS.value, "", found), times=_times(found))
 
     def _last_words(self) -> str:
-        """Return how the nodes ended that did not end well, and the last that each of them said."""
+        """Exit codes of the nodes that failed, each with the last line of its output."""
         failed = {node: code for node, code in self._processes.codes.items() if code}
         told = (f"{node} exited with {code}: {self._processes.last_line(node)}" for node, code in failed.items())
         return "".join(f"; {one.rstrip(': ')}" for one in told)
@@ -189,7 +189,7 @@ class _Running:
         )
 
     def _command(self, number: int) -> list[str]:
-        """Return the suite's command on the group's node `number`."""
+        """The suite's command on the group's node `number`."""
         settings = self._settings
         suite = ["suite", settings.suite, "--out", str(self.out), *settings.options, "--quiet", "--for", "none"]
         command = [sys.executable, "-m", "distbench", "--end-with-stdin", *suite, "--nproc", str(settings.nproc)]

@@ -1,1 +1,1 @@
-"""What a node lacks for each way of running a case: facts (probe.py), what they mean (checks.py, vendors.py)."""
+"""Gaps of a node for each way of running a case: facts (probe.py), and their meaning (checks.py, vendors.py)."""

@@ -19,7 +19,7 @@ _DEVICE_PATHS: tuple[Path, ...] = ("cuda", "mori")
 
 
 def check_node(node: Node, case: Case, network: Network) -> list[Finding]:
-    """Return all findings about `node` for `case`, the largest that is to run, and for `network`."""
+    """Findings about `node` for `case`, the largest one to run, and for `network`."""
     ranks = case.ep_size // network.nodes
     return [
         _torch(node),
@@ -113,7 +113,7 @@ def _names(node: Node) -> list[Finding]:
 
 
 def _unused(node: Node, case: Case) -> list[Finding]:
-    """Look at the variables that a case through mori and aiter would not use."""
+    """Check for variables that a case through mori and aiter would not use."""
     chain = msgspec.structs.replace(case, transport="mori", experts="aiter")
     lines = unused_variables(node.environ, chain, {})
     return [Finding(topic="environment", level="ok", found=line, paths=("mori",)) for line in lines]

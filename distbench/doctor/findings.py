@@ -1,4 +1,4 @@
-"""What a fact about a node means for a way of running cases."""
+"""Meaning of a fact about a node for a way of running cases."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _EXIT_CODES = {"ok": 0, "degraded": 1, "missing": 2}
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One line: what was looked at, what was found, and what to do about it where it is not ok."""
+    """One line: the subject, the fact, and the fix where it is not ok."""
 
     topic: str
     level: Level
     found: str
     fix: str = ""
     paths: tuple[Path, ...] = PATHS
-    """The ways of running that it matters for."""
+    """The ways of running that it affects."""
 
 
 def exit_code(findings: list[Finding], path: Path) -> int:
-    """Return 0 for ready, 1 for degraded, 2 for not usable, for what `path` needs."""
+    """0 for ready, 1 for degraded, 2 for not usable, for the needs of `path`."""
     return max((_EXIT_CODES[finding.level] for finding in findings if path in finding.paths), default=0)

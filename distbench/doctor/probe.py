@@ -1,4 +1,4 @@
-"""The facts of this node that decide what can run on it. Nothing is changed and nothing is started, but small tools."""
+"""Facts of this node that decide which cases can run on it. Changes nothing, and starts only small tools."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ MORI = PACKAGES["mori"]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """Facts; a text is empty and a number None where there is no such thing. Sizes in bytes."""
+    """Facts; a missing text is empty and a missing number None. Sizes in bytes."""
 
     torch: str = ""
-    """Version of torch, or why it cannot be imported, with `!` in front."""
+    """Version of torch, or the reason why it cannot be imported, with `!` in front."""
     flavour: str = ""
     """cpu, cuda or rocm."""
     devices: tuple[str, ...] = ()
     """Architecture of each accelerator: gfx942, sm_90."""
     peers: bool | None = None
-    """Whether every accelerator reaches every other one's memory."""
+    """Whether every accelerator can access every other one's memory."""
     rocm: str = ""
     hipcc: str = ""
     units: int | None = None
-    """Compute units of each accelerator, where the kernel driver of ROCm tells."""
+    """Compute units of each accelerator, where ROCm's kernel driver lists them."""
     packages: dict[str, str] = {}
-    """Versions of mori's two distributions and of aiter's, those that are installed."""
+    """Versions of mori's two distributions and of aiter's, where installed."""
     nics: dict[str, str] = {}
     """State of each RDMA device's first port, such as ACTIVE."""
     memlock: int | None = None
@@ -57,7 +57,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def probe(environ: Mapping[str, str] = os.environ) -> Node:
-    """Look at this node."""
+    """Facts of this node."""
     shm = shutil.disk_usage(_SHARED_MEMORY) if _SHARED_MEMORY.is_dir() else None
     memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return Node(
@@ -78,7 +78,7 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
 
 
 def held_locks(folder: Path = DEVICE_LOCKS) -> list[str]:
-    """Return the accelerators' locks in `folder` that a process holds, or that cannot be looked at, by file names."""
+    """File names of the accelerators' locks in `folder` that a process holds, or that cannot be read."""
     return [found for path in sorted(folder.glob("distbench-*.lock")) if (found := _held_lock(path))]
 
 

@@ -38,7 +38,7 @@ _KERNEL_CHANGERS = (
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
-    """Nodes that run together; and blocks of mori's kernels to look at in the place of those that the case takes."""
+    """Number of nodes that run together; and mori's blocks to check instead of those of the case."""
 
     nodes: int = 1
     block_num: int | None = None
@@ -46,7 +46,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_vendors(node: Node, case: Case, network: Network) -> list[Finding]:
-    """Return what is to be said of the AMD path."""
+    """Findings about the AMD path."""
     return [
         _rocm(node),
         _hipcc(node),
@@ -101,7 +101,7 @@ def _mori(packages: Mapping[str, str]) -> Finding:
 
 
 def _installed(packages: Mapping[str, str]) -> dict[str, str]:
-    """Return the distributions of mori that are there, by name."""
+    """Installed distributions of mori, by name."""
     return {name: packages[name] for name in MORI if name in packages}
 
 
@@ -119,7 +119,7 @@ def _aiter(version: str) -> Finding:
 
 
 def _case(node: Node, case: Case, network: Network) -> list[Finding]:
-    """Return what is to be said of the case as mori would run it here."""
+    """Findings about the case as mori would run it here."""
     asked = msgspec.structs.replace(case, transport="mori", emulate=False)
     try:
         check_environment(node.environ)
@@ -142,7 +142,7 @@ def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Finding:
 
 
 def _blocks(node: Node, plan: MoriPlan, network: Network) -> Finding:
-    """Look at the blocks of a kernel: all of them run at once, and some of them are those that use the network."""
+    """Check the blocks of a kernel: all of them run at once, and some of them use the network."""
     own = plan.launch
     blocks = own.blocks if network.block_num is None else network.block_num
     rdma_blocks = own.rdma_blocks if network.rdma_block_num is None else network.rdma_block_num

@@ -15,7 +15,7 @@ from distbench.report.results import Results
 from distbench.values import shown
 
 FILES = {"junit": "junit.xml", "md": "results.md", "csv": "results.csv", "prom": "results.prom", "json": "results.json"}
-"""The formats, and the file that each is written to in the folder of the results."""
+"""Formats, and the name of each one's file in the folder of the results."""
 
 STANDARD_OUTPUT = Path("-")
 """The path that stands for standard output."""
@@ -28,12 +28,12 @@ Targets = Mapping[str, Path]
 
 
 def parse_targets(text: str, out: Path) -> Targets:
-    """Return the file of each format in `junit,md=summary.md,…`; one without a path goes into `out`.
+    """Files of the formats in `junit,md=summary.md,…`; one without a path goes into `out`.
 
     `-` as a path is STANDARD_OUTPUT.
 
     Raises:
-        InvalidCase: a format that is not known or named twice, an empty path, or one that two formats share.
+        InvalidCase: an unknown or repeated format, an empty path, or one that two formats share.
 
     """
     targets: dict[str, Path] = {}
@@ -51,9 +51,9 @@ def parse_targets(text: str, out: Path) -> Targets:
 
 
 def load_writers(targets: Targets, package: str = __name__) -> dict[Path, Any]:
-    """Load what writes these formats, so that a missing library is known before a rank starts.
+    """Load the writers of these formats, so that a missing library is known before a rank starts.
 
-    They are modules of `package`, and write what it is about: results, if not told otherwise.
+    They are modules of `package`, and write the objects that it exports: results by default.
 
     Raises:
         Unsupported: a library is missing; names it.

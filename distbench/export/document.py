@@ -1,4 +1,4 @@
-"""All results as one JSON document: what became of them, and each report as its journal has it."""
+"""All results as one JSON document: the summary, and each report as its journal has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JUnit XML: one test case a case, with its verdict and reasons where it did not end as expected."""
+"""JUnit XML: one test case per case, with its verdict and reasons where it did not end as expected."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from distbench.errors import Verdict
 from distbench.export.totals import DISTBENCH, Totals
 from distbench.report.results import Result, Results
 
-# XML 1.0 has no way to write these, not even escaped.
+# XML 1.0 cannot represent these, not even escaped.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# Cases that came to no result; what the others say is a result that is wrong.
+# Verdicts without a result; all others are results that are wrong.
 _ERRORS = (Verdict.HANG, Verdict.RANK_FAULT, Verdict.INVALID)
 
 
 def write(results: Results, file: BinaryIO) -> None:
     """Write one suite: UNSUPPORTED is skipped, as expected is passed, and anything else fails or is an error.
 
-    A case without a result is an error too, all of them together in one test case.
+    Cases without a result are an error too, all of them together in one test case.
     """
     totals = Totals(results)
     suite = TestSuite(xml_text(totals.suite))
@@ -58,7 +58,7 @@ def _test_case(result: Result) -> TestCase:
 
 
 def _class(suite: str, model: str) -> str:
-    """Class of a test case, by which readers keep the cases of two suites apart; a dot ends a package's name."""
+    """Class of a test case, which separates the cases of two suites; a dot ends a package's name."""
     return ".".join(filter(None, [DISTBENCH, suite.replace(".", "_"), model]))
 
 
@@ -77,7 +77,7 @@ def _lines(result: Result) -> list[str]:
 
 
 def _facts(result: Result) -> list[str]:
-    """Return what a reader of any case asks, passed or not; the schema has no properties of a test case."""
+    """Facts that matter for any case, passed or not; the schema has no properties of a test case."""
     facts = [f"hosts: {' '.join(result.hosts)}"] if result.hosts else []
     facts += [f"ended: {result.ended}"] if result.ended else []
     return facts if result.limit is None else [*facts, str(result.limit), f"lost rows: {result.lost.rows}"]
@@ -92,5 +92,5 @@ def _missing(suite: str, count: int, why: str) -> TestCase:
 
 
 def xml_text(text: str) -> str:
-    """Return `text` with the characters escaped that XML cannot hold."""
+    """`text` with the characters escaped that XML cannot represent."""
     return _NOT_XML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

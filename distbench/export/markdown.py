@@ -1,4 +1,4 @@
-"""A summary in Markdown, as a job's page or a merge request shows it."""
+"""A summary in Markdown, for the page of a job or a merge request."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~&:@^=$\"'/])")
 
 
 def write(results: Results, file: BinaryIO) -> None:
-    """Write what became of all cases, the first that did not end as expected, and the times by stage."""
+    """Write the totals of all cases, the first that did not end as expected, and the times by stage."""
     file.write("\n".join(_lines(Totals(results))).encode() + b"\n")
 
 
 def escape(text: str) -> str:
-    """Return `text` so that it shows as itself in any place of a document, a table's cell too, on one line."""
+    """`text` escaped so that it renders literally anywhere in a document, including table cells, on one line."""
     line = " ".join(text.split())
     shown = line if len(line) <= _SHOWN_CHARACTERS else f"{line[: _SHOWN_CHARACTERS - 1]}…"
     return _MARKUP.sub(r"\\\1", "".join(one if one.isprintable() else "�" for one in shown))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
-    """Yield the lines of a table, an empty one before and after it."""
+    """Yield the lines of a table, with an empty line before and after it."""
     yield from ("", f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}")
     for row in rows:
         yield f"| {' | '.join(escape(str(cell)) for cell in row)} |"

@@ -1,8 +1,8 @@
 """A Prometheus text file, such as node_exporter's textfile collector reads.
 
 Every series has the suite's name as a label: node_exporter refuses two files with the same series. The other labels
-take values from lists that the code fixes (verdicts, arms, stages), so the number of series does not depend on what a
-suite holds; no case is a label, and one host only, that of rank 0.
+take values from lists that the code fixes (verdicts, arms, stages), so the number of series does not depend on the
+suite; no case is a label, and only one host, that of rank 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STATISTICS = ("median", "p99", "max")
 
 
 def write(results: Results, file: BinaryIO) -> None:
-    """Write gauges, all of them of the results as they stand."""
+    """Write gauges of the current results."""
     registry = CollectorRegistry()
     registry.register(_Collector(Totals(results)))
     file.write(generate_latest(registry))
@@ -91,7 +91,7 @@ class _Collector(Collector):
         return family
 
     def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        """Return a metric without a value yet; its first label is the suite, or two suites' files would collide."""
+        """A metric without a value; its first label is the suite, so that the files of two suites do not collide."""
         return GaugeMetricFamily(name, text, labels=("suite", *labels))
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
@@ -111,7 +111,7 @@ def _named(counts: Mapping[Verdict, int]) -> dict[str, int]:
 
 
 def _seconds(ended: str) -> float | None:
-    """Seconds since the epoch of a report's `ended`; None where it is no such time."""
+    """Seconds since the epoch of a report's `ended`; None for an invalid time."""
     try:
         return datetime.strptime(ended, ENDED).replace(tzinfo=timezone.utc).timestamp()
     except ValueError:

@@ -1,4 +1,4 @@
-"""CSV: one row a case."""
+"""CSV: one row per case."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ COLUMNS = (
     "reason",
     "wall_s",
     *(f"{arm}_{stage}_median_us" for arm, stage in _TIMES),
-    # Later columns, at the end: a reader may count the others.
+    # New columns go to the end: a reader may count positions.
     "limit_proof",
     "limit_bound",
     "limit_formula",
     "suite",
     "ended",
 )
-# A spreadsheet takes a cell that begins so for a formula, and may run it.
+# A spreadsheet treats a cell that begins with one of these as a formula, and may run it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -81,7 +81,7 @@ def _row(result: Result) -> Iterator[Any]:
 
 
 def cell(value: Any) -> Any:
-    """Return a value as a cell has it: no formula of a spreadsheet, and a truth in lower case."""
+    """A value as a cell: never a spreadsheet formula, and booleans in lower case."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and value.startswith(_FORMULA_STARTS):

@@ -1,4 +1,4 @@
-"""What all results come to together, in memory that grows with their number only: counts, and times by stage."""
+"""Totals of all results, in memory that grows with their number only: counts, and times by stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Totals:
     """Counts, the time of each arm's stages in each case, and the first cases that did not end as expected."""
 
     def __init__(self, results: Results) -> None:
-        """Go through `results` once."""
+        """Iterate over `results` once."""
         self.verdicts: Counter[Verdict] = Counter()
         self.unexpected: Counter[Verdict] = Counter()
         self.limits: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Totals:
 
     @property
     def suite(self) -> str:
-        """Name of the suite, or of all suites that the results are of; DISTBENCH where they name none."""
+        """Name of the suite, or of all suites in the results; DISTBENCH where they name none."""
         return ", ".join(sorted(self.suites)) or DISTBENCH
 
     @property
@@ -80,6 +80,6 @@ class Totals:
 
 
 def quantiles_of(values: array[float]) -> tuple[float, float, float]:
-    """Return the median, the 99th percentile and the largest."""
+    """The median, the 99th percentile and the maximum."""
     ordered = sorted(values)
     return statistics.median(ordered), ordered[(99 * len(ordered) - 1) // 100], ordered[-1]

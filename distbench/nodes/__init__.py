@@ -1,1 +1,1 @@
-"""What the supervisors of several nodes tell each other (docs/cluster.md)."""
+"""Communication between the supervisors of several nodes (docs/cluster.md)."""

@@ -1,7 +1,7 @@
-"""The door of node 0: connections whose peers prove the secret are handed over, all others are refused.
+"""Admission to node 0: connections whose peers prove the secret are handed over, all others are refused.
 
-One thread holds at most MOST_PEERS unproven connections, each for PROOF_S and with room for the bytes of an answer, so
-that whatever strangers send takes neither memory nor threads. Where there are too many the oldest makes room.
+One thread holds at most MOST_PEERS unproven connections, each for PROOF_S and with room for one answer, so that
+strangers can exhaust neither memory nor threads. Beyond that number the oldest connection is dropped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Gate(threading.Thread):
         self._closing = threading.Event()
 
     def run(self) -> None:
-        """Accept, hear answers, and refuse whoever is late."""
+        """Accept, receive answers, and refuse peers that exceed PROOF_S."""
         for listener in self._listeners:
             listener.settimeout(0)
             self._selector.register(listener, selectors.EVENT_READ)
@@ -133,7 +133,7 @@ class Gate(threading.Thread):
 
 
 class _Peer:
-    """A connection whose other side has not proven anything."""
+    """A connection whose other side has not proven the secret."""
 
     __slots__ = ("answer", "asked", "connection", "deadline", "name")
 
@@ -145,7 +145,7 @@ class _Peer:
         self.deadline = time.monotonic() + PROOF_S
 
     def send(self, content: bytes) -> bool:
-        """Whether a few bytes went out at once, as they do where nothing is under way yet."""
+        """Whether a few bytes were sent at once, as they are on an idle connection."""
         try:
             return self.connection.send(content) == len(content)
         except OSError:

@@ -1,4 +1,4 @@
-"""Node 0's side: hears the other nodes, and tells them what to do."""
+"""Node 0's side of the connections: receives the other nodes' states, and sends orders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HUNG_UP_S = 2.0
 
 
 class NodesMissing(DistbenchError):
-    """Nodes that should take part did not come. Not a verdict: no case was looked at."""
+    """Nodes that should take part did not join. Not a verdict: no case was examined."""
 
     label = "NODES_MISSING"
     exit_code = 3
@@ -38,13 +38,13 @@ class NodesMissing(DistbenchError):
 class Hub:
     """The nodes of a campaign as node 0 sees them, itself included.
 
-    `refused` says which of them cannot take part, and why. Only peers that know the secret are heard at all.
+    `refused` holds the reasons of nodes that cannot take part. Peers without the secret never get this far.
     """
 
     def __init__(self, spread: Spread, join_timeout_s: float, secret: bytes = b"", log: Path | None = None) -> None:
-        """Listen on the endpoint of `spread`; all nodes have to come within `join_timeout_s`.
+        """Listen on the endpoint of `spread`; all nodes have to join within `join_timeout_s`.
 
-        `log` gets a line for each peer that is refused.
+        `log` gets a line for each refused peer.
 
         Raises:
             InvalidCase: the port is taken, or the endpoint is not on this node.
@@ -55,7 +55,7 @@ class Hub:
         self._order = Order(phase=Phase.WAIT)
         self._job: Job | None = None
         self.store: socket.socket | None = None
-        """Where the ranks of the launch under way meet."""
+        """Rendezvous of the ranks of the current launch."""
         self._lock = threading.Lock()
         self._channels: dict[int, Channel] = {}
         self._beats: dict[int, Beat] = {}
@@ -68,7 +68,7 @@ class Hub:
         self._gate.start()
 
     def _serve(self, channel: Channel, peer: str) -> None:
-        """Answer a node until it hangs up, falls silent, or says what is not its to say."""
+        """Answer a node until it disconnects, times out, or sends a message that it may not send."""
         try:
             while True:
                 beat = msgspec.json.decode(channel.receive(MOST_BEAT_BYTES), type=Beat)
@@ -85,10 +85,10 @@ class Hub:
             self._forget(channel)
 
     def _answer(self, beat: Beat, channel: Channel) -> Order:
-        """Take a beat of another node and return the order for it.
+        """Record a beat of another node and return the order for it.
 
         Raises:
-            Tampered: it tells of what is not its own.
+            Tampered: the beat is about ranks that are not its own.
 
         """
         spread = self._spread
@@ -111,7 +111,7 @@ class Hub:
         return msgspec.structs.replace(order, job=job)
 
     def _claim(self, beat: Beat, channel: Channel) -> str:
-        """Give a node's place to the connection that speaks for it first; return why another one is sent away."""
+        """Assign a node number to the first connection that claims it; return the reason to refuse any other one."""
         holder = self._channels.get(beat.node)
         if holder is channel:
             return ""
@@ -127,7 +127,7 @@ class Hub:
         return ""
 
     def _forget(self, channel: Channel) -> None:
-        """Note that a node has hung up before it was sent home: it is lost, unless a signal ends this one as well."""
+        """Record a node that disconnected early: it is lost, unless a signal ends this node as well."""
         with self._lock:
             node = next((node for node, held in self._channels.items() if held is channel), None)
             if node is None:
@@ -148,10 +148,10 @@ class Hub:
             time.sleep(_TICK_S)
 
     def begin(self, job: Job, signals: Sequence[int]) -> Job:
-        """Order a launch of `job` once all nodes are there, and return it as node 0 itself has to run it.
+        """Order a launch of `job` once all nodes have joined, and return the job for node 0 itself.
 
         Raises:
-            NodesMissing: some did not come in time.
+            NodesMissing: some did not join in time.
 
         """
         self._gather(signals)
@@ -171,11 +171,11 @@ class Hub:
 
     @property
     def strangers(self) -> str:
-        """Peers that were refused, in words; empty for none."""
+        """Summary of refused peers; empty for none."""
         return self._refusals.summary()
 
     def mirror(self, job: Job) -> None:
-        """Write what other nodes told of their ranks to where the ranks of this one leave it."""
+        """Write the other nodes' rank states into the files where this node's ranks leave theirs."""
         out, now = Path(job.out), time.monotonic_ns()
         for node, beat in self._current().items():
             heard = self._heard[node]
@@ -190,16 +190,16 @@ class Hub:
                 _leave(out, failure, now)
 
     def first_exit(self) -> Exit | None:
-        """Return the exit of a rank on another node, if there was one."""
+        """Exit of a rank on another node, if there was one."""
         return next((beat.exit for beat in self._current().values() if beat.exit is not None), None)
 
     def lost(self) -> dict[int, str]:
-        """Return the nodes that have hung up or no longer answer, and their hosts."""
+        """Nodes that have disconnected or no longer answer, with their hosts."""
         silent = time.monotonic() - SILENCE_S
         return {node: self._beats[node].host for node, heard in list(self._heard.items()) if heard < silent}
 
     def stacks(self) -> dict[int, str]:
-        """Ask the other nodes for the stacks of their ranks, and wait for them a little."""
+        """Request the stacks of the other nodes' ranks, and wait for them briefly."""
         self._say(msgspec.structs.replace(self._order, want_stacks=True))
         deadline = time.monotonic() + _STACKS_S
         while time.monotonic() < deadline and not all(beat.stacks for beat in self._current().values()):
@@ -207,7 +207,7 @@ class Hub:
         return {rank: text for beat in self._current().values() for rank, text in beat.stacks.items()}
 
     def stop(self) -> None:
-        """End the launch on all nodes, and wait until it has."""
+        """End the launch on all nodes, and wait for its end."""
         self._say(msgspec.structs.replace(self._order, phase=Phase.STOP, want_stacks=False))
         deadline = time.monotonic() + _PARTING_S
         while time.monotonic() < deadline and not all(
@@ -216,7 +216,7 @@ class Hub:
             time.sleep(_TICK_S)
 
     def close(self, exit_code: int) -> None:
-        """Send the other nodes home, with the exit code that all end with."""
+        """Release the other nodes, with the common exit code."""
         self._say(Order(phase=Phase.END, launch=self._order.launch, exit_code=exit_code))
         deadline = time.monotonic() + _TOLD_S + BEAT_S
         while time.monotonic() < deadline and set(self._beats) - self._told_end - set(self.lost()):
@@ -226,12 +226,12 @@ class Hub:
             self.store.close()
 
     def place(self, rank: int) -> str:
-        """Return the host of a rank."""
+        """Host of a rank."""
         beat = self._beats.get(rank // self._spread.nproc)
         return socket.gethostname() if beat is None else beat.host
 
     def ranks_of(self, node: int) -> range:
-        """Return the ranks of a node."""
+        """Ranks of a node."""
         return range(node * self._spread.nproc, (node + 1) * self._spread.nproc)
 
     def _say(self, order: Order) -> None:
@@ -239,7 +239,7 @@ class Hub:
             self._order = order
 
     def _current(self) -> dict[int, Beat]:
-        """Return the latest beats of the launch under way."""
+        """Latest beats of the current launch."""
         with self._lock:
             return {node: beat for node, beat in self._beats.items() if beat.launch == self._order.launch}
 

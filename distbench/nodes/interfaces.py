@@ -1,7 +1,7 @@
-"""Network interfaces of gloo and NCCL: what the variables select, and the interface by which a node reaches another.
+"""Network interfaces of gloo and NCCL: those that the variables select, and the one that reaches another node.
 
 For launch scripts `python -m distbench.nodes.interfaces HOST PORT` prints NAME=VALUE for each variable that gloo and
-NCCL should have, and says on standard error what was found.
+NCCL should have, and a summary on standard error.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _GLOO, _NCCL = VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a name or address means this machine wherever it is used, so that all nodes are on it."""
+    """Whether a name or address means this machine on every node, so that all nodes are on it."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     return host == "localhost"
 
 
 def interface_names() -> tuple[str, ...]:
-    """Names of the interfaces that have an address, in the order of the kernel."""
+    """Names of the interfaces that have an address, in the kernel's order."""
     with_v6 = {name for _, name in _addresses_v6()}
     return tuple(name for _, name in socket.if_nameindex() if _address_v4(name) or name in with_v6)
 
 
 def interface_complaints(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
-    """What is wrong with the variables that are set, by variable: `names` are the interfaces with an address."""
+    """Complaint about each invalid variable that is set; `names` are the interfaces with an address."""
     complaints = {}
     for variable in VARIABLES:
         value = environ.get(variable, "")
@@ -53,7 +53,7 @@ def interface_complaints(environ: Mapping[str, str], names: Sequence[str]) -> di
 
 
 def check_interfaces(*, accelerated: bool, environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse variables that name no interface of this node; NCCL's count where cases may be `accelerated`.
+    """Refuse variables that name no interface of this node; NCCL's only where cases may be `accelerated`.
 
     Raises:
         InvalidCase: names the variable, its value, and the interfaces that there are.
@@ -81,7 +81,7 @@ def nccl_selection(value: str, names: Sequence[str]) -> list[str]:
 
 
 def _gloo_complaint(value: str, names: Sequence[str]) -> str:
-    """Gloo takes whole names, separated by commas, and fails in each rank at one that is not there."""
+    """Complaint about gloo's variable: whole names, separated by commas; each rank fails at a missing one."""
     absent = [name for name in value.split(",") if name not in names]
     if not absent:
         return ""
@@ -93,16 +93,16 @@ def _nccl_complaint(value: str, names: Sequence[str]) -> str:
 
 
 def choose_loopback(environ: MutableMapping[str, str] = os.environ) -> str:
-    """Have gloo and NCCL listen on loopback only, where nobody has chosen; return what was chosen, in words."""
+    """Restrict gloo and NCCL to loopback, unless the user chose; return the choice in words."""
     name = _interface_of("127.0.0.1")
     return _choose(name, environ)
 
 
 def choose_interfaces(host: str, port: int, environ: MutableMapping[str, str] = os.environ) -> str:
-    """Have gloo and NCCL use the interface towards `host`, where nobody has chosen; return what was found, in words.
+    """Select the interface towards `host` for gloo and NCCL, unless the user chose; return the outcome in words.
 
-    Loopback only where `host` says that all nodes are on this machine: a name that merely stands for a loopback address
-    here is told, and no choice made.
+    Selects loopback only where `host` says that all nodes are on this machine: a name that merely resolves to a
+    loopback address here is reported, and nothing is selected.
     """
     if is_loopback(host):
         return choose_loopback(environ)
@@ -139,7 +139,7 @@ def source_address(family: int, where: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _interface_of(address: str) -> str:
-    """Return the name of the interface that has `address`, or empty where nothing tells."""
+    """Name of the interface that has `address`; empty where unknown."""
     if ":" in address:
         wanted = ipaddress.IPv6Address(address).packed.hex()
         return next((name for found, name in _addresses_v6() if found == wanted), "")
@@ -154,7 +154,7 @@ def _address_v4(name: str) -> str:
 
 
 def _addresses_v6() -> list[tuple[str, str]]:
-    """Return addresses, as hexadecimal digits, with the names of their interfaces."""
+    """Addresses, as hexadecimal digits, with the names of their interfaces."""
     with contextlib.suppress(OSError):
         lines = (line.split() for line in _ADDRESSES_V6.read_text().splitlines())
         return [(found, name) for found, *_, name in lines]

@@ -1,4 +1,4 @@
-"""The side of the nodes other than node 0."""
+"""Connection of the other nodes to node 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RETRY_S = 0.5
 
 
 class NodeLost(DistbenchError):
-    """Node 0 is gone, or was never there. Not a verdict: that is node 0's to give."""
+    """Node 0 is gone, or was never there. Not a verdict: node 0 decides that."""
 
     label = "NODE_LOST"
     exit_code = 3
@@ -28,7 +28,7 @@ class Link:
     """The connection to node 0."""
 
     def __init__(self, spread: Spread, secret: bytes, seconds: float, signals: Sequence[int]) -> None:
-        """Connect and prove the secret, trying for `seconds`, since node 0 may come up later, or have no room yet.
+        """Connect and prove the secret, retrying for `seconds`, since node 0 may start later, or have no room yet.
 
         Raises:
             NodeLost: node 0 does not answer.
@@ -51,7 +51,7 @@ class Link:
                 raise InvalidCase(message) from error
 
     def tell(self, beat: Beat) -> Order:
-        """Tell node 0 how this node stands, and return what it wants.
+        """Send node 0 this node's state, and return its order.
 
         Raises:
             NodeLost: no answer.
@@ -72,7 +72,7 @@ class Link:
         return order
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._channel.close()
 
 

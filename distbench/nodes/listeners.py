@@ -1,4 +1,4 @@
-"""Sockets on which node 0 is reached by other nodes, and by nobody else where that can be told."""
+"""Sockets on which other nodes reach node 0, restricted to their addresses where these are known."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from distbench.nodes.interfaces import is_loopback, source_address
 
 _WAITING = 1024
 _TAKEN = (errno.EADDRINUSE, errno.EACCES)
-# A family that this node does not speak, or an address to which no route leads.
+# An address family that this node lacks, or an address without a route.
 _NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
 def listen(spread: Spread, port: int | None = None) -> list[socket.socket]:
     """Listen on the addresses of the endpoint's host; port 0 takes a free one, None the endpoint's.
 
-    Where such an address is not this node's own, as behind a translation of addresses, it is the one from which this
-    node reaches it. A name that stands for loopback here, as Debian sets it up, says nothing of where others come from:
-    then it is all addresses.
+    Where such an address is not this node's own, as behind NAT, the socket listens on the source address towards it. A
+    name that resolves to loopback here, as Debian sets it up, does not show where peers come from: then it listens on
+    all addresses.
 
     Raises:
         InvalidCase: the host has no address here, or the port is taken.

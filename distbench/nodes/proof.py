@@ -1,9 +1,9 @@
-"""Proof of the launch secret in both directions, and messages that carry its mark.
+"""Mutual proof of the launch secret, and messages authenticated by it.
 
-Node 0 sends MAGIC and a nonce; the other node MAGIC, a nonce of its own, and HMAC-SHA256 of both under the secret; node
-0 then proves the secret alike. What follows is bound to these nonces: each message carries the HMAC of its number and
-content under a key of the session and direction, so that none can be forged, replayed, reordered or left out unnoticed.
-Nothing is encrypted.
+Node 0 sends MAGIC and a nonce; the other node MAGIC, its own nonce, and HMAC-SHA256 of both under the secret; node 0
+then proves the secret in the same way. All that follows is bound to these nonces: each message carries the HMAC of its
+number and content under a key of the session and direction, so that no message can be forged, replayed, reordered or
+dropped unnoticed. Nothing is encrypted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAGIC = b"distbench nodes1"
 _NONCE_BYTES = _MARK_BYTES = 32
 CHALLENGE_BYTES = len(MAGIC) + _NONCE_BYTES
 ANSWER_BYTES = CHALLENGE_BYTES + _MARK_BYTES
-# In the place of node 0's own proof: this node's was wrong. No HMAC is likely to be all zeros.
+# Sent instead of node 0's own proof where this node's was wrong. An HMAC of all zeros is improbable.
 REFUSED = bytes(_MARK_BYTES)
 
 _HEADER = struct.Struct(">I")
@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 16
 
 
 class Tampered(Exception):
-    """A message that the other side did not send so: too long, forged, replayed, or not in its turn."""
+    """A message that the other side did not send: too long, forged, replayed, or out of order."""
 
 
 class WrongSecret(Exception):
@@ -36,19 +36,19 @@ class WrongSecret(Exception):
 
 
 class Keys(NamedTuple):
-    """Keys of one session: `up` for what a node tells, `down` for what node 0 answers."""
+    """Keys of one session: `up` for a node's messages, `down` for node 0's answers."""
 
     up: bytes
     down: bytes
 
 
 def challenge() -> bytes:
-    """Make what node 0 sends first, bytes [CHALLENGE_BYTES]."""
+    """Node 0's first message, bytes [CHALLENGE_BYTES]."""
     return MAGIC + secrets.token_bytes(_NONCE_BYTES)
 
 
 def check_answer(secret: bytes, asked: bytes, answer: bytes) -> tuple[bytes, Keys]:
-    """Return node 0's own proof and the keys of the session; `answer` is bytes [ANSWER_BYTES].
+    """Node 0's own proof and the keys of the session; `answer` is bytes [ANSWER_BYTES].
 
     Raises:
         WrongSecret: the answer does not prove the secret.
@@ -61,11 +61,11 @@ def check_answer(secret: bytes, asked: bytes, answer: bytes) -> tuple[bytes, Key
 
 
 def prove(connection: socket.socket, secret: bytes) -> Keys:
-    """Prove the secret to node 0, have it prove its own knowledge, and return the keys of the session.
+    """Prove the secret to node 0, verify node 0's proof, and return the keys of the session.
 
     Raises:
         WrongSecret: node 0 does not accept the secret, or does not know it.
-        Tampered: whatever listens there is no node 0.
+        Tampered: the listener is not node 0.
         OSError, EOFError: the connection ended.
 
     """
@@ -103,10 +103,10 @@ class Channel:
         self._connection.sendall(_HEADER.pack(len(content)) + mark + content)
 
     def receive(self, most_bytes: int) -> bytes:
-        """Return the next message, of at most `most_bytes`.
+        """Next message, of at most `most_bytes`.
 
         Raises:
-            Tampered: it is longer, or not what the other side sent at this point.
+            Tampered: it is longer, or not the message that the other side sent at this point.
             OSError, EOFError: the connection ended.
 
         """
@@ -125,14 +125,14 @@ class Channel:
         return content
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
 
 def receive_exactly(connection: socket.socket, size: int) -> bytes:
-    """Return the next `size` bytes; memory grows with what has arrived.
+    """Next `size` bytes; memory grows only as bytes arrive.
 
     Raises:
         OSError, EOFError: the connection ended before.

@@ -1,4 +1,4 @@
-"""A line for each peer that was refused: in a file, and now and then on standard error."""
+"""A line for each refused peer: in a file, and occasionally on standard error."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import threading
 import time
 from pathlib import Path
 
-# What strangers send must not fill the disk.
+# Strangers must not be able to fill the disk.
 MOST_LINES = 100_000
 _SAY_EVERY_S = 10.0
 
 
 class Refusals:
-    """Counts refused peers, each with a line in `path`; without one they are counted only. For several threads."""
+    """Counts refused peers, each with a line in `path`; without one they are only counted. Thread-safe."""
 
     def __init__(self, path: Path | None) -> None:
-        """The file is made with the first line."""
+        """The file is created with the first line."""
         self._path = path
         self._lock = threading.Lock()
         self._said_at: float | None = None
         self.count = 0
 
     def note(self, peer: str, why: str) -> None:
-        """Write a line for a peer, `why` in words of this program's own; nothing that the peer sent is quoted."""
+        """Write a line for a peer; `why` is this program's own text: nothing that the peer sent is quoted."""
         with self._lock:
             self.count += 1
             if self._path is not None and self.count <= MOST_LINES + 1:
@@ -40,7 +40,7 @@ class Refusals:
                     sys.stderr.write(f"distbench: refused {peer}: {why}{self._so_far()}\n")
 
     def summary(self) -> str:
-        """How many were refused and where their lines are; empty for none."""
+        """Number of refused peers and the file with their lines; empty for none."""
         if not self.count:
             return ""
         where = f", {self._path} has a line for each" if self._path is not None else ""

@@ -1,6 +1,6 @@
-"""torchrun's rendezvous over a store whose socket this package has opened: on loopback, or towards the other nodes.
+"""torchrun's rendezvous over a store whose socket this package opened: on loopback, or towards the other nodes.
 
-torch's own handlers have the store listen on all addresses of a machine, and nobody has to prove anything to it.
+torch's own handlers make the store listen on all addresses of a machine, without authentication.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class OwnStore(RendezvousHandler):
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Meet the other nodes.
+        """Join the other nodes.
 
         Raises:
-            torch.distributed.DistError: they did not come in time.
+            torch.distributed.DistError: they did not join in time.
 
         """
         spread = self._spread

@@ -1,4 +1,4 @@
-"""The launch secret: a word that all nodes of a launch know and that never travels."""
+"""The launch secret: a word that all nodes of a launch share and that never travels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MAKE_ONE = f"make one and give it to all nodes: export {VARIABLE}=$(openssl ran
 
 
 def read_secret(host: str, path: str, environ: Mapping[str, str] = os.environ) -> bytes:
-    """Secret of a launch that meets at `host`: of the file at `path`, else of DISTBENCH_SECRET.
+    """Secret of a launch with its rendezvous at `host`: from the file at `path`, else from DISTBENCH_SECRET.
 
-    Empty where there is none and `host` is a loopback address, so that strangers reach nothing.
+    Empty where there is none and `host` is a loopback address, which strangers cannot reach.
 
     Raises:
-        InvalidCase: none and other machines could connect, a file that others may read, or too short to be secret.
+        InvalidCase: no secret and other machines could connect, a file that others may read, or too short a secret.
 
     """
     given = _of_file(path) if path else environ.get(VARIABLE, "").encode("utf-8", "surrogateescape")

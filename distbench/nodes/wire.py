@@ -1,4 +1,4 @@
-"""What travels between node 0 and the other nodes: a JSON document each way, about twice a second, by proof.Channel."""
+"""Messages between node 0 and the other nodes: a JSON document each way, about twice a second, over proof.Channel."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distbench.postmortem import Exit
 BACKEND = "distbench"
 """The rendezvous of rendezvous.py in torchrun's registry."""
 BEAT_S = 0.5
-# Without a word for so long, the other side is taken for lost.
+# Silence after which the other side counts as lost.
 SILENCE_S = 15.0
-# The longest messages: a node's stacks, and a job of very many cases.
+# Bounds of messages: a node's stacks, and a job of very many cases.
 MOST_BEAT_BYTES = 1 << 24
 MOST_ORDER_BYTES = 1 << 28
 
@@ -25,7 +25,7 @@ _MOST_NUMBER = 1 << 62
 
 
 class Phase(str, Enum):
-    """What node 0 wants of the others."""
+    """State that node 0 requests of the others."""
 
     WAIT = "wait"
     RUN = "run"
@@ -34,11 +34,11 @@ class Phase(str, Enum):
 
 
 class Beat(msgspec.Struct, kw_only=True):
-    """How a node stands. In `crumbs`, `since_ns` is an age, since hosts share no clock, and `pid` is 0.
+    """State of a node. In `crumbs`, `since_ns` is an age, since hosts share no clock, and `pid` is 0.
 
-    `launch` is the last one that the node began, 0 for none; `ended` says that its ranks are gone, `exit` which of them
-    went first, `failures` what they said, and `machines` where they run. `refused` says why the node leaves, which it
-    then does.
+    `launch` is the last one that the node began, 0 for none. `ended`: its ranks are gone. `exit` is the first of their
+    exits, `failures` are their exceptions, `machines` their locations. `refused` is the reason why the node leaves,
+    which it then does.
     """
 
     node: int
@@ -56,7 +56,7 @@ class Beat(msgspec.Struct, kw_only=True):
 
     @property
     def foreign(self) -> str:
-        """What a node cannot say: of ranks that are not its own, or no such host or place; empty for an honest beat."""
+        """Complaint about ranks of other nodes, or an impossible host or place; empty for a valid beat."""
         own = range(self.node * self.nproc, (self.node + 1) * self.nproc)
         told = {*self.crumbs, *self.machines, *self.stacks, *(failure.rank for failure in self.failures)}
         told |= set() if self.exit is None else {self.exit.rank}
@@ -75,7 +75,7 @@ def _is_place(at: Position) -> bool:
 
 
 class Order(msgspec.Struct, kw_only=True):
-    """What node 0 answers. `job` comes once for each launch; `refused` says why a node cannot take part."""
+    """Node 0's answer. `job` comes once for each launch; `refused` is the reason why a node cannot take part."""
 
     phase: Phase
     launch: int = 0

@@ -1,1 +1,1 @@
-"""A validation in the formats that a cluster's tools read, a module a format, as `export` has them for results."""
+"""Export formats of a validation, one module per format, as in `export` for results."""

@@ -1,4 +1,4 @@
-"""The whole validation as JSON, as cluster.json has it."""
+"""The whole validation as JSON, equal to cluster.json."""
 
 from __future__ import annotations
 

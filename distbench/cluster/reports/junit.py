@@ -1,4 +1,4 @@
-"""JUnit XML: one test case a group, and one that fails for each finding."""
+"""JUnit XML: one test case per group, and one that fails for each finding."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from distbench.cluster.faults import Finding, Trial
 from distbench.errors import Verdict
 from distbench.export.junit import xml_text
 
-# A wrong result is a failure; a group that came to none is an error.
+# A wrong result is a failure; a group without a result is an error.
 _WRONG_RESULT = Verdict.CORRUPT.exit_code
 
 
 def write(validation: Validation, file: BinaryIO) -> None:
-    """Write one suite; a step that was not run is skipped, and so is what could not be judged."""
+    """Write one suite; steps that were not run, and gaps in the judgement, are skipped."""
     suite = TestSuite(xml_text(_place(validation.suite)))
     for trial in validation.trials:
         suite.append(_group(validation.suite, trial))
@@ -60,7 +60,7 @@ def _skipped(suite: str, name: str, why: str) -> TestCase:
 
 
 def _place(suite: str) -> str:
-    """Name of a suite's plan, by which readers keep the plans of two suites apart."""
+    """Name of a suite's plan, which separates the plans of two suites."""
     return ".".join(filter(None, ["distbench", "cluster", suite.replace(".", "_")]))
 
 

@@ -1,4 +1,4 @@
-"""A summary in Markdown: who is at fault or slow, what was not judged, and the groups that failed."""
+"""A summary in Markdown: nodes at fault, slow nodes, gaps in the judgement, and the groups that failed."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _RESULTS = ("pass", "fail")
 
 
 def write(validation: Validation, file: BinaryIO) -> None:
-    """Write gauges of what became of the groups and how many nodes are named."""
+    """Write gauges of the groups' results and of the numbers of nodes named."""
     registry = CollectorRegistry()
     registry.register(_Collector(validation))
     file.write(generate_latest(registry))
@@ -41,7 +41,7 @@ class _Collector(Collector):
         yield self._gauge("distbench_cluster_written_timestamp_seconds", "When this file was written.", time.time())
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
-        """Return a metric with one value; node_exporter refuses two suites' files without a label that differs."""
+        """A metric with one value; node_exporter refuses files of two suites without a label that differs."""
         family = GaugeMetricFamily(name, text, labels=("suite",))
         family.add_metric((self._validation.suite,), value)
         return family

@@ -1,4 +1,4 @@
-"""CSV: one row a group."""
+"""CSV: one row per group."""
 
 from __future__ import annotations
 
