@@ -89,7 +89,7 @@ def _failed_part(outcome: Outcome) -> Gathered | None:
 
 
 def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
-    """Write parts with the routing of all ranks, which are lost: they can record nothing; any machine regenerates it."""
+    """Write the routing of all ranks, which are lost, as parts: they can record nothing; any machine regenerates it."""
     workload = workload_for(case, torch.device("cpu"))
     routed = routed_tokens(case.topk, min(ROUTING_BYTES, RECORDED_BYTES // case.ep_size))
     parts = []
