@@ -1,1 +1,1 @@
-"""The commands, one module each: `add` describes it to the parser, and what it does is loaded when it is used."""
+"""The commands, one module each: `add` adds it to the parser, and its implementation is loaded on use."""

@@ -17,12 +17,12 @@ from distbench.trials import Lab
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "bisect",
         help="name the guilty stage of a failing case",
-        description="Run a failing case with one part after the other replaced by a trusted one. Exit code 0: a part, "
-        "or several, are named.",
+        description="Run a failing case with one part at a time replaced by a trusted one. Exit code 0: one or more "
+        "parts are named.",
     )
     command.set_defaults(command=_bisect)
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         "--seeds",
         type=whole(1),
         metavar="N",
-        help=f"most seeds that are tried for a failure (default: {MAX_TRIALS}); needed where a report says PASS",
+        help=f"most seeds to try for a failure (default: {MAX_TRIALS}); required where a report says PASS",
     )
     add_case_options(command)
 
@@ -50,7 +50,7 @@ def _bisect(options: argparse.Namespace) -> int:
 
 
 def _tell(lab: Lab) -> Callable[[str], None]:
-    """Return what says on standard error what is tried next."""
+    """Printer of progress lines on standard error."""
     return lambda what: print_note(f"bisect: {what} ({lab.cases} cases, {lab.launches} launches)")
 
 

@@ -29,20 +29,20 @@ from distbench.suite import load_suite, select
 
 _SHOWN_HOSTS = 4
 _MOST_PORTS = 65536
-# Ranks that meet here are on one machine, whatever the nodes are called.
+# A rendezvous on one of these hosts is on one machine, whatever the nodes are called.
 _LOOPBACK = "127.0.0.1"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "cluster",
-        help="each node alone, pairs of nodes, all together: which node or link is at fault",
+        help="run on each node alone, on pairs, on all together, to find the node or link at fault",
         description="Run a suite on groups of nodes, name the node or link at fault from the pattern of failures and "
         "the slow node from the distribution of times, and write lists for a scheduler. Start it on one node.",
     )
     command.set_defaults(command=_cluster)
-    command.add_argument("suite", metavar="FILE|NAME", help="what every group runs, as for `distbench suite`")
+    command.add_argument("suite", metavar="FILE|NAME", help="suite of every group, as for `distbench suite`")
     command.add_argument("--plan", metavar="STEPS", default=",".join(STEPS), help="steps (default: %(default)s)")
     command.add_argument(
         "--nodes",
@@ -64,7 +64,7 @@ def add(commands: Any) -> None:
         "--out",
         metavar="DIR",
         default=f"{DEFAULT_OUT}/cluster",
-        help="folder that all nodes see (default: %(default)s)",
+        help="folder shared by all nodes (default: %(default)s)",
     )
     command.add_argument(
         "--port", type=whole(1, _MOST_PORTS - 1), metavar="P", default=29500, help="first port (default: %(default)s)"
@@ -83,11 +83,11 @@ def add(commands: Any) -> None:
         type=seconds(LEAST_SECONDS),
         metavar="S",
         default=120.0,
-        help="seconds for the nodes of a group to meet (default: %(default)s)",
+        help="seconds for the nodes of a group to join (default: %(default)s)",
     )
     add_report(command)
     command.add_argument(
-        "--endpoint-host", metavar="HOST", default="", help="where the ranks of a group meet (default: its first node)"
+        "--endpoint-host", metavar="HOST", default="", help="rendezvous of a group's ranks (default: its first node)"
     )
 
 
@@ -129,7 +129,7 @@ def _cluster(options: argparse.Namespace) -> int:
 
 
 def _suite_options(options: argparse.Namespace) -> tuple[str, ...]:
-    """Return what the suite's command on each node has from this one's."""
+    """Options that the suite's command on each node takes over from this one."""
     given = {"--select": options.select, "--device": options.case_device}
     return tuple(word for name, value in given.items() if value for word in (name, value))
 
@@ -143,7 +143,7 @@ def _steps(text: str) -> tuple[Step, ...]:
 
 
 def _nodes(text: str, nproc: int) -> tuple[str, ...]:
-    """Host names of `--nodes`, of the file that it names, or of the Slurm job; slots other than `nproc` are noted."""
+    """Host names of `--nodes`, of the file that it names, or of the Slurm job; notes slots other than `nproc`."""
     if text.startswith("@"):
         try:
             hosts = parse_host_file(Path(text[1:]).read_text(encoding="utf-8"), text[1:])
@@ -167,7 +167,7 @@ def _check_port(port: int, nodes: int) -> None:
 
 
 def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> str:
-    """Refuse a suite that cannot be read, or selects nothing, for the ranks of a group of the plan; return its name."""
+    """Name of the suite; refuses one that cannot be read, or selects nothing, for the ranks of a group of the plan."""
     name = ""
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):

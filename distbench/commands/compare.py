@@ -25,13 +25,13 @@ _AUTO, _OFF = "auto", "off"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "compare",
-        help="what became wrong or slower since a baseline",
+        help="find failures and slowdowns since a baseline",
         description="Compare results with older ones: verdicts first, then the time of each stage against the noise "
-        "that both have, and with several OLD against what lies between launches. Exits with 1 on a regression or a "
-        "value that is gone, 77 where something cannot be judged.",
+        "of both and, with several OLD, against the variation between launches. Exits with 1 on a regression or a "
+        "missing value, 77 where something cannot be judged.",
     )
     command.add_argument(
         "old",
@@ -39,14 +39,14 @@ def add(commands: Any) -> None:
         nargs="+",
         help="a launch of the baseline: an --out folder, a results.jsonl, a report.json",
     )
-    command.add_argument("new", metavar="NEW", help="what is compared with it")
+    command.add_argument("new", metavar="NEW", help="the results to compare with it")
     add_json(command, "the comparison")
     _add_judging(command)
     command.set_defaults(command=_compare)
 
 
 def add_baseline(command: Any) -> None:
-    """Add the options that compare what was run with older results."""
+    """Add the options that compare a command's results with older ones."""
     command.add_argument(
         "--baseline",
         metavar="DIR|FILE",
@@ -58,9 +58,9 @@ def add_baseline(command: Any) -> None:
 
 
 def read_baseline(options: argparse.Namespace) -> Baseline:
-    """Return the results of each launch of the baseline.
+    """Results of each launch of the baseline.
 
-    Read before a rank starts: one that cannot be read is known by then, and the run may take the place of one.
+    Read before a rank starts: an unreadable one is reported by then, and the run may overwrite one.
     """
     _detect(options)
     return [list(Results(path)) for path in options.baseline]
@@ -73,9 +73,9 @@ def judge_baseline(
     exit_code: int,
     keep: Callable[[str], bool] | None = None,
 ) -> int:
-    """Compare `results` with the baseline, if there is one; return the worse exit code of theirs and `exit_code`.
+    """Compare `results` with the baseline, if there is one; return the worse of their exit code and `exit_code`.
 
-    `keep` tells by its name whether a case of the baseline was to be run at all.
+    `keep` decides by name whether a case of the baseline was to be run at all.
     """
     if not baseline:
         return exit_code
@@ -89,13 +89,13 @@ def _add_judging(command: Any) -> None:
         "--detect",
         metavar="SHARE|off",
         default=_AUTO,
-        help="a slowdown that has to be found in every arm and stage, such as 0.05, else exit 77 "
+        help="slowdown that must be detectable in every arm and stage, such as 0.05, else exit 77 "
         "(default: 0.1 where a device was timed, else off)",
     )
 
 
 def _detect(options: argparse.Namespace) -> Detect:
-    """Return what --detect asks for.
+    """Value of --detect.
 
     Raises:
         InvalidCase: neither a share above 0 nor off.

@@ -1,4 +1,4 @@
-"""`distbench doctor`: what this node lacks, and what to do about it."""
+"""`distbench doctor`: problems of this node, each with its fix."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _WORDS = ("ready", "degraded", "not usable")
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "doctor",
-        help="what this node lacks, and what to do about it",
-        description="Look at this node. Exit codes: 0 ready, 1 degraded, 2 not usable for what was asked.",
+        help="find problems of this node, and their fixes",
+        description="Examine this node. Exit codes: 0 ready, 1 degraded, 2 not usable for the given path.",
     )
     command.set_defaults(command=_doctor)
     paths, ranks = get_args(Path), whole(1, MOST_RANKS)
-    command.add_argument("--for", dest="path", choices=paths, help="what it is to run (default: what its torch is for)")
+    command.add_argument("--for", dest="path", choices=paths, help="intended use (default: the purpose of its torch)")
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.add_argument(
         "--nproc", type=ranks, default=8, metavar="N", help="ranks on this node (default: %(default)s)"
     )
     command.add_argument("--nodes", type=ranks, default=1, metavar="N", help="nodes together (default: %(default)s)")
     command.add_argument("--block-num", type=whole(1), metavar="N", help="of mori's kernels (default: the case's)")
-    command.add_argument("--rdma-block-num", type=whole(1), metavar="N", help="those of them for the network")
+    command.add_argument("--rdma-block-num", type=whole(1), metavar="N", help="blocks among them for the network")
     add_case_options(command, _KEYS)
 
 
@@ -74,7 +74,7 @@ def _usual(node: Node) -> Path:
 
 
 def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Finding]]:
-    """Return what the environment says of a case, and what of it cannot be run."""
+    """Layers of the environment for a case, and findings about values that cannot be run."""
     try:
         layers = read_environment(os.environ, flags)
     except InvalidCase as error:
@@ -89,6 +89,6 @@ def _complaint(found: str) -> Finding:
 
 
 def _recorded(node: Node) -> dict[str, Any]:
-    """Return the facts without the environment, which may hold anything."""
+    """Facts without the environment, which may hold anything."""
     facts: dict[str, Any] = msgspec.to_builtins(node)
     return {name: value for name, value in facts.items() if name != "environ"}

@@ -1,4 +1,4 @@
-"""`distbench kernels`: which kernel each number of rows selects, and what a limit changes by that."""
+"""`distbench kernels`: the kernel for each number of rows, and the effect of a limit on it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _NO_ANSWER = "no verdict: no tuned row for its kernel, and what the library take
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "kernels",
-        help="which kernel each number of rows selects",
+        help="show which kernel each number of rows selects",
         description="Map row counts to aiter's kernels for one layer and device: by the tuned tables of the installed "
         "aiter, or --kernel-table, and by heuristics where they have no row.",
     )
@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     ranks = whole(1, MOST_RANKS)
     command.add_argument("--ep-size", type=ranks, default=8, metavar="W", help="ranks (default: %(default)s)")
     command.add_argument(
-        "--limits", default="", metavar="L,…", help="limits to look at (default: that of the environment)"
+        "--limits", default="", metavar="L,…", help="limits to examine (default: that of the environment)"
     )
     command.add_argument(
         "--quant",
@@ -62,7 +62,7 @@ def add(commands: Any) -> None:
     command.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="default: %(default)s")
     command.add_argument("--doweight-stage1", action="store_true", help="routing weights are applied in stage 1")
     command.add_argument(
-        "--survey", metavar="DIR", help="say of each fmoe table of a folder which share of its rows some key reaches"
+        "--survey", metavar="DIR", help="print the share of rows that some key reaches, for each fmoe table of a folder"
     )
     command.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: %(default)s")
     add_case_options(command, _KEYS)
@@ -110,7 +110,7 @@ def _lookup(options: argparse.Namespace, case: Case) -> Lookup:
 
 
 def _survey(options: argparse.Namespace) -> int:
-    """Print what becomes of each table of a folder, and the sum."""
+    """Print the reach of each table of a folder, and the sum."""
     version = next(
         (layer.values["aiter_version"] for layer in case_flags(options) if "aiter_version" in layer.values), ""
     )
@@ -127,7 +127,7 @@ def _survey(options: argparse.Namespace) -> int:
 
 
 def _node() -> list[Layer]:
-    """Return what this node's devices say of the case, where it has any."""
+    """Layers of this node's devices, where it has any."""
     units = compute_units()
     return [] if units is None else [Layer(source=NODE, values={"cu_count": units})]
 
@@ -170,13 +170,13 @@ def _print_tables(found: KernelMap) -> None:
     print_table(rows, columns)
     for name, letter in names.items():
         print_line(f"{letter:>3}  {name}")
-    print_line(f"The padded buffer has {found.padded} rows; what a limit does is told against its kernel.")
+    print_line(f"The padded buffer has {found.padded} rows; a limit's effect is relative to its kernel.")
     for one in found.limits:
         print_line(_limit_line(one))
 
 
 def _table_lines(found: KernelMap) -> list[str]:
-    """Lines about the tables: the key, what matches, what comes near, what cannot be reached, what is overridden."""
+    """Lines about the tables: the key, its matches, near misses, unreachable buckets, overrides."""
     key = msgspec.structs.asdict(found.key)
     told = ", ".join(f"{name} {value}" for name, value in key.items() if value is not None)
     lines = [f"tuned tables: {len(found.tables) or 'none, so heuristics only'}"]
@@ -230,7 +230,7 @@ def _limit_line(one: LimitEffect) -> str:
 
 
 def _spans(names: list[str], known: list[str]) -> str:
-    """Return runs of consecutive releases: `0.1.5 to before 0.1.8, 0.1.14 on`."""
+    """Runs of consecutive releases: `0.1.5 to before 0.1.8, 0.1.14 on`."""
     runs: list[str] = []
     for name in names:
         position = known.index(name)

@@ -1,4 +1,4 @@
-"""`distbench mutants`: which of a corpus of broken kernels, transports, cuts and combines does the bench see?"""
+"""`distbench mutants`: share of a corpus of broken kernels, transports, cuts and combines that the bench detects."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant
 
 _SEEDS = 1
-# What the command itself decides: what is broken, in which arm, and with which inputs.
+# Keys that the command itself sets: the mutant, its arm, and the inputs.
 _OWN_KEYS = ("inject", "numerics", "require", "seed", "limit", "policy", "dispatch_dtype", "combine_quant")
 _MARK = "<!-- distbench mutants writes what follows -->\n"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "mutants",
-        help="run a corpus of broken kernels, transports, cuts and combines: which does the bench see?",
-        description="Exit code 1 where less than the share asked for is seen in every run, or where an equivalent "
+        help="run a corpus of broken kernels, transports, cuts and combines: which does the bench detect?",
+        description="Exit code 1 where less than the required share is detected in every run, or where an equivalent "
         "mutant or a run without one alarms. Options of the case hold for all cases.",
     )
     command.set_defaults(command=_mutants)
@@ -45,12 +45,12 @@ def add(commands: Any) -> None:
         "--arms", choices=("all", "truncated"), help="only mutants of all arms alike, or of truncated (default: both)"
     )
     command.add_argument(
-        "--share", type=float, default=None, metavar="S", help="share of the mutants that must be seen (default: 0.97)"
+        "--share", type=float, default=None, metavar="S", help="share of mutants that must be detected (default: 0.97)"
     )
-    command.add_argument("--resume", action="store_true", help="keep the results that an interrupted run has left")
-    command.add_argument("--json", metavar="PATH", default="", help="write what was found there, as JSON")
+    command.add_argument("--resume", action="store_true", help="keep the results of an interrupted run")
+    command.add_argument("--json", metavar="PATH", default="", help="write the results there, as JSON")
     command.add_argument(
-        "--write-docs", metavar="PATH", default="", help="write the tables there, as docs/mutants.md is"
+        "--write-docs", metavar="PATH", default="", help="write the tables there, like docs/mutants.md"
     )
     command.add_argument(
         "--list", action="store_true", help="list the mutants and what they stand for, and run nothing"
@@ -103,13 +103,13 @@ def _listed(mutant: Mutant) -> tuple[str, ...]:
 
 
 def _write_docs(path: Path, tables: str) -> None:
-    """Write the tables behind what the file already says, up to the line that marks them."""
+    """Replace the tables in the file, behind the line that marks them; earlier text stays."""
     head = path.read_text(encoding="utf-8").partition(_MARK)[0] if path.exists() else "# Mutants\n\n"
     write_atomically(path, (head + _MARK + "\n" + tables).encode())
 
 
 def _command(options: argparse.Namespace, ranks: int) -> str:
-    """Return the command that writes the tables again."""
+    """Command that regenerates the tables."""
     flags = [
         f"--{key.replace('_', '-')} {value}" for layer in case_flags(options) for key, value in layer.values.items()
     ]

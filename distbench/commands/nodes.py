@@ -1,4 +1,4 @@
-"""A launch over several nodes: its options, and what the commands of node 0 do with the others."""
+"""A launch over several nodes: its options, and node 0's connections to the other nodes."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def add_nodes(command: Any) -> None:
 
 
 def nodes_of(options: argparse.Namespace) -> int:
-    """Number of nodes that the options ask for.
+    """Number of nodes that the options request.
 
     Raises:
-        InvalidCase: none is asked for, and a launcher started this process as one of several tasks.
+        InvalidCase: none is requested, and a launcher started this process as one of several tasks.
 
     """
     if not hasattr(options, "nnodes"):
@@ -59,10 +59,10 @@ def nodes_of(options: argparse.Namespace) -> int:
 
 
 def spread_of(options: argparse.Namespace) -> Spread | None:
-    """Return what the options say of several nodes; None for one.
+    """Launch over several nodes, from the options; None for one node.
 
     Raises:
-        InvalidCase: values that make no sense.
+        InvalidCase: invalid values.
 
     """
     nodes, node = nodes_of(options), getattr(options, "node_rank", 0)
@@ -80,7 +80,7 @@ def spread_of(options: argparse.Namespace) -> Spread | None:
 
 
 def _endpoint(text: str) -> tuple[str, int]:
-    """Return host and port of HOST:PORT; an IPv6 address stands in brackets."""
+    """Host and port of HOST:PORT; an IPv6 address stands in brackets."""
     found = _ENDPOINT.fullmatch(text)
     port = int(found["port"]) if found else 0
     if found is None or not 0 < port < _PORTS:
@@ -92,7 +92,7 @@ def _endpoint(text: str) -> tuple[str, int]:
 
 
 class Nodes(msgspec.Struct):
-    """The other nodes of a launch, as node 0 hears them, and the exit code that all are to end with."""
+    """The other nodes of a launch, as node 0 sees them, and the common exit code."""
 
     hub: Hub | None
     exit_code: int = Verdict.RANK_FAULT.exit_code
@@ -100,10 +100,10 @@ class Nodes(msgspec.Struct):
 
 @contextlib.contextmanager
 def other_nodes(options: argparse.Namespace) -> Iterator[Nodes]:
-    """Let the other nodes of the launch join, if there are any; when the context ends they are sent home.
+    """Let the other nodes of the launch join, if there are any; they are released when the context ends.
 
     Raises:
-        InvalidCase: the port on which they are to be heard is taken, or there is no secret.
+        InvalidCase: node 0's port is taken, or there is no secret.
 
     """
     spread = spread_of(options)

@@ -1,4 +1,4 @@
-"""Numbers on the command line: each option says what it allows, and anything else is refused with it."""
+"""Numbers on the command line: each option has its range, and a refusal names it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DURATION = re.compile(r"(?=\d)(?:(?P<h>\d{1,6})h)?(?:(?P<m>\d{1,6})m)?(?:(?P<s>
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """Return what reads a whole number from `least` to `most`."""
+    """Parser of whole numbers from `least` to `most`."""
 
     def read(text: str) -> int:
         try:
@@ -31,7 +31,7 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
 
 
 def seconds(least: float = 0.0) -> Callable[[str], float]:
-    """Return what reads a number of seconds, from `least` up to a month."""
+    """Parser of seconds, from `least` up to a month."""
 
     def read(text: str) -> float:
         try:
@@ -46,7 +46,7 @@ def seconds(least: float = 0.0) -> Callable[[str], float]:
 
 
 def duration(text: str) -> float:
-    """Return the seconds of `90`, `90s`, `20m` or `1h30m`; infinity for `none`. `1h30` could mean two things."""
+    """Seconds of `90`, `90s`, `20m` or `1h30m`; infinity for `none`. `1h30` is refused as ambiguous."""
     if text == "none":
         return math.inf
     given = text.strip()

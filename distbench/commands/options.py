@@ -1,4 +1,4 @@
-"""What the commands that run cases share: their options, the number of ranks, and the campaign."""
+"""Common parts of the commands that run cases: options, number of ranks, campaign."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def add_launch(command: Any) -> None:
     add_ranks(command, "ranks to start on this machine (default: 8)")
     add_folder(command)
     command.add_argument(
-        "--bundle", metavar="DIR", default="", help="leave a bundle of each case that fails in a folder of its own here"
+        "--bundle", metavar="DIR", default="", help="write a bundle of each failing case into its own folder in DIR"
     )
 
 
 def check_bundle(options: argparse.Namespace) -> None:
-    """Make the folder for bundles, where one is asked for, and prove that it can be written."""
+    """Make the folder for bundles, where requested, and prove that it can be written."""
     if options.bundle:
         check_path(options.bundle)
         check_folder(options.bundle)
 
 
 def add_ranks(command: Any, text: str) -> None:
-    """Add the option that says how many ranks."""
+    """Add the option for the number of ranks."""
     command.add_argument("--nproc", type=whole(1, MOST_RANKS), metavar="N", help=text)
 
 
@@ -81,7 +81,7 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     """Take part as a node that is not node 0; None where this is node 0.
 
     Raises:
-        InvalidCase: the nodes have no secret, or not the same.
+        InvalidCase: the nodes have no secret, or different ones.
 
     """
     spread = spread_of(options)
@@ -101,10 +101,10 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
 
 
 def prepare_ranks(spread: Spread | None = None) -> None:
-    """Begin to import torch for the ranks, their network interfaces chosen; on one node gloo and NCCL keep to loopback.
+    """Begin to import torch for the ranks, and select their interfaces: loopback for gloo and NCCL on one node.
 
     Raises:
-        InvalidCase: gloo is told to use an interface that is not there.
+        InvalidCase: gloo is configured to use a missing interface.
 
     """
     check_interfaces(accelerated=False)
@@ -118,14 +118,14 @@ def prepare_ranks(spread: Spread | None = None) -> None:
 
 
 def add_folder(command: Any) -> None:
-    """Add the options of whatever writes results: a folder, by default one of the command's own, and its lock."""
+    """Add the options of commands that write results: a folder, by default the command's own, and its lock."""
     own = f"{DEFAULT_OUT}/{command.prog.split()[-1]}"
     command.add_argument("--out", metavar="DIR", default=own, help="folder for results (default: %(default)s)")
     add_lock_timeout(command)
 
 
 def add_lock_timeout(command: Any) -> None:
-    """Add the option that says how long to wait for another bench."""
+    """Add the option for the time to wait for another bench."""
     command.add_argument(
         "--lock-timeout",
         type=seconds(),
@@ -136,7 +136,7 @@ def add_lock_timeout(command: Any) -> None:
 
 
 def add_report(command: Any, *, required: bool = False) -> None:
-    """Add the option that names formats of results."""
+    """Add the option for the formats of results."""
     formats = ",".join(FILES)
     command.add_argument(
         "--report",
@@ -144,22 +144,21 @@ def add_report(command: Any, *, required: bool = False) -> None:
         action="append",
         default=[],
         required=required,
-        help=f"write results as {formats}, also several times; FORMAT=PATH names the file, else one in the results' "
-        "folder",
+        help=f"write results as {formats}, repeatable; FORMAT=PATH names the file, else one in the results' folder",
     )
 
 
 def add_json(command: Any, what: str) -> None:
-    """Add the option that names a file for a JSON document."""
-    text = f"write {what} here too; - for standard output, where what people read then goes to standard error"
+    """Add the option for the file of a JSON document."""
+    text = f"also write {what} here; - for standard output, and the text for people then goes to standard error"
     command.add_argument("--json", metavar="PATH", default="", help=text)
 
 
 @contextlib.contextmanager
 def json_on_standard_output(path: str, document: Callable[[], Any]) -> Iterator[None]:
-    """Send what is printed in this context to standard error where `path` is `-`; print `document()` as JSON after it.
+    """Redirect printing in this context to standard error where `path` is `-`, and print `document()` as JSON after it.
 
-    `document` is called where the context ends well, and may return None for none.
+    `document` is called where the context ends without an error, and may return None for no document.
     """
     if path != str(STANDARD_OUTPUT):
         yield
@@ -174,9 +173,9 @@ def json_on_standard_output(path: str, document: Callable[[], Any]) -> Iterator[
 def report_writers(
     options: argparse.Namespace, out: Path, package: str = export.__name__, *, silent: bool = False
 ) -> dict[Path, Any]:
-    """Return what --report asks for, its libraries loaded and its folders there. `package` has a module a format.
+    """Writers for --report, with their libraries loaded and folders made. `package` has a module per format.
 
-    A format on standard output is for commands that are otherwise `silent` there.
+    Standard output as a target requires a command that is otherwise `silent` there.
 
     Raises:
         InvalidCase: a format, path or folder that is not allowed.
@@ -218,7 +217,7 @@ def _add_case_option(group: Any, key: str) -> None:
 
 
 def case_flags(options: argparse.Namespace) -> list[Layer]:
-    """Return what the command line says of the case."""
+    """Layers of the command line's options for the case."""
     given = {
         name.removeprefix(_CASE_DEST): str(value)
         for name, value in vars(options).items()
@@ -228,10 +227,10 @@ def case_flags(options: argparse.Namespace) -> list[Layer]:
 
 
 def one_case(path: str, options: argparse.Namespace) -> Case:
-    """Return the case of a case file or a report, with what the command line says of it, ready to run.
+    """Case of a case file or a report, overridden by the command line, ready to run.
 
     Raises:
-        InvalidCase: no such file, or a case that makes no sense.
+        InvalidCase: a missing file, or an invalid case.
 
     """
     case = resolve_case([*case_flags(options), load_layer(path)], options.nproc).case
@@ -241,12 +240,12 @@ def one_case(path: str, options: argparse.Namespace) -> Case:
 
 
 def known_report(path: str, options: argparse.Namespace) -> Report | None:
-    """Return the report that `path` holds, or None where it holds a case, or the command line says otherwise of it."""
+    """Report in `path`; None where it holds a case, or the command line overrides it."""
     return load_report(path) if not case_flags(options)[0].values else None
 
 
 def num_ranks(options: argparse.Namespace) -> int | None:
-    """Return the number of ranks that torchrun started, or that --nproc asks for, or None."""
+    """Number of ranks that torchrun started, or that --nproc requests, or None."""
     started = world_size()
     if started is not None and options.nproc not in (None, started):
         message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
@@ -258,14 +257,14 @@ def num_ranks(options: argparse.Namespace) -> int | None:
 
 
 def warnings(case: Case, sources: Mapping[str, str], options: argparse.Namespace) -> tuple[str, ...]:
-    """Return what the reader of the case's report should know of it, in the launch that `options` ask for."""
+    """Warnings for the reader of the case's report, in the launch that `options` request."""
     found = check_case(case, _local_ranks(options))
     unused = (*unused_variables(os.environ, case, sources), *unused_keys(case, sources))
     return (*near_misses(os.environ), *unused, *found)
 
 
 def _local_ranks(options: argparse.Namespace) -> int | None:
-    """Return the ranks that the launch has on each node; None where all are on this one."""
+    """Ranks of the launch on each node; None where all are on this one."""
     if world_size() is not None:
         return int(os.environ["LOCAL_WORLD_SIZE"])
     spread = spread_of(options)
@@ -273,13 +272,13 @@ def _local_ranks(options: argparse.Namespace) -> int | None:
 
 
 def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace) -> tuple[Entry, ...]:
-    """Return the entries with their warnings; one that cannot run here, and is expected not to, is marked as refused.
+    """Entries with their warnings; one that cannot run here, and is expected not to, is marked as refused.
 
-    Devices are looked at where this process starts the ranks; those of torchrun find out by themselves.
+    Devices are checked where this process starts the ranks; ranks of torchrun check them on their own.
 
     Raises:
-        InvalidCase: a case that makes no sense; names the file and the case, as does
-        Unsupported: a case that this machine lacks something for.
+        InvalidCase: an invalid case; names the file and the case, as does
+        Unsupported: a case that needs something which this machine lacks.
 
     """
     local_ranks = -(-max(entry.case.ep_size for entry in entries) // nodes_of(options))
@@ -311,9 +310,9 @@ def _examined(entry: Entry, origin: str, check: Callable[[Entry], tuple[str, ...
 
 
 def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
-    """Refuse what this machine has no devices or no room for; return the devices that the launch takes.
+    """Refuse a launch that lacks devices or resources here; return the devices that it takes.
 
-    Of `nodes` alike, this machine takes its part.
+    `nodes` share the launch equally; only this machine's share is checked.
     """
     running = [entry for entry in entries if not entry.refused]
     if not running:
@@ -333,7 +332,7 @@ def check_launch(entries: Sequence[Entry], nodes: int = 1) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def exported(results: Results, writers: Mapping[Path, Writer]) -> Iterator[None]:
-    """Write `results` in other formats when the context ends. An error that ends it stays the one that is raised."""
+    """Write `results` in other formats when the context ends. An error that ends it takes precedence."""
     try:
         yield
     except BaseException:
@@ -352,7 +351,7 @@ def campaign(
     report_paths: tuple[str, ...] = (),
     hub: Hub | None = None,
 ) -> Summary:
-    """Run the entries to their end, starting ranks as often as it takes, or up to the deadline."""
+    """Run the entries to their end, with as many launches as needed, or until the deadline."""
     rules = Rules(
         retries=getattr(options, "retries", 0),
         max_faults=getattr(options, "max_faults", 1),

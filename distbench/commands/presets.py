@@ -10,7 +10,7 @@ from distbench.report.console import print_table
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser("presets", help="list the model layers by name")
     command.set_defaults(command=_presets)
 

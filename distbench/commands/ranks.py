@@ -17,7 +17,7 @@ from distbench.values import one_line
 
 
 def world_size() -> int | None:
-    """Return the number of ranks where torchrun started this process as one of them."""
+    """Number of ranks, where torchrun started this process as one of them; else None."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
@@ -27,7 +27,7 @@ def is_rank_0() -> bool:
 
 
 def alone(command: str) -> None:
-    """Refuse to be started by torchrun: launch after launch is this process's own.
+    """Refuse to be started by torchrun: this process makes many launches of its own.
 
     Raises:
         InvalidCase: torchrun started this process.
@@ -40,15 +40,15 @@ def alone(command: str) -> None:
 
 @contextlib.contextmanager
 def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
-    """Hold what a bench that starts its own ranks would: the folder by rank 0, a node's devices by its first rank.
+    """Hold the locks of a bench that starts its own ranks: the folder by rank 0, a node's devices by its first rank.
 
-    No rank goes on before all is held, and what an earlier launch left in the folder is gone. On one node gloo and NCCL
-    keep to loopback.
+    No rank proceeds before all locks are held and files of an earlier launch are deleted. On one node gloo and NCCL are
+    restricted to loopback.
 
     Raises:
         Busy: another bench holds one of them.
-        InvalidCase: gloo is told to use an interface that is not there.
-        LaunchFailed: a rank that should hold something did not come.
+        InvalidCase: gloo is configured to use a missing interface.
+        LaunchFailed: a rank that should hold a lock did not join.
 
     """
     first = os.environ.get("LOCAL_RANK") == "0"
@@ -64,7 +64,7 @@ def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _all_held(timeout_s: float, *, holds: bool) -> Iterator[None]:
-    """Wait for the first rank of every node; in the context the store is left open, which rank 0 may host."""
+    """Wait for the first rank of every node; within the context the store stays open, which rank 0 may host."""
     import torch.distributed as dist  # noqa: PLC0415 - ranks load it anyway, and other commands do without
     from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
 
@@ -85,7 +85,7 @@ def _all_held(timeout_s: float, *, holds: bool) -> Iterator[None]:
 
 
 def _devices(job: Job) -> tuple[str, ...]:
-    """Return the devices that the ranks of this node take; where there are too few, their cases end in saying so."""
+    """Devices that the ranks of this node take; where there are too few, the cases end with that error."""
     cases = [entry.case for entry in job.entries if not entry.refused]
     try:
         return check_devices(cases, int(os.environ["LOCAL_WORLD_SIZE"])) if cases else ()
@@ -94,7 +94,7 @@ def _devices(job: Job) -> tuple[str, ...]:
 
 
 def work(job: Job) -> int:
-    """Do the job as one of the ranks that torchrun started; return the exit code."""
+    """Run the job as one of the ranks that torchrun started; return the exit code."""
     from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
 
     return work(job)

@@ -1,4 +1,4 @@
-"""`distbench replay`: a bundle once more, here or from its recording alone."""
+"""`distbench replay`: replay of a bundle, here or from its recording alone."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _DIFFERS = "which is not what its report says"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "replay",
-        help="a bundle once more: here, elsewhere, or from its recording alone",
-        description="Analyse what a bundle recorded, then run its case here and compare. Options of the case replace "
-        "what it ran with, such as --device cpu. Exit code 0: reproduced, or (--offline) the recording shows what "
-        "its report says.",
+        help="replay a bundle: here, elsewhere, or from its recording alone",
+        description="Analyse a bundle's recording, then run its case here and compare. Options of the case replace "
+        "the recorded ones, such as --device cpu. Exit code 0: reproduced, or (--offline) the recording confirms "
+        "its report.",
     )
     command.set_defaults(command=_replay)
     command.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
@@ -67,7 +67,7 @@ def _analyse(bundle: Bundle) -> bool:
 
 
 def _stage_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
-    """Return one row for each arm and stage, over all ranks."""
+    """Rows of the table: one for each arm and stage, over all ranks."""
     rows: list[tuple[str, ...]] = []
     for arm, stage in dict.fromkeys((found.arm, found.stage) for found in findings):
         here = [found for found in findings if (found.arm, found.stage) == (arm, stage)]

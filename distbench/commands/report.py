@@ -1,4 +1,4 @@
-"""`distbench report`: results that are there already, in another format."""
+"""`distbench report`: export of existing results in another format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distbench.report.results import Results
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "report",
         help="write results as JUnit, Markdown, CSV, Prometheus text or JSON",
@@ -23,13 +23,13 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--all",
         action="store_true",
-        help="count results of cases too that the last command in this folder did not select",
+        help="also count results that the last command in this folder did not select",
     )
     command.set_defaults(command=_report)
 
 
 def _counted(options: argparse.Namespace) -> Results:
-    """Results that the last command in the folder was about, so that both exit alike; all of them with --all."""
+    """Results selected by the folder's last command, so that both exit alike; all of them with --all."""
     results = Results(options.results)
     summary = results.summary
     if options.all or summary is None or not summary.selected:

@@ -47,11 +47,11 @@ _REPORT = "report.json"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     run = commands.add_parser(
         "run",
         help="run one case: padded against truncated, bit for bit",
-        description="Run one case. Flags win over the case file, that over the SGLANG_MORI_* variables, those over "
+        description="Run one case. Flags win over the case file, the file over the SGLANG_MORI_* variables, these over "
         "defaults. Under torchrun this process is a rank; otherwise it starts the ranks.",
     )
     run.set_defaults(command=_run)
@@ -112,7 +112,7 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
 
 
 def _print_bundle(folder: Path) -> None:
-    """Say where a bundle lies and what is not in it, or why there is none."""
+    """Print the folder of a bundle and the contents left out, or the reason why there is none."""
     try:
         cuts = open_bundle(folder).manifest.cuts
     except InvalidCase as error:
@@ -145,10 +145,10 @@ def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...]
 
 
 def _forget(out: Path, paths: tuple[str, ...]) -> None:
-    """Make room for this run's result in the place of an earlier run's.
+    """Remove an earlier run's result from the folder.
 
     Raises:
-        InvalidCase: the folder holds results of something else.
+        InvalidCase: the folder holds other results.
 
     """
     refuse_others(out, _SUITE, _NAME.__eq__)

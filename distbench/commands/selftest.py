@@ -1,4 +1,4 @@
-"""`distbench selftest`: would the bench have noticed?"""
+"""`distbench selftest`: check that every known fault is detected."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
-# What the self-test itself decides: what goes wrong, and by what it is judged.
+# Keys that the self-test itself sets: the fault, and the rules of judgement.
 _OWN_KEYS = ("inject", "numerics", "require")
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "selftest",
-        help="inject every known fault, and run random clean cases: would the bench have noticed?",
-        description="Exit code 1 where a fault slips through, a healthy rank is blamed, or a clean case is no PASS. "
-        "Options of the case hold for all cases, but for what a fault needs to show.",
+        help="check that the bench detects every known fault, and passes random clean cases",
+        description="Exit code 1 where a fault is missed, a healthy rank is blamed, or a clean case is no PASS. "
+        "Options of the case hold for all cases, except where a fault needs another value.",
     )
     command.set_defaults(command=_selftest)
     add_launch(command)
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
         "--clean", type=whole(0), metavar="N", help=f"random cases without a fault (default: {_CLEAN})"
     )
     command.add_argument("--faults", metavar="TEXT,…", default="", help="only faults with one of these in their names")
-    command.add_argument("--markdown", metavar="PATH", default="", help="write the table there, as docs/selftest.md is")
+    command.add_argument("--markdown", metavar="PATH", default="", help="write the table there, like docs/selftest.md")
     command.add_argument("--list", action="store_true", help="list the faults and what they stand for, and run nothing")
     add_case_options(command, [key for key in FIELD_HINTS if key not in _OWN_KEYS])
 
@@ -97,7 +97,7 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _chosen(every: Plan, text: str) -> Plan:
-    """Return the clean cases and the faults that `text` names.
+    """The clean cases, and the faults that `text` names.
 
     Raises:
         InvalidCase: no fault has such a name.
@@ -116,7 +116,7 @@ def _chosen(every: Plan, text: str) -> Plan:
 
 
 def _command(options: argparse.Namespace, ranks: int, seeds: int, clean: int) -> str:
-    """Return the command that writes the table again."""
+    """Command that regenerates the table."""
     flags = [
         f"--{key.replace('_', '-')}={value}" for layer in case_flags(options) for key, value in layer.values.items()
     ]

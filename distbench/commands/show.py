@@ -1,4 +1,4 @@
-"""`distbench show`: a report once more."""
+"""`distbench show`: a report as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distbench.report.files import read_report
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser("show", help="print a report again")
     command.add_argument("report", metavar="REPORT", help="a report.json")
     command.set_defaults(command=_show)

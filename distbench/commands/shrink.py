@@ -1,4 +1,4 @@
-"""`distbench shrink`: the smallest case that fails in the same way."""
+"""`distbench shrink`: the smallest case with the same failure."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SHRUNK = "shrunk.json"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     command = commands.add_parser(
         "shrink",
-        help="make a failing case as small as it gets",
+        help="make a failing case as small as possible",
         description="Find the smallest case with the same verdict, first wrong stage and cause, and write it as a case "
         f"file, {_SHRUNK} in --out.",
     )

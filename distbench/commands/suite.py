@@ -46,18 +46,18 @@ Writers = dict[Path, Writer]
 
 _DEFAULT_RANKS = 8
 _SHOWN_DOUBLES = 8
-# Names of results that are no suite's, in folders from before results named theirs.
+# Names of results outside suites, in folders from before results named their suite.
 _RUN, _TRIAL = "run", "trial "
 _OWN_OUT = f"{DEFAULT_OUT}/NAME"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     suite = commands.add_parser(
         "suite",
         help="run many cases in one launch",
         description=f"Run the cases of a suite file, or of a built-in suite ({', '.join(builtin_suites())}). The same "
-        "command with the same --out goes on where it was stopped.",
+        "command with the same --out resumes where it was stopped.",
     )
     suite.set_defaults(command=_suite, resumes=True)
     suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
@@ -67,10 +67,8 @@ def add(commands: Any) -> None:
     suite.add_argument(
         "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
     )
-    suite.add_argument("--rerun", choices=("failed", "all"), help="run again what had failed, or all that is selected")
-    suite.add_argument(
-        "--retries", type=whole(0), default=0, metavar="N", help="tries more for a case that lost its ranks"
-    )
+    suite.add_argument("--rerun", choices=("failed", "all"), help="run failed cases again, or all that are selected")
+    suite.add_argument("--retries", type=whole(0), default=0, metavar="N", help="retries of a case that lost its ranks")
     suite.add_argument("--max-faults", type=whole(1), default=3, metavar="K", help="stop after K such cases in a row")
     suite.add_argument(
         "--for",
@@ -109,7 +107,7 @@ def _suite(options: argparse.Namespace) -> int:
 
 
 def _merged(suite: Suite) -> str:
-    """Return how many cases of a suite equal others, and which the first of them are."""
+    """Number of a suite's cases that equal others, with the first of them."""
     total = len(suite.entries) + len(suite.merged)
     shown = ", ".join(f"{name} equals {first}" for name, first in suite.merged[:_SHOWN_DOUBLES])
     more = f" and {len(suite.merged) - _SHOWN_DOUBLES} more" if len(suite.merged) > _SHOWN_DOUBLES else ""
@@ -153,10 +151,10 @@ def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers:
 
 
 def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
-    """Drop the results that --rerun asks for anew; those of cases that were not selected stay.
+    """Drop the results that --rerun replaces; those of cases that were not selected stay.
 
     Raises:
-        InvalidCase: the folder holds results of something else than this suite.
+        InvalidCase: the folder holds results of anything but this suite.
 
     """
     refuse_strangers(out, entries[0].suite, lambda name: name != _RUN and not name.startswith(_TRIAL))
@@ -179,5 +177,5 @@ def _results(out: Path, entries: Sequence[Entry]) -> Results:
 
 
 def _asked(entries: Sequence[Entry], options: argparse.Namespace) -> Callable[[str], bool] | None:
-    """Return what tells by its name whether a case of a baseline was selected; None where all were."""
+    """Predicate by name for the selected cases of a baseline; None where all were selected."""
     return {entry.name for entry in entries}.__contains__ if options.select else None

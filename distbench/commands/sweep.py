@@ -44,12 +44,12 @@ _AUTO = "auto"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     sweep = commands.add_parser(
         "sweep",
         help="one case at many limits: time, kernel, memory and verdict of each",
         description="Run one case without a limit, then at each of --limits, in one launch; sweep.json in --out has "
-        "the table too. The same command with the same --out goes on where it was stopped.",
+        "the table too. The same command with the same --out resumes where it was stopped.",
     )
     sweep.set_defaults(command=_sweep, resumes=True)
     sweep.add_argument(
@@ -123,9 +123,9 @@ def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
 
 
 def sweep_limits(case: Case, asked: str) -> list[str]:
-    """Return the limits of a sweep in their order, the padded buffer first.
+    """Limits of a sweep in order, the padded buffer first.
 
-    `auto` leaves out edges below ceil(tokens / W): some rank receives at least as much.
+    `auto` leaves out edges below ceil(tokens / W): some rank receives at least that many rows.
     """
     if asked != _AUTO:
         return ["off", *(parse_limit(limit) for limit in asked.split(","))]
@@ -136,7 +136,7 @@ def sweep_limits(case: Case, asked: str) -> list[str]:
 
 
 def bucket_edges(rules: BucketRules, capacity: int) -> list[int]:
-    """Return the row counts up to `capacity` that are buckets of their own: what their bucket is named by."""
+    """Row counts up to `capacity` that end a bucket, which is named by them."""
     powers = [1 << exponent for exponent in range(capacity.bit_length())]
     candidates = sorted({*powers, *rules.tiers})
     return [rows for rows in candidates if rows <= capacity and padded_rows(rows, rules) == rows]

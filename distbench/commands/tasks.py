@@ -1,4 +1,4 @@
-"""Whether a launcher started this process as one of several tasks, which would each test a node alone."""
+"""Detection of a launcher that started this process as one of several tasks, each of which would test a node alone."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from distbench.errors import InvalidCase
 
 
 class _Launcher(NamedTuple):
-    """The variables in which a launcher says how many tasks it started, and which of them a process is."""
+    """The variables in which a launcher gives the number of tasks, and a process's own number."""
 
     name: str
     size: str
     rank: str
 
 
-# The launcher that started the process itself comes before the scheduler in whose job it runs.
+# The launcher that started the process takes precedence over the scheduler of its job.
 _LAUNCHERS = (
     _Launcher("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     _Launcher("MVAPICH", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK"),
@@ -27,7 +27,7 @@ _LAUNCHERS = (
     _Launcher("PMI", "PMI_SIZE", "PMI_RANK"),
     _Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-# What a training operator or a launch script sets for torchrun, whose own ranks never get here. Ranges are not told.
+# Variables of a training operator or launch script for torchrun, whose ranks never get here. Node ranges are ignored.
 _FOR_TORCHRUN = (
     _Launcher("a training operator", "WORLD_SIZE", "RANK"),
     _Launcher("for torchrun", "PET_NNODES", "PET_NODE_RANK"),
@@ -42,10 +42,10 @@ _FIX = (
 
 
 def refuse_tasks(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse to be one of several tasks, or alone in a job of several nodes: a PASS would be taken for the cluster's.
+    """Refuse to be one of several tasks, or alone in a job of several nodes: a PASS would count for the cluster.
 
     Raises:
-        InvalidCase: says which task of how many, and what to give instead.
+        InvalidCase: names the task and the number of tasks, and the fix.
 
     """
     found = _task(environ)
@@ -55,13 +55,13 @@ def refuse_tasks(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _task(environ: Mapping[str, str]) -> str:
-    """Return which of several tasks this is, in words; empty for the only one."""
+    """The task among several, in words; empty for the only one."""
     for launcher in _LAUNCHERS:
         size, rank = _number(environ, launcher.size), _number(environ, launcher.rank)
         if size is not None and rank is not None:
             return _told(launcher, rank, size)
     tasks, rank = _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID")
-    in_script = "SLURM_JOB_ID" in environ and rank == 0  # a batch script runs once, whatever it asks for
+    in_script = "SLURM_JOB_ID" in environ and rank == 0  # a batch script runs once, whatever it requests
     if tasks is not None and rank is not None and not in_script:
         return _told(_Launcher("Slurm", "SLURM_NTASKS", "SLURM_PROCID"), rank, tasks)
     if environ.get(_COMPLETION_INDEX):
@@ -80,7 +80,7 @@ def _told(launcher: _Launcher, rank: int, size: int) -> str:
 
 
 def _nodes(environ: Mapping[str, str]) -> list[tuple[str, int]]:
-    """Return the nodes of a batch job as its scheduler tells them."""
+    """Nodes of a batch job, by the scheduler's variables."""
     hosts = environ.get("LSB_MCPU_HOSTS", "").split()  # pairs of host and slots
     return [
         ("SLURM_JOB_NUM_NODES", _number(environ, "SLURM_JOB_NUM_NODES") or 0),

@@ -26,12 +26,12 @@ _CLEAR = "\r\x1b[K"
 
 
 def add(commands: Any) -> None:
-    """Describe the command."""
+    """Add the command to the parser."""
     tune = commands.add_parser(
         "tune",
         help="make a table of the fastest Triton kernels for a layer on this GPU",
         description="Try kernels for each bucket of row counts, keep the fastest of those that give the oracle's bits. "
-        "The table is written after each bucket: the same command goes on where it was stopped. Use it with "
+        "The table is written after each bucket: the same command resumes where it was stopped. Use it with "
         "--experts triton --kernel-table FILE.",
     )
     tune.set_defaults(command=_tune, resumes=True)
@@ -144,7 +144,7 @@ def _empty(shape: LayerShape) -> Table:
 
 
 def _note(text: str) -> None:
-    """Say on standard error what is done now; on a terminal in one line that is renewed."""
+    """Report progress on standard error; on a terminal, redraw one line."""
     live = sys.stderr.isatty()
     sys.stderr.write(f"{_CLEAR}tune: {text}"[:200] if live else f"tune: {text}\n")
     sys.stderr.flush()
