@@ -11,6 +11,7 @@ from distbench.bisect import MAX_TRIALS, Accusation, Result, bisect
 from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
+from distbench.commands.tasks import tell_task
 from distbench.locks import hold
 from distbench.report.console import print_line, print_note, print_table
 from distbench.trials import Lab
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
 
 def _bisect(options: argparse.Namespace) -> int:
     alone("bisect")
+    tell_task()
     case = one_case(options.case, options)
     out = Path(options.out)
     with hold(out, (), options.lock_timeout):

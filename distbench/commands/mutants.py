@@ -12,6 +12,7 @@ import msgspec
 from distbench.case import FIELD_HINTS
 from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_bundle, check_launch
+from distbench.commands.tasks import tell_task
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
 from distbench.progress import Progress
@@ -78,6 +79,7 @@ def _mutants(options: argparse.Namespace) -> int:
         check_path(path)
     check_folder(options.out, report_bytes(entry.case for entry in entries))
     check_bundle(options)
+    tell_task()
     devices = check_launch(entries)
     options.max_faults = len(entries) + 1
     with hold(out, devices, options.lock_timeout):

@@ -10,6 +10,7 @@ from distbench.bundle.findings import Finding
 from distbench.bundle.read import Bundle, open_bundle, runnable_case
 from distbench.commands.options import add_case_options, add_folder, case_flags, prepare_ranks
 from distbench.commands.ranks import alone
+from distbench.commands.tasks import tell_task
 from distbench.locks import hold
 from distbench.preflight import check_case, check_folder
 from distbench.replay import compare
@@ -81,6 +82,7 @@ def _stage_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
 
 def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     alone("replay")
+    tell_task()
     case = runnable_case(bundle, case_flags(options))
     check_case(case)
     check_folder(options.out)

@@ -20,6 +20,7 @@ from distbench.commands.options import (
     check_bundle,
     check_launch,
 )
+from distbench.commands.tasks import tell_task
 from distbench.errors import InvalidCase
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
@@ -79,6 +80,7 @@ def _selftest(options: argparse.Namespace) -> int:
         check_path(path)
     check_folder(options.out, report_bytes(entry.case for entry in entries))
     check_bundle(options)
+    tell_task()
     devices = check_launch(entries)
     options.max_faults = len(entries) + 1
     with hold(out, devices, options.lock_timeout):

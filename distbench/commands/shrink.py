@@ -11,6 +11,7 @@ import msgspec
 from distbench.case import DERIVED_KEYS, Case
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
+from distbench.commands.tasks import tell_task
 from distbench.locks import hold
 from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically
@@ -38,6 +39,7 @@ def add(commands: Any) -> None:
 
 def _shrink(options: argparse.Namespace) -> int:
     alone("shrink")
+    tell_task()
     case = one_case(options.case, options)
     known = known_report(options.case, options)
     out = Path(options.out)

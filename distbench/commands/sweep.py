@@ -21,6 +21,7 @@ from distbench.commands.options import (
     warnings,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
+from distbench.commands.tasks import tell_task
 from distbench.experts.rules import BucketRules, padded_rows
 from distbench.experts.selection import CURRENT, rules_for
 from distbench.job import Entry, Job
@@ -77,6 +78,7 @@ def _sweep(options: argparse.Namespace) -> int:
             if is_rank_0():
                 _refuse_strangers(Path(options.out))
             return work(job)
+    tell_task()
     devices = check_launch(entries)
     out = Path(options.out)
     with hold(out, devices, options.lock_timeout):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distbench.errors import InvalidCase
+from distbench.report.console import print_note
 
 
 class _Launcher(NamedTuple):
@@ -52,6 +53,16 @@ def refuse_tasks(environ: Mapping[str, str] = os.environ) -> None:
     if found:
         message = f"started as {found}; {_FIX}"
         raise InvalidCase(message)
+
+
+def tell_task(environ: Mapping[str, str] = os.environ) -> None:
+    """Print a note where this is one of several tasks: the command tests one node, and its table has that node alone.
+
+    Ranks of torchrun are no such tasks: they test together.
+    """
+    found = "" if "TORCHELASTIC_RUN_ID" in environ else _task(environ)
+    if found:
+        print_note(f"started as {found}: each task tests its own node alone")
 
 
 def _task(environ: Mapping[str, str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from distbench.commands.numbers import MOST_RANKS, whole
+from distbench.commands.tasks import tell_task
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.rules import padded_rows
 from distbench.experts.triton.candidates import families
@@ -50,6 +51,7 @@ def add(commands: Any) -> None:
 
 
 def _tune(options: argparse.Namespace) -> int:
+    tell_task()
     shape, buckets = _shape(options), _buckets(options.buckets)
     table = _empty(shape)
     path = Path(options.table or table.file_name)

@@ -1,8 +1,9 @@
 """A Prometheus text file, such as node_exporter's textfile collector reads.
 
-Every series has the suite's name as a label: node_exporter refuses two files with the same series. The other labels
-take values from lists that the code fixes (verdicts, arms, stages), so the number of series does not depend on the
-suite; no case is a label, and only one host, that of rank 0.
+Every series has the suite's name as a label: node_exporter refuses two files with the same series. Results of `run` and
+`sweep` have the command's name there, and the label `case` tells two of them apart; it is empty for a suite. The other
+labels take values from lists that the code fixes (verdicts, arms, stages), so the number of series does not depend on
+the number of cases. One host only is a label, that of rank 0.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def write(results: Results, file: BinaryIO) -> None:
 class _Collector(Collector):
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
+        self._whose = (totals.suite, totals.case_label)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics."""
         totals = self._totals
         info = self._family("distbench_info", "Always 1.", "version", "emulated", "host")
         emulated = "true" if totals.stand_ins else "false"
-        info.add_metric((totals.suite, __version__, emulated, totals.first_host), 1)
+        info.add_metric((*self._whose, __version__, emulated, totals.first_host), 1)
         yield info
         yield self._by("verdict", "distbench_cases", "Cases by verdict.", _named(totals.verdicts))
         yield self._by(
@@ -84,25 +86,25 @@ class _Collector(Collector):
 
     def _stages(self) -> Metric:
         text = "Over cases: the slowest rank's median time of a stage. A harness figure where emulated."
-        family = self._family("distbench_stage_seconds", text, "arm", "stage", "statistic")
-        for (arm, stage), values in self._totals.medians_us.items():
+        family = self._family("distbench_stage_seconds", text, "arm", "stage", "samples", "statistic")
+        for (arm, stage, samples), values in self._totals.medians_us.items():
             for statistic, value in zip(_STATISTICS, quantiles_of(values), strict=True):
-                family.add_metric((self._totals.suite, arm, stage, statistic), value / 1e6)
+                family.add_metric((*self._whose, arm, stage, samples, statistic), value / 1e6)
         return family
 
     def _family(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        """A metric without a value; its first label is the suite, so that the files of two suites do not collide."""
-        return GaugeMetricFamily(name, text, labels=("suite", *labels))
+        """A metric without a value; its first labels keep the series of two files apart."""
+        return GaugeMetricFamily(name, text, labels=("suite", "case", *labels))
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = self._family(name, text)
-        family.add_metric((self._totals.suite,), value)
+        family.add_metric(self._whose, value)
         return family
 
     def _by(self, label: str, name: str, text: str, counts: Mapping[str, int]) -> Metric:
         family = self._family(name, text, label)
         for value, count in counts.items():
-            family.add_metric((self._totals.suite, value), count)
+            family.add_metric((*self._whose, value), count)
         return family
 
 

@@ -48,6 +48,7 @@ COLUMNS = (
     "limit_formula",
     "suite",
     "ended",
+    "timed_arms",
 )
 # A spreadsheet treats a cell that begins with one of these as a formula, and may run it.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -77,7 +78,7 @@ def _row(result: Result) -> Iterator[Any]:
     yield from (times.get(key) for key in _TIMES)
     yield limit.status if limit else None
     yield from (limit.proof.bound, limit.proof.formula) if limit and limit.proof else (None, None)
-    yield from (result.suite, result.ended)
+    yield from (result.suite, result.ended, " ".join(arm for arm in ARMS if arm in result.timed_arms))
 
 
 def cell(value: Any) -> Any:

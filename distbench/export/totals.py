@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from array import array
 from collections import Counter
@@ -12,6 +13,8 @@ from distbench.report.results import Result, Results
 
 _SHOWN = 50
 DISTBENCH = "distbench"
+_COMMAND = "distbench "  # results of `run` and `sweep` have the command in place of a suite
+_HASH_DIGITS = 12
 
 
 class Totals:
@@ -32,7 +35,8 @@ class Totals:
         self.lost_rows = 0
         self.stand_ins: set[str] = set()
         self.wall_s = array("d")
-        self.medians_us: dict[tuple[str, str], array[float]] = {}
+        self.medians_us: dict[tuple[str, str, str], array[float]] = {}
+        self._hashes: list[str] = []
         self.missing = results.missing
         self.exit_code = results.exit_code
         summary = results.summary
@@ -45,6 +49,16 @@ class Totals:
     def suite(self) -> str:
         """Name of the suite, or of all suites in the results; DISTBENCH where they name none."""
         return ", ".join(sorted(self.suites)) or DISTBENCH
+
+    @property
+    def case_label(self) -> str:
+        """12 digits: of the case's hash for `run`, of a digest of all hashes for `sweep`; empty for a suite's results.
+
+        Results of one command with other cases are told apart by it.
+        """
+        if len(self._hashes) < 2:  # noqa: PLR2004 - nothing to combine
+            return "".join(self._hashes)[:_HASH_DIGITS]
+        return hashlib.sha256("".join(sorted(self._hashes)).encode()).hexdigest()[:_HASH_DIGITS]
 
     @property
     def cases(self) -> int:
@@ -70,13 +84,16 @@ class Totals:
         self.hosts.update(result.hosts)
         self.stand_ins.update(result.stand_ins)
         self.wall_s.append(result.wall_s)
+        if result.suite.startswith(_COMMAND):
+            self._hashes.append(result.hash)
         if not result.as_expected:
             self.unexpected[result.verdict] += 1
             if len(self.shown) < _SHOWN:
                 self.shown.append(result)
         for time in result.stage_times():
             if time.arm in ARMS and time.stage in STAGES:
-                self.medians_us.setdefault((time.arm, time.stage), array("d")).append(time.median_us)
+                samples = "timed" if time.timed else "checked"
+                self.medians_us.setdefault((time.arm, time.stage, samples), array("d")).append(time.median_us)
 
 
 def quantiles_of(values: array[float]) -> tuple[float, float, float]:

@@ -19,6 +19,7 @@ from distbench.verify.records import Diagnosis, Reason
 
 _SUMMARY = "summary.json"
 _SIGNALS = 128
+_MEDIAN_ERROR = "median_error"  # figures of timed iterations alone have it
 
 
 class ResultRank(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,12 +39,16 @@ class ResultLost(msgspec.Struct, frozen=True):
 
 
 class StageTime(msgspec.Struct, frozen=True):
-    """Time of one stage in one arm: the slowest rank's median in microseconds, and the raw samples where kept."""
+    """Time of one stage in one arm: the slowest rank's median in microseconds, and the raw samples where kept.
+
+    `timed` for timed iterations (`--iterations`); else the passes whose bits are checked, once for each repeat.
+    """
 
     arm: str
     stage: str
     median_us: float
     samples_us: tuple[float, ...]
+    timed: bool = False
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,7 +87,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
             arm
             for arm, stages in self.timing.items()
             if isinstance(stages, dict)
-            and any(isinstance(figures, dict) and "median_error" in figures for figures in stages.values())
+            and any(isinstance(figures, dict) and _MEDIAN_ERROR in figures for figures in stages.values())
         )
 
     @property
@@ -121,6 +126,7 @@ def _stage_time(arm: str, stage: str, figures: dict[str, Any]) -> StageTime:
             stage,
             msgspec.convert(figures["median_us"], float),
             msgspec.convert(figures.get("samples_us", ()), tuple[float, ...]),
+            timed=_MEDIAN_ERROR in figures,
         )
     except msgspec.ValidationError as error:
         message = f"timing of {arm}/{stage}: {one_line(error)}"

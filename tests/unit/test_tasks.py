@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from distbench.cli import main
-from distbench.commands.tasks import refuse_tasks
+from distbench.commands.tasks import refuse_tasks, tell_task
 from distbench.errors import InvalidCase
 
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
@@ -83,3 +85,43 @@ def test_command_started_as_a_task_runs_nothing(
     one_node = ["--nnodes", "1", "--node-rank", "1"]
     assert main([*command, "--nproc", "1", "--out", str(tmp_path / "out"), *one_node]) == 2
     assert "node ranks go from 0" in capsys.readouterr().err
+
+
+SINGLE_NODE = {
+    "sweep": ["--model", "tiny", "--nproc", "1"],
+    "selftest": ["--nproc", "2"],
+    "mutants": ["--nproc", "2"],
+    "bisect": ["case.toml"],
+    "shrink": ["case.toml"],
+    "replay": ["bundle"],
+    "tune": [],
+}
+
+
+@pytest.mark.parametrize("command", SINGLE_NODE)
+def test_single_node_command_started_as_a_task_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        message = "stopped by the test"
+        raise InvalidCase(message)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    module = importlib.import_module(f"distbench.commands.{command}")
+    for name in ("check_launch", "one_case", "runnable_case", "_shape"):  # what comes next
+        monkeypatch.setattr(module, name, stop, raising=False)
+    monkeypatch.setattr(module, "open_bundle", Mock(), raising=False)
+    monkeypatch.setattr(module, "_analyse", Mock(), raising=False)
+    assert main([command, *SINGLE_NODE[command]]) == 2
+    told = capsys.readouterr().err
+    assert told.count("started as task 1 of 2") == 1
+    assert ": each task tests its own node alone" in told
+    assert "stopped by the test" in told
+
+
+def test_ranks_of_torchrun_are_no_tasks_to_tell_of(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_task({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1"})
+    tell_task({})
+    assert not capsys.readouterr().err

@@ -89,7 +89,10 @@ def test_junit_is_valid_under_its_xsd(tmp_path: Path) -> None:
 def test_prometheus_text_is_parsed_by_other_parsers_with_expected_samples(tmp_path: Path) -> None:
     text = write(tmp_path, SUITE, cases=8)["prom"]
     samples = {
-        (sample.name, *sorted(value for name, value in sample.labels.items() if name != "suite")): sample.value
+        (
+            sample.name,
+            *sorted(value for name, value in sample.labels.items() if name not in ("suite", "case")),
+        ): sample.value
         for family in parse_prometheus(text)
         for sample in family.samples
     }
@@ -102,10 +105,65 @@ def test_prometheus_text_is_parsed_by_other_parsers_with_expected_samples(tmp_pa
     assert samples["distbench_cases_missing",] == 2
     assert samples["distbench_exit_code",] == 3
     assert samples["distbench_as_expected_ratio",] == 2 / 8
-    assert samples["distbench_stage_seconds", "median", "padded", "truncate"] == pytest.approx(2e-6)
+    assert samples["distbench_stage_seconds", "checked", "median", "padded", "truncate"] == pytest.approx(2e-6)
     if shutil.which("promtool"):
         done = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, check=False)  # noqa: S607
         assert (done.returncode, done.stderr) == (0, b"")
+
+
+def series(text: str) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    """Names and labels of every sample; an empty label is none."""
+    return {
+        (sample.name, frozenset((name, value) for name, value in sample.labels.items() if value))
+        for family in parse_prometheus(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("command", ["run", "sweep"])
+def test_prometheus_files_of_two_runs_with_other_cases_share_no_series(tmp_path: Path, command: str) -> None:
+    def text(folder: str, *seeds: int) -> str:
+        (tmp_path / folder).mkdir()
+        named = {"suite": f"distbench {command}"}
+        cases = [{"model": "tiny", "ep_size": 2, "hash": f"{seed:064x}"[::-1]} for seed in seeds]
+        return write(tmp_path / folder, [result("run", case=case, **named) for case in cases])["prom"]
+
+    seeds = (1, 2) if command == "sweep" else (1,)
+    first, again, other = text("a", *seeds), text("b", *reversed(seeds)), text("c", *(seed + 7 for seed in seeds))
+    assert series(first) == series(again)
+    assert not series(first) & series(other)
+    if command == "run":
+        assert 'distbench_exit_code{case="100000000000",suite="distbench run"}' in first
+
+
+def test_prometheus_series_of_a_suite_do_not_depend_on_its_cases(tmp_path: Path) -> None:
+    named = [result(name, suite="night") for name in ("a", "b")]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert series(write(tmp_path / "a", named)["prom"]) == series(write(tmp_path / "b", named[:1])["prom"])
+
+
+def test_times_of_timed_iterations_and_of_checked_passes_are_told_apart(tmp_path: Path) -> None:
+    timed = {"median_us": 5.0, "median_error": 0.1, "iterations": 9, "samples_us": [5.0]}
+    checked = {"median_us": 70.0, "iterations": 1, "samples_us": [70.0]}
+    times = {"padded": {"experts": timed}, "control": {"experts": checked}, "wall_s": 1.0}
+    written = write(
+        tmp_path, [result("timed", timing=times), result("not timed", timing=times | {"padded": times["control"]})]
+    )
+    found = {
+        (sample.labels["arm"], sample.labels["samples"]): sample.value
+        for family in parse_prometheus(written["prom"])
+        for sample in family.samples
+        if sample.name == "distbench_stage_seconds" and sample.labels["statistic"] == "max"
+    }
+    assert found == {
+        ("padded", "timed"): pytest.approx(5e-6),
+        ("padded", "checked"): pytest.approx(70e-6),
+        ("control", "checked"): pytest.approx(70e-6),
+    }
+    rows = list(csv.DictReader(io.StringIO(written["csv"], newline="")))
+    assert [row["timed_arms"] for row in rows] == ["padded", ""]
+    assert ["padded", "experts", "timed", "5.0", "5.0", "5.0", "1"] in markdown_cells(written["md"])
 
 
 def test_format_written_to_standard_output_is_the_only_output(
@@ -213,7 +271,7 @@ def test_markdown_states_exit_code_failures_and_missing_results(tmp_path: Path) 
         ["CORRUPT", "PASS", "wrong", "wrong ended in CORRUPT"]
     ]
     assert ["PASS", "2", "1"] in cells
-    assert ["padded", "dispatch", "2.0", "2.0", "2.0", "6"] in cells
+    assert ["padded", "dispatch", "checked", "2.0", "2.0", "2.0", "6"] in cells
     many = [result(f"case {number}", "CORRUPT") for number in range(60)]
     assert "and 10 more" in write(tmp_path, many)["md"]
 
