@@ -98,7 +98,7 @@ class Passes:
         self._expected = parts.workload.expected(parts.batch)
         self._exchange = choose_exchange(session.group, session.shared, counts, session.device)
         self._combine_checker = CombineChecker(
-            session.group,
+            session,
             self._exchange,
             parts.workload,
             Own(session.rank, parts.batch.ids, self._expected),

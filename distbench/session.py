@@ -227,7 +227,12 @@ class Session:
 
     def on_any_rank(self, *, value: bool) -> bool:
         """Whether `value` is true on any rank of the case's group. Collective."""
-        return bool(self._everyones(torch.tensor([value])).any())
+        return self.flags_on_any_rank([value])[0]
+
+    def flags_on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """Return which of `flags`, as many on every rank, are true on any rank of the case's group. Collective."""
+        anywhere: list[bool] = self._everyones(torch.tensor(flags)).any(0).tolist()
+        return anywhere
 
     def gathered(self, mine: Tensor) -> Tensor:
         """Tensors of all ranks, of one shape and dtype: [W, ...] on rank 0, [0, ...] elsewhere.

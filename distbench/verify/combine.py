@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.exchange.base import Exchange
+from distbench.session import Session
 from distbench.verify.bitwise import row_digests, same_bits
 from distbench.verify.explanations import ALONE, Alternatives, Same, changed, choose, effects, explained_by
 from distbench.verify.patterns import pattern_of
@@ -105,7 +106,7 @@ class CombineChecker:
 
     def __init__(  # noqa: PLR0913 - the group, the inputs and the order of addition
         self,
-        group: dist.ProcessGroup,
+        session: Session,
         exchange: Exchange,
         workload: Workload,
         own: Own,
@@ -113,7 +114,7 @@ class CombineChecker:
         allowed: float,
     ) -> None:
         """Keep the parts; `allowed` bounds errors of quantised sums, as a share of the token's largest magnitude."""
-        self._group, self._exchange = group, exchange
+        self._group, self._exchange, self._on_any_rank = session.group, exchange, session.flags_on_any_rank
         self._workload = workload
         self._rank, self._ids, self._expected = own
         self._order = order
@@ -133,7 +134,7 @@ class CombineChecker:
         if not any(self._workload.tokens_per_rank):
             return []
         self._first = self._first or passes[0]
-        doubts = [_Doubts(*row) for row in self._on_any_rank([self._doubts(one, self._first) for one in passes])]
+        doubts = self._doubts_anywhere(passes, self._first)
         found: list[Divergence] = []
         asked = [(one, doubt) for one, doubt in zip(passes, doubts, strict=True) if self._in_doubt(one, doubt)]
         found += self._check_some(asked)
@@ -150,13 +151,11 @@ class CombineChecker:
         first = one is self._first and not self._first_is_right
         return not doubts.sums and (first or doubts.rows or doubts.tokens)
 
-    def _on_any_rank(self, flags: Sequence[Sequence[bool]]) -> list[list[bool]]:
-        """Return which of these flags hold on any rank. Collective."""
-        anywhere = torch.tensor(flags, dtype=torch.int32, device=self._ids.device)
-        with collective("all_reduce", anywhere.get_device()):
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._group)
-        rows: list[list[bool]] = anywhere.bool().tolist()
-        return rows
+    def _doubts_anywhere(self, passes: Sequence[Combined], first: Combined) -> list[_Doubts]:
+        """Return the doubts of passes that hold on any rank. Collective."""
+        flags = self._on_any_rank([flag for one in passes for flag in self._doubts(one, first)])
+        count = len(_Doubts._fields)
+        return [_Doubts(*flags[start : start + count]) for start in range(0, len(flags), count)]
 
     def _doubts(self, one: Combined, first: Combined) -> _Doubts:
         sources = rows = True
@@ -182,9 +181,9 @@ class CombineChecker:
         ]
         if not counted:
             return []
-        wrong = self._on_any_rank([[recount.wrong > 0] for _, _, recount in counted])
+        wrong = self._on_any_rank([recount.wrong > 0 for _, _, recount in counted])
         found: list[Divergence] = []
-        for (one, doubts, recount), (anywhere,) in zip(counted, wrong, strict=True):
+        for (one, doubts, recount), anywhere in zip(counted, wrong, strict=True):
             found += self._judged(one, doubts, recount, wrong=anywhere)
         return found
 

@@ -91,17 +91,9 @@ class ErrorChecker:
         tests = _FIGURES * _STAGES * _ARMS * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
         ranks, tokens = sampled_tokens(workload, weights)
-        batch = workload.token_rows(ranks, tokens)
-        here = destinations(batch.ids, workload.experts_per_rank, workload.group.ep_size)[:, rank]
-        self._sample = _Sample(
-            key_of(ranks, tokens)[here],
-            TokenBatch(
-                batch.hidden[here],
-                None if batch.scales is None else batch.scales[here],
-                batch.weights[here],
-                batch.ids[here],
-            ),
-        )
+        experts = workload.experts_of(ranks, tokens)
+        here = destinations(experts, workload.experts_per_rank, workload.group.ep_size)[:, rank]
+        self._sample = _Sample(key_of(ranks, tokens)[here], workload.token_rows(ranks[here], tokens[here]))
         self._own = tokens[ranks == rank]
         self._own_ids = ids[self._own]
         self._sides: dict[str, _Side] = {}
@@ -190,17 +182,15 @@ class ErrorChecker:
         by_side = {side: families[side] for side in ("padded", "truncated") if side in families}
         distinct = list(dict.fromkeys(by_side.values()))
         exact, ideals = ideal_rows(self._sample.batch, self._weights, distinct)
-        made = {side: ideals[distinct.index(family)] for side, family in by_side.items()}
-        parts = [exact, *(part for ideal in made.values() for part in (ideal.rows, ideal.variance.bfloat16()))]
-        arrived = self._to_owners(parts)
+        arrived = self._to_owners(
+            [exact, *(part for ideal in ideals for part in (ideal.rows, ideal.variance.bfloat16()))]
+        )
         wide = _exact_sum(arrived[0])
-        sides: dict[str, _Side] = {}
-        for place, (side, family) in enumerate(by_side.items()):
-            tokens = combined(arrived[1 + 2 * place], arrived[2 + 2 * place], self._order, self._way)
-            sides[side] = _Side(
-                family.name, Yardstick(exact, made[side], self._sure), Yardstick(wide, tokens, self._sure)
-            )
-        return sides
+        made = {}
+        for family, ideal, rows, variances in zip(distinct, ideals, arrived[1::2], arrived[2::2], strict=True):
+            tokens = combined(rows, variances, self._order, self._way)
+            made[family] = _Side(family.name, Yardstick(exact, ideal, self._sure), Yardstick(wide, tokens, self._sure))
+        return {side: made[family] for side, family in by_side.items()}
 
     def _to_owners(self, parts: list[Tensor]) -> list[Contributions]:
         """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, arranged by slot. Collective."""
@@ -209,16 +199,11 @@ class ErrorChecker:
         leaving = torch.bincount(self._sample.keys >> 32, minlength=group.ep_size)
         arriving = recv_counts(self._own_ids, group.experts_per_rank, group.ep_size)
         rows = exchanged(self._exchange, self._rank, packed, leaving.tolist(), arriving.tolist())
-        widths = [
-            part[:1].numel() * part.element_size() if len(part) else part.shape[1] * part.element_size()
-            for part in parts
-        ]
-        split = rows.split(widths, dim=1)
+        laid = in_slot_order(rows, self._own_ids, group, self._order)
+        widths = [part.shape[1] * part.element_size() for part in parts]
         return [
-            in_slot_order(
-                raw.clone(memory_format=torch.contiguous_format).view(part.dtype), self._own_ids, group, self._order
-            )
-            for raw, part in zip(split, parts, strict=True)
+            Contributions(raw.contiguous().view(part.dtype), laid.ranks)
+            for raw, part in zip(laid.rows.split(widths, dim=2), parts, strict=True)
         ]
 
 

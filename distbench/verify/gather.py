@@ -30,7 +30,7 @@ from distbench.waits import waiting
 ROUND_BYTES = 16 << 20
 ROWS_UP_TO_BYTES = 64 << 20
 FETCHED_TOKENS = 4
-_RECORD_BYTES = 4 << 10
+_RECORD_BYTES = 16 << 10
 _MESSAGE = "message of a peer"
 
 Mode = Literal["rows", "digests"]

@@ -84,6 +84,10 @@ class Workload:
             index = torch.arange(self.tokens_per_rank[rank], device=self.device)
         return self.token_rows(torch.full_like(index, rank), index)
 
+    def experts_of(self, source_ranks: Tensor, source_tokens: Tensor) -> Tensor:
+        """Return the experts of any ranks' tokens, int64 [m] each: int32 [m, k]."""
+        return self._route(source_ranks.to(self.device), source_tokens.to(self.device))
+
     def routing_of(self, rank: int, count: int) -> Tensor:
         """Return the experts of the first `count` tokens of any rank: int32 [count, k]."""
         tokens = torch.arange(count, device=self.device)
