@@ -3,10 +3,11 @@
 The sum of four bytes minus 510 has 9 bits and a sign. Times a scale of 8 significant bits it is exact in float32, so
 the cast to bf16 is the only rounding.
 
-Drawing each weight would cost too much. For each of w1 and w2 a pool of 2**14 values and one of 2**18 signs are drawn.
-A row takes consecutive values and signs, one of each for a column, from two places that a keyed permutation of 32 bits
-makes of the row's number. No two rows share both places, so rows of different experts differ. The terms of a product of
-two rows have independent signs, so rows are no more correlated than if each value had been drawn (test_gaussian.py).
+Drawing each weight would cost too much. For each of w1 and w2 a pool of 2**14 values and one of 2**18 signs are drawn,
+the same for all seeds. A row takes consecutive values and signs, one of each for a column, from two places that a
+permutation of 32 bits, keyed by the seed, makes of the row's number. No two rows share both places, so rows of
+different experts differ. The terms of a product of two rows have independent signs, so rows are no more correlated than
+if each value had been drawn (test_gaussian.py).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _LOW_BYTES = 0x00FF_00FF
 _POOL_BITS = 14
 _POOL_VALUES, _POOL_SIGNS = 1 << _POOL_BITS, 1 << (32 - _POOL_BITS)
 _SIGN = -(1 << 15)
+_POOL_SEED = 0
 
 
 def hidden_states(seed: int, keys: Tensor, hidden_size: int) -> Tensor:
@@ -59,7 +61,7 @@ def _rows_of(experts: Tensor, rows: int) -> Tensor:
 
 def _from_pool(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
     """Return the weights of the rows with numbers int64 [n]: bf16 [n, columns], about N(0, 1/columns)."""
-    values, signs = _pool(seed, stream, columns, rows.device)
+    values, signs = _pool(stream, columns, rows.device)
     places = permuted(seed, f"{stream}/places", rows).long()
     first, second = places & (_POOL_VALUES - 1), (places >> _POOL_BITS) & (_POOL_SIGNS - 1)
     made = torch.empty(rows.numel(), columns, dtype=torch.int16, device=rows.device)
@@ -71,12 +73,15 @@ def _from_pool(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
 
 
 @lru_cache(maxsize=2)
-def _pool(seed: int, stream: str, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the pools of a stream, int16 [places, columns]: bits of bf16 values, and sign bits."""
+def _pool(stream: str, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the pools of a stream, int16 [places, columns]: bits of bf16 values, and sign bits.
+
+    They are kept for the cases of one shape, of which a suite has many.
+    """
     first = torch.arange(1, device=device)
-    values = _normal(seed, stream, first, _POOL_VALUES + columns - 1, columns).view(torch.int16)
+    values = _normal(_POOL_SEED, stream, first, _POOL_VALUES + columns - 1, columns).view(torch.int16)
     count = _POOL_SIGNS + columns - 1
-    drawn = words(seed, f"{stream}/signs", first, -(-count // 16), device).view(torch.int16)
+    drawn = words(_POOL_SEED, f"{stream}/signs", first, -(-count // 16), device).view(torch.int16)
     bits = drawn.unsqueeze(2) << torch.arange(8, dtype=torch.int16, device=device)
     signs = (bits & _SIGN).flatten()[:count]
     return values.flatten().unfold(0, columns, 1), signs.unfold(0, columns, 1)
