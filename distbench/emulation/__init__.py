@@ -1,1 +1,1 @@
-"""Stand-ins with the names and the habits of packages that need hardware. Every output made with one says so."""
+"""Stand-ins with the names and the observed behaviour of packages that need hardware. Their outputs say `emulated`."""

@@ -1,1 +1,1 @@
-"""Faults that a case can ask for, one module a stage; nothing of it is imported where none is asked for."""
+"""Faults that a case can inject, one module per stage; cases without faults import none of them."""

@@ -1,4 +1,4 @@
-"""What a fault is: a short piece of damage at one boundary of one stage, and where it takes effect."""
+"""The interface of a fault: damage at one boundary of one stage, and the place where it takes effect."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EVERYWHERE = "all"
 
 
 class Scene(NamedTuple):
-    """Where a fault finds itself: `sources` gives (source rank, source token) of the rows received last.
+    """Surroundings of a fault: `sources` gives (source rank, source token) of the rows received last.
 
-    `transport` and `experts` are the parts that it stands around; None where a case is only checked.
+    `transport` and `experts` are the parts that it wraps; None where a case is only checked.
     """
 
     rank: int
@@ -37,12 +37,12 @@ class Scene(NamedTuple):
 
 
 class Fault:
-    """Does nothing at any boundary; each fault overrides one or two of them. `hits` counts what it has changed.
+    """Does nothing at any boundary; each fault overrides one or two of them. `hits` counts its changes.
 
-    The class's docstring says what goes wrong. `bug` names the public reports that it stands for, `stage` the first
+    The class's docstring says what goes wrong. `bug` names the public reports that it represents, `stage` the first
     stage that is wrong. `verdict` is empty where it follows from the arm: BASELINE_WRONG in the padded one, else
-    CORRUPT. `options` are its own keys with their defaults, beside `rank` and `arm`; `shape` are case keys without
-    which it has no effect.
+    CORRUPT. `options` are its own keys with their defaults, in addition to `rank` and `arm`; `shape` lists case keys
+    without which it has no effect.
     """
 
     name: ClassVar[str]
@@ -58,8 +58,7 @@ class Fault:
         """Take effect as `injection` says.
 
         Raises:
-            InvalidCase: an option that the fault does not have, or a value that it cannot have.
-
+            InvalidCase: an unknown option, or a value that is not allowed.
         """
         self.scene = scene
         self.hits = 0
@@ -73,26 +72,26 @@ class Fault:
 
     @classmethod
     def all_options(cls, ranks: int) -> dict[str, Option]:
-        """Return its own options and those that every fault has, for a case of so many ranks."""
+        """Return its own options and the common ones, for a case of `ranks` ranks."""
         arm = one_of(cls.arm, *(arm for arm in ARMS if arm != cls.arm))
         return {"rank": rank_option(ranks, EVERYWHERE), "arm": arm, **cls.options}
 
     @classmethod
     def wanted(cls, injection: Injection) -> str:
-        """Return what there has to be for `injection` to change anything."""
+        """Return the conditions under which `injection` changes anything."""
         arm = injection.options.get("arm", cls.arm)
         cut = arm in ("repadded", "truncated") and "a limit" not in cls.needs
         return f"{cls.needs}, and a limit, for arm {arm}" if cut else cls.needs
 
     @property
     def active(self) -> bool:
-        """Whether it takes effect on this rank, in the arm that is under way."""
+        """Whether it takes effect on this rank, in the current arm."""
         rank, arm = self.chosen["rank"], self.chosen["arm"]
         here = rank == EVERYWHERE or int(rank) == self.scene.rank
         return here and arm in ("", self.scene.crumbs.arm)
 
     def random(self, count: int) -> Tensor:
-        """Return uniform numbers float64 [count]: others in each call, the same in each run of the case."""
+        """Return uniform numbers float64 [count]: new ones in each call, the same ones in each run of the case."""
         self._visits += 1
         case = self.scene.case
         text = f"{case.seed}/{self.name}/{self.scene.rank}/{self.scene.crumbs.arm}/{self._visits}"
@@ -100,19 +99,19 @@ class Fault:
         return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
     def pick(self, count: int) -> int:
-        """Return one of `count` numbers, and count a hit."""
+        """Return one of `count` numbers at random, and count a hit."""
         self.hits += 1
         return int(self.random(1) * count)
 
     def enter(self, stage: str) -> None:
-        """Be there when the rank begins a stage."""
+        """Called when the rank begins a stage."""
 
     def sent(self, batch: TokenBatch) -> TokenBatch:
-        """Damage a copy of what dispatch is given."""
+        """Damage a copy of dispatch's input."""
         return batch
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Damage what dispatch gives."""
+        """Damage dispatch's output."""
         return dispatched
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
@@ -120,19 +119,19 @@ class Fault:
         return given
 
     def asked(self, given: ExpertInput) -> ExpertInput:
-        """Damage what the experts make of their arguments."""
+        """Damage the experts' view of their arguments."""
         return given
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
-        """Damage what the experts give."""
+        """Damage the experts' output."""
         return rows
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Damage what combine is given."""
+        """Damage combine's input."""
         return rows, ids
 
     def combined(self, tokens: Tensor) -> Tensor:
-        """Damage what combine gives."""
+        """Damage combine's output."""
         return tokens
 
     def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, bool]:
@@ -140,7 +139,7 @@ class Fault:
         return {}
 
     def leave(self) -> None:
-        """Be there after the last barrier of the case."""
+        """Called after the last barrier of the case."""
 
 
 def _read(name: str, key: str, text: str | None, option: Option) -> Any:

@@ -1,4 +1,4 @@
-"""Faults of combine: what it is given, how it sums, and what becomes of its output."""
+"""Faults of combine: its input, its sum, and its output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TokenBit(Fault):
     options = {"bit": BIT}
 
     def combined(self, tokens: Tensor) -> Tensor:
-        """Flip bit `bit` of a token, or a random one where it is negative."""
+        """Flip bit `bit` of a token, a random one if negative."""
         if tokens.shape[0]:
             bit = self.chosen["bit"]
             flip(tokens, self.pick(tokens.shape[0]), bit if bit >= 0 else int(self.random(1) * tokens.shape[1] * 16))
@@ -45,12 +45,12 @@ class NegativeZero(Fault):
 
 
 class CorruptTokens(Fault):
-    """Every token is wrong with a small probability, each time anew."""
+    """Every token is wrong with a small probability, drawn again in each pass."""
 
     name, stage = "corrupt-tokens", "combine"
     bug = "mori 475 (0.5 to 2 % of tokens), mori 610 (a rare residue that grows with repeats)"
     options = {"rate": real(0.02, 1e-9, 1.0)}
-    needs = "many tokens and repeats beside its rate"
+    needs = "enough tokens and repeats for its rate"
 
     def combined(self, tokens: Tensor) -> Tensor:
         """Flip the sign of a random column of each token that is hit."""
@@ -63,30 +63,30 @@ class CorruptTokens(Fault):
 
 
 class DispatchedIds(Fault):
-    """Combine is given the ids that dispatch returned in the place of the rank's own."""
+    """Combine is given the ids that dispatch returned instead of the rank's own."""
 
     name, stage = "dispatched-ids", "combine"
     bug = "mori 475, 546, vllm 43068: dispatch's returned ids passed to combine, of the right shape"
     needs = "tokens of its rank that go to fewer than all ranks: three ranks or more"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Remember the ids."""
+        """Keep the ids."""
         self._ids = dispatched.ids[: int(dispatched.total_recv)].clone()
         return dispatched
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Pass as many of them as there are tokens."""
+        """Return the first of them, one per token."""
         if not len(self._ids):
             return rows, ids
         wrong = self._ids[torch.arange(len(ids), device=ids.device) % len(self._ids)]
         case = self.scene.case
         asked, sent = (destinations(one, case.experts_per_rank, case.ep_size) for one in (wrong, ids))
-        self.hits += int((asked != sent).any(1).sum())  # ids of other experts of the same ranks ask for the same rows
+        self.hits += int((asked != sent).any(1).sum())  # ids of other experts of the same ranks request the same rows
         return rows, wrong
 
 
 class NaNTail(Fault):
-    """Combine reads rows past total_recv, which nobody wrote."""
+    """Combine reads rows past total_recv, which were never written."""
 
     name, stage = "nan-tail", "combine"
     bug = "aiter 3677, vllm PR 53261: NaN of padding rows reaches real tokens"
@@ -101,13 +101,13 @@ class NaNTail(Fault):
 
 
 class OutputReused(Fault):
-    """The next phase writes its rows into the output while this rank has not read it."""
+    """The next phase overwrites the output before this rank has read it."""
 
     name, stage = "output-reused", "combine"
-    bug = "mori 93: output buffers reused across phases, a rank that is behind reads the next call's"
+    bug = "mori 93: output buffers reused across phases, a slow rank reads the next call's"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember the rows that go out."""
+        """Keep the outgoing rows."""
         self._rows = rows[: len(self.scene.sources())].clone()
         return rows, ids
 
@@ -128,14 +128,14 @@ class LocalOnly(Fault):
     needs = "tokens that go to other ranks"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember what this rank computed of its own tokens."""
+        """Keep this rank's own results for its own tokens."""
         sources = self.scene.sources()
         slots = (sources[: len(rows), 0] == self.scene.rank).nonzero().flatten()
         self._tokens, self._rows = sources[slots, 1], rows[slots].clone()
         return rows, ids
 
     def combined(self, tokens: Tensor) -> Tensor:
-        """Keep nothing else."""
+        """Return only those."""
         only = torch.zeros_like(tokens)
         only[self._tokens] = self._rows
         self.hits += int((only.view(torch.int16) != tokens.view(torch.int16)).any(1).sum())
@@ -143,7 +143,7 @@ class LocalOnly(Fault):
 
 
 class ShareLost(Fault):
-    """What this rank's experts contribute does not arrive."""
+    """The contribution of this rank's experts does not arrive."""
 
     name, stage = "share-lost", "combine"
     bug = "mori 507: with an odd number of blocks, rows are dropped on the way"
@@ -157,13 +157,13 @@ class ShareLost(Fault):
 
 
 class ShareDoubled(Fault):
-    """What this rank's experts contribute counts twice."""
+    """The contribution of this rank's experts counts twice."""
 
     name, stage = "share-doubled", "combine"
     bug = "aiter 3997: an atomic add onto a buffer that holds the result already"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Send twice the rows."""
+        """Send doubled rows."""
         live = len(self.scene.sources())
         self.hits += live
         rows[:live] *= 2
@@ -177,20 +177,20 @@ class TimesEpSize(Fault):
     bug = "sglang PR 34887: an all-reduce after combine multiplies the output by ep_size"
 
     def combined(self, tokens: Tensor) -> Tensor:
-        """Multiply."""
+        """Multiply the tokens."""
         self.hits += len(tokens)
         return tokens.mul_(self.scene.case.ep_size)
 
 
 class SaturatingCast(Fault):
-    """Rows are cast to fp8 without a scale on their way back."""
+    """Rows are cast to fp8 without a scale on their trip back."""
 
     name, stage = "saturating-cast", "combine"
     bug = "mori 306, 311: fp8 direct-cast combine saturates and failed grade-school maths"
-    needs = "rows with a number that e4m3 does not hold"
+    needs = "rows with a number beyond e4m3's range"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Clamp to what e4m3 holds, and round."""
+        """Clamp to e4m3's range, and round."""
         live = len(self.scene.sources())
         cast = saturated(rows[:live].float(), fp8_dtype(self.scene.case.fp8_format)).bfloat16()
         self.hits += int((cast != rows[:live]).any(1).sum())
@@ -199,7 +199,7 @@ class SaturatingCast(Fault):
 
 
 class SwappedTokens(Fault):
-    """Two tokens have each other's result: no sum and no norm over the output changes."""
+    """Two tokens have each other's result: sums and norms over the output stay the same."""
 
     name, stage = "swapped-tokens", "combine"
     bug = "mori 475's class: right results for the wrong tokens, which norms do not see"

@@ -1,4 +1,4 @@
-"""Faults of dispatch: what a rank sends, and what it finds in its receive buffer."""
+"""Faults of dispatch: the rows that a rank sends, and its receive buffer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
 BIT = whole(-1, -1, (1 << 20) - 1)
-"""A bit, counted over the whole row and from its start again past its end; -1 for a random one."""
+"""A bit index over the whole row, modulo its size; -1 for a random one."""
 
 
 def _longer(rows: Tensor, more: int) -> Tensor:
@@ -28,10 +28,10 @@ def flip(rows: Tensor, row: int, bit: int) -> None:
 
 
 class SentZeros(Fault):
-    """A rank sends zeros in the place of its tokens' payload."""
+    """A rank sends zeros instead of its tokens' payload."""
 
     name, stage = "sent-zeros", "dispatch"
-    bug = "mori 617's class, on the sender: a send buffer that nobody filled goes out to every rank"
+    bug = "mori 617's class, on the sender: an unfilled send buffer goes out to every rank"
     needs = "tokens on its rank"
 
     def sent(self, batch: TokenBatch) -> TokenBatch:
@@ -44,12 +44,12 @@ class SentFlip(Fault):
     """One bit of one token's payload is wrong before it is sent, so all ranks that receive it have it wrong."""
 
     name, stage = "sent-flip", "dispatch"
-    bug = "mori 475, 610: single tokens are corrupted, which the ranks that receive them are blamed for"
+    bug = "mori 475, 610: single tokens are corrupted, and the receiving ranks are blamed"
     options = {"bit": BIT}
     needs = "a token of its rank that goes to two ranks"
 
     def sent(self, batch: TokenBatch) -> TokenBatch:
-        """Flip bit `bit` of a token that goes to several ranks, or a random one where it is negative."""
+        """Flip bit `bit` of a token that goes to several ranks, a random one if negative."""
         case = self.scene.case
         shared = (destinations(batch.ids, case.experts_per_rank, case.ep_size).sum(1) > 1).nonzero().flatten()
         if not shared.numel():
@@ -69,7 +69,7 @@ class FlippedBit(Fault):
     needs = "rows received on its rank; field=scales needs dispatch_dtype fp8"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Flip bit `bit` of a row, or a random one where it is negative."""
+        """Flip bit `bit` of a row, a random one if negative."""
         rows = getattr(dispatched, self.chosen["field"], None)
         live = int(dispatched.total_recv)
         if live and rows is not None:
@@ -102,7 +102,7 @@ class MetadataDropped(Fault):
     bug = "mori 617: a staging pool too small drops ids and weights while the payload is right"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Zero the weights of every other row, and take its ids away."""
+        """Zero the weights of every other row, and remove its ids."""
         live = int(dispatched.total_recv)
         self.hits += (live + 1) // 2
         dispatched.ids[:live:2] = -1
@@ -126,7 +126,7 @@ class ForeignIds(Fault):
 
 
 class SlotsLost(Fault):
-    """Slots past the first few arrive as if nobody had chosen an expert there."""
+    """Slots past the first few arrive as if no expert had been chosen there."""
 
     name, stage = "slots-lost", "dispatch"
     bug = "mori IntraNodeLL: top-k slots past 8 are lost"
@@ -135,7 +135,7 @@ class SlotsLost(Fault):
     needs = "a topk above `first`"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Take ids and weights of slot `first` and the following away."""
+        """Remove ids and weights of slot `first` and all later ones."""
         live, first = int(dispatched.total_recv), self.chosen["first"]
         self.hits += live if first < dispatched.ids.shape[1] else 0
         dispatched.ids[:live, first:] = -1
@@ -144,7 +144,7 @@ class SlotsLost(Fault):
 
 
 class Unreceived(Fault):
-    """Rows beyond the room that the buffer has do not arrive, and nothing says so."""
+    """Rows beyond the capacity of the buffer are silently lost."""
 
     name, stage = "capacity-not-checked", "dispatch"
     bug = "mori IntraNode: the receive capacity is not checked, rows past it land on others"
@@ -163,7 +163,7 @@ class Unreceived(Fault):
 
 
 class CapacityIgnored(Fault):
-    """The capacity that was asked for is not applied: the receive buffer has room for all that could be sent."""
+    """The requested capacity is not applied: the receive buffer has room for all rows that could be sent."""
 
     name, stage = "capacity-ignored", "dispatch"
     bug = "sglang's moriep.py: max_total_recv_tokens is dropped with a warning where the installed MoRI lacks it"
@@ -171,7 +171,7 @@ class CapacityIgnored(Fault):
         "prealloc_max_recv_tokens": 96,
         "tokens": 12,
         "max_dispatch_tokens_per_rank": 64,
-        "combine_input": "registered",  # MoRI's own buffer: with any other it would be too small for the cap
+        "combine_input": "registered",  # MoRI's own buffer: any other buffer would be too small for the cap
     }
     needs = "a prealloc_max_recv_tokens that makes the buffer smaller"
 
@@ -190,14 +190,14 @@ class CapacityIgnored(Fault):
 
 
 class ShareOverflow(Fault):
-    """Every peer has an equal share of the buffer; what the busiest sends beyond that is dropped."""
+    """Every peer has an equal share of the buffer; rows of the busiest beyond its share are dropped."""
 
     name, stage = "share-overflow", "dispatch"
     bug = "mori 245, 59: the share of a peer overflows under skew"
     needs = "a source that sends more than the average"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Poison what the busiest source sent beyond the average."""
+        """Poison the rows of the busiest source beyond the average."""
         owners = self.scene.sources()[:, 0]
         counts = torch.bincount(owners, minlength=self.scene.case.ep_size)
         share = owners.numel() // self.scene.case.ep_size
@@ -211,16 +211,16 @@ class TotalShort(Fault):
     """total_recv is one row short."""
 
     name, stage = "total-recv-short", "dispatch"
-    bug = "mori 165: total_recv read at the wrong time is not what was received"
+    bug = "mori 165: total_recv read at the wrong time is not the number received"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Take one off."""
+        """Subtract one."""
         self.hits += int(dispatched.total_recv) > 0
         return dispatched._replace(total_recv=(dispatched.total_recv - 1).clamp(min=0))
 
 
 class SwappedRows(Fault):
-    """Two rows have each other's payload: no sum and no norm over the buffer changes."""
+    """Two rows have each other's payload: sums and norms over the buffer stay the same."""
 
     name, stage = "swapped-rows", "dispatch"
     bug = "mori 475's class: right numbers in the wrong rows, which checksums and norms do not see"

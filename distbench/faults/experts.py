@@ -15,14 +15,14 @@ from distbench.truncation import ExpertInput
 
 
 class ExpertBit(Fault):
-    """One bit of one row that the experts give is wrong."""
+    """One bit of one row of the experts' output is wrong."""
 
     name, stage = "flipped-expert-bit", "experts"
     bug = "aiter 3117: uninitialised lanes in a stage-2 kernel"
     options = {"bit": BIT}
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
-        """Flip bit `bit` of a live row, or a random one where it is negative."""
+        """Flip bit `bit` of a live row, a random one if negative."""
         live = _live(given)
         if live:
             bit = self.chosen["bit"]
@@ -80,14 +80,14 @@ class MaskAsMap(Fault):
 
 
 class FewerSlots(Fault):
-    """The tuned row for top-k - 1 is taken: its kernel leaves the last slot out."""
+    """The tuned row for top-k - 1 is used: its kernel omits the last slot."""
 
     name, stage = "row-of-topk-minus-1", "experts"
     bug = "aiter 5595, 3377: the tuned row is looked up with top-k - 1"
     needs = "rows whose last slot is an expert of its rank"
 
     def asked(self, given: ExpertInput) -> ExpertInput:
-        """Take the last slot's expert away."""
+        """Remove the last slot's expert."""
         case = self.scene.case
         fewer = given.ids.clone()
         fewer[:, -1] = -1
@@ -101,7 +101,7 @@ class ZeroRows(Fault):
     """Some rows come back as zeros."""
 
     name, stage = "zero-rows", "experts"
-    bug = "vllm 53108: fused_moe returns zeros for valid rows where the buffer is far larger than they are"
+    bug = "vllm 53108: fused_moe returns zeros for valid rows where the buffer has far more rows"
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
         """Zero a third of the rows."""

@@ -1,4 +1,4 @@
-"""Puts the faults of a case around its transport, its experts and its cut."""
+"""Injects a case's faults around its transport, its experts and its cut."""
 
 from __future__ import annotations
 
@@ -31,14 +31,13 @@ FAULTS: dict[str, type[Fault]] = {
 
 
 def fault_kind(injection: Injection) -> type[Fault]:
-    """Return the fault that `injection` names.
+    """Return the fault class that `injection` names.
 
     Raises:
-        InvalidCase: there is none.
-
+        InvalidCase: no such fault.
     """
     if injection.name == "mutant":
-        from distbench.faults.mutants.fault import mutant_kind  # noqa: PLC0415 - loaded only where one is asked for
+        from distbench.faults.mutants.fault import mutant_kind  # noqa: PLC0415 - loaded only where a fault is injected
 
         return mutant_kind(injection)
     if injection.name not in FAULTS:
@@ -48,21 +47,19 @@ def fault_kind(injection: Injection) -> type[Fault]:
 
 
 def make_faults(case: Case, scene: Scene) -> list[Fault]:
-    """Return the faults that `case` asks for, in its order.
+    """Return the faults that `case` injects, in its order.
 
     Raises:
-        InvalidCase: there is no such fault, or it has no such option.
-
+        InvalidCase: no such fault, or it has no such option.
     """
     return [fault_kind(injection)(scene, injection) for injection in parse_inject(case.inject)]
 
 
 def check_faults(case: Case) -> None:
-    """Refuse faults that do not exist, before a rank is started.
+    """Refuse unknown faults before a rank is started.
 
     Raises:
         InvalidCase: see `make_faults`.
-
     """
     make_faults(case, Scene(0, case, Breadcrumbs(None), lambda: torch.empty(0, 2)))
 
@@ -81,11 +78,11 @@ class Injector:
 
     @property
     def hits(self) -> dict[str, int]:
-        """How often each fault, by its place in the case's list, has changed something on this rank."""
+        """Number of changes by each fault on this rank, by the fault's index in the case's list."""
         return {str(place): fault.hits for place, fault in enumerate(self.faults)}
 
     def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, bool]]:
-        """Return what public rules say of this rank's tokens, by the fault's place and by rule."""
+        """Return the verdicts of public rules on this rank's tokens, by the fault's index and by rule."""
         said = {str(place): fault.accepted(outputs) for place, fault in enumerate(self.faults)}
         return {place: rules for place, rules in said.items() if rules}
 
@@ -102,7 +99,7 @@ class Injector:
         return damaged
 
     def leave(self) -> None:
-        """Tell the faults that the last barrier is behind."""
+        """Notify the faults that the last barrier has passed."""
         for fault in self.faults:
             if fault.active:
                 fault.leave()

@@ -16,7 +16,7 @@ class ShortLimit(Fault):
     """The limit is below total_recv on this rank only: half of its rows are lost."""
 
     name, stage, arm = "short-limit", "truncate", "truncated"
-    bug = "sglang PR 22952: too small a limit drops rows and says nothing"
+    bug = "sglang PR 22952: too small a limit silently drops rows"
     shape = _CUT
     needs = _A_LIMIT
 
@@ -26,7 +26,7 @@ class ShortLimit(Fault):
 
 
 class OwnBatchLimit(Fault):
-    """The limit is taken from this rank's own batch, not from what it receives."""
+    """The limit is taken from this rank's own batch, not from the rows it receives."""
 
     name, stage, arm = "own-batch-limit", "truncate", "truncated"
     bug = "ATOM 2176, sglang PR 36130: a bound from one rank's batch is below what uneven ranks receive"
@@ -52,7 +52,7 @@ class OffByOne(Fault):
 
 
 class ShiftedWindow(Fault):
-    """The cut begins one row late: every row stands in the place of its neighbour."""
+    """The cut begins one row late: every row is replaced by the next."""
 
     name, stage, arm = "shifted-window", "truncate", "truncated"
     bug = "a slice index off by one, as in mori 507: rows are doubled and dropped"
@@ -66,7 +66,7 @@ class ShiftedWindow(Fault):
 
 
 class ScalesNotCut(Fault):
-    """Scales are cut as a flat buffer while the kernel strides by the rows that are left."""
+    """Scales are cut as a flat buffer while the kernel strides by the remaining rows."""
 
     name, stage, arm = "scales-not-cut", "truncate", "truncated"
     bug = "aiter 2759: scales of expert-parallel rows read in another layout than they were written in"
@@ -98,7 +98,7 @@ class WeightsNotCut(Fault):
 
 
 class ExpertCounts(Fault):
-    """The counts of each expert are given where the number of live rows is wanted: its first element is read."""
+    """Per-expert counts are passed as the number of live rows: their first element is read."""
 
     name, stage, arm = "expert-counts", "truncate", "truncated"
     bug = "vllm PR 53261: per-expert counts given to fused_moe, element 0 taken as the row count"
@@ -114,7 +114,7 @@ class ExpertCounts(Fault):
 
 
 class TailRouted(Fault):
-    """Rows past total_recv count as real, with the ids that were left there."""
+    """Rows past total_recv count as real, with the ids left there."""
 
     name, stage, arm = "tail-routed", "truncate", "truncated"
     bug = "DeepEP 739, rtp-llm 1325, aiter 2447: stale ids of padding rows are taken as real"
@@ -122,7 +122,7 @@ class TailRouted(Fault):
     needs = "a limit above the rows received"
 
     def cut(self, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
-        """Say that all rows are live, and leave ids of this rank in the tail."""
+        """Count all rows as live, and leave ids of this rank in the tail."""
         total = int(dispatched.total_recv)
         self.hits += max(given.rows - total, 0)
         given.ids[total:].fill_(self.scene.rank * self.scene.case.experts_per_rank)
@@ -130,10 +130,10 @@ class TailRouted(Fault):
 
 
 class CutNotApplied(Fault):
-    """The cut is asked for and does not happen: the whole buffer reaches the experts."""
+    """The requested cut does not happen: the whole buffer reaches the experts."""
 
     name, stage, arm = "cut-not-applied", "truncate", "truncated"
-    bug = "sglang's near misses: a misspelt or negative limit cuts nothing and says nothing"
+    bug = "sglang's near misses: a misspelt or negative limit silently cuts nothing"
     shape = _CUT
     needs = _A_LIMIT
 

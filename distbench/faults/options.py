@@ -1,4 +1,4 @@
-"""The options of a fault: what each is where nobody says, and what it may be."""
+"""Options of a fault: defaults and allowed values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Option(NamedTuple):
-    """One option: its default, `read` for its text, which raises ValueError, and in words what is allowed."""
+    """One option: its default, `read` for its text, which raises ValueError, and the allowed values in words."""
 
     default: Any
     read: Callable[[str], Any]
@@ -17,23 +17,23 @@ class Option(NamedTuple):
 
 
 def one_of(default: str, *others: str) -> Option:
-    """Return an option that is one of some words; the default may be none."""
+    """Return an option with one of a few words as value; the default may be none."""
     allowed = tuple(filter(None, (default, *others)))
     return Option(default, partial(_word, allowed), ", ".join(allowed))
 
 
 def whole(default: int, least: int, most: int) -> Option:
-    """Return an option that is a whole number from `least` to `most`."""
+    """Return an option with a whole number from `least` to `most` as value."""
     return Option(default, partial(_number, int, least, most), f"whole numbers from {least} to {most}")
 
 
 def real(default: float, least: float, most: float) -> Option:
-    """Return an option that is a number from `least` to `most`."""
+    """Return an option with a number from `least` to `most` as value."""
     return Option(default, partial(_number, float, least, most), f"numbers from {least:g} to {most:g}")
 
 
 def rank_option(ranks: int, everywhere: str) -> Option:
-    """Return the option that names one of `ranks` ranks, by its digits, or all; a rank other than 0 unless told."""
+    """Return the option for one of `ranks` ranks, in digits, or for all; the default is a rank other than 0."""
     words = (*map(str, range(ranks)), everywhere)
     return Option(str(min(1, ranks - 1)), partial(_word, words), f"0 to {ranks - 1}, or {everywhere}")
 

@@ -1,4 +1,4 @@
-"""Faults of a whole rank: it stands still, is late, or dies."""
+"""Faults of a whole rank: it hangs, is late, or dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FOREVER_S = 86_400.0
 
 
 class Hang(Fault):
-    """The rank stands still as it enters a stage."""
+    """The rank hangs as it enters a stage."""
 
     name, stage, verdict, arm = "hang", "dispatch", "HANG", "truncated"
     bug = "mori 101, sglang 22072: ranks wait for one that does not come"
@@ -31,11 +31,11 @@ class Delay(Fault):
     """The rank is late at every stage, which is no error."""
 
     name, stage, verdict = "delay", "", "PASS"
-    bug = "mori 80, 93: ranks that are not in step; a correct transport does not mind"
+    bug = "mori 80, 93: ranks out of step; a correct transport tolerates it"
     options = {"ms": real(20.0, 0.0, 60_000.0)}
 
     def enter(self, stage: str) -> None:
-        """Wait."""
+        """Sleep."""
         self.hits += 1
         time.sleep(self.chosen["ms"] / 1000)
 
@@ -56,7 +56,7 @@ class Death(Fault):
 
 
 class LateDeath(Fault):
-    """The rank dies after the last barrier, when every result has been handed over."""
+    """The rank dies after the last barrier, when every result has been delivered."""
 
     name, stage, verdict = "late-death", "gather", "RANK_FAULT"
     bug = "mori 342: all iterations pass, then a fault after the last sync and barrier"

@@ -1,7 +1,7 @@
-"""A stand-in for the package `aiter` (amd-aiter), in plain torch: docs/aiter.md says what it imitates.
+"""A stand-in for the package `aiter` (amd-aiter), in plain torch; docs/aiter.md lists what it imitates.
 
-`aiter.fused_moe`, `aiter.ops.shuffle` and the rest have the names and signatures of the wheel. `habits.assume` chooses
-the release and the device that it behaves like.
+`aiter.fused_moe`, `aiter.ops.shuffle` and the rest have the wheel's names and signatures. `habits.assume` chooses the
+release and the device that it imitates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,6 @@ logger = logging.getLogger("aiter")
 
 
 def __getattr__(name: str) -> Any:
-    if name == "dtypes":  # only here does anything of this module load torch
+    if name == "dtypes":  # the first import that loads torch
         return importlib.import_module("distbench.emulation.aiter.utility.dtypes")
     raise AttributeError(name)

@@ -1,4 +1,4 @@
-"""aiter's enums with the numbers of csrc/include/aiter_enum.h, where they are pybind objects of the same names."""
+"""aiter's enums with the numbers of csrc/include/aiter_enum.h; in aiter they are pybind objects of the same names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class ActivationType(Enum):
-    """What stands between the stages. Newer releases have more."""
+    """Activation between the stages. Newer releases have more."""
 
     No = -1
     Silu = 0
@@ -15,7 +15,7 @@ class ActivationType(Enum):
 
 
 class QuantType(Enum):
-    """How weights and activations are scaled."""
+    """Kind of scales of weights and activations."""
 
     No = 0
     per_Tensor = 1  # noqa: N815 - aiter's names

@@ -1,7 +1,7 @@
-"""`fused_moe` with aiter's names, selection rules and log line, computing as `ReferenceExperts` does.
+"""`fused_moe` with aiter's names, selection rules and log line, computed like `ReferenceExperts`.
 
-What a kernel would not look at is not looked at here either: weights are read as shuffled, ids as int32, bytes as the
-device's fp8, and an id that no expert has is an access out of bounds.
+Unchecked like the kernels: weights are read as shuffled, ids as int32, bytes as the device's fp8, and an id of no
+expert is an access out of bounds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WEIGHTS_OF_A_LAYER = 2
 
 @dataclass
 class MOEMetadata:
-    """What is known of the kernels of a bucket; `stage1` and `stage2` hold their names as keywords."""
+    """Kernels of a bucket; `stage1` and `stage2` hold their names as keywords."""
 
     stage1: Callable[..., Any]
     stage2: Callable[..., Any] | None
@@ -126,7 +126,7 @@ def get_padded_M(M: int) -> int:  # noqa: N802, N803 - aiter's names
 
 
 def get_block_size_M(token: int, topk: int, expert: int, inter_dim: int) -> int:  # noqa: N802
-    """Return the rows of a tile without a tuned row; top-k counts as it is given."""
+    """Return the rows of a tile without a tuned row; top-k counts as given."""
     key = LayerKey(
         num_local_experts=expert,
         topk=topk,
@@ -216,13 +216,13 @@ def _engine(layer: LayerKey) -> ReferenceExperts:
 
 
 class _Plain:
-    """The last weights of each shape as their kernel sees them; they are not written to while they are used."""
+    """The last weights of each shape as their kernel sees them; they must not be written to while in use."""
 
     def __init__(self) -> None:
         self._known: dict[torch.Size, tuple[Tensor, Tensor]] = {}
 
     def get(self, weights: Tensor, scale: Tensor | None) -> Tensor:
-        """Return `weights` in row order, multiplied out where they have a scale for each 128 x 128."""
+        """Return `weights` in row order, dequantised where they have a scale per 128 x 128 block."""
         known = self._known.get(weights.shape)
         if known is None or known[0] is not weights:
             known = (weights, _multiplied(_as_fp8(unshuffled(weights)), scale))
@@ -231,7 +231,7 @@ class _Plain:
         return known[1]
 
     def clear(self) -> None:
-        """Forget them."""
+        """Drop all entries."""
         self._known.clear()
 
 
@@ -264,19 +264,19 @@ def _warn_of_layout(w1: Tensor, w2: Tensor) -> None:
 def _live_rows(num_local_tokens: Tensor | None, rows: int) -> int:
     live = rows if num_local_tokens is None or habits.has(habits.ALL_ROWS) else int(num_local_tokens)
     if live > rows and habits.has(habits.PAST_ROWS_FAULT):
-        habits.fault(f"num_local_tokens is {live}, the input has {rows} rows: the sort writes past its memory")
+        habits.fault(f"num_local_tokens is {live}, the input has {rows} rows: the sort writes out of bounds")
     if live and rows in _FAULTY_ROWS and habits.has(habits.FAULT_AT_ROWS):
         habits.fault(f"a kernel for {rows} rows reads past its input")
     return min(live, rows)
 
 
 def _as_fp8(rows: Tensor) -> Tensor:
-    """Read bytes as kernels do: as the device's fp8, whatever type they say they are."""
+    """Reinterpret bytes as the device's fp8, as kernels do, whatever their dtype says."""
     return rows.view(get_dtype_fp8()) if rows.element_size() == 1 else rows
 
 
 def _as_int32(ids: Tensor) -> Tensor:
-    """Read ids as the sort does: as int32, whatever they are."""
+    """Reinterpret ids as int32, as the sort does, whatever their dtype."""
     if ids.dtype == torch.int32:
         return ids
     return ids.contiguous().view(torch.int32).flatten()[: ids.numel()].view(ids.shape)

@@ -1,6 +1,6 @@
-"""What the stand-in imitates: a release and a device, and faults of released kernels that can be chosen. No torch.
+"""Imitated properties: a release, a device, and selectable faults of released kernels. Loads no torch.
 
-A real aiter finds these things in its version, its device and its environment; `assume` says them here.
+A real aiter finds these in its version, its device and its environment; `assume` sets them here.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ HABITS = {
     ZERO_ROWS: "all rows come out zero where M is 16 times the valid rows or more (vllm #53108)",
     UNSET_SPLIT_K: "split-k adds to memory that was never zeroed (aiter #3997)",
 }
-"""The faults by name."""
+"""Faults by name."""
 
 NEWEST = "0.1.20"
-"""The release imitated where none is asked for: the newest whose rules are known."""
+"""The release imitated by default: the newest with known rules."""
 
 
 class Assumed(msgspec.Struct, frozen=True, kw_only=True):
-    """The release and the machine that the stand-in behaves like."""
+    """The release and the machine that the stand-in imitates."""
 
     habits: frozenset[str] = frozenset()
     version: str = NEWEST
@@ -47,9 +47,9 @@ class Assumed(msgspec.Struct, frozen=True, kw_only=True):
     table: str = ""
     """Path of the tuned table, or several joined by colons; empty: a table without rows."""
     overrides: Overrides = Overrides()
-    """What a real aiter finds in its environment."""
+    """Environment variables of a real aiter."""
     seed: int = 0
-    """Orders the adds of atomic epilogues."""
+    """Seed of the order of atomic adds."""
 
     @property
     def rules(self) -> BucketRules:
@@ -70,8 +70,7 @@ def parse_habits(text: str) -> frozenset[str]:
     """Read a comma-separated list of `HABITS`.
 
     Raises:
-        ValueError: a name that is none of them.
-
+        ValueError: an unknown name.
     """
     names = frozenset(filter(None, (part.strip() for part in text.split(","))))
     for name in sorted(names - HABITS.keys()):
@@ -81,8 +80,8 @@ def parse_habits(text: str) -> frozenset[str]:
 
 
 def assume(assumed: Assumed) -> None:
-    """Behave as `assumed` says from now on, as a process does that has started anew."""
-    global _assumed  # noqa: PLW0603 - a package has one version in a process
+    """Imitate `assumed` from now on, as a newly started process would."""
+    global _assumed  # noqa: PLW0603 - a package has one version per process
     if assumed != _assumed:
         _assumed = assumed
         for clear in _caches:
@@ -90,12 +89,12 @@ def assume(assumed: Assumed) -> None:
 
 
 def forget_with(clear: Callable[[], None]) -> None:
-    """Call `clear` whenever what is assumed changes."""
+    """Call `clear` whenever the assumptions change."""
     _caches.append(clear)
 
 
 def assumed() -> Assumed:
-    """Return what the stand-in behaves like now."""
+    """Return the current assumptions."""
     return _assumed
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for the package `mori` (amd-mori), over `torch.distributed`: docs/mori.md says what it imitates.
+"""A stand-in for the package `mori` (amd-mori), over `torch.distributed`; docs/mori.md lists what it imitates.
 
-`mori.shmem` and `mori.ops` have the names and signatures of the wheel and are loaded when used, as there. `assume`
-chooses the release and the device it behaves like.
+`mori.shmem` and `mori.ops` have the wheel's names and signatures and are loaded on first use, as there. `assume`
+chooses the release and the device that it imitates.
 """
 
 from __future__ import annotations

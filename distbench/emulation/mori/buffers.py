@@ -1,4 +1,4 @@
-"""The configuration of an operator, and the buffers that follow from it."""
+"""The configuration of an operator, and its buffers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EpDispatchCombineConfig:
     quant_type: str = "none"
 
     def rows_sent(self) -> int:
-        """Return W * M, also what source positions count a rank by."""
+        """Return W * M, the number of source positions per rank."""
         return self.world_size * self.max_num_inp_token_per_rank
 
     def rows_received_per_rank(self) -> int:
@@ -66,7 +66,7 @@ class Buffers(NamedTuple):
 
 
 def allocate(heap: Heap, config: EpDispatchCombineConfig) -> Buffers:
-    """Take an operator's buffers from the heap."""
+    """Allocate an operator's buffers on the heap."""
     malloc, rows, topk = heap.malloc, config.rows_received(), config.num_experts_per_token
     payload = config.hidden_dim * config.max_token_type_size
     scales = config.scale_dim * config.scale_type_size

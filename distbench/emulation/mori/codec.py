@@ -1,4 +1,4 @@
-"""What combine makes of expert rows on their way back: plain, cast to fp8, or in scaled blocks of fp8 or fp4."""
+"""Formats of expert rows on the trip back: plain, cast to fp8, or in scaled blocks of fp8 or fp4."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ FP4_MAX = 6.0
 _BLOCKS_VARIABLE = "MORI_FP8_COMBINE_SCALE_DIM"
 _DEFAULT_BLOCKS = 56
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Halfway between two values the even code wins: the lower one at these, the upper one at the others.
+# Ties between two values go to the even code: the lower one for these, the upper one for the others.
 _TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
 _TIES_UP = (0.75, 1.75, 3.5)
 
 
 class Codec(Protocol):
-    """How rows [m, H] travel, and how one is added to a float32 sum."""
+    """Encoding of rows [m, H] in transit, and their addition to a float32 sum."""
 
     def pack(self, rows: Tensor) -> Tensor:
         """Return rows as bytes: uint8 [m, width]."""
 
     def width(self, columns: int) -> int:
-        """Return the bytes of a row."""
+        """Return the bytes per row."""
 
     def add(self, total: Tensor, packed: Tensor) -> Tensor:
         """Return float32 total [m, H] plus packed rows uint8 [m, width]."""
 
     def round(self, total: Tensor) -> Tensor:
-        """Return a node's float32 sum as it travels to the next: its values in float32."""
+        """Return the values of a node's float32 sum after its trip to the next node, as float32."""
 
 
 def of_its_own(columns: Tensor) -> Tensor:
-    """Copy columns [m, c] of rows of bytes, so that they may be viewed as a wider type.
+    """Copy columns [m, c] of byte rows, so that they can be viewed as a wider type.
 
-    `contiguous()` copies no single row, which then begins wherever it does in its row: a view refuses an odd place.
+    `contiguous()` does not copy a single row, which may start at an odd address that a view refuses.
     """
     return columns.clone(memory_format=torch.contiguous_format)
 
 
 class Plain:
-    """Rows of their own type."""
+    """Rows in their own dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -101,7 +101,7 @@ class Fp8Blockwise:
         self._block = -(-columns // self.blocks)
 
     def pack(self, rows: Tensor) -> Tensor:
-        """See `Codec.pack`; the first scale is negated where any block of the row was scaled."""
+        """See `Codec.pack`; the first scale is negated if any block of the row was scaled."""
         blocks = self._blocked(rows.float())
         amax = blocks.abs().nan_to_num(0.0, posinf=float("inf")).amax(2)
         scaled, scales, factors = self._scales(amax)
@@ -114,7 +114,7 @@ class Fp8Blockwise:
         return self._payload(columns) + 4 * self.blocks
 
     def add(self, total: Tensor, packed: Tensor) -> Tensor:
-        """See `Codec.add`: one rounding for product and sum, or a plain sum where nothing was scaled."""
+        """See `Codec.add`: one rounding for product and sum, or a plain sum if nothing was scaled."""
         payload = self._payload(self._columns)
         scales = of_its_own(packed[:, payload:]).view(torch.float32)
         values = self._blocked(self._decode(of_its_own(packed[:, :payload])))
@@ -123,11 +123,11 @@ class Fp8Blockwise:
         return torch.where(scales[:, :1] < 0, (total.double() + wide).float(), total + plain)
 
     def round(self, total: Tensor) -> Tensor:
-        """See `Codec.round`; kernels of two levels refuse blocks."""
+        """See `Codec.round`; two-level kernels refuse blocks."""
         return total
 
     def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return whether each block [m, blocks] is scaled, the scale that is stored, and the factor applied."""
+        """Return whether each block [m, blocks] is scaled, the stored scale, and the applied factor."""
         maximum = torch.full_like(amax, torch.finfo(self._fp8).max)
         scaled = amax > maximum
         inverse = torch.ones_like(amax) / maximum
@@ -148,7 +148,7 @@ class Fp8Blockwise:
 
 
 class Fp4Blockwise(Fp8Blockwise):
-    """fp4_blockwise: E2M1, two to a byte, every block scaled."""
+    """fp4_blockwise: E2M1, two per byte, every block scaled."""
 
     def _scales(self, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maximum = torch.full_like(amax, FP4_MAX)
@@ -179,9 +179,9 @@ class Fp4Blockwise(Fp8Blockwise):
 def make_codec(
     quant_type: str, dtype: torch.dtype, columns: int, *, external: bool, fp8: torch.dtype | None = None
 ) -> Codec:
-    """Return how rows of `dtype` travel; a direct cast is silently left out for other types and without a copy.
+    """Return the codec of rows of `dtype`; a direct cast is silently dropped for other dtypes and without a copy.
 
-    `fp8` is the device's, None for that of the device that is imitated.
+    `fp8` is the device's fp8 type; None for that of the imitated device.
     """
     if quant_type == "fp8_direct_cast" and dtype is torch.bfloat16 and external:
         return DirectCast(fp8)
@@ -190,6 +190,6 @@ def make_codec(
 
 
 def combine_row_bytes(quant_type: str, columns: int, payload: int) -> int:
-    """Return the bytes that a blockwise row is allotted: fp8 as much as an unquantised one, and the scales."""
+    """Return the allotted bytes of a blockwise row; fp8 takes those of an unquantised row, and the scales."""
     codec = Fp4Blockwise(columns) if quant_type == "fp4_blockwise" else Fp8Blockwise(columns)
     return codec.width(columns) if isinstance(codec, Fp4Blockwise) else payload + 4 * codec.blocks

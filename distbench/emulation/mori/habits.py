@@ -1,4 +1,4 @@
-"""What releases of mori do differently, to be chosen by release or one by one, and the device. Loads no torch."""
+"""Behaviour that differs between releases of mori, chosen by release or one by one, and the device. Loads no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HABITS = (
     *(NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT, NO_OVERFLOW_ASSERT, LL_ALL_SLOTS),
     *(STALE_RECEIVE, STALE_PUSH, STALE_OUTPUT),
 )
-"""Each is a difference from the release that the wheels under test are of, 1.2.4."""
+"""Each is a difference from release 1.2.4, that of the wheels under test."""
 
 RELEASES: dict[str, tuple[str, ...]] = {
     "1.2.4": (),
@@ -51,13 +51,13 @@ def parse_habits(text: str) -> frozenset[str]:
 
 
 def assume(text: str, arch: str) -> None:
-    """Behave like the releases and habits of `text` on a device of `arch` from now on; see `parse_habits`."""
+    """Imitate the releases and habits of `text` on a device of `arch` from now on; see `parse_habits`."""
     global _assumed, _arch
     _assumed, _arch = parse_habits(text), arch
 
 
 def fp8_format() -> Fp8Format:
-    """Return the e4m3 that kernels are compiled with."""
+    """Return the e4m3 format that kernels are compiled for."""
     return format_of(_arch)
 
 
@@ -74,17 +74,16 @@ def trap(message: str) -> NoReturn:
 
 
 def spin() -> NoReturn:
-    """Wait for a signal that never comes, as a kernel does: there is no timeout in it."""
+    """Wait for a signal that never comes, without a timeout, as a kernel does."""
     while True:
         time.sleep(1)
 
 
 def refuse(what: str) -> NoReturn:
-    """Say what of the package is not imitated.
+    """Report a part of the package that is not imitated.
 
     Raises:
         NotImplementedError: always.
-
     """
     message = f"mori (emulated): {what} is not imitated"
     raise NotImplementedError(message)

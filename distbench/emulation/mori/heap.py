@@ -1,4 +1,4 @@
-"""The symmetric heap of one rank: bytes side by side, so that a write past one buffer lands in the next."""
+"""The symmetric heap of one rank: contiguous bytes, so that a write past one buffer lands in the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAST_THE_END = 0x7F
 
 
 class Heap:
-    """`size` zero bytes on `device`; on the CPU a page takes memory only once it is written to."""
+    """`size` zero bytes on `device`; on the CPU a page is allocated at its first write."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
@@ -42,7 +42,7 @@ class Heap:
         return region
 
     def free(self, regions: int) -> None:
-        """Take back that many regions; once none is left the heap is as new."""
+        """Free that many regions; once none is left, the heap is reset."""
         self._live -= regions
         if not self._live:
             self._top = 0
@@ -61,7 +61,7 @@ class Heap:
 
 
 class Region:
-    """One buffer of the heap. No access is checked against its end, only against that of the heap."""
+    """One buffer of the heap. Accesses are checked against the end of the heap only, not of the region."""
 
     def __init__(self, heap: Heap, start: int, size: int) -> None:
         self._heap = heap
@@ -69,7 +69,7 @@ class Region:
         self.size = size
 
     def view(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return a view [rows, columns] from the region's start on."""
+        """Return a view [rows, columns] from the start of the region."""
         width = columns * dtype.itemsize
         return self._reach(rows * width).view(dtype).view(rows, columns)
 
@@ -100,7 +100,7 @@ class Region:
 
 
 def at_address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """Return what lies at a tensor's address, whatever it is said to be; past its memory's end, rubbish."""
+    """Return the bytes at a tensor's address as [rows, columns] of `dtype`, whatever its own; past its end, garbage."""
     storage = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
     start, wanted = tensor.storage_offset() * tensor.element_size(), rows * columns * dtype.itemsize
     found = storage[start : start + wanted]

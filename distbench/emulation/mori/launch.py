@@ -1,4 +1,4 @@
-"""The geometry that the package would launch its kernels with; it changes no value here."""
+"""Launch geometry that the package would choose; it changes no value here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distbench.emulation.mori.buffers import EpDispatchCombineConfig
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
 
 Geometry = tuple[int, int, int]
-"""block_num, rdma_block_num, warp_per_block; -1 and 0 leave one open."""
+"""block_num, rdma_block_num, warp_per_block; -1 and 0 mean unset."""
 
 _MODES = ("MANUAL", "AUTO")
 _AUTO: dict[EpDispatchCombineKernelType, Geometry] = {
@@ -20,14 +20,13 @@ _INTRANODE_DISPATCH = (256, 0, 16)
 
 
 class Launches:
-    """What MORI_EP_LAUNCH_CONFIG_MODE makes of the geometries that calls ask for, where no table has a rule."""
+    """Effect of MORI_EP_LAUNCH_CONFIG_MODE on the geometries that calls give, where no table has a rule."""
 
     def __init__(self, config: EpDispatchCombineConfig) -> None:
         """Read the mode.
 
         Raises:
-            ValueError: it is neither MANUAL nor AUTO.
-
+            ValueError: the mode is neither MANUAL nor AUTO.
         """
         self.mode = os.environ.get("MORI_EP_LAUNCH_CONFIG_MODE", "MANUAL")
         if self.mode not in _MODES:
@@ -40,14 +39,14 @@ class Launches:
         self._dispatched = _INTRANODE_DISPATCH if intranode else (0, 0, 0)
 
     def asked(self, geometry: Geometry) -> Geometry:
-        """Return what `get_launch_config` says: AUTO's own numbers before those of the call."""
+        """Return the result of `get_launch_config`: AUTO's own numbers take precedence over the call's."""
         block_num, rdma_block_num, warp_per_block = (
             own or given for own, given in zip(self._automatic, geometry, strict=True)
         )
         return block_num, rdma_block_num, warp_per_block
 
     def taken(self, geometry: Geometry, *, dispatch: bool) -> Geometry:
-        """Return what a call launches: what is still open comes from the kernel, else from the configuration."""
+        """Return the geometry of a call: unset numbers come from the kernel, else from the configuration."""
         defaults = self._dispatched if dispatch else (0, 0, 0)
         block_num, rdma_block_num, warp_per_block = (
             given if given > 0 else default or configured

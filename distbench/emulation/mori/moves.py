@@ -1,4 +1,4 @@
-"""What an operator holds, and how its rows move: sent, received, sent back, added."""
+"""State of an operator, and the movement of its rows: sent, received, sent back, added."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _numbers: dict[str, count[int]] = {}
 
 
 class _Sent(NamedTuple):
-    """Rows that have arrived, uint8 [m, width], in order of their source ranks; by_source int64 [W] counts them."""
+    """Rows that have arrived, uint8 [m, width], ordered by source rank; by_source int64 [W] counts them."""
 
     rows: Tensor
     by_source: Tensor
@@ -48,15 +48,14 @@ class _Sent(NamedTuple):
 
 
 class Mover:
-    """Buffers, the counter of received rows, and what is under way between a send and a receive half."""
+    """Buffers, the counter of received rows, and the rows in flight between a send and a receive half."""
 
     def __init__(self, config: EpDispatchCombineConfig) -> None:
-        """Allocate; ranks wait for each other on the default process group, as in the package.
+        """Allocate the buffers; ranks wait for each other on the default process group, as in the package.
 
         Raises:
-            ValueError: an unknown quantisation, or launch mode.
+            ValueError: an unknown quantisation or launch mode.
             NotImplementedError: the kernel type InterNode.
-
         """
         if config.quant_type not in QUANT_TYPES:
             message = f"invalid quant_type '{config.quant_type}', expected one of {list(QUANT_TYPES)}"
@@ -85,7 +84,7 @@ class Mover:
             dist.barrier()
 
     def __del__(self) -> None:
-        """Give the buffers back while the heap is still there."""
+        """Free the buffers while the heap still exists."""
         if hasattr(self, "_buffers"):
             self._world.heap.free(len(self._buffers))
 
@@ -125,7 +124,7 @@ class Mover:
         self._total += rows.shape[0]
 
     def _count_local(self) -> None:
-        """Count the slots of received rows that name a local expert, each expert's apart."""
+        """Count the slots of received rows that name a local expert, per expert."""
         local = self.config.num_experts_per_rank
         received = self._buffers.ids.view(int(self._total), self.config.num_experts_per_token, TOPK_IDX_DTYPE)
         experts = received.flatten().long() - self.config.rank * local
@@ -138,7 +137,7 @@ class Mover:
         return not habits.has(habits.NO_OVERFLOW_ASSERT)
 
     def _slots(self, by_source: Tensor) -> Tensor:
-        """Return the slots of arrived rows, int64 [m]: an order as atomics make it, another one in each call."""
+        """Return the slots of arrived rows, int64 [m], in an order as atomics give it, different in each call."""
         chance = torch.Generator().manual_seed(self._calls * self.config.world_size + self.config.rank)
         if self.config.kernel_type is not EpDispatchCombineKernelType.AsyncLL:
             return torch.randperm(int(by_source.sum()), generator=chance)
@@ -196,8 +195,8 @@ class Mover:
             self._buffers.combine_weights.view(tokens, topk, torch.float32).copy_(summed)
 
     def _exchange(self, rows: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
-        """Send rows uint8 [m, width], in order of their ranks `to`: what arrives, in order of its ranks, and counts."""
-        if self.config.kernel_type not in INTRA:  # which takes its peers' addresses as arguments
+        """Send rows uint8 [m, width], ordered by their ranks `to`; return arriving rows by source rank, and counts."""
+        if self.config.kernel_type not in INTRA:  # which has its peers' addresses as arguments
             self._hip_module.launch()
         sent = torch.bincount(to, minlength=self.config.world_size)
         lost = torch.tensor([self._lost(rank) for rank in range(self.config.world_size)], device=sent.device)
@@ -211,10 +210,10 @@ class Mover:
         return arrived, heard[:, 0]
 
     def _is_stale(self, habit: str) -> bool:
-        """Whether this call leaves what the first one wrote."""
+        """Whether this call leaves the values of the first call."""
         return self._calls > 1 and habits.has(habit)
 
     def _lost(self, rank: int) -> bool:
-        """Whether a count that is written to `rank` now is zeroed by it later: its constructor is not through."""
+        """Whether a count written to `rank` now is later zeroed by that rank, whose constructor has not finished."""
         first = self._calls == 0 and habits.has(habits.NO_CONSTRUCTOR_BARRIER)
         return first and not shmem.store().check([self._zeroed(rank)])

@@ -1,7 +1,7 @@
 """`mori.ops`: the configuration and the operator, with the wheel's names, signatures and defaults.
 
-Nothing is validated that the package does not validate. Kernels take addresses: what a tensor is said to be is not
-looked at, only the bytes from its start on.
+Nothing is validated that the package does not validate. Kernels take addresses: a tensor's dtype and shape are ignored,
+only the bytes from its start count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori import _jit_loader, habits  # noqa: F401 - found here, as in the package
+from distbench.emulation.mori import _jit_loader, habits  # noqa: F401 - exported here, as in the package
 from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig
 from distbench.emulation.mori.heap import at_address
 from distbench.emulation.mori.moves import TOPK_IDX_DTYPE, Mover
@@ -35,11 +35,11 @@ NOT_IMITATED = (
 class EpDispatchCombineOp(Mover):
     """One operator. Construction is collective.
 
-    `local_expert_count` int32 [El] is what the last call that was asked to count found.
+    `local_expert_count` int32 [El] holds the counts of the last call that was asked to count.
     """
 
     def __getattr__(self, name: str) -> Any:
-        """Say of a method of the package that it is not imitated."""
+        """Report a method of the package that is not imitated."""
         if name in NOT_IMITATED:
             habits.refuse(name)
         message = f"{type(self).__name__!r} object has no attribute {name!r}"
@@ -47,12 +47,12 @@ class EpDispatchCombineOp(Mover):
 
     def get_launch_config(
         self,
-        is_dispatch: bool = True,  # noqa: ARG002, FBT001, FBT002 - the wheel's; without tables both are alike
+        is_dispatch: bool = True,  # noqa: ARG002, FBT001, FBT002 - the wheel's; without tables both phases are alike
         block_num: int = -1,
         rdma_block_num: int = -1,
         warp_per_block: int = -1,
     ) -> tuple[int, int, int]:
-        """Return block_num, rdma_block_num and warp_per_block as they are asked for, or as AUTO has them."""
+        """Return block_num, rdma_block_num and warp_per_block as given, or as AUTO sets them."""
         return self._launches.asked((block_num, rdma_block_num, warp_per_block))
 
     def decode_send_flat_idx(self, flat_idx: int) -> tuple[int, int]:
@@ -64,7 +64,7 @@ class EpDispatchCombineOp(Mover):
         return self.config.max_num_inp_token_per_rank
 
     def max_num_tokens_to_send(self) -> int:
-        """Return W * M, also what source positions count a rank by."""
+        """Return W * M, the number of source positions per rank."""
         return self.config.rows_sent()
 
     def max_num_tokens_to_recv_per_rank(self) -> int:
@@ -76,7 +76,7 @@ class EpDispatchCombineOp(Mover):
         return self.config.rows_received()
 
     def get_registered_combine_input_buffer(self, dtype: torch.dtype, hidden_dim: int = -1) -> Tensor:
-        """Return the view [R, hidden] that combine reads where no external buffer is used."""
+        """Return the view [R, hidden] that combine reads when no external buffer is used."""
         columns = self.config.hidden_dim if hidden_dim < 0 else hidden_dim
         return self._buffers.combine_inp.view(self.max_num_tokens_to_recv(), columns, dtype)
 
@@ -98,14 +98,13 @@ class EpDispatchCombineOp(Mover):
         routing: object = None,
         return_routing: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """Send rows to the ranks of their experts: the received hidden, weights, scales, ids and their number.
+        """Send rows to the ranks of their experts; return the received hidden, weights, scales, ids and their number.
 
         All are views. AsyncLL only sends here; `dispatch_recv` fills them, and counts.
 
         Raises:
-            NotImplementedError: a routing handle is given or asked for.
-            RuntimeError: fp8 of another format than the device's, for which no kernel is compiled.
-
+            NotImplementedError: a routing handle is given or requested.
+            RuntimeError: an fp8 format other than the device's, for which no kernel is compiled.
         """
         _check_kernels(input.dtype)
         if routing is not None or return_routing:
@@ -153,7 +152,7 @@ class EpDispatchCombineOp(Mover):
         indices: Tensor,
         block_num: int = -1,
         warp_per_block: int = -1,
-        call_local_expert_count: bool = False,  # noqa: ARG002, FBT001, FBT002 - the wheel's does not pass it on
+        call_local_expert_count: bool = False,  # noqa: ARG002, FBT001, FBT002 - the wheel does not pass it on
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         """See `dispatch`."""
         return self.dispatch(input, weights, scales, indices, block_num=block_num, warp_per_block=warp_per_block)
@@ -164,7 +163,7 @@ class EpDispatchCombineOp(Mover):
         warp_per_block: int = -1,  # noqa: ARG002
         call_local_expert_count: bool = False,  # noqa: FBT001, FBT002
     ) -> None:
-        """Fill what `dispatch` returned: AsyncLL only."""
+        """Fill the views that `dispatch` returned; AsyncLL only."""
         self._only_async("dispatch_recv")
         self._receive()
         if call_local_expert_count:
@@ -183,14 +182,13 @@ class EpDispatchCombineOp(Mover):
         *,
         routing: object = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum what came of this rank's tokens: views [M, H], and [M, k] where weights are given.
+        """Return the sum of this rank's tokens: views [M, H], and [M, k] where weights are given.
 
-        AsyncLL only sends here; `combine_recv` fills them.
+        AsyncLL only sends here; `combine_recv` fills the views.
 
         Raises:
-            ValueError: what the package refuses: other rows of ids than were dispatched, blocks where there are none.
+            ValueError: refused by the package: ids with other rows than were dispatched, or blocks without support.
             NotImplementedError: a routing handle; or the registered buffer where kernels write to it as they read it.
-
         """
         if routing is not None:
             habits.refuse("a routing handle")
@@ -231,12 +229,12 @@ class EpDispatchCombineOp(Mover):
         return self.combine(input, weights, indices, block_num=block_num, warp_per_block=warp_per_block)
 
     def combine_recv(self, block_num: int = -1, warp_per_block: int = -1) -> None:  # noqa: ARG002
-        """Fill what `combine` returned: AsyncLL only."""
+        """Fill the views that `combine` returned; AsyncLL only."""
         self._only_async("combine_recv")
         self._reduce(external=True)
 
     def reset(self) -> None:
-        """Do nothing, as the package."""
+        """Do nothing, like the package."""
 
     def _only_async(self, name: str) -> None:
         if self.config.kernel_type is not EpDispatchCombineKernelType.AsyncLL:
@@ -268,5 +266,5 @@ def launch_local_expert_count(  # noqa: PLR0913 - the wheel's signature
     warp_per_block: int = -1,  # noqa: ARG001
     stream: int = 0,  # noqa: ARG001
 ) -> NoReturn:
-    """Raise NotImplementedError: it takes addresses on a device; `call_local_expert_count` of a call counts here."""
+    """Raise NotImplementedError: it takes device addresses; `call_local_expert_count` of a call counts here."""
     habits.refuse("launch_local_expert_count")

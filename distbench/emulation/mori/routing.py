@@ -1,4 +1,4 @@
-"""Which rank each top-k slot stands for, by kernel type: who is sent a token, and in which order sums are made."""
+"""Rank of each top-k slot, by kernel type: destinations of a token, and the order of sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LL_SLOTS = 8
 
 
 class EpDispatchCombineKernelType(Enum):
-    """The wheel's kernel types, with its numbers; InterNode, the first of them, is not imitated."""
+    """The wheel's kernel types with its numbers; InterNode, the first of them, is not imitated."""
 
     IntraNode = 0
     InterNode = 1
@@ -24,7 +24,7 @@ class EpDispatchCombineKernelType(Enum):
     IntraNodeLL = 5
 
     def __str__(self) -> str:
-        """Return the name alone."""
+        """Return the bare name."""
         return self.name
 
 
@@ -34,7 +34,7 @@ _SKIPS_NEGATIVE = (*INTRA, EpDispatchCombineKernelType.InterNodeV1)
 
 
 class Shape(NamedTuple):
-    """What routing depends on besides the ids."""
+    """Inputs of routing besides the ids."""
 
     kernel: EpDispatchCombineKernelType
     world_size: int
@@ -55,7 +55,7 @@ def owners(ids: Tensor, shape: Shape) -> Tensor:
 
 
 def representatives(ids: Tensor, shape: Shape) -> Tensor:
-    """Return the rank that each slot stands for, int64 [n, k]: W where another slot stands for it, or nobody does."""
+    """Return the rank that each slot represents, int64 [n, k]; W if another slot represents it, or if dropped."""
     owner = owners(ids, shape)
     same = owner.unsqueeze(2) == owner.unsqueeze(1)
     if shape.kernel is not EpDispatchCombineKernelType.IntraNodeLL:

@@ -1,4 +1,4 @@
-"""`mori.shmem`: who takes part, and the symmetric heap. One world in a process, as in the package."""
+"""`mori.shmem`: membership and the symmetric heap. One world per process, as in the package."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEFAULT_HEAP = "4G"
 
 
 class World(NamedTuple):
-    """The ranks that share a heap, as this rank sees them; `name` is the same for all of them, and no other world's."""
+    """The ranks that share a heap, as this rank sees them; `name` is unique to the world and equal on its ranks."""
 
     name: str
     group: dist.ProcessGroup
@@ -47,12 +47,12 @@ def __getattr__(name: str) -> Any:
 
 
 def shmem_get_unique_id() -> bytes:
-    """Return what all ranks of a world are given by one of them: 128 bytes."""
+    """Return a new world's unique id, 128 bytes, for one rank to distribute."""
     return secrets.token_bytes(_UNIQUE_ID_BYTES)
 
 
 def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int:
-    """Join the world of `unique_id`; 0 on success, and where there is one already. Collective over its ranks."""
+    """Join the world of `unique_id`; return 0 on success, or if one was joined already. Collective over its ranks."""
     if flags != MORI_SHMEM_INIT_WITH_UNIQUEID or len(unique_id) != _UNIQUE_ID_BYTES:
         return -1
     if not _worlds:
@@ -64,10 +64,10 @@ def shmem_init_attr(flags: int, rank: int, nranks: int, unique_id: bytes) -> int
 
 
 def _group_of(members: tuple[int, ...]) -> dist.ProcessGroup:
-    """Return the group of `members` that the process has, and a new one where it has none.
+    """Return the process's group of `members`; create it if there is none.
 
-    torch names a group that only its members create by how many groups each of them has, so members with different
-    numbers of groups would wait for each other for ever.
+    torch names a group that only its members create by the number of groups that each of them has, so members with
+    different numbers would wait for each other forever.
     """
     for existing in vars(dist.distributed_c10d)["_world"].pg_group_ranks:
         if dist.get_process_group_ranks(existing) == list(members):
@@ -78,8 +78,8 @@ def _group_of(members: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 def shmem_torch_process_group_init(group_name: str) -> int:
-    """Join the world of a registered process group; it has to hold global rank 0, which the id comes from."""
-    resolve = vars(dist.distributed_c10d)["_resolve_process_group"]  # as the package does
+    """Join the world of a registered process group; it must contain global rank 0, the source of the id."""
+    resolve = vars(dist.distributed_c10d)["_resolve_process_group"]  # like the package
     group = resolve(group_name)
     ids = [shmem_get_unique_id()]
     dist.broadcast_object_list(ids, src=0, group=group)
@@ -87,13 +87,13 @@ def shmem_torch_process_group_init(group_name: str) -> int:
 
 
 def shmem_finalize() -> int:
-    """Leave the world; its heap is gone."""
+    """Leave the world and release its heap."""
     _worlds.clear()
     return 0
 
 
 def shmem_mype() -> int:
-    """Return this rank's number in the world."""
+    """Return this rank's index in the world."""
     return world().rank
 
 
@@ -108,11 +108,10 @@ def shmem_barrier_all() -> None:
 
 
 def world() -> World:
-    """Return the world that was joined.
+    """Return the joined world.
 
     Raises:
-        RuntimeError: none was.
-
+        RuntimeError: no world was joined.
     """
     if not _worlds:
         message = "mori.shmem is not initialised"
@@ -121,8 +120,8 @@ def world() -> World:
 
 
 def store() -> Any:
-    """Return the job's store, in which ranks leave each other word."""
-    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch names no other way to it
+    """Return the job's store, through which ranks exchange messages."""
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001 - torch has no public name for it
 
 
 def _members(name: str, rank: int, nranks: int) -> tuple[int, ...]:

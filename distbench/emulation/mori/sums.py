@@ -1,4 +1,4 @@
-"""Combine's arithmetic: contributions laid out, added in slot order, on one level or node by node."""
+"""Combine's arithmetic: contributions arranged, then added in slot order, on one level or node by node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distbench.workload.quantize import saturated
 
 
 class Returned(NamedTuple):
-    """Expert rows that have come back, uint8 [m, width], each with the rank it comes from and the token it is for."""
+    """Returned expert rows, uint8 [m, width], each with its source rank and its token."""
 
     rows: Tensor
     ranks: Tensor
@@ -27,7 +27,7 @@ class Returned(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """Where a rank's contribution to a token lies: in a region of the heap, or in rows that `places` points into."""
+    """Place of a rank's contribution to a token: in a region of the heap, or among rows that `places` indexes."""
 
     source: Region | Tensor
     places: Tensor | None
@@ -35,7 +35,7 @@ class Staged(NamedTuple):
     width: int
 
     def rows(self, ranks: Tensor, tokens: Tensor) -> Tensor:
-        """Return uint8 [m, width] of the contributions of ranks [m] to tokens [m]."""
+        """Return the contributions of ranks [m] to tokens [m]: uint8 [m, width]."""
         place = ranks * self.most + tokens
         if isinstance(self.source, Region):
             return self.source.take(place, self.width)
@@ -43,7 +43,7 @@ class Staged(NamedTuple):
 
 
 def stage(back: Returned, rows: Tensor, shape: Shape, most: int, region: Region | None) -> Staged:
-    """Lay rows uint8 [m, width] where the sum finds them: at (expert rank * M + token) of `region`, or aside."""
+    """Put rows uint8 [m, width] where the sum reads them: at (expert rank * M + token) of `region`, or off the heap."""
     place = back.ranks * most + back.tokens
     if region is not None:
         region.put(place, rows)
@@ -64,18 +64,18 @@ def sum_slots(codec: Codec, staged: Staged, route: Tensor, shape: Shape, columns
 
 
 class NodeSums:
-    """Sums within each node, rounded, then added in the order of nodes. A node's sums stay until the next call."""
+    """Sums within each node, rounded, then added in node order. A node's sums stay until the next call."""
 
     def __init__(self, shape: Shape, gpu_per_node: int, most: int) -> None:
-        """`most` is M; nodes are of `gpu_per_node` ranks."""
+        """Allocate the sums; `most` is M, and nodes have `gpu_per_node` ranks."""
         self._shape, self._per_node, self._most = shape, gpu_per_node, most
         self._partials = torch.zeros(0)
 
     def add(self, back: Returned, staged: Staged, route: Tensor) -> Tensor:
-        """Return float32 [n, H].
+        """Return the tokens' sums, float32 [n, H].
 
-        Which nodes take part is read from the ids that combine is given; one that was sent nothing has what an earlier
-        call left there.
+        Participating nodes are read from the ids passed to combine; a node that received nothing contributes an earlier
+        call's sums.
         """
         nodes, tokens = self._shape.world_size // self._per_node, route.shape[0]
         wanted = (nodes, max(self._most, tokens), back.columns)
@@ -94,5 +94,5 @@ class NodeSums:
 
 
 def cast(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a float32 sum as the type of the rows; fp8 saturates."""
+    """Return a float32 sum in the rows' dtype; fp8 saturates."""
     return saturated(total, dtype) if dtype.itemsize == 1 else total.to(dtype)

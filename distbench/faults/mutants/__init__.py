@@ -1,4 +1,4 @@
-"""The corpus: broken kernels, transports, cuts and combines as small patches at named seams (docs/mutants.md)."""
+"""The corpus: broken kernels, transports, cuts and combines, as small patches at named seams (docs/mutants.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants of the activation, and of what stands between gate and up."""
+"""Mutants of the activation, and of the path between gate and up."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ def identity_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
 
 @_at("activate")
 def relu_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Relu in the place of silu."""
+    """Relu instead of silu."""
     return gate.relu() * up
 
 
 @_at("activate")
 def gelu_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Gelu (erf) in the place of silu."""
+    """Gelu (erf) instead of silu."""
     return functional.gelu(gate) * up
 
 
 @_at("activate")
 def gelu_tanh_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Gelu (tanh) in the place of silu."""
+    """Gelu (tanh) instead of silu."""
     return functional.gelu(gate, approximate="tanh") * up
 
 
 @_at("activate")
 def quick_gelu_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """x sigmoid(1.702 x) in the place of silu."""
+    """x sigmoid(1.702 x) instead of silu."""
     return gate * torch.sigmoid(1.702 * gate) * up
 
 
 @_at("activate")
 def hardswish_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Hardswish in the place of silu."""
+    """Hardswish instead of silu."""
     return functional.hardswish(gate) * up
 
 
 @_at("activate")
 def mish_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Mish in the place of silu."""
+    """Mish instead of silu."""
     return functional.mish(gate) * up
 
 
 @_at("activate")
 def silu_of_magnitude(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """The gate's sign is lost in front of silu."""
+    """The gate's sign is lost before silu."""
     return functional.silu(gate.abs()) * up
 
 
 @_at("activate")
 def sigmoid_for_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Sigmoid in the place of silu."""
+    """Sigmoid instead of silu."""
     return torch.sigmoid(gate) * up
 
 
@@ -113,7 +113,10 @@ def up_clamped_at_7(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     return functional.silu(gate) * up.clamp(-7.0, 7.0)
 
 
-@_at("activate", unseen="with fp8 dispatch no gate of exact inputs is above 64; in bf16 some are, and it is seen there")
+@_at(
+    "activate",
+    unseen="with fp8 dispatch no gate of exact inputs is above 64; in bf16 some are, and exact inputs show it",
+)
 def gate_clamped_at_64(site: Site, gate: Tensor, up: Tensor) -> Tensor:
     """The gate is clamped at 64."""
     return functional.silu(gate.clamp(max=64.0)) * up
@@ -121,7 +124,7 @@ def gate_clamped_at_64(site: Site, gate: Tensor, up: Tensor) -> Tensor:
 
 @_at("activate")
 def leaky_silu(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """A hundredth of the gate comes through where it is negative."""
+    """A negative gate leaks: a hundredth of it comes through."""
     return (functional.silu(gate) + 0.01 * gate.clamp(max=0.0)) * up
 
 
@@ -165,7 +168,7 @@ def gelu_in_two_columns(site: Site, gate: Tensor, up: Tensor) -> Tensor:
 
 @_at("first", touches="row")
 def gate_of_one_row_halved(site: Site, rows: Tensor, w1: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """The gate of one row in 64 is halved in front of silu."""
+    """The gate of one row in 64 is halved before silu."""
     made = site.right(rows, w1, group, choice)
     half = made.shape[2] // 2
     made[..., :half] = torch.where(site.rare_in(group), made[..., :half] / 2, made[..., :half])

@@ -1,4 +1,4 @@
-"""What a mutant is: a small patch at a named seam of the layer, and what the corpus says of it."""
+"""The form of a mutant: a small patch at a named seam of the layer, and the corpus's facts about it."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ BOUNDARIES = {
     "returned": "combine",
     "combined": "combine",
 }
-"""Seams around any transport, cut and experts, by the methods of `Fault`, and the stage that each belongs to."""
+"""Seams around any transport, cut and experts, by the methods of `Fault`, and the stage of each."""
 
 STEPS = ("widen", "first", "activate", "store", "requantise", "second", "weigh", "round", "add")
 """Seams inside the reference experts: the methods of `distbench.experts.steps.Steps`."""
 
 SUM = "sum"
-"""The seam inside the collective transport: how the rows of one token are added up."""
+"""The seam inside the collective transport: the sum of one token's rows."""
 
 SETTINGS = ("bf16", "fp8", "cast", "blockwise")
-"""What a mutant is tried with: dispatch in bf16, in fp8; combine with fp8_direct_cast, fp8_blockwise and top-k 8."""
+"""Settings of trials: dispatch in bf16, in fp8; combine with fp8_direct_cast, fp8_blockwise and top-k 8."""
 
 SPARSE = 64
-"""A mutant that touches single rows touches at most one in so many."""
+"""A mutant of single rows touches at most one in this number of rows."""
 
 RARE_ROW = 37
 
 
 class Site(NamedTuple):
-    """Where a patch finds itself: `right` is the step that it replaces, `kept` what it keeps from seam to seam."""
+    """Surroundings of a patch: `right` is the step that it replaces, `kept` holds values between seams."""
 
     case: Case
     rank: int
@@ -56,31 +56,31 @@ class Site(NamedTuple):
         return self.rank * self.case.experts_per_rank
 
     def local(self, ids: Tensor) -> Tensor:
-        """Return which global ids are experts of this rank, bool like ids."""
+        """Return a mask of the global ids that are experts of this rank, bool like ids."""
         return (ids >= self.first_expert) & (ids < self.first_expert + self.case.experts_per_rank)
 
     def rows_of(self, group: Group) -> Tensor:
-        """Return the row that each route of a group belongs to, int64 [g, m]; -1 past an expert's last one."""
+        """Return the row of each route of a group, int64 [g, m]; -1 past an expert's last route."""
         rows = group.routes.div(self.case.topk, rounding_mode="floor")
         return torch.where(group.routes < group.total, rows, -1)
 
     def rare_in(self, group: Group) -> Tensor:
-        """Return which routes of a group are of the rare rows: bool [g, m, 1]."""
+        """Return a mask of a group's routes that belong to rare rows: bool [g, m, 1]."""
         return (self.rows_of(group) % SPARSE == RARE_ROW).unsqueeze(2)
 
 
 def rare(count: int) -> Tensor:
-    """Return which of `count` rows are touched where at most one in 64 is: int64 [.]."""
+    """Return the touched ones of `count` rows where at most one in 64 is: int64 [.]."""
     return torch.arange(min(RARE_ROW, max(count - 1, 0)), count, SPARSE)
 
 
 def earlier(rows: Tensor) -> Tensor:
-    """Return what an earlier batch may have left in the place of rows: the same rows, for other tokens."""
+    """Return rows as an earlier batch may have left them: the same rows, of other tokens."""
     return rows.roll(max(len(rows) // 2, 1), 0)
 
 
 def live(given: ExpertInput) -> int:
-    """Return how many rows of the experts' input count."""
+    """Return the number of live rows in the experts' input."""
     return min(int(given.num_local_tokens), given.rows)
 
 
@@ -95,11 +95,10 @@ Patch = Callable[..., Any]
 class Mutant(NamedTuple):
     """One entry of the corpus.
 
-    `patches` are functions by seam: of a step, `patch(site, *arguments of the step)` in its place; of a boundary,
-    `patch(site, *what passes there)`. `touches` says what part of the values at the seam it changes: all, at most one
-    row in 64, or at most 1 % of the elements. `settings` are those that it is tried with. `equivalent` proves in a
-    sentence that the results are as good, so that it must not alarm; `unseen` says why some or all of its runs do not
-    show it.
+    `patches` are functions by seam: `patch(site, *arguments of the step)` replaces a step, `patch(site, *values passed
+    there)` changes a boundary. `touches` says which part of the values at the seam it changes: all, at most one row in
+    64, or at most 1 % of the elements. `settings` are those of its trials. `equivalent` proves in a sentence that the
+    results are as good, so that it must not alarm; `unseen` says why some or all of its trials do not show it.
     """
 
     name: str
@@ -114,7 +113,7 @@ class Mutant(NamedTuple):
 
     @property
     def seams(self) -> tuple[str, ...]:
-        """The seams that it patches, the one that it is named by first."""
+        """The seams that it patches; the first one names it."""
         return tuple(self.patches)
 
     @property
@@ -124,15 +123,15 @@ class Mutant(NamedTuple):
 
     @property
     def anywhere(self) -> bool:
-        """Whether it can stand around any kernel: all that it patches are boundaries."""
+        """Whether it works with any kernel: it patches boundaries only."""
         return all(seam in BOUNDARIES for seam in self.patches)
 
 
 class Class:
-    """The mutants of one class, in the order in which they are defined."""
+    """The mutants of one class, in the order of their definition."""
 
     def __init__(self, kind: str, *settings: str) -> None:
-        """`settings` are what its mutants are tried with unless one says otherwise."""
+        """Start a class; `settings` are the default of its mutants' trials."""
         self.kind = kind
         self.mutants: list[Mutant] = []
         self._settings = settings or ("bf16",)
@@ -147,7 +146,7 @@ class Class:
         unseen: str = "",
         also: Mapping[str, Patch] | None = None,
     ) -> Callable[[Patch], Patch]:
-        """Take a function up as a mutant, named by the function's name and described by its docstring."""
+        """Register a function as a mutant, named after the function and described by its docstring."""
 
         def add(patch: Patch) -> Patch:
             self.mutants.append(

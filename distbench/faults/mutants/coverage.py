@@ -1,4 +1,4 @@
-"""Mutants that leave out, double or displace part of K or N in one of the two products."""
+"""Mutants that omit, double or displace part of K or N in one of the two products."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLOCK = 128
 def _reading(
     site: Site, operands: Sequence[Any], change: Callable[[Tensor], Tensor], *, gate: bool, up: bool
 ) -> Tensor:
-    """Return stage 1 where gate, up or both read rows that `change` has been at."""
+    """Return stage 1 with gate, up or both computed from rows changed by `change`."""
     rows, *others = operands
     changed = rows.clone()
     change(changed)
@@ -57,7 +57,7 @@ def up_reads_65_columns(site: Site, *operands: Any) -> Tensor:
 
 @_k("first")
 def last_block_lost(site: Site, *operands: Any) -> Tensor:
-    """Stage 1 leaves the last 128 of K out."""
+    """Stage 1 omits the last 128 of K."""
     return _reading(site, operands, lambda rows: rows[..., -_BLOCK:].zero_(), gate=True, up=True)
 
 
@@ -95,13 +95,13 @@ def first_half_of_split_k_twice(site: Site, *operands: Any) -> Tensor:
 
 @_k("first")
 def odd_columns_of_the_last_block_lost(site: Site, *operands: Any) -> Tensor:
-    """Stage 1 skips each second column of the last 128 of K."""
+    """Stage 1 skips every second column of the last 128 of K."""
     return _reading(site, operands, lambda rows: rows[..., 1 - _BLOCK :: 2].zero_(), gate=True, up=True)
 
 
 @_k("second")
 def stage_2_loses_its_last_block(site: Site, *operands: Any) -> Tensor:
-    """Stage 2 leaves the last 128 of K out."""
+    """Stage 2 omits the last 128 of K."""
     return _second(site, operands, lambda rows: rows[..., -_BLOCK:].zero_())
 
 
@@ -143,7 +143,7 @@ def last_vector_lost(site: Site, *operands: Any) -> Tensor:
 
 @_k("first", touches="elements")
 def column_254_read_for_255(site: Site, *operands: Any) -> Tensor:
-    """Column 255 of K is column 254 once more."""
+    """Column 255 of K is read as column 254."""
     return _reading(site, operands, lambda rows: rows[..., 255].copy_(rows[..., 254]), gate=True, up=True)
 
 
@@ -197,7 +197,7 @@ def last_64_columns_lost(site: Site, *operands: Any) -> Tensor:
 
 @_n("second")
 def first_tile_written_twice(site: Site, *operands: Any) -> Tensor:
-    """Output columns 128 to 255 hold what belongs into 0 to 127."""
+    """Output columns 128 to 255 hold the values of 0 to 127."""
     made = site.right(*operands)
     made[..., 128:256] = made[..., :128].clone()
     return made
@@ -205,7 +205,7 @@ def first_tile_written_twice(site: Site, *operands: Any) -> Tensor:
 
 @_n("second")
 def columns_rolled_by_one(site: Site, *operands: Any) -> Tensor:
-    """Each output column stands one place to the right."""
+    """Each output column is one place to the right."""
     made = site.right(*operands)
     return made.roll(1, 2)
 
@@ -227,7 +227,7 @@ def last_gate_tile_lost(site: Site, *operands: Any) -> Tensor:
 
 @_n("first")
 def up_shifted_by_one(site: Site, *operands: Any) -> Tensor:
-    """Up stands one column beside its gate."""
+    """Up is one column off its gate."""
     made = site.right(*operands)
     half = made.shape[2] // 2
     made[..., half:] = made[..., half:].roll(1, 2)
@@ -267,7 +267,7 @@ def last_lanes_hold_nan(site: Site, *operands: Any) -> Tensor:
 
 @_n("second", touches="elements")
 def last_column_is_its_neighbour(site: Site, *operands: Any) -> Tensor:
-    """The last output column is the one before it."""
+    """The last output column repeats the one before it."""
     made = site.right(*operands)
     made[..., -1] = made[..., -2]
     return made

@@ -1,4 +1,4 @@
-"""A mutant of the corpus as a fault that a case can ask for: `mutant:name=gelu-for-silu,arm=truncated`."""
+"""A mutant of the corpus as a fault that a case can inject: `mutant:name=gelu-for-silu,arm=truncated`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class MutantFault(Fault):
-    """One mutant of the corpus, on all ranks unless one is named. `hits` counts the calls that it took effect in."""
+    """One mutant of the corpus, on all ranks unless one is named. `hits` counts the calls in which it took effect."""
 
     name = NAME
     mutant: ClassVar[Mutant]
@@ -35,10 +35,9 @@ class MutantFault(Fault):
         """Take effect as `injection` says.
 
         Raises:
-            Unsupported: the mutant patches arithmetic of the reference, or of the collective transport, and the case
-                runs another part.
+            Unsupported: the mutant patches the reference experts or the collective transport, and the case uses
+                another part.
             InvalidCase: see `Fault`.
-
         """
         super().__init__(scene, injection)
         part = unfit(self.mutant, scene.case.experts, scene.case.transport)
@@ -50,7 +49,7 @@ class MutantFault(Fault):
 
     @classmethod
     def all_options(cls, ranks: int) -> dict[str, Option]:
-        """See `Fault.all_options`; the rank is all of them unless told."""
+        """See `Fault.all_options`; the default rank is all of them."""
         words = (EVERYWHERE, *map(str, range(ranks)))
         return super().all_options(ranks) | {"rank": one_of(*words), "name": one_of("", *CORPUS)}
 
@@ -74,7 +73,7 @@ class MutantFault(Fault):
         return self._at("asked", given, given)
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
-        """See `Fault.computed`; the experts have their own steps again."""
+        """See `Fault.computed`; the experts get their own steps back."""
         if self._steps.patched:
             self.scene.experts.steps = STEPS  # type: ignore[union-attr]
         return self._at("computed", rows, given, rows)
@@ -89,13 +88,13 @@ class MutantFault(Fault):
         return self._at("returned", (rows, ids), rows, ids)
 
     def combined(self, tokens: Tensor) -> Tensor:
-        """See `Fault.combined`; the transport has its own sum again."""
+        """See `Fault.combined`; the transport gets its own sum back."""
         if SUM in self.mutant.patches:
             self.scene.transport.mover.sum_in_order = self._right_sum  # type: ignore[union-attr]
         return self._at("combined", tokens, tokens)
 
     def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, bool]:
-        """See `Fault.accepted`: of gaussian inputs, where truncated has the mutant and padded has not."""
+        """See `Fault.accepted`: of gaussian inputs, where truncated has the mutant and padded does not."""
         case = self.scene.case
         if case.numerics == "exact" or self.chosen["arm"] != "truncated" or "truncated" not in outputs:
             return {}
@@ -118,7 +117,7 @@ class MutantFault(Fault):
 
 
 class _Patched(Steps):
-    """The steps with some replaced."""
+    """The steps, some of them replaced."""
 
     def __init__(self, patches: dict[str, Callable[..., Any]]) -> None:
         self.patched = bool(patches)
@@ -126,7 +125,7 @@ class _Patched(Steps):
 
 
 def unfit(mutant: Mutant, experts: str, transport: str) -> str:
-    """Return why a mutant cannot be put into these parts, or nothing."""
+    """Return why a mutant cannot be put into these parts; "" if it can."""
     if SUM in mutant.patches and transport != "collective":
         return f"patches the sum of the collective transport; the case has transport {transport}"
     if not all(seam in BOUNDARIES or seam == SUM for seam in mutant.patches) and experts != "reference":
@@ -138,13 +137,12 @@ def mutant_kind(injection: Injection) -> type[Fault]:
     """Return the fault of the mutant that `injection` names.
 
     Raises:
-        InvalidCase: there is no such mutant.
-
+        InvalidCase: no such mutant.
     """
     mutant = CORPUS.get(injection.options.get("name", ""))
     if mutant is None:
         asked = injection.options.get("name", "")
-        message = f"inject = {NAME}: name = {asked!r:.60}: no such mutant; `distbench mutants --list` has them"
+        message = f"inject = {NAME}: name = {asked!r:.60}: no such mutant; see `distbench mutants --list`"
         raise InvalidCase(message)
     seam = mutant.seams[0]
     stage = "combine" if seam == SUM else BOUNDARIES.get(seam, "experts")

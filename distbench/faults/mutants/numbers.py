@@ -26,7 +26,7 @@ _MFMA_K = 16
 def _accumulated(
     rows: Tensor, weights: Weights, group: Group, kept: Callable[[Tensor], Tensor], step: int = _MFMA_K
 ) -> Tensor:
-    """Return rows times weights where the accumulator is rounded by `kept` after each `step` of K."""
+    """Return rows times weights, with the accumulator rounded by `kept` after each `step` of K."""
     total = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
     for left, right in zip(rows.double().split(step, dim=2), weights.blocks(group.experts, step), strict=True):
         total = kept(total + torch.bmm(left, right).float())
@@ -51,13 +51,13 @@ def _in_e4m3(values: Tensor) -> Tensor:
 
 
 def _in_int8(values: Tensor) -> Tensor:
-    """Round each row to 127 steps of its largest magnitude."""
+    """Return each row rounded to 127 steps of its largest magnitude."""
     step = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
     return (values / step).round() * step
 
 
 def _towards_zero(values: Tensor) -> Tensor:
-    """Return float32 values with the 16 bits cut off that bf16 lacks."""
+    """Return float32 values truncated to bf16: their low 16 bits are cleared."""
     return (values.float().view(torch.int32) & -0x10000).view(torch.float32)
 
 
@@ -82,7 +82,7 @@ def stage_1_accumulates_in_fp16(site: Site, rows: Tensor, w1: Weights, group: Gr
 @_precise(
     "second",
     unseen="fp16 sums of 256 products are nearly as good as the route in bf16; with I 1024 the error is 1.08 of "
-    "ideal where 1.06 is allowed, and it is seen",
+    "ideal where 1.06 is allowed, and is seen",
 )
 def stage_2_accumulates_in_fp16(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
     """Stage 2 keeps its sums in fp16."""
@@ -91,13 +91,13 @@ def stage_2_accumulates_in_fp16(site: Site, rows: Tensor, w2: Weights, group: Gr
 
 @_precise("widen")
 def hidden_in_e4m3(site: Site, hidden: Tensor, scales: Tensor | None) -> Tensor:
-    """Hidden rows are rounded to e4m3 in front of stage 1, unscaled."""
+    """Hidden rows are rounded to e4m3 before stage 1, unscaled."""
     return _in_e4m3(site.right(hidden, scales))
 
 
 @_precise("widen")
 def hidden_in_int8(site: Site, hidden: Tensor, scales: Tensor | None) -> Tensor:
-    """Hidden rows are rounded to int8 in front of stage 1, with a scale per token."""
+    """Hidden rows are rounded to int8 before stage 1, with a scale per token."""
     return _in_int8(site.right(hidden, scales))
 
 
@@ -115,13 +115,13 @@ def sigmoid_in_bf16(site: Site, gate: Tensor, up: Tensor) -> Tensor:
 
 @_precise("activate")
 def gate_and_up_in_bf16(site: Site, gate: Tensor, up: Tensor) -> Tensor:
-    """Gate and up are rounded to bf16 in front of the activation, which this kernel family does not do."""
+    """Gate and up are rounded to bf16 before the activation, which this kernel family does not do."""
     return site.right(_in_bf16(gate), _in_bf16(up))
 
 
 @_precise("store")
 def intermediate_in_e4m3(site: Site, intermediate: Tensor) -> Tensor:
-    """The intermediate is stored in e4m3, unscaled, where bf16 was asked for."""
+    """The intermediate is stored in e4m3, unscaled, instead of bf16."""
     return _in_e4m3(intermediate)
 
 
@@ -139,7 +139,7 @@ def routes_in_e4m3(site: Site, routes: Tensor) -> Tensor:
 
 @_precise("returned")
 def returned_rows_in_e4m3(site: Site, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows are rounded to e4m3 on their way back where combine was asked for bf16."""
+    """Rows are rounded to e4m3 on the trip back, where combine was to use bf16."""
     return _in_e4m3(rows.float()).to(rows.dtype), ids
 
 
@@ -152,7 +152,7 @@ def one_row_accumulates_in_bf16(site: Site, rows: Tensor, w1: Weights, group: Gr
 
 @_precise("widen", touches="row")
 def one_row_in_e4m3(site: Site, hidden: Tensor, scales: Tensor | None) -> Tensor:
-    """One row in 64 is rounded to e4m3 in front of stage 1."""
+    """One row in 64 is rounded to e4m3 before stage 1."""
     made = site.right(hidden, scales)
     wrong = rare(len(made))
     made[wrong] = _in_e4m3(made[wrong])
@@ -161,7 +161,7 @@ def one_row_in_e4m3(site: Site, hidden: Tensor, scales: Tensor | None) -> Tensor
 
 @_precise("widen", touches="row")
 def one_row_in_int8(site: Site, hidden: Tensor, scales: Tensor | None) -> Tensor:
-    """One row in 64 is rounded to int8 in front of stage 1."""
+    """One row in 64 is rounded to int8 before stage 1."""
     made = site.right(hidden, scales)
     wrong = rare(len(made))
     made[wrong] = _in_int8(made[wrong])
@@ -209,7 +209,7 @@ def routes_truncated(site: Site, routes: Tensor) -> Tensor:
 
 @_round("add")
 def adds_truncated(site: Site, routes: Tensor, sums: torch.dtype) -> Tensor:
-    """The sum of the routes is truncated to bf16, after each add where it is kept in bf16."""
+    """The sum of the routes is truncated to bf16; after each add, where it is kept in bf16."""
     total = torch.zeros_like(routes[:, 0], dtype=torch.float32)
     for route in routes.unbind(1):
         total = total + route.float()
@@ -241,7 +241,7 @@ def low_bit_of_the_intermediate_cleared(site: Site, intermediate: Tensor) -> Ten
 
 @_round("round")
 def low_bit_of_routes_set(site: Site, routes: Tensor) -> Tensor:
-    """The lowest bit of a route's row is always 1, but of zeros."""
+    """The lowest bit of a route's row is always 1, except in zeros."""
     made = site.right(routes)
     return torch.where(made == 0, made, (made.contiguous().view(torch.int16) | 1).view(torch.bfloat16))
 
@@ -262,7 +262,7 @@ def output_one_ulp_large(site: Site, given: ExpertInput, rows: Tensor) -> Tensor
 
 @_round("sent", "fp8")
 def dispatched_values_truncated(site: Site, batch: TokenBatch) -> TokenBatch:
-    """Values that are sent in fp8 lose their lowest bit."""
+    """Values sent in fp8 lose their lowest bit."""
     hidden = batch.hidden.clone()
     hidden.view(torch.uint8)[:] &= 0xFE
     return batch._replace(hidden=hidden)
@@ -286,7 +286,7 @@ def fp8_read_as_the_other_format(site: Site, given: ExpertInput) -> ExpertInput:
 
 @_round("returned", "cast")
 def returned_rows_truncated_to_fp8(site: Site, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows are truncated, not rounded, as they are cast to fp8 on their way back."""
+    """Rows are truncated, not rounded, when cast to fp8 on the trip back."""
     near = _in_e4m3(rows.float())
     step = (near.abs().log2().floor().clamp(min=-6) - 3).exp2()
     below = torch.where(near.abs() > rows.float().abs(), near.abs() - step, near.abs())

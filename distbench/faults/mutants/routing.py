@@ -21,7 +21,7 @@ _weight, _id = WEIGHTS.at, IDS.at
 
 @_weight("weigh")
 def weights_ignored(site: Site, rows: Tensor, weights: Tensor, group: Group) -> Tensor:
-    """Routing weights are taken for 1."""
+    """Routing weights are read as 1."""
     return rows
 
 
@@ -91,7 +91,7 @@ def _unweighted(site: Site, rows: Tensor, weights: Tensor, group: Group) -> Tens
 
 @_weight("asked", "bf16", also={"first": _weighted_gate, "weigh": _unweighted})
 def weights_on_the_gate(site: Site, given: ExpertInput) -> ExpertInput:
-    """Routing weights stand on the gate, in front of silu."""
+    """Routing weights multiply the gate, before silu."""
     site.kept["weights"] = given.weights
     return given
 
@@ -120,7 +120,7 @@ def weights_of_one_row_are_its_neighbours(site: Site, given: ExpertInput) -> Exp
 
 @_weight("asked", touches="row")
 def weights_of_one_row_ignored(site: Site, given: ExpertInput) -> ExpertInput:
-    """The weights of one row in 64 are taken for 1."""
+    """The weights of one row in 64 are read as 1."""
     weights = given.weights.clone()
     weights[rare(live(given))] = 1
     return given._replace(weights=weights)
@@ -142,7 +142,7 @@ def four_columns_unweighted(site: Site, rows: Tensor, weights: Tensor, group: Gr
     return made
 
 
-@_weight("asked", equivalent="a weight of an expert of another rank is read by nobody on this one")
+@_weight("asked", equivalent="no expert of this rank uses the weight of another rank's expert")
 def foreign_weights_zeroed(site: Site, given: ExpertInput) -> ExpertInput:
     """Weights of experts of other ranks are set to 0."""
     return given._replace(weights=torch.where(site.local(given.ids), given.weights, 0.0))
@@ -156,13 +156,13 @@ def _shifted(site: Site, ids: Tensor, by: int) -> Tensor:
 
 @_id("asked")
 def next_expert(site: Site, given: ExpertInput) -> ExpertInput:
-    """Each local id is taken for the next local expert."""
+    """Each local id is read as the next local expert."""
     return given._replace(ids=_shifted(site, given.ids, 1))
 
 
 @_id("asked", bug="vllm PR 29773: fused_moe takes a binary mask where an index map was passed, or the reverse")
 def mask_read_as_map(site: Site, given: ExpertInput) -> ExpertInput:
-    """All local ids are taken for the second local expert."""
+    """All local ids are read as the second local expert."""
     return given._replace(ids=torch.where(site.local(given.ids), site.first_expert + 1, given.ids).to(torch.int32))
 
 
@@ -175,20 +175,20 @@ def first_two_experts_swapped(site: Site, given: ExpertInput) -> ExpertInput:
 
 @_id("asked")
 def last_local_expert_lost(site: Site, given: ExpertInput) -> ExpertInput:
-    """The last local expert is taken for one of another rank: a bound off by one."""
+    """The last local expert is treated as another rank's: a bound off by one."""
     last = site.first_expert + site.case.experts_per_rank - 1
     return given._replace(ids=given.ids.masked_fill(given.ids == last, -1))
 
 
 @_id("asked")
 def first_local_expert_lost(site: Site, given: ExpertInput) -> ExpertInput:
-    """The first local expert is taken for one of another rank."""
+    """The first local expert is treated as another rank's."""
     return given._replace(ids=given.ids.masked_fill(given.ids == site.first_expert, -1))
 
 
 @_id("asked")
 def expert_0_skipped(site: Site, given: ExpertInput) -> ExpertInput:
-    """Global expert 0 is taken for no expert."""
+    """Global expert 0 is treated as no expert."""
     return given._replace(ids=given.ids.masked_fill(given.ids == 0, -1))
 
 
@@ -215,7 +215,7 @@ def last_slot_left_out(site: Site, given: ExpertInput) -> ExpertInput:
 
 @_id("asked")
 def first_slot_for_the_last(site: Site, given: ExpertInput) -> ExpertInput:
-    """The last slot's expert is the first slot's once more."""
+    """The last slot's expert is the first slot's again."""
     ids = given.ids.clone()
     ids[:, -1] = ids[:, 0]
     return given._replace(ids=ids)
@@ -223,13 +223,13 @@ def first_slot_for_the_last(site: Site, given: ExpertInput) -> ExpertInput:
 
 @_id("second")
 def w2_of_the_next_expert(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """Stage 2 takes the next expert's weights."""
+    """Stage 2 uses the next expert's weights."""
     return by_next_expert(site, rows, w2, group, choice)
 
 
 @_id("first")
 def up_of_the_next_expert(site: Site, rows: Tensor, w1: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """Up takes the next expert's weights, the gate its own."""
+    """Up uses the next expert's weights, the gate its own."""
     made = site.right(rows, w1, group, choice)
     half = made.shape[2] // 2
     made[..., half:] = by_next_expert(site, rows, w1, group, choice)[..., half:]
@@ -246,7 +246,7 @@ def ids_delivered_to_the_next_row(site: Site, dispatched: Dispatched) -> Dispatc
 
 @_id("asked", touches="row")
 def next_expert_in_one_row(site: Site, given: ExpertInput) -> ExpertInput:
-    """The ids of one row in 64 are taken for the next local expert's."""
+    """The ids of one row in 64 are read as the next local expert's."""
     ids, wrong = given.ids.clone(), rare(live(given))
     ids[wrong] = _shifted(site, ids[wrong], 1)
     return given._replace(ids=ids)
@@ -272,12 +272,12 @@ def ids_of_one_row_are_its_neighbours(site: Site, given: ExpertInput) -> ExpertI
 def w2_of_the_next_expert_in_one_row(
     site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice
 ) -> Tensor:
-    """Stage 2 takes the next expert's weights for one row in 64."""
+    """Stage 2 uses the next expert's weights for one row in 64."""
     wrong = by_next_expert(site, rows, w2, group, choice)
     return torch.where(site.rare_in(group), wrong, site.right(rows, w2, group, choice))
 
 
-@_id("asked", equivalent="an id of another rank's expert and -1 both mean that this rank has nothing to add")
+@_id("asked", equivalent="an id of another rank's expert and -1 both mean that this rank adds nothing")
 def foreign_ids_are_minus_1(site: Site, given: ExpertInput) -> ExpertInput:
     """Ids of experts of other ranks are replaced by -1."""
     return given._replace(ids=torch.where(site.local(given.ids), given.ids, -1).to(torch.int32))

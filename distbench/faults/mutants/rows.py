@@ -21,7 +21,7 @@ _TILE = 32
 
 
 def _last_of_each(group: Group) -> Tensor:
-    """Return the place of each expert's last route, int64 [g]."""
+    """Return the position of each expert's last route, int64 [g]."""
     return (group.routes < group.total).sum(1) - 1
 
 
@@ -51,7 +51,7 @@ def each_16th_row_lost(site: Site, rows: Tensor, w2: Weights, group: Group, choi
 
 @_tile("second")
 def tile_of_the_next_expert(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """Rows from 32 on of each expert meet the weights of the next one."""
+    """Rows from 32 on of each expert are multiplied by the weights of the next one."""
     made = site.right(rows, w2, group, choice)
     made[:, _TILE:] = by_next_expert(site, rows, w2, group, choice)[:, _TILE:]
     return made
@@ -68,7 +68,7 @@ def quarters_of_16_rows_swapped(site: Site, rows: Tensor, w2: Weights, group: Gr
 
 @_tile("second")
 def tile_reversed(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """An expert's first 8 rows stand in reverse order."""
+    """An expert's first 8 rows are in reverse order."""
     made = site.right(rows, w2, group, choice)
     made[:, :8] = made[:, :8].flip(1)
     return made
@@ -93,7 +93,7 @@ def grid_one_tile_short(site: Site, rows: Tensor, w2: Weights, group: Group, cho
 
 @_tile("second")
 def last_expert_lost(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """The rows of the last expert that has any are zero."""
+    """The rows of the last non-empty expert are zero."""
     made = site.right(rows, w2, group, choice)
     made[-1] = 0
     return made
@@ -166,7 +166,7 @@ def last_row_doubled(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
 
 @_tail("computed", touches="row")
 def first_row_lost(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """The first row is zero, as where a padded entry of the sort points to it and stores last."""
+    """The first row is zero, as if a padded entry of the sort pointed to it and stored last."""
     rows[: min(live(given), 1)] = 0
     return rows
 
@@ -194,7 +194,7 @@ def part_tile_of_16_lost(site: Site, given: ExpertInput, rows: Tensor) -> Tensor
 
 @_tail("computed")
 def part_tile_repeats_a_row(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """Rows past the last whole 32 all are the row before them: a clamped index."""
+    """Rows past the last whole 32 all repeat the row before them: a clamped index."""
     start = (live(given) - 1) // 32 * 32
     rows[start : live(given)] = rows[max(start - 1, 0)].clone()
     return rows
@@ -202,7 +202,7 @@ def part_tile_repeats_a_row(site: Site, given: ExpertInput, rows: Tensor) -> Ten
 
 @_tail("computed")
 def part_tile_reversed(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """Rows past the last whole 32, or the last 32, stand in reverse order."""
+    """Rows past the last whole 32, or the last 32, are in reverse order."""
     start = (live(given) - 1) // 32 * 32
     rows[start : live(given)] = rows[start : live(given)].flip(0)
     return rows
@@ -226,7 +226,7 @@ def last_route_of_one_expert_lost(site: Site, rows: Tensor, w2: Weights, group: 
 
 @_tail("asked", touches="row")
 def live_count_one_short(site: Site, given: ExpertInput) -> ExpertInput:
-    """The kernel takes num_local_tokens for one less."""
+    """The kernel reads num_local_tokens as one less."""
     return given._replace(num_local_tokens=(given.num_local_tokens - 1).clamp(min=0))
 
 
@@ -247,7 +247,7 @@ def last_column_of_the_part_tile_lost(site: Site, given: ExpertInput, rows: Tens
 @_tail(
     "computed",
     bug="rtp-llm 1325: executors that ignore the live-row count compute padding as real tokens",
-    equivalent="combine reads no row past those received, so garbage there reaches no token",
+    equivalent="combine reads no row past the received ones, so garbage there reaches no token",
 )
 def rows_past_the_live_ones_written(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
     """Rows past the live ones are written too."""
@@ -257,7 +257,7 @@ def rows_past_the_live_ones_written(site: Site, given: ExpertInput, rows: Tensor
 
 @_order("computed")
 def neighbours_swapped(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """Each two rows are exchanged."""
+    """Rows are exchanged in pairs."""
     count = live(given) // 2 * 2
     rows[:count] = rows[:count].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return rows
@@ -265,21 +265,21 @@ def neighbours_swapped(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
 
 @_order("computed")
 def rows_reversed(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """Rows stand in reverse order."""
+    """Rows are in reverse order."""
     rows[: live(given)] = rows[: live(given)].flip(0)
     return rows
 
 
 @_order("computed")
 def rows_rolled(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """Each row stands one place behind its own."""
+    """Each row is one place after its own."""
     rows[: live(given)] = rows[: live(given)].roll(1, 0)
     return rows
 
 
 @_order("weigh")
 def routes_rolled_within_experts(site: Site, rows: Tensor, weights: Tensor, group: Group) -> Tensor:
-    """An expert's rows go to the routes one place on: the sort was not stable."""
+    """An expert's rows go to the routes one place later: the sort was not stable."""
     made = site.right(rows, weights, group)
     return made.roll(1, 1)
 
@@ -293,7 +293,7 @@ def slots_before_tokens(site: Site, routes: Tensor) -> Tensor:
 
 @_order("asked")
 def hidden_of_the_next_row(site: Site, given: ExpertInput) -> ExpertInput:
-    """Rows are gathered one place on; ids and weights are right."""
+    """Rows are gathered one place later; ids and weights are right."""
     hidden = given.hidden.clone()
     bytes_of = hidden.view(torch.uint8)
     bytes_of[: live(given)] = bytes_of[: live(given)].roll(-1, 0)
@@ -302,13 +302,13 @@ def hidden_of_the_next_row(site: Site, given: ExpertInput) -> ExpertInput:
 
 @_order("returned")
 def returned_rows_rolled(site: Site, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine takes each row for its neighbour's."""
+    """Combine reads each row as its neighbour's."""
     return rows.roll(1, 0), ids
 
 
 @_order("combined")
 def tokens_swapped(site: Site, tokens: Tensor) -> Tensor:
-    """Each two tokens are exchanged."""
+    """Tokens are exchanged in pairs."""
     count = len(tokens) // 2 * 2
     tokens[:count] = tokens[:count].unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
     return tokens
@@ -316,7 +316,7 @@ def tokens_swapped(site: Site, tokens: Tensor) -> Tensor:
 
 @_order("received")
 def whole_rows_swapped(site: Site, dispatched: Dispatched) -> Dispatched:
-    """Each two received rows are exchanged with ids and weights, but not in the map back to their tokens."""
+    """Received rows are exchanged in pairs with ids and weights, but not in the map back to their tokens."""
     count = int(dispatched.total_recv) // 2 * 2
     for part in dispatched[:4]:
         if part is not None:

@@ -1,6 +1,6 @@
-"""What acceptance rules of public tests say of a mutant's output, beside what this bench says of it.
+"""Verdicts of public tests' acceptance rules on a mutant's output, next to this bench's verdict.
 
-Each rule is applied to tokens of the mutated arm and of the right one, where its test has a kernel and a reference.
+Each rule is applied to tokens of the mutated arm and of the right one, as its test's kernel output and reference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COSINE = 0.99
 
 
 class Rule(NamedTuple):
-    """One rule: whose, where it stands, in words, and whether it accepts `actual` bf16 [n, H] beside `expected`."""
+    """One rule: its project, its source, its text, and whether it accepts `actual` bf16 [n, H] given `expected`."""
 
     project: str
     source: str
@@ -37,7 +37,7 @@ def _sglang(case: Case, actual: Tensor, expected: Tensor) -> bool:
 
 
 def _misses(actual: Tensor, expected: Tensor) -> float:
-    """Return the share of elements that aiter's checkAllclose counts, which takes the reference first."""
+    """Return the share of elements that aiter's checkAllclose counts; it takes the reference first."""
     return float((~torch.isclose(expected, actual, rtol=1e-2, atol=1e-2)).double().mean())
 
 
@@ -107,7 +107,7 @@ RULES = {
 
 
 def accepted_by(case: Case, actual: Tensor, expected: Tensor) -> dict[str, bool]:
-    """Return whether each rule accepts tokens bf16 [n, H] beside the right ones; nothing where there are none."""
+    """Return whether each rule accepts tokens bf16 [n, H], given the right ones; empty without tokens."""
     if not actual.numel():
         return {}
     return {name: rule.accepts(case, actual, expected) for name, rule in RULES.items()}

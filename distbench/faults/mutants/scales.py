@@ -19,7 +19,7 @@ _scale = SCALES.at
 
 @_scale("widen")
 def scales_ignored(site: Site, hidden: Tensor, scales: Tensor) -> Tensor:
-    """All scales are taken for 1."""
+    """All scales are read as 1."""
     return hidden.float()
 
 
@@ -49,13 +49,13 @@ def scale_of_block_0(site: Site, hidden: Tensor, scales: Tensor) -> Tensor:
 
 @_scale("widen")
 def scales_constant(site: Site, hidden: Tensor, scales: Tensor) -> Tensor:
-    """All scales are taken for 2^-8."""
+    """All scales are read as 2^-8."""
     return site.right(hidden, torch.full_like(scales, 2.0**-8))
 
 
 @_scale("widen")
 def scales_transposed(site: Site, hidden: Tensor, scales: Tensor) -> Tensor:
-    """Scales that lie by row are read by block."""
+    """Scales stored by row are read by block."""
     return site.right(hidden, scales.t().reshape(scales.shape))
 
 
@@ -172,7 +172,7 @@ def guard_columns_unscaled(site: Site, hidden: Tensor, scales: Tensor) -> Tensor
 
 
 def _by_row_and_block(values: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
-    """Return the scales of an intermediate [g, m, I] as `requantise` takes them: [g, m, I/128]."""
+    """Return the scales of an intermediate [g, m, I] in the form of `requantise`: [g, m, I/128]."""
     amax = values.unflatten(2, (-1, BLOCK)).abs().amax(3)
     if scales == "power of two":
         return power_of_two_scales(amax, dtype)
@@ -180,7 +180,7 @@ def _by_row_and_block(values: Tensor, dtype: torch.dtype, scales: Scales) -> Ten
 
 
 def _rescaled(made: Tensor, own: Tensor, others: Tensor) -> Tensor:
-    """Return a requantised intermediate that was multiplied by other scales than its own."""
+    """Return a requantised intermediate that was multiplied by scales other than its own."""
     return made * (others / own).repeat_interleave(BLOCK, 2)
 
 
@@ -202,7 +202,7 @@ def intermediate_scales_reversed(site: Site, intermediate: Tensor, dtype: torch.
 
 @_scale("requantise")
 def intermediate_scales_ignored(site: Site, intermediate: Tensor, dtype: torch.dtype, scales: Scales) -> Tensor:
-    """Scales of the intermediate are taken for 1."""
+    """Scales of the intermediate are read as 1."""
     own = _by_row_and_block(intermediate, dtype, scales)
     return _rescaled(site.right(intermediate, dtype, scales), own, torch.ones_like(own))
 

@@ -1,4 +1,4 @@
-"""Mutants of memory that still holds what an earlier step, row or batch left there."""
+"""Mutants of memory that still holds data of an earlier step, row or batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def output_not_zeroed(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
     return rows
 
 
-@_stale("first", bug="aiter 3997, 4394: block-fp8 split-k adds atomically to a buffer that nobody zeroed")
+@_stale("first", bug="aiter 3997, 4394: block-fp8 split-k adds atomically to a buffer that was not zeroed")
 def split_k_buffer_not_zeroed(site: Site, *operands: Any) -> Tensor:
     """Gate and up of each row are added to those of the row before it."""
     made = site.right(*operands)
@@ -52,7 +52,7 @@ def intermediate_of_the_expert_before(site: Site, intermediate: Tensor) -> Tenso
 
 @_stale("second")
 def stage_2_reads_a_buffer_twice(site: Site, rows: Tensor, w2: Weights, group: Group, choice: KernelChoice) -> Tensor:
-    """The second 64 of K are still the first: a double buffer was not exchanged."""
+    """The second 64 of K are still the first: a double buffer was not swapped."""
     wrong = rows.clone()
     wrong[..., 64:128] = rows[..., :64]
     return site.right(wrong, w2, group, choice)
@@ -99,7 +99,7 @@ def ids_of_one_received_row_poison(site: Site, dispatched: Dispatched) -> Dispat
 
 @_stale("computed", touches="row")
 def one_row_not_written(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """One row in 64 holds what an earlier batch left there."""
+    """One row in 64 holds the data of an earlier batch."""
     count = live(given)
     rows[rare(count)] = earlier(rows[:count])[rare(count)]
     return rows
@@ -114,7 +114,7 @@ def one_row_not_initialised(site: Site, given: ExpertInput, rows: Tensor) -> Ten
 
 @_stale("computed", touches="elements")
 def lanes_of_one_row_not_written(site: Site, given: ExpertInput, rows: Tensor) -> Tensor:
-    """Eight columns of one row in 64 hold what an earlier batch left there."""
+    """Eight columns of one row in 64 hold the data of an earlier batch."""
     count = live(given)
     rows[rare(count), 32:40] = earlier(rows[:count])[rare(count), 32:40]
     return rows
@@ -145,7 +145,7 @@ def a_column_of_the_row_before(site: Site, intermediate: Tensor) -> Tensor:
 
 @_stale(
     "combined",
-    unseen="all passes of a case send the same tokens, so what the last pass left is right; buffers that a transport "
+    unseen="all passes of a case send the same tokens, so the data of the last pass is right; buffers that a transport "
     "owns are poisoned between passes, and graphs are replayed with other tokens",
 )
 def tokens_of_the_last_pass(site: Site, tokens: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def low_bit_cleared(site: Site, batch: TokenBatch) -> TokenBatch:
 
 @_dispatch("received")
 def words_swapped(site: Site, dispatched: Dispatched) -> Dispatched:
-    """Each two columns of a row are exchanged."""
+    """The columns of a row are exchanged in pairs."""
     rows = dispatched.hidden[: int(dispatched.total_recv)]
     rows.copy_(rows.unflatten(1, (-1, 2)).flip(2).flatten(1))
     return dispatched
@@ -57,7 +57,7 @@ def words_swapped(site: Site, dispatched: Dispatched) -> Dispatched:
 
 @_dispatch("received")
 def sign_lost(site: Site, dispatched: Dispatched) -> Dispatched:
-    """Column 5 arrives without its sign, and so do each 16th after it."""
+    """Column 5 and every 16th after it arrive without their sign."""
     rows = dispatched.hidden[: int(dispatched.total_recv), 5::16]
     rows.copy_(rows.abs())
     return dispatched
@@ -99,7 +99,7 @@ def weights_of_one_row_lost(site: Site, dispatched: Dispatched) -> Dispatched:
     "received", touches="row", bug="mori 507, 621: tokens are dropped or doubled where rdma_block_num % 8 is not 0"
 )
 def one_row_doubled(site: Site, dispatched: Dispatched) -> Dispatched:
-    """One row in 64 arrives twice, the second time in the place of another."""
+    """One row in 64 arrives twice, the second time instead of another row."""
     wrong = rare(int(dispatched.total_recv))
     for part in dispatched[:4]:
         if part is not None:
@@ -109,12 +109,12 @@ def one_row_doubled(site: Site, dispatched: Dispatched) -> Dispatched:
 
 @_dispatch("received", touches="row")
 def last_slot_of_one_row_lost(site: Site, dispatched: Dispatched) -> Dispatched:
-    """The last slot of one row in 64 arrives as if nobody had chosen an expert there."""
+    """The last slot of one row in 64 arrives as if no expert had been chosen there."""
     dispatched.ids[rare(int(dispatched.total_recv)), -1] = -1
     return dispatched
 
 
-@_dispatch("received", equivalent="rows past total_recv are read by nobody")
+@_dispatch("received", equivalent="no consumer reads rows past total_recv")
 def tail_overwritten(site: Site, dispatched: Dispatched) -> Dispatched:
     """Rows past total_recv hold ones."""
     dispatched.hidden[int(dispatched.total_recv) :] = 1.0
@@ -122,14 +122,14 @@ def tail_overwritten(site: Site, dispatched: Dispatched) -> Dispatched:
 
 
 def _each(given: ExpertInput, change: Callable[[Tensor], Tensor]) -> ExpertInput:
-    """Return the input with all fields of rows changed alike."""
+    """Return the input with the same change to all fields of rows."""
     hidden, scales, weights, ids, count = given
     return ExpertInput(change(hidden), None if scales is None else change(scales), change(weights), change(ids), count)
 
 
 @_cut("cut")
 def half_of_the_rows_cut_off(site: Site, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
-    """The cut keeps half of the rows that were received."""
+    """The cut keeps half of the received rows."""
     kept = max(int(dispatched.total_recv) // 2, 1)
     return _each(given, lambda part: part[:kept])
 
@@ -159,7 +159,7 @@ def ids_from_row_1(site: Site, dispatched: Dispatched, given: ExpertInput) -> Ex
     return given._replace(ids=given.ids.roll(-1, 0))
 
 
-@_cut("cut", bug="vllm PR 53261: per-expert counts are passed in the place of the live-row count")
+@_cut("cut", bug="vllm PR 53261: per-expert counts are passed as the live-row count")
 def live_count_of_an_expert(site: Site, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
     """num_local_tokens is the number of rows of the first local expert."""
     count = (given.ids[: int(dispatched.total_recv)] == site.first_expert).sum()
@@ -168,19 +168,19 @@ def live_count_of_an_expert(site: Site, dispatched: Dispatched, given: ExpertInp
 
 @_cut("cut")
 def tail_counts_as_live(site: Site, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
-    """num_local_tokens is one more than was received."""
+    """num_local_tokens is one more than the number of received rows."""
     return given._replace(num_local_tokens=given.num_local_tokens + 1)
 
 
-@_cut("cut", touches="row", bug="mori 165: total_recv read at the wrong time is not what was received")
+@_cut("cut", touches="row", bug="mori 165: total_recv read at the wrong time is not the number received")
 def live_count_short(site: Site, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
-    """num_local_tokens is one less than was received."""
+    """num_local_tokens is one less than the number of received rows."""
     return given._replace(num_local_tokens=given.num_local_tokens - 1)
 
 
 @_cut("cut", touches="row")
 def last_row_from_the_first(site: Site, dispatched: Dispatched, given: ExpertInput) -> ExpertInput:
-    """The last row that was received is a copy of the first."""
+    """The last received row is a copy of the first."""
     hidden = given.hidden.clone()
     last = min(int(dispatched.total_recv), given.rows) - 1
     if last > 0:
@@ -239,7 +239,7 @@ def first_contribution_lost(site: Site, rows: Tensor, out: Tensor) -> None:
 
 @_combine("sum")
 def largest_for_sum(site: Site, rows: Tensor, out: Tensor) -> None:
-    """The largest of the ranks' rows stands in the place of their sum."""
+    """The largest of the ranks' rows replaces their sum."""
     out.copy_(rows.amax(1))
 
 
@@ -264,12 +264,12 @@ def contributions_rounded_to_e4m3(site: Site, rows: Tensor, out: Tensor) -> None
 
 @_combine("returned", "cast")
 def returned_rows_in_e5m2(site: Site, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows are cast to e5m2 on their way back, where e4m3 was asked for."""
+    """Rows are cast to e5m2 on the trip back, where e4m3 was required."""
     return rows.to(torch.float8_e5m2).to(rows.dtype), ids
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows in 8 blocks [n, 8, H/8], as the stand-in's blocks may be, and whether each has to be scaled."""
+    """Return rows in 8 blocks [n, 8, H/8], as the stand-in's blocks may be, and whether each must be scaled."""
     blocks = rows.float().unflatten(1, (8, -1))
     return blocks, (blocks.abs().amax(2, keepdim=True) / 448).clamp(min=1)
 
@@ -339,7 +339,7 @@ def one_low_bit_flipped(site: Site, tokens: Tensor) -> Tensor:
     return tokens
 
 
-@_combine("sum", equivalent="a sum of at most two bf16 rows is rounded once, in whatever precision it is kept")
+@_combine("sum", equivalent="a sum of at most two bf16 rows is rounded once, at any internal precision")
 def two_rows_added_in_float64(site: Site, rows: Tensor, out: Tensor) -> None:
     """Ranks' rows are added in float64."""
     out.copy_(rows.double().sum(1).float())

@@ -1,1 +1,1 @@
-"""Where aiter finds its tables, its compiled modules and its device."""
+"""Modules that give aiter's tables, its compiled modules and its device."""

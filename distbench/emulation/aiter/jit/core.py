@@ -1,4 +1,4 @@
-"""Where the tuned table lies, and the folder of compiled modules."""
+"""Path of the tuned table, and the folder of compiled modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distbench.emulation.aiter.habits import assumed
 
 
 def get_user_jit_dir() -> str:
-    """Return AITER_JIT_DIR, made if need be, or a folder of this user's."""
+    """Return AITER_JIT_DIR, created if missing, or a folder of this user's."""
     folder = Path(os.environ.get("AITER_JIT_DIR") or f"{tempfile.gettempdir()}/distbench-{os.getuid()}-aiter-emulated")
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)

@@ -1,1 +1,1 @@
-"""What prepares tensors for kernels."""
+"""Preparation of tensors for kernels."""

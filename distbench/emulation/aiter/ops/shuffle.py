@@ -1,4 +1,4 @@
-"""The order in which kernels want weights."""
+"""Weight layout of the kernels."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ def shuffle_weight(x: Tensor, layout: tuple[int, int] = (16, 16), use_int4: bool
     """Return `x` [..., N, K] in tiles of `layout`, same shape, marked as shuffled.
 
     Raises:
-        AssertionError: N is no multiple of layout[0], or K none of twice layout[1].
-
+        AssertionError: N is not a multiple of layout[0], or K not of twice layout[1].
     """
     if use_int4:
         message = "shuffle_weight (emulated): int4 is not imitated"
@@ -24,7 +23,7 @@ def shuffle_weight(x: Tensor, layout: tuple[int, int] = (16, 16), use_int4: bool
 
 
 def unshuffled(x: Tensor) -> Tensor:
-    """Return what a kernel takes the weights `x` for: the inverse of `shuffle_weight`, whether that was done or not."""
+    """Return the weights that a kernel sees in `x`: the inverse of `shuffle_weight`, even if `x` was not shuffled."""
     count, rows, lanes, columns, groups, pack = _tiles(x, (16, 16)).shape
     return x.reshape(count, rows, columns, groups, lanes, pack).permute(0, 1, 4, 2, 3, 5).reshape(x.shape)
 

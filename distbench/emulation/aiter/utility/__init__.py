@@ -1,1 +1,1 @@
-"""Types by aiter's names."""
+"""Dtypes by aiter's names."""

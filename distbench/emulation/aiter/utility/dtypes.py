@@ -1,4 +1,4 @@
-"""Types by aiter's names; fp8 is the device's own format."""
+"""Dtypes by aiter's names; fp8 is the device's own format."""
 
 from __future__ import annotations
 

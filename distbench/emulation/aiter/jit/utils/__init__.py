@@ -1,1 +1,1 @@
-"""What device this is."""
+"""Properties of the device."""

@@ -1,4 +1,4 @@
-"""What device this is: the one that is assumed."""
+"""Properties of the device: the assumed one."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def get_gfx() -> str:
 
 
 def get_cu_num() -> int:
-    """Return the compute units."""
+    """Return the number of compute units."""
     return assumed().cu_count
