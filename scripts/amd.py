@@ -1,4 +1,4 @@
-"""`make amd`: the first run on an AMD node. Goes on after each step that fails, and leaves one archive to send.
+"""`make amd`: the first run on an AMD node. Continues after a failed step, and leaves one archive to send.
 
     python3 scripts/amd.py [--nproc 8] [--emulate] [--venv .venv] [--out FOLDER] [options of distbench run]
 
@@ -45,9 +45,9 @@ _ERROR_LINE = re.compile(r"[A-Za-z_.]*(?:Error|Exception|Interrupt)\b")
 
 
 class Step(NamedTuple):
-    """A command, how it should end, and what its failure would mean. `needs` must exist for it.
+    """A command, its expected end, and the meaning of a failure. `needs` is a path that the step requires.
 
-    `verdict` is what its report should say: exit code 1 stands for every wrong result.
+    `verdict` is the expected verdict of its report, since exit code 1 stands for every wrong result.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Step(NamedTuple):
 
     @property
     def wanted(self) -> str:
-        """How it should end, in words."""
+        """Expected end, in words."""
         return f"{' or '.join(map(str, self.expected))} {self.verdict}".rstrip()
 
 
 class Ended(NamedTuple):
-    """How a step ended: its exit code, None where it did not run, and why or what its report says."""
+    """End of a step: its exit code (None if it did not run), and the reason or the summary of its report."""
 
     step: Step
     code: int | None
@@ -73,12 +73,12 @@ class Ended(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        """Whether it ended as it should."""
+        """Whether the step ended as expected."""
         return self.code in self.step.expected and self.note.startswith(self.step.verdict)
 
 
 def main() -> int:
-    """Run all steps, write the archive, and say where it is."""
+    """Run all steps, write the archive, and print its path."""
     options, more = _options()
     out = Path(options.out or f"distbench-out/amd-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     os.chdir(ROOT)
@@ -130,7 +130,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
 
 
 def _steps(options: argparse.Namespace, more: Sequence[str], out: Path) -> list[Step]:
-    """Return the steps in their order."""
+    """Steps in their order."""
     python, distbench = f"{options.venv}/bin/python", f"{options.venv}/bin/distbench"
     make = ["make", "-s", "setup", f"VENV={options.venv}"]
     setup = [] if options.skip_setup else [Step("setup", make, (0,), "distbench cannot be installed here")]
@@ -167,7 +167,7 @@ def _any(options: argparse.Namespace, module: str) -> tuple[int, ...]:
 
 
 def _cases(options: argparse.Namespace, more: Sequence[str], out: Path, distbench: str) -> list[Step]:
-    """Return the steps that run a case: each part alone, then both."""
+    """Steps that run a case: each part alone, then both."""
     tiny = ["--model", "tiny", "--hidden-size", "512", "--tokens", "8"]
     layer = ["--model", "qwen3-30b-a3b", "--tokens", "64"]
     where = ["--device", "cpu", "--emulate"] if options.emulate else ["--device", "cuda"]
@@ -198,7 +198,7 @@ def _cases(options: argparse.Namespace, more: Sequence[str], out: Path, distbenc
 
 
 def _run(step: Step, out: Path, seconds: float) -> Ended:
-    """Run a step, its output on the terminal and in a log."""
+    """Run a step; its output goes to the terminal and to a log."""
     if step.needs and not Path(step.needs).exists():
         return Ended(step, None, 0.0, f"not run: there is no {step.needs}")
     log = out / "logs" / f"{step.name}.log"
@@ -221,7 +221,7 @@ def _run(step: Step, out: Path, seconds: float) -> Ended:
 
 
 def _wait(step: Step, log: int, seconds: float) -> tuple[int, str]:
-    """Run a step in a process group of its own, and say that it goes on; ask it to end where it takes too long."""
+    """Run a step in its own process group, print that it is still running, and terminate it at its timeout."""
     environ = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         step.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ, start_new_session=True
@@ -269,7 +269,7 @@ def _verdict(report: Path) -> str:
 
 
 def _said(log: Path) -> str:
-    """Return the last line in which distbench, or Python, says how a command ended; or nothing."""
+    """Last line in which distbench, or Python, reports the end of a command; empty if there is none."""
     lines = log.read_text(errors="replace").splitlines()
     said = [line for line in lines if line.startswith("distbench: ") or _ERROR_LINE.match(line)]
     return said[-1][:_NOTE_CHARACTERS] if said else ""
@@ -286,7 +286,7 @@ def _collect_facts(out: Path, tools: dict[str, list[str]]) -> None:
 
 
 def _collect_build_logs(out: Path, python: str) -> None:
-    """Copy the newest logs of aiter's and MoRI's compilers, and list what they built and what is locked."""
+    """Copy the newest logs of aiter's and MoRI's compilers, and list the built files and the locks."""
     folders = facts.build_folders(python)
     inside = [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
     found = sorted(path for path in inside if path.suffix in _BUILT or path.name.startswith(_NOTED))
@@ -298,7 +298,7 @@ def _collect_build_logs(out: Path, python: str) -> None:
 
 
 def _age(path: Path) -> float:
-    """Return the seconds since a file was written, the newest first; none where it has gone."""
+    """Seconds since each file was written, the newest first; deleted files are left out."""
     with contextlib.suppress(OSError):
         return time.time() - path.stat().st_mtime
     return 0.0
@@ -311,7 +311,7 @@ def _facts_of(path: Path) -> str:
 
 
 def _tail(path: Path) -> str:
-    """Return the last bytes of a file as text."""
+    """Last bytes of a file as text."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _LOG_BYTES))
@@ -346,7 +346,7 @@ def _summary(ended: Sequence[Ended], options: argparse.Namespace, code: int) -> 
 
 
 def _pack(out: Path) -> Path:
-    """Write the archive beside the folder: texts without secrets, and no more than fits."""
+    """Write the archive beside the folder: texts without secrets, up to the size limit."""
     archive = out.with_name(out.name + ".tar.gz")
     left, dropped = _ARCHIVE_BYTES, []
     with tarfile.open(archive, "w:gz") as tar:

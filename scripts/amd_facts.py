@@ -1,4 +1,4 @@
-"""Facts about an AMD node that someone far away would ask for: what to run, what to read, which variables to keep.
+"""Facts about an AMD node for remote diagnosis: commands to run, files to read, variables to keep.
 
 Only the standard library, and nothing of distbench: the node may lack everything that distbench needs.
 """
@@ -48,7 +48,7 @@ TOOLS: dict[str, list[str]] = {
     "code/commit": ["git", "log", "-1", "--format=%H %cI %s"],
     "code/changes": ["git", "status", "--short"],
 }
-# What changes by running: looked at again at the end.
+# State that a run changes: recorded again at the end.
 TOOLS_AFTER: dict[str, list[str]] = {
     "system/dmesg-after": ["dmesg", "--ctime"],
     "system/processes-after": ["ps", "-eo", "pid,user,etime,rss,comm"],
@@ -83,7 +83,7 @@ LEFT_OUT = "(left out)"
 
 
 def variables(environ: Mapping[str, str]) -> str:
-    """Text of the environment: values of the variables that matter, of all others the names alone."""
+    """Text of the environment: values of relevant variables, only names of all others."""
     lines = []
     for name in sorted(environ):
         shown = KEPT_VARIABLES.search(name) and not SECRET_NAMES.search(name)
@@ -92,7 +92,7 @@ def variables(environ: Mapping[str, str]) -> str:
 
 
 def redacted(text: str, environ: Mapping[str, str]) -> str:
-    """Text without users and passwords in addresses, and without the values of variables that are called as secrets."""
+    """Text without users and passwords in addresses, and without values of variables named like secrets."""
     for name, value in environ.items():
         if SECRET_NAMES.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, LEFT_OUT)
@@ -100,7 +100,7 @@ def redacted(text: str, environ: Mapping[str, str]) -> str:
 
 
 def output_of(command: list[str]) -> str:
-    """Output of a small tool with its exit code, or why there is none; of much the last lines."""
+    """Last lines of a small tool's output with its exit code, or the reason why it did not run."""
     told = f"$ {' '.join(command)}\n"
     try:
         done = subprocess.run(command, capture_output=True, timeout=TOOL_SECONDS, check=False, stdin=subprocess.DEVNULL)
@@ -115,7 +115,7 @@ def output_of(command: list[str]) -> str:
 
 
 def files() -> dict[str, str]:
-    """Texts of the node's files, by path; why a file cannot be read in its place, nothing where there is none."""
+    """Texts of the node's files by path; the error for an unreadable file; missing files are left out."""
     paths = [Path(path) for path in FILES]
     paths += [path for folder, pattern in GLOBS for path in sorted(Path(folder).glob(pattern))]
     return {str(path): _read(path) for path in paths if path.exists()}
@@ -134,7 +134,7 @@ def identity() -> str:
     return f"host {socket.gethostname()}\npython {sys.version}\nexecutable {sys.executable}\nfolder {Path.cwd()}\n"
 
 
-# Run by the environment's own Python, so that each import fails in a process of its own, with all it has to say.
+# Run by the environment's own Python: each import fails in its own process, with its whole traceback.
 IMPORT = """
 import faulthandler, importlib, importlib.util, sys, time
 faulthandler.enable()
@@ -153,7 +153,7 @@ import importlib.util
 spec = importlib.util.find_spec('aiter')
 print(*(spec.submodule_search_locations if spec else ()), sep='\\n')
 """
-# Shared libraries of the vendors' packages that the loader does not find, without importing anything.
+# Shared libraries of the vendors' packages that the loader does not find; nothing is imported.
 LIBRARIES = """
 import importlib.util, pathlib, subprocess
 for name in ('mori', 'aiter', 'torch'):
@@ -173,7 +173,7 @@ for name in ('mori', 'aiter', 'torch'):
 
 
 def build_folders(python: str) -> list[Path]:
-    """Folders where aiter and MoRI keep what they compile: as told, beside the package, or in the home folder."""
+    """Build folders of aiter and MoRI: named by a variable, beside the package, or in the home folder."""
     home, told = Path.home(), os.environ.get("AITER_JIT_DIR")
     folders = [Path(told)] if told else [home / ".aiter"]
     folders.append(Path(os.environ.get("MORI_JIT_CACHE_DIR") or home / ".mori" / "jit"))

@@ -1,4 +1,4 @@
-"""Wall time and memory of a run, beside those of a bare torchrun that loads torch and does one all-reduce.
+"""Wall time and memory of a run, compared with a bare torchrun that loads torch and does one all-reduce.
 
 The three commands take turns, so that a busy machine slows all of them alike. Memory is sampled in a run of its own,
 because reading it slows down the processes that are read.
@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A measured value and the bound that it has to stay within."""
+    """A measured value and its bound."""
 
     text: str
     value: float
@@ -100,7 +100,7 @@ def _commands(nproc: int, folder: Path) -> dict[str, list[str]]:
 
 
 def measure_times(commands: dict[str, list[str]], runs: int) -> dict[str, list[float]]:
-    """Run the commands in turn, `runs` times after one turn that does not count; return wall seconds by command."""
+    """Run the commands in turn, once untimed and `runs` times timed; return wall seconds by command."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(runs + 1):
         for name, command in commands.items():
@@ -113,7 +113,7 @@ def measure_times(commands: dict[str, list[str]], runs: int) -> dict[str, list[f
 
 
 def sample_memory(command: Sequence[str]) -> list[Memory]:
-    """Run the command once; return what all its processes held, every `SAMPLE_SECONDS` or as fast as can be read."""
+    """Run the command once; return memory samples of all its processes, one per `SAMPLE_SECONDS` or slower."""
     process = start(command)
     samples: list[Memory] = []
     while process.poll() is None:
@@ -174,13 +174,13 @@ def _checks(seconds: dict[str, list[float]], samples: list[Memory]) -> list[Chec
 
 
 def summary(name: str, values: list[float]) -> str:
-    """Return one line: median, least and most seconds of a command."""
+    """Median, least and most seconds of a command, in one line."""
     low, high = min(values), max(values)
     return f"{name:8} median {statistics.median(values):6.2f} s   min {low:6.2f} s   max {high:6.2f} s"
 
 
 def progress(text: str) -> None:
-    """Say on standard error what is measured now."""
+    """Print the current measurement on standard error."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
 
 

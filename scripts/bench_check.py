@@ -1,8 +1,8 @@
 """The share of the check (oracle, comparison of stages, gather and verdict) in the wall time of an exact case.
 
 Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_check.py num_experts=64
-experts=triton. Each KEY=VALUE is a key of a case file. The time is that of the case in a launch that stands, so the
-share in the whole command is smaller; it is rank 0's, and the device is done before each stage is left.
+experts=triton. Each KEY=VALUE is a key of a case file. The time excludes the launch, so the share in the whole
+command is smaller; it is that of rank 0, with the device synchronised at the end of each stage.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _share(session: Session, clock: Clock, case: Case) -> float:
 
 @torch.inference_mode()
 def _oracle_seconds(session: Session, case: Case) -> float:
-    """Return the seconds of the tokens' oracle, which a case computes in its stage `workload`."""
+    """Seconds of the tokens' oracle, which a case computes in its stage `workload`."""
     workload = workload_for(case, session.device)
     batch = workload.tokens(session.rank)
     start = _now()

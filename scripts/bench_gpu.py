@@ -1,4 +1,4 @@
-"""What the Triton experts cost on this GPU, beside its limits and beside torch's grouped matrix product.
+"""Cost of the Triton experts on this GPU, compared with its limits and with torch's grouped matrix product.
 
 One rank's part of DeepSeek-V3's layer (32 of 256 experts, top-8, uniform routing; a received row has at least one local
 expert, 1.5 on average) with gaussian values. Limits: the weights of the experts that are hit, read once at the measured
@@ -32,7 +32,7 @@ from distbench.workload.batch import TokenBatch
 EXACT_ROWS = tuple(1 << power for power in range(16))
 CUT_ROWS = (48, 100, 200, 400, 800, 1500, 3000, 6000)
 REPLAYS = 21
-# An eager call takes 1.7 times as long among the first of a process as later: Python has to warm up.
+# The first eager calls of a process take 1.7 times as long as later ones: Python has to warm up.
 WARM_CALLS = 100
 COPIED_BYTES = 4 << 30
 PRODUCT = 8192
@@ -75,7 +75,7 @@ def _parse() -> argparse.Namespace:
 
 
 def measure_copy() -> float:
-    """Return bytes read and written a second by a copy from device to device."""
+    """Bytes read and written per second by a copy from device to device."""
     source = torch.randint(0, 1 << 60, (COPIED_BYTES // 8,), device="cuda")
     target = torch.empty_like(source)
     micros = [time_us(partial(target.copy_, source)) for _ in range(REPLAYS)]
@@ -83,7 +83,7 @@ def measure_copy() -> float:
 
 
 def measure_product() -> float:
-    """Return operations a second of a bf16 matrix product of random values."""
+    """Operations per second of a bf16 matrix product of random values."""
     left, right = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     micros = graph_us(partial(torch.mm, left, right), replays=REPLAYS)
     return 2e6 * PRODUCT**3 / statistics.median(micros)
@@ -93,7 +93,7 @@ class Bench:
     """The layer, and the experts that are measured."""
 
     def __init__(self, quant: str, bandwidth: float, rate: float) -> None:
-        """`bandwidth` in bytes a second, `rate` in operations a second."""
+        """`bandwidth` in bytes per second, `rate` in operations per second."""
         self._shape = LayerShape(
             num_experts=256,
             num_local_experts=32,
@@ -134,7 +134,7 @@ class Bench:
         return self._row(rows, samples)
 
     def cut(self, rows: int) -> Row:
-        """Measure `rows` live rows in a buffer of just as many, of their bucket, and of the whole capacity, in turn."""
+        """Measure `rows` live rows in buffers of `rows` rows, of their bucket, and of the capacity, in turn."""
         _progress(f"{rows} rows, cut and padded")
         allocated = {"exact": rows, "bucket": padded_rows(rows), "padded": CAPACITY}
         for size in allocated.values():
@@ -146,7 +146,7 @@ class Bench:
         return self._row(rows, samples)
 
     def _graph_samples(self, batches: dict[str, TokenBatch], live: int) -> dict[str, list[float]]:
-        """Replay a graph of each batch in turn; the bits that the last replay left are those of an eager call."""
+        """Replay a graph of each batch in turn; check that the last replay has the bits of an eager call."""
         number = _number(live)
         kept: dict[str, Tensor] = {}
 

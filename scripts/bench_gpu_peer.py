@@ -11,14 +11,14 @@ from distbench.workload.batch import TokenBatch
 
 
 class GroupedPeer:
-    """Sorts as the Triton experts do.
+    """Grouped experts that sort as the Triton experts do.
 
-    The number of local routes is known on the device only, so that all M * k places are gathered and weighted; a peer
-    that is `told` it, which no call of fused_moe is, computes just the local routes.
+    The number of local routes is known on the device only, so all M * k places are gathered and weighted; with `told`
+    the host knows the number, as in no call of fused_moe, and only the local routes are computed.
     """
 
     def __init__(self, local: LocalExperts, *, told: bool) -> None:
-        """Take the weights [El, N, K] as grouped_mm wants them, [El, K, N], without a copy."""
+        """View the weights [El, N, K] as grouped_mm needs them, [El, K, N]."""
         self.name = "grouped_mm told" if told else "grouped_mm"
         self._local, self._told = local, told
         self._w1, self._w2 = local.w1.transpose(1, 2), local.w2.transpose(1, 2)
@@ -32,12 +32,12 @@ class GroupedPeer:
         self._live = torch.tensor([batch.ids.shape[0]], dtype=torch.int32, device=batch.ids.device)
 
     def device_bytes(self) -> int:
-        """Return about what a call takes of the device: places times three rows of H and four of I, bf16."""
+        """Estimated device bytes of a call: places times three rows of H and four of I, bf16."""
         _, double, hidden = self._local.w1.shape
         return self._routes * (3 * hidden + 2 * double) * 2
 
     def __call__(self) -> Tensor:
-        """Return the weighted sum of each row's local experts, bf16 [M, H]."""
+        """Weighted sum of each row's local experts, bf16 [M, H]."""
         from distbench.experts.triton.launch import Rows, Weights, sort  # noqa: PLC0415 - loads Triton
 
         batch, local = self._batch, self._local

@@ -1,4 +1,4 @@
-"""What bench_gpu.py measured, as lines and as checks against bounds."""
+"""Measurements of bench_gpu.py as lines and as checks against bounds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Check(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured at a number of live rows: samples in microseconds, by name, and both limits."""
+    """Measurements at a number of live rows: samples in microseconds by name, and both limits."""
 
     rows: int
     routes: int
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     samples: dict[str, list[float]]
 
     def median(self, name: str) -> float:
-        """Return the median of the samples of `name`."""
+        """Median of the samples of `name`, microseconds."""
         return statistics.median(self.samples[name])
 
 

@@ -1,6 +1,6 @@
-"""Wall time of a whole command on two GPUs, beside that of a bare torchrun of two ranks with one NCCL all-reduce.
+"""Wall time of a command on two GPUs, compared with a bare torchrun of two ranks with one NCCL all-reduce.
 
-The two commands take turns after one turn that does not count, in which kernels are compiled. The bound is on the ratio
+The two commands take turns after an untimed turn in which kernels are compiled. The bound is on the ratio
 of the medians.
 """
 

@@ -1,8 +1,8 @@
-"""What a rank costs at several numbers of ranks on this machine: start-up, time, bytes to rank 0, memory, descriptors.
+"""Cost per rank at several numbers of ranks on this machine: start-up, time, bytes to rank 0, memory, descriptors.
 
-Every rank holds a tiny case, so what grows is the ranks and not their work. They share no memory, as if each were on
-another host. Bytes are those that the kernel has counted on sockets (TCP_INFO): what rank 0 receives over a whole case
-and within gathering alone, what it sends, and what all ranks send. Exit 1 where the gathered bytes per rank grow by
+Every rank holds a tiny case, so only the number of ranks grows, not their work. Ranks share no memory, as if each were
+on another host. Bytes are the kernel's socket counters (TCP_INFO): received by rank 0 over a whole case and within
+gathering alone, sent by rank 0, and sent by all ranks. Exit 1 where the gathered bytes per rank grow by
 more than a fifth from the fewest ranks to the most.
 """
 
@@ -61,18 +61,18 @@ _COLUMNS = (
 
 
 class Parent(msgspec.Struct):
-    """What the process of the agents had open and had sent at most; the store sends from there."""
+    """Maximum of open descriptors and sent bytes of the agents' process, which holds the store."""
 
     files: int = 0
     sent: int = 0
 
 
 class Figures(msgspec.Struct):
-    """What one number of ranks came to. Times are medians over cases, processor time and memory means over ranks.
+    """Figures of one number of ranks. Times are medians over cases, processor time and memory means over ranks.
 
-    `received` and `gathered` are bytes that rank 0 got in a case and in gathering, `sent` those that it sent in a case,
-    `all_sent` those of all ranks, `gather_cpu_s` is what it computed in gathering. Memory excludes pages shared
-    with other processes, such as the interpreter's and torch's.
+    `received` and `gathered`: bytes that rank 0 received in a case and in gathering. `sent`: bytes that rank 0 sent in a
+    case, `all_sent` those of all ranks. `gather_cpu_s`: processor time of rank 0 in gathering. Memory excludes pages
+    shared with other processes, such as the interpreter's and torch's.
     """
 
     start_s: float
@@ -93,7 +93,7 @@ def counted_bytes(counter_at: int) -> int:
     """Sum of a TCP_INFO counter over this process's open sockets."""
     total = 0
     for name in _files():
-        with contextlib.suppress(OSError):  # gone since, or no socket of that kind
+        with contextlib.suppress(OSError):  # closed meanwhile, or no TCP socket
             copy = os.dup(int(name))
             try:
                 total += _counter(copy, counter_at)
@@ -119,14 +119,14 @@ def _counter(descriptor: int, counter_at: int) -> int:
 
 
 class Gathering:
-    """Stands in for `gather` and notes what rank 0 receives in it, how long it takes, and how long it computes."""
+    """Replacement of `gather` that records received bytes, wall time and processor time on rank 0."""
 
     def __init__(self) -> None:
         self.received = 0
         self.seconds = self.cpu_seconds = 0.0
 
     def __call__(self, *arguments: Any) -> Any:
-        """Gather, and measure it. All ranks are there when it begins."""
+        """Gather, and measure from the moment at which all ranks have arrived."""
         dist.barrier()
         before, started, cpu = counted_bytes(_BYTES_RECEIVED_AT), time.perf_counter(), time.process_time()
         gathered = gather(*arguments)
@@ -136,7 +136,7 @@ class Gathering:
 
 
 def work(case: Case, repeats: int, started: float, out: str) -> None:
-    """Run as a rank: the case `repeats` times after a first one; rank 0 writes what was measured."""
+    """Run as a rank: the case once untimed and `repeats` times; rank 0 writes the measurements."""
     session = Session(Breadcrumbs(None), _TIMEOUT_S, os.environ | {SHARED_MEMORY: "0"})
     dist.barrier()
     start_s = time.time() - started
@@ -173,7 +173,7 @@ def _counted() -> tuple[int, int]:
 
 
 def run(session: Session, case: Case) -> None:
-    """Run the case, which has to pass."""
+    """Run the case; it must pass."""
     outcome = rank_module.run_case(session, case)
     if outcome is not None and outcome.judgement.verdict is not Verdict.PASS:
         message = f"{outcome.judgement.verdict.value}: {outcome.judgement.reasons}"
@@ -181,14 +181,14 @@ def run(session: Session, case: Case) -> None:
 
 
 def _own_bytes() -> int:
-    """Return the memory that this process shares with no other."""
+    """Memory that this process shares with no other, bytes."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[Parent]:
-    """Yield what this process comes to meanwhile."""
+    """Yield the maxima of this process during the block."""
     parent, over = Parent(), threading.Event()
 
     def look() -> None:
@@ -206,7 +206,7 @@ def watched() -> Iterator[Parent]:
 
 
 def measure(ranks: int, repeats: int) -> Figures:
-    """Return the figures at a number of ranks, on as many agents as it takes."""
+    """Figures at a number of ranks, spread over as many agents as needed."""
     values = {"model": "tiny", "num_experts": 2 * ranks, "max_dispatch_tokens_per_rank": 4, "tokens": 2}
     case = resolve_case([Layer("bench", values)], ranks).case
     agents = -(-ranks // MOST_OF_AN_AGENT)
@@ -218,7 +218,7 @@ def measure(ranks: int, repeats: int) -> Figures:
         out = Path(folder) / "figures.json"
 
         def launch(node: int) -> None:
-            # Ranks import this file, and would hold these each for itself.
+            # Imported here: ranks import this file, and each would hold these modules.
             from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs  # noqa: PLC0415
             from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415
 

@@ -1,10 +1,10 @@
 """Dispatch and combine of the collective transport against a bare all_to_all_single of the same bytes.
 
-Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. Ours and bare
-take turns, and each call is timed by itself after an all_reduce. On a device the bound is held against the device's
-time, by events around a call that is launched beforehand, as it is where a layer runs behind others; the time with
-launches, from an idle device to an idle device, stands beside it. On the CPU ours goes through shared memory and bare
-is gloo's, which only checks the harness.
+Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. The two
+take turns, and each call is timed separately after an all_reduce. On a device the bound applies to the device's time,
+by events around a call that is launched ahead, as a layer behind others is; the time with launches, from idle device
+to idle device, is printed too. On the CPU the transport uses shared memory and bare is gloo, which only checks the
+harness.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distbench.workload.routing import recv_counts
 
 BOUND = 1.5
 WARMUP, ITERATIONS = 10, 100
-BUSY_CYCLES = 4_000_000  # some 2 ms
+BUSY_CYCLES = 4_000_000  # about 2 ms
 TIMEOUT_S = 120.0
 
 Work = Callable[[], object]
@@ -40,7 +40,7 @@ Clock = Callable[[Session, Work], float]
 
 
 class Step(NamedTuple):
-    """What is timed beside what, on the same bytes."""
+    """A call of the transport and the bare collective that moves the same bytes."""
 
     name: str
     ours: Work
@@ -114,9 +114,9 @@ def _bare(session: Session, counts: torch.Tensor, row: int) -> Work:
 
 
 def device_us(session: Session, work: Work) -> float:
-    """Return the device's time for `work`; the device is kept busy until all is launched.
+    """Device time of `work`; the device is kept busy until the whole call is launched.
 
-    The wait is in clock cycles, and clocks differ, so that ranks meet after it: only the all_reduce lets them start
+    The wait is in clock cycles, and clocks differ between devices, so an all_reduce after the wait makes ranks start
     together.
     """
     aligner = torch.zeros(1, device=session.device)
@@ -131,7 +131,7 @@ def device_us(session: Session, work: Work) -> float:
 
 
 def host_us(session: Session, work: Work) -> float:
-    """Return the host's time for `work`, from an idle device to an idle device."""
+    """Host time of `work`, from an idle device to an idle device."""
     dist.barrier(group=session.group)
     _wait(session)
     begin = time.perf_counter()
@@ -149,7 +149,7 @@ CLOCKS: dict[str, Clock] = {"device time": device_us, "host time": host_us}
 
 
 def _medians(session: Session, steps: list[Step], clock: Clock) -> list[tuple[float, float]]:
-    """Return medians over iterations of the slowest rank's microseconds: of each step, ours and bare."""
+    """Medians over iterations of the slowest rank's microseconds, of each step: transport and bare."""
     table = [_iteration(session, steps, clock, number) for number in range(WARMUP + ITERATIONS)]
     slowest = torch.tensor(table[WARMUP:], dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=session.group)
@@ -159,7 +159,7 @@ def _medians(session: Session, steps: list[Step], clock: Clock) -> list[tuple[fl
 
 
 def _iteration(session: Session, steps: list[Step], clock: Clock, number: int) -> list[float]:
-    """Time ours and bare of each step, bare first in every other iteration."""
+    """Time transport and bare of each step, bare first in every other iteration."""
     found = []
     for step in steps:
         if number % 2:

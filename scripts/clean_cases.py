@@ -1,8 +1,8 @@
-"""False alarms over random clean cases: whatever does not end in PASS is one.
+"""False alarms over random clean cases: every result other than PASS is one.
 
 Cases differ in ranks, tokens, shape, top-k, routing, limit, transport, experts, payload, quantised combine, kernel
-family, order of slots and seed. They run in suites of 250, each in one launch. A case that a machine or a shape does
-not support is counted apart, by its reason.
+family, order of slots and seed. They run in suites of 250, each in one launch. A case that the machine or
+the shape does not support is counted separately, by its reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Keys = dict[str, Any]
 
 
 def main() -> int:
-    """Run the suites, print what did not pass, and return 1 if anything did not."""
+    """Run the suites, print the cases that did not pass, and return 1 if there are any."""
     options = _parse()
     counts: collections.Counter[str] = collections.Counter()
     alarms: list[str] = []
@@ -58,7 +58,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _case(seed: int, options: argparse.Namespace) -> Keys:
-    """Return the keys of one random case, the same for the same seed."""
+    """Keys of one random case, a function of the seed."""
     chance = random.Random(f"clean case {seed}")  # noqa: S311 - a choice of cases, no secret
     keys = _parts_on_device(chance) if options.device == "cuda" else _parts_on_cpu(chance)
     ranks = [count for count in keys.pop("ranks") if count <= options.nproc]
@@ -91,7 +91,7 @@ def _case(seed: int, options: argparse.Namespace) -> Keys:
 
 
 def _parts_on_cpu(chance: random.Random) -> Keys:
-    """Return a transport and experts of the CPU, and the numbers of ranks that they take."""
+    """Transport and experts on the CPU, and the numbers of ranks that they support."""
     keys: Keys = {"transport": chance.choice(["collective", "mori"]), "experts": chance.choice(["reference", "aiter"])}
     keys["emulate"] = "mori" in keys.values() or "aiter" in keys.values()
     keys["ranks"] = range(1, 9)
@@ -104,7 +104,7 @@ def _parts_on_cpu(chance: random.Random) -> Keys:
 
 
 def _parts_on_device(chance: random.Random) -> Keys:
-    """Return the transport and experts of a CUDA device."""
+    """Transport and experts on a CUDA device."""
     experts = chance.choice(["triton", "triton", "reference"])
     return {
         "transport": "collective",
@@ -124,7 +124,7 @@ def _granule(keys: Keys, *, fp8: bool, device: str) -> int:
 
 
 def _shape(chance: random.Random, granule: int) -> tuple[int, int]:
-    """Return hidden and intermediate columns; no more of the latter, so that exact inputs can read all of them."""
+    """Hidden and intermediate columns; at most as many of the latter, so that exact inputs read all of them."""
     if granule > 1:
         hidden = chance.randint(1, 1024 // granule)
         return granule * hidden, granule * chance.randint(1, hidden)
@@ -135,7 +135,7 @@ def _shape(chance: random.Random, granule: int) -> tuple[int, int]:
 
 
 def _run_suite(folder: Path, cases: list[Keys], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the reports of one suite of cases; one that refuses the suite is left out and counts as unsupported."""
+    """Reports of one suite of cases; a case that refuses the suite is left out and counts as unsupported."""
     folder.mkdir()
     refused: list[dict[str, Any]] = []
     while True:

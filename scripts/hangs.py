@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Let random ranks stand still at random stages, and count the hangs that are named right: rank and stage.
+"""Make random ranks hang at random stages, and count the hangs that are named with the right rank and stage.
 
     scripts/hangs.py --nproc 2 --device cuda --experts triton
 
-One suite has all hangs. Each costs its time limit and a new launch of the ranks. Exit code 0: all are named right.
+One suite has all hangs. Each costs its time limit and a new launch of the ranks. Exit code 0 if all are named right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STAGES = ("dispatch", "experts", "combine")
 
 
 class Hang(NamedTuple):
-    """Where a rank stands still."""
+    """A rank and the stage in which it hangs."""
 
     rank: int
     arm: str
@@ -34,7 +34,7 @@ class Hang(NamedTuple):
 
 
 def main() -> int:
-    """Run the hangs, print each that was named wrong, and the count."""
+    """Run the hangs; print each that was named wrong, and the count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="hangs (default: 20)")
     parser.add_argument("--nproc", type=int, default=2, help="ranks (default: 2)")
@@ -60,13 +60,13 @@ def main() -> int:
 
 
 def chosen(count: int, ranks: int, seed: int) -> list[Hang]:
-    """Return random hangs, each rank in turn."""
+    """Random hangs, each rank in turn."""
     chance = random.Random(seed)  # noqa: S311 - a choice of faults, no secret
     return [Hang(number % ranks, chance.choice(ARMS), chance.choice(STAGES)) for number in range(count)]
 
 
 def suite_of(hangs: list[Hang], limit_s: float) -> dict[str, Any]:
-    """Return a suite with one case for each hang."""
+    """Suite with one case for each hang."""
     limits = ",".join(f"{stage}={limit_s:g}" for stage in ("dispatch", "truncate", "experts", "check", "combine"))
     defaults = {
         "model": "tiny",
@@ -81,7 +81,7 @@ def suite_of(hangs: list[Hang], limit_s: float) -> dict[str, Any]:
 
 
 def reports(out: Path, hangs: list[Hang]) -> list[dict[str, Any]]:
-    """Return the reports in the order of the hangs; an empty one where a case left none."""
+    """Reports in the order of the hangs; an empty one if a case left none."""
     found = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     by_name = {report["name"]: report for report in found}
     return [by_name.get(f"hang {number}", {}) for number in range(len(hangs))]

@@ -1,7 +1,7 @@
 """Memory and file descriptors of the supervisor and of every rank over many cases in one launch.
 
-All are read at ten points, from the process ids that the ranks leave in their breadcrumbs. What a process has grown
-after the first point has a bound; exit code 1 where one is over it.
+Sampled at ten points; ranks are found by the process ids in their breadcrumbs. The growth of each process after the
+first point has a bound; exit code 1 if a process exceeds it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FDS_BOUND = 0
 
 
 class Use(NamedTuple):
-    """What a process holds at one moment."""
+    """Memory and descriptors of a process at one moment."""
 
     rss_bytes: int
     fds: int
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 
 
 def main() -> int:
-    """Run, print the table, and return 1 if a process has grown past its bound."""
+    """Run, print the table, and return 1 if a process has grown beyond its bound."""
     options = _parse()
     with tempfile.TemporaryDirectory(prefix="distbench-soak-") as folder:
         samples = _soak(Path(folder), options.cases, options.nproc)
@@ -86,7 +86,7 @@ def _write_suite(folder: Path, cases: int) -> Path:
 
 
 class _Lines:
-    """Counts the lines of a growing file without reading them twice."""
+    """Line counter of a growing file that reads each line once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -121,7 +121,7 @@ def _use(process: Path) -> Use | None:
 
 
 def pick_points(samples: list[Sample], cases: int) -> list[Sample]:
-    """Return the samples nearest to each tenth of the cases."""
+    """Samples nearest to each tenth of the cases."""
     tenths = [cases * (point + 1) / POINTS for point in range(POINTS)]
     return [min(samples, key=lambda sample: abs(sample.cases - tenth)) for tenth in tenths]
 
@@ -135,7 +135,7 @@ def _print_table(samples: list[Sample]) -> None:
 
 
 def _print_growth(samples: list[Sample]) -> bool:
-    """Print what each process has grown since the first sample; whether all are within the bounds."""
+    """Print the growth of each process since the first sample; return whether all are within the bounds."""
     passed = True
     for name, first in samples[0].uses.items():
         last = samples[-1].uses[name]

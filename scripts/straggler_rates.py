@@ -21,7 +21,7 @@ SLOW = ("node0",)
 
 
 def cluster(count: int, seed: int, steps: tuple[Step, ...], slowdown: float = 1.0) -> list[Trial]:
-    """Return the trials of `count` nodes, the first of which is `slowdown` times slower in its experts."""
+    """Trials of `count` nodes, the first of which is `slowdown` times slower in its experts."""
     rng = random.Random(seed)  # noqa: S311 - a simulation
     nodes = [f"node{number}" for number in range(count)]
     levels = {(stage, node): rng.gauss(0, OFFSET) for stage in STAGE_ORDER for node in nodes}
@@ -38,7 +38,7 @@ def cluster(count: int, seed: int, steps: tuple[Step, ...], slowdown: float = 1.
 
 
 def rates(count: int, steps: tuple[Step, ...], slowdown: float, runs: int) -> tuple[float, float]:
-    """Return the share of runs that name a healthy node or a link, and the share that name the slow node."""
+    """Fraction of runs that name a healthy node or a link, and fraction that name the slow node."""
     alarms = hits = 0
     for seed in range(runs):
         findings = name_stragglers(cluster(count, seed, steps, slowdown))

@@ -16,7 +16,7 @@ BANNED = {
     "See wh" + "at is sent: it is wh" + "at arrives.": "Received rows are the rows sent.",
     "Return it with so ma" + "ny tokens more.": "Add token counts.",
     "The user is to" + "ld of the fault.": "The report names the fault.",
-    "A report that te" + "lls of a rank.": "A report that names a rank.",
+    "A report that tells" + " of a rank.": "A report that names a rank.",
     "The disk is full and no" + "body waits.": "Ignored if the disk is full.",
     "Compiled an" + "ew for each shape.": "Compiled again for each shape.",
     "An agent waits for its li" + "ke.": "An agent waits for the agents of other nodes.",
