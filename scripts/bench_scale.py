@@ -70,7 +70,7 @@ class Parent(msgspec.Struct):
 class Figures(msgspec.Struct):
     """Figures of one number of ranks. Times are medians over cases, processor time and memory means over ranks.
 
-    `received` and `gathered`: bytes that rank 0 received in a case and in gathering. `sent`: bytes that rank 0 sent in a
+    `received` and `gathered`: bytes that rank 0 received in a case and in gathering. `sent`: bytes that it sent in a
     case, `all_sent` those of all ranks. `gather_cpu_s`: processor time of rank 0 in gathering. Memory excludes pages
     shared with other processes, such as the interpreter's and torch's.
     """
