@@ -170,7 +170,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Literal["barrier", "free"], _help("ranks start a timed iteration together, or each after its previous one")
     ] = "barrier"
     graph: Annotated[bool, _help("run the experts from a CUDA graph, captured for each number of rows")] = False
-    timeout: Annotated[Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take")] = 300.0
+    timeout: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take, looked at every 0.1 s")
+    ] = 300.0
     stage_timeouts: Annotated[str, _help("other seconds for some stages, such as dispatch=5,experts=60")] = ""
 
     @property

@@ -54,7 +54,7 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     failures = [failure for rank in range(job.num_ranks) if (failure := _failure(out, rank)) is not None]
     if not failures and not positions(job):
         _refuse_cut_heartbeats(job)
-        raise LaunchFailed(_never_began(first_exit))
+        raise LaunchFailed(_never_began(job, first_exit))
     _refuse_lost_results(failures)
     own = [failure for failure in failures if not failure.echo]
     raised = [failure for failure in own if not failure.timeout]
@@ -178,11 +178,15 @@ def _refuse_cut_heartbeats(job: Job) -> None:
         raise ResultsLost(message)
 
 
-def _never_began(first_exit: Exit | None) -> str:
+def _never_began(job: Job, first_exit: Exit | None) -> str:
+    output = "standard error of its node" if job.supervised else "the output of the launcher that started it"
     if first_exit is None:
-        how = "nobody saw their processes end: look into the kernel's log and the job's for kills of rank processes"
+        how = (
+            f"none of {job.num_ranks} left a heartbeat or an exception in {ranks_folder(Path(job.out))}, and their "
+            f"exit codes are unknown; anything a rank printed is on {output}, a kill in the kernel's log"
+        )
     else:
-        how = f"rank {first_exit.rank} ended by {first_exit.how}; its messages stand above"
+        how = f"rank {first_exit.rank} ended by {first_exit.how}; anything it printed is on {output}"
     return f"the ranks ended before any of them had begun; {how}; distbench doctor looks at this node"
 
 

@@ -46,8 +46,8 @@ def interface_complaints(environ: Mapping[str, str], names: Sequence[str]) -> di
         if found:
             there = ", ".join(names) or "none"
             complaints[variable] = (
-                f"{variable}={shown(value)}: {found}; interfaces with an address here: {there}; unset it, ranks of one "
-                "host need none"
+                f"{variable}={shown(value)}: {found}; interfaces with an address here: {there}; unset it to have one "
+                "chosen, or name one of them"
             )
     return complaints
 

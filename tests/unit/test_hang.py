@@ -14,8 +14,10 @@ from distbench.flight_recorder import Group, as_line
 from distbench.hang import find_hang
 from distbench.job import Entry, Job, Spread
 from distbench.postmortem import Ending
+from distbench.supervisor import _TICK_S
 from distbench.waits import KINDS
 from tests.cases import tiny_case
+from tests.hosts import ROOT
 
 LIMIT_S = 2.0
 
@@ -49,6 +51,14 @@ def at(  # noqa: PLR0913 - all of a position that matters
 def told(ending: Ending | None) -> tuple[Verdict, list[int | None], str]:
     assert ending is not None
     return ending.verdict, [reason.rank for reason in ending.reasons], ending.reasons[0].message
+
+
+def test_stage_that_ended_is_not_held_against_its_limit_as_the_docs_say(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    assert find_hang(job, {rank: at("combine", LIMIT_S / 2) for rank in range(3)}, ago(90)) is None
+    assert find_hang(job, {rank: at("combine", LIMIT_S + 1) for rank in range(3)}, ago(90)) is not None
+    text = (ROOT / "docs" / "suites.md").read_text()
+    assert f"looked at every {_TICK_S:g} s" in " ".join(text.split())
 
 
 def test_rank_that_has_not_started_is_blamed_for_the_hang(tmp_path: Path) -> None:

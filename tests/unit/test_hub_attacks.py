@@ -326,4 +326,20 @@ def test_log_of_refused_peers_has_a_bounded_number_of_lines(tmp_path: Path, monk
     lines = (tmp_path / "log").read_text().splitlines()
     assert len(lines) == 11
     assert lines[-1] == "more than 10 peers were refused; those that follow are counted only"
-    assert refusals.summary().startswith("30 peers were refused")
+    assert refusals.summary() == f"30 peers were refused, {tmp_path / 'log'} has a line for each up to 10"
+    later = Refusals(tmp_path / "log")  # of the next launch with that folder
+    later.note("127.0.0.1:1", "said nothing")
+    assert later.count == 1
+    assert (tmp_path / "log").read_text().splitlines() == lines
+
+
+def test_log_of_refused_peers_continues_the_count_of_earlier_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distbench.nodes.refusals.MOST_LINES", 10)
+    for number in range(3):
+        refusals = Refusals(tmp_path / "log")
+        for _ in range(4):
+            refusals.note(f"127.0.0.1:{number}", "said nothing")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert (len(lines), sum("peers were refused" in line for line in lines)) == (11, 1)

@@ -153,10 +153,17 @@ def test_timeout_is_blamed_on_the_rank_that_never_started(job: Job) -> None:
 
 def test_launch_without_any_position_is_a_failed_launch(job: Job) -> None:
     assert positions(job) == {}
-    with pytest.raises(LaunchFailed, match=r"before any of them had begun; rank 2 ended by SIGKILL; its messages"):
+    with pytest.raises(
+        LaunchFailed, match=r"had begun; rank 2 ended by SIGKILL; anything it printed is on standard error"
+    ):
         explain_fault(job, KILLED)
-    with pytest.raises(LaunchFailed, match=r"before any of them had begun; nobody saw their processes end"):
+    unknown = (
+        r"had begun; none of 4 left a heartbeat or an exception in .*, and their exit codes are unknown; .* is on "
+    )
+    with pytest.raises(LaunchFailed, match=f"{unknown}standard error of its node, a kill in the kernel's log"):
         explain_fault(job, None)
+    with pytest.raises(LaunchFailed, match=f"{unknown}the output of the launcher"):  # `distbench collect`, afterwards
+        explain_fault(msgspec.structs.replace(job, supervised=False), None)
 
 
 @pytest.mark.parametrize("size", [0, 40])
