@@ -78,7 +78,7 @@ class Accusation(msgspec.Struct, frozen=True, kw_only=True):
     """Outcome of a bisection: the blame and all results.
 
     A cure has passed `trials` times in a row. `blame` is empty where the case did not fail, where neither a swap nor a
-    pair of swaps cures it, or where a cure cannot be told from luck. `recorded` is the signature in the given report.
+    pair of swaps cures it, or where a cure may be luck. `recorded` is the signature in the given report.
     """
 
     base: Result

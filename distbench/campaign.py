@@ -184,7 +184,7 @@ class Campaign:
         needed = self._pace.shortest(entry.case for entry in pending)
         told = f"{deadline.left_s:.1f} s were left, the next case takes about {needed:.1f} s"
         why = f"{deadline.source}: {told if deadline.left_s > 0 else 'it is over'}"
-        self._summary.stopped = f"{len(pending)} cases left out for time ({why}); the same command goes on with them"
+        self._summary.stopped = f"{len(pending)} cases left out for time ({why}); the same command resumes with them"
 
     def _take_ending(self, ending: Ending, job: Job) -> None:
         """Record the result of the case on which a launch ended, unless the case is to be retried.

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _next_time(*, resumes: bool, lost: bool = False) -> str:
     """Effect of running the same command again; `lost`: results that it had found are gone."""
     if resumes and lost:
-        return "the same command goes on with the results that are still there"
+        return "the same command resumes with the remaining results"
     if resumes:
         return "finished results are kept; the same command resumes"
     return "the same command starts from the beginning"

@@ -133,7 +133,7 @@ def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[R
     reached = max((failure.position.case_index for failure in failures), default=len(job.entries))
     inside = {rank: at for rank, at in silent.items() if at is None or at.case_index <= reached} or silent
     rank = min(inside, key=lambda one: _since(inside[one]))
-    return _lost(job, rank, "ended without a word", silent[rank])
+    return _lost(job, rank, "ended without an error message", silent[rank])
 
 
 def _lost(job: Job, rank: int, how: str, position: Position | None) -> Ending:
@@ -153,10 +153,12 @@ def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
     place = "before its first stage" if last is None else f"in {last.place}"
     names = ", ".join(map(str, behind))
     if not ahead:
-        told = f"rank {names} ended without a word {place}, none behind another"
+        told = f"rank {names} ended without an error message {place}, none behind another"
         reason = Reason(code="rank-fault", message=told, stage=_stage(last))
         return _ending(job, last, reason, {})
-    message = f"rank {names} was behind {place}, rank {', '.join(map(str, ahead))} waited; all ended without a word"
+    message = (
+        f"rank {names} was behind {place}, rank {', '.join(map(str, ahead))} waited; all ended without an error message"
+    )
     reasons = [Reason(code="hang", rank=rank, message=message, stage=_stage(last)) for rank in behind]
     return msgspec.structs.replace(_ending(job, last, reasons[0], {}), verdict=Verdict.HANG, reasons=reasons)
 

@@ -98,7 +98,7 @@ def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if not case.recv_bound or case.limit != "off":
         named = ("two_batch_overlap", "tp_size", "sender_rows")
         inert = [name for name in named if getattr(case, name)]
-        return (f"{', '.join(inert)}: looked at by recv_bound with the limit off alone",) if inert else ()
+        return (f"{', '.join(inert)}: used by recv_bound with the limit off alone",) if inert else ()
     bound = recv_bound(case, local_ranks)
     if bound.rows is None:
         return (f"recv_bound: nothing is cut, as in production: {bound.reason}",)

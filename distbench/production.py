@@ -95,7 +95,7 @@ _IO_ENGINE = "MORI_IO_"
 RECORDED_PREFIXES = (
     *("SGLANG_MORI_", "SGLANG_USE_AITER", "SGLANG_AITER_", "SGLANG_ROCM_"),
     *("MORI_", "NCCL_", "RCCL_", "TORCH_", "GLOO_", "OMP_", "HIP_", "HSA_", "ROCR_", "ATOM_", "VLLM_ROCM_"),
-    # Variables that aiter reads: its own, those of its kernel families and of the device that it is told to be.
+    # Variables that aiter reads: its own, those of its kernel families and of the device that it targets.
     *("AITER_", "FLYDSL_", "GPTOSS_SWIGLU_", "GPU_ARCHS", "CU_NUM", "CK_DIR"),
 )
 _SECRET = re.compile(r"SECRET|PASSW|CREDENTIAL|PRIVATE|API_?KEY|ACCESS_?KEY|AUTH|(?:^|_)TOKEN$|COOKIE", re.IGNORECASE)

@@ -43,7 +43,7 @@ def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:
         return Bound(None, f"{_release(case)}: {reason}")
     rows = round_up(sum(case.tokens), RECV_BOUND_STEP)
     if not 0 < rows < case.capacity:
-        return Bound(None, f"{_release(case)}: a bound of {rows} rows is none of a buffer of {case.capacity}")
+        return Bound(None, f"{_release(case)}: a bound of {rows} rows is ignored for a buffer of {case.capacity}")
     return Bound(rows)
 
 
@@ -53,7 +53,7 @@ def _by_routes(case: Case, told: tuple[int, ...]) -> Bound:
         return Bound(None, f"{_release(case)}: {reason}")
     rows = sum(told) * case.topk
     if not 0 < rows < case.capacity:
-        return Bound(None, f"{_release(case)}: a bound of {rows} rows is none of a buffer of {case.capacity}")
+        return Bound(None, f"{_release(case)}: a bound of {rows} rows is ignored for a buffer of {case.capacity}")
     return Bound(rows)
 
 

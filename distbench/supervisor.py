@@ -176,7 +176,7 @@ def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
         ranks = hub.ranks_of(node)
         last = [seen[rank] for rank in ranks if rank in seen]
         place = f"last seen in {min(last, key=lambda at: at.progress).place}" if last else "before its first stage"
-        message = f"host {host} (node {node}, rank {ranks[0]} to {ranks[-1]}) has gone or no longer answers, {place}"
+        message = f"host {host} (node {node}, rank {ranks[0]} to {ranks[-1]}) is gone or no longer answers, {place}"
         reasons.append(Reason(code="host-lost", rank=ranks[0], message=message))
     if not reasons:
         return None

@@ -76,9 +76,9 @@ def not_judged(trials: Sequence[Trial]) -> list[str]:
         stages = list(dict.fromkeys(stage for trial in passed for stage in trial.times))
         thin = [stage for stage in stages if len(_shared_keys(passed, stage)) < LEAST_TIMES]
         if own and step == "pairs" and not any(trial.step == "nodes" for trial in trials):
-            told.append(f"{what}: a pair is held against its nodes alone, which the plan has not; add the step nodes")
+            told.append(f"{what}: a pair is compared with its nodes alone, which the plan lacks; add the step nodes")
         elif own and len(nodes) < LEAST_GROUPS:
-            told.append(f"{what}: {len(nodes)} nodes pass, at least {LEAST_GROUPS} are needed to tell who is slow")
+            told.append(f"{what}: {len(nodes)} nodes pass, at least {LEAST_GROUPS} are needed to tell which is slow")
         elif own and (thin or not stages):
             which = f" in {', '.join(thin)}" if stages else ""
             told.append(f"{what}{which}: fewer than {LEAST_TIMES} cases and arms are timed in all groups")

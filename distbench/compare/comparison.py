@@ -154,7 +154,7 @@ def _gone(old: _Samples, new: _Samples) -> str:
     thin = [
         key for key, before in old.items() if key not in absent and _most(before) >= LEAST_SAMPLES > _most(new[key])
     ]
-    told = (("no time any more of", absent), (f"fewer than {LEAST_SAMPLES} samples any more of", thin))
+    told = (("no longer any time of", absent), (f"fewer than {LEAST_SAMPLES} samples now of", thin))
     return "; ".join(f"{what} {', '.join(map('/'.join, keys))}" for what, keys in told if keys)
 
 
@@ -299,7 +299,7 @@ def _pairs(old: list[_Kept], new: list[_Kept]) -> Iterator[tuple[_Kept | None, _
 def _finding(old: _Kept | None, new: _Kept | None) -> CaseFinding | None:
     if new is None:
         assert old is not None  # noqa: S101 - a pair has one side at least
-        return CaseFinding(kind="absent", name=old.name, old=old.verdict.value, message="no result any more")
+        return CaseFinding(kind="absent", name=old.name, old=old.verdict.value, message="no longer any result")
     if old is None:
         if new.as_expected:
             return None

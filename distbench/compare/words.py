@@ -62,8 +62,8 @@ def _limits(comparison: Comparison) -> Iterator[str]:
         )
     if comparison.unjudged:
         yield (
-            f"not judged: {_named(comparison.unjudged)}: too few samples ({LEAST_SAMPLES} of each), or so much noise "
-            "that not even a tenfold slowdown would have been found"
+            f"not judged: {_named(comparison.unjudged)}: too few samples ({LEAST_SAMPLES} of each), or too much noise: "
+            "not even a tenfold slowdown would have been detected"
         )
     if comparison.suspect:
         names = ", ".join(f"{arm}/{stage} in {case or 'all cases'}" for arm, stage, case in comparison.suspect[:_SHOWN])

@@ -57,7 +57,7 @@ class Gate(threading.Thread):
                     self._accept(found)
             now = time.monotonic()
             for peer in [peer for peer in self._peers.values() if now > peer.deadline]:
-                self._refuse(peer, f"proved nothing within {PROOF_S:g} s")
+                self._refuse(peer, f"did not prove the secret within {PROOF_S:g} s")
         for peer in list(self._peers.values()):
             self._drop(peer)
         for listener in self._listeners:
@@ -78,14 +78,14 @@ class Gate(threading.Thread):
             time.sleep(_OUT_OF_FILES_S)
             return
         if len(self._peers) >= MOST_PEERS:
-            self._refuse(next(iter(self._peers.values())), f"made room: {MOST_PEERS} peers had proved nothing")
+            self._refuse(next(iter(self._peers.values())), f"made room: {MOST_PEERS} peers were unproven")
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         peer = _Peer(connection, f"{host}:{address[1]}")
         connection.settimeout(0)
         self._peers[connection] = peer
         self._selector.register(connection, selectors.EVENT_READ)
         if not peer.send(peer.asked):
-            self._refuse(peer, "takes nothing")
+            self._refuse(peer, "does not receive")
 
     def _hear(self, peer: _Peer) -> None:
         try:
@@ -93,11 +93,11 @@ class Gate(threading.Thread):
         except BlockingIOError:
             return
         except OSError as error:
-            self._refuse(peer, f"hung up before it proved anything: {error.strerror}")
+            self._refuse(peer, f"disconnected before it proved the secret: {error.strerror}")
             return
         peer.answer += block
         if not block:
-            self._refuse(peer, "hung up before it proved anything")
+            self._refuse(peer, "disconnected before it proved the secret")
         elif not MAGIC.startswith(peer.answer[: len(MAGIC)]):
             self._refuse(peer, "speaks another protocol")
         elif len(peer.answer) == ANSWER_BYTES:
@@ -111,7 +111,7 @@ class Gate(threading.Thread):
             self._refuse(peer, "has another secret, or none")
             return
         if not peer.send(proof):
-            self._refuse(peer, "takes nothing")
+            self._refuse(peer, "does not receive")
             return
         self._forget(peer)
         peer.connection.settimeout(SILENCE_S)

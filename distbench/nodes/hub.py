@@ -120,7 +120,7 @@ class Hub:
             raise Tampered(message)
         if holder is not None:
             host = self._beats[beat.node].host
-            return f"node {beat.node} is {host} already, {beat.host} comes too; give each node a --node-rank of its own"
+            return f"node {beat.node} is {host} already, {beat.host} claims it too; give each node its own --node-rank"
         if beat.node in self._heard and self._order.phase is not Phase.WAIT:
             return f"node {beat.node} was lost in this launch; start all nodes again"
         self._channels[beat.node] = channel
@@ -142,7 +142,7 @@ class Hub:
             if time.monotonic() > deadline:
                 absent = [node for node in range(1, self._spread.nodes) if node not in self._beats]
                 names = ", ".join(map(str, absent))
-                message = f"node {names} not there after {self._join_timeout_s:.0f} s; see --join-timeout"
+                message = f"node {names} did not join within {self._join_timeout_s:.0f} s; see --join-timeout"
                 message += f" ({self.strangers})" if self.strangers else ""
                 raise NodesMissing(message)
             time.sleep(_TICK_S)

@@ -88,5 +88,5 @@ def _connect(spread: Spread, secret: bytes) -> Channel:
 
 def _why(error: Exception) -> str:
     if isinstance(error, EOFError):
-        return "it hung up"
+        return "it disconnected"
     return f"what listens there is no node 0 ({error})" if isinstance(error, Tampered) else str(error)

@@ -62,11 +62,11 @@ class Beat(msgspec.Struct, kw_only=True):
         told |= set() if self.exit is None else {self.exit.rank}
         others = sorted(rank for rank in told if rank not in own)
         if others:
-            return f"tells of rank {others[0]}, which is not on it"
+            return f"reports rank {others[0]}, which is not on it"
         if len(self.host) > _MOST_NAME or not self.host.isprintable():
             return "has no name that a host may have"
         places = [*self.crumbs.values(), *(failure.position for failure in self.failures)]
-        return "" if all(map(_is_place, places)) else "tells of a place that no rank can be in"
+        return "" if all(map(_is_place, places)) else "reports a position that no rank can have"
 
 
 def _is_place(at: Position) -> bool:

@@ -82,7 +82,7 @@ def test_host_that_loses_its_network_is_named_and_no_process_is_left(tmp_path: P
         assert wait_until(lambda: not net.processes(0) and not net.processes(1), 5)
         told = net.log(1).read_text()
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in summary["stopped"]
+    assert "host host1 (node 1, rank 1 to 1) is gone or no longer answers" in summary["stopped"]
     found = {name: report["verdict"] for name, report in reports(tmp_path).items()}
     assert {found[name] for name in before} == {"PASS"}
     assert list(found.values()) == ["PASS"] * (len(found) - 1) + ["RANK_FAULT"]
@@ -155,7 +155,7 @@ def test_host_that_never_joins_is_named(tmp_path: Path) -> None:
     with hosts(3, tmp_path) as net:
         running = [net.start(number, *arguments) for number in (0, 2)]
         assert [one.wait(60) for one in running] == [3, 3]
-        assert "NODES_MISSING: node 1 not there after 4 s" in net.log(0).read_text()
+        assert "NODES_MISSING: node 1 did not join within 4 s" in net.log(0).read_text()
 
 
 @only_long

@@ -55,7 +55,7 @@ def test_broken_link_is_named_and_neither_of_its_nodes(tmp_path: Path) -> None:
     found = document(tmp_path)
     assert running.returncode == 3, told
     assert [(one["kind"], one["nodes"]) for one in found["findings"]] == [("link", ["host1", "host2"])], told
-    assert "NODES_MISSING: node 1 not there after 8 s" in found["findings"][0]["evidence"]
+    assert "NODES_MISSING: node 1 did not join within 8 s" in found["findings"][0]["evidence"]
     assert found["defects"] == []
     assert [trial["verdict"] for trial in found["trials"]].count("PASS") == 5
     assert "slow nodes: 3 nodes pass, at least 5 are needed" in told
@@ -73,7 +73,7 @@ def test_host_that_loses_its_network_during_a_trial_is_named_within_seconds(tmp_
         assert time.monotonic() - cut < 60
     (trial,) = document(tmp_path)["trials"]
     assert (running.returncode, trial["verdict"]) == (3, "RANK_FAULT"), told
-    assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in trial["reason"]
+    assert "host host1 (node 1, rank 1 to 1) is gone or no longer answers" in trial["reason"]
 
 
 def test_cluster_plan_runs_inside_a_slurm_job(tmp_path: Path) -> None:

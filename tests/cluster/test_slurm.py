@@ -84,7 +84,7 @@ def test_host_that_loses_its_network_is_named_and_the_slurm_job_ends(
     net.cut(1)
     assert wait_until(ended(slurm, number, *states), 90), slurm.state(number) + slurm.log(number)
     assert slurm.exit_code(number) == code
-    assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in slurm.log(number)
+    assert "host host1 (node 1, rank 1 to 1) is gone or no longer answers" in slurm.log(number)
 
 
 def test_scancel_keeps_finished_results_and_leaves_no_process(net: Hosts, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_slow_nodes_are_reported_as_not_judged_below_five_nodes(
 ) -> None:
     code, document = validate(tmp_path, monkeypatch, "a,b,c,d", {"d": 9.0}, "--plan", "nodes")
     assert (code, document["slow"]) == (0, [])
-    assert document["not_judged"] == ["slow nodes: 4 nodes pass, at least 5 are needed to tell who is slow"]
+    assert document["not_judged"] == ["slow nodes: 4 nodes pass, at least 5 are needed to tell which is slow"]
     assert "not judged: slow nodes: 4 nodes pass" in capsys.readouterr().out
     _, document = validate(tmp_path, monkeypatch, "a,b,c,d,e", {}, "--plan", "nodes")
     assert document["not_judged"] == []

@@ -145,7 +145,7 @@ def test_changed_or_removed_results_end_the_bench_with_one_line_and_exit_code_3(
     assert told.startswith("distbench: RESULTS_LOST: ")
     assert str(bench.out) in told
     assert "name another one with --out" in told
-    assert told.endswith("the same command goes on with the results that are still there")  # not that all is kept
+    assert told.endswith("the same command resumes with the remaining results")  # not that all is kept
     assert "Traceback" not in bench.stderr
     assert "terminate called" not in bench.stderr
 

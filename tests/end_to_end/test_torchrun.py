@@ -84,7 +84,7 @@ def test_collect_names_the_rank_that_died(tmp_path: Path) -> None:
     report = collected(tmp_path)
     assert report["verdict"] == "RANK_FAULT"
     (reason,) = report["reasons"]
-    assert (reason["rank"], reason["message"]) == (1, "rank 1 ended without a word in truncated/experts")
+    assert (reason["rank"], reason["message"]) == (1, "rank 1 ended without an error message in truncated/experts")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_collect_names_the_rank_that_was_behind_if_all_were_killed(tmp_path: Pat
         bench.end_at_once()
     report = collected(tmp_path / "out")
     assert report["verdict"] == "HANG"
-    message = "rank 2 was behind in control/experts, rank 0, 1 waited; all ended without a word"
+    message = "rank 2 was behind in control/experts, rank 0, 1 waited; all ended without an error message"
     assert [(reason["rank"], reason["message"]) for reason in report["reasons"]] == [(2, message)]
 
 

@@ -190,14 +190,14 @@ def test_silent_peer_is_refused_after_the_proof_timeout(meeting: Meeting, monkey
     with meeting.connect() as stranger:
         assert len(stranger.recv(1000)) == CHALLENGE_BYTES
         assert stranger.recv(1) == b""
-    assert meeting.refusals() == ["proved nothing within 0.3 s"]
+    assert meeting.refusals() == ["did not prove the secret within 0.3 s"]
 
 
 def test_oldest_unauthenticated_peer_is_dropped_if_a_node_connects(meeting: Meeting) -> None:
     strangers = [meeting.connect() for _ in range(gate.MOST_PEERS + 10)]
     link = Link(meeting.spread, SECRET, 5.0, [])
     assert link.tell(beat()).phase is Phase.WAIT
-    assert meeting.refusals(11) == [f"made room: {gate.MOST_PEERS} peers had proved nothing"] * 11
+    assert meeting.refusals(11) == [f"made room: {gate.MOST_PEERS} peers were unproven"] * 11
     link.close()
     for stranger in strangers:
         stranger.close()
@@ -247,21 +247,21 @@ def test_node_refuses_a_listener_of_another_protocol() -> None:
 @pytest.mark.parametrize(
     ("told", "complaint"),
     [
-        ({"exit": Exit(0, "SIGKILL")}, "tells of rank 0, which is not on it"),
-        ({"exit": Exit(4, "SIGKILL")}, "tells of rank 4, which is not on it"),
-        ({"crumbs": {1: position()}}, "tells of rank 1"),
-        ({"machines": {-1: Machine("x", "cpu")}}, "tells of rank -1"),
-        ({"stacks": {5: "text"}}, "tells of rank 5"),
-        ({"crumbs": {2: position(pid=1)}}, "a place that no rank can be in"),  # a process of node 0
-        ({"crumbs": {2: position(stage=99)}}, "a place that no rank can be in"),
-        ({"crumbs": {2: position(arm=-1)}}, "a place that no rank can be in"),
-        ({"crumbs": {2: position(since_ns=-1)}}, "a place that no rank can be in"),
-        ({"crumbs": {2: position(step=1 << 70)}}, "a place that no rank can be in"),
+        ({"exit": Exit(0, "SIGKILL")}, "reports rank 0, which is not on it"),
+        ({"exit": Exit(4, "SIGKILL")}, "reports rank 4, which is not on it"),
+        ({"crumbs": {1: position()}}, "reports rank 1"),
+        ({"machines": {-1: Machine("x", "cpu")}}, "reports rank -1"),
+        ({"stacks": {5: "text"}}, "reports rank 5"),
+        ({"crumbs": {2: position(pid=1)}}, "a position that no rank can have"),  # a process of node 0
+        ({"crumbs": {2: position(stage=99)}}, "a position that no rank can have"),
+        ({"crumbs": {2: position(arm=-1)}}, "a position that no rank can have"),
+        ({"crumbs": {2: position(since_ns=-1)}}, "a position that no rank can have"),
+        ({"crumbs": {2: position(step=1 << 70)}}, "a position that no rank can have"),
         ({"host": "x\n\x1b[2J"}, "no name that a host may have"),
         (
             {"failures": [RankFailure(rank=0, exception="", message="", position=position(), traceback="", echo=False,
                                       timeout=False)]},
-            "tells of rank 0",
+            "reports rank 0",
         ),
     ],
 )  # fmt: skip
@@ -282,7 +282,7 @@ def test_second_connection_under_a_taken_node_number_is_refused(meeting: Meeting
     first = Link(meeting.spread, SECRET, 5.0, [])
     first.tell(beat())
     second = Link(meeting.spread, SECRET, 5.0, [])
-    with pytest.raises(InvalidCase, match="node 1 is other already, other comes too"):
+    with pytest.raises(InvalidCase, match="node 1 is other already, other claims it too"):
         second.tell(beat())
     with pytest.raises(NodeLost):
         first.tell(beat(node=2))

@@ -88,7 +88,7 @@ def test_ranks_that_lost_their_peer_are_not_blamed(job: Job) -> None:
         speak(job, rank, leave(job, rank, "combine", arm="truncated"), echo=True)
     assert blamed(explain_fault(job, Exit(0, "exit code 3"))) == [("rank-fault", 2)]
     assert blamed(explain_fault(job, None)) == [("rank-fault", 2)]
-    assert explain_fault(job, None).reasons[0].message == "rank 2 ended without a word in truncated/combine"
+    assert explain_fault(job, None).reasons[0].message == "rank 2 ended without an error message in truncated/combine"
 
 
 def test_ranks_furthest_behind_are_blamed_if_no_rank_left_an_error(job: Job) -> None:
@@ -98,7 +98,7 @@ def test_ranks_furthest_behind_are_blamed_if_no_rank_left_an_error(job: Job) -> 
     ending = explain_fault(job, None)
     assert (ending.verdict, ending.case_index, blamed(ending)) == (Verdict.HANG, 1, [("hang", 2)])
     assert ending.reasons[0].message == (
-        "rank 2 was behind in control/experts, rank 0, 1, 3 waited; all ended without a word"
+        "rank 2 was behind in control/experts, rank 0, 1, 3 waited; all ended without an error message"
     )
 
 
@@ -114,7 +114,9 @@ def test_no_rank_is_blamed_if_none_left_an_error_and_none_is_behind(job: Job) ->
     leave_all(job, "experts", arm="control")
     ending = explain_fault(job, None)
     assert (ending.verdict, blamed(ending)) == (Verdict.RANK_FAULT, [("rank-fault", None)])
-    assert ending.reasons[0].message == ("rank 0, 1, 2, 3 ended without a word in control/experts, none behind another")
+    assert ending.reasons[0].message == (
+        "rank 0, 1, 2, 3 ended without an error message in control/experts, none behind another"
+    )
 
 
 def test_earliest_error_is_blamed_if_all_ranks_only_lost_a_peer(job: Job) -> None:

@@ -35,8 +35,8 @@ def case(**values: Any) -> Any:
         ({"sender_rows": "9,9,9,9"}, None, "the metadata is not of this batch"),
         ({"sender_rows": "16,16"}, None, "the metadata has 2 senders"),
         ({"sender_rows": "16,16,16,-1"}, None, "negative ones among them"),
-        ({"tokens": 0}, None, "a bound of 0 rows is none of a buffer"),
-        ({"max_dispatch_tokens_per_rank": 16}, None, "a bound of 64 rows is none of a buffer of 64"),
+        ({"tokens": 0}, None, "a bound of 0 rows is ignored for a buffer"),
+        ({"max_dispatch_tokens_per_rank": 16}, None, "a bound of 64 rows is ignored for a buffer of 64"),
         ({"transport": "collective"}, 64, ""),
         ({"transport": "collective", "gpu_per_node": 2}, None, "InterNodeV1 is none of"),
         ({"sglang_version": "0.5.22"}, 64, ""),
@@ -45,7 +45,7 @@ def case(**values: Any) -> Any:
         ({"sglang_version": "0.5.19", "two_batch_overlap": True, "tp_size": 8}, 16 * 4 * 4, ""),
         ({"sglang_version": "0.5.20", "sender_rows": "1,2,3,4"}, 40, ""),
         ({"sglang_version": "0.5.20", "sender_rows": "16,16"}, None, "the metadata has 2 of 4 senders"),
-        ({"sglang_version": "0.5.20", "max_dispatch_tokens_per_rank": 64}, None, "a bound of 256 rows is none"),
+        ({"sglang_version": "0.5.20", "max_dispatch_tokens_per_rank": 64}, None, "a bound of 256 rows is ignored"),
         ({"sglang_version": "0.5.18"}, None, "SGLang 0.5.18 has none (0.5.19 and later)"),
     ],
 )
@@ -78,6 +78,6 @@ def test_reason_for_an_unbounded_receive_buffer_is_reported() -> None:
     assert check_case(case()) == ()
     assert check_case(case(limit="sum32", gpu_per_node=2)) == ()
     (inert,) = check_case(case(recv_bound=False, tp_size=8, two_batch_overlap=True))
-    assert inert.startswith("two_batch_overlap, tp_size: looked at by recv_bound")
+    assert inert.startswith("two_batch_overlap, tp_size: used by recv_bound")
     with pytest.raises(InvalidCase, match=r"sglang_version = '0\.4\.0'"):
         check_case(case(recv_bound=False, sglang_version="0.4.0"))

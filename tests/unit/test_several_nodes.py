@@ -122,12 +122,12 @@ def test_every_report_format_is_written_if_nodes_never_join(
     nodes = ["--nnodes=2", "--nproc=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--join-timeout=0.1"]
     out = tmp_path / "out"
     assert main([command, *what, *nodes, f"--out={out}", f"--report={','.join(FILES)}"]) == 3
-    assert "NODES_MISSING: node 1 not there" in capsys.readouterr().err
+    assert "NODES_MISSING: node 1 did not join" in capsys.readouterr().err
     cases = 3 if command == "suite" else 1
     document = json.loads((out / "results.json").read_text())
     assert (document["results"], document["missing"], document["exit_code"]) == ([], cases, 3)
     (case,) = etree.fromstring((out / "junit.xml").read_bytes()).iter("testcase")
-    assert f"{cases} cases of the suite have no result: node 1 not there" in case[0].get("message")
+    assert f"{cases} cases of the suite have no result: node 1 did not join" in case[0].get("message")
     name = "suite" if command == "suite" else "distbench run"
     assert f'distbench_cases_missing{{suite="{name}"}} {cases}.0' in (out / "results.prom").read_text()
     assert f"{cases} cases have no result" in (out / "results.md").read_text()

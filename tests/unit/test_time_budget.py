@@ -115,7 +115,7 @@ def test_case_that_cannot_end_before_the_deadline_is_left_out_and_reported(
     assert (summary.finished, summary.left_for_time, summary.exit_code) == (4, 2, 75)
     assert summary.stopped.startswith("2 cases left out for time (--for 60 s: ")
     assert "the next case takes about 150.0 s" in summary.stopped
-    assert summary.stopped.endswith("the same command goes on with them")
+    assert summary.stopped.endswith("the same command resumes with them")
     assert Results(tmp_path).exit_code == 75
     again = run(tmp_path, entries, launch, 60.0)  # told by what earlier cases took: nothing is begun
     assert (len(launches), again.left_for_time, again.exit_code) == (1, 2, 75)

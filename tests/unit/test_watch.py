@@ -84,7 +84,7 @@ def test_loss_of_a_host_is_attributed_to_the_case_in_flight_on_this_node(
     watch.look()
     assert watch.ending is not None
     assert (watch.ending.case_index, watch.ending.last) == (2, True)
-    assert "host host1 (node 1, rank 1 to 1) has gone or no longer answers" in watch.ending.reasons[0].message
+    assert "host host1 (node 1, rank 1 to 1) is gone or no longer answers" in watch.ending.reasons[0].message
 
 
 def test_kill_ends_ranks_without_a_heartbeat_and_no_other_process(job: Job) -> None:

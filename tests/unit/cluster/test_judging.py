@@ -156,7 +156,7 @@ def test_pair_times_without_single_node_times_are_not_judged() -> None:
     pairs = [trial for trial in timed(8, 0, lambda _, group: 9.0 if "node0" in group else 1.0) if trial.step == "pairs"]
     assert name_stragglers(pairs) == []
     assert not_judged(pairs) == [
-        "slow links: a pair is held against its nodes alone, which the plan has not; add the step nodes"
+        "slow links: a pair is compared with its nodes alone, which the plan lacks; add the step nodes"
     ]
 
 
