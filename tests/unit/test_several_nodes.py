@@ -129,7 +129,7 @@ def test_every_report_format_is_written_if_nodes_never_join(
     (case,) = etree.fromstring((out / "junit.xml").read_bytes()).iter("testcase")
     assert f"{cases} cases of the suite have no result: node 1 did not join" in case[0].get("message")
     name = "suite" if command == "suite" else "distbench run"
-    assert f'distbench_cases_missing{{suite="{name}"}} {cases}.0' in (out / "results.prom").read_text()
+    assert f'distbench_cases_missing{{case="",suite="{name}"}} {cases}.0' in (out / "results.prom").read_text()
     assert f"{cases} cases have no result" in (out / "results.md").read_text()
 
 
