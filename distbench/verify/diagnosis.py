@@ -22,6 +22,7 @@ from distbench.verify.records import (
     Question,
     Token,
 )
+from distbench.verify.rules import error_text
 from distbench.verify.senders import Root, dispatch_roots
 from distbench.verify.verdict import part_of, parts_of
 
@@ -51,7 +52,7 @@ def diagnose(question: Question, gathered: Gathered, judgement: Judgement) -> li
         _several(causes),
         *causes,
         _poison_read(gathered),
-        None if causes else _first_wrong_stage(judgement),
+        None if causes else _first_wrong_stage(judgement) or _outside_ideal(part),
     ]
     return [diagnosis for diagnosis in found if diagnosis is not None]
 
@@ -76,10 +77,15 @@ def _roots(part: Part) -> list[Root]:
         combine = _combine_roots([found for found in wrong if found.stage == "combine"])
         for root in [*dispatch_roots(gathered, arm, question.case.repeats), *own, *combine]:
             key = (root.found.stage, root.sent, tuple(root.ranks or root.candidates))
-            if key not in roots or root.certain > roots[key].certain:
+            if key not in roots or _weight(part, root) > _weight(part, roots[key]):
                 roots[key] = root
     found = [root for root in roots.values() if not is_noise(part, root.found)] or list(roots.values())
     return sorted(found, key=lambda root: STAGE_ORDER.index(root.found.stage))
+
+
+def _weight(part: Part, root: Root) -> tuple[bool, bool]:
+    """Order of roots at one place: the certain one counts, and before another arm's noise the one that is none."""
+    return root.certain, not is_noise(part, root.found)
 
 
 def _root_of(found: Divergence) -> Root:
@@ -242,6 +248,32 @@ def _first_wrong_stage(judgement: Judgement) -> Diagnosis | None:
         stage=first.stage,
         ranks=[first.rank],
     )
+
+
+def _outside_ideal(part: Part) -> Diagnosis | None:
+    """Return the ranks whose error is outside its bounds, where all arms have the same wrong bits.
+
+    Tokens are sums of expert rows: whose row makes them wrong is known only where the rows themselves are.
+    """
+    wrong = [(record.rank, error) for record in part.records for error in record.errors if not error.within]
+    if not wrong:
+        return None
+    arm, stage = min(((error.arm, error.stage) for _, error in wrong), key=_origin)
+    there = [(rank, error) for rank, error in wrong if (error.arm, error.stage) == (arm, stage)]
+    ranks = sorted(rank for rank, _ in there) if stage == "experts" else []
+    doubt = "" if ranks else "; which rank is not known: the expert rows that were measured are within theirs"
+    return Diagnosis(
+        cause=f"{stage}: errors outside their bounds",
+        confidence="likely",
+        evidence=f"rank {there[0][0]}: {error_text(there[0][1])}{doubt}",
+        stage=stage,
+        ranks=ranks,
+    )
+
+
+def _origin(place: tuple[str, str]) -> tuple[int, int]:
+    arm, stage = place
+    return ARMS.index(arm), STAGE_ORDER.index(stage)
 
 
 def _arms(gathered: Gathered) -> list[str]:

@@ -148,11 +148,11 @@ def _outside(part: Part, arm: str) -> Iterable[Reason]:
     for record in part.records:
         for error in record.errors:
             if error.arm == arm and not error.within:
-                message = f"rank {record.rank}: {_error(error)}"
+                message = f"rank {record.rank}: {error_text(error)}"
                 yield Reason(code="error", rank=record.rank, message=message, stage=error.stage)
 
 
-def _error(error: ArmError) -> str:
+def error_text(error: ArmError) -> str:
     """Name the figures outside their bounds."""
     start = f"{error.arm} at {error.stage}, {error.rows} rows against ideal roundings ({error.family}): "
     if error.nan_rows:

@@ -11,7 +11,8 @@ from distbench.devices import count_devices
 from tests.end_to_end.launches import Bench
 
 pytestmark = pytest.mark.gpu
-NEED_A_PEER = {"mask-ignored"}
+NEED_A_PEER = {"mask-ignored", "tail-counts-as-live", "live-count-of-an-expert"}
+"""One rank alone has no expert of another, and no row behind a limit of what it receives."""
 
 
 def test_case_on_one_device_passes_and_is_timed(tmp_path: Path) -> None:
@@ -42,7 +43,7 @@ def test_case_with_triton_experts_in_a_graph_passes(tmp_path: Path, dispatch_dty
 
 
 def test_mutants_around_the_triton_experts_are_detected(tmp_path: Path) -> None:
-    """All but those that need a peer: ids of a rank that is alone are all its own."""
+    """All but those that need a peer."""
     found = tmp_path / "found.json"
     parts = ("--nproc", "1", "--experts", "triton", "--device", "cuda", "--seeds", "1", "--json", found)
     kinds = ("--only", "tails,ids,order,dispatch,cut,activation")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from msgspec.structs import replace
 
 from distbench.errors import Verdict
@@ -34,6 +36,23 @@ def test_requested_keys_hold_in_every_selftest_case_unless_a_fault_needs_others(
 def test_clean_selftest_cases_include_gaussian_inputs() -> None:
     numerics = [one.entry.case.numerics for one in plan(4, 1, 50).trials if not one.label]
     assert numerics.count("gaussian") == 10
+
+
+def test_every_fault_of_an_arm_is_tried_in_gaussian_inputs_alone_in_some_seeds() -> None:
+    def gaussian(seeds: int) -> dict[str, int]:
+        names = [one.label.split(":")[0] for one in plan(4, seeds, 0).trials if one.entry.case.numerics == "gaussian"]
+        return Counter(names)
+
+    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict}
+    assert gaussian(5).keys() == of_an_arm
+    quick = gaussian(1)
+    assert quick.keys() >= {name for name in of_an_arm if FAULTS[name].stage == "experts"}
+    assert len(quick) < len(of_an_arm)
+
+
+def test_guard_of_an_adapter_holds_in_gaussian_inputs_too() -> None:
+    labels = [one.label for one in plan(4, 5, 0, MORI_AITER).trials if one.guard]
+    assert "dispatched-ids:numerics=gaussian" in labels
 
 
 def test_faults_that_selftest_cannot_try_are_named_with_the_reason() -> None:

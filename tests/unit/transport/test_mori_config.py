@@ -117,8 +117,8 @@ def test_gpu_per_node_that_differs_from_the_launch_requires_emulation() -> None:
 def test_exact_case_with_fp4_combine_is_refused() -> None:
     with pytest.raises(InvalidCase, match=r"fp4_blockwise: .*use numerics = gaussian"):
         check_case(case_of(combine_quant="fp4_blockwise"))
-    with pytest.raises(InvalidCase, match=r"topk = 9: .* 16 units up to topk = 8"):
-        check_case(case_of(combine_quant="fp8_direct_cast", topk=9))
+    with pytest.raises(InvalidCase, match=r"topk = 17: .* 16 units up to topk = 16"):
+        check_case(case_of(combine_quant="fp8_direct_cast", topk=17, num_experts=64))
 
 
 def test_heap_is_sized_for_the_case_and_a_smaller_one_is_refused() -> None:

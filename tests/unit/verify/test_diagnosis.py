@@ -20,7 +20,18 @@ from distbench.verify.records import (
     WrongRow,
 )
 from distbench.verify.verdict import judge
-from tests.observations import ARMS, RECEIVED, SOME, asked, changed, divergence, gathered, kernels, lost_as_asked
+from tests.observations import (
+    ARMS,
+    RECEIVED,
+    SOME,
+    arm_error,
+    asked,
+    changed,
+    divergence,
+    gathered,
+    kernels,
+    lost_as_asked,
+)
 
 GAUSSIAN: dict[str, Any] = {"numerics": "gaussian", "require": "tolerance"}
 
@@ -132,6 +143,22 @@ def test_rounding_difference_is_no_cause_beside_an_unexplained_one() -> None:
     for wrong in (divergence("truncated", against=PADDED, far=4), divergence("truncated", "dispatch", "source")):
         found = causes(question, gathered(question, {"divergences": [noise]}, {"divergences": [wrong]}))
         assert [(one.stage, one.ranks) for one in found] == [(wrong.stage, [1])]
+
+
+def test_rounding_difference_in_one_arm_hides_no_damage_in_another_on_the_same_rank() -> None:
+    both = [divergence("control", against=PADDED), divergence("truncated", against=PADDED, far=4)]
+    noise = {"divergences": [divergence("control", against=PADDED, rank=0)]}
+    (found,) = causes(asked(**GAUSSIAN), gathered(asked(**GAUSSIAN), noise, {"divergences": both}))
+    assert (found.stage, found.ranks) == ("experts", [1])
+    assert "truncated" in found.evidence
+
+
+def test_errors_outside_their_bounds_in_all_arms_alike_blame_the_rank_of_the_rows() -> None:
+    rows, tokens = (arm_error("padded", within=False, stage=stage, ratio=9.0) for stage in ("experts", "combine"))
+    assert told(asked(**GAUSSIAN), {"errors": [tokens]}, {"errors": [rows, tokens]}) == [("experts", [1], "likely")]
+    (found,) = causes(asked(**GAUSSIAN), gathered(asked(**GAUSSIAN), {"errors": [tokens]}, {"errors": [tokens]}))
+    assert (found.stage, found.ranks) == ("combine", [])
+    assert "which rank is not known" in found.evidence
 
 
 def test_rounding_difference_is_diagnosed_if_nothing_else_is_wrong() -> None:
