@@ -6,7 +6,7 @@ FROM ${BASE}
 ARG BASE
 ENV DISTBENCH_IMAGE="distbench on ${BASE}"
 WORKDIR /opt/distbench
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY distbench distbench
 RUN python -m pip install --no-cache-dir .
 WORKDIR /results

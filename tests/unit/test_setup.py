@@ -77,3 +77,43 @@ def test_setup_refuses_an_old_python_with_version_bound_and_fix(tmp_path: Path) 
 def test_setup_refuses_a_missing_python_and_unknown_arguments(tmp_path: Path) -> None:
     assert "PYTHON=/no/python does not run" in dry_run(tmp_path, "/no/python").stderr
     assert "unknown argument --devel" in dry_run(tmp_path, sys.executable, "--devel").stderr
+
+
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/wheels", "TORCH_INDEX": "https://one.example"}
+
+
+def test_offline_torch_comes_from_the_folder_of_wheels(tmp_path: Path) -> None:
+    result = dry_run(tmp_path, interpreter(tmp_path / "python", None), **OFFLINE)
+    assert result.returncode == 0
+    assert "no package index, wheels come from /wheels" in result.stdout
+    assert "installing torch 2.13.0 from /wheels" in result.stdout
+    assert "one.example" not in result.stdout
+
+
+def test_no_index_without_a_folder_of_wheels_is_refused(tmp_path: Path) -> None:
+    result = dry_run(tmp_path, interpreter(tmp_path / "python", None), PIP_NO_INDEX="1")
+    assert result.returncode == 2
+    assert "PIP_NO_INDEX=1 without PIP_FIND_LINKS; name a folder of wheels: PIP_FIND_LINKS=" in result.stderr
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_pip_calls_name_an_index_only_if_online(tmp_path: Path, *, offline: bool) -> None:
+    """An interpreter that stands for the environment's records each pip call and gets torch by the first."""
+    calls, bin_folder = tmp_path / "calls", tmp_path / "venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    fake = bin_folder / "python"
+    record = f'echo "PIP_NO_INDEX=$PIP_NO_INDEX PIP_FIND_LINKS=$PIP_FIND_LINKS $*" >>"{calls}"'
+    fake.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then {record}\nelif [ -e "{calls}" ]; then echo 2.13.0\nfi\n')
+    fake.chmod(0o755)
+    variables = OFFLINE if offline else {"TORCH_INDEX": OFFLINE["TORCH_INDEX"]}
+    python = interpreter(tmp_path / "python", None)
+    environment = {"PATH": os.environ["PATH"], "VENV": str(tmp_path / "venv"), "PYTHON": python, **variables}
+    subprocess.run([str(SETUP), "--dev"], env=environment, check=True, capture_output=True)
+    torch, setuptools, distbench = calls.read_text().splitlines()
+    assert torch.endswith("torch==2.13.0 numpy")
+    assert ("--index-url https://one.example" in torch) is not offline
+    assert "--no-build-isolation --editable .[dev]" in distbench
+    begins = "PIP_NO_INDEX=1 PIP_FIND_LINKS=/wheels " if offline else "PIP_NO_INDEX= PIP_FIND_LINKS= "
+    assert all(call.startswith(begins) and "http" not in call for call in (setuptools, distbench))
+    assert torch.startswith(begins)
+    assert (tmp_path / "venv" / "constraints.txt").read_text() == "torch==2.13.0\n"
