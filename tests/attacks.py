@@ -1,4 +1,4 @@
-"""Strangers at node 0's port, over loopback: random, oversized, slow, forged, replayed messages, one a connection."""
+"""Unauthenticated peers at node 0's port, over loopback: random, oversized, slow, forged, replayed messages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from distbench.nodes.proof import ANSWER_BYTES, CHALLENGE_BYTES, MAGIC
 
 LOOPBACK = "127.0.0.1"
-# Connections that wait while others come; more than node 0 keeps.
+# Idle connections that stay open while others connect; more than node 0 keeps.
 _HELD = 150
 _RESET = struct.pack("ii", 1, 0)
-# What older releases believed: node 1 says that its rank was killed.
+# A message that older releases accepted: node 1 reports that its rank was killed.
 FORGED_EXIT = (
     b'{"node":1,"nodes":2,"nproc":1,"host":"other","launch":1,"ended":true,"exit":{"rank":1,"how":"SIGKILL"}}\n'
 )
@@ -44,7 +44,7 @@ KINDS: dict[str, Kind] = {
 def attack(port: int, count: int, seed: int = 0, recorded: bytes = b"") -> int:
     """Make `count` connections to a port of this machine, with a message of each kind in turn; return how many.
 
-    They are fewer where node 0 ends before. `recorded` is what a node once sent to prove the secret.
+    The count is lower if node 0 ends before. `recorded` is the proof of the secret that a node sent in another session.
     """
     rng = random.Random(seed)
     kinds = KINDS | ({"replayed": lambda _: recorded} if recorded else {})
@@ -52,7 +52,7 @@ def attack(port: int, count: int, seed: int = 0, recorded: bytes = b"") -> int:
     held: deque[socket.socket] = deque()
     for number in range(count):
         name = names[number % len(names)]
-        # A port of this side is taken for a minute after its connection has ended; other sides have their own.
+        # A local port stays occupied for a minute after its connection has ended.
         try:
             connection = socket.create_connection((LOOPBACK, port), timeout=20, source_address=(_side(number), 0))
         except ConnectionError:

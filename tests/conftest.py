@@ -1,4 +1,4 @@
-"""What all tests share: one that needs an accelerator is skipped where there is none."""
+"""Skip tests marked `gpu` on a machine without an accelerator."""
 
 from __future__ import annotations
 

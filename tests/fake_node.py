@@ -1,4 +1,4 @@
-"""Stands where a launcher starts a node: writes the results that PLANTED asks for instead of running a suite.
+"""Fake node for a launcher: writes the results that PLANTED asks for instead of running a suite.
 
 PLANTED maps nodes that are in a group together, joined by +, to what happens to every such group: a verdict, `silent`
 (exit 0 without results), `dies`, `half dies`, `late VERDICT`, `hangs` (until its standard input ends), `deaf` (hangs
@@ -21,7 +21,7 @@ from tests.results import result, timing, write_results
 
 
 def probe(command: list[str], what: str | None) -> int:
-    """Act as a node that is asked whether it sees the folder for results."""
+    """Act as a node that checks whether it sees the results folder."""
     if what == "gone":
         return 255
     place = command.index("distbench.cluster.probe") + 1

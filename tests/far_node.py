@@ -1,4 +1,4 @@
-"""Stands where ssh does: a command in a session of its own, which takes no signal from here, fed by standard input."""
+"""Fake ssh: runs a command in its own session, which gets no signal from here, and forwards standard input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 
 
 def main() -> int:
-    """Start the command, feed it, and end as it does."""
+    """Start the command, forward standard input, and exit with its code."""
     far = subprocess.Popen(sys.argv[2:], stdin=subprocess.PIPE, start_new_session=True)
 
     def feed() -> None:

@@ -16,7 +16,7 @@ from distbench.experts.selection import KernelChoice
 
 
 class FakeGraph:
-    """Replays what was captured by doing it again."""
+    """A graph that replays by repeating the captured calls."""
 
     capturing: FakeGraph | None = None
 
@@ -29,7 +29,7 @@ class FakeGraph:
 
 
 class FakeMemory:
-    """The allocator's counters, moved by hand."""
+    """Allocator counters that the test sets."""
 
     def __init__(self) -> None:
         self.allocated = self.peak = 0
@@ -46,7 +46,7 @@ class FakeMemory:
 def fake_graphs(
     ended: Callable[[], object] = lambda: None, synchronized: Callable[[], object] = lambda: None
 ) -> Iterator[FakeMemory]:
-    """Have torch.cuda capture on the CPU; `ended` runs at the end of each capture, `synchronized` where one waits."""
+    """Make torch.cuda capture on the CPU; `ended` runs after each capture, `synchronized` in each synchronize."""
 
     @contextmanager
     def graph(captured: FakeGraph) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Counts what makes the host wait for a device, copies to it aside: reads of values, sizes that depend on them."""
+"""Counter of host synchronisations other than copies to the device: reads of values, sizes that depend on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WAITING = {
 
 
 class HostReads(TorchDispatchMode):
-    """While it is entered, `count` counts them."""
+    """Context in which `count` counts host synchronisations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces, each process in it with a host name of its own.
+"""Emulated hosts on one machine: network namespaces with their own host names.
 
 A host has two network interfaces, eth0 and eth1, each on a switch of its own.
 """
@@ -26,7 +26,7 @@ _NAMES = Path("/etc/netns")
 
 
 def missing() -> str:
-    """Return why there can be no such hosts here, or nothing."""
+    """Reason why hosts cannot be emulated here, or an empty text."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None or shutil.which("unshare") is None:
@@ -40,7 +40,7 @@ def missing() -> str:
 
 
 def cannot(why: str) -> NoReturn:
-    """Skip the test, or fail it where all of them are asked for."""
+    """Skip the test, or fail it if DISTBENCH_CLUSTER requires all of them."""
     if LONG:
         pytest.fail(why)
     pytest.skip(why)
@@ -94,14 +94,14 @@ class Hosts:
         _ip("-n", space, "link", "set", card, "up")
 
     def _names(self, number: int) -> None:
-        """Let the names of all hosts resolve on this one; `ip netns exec` lays that over /etc/hosts."""
+        """Make the names of all hosts resolve on this one; `ip netns exec` mounts the file over /etc/hosts."""
         folder = _NAMES / self._space(number)
         folder.mkdir(parents=True)
         lines = [f"{self.address(other)} host{other}" for other in range(self.count)]
         (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
     def start(self, number: int, *arguments: str | Path, **environ: str) -> subprocess.Popen[bytes]:
-        """Start `distbench` on a host, with node 0 on host0; what it prints goes to `log(number)`."""
+        """Start `distbench` on a host, with node 0 on host0; its output goes to `log(number)`."""
         place = ("--nnodes", str(self.count), "--node-rank", str(number))
         meeting = ("--rdzv-endpoint", f"{self.address(0, self.meeting)}:{PORT}")
         command = [sys.executable, "-m", "distbench", *map(str, arguments), *place, *meeting]
@@ -123,7 +123,7 @@ class Hosts:
         return process
 
     def on(self, number: int, command: list[str]) -> list[str]:
-        """Return the command that runs `command` on a host."""
+        """Command that runs `command` on a host."""
         enter = ["ip", "netns", "exec", self._space(number), "unshare", "--uts", "sh", "-c"]
         return [*enter, 'hostname "$0" && exec "$@"', f"host{number}", *command]
 
@@ -133,13 +133,13 @@ class Hosts:
             _ip("-n", self._space("switch"), "link", "set", f"port{number}-{network}", "down")
 
     def part(self, number: int, other: int) -> None:
-        """Let two hosts reach all others, but not each other."""
+        """Block packets between two hosts; both still reach all others."""
         for one, far in ((number, other), (other, number)):
             for network in range(len(NETWORKS)):
                 _ip("-n", self._space(one), "route", "add", "blackhole", self.address(far, network))
 
     def slow(self, number: int) -> None:
-        """Make a host's link worse: late and lossy where the kernel can do that, else narrow."""
+        """Degrade a host's link: delay and loss if the kernel supports them, else less bandwidth."""
         netem, tbf = "netem delay 20ms 5ms loss 1%", "tbf rate 1mbit burst 4kb latency 400ms"
         for network in range(len(NETWORKS)):
             link = ("-n", self._space(number), "qdisc", "add", "dev", f"eth{network}", "root")
@@ -147,7 +147,7 @@ class Hosts:
                 cannot("this kernel has neither netem nor tbf to slow a link")
 
     def processes(self, number: int | str) -> list[int]:
-        """Return the process ids on a host."""
+        """Process ids on a host."""
         command = ["ip", "netns", "pids", self._space(number)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return [int(pid) for pid in done.stdout.split()]
@@ -164,7 +164,7 @@ class Hosts:
 
 @contextlib.contextmanager
 def hosts(count: int, out: Path) -> Iterator[Hosts]:
-    """Return hosts; a test for which there can be none is skipped, or fails as `cannot` says."""
+    """Yield hosts; without support for them the test ends as in `cannot`."""
     why = missing()
     if why:
         cannot(why)

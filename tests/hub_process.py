@@ -1,6 +1,6 @@
-"""Node 0's side in a process of its own: prints its port, then its resident bytes for each line on standard input.
+"""Node 0's hub in its own process: prints its port, then its resident bytes for each line on standard input.
 
-With standard input its life ends; the last line that it prints has the peers that it refused.
+Exits on stdin EOF; the last printed line has the number of refused peers.
 """
 
 from __future__ import annotations

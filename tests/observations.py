@@ -1,4 +1,4 @@
-"""What ranks would tell rank 0, made up: a clean case of two ranks, to be damaged by tests of the verdict."""
+"""Synthetic records of ranks: a clean case of two ranks, which tests of the verdict damage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOME = RowComparison(3, 7, 2)
 
 
 def kernel(rows: int, block_m: int = 64, mode: str = "atomic") -> dict[str, Any]:
-    """A kernel as records have it; another `block_m` is another kernel."""
+    """A kernel in the form of records; another `block_m` is another kernel."""
     return {
         "rows": rows,
         "bucket": rows,
@@ -60,7 +60,7 @@ def asked(limit: int | None = RECEIVED, **values: Any) -> Question:
 
 
 def seen(rank: int, question: Question, **values: Any) -> Observation:
-    """What a rank saw of a clean case."""
+    """Record of a rank in a clean case."""
     exact = question.case.numerics == "exact"
     arms = (*ARMS, ORACLE) if exact else ARMS
     known: dict[str, Any] = {
@@ -90,7 +90,7 @@ def seen(rank: int, question: Question, **values: Any) -> Observation:
 
 
 def gathered(question: Question, *ranks: dict[str, Any], differing: dict[str, Any] | None = None) -> Gathered:
-    """What rank 0 holds: for each of the two ranks what is not as in a clean case; pairs that differ, by name."""
+    """Gathered records: changes of each of the two ranks against a clean case, and differing pairs by name."""
     records = [seen(rank, question, **values) for rank, values in enumerate((*ranks, {}, {})[:2])]
     comparisons: dict[str, RowComparison] = dict(records[0].comparisons)
     listed: dict[str, list[tuple[int, int]]] = {pair: [] for pair in comparisons}
@@ -100,13 +100,13 @@ def gathered(question: Question, *ranks: dict[str, Any], differing: dict[str, An
 
 
 def divergence(arm: str, stage: str = "experts", against: str = ORACLE, **values: Any) -> Divergence:
-    """A stage that is wrong on rank 1 in four rows."""
+    """A divergence of a stage on rank 1 in four rows."""
     known: dict[str, Any] = {"stage": stage, "arm": arm, "rank": 1, "field": "rows", "against": against, "rows": 4}
     return Divergence(**known | values)
 
 
 def lost_as_asked(arm: str, question: Question, rank: int = 1, more: int = 0) -> Divergence:
-    """The rows past the limit, and `more`."""
+    """A divergence in the rows past the limit and in `more` further rows."""
     rows = RECEIVED - (question.limit or 0) + more
     return divergence(arm, "truncate", "received", rank=rank, rows=rows)
 
@@ -129,5 +129,5 @@ def arm_error(arm: str, *, within: bool, stage: str = "combine", ratio: float | 
 
 
 def changed(found: Gathered, **values: Any) -> Gathered:
-    """The same with other values."""
+    """`gathered` with other values."""
     return msgspec.structs.replace(found, **values)

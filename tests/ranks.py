@@ -1,4 +1,4 @@
-"""Real gloo ranks for tests: a pool of processes for each number of ranks, started once and fed functions."""
+"""Real gloo ranks for tests: one pool of processes per number of ranks, started once, which call functions."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RankPool:
                 if not ready or self._connections[rank] in ready:
                     failed, replies[rank] = self._reply(self._connections[rank])
                     errors += [replies[rank]] if failed else []
-        if errors:  # the ranks that have not answered wait for one that failed
+        if errors:  # ranks without an answer wait for the failed rank
             self.close()
             raise AssertionError("\n".join(errors))
         return [replies[rank] for rank in range(len(self._connections))]
@@ -105,7 +105,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
 
 def _free_port() -> int:
-    """Return a port below those that the system gives to connections, of which other pools make many meanwhile."""
+    """Free port outside the ephemeral range, which connections of other pools use."""
     while True:
         port = secrets.choice(range(20_000, 30_000))
         with socket.socket() as probe, contextlib.suppress(OSError):

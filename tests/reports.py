@@ -1,4 +1,4 @@
-"""Reports as a run would leave them, made up."""
+"""Synthetic reports in the form that a run writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distbench.verify.records import Diagnosis
 
 
 def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT, name: str = "made up") -> Report:
-    """Return the report of a case that passed, or that failed with one cause."""
+    """Report of a case that passed, or that failed with one cause."""
     verdict = failing if cause else Verdict.PASS
     diagnosis = [Diagnosis(cause=cause, confidence="certain", evidence="made up")] if cause else []
     return Report(

@@ -1,4 +1,4 @@
-"""Results of suites that never ran, for what reads them."""
+"""Synthetic results of suites, for tests of their readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distbench.verify.records import STAGE_ORDER
 
 
 def result(name: str = "case", verdict: str = "PASS", **changes: Any) -> dict[str, Any]:
-    """Return a report as its JSON has it; `changes` replace keys of it."""
+    """Report in its JSON form; `changes` replace keys."""
     return {
         "schema": "distbench.report/1",
         "name": name,
@@ -37,7 +37,7 @@ def result(name: str = "case", verdict: str = "PASS", **changes: Any) -> dict[st
 
 
 def limit(effective: int = 32, status: str = "proven", max_recv: int = 6) -> dict[str, Any]:
-    """Return a limit of two ranks with 5 and 4 tokens, as a report has it."""
+    """Limit of two ranks with 5 and 4 tokens, in the form of a report."""
     return {
         "requested": "sum32" if status == "proven" else str(effective),
         "effective": effective,
@@ -51,14 +51,14 @@ def limit(effective: int = 32, status: str = "proven", max_recv: int = 6) -> dic
 
 
 def timing(scale: float = 1.0, samples: Iterable[float] = (1.0, 2.0, 3.0)) -> dict[str, Any]:
-    """Return the times of all arms and stages, microseconds, each `scale` times `samples`."""
+    """Times of all arms and stages, microseconds, each `scale` times `samples`."""
     laps = [scale * sample for sample in samples]
     figures = {"median_us": sorted(laps)[len(laps) // 2], "iterations": len(laps), "samples_us": laps}
     return {arm: dict.fromkeys(STAGE_ORDER, figures) for arm in ARMS if arm}
 
 
 def write_results(folder: Path, reports: Iterable[dict[str, Any]], cases: int | None = None) -> Path:
-    """Write a journal, and a summary that speaks of `cases` where given; return the folder."""
+    """Write a journal, and a summary of `cases` cases if given; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [msgspec.json.encode(report) + b"\n" for report in reports]
     (folder / RESULTS).write_bytes(b"".join(lines))

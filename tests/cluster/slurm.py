@@ -46,7 +46,7 @@ class Slurm:
     """The daemons; they end with the hosts."""
 
     def __init__(self, net: Hosts, folder: Path, *, node_timeout: int = 300) -> None:
-        """Start them; a node that has been silent for `node_timeout` seconds has failed, in Slurm's eyes."""
+        """Start the daemons; Slurm marks a node as failed after `node_timeout` silent seconds."""
         absent = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
         if absent:
             cannot(f"no {', '.join(absent)}: install slurmctld, slurmd, slurm-client and munge")
@@ -57,7 +57,7 @@ class Slurm:
             address=net.address(0), folder=folder, last=net.count - 1, node_timeout=node_timeout
         )
         self._file.write_text(text)
-        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # named, as there is none to be detected
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # set explicitly: there is nothing to detect
         for name in ("state", *(f"spool-host{number}" for number in range(net.count))):
             (folder / name).mkdir()
         (folder / "key").write_bytes(secrets.token_bytes(64))
@@ -80,7 +80,7 @@ class Slurm:
         ) + self.ask("scontrol", "show", "nodes")
 
     def ask(self, *command: str, **environ: str) -> str:
-        """Run a command of Slurm on host0 and return what it prints."""
+        """Run a command of Slurm on host0 and return its output."""
         environment = os.environ | {"PATH": _path(), "SLURM_CONF": str(self._file)} | environ
         done = subprocess.run(
             self._net.on(0, list(command)), capture_output=True, text=True, check=False, env=environment, timeout=60
@@ -88,7 +88,7 @@ class Slurm:
         return done.stdout + done.stderr
 
     def submit(self, *arguments: str, **environ: str) -> str:
-        """Submit launch/slurm.sbatch, return the job's number."""
+        """Submit launch/slurm.sbatch and return the job's number."""
         command = self._folder / "bin" / "distbench"
         command.parent.mkdir(exist_ok=True)
         command.write_text(f'#!/bin/sh\nexec {sys.executable} -m distbench "$@"\n')
@@ -102,18 +102,18 @@ class Slurm:
         return number
 
     def state(self, number: str) -> str:
-        """Return a job's state in Slurm's words."""
+        """State of a job, as Slurm names it."""
         words = self.ask("scontrol", "show", "job", number).split()
         return next((word.removeprefix("JobState=") for word in words if word.startswith("JobState=")), "")
 
     def exit_code(self, number: str) -> int:
-        """Return a job's exit code."""
+        """Exit code of a job."""
         words = self.ask("scontrol", "show", "job", number).split()
         code = next(word.removeprefix("ExitCode=") for word in words if word.startswith("ExitCode="))
         return int(code.split(":")[0])
 
     def log(self, number: str) -> str:
-        """Return the output of a job."""
+        """Output of a job."""
         path = self._folder / f"job-{number}.log"
         return path.read_text() if path.exists() else ""
 

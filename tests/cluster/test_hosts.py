@@ -41,7 +41,7 @@ def host_of(report: dict[str, Any]) -> list[str]:
 
 
 def assert_interface(net: Hosts, name: str) -> None:
-    """Every host has said that it talks over that interface."""
+    """Assert that every host printed `interface` as its choice."""
     told = [net.log(number).read_text() for number in range(net.count)]
     assert all(f"GLOO_SOCKET_IFNAME={name}, NCCL_SOCKET_IFNAME={name}\n" in one for one in told)
 

@@ -1,4 +1,4 @@
-"""`distbench cluster` on emulated hosts: a link that is broken, a host that is cut off; and inside a Slurm job."""
+"""`distbench cluster` on emulated hosts: a broken link, a host that loses its network; and inside a Slurm job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.skipif(not LONG, reason="long: make test-cluster"), py
 
 
 def launcher(net: Hosts) -> str:
-    """Return a launcher command that runs its arguments on one of the hosts."""
+    """Launcher command that runs its arguments on one of the hosts."""
     script = net.folder / "on_host.py"
     commands = {f"host{number}": net.on(number, []) for number in range(net.count)}
     script.write_text(

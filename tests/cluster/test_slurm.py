@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch under a real Slurm with two nodes: a verdict, and what is left after scancel and preemption."""
+"""launch/slurm.sbatch under a real Slurm with two nodes: the verdict, and the results after scancel and preemption."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ended(slurm: Slurm, number: str, *states: str) -> Callable[[], bool]:
 
 
 def ranks_left(net: Hosts) -> list[int]:
-    """Return processes of distbench on the hosts."""
+    """Process ids of distbench on the hosts."""
     pids = [pid for number in range(net.count) for pid in net.processes(number)]
     return [pid for pid in pids if b"distbench" in _command(pid) and b"slurm.sbatch" not in _command(pid)]
 

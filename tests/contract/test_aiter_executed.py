@@ -1,4 +1,4 @@
-"""The released aiter's selection and torch code, executed: what the adapter reads of one, results against the other."""
+"""The released aiter's selection and torch code, executed: the adapter's reading of its choices, and its results."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def as_it_was() -> Iterator[None]:
 
 
 class Table:
-    """As much of pandas as the wheel's lookup takes: a CSV by its key columns, numbers as numbers."""
+    """The subset of pandas that the wheel's lookup uses: a CSV indexed by its key columns, numbers parsed."""
 
     def __init__(self, path: str) -> None:
         with Path(path).open(newline="") as lines:
@@ -72,7 +72,7 @@ def _number(text: str) -> Any:
 
 
 class Anything:
-    """Stands for a module of kernels: each attribute is a callable of its own."""
+    """Replacement of a module of kernels: each attribute is a distinct callable."""
 
     def __getattr__(self, name: str) -> Any:
         return partial(print, name)
@@ -104,7 +104,7 @@ def selection(wheel: zipfile.ZipFile, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def tuned_layers(wheel: zipfile.ZipFile) -> dict[LayerKey, int]:
-    """Return the layers of the wheel's table that a case can be of, and how many rows each has there."""
+    """Layers of the wheel's table that a case can have, and the number of rows of each."""
     found: Counter[LayerKey] = Counter()
     for row in csv.DictReader(io.StringIO(wheel.read("aiter/configs/tuned_fmoe.csv").decode(), newline="")):
         quants: dict[str, Literal["bf16", "fp8"]] = {"QuantType.No": "bf16", "QuantType.per_1x128": "fp8"}
@@ -125,7 +125,7 @@ def tuned_layers(wheel: zipfile.ZipFile) -> dict[LayerKey, int]:
 def test_choice_read_by_the_adapter_equals_the_selectors_over_the_wheels_table(
     wheel: zipfile.ZipFile, selection: Any
 ) -> None:
-    """The wheel's lookup is executed, so that its stages have to carry the names of their kernels where we look."""
+    """The wheel's lookup is executed, so its stages must carry kernel names where the adapter reads them."""
     rules, tuned = rules_for(VERSION), 0
     layers = tuned_layers(wheel)
     for layer, rows in layers.items():
@@ -186,7 +186,7 @@ def quantised(
 def test_fp8_results_equal_those_of_the_wheels_torch_code(
     wheel: zipfile.ZipFile, seed: int, rows: int, cu_count: int
 ) -> None:
-    """No rows stand for those of an exact workload, which give the same bits."""
+    """`rows` = 0 selects the rows of an exact workload, which must give the same bits."""
     case = tiny_case(4, experts="aiter", emulate=True, dispatch_dtype="fp8", cu_count=cu_count, seed=seed)
     mask = torch.zeros(16, dtype=torch.int32)
     mask[4:8] = 1

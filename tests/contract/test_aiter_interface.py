@@ -56,7 +56,7 @@ def as_it_was() -> Iterator[None]:
 
 
 def parameters(node: ast.FunctionDef) -> dict[str, str | None]:
-    """Return each parameter's default as text, None where it has none."""
+    """Default of each parameter as text, None if it has none."""
     names = [argument.arg for argument in node.args.args]
     required = len(names) - len(node.args.defaults)
     defaults = [None] * required + [ast.unparse(default) for default in node.args.defaults]

@@ -33,7 +33,7 @@ SHAPES = ((32, 8, 2048), (33, 9, 2048), (256, 8, 256), (16, 2, 1024), (4, 4, 128
 
 
 class _Named:
-    """Stands for any module or enum: each attribute is its own dotted name."""
+    """Replacement of any module or enum: each attribute is its own dotted name."""
 
     def __init__(self, name: str) -> None:
         self._name = name

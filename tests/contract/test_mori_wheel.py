@@ -78,7 +78,7 @@ def class_of(wheel: zipfile.ZipFile, name: str) -> ast.ClassDef:
 
 
 def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
-    """Return (name, default) of the parameters of a function, `self` left out; an empty default is none."""
+    """(name, default) of the parameters of a function without `self`; an empty default means none."""
     positional = [argument.arg for argument in node.args.args]
     defaults = [ast.unparse(default) for default in node.args.defaults]
     found = list(zip(positional, [""] * (len(positional) - len(defaults)) + defaults, strict=True))
@@ -177,7 +177,7 @@ def test_local_expert_count_of_the_stand_in_is_refused_under_the_wheels_name(whe
 def test_kernel_module_is_initialised_for_a_world_once_until_it_is_unloaded(
     wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wheel's own loader is executed over a HIP that is not there."""
+    """The wheel's own loader is executed over a fake HIP."""
     loader = ast.parse(text(wheel, "mori/ops/_jit_loader.py"))
     told: list[object] = []
     pybinds = SimpleNamespace(shmem_module_init=told.append)
@@ -241,7 +241,7 @@ def test_launch_geometry_without_a_tuned_table_equals_the_wheels(
 
 
 def _auto_constants(wheel: zipfile.ZipFile, kernel: EpDispatchCombineKernelType) -> tuple[int, ...]:
-    """Run the branch of the wheel's constructor that chooses what AUTO falls back to."""
+    """Run the branch of the wheel's constructor that chooses the fallback of AUTO."""
     constructor = class_of(wheel, "EpDispatchCombineOp").body[0]
     (branch,) = (
         node
@@ -349,7 +349,7 @@ def test_fp8_combine_casts_to_the_format_of_the_architecture(wheel: zipfile.ZipF
 
 
 def test_wheel_assigns_chunks_to_any_number_of_rdma_blocks(wheel: zipfile.ZipFile) -> None:
-    """So its InterNodeV1 takes any number of RDMA blocks, and so do its tables."""
+    """Therefore InterNodeV1 and its tables accept any number of RDMA blocks."""
     kernels = text(wheel, f"{SOURCES}src/ops/dispatch_combine/internode_v1.cpp")
     receive, low_latency = (
         re.search(rf"void {name}\(.*?\n}}\n", kernels, re.DOTALL)[0]  # type: ignore[index]

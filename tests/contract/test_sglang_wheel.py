@@ -1,7 +1,7 @@
-"""SGLang's MoRI path as distbench knows it, against the text of two wheels, some functions of which are executed.
+"""SGLang's MoRI path as distbench reads it, against the sources of two wheels, some functions of which are executed.
 
-0.5.23 is the newest that was read, 0.5.20 the last that has the older names and the older bound. They are read, never
-imported: importing SGLang needs most of its dependencies.
+0.5.23 has the newest names and bound, 0.5.20 is the last with the older ones. The wheels are read, never imported:
+importing SGLang needs most of its dependencies.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_accepted_values_of_the_receive_bound_equal_the_wheels(wheel: zipfile.Zi
 
 
 class _Parallel:
-    """The sizes that the wheel's bound asks for: data-parallel attention on as many ranks as experts."""
+    """Parallel sizes that the wheel's bound reads: data-parallel attention on the expert-parallel ranks."""
 
     attn_cp_size = attn_tp_size = 1
     attn_tp_rank = 0

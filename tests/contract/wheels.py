@@ -25,7 +25,7 @@ UNREACHABLE = re.compile(
 
 
 def aiter_wheel(version: str) -> zipfile.ZipFile:
-    """Return the wheel of amd-aiter; skips the test only where there is no package index."""
+    """Wheel of amd-aiter; the test is skipped only without a package index."""
     path = CACHE / f"amd_aiter-{version}-py3-none-any.whl"
     if not path.exists():
         _download(path, f"amd-aiter=={version}")
@@ -33,7 +33,7 @@ def aiter_wheel(version: str) -> zipfile.ZipFile:
 
 
 def sglang_wheel(version: str) -> zipfile.ZipFile:
-    """Return the wheel of SGLang; skips the test only where there is no package index."""
+    """Wheel of SGLang; the test is skipped only without a package index."""
     path = CACHE / f"sglang-{version}-cp311-cp311-manylinux_2_34_x86_64.whl"
     if not path.exists():
         _download(path, f"sglang=={version}", "--python-version=3.11", "--platform=manylinux_2_34_x86_64")
@@ -61,7 +61,7 @@ def function(module: ast.Module, name: str) -> ast.FunctionDef:
 
 
 def lifted(wheel: zipfile.ZipFile, path: str, names: tuple[str, ...], namespace: dict[str, Any]) -> dict[str, Any]:
-    """Run some functions of the wheel's text in `namespace`."""
+    """Execute some functions of the wheel's source in `namespace`."""
     nodes: list[ast.stmt] = []
     for name in names:
         node = function(tree(wheel, path), name)

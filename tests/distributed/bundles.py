@@ -25,7 +25,7 @@ from tests.ranks import on_ranks
 def run_recorded(
     session: Session, folder: Path, run: Callable[..., Outcome | None], case: Case, *arguments: Any
 ) -> tuple[Outcome, Recorded] | None:
-    """Call `run`, which may damage what it runs, and leave the parts of a bundle; both results on rank 0."""
+    """Call `run`, which may inject damage, and write the parts of a bundle; return both results on rank 0."""
     recorder = Recorder()
     with patch(f"{run.__module__}.run_case", partial(run_case, recorder=recorder)):
         outcome = run(session, case, *arguments)
@@ -34,12 +34,12 @@ def run_recorded(
 
 
 def run_healthy(session: Session, case: Case) -> Outcome | None:
-    """Run `case` as it is."""
+    """Run `case` without damage."""
     return run_case(session, case)
 
 
 def leave_bundle(folder: Path, run: Callable[..., Outcome | None], case: Case, *arguments: Any) -> Outcome:
-    """Run `case` on its ranks and leave a whole bundle of it in `folder`."""
+    """Run `case` on its ranks and write a whole bundle into `folder`."""
     outcome, recorded = on_ranks(case.ep_size, run_recorded, folder, run, case, *arguments)[0]
     environment = capture_environment({}, ["here"], ["cpu"])
     report = build_report(Entry(name="run", case=case, sources={}), outcome, environment=environment, wall_s=0.0)

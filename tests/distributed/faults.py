@@ -1,4 +1,4 @@
-"""Damage at the boundary of each stage, for tests that prove it is noticed."""
+"""Damage at the boundary of each stage, for tests that prove its detection."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ FAULTS: dict[str, list[str]] = {"dispatch": [*DISPATCH], "experts": [*EXPERTS], 
 
 
 class FaultyTransport:
-    """A transport that damages what dispatch or combine gives, in one call."""
+    """A transport that damages the result of dispatch or combine in one call."""
 
     def __init__(self, inner: Transport, stage: str, fault: str, call: int) -> None:
         self.capacity, self.facts = inner.capacity, inner.facts
@@ -123,7 +123,7 @@ class FaultyExperts:
 
 
 def run_with_fault(session: Session, case: Case, stage: str, fault: str, arm: str, rank: int) -> Outcome | None:
-    """Run `case` with `fault` on `rank` in `arm`; the outcome is that of rank 0."""
+    """Run `case` with `fault` on `rank` in `arm`; return the outcome on rank 0."""
     call = ARM_CALLS.index(arm)
 
     def transport(*arguments: Any) -> Transport:
@@ -142,7 +142,7 @@ def run_with_fault(session: Session, case: Case, stage: str, fault: str, arm: st
 
 
 def run_with_weights_of_another_expert(session: Session, case: Case, rank: int) -> Outcome | None:
-    """Run `case` where `rank` holds two of its experts in each other's place."""
+    """Run `case` with two experts of `rank` exchanged."""
     local_weights = Workload.local_weights
 
     def exchanged(workload: Workload, of: int) -> tuple[Tensor, Tensor]:
@@ -156,7 +156,7 @@ def run_with_weights_of_another_expert(session: Session, case: Case, rank: int) 
 
 
 def run_with_foreign_ids_in_combine(session: Session, case: Case, rank: int) -> Outcome | None:
-    """Run `case` where `rank` passes other ids of the right shape to combine."""
+    """Run `case` with other ids of the right shape passed to combine on `rank`."""
     combine = CollectiveTransport.combine
 
     def rolled(transport: CollectiveTransport, rows: Tensor, ids: Tensor) -> Tensor:

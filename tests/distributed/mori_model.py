@@ -47,19 +47,19 @@ def e4m3(value: float, fp8: torch.dtype) -> float:
 
 
 def e2m1(value: float) -> float:
-    """Round to the nearest of 4-bit floats, halfway to the one with an even code."""
+    """Round to the nearest 4-bit float, ties to the even code."""
     distances = [abs(abs(value) - size) for size in E2M1]
     code = min(range(len(E2M1)), key=lambda code: (distances[code], code % 2))
     return math.copysign(E2M1[code], value)
 
 
 def owners(layout: Layout, ids: list[int]) -> list[int | None]:
-    """Return each slot's rank; None where the kernel skips the slot."""
+    """Rank of each slot; None if the kernel skips the slot."""
     return [None if e < 0 or e >= layout.ranks * layout.experts else e // layout.experts for e in ids]
 
 
 def representatives(layout: Layout, ids: list[int]) -> list[tuple[int, int]]:
-    """Return (slot, rank) of the slots that stand for a rank, in slot order: the first of each rank, or LL's last."""
+    """(slot, rank) of the slots that represent a rank, in slot order: the first of each rank, or the last in LL."""
     seen: dict[int, int] = {}
     for slot, owner in enumerate(owners(layout, ids)):
         if owner is None or (layout.kernel == "IntraNodeLL" and slot >= 8):
@@ -70,7 +70,7 @@ def representatives(layout: Layout, ids: list[int]) -> list[tuple[int, int]]:
 
 
 def received(layout: Layout, ids: list[list[list[int]]], rank: int) -> list[tuple[int, int]]:
-    """Return the (source rank, source token) of every row that `rank` gets, sorted; ids by rank and token."""
+    """(source rank, source token) of every row that `rank` receives, sorted; `ids` by rank and token."""
     return [
         (source, token)
         for source, tokens in enumerate(ids)
@@ -80,7 +80,7 @@ def received(layout: Layout, ids: list[list[list[int]]], rank: int) -> list[tupl
 
 
 def combined(layout: Layout, ids: list[int], rows: Callable[[int], list[float]], quant: str) -> list[float]:
-    """Return one token's result from the expert rows that each rank made of it, as bf16 values."""
+    """Result of one token, bf16 values, from its expert rows on each rank."""
     order = [rank for _, rank in representatives(layout, ids)]
     sent = {rank: _transported(rows(rank), quant, layout.fp8) for rank in order}
     columns = len(next(iter(sent.values()))) if sent else 0
@@ -140,5 +140,5 @@ def _sum(layout: Layout, order: list[int], elements: list[_Element], quant: str)
 
 
 def rows_of(values: list[list[float]]) -> Tensor:
-    """Return bf16 [n, H]; every value is one that bf16 holds."""
+    """Tensor of `rows`, bf16 [n, H]; every value is representable in bf16."""
     return torch.tensor(values, dtype=torch.float64).bfloat16()

@@ -1,4 +1,4 @@
-"""Mutants on real ranks, one pass each: do they change bits of the output, and how much do they touch at their seam?"""
+"""Mutants on real ranks, one pass each: changed output bits, and the fraction changed at the seam of the mutant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distbench.truncation import ExpertInput, padded
 
 
 class Touch(NamedTuple):
-    """What one mutant did on one rank.
+    """Effect of one mutant on one rank.
 
     `changed`: bits of expert rows or of combined tokens differ. `rows` and `elements` are the shares of rows and of
     elements that it changed at its seam; of routes the share of their rows of the receive buffer, if that is less.
@@ -60,7 +60,7 @@ def touches_of(session: Session, case: Case, names: list[str]) -> dict[str, Touc
 def _made(
     session: Session, case: Case, parts: Parts, counts: Tensor, broken: tuple[Mutant, _Log] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return expert rows and tokens of one pass; its parts are its own, so that each adds atomically in one order."""
+    """Expert rows and tokens of one pass; each pass has its own parts, so that atomic additions have one order."""
     cut: Cut = padded
     transport, experts = make_transport(session, case, counts, parts.batch), make_experts(case)
     if broken is not None:
@@ -84,20 +84,20 @@ def _made(
 
 
 class _Log:
-    """Shares of what differs at a seam, the most of any call; `live` rows count of buffers that hold more."""
+    """Largest fractions that differ at a seam over all calls; of larger buffers only the `live` rows count."""
 
     def __init__(self, live: int, topk: int) -> None:
         self.live, self.topk = live, topk
         self.rows = self.elements = 0.0
 
     def take(self, shares: list[tuple[float, float]]) -> None:
-        """Take what differs least of what a patch gives and what it feeds to the right step, if anything does."""
+        """Record the smallest difference that is not zero: of a patch's result, or of the input that it passes on."""
         rows, elements = min((one for one in shares if one[1]), key=lambda one: one[1], default=(0.0, 0.0))
         self.rows, self.elements = max(self.rows, rows), max(self.elements, elements)
 
 
 def _shares(log: _Log, after: Tensor, before: Tensor, group: Group | None) -> tuple[float, float]:
-    """Return the share of rows and of elements that differ; of routes that of their rows, if that is less."""
+    """Fractions of rows and of elements that differ; of routes that of their rows, if smaller."""
     if after.shape != before.shape or after.ndim < 2:
         return 0.0, 0.0
     wrong = _bits(after) != _bits(before)
@@ -113,7 +113,7 @@ def _shares(log: _Log, after: Tensor, before: Tensor, group: Group | None) -> tu
 
 
 def _measured(patch: Callable[..., Any], log: _Log, site: Site, *arguments: Any) -> Any:
-    """Call a patch, and log how far from its own arguments, or from the right result, it takes the values."""
+    """Call a patch, and record its differences from its arguments and from the correct result."""
     before = [_copy(argument) for argument in arguments]
     group = next((one for one in arguments if isinstance(one, Group)), None)
     inside = site.right is not None

@@ -26,7 +26,7 @@ from tests.ranks import on_ranks
 RANKS = 4
 LOST = ("hang", "death", "late-death", "dies-at-304-336")
 HARMLESS = ("delay",)
-# What a fault needs to show, in ranks and tokens, where that is more than two ranks and four tokens.
+# Ranks and tokens that a fault needs to be visible, if more than two ranks and four tokens.
 NEEDS = {
     "cross-node": (4, 8, "two nodes of two ranks each, and six rows from afar to tell it from chance"),
 }

@@ -36,7 +36,7 @@ Damage = Callable[[Tensor], object]
 
 
 class Damaged:
-    """Experts that damage their result in some calls: 0 to 3 are the arms with exact inputs, 4 to 7 with gaussian."""
+    """Experts that damage their result in some calls: 0 to 3 are the arms with exact, 4 to 7 with gaussian inputs."""
 
     def __init__(self, inner: Experts, damage: Damage, calls: range, numbers: Iterator[int]) -> None:
         self._inner, self._damage, self._calls, self._numbers = inner, damage, calls, numbers
@@ -54,7 +54,7 @@ def nan_lane(rows: Tensor) -> None:
 
 
 def truncated_roundings(rows: Tensor) -> None:
-    """Lose the last bit of every value: exact inputs have none there to lose in most, realistic ones do."""
+    """Clear the last bit of every value: it is zero in most values of exact inputs, not in realistic ones."""
     rows.view(torch.int16).bitwise_and_(-2)
 
 

@@ -1,4 +1,4 @@
-"""A bundle shows by itself what the run showed, and holds what it says."""
+"""A bundle alone reproduces the verdict of its run, and its contents match its manifest."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def same(first: Tensor, second: Tensor) -> bool:
 
 
 def awkward(rows: int, columns: int, seed: int) -> Tensor:
-    """Return bf16 rows whose sums tell the order of adding: large numbers that cancel, and zeros of both signs."""
+    """bf16 rows whose sums depend on the order of additions: large numbers that cancel, and zeros of both signs."""
     generator = torch.Generator().manual_seed(seed)
     choices = torch.tensor([2.0**30, -(2.0**30), 1.0, 3.0, 0.0, -0.0, -0.0], dtype=torch.bfloat16)
     values = choices[torch.randint(len(choices), (rows, columns), generator=generator)]
@@ -123,7 +123,7 @@ def changed_ids(session: Session, case: Case) -> str:
 
 @torch.inference_mode()
 def foreign_ids(session: Session, case: Case) -> list[bool]:
-    """Return which tokens combine to NaN where they are said to have gone to one rank, which not all did."""
+    """Flags of tokens that combine to NaN although they went to rank 0, or to a number although not; and whether all went."""
     transport, batch, _ = transport_of(session, case)
     transport.dispatch(batch)
     out = torch.zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16)
@@ -187,7 +187,7 @@ def _kernel(session: Session, case: Case) -> list[str]:
 
 
 def without_shared_memory(session: Session, function: Any, case: Case) -> Any:
-    """Do as ranks of several hosts do, of which none shares memory with all others."""
+    """Call `function` as on several hosts, where no rank shares memory with all others."""
     with patch.object(session, "shared", None):
         return function(session, case)
 
@@ -252,7 +252,7 @@ def test_pass_on_a_device_makes_no_host_synchronisation() -> None:
     transport.dispatch(batch)
     transport.combine(out, batch.ids)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the mode is a prototype, as torch says
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         transport.dispatch(batch)

@@ -1,4 +1,4 @@
-"""Who is blamed, how surely, and that inputs that are not exact hide no wrong stage."""
+"""Blamed ranks and confidence of a diagnosis, and wrong stages with inputs that are not exact."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def blame_of(outcome: Outcome) -> list[tuple[str, str, list[int]]]:
 def test_faulty_sender_and_faulty_owner_of_a_sum_are_distinguished(
     ranks: int, routing: str, fault: str, seed: int
 ) -> None:
-    """With two ranks to a token a share that is missing looks like an owner who adds nothing but its own."""
+    """With two ranks per token, a missing partial sum equals that of an owner that adds only its own."""
     case = tiny_case(ranks, seed=seed, tokens=12, routing=routing, inject=f"{fault}:rank={seed % ranks}")
     assert [(confidence, blamed) for _, confidence, blamed in blame_of(outcome_of(case))] == [
         ("certain", [seed % ranks])
@@ -74,7 +74,7 @@ def test_rank_that_sends_wrong_rows_is_blamed_and_its_receivers_are_not(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_token_correct_on_another_rank_blames_the_receiver(seed: int) -> None:
-    """With two ranks, so that most tokens go to both."""
+    """Two ranks: most tokens go to both."""
     outcome = outcome_of(tiny_case(2, seed=seed, inject="flipped-bit:rank=1"))
     assert blame_of(outcome) == [("dispatch: single bits flipped", "certain", [1])]
 
@@ -123,7 +123,7 @@ def test_damage_before_combine_does_not_hide_a_combine_fault(inject: str, guilty
 
 
 def pair_case(number: int, ranks: int) -> Case:
-    """Return a random case with two random faults, on random ranks, in random arms."""
+    """Random case with two random faults, on random ranks, in random arms."""
     chance = random.Random(number)
     texts, keys = [], random_keys(chance, ranks)
     for name in chance.choices(PAIRED, k=2):
@@ -196,7 +196,7 @@ def test_quantised_combine_is_compared_with_a_second_run_on_the_same_rows(quant:
 
 @pytest.mark.parametrize("cu_count", [304, 256])
 def test_saturating_cast_in_combine_is_identified_by_the_devices_fp8_format(cu_count: int) -> None:
-    """An exact sum reaches 256 units of 16: above what either format holds."""
+    """An exact sum reaches 256 units of 16, above the largest value of either format."""
     mori = {"transport": "mori", "emulate": True, "cu_count": cu_count}
     outcome = outcome_of(tiny_case(RANKS, inject="saturating-cast:rank=1", **mori))
     assert blame_of(outcome) == [("combine: a rank's share was cast to fp8 without a scale", "certain", [1])]

@@ -1,4 +1,4 @@
-"""Records of any length reach rank 0 whole, beside each other's."""
+"""Records of any length reach rank 0 whole, also if ranks send different lengths."""
 
 from __future__ import annotations
 

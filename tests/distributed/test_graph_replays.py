@@ -1,4 +1,4 @@
-"""A graph's replays in a whole case, with graphs that the CPU can have: what they get wrong is never a PASS."""
+"""Graph replays in a whole case, with graphs emulated on the CPU: a wrong replay is never a PASS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every fault that a case can ask for: the verdict, the first stage and the rank, and what the report says of it."""
+"""Every fault that a case can inject: the verdict, the first stage, the rank, and the report."""
 
 from __future__ import annotations
 

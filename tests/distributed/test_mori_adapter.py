@@ -37,7 +37,7 @@ def facts_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def on_nodes(session: Session, case: Case, nodes: tuple[int, ...]) -> Outcome | None:
-    """Run `case` as if each rank were on a node with as many ranks as `nodes` says for it."""
+    """Run `case` as if each rank were on a node with the number of ranks in `nodes`."""
     session.enter(case.ep_size)
     with patch.object(session, "local_ranks", nodes[session.rank]):
         return run_case(session, case)
@@ -72,7 +72,7 @@ def test_launched_geometry_is_reported(mode: str, kernel: str, asked: tuple[int,
 
 
 class FakeOp:
-    """An operator of one rank that moves nothing, and reads nothing."""
+    """An operator of one rank that moves and reads no row."""
 
     blocks = 80
     rdma_blocks = 0
@@ -109,7 +109,7 @@ def fake_package() -> SimpleNamespace:
 
 
 def one_rank(session: Session, case: Case) -> tuple[MoriTransport, Any, Tensor]:
-    """Return a transport over the fake operator, a batch that went through it once, and rows of experts."""
+    """Transport over the fake operator, a batch after one pass, and expert rows."""
     session.enter(1)
     with patch.object(mori, "_package", lambda *_: fake_package()):
         transport = MoriTransport(session, case)
@@ -246,7 +246,7 @@ def test_packages_are_imported_and_compiled_in_the_stage_with_the_compile_limit(
 
 
 def without_the_package(session: Session, case: Case, rank: int) -> Outcome | None:
-    """Run `case` where one rank's node lacks its package, or has a device that it cannot run on."""
+    """Run `case` with the package missing on one rank's node, or with an unsupported device there."""
     stand_ins = msgspec.structs.replace(case, emulate=True)
 
     def experts(_: Case) -> Any:

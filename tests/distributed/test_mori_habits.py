@@ -1,4 +1,4 @@
-"""What public releases of MoRI get wrong, or let a caller get wrong, shows: the right verdict, on the right rank."""
+"""Bugs of public MoRI releases, and misuse that they do not refuse: each gets the right verdict on the right rank."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def raised(session: Session, case: Case, function: Run) -> str:
 
 
 def verdict_of(case: Case, function: Run = run) -> tuple[Verdict, str]:
-    """Return the verdict, and the stage that is the first wrong one."""
+    """Verdict, and the first wrong stage (empty if there is none)."""
     outcome: Outcome = on_ranks(case.ep_size, function, case)[0]
     first = outcome.judgement.first_divergence
     return outcome.judgement.verdict, first.stage if first else ""
@@ -112,7 +112,7 @@ def test_kernel_initialised_for_a_finalised_world_is_a_fault() -> None:
 
 
 def without_a_view_of_kernels(session: Session, narrow: Case, wide: Case) -> list[str]:
-    """Run in a second world where the release does not show its kernels: what each rank says of it."""
+    """Run in a second world with a release that hides its kernels; return the error of each rank."""
     run(session, wide)
     with patch.object(ops, "_jit_loader", None):
         outcome = run(session, narrow)
@@ -149,7 +149,7 @@ def test_stale_rows_of_the_previous_call_are_corrupt(habit: str, kernel: str, st
 
 
 def one_rank_keeps_its_output(session: Session, case: Case) -> Outcome | None:
-    """Run `case` where combine on rank 1 leaves what its first call gave."""
+    """Run `case` with a combine on rank 1 that keeps the output of its first call."""
     habit = case.mori_habits if session.rank == 1 else ""
     with patch.object(mori, "_package", lambda *_: _stand_in(habit, arch_of(case.cu_count))):
         return run(session, case)
@@ -169,7 +169,7 @@ def test_stale_output_of_one_rank_is_blamed_on_that_rank() -> None:
 
 
 def timed_output(session: Session, case: Case) -> Outcome | None:
-    """Run `case` where combine leaves its output alone once passes are timed."""
+    """Run `case` with a combine that writes no output in timed passes."""
     timed = Passes._time
 
     def time(passes: Passes, arms: Any) -> None:
@@ -186,11 +186,11 @@ def test_timed_pass_that_writes_no_output_is_corrupt() -> None:
     assert {reason.code for reason in outcome.judgement.reasons} == {"timed-differs"}
 
 
-# What the adapter refuses is let through in what follows, to see what would have come of it.
+# The following tests remove the adapter's guards, to show the damage that the guards prevent.
 
 
 def with_received_ids(session: Session, case: Case) -> Outcome | None:
-    """Pass to combine the ids that dispatch returned, as callers have."""
+    """Pass the ids that dispatch returned to combine, a known mistake of callers."""
     dispatch = MoriTransport.dispatch
     received: list[Tensor] = []
 
@@ -237,7 +237,7 @@ def test_received_ids_in_combine_have_no_effect_within_a_node() -> None:
 
 
 def with_rolled_ids(session: Session, case: Case) -> Outcome | None:
-    """Pass to combine a tensor of the right shape that is another one."""
+    """Pass another tensor of the right shape to combine."""
     with patch.object(MoriTransport, "_take_known", taking(lambda ids: ids.roll(1, 0))):
         return run(session, case)
 
@@ -300,7 +300,7 @@ def test_count_is_lost_without_a_constructor_barrier_unless_the_adapter_waits() 
 
 
 def past_the_buffer(session: Session, case: Case) -> str:
-    """Send more rows than a capped receive buffer has; every rank's process ends where the GPU would stop it."""
+    """Send more rows than a capped receive buffer holds; every rank's process ends where the GPU would fault."""
     with ExitStack() as patches:
         patches.enter_context(patch("distbench.rank.check_capacity"))
         patches.enter_context(patch.object(habits, "trap", raising))
@@ -331,7 +331,7 @@ def test_dispatch_beyond_the_receive_buffer_ends_in_the_message_of_its_kernel(
 
 
 def what_an_overflow_overwrites(session: Session, case: Case) -> tuple[bool, bool]:
-    """Dispatch twice, once past the buffer's end: whether the buffer behind it is then another."""
+    """Dispatch twice, once past the buffer's end; return whether the adjacent buffer has changed."""
     session.enter(case.ep_size)
     transport = MoriTransport(session, case)
     buffers = transport._op._buffers
@@ -363,7 +363,7 @@ def test_low_latency_kernel_loses_slots_past_the_eighth() -> None:
 
 
 def pushed_past_the_cap(session: Session, case: Case) -> bool:
-    """Combine with a receive cap from an external buffer: whether the push reaches the buffer behind."""
+    """Combine with a receive cap from an external buffer; return whether the push reaches the adjacent buffer."""
     session.enter(case.ep_size)
     with patch.object(mori_config, "_check_cap"):
         transport = MoriTransport(session, case)

@@ -20,7 +20,7 @@ from tests.ranks import on_ranks
 
 HIDDEN, TOPK, MOST = 64, 6, 16
 FP8 = {304: torch.float8_e4m3fnuz, 256: torch.float8_e4m3fn}
-# What the sum of some of these comes to depends on their order, and on roundings between them.
+# Sums of these values depend on the order of additions, and on roundings between them.
 VALUES = (1e8, 1.0, -1e8, -0.0, 0.0, 1.0078125, -3.0, 2.0**-9, 255.0, 1.5e38, 257.0, -500.0, 300.0, -241.0, 0.01)
 SKIPPING = ("IntraNode", "IntraNodeLL", "InterNodeV1")
 Ids = list[list[list[int]]]
@@ -46,7 +46,7 @@ def layout_case(kernel: str, ranks: int, nodes: int, **values: Any) -> Case:
 
 
 def ids_of(case: Case, chance: random.Random) -> Ids:
-    """Return ids by rank and token, with all that a top-k may hold, and a rank without tokens."""
+    """Ids by rank and token: every kind of top-k entry, and a rank without tokens."""
     experts, local = case.num_experts, case.experts_per_rank
     special = [[0, local, 1, 2, local + 1, 3], [0] * TOPK, [experts - 1, 0, experts - 2, 1, experts - 3, 2]]
     if case.mori_kernel in SKIPPING:
@@ -66,7 +66,7 @@ def value_of(seed: int, rank: int, source: int, token: int) -> list[float]:
 
 
 def rounds(session: Session, case: Case, ids: Ids, seed: int) -> list[tuple[list[tuple[int, int]], torch.Tensor]]:
-    """Dispatch and combine twice: what was received by whom, and the combined tokens."""
+    """Dispatch and combine twice; return the received rows by rank and the combined tokens."""
     session.enter(case.ep_size)
     transport = MoriTransport(session, case)
     mine = torch.tensor(ids[session.rank], dtype=torch.int32).view(-1, TOPK)

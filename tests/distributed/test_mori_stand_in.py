@@ -1,4 +1,4 @@
-"""What the stand-in for MoRI does that the adapter never asks for: counts, tails, weights; and what is not imitated."""
+"""Behaviour of the stand-in for MoRI that the adapter does not use: counts, tails, weights; and missing functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def operator(session: Session, kernel: str = "IntraNode", **values: Any) -> EpDi
 
 
 class Given:
-    """What a rank dispatches: its tokens hold `value`."""
+    """Input of a dispatch: the tokens of `rank`, all elements `value`."""
 
     def __init__(self, rank: int, value: float = 1.0) -> None:
         self.hidden = torch.full((TOKENS, HIDDEN), value).bfloat16()
@@ -46,7 +46,7 @@ class Given:
 
 
 def counts(session: Session, kernel: str) -> list[int]:
-    """Return total_recv after one dispatch, after a second one, and after combine."""
+    """total_recv after one dispatch, after a second one, and after combine."""
     op, given, found = operator(session, kernel), Given(session.rank), []
     for _ in range(2):
         hidden, _, _, _, total = given.dispatch(op)
@@ -86,7 +86,7 @@ def test_buffer_tail_is_zero_at_first_and_later_holds_stale_rows() -> None:
 
 
 def summed_weights(session: Session, kernel: str) -> tuple[list[list[float]], list[list[float]] | None]:
-    """Pass the received weights back: the rank's own weights, and what combine makes of them."""
+    """Pass the received weights back; return the rank's own weights and the combined ones."""
     op, given = operator(session, kernel), Given(session.rank)
     hidden, weights, _, _, _ = given.dispatch(op)
     if kernel == "AsyncLL":
@@ -115,7 +115,7 @@ def combined_without_weights(session: Session) -> Tensor | None:
 
 
 def local_counts(session: Session, kernel: str) -> list[list[int]]:
-    """Return the counts before anybody asked, and after."""
+    """Local expert counts before and after the request."""
     op, given = operator(session, kernel), Given(session.rank)
     found = [op.local_expert_count.tolist()]
     hidden = given.dispatch(op, call_local_expert_count=True)[0]

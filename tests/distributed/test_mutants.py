@@ -23,11 +23,11 @@ SOME = 40
 """Mutants of one call on the ranks, which have a time limit."""
 SETTINGS = ("bf16", "fp8")
 HARMLESS = [name for name, mutant in CORPUS.items() if mutant.equivalent]
-# Kernels that add atomically, or another kernel, may give other bits of gaussian inputs in one run and not in the next.
+# An atomic or another kernel may change the bits of gaussian inputs in one run and not in the next.
 MAY_VARY = {Verdict.PASS, Verdict.NONDETERMINISTIC, Verdict.DRIFT}
-# No bit changes: the mutant is as good, or nothing is stale.
+# No bit changes: the mutant is equivalent here, or no row is stale.
 UNCHANGED = {*HARMLESS, "tokens-of-the-last-pass"}
-# No input of the workload reaches what is wrong, which the mutant says of itself, and the bench counts as not seen.
+# No input of the workload reaches the defect; the mutant declares it, and the bench counts it as not detected.
 NOT_REACHED = {"bf16": set[str](), "fp8": {"gate-clamped-at-64"}}
 
 

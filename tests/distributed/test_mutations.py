@@ -1,4 +1,4 @@
-"""Whatever is damaged, wherever: the verdict is never PASS, and the first wrong stage, arm and rank are named."""
+"""Damage at any boundary on any rank: the verdict is never PASS, and the first wrong stage, arm and rank are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes whose rows begin at odd places: one row of odd width is not copied by contiguous(), and keeps its place."""
+"""Shapes with unaligned rows: contiguous() does not copy a single row of odd width, so it stays unaligned."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ RANKS = 4
 
 
 def forget_groups(session: Session) -> None:
-    """Leave the session as it was before its first subgroup; torch goes on counting groups."""
+    """Reset the session to its state before the first subgroup; torch's group counter is not reset."""
     session.enter(RANKS)
     for size in sorted(session._created - {RANKS}):
         if size in session._groups:
@@ -30,7 +30,7 @@ def forget_groups(session: Session) -> None:
 
 
 def sums(session: Session, orders: list[tuple[int, ...]]) -> list[list[int]]:
-    """Enter groups of each order's sizes; return, for each order, the ranks' sum in every group that has this rank."""
+    """Enter groups of the sizes of each order; return for each order the sum of ranks in every group with this rank."""
     found: list[list[int]] = []
     for order in orders:
         forget_groups(session)
@@ -70,7 +70,7 @@ def verdicts(session: Session, orders: list[tuple[int, ...]], cases: dict[int, C
 
 @pytest.mark.parametrize("kernel", ["IntraNode", "AsyncLL"])
 def test_worlds_of_emulated_mori_are_created_in_any_order(kernel: str) -> None:
-    """The stand-in of mori looks up its group: one that its members alone created would be named apart."""
+    """The stand-in for mori looks its group up by name, which differs if only the members created the group."""
     sizes = (1, 2, 4)
     orders = list(permutations(sizes))
     cases = {size: tiny_case(size, transport="mori", emulate=True, mori_kernel=kernel, tokens=3) for size in sizes}

@@ -1,4 +1,4 @@
-"""Timed iterations on real ranks: the slowest rank, when they stop, and a last output that is looked at."""
+"""Timed iterations on real ranks: the slowest rank, the end of timing, and the check of the last output."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def damaged_at_last(session: Session, case: Case, damage: Callable[[Tensor], obj
 
 
 def rounding_case(folder: Path, mode: Callable[[int], str], **values: Any) -> Case:
-    """Return a gaussian case whose kernel for a bucket adds as `mode` says, and whose cut is in the bucket of 32."""
+    """Gaussian case whose kernel of a bucket adds by `mode(bucket)`, and whose limit is in the bucket of 32."""
     head, *rows = (DATA / "atomic.csv").read_text().splitlines()
     table = folder / "kernels.csv"
     told = [row.replace("_atomic", f"_{mode(int(row.split(',')[2]))}") for row in rows]

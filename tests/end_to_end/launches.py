@@ -1,4 +1,4 @@
-"""A suite under way as the process that a user starts, what it has written, and whatever is left of it."""
+"""A running command as the process that a user starts, its results, and its remaining processes."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - others write there
 
 
 def write_suite(path: Path, seeds: Iterable[int], *, expect: object = (), **defaults: object) -> Path:
-    """Write a suite of one tiny case for each seed; they are named seed=0, seed=1, …"""
+    """Write a suite of one tiny case for each seed, named seed=0, seed=1, …"""
     path.write_text(json.dumps({"defaults": TINY | defaults, "axes": {"seed": list(seeds)}, "expect": expect}))
     return path
 
 
 def faulty(*faults: str, once: Path | None = None) -> dict[str, str]:
-    """Return the variables that make ranks fail, as tests/faulty_site/sitecustomize.py says."""
+    """Variables that make ranks fail, in the syntax of tests/faulty_site/sitecustomize.py."""
     variables = {"PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}", "DISTBENCH_TEST_FAULT": ",".join(faults)}
     return variables | ({"DISTBENCH_TEST_FAULT_ONCE": str(once)} if once else {})
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait for `condition`; whether it came true in time."""
+    """Wait for `condition`; return whether it became true in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -47,13 +47,13 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def run_python(code: str, **environ: str) -> bytes:
-    """Run `code` in a new interpreter; return what it writes to standard output."""
+    """Run `code` in a new interpreter; return its standard output."""
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, env=os.environ | environ, cwd=ROOT, check=True).stdout
 
 
 class Bench:
-    """A command of distbench in a session of its own; on leaving the context nothing of it is left."""
+    """A distbench command in its own session; leaving the context kills all of its processes."""
 
     starter: tuple[str, ...] = ("-m", "distbench")
 
@@ -113,7 +113,7 @@ class Bench:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """Verdicts by case; a case that is there twice is refused."""
+        """Verdicts by case; a case with two results fails the test."""
         reports = self.reports
         found = {report["name"]: report["verdict"] for report in reports}
         assert len(found) == len(reports)
@@ -125,7 +125,7 @@ class Bench:
         return content
 
     def end_at_once(self) -> None:
-        """Kill all processes so that none sees another one end."""
+        """Stop, then kill all processes, so that none sees another one end."""
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in self.left():
                 with contextlib.suppress(ProcessLookupError):
@@ -134,23 +134,23 @@ class Bench:
         assert wait_until(self.gone, 30)
 
     def left(self) -> list[int]:
-        """Return the processes that were started by this bench, or by one of those, and live."""
+        """Living processes started by this bench, directly or indirectly."""
         marker = f"{_MARKER}={self._marker}".encode()
         return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if marker in _environ(folder)]
 
     def gone(self) -> bool:
-        """Whether no process is left."""
+        """Return whether no process is left."""
         return not self.left()
 
 
 class Torchrun(Bench):
-    """The same under plain torchrun, as three ranks."""
+    """A distbench command under plain torchrun, as three ranks."""
 
     starter = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", *Bench.starter)
 
 
 def shared_memory() -> set[Path]:
-    """Return the segments of shared memory that no process has mapped."""
+    """Shared memory segments that no process has mapped."""
     there = {Path(entry.path): entry.inode() for entry in os.scandir(_SHARED_MEMORY)}
     lines = [line for path in Path("/proc").glob("[0-9]*/maps") for line in _text(path).splitlines()]
     mapped = {int(line.split()[4]) for line in lines if str(_SHARED_MEMORY) in line}

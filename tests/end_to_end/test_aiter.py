@@ -1,4 +1,4 @@
-"""aiter's adapter over its stand-in, as users start it: every verdict that a public bug of aiter must give."""
+"""aiter's adapter over its stand-in, as users start it: the verdict of every public bug of aiter."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def distbench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own, as users do: what lost its ranks is no process to go on in."""
+    """Run a command in its own process, as users do: a process that lost its ranks cannot be reused."""
     command = [sys.executable, "-m", "distbench", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
 

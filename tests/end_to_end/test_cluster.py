@@ -1,4 +1,4 @@
-"""`distbench cluster` as a process: over nodes that are acted, and over real ranks."""
+"""`distbench cluster` as a process: over fake nodes, and over real ranks."""
 
 from __future__ import annotations
 

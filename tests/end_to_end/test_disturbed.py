@@ -1,4 +1,4 @@
-"""A bench that others disturb: its processes are stopped, its files are removed or changed while it runs.
+"""A bench under interference: its processes are stopped, its files are removed or changed while it runs.
 
 DISTBENCH_SOAK=1 stops every process, with every signal, at several moments.
 """
@@ -25,7 +25,7 @@ PROCESSES = (*HELPERS, *(f"rank {rank}" for rank in range(RANKS)))
 
 
 def process(bench: Bench, name: str) -> int:
-    """Return the process of a bench: a helper by its command line, a rank by its heartbeat."""
+    """Process id within a bench: a helper by its command line, a rank by its heartbeat."""
     if name.startswith("rank "):
         position = read_position(crumb_path(bench.out, int(name.split()[1])))
         assert position is not None
@@ -37,7 +37,7 @@ def process(bench: Bench, name: str) -> int:
 
 
 def suite_under_way(tmp_path: Path, cases: int = CASES) -> Bench:
-    """Return a suite of tiny cases, four of which have results."""
+    """Running suite of tiny cases, four of which have results."""
     suite = write_suite(tmp_path / "suite.json", range(cases), timeout=LIMIT_S)
     bench = Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}")
     assert wait_until(lambda: len(bench.reports) > 3, 60)

@@ -39,7 +39,7 @@ PLACES = ["start", "agree", "workload", *PASSES, *TIMED, "gather", "report"]
 
 
 class Fault(NamedTuple):
-    """What happens to which rank, and where."""
+    """A kind of fault, its rank and its place."""
 
     rank: int
     place: str
@@ -81,9 +81,9 @@ class Fault(NamedTuple):
 
 
 def covering() -> list[Fault]:
-    """Return each place once; 7 kinds and 3 ranks have no common divisor, so each kind meets each rank.
+    """Faults at each place once; 7 kinds and 3 ranks have no common divisor, so each kind meets each rank.
 
-    A rank other than 0 in the last stage is there twice: it dies, or hangs, when its case has a result already.
+    A rank other than 0 in the last stage occurs twice: it dies, or hangs, after its case has a result.
     """
     turns = enumerate(PLACES)
     late = [Fault(1, "report", "stop"), Fault(2, "report", "kill")]
@@ -104,7 +104,7 @@ def test_every_rank_fault_is_named_with_shared_memory(tmp_path: Path, batch: lis
 
 
 def test_every_rank_fault_is_named_without_shared_memory(tmp_path: Path) -> None:
-    """As between hosts: there it is gloo in which ranks wait, and by which they hear of a peer that is gone."""
+    """As between hosts, where ranks wait in gloo and learn through gloo that a peer is gone."""
     batch = [
         Fault(0, "padded/combine", "kill"),
         Fault(1, "control/dispatch", "stop"),
@@ -116,7 +116,7 @@ def test_every_rank_fault_is_named_without_shared_memory(tmp_path: Path) -> None
 
 
 def kernels_beside(tmp_path: Path, batch: list[Fault], **environ: str) -> set[str]:
-    """Have the faults happen, each named in its case; return how rows travelled in the others, which pass."""
+    """Inject the faults, and check that each is named; return the transport kernels of the other cases, which pass."""
     timed = {"iterations": 2, "warmup": 1}
     suite = write_suite(tmp_path / "suite.json", range(2 * len(batch) + 1), timeout=LIMIT_S, **timed)
     variables = faulty(*map(str, batch), once=tmp_path / "fired") | environ
@@ -134,7 +134,7 @@ def kernels_beside(tmp_path: Path, batch: list[Fault], **environ: str) -> set[st
     return {report["transport"]["kernel"] for report in reports.values()}
 
 
-# The faults of each launch, the seed of the case that they hit, and what is said of it.
+# Faults of each launch, the seed of the case that they hit, and the expected message.
 ODD = [
     ("1:0:boot:stop", 0, [("hang", 1, "rank 1 had not begun ")]),
     ("1:0:start:raise", 1, [("rank-fault", 1, "rank 1 ended by exit code 1 in start")]),
@@ -156,7 +156,7 @@ OF_TWO_RANKS = 9
 
 
 def test_rank_faults_at_launch_boundaries_and_in_pairs_are_named(tmp_path: Path) -> None:
-    """Before and in the first stage; two at once; in a stage passed before; back from outside; after all is done."""
+    """Faults before and in the first stage, two at once, in a repeated stage, after an idle case, after the end."""
     cases = [{"seed": seed, "ep_size": 2 if seed == OF_TWO_RANKS else RANKS} for seed in range(12)]
     suite = tmp_path / "suite.json"
     suite.write_text(json.dumps({"defaults": TINY | {"timeout": LIMIT_S, "repeats": 2}, "include": cases}))

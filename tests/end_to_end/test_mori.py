@@ -1,4 +1,4 @@
-"""`--transport mori` as a user types it: emulated, and refused where the package is not there."""
+"""`--transport mori` as a user types it: emulated, and unsupported without the package."""
 
 from __future__ import annotations
 

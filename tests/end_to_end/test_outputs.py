@@ -1,4 +1,4 @@
-"""Formats and baselines beside real runs."""
+"""Report formats and baselines of real runs."""
 
 from __future__ import annotations
 

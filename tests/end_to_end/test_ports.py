@@ -1,4 +1,4 @@
-"""Ports that a bench opens: on one machine none that another machine reaches."""
+"""Ports that a bench opens: on one machine only loopback addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOOPBACK = {"0100007F", "00000000000000000000000001000000"}  # as the kernel wr
 
 
 def listening(pids: list[int]) -> set[str]:
-    """Return the addresses on which these processes listen, in the kernel's hexadecimal."""
+    """Addresses on which these processes listen, in the kernel's hexadecimal."""
     inodes = {inode for pid in pids for inode in _sockets(pid)}
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
     return {words[1].partition(":")[0] for words in lines if words[3] == _LISTENING and words[9] in inodes}
@@ -27,7 +27,7 @@ def _sockets(pid: int) -> set[str]:
             target = str(descriptor.readlink())
             if target.startswith("socket:["):
                 found.add(target[len("socket:[") : -1])
-    except OSError:  # it has gone, or closed one meanwhile
+    except OSError:  # the process has ended, or closed the file meanwhile
         pass
     return found
 

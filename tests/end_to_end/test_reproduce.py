@@ -1,4 +1,4 @@
-"""A failing run as a user takes it apart: bundle, replay, bisect, shrink."""
+"""Diagnosis of a failing run as a user does it: bundle, replay, bisect, shrink."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def distbench(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that failed, with its bundle in `bundles`."""
+    """Folder of a failed run, with its bundle in `bundles`."""
     out = tmp_path_factory.mktemp("failed")
     run = distbench("run", "--model", "tiny", "--nproc", "4", *SHORT, "--out", out, "--bundle", out / "bundles")
     assert run.returncode == 1

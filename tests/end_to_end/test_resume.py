@@ -1,4 +1,4 @@
-"""The same command goes on where it was stopped, however that was: every case has one result, and runs once.
+"""The same command resumes after any interruption: every case has one result, and runs once.
 
 DISTBENCH_SOAK=1 kills at 20 moments instead of 3.
 """
@@ -29,7 +29,7 @@ def run(out: Path, *arguments: str | Path) -> Bench:
 
 
 def lines(out: Path) -> dict[str, bytes]:
-    """Return the raw lines of the journal, by the case's name."""
+    """Raw lines of the journal, by case name."""
     raw = (out / "results.jsonl").read_bytes().splitlines()
     found = {json.loads(line)["name"]: line for line in raw}
     assert len(found) == len(raw)
@@ -37,7 +37,7 @@ def lines(out: Path) -> dict[str, bytes]:
 
 
 def whole_lines(out: Path) -> bytes:
-    """Return the journal without a last line that is torn."""
+    """Journal without a torn last line."""
     path = out / "results.jsonl"
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
@@ -71,7 +71,7 @@ def test_suite_killed_at_any_moment_resumes_to_one_result_per_case(tmp_path: Pat
     with Bench(out, *command) as bench:
         kill(bench, chance, everything=moment % 2 == 1)
         assert wait_until(bench.gone, 2)
-    for segment in shared_memory() - others:  # whoever would have taken these away was killed too
+    for segment in shared_memory() - others:  # the process that would have removed these was killed too
         segment.unlink(missing_ok=True)
     if moment % 3 == 2:
         cut_last_line(out, chance)

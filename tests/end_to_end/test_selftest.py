@@ -1,4 +1,4 @@
-"""The self-test as a user starts it: deadly faults restart the launch, and what slips through is exit code 1.
+"""The self-test as a user starts it: deadly faults restart the launch, and a missed fault gives exit code 1.
 
 All faults once, the deadly ones too; DISTBENCH_SOAK=1 adds the fifty clean cases of --quick, and one wrong token in a
 million.

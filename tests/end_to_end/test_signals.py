@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: everything is gone soon, what had finished is kept, and nothing is left on the machine."""
+"""Ctrl-C and SIGTERM: all processes end soon, finished results are kept, and no file or process is left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scratch() -> Iterator[Path]:
 
 
 def listening(pids: list[int]) -> set[str]:
-    """Return the inodes of the TCP sockets on which these processes listen."""
+    """Inodes of the TCP sockets on which these processes listen."""
     held = {link for pid in pids for link in links(Path(f"/proc/{pid}/fd"))}
     return {inode for inode in listened() if f"socket:[{inode}]" in held}
 
@@ -92,7 +92,7 @@ def test_signal_during_a_run_leaves_its_report_files(tmp_path: Path) -> None:
 
 
 def sees_to_signals(pid: int) -> bool:
-    """Whether a process catches SIGTERM."""
+    """Return whether a process catches SIGTERM."""
     try:
         (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
     except (OSError, ValueError):

@@ -33,7 +33,7 @@ def test_suite_with_subgroups_passes_in_any_order(tmp_path: Path, sizes: tuple[i
 
 
 def test_trials_with_subgroups_pass_in_any_order_on_ranks_that_stay_up(tmp_path: Path) -> None:
-    """Variants of bisect, shrink and replay are run so."""
+    """bisect, shrink and replay run their variants on ranks that stay up."""
     with collect_signals(), Lab(tmp_path) as lab:
         lab.run([tiny_case(RANKS)])
         for seed, order in enumerate(permutations(range(1, RANKS + 1)), start=1):

@@ -1,4 +1,4 @@
-"""`suite --for` over real ranks: it ends in time, leaves the rest out on all ranks alike, and goes on from there."""
+"""`suite --for` over real ranks: it ends in time, skips the same cases on all ranks, and resumes with them."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_suite_with_a_time_budget_ends_in_time_and_resumes(tmp_path: Path) -> No
         took = time.monotonic() - began
         found, summary = bench.verdicts, bench.summary
         assert "cases left out for time (--for 20 s: " in bench.stdout
-    assert took < budget_s + 25  # to start Python, and to end ranks that are only coming up, on a busy machine
+    assert took < budget_s + 25  # to start Python, and to end ranks that are still starting, on a busy machine
     assert len(found) < CASES
-    assert set(found.values()) <= {"PASS"}  # none where ranks take that long to start
+    assert set(found.values()) <= {"PASS"}  # none if ranks take that long to start
     assert (summary["finished"], summary["left_for_time"]) == (len(found), CASES - len(found))
     path = tmp_path / "out" / "results.jsonl"
     kept = path.read_bytes()
@@ -41,7 +41,7 @@ def test_suite_with_a_time_budget_ends_in_time_and_resumes(tmp_path: Path) -> No
 
 def test_end_of_the_slurm_job_is_the_deadline_under_torchrun(tmp_path: Path) -> None:
     suite = write_slow_suite(tmp_path / "suite.json")
-    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1)}  # ranks would have to end before they are there
+    end = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1)}  # before any rank has started
     with Torchrun(tmp_path / "out", "suite", suite, "--select", "seed=0", "--num-experts", "6", **end) as bench:
         assert bench.finish(90) != 0
         assert bench.verdicts == {}

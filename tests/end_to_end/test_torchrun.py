@@ -1,4 +1,4 @@
-"""The same ranks under plain torchrun."""
+"""distbench ranks under plain torchrun, without a supervisor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def torchrun(out: Path, *arguments: str, **environ: str) -> subprocess.Completed
 
 
 def collected(out: Path) -> dict[str, Any]:
-    """Collect what ranks left in `out`, and return the report of its one case."""
+    """Run `collect` on `out`, and return the report of its one case."""
     command = [sys.executable, "-m", "distbench", "collect", str(out)]
     assert subprocess.run(command, capture_output=True, check=False, cwd=ROOT).returncode == 3
     report: dict[str, Any] = json.loads((out / "results.jsonl").read_text())
@@ -167,7 +167,7 @@ def test_rank_changes_no_file_in_a_folder_that_another_bench_locks(tmp_path: Pat
         path.write_text("theirs")
     with hold(out, (), 0.0):
         waiting = Torchrun(out, "run", "--model=tiny", "--timeout=2", "--lock-timeout=60")
-        time.sleep(20)  # longer than it takes to load torch and wait for a stage's time
+        time.sleep(20)  # longer than loading torch plus the timeout of a stage
         with Torchrun(out, "run", "--model=tiny") as refused:
             assert refused.finish() == 1
         assert [path.read_text() for path in theirs] == ["theirs"] * len(theirs)

@@ -1,6 +1,6 @@
 """Damage for tests with real processes: DISTBENCH_TEST_FAULT=rank:case:place:kind, as in 2:0:padded/dispatch:kill.
 
-A place may end in #2: the second time that the rank gets there in that case. `boot` is before its first breadcrumb.
+A place may end in #2: the second visit of the rank in that case. `boot` is before its first breadcrumb.
 Several faults at once are joined by +.
 With DISTBENCH_TEST_FAULT_ONCE=path a fault fires once; others may follow after commas, each for the launch after that
 of the one before it. `path` holds a byte for each that has fired.
@@ -61,7 +61,7 @@ def _fired() -> int:
 
 
 class _Armed:
-    """The faults of this rank in this launch, and how often it has been at each place of the current case."""
+    """Faults of this rank in this launch, and its number of visits to each place of the current case."""
 
     def __init__(self) -> None:
         self._launch = _fired()

@@ -1,4 +1,4 @@
-"""Takes away what stands between a case and MoRI: the adapter's guards and those before it.
+"""Remove the guards between a case and MoRI: the adapter's and those before it.
 
 With DISTBENCH_TEST_UNGUARDED=1 sitecustomize.py does this to every process of a launch. The outcome of a case is then
 what the stand-in's release, or its habit, makes of it. A case with the seed MISTAKEN passes to combine the ids that
@@ -19,7 +19,7 @@ _LATE_RANK, _LATE_S = "1", 0.5
 
 
 def remove_guards() -> None:
-    """Do so in this process, and in a rank once it has loaded what is to be changed."""
+    """Remove the guards in this process, and in a rank once it has loaded the modules."""
     for name in ("_check_kernel", "_check_cap"):
         patch(f"distbench.transport.mori_config.{name}", lambda *_: None).start()
     mark = breadcrumbs.Breadcrumbs.mark
