@@ -123,7 +123,7 @@ def changed_ids(session: Session, case: Case) -> str:
 
 @torch.inference_mode()
 def foreign_ids(session: Session, case: Case) -> list[bool]:
-    """Flags of tokens that combine to NaN although they went to rank 0, or to a number although not; and whether all went."""
+    """Flags of tokens whose sum is NaN although they went to rank 0, or else a number; and whether all went."""
     transport, batch, _ = transport_of(session, case)
     transport.dispatch(batch)
     out = torch.zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16)

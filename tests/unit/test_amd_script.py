@@ -1,4 +1,4 @@
-"""`make amd` on a new node, acted: it goes on after each failure, and one archive has all that would be asked for."""
+"""`make amd` on a fake new node: it continues after each failure, and writes one archive of reports, logs and facts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Node:
         )
 
     def texts(self) -> dict[str, str]:
-        """Return the texts in the archive by name."""
+        """Texts in the archive, by name."""
         with tarfile.open(f"{self.out}.tar.gz") as tar:
             names = [one.name for one in tar.getmembers()]
             assert {name.split("/")[0] for name in names} == {"out"}

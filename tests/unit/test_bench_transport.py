@@ -1,4 +1,4 @@
-"""How the bench of the transport takes times: ranks meet after the wait, and ours and bare take turns."""
+"""Timing in scripts/bench_transport.py: ranks synchronise after the wait, and transport and bare take turns."""
 
 from __future__ import annotations
 

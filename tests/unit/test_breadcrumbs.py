@@ -1,4 +1,4 @@
-"""Breadcrumbs outlive their rank and cost next to nothing."""
+"""Heartbeat files: they outlive their rank, and writing takes microseconds."""
 
 from __future__ import annotations
 

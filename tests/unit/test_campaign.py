@@ -1,4 +1,4 @@
-"""Launch after launch, with launches that are made up: what is recorded, tried again, taken back, and when it stops."""
+"""Sequence of launches, with fake launches: recorded, retried and withdrawn results, and the end of a suite."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lost(case_index: int | None, verdict: Verdict = Verdict.RANK_FAULT) -> Endin
 
 
 def killers(*seeds: int) -> Launch:
-    """Return launches in which these cases always kill a rank."""
+    """Fake launches in which these cases always kill a rank."""
 
     def launch(job: Job) -> Ending | None:
         count = next((index for index, entry in enumerate(job.entries) if seed_of(entry) in seeds), None)
@@ -66,7 +66,7 @@ def killers(*seeds: int) -> Launch:
 def run(
     monkeypatch: pytest.MonkeyPatch, out: Path, entries: Sequence[Entry], launch: Launch, **rules: Any
 ) -> tuple[Summary, dict[str, str]]:
-    """Run a campaign over made-up launches; return its summary and the verdicts by name."""
+    """Run a campaign over fake launches; return its summary and the verdicts by name."""
 
     def supervise(job: Job, *_: Any) -> Ending | None:
         return launch(job)

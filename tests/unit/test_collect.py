@@ -1,4 +1,4 @@
-"""Verdicts from a folder, wherever it is and whoever left it."""
+"""`distbench collect`: verdicts from the files of ranks, also in a moved folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANKS = 3
 
 
 def left(out: Path, stages: dict[int, str], **values: object) -> Path:
-    """Leave in `out` what ranks of torchrun leave that ended in these stages of a case of two ranks."""
+    """Write the files of torchrun ranks that ended in these stages of a case of two ranks."""
     entry = Entry(name="small", case=tiny_case(2), sources={})
     job = Job(entries=(entry,), out="as/typed", supervised=False, started=RANKS)
     clear_ranks(out)
@@ -31,7 +31,7 @@ def left(out: Path, stages: dict[int, str], **values: object) -> Path:
 
 
 def _of_another_host(content: bytes) -> bytes:
-    """Return breadcrumbs whose process ids say nothing here."""
+    """Breadcrumbs whose process ids are of another host."""
     return content[:48] + b"elsewher" + content[56:]
 
 

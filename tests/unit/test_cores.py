@@ -1,4 +1,4 @@
-"""How the ranks of a node share its cores."""
+"""Sharing of a node's cores among its ranks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ALLOWED = {2, 3, 8, 9}
         (2, 4, 2, [None] * 2),
         (4, 4, 1, [None] * 4),
         (8, 4, 1, [2, 3, 8, 9, 2, 3, 8, 9]),
-        (6, 4, 1, [None] * 6),  # two cores would have two ranks, and two one
-        (8, 2, 1, [None] * 8),  # a quota: which of the cores are free is not known
+        (6, 4, 1, [None] * 6),  # two cores would have two ranks each, and two one rank
+        (8, 2, 1, [None] * 8),  # with a quota the free cores are unknown
     ],
 )
 def test_ranks_are_pinned_to_equal_shares_of_cores_or_not_at_all(

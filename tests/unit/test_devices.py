@@ -1,4 +1,4 @@
-"""Which cases run on accelerators, which devices a launch holds, and what makes a device's times doubtful."""
+"""Cases on accelerators, device locks of a launch, and doubts about a device's times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`distbench doctor`: each line, from faked facts; the probe itself on this node."""
+"""`distbench doctor`: each line from fake facts, and the probe on this node."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment of a report: commits of distbench only, and the system in one place."""
+"""Environment of a report: commits of distbench only, and the system in one section."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def repository(folder: Path, name: str) -> str:
-    """Make a repository of a project of this name; return its HEAD."""
+    """Create a repository of a project of this name; return its HEAD."""
     folder.mkdir()
     (folder / "pyproject.toml").write_text(f'[project]\nname = "{name}"\n')
     git(folder, "init", "-q")

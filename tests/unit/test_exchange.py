@@ -78,7 +78,7 @@ def rows_of(source: int, target: int, seed: int, count: int, width: int) -> Tens
 
 
 def exchanged(memory: SharedMemory, rank: int, counts: list[list[int]], seed: int) -> bool:
-    """Exchange rows of one width; whether this rank got what all others sent, and nothing else was written."""
+    """Exchange rows of one width; return whether this rank received all sent rows and nothing else was written."""
     width, ranks = 8 * (1 + seed % 5), range(len(counts))
     received = [counts[peer][rank] if peer != rank else 0 for peer in ranks]
     sent = [count if peer != rank else 0 for peer, count in enumerate(counts[rank])]
@@ -101,7 +101,7 @@ def take_of_rank_1(memory: SharedMemory, count: int) -> None:
 
 
 def awkward(memory: SharedMemory, rank: int, ranks: int, turns: int) -> list[str]:
-    """Exchange this and that in turn, sleeping at other times than the others; return what came wrong."""
+    """Make exchanges of different kinds in turn with random sleeps; return the errors."""
     wrong = []
     for turn in range(turns):
         if random.Random(turn * 64 + rank).random() < 0.2:
@@ -259,7 +259,7 @@ def test_connection_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def _call_as_another(name: int) -> int:
-    """Have a process of another user call at a door and keep the line; return its number once it is connected."""
+    """Connect a process of another user and keep its connection open; return its process id."""
     ready, told = os.pipe()
     pid = os.fork()
     if pid == 0:

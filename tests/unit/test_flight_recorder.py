@@ -1,4 +1,4 @@
-"""Whose device is late, from what each rank's flight recorder says in JSON."""
+"""Ranks whose device is late, from the JSON of each rank's flight recorder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "nccl:all_to_all"
 
 
 def recording(*states: str, first: int = 1, **others: Any) -> bytes:
-    """Return a recording of collectives in these states, the keys as torch writes them."""
+    """Recording of collectives in these states, with the keys that torch writes."""
     entries = [
         {
             "record_id": number,
@@ -94,7 +94,7 @@ sys.stdout.buffer.write(dump(includeCollectives=True, onlyActive=False))
 
 
 def test_recording_keys_are_those_that_torch_writes() -> None:
-    """The recorder of gloo's collectives, which a CPU has, writes the same form; it completes none."""
+    """The recorder of gloo collectives on a CPU writes the same format; it marks none as completed."""
     content = run_python(_BY_GLOO, TORCH_FR_BUFFER_SIZE="100")
     if content == b"none":
         pytest.skip("this torch records collectives of NCCL only")

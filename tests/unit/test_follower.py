@@ -1,4 +1,4 @@
-"""A node other than node 0: whose devices it takes, and what node 0 hears when it cannot have them."""
+"""A node other than node 0: its device locks, and its message to node 0 if they are not free."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def spread() -> Spread:
 
 
 class IdleAgent(Agent):
-    """Starts no ranks, and waits a second for the other node's."""
+    """Fake agent that starts no ranks and runs for a second."""
 
     def run(self) -> None:
         time.sleep(1)
 
 
 def begin(out: Path, spread: Spread) -> Callable[[], str]:
-    """Begin a launch on node 0, in a thread; the call returns why it failed."""
+    """Begin a launch on node 0 in a thread; the returned function yields the reason of its failure."""
     entries = (Entry(name="", case=tiny_case(2), sources={}),)
     job = Job(entries=entries, out=str(out), supervised=True)
     endings: list[str] = []

@@ -1,4 +1,4 @@
-"""Experts in a graph: captured once for each call's buffers, replayed with other rows, and refused with the reason."""
+"""Experts in a graph: captured once per call's buffers, replayed with other rows, refused with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFUSED = "graph: the experts cannot be captured .*; a host read of a device val
 
 
 class LiveRows:
-    """Experts of torch alone, without a host read: live rows times their first weight, zeros elsewhere."""
+    """Pure torch experts without a host read: live rows times their first weight, zeros elsewhere."""
 
     def __init__(self, *, reads: bool = False) -> None:
         self.calls: list[int] = []
@@ -70,7 +70,7 @@ def fake_cuda() -> Iterator[FakeMemory]:
 
 
 class Buffers:
-    """The buffers of calls, and what they should give."""
+    """Buffers of calls, and their expected results."""
 
     def __init__(self, device: str) -> None:
         self.hidden = torch.randn(ROWS, COLUMNS, device=device)
@@ -200,7 +200,7 @@ def test_capture_that_fails_at_its_end_is_refused() -> None:
 
 
 class Allocating(LiveRows):
-    """Experts whose call takes 100 bytes a row and keeps 10 of them as its output, which a graph holds on to."""
+    """Experts whose call allocates 100 bytes per row and keeps 10 as its output, which a graph retains."""
 
     def __init__(self, memory: FakeMemory) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ def test_graph_memory_of_an_arm_counts_its_own_graphs_only(fake_cuda: FakeMemory
     for rows in (ROWS, 4, ROWS):
         buffers.call(experts, rows)
     assert fake_cuda.allocated == 1000 + 10 * (ROWS + 4)
-    # What an arm has by itself: what was there before, and 100 bytes a row.
+    # Memory of an arm alone: the bytes allocated before, and 100 bytes per row.
     assert fake_cuda.allocated + experts.uncounted_bytes(ROWS) == 1000 + 100 * ROWS
     assert fake_cuda.allocated + experts.uncounted_bytes(4) == 1000 + 100 * 4
 

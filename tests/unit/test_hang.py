@@ -1,4 +1,4 @@
-"""Who stands still and who only waits for it: from positions and stacks, and before a rank has said a word."""
+"""Attribution of hangs to the rank that the others wait for: from positions and stacks, and before any heartbeat."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def at(  # noqa: PLR0913 - all of a position that matters
     entered: int = 0,
     device: int = -1,
 ) -> Position:
-    """Return a position that was taken some seconds ago, by a rank whose process is not looked at."""
+    """Position recorded some seconds ago, of a rank whose process is not examined."""
     kind = KINDS.index("all_to_all")
     places = case_index, ARMS.index(arm), STAGES.index(stage), ago(seconds), 0, step
     return Position(*places, KINDS.index(waits), entered, kind, device)
@@ -87,7 +87,7 @@ def test_ranks_on_other_nodes_get_their_own_time_to_load_torch(tmp_path: Path) -
 
 @pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
-    """What ranks answer when they are asked for their stacks."""
+    """Stacks of ranks by rank, as the request for them returns."""
     answers: dict[int, str] = {}
     monkeypatch.setattr(hang, "dump_stacks", lambda *_: answers)
     return answers
@@ -106,7 +106,7 @@ def test_rank_that_records_no_wait_is_blamed_for_the_hang(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("stacks")
 def test_rank_with_fewest_collectives_is_blamed_if_no_rank_records_a_wait(tmp_path: Path) -> None:
-    """On a device: a collective returns at once, and a rank waits wherever it next needs the device."""
+    """On a device a collective returns at once, and a rank waits wherever it next needs the device."""
     seen = {rank: at("dispatch", 3, arm="truncated", step=4, entered=9, device=rank) for rank in range(3)}
     seen[1] = at("dispatch", 4, arm="truncated", step=4, entered=8, device=1)
     _, ranks, message = told(find_hang(make_job(tmp_path), seen, ago(90)))

@@ -1,4 +1,4 @@
-"""Every command can say what it does."""
+"""Help text of every command."""
 
 from __future__ import annotations
 

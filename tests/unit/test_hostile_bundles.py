@@ -1,4 +1,4 @@
-"""A bundle may come from anyone: whatever is in it, it is read as it is meant or refused."""
+"""Bundles from untrusted sources: any content is read as its format defines, or refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def change_part(folder: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change a part and make the manifest vouch for it."""
+    """Change a part, and update its digest in the manifest."""
     content = change((folder / PART).read_bytes())
     (folder / PART).write_bytes(content)
     part = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}

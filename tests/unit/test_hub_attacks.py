@@ -1,4 +1,4 @@
-"""Node 0 under attack over loopback: what strangers send costs no memory, changes no verdict, and is logged.
+"""Node 0 under attack over loopback: messages of strangers cost no memory, change no verdict, and are logged.
 
 DISTBENCH_SOAK=1 sends 50,000 messages instead of a few hundred.
 """
@@ -170,7 +170,7 @@ def test_forged_messages_to_node_0_change_no_verdict(tmp_path: Path) -> None:
         assert set(node_0.verdicts.values()) == {"PASS"}
         assert len(node_0.verdicts) == cases
         logged = (out / "refused.log").read_text().count("\n")
-        assert sent - gate.MOST_PEERS <= logged <= sent  # those that waited when node 0 ended have no line
+        assert sent - gate.MOST_PEERS <= logged <= sent  # peers that were waiting when node 0 ended have no line
         assert secret["DISTBENCH_SECRET"] not in node_0.stderr + node_0.stdout + (out / "results.jsonl").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The text that asks for faults."""
+"""Syntax of `inject`."""
 
 from __future__ import annotations
 

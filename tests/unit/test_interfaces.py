@@ -1,4 +1,4 @@
-"""Which interface a launch takes where a name leads nowhere else; tests/cluster has it on real interfaces."""
+"""Choice of the network interface of a launch; tests/cluster tests it on real interfaces."""
 
 from __future__ import annotations
 

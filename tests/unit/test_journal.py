@@ -1,4 +1,4 @@
-"""The journal: readers see whole lines only, a torn end is cut off, and damage inside is refused with its line."""
+"""The journal: readers see whole lines only, a torn last line is removed, and damage is refused with its line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LINES = 4
 
 
 def report(seed: int, verdict: Verdict = Verdict.INVALID) -> Report:
-    """Return the report of a case that was refused."""
+    """Report of a refused case."""
     case = tiny_case(2, seed=seed)
     reasons = [Reason(code="invalid", message=f"line one\nline two of {seed}")]
     outcome = Outcome(case, Judgement(verdict, reasons, None))

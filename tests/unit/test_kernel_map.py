@@ -1,4 +1,4 @@
-"""`distbench kernels`: the map holds for every row count, and says what a limit changes."""
+"""`distbench kernels`: the map of every row count, and the effect of a limit."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def node_of(folder: Path, number: int, simds: int, version: int = 90500) -> None
 
 @pytest.fixture
 def kfd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return the folder in which the kernel driver's devices are looked for; there is a CPU."""
+    """Folder of the kernel driver's devices; it has a CPU."""
     folder = tmp_path / "nodes"
     folder.mkdir()
     monkeypatch.setattr(devices, "_KFD_NODES", folder)

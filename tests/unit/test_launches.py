@@ -1,4 +1,4 @@
-"""Kernels are compiled for what Triton tells apart, and else launched as they were compiled."""
+"""Kernels are compiled once per specialisation of Triton, and launched from the cache otherwise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distbench.launches import launch
 
 
 class Kernel:
-    """Records how it is compiled and launched, as a `triton.jit` function and what it returns are used."""
+    """Fake `triton.jit` function that records its compilations and launches."""
 
     arg_names = ("rows", "out", "count", "WIDTH", "BLOCK")
 

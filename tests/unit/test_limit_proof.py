@@ -1,4 +1,4 @@
-"""The proof of a limit: the bound holds for every routing and is reached, and every output states it."""
+"""The proof of a limit: the bound holds for every routing and is attained, and every output states it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def limit_of(status: str) -> LimitReport:
 
 
 def report(status: str) -> Report:
-    """Return a report of a case whose limit has this status, judged as a run would judge it."""
+    """Report of a case whose limit has this status, judged as in a run."""
     made = report_of(tiny_case(2, limit=str(STATUSES[status])), "x" if status == "unsafe" else "", Verdict.UNDER_LIMIT)
     notes = [Reason(code=NOT_PROVEN, message="not proven for other routings: …")] if status == "this batch" else []
     return msgspec.structs.replace(made, limit=limit_of(status), reasons=notes)

@@ -1,4 +1,4 @@
-"""The limit as text, as rows, and the two capacities."""
+"""The limit as text and as rows, and the two capacities."""
 
 from __future__ import annotations
 

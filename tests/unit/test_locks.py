@@ -143,7 +143,7 @@ def test_benches_in_different_folders_conflict_only_on_shared_devices(out: Path,
             pass
         with pytest.raises(Busy, match=r"^device cuda:1 is in use by process"), hold(other, ("cuda:2", "cuda:1"), 0):
             pytest.fail("held twice")
-        with hold(other, ("cuda:2",), 0):  # what had been taken before the refusal was given back
+        with hold(other, ("cuda:2",), 0):  # locks acquired before the refusal were released
             pass
 
 

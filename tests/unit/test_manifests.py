@@ -1,4 +1,4 @@
-"""The Kubernetes manifests and Dockerfiles: what published schemas allow, and what `distbench` accepts."""
+"""The Kubernetes manifests and Dockerfiles against published schemas and the options of `distbench`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ BUILT_ON = {
     "cuda": "pytorch/pytorch:2.9.0-cuda12.8-cudnn9-runtime",
     "rocm": "lmsysorg/sglang:v0.5.12-rocm720-mi30x",
 }
-# What the operator sets in a container that is called pytorch.
+# Variables that the operator sets in the container named pytorch.
 OPERATORS = {"MASTER_ADDR", "RANK"}
 
 
 def documents(name: str) -> list[dict[str, Any]]:
-    # By way of JSON: what YAML shares by an anchor is not shared by those who change a copy of it.
+    # Converted through JSON, so that objects shared by a YAML anchor become separate.
     return [json.loads(json.dumps(one)) for one in yaml.safe_load_all((FOLDER / name).read_text())]
 
 
@@ -45,13 +45,13 @@ def document(name: str, kind: str) -> dict[str, Any]:
 
 
 def indexed_pod() -> tuple[int, dict[str, Any]]:
-    """Return the number of pods of the job, and their template."""
+    """Number of pods of the job, and their template."""
     job = document("indexed-job.yaml", "Job")
     return job["spec"]["completions"], job["spec"]["template"]
 
 
 def operators_pods() -> list[tuple[int, dict[str, Any]]]:
-    """Return for each kind of pod the number of pods of all kinds, and the template."""
+    """For each kind of pod: the number of pods of all kinds, and the template."""
     job = document("pytorchjob.yaml", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"].values()
     return [(sum(one["replicas"] for one in replicas), one["template"]) for one in replicas]
@@ -157,7 +157,7 @@ def test_results_of_a_pod_are_on_a_persistent_volume() -> None:
 
 
 def parse(command: list[str]) -> Any:
-    """Return the options of a command as pod 1 gives it."""
+    """Options of a command with the variables of pod 1."""
     assert command[0] == "distbench"
     return _parser().parse_args([re.sub(r"\$\((RANK|JOB_COMPLETION_INDEX)\)", "1", word) for word in command[1:]])
 

@@ -1,4 +1,4 @@
-"""Files that commit e296384 wrote, before a case ran with both kinds of inputs, are still read and compared."""
+"""Files of commit e296384, which ran a case with one kind of inputs, are still read and compared."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_suite_resumes_over_an_old_journal(name: str, tmp_path: Path) -> None:
     entries = load_suite(str(OLD / "suites" / f"{name}.toml"), 2).entries
     lines = list(JournalReader(tmp_path).new_lines())
     assert [line.verdict.value for line in lines] == JOURNALS[name]
-    assert len(unfinished(tmp_path, entries)) == len(entries)  # a case has keys that it had not, and another hash
+    assert len(unfinished(tmp_path, entries)) == len(entries)  # a case now has further keys, and another hash
     expect_anew(tmp_path, entries)
     assert len(list(JournalReader(tmp_path).new_lines())) == len(lines)
 

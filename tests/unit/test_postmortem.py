@@ -1,4 +1,4 @@
-"""From what dead ranks left behind to the one that is to blame."""
+"""Attribution of a rank fault from the files of dead ranks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ KILLED = Exit(2, "SIGKILL")
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """Return a job of two cases on four ranks, of which nothing is there yet."""
+    """Job of two cases on four ranks, without any file yet."""
     ranks_folder(tmp_path).mkdir()
     entries = tuple(Entry(name=f"case {seed}", case=tiny_case(seed=seed), sources={}) for seed in range(2))
     return Job(entries=entries, out=str(tmp_path), supervised=True)
 
 
 def leave(job: Job, rank: int, *stages: str, arm: str = "", case_index: int = 1) -> Position:
-    """Let a rank pass `stages`, the last of them for good."""
+    """Record that a rank went through `stages` and ended in the last."""
     crumbs = Breadcrumbs(crumb_path(Path(job.out), rank))
     crumbs.case_index, crumbs.arm = case_index, arm
     for stage in ("start", *stages):
@@ -41,7 +41,7 @@ def leave(job: Job, rank: int, *stages: str, arm: str = "", case_index: int = 1)
 
 
 def speak(job: Job, rank: int, position: Position, **why: bool) -> None:
-    """Let a rank say what ended it; `why` has flags of RankFailure."""
+    """Write the failure of a rank; `why` has flags of RankFailure."""
     known: dict[str, bool] = {"echo": False, "timeout": False} | why
     failure = RankFailure(
         rank=rank, exception="ValueError", message="broken", position=position, traceback="Traceback", **known
@@ -231,7 +231,7 @@ def test_damaged_position_files_blame_no_wrong_rank(
 
 
 def test_progress_of_a_rank_increases_although_stages_repeat(job: Job) -> None:
-    """Repeats and the second check of an arm go back to stages passed before."""
+    """Repeats and the second check of an arm return to earlier stages."""
     before = leave(job, 0, "experts", "check", "combine", arm="truncated")
     after = leave(job, 0, "experts", "check", "combine", "check", arm="truncated")
     again = leave(job, 0, "experts", "check", "combine", "check", "dispatch", arm="truncated")

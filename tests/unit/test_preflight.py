@@ -1,4 +1,4 @@
-"""What cannot work is refused with its numbers and a fix, and no rank is started."""
+"""Cases that cannot run are refused with numbers and a fix before any rank starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def entry(name: str, **values: Any) -> Entry:
 
 
 class Usage(NamedTuple):
-    """What shutil.disk_usage returns."""
+    """Result of shutil.disk_usage."""
 
     total: int
     used: int
@@ -61,7 +61,7 @@ def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder in which the control group's files are looked for; there are none."""
+    """Folder of the control group's files, empty."""
     monkeypatch.setattr(preflight, "_GROUP", tmp_path)
     return tmp_path
 

@@ -1,4 +1,4 @@
-"""What the kernel says of processes: how many cores one may keep busy."""
+"""Usable cores of a process, as the kernel limits them."""
 
 from __future__ import annotations
 

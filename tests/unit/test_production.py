@@ -1,4 +1,4 @@
-"""SGLang's variables: what they set, what is refused, which names do nothing."""
+"""SGLang's variables: their effects, refused values, and names without effect."""
 
 from __future__ import annotations
 

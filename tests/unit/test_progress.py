@@ -1,4 +1,4 @@
-"""Progress: a line a case in a log, one live line on a terminal, nothing where it is not wanted."""
+"""Progress: one line per case in a log, one live line on a terminal, no output with --quiet."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def line(name: str, verdict: str = "PASS", *, as_expected: bool = True) -> Line:
 
 @pytest.fixture
 def terminal() -> Iterator[Terminal]:
-    """Yield the stream of a terminal of COLUMNS columns, and what reads the screen's side of it."""
+    """Yield the stream of a terminal of COLUMNS columns, and a reader of its other side."""
     screen, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
     os.set_blocking(screen, False)

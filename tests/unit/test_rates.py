@@ -1,4 +1,4 @@
-"""How often: exact bounds, for a case and for a suite."""
+"""Failure rates with exact bounds, of a case and of a suite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a replay counts as reproduced."""
+"""Conditions under which a replay counts as reproduced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bisect and shrink over a laboratory that only pretends: which case fails is a rule of the test."""
+"""bisect and shrink over a fake laboratory: a rule of the test decides which cases fail."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_bisect_names_a_single_guilty_part(part: str, tmp_path: Path) -> None:
     found = bisect(lab(PARTS[part]), BASE, tmp_path)
     assert found.blame.guilty == (part,)
     assert not found.blame.needs
-    assert found.launches == 4  # batches: the case, its other seeds, the swaps, those that may be cures
+    assert found.launches == 4  # batches: the case, its other seeds, the swaps, the candidate cures
 
 
 def test_bisect_names_a_kernel_that_only_the_limit_selects(tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_bisect_repeats_an_intermittent_fault_until_a_cure_is_significant(part: 
 def test_consecutive_failures_of_an_intermittent_fault_blame_no_innocent_part(
     lucky: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """Three failures in a row say little of a rate: one of 60 % has them in 22 of 100 cases."""
+    """Three consecutive failures are weak evidence: a rate of 60 % gives them in 22 of 100 cases."""
 
     def fails(case: Case) -> bool:
-        # The swapped part is innocent, and passes with its first seeds by luck.
+        # The swapped part is not guilty, and its first seeds pass by chance.
         innocent_luck = case.limit == "off" and case.seed < 3
         return PARTS["experts"](case) and case.seed % 10 not in lucky and not innocent_luck
 
@@ -276,7 +276,7 @@ def test_shrink_keeps_the_distance_of_a_limit_to_max_recv() -> None:
         cast(Lab, UnderLimit(cause)), tiny_case(8, tokens=300, limit="100", max_dispatch_tokens_per_rank=512), print
     )
     assert found.case.limit == "max-recv-30"
-    assert sum(found.case.tokens) == 1  # with none this limit makes no sense
+    assert sum(found.case.tokens) == 1  # without lost rows this limit has no meaning
 
 
 def test_shrink_of_a_passing_case_is_refused() -> None:

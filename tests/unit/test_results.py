@@ -1,4 +1,4 @@
-"""Results as they are read back: each case once, and nothing that is no result."""
+"""Results read back: each case once, and no line that is not a result."""
 
 from __future__ import annotations
 

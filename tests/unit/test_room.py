@@ -1,4 +1,4 @@
-"""What a launch takes of a node: found before a rank is started, in bytes and with the fix."""
+"""Resources that a launch needs of a node: checked before a rank starts, in bytes and with the fix."""
 
 from __future__ import annotations
 

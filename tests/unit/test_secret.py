@@ -1,4 +1,4 @@
-"""The launch secret: where it comes from, and what is refused without one."""
+"""The launch secret: its sources, and launches refused without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a self-test tries with other parts and keys, and how it judges reports."""
+"""Trials of a self-test with other parts and keys, and its judgement of reports."""
 
 from __future__ import annotations
 

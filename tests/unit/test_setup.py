@@ -1,4 +1,4 @@
-"""What scripts/setup decides, from its dry run with interpreters that only pretend to have a torch."""
+"""Decisions of scripts/setup in a dry run, with fake interpreters that claim to have a torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def dry_run(tmp_path: Path, python: str, *arguments: str, **variables: str) -> s
 
 
 def interpreter(path: Path, torch: str | None) -> str:
-    """Write an interpreter that imports the module text `torch` as torch, or has none."""
+    """Write an interpreter that imports the source `torch` as torch; None: it has no torch."""
     packages = path.parent / f"packages-{path.name}"
     packages.mkdir(parents=True)
     if torch is not None:

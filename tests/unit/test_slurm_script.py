@@ -1,4 +1,4 @@
-"""What launch/slurm.sbatch tells `distbench`, by an srun that prints its arguments; and the examples that it gives."""
+"""Arguments that launch/slurm.sbatch passes to `distbench`, from an srun that prints them; and its examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "
 
 
 def launch(folder: Path, *arguments: str, **variables: str) -> list[str]:
-    """Return the arguments of `distbench` on the job's nodes."""
+    """Arguments of `distbench` on the job's nodes."""
     lines = printed(folder, *arguments, **variables)
     return lines[lines.index("task") + 2 :]
 
@@ -44,7 +44,7 @@ def printed(folder: Path, *arguments: str, **variables: str) -> list[str]:
 
 
 def examples() -> list[list[str]]:
-    """Return the arguments for `distbench` in each line of the script's head that submits it."""
+    """Arguments of `distbench` in each example of the script's header."""
     words = [shlex.split(line.removeprefix("#")) for line in SCRIPT.read_text().splitlines() if " sbatch " in line]
     return [found[found.index("launch/slurm.sbatch") + 1 :] for found in words if "launch/slurm.sbatch" in found]
 

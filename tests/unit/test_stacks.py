@@ -1,4 +1,4 @@
-"""A rank answers for its stacks while its main thread is in a call that no signal interrupts."""
+"""A rank dumps its stacks while its main thread is in a call that no signal interrupts."""
 
 from __future__ import annotations
 

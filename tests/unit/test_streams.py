@@ -1,4 +1,4 @@
-"""Output in encodings other than UTF-8, and what a crash of the bench exits with."""
+"""Output in encodings other than UTF-8, and the exit code of a crash of the bench."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Student's t."""
+"""Quantiles of Student's t."""
 
 from __future__ import annotations
 

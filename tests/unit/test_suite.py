@@ -1,4 +1,4 @@
-"""Suites: the product of the axes, what is included, excluded, expected and selected, and what is refused."""
+"""Suites: product of the axes, include, exclude, expectations, selection, and refusals."""
 
 from __future__ import annotations
 

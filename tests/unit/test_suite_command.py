@@ -1,4 +1,4 @@
-"""`distbench suite` and `run` around launches that are made up: which results stay, what is refused, what is judged."""
+"""`distbench suite` and `run` with fake launches: kept results, refusals and judgements."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.cases import tiny_case
 from tests.end_to_end.launches import write_suite
 from tests.results import result
 
-# Keys of a case that is refused whatever a rank would find, and what is said of it.
+# Keys of a case that is refused before any rank starts, and the message.
 UNFIT: list[tuple[dict[str, Any], int, str]] = [
     ({"experts": "aiter", "emulate": True, "hidden_size": 9}, 2, "hidden_size = 9: aiter takes bf16 weights in "),
     ({"experts": "aiter", "emulate": True, "intermediate_size": 32}, 2, "intermediate_size = 32: aiter takes bf16"),
@@ -71,7 +71,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     for module in (options, preflight):
         monkeypatch.setattr(module, "count_devices", lambda: 0)
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
-    monkeypatch.setattr(run_command, "print_report", lambda _: None)  # it shows comparisons, of which none was made
+    monkeypatch.setattr(run_command, "print_report", lambda _: None)  # a fake launch has no comparisons
     return ending
 
 
@@ -79,7 +79,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 def test_expectation_that_depends_on_the_kernel_is_derived_from_it(
     tmp_path: Path, ranks: Ranks, experts: str, code: int
 ) -> None:
-    """All cases end in PASS, as those of an ordered kernel do: from an atomic one that is not expected."""
+    """All cases end in PASS, as with an ordered kernel; from an atomic kernel PASS is not expected."""
     ranks({})
     chosen = ("--select=name~gaussian atomic", f"--experts={experts}", "--device=cpu")
     assert main(["suite", "smoke", "--nproc=2", "--out", str(tmp_path), *chosen]) == code
@@ -116,7 +116,7 @@ def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
 
 @pytest.fixture
 def no_ranks(ranks: Ranks) -> None:
-    """Let no rank start."""
+    """Use fake launches in which every case passes."""
     ranks({})
 
 

@@ -205,7 +205,7 @@ def test_damaged_case_file_is_read_or_refused_in_one_line(
 
 
 def told(*arguments: str) -> tuple[int, str]:
-    """Return the exit code of a command that starts no ranks, and what it says on standard error."""
+    """Exit code and standard error of a command that starts no ranks."""
     said = io.StringIO()
     with (
         patch("distbench.commands.suite.campaign", return_value=Summary()),

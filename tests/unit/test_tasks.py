@@ -1,4 +1,4 @@
-"""One process for each task of a launcher: what would be a false PASS of a cluster is refused."""
+"""Launchers that start one process per task: refused, since each would report a PASS of its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_one_of_several_launcher_tasks_is_refused_with_the_options_to_give(envir
     "environ",
     [
         {},
-        BATCH | {"SLURM_JOB_NUM_NODES": "1"},  # a batch script runs once, however many tasks it may start
+        BATCH | {"SLURM_JOB_NUM_NODES": "1"},  # a batch script runs once for any number of tasks
         {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "8"},  # salloc
         BATCH | {"SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "1"},
         {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},

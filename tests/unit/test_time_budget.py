@@ -1,4 +1,4 @@
-"""A suite with a time budget: durations, estimates, what is left out, and the exit code of a partial result."""
+"""A suite with a time budget: durations, estimates, skipped cases, and the exit code of a partial result."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_slurm_job_without_a_readable_end_sets_no_deadline(text: str) -> None:
 def test_estimate_grows_with_the_work_and_is_at_least_that_of_a_similar_case() -> None:
     pace = Pace()
     small, like, large = (tiny_case(2, tokens=tokens, max_dispatch_tokens_per_rank=4096) for tokens in (8, 8, 4096))
-    assert pace.estimate_s(small) == 0.0  # nothing is known: the first case begins
+    assert pace.estimate_s(small) == 0.0  # no pace is known: the first case starts
     pace.note(small, 2.0)
     pace.note(like, 1.0)
     assert 2.0 <= pace.estimate_s(like) <= 4.0
@@ -108,7 +108,7 @@ def test_case_that_cannot_end_before_the_deadline_is_left_out_and_reported(
 
     def launch(job: Job) -> None:
         launches.append(job)
-        finish(job, 4, wall_s=100.0)  # its ranks leave the others out
+        finish(job, 4, wall_s=100.0)  # its ranks skip the others
 
     summary = run(tmp_path, entries, launch, 60.0)
     assert len(launches) == 1
@@ -117,7 +117,7 @@ def test_case_that_cannot_end_before_the_deadline_is_left_out_and_reported(
     assert "the next case takes about 150.0 s" in summary.stopped
     assert summary.stopped.endswith("the same command resumes with them")
     assert Results(tmp_path).exit_code == 75
-    again = run(tmp_path, entries, launch, 60.0)  # told by what earlier cases took: nothing is begun
+    again = run(tmp_path, entries, launch, 60.0)  # by the pace of earlier cases no case starts
     assert (len(launches), again.left_for_time, again.exit_code) == (1, 2, 75)
     whole = run(tmp_path, entries, lambda job: finish(job, CASES, wall_s=1.0), None)
     assert (whole.finished, whole.left_for_time, whole.stopped, whole.exit_code) == (CASES, 0, "", 0)

@@ -1,4 +1,4 @@
-"""The command line that launch/torchrun.sh ends in, told by a torchrun that prints its arguments."""
+"""The command line that launch/torchrun.sh runs, from a torchrun that prints its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank waits for, as its heartbeat has it."""
+"""Waits of a rank in its heartbeat."""
 
 from __future__ import annotations
 

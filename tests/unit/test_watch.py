@@ -1,4 +1,4 @@
-"""What the main thread sees of the ranks: which case they are in, who is gone, and whom it kills."""
+"""The main thread's view of the ranks: the case in flight, lost ranks, and the processes that it kills."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def job(tmp_path: Path) -> Job:
 
 @contextlib.contextmanager
 def forked() -> Iterator[int]:
-    """Yield the number of a process as the agent starts them, which does not say a word."""
+    """Yield the id of a process in the form of a rank that writes no heartbeat."""
     process = multiprocessing.get_context("forkserver").Process(target=time.sleep, args=(60,))
     process.start()
     assert process.pid is not None
@@ -56,7 +56,7 @@ def test_case_in_flight_is_that_of_the_rank_furthest_behind(job: Job) -> None:
 
 
 class OneHostLost:
-    """Node 1, with rank 1, was last heard of in the first case."""
+    """Last heartbeat of node 1, with rank 1, in the first case."""
 
     def lost(self) -> dict[int, str]:
         return {1: "host1"}

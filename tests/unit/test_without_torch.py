@@ -1,4 +1,4 @@
-"""Where torch is missing: one clear error, and commands that need none do their work."""
+"""Without torch: one clear error, and commands that do not need torch work."""
 
 from __future__ import annotations
 

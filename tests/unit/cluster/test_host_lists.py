@@ -80,7 +80,7 @@ def test_node_list_that_names_no_hosts_is_refused(text: str, complaint: str) -> 
         ("a\nb ansible_host=10.0.0.1\n", "hosts, line 2: 'ansible_host=10.0.0.1': allowed behind a host"),
         ("[gpu]\na\n", "hosts, line 1: "),
         ("# nothing\n", "hosts: no host"),
-        ("a 8\nb 8\n", "hosts, line 1: nodes: '8' is no host name"),  # PE_HOSTFILE has slots so
+        ("a 8\nb 8\n", "hosts, line 1: nodes: '8' is no host name"),  # the form of PE_HOSTFILE
     ],
 )
 def test_malformed_host_file_line_is_refused_with_its_number(content: str, complaint: str) -> None:

@@ -46,7 +46,7 @@ def test_failing_nodes_and_links_are_named_and_no_healthy_one(data: st.DataObjec
     cut_off = set(data.draw(st.lists(st.sampled_from(rest), max_size=most, unique=True))) if most else set()
     healthy = [node for node in rest if node not in cut_off]
     links = list(combinations(healthy, 2))
-    # each healthy node keeps a partner that it passes with
+    # each healthy node has a partner with which it passes
     broken = {frozenset(links[0])} if len(healthy) > 2 and data.draw(st.booleans()) else set()
 
     def failing(step: Step, group: Group) -> bool:
@@ -84,7 +84,7 @@ def test_evidence_of_a_finding_quotes_the_verdict_and_its_message() -> None:
 
 
 def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.01) -> list[Trial]:
-    """Return trials with noisy times: a case's own, as slow as its group is in that stage."""
+    """Trials with noisy times: each case's own time, multiplied by the slowness of its group in that stage."""
     rng = random.Random(seed)
     base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in STAGE_ORDER for key in KEYS}
     found = []
@@ -121,7 +121,7 @@ def test_slow_link_and_node_slow_only_in_pairs_are_named(count: int, seed: int, 
 
 
 def nodes_that_differ(count: int, seed: int, slow: int = 0) -> list[Trial]:
-    """Return trials of nodes that lie 2 % apart in each stage, the first few of them 30 % slower in their experts."""
+    """Trials of nodes that differ by 2 % in each stage; the first `slow` are 30 % slower in their experts."""
     rng = random.Random(seed)
     level = {(stage, node): math.exp(rng.gauss(0, 0.02)) for stage in STAGE_ORDER for node in names(count)}
     for node in names(slow):

@@ -1,4 +1,4 @@
-"""What `distbench compare` finds, and what it exits with."""
+"""Findings and exit codes of `distbench compare`."""
 
 from __future__ import annotations
 

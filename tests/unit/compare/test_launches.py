@@ -1,4 +1,4 @@
-"""Launches of the same thing lie apart: that is no slowdown, and what is one is found."""
+"""Spread between launches of one version: it is no slowdown, and a real slowdown is found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CASES = 4
 
 
 def launches(rng: np.random.Generator, old: int, *, apart: float, shift: float = 1.0) -> list[Pair]:
-    """Return cases measured in `old` launches and a new one, each of which has a level of its own."""
+    """Cases measured in `old` launches and a new one, each launch with its own level."""
     levels = np.exp(rng.normal(0, apart, old + 1))
     levels[-1] *= shift
     noise = rng.normal(0, 0.02, (CASES, old + 1, 25))

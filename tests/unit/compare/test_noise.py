@@ -1,4 +1,4 @@
-"""False alarms are as rare as is said, and what is said to be detectable is detected."""
+"""False alarm rate and power of the comparison: within ALPHA, and at least POWER at the detectable shift."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels give under Triton's interpreter, as one JSON object. Run as a script: Triton reads the flag once."""
+"""Checks of the kernels under Triton's interpreter, as one JSON object. Run as a script: Triton reads the flag once."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 
 def right(actual: Tensor, expected: Tensor) -> bool:
-    """Whether the rows of kernels are the oracle's: in bf16, or in sums only where the intermediate is float16."""
+    """Return whether the kernels' rows equal the oracle's in bf16, or in sums only if the intermediate is float16."""
     if actual.dtype == torch.float16:
         plan = plan_exact(SHAPE.hidden_size, SHAPE.intermediate_size, SHAPE.topk, "bf16", SHAPE.num_experts)
         columns = places_of(plan, actual.device).sum_columns
@@ -127,7 +127,7 @@ def poisoned(batch: TokenBatch, live: int) -> TokenBatch:
 
 
 def mutations(batch: TokenBatch, local: LocalExperts, expected: Tensor) -> dict[str, bool]:
-    """Return whether the comparison finds what is wrong on purpose."""
+    """Return whether the comparison finds deliberate damage."""
     config, dtype = CONFIGS["swapped"], torch.float32
     w1 = local.w1.clone()
     w1[2, 5, 0] += 32
@@ -145,7 +145,7 @@ _matmul = np.matmul
 
 
 def product_in_order(left: Any, right: Any, dtype: Any) -> Any:
-    """Stand for the product that the interpreter leaves to BLAS, some of which round a row by its place in the tile.
+    """Replace the product that the interpreter leaves to BLAS, which may round a row by its position in the tile.
 
     numpy has no BLAS for this type and adds in the order of the columns.
     """
@@ -153,7 +153,7 @@ def product_in_order(left: Any, right: Any, dtype: Any) -> Any:
 
 
 def bits_at_any_place(local: LocalExperts) -> bool:
-    """Return whether a row's bits are the same wherever it lies and whatever lies beside it, with realistic values."""
+    """Return whether a row's bits depend on neither its position nor its neighbours, with gaussian values."""
     generator = torch.Generator().manual_seed(0)
     real = LocalExperts(
         torch.randn(local.w1.shape, generator=generator) / 16,
@@ -173,7 +173,7 @@ def bits_at_any_place(local: LocalExperts) -> bool:
 
 
 def sorts() -> bool:
-    """Return whether 1,500 routes of 700 live rows, in several blocks, lie as a stable sort puts them."""
+    """Return whether 1,500 routes of 700 live rows, in several blocks, are in the order of a stable sort."""
     generator, live, rows = torch.Generator().manual_seed(1), 700, 900
     ids = torch.randint(-1, SHAPE.num_experts + 1, (rows, SHAPE.topk), generator=generator, dtype=torch.int32)
     mask = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1], dtype=torch.int32)

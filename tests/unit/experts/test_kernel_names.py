@@ -8,7 +8,7 @@ from distbench.experts.kernel_names import DEFAULT_TILE_K, ck_tile, named_split,
 
 CK = "1x4_TypeCast_v3_Nswizzle0_Quant0_MulRoutedWeight"
 
-# Names out of the tables of aiter 0.1.7 to 0.1.20: (name, K, mode as stage 2).
+# Names from the tables of aiter 0.1.7 to 0.1.20: (name, K, mode as stage 2).
 NAMES = [
     (f"moe_ck2stages_gemm1_256x64x128x64_{CK}0_silu_B16_B16_B16", 64, "atomic"),
     (f"moe_ck2stages_gemm2_256x32x64x128_{CK}1_B16_B16_B16", 128, "atomic"),

@@ -1,4 +1,4 @@
-"""One process of a node builds, the others wait: with real processes."""
+"""One process per node builds while the others wait, with real processes."""
 
 from __future__ import annotations
 

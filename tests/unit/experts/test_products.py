@@ -1,4 +1,4 @@
-"""The stand-in's arithmetic: whatever precision a block is taken in, its bits are those of float64 rounded once."""
+"""The stand-in's arithmetic: in any precision, the bits of a block are those of float64 rounded once."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_sums_beyond_the_exact_float32_range_use_float64() -> None:
 @settings(deadline=None)
 @given(seed=st.integers(0, 1 << 30))
 def test_single_entry_rows_are_exact_for_any_value_and_others_for_whole_steps(seed: int) -> None:
-    """As in an exact layer: some rows of weights read one column of any values, the others columns of whole ones."""
+    """As in an exact layer: some weight rows read one column of any values, others read columns of integers."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(EXPERTS, ROWS, COLUMNS, generator=generator)
     whole = torch.randperm(COLUMNS, generator=generator)[: COLUMNS // 2]

@@ -1,4 +1,4 @@
-"""The stand-in's routes."""
+"""Grouping of routes in the reference experts."""
 
 from __future__ import annotations
 

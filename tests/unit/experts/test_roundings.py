@@ -1,4 +1,4 @@
-"""What a family of kernels rounds, as it is declared and as the reference computes it."""
+"""Roundings of a family of kernels, as declared and as computed by the reference."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_roundings_follow_the_chosen_kernel(
 @pytest.mark.parametrize("scales", ["power of two", "maximum"])
 @pytest.mark.parametrize("fp8_format", ["e4m3fn", "e4m3fnuz"])
 def test_reference_quantises_the_intermediate_of_fp8_rows(fp8_format: Fp8Format, scales: Scales, inter: int) -> None:
-    """One expert, one route a row, computed here block by block with scales of their own."""
+    """One expert, one route per row, computed here block by block with independent scales."""
     dtype = fp8_dtype(fp8_format)
     generator = torch.Generator().manual_seed(inter)
     w1 = (torch.randn(1, 2 * inter, 256, generator=generator) / 16).bfloat16()

@@ -228,7 +228,7 @@ def test_splitk_example_table_splits_small_buckets_only(cu_count: int) -> None:
     choices = [selector.choose(bucket) for bucket in BUCKETS]
     assert [found.ksplit for found in choices] == [4] * 8 + [0] * 9
     assert {(found.source, found.stage2_mode, found.block_m) for found in choices} == {("tuned", "reduce", 32)}
-    # A split shows in bits only where each part has more than one block of K.
+    # A split changes bits only if each part has more than one block of K.
     assert {TINY.model_dim // found.tile_k1 for found in choices} == {8}
 
 

@@ -1,4 +1,4 @@
-"""Which Triton kernels a number of rows selects, and the tables that say so; no kernel runs here."""
+"""Selection of Triton kernels by row count, and tuned tables; no kernel runs here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton experts on a GPU: the oracle's bits in every bucket, bits that no neighbour changes, and CUDA graphs."""
+"""The Triton experts on a GPU: the oracle's bits in every bucket, independence of neighbours, and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def padded(batch: TokenBatch, rows: int) -> TokenBatch:
-    """Return the batch in a buffer of `rows` rows, the others NaN with ids of local experts."""
+    """Batch in a buffer of `rows` rows; rows past the batch are NaN with ids of local experts."""
     parts = []
     for part in batch:
         if part is not None:

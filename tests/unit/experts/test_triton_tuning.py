@@ -1,4 +1,4 @@
-"""Tuning without a device: which candidates are kept, how a table is filled and gone on with, compilers."""
+"""Tuning without a device: candidates that are kept, resumed tables, and compiler processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = FAMILY.config(FAMILY.first[0], TILES[0])
 
 
 class FakeDevice:
-    """Kernels that give the oracle's bits, or not; the wider their tiles, the faster."""
+    """Fake kernels with the oracle's bits or damaged ones; wider tiles are faster."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.damage: Callable[[KernelConfig, Tensor], object] = lambda *_: None
@@ -105,7 +105,7 @@ def test_tuning_without_a_correct_candidate_writes_no_table(device: FakeDevice) 
 
 
 class FakeTuner:
-    """Tunes without a trial, and stops at `stop`."""
+    """Fake tuner that runs no trial, and stops at bucket `stop`."""
 
     tuned: list[int]
     stop = 0

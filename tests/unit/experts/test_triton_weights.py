@@ -1,4 +1,4 @@
-"""What the Triton experts make once: float8 weights for as long as the bf16 ones stay the same, kernels on a node."""
+"""Work that the Triton experts do once: fp8 weights per version of the bf16 weights, kernels per node."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_modified_weights_are_quantised_again(experts: TritonExperts) -> None:
 
 
 class Compiled:
-    """Stands for the kernels of one rank: the number of rows, the live ones and the types of each call."""
+    """Replacement of one rank's kernels that records the rows, live rows and types of each call."""
 
     def __init__(self, experts: TritonExperts, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[int, int, torch.dtype, bool]] = []

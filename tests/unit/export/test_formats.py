@@ -1,4 +1,4 @@
-"""Every format, read back by something else than what wrote it."""
+"""Every report format, read back by an independent parser."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_markdown_states_exit_code_failures_and_missing_results(tmp_path: Path) 
 
 
 def markdown_cells(text: str) -> list[list[str]]:
-    """Return the rows of all tables as a renderer of Markdown sees them."""
+    """Rows of all tables as a Markdown renderer parses them."""
     rows: list[list[str]] = []
     for token in MarkdownIt("commonmark").enable("table").parse(text):
         if token.type == "tr_open":

@@ -1,4 +1,4 @@
-"""What Triton's interpreter moves and adds where torch's operations do too, as one JSON object. Run as a script."""
+"""Rows moved and added by Triton's interpreter against torch's operations, as one JSON object. Run as a script."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _ends(make: type[TorchRows | TritonRows], columns: int, topk: int, kept: float, *, fp8: bool) -> dict[str, Tensor]:
-    """Return all that a mover of the middle rank writes, the rows of its peers being random."""
+    """All tensors that a mover of the middle rank writes, with random rows of its peers."""
     generator = torch.Generator().manual_seed(columns)
     batch = _batch(generator, columns, topk, fp8=fp8)
     counts = torch.randint(1, TOKENS, (RANKS, RANKS), generator=generator)
@@ -85,7 +85,7 @@ def _route(ids: Tensor, traffic: Traffic, buffers: list[Tensor], generator: torc
 
 
 def _awkward(generator: torch.Generator, rows: int, columns: int) -> Tensor:
-    """Return bf16 rows whose sums tell the order of adding: large numbers that cancel, and zeros of both signs."""
+    """bf16 rows whose sums depend on the order of additions: large numbers that cancel, and zeros of both signs."""
     choices = torch.tensor([2.0**30, -(2.0**30), 1.0, 3.0, 0.0, -0.0], dtype=torch.bfloat16)
     values = choices[torch.randint(len(choices), (rows, columns), generator=generator)]
     if rows:

@@ -1,4 +1,4 @@
-"""What a case makes of MoRI: the kernel that production takes, and what is refused with value, bound and fix."""
+"""Configuration of MoRI from a case: the kernel of production, and refusals with value, bound and fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poison is NaN in every type that has one, and else an id that no model has."""
+"""Poison: NaN in every float type, else an id that no model has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows moved by Triton's kernels, in its interpreter on the CPU, are those that torch's operations move."""
+"""Rows moved by Triton's kernels, interpreted on the CPU, equal the rows that torch's operations move."""
 
 from __future__ import annotations
 

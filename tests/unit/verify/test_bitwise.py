@@ -1,4 +1,4 @@
-"""Bits, not values; digests that know positions."""
+"""Comparison of bits, not values; digests that depend on positions."""
 
 from __future__ import annotations
 

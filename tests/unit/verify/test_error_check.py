@@ -1,4 +1,4 @@
-"""Errors beside those of ideal roundings: kernels that keep to their format are within bounds, others are not."""
+"""Errors relative to ideal roundings: kernels that keep to their format are within bounds, others are not."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_error_of_a_correct_kernel_is_within_the_bounds_of_its_format(
 
 
 def bf16_sums(rows: Tensor, weights: Weights, group: Group, tile_k: int) -> Tensor:
-    """Return products whose sum over blocks of K is kept in bf16."""
+    """Products whose sum over blocks of K is kept in bf16."""
     total: Tensor | None = None
     blocks = weights.blocks(group.experts, tile_k)
     for left, right in zip(rows.double().split(tile_k, dim=2), blocks, strict=True):
@@ -215,7 +215,7 @@ class Gelu(Steps):
         return functional.gelu(gate) * up
 
 
-# Least error over the ideal's, and bias where that tells, of what docs/gaussian.md measures in a larger layer.
+# Least ratio of errors, and bias if it is significant, of the kernels measured in the docs in a larger layer.
 DEVIATING: dict[str, tuple[Callable[[], Steps], float, float]] = {
     "bf16 accumulation, stage 1": (Bf16First, 2.4, 0),
     "bf16 accumulation, stage 2": (Bf16Second, 1.35, 0),
@@ -302,7 +302,7 @@ def test_error_bounds_widen_with_fewer_rows() -> None:
 
 
 def test_fp8_rows_that_are_quantised_twice_are_outside_the_bounds() -> None:
-    """The values that travelled are the truth: rounding them once more is an error like any other."""
+    """The reference is the dequantised rows as sent, so a second rounding is an error."""
     layer = layer_of("fp8")
     family = Roundings(weights="e4m3fn", intermediate="e4m3fn")
     assert layer.batch.scales is not None
@@ -321,7 +321,7 @@ def self_of(layer: Layer) -> Tensor:
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif("DISTBENCH_SOAK" not in os.environ, reason="long; set DISTBENCH_SOAK=1")
 def test_correct_kernels_stay_within_bounds_over_random_shapes_and_families() -> None:
-    """Count results of correct kernels outside their bounds, which hold for one case in a million."""
+    """Bounds are exceeded in one case in a million, so correct kernels must not exceed them here."""
     rng = random.Random(os.environ["DISTBENCH_SOAK"])
     measured = 0
     for seed in range(300):

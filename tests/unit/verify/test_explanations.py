@@ -1,4 +1,4 @@
-"""Few explanations for all ranks' wrong tokens, none that a right token speaks against."""
+"""Fewest explanations for the wrong tokens of all ranks; none that a correct token contradicts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from distbench.verify.sums import Contributions, SumOrder, added
 
 MISSING, DOUBLED, CAST = CHANGES
 OCP, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
-# Two places of a token, so columns: missing, missing, doubled, doubled, cast, cast, alone.
+# A token has two places; columns: missing, missing, doubled, doubled, cast, cast, alone.
 NOBODY = [-1] * 7
 
 
 def row(**columns: int) -> list[int]:
-    """Return a row of `effects`: whom some columns blame."""
+    """Row of `effects`: the rank that each given column blames."""
     names = ("missing0", "missing1", "doubled0", "doubled1", "cast0", "cast1", "alone")
     return [columns.get(name, -1) for name in names]
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Scene(NamedTuple):
-    """One rank that holds all experts: what it received, in an order of its own, and what its experts made of it."""
+    """One rank that holds all experts: its received rows, in its own order, and their expert rows."""
 
     checker: StageChecker
     sources: Tensor

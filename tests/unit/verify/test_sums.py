@@ -1,4 +1,4 @@
-"""What combine has to give, against the words of docs/mori.md followed token by token."""
+"""Expected results of combine, against the rules of docs/mori.md applied token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict by table: what the ranks saw, the verdict, and the codes of its reasons."""
+"""The verdict by table: the ranks' observations, the verdict, and the codes of its reasons."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NEAR, FAR = 2.0**-6, 2.0**-4
 
 
 def codes(found: Judgement) -> tuple[str, list[str]]:
-    """The verdict and its reasons' codes, without that the limit is not proven for other routings."""
+    """Verdict and the codes of its reasons, except the note that the limit is not proven for other routings."""
     return found.verdict.value, [reason.code for reason in found.reasons if reason.code != NOT_PROVEN]
 
 

@@ -1,4 +1,4 @@
-"""Dense kernels in float32: ways to compute the layer that are right, and ways that are wrong."""
+"""Dense kernels in float32: correct and wrong ways to compute the layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SILU: dict[str, Activation] = {
 
 
 class Kernel(NamedTuple):
-    """How a layer is computed. `stored` is bf16, float32 (one stage) or e4m3; what changes bits has a default.
+    """Way to compute a layer. `stored` is bf16, float32 (one stage) or e4m3; options that change bits have a default.
 
     `blocks` K blocks of each product are taken in random order, and with `round_partials` added in bf16.
     """
@@ -94,7 +94,7 @@ class Layer(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What a broken kernel does otherwise."""
+    """Deviations of a broken kernel."""
 
     activation: Activation | None = None
     weigh_gate: bool = False
@@ -112,7 +112,7 @@ def layer_of(workload: Workload, ranks: range, *, seed: int = 0) -> Layer:
 
 
 def run(kernel: Kernel, layer: Layer, batch: TokenBatch, fault: Fault | None = None) -> Tensor:
-    """Return the weighted sum of each row's experts of `layer`, bf16 [n, H]."""
+    """Weighted sum of each row's experts of `layer`, bf16 [n, H]."""
     fault = fault or Fault()
     hidden = dequantize(batch.hidden, batch.scales)
     total = torch.zeros_like(hidden)
@@ -159,7 +159,7 @@ def _expert(  # noqa: PLR0913 - a kernel's arguments
 
 
 def _stored(kernel: Kernel, values: Tensor, fp8: torch.dtype, fault: Fault) -> Tensor:
-    """Return values as they are once they were stored in e4m3 with a scale for each 128."""
+    """Values after a round trip through e4m3 with a scale per 128 values."""
     width = values.shape[1]
     padded = functional.pad(values, (0, -width % 128))
     if width % 128 or kernel.scales == "power of two":

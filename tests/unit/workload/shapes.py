@@ -48,7 +48,7 @@ def workload_of(name: str, seed: int = 0, routing: str = "uniform", tokens: int 
 
 
 def random_workload(seed: int) -> Workload:
-    """Return a layer of a random shape: EP 1 to 4, odd sizes, both e4m3, every combine and intermediate."""
+    """Layer of a random shape: EP 1 to 4, odd sizes, both e4m3 formats, every combine and intermediate."""
     rng = random.Random(seed)
     while True:
         fp8 = rng.choice(["bf16", "bf16", "e4m3fn", "e4m3fnuz"])
@@ -79,7 +79,7 @@ def plan_of_workload(workload: Workload) -> ExactPlan:
 
 
 def some_routes_nowhere(batch: TokenBatch, seed: int) -> TokenBatch:
-    """Return the batch with a fifth of its ids -1."""
+    """Batch with a fifth of its ids set to -1."""
     missing = torch.rand(batch.ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
     return batch._replace(ids=batch.ids.masked_fill(missing, -1))
 

@@ -39,7 +39,7 @@ def test_counter_based_words_equal_their_golden_values(device: str) -> None:
 
 
 def slow_word(seed: int, tensor: str, row: int, column: int) -> int:
-    """One word in Python's own integers."""
+    """One word, computed with Python integers."""
     key = hashlib.sha256(f"distbench/{seed}/{tensor}".encode()).digest()
     state = row ^ int.from_bytes(key[:8], "little")
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):

@@ -1,4 +1,4 @@
-"""The exact plan and its tensors: bounds, refusals, and that everything readable is read."""
+"""The exact plan and its tensors: bounds, refusals, and coverage of every column and row."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_fp8_quantisation_of_hidden_states_is_exact_and_neighbouring_scales_diff
 def test_fp8_quantisation_of_weights_is_exact_and_neighbouring_block_scales_differ(
     fp8: Fp8Format, combine: str, intermediate: Intermediate
 ) -> None:
-    """By the rule of the Triton kernels and the adapter for aiter: the least power of two that will do."""
+    """Scales follow the rule of the Triton kernels and of the aiter adapter: the least sufficient power of two."""
     plan = plan_exact(512, 256, 4, "fp8", 8, combine, fp8, intermediate)
     w1, w2 = dense_weights(plan, 4, torch.arange(8))
     for weights in (w1[:, :256], w1[:, 256:], w2):

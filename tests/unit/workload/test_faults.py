@@ -1,6 +1,6 @@
-"""Kinds of damage that inputs of sums alone do not show, each of them seen here; bf16 and fp8, plain and quantised.
+"""Faults that sums alone do not reveal and exact inputs do; bf16 and fp8, plain and quantised.
 
-A fault is seen if any row that the experts return differs; of the way back, if any token does.
+A fault is detected if any expert row differs, or, for combine, any token.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def last_block_twice(weights: Tensor) -> Tensor:
 
 
 def one_element(weights: Tensor) -> Tensor:
-    """The gates' product without its fifth column, which is one K element."""
+    """The gates' product without its fifth column, one element of K."""
     lost = weights.clone()
     lost[: weights.shape[0] // 2, 5] = 0
     return lost
@@ -85,7 +85,7 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def share_of(layer: str) -> tuple[Workload, Layer, TokenBatch, Tensor]:
-    """Return a rank's experts, what it might receive, and what it must return."""
+    """Experts of a rank, a batch that it may receive, and the expected rows."""
     workload = LAYERS[layer]()
     batch = workload.tokens(1)
     expected = workload.expected_rows(1, batch)
@@ -118,7 +118,7 @@ def test_routing_weight_applied_to_the_gate_changes_expert_rows(layer: str) -> N
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("f")])
 @pytest.mark.parametrize("name", SCALES)
 def test_wrong_scales_of_received_rows_change_nearly_all_expert_rows(layer: str, name: str) -> None:
-    """In the kernel, or because the transport delivered them so."""
+    """The scales are wrong in the kernel, or as delivered by the transport."""
     _, local, batch, expected = share_of(layer)
     assert batch.scales is not None
     moved = batch._replace(scales=SCALES[name](batch.scales))
@@ -173,7 +173,7 @@ def test_wrong_routing_weights_change_every_token(name: str, topk: int, combine:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("row", [63, 127, 126, 0])
 def test_lost_intermediate_row_of_a_block_changes_expert_rows(layer: str, row: int) -> None:
-    """Guards among them, where there are such."""
+    """The rows include guard rows if the plan has any."""
     workload, local, batch, expected = share_of(layer)
     inter = plan_of_workload(workload).intermediate_size
 
@@ -187,7 +187,7 @@ def test_lost_intermediate_row_of_a_block_changes_expert_rows(layer: str, row: i
 
 @pytest.mark.parametrize("layer", ["bf16", "fp8, bf16 intermediate", "fnuz, fp8 combine"])
 def test_truncation_instead_of_rounding_changes_expert_rows(layer: str) -> None:
-    """Nothing is left to round where the intermediate has three bits: there it is the same."""
+    """An intermediate of three bits leaves nothing to round, so the rows do not change there."""
     _, local, batch, expected = share_of(layer)
 
     def cut(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The facade: whoever asks for a token gets the same token, and refusals reach the caller."""
+"""The workload's facade: every caller gets the same token, and refusals reach the caller."""
 
 from __future__ import annotations
 

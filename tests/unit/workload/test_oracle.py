@@ -34,7 +34,7 @@ SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 
 
 def check_all_variants(workload: Workload, seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Hold the rows of every variant, and what a combine makes of them, against the oracle; count the variants."""
+    """Compare the rows and combined tokens of every variant with the oracle; return the number of variants."""
     plan, group = plan_of_workload(workload), workload.group
     batch = workload.tokens(seed % group.ep_size)
     if seed % 3 == 0:
@@ -116,7 +116,7 @@ def test_oracle_holds_for_full_size_qwen_experts(dtype: Literal["bf16", "e4m3fn"
 
 
 def in_float64(workload: Workload, batch: Any) -> Tensor:
-    """Return the layer in float64: the intermediate rounded as it is stored, and the sum once."""
+    """Layer in float64, with the intermediate rounded as stored and the sum rounded once."""
     plan = plan_of_workload(workload)
     wide = dequantize(batch.hidden, batch.scales).double()
     total = torch.zeros_like(wide)
@@ -125,7 +125,7 @@ def in_float64(workload: Workload, batch: Any) -> Tensor:
         gate, up = (wide @ w1.t()).chunk(2, dim=1)
         stored = (functional.silu(gate) * up).bfloat16()
         if plan.intermediate == "e4m3":
-            within = stored.abs() <= 64  # guards are larger, and exact
+            within = stored.abs() <= 64  # guard values are larger, and exact
             stored = torch.where(within, stored.float().to(fp8_dtype(plan.fp8_format)).bfloat16(), stored)
         share = ((batch.ids == expert) * batch.weights).sum(1, keepdim=True)
         total += stored.double() @ w2.t() * share

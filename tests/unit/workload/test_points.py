@@ -1,4 +1,4 @@
-"""The points of probes: how far each is from where a rounding changes, and that a search finds no better step."""
+"""Probe points: their distance from rounding ties, and an exhaustive search that finds no better step."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_gates_of_payloads_keep_their_margin_to_rounding_ties(fp8: Fp8Format | N
 
 @pytest.mark.parametrize(("coarse", "largest"), [(False, 19), (True, 9)])
 def test_exhaustive_search_finds_no_step_with_a_larger_margin(coarse: bool, largest: int) -> None:
-    """All steps of an odd part up to 15, from 3/32 to 1: those that are away from every tie, the farthest first."""
+    """Search over all steps with an odd part up to 15, from 3/32 to 1, sorted by their margin to ties."""
     found = {}
     for odd in range(1, 16, 2):
         for power in range(2, 7):
@@ -114,7 +114,7 @@ def check_product(gate: float, weight: float, ups: Tensor, *, coarse: bool) -> N
 
 @pytest.mark.parametrize("fp8", ["e4m3fn", "e4m3fnuz"])
 def test_values_stored_in_e4m3_are_normal_numbers_under_every_scale(fp8: Fp8Format) -> None:
-    """Else a scale would decide how they are rounded; scales are 1 or 2 times 1, 2 or 4."""
+    """A subnormal number would round differently under another scale; scales are 1 or 2 times 1, 2 or 4."""
     plan = plan_exact(256, 128, 4, "fp8", 8, fp8_format=fp8, intermediate="e4m3")
     values = row_values(plan, torch.device("cpu"))[: 2 * plan.points.largest + 1]
     least = float(values[values != 0].abs().min())

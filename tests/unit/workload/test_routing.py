@@ -1,4 +1,4 @@
-"""Routing: what each kind promises, on every shape, and the same for whoever asks."""
+"""Routing: properties of each kind on every shape, and equal results for every caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof of sensitivity: any fault gives other bits, in the tokens that it touches."""
+"""The proof of sensitivity: any fault changes bits, in the tokens that it touches only."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_swapping_two_tokens_changes_both(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-odd", "tiny fp8", "tiny fnuz", "qwen3-30b-a3b/8"])
 def test_every_hidden_column_affects_some_token(name: str) -> None:
-    """One column of one token at a time is another value; a wide one shows where a row that reads it is on."""
+    """One column of one token changes at a time; a wide column shows if a row that reads it is active."""
     workload = workload_of(name, tokens=40)
     plan, layer = plan_of_workload(workload), layer_of(workload, range(2))
     batch = workload.tokens(0)
@@ -92,7 +92,7 @@ def test_every_hidden_column_affects_some_token(name: str) -> None:
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**62))
 def test_every_intermediate_row_affects_some_token(seed: int) -> None:
-    """All but the few probe rows whose expert is never on in their group, as no code column says so."""
+    """Excluded are the few probe rows whose expert is never active in their group, for lack of a code column."""
     workload = workload_of("tiny", seed, tokens=400)
     w1, w2 = (weights.float() for weights in workload.numerics.dense_weights(torch.arange(8)))
     hidden = workload.tokens(0).hidden.float()

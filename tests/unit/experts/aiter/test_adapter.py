@@ -1,4 +1,4 @@
-"""The adapter of aiter, over its stand-in: arguments, weights, and what it says of the kernels."""
+"""The adapter of aiter, over its stand-in: arguments, weights, and its report of kernels."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_valid_arguments_pass_the_check() -> None:
 def test_invalid_arguments_are_refused(changed: dict[str, Any], complaint: str) -> None:
     with pytest.raises(DistbenchError, match=complaint) as caught:
         check_arguments(**given(**changed))
-    assert caught.value.verdict is Verdict.RANK_FAULT  # its peers are in the middle of a pass
+    assert caught.value.verdict is Verdict.RANK_FAULT  # the rank's peers are in the middle of a pass
 
 
 @pytest.mark.parametrize("wild", [-1, 16, 0x7FFF0000])
@@ -107,7 +107,7 @@ def test_num_local_tokens_above_the_rows_is_refused() -> None:
 
 
 def quiet_experts(case: Case) -> tuple[AiterExperts, list[int]]:
-    """Return the adapter over kernels that compute and read nothing, and the rows that these are called with."""
+    """Adapter over kernels that neither compute nor read, and the row counts of their calls."""
     package = load_package(STAND_IN)
     calls: list[int] = []
 
@@ -205,7 +205,7 @@ def test_kernel_in_the_log_that_differs_from_the_choice_raises_a_doubt() -> None
 
 
 def one_stage_table(case: Case, folder: Path) -> str:
-    """Write a table with a one-stage row of the bucket 64; its second kernel is what aiter's own tables have there."""
+    """Write a table with a one-stage row of bucket 64; its second kernel cell is as in aiter's own tables."""
     key = msgspec.to_builtins(TunedKey.for_layer(make_selector(case).layer))
     row = {name: key[name] for name in KEY_COLUMNS if name != "token"}
     row |= {"token": 64, "act_type": "ActivationType.Silu", "block_m": 32, "ksplit": 0, "run_1stage": 1}

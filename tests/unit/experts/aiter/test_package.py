@@ -1,4 +1,4 @@
-"""The package aiter as it is found: imported by one rank of a node first, and the tables that it was given."""
+"""The installed package aiter: imported by one rank of a node first, and the tables that it reads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IMPORTED = "from distbench.experts.aiter.package import load_package; print(load
 
 
 def fake_aiter(folder: Path) -> Path:
-    """Make a package that takes its time to be imported, and the release that pip says it is."""
+    """Write a package with a slow import, and its metadata with a release."""
     for module in MODULES:
         (folder / module).mkdir(parents=True)
         (folder / module / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""The stand-in for aiter: what it computes, selects and gets wrong."""
+"""The stand-in for aiter: results, selection and habits."""
 
 from __future__ import annotations
 
