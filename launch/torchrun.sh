@@ -23,7 +23,7 @@ fail() {
     exit 2
 }
 
-# check_integer NAME LEAST MOST FIX: the variable NAME has to hold an integer in that range.
+# check_integer NAME LEAST MOST FIX: fail unless the variable NAME holds an integer in that range.
 check_integer() {
     local value=${!1}
     if ! [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((value < $2 || value > $3)); then

@@ -240,7 +240,7 @@ def _kept(result: Result, surroundings: Surroundings) -> _Kept:
     timed = result.timed_arms
     try:
         for time in result.stage_times():
-            if not timed or time.arm in timed:  # beside timed iterations a pass that checks bits is no measurement
+            if not timed or time.arm in timed:  # with timed iterations, a pass that checks bits is no measurement
                 times[time.arm, time.stage] = (readable(time.samples_us),) if time.samples_us else ()
     except ValueError as error:
         message = f"case {result.name}: {error}; run it again"
@@ -259,7 +259,7 @@ def _kept(result: Result, surroundings: Surroundings) -> _Kept:
 
 
 def _merged(launches: list[list[_Kept]]) -> list[_Kept]:
-    """Return one result for each case of several launches: the best, with the times of all that ended like it."""
+    """One result for each case of several launches: the best, with the times of all with the same ending."""
     if len(launches) == 1:
         return launches[0]
     cases: dict[str, list[_Kept]] = {}
@@ -277,7 +277,7 @@ def _merged_case(results: list[_Kept]) -> _Kept:
 
 
 def _pairs(old: list[_Kept], new: list[_Kept]) -> Iterator[tuple[_Kept | None, _Kept | None]]:
-    """Pair results by the hash of their case, the rest by a name that each side has once; then what is left alone."""
+    """Pair results by the hash of their case, then by names unique on each side; the rest stay unpaired."""
     by_hash = {one.hash: one for one in new}
     rest_old = [one for one in old if one.hash not in by_hash]
     yield from ((one, by_hash[one.hash]) for one in old if one.hash in by_hash)
@@ -316,7 +316,7 @@ def _finding(old: _Kept | None, new: _Kept | None) -> CaseFinding | None:
 
 
 def _value(one: _Kept, key: str) -> Any:
-    """Return the value of a case's key; one that an older distbench did not know had what is the default now."""
+    """Value of a case's key; a key unknown to an older distbench has today's default."""
     return one.case[key] if key in one.case else _DEFAULTS.get(key, _UNKNOWN)
 
 
