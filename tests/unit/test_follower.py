@@ -140,7 +140,7 @@ def test_node_ended_by_node_0_during_a_launch_exits_with_node_0s_code(
         hub.begin(Job(entries=(Entry(name="", case=tiny_case(2), sources={}),), out=str(tmp_path), supervised=True), [])
         begun.wait(20)
         hub.close(75)
-        for channel in vars(hub)["_channels"].values():  # as when its process has ended
+        for channel in list(vars(hub)["_channels"].values()):  # as when its process has ended
             channel.close()
         ended.set()  # ranks may take longer to end than node 0 waits
 
