@@ -215,7 +215,7 @@ class Gelu(Steps):
         return functional.gelu(gate) * up
 
 
-# Least ratio of errors, and bias if it is significant, of the kernels measured in the docs in a larger layer.
+# Least ratio of errors, and bias if it is significant, if kernels deviate as docs/gaussian.md measures.
 DEVIATING: dict[str, tuple[Callable[[], Steps], float, float]] = {
     "bf16 accumulation, stage 1": (Bf16First, 2.4, 0),
     "bf16 accumulation, stage 2": (Bf16Second, 1.35, 0),
