@@ -323,5 +323,5 @@ def _refuse_strangers(table: Tensor, what: str, fix: str) -> None:
     strangers = (table != table[0]).any(1).nonzero().flatten().tolist()
     if strangers:
         ranks = ", ".join(str(rank) for rank in strangers[:16])
-        message = f"ranks disagree on the {what}: rank {ranks} not as rank 0; {fix}"
+        message = f"ranks disagree on the {what}: rank {ranks} unlike rank 0; {fix}"
         raise InvalidCase(message)

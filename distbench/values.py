@@ -73,7 +73,7 @@ def read_table_file(path: str) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            message = "no plain file"
+            message = "not a regular file"
             raise ValueError(message)
         return file.read(MAX_FILE_BYTES + 1)
 

@@ -133,7 +133,7 @@ def read_bounded(folder: Path, name: str, most: int) -> bytes:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
-        _refuse(folder, name, "is no regular file")
+        _refuse(folder, name, "is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
         if found.st_size > most:
             _refuse(folder, name, f"has {found.st_size} bytes, at most {most} are read")

@@ -37,7 +37,7 @@ _KEYS = (
     *("kernel_table", "aiter_version", "aiter_ksplit", "aiter_bypass_tune"),
     *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
 )
-_NO_ANSWER = "no verdict: no tuned row for its kernel, and what the library takes then is not known"
+_NO_ANSWER = "no verdict: no tuned row for its kernel, and the library's own choice is unknown"
 
 
 def add(commands: Any) -> None:
@@ -92,7 +92,7 @@ def _kernels(options: argparse.Namespace) -> int:
     ignored = case.aiter_bypass_tune and rules.reads_overrides
     if lookup.explicit and not found.matched and not ignored:
         message = (
-            f"kernel_table = {case.kernel_table}: no row for this key, so the table says nothing of these kernels; "
+            f"kernel_table = {case.kernel_table}: no row for this key, so the table does not cover these kernels; "
             "give the table, --cu-count and --quant that belong to the layer"
         )
         raise InvalidCase(message)

@@ -27,7 +27,7 @@ _ENDPOINT = re.compile(r"(?:\[(?P<v6>[^\s\[\]]+)\]|(?P<host>[^\s:\[\]]+)):(?P<po
 
 def add_nodes(command: Any) -> None:
     """Add the options of a launch over several nodes."""
-    group = command.add_argument_group("several nodes", "the same command on each, with a --node-rank of its own")
+    group = command.add_argument_group("several nodes", "the same command on each node, with its own --node-rank")
     nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
     group.add_argument("--nnodes", type=nodes, metavar="N", help="nodes, with --nproc ranks on each (default: 1)")
     group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")

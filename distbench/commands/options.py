@@ -187,7 +187,7 @@ def report_writers(
             continue
         if path == STANDARD_OUTPUT:
             message = (
-                "report -: standard output tells how the run goes; name a file, or: distbench report DIR --report …=-"
+                "report -: standard output shows the run's progress; name a file, or: distbench report DIR --report …=-"
             )
             raise InvalidCase(message)
         check_path(str(path))

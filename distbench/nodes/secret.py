@@ -31,7 +31,7 @@ def read_secret(host: str, path: str, environ: Mapping[str, str] = os.environ) -
     if not secret and not path and is_loopback(host):
         return b""
     if not secret:
-        message = f"{origin}: no secret, so that anyone who reaches {host} could take part; {_MAKE_ONE}"
+        message = f"{origin}: no secret, so anyone who reaches {host} could take part; {_MAKE_ONE}"
         raise InvalidCase(message)
     if not LEAST_BYTES <= len(secret) <= MOST_BYTES:
         message = f"{origin}: {len(secret)} bytes; allowed are {LEAST_BYTES} to {MOST_BYTES}; {_MAKE_ONE}"
@@ -48,7 +48,7 @@ def _of_file(path: str) -> bytes:
         message = f"--secret-file {path!r:.80}: {one_line(error)}; {_MAKE_ONE}"
         raise InvalidCase(message) from error
     if content is None:
-        message = f"--secret-file {path}: no regular file"
+        message = f"--secret-file {path}: not a regular file"
         raise InvalidCase(message)
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         message = f"--secret-file {path}: mode {stat.S_IMODE(status.st_mode):04o} lets others read it; chmod 600 {path}"

@@ -164,9 +164,9 @@ def _parts(report: Report) -> list[RenderableType]:
 
 
 def _injected_line(one: InjectedReport) -> str:
-    options = ", ".join(f"{key} {value}" for key, value in one.options.items()) or "as it comes"
+    options = ", ".join(f"{key} {value}" for key, value in one.options.items()) or "defaults"
     hits = ", ".join(f"{count} times on rank {rank}" for rank, count in one.hits.items())
-    nothing = f"changed nothing: it needs {one.needs}" if one.needs else "how often it took effect is not known"
+    nothing = f"changed nothing: it needs {one.needs}" if one.needs else "the number of hits is unknown"
     return f"INJECTED FAULT, not a finding about this machine: {one.name} ({options}): {hits or nothing}"
 
 

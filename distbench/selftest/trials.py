@@ -171,9 +171,9 @@ def _seeds_of(kind: type[Fault], variant: Variant, seeds: int, number: int) -> r
 def _too_few_ranks(name: str, ranks: int) -> str:
     """Reason why `ranks` ranks are too few to show a fault; empty for none."""
     if name == "cross-node" and (ranks % 2 or ranks < 4):  # noqa: PLR2004 - two nodes of two
-        return "needs two nodes of two ranks or more"
+        return "needs two nodes of at least two ranks"
     if name == "slots-lost" and ranks < 3:  # noqa: PLR2004 - of four experts each
-        return "needs ten experts and more"
+        return "needs at least ten experts"
     if name == "dispatched-ids" and ranks < 3:  # noqa: PLR2004 - with two, nearly all tokens go to both
         return "needs three ranks, so that tokens go to different ones"
     return ""

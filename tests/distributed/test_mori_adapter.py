@@ -52,7 +52,7 @@ def test_nodes_of_mori_follow_the_hosts_of_the_launch(nodes: tuple[int, ...], pe
 def test_nodes_with_unequal_rank_counts_are_refused_on_all_ranks() -> None:
     for outcome in on_ranks(4, on_nodes, mori_case(), (3, 3, 3, 1)):
         assert outcome.judgement.verdict is Verdict.INVALID
-        assert "ranks disagree on the number of ranks on their nodes: rank 3 not as rank 0" in str(outcome.judgement)
+        assert "ranks disagree on the number of ranks on their nodes: rank 3 unlike rank 0" in str(outcome.judgement)
 
 
 @pytest.mark.parametrize(

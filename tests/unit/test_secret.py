@@ -53,7 +53,7 @@ def test_guessable_secret_is_refused(tmp_path: Path, content: str, complaint: st
 
 def test_missing_or_irregular_secret_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe", 0o600)
-    for path, complaint in (("nowhere", "No such file"), (".", "Is a directory"), ("pipe", "no regular file")):
+    for path, complaint in (("nowhere", "No such file"), (".", "Is a directory"), ("pipe", "not a regular file")):
         with pytest.raises(InvalidCase, match=complaint):
             read_secret("node0", str(tmp_path / path), {})
     too_long = secret_file(tmp_path, "x" * 10_000)

@@ -249,7 +249,9 @@ def test_case_file_that_is_a_pipe_without_a_writer_is_refused(tmp_path: Path, co
     os.mkfifo(tmp_path / "pipe.toml")
     code, said = told(*command, str(tmp_path / "pipe.toml"), f"--out={tmp_path}")
     assert code == 2
-    assert "pipe.toml: cannot be read (no plain file); give a readable .toml or .json file" in said.replace("'", "")
+    assert "pipe.toml: cannot be read (not a regular file); give a readable .toml or .json file" in said.replace(
+        "'", ""
+    )
 
 
 @fuzz
