@@ -161,7 +161,7 @@ def complaint(call: Any) -> str:
     return ""
 
 
-def test_functions_that_the_stand_in_lacks_raise_an_error_that_says_so() -> None:
+def test_functions_that_the_stand_in_lacks_raise_an_error_that_names_them() -> None:
     for found in on_ranks(RANKS, what_is_not_imitated):
         assert all(one.startswith("mori (emulated): ") for one in found), found
         assert ["routing" in one for one in found] == [True] * 3 + [False] * 4

@@ -214,7 +214,7 @@ def test_unused_variable_is_listed_once_in_console_and_report(tmp_path: Path) ->
     assert " ".join((run.stdout + run.stderr).split()).count("ATOM_X=1") == 1
 
 
-def test_a_key_that_does_nothing_is_listed_once_in_console_and_report(tmp_path: Path) -> None:
+def test_unused_key_is_listed_once_in_console_and_report(tmp_path: Path) -> None:
     run = tiny(tmp_path, 2, "--tokens", "2", "--launch-mode", "AUTO", "--gpu-per-node", "2")
     (warning,) = run.report["warnings"]
     assert warning == (

@@ -77,7 +77,7 @@ def test_proof_formula_is_abbreviated_with_many_ranks() -> None:
 
 
 @given(data=st.data())
-def test_no_routing_exceeds_the_bound_and_one_reaches_it(data: st.DataObject) -> None:
+def test_routings_never_exceed_the_proven_bound_and_hot_rank_attains_it(data: st.DataObject) -> None:
     ranks, local = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     group = ExpertGroup(ranks, ranks * local, data.draw(st.integers(1, ranks * local)))
     tokens = tuple(data.draw(st.lists(st.integers(0, 9), min_size=ranks, max_size=ranks)))

@@ -99,7 +99,7 @@ SINGLE_NODE = {
 
 
 @pytest.mark.parametrize("command", SINGLE_NODE)
-def test_single_node_command_started_as_a_task_says_so(
+def test_single_node_command_started_as_a_launcher_task_prints_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     def stop(*_: object, **__: object) -> None:

@@ -58,7 +58,7 @@ COLLECTIVE = "transport collective does not use it"
     ],
 )
 @pytest.mark.parametrize("source", [FLAGS, "file:a.toml", "suite:night"])
-def test_a_key_that_the_case_does_not_use_is_listed_with_its_reason(
+def test_key_that_the_case_does_not_use_is_listed_with_its_reason(
     key: str, value: Any, others: dict[str, Any], reason: str, source: str
 ) -> None:
     lines = unused_keys(tiny_case(4, **others, **{key: value}), {key: source})
@@ -71,7 +71,7 @@ def test_values_of_other_sources_are_not_listed(source: str) -> None:
     assert not unused_keys(tiny_case(4, mori_kernel="AsyncLL"), {"mori_kernel": source})
 
 
-def test_a_default_value_asks_for_nothing() -> None:
+def test_key_with_its_default_value_is_not_listed() -> None:
     assert not unused_keys(tiny_case(4), dict.fromkeys(("launch_mode", "mori_kernel", "emulate"), "suite:mixed"))
 
 
@@ -84,7 +84,7 @@ def test_keys_of_one_reason_share_a_line() -> None:
     )
 
 
-def test_a_suite_has_one_note_for_all_cases() -> None:
+def test_unused_keys_of_a_suite_are_listed_in_one_note_for_all_cases() -> None:
     mixed = [tiny_case(4, launch_mode="AUTO", seed=seed) for seed in range(3)]
     mixed += [tiny_case(4, launch_mode="AUTO", **MORI), tiny_case(4, launch_mode="AUTO", aiter_habits="zero-rows")]
     sources = {"launch_mode": "suite:mixed", "aiter_habits": FLAGS}
@@ -109,6 +109,6 @@ def test_built_in_suites_set_no_key_in_vain(name: str) -> None:
         {"aiter_version": "newest", "experts": "triton"},
     ],
 )
-def test_a_value_that_cannot_be_parsed_is_invalid_also_where_it_is_not_used(values: dict[str, Any]) -> None:
+def test_malformed_value_of_an_unused_key_is_invalid(values: dict[str, Any]) -> None:
     with pytest.raises(InvalidCase, match=r"nonsense|many|newest"):
         check_case(tiny_case(4, **values))

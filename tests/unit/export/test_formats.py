@@ -143,7 +143,7 @@ def test_prometheus_series_of_a_suite_do_not_depend_on_its_cases(tmp_path: Path)
     assert series(write(tmp_path / "a", named)["prom"]) == series(write(tmp_path / "b", named[:1])["prom"])
 
 
-def test_times_of_timed_iterations_and_of_checked_passes_are_told_apart(tmp_path: Path) -> None:
+def test_every_format_labels_times_as_timed_iterations_or_checked_passes(tmp_path: Path) -> None:
     timed = {"median_us": 5.0, "median_error": 0.1, "iterations": 9, "samples_us": [5.0]}
     checked = {"median_us": 70.0, "iterations": 1, "samples_us": [70.0]}
     times = {"padded": {"experts": timed}, "control": {"experts": checked}, "wall_s": 1.0}
