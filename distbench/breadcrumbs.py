@@ -35,7 +35,7 @@ ARMS = ("", "padded", "control", "repadded", "truncated")
 _RECORD = struct.Struct("<qqqqqqq")
 _WAITS = struct.Struct(f"<{waits.WORDS}q")
 _SIZE = _RECORD.size + _WAITS.size
-_PLACES = 6  # fields of a position before what it waits for
+_PLACES = 6  # fields of a position before the wait
 
 
 class Position(msgspec.Struct, frozen=True):

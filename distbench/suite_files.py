@@ -22,7 +22,7 @@
     policy = "unchecked"
     limit = "max-recv-3"
 
-    [[expect]]                                # what cases end in; the first that matches counts
+    [[expect]]                                # expected ending of cases; the first match counts
     verdict = "UNDER_LIMIT"
     match = { limit = "max-recv-3" }
 

@@ -54,7 +54,7 @@ class Totals:
     def case_label(self) -> str:
         """12 digits: of the case's hash for `run`, of a digest of all hashes for `sweep`; empty for a suite's results.
 
-        Results of one command with other cases are told apart by it.
+        It distinguishes results of one command with other cases.
         """
         if len(self._hashes) < 2:  # noqa: PLR2004 - nothing to combine
             return "".join(self._hashes)[:_HASH_DIGITS]
