@@ -138,7 +138,7 @@ class MoriTransport:
     def forget(self) -> None:
         """See `Transport.forget`; peers read these buffers in combine and write them in dispatch, so all ranks wait.
 
-        The package's other memory is out of reach.
+        The contents of the package's other memory are unknown.
         """
         if self._known is None or self._received is None or self._combined is None:
             return

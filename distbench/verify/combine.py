@@ -195,7 +195,7 @@ class CombineChecker:
         self._first_is_right |= one is self._first
         first = self._first
         alike = self._loose and not doubts.rows and first is not None
-        return self._against("what padded made of the same rows", one, first.tokens) if alike and first else []
+        return self._against("padded's result for the same rows", one, first.tokens) if alike and first else []
 
     def _against(self, name: str, one: Combined, expected: Tensor | None) -> list[Divergence]:
         """Return the first difference from `expected` among tokens that lost no row, without a cause; None if equal."""

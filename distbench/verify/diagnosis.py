@@ -170,8 +170,8 @@ def _doubt(root: Root) -> str:
     """Return the caveat to the evidence, such as that no rank can be blamed."""
     names = ", ".join(map(str, root.candidates[:_FEW]))
     if root.candidates:
-        return f"; which rank is not known: each of {names} would explain it"
-    return root.note if root.ranks else "; which rank is not known: no single one explains it"
+        return f"; the rank is unknown: each of {names} would explain it"
+    return root.note if root.ranks else "; the rank is unknown: none alone explains it"
 
 
 def _kernels(gathered: Gathered, found: Divergence) -> str:

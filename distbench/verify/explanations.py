@@ -28,7 +28,7 @@ class Explanation(NamedTuple):
 
 
 Alternatives = tuple[Explanation, ...]
-"""Explanations of exactly the same tokens, which cannot be told apart."""
+"""Indistinguishable explanations: they cover exactly the same tokens."""
 
 
 CHANGES: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {

@@ -115,9 +115,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
         if self.stage == "truncate" and self.field == "rows":
             return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
         if self.field in COUNTS:
-            return (
-                f"rank {self.rank}, {self.arm}, {self.stage}: {self.field} is {self.rows} rows away from {self.against}"
-            )
+            distance = f"{self.field} differs by {self.rows} rows from {self.against}"
+            return f"rank {self.rank}, {self.arm}, {self.stage}: {distance}"
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
         what = f"{self.field} differ from {self.against} in {self.rows} rows"
         blame = (

@@ -100,7 +100,7 @@ class _Rows:
                 ranks = self._with_same_bits(row)
                 if len(ranks) > 1 and source not in senders:
                     text = ", ".join(map(str, ranks))
-                    note = f"; token {token} of rank {source} has the same wrong bits on ranks {text}: it was sent so"
+                    note = f"; token {token} of rank {source} has the same wrong bits on ranks {text}: sent with them"
                     senders[source] = Root(self._wrong[rank], [source], certain=True, sent=True, note=note)
         return senders
 
@@ -114,9 +114,9 @@ class _Rows:
             if ranks == [source]:
                 yield Root(found, ranks, certain=True)
             elif len(ranks) == 1:
-                yield Root(found, ranks, certain=False, note=f"; or rank {source} sent it so")
+                yield Root(found, ranks, certain=False, note=f"; or rank {source} sent it wrong")
             else:
-                note = f"; all wrong rows on ranks {', '.join(map(str, ranks))} are of rank {source}"
+                note = f"; all wrong rows on ranks {', '.join(map(str, ranks))} come from rank {source}"
                 yield Root(found, [source], certain=False, sent=True, note=note)
 
 

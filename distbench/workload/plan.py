@@ -233,7 +233,7 @@ def _with_probes(plan: ExactPlan, share: float) -> ExactPlan:
 
 
 def _places(size: int) -> int:
-    """Return how many of 0 to size - 1 are 1 or 2 mod 4: places of probes, so that tiles begin and end with sums."""
+    """Return the number of places below `size` that are 1 or 2 mod 4: probes, so that tiles begin and end with sums."""
     return size // 4 * 2 + max(min(size % 4 - 1, 2), 0)
 
 

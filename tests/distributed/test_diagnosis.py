@@ -84,7 +84,7 @@ def test_token_on_a_single_rank_gives_a_likely_blame_and_names_both_candidates()
     outcome = outcome_of(tiny_case(RANKS, inject="flipped-bit:rank=3", **alone))
     assert blame_of(outcome) == [("dispatch: single bits flipped", "likely", [3])]
     (found,) = (one for one in outcome.diagnosis if one.stage)
-    assert f"; or rank {found.tokens[0][0]} sent it so" in found.evidence
+    assert f"; or rank {found.tokens[0][0]} sent it wrong" in found.evidence
     several = outcome_of(tiny_case(RANKS, inject="overwritten-by-peer:rank=3", tokens=40, **alone))
     assert [(confidence, blamed) for _, confidence, blamed in blame_of(several)] == [("certain", [3])]
     sent = outcome_of(tiny_case(RANKS, inject="sent-zeros:rank=2", **alone))
@@ -214,7 +214,7 @@ def test_ignored_receive_capacity_is_a_fault_of_dispatch(arm: str) -> None:
     outcome = outcome_of(tiny_case(RANKS, inject=f"capacity-ignored:rank=2,arm={arm}", **shape))
     assert outcome.judgement.verdict is (Verdict.BASELINE_WRONG if arm == "padded" else Verdict.CORRUPT)
     assert blame_of(outcome) == [("dispatch: another capacity", "certain", [2])]
-    message = f"rank 2, {arm}, dispatch: capacity is 160 rows away from the agreed 96"
+    message = f"rank 2, {arm}, dispatch: capacity differs by 160 rows from the agreed 96"
     assert [reason.message for reason in outcome.judgement.reasons] == [message]
 
 

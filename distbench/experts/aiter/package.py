@@ -54,7 +54,7 @@ def check_available(case: Case) -> None:
     if case.emulate:
         return
     if case.aiter_habits:
-        _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: only the stand-in can be told; add --emulate")
+        _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: habits apply to the stand-in only; add --emulate")
     if importlib.util.find_spec(PACKAGE) is None:
         message = f"experts aiter: the package {DISTRIBUTION} is not installed; {INSTALL}"
         raise Unsupported(message)
