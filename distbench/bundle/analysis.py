@@ -38,6 +38,11 @@ _BORNE_OUT_BY = {
 }
 
 
+# Findings that need no regenerated input: another version, or torch, may generate others than those recorded, and its
+# oracle says nothing of them.
+_WITHOUT_INPUTS = (INPUTS, SUM)
+
+
 class _Sums(NamedTuple):
     """Expert rows by (arm, source rank, source token) and the rank that made them; tokens that were cut have None."""
 
@@ -48,6 +53,8 @@ class _Sums(NamedTuple):
 
 def analyse(bundle: Bundle) -> Analysis:
     """Check every recorded stage and judge the case again, with the stages as found here.
+
+    Where the inputs regenerated here are not those recorded, only sums are checked, and the recorded stages are judged.
 
     Raises:
         InvalidCase: a part is damaged, or the record contradicts itself.
@@ -77,7 +84,10 @@ def analyse(bundle: Bundle) -> Analysis:
             raise InvalidCase(message) from error
     if gathered is not None and not missing:
         findings += _summed(case, sum_order(gathered.observations[0].transport), sums)
-    return _judged(bundle, findings, missing)
+    if any(found.stage == INPUTS and found.wrong for found in findings):
+        findings = [found for found in findings if found.stage in _WITHOUT_INPUTS]
+        return _judged(bundle, findings, missing, confirmed=False)
+    return _judged(bundle, findings, missing, confirmed=not missing)
 
 
 def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
@@ -226,14 +236,14 @@ def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
     ]
 
 
-def _judged(bundle: Bundle, findings: list[Finding], missing: list[str]) -> Analysis:
-    """Judge again, with the first divergences found in the tensors where all of these are present."""
+def _judged(bundle: Bundle, findings: list[Finding], missing: list[str], *, confirmed: bool) -> Analysis:
+    """Judge again, with the first divergences found in the tensors if `confirmed`, else with the recorded ones."""
     question, gathered = bundle.manifest.question, bundle.manifest.gathered
     if question is None or gathered is None:
         return Analysis(findings, missing, None, [])
-    if not missing and bundle.manifest.recorded.inputs == "gaussian" and gathered.gaussian is not None:
+    if confirmed and bundle.manifest.recorded.inputs == "gaussian" and gathered.gaussian is not None:
         gathered = msgspec.structs.replace(gathered, gaussian=_with_findings(gathered.gaussian, findings))
-    elif not missing:
+    elif confirmed:
         gathered = _with_findings(gathered, findings)
     try:
         judgement = judge(question, gathered)

@@ -20,6 +20,7 @@ from distbench.trials import Lab, signature
 _SHOWN_RANKS = 8
 _AGREES = "as its report says"
 _DIFFERS = "which is not what its report says"
+_UNCONFIRMED = "not confirmed: the inputs generated here are not those recorded; use the version that wrote it"
 
 
 def add(commands: Any) -> None:
@@ -63,7 +64,8 @@ def _analyse(bundle: Bundle) -> bool:
     for found in analysis.diagnosis:
         print_line(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
     same = analysis.confirms(report.verdict, [found.cause for found in report.diagnosis])
-    print_line(f"from the recording: {analysis.judgement.verdict.value}, {_AGREES if same else _DIFFERS}")
+    agreement = (_AGREES if same else _DIFFERS) if analysis.trusted else _UNCONFIRMED
+    print_line(f"from the recording: {analysis.judgement.verdict.value}, {agreement}")
     return same
 
 

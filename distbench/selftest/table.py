@@ -54,7 +54,7 @@ def markdown(outcomes: Outcomes, command: str) -> str:
         f"Ran on {ran(outcomes)}.",
         "",
         "Each case has a fault on a random rank, in a random arm; `right` is the right verdict, first stage and ranks",
-        "together.",
+        "together. With `numerics=gaussian` a fault has gaussian inputs alone, where no exact bit gives it away.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

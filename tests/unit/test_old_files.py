@@ -27,6 +27,8 @@ BUNDLES = {
     "25b31d924976": ("NONDETERMINISTIC", "CORRUPT"),
 }
 """The verdict in the report, and the one that its recording leads to now: a NaN is no kernel's rounding."""
+OTHER_INPUTS = {"f725580088e4", "a3f8b2ac3ca2"}
+"""Exact inputs have had probes since: those generated now are not the recorded ones, and confirm nothing."""
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -89,12 +91,15 @@ def test_old_bundle_is_judged_with_its_recorded_verdict(name: str) -> None:
     analysis = analyse(bundle)
     assert analysis.judgement is not None
     assert (bundle.report.verdict.value, analysis.judgement.verdict.value) == BUNDLES[name]
-    agrees = len(set(BUNDLES[name])) == 1
+    agrees = len(set(BUNDLES[name])) == 1 and name not in OTHER_INPUTS
+    assert analysis.trusted is (name not in OTHER_INPUTS)
     assert analysis.confirms(Verdict(BUNDLES[name][0]), [found.cause for found in bundle.report.diagnosis]) is agrees
 
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_replay_analyses_an_old_bundle(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    agrees = len(set(BUNDLES[name])) == 1
+    agrees = len(set(BUNDLES[name])) == 1 and name not in OTHER_INPUTS
     assert main(["replay", str(OLD / "bundles" / name), "--offline"]) == (0 if agrees else 1)
-    assert f"from the recording: {BUNDLES[name][1]}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"from the recording: {BUNDLES[name][1]}" in said
+    assert ("not confirmed: the inputs generated here" in said) is (name in OTHER_INPUTS)
