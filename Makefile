@@ -34,7 +34,7 @@ amd: ## On a new AMD node: every step, whatever fails, and one archive to send (
 
 ##@ Develop
 
-check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, shell
+check: $(VENV)/.ready-dev ## Lint, types, import direction, spelling, prose, shell
 	@scripts/check
 
 test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
