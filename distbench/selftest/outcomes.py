@@ -132,7 +132,7 @@ def result_of(trial: Trial, report: Report) -> Result:
         verdict=report.verdict.value,
         cause="no fault" if good else named.cause,
         fired=died or bool(hits),
-        caught=good if trial.verdict == Verdict.PASS.value else report.verdict is not Verdict.PASS,
+        caught=good if trial.verdict == Verdict.PASS.value else not is_clean(report),
         right=good or ((report.verdict.value, named.stage) in expected and named.ranks == guilty),
         healthy_blamed=not good and not named.ranks <= guilty,
     )

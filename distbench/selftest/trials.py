@@ -49,6 +49,8 @@ _VARIANTS: dict[str, tuple[Variant, ...]] = {
     "dies-at-304-336": (Variant(keys={"limit": "304"}), Variant(keys={"limit": "336"})),
 }
 _GAUSSIAN = {"numerics": "gaussian"}
+# The lowest bits of a row are within what an atomic kernel rounds; this is one of an exponent.
+_SEEN_BY_ERRORS = {"flipped-expert-bit": {"bit": "14"}}
 _TOGETHER = (("swapped-rows", "flipped-token-bit"), ("flipped-expert-bit", "flipped-token-bit"))
 
 
@@ -158,7 +160,8 @@ def _variants(name: str, kind: type[Fault]) -> list[Variant]:
     given = _VARIANTS.get(name, (Variant(),))
     if kind.verdict:
         return [*given]
-    return [*given, *(one._replace(keys={**one.keys, **_GAUSSIAN}) for one in given)]
+    options = _SEEN_BY_ERRORS.get(name, {})
+    return [*given, *(Variant({**one.options, **options}, {**one.keys, **_GAUSSIAN}) for one in given)]
 
 
 def _seeds_of(kind: type[Fault], variant: Variant, seeds: int, number: int) -> range:
