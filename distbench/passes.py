@@ -196,9 +196,9 @@ class Passes:
     def _error_checker(self) -> ErrorChecker:
         parts, question = self._parts, self._question
         return ErrorChecker(
+            self._session,
             self._exchange,
             parts.workload,
-            self._session.rank,
             parts.batch.ids,
             parts.weights,
             parts.transport.facts,
@@ -220,8 +220,8 @@ class Passes:
         self._errors.measure(passes, families)
 
     def _error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
-        """Error of a pass whose tokens an arm returned; None where there is no reference, or rows may be lost."""
-        if self._errors is None or (arm in CUT_ARMS and self._question.short_ranks):
+        """Return the error of tokens that an arm gave again; None where none was made, or rows are lost. Collective."""
+        if self._errors is None or (arm in CUT_ARMS and self._question.lossy):
             return None
         return self._errors.error_of(arm, tokens)
 

@@ -16,10 +16,12 @@ FALSE_ALARMS = 1e-6
 # Allowance between kernels of one family: another order of float32 sums flips few roundings.
 _SLACK = 0.02
 _BIAS_SLACK = 0.01
-# Lower bound of a fourth moment over the second one squared, for uniform errors whose steps follow normal values.
-_KURTOSIS = 5.4
-# The standard deviation of a row's intermediate errors is estimated from its H elements.
+# Steps are those at the ideal's values; another right kernel may be in the next binade.
 _DEVIATION_SLACK = 1.25
+# Where the sum of squares may be off by more of itself than this, it is the expected one that errors are held against.
+_FEW = 0.5
+# Fewer rows do not tell how much orders of adds matter.
+_FEW_ROWS = 8
 
 
 class Figures(NamedTuple):
@@ -56,11 +58,27 @@ class Yardstick:
         self._elements = int((rms > 0).sum()) * exact.shape[1]
         error = (ideal.rows.float() - exact) / self._scale
         self._bias = float((error * exact.sign()).sum(dtype=torch.float64))
-        squares = error.square()
-        self._power = float(squares.sum(dtype=torch.float64))
-        self._fourth = float(squares.square_().sum(dtype=torch.float64))
+        self._drawn = float(error.square().sum(dtype=torch.float64))
+        self._power, self._spread = self._expected(ideal)
         self._deviation = ideal.variance.sqrt() * _DEVIATION_SLACK
         self._ideal_worst = _most((ideal.rows.float() - exact).abs().amax(1) / self._most)
+
+    def _expected(self, ideal: Ideal) -> tuple[float, float]:
+        """Return the power that errors are held against, and how far a right kernel's is from the ideal's at most."""
+        squared = self._scale.square()
+        variance = ideal.variance / squared
+        power = float(variance.sum(dtype=torch.float64))
+        if not power:
+            return self._drawn, 0.0
+        reverse, most = (ideal.order / squared).double().unbind(1)
+        squares = 4 * float(variance.square().sum(dtype=torch.float64)) + float(reverse.square().sum())
+        spread = self._sure * math.sqrt(squares) + self._sure**2 * float(variance.amax())
+        if self.rows < _FEW_ROWS:
+            spread += float(most.sum())
+        if spread > _FEW * power:
+            return max(self._drawn, power), spread
+        likely = min(power, self._drawn + spread)  # variances are bounds where steps or orders are not known
+        return self._drawn, spread * min(max(likely, self._drawn) / power, 1.0)
 
     def part(self, kept: Tensor) -> Yardstick:
         """Return the yardstick of the rows `kept`, bool [n]."""
@@ -106,11 +124,13 @@ class Yardstick:
 
     def _allowed(self) -> dict[str, float]:
         count = max(self._elements, 1)
-        fourth = max(self._fourth, _KURTOSIS * self._power**2 / count)
-        wide = 1 + self._sure * math.sqrt(2 * fourth) / self._power if self._power else 1.0
+        low, high = 1.0, 1.0
+        if self._power:
+            low = max(self._drawn - self._spread, 0.0) / self._power
+            high = (self._drawn + self._spread) / self._power
         return {
-            "ratio_low": (1 - _SLACK) / math.sqrt(wide),
-            "ratio_high": (1 + _SLACK) * math.sqrt(wide),
+            "ratio_low": (1 - _SLACK) * math.sqrt(low),
+            "ratio_high": (1 + _SLACK) * math.sqrt(high),
             "bias": self._sure + _BIAS_SLACK * math.sqrt(count / 2),
             "worst": 0.0,
         }

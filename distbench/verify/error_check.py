@@ -7,29 +7,35 @@ go to the tokens' owners, who add them up as combine does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distbench.exchange.base import Exchange
 from distbench.experts.roundings import Roundings
 from distbench.layer import ExpertWeights
+from distbench.session import Session
 from distbench.verify.bitwise import same_bits
 from distbench.verify.error_bounds import Yardstick, sure
 from distbench.verify.ideal import ideal_rows
 from distbench.verify.ideal_sums import combined, quantised_way
-from distbench.verify.records import ArmError
+from distbench.verify.nearness import row_errors
+from distbench.verify.records import PADDED, ArmError
 from distbench.verify.sums import (
     Contributions,
     Returned,
     exchanged,
     in_slot_order,
     key_of,
+    split_key,
     sum_order,
 )
+from distbench.waits import collective
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload
@@ -41,13 +47,20 @@ _CPU_OPERATIONS = 4e10
 _FIGURES = 4
 _STAGES = 2
 _ARMS = 4
+_CHOICES = 2
+# Tokens, and expert rows, of each rank that are measured because they are far from the padded arm's.
+_MOST_FAR = 4
 
 
 class _Sample(NamedTuple):
-    """Sampled tokens of all ranks that have an expert here, by (rank, token): keys [m], and their rows."""
+    """Sampled tokens of all ranks that have an expert here, by (rank, token): keys [m], and their rows.
+
+    `own` [s] are this rank's tokens.
+    """
 
     keys: Tensor
     batch: TokenBatch
+    own: Tensor
 
 
 class _Side(NamedTuple):
@@ -76,26 +89,25 @@ class ErrorChecker:
 
     def __init__(  # noqa: PLR0913 - the inputs of the measurement
         self,
+        session: Session,
         exchange: Exchange,
         workload: Workload,
-        rank: int,
         ids: Tensor,
         weights: ExpertWeights,
         facts: Mapping[str, Any],
         repeats: int,
     ) -> None:
         """`ids` [n, k] are this rank's own, `facts` the transport's; each arm is measured `repeats` times at most."""
-        self._exchange, self._workload, self._rank = exchange, workload, rank
+        self._group, self._on_any_rank = session.group, session.on_any_rank
+        self._exchange, self._workload, self._rank = exchange, workload, session.rank
         self._weights, self._order = weights, sum_order(facts)
         self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
-        tests = _FIGURES * _STAGES * _ARMS * workload.group.ep_size * max(repeats, 1)
+        tests = _FIGURES * _STAGES * _ARMS * _CHOICES * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
-        ranks, tokens = sampled_tokens(workload, weights)
-        experts = workload.experts_of(ranks, tokens)
-        here = destinations(experts, workload.experts_per_rank, workload.group.ep_size)[:, rank]
-        self._sample = _Sample(key_of(ranks, tokens)[here], workload.token_rows(ranks[here], tokens[here]))
-        self._own = tokens[ranks == rank]
-        self._own_ids = ids[self._own]
+        self._ids = ids
+        self._sample = self._sample_of(*sampled_tokens(workload, weights))
+        self._families: dict[str, Roundings] = {}
+        self._padded: Pass | None = None
         self._sides: dict[str, _Side] = {}
         self._found: dict[tuple[str, str], ArmError] = {}
 
@@ -107,26 +119,97 @@ class ErrorChecker:
     def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings]) -> None:
         """Measure the arms of a repeat. Collective.
 
-        `families` has the roundings of each arm's kernel; arms whose rows differ from padded's use the `truncated` one.
+        `families` has the roundings of each arm's kernel; arms with other rows than the padded one are `truncated`.
+        Beside the sample, tokens are measured that are further from the padded arm's than the sample allows.
         """
+        self._families |= families
+        self._padded = self._padded or passes.get(PADDED)
         if not self._sides:
-            self._sides = self._make_sides(families)
-        known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]] = {}
-        for arm, one in passes.items():
-            side = self._side(arm)
-            rows = self._rows(one.returned)
-            if rows is not None:
-                kept = None if one.lost_rows is None else ~torch.isin(self._sample.keys, one.lost_rows)
-                self._keep(arm, "experts", side.family, side.experts, rows, kept, known)
-            kept = None if one.lost_tokens is None else ~one.lost_tokens.to(self._own.device)[self._own]
-            self._keep(arm, "combine", side.family, side.combine, one.tokens[self._own], kept, known)
+            self._sides = self._make_sides(self._sample, self._sure)
+        self._measure_sample(passes, self._sample, self._sides)
+        chosen = self._chosen([key for arm, one in passes.items() for key in self._far(arm, one)])
+        if chosen is not None:
+            everyone = passes if self._padded is None else {PADDED: self._padded, **passes}
+            self._measure_sample(everyone, *chosen, only_outside=True)
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
-        """Return the error of this rank's tokens [n, H] of a lossless second run of `arm`; None without a sample."""
-        if not len(self._own) or not self._sides:
+        """Return the error of this rank's tokens [n, H] where `arm` ran again and lost none. Collective.
+
+        None without a sample, unless tokens that are far from the padded arm's are outside their bounds.
+        """
+        found = self._token_error(arm, tokens, self._sample, self._sides)
+        chosen = self._chosen(self._far(arm, Pass(None, tokens, None, None)))
+        far = None if chosen is None else self._token_error(arm, tokens, *chosen)
+        return far if far is not None and (found is None or (found.within and not far.within)) else found
+
+    def _measure_sample(
+        self, passes: Mapping[str, Pass], sample: _Sample, sides: Mapping[str, _Side], *, only_outside: bool = False
+    ) -> None:
+        known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]] = {}
+        for arm, one in passes.items():
+            side = _side(sides, arm)
+            rows = _rows(one.returned, sample)
+            lost = one.lost_rows, one.lost_tokens
+            kept_rows = None if lost[0] is None else ~torch.isin(sample.keys, lost[0])
+            kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
+            stages = (
+                ("experts", side.experts, rows, kept_rows),
+                ("combine", side.combine, one.tokens[sample.own], kept_tokens),
+            )
+            for stage, yardstick, actual, kept in stages:
+                before = self._found.get((arm, stage))
+                if actual is None or not yardstick.rows or (before is not None and not before.within):
+                    continue
+                error = _error_of_kept(arm, stage, side.family, yardstick, actual, kept, known)
+                if error is not None and not (only_outside and error.within and before is not None):
+                    self._found[arm, stage] = error
+
+    def _token_error(self, arm: str, tokens: Tensor, sample: _Sample, sides: Mapping[str, _Side]) -> ArmError | None:
+        if not len(sample.own) or not sides:
             return None
-        side = self._side(arm)
-        return _error(arm, "combine", side.family, side.combine, tokens[self._own])
+        side = _side(sides, arm)
+        return _error(arm, "combine", side.family, side.combine, tokens[sample.own])
+
+    def _far(self, arm: str, one: Pass) -> list[int]:
+        """Return keys of tokens that are further from the padded arm's than the sample allows, the worst first."""
+        padded = self._padded
+        if padded is None or one is padded:
+            return []
+        kept = None if one.lost_tokens is None else ~one.lost_tokens.to(one.tokens.device)
+        far = _furthest(one.tokens, padded.tokens, self.allowed_between(arm, "combine"), kept)
+        keys = key_of(torch.full_like(far, self._rank), far).tolist()
+        mine, right = one.returned, padded.returned
+        if mine is None or right is None or mine.rows is right.rows or not torch.equal(mine.keys, right.keys):
+            return keys
+        kept = None if one.lost_rows is None else ~torch.isin(mine.keys, one.lost_rows)
+        return keys + mine.keys[_furthest(mine.rows, right.rows, self.allowed_between(arm, "experts"), kept)].tolist()
+
+    def _chosen(self, keys: Sequence[int]) -> tuple[_Sample, dict[str, _Side]] | None:
+        """Return the tokens that any rank names, and what they must be; None where no rank names one. Collective.
+
+        They are chosen for what came of them: bounds hold for any choice of as many of the case's tokens.
+        """
+        if not self._on_any_rank(value=bool(keys)):
+            return None
+        table = torch.full((2 * _MOST_FAR,), -1, dtype=torch.int64, device=self._ids.device)
+        few = list(dict.fromkeys(keys))[: len(table)]
+        table[: len(few)] = torch.tensor(few, dtype=torch.int64)
+        everyone = [torch.empty_like(table) for _ in range(dist.get_world_size(self._group))]
+        with collective("all_gather", table.get_device()):
+            dist.all_gather(everyone, table, group=self._group)
+        found = torch.cat(everyone).unique()
+        found = found[found >= 0]
+        sample = self._sample_of(*split_key(found))
+        choices = 2 * len(found) * math.log(max(sum(self._workload.tokens_per_rank), 1))
+        return sample, self._make_sides(sample, math.sqrt(self._sure**2 + choices))
+
+    def _sample_of(self, ranks: Tensor, tokens: Tensor) -> _Sample:
+        """Return the sample of some tokens int64 [s], by rank and token."""
+        workload = self._workload
+        experts = workload.experts_of(ranks, tokens)
+        here = destinations(experts, workload.experts_per_rank, workload.group.ep_size)[:, self._rank]
+        rows = workload.token_rows(ranks[here], tokens[here])
+        return _Sample(key_of(ranks, tokens)[here], rows, tokens[ranks == self._rank])
 
     def allowed_between(self, arm: str, stage: str) -> float | None:
         """Return the bound on the distance of two runs of an arm's kernel in a row, as a share of its largest value.
@@ -135,76 +218,82 @@ class ErrorChecker:
         """
         if not self._sides:
             return None
-        side = self._side(arm)
+        side = _side(self._sides, arm)
         yardstick = side.experts if stage == "experts" else side.combine
         return 2 * yardstick.loosest if yardstick.rows else None
 
-    def _side(self, arm: str) -> _Side:
-        return self._sides["truncated" if arm == "truncated" else "padded"]
-
-    def _rows(self, returned: Returned | None) -> Tensor | None:
-        """Return this rank's expert rows of the sample; None where the received rows are unknown."""
-        if returned is None or not len(self._sample.keys):
-            return None
-        places = torch.searchsorted(returned.keys, self._sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
-        if not len(returned.keys) or not torch.equal(returned.keys[places], self._sample.keys):
-            return None
-        return returned.rows[places]
-
-    def _keep(  # noqa: PLR0913 - the measurement, its yardstick and its place
-        self,
-        arm: str,
-        stage: str,
-        family: str,
-        yardstick: Yardstick,
-        rows: Tensor,
-        kept: Tensor | None,
-        known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]],
-    ) -> None:
-        """Keep the arm's error unless one outside its bounds is kept already; identical bits are measured once."""
-        before = self._found.get((arm, stage))
-        if not yardstick.rows or (before is not None and not before.within):
-            return
-        if kept is not None and not bool(kept.all()):
-            yardstick, rows = yardstick.part(kept), rows[kept]
-            if len(rows):
-                self._found[arm, stage] = _error(arm, stage, family, yardstick, rows)
-            return
-        alike = known.setdefault((stage, family), [])
-        found = next((error for other, error in alike if same_bits(other, rows)), None)
-        if found is None:
-            found = _error(arm, stage, family, yardstick, rows)
-            alike.append((rows, found))
-        self._found[arm, stage] = msgspec.structs.replace(found, arm=arm)
-
-    def _make_sides(self, families: Mapping[str, Roundings]) -> dict[str, _Side]:
-        """Compute the expected outputs, by kernel. Collective."""
-        by_side = {side: families[side] for side in ("padded", "truncated") if side in families}
+    def _make_sides(self, sample: _Sample, sure_of: float) -> dict[str, _Side]:
+        """Compute the expected rows and tokens of a sample, by kernel. Collective."""
+        by_side = {side: self._families[side] for side in (PADDED, "truncated") if side in self._families}
         distinct = list(dict.fromkeys(by_side.values()))
-        exact, ideals = ideal_rows(self._sample.batch, self._weights, distinct)
+        exact, ideals = ideal_rows(sample.batch, self._weights, distinct)
         arrived = self._to_owners(
-            [exact, *(part for ideal in ideals for part in (ideal.rows, ideal.variance.bfloat16()))]
+            [exact, *(part for one in ideals for part in (one.rows, one.variance.bfloat16(), one.order))], sample
         )
         wide = _exact_sum(arrived[0])
         made = {}
-        for family, ideal, rows, variances in zip(distinct, ideals, arrived[1::2], arrived[2::2], strict=True):
-            tokens = combined(rows, variances, self._order, self._way)
-            made[family] = _Side(family.name, Yardstick(exact, ideal, self._sure), Yardstick(wide, tokens, self._sure))
+        for family, ideal, *parts in zip(distinct, ideals, arrived[1::3], arrived[2::3], arrived[3::3], strict=True):
+            tokens = combined(*parts, self._order, self._way)
+            made[family] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
         return {side: made[family] for side, family in by_side.items()}
 
-    def _to_owners(self, parts: list[Tensor]) -> list[Contributions]:
+    def _to_owners(self, parts: list[Tensor], sample: _Sample) -> list[Contributions]:
         """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, arranged by slot. Collective."""
-        group = self._workload.group
+        group, own_ids = self._workload.group, self._ids[sample.own]
         packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
-        leaving = torch.bincount(self._sample.keys >> 32, minlength=group.ep_size)
-        arriving = recv_counts(self._own_ids, group.experts_per_rank, group.ep_size)
+        leaving = torch.bincount(sample.keys >> 32, minlength=group.ep_size)
+        arriving = recv_counts(own_ids, group.experts_per_rank, group.ep_size)
         rows = exchanged(self._exchange, self._rank, packed, leaving.tolist(), arriving.tolist())
-        laid = in_slot_order(rows, self._own_ids, group, self._order)
+        laid = in_slot_order(rows, own_ids, group, self._order)
         widths = [part.shape[1] * part.element_size() for part in parts]
         return [
             Contributions(raw.contiguous().view(part.dtype), laid.ranks)
             for raw, part in zip(laid.rows.split(widths, dim=2), parts, strict=True)
         ]
+
+
+def _side(sides: Mapping[str, _Side], arm: str) -> _Side:
+    return sides["truncated" if arm == "truncated" else PADDED]
+
+
+def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
+    """Return this rank's expert rows of the sample; None where nobody knows what it had received."""
+    if returned is None or not len(sample.keys):
+        return None
+    places = torch.searchsorted(returned.keys, sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
+    if not len(returned.keys) or not torch.equal(returned.keys[places], sample.keys):
+        return None
+    return returned.rows[places]
+
+
+def _error_of_kept(  # noqa: PLR0913 - what is measured, by what, and what is known
+    arm: str,
+    stage: str,
+    family: str,
+    yardstick: Yardstick,
+    rows: Tensor,
+    kept: Tensor | None,
+    known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]],
+) -> ArmError | None:
+    """Return the error of the rows `kept`, bool [n] or None for all; the same bits are measured once."""
+    if kept is not None and not bool(kept.all()):
+        return _error(arm, stage, family, yardstick.part(kept), rows[kept]) if bool(kept.any()) else None
+    alike = known.setdefault((stage, family), [])
+    found = next((error for other, error in alike if same_bits(other, rows)), None)
+    if found is None:
+        found = _error(arm, stage, family, yardstick, rows)
+        alike.append((rows, found))
+    return msgspec.structs.replace(found, arm=arm)
+
+
+def _furthest(rows: Tensor, padded: Tensor, allowed: float | None, kept: Tensor | None) -> Tensor:
+    """Return up to `_MOST_FAR` rows int64 [f] further than `allowed` from the padded arm's, the worst first."""
+    if same_bits(rows, padded):
+        return torch.empty(0, dtype=torch.int64, device=rows.device)
+    errors = row_errors(rows, padded).nan_to_num(math.inf)
+    errors = errors if kept is None else errors.masked_fill(~kept, 0.0)
+    order = errors.argsort(descending=True, stable=True)[:_MOST_FAR]
+    return order[errors[order] > (allowed or 0.0)]
 
 
 def sampled_tokens(workload: Workload, weights: ExpertWeights) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,11 @@ class Part(NamedTuple):
         """Rank 0's kernel by arm."""
         return self.records[0].kernels
 
+    @property
+    def measured(self) -> bool:
+        """Whether errors were measured: then they alone say what rounding explains, whatever is near or far."""
+        return any(record.errors for record in self.records)
+
     def divergences(self, *arms: str) -> list[Divergence]:
         """Divergences of some arms that the case does not ask for, the earliest fault first."""
         found = [one for record in self.records for one in record.divergences if one.arm in arms]
@@ -97,10 +102,12 @@ def is_close(error: float | None, allowed: float) -> bool:
 
 
 def far_ranks(part: Part, arm: str) -> list[Observation]:
-    """Records of the ranks on which an arm is further from padded than the tolerance, or holds a NaN.
+    """Records of the ranks on which an arm is outside its ideal; without errors, beyond the tolerance or with a NaN.
 
     An old record, whose distance includes tokens with lost rows, is ignored where rows are lost.
     """
+    if part.measured:
+        return [record for record in part.records if any(one.arm == arm and not one.within for one in record.errors)]
     allowed = tolerance(part.question.case)
     told = [record for record in part.records if record.distance or not part.question.lossy]
     return [record for record in told if not is_close(record.distance_of(arm), allowed)]
@@ -130,8 +137,8 @@ def excuse(part: Part, arm: str) -> Excuse:
 
 
 def is_noise(part: Part, found: Divergence) -> bool:
-    """Whether a divergence is different bits of expert rows, all within tolerance, that the rank's kernel explains."""
-    if found.proven or found.far:
+    """Whether a divergence is other bits of expert rows, all of them near, that their rank's kernel explains."""
+    if found.proven or (found.far and not part.measured):
         return False
     record = next(record for record in part.records if record.rank == found.rank)
     return bool(_of_the_kernel(part, found.arm, [record]))
@@ -179,8 +186,8 @@ def again(part: Part) -> list[Again]:
                     f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
                     f"{timed.last.differing_tokens} tokens"
                 )
-                allowed = tolerance(part.question.case) if timed.apart is None else timed.apart
-                near = is_close(timed.drift, allowed) and (timed.error is None or timed.error.within)
+                near = part.measured or is_close(timed.drift, tolerance(part.question.case))
+                near = near if timed.error is None else timed.error.within
                 found.append(_once(part, record, arm, Reason(code="timed-differs", message=message), near=near))
         rows = sum(replay.near for replay in record.replays)
         if rows:

@@ -21,17 +21,26 @@ from distbench.workload.quantize import dequantize, fp8_dtype, through_blocks, t
 
 _EXPONENT = 0x7F80_0000
 _BF16_STEP = 2.0**-7
+_E4M3_STEP = 2.0**-3
+# The step of a block's subnormals over its maximum, at most: a scale may leave half of e4m3's range, of either kind.
+_E4M3_SUBNORMAL = 2.0**-9 / 224
+_BLOCK = 128
 
 
 class Ideal(NamedTuple):
-    """Output of an ideal kernel: rows bf16 [n, H], and the variance of each element's error, float32 [n, H]."""
+    """Rows bf16 [n, H] of an ideal kernel, the variance of each element's error [n, H], and `order` [n, 2], float32.
+
+    `order` is what the order of adds, one for all of a row's elements, may do to the variance of the whole row: what
+    the reverse of the ideal's order does (column 0), and the most that any order adds (column 1).
+    """
 
     rows: Tensor
     variance: Tensor
+    order: Tensor
 
 
 class _Routes(NamedTuple):
-    """One family's routes bf16 [n * k + 1, H], and the error variance of intermediates by row, float32 [n + 1, H].
+    """One family's routes bf16 [n * k + 1, H], and the variance that intermediates add to rows, float32 [n + 1, H].
 
     The last element of each stands for no route.
     """
@@ -68,13 +77,15 @@ def ideal_rows(
         middle = functional.silu(gate) * up
         result = torch.bmm(middle, w2.double().transpose(1, 2))
         exact.index_add_(0, rows.flatten(), (result * share).flatten(0, 1))
+        narrow = w2.float().transpose(1, 2)
+        squares = narrow.square()
         for family, one in zip(families, made, strict=True):
             off = (_stored(middle, family) - middle).float()
-            off = torch.bmm(off, w2.float().transpose(1, 2))
-            one.rounded[routes] = ((result + off) * share).bfloat16()
-            one.middle.index_add_(0, rows.flatten(), (off * share.float()).flatten(0, 1))
+            one.rounded[routes] = ((result + torch.bmm(off, narrow)) * share).bfloat16()
+            variance = _stored_variance(middle, family).mul_(share.float().square())
+            one.middle.index_add_(0, rows.flatten(), torch.bmm(variance, squares).flatten(0, 1))
     return exact[:-1].float(), tuple(
-        _summed(one.rounded[:-1].view(count, topk, one.rounded.shape[1]), one.middle[:-1], family)
+        summed(one.rounded[:-1].view(count, topk, one.rounded.shape[1]), one.middle[:-1], family)
         for family, one in zip(families, made, strict=True)
     )
 
@@ -103,18 +114,52 @@ def _stored(middle: Tensor, family: Roundings) -> Tensor:
     return stored
 
 
-def _summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
-    """Add up bf16 routes [n, k, H], whose intermediates' errors contributed `middle` [n, H]."""
+def _stored_variance(middle: Tensor, family: Roundings) -> Tensor:
+    """Return the variance of what storing does to each intermediate value float64 [g, m, I]."""
+    variance = torch.zeros_like(middle, dtype=torch.float32)
+    if family.bf16_intermediate:
+        variance += rounding_variance(middle)
+    if family.intermediate:
+        blocks = functional.pad(middle.float(), (0, -middle.shape[2] % _BLOCK)).unflatten(2, (-1, _BLOCK))
+        least = blocks.abs().amax(3).mul_(_E4M3_SUBNORMAL).square_().div_(12).repeat_interleave(_BLOCK, 2)
+        steps = rounding_variance(middle) * (_E4M3_STEP / _BF16_STEP) ** 2
+        variance += steps.maximum(least[:, :, : middle.shape[2]])
+    return variance
+
+
+def summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
+    """Add up bf16 routes [n, k, H], to which intermediate values add the variances `middle` [n, H]."""
     variance = rounding_variance(routes).sum(1)
-    variance += middle.square().mean(1, keepdim=True)
+    variance += middle
     if family.sums == "float32":
         total = routes.float().sum(1)
         variance += rounding_variance(total)
-        return Ideal(total.bfloat16(), variance)
+        return Ideal(total.bfloat16(), variance, variance.new_zeros(len(routes), 2))
+    rows, there = _added_one_by_one(routes)
+    _, back = _added_one_by_one(routes.flip(1))
+    most = _in_any_order(routes)
+    return Ideal(rows, variance + most, torch.stack([(back - there).sum(1), (most - there).sum(1)], dim=1))
+
+
+def _added_one_by_one(routes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows bf16 [n, H] that adding routes [n, k, H] in turn makes, and the variance of its roundings."""
     rows = torch.zeros_like(routes[:, 0])
+    variance = torch.zeros_like(rows, dtype=torch.float32)
     for slot, route in enumerate(routes.unbind(1)):
         first = rows.eq(0) if slot else None
         rows = rows + route
         if first is not None:  # adding zero, or adding to zero, does not round
             variance += rounding_variance(rows).masked_fill_(first | route.eq(0), 0.0)
-    return Ideal(rows, variance)
+    return rows, variance
+
+
+def _in_any_order(routes: Tensor) -> Tensor:
+    """Return the most, float32 [n, H], that the variance of adding routes [n, k, H] one by one is in any order.
+
+    The j-th add has a step no larger than the largest sum of j routes, or of the j least, has.
+    """
+    ranked = routes.float().sort(1, descending=True).values
+    largest = ranked.cumsum(1).abs().maximum(ranked.flip(1).cumsum(1).abs())
+    adds = torch.arange(1, routes.shape[1] + 1, device=routes.device).view(1, -1, 1)
+    needed = (adds > 1) & (adds <= routes.ne(0).sum(1, keepdim=True))
+    return (rounding_variance(largest) * needed).sum(1)

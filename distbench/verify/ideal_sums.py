@@ -35,17 +35,23 @@ def quantised_way(facts: Mapping[str, Any], columns: int, fp8: torch.dtype) -> Q
     return Quantised(codec, _RELATIVE_STEP[quant])
 
 
-def combined(rows: Contributions, variances: Contributions, order: SumOrder, way: Quantised | None) -> Ideal:
-    """Return each token's ideal sum: rows bf16 [n, c, H], and the variances [n, c, H] of their errors."""
-    variance = variances.rows.float().sum(1)
+def combined(
+    rows: Contributions,
+    variances: Contributions,
+    by_order: Contributions,
+    order: SumOrder,
+    way: Quantised | None,
+) -> Ideal:
+    """Return each token's ideal sum, of `Ideal.rows` [n, c, H], `variance` [n, c, H] and `order` [n, c, 2]."""
+    variance, together = variances.rows.float().sum(1), by_order.rows.sum(1)
     if way is None:
         total = added(rows, order)
         several = (rows.ranks >= 0).sum(1, keepdim=True) > 1
         variance += rounding_variance(total) * several * (2 if order.node_ranks else 1)
-        return Ideal(total, variance)
+        return Ideal(total, variance, together)
     sums, spread = _quantised_sum(rows, order, way)
     total = sums.to(rows.rows.dtype)
-    return Ideal(total, variance + spread + rounding_variance(total))
+    return Ideal(total, variance + spread + rounding_variance(total), together)
 
 
 def _quantised_sum(rows: Contributions, order: SumOrder, way: Quantised) -> tuple[Tensor, Tensor]:

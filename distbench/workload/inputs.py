@@ -13,7 +13,7 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
-from distbench.workload.oracle import expert_rows, reference_rows, returned_rows
+from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import route, token_keys
@@ -38,9 +38,6 @@ class Numerics(Protocol):
 
     def returned_rows(self, rows: Tensor) -> Tensor:
         """Return expert rows [m, H] as combine adds them: after the trip back, where its arithmetic is known."""
-
-    def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
-        """Return the result of `expert_rows` within rounding: float32 [n, H]."""
 
 
 class Workload:
@@ -120,16 +117,6 @@ class Workload:
         """Return the expected expert rows of `rank` for its received rows: bf16 [m, H]; None where bits may vary."""
         return self.numerics.expert_rows(batch, self._local_experts(rank))
 
-    def reference_sample(self, rank: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return up to `count` evenly spread tokens of `rank`, int64 [s], and their expected outputs, float32 [s, H].
-
-        The outputs are correct within the rounding of the layer's bf16 steps, for either numerics.
-        """
-        available = self.tokens_per_rank[rank]
-        taken = min(count, available)
-        index = torch.arange(taken, device=self.device) * available // max(taken, 1)
-        return index, self.numerics.reference_rows(self.tokens(rank, index), range(self.group.num_experts))
-
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
         return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
 
@@ -163,10 +150,6 @@ class ExactNumerics(NamedTuple):
         """See `Numerics.returned_rows`."""
         return returned_rows(self.plan, rows)
 
-    def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
-        """See `Numerics.reference_rows`."""
-        return self.returned_rows(self.expert_rows(batch, experts)).float()
-
 
 class GaussianNumerics(NamedTuple):
     """The `Numerics` of realistic values; see distbench.workload.gaussian."""
@@ -195,10 +178,6 @@ class GaussianNumerics(NamedTuple):
     def returned_rows(self, rows: Tensor) -> Tensor:
         """See `Numerics.returned_rows`; the bits after a quantised trip back are unknown."""
         return rows
-
-    def reference_rows(self, batch: TokenBatch, experts: range) -> Tensor:
-        """See `Numerics.reference_rows`."""
-        return reference_rows(self.intermediate_size, self.seed, batch, experts)
 
 
 def make_workload(  # noqa: PLR0913 - a case's keys

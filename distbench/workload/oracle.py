@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from distbench.errors import DistbenchError
-from distbench.workload import gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.codes import code_groups
 from distbench.workload.exact import Patterns, sum_patterns
@@ -90,28 +89,6 @@ def returned_rows(plan: ExactPlan, rows: Tensor) -> Tensor:
         return rows
     small = saturated(rows.float(), fp8_dtype(plan.fp8_format)).to(rows.dtype)
     return torch.where(rows.abs() > plan.largest_fp8, rows, small)
-
-
-def reference_rows(intermediate_size: int, seed: int, batch: TokenBatch, experts: range) -> Tensor:
-    """Return the expert sum of gaussian inputs, computed in float64 and rounded once: float32 [m, H].
-
-    Each expert's weights are made again in every call, so this suits a few rows only.
-    """
-    ids, hidden = batch.ids, dequantize(batch.hidden, batch.scales).double()
-    total = torch.zeros_like(hidden)
-    for expert in sorted(set(ids.flatten().tolist()) & set(experts)):
-        rows, slots = (ids == expert).nonzero().unbind(1)
-        only = torch.tensor([expert], device=ids.device)
-        w1, w2 = gaussian.dense_weights(hidden.shape[1], intermediate_size, seed, only)
-        gate, up = _product(hidden[rows], w1[0]).chunk(2, dim=1)
-        result = _product(functional.silu(gate) * up, w2[0])
-        total.index_add_(0, rows, result * batch.weights[rows, slots].double().unsqueeze(1))
-    return total.float()
-
-
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    step = rows_at_a_time(_BLOCK_BYTES, weight.shape[1] * 8, weight.device)
-    return torch.cat([rows @ part.double().t() for part in torch.split(weight, step)], dim=1)
 
 
 def _routes(experts: Tensor, weights: Tensor, num_experts: int) -> tuple[_Routes, _Tiles]:

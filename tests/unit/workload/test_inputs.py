@@ -99,16 +99,6 @@ def test_tokens_differ_between_ranks_and_positions() -> None:
     assert torch.unique(hidden.float(), dim=0).shape[0] == 256
 
 
-def test_reference_sample_of_an_exact_workload_equals_the_oracle() -> None:
-    workload = made()
-    index, reference = workload.reference_sample(2, 3)
-    expected = workload.expected(workload.tokens(2, index))
-    assert index.tolist() == [0, 2, 4]
-    assert expected is not None
-    assert torch.equal(reference, expected.float())
-    assert workload.reference_sample(1, 3)[1].shape == (0, 256)
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
