@@ -36,6 +36,8 @@ from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 _SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20
 # Weights widened to float64, in blocks where there are many.
 _SCRATCH_BYTES, _WIDENED = 120 << 20, 4
+# Tokens whose errors are measured on a CPU, at most (`verify.error_check`).
+_SAMPLED_TOKENS = 128
 # Least memory of a CUDA context on a device.
 _CONTEXT_BYTES = 256 << 20
 _LITTLE_BYTES = 64 << 10
@@ -241,9 +243,20 @@ def memory_bytes(case: Case) -> int:
     weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
     buffers = case.capacity * (payload + case.hidden_size * element)
-    work = max(case.tokens) * case.topk * case.hidden_size * 16 + min(_WIDENED * weights, _SCRATCH_BYTES)
+    scratch = max(min(_WIDENED * weights, _SCRATCH_BYTES), 0 if case.numerics == "exact" else _measuring_bytes(case))
+    work = max(case.tokens) * case.topk * case.hidden_size * 16 + scratch
     laid = max(case.tokens) * min(case.topk, case.ep_size) * (payload + case.hidden_size * element)
     return _SHARED_BYTES + case.ep_size * (weights + buffers + work + laid + _RANK_BYTES)
+
+
+def _measuring_bytes(case: Case) -> int:
+    """Bytes that measuring errors takes on a rank: an expert's weights in float64 and float32, and the sample's rows.
+
+    `verify.ideal` has the weights of one expert at a time, or of some small ones, which take no more than the scratch.
+    """
+    expert = 32 * case.intermediate_size * case.hidden_size
+    rows = min(sum(case.tokens), _SAMPLED_TOKENS) * case.hidden_size * (32 + 8 * case.topk)
+    return expert + rows
 
 
 def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available: int | None = None) -> None:

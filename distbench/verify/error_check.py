@@ -232,8 +232,9 @@ class ErrorChecker:
         )
         wide = _exact_sum(arrived[0])
         made = {}
-        for family, ideal, *parts in zip(distinct, ideals, arrived[1::3], arrived[2::3], arrived[3::3], strict=True):
-            tokens = combined(*parts, self._order, self._way)
+        parts = zip(arrived[1::3], arrived[2::3], arrived[3::3], strict=True)
+        for family, ideal, (rows, variances, by_order) in zip(distinct, ideals, parts, strict=True):
+            tokens = combined(rows, variances, by_order, self._order, self._way)
             made[family] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
         return {side: made[family] for side, family in by_side.items()}
 

@@ -137,10 +137,11 @@ def excuse(part: Part, arm: str) -> Excuse:
 
 
 def is_noise(part: Part, found: Divergence) -> bool:
-    """Whether a divergence is other bits of expert rows, all of them near, that their rank's kernel explains."""
-    if found.proven or (found.far and not part.measured):
-        return False
+    """Whether a divergence is other bits of expert rows, within the arm's ideal, that the rank's kernel explains."""
     record = next(record for record in part.records if record.rank == found.rank)
+    outside = any(one.arm == found.arm and not one.within for one in record.errors)
+    if found.proven or (outside if part.measured else found.far):
+        return False
     return bool(_of_the_kernel(part, found.arm, [record]))
 
 

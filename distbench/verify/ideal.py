@@ -18,6 +18,7 @@ from distbench.experts.roundings import Roundings
 from distbench.layer import ExpertWeights
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import dequantize, fp8_dtype, through_blocks, through_weight_blocks
+from distbench.workload.steps import rows_at_a_time
 
 _EXPONENT = 0x7F80_0000
 _BF16_STEP = 2.0**-7
@@ -25,6 +26,7 @@ _E4M3_STEP = 2.0**-3
 # The step of a block's subnormals over its maximum, at most: a scale may leave half of e4m3's range, of either kind.
 _E4M3_SUBNORMAL = 2.0**-9 / 224
 _BLOCK = 128
+_SORTED_BYTES = 32 << 20
 
 
 class Ideal(NamedTuple):
@@ -158,6 +160,11 @@ def _in_any_order(routes: Tensor) -> Tensor:
 
     The j-th add has a step no larger than the largest sum of j routes, or of the j least, has.
     """
+    step = rows_at_a_time(_SORTED_BYTES, routes[:1].numel() * 32, routes.device)
+    return torch.cat([_of_any_order(part) for part in routes.split(step)])
+
+
+def _of_any_order(routes: Tensor) -> Tensor:
     ranked = routes.float().sort(1, descending=True).values
     largest = ranked.cumsum(1).abs().maximum(ranked.flip(1).cumsum(1).abs())
     adds = torch.arange(1, routes.shape[1] + 1, device=routes.device).view(1, -1, 1)

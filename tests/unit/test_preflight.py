@@ -105,6 +105,13 @@ def test_estimated_memory_grows_with_every_dimension() -> None:
     assert memory_bytes(tiny_case(2, dispatch_dtype="fp8")) < base
 
 
+def test_estimated_memory_counts_the_measuring_of_errors() -> None:
+    exact, both, gaussian = (
+        memory_bytes(tiny_case(2, numerics=kind, num_experts=2, topk=1)) for kind in ("exact", "both", "gaussian")
+    )
+    assert both == gaussian > exact
+
+
 @pytest.mark.parametrize(
     ("limit", "used", "files", "expected"), [(1000, 400, 0, 600), (1000, 900, 300, 400), (1000, 1000, 0, 0)]
 )
