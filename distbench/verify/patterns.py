@@ -66,5 +66,5 @@ def _factor(actual: Tensor, expected: Tensor) -> int | None:
     base = float(right.flatten()[at])
     ratio = float(wide.flatten()[at]) / base if base else 0.0
     factor = round(ratio) if abs(ratio) <= _MAX_FACTOR else 0
-    whole = factor not in (0, 1) and same_bits((right * factor).to(actual.dtype) + 0.0, actual + 0.0)
+    whole = factor not in (0, 1) and same_bits((right * factor).to(actual.dtype).float() + 0.0, actual.float() + 0.0)
     return factor if whole else None
