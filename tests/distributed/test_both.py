@@ -214,3 +214,10 @@ def test_distance_of_an_arm_excludes_damage_in_other_arms(arm: str) -> None:
     assert outcome.gathered is not None
     for record in outcome.gathered.observations:
         assert [one for one, far in record.distance.items() if far is None] == [arm]
+
+
+def test_pass_line_counts_blind_spots_of_a_shape_without_probes() -> None:
+    report = report_of(outcome_of(both_case(RANKS, hidden_size=16, intermediate_size=16, topk=1, tokens=(5, 3))))
+    assert report.verdict.value == "PASS"
+    assert report.blind_spots
+    assert f"{len(report.blind_spots)} blind spots of exact inputs" in verdict_line(report)

@@ -84,3 +84,16 @@ def test_hang_of_one_of_two_devices_is_named(
         assert [(reason["rank"], reason["stage"]) for reason in report["reasons"]] == [(rank, stage)]
         assert report["reasons"][0]["message"].startswith(f"rank {rank} stood in truncated/{stage} for ")
         assert all("most recent call first" in stack for stack in report["stacks"].values())
+
+
+@pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("timed", [(), ("--graph", "--iterations", "30")])
+def test_triton_experts_have_the_error_of_their_ideal(
+    tmp_path: Path, dispatch_dtype: str, timed: tuple[str, ...]
+) -> None:
+    flags = ("--model=qwen3-30b-a3b", "--tokens=64", "--device=cuda", "--experts=triton", "--numerics=both")
+    with Bench(tmp_path / "out", "run", "--nproc=1", *flags, f"--dispatch-dtype={dispatch_dtype}", *timed) as bench:
+        assert bench.finish() == 0
+        errors = json.loads((bench.out / "report.json").read_text())["errors"]
+        assert errors
+        assert all(0.98 <= ratio <= 1.02 for error in errors for ratio in error["ratio"])
