@@ -1,9 +1,9 @@
-"""What a case costs in a suite, beside what it costs in a launch of its own.
+"""Marginal cost of a case in a suite, compared with its cost in its own launch.
 
 A suite of tiny cases runs in one launch, and a suite of one case in another: their difference is the marginal cost of
-a case, measured with exact inputs alone and with both kinds, each with its own bound. Ten cases in a launch each,
-extrapolated, stand beside it, and so does what an exchange by gloo takes between as many ranks, before and after: the
-bounds were set on two cores where eight ranks take 4.6 ms for it.
+a case, with exact inputs alone and with both kinds, each with its own bound. Compared with it: ten cases in a launch
+each, extrapolated, and the time of a gloo exchange between as many ranks, before and after. The bounds were set on two
+cores, where eight ranks take 4.6 ms for the exchange.
 """
 
 from __future__ import annotations
