@@ -43,7 +43,7 @@ def test_every_fault_of_an_arm_is_tried_in_gaussian_inputs_alone_in_some_seeds()
         names = [one.label.split(":")[0] for one in plan(4, seeds, 0).trials if one.entry.case.numerics == "gaussian"]
         return Counter(names)
 
-    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict}
+    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict} - {"negative-zero"}
     assert gaussian(5).keys() == of_an_arm
     quick = gaussian(1)
     assert quick.keys() >= {name for name in of_an_arm if FAULTS[name].stage == "experts"}
