@@ -119,7 +119,7 @@ class _Maker:
 
     def left_out(self, mutant: Mutant) -> str:
         """Reason why a mutant cannot be tried with the requested parts; empty for none."""
-        reason = unfit(mutant, self._base.experts, self._base.transport)
+        reason = unfit(mutant, self._base.experts, self._base.transport, self._base.device)
         if not reason and not self.settings_of(mutant):
             return "needs a quantised combine, which only MoRI has"
         return reason

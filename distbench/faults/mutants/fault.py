@@ -40,7 +40,7 @@ class MutantFault(Fault):
             InvalidCase: see `Fault`.
         """
         super().__init__(scene, injection)
-        part = unfit(self.mutant, scene.case.experts, scene.case.transport)
+        part = unfit(self.mutant, scene.case.experts, scene.case.transport, scene.case.device)
         if part:
             message = f"inject = {NAME}: {self.mutant.name} {part}"
             raise Unsupported(message)
@@ -124,10 +124,12 @@ class _Patched(Steps):
         vars(self).update(patches)
 
 
-def unfit(mutant: Mutant, experts: str, transport: str) -> str:
-    """Return why a mutant cannot be put into these parts; "" if it can."""
+def unfit(mutant: Mutant, experts: str, transport: str, device: str) -> str:
+    """Reason why a mutant cannot be put into these parts; empty if it can."""
     if SUM in mutant.patches and transport != "collective":
         return f"patches the sum of the collective transport; the case has transport {transport}"
+    if SUM in mutant.patches and device == "cuda":
+        return "patches the sum that the collective transport makes on the CPU; the case has device cuda"
     if not all(seam in BOUNDARIES or seam == SUM for seam in mutant.patches) and experts != "reference":
         return f"patches the arithmetic of the reference experts; the case has experts {experts}"
     return ""

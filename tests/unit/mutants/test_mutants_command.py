@@ -91,9 +91,10 @@ def test_markdown_tables_list_every_mutant_and_every_rule(tmp_path: Path) -> Non
 
 
 def test_mutants_inside_the_reference_experts_are_unfit_for_other_parts() -> None:
-    assert "reference experts" in unfit(CORPUS["gelu-for-silu"], "triton", "collective")
-    assert "collective transport" in unfit(CORPUS["sum-truncated"], "reference", "mori")
-    assert unfit(CORPUS["next-expert"], "triton", "mori") == ""
+    assert "reference experts" in unfit(CORPUS["gelu-for-silu"], "triton", "collective", "cuda")
+    assert "collective transport" in unfit(CORPUS["sum-truncated"], "reference", "mori", "cpu")
+    assert "on the CPU" in unfit(CORPUS["two-rows-added-in-float64"], "triton", "collective", "cuda")
+    assert unfit(CORPUS["next-expert"], "triton", "mori", "cuda") == ""
 
 
 def test_unknown_mutant_or_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
