@@ -38,9 +38,9 @@ def main() -> int:
                 counts[line["verdict"]] += 1
                 if line["verdict"] != "PASS":
                     alarms.append(f"{line['verdict']}: {line['name']}: {_first_reason(line)}")
+                    print(alarms[-1], flush=True)
             print(f"{sum(counts.values())} of {options.cases} cases, {time.monotonic() - began:.0f} s: "
                   f"{dict(counts)}", flush=True)  # fmt: skip
-    print("\n".join(alarms))
     unsupported = counts["UNSUPPORTED"]
     print(f"{len(alarms) - unsupported} false alarms in {sum(counts.values()) - unsupported} clean cases, "
           f"{unsupported} unsupported")  # fmt: skip
