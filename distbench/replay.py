@@ -35,13 +35,20 @@ def compare(recorded: Report, here: Report) -> Replay:
 
     Reproduced means the same verdict, first wrong stage, rank and arm, and most certain cause; where no stage was
     judged, the same rank in the same stage of the first reason. Bits are compared by the digests of each arm on each
-    rank, and may differ where kernels do.
+    rank, and may differ where kernels do; results of different inputs are not compared.
     """
     outcome = [
         *_differ("ending", str(signature(recorded)), str(signature(here))),
         *_differ("first wrong place", _first_place(recorded), _first_place(here)),
     ]
-    details = [*_causes(recorded, here), *_case(recorded, here), *_environment(recorded, here), *_ranks(recorded, here)]
+    inputs = list(_differ("version of the inputs", str(recorded.inputs_version), str(here.inputs_version)))
+    details = [
+        *inputs,
+        *_causes(recorded, here),
+        *_case(recorded, here),
+        *_environment(recorded, here),
+        *_ranks(recorded, here, bits=not inputs),
+    ]
     return Replay(not outcome, [*outcome, *details])
 
 
@@ -78,8 +85,8 @@ def _environment(recorded: Report, here: Report) -> Iterator[Difference]:
             yield from _differ(f"{name}: {key}", old.get(key, "none"), new.get(key, "none"))
 
 
-def _ranks(recorded: Report, here: Report) -> Iterator[Difference]:
-    """Yield, for each arm, the kernels and the ranks whose bits differ from the recorded ones."""
+def _ranks(recorded: Report, here: Report, *, bits: bool) -> Iterator[Difference]:
+    """Yield, for each arm, the kernels and (with `bits`) the ranks whose bits differ from the recorded ones."""
     pairs = list(zip(recorded.ranks, here.ranks, strict=False))
     arms = dict.fromkeys(arm for then, _ in pairs for arm in then.digests)
     for arm in arms:
@@ -89,7 +96,7 @@ def _ranks(recorded: Report, here: Report) -> Iterator[Difference]:
         )
         yield from _differ(f"kernel of {arm}", then, now)
         other = [str(then.rank) for then, now in pairs if then.digests[arm] != now.digests.get(arm)]
-        if other:
+        if other and bits:
             yield Difference(f"bits of {arm}", f"{len(pairs)} ranks", f"other on rank {', '.join(other[:16])}")
 
 

@@ -15,6 +15,7 @@ from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.job import Entry
 from distbench.preflight import check_case, check_memory
 from distbench.progress import Progress
+from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
@@ -22,6 +23,7 @@ from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.stage_limits import parse_stage_timeouts
 from distbench.standing import StandingRanks
 from distbench.verify.records import SEVERAL
+from distbench.workload.version import other_inputs
 
 HANG_S = 5.0
 _SUITE, _TRIAL = "distbench trials", "trial "
@@ -173,7 +175,7 @@ def impatient(case: Case) -> Case:
 
 
 def load_layer(path: str) -> Layer:
-    """Keys of a case, from a report or a case file.
+    """Keys of a case, from a report or a case file. Print a note where the report's inputs are of another version.
 
     Raises:
         InvalidCase: the file is neither.
@@ -182,6 +184,8 @@ def load_layer(path: str) -> Layer:
     report = load_report(path)
     if report is None:
         return load_case_file(path)
+    if other := other_inputs(report.inputs_version):
+        print_note(f"{path}: {other}: the cases here have other inputs of the same seed, and verdicts may differ")
     values = {key: value for key, value in report.case.items() if key not in (*DERIVED_KEYS, "hash")}
     return Layer(f"report:{path}", values)
 

@@ -10,6 +10,7 @@ from distbench.expectations import BY_LIMIT
 from distbench.report.document import LostReport, Report
 from distbench.report.environment import Environment
 from distbench.verify.records import Diagnosis
+from distbench.workload.version import INPUTS_VERSION
 
 
 def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT, name: str = "made up") -> Report:
@@ -17,6 +18,7 @@ def report_of(case: Case, cause: str, failing: Verdict = Verdict.CORRUPT, name: 
     verdict = failing if cause else Verdict.PASS
     diagnosis = [Diagnosis(cause=cause, confidence="certain", evidence="made up")] if cause else []
     return Report(
+        inputs_version=INPUTS_VERSION,
         name=name,
         tags=(),
         verdict=verdict,

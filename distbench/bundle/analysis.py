@@ -1,8 +1,13 @@
-"""Analysis of a bundle by itself: its recorded tensors against inputs and oracle regenerated on this machine."""
+"""Analysis of a bundle by itself: its recorded tensors against inputs and oracle.
+
+These are generated again on this machine, or taken as recorded where they are of another version.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -15,9 +20,9 @@ from distbench.bundle.findings import INPUTS, SUM, Analysis, Finding
 from distbench.bundle.layout import Part, part_name
 from distbench.bundle.read import Bundle, read_part
 from distbench.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
+from distbench.bundle.references import AsRecorded, Generated, References, SentTokens
 from distbench.case import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
-from distbench.rank import workload_for
 from distbench.values import one_line
 from distbench.verify.bitwise import bits_at, differing
 from distbench.verify.diagnosis import diagnose
@@ -25,9 +30,9 @@ from distbench.verify.records import Divergence, Gathered
 from distbench.verify.sums import SumOrder, added, in_slot_order, same_bits_or_nan, sum_order
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
-from distbench.workload.inputs import Workload
 from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
+from distbench.workload.version import INPUTS_VERSION
 
 _RECORDED_FIELDS = (*TokenBatch._fields, "rows", "tokens")
 _BORNE_OUT_BY = {
@@ -38,8 +43,8 @@ _BORNE_OUT_BY = {
 }
 
 
-# Findings that need no regenerated input: another version, or torch, may generate others than those recorded, and its
-# oracle says nothing of them.
+# Findings that need no regenerated input: another torch may generate others than those recorded, and its oracle says
+# nothing of them.
 _WITHOUT_INPUTS = (INPUTS, SUM)
 
 
@@ -60,34 +65,61 @@ def analyse(bundle: Bundle) -> Analysis:
         InvalidCase: a part is damaged, or the record contradicts itself.
 
     """
-    manifest = bundle.manifest
-    case, gathered = manifest.case, manifest.gathered
-    inputs = manifest.recorded.inputs or inputs_of(case)[0]
-    workload = workload_for(with_inputs(case, inputs), torch.device("cpu"))
+    case, gathered = bundle.manifest.case, bundle.manifest.gathered
+    missing = _missing(bundle)
+    present = [part for part in bundle.manifest.recorded.parts if part.rank not in missing]
+    references = _references(bundle, present)
     findings: list[Finding] = []
-    missing: list[str] = []
     sums = _Sums(defaultdict(dict), {}, {})
-    for part in manifest.recorded.parts:
-        if part.missing or not (bundle.folder / part_name(part.rank)).exists():
-            missing.append(f"{part_name(part.rank)} (of {part.host}): {part.missing or 'not in this folder'}")
-            continue
+    for part in present:
         tensors = _loaded(bundle, part)
-        try:
+        with _one_story(bundle, part):
             if gathered is None:
-                findings.append(_inputs(part.rank, workload, routing_of(part.rank, tensors, case)))
+                findings.append(references.inputs(part.rank, routing_of(part.rank, tensors, case), None))
                 continue
-            recorded = rank_tensors(part.rank, tensors, case, manifest.recorded.tokens)
-            findings += _own_tokens(part.rank, recorded, workload, sums)
-            findings += _arms(part.rank, recorded.arms, workload, sums)
-        except (LookupError, ValueError, RuntimeError) as error:
-            message = f"bundle {bundle.folder}: {part_name(part.rank)}: contradicts itself ({one_line(error)})"
-            raise InvalidCase(message) from error
+            recorded = rank_tensors(part.rank, tensors, case, bundle.manifest.recorded.tokens)
+            findings += _own_tokens(part.rank, recorded, references, sums)
+            findings += _arms(part.rank, recorded.arms, references, sums)
     if gathered is not None and not missing:
         findings += _summed(case, sum_order(gathered.observations[0].transport), sums)
     if any(found.stage == INPUTS and found.wrong for found in findings):
         findings = [found for found in findings if found.stage in _WITHOUT_INPUTS]
-        return _judged(bundle, findings, missing, confirmed=False)
-    return _judged(bundle, findings, missing, confirmed=not missing)
+        return _judged(bundle, findings, list(missing.values()), confirmed=False)
+    return _judged(bundle, findings, list(missing.values()), confirmed=not missing)
+
+
+def _missing(bundle: Bundle) -> dict[int, str]:
+    """Parts that cannot be read, by rank, in words."""
+    return {
+        part.rank: f"{part_name(part.rank)} (of {part.host}): {part.missing or 'not in this folder'}"
+        for part in bundle.manifest.recorded.parts
+        if part.missing or not (bundle.folder / part_name(part.rank)).exists()
+    }
+
+
+def _references(bundle: Bundle, present: list[Part]) -> References:
+    """Inputs and oracle: generated where this version generates the recorded inputs, else those in the parts."""
+    case, recorded = bundle.manifest.case, bundle.manifest.recorded
+    inputs = recorded.inputs or inputs_of(case)[0]
+    if bundle.manifest.inputs_version == INPUTS_VERSION:
+        return Generated(with_inputs(case, inputs))
+    sent = []
+    for part in present if bundle.manifest.gathered is not None else ():
+        tensors = _loaded(bundle, part)
+        with _one_story(bundle, part):
+            own = rank_tensors(part.rank, tensors, case, recorded.tokens)
+            sent.append(SentTokens(part.rank, own.tokens, own.sent))
+    return AsRecorded(sent, exact=inputs == "exact")
+
+
+@contextlib.contextmanager
+def _one_story(bundle: Bundle, part: Part) -> Iterator[None]:
+    """Refuse the bundle where its part contradicts itself."""
+    try:
+        yield
+    except (LookupError, ValueError, RuntimeError) as error:
+        message = f"bundle {bundle.folder}: {part_name(part.rank)}: contradicts itself ({one_line(error)})"
+        raise InvalidCase(message) from error
 
 
 def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
@@ -100,23 +132,12 @@ def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
     return tensors
 
 
-def _inputs(rank: int, workload: Workload, routing: Tensor, rows: int = 0, wrong: int = 0) -> Finding:
-    """Compare a rank's recorded routing with the one generated here; `rows` and `wrong` are added."""
-    strayed = differing(routing, workload.routing_of(rank, len(routing))).any(1)
-    total = wrong + int(strayed.sum())
-    return Finding(rank=rank, arm="", stage=INPUTS, rows=rows + len(routing), wrong=total)
-
-
-def _own_tokens(rank: int, recorded: RankTensors, workload: Workload, sums: _Sums) -> list[Finding]:
-    """Check a rank's routing and failing tokens: inputs against regenerated ones, results against the oracle."""
+def _own_tokens(rank: int, recorded: RankTensors, references: References, sums: _Sums) -> list[Finding]:
+    """Check a rank's routing and failing tokens: its inputs, and the results against the oracle."""
     index = recorded.tokens
-    batch = workload.tokens(rank, index)
-    wrong = torch.zeros(len(index), dtype=torch.bool)
-    for sent, expected in zip(recorded.sent, batch, strict=True):
-        if sent is not None and expected is not None:
-            wrong |= differing(sent, expected).any(1)
-    findings = [_inputs(rank, workload, recorded.routing, len(index), int(wrong.sum()))]
-    oracle = workload.expected(batch)
+    batch = references.sent(rank, recorded)
+    findings = [references.inputs(rank, recorded.routing, recorded)]
+    oracle = references.combined(recorded, batch)
     for arm, combined in recorded.combined.items():
         for place, token in enumerate(index.tolist()):
             sums.combined[arm, rank, token] = combined[place]
@@ -128,21 +149,21 @@ def _own_tokens(rank: int, recorded: RankTensors, workload: Workload, sums: _Sum
     return findings
 
 
-def _arms(rank: int, arms: list[ArmRows], workload: Workload, sums: _Sums) -> list[Finding]:
+def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -> list[Finding]:
     """Check the rows that a rank received: fields against their sources, expert rows against oracle or padded arm."""
     findings = []
     baseline: dict[tuple[int, ...], Tensor] = {}
     for rows in arms:
-        batch = workload.token_rows(*rows.sources.unbind(1))
-        dispatch = _Place(rank, rows.arm, "dispatch", rows.sources, rows.slots)
+        known, batch = references.received(rows.sources)
+        dispatch = _Place(rank, rows.arm, "dispatch", rows.sources[known], rows.slots[known])
         fields = [
-            dispatch.compare(name, "source", actual, expected)
+            dispatch.compare(name, "source", actual[known], expected)
             for name, actual, expected in zip(batch._fields, rows.received, batch, strict=True)
             if actual is not None and expected is not None
         ]
         findings.append(max(fields, key=lambda found: found.wrong))
         findings.append(_cut(rank, rows))
-        oracle, against = workload.expected_rows(rank, batch), "oracle"
+        oracle, against = references.expert_rows(rank, rows, batch), "oracle"
         if oracle is None:
             oracle, against = _first_seen(baseline, rows), "padded"
         experts = _Place(rank, rows.arm, "experts", rows.sources, rows.slots)

@@ -34,11 +34,11 @@ class Analysis(msgspec.Struct, frozen=True):
 
     @property
     def trusted(self) -> bool:
-        """Whether this machine generates exactly the recorded inputs."""
+        """Whether the recorded inputs are exactly those generated here; of another version, whether they agree."""
         return not any(found.wrong for found in self.findings if found.stage == INPUTS)
 
     def confirms(self, verdict: Verdict, causes: list[str]) -> bool:
-        """Whether the record leads to this verdict and these causes, and inputs are generated alike here."""
+        """Whether the record is whole, its inputs are trusted, and it leads to this verdict and these causes."""
         if self.judgement is None or not self.trusted or self.missing:
             return False
         return self.judgement.verdict is verdict and [found.cause for found in self.diagnosis] == causes

@@ -10,6 +10,7 @@ import msgspec
 from distbench.case import Case, case_hash
 from distbench.limits import Traffic
 from distbench.verify.records import LISTED_TOKENS, Gathered, Question, Token
+from distbench.workload.version import InputsVersion
 
 SCHEMA = "distbench.bundle/1"
 MANIFEST = "manifest.json"
@@ -66,10 +67,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     `gathered` is the input of rank 0's judgement, without timings; None where the case was refused or lost its ranks.
     Its lists of tokens end at `listed_tokens`. `table_left_out` is the size in bytes of a kernel table that is too
-    large to copy.
+    large to copy. `inputs_version` is that of the inputs that the case ran with; bundles without it have 1.
     """
 
     schema: str = SCHEMA
+    inputs_version: InputsVersion = 1
     how_to_replay: list[str]
     case: Case
     traffic: Traffic | None

@@ -25,6 +25,7 @@ from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.verify.records import LISTED_TOKENS, Divergence, Gathered, Observation, Outcome, Token
+from distbench.workload.version import INPUTS_VERSION
 
 _SHORTER_LISTS = (LISTED_TOKENS, LISTED_TOKENS // 4, LISTED_TOKENS // 16, 1, 0)
 
@@ -48,6 +49,7 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
     (folder / MANIFEST).unlink(missing_ok=True)
     case, question = outcome.case, outcome.question
     manifest = Manifest(
+        inputs_version=INPUTS_VERSION,
         how_to_replay=[
             f"distbench replay {folder}",
             f"distbench replay {folder} --device cpu --transport collective --experts reference",

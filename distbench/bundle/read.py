@@ -71,6 +71,10 @@ def open_bundle(folder: str | Path) -> Bundle:
     if manifest.schema != SCHEMA:
         _refuse(folder, MANIFEST, f"schema {shown(manifest.schema)}, known is {SCHEMA}")
     report: Report = _decoded(folder, REPORT, Report)
+    if report.inputs_version != manifest.inputs_version:
+        _refuse(
+            folder, MANIFEST, f"inputs of version {manifest.inputs_version}, the report has {report.inputs_version}"
+        )
     _check_case(folder, manifest.case)
     _check_recorded(folder, manifest)
     return Bundle(folder, manifest, report)

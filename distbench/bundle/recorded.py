@@ -15,7 +15,7 @@ from distbench.workload.batch import TokenBatch
 
 
 class ArmRows(NamedTuple):
-    """One arm's recorded rows on one rank."""
+    """One arm's recorded rows on one rank; `oracle` has the expected expert rows, None where none were recorded."""
 
     arm: str
     sources: Tensor
@@ -23,16 +23,21 @@ class ArmRows(NamedTuple):
     cut: Tensor
     received: TokenBatch
     experts: Tensor
+    oracle: Tensor | None
 
 
 class RankTensors(NamedTuple):
-    """One rank's record: its routing, its failing `tokens` as sent and as combined by arm, and the arms' rows."""
+    """One rank's record: its routing, its failing `tokens` as sent and as combined by arm, and the arms' rows.
+
+    `oracle` has the expected tokens, None where none were recorded.
+    """
 
     routing: Tensor
     tokens: Tensor
     sent: TokenBatch
     combined: dict[str, Tensor]
     arms: list[ArmRows]
+    oracle: Tensor | None
 
 
 def rank_tensors(rank: int, tensors: dict[str, Tensor], case: Case, listed: Sequence[Token]) -> RankTensors:
@@ -52,6 +57,7 @@ def rank_tensors(rank: int, tensors: dict[str, Tensor], case: Case, listed: Sequ
             arm: _sized(tensors, f"combined.{arm}", len(index)) for arm in ARMS[1:] if f"combined.{arm}" in tensors
         },
         arms=[_rows(arm, tensors, case, listed) for arm in ARMS[1:] if f"{arm}.sources" in tensors],
+        oracle=_sized(tensors, "token.oracle", len(index)) if "token.oracle" in tensors else None,
     )
 
 
@@ -75,7 +81,8 @@ def _rows(arm: str, tensors: dict[str, Tensor], case: Case, listed: Sequence[Tok
     _refuse_others(named, listed, f"{arm}.sources")
     rows = len(sources)
     slots, experts = (_sized(tensors, f"{arm}.{name}", rows) for name in ("slots", "experts"))
-    return ArmRows(arm, sources, slots, cut, _batch(tensors, arm, rows, case), experts)
+    oracle = _sized(tensors, f"{arm}.oracle", rows) if f"{arm}.oracle" in tensors else None
+    return ArmRows(arm, sources, slots, cut, _batch(tensors, arm, rows, case), experts, oracle)
 
 
 def _refuse_others(found: Sequence[Token], listed: Sequence[Token], name: str) -> None:

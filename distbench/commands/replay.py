@@ -16,10 +16,15 @@ from distbench.preflight import check_case, check_folder
 from distbench.replay import compare
 from distbench.report.console import print_line, print_table
 from distbench.trials import Lab, signature
+from distbench.workload.version import other_inputs
 
 _SHOWN_RANKS = 8
 _AGREES = "as its report says"
+_KEPT_INPUTS = (
+    "rows are compared with the recorded tokens and oracle, and whether those were right cannot be seen any more"
+)
 _DIFFERS = "which is not what its report says"
+_CONTRADICTED = "not confirmed: the experts of recorded tokens are not those in the recorded routing"
 _UNCONFIRMED = "not confirmed: the inputs generated here are not those recorded; use the version that wrote it"
 
 
@@ -55,6 +60,8 @@ def _analyse(bundle: Bundle) -> bool:
     print_line(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
     for cut in bundle.manifest.cuts:
         print_line(f"left out of the bundle: {cut}")
+    if other := other_inputs(bundle.manifest.inputs_version):
+        print_line(f"inputs: {other}; {_KEPT_INPUTS}")
     for missing in analysis.missing:
         print_line(f"missing: {missing}")
     print_table(_stage_rows(analysis.findings), ("arm", "stage", "recorded rows", "wrong", "on rank", "first"))
@@ -64,7 +71,8 @@ def _analyse(bundle: Bundle) -> bool:
     for found in analysis.diagnosis:
         print_line(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
     same = analysis.confirms(report.verdict, [found.cause for found in report.diagnosis])
-    agreement = (_AGREES if same else _DIFFERS) if analysis.trusted else _UNCONFIRMED
+    doubt = _CONTRADICTED if other_inputs(bundle.manifest.inputs_version) else _UNCONFIRMED
+    agreement = (_AGREES if same else _DIFFERS) if analysis.trusted else doubt
     print_line(f"from the recording: {analysis.judgement.verdict.value}, {agreement}")
     return same
 
@@ -88,6 +96,8 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     case = runnable_case(bundle, case_flags(options))
     check_case(case)
     check_folder(options.out)
+    if other := other_inputs(bundle.manifest.inputs_version):
+        print_line(f"{other}: the run here has other inputs of the same seed, and its verdict may differ")
     with hold(Path(options.out), (), options.lock_timeout):
         prepare_ranks()
         with Lab(Path(options.out)) as lab:

@@ -34,6 +34,7 @@ from distbench.verify.records import (
     Replay,
     RowComparison,
 )
+from distbench.workload.version import INPUTS_VERSION, InputsVersion
 
 _MILLION = 1e6
 SCHEMA = "distbench.report/1"
@@ -115,10 +116,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     `comparison`, `timing` and `rate` are those with exact inputs where a case runs with both kinds, `errors` those with
     gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
     inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
-    written, in UTC as ISO 8601.
+    written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1.
     """
 
     schema: str = SCHEMA
+    inputs_version: InputsVersion = 1
     suite: str = ""
     name: str
     tags: tuple[str, ...]
@@ -164,6 +166,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
     blind = _blind_spots(outcome.case)
     measured = gathered.gaussian.observations if gathered and gathered.gaussian else []
     return Report(
+        inputs_version=INPUTS_VERSION,
         suite=entry.suite,
         name=entry.name,
         tags=entry.tags,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from distbench.bundle import manifest as manifest_module
 from distbench.bundle import write as write_module
 from distbench.bundle.analysis import analyse
 from distbench.bundle.findings import SUM
-from distbench.bundle.layout import MAX_TOKENS, part_name
+from distbench.bundle.layout import MANIFEST, MAX_TOKENS, REPORT, part_name
 from distbench.bundle.manifest import write_manifest
 from distbench.bundle.read import Bundle, open_bundle, read_part, runnable_case
 from distbench.bundle.write import write_parts, write_routing
@@ -28,6 +29,8 @@ from distbench.report.environment import capture_environment
 from distbench.resolve import Layer
 from distbench.session import Session
 from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome
+from distbench.workload.inputs import Workload
+from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle, run_healthy
 from tests.distributed.faults import ARM_CALLS, FAULTS, run_with_fault, run_with_weights_of_another_expert
@@ -62,6 +65,39 @@ def test_bundle_alone_reproduces_verdict_stage_rank_and_diagnosis(stage: str, fa
     assert (first.stage, first.arm, first.rank) == (then.stage, then.arm, then.rank)
     damaged_sum = [found for found in analysis.findings if found.stage == SUM and found.wrong]
     assert {found.rank for found in damaged_sum} == ({RANK} if stage == "combine" else set())
+
+
+def of_other_inputs(folder: Path, version: int) -> Bundle:
+    """Label a bundle's inputs as those of another version."""
+    for name in (MANIFEST, REPORT):
+        content = json.loads((folder / name).read_text())
+        assert content["inputs_version"] == INPUTS_VERSION
+        (folder / name).write_text(json.dumps(content | {"inputs_version": version}))
+    return open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "version"),
+    [
+        (tiny_case(), INPUTS_VERSION - 1),
+        (FP8, INPUTS_VERSION + 1),
+        (FNUZ, INPUTS_VERSION - 1),
+        (tiny_case(numerics="gaussian"), INPUTS_VERSION - 1),
+    ],
+    ids=["bf16", "fp8", "fnuz", "gaussian"],
+)
+@pytest.mark.parametrize("stage", FAULTS)
+def test_bundle_of_other_inputs_is_judged_by_its_recorded_ones(
+    stage: str, case: Case, version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = leave_bundle(tmp_path, run_with_fault, case, stage, next(iter(FAULTS[stage])), "truncated", RANK)
+    bundle = of_other_inputs(tmp_path, version)
+    monkeypatch.setattr(Workload, "__init__", lambda *_, **__: pytest.fail("inputs were generated"))
+    analysis = analyse(bundle)
+    assert analysis.confirms(outcome.judgement.verdict, [found.cause for found in outcome.diagnosis])
+    others = [found for found in analysis.findings if found.arm != "truncated"]
+    assert not any(found.wrong for found in others if case.numerics == "exact" or found.stage != "experts")
+    assert any(found.wrong for found in analysis.findings if found.rank == RANK)
 
 
 def test_bundle_of_a_gaussian_case_is_compared_with_its_padded_arm(tmp_path: Path) -> None:

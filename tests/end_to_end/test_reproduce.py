@@ -49,6 +49,19 @@ def test_replay_that_does_not_reproduce_names_the_differences(failed: Path, tmp_
     assert "case: limit" in done.stdout
 
 
+def test_replay_of_other_inputs_tells_that_the_run_here_differs(failed: Path, tmp_path: Path) -> None:
+    (bundle,) = (failed / "bundles").iterdir()
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    for name in ("manifest.json", "report.json"):
+        content = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(content | {"inputs_version": 1}))
+    done = distbench("replay", copy, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "from the recording: UNDER_LIMIT, as its report says" in done.stdout
+    assert "the run here has other inputs of the same seed, and its verdict may differ" in done.stdout
+    assert "version of the inputs" in done.stdout
+
+
 def as_of_a_device(bundle: Path, copy: Path) -> Path:
     """Copy a bundle as a machine with devices, MoRI and the Triton experts would have left it."""
     shutil.copytree(bundle, copy)

@@ -25,6 +25,7 @@ from distbench.bundle.read import open_bundle, runnable_case
 from distbench.cli import main
 from distbench.errors import InvalidCase
 from distbench.workload.inputs import Workload
+from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle, run_healthy
 
@@ -80,6 +81,26 @@ def set_case(**values: object) -> Attack:
 
 def set_recorded(**values: object) -> Attack:
     return lambda folder: change_manifest(folder, lambda manifest: manifest["recorded"].update(values))
+
+
+STRANGE_VERSIONS: tuple[object, ...] = (0, -1, 1 << 31, 1 << 70, 1.5, "2", True, None, [2], {})
+
+
+def set_version(manifest: object, report: object = INPUTS_VERSION) -> Attack:
+    def attack(folder: Path) -> None:
+        for name, version in ((MANIFEST, manifest), (REPORT, report)):
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(content | {"inputs_version": version}))
+
+    return attack
+
+
+def of_other_inputs(then: Attack) -> Attack:
+    def attack(folder: Path) -> None:
+        set_version(1, 1)(folder)
+        then(folder)
+
+    return attack
 
 
 def set_tensor(name: str, **values: object) -> Attack:
@@ -184,6 +205,16 @@ ATTACKS: dict[str, Attack] = {
     "manifest is a folder": replace_by_folder,
     "nested too deep": lambda folder: (folder / MANIFEST).write_text("[" * 100_000),
     "of another schema": lambda folder: change_manifest(folder, lambda manifest: manifest.update(schema="x/9")),
+    "another version of inputs than the report's": set_version(1),
+    **{f"inputs of version {strange!r}": set_version(strange, strange) for strange in STRANGE_VERSIONS},
+    "other inputs without an oracle": of_other_inputs(
+        lambda folder: change_header(folder, lambda header: header.pop("padded.oracle"))
+    ),
+    "other inputs with an oracle too long": of_other_inputs(
+        lambda folder: change_tensors(
+            folder, lambda tensors: tensors.update({"token.oracle": tensors["token.oracle"].repeat(9, 1)})
+        )
+    ),
     "a million ranks": set_case(ep_size=1_000_000, tokens=[1] * 1_000_000),
     "sixty thousand ranks without a part": set_case(ep_size=60_000, tokens=[1] * 60_000),
     "a negative number of ranks": set_case(ep_size=-1),
@@ -274,6 +305,12 @@ def test_hostile_bundle_is_refused_with_a_reason(attack: str, bundle: Path, caps
 
 
 def test_unmodified_bundle_is_read(bundle: Path) -> None:
+    assert main(["replay", str(bundle), "--offline"]) == 0
+
+
+@pytest.mark.parametrize("version", [1, INPUTS_VERSION + 1, (1 << 31) - 1])
+def test_unmodified_bundle_of_other_inputs_is_read(version: int, bundle: Path) -> None:
+    set_version(version, version)(bundle)
     assert main(["replay", str(bundle), "--offline"]) == 0
 
 

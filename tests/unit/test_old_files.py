@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from distbench.bundle.analysis import analyse
-from distbench.bundle.read import open_bundle
+from distbench.bundle.layout import MANIFEST, REPORT, part_name
+from distbench.bundle.read import Bundle, open_bundle
 from distbench.cli import main
-from distbench.errors import Verdict
+from distbench.errors import InvalidCase, Verdict
 from distbench.report.files import read_report
 from distbench.report.journal import JournalReader, expect_anew, unfinished
 from distbench.report.results import Results
 from distbench.resolve import load_case_file, resolve_case
 from distbench.suite import load_suite
+from distbench.workload.inputs import Workload
+from distbench.workload.version import INPUTS_VERSION
 
 OLD = Path("tests/data/e296384")
 REPORTS = {"pass": "PASS", "under-limit": "UNDER_LIMIT", "nondeterministic": "NONDETERMINISTIC"}
@@ -27,8 +36,6 @@ BUNDLES = {
     "25b31d924976": ("NONDETERMINISTIC", "CORRUPT"),
 }
 """The verdict in the report, and the one that its recording leads to now: a NaN is no kernel's rounding."""
-OTHER_INPUTS = {"f725580088e4", "a3f8b2ac3ca2"}
-"""Exact inputs have had probes since: those generated now are not the recorded ones, and confirm nothing."""
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -91,15 +98,91 @@ def test_old_bundle_is_judged_with_its_recorded_verdict(name: str) -> None:
     analysis = analyse(bundle)
     assert analysis.judgement is not None
     assert (bundle.report.verdict.value, analysis.judgement.verdict.value) == BUNDLES[name]
-    agrees = len(set(BUNDLES[name])) == 1 and name not in OTHER_INPUTS
-    assert analysis.trusted is (name not in OTHER_INPUTS)
+    agrees = len(set(BUNDLES[name])) == 1
+    assert analysis.trusted
     assert analysis.confirms(Verdict(BUNDLES[name][0]), [found.cause for found in bundle.report.diagnosis]) is agrees
 
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_replay_analyses_an_old_bundle(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    agrees = len(set(BUNDLES[name])) == 1 and name not in OTHER_INPUTS
+    agrees = len(set(BUNDLES[name])) == 1
     assert main(["replay", str(OLD / "bundles" / name), "--offline"]) == (0 if agrees else 1)
-    said = capsys.readouterr().out
-    assert f"from the recording: {BUNDLES[name][1]}" in said
-    assert ("not confirmed: the inputs generated here" in said) is (name in OTHER_INPUTS)
+    told = capsys.readouterr().out
+    assert f"from the recording: {BUNDLES[name][1]}" in told
+    assert "inputs: recorded with inputs of version 1; this distbench generates version 2; rows are compared" in told
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_old_bundle_is_never_compared_with_generated_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workload, "__init__", lambda *_, **__: pytest.fail("inputs were generated"))
+    analyse(open_bundle(OLD / "bundles" / name))
+
+
+def rewritten(name: str, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Bundle:
+    """Copy an old bundle, with the tensors of rank 1 changed and vouched for."""
+    copy = Path(shutil.copytree(OLD / "bundles" / name, folder / name))
+    tensors: dict[str, Tensor] = load((copy / part_name(1)).read_bytes())
+    change(tensors)
+    content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
+    (copy / part_name(1)).write_bytes(content)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["recorded"]["parts"][1] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    return open_bundle(copy)
+
+
+CHANGES = {
+    "received row": ("padded.hidden", "dispatch"),
+    "expert row": ("padded.experts", "experts"),
+    "combined token": ("combined.padded", "combine"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_damage_in_an_old_recording_is_found(what: str, tmp_path: Path) -> None:
+    name, stage = CHANGES[what]
+    bundle = rewritten("f725580088e4", tmp_path, lambda tensors: tensors[name].view(torch.int16)[0, 0].bitwise_xor_(1))
+    analysis = analyse(bundle)
+    wrong = {(found.rank, found.arm, found.stage) for found in analysis.findings if found.wrong}
+    assert (1, "padded", stage) in wrong
+    assert analysis.judgement is not None
+    assert analysis.judgement.verdict is Verdict.BASELINE_WRONG
+    assert not analysis.confirms(bundle.report.verdict, [found.cause for found in bundle.report.diagnosis])
+
+
+def test_old_routing_that_contradicts_its_tokens_confirms_nothing(tmp_path: Path) -> None:
+    bundle = rewritten("f725580088e4", tmp_path, lambda tensors: tensors["routing"].bitwise_xor_(1))
+    analysis = analyse(bundle)
+    assert not analysis.trusted
+    assert not analysis.confirms(bundle.report.verdict, [found.cause for found in bundle.report.diagnosis])
+
+
+@pytest.mark.parametrize("oracle", ["token.oracle", "padded.oracle"])
+def test_old_exact_bundle_without_its_oracle_is_refused(oracle: str, tmp_path: Path) -> None:
+    bundle = rewritten("a3f8b2ac3ca2", tmp_path, lambda tensors: tensors.pop(oracle))
+    with pytest.raises(InvalidCase, match=f"there is no {oracle}"):
+        analyse(bundle)
+
+
+def test_old_bundle_without_a_part_compares_the_rows_whose_tokens_are_known(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(OLD / "bundles" / "a3f8b2ac3ca2", tmp_path / "copy"))
+    whole = analyse(open_bundle(copy))
+    (copy / part_name(1)).unlink()
+    part = analyse(open_bundle(copy))
+    rows = [sum(found.rows for found in one.findings if found.stage == "dispatch") for one in (whole, part)]
+    assert 0 < rows[1] < rows[0] / 2
+    assert part.missing
+    assert part.judgement is not None
+    assert part.judgement.verdict is Verdict.BASELINE_WRONG
+
+
+@pytest.mark.parametrize("name", ["f725580088e4", "a3f8b2ac3ca2"])
+def test_bundle_whose_inputs_are_generated_otherwise_here_is_not_confirmed(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(OLD / "bundles" / name, tmp_path / name))
+    for file in (MANIFEST, REPORT):
+        content = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps(content | {"inputs_version": INPUTS_VERSION}))
+    assert main(["replay", str(copy), "--offline"]) == 1
+    assert f"from the recording: {BUNDLES[name][1]}, not confirmed: the inputs generated" in capsys.readouterr().out

@@ -7,8 +7,9 @@ from msgspec.structs import replace
 
 from distbench.errors import Verdict
 from distbench.replay import compare
-from distbench.report.document import Report
+from distbench.report.document import RankReport, Report
 from distbench.verify.records import Divergence, Reason
+from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case
 from tests.reports import report_of
 
@@ -51,6 +52,33 @@ def test_divergence_in_only_one_of_two_reports_is_a_difference() -> None:
     without = replace(diverged("padded", 1), first_divergence=None)
     assert "first wrong place" in differing(diverged("padded", 1), without)
     assert "first wrong place" in differing(without, diverged("padded", 1))
+
+
+def with_bits(digest: str, version: int = INPUTS_VERSION) -> Report:
+    rank = RankReport(
+        rank=0,
+        host="here",
+        device="cpu",
+        tokens=1,
+        total_recv=1,
+        capacity=1,
+        limit=None,
+        lost_rows=0,
+        kernels={},
+        digests={"padded": digest},
+        peak_bytes=0,
+        packages={},
+    )
+    return replace(report_of(CASE, ""), ranks=[rank], inputs_version=version)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"), [(INPUTS_VERSION, ["bits of padded"]), (1, ["version of the inputs"])]
+)
+def test_bits_are_compared_where_inputs_are_the_same(version: int, expected: list[str]) -> None:
+    replay = compare(with_bits("aa", version), with_bits("bb"))
+    assert [one.what for one in replay.differences] == expected
+    assert replay.reproduced
 
 
 def test_a_case_that_passes_is_reproduced_by_one_that_passes() -> None:
