@@ -217,7 +217,14 @@ class Passes:
             arm: Pass(self._checker.returned(arm), rows, self._beyond.get(arm), lost.get(arm))
             for arm, rows in fresh.items()
         }
-        self._errors.measure(passes, families)
+        self._errors.measure(passes, families, alike=self._kernels_round_alike())
+
+    def _kernels_round_alike(self) -> bool:
+        """Whether the kernels of the buffer and of the limit round alike on all ranks; `guard` cuts each its way."""
+        case, capacity = self._question.case, self._question.traffic.capacity
+        rows = {capacity, min(self._question.limit or capacity, capacity)}
+        kernels = {roundings_of(case, self._parts.experts.selection(count)) for count in rows}
+        return case.policy != "guard" and len(kernels) == 1
 
     def _error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of tokens that an arm gave again; None where none was made, or rows are lost. Collective."""

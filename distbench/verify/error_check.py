@@ -107,6 +107,7 @@ class ErrorChecker:
         self._ids = ids
         self._sample = self._sample_of(*sampled_tokens(workload, weights))
         self._families: dict[str, Roundings] = {}
+        self._alike = False
         self._padded: Pass | None = None
         self._sides: dict[str, _Side] = {}
         self._found: dict[tuple[str, str], ArmError] = {}
@@ -116,13 +117,15 @@ class ErrorChecker:
         """Measured errors of each arm and stage: the first outside its bounds, else the last."""
         return list(self._found.values())
 
-    def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings]) -> None:
+    def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings], *, alike: bool) -> None:
         """Measure the arms of a repeat. Collective.
 
         `families` has the roundings of each arm's kernel; arms with other rows than the padded one are `truncated`.
+        `alike` says, on all ranks or none, that the padded arm's kernel and that of the limit round alike.
         Beside the sample, tokens are measured that are further from the padded arm's than the sample allows.
         """
         self._families |= families
+        self._alike = alike
         self._padded = self._padded or passes.get(PADDED)
         if not self._sides:
             self._sides = self._make_sides(self._sample, self._sure)
@@ -223,20 +226,27 @@ class ErrorChecker:
         return 2 * yardstick.loosest if yardstick.rows else None
 
     def _make_sides(self, sample: _Sample, sure_of: float) -> dict[str, _Side]:
-        """Compute the expected rows and tokens of a sample, by kernel. Collective."""
-        by_side = {side: self._families[side] for side in (PADDED, "truncated") if side in self._families}
-        distinct = list(dict.fromkeys(by_side.values()))
-        exact, ideals = ideal_rows(sample.batch, self._weights, distinct)
+        """Compute the expected rows and tokens of a sample, by kernel. Collective.
+
+        Ranks exchange one part for each kernel that the case has, also where a cut that is wrong gave one of them
+        another number of rows, and so another family.
+        """
+        sides = [side for side in (PADDED, "truncated") if side in self._families]
+        measured = {side: self._families[side] for side in (sides[:1] if self._alike else sides)}
+        distinct = list(dict.fromkeys(measured.values()))
+        exact, made_here = ideal_rows(sample.batch, self._weights, distinct)
+        by_family = dict(zip(distinct, made_here, strict=True))
+        ideals = [by_family[family] for family in measured.values()]
         arrived = self._to_owners(
             [exact, *(part for one in ideals for part in (one.rows, one.variance.bfloat16(), one.order))], sample
         )
         wide = _exact_sum(arrived[0])
         made = {}
         parts = zip(arrived[1::3], arrived[2::3], arrived[3::3], strict=True)
-        for family, ideal, (rows, variances, by_order) in zip(distinct, ideals, parts, strict=True):
+        for (side, family), ideal, (rows, variances, by_order) in zip(measured.items(), ideals, parts, strict=True):
             tokens = combined(rows, variances, by_order, self._order, self._way)
-            made[family] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
-        return {side: made[family] for side, family in by_side.items()}
+            made[side] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
+        return {side: made.get(side, made[sides[0]]) for side in sides}
 
     def _to_owners(self, parts: list[Tensor], sample: _Sample) -> list[Contributions]:
         """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, arranged by slot. Collective."""
