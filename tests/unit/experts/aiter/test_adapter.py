@@ -336,7 +336,7 @@ def test_missing_package_is_unsupported_without_emulate() -> None:
 def test_unknown_aiter_habit_is_refused_before_a_rank_starts() -> None:
     with pytest.raises(InvalidCase, match="'speed' is no habit"):
         check_available(aiter_case(aiter_habits="zero-rows,speed"))
-    with pytest.raises(InvalidCase, match="only the stand-in"):
+    with pytest.raises(InvalidCase, match="apply to the stand-in only"):
         check_available(aiter_case(aiter_habits="zero-rows", emulate=False))
 
 
