@@ -250,6 +250,8 @@ def test_probe_of_this_node_succeeds() -> None:
 def test_doctor_command_exits_with_the_code_of_its_path(
     path: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a launch in this process may have set them
+        monkeypatch.delenv(name, raising=False)
     node = msgspec.structs.replace(READY, flavour="cuda", devices=("sm_90",) * 8, environ=dict(os.environ))
     monkeypatch.setattr(command, "probe", lambda: node)
     assert main(["doctor", "--for", path]) == code
