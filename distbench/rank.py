@@ -18,6 +18,7 @@ from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, resolve_limit
 from distbench.passes import Parts, Passes
+from distbench.process import peak_bytes
 from distbench.recording import Recorder
 from distbench.recv_bound import recv_bound
 from distbench.session import Session
@@ -106,7 +107,9 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
     found = [_run_with(session, ready, number, recorder) for number in range(len(ready.inputs))]
     ready.transport.close()
     mode = choose_mode(case.gather, case.tokens, sum(one.outputs.rows[:1].nbytes for one in found))
-    gathered = gather(session, mode, case.tokens, [(one.observation, one.outputs) for one in found])
+    peak = peak_bytes()  # of the process, after all passes: an observation of the first inputs is of before the second
+    seen = [(msgspec.structs.replace(one.observation, peak_bytes=peak), one.outputs) for one in found]
+    gathered = gather(session, mode, case.tokens, seen)
     injector = found[-1].injector
     if injector is not None:
         injector.leave()

@@ -183,7 +183,7 @@ def test_markdown_counts_proofs_and_states_that_of_a_failure(written: dict[str, 
 
 def test_prometheus_counts_proofs(written: dict[str, str]) -> None:
     for status in STATUSES:
-        assert f'distbench_cases_by_limit{{proof="{status}",suite="distbench"}} 1.0' in written["prom"]
+        assert f'distbench_cases_by_limit{{case="",proof="{status}",suite="distbench"}} 1.0' in written["prom"]
 
 
 def test_json_holds_the_proof_as_the_report_does(written: dict[str, str]) -> None:
