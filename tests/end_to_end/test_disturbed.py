@@ -49,7 +49,7 @@ def test_suite_whose_helper_process_is_stopped_completes(tmp_path: Path, name: s
     with suite_under_way(tmp_path) as bench:
         os.kill(process(bench, name), signal.SIGSTOP)
         assert bench.finish(60) == 0
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     assert len(bench.verdicts) == CASES
 
 
@@ -74,10 +74,10 @@ def test_rank_stopped_together_with_the_fork_server_is_named_within_its_limit(tm
         for name in ("fork server", f"rank {rank}"):
             os.kill(process(bench, name), signal.SIGSTOP)
         stopped = time.monotonic()
-        assert wait_until(lambda: "HANG" in bench.verdicts.values(), LIMIT_S + 10)
+        assert wait_until(lambda: "HANG" in bench.verdicts.values(), LIMIT_S + 30)
         assert time.monotonic() - stopped > LIMIT_S - 1
         assert bench.finish(90) == 3
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     (report,) = (report for report in bench.reports if report["verdict"] != "PASS")
     assert [(one["code"], one["rank"]) for one in report["reasons"]] == [("hang", rank)]
     assert len(bench.verdicts) == CASES
@@ -101,7 +101,7 @@ def test_signal_ends_a_bench_whose_processes_are_stopped(
         sent = time.monotonic()
         bench.process.send_signal(number)
         assert bench.finish(10) == 128 + number
-        assert wait_until(bench.gone, 10 - (time.monotonic() - sent))
+        assert wait_until(bench.gone, 30 - (time.monotonic() - sent))
     assert bench.summary["finished"] == len(bench.reports)
 
 
@@ -140,7 +140,7 @@ def test_changed_or_removed_results_end_the_bench_with_one_line_and_exit_code_3(
     with suite_under_way(tmp_path, 200) as bench:
         DISTURBANCES[disturbance](bench.out)
         assert bench.finish(60) == 3
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     told = bench.stderr.splitlines()[-1]
     assert told.startswith("distbench: RESULTS_LOST: ")
     assert str(bench.out) in told
@@ -156,6 +156,6 @@ def test_removed_folder_of_a_run_ends_it_with_one_line_and_exit_code_3(tmp_path:
         assert wait_until(lambda: len(list(bench.out.glob("ranks/*.crumbs"))) == RANKS, 60)
         shutil.rmtree(bench.out)
         assert bench.finish(60) == 3
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     assert "distbench: RESULTS_LOST: " in bench.stderr
     assert "Traceback" not in bench.stderr

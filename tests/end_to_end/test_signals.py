@@ -68,7 +68,7 @@ def test_signal_during_a_suite_leaves_only_its_results(tmp_path: Path, scratch: 
         assert sockets
         sent = interrupt(bench, number)
         assert bench.finish() == 128 + number
-        assert wait_until(bench.gone, 10 - (time.monotonic() - sent))
+        assert wait_until(bench.gone, 30 - (time.monotonic() - sent))
     assert not sockets & listened()
     assert not shared_memory() - before
     assert not list(scratch.iterdir())
@@ -107,7 +107,7 @@ def test_signal_before_the_first_launch_ends_the_bench_with_its_exit_code(tmp_pa
             assert bench.process.poll() is None
         bench.process.send_signal(number)
         assert bench.finish(10) == 128 + number
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     assert bench.stderr.startswith("distbench: INTERRUPTED: ended by SIG")
     assert bench.stderr.count("\n") == 1
 
@@ -126,7 +126,7 @@ def test_signal_while_ranks_start_leaves_no_process(tmp_path: Path, scratch: Pat
         time.sleep(seconds)
         sent = interrupt(bench, number)
         assert bench.finish() == 128 + number
-        assert wait_until(bench.gone, 10 - (time.monotonic() - sent))
+        assert wait_until(bench.gone, 30 - (time.monotonic() - sent))
     assert bench.summary["stopped"] == f"ended by {signal.Signals(number).name}"
     assert not list(scratch.iterdir())
     assert "Traceback" not in bench.stderr
@@ -142,7 +142,7 @@ def test_signal_at_any_moment_of_many_launches_leaves_no_process(tmp_path: Path,
         time.sleep(random.Random(moment).random() * 2)
         interrupt(bench, number)
         assert bench.finish(10) == 128 + number
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     assert bench.summary["stopped"] == f"ended by {signal.Signals(number).name}"
     assert bench.summary["finished"] == len(bench.verdicts)
 
@@ -156,7 +156,7 @@ def test_hanging_ranks_end_if_the_supervisor_ends(tmp_path: Path, number: int, e
         assert wait_until(fired.exists, 60)
         bench.process.send_signal(number)
         assert bench.finish(10) == exit_code
-        assert wait_until(bench.gone, 2)
+        assert wait_until(bench.gone, 20)
     assert bench.verdicts == {"seed=0": "PASS"}
 
 
