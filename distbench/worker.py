@@ -111,8 +111,12 @@ def _next_job(path: Path, crumbs: Breadcrumbs) -> Job:
     return msgspec.json.decode(path.read_bytes(), type=Job)
 
 
+def _sink(job: Job) -> Sink:
+    return Sink(Path(job.out), job.entries, job.report_paths, prints=not job.supervised and not job.quiet)
+
+
 def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
-    sink = Sink(job) if session.rank == 0 else None
+    sink = _sink(job) if session.rank == 0 else None
     pace = Pace(job.pace)
     left_out = False
     for index in _unfinished(job, session, sink):

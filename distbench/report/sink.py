@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from distbench.case import case_hash
 from distbench.errors import Verdict, suite_code
 from distbench.expectations import expected_verdict
-from distbench.job import Entry, Job
+from distbench.job import Entry
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_report
@@ -17,25 +18,29 @@ from distbench.verify.records import Judgement, Outcome, Reason
 
 
 class Sink:
-    """Turns outcomes into reports: a line of the journal each, and the files that the job names.
+    """Turns outcomes into reports: a line each of the journal in `out`, and whole documents at `report_paths`.
 
+    With `prints`, each report is also printed: whole where it has a path of its own, else as one line.
     `codes` has the contribution of each case, of this launch or an earlier one, to the exit code. Cases that are
     refused before a rank has seen them have their results from the start.
     """
 
-    def __init__(self, job: Job) -> None:
-        """Open the journal in the job's folder, and read which of the job's cases it already holds."""
-        self._job = job
-        repair_journal(Path(job.out))
-        expect_anew(Path(job.out), job.entries)
-        wanted = {case_hash(entry.case) for entry in job.entries}
+    def __init__(
+        self, out: Path, entries: Sequence[Entry], report_paths: Sequence[str] = (), *, prints: bool = False
+    ) -> None:
+        """Open the journal in `out`, and read which of `entries` it already holds."""
+        self._report_paths = [Path(path) for path in report_paths]
+        self._prints = prints
+        repair_journal(out)
+        expect_anew(out, entries)
+        wanted = {case_hash(entry.case) for entry in entries}
         self.codes = {
             line.case.hash: suite_code(line.exit_code, as_expected=line.as_expected)
-            for line in JournalReader(Path(job.out)).new_lines()
+            for line in JournalReader(out).new_lines()
             if line.case.hash in wanted
         }
-        self._journal = Journal(Path(job.out))
-        for entry in job.entries:
+        self._journal = Journal(out)
+        for entry in entries:
             if entry.refused and case_hash(entry.case) not in self.codes:
                 self.put(entry, refusal(entry), wall_s=0.0)
 
@@ -45,12 +50,12 @@ class Sink:
         environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
         report = build_report(entry, outcome, environment=environment, wall_s=wall_s)
         self._journal.append(report)
-        for path in self._job.report_paths:
-            write_report(Path(path), report)
-        alone = bool(self._job.report_paths)
+        for path in self._report_paths:
+            write_report(path, report)
+        alone = bool(self._report_paths)
         code = report.exit_code if alone else suite_code(report.exit_code, as_expected=report.as_expected)
         self.codes[report.case["hash"]] = code
-        if not self._job.supervised and not self._job.quiet:
+        if self._prints:
             self._print(report)
         return report
 
@@ -61,7 +66,7 @@ class Sink:
     def _print(self, report: Report) -> None:
         from distbench.report import console  # noqa: PLC0415 - only where something is printed
 
-        if self._job.report_paths:
+        if self._report_paths:
             console.print_report(report)
         else:
             console.print_line(console.case_line(report))

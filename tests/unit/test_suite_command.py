@@ -444,9 +444,8 @@ def test_ranks_under_torchrun_count_devices_themselves(
 
 def test_refusal_under_torchrun_is_recorded_once_by_rank_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = Entry(name="odd", case=tiny_case(2), sources={}, expect="INVALID", refused="makes no sense")
-    job = Job(entries=(entry,), out=str(tmp_path), supervised=False)
     for _ in range(2):
-        sink = Sink(job)
+        sink = Sink(tmp_path, [entry], prints=True)
         assert sink.codes == {case_hash(entry.case): 0}
         sink.close()
     assert json.loads(lines(tmp_path)["odd"])["reasons"] == [{"code": "invalid", "message": "makes no sense"}]
