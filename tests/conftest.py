@@ -1,6 +1,9 @@
-"""Skip tests marked `gpu` on a machine without an accelerator."""
+"""Skip tests marked `gpu` on a machine without an accelerator; restore the variables that a test's commands set."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,3 +17,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator, and torch sees none here"))
+
+
+@pytest.fixture(autouse=True)
+def _variables_restored() -> Iterator[None]:
+    """A command run in this process sets variables for the ranks that it forks, such as GLOO_SOCKET_IFNAME=lo.
+
+    They would reach the processes that later tests start: ranks on emulated hosts then never meet.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

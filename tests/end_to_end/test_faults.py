@@ -57,7 +57,7 @@ class Fault(NamedTuple):
     def complaints(self, report: dict[str, Any]) -> list[str]:
         """Errors in the report of the case that the fault hit."""
         verdict = "HANG" if self.kind in HANGS else "RANK_FAULT"
-        found = [(reason["code"], reason["rank"]) for reason in report["reasons"]]
+        found = [(reason["code"], reason.get("rank")) for reason in report["reasons"]]
         message = report["reasons"][0]["message"]
         complaints = [] if report["verdict"] == verdict else [report["verdict"]]
         complaints += [] if found == [(self.code, self.rank)] else [str(found)]
