@@ -17,6 +17,7 @@ from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import route, token_keys
+from distbench.workload.table import Span, routing_table, span_of
 
 DispatchDtype = Literal["bf16", "fp8"]
 
@@ -41,7 +42,10 @@ class Numerics(Protocol):
 
 
 class Workload:
-    """One layer's inputs under one routing, on one device. Stateless: every call makes new tensors."""
+    """One layer's inputs under one routing, on one device. Every call returns new tensors.
+
+    The tokens of a small case are made once, all together; calls copy rows of them.
+    """
 
     def __init__(  # noqa: PLR0913 - the parts of a workload
         self,
@@ -54,8 +58,12 @@ class Workload:
         dispatch_dtype: DispatchDtype,
         fp8: torch.dtype,
         device: Device,
+        span: Span | None = None,
     ) -> None:
-        """Keep the parts; `make_workload` checks them first. `fp8` is the device's fp8 type."""
+        """Keep the parts; `make_workload` checks them first.
+
+        `fp8` is the device's fp8 type. `span` are the tokens that are made together; None for none.
+        """
         self.numerics = numerics
         self.group = group
         self.routing = routing
@@ -64,6 +72,8 @@ class Workload:
         self.seed = seed
         self.fp8 = fp8
         self._quantised = dispatch_dtype == "fp8"
+        self._span = span
+        self._table: TokenBatch | None = None
 
     @property
     def blind_spots(self) -> list[str]:
@@ -93,6 +103,19 @@ class Workload:
     def token_rows(self, source_ranks: Tensor, source_tokens: Tensor) -> TokenBatch:
         """Return tokens of any ranks as they must arrive, a row for each pair of rank and token, int64 [m] each."""
         ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
+        places = None if self._span is None else self._span.places(ranks, tokens)
+        if self._span is None or places is None:
+            return self._made(ranks, tokens)
+        if self._table is None:
+            self._table = self._made(*self._span.everyone(self.device))
+        hidden, scales, weights, ids = self._table
+        scales = None if scales is None else scales.index_select(0, places)
+        return TokenBatch(
+            hidden.index_select(0, places), scales, weights.index_select(0, places), ids.index_select(0, places)
+        )
+
+    def _made(self, ranks: Tensor, tokens: Tensor) -> TokenBatch:
+        """Make the tokens of any ranks, int64 [m] each."""
         keys, ids = token_keys(ranks, tokens), self._route(ranks, tokens)
         hidden, scales = self.numerics.hidden_states(keys, ids), None
         if self._quantised:
@@ -118,7 +141,11 @@ class Workload:
         return self.numerics.expert_rows(batch, self._local_experts(rank))
 
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
-        return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
+        places = None if self._span is None else self._span.places(ranks, tokens)
+        if self._span is None or places is None:
+            return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
+        everyone = routing_table(self.routing, self.group, self.seed, self._span, self.device)
+        return everyone.index_select(0, places)
 
     def _local_experts(self, rank: int) -> range:
         return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)
@@ -219,4 +246,5 @@ def make_workload(  # noqa: PLR0913 - a case's keys
         dispatch_dtype=dispatch_dtype,
         fp8=fp8_dtype(fp8_format),
         device=device,
+        span=span_of(tokens_per_rank, max(hidden_size, num_experts)),
     )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from distbench.errors import InvalidCase
+from distbench.workload import inputs
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload, make_workload
+from distbench.workload.table import Span, span_of
 
 ROUTINGS = ["uniform", "zipf:1.2", "hot-rank:1", "fan-in:2", "local", "duplicates"]
 
@@ -49,6 +51,43 @@ def test_received_rows_equal_the_tokens_that_were_sent(routing: str, dtype: str,
     index = torch.tensor([6, 2])
     some = raw(workload.tokens(2, index))
     assert all(torch.equal(part, sent[index]) for part, sent in zip(some, whole[2], strict=True))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_tokens_made_together_equal_tokens_made_alone(
+    routing: str, dtype: str, numerics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = made(routing=routing, dispatch_dtype=dtype, numerics=numerics)
+    monkeypatch.setattr(inputs, "span_of", lambda *_: None)
+    alone = made(routing=routing, dispatch_dtype=dtype, numerics=numerics)
+    for ranks, tokens in (([2, 0, 3, 2, 0], [6, 4, 0, 1, 4]), ([0, 1, 2, 3], [0, 6, 3, 2]), ([2], [0])):
+        asked = torch.tensor(ranks), torch.tensor(tokens)
+        assert all(map(torch.equal, raw(together.token_rows(*asked)), raw(alone.token_rows(*asked))))
+        assert torch.equal(together.experts_of(*asked), alone.experts_of(*asked))
+
+
+def test_changed_rows_do_not_change_tokens_made_together() -> None:
+    workload = made()
+    before = raw(workload.tokens(2))
+    changed = workload.tokens(2)
+    for part in (changed.hidden, changed.weights, changed.ids):
+        part.fill_(3)
+    assert all(map(torch.equal, raw(workload.tokens(2)), before))
+
+
+@pytest.mark.parametrize(("ranks", "tokens"), [([0, 4], [0, 0]), ([1, 2], [3, 7]), ([0], [-1]), ([-1], [0])])
+def test_tokens_outside_of_a_case_are_made_alone(ranks: list[int], tokens: list[int]) -> None:
+    asked = torch.tensor(ranks), torch.tensor(tokens)
+    assert Span(4, 7).places(*asked) is None
+    assert len(made().token_rows(*asked).ids) == len(ranks)
+
+
+def test_large_cases_have_no_table() -> None:
+    assert span_of((5, 0, 7, 3), 256) == Span(4, 7)
+    assert span_of((4096,) * 8, 7168) is None
+    assert span_of((1 << 30, 0), 16) is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])

@@ -1,0 +1,54 @@
+"""Tokens of a small case in one table, from which any rank's tokens are copied: a draw costs the same for all of them.
+
+A rank needs its own tokens, those that it receives and those that it measures. Drawn one by one, these take about 30
+small operations a stream each time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distbench.workload.kinds import ExpertGroup, Routing
+from distbench.workload.routing import route
+
+_TABLE_ELEMENTS = 1 << 18
+
+
+class Span(NamedTuple):
+    """Ranks, and tokens of each, that a table holds: token t of rank r is its row r * tokens + t."""
+
+    ranks: int
+    tokens: int
+
+    def everyone(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the ranks and tokens of all rows of the table, int64."""
+        rows = torch.arange(self.ranks * self.tokens, device=device)
+        ranks = rows.div(self.tokens, rounding_mode="floor")
+        return ranks, rows - ranks * self.tokens
+
+    def places(self, ranks: Tensor, tokens: Tensor) -> Tensor | None:
+        """Return the rows of some ranks' tokens, int64 [m] each; None without tokens, or where the table lacks one."""
+        if not ranks.numel():
+            return None
+        bounds = [*ranks.aminmax(), *tokens.aminmax()]
+        first_rank, last_rank, first, last = map(int, bounds)
+        if min(first_rank, first) < 0 or last_rank >= self.ranks or last >= self.tokens:
+            return None
+        return ranks * self.tokens + tokens
+
+
+def span_of(tokens_per_rank: tuple[int, ...], columns: int) -> Span | None:
+    """Return the span of a case whose rows have `columns` columns; None where a table would be large."""
+    span = Span(len(tokens_per_rank), max(tokens_per_rank, default=0))
+    return span if span.ranks * span.tokens * columns <= _TABLE_ELEMENTS else None
+
+
+@lru_cache(maxsize=1)
+def routing_table(routing: Routing, group: ExpertGroup, seed: int, span: Span, device: torch.device) -> Tensor:
+    """Return the experts of all tokens of `span`, int32 [rows, k]; both kinds of inputs of a case share them."""
+    ranks, tokens = span.everyone(device)
+    return route(routing, group, seed=seed, ranks=ranks, tokens=tokens)
