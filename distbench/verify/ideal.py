@@ -100,7 +100,9 @@ def rounding_variance(values: Tensor) -> Tensor:
 
 def _held(weights: ExpertWeights, experts: Tensor, family: Roundings) -> tuple[Tensor, Tensor]:
     """Return both weights of `experts` [g] as the kernel holds them, dequantised."""
-    w1, w2 = weights.w1[experts], weights.w2[experts]
+    w1, w2 = weights.w1, weights.w2
+    if len(experts) < len(w1):
+        w1, w2 = w1[experts], w2[experts]
     if family.weights == "bf16":
         return w1, w2
     dtype = fp8_dtype(family.weights)
@@ -137,22 +139,28 @@ def summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
         total = routes.float().sum(1)
         variance += rounding_variance(total)
         return Ideal(total.bfloat16(), variance, variance.new_zeros(len(routes), 2))
-    rows, there = _added_one_by_one(routes)
-    _, back = _added_one_by_one(routes.flip(1))
-    most = _in_any_order(routes)
-    return Ideal(rows, variance + most, torch.stack([(back - there).sum(1), (most - there).sum(1)], dim=1))
-
-
-def _added_one_by_one(routes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows bf16 [n, H] that adding routes [n, k, H] in turn makes, and the variance of its roundings."""
+    order = variance.new_zeros(len(routes), 2)
     rows = torch.zeros_like(routes[:, 0])
-    variance = torch.zeros_like(rows, dtype=torch.float32)
-    for slot, route in enumerate(routes.unbind(1)):
-        first = rows.eq(0) if slot else None
+    for route in routes.unbind(1):
         rows = rows + route
-        if first is not None:  # adding zero, or adding to zero, does not round
-            variance += rounding_variance(rows).masked_fill_(first | route.eq(0), 0.0)
-    return rows, variance
+    several = (routes.ne(0).any(2).sum(1) > 1).nonzero().flatten()  # one route is added to zero, without a rounding
+    if len(several):
+        some = routes.index_select(0, several)
+        there, back, most = _rounded_adds(some), _rounded_adds(some.flip(1)), _in_any_order(some)
+        variance.index_add_(0, several, most)
+        order.index_copy_(0, several, torch.stack([(back - there).sum(1), (most - there).sum(1)], dim=1))
+    return Ideal(rows, variance, order)
+
+
+def _rounded_adds(routes: Tensor) -> Tensor:
+    """Return the variance, float32 [n, H], of the roundings when routes bf16 [n, k, H] are added in turn."""
+    rows = routes[:, 0]
+    variance = torch.zeros_like(rows, dtype=torch.float32)
+    for route in routes[:, 1:].unbind(1):
+        first = rows.eq(0)
+        rows = rows + route  # adding zero, or adding to zero, does not round
+        variance += rounding_variance(rows).masked_fill_(first | route.eq(0), 0.0)
+    return variance
 
 
 def _in_any_order(routes: Tensor) -> Tensor:
