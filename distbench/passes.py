@@ -48,7 +48,7 @@ from distbench.verify.records import (
     pairs_of,
 )
 from distbench.verify.stages import StageChecker
-from distbench.verify.sums import key_of, sum_order
+from distbench.verify.sums import OwnSlots, key_of, sum_order
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
@@ -97,12 +97,12 @@ class Passes:
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
         self._exchange = choose_exchange(session.group, session.shared, counts, session.device)
+        self._slots = OwnSlots(parts.batch.ids, parts.workload.group, sum_order(parts.transport.facts))
         self._combine_checker = CombineChecker(
             session,
             self._exchange,
             parts.workload,
-            Own(session.rank, parts.batch.ids, self._expected),
-            sum_order(parts.transport.facts),
+            Own(session.rank, self._slots, self._expected),
             tolerance(question.case),
         )
         self._errors = self._error_checker() if self._expected is None else None
@@ -199,7 +199,7 @@ class Passes:
             self._session,
             self._exchange,
             parts.workload,
-            parts.batch.ids,
+            self._slots,
             parts.weights,
             parts.transport.facts,
             question.case.repeats + min(question.case.iterations, 1),
@@ -249,16 +249,15 @@ class Passes:
         In exact inputs combine is correct where every token has the oracle's bits.
         """
         self._mark("check")
-        wrong = self._session.on_any_rank(value=bool(self._damaged) or self._differs(fresh))
-        if wrong or self._expected is None:
+        wrong = bool(self._damaged) or self._differs(fresh)
+        if self._expected is None or (wrong := self._session.on_any_rank(value=wrong)):
             returned = self._checker.returned
             passes = [
                 Combined(arm, rows, returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
             ]
-            found = self._combine_checker.check(passes)
+            found, wrong = self._combine_checker.check(passes, wrong=wrong)
             known = {one.arm for one in self._divergences if one.stage == "combine"}
             self._divergences += [one for one in found if one.arm not in known]
-            wrong = wrong or self._session.on_any_rank(value=bool(found))
         self._damaged.clear()
         self._wrong = False
         self._measure(fresh, lost)

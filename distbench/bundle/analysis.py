@@ -27,7 +27,7 @@ from distbench.values import one_line
 from distbench.verify.bitwise import bits_at, differing
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.records import Divergence, Gathered
-from distbench.verify.sums import SumOrder, added, in_slot_order, same_bits_or_nan, sum_order
+from distbench.verify.sums import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
 from distbench.workload.kinds import ExpertGroup
@@ -250,7 +250,7 @@ def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
         known = [part for part in parts if part is not None]
         if len(known) == len(parts) and not order.quantised:
             returned = torch.stack(known) if known else combined.new_empty(0, case.hidden_size)
-            total = added(in_slot_order(returned, ids, group, order), order)
+            total = added(slots_of(ids, group, order).arranged(returned), order)
             rows[rank, arm].append(not bool(same_bits_or_nan(combined.unsqueeze(0), total)))
     return [
         Finding(rank=rank, arm=arm, stage=SUM, rows=len(wrong), wrong=sum(wrong)) for (rank, arm), wrong in rows.items()

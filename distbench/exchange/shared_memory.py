@@ -85,9 +85,12 @@ class SharedMemory:
     def take(self, incoming: Tensor, spans: Sequence[Span]) -> None:
         """Read each rank's data for this rank into its span of `incoming`, once the rank has announced it."""
         content = _bytes_of(incoming)
-        for peer in self._peers:
-            start, length = spans[peer.rank]
-            _read(peer.file, content[start : start + length], self._hear(peer, length))
+        with waiting(_EXCHANGE):
+            for peer in self._peers:
+                start, length = spans[peer.rank]
+                offset = self._hear(peer, length)
+                if length:
+                    _read(peer.file, content[start : start + length], offset)
         self._laid = [one for one in self._laid if one.call == self._calls]
 
     def _collected(self, mine: Tensor, count: int) -> Tensor:
@@ -123,8 +126,7 @@ class SharedMemory:
     def _hear(self, peer: Peer, length: int) -> int:
         """Wait for a peer's message and return the offset of its bytes."""
         try:
-            with waiting(_EXCHANGE):
-                word = peer.line.recv(_WORD.size)
+            word = peer.line.recv(_WORD.size)
         except BlockingIOError as error:
             message = f"rank {peer.rank} sent nothing for exchange {self._calls}: timed out"
             raise TimeoutError(message) from error

@@ -17,7 +17,7 @@ from distbench.verify.explanations import ALONE, Alternatives, Same, changed, ch
 from distbench.verify.patterns import pattern_of
 from distbench.verify.places import difference, first_difference
 from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Clues, Divergence
-from distbench.verify.sums import Contributions, Returned, SumOrder, added, recounted, same_bits_or_nan
+from distbench.verify.sums import Contributions, OwnSlots, Returned, added, recounted, same_bits_or_nan
 from distbench.waits import collective
 from distbench.workload.inputs import Workload
 
@@ -94,37 +94,31 @@ class _Doubts(NamedTuple):
 
 
 class Own(NamedTuple):
-    """This rank, the ids [n, k] of its tokens, and their expected outputs; None where inputs are not exact."""
+    """This rank, its tokens' slots, and their expected outputs; None where inputs are not exact."""
 
     rank: int
-    ids: Tensor
+    slots: OwnSlots
     expected: Tensor | None
 
 
 class CombineChecker:
     """Checks combine's output on one rank; every rank of the group makes one, and calls it for the same arms."""
 
-    def __init__(  # noqa: PLR0913 - the group, the inputs and the order of addition
-        self,
-        session: Session,
-        exchange: Exchange,
-        workload: Workload,
-        own: Own,
-        order: SumOrder,
-        allowed: float,
-    ) -> None:
+    def __init__(self, session: Session, exchange: Exchange, workload: Workload, own: Own, allowed: float) -> None:
         """Keep the parts; `allowed` bounds errors of quantised sums, as a share of the token's largest magnitude."""
         self._group, self._exchange, self._on_any_rank = session.group, exchange, session.flags_on_any_rank
         self._workload = workload
-        self._rank, self._ids, self._expected = own
-        self._order = order
-        self._loose = order.quantised and own.expected is None
+        self._rank, self._slots, self._expected = own
+        self._order = own.slots.order
+        self._loose = self._order.quantised and own.expected is None
         self._same: Same = _within(allowed) if self._loose else same_bits_or_nan
         self._first: Combined | None = None
         self._first_is_right = False
 
-    def check(self, passes: Sequence[Combined]) -> list[Divergence]:
+    def check(self, passes: Sequence[Combined], *, wrong: bool) -> tuple[list[Divergence], bool]:
         """Return the first wrong token of each cause: tokens that are not the sum of the returned rows. Collective.
+
+        Return also whether any rank has found one, or is `wrong` about anything else.
 
         A pass has no such sum where the received rows of some rank are unknown, or where quantised rows were already
         wrong: a token that then differs from the oracle is reported without a cause. If all ranks returned the rows of
@@ -132,9 +126,9 @@ class CombineChecker:
         within rounding only, this is the sharper check.
         """
         if not any(self._workload.tokens_per_rank):
-            return []
+            return [], self._on_any_rank([wrong])[0]
         self._first = self._first or passes[0]
-        doubts = self._doubts_anywhere(passes, self._first)
+        wrong, doubts = self._doubts_anywhere(passes, self._first, wrong=wrong)
         found: list[Divergence] = []
         asked = [(one, doubt) for one, doubt in zip(passes, doubts, strict=True) if self._in_doubt(one, doubt)]
         found += self._check_some(asked)
@@ -144,18 +138,20 @@ class CombineChecker:
         for one, doubt in zip(passes, doubts, strict=True):
             if doubt.sums:
                 found += self._against(ORACLE, one, self._expected)
-        return found
+        return found, wrong or self._on_any_rank([bool(found)])[0]
 
     def _in_doubt(self, one: Combined, doubts: _Doubts) -> bool:
         """Whether a pass has to be recounted even if the first pass is right."""
         first = one is self._first and not self._first_is_right
         return not doubts.sums and (first or doubts.rows or doubts.tokens)
 
-    def _doubts_anywhere(self, passes: Sequence[Combined], first: Combined) -> list[_Doubts]:
-        """Return the doubts of passes that hold on any rank. Collective."""
-        flags = self._on_any_rank([flag for one in passes for flag in self._doubts(one, first)])
+    def _doubts_anywhere(
+        self, passes: Sequence[Combined], first: Combined, *, wrong: bool
+    ) -> tuple[bool, list[_Doubts]]:
+        """Return whether any rank is `wrong`, and the doubts of passes that hold on any rank. Collective."""
+        wrong, *flags = self._on_any_rank([wrong, *(flag for one in passes for flag in self._doubts(one, first))])
         count = len(_Doubts._fields)
-        return [_Doubts(*flags[start : start + count]) for start in range(0, len(flags), count)]
+        return wrong, [_Doubts(*flags[start : start + count]) for start in range(0, len(flags), count)]
 
     def _doubts(self, one: Combined, first: Combined) -> _Doubts:
         sources = rows = True
@@ -216,11 +212,10 @@ class CombineChecker:
         examined, spared = [_Some(_EXAMINED) for _ in passes], [_Some(_SPARED) for _ in passes]
         sums: list[list[Tensor]] = [[] for _ in passes]
         most = max(workload.tokens_per_rank)
-        group, order = workload.group, self._order
-        for start, given in recounted(self._exchange, self._rank, together, self._ids, most, group, order):
+        for start, given in recounted(self._exchange, self._rank, together, self._slots, most):
             for place, rows in enumerate(given.rows.split(columns, dim=2)):
                 part = Contributions(workload.returned_rows(rows), given.ranks)
-                expected = added(part, order)
+                expected = added(part, self._order)
                 actual = passes[place].tokens[start : start + len(part.ranks)]
                 tokens = torch.arange(start, start + len(actual), device=actual.device)
                 block = _Sample(tokens, part, actual, expected)

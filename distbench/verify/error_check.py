@@ -28,18 +28,17 @@ from distbench.verify.nearness import row_errors
 from distbench.verify.records import PADDED, ArmError
 from distbench.verify.sums import (
     Contributions,
+    OwnSlots,
     Returned,
     exchanged,
-    in_slot_order,
     key_of,
     split_key,
-    sum_order,
 )
 from distbench.waits import collective
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import destinations, recv_counts, token_keys
+from distbench.workload.routing import has_destination, token_keys
 
 _MOST_TOKENS = 256
 _MOST_ON_CPU, _LEAST_TOKENS = 128, 48
@@ -92,19 +91,18 @@ class ErrorChecker:
         session: Session,
         exchange: Exchange,
         workload: Workload,
-        ids: Tensor,
+        slots: OwnSlots,
         weights: ExpertWeights,
         facts: Mapping[str, Any],
         repeats: int,
     ) -> None:
-        """`ids` [n, k] are this rank's own, `facts` the transport's; each arm is measured `repeats` times at most."""
+        """`slots` are this rank's own, `facts` the transport's; each arm is measured `repeats` times at most."""
         self._group, self._on_any_rank = session.group, session.on_any_rank
         self._exchange, self._workload, self._rank = exchange, workload, session.rank
-        self._weights, self._order = weights, sum_order(facts)
+        self._weights, self._slots = weights, slots
         self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
         tests = _FIGURES * _STAGES * _ARMS * _CHOICES * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
-        self._ids = ids
         self._sample = self._sample_of(*sampled_tokens(workload, weights))
         self._families: dict[str, Roundings] = {}
         self._alike = False
@@ -194,7 +192,7 @@ class ErrorChecker:
         """
         if not self._on_any_rank(value=bool(keys)):
             return None
-        table = torch.full((2 * _MOST_FAR,), -1, dtype=torch.int64, device=self._ids.device)
+        table = torch.full((2 * _MOST_FAR,), -1, dtype=torch.int64, device=self._slots.ids.device)
         few = list(dict.fromkeys(keys))[: len(table)]
         table[: len(few)] = torch.tensor(few, dtype=torch.int64)
         everyone = [torch.empty_like(table) for _ in range(dist.get_world_size(self._group))]
@@ -210,7 +208,7 @@ class ErrorChecker:
         """Return the sample of some tokens int64 [s], by rank and token."""
         workload = self._workload
         experts = workload.experts_of(ranks, tokens)
-        here = destinations(experts, workload.experts_per_rank, workload.group.ep_size)[:, self._rank]
+        here = has_destination(experts, self._rank, workload.experts_per_rank)
         rows = workload.token_rows(ranks[here], tokens[here])
         return _Sample(key_of(ranks, tokens)[here], rows, tokens[ranks == self._rank])
 
@@ -244,18 +242,16 @@ class ErrorChecker:
         made = {}
         parts = zip(arrived[1::3], arrived[2::3], arrived[3::3], strict=True)
         for (side, family), ideal, (rows, variances, by_order) in zip(measured.items(), ideals, parts, strict=True):
-            tokens = combined(rows, variances, by_order, self._order, self._way)
+            tokens = combined(rows, variances, by_order, self._slots.order, self._way)
             made[side] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
         return {side: made.get(side, made[sides[0]]) for side in sides}
 
     def _to_owners(self, parts: list[Tensor], sample: _Sample) -> list[Contributions]:
         """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, arranged by slot. Collective."""
-        group, own_ids = self._workload.group, self._ids[sample.own]
+        slots = self._slots.of(sample.own)
         packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
-        leaving = torch.bincount(sample.keys >> 32, minlength=group.ep_size)
-        arriving = recv_counts(own_ids, group.experts_per_rank, group.ep_size)
-        rows = exchanged(self._exchange, self._rank, packed, leaving.tolist(), arriving.tolist())
-        laid = in_slot_order(rows, own_ids, group, self._order)
+        leaving = torch.bincount(sample.keys >> 32, minlength=len(slots.arriving))
+        laid = slots.arranged(exchanged(self._exchange, self._rank, packed, leaving.tolist(), slots.arriving))
         widths = [part.shape[1] * part.element_size() for part in parts]
         return [
             Contributions(raw.contiguous().view(part.dtype), laid.ranks)

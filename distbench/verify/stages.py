@@ -23,7 +23,7 @@ from distbench.verify.sums import Returned, key_of, split_key
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import destinations
+from distbench.workload.routing import has_destination
 
 
 class _Received(NamedTuple):
@@ -170,7 +170,7 @@ class StageChecker:
             against = f"{agreed.tolist()} rows from each rank, each token once"
             return self._misplaced(arm, against, rows=max(abs(int(agreed.sum()) - len(keys)), doubled, 1))
         batch = self._workload.token_rows(*split_key(keys))
-        belongs = destinations(batch.ids, self._workload.experts_per_rank, num_ranks)[:, self._rank]
+        belongs = has_destination(batch.ids, self._rank, self._workload.experts_per_rank)
         if not bool(belongs.all()):
             return self._misplaced(arm, "the routing", rows=int((~belongs).sum()))
         self._known = _Received(keys, batch, self._workload.expected_rows(self._rank, batch))

@@ -16,7 +16,7 @@ from distbench.exchange.base import Exchange
 from distbench.transport.mori_config import TWO_LEVELS
 from distbench.verify.bitwise import integer_view
 from distbench.workload.kinds import ExpertGroup
-from distbench.workload.routing import destinations, recv_counts
+from distbench.workload.routing import destinations
 
 ROUND_BYTES = 16 << 20
 _TOKEN_BITS = 32
@@ -92,37 +92,69 @@ def same_bits_or_nan(actual: Tensor, expected: Tensor) -> Tensor:
     return ((integer_view(actual) == integer_view(expected)) | nan).all(1)
 
 
-def in_slot_order(rows: Tensor, ids: Tensor, group: ExpertGroup, order: SumOrder) -> Contributions:
-    """Arrange rows [m, H] for tokens with `ids` [n, k].
+class Slots(NamedTuple):
+    """The rows that some tokens get back: their number from each rank, places and ranks int64 [n, c].
 
-    `rows` has one row for each destination rank of a token, ordered by that rank and then by token.
+    `places` refer to rows ordered by rank and then by token, one for each destination rank of a token.
     """
+
+    arriving: list[int]
+    places: Tensor
+    ranks: Tensor
+
+    def arranged(self, rows: Tensor) -> Contributions:
+        """Arrange rows [m, H] by token and slot."""
+        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return Contributions(padded[self.places], self.ranks)
+
+
+def slots_of(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Slots:
+    """Return the places of rows for tokens with `ids` [n, k]."""
     going = destinations(ids, group.experts_per_rank, group.ep_size)
     position = (going.t().flatten().cumsum(0) - 1).view(group.ep_size, len(ids))
     ranks = _standing(ids, group, order)
     index = position[ranks.clamp(min=0), torch.arange(len(ids), device=ids.device).unsqueeze(1)]
-    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    return Contributions(padded[torch.where(ranks < 0, len(rows), index)], ranks)
+    arriving: list[int] = going.sum(0).tolist()
+    return Slots(arriving, torch.where(ranks < 0, sum(arriving), index), ranks)
 
 
-def recounted(  # noqa: PLR0913 - the returned rows, their tokens and the order
-    exchange: Exchange, rank: int, returned: Returned, ids: Tensor, most: int, group: ExpertGroup, order: SumOrder
+class OwnSlots:
+    """The `Slots` of one rank's tokens with ids [n, k]; those of all of them together are computed once."""
+
+    def __init__(self, ids: Tensor, group: ExpertGroup, order: SumOrder) -> None:
+        self.ids, self.order, self._group = ids, order, group
+        self.ep_size = group.ep_size
+        self._whole: Slots | None = None
+
+    def of(self, tokens: Tensor | slice) -> Slots:
+        """Return the places of rows for distinct tokens, ascending: int64 [m], or a slice."""
+        ids = self.ids[tokens]
+        if len(ids) < len(self.ids):
+            return slots_of(ids, self._group, self.order)
+        if self._whole is None:
+            self._whole = slots_of(self.ids, self._group, self.order)
+        return self._whole
+
+
+def recounted(
+    exchange: Exchange, rank: int, returned: Returned, own: OwnSlots, most: int
 ) -> Iterator[tuple[int, Contributions]]:
     """Yield, for each block, its first token and all ranks' rows for its tokens. Collective.
 
-    ids [n, k] are `rank`'s own; no rank has more than `most` tokens. A block's rows take at most `ROUND_BYTES` on any
-    rank, or are those of one token of each rank.
+    `own` are `rank`'s tokens; no rank has more than `most`. A block's rows take at most `ROUND_BYTES` on any rank, or
+    are those of one token of each rank.
     """
     row_bytes = returned.rows.shape[1] * returned.rows.element_size()
-    step = max(ROUND_BYTES // (row_bytes * group.ep_size), 1)
+    step = max(ROUND_BYTES // (row_bytes * own.ep_size), 1)
     owners, tokens = split_key(returned.keys)
     for start in range(0, most, step):
-        asked = (tokens >= start) & (tokens < start + step)
-        block = ids[start : start + step]
-        leaving = torch.bincount(owners[asked], minlength=group.ep_size)
-        arriving = recv_counts(block, group.experts_per_rank, group.ep_size)
-        rows = exchanged(exchange, rank, returned.rows[asked], leaving.tolist(), arriving.tolist())
-        yield start, in_slot_order(rows, block, group, order)
+        slots, rows = own.of(slice(start, start + step)), returned.rows
+        leaving = owners
+        if step < most:
+            asked = (tokens >= start) & (tokens < start + step)
+            leaving, rows = owners[asked], rows[asked]
+        sent: list[int] = torch.bincount(leaving, minlength=own.ep_size).tolist()
+        yield start, slots.arranged(exchanged(exchange, rank, rows, sent, slots.arriving))
 
 
 def _standing(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Tensor:

@@ -53,6 +53,12 @@ def destinations(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
     return going.scatter_(1, owner, value=True)[:, :ep_size]
 
 
+def has_destination(ids: Tensor, rank: int, experts_per_rank: int) -> Tensor:
+    """Return which tokens go to `rank`: bool [n] from ids [n, k]."""
+    first = rank * experts_per_rank
+    return ((ids >= first) & (ids < first + experts_per_rank)).any(1)
+
+
 def recv_counts(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
     """Return the number of these tokens that each rank receives, duplicates merged: int64 [W]."""
     return destinations(ids, experts_per_rank, ep_size).sum(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.verify.sums import SumOrder, added, in_slot_order, same_bits_or_nan, sum_order
+from distbench.verify.sums import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
 
@@ -50,14 +50,14 @@ def test_sums_follow_the_order_that_the_transport_declares(kernel: str) -> None:
     rank_of, token_of = going.t().nonzero().unbind(1)
     scale = 10.0 ** torch.randint(-3, 4, (len(rank_of), 1), generator=generator)
     rows = (torch.randn(len(rank_of), 8, generator=generator) * scale).bfloat16()
-    found = added(in_slot_order(rows, ids, GROUP, order), order)
+    found = added(slots_of(ids, GROUP, order).arranged(rows), order)
     for token, row in enumerate(ids.tolist()):
         mine = {int(rank): rows[place] for place, rank in enumerate(rank_of) if int(token_of[place]) == token}
         assert torch.equal(found[token], told_by_the_words(row, mine, order))
 
 
 def test_sum_of_no_tokens_is_empty() -> None:
-    nothing = in_slot_order(torch.empty(0, 8), torch.empty(0, 6, dtype=torch.int32), GROUP, SumOrder())
+    nothing = slots_of(torch.empty(0, 6, dtype=torch.int32), GROUP, SumOrder()).arranged(torch.empty(0, 8))
     assert added(nothing, SumOrder()).shape == (0, 8)
 
 
