@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from distbench.signals import Interrupted, leave, leave_by_signals, raise_signals
+from distbench.utils.signals import Interrupted, leave, leave_by_signals, raise_signals
 
 CRASHED = 70
 """The exit code of an error of the bench itself: EX_SOFTWARE of sysexits.h."""

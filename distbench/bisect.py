@@ -14,10 +14,10 @@ from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector
 from distbench.experts.pinned import pinned_table
 from distbench.injection import parse_inject
-from distbench.rates import Rate, trials_to_see
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.trials import HANG_S, Lab, impatient, possible, signature, varied
+from distbench.utils.stats import Rate, trials_to_see
 
 MAX_TRIALS = 64
 _TRIALS = 5

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from distbench import waits
-from distbench.process import pid_space
+from distbench.utils.process import pid_space
 
 STAGES = (
     "start",

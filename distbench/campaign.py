@@ -42,9 +42,9 @@ from distbench.report.journal import (
 from distbench.report.sink import refusal
 from distbench.report.summary import Summary
 from distbench.room import prove_room
-from distbench.signals import Interrupted, collect_signals
 from distbench.supervisor import supervise
 from distbench.time_budget import Deadline, Pace
+from distbench.utils.signals import Interrupted, collect_signals
 from distbench.verify.records import Outcome
 
 _WORST_SHOWN = 32

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from distbench.architectures import Fp8Format
 from distbench.limits import ALLOWED_LIMITS
+from distbench.utils.amd_arch import Fp8Format
 
 STAND_INS = {
     "collective": "collective for mori",

@@ -32,9 +32,8 @@ from distbench.commands import (
 )
 from distbench.errors import DiskFull, DistbenchError, InvalidCase, ResultsLost, Unsupported, is_disk_full
 from distbench.report.console import print_error
-from distbench.signals import Interrupted
-from distbench.streams import speak_any_encoding
-from distbench.tether import end_with_stdin
+from distbench.utils.signals import Interrupted, end_with_stdin
+from distbench.utils.streams import speak_any_encoding
 
 _SIGINT_EXIT_CODE = 130
 _SIGPIPE_EXIT_CODE = 141

@@ -11,10 +11,10 @@ from distbench.errors import Busy, InvalidCase
 from distbench.job import Job, job_path
 from distbench.locks import hold
 from distbench.postmortem import explain_fault, positions
-from distbench.process import is_alive
 from distbench.progress import Progress
 from distbench.report.summary import Summary
-from distbench.values import one_line
+from distbench.utils.process import is_alive
+from distbench.utils.text import one_line
 
 
 def collect(out: Path, lock_timeout_s: float = 0.0) -> Summary:

@@ -23,9 +23,9 @@ from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
 from distbench.postmortem import machines, positions
 from distbench.preflight import check_devices
 from distbench.report.console import print_note
-from distbench.signals import Interrupted, collect_signals
 from distbench.supervisor import Agent, Watch, end, first_exit
 from distbench.unused_variables import note_of_launch
+from distbench.utils.signals import Interrupted, collect_signals
 
 
 class Timeouts(NamedTuple):

@@ -18,7 +18,7 @@ from distbench.experts.base import Experts, check_values, facts_of
 from distbench.experts.selection import KernelChoice
 from distbench.layer import ExpertWeights, run_experts
 from distbench.truncation import ExpertInput
-from distbench.values import one_line
+from distbench.utils.text import one_line
 from distbench.verify.bitwise import differing, integer_view
 from distbench.verify.nearness import row_errors
 from distbench.verify.records import Replay

@@ -16,9 +16,9 @@ from distbench.errors import Verdict
 from distbench.flight_recorder import from_stacks, late_ranks
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
-from distbench.process import STOPPED, is_alive, state
-from distbench.signals import STACKS_SIGNAL
 from distbench.stage_limits import stage_limit
+from distbench.utils.process import STOPPED, is_alive, state
+from distbench.utils.signals import STACKS_SIGNAL
 from distbench.verify.records import Reason
 
 _STACKS_WAIT_S = 0.5

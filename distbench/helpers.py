@@ -11,7 +11,7 @@ import os
 import signal
 from multiprocessing import forkserver, resource_tracker
 
-from distbench.process import STOPPED, state
+from distbench.utils.process import STOPPED, state
 
 
 def resume_helpers() -> None:

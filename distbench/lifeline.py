@@ -5,6 +5,6 @@ Without this it would end only after the last rank, since each rank holds the pi
 
 from __future__ import annotations
 
-from distbench.process import die_with_parent
+from distbench.utils.process import die_with_parent
 
 die_with_parent()

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from distbench.errors import InvalidCase, Overflow
-from distbench.values import shown
+from distbench.utils.text import shown
 
 DERIVED_LIMITS = ("max-recv", "sum", "sum32", "pow2", "capacity")
 ALLOWED_LIMITS = (

@@ -12,18 +12,18 @@ import msgspec
 from torch import Tensor
 
 from distbench.arms import arms_of
-from distbench.devices import DeviceState
 from distbench.exchange import choose_exchange
 from distbench.experts.base import Experts, facts_of
 from distbench.experts.roundings import roundings_of
 from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
-from distbench.process import peak_bytes
 from distbench.recording import Finished, PartRecorder
 from distbench.session import Session
 from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
+from distbench.utils.devices import DeviceState
+from distbench.utils.process import peak_bytes
 from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest
 from distbench.verify.combine import CombineChecker, Combined, Own
 from distbench.verify.error_check import ErrorChecker, Pass

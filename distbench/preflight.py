@@ -11,9 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.architectures import arch_of, fp8_format
 from distbench.case import Case, inputs_of
-from distbench.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
@@ -30,6 +28,8 @@ from distbench.recv_bound import parse_sender_rows, recv_bound
 from distbench.resolve import check_fit
 from distbench.sglang import rules_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
+from distbench.utils.amd_arch import arch_of, fp8_format
+from distbench.utils.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
 
 # Memory that ranks share with the fork server, and memory of each rank besides tensors.

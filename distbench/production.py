@@ -34,7 +34,7 @@ from distbench.sglang import (
     rules_of,
     sglang_enables,
 )
-from distbench.versions import version_key
+from distbench.utils.versions import version_key
 
 LAUNCH_MODE = "MORI_EP_LAUNCH_CONFIG_MODE"
 

@@ -8,7 +8,7 @@ import time
 from typing import TextIO
 
 from distbench.report.journal import Line
-from distbench.values import printable
+from distbench.utils.text import printable
 
 _CLEAR = "\r\x1b[K"
 _REFRESH_S = 0.2

@@ -18,13 +18,13 @@ from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
 from distbench.limits import Traffic, check_capacity, resolve_limit
 from distbench.passes import Parts, Passes
-from distbench.process import peak_bytes
 from distbench.recording import Recorder
 from distbench.recv_bound import recv_bound
 from distbench.session import Session
 from distbench.stage_limits import compiles
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
+from distbench.utils.process import peak_bytes
 from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.gather import Outputs, choose_mode, gather, outputs_of

@@ -12,16 +12,17 @@ from typing import Any, get_args
 
 import msgspec
 
-from distbench.architectures import arch_of, fp8_format
 from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
-from distbench.devices import architecture
 from distbench.errors import InvalidCase, Unsupported
 from distbench.injection import parse_inject
 from distbench.kernel_tables import table_bytes
 from distbench.limits import parse_limit
 from distbench.models import CUSTOM, DIMENSIONS, PRESETS
 from distbench.stage_limits import parse_stage_timeouts
-from distbench.values import one_line, read_table_file, refuse_bulk, shown, split_tokens, spread_tokens
+from distbench.utils.amd_arch import arch_of, fp8_format
+from distbench.utils.devices import architecture
+from distbench.utils.text import one_line, shown
+from distbench.values import read_table_file, refuse_bulk, split_tokens, spread_tokens
 
 FLAGS = "flag"
 _UNTIL_FAILURE = 10_000

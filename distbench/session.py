@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.devices import runs_on_device
 from distbench.errors import InvalidCase, Unsupported
 from distbench.exchange.neighbours import find_neighbours
 from distbench.exchange.shared_memory import SharedMemory
-from distbench.process import usable_cores
+from distbench.utils.devices import runs_on_device
+from distbench.utils.process import usable_cores
 from distbench.waits import collective, waiting
 
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"

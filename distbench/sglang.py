@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.versions import VersionKey, version_key
+from distbench.utils.versions import VersionKey, version_key
 
 NEWEST = "0.5.23"
 """The newest release whose source was read; later ones are assumed to be like it."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distbench.flight_recorder import Group, as_line, last_collectives
-from distbench.signals import STACKS_SIGNAL
+from distbench.utils.signals import STACKS_SIGNAL
 
 _DUMP = "_dump_nccl_trace_json"
 _MANY = 64

@@ -12,8 +12,8 @@ from distbench.job import Entry, Job, clear_ranks, done_path, next_job_path
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending
 from distbench.report.files import write_atomically
-from distbench.signals import Interrupted
 from distbench.supervisor import Agent, Watch, concluded, end, no_rank_left
+from distbench.utils.signals import Interrupted
 
 _TICK_S = 0.1
 _POLL_S = 0.005

@@ -16,7 +16,8 @@ from distbench.expectations import BY_LIMIT, expected_verdict
 from distbench.job import Entry
 from distbench.resolve import Layer, Resolved, check_fit, resolve_case, typed_value
 from distbench.suite_files import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
-from distbench.values import one_line, spread_tokens
+from distbench.utils.text import one_line
+from distbench.values import spread_tokens
 
 _MAX_VALUE = 40
 

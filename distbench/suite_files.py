@@ -44,7 +44,8 @@ from distbench.errors import InvalidCase
 from distbench.expectations import ALLOWED, is_expectation
 from distbench.limits import parse_limit
 from distbench.resolve import Layer, decode_table, typed_value
-from distbench.values import one_line, read_table_file, shown
+from distbench.utils.text import one_line, shown
+from distbench.values import read_table_file
 
 CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in DERIVED_KEYS)
 MAX_CASES = 100_000

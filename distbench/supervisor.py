@@ -33,9 +33,9 @@ from distbench.job import Entry, Job, Spread, clear_ranks, crumb_path
 from distbench.nodes.hub import Hub
 from distbench.nodes.wire import BACKEND
 from distbench.postmortem import Ending, Exit, explain_fault, positions
-from distbench.process import is_alive
-from distbench.signals import TERMINAL_SIGNALS, Interrupted
-from distbench.values import one_line
+from distbench.utils.process import is_alive
+from distbench.utils.signals import TERMINAL_SIGNALS, Interrupted
+from distbench.utils.text import one_line
 from distbench.verify.records import Reason
 
 # glibc keeps memory freed by a case, up to 64 MiB, for the next one, so that no rank is delayed by page faults.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.architectures import GFX_BY_CU_COUNT
 from distbench.errors import InvalidCase
 from distbench.experts.lookup import ACTIVATIONS, QUANTS
 from distbench.experts.rules import BucketRules
 from distbench.experts.table_match import answers
 from distbench.experts.tuned import TunedKey, parse_tuned_rows, read_table, row_keys
-from distbench.values import one_line
+from distbench.utils.amd_arch import GFX_BY_CU_COUNT
+from distbench.utils.text import one_line
 
 _RUN = ("bf16", "fp8")
 _SILU = f"ActivationType.{ACTIVATIONS['silu']}"

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.case import Case
-from distbench.devices import DeviceState, device_state
-from distbench.samples import median_error
 from distbench.session import Session
+from distbench.utils.devices import DeviceState, device_state
+from distbench.utils.stats import median_error
 from distbench.verify.bitwise import compare_rows
 from distbench.verify.nearness import relative_error
 from distbench.verify.records import ArmError, Timed

@@ -15,7 +15,6 @@ REPEAT = "..."
 
 MAX_FILE_BYTES = 256 << 10
 _MAX_LINE_DOTS = 500
-_SHOWN_CHARACTERS = 120
 _HEAP_SIZE = re.compile(r"([0-9]{1,12})(?:([KMG])(?:B|b|iB)?|([kmg])(?:b|ib)?)?")
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
@@ -54,14 +53,6 @@ def parse_heap_size(text: str) -> int:
     return int(matched[1]) << _SHIFTS[(matched[2] or matched[3] or "").upper()]
 
 
-def shown(value: object) -> str:
-    """Any value for a message: one line, cut at 120 characters."""
-    try:
-        return f"{value!r:.{_SHOWN_CHARACTERS}}"
-    except (ValueError, RecursionError):  # thousands of digits, or nested almost too deep to be read
-        return f"{type(value).__name__} too large to show"
-
-
 def read_table_file(path: str) -> bytes:
     """Bytes of a file, cut just above the size allowed for a table of cases.
 
@@ -92,15 +83,3 @@ def refuse_bulk(content: bytes) -> None:
         if line.count(b".") > _MAX_LINE_DOTS:
             message = f"more than {_MAX_LINE_DOTS} dots on line {number}; break the line"
             raise ValueError(message)
-
-
-def printable(text: str) -> str:
-    """Text with non-printable characters escaped, so that no terminal acts on it and no line is forged."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-
-
-def one_line(error: BaseException | str) -> str:
-    """A message without its line breaks and outer blanks."""
-    return " ".join(str(error).split())

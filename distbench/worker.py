@@ -32,7 +32,6 @@ from distbench.job import (
     ranks_folder,
     stack_path,
 )
-from distbench.process import die_with_parent
 from distbench.rank import run_case
 from distbench.recording import Recorder
 from distbench.report.document import Report
@@ -41,7 +40,8 @@ from distbench.report.sink import Sink
 from distbench.session import Session
 from distbench.stacks import answer_with_stacks
 from distbench.time_budget import Deadline, Pace
-from distbench.values import printable
+from distbench.utils.process import die_with_parent
+from distbench.utils.text import printable
 from distbench.verify.records import Outcome
 
 _PEER_GRACE_S = 10.0

@@ -23,7 +23,7 @@ from distbench.bundle.recorded import ArmRows, RankTensors, rank_tensors, routin
 from distbench.bundle.references import AsRecorded, Generated, References, SentTokens
 from distbench.case import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
-from distbench.values import one_line
+from distbench.utils.text import one_line
 from distbench.verify.bitwise import bits_at, differing
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.records import Divergence, Gathered

@@ -33,7 +33,7 @@ from distbench.errors import InvalidCase
 from distbench.limits import Traffic
 from distbench.report.document import Report
 from distbench.resolve import Layer, resolve_case
-from distbench.values import one_line, shown
+from distbench.utils.text import one_line, shown
 from distbench.verify.records import STAGE_ORDER, Divergence, Gathered
 
 _MAX_EXPERTS = 1 << 16

@@ -14,7 +14,7 @@ from itertools import product
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.values import shown
+from distbench.utils.text import shown
 
 MOST_HOSTS = 65536
 

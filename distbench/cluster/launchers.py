@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.values import one_line, shown
+from distbench.utils.text import one_line, shown
 
 LOCAL = "local"
 LAUNCHERS: dict[str, tuple[str, ...]] = {

@@ -18,7 +18,7 @@ import msgspec
 
 from distbench.cluster.faults import Finding, Kind, Trial
 from distbench.cluster.plan import Group
-from distbench.student import student_quantile
+from distbench.utils.stats import student_quantile
 
 ALARMS = 0.01
 """Probability that any node or link is called slow where they differ by chance alone."""

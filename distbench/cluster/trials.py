@@ -19,7 +19,7 @@ from distbench.cluster.processes import Processes
 from distbench.errors import InvalidCase, Verdict
 from distbench.job import Spread
 from distbench.report.results import Result, Results
-from distbench.signals import Interrupted
+from distbench.utils.signals import Interrupted
 
 _POLL_S = 0.1
 _PROBE_S = 120.0

@@ -24,8 +24,8 @@ from distbench.preflight import check_folder, check_path
 from distbench.production import read_environment
 from distbench.report.console import print_line, print_note
 from distbench.report.files import write_atomically
-from distbench.signals import collect_signals
 from distbench.suite import load_suite, select
+from distbench.utils.signals import collect_signals
 
 _SHOWN_HOSTS = 4
 _MOST_PORTS = 65536

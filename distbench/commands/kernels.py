@@ -14,7 +14,6 @@ import msgspec
 from distbench.case import Case
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
-from distbench.devices import compute_units
 from distbench.errors import InvalidCase
 from distbench.experts import make_selector, overrides_of
 from distbench.experts.aiter.package import installed_release, installed_tables
@@ -27,6 +26,7 @@ from distbench.production import read_environment
 from distbench.report.console import print_json, print_line, print_table
 from distbench.resolve import Layer, resolve_case
 from distbench.table_survey import survey_tables, total_of
+from distbench.utils.devices import compute_units
 
 _WHERE_FROM = {
     NODE: " (this node's)",

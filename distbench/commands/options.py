@@ -19,7 +19,6 @@ from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
-from distbench.devices import count_devices
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.expectations import BY_KERNEL, expected_verdict
 from distbench.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
@@ -50,6 +49,7 @@ from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer, load_report
 from distbench.unused_keys import note_of_keys, unused_keys
 from distbench.unused_variables import note_of_launch, unused_variables
+from distbench.utils.devices import count_devices
 
 _CASE_DEST = "case_"
 DEFAULT_OUT = "distbench-out"

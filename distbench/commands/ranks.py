@@ -13,7 +13,7 @@ from distbench.job import Job, clear_ranks
 from distbench.locks import hold
 from distbench.nodes.interfaces import check_interfaces, choose_loopback
 from distbench.preflight import check_devices
-from distbench.values import one_line
+from distbench.utils.text import one_line
 
 
 def world_size() -> int | None:

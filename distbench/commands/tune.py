@@ -18,9 +18,9 @@ from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import Table, encode_table, load_table
 from distbench.models import PRESETS
-from distbench.process import usable_cores
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
+from distbench.utils.process import usable_cores
 
 _BUCKETS = ",".join(str(1 << power) for power in range(16))
 _CLEAR = "\r\x1b[K"

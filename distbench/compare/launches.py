@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from distbench.compare.noise import PLANNED_POWER, Change, Pair, Samples, judge_change
-from distbench.student import student_quantile, student_tail
+from distbench.utils.stats import student_quantile, student_tail
 
 LEAST_LAUNCHES = 3
 """Least number of old launches that shows their variation; one launch is compared by its own noise alone."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from distbench.devices import compute_units
 from distbench.errors import InvalidCase
 from distbench.locks import DEVICE_LOCKS, is_held
 from distbench.nodes.interfaces import interface_names
 from distbench.report.environment import PACKAGES
+from distbench.utils.devices import compute_units
 
 _ROCM = Path("/opt/rocm")
 _NICS = Path("/sys/class/infiniband")

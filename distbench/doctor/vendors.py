@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import msgspec
 
-from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.doctor.findings import Finding, Path
 from distbench.doctor.probe import AITER, MORI, Node
@@ -25,7 +24,8 @@ from distbench.transport.mori_config import (
     lost_chunks,
     plan_mori,
 )
-from distbench.versions import version_key
+from distbench.utils.amd_arch import fp8_format
+from distbench.utils.versions import version_key
 
 _MORI: tuple[Path, ...] = ("mori",)
 _ARCHITECTURES = ("gfx942", "gfx950")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.process import pid_space
+from distbench.utils.process import pid_space
 
 _HELLO = struct.Struct("<q")
 _CREDENTIALS = struct.Struct("3i")

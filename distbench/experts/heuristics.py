@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from distbench.architectures import arch_of
 from distbench.experts.kernel_names import DEFAULT_TILE_K
 from distbench.experts.rules import BucketRules
+from distbench.utils.amd_arch import arch_of
 
 ONE_STAGE_BLOCK_M = 32
 _BLOCK_ROWS = (32, 64, 128)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from distbench.architectures import fp8_format
 from distbench.experts.heuristics import LayerKey
 from distbench.experts.rules import BucketRules
 from distbench.experts.selection import Overrides
 from distbench.experts.tuned import TunedKey
+from distbench.utils.amd_arch import fp8_format
 
 
 class Quant(NamedTuple):

@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from distbench.architectures import Fp8Format
 from distbench.case import Case
 from distbench.experts.selection import KernelChoice
+from distbench.utils.amd_arch import Fp8Format
 
 Stored = Literal["bf16", "e4m3"]
 Scales = Literal["power of two", "maximum"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.versions import VersionKey, version_key
+from distbench.utils.versions import VersionKey, version_key
 
 
 class BucketRules(msgspec.Struct, frozen=True, kw_only=True):

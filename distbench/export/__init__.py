@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, TypeVar
 from distbench.errors import InvalidCase, Unsupported
 from distbench.report.files import atomic_file
 from distbench.report.results import Results
-from distbench.values import shown
+from distbench.utils.text import shown
 
 FILES = {"junit": "junit.xml", "md": "results.md", "csv": "results.csv", "prom": "results.prom", "json": "results.json"}
 """Formats, and the name of each one's file in the folder of the results."""

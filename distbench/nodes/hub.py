@@ -19,7 +19,7 @@ from distbench.nodes.proof import Channel, Tampered
 from distbench.nodes.refusals import Refusals
 from distbench.nodes.wire import BEAT_S, MOST_BEAT_BYTES, SILENCE_S, Beat, Order, Phase
 from distbench.postmortem import Exit
-from distbench.values import one_line
+from distbench.utils.text import one_line
 
 _TICK_S = 0.05
 _STACKS_S = 4.0

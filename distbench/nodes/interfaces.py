@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.errors import InvalidCase
-from distbench.values import shown
+from distbench.utils.text import shown
 
 _SIOCGIFADDR = 0x8915
 _ADDRESSES_V6 = Path("/proc/net/if_inet6")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from distbench.errors import InvalidCase
 from distbench.nodes.interfaces import is_loopback
-from distbench.values import one_line
+from distbench.utils.text import one_line
 
 VARIABLE = "DISTBENCH_SECRET"
 LEAST_BYTES, MOST_BYTES = 16, 4096

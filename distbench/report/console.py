@@ -15,8 +15,8 @@ from distbench.report.document import InjectedReport, RankReport, RateReport, Re
 from distbench.report.findings import ErrorReport
 from distbench.report.kernels import OTHER_CODE, label_beside
 from distbench.report.summary import Summary
-from distbench.streams import speaks_all
-from distbench.values import printable
+from distbench.utils.streams import speaks_all
+from distbench.utils.text import printable
 from distbench.verify.records import NOT_PROVEN
 
 if TYPE_CHECKING:

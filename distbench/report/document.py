@@ -10,17 +10,16 @@ from typing import Any
 import msgspec
 
 from distbench.case import Case, case_hash
-from distbench.devices import DeviceState
 from distbench.errors import InvalidCase, Verdict
 from distbench.expectations import is_met
 from distbench.experts.coverage import blind_spots_of
 from distbench.injection import Injection, parse_inject
 from distbench.job import Entry
-from distbench.rates import Rate
 from distbench.report.environment import Environment
 from distbench.report.findings import ErrorReport, FindingReport, codes_behind, error_reports, finding_reports
 from distbench.report.limit import LimitReport, limit_report
-from distbench.samples import median_error, percentile
+from distbench.utils.devices import DeviceState
+from distbench.utils.stats import Rate, median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import (
     LISTED_TOKENS,

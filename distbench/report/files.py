@@ -13,7 +13,7 @@ import msgspec
 
 from distbench.errors import InvalidCase
 from distbench.report.document import SCHEMA, Report
-from distbench.values import one_line
+from distbench.utils.text import one_line
 
 
 def write_report(path: Path, report: Report) -> None:

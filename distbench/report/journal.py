@@ -19,7 +19,7 @@ from distbench.report.document import SCHEMA, RateReport, Report
 from distbench.report.files import atomic_file, naming, sync_folder
 from distbench.report.findings import FindingReport, codes_behind
 from distbench.report.limit import LimitReport
-from distbench.values import one_line
+from distbench.utils.text import one_line
 from distbench.verify.records import Reason
 
 RESULTS = "results.jsonl"

@@ -14,7 +14,7 @@ from distbench.report.environment import NO_ENVIRONMENT, Environment
 from distbench.report.journal import RESULTS
 from distbench.report.limit import LimitReport
 from distbench.report.summary import Summary
-from distbench.values import one_line
+from distbench.utils.text import one_line
 from distbench.verify.records import Diagnosis, Reason
 
 _SUMMARY = "summary.json"

@@ -7,10 +7,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.mori_config import SKIPS_NEGATIVE, MoriPlan
+from distbench.utils.amd_arch import fp8_format
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import fp8_dtype
 

@@ -14,8 +14,8 @@ import msgspec
 from distbench.case import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.sglang import SDMA, enables, sglang_enables
+from distbench.utils.versions import version_key
 from distbench.values import parse_heap_size
-from distbench.versions import version_key
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
 SHMEM_MODE = "MORI_SHMEM_MODE"

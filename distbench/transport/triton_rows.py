@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from distbench.launches import launch
 from distbench.transport import row_kernels
 from distbench.transport.arrival import Traffic
 from distbench.transport.route import Plan, Room, Route
+from distbench.utils.triton_launch import launch
 
 _BLOCK_BYTES = 4096
 _FIELDS = 4

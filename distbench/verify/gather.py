@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.process import peak_bytes
 from distbench.session import Session
+from distbench.utils.process import peak_bytes
 from distbench.verify.bitwise import compare_rows, differing, row_digests, same_bits
 from distbench.verify.records import (
     LISTED_TOKENS,

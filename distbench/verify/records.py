@@ -7,9 +7,9 @@ from typing import Any, Literal
 import msgspec
 
 from distbench.case import Case
-from distbench.devices import DeviceState
 from distbench.errors import Verdict
 from distbench.limits import LimitProof, Traffic, prove_limit
+from distbench.utils.devices import DeviceState
 
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distbench.architectures import Fp8Format
+from distbench.utils.amd_arch import Fp8Format
 from distbench.workload import exact, gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device

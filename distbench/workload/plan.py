@@ -11,8 +11,8 @@ from typing import Literal, NoReturn
 
 import msgspec
 
-from distbench.architectures import LARGEST_FP8, Fp8Format
 from distbench.errors import InvalidCase
+from distbench.utils.amd_arch import LARGEST_FP8, Fp8Format
 from distbench.workload.points import Points, points_for
 from distbench.workload.probe_plan import ProbePlan, plan_code, plan_probes
 

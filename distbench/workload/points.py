@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import msgspec
 
-from distbench.architectures import Fp8Format
+from distbench.utils.amd_arch import Fp8Format
 
 # An output reads a row by a mantissa that makes the product round in bf16 as well, which exposes truncation.
 _UP_GATES = ((-1.5, 1.25), (-0.625, 1.25), (1.0, 1.25), (1.75, 1.25), (3.0, 1.25), (5.5, 1.25), (7.5, 1.5))

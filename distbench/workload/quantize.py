@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distbench.architectures import Fp8Format
+from distbench.utils.amd_arch import Fp8Format
 from distbench.workload.plan import BLOCK
 from distbench.workload.steps import rows_at_a_time
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.emulation import aiter as stand_in
 from distbench.emulation.aiter import fused_moe as stand_in_moe
@@ -29,6 +28,7 @@ from distbench.emulation.aiter.utility import dtypes
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.package import DISTRIBUTION
 from distbench.rank import workload_for
+from distbench.utils.amd_arch import fp8_format
 from tests.cases import tiny_case
 from tests.contract.wheels import aiter_wheel, function, lifted, tree
 

@@ -25,11 +25,11 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.architectures import LARGEST_FP8
 from distbench.emulation.mori import _jit_loader, moves, ops, shmem
 from distbench.emulation.mori.launch import Launches
 from distbench.emulation.mori.routing import EpDispatchCombineKernelType
 from distbench.transport.mori_config import lost_chunks, plan_mori
+from distbench.utils.amd_arch import LARGEST_FP8
 from tests.cases import tiny_case
 
 VERSION = "1.2.4"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.devices import count_devices
+from distbench.utils.devices import count_devices
 from tests.end_to_end.launches import Bench
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.architectures import arch_of
 from distbench.case import Case
 from distbench.emulation import mori as stand_in
 from distbench.emulation.mori import _jit_loader, habits, ops
@@ -23,6 +22,7 @@ from distbench.session import Session
 from distbench.transport import mori, mori_config
 from distbench.transport.base import Dispatched
 from distbench.transport.mori import MoriTransport
+from distbench.utils.amd_arch import arch_of
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks

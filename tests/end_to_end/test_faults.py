@@ -169,7 +169,9 @@ def test_rank_faults_at_launch_boundaries_and_in_pairs_are_named(tmp_path: Path)
     assert len(reports) == len(bench.reports) == len(cases)
     for _, seed, expected in ODD:
         reasons = [] if seed is None else reports.pop(seed)["reasons"]
-        assert [(reason["code"], reason.get("rank")) for reason in reasons] == [(code, rank) for code, rank, _ in expected]
+        assert [(reason["code"], reason.get("rank")) for reason in reasons] == [
+            (code, rank) for code, rank, _ in expected
+        ]
         for reason, (_, _, message) in zip(reasons, expected, strict=True):
             assert reason["message"].startswith(message)
     assert {report["verdict"] for report in reports.values()} == {"PASS"}

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from distbench.devices import count_devices
 from distbench.errors import Verdict
-from distbench.signals import collect_signals
 from distbench.trials import Lab
+from distbench.utils.devices import count_devices
+from distbench.utils.signals import collect_signals
 from tests.cases import tiny_case
 from tests.end_to_end.launches import TINY, Bench
 

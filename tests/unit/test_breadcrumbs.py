@@ -16,7 +16,7 @@ import pytest
 
 from distbench import breadcrumbs
 from distbench.breadcrumbs import Breadcrumbs, read_position
-from distbench.process import pid_space
+from distbench.utils.process import pid_space
 from distbench.waits import KINDS
 
 

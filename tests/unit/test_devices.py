@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from distbench import devices
-from distbench.devices import DeviceState, devices_to_hold, runs_on_device
 from distbench.errors import Unsupported
 from distbench.preflight import check_case, check_devices
+from distbench.utils import devices
+from distbench.utils.devices import DeviceState, devices_to_hold, runs_on_device
 from tests.cases import tiny_case
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.launches import launch
+from distbench.utils.triton_launch import launch
 
 
 class Kernel:

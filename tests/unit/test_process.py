@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.process import usable_cores
+from distbench.utils.process import usable_cores
 
 
 @pytest.mark.parametrize(

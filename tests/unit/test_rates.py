@@ -15,10 +15,10 @@ from distbench.campaign import Campaign, Rules
 from distbench.errors import Verdict
 from distbench.job import Entry
 from distbench.progress import Progress
-from distbench.rates import Rate, trials_to_see
 from distbench.report.console import print_report
 from distbench.report.document import InjectedReport, Report, rate_report
 from distbench.report.journal import Journal
+from distbench.utils.stats import Rate, trials_to_see
 from tests.cases import tiny_case
 from tests.reports import report_of
 

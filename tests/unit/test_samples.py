@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 
-from distbench.samples import median_error, percentile
+from distbench.utils.stats import median_error, percentile
 
 
 def test_percentile_is_one_of_the_samples() -> None:

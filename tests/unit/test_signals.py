@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from distbench.signals import ENDING_SIGNALS, Interrupted, collect_signals, raise_signals
+from distbench.utils.signals import ENDING_SIGNALS, Interrupted, collect_signals, raise_signals
 
 
 @pytest.fixture(autouse=True)
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
-    monkeypatch.setattr("distbench.signals._raised", [])
+    monkeypatch.setattr("distbench.utils.signals._raised", [])
     raise_signals()
     yield
     for number, handler in before.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.signals import STACKS_SIGNAL
+from distbench.utils.signals import STACKS_SIGNAL
 from tests.end_to_end.launches import ROOT, wait_until
 
 _STUCK = """

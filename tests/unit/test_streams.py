@@ -13,7 +13,7 @@ import pytest
 
 from distbench.export import STANDARD_OUTPUT, write_reports
 from distbench.report.console import print_json
-from distbench.streams import speak_any_encoding
+from distbench.utils.streams import speak_any_encoding
 from tests.end_to_end.launches import ROOT
 
 PLAIN = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distbench.student import student_quantile, student_tail
+from distbench.utils.stats import student_quantile, student_tail
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from distbench.report.environment import Environment
 from distbench.report.files import write_report
 from distbench.report.journal import RESULTS, Journal
 from distbench.report.sink import Sink
-from distbench.signals import Interrupted
+from distbench.utils.signals import Interrupted
 from distbench.verify.records import Judgement, Outcome, Reason
 from tests.cases import tiny_case
 from tests.end_to_end.launches import write_suite

@@ -19,7 +19,7 @@ from distbench.report.journal import Journal, JournalReader
 from distbench.report.limit import LimitReport
 from distbench.report.summary import Summary
 from distbench.report.sweep import COLUMNS, sweep_row
-from distbench.values import printable
+from distbench.utils.text import printable
 from distbench.verify.records import Diagnosis, Reason
 from tests.cases import tiny_case
 from tests.reports import report_of

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from distbench import timing
-from distbench.devices import DeviceState
 from distbench.session import Session
 from distbench.timing import Timer, flushing_memory
+from distbench.utils.devices import DeviceState
 from tests.cases import tiny_case
 
 

@@ -17,8 +17,8 @@ from distbench.errors import LaunchFailed
 from distbench.job import Entry, Job, crumb_path, ranks_folder
 from distbench.nodes.hub import Hub
 from distbench.postmortem import positions
-from distbench.process import is_alive
 from distbench.supervisor import Agent, Watch, supervise
+from distbench.utils.process import is_alive
 from tests.cases import tiny_case
 from tests.end_to_end.launches import wait_until
 

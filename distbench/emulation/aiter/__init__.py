@@ -10,7 +10,6 @@ import importlib
 import logging
 from typing import Any
 
-from distbench.emulation.aiter import habits
 from distbench.emulation.aiter.enums import ActivationType, QuantType
 
 __all__ = ["ActivationType", "QuantType", "habits", "logger"]

@@ -13,9 +13,9 @@ from typing import NoReturn
 
 import msgspec
 
-from distbench.architectures import arch_of
 from distbench.experts.rules import BucketRules, rules_for
 from distbench.experts.selection import Overrides
+from distbench.utils.amd_arch import arch_of
 
 WRONG_BUCKET = "wrong-bucket-4"
 FAULT_AT_ROWS = "fault-at-304-336"

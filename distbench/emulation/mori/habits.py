@@ -7,8 +7,8 @@ import sys
 import time
 from typing import NoReturn
 
-from distbench.architectures import Fp8Format
-from distbench.architectures import fp8_format as format_of
+from distbench.utils.amd_arch import Fp8Format
+from distbench.utils.amd_arch import fp8_format as format_of
 
 NO_CONSTRUCTOR_BARRIER = "no-constructor-barrier"
 NO_ROW_GUARD = "no-row-guard"

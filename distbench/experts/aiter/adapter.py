@@ -15,7 +15,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distbench.architectures import fp8_format
 from distbench.case import Case
 from distbench.errors import Unsupported
 from distbench.experts import overrides_of
@@ -38,7 +37,8 @@ from distbench.experts.rules import rules_for
 from distbench.experts.selection import KernelChoice
 from distbench.experts.shapes import check_aiter_shape
 from distbench.experts.tuned import MISSING
-from distbench.values import one_line
+from distbench.utils.amd_arch import fp8_format
+from distbench.utils.text import one_line
 from distbench.workload.plan import BLOCK
 from distbench.workload.quantize import fp8_dtype
 

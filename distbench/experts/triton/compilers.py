@@ -13,7 +13,7 @@ from distbench.errors import Unsupported
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape
 from distbench.experts.triton.trial import LocalExperts, run
-from distbench.values import one_line
+from distbench.utils.text import one_line
 from distbench.workload.batch import TokenBatch
 
 _TRIED_ROWS = 64

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: TID253 - lo
 
 from distbench.experts.triton import matrix_kernels, sort_kernels
 from distbench.experts.triton.config import KernelConfig, Tile
-from distbench.launches import launch
+from distbench.utils.triton_launch import launch
 from distbench.workload.plan import BLOCK
 
 _SORT_ELEMENTS = 16384

@@ -13,7 +13,7 @@ from distbench.case import Case
 from distbench.errors import InvalidCase
 from distbench.experts.rules import padded_rows
 from distbench.experts.triton.config import ConfigSelector, LayerShape, Quant, TableRow
-from distbench.values import one_line
+from distbench.utils.text import one_line
 
 SCHEMA = "distbench.triton-table/1"
 _SHIPPED = Path(__file__).with_name("tables")

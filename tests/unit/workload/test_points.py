@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.architectures import Fp8Format
+from distbench.utils.amd_arch import Fp8Format
 from distbench.workload.plan import plan_exact
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS, Points, points_for
 from distbench.workload.probes import row_values, silu

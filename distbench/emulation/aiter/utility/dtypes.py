@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from distbench.architectures import fp8_format
 from distbench.emulation.aiter.habits import assumed
+from distbench.utils.amd_arch import fp8_format
 from distbench.workload.quantize import fp8_dtype
 
 bf16 = torch.bfloat16

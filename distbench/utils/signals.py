@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
@@ -82,3 +84,18 @@ def _leave(number: int, _: FrameType | None) -> None:
 def _raise(number: int, _: FrameType | None) -> None:
     _raised.append(number)
     raise Interrupted(number)
+
+
+_BLOCK_BYTES = 4096
+
+
+def end_with_stdin() -> None:
+    """Send this process SIGTERM on stdin EOF, once at least one byte has arrived."""
+    threading.Thread(target=_follow, args=(sys.stdin.fileno(),), name="tether", daemon=True).start()
+
+
+def _follow(descriptor: int) -> None:
+    if os.read(descriptor, 1):
+        while os.read(descriptor, _BLOCK_BYTES):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)

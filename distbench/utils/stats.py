@@ -1,11 +1,36 @@
-"""Binomial rates from observed counts, with exact 95 % confidence intervals (2.5 % on each side)."""
+"""Statistics of timed iterations and of failures: percentiles, exact bounds of a rate, Student's t."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 
 import msgspec
+
+_NORMAL_95 = 1.96
+
+
+def percentile(samples: Sequence[float], percent: int) -> float:
+    """Smallest sample that at least `percent` % of the samples do not exceed (nearest rank)."""
+    ordered = sorted(samples)
+    return ordered[max(-(-percent * len(ordered) // 100), 1) - 1]
+
+
+def median_error(samples: Sequence[float]) -> float | None:
+    """Half the width of the median's 95 % confidence interval, as a share of the median.
+
+    The interval lies between order statistics and assumes no distribution (Conover, "Practical Nonparametric
+    Statistics", the quantile interval). None for fewer than 6 samples, which hold no such interval.
+    """
+    count = len(samples)
+    low = math.floor(count / 2 - _NORMAL_95 * math.sqrt(count) / 2)
+    if low < 1:
+        return None
+    ordered = sorted(samples)
+    middle = statistics.median(ordered)
+    return (ordered[count - low] - ordered[low - 1]) / 2 / middle if middle else None
+
 
 _TAIL = 0.025
 _HALVINGS = 60
@@ -89,3 +114,30 @@ def _fraction(first: float, second: float, point: float) -> float:
 
 def _nonzero(value: float) -> float:
     return value if abs(value) > _TINY else _TINY
+
+
+_WIDEST = 1e6
+
+
+def student_tail(t: float, freedom: int) -> float:
+    """Probability that Student's t of `freedom` degrees of freedom exceeds `t` (Abramowitz and Stegun 26.7)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for step in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine**2 * step / (step + 1)
+    inside = (angle + sine * total) * 2 / math.pi if odd else sine * total
+    return (1 - inside) / 2
+
+
+def student_quantile(tail: float, freedom: int) -> float:
+    """Value that Student's t exceeds with probability `tail`, below one half."""
+    low, high = 0.0, 1.0
+    while student_tail(high, freedom) > tail and high < _WIDEST:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, freedom) > tail else (low, middle)
+    return high

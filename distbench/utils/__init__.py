@@ -1,0 +1,1 @@
+"""Helpers that know nothing of experts or ranks: devices, statistics, signals, processes, text."""

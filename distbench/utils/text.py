@@ -1,0 +1,25 @@
+"""Text of messages: values cut to a length, control characters spelled out."""
+
+from __future__ import annotations
+
+_SHOWN_CHARACTERS = 120
+
+
+def shown(value: object) -> str:
+    """Any value for a message: one line, cut at 120 characters."""
+    try:
+        return f"{value!r:.{_SHOWN_CHARACTERS}}"
+    except (ValueError, RecursionError):  # thousands of digits, or nested almost too deep to be read
+        return f"{type(value).__name__} too large to show"
+
+
+def printable(text: str) -> str:
+    """Text with non-printable characters escaped, so that no terminal acts on it and no line is forged."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def one_line(error: BaseException | str) -> str:
+    """A message without its line breaks and outer blanks."""
+    return " ".join(str(error).split())
