@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from distbench.case import Case, case_hash
+from distbench.case.injection import parse_inject
+from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector
 from distbench.experts.pinned import pinned_table
-from distbench.injection import parse_inject
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.trials import HANG_S, Lab, impatient, possible, signature, varied

@@ -14,24 +14,9 @@ from pathlib import Path
 import msgspec
 
 from distbench import waits
+from distbench.case.stages import ARMS, STAGES
 from distbench.utils.process import pid_space
 
-STAGES = (
-    "start",
-    "agree",
-    "workload",
-    "compile",
-    "dispatch",
-    "truncate",
-    "experts",
-    "check",
-    "combine",
-    "timing",
-    "gather",
-    "report",
-    "done",
-)
-ARMS = ("", "padded", "control", "repadded", "truncated")
 _RECORD = struct.Struct("<qqqqqqq")
 _WAITS = struct.Struct(f"<{waits.WORDS}q")
 _SIZE = _RECORD.size + _WAITS.size

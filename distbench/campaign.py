@@ -12,7 +12,8 @@ import msgspec
 
 from distbench.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
 from distbench.bundle.manifest import without_a_bundle, write_manifest
-from distbench.case import Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.spec import Case, case_hash
 from distbench.errors import (
     DistbenchError,
     InvalidCase,
@@ -23,7 +24,7 @@ from distbench.errors import (
     suite_code,
     worst_exit_code,
 )
-from distbench.job import Entry, Job
+from distbench.job import Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, machines, outcome_of
 from distbench.progress import Progress

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from distbench.breadcrumbs import Position
+from distbench.case.timeouts import stage_limit
 from distbench.errors import Verdict
 from distbench.flight_recorder import from_stacks, late_ranks
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
-from distbench.stage_limits import stage_limit
 from distbench.utils.process import STOPPED, is_alive, state
 from distbench.utils.signals import STACKS_SIGNAL
 from distbench.verify.records import Reason

@@ -7,29 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.breadcrumbs import STAGES, Position
-from distbench.case import FIELD_DEFAULTS, Case
-from distbench.expectations import BY_LIMIT
-from distbench.stage_limits import compiles, stage_limit
+from distbench.breadcrumbs import Position
+from distbench.case.entry import Entry
+from distbench.case.spec import FIELD_DEFAULTS
+from distbench.case.stages import STAGES
+from distbench.case.timeouts import compiles, stage_limit
 from distbench.time_budget import Deadline
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One case of a launch: its name there, the source of each of its values, and the expected verdict.
-
-    `suite` names the suite that the case belongs to, or the command that made it, such as `distbench run`. `expect` is
-    the expected ending (see `distbench.expectations`). `refused` is the reason why the case ends in `expect` before a
-    rank has seen it; empty for all others.
-    """
-
-    name: str
-    case: Case
-    sources: dict[str, str]
-    suite: str = ""
-    tags: tuple[str, ...] = ()
-    expect: str = BY_LIMIT
-    warnings: tuple[str, ...] = ()
-    refused: str = ""
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 
 from distbench.breadcrumbs import Position, is_whole, read_position
+from distbench.case.entry import Entry
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
-from distbench.job import Entry, Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
+from distbench.job import Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
 from distbench.verify.records import Judgement, Outcome, Reason
 
 

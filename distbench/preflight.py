@@ -11,7 +11,12 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.case import Case, inputs_of
+from distbench.case.aiter_env import table_paths
+from distbench.case.entry import Entry
+from distbench.case.limits import Traffic, resolve_limit
+from distbench.case.resolve import check_fit
+from distbench.case.sglang_releases import rules_of
+from distbench.case.spec import Case, inputs_of
 from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
@@ -21,12 +26,7 @@ from distbench.experts.selection import KernelSelector, TunedKey, rules_for
 from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.table_match import match_tables
 from distbench.experts.triton.table import load_table, selector_for, shape_of
-from distbench.job import Entry
-from distbench.kernel_tables import table_paths
-from distbench.limits import Traffic, resolve_limit
 from distbench.recv_bound import parse_sender_rows, recv_bound
-from distbench.resolve import check_fit
-from distbench.sglang import rules_of
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold, free_device_bytes

@@ -9,19 +9,19 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distbench.case import Case, case_hash, inputs_of, with_inputs
+from distbench.case.limits import Traffic, check_capacity, resolve_limit
+from distbench.case.spec import Case, case_hash, inputs_of, with_inputs
+from distbench.case.timeouts import compiles
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts
 from distbench.experts.roundings import stored_intermediate
 from distbench.graphs import GraphedExperts, prove_capture
 from distbench.layer import ExpertWeights
-from distbench.limits import Traffic, check_capacity, resolve_limit
 from distbench.passes import Parts, Passes
 from distbench.recording import Recorder
 from distbench.recv_bound import recv_bound
 from distbench.session import Session
-from distbench.stage_limits import compiles
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from distbench.case import Case
+from distbench.case.limits import RECV_BOUND_STEP, round_up
+from distbench.case.sglang_releases import NEWEST, RECV_BOUND, VARIABLES, rules_of
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
-from distbench.limits import RECV_BOUND_STEP, round_up
-from distbench.sglang import NEWEST, RECV_BOUND, VARIABLES, rules_of
 from distbench.transport.mori_config import production_kernel
 
 _VERIFIED = ("IntraNode", "AsyncLL")

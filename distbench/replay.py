@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from distbench.case import DERIVED_KEYS
+from distbench.case.spec import DERIVED_KEYS
 from distbench.report.document import Report
 from distbench.trials import signature
 from distbench.verify.records import Reason

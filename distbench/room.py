@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import DiskFull, LaunchFailed, Unsupported, is_disk_full
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, nothing is written there

@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.injection import Injection, parse_inject
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Verdict
-from distbench.injection import Injection, parse_inject
 from distbench.report.document import Report
 from distbench.trials import Lab, Signature, impatient, possible, signature
 from distbench.workload.kinds import parse_routing

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.job import Entry, Job, clear_ranks, done_path, next_job_path
+from distbench.case.entry import Entry
+from distbench.job import Job, clear_ranks, done_path, next_job_path
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending
 from distbench.report.files import write_atomically

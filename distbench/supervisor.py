@@ -26,10 +26,11 @@ from typing import Any
 import msgspec
 
 from distbench.breadcrumbs import Position
+from distbench.case.entry import Entry
 from distbench.errors import LaunchFailed, OutOfTime, ResultsLost, Verdict
 from distbench.hang import find_hang
 from distbench.helpers import end_fork_server, resume_helpers
-from distbench.job import Entry, Job, Spread, clear_ranks, crumb_path
+from distbench.job import Job, Spread, clear_ranks, crumb_path
 from distbench.nodes.hub import Hub
 from distbench.nodes.wire import BACKEND
 from distbench.postmortem import Ending, Exit, explain_fault, positions

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from distbench.case import Case
-from distbench.stage_limits import case_work
+from distbench.case.spec import Case
+from distbench.case.timeouts import case_work
 
 # Cases of one class differ by up to twice the work, and machines are not always equally fast.
 _MARGIN = 1.5

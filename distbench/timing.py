@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.session import Session
 from distbench.utils.devices import DeviceState, device_state
 from distbench.utils.stats import median_error

@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 
 from distbench.campaign import Campaign, Rules
-from distbench.case import DERIVED_KEYS, Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.resolve import Layer, load_case_file, resolve_case
+from distbench.case.spec import DERIVED_KEYS, Case, case_hash
+from distbench.case.timeouts import parse_stage_timeouts
 from distbench.errors import InvalidCase, Unsupported, Verdict
-from distbench.job import Entry
 from distbench.preflight import check_case, check_memory
 from distbench.progress import Progress
 from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
-from distbench.resolve import Layer, load_case_file, resolve_case
-from distbench.stage_limits import parse_stage_timeouts
 from distbench.standing import StandingRanks
 from distbench.verify.records import SEVERAL
 from distbench.workload.version import other_inputs

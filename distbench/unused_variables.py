@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from distbench.case import Case
+from distbench.case.entry import Entry
+from distbench.case.sglang_env import KEYS, is_secret, near_miss
+from distbench.case.sglang_releases import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
+from distbench.case.spec import Case
 from distbench.experts.rules import rules_for
-from distbench.job import Entry
-from distbench.production import KEYS, is_secret, near_miss
-from distbench.sglang import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
 from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
 
 _LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")

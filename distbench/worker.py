@@ -15,11 +15,11 @@ from typing import NoReturn
 import msgspec
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.case import Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.spec import Case, case_hash
 from distbench.errors import OUT_OF_TIME, Verdict, is_disk_full, worst_exit_code
 from distbench.flight_recorder import START_EVENTS
 from distbench.job import (
-    Entry,
     Job,
     Machine,
     RankFailure,

@@ -16,9 +16,9 @@ from collections import defaultdict
 import torch
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.case import Case
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import Case
 from distbench.rank import run_case, workload_for
-from distbench.resolve import Layer, resolve_case
 from distbench.session import Session
 
 BOUND = 0.25

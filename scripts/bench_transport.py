@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.case import Case
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import Case
 from distbench.rank import workload_for
-from distbench.resolve import Layer, resolve_case
 from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.workload.routing import recv_counts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distbench.case import Case
-from distbench.resolve import Layer, resolve_case
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import Case
 
 
 def tiny_case(ep_size: int = 4, **values: Any) -> Case:

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from distbench.case import Case
-from distbench.limits import Traffic
+from distbench.case.limits import Traffic
+from distbench.case.spec import Case
 from distbench.verify.records import (
     NO_DIFFERENCE,
     ORACLE,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from distbench.case import Case, case_hash
+from distbench.case.expectations import BY_LIMIT
+from distbench.case.spec import Case, case_hash
 from distbench.errors import Verdict
-from distbench.expectations import BY_LIMIT
 from distbench.report.document import LostReport, Report
 from distbench.report.environment import Environment
 from distbench.verify.records import Diagnosis

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from distbench.breadcrumbs import ARMS
+from distbench.case.stages import ARMS
 from distbench.errors import Verdict
 from distbench.report.journal import RESULTS
 from distbench.verify.records import STAGE_ORDER

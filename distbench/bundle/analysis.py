@@ -21,7 +21,7 @@ from distbench.bundle.layout import Part, part_name
 from distbench.bundle.read import Bundle, read_part
 from distbench.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
 from distbench.bundle.references import AsRecorded, Generated, References, SentTokens
-from distbench.case import Case, inputs_of, with_inputs
+from distbench.case.spec import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
 from distbench.utils.text import one_line
 from distbench.verify.bitwise import bits_at, differing

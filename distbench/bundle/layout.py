@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from distbench.case import Case, case_hash
-from distbench.limits import Traffic
+from distbench.case.limits import Traffic
+from distbench.case.spec import Case, case_hash
 from distbench.verify.records import LISTED_TOKENS, Gathered, Question, Token
 from distbench.workload.version import InputsVersion
 

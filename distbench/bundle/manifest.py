@@ -19,8 +19,8 @@ from distbench.bundle.layout import (
     Recorded,
     names_token,
 )
-from distbench.case import Case
-from distbench.kernel_tables import table_bytes
+from distbench.case.aiter_env import table_bytes
+from distbench.case.spec import Case
 from distbench.report.console import print_note
 from distbench.report.document import Report
 from distbench.report.files import write_atomically

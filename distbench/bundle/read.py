@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from distbench.breadcrumbs import ARMS
 from distbench.bundle.layout import (
     KERNEL_TABLE,
     MANIFEST,
@@ -28,11 +27,12 @@ from distbench.bundle.layout import (
     names_token,
     part_name,
 )
-from distbench.case import DERIVED_KEYS, Case, inputs_of
+from distbench.case.limits import Traffic
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import DERIVED_KEYS, Case, inputs_of
+from distbench.case.stages import ARMS
 from distbench.errors import InvalidCase
-from distbench.limits import Traffic
 from distbench.report.document import Report
-from distbench.resolve import Layer, resolve_case
 from distbench.utils.text import one_line, shown
 from distbench.verify.records import STAGE_ORDER, Divergence, Gathered
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distbench.bundle.findings import INPUTS, Finding
 from distbench.bundle.recorded import ArmRows, RankTensors
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.rank import workload_for
 from distbench.verify.bitwise import differing
 from distbench.workload.batch import TokenBatch

@@ -26,7 +26,7 @@ from distbench.bundle.layout import (
     part_name,
     routed_tokens,
 )
-from distbench.case import Case, inputs_of
+from distbench.case.spec import Case, inputs_of
 from distbench.errors import Verdict
 from distbench.rank import workload_for
 from distbench.recording import Finished, Recorder, Seen

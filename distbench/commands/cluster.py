@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distbench.case.sglang_env import read_environment
+from distbench.case.suite import load_suite, select
 from distbench.cluster import reports
 from distbench.cluster.campaign import Validation, document, validate
 from distbench.cluster.faults import Trial
@@ -21,10 +23,8 @@ from distbench.errors import InvalidCase
 from distbench.export import write_reports
 from distbench.locks import hold
 from distbench.preflight import check_folder, check_path
-from distbench.production import read_environment
 from distbench.report.console import print_line, print_note
 from distbench.report.files import write_atomically
-from distbench.suite import load_suite, select
 from distbench.utils.signals import collect_signals
 
 _SHOWN_HOSTS = 4

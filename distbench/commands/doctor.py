@@ -8,6 +8,8 @@ from typing import Any, get_args
 
 import msgspec
 
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.sglang_env import read_environment
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
 from distbench.doctor.checks import check_node
@@ -15,9 +17,7 @@ from distbench.doctor.findings import Finding, Path, exit_code
 from distbench.doctor.probe import Node, probe
 from distbench.doctor.vendors import Network
 from distbench.errors import InvalidCase
-from distbench.production import read_environment
 from distbench.report.console import print_json, print_line
-from distbench.resolve import Layer, resolve_case
 
 _KEYS = (
     *("model", "hidden_size", "num_experts", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),

@@ -11,7 +11,10 @@ from typing import Any
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.aiter_env import NOT_FOLLOWED, table_paths
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.sglang_env import read_environment
+from distbench.case.spec import Case
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
@@ -21,10 +24,7 @@ from distbench.experts.lookup import ACTIVATIONS, QUANTS, Lookup
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import rules_for
 from distbench.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
-from distbench.kernel_tables import NOT_FOLLOWED, table_paths
-from distbench.production import read_environment
 from distbench.report.console import print_json, print_line, print_table
-from distbench.resolve import Layer, resolve_case
 from distbench.table_survey import survey_tables, total_of
 from distbench.utils.devices import compute_units
 

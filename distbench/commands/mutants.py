@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case import FIELD_HINTS
+from distbench.case.spec import FIELD_HINTS
 from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_bundle, check_launch
 from distbench.commands.tasks import tell_task

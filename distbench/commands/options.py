@@ -15,14 +15,18 @@ import msgspec
 
 from distbench import export
 from distbench.campaign import Campaign, Rules
-from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
+from distbench.case.entry import Entry
+from distbench.case.expectations import BY_KERNEL, expected_verdict
+from distbench.case.resolve import FLAGS, Layer, resolve_case
+from distbench.case.sglang_env import near_misses
+from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
+from distbench.case.unused_keys import note_of_keys, unused_keys
 from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
-from distbench.expectations import BY_KERNEL, expected_verdict
 from distbench.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
-from distbench.job import Entry, Spread
+from distbench.job import Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
 from distbench.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
@@ -37,17 +41,14 @@ from distbench.preflight import (
     check_memory,
     check_path,
 )
-from distbench.production import near_misses
 from distbench.progress import Progress
 from distbench.report.console import print_json, print_note
 from distbench.report.document import Report
 from distbench.report.results import Results
 from distbench.report.summary import Summary
-from distbench.resolve import FLAGS, Layer, resolve_case
 from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
 from distbench.trials import load_layer, load_report
-from distbench.unused_keys import note_of_keys, unused_keys
 from distbench.unused_variables import note_of_launch, unused_variables
 from distbench.utils.devices import count_devices
 

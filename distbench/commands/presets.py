@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from distbench.models import PRESETS, ModelShape
+from distbench.case.presets import PRESETS, ModelShape
 from distbench.report.console import print_table
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from distbench.bundle.layout import bundle_folder
 from distbench.bundle.read import open_bundle
+from distbench.case.entry import Entry
+from distbench.case.resolve import load_case_file, resolve_case
+from distbench.case.sglang_env import read_environment
 from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
 from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
 from distbench.commands.options import (
@@ -30,16 +33,14 @@ from distbench.commands.options import (
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
 from distbench.export import STANDARD_OUTPUT, Writer
-from distbench.job import Entry, Job
+from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
-from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_line, print_report, print_start
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.results import Results
-from distbench.resolve import load_case_file, resolve_case
 from distbench.room import report_bytes
 
 _SUITE, _NAME = "distbench run", "run"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case import FIELD_HINTS
+from distbench.case.spec import FIELD_HINTS
 from distbench.commands.numbers import whole
 from distbench.commands.options import (
     add_case_options,

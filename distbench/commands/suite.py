@@ -8,7 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distbench.case import case_hash
+from distbench.case.entry import Entry
+from distbench.case.sglang_env import read_environment
+from distbench.case.spec import case_hash
+from distbench.case.suite import Suite, load_suite, select
+from distbench.case.suite_file import builtin_suites
 from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
 from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
 from distbench.commands.numbers import duration, whole
@@ -29,17 +33,14 @@ from distbench.commands.options import (
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.export import Writer
-from distbench.job import Entry, Job
+from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
-from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_note, print_summary
 from distbench.report.journal import expect_anew, filter_journal, forget_cases, refuse_strangers, unfinished
 from distbench.report.results import Results
 from distbench.room import report_bytes
-from distbench.suite import Suite, load_suite, select
-from distbench.suite_files import builtin_suites
 from distbench.time_budget import earliest_deadline
 
 Writers = dict[Path, Writer]

@@ -9,7 +9,11 @@ from typing import Any
 
 import msgspec
 
-from distbench.case import Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.limits import parse_limit
+from distbench.case.resolve import Layer, load_case_file, resolve_case
+from distbench.case.sglang_env import read_environment
+from distbench.case.spec import Case, case_hash
 from distbench.commands.options import (
     add_case_options,
     add_launch,
@@ -24,17 +28,14 @@ from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.commands.tasks import tell_task
 from distbench.experts.rules import BucketRules, padded_rows
 from distbench.experts.selection import CURRENT, rules_for
-from distbench.job import Entry, Job
-from distbench.limits import parse_limit
+from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
-from distbench.production import read_environment
 from distbench.progress import Progress
 from distbench.report.console import print_sweep
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_strangers, unfinished
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
-from distbench.resolve import Layer, load_case_file, resolve_case
 from distbench.room import report_bytes
 
 _SUITE, _LIMIT = "distbench sweep", "limit="

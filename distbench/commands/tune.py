@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from distbench.case.presets import PRESETS
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.tasks import tell_task
 from distbench.errors import InvalidCase, Unsupported
@@ -17,7 +18,6 @@ from distbench.experts.rules import padded_rows
 from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import Table, encode_table, load_table
-from distbench.models import PRESETS
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
 from distbench.utils.process import usable_cores

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from distbench.case import FIELD_DEFAULTS
+from distbench.case.presets import DIMENSIONS
+from distbench.case.spec import FIELD_DEFAULTS
 from distbench.compare.environment import EnvironmentFinding, Surroundings
 from distbench.compare.launches import LEAST_LAUNCHES, judge_launches
 from distbench.compare.noise import ALPHA, LEAST_SAMPLES, Change, Pair, Samples, judge_change, median_of, readable
 from distbench.errors import InvalidCase, Verdict
-from distbench.models import DIMENSIONS
 from distbench.report.results import Result
 
 SCHEMA = "distbench.compare/1"

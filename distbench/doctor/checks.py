@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.sglang_env import near_misses
+from distbench.case.spec import Case
 from distbench.doctor.findings import PATHS, Finding, Level, Path
 from distbench.doctor.probe import Node
 from distbench.doctor.vendors import Network, check_vendors
 from distbench.nodes.interfaces import VARIABLES, interface_complaints
-from distbench.production import near_misses
 from distbench.unused_variables import unused_variables
 
 _OPEN_FILES = 4096

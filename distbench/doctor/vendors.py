@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.doctor.findings import Finding, Path
 from distbench.doctor.probe import AITER, MORI, Node
 from distbench.errors import InvalidCase, Unsupported

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.experts.roundings import stored_intermediate
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.plan import ExactPlan, plan_exact

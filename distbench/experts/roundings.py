@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.experts.selection import KernelChoice
 from distbench.utils.amd_arch import Fp8Format
 

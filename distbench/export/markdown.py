@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
+from distbench.case.limits import Proof
 from distbench.export.totals import DISTBENCH, Totals, quantiles_of
-from distbench.limits import Proof
 from distbench.report.results import Result, Results
 
 _PROOFS: dict[Proof, str] = {

@@ -18,9 +18,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from distbench import __version__
+from distbench.case.limits import Proof
 from distbench.errors import Verdict
 from distbench.export.totals import Totals, quantiles_of
-from distbench.limits import Proof
 from distbench.report.document import ENDED
 from distbench.report.results import Results
 

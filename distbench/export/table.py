@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from distbench.breadcrumbs import ARMS
+from distbench.case.stages import ARMS
 from distbench.report.results import Result, Results
 from distbench.verify.records import STAGE_ORDER
 

@@ -7,7 +7,7 @@ import statistics
 from array import array
 from collections import Counter
 
-from distbench.breadcrumbs import ARMS, STAGES
+from distbench.case.stages import ARMS, STAGES
 from distbench.errors import Verdict
 from distbench.report.results import Result, Results
 

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.breadcrumbs import ARMS, Breadcrumbs
-from distbench.case import Case
+from distbench.breadcrumbs import Breadcrumbs
+from distbench.case.injection import Injection
+from distbench.case.spec import Case
+from distbench.case.stages import ARMS
 from distbench.errors import InvalidCase
 from distbench.experts.base import Experts
 from distbench.faults.options import Option, one_of, rank_option
-from distbench.injection import Injection
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch

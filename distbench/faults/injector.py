@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from distbench.breadcrumbs import Breadcrumbs
-from distbench.case import Case
+from distbench.case.injection import Injection, parse_inject
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.experts.base import Experts, check_values, facts_of
 from distbench.experts.selection import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
-from distbench.injection import Injection, parse_inject
 from distbench.layer import Cut
 from distbench.session import Session
 from distbench.transport.base import Dispatched, Transport

@@ -7,14 +7,14 @@ from typing import Any
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.entry import Entry
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.fault import unfit
-from distbench.job import Entry
 from distbench.preflight import check_case
-from distbench.resolve import Layer, resolve_case
 
 NUMERICS = ("exact", "gaussian")
 ARMS = {"all": "", "truncated": "truncated"}

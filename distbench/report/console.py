@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.report.document import InjectedReport, RankReport, RateReport, Report
 from distbench.report.findings import ErrorReport

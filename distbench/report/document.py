@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
-from distbench.case import Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.expectations import is_met
+from distbench.case.injection import Injection, parse_inject
+from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
-from distbench.expectations import is_met
 from distbench.experts.coverage import blind_spots_of
-from distbench.injection import Injection, parse_inject
-from distbench.job import Entry
 from distbench.report.environment import Environment
 from distbench.report.findings import ErrorReport, FindingReport, codes_behind, error_reports, finding_reports
 from distbench.report.limit import LimitReport, limit_report

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from distbench import __version__
-from distbench.production import recorded_environment
+from distbench.case.sglang_env import recorded_environment
 
 PACKAGES = {
     "mori": ("amd-mori", "amd-mori-nightly"),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.case import case_hash
+from distbench.case.entry import Entry
+from distbench.case.expectations import is_met
+from distbench.case.spec import case_hash
 from distbench.errors import DistbenchError, InvalidCase, ResultsLost, Verdict
-from distbench.expectations import is_met
-from distbench.job import Entry
 from distbench.report.document import SCHEMA, RateReport, Report
 from distbench.report.files import atomic_file, naming, sync_folder
 from distbench.report.findings import FindingReport, codes_behind

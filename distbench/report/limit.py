@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from distbench.limits import LimitProof
+from distbench.case.limits import LimitProof
 from distbench.verify.records import Question
 
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from distbench.case import case_hash
+from distbench.case.entry import Entry
+from distbench.case.expectations import expected_verdict
+from distbench.case.spec import case_hash
 from distbench.errors import Verdict, suite_code
-from distbench.expectations import expected_verdict
-from distbench.job import Entry
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_report

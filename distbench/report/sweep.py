@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.limits import LimitProof
+from distbench.case.limits import LimitProof
 from distbench.report.document import Report
 from distbench.report.kernels import label_beside
 

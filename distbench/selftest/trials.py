@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.entry import Entry
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.faults.base import Fault
 from distbench.faults.injector import FAULTS
-from distbench.job import Entry
 from distbench.preflight import check_case
-from distbench.resolve import Layer, resolve_case
 from distbench.verify.records import SEVERAL
 
 SUITE = "distbench selftest"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distbench.case import Case
+from distbench.case.spec import Case
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import DistbenchError, Unsupported
 from distbench.session import Session
 from distbench.transport.base import Dispatched, poison_

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.mori_config import SKIPS_NEGATIVE, MoriPlan
 from distbench.utils.amd_arch import fp8_format

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.sglang_releases import SDMA, enables, sglang_enables
+from distbench.case.spec import Case
+from distbench.case.table_file import parse_heap_size
 from distbench.errors import InvalidCase, Unsupported
-from distbench.sglang import SDMA, enables, sglang_enables
 from distbench.utils.versions import version_key
-from distbench.values import parse_heap_size
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
 SHMEM_MODE = "MORI_SHMEM_MODE"

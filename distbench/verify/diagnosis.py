@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distbench.breadcrumbs import ARMS
+from distbench.case.stages import ARMS
 from distbench.verify.excuses import Part, is_noise
 from distbench.verify.records import (
     ANOTHER_ROW,

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from distbench.breadcrumbs import ARMS
-from distbench.case import Case
+from distbench.case.spec import Case
+from distbench.case.stages import ARMS
 from distbench.experts.selection import KernelChoice
 from distbench.verify.records import STAGE_ORDER, Divergence, Gathered, Observation, Question, Reason
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE

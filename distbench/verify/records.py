@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.limits import LimitProof, Traffic, prove_limit
+from distbench.case.spec import Case
 from distbench.errors import Verdict
-from distbench.limits import LimitProof, Traffic, prove_limit
 from distbench.utils.devices import DeviceState
 
 STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")

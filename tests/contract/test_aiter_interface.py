@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation import aiter as stand_in
 from distbench.emulation.aiter import fused_moe as stand_in_moe
 from distbench.emulation.aiter import habits

@@ -19,9 +19,17 @@ from typing import Any
 
 import pytest
 
-from distbench.production import recorded_environment
+from distbench.case.sglang_env import recorded_environment
+from distbench.case.sglang_releases import (
+    NEWEST,
+    SDMA,
+    SGLANG_RULES,
+    TRANSFER_VARIABLES,
+    VARIABLES,
+    reads,
+    sglang_enables,
+)
 from distbench.recv_bound import recv_bound
-from distbench.sglang import NEWEST, SDMA, SGLANG_RULES, TRANSFER_VARIABLES, VARIABLES, reads, sglang_enables
 from tests.cases import tiny_case
 from tests.contract.wheels import lifted, sglang_wheel, tree
 

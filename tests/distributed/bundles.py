@@ -11,8 +11,8 @@ from unittest.mock import patch
 from distbench.bundle.layout import Recorded
 from distbench.bundle.manifest import write_manifest
 from distbench.bundle.write import write_parts
-from distbench.case import Case
-from distbench.job import Entry
+from distbench.case.entry import Entry
+from distbench.case.spec import Case
 from distbench.rank import run_case
 from distbench.recording import Recorder
 from distbench.report.document import build_report

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
 from distbench.rank import run_case

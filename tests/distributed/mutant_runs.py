@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.experts import make_experts
 from distbench.experts.steps import Group
 from distbench.faults.injector import Injector

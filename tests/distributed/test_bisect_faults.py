@@ -10,9 +10,9 @@ from typing import cast
 import pytest
 
 from distbench.bisect import Blame, bisect
-from distbench.case import Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.spec import Case, case_hash
 from distbench.faults.injector import FAULTS
-from distbench.job import Entry
 from distbench.rank import run_case
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment

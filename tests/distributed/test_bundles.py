@@ -19,14 +19,14 @@ from distbench.bundle.layout import MANIFEST, MAX_TOKENS, REPORT, part_name
 from distbench.bundle.manifest import write_manifest
 from distbench.bundle.read import Bundle, open_bundle, read_part, runnable_case
 from distbench.bundle.write import write_parts, write_routing
-from distbench.case import Case
+from distbench.case.entry import Entry
+from distbench.case.resolve import Layer
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Verdict
-from distbench.job import Entry
 from distbench.rank import run_case, workload_for
 from distbench.recording import Recorder
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
-from distbench.resolve import Layer
 from distbench.session import Session
 from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome
 from distbench.workload.inputs import Workload

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import DistbenchError
 from distbench.exchange.collective import AllToAll
 from distbench.rank import workload_for

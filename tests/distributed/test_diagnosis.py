@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.case import Case
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.rank import run_case
-from distbench.resolve import Layer, resolve_case
 from distbench.selftest.trials import DEAD, random_keys
 from distbench.verify.records import LISTED_TOKENS, STAGE_ORDER, Diagnosis, Outcome
 from tests.cases import tiny_case

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from distbench.case import Case
+from distbench.case.entry import Entry
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.faults.injector import FAULTS, check_faults
-from distbench.job import Entry
 from distbench.rank import run_case
 from distbench.report.console import verdict_line
 from distbench.report.document import Report, build_report

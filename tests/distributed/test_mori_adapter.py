@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation.mori import ops
 from distbench.errors import DistbenchError, Unsupported, Verdict
 from distbench.experts import make_experts

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation import mori as stand_in
 from distbench.emulation.mori import _jit_loader, habits, ops
 from distbench.emulation.mori.buffers import allocate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation.mori.codec import Fp4Blockwise
 from distbench.session import Session
 from distbench.transport.mori import MoriTransport

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation.mori import ops, shmem
 from distbench.emulation.mori.ops import EpDispatchCombineOp
 from distbench.session import Session

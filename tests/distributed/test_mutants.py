@@ -7,7 +7,7 @@ from functools import cache
 import msgspec
 import pytest
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.faults.mutants import CLASSES, CORPUS
 from distbench.faults.mutants.corpus import SPARSE

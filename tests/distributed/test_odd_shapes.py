@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.rank import run_case
 from distbench.session import Session

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation.mori import shmem
 from distbench.errors import Verdict
 from distbench.rank import run_case

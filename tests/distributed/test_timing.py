@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.rank import run_case
 from distbench.session import Session
 from distbench.timing import Timer

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distbench.sglang import LIMIT
+from distbench.case.sglang_releases import LIMIT
 from distbench.verify.gather import ROUND_BYTES
 
 ROOT = Path(__file__).parents[2]

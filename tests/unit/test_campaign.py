@@ -13,11 +13,12 @@ import pytest
 
 from distbench import campaign
 from distbench.campaign import Campaign, Rules
-from distbench.case import case_hash
+from distbench.case.entry import Entry
+from distbench.case.spec import case_hash
 from distbench.cli import main
 from distbench.commands import options
 from distbench.errors import DiskFull, LaunchFailed, Verdict
-from distbench.job import Entry, Job
+from distbench.job import Job
 from distbench.postmortem import Ending
 from distbench.progress import Progress
 from distbench.report.journal import Journal, JournalReader

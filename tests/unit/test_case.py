@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.case import FIELD_TYPES, Case, case_hash
+from distbench.case.presets import PRESETS
+from distbench.case.resolve import Layer, load_case_file, resolve_case
+from distbench.case.spec import FIELD_TYPES, Case, case_hash
 from distbench.errors import DistbenchError, InvalidCase
-from distbench.models import PRESETS
-from distbench.resolve import Layer, load_case_file, resolve_case
 
 
 def resolve(ep_size: int | None = 4, **values: Any) -> Case:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distbench.case.resolve import load_case_file, resolve_case
+from distbench.case.suite import load_suite
 from distbench.cli import _parser
-from distbench.resolve import load_case_file, resolve_case
-from distbench.suite import load_suite
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [

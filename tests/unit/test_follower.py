@@ -13,9 +13,10 @@ import pytest
 
 from distbench import follower, locks, supervisor
 from distbench.breadcrumbs import Position
+from distbench.case.entry import Entry
 from distbench.errors import DistbenchError, LaunchFailed, Unsupported
 from distbench.follower import Timeouts, follow
-from distbench.job import Entry, Job, Spread
+from distbench.job import Job, Spread
 from distbench.locks import device_lock, hold, is_held
 from distbench.nodes.hub import Hub
 from distbench.nodes.wire import Beat

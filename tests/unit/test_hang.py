@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from distbench import hang
-from distbench.breadcrumbs import ARMS, STAGES, Position
+from distbench.breadcrumbs import Position
+from distbench.case.entry import Entry
+from distbench.case.stages import ARMS, STAGES
 from distbench.errors import Verdict
 from distbench.flight_recorder import Group, as_line
 from distbench.hang import find_hang
-from distbench.job import Entry, Job, Spread
+from distbench.job import Job, Spread
 from distbench.postmortem import Ending
 from distbench.supervisor import _TICK_S
 from distbench.waits import KINDS

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from distbench.case.injection import Injection, parse_inject
 from distbench.errors import InvalidCase
-from distbench.injection import Injection, parse_inject
 from tests.cases import tiny_case
 
 

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distbench.case.entry import Entry
 from distbench.errors import InvalidCase, Verdict
-from distbench.job import Entry
 from distbench.report.document import Report, build_report
 from distbench.report.environment import Environment
 from distbench.report.journal import RESULTS, Journal, JournalReader, filter_journal, repair_journal

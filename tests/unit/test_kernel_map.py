@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.sglang_env import read_environment
 from distbench.cli import main
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import installed_tables
@@ -21,8 +23,6 @@ from distbench.experts.lookup import QUANTS, Lookup
 from distbench.experts.rules import BUCKET_RULES
 from distbench.experts.selection import KernelSelector, LayerKey
 from distbench.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
-from distbench.production import read_environment
-from distbench.resolve import Layer, resolve_case
 from distbench.utils import devices
 
 LAYER = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048, cu_count=256)

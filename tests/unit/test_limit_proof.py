@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from distbench.campaign import Campaign, Rules
+from distbench.case.entry import Entry
+from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.errors import Verdict
 from distbench.export import FILES, load_writers, parse_targets, write_reports
 from distbench.export.markdown import escape
-from distbench.job import Entry
-from distbench.limits import LimitProof, Traffic, prove_limit
 from distbench.progress import Progress
 from distbench.report import console
 from distbench.report.document import Report

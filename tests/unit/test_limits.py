@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distbench.case.limits import Traffic, check_capacity, parse_limit, resolve_limit
 from distbench.errors import InvalidCase, Overflow
-from distbench.limits import Traffic, check_capacity, parse_limit, resolve_limit
 
 WRONG_OFFSETS = (
     *("max-recv-", "max-recv--1", "max-recv+1.5", "max-recv+١", "max-recv - 1", "max-recv+" + "9" * 13),

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from dockerfile_parse.parser import DockerfileParser
 
+from distbench.case.suite import load_suite
 from distbench.cli import _parser
 from distbench.commands.options import case_flags
 from distbench.errors import Unsupported
 from distbench.preflight import check_devices
 from distbench.report.environment import IMAGE
-from distbench.suite import load_suite
 from tests.hosts import ROOT
 
 FOLDER = ROOT / "launch" / "kubernetes"

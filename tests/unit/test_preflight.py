@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from distbench import cli, preflight
+from distbench.case.entry import Entry
 from distbench.commands import options
 from distbench.errors import InvalidCase, Unsupported
-from distbench.job import Entry
 from distbench.preflight import (
     available_bytes,
     check_case,

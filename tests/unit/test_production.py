@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from distbench.errors import InvalidCase, Unsupported
-from distbench.production import near_misses, read_environment, recorded_environment
-from distbench.resolve import FLAGS, Layer, resolve_case
-from distbench.sglang import (
+from distbench.case.resolve import FLAGS, Layer, resolve_case
+from distbench.case.sglang_env import near_misses, read_environment, recorded_environment
+from distbench.case.sglang_releases import (
     COMBINE_DTYPE,
     DISPATCH_DTYPE,
     DISPATCH_TOKENS,
@@ -26,6 +25,7 @@ from distbench.sglang import (
     reads,
     rules_of,
 )
+from distbench.errors import InvalidCase, Unsupported
 from distbench.unused_variables import unused_variables
 from tests.cases import tiny_case
 

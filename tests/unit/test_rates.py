@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.campaign import Campaign, Rules
+from distbench.case.entry import Entry
 from distbench.errors import Verdict
-from distbench.job import Entry
 from distbench.progress import Progress
 from distbench.report.console import print_report
 from distbench.report.document import InjectedReport, Report, rate_report

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from distbench.bisect import Blame, bisect
-from distbench.case import Case, case_hash
+from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.document import Report
 from distbench.report.limit import LimitReport

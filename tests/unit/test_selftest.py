@@ -6,10 +6,10 @@ from collections import Counter
 
 from msgspec.structs import replace
 
+from distbench.case.resolve import FLAGS, Layer
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.report.document import InjectedReport, Report
-from distbench.resolve import FLAGS, Layer
 from distbench.selftest.outcomes import Outcomes, is_clean, result_of
 from distbench.selftest.table import closing_lines
 from distbench.selftest.trials import DEAD, Trial, plan

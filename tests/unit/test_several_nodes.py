@@ -11,13 +11,14 @@ import msgspec
 import pytest
 from lxml import etree
 
+from distbench.case.entry import Entry
 from distbench.cli import _parser, main
 from distbench.commands import options as commands
 from distbench.commands.nodes import spread_of
 from distbench.commands.options import exported
 from distbench.errors import InvalidCase, Unsupported
 from distbench.export import FILES, load_writers, parse_targets
-from distbench.job import Entry, Job, Machine, Spread, ranks_folder
+from distbench.job import Job, Machine, Spread, ranks_folder
 from distbench.nodes.hub import Hub
 from distbench.nodes.link import Link
 from distbench.nodes.wire import Beat, Phase

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from distbench.case.suite import load_suite, select
+from distbench.case.suite_file import builtin_suites
 from distbench.cli import _parser
 from distbench.commands.options import case_flags
-from distbench.suite import load_suite, select
-from distbench.suite_files import builtin_suites
 from tests.hosts import ROOT
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from distbench.case.entry import Entry
+from distbench.case.timeouts import compiles, parse_stage_timeouts, stage_limit
 from distbench.errors import InvalidCase
-from distbench.job import Entry, Job
-from distbench.stage_limits import compiles, parse_stage_timeouts, stage_limit
+from distbench.job import Job
 from distbench.worker import _group_timeout
 from tests.cases import tiny_case
 

@@ -10,13 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench.case import case_hash
+from distbench.case.entry import Entry
+from distbench.case.expectations import BY_LIMIT, CODES, is_expectation, is_met
+from distbench.case.resolve import Layer
+from distbench.case.spec import case_hash
+from distbench.case.suite import Suite, load_suite, select
+from distbench.case.suite_file import builtin_suites, parse_suite
 from distbench.errors import InvalidCase, Verdict
-from distbench.expectations import BY_LIMIT, CODES, is_expectation, is_met
-from distbench.job import Entry
-from distbench.resolve import Layer
-from distbench.suite import Suite, load_suite, select
-from distbench.suite_files import builtin_suites, parse_suite
 from distbench.verify.records import STAGE_ORDER
 
 Load = Callable[..., Suite]

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from distbench import campaign, preflight
-from distbench.case import case_hash
+from distbench.case.entry import Entry
+from distbench.case.spec import case_hash
 from distbench.cli import main
 from distbench.commands import options
 from distbench.commands import ranks as rank_command
@@ -22,7 +23,7 @@ from distbench.commands import run as run_command
 from distbench.commands import suite as suite_command
 from distbench.commands import sweep as sweep_command
 from distbench.errors import Verdict
-from distbench.job import Entry, Job
+from distbench.job import Job
 from distbench.postmortem import Ending
 from distbench.report.document import build_report
 from distbench.report.environment import Environment

@@ -20,13 +20,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distbench.case import Case
+from distbench.case.resolve import Layer, load_case_file, resolve_case
+from distbench.case.spec import Case
+from distbench.case.suite import Suite, load_suite, select
+from distbench.case.suite_file import CASE_KEYS, builtin_suites
 from distbench.cli import main
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.report.summary import Summary
-from distbench.resolve import Layer, load_case_file, resolve_case
-from distbench.suite import Suite, load_suite, select
-from distbench.suite_files import CASE_KEYS, builtin_suites
 
 MAX_EXAMPLES = int(os.environ.get("DISTBENCH_FUZZ", "100"))
 BUILTIN = sorted(builtin_suites().values())

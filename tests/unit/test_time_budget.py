@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from distbench.campaign import Campaign, Rules
+from distbench.case.entry import Entry
 from distbench.commands.numbers import duration
 from distbench.errors import OutOfTime
-from distbench.job import Entry, Job
+from distbench.job import Job
 from distbench.postmortem import Ending
 from distbench.progress import Progress
 from distbench.report.journal import Journal

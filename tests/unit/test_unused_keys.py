@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from distbench.case.entry import Entry
+from distbench.case.resolve import FLAGS
+from distbench.case.suite import load_suite
+from distbench.case.suite_file import builtin_suites
+from distbench.case.unused_keys import note_of_keys, unused_keys
 from distbench.errors import InvalidCase
-from distbench.job import Entry
 from distbench.preflight import check_case
-from distbench.resolve import FLAGS
-from distbench.suite import load_suite
-from distbench.suite_files import builtin_suites
-from distbench.unused_keys import note_of_keys, unused_keys
 from tests.cases import tiny_case
 
 MORI: dict[str, Any] = {"transport": "mori", "emulate": True}

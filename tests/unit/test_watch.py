@@ -13,8 +13,9 @@ import pytest
 from torch.distributed.launcher import api
 
 from distbench.breadcrumbs import Breadcrumbs, Position, write_position
+from distbench.case.entry import Entry
 from distbench.errors import LaunchFailed
-from distbench.job import Entry, Job, crumb_path, ranks_folder
+from distbench.job import Job, crumb_path, ranks_folder
 from distbench.nodes.hub import Hub
 from distbench.postmortem import positions
 from distbench.supervisor import Agent, Watch, supervise

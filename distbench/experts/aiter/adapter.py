@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.experts import overrides_of
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.aiter_env import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.rules import BUCKET_RULES, padded_rows, rules_for
-from distbench.kernel_tables import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
 
 DISTRIBUTION = "amd-aiter"
 PACKAGE = "aiter"

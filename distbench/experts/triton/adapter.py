@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.experts.node_warmup import first_on_node
 from distbench.experts.selection import KernelChoice

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.experts.rules import padded_rows
 from distbench.experts.triton.config import ConfigSelector, LayerShape, Quant, TableRow

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.experts.products import Weights
 from distbench.experts.selection import KernelChoice
 from distbench.experts.steps import Group

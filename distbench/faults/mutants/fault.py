@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from distbench.case.injection import Injection
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.steps import STEPS, Steps
 from distbench.faults.base import EVERYWHERE, Fault, Scene
@@ -15,7 +16,6 @@ from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import BOUNDARIES, SUM, Mutant, Site
 from distbench.faults.mutants.rules import accepted_by
 from distbench.faults.options import Option, one_of
-from distbench.injection import Injection
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch

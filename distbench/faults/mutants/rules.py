@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.case import Case
+from distbench.case.spec import Case
 
 _ALLCLOSE_MISSES = 0.05
 _AITER_DIFF = 0.01

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distbench import cli
+from distbench.case.presets import PRESETS
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.rules import padded_rows
@@ -27,7 +28,6 @@ from distbench.experts.triton.config import (
     routes_per_row,
 )
 from distbench.experts.triton.table import Table, encode_table, load_table, selector_for, shape_of, shipped_selector
-from distbench.models import PRESETS
 from distbench.preflight import check_case
 from distbench.workload.exact import dense_weights
 from distbench.workload.plan import plan_exact

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
 
-from distbench.breadcrumbs import ARMS
+from distbench.case.stages import ARMS
 from distbench.cli import main
 from distbench.errors import InvalidCase, Verdict
 from distbench.export import FILES, load_writers, parse_targets, write_reports

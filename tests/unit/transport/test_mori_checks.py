@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import pytest
 import torch
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.mori import _configuration, _operator
 from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation.mori.habits import HABITS, parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.preflight import check_case

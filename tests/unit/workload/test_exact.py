@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distbench.case.presets import PRESETS
 from distbench.errors import InvalidCase
-from distbench.models import PRESETS
 from distbench.utils.amd_arch import LARGEST_FP8, Fp8Format
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.codes import code_columns, code_groups

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from distbench.case.presets import PRESETS
 from distbench.emulation.mori import codec, habits
 from distbench.errors import DistbenchError
-from distbench.models import PRESETS
 from distbench.workload import oracle as module
 from distbench.workload.inputs import Workload, make_workload
 from distbench.workload.oracle import expert_rows

@@ -16,7 +16,7 @@ import msgspec
 import pytest
 import torch
 
-from distbench.case import Case
+from distbench.case.spec import Case
 from distbench.emulation.aiter import habits
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.experts import make_experts, make_selector

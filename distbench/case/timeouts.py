@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distbench.breadcrumbs import STAGES
-from distbench.case import Case
+from distbench.case.spec import Case
+from distbench.case.stages import STAGES
 from distbench.errors import InvalidCase
 
 # Work per second of the slowest machine worth supporting; the time of more work is added to the case's own limit.

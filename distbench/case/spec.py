@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from distbench.limits import ALLOWED_LIMITS
+from distbench.case.limits import ALLOWED_LIMITS
 from distbench.utils.amd_arch import Fp8Format
 
 STAND_INS = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from distbench.case import FIELD_DEFAULTS, Case
-from distbench.job import Entry
-from distbench.resolve import FLAGS
-from distbench.suite import value_text
+from distbench.case.entry import Entry
+from distbench.case.resolve import FLAGS
+from distbench.case.spec import FIELD_DEFAULTS, Case
+from distbench.case.suite import value_text
 
 _MORI_KEYS = ("combine_quant", "combine_input", "launch_mode", "mori_habits")
 # SGLang's receive bound depends on the kernel that production would choose, whatever transport runs here.

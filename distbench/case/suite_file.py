@@ -39,13 +39,13 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from distbench.case import DERIVED_KEYS, FIELD_TYPES
+from distbench.case.expectations import ALLOWED, is_expectation
+from distbench.case.limits import parse_limit
+from distbench.case.resolve import Layer, decode_table, typed_value
+from distbench.case.spec import DERIVED_KEYS, FIELD_TYPES
+from distbench.case.table_file import read_table_file
 from distbench.errors import InvalidCase
-from distbench.expectations import ALLOWED, is_expectation
-from distbench.limits import parse_limit
-from distbench.resolve import Layer, decode_table, typed_value
 from distbench.utils.text import one_line, shown
-from distbench.values import read_table_file
 
 CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in DERIVED_KEYS)
 MAX_CASES = 100_000
@@ -93,7 +93,7 @@ class SuiteFile(msgspec.Struct, frozen=True, kw_only=True):
 
 def builtin_suites() -> dict[str, bytes]:
     """Files of the suites that come with distbench, by name."""
-    folder = resources.files("distbench") / "suites"
+    folder = resources.files("distbench.case") / "suites"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
     return {file.name.removesuffix(".toml"): file.read_bytes() for file in files}
 

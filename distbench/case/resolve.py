@@ -12,17 +12,18 @@ from typing import Any, get_args
 
 import msgspec
 
-from distbench.case import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
+from distbench.case.aiter_env import table_bytes
+from distbench.case.injection import parse_inject
+from distbench.case.limits import parse_limit
+from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
+from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
+from distbench.case.table_file import read_table_file, refuse_bulk
+from distbench.case.timeouts import parse_stage_timeouts
+from distbench.case.tokens import split_tokens, spread_tokens
 from distbench.errors import InvalidCase, Unsupported
-from distbench.injection import parse_inject
-from distbench.kernel_tables import table_bytes
-from distbench.limits import parse_limit
-from distbench.models import CUSTOM, DIMENSIONS, PRESETS
-from distbench.stage_limits import parse_stage_timeouts
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import architecture
 from distbench.utils.text import one_line, shown
-from distbench.values import read_table_file, refuse_bulk, split_tokens, spread_tokens
 
 FLAGS = "flag"
 _UNTIL_FAILURE = 10_000

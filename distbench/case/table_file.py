@@ -5,38 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
-from functools import lru_cache
-from itertools import cycle, islice
-from typing import Any
 
-REPEAT = "..."
 """Ends a list of tokens: repeat it until every rank has a number."""
 
 MAX_FILE_BYTES = 256 << 10
 _MAX_LINE_DOTS = 500
 _HEAP_SIZE = re.compile(r"([0-9]{1,12})(?:([KMG])(?:B|b|iB)?|([kmg])(?:b|ib)?)?")
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
-
-
-def split_tokens(raw: Any) -> tuple[Any, tuple[str, ...]]:
-    """Tokens without a `REPEAT` at their end, and that end; text is split at its commas first."""
-    value = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
-    if isinstance(value, list | tuple) and value[-1:] in ([REPEAT], (REPEAT,)):
-        return value[:-1], (REPEAT,)
-    return value, ()
-
-
-@lru_cache(maxsize=256)
-def spread_tokens(tokens: int | Sequence[int | str], ep_size: int) -> tuple[int | str, ...]:
-    """Tokens of each rank: a single number for all, a tuple that ends in `REPEAT` repeated.
-
-    Any other tuple is returned unchanged, whatever its length.
-    """
-    numbers = (tokens,) if isinstance(tokens, int) else tuple(tokens)
-    if numbers[-1:] == (REPEAT,):
-        return tuple(islice(cycle(numbers[:-1]), ep_size))
-    return numbers * ep_size if len(numbers) == 1 else numbers
 
 
 def parse_heap_size(text: str) -> int:

@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from distbench.errors import InvalidCase
-from distbench.kernel_tables import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
-from distbench.resolve import Layer
-from distbench.sglang import (
+from distbench.case.aiter_env import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
+from distbench.case.resolve import Layer
+from distbench.case.sglang_releases import (
     COMBINE_DTYPE,
     DISPATCH_DTYPE,
     DISPATCH_TOKENS,
@@ -34,6 +33,7 @@ from distbench.sglang import (
     rules_of,
     sglang_enables,
 )
+from distbench.errors import InvalidCase
 from distbench.utils.versions import version_key
 
 LAUNCH_MODE = "MORI_EP_LAUNCH_CONFIG_MODE"

@@ -10,14 +10,14 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from distbench.case import FIELD_DEFAULTS, Case, case_hash
+from distbench.case.entry import Entry
+from distbench.case.expectations import BY_LIMIT, expected_verdict
+from distbench.case.resolve import Layer, Resolved, check_fit, resolve_case, typed_value
+from distbench.case.spec import FIELD_DEFAULTS, Case, case_hash
+from distbench.case.suite_file import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
+from distbench.case.tokens import spread_tokens
 from distbench.errors import InvalidCase, Verdict
-from distbench.expectations import BY_LIMIT, expected_verdict
-from distbench.job import Entry
-from distbench.resolve import Layer, Resolved, check_fit, resolve_case, typed_value
-from distbench.suite_files import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
 from distbench.utils.text import one_line
-from distbench.values import spread_tokens
 
 _MAX_VALUE = 40
 

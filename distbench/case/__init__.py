@@ -1,0 +1,1 @@
+"""What a case is: its keys, where their values come from, and suites of cases."""
