@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from distbench.breadcrumbs import Position
+from distbench.distributed.heartbeat import Position
 from distbench.errors import Busy, InvalidCase, Unsupported
 from distbench.hang import dump_stacks
 from distbench.job import Job, RankFailure, Spread, clear_ranks, failure_path

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from distbench.breadcrumbs import Position
 from distbench.case.timeouts import stage_limit
+from distbench.distributed.flight_recorder import from_stacks, late_ranks
+from distbench.distributed.heartbeat import Position
 from distbench.errors import Verdict
-from distbench.flight_recorder import from_stacks, late_ranks
 from distbench.job import Job, stack_path
 from distbench.postmortem import Ending
 from distbench.utils.process import STOPPED, is_alive, state

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.breadcrumbs import Position
 from distbench.case.entry import Entry
 from distbench.case.spec import FIELD_DEFAULTS
 from distbench.case.stages import STAGES
 from distbench.case.timeouts import compiles, stage_limit
+from distbench.distributed.heartbeat import Position
 from distbench.time_budget import Deadline
 
 

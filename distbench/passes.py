@@ -12,13 +12,13 @@ import msgspec
 from torch import Tensor
 
 from distbench.arms import arms_of
-from distbench.exchange import choose_exchange
+from distbench.distributed.choose import choose_exchange
+from distbench.distributed.session import Session
 from distbench.experts.base import Experts, facts_of
 from distbench.experts.roundings import roundings_of
 from distbench.graphs import GraphedExperts, replay_others
 from distbench.layer import Cut, ExpertWeights, run_layer
 from distbench.recording import Finished, PartRecorder
-from distbench.session import Session
 from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput

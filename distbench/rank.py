@@ -12,6 +12,7 @@ from torch import Tensor
 from distbench.case.limits import Traffic, check_capacity, resolve_limit
 from distbench.case.spec import Case, case_hash, inputs_of, with_inputs
 from distbench.case.timeouts import compiles
+from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts
@@ -21,7 +22,6 @@ from distbench.layer import ExpertWeights
 from distbench.passes import Parts, Passes
 from distbench.recording import Recorder
 from distbench.recv_bound import recv_bound
-from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes

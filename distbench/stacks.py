@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from distbench.flight_recorder import Group, as_line, last_collectives
+from distbench.distributed.flight_recorder import Group, as_line, last_collectives
 from distbench.utils.signals import STACKS_SIGNAL
 
 _DUMP = "_dump_nccl_trace_json"

@@ -25,8 +25,8 @@ from typing import Any
 
 import msgspec
 
-from distbench.breadcrumbs import Position
 from distbench.case.entry import Entry
+from distbench.distributed.heartbeat import Position
 from distbench.errors import LaunchFailed, OutOfTime, ResultsLost, Verdict
 from distbench.hang import find_hang
 from distbench.helpers import end_fork_server, resume_helpers

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.case.spec import Case
-from distbench.session import Session
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective, waiting
 from distbench.utils.devices import DeviceState, device_state
 from distbench.utils.stats import median_error
 from distbench.verify.bitwise import compare_rows
 from distbench.verify.nearness import relative_error
 from distbench.verify.records import ArmError, Timed
-from distbench.waits import collective, waiting
 
 STAGES = ("dispatch", "truncate", "experts", "combine")
 LAYER = "layer"

@@ -14,11 +14,12 @@ from typing import NoReturn
 
 import msgspec
 
-from distbench.breadcrumbs import Breadcrumbs
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
+from distbench.distributed.flight_recorder import START_EVENTS
+from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.session import Session
 from distbench.errors import OUT_OF_TIME, Verdict, is_disk_full, worst_exit_code
-from distbench.flight_recorder import START_EVENTS
 from distbench.job import (
     Job,
     Machine,
@@ -37,7 +38,6 @@ from distbench.recording import Recorder
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink
-from distbench.session import Session
 from distbench.stacks import answer_with_stacks
 from distbench.time_budget import Deadline, Pace
 from distbench.utils.process import die_with_parent

@@ -15,11 +15,11 @@ from collections import defaultdict
 
 import torch
 
-from distbench.breadcrumbs import Breadcrumbs
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.session import Session
 from distbench.rank import run_case, workload_for
-from distbench.session import Session
 
 BOUND = 0.25
 CHECKS = ("check", "gather")

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from distbench.breadcrumbs import Breadcrumbs
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.session import Session
 from distbench.rank import workload_for
-from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.workload.routing import recv_counts
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from distbench.breadcrumbs import read_position
+from distbench.distributed.heartbeat import read_position
 from distbench.job import crumb_path
 from distbench.report.journal import RESULTS
 

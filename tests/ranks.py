@@ -14,8 +14,8 @@ from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from distbench.breadcrumbs import Breadcrumbs
-from distbench.session import Session
+from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.session import Session
 
 _TIMEOUT_S = 60.0
 RankFunction = Callable[..., Any]

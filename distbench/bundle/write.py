@@ -27,16 +27,16 @@ from distbench.bundle.layout import (
     routed_tokens,
 )
 from distbench.case.spec import Case, inputs_of
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective
 from distbench.errors import Verdict
 from distbench.rank import workload_for
 from distbench.recording import Finished, Recorder, Seen
 from distbench.report.files import write_atomically
-from distbench.session import Session
 from distbench.verify.bitwise import row_digests, tensor_digest
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import ORACLE, Gathered, Outcome, Token
 from distbench.verify.verdict import part_of, parts_of
-from distbench.waits import collective
 
 
 def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Outcome | None) -> Recorded | None:

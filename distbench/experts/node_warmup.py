@@ -8,7 +8,7 @@ from pathlib import Path
 
 import filelock
 
-from distbench.waits import waiting
+from distbench.distributed.waits import waiting
 
 _POLL_S = 0.1
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.breadcrumbs import Breadcrumbs
 from distbench.case.injection import Injection
 from distbench.case.spec import Case
 from distbench.case.stages import ARMS
+from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.errors import InvalidCase
 from distbench.experts.base import Experts
 from distbench.faults.options import Option, one_of, rank_option

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distbench.breadcrumbs import Breadcrumbs
 from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case
+from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
 from distbench.experts.base import Experts, check_values, facts_of
 from distbench.experts.selection import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
 from distbench.layer import Cut
-from distbench.session import Session
 from distbench.transport.base import Dispatched, Transport
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.breadcrumbs import write_position
+from distbench.distributed.heartbeat import write_position
 from distbench.errors import DistbenchError, Verdict
 from distbench.job import Job, RankFailure, Spread, crumb_path, failure_path, machine_path
 from distbench.nodes.gate import Gate

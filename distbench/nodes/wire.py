@@ -6,8 +6,8 @@ from enum import Enum
 
 import msgspec
 
-from distbench import waits
-from distbench.breadcrumbs import Position
+from distbench.distributed import waits
+from distbench.distributed.heartbeat import Position
 from distbench.job import Job, Machine, RankFailure
 from distbench.postmortem import Exit
 

@@ -9,7 +9,7 @@ from distbench.case.spec import Case
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distbench.session import Session
+    from distbench.distributed.session import Session
     from distbench.transport.base import Transport
     from distbench.workload.batch import TokenBatch
 
@@ -25,7 +25,7 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads only what it uses
 
         return MoriTransport(session, case)
-    from distbench.exchange import choose_exchange  # noqa: PLC0415 - as above
+    from distbench.distributed.choose import choose_exchange  # noqa: PLC0415 - as above
     from distbench.transport.arrival import Geometry  # noqa: PLC0415 - as above
     from distbench.transport.collective import CollectiveTransport  # noqa: PLC0415
 

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
-from distbench.exchange.base import Exchange, Underway
-from distbench.exchange.waiting import wait_for
 from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
 from distbench.transport.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words

@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
-from distbench.session import Session
 from distbench.transport.base import Dispatched, poison_
 from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own, excess_blocks
 from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
 from distbench.transport.mori_world import join_world
 from distbench.utils.amd_arch import arch_of
 from distbench.utils.text import one_line
-from distbench.waits import collective, waiting
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import fp8_dtype
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective
 from distbench.errors import DistbenchError, Unsupported
-from distbench.session import Session
 from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
-from distbench.waits import collective
 
 _UNIQUE_ID_BYTES = 128
 

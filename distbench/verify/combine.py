@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.exchange.base import Exchange
-from distbench.session import Session
+from distbench.distributed.exchange import Exchange
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective
 from distbench.verify.bitwise import row_digests, same_bits
 from distbench.verify.explanations import ALONE, Alternatives, Same, changed, choose, effects, explained_by
 from distbench.verify.patterns import pattern_of
 from distbench.verify.places import difference, first_difference
 from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Clues, Divergence
 from distbench.verify.sums import Contributions, OwnSlots, Returned, added, recounted, same_bits_or_nan
-from distbench.waits import collective
 from distbench.workload.inputs import Workload
 
 _EXAMINED = 32

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.exchange.base import Exchange
+from distbench.distributed.exchange import Exchange
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective
 from distbench.experts.roundings import Roundings
 from distbench.layer import ExpertWeights
-from distbench.session import Session
 from distbench.verify.bitwise import same_bits
 from distbench.verify.error_bounds import Yardstick, sure
 from distbench.verify.ideal import ideal_rows
@@ -34,7 +35,6 @@ from distbench.verify.sums import (
     key_of,
     split_key,
 )
-from distbench.waits import collective
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload

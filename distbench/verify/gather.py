@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.session import Session
+from distbench.distributed.session import Session
+from distbench.distributed.waits import waiting
 from distbench.utils.process import peak_bytes
 from distbench.verify.bitwise import compare_rows, differing, row_digests, same_bits
 from distbench.verify.records import (
@@ -25,7 +26,6 @@ from distbench.verify.records import (
     pair_name,
     pairs_of,
 )
-from distbench.waits import waiting
 
 ROUND_BYTES = 16 << 20
 ROWS_UP_TO_BYTES = 64 << 20

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.exchange.base import Exchange
+from distbench.distributed.exchange import Exchange
 from distbench.transport.mori_config import TWO_LEVELS
 from distbench.verify.bitwise import integer_view
 from distbench.workload.kinds import ExpertGroup

@@ -13,11 +13,11 @@ from distbench.bundle.manifest import write_manifest
 from distbench.bundle.write import write_parts
 from distbench.case.entry import Entry
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.rank import run_case
 from distbench.recording import Recorder
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
-from distbench.session import Session
 from distbench.verify.records import Outcome
 from tests.ranks import on_ranks
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
 from distbench.rank import run_case
-from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched, Transport
 from distbench.transport.collective import CollectiveTransport

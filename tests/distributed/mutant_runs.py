@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.steps import Group
 from distbench.faults.injector import Injector
@@ -20,7 +21,6 @@ from distbench.faults.mutants.fault import MutantFault
 from distbench.layer import Cut, run_layer
 from distbench.passes import Parts
 from distbench.rank import _prepare
-from distbench.session import Session
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput, padded

@@ -12,11 +12,11 @@ import pytest
 from distbench.bisect import Blame, bisect
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
+from distbench.distributed.session import Session
 from distbench.faults.injector import FAULTS
 from distbench.rank import run_case
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
-from distbench.session import Session
 from distbench.shrink import shrink
 from distbench.trials import Lab, signature
 from distbench.verify.records import Outcome

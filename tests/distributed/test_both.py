@@ -18,13 +18,13 @@ from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
 from distbench.rank import run_case
 from distbench.report.console import verdict_line
 from distbench.report.document import Report, build_report
 from distbench.report.environment import NO_ENVIRONMENT
-from distbench.session import Session
 from distbench.verify.records import Gathered, Outcome
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle

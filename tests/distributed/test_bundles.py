@@ -22,12 +22,12 @@ from distbench.bundle.write import write_parts, write_routing
 from distbench.case.entry import Entry
 from distbench.case.resolve import Layer
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Verdict
 from distbench.rank import run_case, workload_for
 from distbench.recording import Recorder
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
-from distbench.session import Session
 from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome
 from distbench.workload.inputs import Workload
 from distbench.workload.version import INPUTS_VERSION

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.all_to_all import AllToAll
+from distbench.distributed.session import Session
 from distbench.errors import DistbenchError
-from distbench.exchange.collective import AllToAll
 from distbench.rank import workload_for
-from distbench.session import Session
 from distbench.transport import collective, make_transport
 from distbench.transport.arrival import Geometry
 from distbench.transport.base import POISON_ID

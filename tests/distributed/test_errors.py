@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.rank import run_case
-from distbench.session import Session
 from distbench.verify.records import ArmError, Outcome
 from tests.cases import tiny_case
 from tests.distributed.test_both import run_damaged

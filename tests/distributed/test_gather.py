@@ -7,9 +7,9 @@ from unittest.mock import patch
 import pytest
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.errors import Verdict
 from distbench.rank import run_case
-from distbench.session import Session
 from distbench.verify import gather
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case

@@ -10,10 +10,10 @@ import pytest
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.experts.base import Experts
 from distbench.graphs import GraphedExperts
 from distbench.rank import run_case
-from distbench.session import Session
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.distributed.test_timing import only_the_cut_is_atomic, rounding_case

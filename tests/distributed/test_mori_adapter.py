@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.emulation.mori import ops
 from distbench.errors import DistbenchError, Unsupported, Verdict
 from distbench.experts import make_experts
 from distbench.rank import run_case, workload_for
-from distbench.session import Session
 from distbench.transport import make_transport, mori
 from distbench.transport.mori import MoriTransport
 from distbench.transport.mori_world import leave_world

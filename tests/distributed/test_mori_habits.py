@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.emulation import mori as stand_in
 from distbench.emulation.mori import _jit_loader, habits, ops
 from distbench.emulation.mori.buffers import allocate
 from distbench.errors import DistbenchError, Verdict
 from distbench.passes import Passes
 from distbench.rank import run_case
-from distbench.session import Session
 from distbench.transport import mori, mori_config
 from distbench.transport.base import Dispatched
 from distbench.transport.mori import MoriTransport

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.emulation.mori.codec import Fp4Blockwise
-from distbench.session import Session
 from distbench.transport.mori import MoriTransport
 from distbench.verify.bitwise import same_bits
 from distbench.workload.batch import TokenBatch

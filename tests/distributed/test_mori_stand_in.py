@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.emulation.mori import ops, shmem
 from distbench.emulation.mori.ops import EpDispatchCombineOp
-from distbench.session import Session
 from distbench.transport.mori import MoriTransport
 from distbench.transport.mori_world import leave_world
 from tests.cases import tiny_case

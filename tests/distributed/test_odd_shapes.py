@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.errors import Verdict
 from distbench.rank import run_case
-from distbench.session import Session
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.distributed.session import Session
 from distbench.rank import run_case
-from distbench.session import Session
 from distbench.timing import Timer
 from distbench.transport.collective import CollectiveTransport
 from distbench.verify.records import NO_DIFFERENCE, Outcome

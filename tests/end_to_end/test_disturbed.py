@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.breadcrumbs import read_position
+from distbench.distributed.heartbeat import read_position
 from distbench.job import crumb_path
 from tests.end_to_end.launches import SOAK, Bench, wait_until, write_suite
 

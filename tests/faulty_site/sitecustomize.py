@@ -83,25 +83,25 @@ class _Armed:
 
 
 if _LAUNCHES:
-    from distbench import breadcrumbs
+    from distbench.distributed import heartbeat
 
-    _mark = breadcrumbs.Breadcrumbs.mark
+    _mark = heartbeat.Breadcrumbs.mark
     _armed: list[_Armed] = []
 
-    def _marked(crumbs: breadcrumbs.Breadcrumbs, stage: str) -> None:
+    def _marked(crumbs: heartbeat.Breadcrumbs, stage: str) -> None:
         _mark(crumbs, stage)
         at = crumbs.position()
         _armed[0].enter(at.case_index, at.place)
 
-    _open = breadcrumbs.Breadcrumbs.__init__
+    _open = heartbeat.Breadcrumbs.__init__
 
-    def _opened(crumbs: breadcrumbs.Breadcrumbs, path: Path | None) -> None:
+    def _opened(crumbs: heartbeat.Breadcrumbs, path: Path | None) -> None:
         _armed.append(_Armed())
         _armed[0].enter(0, "boot")
         _open(crumbs, path)
 
-    breadcrumbs.Breadcrumbs.__init__ = _opened  # type: ignore[assignment, method-assign]
-    breadcrumbs.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]
+    heartbeat.Breadcrumbs.__init__ = _opened  # type: ignore[assignment, method-assign]
+    heartbeat.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]
 
 if os.environ.get("DISTBENCH_TEST_UNGUARDED"):
     from tests.faulty_site.unguarded import remove_guards

@@ -12,7 +12,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
-from distbench import breadcrumbs
+from distbench.distributed import heartbeat
 
 MISTAKEN = 475
 _LATE_RANK, _LATE_S = "1", 0.5
@@ -22,16 +22,16 @@ def remove_guards() -> None:
     """Remove the guards in this process, and in a rank once it has loaded the modules."""
     for name in ("_check_kernel", "_check_cap"):
         patch(f"distbench.transport.mori_config.{name}", lambda *_: None).start()
-    mark = breadcrumbs.Breadcrumbs.mark
+    mark = heartbeat.Breadcrumbs.mark
     loosened: list[bool] = []
 
-    def marked(crumbs: breadcrumbs.Breadcrumbs, stage: str) -> None:
+    def marked(crumbs: heartbeat.Breadcrumbs, stage: str) -> None:
         mark(crumbs, stage)
         if stage == "agree" and not loosened:
             loosened.append(True)
             _loosen()
 
-    patch.object(breadcrumbs.Breadcrumbs, "mark", marked).start()
+    patch.object(heartbeat.Breadcrumbs, "mark", marked).start()
 
 
 def _loosen() -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from distbench import breadcrumbs
-from distbench.breadcrumbs import Breadcrumbs, read_position
+from distbench.distributed import heartbeat
+from distbench.distributed.heartbeat import Breadcrumbs, read_position
+from distbench.distributed.waits import KINDS
 from distbench.utils.process import pid_space
-from distbench.waits import KINDS
 
 
 def test_last_position_of_a_rank_is_read_from_its_file(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_process_id_of_another_host_is_not_taken_for_a_local_process(
     with closing(Breadcrumbs(path)) as crumbs:
         crumbs.mark("combine")
         here = read_position(path)
-        monkeypatch.setattr(breadcrumbs, "pid_space", lambda: pid_space() + 1)
+        monkeypatch.setattr(heartbeat, "pid_space", lambda: pid_space() + 1)
         elsewhere = read_position(path)
     assert here is not None
     assert here.pid == os.getpid()
@@ -63,7 +63,7 @@ def test_marking_a_stage_takes_less_than_three_microseconds(tmp_path: Path) -> N
 
 _WRITER = """
 import pathlib, sys
-from distbench.breadcrumbs import Breadcrumbs
+from distbench.distributed.heartbeat import Breadcrumbs
 crumbs = Breadcrumbs(pathlib.Path(sys.argv[1]))
 while True:
     crumbs.mark("combine")

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from distbench import session
+from distbench.distributed import session
 
 ALLOWED = {2, 3, 8, 9}
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.exchange import neighbours, shared_memory
-from distbench.exchange.neighbours import Everyones, Neighbours, find_neighbours
-from distbench.exchange.shared_memory import SharedMemory
+from distbench.distributed import peers, shared_memory
+from distbench.distributed.peers import Everyones, Neighbours, find_neighbours
+from distbench.distributed.shared_memory import SharedMemory
 
 TIMEOUT_S = 20.0
 Result = TypeVar("Result")
@@ -197,7 +197,7 @@ def test_truncated_shared_memory_is_refused() -> None:
 
 def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = iter([1, 1, 2])
-    monkeypatch.setattr(neighbours, "_place", lambda: next(hosts))
+    monkeypatch.setattr(peers, "_place", lambda: next(hosts))
     before = _open_files()
     assert found(3) == [None] * 3
     assert _open_files() == before
@@ -205,7 +205,7 @@ def test_ranks_on_several_hosts_share_no_memory(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("missing", ["memfd_create", "socket"])
 def test_no_rank_shares_memory_if_one_cannot(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened, turns = neighbours._open_door, iter(range(3))  # noqa: SLF001 - one rank of three fails in it
+    opened, turns = peers._open_door, iter(range(3))  # noqa: SLF001 - one rank of three fails in it
 
     def open_door(stack: contextlib.ExitStack) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -219,7 +219,7 @@ def test_no_rank_shares_memory_if_one_cannot(missing: str, monkeypatch: pytest.M
         with order:
             return open_door(stack)
 
-    monkeypatch.setattr(neighbours, "_open_door", one_at_a_time)
+    monkeypatch.setattr(peers, "_open_door", one_at_a_time)
     before = _open_files()
     assert together(3, lambda rank: find_neighbours(rank, table.of(rank), TIMEOUT_S)) == [None] * 3
     assert _open_files() == before
@@ -233,8 +233,8 @@ def test_no_rank_shares_memory_if_one_declines() -> None:
 
 
 def test_all_ranks_use_the_network_if_one_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = neighbours._call  # noqa: SLF001 - one rank of three fails in it
-    monkeypatch.setattr(neighbours, "_call", lambda *of: None if of[2] == 2 else call(*of))
+    call = peers._call  # noqa: SLF001 - one rank of three fails in it
+    monkeypatch.setattr(peers, "_call", lambda *of: None if of[2] == 2 else call(*of))
     before = _open_files()
     assert found(3) == [None] * 3
     assert _open_files() == before
@@ -242,14 +242,14 @@ def test_all_ranks_use_the_network_if_one_is_unreachable(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can call as another user")
 def test_connection_of_another_user_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    call, strangers = neighbours._call, []  # noqa: SLF001 - a stranger calls first
+    call, strangers = peers._call, []  # noqa: SLF001 - a stranger calls first
 
     def call_after_a_stranger(opened: Any, door: Any, rank: int, names: list[int]) -> Any:
         if rank == 1:
             strangers.append(_call_as_another(names[0]))
         return call(opened, door, rank, names)
 
-    monkeypatch.setattr(neighbours, "_call", call_after_a_stranger)
+    monkeypatch.setattr(peers, "_call", call_after_a_stranger)
     with memories(2) as joined:
         assert together(2, lambda rank: awkward(joined[rank], rank, 2, 3)) == [[]] * 2
     for pid in strangers:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench.flight_recorder import Group, as_line, from_stacks, last_collectives, late_ranks
+from distbench.distributed.flight_recorder import Group, as_line, from_stacks, last_collectives, late_ranks
 from tests.end_to_end.launches import run_python
 
 NAME = "nccl:all_to_all"

@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from distbench import follower, locks, supervisor
-from distbench.breadcrumbs import Position
 from distbench.case.entry import Entry
+from distbench.distributed.heartbeat import Position
 from distbench.errors import DistbenchError, LaunchFailed, Unsupported
 from distbench.follower import Timeouts, follow
 from distbench.job import Job, Spread

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from distbench.breadcrumbs import Position
+from distbench.distributed.heartbeat import Position
 from distbench.errors import InvalidCase
 from distbench.job import Machine, RankFailure, Spread
 from distbench.nodes import gate

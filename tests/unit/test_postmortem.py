@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.breadcrumbs import Breadcrumbs, Position, read_position
 from distbench.case.entry import Entry
+from distbench.distributed.heartbeat import Breadcrumbs, Position, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.job import Job, RankFailure, crumb_path, failure_path, ranks_folder
 from distbench.postmortem import Ending, Exit, explain_fault, outcome_of, positions

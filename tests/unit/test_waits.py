@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distbench.breadcrumbs import Breadcrumbs, Position, read_position, write_position
-from distbench.waits import KINDS, collective, waiting
+from distbench.distributed.heartbeat import Breadcrumbs, Position, read_position, write_position
+from distbench.distributed.waits import KINDS, collective, waiting
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distbench import timing
-from distbench.session import Session
+from distbench.distributed.session import Session
 from distbench.timing import Timer, flushing_memory
 from distbench.utils.devices import DeviceState
 from tests.cases import tiny_case

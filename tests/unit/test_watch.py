@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 from torch.distributed.launcher import api
 
-from distbench.breadcrumbs import Breadcrumbs, Position, write_position
 from distbench.case.entry import Entry
+from distbench.distributed.heartbeat import Breadcrumbs, Position, write_position
 from distbench.errors import LaunchFailed
 from distbench.job import Job, crumb_path, ranks_folder
 from distbench.nodes.hub import Hub

@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.exchange.base import Exchange
-from distbench.exchange.collective import AllToAll, SendReceive, few_pairs
-from distbench.exchange.shared_memory import SharedMemory
+from distbench.distributed.all_to_all import AllToAll, SendReceive, few_pairs
+from distbench.distributed.exchange import Exchange
+from distbench.distributed.shared_memory import SharedMemory
 
 
 def choose_exchange(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
+
+from distbench.distributed.waits import waiting
 
 
 class Underway(Protocol):
@@ -31,3 +33,10 @@ class Exchange(Protocol):
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
         """Exchange rows; on a device its stream waits for them, not the host."""
+
+
+def wait_for(travel: Iterable[Underway]) -> None:
+    """Wait for the rows; on a device its stream waits, and the host continues."""
+    with waiting("rows of peers"):
+        for rows in travel:
+            rows.wait()

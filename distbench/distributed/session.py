@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from distbench.breadcrumbs import Breadcrumbs
+from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.peers import find_neighbours
+from distbench.distributed.shared_memory import SharedMemory
+from distbench.distributed.waits import collective, waiting
 from distbench.errors import InvalidCase, Unsupported
-from distbench.exchange.neighbours import find_neighbours
-from distbench.exchange.shared_memory import SharedMemory
 from distbench.utils.devices import runs_on_device
 from distbench.utils.process import usable_cores
-from distbench.waits import collective, waiting
 
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
 """Environment variable; 0 makes ranks of one host communicate as those of several hosts do."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from distbench import waits
 from distbench.case.stages import ARMS, STAGES
+from distbench.distributed import waits
 from distbench.utils.process import pid_space
 
 _RECORD = struct.Struct("<qqqqqqq")

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.exchange.neighbours import Neighbours, Peer
-from distbench.exchange.waiting import wait_for
-from distbench.waits import collective, waiting
+from distbench.distributed.exchange import wait_for
+from distbench.distributed.peers import Neighbours, Peer
+from distbench.distributed.waits import collective, waiting
 
 _WORD = struct.Struct("<qqq")
 # Consecutive gathers that only rank 0 waits for: data for the other ranks is kept for this long.

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.exchange.base import Underway
-from distbench.exchange.waiting import wait_for
-from distbench.waits import collective
+from distbench.distributed.exchange import Underway, wait_for
+from distbench.distributed.waits import collective
 
 _FEW = 0.5
 
