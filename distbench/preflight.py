@@ -30,7 +30,7 @@ from distbench.recv_bound import parse_sender_rows, recv_bound
 from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
-from distbench.workload.kinds import ExpertGroup, check_routing, parse_routing
+from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing
 
 # Memory that ranks share with the fork server, and memory of each rank besides tensors.
 _SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20

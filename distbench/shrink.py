@@ -13,7 +13,7 @@ from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.document import Report
 from distbench.trials import Lab, Signature, impatient, possible, signature
-from distbench.workload.kinds import parse_routing
+from distbench.workload.routing_spec import parse_routing
 
 Changes = dict[str, Any]
 

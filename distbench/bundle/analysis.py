@@ -30,8 +30,8 @@ from distbench.verify.records import Divergence, Gathered
 from distbench.verify.sums import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
-from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
+from distbench.workload.routing_spec import ExpertGroup
 from distbench.workload.version import INPUTS_VERSION
 
 _RECORDED_FIELDS = (*TokenBatch._fields, "rows", "tokens")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from distbench.case.spec import Case
 from distbench.experts.roundings import stored_intermediate
 from distbench.workload.blind_spots import blind_spots
-from distbench.workload.plan import ExactPlan, plan_exact
+from distbench.workload.exact_plan import ExactPlan, plan_exact
 
 
 def plan_of(case: Case) -> ExactPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from distbench.errors import InvalidCase, Unsupported
-from distbench.workload.plan import BLOCK
+from distbench.workload.exact_plan import BLOCK
 
 TRITON_ALIGNMENT_BYTES = 16
 """The Triton experts load weight rows in multiples of this number of bytes."""

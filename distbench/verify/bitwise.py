@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.verify.records import NO_DIFFERENCE, RowComparison
-from distbench.workload.steps import rows_at_a_time
+from distbench.workload.chunking import rows_at_a_time
 
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _DIGEST_CHUNK_BYTES = 32 << 20

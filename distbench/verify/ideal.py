@@ -17,8 +17,8 @@ from distbench.experts.reference import grouped_routes, local_experts, local_row
 from distbench.experts.roundings import Roundings
 from distbench.layer import ExpertWeights
 from distbench.workload.batch import TokenBatch
+from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.quantize import dequantize, fp8_dtype, through_blocks, through_weight_blocks
-from distbench.workload.steps import rows_at_a_time
 
 _EXPONENT = 0x7F80_0000
 _BF16_STEP = 2.0**-7

@@ -7,8 +7,8 @@ from torch import Tensor
 from distbench.verify.bitwise import row_digests
 from distbench.verify.records import LISTED_TOKENS, WrongRow
 from distbench.workload.batch import TokenBatch
-from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
+from distbench.workload.routing_spec import ExpertGroup
 
 _FIELD_FACTOR = 31
 _EXACT_IN_JSON = (1 << 53) - 1

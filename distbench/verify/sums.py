@@ -15,8 +15,8 @@ from torch import Tensor
 from distbench.distributed.exchange import Exchange
 from distbench.transport.mori_config import TWO_LEVELS
 from distbench.verify.bitwise import integer_view
-from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
+from distbench.workload.routing_spec import ExpertGroup
 
 ROUND_BYTES = 16 << 20
 _TOKEN_BITS = 32

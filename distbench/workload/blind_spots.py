@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from distbench.workload.plan import BLOCK, MAX_UNITS, ExactPlan, gate_reads, up_reads
+from distbench.workload.exact_plan import BLOCK, MAX_UNITS, ExactPlan, gate_reads, up_reads
 from distbench.workload.probe_plan import ProbePlan
 
 # Below this number of hidden columns there are few code columns and few probes.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distbench.workload.bits import positive_words
-from distbench.workload.plan import ExactPlan
+from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.probe_plan import Code
 
 _WORD_BITS = 64

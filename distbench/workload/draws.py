@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import words_of_streams
-from distbench.workload.plan import ExactPlan
+from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.points import UP_ENTRIES
 from distbench.workload.spread import Grid, spread
 

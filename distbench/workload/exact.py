@@ -30,14 +30,14 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import byte_columns
+from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.codes import code_columns, code_groups
 from distbench.workload.draws import bytes_of, sum_draws
+from distbench.workload.exact_plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.places import Places, live_column, places_of
-from distbench.workload.plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.probes import Probes, minus, physical, probe_patterns
-from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_ELEMENTS = 4 << 20
 # The smallest magnitude that sets the scale of a block of weights: it exceeds all other weights.

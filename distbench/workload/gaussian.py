@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import permuted, positive_words, words
-from distbench.workload.steps import rows_at_a_time
+from distbench.workload.chunking import rows_at_a_time
 
 _DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 _CENTRE = 510

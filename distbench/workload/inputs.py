@@ -12,11 +12,11 @@ from distbench.workload import exact, gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
 from distbench.workload.blind_spots import blind_spots
-from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
+from distbench.workload.exact_plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.oracle import expert_rows, returned_rows
-from distbench.workload.plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import route, token_keys
+from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.table import Span, routing_table, span_of
 
 DispatchDtype = Literal["bf16", "fp8"]

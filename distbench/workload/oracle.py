@@ -10,14 +10,14 @@ from torch.nn import functional
 
 from distbench.errors import DistbenchError
 from distbench.workload.batch import TokenBatch
+from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.codes import code_groups
 from distbench.workload.exact import Patterns, sum_patterns
+from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.places import Places, places_of
-from distbench.workload.plan import ExactPlan
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.probes import FIRST_WIDE, WIDE_VALUES, GroupedProbes, grouped_probes, row_values
 from distbench.workload.quantize import dequantize, fp8_dtype, saturated
-from distbench.workload.steps import rows_at_a_time
 
 _CHUNK_BYTES = 8 << 20
 _BLOCK_BYTES = 64 << 20

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.workload.plan import BLOCK, GUARD_ROWS, ZERO_ROW, ExactPlan
+from distbench.workload.exact_plan import BLOCK, GUARD_ROWS, ZERO_ROW, ExactPlan
 
 _HOT_BLOCKS = 56
 

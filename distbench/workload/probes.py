@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.workload.draws import Drawn, bytes_of, probe_draws
+from distbench.workload.exact_plan import BLOCK, ExactPlan
 from distbench.workload.places import live_column, places_of
-from distbench.workload.plan import BLOCK, ExactPlan
 from distbench.workload.points import HOT_GATE, UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.quantize import fp8_dtype

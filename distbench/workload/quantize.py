@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distbench.utils.amd_arch import Fp8Format
-from distbench.workload.plan import BLOCK
-from distbench.workload.steps import rows_at_a_time
+from distbench.workload.chunking import rows_at_a_time
+from distbench.workload.exact_plan import BLOCK
 
 _CHUNK_ELEMENTS = 4 << 20
 _EXPONENT, _MANTISSA, _MANTISSA_BITS = 0x7F80_0000, 0x007F_FFFF, 23

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import positive_words, shuffle, smallest
-from distbench.workload.kinds import ExpertGroup, Routing
-from distbench.workload.steps import rows_at_a_time
+from distbench.workload.chunking import rows_at_a_time
+from distbench.workload.routing_spec import ExpertGroup, Routing
 
 _CHUNK_BYTES = 16 << 20
 

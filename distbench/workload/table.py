@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.workload.kinds import ExpertGroup, Routing
 from distbench.workload.routing import route
+from distbench.workload.routing_spec import ExpertGroup, Routing
 
 _TABLE_ELEMENTS = 1 << 18
 

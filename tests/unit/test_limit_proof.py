@@ -28,8 +28,8 @@ from distbench.report.limit import LimitReport
 from distbench.report.results import Results
 from distbench.report.sweep import sweep_row
 from distbench.verify.records import NOT_PROVEN, Reason
-from distbench.workload.kinds import ExpertGroup, parse_routing
 from distbench.workload.routing import recv_counts, route
+from distbench.workload.routing_spec import ExpertGroup, parse_routing
 from tests.cases import tiny_case
 from tests.reports import report_of
 from tests.results import limit, result, write_results

@@ -39,7 +39,7 @@ from distbench.experts.shapes import check_aiter_shape
 from distbench.experts.tuned import MISSING
 from distbench.utils.amd_arch import fp8_format
 from distbench.utils.text import one_line
-from distbench.workload.plan import BLOCK
+from distbench.workload.exact_plan import BLOCK
 from distbench.workload.quantize import fp8_dtype
 
 _UNFIT = "does not support this GEMM problem"

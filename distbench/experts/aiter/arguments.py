@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distbench.errors import DistbenchError
-from distbench.workload.plan import BLOCK
+from distbench.workload.exact_plan import BLOCK
 
 
 def check_arguments(  # noqa: PLR0913 - the arguments of the call

@@ -17,7 +17,7 @@ from distbench.experts.selection import KernelChoice
 from distbench.experts.shapes import check_triton_shape
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.table import selector_for
-from distbench.workload.plan import BLOCK
+from distbench.workload.exact_plan import BLOCK
 from distbench.workload.quantize import quantize_weight_blocks
 
 Quantized = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: TID253 - lo
 from distbench.experts.triton import matrix_kernels, sort_kernels
 from distbench.experts.triton.config import KernelConfig, Tile
 from distbench.utils.triton_launch import launch
-from distbench.workload.plan import BLOCK
+from distbench.workload.exact_plan import BLOCK
 
 _SORT_ELEMENTS = 16384
 _COPY_COLUMNS = 1024

@@ -10,7 +10,7 @@ from distbench.faults.mutants.corpus import Class, Site, rare
 from distbench.transport.base import Dispatched
 from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
-from distbench.workload.plan import BLOCK
+from distbench.workload.exact_plan import BLOCK
 from distbench.workload.quantize import power_of_two_scales
 
 SCALES = Class("scales", "fp8")

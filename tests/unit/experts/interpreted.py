@@ -17,9 +17,9 @@ from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerS
 from distbench.experts.triton.launch import Rows, Weights, sort
 from distbench.experts.triton.trial import LocalExperts
 from distbench.workload.batch import TokenBatch
+from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import make_workload
 from distbench.workload.places import places_of
-from distbench.workload.plan import plan_exact
 
 SHAPE = LayerShape(num_experts=8, num_local_experts=4, hidden_size=256, intermediate_size=128, topk=4)
 ROWS = 33

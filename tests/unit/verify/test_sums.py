@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.verify.sums import SumOrder, added, same_bits_or_nan, slots_of, sum_order
-from distbench.workload.kinds import ExpertGroup
 from distbench.workload.routing import destinations
+from distbench.workload.routing_spec import ExpertGroup
 
 GROUP = ExpertGroup(ep_size=4, num_experts=16, topk=6)
 ORDERS = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from distbench.errors import InvalidCase
 from distbench.workload.batch import TokenBatch
+from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.inputs import ExactNumerics, Workload, make_workload
-from distbench.workload.plan import ExactPlan
 
 SHAPES = {
     "deepseek-v3/28": (256, 72, 16, 8, "bf16"),

@@ -17,8 +17,8 @@ from distbench.utils.amd_arch import LARGEST_FP8, Fp8Format
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.codes import code_columns, code_groups
 from distbench.workload.exact import dense_weights, hidden_states, routing_weights, sum_patterns
+from distbench.workload.exact_plan import ExactPlan, Intermediate, gate_reads, plan_exact, up_reads
 from distbench.workload.places import places_of
-from distbench.workload.plan import ExactPlan, Intermediate, gate_reads, plan_exact, up_reads
 from distbench.workload.probe_plan import plan_code
 from distbench.workload.quantize import dequantize, fp8_dtype, quantize_fp8_blocks, quantize_weight_blocks
 from distbench.workload.routing import token_keys

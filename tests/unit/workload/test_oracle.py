@@ -16,9 +16,9 @@ from distbench.case.presets import PRESETS
 from distbench.emulation.mori import codec, habits
 from distbench.errors import DistbenchError
 from distbench.workload import oracle as module
+from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import Workload, make_workload
 from distbench.workload.oracle import expert_rows
-from distbench.workload.plan import plan_exact
 from distbench.workload.quantize import dequantize, fp8_dtype
 from tests.unit.workload.kernels import VARIANTS, Kernel, layer_of, run
 from tests.unit.workload.shapes import (
@@ -163,7 +163,7 @@ def test_oracle_without_cached_patterns_gives_the_same_bits(monkeypatch: pytest.
     workload = workload_of("tiny", 4, tokens=40)
     batch = workload.tokens(0)
     expected = workload.expected(batch)
-    monkeypatch.setattr("distbench.workload.plan._KEPT_BYTES", 0)
+    monkeypatch.setattr("distbench.workload.exact_plan._KEPT_BYTES", 0)
     again, weights = workload.expected(batch), workload.local_weights(1)
     monkeypatch.undo()
     assert expected is not None

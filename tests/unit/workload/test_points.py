@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distbench.utils.amd_arch import Fp8Format
-from distbench.workload.plan import plan_exact
+from distbench.workload.exact_plan import plan_exact
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS, Points, points_for
 from distbench.workload.probes import row_values, silu
 

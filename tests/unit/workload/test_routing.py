@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distbench.errors import InvalidCase
 from distbench.workload import routing as module
-from distbench.workload.kinds import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.routing import destinations, recv_counts, route
+from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOKENS = 24
