@@ -17,7 +17,6 @@ from distbench.case.limits import Traffic, resolve_limit
 from distbench.case.resolve import check_fit
 from distbench.case.sglang_releases import rules_of
 from distbench.case.spec import Case, inputs_of
-from distbench.emulation.mori.habits import parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available, check_habits
@@ -27,7 +26,8 @@ from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.table_match import match_tables
 from distbench.experts.triton.table import load_table, selector_for, shape_of
 from distbench.recv_bound import parse_sender_rows, recv_bound
-from distbench.transport.mori_config import check_environment, heap_size, mori_warnings, plan_mori
+from distbench.transport.mori.config import check_environment, heap_size, mori_warnings, plan_mori
+from distbench.transport.mori.emulated.habits import parse_habits
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold, free_device_bytes
 from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing

@@ -12,7 +12,7 @@ from distbench.case.limits import RECV_BOUND_STEP, round_up
 from distbench.case.sglang_releases import NEWEST, RECV_BOUND, VARIABLES, rules_of
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
-from distbench.transport.mori_config import production_kernel
+from distbench.transport.mori.config import production_kernel
 
 _VERIFIED = ("IntraNode", "AsyncLL")
 

@@ -14,7 +14,7 @@ from distbench.case.sglang_env import KEYS, is_secret, near_miss
 from distbench.case.sglang_releases import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
 from distbench.case.spec import Case
 from distbench.experts.rules import rules_for
-from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
+from distbench.transport.mori.config import HEAP_SIZE, SHMEM_MODE, is_isolated
 
 _LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
 _MORI_KEYS = ("combine_quant", "launch_mode", "inter_kernel_switch", "mori_kernel")

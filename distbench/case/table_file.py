@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 
 """Ends a list of tokens: repeat it until every rank has a number."""
 
 MAX_FILE_BYTES = 256 << 10
 _MAX_LINE_DOTS = 500
-_HEAP_SIZE = re.compile(r"([0-9]{1,12})(?:([KMG])(?:B|b|iB)?|([kmg])(?:b|ib)?)?")
-_SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
-
-
-def parse_heap_size(text: str) -> int:
-    """Bytes that MoRI derives from MORI_SHMEM_HEAP_SIZE.
-
-    Raises:
-        ValueError: not a number with a suffix that MoRI knows: MoRI would read only the digits, `6T` as 6 bytes.
-
-    """
-    matched = _HEAP_SIZE.fullmatch(text)
-    if matched is None:
-        message = "no size; write for instance 6G: MoRI knows K, KB, Kb, KiB, k, kb and kib, and the same for M and G"
-        raise ValueError(message)
-    return int(matched[1]) << _SHIFTS[(matched[2] or matched[3] or "").upper()]
 
 
 def read_table_file(path: str) -> bytes:

@@ -11,7 +11,7 @@ from distbench.doctor.findings import Finding, Path
 from distbench.doctor.probe import AITER, MORI, Node
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.rules import rules_for
-from distbench.transport.mori_config import (
+from distbench.transport.mori.config import (
     HEAP_SIZE,
     INTRA,
     SHMEM_MODE,

@@ -22,12 +22,12 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         InvalidCase: the package does not support the case.
     """
     if case.transport == "mori":
-        from distbench.transport.mori import MoriTransport  # noqa: PLC0415 - a rank loads only what it uses
+        from distbench.transport.mori.transport import MoriTransport  # noqa: PLC0415 - a rank loads only what it uses
 
         return MoriTransport(session, case)
     from distbench.distributed.choose import choose_exchange  # noqa: PLC0415 - as above
-    from distbench.transport.arrival import Geometry  # noqa: PLC0415 - as above
-    from distbench.transport.collective import CollectiveTransport  # noqa: PLC0415
+    from distbench.transport.collective.arrival import Geometry  # noqa: PLC0415 - as above
+    from distbench.transport.collective.transport import CollectiveTransport  # noqa: PLC0415
 
     geometry = Geometry(
         rank=session.rank,

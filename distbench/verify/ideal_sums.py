@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori.codec import Codec, make_codec
+from distbench.transport.mori.emulated.codec import Codec, make_codec
 from distbench.verify.ideal import Ideal, rounding_variance
 from distbench.verify.sums import Contributions, SumOrder, added
 

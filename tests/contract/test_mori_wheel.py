@@ -25,10 +25,10 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.emulation.mori import _jit_loader, moves, ops, shmem
-from distbench.emulation.mori.launch import Launches
-from distbench.emulation.mori.routing import EpDispatchCombineKernelType
-from distbench.transport.mori_config import lost_chunks, plan_mori
+from distbench.transport.mori.config import lost_chunks, plan_mori
+from distbench.transport.mori.emulated import _jit_loader, moves, ops, shmem
+from distbench.transport.mori.emulated.launch import Launches
+from distbench.transport.mori.emulated.routing import EpDispatchCombineKernelType
 from distbench.utils.amd_arch import LARGEST_FP8
 from tests.cases import tiny_case
 

@@ -16,7 +16,7 @@ from distbench.experts.base import Experts
 from distbench.rank import run_case
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched, Transport
-from distbench.transport.collective import CollectiveTransport
+from distbench.transport.collective.transport import CollectiveTransport
 from distbench.verify.records import Outcome
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload

@@ -15,10 +15,11 @@ from distbench.distributed.all_to_all import AllToAll
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError
 from distbench.rank import workload_for
-from distbench.transport import collective, make_transport
-from distbench.transport.arrival import Geometry
+from distbench.transport import make_transport
 from distbench.transport.base import POISON_ID
-from distbench.transport.collective import CollectiveTransport
+from distbench.transport.collective import transport as collective
+from distbench.transport.collective.arrival import Geometry
+from distbench.transport.collective.transport import CollectiveTransport
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import shuffle
 from distbench.workload.routing import destinations, recv_counts

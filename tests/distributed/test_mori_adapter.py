@@ -13,13 +13,14 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.emulation.mori import ops
 from distbench.errors import DistbenchError, Unsupported, Verdict
 from distbench.experts import make_experts
 from distbench.rank import run_case, workload_for
-from distbench.transport import make_transport, mori
-from distbench.transport.mori import MoriTransport
-from distbench.transport.mori_world import leave_world
+from distbench.transport import make_transport
+from distbench.transport.mori import transport as mori
+from distbench.transport.mori.emulated import ops
+from distbench.transport.mori.transport import MoriTransport
+from distbench.transport.mori.world import leave_world
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.host_reads import HostReads

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.emulation import mori as stand_in
-from distbench.emulation.mori import _jit_loader, habits, ops
-from distbench.emulation.mori.buffers import allocate
 from distbench.errors import DistbenchError, Verdict
 from distbench.passes import Passes
 from distbench.rank import run_case
-from distbench.transport import mori, mori_config
 from distbench.transport.base import Dispatched
-from distbench.transport.mori import MoriTransport
+from distbench.transport.mori import config
+from distbench.transport.mori import emulated as stand_in
+from distbench.transport.mori import transport as mori
+from distbench.transport.mori.emulated import _jit_loader, habits, ops
+from distbench.transport.mori.emulated.buffers import allocate
+from distbench.transport.mori.transport import MoriTransport
 from distbench.utils.amd_arch import arch_of
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
@@ -101,7 +102,7 @@ def with_kernels_of_before(session: Session, narrow: Case, wide: Case) -> str:
     """Run in a second world with kernels that were initialised for the first."""
     run(session, wide)
     with ExitStack() as patches:
-        patches.enter_context(patch("distbench.transport.mori_world._kernels", lambda _: {}))
+        patches.enter_context(patch("distbench.transport.mori.world._kernels", lambda _: {}))
         patches.enter_context(patch.object(_jit_loader, "trap", raising))
         return raised(session, narrow, run)
 
@@ -280,7 +281,7 @@ def late_without_barriers(session: Session, *, adapter_waits: bool) -> Iterator[
         return allocate(*arguments)
 
     with ExitStack() as patches:
-        patches.enter_context(patch("distbench.emulation.mori.moves.allocate", late))
+        patches.enter_context(patch("distbench.transport.mori.emulated.moves.allocate", late))
         patches.enter_context(patch.object(habits, "spin", lambda: raising("waits for a count that was lost")))
         patches.enter_context(patch.object(MoriTransport, "_wait_for_all", wait if adapter_waits else lambda _: None))
         yield
@@ -351,7 +352,7 @@ def test_unchecked_receive_overflow_overwrites_neighbouring_memory() -> None:
 
 
 def unchecked_kernel(session: Session, case: Case) -> Outcome | None:
-    with patch.object(mori_config, "_check_kernel"):
+    with patch.object(config, "_check_kernel"):
         return run(session, case)
 
 
@@ -365,7 +366,7 @@ def test_low_latency_kernel_loses_slots_past_the_eighth() -> None:
 def pushed_past_the_cap(session: Session, case: Case) -> bool:
     """Combine with a receive cap from an external buffer; return whether the push reaches the adjacent buffer."""
     session.enter(case.ep_size)
-    with patch.object(mori_config, "_check_cap"):
+    with patch.object(config, "_check_cap"):
         transport = MoriTransport(session, case)
     from distbench.rank import workload_for  # noqa: PLC0415
 

@@ -10,8 +10,8 @@ import torch
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.emulation.mori.codec import Fp4Blockwise
-from distbench.transport.mori import MoriTransport
+from distbench.transport.mori.emulated.codec import Fp4Blockwise
+from distbench.transport.mori.transport import MoriTransport
 from distbench.verify.bitwise import same_bits
 from distbench.workload.batch import TokenBatch
 from tests.cases import tiny_case

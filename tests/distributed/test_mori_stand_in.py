@@ -12,10 +12,10 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.emulation.mori import ops, shmem
-from distbench.emulation.mori.ops import EpDispatchCombineOp
-from distbench.transport.mori import MoriTransport
-from distbench.transport.mori_world import leave_world
+from distbench.transport.mori.emulated import ops, shmem
+from distbench.transport.mori.emulated.ops import EpDispatchCombineOp
+from distbench.transport.mori.transport import MoriTransport
+from distbench.transport.mori.world import leave_world
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.emulation.mori import shmem
 from distbench.errors import Verdict
 from distbench.rank import run_case
-from distbench.transport.mori_world import leave_world
+from distbench.transport.mori.emulated import shmem
+from distbench.transport.mori.world import leave_world
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 

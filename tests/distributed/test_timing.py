@@ -17,7 +17,7 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.rank import run_case
 from distbench.timing import Timer
-from distbench.transport.collective import CollectiveTransport
+from distbench.transport.collective.transport import CollectiveTransport
 from distbench.verify.records import NO_DIFFERENCE, Outcome
 from distbench.verify.verdict import judge
 from tests.cases import tiny_case

@@ -93,7 +93,7 @@ def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str
     flags += ["--dispatch-dtype=fp8", f"--cu-count={cu_count}", "--transport=mori", "--emulate"]
     done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    both = "distbench.emulation.mori for mori, distbench.emulation.aiter for aiter"
+    both = "distbench.transport.mori.emulated for mori, distbench.emulation.aiter for aiter"
     assert f"PASS (emulated: {both}): truncated == repadded == control == padded == oracle" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["case"]["fp8_format"], report["sources"]["fp8_format"]) == (fp8, "device")
@@ -108,7 +108,7 @@ def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str
     ],
 )
 @pytest.mark.parametrize(
-    ("transport", "moved_by"), [("collective", "collective"), ("mori", "distbench.emulation.mori")]
+    ("transport", "moved_by"), [("collective", "collective"), ("mori", "distbench.transport.mori.emulated")]
 )
 def test_kernel_fault_is_reported_with_its_arm(
     habit: dict[str, str], transport: str, moved_by: str, tmp_path: Path

@@ -18,8 +18,8 @@ def test_emulated_mori_passes_and_is_reported_as_emulated(tmp_path: Path) -> Non
     run = tiny(tmp_path, 4, "--transport", "mori", "--emulate", "--gpu-per-node", "2")
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     assert run.report["emulated"] is True
-    assert run.report["stand_ins"] == ["distbench.emulation.mori for mori", "reference for aiter"]
-    assert run.last_line.startswith("PASS (emulated: distbench.emulation.mori for mori, reference for aiter)")
+    assert run.report["stand_ins"] == ["distbench.transport.mori.emulated for mori", "reference for aiter"]
+    assert run.last_line.startswith("PASS (emulated: distbench.transport.mori.emulated for mori, reference for aiter)")
     facts = run.report["transport"]
     assert (facts["kernel"], facts["nodes"], facts["launch_mode"]) == ("InterNodeV1", 2, "MANUAL")
     assert (facts["block_num"], facts["rdma_block_num"], facts["warp_num_per_block"]) == (64, 32, 8)

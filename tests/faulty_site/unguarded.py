@@ -21,7 +21,7 @@ _LATE_RANK, _LATE_S = "1", 0.5
 def remove_guards() -> None:
     """Remove the guards in this process, and in a rank once it has loaded the modules."""
     for name in ("_check_kernel", "_check_cap"):
-        patch(f"distbench.transport.mori_config.{name}", lambda *_: None).start()
+        patch(f"distbench.transport.mori.config.{name}", lambda *_: None).start()
     mark = heartbeat.Breadcrumbs.mark
     loosened: list[bool] = []
 
@@ -35,8 +35,8 @@ def remove_guards() -> None:
 
 
 def _loosen() -> None:
-    from distbench.emulation.mori import habits, moves  # noqa: PLC0415 - only ranks load torch
-    from distbench.transport.mori import MoriTransport  # noqa: PLC0415
+    from distbench.transport.mori.emulated import habits, moves  # noqa: PLC0415 - only ranks load torch
+    from distbench.transport.mori.transport import MoriTransport  # noqa: PLC0415
 
     allocate, take, combine = vars(moves)["allocate"], MoriTransport._take_known, MoriTransport.combine  # noqa: SLF001
 

@@ -18,7 +18,7 @@ from distbench.doctor.findings import PATHS, exit_code
 from distbench.doctor.probe import Node, held_locks, probe
 from distbench.doctor.vendors import Network
 from distbench.locks import hold
-from distbench.transport.mori_config import heap_size, plan_mori
+from distbench.transport.mori.config import heap_size, plan_mori
 from tests.cases import tiny_case
 
 READY = Node(

@@ -10,11 +10,11 @@ import sys
 import torch
 from torch import Tensor
 
-from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import poison_
-from distbench.transport.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
-from distbench.transport.rows import TorchRows
-from distbench.transport.triton_rows import TritonRows
+from distbench.transport.collective.arrival import Arrivals, Geometry, Traffic
+from distbench.transport.collective.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
+from distbench.transport.collective.rows import TorchRows
+from distbench.transport.collective.triton_rows import TritonRows
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 

@@ -11,9 +11,9 @@ import torch
 
 from distbench.case.spec import Case
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.mori import _configuration, _operator
-from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own
-from distbench.transport.mori_config import plan_mori
+from distbench.transport.mori.checks import check_batch, check_device, check_routing_is_own
+from distbench.transport.mori.config import plan_mori
+from distbench.transport.mori.transport import _configuration, _operator
 from distbench.workload.batch import TokenBatch
 from tests.cases import tiny_case
 

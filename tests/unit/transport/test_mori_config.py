@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from distbench.case.spec import Case
-from distbench.emulation.mori.habits import HABITS, parse_habits
 from distbench.errors import InvalidCase, Unsupported
 from distbench.preflight import check_case
-from distbench.transport.mori_config import Launch, check_environment, heap_size, mori_warnings, plan_mori
+from distbench.transport.mori.config import Launch, check_environment, heap_size, mori_warnings, plan_mori
+from distbench.transport.mori.emulated.habits import HABITS, parse_habits
 from tests.cases import tiny_case
 
 
@@ -210,7 +210,7 @@ def test_missing_mori_is_unsupported_without_emulate() -> None:
     with pytest.raises(Unsupported, match=r"install amd-mori .* or add --emulate"):
         check_case(tiny_case(4, transport="mori"))
     assert tiny_case(4, transport="mori").stand_ins == ["reference for aiter"]
-    assert "distbench.emulation.mori for mori" in case_of().stand_ins
+    assert "distbench.transport.mori.emulated for mori" in case_of().stand_ins
 
 
 def test_habits_are_parsed_from_a_release_and_from_names() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from distbench.case.presets import PRESETS
-from distbench.emulation.mori import codec, habits
 from distbench.errors import DistbenchError
+from distbench.transport.mori.emulated import codec, habits
 from distbench.workload import oracle as module
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import Workload, make_workload

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from distbench.emulation.mori.buffers import EpDispatchCombineConfig
-from distbench.emulation.mori.routing import EpDispatchCombineKernelType
+from distbench.transport.mori.emulated.buffers import EpDispatchCombineConfig
+from distbench.transport.mori.emulated.routing import EpDispatchCombineKernelType
 
 Geometry = tuple[int, int, int]
 """block_num, rdma_block_num, warp_per_block; -1 and 0 mean unset."""

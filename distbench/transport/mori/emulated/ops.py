@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori import _jit_loader, habits  # noqa: F401 - exported here, as in the package
-from distbench.emulation.mori.buffers import BLOCKWISE, EpDispatchCombineConfig
-from distbench.emulation.mori.heap import at_address
-from distbench.emulation.mori.moves import TOPK_IDX_DTYPE, Mover
-from distbench.emulation.mori.routing import INTRA, EpDispatchCombineKernelType, representatives
+from distbench.transport.mori.emulated import _jit_loader, habits  # noqa: F401 - exported here, as in the package
+from distbench.transport.mori.emulated.buffers import BLOCKWISE, EpDispatchCombineConfig
+from distbench.transport.mori.emulated.heap import at_address
+from distbench.transport.mori.emulated.moves import TOPK_IDX_DTYPE, Mover
+from distbench.transport.mori.emulated.routing import INTRA, EpDispatchCombineKernelType, representatives
 from distbench.workload.quantize import fp8_dtype
 
 __all__ = [

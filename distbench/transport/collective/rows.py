@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distbench.transport.arrival import Traffic
-from distbench.transport.route import Plan, Room, Route
+from distbench.transport.collective.arrival import Traffic
+from distbench.transport.collective.route import Plan, Room, Route
 
 # Rows that one step of combine's sum gathers: on a device they should still be in its L2 for the add.
 _GATHERED_BYTES = 32 << 20

@@ -9,20 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.emulation.mori import habits, shmem
-from distbench.emulation.mori._jit_loader import load_hip_module
-from distbench.emulation.mori.buffers import EpDispatchCombineConfig, allocate
-from distbench.emulation.mori.codec import Plain, make_codec, of_its_own
-from distbench.emulation.mori.heap import at_address
-from distbench.emulation.mori.launch import Launches
-from distbench.emulation.mori.routing import (
-    INTRA,
-    TWO_LEVELS,
-    EpDispatchCombineKernelType,
-    Shape,
-    owners,
-)
-from distbench.emulation.mori.sums import NodeSums, Returned, Staged, cast, stage, sum_slots
+from distbench.transport.mori.emulated import habits, shmem
+from distbench.transport.mori.emulated._jit_loader import load_hip_module
+from distbench.transport.mori.emulated.buffers import EpDispatchCombineConfig, allocate
+from distbench.transport.mori.emulated.codec import Plain, make_codec, of_its_own
+from distbench.transport.mori.emulated.heap import at_address
+from distbench.transport.mori.emulated.launch import Launches
+from distbench.transport.mori.emulated.routing import INTRA, TWO_LEVELS, EpDispatchCombineKernelType, Shape, owners
+from distbench.transport.mori.emulated.sums import NodeSums, Returned, Staged, cast, stage, sum_slots
 
 TOPK_IDX_DTYPE = torch.int32
 QUANT_TYPES = ("none", "fp8_direct_cast", "fp8_blockwise", "fp4_blockwise")

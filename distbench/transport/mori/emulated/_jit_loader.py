@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from distbench.emulation.mori import shmem
-from distbench.emulation.mori.habits import trap
+from distbench.transport.mori.emulated import shmem
+from distbench.transport.mori.emulated.habits import trap
 
 
 class HipModule:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from distbench.transport import row_kernels
-from distbench.transport.arrival import Traffic
-from distbench.transport.route import Plan, Room, Route
+from distbench.transport.collective import row_kernels
+from distbench.transport.collective.arrival import Traffic
+from distbench.transport.collective.route import Plan, Room, Route
 from distbench.utils.triton_launch import launch
 
 _BLOCK_BYTES = 4096

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori import habits
+from distbench.transport.mori.emulated import habits
 from distbench.workload.quantize import fp8_dtype, saturated
 
 FP4_MAX = 6.0

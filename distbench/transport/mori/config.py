@@ -13,8 +13,8 @@ import msgspec
 
 from distbench.case.sglang_releases import SDMA, enables, sglang_enables
 from distbench.case.spec import Case
-from distbench.case.table_file import parse_heap_size
 from distbench.errors import InvalidCase, Unsupported
+from distbench.transport.mori.heap_size import parse_heap_size
 from distbench.utils.versions import version_key
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori import habits
+from distbench.transport.mori.emulated import habits
 
 _LL_SLOTS = 8
 

@@ -1,4 +1,4 @@
-"""MoRI's dispatch and combine: the package `mori`, or with `emulate` its stand-in `distbench.emulation.mori`.
+"""MoRI's dispatch and combine: the package `mori`, or with `emulate` its stand-in `distbench.transport.mori.emulated`.
 
 MoRI checks almost none of its arguments; those that it would get wrong are refused here (docs/mori.md).
 """
@@ -22,9 +22,9 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.base import Dispatched, poison_
-from distbench.transport.mori_checks import check_batch, check_device, check_routing_is_own, excess_blocks
-from distbench.transport.mori_config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
-from distbench.transport.mori_world import join_world
+from distbench.transport.mori.checks import check_batch, check_device, check_routing_is_own, excess_blocks
+from distbench.transport.mori.config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
+from distbench.transport.mori.world import join_world
 from distbench.utils.amd_arch import arch_of
 from distbench.utils.text import one_line
 from distbench.workload.batch import TokenBatch
@@ -239,7 +239,7 @@ def _whole(expert_out: Tensor, received: int) -> Tensor:
 
 def _package(case: Case, device: torch.device) -> Any:
     if case.emulate:
-        from distbench.emulation import mori as stand_in  # noqa: PLC0415 - loaded on demand
+        from distbench.transport.mori import emulated as stand_in  # noqa: PLC0415 - loaded on demand
 
         stand_in.assume(case.mori_habits, arch_of(case.cu_count))
         return stand_in

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.mori_config import HEAP_SIZE, SHMEM_MODE, is_isolated
+from distbench.transport.mori.config import HEAP_SIZE, SHMEM_MODE, is_isolated
 
 _UNIQUE_ID_BYTES = 128
 

@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distbench.transport.arrival import Traffic
 from distbench.transport.base import poison_
+from distbench.transport.collective.arrival import Traffic
 
 # Alignment of a row's fields and of its length: whole transactions of a device's memory.
 _FIELD_BYTES, _ROW_BYTES = 16, 128

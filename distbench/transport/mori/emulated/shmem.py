@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from distbench.case.table_file import parse_heap_size
-from distbench.emulation.mori.habits import refuse
-from distbench.emulation.mori.heap import Heap
+from distbench.transport.mori.emulated.habits import refuse
+from distbench.transport.mori.emulated.heap import Heap
+from distbench.transport.mori.heap_size import parse_heap_size
 
 MORI_SHMEM_INIT_WITH_MPI_COMM = 0
 MORI_SHMEM_INIT_WITH_UNIQUEID = 1

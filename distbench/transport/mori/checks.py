@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.mori_config import SKIPS_NEGATIVE, MoriPlan
+from distbench.transport.mori.config import SKIPS_NEGATIVE, MoriPlan
 from distbench.utils.amd_arch import fp8_format
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import fp8_dtype

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
-from distbench.transport.arrival import Arrivals, Geometry, Traffic
 from distbench.transport.base import Dispatched, poison_
-from distbench.transport.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
-from distbench.transport.rows import TorchRows
+from distbench.transport.collective.arrival import Arrivals, Geometry, Traffic
+from distbench.transport.collective.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
+from distbench.transport.collective.rows import TorchRows
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
@@ -198,7 +198,7 @@ class CollectiveTransport:
 def make_mover(traffic: Traffic, device: torch.device) -> Mover:
     """Return the mover for `device`: Triton kernels on an accelerator that supports them, else torch's operations."""
     if device.type != "cpu" and find_spec("triton") is not None:
-        from distbench.transport.triton_rows import TritonRows  # noqa: PLC0415 - a rank loads only what it uses
+        from distbench.transport.collective.triton_rows import TritonRows  # noqa: PLC0415 - a rank loads only what it uses
 
         return TritonRows(traffic)
     return TorchRows(traffic)

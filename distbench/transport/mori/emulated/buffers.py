@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from distbench.emulation.mori.codec import combine_row_bytes
-from distbench.emulation.mori.heap import Heap, Region
-from distbench.emulation.mori.routing import EpDispatchCombineKernelType
+from distbench.transport.mori.emulated.codec import combine_row_bytes
+from distbench.transport.mori.emulated.heap import Heap, Region
+from distbench.transport.mori.emulated.routing import EpDispatchCombineKernelType
 
 BLOCKWISE = ("fp8_blockwise", "fp4_blockwise")
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.emulation.mori.codec import Codec
-from distbench.emulation.mori.heap import Region
-from distbench.emulation.mori.routing import Shape, owners
+from distbench.transport.mori.emulated.codec import Codec
+from distbench.transport.mori.emulated.heap import Region
+from distbench.transport.mori.emulated.routing import Shape, owners
 from distbench.workload.quantize import saturated
 
 
