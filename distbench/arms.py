@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-from distbench.layer import Cut
+from distbench.experts.base import Cut, ExpertInput
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput, Policy, guarded_limit, padded, repadded, truncated
+from distbench.truncation import Policy, guarded_limit, padded, repadded, truncated
 
 Arm = Literal["padded", "control", "repadded", "truncated"]
 

@@ -13,7 +13,7 @@ from distbench.case.injection import parse_inject
 from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector
-from distbench.experts.pinned import pinned_table
+from distbench.experts.selection.pinned_table import pinned_table
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.trials import HANG_S, Lab, impatient, possible, signature, varied

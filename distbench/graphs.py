@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import Experts, check_values, facts_of
-from distbench.experts.selection import KernelChoice
-from distbench.layer import ExpertWeights, run_experts
-from distbench.truncation import ExpertInput
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights, check_values, facts_of
+from distbench.experts.selection.choice import KernelChoice
+from distbench.layer import run_experts
 from distbench.utils.text import one_line
 from distbench.verify.bitwise import differing, integer_view
 from distbench.verify.nearness import row_errors

@@ -7,11 +7,11 @@ from typing import Literal
 
 import msgspec
 
-from distbench.experts.lookup import Lookup
-from distbench.experts.rules import BUCKET_RULES, BucketRules, padded_rows
-from distbench.experts.selection import KernelChoice, KernelSelector, LayerKey, TunedKey
-from distbench.experts.table_match import TableMatch, match_tables
-from distbench.experts.tuned import load_tuned_rows
+from distbench.experts.selection.choice import KernelChoice, KernelSelector, LayerKey, TunedKey
+from distbench.experts.selection.lookup import Lookup
+from distbench.experts.selection.releases import BUCKET_RULES, BucketRules, padded_rows
+from distbench.experts.selection.table_match import TableMatch, match_tables
+from distbench.experts.selection.tuned_table import load_tuned_rows
 
 NODE = "node"
 UNKNOWN: Literal["unknown"] = "unknown"

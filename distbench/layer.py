@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from distbench.experts.base import Experts, check_values
+from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, check_values
 from distbench.transport.base import Dispatched, Transport
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
-
-Cut = Callable[[Dispatched], ExpertInput]
-
-
-class ExpertWeights(NamedTuple):
-    """A rank's experts: w1 [El, 2I, H], w2 [El, H, I], both bf16; mask [E] int32, 1 where the expert is local."""
-
-    w1: Tensor
-    w2: Tensor
-    mask: Tensor
 
 
 class Inspector(Protocol):

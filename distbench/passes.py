@@ -14,14 +14,13 @@ from torch import Tensor
 from distbench.arms import arms_of
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
-from distbench.experts.base import Experts, facts_of
+from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, facts_of
 from distbench.experts.roundings import roundings_of
 from distbench.graphs import GraphedExperts, replay_others
-from distbench.layer import Cut, ExpertWeights, run_layer
+from distbench.layer import run_layer
 from distbench.recording import Finished, PartRecorder
 from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
-from distbench.truncation import ExpertInput
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
 from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest

@@ -21,9 +21,9 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available, check_habits
 from distbench.experts.coverage import plan_of
-from distbench.experts.selection import KernelSelector, TunedKey, rules_for
+from distbench.experts.selection.choice import KernelSelector, TunedKey, rules_for
+from distbench.experts.selection.table_match import match_tables
 from distbench.experts.shapes import check_aiter_shape, check_triton_shape
-from distbench.experts.table_match import match_tables
 from distbench.experts.triton.table import load_table, selector_for, shape_of
 from distbench.recv_bound import parse_sender_rows, recv_bound
 from distbench.transport.mori.config import check_environment, heap_size, mori_warnings, plan_mori

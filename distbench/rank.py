@@ -15,10 +15,9 @@ from distbench.case.timeouts import compiles
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
-from distbench.experts.base import CompiledExperts, Experts
+from distbench.experts.base import CompiledExperts, Experts, ExpertWeights
 from distbench.experts.roundings import stored_intermediate
 from distbench.graphs import GraphedExperts, prove_capture
-from distbench.layer import ExpertWeights
 from distbench.passes import Parts, Passes
 from distbench.recording import Recorder
 from distbench.recv_bound import recv_bound

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.layer import ExpertWeights
-from distbench.truncation import ExpertInput
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.experts.lookup import ACTIVATIONS, QUANTS
-from distbench.experts.rules import BucketRules
-from distbench.experts.table_match import answers
-from distbench.experts.tuned import TunedKey, parse_tuned_rows, read_table, row_keys
+from distbench.experts.selection.lookup import ACTIVATIONS, QUANTS
+from distbench.experts.selection.releases import BucketRules
+from distbench.experts.selection.table_match import answers
+from distbench.experts.selection.tuned_table import TunedKey, parse_tuned_rows, read_table, row_keys
 from distbench.utils.amd_arch import GFX_BY_CU_COUNT
 from distbench.utils.text import one_line
 

@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from torch import Tensor
-
+from distbench.experts.base import ExpertInput
 from distbench.transport.base import Dispatched, poison_
 
 Policy = Literal["strict", "unchecked", "guard"]
-
-
-class ExpertInput(NamedTuple):
-    """Arguments of the experts: rows [M, .], where M selects the kernel, and the live-row count [1]."""
-
-    hidden: Tensor
-    scales: Tensor | None
-    weights: Tensor
-    ids: Tensor
-    num_local_tokens: Tensor
-
-    @property
-    def rows(self) -> int:
-        """M, the allocated rows."""
-        return self.hidden.shape[0]
 
 
 def padded(dispatched: Dispatched) -> ExpertInput:

@@ -13,7 +13,7 @@ from distbench.case.entry import Entry
 from distbench.case.sglang_env import KEYS, is_secret, near_miss
 from distbench.case.sglang_releases import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
 from distbench.case.spec import Case
-from distbench.experts.rules import rules_for
+from distbench.experts.selection.releases import rules_for
 from distbench.transport.mori.config import HEAP_SIZE, SHMEM_MODE, is_isolated
 
 _LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")

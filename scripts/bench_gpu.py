@@ -22,7 +22,7 @@ from bench_gpu_peer import GroupedPeer
 from bench_gpu_report import CAPACITY, Row, checks_of, print_rows
 from torch import Tensor
 
-from distbench.experts.rules import padded_rows
+from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import shipped_selector

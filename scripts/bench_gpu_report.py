@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import NamedTuple
 
-from distbench.experts.rules import padded_rows
+from distbench.experts.selection.releases import padded_rows
 
 CAPACITY = 32768
 GRAPH_BOUND, EAGER_BOUND, PEAK_SHARE, PEER_BOUND, CUT_BOUND = 1.35, 1.5, 0.6, 2.0, 1.05

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distbench.experts.base import Experts
-from distbench.experts.selection import KernelChoice
+from distbench.experts.selection.choice import KernelChoice
 
 
 class FakeGraph:

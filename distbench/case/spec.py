@@ -18,7 +18,7 @@ STAND_INS = {
     "reference": "reference for aiter",
     "triton": "triton for aiter",
 }
-EMULATED = {"mori": "distbench.transport.mori.emulated for mori", "aiter": "distbench.emulation.aiter for aiter"}
+EMULATED = {"mori": "distbench.transport.mori.emulated for mori", "aiter": "distbench.experts.aiter.emulated for aiter"}
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]

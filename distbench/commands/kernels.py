@@ -20,9 +20,9 @@ from distbench.commands.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
 from distbench.experts import make_selector, overrides_of
 from distbench.experts.aiter.package import installed_release, installed_tables
-from distbench.experts.lookup import ACTIVATIONS, QUANTS, Lookup
-from distbench.experts.rules import BUCKET_RULES
-from distbench.experts.selection import rules_for
+from distbench.experts.selection.choice import rules_for
+from distbench.experts.selection.lookup import ACTIVATIONS, QUANTS, Lookup
+from distbench.experts.selection.releases import BUCKET_RULES
 from distbench.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
 from distbench.report.console import print_json, print_line, print_table
 from distbench.table_survey import survey_tables, total_of

@@ -26,8 +26,8 @@ from distbench.commands.options import (
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.commands.tasks import tell_task
-from distbench.experts.rules import BucketRules, padded_rows
-from distbench.experts.selection import CURRENT, rules_for
+from distbench.experts.selection.choice import CURRENT, rules_for
+from distbench.experts.selection.releases import BucketRules, padded_rows
 from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path

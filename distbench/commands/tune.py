@@ -14,7 +14,7 @@ from distbench.case.presets import PRESETS
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.tasks import tell_task
 from distbench.errors import InvalidCase, Unsupported
-from distbench.experts.rules import padded_rows
+from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import Table, encode_table, load_table

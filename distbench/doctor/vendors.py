@@ -10,7 +10,7 @@ from distbench.case.spec import Case
 from distbench.doctor.findings import Finding, Path
 from distbench.doctor.probe import AITER, MORI, Node
 from distbench.errors import InvalidCase, Unsupported
-from distbench.experts.rules import rules_for
+from distbench.experts.selection.releases import rules_for
 from distbench.transport.mori.config import (
     HEAP_SIZE,
     INTRA,

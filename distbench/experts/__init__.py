@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from distbench.case.spec import Case
-from distbench.experts.selection import (
+from distbench.experts.selection.choice import (
     CURRENT,
     KernelSelector,
     LayerKey,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from distbench.experts.selection import KernelChoice
+from distbench.experts.selection.choice import KernelChoice
+from distbench.transport.base import Dispatched
 
 
 class Experts(Protocol):
@@ -73,3 +75,29 @@ def facts_of(part: object) -> dict[str, Any]:
     """Return a part's facts about its packages; empty where it uses none."""
     facts: dict[str, Any] = part.about() if hasattr(part, "about") else {}
     return facts
+
+
+class ExpertInput(NamedTuple):
+    """Arguments of the experts: rows [M, .], where M selects the kernel, and the live-row count [1]."""
+
+    hidden: Tensor
+    scales: Tensor | None
+    weights: Tensor
+    ids: Tensor
+    num_local_tokens: Tensor
+
+    @property
+    def rows(self) -> int:
+        """M, the allocated rows."""
+        return self.hidden.shape[0]
+
+
+Cut = Callable[[Dispatched], ExpertInput]
+
+
+class ExpertWeights(NamedTuple):
+    """A rank's experts: w1 [El, 2I, H], w2 [El, H, I], both bf16; mask [E] int32, 1 where the expert is local."""
+
+    w1: Tensor
+    w2: Tensor
+    mask: Tensor

@@ -1,9 +1,9 @@
 """`fused_moe` in plain torch: slow, readable, and arithmetically the kernel that the row count selects.
 
-Every K block's dot product is taken in float64 and rounded to float32 (see `distbench.experts.products`). So a row's
-bits depend neither on its place in a tile nor on the thread count. They depend on the same properties as on the device:
-the length of a K block, split-k, whether the activation is rounded between the stages, and the order in which a token's
-routes are summed.
+Every K block's dot product is taken in float64 and rounded to float32 (see `distbench.experts.blocked_matmul`). So a
+row's bits depend neither on its place in a tile nor on the thread count. They depend on the same properties as on the
+device: the length of a K block, split-k, whether the activation is rounded between the stages, and the order in which a
+token's routes are summed.
 
 float8 rows are computed as production does: bf16 weights are rounded to e4m3 per 128 x 128 block, and the intermediate
 per 128 columns of each row, in the format of the rows.
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from distbench.experts.products import Weights
+from distbench.experts.blocked_matmul import Weights
 from distbench.experts.roundings import Scales
-from distbench.experts.selection import KernelChoice, KernelSelector
+from distbench.experts.selection.choice import KernelChoice, KernelSelector
 from distbench.experts.steps import STEPS, Group
 from distbench.workload.bits import Shuffles
 from distbench.workload.quantize import through_weight_blocks

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from distbench.case.spec import Case
-from distbench.experts.selection import KernelChoice
+from distbench.experts.selection.choice import KernelChoice
 from distbench.utils.amd_arch import Fp8Format
 
 Stored = Literal["bf16", "e4m3"]

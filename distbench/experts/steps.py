@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.experts.products import Weights, blocked_product
+from distbench.experts.blocked_matmul import Weights, blocked_product
 from distbench.experts.roundings import Scales
-from distbench.experts.selection import KernelChoice
+from distbench.experts.selection.choice import KernelChoice
 from distbench.workload.quantize import through_blocks
 
 

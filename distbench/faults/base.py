@@ -14,10 +14,9 @@ from distbench.case.spec import Case
 from distbench.case.stages import ARMS
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.errors import InvalidCase
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts
 from distbench.faults.options import Option, one_of, rank_option
 from distbench.transport.base import Dispatched, Transport
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 
 EVERYWHERE = "all"

@@ -8,10 +8,10 @@ import signal
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput
 from distbench.faults.base import Fault
 from distbench.faults.dispatch import BIT, flip
 from distbench.faults.options import whole
-from distbench.truncation import ExpertInput
 
 
 class ExpertBit(Fault):

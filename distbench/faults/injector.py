@@ -13,13 +13,11 @@ from distbench.case.spec import Case
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
-from distbench.experts.base import Experts, check_values, facts_of
-from distbench.experts.selection import KernelChoice
+from distbench.experts.base import Cut, ExpertInput, Experts, check_values, facts_of
+from distbench.experts.selection.choice import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
-from distbench.layer import Cut
 from distbench.transport.base import Dispatched, Transport
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 
 FAULTS: dict[str, type[Fault]] = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput
 from distbench.faults.base import Fault
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput
 
 _CUT = {"limit": "sum32", "policy": "unchecked"}
 _A_LIMIT = "a limit, and rows received on its rank"

@@ -19,8 +19,8 @@ from torch import Tensor
 from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
+from distbench.experts.base import ExpertWeights
 from distbench.experts.roundings import Roundings
-from distbench.layer import ExpertWeights
 from distbench.verify.bitwise import same_bits
 from distbench.verify.error_bounds import Yardstick, sure
 from distbench.verify.ideal import ideal_rows

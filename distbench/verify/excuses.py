@@ -12,7 +12,7 @@ import msgspec
 
 from distbench.case.spec import Case
 from distbench.case.stages import ARMS
-from distbench.experts.selection import KernelChoice
+from distbench.experts.selection.choice import KernelChoice
 from distbench.verify.records import STAGE_ORDER, Divergence, Gathered, Observation, Question, Reason
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distbench.experts.base import ExpertWeights
 from distbench.experts.reference import grouped_routes, local_experts, local_rows, through_halves
 from distbench.experts.roundings import Roundings
-from distbench.layer import ExpertWeights
 from distbench.workload.batch import TokenBatch
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.quantize import dequantize, fp8_dtype, through_blocks, through_weight_blocks

@@ -11,8 +11,8 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput
 from distbench.verify.bitwise import differing, row_digests, same_bits
 from distbench.verify.nearness import far_rows
 from distbench.verify.patterns import far_sources, pattern_of

@@ -19,15 +19,15 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from distbench.emulation import aiter as stand_in
-from distbench.emulation.aiter import fused_moe as stand_in_moe
-from distbench.emulation.aiter import habits
-from distbench.emulation.aiter.jit.utils import chip_info
-from distbench.emulation.aiter.utility import dtypes
+from distbench.experts.aiter import emulated as stand_in
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
+from distbench.experts.aiter.emulated import fused_moe as stand_in_moe
+from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated.jit.utils import chip_info
+from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import STAND_IN, load_package
-from distbench.experts.heuristics import LayerKey
-from distbench.experts.rules import rules_for
+from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.releases import rules_for
 from distbench.kernel_map import make_table_selector
 from distbench.rank import workload_for
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks, quantize_weight_blocks, saturated

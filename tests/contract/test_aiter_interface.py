@@ -18,14 +18,14 @@ import pytest
 import torch
 
 from distbench.case.spec import Case
-from distbench.emulation import aiter as stand_in
-from distbench.emulation.aiter import fused_moe as stand_in_moe
-from distbench.emulation.aiter import habits
-from distbench.emulation.aiter.jit import core as stand_in_core
-from distbench.emulation.aiter.jit.utils import chip_info
-from distbench.emulation.aiter.ops import shuffle
-from distbench.emulation.aiter.utility import dtypes
+from distbench.experts.aiter import emulated as stand_in
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
+from distbench.experts.aiter.emulated import fused_moe as stand_in_moe
+from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated.jit import core as stand_in_core
+from distbench.experts.aiter.emulated.jit.utils import chip_info
+from distbench.experts.aiter.emulated.ops import shuffle
+from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import DISTRIBUTION
 from distbench.rank import workload_for
 from distbench.utils.amd_arch import fp8_format

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.experts.rules import CURRENT, rules_for
+from distbench.experts.selection.releases import CURRENT, rules_for
 from distbench.table_survey import survey_tables
 from tests.contract.wheels import aiter_wheel
 

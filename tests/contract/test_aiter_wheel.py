@@ -20,9 +20,16 @@ import pytest
 
 from distbench.cli import main
 from distbench.errors import InvalidCase
-from distbench.experts import heuristics
-from distbench.experts.kernel_names import DEFAULT_TILE_K, stage2_mode, tile_k
-from distbench.experts.selection import KernelSelector, LayerKey, TunedKey, padded_rows, parse_tuned_rows, rules_for
+from distbench.experts.selection import heuristics
+from distbench.experts.selection.choice import (
+    KernelSelector,
+    LayerKey,
+    TunedKey,
+    padded_rows,
+    parse_tuned_rows,
+    rules_for,
+)
+from distbench.experts.selection.kernel_names import DEFAULT_TILE_K, stage2_mode, tile_k
 from tests.contract.wheels import aiter_wheel
 
 VERSION = "0.1.7.post2.dev18"

@@ -13,17 +13,18 @@ from torch import Tensor
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
+from distbench.experts.base import Cut, ExpertInput
 from distbench.experts.steps import Group
 from distbench.faults.injector import Injector
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import Mutant, Site
 from distbench.faults.mutants.fault import MutantFault
-from distbench.layer import Cut, run_layer
+from distbench.layer import run_layer
 from distbench.passes import Parts
 from distbench.rank import _prepare
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput, padded
+from distbench.truncation import padded
 
 
 class Touch(NamedTuple):

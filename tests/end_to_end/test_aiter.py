@@ -79,7 +79,7 @@ def test_each_public_aiter_bug_ends_in_its_expected_verdict(tmp_path: Path) -> N
     reports = [report for report in reports if "verdict" in report]
     assert {report["name"]: report["verdict"] for report in reports} == {name: CASES[name][0] for name in CASES}
     assert all(report["emulated"] for report in reports)
-    assert all("distbench.emulation.aiter for aiter" in report["stand_ins"] for report in reports)
+    assert all("distbench.experts.aiter.emulated for aiter" in report["stand_ins"] for report in reports)
     passed, injected = (report for report in reports if report["name"] in {"bf16", "a fault is injected"})
     assert injected["ranks"][0]["packages"]["aiter"]["version"]
     facts = passed["ranks"][0]["packages"]["aiter"]
@@ -93,7 +93,7 @@ def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str
     flags += ["--dispatch-dtype=fp8", f"--cu-count={cu_count}", "--transport=mori", "--emulate"]
     done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    both = "distbench.transport.mori.emulated for mori, distbench.emulation.aiter for aiter"
+    both = "distbench.transport.mori.emulated for mori, distbench.experts.aiter.emulated for aiter"
     assert f"PASS (emulated: {both}): truncated == repadded == control == padded == oracle" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["case"]["fp8_format"], report["sources"]["fp8_format"]) == (fp8, "device")
@@ -120,7 +120,7 @@ def test_kernel_fault_is_reported_with_its_arm(
     out = done.stdout
     arm = "padded" if "all-rows" in habit.values() else "truncated"
     assert f"ended by SIGABRT in {arm}/experts" in out
-    assert f"RANK_FAULT (emulated: {moved_by} for mori, distbench.emulation.aiter for aiter)" in out
+    assert f"RANK_FAULT (emulated: {moved_by} for mori, distbench.experts.aiter.emulated for aiter)" in out
 
 
 def test_aiter_experts_without_the_package_are_unsupported(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_selftest_counts_guards_of_adapters_that_end_a_rank_as_right(tmp_path: P
     with Bench(tmp_path / "out", *command) as bench:
         assert bench.finish() == 0
     text = table.read_text()
-    emulated = "distbench.transport.mori.emulated for mori, distbench.emulation.aiter for aiter"
+    emulated = "distbench.transport.mori.emulated for mori, distbench.experts.aiter.emulated for aiter"
     assert f"Ran on 4 ranks, mori + aiter (emulated: {emulated})." in text
     assert "--transport=mori --experts=aiter --emulate=True --faults=dispatched-ids" in text
     assert DEATH.format(fault="dispatched-ids", stage="combine") in text

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.selection import KernelChoice
+from distbench.experts.base import ExpertWeights
+from distbench.experts.selection.choice import KernelChoice
 from distbench.graphs import GraphedExperts, prove_capture
-from distbench.layer import ExpertWeights
 from distbench.workload.batch import TokenBatch
 from tests.graphs import FakeGraph, FakeMemory, fake_graphs
 

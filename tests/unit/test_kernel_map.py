@@ -19,9 +19,9 @@ from distbench.case.sglang_env import read_environment
 from distbench.cli import main
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import installed_tables
-from distbench.experts.lookup import QUANTS, Lookup
-from distbench.experts.rules import BUCKET_RULES
-from distbench.experts.selection import KernelSelector, LayerKey
+from distbench.experts.selection.choice import KernelSelector, LayerKey
+from distbench.experts.selection.lookup import QUANTS, Lookup
+from distbench.experts.selection.releases import BUCKET_RULES
 from distbench.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
 from distbench.utils import devices
 

@@ -30,13 +30,13 @@ from distbench.experts.aiter.package import (
     tuned_tables,
 )
 from distbench.experts.aiter.weights import PreparedWeights, prepare_weights
-from distbench.experts.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
-from distbench.experts.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
-from distbench.experts.node_warmup import first_on_node
-from distbench.experts.rules import rules_for
-from distbench.experts.selection import KernelChoice
+from distbench.experts.once_per_node import first_on_node
+from distbench.experts.selection.choice import KernelChoice
+from distbench.experts.selection.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
+from distbench.experts.selection.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
+from distbench.experts.selection.releases import rules_for
+from distbench.experts.selection.tuned_table import MISSING
 from distbench.experts.shapes import check_aiter_shape
-from distbench.experts.tuned import MISSING
 from distbench.utils.amd_arch import fp8_format
 from distbench.utils.text import one_line
 from distbench.workload.exact_plan import BLOCK

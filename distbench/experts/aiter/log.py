@@ -6,9 +6,9 @@ import logging
 import re
 from functools import lru_cache
 
-from distbench.experts.heuristics import LayerKey
-from distbench.experts.selection import KernelChoice
-from distbench.experts.tuned import MISSING
+from distbench.experts.selection.choice import KernelChoice
+from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.tuned_table import MISSING
 
 _LINE = re.compile(r"\[fused_moe\] using (?P<stages>[12])stage\b(?P<kernels>.*?) for \((?P<key>.*)\)")
 _NAME = re.compile(r"kernelName([12])='([^']*)'")

@@ -19,12 +19,12 @@ import msgspec
 from distbench.case.aiter_env import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
-from distbench.experts.node_warmup import first_on_node
-from distbench.experts.rules import BUCKET_RULES, padded_rows, rules_for
+from distbench.experts.once_per_node import first_on_node
+from distbench.experts.selection.releases import BUCKET_RULES, padded_rows, rules_for
 
 DISTRIBUTION = "amd-aiter"
 PACKAGE = "aiter"
-STAND_IN = "distbench.emulation.aiter"
+STAND_IN = "distbench.experts.aiter.emulated"
 BUILD_VARIABLE = "AITER_JIT_DIR"
 INSTALL = (
     "run in a ROCm container that has it, or install amd-aiter for this ROCm (docs/amd.md); "

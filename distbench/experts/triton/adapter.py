@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
-from distbench.experts.node_warmup import first_on_node
-from distbench.experts.selection import KernelChoice
+from distbench.experts.once_per_node import first_on_node
+from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.shapes import check_triton_shape
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.table import selector_for

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from distbench.experts.kernel_names import Stage2Mode
+from distbench.experts.selection.kernel_names import Stage2Mode
 from distbench.experts.triton.config import KernelConfig, LayerShape, Tile
 
 _SHARED_BYTES = 227 << 10

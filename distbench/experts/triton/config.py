@@ -7,9 +7,9 @@ from typing import Literal
 
 import msgspec
 
-from distbench.experts.kernel_names import Stage2Mode
-from distbench.experts.rules import padded_rows
-from distbench.experts.selection import KernelChoice
+from distbench.experts.selection.choice import KernelChoice
+from distbench.experts.selection.kernel_names import Stage2Mode
+from distbench.experts.selection.releases import padded_rows
 
 Quant = Literal["bf16", "fp8"]
 

@@ -11,7 +11,7 @@ import msgspec
 
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
-from distbench.experts.rules import padded_rows
+from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton.config import ConfigSelector, LayerShape, Quant, TableRow
 from distbench.utils.text import one_line
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.experts.products import Weights
-from distbench.experts.selection import KernelChoice
+from distbench.experts.blocked_matmul import Weights
+from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.steps import Group
 from distbench.faults.mutants.corpus import Class, Site
 

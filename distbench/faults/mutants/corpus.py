@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
-from distbench.experts.products import Weights
-from distbench.experts.selection import KernelChoice
+from distbench.experts.base import ExpertInput
+from distbench.experts.blocked_matmul import Weights
+from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.steps import Group
-from distbench.truncation import ExpertInput
 
 Touched = Literal["all", "row", "elements"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distbench.case.injection import Injection
 from distbench.errors import InvalidCase, Unsupported
+from distbench.experts.base import ExpertInput
 from distbench.experts.steps import STEPS, Steps
 from distbench.faults.base import EVERYWHERE, Fault, Scene
 from distbench.faults.mutants import CORPUS
@@ -17,7 +18,6 @@ from distbench.faults.mutants.corpus import BOUNDARIES, SUM, Mutant, Site
 from distbench.faults.mutants.rules import accepted_by
 from distbench.faults.options import Option, one_of
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 
 NAME = "mutant"

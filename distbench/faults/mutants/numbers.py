@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.experts.products import Weights
-from distbench.experts.selection import KernelChoice
+from distbench.experts.base import ExpertInput
+from distbench.experts.blocked_matmul import Weights
+from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.steps import Group
 from distbench.faults.mutants.corpus import Class, Site, live, rare
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import fp8_dtype, saturated
 

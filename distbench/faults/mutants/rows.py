@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distbench.experts.products import Weights
-from distbench.experts.selection import KernelChoice
+from distbench.experts.base import ExpertInput
+from distbench.experts.blocked_matmul import Weights
+from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.steps import Group
 from distbench.faults.mutants.corpus import Class, Site, by_next_expert, live, rare
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput
 
 TILES = Class("tiles")
 TAILS = Class("tails")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput
 from distbench.experts.roundings import Scales
 from distbench.faults.mutants.corpus import Class, Site, rare
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 from distbench.workload.exact_plan import BLOCK
 from distbench.workload.quantize import power_of_two_scales

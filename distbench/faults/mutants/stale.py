@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distbench.experts.products import Weights
-from distbench.experts.selection import KernelChoice
+from distbench.experts.base import ExpertInput
+from distbench.experts.blocked_matmul import Weights
+from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.steps import Group
 from distbench.faults.mutants.corpus import Class, Site, earlier, live, rare
 from distbench.transport.base import Dispatched, poison_
-from distbench.truncation import ExpertInput
 
 STALE = Class("stale memory")
 _stale = STALE.at

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput
 from distbench.faults.mutants.corpus import Class, Site, earlier, rare
 from distbench.transport.base import Dispatched
-from distbench.truncation import ExpertInput
 from distbench.workload.batch import TokenBatch
 
 DISPATCH = Class("dispatch")

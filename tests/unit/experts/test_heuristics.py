@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.experts.heuristics import LayerKey, block_rows, default_stage, runs_one_stage, split_parts
-from distbench.experts.rules import BUCKET_RULES, CURRENT
+from distbench.experts.selection.heuristics import LayerKey, block_rows, default_stage, runs_one_stage, split_parts
+from distbench.experts.selection.releases import BUCKET_RULES, CURRENT
 
 BUCKETS = [1 << power for power in range(16)]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.experts.kernel_names import DEFAULT_TILE_K, ck_tile, named_split, stage2_mode, tile_k
+from distbench.experts.selection.kernel_names import DEFAULT_TILE_K, ck_tile, named_split, stage2_mode, tile_k
 
 CK = "1x4_TypeCast_v3_Nswizzle0_Quant0_MulRoutedWeight"
 

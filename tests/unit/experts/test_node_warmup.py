@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.experts.node_warmup import first_on_node
+from distbench.experts.once_per_node import first_on_node
 
 RANKS = 6
 _CONTEXT = multiprocessing.get_context("fork")

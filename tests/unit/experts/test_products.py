@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distbench.experts.products import Weights, _step, blocked_product
+from distbench.experts.blocked_matmul import Weights, _step, blocked_product
 
 EXPERTS, ROWS, COLUMNS, OUT = 3, 5, 96, 7
 

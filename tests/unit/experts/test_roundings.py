@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from distbench.experts.heuristics import LayerKey
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.roundings import Roundings, Scales, roundings_of, stored_intermediate
-from distbench.experts.selection import KernelChoice, KernelSelector
+from distbench.experts.selection.choice import KernelChoice, KernelSelector
+from distbench.experts.selection.heuristics import LayerKey
 from distbench.utils.amd_arch import Fp8Format
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks, quantize_weight_blocks, saturated
 from tests.cases import tiny_case

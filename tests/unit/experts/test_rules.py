@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distbench.errors import InvalidCase
-from distbench.experts.rules import BUCKET_RULES, CURRENT, BucketRules, padded_rows, rules_for
+from distbench.experts.selection.releases import BUCKET_RULES, CURRENT, BucketRules, padded_rows, rules_for
 
 # rows: bucket, on both sides of every edge.
 EDGES = {

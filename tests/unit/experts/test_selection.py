@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.experts.selection import (
+from distbench.experts.selection.choice import (
     BUCKET_RULES,
     CURRENT,
     BucketRules,
@@ -275,6 +275,6 @@ def test_selector_uses_the_newest_rules_by_default() -> None:
 
 
 def test_selection_module_imports_neither_torch_nor_csv() -> None:
-    code = "import sys, distbench.experts.selection; print(sorted({'torch', 'csv', 'numpy'} & set(sys.modules)))"
+    code = "import sys, distbench.experts.selection.choice; print(sorted({'torch', 'csv', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,7 +15,7 @@ from distbench import cli
 from distbench.case.presets import PRESETS
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_experts
-from distbench.experts.rules import padded_rows
+from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton import adapter, table
 from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import (

@@ -9,9 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distbench.errors import InvalidCase
-from distbench.experts.heuristics import LayerKey
-from distbench.experts.rules import BUCKET_RULES
-from distbench.experts.tuned import REQUIRED_COLUMNS, TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
+from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.releases import BUCKET_RULES
+from distbench.experts.selection.tuned_table import (
+    REQUIRED_COLUMNS,
+    TunedKey,
+    TunedRow,
+    load_tuned_rows,
+    parse_tuned_rows,
+)
 
 DATA = Path(__file__).parents[2] / "data"
 KEY = TunedKey(cu_num=304, model_dim=256, inter_dim=128, expert=4, topk=3)

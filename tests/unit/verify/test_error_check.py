@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.experts.heuristics import LayerKey
-from distbench.experts.products import Weights
+from distbench.experts.base import ExpertWeights
+from distbench.experts.blocked_matmul import Weights
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.roundings import Roundings, roundings_of
-from distbench.experts.selection import KernelChoice, KernelSelector
+from distbench.experts.selection.choice import KernelChoice, KernelSelector
+from distbench.experts.selection.heuristics import LayerKey
 from distbench.experts.steps import Group, Steps
-from distbench.layer import ExpertWeights
 from distbench.verify.error_bounds import Figures, Yardstick, sure
 from distbench.verify.ideal import Ideal, ideal_rows, summed
 from distbench.workload.batch import TokenBatch

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput
 from distbench.rank import workload_for
 from distbench.transport.base import Dispatched, poison_
-from distbench.truncation import ExpertInput, padded, truncated
+from distbench.truncation import padded, truncated
 from distbench.verify.records import FINITE, ORACLE, PADDED, Divergence
 from distbench.verify.stages import StageChecker
 from tests.cases import tiny_case

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distbench.experts.base import ExpertWeights
 from distbench.experts.roundings import Roundings
-from distbench.layer import ExpertWeights
 from distbench.verify.ideal import ideal_rows
 from distbench.workload import gaussian
 from distbench.workload.gaussian import dense_weights, hidden_states, routing_weights

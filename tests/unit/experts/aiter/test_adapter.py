@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from distbench.case.spec import Case
-from distbench.emulation.aiter import habits
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.experts import make_experts, make_selector
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
+from distbench.experts.aiter.emulated import habits
 from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, followed_release, load_package
 from distbench.experts.base import check_values
-from distbench.experts.tuned import KEY_COLUMNS, TunedKey
+from distbench.experts.selection.tuned_table import KEY_COLUMNS, TunedKey
 from distbench.graphs import GraphedExperts
 from distbench.preflight import check_case
 from distbench.report.document import kernel_doubts
@@ -372,5 +372,5 @@ def test_real_package_on_the_cpu_is_refused() -> None:
 
 
 def test_emulated_aiter_is_listed_in_stand_ins() -> None:
-    assert aiter_case().stand_ins == ["collective for mori", "distbench.emulation.aiter for aiter"]
-    assert "distbench.emulation.aiter for aiter" not in aiter_case(emulate=False).stand_ins
+    assert aiter_case().stand_ins == ["collective for mori", "distbench.experts.aiter.emulated for aiter"]
+    assert "distbench.experts.aiter.emulated for aiter" not in aiter_case(emulate=False).stand_ins

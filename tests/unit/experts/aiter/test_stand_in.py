@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.emulation.aiter import ActivationType, QuantType, habits
-from distbench.emulation.aiter.fused_moe import _as_fp8, fused_moe, get_2stage_cfgs, get_padded_M
-from distbench.emulation.aiter.ops.shuffle import shuffle_weight, unshuffled
-from distbench.experts.heuristics import LayerKey
+from distbench.experts.aiter.emulated import ActivationType, QuantType, habits
+from distbench.experts.aiter.emulated.fused_moe import _as_fp8, fused_moe, get_2stage_cfgs, get_padded_M
+from distbench.experts.aiter.emulated.ops.shuffle import shuffle_weight, unshuffled
 from distbench.experts.reference import ReferenceExperts
-from distbench.experts.rules import rules_for
-from distbench.experts.selection import KernelSelector
+from distbench.experts.selection.choice import KernelSelector
+from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.releases import rules_for
 
 EXPERTS, TOPK, HIDDEN, INTER = 4, 2, 128, 64
 

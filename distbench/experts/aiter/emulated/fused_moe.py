@@ -15,15 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distbench.emulation.aiter import habits
-from distbench.emulation.aiter.enums import ActivationType, QuantType
-from distbench.emulation.aiter.ops.shuffle import unshuffled
-from distbench.emulation.aiter.utility.dtypes import get_dtype_fp8
-from distbench.experts.heuristics import LayerKey, block_rows
+from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated.enums import ActivationType, QuantType
+from distbench.experts.aiter.emulated.ops.shuffle import unshuffled
+from distbench.experts.aiter.emulated.utility.dtypes import get_dtype_fp8
 from distbench.experts.reference import ReferenceExperts
-from distbench.experts.rules import padded_rows
-from distbench.experts.selection import KernelSelector
-from distbench.experts.tuned import TunedKey, load_tuned_rows
+from distbench.experts.selection.choice import KernelSelector
+from distbench.experts.selection.heuristics import LayerKey, block_rows
+from distbench.experts.selection.releases import padded_rows
+from distbench.experts.selection.tuned_table import TunedKey, load_tuned_rows
 
 logger = logging.getLogger("aiter")
 quant_remap = {QuantType.per_128x128: QuantType.per_1x128}

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from distbench.experts.heuristics import LayerKey
-from distbench.experts.rules import BucketRules
-from distbench.experts.selection import Overrides
-from distbench.experts.tuned import TunedKey
+from distbench.experts.selection.choice import Overrides
+from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.releases import BucketRules
+from distbench.experts.selection.tuned_table import TunedKey
 from distbench.utils.amd_arch import fp8_format
 
 

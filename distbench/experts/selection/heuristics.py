@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from distbench.experts.kernel_names import DEFAULT_TILE_K
-from distbench.experts.rules import BucketRules
+from distbench.experts.selection.kernel_names import DEFAULT_TILE_K
+from distbench.experts.selection.releases import BucketRules
 from distbench.utils.amd_arch import arch_of
 
 ONE_STAGE_BLOCK_M = 32

@@ -10,7 +10,7 @@ import importlib
 import logging
 from typing import Any
 
-from distbench.emulation.aiter.enums import ActivationType, QuantType
+from distbench.experts.aiter.emulated.enums import ActivationType, QuantType
 
 __all__ = ["ActivationType", "QuantType", "habits", "logger"]
 
@@ -19,5 +19,5 @@ logger = logging.getLogger("aiter")
 
 def __getattr__(name: str) -> Any:
     if name == "dtypes":  # the first import that loads torch
-        return importlib.import_module("distbench.emulation.aiter.utility.dtypes")
+        return importlib.import_module("distbench.experts.aiter.emulated.utility.dtypes")
     raise AttributeError(name)

@@ -16,8 +16,8 @@ import msgspec
 
 from distbench.case.aiter_env import table_paths
 from distbench.errors import InvalidCase
-from distbench.experts.heuristics import LayerKey
-from distbench.experts.rules import CURRENT, BucketRules
+from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.releases import CURRENT, BucketRules
 from distbench.utils.amd_arch import GFX_BY_CU_COUNT, fp8_format
 
 KEY_COLUMNS = (

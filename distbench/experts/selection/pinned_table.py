@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 
-from distbench.experts.rules import padded_rows
-from distbench.experts.selection import KernelChoice, KernelSelector
-from distbench.experts.tuned import REQUIRED_COLUMNS, TunedKey
+from distbench.experts.selection.choice import KernelChoice, KernelSelector
+from distbench.experts.selection.releases import padded_rows
+from distbench.experts.selection.tuned_table import REQUIRED_COLUMNS, TunedKey
 
 _MOST_BITS = 41
 

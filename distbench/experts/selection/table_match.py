@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from distbench.experts.rules import BucketRules, padded_rows
-from distbench.experts.tuned import TunedKey, parse_tuned_rows, read_table, row_keys
+from distbench.experts.selection.releases import BucketRules, padded_rows
+from distbench.experts.selection.tuned_table import TunedKey, parse_tuned_rows, read_table, row_keys
 
 _EVERY_BUCKET_FROM = 1 << 20
 

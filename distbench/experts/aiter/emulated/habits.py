@@ -13,8 +13,8 @@ from typing import NoReturn
 
 import msgspec
 
-from distbench.experts.rules import BucketRules, rules_for
-from distbench.experts.selection import Overrides
+from distbench.experts.selection.choice import Overrides
+from distbench.experts.selection.releases import BucketRules, rules_for
 from distbench.utils.amd_arch import arch_of
 
 WRONG_BUCKET = "wrong-bucket-4"

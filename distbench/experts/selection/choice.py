@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from distbench.experts.heuristics import (
+from distbench.experts.selection.heuristics import (
     ONE_STAGE_BLOCK_M,
     LayerKey,
     block_rows,
@@ -17,9 +17,16 @@ from distbench.experts.heuristics import (
     runs_one_stage,
     split_parts,
 )
-from distbench.experts.kernel_names import DEFAULT_TILE_K, Stage2Mode, ck_tile, named_split, stage2_mode, tile_k
-from distbench.experts.rules import BUCKET_RULES, CURRENT, BucketRules, padded_rows, rules_for
-from distbench.experts.tuned import TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
+from distbench.experts.selection.kernel_names import (
+    DEFAULT_TILE_K,
+    Stage2Mode,
+    ck_tile,
+    named_split,
+    stage2_mode,
+    tile_k,
+)
+from distbench.experts.selection.releases import BUCKET_RULES, CURRENT, BucketRules, padded_rows, rules_for
+from distbench.experts.selection.tuned_table import TunedKey, TunedRow, load_tuned_rows, parse_tuned_rows
 
 __all__ = [
     "BUCKET_RULES",

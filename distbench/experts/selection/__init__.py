@@ -1,0 +1,1 @@
+"""Choice of a kernel from the rows of the input, as aiter chooses."""
