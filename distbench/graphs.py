@@ -18,9 +18,8 @@ from distbench.experts.base import ExpertInput, Experts, ExpertWeights, check_va
 from distbench.experts.selection.choice import KernelChoice
 from distbench.layer import run_experts
 from distbench.utils.text import one_line
-from distbench.verify.bitwise import differing, integer_view
-from distbench.verify.nearness import row_errors
 from distbench.verify.records import Replay
+from distbench.verify.row_compare import differing, integer_view, row_errors
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 

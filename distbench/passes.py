@@ -23,13 +23,12 @@ from distbench.timing import Timer
 from distbench.transport.base import Dispatched, Transport
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
-from distbench.verify.bitwise import compare_rows, same_bits, tensor_digest
-from distbench.verify.combine import CombineChecker, Combined, Own
+from distbench.verify.combine_check import CombineChecker, Combined, Own
+from distbench.verify.combine_model import OwnSlots, key_of, sum_order
 from distbench.verify.error_check import ErrorChecker, Pass
 from distbench.verify.excuses import CUT_ARMS, adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
-from distbench.verify.nearness import relative_error
 from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
@@ -46,8 +45,8 @@ from distbench.verify.records import (
     pair_name,
     pairs_of,
 )
-from distbench.verify.stages import StageChecker
-from distbench.verify.sums import OwnSlots, key_of, sum_order
+from distbench.verify.row_compare import compare_rows, relative_error, same_bits, tensor_digest
+from distbench.verify.stage_check import StageChecker
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 

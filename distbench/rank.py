@@ -24,10 +24,10 @@ from distbench.recv_bound import recv_bound
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
-from distbench.verify.bitwise import row_digests
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.gather import Outputs, choose_mode, gather, outputs_of
 from distbench.verify.records import Gathered, Judgement, Observation, Outcome, Question, Reason
+from distbench.verify.row_compare import row_digests
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload, make_workload

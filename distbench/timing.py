@@ -16,9 +16,8 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.utils.devices import DeviceState, device_state
 from distbench.utils.stats import median_error
-from distbench.verify.bitwise import compare_rows
-from distbench.verify.nearness import relative_error
 from distbench.verify.records import ArmError, Timed
+from distbench.verify.row_compare import compare_rows, relative_error
 
 STAGES = ("dispatch", "truncate", "experts", "combine")
 LAYER = "layer"

@@ -24,10 +24,10 @@ from distbench.bundle.references import AsRecorded, Generated, References, SentT
 from distbench.case.spec import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
 from distbench.utils.text import one_line
-from distbench.verify.bitwise import bits_at, differing
+from distbench.verify.combine_model import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.records import Divergence, Gathered
-from distbench.verify.sums import SumOrder, added, same_bits_or_nan, slots_of, sum_order
+from distbench.verify.row_compare import bits_at, differing
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations

@@ -33,9 +33,9 @@ from distbench.errors import Verdict
 from distbench.rank import workload_for
 from distbench.recording import Finished, Recorder, Seen
 from distbench.report.files import write_atomically
-from distbench.verify.bitwise import row_digests, tensor_digest
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import ORACLE, Gathered, Outcome, Token
+from distbench.verify.row_compare import row_digests, tensor_digest
 from distbench.verify.verdict import part_of, parts_of
 
 

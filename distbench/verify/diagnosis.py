@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distbench.case.stages import ARMS
+from distbench.verify.dispatch_blame import Root, dispatch_roots
 from distbench.verify.excuses import Part, is_noise
 from distbench.verify.records import (
     ANOTHER_ROW,
@@ -23,7 +24,6 @@ from distbench.verify.records import (
     Token,
 )
 from distbench.verify.rules import error_text
-from distbench.verify.senders import Root, dispatch_roots
 from distbench.verify.verdict import part_of, parts_of
 
 _FEW = 8

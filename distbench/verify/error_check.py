@@ -21,20 +21,12 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.experts.base import ExpertWeights
 from distbench.experts.roundings import Roundings
-from distbench.verify.bitwise import same_bits
+from distbench.verify.combine_model import Contributions, OwnSlots, Returned, exchanged, key_of, split_key
 from distbench.verify.error_bounds import Yardstick, sure
 from distbench.verify.ideal import ideal_rows
 from distbench.verify.ideal_sums import combined, quantised_way
-from distbench.verify.nearness import row_errors
 from distbench.verify.records import PADDED, ArmError
-from distbench.verify.sums import (
-    Contributions,
-    OwnSlots,
-    Returned,
-    exchanged,
-    key_of,
-    split_key,
-)
+from distbench.verify.row_compare import row_errors, same_bits
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload

@@ -17,7 +17,6 @@ from torch import Tensor
 from distbench.distributed.session import Session
 from distbench.distributed.waits import waiting
 from distbench.utils.process import peak_bytes
-from distbench.verify.bitwise import compare_rows, differing, row_digests, same_bits
 from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
@@ -26,6 +25,7 @@ from distbench.verify.records import (
     pair_name,
     pairs_of,
 )
+from distbench.verify.row_compare import compare_rows, differing, row_digests, same_bits
 
 ROUND_BYTES = 16 << 20
 ROWS_UP_TO_BYTES = 64 << 20

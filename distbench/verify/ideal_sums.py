@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.transport.mori.emulated.codec import Codec, make_codec
+from distbench.verify.combine_model import Contributions, SumOrder, added
 from distbench.verify.ideal import Ideal, rounding_variance
-from distbench.verify.sums import Contributions, SumOrder, added
 
 # Upper bound of a format's step relative to the value at the step.
 _RELATIVE_STEP = {"fp8_direct_cast": 2.0**-3, "fp8_blockwise": 2.0**-3, "fp4_blockwise": 2.0**-1}

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.distributed.waits import collective
-from distbench.verify.bitwise import differing
 from distbench.verify.excuses import CUT_ARMS
 from distbench.verify.gather import Outputs
 from distbench.verify.records import ORACLE, Question, Survivors, pair_name, pairs_of
+from distbench.verify.row_compare import differing
 
 
 class Losses:

@@ -12,7 +12,7 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.transport.mori.emulated.codec import Fp4Blockwise
 from distbench.transport.mori.transport import MoriTransport
-from distbench.verify.bitwise import same_bits
+from distbench.verify.row_compare import same_bits
 from distbench.workload.batch import TokenBatch
 from tests.cases import tiny_case
 from tests.distributed import mori_model as model

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.verify.bitwise import bits_at, compare_rows, row_digests, tensor_digest
+from distbench.verify.row_compare import bits_at, compare_rows, row_digests, tensor_digest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.int32]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distbench.verify.patterns import pattern_of
+from distbench.verify.damage_patterns import pattern_of
 from distbench.verify.records import MULTIPLIED
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e4m3fnuz)

@@ -14,7 +14,7 @@ from distbench.rank import workload_for
 from distbench.transport.base import Dispatched, poison_
 from distbench.truncation import padded, truncated
 from distbench.verify.records import FINITE, ORACLE, PADDED, Divergence
-from distbench.verify.stages import StageChecker
+from distbench.verify.stage_check import StageChecker
 from tests.cases import tiny_case
 
 TOKENS, CAPACITY = 6, 16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.verify.sums import SumOrder, added, same_bits_or_nan, slots_of, sum_order
+from distbench.verify.combine_model import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.workload.routing import destinations
 from distbench.workload.routing_spec import ExpertGroup
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.verify.sums import Contributions, SumOrder, added
+from distbench.verify.combine_model import Contributions, SumOrder, added
 from distbench.workload.quantize import saturated
 
 Same = Callable[[Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distbench.distributed.exchange import Exchange
 from distbench.transport.mori.config import TWO_LEVELS
-from distbench.verify.bitwise import integer_view
+from distbench.verify.row_compare import integer_view
 from distbench.workload.routing import destinations
 from distbench.workload.routing_spec import ExpertGroup
 

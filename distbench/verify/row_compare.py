@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from distbench.verify.records import NO_DIFFERENCE, RowComparison
+from distbench.verify.records import NO_DIFFERENCE, Divergence, RowComparison
 from distbench.workload.chunking import rows_at_a_time
 
 _INTEGER_VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -84,3 +85,52 @@ def _ordered(values: Tensor) -> Tensor:
     bits = integer_view(values).long()
     magnitude = bits & ((1 << (8 * values.element_size() - 1)) - 1)
     return torch.where(bits == magnitude, magnitude, -magnitude)
+
+
+def first_difference(  # noqa: PLR0913 - the names of a place and the two sides
+    stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor
+) -> Divergence | None:
+    """Return the first difference of rows [n, H] from the expected ones; None where all agree; `row` is its index."""
+    if same_bits(actual, expected):
+        return None
+    return difference(stage, arm, rank, field, against, actual, expected)
+
+
+def difference(  # noqa: PLR0913 - the names of a place and the two sides
+    stage: str, arm: str, rank: int, field: str, against: str, actual: Tensor, expected: Tensor
+) -> Divergence:
+    """Return the first difference of rows [n, H] that are known to differ."""
+    wrong = differing(actual, expected)
+    row, column = divmod(int(wrong.flatten().int().argmax()), wrong.shape[1])
+    return Divergence(
+        stage=stage,
+        arm=arm,
+        rank=rank,
+        row=row,
+        column=column,
+        expected_bits=bits_at(expected, row, column),
+        actual_bits=bits_at(actual, row, column),
+        field=field,
+        against=against,
+        rows=int(wrong.any(1).sum()),
+    )
+
+
+def row_errors(actual: Tensor, expected: Tensor) -> Tensor:
+    """Return each row's largest error, float32 [n], as a share of the largest magnitude expected; NaN with a NaN."""
+    error = (actual.float() - expected.float()).abs().amax(1)
+    scale = expected.float().abs().amax(1)
+    return torch.where(error == 0, 0.0, error / scale)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float | None:
+    """Return the worst of `row_errors`; None where it is NaN or infinite."""
+    if torch.equal(actual, expected):
+        return 0.0
+    worst = float(row_errors(actual, expected).max())
+    return worst if math.isfinite(worst) else None
+
+
+def far_rows(actual: Tensor, expected: Tensor, allowed: float) -> int:
+    """Count rows [n, H] further than `allowed` from the expected rows, or with a NaN that these do not have."""
+    return int((~(row_errors(actual, expected) <= allowed)).sum())

@@ -13,12 +13,11 @@ from torch import Tensor
 from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
-from distbench.verify.bitwise import row_digests, same_bits
-from distbench.verify.explanations import ALONE, Alternatives, Same, changed, choose, effects, explained_by
-from distbench.verify.patterns import pattern_of
-from distbench.verify.places import difference, first_difference
+from distbench.verify.combine_blame import ALONE, Alternatives, Same, changed, choose, effects, explained_by
+from distbench.verify.combine_model import Contributions, OwnSlots, Returned, added, recounted, same_bits_or_nan
+from distbench.verify.damage_patterns import pattern_of
 from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Clues, Divergence
-from distbench.verify.sums import Contributions, OwnSlots, Returned, added, recounted, same_bits_or_nan
+from distbench.verify.row_compare import difference, first_difference, row_digests, same_bits
 from distbench.workload.inputs import Workload
 
 _EXAMINED = 32

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from distbench.verify.bitwise import differing, integer_view, row_digests, same_bits
 from distbench.verify.records import ANOTHER_ROW, MULTIPLIED, POISON, SCATTERED
+from distbench.verify.row_compare import differing, integer_view, row_digests, same_bits
 
 _EXAMINED = 32
 _MAX_FACTOR = 64

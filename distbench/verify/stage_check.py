@@ -13,17 +13,15 @@ from torch import Tensor
 
 from distbench.experts.base import ExpertInput
 from distbench.transport.base import Dispatched
-from distbench.verify.bitwise import differing, row_digests, same_bits
-from distbench.verify.nearness import far_rows
-from distbench.verify.patterns import far_sources, pattern_of
-from distbench.verify.places import first_difference
-from distbench.verify.received import wrong_rows
-from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence
-from distbench.verify.sums import Returned, key_of, split_key
+from distbench.verify.combine_model import Returned, key_of, split_key
+from distbench.verify.damage_patterns import far_sources, pattern_of
+from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence, WrongRow
+from distbench.verify.row_compare import differing, far_rows, first_difference, row_digests, same_bits
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import has_destination
+from distbench.workload.routing import destinations, has_destination
+from distbench.workload.routing_spec import ExpertGroup
 
 
 class _Received(NamedTuple):
@@ -300,3 +298,31 @@ def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
     if order.shape[0] > count:
         rows.masked_fill_((order >= count).unsqueeze(1), float("nan"))
     return rows
+
+
+_FIELD_FACTOR = 31
+_EXACT_IN_JSON = (1 << 53) - 1
+
+
+def wrong_rows(  # noqa: PLR0913 - the rows and the two sides
+    sources: Tensor, slots: Tensor, wrong: Tensor, actual: TokenBatch, expected: TokenBatch, group: ExpertGroup
+) -> tuple[dict[int, int], list[WrongRow]]:
+    """Return the number of the rows `wrong` [m] from each source rank, and the first of them.
+
+    `sources` [m, 2] and `expected` are in canonical order; `slots` [m] are the positions of their rows in `actual`.
+    """
+    places = wrong.nonzero().flatten()
+    ranks, counts = sources[places, 0].unique(return_counts=True)
+    by_source = dict(zip(ranks.tolist(), counts.tolist(), strict=True))
+    listed = places[:LISTED_TOKENS]
+    bits = listed.new_zeros(len(listed))
+    for mine, right in zip(actual, expected, strict=True):
+        if mine is not None and right is not None:
+            bits = bits * _FIELD_FACTOR + row_digests(mine[slots[listed]])[:, 0]
+    going = destinations(expected.ids[listed], group.experts_per_rank, group.ep_size)
+    return by_source, [
+        WrongRow((rank, token), digest, to.nonzero().flatten().tolist())
+        for (rank, token), digest, to in zip(
+            sources[listed].tolist(), (bits & _EXACT_IN_JSON).tolist(), going, strict=True
+        )
+    ]
