@@ -25,7 +25,7 @@ from distbench.experts.selection.choice import KernelSelector, TunedKey, rules_f
 from distbench.experts.selection.table_match import match_tables
 from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.triton.table import load_table, selector_for, shape_of
-from distbench.recv_bound import parse_sender_rows, recv_bound
+from distbench.pipeline.recv_bound import parse_sender_rows, recv_bound
 from distbench.transport.mori.config import check_environment, heap_size, mori_warnings, plan_mori
 from distbench.transport.mori.emulated.habits import parse_habits
 from distbench.utils.amd_arch import arch_of, fp8_format

@@ -33,8 +33,8 @@ from distbench.job import (
     ranks_folder,
     stack_path,
 )
-from distbench.rank import run_case
-from distbench.recording import Recorder
+from distbench.pipeline.recorder import Recorder
+from distbench.pipeline.run_case import run_case
 from distbench.report.document import Report
 from distbench.report.files import write_atomically
 from distbench.report.sink import Sink

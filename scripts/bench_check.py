@@ -19,7 +19,8 @@ from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.distributed.session import Session
-from distbench.rank import run_case, workload_for
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.run_case import run_case
 
 BOUND = 0.25
 CHECKS = ("check", "gather")

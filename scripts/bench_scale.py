@@ -27,12 +27,12 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from distbench import rank as rank_module
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.distributed.session import SHARED_MEMORY, Session
 from distbench.errors import InvalidCase, Verdict
+from distbench.pipeline import run_case as rank_module
 from distbench.supervisor import preload_ranks
 from distbench.verify.gather import gather
 

@@ -26,7 +26,7 @@ from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.distributed.session import Session
-from distbench.rank import workload_for
+from distbench.pipeline.inputs import workload_for
 from distbench.transport import make_transport
 from distbench.workload.routing import recv_counts
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from distbench.bundle.findings import INPUTS, Finding
 from distbench.bundle.recorded import ArmRows, RankTensors
 from distbench.case.spec import Case
-from distbench.rank import workload_for
+from distbench.pipeline.inputs import workload_for
 from distbench.verify.row_compare import differing
 from distbench.workload.batch import TokenBatch
 

@@ -30,8 +30,8 @@ from distbench.case.spec import Case, inputs_of
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.errors import Verdict
-from distbench.rank import workload_for
-from distbench.recording import Finished, Recorder, Seen
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.recorder import Finished, Recorder, Seen
 from distbench.report.files import write_atomically
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import ORACLE, Gathered, Outcome, Token

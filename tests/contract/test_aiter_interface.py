@@ -27,7 +27,7 @@ from distbench.experts.aiter.emulated.jit.utils import chip_info
 from distbench.experts.aiter.emulated.ops import shuffle
 from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import DISTRIBUTION
-from distbench.rank import workload_for
+from distbench.pipeline.inputs import workload_for
 from distbench.utils.amd_arch import fp8_format
 from tests.cases import tiny_case
 from tests.contract.wheels import aiter_wheel, function, lifted, tree

@@ -29,7 +29,7 @@ from distbench.case.sglang_releases import (
     reads,
     sglang_enables,
 )
-from distbench.recv_bound import recv_bound
+from distbench.pipeline.recv_bound import recv_bound
 from tests.cases import tiny_case
 from tests.contract.wheels import lifted, sglang_wheel, tree
 

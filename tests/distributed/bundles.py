@@ -14,8 +14,8 @@ from distbench.bundle.write import write_parts
 from distbench.case.entry import Entry
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.rank import run_case
-from distbench.recording import Recorder
+from distbench.pipeline.recorder import Recorder
+from distbench.pipeline.run_case import run_case
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.verify.records import Outcome

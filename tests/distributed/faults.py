@@ -13,7 +13,7 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched, Transport
 from distbench.transport.collective.transport import CollectiveTransport
@@ -135,9 +135,9 @@ def run_with_fault(session: Session, case: Case, stage: str, fault: str, arm: st
     if session.rank != rank:
         return run_case(session, case)
     if stage == "experts":
-        with patch("distbench.rank.make_experts", experts):
+        with patch("distbench.pipeline.run_case.make_experts", experts):
             return run_case(session, case)
-    with patch("distbench.rank.make_transport", transport):
+    with patch("distbench.pipeline.run_case.make_transport", transport):
         return run_case(session, case)
 
 

@@ -19,12 +19,12 @@ from distbench.faults.injector import Injector
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import Mutant, Site
 from distbench.faults.mutants.fault import MutantFault
-from distbench.layer import run_layer
-from distbench.passes import Parts
-from distbench.rank import _prepare
+from distbench.pipeline.layer import run_layer
+from distbench.pipeline.passes import Parts
+from distbench.pipeline.run_case import _prepare
+from distbench.pipeline.truncation import padded
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched
-from distbench.truncation import padded
 
 
 class Touch(NamedTuple):

@@ -14,7 +14,7 @@ from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
 from distbench.distributed.session import Session
 from distbench.faults.injector import FAULTS
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.shrink import shrink

@@ -21,7 +21,7 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.report.console import verdict_line
 from distbench.report.document import Report, build_report
 from distbench.report.environment import NO_ENVIRONMENT
@@ -70,7 +70,7 @@ def run_damaged(session: Session, case: Case, damage: Damage, calls: range, rank
 
     if session.rank != rank:
         return run_case(session, case)
-    with patch("distbench.rank.make_experts", experts):
+    with patch("distbench.pipeline.run_case.make_experts", experts):
         return run_case(session, case)
 
 

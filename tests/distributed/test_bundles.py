@@ -24,8 +24,9 @@ from distbench.case.resolve import Layer
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Verdict
-from distbench.rank import run_case, workload_for
-from distbench.recording import Recorder
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.recorder import Recorder
+from distbench.pipeline.run_case import run_case
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome

@@ -14,7 +14,7 @@ from distbench.case.spec import Case
 from distbench.distributed.all_to_all import AllToAll
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError
-from distbench.rank import workload_for
+from distbench.pipeline.inputs import workload_for
 from distbench.transport import make_transport
 from distbench.transport.base import POISON_ID
 from distbench.transport.collective import transport as collective

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.verify.records import ArmError, Outcome
 from tests.cases import tiny_case
 from tests.distributed.test_both import run_damaged

@@ -12,8 +12,8 @@ from torch import Tensor
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts.base import Experts
-from distbench.graphs import GraphedExperts
-from distbench.rank import run_case
+from distbench.pipeline.graphs import GraphedExperts
+from distbench.pipeline.run_case import run_case
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.distributed.test_timing import only_the_cut_is_atomic, rounding_case
@@ -29,7 +29,7 @@ def run_with_graphs(session: Session, case: Case, damage: Damage | None) -> Outc
     def graphed(_: Session, experts: Experts, *__: object) -> GraphedExperts:
         return GraphedExperts(Capturable(experts, mine))
 
-    with fake_graphs(), patch("distbench.rank._graphed", graphed):
+    with fake_graphs(), patch("distbench.pipeline.run_case._graphed", graphed):
         return run_case(session, case)
 
 

@@ -8,7 +8,7 @@ from distbench.case.entry import Entry
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.faults.injector import FAULTS, check_faults
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.report.console import verdict_line
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment

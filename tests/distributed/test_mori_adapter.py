@@ -15,7 +15,8 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError, Unsupported, Verdict
 from distbench.experts import make_experts
-from distbench.rank import run_case, workload_for
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.run_case import run_case
 from distbench.transport import make_transport
 from distbench.transport.mori import transport as mori
 from distbench.transport.mori.emulated import ops
@@ -225,7 +226,10 @@ def stages_of_parts(session: Session, case: Case) -> list[str]:
         seen.append(session.crumbs.position().stage_name)
         return make_transport(session, stand_ins, *counts_and_batch)
 
-    with patch("distbench.rank.make_experts", experts), patch("distbench.rank.make_transport", transport):
+    with (
+        patch("distbench.pipeline.run_case.make_experts", experts),
+        patch("distbench.pipeline.run_case.make_transport", transport),
+    ):
         session.enter(case.ep_size)
         run_case(session, case)
     return seen
@@ -256,7 +260,7 @@ def without_the_package(session: Session, case: Case, rank: int) -> Outcome | No
             raise Unsupported(message)
         return make_experts(stand_ins)
 
-    with patch("distbench.rank.make_experts", experts):
+    with patch("distbench.pipeline.run_case.make_experts", experts):
         session.enter(case.ep_size)
         return run_case(session, case)
 

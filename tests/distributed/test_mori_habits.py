@@ -14,8 +14,8 @@ from torch import Tensor
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError, Verdict
-from distbench.passes import Passes
-from distbench.rank import run_case
+from distbench.pipeline.passes import Passes
+from distbench.pipeline.run_case import run_case
 from distbench.transport.base import Dispatched
 from distbench.transport.mori import config
 from distbench.transport.mori import emulated as stand_in
@@ -303,7 +303,7 @@ def test_count_is_lost_without_a_constructor_barrier_unless_the_adapter_waits() 
 def past_the_buffer(session: Session, case: Case) -> str:
     """Send more rows than a capped receive buffer holds; every rank's process ends where the GPU would fault."""
     with ExitStack() as patches:
-        patches.enter_context(patch("distbench.rank.check_capacity"))
+        patches.enter_context(patch("distbench.pipeline.run_case.check_capacity"))
         patches.enter_context(patch.object(habits, "trap", raising))
         return raised(session, case, run)
 
@@ -338,7 +338,7 @@ def what_an_overflow_overwrites(session: Session, case: Case) -> tuple[bool, boo
     buffers = transport._op._buffers
     behind = buffers.combine_out.view(32, 256, torch.bfloat16)
     before = behind.clone()
-    from distbench.rank import workload_for  # noqa: PLC0415
+    from distbench.pipeline.inputs import workload_for  # noqa: PLC0415
 
     batch = workload_for(case, session.device).tokens(session.rank)
     transport._op.dispatch(batch.hidden, batch.weights, batch.scales, batch.ids)
@@ -368,7 +368,7 @@ def pushed_past_the_cap(session: Session, case: Case) -> bool:
     session.enter(case.ep_size)
     with patch.object(config, "_check_cap"):
         transport = MoriTransport(session, case)
-    from distbench.rank import workload_for  # noqa: PLC0415
+    from distbench.pipeline.inputs import workload_for  # noqa: PLC0415
 
     batch = workload_for(case, session.device).tokens(session.rank)
     given = transport.dispatch(batch)

@@ -12,7 +12,7 @@ from distbench.errors import Verdict
 from distbench.faults.mutants import CLASSES, CORPUS
 from distbench.faults.mutants.corpus import SPARSE
 from distbench.mutants.plan import NUMERICS, RANKS, plan
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.report.document import Report, build_report
 from distbench.report.environment import capture_environment
 from distbench.verify.records import Outcome

@@ -10,7 +10,7 @@ import pytest
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import Verdict
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 

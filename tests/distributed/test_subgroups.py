@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import Verdict
-from distbench.rank import run_case
+from distbench.pipeline.run_case import run_case
 from distbench.transport.mori.emulated import shmem
 from distbench.transport.mori.world import leave_world
 from tests.cases import tiny_case

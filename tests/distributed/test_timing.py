@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.rank import run_case
-from distbench.timing import Timer
+from distbench.pipeline.run_case import run_case
+from distbench.pipeline.timing import Timer
 from distbench.transport.collective.transport import CollectiveTransport
 from distbench.verify.records import NO_DIFFERENCE, Outcome
 from distbench.verify.verdict import judge

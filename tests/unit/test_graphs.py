@@ -12,7 +12,7 @@ from torch import Tensor
 from distbench.errors import Unsupported
 from distbench.experts.base import ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
-from distbench.graphs import GraphedExperts, prove_capture
+from distbench.pipeline.graphs import GraphedExperts, prove_capture
 from distbench.workload.batch import TokenBatch
 from tests.graphs import FakeGraph, FakeMemory, fake_graphs
 

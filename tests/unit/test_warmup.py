@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench import timing
 from distbench.distributed.session import Session
-from distbench.timing import Timer, flushing_memory
+from distbench.pipeline import timing
+from distbench.pipeline.timing import Timer, flushing_memory
 from distbench.utils.devices import DeviceState
 from tests.cases import tiny_case
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from distbench.experts.base import ExpertInput
-from distbench.rank import workload_for
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.truncation import padded, truncated
 from distbench.transport.base import Dispatched, poison_
-from distbench.truncation import padded, truncated
 from distbench.verify.records import FINITE, ORACLE, PADDED, Divergence
 from distbench.verify.stage_check import StageChecker
 from tests.cases import tiny_case

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.rank import workload_for
+from distbench.pipeline.inputs import workload_for
 from distbench.workload.version import INPUTS_VERSION, other_inputs
 from tests.cases import tiny_case
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from distbench.errors import Unsupported
 from distbench.experts.base import ExpertInput, Experts, ExpertWeights, check_values, facts_of
 from distbench.experts.selection.choice import KernelChoice
-from distbench.layer import run_experts
+from distbench.pipeline.layer import run_experts
 from distbench.utils.text import one_line
 from distbench.verify.records import Replay
 from distbench.verify.row_compare import differing, integer_view, row_errors

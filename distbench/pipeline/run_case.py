@@ -16,11 +16,11 @@ from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.base import CompiledExperts, Experts, ExpertWeights
-from distbench.experts.roundings import stored_intermediate
-from distbench.graphs import GraphedExperts, prove_capture
-from distbench.passes import Parts, Passes
-from distbench.recording import Recorder
-from distbench.recv_bound import recv_bound
+from distbench.pipeline.graphs import GraphedExperts, prove_capture
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.passes import Parts, Passes
+from distbench.pipeline.recorder import Recorder
+from distbench.pipeline.recv_bound import recv_bound
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
@@ -30,7 +30,7 @@ from distbench.verify.records import Gathered, Judgement, Observation, Outcome, 
 from distbench.verify.row_compare import row_digests
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
-from distbench.workload.inputs import Workload, make_workload
+from distbench.workload.inputs import Workload
 from distbench.workload.routing import recv_counts
 
 if TYPE_CHECKING:
@@ -136,31 +136,6 @@ def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
     whole = msgspec.structs.replace(first, gaussian=others[0]) if others else first
     judgement = judge(question, whole)
     return Outcome(question.case, judgement, question, whole, diagnose(question, whole, judgement))
-
-
-def workload_for(case: Case, device: torch.device) -> Workload:
-    """Inputs of the case; the exact ones where a case runs with both kinds.
-
-    Raises:
-        InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
-
-    """
-    return make_workload(
-        numerics=inputs_of(case)[0],
-        hidden_size=case.hidden_size,
-        intermediate_size=case.intermediate_size,
-        num_experts=case.num_experts,
-        topk=case.topk,
-        ep_size=case.ep_size,
-        seed=case.seed,
-        routing=case.routing,
-        tokens_per_rank=case.tokens,
-        dispatch_dtype=case.dispatch_dtype,
-        fp8_format=case.fp8_format,
-        combine_quant=case.combine_quant,
-        intermediate=stored_intermediate(case),
-        device=device,
-    )
 
 
 def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:

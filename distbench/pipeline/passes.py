@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from torch import Tensor
 
-from distbench.arms import arms_of
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
 from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, facts_of
 from distbench.experts.roundings import roundings_of
-from distbench.graphs import GraphedExperts, replay_others
-from distbench.layer import run_layer
-from distbench.recording import Finished, PartRecorder
-from distbench.timing import Timer
+from distbench.pipeline.graphs import GraphedExperts, replay_others
+from distbench.pipeline.layer import run_layer
+from distbench.pipeline.recorder import Finished, PartRecorder
+from distbench.pipeline.timing import Timer
+from distbench.pipeline.truncation import arms_of
 from distbench.transport.base import Dispatched, Transport
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
-from distbench.experts.base import ExpertInput
+from distbench.experts.base import Cut, ExpertInput
 from distbench.transport.base import Dispatched, poison_
 
 Policy = Literal["strict", "unchecked", "guard"]
@@ -38,3 +39,28 @@ def repadded(dispatched: Dispatched, limit: int) -> ExpertInput:
 def guarded_limit(limit: int, dispatched: Dispatched) -> int:
     """max(limit, total_recv), by a device-to-host read, which no graph capture allows."""
     return max(limit, int(dispatched.total_recv))
+
+
+Arm = Literal["padded", "control", "repadded", "truncated"]
+
+
+def arms_of(limit: int | None, policy: Policy, *, refused: bool) -> dict[Arm, Cut]:
+    """Arms of a case in execution order; the first is the baseline.
+
+    `limit` is None where the limit is off. `refused`: policy strict found the limit below total_recv on some rank; then
+    no arm is cut, on any rank.
+    """
+    arms: dict[Arm, Cut] = {"padded": padded, "control": padded}
+    if limit is None or refused:
+        return arms
+    if policy == "guard":
+        return arms | {
+            "repadded": partial(_guarded, limit=limit, pad=True),
+            "truncated": partial(_guarded, limit=limit, pad=False),
+        }
+    return arms | {"repadded": partial(repadded, limit=limit), "truncated": partial(truncated, limit=limit)}
+
+
+def _guarded(dispatched: Dispatched, limit: int, *, pad: bool) -> ExpertInput:
+    rows = guarded_limit(limit, dispatched)
+    return repadded(dispatched, rows) if pad else truncated(dispatched, rows)

@@ -1,0 +1,1 @@
+"""A case on one rank: dispatch, truncation, experts and combine in each arm, with checks and timing."""

@@ -1,0 +1,34 @@
+"""Inputs of a case on one rank, made as its experts round."""
+
+from __future__ import annotations
+
+import torch
+
+from distbench.case.spec import Case, inputs_of
+from distbench.experts.roundings import stored_intermediate
+from distbench.workload.inputs import Workload, make_workload
+
+
+def workload_for(case: Case, device: torch.device) -> Workload:
+    """Inputs of the case; the exact ones where a case runs with both kinds.
+
+    Raises:
+        InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
+
+    """
+    return make_workload(
+        numerics=inputs_of(case)[0],
+        hidden_size=case.hidden_size,
+        intermediate_size=case.intermediate_size,
+        num_experts=case.num_experts,
+        topk=case.topk,
+        ep_size=case.ep_size,
+        seed=case.seed,
+        routing=case.routing,
+        tokens_per_rank=case.tokens,
+        dispatch_dtype=case.dispatch_dtype,
+        fp8_format=case.fp8_format,
+        combine_quant=case.combine_quant,
+        intermediate=stored_intermediate(case),
+        device=device,
+    )
