@@ -14,8 +14,8 @@ from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector
 from distbench.experts.selection.pinned_table import pinned_table
-from distbench.report.document import Report
 from distbench.report.files import write_atomically
+from distbench.report.schema import Report
 from distbench.trials import HANG_S, Lab, impatient, possible, signature, varied
 from distbench.utils.stats import Rate, trials_to_see
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
-from distbench.bundle.manifest import without_a_bundle, write_manifest
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
 from distbench.errors import (
@@ -27,7 +25,8 @@ from distbench.errors import (
 from distbench.job import Job
 from distbench.nodes.hub import Hub
 from distbench.postmortem import Ending, machines, outcome_of
-from distbench.progress import Progress
+from distbench.report.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
+from distbench.report.bundle.manifest import without_a_bundle, write_manifest
 from distbench.report.document import build_report, rate_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_atomically, write_report
@@ -36,12 +35,13 @@ from distbench.report.journal import (
     Journal,
     JournalReader,
     Line,
+    Summary,
     expect_anew,
     filter_journal,
     repair_journal,
 )
+from distbench.report.progress import Progress
 from distbench.report.sink import refusal
-from distbench.report.summary import Summary
 from distbench.room import prove_room
 from distbench.supervisor import supervise
 from distbench.time_budget import Deadline, Pace
@@ -342,6 +342,6 @@ def _writable() -> Iterator[None]:
 
 
 def _routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
-    from distbench.bundle.write import write_routing  # noqa: PLC0415 - loads torch, for lost ranks with a bundle only
+    from distbench.report.bundle.write import write_routing  # noqa: PLC0415 - loads torch, for lost ranks with a bundle only
 
     return write_routing(folder, case, hosts)

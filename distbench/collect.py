@@ -11,8 +11,8 @@ from distbench.errors import Busy, InvalidCase
 from distbench.job import Job, job_path
 from distbench.locks import hold
 from distbench.postmortem import explain_fault, positions
-from distbench.progress import Progress
-from distbench.report.summary import Summary
+from distbench.report.journal import Summary
+from distbench.report.progress import Progress
 from distbench.utils.process import is_alive
 from distbench.utils.text import one_line
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from distbench.case.spec import DERIVED_KEYS
-from distbench.report.document import Report
+from distbench.report.schema import Report
 from distbench.trials import signature
 from distbench.verify.records import Reason
 

@@ -11,7 +11,7 @@ import msgspec
 from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Verdict
-from distbench.report.document import Report
+from distbench.report.schema import Report
 from distbench.trials import Lab, Signature, impatient, possible, signature
 from distbench.workload.routing_spec import parse_routing
 

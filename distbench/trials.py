@@ -11,19 +11,16 @@ import msgspec
 
 from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
-from distbench.case.resolve import Layer, load_case_file, resolve_case
+from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import DERIVED_KEYS, Case, case_hash
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.preflight import check_case, check_memory
-from distbench.progress import Progress
-from distbench.report.console import print_note
-from distbench.report.document import Report
-from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
+from distbench.report.progress import Progress
+from distbench.report.schema import Report
 from distbench.standing import StandingRanks
 from distbench.verify.records import SEVERAL
-from distbench.workload.version import other_inputs
 
 HANG_S = 5.0
 _SUITE, _TRIAL = "distbench trials", "trial "
@@ -172,42 +169,3 @@ def impatient(case: Case) -> Case:
     stages = {stage: min(limit, HANG_S) for stage, limit in parse_stage_timeouts(case.stage_timeouts).items()}
     text = ",".join(f"{stage}={limit:g}" for stage, limit in stages.items())
     return varied(case, timeout=min(case.timeout, HANG_S), stage_timeouts=text)
-
-
-def load_layer(path: str) -> Layer:
-    """Keys of a case, from a report or a case file. Print a note where the report's inputs are of another version.
-
-    Raises:
-        InvalidCase: the file is neither.
-
-    """
-    report = load_report(path)
-    if report is None:
-        return load_case_file(path)
-    if other := other_inputs(report.inputs_version):
-        print_note(f"{path}: {other}: the cases here have other inputs of the same seed, and verdicts may differ")
-    values = {key: value for key, value in report.case.items() if key not in (*DERIVED_KEYS, "hash")}
-    return Layer(f"report:{path}", values)
-
-
-def load_report(path: str) -> Report | None:
-    """Report in a file; None where the file is no report, but perhaps a case.
-
-    Raises:
-        InvalidCase: a report that cannot be read.
-
-    """
-    if Path(path).suffix == ".json" and _is_report(Path(path)):
-        return read_report(path)
-    return None
-
-
-class _Probe(msgspec.Struct, frozen=True):
-    schema: str = ""
-
-
-def _is_report(path: Path) -> bool:
-    try:
-        return bool(msgspec.json.decode(path.read_bytes(), type=_Probe).schema)
-    except (OSError, ValueError, RecursionError):
-        return False

@@ -35,8 +35,8 @@ from distbench.job import (
 )
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.run_case import run_case
-from distbench.report.document import Report
 from distbench.report.files import write_atomically
+from distbench.report.schema import Report
 from distbench.report.sink import Sink
 from distbench.stacks import answer_with_stacks
 from distbench.time_budget import Deadline, Pace
@@ -153,9 +153,9 @@ def _bundle(  # noqa: PLR0913 - the job, the case and its records
     session: Session, job: Job, entry: Entry, recorder: Recorder, report: Report | None, outcome: Outcome | None
 ) -> None:
     """Write a bundle if the case failed, which only rank 0 knows from its report. Collective, in the group."""
-    from distbench.bundle.layout import bundle_folder  # noqa: PLC0415 - only where a bundle is asked for
-    from distbench.bundle.manifest import without_a_bundle, write_manifest  # noqa: PLC0415
-    from distbench.bundle.write import write_parts  # noqa: PLC0415
+    from distbench.report.bundle.layout import bundle_folder  # noqa: PLC0415 - only where a bundle is asked for
+    from distbench.report.bundle.manifest import without_a_bundle, write_manifest  # noqa: PLC0415
+    from distbench.report.bundle.write import write_parts  # noqa: PLC0415
 
     folder = bundle_folder(job.bundle, entry.case)
     failed = outcome if report is not None and job.failed(report.exit_code, as_expected=report.as_expected) else None

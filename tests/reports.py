@@ -7,8 +7,8 @@ import msgspec
 from distbench.case.expectations import BY_LIMIT
 from distbench.case.spec import Case, case_hash
 from distbench.errors import Verdict
-from distbench.report.document import LostReport, Report
 from distbench.report.environment import Environment
+from distbench.report.schema import LostReport, Report
 from distbench.verify.records import Diagnosis
 from distbench.workload.version import INPUTS_VERSION
 

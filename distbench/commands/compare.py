@@ -12,8 +12,8 @@ import msgspec
 
 from distbench.commands.options import add_json, json_on_standard_output
 from distbench.errors import InvalidCase, Unsupported, worst_exit_code
-from distbench.export import STANDARD_OUTPUT
 from distbench.report.console import print_line
+from distbench.report.export import STANDARD_OUTPUT
 from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
 

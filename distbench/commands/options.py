@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from distbench import export
 from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_KERNEL, expected_verdict
@@ -25,7 +24,6 @@ from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
-from distbench.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
 from distbench.job import Spread
 from distbench.locks import hold
 from distbench.nodes.hub import Hub
@@ -41,14 +39,16 @@ from distbench.preflight import (
     check_memory,
     check_path,
 )
-from distbench.progress import Progress
+from distbench.report import export
 from distbench.report.console import print_json, print_note
-from distbench.report.document import Report
+from distbench.report.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
+from distbench.report.input_file import load_layer, load_report
+from distbench.report.journal import Summary
+from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.report.summary import Summary
+from distbench.report.schema import Report
 from distbench.room import allow_open_files, check_shared_memory
 from distbench.supervisor import preload_ranks
-from distbench.trials import load_layer, load_report
 from distbench.unused_variables import note_of_launch, unused_variables
 from distbench.utils.devices import count_devices
 

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from distbench.bundle.findings import Finding
-from distbench.bundle.read import Bundle, open_bundle, runnable_case
 from distbench.commands.options import add_case_options, add_folder, case_flags, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.commands.tasks import tell_task
 from distbench.locks import hold
 from distbench.preflight import check_case, check_folder
 from distbench.replay import compare
+from distbench.report.bundle.findings import Finding
+from distbench.report.bundle.read import Bundle, open_bundle, runnable_case
 from distbench.report.console import print_line, print_table
 from distbench.trials import Lab, signature
 from distbench.workload.version import other_inputs
@@ -53,7 +53,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _analyse(bundle: Bundle) -> bool:
-    from distbench.bundle.analysis import analyse  # noqa: PLC0415 - loads torch, which a refusal does without
+    from distbench.report.bundle.analysis import analyse  # noqa: PLC0415 - loads torch, which a refusal does without
 
     report = bundle.report
     analysis = analyse(bundle)

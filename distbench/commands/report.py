@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from distbench.commands.options import add_report, report_writers
-from distbench.export import STANDARD_OUTPUT, write_reports
 from distbench.report.console import print_line, print_note
+from distbench.report.export import STANDARD_OUTPUT, write_reports
 from distbench.report.results import Results
 
 

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distbench.bundle.layout import bundle_folder
-from distbench.bundle.read import open_bundle
 from distbench.case.entry import Entry
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.sglang_env import read_environment
@@ -32,14 +30,16 @@ from distbench.commands.options import (
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
-from distbench.export import STANDARD_OUTPUT, Writer
 from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
-from distbench.progress import Progress
+from distbench.report.bundle.layout import bundle_folder
+from distbench.report.bundle.read import open_bundle
 from distbench.report.console import print_line, print_report, print_start
+from distbench.report.export import STANDARD_OUTPUT, Writer
 from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
+from distbench.report.progress import Progress
 from distbench.report.results import Results
 from distbench.room import report_bytes
 

@@ -31,10 +31,10 @@ from distbench.experts.selection.releases import BucketRules, padded_rows
 from distbench.job import Job
 from distbench.locks import hold
 from distbench.preflight import check_device_memory, check_folder, check_path
-from distbench.progress import Progress
 from distbench.report.console import print_sweep
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_strangers, unfinished
+from distbench.report.progress import Progress
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
 from distbench.room import report_bytes
 

@@ -12,8 +12,8 @@ from distbench.errors import Verdict
 from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.rules import RULES
 from distbench.mutants.plan import NUMERICS, Plan, Run
-from distbench.report.document import Report
 from distbench.report.journal import RESULTS
+from distbench.report.schema import Report
 
 SHARE = 0.97
 """Share of the corpus that has to be detected."""

@@ -11,10 +11,9 @@ import msgspec
 
 from distbench.case.spec import Case
 from distbench.errors import Verdict
-from distbench.report.document import InjectedReport, RankReport, RateReport, Report
 from distbench.report.findings import ErrorReport
-from distbench.report.kernels import OTHER_CODE, label_beside
-from distbench.report.summary import Summary
+from distbench.report.journal import Summary
+from distbench.report.schema import InjectedReport, RankReport, RateReport, Report
 from distbench.utils.streams import speaks_all
 from distbench.utils.text import printable
 from distbench.verify.records import NOT_PROVEN
@@ -312,3 +311,13 @@ def _console() -> Console:
             raise BrokenPipeError
 
     return Output(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+
+
+OTHER_CODE = "*"
+
+
+def label_beside(kernel: dict[str, Any], padded: dict[str, Any]) -> str:
+    """Label of a kernel, marked where the padded kernel has the same label but other code."""
+    other = any(kernel[stage] != padded[stage] for stage in ("stage1", "stage2"))
+    label: str = kernel["label"]
+    return label + OTHER_CODE * (other and label == padded["label"])

@@ -13,145 +13,31 @@ from distbench.case.entry import Entry
 from distbench.case.expectations import is_met
 from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case, case_hash
-from distbench.errors import InvalidCase, Verdict
+from distbench.errors import InvalidCase
 from distbench.experts.coverage import blind_spots_of
 from distbench.report.environment import Environment
-from distbench.report.findings import ErrorReport, FindingReport, codes_behind, error_reports, finding_reports
-from distbench.report.limit import LimitReport, limit_report
-from distbench.utils.devices import DeviceState
+from distbench.report.findings import codes_behind, error_reports, finding_reports
+from distbench.report.limit import limit_report
+from distbench.report.schema import ComparisonReport, InjectedReport, LostReport, RankReport, RateReport, Report
 from distbench.utils.stats import Rate, median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import (
     LISTED_TOKENS,
-    Diagnosis,
-    Divergence,
     Gathered,
     Observation,
     Outcome,
     Question,
-    Reason,
-    Replay,
     RowComparison,
 )
-from distbench.workload.version import INPUTS_VERSION, InputsVersion
+from distbench.workload.version import INPUTS_VERSION
 
 _MILLION = 1e6
-SCHEMA = "distbench.report/1"
 ENDED = "%Y-%m-%dT%H:%M:%SZ"
 DEVICE_CLOCK = "device events"
 _RAW_KEPT = 512
 _DOUBTS_SHOWN = 16
 KEPT_SAMPLES = 1000
 """Iterations of a stage, the last ones, whose raw times the report keeps."""
-
-
-class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: its traffic, each arm's kernel and digest, its largest resident size before gathering, its packages."""
-
-    rank: int
-    host: str
-    device: str
-    tokens: int
-    total_recv: int
-    capacity: int
-    limit: int | None
-    lost_rows: int
-    kernels: dict[str, dict[str, Any]]
-    digests: dict[str, str]
-    peak_bytes: int
-    packages: dict[str, Any]
-    layer_us: dict[str, list[float]] = {}
-    device_state: DeviceState | None = None
-    replays: list[Replay] = []
-
-
-class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Two arms, compared by rank 0 over all ranks' tokens."""
-
-    arms: tuple[str, str]
-    equal: bool
-    tokens: int
-    differing_tokens: int
-    differing_elements: int
-    max_ulp: int
-
-
-class LostReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows at and past the limit; `tokens` are (source rank, source token), the first 64."""
-
-    rows: int
-    tokens: list[tuple[int, int]]
-    by_rank: dict[str, int]
-
-
-class RateReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Wrong results of tokens over all passes, and per million, with the 95 % CI (Clopper and Pearson)."""
-
-    repeats: int
-    tokens: int
-    wrong_tokens: int
-    per_million: float
-    low_per_million: float
-    high_per_million: float
-
-
-class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A requested fault: its name, options, and its hits (times that it changed something) by rank.
-
-    `needs` is the precondition of a hit, where there was none. `accepted` holds, for a mutant in the truncated arm and
-    gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md).
-    """
-
-    name: str
-    options: dict[str, str]
-    hits: dict[str, int]
-    needs: str = ""
-    accepted: dict[str, bool] = {}
-
-
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole document. A case that was refused or lost its ranks has no ranks and no comparison.
-
-    `comparison`, `timing` and `rate` are those with exact inputs where a case runs with both kinds, `errors` those with
-    gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
-    inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
-    written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1.
-    """
-
-    schema: str = SCHEMA
-    inputs_version: InputsVersion = 1
-    suite: str = ""
-    name: str
-    tags: tuple[str, ...]
-    verdict: Verdict
-    exit_code: int
-    expect: str
-    as_expected: bool
-    reasons: list[Reason]
-    findings: list[FindingReport] = []
-    blind_spots: list[str] = []
-    emulated: bool
-    stand_ins: list[str]
-    case: dict[str, Any]
-    sources: dict[str, str]
-    warnings: list[str]
-    limit: LimitReport | None
-    environment: Environment
-    transport: dict[str, Any]
-    ranks: list[RankReport]
-    comparison: list[ComparisonReport]
-    errors: list[ErrorReport] = []
-    gather: str | None
-    lost: LostReport
-    first_divergence: Divergence | None
-    diagnosis: list[Diagnosis]
-    stacks: dict[str, str]
-    injected: list[InjectedReport]
-    rate: RateReport | None
-    timing: dict[str, Any]
-    ended: str = ""
-    method: dict[str, Any] = {}
-    memory: dict[str, Any]
 
 
 def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wall_s: float) -> Report:

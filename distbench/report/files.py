@@ -12,7 +12,7 @@ from typing import BinaryIO
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.report.document import SCHEMA, Report
+from distbench.report.schema import SCHEMA, Report
 from distbench.utils.text import one_line
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 
 from distbench.errors import InvalidCase, Verdict, suite_code, worst_exit_code
-from distbench.report.document import DEVICE_CLOCK, SCHEMA
+from distbench.report.document import DEVICE_CLOCK
 from distbench.report.environment import NO_ENVIRONMENT, Environment
-from distbench.report.journal import RESULTS
+from distbench.report.journal import RESULTS, Summary
 from distbench.report.limit import LimitReport
-from distbench.report.summary import Summary
+from distbench.report.schema import SCHEMA
 from distbench.utils.text import one_line
 from distbench.verify.records import Diagnosis, Reason
 

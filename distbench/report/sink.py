@@ -10,10 +10,11 @@ from distbench.case.entry import Entry
 from distbench.case.expectations import expected_verdict
 from distbench.case.spec import case_hash
 from distbench.errors import Verdict, suite_code
-from distbench.report.document import Report, build_report
+from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.files import write_report
 from distbench.report.journal import Journal, JournalReader, expect_anew, repair_journal
+from distbench.report.schema import Report
 from distbench.verify.records import Judgement, Outcome, Reason
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.limits import LimitProof
-from distbench.report.document import Report
-from distbench.report.kernels import label_beside
+from distbench.report.console import label_beside
+from distbench.report.schema import Report
 
 COLUMNS = (
     "limit", "rows", "safe", "kernel", "experts µs", "layer µs", "p99 µs", "padded / cut", "device GiB", "verdict",

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import msgspec
 
 from distbench.errors import Verdict
-from distbench.report.document import Report
 from distbench.report.journal import RESULTS
+from distbench.report.schema import Report
 from distbench.selftest.trials import DEAD, Plan, Trial
 from distbench.verify.records import SEVERAL
 

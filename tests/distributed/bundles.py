@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from distbench.bundle.layout import Recorded
-from distbench.bundle.manifest import write_manifest
-from distbench.bundle.write import write_parts
 from distbench.case.entry import Entry
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.run_case import run_case
+from distbench.report.bundle.layout import Recorded
+from distbench.report.bundle.manifest import write_manifest
+from distbench.report.bundle.write import write_parts
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.verify.records import Outcome

@@ -15,8 +15,9 @@ from distbench.case.spec import Case, case_hash
 from distbench.distributed.session import Session
 from distbench.faults.injector import FAULTS
 from distbench.pipeline.run_case import run_case
-from distbench.report.document import Report, build_report
+from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
+from distbench.report.schema import Report
 from distbench.shrink import shrink
 from distbench.trials import Lab, signature
 from distbench.verify.records import Outcome

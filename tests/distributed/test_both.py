@@ -12,8 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.bundle.analysis import analyse
-from distbench.bundle.read import open_bundle
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT
 from distbench.case.resolve import Layer, resolve_case
@@ -22,9 +20,12 @@ from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
 from distbench.pipeline.run_case import run_case
+from distbench.report.bundle.analysis import analyse
+from distbench.report.bundle.read import open_bundle
 from distbench.report.console import verdict_line
-from distbench.report.document import Report, build_report
+from distbench.report.document import build_report
 from distbench.report.environment import NO_ENVIRONMENT
+from distbench.report.schema import Report
 from distbench.verify.records import Gathered, Outcome
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle

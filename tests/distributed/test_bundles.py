@@ -11,14 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from distbench.bundle import manifest as manifest_module
-from distbench.bundle import write as write_module
-from distbench.bundle.analysis import analyse
-from distbench.bundle.findings import SUM
-from distbench.bundle.layout import MANIFEST, MAX_TOKENS, REPORT, part_name
-from distbench.bundle.manifest import write_manifest
-from distbench.bundle.read import Bundle, open_bundle, read_part, runnable_case
-from distbench.bundle.write import write_parts, write_routing
 from distbench.case.entry import Entry
 from distbench.case.resolve import Layer
 from distbench.case.spec import Case
@@ -27,6 +19,14 @@ from distbench.errors import InvalidCase, Verdict
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.run_case import run_case
+from distbench.report.bundle import manifest as manifest_module
+from distbench.report.bundle import write as write_module
+from distbench.report.bundle.analysis import analyse
+from distbench.report.bundle.findings import SUM
+from distbench.report.bundle.layout import MANIFEST, MAX_TOKENS, REPORT, part_name
+from distbench.report.bundle.manifest import write_manifest
+from distbench.report.bundle.read import Bundle, open_bundle, read_part, runnable_case
+from distbench.report.bundle.write import write_parts, write_routing
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome

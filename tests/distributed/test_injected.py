@@ -10,8 +10,9 @@ from distbench.errors import InvalidCase
 from distbench.faults.injector import FAULTS, check_faults
 from distbench.pipeline.run_case import run_case
 from distbench.report.console import verdict_line
-from distbench.report.document import Report, build_report
+from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
+from distbench.report.schema import Report
 from distbench.selftest.outcomes import result_of
 from distbench.selftest.trials import DEAD, Trial, trials
 from distbench.verify.records import Outcome

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_met
 
 from distbench.cli import main
 from distbench.cluster import processes, trials
-from distbench.export import FILES
+from distbench.report.export import FILES
 from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, wait_until, write_suite
 
 FAKE = json.dumps([sys.executable, str(ROOT / "tests" / "fake_node.py"), "{host}"])

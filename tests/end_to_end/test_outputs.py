@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lxml import etree
 
-from distbench.export import FILES
+from distbench.report.export import FILES
 from tests.end_to_end.launches import Bench, write_suite
 
 

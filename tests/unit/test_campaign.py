@@ -20,10 +20,9 @@ from distbench.commands import options
 from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.job import Job
 from distbench.postmortem import Ending
-from distbench.progress import Progress
-from distbench.report.journal import Journal, JournalReader
+from distbench.report.journal import Journal, JournalReader, Summary
+from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.report.summary import Summary
 from distbench.verify.records import Reason
 from tests.cases import tiny_case
 from tests.reports import report_of

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from distbench.bundle.analysis import analyse
-from distbench.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_HEADER_BYTES, MAX_PART_BYTES, REPORT, part_name
-from distbench.bundle.read import open_bundle, runnable_case
 from distbench.cli import main
 from distbench.errors import InvalidCase
+from distbench.report.bundle.analysis import analyse
+from distbench.report.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_HEADER_BYTES, MAX_PART_BYTES, REPORT, part_name
+from distbench.report.bundle.read import open_bundle, runnable_case
 from distbench.workload.inputs import Workload
 from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from distbench.case.entry import Entry
 from distbench.errors import InvalidCase, Verdict
-from distbench.report.document import Report, build_report
+from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.journal import RESULTS, Journal, JournalReader, filter_journal, repair_journal
+from distbench.report.schema import Report
 from distbench.verify.records import Judgement, Outcome, Reason
 from tests.cases import tiny_case
 

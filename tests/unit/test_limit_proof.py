@@ -18,14 +18,14 @@ from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.errors import Verdict
-from distbench.export import FILES, load_writers, parse_targets, write_reports
-from distbench.export.markdown import escape
-from distbench.progress import Progress
 from distbench.report import console
-from distbench.report.document import Report
+from distbench.report.export import FILES, load_writers, parse_targets, write_reports
+from distbench.report.export.markdown import escape
 from distbench.report.journal import Journal, JournalReader
 from distbench.report.limit import LimitReport
+from distbench.report.progress import Progress
 from distbench.report.results import Results
+from distbench.report.schema import Report
 from distbench.report.sweep import sweep_row
 from distbench.verify.records import NOT_PROVEN, Reason
 from distbench.workload.routing import recv_counts, route

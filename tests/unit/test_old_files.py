@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from distbench.bundle.analysis import analyse
-from distbench.bundle.layout import MANIFEST, REPORT, part_name
-from distbench.bundle.read import Bundle, open_bundle
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.suite import load_suite
 from distbench.cli import main
 from distbench.errors import InvalidCase, Verdict
+from distbench.report.bundle.analysis import analyse
+from distbench.report.bundle.layout import MANIFEST, REPORT, part_name
+from distbench.report.bundle.read import Bundle, open_bundle
 from distbench.report.files import read_report
 from distbench.report.journal import JournalReader, expect_anew, unfinished
 from distbench.report.results import Results

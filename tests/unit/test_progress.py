@@ -16,9 +16,9 @@ from typing import TextIO
 import msgspec
 import pytest
 
-from distbench.progress import Progress
-from distbench.report.document import SCHEMA
 from distbench.report.journal import Line
+from distbench.report.progress import Progress
+from distbench.report.schema import SCHEMA
 
 COLUMNS = 80
 CLEAR = "\r\x1b[K"

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.errors import Verdict
-from distbench.progress import Progress
 from distbench.report.console import print_report
-from distbench.report.document import InjectedReport, Report, rate_report
+from distbench.report.document import rate_report
 from distbench.report.journal import Journal
+from distbench.report.progress import Progress
+from distbench.report.schema import InjectedReport, Report
 from distbench.utils.stats import Rate, trials_to_see
 from tests.cases import tiny_case
 from tests.reports import report_of

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from distbench.errors import Verdict
 from distbench.replay import compare
-from distbench.report.document import RankReport, Report
+from distbench.report.schema import RankReport, Report
 from distbench.verify.records import Divergence, Reason
 from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case

@@ -10,11 +10,11 @@ import pytest
 
 from distbench.case.sglang_env import KEYS
 from distbench.case.sglang_releases import VARIABLES
-from distbench.report.document import InjectedReport, LostReport, RankReport, RateReport, Report
 from distbench.report.environment import Environment
 from distbench.report.findings import ErrorReport, FindingReport
+from distbench.report.journal import Summary
 from distbench.report.limit import LimitReport
-from distbench.report.summary import Summary
+from distbench.report.schema import InjectedReport, LostReport, RankReport, RateReport, Report
 
 DOCS = Path(__file__).parents[2] / "docs"
 _SECTIONS = (Report, Summary, RankReport, LimitReport, ErrorReport, FindingReport, LostReport, RateReport, Environment)

@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from distbench.bisect import Blame, bisect
 from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
-from distbench.report.document import Report
 from distbench.report.limit import LimitReport
+from distbench.report.schema import Report
 from distbench.shrink import Step, shrink
 from distbench.trials import Lab, signature
 from distbench.verify.records import SEVERAL, Diagnosis

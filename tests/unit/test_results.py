@@ -80,7 +80,7 @@ def test_missing_library_of_a_report_format_is_named_before_any_case_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "junitparser", None)
-    monkeypatch.delitem(__import__("sys").modules, "distbench.export.junit", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "distbench.report.export.junit", raising=False)
     write_results(tmp_path, [result()])
     assert main(["report", str(tmp_path), "--report", "junit"]) == 77
     assert "junitparser" in capsys.readouterr().err

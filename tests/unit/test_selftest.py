@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from distbench.case.resolve import FLAGS, Layer
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
-from distbench.report.document import InjectedReport, Report
+from distbench.report.schema import InjectedReport, Report
 from distbench.selftest.outcomes import Outcomes, is_clean, result_of
 from distbench.selftest.table import closing_lines
 from distbench.selftest.trials import DEAD, Trial, plan

@@ -26,7 +26,7 @@ from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import CASE_KEYS, builtin_suites
 from distbench.cli import main
 from distbench.errors import InvalidCase, Overflow, Unsupported
-from distbench.report.summary import Summary
+from distbench.report.journal import Summary
 
 MAX_EXAMPLES = int(os.environ.get("DISTBENCH_FUZZ", "100"))
 BUILTIN = sorted(builtin_suites().values())

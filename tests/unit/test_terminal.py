@@ -11,13 +11,12 @@ import msgspec
 import pytest
 
 from distbench.cli import main
-from distbench.progress import Progress
 from distbench.report import console
-from distbench.report.document import ComparisonReport, InjectedReport, LostReport, RankReport, Report
 from distbench.report.files import write_report
-from distbench.report.journal import Journal, JournalReader
+from distbench.report.journal import Journal, JournalReader, Summary
 from distbench.report.limit import LimitReport
-from distbench.report.summary import Summary
+from distbench.report.progress import Progress
+from distbench.report.schema import ComparisonReport, InjectedReport, LostReport, RankReport, Report
 from distbench.report.sweep import COLUMNS, sweep_row
 from distbench.utils.text import printable
 from distbench.verify.records import Diagnosis, Reason

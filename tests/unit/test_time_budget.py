@@ -15,10 +15,9 @@ from distbench.commands.numbers import duration
 from distbench.errors import OutOfTime
 from distbench.job import Job
 from distbench.postmortem import Ending
-from distbench.progress import Progress
-from distbench.report.journal import Journal
+from distbench.report.journal import Journal, Summary
+from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.report.summary import Summary
 from distbench.time_budget import SLURM_END, SLURM_RESERVE_S, Deadline, Pace, earliest_deadline
 from tests.cases import tiny_case
 from tests.reports import report_of

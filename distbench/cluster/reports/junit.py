@@ -9,7 +9,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 from distbench.cluster.campaign import Validation
 from distbench.cluster.faults import Finding, Trial
 from distbench.errors import Verdict
-from distbench.export.junit import xml_text
+from distbench.report.export.junit import xml_text
 
 # A wrong result is a failure; a group without a result is an error.
 _WRONG_RESULT = Verdict.CORRUPT.exit_code

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from distbench.cluster.campaign import Validation
-from distbench.export.markdown import escape, table
+from distbench.report.export.markdown import escape, table
 
 
 def write(validation: Validation, file: BinaryIO) -> None:

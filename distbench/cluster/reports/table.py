@@ -7,7 +7,7 @@ import io
 from typing import BinaryIO
 
 from distbench.cluster.campaign import Validation
-from distbench.export.table import cell
+from distbench.report.export.table import cell
 
 COLUMNS = ("step", "nodes", "verdict", "exit_code", "wall_s", "reason")
 

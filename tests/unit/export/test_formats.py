@@ -22,8 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pro
 from distbench.case.stages import ARMS
 from distbench.cli import main
 from distbench.errors import InvalidCase, Verdict
-from distbench.export import FILES, load_writers, parse_targets, write_reports
-from distbench.export.markdown import escape
+from distbench.report.export import FILES, load_writers, parse_targets, write_reports
+from distbench.report.export.markdown import escape
 from distbench.report.results import Results
 from distbench.verify.records import STAGE_ORDER
 from tests.results import result, write_results

@@ -17,7 +17,7 @@ from distbench.mutants.outcomes import Found, found_in
 from distbench.mutants.plan import Plan, plan
 from distbench.mutants.table import cells, closing_lines, markdown, rules_table
 from distbench.preflight import check_case
-from distbench.report.document import InjectedReport
+from distbench.report.schema import InjectedReport
 from tests.cases import tiny_case
 from tests.reports import report_of
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 from distbench.case.limits import Proof
-from distbench.export.totals import DISTBENCH, Totals, quantiles_of
+from distbench.report.export.totals import DISTBENCH, Totals, quantiles_of
 from distbench.report.results import Result, Results
 
 _PROOFS: dict[Proof, str] = {

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from distbench.bundle.findings import INPUTS, SUM, Analysis, Finding
-from distbench.bundle.layout import Part, part_name
-from distbench.bundle.read import Bundle, read_part
-from distbench.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
-from distbench.bundle.references import AsRecorded, Generated, References, SentTokens
 from distbench.case.spec import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
+from distbench.report.bundle.findings import INPUTS, SUM, Analysis, Finding
+from distbench.report.bundle.layout import Part, part_name
+from distbench.report.bundle.read import Bundle, read_part
+from distbench.report.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
+from distbench.report.bundle.references import AsRecorded, Generated, References, SentTokens
 from distbench.utils.text import one_line
 from distbench.verify.combine_model import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.verify.diagnosis import diagnose

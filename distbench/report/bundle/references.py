@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distbench.bundle.findings import INPUTS, Finding
-from distbench.bundle.recorded import ArmRows, RankTensors
 from distbench.case.spec import Case
 from distbench.pipeline.inputs import workload_for
+from distbench.report.bundle.findings import INPUTS, Finding
+from distbench.report.bundle.recorded import ArmRows, RankTensors
 from distbench.verify.row_compare import differing
 from distbench.workload.batch import TokenBatch
 

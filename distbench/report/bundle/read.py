@@ -12,7 +12,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from distbench.bundle.layout import (
+from distbench.case.limits import Traffic
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.spec import DERIVED_KEYS, Case, inputs_of
+from distbench.case.stages import ARMS
+from distbench.errors import InvalidCase
+from distbench.report.bundle.layout import (
     KERNEL_TABLE,
     MANIFEST,
     MAX_HEADER_BYTES,
@@ -27,12 +32,7 @@ from distbench.bundle.layout import (
     names_token,
     part_name,
 )
-from distbench.case.limits import Traffic
-from distbench.case.resolve import Layer, resolve_case
-from distbench.case.spec import DERIVED_KEYS, Case, inputs_of
-from distbench.case.stages import ARMS
-from distbench.errors import InvalidCase
-from distbench.report.document import Report
+from distbench.report.schema import Report
 from distbench.utils.text import one_line, shown
 from distbench.verify.records import STAGE_ORDER, Divergence, Gathered
 

@@ -14,7 +14,13 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
-from distbench.bundle.layout import (
+from distbench.case.spec import Case, inputs_of
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective
+from distbench.errors import Verdict
+from distbench.pipeline.inputs import workload_for
+from distbench.pipeline.recorder import Finished, Recorder, Seen
+from distbench.report.bundle.layout import (
     MAX_PART_BYTES,
     MAX_TOKENS,
     NOTHING_RECORDED,
@@ -26,12 +32,6 @@ from distbench.bundle.layout import (
     part_name,
     routed_tokens,
 )
-from distbench.case.spec import Case, inputs_of
-from distbench.distributed.session import Session
-from distbench.distributed.waits import collective
-from distbench.errors import Verdict
-from distbench.pipeline.inputs import workload_for
-from distbench.pipeline.recorder import Finished, Recorder, Seen
 from distbench.report.files import write_atomically
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import ORACLE, Gathered, Outcome, Token

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distbench.bundle.layout import MAX_TOKENS
 from distbench.case.spec import Case
 from distbench.case.stages import ARMS
+from distbench.report.bundle.layout import MAX_TOKENS
 from distbench.verify.records import Token
 from distbench.workload.batch import TokenBatch
 

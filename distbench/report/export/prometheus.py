@@ -20,8 +20,8 @@ from prometheus_client.registry import Collector
 from distbench import __version__
 from distbench.case.limits import Proof
 from distbench.errors import Verdict
-from distbench.export.totals import Totals, quantiles_of
 from distbench.report.document import ENDED
+from distbench.report.export.totals import Totals, quantiles_of
 from distbench.report.results import Results
 
 _STATISTICS = ("median", "p99", "max")

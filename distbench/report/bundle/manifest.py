@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
-from distbench.bundle.layout import (
+from distbench.case.aiter_env import table_bytes
+from distbench.case.spec import Case
+from distbench.report.bundle.layout import (
     KERNEL_TABLE,
     MANIFEST,
     MAX_JSON_BYTES,
@@ -19,11 +21,9 @@ from distbench.bundle.layout import (
     Recorded,
     names_token,
 )
-from distbench.case.aiter_env import table_bytes
-from distbench.case.spec import Case
 from distbench.report.console import print_note
-from distbench.report.document import Report
 from distbench.report.files import write_atomically
+from distbench.report.schema import Report
 from distbench.verify.records import LISTED_TOKENS, Divergence, Gathered, Observation, Outcome, Token
 from distbench.workload.version import INPUTS_VERSION
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from distbench.errors import Verdict
-from distbench.export.totals import DISTBENCH, Totals
+from distbench.report.export.totals import DISTBENCH, Totals
 from distbench.report.results import Result, Results
 
 # XML 1.0 cannot represent these, not even escaped.

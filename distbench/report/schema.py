@@ -1,0 +1,131 @@
+"""Keys of report.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from distbench.errors import Verdict
+from distbench.report.environment import Environment
+from distbench.report.findings import ErrorReport, FindingReport
+from distbench.report.limit import LimitReport
+from distbench.utils.devices import DeviceState
+from distbench.verify.records import (
+    Diagnosis,
+    Divergence,
+    Reason,
+    Replay,
+)
+from distbench.workload.version import InputsVersion
+
+SCHEMA = "distbench.report/1"
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank: its traffic, each arm's kernel and digest, its largest resident size before gathering, its packages."""
+
+    rank: int
+    host: str
+    device: str
+    tokens: int
+    total_recv: int
+    capacity: int
+    limit: int | None
+    lost_rows: int
+    kernels: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+    peak_bytes: int
+    packages: dict[str, Any]
+    layer_us: dict[str, list[float]] = {}
+    device_state: DeviceState | None = None
+    replays: list[Replay] = []
+
+
+class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Two arms, compared by rank 0 over all ranks' tokens."""
+
+    arms: tuple[str, str]
+    equal: bool
+    tokens: int
+    differing_tokens: int
+    differing_elements: int
+    max_ulp: int
+
+
+class LostReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows at and past the limit; `tokens` are (source rank, source token), the first 64."""
+
+    rows: int
+    tokens: list[tuple[int, int]]
+    by_rank: dict[str, int]
+
+
+class RateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Wrong results of tokens over all passes, and per million, with the 95 % CI (Clopper and Pearson)."""
+
+    repeats: int
+    tokens: int
+    wrong_tokens: int
+    per_million: float
+    low_per_million: float
+    high_per_million: float
+
+
+class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A requested fault: its name, options, and its hits (times that it changed something) by rank.
+
+    `needs` is the precondition of a hit, where there was none. `accepted` holds, for a mutant in the truncated arm and
+    gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md).
+    """
+
+    name: str
+    options: dict[str, str]
+    hits: dict[str, int]
+    needs: str = ""
+    accepted: dict[str, bool] = {}
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole document. A case that was refused or lost its ranks has no ranks and no comparison.
+
+    `comparison`, `timing` and `rate` are those with exact inputs where a case runs with both kinds, `errors` those with
+    gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
+    inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
+    written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1.
+    """
+
+    schema: str = SCHEMA
+    inputs_version: InputsVersion = 1
+    suite: str = ""
+    name: str
+    tags: tuple[str, ...]
+    verdict: Verdict
+    exit_code: int
+    expect: str
+    as_expected: bool
+    reasons: list[Reason]
+    findings: list[FindingReport] = []
+    blind_spots: list[str] = []
+    emulated: bool
+    stand_ins: list[str]
+    case: dict[str, Any]
+    sources: dict[str, str]
+    warnings: list[str]
+    limit: LimitReport | None
+    environment: Environment
+    transport: dict[str, Any]
+    ranks: list[RankReport]
+    comparison: list[ComparisonReport]
+    errors: list[ErrorReport] = []
+    gather: str | None
+    lost: LostReport
+    first_divergence: Divergence | None
+    diagnosis: list[Diagnosis]
+    stacks: dict[str, str]
+    injected: list[InjectedReport]
+    rate: RateReport | None
+    timing: dict[str, Any]
+    ended: str = ""
+    method: dict[str, Any] = {}
+    memory: dict[str, Any]
