@@ -9,17 +9,18 @@ from typing import Any
 
 import msgspec
 
-from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import DERIVED_KEYS, Case, case_hash
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.errors import InvalidCase, Unsupported, Verdict
-from distbench.preflight import check_case, check_memory
+from distbench.launcher.campaign import Campaign, Rules
+from distbench.launcher.memory import check_memory
+from distbench.launcher.preflight import check_case
+from distbench.launcher.rank_pool import StandingRanks
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.progress import Progress
 from distbench.report.schema import Report
-from distbench.standing import StandingRanks
 from distbench.verify.records import SEVERAL
 
 HANG_S = 5.0

@@ -69,7 +69,7 @@ if ((NNODES > 1)); then
         --rdzv-id="${RDZV_ID:-${SLURM_JOB_ID:-${PBS_JOBID:-${LSB_JOBID:-distbench}}}}"
         --rdzv-conf=is_host=$((NODE_RANK == 0))
     )
-    interfaces=$(python -m distbench.nodes.interfaces "$host" "$MASTER_PORT")
+    interfaces=$(python -m distbench.launcher.nodes.interfaces "$host" "$MASTER_PORT")
     while IFS= read -r variable; do
         [[ -z $variable ]] || export "${variable?}"
     done <<<"$interfaces"

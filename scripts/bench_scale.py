@@ -32,8 +32,8 @@ from distbench.case.spec import Case
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.distributed.session import SHARED_MEMORY, Session
 from distbench.errors import InvalidCase, Verdict
+from distbench.launcher.agent import preload_ranks
 from distbench.pipeline import run_case as rank_module
-from distbench.supervisor import preload_ranks
 from distbench.verify.gather import gather
 
 GROWTH_BOUND = 1.2

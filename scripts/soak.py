@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distbench.distributed.heartbeat import read_position
-from distbench.job import crumb_path
+from distbench.launcher.job import crumb_path
 from distbench.report.journal import RESULTS
 
 POINTS = 10

@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 
-from distbench.nodes.proof import ANSWER_BYTES, CHALLENGE_BYTES, MAGIC
+from distbench.launcher.nodes.proof import ANSWER_BYTES, CHALLENGE_BYTES, MAGIC
 
 LOOPBACK = "127.0.0.1"
 # Idle connections that stay open while others connect; more than node 0 keeps.

@@ -11,8 +11,8 @@ import socket
 import sys
 from pathlib import Path
 
-from distbench.job import Spread
-from distbench.nodes.hub import Hub
+from distbench.launcher.job import Spread
+from distbench.launcher.nodes.leader import Hub
 
 
 def resident_bytes() -> int:

@@ -26,7 +26,7 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distbench.worker"])
+        context.set_forkserver_preload(["distbench.launcher.worker"])
         port = _free_port()
         self._connections: list[Connection] = []
         self._processes = []

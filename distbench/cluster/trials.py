@@ -17,7 +17,7 @@ from distbench.cluster.plan import Group, Round, Step
 from distbench.cluster.probe import unshared
 from distbench.cluster.processes import Processes
 from distbench.errors import InvalidCase, Verdict
-from distbench.job import Spread
+from distbench.launcher.job import Spread
 from distbench.report.results import Result, Results
 from distbench.utils.signals import Interrupted
 

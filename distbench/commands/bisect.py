@@ -12,7 +12,7 @@ from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.commands.tasks import tell_task
-from distbench.locks import hold
+from distbench.launcher.locks import hold
 from distbench.report.console import print_line, print_note, print_table
 from distbench.trials import Lab
 

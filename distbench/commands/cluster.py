@@ -20,8 +20,8 @@ from distbench.cluster.trials import Settings, check_shared, run_round
 from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
 from distbench.commands.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
 from distbench.errors import InvalidCase
-from distbench.locks import hold
-from distbench.preflight import check_folder, check_path
+from distbench.launcher.locks import hold
+from distbench.launcher.preflight import check_folder, check_path
 from distbench.report.console import print_line, print_note
 from distbench.report.export import write_reports
 from distbench.report.files import write_atomically

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from distbench.collect import collect
 from distbench.commands.options import add_lock_timeout
+from distbench.launcher.collect import collect
 from distbench.report.console import print_summary
 
 

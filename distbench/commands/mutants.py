@@ -13,13 +13,14 @@ from distbench.case.spec import FIELD_HINTS
 from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_bundle, check_launch
 from distbench.commands.tasks import tell_task
-from distbench.locks import hold
-from distbench.preflight import check_device_memory, check_folder, check_path
+from distbench.launcher.locks import hold
+from distbench.launcher.memory import check_device_memory
+from distbench.launcher.preflight import check_folder, check_path
+from distbench.launcher.resources import report_bytes
 from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.progress import Progress
-from distbench.room import report_bytes
 
 if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant

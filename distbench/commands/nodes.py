@@ -15,9 +15,9 @@ from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
 from distbench.commands.ranks import world_size
 from distbench.commands.tasks import refuse_tasks
 from distbench.errors import InvalidCase, Verdict
-from distbench.job import Spread
-from distbench.nodes.hub import Hub
-from distbench.nodes.secret import VARIABLE, read_secret
+from distbench.launcher.job import Spread
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.secret import VARIABLE, read_secret
 
 _LOCAL_RANKS = 8
 _PORTS = 65536

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_KERNEL, expected_verdict
 from distbench.case.resolve import FLAGS, Layer, resolve_case
@@ -24,21 +23,18 @@ from distbench.commands.nodes import nodes_of, spread_of
 from distbench.commands.numbers import MOST_RANKS, seconds, whole
 from distbench.commands.ranks import is_rank_0, world_size
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
-from distbench.job import Spread
-from distbench.locks import hold
-from distbench.nodes.hub import Hub
-from distbench.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
-from distbench.nodes.secret import VARIABLE as SECRET
-from distbench.nodes.secret import read_secret
-from distbench.preflight import (
-    adds_atomically,
-    available_bytes,
-    check_case,
-    check_devices,
-    check_folder,
-    check_memory,
-    check_path,
-)
+from distbench.launcher.agent import preload_ranks
+from distbench.launcher.campaign import Campaign, Rules
+from distbench.launcher.job import Spread
+from distbench.launcher.locks import hold
+from distbench.launcher.memory import available_bytes, check_memory
+from distbench.launcher.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.secret import VARIABLE as SECRET
+from distbench.launcher.nodes.secret import read_secret
+from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder, check_path
+from distbench.launcher.resources import allow_open_files, check_shared_memory
+from distbench.launcher.unused_variables import note_of_launch, unused_variables
 from distbench.report import export
 from distbench.report.console import print_json, print_note
 from distbench.report.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
@@ -47,9 +43,6 @@ from distbench.report.journal import Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
 from distbench.report.schema import Report
-from distbench.room import allow_open_files, check_shared_memory
-from distbench.supervisor import preload_ranks
-from distbench.unused_variables import note_of_launch, unused_variables
 from distbench.utils.devices import count_devices
 
 _CASE_DEST = "case_"
@@ -91,7 +84,7 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     secret = read_secret(spread.host, options.secret_file)
     if spread.node == 0:
         return None
-    from distbench.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
+    from distbench.launcher.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
 
     out = Path(options.out) / f"node-{spread.node:05d}"
     check_folder(str(out))

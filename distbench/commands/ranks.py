@@ -9,10 +9,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from distbench.errors import InvalidCase, LaunchFailed, Unsupported
-from distbench.job import Job, clear_ranks
-from distbench.locks import hold
-from distbench.nodes.interfaces import check_interfaces, choose_loopback
-from distbench.preflight import check_devices
+from distbench.launcher.job import Job, clear_ranks
+from distbench.launcher.locks import hold
+from distbench.launcher.nodes.interfaces import check_interfaces, choose_loopback
+from distbench.launcher.preflight import check_devices
 from distbench.utils.text import one_line
 
 
@@ -95,6 +95,6 @@ def _devices(job: Job) -> tuple[str, ...]:
 
 def work(job: Job) -> int:
     """Run the job as one of the ranks that torchrun started; return the exit code."""
-    from distbench.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
+    from distbench.launcher.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
 
     return work(job)

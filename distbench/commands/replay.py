@@ -9,8 +9,8 @@ from typing import Any
 from distbench.commands.options import add_case_options, add_folder, case_flags, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.commands.tasks import tell_task
-from distbench.locks import hold
-from distbench.preflight import check_case, check_folder
+from distbench.launcher.locks import hold
+from distbench.launcher.preflight import check_case, check_folder
 from distbench.replay import compare
 from distbench.report.bundle.findings import Finding
 from distbench.report.bundle.read import Bundle, open_bundle, runnable_case

@@ -30,9 +30,11 @@ from distbench.commands.options import (
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
-from distbench.job import Job
-from distbench.locks import hold
-from distbench.preflight import check_device_memory, check_folder, check_path
+from distbench.launcher.job import Job
+from distbench.launcher.locks import hold
+from distbench.launcher.memory import check_device_memory
+from distbench.launcher.preflight import check_folder, check_path
+from distbench.launcher.resources import report_bytes
 from distbench.report.bundle.layout import bundle_folder
 from distbench.report.bundle.read import open_bundle
 from distbench.report.console import print_line, print_report, print_start
@@ -41,7 +43,6 @@ from distbench.report.files import read_report
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.room import report_bytes
 
 _SUITE, _NAME = "distbench run", "run"
 _REPORT = "report.json"

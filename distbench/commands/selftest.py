@@ -22,13 +22,14 @@ from distbench.commands.options import (
 )
 from distbench.commands.tasks import tell_task
 from distbench.errors import InvalidCase
-from distbench.locks import hold
-from distbench.preflight import check_device_memory, check_folder, check_path
+from distbench.launcher.locks import hold
+from distbench.launcher.memory import check_device_memory
+from distbench.launcher.preflight import check_folder, check_path
+from distbench.launcher.resources import report_bytes
 from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.progress import Progress
-from distbench.room import report_bytes
 
 if TYPE_CHECKING:
     from distbench.selftest.trials import Plan

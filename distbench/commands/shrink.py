@@ -13,7 +13,7 @@ from distbench.case.suite import value_text
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.commands.tasks import tell_task
-from distbench.locks import hold
+from distbench.launcher.locks import hold
 from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.shrink import Shrunk, Step, shrink

@@ -32,16 +32,17 @@ from distbench.commands.options import (
     report_writers,
 )
 from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
-from distbench.job import Job
-from distbench.locks import hold
-from distbench.preflight import check_device_memory, check_folder, check_path
+from distbench.launcher.job import Job
+from distbench.launcher.locks import hold
+from distbench.launcher.memory import check_device_memory
+from distbench.launcher.preflight import check_folder, check_path
+from distbench.launcher.resources import report_bytes
+from distbench.launcher.time_budget import earliest_deadline
 from distbench.report.console import print_note, print_summary
 from distbench.report.export import Writer
 from distbench.report.journal import expect_anew, filter_journal, forget_cases, refuse_strangers, unfinished
 from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.room import report_bytes
-from distbench.time_budget import earliest_deadline
 
 Writers = dict[Path, Writer]
 

@@ -28,15 +28,16 @@ from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
 from distbench.commands.tasks import tell_task
 from distbench.experts.selection.choice import CURRENT, rules_for
 from distbench.experts.selection.releases import BucketRules, padded_rows
-from distbench.job import Job
-from distbench.locks import hold
-from distbench.preflight import check_device_memory, check_folder, check_path
+from distbench.launcher.job import Job
+from distbench.launcher.locks import hold
+from distbench.launcher.memory import check_device_memory
+from distbench.launcher.preflight import check_folder, check_path
+from distbench.launcher.resources import report_bytes
 from distbench.report.console import print_sweep
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_strangers, unfinished
 from distbench.report.progress import Progress
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
-from distbench.room import report_bytes
 
 _SUITE, _LIMIT = "distbench sweep", "limit="
 _SWEEP = "sweep.json"

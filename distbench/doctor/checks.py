@@ -9,8 +9,8 @@ from distbench.case.spec import Case
 from distbench.doctor.findings import PATHS, Finding, Level, Path
 from distbench.doctor.probe import Node
 from distbench.doctor.vendors import Network, check_vendors
-from distbench.nodes.interfaces import VARIABLES, interface_complaints
-from distbench.unused_variables import unused_variables
+from distbench.launcher.nodes.interfaces import VARIABLES, interface_complaints
+from distbench.launcher.unused_variables import unused_variables
 
 _OPEN_FILES = 4096
 _SHM_PER_RANK = 64 << 20

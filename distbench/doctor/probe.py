@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.locks import DEVICE_LOCKS, is_held
-from distbench.nodes.interfaces import interface_names
+from distbench.launcher.locks import DEVICE_LOCKS, is_held
+from distbench.launcher.nodes.interfaces import interface_names
 from distbench.report.environment import PACKAGES
 from distbench.utils.devices import compute_units
 

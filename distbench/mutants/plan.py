@@ -14,7 +14,7 @@ from distbench.errors import InvalidCase, Verdict
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.fault import unfit
-from distbench.preflight import check_case
+from distbench.launcher.preflight import check_case
 
 NUMERICS = ("exact", "gaussian")
 ARMS = {"all": "", "truncated": "truncated"}

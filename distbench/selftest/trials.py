@@ -14,7 +14,7 @@ from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.faults.base import Fault
 from distbench.faults.injector import FAULTS
-from distbench.preflight import check_case
+from distbench.launcher.preflight import check_case
 from distbench.verify.records import SEVERAL
 
 SUITE = "distbench selftest"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from distbench.distributed.heartbeat import read_position
-from distbench.job import crumb_path
+from distbench.launcher.job import crumb_path
 from tests.end_to_end.launches import SOAK, Bench, wait_until, write_suite
 
 RANKS, CASES = 2, 60

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from distbench.job import clear_ranks, crumb_path, failure_path, stack_path
-from distbench.locks import hold
+from distbench.launcher.job import clear_ranks, crumb_path, failure_path, stack_path
+from distbench.launcher.locks import hold
 from tests.end_to_end.launches import TINY, Torchrun, faulty, wait_until
 
 ROOT = Path(__file__).parents[2]

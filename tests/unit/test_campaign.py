@@ -11,15 +11,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench import campaign
-from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli import main
 from distbench.commands import options
 from distbench.errors import DiskFull, LaunchFailed, Verdict
-from distbench.job import Job
-from distbench.postmortem import Ending
+from distbench.launcher import campaign
+from distbench.launcher.campaign import Campaign, Rules
+from distbench.launcher.job import Job
+from distbench.launcher.postmortem import Ending
 from distbench.report.journal import Journal, JournalReader, Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results

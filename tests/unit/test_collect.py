@@ -10,7 +10,7 @@ import pytest
 from distbench.case.entry import Entry
 from distbench.cli import main
 from distbench.distributed.heartbeat import Breadcrumbs
-from distbench.job import Job, clear_ranks, crumb_path, job_path
+from distbench.launcher.job import Job, clear_ranks, crumb_path, job_path
 from distbench.report.journal import JournalReader
 from tests.cases import tiny_case
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distbench.errors import Unsupported
-from distbench.preflight import check_case, check_devices
+from distbench.launcher.preflight import check_case, check_devices
 from distbench.utils import devices
 from distbench.utils.devices import DeviceState, devices_to_hold, runs_on_device
 from tests.cases import tiny_case

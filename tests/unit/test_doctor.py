@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench import locks
 from distbench.cli import main
 from distbench.commands import doctor as command
 from distbench.doctor.checks import check_node
 from distbench.doctor.findings import PATHS, exit_code
 from distbench.doctor.probe import Node, held_locks, probe
 from distbench.doctor.vendors import Network
-from distbench.locks import hold
+from distbench.launcher import locks
+from distbench.launcher.locks import hold
 from distbench.transport.mori.config import heap_size, plan_mori
 from tests.cases import tiny_case
 

@@ -11,16 +11,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from distbench import follower, locks, supervisor
 from distbench.case.entry import Entry
 from distbench.distributed.heartbeat import Position
 from distbench.errors import DistbenchError, LaunchFailed, Unsupported
-from distbench.follower import Timeouts, follow
-from distbench.job import Job, Spread
-from distbench.locks import device_lock, hold, is_held
-from distbench.nodes.hub import Hub
-from distbench.nodes.wire import Beat
-from distbench.supervisor import Agent, supervise
+from distbench.launcher import follower, locks, supervisor
+from distbench.launcher.agent import Agent
+from distbench.launcher.follower import Timeouts, follow
+from distbench.launcher.job import Job, Spread
+from distbench.launcher.locks import device_lock, hold, is_held
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.protocol import Beat
+from distbench.launcher.supervisor import supervise
 from tests.cases import tiny_case
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from distbench import hang
 from distbench.case.entry import Entry
 from distbench.case.stages import ARMS, STAGES
 from distbench.distributed.flight_recorder import Group, as_line
 from distbench.distributed.heartbeat import Position
 from distbench.distributed.waits import KINDS
 from distbench.errors import Verdict
-from distbench.hang import find_hang
-from distbench.job import Job, Spread
-from distbench.postmortem import Ending
-from distbench.supervisor import _TICK_S
+from distbench.launcher import hang
+from distbench.launcher.hang import find_hang
+from distbench.launcher.job import Job, Spread
+from distbench.launcher.postmortem import Ending
+from distbench.launcher.supervisor import _TICK_S
 from tests.cases import tiny_case
 from tests.hosts import ROOT
 

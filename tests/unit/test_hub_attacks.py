@@ -19,14 +19,22 @@ import pytest
 
 from distbench.distributed.heartbeat import Position
 from distbench.errors import InvalidCase
-from distbench.job import Machine, RankFailure, Spread
-from distbench.nodes import gate
-from distbench.nodes.hub import Hub
-from distbench.nodes.link import Link, NodeLost
-from distbench.nodes.proof import ANSWER_BYTES, CHALLENGE_BYTES, Channel, Tampered, challenge, check_answer, prove
-from distbench.nodes.refusals import Refusals
-from distbench.nodes.wire import Beat, Phase
-from distbench.postmortem import Exit
+from distbench.launcher.job import Machine, RankFailure, Spread
+from distbench.launcher.nodes import gate
+from distbench.launcher.nodes.client import Link, NodeLost
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.proof import (
+    ANSWER_BYTES,
+    CHALLENGE_BYTES,
+    Channel,
+    Tampered,
+    challenge,
+    check_answer,
+    prove,
+)
+from distbench.launcher.nodes.protocol import Beat, Phase
+from distbench.launcher.nodes.refusals import Refusals
+from distbench.launcher.postmortem import Exit
 from tests.attacks import KINDS, LOOPBACK, attack
 from tests.end_to_end.launches import ROOT, SOAK, Bench, wait_until, write_suite
 
@@ -61,8 +69,8 @@ def free_port() -> int:
 
 @pytest.fixture
 def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
-    monkeypatch.setattr("distbench.nodes.hub._TOLD_S", 0.0)
-    monkeypatch.setattr("distbench.nodes.hub.BEAT_S", 0.0)
+    monkeypatch.setattr("distbench.launcher.nodes.leader._TOLD_S", 0.0)
+    monkeypatch.setattr("distbench.launcher.nodes.leader.BEAT_S", 0.0)
     spread = Spread(nodes=3, node=0, nproc=2, host=LOOPBACK, port=free_port(), launch=0)
     hub = Hub(spread, 1.0, SECRET, tmp_path / "refused.log")
     yield Meeting(hub, spread, tmp_path / "refused.log")
@@ -319,7 +327,7 @@ def test_modified_or_replayed_message_is_refused(damage: str) -> None:
 
 
 def test_log_of_refused_peers_has_a_bounded_number_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distbench.nodes.refusals.MOST_LINES", 10)
+    monkeypatch.setattr("distbench.launcher.nodes.refusals.MOST_LINES", 10)
     refusals = Refusals(tmp_path / "log")
     for number in range(30):
         refusals.note(f"127.0.0.1:{number}", "said nothing")
@@ -336,7 +344,7 @@ def test_log_of_refused_peers_has_a_bounded_number_of_lines(tmp_path: Path, monk
 def test_log_of_refused_peers_continues_the_count_of_earlier_launches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distbench.nodes.refusals.MOST_LINES", 10)
+    monkeypatch.setattr("distbench.launcher.nodes.refusals.MOST_LINES", 10)
     for number in range(3):
         refusals = Refusals(tmp_path / "log")
         for _ in range(4):

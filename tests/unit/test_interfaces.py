@@ -15,8 +15,8 @@ import pytest
 from distbench.cli import main
 from distbench.commands import ranks
 from distbench.errors import InvalidCase
-from distbench.job import Job
-from distbench.nodes.interfaces import (
+from distbench.launcher.job import Job
+from distbench.launcher.nodes.interfaces import (
     check_interfaces,
     choose_interfaces,
     choose_loopback,
@@ -55,7 +55,7 @@ def test_unresolvable_host_name_is_reported_and_no_interface_is_set() -> None:
 
 def test_interface_that_the_user_set_is_kept_by_the_launch_script() -> None:
     given = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-m", "distbench.nodes.interfaces", "127.0.0.1", "29500"]
+    command = [sys.executable, "-m", "distbench.launcher.nodes.interfaces", "127.0.0.1", "29500"]
     chosen = given | {"GLOO_SOCKET_IFNAME": "ib0"}
     for environ, gloo in ((given, "lo"), (chosen, "ib0")):
         done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree
 
-from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.errors import Verdict
+from distbench.launcher.campaign import Campaign, Rules
 from distbench.report import console
 from distbench.report.export import FILES, load_writers, parse_targets, write_reports
 from distbench.report.export.markdown import escape

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from distbench.errors import InvalidCase
-from distbench.job import Spread
-from distbench.nodes.listeners import listen
+from distbench.launcher.job import Spread
+from distbench.launcher.nodes.listeners import listen
 
 
 def addresses(host: str, port: int = 0) -> list[str]:
@@ -36,7 +36,7 @@ def test_loopback_endpoint_is_the_only_listening_address(host: str) -> None:
 
 
 def test_host_name_of_this_machine_listens_on_its_own_address_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distbench.nodes.listeners.is_loopback", lambda _: False)  # as if it were on a network
+    monkeypatch.setattr("distbench.launcher.nodes.listeners.is_loopback", lambda _: False)  # as if it were on a network
     resolve_to(monkeypatch, (socket.AF_INET, "127.0.3.1"), (socket.AF_INET, "127.0.3.1"))
     assert addresses("node0") == ["127.0.3.1"]
 
@@ -47,14 +47,14 @@ def test_host_name_that_resolves_to_loopback_listens_on_all_addresses(monkeypatc
 
 
 def test_translated_address_listens_on_its_source_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distbench.nodes.listeners.source_address", lambda *_: ("127.0.3.2", 0))
+    monkeypatch.setattr("distbench.launcher.nodes.listeners.source_address", lambda *_: ("127.0.3.2", 0))
     resolve_to(monkeypatch, (socket.AF_INET, "203.0.113.77"))
     assert addresses("node0") == ["127.0.3.2"]
 
 
 def test_unavailable_address_family_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     resolve_to(monkeypatch, (socket.AF_INET6, "2001:db8::1"), (socket.AF_INET, "203.0.113.77"))
-    monkeypatch.setattr("distbench.nodes.listeners.source_address", lambda family, _: no_route(family))
+    monkeypatch.setattr("distbench.launcher.nodes.listeners.source_address", lambda family, _: no_route(family))
     assert addresses("node0") == ["127.0.0.1"]
 
 

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import pytest
 
-from distbench import locks
 from distbench.errors import Busy, InvalidCase
-from distbench.locks import device_lock, hold, is_held
+from distbench.launcher import locks
+from distbench.launcher.locks import device_lock, hold, is_held
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
 from distbench import locks
-from distbench.locks import hold
+from distbench.launcher.locks import hold
 
 locks.DEVICE_LOCKS = Path(sys.argv[1]).parent
 with hold(Path(sys.argv[1]), sys.argv[2:], 5):

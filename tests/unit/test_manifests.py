@@ -17,7 +17,7 @@ from distbench.case.suite import load_suite
 from distbench.cli import _parser
 from distbench.commands.options import case_flags
 from distbench.errors import Unsupported
-from distbench.preflight import check_devices
+from distbench.launcher.preflight import check_devices
 from distbench.report.environment import IMAGE
 from tests.hosts import ROOT
 

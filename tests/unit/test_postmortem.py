@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from distbench.case.entry import Entry
 from distbench.distributed.heartbeat import Breadcrumbs, Position, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
-from distbench.job import Job, RankFailure, crumb_path, failure_path, ranks_folder
-from distbench.postmortem import Ending, Exit, explain_fault, outcome_of, positions
+from distbench.launcher.job import Job, RankFailure, crumb_path, failure_path, ranks_folder
+from distbench.launcher.postmortem import Ending, Exit, explain_fault, outcome_of, positions
 from tests.cases import tiny_case
 
 KILLED = Exit(2, "SIGKILL")

@@ -11,19 +11,13 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from distbench import cli, preflight
+from distbench import cli
 from distbench.case.entry import Entry
 from distbench.commands import options
 from distbench.errors import InvalidCase, Unsupported
-from distbench.preflight import (
-    available_bytes,
-    check_case,
-    check_device_memory,
-    check_folder,
-    check_memory,
-    device_bytes,
-    memory_bytes,
-)
+from distbench.launcher import preflight
+from distbench.launcher.memory import available_bytes, check_device_memory, check_memory, device_bytes, memory_bytes
+from distbench.launcher.preflight import check_case, check_folder
 from tests.cases import tiny_case
 
 GIB = 1 << 30

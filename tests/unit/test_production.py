@@ -26,7 +26,7 @@ from distbench.case.sglang_releases import (
     rules_of,
 )
 from distbench.errors import InvalidCase, Unsupported
-from distbench.unused_variables import unused_variables
+from distbench.launcher.unused_variables import unused_variables
 from tests.cases import tiny_case
 
 

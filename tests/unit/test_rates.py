@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.errors import Verdict
+from distbench.launcher.campaign import Campaign, Rules
 from distbench.report.console import print_report
 from distbench.report.document import rate_report
 from distbench.report.journal import Journal

@@ -12,7 +12,7 @@ import pytest
 from distbench.case.resolve import FLAGS, Layer, Resolved, resolve_case
 from distbench.case.sglang_env import near_miss, read_environment, recorded_environment
 from distbench.errors import Unsupported
-from distbench.unused_variables import unused_variables
+from distbench.launcher.unused_variables import unused_variables
 
 RECIPES = msgspec.toml.decode((Path(__file__).parents[1] / "data" / "recipes.toml").read_bytes())["recipe"]
 LISTED = re.compile(r"MORI|^(?:AITER|ATOM|VLLM_ROCM)_")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from distbench.errors import InvalidCase, Unsupported
+from distbench.launcher.preflight import check_case
 from distbench.pipeline.recv_bound import recv_bound
-from distbench.preflight import check_case
 from tests.cases import tiny_case
 
 

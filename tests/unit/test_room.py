@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from distbench import cli, room
+from distbench import cli
 from distbench.commands import options
 from distbench.errors import LaunchFailed, Unsupported
-from distbench.room import allow_open_files, check_shared_memory, report_bytes
+from distbench.launcher import resources
+from distbench.launcher.resources import allow_open_files, check_shared_memory, report_bytes
 from tests.cases import tiny_case
 
 # Lines of results.jsonl, in bytes, of passing cases of these shapes.
@@ -56,7 +57,7 @@ def test_launch_with_little_shared_memory_for_nccl_gives_a_warning() -> None:
 
 
 def test_system_without_dev_shm_passes_the_shared_memory_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(room, "_SHARED_MEMORY", tmp_path / "nowhere")
+    monkeypatch.setattr(resources, "_SHARED_MEMORY", tmp_path / "nowhere")
     assert check_shared_memory(8, on_devices=True) == ()
 
 
@@ -64,7 +65,7 @@ def test_system_without_dev_shm_passes_the_shared_memory_check(monkeypatch: pyte
 def test_run_without_shared_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(room, "_free_bytes", lambda: 4096)
+    monkeypatch.setattr(resources, "_free_bytes", lambda: 4096)
     assert cli.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
     assert "distbench: UNSUPPORTED: shared memory: 2 ranks meet at semaphores" in capsys.readouterr().err
 

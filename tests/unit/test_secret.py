@@ -9,7 +9,7 @@ import pytest
 
 from distbench.cli import main
 from distbench.errors import InvalidCase
-from distbench.nodes.secret import VARIABLE, read_secret
+from distbench.launcher.nodes.secret import VARIABLE, read_secret
 
 SECRET = "0123456789abcdef"  # noqa: S105 - no secret of anything
 

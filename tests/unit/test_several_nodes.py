@@ -17,11 +17,11 @@ from distbench.commands import options as commands
 from distbench.commands.nodes import spread_of
 from distbench.commands.options import exported
 from distbench.errors import InvalidCase, Unsupported
-from distbench.job import Job, Machine, Spread, ranks_folder
-from distbench.nodes.hub import Hub
-from distbench.nodes.link import Link
-from distbench.nodes.wire import Beat, Phase
-from distbench.postmortem import machines
+from distbench.launcher.job import Job, Machine, Spread, ranks_folder
+from distbench.launcher.nodes.client import Link
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.protocol import Beat, Phase
+from distbench.launcher.postmortem import machines
 from distbench.report.export import FILES, load_writers, parse_targets
 from distbench.report.results import Results
 from tests.cases import tiny_case

@@ -17,7 +17,7 @@ from tests.end_to_end.launches import ROOT, wait_until
 
 _STUCK = """
 import ctypes, pathlib, sys
-from distbench.stacks import answer_with_stacks
+from distbench.launcher.stacks import answer_with_stacks
 answer_with_stacks(pathlib.Path(sys.argv[1]))
 
 def in_the_driver():

@@ -9,8 +9,8 @@ import pytest
 from distbench.case.entry import Entry
 from distbench.case.timeouts import compiles, parse_stage_timeouts, stage_limit
 from distbench.errors import InvalidCase
-from distbench.job import Job
-from distbench.worker import _group_timeout
+from distbench.launcher.job import Job
+from distbench.launcher.worker import _group_timeout
 from tests.cases import tiny_case
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 
-from distbench import campaign, preflight
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli import main
@@ -23,8 +22,9 @@ from distbench.commands import run as run_command
 from distbench.commands import suite as suite_command
 from distbench.commands import sweep as sweep_command
 from distbench.errors import Verdict
-from distbench.job import Job
-from distbench.postmortem import Ending
+from distbench.launcher import campaign, preflight
+from distbench.launcher.job import Job
+from distbench.launcher.postmortem import Ending
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.files import write_report

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from distbench.campaign import Campaign, Rules
 from distbench.case.entry import Entry
 from distbench.commands.numbers import duration
 from distbench.errors import OutOfTime
-from distbench.job import Job
-from distbench.postmortem import Ending
+from distbench.launcher.campaign import Campaign, Rules
+from distbench.launcher.job import Job
+from distbench.launcher.postmortem import Ending
+from distbench.launcher.time_budget import SLURM_END, SLURM_RESERVE_S, Deadline, Pace, earliest_deadline
 from distbench.report.journal import Journal, Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.time_budget import SLURM_END, SLURM_RESERVE_S, Deadline, Pace, earliest_deadline
 from tests.cases import tiny_case
 from tests.reports import report_of
 

@@ -18,7 +18,7 @@ def venv(tmp_path: Path) -> Path:
     write_command(tmp_path / "bin" / "torchrun", 'echo "OMP_NUM_THREADS=$OMP_NUM_THREADS torchrun $*"')
     write_command(tmp_path / "bin" / "nproc", "echo 32")
     chosen = 'echo "GLOO_SOCKET_IFNAME=eth7"; echo "NCCL_SOCKET_IFNAME=eth7"'
-    interfaces = f'case "$*" in "-m distbench.nodes.interfaces node0 "*) {chosen}; exit;; esac'
+    interfaces = f'case "$*" in "-m distbench.launcher.nodes.interfaces node0 "*) {chosen}; exit;; esac'
     write_command(tmp_path / "bin" / "python", f"{interfaces}\necho ${{GPUS:-0}}")
     return tmp_path
 

@@ -12,7 +12,7 @@ from distbench.case.suite import load_suite
 from distbench.case.suite_file import builtin_suites
 from distbench.case.unused_keys import note_of_keys, unused_keys
 from distbench.errors import InvalidCase
-from distbench.preflight import check_case
+from distbench.launcher.preflight import check_case
 from tests.cases import tiny_case
 
 MORI: dict[str, Any] = {"transport": "mori", "emulate": True}

@@ -15,10 +15,12 @@ from torch.distributed.launcher import api
 from distbench.case.entry import Entry
 from distbench.distributed.heartbeat import Breadcrumbs, Position, write_position
 from distbench.errors import LaunchFailed
-from distbench.job import Job, crumb_path, ranks_folder
-from distbench.nodes.hub import Hub
-from distbench.postmortem import positions
-from distbench.supervisor import Agent, Watch, supervise
+from distbench.launcher.agent import Agent
+from distbench.launcher.job import Job, crumb_path, ranks_folder
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.postmortem import positions
+from distbench.launcher.supervisor import supervise
+from distbench.launcher.watchdog import Watch
 from distbench.utils.process import is_alive
 from tests.cases import tiny_case
 from tests.end_to_end.launches import wait_until

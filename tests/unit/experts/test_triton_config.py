@@ -28,7 +28,7 @@ from distbench.experts.triton.config import (
     routes_per_row,
 )
 from distbench.experts.triton.table import Table, encode_table, load_table, selector_for, shape_of, shipped_selector
-from distbench.preflight import check_case
+from distbench.launcher.preflight import check_case
 from distbench.workload.exact import dense_weights
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.quantize import quantize_weight_blocks

@@ -9,7 +9,7 @@ import pytest
 
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
-from distbench.preflight import check_case
+from distbench.launcher.preflight import check_case
 from distbench.transport.mori.config import Launch, check_environment, heap_size, mori_warnings, plan_mori
 from distbench.transport.mori.emulated.habits import HABITS, parse_habits
 from tests.cases import tiny_case

@@ -26,8 +26,8 @@ from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, followed_release, load_package
 from distbench.experts.base import check_values
 from distbench.experts.selection.tuned_table import KEY_COLUMNS, TunedKey
+from distbench.launcher.preflight import check_case
 from distbench.pipeline.graphs import GraphedExperts
-from distbench.preflight import check_case
 from distbench.report.document import kernel_doubts
 from distbench.workload.quantize import quantize_weight_blocks
 from tests.cases import tiny_case

@@ -12,7 +12,7 @@ from distbench.case.spec import FIELD_DEFAULTS
 from distbench.case.stages import STAGES
 from distbench.case.timeouts import compiles, stage_limit
 from distbench.distributed.heartbeat import Position
-from distbench.time_budget import Deadline
+from distbench.launcher.time_budget import Deadline
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from distbench.distributed.flight_recorder import START_EVENTS
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.distributed.session import Session
 from distbench.errors import OUT_OF_TIME, Verdict, is_disk_full, worst_exit_code
-from distbench.job import (
+from distbench.launcher.job import (
     Job,
     Machine,
     RankFailure,
@@ -33,13 +33,13 @@ from distbench.job import (
     ranks_folder,
     stack_path,
 )
+from distbench.launcher.stacks import answer_with_stacks
+from distbench.launcher.time_budget import Deadline, Pace
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.run_case import run_case
 from distbench.report.files import write_atomically
 from distbench.report.schema import Report
 from distbench.report.sink import Sink
-from distbench.stacks import answer_with_stacks
-from distbench.time_budget import Deadline, Pace
 from distbench.utils.process import die_with_parent
 from distbench.utils.text import printable
 from distbench.verify.records import Outcome
@@ -182,7 +182,7 @@ def _reports(crumbs: Breadcrumbs) -> bool:
 
 
 def _die_with_supervisor() -> None:
-    """Make sure that no rank outlives the supervisor, even one that was killed (lifeline.py)."""
+    """Make sure that no rank outlives the supervisor, even one that was killed (preload.py)."""
     die_with_parent()
     supervisor = multiprocessing.parent_process()
     if supervisor is not None and not supervisor.is_alive():

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.campaign import Campaign, Rules
 from distbench.errors import Busy, InvalidCase
-from distbench.job import Job, job_path
-from distbench.locks import hold
-from distbench.postmortem import explain_fault, positions
+from distbench.launcher.campaign import Campaign, Rules
+from distbench.launcher.job import Job, job_path
+from distbench.launcher.locks import hold
+from distbench.launcher.postmortem import explain_fault, positions
 from distbench.report.journal import Summary
 from distbench.report.progress import Progress
 from distbench.utils.process import is_alive

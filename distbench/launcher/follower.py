@@ -14,17 +14,19 @@ import msgspec
 
 from distbench.distributed.heartbeat import Position
 from distbench.errors import Busy, InvalidCase, Unsupported
-from distbench.hang import dump_stacks
-from distbench.job import Job, RankFailure, Spread, clear_ranks, failure_path
-from distbench.locks import hold
-from distbench.nodes.interfaces import check_interfaces
-from distbench.nodes.link import Link, NodeLost
-from distbench.nodes.wire import BEAT_S, Beat, Order, Phase
-from distbench.postmortem import machines, positions
-from distbench.preflight import check_devices
+from distbench.launcher.agent import Agent
+from distbench.launcher.hang import dump_stacks
+from distbench.launcher.job import Job, RankFailure, Spread, clear_ranks, failure_path
+from distbench.launcher.locks import hold
+from distbench.launcher.nodes.client import Link, NodeLost
+from distbench.launcher.nodes.interfaces import check_interfaces
+from distbench.launcher.nodes.protocol import BEAT_S, Beat, Order, Phase
+from distbench.launcher.postmortem import machines, positions
+from distbench.launcher.preflight import check_devices
+from distbench.launcher.supervisor import end
+from distbench.launcher.unused_variables import note_of_launch
+from distbench.launcher.watchdog import Watch, first_exit
 from distbench.report.console import print_note
-from distbench.supervisor import Agent, Watch, end, first_exit
-from distbench.unused_variables import note_of_launch
 from distbench.utils.signals import Interrupted, collect_signals
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.job import Job, clear_ranks, done_path, next_job_path
-from distbench.nodes.hub import Hub
-from distbench.postmortem import Ending
+from distbench.launcher.agent import Agent
+from distbench.launcher.job import Job, clear_ranks, done_path, next_job_path
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.postmortem import Ending
+from distbench.launcher.supervisor import concluded, end, no_rank_left
+from distbench.launcher.watchdog import Watch
 from distbench.report.files import write_atomically
-from distbench.supervisor import Agent, Watch, concluded, end, no_rank_left
 from distbench.utils.signals import Interrupted
 
 _TICK_S = 0.1

@@ -16,8 +16,8 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from distbench.job import Spread
-from distbench.nodes.wire import BACKEND
+from distbench.launcher.job import Spread
+from distbench.launcher.nodes.protocol import BACKEND
 
 
 class OwnStore(RendezvousHandler):

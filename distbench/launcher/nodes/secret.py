@@ -7,7 +7,7 @@ import stat
 from collections.abc import Mapping
 
 from distbench.errors import InvalidCase
-from distbench.nodes.interfaces import is_loopback
+from distbench.launcher.nodes.interfaces import is_loopback
 from distbench.utils.text import one_line
 
 VARIABLE = "DISTBENCH_SECRET"

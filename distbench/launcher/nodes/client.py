@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import msgspec
 
 from distbench.errors import DistbenchError, InvalidCase
-from distbench.job import Spread
-from distbench.nodes.proof import Channel, Tampered, WrongSecret, prove
-from distbench.nodes.secret import VARIABLE
-from distbench.nodes.wire import MOST_ORDER_BYTES, SILENCE_S, Beat, Order
+from distbench.launcher.job import Spread
+from distbench.launcher.nodes.proof import Channel, Tampered, WrongSecret, prove
+from distbench.launcher.nodes.protocol import MOST_ORDER_BYTES, SILENCE_S, Beat, Order
+from distbench.launcher.nodes.secret import VARIABLE
 
 _RETRY_S = 0.5
 

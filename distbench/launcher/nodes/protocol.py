@@ -8,8 +8,8 @@ import msgspec
 
 from distbench.distributed import waits
 from distbench.distributed.heartbeat import Position
-from distbench.job import Job, Machine, RankFailure
-from distbench.postmortem import Exit
+from distbench.launcher.job import Job, Machine, RankFailure
+from distbench.launcher.postmortem import Exit
 
 BACKEND = "distbench"
 """The rendezvous of rendezvous.py in torchrun's registry."""

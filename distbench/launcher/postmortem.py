@@ -10,7 +10,7 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.distributed.heartbeat import Position, is_whole, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
-from distbench.job import Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
+from distbench.launcher.job import Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
 from distbench.verify.records import Judgement, Outcome, Reason
 
 

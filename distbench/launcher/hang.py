@@ -15,8 +15,8 @@ from distbench.case.timeouts import stage_limit
 from distbench.distributed.flight_recorder import from_stacks, late_ranks
 from distbench.distributed.heartbeat import Position
 from distbench.errors import Verdict
-from distbench.job import Job, stack_path
-from distbench.postmortem import Ending
+from distbench.launcher.job import Job, stack_path
+from distbench.launcher.postmortem import Ending
 from distbench.utils.process import STOPPED, is_alive, state
 from distbench.utils.signals import STACKS_SIGNAL
 from distbench.verify.records import Reason

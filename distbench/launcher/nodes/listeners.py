@@ -7,8 +7,8 @@ import socket
 from typing import Any
 
 from distbench.errors import InvalidCase
-from distbench.job import Spread
-from distbench.nodes.interfaces import is_loopback, source_address
+from distbench.launcher.job import Spread
+from distbench.launcher.nodes.interfaces import is_loopback, source_address
 
 _WAITING = 1024
 _TAKEN = (errno.EADDRINUSE, errno.EACCES)

@@ -22,9 +22,12 @@ from distbench.errors import (
     suite_code,
     worst_exit_code,
 )
-from distbench.job import Job
-from distbench.nodes.hub import Hub
-from distbench.postmortem import Ending, machines, outcome_of
+from distbench.launcher.job import Job
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.postmortem import Ending, machines, outcome_of
+from distbench.launcher.resources import prove_room
+from distbench.launcher.supervisor import supervise
+from distbench.launcher.time_budget import Deadline, Pace
 from distbench.report.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
 from distbench.report.bundle.manifest import without_a_bundle, write_manifest
 from distbench.report.document import build_report, rate_report
@@ -42,9 +45,6 @@ from distbench.report.journal import (
 )
 from distbench.report.progress import Progress
 from distbench.report.sink import refusal
-from distbench.room import prove_room
-from distbench.supervisor import supervise
-from distbench.time_budget import Deadline, Pace
 from distbench.utils.signals import Interrupted, collect_signals
 from distbench.verify.records import Outcome
 

@@ -12,13 +12,13 @@ import msgspec
 
 from distbench.distributed.heartbeat import write_position
 from distbench.errors import DistbenchError, Verdict
-from distbench.job import Job, RankFailure, Spread, crumb_path, failure_path, machine_path
-from distbench.nodes.gate import Gate
-from distbench.nodes.listeners import listen
-from distbench.nodes.proof import Channel, Tampered
-from distbench.nodes.refusals import Refusals
-from distbench.nodes.wire import BEAT_S, MOST_BEAT_BYTES, SILENCE_S, Beat, Order, Phase
-from distbench.postmortem import Exit
+from distbench.launcher.job import Job, RankFailure, Spread, crumb_path, failure_path, machine_path
+from distbench.launcher.nodes.gate import Gate
+from distbench.launcher.nodes.listeners import listen
+from distbench.launcher.nodes.proof import Channel, Tampered
+from distbench.launcher.nodes.protocol import BEAT_S, MOST_BEAT_BYTES, SILENCE_S, Beat, Order, Phase
+from distbench.launcher.nodes.refusals import Refusals
+from distbench.launcher.postmortem import Exit
 from distbench.utils.text import one_line
 
 _TICK_S = 0.05

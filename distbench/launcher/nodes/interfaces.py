@@ -1,7 +1,7 @@
 """Network interfaces of gloo and NCCL: those that the variables select, and the one that reaches another node.
 
-For launch scripts `python -m distbench.nodes.interfaces HOST PORT` prints NAME=VALUE for each variable that gloo and
-NCCL should have, and a summary on standard error.
+For launch scripts `python -m distbench.launcher.nodes.interfaces HOST PORT` prints NAME=VALUE for each variable that
+gloo and NCCL should have, and a summary on standard error.
 """
 
 from __future__ import annotations

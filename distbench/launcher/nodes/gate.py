@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from distbench.nodes.proof import ANSWER_BYTES, MAGIC, REFUSED, Channel, WrongSecret, challenge, check_answer
-from distbench.nodes.refusals import Refusals
-from distbench.nodes.wire import SILENCE_S
+from distbench.launcher.nodes.proof import ANSWER_BYTES, MAGIC, REFUSED, Channel, WrongSecret, challenge, check_answer
+from distbench.launcher.nodes.protocol import SILENCE_S
+from distbench.launcher.nodes.refusals import Refusals
 
 MOST_PEERS = 64
 PROOF_S = 5.0

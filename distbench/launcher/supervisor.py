@@ -1,0 +1,100 @@
+"""The process that starts the ranks and watches them: torchrun's own agent, over ranks forked from one interpreter.
+
+torchrun starts every rank as a new interpreter, and each imports torch for itself. Here the agent's start method is
+`forkserver`: one process imports torch once, and the ranks are forked from it. The agent runs in a thread; the main
+thread reads the ranks' breadcrumbs, and handles signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from distbench.case.entry import Entry
+from distbench.errors import LaunchFailed, OutOfTime
+from distbench.launcher.agent import Agent
+from distbench.launcher.job import Job, clear_ranks
+from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.postmortem import Ending, explain_fault
+from distbench.launcher.watchdog import _INTERRUPT_GRACE_S, Watch, _with_hosts, first_exit
+from distbench.utils.signals import Interrupted
+
+_TICK_S = 0.1
+
+
+def supervise(
+    job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], hub: Hub | None = None
+) -> Ending | None:
+    """Run `job` until all its ranks have ended; None if they finished, else the reason.
+
+    `tick` is called about ten times a second, with the case under way. `signals` is the list that `collect_signals`
+    yields. `hub` holds the other nodes.
+
+    Raises:
+        Interrupted: one of ENDING_SIGNALS. No rank is left, as after any exception.
+        ResultsLost: the ranks' files were removed.
+        NodesMissing: not all nodes joined.
+        LaunchFailed: no rank could be started, or a node cannot take part.
+        OutOfTime: the job's deadline has passed; no rank is left.
+        DiskFull: a rank had no room for its results.
+
+    """
+    clear_ranks(Path(job.out))
+    if hub is not None:
+        job = hub.begin(job, signals)
+    agent = Agent(job)
+    agent.store = None if hub is None else hub.store
+    watch = Watch(job, agent, hub)
+    agent.start()
+    with no_rank_left(agent, watch):
+        while agent.is_alive() and not watch.given_up:
+            agent.join(_TICK_S)
+            tick(watch.current)
+            if signals or (hub is not None and hub.refused):
+                raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
+            if job.deadline is not None and job.deadline.left_s < 0:
+                raise OutOfTime(job.deadline.source)
+            watch.look()
+    if hub is not None:
+        end(agent, watch)
+        hub.stop()
+        hub.mirror(job)
+    return concluded(job, agent, watch, hub)
+
+
+@contextlib.contextmanager
+def no_rank_left(agent: Agent, watch: Watch) -> Iterator[None]:
+    """End the ranks when an exception leaves the context."""
+    try:
+        yield
+    except BaseException:
+        end(agent, watch)
+        raise
+
+
+def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> Ending | None:
+    """Why an agent has ended; None if its ranks finished.
+
+    Raises:
+        LaunchFailed, DiskFull: see `supervise`.
+
+    """
+    if watch.ending is not None:
+        return watch.ending
+    if agent.failure:
+        watch.kill()
+        raise LaunchFailed(agent.failure)
+    if agent.finished and watch.elsewhere is None:
+        return None
+    ending = explain_fault(job, first_exit(agent, watch))
+    return ending if hub is None else _with_hosts(ending, hub)
+
+
+def end(agent: Agent, watch: Watch) -> None:
+    """Kill the ranks, including those that are still starting."""
+    deadline = time.monotonic() + _INTERRUPT_GRACE_S
+    while agent.is_alive() and time.monotonic() < deadline:
+        watch.kill()
+        agent.join(_TICK_S)
