@@ -26,7 +26,7 @@ from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import shipped_selector
-from distbench.experts.triton.trial import GRAPH_CALLS, capture, graph_us, make_layer, run, time_us
+from distbench.tools.tune.trial import GRAPH_CALLS, capture, graph_us, make_layer, run, time_us
 from distbench.workload.batch import TokenBatch
 
 EXACT_ROWS = tuple(1 << power for power in range(16))

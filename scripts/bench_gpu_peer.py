@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.experts.triton.trial import LocalExperts
+from distbench.tools.tune.trial import LocalExperts
 from distbench.workload.batch import TokenBatch
 
 

@@ -10,9 +10,9 @@ import argparse
 import math
 import random
 
-from distbench.cluster.faults import Trial
-from distbench.cluster.plan import STEPS, Step, rounds_of
-from distbench.cluster.stragglers import name_stragglers
+from distbench.tools.cluster.attribution import Trial
+from distbench.tools.cluster.plan import STEPS, Step, rounds_of
+from distbench.tools.cluster.stragglers import name_stragglers
 from distbench.verify.records import STAGE_ORDER
 
 KEYS = [f"case {number}" for number in range(24)]

@@ -24,7 +24,7 @@ def probe(command: list[str], what: str | None) -> int:
     """Act as a node that checks whether it sees the results folder."""
     if what == "gone":
         return 255
-    place = command.index("distbench.cluster.probe") + 1
+    place = command.index("distbench.tools.cluster.shared_folder") + 1
     if what == "elsewhere":
         command[place] = f"{command[place]}.elsewhere"
     return subprocess.run(command, check=False).returncode
@@ -34,7 +34,7 @@ def main() -> int:
     """Act as one node of a group; the first of them has rank 0."""
     node, command = sys.argv[1], sys.argv[2:]
     planted = json.loads(os.environ["PLANTED"])
-    if "distbench.cluster.probe" in command:
+    if "distbench.tools.cluster.shared_folder" in command:
         return probe(command, planted.get(node))
     out = Path(command[command.index("--out") + 1])
     group = (out / "nodes.txt").read_text().split()

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distbench.bisect import MAX_TRIALS, Accusation, Result, bisect
 from distbench.commands.numbers import whole
 from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
 from distbench.commands.ranks import alone
 from distbench.commands.tasks import tell_task
 from distbench.launcher.locks import hold
 from distbench.report.console import print_line, print_note, print_table
-from distbench.trials import Lab
+from distbench.tools.bisect import MAX_TRIALS, Accusation, Result, bisect
+from distbench.tools.lab import Lab
 
 
 def add(commands: Any) -> None:

@@ -10,13 +10,6 @@ from typing import Any
 
 from distbench.case.sglang_env import read_environment
 from distbench.case.suite import load_suite, select
-from distbench.cluster import reports
-from distbench.cluster.campaign import Validation, document, validate
-from distbench.cluster.faults import Trial
-from distbench.cluster.host_lists import parse_host_file, parse_hosts
-from distbench.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
-from distbench.cluster.plan import STEPS, Round, Step
-from distbench.cluster.trials import Settings, check_shared, run_round
 from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
 from distbench.commands.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
 from distbench.errors import InvalidCase
@@ -25,6 +18,13 @@ from distbench.launcher.preflight import check_folder, check_path
 from distbench.report.console import print_line, print_note
 from distbench.report.export import write_reports
 from distbench.report.files import write_atomically
+from distbench.tools.cluster import reports
+from distbench.tools.cluster.attribution import Trial
+from distbench.tools.cluster.group_runs import Settings, check_shared, run_round
+from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
+from distbench.tools.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
+from distbench.tools.cluster.plan import STEPS, Round, Step
+from distbench.tools.cluster.validation import Validation, document, validate
 from distbench.utils.signals import collect_signals
 
 _SHOWN_HOSTS = 4

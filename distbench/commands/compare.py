@@ -18,7 +18,7 @@ from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
 
 if TYPE_CHECKING:
-    from distbench.compare.comparison import Detect
+    from distbench.tools.compare.comparison import Detect
 
 Baseline = list[list[Result]]
 _AUTO, _OFF = "auto", "off"
@@ -120,8 +120,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results, json: str = "") -> int:
     try:
-        from distbench.compare.comparison import compare  # noqa: PLC0415 - loads numpy
-        from distbench.compare.words import comparison_lines  # noqa: PLC0415 - likewise
+        from distbench.tools.compare.comparison import compare  # noqa: PLC0415 - loads numpy
+        from distbench.tools.compare.text import comparison_lines  # noqa: PLC0415 - likewise
     except ModuleNotFoundError as error:
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error

@@ -12,12 +12,12 @@ from distbench.case.resolve import Layer, resolve_case
 from distbench.case.sglang_env import read_environment
 from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.options import add_case_options, case_flags
-from distbench.doctor.checks import check_node
-from distbench.doctor.findings import Finding, Path, exit_code
-from distbench.doctor.probe import Node, probe
-from distbench.doctor.vendors import Network
 from distbench.errors import InvalidCase
 from distbench.report.console import print_json, print_line
+from distbench.tools.doctor.checks import check_node
+from distbench.tools.doctor.findings import Finding, Path, exit_code
+from distbench.tools.doctor.probe import Node, probe
+from distbench.tools.doctor.vendors import Network
 
 _KEYS = (
     *("model", "hidden_size", "num_experts", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),

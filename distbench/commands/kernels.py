@@ -23,9 +23,9 @@ from distbench.experts.aiter.package import installed_release, installed_tables
 from distbench.experts.selection.choice import rules_for
 from distbench.experts.selection.lookup import ACTIVATIONS, QUANTS, Lookup
 from distbench.experts.selection.releases import BUCKET_RULES
-from distbench.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
 from distbench.report.console import print_json, print_line, print_table
-from distbench.table_survey import survey_tables, total_of
+from distbench.tools.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
+from distbench.tools.table_survey import survey_tables, total_of
 from distbench.utils.devices import compute_units
 
 _WHERE_FROM = {

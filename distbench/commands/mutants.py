@@ -61,9 +61,9 @@ def add(commands: Any) -> None:
 
 
 def _mutants(options: argparse.Namespace) -> int:
-    from distbench.mutants.outcomes import SHARE, found_in  # noqa: PLC0415 - loads torch, which others do without
-    from distbench.mutants.plan import ARMS, RANKS, SUITE, choose, plan  # noqa: PLC0415
-    from distbench.mutants.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
+    from distbench.tools.mutants.outcomes import SHARE, found_in  # noqa: PLC0415 - loads torch, which others do without
+    from distbench.tools.mutants.plan import ARMS, RANKS, SUITE, choose, plan  # noqa: PLC0415
+    from distbench.tools.mutants.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
 
     only = [name.strip() for name in options.only.split(",") if name.strip()]
     if options.list:

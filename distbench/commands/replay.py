@@ -11,11 +11,11 @@ from distbench.commands.ranks import alone
 from distbench.commands.tasks import tell_task
 from distbench.launcher.locks import hold
 from distbench.launcher.preflight import check_case, check_folder
-from distbench.replay import compare
 from distbench.report.bundle.findings import Finding
 from distbench.report.bundle.read import Bundle, open_bundle, runnable_case
 from distbench.report.console import print_line, print_table
-from distbench.trials import Lab, signature
+from distbench.tools.lab import Lab, signature
+from distbench.tools.replay import compare
 from distbench.workload.version import other_inputs
 
 _SHOWN_RANKS = 8

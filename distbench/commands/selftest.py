@@ -32,7 +32,7 @@ from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.progress import Progress
 
 if TYPE_CHECKING:
-    from distbench.selftest.trials import Plan
+    from distbench.tools.selftest.cases import Plan
 
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
@@ -63,9 +63,9 @@ def add(commands: Any) -> None:
 
 def _selftest(options: argparse.Namespace) -> int:
     from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch, which other commands do without
-    from distbench.selftest.outcomes import outcomes  # noqa: PLC0415
-    from distbench.selftest.table import COLUMNS, cells, closing_lines, markdown, ran  # noqa: PLC0415
-    from distbench.selftest.trials import CLEAN, SUITE, plan  # noqa: PLC0415
+    from distbench.tools.selftest.cases import CLEAN, SUITE, plan  # noqa: PLC0415
+    from distbench.tools.selftest.outcomes import outcomes  # noqa: PLC0415
+    from distbench.tools.selftest.table import COLUMNS, cells, closing_lines, markdown, ran  # noqa: PLC0415
 
     if options.list:
         rows = [(name, kind.stage, (kind.__doc__ or "").strip(), kind.bug) for name, kind in FAULTS.items()]

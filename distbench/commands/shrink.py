@@ -16,8 +16,8 @@ from distbench.commands.tasks import tell_task
 from distbench.launcher.locks import hold
 from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically
-from distbench.shrink import Shrunk, Step, shrink
-from distbench.trials import Lab
+from distbench.tools.lab import Lab
+from distbench.tools.shrink import Shrunk, Step, shrink
 
 _SHRUNK = "shrunk.json"
 

@@ -15,11 +15,11 @@ from distbench.commands.numbers import MOST_RANKS, whole
 from distbench.commands.tasks import tell_task
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.selection.releases import padded_rows
-from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import Table, encode_table, load_table
 from distbench.report.console import print_line
 from distbench.report.files import write_atomically
+from distbench.tools.tune.candidates import families
 from distbench.utils.process import usable_cores
 
 _BUCKETS = ",".join(str(1 << power) for power in range(16))
@@ -80,8 +80,8 @@ def _refuse_other_modes(table: Table, path: Path, stage2: str) -> None:
 
 
 def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse.Namespace, path: Path) -> Table:
-    from distbench.experts.triton.compilers import compile_all  # noqa: PLC0415 - loads torch
-    from distbench.experts.triton.tuner import Tuner  # noqa: PLC0415
+    from distbench.tools.tune.compilers import compile_all  # noqa: PLC0415 - loads torch
+    from distbench.tools.tune.tuner import Tuner  # noqa: PLC0415
 
     tried = {bucket: families(shape, bucket, options.stage2) for bucket in buckets}
     _note(f"compiling the candidates of {len(buckets)} buckets")

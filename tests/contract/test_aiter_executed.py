@@ -28,8 +28,8 @@ from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import STAND_IN, load_package
 from distbench.experts.selection.heuristics import LayerKey
 from distbench.experts.selection.releases import rules_for
-from distbench.kernel_map import make_table_selector
 from distbench.pipeline.inputs import workload_for
+from distbench.tools.kernel_map import make_table_selector
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks, quantize_weight_blocks, saturated
 from tests.cases import tiny_case
 from tests.contract.wheels import aiter_wheel, lifted, tree

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distbench.experts.selection.releases import CURRENT, rules_for
-from distbench.table_survey import survey_tables
+from distbench.tools.table_survey import survey_tables
 from tests.contract.wheels import aiter_wheel
 
 VERSION = "0.1.7.post2.dev18"

@@ -9,7 +9,6 @@ from typing import cast
 
 import pytest
 
-from distbench.bisect import Blame, bisect
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
 from distbench.distributed.session import Session
@@ -18,8 +17,9 @@ from distbench.pipeline.run_case import run_case
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.schema import Report
-from distbench.shrink import shrink
-from distbench.trials import Lab, signature
+from distbench.tools.bisect import Blame, bisect
+from distbench.tools.lab import Lab, signature
+from distbench.tools.shrink import shrink
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks

@@ -15,7 +15,7 @@ from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.pipeline.run_case import run_case
-from distbench.selftest.trials import DEAD, random_keys
+from distbench.tools.selftest.cases import DEAD, random_keys
 from distbench.verify.records import LISTED_TOKENS, STAGE_ORDER, Diagnosis, Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks

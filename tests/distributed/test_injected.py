@@ -13,8 +13,8 @@ from distbench.report.console import verdict_line
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.schema import Report
-from distbench.selftest.outcomes import result_of
-from distbench.selftest.trials import DEAD, Trial, trials
+from distbench.tools.selftest.cases import DEAD, Trial, trials
+from distbench.tools.selftest.outcomes import result_of
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks

@@ -11,11 +11,11 @@ from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.faults.mutants import CLASSES, CORPUS
 from distbench.faults.mutants.corpus import SPARSE
-from distbench.mutants.plan import NUMERICS, RANKS, plan
 from distbench.pipeline.run_case import run_case
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.schema import Report
+from distbench.tools.mutants.plan import NUMERICS, RANKS, plan
 from distbench.verify.records import Outcome
 from tests.distributed.mutant_runs import Touch, touches_of
 from tests.ranks import on_ranks

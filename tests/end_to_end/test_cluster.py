@@ -17,8 +17,8 @@ from lxml import etree
 from prometheus_client.parser import text_string_to_metric_families as parse_metrics
 
 from distbench.cli import main
-from distbench.cluster import processes, trials
 from distbench.report.export import FILES
+from distbench.tools.cluster import group_runs, processes
 from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, wait_until, write_suite
 
 FAKE = json.dumps([sys.executable, str(ROOT / "tests" / "fake_node.py"), "{host}"])
@@ -92,7 +92,7 @@ def test_verdict_of_a_group_is_awaited_unless_the_group_lost_a_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first process of a group to fail is not always the one that writes the group's verdict."""
-    monkeypatch.setattr(trials, "_PARTING_S", 4.0)
+    monkeypatch.setattr(group_runs, "_PARTING_S", 4.0)
     started = time.monotonic()
     code, document = validate(tmp_path, monkeypatch, "a,b", {"a+b": "late CORRUPT"}, "--plan", "pairs")
     assert (code, [trial["verdict"] for trial in document["trials"]]) == (1, ["CORRUPT"])
@@ -172,7 +172,9 @@ def test_every_report_format_names_the_groups_and_the_findings(tmp_path: Path, m
     assert {"a", "b", "c", "a+b", "a+c", "b+c", "a+b+c", "link a c"} < cases.keys()
     assert {name for name, case in cases.items() if case.find("failure") is not None} == {"a+c", "a+b+c", "link a c"}
     assert "CORRUPT" in cases["a+c"].find("failure").get("message")
-    assert {str(case.get("classname")).rpartition(".")[0] for case in cases.values()} == {"distbench.cluster.smoke"}
+    assert {str(case.get("classname")).rpartition(".")[0] for case in cases.values()} == {
+        "distbench.tools.cluster.smoke"
+    }
     assert cases["slow nodes"].find("skipped") is not None
     families = {family.name: family for family in parse_metrics((tmp_path / "results.prom").read_text())}
     groups = {

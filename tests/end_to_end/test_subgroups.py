@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distbench.errors import Verdict
-from distbench.trials import Lab
+from distbench.tools.lab import Lab
 from distbench.utils.devices import count_devices
 from distbench.utils.signals import collect_signals
 from tests.cases import tiny_case

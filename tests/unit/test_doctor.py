@@ -12,12 +12,12 @@ import pytest
 
 from distbench.cli import main
 from distbench.commands import doctor as command
-from distbench.doctor.checks import check_node
-from distbench.doctor.findings import PATHS, exit_code
-from distbench.doctor.probe import Node, held_locks, probe
-from distbench.doctor.vendors import Network
 from distbench.launcher import locks
 from distbench.launcher.locks import hold
+from distbench.tools.doctor.checks import check_node
+from distbench.tools.doctor.findings import PATHS, exit_code
+from distbench.tools.doctor.probe import Node, held_locks, probe
+from distbench.tools.doctor.vendors import Network
 from distbench.transport.mori.config import heap_size, plan_mori
 from tests.cases import tiny_case
 

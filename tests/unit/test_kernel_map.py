@@ -22,7 +22,7 @@ from distbench.experts.aiter.package import installed_tables
 from distbench.experts.selection.choice import KernelSelector, LayerKey
 from distbench.experts.selection.lookup import QUANTS, Lookup
 from distbench.experts.selection.releases import BUCKET_RULES
-from distbench.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
+from distbench.tools.kernel_map import effect_of, limit_effects, make_table_selector, map_kernels
 from distbench.utils import devices
 
 LAYER = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048, cu_count=256)

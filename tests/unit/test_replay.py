@@ -6,8 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from distbench.errors import Verdict
-from distbench.replay import compare
 from distbench.report.schema import RankReport, Report
+from distbench.tools.replay import compare
 from distbench.verify.records import Divergence, Reason
 from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case

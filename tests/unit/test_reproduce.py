@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from distbench.bisect import Blame, bisect
 from distbench.case.spec import Case, case_hash
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.limit import LimitReport
 from distbench.report.schema import Report
-from distbench.shrink import Step, shrink
-from distbench.trials import Lab, signature
+from distbench.tools.bisect import Blame, bisect
+from distbench.tools.lab import Lab, signature
+from distbench.tools.shrink import Step, shrink
 from distbench.verify.records import SEVERAL, Diagnosis
 from tests.cases import tiny_case
 from tests.reports import report_of

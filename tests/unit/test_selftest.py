@@ -10,9 +10,9 @@ from distbench.case.resolve import FLAGS, Layer
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.report.schema import InjectedReport, Report
-from distbench.selftest.outcomes import Outcomes, is_clean, result_of
-from distbench.selftest.table import closing_lines
-from distbench.selftest.trials import DEAD, Trial, plan
+from distbench.tools.selftest.cases import DEAD, Trial, plan
+from distbench.tools.selftest.outcomes import Outcomes, is_clean, result_of
+from distbench.tools.selftest.table import closing_lines
 from distbench.verify.records import Diagnosis, Reason
 from tests.reports import report_of
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from distbench.cli import main
-from distbench.cluster.host_lists import parse_host_file, parse_hosts
 from distbench.errors import InvalidCase
+from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
 
 
 @pytest.mark.parametrize(

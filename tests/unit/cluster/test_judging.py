@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.cluster.faults import Finding, Trial, name_faults
-from distbench.cluster.plan import STEPS, Step, rounds_of
-from distbench.cluster.stragglers import LEAST_SLOWDOWN, name_stragglers, not_judged
+from distbench.tools.cluster.attribution import Finding, Trial, name_faults
+from distbench.tools.cluster.plan import STEPS, Step, rounds_of
+from distbench.tools.cluster.stragglers import LEAST_SLOWDOWN, name_stragglers, not_judged
 from distbench.verify.records import STAGE_ORDER
 
 KEYS = [f"case {number}" for number in range(8)]

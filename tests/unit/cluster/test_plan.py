@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 
-from distbench.cluster.plan import pair_rounds, rounds_of
+from distbench.tools.cluster.plan import pair_rounds, rounds_of
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 8, 9, 64, 129])

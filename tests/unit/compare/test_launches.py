@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distbench.compare.launches import judge_launches
-from distbench.compare.noise import ALPHA, POWER, Pair, judge_change
+from distbench.tools.compare.launches import judge_launches
+from distbench.tools.compare.noise import ALPHA, POWER, Pair, judge_change
 
 TRIALS = 150
 CASES = 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.compare.noise import ALPHA, POWER, Pair, Samples, judge_change, readable
+from distbench.tools.compare.noise import ALPHA, POWER, Pair, Samples, judge_change, readable
 
 TRIALS = 300
 Noise = Callable[[np.random.Generator, int], Samples]

@@ -15,7 +15,7 @@ from torch import Tensor
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, Tile
 from distbench.experts.triton.launch import Rows, Weights, sort
-from distbench.experts.triton.trial import LocalExperts
+from distbench.tools.tune.trial import LocalExperts
 from distbench.workload.batch import TokenBatch
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import make_workload

@@ -17,7 +17,6 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton import adapter, table
-from distbench.experts.triton.candidates import families
 from distbench.experts.triton.config import (
     ConfigSelector,
     KernelConfig,
@@ -29,6 +28,7 @@ from distbench.experts.triton.config import (
 )
 from distbench.experts.triton.table import Table, encode_table, load_table, selector_for, shape_of, shipped_selector
 from distbench.launcher.preflight import check_case
+from distbench.tools.tune.candidates import families
 from distbench.workload.exact import dense_weights
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.quantize import quantize_weight_blocks

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, LayerShape, heuristic
-from distbench.experts.triton.trial import Layer, make_layer, run
+from distbench.tools.tune.trial import Layer, make_layer, run
 from distbench.workload.batch import TokenBatch
 
 pytestmark = pytest.mark.gpu

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from distbench import cli
 from distbench.errors import DistbenchError, Unsupported
-from distbench.experts.triton import compilers, trial, tuner
-from distbench.experts.triton.candidates import Family, First
 from distbench.experts.triton.config import KernelConfig, LayerShape, TableRow, Tile
 from distbench.experts.triton.table import Table, encode_table, load_table
-from distbench.experts.triton.trial import LocalExperts
-from distbench.experts.triton.tuner import Tuner
+from distbench.tools.tune import compilers, trial, tuner
+from distbench.tools.tune.candidates import Family, First
+from distbench.tools.tune.trial import LocalExperts
+from distbench.tools.tune.tuner import Tuner
 from distbench.workload.batch import TokenBatch
 
 SHAPE = LayerShape(num_experts=16, num_local_experts=4, hidden_size=256, intermediate_size=128, topk=4)

@@ -14,10 +14,10 @@ from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.fault import unfit
 from distbench.faults.mutants.rules import RULES
 from distbench.launcher.preflight import check_case
-from distbench.mutants.outcomes import Found, found_in
-from distbench.mutants.plan import Plan, plan
-from distbench.mutants.table import cells, closing_lines, markdown, rules_table
 from distbench.report.schema import InjectedReport
+from distbench.tools.mutants.outcomes import Found, found_in
+from distbench.tools.mutants.plan import Plan, plan
+from distbench.tools.mutants.table import cells, closing_lines, markdown, rules_table
 from tests.cases import tiny_case
 from tests.reports import report_of
 

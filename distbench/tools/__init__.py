@@ -1,0 +1,1 @@
+"""Work over many cases: bisect, shrink, replay, compare, self-test, mutants, cluster validation."""

@@ -1,0 +1,60 @@
+"""Variation between launches of the same configuration, and whether a new launch lies outside it.
+
+Samples of one launch share its placement, clocks and neighbours, so their noise does not predict another launch's. The
+level of a launch is the median over cases of log(its median time / the mean of the old launches' median times). Whether
+a new level belongs to the old ones is tested by Student's t with k - 1 degrees of freedom: the level against the
+standard deviation of the k old ones, times sqrt(1 + 1 / k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from distbench.tools.compare.noise import PLANNED_POWER, Change, Pair, Samples, judge_change
+from distbench.utils.stats import student_quantile, student_tail
+
+LEAST_LAUNCHES = 3
+"""Least number of old launches that shows their variation; one launch is compared by its own noise alone."""
+
+_WIDEST = 1e6
+
+
+def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
+    """Change of new samples against those of several old launches, in cases that are expected to change alike.
+
+    Slower means more than both the noise within launches and the variation between them explain.
+    """
+    within = judge_change(pairs, alpha)
+    levels = _levels(pairs)
+    new, old = float(levels[-1]), levels[:-1]
+    deviation = float(np.std(old, ddof=1)) * math.sqrt(1 + 1 / old.size)
+    freedom = old.size - 1
+    far = new / deviation if deviation else math.copysign(_WIDEST, new)
+    p_slower, p_faster = student_tail(far, freedom), student_tail(-far, freedom)
+    needed = (student_quantile(alpha, freedom) + student_quantile(1 - PLANNED_POWER, freedom)) * deviation
+    detectable = None if within.detectable is None else max(within.detectable, _as_share(needed))
+    return msgspec.structs.replace(
+        within,
+        change=math.expm1(new),
+        detectable=detectable,
+        p_slower=max(within.p_slower, p_slower),
+        slower=within.slower and p_slower < alpha,
+        faster=within.faster and p_faster < alpha,
+        between=_as_share(float(np.std(old, ddof=1))),
+    )
+
+
+def _levels(pairs: Sequence[Pair]) -> Samples:
+    """Level of each old launch, and last that of the new one."""
+    medians = np.log([[float(np.median(series)) for series in (*pair.old, pair.new)] for pair in pairs])
+    levels: Samples = np.median(medians - medians[:, :-1].mean(axis=1, keepdims=True), axis=0)
+    levels -= levels[:-1].mean()
+    return levels
+
+
+def _as_share(log_ratio: float) -> float:
+    return math.expm1(min(log_ratio, math.log(_WIDEST)))

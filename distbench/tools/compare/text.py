@@ -1,0 +1,123 @@
+"""A comparison as text for a person, the worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from distbench.tools.compare.comparison import ALL_CASES, Comparison, Key, TimeFinding
+from distbench.tools.compare.launches import LEAST_LAUNCHES
+from distbench.tools.compare.noise import ALPHA, LEAST_SAMPLES, POWER
+
+_SHOWN = 50
+_SHOWN_VALUES = 8
+_WORST_FIRST = (
+    "regressed",
+    "new failure",
+    "absent",
+    "another case",
+    "time absent",
+    "no result",
+    "still failing",
+    "fixed",
+)
+
+
+def comparison_lines(comparison: Comparison) -> Iterator[str]:
+    """Yield the lines: the environment, undetectable changes, cases, stages, single cases, the result."""
+    yield from _environment(comparison)
+    yield from _limits(comparison)
+    cases = sorted(comparison.cases, key=lambda found: _WORST_FIRST.index(found.kind))
+    for found in cases[:_SHOWN]:
+        verdicts = " → ".join(filter(None, (found.old, found.new)))
+        yield f"{found.kind:<14} {found.name}: {verdicts}{': ' if found.message else ''}{found.message}"
+    if len(cases) > _SHOWN:
+        yield f"and {len(cases) - _SHOWN} cases more"
+    for time in sorted(comparison.times, key=lambda one: one.case != ALL_CASES):
+        yield _time_line(time, comparison.unjudged, suspect=(time.arm, time.stage, time.case) in comparison.suspect)
+    told = [f"{comparison.pairs} cases compared"]
+    told += [f"{len(comparison.unjudged)} arms and stages not judged"] if comparison.unjudged else []
+    told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []
+    yield f"exit {comparison.exit_code}: {', '.join(told)}"
+
+
+def _environment(comparison: Comparison) -> Iterator[str]:
+    for found in comparison.environment[:_SHOWN]:
+        old, new = (_short(values) for values in (found.old, found.new))
+        yield f"environment    {found.what}: {old} → {new}"
+    if len(comparison.environment) > _SHOWN:
+        yield f"and {len(comparison.environment) - _SHOWN} differences of the environment more"
+
+
+def _short(values: Sequence[str]) -> str:
+    more = f" and {len(values) - _SHOWN_VALUES} more" if len(values) > _SHOWN_VALUES else ""
+    return ", ".join(values[:_SHOWN_VALUES]) + more or "none"
+
+
+def _limits(comparison: Comparison) -> Iterator[str]:
+    """Yield the changes that the comparison could not have detected, the worst first."""
+    if comparison.untimed:
+        yield (
+            f"no times compared: no arm and stage has {LEAST_SAMPLES} samples on each side in a case that ended the "
+            "same way; run both with --iterations, or give --verdicts-only"
+        )
+    if comparison.unjudged:
+        yield (
+            f"not judged: {_named(comparison.unjudged)}: too few samples ({LEAST_SAMPLES} of each), or too much noise: "
+            "not even a tenfold slowdown would have been detected"
+        )
+    if comparison.suspect:
+        names = ", ".join(f"{arm}/{stage} in {case or 'all cases'}" for arm, stage, case in comparison.suspect[:_SHOWN])
+        yield f"suspect: far slower, but too few samples or too much noise to call it so: {names}; run both again"
+    if comparison.coarse:
+        yield (
+            f"too much noise to find as little as --detect {comparison.detect:g}: {_named(comparison.coarse)}; take "
+            "more samples, or ask for less"
+        )
+    if comparison.left_out:
+        counts = ", ".join(f"{name} in {count} cases" for name, count in comparison.left_out.items())
+        yield f"left out for too few samples ({LEAST_SAMPLES} of each launch): {counts}"
+    if not comparison.times:
+        return
+    yield from _least_found(comparison)
+    yield f"slower: the noise alone would show as much with a chance of {ALPHA:.0%} or less, all stages together"
+    if comparison.launches == 1:
+        yield (
+            "noise: within launches only; two launches of the same thing differ by more, which one OLD cannot tell: "
+            f"give at least {LEAST_LAUNCHES}"
+        )
+    else:
+        yield f"noise: between the {comparison.launches} launches of OLD, and within launches"
+
+
+def _least_found(comparison: Comparison) -> Iterator[str]:
+    known = [one for one in comparison.times if one.case == ALL_CASES and one.change.detectable is not None]
+    if known:
+        worst = max(known, key=lambda one: one.change.detectable or 0)
+        yield (
+            f"slowdowns below {worst.change.detectable or 0:+.1%} may go unnoticed: {worst.arm}/{worst.stage}, the "
+            "noisiest of those judged over all cases"
+        )
+
+
+def _named(keys: Sequence[Key]) -> str:
+    return ", ".join("/".join(key) for key in keys)
+
+
+def _time_line(time: TimeFinding, unjudged: Sequence[Key], *, suspect: bool) -> str:
+    change = time.change
+    if change.slower or change.faster:
+        word = "slower" if change.slower else "faster"
+    elif suspect:
+        word = "suspect"
+    else:
+        word = "not judged" if (time.arm, time.stage) in unjudged else "same"
+    summed = f" summed over {time.cases} cases" if time.cases > 1 else ""
+    found = f"{time.old_us:.1f} → {time.new_us:.1f} µs{summed}, {change.change:+.1%}"
+    if change.detectable is None:
+        bound = "no change of any size could have been found"
+    else:
+        bound = f"{POWER:.0%} of slowdowns of {change.detectable:+.1%} would have been found"
+    if change.between is not None:
+        bound += f", launches lie {change.between:.1%} apart"
+    samples = " and ".join(map(str, change.samples))
+    return f"{word:<14} {time.arm}/{time.stage}, {time.case or 'all cases'}: {found}; {bound} ({samples} samples)"

@@ -1,0 +1,1 @@
+"""Tuning of the Triton experts: candidates, trials, tables."""
