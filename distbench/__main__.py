@@ -21,7 +21,7 @@ def main() -> None:
     if not started_by_torchrun:
         leave_by_signals()
     try:
-        from distbench.cli import main as run_command  # noqa: PLC0415 - see above
+        from distbench.cli.main import main as run_command  # noqa: PLC0415 - see above
 
         if not started_by_torchrun:
             raise_signals()

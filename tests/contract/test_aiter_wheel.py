@@ -18,7 +18,7 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.experts.selection import heuristics
 from distbench.experts.selection.choice import (

@@ -16,7 +16,7 @@ import pytest
 from lxml import etree
 from prometheus_client.parser import text_string_to_metric_families as parse_metrics
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.report.export import FILES
 from distbench.tools.cluster import group_runs, processes
 from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, wait_until, write_suite

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distbench.commands.sweep import sweep_limits
+from distbench.cli.sweep import sweep_limits
 from tests.cases import tiny_case
 from tests.end_to_end.launches import Bench
 

@@ -13,8 +13,8 @@ import pytest
 
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
-from distbench.cli import main
-from distbench.commands import options
+from distbench.cli import options
+from distbench.cli.main import main
 from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.launcher import campaign
 from distbench.launcher.campaign import Campaign, Rules

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from distbench.case.entry import Entry
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.distributed.heartbeat import Breadcrumbs
 from distbench.launcher.job import Job, clear_ranks, crumb_path, job_path
 from distbench.report.journal import JournalReader

@@ -14,7 +14,7 @@ import yaml
 
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.suite import load_suite
-from distbench.cli import _parser
+from distbench.cli.main import _parser
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench.cli import main
-from distbench.commands import doctor as command
+from distbench.cli import doctor as command
+from distbench.cli.main import main
 from distbench.launcher import locks
 from distbench.launcher.locks import hold
 from distbench.tools.doctor.checks import check_node

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.report.bundle.analysis import analyse
 from distbench.report.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_HEADER_BYTES, MAX_PART_BYTES, REPORT, part_name

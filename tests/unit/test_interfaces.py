@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from distbench.cli import main
-from distbench.commands import ranks
+from distbench.cli import torchrun_rank
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.launcher.job import Job
 from distbench.launcher.nodes.interfaces import (
@@ -122,8 +122,8 @@ def test_ranks_that_torchrun_started_on_one_node_keep_to_loopback(
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)  # and again after the test
-    monkeypatch.setattr(ranks, "_all_held", lambda *_, **__: nullcontext())
-    with ranks.hold_as_rank(Job(entries=(), out="", supervised=False), 0.0):
+    monkeypatch.setattr(torchrun_rank, "_all_held", lambda *_, **__: nullcontext())
+    with torchrun_rank.hold_as_rank(Job(entries=(), out="", supervised=False), 0.0):
         assert [os.environ.get(name) for name in VARIABLES] == [chosen] * len(VARIABLES)
 
 

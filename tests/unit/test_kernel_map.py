@@ -16,7 +16,7 @@ import pytest
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.sglang_env import read_environment
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import installed_tables
 from distbench.experts.selection.choice import KernelSelector, LayerKey
@@ -311,7 +311,7 @@ def test_broken_pipe_other_than_standard_output_is_an_error(monkeypatch: pytest.
     def broken(*_: object) -> None:
         raise BrokenPipeError
 
-    monkeypatch.setattr("distbench.commands.presets.print_table", broken)
+    monkeypatch.setattr("distbench.cli.presets.print_table", broken)
     with pytest.raises(BrokenPipeError):
         main(["presets"])
 

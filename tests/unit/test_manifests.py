@@ -14,8 +14,8 @@ import yaml
 from dockerfile_parse.parser import DockerfileParser
 
 from distbench.case.suite import load_suite
-from distbench.cli import _parser
-from distbench.commands.options import case_flags
+from distbench.cli.main import _parser
+from distbench.cli.options import case_flags
 from distbench.errors import Unsupported
 from distbench.launcher.preflight import check_devices
 from distbench.report.environment import IMAGE

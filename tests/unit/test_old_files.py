@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.suite import load_suite
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.bundle.analysis import analyse
 from distbench.report.bundle.layout import MANIFEST, REPORT, part_name

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from distbench import cli
 from distbench.case.entry import Entry
-from distbench.commands import options
+from distbench.cli import main, options
 from distbench.errors import InvalidCase, Unsupported
 from distbench.launcher import preflight
 from distbench.launcher.memory import available_bytes, check_device_memory, check_memory, device_bytes, memory_bytes
@@ -174,7 +173,7 @@ def test_run_without_enough_device_memory_is_refused_before_a_rank_starts(
 ) -> None:
     monkeypatch.setattr(preflight, "count_devices", lambda: 2)
     monkeypatch.setattr(preflight, "free_device_bytes", lambda _: 1000)
-    assert cli.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
+    assert main.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
     assert "1000 are free on the fullest of cuda:0, cuda:1" in capsys.readouterr().err
 
 
@@ -206,7 +205,7 @@ def test_command_without_enough_host_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(preflight, "available_bytes", lambda: 1000)
-    assert cli.main([*command, "--nproc=2", f"--out={tmp_path}"]) == 77
+    assert main.main([*command, "--nproc=2", f"--out={tmp_path}"]) == 77
     assert re.search(r"^distbench: UNSUPPORTED: memory: case \S.* needs about \d+ bytes", capsys.readouterr().err)
 
 
@@ -219,10 +218,10 @@ def test_command_without_a_writable_folder_or_disk_is_refused_before_a_rank_star
     command: tuple[str, ...],
 ) -> None:
     (tmp_path / "file").touch()
-    assert cli.main([*command, "--nproc=2", f"--out={tmp_path}/file"]) == 2
+    assert main.main([*command, "--nproc=2", f"--out={tmp_path}/file"]) == 2
     assert "cannot be written" in capsys.readouterr().err
     free_disk(0)
-    assert cli.main([*command, "--nproc=2", f"--out={tmp_path}/out"]) == 2
+    assert main.main([*command, "--nproc=2", f"--out={tmp_path}/out"]) == 2
     assert "0 bytes are free" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.report.results import Results
 from tests.results import result, write_results

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from distbench import cli
-from distbench.commands import options
+from distbench.cli import main, options
 from distbench.errors import LaunchFailed, Unsupported
 from distbench.launcher import resources
 from distbench.launcher.resources import allow_open_files, check_shared_memory, report_bytes
@@ -66,7 +65,7 @@ def test_run_without_shared_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resources, "_free_bytes", lambda: 4096)
-    assert cli.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
+    assert main.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
     assert "distbench: UNSUPPORTED: shared memory: 2 ranks meet at semaphores" in capsys.readouterr().err
 
 
@@ -107,7 +106,7 @@ def test_suite_with_too_low_a_file_limit_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (48, 48))
-    assert cli.main(["suite", "smoke", "--nproc=8", f"--out={tmp_path}"]) == 3
+    assert main.main(["suite", "smoke", "--nproc=8", f"--out={tmp_path}"]) == 3
     assert capsys.readouterr().err == (
         "distbench: LAUNCH_FAILED: open files: 8 ranks here take about 88, 48 are allowed; ulimit -Hn 88\n"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.launcher.nodes.secret import VARIABLE, read_secret
 

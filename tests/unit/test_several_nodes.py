@@ -12,10 +12,10 @@ import pytest
 from lxml import etree
 
 from distbench.case.entry import Entry
-from distbench.cli import _parser, main
-from distbench.commands import options as commands
-from distbench.commands.nodes import spread_of
-from distbench.commands.options import exported
+from distbench.cli import options as commands
+from distbench.cli.launching import exported
+from distbench.cli.main import _parser, main
+from distbench.cli.multi_node import spread_of
 from distbench.errors import InvalidCase, Unsupported
 from distbench.launcher.job import Job, Machine, Spread, ranks_folder
 from distbench.launcher.nodes.client import Link

@@ -12,8 +12,8 @@ import pytest
 
 from distbench.case.suite import load_suite, select
 from distbench.case.suite_file import builtin_suites
-from distbench.cli import _parser
-from distbench.commands.options import case_flags
+from distbench.cli.main import _parser
+from distbench.cli.options import case_flags
 from tests.hosts import ROOT
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"

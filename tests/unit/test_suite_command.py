@@ -15,12 +15,12 @@ import pytest
 
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
-from distbench.cli import main
-from distbench.commands import options
-from distbench.commands import ranks as rank_command
-from distbench.commands import run as run_command
-from distbench.commands import suite as suite_command
-from distbench.commands import sweep as sweep_command
+from distbench.cli import options
+from distbench.cli import run as run_command
+from distbench.cli import suite as suite_command
+from distbench.cli import sweep as sweep_command
+from distbench.cli import torchrun_rank as rank_command
+from distbench.cli.main import main
 from distbench.errors import Verdict
 from distbench.launcher import campaign, preflight
 from distbench.launcher.job import Job

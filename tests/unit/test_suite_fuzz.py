@@ -24,7 +24,7 @@ from distbench.case.resolve import Layer, load_case_file, resolve_case
 from distbench.case.spec import Case
 from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import CASE_KEYS, builtin_suites
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.report.journal import Summary
 
@@ -208,9 +208,9 @@ def told(*arguments: str) -> tuple[int, str]:
     """Exit code and standard error of a command that starts no ranks."""
     said = io.StringIO()
     with (
-        patch("distbench.commands.suite.campaign", return_value=Summary()),
-        patch("distbench.commands.suite.print_summary"),
-        patch("distbench.commands.run.campaign", side_effect=Unsupported("a valid case")),
+        patch("distbench.cli.suite.campaign", return_value=Summary()),
+        patch("distbench.cli.suite.print_summary"),
+        patch("distbench.cli.run.campaign", side_effect=Unsupported("a valid case")),
         contextlib.redirect_stderr(said),
     ):
         return main(arguments), said.getvalue()

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from distbench.cli import main
-from distbench.commands.tasks import refuse_tasks, tell_task
+from distbench.cli.launcher_tasks import refuse_tasks, tell_task
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
@@ -109,7 +109,7 @@ def test_single_node_command_started_as_a_launcher_task_prints_a_note(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
-    module = importlib.import_module(f"distbench.commands.{command}")
+    module = importlib.import_module(f"distbench.cli.{command}")
     for name in ("check_launch", "one_case", "runnable_case", "_shape"):  # what comes next
         monkeypatch.setattr(module, name, stop, raising=False)
     monkeypatch.setattr(module, "open_bundle", Mock(), raising=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.report import console
 from distbench.report.files import write_report
 from distbench.report.journal import Journal, JournalReader, Summary

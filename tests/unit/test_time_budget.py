@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distbench.case.entry import Entry
-from distbench.commands.numbers import duration
+from distbench.cli.argument_types import duration
 from distbench.errors import OutOfTime
 from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.job import Job

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from tests.results import result, timing, write_results
 
 EXPECTED: dict[str, Any] = {"as_expected": True, "expect": "UNDER_LIMIT"}

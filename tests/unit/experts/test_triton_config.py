@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench import cli
 from distbench.case.presets import PRESETS
+from distbench.cli import main
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_experts
 from distbench.experts.selection.releases import padded_rows
@@ -232,13 +232,13 @@ def test_triton_experts_without_triton_name_the_package_to_install() -> None:
 def test_tune_refuses_invalid_arguments(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["tune", *arguments]) == 2
+    assert main.main(["tune", *arguments]) == 2
     assert complaint in capsys.readouterr().err
 
 
 def test_tune_without_a_gpu_is_unsupported(capsys: pytest.CaptureFixture[str]) -> None:
     with patch.object(torch.cuda, "is_available", return_value=False):
-        assert cli.main(["tune"]) == 77
+        assert main.main(["tune"]) == 77
     assert "no GPU" in capsys.readouterr().err
 
 

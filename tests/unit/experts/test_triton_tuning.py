@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench import cli
+from distbench.cli import main
 from distbench.errors import DistbenchError, Unsupported
 from distbench.experts.triton.config import KernelConfig, LayerShape, TableRow, Tile
 from distbench.experts.triton.table import Table, encode_table, load_table
@@ -130,7 +130,7 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr(FakeTuner, "stop", 0)
 
     def call(*flags: str) -> int:
-        return cli.main(["tune", "--model=tiny", "--ep-size=4", f"--table={tmp_path / 'table.json'}", *flags])
+        return main.main(["tune", "--model=tiny", "--ep-size=4", f"--table={tmp_path / 'table.json'}", *flags])
 
     return call
 

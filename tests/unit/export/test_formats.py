@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
 
 from distbench.case.stages import ARMS
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.export import FILES, load_writers, parse_targets, write_reports
 from distbench.report.export.markdown import escape

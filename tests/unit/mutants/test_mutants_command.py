@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from distbench.cli import main
+from distbench.cli.main import main
 from distbench.errors import InvalidCase, Verdict
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.fault import unfit

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from distbench.commands.options import add_case_options, add_folder, case_flags, prepare_ranks
-from distbench.commands.ranks import alone
-from distbench.commands.tasks import tell_task
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.launching import prepare_ranks
+from distbench.cli.options import add_case_options, add_folder, case_flags
+from distbench.cli.torchrun_rank import alone
 from distbench.launcher.locks import hold
 from distbench.launcher.preflight import check_case, check_folder
 from distbench.report.bundle.findings import Finding

@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
-from distbench.commands.ranks import world_size
-from distbench.commands.tasks import refuse_tasks
+from distbench.cli.argument_types import LEAST_SECONDS, MOST_RANKS, seconds, whole
+from distbench.cli.launcher_tasks import refuse_tasks
+from distbench.cli.torchrun_rank import world_size
 from distbench.errors import InvalidCase, Verdict
 from distbench.launcher.job import Spread
 from distbench.launcher.nodes.leader import Hub

@@ -10,8 +10,8 @@ import msgspec
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.sglang_env import read_environment
-from distbench.commands.numbers import MOST_RANKS, whole
-from distbench.commands.options import add_case_options, case_flags
+from distbench.cli.argument_types import MOST_RANKS, whole
+from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
 from distbench.report.console import print_json, print_line
 from distbench.tools.doctor.checks import check_node

@@ -14,18 +14,10 @@ from distbench.case.limits import parse_limit
 from distbench.case.resolve import Layer, load_case_file, resolve_case
 from distbench.case.sglang_env import read_environment
 from distbench.case.spec import Case, case_hash
-from distbench.commands.options import (
-    add_case_options,
-    add_launch,
-    campaign,
-    case_flags,
-    check_bundle,
-    check_launch,
-    num_ranks,
-    warnings,
-)
-from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
-from distbench.commands.tasks import tell_task
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.launching import campaign, check_launch, warnings
+from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle, num_ranks
+from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.experts.selection.choice import CURRENT, rules_for
 from distbench.experts.selection.releases import BucketRules, padded_rows
 from distbench.launcher.job import Job

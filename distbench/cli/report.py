@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from distbench.commands.options import add_report, report_writers
+from distbench.cli.options import add_report, report_writers
 from distbench.report.console import print_line, print_note
 from distbench.report.export import STANDARD_OUTPUT, write_reports
 from distbench.report.results import Results

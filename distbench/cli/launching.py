@@ -1,4 +1,4 @@
-"""Common parts of the commands that run cases: options, number of ranks, campaign."""
+"""Steps that every command which starts ranks shares."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import argparse
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_KERNEL, expected_verdict
-from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.sglang_env import near_misses
-from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
+from distbench.case.spec import Case
 from distbench.case.unused_keys import note_of_keys, unused_keys
-from distbench.commands.nodes import nodes_of, spread_of
-from distbench.commands.numbers import MOST_RANKS, seconds, whole
-from distbench.commands.ranks import is_rank_0, world_size
+from distbench.cli.multi_node import nodes_of, spread_of
+from distbench.cli.torchrun_rank import is_rank_0, world_size
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.launcher.agent import preload_ranks
 from distbench.launcher.campaign import Campaign, Rules
@@ -32,43 +28,15 @@ from distbench.launcher.nodes.interfaces import check_interfaces, choose_interfa
 from distbench.launcher.nodes.leader import Hub
 from distbench.launcher.nodes.secret import VARIABLE as SECRET
 from distbench.launcher.nodes.secret import read_secret
-from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder, check_path
+from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder
 from distbench.launcher.resources import allow_open_files, check_shared_memory
 from distbench.launcher.unused_variables import note_of_launch, unused_variables
-from distbench.report import export
-from distbench.report.console import print_json, print_note
-from distbench.report.export import FILES, STANDARD_OUTPUT, Writer, load_writers, parse_targets, write_reports
-from distbench.report.input_file import load_layer, load_report
+from distbench.report.console import print_note
+from distbench.report.export import Writer, write_reports
 from distbench.report.journal import Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
-from distbench.report.schema import Report
 from distbench.utils.devices import count_devices
-
-_CASE_DEST = "case_"
-DEFAULT_OUT = "distbench-out"
-_NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
-
-
-def add_launch(command: Any) -> None:
-    """Add the options of a launch: ranks, folder, lock."""
-    add_ranks(command, "ranks to start on this machine (default: 8)")
-    add_folder(command)
-    command.add_argument(
-        "--bundle", metavar="DIR", default="", help="write a bundle of each failing case into its own folder in DIR"
-    )
-
-
-def check_bundle(options: argparse.Namespace) -> None:
-    """Make the folder for bundles, where requested, and prove that it can be written."""
-    if options.bundle:
-        check_path(options.bundle)
-        check_folder(options.bundle)
-
-
-def add_ranks(command: Any, text: str) -> None:
-    """Add the option for the number of ranks."""
-    command.add_argument("--nproc", type=whole(1, MOST_RANKS), metavar="N", help=text)
 
 
 def follow_node_0(options: argparse.Namespace) -> int | None:
@@ -109,145 +77,6 @@ def prepare_ranks(spread: Spread | None = None) -> None:
         print_note(f"node {spread.node} of {spread.nodes} on {socket.gethostname()}, {spread.nproc} ranks, {chosen}")
     os.environ.pop(SECRET, None)  # no rank needs it
     preload_ranks()
-
-
-def add_folder(command: Any) -> None:
-    """Add the options of commands that write results: a folder, by default the command's own, and its lock."""
-    own = f"{DEFAULT_OUT}/{command.prog.split()[-1]}"
-    command.add_argument("--out", metavar="DIR", default=own, help="folder for results (default: %(default)s)")
-    add_lock_timeout(command)
-
-
-def add_lock_timeout(command: Any) -> None:
-    """Add the option for the time to wait for another bench."""
-    command.add_argument(
-        "--lock-timeout",
-        type=seconds(),
-        default=0.0,
-        metavar="S",
-        help="seconds to wait for another bench in that folder, or on these devices",
-    )
-
-
-def add_report(command: Any, *, required: bool = False) -> None:
-    """Add the option for the formats of results."""
-    formats = ",".join(FILES)
-    command.add_argument(
-        "--report",
-        metavar="FORMATS",
-        action="append",
-        default=[],
-        required=required,
-        help=f"write results as {formats}, repeatable; FORMAT=PATH names the file, else one in the results' folder",
-    )
-
-
-def add_json(command: Any, what: str) -> None:
-    """Add the option for the file of a JSON document."""
-    text = f"also write {what} here; - for standard output, and the text for people then goes to standard error"
-    command.add_argument("--json", metavar="PATH", default="", help=text)
-
-
-@contextlib.contextmanager
-def json_on_standard_output(path: str, document: Callable[[], Any]) -> Iterator[None]:
-    """Redirect printing in this context to standard error where `path` is `-`, and print `document()` as JSON after it.
-
-    `document` is called where the context ends without an error, and may return None for no document.
-    """
-    if path != str(STANDARD_OUTPUT):
-        yield
-        return
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
-    made = document()
-    if made is not None:
-        print_json(made)
-
-
-def report_writers(
-    options: argparse.Namespace, out: Path, package: str = export.__name__, *, silent: bool = False
-) -> dict[Path, Any]:
-    """Writers for --report, with their libraries loaded and folders made. `package` has a module per format.
-
-    Standard output as a target requires a command that is otherwise `silent` there.
-
-    Raises:
-        InvalidCase: a format, path or folder that is not allowed.
-
-    """
-    targets = parse_targets(",".join(options.report), out)
-    for path in targets.values():
-        if path == STANDARD_OUTPUT and silent:
-            continue
-        if path == STANDARD_OUTPUT:
-            message = (
-                "report -: standard output shows the run's progress; name a file, or: distbench report DIR --report …=-"
-            )
-            raise InvalidCase(message)
-        check_path(str(path))
-        check_folder(str(path.parent))
-    return load_writers(targets, package)
-
-
-def add_case_options(command: Any, keys: Sequence[str] = tuple(FIELD_HINTS)) -> None:
-    """Add an option for each of `keys` of a case."""
-    group = command.add_argument_group("the case")
-    for key in keys:
-        if key not in _NOT_FLAGS:
-            _add_case_option(group, key)
-
-
-def _add_case_option(group: Any, key: str) -> None:
-    kind, *notes = get_args(FIELD_HINTS[key])
-    default = FIELD_DEFAULTS.get(key)
-    shown = default[0] if isinstance(default, tuple) else default
-    text = notes[-1].description.replace("%", "%%") + ("" if shown in (None, "", False) else f" (default: {shown})")
-    flag, dest = "--" + key.replace("_", "-"), _CASE_DEST + key
-    if kind is bool:
-        group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
-        return
-    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else key.rsplit("_", 1)[-1].upper()
-    group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
-
-
-def case_flags(options: argparse.Namespace) -> list[Layer]:
-    """Layers of the command line's options for the case."""
-    given = {
-        name.removeprefix(_CASE_DEST): str(value)
-        for name, value in vars(options).items()
-        if name.startswith(_CASE_DEST) and value is not None
-    }
-    return [Layer(FLAGS, given, strict=False)]
-
-
-def one_case(path: str, options: argparse.Namespace) -> Case:
-    """Case of a case file or a report, overridden by the command line, ready to run.
-
-    Raises:
-        InvalidCase: a missing file, or an invalid case.
-
-    """
-    case = resolve_case([*case_flags(options), load_layer(path)], options.nproc).case
-    check_case(case)
-    check_folder(options.out)
-    return case
-
-
-def known_report(path: str, options: argparse.Namespace) -> Report | None:
-    """Report in `path`; None where it holds a case, or the command line overrides it."""
-    return load_report(path) if not case_flags(options)[0].values else None
-
-
-def num_ranks(options: argparse.Namespace) -> int | None:
-    """Number of ranks that torchrun started, or that --nproc requests, or None."""
-    started = world_size()
-    if started is not None and options.nproc not in (None, started):
-        message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
-        raise InvalidCase(message)
-    spread = spread_of(options)
-    if spread is not None:
-        return spread.nodes * spread.nproc
-    return options.nproc if started is None else started
 
 
 def warnings(case: Case, sources: Mapping[str, str], options: argparse.Namespace) -> tuple[str, ...]:

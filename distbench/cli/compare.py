@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from distbench.commands.options import add_json, json_on_standard_output
+from distbench.cli.options import add_json, json_on_standard_output
 from distbench.errors import InvalidCase, Unsupported, worst_exit_code
 from distbench.report.console import print_line
 from distbench.report.export import STANDARD_OUTPUT

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distbench.commands.numbers import whole
-from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
-from distbench.commands.ranks import alone
-from distbench.commands.tasks import tell_task
+from distbench.cli.argument_types import whole
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.launching import prepare_ranks
+from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
+from distbench.cli.torchrun_rank import alone
 from distbench.launcher.locks import hold
 from distbench.report.console import print_line, print_note, print_table
 from distbench.tools.bisect import MAX_TRIALS, Accusation, Result, bisect

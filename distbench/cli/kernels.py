@@ -15,8 +15,8 @@ from distbench.case.aiter_env import NOT_FOLLOWED, table_paths
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.sglang_env import read_environment
 from distbench.case.spec import Case
-from distbench.commands.numbers import MOST_RANKS, whole
-from distbench.commands.options import add_case_options, case_flags
+from distbench.cli.argument_types import MOST_RANKS, whole
+from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
 from distbench.experts import make_selector, overrides_of
 from distbench.experts.aiter.package import installed_release, installed_tables

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from distbench.commands.options import add_lock_timeout
+from distbench.cli.options import add_lock_timeout
 from distbench.launcher.collect import collect
 from distbench.report.console import print_summary
 

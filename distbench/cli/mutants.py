@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from distbench.case.spec import FIELD_HINTS
-from distbench.commands.numbers import whole
-from distbench.commands.options import add_case_options, add_launch, campaign, case_flags, check_bundle, check_launch
-from distbench.commands.tasks import tell_task
+from distbench.cli.argument_types import whole
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.launching import campaign, check_launch
+from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle
 from distbench.launcher.locks import hold
 from distbench.launcher.memory import check_device_memory
 from distbench.launcher.preflight import check_folder, check_path

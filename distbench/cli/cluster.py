@@ -10,8 +10,8 @@ from typing import Any
 
 from distbench.case.sglang_env import read_environment
 from distbench.case.suite import load_suite, select
-from distbench.commands.numbers import LEAST_SECONDS, MOST_RANKS, seconds, whole
-from distbench.commands.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
+from distbench.cli.argument_types import LEAST_SECONDS, MOST_RANKS, seconds, whole
+from distbench.cli.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
 from distbench.errors import InvalidCase
 from distbench.launcher.locks import hold
 from distbench.launcher.preflight import check_folder, check_path

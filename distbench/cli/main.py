@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from distbench import __version__
-from distbench.commands import (
+from distbench.cli import (
     bisect,
     cluster,
     collect,

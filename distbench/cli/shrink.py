@@ -10,9 +10,10 @@ import msgspec
 
 from distbench.case.spec import DERIVED_KEYS, Case
 from distbench.case.suite import value_text
-from distbench.commands.options import add_case_options, add_folder, add_ranks, known_report, one_case, prepare_ranks
-from distbench.commands.ranks import alone
-from distbench.commands.tasks import tell_task
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.launching import prepare_ranks
+from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
+from distbench.cli.torchrun_rank import alone
 from distbench.launcher.locks import hold
 from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically

@@ -10,25 +10,21 @@ from typing import Any
 from distbench.case.entry import Entry
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.sglang_env import read_environment
-from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
-from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
-from distbench.commands.options import (
+from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
+from distbench.cli.launching import campaign, check_launch, exported, follow_node_0, warnings
+from distbench.cli.multi_node import add_nodes, nodes_of, other_nodes
+from distbench.cli.options import (
     add_case_options,
     add_json,
     add_launch,
     add_report,
-    campaign,
     case_flags,
     check_bundle,
-    check_launch,
-    exported,
-    follow_node_0,
     json_on_standard_output,
     num_ranks,
     report_writers,
-    warnings,
 )
-from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
+from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
 from distbench.launcher.job import Job
 from distbench.launcher.locks import hold

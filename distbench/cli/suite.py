@@ -13,25 +13,21 @@ from distbench.case.sglang_env import read_environment
 from distbench.case.spec import case_hash
 from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import builtin_suites
-from distbench.commands.compare import add_baseline, judge_baseline, read_baseline
-from distbench.commands.nodes import add_nodes, nodes_of, other_nodes
-from distbench.commands.numbers import duration, whole
-from distbench.commands.options import (
+from distbench.cli.argument_types import duration, whole
+from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
+from distbench.cli.launching import campaign, check_launch, examined, exported, follow_node_0
+from distbench.cli.multi_node import add_nodes, nodes_of, other_nodes
+from distbench.cli.options import (
     DEFAULT_OUT,
     add_case_options,
     add_launch,
     add_report,
-    campaign,
     case_flags,
     check_bundle,
-    check_launch,
-    examined,
-    exported,
-    follow_node_0,
     num_ranks,
     report_writers,
 )
-from distbench.commands.ranks import hold_as_rank, is_rank_0, work, world_size
+from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.launcher.job import Job
 from distbench.launcher.locks import hold
 from distbench.launcher.memory import check_device_memory

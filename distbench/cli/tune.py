@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from distbench.case.presets import PRESETS
-from distbench.commands.numbers import MOST_RANKS, whole
-from distbench.commands.tasks import tell_task
+from distbench.cli.argument_types import MOST_RANKS, whole
+from distbench.cli.launcher_tasks import tell_task
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton.config import LayerShape
