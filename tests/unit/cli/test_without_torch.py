@@ -13,7 +13,7 @@ from distbench.report.files import write_report
 from tests.cases import tiny_case
 from tests.reports import report_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BLOCKED = """
 import sys
 

@@ -72,7 +72,7 @@ while True:
 
 def test_reader_never_sees_a_partially_written_record(tmp_path: Path) -> None:
     path = tmp_path / "rank.crumbs"
-    with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], cwd=Path(__file__).parents[2]) as writer:
+    with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], cwd=Path(__file__).parents[3]) as writer:
         try:
             deadline = time.monotonic() + 20
             while read_position(path) is None and time.monotonic() < deadline:

@@ -26,7 +26,7 @@ from distbench.tools.kernel_map import effect_of, limit_effects, make_table_sele
 from distbench.utils import devices
 
 LAYER = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048, cu_count=256)
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEADER = (
     "cu_num,token,model_dim,inter_dim,expert,topk,act_type,dtype,q_dtype_a,q_dtype_w,q_type,use_g1u1,doweight_stage1,"
     "block_m,ksplit,us1,kernelName1,us2,kernelName2,us"

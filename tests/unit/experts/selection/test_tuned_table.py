@@ -19,7 +19,7 @@ from distbench.experts.selection.tuned_table import (
     parse_tuned_rows,
 )
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[3] / "data"
 KEY = TunedKey(cu_num=304, model_dim=256, inter_dim=128, expert=4, topk=3)
 VALUES = {
     "gfx": "gfx942",

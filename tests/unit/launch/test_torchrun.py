@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+SCRIPT = Path(__file__).parents[3] / "launch" / "torchrun.sh"
 TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NPROC_PER_NODE": "4"}
 MEETING = "OMP_NUM_THREADS=8 torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d"
 

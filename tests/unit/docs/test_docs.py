@@ -16,7 +16,7 @@ from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.suite import load_suite
 from distbench.cli.main import _parser
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXTS = [
     *ROOT.glob("*.md"),
     *(path for folder in ("docs", "distbench", "launch", "scripts") for path in (ROOT / folder).rglob("*")),

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_transport.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_transport.py"
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
-"""Order statistics of timed iterations."""
+"""Order statistics of timed iterations, and quantiles of Student's t."""
 
 from __future__ import annotations
 
 import random
 import statistics
 
-from distbench.utils.stats import median_error, percentile
+import pytest
+
+from distbench.utils.stats import median_error, percentile, student_quantile, student_tail
 
 
 def test_percentile_is_one_of_the_samples() -> None:
@@ -28,3 +30,12 @@ def test_median_interval_covers_the_true_median_in_over_90_percent_of_series() -
 def test_median_error_is_unknown_for_five_samples_and_zero_for_equal_ones() -> None:
     assert median_error([1.0] * 5) is None
     assert median_error([3.0] * 20) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("freedom", "value"), [(1, 31.821), (2, 6.965), (3, 4.541), (4, 3.747), (9, 2.821), (30, 2.457)]
+)
+def test_students_t_quantile_equals_published_tables(freedom: int, value: float) -> None:
+    assert student_quantile(0.01, freedom) == pytest.approx(value, abs=1e-3)
+    assert student_tail(value, freedom) == pytest.approx(0.01, rel=1e-3)
+    assert student_tail(-value, freedom) == pytest.approx(0.99, rel=1e-3)

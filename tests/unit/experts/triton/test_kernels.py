@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed here")
 
 SCRIPT = Path(__file__).with_name("interpreted.py")
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 FOUND = (
     *(f"{name} {dtype}" for name in ("swapped", "atomic", "split") for dtype in ("float16", "float32")),
     *(f"{live} live" for live in (0, 1, 17)),

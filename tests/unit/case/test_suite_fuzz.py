@@ -1,6 +1,6 @@
 """Any table and any bytes give a suite or a case, or are refused in one line.
 
-`DISTBENCH_FUZZ=20000 pytest tests/unit/test_suite_fuzz.py` tries that many examples for each test, in minutes.
+`DISTBENCH_FUZZ=20000 pytest tests/unit/case/test_suite_fuzz.py` tries that many examples for each test, in minutes.
 """
 
 from __future__ import annotations

@@ -259,6 +259,6 @@ def test_memory_shared_by_forked_ranks_is_counted_once() -> None:
 
 def test_warning_of_a_kernel_table_without_a_row_names_the_nearest_row(tmp_path: Path) -> None:
     table = tmp_path / "tuned.csv"
-    shutil.copy(Path(__file__).parents[1] / "data" / "atomic.csv", table)
+    shutil.copy(Path(__file__).parents[2] / "data" / "atomic.csv", table)
     (note,) = check_case(tiny_case(4, kernel_table=str(table), hidden_size=512))
     assert "all kernels come from heuristics; the nearest row differs in model_dim 256" in note

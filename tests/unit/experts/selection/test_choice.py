@@ -23,7 +23,7 @@ from distbench.experts.selection.choice import (
     load_tuned_rows,
 )
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parents[3] / "data"
 TINY = LayerKey(num_local_experts=4, topk=4, model_dim=256, inter_dim=128)
 DEEPSEEK = LayerKey(num_local_experts=32, topk=8, model_dim=7168, inter_dim=2048)
 BUCKETS = [1 << power for power in range(16)] + [131_072]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SETUP = Path(__file__).parents[2] / "scripts" / "setup"
+SETUP = Path(__file__).parents[3] / "scripts" / "setup"
 
 
 def dry_run(tmp_path: Path, python: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

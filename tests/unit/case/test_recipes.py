@@ -14,7 +14,7 @@ from distbench.case.sglang_env import near_miss, read_environment, recorded_envi
 from distbench.errors import Unsupported
 from distbench.launcher.unused_variables import unused_variables
 
-RECIPES = msgspec.toml.decode((Path(__file__).parents[1] / "data" / "recipes.toml").read_bytes())["recipe"]
+RECIPES = msgspec.toml.decode((Path(__file__).parents[2] / "data" / "recipes.toml").read_bytes())["recipe"]
 LISTED = re.compile(r"MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
 
 

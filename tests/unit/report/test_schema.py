@@ -16,7 +16,7 @@ from distbench.report.journal import Summary
 from distbench.report.limit import LimitReport
 from distbench.report.schema import InjectedReport, LostReport, RankReport, RateReport, Report
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[3] / "docs"
 _SECTIONS = (Report, Summary, RankReport, LimitReport, ErrorReport, FindingReport, LostReport, RateReport, Environment)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "amd.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "amd.py"
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
 *submodule_search_locations*) case "$*" in *ldd*) ;; *) echo "{folder}/aiter";; esac;;

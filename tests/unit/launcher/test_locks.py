@@ -21,7 +21,7 @@ from distbench.errors import Busy, InvalidCase
 from distbench.launcher import locks
 from distbench.launcher.locks import device_lock, hold, is_held
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HOLDER = """
 import sys, time
 from pathlib import Path

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BANNED = {
     "Return wh" + "at a script prints.": "Lines that a script prints.",
     "Wh" + "at is wrong there was made wrong there.": "The stage where the damage originates.",

@@ -13,7 +13,7 @@ import pytest
 from distbench.report import environment
 from distbench.report.environment import capture_environment, container_image, own_commit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _WHO = ("-c", "user.name=someone", "-c", "user.email=someone@example.org")
 
 
