@@ -17,6 +17,4 @@ STAGES = (
     "report",
     "done",
 )
-
-
 ARMS = ("", "padded", "control", "repadded", "truncated")

@@ -27,17 +27,9 @@ _RANKS_ENVIRON = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
 }
-
-
 _LOOPBACK = "127.0.0.1"
-
-
 _WAITING = 1024
-
-
 _MONITOR_S = 0.1
-
-
 _MEETING_S = 60
 
 

@@ -9,25 +9,18 @@ from distbench.case.entry import Entry
 from distbench.case.limits import Traffic, resolve_limit
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
-from distbench.launcher.preflight import _SAMPLED_TOKENS
 from distbench.pipeline.recv_bound import recv_bound
 from distbench.utils.devices import free_device_bytes
 
 # Memory that ranks share with the fork server, and memory of each rank besides tensors.
 _SHARED_BYTES, _RANK_BYTES = 160 << 20, 40 << 20
-
-
 # Weights widened to float64, in blocks where there are many.
 _SCRATCH_BYTES, _WIDENED = 120 << 20, 4
-
-
+# Tokens whose errors are measured on a CPU, at most (`verify.error_check`).
+_SAMPLED_TOKENS = 128
 # Least memory of a CUDA context on a device.
 _CONTEXT_BYTES = 256 << 20
-
-
 _GROUP = Path("/sys/fs/cgroup")
-
-
 _GROUP_FILES = ("memory.max", "memory.current", "memory.stat")
 
 

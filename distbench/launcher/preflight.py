@@ -31,8 +31,6 @@ from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold
 from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing
 
-# Tokens whose errors are measured on a CPU, at most (`verify.error_check`).
-_SAMPLED_TOKENS = 128
 _LITTLE_BYTES = 64 << 10
 
 

@@ -24,12 +24,8 @@ from distbench.verify.records import Reason
 
 # Grace period before a dead rank ends the launch; the agent would wait 30 s for a stopped peer.
 _AGENT_GRACE_S = 2.0
-
-
 # Grace period of the agent after a signal; it may be waiting for a rank that has not come up.
 _INTERRUPT_GRACE_S = 8.0
-
-
 # An agent still running this long after its ranks were killed receives no notice of their ends.
 _STUBBORN_S = 4.0
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 
 _HEAP_SIZE = re.compile(r"([0-9]{1,12})(?:([KMG])(?:B|b|iB)?|([kmg])(?:b|ib)?)?")
-
-
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 

@@ -12,7 +12,7 @@ import pytest
 from lxml import etree
 
 from distbench.case.entry import Entry
-from distbench.cli import options as commands
+from distbench.cli import launching
 from distbench.cli.launching import exported
 from distbench.cli.main import _parser, main
 from distbench.cli.multi_node import spread_of
@@ -117,7 +117,7 @@ def test_node_0_knows_the_host_of_every_rank(tmp_path: Path) -> None:
 def test_every_report_format_is_written_if_nodes_never_join(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    monkeypatch.setattr(commands, "preload_ranks", lambda: None)
+    monkeypatch.setattr(launching, "preload_ranks", lambda: None)
     suite = str(write_suite(tmp_path / "suite.json", range(3)))
     what = [suite, "--quiet", "--num-experts=8"] if command == "suite" else ["--model=tiny", "--num-experts=8"]
     nodes = ["--nnodes=2", "--nproc=1", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--join-timeout=0.1"]

@@ -15,7 +15,7 @@ import pytest
 
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
-from distbench.cli import options
+from distbench.cli import launching
 from distbench.cli import run as run_command
 from distbench.cli import suite as suite_command
 from distbench.cli import sweep as sweep_command
@@ -68,8 +68,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
         monkeypatch.setattr(campaign, "supervise", supervise)
         return launches
 
-    monkeypatch.setattr(options, "preload_ranks", lambda: None)
-    for module in (options, preflight):
+    monkeypatch.setattr(launching, "preload_ranks", lambda: None)
+    for module in (launching, preflight):
         monkeypatch.setattr(module, "count_devices", lambda: 0)
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
     monkeypatch.setattr(run_command, "print_report", lambda _: None)  # a fake launch has no comparisons

@@ -13,7 +13,7 @@ import pytest
 
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
-from distbench.cli import options
+from distbench.cli import launching
 from distbench.cli.main import main
 from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.launcher import campaign
@@ -224,7 +224,7 @@ def test_full_disk_while_writing_the_summary_ends_the_command_in_one_line(
 
     monkeypatch.setattr(campaign, "write_atomically", full)
     monkeypatch.setattr(campaign, "supervise", lambda job, *_: finish(job, len(job.entries)))
-    monkeypatch.setattr(options, "preload_ranks", lambda: None)
+    monkeypatch.setattr(launching, "preload_ranks", lambda: None)
     assert main(["suite", "smoke", "--nproc=2", "--quiet", f"--out={tmp_path}"]) == 3
     told = f"distbench: DISK_FULL: {tmp_path}/summary.json: No space left on device; free some space or name another"
     assert capsys.readouterr().err.startswith(told)

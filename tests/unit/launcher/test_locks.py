@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from distbench import locks
+from distbench.launcher import locks
 from distbench.launcher.locks import hold
 
 locks.DEVICE_LOCKS = Path(sys.argv[1]).parent

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from distbench.case.entry import Entry
-from distbench.cli import main, options
+from distbench.cli import launching, main
 from distbench.errors import InvalidCase, Unsupported
-from distbench.launcher import preflight
+from distbench.launcher import memory, preflight
 from distbench.launcher.memory import available_bytes, check_device_memory, check_memory, device_bytes, memory_bytes
 from distbench.launcher.preflight import check_case, check_folder
 from tests.cases import tiny_case
@@ -39,7 +39,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     def start() -> None:
         pytest.fail("ranks were started")
 
-    monkeypatch.setattr(options, "preload_ranks", start)
+    monkeypatch.setattr(launching, "preload_ranks", start)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def free_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Folder of the control group's files, empty."""
-    monkeypatch.setattr(preflight, "_GROUP", tmp_path)
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
     return tmp_path
 
 
@@ -172,7 +172,7 @@ def test_run_without_enough_device_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "count_devices", lambda: 2)
-    monkeypatch.setattr(preflight, "free_device_bytes", lambda _: 1000)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda _: 1000)
     assert main.main(["run", "--model=tiny", "--nproc=2", f"--out={tmp_path}"]) == 77
     assert "1000 are free on the fullest of cuda:0, cuda:1" in capsys.readouterr().err
 
@@ -204,7 +204,7 @@ def test_disk_with_fewer_free_bytes_than_the_results_need_is_refused(
 def test_command_without_enough_host_memory_is_refused_before_a_rank_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(preflight, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     assert main.main([*command, "--nproc=2", f"--out={tmp_path}"]) == 77
     assert re.search(r"^distbench: UNSUPPORTED: memory: case \S.* needs about \d+ bytes", capsys.readouterr().err)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from distbench.cli import main, options
+from distbench.cli import launching, main
 from distbench.errors import LaunchFailed, Unsupported
 from distbench.launcher import resources
 from distbench.launcher.resources import allow_open_files, check_shared_memory, report_bytes
@@ -38,7 +38,7 @@ def test_estimated_report_bytes_bound_the_measured_ones_within_a_factor_of_two_a
 
 @pytest.fixture
 def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "preload_ranks", lambda: pytest.fail("ranks were started"))
+    monkeypatch.setattr(launching, "preload_ranks", lambda: pytest.fail("ranks were started"))
 
 
 @pytest.mark.parametrize(("ranks", "measured"), [(1, 57_344), (2, 65_536), (4, 81_920), (8, 114_688)])

@@ -168,7 +168,7 @@ def test_each_habit_changes_the_documented_rows(habit: str, rows: int, live: int
 FAULTS = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_stand_in import assume, call, layer
+from test_emulated import assume, call, layer
 rows, live, habit, wild = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "wild"
 given = layer(rows, live)
 if wild:
