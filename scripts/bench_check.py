@@ -17,7 +17,7 @@ import torch
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.run_case import run_case
@@ -28,8 +28,8 @@ ROUNDS = 3
 TIMEOUT_S = 300.0
 
 
-class Clock(Breadcrumbs):
-    """Breadcrumbs that add up the seconds of each stage."""
+class Clock(Heartbeat):
+    """Heartbeat that add up the seconds of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -37,7 +37,7 @@ class Clock(Breadcrumbs):
         super().__init__(None)
 
     def mark(self, stage: str) -> None:
-        """See `Breadcrumbs.mark`."""
+        """See `Heartbeat.mark`."""
         now = _now()
         if self._stage:
             self.seconds[self._stage] += now - self._since

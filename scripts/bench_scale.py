@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import SHARED_MEMORY, Session
 from distbench.errors import InvalidCase, Verdict
 from distbench.launcher.agent import preload_ranks
@@ -137,7 +137,7 @@ class Gathering:
 
 def work(case: Case, repeats: int, started: float, out: str) -> None:
     """Run as a rank: the case once untimed and `repeats` times; rank 0 writes the measurements."""
-    session = Session(Breadcrumbs(None), _TIMEOUT_S, os.environ | {SHARED_MEMORY: "0"})
+    session = Session(Heartbeat(None), _TIMEOUT_S, os.environ | {SHARED_MEMORY: "0"})
     dist.barrier()
     start_s = time.time() - started
     vars(rank_module)["gather"] = measured = Gathering()

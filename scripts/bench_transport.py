@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.pipeline.inputs import workload_for
 from distbench.transport import make_transport
@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--model", default="deepseek-v3")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     options = parser.parse_args()
-    session = Session(Breadcrumbs(None), TIMEOUT_S, accelerated=options.device != "cpu")
+    session = Session(Heartbeat(None), TIMEOUT_S, accelerated=options.device != "cpu")
     session.use(options.device)
     with torch.inference_mode():
         passed = [_measure(session, _case(options.model, tokens, session.world_size)) for tokens in options.tokens]

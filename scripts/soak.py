@@ -1,6 +1,6 @@
 """Memory and file descriptors of the supervisor and of every rank over many cases in one launch.
 
-Sampled at ten points; ranks are found by the process ids in their breadcrumbs. The growth of each process after the
+Sampled at ten points; ranks are found by the process ids in their heartbeats. The growth of each process after the
 first point has a bound; exit code 1 if a process exceeds it.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distbench.distributed.heartbeat import read_position
-from distbench.launcher.job import crumb_path
+from distbench.launcher.job import heartbeat_path
 from distbench.report.journal import RESULTS
 
 POINTS = 10
@@ -106,7 +106,7 @@ def _uses(out: Path, supervisor: int, nproc: int) -> dict[str, Use]:
     """Resources of each process; processes that are not running are missing."""
     pids = {"supervisor": supervisor}
     for rank in range(nproc):
-        position = read_position(crumb_path(out, rank))
+        position = read_position(heartbeat_path(out, rank))
         if position is not None:
             pids[f"rank {rank}"] = position.pid
     return {name: use for name, pid in pids.items() if (use := _use(Path(f"/proc/{pid}"))) is not None}

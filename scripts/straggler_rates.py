@@ -10,7 +10,7 @@ import argparse
 import math
 import random
 
-from distbench.tools.cluster.attribution import Trial
+from distbench.tools.cluster.attribution import GroupRun
 from distbench.tools.cluster.plan import STEPS, Step, rounds_of
 from distbench.tools.cluster.stragglers import name_stragglers
 from distbench.verify.records import STAGE_ORDER
@@ -20,7 +20,7 @@ OFFSET, NOISE = 0.02, 0.01
 SLOW = ("node0",)
 
 
-def cluster(count: int, seed: int, steps: tuple[Step, ...], slowdown: float = 1.0) -> list[Trial]:
+def cluster(count: int, seed: int, steps: tuple[Step, ...], slowdown: float = 1.0) -> list[GroupRun]:
     """Trials of `count` nodes, the first of which is `slowdown` times slower in its experts."""
     rng = random.Random(seed)  # noqa: S311 - a simulation
     nodes = [f"node{number}" for number in range(count)]
@@ -33,7 +33,7 @@ def cluster(count: int, seed: int, steps: tuple[Step, ...], slowdown: float = 1.
                 stage: {key: math.exp(max(levels[stage, node] for node in group) + rng.gauss(0, NOISE)) for key in KEYS}
                 for stage in STAGE_ORDER
             }
-            found.append(Trial(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
+            found.append(GroupRun(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
     return found
 
 

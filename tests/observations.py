@@ -13,12 +13,12 @@ from distbench.verify.records import (
     ORACLE,
     ArmError,
     Divergence,
-    Exposure,
     Gathered,
     LostRows,
     Observation,
-    Question,
+    ResolvedCase,
     RowComparison,
+    TokenCounts,
     pair_name,
     pairs_of,
 )
@@ -53,15 +53,15 @@ def kernels(mode: str = "atomic", truncated: int = 64) -> dict[str, dict[str, An
     return found | {"truncated": kernel(32, truncated, mode)}
 
 
-def asked(limit: int | None = RECEIVED, **values: Any) -> Question:
+def asked(limit: int | None = RECEIVED, **values: Any) -> ResolvedCase:
     """A case of two ranks that each receive 20 rows."""
     case: Case = tiny_case(2, tokens=TOKENS, **{"numerics": "exact", "policy": "unchecked"} | values)
-    return Question(case, Traffic(case.tokens, (RECEIVED, RECEIVED), case.capacity), limit)
+    return ResolvedCase(case, Traffic(case.tokens, (RECEIVED, RECEIVED), case.capacity), limit)
 
 
-def seen(rank: int, question: Question, **values: Any) -> Observation:
+def seen(rank: int, resolved: ResolvedCase, **values: Any) -> Observation:
     """Record of a rank in a clean case."""
-    exact = question.case.numerics == "exact"
+    exact = resolved.case.numerics == "exact"
     arms = (*ARMS, ORACLE) if exact else ARMS
     known: dict[str, Any] = {
         "rank": rank,
@@ -70,7 +70,7 @@ def seen(rank: int, question: Question, **values: Any) -> Observation:
         "tokens": TOKENS,
         "total_recv": RECEIVED,
         "capacity": CAPACITY,
-        "limit": question.limit,
+        "limit": resolved.limit,
         "lost": LostRows(),
         "kernels": kernels(),
         "digests": dict.fromkeys(arms, "0"),
@@ -78,7 +78,7 @@ def seen(rank: int, question: Question, **values: Any) -> Observation:
         "comparisons": dict.fromkeys(map(pair_name, pairs_of(arms)), NO_DIFFERENCE),
         "reference": None,
         "distance": {} if exact else dict.fromkeys(ARMS, 0.0),
-        "exposure": Exposure(),
+        "token_counts": TokenCounts(),
         "injected": {},
         "nan_tokens": dict.fromkeys(arms, 0),
         "durations_us": {},
@@ -89,9 +89,9 @@ def seen(rank: int, question: Question, **values: Any) -> Observation:
     return Observation(**known | values)
 
 
-def gathered(question: Question, *ranks: dict[str, Any], differing: dict[str, Any] | None = None) -> Gathered:
+def gathered(resolved: ResolvedCase, *ranks: dict[str, Any], differing: dict[str, Any] | None = None) -> Gathered:
     """Gathered records: changes of each of the two ranks against a clean case, and differing pairs by name."""
-    records = [seen(rank, question, **values) for rank, values in enumerate((*ranks, {}, {})[:2])]
+    records = [seen(rank, resolved, **values) for rank, values in enumerate((*ranks, {}, {})[:2])]
     comparisons: dict[str, RowComparison] = dict(records[0].comparisons)
     listed: dict[str, list[tuple[int, int]]] = {pair: [] for pair in comparisons}
     for pair, found in (differing or {}).items():
@@ -105,9 +105,9 @@ def divergence(arm: str, stage: str = "experts", against: str = ORACLE, **values
     return Divergence(**known | values)
 
 
-def lost_as_asked(arm: str, question: Question, rank: int = 1, more: int = 0) -> Divergence:
+def lost_as_asked(arm: str, resolved: ResolvedCase, rank: int = 1, more: int = 0) -> Divergence:
     """A divergence in the rows past the limit and in `more` further rows."""
-    rows = RECEIVED - (question.limit or 0) + more
+    rows = RECEIVED - (resolved.limit or 0) + more
     return divergence(arm, "truncate", "received", rank=rank, rows=rows)
 
 

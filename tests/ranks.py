@@ -14,7 +14,7 @@ from functools import cache
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 
 _TIMEOUT_S = 60.0
@@ -92,7 +92,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    session = Session(Breadcrumbs(None), _TIMEOUT_S)
+    session = Session(Heartbeat(None), _TIMEOUT_S)
     while True:
         try:
             function, arguments = connection.recv()

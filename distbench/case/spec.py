@@ -112,7 +112,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Literal["MANUAL", "AUTO"], _help("transport mori: pinned launch geometry, or mori's tuning tables")
     ] = "MANUAL"
     mori_habits: Annotated[
-        str, _help("transport mori, emulated: releases and habits of the stand-in, see docs/mori.md; empty: 1.2.4")
+        str, _help("transport mori, emulated: releases and quirks of the stand-in, see docs/mori.md; empty: 1.2.4")
     ] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the ranks compute; cuda is ROCm's name too")] = (
         "auto"

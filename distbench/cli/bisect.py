@@ -14,7 +14,7 @@ from distbench.cli.options import add_case_options, add_folder, add_ranks, known
 from distbench.cli.torchrun_rank import alone
 from distbench.launcher.locks import hold
 from distbench.report.console import print_line, print_note, print_table
-from distbench.tools.bisect import MAX_TRIALS, Accusation, Result, bisect
+from distbench.tools.bisect import MAX_TRIALS, Accusation, SwapResult, bisect
 from distbench.tools.lab import Lab
 
 
@@ -63,7 +63,7 @@ def _print(accusation: Accusation) -> None:
     print_line(f"{accusation.verdict} ({accusation.launches} launches)")
 
 
-def _row(result: Result) -> tuple[str, ...]:
+def _row(result: SwapResult) -> tuple[str, ...]:
     parts = " + ".join(result.parts) or "nothing"
     cured = ("yes" if result.cured else "no") if result.parts else ""
     return parts, result.what, str(result.failing), "; ".join(result.endings), cured

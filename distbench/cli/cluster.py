@@ -19,7 +19,7 @@ from distbench.report.console import print_line, print_note
 from distbench.report.export import write_reports
 from distbench.report.files import write_atomically
 from distbench.tools.cluster import reports
-from distbench.tools.cluster.attribution import Trial
+from distbench.tools.cluster.attribution import GroupRun
 from distbench.tools.cluster.group_runs import Settings, check_shared, run_round
 from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
 from distbench.tools.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
@@ -116,7 +116,7 @@ def _cluster(options: argparse.Namespace) -> int:
     )
     with hold(settings.out, (), 0.0), collect_signals() as signals:
 
-        def run(step: Step, groups: Round) -> list[Trial]:
+        def run(step: Step, groups: Round) -> list[GroupRun]:
             print_note(f"{step}: {', '.join('+'.join(group) for group in groups)}")
             return run_round(settings, step, groups, signals)
 

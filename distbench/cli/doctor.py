@@ -15,7 +15,7 @@ from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
 from distbench.report.console import print_json, print_line
 from distbench.tools.doctor.checks import check_node
-from distbench.tools.doctor.findings import Finding, Path, exit_code
+from distbench.tools.doctor.findings import Fact, Path, exit_code
 from distbench.tools.doctor.probe import Node, probe
 from distbench.tools.doctor.vendors import Network
 
@@ -73,7 +73,7 @@ def _usual(node: Node) -> Path:
     return "mori" if node.flavour == "rocm" else "cuda" if node.devices else "cpu"
 
 
-def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Finding]]:
+def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Fact]]:
     """Layers of the environment for a case, and findings about values that cannot be run."""
     try:
         layers = read_environment(os.environ, flags)
@@ -84,8 +84,8 @@ def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Finding]]:
     ]
 
 
-def _complaint(found: str) -> Finding:
-    return Finding(topic="environment", level="missing", found=found, fix="correct or unset it")
+def _complaint(found: str) -> Fact:
+    return Fact(topic="environment", level="missing", found=found, fix="correct or unset it")
 
 
 def _recorded(node: Node) -> dict[str, Any]:

@@ -16,16 +16,16 @@ from distbench.case.expectations import BY_KERNEL, expected_verdict
 from distbench.case.sglang_env import near_misses
 from distbench.case.spec import Case
 from distbench.case.unused_keys import note_of_keys, unused_keys
-from distbench.cli.multi_node import nodes_of, spread_of
+from distbench.cli.multi_node import layout_of, nodes_of
 from distbench.cli.torchrun_rank import is_rank_0, world_size
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.launcher.agent import preload_ranks
 from distbench.launcher.campaign import Campaign, Rules
-from distbench.launcher.job import Spread
+from distbench.launcher.job import NodeLayout
 from distbench.launcher.locks import hold
 from distbench.launcher.memory import available_bytes, check_memory
 from distbench.launcher.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
-from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.nodes.secret import VARIABLE as SECRET
 from distbench.launcher.nodes.secret import read_secret
 from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder
@@ -46,23 +46,23 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
         InvalidCase: the nodes have no secret, or different ones.
 
     """
-    spread = spread_of(options)
-    if spread is None:
+    layout = layout_of(options)
+    if layout is None:
         return None
-    secret = read_secret(spread.host, options.secret_file)
-    if spread.node == 0:
+    secret = read_secret(layout.host, options.secret_file)
+    if layout.node == 0:
         return None
     from distbench.launcher.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
 
-    out = Path(options.out) / f"node-{spread.node:05d}"
+    out = Path(options.out) / f"node-{layout.node:05d}"
     check_folder(str(out))
-    allow_open_files(spread.nproc, spread.nodes * spread.nproc)
+    allow_open_files(layout.nproc, layout.nodes * layout.nproc)
     with hold(out, (), options.lock_timeout):
-        prepare_ranks(spread)
-        return follow(spread, secret, out, Timeouts(options.join_timeout, options.lock_timeout))
+        prepare_ranks(layout)
+        return follow(layout, secret, out, Timeouts(options.join_timeout, options.lock_timeout))
 
 
-def prepare_ranks(spread: Spread | None = None) -> None:
+def prepare_ranks(layout: NodeLayout | None = None) -> None:
     """Begin to import torch for the ranks, and select their interfaces: loopback for gloo and NCCL on one node.
 
     Raises:
@@ -70,11 +70,11 @@ def prepare_ranks(spread: Spread | None = None) -> None:
 
     """
     check_interfaces(accelerated=False)
-    if spread is None:
+    if layout is None:
         choose_loopback()
     else:
-        chosen = choose_interfaces(spread.host, spread.port)
-        print_note(f"node {spread.node} of {spread.nodes} on {socket.gethostname()}, {spread.nproc} ranks, {chosen}")
+        chosen = choose_interfaces(layout.host, layout.port)
+        print_note(f"node {layout.node} of {layout.nodes} on {socket.gethostname()}, {layout.nproc} ranks, {chosen}")
     os.environ.pop(SECRET, None)  # no rank needs it
     preload_ranks()
 
@@ -90,8 +90,8 @@ def _local_ranks(options: argparse.Namespace) -> int | None:
     """Ranks of the launch on each node; None where all are on this one."""
     if world_size() is not None:
         return int(os.environ["LOCAL_WORLD_SIZE"])
-    spread = spread_of(options)
-    return None if spread is None else spread.nproc
+    layout = layout_of(options)
+    return None if layout is None else layout.nproc
 
 
 def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace) -> tuple[Entry, ...]:
@@ -172,7 +172,7 @@ def campaign(
     options: argparse.Namespace,
     progress: Progress,
     report_paths: tuple[str, ...] = (),
-    hub: Hub | None = None,
+    leader: Leader | None = None,
 ) -> Summary:
     """Run the entries to their end, with as many launches as needed, or until the deadline."""
     rules = Rules(
@@ -181,7 +181,7 @@ def campaign(
         deadline=getattr(options, "deadline", None),
     )
     try:
-        prepare_ranks(spread_of(options))
-        return Campaign(entries, Path(options.out), rules, progress, options.bundle, hub).run(report_paths)
+        prepare_ranks(layout_of(options))
+        return Campaign(entries, Path(options.out), rules, progress, options.bundle, leader).run(report_paths)
     finally:
         progress.close()

@@ -15,8 +15,8 @@ from distbench.cli.argument_types import LEAST_SECONDS, MOST_RANKS, seconds, who
 from distbench.cli.launcher_tasks import refuse_tasks
 from distbench.cli.torchrun_rank import world_size
 from distbench.errors import InvalidCase, Verdict
-from distbench.launcher.job import Spread
-from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.job import NodeLayout
+from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.nodes.secret import VARIABLE, read_secret
 
 _LOCAL_RANKS = 8
@@ -58,7 +58,7 @@ def nodes_of(options: argparse.Namespace) -> int:
     return options.nnodes or 1
 
 
-def spread_of(options: argparse.Namespace) -> Spread | None:
+def layout_of(options: argparse.Namespace) -> NodeLayout | None:
     """Launch over several nodes, from the options; None for one node.
 
     Raises:
@@ -76,7 +76,7 @@ def spread_of(options: argparse.Namespace) -> Spread | None:
         message = "--nnodes: torchrun started this process already; leave --nnodes out under torchrun"
         raise InvalidCase(message)
     nproc = options.nproc or _LOCAL_RANKS
-    return Spread(nodes=nodes, node=node, nproc=nproc, host=host, port=port, launch=0)
+    return NodeLayout(nodes=nodes, node=node, nproc=nproc, host=host, port=port, launch=0)
 
 
 def _endpoint(text: str) -> tuple[str, int]:
@@ -94,7 +94,7 @@ def _endpoint(text: str) -> tuple[str, int]:
 class Nodes(msgspec.Struct):
     """The other nodes of a launch, as node 0 sees them, and the common exit code."""
 
-    hub: Hub | None
+    leader: Leader | None
     exit_code: int = Verdict.RANK_FAULT.exit_code
 
 
@@ -106,13 +106,13 @@ def other_nodes(options: argparse.Namespace) -> Iterator[Nodes]:
         InvalidCase: node 0's port is taken, or there is no secret.
 
     """
-    spread = spread_of(options)
+    layout = layout_of(options)
     nodes = Nodes(None)
-    if spread is not None:
-        secret = read_secret(spread.host, options.secret_file)
-        nodes.hub = Hub(spread, options.join_timeout, secret, Path(options.out) / _REFUSED)
+    if layout is not None:
+        secret = read_secret(layout.host, options.secret_file)
+        nodes.leader = Leader(layout, options.join_timeout, secret, Path(options.out) / _REFUSED)
     try:
         yield nodes
     finally:
-        if nodes.hub is not None:
-            nodes.hub.close(nodes.exit_code)
+        if nodes.leader is not None:
+            nodes.leader.close(nodes.exit_code)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.cli.argument_types import MOST_RANKS, seconds, whole
-from distbench.cli.multi_node import spread_of
+from distbench.cli.multi_node import layout_of
 from distbench.cli.torchrun_rank import world_size
 from distbench.errors import InvalidCase
 from distbench.launcher.preflight import check_case, check_folder, check_path
@@ -181,7 +181,7 @@ def num_ranks(options: argparse.Namespace) -> int | None:
     if started is not None and options.nproc not in (None, started):
         message = f"--nproc {options.nproc}: torchrun started {started} ranks; leave --nproc out under torchrun"
         raise InvalidCase(message)
-    spread = spread_of(options)
-    if spread is not None:
-        return spread.nodes * spread.nproc
+    layout = layout_of(options)
+    if layout is not None:
+        return layout.nodes * layout.nproc
     return options.nproc if started is None else started

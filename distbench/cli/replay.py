@@ -12,7 +12,7 @@ from distbench.cli.options import add_case_options, add_folder, case_flags
 from distbench.cli.torchrun_rank import alone
 from distbench.launcher.locks import hold
 from distbench.launcher.preflight import check_case, check_folder
-from distbench.report.bundle.findings import Finding
+from distbench.report.bundle.findings import StageFinding
 from distbench.report.bundle.read import Bundle, open_bundle, runnable_case
 from distbench.report.console import print_line, print_table
 from distbench.tools.lab import Lab, signature
@@ -78,7 +78,7 @@ def _analyse(bundle: Bundle) -> bool:
     return same
 
 
-def _stage_rows(findings: list[Finding]) -> list[tuple[str, ...]]:
+def _stage_rows(findings: list[StageFinding]) -> list[tuple[str, ...]]:
     """Rows of the table: one for each arm and stage, over all ranks."""
     rows: list[tuple[str, ...]] = []
     for arm, stage in dict.fromkeys((found.arm, found.stage) for found in findings):

@@ -97,7 +97,7 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         _forget(out, paths)
         print_start(entry.case)
         with exported(results, writers):
-            summary = campaign((entry,), options, Progress(1, quiet=True), paths, nodes.hub)
+            summary = campaign((entry,), options, Progress(1, quiet=True), paths, nodes.leader)
         report = read_report(paths[0])
         print_report(report)
         for event in summary.events:

@@ -26,7 +26,7 @@ from distbench.report.journal import RESULTS, refuse_others
 from distbench.report.progress import Progress
 
 if TYPE_CHECKING:
-    from distbench.tools.selftest.cases import Plan
+    from distbench.tools.selftest.cases import FaultPlan
 
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
@@ -93,7 +93,7 @@ def _selftest(options: argparse.Namespace) -> int:
     return 0 if found.passed else 1
 
 
-def _chosen(every: Plan, text: str) -> Plan:
+def _chosen(every: FaultPlan, text: str) -> FaultPlan:
     """The clean cases, and the faults that `text` names.
 
     Raises:

@@ -121,7 +121,7 @@ def _launch(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Wr
         _forget(out, entries, options.rerun)
         results = _results(out, entries)
         with exported(results, writers):
-            summary = campaign(entries, options, progress, hub=nodes.hub)
+            summary = campaign(entries, options, progress, leader=nodes.leader)
         print_summary(summary, options.out)
         nodes.exit_code = judge_baseline(options, baseline, results, summary.exit_code, _asked(entries, options))
     return nodes.exit_code

@@ -84,7 +84,7 @@ class Position(msgspec.Struct, frozen=True):
         return f"{waits.KINDS[self.kind]} (collective {self.entered} of the case{where})"
 
 
-class Breadcrumbs:
+class Heartbeat:
     """The writer's side, one for each rank."""
 
     def __init__(self, path: Path | None) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.peers import find_neighbours
 from distbench.distributed.shared_memory import SharedMemory
 from distbench.distributed.waits import collective, waiting
@@ -47,7 +47,7 @@ class Session:
 
     def __init__(
         self,
-        crumbs: Breadcrumbs,
+        heartbeat: Heartbeat,
         timeout_s: float,
         environ: Mapping[str, str] = os.environ,
         *,
@@ -57,7 +57,7 @@ class Session:
 
         `accelerated` takes a device for each rank of the node, and joins NCCL (on ROCm: RCCL) as well as gloo.
         """
-        self.crumbs = crumbs
+        self.heartbeat = heartbeat
         self.rank = int(environ["RANK"])
         self.world_size = int(environ["WORLD_SIZE"])
         self.device = torch.device("cpu")
@@ -97,7 +97,7 @@ class Session:
         call = f"distbench/call-{self._calls}"
         if self.rank == 0 and ep_size > before:
             self._store.set(call, "")
-        self.crumbs.mark("start")
+        self.heartbeat.mark("start")
         if self.rank >= before:
             self._wait_for(call)
         self._create_group(ep_size)
@@ -133,7 +133,7 @@ class Session:
         with waiting("store of the launch"):
             while not self._store.check([call]):
                 if time.monotonic() - said > _SAID_S:
-                    self.crumbs.mark("start")
+                    self.heartbeat.mark("start")
                     said = time.monotonic()
                 time.sleep(_POLL_S)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from distbench.case.injection import Injection
 from distbench.case.spec import Case
 from distbench.case.stages import ARMS
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.errors import InvalidCase
 from distbench.experts.base import ExpertInput, Experts
 from distbench.faults.options import Option, one_of, rank_option
@@ -30,7 +30,7 @@ class Scene(NamedTuple):
 
     rank: int
     case: Case
-    crumbs: Breadcrumbs
+    heartbeat: Heartbeat
     sources: Callable[[], Tensor]
     transport: Transport | None = None
     experts: Experts | None = None
@@ -88,13 +88,13 @@ class Fault:
         """Whether it takes effect on this rank, in the current arm."""
         rank, arm = self.chosen["rank"], self.chosen["arm"]
         here = rank == EVERYWHERE or int(rank) == self.scene.rank
-        return here and arm in ("", self.scene.crumbs.arm)
+        return here and arm in ("", self.scene.heartbeat.arm)
 
     def random(self, count: int) -> Tensor:
         """Return uniform numbers float64 [count]: new ones in each call, the same ones in each run of the case."""
         self._visits += 1
         case = self.scene.case
-        text = f"{case.seed}/{self.name}/{self.scene.rank}/{self.scene.crumbs.arm}/{self._visits}"
+        text = f"{case.seed}/{self.name}/{self.scene.rank}/{self.scene.heartbeat.arm}/{self._visits}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
         return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
 from distbench.experts.base import Cut, ExpertInput, Experts, check_values, facts_of
@@ -59,7 +59,7 @@ def check_faults(case: Case) -> None:
     Raises:
         InvalidCase: see `make_faults`.
     """
-    make_faults(case, Scene(0, case, Breadcrumbs(None), lambda: torch.empty(0, 2)))
+    make_faults(case, Scene(0, case, Heartbeat(None), lambda: torch.empty(0, 2)))
 
 
 class Injector:
@@ -69,7 +69,7 @@ class Injector:
         """Wrap `transport` and `compute`; the wrapped ones are `transport` and `experts`, `inner` is `compute`."""
         self.inner = compute
         self.faults = make_faults(
-            case, Scene(session.rank, case, session.crumbs, transport.sources, transport, compute)
+            case, Scene(session.rank, case, session.heartbeat, transport.sources, transport, compute)
         )
         self.transport = _FaultyTransport(transport, self.faults)
         self.experts = _FaultyExperts(compute, self.faults)

@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 from distbench.launcher.helper_processes import resume_helpers
-from distbench.launcher.job import Job, Spread
+from distbench.launcher.job import Job, NodeLayout
 from distbench.launcher.nodes.protocol import BACKEND
 from distbench.launcher.postmortem import Exit
 from distbench.utils.signals import TERMINAL_SIGNALS
@@ -107,31 +107,31 @@ class Agent(threading.Thread):
             self.first_exit = Exit(rank, how)
         except Exception as error:  # noqa: BLE001 - whatever torchrun raises, the main thread has to hear of it
             told = f"{type(error).__name__} of torchrun's agent: {one_line(error)}"
-            spread = self._job.spread
-            if spread is None:
+            layout = self._job.layout
+            if layout is None:
                 self.failure = f"{told}; distbench doctor looks at this node's limits"
             else:
-                self.first_exit = Exit(spread.node * spread.nproc, told)
+                self.first_exit = Exit(layout.node * layout.nproc, told)
 
     def _settings(self) -> dict[str, Any]:
         """Settings of torchrun. The rendezvous store listens on loopback if all ranks are on one node."""
-        spread, store = self._job.spread, self.store
+        layout, store = self._job.layout, self.store
         listener: int | None = None
-        run_id = f"distbench-{os.getpid() if spread is None else spread.launch}"
-        if spread is None:
+        run_id = f"distbench-{os.getpid() if layout is None else layout.launch}"
+        if layout is None:
             store = socket.create_server((_LOOPBACK, 0), backlog=_WAITING)
             port = store.getsockname()[1]
-            spread = Spread(nodes=1, node=0, nproc=self._job.num_ranks, host=_LOOPBACK, port=port, launch=0)
+            layout = NodeLayout(nodes=1, node=0, nproc=self._job.num_ranks, host=_LOOPBACK, port=port, launch=0)
             listener = store.detach()
         elif store is not None:
             listener = os.dup(store.fileno())
         return {
-            "min_nodes": spread.nodes,
-            "max_nodes": spread.nodes,
-            "nproc_per_node": spread.nproc,
+            "min_nodes": layout.nodes,
+            "max_nodes": layout.nodes,
+            "nproc_per_node": layout.nproc,
             "run_id": run_id,
             "rdzv_backend": BACKEND,
-            "rdzv_configs": {"timeout": _MEETING_S, "spread": spread, "listener": listener},
+            "rdzv_configs": {"timeout": _MEETING_S, "spread": layout, "listener": listener},
             "start_method": "forkserver",
             "monitor_interval": _MONITOR_S,
             "max_restarts": 0,

@@ -23,8 +23,8 @@ from distbench.errors import (
     worst_exit_code,
 )
 from distbench.launcher.job import Job
-from distbench.launcher.nodes.leader import Hub
-from distbench.launcher.postmortem import Ending, machines, outcome_of
+from distbench.launcher.nodes.leader import Leader
+from distbench.launcher.postmortem import LaunchFailure, machines, outcome_of
 from distbench.launcher.resources import prove_room
 from distbench.launcher.supervisor import supervise
 from distbench.launcher.time_budget import Deadline, Pace
@@ -50,7 +50,7 @@ from distbench.verify.records import Outcome
 
 _WORST_SHOWN = 32
 
-Launch = Callable[[Job, Callable[[Entry | None], None], Sequence[int], Hub | None], Ending | None]
+Launch = Callable[[Job, Callable[[Entry | None], None], Sequence[int], Leader | None], LaunchFailure | None]
 """The signature of `supervise`."""
 
 
@@ -75,7 +75,7 @@ class Campaign:
         rules: Rules,
         progress: Progress,
         bundle: str = "",
-        hub: Hub | None = None,
+        leader: Leader | None = None,
         launch: Launch | None = None,
     ) -> None:
         """Continue the journal of `out`: cases with a result are not run again, but judged by the current expectation.
@@ -88,7 +88,7 @@ class Campaign:
         self._out = out
         self._rules = rules
         self._bundle = bundle
-        self._hub = hub
+        self._leader = leader
         self._launch = launch
         self._progress = progress
         self._reader = JournalReader(out)
@@ -136,7 +136,7 @@ class Campaign:
         with contextlib.suppress(OSError):  # the folder may be gone; the error that ends the campaign says so
             self._write_summary(exit_code)
 
-    def conclude(self, ending: Ending | None) -> Summary:
+    def conclude(self, ending: LaunchFailure | None) -> Summary:
         """Read the journal, record `ending` for the case on which the launch ended, and run nothing.
 
         A result of that case stays, and `ending` becomes an event of the summary: no supervisor saw the ranks end.
@@ -160,7 +160,7 @@ class Campaign:
                 return
             job = self._job(pending, report_paths)
             before = len(self._finished)
-            ending = (self._launch or supervise)(job, self._tick, signals, self._hub)
+            ending = (self._launch or supervise)(job, self._tick, signals, self._leader)
             self._take_new_lines()
             if ending is not None:
                 self._take_ending(ending, job)
@@ -187,7 +187,7 @@ class Campaign:
         why = f"{deadline.source}: {told if deadline.left_s > 0 else 'it is over'}"
         self._summary.stopped = f"{len(pending)} cases left out for time ({why}); the same command resumes with them"
 
-    def _take_ending(self, ending: Ending, job: Job) -> None:
+    def _take_ending(self, ending: LaunchFailure, job: Job) -> None:
         """Record the result of the case on which a launch ended, unless the case is to be retried.
 
         A result that it already has is revoked: a rank was lost after all, past the last barrier or outside the group.
@@ -210,7 +210,7 @@ class Campaign:
             self._record(entry, outcome_of(ending, entry), job, lost=True)
             self._finished_by_then = len(self._finished)
 
-    def _entry_of(self, ending: Ending, job: Job) -> Entry | None:
+    def _entry_of(self, ending: LaunchFailure, job: Job) -> Entry | None:
         """The case on which a launch ended. A lost host revokes no result: it had sent its share of that."""
         if ending.case_index is None:
             return None
@@ -219,10 +219,10 @@ class Campaign:
             entries = tuple(entry for entry in entries if case_hash(entry.case) not in self._finished)
         return entries[0] if entries else None
 
-    def _note(self, ending: Ending) -> None:
+    def _note(self, ending: LaunchFailure) -> None:
         self._summary.events += dict.fromkeys(reason.message for reason in ending.reasons)
 
-    def _enough(self, ending: Ending) -> str:
+    def _enough(self, ending: LaunchFailure) -> str:
         """Reason to make no further launch; empty for none."""
         if ending.last:
             return "; ".join(reason.message for reason in ending.reasons)

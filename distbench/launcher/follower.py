@@ -16,9 +16,9 @@ from distbench.distributed.heartbeat import Position
 from distbench.errors import Busy, InvalidCase, Unsupported
 from distbench.launcher.agent import Agent
 from distbench.launcher.hang import dump_stacks
-from distbench.launcher.job import Job, RankFailure, Spread, clear_ranks, failure_path
+from distbench.launcher.job import Job, NodeLayout, RankFailure, clear_ranks, failure_path
 from distbench.launcher.locks import hold
-from distbench.launcher.nodes.client import Link, NodeLost
+from distbench.launcher.nodes.client import Client, NodeLost
 from distbench.launcher.nodes.interfaces import check_interfaces
 from distbench.launcher.nodes.protocol import BEAT_S, Beat, Order, Phase
 from distbench.launcher.postmortem import machines, positions
@@ -37,7 +37,7 @@ class Timeouts(NamedTuple):
     lock_s: float
 
 
-def follow(spread: Spread, secret: bytes, out: Path, timeouts: Timeouts) -> int:
+def follow(layout: NodeLayout, secret: bytes, out: Path, timeouts: Timeouts) -> int:
     """Take part until node 0 ends the campaign; return the exit code that node 0 sends.
 
     `secret` is the launch's. Files of the ranks go below `out`, which no other node may use. Devices are held from the
@@ -52,9 +52,9 @@ def follow(spread: Spread, secret: bytes, out: Path, timeouts: Timeouts) -> int:
 
     """
     with collect_signals() as signals, contextlib.ExitStack() as held:
-        link = Link(spread, secret, timeouts.join_s, signals)
-        held.callback(link.close)
-        follower = _Follower(spread, out, link, signals, _Devices(held, timeouts.lock_s))
+        client = Client(layout, secret, timeouts.join_s, signals)
+        held.callback(client.close)
+        follower = _Follower(layout, out, client, signals, _Devices(held, timeouts.lock_s))
         try:
             return follower.run()
         except (Busy, InvalidCase, Unsupported) as error:
@@ -85,7 +85,7 @@ class _Devices:
         try:
             if not self._taken:
                 cases = [entry.case for entry in job.entries if not entry.refused]
-                names = check_devices(cases, job.num_ranks // job.spread.nodes) if job.spread else ()
+                names = check_devices(cases, job.num_ranks // job.layout.nodes) if job.layout else ()
                 check_interfaces(accelerated=bool(names))
                 self._held.enter_context(hold(None, names, 0.0))
                 self._taken = True
@@ -96,14 +96,16 @@ class _Devices:
 
 
 class _Follower:
-    def __init__(self, spread: Spread, out: Path, link: Link, signals: Sequence[int], devices: _Devices) -> None:
+    def __init__(
+        self, layout: NodeLayout, out: Path, client: Client, signals: Sequence[int], devices: _Devices
+    ) -> None:
         self._out = out
         self._devices = devices
-        self._spread = spread
-        self._link = link
+        self._layout = layout
+        self._client = client
         self._signals = signals
         self._said = False
-        self._beat = Beat(node=spread.node, nodes=spread.nodes, nproc=spread.nproc, host=socket.gethostname())
+        self._beat = Beat(node=layout.node, nodes=layout.nodes, nproc=layout.nproc, host=socket.gethostname())
 
     def run(self) -> int:
         while True:
@@ -119,27 +121,27 @@ class _Follower:
         """Send node 0 the reason why this node takes no part in the campaign."""
         self._beat.refused = why
         with contextlib.suppress(NodeLost, InvalidCase):
-            self._link.tell(self._beat)
+            self._client.tell(self._beat)
 
     def _mine(self, job: Job) -> Job:
-        spread = job.spread or self._spread
-        mine = msgspec.structs.replace(spread, node=self._spread.node, host=self._spread.host)
-        return msgspec.structs.replace(job, out=str(self._out), spread=mine)
+        layout = job.layout or self._layout
+        mine = msgspec.structs.replace(layout, node=self._layout.node, host=self._layout.host)
+        return msgspec.structs.replace(job, out=str(self._out), layout=mine)
 
     def _say_unused(self, job: Job) -> None:
         """Print once which variables of this node have no effect: node 0's reports contain its own."""
         note = "" if self._said else note_of_launch(os.environ, job.entries)
         self._said = True
         if note:
-            print_note(f"node {self._spread.node}: {note}")
+            print_note(f"node {self._layout.node}: {note}")
 
     def _launch(self, job: Job) -> Order | None:
         """Run the ranks of this node; return the order that ended them, if any: node 0 sends END only once."""
         self._say_unused(job)
         clear_ranks(self._out)
-        launch = job.spread.launch if job.spread else 0
+        launch = job.layout.launch if job.layout else 0
         self._beat = msgspec.structs.replace(
-            self._beat, launch=launch, ended=False, exit=None, crumbs={}, failures=[], stacks={}, machines={}
+            self._beat, launch=launch, ended=False, exit=None, heartbeat={}, failures=[], stacks={}, machines={}
         )
         agent = Agent(job)
         watch = Watch(job, agent)
@@ -168,13 +170,13 @@ class _Follower:
     def _tell(self) -> Order:
         if self._signals:
             raise Interrupted(self._signals[0])
-        return self._link.tell(self._beat)
+        return self._client.tell(self._beat)
 
     def _note(self, job: Job) -> None:
         now = time.monotonic_ns()
-        self._beat.crumbs = {rank: _aged(at, now) for rank, at in positions(job).items()}
+        self._beat.heartbeat = {rank: _aged(at, now) for rank, at in positions(job).items()}
         self._beat.machines = machines(self._out, job.num_ranks)
-        self._beat.failures = [failure for rank in self._beat.crumbs if (failure := self._failure(rank, now))]
+        self._beat.failures = [failure for rank in self._beat.heartbeat if (failure := self._failure(rank, now))]
 
     def _failure(self, rank: int, now: int) -> RankFailure | None:
         try:

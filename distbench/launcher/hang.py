@@ -16,7 +16,7 @@ from distbench.distributed.flight_recorder import from_stacks, late_ranks
 from distbench.distributed.heartbeat import Position
 from distbench.errors import Verdict
 from distbench.launcher.job import Job, stack_path
-from distbench.launcher.postmortem import Ending
+from distbench.launcher.postmortem import LaunchFailure
 from distbench.utils.process import STOPPED, is_alive, state
 from distbench.utils.signals import STACKS_SIGNAL
 from distbench.verify.records import Reason
@@ -36,7 +36,7 @@ def find_hang(
     seen: dict[int, Position],
     launched_ns: int,
     stacks_elsewhere: Callable[[], dict[int, str]] = _none_elsewhere,
-) -> Ending | None:
+) -> LaunchFailure | None:
     """The ending where the ranks furthest behind have stood still past their stage's limit; else None.
 
     Ranks are compared by case, by stage, and by the collectives that they have entered: those ahead wait for those
@@ -69,10 +69,10 @@ def find_hang(
     return _hang(stuck, others, told, stacks, case_index, last.stage_name)
 
 
-def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> Ending | None:
-    """The ending where ranks have left no breadcrumb while the others wait for them to join, or where none has."""
+def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> LaunchFailure | None:
+    """The ending where ranks have left no heartbeat while the others wait for them to join, or where none has."""
     limit = stage_limit(job.entries[0].case, "start")
-    if not seen or job.spread is not None:
+    if not seen or job.layout is not None:
         limit += _LOADING_S
     stood = _seconds_since(max((at.since_ns for at in seen.values()), default=launched_ns))
     if stood <= limit:
@@ -88,13 +88,13 @@ def _hang(  # noqa: PLR0913 - the ranks that stood, and those that waited
     stacks: dict[int, str],
     case_index: int | None,
     stage: str,
-) -> Ending:
+) -> LaunchFailure:
     message = f"{', '.join(f'rank {rank}' for rank in sorted(stuck))} {told}"
     if others:
         message += f"; rank {', '.join(map(str, sorted(others)))} waited for it{_where_they_wait(others)}"
     reasons = [Reason(code="hang", rank=rank, message=message, stage=stage) for rank in sorted(stuck)]
     named = {str(rank): text for rank, text in stacks.items()}
-    return Ending(verdict=Verdict.HANG, case_index=case_index, reasons=reasons, stacks=named)
+    return LaunchFailure(verdict=Verdict.HANG, case_index=case_index, reasons=reasons, stacks=named)
 
 
 def _where_they_wait(others: Mapping[int, Position]) -> str:

@@ -15,7 +15,7 @@ from distbench.distributed.heartbeat import Position
 from distbench.launcher.time_budget import Deadline
 
 
-class Spread(msgspec.Struct, frozen=True, kw_only=True):
+class NodeLayout(msgspec.Struct, frozen=True, kw_only=True):
     """A launch over several nodes: `nproc` ranks on each of `nodes`, this one is `node`.
 
     Node n has ranks n * nproc to (n + 1) * nproc - 1, so rank 0 is on node 0. `host` and `port` are the agents'
@@ -51,7 +51,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     bundle: str = ""
     supervised: bool
     stays: bool = False
-    spread: Spread | None = None
+    layout: NodeLayout | None = None
     started: int = 0
     quiet: bool = False
     deadline: Deadline | None = None
@@ -78,8 +78,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         """Ranks that the largest case needs; over several nodes, or under torchrun, all ranks."""
         if self.started:
             return self.started
-        if self.spread is not None:
-            return self.spread.nodes * self.spread.nproc
+        if self.layout is not None:
+            return self.layout.nodes * self.layout.nproc
         return max(entry.case.ep_size for entry in self.entries)
 
     def failed(self, exit_code: int, *, as_expected: bool) -> bool:
@@ -142,9 +142,9 @@ def done_path(out: Path, number: int) -> Path:
     return ranks_folder(out) / f"done-{number:05d}"
 
 
-def crumb_path(out: Path, rank: int) -> Path:
-    """File of a rank's breadcrumbs."""
-    return ranks_folder(out) / f"rank-{rank:05d}.crumbs"
+def heartbeat_path(out: Path, rank: int) -> Path:
+    """Heartbeat file of a rank."""
+    return ranks_folder(out) / f"rank-{rank:05d}.heartbeat"
 
 
 def machine_path(out: Path, rank: int) -> Path:

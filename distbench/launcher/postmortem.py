@@ -1,4 +1,4 @@
-"""Post-mortem of ranks that ended early: from their breadcrumbs and failure files to a verdict."""
+"""Post-mortem of ranks that ended early: from their heartbeats and failure files to a verdict."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.distributed.heartbeat import Position, is_whole, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
-from distbench.launcher.job import Job, Machine, RankFailure, crumb_path, failure_path, machine_path, ranks_folder
+from distbench.launcher.job import Job, Machine, RankFailure, failure_path, heartbeat_path, machine_path, ranks_folder
 from distbench.verify.records import Judgement, Outcome, Reason
 
 
-class Ending(msgspec.Struct, frozen=True, kw_only=True):
+class LaunchFailure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a launch ended early: the verdict, the case in flight, and the known state of the ranks.
 
     `case_index` is None where all cases had been done. `last` says that no further launch can be made.
@@ -34,7 +34,7 @@ class Exit(msgspec.Struct, frozen=True):
     how: str
 
 
-def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
+def explain_fault(job: Job, first_exit: Exit | None) -> LaunchFailure:
     """Name the rank that ended a launch.
 
     In this order: the earliest exception of a rank's own; a collective that timed out, attributed to the ranks furthest
@@ -74,7 +74,7 @@ def explain_fault(job: Job, first_exit: Exit | None) -> Ending:
     return _after_all(first_exit)
 
 
-def outcome_of(ending: Ending, entry: Entry) -> Outcome:
+def outcome_of(ending: LaunchFailure, entry: Entry) -> Outcome:
     """Outcome of the case on which a launch ended."""
     return Outcome(entry.case, Judgement(ending.verdict, ending.reasons, None), stacks=ending.stacks)
 
@@ -90,11 +90,11 @@ def machines(out: Path, num_ranks: int) -> dict[int, Machine]:
 
 def positions(job: Job) -> dict[int, Position]:
     """Last known position of each rank, by rank; ranks that never began are missing."""
-    found = {rank: read_position(crumb_path(Path(job.out), rank)) for rank in range(job.num_ranks)}
+    found = {rank: read_position(heartbeat_path(Path(job.out), rank)) for rank in range(job.num_ranks)}
     return {rank: position for rank, position in found.items() if position is not None}
 
 
-def _raised(job: Job, failure: RankFailure) -> Ending:
+def _raised(job: Job, failure: RankFailure) -> LaunchFailure:
     code = "baseline-fault" if failure.position.arm_name == "padded" else "rank-fault"
     told = str(failure) + _whose(failure.position)
     reason = Reason(code=code, rank=failure.rank, message=told, stage=failure.position.stage_name)
@@ -102,7 +102,7 @@ def _raised(job: Job, failure: RankFailure) -> Ending:
     return _ending(job, failure.position, reason, stacks)
 
 
-def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
+def _timed_out(job: Job, waited: list[RankFailure]) -> LaunchFailure:
     seen = positions(job)
     absent = [rank for rank in range(job.num_ranks) if rank not in seen]
     waiting = {failure.rank: failure.position for failure in waited}
@@ -119,14 +119,14 @@ def _timed_out(job: Job, waited: list[RankFailure]) -> Ending:
     index = min(late.case_index, len(job.entries) - 1)
     stage = "start" if absent else late.stage_name
     reasons = [Reason(code="hang", rank=rank, message=message, stage=stage) for rank in behind]
-    return Ending(verdict=Verdict.HANG, case_index=index, reasons=reasons, stacks=stacks)
+    return LaunchFailure(verdict=Verdict.HANG, case_index=index, reasons=reasons, stacks=stacks)
 
 
-def _died(job: Job, end: Exit, position: Position | None) -> Ending:
+def _died(job: Job, end: Exit, position: Position | None) -> LaunchFailure:
     return _lost(job, end.rank, f"ended by {end.how}", position)
 
 
-def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[RankFailure]) -> Ending:
+def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[RankFailure]) -> LaunchFailure:
     """The ending where peers report a lost rank, or had finished: the earliest silent rank is to blame.
 
     Ranks that waited for a later case than any peer reports were outside the group.
@@ -137,7 +137,7 @@ def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[R
     return _lost(job, rank, "ended without an error message", silent[rank])
 
 
-def _lost(job: Job, rank: int, how: str, position: Position | None) -> Ending:
+def _lost(job: Job, rank: int, how: str, position: Position | None) -> LaunchFailure:
     place = "before its first stage" if position is None else f"in {position.place}{_whose(position)}"
     baseline = position is not None and position.arm_name == "padded"
     code = "baseline-fault" if baseline else "rank-fault"
@@ -145,7 +145,7 @@ def _lost(job: Job, rank: int, how: str, position: Position | None) -> Ending:
     return _ending(job, position, reason, {})
 
 
-def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
+def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> LaunchFailure:
     """The ending where all ranks were killed from outside, or with a node: those behind held up the others."""
     least = min(_progress(at) for at in silent.values())
     behind = [rank for rank, at in silent.items() if _progress(at) == least]
@@ -164,17 +164,17 @@ def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> Ending:
     return msgspec.structs.replace(_ending(job, last, reasons[0], {}), verdict=Verdict.HANG, reasons=reasons)
 
 
-def _after_all(first_exit: Exit | None) -> Ending:
+def _after_all(first_exit: Exit | None) -> LaunchFailure:
     how = f"rank {first_exit.rank} ended by {first_exit.how}" if first_exit else "the launch failed"
     reason = Reason(
         code="rank-fault", rank=first_exit.rank if first_exit else None, message=f"{how} after all cases had been done"
     )
-    return Ending(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[reason])
+    return LaunchFailure(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[reason])
 
 
 def _refuse_cut_heartbeats(job: Job) -> None:
-    """Refuse heartbeats that are no longer whole: the ranks that have them mapped are killed by SIGBUS."""
-    paths = [crumb_path(Path(job.out), rank) for rank in range(job.num_ranks)]
+    """Refuse heartbeat files that are no longer whole: the ranks that have them mapped are killed by SIGBUS."""
+    paths = [heartbeat_path(Path(job.out), rank) for rank in range(job.num_ranks)]
     cut = next((path for path in paths if path.exists() and not is_whole(path)), None)
     if cut is not None:
         message = f"{cut}: the heartbeat was cut while its rank ran; let nothing else write to {cut.parent}"
@@ -201,9 +201,9 @@ def _refuse_lost_results(failures: list[RankFailure]) -> None:
             raise ResultsLost(str(failure))
 
 
-def _ending(job: Job, position: Position | None, reason: Reason, stacks: dict[str, str]) -> Ending:
+def _ending(job: Job, position: Position | None, reason: Reason, stacks: dict[str, str]) -> LaunchFailure:
     case_index = min(position.case_index if position else 0, len(job.entries) - 1)
-    return Ending(verdict=Verdict.RANK_FAULT, case_index=case_index, reasons=[reason], stacks=stacks)
+    return LaunchFailure(verdict=Verdict.RANK_FAULT, case_index=case_index, reasons=[reason], stacks=stacks)
 
 
 def _stage(position: Position | None) -> str:
@@ -223,7 +223,7 @@ def _failure(out: Path, rank: int) -> RankFailure | None:
 
 def _left_silently(job: Job, out: Path, spoke: set[int]) -> dict[int, Position | None]:
     """Ranks that neither finished nor left a failure file, with their last position."""
-    seen = {rank: read_position(crumb_path(out, rank)) for rank in range(job.num_ranks) if rank not in spoke}
+    seen = {rank: read_position(heartbeat_path(out, rank)) for rank in range(job.num_ranks) if rank not in spoke}
     return {rank: at for rank, at in seen.items() if at is None or at.stage_name != "done"}
 
 

@@ -18,7 +18,7 @@ from distbench.case.sglang_releases import rules_of
 from distbench.case.spec import Case, inputs_of
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
-from distbench.experts.aiter.package import check_available, check_habits
+from distbench.experts.aiter.package import check_available, check_quirks
 from distbench.experts.coverage import plan_of
 from distbench.experts.selection.choice import KernelSelector, TunedKey, rules_for
 from distbench.experts.selection.table_match import match_tables
@@ -26,7 +26,7 @@ from distbench.experts.shapes import check_aiter_shape, check_triton_shape
 from distbench.experts.triton.table import load_table, selector_for, shape_of
 from distbench.pipeline.recv_bound import parse_sender_rows, recv_bound
 from distbench.transport.mori.config import check_environment, heap_size, mori_warnings, plan_mori
-from distbench.transport.mori.emulated.habits import parse_habits
+from distbench.transport.mori.emulated.quirks import parse_quirks
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold
 from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing
@@ -74,11 +74,11 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 def _check_unused(case: Case) -> None:
     """Refuse values that cannot be parsed, also where the case's transport, experts or limit do not use them."""
     try:
-        parse_habits(case.mori_habits)
+        parse_quirks(case.mori_habits)
     except ValueError as error:
         message = f"mori_habits = {case.mori_habits!r:.80}: {error}"
         raise InvalidCase(message) from error
-    check_habits(case)
+    check_quirks(case)
     rules_for(case.aiter_version)
     parse_sender_rows(case)
 

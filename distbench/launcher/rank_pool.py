@@ -11,8 +11,8 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.launcher.agent import Agent
 from distbench.launcher.job import Job, clear_ranks, done_path, next_job_path
-from distbench.launcher.nodes.leader import Hub
-from distbench.launcher.postmortem import Ending
+from distbench.launcher.nodes.leader import Leader
+from distbench.launcher.postmortem import LaunchFailure
 from distbench.launcher.supervisor import concluded, end, no_rank_left
 from distbench.launcher.watchdog import Watch
 from distbench.report.files import write_atomically
@@ -36,15 +36,15 @@ class StandingRanks:
         self._number = 0
 
     def run(
-        self, job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], hub: Hub | None = None
-    ) -> Ending | None:
+        self, job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], leader: Leader | None = None
+    ) -> LaunchFailure | None:
         """See `supervise`; here all ranks are on this node.
 
         Raises:
             Interrupted, ResultsLost, LaunchFailed, DiskFull: as there.
 
         """
-        if hub is not None:
+        if leader is not None:
             message = "ranks stay up on one node only"
             raise ValueError(message)
         job = msgspec.structs.replace(job, stays=True)

@@ -2,7 +2,7 @@
 
 torchrun starts every rank as a new interpreter, and each imports torch for itself. Here the agent's start method is
 `forkserver`: one process imports torch once, and the ranks are forked from it. The agent runs in a thread; the main
-thread reads the ranks' breadcrumbs, and handles signals.
+thread reads the ranks' heartbeats, and handles signals.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from distbench.case.entry import Entry
 from distbench.errors import LaunchFailed, OutOfTime
 from distbench.launcher.agent import Agent
 from distbench.launcher.job import Job, clear_ranks
-from distbench.launcher.nodes.leader import Hub
-from distbench.launcher.postmortem import Ending, explain_fault
+from distbench.launcher.nodes.leader import Leader
+from distbench.launcher.postmortem import LaunchFailure, explain_fault
 from distbench.launcher.watchdog import _INTERRUPT_GRACE_S, Watch, _with_hosts, first_exit
 from distbench.utils.signals import Interrupted
 
@@ -25,12 +25,12 @@ _TICK_S = 0.1
 
 
 def supervise(
-    job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], hub: Hub | None = None
-) -> Ending | None:
+    job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], leader: Leader | None = None
+) -> LaunchFailure | None:
     """Run `job` until all its ranks have ended; None if they finished, else the reason.
 
     `tick` is called about ten times a second, with the case under way. `signals` is the list that `collect_signals`
-    yields. `hub` holds the other nodes.
+    yields. `leader` holds the other nodes.
 
     Raises:
         Interrupted: one of ENDING_SIGNALS. No rank is left, as after any exception.
@@ -42,26 +42,26 @@ def supervise(
 
     """
     clear_ranks(Path(job.out))
-    if hub is not None:
-        job = hub.begin(job, signals)
+    if leader is not None:
+        job = leader.begin(job, signals)
     agent = Agent(job)
-    agent.store = None if hub is None else hub.store
-    watch = Watch(job, agent, hub)
+    agent.store = None if leader is None else leader.store
+    watch = Watch(job, agent, leader)
     agent.start()
     with no_rank_left(agent, watch):
         while agent.is_alive() and not watch.given_up:
             agent.join(_TICK_S)
             tick(watch.current)
-            if signals or (hub is not None and hub.refused):
-                raise Interrupted(signals[0]) if signals else LaunchFailed(hub.refused if hub else "")
+            if signals or (leader is not None and leader.refused):
+                raise Interrupted(signals[0]) if signals else LaunchFailed(leader.refused if leader else "")
             if job.deadline is not None and job.deadline.left_s < 0:
                 raise OutOfTime(job.deadline.source)
             watch.look()
-    if hub is not None:
+    if leader is not None:
         end(agent, watch)
-        hub.stop()
-        hub.mirror(job)
-    return concluded(job, agent, watch, hub)
+        leader.stop()
+        leader.mirror(job)
+    return concluded(job, agent, watch, leader)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def no_rank_left(agent: Agent, watch: Watch) -> Iterator[None]:
         raise
 
 
-def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> Ending | None:
+def concluded(job: Job, agent: Agent, watch: Watch, leader: Leader | None = None) -> LaunchFailure | None:
     """Why an agent has ended; None if its ranks finished.
 
     Raises:
@@ -89,7 +89,7 @@ def concluded(job: Job, agent: Agent, watch: Watch, hub: Hub | None = None) -> E
     if agent.finished and watch.elsewhere is None:
         return None
     ending = explain_fault(job, first_exit(agent, watch))
-    return ending if hub is None else _with_hosts(ending, hub)
+    return ending if leader is None else _with_hosts(ending, leader)
 
 
 def end(agent: Agent, watch: Watch) -> None:

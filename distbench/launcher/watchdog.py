@@ -16,9 +16,9 @@ from distbench.errors import ResultsLost, Verdict
 from distbench.launcher.agent import Agent
 from distbench.launcher.hang import find_hang
 from distbench.launcher.helper_processes import end_fork_server, resume_helpers
-from distbench.launcher.job import Job, crumb_path
-from distbench.launcher.nodes.leader import Hub
-from distbench.launcher.postmortem import Ending, Exit, positions
+from distbench.launcher.job import Job, heartbeat_path
+from distbench.launcher.nodes.leader import Leader
+from distbench.launcher.postmortem import Exit, LaunchFailure, positions
 from distbench.utils.process import is_alive
 from distbench.verify.records import Reason
 
@@ -36,24 +36,24 @@ def first_exit(agent: Agent, watch: Watch) -> Exit | None:
     return watch.first_gone if first is None or first.rank in watch.killed else first
 
 
-def _with_hosts(ending: Ending, hub: Hub) -> Ending:
+def _with_hosts(ending: LaunchFailure, leader: Leader) -> LaunchFailure:
     reasons = [
         reason
         if reason.rank is None
         else msgspec.structs.replace(
-            reason, message=f"{reason.message} (rank {reason.rank} is on host {hub.place(reason.rank)})"
+            reason, message=f"{reason.message} (rank {reason.rank} is on host {leader.place(reason.rank)})"
         )
         for reason in ending.reasons
     ]
     return msgspec.structs.replace(ending, reasons=reasons)
 
 
-def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
+def _lost_hosts(job: Job, leader: Leader, seen: dict[int, Position]) -> LaunchFailure | None:
     """The ending where nodes no longer answer; without them no further launch is possible."""
     reasons = []
     here = [at.case_index for at in seen.values() if at.pid]  # other nodes' positions may be older than a case
-    for node, host in hub.lost().items():
-        ranks = hub.ranks_of(node)
+    for node, host in leader.lost().items():
+        ranks = leader.ranks_of(node)
         last = [seen[rank] for rank in ranks if rank in seen]
         place = f"last seen in {min(last, key=lambda at: at.progress).place}" if last else "before its first stage"
         message = f"host {host} (node {node}, rank {ranks[0]} to {ranks[-1]}) is gone or no longer answers, {place}"
@@ -61,31 +61,31 @@ def _lost_hosts(job: Job, hub: Hub, seen: dict[int, Position]) -> Ending | None:
     if not reasons:
         return None
     index = min(min(here, default=0), len(job.entries) - 1)
-    return Ending(verdict=Verdict.RANK_FAULT, case_index=index, reasons=reasons, last=True)
+    return LaunchFailure(verdict=Verdict.RANK_FAULT, case_index=index, reasons=reasons, last=True)
 
 
 class Watch:
     """The main thread's view of the ranks."""
 
-    def __init__(self, job: Job, agent: Agent, hub: Hub | None = None) -> None:
+    def __init__(self, job: Job, agent: Agent, leader: Leader | None = None) -> None:
         self._job = job
         self._agent = agent
-        self._hub = hub
+        self._leader = leader
         self._launched_ns = time.monotonic_ns()
         self._killed_at: float | None = None
         self._known: set[int] = set()
         self.elsewhere: Exit | None = None
         self._gone_since: float | None = None
         self.first_gone: Exit | None = None
-        self.ending: Ending | None = None
+        self.ending: LaunchFailure | None = None
         self.current: Entry | None = None
         self.killed: set[int] = set()
 
     def look(self) -> None:
         """Record dead ranks, and end the launch where one hangs or has been dead too long."""
-        if self._hub is not None:
-            self._hub.mirror(self._job)
-            self.elsewhere = self.elsewhere or self._hub.first_exit()
+        if self._leader is not None:
+            self._leader.mirror(self._job)
+            self.elsewhere = self.elsewhere or self._leader.first_exit()
         self._free_agent()
         seen = self._positions()
         self.current = self._current(seen)
@@ -97,8 +97,8 @@ class Watch:
                 self.first_gone = self.elsewhere or Exit(gone[0], "exit code 0 before it was done")
         elif time.monotonic() - self._gone_since > _AGENT_GRACE_S:
             self.kill()
-        if self.ending is None and self._hub is not None:
-            self.ending = _lost_hosts(self._job, self._hub, seen)
+        if self.ending is None and self._leader is not None:
+            self.ending = _lost_hosts(self._job, self._leader, seen)
             if self.ending is not None:
                 self.kill()
         if self.ending is None and self._gone_since is None:
@@ -116,7 +116,7 @@ class Watch:
         seen = positions(self._job)
         missing = self._known - seen.keys()
         if missing:
-            path = crumb_path(Path(self._job.out), min(missing))
+            path = heartbeat_path(Path(self._job.out), min(missing))
             message = f"{path}: the heartbeat of rank {min(missing)} was removed or cut while it ran"
             raise ResultsLost(message)
         self._known |= seen.keys()
@@ -133,16 +133,16 @@ class Watch:
         index = min((at.case_index for at in seen.values()), default=-1)
         return self._job.entries[index] if 0 <= index < len(self._job.entries) else None
 
-    def _hang(self, seen: dict[int, Position]) -> Ending | None:
-        if self._hub is None:
+    def _hang(self, seen: dict[int, Position]) -> LaunchFailure | None:
+        if self._leader is None:
             return find_hang(self._job, seen, self._launched_ns)
-        hang = find_hang(self._job, seen, self._launched_ns, self._hub.stacks)
-        return None if hang is None else _with_hosts(hang, self._hub)
+        hang = find_hang(self._job, seen, self._launched_ns, self._leader.stacks)
+        return None if hang is None else _with_hosts(hang, self._leader)
 
     @property
     def given_up(self) -> bool:
         """Whether to stop waiting for this agent, which still waits for other nodes' agents."""
-        over = self._hub is not None and self._killed_at is not None
+        over = self._leader is not None and self._killed_at is not None
         return over and time.monotonic() - (self._killed_at or 0.0) > _INTERRUPT_GRACE_S / 2
 
     def kill(self) -> None:
@@ -156,5 +156,5 @@ class Watch:
                 os.kill(pid, signal.SIGKILL)
 
     def _mute(self) -> set[int]:
-        """The ranks that have left no breadcrumb."""
+        """The ranks that have left no heartbeat."""
         return set(range(self._job.num_ranks)) - positions(self._job).keys()

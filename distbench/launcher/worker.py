@@ -17,16 +17,16 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
 from distbench.distributed.flight_recorder import START_EVENTS
-from distbench.distributed.heartbeat import Breadcrumbs
+from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import OUT_OF_TIME, Verdict, is_disk_full, worst_exit_code
 from distbench.launcher.job import (
     Job,
     Machine,
     RankFailure,
-    crumb_path,
     done_path,
     failure_path,
+    heartbeat_path,
     job_path,
     machine_path,
     next_job_path,
@@ -68,44 +68,44 @@ def work(job: Job) -> int:
     if job.supervised:
         _die_with_supervisor()
     answer_with_stacks(stack_path(out, rank))
-    with contextlib.closing(Breadcrumbs(crumb_path(out, rank))) as crumbs:
+    with contextlib.closing(Heartbeat(heartbeat_path(out, rank))) as heartbeat:
         try:
             if rank == 0:
                 write_atomically(job_path(out), msgspec.json.encode(job))
-            return _run_jobs(job, crumbs)
+            return _run_jobs(job, heartbeat)
         except Exception as error:  # noqa: BLE001 - whatever ends this rank has to end all of them, and be named
-            _fail(job, rank, crumbs, error)
+            _fail(job, rank, heartbeat, error)
 
 
-def _run_jobs(job: Job, crumbs: Breadcrumbs) -> int:
+def _run_jobs(job: Job, heartbeat: Heartbeat) -> int:
     """Run the job and, where its ranks stay up, the following ones."""
     if job.accelerated and not any(entry.case.iterations for entry in job.entries):  # timing would include them
         os.environ.setdefault(START_EVENTS, "1")
-    session = Session(crumbs, _group_timeout(job), accelerated=job.accelerated)
+    session = Session(heartbeat, _group_timeout(job), accelerated=job.accelerated)
     machine = Machine(socket.gethostname(), str(session.own_device))
     machine_path(Path(job.out), session.rank).write_bytes(msgspec.json.encode(machine))
-    exit_code = _run_entries(job, session, crumbs)
-    crumbs.mark("done")
+    exit_code = _run_entries(job, session, heartbeat)
+    heartbeat.mark("done")
     number = 0
     while job.stays:
         session.meet()
         if session.rank == 0:
             done_path(Path(job.out), number).touch()
         number += 1
-        job = _next_job(next_job_path(Path(job.out), number), crumbs)
-        _run_entries(job, session, crumbs)
-        crumbs.mark("done")
+        job = _next_job(next_job_path(Path(job.out), number), heartbeat)
+        _run_entries(job, session, heartbeat)
+        heartbeat.mark("done")
     session.close()
     return exit_code
 
 
-def _next_job(path: Path, crumbs: Breadcrumbs) -> Job:
+def _next_job(path: Path, heartbeat: Heartbeat) -> Job:
     """Wait for the next job; the heartbeat meanwhile says that the rank has none."""
-    crumbs.case_index = 0
+    heartbeat.case_index = 0
     said = 0.0
     while not path.exists():
         if time.monotonic() - said > _IDLE_S:
-            crumbs.mark("done")
+            heartbeat.mark("done")
             said = time.monotonic()
         time.sleep(_POLL_S)
     return msgspec.json.decode(path.read_bytes(), type=Job)
@@ -115,13 +115,13 @@ def _sink(job: Job) -> Sink:
     return Sink(Path(job.out), job.entries, job.report_paths, prints=not job.supervised and not job.quiet)
 
 
-def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
+def _run_entries(job: Job, session: Session, heartbeat: Heartbeat) -> int:
     sink = _sink(job) if session.rank == 0 else None
     pace = Pace(job.pace)
     left_out = False
     for index in _unfinished(job, session, sink):
         entry = job.entries[index]
-        crumbs.case_index = index
+        heartbeat.case_index = index
         started_ns = time.monotonic_ns()
         if session.enter(entry.case.ep_size):
             if job.deadline is not None and not _in_time(session, pace, entry.case, job.deadline):
@@ -129,13 +129,13 @@ def _run_entries(job: Job, session: Session, crumbs: Breadcrumbs) -> int:
                 continue
             recorder = Recorder() if job.bundle else None
             outcome = run_case(session, entry.case, recorder)
-            crumbs.mark("report")
+            heartbeat.mark("report")
             wall_s = (time.monotonic_ns() - started_ns) / 1e9
             pace.note(entry.case, wall_s)
             report = sink.put(entry, outcome, wall_s) if sink is not None and outcome is not None else None
             if recorder is not None:
                 _bundle(session, job, entry, recorder, report, outcome)
-    crumbs.case_index = len(job.entries)
+    heartbeat.case_index = len(job.entries)
     session.enter(session.world_size)
     codes = [*(sink.codes.values() if sink else ()), *([OUT_OF_TIME] if left_out else ())]
     exit_code = 0 if job.supervised else session.announce(worst_exit_code(codes))
@@ -176,9 +176,9 @@ def _group_timeout(job: Job) -> float:
     return job.longest_stage_s * 2 + 60 if job.supervised else job.longest_stage_s
 
 
-def _reports(crumbs: Breadcrumbs) -> bool:
+def _reports(heartbeat: Heartbeat) -> bool:
     """Whether the rank was about to write a result."""
-    return crumbs.position().stage_name == "report"
+    return heartbeat.position().stage_name == "report"
 
 
 def _die_with_supervisor() -> None:
@@ -189,18 +189,18 @@ def _die_with_supervisor() -> None:
         os._exit(Verdict.RANK_FAULT.exit_code)
 
 
-def _fail(job: Job, rank: int, crumbs: Breadcrumbs, error: Exception) -> NoReturn:
+def _fail(job: Job, rank: int, heartbeat: Heartbeat, error: Exception) -> NoReturn:
     """Write the failure file of this rank and exit; a rank that only lost its peer waits for that peer to be found."""
     failure = RankFailure(
         rank=rank,
         exception=type(error).__name__,
         message=" ".join(str(error).split()),
-        position=crumbs.position(),
+        position=heartbeat.position(),
         traceback=traceback.format_exc(),
         echo=any(words in str(error).lower() for words in _LOST_PEER),
         timeout=any(words in str(error).lower() for words in _TIMED_OUT),
         disk_full=is_disk_full(error),
-        results_lost=isinstance(error, OSError) and error.filename is not None and _reports(crumbs),
+        results_lost=isinstance(error, OSError) and error.filename is not None and _reports(heartbeat),
     )
     with contextlib.suppress(OSError):
         failure_path(Path(job.out), rank).write_bytes(msgspec.json.encode(failure))

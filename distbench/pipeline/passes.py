@@ -35,13 +35,13 @@ from distbench.verify.records import (
     ORACLE,
     ArmError,
     Divergence,
-    Exposure,
     LostRows,
     Observation,
-    Question,
     Replay,
+    ResolvedCase,
     RowComparison,
     Timed,
+    TokenCounts,
     pair_name,
     pairs_of,
 )
@@ -76,21 +76,26 @@ class Passes:
     """
 
     def __init__(
-        self, session: Session, question: Question, parts: Parts, counts: Tensor, recorder: PartRecorder | None = None
+        self,
+        session: Session,
+        resolved: ResolvedCase,
+        parts: Parts,
+        counts: Tensor,
+        recorder: PartRecorder | None = None,
     ) -> None:
         """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps the same passes."""
         self._session = session
-        self._question = question
+        self._resolved = resolved
         self._parts = parts
         self._recorder = recorder
-        self._checker = StageChecker(parts.workload, session.rank, counts, question.traffic.capacity)
+        self._checker = StageChecker(parts.workload, session.rank, counts, resolved.traffic.capacity)
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
         self._lost = LostRows()
-        self._losses = Losses(session.group, question, session.rank)
+        self._losses = Losses(session.group, resolved, session.rank)
         self._without_rows: dict[str, Tensor] = {}
-        self._exposure = Exposure()
-        self._waits = random.Random(f"{question.case.seed}/{session.rank}")  # noqa: S311 - jitter, no secret
+        self._token_counts = TokenCounts()
+        self._waits = random.Random(f"{resolved.case.seed}/{session.rank}")  # noqa: S311 - jitter, no secret
         self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
@@ -101,7 +106,7 @@ class Passes:
             self._exchange,
             parts.workload,
             Own(session.rank, self._slots, self._expected),
-            tolerance(question.case),
+            tolerance(resolved.case),
         )
         self._errors = self._error_checker() if self._expected is None else None
         self._beyond: dict[str, Tensor] = {}
@@ -115,13 +120,13 @@ class Passes:
 
     def run(self) -> None:
         """Run every arm `repeats` times. Collective."""
-        question = self._question
-        arms = arms_of(question.limit, question.case.policy, refused=question.refused)
+        resolved = self._resolved
+        arms = arms_of(resolved.limit, resolved.case.policy, refused=resolved.refused)
         if self._parts.injector is not None:
             arms = {arm: self._parts.injector.around(cut) for arm, cut in arms.items()}
         settled = False
         repeat = 0
-        for repeat in range(question.case.repeats):
+        for repeat in range(resolved.case.repeats):
             fresh: dict[str, Tensor] = {
                 arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0
             }
@@ -133,9 +138,9 @@ class Passes:
                 settled = wrong
                 if self._recorder is not None:
                     self._recorder.keep()
-            if question.case.until_failure and wrong:
+            if resolved.case.until_failure and wrong:
                 break
-        self._exposure = msgspec.structs.replace(self._exposure, repeats=repeat + 1)
+        self._token_counts = msgspec.structs.replace(self._token_counts, repeats=repeat + 1)
         self._mark("timing")
         self._time({arm: cut for arm, cut in arms.items() if arm in _TIMED_ARMS})
         self._replay_graph()
@@ -147,15 +152,15 @@ class Passes:
 
     def observation(self, made: Outputs) -> Observation:
         """This rank's observation, after `run`, of all its `outputs` as they were `made`."""
-        session, question, outputs = self._session, self._question, self.outputs
+        session, resolved, outputs = self._session, self._resolved, self.outputs
         return Observation(
             rank=session.rank,
             host=socket.gethostname(),
             device=str(session.device),
-            tokens=question.traffic.tokens[session.rank],
-            total_recv=question.traffic.total_recv[session.rank],
-            capacity=question.traffic.capacity,
-            limit=question.limit,
+            tokens=resolved.traffic.tokens[session.rank],
+            total_recv=resolved.traffic.total_recv[session.rank],
+            capacity=resolved.traffic.capacity,
+            limit=resolved.limit,
             lost=self._lost,
             kernels=self._kernels,
             digests=_digests(made),
@@ -163,8 +168,8 @@ class Passes:
             comparisons=_comparisons(made, outputs),
             reference=None,
             distance=self._distances(),
-            survivors=survivors(made, self._without_rows) if question.lossy else None,
-            exposure=self._exposure,
+            survivors=survivors(made, self._without_rows) if resolved.lossy else None,
+            token_counts=self._token_counts,
             injected=self._parts.injector.hits if self._parts.injector else {},
             nan_tokens=dict(zip(outputs, made.rows.amax(2).isnan().sum(0).tolist(), strict=True)),
             durations_us=self._durations,
@@ -192,7 +197,7 @@ class Passes:
         return facts_of(self._parts.transport) | facts_of(self._parts.experts)
 
     def _error_checker(self) -> ErrorChecker:
-        parts, question = self._parts, self._question
+        parts, resolved = self._parts, self._resolved
         return ErrorChecker(
             self._session,
             self._exchange,
@@ -200,14 +205,14 @@ class Passes:
             self._slots,
             parts.weights,
             parts.transport.facts,
-            question.case.repeats + min(question.case.iterations, 1),
+            resolved.case.repeats + min(resolved.case.iterations, 1),
         )
 
     def _measure(self, fresh: dict[str, Tensor], lost: dict[str, Tensor]) -> None:
         """Measure the errors of the arms of a repeat. Collective."""
         if self._errors is None:
             return
-        case = self._question.case
+        case = self._resolved.case
         families = {
             arm: roundings_of(case, self._parts.experts.selection(self._kernels[arm]["rows"])) for arm in self._kernels
         }
@@ -219,25 +224,25 @@ class Passes:
 
     def _kernels_round_alike(self) -> bool:
         """Whether the kernels of the buffer and of the limit round alike on all ranks; `guard` cuts each its way."""
-        case, capacity = self._question.case, self._question.traffic.capacity
-        rows = {capacity, min(self._question.limit or capacity, capacity)}
+        case, capacity = self._resolved.case, self._resolved.traffic.capacity
+        rows = {capacity, min(self._resolved.limit or capacity, capacity)}
         kernels = {roundings_of(case, self._parts.experts.selection(count)) for count in rows}
         return case.policy != "guard" and len(kernels) == 1
 
     def _error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of tokens that an arm gave again; None where none was made, or rows are lost. Collective."""
-        if self._errors is None or (arm in CUT_ARMS and self._question.lossy):
+        if self._errors is None or (arm in CUT_ARMS and self._resolved.lossy):
             return None
         return self._errors.error_of(arm, tokens)
 
     def _run_arm(self, arm: str, cut: Cut) -> Tensor:
-        self._arm = self._session.crumbs.arm = arm
+        self._arm = self._session.heartbeat.arm = arm
         parts = self._parts
         parts.transport.forget()
         combined = run_layer(parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark)
         self._mark("check")
         self._expose(arm, combined)
-        self._arm = self._session.crumbs.arm = ""
+        self._arm = self._session.heartbeat.arm = ""
         return combined
 
     def _check_repeat(self, fresh: dict[str, Tensor], lost: dict[str, Tensor]) -> bool:
@@ -270,11 +275,11 @@ class Passes:
 
     def _time(self, arms: dict[str, Cut]) -> None:
         parts, session = self._parts, self._session
-        if not self._question.case.iterations:
+        if not self._resolved.case.iterations:
             return
-        timer = Timer(session, self._question.case)
+        timer = Timer(session, self._resolved.case)
         for arm, cut in arms.items():
-            session.crumbs.arm = arm
+            session.heartbeat.arm = arm
             parts.transport.forget()
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
             timed = timer.time(layer, self.outputs[arm], partial(self._error_of, arm))
@@ -283,7 +288,7 @@ class Passes:
             self._timed[arm] = self._with_graphs(arm, timed)
         if session.device.type != "cpu":
             self._device_state = timer.state_while(layer)
-        session.crumbs.arm = ""
+        session.heartbeat.arm = ""
 
     def _with_graphs(self, arm: str, timed: Timed) -> Timed:
         """Timings with the memory that the arm's graph holds, and without that of other graphs."""
@@ -299,9 +304,9 @@ class Passes:
         if graphed is None or given is None:
             return
         arm = list(self.outputs)[-1]
-        repeats = self._question.case.numerics == "exact" or not adds_atomically(self._kernels[arm])
+        repeats = self._resolved.case.numerics == "exact" or not adds_atomically(self._kernels[arm])
         apart = None if self._errors is None else self._errors.allowed_between(arm, "experts")
-        allowed = 0.0 if repeats else apart or tolerance(self._question.case)
+        allowed = 0.0 if repeats else apart or tolerance(self._resolved.case)
         self._replays = replay_others(graphed, given, parts.weights, parts.workload, self._session.rank, allowed)
         wrong = next((replay for replay in self._replays if replay.wrong), None)
         if wrong is not None:
@@ -329,16 +334,16 @@ class Passes:
             right = self.outputs.get("padded", combined)
         if right is not None:
             wrong = compare_rows(combined, right).differing_tokens
-            self._exposure = self._exposure.plus(combined.shape[0], wrong)
+            self._token_counts = self._token_counts.plus(combined.shape[0], wrong)
             self._wrong |= wrong > 0
 
     def _inspect(self, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:
         arm, self._given = self._arm, given
         self._kernels[arm] = self._kernel(given.rows)
-        if self._question.limit is not None and self._question.case.policy != "guard":
-            self._lost = _lost_rows(sources, self._question.limit)
+        if self._resolved.limit is not None and self._resolved.case.policy != "guard":
+            self._lost = _lost_rows(sources, self._resolved.limit)
             if arm in CUT_ARMS:
-                self._beyond[arm] = key_of(*sources[self._question.limit :].unbind(1))
+                self._beyond[arm] = key_of(*sources[self._resolved.limit :].unbind(1))
         self._losses.take(arm, sources)
         for found in self._checker.check_rows(arm, sources, dispatched, given, expert_out):
             self._note(found)
@@ -348,11 +353,11 @@ class Passes:
 
     def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
         """Rows that the experts are called with, for a receive buffer in its current state."""
-        question, rows = self._question, dispatched.hidden.shape[0]
-        if arm != "truncated" or question.limit is None:
+        resolved, rows = self._resolved, dispatched.hidden.shape[0]
+        if arm != "truncated" or resolved.limit is None:
             return rows
-        guarded = question.case.policy == "guard"
-        return min(max(question.limit, int(dispatched.total_recv)) if guarded else question.limit, rows)
+        guarded = resolved.case.policy == "guard"
+        return min(max(resolved.limit, int(dispatched.total_recv)) if guarded else resolved.limit, rows)
 
     def _kernel(self, rows: int) -> dict[str, Any]:
         known = next((kernel for kernel in self._kernels.values() if kernel["rows"] == rows), None)
@@ -368,7 +373,7 @@ class Passes:
         if found.proven:
             self._damaged.add(found.arm)
         known = [one for one in self._divergences if (one.arm, one.stage) == (found.arm, found.stage)]
-        if not known or (all(map(self._question.asks_for, known)) and not self._question.asks_for(found)):
+        if not known or (all(map(self._resolved.asks_for, known)) and not self._resolved.asks_for(found)):
             self._divergences.append(found)
 
     def _mark(self, stage: str) -> None:
@@ -377,11 +382,11 @@ class Passes:
             laps = self._durations.setdefault(self._timed_arm, {}).setdefault(self._stage, [])
             if len(laps) < _LAPS:
                 laps.append((now - self._since) / 1000)
-        if self._question.case.jitter:
-            time.sleep(self._waits.random() * self._question.case.jitter / 1000)
+        if self._resolved.case.jitter:
+            time.sleep(self._waits.random() * self._resolved.case.jitter / 1000)
             now = time.perf_counter_ns()
         self._stage, self._timed_arm, self._since = stage, self._arm, now
-        self._session.crumbs.mark(stage)
+        self._session.heartbeat.mark(stage)
 
 
 def _digests(made: Outputs) -> dict[str, str]:

@@ -26,7 +26,7 @@ from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.gather import Outputs, choose_mode, gather, outputs_of
-from distbench.verify.records import Gathered, Judgement, Observation, Outcome, Question, Reason
+from distbench.verify.records import Gathered, Judgement, Observation, Outcome, Reason, ResolvedCase
 from distbench.verify.row_compare import row_digests
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
@@ -49,12 +49,12 @@ class _Inputs(NamedTuple):
 class _Ready(NamedTuple):
     """A case that is ready for its first dispatch.
 
-    The question, the kinds of inputs, the weights and the experts of the first kind, the transport, and the agreed
+    The resolved case, the kinds of inputs, the weights and the experts of the first kind, the transport, and the agreed
     counts [W, W]. `weights` and `experts` are lists so that their user can take out the last reference: experts keep
     tensors derived from weights, and two sets of weights may not fit into memory.
     """
 
-    question: Question
+    resolved: ResolvedCase
     inputs: list[_Inputs]
     weights: list[ExpertWeights]
     transport: Transport
@@ -78,7 +78,7 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
     dispatch is refused by all ranks, and its outcome is known to all. A later refusal may be one rank's own: it is
     raised like any other error, and ends the rank.
     """
-    session.crumbs.arm = ""
+    session.heartbeat.arm = ""
     try:
         ready = _prepare(session, case)
     except (InvalidCase, Overflow, Unsupported) as error:
@@ -88,21 +88,21 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
 
 
 def _prepare(session: Session, case: Case) -> _Ready:
-    session.crumbs.mark("agree")
+    session.heartbeat.mark("agree")
     session.use(case.device)
     workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
     batches, probes = zip(*(_tokens_and_probe(workload, session.rank) for workload in workloads), strict=True)
     sent = recv_counts(batches[0].ids, case.experts_per_rank, case.ep_size)
     counts = session.agree(case_hash(case), torch.cat(probes), sent)
-    question = _question(session, case, counts)
-    session.crumbs.mark("workload")
+    resolved = _resolved(session, case, counts)
+    session.heartbeat.mark("workload")
     inputs = [_Inputs(*one) for one in zip(workloads, batches, strict=True)]
-    return _build(session, question, inputs, counts)
+    return _build(session, resolved, inputs, counts)
 
 
 def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome | None:
     """Run the case with each kind of inputs, with the same routing, transport and experts; gather all together."""
-    case = ready.question.case
+    case = ready.resolved.case
     found = [_run_with(session, ready, number, recorder) for number in range(len(ready.inputs))]
     ready.transport.close()
     mode = choose_mode(case.gather, case.tokens, sum(one.outputs.rows[:1].nbytes for one in found))
@@ -116,26 +116,26 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
 
 
 def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder | None) -> _Seen:
-    kind, inputs = inputs_of(ready.question.case)[number], ready.inputs[number]
-    question = msgspec.structs.replace(ready.question, case=with_inputs(ready.question.case, kind))
+    kind, inputs = inputs_of(ready.resolved.case)[number], ready.inputs[number]
+    resolved = msgspec.structs.replace(ready.resolved, case=with_inputs(ready.resolved.case, kind))
     if number:
-        session.crumbs.mark("workload")
-        ready.weights.append(_weights(session, question.case, inputs.workload))
-        experts = make_experts(question.case)
-        ready.experts.append(GraphedExperts(experts) if question.case.graph else experts)
+        session.heartbeat.mark("workload")
+        ready.weights.append(_weights(session, resolved.case, inputs.workload))
+        experts = make_experts(resolved.case)
+        ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
     parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, ready.experts.pop())
-    parts = _inject(session, question.case, parts)
-    passes = Passes(session, question, parts, ready.counts, None if recorder is None else recorder.part(kind))
+    parts = _inject(session, resolved.case, parts)
+    passes = Passes(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
     passes.run()
     outputs = outputs_of(passes.outputs)
     return _Seen(passes.observation(outputs), outputs, parts.injector)
 
 
 def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
-    question, (first, *others) = ready.question, gathered
+    resolved, (first, *others) = ready.resolved, gathered
     whole = msgspec.structs.replace(first, gaussian=others[0]) if others else first
-    judgement = judge(question, whole)
-    return Outcome(question.case, judgement, question, whole, diagnose(question, whole, judgement))
+    judgement = judge(resolved, whole)
+    return Outcome(resolved.case, judgement, resolved, whole, diagnose(resolved, whole, judgement))
 
 
 def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:
@@ -150,27 +150,27 @@ def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor
     return mine, row_digests(torch.cat(shared, dim=1)).flatten()
 
 
-def _question(session: Session, case: Case, counts: Tensor) -> Question:
+def _resolved(session: Session, case: Case, counts: Tensor) -> ResolvedCase:
     traffic = Traffic(case.tokens, tuple(counts.sum(0).tolist()), case.capacity)
     check_capacity(traffic, case.max_dispatch_tokens_per_rank)
     limit = resolve_limit(case.limit, traffic)
     if limit is None and case.recv_bound:
         limit = recv_bound(case, session.local_ranks).rows
-    return Question(case, traffic, limit)
+    return ResolvedCase(case, traffic, limit)
 
 
-def _build(session: Session, question: Question, inputs: list[_Inputs], counts: Tensor) -> _Ready:
-    case, (workload, batch), limit = question.case, inputs[0], question.limit
+def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], counts: Tensor) -> _Ready:
+    case, (workload, batch), limit = resolved.case, inputs[0], resolved.limit
     weights = _weights(session, case, workload)
     rows = (case.capacity, *((limit,) if limit else ()))
     if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
-        session.crumbs.mark("compile")
+        session.heartbeat.mark("compile")
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = make_experts(case)
         if case.experts != "reference" and isinstance(experts, CompiledExperts):
             experts.warm_up(*weights, rows=rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
-    return _Ready(question, inputs, [weights], make_transport(session, case, counts, batch), [experts], counts)
+    return _Ready(resolved, inputs, [weights], make_transport(session, case, counts, batch), [experts], counts)
 
 
 def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:

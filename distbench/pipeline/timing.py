@@ -99,7 +99,7 @@ class Timer:
         """
         case = self._case
         for _ in range(case.warmup):
-            self._session.crumbs.mark("timing")
+            self._session.heartbeat.mark("timing")
             layer(_ignore)
         if self._on_device:
             torch.cuda.reset_peak_memory_stats()
@@ -137,12 +137,12 @@ class Timer:
             asked = pool.submit(device_state, self._session.device.index)
             while self._session.on_any_rank(value=not asked.done()):
                 for _ in range(_CHUNK):
-                    self._session.crumbs.mark("timing")
+                    self._session.heartbeat.mark("timing")
                     layer(_ignore)
             return asked.result()
 
     def _iterate(self, layer: Layer) -> tuple[Tensor, _Laps]:
-        self._session.crumbs.mark("timing")
+        self._session.heartbeat.mark("timing")
         if self._cold is not None:
             self._cold.zero_()
         if self._case.align == "barrier":

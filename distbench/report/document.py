@@ -26,7 +26,7 @@ from distbench.verify.records import (
     Gathered,
     Observation,
     Outcome,
-    Question,
+    ResolvedCase,
     RowComparison,
 )
 from distbench.workload.version import INPUTS_VERSION
@@ -42,10 +42,10 @@ KEPT_SAMPLES = 1000
 
 def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wall_s: float) -> Report:
     """The document of an outcome; `wall_s` is the time of the case on rank 0, in seconds."""
-    gathered, question = outcome.gathered, outcome.question
+    gathered, resolved = outcome.gathered, outcome.resolved
     records = gathered.observations if gathered else []
     verdict = outcome.judgement.verdict
-    safe = question is None or not question.short_ranks
+    safe = resolved is None or not resolved.short_ranks
     findings = finding_reports(outcome.judgement)
     codes = codes_behind(verdict, findings, outcome.judgement.reasons)
     blind = _blind_spots(outcome.case)
@@ -72,7 +72,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
             *_doubts(records),
             *kernel_doubts(records),
         ],
-        limit=limit_report(question, entry.sources) if question else None,
+        limit=limit_report(resolved, entry.sources) if resolved else None,
         environment=environment,
         transport=records[0].transport if records else {},
         ranks=[_rank(record) for record in records],
@@ -87,7 +87,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         rate=_rate(records),
         timing=_timing(records) | {"wall_s": wall_s},
         ended=datetime.now(timezone.utc).strftime(ENDED),
-        method=_method(question, records) if question and any(record.timed for record in records) else {},
+        method=_method(resolved, records) if resolved and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
     )
 
@@ -155,8 +155,8 @@ def _injected_one(place: int, one: Injection, records: list[Observation]) -> Inj
 
 
 def _rate(records: list[Observation]) -> RateReport | None:
-    tokens, wrong = (sum(getattr(record.exposure, name) for record in records) for name in ("tokens", "wrong"))
-    return rate_report(wrong, tokens, records[0].exposure.repeats if records else 0)
+    tokens, wrong = (sum(getattr(record.token_counts, name) for record in records) for name in ("tokens", "wrong"))
+    return rate_report(wrong, tokens, records[0].token_counts.repeats if records else 0)
 
 
 def rate_report(wrong: int, tokens: int, repeats: int) -> RateReport | None:
@@ -215,9 +215,9 @@ def _stage_timing(per_rank: list[list[float]]) -> dict[str, Any]:
     }
 
 
-def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
+def _method(resolved: ResolvedCase, records: list[Observation]) -> dict[str, Any]:
     """Method of timing, and the bytes that the fullest rank received and sent back in the process."""
-    case = question.case
+    case = resolved.case
     emulated = records[0].device_state is None
     written = max(timed.flushed_bytes for record in records for timed in record.timed.values())
     scales = case.hidden_size // 128 * 4 if case.dispatch_dtype == "fp8" else 0
@@ -232,8 +232,8 @@ def _method(question: Question, records: list[Observation]) -> dict[str, Any]:
         "median_error_asked": case.median_error,
         "byte_basis": "copies: a row for each token and rank that it goes to, own rank included, with scales, weights "
         "and ids; fullest rank",
-        "dispatch_bytes": question.traffic.max_recv * row,
-        "combine_bytes": question.traffic.max_recv * case.hidden_size * 2,
+        "dispatch_bytes": resolved.traffic.max_recv * row,
+        "combine_bytes": resolved.traffic.max_recv * case.hidden_size * 2,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from distbench.case.limits import LimitProof
-from distbench.verify.records import Question
+from distbench.verify.records import ResolvedCase
 
 
 class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,18 +41,18 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
         return f"limit {self.requested} → {self.effective} rows (from {self.source}, policy {self.policy}), {proof}"
 
 
-def limit_report(question: Question, sources: dict[str, str]) -> LimitReport:
+def limit_report(resolved: ResolvedCase, sources: dict[str, str]) -> LimitReport:
     """Limit of a case; `sources` names the source of each of the case's values."""
     source = sources.get("limit", "default")
-    if question.case.limit == "off":
-        source = sources.get("recv_bound", source) if question.limit is not None else "off"
+    if resolved.case.limit == "off":
+        source = sources.get("recv_bound", source) if resolved.limit is not None else "off"
     return LimitReport(
-        requested=question.case.limit,
-        effective=question.limit,
+        requested=resolved.case.limit,
+        effective=resolved.limit,
         source=source,
-        policy=question.case.policy,
-        safe=not question.short_ranks,
-        max_recv=question.traffic.max_recv,
-        sum_tokens=sum(question.traffic.tokens),
-        proof=question.proof,
+        policy=resolved.case.policy,
+        safe=not resolved.short_ranks,
+        max_recv=resolved.traffic.max_recv,
+        sum_tokens=sum(resolved.traffic.tokens),
+        proof=resolved.proof,
     )

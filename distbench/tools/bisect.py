@@ -44,7 +44,7 @@ Pick = tuple[Swap, ...]
 """One swap, or two made together."""
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class SwapResult(msgspec.Struct, frozen=True, kw_only=True):
     """Outcome of one or two swaps: how often the case still failed, over seeds from the case's own up, and how."""
 
     parts: tuple[str, ...]
@@ -81,8 +81,8 @@ class Accusation(msgspec.Struct, frozen=True, kw_only=True):
     pair of swaps cures it, or where a cure may be luck. `recorded` is the signature in the given report.
     """
 
-    base: Result
-    results: list[Result]
+    base: SwapResult
+    results: list[SwapResult]
     blame: Blame
     trials: int
     launches: int
@@ -169,7 +169,7 @@ def bisect(  # noqa: PLR0913 - the case, what is known of it, and how it is trie
     )
 
 
-def _base(lab: Lab, case: Case, trials: int, most: int, tell: Callable[[str], None]) -> Result:
+def _base(lab: Lab, case: Case, trials: int, most: int, tell: Callable[[str], None]) -> SwapResult:
     """Failure rate of the case, over trials that grow until the lowest plausible rate would show in them."""
     trials = min(trials, most)
     while True:
@@ -262,7 +262,7 @@ def _seeds(case: Case, trials: int) -> list[Case]:
     return [varied(case, seed=case.seed + trial) for trial in range(trials)]
 
 
-def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int, tell: Callable[[str], None]) -> list[Result]:
+def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int, tell: Callable[[str], None]) -> list[SwapResult]:
     """Run every pick once in one launch, then possible cures in a second one, as often as a cure requires."""
     known = [(picked, variant) for picked in picks for variant in _swapped(case, picked)]
     tell(f"{len(known)} swaps of {'two parts' if len(picks[0]) > 1 else 'one part'}, once each")
@@ -276,10 +276,10 @@ def _tried(lab: Lab, case: Case, picks: Sequence[Pick], trials: int, tell: Calla
     ]
 
 
-def _result(lab: Lab, variant: Case, picked: Pick, trials: int) -> Result:
+def _result(lab: Lab, variant: Case, picked: Pick, trials: int) -> SwapResult:
     reports = lab.run(_seeds(variant, trials))
     failing = Rate(sum(bool(report.exit_code) for report in reports), trials)
-    return Result(
+    return SwapResult(
         parts=tuple(swap.part for swap in picked),
         what=", ".join(swap.what for swap in picked),
         failing=failing,

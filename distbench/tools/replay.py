@@ -23,14 +23,14 @@ class Difference(msgspec.Struct, frozen=True):
     here: str
 
 
-class Replay(msgspec.Struct, frozen=True):
+class ReplayOutcome(msgspec.Struct, frozen=True):
     """Whether the same failure was reproduced, and all differences, the most important first."""
 
     reproduced: bool
     differences: list[Difference]
 
 
-def compare(recorded: Report, here: Report) -> Replay:
+def compare(recorded: Report, here: Report) -> ReplayOutcome:
     """Comparison of a run here with the recorded one.
 
     Reproduced means the same verdict, first wrong stage, rank and arm, and most certain cause; where no stage was
@@ -49,7 +49,7 @@ def compare(recorded: Report, here: Report) -> Replay:
         *_environment(recorded, here),
         *_ranks(recorded, here, bits=not inputs),
     ]
-    return Replay(not outcome, [*outcome, *details])
+    return ReplayOutcome(not outcome, [*outcome, *details])
 
 
 def _first_place(report: Report) -> str:

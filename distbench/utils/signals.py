@@ -91,7 +91,7 @@ _BLOCK_BYTES = 4096
 
 def end_with_stdin() -> None:
     """Send this process SIGTERM on stdin EOF, once at least one byte has arrived."""
-    threading.Thread(target=_follow, args=(sys.stdin.fileno(),), name="tether", daemon=True).start()
+    threading.Thread(target=_follow, args=(sys.stdin.fileno(),), name="end with stdin", daemon=True).start()
 
 
 def _follow(descriptor: int) -> None:

@@ -16,7 +16,7 @@ from distbench.distributed.waits import collective
 from distbench.verify.combine_blame import ALONE, Alternatives, Same, changed, choose, effects, explained_by
 from distbench.verify.combine_model import Contributions, OwnSlots, Returned, added, recounted, same_bits_or_nan
 from distbench.verify.damage_patterns import pattern_of
-from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Clues, Divergence
+from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Divergence, Evidence
 from distbench.verify.row_compare import difference, first_difference, row_digests, same_bits
 from distbench.workload.inputs import Workload
 
@@ -294,7 +294,7 @@ class CombineChecker:
         return msgspec.structs.replace(
             self._at_token(found, int(chosen.tokens[found.row or 0])),
             rows=recount.wrong if num_groups == 1 else len(index),
-            clues=Clues(
+            evidence=Evidence(
                 pattern=pattern,
                 tokens=[(self._rank, number) for number in chosen.tokens[:LISTED_TOKENS].tolist()],
                 suspects=sorted({one.rank for one in causes}),

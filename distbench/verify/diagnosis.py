@@ -15,12 +15,12 @@ from distbench.verify.records import (
     SCATTERED,
     SEVERAL,
     STAGE_ORDER,
-    Clues,
     Diagnosis,
     Divergence,
+    Evidence,
     Gathered,
     Judgement,
-    Question,
+    ResolvedCase,
     Token,
 )
 from distbench.verify.rules import error_text
@@ -38,17 +38,17 @@ _ENOUGH = 2
 _ROUTING = frozenset(("scales", "weights", "ids"))
 
 
-def diagnose(question: Question, gathered: Gathered, judgement: Judgement) -> list[Diagnosis]:
+def diagnose(resolved: ResolvedCase, gathered: Gathered, judgement: Judgement) -> list[Diagnosis]:
     """Return the causes that fit, the most certain first; empty where nothing differs.
 
     They are those of the inputs that decided the verdict.
     """
-    part = part_of(parts_of(question, gathered), judgement.findings)
-    question, gathered = part
+    part = part_of(parts_of(resolved, gathered), judgement.findings)
+    resolved, gathered = part
     roots = _roots(part)
     causes = _causes(gathered, roots)
     found = [
-        _lost_by_the_cut(question, gathered),
+        _lost_by_the_cut(resolved, gathered),
         _several(causes),
         *causes,
         _poison_read(gathered),
@@ -68,14 +68,14 @@ def _roots(part: Part) -> list[Root]:
     Different bits from a kernel that does not repeat its bits, or from another kernel, count only where there is no
     damage; they do not replace proven damage at the same place.
     """
-    question, gathered = part
+    resolved, gathered = part
     roots: dict[tuple[str, bool, tuple[int, ...]], Root] = {}
     for arm in ARMS[1:]:
         wrong = [found for record in gathered.observations for found in record.divergences if found.arm == arm]
-        own = [_root_of(found) for found in wrong if found.stage in _OWN_STAGES and not question.asks_for(found)]
+        own = [_root_of(found) for found in wrong if found.stage in _OWN_STAGES and not resolved.asks_for(found)]
         own.sort(key=lambda root: not root.found.proven)
         combine = _combine_roots([found for found in wrong if found.stage == "combine"])
-        for root in [*dispatch_roots(gathered, arm, question.case.repeats), *own, *combine]:
+        for root in [*dispatch_roots(gathered, arm, resolved.case.repeats), *own, *combine]:
             key = (root.found.stage, root.sent, tuple(root.ranks or root.candidates))
             if key not in roots or _weight(part, root) > _weight(part, roots[key]):
                 roots[key] = root
@@ -96,8 +96,8 @@ def _combine_roots(wrong: Sequence[Divergence]) -> list[Root]:
     """Return the damage by combine in one arm: each explanation, and each pattern of unexplained tokens."""
     groups: dict[tuple[str, tuple[int, ...]], list[Divergence]] = {}
     for found in wrong:
-        if found.clues.examined:
-            groups.setdefault((found.clues.pattern, tuple(found.clues.suspects)), []).append(found)
+        if found.evidence.examined:
+            groups.setdefault((found.evidence.pattern, tuple(found.evidence.suspects)), []).append(found)
     return [
         root
         for (pattern, suspects), group in groups.items()
@@ -108,14 +108,14 @@ def _combine_roots(wrong: Sequence[Divergence]) -> list[Root]:
 def _explained(group: list[Divergence], suspects: list[int]) -> list[Root]:
     if len(suspects) > 1:
         return [Root(group[0], [], certain=False, candidates=suspects)]
-    return [Root(group[0], suspects, certain=sum(found.clues.examined for found in group) >= _ENOUGH)]
+    return [Root(group[0], suspects, certain=sum(found.evidence.examined for found in group) >= _ENOUGH)]
 
 
 def _unexplained(pattern: str, group: list[Divergence]) -> list[Root]:
     """Return the ranks to blame for tokens of one pattern: the tokens' owners, or the rank that sent them all."""
     if pattern not in _WHOLE_ROWS:
         proof = pattern.startswith(_OF_THE_SUM)
-        return [Root(found, [found.rank], certain=proof and _of_several(found.clues)) for found in group]
+        return [Root(found, [found.rank], certain=proof and _of_several(found.evidence)) for found in group]
     senders = _common_destinations(group)
     if len(group) > 1:
         only = senders if len(senders) == 1 else []
@@ -126,17 +126,17 @@ def _unexplained(pattern: str, group: list[Divergence]) -> list[Root]:
     return [Root(group[0], [group[0].rank], certain=False)]
 
 
-def _of_several(clues: Clues) -> bool:
+def _of_several(evidence: Evidence) -> bool:
     """Whether several ranks contributed to these tokens."""
-    return len(clues.by_destination) > 1
+    return len(evidence.by_destination) > 1
 
 
 def _common_destinations(group: list[Divergence]) -> list[int]:
     """Return the ranks that had a row of every damaged token examined."""
-    examined = sum(found.clues.examined for found in group)
-    ranks = {rank for found in group for rank in found.clues.by_destination}
+    examined = sum(found.evidence.examined for found in group)
+    ranks = {rank for found in group for rank in found.evidence.by_destination}
     return sorted(
-        int(rank) for rank in ranks if sum(found.clues.by_destination.get(rank, 0) for found in group) == examined
+        int(rank) for rank in ranks if sum(found.evidence.by_destination.get(rank, 0) for found in group) == examined
     )
 
 
@@ -144,18 +144,18 @@ def _causes(gathered: Gathered, roots: list[Root]) -> list[Diagnosis]:
     """Return one cause for each stage and kind of damage, with all ranks where it originated."""
     causes: dict[tuple[str, bool, str], list[Root]] = {}
     for root in roots:
-        causes.setdefault((root.found.stage, root.sent, root.found.clues.pattern), []).append(root)
+        causes.setdefault((root.found.stage, root.sent, root.found.evidence.pattern), []).append(root)
     return [_cause(gathered, pattern, group) for (*_, pattern), group in causes.items()]
 
 
 def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
     first = group[0].found
     what = pattern or "wrong rows"
-    if first.stage == "dispatch" and _ROUTING.issuperset((*first.clues.fields, first.field)):
-        what += f", in {' and '.join(first.clues.fields)} only: the payload is right"
+    if first.stage == "dispatch" and _ROUTING.issuperset((*first.evidence.fields, first.field)):
+        what += f", in {' and '.join(first.evidence.fields)} only: the payload is right"
     if group[0].sent:
         what += ", as sent"
-    tokens = sorted({token for root in group for token in root.found.clues.tokens})
+    tokens = sorted({token for root in group for token in root.found.evidence.tokens})
     return Diagnosis(
         cause=f"{first.stage}: {what}",
         confidence="certain" if all(root.certain for root in group) else "likely",
@@ -205,9 +205,9 @@ def _several(causes: list[Diagnosis]) -> Diagnosis | None:
     )
 
 
-def _lost_by_the_cut(question: Question, gathered: Gathered) -> Diagnosis | None:
+def _lost_by_the_cut(resolved: ResolvedCase, gathered: Gathered) -> Diagnosis | None:
     pair = "padded/truncated"
-    if pair not in gathered.comparisons or not question.short_ranks or question.case.policy == "guard":
+    if pair not in gathered.comparisons or not resolved.short_ranks or resolved.case.policy == "guard":
         return None
     lost, damaged = lost_tokens(gathered), gathered.differing[pair]
     rows = sum(record.lost.rows for record in gathered.observations)
@@ -218,10 +218,10 @@ def _lost_by_the_cut(question: Question, gathered: Gathered) -> Diagnosis | None
     return Diagnosis(
         cause="lost by the cut",
         confidence="certain" if exactly else "likely",
-        evidence=f"{rows} rows lie at or past the limit of {question.limit}; "
+        evidence=f"{rows} rows lie at or past the limit of {resolved.limit}; "
         + ("the damaged tokens are exactly theirs" if exactly else f"{len(lost)} of their tokens are listed"),
         stage="truncate",
-        ranks=question.short_ranks,
+        ranks=resolved.short_ranks,
         tokens=lost[:LISTED_TOKENS],
     )
 

@@ -37,8 +37,8 @@ def dispatch_roots(gathered: Gathered, arm: str, repeats: int) -> list[Root]:
         for one in record.divergences
         if (one.arm, one.stage) == (arm, "dispatch")
     ]
-    others = [Root(one, [one.rank], certain=True) for one in found if not one.clues.received]
-    return [*others, *_Rows(gathered, arm, repeats, [one for one in found if one.clues.received]).roots()]
+    others = [Root(one, [one.rank], certain=True) for one in found if not one.evidence.received]
+    return [*others, *_Rows(gathered, arm, repeats, [one for one in found if one.evidence.received]).roots()]
 
 
 class _Rows:
@@ -46,7 +46,7 @@ class _Rows:
 
     def __init__(self, gathered: Gathered, arm: str, repeats: int, wrong: list[Divergence]) -> None:
         self._wrong = {found.rank: found for found in wrong}
-        self._listed = {found.rank: {row.token: row for row in found.clues.received} for found in wrong}
+        self._listed = {found.rank: {row.token: row for row in found.evidence.received} for found in wrong}
         self._complete = {rank for rank, found in self._wrong.items() if _count(found) == len(self._listed[rank])}
         self._saw_all = self._witnesses(gathered, arm) if repeats == 1 else set()
         received = sum(record.total_recv for record in gathered.observations)
@@ -56,7 +56,7 @@ class _Rows:
         """Return the roots, senders first."""
         spoilt_here = {rank for rank, rows in self._listed.items() if any(map(self._is_right_elsewhere, rows.values()))}
         senders = self._senders(spoilt_here) if self._some_are_right else {}
-        left = {rank: sorted(found.clues.by_source.keys() - senders.keys()) for rank, found in self._wrong.items()}
+        left = {rank: sorted(found.evidence.by_source.keys() - senders.keys()) for rank, found in self._wrong.items()}
         here = [rank for rank in self._wrong if rank in spoilt_here or len(left[rank]) > 1]
         return [
             *senders.values(),
@@ -70,7 +70,7 @@ class _Rows:
             record.rank
             for record in gathered.observations
             for one in record.divergences
-            if one.arm == arm and one.stage in ("dispatch", "truncate") and not one.clues.received
+            if one.arm == arm and one.stage in ("dispatch", "truncate") and not one.evidence.received
         }
         return {record.rank for record in gathered.observations} - blind
 
@@ -121,4 +121,4 @@ class _Rows:
 
 
 def _count(found: Divergence) -> int:
-    return sum(found.clues.by_source.values())
+    return sum(found.evidence.by_source.values())

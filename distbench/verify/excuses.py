@@ -13,7 +13,7 @@ import msgspec
 from distbench.case.spec import Case
 from distbench.case.stages import ARMS
 from distbench.experts.selection.choice import KernelChoice
-from distbench.verify.records import STAGE_ORDER, Divergence, Gathered, Observation, Question, Reason
+from distbench.verify.records import STAGE_ORDER, Divergence, Gathered, Observation, Reason, ResolvedCase
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 
 # Tolerance where expert rows are quantised on the trip back: up to half a step of e4m3 or E2M1 in each rank's row.
@@ -30,15 +30,15 @@ Excuse = Literal["", "order", "kernel"]
 
 
 class Part(NamedTuple):
-    """One kind of inputs: the question of a case with numerics exact or gaussian, and rank 0's records."""
+    """One kind of inputs: the resolved case with numerics exact or gaussian, and rank 0's records."""
 
-    question: Question
+    resolved: ResolvedCase
     gathered: Gathered
 
     @property
     def inputs(self) -> str:
         """The kind of inputs: exact or gaussian."""
-        return self.question.case.numerics
+        return self.resolved.case.numerics
 
     @property
     def exact(self) -> bool:
@@ -63,7 +63,7 @@ class Part(NamedTuple):
     def divergences(self, *arms: str) -> list[Divergence]:
         """Divergences of some arms that the case does not ask for, the earliest fault first."""
         found = [one for record in self.records for one in record.divergences if one.arm in arms]
-        return in_order(one for one in found if not self.question.asks_for(one))
+        return in_order(one for one in found if not self.resolved.asks_for(one))
 
     def rows(self, arm: str) -> int:
         """Number of an arm's expert rows whose bits differ from padded's."""
@@ -73,14 +73,14 @@ class Part(NamedTuple):
         """Number of tokens that differ between two arms and lost no row to the limit; 0 without a comparison."""
         if pair not in self.gathered.comparisons:
             return 0
-        if not self.question.lossy or not set(pair.split("/")).intersection(CUT_ARMS):
+        if not self.resolved.lossy or not set(pair.split("/")).intersection(CUT_ARMS):
             found = self.gathered.comparisons[pair]
             return found.differing_tokens or int(not found.equal)
         return sum(record.survivors.differing.get(pair, 0) for record in self.records if record.survivors)
 
     def nan_tokens(self, record: Observation, arm: str) -> int:
         """Number of a rank's tokens that hold a NaN and lost no row to the limit."""
-        if not self.question.lossy:
+        if not self.resolved.lossy:
             return record.nan_tokens.get(arm, 0)
         return record.survivors.nan_tokens.get(arm, 0) if record.survivors else 0
 
@@ -108,8 +108,8 @@ def far_ranks(part: Part, arm: str) -> list[Observation]:
     """
     if part.measured:
         return [record for record in part.records if any(one.arm == arm and not one.within for one in record.errors)]
-    allowed = tolerance(part.question.case)
-    told = [record for record in part.records if record.distance or not part.question.lossy]
+    allowed = tolerance(part.resolved.case)
+    told = [record for record in part.records if record.distance or not part.resolved.lossy]
     return [record for record in told if not is_close(record.distance_of(arm), allowed)]
 
 
@@ -183,12 +183,12 @@ def again(part: Part) -> list[Again]:
     found = []
     for record in part.records:
         for arm, timed in record.timed.items():
-            if not timed.last.equal and not (part.question.lossy and arm != "padded"):
+            if not timed.last.equal and not (part.resolved.lossy and arm != "padded"):
                 message = (
                     f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
                     f"{timed.last.differing_tokens} tokens"
                 )
-                near = part.measured or is_close(timed.drift, tolerance(part.question.case))
+                near = part.measured or is_close(timed.drift, tolerance(part.resolved.case))
                 near = near if timed.error is None else timed.error.within
                 found.append(_once(part, record, arm, Reason(code="timed-differs", message=message), near=near))
         rows = sum(replay.near for replay in record.replays)

@@ -9,17 +9,17 @@ from torch import Tensor
 from distbench.distributed.waits import collective
 from distbench.verify.excuses import CUT_ARMS
 from distbench.verify.gather import Outputs
-from distbench.verify.records import ORACLE, Question, Survivors, pair_name, pairs_of
+from distbench.verify.records import ORACLE, ResolvedCase, Survivors, pair_name, pairs_of
 from distbench.verify.row_compare import differing
 
 
 class Losses:
     """A rank's own tokens that lost a row on any rank, by arm; empty where the case does not ask for lost rows."""
 
-    def __init__(self, group: dist.ProcessGroup, question: Question, rank: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, resolved: ResolvedCase, rank: int) -> None:
         self._group = group
-        self._limit = question.limit if question.lossy else None
-        self._tokens = torch.tensor(question.traffic.tokens)
+        self._limit = resolved.limit if resolved.lossy else None
+        self._tokens = torch.tensor(resolved.traffic.tokens)
         self._starts = self._tokens.cumsum(0) - self._tokens
         self._own = slice(int(self._starts[rank]), int(self._starts[rank] + self._tokens[rank]))
         self._taken: dict[str, Tensor] = {}

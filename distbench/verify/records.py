@@ -63,7 +63,7 @@ class WrongRow(msgspec.Struct, frozen=True, array_like=True):
     receivers: list[int]
 
 
-class Clues(msgspec.Struct, kw_only=True, omit_defaults=True):
+class Evidence(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Properties that the wrong rows of one stage share, as far as the rank itself can see.
 
     `tokens` are the first 64 as (source rank, source token), `fields` the wrong fields. For tokens: of those
@@ -102,7 +102,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     against: str
     rows: int
     far: int = 0
-    clues: Clues = msgspec.field(default_factory=Clues)
+    evidence: Evidence = msgspec.field(name="clues", default_factory=Evidence)
 
     @property
     def proven(self) -> bool:
@@ -120,7 +120,9 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
         what = f"{self.field} differ from {self.against} in {self.rows} rows"
         blame = (
-            f"; {self.clues.pattern}: rank {' or '.join(map(str, self.clues.suspects))}" if self.clues.suspects else ""
+            f"; {self.evidence.pattern}: rank {' or '.join(map(str, self.evidence.suspects))}"
+            if self.evidence.suspects
+            else ""
         )
         return f"rank {self.rank}, {self.arm}, {self.stage}: {what}{source}{bits}{blame}"
 
@@ -197,16 +199,16 @@ class Replay(msgspec.Struct, frozen=True, array_like=True):
     near: int = 0
 
 
-class Exposure(msgspec.Struct, frozen=True, kw_only=True):
+class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Number of tokens compared with a reference, over all passes, and how many were wrong."""
 
     tokens: int = 0
     wrong: int = 0
     repeats: int = 0
 
-    def plus(self, tokens: int, wrong: int) -> Exposure:
+    def plus(self, tokens: int, wrong: int) -> TokenCounts:
         """Add counts of tokens and wrong tokens."""
-        return Exposure(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
+        return TokenCounts(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
 
 
 class Survivors(msgspec.Struct, frozen=True):
@@ -248,7 +250,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     drift: float | None = None
     distance: dict[str, float | None] = {}
     survivors: Survivors | None = None
-    exposure: Exposure
+    token_counts: TokenCounts = msgspec.field(name="exposure")
     injected: dict[str, int]
     nan_tokens: dict[str, int]
     durations_us: dict[str, dict[str, list[float]]]
@@ -294,8 +296,8 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stage: str = ""
 
 
-class Question(msgspec.Struct, frozen=True):
-    """The question a case asks: the traffic that the routing makes, and the rows to cut to; None for no cut."""
+class ResolvedCase(msgspec.Struct, frozen=True):
+    """A case with the traffic that its routing makes and the rows to cut to; None for no cut."""
 
     case: Case
     traffic: Traffic
@@ -373,7 +375,7 @@ class Outcome(msgspec.Struct, frozen=True):
 
     case: Case
     judgement: Judgement
-    question: Question | None = None
+    resolved: ResolvedCase | None = None
     gathered: Gathered | None = None
     diagnosis: list[Diagnosis] = []
     stacks: dict[str, str] = {}

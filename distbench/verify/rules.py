@@ -17,7 +17,7 @@ from distbench.verify.excuses import (
     shows_other_bits,
     tolerance,
 )
-from distbench.verify.records import NOT_PROVEN, ORACLE, ArmError, Divergence, Gathered, Question, Reason
+from distbench.verify.records import NOT_PROVEN, ORACLE, ArmError, Divergence, Gathered, Reason, ResolvedCase
 
 
 def baseline_wrong(part: Part) -> list[Reason]:
@@ -50,25 +50,25 @@ def corrupt(part: Part) -> list[Reason]:
 
 def under_limit(part: Part) -> list[Reason]:
     """Ranks that receive more rows than the limit keeps, and the damage."""
-    question = part.question
-    if question.case.policy == "guard" or not question.short_ranks:
+    resolved = part.resolved
+    if resolved.case.policy == "guard" or not resolved.short_ranks:
         return []
-    recv = question.traffic.total_recv
-    consequence = "refused on all ranks" if question.refused else "cut all the same"
+    recv = resolved.traffic.total_recv
+    consequence = "refused on all ranks" if resolved.refused else "cut all the same"
     advice = (
-        f"a limit of {question.proof.bound} is proven for any routing of these token counts, "
-        f"{question.traffic.max_recv} is enough for this batch only"
+        f"a limit of {resolved.proof.bound} is proven for any routing of these token counts, "
+        f"{resolved.traffic.max_recv} is enough for this batch only"
     )
     reasons = [
         Reason(
             code="limit-below-total-recv",
             rank=rank,
-            message=f"rank {rank} receives {recv[rank]} rows, the limit keeps {question.limit}: "
-            f"{recv[rank] - (question.limit or 0)} lost, {consequence}; {advice}",
+            message=f"rank {rank} receives {recv[rank]} rows, the limit keeps {resolved.limit}: "
+            f"{recv[rank] - (resolved.limit or 0)} lost, {consequence}; {advice}",
         )
-        for rank in question.short_ranks
+        for rank in resolved.short_ranks
     ]
-    if not question.refused:
+    if not resolved.refused:
         damaged = part.gathered.comparisons["padded/truncated"]
         message = f"truncated differs from padded in {damaged.differing_tokens} tokens"
         reasons.append(Reason(code="damage", message=message))
@@ -80,14 +80,14 @@ def nondeterministic(part: Part) -> list[Reason]:
 
     `require = tolerance` requires none of a kernel that adds atomically; any other kernel must repeat them.
     """
-    if part.question.case.require == "tolerance" and adds_atomically(part.kernels["padded"]):
+    if part.resolved.case.require == "tolerance" and adds_atomically(part.kernels["padded"]):
         return []
     return _unrepeated(part)[:1]
 
 
 def drift(part: Part) -> list[Reason]:
     """Differences between another kernel's bits and padded's, where bits are required."""
-    return [] if part.question.case.require == "tolerance" else _drifted(part)
+    return [] if part.resolved.case.require == "tolerance" else _drifted(part)
 
 
 def notes(part: Part) -> list[Reason]:
@@ -95,17 +95,17 @@ def notes(part: Part) -> list[Reason]:
     return [*_unrepeated(part)[:1], *_drifted(part)]
 
 
-def limit_notes(question: Question) -> list[Reason]:
+def limit_notes(resolved: ResolvedCase) -> list[Reason]:
     """Notes of a PASS on the limit."""
     found = []
-    if question.short_ranks:
-        ranks = ", ".join(str(rank) for rank in question.short_ranks)
-        message = f"policy guard raised the limit of {question.limit} rows on rank {ranks}"
+    if resolved.short_ranks:
+        ranks = ", ".join(str(rank) for rank in resolved.short_ranks)
+        message = f"policy guard raised the limit of {resolved.limit} rows on rank {ranks}"
         found.append(Reason(code="guarded", message=message))
-    if question.proof.status == "this batch" and question.case.policy != "guard":
+    if resolved.proof.status == "this batch" and resolved.case.policy != "guard":
         message = (
-            f"not proven for other routings: the limit keeps {question.limit} rows, a rank receives up to "
-            f"{question.proof.bound} under another routing of these token counts ({question.proof.formula})"
+            f"not proven for other routings: the limit keeps {resolved.limit} rows, a rank receives up to "
+            f"{resolved.proof.bound} under another routing of these token counts ({resolved.proof.formula})"
         )
         found.append(Reason(code=NOT_PROVEN, message=message))
     return found
@@ -167,7 +167,7 @@ def error_text(error: ArmError) -> str:
 
 def _far_from_reference(part: Part) -> Iterable[Reason]:
     """Padded against a float reference of a few tokens, where no error was measured."""
-    allowed = tolerance(part.question.case)
+    allowed = tolerance(part.resolved.case)
     for record in part.records:
         measured = any(error.arm == "padded" for error in record.errors)
         if record.reference is not None and not measured and not is_close(record.reference.worst, allowed):
@@ -185,7 +185,7 @@ def _far(part: Part, arm: str) -> Iterable[Reason]:
     """
     if part.exact or part.measured:
         return
-    allowed = tolerance(part.question.case)
+    allowed = tolerance(part.resolved.case)
     for record in far_ranks(part, arm):
         if not part.nan_tokens(record, arm):
             message = (

@@ -15,7 +15,7 @@ from distbench.experts.base import ExpertInput
 from distbench.transport.base import Dispatched
 from distbench.verify.combine_model import Returned, key_of, split_key
 from distbench.verify.damage_patterns import far_sources, pattern_of
-from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, PADDED, Clues, Divergence, WrongRow
+from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, PADDED, Divergence, Evidence, WrongRow
 from distbench.verify.row_compare import differing, far_rows, first_difference, row_digests, same_bits
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
@@ -95,7 +95,7 @@ class StageChecker:
                 source_token=source_token,
                 row=first,
                 rows=total - first,
-                clues=Clues(pattern="rows were cut away", tokens=lost),
+                evidence=Evidence(pattern="rows were cut away", tokens=lost),
             )
         wrong = [
             (field, pattern, against)
@@ -109,7 +109,7 @@ class StageChecker:
         if not wrong:
             return None
         field, pattern, against = wrong[0]
-        return msgspec.structs.replace(cut, field=field, against=against, rows=1, clues=Clues(pattern=pattern))
+        return msgspec.structs.replace(cut, field=field, against=against, rows=1, evidence=Evidence(pattern=pattern))
 
     def _check_inputs(
         self, place: _Place, right: TokenBatch, dispatched: Dispatched, given: ExpertInput
@@ -131,7 +131,7 @@ class StageChecker:
             wrongly = place.describe("dispatch", before, right, received, len(self._counts))
             if wrongly is not None:
                 sources, slots = place.sources[place.order], place.slots(before)
-                wrongly.clues.by_source, wrongly.clues.received = wrong_rows(
+                wrongly.evidence.by_source, wrongly.evidence.received = wrong_rows(
                     sources, slots, received, before, right, self._workload.group
                 )
             found.append(wrongly)
@@ -153,7 +153,7 @@ class StageChecker:
             field=field,
             against=f"the agreed {agreed}",
             rows=abs(count - agreed),
-            clues=Clues(pattern=f"another {field}", fields=[field]),
+            evidence=Evidence(pattern=f"another {field}", fields=[field]),
         )
 
     def _learn(self, arm: str, sources: Tensor, keys: Tensor) -> Divergence | None:
@@ -259,9 +259,9 @@ class _Place(NamedTuple):
             and (found := only.first_difference(stage, name, "source", mine[slots], right)) is not None
         ]
         owners = self.sources[self.order][:, 0]
-        clues = msgspec.structs.replace(fields[0].clues, fields=[found.field for found in fields])
-        clues.pattern = far_sources(owners[wrong], owners, self.rank, num_ranks) or clues.pattern
-        return msgspec.structs.replace(fields[0], clues=clues)
+        evidence = msgspec.structs.replace(fields[0].evidence, fields=[found.field for found in fields])
+        evidence.pattern = far_sources(owners[wrong], owners, self.rank, num_ranks) or evidence.pattern
+        return msgspec.structs.replace(fields[0], evidence=evidence)
 
     def first_difference(
         self, stage: str, field: str, against: str, actual: Tensor, expected: Tensor
@@ -279,9 +279,9 @@ class _Place(NamedTuple):
         far = far_rows(mine[rows], right[rows], self.allowed) if against == PADDED else 0
         tokens = [(rank, token) for rank, token in self.sources[slots[rows]][:LISTED_TOKENS].tolist()]
         pattern = pattern_of(mine[rows], right[rows], lambda: row_digests(expected))
-        clues = Clues(pattern=pattern, tokens=tokens, fields=[field])
+        evidence = Evidence(pattern=pattern, tokens=tokens, fields=[field])
         return msgspec.structs.replace(
-            found, row=slot, source_rank=source_rank, source_token=source_token, far=far, clues=clues
+            found, row=slot, source_rank=source_rank, source_token=source_token, far=far, evidence=evidence
         )
 
 

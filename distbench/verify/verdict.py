@@ -7,13 +7,13 @@ import msgspec
 from distbench.case.spec import inputs_of, with_inputs
 from distbench.errors import Verdict
 from distbench.verify.excuses import Part, in_order, is_noise
-from distbench.verify.records import Divergence, Finding, Gathered, Judgement, Question, Reason
+from distbench.verify.records import Divergence, Finding, Gathered, Judgement, Reason, ResolvedCase
 from distbench.verify.rules import RULES, limit_notes, notes, under_limit
 
 
-def judge(question: Question, gathered: Gathered) -> Judgement:
+def judge(resolved: ResolvedCase, gathered: Gathered) -> Judgement:
     """Return the verdict of a case whose ranks all reported, and every rule that applied."""
-    parts = parts_of(question, gathered)
+    parts = parts_of(resolved, gathered)
     findings = [
         Finding(verdict=verdict, inputs=part.inputs, reasons=_said(part, reasons, parts))
         for verdict, rule in RULES
@@ -24,14 +24,14 @@ def judge(question: Question, gathered: Gathered) -> Judgement:
     if findings:
         return Judgement(findings[0].verdict, findings[0].reasons, first, findings)
     told = [note for part in parts for note in _said(part, notes(part), parts)]
-    return Judgement(Verdict.PASS, [*told, *limit_notes(question)], first)
+    return Judgement(Verdict.PASS, [*told, *limit_notes(resolved)], first)
 
 
-def parts_of(question: Question, gathered: Gathered) -> list[Part]:
+def parts_of(resolved: ResolvedCase, gathered: Gathered) -> list[Part]:
     """The parts of a case, one for each kind of inputs, exact before gaussian."""
-    found = zip(inputs_of(question.case), (gathered, gathered.gaussian), strict=False)
+    found = zip(inputs_of(resolved.case), (gathered, gathered.gaussian), strict=False)
     return [
-        Part(msgspec.structs.replace(question, case=with_inputs(question.case, inputs)), seen)
+        Part(msgspec.structs.replace(resolved, case=with_inputs(resolved.case, inputs)), seen)
         for inputs, seen in found
         if seen is not None
     ]

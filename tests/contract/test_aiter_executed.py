@@ -22,7 +22,7 @@ import torch
 from distbench.experts.aiter import emulated as stand_in
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.emulated import fused_moe as stand_in_moe
-from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.emulated.jit.utils import chip_info
 from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import STAND_IN, load_package
@@ -47,9 +47,9 @@ def wheel() -> Iterator[zipfile.ZipFile]:
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    before = habits.assumed()
+    before = quirks.assumed()
     yield
-    habits.assume(before)
+    quirks.assume(before)
 
 
 class Table:
@@ -89,7 +89,7 @@ def selection(wheel: zipfile.ZipFile, tmp_path: Path, monkeypatch: pytest.Monkey
     names = ("fused_moe_1stage", "asm_stage1", "cktile_moe_stage1", "cktile_moe_stage2", "mp_lock", "get_asm_dir")
 
     def make(cu_count: int) -> SimpleNamespace:
-        habits.assume(habits.Assumed(version=VERSION, cu_count=cu_count))
+        quirks.assume(quirks.Assumed(version=VERSION, cu_count=cu_count))
         types = {"fp8": dtypes.get_dtype_fp8(), "bf16": torch.bfloat16, "fp16": torch.float16, "i8": torch.int8}
         scope: dict[str, Any] = {name: getattr(Anything(), name) for name in names}
         scope |= {"AITER_CONFIG_FMOE_FILE": str(path), "cfg_2stages": None, "BLOCK_SIZE_M": 32, "PY": "", "bd_dir": ""}

@@ -21,7 +21,7 @@ from distbench.case.spec import Case
 from distbench.experts.aiter import emulated as stand_in
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.emulated import fused_moe as stand_in_moe
-from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.emulated.jit import core as stand_in_core
 from distbench.experts.aiter.emulated.jit.utils import chip_info
 from distbench.experts.aiter.emulated.ops import shuffle
@@ -50,9 +50,9 @@ def wheel() -> Iterator[zipfile.ZipFile]:
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    before = habits.assumed()
+    before = quirks.assumed()
     yield
-    habits.assume(before)
+    quirks.assume(before)
 
 
 def parameters(node: ast.FunctionDef) -> dict[str, str | None]:

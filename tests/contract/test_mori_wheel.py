@@ -309,7 +309,7 @@ def test_receive_buffer_rows_follow_the_wheels_formula(wheel: zipfile.ZipFile) -
     assert "DEFAULT_STATIC_SYMMETRIC_HEAP_SIZE = 4ULL * 1024 * 1024 * 1024" in heap
 
 
-def test_default_habits_are_those_of_the_wheels_sources(wheel: zipfile.ZipFile) -> None:
+def test_default_quirks_are_those_of_the_wheels_sources(wheel: zipfile.ZipFile) -> None:
     kernels = f"{SOURCES}src/ops/dispatch_combine/"
     overflow = "Total recv token overflow"
     assert overflow not in text(wheel, f"{kernels}intranode.hpp")

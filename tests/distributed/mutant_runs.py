@@ -42,19 +42,19 @@ class Touch(NamedTuple):
 @torch.inference_mode()
 def touches_of(session: Session, case: Case, names: list[str]) -> dict[str, Touch]:
     """Run the layer once without a mutant and once with each of `names`; nothing else differs. Collective."""
-    session.crumbs.arm = "padded"
+    session.heartbeat.arm = "padded"
     ready = _prepare(session, case)
     workload, batch = ready.inputs[0]
     parts = Parts(workload, batch, ready.weights.pop(), ready.transport, ready.experts.pop())
     clean = _made(session, case, parts, ready.counts, None)
-    received = ready.question.traffic.total_recv[session.rank]
+    received = ready.resolved.traffic.total_recv[session.rank]
     found = {}
     for name in names:
         log = _Log(received, case.topk)
         made = _made(session, case, parts, ready.counts, (CORPUS[name], log))
         changed = not all(torch.equal(_bits(one), _bits(right)) for one, right in zip(made, clean, strict=True))
         found[name] = Touch(changed, log.rows, log.elements)
-    session.crumbs.arm = ""
+    session.heartbeat.arm = ""
     return found
 
 

@@ -157,7 +157,7 @@ def test_repeats_and_timing_run_with_exact_inputs_only() -> None:
     assert report.rate is not None
     assert (report.rate.repeats, report.rate.wrong_tokens) == (3, 0)
     assert report.timing["padded"]["layer"]["iterations"] == 2
-    assert [record.exposure.repeats for record in gaussian_part(outcome).observations] == [1] * RANKS
+    assert [record.token_counts.repeats for record in gaussian_part(outcome).observations] == [1] * RANKS
     assert not any(record.timed for record in gaussian_part(outcome).observations)
 
 

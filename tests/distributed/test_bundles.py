@@ -29,7 +29,7 @@ from distbench.report.bundle.read import Bundle, open_bundle, read_part, runnabl
 from distbench.report.bundle.write import write_parts, write_routing
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
-from distbench.verify.records import LISTED_TOKENS, Clues, Judgement, Outcome
+from distbench.verify.records import LISTED_TOKENS, Evidence, Judgement, Outcome
 from distbench.workload.inputs import Workload
 from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case
@@ -199,11 +199,13 @@ def test_invalid_source_ids_of_a_transport_do_not_break_the_bundle(tmp_path: Pat
     assert outcome.gathered is not None
     record = next(one for one in outcome.gathered.observations if one.divergences)
     first = record.divergences[0]
-    record.divergences[0] = msgspec.structs.replace(first, source_rank=1 << 20, clues=Clues(tokens=[(-1, 0), (0, 1)]))
+    record.divergences[0] = msgspec.structs.replace(
+        first, source_rank=1 << 20, evidence=Evidence(tokens=[(-1, 0), (0, 1)])
+    )
     found = rewritten(tmp_path, outcome).manifest.gathered
     assert found is not None
     read_back = found.observations[record.rank].divergences[0]
-    assert (read_back.source_rank, read_back.source_token, read_back.clues.tokens) == (None, None, [(0, 1)])
+    assert (read_back.source_rank, read_back.source_token, read_back.evidence.tokens) == (None, None, [(0, 1)])
 
 
 def test_kernel_table_too_large_for_a_bundle_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_rank_that_sends_wrong_rows_is_blamed_and_its_receivers_are_not(
     )
     assert outcome.gathered is not None
     found = [one for record in outcome.gathered.observations for one in record.divergences if one.stage == "dispatch"]
-    assert max(len(one.clues.received) for one in found) == min(max(one.rows for one in found), LISTED_TOKENS)
+    assert max(len(one.evidence.received) for one in found) == min(max(one.rows for one in found), LISTED_TOKENS)
 
 
 @pytest.mark.parametrize("seed", range(3))

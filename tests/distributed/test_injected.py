@@ -13,7 +13,7 @@ from distbench.report.console import verdict_line
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.schema import Report
-from distbench.tools.selftest.cases import DEAD, Trial, trials
+from distbench.tools.selftest.cases import DEAD, FaultTrial, trials
 from distbench.tools.selftest.outcomes import result_of
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
@@ -23,7 +23,7 @@ RANKS = 4
 TRIALS = {trial.label: trial for trial in trials(RANKS, 1, 0) if trial.verdict not in DEAD}
 
 
-def report_of(trial: Trial) -> Report:
+def report_of(trial: FaultTrial) -> Report:
     return report_of_entry(trial.entry)
 
 
@@ -68,7 +68,7 @@ def rate_case(**values: object) -> Case:
 
 def test_rate_interval_covers_the_true_rate_of_an_injected_fault() -> None:
     case = rate_case(repeats=12)
-    trial = Trial(label="rate", entry=TRIALS["delay"].entry, verdict="")
+    trial = FaultTrial(label="rate", entry=TRIALS["delay"].entry, verdict="")
     outcome: Outcome = on_ranks(RANKS, run_case, case)[0]
     report = build_report(trial.entry, outcome, environment=capture_environment({}, [], []), wall_s=0.0)
     assert report.rate is not None
@@ -80,10 +80,10 @@ def test_rate_interval_covers_the_true_rate_of_an_injected_fault() -> None:
 def test_until_failure_stops_at_the_first_failing_repeat() -> None:
     outcome: Outcome = on_ranks(RANKS, run_case, rate_case(repeats=500, until_failure=True))[0]
     assert outcome.gathered is not None
-    repeats = {record.exposure.repeats for record in outcome.gathered.observations}
+    repeats = {record.token_counts.repeats for record in outcome.gathered.observations}
     assert len(repeats) == 1
     assert repeats.pop() < 500
-    assert sum(record.exposure.wrong for record in outcome.gathered.observations) > 0
+    assert sum(record.token_counts.wrong for record in outcome.gathered.observations) > 0
 
 
 def test_zero_with_a_wrong_sign_is_not_blamed_on_a_sender() -> None:

@@ -219,11 +219,11 @@ def stages_of_parts(session: Session, case: Case) -> list[str]:
     stand_ins = msgspec.structs.replace(case, emulate=True)
 
     def experts(_: Case) -> Any:
-        seen.append(session.crumbs.position().stage_name)
+        seen.append(session.heartbeat.position().stage_name)
         return make_experts(stand_ins)
 
     def transport(session: Session, _: Case, *counts_and_batch: Any) -> Any:
-        seen.append(session.crumbs.position().stage_name)
+        seen.append(session.heartbeat.position().stage_name)
         return make_transport(session, stand_ins, *counts_and_batch)
 
     with (

@@ -151,7 +151,7 @@ def test_padded_kernel_that_differs_only_when_timed_is_nondeterministic(
     outcome = on_ranks(2, outcome_of, rounding_case(tmp_path, lambda _: "atomic", require=require))[0]
     alike = [msgspec.structs.replace(record, divergences=[]) for record in outcome.gathered.observations]
     same = dict.fromkeys(outcome.gathered.comparisons, NO_DIFFERENCE)
-    found = judge(outcome.question, msgspec.structs.replace(outcome.gathered, observations=alike, comparisons=same))
+    found = judge(outcome.resolved, msgspec.structs.replace(outcome.gathered, observations=alike, comparisons=same))
     assert (found.verdict.value, found.reasons[0].code) == (verdict, "timed-differs")
 
 

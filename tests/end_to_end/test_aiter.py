@@ -100,7 +100,7 @@ def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str
 
 
 @pytest.mark.parametrize(
-    "habit",
+    "quirk",
     [
         {"aiter_habits": "all-rows"},
         {"aiter_habits": "past-rows-fault", "limit": "2", "policy": "unchecked"},
@@ -111,14 +111,14 @@ def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str
     ("transport", "moved_by"), [("collective", "collective"), ("mori", "distbench.transport.mori.emulated")]
 )
 def test_kernel_fault_is_reported_with_its_arm(
-    habit: dict[str, str], transport: str, moved_by: str, tmp_path: Path
+    quirk: dict[str, str], transport: str, moved_by: str, tmp_path: Path
 ) -> None:
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | habit).items() if key != "emulate"]
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | quirk).items() if key != "emulate"]
     flags += [f"--transport={transport}", "--emulate"]
     done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), *flags)
     assert done.returncode == 3, done.stderr
     out = done.stdout
-    arm = "padded" if "all-rows" in habit.values() else "truncated"
+    arm = "padded" if "all-rows" in quirk.values() else "truncated"
     assert f"ended by SIGABRT in {arm}/experts" in out
     assert f"RANK_FAULT (emulated: {moved_by} for mori, distbench.experts.aiter.emulated for aiter)" in out
 

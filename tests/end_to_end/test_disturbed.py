@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from distbench.distributed.heartbeat import read_position
-from distbench.launcher.job import crumb_path
+from distbench.launcher.job import heartbeat_path
 from tests.end_to_end.launches import SOAK, Bench, wait_until, write_suite
 
 RANKS, CASES = 2, 60
@@ -27,11 +27,11 @@ PROCESSES = (*HELPERS, *(f"rank {rank}" for rank in range(RANKS)))
 def process(bench: Bench, name: str) -> int:
     """Process id within a bench: a helper by its command line, a rank by its heartbeat."""
     if name.startswith("rank "):
-        position = read_position(crumb_path(bench.out, int(name.split()[1])))
+        position = read_position(heartbeat_path(bench.out, int(name.split()[1])))
         assert position is not None
         return position.pid
     module = {"fork server": b"multiprocessing.forkserver", "resource tracker": b"multiprocessing.resource_tracker"}
-    ranks = {at.pid for rank in range(RANKS) if (at := read_position(crumb_path(bench.out, rank))) is not None}
+    ranks = {at.pid for rank in range(RANKS) if (at := read_position(heartbeat_path(bench.out, rank))) is not None}
     lines = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in bench.left() if pid not in ranks}
     return min(pid for pid, line in lines.items() if module[name] in line)
 
@@ -153,7 +153,7 @@ def test_changed_or_removed_results_end_the_bench_with_one_line_and_exit_code_3(
 def test_removed_folder_of_a_run_ends_it_with_one_line_and_exit_code_3(tmp_path: Path) -> None:
     more = ("--model=tiny", f"--nproc={RANKS}", "--num-experts=8", "--repeats=300", "--report=junit,json")
     with Bench(tmp_path / "out", "run", *more) as bench:
-        assert wait_until(lambda: len(list(bench.out.glob("ranks/*.crumbs"))) == RANKS, 60)
+        assert wait_until(lambda: len(list(bench.out.glob("ranks/*.heartbeat"))) == RANKS, 60)
         shutil.rmtree(bench.out)
         assert bench.finish(60) == 3
         assert wait_until(bench.gone, 20)

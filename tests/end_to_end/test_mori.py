@@ -114,7 +114,7 @@ def test_each_mori_habit_without_guards_ends_in_its_verdict(tmp_path: Path) -> N
     defaults = {"model": "tiny", "transport": "mori", "emulate": True, "max_dispatch_tokens_per_rank": 64}
     defaults["numerics"] = "exact"  # the second kind of inputs would show what is moved once only
     cases = [{"name": name, "expect": verdict} | values for name, (values, verdict, _) in UNGUARDED.items()]
-    suite = tmp_path / "habits.json"
+    suite = tmp_path / "quirks.json"
     suite.write_text(json.dumps({"defaults": defaults, "include": cases}))
     command = ("suite", suite, "--nproc", "4", "--quiet", "--max-faults", "9")
     site = {"PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}", "DISTBENCH_TEST_UNGUARDED": "1"}

@@ -224,7 +224,7 @@ def test_unused_key_is_listed_once_in_console_and_report(tmp_path: Path) -> None
     assert " ".join((run.stdout + run.stderr).split()).count("launch_mode=AUTO") == 1
     refused = tiny(tmp_path, 2, "--aiter-habits", "anything")
     assert refused.exit_code == 2
-    assert "'anything' is no habit" in refused.stderr
+    assert "'anything' is no quirk" in refused.stderr
 
 
 def test_run_of_a_case_file_writes_a_report_that_show_prints(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_signal_during_a_suite_leaves_only_its_results(tmp_path: Path, scratch: 
 def test_signal_during_a_run_leaves_its_report_files(tmp_path: Path) -> None:
     more = ("--model=tiny", "--nproc=2", "--num-experts=8", "--repeats=1000000", "--report=junit,json")
     with Bench(tmp_path / "out", "run", *more) as bench:
-        assert wait_until(lambda: len(list(bench.out.glob("ranks/*.crumbs"))) == 2, 60)
+        assert wait_until(lambda: len(list(bench.out.glob("ranks/*.heartbeat"))) == 2, 60)
         interrupt(bench, signal.SIGTERM)
         assert bench.finish() == 143
         document = json.loads((bench.out / "results.json").read_text())

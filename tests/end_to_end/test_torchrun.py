@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from distbench.launcher.job import clear_ranks, crumb_path, failure_path, stack_path
+from distbench.launcher.job import clear_ranks, failure_path, heartbeat_path, stack_path
 from distbench.launcher.locks import hold
 from tests.end_to_end.launches import TINY, Torchrun, faulty, wait_until
 
@@ -161,7 +161,7 @@ def test_collect_names_no_rank_outside_the_group(tmp_path: Path) -> None:
 
 def test_rank_changes_no_file_in_a_folder_that_another_bench_locks(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    theirs = [crumb_path(out, 2), failure_path(out, 2), failure_path(out, 7), stack_path(out, 1)]
+    theirs = [heartbeat_path(out, 2), failure_path(out, 2), failure_path(out, 7), stack_path(out, 1)]
     clear_ranks(out)
     for path in theirs:
         path.write_text("theirs")

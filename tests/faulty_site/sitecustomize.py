@@ -1,6 +1,6 @@
 """Damage for tests with real processes: DISTBENCH_TEST_FAULT=rank:case:place:kind, as in 2:0:padded/dispatch:kill.
 
-A place may end in #2: the second visit of the rank in that case. `boot` is before its first breadcrumb.
+A place may end in #2: the second visit of the rank in that case. `boot` is before its first heartbeat.
 Several faults at once are joined by +.
 With DISTBENCH_TEST_FAULT_ONCE=path a fault fires once; others may follow after commas, each for the launch after that
 of the one before it. `path` holds a byte for each that has fired.
@@ -85,23 +85,23 @@ class _Armed:
 if _LAUNCHES:
     from distbench.distributed import heartbeat
 
-    _mark = heartbeat.Breadcrumbs.mark
+    _mark = heartbeat.Heartbeat.mark
     _armed: list[_Armed] = []
 
-    def _marked(crumbs: heartbeat.Breadcrumbs, stage: str) -> None:
-        _mark(crumbs, stage)
-        at = crumbs.position()
+    def _marked(heartbeat: heartbeat.Heartbeat, stage: str) -> None:
+        _mark(heartbeat, stage)
+        at = heartbeat.position()
         _armed[0].enter(at.case_index, at.place)
 
-    _open = heartbeat.Breadcrumbs.__init__
+    _open = heartbeat.Heartbeat.__init__
 
-    def _opened(crumbs: heartbeat.Breadcrumbs, path: Path | None) -> None:
+    def _opened(heartbeat: heartbeat.Heartbeat, path: Path | None) -> None:
         _armed.append(_Armed())
         _armed[0].enter(0, "boot")
-        _open(crumbs, path)
+        _open(heartbeat, path)
 
-    heartbeat.Breadcrumbs.__init__ = _opened  # type: ignore[assignment, method-assign]
-    heartbeat.Breadcrumbs.mark = _marked  # type: ignore[assignment, method-assign]
+    heartbeat.Heartbeat.__init__ = _opened  # type: ignore[assignment, method-assign]
+    heartbeat.Heartbeat.mark = _marked  # type: ignore[assignment, method-assign]
 
 if os.environ.get("DISTBENCH_TEST_UNGUARDED"):
     from tests.faulty_site.unguarded import remove_guards

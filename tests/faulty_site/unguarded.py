@@ -1,7 +1,7 @@
 """Remove the guards between a case and MoRI: the adapter's and those before it.
 
 With DISTBENCH_TEST_UNGUARDED=1 sitecustomize.py does this to every process of a launch. The outcome of a case is then
-what the stand-in's release, or its habit, makes of it. A case with the seed MISTAKEN passes to combine the ids that
+what the stand-in's release, or its quirk, makes of it. A case with the seed MISTAKEN passes to combine the ids that
 dispatch returned, as callers have; where there is no barrier after construction, one rank allocates after the others.
 """
 
@@ -22,26 +22,26 @@ def remove_guards() -> None:
     """Remove the guards in this process, and in a rank once it has loaded the modules."""
     for name in ("_check_kernel", "_check_cap"):
         patch(f"distbench.transport.mori.config.{name}", lambda *_: None).start()
-    mark = heartbeat.Breadcrumbs.mark
+    mark = heartbeat.Heartbeat.mark
     loosened: list[bool] = []
 
-    def marked(crumbs: heartbeat.Breadcrumbs, stage: str) -> None:
-        mark(crumbs, stage)
+    def marked(heartbeat: heartbeat.Heartbeat, stage: str) -> None:
+        mark(heartbeat, stage)
         if stage == "agree" and not loosened:
             loosened.append(True)
             _loosen()
 
-    patch.object(heartbeat.Breadcrumbs, "mark", marked).start()
+    patch.object(heartbeat.Heartbeat, "mark", marked).start()
 
 
 def _loosen() -> None:
-    from distbench.transport.mori.emulated import habits, moves  # noqa: PLC0415 - only ranks load torch
+    from distbench.transport.mori.emulated import moves, quirks  # noqa: PLC0415 - only ranks load torch
     from distbench.transport.mori.transport import MoriTransport  # noqa: PLC0415
 
     allocate, take, combine = vars(moves)["allocate"], MoriTransport._take_known, MoriTransport.combine  # noqa: SLF001
 
     def late(*arguments: Any) -> Any:
-        if habits.has(habits.NO_CONSTRUCTOR_BARRIER) and os.environ["RANK"] == _LATE_RANK:
+        if quirks.has(quirks.NO_CONSTRUCTOR_BARRIER) and os.environ["RANK"] == _LATE_RANK:
             time.sleep(_LATE_S)
         return allocate(*arguments)
 

@@ -278,7 +278,7 @@ def make_aiter_experts(case: Case) -> AiterExperts:
 
     Raises:
         Unsupported: aiter cannot be imported; the message says what to install.
-        InvalidCase: see `AiterExperts`; or the stand-in has no such habit.
+        InvalidCase: see `AiterExperts`; or the stand-in has no such quirk.
     """
     package = load_package(STAND_IN if case.emulate else PACKAGE)
     if case.emulate:
@@ -288,16 +288,16 @@ def make_aiter_experts(case: Case) -> AiterExperts:
 
 def _assume(package: AiterPackage, case: Case) -> AiterPackage:
     """Set the stand-in to the release and the device of `case`."""
-    habits = package.root.habits
-    assumed = habits.Assumed(
-        habits=habits.parse_habits(case.aiter_habits),
-        version=case.aiter_version or habits.NEWEST,
+    quirks = package.root.quirks
+    assumed = quirks.Assumed(
+        quirks=quirks.parse_quirks(case.aiter_habits),
+        version=case.aiter_version or quirks.NEWEST,
         cu_count=case.cu_count,
         table=case.kernel_table,
         overrides=overrides_of(case),
         seed=case.seed,
     )
-    habits.assume(assumed)
+    quirks.assume(assumed)
     return package._replace(version=assumed.version)
 
 

@@ -48,27 +48,27 @@ def check_available(case: Case) -> None:
 
     Raises:
         Unsupported: aiter is not installed.
-        InvalidCase: the stand-in has no such habits, or habits were given for the real package.
+        InvalidCase: the stand-in has no such quirks, or quirks were given for the real package.
     """
-    check_habits(case)
+    check_quirks(case)
     if case.emulate:
         return
     if case.aiter_habits:
-        _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: habits apply to the stand-in only; add --emulate")
+        _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: quirks apply to the stand-in only; add --emulate")
     if importlib.util.find_spec(PACKAGE) is None:
         message = f"experts aiter: the package {DISTRIBUTION} is not installed; {INSTALL}"
         raise Unsupported(message)
 
 
-def check_habits(case: Case) -> None:
-    """Refuse habits that the stand-in does not have.
+def check_quirks(case: Case) -> None:
+    """Refuse quirks that the stand-in does not have.
 
     Raises:
-        InvalidCase: names the habits that it has.
+        InvalidCase: names the quirks that it has.
 
     """
     try:
-        importlib.import_module(f"{STAND_IN}.habits").parse_habits(case.aiter_habits)
+        importlib.import_module(f"{STAND_IN}.quirks").parse_quirks(case.aiter_habits)
     except ValueError as error:
         _refuse(f"aiter_habits = {case.aiter_habits!r:.80}: {error}")
 
@@ -142,7 +142,7 @@ def installed_version(root: str, module: Any) -> str:
         Unsupported: an aiter on the path that is not installed.
     """
     if root == STAND_IN:
-        return str(module.habits.assumed().version)
+        return str(module.quirks.assumed().version)
     version = installed_release()
     if not version:
         message = f"experts aiter: {PACKAGE} can be imported, but {DISTRIBUTION} is not installed, so its version and "

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from distbench.errors import DistbenchError, InvalidCase
-from distbench.launcher.job import Spread
+from distbench.launcher.job import NodeLayout
 from distbench.launcher.nodes.proof import Channel, Tampered, WrongSecret, prove
 from distbench.launcher.nodes.protocol import MOST_ORDER_BYTES, SILENCE_S, Beat, Order
 from distbench.launcher.nodes.secret import VARIABLE
@@ -24,10 +24,10 @@ class NodeLost(DistbenchError):
     exit_code = 3
 
 
-class Link:
+class Client:
     """The connection to node 0."""
 
-    def __init__(self, spread: Spread, secret: bytes, seconds: float, signals: Sequence[int]) -> None:
+    def __init__(self, layout: NodeLayout, secret: bytes, seconds: float, signals: Sequence[int]) -> None:
         """Connect and prove the secret, retrying for `seconds`, since node 0 may start later, or have no room yet.
 
         Raises:
@@ -35,11 +35,11 @@ class Link:
             InvalidCase: node 0 has another secret.
 
         """
-        self._name = f"node 0 at {spread.endpoint}"
+        self._name = f"node 0 at {layout.endpoint}"
         deadline = time.monotonic() + seconds
         while True:
             try:
-                self._channel = _connect(spread, secret)
+                self._channel = _connect(layout, secret)
                 break
             except (OSError, EOFError, Tampered) as error:
                 if signals or time.monotonic() > deadline:
@@ -76,8 +76,8 @@ class Link:
         self._channel.close()
 
 
-def _connect(spread: Spread, secret: bytes) -> Channel:
-    connection = socket.create_connection((spread.host, spread.port), timeout=SILENCE_S)
+def _connect(layout: NodeLayout, secret: bytes) -> Channel:
+    connection = socket.create_connection((layout.host, layout.port), timeout=SILENCE_S)
     try:
         keys = prove(connection, secret)
     except BaseException:

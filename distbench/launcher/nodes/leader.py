@@ -12,7 +12,7 @@ import msgspec
 
 from distbench.distributed.heartbeat import write_position
 from distbench.errors import DistbenchError, Verdict
-from distbench.launcher.job import Job, RankFailure, Spread, crumb_path, failure_path, machine_path
+from distbench.launcher.job import Job, NodeLayout, RankFailure, failure_path, heartbeat_path, machine_path
 from distbench.launcher.nodes.gate import Gate
 from distbench.launcher.nodes.listeners import listen
 from distbench.launcher.nodes.proof import Channel, Tampered
@@ -35,13 +35,13 @@ class NodesMissing(DistbenchError):
     exit_code = 3
 
 
-class Hub:
+class Leader:
     """The nodes of a campaign as node 0 sees them, itself included.
 
     `refused` holds the reasons of nodes that cannot take part. Peers without the secret never get this far.
     """
 
-    def __init__(self, spread: Spread, join_timeout_s: float, secret: bytes = b"", log: Path | None = None) -> None:
+    def __init__(self, layout: NodeLayout, join_timeout_s: float, secret: bytes = b"", log: Path | None = None) -> None:
         """Listen on the endpoint of `spread`; all nodes have to join within `join_timeout_s`.
 
         `log` gets a line for each refused peer.
@@ -50,7 +50,7 @@ class Hub:
             InvalidCase: the port is taken, or the endpoint is not on this node.
 
         """
-        self._spread = spread
+        self._layout = layout
         self._join_timeout_s = join_timeout_s
         self._order = Order(phase=Phase.WAIT)
         self._job: Job | None = None
@@ -64,7 +64,7 @@ class Hub:
         self._told_end: set[int] = set()
         self._refusals = Refusals(log)
         self.refused = ""
-        self._gate = Gate(listen(spread), secret, self._serve, self._refusals)
+        self._gate = Gate(listen(layout), secret, self._serve, self._refusals)
         self._gate.start()
 
     def _serve(self, channel: Channel, peer: str) -> None:
@@ -91,9 +91,9 @@ class Hub:
             Tampered: the beat is about ranks that are not its own.
 
         """
-        spread = self._spread
-        if (beat.nodes, beat.nproc) != (spread.nodes, spread.nproc) or not 0 < beat.node < spread.nodes:
-            text = f"node 0 has {spread.nodes} x {spread.nproc} ranks, node {beat.node} {beat.nodes} x {beat.nproc}"
+        layout = self._layout
+        if (beat.nodes, beat.nproc) != (layout.nodes, layout.nproc) or not 0 < beat.node < layout.nodes:
+            text = f"node 0 has {layout.nodes} x {layout.nproc} ranks, node {beat.node} {beat.nodes} x {beat.nproc}"
             return _turned_away(f"{text}; give all nodes the same --nnodes and --nproc")
         if beat.foreign:
             message = f"node {beat.node} {beat.foreign}"
@@ -138,9 +138,9 @@ class Hub:
 
     def _gather(self, signals: Sequence[int]) -> None:
         deadline = time.monotonic() + self._join_timeout_s
-        while len(self._beats) < self._spread.nodes - 1 and not signals:
+        while len(self._beats) < self._layout.nodes - 1 and not signals:
             if time.monotonic() > deadline:
-                absent = [node for node in range(1, self._spread.nodes) if node not in self._beats]
+                absent = [node for node in range(1, self._layout.nodes) if node not in self._beats]
                 names = ", ".join(map(str, absent))
                 message = f"node {names} did not join within {self._join_timeout_s:.0f} s; see --join-timeout"
                 message += f" ({self.strangers})" if self.strangers else ""
@@ -157,16 +157,16 @@ class Hub:
         self._gather(signals)
         if self.store is not None:
             self.store.close()
-        self.store, *others = listen(self._spread, 0)
+        self.store, *others = listen(self._layout, 0)
         for other in others:
             other.close()
         port = self.store.getsockname()[1]
-        spread = msgspec.structs.replace(self._spread, port=port, launch=self._order.launch + 1)
-        job = msgspec.structs.replace(job, spread=spread)
+        layout = msgspec.structs.replace(self._layout, port=port, launch=self._order.launch + 1)
+        job = msgspec.structs.replace(job, layout=layout)
         with self._lock:
             self._job = job
             self._mirrored.clear()
-            self._order = Order(phase=Phase.RUN, launch=spread.launch)
+            self._order = Order(phase=Phase.RUN, launch=layout.launch)
         return job
 
     @property
@@ -182,8 +182,8 @@ class Hub:
             if self._mirrored.get(node) == heard:
                 continue
             self._mirrored[node] = heard
-            for rank, at in beat.crumbs.items():
-                write_position(crumb_path(out, rank), msgspec.structs.replace(at, since_ns=now - at.since_ns))
+            for rank, at in beat.heartbeat.items():
+                write_position(heartbeat_path(out, rank), msgspec.structs.replace(at, since_ns=now - at.since_ns))
             for rank, machine in beat.machines.items():
                 machine_path(out, rank).write_bytes(msgspec.json.encode(machine))
             for failure in beat.failures:
@@ -227,12 +227,12 @@ class Hub:
 
     def place(self, rank: int) -> str:
         """Host of a rank."""
-        beat = self._beats.get(rank // self._spread.nproc)
+        beat = self._beats.get(rank // self._layout.nproc)
         return socket.gethostname() if beat is None else beat.host
 
     def ranks_of(self, node: int) -> range:
         """Ranks of a node."""
-        return range(node * self._spread.nproc, (node + 1) * self._spread.nproc)
+        return range(node * self._layout.nproc, (node + 1) * self._layout.nproc)
 
     def _say(self, order: Order) -> None:
         with self._lock:

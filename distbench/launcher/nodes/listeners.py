@@ -7,7 +7,7 @@ import socket
 from typing import Any
 
 from distbench.errors import InvalidCase
-from distbench.launcher.job import Spread
+from distbench.launcher.job import NodeLayout
 from distbench.launcher.nodes.interfaces import is_loopback, source_address
 
 _WAITING = 1024
@@ -16,7 +16,7 @@ _TAKEN = (errno.EADDRINUSE, errno.EACCES)
 _NOT_HERE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.ENETUNREACH, errno.EHOSTUNREACH)
 
 
-def listen(spread: Spread, port: int | None = None) -> list[socket.socket]:
+def listen(layout: NodeLayout, port: int | None = None) -> list[socket.socket]:
     """Listen on the addresses of the endpoint's host; port 0 takes a free one, None the endpoint's.
 
     Where such an address is not this node's own, as behind NAT, the socket listens on the source address towards it. A
@@ -27,18 +27,18 @@ def listen(spread: Spread, port: int | None = None) -> list[socket.socket]:
         InvalidCase: the host has no address here, or the port is taken.
 
     """
-    port = spread.port if port is None else port
+    port = layout.port if port is None else port
     try:
         found = {
             (family, where[0], *where[2:])
-            for family, _, _, _, where in socket.getaddrinfo(spread.host, spread.port, type=socket.SOCK_STREAM)
+            for family, _, _, _, where in socket.getaddrinfo(layout.host, layout.port, type=socket.SOCK_STREAM)
         }
-        if not is_loopback(spread.host) and any(is_loopback(str(host)) for _, host, *_ in found):
+        if not is_loopback(layout.host) and any(is_loopback(str(host)) for _, host, *_ in found):
             return [_listen_everywhere(port)]
         return _listen_on(found, port)
     except OSError as error:
         fix = "another port" if error.errno in _TAKEN else "an address of node 0"
-        message = f"--rdzv-endpoint {spread.endpoint}: {error.strerror or error} on node 0; use {fix}"
+        message = f"--rdzv-endpoint {layout.endpoint}: {error.strerror or error} on node 0; use {fix}"
         raise InvalidCase(message) from error
 
 

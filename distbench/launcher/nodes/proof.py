@@ -57,7 +57,7 @@ def check_answer(secret: bytes, asked: bytes, answer: bytes) -> tuple[bytes, Key
     nonces, proof = asked + answer[:CHALLENGE_BYTES], answer[CHALLENGE_BYTES:]
     if not hmac.compare_digest(proof, _mark(secret, b"node proof", nonces)):
         raise WrongSecret
-    return _mark(secret, b"hub proof", nonces), _keys(secret, nonces)
+    return _mark(secret, b"leader proof", nonces), _keys(secret, nonces)
 
 
 def prove(connection: socket.socket, secret: bytes) -> Keys:
@@ -77,7 +77,7 @@ def prove(connection: socket.socket, secret: bytes) -> Keys:
     nonces = asked + own
     connection.sendall(own + _mark(secret, b"node proof", nonces))
     proof = receive_exactly(connection, _MARK_BYTES)
-    if not hmac.compare_digest(proof, _mark(secret, b"hub proof", nonces)):
+    if not hmac.compare_digest(proof, _mark(secret, b"leader proof", nonces)):
         raise WrongSecret
     return _keys(secret, nonces)
 

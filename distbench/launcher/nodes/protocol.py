@@ -34,7 +34,7 @@ class Phase(str, Enum):
 
 
 class Beat(msgspec.Struct, kw_only=True):
-    """State of a node. In `crumbs`, `since_ns` is an age, since hosts share no clock, and `pid` is 0.
+    """State of a node. In `heartbeat`, `since_ns` is an age, since hosts share no clock, and `pid` is 0.
 
     `launch` is the last one that the node began, 0 for none. `ended`: its ranks are gone. `exit` is the first of their
     exits, `failures` are their exceptions, `machines` their locations. `refused` is the reason why the node leaves,
@@ -48,7 +48,7 @@ class Beat(msgspec.Struct, kw_only=True):
     launch: int = 0
     ended: bool = False
     exit: Exit | None = None
-    crumbs: dict[int, Position] = {}
+    heartbeat: dict[int, Position] = {}
     failures: list[RankFailure] = []
     machines: dict[int, Machine] = {}
     stacks: dict[int, str] = {}
@@ -58,14 +58,14 @@ class Beat(msgspec.Struct, kw_only=True):
     def foreign(self) -> str:
         """Complaint about ranks of other nodes, or an impossible host or place; empty for a valid beat."""
         own = range(self.node * self.nproc, (self.node + 1) * self.nproc)
-        told = {*self.crumbs, *self.machines, *self.stacks, *(failure.rank for failure in self.failures)}
+        told = {*self.heartbeat, *self.machines, *self.stacks, *(failure.rank for failure in self.failures)}
         told |= set() if self.exit is None else {self.exit.rank}
         others = sorted(rank for rank in told if rank not in own)
         if others:
             return f"reports rank {others[0]}, which is not on it"
         if len(self.host) > _MOST_NAME or not self.host.isprintable():
             return "has no name that a host may have"
-        places = [*self.crumbs.values(), *(failure.position for failure in self.failures)]
+        places = [*self.heartbeat.values(), *(failure.position for failure in self.failures)]
         return "" if all(map(_is_place, places)) else "reports a position that no rank can have"
 
 

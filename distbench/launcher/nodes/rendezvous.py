@@ -16,16 +16,16 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-from distbench.launcher.job import Spread
+from distbench.launcher.job import NodeLayout
 from distbench.launcher.nodes.protocol import BACKEND
 
 
 class OwnStore(RendezvousHandler):
     """Nodes in the order of their numbers, as with torchrun's `static`; node 0 hosts the store."""
 
-    def __init__(self, spread: Spread, run_id: str, timeout_s: float, listener: int | None) -> None:
+    def __init__(self, layout: NodeLayout, run_id: str, timeout_s: float, listener: int | None) -> None:
         """`listener` is node 0's listening socket, a descriptor that the store closes; None on other nodes."""
-        self._spread = spread
+        self._layout = layout
         self._run_id = run_id
         self._timeout = timedelta(seconds=timeout_s)
         self._listener = listener
@@ -46,12 +46,12 @@ class OwnStore(RendezvousHandler):
             torch.distributed.DistError: they did not join in time.
 
         """
-        spread = self._spread
-        hosts, meeting = self._listener is not None, (spread.host, spread.port)
-        store = TCPStore(*meeting, spread.nodes, hosts, self._timeout, master_listen_fd=self._listener)
+        layout = self._layout
+        hosts, meeting = self._listener is not None, (layout.host, layout.port)
+        store = TCPStore(*meeting, layout.nodes, hosts, self._timeout, master_listen_fd=self._listener)
         self._listener = None
         known = PrefixStore(self._run_id, store)
-        return RendezvousInfo(known, spread.node, spread.nodes, RendezvousStoreInfo(*meeting))
+        return RendezvousInfo(known, layout.node, layout.nodes, RendezvousStoreInfo(*meeting))
 
     def is_closed(self) -> bool:
         """Never: a launch is not joined again."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distbench.case.spec import Case, inputs_of, with_inputs
 from distbench.errors import InvalidCase
-from distbench.report.bundle.findings import INPUTS, SUM, Analysis, Finding
+from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
 from distbench.report.bundle.layout import Part, part_name
 from distbench.report.bundle.read import Bundle, read_part
 from distbench.report.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
@@ -69,7 +69,7 @@ def analyse(bundle: Bundle) -> Analysis:
     missing = _missing(bundle)
     present = [part for part in bundle.manifest.recorded.parts if part.rank not in missing]
     references = _references(bundle, present)
-    findings: list[Finding] = []
+    findings: list[StageFinding] = []
     sums = _Sums(defaultdict(dict), {}, {})
     for part in present:
         tensors = _loaded(bundle, part)
@@ -132,7 +132,7 @@ def _loaded(bundle: Bundle, part: Part) -> dict[str, Tensor]:
     return tensors
 
 
-def _own_tokens(rank: int, recorded: RankTensors, references: References, sums: _Sums) -> list[Finding]:
+def _own_tokens(rank: int, recorded: RankTensors, references: References, sums: _Sums) -> list[StageFinding]:
     """Check a rank's routing and failing tokens: its inputs, and the results against the oracle."""
     index = recorded.tokens
     batch = references.sent(rank, recorded)
@@ -149,7 +149,7 @@ def _own_tokens(rank: int, recorded: RankTensors, references: References, sums: 
     return findings
 
 
-def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -> list[Finding]:
+def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -> list[StageFinding]:
     """Check the rows that a rank received: fields against their sources, expert rows against oracle or padded arm."""
     findings = []
     baseline: dict[tuple[int, ...], Tensor] = {}
@@ -192,10 +192,10 @@ class _Place(NamedTuple):
     sources: Tensor
     slots: Tensor
 
-    def compare(self, field: str, against: str, actual: Tensor, expected: Tensor) -> Finding:
+    def compare(self, field: str, against: str, actual: Tensor, expected: Tensor) -> StageFinding:
         wrong = differing(actual, expected)
         rows = wrong.any(1)
-        finding = Finding(rank=self.rank, arm=self.arm, stage=self.stage, rows=len(actual), wrong=int(rows.sum()))
+        finding = StageFinding(rank=self.rank, arm=self.arm, stage=self.stage, rows=len(actual), wrong=int(rows.sum()))
         if not finding.wrong:
             return finding
         row = int(rows.int().argmax())
@@ -218,7 +218,7 @@ class _Place(NamedTuple):
         return msgspec.structs.replace(finding, first=first)
 
 
-def _cut(rank: int, rows: ArmRows) -> Finding:
+def _cut(rank: int, rows: ArmRows) -> StageFinding:
     """Rows that did not reach the experts."""
     total, lost = len(rows.sources) + len(rows.cut), len(rows.cut)
     first = None
@@ -235,10 +235,10 @@ def _cut(rank: int, rows: ArmRows) -> Finding:
             against="received",
             rows=lost,
         )
-    return Finding(rank=rank, arm=rows.arm, stage="truncate", rows=total, wrong=lost, first=first)
+    return StageFinding(rank=rank, arm=rows.arm, stage="truncate", rows=total, wrong=lost, first=first)
 
 
-def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
+def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[StageFinding]:
     """Compare each recorded token with the sum of its recorded expert rows, in its transport's order of addition."""
     rows: dict[tuple[int, str], list[bool]] = defaultdict(list)
     group = ExpertGroup(case.ep_size, case.num_experts, case.topk)
@@ -253,29 +253,30 @@ def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[Finding]:
             total = added(slots_of(ids, group, order).arranged(returned), order)
             rows[rank, arm].append(not bool(same_bits_or_nan(combined.unsqueeze(0), total)))
     return [
-        Finding(rank=rank, arm=arm, stage=SUM, rows=len(wrong), wrong=sum(wrong)) for (rank, arm), wrong in rows.items()
+        StageFinding(rank=rank, arm=arm, stage=SUM, rows=len(wrong), wrong=sum(wrong))
+        for (rank, arm), wrong in rows.items()
     ]
 
 
-def _judged(bundle: Bundle, findings: list[Finding], missing: list[str], *, confirmed: bool) -> Analysis:
+def _judged(bundle: Bundle, findings: list[StageFinding], missing: list[str], *, confirmed: bool) -> Analysis:
     """Judge again, with the first divergences found in the tensors if `confirmed`, else with the recorded ones."""
-    question, gathered = bundle.manifest.question, bundle.manifest.gathered
-    if question is None or gathered is None:
+    resolved, gathered = bundle.manifest.resolved, bundle.manifest.gathered
+    if resolved is None or gathered is None:
         return Analysis(findings, missing, None, [])
     if confirmed and bundle.manifest.recorded.inputs == "gaussian" and gathered.gaussian is not None:
         gathered = msgspec.structs.replace(gathered, gaussian=_with_findings(gathered.gaussian, findings))
     elif confirmed:
         gathered = _with_findings(gathered, findings)
     try:
-        judgement = judge(question, gathered)
-        diagnosis = diagnose(question, gathered, judgement)
+        judgement = judge(resolved, gathered)
+        diagnosis = diagnose(resolved, gathered, judgement)
     except (LookupError, ValueError, TypeError, ArithmeticError) as error:
         message = f"bundle {bundle.folder}: the ranks' records contradict each other ({one_line(error)})"
         raise InvalidCase(message) from error
     return Analysis(findings, missing, judgement, diagnosis)
 
 
-def _with_findings(gathered: Gathered, findings: list[Finding]) -> Gathered:
+def _with_findings(gathered: Gathered, findings: list[StageFinding]) -> Gathered:
     """Keep the ranks' divergences that the tensors confirm, and add those that only the tensors show.
 
     Values that no tensor holds (row counts, num_local_tokens) are taken as recorded. A later stage of an arm that

@@ -13,7 +13,7 @@ SUM = "sum"
 should have made of the recorded expert rows."""
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class StageFinding(msgspec.Struct, frozen=True, kw_only=True):
     """One stage of one arm on one rank: the number of recorded rows, and how many of them are wrong."""
 
     rank: int
@@ -27,7 +27,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 class Analysis(msgspec.Struct, frozen=True):
     """All findings, the missing parts, and the verdict and diagnosis drawn from them; None where nothing ran."""
 
-    findings: list[Finding]
+    findings: list[StageFinding]
     missing: list[str]
     judgement: Judgement | None
     diagnosis: list[Diagnosis]

@@ -9,7 +9,7 @@ import msgspec
 
 from distbench.case.limits import Traffic
 from distbench.case.spec import Case, case_hash
-from distbench.verify.records import LISTED_TOKENS, Gathered, Question, Token
+from distbench.verify.records import LISTED_TOKENS, Gathered, ResolvedCase, Token
 from distbench.workload.version import InputsVersion
 
 SCHEMA = "distbench.bundle/1"
@@ -95,9 +95,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return [what for cut, what in found if cut]
 
     @property
-    def question(self) -> Question | None:
-        """The question of the case, if its ranks got that far."""
-        return None if self.traffic is None else Question(self.case, self.traffic, self.limit)
+    def resolved(self) -> ResolvedCase | None:
+        """The resolved case, if its ranks got that far."""
+        return None if self.traffic is None else ResolvedCase(self.case, self.traffic, self.limit)
 
 
 def bundle_folder(root: str, case: Case) -> Path:

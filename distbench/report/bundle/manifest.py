@@ -47,7 +47,7 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    case, question = outcome.case, outcome.question
+    case, resolved = outcome.case, outcome.resolved
     manifest = Manifest(
         inputs_version=INPUTS_VERSION,
         how_to_replay=[
@@ -56,8 +56,8 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
             f"distbench replay {folder} --offline",
         ],
         case=case,
-        traffic=question.traffic if question else None,
-        limit=question.limit if question else None,
+        traffic=resolved.traffic if resolved else None,
+        limit=resolved.limit if resolved else None,
         gathered=outcome.gathered,
         recorded=recorded,
         table_left_out=_write_table(folder, case),
@@ -115,17 +115,17 @@ def _with_shorter_records(gathered: Gathered, case: Case, most: int) -> Gathered
 
 def _shortened(record: Observation, case: Case, most: int) -> Observation:
     lost = msgspec.structs.replace(record.lost, tokens=_known(record.lost.tokens, case, most))
-    divergences = [_shortened_clues(found, case, most) for found in record.divergences]
+    divergences = [_shortened_evidence(found, case, most) for found in record.divergences]
     return msgspec.structs.replace(record, lost=lost, divergences=divergences, durations_us={})
 
 
-def _shortened_clues(found: Divergence, case: Case, most: int) -> Divergence:
-    clues = msgspec.structs.replace(found.clues, tokens=_known(found.clues.tokens, case, most))
+def _shortened_evidence(found: Divergence, case: Case, most: int) -> Divergence:
+    evidence = msgspec.structs.replace(found.evidence, tokens=_known(found.evidence.tokens, case, most))
     if found.source_rank is None or found.source_token is None:
-        return msgspec.structs.replace(found, clues=clues)
+        return msgspec.structs.replace(found, evidence=evidence)
     known = names_token(case, (found.source_rank, found.source_token))
     source = {} if known else {"source_rank": None, "source_token": None}
-    return msgspec.structs.replace(found, clues=clues, **source)
+    return msgspec.structs.replace(found, evidence=evidence, **source)
 
 
 def _known(tokens: list[Token], case: Case, most: int) -> list[Token]:

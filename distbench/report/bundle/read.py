@@ -201,13 +201,13 @@ def _check_gathered(folder: Path, case: Case, gathered: Gathered, traffic: Traff
 def _check_divergence(folder: Path, case: Case, rank: int, found: Divergence, names: frozenset[str]) -> None:
     if found.arm not in ARMS or found.stage not in STAGE_ORDER:
         _refuse(folder, MANIFEST, f"no such arm or stage: {shown(found.arm)}, {shown(found.stage)}")
-    named = [str(found.rank), *map(str, found.clues.suspects), *found.clues.by_destination]
+    named = [str(found.rank), *map(str, found.evidence.suspects), *found.evidence.by_destination]
     strange = [one for one in named if one not in names]
     if strange or found.rank != rank:
         _refuse(folder, MANIFEST, f"a divergence of rank {rank} names rank {shown((strange or named)[0])}")
     source = (found.source_rank, found.source_token)
     sources = [] if source == (None, None) else [source]
-    _refuse_strangers(folder, case, [*sources, *found.clues.tokens])
+    _refuse_strangers(folder, case, [*sources, *found.evidence.tokens])
 
 
 def _refuse_strangers(folder: Path, case: Case, tokens: Sequence[tuple[int | None, int | None]]) -> None:

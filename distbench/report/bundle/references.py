@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.pipeline.inputs import workload_for
-from distbench.report.bundle.findings import INPUTS, Finding
+from distbench.report.bundle.findings import INPUTS, StageFinding
 from distbench.report.bundle.recorded import ArmRows, RankTensors
 from distbench.verify.row_compare import differing
 from distbench.workload.batch import TokenBatch
@@ -19,7 +19,7 @@ from distbench.workload.batch import TokenBatch
 class References(Protocol):
     """Inputs and oracle of a bundle's case."""
 
-    def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> Finding:
+    def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> StageFinding:
         """Compare the inputs that `rank` recorded; None where it recorded no tokens."""
 
     def sent(self, rank: int, recorded: RankTensors) -> TokenBatch:
@@ -42,13 +42,13 @@ class Generated:
         """Keep the workload of `case`, which runs with one kind of inputs."""
         self._workload = workload_for(case, torch.device("cpu"))
 
-    def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> Finding:
+    def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> StageFinding:
         """Compare the recorded routing and tokens with generated ones."""
         wrong = [differing(routing, self._workload.routing_of(rank, len(routing))).any(1)]
         if recorded is not None:
             wrong.append(_any_field_differs(recorded.sent, self.sent(rank, recorded)))
         strayed = torch.cat(wrong)
-        return Finding(rank=rank, arm="", stage=INPUTS, rows=len(strayed), wrong=int(strayed.sum()))
+        return StageFinding(rank=rank, arm="", stage=INPUTS, rows=len(strayed), wrong=int(strayed.sum()))
 
     def sent(self, rank: int, recorded: RankTensors) -> TokenBatch:
         """Return the tokens, generated again."""
@@ -88,13 +88,13 @@ class AsRecorded:
         self._sent = [part.batch for part in sent]
         self._exact = exact
 
-    def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> Finding:
+    def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> StageFinding:
         """Compare the experts of the recorded tokens with the recorded routing, as far as it goes."""
         wrong = torch.zeros(0, dtype=torch.bool)
         if recorded is not None:
             routed = recorded.tokens < len(routing)
             wrong = differing(recorded.sent.ids[routed], routing[recorded.tokens[routed]]).any(1)
-        return Finding(rank=rank, arm="", stage=INPUTS, rows=len(wrong), wrong=int(wrong.sum()))
+        return StageFinding(rank=rank, arm="", stage=INPUTS, rows=len(wrong), wrong=int(wrong.sum()))
 
     def sent(self, _: int, recorded: RankTensors) -> TokenBatch:
         """Return the tokens as recorded."""

@@ -83,9 +83,9 @@ def _failed_with(outcome: Outcome, inputs: list[str]) -> str:
 
 def _failed_part(outcome: Outcome) -> Gathered | None:
     """Rank 0's gathered records for the kind of inputs with which a case failed."""
-    if outcome.question is None or outcome.gathered is None:
+    if outcome.resolved is None or outcome.gathered is None:
         return outcome.gathered
-    return part_of(parts_of(outcome.question, outcome.gathered), outcome.judgement.findings).gathered
+    return part_of(parts_of(outcome.resolved, outcome.gathered), outcome.judgement.findings).gathered
 
 
 def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
@@ -122,7 +122,7 @@ def _wrong_tokens(gathered: Gathered) -> int:
     """Least number of tokens that went wrong: each of these counts has a token once."""
     differing = [found.differing_tokens for found in gathered.comparisons.values()]
     lost = [record.lost.rows for record in gathered.observations]
-    wrong = [found.rows for record in gathered.observations for found in record.divergences if found.clues.tokens]
+    wrong = [found.rows for record in gathered.observations for found in record.divergences if found.evidence.tokens]
     return max([*differing, *lost, *wrong], default=0)
 
 

@@ -12,7 +12,7 @@ from distbench.tools.cluster.plan import Group, Step
 Kind = Literal["node", "link", "common", "fabric", "scale", "slow node", "slow link"]
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class GroupRun(msgspec.Struct, frozen=True, kw_only=True):
     """One group of nodes and the ending of its suite.
 
     `devices` are the kinds of device of its ranks, in any case; empty without a result. `times[stage][case and arm]` is
@@ -35,7 +35,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         return self.exit_code != 0
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class ClusterFinding(msgspec.Struct, frozen=True, kw_only=True):
     """Conclusion from a pattern of failures, or of times: the node, or the two ends of a link, and the evidence."""
 
     kind: Kind
@@ -43,7 +43,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str
 
 
-def name_faults(trials: Sequence[Trial]) -> list[Finding]:
+def name_faults(trials: Sequence[GroupRun]) -> list[ClusterFinding]:
     """Nodes and links that the failures single out; none where all failed alike.
 
     A node is at fault that fails alone, or that passes alone and fails with every partner (at least two) that did not
@@ -63,12 +63,12 @@ def name_faults(trials: Sequence[Trial]) -> list[Finding]:
     return findings
 
 
-def _pair_faults(pairs: Iterable[Trial], bad: set[str]) -> list[Finding]:
+def _pair_faults(pairs: Iterable[GroupRun], bad: set[str]) -> list[ClusterFinding]:
     judged = [trial for trial in pairs if not bad & set(trial.nodes)]
     failing = [trial for trial in judged if trial.failed]
     if len(judged) > 1 and len(failing) == len(judged):
         return [_finding("fabric", (), f"all {len(judged)} pairs fail", failing[0])]
-    cut_off: dict[str, list[Trial]] = {}
+    cut_off: dict[str, list[GroupRun]] = {}
     for node in dict.fromkeys(node for trial in failing for node in trial.nodes):
         own = [trial for trial in judged if node in trial.nodes]
         if len(own) > 1 and all(trial.failed for trial in own):
@@ -81,5 +81,5 @@ def _pair_faults(pairs: Iterable[Trial], bad: set[str]) -> list[Finding]:
     return nodes + [_finding("link", trial.nodes, "these two fail together", trial) for trial in links]
 
 
-def _finding(kind: Kind, nodes: Group, evidence: str, trial: Trial) -> Finding:
-    return Finding(kind=kind, nodes=nodes, evidence=f"{evidence}: {trial.verdict}: {trial.reason}".rstrip(": "))
+def _finding(kind: Kind, nodes: Group, evidence: str, trial: GroupRun) -> ClusterFinding:
+    return ClusterFinding(kind=kind, nodes=nodes, evidence=f"{evidence}: {trial.verdict}: {trial.reason}".rstrip(": "))

@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from distbench.errors import InvalidCase, Verdict
-from distbench.launcher.job import Spread
+from distbench.launcher.job import NodeLayout
 from distbench.report.results import Result, Results
-from distbench.tools.cluster.attribution import Trial
+from distbench.tools.cluster.attribution import GroupRun
 from distbench.tools.cluster.plan import Group, Round, Step
 from distbench.tools.cluster.processes import Processes
 from distbench.tools.cluster.shared_folder import unshared
@@ -73,7 +73,7 @@ def check_shared(settings: Settings, nodes: Group, signals: Sequence[int]) -> No
         raise InvalidCase(message)
 
 
-def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[int]) -> list[Trial]:
+def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[int]) -> list[GroupRun]:
     """Run the groups of a round at the same time and return their trials.
 
     Raises:
@@ -150,7 +150,7 @@ class _Running:
         self._late = self.alive() and self._failed_at is None
         self._processes.let_go()
 
-    def trial(self) -> Trial:
+    def trial(self) -> GroupRun:
         """End the remaining processes, and return the group's trial."""
         self._processes.end()
         if self._late:
@@ -174,11 +174,11 @@ class _Running:
         told = (f"{node} exited with {code}: {self._processes.last_line(node)}" for node, code in failed.items())
         return "".join(f"; {one.rstrip(': ')}" for one in told)
 
-    def _failed(self, verdict: Verdict, reason: str) -> Trial:
+    def _failed(self, verdict: Verdict, reason: str) -> GroupRun:
         return self._ended(verdict.exit_code, verdict.value, reason)
 
-    def _ended(self, exit_code: int, verdict: str, reason: str, found: Sequence[Result] = ()) -> Trial:
-        return Trial(
+    def _ended(self, exit_code: int, verdict: str, reason: str, found: Sequence[Result] = ()) -> GroupRun:
+        return GroupRun(
             step=self._step,
             nodes=self._nodes,
             exit_code=exit_code,
@@ -195,7 +195,7 @@ class _Running:
         command = [sys.executable, "-m", "distbench", "--end-with-stdin", *suite, "--nproc", str(settings.nproc)]
         if len(self._nodes) == 1:
             return [*command, "--nnodes", "1"]  # in a job of several nodes too
-        spread = Spread(
+        layout = NodeLayout(
             nodes=len(self._nodes),
             node=number,
             nproc=settings.nproc,
@@ -203,7 +203,7 @@ class _Running:
             port=self._port,
             launch=0,
         )
-        place = ["--nnodes", str(spread.nodes), "--node-rank", str(number), "--rdzv-endpoint", spread.endpoint]
+        place = ["--nnodes", str(layout.nodes), "--node-rank", str(number), "--rdzv-endpoint", layout.endpoint]
         place += ["--secret-file", str(self._secret)]
         return [*command, *place, "--join-timeout", f"{settings.join_timeout_s:g}"]
 

@@ -22,7 +22,7 @@ _SHOWN_CHARACTERS = 200
 
 
 class Processes:
-    """One process per node. Their standard input stays open for as long as they are to run (tether.py)."""
+    """One process per node. Their standard input stays open for as long as they are to run (utils/signals.py)."""
 
     def __init__(self, launcher: Sequence[str], folder: Path) -> None:
         """Start with `launcher`, as command_on takes it; a node's output goes to NODE.log in `folder`."""

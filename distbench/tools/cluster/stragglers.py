@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from distbench.tools.cluster.attribution import Finding, Kind, Trial
+from distbench.tools.cluster.attribution import ClusterFinding, GroupRun, Kind
 from distbench.tools.cluster.plan import Group
 from distbench.utils.stats import student_quantile
 
@@ -48,7 +48,7 @@ class _Outlier(msgspec.Struct, frozen=True):
     needed: float
 
 
-def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
+def name_stragglers(trials: Sequence[GroupRun]) -> list[ClusterFinding]:
     """Slow nodes, by the times alone or else by those in pairs, and links slower than both their ends.
 
     Failed trials are not counted. With fewer than LEAST_GROUPS nodes, or LEAST_TIMES cases and arms, none is named.
@@ -57,7 +57,7 @@ def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
     stages = dict.fromkeys(stage for trial in passed for stage in trial.times)
     compared = [one for stage in stages for one in _compared(passed, stage)]
     known: set[tuple[str, Group]] = set()
-    findings: list[Finding] = []
+    findings: list[ClusterFinding] = []
     for one in compared:
         for group, found in _outliers(one, ALARMS / len(compared)).items():
             if (one.stage, group) not in known:
@@ -66,7 +66,7 @@ def name_stragglers(trials: Sequence[Trial]) -> list[Finding]:
     return findings
 
 
-def not_judged(trials: Sequence[Trial]) -> list[str]:
+def not_judged(trials: Sequence[GroupRun]) -> list[str]:
     """Reasons why slow nodes or links were not looked for, in the steps that were run."""
     told = []
     for step, what in (("nodes", "slow nodes"), ("pairs", "slow links")):
@@ -85,7 +85,7 @@ def not_judged(trials: Sequence[Trial]) -> list[str]:
     return told
 
 
-def _compared(passed: Sequence[Trial], stage: str) -> Iterator[_Compared]:
+def _compared(passed: Sequence[GroupRun], stage: str) -> Iterator[_Compared]:
     """Yield the nodes alone, the nodes by the median of their pairs, and the links by their excess over that."""
     alone, pairs = (_values([trial for trial in passed if trial.step == step], stage) for step in ("nodes", "pairs"))
     if not alone:
@@ -103,7 +103,7 @@ def _compared(passed: Sequence[Trial], stage: str) -> Iterator[_Compared]:
     yield _Compared("slow link", stage, alone=False, nodes=len(nodes), values=rest)
 
 
-def _values(trials: Sequence[Trial], stage: str) -> dict[Group, float]:
+def _values(trials: Sequence[GroupRun], stage: str) -> dict[Group, float]:
     """Value x of each group; empty where groups, or the times common to all of them, are too few."""
     if len(trials) < LEAST_GROUPS:
         return {}
@@ -115,7 +115,7 @@ def _values(trials: Sequence[Trial], stage: str) -> dict[Group, float]:
     return {group: statistics.median(math.log(own[key]) - middle[key] for key in keys) for group, own in times.items()}
 
 
-def _shared_keys(trials: Sequence[Trial], stage: str) -> set[str]:
+def _shared_keys(trials: Sequence[GroupRun], stage: str) -> set[str]:
     """Cases and arms of which all groups have times."""
     return set.intersection(*(set(trial.times.get(stage, {})) for trial in trials))
 
@@ -163,7 +163,7 @@ def _distance(value: float, mean: float, deviation: float, count: int) -> float:
     return above / scale if scale else math.copysign(math.inf, above) if above else 0.0
 
 
-def _finding(compared: _Compared, group: Group, found: _Outlier) -> Finding:
+def _finding(compared: _Compared, group: Group, found: _Outlier) -> ClusterFinding:
     place = "alone, " if compared.alone else "in pairs, " if compared.kind == "slow node" else ""
     evidence = f"{found.times:.2f} times the others, Student's t {found.t:.1f}, needed {found.needed:.1f}"
-    return Finding(kind=compared.kind, nodes=group, evidence=f"{place}{compared.stage}: {evidence}")
+    return ClusterFinding(kind=compared.kind, nodes=group, evidence=f"{place}{compared.stage}: {evidence}")

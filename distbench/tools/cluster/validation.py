@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from distbench.errors import Verdict, worst_exit_code
-from distbench.tools.cluster.attribution import Finding, Trial, name_faults
+from distbench.tools.cluster.attribution import ClusterFinding, GroupRun, name_faults
 from distbench.tools.cluster.plan import Group, Round, Step, rounds_of
 from distbench.tools.cluster.stragglers import name_stragglers, not_judged
 
 SCHEMA = "distbench.cluster/1"
 SLOW_EXIT_CODE = 1
 
-RunRound = Callable[[Step, Round], list[Trial]]
+RunRound = Callable[[Step, Round], list[GroupRun]]
 
 
 class Validation(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,20 +29,20 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True):
     suite: str = ""
     emulated: bool
     nodes: Group
-    findings: list[Finding]
+    findings: list[ClusterFinding]
     defects: list[str]
     slow: list[str]
     not_run: list[Step]
     not_judged: list[str]
     exit_code: int
-    trials: list[Trial]
+    trials: list[GroupRun]
 
 
 def validate(
     nodes: Group, steps: Sequence[Step], run_round: RunRound, *, emulated: bool, suite: str = ""
 ) -> Validation:
     """Run `steps` of `suite` on `nodes` and judge them."""
-    trials: list[Trial] = []
+    trials: list[GroupRun] = []
     not_run: list[Step] = []
     for step in steps:
         findings = name_faults(trials)
@@ -72,19 +72,19 @@ def document(validation: Validation) -> bytes:
     return msgspec.json.format(msgspec.json.encode(validation), indent=2) + b"\n"
 
 
-def _left(nodes: Group, findings: Sequence[Finding]) -> Group:
+def _left(nodes: Group, findings: Sequence[ClusterFinding]) -> Group:
     bad = _nodes(findings, "node")
     return tuple(node for node in nodes if node not in bad)
 
 
-def _nodes(findings: Sequence[Finding], kind: str) -> list[str]:
+def _nodes(findings: Sequence[ClusterFinding], kind: str) -> list[str]:
     return sorted({node for found in findings if found.kind == kind for node in found.nodes})
 
 
 _CPU = ("cpu",)
 
 
-def fail_other_devices(trials: Sequence[Trial]) -> list[Trial]:
+def fail_other_devices(trials: Sequence[GroupRun]) -> list[GroupRun]:
     """Trials of one step, marked as failed where they ran on other devices than most; in a tie the CPU loses.
 
     Trials without a result have no devices and are not counted.
@@ -99,7 +99,7 @@ def fail_other_devices(trials: Sequence[Trial]) -> list[Trial]:
     ]
 
 
-def _failed(trial: Trial, others: str) -> Trial:
+def _failed(trial: GroupRun, others: str) -> GroupRun:
     lacking = Verdict.UNSUPPORTED
     reason = f"ran on {' and '.join(trial.devices)}, {others}"
     return msgspec.structs.replace(trial, exit_code=lacking.exit_code, verdict=lacking.value, reason=reason, times={})

@@ -9,7 +9,7 @@ import msgspec
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.selection.releases import rules_for
-from distbench.tools.doctor.findings import Finding, Path
+from distbench.tools.doctor.findings import Fact, Path
 from distbench.tools.doctor.probe import AITER, MORI, Node
 from distbench.transport.mori.config import (
     HEAP_SIZE,
@@ -45,7 +45,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     rdma_block_num: int | None = None
 
 
-def check_vendors(node: Node, case: Case, network: Network) -> list[Finding]:
+def check_vendors(node: Node, case: Case, network: Network) -> list[Fact]:
     """Findings about the AMD path."""
     return [
         _rocm(node),
@@ -61,20 +61,20 @@ def check_vendors(node: Node, case: Case, network: Network) -> list[Finding]:
     ]
 
 
-def _rocm(node: Node) -> Finding:
+def _rocm(node: Node) -> Fact:
     if node.flavour != "rocm":
         found = f"torch is the {node.flavour or 'missing'} build"
         return _missing("ROCm", found, "use a ROCm container with its torch (docs/amd.md)")
     return _ok("ROCm", node.rocm or "torch has its own, /opt/rocm says no version")
 
 
-def _hipcc(node: Node) -> Finding:
+def _hipcc(node: Node) -> Fact:
     if not node.hipcc:
         return _missing("hipcc", "not in PATH", "mori and aiter compile kernels: add /opt/rocm/bin to PATH")
     return _ok("hipcc", node.hipcc)
 
 
-def _architecture(node: Node) -> Finding:
+def _architecture(node: Node) -> Fact:
     foreign = sorted({one for one in node.devices if one not in _ARCHITECTURES})
     if foreign or not node.devices:
         found = ", ".join(foreign) or "no device"
@@ -84,7 +84,7 @@ def _architecture(node: Node) -> Finding:
     return _ok("gfx architecture", ", ".join(sorted(set(node.devices))))
 
 
-def _mori(packages: Mapping[str, str]) -> Finding:
+def _mori(packages: Mapping[str, str]) -> Fact:
     installed = _installed(packages)
     found = " and ".join(f"{name} {version}" for name, version in installed.items())
     if not installed:
@@ -105,7 +105,7 @@ def _installed(packages: Mapping[str, str]) -> dict[str, str]:
     return {name: packages[name] for name in MORI if name in packages}
 
 
-def _aiter(version: str) -> Finding:
+def _aiter(version: str) -> Fact:
     if not version:
         return _missing("aiter", "not installed", "install amd-aiter for this ROCm, or use a container (docs/amd.md)")
     try:
@@ -118,7 +118,7 @@ def _aiter(version: str) -> Finding:
     return _ok("aiter", f"{version}: buckets of rows end at {rules.tiers[-1]}, a limit above that keeps the kernel")
 
 
-def _case(node: Node, case: Case, network: Network) -> list[Finding]:
+def _case(node: Node, case: Case, network: Network) -> list[Fact]:
     """Findings about the case as mori would run it here."""
     asked = msgspec.structs.replace(case, transport="mori", emulate=False)
     try:
@@ -129,7 +129,7 @@ def _case(node: Node, case: Case, network: Network) -> list[Finding]:
     return [_heap(node.environ, plan), _blocks(node, plan, network), _quant(node, case)]
 
 
-def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Finding:
+def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Fact:
     enough = f"unset it, or export {HEAP_SIZE}={-(-plan.heap_bytes >> 30) or 1}G"
     try:
         size = heap_size(plan, environ, emulated=False)
@@ -141,7 +141,7 @@ def _heap(environ: Mapping[str, str], plan: MoriPlan) -> Finding:
     return _ok("heap", f"{size} bytes ({told}), the case takes {plan.heap_bytes}")
 
 
-def _blocks(node: Node, plan: MoriPlan, network: Network) -> Finding:
+def _blocks(node: Node, plan: MoriPlan, network: Network) -> Fact:
     """Check the blocks of a kernel: all of them run at once, and some of them use the network."""
     own = plan.launch
     blocks = own.blocks if network.block_num is None else network.block_num
@@ -158,7 +158,7 @@ def _blocks(node: Node, plan: MoriPlan, network: Network) -> Finding:
     return _ok("blocks", found)
 
 
-def _rdma_blocks(node: Node, kernel: str, launch: Launch, found: str) -> Finding:
+def _rdma_blocks(node: Node, kernel: str, launch: Launch, found: str) -> Fact:
     if not 0 < launch.rdma_blocks < launch.blocks:
         return _missing("blocks", found, "take a number above 0 and below block_num: others hang")
     lost = lost_chunks(kernel, launch.rdma_blocks, next(iter(_installed(node.packages).values()), ""))
@@ -167,7 +167,7 @@ def _rdma_blocks(node: Node, kernel: str, launch: Launch, found: str) -> Finding
     return _ok("blocks", found)
 
 
-def _quant(node: Node, case: Case) -> Finding:
+def _quant(node: Node, case: Case) -> Fact:
     others = sorted(set(node.devices) - {"gfx950"})
     if case.combine_quant == "fp4_blockwise" and others:
         return _missing("combine", f"fp4_blockwise on {', '.join(others)}", "mori has it on gfx950; use fp8_blockwise")
@@ -178,12 +178,12 @@ def _quant(node: Node, case: Case) -> Finding:
     return _ok("combine", case.combine_quant)
 
 
-def _heap_mode(environ: Mapping[str, str]) -> Finding:
+def _heap_mode(environ: Mapping[str, str]) -> Fact:
     mode, doubt = environ.get(SHMEM_MODE, "static_heap"), doubt_of_mode(environ)
     return _degraded("heap mode", mode, f"unset {SHMEM_MODE}: {doubt}") if doubt else _ok("heap mode", mode)
 
 
-def _nics(node: Node, network: Network) -> Finding:
+def _nics(node: Node, network: Network) -> Fact:
     active = [name for name, state in node.nics.items() if state == "ACTIVE"]
     found = ", ".join(f"{name} {state}" for name, state in node.nics.items()) or "none"
     if network.nodes > 1 and not active:
@@ -191,13 +191,13 @@ def _nics(node: Node, network: Network) -> Finding:
     return _ok("NICs", found if active else f"{found}, and one node needs none")
 
 
-def _memlock(node: Node) -> Finding:
+def _memlock(node: Node) -> Fact:
     if node.memlock is not None and node.nics:
         return _degraded("ulimit -l", f"{node.memlock} bytes", "RDMA locks its memory: ulimit -l unlimited")
     return _ok("ulimit -l", "unlimited" if node.memlock is None else f"{node.memlock} bytes, no NIC needs more")
 
 
-def _kernel_changers(environ: Mapping[str, str]) -> list[Finding]:
+def _kernel_changers(environ: Mapping[str, str]) -> list[Fact]:
     fix = "unset it, or keep it for all runs that are compared; reports record it"
     return [
         _degraded("environment", f"{name}={environ[name]!r:.40} changes kernels", fix)
@@ -206,13 +206,13 @@ def _kernel_changers(environ: Mapping[str, str]) -> list[Finding]:
     ]
 
 
-def _ok(topic: str, found: str) -> Finding:
-    return Finding(topic=topic, level="ok", found=found, paths=_MORI)
+def _ok(topic: str, found: str) -> Fact:
+    return Fact(topic=topic, level="ok", found=found, paths=_MORI)
 
 
-def _degraded(topic: str, found: str, fix: str) -> Finding:
-    return Finding(topic=topic, level="degraded", found=found, fix=fix, paths=_MORI)
+def _degraded(topic: str, found: str, fix: str) -> Fact:
+    return Fact(topic=topic, level="degraded", found=found, fix=fix, paths=_MORI)
 
 
-def _missing(topic: str, found: str, fix: str) -> Finding:
-    return Finding(topic=topic, level="missing", found=found, fix=fix, paths=_MORI)
+def _missing(topic: str, found: str, fix: str) -> Fact:
+    return Fact(topic=topic, level="missing", found=found, fix=fix, paths=_MORI)

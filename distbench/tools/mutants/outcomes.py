@@ -13,7 +13,7 @@ from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.rules import RULES
 from distbench.report.journal import RESULTS
 from distbench.report.schema import Report
-from distbench.tools.mutants.plan import NUMERICS, Plan, Run
+from distbench.tools.mutants.plan import NUMERICS, MutantPlan, Run
 
 SHARE = 0.97
 """Share of the corpus that has to be detected."""
@@ -102,7 +102,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
         return sum(bool(one.rules) for one in self.broken)
 
 
-def found_in(out: Path, asked: Plan, ranks: int, seeds: int, share: float = SHARE) -> Found:
+def found_in(out: Path, asked: MutantPlan, ranks: int, seeds: int, share: float = SHARE) -> Found:
     """Outcomes from the reports in `out` for the plan."""
     reports = _reports(out)
     by_mutant: dict[str, list[Run]] = {}

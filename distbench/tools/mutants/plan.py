@@ -57,7 +57,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         return self.mutant, self.setting, self.arm, self.seed
 
 
-class Plan(msgspec.Struct, frozen=True):
+class MutantPlan(msgspec.Struct, frozen=True):
     """All runs; the mutants that are tried, and why others cannot be applied to these parts."""
 
     runs: list[Run]
@@ -67,7 +67,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 def plan(
     ranks: int, seeds: int, only: Sequence[str] = (), asked: Sequence[Layer] = (), arms: Sequence[str] = tuple(ARMS)
-) -> Plan:
+) -> MutantPlan:
     """Runs of the corpus, or of the mutants and classes that `only` names.
 
     `asked` has keys for all cases, `arms` are of ARMS.
@@ -83,7 +83,7 @@ def plan(
     tried = [mutant for mutant in chosen if mutant.name not in left_out]
     settings = dict.fromkeys(setting for mutant in tried for setting in maker.settings_of(mutant))
     runs = [*maker.clean(settings, seeds), *(run for mutant in tried for run in maker.runs(mutant, seeds, arms))]
-    return Plan(runs, tried, left_out)
+    return MutantPlan(runs, tried, left_out)
 
 
 def choose(only: Sequence[str]) -> list[Mutant]:

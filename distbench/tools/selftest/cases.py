@@ -78,7 +78,7 @@ GUARDS: dict[str, dict[str, Guard]] = {
 """By transport or experts, and by label."""
 
 
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
+class FaultTrial(msgspec.Struct, frozen=True, kw_only=True):
     """One case with a fault, or with none, and its required outcome.
 
     `ranks` is empty where the fault's hits name them. `guard` is the stage in which an adapter may end the rank
@@ -99,14 +99,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         return self.verdict in DEAD or bool(self.guard)
 
 
-class Plan(msgspec.Struct, frozen=True):
+class FaultPlan(msgspec.Struct, frozen=True):
     """Clean cases, faults, last the faults that cost a launch each; and the reasons why others cannot be tried."""
 
-    trials: list[Trial]
+    trials: list[FaultTrial]
     impossible: dict[str, str]
 
 
-def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> Plan:
+def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> FaultPlan:
     """Trials of a self-test; `asked` has keys for all cases, overridden only by keys that a fault needs.
 
     Raises:
@@ -118,10 +118,10 @@ def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> Pla
     faulty, impossible = _possible_ones(maker, seeds)
     deadly = [trial for trial in faulty if trial.deadly]
     cleans = [maker.clean(seed) for seed in range(clean)]
-    return Plan([*cleans, *(trial for trial in faulty if not trial.deadly), *deadly], impossible)
+    return FaultPlan([*cleans, *(trial for trial in faulty if not trial.deadly), *deadly], impossible)
 
 
-def trials(ranks: int, seeds: int, clean: int) -> list[Trial]:
+def trials(ranks: int, seeds: int, clean: int) -> list[FaultTrial]:
     """Trials of the stand-ins."""
     return plan(ranks, seeds, clean).trials
 
@@ -137,8 +137,8 @@ def random_keys(chance: random.Random, ranks: int) -> Keys:
     }
 
 
-def _possible_ones(maker: _Maker, seeds: int) -> tuple[list[Trial], dict[str, str]]:
-    found: list[Trial] = []
+def _possible_ones(maker: _Maker, seeds: int) -> tuple[list[FaultTrial], dict[str, str]]:
+    found: list[FaultTrial] = []
     impossible: dict[str, str] = {}
     for name, kind in FAULTS.items():
         reason = _too_few_ranks(name, maker.ranks)
@@ -194,7 +194,7 @@ class _Maker:
         self._takes_fp8 = base.experts != "triton" or base.fp8_format == "e4m3fn"
         self._guards = GUARDS.get(base.transport, {}) | GUARDS.get(base.experts, {})
 
-    def trial(self, kind: type[Fault], variant: Variant, seed: int) -> Trial:
+    def trial(self, kind: type[Fault], variant: Variant, seed: int) -> FaultTrial:
         """A fault on a random rank, in a random arm."""
         chance = random.Random(f"{kind.name}/{dict(variant.options)}/{seed}")  # noqa: S311 - a choice of cases, no secret
         label = _label(kind, variant)
@@ -215,7 +215,7 @@ class _Maker:
         verdict, stage = kind.verdict or _verdict(kind, options), options.get("stage", kind.stage)
         if guard is not None and guard.always:
             verdict, stage = Verdict.RANK_FAULT.value, guard.stage
-        return Trial(
+        return FaultTrial(
             label=label,
             entry=self._entry(f"{label} #{seed}", needed, keys, "fault", verdict),
             verdict=verdict,
@@ -225,13 +225,13 @@ class _Maker:
             guard=guard.stage if guard is not None else "",
         )
 
-    def together(self, first: str, second: str, seed: int) -> Trial:
+    def together(self, first: str, second: str, seed: int) -> FaultTrial:
         """Two faults on two ranks."""
         chance = random.Random(f"{first}+{second}/{seed}")  # noqa: S311 - a choice of cases, no secret
         guilty = sorted(chance.sample(range(self.ranks), 2))
         label, verdict = f"{first} + {second}", Verdict.BASELINE_WRONG.value
         needed = {"inject": f"{first}:rank={guilty[0]};{second}:rank={guilty[1]}"}
-        return Trial(
+        return FaultTrial(
             label=label,
             entry=self._entry(f"{label} #{seed}", needed, self._random_keys(chance), "fault", verdict),
             verdict=verdict,
@@ -240,7 +240,7 @@ class _Maker:
             bug="two faults at once: neither hides the other",
         )
 
-    def clean(self, seed: int) -> Trial:
+    def clean(self, seed: int) -> FaultTrial:
         """A random case without a fault; every fifth has gaussian inputs.
 
         A case that the requested keys do not allow is drawn again.
@@ -255,7 +255,7 @@ class _Maker:
             except (InvalidCase, Unsupported):
                 if last:
                     raise
-        return Trial(label="", entry=entry, verdict=Verdict.PASS.value)
+        return FaultTrial(label="", entry=entry, verdict=Verdict.PASS.value)
 
     def _clean_keys(self, chance: random.Random) -> Keys:
         return self._random_keys(chance) | {

@@ -12,16 +12,16 @@ import msgspec
 from distbench.errors import Verdict
 from distbench.report.journal import RESULTS
 from distbench.report.schema import Report
-from distbench.tools.selftest.cases import DEAD, Plan, Trial
+from distbench.tools.selftest.cases import DEAD, FaultPlan, FaultTrial
 from distbench.verify.records import SEVERAL
 
 RIGHT_SHARE = 0.95
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class TrialResult(msgspec.Struct, frozen=True, kw_only=True):
     """Outcome of a trial. `fired`: the fault changed something; `healthy_blamed`: a healthy rank was named."""
 
-    trial: Trial
+    trial: FaultTrial
     verdict: str
     cause: str
     fired: bool
@@ -72,10 +72,10 @@ class Outcomes(msgspec.Struct, frozen=True, kw_only=True):
         return sound and right and not self.false_alarms and not self.missing
 
 
-def outcomes(asked: Plan, out: Path) -> Outcomes:
+def outcomes(asked: FaultPlan, out: Path) -> Outcomes:
     """Outcomes of the plan `asked`, from the reports in `out`. Faults of missing parts are not tried."""
     by_name = {trial.entry.name: trial for trial in asked.trials}
-    results: list[Result] = []
+    results: list[TrialResult] = []
     alarms: list[str] = []
     not_tried = dict(asked.impossible)
     seen = clean = 0
@@ -119,7 +119,7 @@ def _reports(out: Path) -> Iterator[Report]:
             yield msgspec.json.decode(line, type=Report)
 
 
-def result_of(trial: Trial, report: Report) -> Result:
+def result_of(trial: FaultTrial, report: Report) -> TrialResult:
     """Compare one report with the injected fault."""
     hits = {int(rank) for one in report.injected for rank in one.hits}
     died = report.verdict.value in DEAD
@@ -127,7 +127,7 @@ def result_of(trial: Trial, report: Report) -> Result:
     expected = [(trial.verdict, trial.stage), *([(DEAD[1], trial.guard)] if trial.guard else [])]
     good = report.verdict.value == trial.verdict == Verdict.PASS.value
     guilty = set(trial.ranks) or hits
-    return Result(
+    return TrialResult(
         trial=trial,
         verdict=report.verdict.value,
         cause="no fault" if good else named.cause,
@@ -161,7 +161,7 @@ def _diagnosed(report: Report) -> _Named:
     return _Named(named[0].cause, named[0].stage or named[0].cause, ranks)
 
 
-def _row(label: str, results: list[Result]) -> Row:
+def _row(label: str, results: list[TrialResult]) -> Row:
     fired = [one for one in results if one.fired]
     return Row(
         label=label,

@@ -27,7 +27,7 @@ class LocalExperts(NamedTuple):
     mask: Tensor
 
 
-class Layer(NamedTuple):
+class TunedLayer(NamedTuple):
     """Rank 0's part of a layer on the device."""
 
     workload: Workload
@@ -45,7 +45,7 @@ class Layer(NamedTuple):
         return self.workload.token_rows(torch.zeros_like(chosen[:rows]), chosen[:rows])
 
 
-def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> Layer:
+def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> TunedLayer:
     """Return rank 0's part of a uniformly routed layer."""
     workload = make_workload(
         numerics="exact" if numerics == "exact" else "gaussian",
@@ -62,7 +62,7 @@ def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> Layer:
         device=device,
     )
     mask = (torch.arange(shape.num_experts, device=device) < shape.num_local_experts).int()
-    return Layer(workload, LocalExperts(*workload.local_weights(0), mask))
+    return TunedLayer(workload, LocalExperts(*workload.local_weights(0), mask))
 
 
 def run(

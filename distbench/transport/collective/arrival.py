@@ -24,7 +24,7 @@ class Geometry(NamedTuple):
     counts: Tensor
 
 
-class Traffic:
+class RowCounts:
     """Row counts of one rank: the totals sent and received, and by rank those that cross the wire."""
 
     def __init__(self, geometry: Geometry) -> None:
@@ -55,7 +55,7 @@ class Order(NamedTuple):
 class Arrivals:
     """Successive orders of rows in the receive buffer: by source, or seeded and random."""
 
-    def __init__(self, traffic: Traffic, device: torch.device, *, seed: int, shuffled: bool) -> None:
+    def __init__(self, traffic: RowCounts, device: torch.device, *, seed: int, shuffled: bool) -> None:
         self._traffic = traffic
         self._device = device
         self._seed = seed

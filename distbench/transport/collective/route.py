@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.transport.base import poison_
-from distbench.transport.collective.arrival import Traffic
+from distbench.transport.collective.arrival import RowCounts
 
 # Alignment of a row's fields and of its length: whole transactions of a device's memory.
 _FIELD_BYTES, _ROW_BYTES = 16, 128
@@ -47,7 +47,7 @@ class Route(NamedTuple):
     lanes: list[Lane]
 
 
-class Plan(NamedTuple):
+class DispatchState(NamedTuple):
     """State of one dispatch until its combine: its route, the slot of each arriving row, the row of each slot."""
 
     route: Route
@@ -63,22 +63,22 @@ class Mover(Protocol):
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
         """Copy the leaving rows into `route.outgoing`; parts [n, .] are the batch's fields, as words."""
 
-    def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
+    def stay(self, parts: Sequence[Tensor], plan: DispatchState) -> None:
         """Move the rank's own rows as far as possible while the others travel; poison the last combine's buffer."""
 
-    def arrive(self, plan: Plan) -> None:
+    def arrive(self, plan: DispatchState) -> None:
         """Copy all received rows into their slots."""
 
-    def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
+    def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
         """Return the expert rows that go back to peers, [arriving, H]; a row past the end of expert_out is poison."""
 
     def room(self, expert_out: Tensor) -> Tensor:
         """Return a buffer for returning rows; the first [leaving, H], those of peers, are poisoned."""
 
-    def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
+    def stay_back(self, expert_out: Tensor, plan: DispatchState, returned: Tensor) -> None:
         """Copy the rank's own rows to the place where `add` reads them."""
 
-    def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:
+    def add(self, expert_out: Tensor, plan: DispatchState, returned: Tensor, slots: Tensor) -> Tensor:
         """Add each token's rows in order, from +0.0, in float32, with one rounding: [n, H].
 
         slots int64 [n, c]: the index of a row as sent; the number of sent rows means poison, one more means no row.
@@ -113,7 +113,7 @@ def lanes_of(layout: Layout, buffers: Sequence[Tensor], outgoing: Tensor, incomi
     return lanes
 
 
-def sent_rows(going: Tensor, traffic: Traffic) -> tuple[Tensor, Tensor]:
+def sent_rows(going: Tensor, traffic: RowCounts) -> tuple[Tensor, Tensor]:
     """Return the tokens of the rows sent, int64 [s], own last, and the row of each token and rank, int64 [n, W].
 
     going bool [n, W]: the destination ranks of each token.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distbench.transport.collective.arrival import Traffic
-from distbench.transport.collective.route import Plan, Room, Route
+from distbench.transport.collective.arrival import RowCounts
+from distbench.transport.collective.route import DispatchState, Room, Route
 
 # Rows that one step of combine's sum gathers: on a device they should still be in its L2 for the add.
 _GATHERED_BYTES = 32 << 20
@@ -19,7 +19,7 @@ class TorchRows:
 
     name = "torch"
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: RowCounts) -> None:
         self.sum_in_order = sum_in_order
         self._traffic = traffic
         self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2)
@@ -29,18 +29,18 @@ class TorchRows:
         for part, lane in zip(parts, route.lanes, strict=True):
             _take(part, route.leaving, lane.leaving)
 
-    def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
+    def stay(self, parts: Sequence[Tensor], plan: DispatchState) -> None:
         """See `Mover.stay`."""
         for part, lane in zip(parts, plan.route.lanes, strict=True):
             _take(part, plan.route.staying, lane.incoming[self._traffic.arriving :])
         self._returned.poison(self._traffic.leaving)
 
-    def arrive(self, plan: Plan) -> None:
+    def arrive(self, plan: DispatchState) -> None:
         """See `Mover.arrive`."""
         for lane in plan.route.lanes:
             _take(lane.incoming, plan.rows, lane.buffer)
 
-    def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
+    def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
         """See `Mover.send_back`."""
         outgoing = self._outgoing.of(expert_out)
         self._take_back(expert_out, plan.slots[: self._traffic.arriving], outgoing)
@@ -52,12 +52,12 @@ class TorchRows:
         rows[-1].zero_()
         return rows
 
-    def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
+    def stay_back(self, expert_out: Tensor, plan: DispatchState, returned: Tensor) -> None:
         """See `Mover.stay_back`."""
         traffic = self._traffic
         self._take_back(expert_out, plan.slots[traffic.arriving :], returned[traffic.leaving : -2])
 
-    def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:  # noqa: ARG002
+    def add(self, expert_out: Tensor, plan: DispatchState, returned: Tensor, slots: Tensor) -> Tensor:  # noqa: ARG002
         """See `Mover.add`."""
         count, width = slots.shape
         total = returned.new_empty(count, returned.shape[1])

@@ -17,8 +17,8 @@ from torch import Tensor
 from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
 from distbench.transport.base import Dispatched, poison_
-from distbench.transport.collective.arrival import Arrivals, Geometry, Traffic
-from distbench.transport.collective.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
+from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
+from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
@@ -48,14 +48,14 @@ class CollectiveTransport:
         self.capacity = geometry.capacity
         self._rows = exchange
         self._geometry = geometry
-        self._traffic = Traffic(geometry)
+        self._traffic = RowCounts(geometry)
         self._device = like.ids.device
         self.mover = make_mover(self._traffic, self._device)
         self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self.mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: Route | None = None
         self._adding: _Slots | None = None
-        self._plan: Plan | None = None
+        self._plan: DispatchState | None = None
         self._received = self._allocate(like)
         self._buffers = [buffer[: self._traffic.total_received] for buffer in self._received[:4] if buffer is not None]
         self._layout = lay_out(self._buffers)
@@ -70,7 +70,7 @@ class CollectiveTransport:
         """
         traffic, mover = self._traffic, self.mover
         route = self._route = self._route_of(batch.ids)
-        plan = self._plan = Plan(route, *self._arrivals.next())
+        plan = self._plan = DispatchState(route, *self._arrivals.next())
         parts = [words(part.contiguous()) for part in batch if part is not None]
         mover.leave(parts, route)
         travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
@@ -167,7 +167,7 @@ class CollectiveTransport:
         self._rows.run(incoming, outgoing, back, there)
         return ()
 
-    def _take_plan(self, ids: Tensor) -> Plan:
+    def _take_plan(self, ids: Tensor) -> DispatchState:
         plan, self._plan = self._plan, None
         if plan is None:
             message = "combine() was called without a dispatch; the two strictly alternate"
@@ -195,7 +195,7 @@ class CollectiveTransport:
         return self._adding
 
 
-def make_mover(traffic: Traffic, device: torch.device) -> Mover:
+def make_mover(traffic: RowCounts, device: torch.device) -> Mover:
     """Return the mover for `device`: Triton kernels on an accelerator that supports them, else torch's operations."""
     if device.type != "cpu" and find_spec("triton") is not None:
         from distbench.transport.collective.triton_rows import TritonRows  # noqa: PLC0415 - a rank loads only what it uses

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from distbench.transport.collective import row_kernels
-from distbench.transport.collective.arrival import Traffic
-from distbench.transport.collective.route import Plan, Room, Route
+from distbench.transport.collective.arrival import RowCounts
+from distbench.transport.collective.route import DispatchState, Room, Route
 from distbench.utils.triton_launch import launch
 
 _BLOCK_BYTES = 4096
@@ -21,7 +21,7 @@ class TritonRows:
 
     name = "triton"
 
-    def __init__(self, traffic: Traffic) -> None:
+    def __init__(self, traffic: RowCounts) -> None:
         self._traffic = traffic
         self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.leaving)
         self._shapes: dict[str, dict[str, Any]] = {}
@@ -30,19 +30,19 @@ class TritonRows:
         """See `Mover.leave`."""
         self._move("leave", parts, [lane.leaving for lane in route.lanes], route.leaving, None)
 
-    def stay(self, parts: Sequence[Tensor], plan: Plan) -> None:
+    def stay(self, parts: Sequence[Tensor], plan: DispatchState) -> None:
         """See `Mover.stay`."""
         route = plan.route
         slots = plan.slots[self._traffic.arriving :]
         self._move("stay", parts, [lane.buffer for lane in route.lanes], route.staying, slots)
         self._returned.poison(self._traffic.leaving)
 
-    def arrive(self, plan: Plan) -> None:
+    def arrive(self, plan: DispatchState) -> None:
         """See `Mover.arrive`; the own rows are there already."""
         lanes, slots = plan.route.lanes, plan.slots[: self._traffic.arriving]
         self._move("arrive", [lane.incoming for lane in lanes], [lane.buffer for lane in lanes], None, slots)
 
-    def send_back(self, expert_out: Tensor, plan: Plan) -> Tensor:
+    def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
         """See `Mover.send_back`."""
         count, width = self._traffic.arriving, expert_out.shape[1]
         outgoing = self._outgoing.of(expert_out)
@@ -56,10 +56,10 @@ class TritonRows:
         """See `Mover.room`."""
         return self._returned.of(expert_out)
 
-    def stay_back(self, expert_out: Tensor, plan: Plan, returned: Tensor) -> None:
+    def stay_back(self, expert_out: Tensor, plan: DispatchState, returned: Tensor) -> None:
         """Do nothing: `add` reads the own rows in place."""
 
-    def add(self, expert_out: Tensor, plan: Plan, returned: Tensor, slots: Tensor) -> Tensor:
+    def add(self, expert_out: Tensor, plan: DispatchState, returned: Tensor, slots: Tensor) -> Tensor:
         """See `Mover.add`."""
         (count, width), columns = slots.shape, expert_out.shape[1]
         total = expert_out.new_empty(count, columns)

@@ -15,11 +15,11 @@ from distbench.case.entry import Entry
 from distbench.cli import launching
 from distbench.cli.launching import exported
 from distbench.cli.main import _parser, main
-from distbench.cli.multi_node import spread_of
+from distbench.cli.multi_node import layout_of
 from distbench.errors import InvalidCase, Unsupported
-from distbench.launcher.job import Job, Machine, Spread, ranks_folder
-from distbench.launcher.nodes.client import Link
-from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.job import Job, Machine, NodeLayout, ranks_folder
+from distbench.launcher.nodes.client import Client
+from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.nodes.protocol import Beat, Phase
 from distbench.launcher.postmortem import machines
 from distbench.report.export import FILES, load_writers, parse_targets
@@ -35,9 +35,9 @@ def free_port() -> int:
         return port
 
 
-def spread(endpoint: str, *arguments: str) -> Spread | None:
+def layout(endpoint: str, *arguments: str) -> NodeLayout | None:
     told = ["suite", "smoke", "--nnodes", "2", "--rdzv-endpoint", endpoint, *arguments]
-    return spread_of(_parser().parse_args(told))
+    return layout_of(_parser().parse_args(told))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def spread(endpoint: str, *arguments: str) -> Spread | None:
     ],
 )
 def test_rendezvous_endpoint_is_parsed_to_host_and_port(endpoint: str, host: str, port: int, again: str) -> None:
-    found = spread(endpoint)
+    found = layout(endpoint)
     assert found is not None
     assert (found.host, found.port, found.endpoint) == (host, port, again)
 
@@ -61,7 +61,7 @@ def test_rendezvous_endpoint_is_parsed_to_host_and_port(endpoint: str, host: str
 )
 def test_malformed_rendezvous_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(InvalidCase, match=r"give HOST:PORT or \[IPV6\]:PORT"):
-        spread(endpoint)
+        layout(endpoint)
 
 
 @pytest.mark.parametrize(
@@ -78,39 +78,39 @@ def test_malformed_rendezvous_endpoint_is_refused(endpoint: str) -> None:
 )
 def test_contradictory_node_numbers_are_refused(arguments: tuple[str, ...]) -> None:
     with pytest.raises(InvalidCase):
-        spread("node0:29500", *arguments)
+        layout("node0:29500", *arguments)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_node_0_accepts_connections_over_ipv4_and_ipv6(host: str) -> None:
-    meeting = Spread(nodes=2, node=0, nproc=1, host=host, port=free_port(), launch=0)
-    hub = Hub(meeting, 1.0)
-    link = Link(meeting, b"", 5.0, [])
+    meeting = NodeLayout(nodes=2, node=0, nproc=1, host=host, port=free_port(), launch=0)
+    leader = Leader(meeting, 1.0)
+    client = Client(meeting, b"", 5.0, [])
     beat = Beat(node=1, nodes=2, nproc=1, host="other")
-    assert link.tell(beat).phase is Phase.WAIT
-    assert hub.place(1) == "other"
-    leaving = threading.Thread(target=hub.close, args=(0,))
+    assert client.tell(beat).phase is Phase.WAIT
+    assert leader.place(1) == "other"
+    leaving = threading.Thread(target=leader.close, args=(0,))
     leaving.start()
-    assert wait_until(lambda: link.tell(beat).phase is Phase.END, 5)
+    assert wait_until(lambda: client.tell(beat).phase is Phase.END, 5)
     leaving.join()
-    link.close()
+    client.close()
 
 
 def test_node_0_knows_the_host_of_every_rank(tmp_path: Path) -> None:
-    meeting = Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
-    hub = Hub(meeting, 1.0)
-    link = Link(meeting, b"", 5.0, [])
+    meeting = NodeLayout(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
+    leader = Leader(meeting, 1.0)
+    client = Client(meeting, b"", 5.0, [])
     beat = Beat(node=1, nodes=2, nproc=1, host="other")
-    link.tell(beat)
+    client.tell(beat)
     entry = Entry(name="case", case=tiny_case(2), sources={})
-    job = hub.begin(Job(entries=(entry,), out=str(tmp_path), supervised=True), [])
+    job = leader.begin(Job(entries=(entry,), out=str(tmp_path), supervised=True), [])
     machine = Machine("other", "cuda:0")
-    link.tell(msgspec.structs.replace(beat, launch=1, machines={1: machine}))
+    client.tell(msgspec.structs.replace(beat, launch=1, machines={1: machine}))
     ranks_folder(tmp_path).mkdir()
-    hub.mirror(job)
+    leader.mirror(job)
     assert machines(tmp_path, job.num_ranks) == {1: machine}
-    link.close()
-    hub.close(0)
+    client.close()
+    leader.close(0)
 
 
 @pytest.mark.parametrize("command", ["suite", "run"])

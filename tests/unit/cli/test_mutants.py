@@ -16,7 +16,7 @@ from distbench.faults.mutants.rules import RULES
 from distbench.launcher.preflight import check_case
 from distbench.report.schema import InjectedReport
 from distbench.tools.mutants.outcomes import Found, found_in
-from distbench.tools.mutants.plan import Plan, plan
+from distbench.tools.mutants.plan import MutantPlan, plan
 from distbench.tools.mutants.table import cells, closing_lines, markdown, rules_table
 from tests.cases import tiny_case
 from tests.reports import report_of
@@ -25,7 +25,7 @@ NAMES = ["gelu-for-silu", "relu-in-column-0", "silu-by-exp2"]
 ROOT = Path(__file__).parents[3]
 
 
-def found(out: Path, verdicts: dict[str, Verdict], asked: Plan, without: str = "", share: float = 0.97) -> Found:
+def found(out: Path, verdicts: dict[str, Verdict], asked: MutantPlan, without: str = "", share: float = 0.97) -> Found:
     """Findings where a run ends in the verdict of the first key of `verdicts` that its name contains, else PASS."""
     with (out / "results.jsonl").open("wb") as lines:
         for run in asked.runs:

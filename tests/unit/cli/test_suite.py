@@ -24,7 +24,7 @@ from distbench.cli.main import main
 from distbench.errors import Verdict
 from distbench.launcher import campaign, preflight
 from distbench.launcher.job import Job
-from distbench.launcher.postmortem import Ending
+from distbench.launcher.postmortem import LaunchFailure
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.files import write_report
@@ -343,9 +343,11 @@ def test_rank_lost_after_its_case_has_passed_gives_a_nonzero_exit_code(
     ranks({})
     passing = cast("Callable[[Job], None]", vars(campaign)["supervise"])
 
-    def lost(job: Job, *_: Any) -> Ending:
+    def lost(job: Job, *_: Any) -> LaunchFailure:
         passing(job)
-        return Ending(verdict=Verdict.RANK_FAULT, case_index=None, reasons=[Reason(code="why", message="rank 1 went")])
+        return LaunchFailure(
+            verdict=Verdict.RANK_FAULT, case_index=None, reasons=[Reason(code="why", message="rank 1 went")]
+        )
 
     monkeypatch.setattr(campaign, "supervise", lost)
     out = tmp_path / "out"

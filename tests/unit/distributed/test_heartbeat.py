@@ -14,21 +14,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from distbench.distributed import heartbeat
-from distbench.distributed.heartbeat import Breadcrumbs, read_position
+from distbench.distributed.heartbeat import Heartbeat, read_position
 from distbench.distributed.waits import KINDS
 from distbench.utils.process import pid_space
 
 
 def test_last_position_of_a_rank_is_read_from_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "rank.crumbs"
+    path = tmp_path / "rank.heartbeat"
     assert read_position(path) is None
-    with closing(Breadcrumbs(path)) as crumbs:
-        crumbs.case_index, crumbs.arm = 7, "truncated"
+    with closing(Heartbeat(path)) as heartbeat:
+        heartbeat.case_index, heartbeat.arm = 7, "truncated"
         before = time.monotonic_ns()
-        crumbs.mark("combine")
+        heartbeat.mark("combine")
         position = read_position(path)
-        assert position == crumbs.position()
+        assert position == heartbeat.position()
     assert position is not None
     assert (position.case_index, position.place) == (7, "truncated/combine")
     assert before <= position.since_ns <= time.monotonic_ns()
@@ -38,11 +37,11 @@ def test_last_position_of_a_rank_is_read_from_its_file(tmp_path: Path) -> None:
 def test_process_id_of_another_host_is_not_taken_for_a_local_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "rank.crumbs"
-    with closing(Breadcrumbs(path)) as crumbs:
-        crumbs.mark("combine")
+    path = tmp_path / "rank.heartbeat"
+    with closing(Heartbeat(path)) as heartbeat:
+        heartbeat.mark("combine")
         here = read_position(path)
-        monkeypatch.setattr(heartbeat, "pid_space", lambda: pid_space() + 1)
+        monkeypatch.setattr("distbench.distributed.heartbeat.pid_space", lambda: pid_space() + 1)
         elsewhere = read_position(path)
     assert here is not None
     assert here.pid == os.getpid()
@@ -57,21 +56,21 @@ def test_process_id_space_differs_between_hosts(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_marking_a_stage_takes_less_than_three_microseconds(tmp_path: Path) -> None:
-    with closing(Breadcrumbs(tmp_path / "rank.crumbs")) as crumbs:
-        assert min(timeit.repeat(lambda: crumbs.mark("dispatch"), number=200, repeat=100)) / 200 < 3e-6
+    with closing(Heartbeat(tmp_path / "rank.heartbeat")) as heartbeat:
+        assert min(timeit.repeat(lambda: heartbeat.mark("dispatch"), number=200, repeat=100)) / 200 < 3e-6
 
 
 _WRITER = """
 import pathlib, sys
-from distbench.distributed.heartbeat import Breadcrumbs
-crumbs = Breadcrumbs(pathlib.Path(sys.argv[1]))
+from distbench.distributed.heartbeat import Heartbeat
+heartbeat = Heartbeat(pathlib.Path(sys.argv[1]))
 while True:
-    crumbs.mark("combine")
+    heartbeat.mark("combine")
 """
 
 
 def test_reader_never_sees_a_partially_written_record(tmp_path: Path) -> None:
-    path = tmp_path / "rank.crumbs"
+    path = tmp_path / "rank.heartbeat"
     with subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], cwd=Path(__file__).parents[3]) as writer:
         try:
             deadline = time.monotonic() + 20

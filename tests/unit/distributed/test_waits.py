@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from distbench.distributed.heartbeat import Breadcrumbs, Position, read_position, write_position
+from distbench.distributed.heartbeat import Heartbeat, Position, read_position, write_position
 from distbench.distributed.waits import KINDS, collective, waiting
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "rank.crumbs"
+    return tmp_path / "rank.heartbeat"
 
 
 @pytest.fixture
-def crumbs(path: Path) -> Iterator[Breadcrumbs]:
-    with closing(Breadcrumbs(path)) as opened:
+def heartbeat(path: Path) -> Iterator[Heartbeat]:
+    with closing(Heartbeat(path)) as opened:
         yield opened
 
 
@@ -31,7 +31,7 @@ def read(path: Path) -> Position:
     return position
 
 
-@pytest.mark.usefixtures("crumbs")
+@pytest.mark.usefixtures("heartbeat")
 def test_nested_waits_are_recorded_and_cleared(path: Path) -> None:
     assert read(path).waits_for == ""
     with waiting("group creation"):
@@ -41,32 +41,32 @@ def test_nested_waits_are_recorded_and_cleared(path: Path) -> None:
     assert read(path).waits_for == ""
 
 
-@pytest.mark.usefixtures("crumbs")
+@pytest.mark.usefixtures("heartbeat")
 def test_wait_is_cleared_by_an_exception(path: Path) -> None:
     with pytest.raises(ValueError, match="x"), waiting("gather"):
         raise ValueError("x")  # noqa: EM101
     assert read(path).waits_for == ""
 
 
-def test_collectives_are_numbered_per_case_and_recorded_with_their_device(path: Path, crumbs: Breadcrumbs) -> None:
+def test_collectives_are_numbered_per_case_and_recorded_with_their_device(path: Path, heartbeat: Heartbeat) -> None:
     assert read(path).collective == ""
     with collective("all_to_all", 3):
         pass
     assert read(path).collective == "all_to_all (collective 1 of the case on a device)"
     assert read(path).device == 3
     with collective("gather"):
-        crumbs.mark("gather")
+        heartbeat.mark("gather")
         assert read(path).collective == "gather (collective 2 of the case)"
     first = read(path).progress
-    crumbs.case_index = 1
-    crumbs.mark("start")
+    heartbeat.case_index = 1
+    heartbeat.mark("start")
     assert read(path).entered == 0
     assert read(path).progress > first
 
 
 def test_finished_rank_records_that_it_waits_for_the_end_of_the_launch(path: Path) -> None:
-    with closing(Breadcrumbs(path)) as crumbs:
-        crumbs.mark("done")
+    with closing(Heartbeat(path)) as heartbeat:
+        heartbeat.mark("done")
     assert read(path).waits_for == "end of the launch"
     with waiting("gather"):
         assert read(path).waits_for == "end of the launch"
@@ -84,7 +84,7 @@ def test_position_record_with_an_unknown_wait_is_ignored(path: Path, number: int
     assert read_position(path) is None
 
 
-@pytest.mark.usefixtures("crumbs")
+@pytest.mark.usefixtures("heartbeat")
 def test_recording_a_wait_takes_less_than_three_microseconds() -> None:
     def wait() -> None:
         with collective("gather"):

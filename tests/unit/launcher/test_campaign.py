@@ -19,7 +19,7 @@ from distbench.errors import DiskFull, LaunchFailed, Verdict
 from distbench.launcher import campaign
 from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.job import Job
-from distbench.launcher.postmortem import Ending
+from distbench.launcher.postmortem import LaunchFailure
 from distbench.report.journal import Journal, JournalReader, Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
@@ -28,7 +28,7 @@ from tests.cases import tiny_case
 from tests.reports import report_of
 
 CASES = 6
-Launch = Callable[[Job], Ending | None]
+Launch = Callable[[Job], LaunchFailure | None]
 
 
 @pytest.fixture
@@ -48,14 +48,16 @@ def seed_of(entry: Entry) -> int:
     return entry.case.seed
 
 
-def lost(case_index: int | None, verdict: Verdict = Verdict.RANK_FAULT) -> Ending:
-    return Ending(verdict=verdict, case_index=case_index, reasons=[Reason(code="why", rank=1, message="rank 1 went")])
+def lost(case_index: int | None, verdict: Verdict = Verdict.RANK_FAULT) -> LaunchFailure:
+    return LaunchFailure(
+        verdict=verdict, case_index=case_index, reasons=[Reason(code="why", rank=1, message="rank 1 went")]
+    )
 
 
 def killers(*seeds: int) -> Launch:
     """Fake launches in which these cases always kill a rank."""
 
-    def launch(job: Job) -> Ending | None:
+    def launch(job: Job) -> LaunchFailure | None:
         count = next((index for index, entry in enumerate(job.entries) if seed_of(entry) in seeds), None)
         finish(job, len(job.entries) if count is None else count)
         return None if count is None else lost(count)
@@ -68,7 +70,7 @@ def run(
 ) -> tuple[Summary, dict[str, str]]:
     """Run a campaign over fake launches; return its summary and the verdicts by name."""
 
-    def supervise(job: Job, *_: Any) -> Ending | None:
+    def supervise(job: Job, *_: Any) -> LaunchFailure | None:
         return launch(job)
 
     monkeypatch.setattr(campaign, "supervise", supervise)
@@ -92,7 +94,7 @@ def test_case_that_always_kills_its_ranks_is_recorded_and_the_others_run(
 ) -> None:
     launches: list[int] = []
 
-    def launch(job: Job) -> Ending | None:
+    def launch(job: Job) -> LaunchFailure | None:
         launches.append(len(job.entries))
         return killers(2)(job)
 
@@ -106,7 +108,7 @@ def test_case_that_always_kills_its_ranks_is_recorded_and_the_others_run(
 def test_finished_results_stay_if_a_host_is_lost(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], finished: int, seen_in: int
 ) -> None:
-    def launch(job: Job) -> Ending | None:
+    def launch(job: Job) -> LaunchFailure | None:
         finish(job, finished)
         return msgspec.structs.replace(lost(seen_in), last=True)
 
@@ -142,7 +144,7 @@ def test_result_is_withdrawn_if_the_ranks_of_its_case_are_lost_afterwards(
 ) -> None:
     endings = iter([lost(1, verdict), None])
 
-    def launch(job: Job) -> Ending | None:
+    def launch(job: Job) -> LaunchFailure | None:
         ending = next(endings)
         finish(job, 2 if ending else len(job.entries))
         return ending
@@ -155,7 +157,7 @@ def test_result_is_withdrawn_if_the_ranks_of_its_case_are_lost_afterwards(
 def test_ranks_lost_after_the_last_case_are_recorded_as_an_event(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
-    def launch(job: Job) -> Ending:
+    def launch(job: Job) -> LaunchFailure:
         finish(job, len(job.entries))
         return lost(None)
 
@@ -168,7 +170,7 @@ def test_ranks_lost_after_the_last_case_are_recorded_as_an_event(
 def test_failed_launch_gives_exit_code_3_and_no_verdict(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry], error: LaunchFailed | DiskFull
 ) -> None:
-    def launch(job: Job) -> Ending:
+    def launch(job: Job) -> LaunchFailure:
         finish(job, 1)
         raise error
 

@@ -9,8 +9,8 @@ import pytest
 
 from distbench.case.entry import Entry
 from distbench.cli.main import main
-from distbench.distributed.heartbeat import Breadcrumbs
-from distbench.launcher.job import Job, clear_ranks, crumb_path, job_path
+from distbench.distributed.heartbeat import Heartbeat
+from distbench.launcher.job import Job, clear_ranks, heartbeat_path, job_path
 from distbench.report.journal import JournalReader
 from tests.cases import tiny_case
 
@@ -24,15 +24,15 @@ def left(out: Path, stages: dict[int, str], **values: object) -> Path:
     clear_ranks(out)
     job_path(out).write_bytes(msgspec.json.encode(msgspec.structs.replace(job, **values)))
     for rank, stage in stages.items():
-        crumbs = Breadcrumbs(crumb_path(out, rank))
-        crumbs.mark(stage)
-        crumbs.close()
-        crumb_path(out, rank).write_bytes(_of_another_host(crumb_path(out, rank).read_bytes()))
+        heartbeat = Heartbeat(heartbeat_path(out, rank))
+        heartbeat.mark(stage)
+        heartbeat.close()
+        heartbeat_path(out, rank).write_bytes(_of_another_host(heartbeat_path(out, rank).read_bytes()))
     return out
 
 
 def _of_another_host(content: bytes) -> bytes:
-    """Breadcrumbs whose process ids are of another host."""
+    """Heartbeat whose process ids are of another host."""
     return content[:48] + b"elsewher" + content[56:]
 
 

@@ -17,9 +17,9 @@ from distbench.errors import DistbenchError, LaunchFailed, Unsupported
 from distbench.launcher import follower, locks, supervisor
 from distbench.launcher.agent import Agent
 from distbench.launcher.follower import Timeouts, follow
-from distbench.launcher.job import Job, Spread
+from distbench.launcher.job import Job, NodeLayout
 from distbench.launcher.locks import device_lock, hold, is_held
-from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.nodes.protocol import Beat
 from distbench.launcher.supervisor import supervise
 from tests.cases import tiny_case
@@ -33,8 +33,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def spread() -> Spread:
-    return Spread(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
+def layout() -> NodeLayout:
+    return NodeLayout(nodes=2, node=0, nproc=1, host="127.0.0.1", port=free_port(), launch=0)
 
 
 class IdleAgent(Agent):
@@ -44,20 +44,20 @@ class IdleAgent(Agent):
         time.sleep(1)
 
 
-def begin(out: Path, spread: Spread) -> Callable[[], str]:
+def begin(out: Path, layout: NodeLayout) -> Callable[[], str]:
     """Begin a launch on node 0 in a thread; the returned function yields the reason of its failure."""
     entries = (Entry(name="", case=tiny_case(2), sources={}),)
     job = Job(entries=entries, out=str(out), supervised=True)
     endings: list[str] = []
 
     def node_0() -> None:
-        hub = Hub(spread, 10)
+        leader = Leader(layout, 10)
         try:
-            supervise(job, lambda _: None, [], hub)
+            supervise(job, lambda _: None, [], leader)
         except LaunchFailed as error:
             endings.append(str(error))
         finally:
-            hub.close(3)
+            leader.close(3)
 
     thread = threading.Thread(target=node_0)
     thread.start()
@@ -86,13 +86,13 @@ def too_few(*_: object) -> tuple[str, ...]:
     ("devices", "told"), [(in_use, "device cuda:0 is in use by process"), (too_few, "too few devices")]
 )
 def test_node_without_free_devices_leaves_and_node_0_receives_the_reason(
-    tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch, devices: Devices, told: str
+    tmp_path: Path, layout: NodeLayout, monkeypatch: pytest.MonkeyPatch, devices: Devices, told: str
 ) -> None:
     monkeypatch.setattr(locks, "DEVICE_LOCKS", tmp_path)
     monkeypatch.setattr(follower, "check_devices", devices)
     monkeypatch.setattr(supervisor, "Agent", IdleAgent)
-    ending = begin(tmp_path / "node0", spread)
-    mine = msgspec.structs.replace(spread, node=1)
+    ending = begin(tmp_path / "node0", layout)
+    mine = msgspec.structs.replace(layout, node=1)
     with hold(None, ("cuda:0",), 0), pytest.raises(DistbenchError, match=told):
         follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0))
     assert f"host {socket.gethostname()} (node 1): {told}" in ending()
@@ -100,13 +100,13 @@ def test_node_without_free_devices_leaves_and_node_0_receives_the_reason(
 
 def test_age_of_a_position_that_changed_meanwhile_is_not_negative() -> None:
     at = Position(case_index=0, arm=1, stage=4, since_ns=10, pid=7, step=3)
-    told = Beat(node=1, nodes=2, nproc=1, host="other", crumbs={1: follower._aged(at, 5)})  # noqa: SLF001
-    assert told.crumbs[1].since_ns == 0
+    told = Beat(node=1, nodes=2, nproc=1, host="other", heartbeat={1: follower._aged(at, 5)})  # noqa: SLF001
+    assert told.heartbeat[1].since_ns == 0
     assert told.foreign == ""
 
 
 def test_node_locks_its_devices_from_the_first_launch_on(
-    tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, layout: NodeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
 
@@ -118,8 +118,8 @@ def test_node_locks_its_devices_from_the_first_launch_on(
     monkeypatch.setattr(follower, "check_devices", in_use)
     monkeypatch.setattr(follower, "Agent", LookingAgent)
     monkeypatch.setattr(supervisor, "Agent", IdleAgent)
-    ending = begin(tmp_path / "node0", spread)
-    mine = msgspec.structs.replace(spread, node=1)
+    ending = begin(tmp_path / "node0", layout)
+    mine = msgspec.structs.replace(layout, node=1)
     assert follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0)) == 3
     assert held == [True]
     assert not is_held(device_lock("cuda:0"))
@@ -127,7 +127,7 @@ def test_node_locks_its_devices_from_the_first_launch_on(
 
 
 def test_node_ended_by_node_0_during_a_launch_exits_with_node_0s_code(
-    tmp_path: Path, spread: Spread, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, layout: NodeLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class EndlessAgent(IdleAgent):
         def run(self) -> None:
@@ -138,17 +138,19 @@ def test_node_ended_by_node_0_during_a_launch_exits_with_node_0s_code(
     monkeypatch.setattr(follower, "end", lambda *_: ended.wait(20))
 
     def node_0() -> None:
-        hub = Hub(spread, 10)
-        hub.begin(Job(entries=(Entry(name="", case=tiny_case(2), sources={}),), out=str(tmp_path), supervised=True), [])
+        leader = Leader(layout, 10)
+        leader.begin(
+            Job(entries=(Entry(name="", case=tiny_case(2), sources={}),), out=str(tmp_path), supervised=True), []
+        )
         begun.wait(20)
-        hub.close(75)
-        for channel in list(vars(hub)["_channels"].values()):  # as when its process has ended
+        leader.close(75)
+        for channel in list(vars(leader)["_channels"].values()):  # as when its process has ended
             channel.close()
         ended.set()  # ranks may take longer to end than node 0 waits
 
     thread = threading.Thread(target=node_0)
     thread.start()
     monkeypatch.setattr(follower, "clear_ranks", lambda _: begun.set())
-    mine = msgspec.structs.replace(spread, node=1)
+    mine = msgspec.structs.replace(layout, node=1)
     assert follow(mine, b"", tmp_path / "node1", Timeouts(join_s=10, lock_s=0.0)) == 75
     thread.join()

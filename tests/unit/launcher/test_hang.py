@@ -15,8 +15,8 @@ from distbench.distributed.waits import KINDS
 from distbench.errors import Verdict
 from distbench.launcher import hang
 from distbench.launcher.hang import find_hang
-from distbench.launcher.job import Job, Spread
-from distbench.launcher.postmortem import Ending
+from distbench.launcher.job import Job, NodeLayout
+from distbench.launcher.postmortem import LaunchFailure
 from distbench.launcher.supervisor import _TICK_S
 from tests.cases import tiny_case
 from tests.hosts import ROOT
@@ -24,9 +24,9 @@ from tests.hosts import ROOT
 LIMIT_S = 2.0
 
 
-def make_job(out: Path, spread: Spread | None = None) -> Job:
+def make_job(out: Path, layout: NodeLayout | None = None) -> Job:
     entries = tuple(Entry(name="", case=tiny_case(3, seed=seed, timeout=LIMIT_S), sources={}) for seed in range(2))
-    return Job(entries=entries, out=str(out), supervised=True, spread=spread)
+    return Job(entries=entries, out=str(out), supervised=True, layout=layout)
 
 
 def ago(seconds: float) -> int:
@@ -50,7 +50,7 @@ def at(  # noqa: PLR0913 - all of a position that matters
     return Position(*places, KINDS.index(waits), entered, kind, device)
 
 
-def told(ending: Ending | None) -> tuple[Verdict, list[int | None], str]:
+def told(ending: LaunchFailure | None) -> tuple[Verdict, list[int | None], str]:
     assert ending is not None
     return ending.verdict, [reason.rank for reason in ending.reasons], ending.reasons[0].message
 
@@ -81,8 +81,8 @@ def test_hang_limit_before_the_first_rank_allows_for_loading_torch(tmp_path: Pat
 
 
 def test_ranks_on_other_nodes_get_their_own_time_to_load_torch(tmp_path: Path) -> None:
-    spread = Spread(nodes=3, node=0, nproc=1, host="node0", port=1, launch=1)
-    job = make_job(tmp_path, spread)
+    layout = NodeLayout(nodes=3, node=0, nproc=1, host="node0", port=1, launch=1)
+    job = make_job(tmp_path, layout)
     assert find_hang(job, {0: at("start", LIMIT_S + 50)}, ago(90)) is None
     assert told(find_hang(job, {0: at("start", LIMIT_S + 61)}, ago(90)))[1] == [1, 2]
 

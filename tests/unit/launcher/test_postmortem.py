@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.case.entry import Entry
-from distbench.distributed.heartbeat import Breadcrumbs, Position, read_position
+from distbench.distributed.heartbeat import Heartbeat, Position, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
-from distbench.launcher.job import Job, RankFailure, crumb_path, failure_path, ranks_folder
-from distbench.launcher.postmortem import Ending, Exit, explain_fault, outcome_of, positions
+from distbench.launcher.job import Job, RankFailure, failure_path, heartbeat_path, ranks_folder
+from distbench.launcher.postmortem import Exit, LaunchFailure, explain_fault, outcome_of, positions
 from tests.cases import tiny_case
 
 KILLED = Exit(2, "SIGKILL")
@@ -31,12 +31,12 @@ def job(tmp_path: Path) -> Job:
 
 def leave(job: Job, rank: int, *stages: str, arm: str = "", case_index: int = 1) -> Position:
     """Record that a rank went through `stages` and ended in the last."""
-    crumbs = Breadcrumbs(crumb_path(Path(job.out), rank))
-    crumbs.case_index, crumbs.arm = case_index, arm
+    heartbeat = Heartbeat(heartbeat_path(Path(job.out), rank))
+    heartbeat.case_index, heartbeat.arm = case_index, arm
     for stage in ("start", *stages):
-        crumbs.mark(stage)
-    crumbs.close()
-    position = read_position(crumb_path(Path(job.out), rank))
+        heartbeat.mark(stage)
+    heartbeat.close()
+    position = read_position(heartbeat_path(Path(job.out), rank))
     assert position is not None
     return position
 
@@ -55,7 +55,7 @@ def leave_all(job: Job, *stages: str, arm: str = "") -> None:
         leave(job, rank, *stages, arm=arm)
 
 
-def blamed(ending: Ending) -> list[tuple[str, int | None]]:
+def blamed(ending: LaunchFailure) -> list[tuple[str, int | None]]:
     return [(reason.code, reason.rank) for reason in ending.reasons]
 
 
@@ -173,9 +173,9 @@ def test_launch_without_any_position_is_a_failed_launch(job: Job) -> None:
 def test_cut_heartbeats_are_lost_results_whatever_signal_ended_the_rank(job: Job, size: int) -> None:
     leave_all(job, "dispatch")
     for rank in range(job.num_ranks):
-        os.truncate(crumb_path(Path(job.out), rank), size)
+        os.truncate(heartbeat_path(Path(job.out), rank), size)
     with pytest.raises(
-        ResultsLost, match=r"rank-00000.crumbs: the heartbeat was cut while its rank ran; let nothing else write"
+        ResultsLost, match=r"rank-00000.heartbeat: the heartbeat was cut while its rank ran; let nothing else write"
     ):
         explain_fault(job, Exit(1, "SIGBUS"))
 
@@ -225,7 +225,7 @@ def test_damaged_position_files_blame_no_wrong_rank(
     out = tmp_path_factory.mktemp("job")
     job = Job(entries=(Entry(name="", case=tiny_case(2), sources={}),), out=str(out), supervised=True)
     ranks_folder(out).mkdir()
-    crumb_path(out, 0).write_bytes(content)
+    heartbeat_path(out, 0).write_bytes(content)
     failure_path(out, 0).write_bytes(words)
     leave(job, 1, "done", case_index=0)
     assert blamed(explain_fault(job, None)) == [("rank-fault", 0)]

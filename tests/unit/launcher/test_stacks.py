@@ -58,7 +58,7 @@ def test_hanging_rank_dumps_the_stack_of_its_main_thread(tmp_path: Path, call: s
 
 _RECORDED = """
 import pathlib, sys, time, torch
-from distbench import stacks
+from distbench.launcher import stacks
 entry = b'{"process_group": ["0", ""], "collective_seq_id": 4, "profiling_name": "x", "state": "started"}'
 torch._C._distributed_c10d._dump_nccl_trace_json = lambda **_: b'{"entries": [' + entry + b"]}"
 stacks.answer_with_stacks(pathlib.Path(sys.argv[1]))

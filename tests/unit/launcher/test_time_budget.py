@@ -14,7 +14,7 @@ from distbench.cli.argument_types import duration
 from distbench.errors import OutOfTime
 from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.job import Job
-from distbench.launcher.postmortem import Ending
+from distbench.launcher.postmortem import LaunchFailure
 from distbench.launcher.time_budget import SLURM_END, SLURM_RESERVE_S, Deadline, Pace, earliest_deadline
 from distbench.report.journal import Journal, Summary
 from distbench.report.progress import Progress
@@ -23,7 +23,7 @@ from tests.cases import tiny_case
 from tests.reports import report_of
 
 CASES = 6
-Launch = Callable[[Job], Ending | None]
+Launch = Callable[[Job], LaunchFailure | None]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ import pytest
 from torch.distributed.launcher import api
 
 from distbench.case.entry import Entry
-from distbench.distributed.heartbeat import Breadcrumbs, Position, write_position
+from distbench.distributed.heartbeat import Heartbeat, Position, write_position
 from distbench.errors import LaunchFailed
 from distbench.launcher.agent import Agent
-from distbench.launcher.job import Job, crumb_path, ranks_folder
-from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.job import Job, heartbeat_path, ranks_folder
+from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.postmortem import positions
 from distbench.launcher.supervisor import supervise
 from distbench.launcher.watchdog import Watch
@@ -49,10 +49,10 @@ def test_case_in_flight_is_that_of_the_rank_furthest_behind(job: Job) -> None:
     watch.look()
     assert watch.current is None
     for rank, case_index in enumerate((2, 1)):
-        crumbs = Breadcrumbs(crumb_path(Path(job.out), rank))
-        crumbs.case_index = case_index
-        crumbs.mark("agree")
-        crumbs.close()
+        heartbeat = Heartbeat(heartbeat_path(Path(job.out), rank))
+        heartbeat.case_index = case_index
+        heartbeat.mark("agree")
+        heartbeat.close()
     watch.look()
     assert watch.current is job.entries[1]
     assert watch.ending is None
@@ -77,12 +77,12 @@ class OneHostLost:
 def test_loss_of_a_host_is_attributed_to_the_case_in_flight_on_this_node(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crumbs = Breadcrumbs(crumb_path(Path(job.out), 0))
-    crumbs.case_index = 2
-    crumbs.mark("agree")
-    crumbs.close()
-    write_position(crumb_path(Path(job.out), 1), Position(0, 0, 1, time.monotonic_ns(), 0, 1))
-    watch = Watch(job, Agent(job), cast("Hub", OneHostLost()))
+    heartbeat = Heartbeat(heartbeat_path(Path(job.out), 0))
+    heartbeat.case_index = 2
+    heartbeat.mark("agree")
+    heartbeat.close()
+    write_position(heartbeat_path(Path(job.out), 1), Position(0, 0, 1, time.monotonic_ns(), 0, 1))
+    watch = Watch(job, Agent(job), cast("Leader", OneHostLost()))
     monkeypatch.setattr(watch, "kill", lambda: None)  # rank 0 is this process
     watch.look()
     assert watch.ending is not None

@@ -17,10 +17,10 @@ from distbench.utils.devices import DeviceState
 from tests.cases import tiny_case
 
 
-def test_each_untimed_iteration_leaves_a_breadcrumb() -> None:
+def test_each_untimed_iteration_leaves_a_heartbeat() -> None:
     told: list[str] = []
-    crumbs = SimpleNamespace(mark=told.append)
-    session = cast(Session, SimpleNamespace(device=torch.device("cpu"), crumbs=crumbs, group=None))
+    heartbeat = SimpleNamespace(mark=told.append)
+    session = cast(Session, SimpleNamespace(device=torch.device("cpu"), heartbeat=heartbeat, group=None))
 
     def layer(_: Any) -> Tensor:
         told.append("ran")
@@ -45,7 +45,7 @@ def test_last_arm_keeps_the_device_busy_during_the_state_query(monkeypatch: pyte
 
     monkeypatch.setattr(timing, "device_state", device_state)
     session = SimpleNamespace(
-        device=torch.device("cpu"), crumbs=SimpleNamespace(mark=lambda _: None), on_any_rank=lambda value: value
+        device=torch.device("cpu"), heartbeat=SimpleNamespace(mark=lambda _: None), on_any_rank=lambda value: value
     )
     state = Timer(cast(Session, session), tiny_case()).state_while(layer)
     assert state.name == "asked while busy"

@@ -72,8 +72,8 @@ def test_documents_on_standard_output_say_the_same_in_any_encoding(
 
 _CRASH = """
 import sys
-from distbench import cli
-cli.main = lambda: {}["crash"]
+from distbench.cli import main as command_line
+command_line.main = lambda: {}["crash"]
 sys.argv = ["distbench"]
 from distbench.__main__ import main
 main()

@@ -12,11 +12,11 @@ from distbench.verify.records import (
     PADDED,
     RETURNED,
     SEVERAL,
-    Clues,
     Diagnosis,
+    Evidence,
     Gathered,
     LostRows,
-    Question,
+    ResolvedCase,
     WrongRow,
 )
 from distbench.verify.verdict import judge
@@ -36,23 +36,25 @@ from tests.observations import (
 GAUSSIAN: dict[str, Any] = {"numerics": "gaussian", "require": "tolerance"}
 
 
-def causes(question: Question, found: Gathered) -> list[Diagnosis]:
-    return diagnose(question, found, judge(question, found))
+def causes(resolved: ResolvedCase, found: Gathered) -> list[Diagnosis]:
+    return diagnose(resolved, found, judge(resolved, found))
 
 
-def told(question: Question, *ranks: dict[str, Any], **options: Any) -> list[tuple[str, list[int], str]]:
-    found = causes(question, gathered(question, *ranks, **options))
+def told(resolved: ResolvedCase, *ranks: dict[str, Any], **options: Any) -> list[tuple[str, list[int], str]]:
+    found = causes(resolved, gathered(resolved, *ranks, **options))
     return [(one.stage, one.ranks, one.confidence) for one in found]
 
 
 def shares(suspects: list[int], examined: int) -> dict[str, Any]:
-    clues = Clues(pattern="a rank's share is missing", suspects=suspects, examined=examined, by_destination={"0": 1})
-    return {"divergences": [divergence("padded", "combine", RETURNED, clues=clues)]}
+    evidence = Evidence(
+        pattern="a rank's share is missing", suspects=suspects, examined=examined, by_destination={"0": 1}
+    )
+    return {"divergences": [divergence("padded", "combine", RETURNED, evidence=evidence)]}
 
 
 def received(*rows: WrongRow, by_source: dict[int, int]) -> dict[str, Any]:
-    clues = Clues(pattern="other values", received=list(rows), by_source=by_source)
-    return {"clues": clues}
+    evidence = Evidence(pattern="other values", received=list(rows), by_source=by_source)
+    return {"evidence": evidence}
 
 
 @pytest.mark.parametrize("inputs", [{}, GAUSSIAN])
@@ -68,9 +70,9 @@ def test_wrong_expert_rows_are_attributed_to_their_rank(arm: str, rank: int) -> 
 
 
 def test_wrong_kernel_is_named_beside_a_correct_one() -> None:
-    question = asked()
+    resolved = asked()
     there = {"divergences": [divergence("truncated")], "kernels": kernels(truncated=32)}
-    (found,) = causes(question, gathered(question, {}, there))
+    (found,) = causes(resolved, gathered(resolved, {}, there))
     assert "kernel H bm32 atomic, selected by M = 32; right with M = 128" in found.evidence
 
 
@@ -106,10 +108,10 @@ def test_row_correct_on_another_rank_is_attributed_to_its_receiver() -> None:
 
 
 def test_two_faults_are_diagnosed_as_several() -> None:
-    question = asked()
+    resolved = asked()
     here = {"divergences": [divergence("truncated", rank=0)]}
     there = {"divergences": [divergence("padded", "truncate", "source")]}
-    found = causes(question, gathered(question, here, there))
+    found = causes(resolved, gathered(resolved, here, there))
     assert found[0].cause == SEVERAL
     assert [(one.stage, one.ranks) for one in found[1:]] == [("truncate", [1]), ("experts", [0])]
 
@@ -118,30 +120,30 @@ def test_two_faults_are_diagnosed_as_several() -> None:
 def test_lost_rows_are_a_certain_cause_if_exactly_their_tokens_differ(
     differing: list[tuple[int, int]], confidence: str
 ) -> None:
-    question = asked(RECEIVED - 1)
+    resolved = asked(RECEIVED - 1)
     ranks = [
-        {"lost": LostRows(1, [(1 - rank, 3 + rank)]), "divergences": [lost_as_asked("truncated", question, rank)]}
+        {"lost": LostRows(1, [(1 - rank, 3 + rank)]), "divergences": [lost_as_asked("truncated", resolved, rank)]}
         for rank in (0, 1)
     ]
-    found = gathered(question, *ranks, differing={"padded/truncated": SOME})
+    found = gathered(resolved, *ranks, differing={"padded/truncated": SOME})
     found = changed(found, differing=found.differing | {"padded/truncated": differing})
-    first = causes(question, found)[0]
+    first = causes(resolved, found)[0]
     assert (first.cause, first.ranks, first.confidence) == ("lost by the cut", [0, 1], confidence)
 
 
 def test_nan_is_diagnosed_as_poison_that_was_read() -> None:
-    question = asked(**GAUSSIAN)
+    resolved = asked(**GAUSSIAN)
     there = {"nan_tokens": dict.fromkeys(ARMS, 0) | {"truncated": 3}}
-    found = causes(question, gathered(question, {}, there))
+    found = causes(resolved, gathered(resolved, {}, there))
     assert [one.cause for one in found] == ["poison read from undefined rows"]
     assert "3 tokens of truncated" in found[0].evidence
 
 
 def test_rounding_difference_is_no_cause_beside_an_unexplained_one() -> None:
-    question = asked(**GAUSSIAN)
+    resolved = asked(**GAUSSIAN)
     noise = divergence("control", against=PADDED, rank=0)
     for wrong in (divergence("truncated", against=PADDED, far=4), divergence("truncated", "dispatch", "source")):
-        found = causes(question, gathered(question, {"divergences": [noise]}, {"divergences": [wrong]}))
+        found = causes(resolved, gathered(resolved, {"divergences": [noise]}, {"divergences": [wrong]}))
         assert [(one.stage, one.ranks) for one in found] == [(wrong.stage, [1])]
 
 
@@ -167,11 +169,11 @@ def test_rounding_difference_is_diagnosed_if_nothing_else_is_wrong() -> None:
 
 
 def test_diagnosis_uses_the_kind_of_inputs_that_failed() -> None:
-    question = asked(numerics="both")
+    resolved = asked(numerics="both")
     exact, gaussian = (asked(numerics=one) for one in ("exact", "gaussian"))
     wrong = {"divergences": [divergence("truncated", against=PADDED, far=4)]}
     found = changed(gathered(exact), gaussian=gathered(gaussian, {}, wrong))
-    assert [(one.stage, one.ranks) for one in causes(question, found)] == [("experts", [1])]
+    assert [(one.stage, one.ranks) for one in causes(resolved, found)] == [("experts", [1])]
     proven = {"divergences": [divergence("truncated", against=ORACLE, rank=0)]}
     found = changed(gathered(exact, proven), gaussian=gathered(gaussian, {}, wrong))
-    assert [(one.stage, one.ranks) for one in causes(question, found)] == [("experts", [0])]
+    assert [(one.stage, one.ranks) for one in causes(resolved, found)] == [("experts", [0])]

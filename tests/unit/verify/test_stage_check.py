@@ -77,7 +77,7 @@ def test_bit_flip_in_a_received_field_is_a_finding_of_dispatch(field: str) -> No
     flip(getattr(found.dispatched, field), byte=0)
     (told,) = found.told()
     assert (told.stage, told.field, told.rows, told.source_token, told.row) == ("dispatch", field, 1, 5, 2)
-    assert told.clues.fields == [field]
+    assert told.evidence.fields == [field]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from distbench.verify.records import (
     PADDED,
     FloatError,
     Judgement,
-    Question,
     Replay,
+    ResolvedCase,
     Survivors,
     Timed,
 )
@@ -46,8 +46,8 @@ def codes(found: Judgement) -> tuple[str, list[str]]:
     return found.verdict.value, [reason.code for reason in found.reasons if reason.code != NOT_PROVEN]
 
 
-def verdict_of(question: Question, *ranks: dict[str, Any], **options: Any) -> tuple[str, list[str]]:
-    return codes(judge(question, gathered(question, *ranks, **options)))
+def verdict_of(resolved: ResolvedCase, *ranks: dict[str, Any], **options: Any) -> tuple[str, list[str]]:
+    return codes(judge(resolved, gathered(resolved, *ranks, **options)))
 
 
 def timed(tokens: int, drift: float | None) -> Timed:
@@ -64,11 +64,11 @@ def nan_in(*arms: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "question", [asked(), asked(**GAUSSIAN), asked(limit=None), asked(policy="guard", limit=SHORT)]
+    "resolved", [asked(), asked(**GAUSSIAN), asked(limit=None), asked(policy="guard", limit=SHORT)]
 )
-def test_case_without_findings_passes(question: Question) -> None:
-    verdict, reasons = verdict_of(question)
-    assert (verdict, reasons) == ("PASS", ["guarded"] if question.short_ranks else [])
+def test_case_without_findings_passes(resolved: ResolvedCase) -> None:
+    verdict, reasons = verdict_of(resolved)
+    assert (verdict, reasons) == ("PASS", ["guarded"] if resolved.short_ranks else [])
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -79,8 +79,8 @@ def test_proven_divergence_decides_the_verdict_under_any_other_finding(
     arm: str, stage: str, against: str, inputs: dict[str, Any], limit: int
 ) -> None:
     noisy = {"differing": {"padded/control": SOME}} if inputs else {}
-    question = asked(limit, **inputs)
-    verdict, reasons = verdict_of(question, {}, {"divergences": [divergence(arm, stage, against)]}, **noisy)
+    resolved = asked(limit, **inputs)
+    verdict, reasons = verdict_of(resolved, {}, {"divergences": [divergence(arm, stage, against)]}, **noisy)
     assert verdict == ("BASELINE_WRONG" if arm == "padded" else "CORRUPT")
     assert reasons[0] == f"{stage}-differs"
 
@@ -89,24 +89,24 @@ def test_proven_divergence_decides_the_verdict_under_any_other_finding(
 @pytest.mark.parametrize("inputs", [{}, GAUSSIAN, TOLERANT])
 @pytest.mark.parametrize("mode", ["atomic", "reduce"])
 def test_nan_in_a_token_without_lost_rows_is_always_a_failure(arm: str, inputs: dict[str, Any], mode: str) -> None:
-    question = asked(**inputs)
+    resolved = asked(**inputs)
     there = {"kernels": kernels(mode), "nan_tokens": nan_in(arm), "distance": distance(**{arm: None})}
-    verdict, reasons = verdict_of(question, {}, there, differing={"padded/control": SOME} if inputs else {})
+    verdict, reasons = verdict_of(resolved, {}, there, differing={"padded/control": SOME} if inputs else {})
     assert verdict == ("BASELINE_WRONG" if arm == "padded" else "CORRUPT")
     assert "nan" in reasons
 
 
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
 def test_nan_in_a_token_with_a_lost_row_counts_as_under_limit(numerics: str) -> None:
-    question = asked(SHORT, numerics=numerics)
+    resolved = asked(SHORT, numerics=numerics)
     pairs = dict.fromkeys(("padded/repadded", "repadded/truncated", "padded/truncated"), 0)
     there = {
         "nan_tokens": nan_in("repadded", "truncated"),
         "survivors": Survivors(nan_in(), pairs),
-        "divergences": [lost_as_asked("repadded", question), lost_as_asked("truncated", question)],
+        "divergences": [lost_as_asked("repadded", resolved), lost_as_asked("truncated", resolved)],
     }
     differing = dict.fromkeys(pairs, SOME)
-    assert verdict_of(question, there, there, differing=differing) == (
+    assert verdict_of(resolved, there, there, differing=differing) == (
         "UNDER_LIMIT",
         ["limit-below-total-recv", "limit-below-total-recv", "damage"],
     )
@@ -121,25 +121,25 @@ def test_nan_in_a_token_with_a_lost_row_counts_as_under_limit(numerics: str) -> 
     ],
 )
 def test_damage_to_tokens_without_lost_rows_precedes_under_limit(survivors: Survivors, code: str) -> None:
-    question = asked(SHORT)
-    verdict, reasons = verdict_of(question, {"survivors": survivors})
+    resolved = asked(SHORT)
+    verdict, reasons = verdict_of(resolved, {"survivors": survivors})
     assert (verdict, reasons[0]) == ("CORRUPT", code)
-    found = judge(question, gathered(question, {"survivors": survivors})).findings
+    found = judge(resolved, gathered(resolved, {"survivors": survivors})).findings
     assert [one.verdict for one in found] == [Verdict.CORRUPT, Verdict.UNDER_LIMIT]
 
 
 @pytest.mark.parametrize(("more", "verdict"), [(0, "UNDER_LIMIT"), (1, "CORRUPT"), (-1, "CORRUPT")])
 def test_lost_rows_other_than_those_past_the_limit_are_corrupt(more: int, verdict: str) -> None:
-    question = asked(SHORT - 1)
-    found = {"divergences": [lost_as_asked("truncated", question, more=more)]}
-    assert verdict_of(question, {}, found)[0] == verdict
+    resolved = asked(SHORT - 1)
+    found = {"divergences": [lost_as_asked("truncated", resolved, more=more)]}
+    assert verdict_of(resolved, {}, found)[0] == verdict
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rows_lost_under_a_sufficient_limit_are_corrupt(rank: int) -> None:
-    question = asked(RECEIVED)
+    resolved = asked(RECEIVED)
     lost = {"divergences": [divergence("truncated", "truncate", "received", rank=rank)]}
-    assert verdict_of(question, *(lost if rank == one else {} for one in (0, 1))) == ("CORRUPT", ["truncate-differs"])
+    assert verdict_of(resolved, *(lost if rank == one else {} for one in (0, 1))) == ("CORRUPT", ["truncate-differs"])
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,12 @@ def test_differing_control_arm_of_an_atomic_kernel_gives_its_verdict(
 
 @pytest.mark.parametrize("require", ["bitwise", "tolerance"])
 def test_ordered_kernel_with_differing_control_arm_is_nondeterministic(require: str) -> None:
-    question = asked(numerics="gaussian", require=require)
+    resolved = asked(numerics="gaussian", require=require)
     both = (ORDERED, ORDERED)
-    assert verdict_of(question, *both, differing={"padded/control": SOME}) == ("NONDETERMINISTIC", ["control-differs"])
-    assert verdict_of(question, *both, differing={"padded/repadded": SOME}) == ("CORRUPT", ["bits-differ"])
+    assert verdict_of(resolved, *both, differing={"padded/control": SOME}) == ("NONDETERMINISTIC", ["control-differs"])
+    assert verdict_of(resolved, *both, differing={"padded/repadded": SOME}) == ("CORRUPT", ["bits-differ"])
     rows = {"divergences": [divergence("truncated", against=PADDED)]} | ORDERED
-    assert verdict_of(question, ORDERED, rows) == ("CORRUPT", ["experts-differs"])
+    assert verdict_of(resolved, ORDERED, rows) == ("CORRUPT", ["experts-differs"])
 
 
 @pytest.mark.parametrize(
@@ -171,11 +171,11 @@ def test_ordered_kernel_with_differing_control_arm_is_nondeterministic(require: 
     [(GAUSSIAN, ("DRIFT", ["kernel-drift"])), (TOLERANT, ("PASS", ["kernel-drift"]))],
 )
 def test_differing_bits_of_another_kernel_within_tolerance_are_drift(inputs: dict[str, Any], expected: Any) -> None:
-    question = asked(**inputs)
+    resolved = asked(**inputs)
     rows = {"divergences": [divergence("truncated", against=PADDED)], "distance": distance(truncated=NEAR)} | OTHER
-    assert verdict_of(question, OTHER, rows) == expected
+    assert verdict_of(resolved, OTHER, rows) == expected
     both = {"padded/truncated": SOME, "repadded/truncated": SOME}
-    assert verdict_of(question, OTHER, OTHER, differing=both) == expected
+    assert verdict_of(resolved, OTHER, OTHER, differing=both) == expected
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -213,9 +213,9 @@ def test_arm_outside_tolerance_is_corrupt_though_another_is_within(arm: str) -> 
     ],
 )
 def test_tolerance_follows_the_combine_format(quant: str, error: float, verdict: str) -> None:
-    question = asked(**TOLERANT, combine_quant=quant, transport="mori", emulate=True)
+    resolved = asked(**TOLERANT, combine_quant=quant, transport="mori", emulate=True)
     there = OTHER | {"distance": distance(truncated=error)}
-    assert verdict_of(question, there, OTHER, differing={"padded/truncated": SOME})[0] == verdict
+    assert verdict_of(resolved, there, OTHER, differing={"padded/truncated": SOME})[0] == verdict
 
 
 def test_rows_outside_rounding_are_corrupt_though_tokens_are_within_tolerance() -> None:
@@ -226,9 +226,9 @@ def test_rows_outside_rounding_are_corrupt_though_tokens_are_within_tolerance() 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("stage", ["experts", "combine"])
 def test_error_outside_its_bounds_fails_under_any_requirement(arm: str, stage: str) -> None:
-    question = asked(**TOLERANT)
+    resolved = asked(**TOLERANT)
     there = {"errors": [arm_error("padded", within=True), arm_error(arm, within=False, stage=stage, ratio=3.0)]}
-    verdict, reasons = verdict_of(question, {}, there, differing={"padded/control": SOME})
+    verdict, reasons = verdict_of(resolved, {}, there, differing={"padded/control": SOME})
     expected = ["error", "bits-differ"] if arm == "control" else ["error"]
     assert (verdict, reasons) == ("BASELINE_WRONG" if arm == "padded" else "CORRUPT", expected)
 
@@ -249,8 +249,8 @@ def test_float_reference_decides_if_no_error_was_measured(worst: float | None, e
 
 @pytest.mark.parametrize("disputed", [[0], [1], [0, 1]])
 def test_every_disputing_rank_is_listed_in_the_reasons(disputed: list[int]) -> None:
-    question = asked()
-    found = judge(question, changed(gathered(question), disputed=disputed))
+    resolved = asked()
+    found = judge(resolved, changed(gathered(resolved), disputed=disputed))
     assert codes(found) == ("CORRUPT", ["disputed"] * len(disputed))
     assert [reason.rank for reason in found.reasons] == disputed
 
@@ -258,9 +258,9 @@ def test_every_disputing_rank_is_listed_in_the_reasons(disputed: list[int]) -> N
 @pytest.mark.parametrize("numerics", ["exact", "gaussian"])
 @pytest.mark.parametrize("pair", ["padded/oracle", "padded/control", "padded/repadded", "repadded/truncated"])
 def test_difference_in_any_pair_of_arms_does_not_pass(numerics: str, pair: str) -> None:
-    question = asked(numerics=numerics)
-    if pair in gathered(question).comparisons:
-        assert verdict_of(question, ORDERED, ORDERED, differing={pair: SOME})[0] != "PASS"
+    resolved = asked(numerics=numerics)
+    if pair in gathered(resolved).comparisons:
+        assert verdict_of(resolved, ORDERED, ORDERED, differing={pair: SOME})[0] != "PASS"
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_timed_iteration_with_other_bits_gives_its_verdict(
     inputs: dict[str, Any], kernel: str, arm: str, drift: float | None, expected: str
 ) -> None:
     there = {"kernels": kernels(kernel, truncated=32), "timed": {arm: timed(3, drift)}}
-    question = asked(**inputs)
-    assert verdict_of(question, {"kernels": there["kernels"]}, there)[0] == expected
-    assert verdict_of(question, there | {"timed": {arm: timed(0, 0.0)}})[0] == "PASS"
+    resolved = asked(**inputs)
+    assert verdict_of(resolved, {"kernels": there["kernels"]}, there)[0] == expected
+    assert verdict_of(resolved, there | {"timed": {arm: timed(0, 0.0)}})[0] == "PASS"
 
 
 @pytest.mark.parametrize(("near", "verdict"), [(0, "PASS"), (2, "NONDETERMINISTIC")])
@@ -290,15 +290,15 @@ def test_graph_replays_within_tolerance_give_the_verdict_of_differing_bits(near:
 
 
 def test_all_matching_rules_are_kept_in_order_of_precedence() -> None:
-    question = asked(SHORT, **GAUSSIAN)
+    resolved = asked(SHORT, **GAUSSIAN)
     there = {
         "divergences": [
             divergence("padded", "dispatch", "source"),
             divergence("truncated", "combine", "the sum"),
-            lost_as_asked("truncated", question),
+            lost_as_asked("truncated", resolved),
         ]
     }
-    found = judge(question, gathered(question, {}, there, differing={"padded/control": SOME}))
+    found = judge(resolved, gathered(resolved, {}, there, differing={"padded/control": SOME}))
     assert [one.verdict.value for one in found.findings] == [
         "BASELINE_WRONG",
         "CORRUPT",
@@ -310,16 +310,16 @@ def test_all_matching_rules_are_kept_in_order_of_precedence() -> None:
 
 
 def test_rounding_difference_is_not_the_first_divergence() -> None:
-    question = asked(**GAUSSIAN)
+    resolved = asked(**GAUSSIAN)
     noise = divergence("control", against=PADDED)
     wrong = divergence("truncated", against=PADDED, far=4)
-    found = judge(question, gathered(question, {}, {"divergences": [noise, wrong]}))
+    found = judge(resolved, gathered(resolved, {}, {"divergences": [noise, wrong]}))
     assert (found.verdict.value, found.first_divergence) == ("CORRUPT", wrong)
 
 
 def test_difference_from_a_wrong_padded_arm_blames_no_other_arm() -> None:
-    question = asked(**TOLERANT)
+    resolved = asked(**TOLERANT)
     there = {"nan_tokens": nan_in("padded"), "distance": dict.fromkeys(ARMS)}
     pairs = {"padded/control": SOME, "repadded/truncated": SOME}
-    found = judge(question, gathered(question, there, there, differing=pairs))
+    found = judge(resolved, gathered(resolved, there, there, differing=pairs))
     assert [one.verdict.value for one in found.findings] == ["BASELINE_WRONG"]

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from distbench.case.presets import PRESETS
 from distbench.errors import DistbenchError
-from distbench.transport.mori.emulated import codec, habits
+from distbench.transport.mori.emulated import codec, quirks
 from distbench.workload import oracle as module
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import Workload, make_workload
@@ -42,7 +42,7 @@ def check_all_variants(workload: Workload, seed: int, monkeypatch: pytest.Monkey
     expected = workload.expected(batch)
     shares = [workload.expected_rows(rank, batch) for rank in range(group.ep_size)]
     layers = [layer_of(workload, range(rank, rank + 1), seed=seed) for rank in range(group.ep_size)]
-    monkeypatch.setattr(habits, "fp8_format", lambda: plan.fp8_format)
+    monkeypatch.setattr(quirks, "fp8_format", lambda: plan.fp8_format)
     travel = codec.make_codec(plan.combine, torch.bfloat16, plan.hidden_size, external=True)
     assert expected is not None
     for name, kernel in VARIANTS.items():

@@ -1,6 +1,6 @@
 """A stand-in for the package `aiter` (amd-aiter), in plain torch; docs/aiter.md lists what it imitates.
 
-`aiter.fused_moe`, `aiter.ops.shuffle` and the rest have the wheel's names and signatures. `habits.assume` chooses the
+`aiter.fused_moe`, `aiter.ops.shuffle` and the rest have the wheel's names and signatures. `quirks.assume` chooses the
 release and the device that it imitates.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from distbench.experts.aiter.emulated.enums import ActivationType, QuantType
 
-__all__ = ["ActivationType", "QuantType", "habits", "logger"]
+__all__ = ["ActivationType", "QuantType", "logger", "quirks"]
 
 logger = logging.getLogger("aiter")
 

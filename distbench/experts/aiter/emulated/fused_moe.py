@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.emulated.enums import ActivationType, QuantType
 from distbench.experts.aiter.emulated.ops.shuffle import unshuffled
 from distbench.experts.aiter.emulated.utility.dtypes import get_dtype_fp8
@@ -117,12 +117,12 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
         a1_scale=a1_scale,
         dtype=out_dtype,
     )
-    return _with_habits(output, live, engine)
+    return _with_quirks(output, live, engine)
 
 
 def get_padded_M(M: int) -> int:  # noqa: N802, N803 - aiter's names
     """Return the bucket of a row count."""
-    return padded_rows(M, habits.assumed().rules)
+    return padded_rows(M, quirks.assumed().rules)
 
 
 def get_block_size_M(token: int, topk: int, expert: int, inter_dim: int) -> int:  # noqa: N802
@@ -133,9 +133,9 @@ def get_block_size_M(token: int, topk: int, expert: int, inter_dim: int) -> int:
         model_dim=_BLOCK,
         inter_dim=inter_dim,
         is_ep=False,
-        cu_count=habits.assumed().cu_count,
+        cu_count=quirks.assumed().cu_count,
     )
-    return block_rows(token, key, habits.assumed().rules)
+    return block_rows(token, key, quirks.assumed().rules)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -167,11 +167,11 @@ def get_2stage_cfgs(  # noqa: PLR0913 - aiter's signature
         inter_dim=inter_dim,
         quant="bf16" if q_type is QuantType.No else "fp8",
         is_ep=is_ep,
-        cu_count=habits.assumed().cu_count,
+        cu_count=quirks.assumed().cu_count,
     )
     choice, tuned = _selector(layer).choose(token), _selector(layer).tuned_row(token)
     kernelName1, kernelName2 = (tuned.kernel_name1, tuned.kernel_name2) if tuned else ("", "")  # noqa: N806
-    key = (layer.cu_count, token, model_dim, inter_dim, expert, layer.lookup_topk(habits.assumed().rules))
+    key = (layer.cu_count, token, model_dim, inter_dim, expert, layer.lookup_topk(quirks.assumed().rules))
     key += (str(activation), str(dtype), str(q_dtype_a), str(q_dtype_w), str(q_type), use_g1u1, doweight_stage1)  # type: ignore[assignment]
     names = f"({kernelName1=}, {kernelName2=})" if tuned else "default"
     stages = "1stage" if choice.run_1stage else "2stage"
@@ -199,20 +199,20 @@ def _layer(w1: Tensor, w2: Tensor, topk: int, *, is_ep: bool) -> LayerKey:
         inter_dim=w2.shape[2],
         quant=quant,
         is_ep=is_ep,
-        cu_count=habits.assumed().cu_count,
+        cu_count=quirks.assumed().cu_count,
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _selector(layer: LayerKey) -> KernelSelector:
-    assumed = habits.assumed()
+    assumed = quirks.assumed()
     tuned = load_tuned_rows(assumed.table, TunedKey.for_layer(layer, assumed.rules)) if assumed.table else ()
     return KernelSelector(layer=layer, tuned=tuned, rules=assumed.rules, overrides=assumed.overrides)
 
 
 @functools.lru_cache(maxsize=4)
 def _engine(layer: LayerKey) -> ReferenceExperts:
-    return ReferenceExperts(_selector(layer), habits.assumed().seed, "maximum")
+    return ReferenceExperts(_selector(layer), quirks.assumed().seed, "maximum")
 
 
 class _Plain:
@@ -238,7 +238,7 @@ class _Plain:
 _plain = _Plain()
 _weights = _plain.get
 for _cache in (get_2stage_cfgs.cache_clear, _selector.cache_clear, _engine.cache_clear, _plain.clear):
-    habits.forget_with(_cache)
+    quirks.forget_with(_cache)
 
 
 def _multiplied(weights: Tensor, scale: Tensor | None) -> Tensor:
@@ -262,11 +262,11 @@ def _warn_of_layout(w1: Tensor, w2: Tensor) -> None:
 
 
 def _live_rows(num_local_tokens: Tensor | None, rows: int) -> int:
-    live = rows if num_local_tokens is None or habits.has(habits.ALL_ROWS) else int(num_local_tokens)
-    if live > rows and habits.has(habits.PAST_ROWS_FAULT):
-        habits.fault(f"num_local_tokens is {live}, the input has {rows} rows: the sort writes out of bounds")
-    if live and rows in _FAULTY_ROWS and habits.has(habits.FAULT_AT_ROWS):
-        habits.fault(f"a kernel for {rows} rows reads past its input")
+    live = rows if num_local_tokens is None or quirks.has(quirks.ALL_ROWS) else int(num_local_tokens)
+    if live > rows and quirks.has(quirks.PAST_ROWS_FAULT):
+        quirks.fault(f"num_local_tokens is {live}, the input has {rows} rows: the sort writes out of bounds")
+    if live and rows in _FAULTY_ROWS and quirks.has(quirks.FAULT_AT_ROWS):
+        quirks.fault(f"a kernel for {rows} rows reads past its input")
     return min(live, rows)
 
 
@@ -285,16 +285,16 @@ def _as_int32(ids: Tensor) -> Tensor:
 def _check_ids(ids: Tensor, num_experts: int) -> None:
     wild = ids[(ids < 0) | (ids >= num_experts)]
     if wild.numel():
-        habits.fault(f"expert id {int(wild[0])}, the mask has {num_experts} experts")
+        quirks.fault(f"expert id {int(wild[0])}, the mask has {num_experts} experts")
 
 
-def _with_habits(output: Tensor, live: int, engine: ReferenceExperts) -> Tensor:
+def _with_quirks(output: Tensor, live: int, engine: ReferenceExperts) -> Tensor:
     choice = engine.selection(output.shape[0])
     valid = output[:live]
-    if habits.has(habits.WRONG_BUCKET) and choice.bucket == _FAULTY_BUCKET:
+    if quirks.has(quirks.WRONG_BUCKET) and choice.bucket == _FAULTY_BUCKET:
         valid *= 2
-    if habits.has(habits.UNSET_SPLIT_K) and choice.ksplit > 1:
+    if quirks.has(quirks.UNSET_SPLIT_K) and choice.ksplit > 1:
         valid += 1
-    if habits.has(habits.ZERO_ROWS) and output.shape[0] >= _MOSTLY_PADDING * live:
+    if quirks.has(quirks.ZERO_ROWS) and output.shape[0] >= _MOSTLY_PADDING * live:
         valid.zero_()
     return output

@@ -8,7 +8,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from distbench.errors import Verdict
 from distbench.report.export.junit import xml_text
-from distbench.tools.cluster.attribution import Finding, Trial
+from distbench.tools.cluster.attribution import ClusterFinding, GroupRun
 from distbench.tools.cluster.validation import Validation
 
 # A wrong result is a failure; a group without a result is an error.
@@ -38,7 +38,7 @@ def write(validation: Validation, file: BinaryIO) -> None:
     document.write(file)
 
 
-def _group(suite: str, trial: Trial) -> TestCase:
+def _group(suite: str, trial: GroupRun) -> TestCase:
     case = _case(suite, "+".join(trial.nodes), trial.step, trial.wall_s)
     if trial.failed:
         kind = Failure if trial.exit_code == _WRONG_RESULT else Error
@@ -46,7 +46,7 @@ def _group(suite: str, trial: Trial) -> TestCase:
     return case
 
 
-def _finding(suite: str, finding: Finding) -> TestCase:
+def _finding(suite: str, finding: ClusterFinding) -> TestCase:
     name = " ".join((finding.kind, *finding.nodes))
     case = _case(suite, name, "findings", 0.0)
     case.result = [Failure(xml_text(finding.evidence), finding.kind)]

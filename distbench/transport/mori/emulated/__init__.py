@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from distbench.transport.mori.emulated.habits import assume
+from distbench.transport.mori.emulated.quirks import assume
 
 __version__ = "1.2.4+emulated"
 __all__ = ["__version__", "assume"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distbench.transport.mori.emulated import shmem
-from distbench.transport.mori.emulated.habits import trap
+from distbench.transport.mori.emulated.quirks import trap
 
 
 class HipModule:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distbench.transport.mori.emulated import habits
+from distbench.transport.mori.emulated import quirks
 from distbench.workload.quantize import fp8_dtype, saturated
 
 FP4_MAX = 6.0
@@ -72,7 +72,7 @@ class DirectCast:
     """fp8_direct_cast: the device's e4m3, saturating, no scale."""
 
     def __init__(self, fp8: torch.dtype | None = None) -> None:
-        self._fp8 = fp8 or fp8_dtype(habits.fp8_format())
+        self._fp8 = fp8 or fp8_dtype(quirks.fp8_format())
 
     def pack(self, rows: Tensor) -> Tensor:
         """See `Codec.pack`."""
@@ -95,7 +95,7 @@ class Fp8Blockwise:
     """fp8_blockwise: blocks above the largest number of the device's e4m3 are scaled down to it; scales follow."""
 
     def __init__(self, columns: int, fp8: torch.dtype | None = None) -> None:
-        self._fp8 = fp8 or fp8_dtype(habits.fp8_format())
+        self._fp8 = fp8 or fp8_dtype(quirks.fp8_format())
         self.blocks = int(os.environ.get(_BLOCKS_VARIABLE, _DEFAULT_BLOCKS))
         self._columns = columns
         self._block = -(-columns // self.blocks)

@@ -7,7 +7,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from distbench.transport.mori.emulated.habits import trap
+from distbench.transport.mori.emulated.quirks import trap
 
 _ALIGNMENT = 256
 _PAST_THE_END = 0x7F

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distbench.transport.mori.emulated import habits, shmem
+from distbench.transport.mori.emulated import quirks, shmem
 from distbench.transport.mori.emulated._jit_loader import load_hip_module
 from distbench.transport.mori.emulated.buffers import EpDispatchCombineConfig, allocate
 from distbench.transport.mori.emulated.codec import Plain, make_codec, of_its_own
@@ -41,7 +41,7 @@ class _Sent(NamedTuple):
     scales: int
 
 
-class Mover:
+class RowMoves:
     """Buffers, the counter of received rows, and the rows in flight between a send and a receive half."""
 
     def __init__(self, config: EpDispatchCombineConfig) -> None:
@@ -55,9 +55,9 @@ class Mover:
             message = f"invalid quant_type '{config.quant_type}', expected one of {list(QUANT_TYPES)}"
             raise ValueError(message)
         if config.kernel_type is EpDispatchCombineKernelType.InterNode:
-            habits.refuse("kernel type InterNode, the predecessor of InterNodeV1,")
+            quirks.refuse("kernel type InterNode, the predecessor of InterNodeV1,")
         if config.world_size % config.gpu_per_node or config.gpu_per_node & (config.gpu_per_node - 1):
-            habits.trap("assertion failed: IsPowerOf2(gpuPerNode) && worldSize % gpuPerNode == 0")
+            quirks.trap("assertion failed: IsPowerOf2(gpuPerNode) && worldSize % gpuPerNode == 0")
         self.config = config
         self._world = shmem.world()
         dist.barrier()
@@ -74,7 +74,7 @@ class Mover:
         self._calls = 0
         self._number = next(_numbers.setdefault(self._world.name, count()))
         shmem.store().set(self._zeroed(self.config.rank), "")
-        if not habits.has(habits.NO_CONSTRUCTOR_BARRIER):
+        if not quirks.has(quirks.NO_CONSTRUCTOR_BARRIER):
             dist.barrier()
 
     def __del__(self) -> None:
@@ -102,18 +102,18 @@ class Mover:
             raise AssertionError(message)
         rows, buffers, ids = sent.rows, self._buffers, self.config.num_experts_per_token * 4
         if rows.shape[0] > self.config.rows_received() and self._asserts_overflow():
-            habits.trap("assertion failed: Total recv token overflow: increase maxTotalRecvTokens")
+            quirks.trap("assertion failed: Total recv token overflow: increase maxTotalRecvTokens")
         if self.config.kernel_type is EpDispatchCombineKernelType.AsyncLL:
             owners_of = owners(
                 of_its_own(rows[:, sent.payload + ids : sent.payload + 2 * ids]).view(torch.int32), self._shape
             )
             if bool((owners_of == self.config.world_size).any()):
-                habits.trap("assertion failed: (pe >= 0) && (pe < config.worldSize)")
+                quirks.trap("assertion failed: (pe >= 0) && (pe < config.worldSize)")
         slots = self._slots(sent.by_source).to(rows.device)
         widths = (sent.payload, ids, ids, sent.scales, _TOKEN_BYTES)
         regions = (buffers.dispatch_out, buffers.weights, buffers.ids, buffers.scales, buffers.sources)
         for region, part in zip(regions, rows.split(widths, dim=1), strict=True):
-            if not self._is_stale(habits.STALE_RECEIVE):
+            if not self._is_stale(quirks.STALE_RECEIVE):
                 region.put(slots, part)
         self._total += rows.shape[0]
 
@@ -127,8 +127,8 @@ class Mover:
 
     def _asserts_overflow(self) -> bool:
         if self.config.kernel_type is EpDispatchCombineKernelType.IntraNode:
-            return habits.has(habits.INTRANODE_OVERFLOW_ASSERT)
-        return not habits.has(habits.NO_OVERFLOW_ASSERT)
+            return quirks.has(quirks.INTRANODE_OVERFLOW_ASSERT)
+        return not quirks.has(quirks.NO_OVERFLOW_ASSERT)
 
     def _slots(self, by_source: Tensor) -> Tensor:
         """Return the slots of arrived rows, int64 [m], in an order as atomics give it, different in each call."""
@@ -172,7 +172,7 @@ class Mover:
             raise AssertionError(message)
         most, kernel, route = self.config.max_num_inp_token_per_rank, self.config.kernel_type, self._route
         region = self._buffers.combine_inp if external and kernel not in TWO_LEVELS else None
-        if region is not None and self._is_stale(habits.STALE_PUSH):
+        if region is not None and self._is_stale(quirks.STALE_PUSH):
             staged = Staged(region, None, most, back.rows.shape[1])
         else:
             staged = stage(back, back.rows, self._shape, most, region)
@@ -181,7 +181,7 @@ class Mover:
         else:
             total = sum_slots(back.codec, staged, route, self._shape, back.columns)
         tokens, topk = route.shape
-        if not self._is_stale(habits.STALE_OUTPUT):
+        if not self._is_stale(quirks.STALE_OUTPUT):
             self._buffers.combine_out.view(tokens, back.columns, back.dtype).copy_(cast(total, back.dtype))
         if back.weights is not None and kernel is not EpDispatchCombineKernelType.AsyncLL:
             aside = stage(back, back.weights, self._shape, most, None)
@@ -198,16 +198,16 @@ class Mover:
         heard = torch.empty_like(told)
         dist.all_to_all_single(heard, told, group=self._world.group)
         if bool(heard[:, 1].any()):
-            habits.spin()
+            quirks.spin()
         arrived = rows.new_empty(int(heard[:, 0].sum()), rows.shape[1])
         dist.all_to_all_single(arrived, rows, heard[:, 0].tolist(), sent.tolist(), group=self._world.group)
         return arrived, heard[:, 0]
 
-    def _is_stale(self, habit: str) -> bool:
+    def _is_stale(self, quirk: str) -> bool:
         """Whether this call leaves the values of the first call."""
-        return self._calls > 1 and habits.has(habit)
+        return self._calls > 1 and quirks.has(quirk)
 
     def _lost(self, rank: int) -> bool:
         """Whether a count written to `rank` now is later zeroed by that rank, whose constructor has not finished."""
-        first = self._calls == 0 and habits.has(habits.NO_CONSTRUCTOR_BARRIER)
+        first = self._calls == 0 and quirks.has(quirks.NO_CONSTRUCTOR_BARRIER)
         return first and not shmem.store().check([self._zeroed(rank)])

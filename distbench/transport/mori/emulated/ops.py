@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from distbench.transport.mori.emulated import _jit_loader, habits  # noqa: F401 - exported here, as in the package
+from distbench.transport.mori.emulated import _jit_loader, quirks  # noqa: F401 - exported here, as in the package
 from distbench.transport.mori.emulated.buffers import BLOCKWISE, EpDispatchCombineConfig
 from distbench.transport.mori.emulated.heap import at_address
-from distbench.transport.mori.emulated.moves import TOPK_IDX_DTYPE, Mover
+from distbench.transport.mori.emulated.moves import TOPK_IDX_DTYPE, RowMoves
 from distbench.transport.mori.emulated.routing import INTRA, EpDispatchCombineKernelType, representatives
 from distbench.workload.quantize import fp8_dtype
 
@@ -32,7 +32,7 @@ NOT_IMITATED = (
 """Methods of the package's operator that raise NotImplementedError here."""
 
 
-class EpDispatchCombineOp(Mover):
+class EpDispatchCombineOp(RowMoves):
     """One operator. Construction is collective.
 
     `local_expert_count` int32 [El] holds the counts of the last call that was asked to count.
@@ -41,7 +41,7 @@ class EpDispatchCombineOp(Mover):
     def __getattr__(self, name: str) -> Any:
         """Report a method of the package that is not imitated."""
         if name in NOT_IMITATED:
-            habits.refuse(name)
+            quirks.refuse(name)
         message = f"{type(self).__name__!r} object has no attribute {name!r}"
         raise AttributeError(message)
 
@@ -108,7 +108,7 @@ class EpDispatchCombineOp(Mover):
         """
         _check_kernels(input.dtype)
         if routing is not None or return_routing:
-            habits.refuse("a routing handle")
+            quirks.refuse("a routing handle")
         asked = (block_num, rdma_block_num, warp_per_block)
         self._cached_dispatch_launch = self._launches.taken(asked, dispatch=True)
         tokens, columns, topk = input.shape[0], input.shape[1], self.config.num_experts_per_token
@@ -116,7 +116,7 @@ class EpDispatchCombineOp(Mover):
         has_scales = scales is not None and self.config.scale_dim > 0
         parts = [at_address(input, torch.uint8, tokens, columns * input.element_size())]
         if weights is None and self.config.kernel_type not in INTRA and tokens:
-            habits.trap("memory access fault: address 0 (weights)")
+            quirks.trap("memory access fault: address 0 (weights)")
         width = 4 * topk
         parts.append(ids.new_zeros(tokens, width, dtype=torch.uint8))
         if weights is not None:
@@ -191,15 +191,15 @@ class EpDispatchCombineOp(Mover):
             NotImplementedError: a routing handle; or the registered buffer where kernels write to it as they read it.
         """
         if routing is not None:
-            habits.refuse("a routing handle")
+            quirks.refuse("a routing handle")
         if self.config.kernel_type not in INTRA and self._buffers.combine_inp.begins_at(input):
-            habits.refuse(
+            quirks.refuse(
                 f"the registered buffer as what {self.config.kernel_type} reads, which overwrites it meanwhile,"
             )
         asked = (block_num, rdma_block_num, warp_per_block)
         self._cached_combine_launch = self._launches.taken(asked, dispatch=False)
         tokens = self._route.shape[0]
-        if indices.shape[0] != tokens and not habits.has(habits.NO_ROW_GUARD):
+        if indices.shape[0] != tokens and not quirks.has(quirks.NO_ROW_GUARD):
             message = (
                 f"combine() indices has {indices.shape[0]} rows but this rank dispatched {tokens} tokens. Pass this "
                 "rank's own [num_tokens, topk] routing"
@@ -252,8 +252,8 @@ class EpDispatchCombineOp(Mover):
 
 
 def _check_kernels(dtype: torch.dtype) -> None:
-    if dtype.is_floating_point and dtype.itemsize == 1 and dtype is not fp8_dtype(habits.fp8_format()):
-        message = f"hipModuleGetFunction (emulated): no kernel for {dtype}, the device has {habits.fp8_format()}"
+    if dtype.is_floating_point and dtype.itemsize == 1 and dtype is not fp8_dtype(quirks.fp8_format()):
+        message = f"hipModuleGetFunction (emulated): no kernel for {dtype}, the device has {quirks.fp8_format()}"
         raise RuntimeError(message)
 
 
@@ -267,4 +267,4 @@ def launch_local_expert_count(  # noqa: PLR0913 - the wheel's signature
     stream: int = 0,  # noqa: ARG001
 ) -> NoReturn:
     """Raise NotImplementedError: it takes device addresses; `call_local_expert_count` of a call counts here."""
-    habits.refuse("launch_local_expert_count")
+    quirks.refuse("launch_local_expert_count")

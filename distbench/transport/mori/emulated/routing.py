@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.transport.mori.emulated import habits
+from distbench.transport.mori.emulated import quirks
 
 _LL_SLOTS = 8
 
@@ -47,10 +47,10 @@ def owners(ids: Tensor, shape: Shape) -> Tensor:
     if shape.kernel in _SKIPS_NEGATIVE:
         truncated = torch.where(ids < 0, shape.world_size, truncated)
     elif shape.kernel is EpDispatchCombineKernelType.InterNodeV1LL and bool((truncated < 0).any()):
-        habits.trap("assertion failed: lanePe >= 0")
+        quirks.trap("assertion failed: lanePe >= 0")
     past = ids >= shape.world_size * shape.experts_per_rank
     if shape.kernel in TWO_LEVELS and bool(past.any()):
-        habits.trap("assertion failed: lanePe < worldSize")
+        quirks.trap("assertion failed: lanePe < worldSize")
     return torch.where((truncated < 0) | past, shape.world_size, truncated)
 
 
@@ -61,7 +61,7 @@ def representatives(ids: Tensor, shape: Shape) -> Tensor:
     if shape.kernel is not EpDispatchCombineKernelType.IntraNodeLL:
         return owner.masked_fill(same.tril(-1).any(2), shape.world_size)
     seen = torch.arange(ids.shape[1], device=ids.device) < (
-        ids.shape[1] if habits.has(habits.LL_ALL_SLOTS) else _LL_SLOTS
+        ids.shape[1] if quirks.has(quirks.LL_ALL_SLOTS) else _LL_SLOTS
     )
     later = (same & seen).triu(1).any(2)
     return owner.masked_fill(later | ~seen, shape.world_size)

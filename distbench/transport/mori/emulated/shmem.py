@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from distbench.transport.mori.emulated.habits import refuse
 from distbench.transport.mori.emulated.heap import Heap
+from distbench.transport.mori.emulated.quirks import refuse
 from distbench.transport.mori.heap_size import parse_heap_size
 
 MORI_SHMEM_INIT_WITH_MPI_COMM = 0

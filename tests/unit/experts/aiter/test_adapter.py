@@ -21,7 +21,7 @@ from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.experts import make_experts, make_selector
 from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
 from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
-from distbench.experts.aiter.emulated import habits
+from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, followed_release, load_package
 from distbench.experts.base import check_values
@@ -39,9 +39,9 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    before = habits.assumed()
+    before = quirks.assumed()
     yield
-    habits.assume(before)
+    quirks.assume(before)
 
 
 def aiter_case(**values: Any) -> Case:
@@ -334,7 +334,7 @@ def test_missing_package_is_unsupported_without_emulate() -> None:
 
 
 def test_unknown_aiter_habit_is_refused_before_a_rank_starts() -> None:
-    with pytest.raises(InvalidCase, match="'speed' is no habit"):
+    with pytest.raises(InvalidCase, match="'speed' is no quirk"):
         check_available(aiter_case(aiter_habits="zero-rows,speed"))
     with pytest.raises(InvalidCase, match="apply to the stand-in only"):
         check_available(aiter_case(aiter_habits="zero-rows", emulate=False))

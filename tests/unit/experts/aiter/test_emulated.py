@@ -1,4 +1,4 @@
-"""The stand-in for aiter: results, selection and habits."""
+"""The stand-in for aiter: results, selection and quirks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from distbench.experts.aiter.emulated import ActivationType, QuantType, habits
+from distbench.experts.aiter.emulated import ActivationType, QuantType, quirks
 from distbench.experts.aiter.emulated.fused_moe import _as_fp8, fused_moe, get_2stage_cfgs, get_padded_M
 from distbench.experts.aiter.emulated.ops.shuffle import shuffle_weight, unshuffled
 from distbench.experts.reference import ReferenceExperts
@@ -25,13 +25,13 @@ EXPERTS, TOPK, HIDDEN, INTER = 4, 2, 128, 64
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    before = habits.assumed()
+    before = quirks.assumed()
     yield
-    habits.assume(before)
+    quirks.assume(before)
 
 
 def assume(**values: Any) -> None:
-    habits.assume(habits.Assumed(**values))
+    quirks.assume(quirks.Assumed(**values))
 
 
 def layer(rows: int, live: int | None = None, seed: int = 0) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def call(given: dict[str, Any], **changed: Any) -> torch.Tensor:
     return fused_moe(**arguments | {"quant_type": QuantType.No, "activation": ActivationType.Silu} | changed)
 
 
-def reference(given: dict[str, Any], version: str = habits.NEWEST) -> torch.Tensor:
+def reference(given: dict[str, Any], version: str = quirks.NEWEST) -> torch.Tensor:
     key = LayerKey(num_local_experts=EXPERTS, topk=TOPK, model_dim=HIDDEN, inter_dim=INTER)
     experts = ReferenceExperts(KernelSelector(layer=key, rules=rules_for(version)), 0)
     return experts(**given, a1_scale=None, dtype=torch.bfloat16)
@@ -149,19 +149,19 @@ def test_tuned_row_is_logged_with_its_kernel_names(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize(
-    ("habit", "rows", "live", "changes"),
+    ("quirk", "rows", "live", "changes"),
     [
-        (habits.WRONG_BUCKET, 3, 3, True),
-        (habits.WRONG_BUCKET, 5, 5, False),
-        (habits.ZERO_ROWS, 64, 4, True),
-        (habits.ZERO_ROWS, 64, 5, False),
-        (habits.UNSET_SPLIT_K, 64, 64, False),
+        (quirks.WRONG_BUCKET, 3, 3, True),
+        (quirks.WRONG_BUCKET, 5, 5, False),
+        (quirks.ZERO_ROWS, 64, 4, True),
+        (quirks.ZERO_ROWS, 64, 5, False),
+        (quirks.UNSET_SPLIT_K, 64, 64, False),
     ],
 )
-def test_each_habit_changes_the_documented_rows(habit: str, rows: int, live: int, *, changes: bool) -> None:
+def test_each_quirk_changes_the_documented_rows(quirk: str, rows: int, live: int, *, changes: bool) -> None:
     given = layer(rows, live)
     expected = reference(given)[:live].clone()
-    assume(habits=frozenset({habit}))
+    assume(quirks=frozenset({quirk}))
     assert same_bits(call(given)[:live], expected) != changes
 
 
@@ -169,29 +169,29 @@ FAULTS = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_emulated import assume, call, layer
-rows, live, habit, wild = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "wild"
+rows, live, quirk, wild = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "wild"
 given = layer(rows, live)
 if wild:
     given["topk_ids"][-1] = 0x7FFF0000
-assume(habits=frozenset(filter(None, [habit])))
+assume(quirks=frozenset(filter(None, [quirk])))
 call(given)
 print("no fault")
 """
 
 
 @pytest.mark.parametrize(
-    ("rows", "live", "habit", "wild", "complaint"),
+    ("rows", "live", "quirk", "wild", "complaint"),
     [
-        (16, 24, habits.PAST_ROWS_FAULT, "", "num_local_tokens is 24, the input has 16 rows"),
-        (304, 300, habits.FAULT_AT_ROWS, "", "304 rows"),
-        (16, 15, habits.ALL_ROWS, "wild", "expert id 2147418112"),
+        (16, 24, quirks.PAST_ROWS_FAULT, "", "num_local_tokens is 24, the input has 16 rows"),
+        (304, 300, quirks.FAULT_AT_ROWS, "", "304 rows"),
+        (16, 15, quirks.ALL_ROWS, "wild", "expert id 2147418112"),
         (16, 16, "", "wild", "expert id 2147418112"),
     ],
 )
 def test_memory_fault_of_the_stand_in_kills_the_process(
-    rows: int, live: int, habit: str, wild: str, complaint: str
+    rows: int, live: int, quirk: str, wild: str, complaint: str
 ) -> None:
-    command = [sys.executable, "-c", FAULTS, str(rows), str(live), habit, wild]
+    command = [sys.executable, "-c", FAULTS, str(rows), str(live), quirk, wild]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode < 0, done.stderr
     assert complaint in done.stderr

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, LayerShape, heuristic
-from distbench.tools.tune.trial import Layer, make_layer, run
+from distbench.tools.tune.trial import TunedLayer, make_layer, run
 from distbench.workload.batch import TokenBatch
 
 pytestmark = pytest.mark.gpu
@@ -132,5 +132,5 @@ def test_graph_replays_with_other_rows_and_routings() -> None:
         assert torch.equal(bits(output[:rows]), bits(expected)), rows
 
 
-def _other_rows(layer: Layer) -> TokenBatch:
+def _other_rows(layer: TunedLayer) -> TokenBatch:
     return TokenBatch(*(None if part is None else part[-128:].clone() for part in layer.received(600)))  # type: ignore[arg-type]

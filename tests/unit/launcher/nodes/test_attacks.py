@@ -19,10 +19,10 @@ import pytest
 
 from distbench.distributed.heartbeat import Position
 from distbench.errors import InvalidCase
-from distbench.launcher.job import Machine, RankFailure, Spread
+from distbench.launcher.job import Machine, NodeLayout, RankFailure
 from distbench.launcher.nodes import gate
-from distbench.launcher.nodes.client import Link, NodeLost
-from distbench.launcher.nodes.leader import Hub
+from distbench.launcher.nodes.client import Client, NodeLost
+from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.nodes.proof import (
     ANSWER_BYTES,
     CHALLENGE_BYTES,
@@ -45,8 +45,8 @@ WARM_UP = 400
 
 
 class Meeting(NamedTuple):
-    hub: Hub
-    spread: Spread
+    leader: Leader
+    layout: NodeLayout
     log: Path
 
     def refusals(self, count: int = 1) -> list[str]:
@@ -58,7 +58,7 @@ class Meeting(NamedTuple):
         return [line.partition(": ")[2] for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def connect(self) -> socket.socket:
-        return socket.create_connection((LOOPBACK, self.spread.port), timeout=5)
+        return socket.create_connection((LOOPBACK, self.layout.port), timeout=5)
 
 
 def free_port() -> int:
@@ -71,10 +71,10 @@ def free_port() -> int:
 def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Meeting]:
     monkeypatch.setattr("distbench.launcher.nodes.leader._TOLD_S", 0.0)
     monkeypatch.setattr("distbench.launcher.nodes.leader.BEAT_S", 0.0)
-    spread = Spread(nodes=3, node=0, nproc=2, host=LOOPBACK, port=free_port(), launch=0)
-    hub = Hub(spread, 1.0, SECRET, tmp_path / "refused.log")
-    yield Meeting(hub, spread, tmp_path / "refused.log")
-    hub.close(0)
+    layout = NodeLayout(nodes=3, node=0, nproc=2, host=LOOPBACK, port=free_port(), launch=0)
+    leader = Leader(layout, 1.0, SECRET, tmp_path / "refused.log")
+    yield Meeting(leader, layout, tmp_path / "refused.log")
+    leader.close(0)
 
 
 def beat(node: int = 1, **told: Any) -> Beat:
@@ -91,7 +91,7 @@ def test_unauthenticated_peers_cost_no_memory_and_block_no_node(tmp_path: Path) 
     secret = secrets.token_hex(16)
     log = tmp_path / "refused.log"
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.hub_process", str(log)],
+        [sys.executable, "-m", "tests.leader_process", str(log)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -110,8 +110,8 @@ def test_unauthenticated_peers_cost_no_memory_and_block_no_node(tmp_path: Path) 
             return node_0.stdout.readline().split()
 
         port = int(node_0.stdout.readline())
-        spread = Spread(nodes=2, node=1, nproc=1, host=LOOPBACK, port=port, launch=0)
-        link = Link(spread, secret.encode(), 10.0, [])
+        layout = NodeLayout(nodes=2, node=1, nproc=1, host=LOOPBACK, port=port, launch=0)
+        client = Client(layout, secret.encode(), 10.0, [])
         told = Beat(node=1, nodes=2, nproc=1, host="other")
         waits: list[float] = []
         done = threading.Event()
@@ -119,7 +119,7 @@ def test_unauthenticated_peers_cost_no_memory_and_block_no_node(tmp_path: Path) 
         def tell() -> None:
             while not done.wait(0.1):
                 begun = time.monotonic()
-                assert link.tell(told).phase is Phase.WAIT
+                assert client.tell(told).phase is Phase.WAIT
                 waits.append(time.monotonic() - begun)
 
         teller = threading.Thread(target=tell)
@@ -134,7 +134,7 @@ def test_unauthenticated_peers_cost_no_memory_and_block_no_node(tmp_path: Path) 
         growth = int(after) - before
         done.set()
         teller.join()
-        link.close()
+        client.close()
         told_at_end, said = node_0.communicate()
     sys.stdout.write(
         f"{MESSAGES} messages in {took:.1f} s, growth {growth >> 10} KiB, longest wait {max(waits):.3f} s\n"
@@ -188,9 +188,9 @@ def test_unauthenticated_peer_is_refused_and_logged(
 ) -> None:
     monkeypatch.setattr(gate, "PROOF_S", 0.3)
     monkeypatch.setattr("tests.attacks.KINDS", {kind: KINDS[kind]})
-    assert attack(meeting.spread.port, 3) == 3
+    assert attack(meeting.layout.port, 3) == 3
     assert len(meeting.refusals(3)) == 3
-    assert meeting.hub.lost() == {}
+    assert meeting.leader.lost() == {}
 
 
 def test_silent_peer_is_refused_after_the_proof_timeout(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,10 +203,10 @@ def test_silent_peer_is_refused_after_the_proof_timeout(meeting: Meeting, monkey
 
 def test_oldest_unauthenticated_peer_is_dropped_if_a_node_connects(meeting: Meeting) -> None:
     strangers = [meeting.connect() for _ in range(gate.MOST_PEERS + 10)]
-    link = Link(meeting.spread, SECRET, 5.0, [])
-    assert link.tell(beat()).phase is Phase.WAIT
+    client = Client(meeting.layout, SECRET, 5.0, [])
+    assert client.tell(beat()).phase is Phase.WAIT
     assert meeting.refusals(11) == [f"made room: {gate.MOST_PEERS} peers were unproven"] * 11
-    link.close()
+    client.close()
     for stranger in strangers:
         stranger.close()
 
@@ -214,13 +214,13 @@ def test_oldest_unauthenticated_peer_is_dropped_if_a_node_connects(meeting: Meet
 @pytest.mark.parametrize("secret", [b"", b"another secret than that of node 0"])
 def test_node_with_another_secret_is_refused_as_invalid(meeting: Meeting, secret: bytes) -> None:
     with pytest.raises(InvalidCase, match="has another secret than this node; give all nodes the same"):
-        Link(meeting.spread, secret, 5.0, [])
+        Client(meeting.layout, secret, 5.0, [])
     assert meeting.refusals() == ["has another secret, or none"]
 
 
 def test_node_refuses_a_node_0_that_does_not_prove_the_secret() -> None:
     with socket.create_server((LOOPBACK, 0)) as impostor:
-        spread = Spread(nodes=2, node=1, nproc=1, host=LOOPBACK, port=impostor.getsockname()[1], launch=0)
+        layout = NodeLayout(nodes=2, node=1, nproc=1, host=LOOPBACK, port=impostor.getsockname()[1], launch=0)
 
         def pretend() -> None:
             connection, _ = impostor.accept()
@@ -232,13 +232,13 @@ def test_node_refuses_a_node_0_that_does_not_prove_the_secret() -> None:
         thread = threading.Thread(target=pretend)
         thread.start()
         with pytest.raises(InvalidCase, match="has another secret"):
-            Link(spread, SECRET, 5.0, [])
+            Client(layout, SECRET, 5.0, [])
         thread.join()
 
 
 def test_node_refuses_a_listener_of_another_protocol() -> None:
     with socket.create_server((LOOPBACK, 0)) as other:
-        spread = Spread(nodes=2, node=1, nproc=1, host=LOOPBACK, port=other.getsockname()[1], launch=0)
+        layout = NodeLayout(nodes=2, node=1, nproc=1, host=LOOPBACK, port=other.getsockname()[1], launch=0)
 
         def greet() -> None:
             connection, _ = other.accept()
@@ -248,7 +248,7 @@ def test_node_refuses_a_listener_of_another_protocol() -> None:
         thread = threading.Thread(target=greet)
         thread.start()
         with pytest.raises(NodeLost, match="what listens there is no node 0"):
-            Link(spread, SECRET, 0.0, [])
+            Client(layout, SECRET, 0.0, [])
         thread.join()
 
 
@@ -257,14 +257,14 @@ def test_node_refuses_a_listener_of_another_protocol() -> None:
     [
         ({"exit": Exit(0, "SIGKILL")}, "reports rank 0, which is not on it"),
         ({"exit": Exit(4, "SIGKILL")}, "reports rank 4, which is not on it"),
-        ({"crumbs": {1: position()}}, "reports rank 1"),
+        ({"heartbeat": {1: position()}}, "reports rank 1"),
         ({"machines": {-1: Machine("x", "cpu")}}, "reports rank -1"),
         ({"stacks": {5: "text"}}, "reports rank 5"),
-        ({"crumbs": {2: position(pid=1)}}, "a position that no rank can have"),  # a process of node 0
-        ({"crumbs": {2: position(stage=99)}}, "a position that no rank can have"),
-        ({"crumbs": {2: position(arm=-1)}}, "a position that no rank can have"),
-        ({"crumbs": {2: position(since_ns=-1)}}, "a position that no rank can have"),
-        ({"crumbs": {2: position(step=1 << 70)}}, "a position that no rank can have"),
+        ({"heartbeat": {2: position(pid=1)}}, "a position that no rank can have"),  # a process of node 0
+        ({"heartbeat": {2: position(stage=99)}}, "a position that no rank can have"),
+        ({"heartbeat": {2: position(arm=-1)}}, "a position that no rank can have"),
+        ({"heartbeat": {2: position(since_ns=-1)}}, "a position that no rank can have"),
+        ({"heartbeat": {2: position(step=1 << 70)}}, "a position that no rank can have"),
         ({"host": "x\n\x1b[2J"}, "no name that a host may have"),
         (
             {"failures": [RankFailure(rank=0, exception="", message="", position=position(), traceback="", echo=False,
@@ -276,20 +276,20 @@ def test_node_refuses_a_listener_of_another_protocol() -> None:
 def test_node_that_reports_on_ranks_of_another_node_is_refused(
     meeting: Meeting, told: dict[str, Any], complaint: str
 ) -> None:
-    link = Link(meeting.spread, SECRET, 5.0, [])
+    client = Client(meeting.layout, SECRET, 5.0, [])
     with pytest.raises(NodeLost):
-        link.tell(beat(**told))
-    link.close()
+        client.tell(beat(**told))
+    client.close()
     (line,) = meeting.refusals()
     assert line.startswith("knows the secret, but node 1 ")
     assert complaint in line
-    assert meeting.hub.first_exit() is None
+    assert meeting.leader.first_exit() is None
 
 
 def test_second_connection_under_a_taken_node_number_is_refused(meeting: Meeting) -> None:
-    first = Link(meeting.spread, SECRET, 5.0, [])
+    first = Client(meeting.layout, SECRET, 5.0, [])
     first.tell(beat())
-    second = Link(meeting.spread, SECRET, 5.0, [])
+    second = Client(meeting.layout, SECRET, 5.0, [])
     with pytest.raises(InvalidCase, match="node 1 is other already, other claims it too"):
         second.tell(beat())
     with pytest.raises(NodeLost):

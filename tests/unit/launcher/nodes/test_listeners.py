@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from distbench.errors import InvalidCase
-from distbench.launcher.job import Spread
+from distbench.launcher.job import NodeLayout
 from distbench.launcher.nodes.listeners import listen
 
 
 def addresses(host: str, port: int = 0) -> list[str]:
-    spread = Spread(nodes=2, node=0, nproc=1, host=host, port=29500, launch=0)
+    layout = NodeLayout(nodes=2, node=0, nproc=1, host=host, port=29500, launch=0)
     with contextlib.ExitStack() as stack:
-        listeners = listen(spread, port)
+        listeners = listen(layout, port)
         for listener in listeners:
             stack.callback(listener.close)
         return [listener.getsockname()[0] for listener in listeners]

@@ -113,7 +113,7 @@ def set_divergence(**values: object) -> Attack:
     )
 
 
-def set_clues(**values: object) -> Attack:
+def set_evidence(**values: object) -> Attack:
     return lambda folder: change_manifest(
         folder,
         lambda manifest: (
@@ -250,9 +250,9 @@ ATTACKS: dict[str, Attack] = {
     "a source rank that is none": set_divergence(source_rank=10**12),
     "a source token that is none": set_divergence(source_token=10**12),
     "a source of half a name": set_divergence(source_rank=None),
-    "a suspect that is none": set_clues(suspects=[77]),
-    "a clue of a token that is none": set_clues(tokens=[[0, 10**12]]),
-    "a clue of a destination that is none": set_clues(by_destination={"x": 1}),
+    "a suspect that is none": set_evidence(suspects=[77]),
+    "a clue of a token that is none": set_evidence(tokens=[[0, 10**12]]),
+    "a clue of a destination that is none": set_evidence(by_destination={"x": 1}),
     "a lost token that is none": lambda folder: change_manifest(
         folder, lambda manifest: manifest["gathered"]["observations"][0]["lost"].update(tokens=[[7, 0]])
     ),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distbench.tools.cluster.attribution import Finding, Trial, name_faults
+from distbench.tools.cluster.attribution import ClusterFinding, GroupRun, name_faults
 from distbench.tools.cluster.plan import STEPS, Step, rounds_of
 from distbench.tools.cluster.stragglers import LEAST_SLOWDOWN, name_stragglers, not_judged
 from distbench.verify.records import STAGE_ORDER
@@ -24,16 +24,16 @@ def names(count: int) -> list[str]:
     return [f"node{number}" for number in range(count)]
 
 
-def trials(count: int, failing: Callable[[Step, Group], bool]) -> list[Trial]:
+def trials(count: int, failing: Callable[[Step, Group], bool]) -> list[GroupRun]:
     return [
-        Trial(step=step, nodes=group, exit_code=3 if failing(step, group) else 0, verdict="HANG", reason="why")
+        GroupRun(step=step, nodes=group, exit_code=3 if failing(step, group) else 0, verdict="HANG", reason="why")
         for step in STEPS
         for one in rounds_of(step, names(count))
         for group in one
     ]
 
 
-def named(findings: list[Finding]) -> set[tuple[str, frozenset[str]]]:
+def named(findings: list[ClusterFinding]) -> set[tuple[str, frozenset[str]]]:
     return {(found.kind, frozenset(found.nodes)) for found in findings}
 
 
@@ -71,9 +71,9 @@ def test_fault_shared_by_all_trials_is_common_and_names_no_node(count: int) -> N
 
 def test_scale_fault_is_named_beside_a_node_that_was_left_out() -> None:
     found = [
-        Trial(step="nodes", nodes=("a",), exit_code=1, verdict="CORRUPT"),
-        *(Trial(step="nodes", nodes=(node,), exit_code=0, verdict="PASS") for node in "bc"),
-        Trial(step="all", nodes=("b", "c"), exit_code=3, verdict="HANG"),
+        GroupRun(step="nodes", nodes=("a",), exit_code=1, verdict="CORRUPT"),
+        *(GroupRun(step="nodes", nodes=(node,), exit_code=0, verdict="PASS") for node in "bc"),
+        GroupRun(step="all", nodes=("b", "c"), exit_code=3, verdict="HANG"),
     ]
     assert named(name_faults(found)) == {("node", frozenset("a")), ("scale", frozenset("bc"))}
 
@@ -83,7 +83,7 @@ def test_evidence_of_a_finding_quotes_the_verdict_and_its_message() -> None:
     assert found.evidence == "fails with each of its 3 partners: HANG: why"
 
 
-def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.01) -> list[Trial]:
+def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.01) -> list[GroupRun]:
     """Trials with noisy times: each case's own time, multiplied by the slowness of its group in that stage."""
     rng = random.Random(seed)
     base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in STAGE_ORDER for key in KEYS}
@@ -94,7 +94,7 @@ def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise:
                 stage: {key: base[stage, key] * slowness(stage, group) * math.exp(rng.gauss(0, noise)) for key in KEYS}
                 for stage in STAGE_ORDER
             }
-            found.append(Trial(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
+            found.append(GroupRun(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
     return found
 
 
@@ -120,7 +120,7 @@ def test_slow_link_and_node_slow_only_in_pairs_are_named(count: int, seed: int, 
     assert all("in pairs, " in found.evidence for found in findings)
 
 
-def nodes_that_differ(count: int, seed: int, slow: int = 0) -> list[Trial]:
+def nodes_that_differ(count: int, seed: int, slow: int = 0) -> list[GroupRun]:
     """Trials of nodes that differ by 2 % in each stage; the first `slow` are 30 % slower in their experts."""
     rng = random.Random(seed)
     level = {(stage, node): math.exp(rng.gauss(0, 0.02)) for stage in STAGE_ORDER for node in names(count)}
@@ -145,7 +145,7 @@ def test_slow_nodes_are_named_among_nodes_with_natural_differences(count: int, s
 
 
 def test_slowdown_below_the_least_detectable_one_is_not_named() -> None:
-    def slower(by: float) -> list[Finding]:
+    def slower(by: float) -> list[ClusterFinding]:
         return name_stragglers(timed(8, 0, lambda _, group: by if "node0" in group else 1.0, noise=1e-4))
 
     assert slower(LEAST_SLOWDOWN - 0.01) == []

@@ -10,7 +10,7 @@ from distbench.case.resolve import FLAGS, Layer
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.report.schema import InjectedReport, Report
-from distbench.tools.selftest.cases import DEAD, Trial, plan
+from distbench.tools.selftest.cases import DEAD, FaultTrial, plan
 from distbench.tools.selftest.outcomes import Outcomes, is_clean, result_of
 from distbench.tools.selftest.table import closing_lines
 from distbench.verify.records import Diagnosis, Reason
@@ -19,7 +19,7 @@ from tests.reports import report_of
 MORI_AITER = [Layer(FLAGS, {"transport": "mori", "experts": "aiter", "emulate": "true"}, strict=False)]
 
 
-def trial_of(label: str, *asked: Layer) -> Trial:
+def trial_of(label: str, *asked: Layer) -> FaultTrial:
     return next(one for one in plan(4, 1, 0, asked).trials if one.label == label)
 
 
@@ -76,7 +76,7 @@ def test_selftest_tries_a_fault_that_costs_a_launch_with_few_seeds() -> None:
     assert [one.deadly for one in found] == sorted(one.deadly for one in found)
 
 
-def lost(trial: Trial, stage: str, rank: int) -> Report:
+def lost(trial: FaultTrial, stage: str, rank: int) -> Report:
     reason = Reason(code="rank-fault", rank=rank, stage=stage, message="made up")
     return replace(report_of(trial.entry.case, "", Verdict.PASS), verdict=Verdict.RANK_FAULT, reasons=[reason])
 

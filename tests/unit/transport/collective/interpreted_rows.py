@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distbench.transport.base import poison_
-from distbench.transport.collective.arrival import Arrivals, Geometry, Traffic
-from distbench.transport.collective.route import Mover, Plan, Route, lanes_of, lay_out, sent_rows, words
+from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
+from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
 from distbench.transport.collective.triton_rows import TritonRows
 from distbench.workload.batch import TokenBatch
@@ -38,12 +38,12 @@ def _ends(make: type[TorchRows | TritonRows], columns: int, topk: int, kept: flo
     batch = _batch(generator, columns, topk, fp8=fp8)
     counts = torch.randint(1, TOKENS, (RANKS, RANKS), generator=generator)
     counts[RANK] = destinations(batch.ids, EXPERTS // RANKS, RANKS).sum(0)
-    traffic = Traffic(Geometry(RANK, RANKS, EXPERTS, 64, counts))
+    traffic = RowCounts(Geometry(RANK, RANKS, EXPERTS, 64, counts))
     mover: Mover = make(traffic)
     parts = [part for part in batch if part is not None]
     buffers = [part.new_empty(traffic.total_received, part.shape[1]) for part in parts]
     route = _route(batch.ids, traffic, buffers, generator)
-    plan = Plan(route, *Arrivals(traffic, torch.device("cpu"), seed=3, shuffled=True).next())
+    plan = DispatchState(route, *Arrivals(traffic, torch.device("cpu"), seed=3, shuffled=True).next())
     fields = [words(part.contiguous()) for part in parts]
     mover.leave(fields, route)
     mover.stay(fields, plan)
@@ -71,7 +71,7 @@ def _batch(generator: torch.Generator, columns: int, topk: int, *, fp8: bool) ->
     )
 
 
-def _route(ids: Tensor, traffic: Traffic, buffers: list[Tensor], generator: torch.Generator) -> Route:
+def _route(ids: Tensor, traffic: RowCounts, buffers: list[Tensor], generator: torch.Generator) -> Route:
     layout = lay_out(buffers)
     tokens, position = sent_rows(destinations(ids, EXPERTS // RANKS, RANKS), traffic)
     outgoing, incoming = (

@@ -11,7 +11,7 @@ from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.launcher.preflight import check_case
 from distbench.transport.mori.config import Launch, check_environment, heap_size, mori_warnings, plan_mori
-from distbench.transport.mori.emulated.habits import HABITS, parse_habits
+from distbench.transport.mori.emulated.quirks import QUIRKS, parse_quirks
 from tests.cases import tiny_case
 
 
@@ -213,8 +213,8 @@ def test_missing_mori_is_unsupported_without_emulate() -> None:
     assert "distbench.transport.mori.emulated for mori" in case_of().stand_ins
 
 
-def test_habits_are_parsed_from_a_release_and_from_names() -> None:
-    assert parse_habits("") == parse_habits("1.2.4") == frozenset()
-    assert parse_habits("1.2.2, ll-all-slots") < set(HABITS)
+def test_quirks_are_parsed_from_a_release_and_from_names() -> None:
+    assert parse_quirks("") == parse_quirks("1.2.4") == frozenset()
+    assert parse_quirks("1.2.2, ll-all-slots") < set(QUIRKS)
     with pytest.raises(ValueError, match=r"neither a release"):
-        parse_habits("1.2.3")
+        parse_quirks("1.2.3")

@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from distbench.experts.aiter.emulated.habits import assumed
+from distbench.experts.aiter.emulated.quirks import assumed
 
 
 def get_user_jit_dir() -> str:

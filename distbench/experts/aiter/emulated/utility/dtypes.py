@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distbench.experts.aiter.emulated.habits import assumed
+from distbench.experts.aiter.emulated.quirks import assumed
 from distbench.utils.amd_arch import fp8_format
 from distbench.workload.quantize import fp8_dtype
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distbench.experts.aiter.emulated.habits import assumed
+from distbench.experts.aiter.emulated.quirks import assumed
 
 
 def get_gfx() -> str:

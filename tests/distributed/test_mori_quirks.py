@@ -20,7 +20,7 @@ from distbench.transport.base import Dispatched
 from distbench.transport.mori import config
 from distbench.transport.mori import emulated as stand_in
 from distbench.transport.mori import transport as mori
-from distbench.transport.mori.emulated import _jit_loader, habits, ops
+from distbench.transport.mori.emulated import _jit_loader, ops, quirks
 from distbench.transport.mori.emulated.buffers import allocate
 from distbench.transport.mori.transport import MoriTransport
 from distbench.utils.amd_arch import arch_of
@@ -136,14 +136,14 @@ LEFT_BY_THE_FIRST_CALL = [
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-@pytest.mark.parametrize(("habit", "kernel", "stage"), LEFT_BY_THE_FIRST_CALL)
-def test_stale_rows_of_the_previous_call_are_corrupt(habit: str, kernel: str, stage: str, dtype: str) -> None:
+@pytest.mark.parametrize(("quirk", "kernel", "stage"), LEFT_BY_THE_FIRST_CALL)
+def test_stale_rows_of_the_previous_call_are_corrupt(quirk: str, kernel: str, stage: str, dtype: str) -> None:
     """Every arm moves the same rows, so a stale row in a buffer equals the row that the next call should write."""
-    case = mori_case(mori_kernel=kernel, mori_habits=habit, dispatch_dtype=dtype, **ORDINARY)
+    case = mori_case(mori_kernel=kernel, mori_habits=quirk, dispatch_dtype=dtype, **ORDINARY)
     assert verdict_of(case) == (Verdict.CORRUPT, stage)
     capped: dict[str, Any] = {"combine_input": "registered", "prealloc_max_recv_tokens": 96, "tokens": 12}
-    if kernel.startswith("IntraNode") and habit != "stale-push":
-        assert verdict_of(mori_case(mori_kernel=kernel, mori_habits=habit, **capped, **ORDINARY)) == (
+    if kernel.startswith("IntraNode") and quirk != "stale-push":
+        assert verdict_of(mori_case(mori_kernel=kernel, mori_habits=quirk, **capped, **ORDINARY)) == (
             Verdict.CORRUPT,
             stage,
         )
@@ -151,13 +151,13 @@ def test_stale_rows_of_the_previous_call_are_corrupt(habit: str, kernel: str, st
 
 def one_rank_keeps_its_output(session: Session, case: Case) -> Outcome | None:
     """Run `case` with a combine on rank 1 that keeps the output of its first call."""
-    habit = case.mori_habits if session.rank == 1 else ""
-    with patch.object(mori, "_package", lambda *_: _stand_in(habit, arch_of(case.cu_count))):
+    quirk = case.mori_habits if session.rank == 1 else ""
+    with patch.object(mori, "_package", lambda *_: _stand_in(quirk, arch_of(case.cu_count))):
         return run(session, case)
 
 
-def _stand_in(habit: str, arch: str) -> Any:
-    habits.assume(habit, arch)
+def _stand_in(quirk: str, arch: str) -> Any:
+    quirks.assume(quirk, arch)
     return stand_in
 
 
@@ -174,7 +174,7 @@ def timed_output(session: Session, case: Case) -> Outcome | None:
     timed = Passes._time
 
     def time(passes: Passes, arms: Any) -> None:
-        with patch.object(habits, "_assumed", frozenset({"stale-output"})):
+        with patch.object(quirks, "_assumed", frozenset({"stale-output"})):
             timed(passes, arms)
 
     with patch.object(Passes, "_time", time):
@@ -282,7 +282,7 @@ def late_without_barriers(session: Session, *, adapter_waits: bool) -> Iterator[
 
     with ExitStack() as patches:
         patches.enter_context(patch("distbench.transport.mori.emulated.moves.allocate", late))
-        patches.enter_context(patch.object(habits, "spin", lambda: raising("waits for a count that was lost")))
+        patches.enter_context(patch.object(quirks, "spin", lambda: raising("waits for a count that was lost")))
         patches.enter_context(patch.object(MoriTransport, "_wait_for_all", wait if adapter_waits else lambda _: None))
         yield
 
@@ -304,12 +304,12 @@ def past_the_buffer(session: Session, case: Case) -> str:
     """Send more rows than a capped receive buffer holds; every rank's process ends where the GPU would fault."""
     with ExitStack() as patches:
         patches.enter_context(patch("distbench.pipeline.run_case.check_capacity"))
-        patches.enter_context(patch.object(habits, "trap", raising))
+        patches.enter_context(patch.object(quirks, "trap", raising))
         return raised(session, case, run)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "habit", "message"),
+    ("kernel", "quirk", "message"),
     [
         ("IntraNode", "", "received 16 rows, its buffer has 12"),
         ("IntraNode", "intranode-overflow-assert", "assertion failed: Total recv token overflow"),
@@ -321,12 +321,12 @@ def past_the_buffer(session: Session, case: Case) -> str:
     ],
 )
 def test_dispatch_beyond_the_receive_buffer_ends_in_the_message_of_its_kernel(
-    kernel: str, habit: str, message: str
+    kernel: str, quirk: str, message: str
 ) -> None:
     values: dict[str, Any] = {"routing": "local", "prealloc_max_recv_tokens": 12}
     if kernel.startswith("IntraNode"):
         values["combine_input"] = "registered"
-    case = mori_case(mori_kernel=kernel, mori_habits=habit, **values)
+    case = mori_case(mori_kernel=kernel, mori_habits=quirk, **values)
     for found in on_ranks(4, past_the_buffer, case):
         assert message in found
 

@@ -24,7 +24,7 @@ ALL_ROWS = "all-rows"
 ZERO_ROWS = "zero-rows"
 UNSET_SPLIT_K = "unset-split-k"
 
-HABITS = {
+QUIRKS = {
     WRONG_BUCKET: "the kernel of bucket 4 computes something else (aiter #3933)",
     FAULT_AT_ROWS: "a memory fault where M is 304 or 336",
     PAST_ROWS_FAULT: "a memory fault where num_local_tokens is above M; otherwise those past M are lost (ATOM #2176)",
@@ -41,7 +41,7 @@ NEWEST = "0.1.20"
 class Assumed(msgspec.Struct, frozen=True, kw_only=True):
     """The release and the machine that the stand-in imitates."""
 
-    habits: frozenset[str] = frozenset()
+    quirks: frozenset[str] = frozenset()
     version: str = NEWEST
     cu_count: int = 304
     table: str = ""
@@ -66,15 +66,15 @@ _assumed = Assumed()
 _caches: list[Callable[[], None]] = []
 
 
-def parse_habits(text: str) -> frozenset[str]:
-    """Read a comma-separated list of `HABITS`.
+def parse_quirks(text: str) -> frozenset[str]:
+    """Read a comma-separated list of `QUIRKS`.
 
     Raises:
         ValueError: an unknown name.
     """
     names = frozenset(filter(None, (part.strip() for part in text.split(","))))
-    for name in sorted(names - HABITS.keys()):
-        message = f"{name!r:.60} is no habit of aiter's stand-in; allowed are {', '.join(HABITS)}"
+    for name in sorted(names - QUIRKS.keys()):
+        message = f"{name!r:.60} is no quirk of aiter's stand-in; allowed are {', '.join(QUIRKS)}"
         raise ValueError(message)
     return names
 
@@ -98,9 +98,9 @@ def assumed() -> Assumed:
     return _assumed
 
 
-def has(habit: str) -> bool:
-    """Whether the stand-in has this habit now."""
-    return habit in _assumed.habits
+def has(quirk: str) -> bool:
+    """Whether the stand-in has this quirk now."""
+    return quirk in _assumed.quirks
 
 
 def fault(message: str) -> NoReturn:

@@ -19,7 +19,7 @@ STALE_RECEIVE = "stale-receive"
 STALE_PUSH = "stale-push"
 STALE_OUTPUT = "stale-output"
 
-HABITS = (
+QUIRKS = (
     *(NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT, NO_OVERFLOW_ASSERT, LL_ALL_SLOTS),
     *(STALE_RECEIVE, STALE_PUSH, STALE_OUTPUT),
 )
@@ -34,8 +34,8 @@ _assumed: frozenset[str] = frozenset()
 _arch = "gfx942"
 
 
-def parse_habits(text: str) -> frozenset[str]:
-    """Read a comma-separated list of releases and habits; empty is 1.2.4.
+def parse_quirks(text: str) -> frozenset[str]:
+    """Read a comma-separated list of releases and quirks; empty is 1.2.4.
 
     Raises:
         ValueError: a name that is neither.
@@ -43,17 +43,17 @@ def parse_habits(text: str) -> frozenset[str]:
     """
     found: set[str] = set()
     for name in filter(None, (part.strip() for part in text.split(","))):
-        if name not in RELEASES and name not in HABITS:
-            message = f"{name!r:.60} is neither a release ({', '.join(RELEASES)}) nor a habit ({', '.join(HABITS)})"
+        if name not in RELEASES and name not in QUIRKS:
+            message = f"{name!r:.60} is neither a release ({', '.join(RELEASES)}) nor a quirk ({', '.join(QUIRKS)})"
             raise ValueError(message)
         found |= set(RELEASES.get(name, (name,)))
     return frozenset(found)
 
 
 def assume(text: str, arch: str) -> None:
-    """Imitate the releases and habits of `text` on a device of `arch` from now on; see `parse_habits`."""
+    """Imitate the releases and quirks of `text` on a device of `arch` from now on; see `parse_quirks`."""
     global _assumed, _arch
-    _assumed, _arch = parse_habits(text), arch
+    _assumed, _arch = parse_quirks(text), arch
 
 
 def fp8_format() -> Fp8Format:
@@ -61,9 +61,9 @@ def fp8_format() -> Fp8Format:
     return format_of(_arch)
 
 
-def has(habit: str) -> bool:
-    """Whether the stand-in has this habit now."""
-    return habit in _assumed
+def has(quirk: str) -> bool:
+    """Whether the stand-in has this quirk now."""
+    return quirk in _assumed
 
 
 def trap(message: str) -> NoReturn:
