@@ -83,25 +83,25 @@ class _Armed:
 
 
 if _LAUNCHES:
-    from distbench.distributed import heartbeat
+    from distbench.distributed.heartbeat import Heartbeat
 
-    _mark = heartbeat.Heartbeat.mark
+    _mark = Heartbeat.mark
     _armed: list[_Armed] = []
 
-    def _marked(heartbeat: heartbeat.Heartbeat, stage: str) -> None:
+    def _marked(heartbeat: Heartbeat, stage: str) -> None:
         _mark(heartbeat, stage)
         at = heartbeat.position()
         _armed[0].enter(at.case_index, at.place)
 
-    _open = heartbeat.Heartbeat.__init__
+    _open = Heartbeat.__init__
 
-    def _opened(heartbeat: heartbeat.Heartbeat, path: Path | None) -> None:
+    def _opened(heartbeat: Heartbeat, path: Path | None) -> None:
         _armed.append(_Armed())
         _armed[0].enter(0, "boot")
         _open(heartbeat, path)
 
-    heartbeat.Heartbeat.__init__ = _opened  # type: ignore[assignment, method-assign]
-    heartbeat.Heartbeat.mark = _marked  # type: ignore[assignment, method-assign]
+    Heartbeat.__init__ = _opened  # type: ignore[assignment, method-assign]
+    Heartbeat.mark = _marked  # type: ignore[assignment, method-assign]
 
 if os.environ.get("DISTBENCH_TEST_UNGUARDED"):
     from tests.faulty_site.unguarded import remove_guards

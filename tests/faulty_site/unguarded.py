@@ -12,7 +12,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
-from distbench.distributed import heartbeat
+from distbench.distributed.heartbeat import Heartbeat
 
 MISTAKEN = 475
 _LATE_RANK, _LATE_S = "1", 0.5
@@ -22,16 +22,16 @@ def remove_guards() -> None:
     """Remove the guards in this process, and in a rank once it has loaded the modules."""
     for name in ("_check_kernel", "_check_cap"):
         patch(f"distbench.transport.mori.config.{name}", lambda *_: None).start()
-    mark = heartbeat.Heartbeat.mark
+    mark = Heartbeat.mark
     loosened: list[bool] = []
 
-    def marked(heartbeat: heartbeat.Heartbeat, stage: str) -> None:
+    def marked(heartbeat: Heartbeat, stage: str) -> None:
         mark(heartbeat, stage)
         if stage == "agree" and not loosened:
             loosened.append(True)
             _loosen()
 
-    patch.object(heartbeat.Heartbeat, "mark", marked).start()
+    patch.object(Heartbeat, "mark", marked).start()
 
 
 def _loosen() -> None:
