@@ -9,10 +9,9 @@ from typing import Any
 
 from distbench.cli.argument_types import whole
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import prepare_ranks
+from distbench.cli.launching import hold_lab
 from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
 from distbench.cli.torchrun_rank import alone
-from distbench.launcher.locks import hold
 from distbench.report.console import print_line, print_note, print_table
 from distbench.tools.bisect import MAX_TRIALS, Accusation, SwapResult, bisect
 from distbench.tools.lab import Lab
@@ -43,11 +42,9 @@ def _bisect(options: argparse.Namespace) -> int:
     alone("bisect")
     tell_task()
     case = one_case(options.case, options)
-    out = Path(options.out)
-    with hold(out, (), options.lock_timeout):
-        prepare_ranks()
-        with Lab(out) as lab:
-            accusation = bisect(lab, case, out, known_report(options.case, options), options.seeds, _tell(lab))
+    with hold_lab(options) as lab:
+        known = known_report(options.case, options)
+        accusation = bisect(lab, case, Path(options.out), known, options.seeds, _tell(lab))
     _print(accusation)
     return 0 if accusation.blame.guilty else 1
 

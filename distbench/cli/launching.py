@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,27 +17,32 @@ from distbench.case.expectations import BY_KERNEL, expected_verdict
 from distbench.case.sglang_env import near_misses
 from distbench.case.spec import Case
 from distbench.case.unused_keys import note_of_keys, unused_keys
-from distbench.cli.multi_node import layout_of, nodes_of
-from distbench.cli.torchrun_rank import is_rank_0, world_size
+from distbench.cli.compare import judge_baseline, read_baseline
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.multi_node import Nodes, layout_of, nodes_of, other_nodes
+from distbench.cli.options import check_bundle
+from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
 from distbench.launcher.agent import preload_ranks
 from distbench.launcher.campaign import Campaign, Rules
-from distbench.launcher.job import NodeLayout
+from distbench.launcher.job import Job, NodeLayout
 from distbench.launcher.locks import hold
-from distbench.launcher.memory import available_bytes, check_memory
+from distbench.launcher.memory import available_bytes, check_device_memory, check_memory
 from distbench.launcher.nodes.interfaces import check_interfaces, choose_interfaces, choose_loopback
-from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.nodes.secret import VARIABLE as SECRET
 from distbench.launcher.nodes.secret import read_secret
-from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder
-from distbench.launcher.resources import allow_open_files, check_shared_memory
+from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder, check_path
+from distbench.launcher.resources import allow_open_files, check_shared_memory, report_bytes
 from distbench.launcher.unused_variables import note_of_launch, unused_variables
 from distbench.report.console import print_note
 from distbench.report.export import Writer, write_reports
 from distbench.report.journal import Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
+from distbench.tools.lab import Lab
 from distbench.utils.devices import count_devices
+
+_ONE_FAULT = Rules(max_faults=1)
 
 
 def follow_node_0(options: argparse.Namespace) -> int | None:
@@ -167,21 +173,91 @@ def exported(results: Results, writers: Mapping[Path, Writer]) -> Iterator[None]
     write_reports(results, writers)
 
 
-def campaign(
-    entries: Sequence[Entry],
+class Bench(msgspec.Struct, frozen=True):
+    """The entries of a launch whose folder and devices are held, and the other nodes."""
+
+    entries: Sequence[Entry]
+    options: argparse.Namespace
+    nodes: Nodes
+
+    def run(self, progress: Progress, rules: Rules = _ONE_FAULT, report_paths: tuple[str, ...] = ()) -> Summary:
+        """Run the entries to their end, with as many launches as needed, or until the deadline of `rules`."""
+        out, bundle = Path(self.options.out), self.options.bundle
+        try:
+            prepare_ranks(layout_of(self.options))
+            return Campaign(self.entries, out, rules, progress, bundle, self.nodes.leader).run(report_paths)
+        finally:
+            progress.close()
+
+
+@contextlib.contextmanager
+def hold_bench(entries: Sequence[Entry], options: argparse.Namespace, forget: Callable[[], None]) -> Iterator[Bench]:
+    """Hold the folder and devices of a launch, let the other nodes join, and `forget` the results that it replaces.
+
+    Raises:
+        Busy: another bench holds the folder or a device.
+        InvalidCase: `forget` refuses to replace what the folder holds, or the other nodes cannot join.
+        Unsupported: this machine lacks devices, memory or other resources.
+
+    """
+    devices = check_launch(entries, nodes_of(options))
+    with hold(Path(options.out), devices, options.lock_timeout), other_nodes(options) as nodes:
+        check_device_memory(entries, devices)
+        forget()
+        yield Bench(entries, options, nodes)
+
+
+def run_corpus(
+    entries: Sequence[Entry], options: argparse.Namespace, forget: Callable[[], None], written: Iterable[str]
+) -> None:
+    """Run all entries, however many lose their ranks; the caller judges their results, and writes to `written`.
+
+    Raises:
+        InvalidCase: a path that cannot be written, or as `hold_bench`, which raises Busy and Unsupported too.
+
+    """
+    for path in filter(None, (options.out, *written)):
+        check_path(path)
+    check_folder(options.out, report_bytes(entry.case for entry in entries))
+    check_bundle(options)
+    tell_task()
+    with hold_bench(entries, options, forget) as bench:
+        bench.run(Progress(len(entries), quiet=not sys.stderr.isatty()), Rules(max_faults=len(entries) + 1))
+
+
+@contextlib.contextmanager
+def hold_lab(options: argparse.Namespace) -> Iterator[Lab]:
+    """Hold the folder of a command that runs variants of a case, and begin to import torch for their ranks.
+
+    Raises:
+        Busy: another bench holds the folder.
+        InvalidCase: the folder holds other results.
+
+    """
+    out = Path(options.out)
+    with hold(out, (), options.lock_timeout):
+        prepare_ranks()
+        with Lab(out) as lab:
+            yield lab
+
+
+def take_part(  # noqa: PLR0913 - the results, their formats, and the part of a baseline to compare them with
+    job: Job,
     options: argparse.Namespace,
-    progress: Progress,
-    report_paths: tuple[str, ...] = (),
-    leader: Leader | None = None,
-) -> Summary:
-    """Run the entries to their end, with as many launches as needed, or until the deadline."""
-    rules = Rules(
-        retries=getattr(options, "retries", 0),
-        max_faults=getattr(options, "max_faults", 1),
-        deadline=getattr(options, "deadline", None),
-    )
-    try:
-        prepare_ranks(layout_of(options))
-        return Campaign(entries, Path(options.out), rules, progress, options.bundle, leader).run(report_paths)
-    finally:
-        progress.close()
+    forget: Callable[[], None],
+    results: Results,
+    writers: Mapping[Path, Writer],
+    keep: Callable[[str], bool] | None = None,
+) -> int:
+    """Run the job as one of the ranks that torchrun started; rank 0 forgets, exports and compares results.
+
+    `keep` is as in `judge_baseline`.
+    """
+    with hold_as_rank(job, options.lock_timeout):
+        if not is_rank_0():
+            return work(job)
+        baseline = read_baseline(options)
+        forget()
+        with exported(results, writers):
+            code = work(job)
+    return judge_baseline(options, baseline, results, code, keep)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +10,11 @@ import msgspec
 
 from distbench.case.spec import FIELD_HINTS
 from distbench.cli.argument_types import whole
-from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import campaign, check_launch
-from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle
-from distbench.launcher.locks import hold
-from distbench.launcher.memory import check_device_memory
-from distbench.launcher.preflight import check_folder, check_path
-from distbench.launcher.resources import report_bytes
+from distbench.cli.launching import run_corpus
+from distbench.cli.options import add_case_options, add_launch, case_flags
 from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
-from distbench.report.journal import RESULTS, refuse_others
-from distbench.report.progress import Progress
+from distbench.report.journal import refuse_others, replace_results
 
 if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant
@@ -77,19 +70,11 @@ def _mutants(options: argparse.Namespace) -> int:
     asked = plan(ranks, options.seeds, only, case_flags(options), arms)
     entries = [run.entry for run in asked.runs]
     out = Path(options.out)
-    for path in filter(None, (options.out, options.json, options.write_docs)):
-        check_path(path)
-    check_folder(options.out, report_bytes(entry.case for entry in entries))
-    check_bundle(options)
-    tell_task()
-    devices = check_launch(entries)
-    options.max_faults = len(entries) + 1
-    with hold(out, devices, options.lock_timeout):
-        check_device_memory(entries, devices)
-        refuse_others(out, SUITE, lambda _: False)
-        if not options.resume:
-            (out / RESULTS).unlink(missing_ok=True)
-        campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
+
+    def forget() -> None:
+        (refuse_others if options.resume else replace_results)(out, SUITE, lambda _: False)
+
+    run_corpus(entries, options, forget, (options.json, options.write_docs))
     found = found_in(out, asked, ranks, options.seeds, SHARE if options.share is None else options.share)
     print_table(cells(found), COLUMNS)
     for line in closing_lines(found):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import prepare_ranks
+from distbench.cli.launching import hold_lab
 from distbench.cli.options import add_case_options, add_folder, case_flags
 from distbench.cli.torchrun_rank import alone
-from distbench.launcher.locks import hold
 from distbench.launcher.preflight import check_case, check_folder
 from distbench.report.bundle.findings import StageFinding
 from distbench.report.bundle.read import Bundle, open_bundle, runnable_case
 from distbench.report.console import print_line, print_table
-from distbench.tools.lab import Lab, signature
+from distbench.tools.lab import signature
 from distbench.tools.replay import compare
 from distbench.workload.version import other_inputs
 
@@ -99,10 +97,8 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     check_folder(options.out)
     if other := other_inputs(bundle.manifest.inputs_version):
         print_line(f"{other}: the run here has other inputs of the same seed, and its verdict may differ")
-    with hold(Path(options.out), (), options.lock_timeout):
-        prepare_ranks()
-        with Lab(Path(options.out)) as lab:
-            report = lab.run([case])[0]
+    with hold_lab(options) as lab:
+        report = lab.run([case])[0]
     replay = compare(bundle.report, report)
     rows = [(found.what, found.recorded, found.here) for found in replay.differences]
     if rows:

@@ -11,8 +11,8 @@ from distbench.case.entry import Entry
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.sglang_env import read_environment
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
-from distbench.cli.launching import campaign, check_launch, exported, follow_node_0, warnings
-from distbench.cli.multi_node import add_nodes, nodes_of, other_nodes
+from distbench.cli.launching import exported, follow_node_0, hold_bench, take_part, warnings
+from distbench.cli.multi_node import add_nodes
 from distbench.cli.options import (
     add_case_options,
     add_json,
@@ -24,11 +24,9 @@ from distbench.cli.options import (
     num_ranks,
     report_writers,
 )
-from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
+from distbench.cli.torchrun_rank import is_rank_0, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
 from distbench.launcher.job import Job
-from distbench.launcher.locks import hold
-from distbench.launcher.memory import check_device_memory
 from distbench.launcher.preflight import check_folder, check_path
 from distbench.launcher.resources import report_bytes
 from distbench.report.bundle.layout import bundle_folder
@@ -36,7 +34,7 @@ from distbench.report.bundle.read import open_bundle
 from distbench.report.console import print_line, print_report, print_start
 from distbench.report.export import STANDARD_OUTPUT, Writer
 from distbench.report.files import read_report
-from distbench.report.journal import RESULTS, refuse_others
+from distbench.report.journal import replace_results
 from distbench.report.progress import Progress
 from distbench.report.results import Results
 
@@ -90,14 +88,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
     out, baseline = Path(options.out), read_baseline(options)
-    devices = check_launch([entry], nodes_of(options))
     results = Results(out)
-    with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
-        check_device_memory([entry], devices)
-        _forget(out, paths)
+    with hold_bench([entry], options, lambda: _forget(out, paths)) as bench:
         print_start(entry.case)
         with exported(results, writers):
-            summary = campaign((entry,), options, Progress(1, quiet=True), paths, nodes.leader)
+            summary = bench.run(Progress(1, quiet=True), report_paths=paths)
         report = read_report(paths[0])
         print_report(report)
         for event in summary.events:
@@ -105,8 +100,8 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         if options.bundle and report.exit_code:
             _print_bundle(bundle_folder(options.bundle, entry.case))
         code = worst_exit_code((report.exit_code, summary.exit_code))
-        nodes.exit_code = judge_baseline(options, baseline, results, code)
-    return nodes.exit_code
+        bench.nodes.exit_code = judge_baseline(options, baseline, results, code)
+    return bench.nodes.exit_code
 
 
 def _print_bundle(folder: Path) -> None:
@@ -131,15 +126,7 @@ def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...]
         supervised=False,
         started=world_size() or 0,
     )
-    with hold_as_rank(job, options.lock_timeout):
-        if not is_rank_0():
-            return work(job)
-        baseline = read_baseline(options)
-        _forget(out, paths)
-        results = Results(out)
-        with exported(results, writers):
-            code = work(job)
-    return judge_baseline(options, baseline, results, code)
+    return take_part(job, options, lambda: _forget(out, paths), Results(out), writers)
 
 
 def _forget(out: Path, paths: tuple[str, ...]) -> None:
@@ -149,6 +136,6 @@ def _forget(out: Path, paths: tuple[str, ...]) -> None:
         InvalidCase: the folder holds other results.
 
     """
-    refuse_others(out, _SUITE, _NAME.__eq__)
-    for path in (*paths, str(out / RESULTS)):
+    replace_results(out, _SUITE, _NAME.__eq__)
+    for path in paths:
         Path(path).unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +11,12 @@ import msgspec
 
 from distbench.case.spec import FIELD_HINTS
 from distbench.cli.argument_types import whole
-from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import campaign, check_launch
-from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle
+from distbench.cli.launching import run_corpus
+from distbench.cli.options import add_case_options, add_launch, case_flags
 from distbench.errors import InvalidCase
-from distbench.launcher.locks import hold
-from distbench.launcher.memory import check_device_memory
-from distbench.launcher.preflight import check_folder, check_path
-from distbench.launcher.resources import report_bytes
 from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
-from distbench.report.journal import RESULTS, refuse_others
-from distbench.report.progress import Progress
+from distbench.report.journal import replace_results
 
 if TYPE_CHECKING:
     from distbench.tools.selftest.cases import FaultPlan
@@ -71,18 +64,11 @@ def _selftest(options: argparse.Namespace) -> int:
     asked = _chosen(every, options.faults)
     entries = [one.entry for one in asked.trials]
     out = Path(options.out)
-    for path in filter(None, (options.out, options.markdown)):
-        check_path(path)
-    check_folder(options.out, report_bytes(entry.case for entry in entries))
-    check_bundle(options)
-    tell_task()
-    devices = check_launch(entries)
-    options.max_faults = len(entries) + 1
-    with hold(out, devices, options.lock_timeout):
-        check_device_memory(entries, devices)
-        refuse_others(out, SUITE, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
-        (out / RESULTS).unlink(missing_ok=True)
-        campaign(entries, options, Progress(len(entries), quiet=not sys.stderr.isatty()))
+
+    def forget() -> None:
+        replace_results(out, SUITE, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
+
+    run_corpus(entries, options, forget, [options.markdown])
     found = outcomes(asked, out)
     print_line(f"self-test of {ran(found)}")
     print_table(cells(found), COLUMNS)

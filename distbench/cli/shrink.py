@@ -11,13 +11,11 @@ import msgspec
 from distbench.case.spec import DERIVED_KEYS, Case
 from distbench.case.suite import value_text
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import prepare_ranks
+from distbench.cli.launching import hold_lab
 from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
 from distbench.cli.torchrun_rank import alone
-from distbench.launcher.locks import hold
 from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically
-from distbench.tools.lab import Lab
 from distbench.tools.shrink import Shrunk, Step, shrink
 
 _SHRUNK = "shrunk.json"
@@ -44,10 +42,8 @@ def _shrink(options: argparse.Namespace) -> int:
     case = one_case(options.case, options)
     known = known_report(options.case, options)
     out = Path(options.out)
-    with hold(out, (), options.lock_timeout):
-        prepare_ranks()
-        with Lab(out) as lab:
-            found = shrink(lab, case, _tell, known)
+    with hold_lab(options) as lab:
+        found = shrink(lab, case, _tell, known)
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in DERIVED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
     _print(case, found)

@@ -15,8 +15,8 @@ from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import builtin_suites
 from distbench.cli.argument_types import duration, whole
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
-from distbench.cli.launching import campaign, check_launch, examined, exported, follow_node_0
-from distbench.cli.multi_node import add_nodes, nodes_of, other_nodes
+from distbench.cli.launching import examined, exported, follow_node_0, hold_bench, take_part
+from distbench.cli.multi_node import add_nodes
 from distbench.cli.options import (
     DEFAULT_OUT,
     add_case_options,
@@ -27,10 +27,9 @@ from distbench.cli.options import (
     num_ranks,
     report_writers,
 )
-from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
+from distbench.cli.torchrun_rank import is_rank_0, world_size
+from distbench.launcher.campaign import Rules
 from distbench.launcher.job import Job
-from distbench.launcher.locks import hold
-from distbench.launcher.memory import check_device_memory
 from distbench.launcher.preflight import check_folder, check_path
 from distbench.launcher.resources import report_bytes
 from distbench.launcher.time_budget import earliest_deadline
@@ -114,17 +113,16 @@ def _merged(suite: Suite) -> str:
 
 def _launch(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
     out, baseline = Path(options.out), read_baseline(options)
-    devices = check_launch(entries, nodes_of(options))
     progress = Progress(len(entries), quiet=options.quiet)
-    with hold(out, devices, options.lock_timeout), other_nodes(options) as nodes:
-        check_device_memory(entries, devices)
-        _forget(out, entries, options.rerun)
+    rules = Rules(retries=options.retries, max_faults=options.max_faults, deadline=options.deadline)
+    with hold_bench(entries, options, lambda: _forget(out, entries, options.rerun)) as bench:
         results = _results(out, entries)
         with exported(results, writers):
-            summary = campaign(entries, options, progress, leader=nodes.leader)
+            summary = bench.run(progress, rules)
         print_summary(summary, options.out)
-        nodes.exit_code = judge_baseline(options, baseline, results, summary.exit_code, _asked(entries, options))
-    return nodes.exit_code
+        code = judge_baseline(options, baseline, results, summary.exit_code, _asked(entries, options))
+        bench.nodes.exit_code = code
+    return bench.nodes.exit_code
 
 
 def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
@@ -137,15 +135,9 @@ def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers:
         quiet=options.quiet,
         deadline=options.deadline,
     )
-    with hold_as_rank(job, options.lock_timeout):
-        if not is_rank_0():
-            return work(job)
-        baseline = read_baseline(options)
-        _forget(Path(options.out), entries, options.rerun)
-        results = _results(Path(options.out), entries)
-        with exported(results, writers):
-            code = work(job)
-    return judge_baseline(options, baseline, results, code, _asked(entries, options))
+    out = Path(options.out)
+    results, asked = _results(out, entries), _asked(entries, options)
+    return take_part(job, options, lambda: _forget(out, entries, options.rerun), results, writers, asked)
 
 
 def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:

@@ -15,14 +15,12 @@ from distbench.case.resolve import Layer, load_case_file, resolve_case
 from distbench.case.sglang_env import read_environment
 from distbench.case.spec import Case, case_hash
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import campaign, check_launch, warnings
+from distbench.cli.launching import hold_bench, warnings
 from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle, num_ranks
 from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.experts.selection.choice import CURRENT, rules_for
 from distbench.experts.selection.releases import BucketRules, padded_rows
 from distbench.launcher.job import Job
-from distbench.launcher.locks import hold
-from distbench.launcher.memory import check_device_memory
 from distbench.launcher.preflight import check_folder, check_path
 from distbench.launcher.resources import report_bytes
 from distbench.report.console import print_sweep
@@ -73,12 +71,9 @@ def _sweep(options: argparse.Namespace) -> int:
                 _refuse_strangers(Path(options.out))
             return work(job)
     tell_task()
-    devices = check_launch(entries)
     out = Path(options.out)
-    with hold(out, devices, options.lock_timeout):
-        check_device_memory(entries, devices)
-        _refuse_strangers(out)
-        summary = campaign(entries, options, Progress(len(entries), quiet=False))
+    with hold_bench(entries, options, lambda: _refuse_strangers(out)) as bench:
+        summary = bench.run(Progress(len(entries), quiet=False))
         rows = read_rows(out / RESULTS, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
     print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))

@@ -217,6 +217,12 @@ def refuse_others(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
     _refuse(out, others, fix)
 
 
+def replace_results(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
+    """Remove the results in `out`; refuses as `refuse_others` does."""
+    refuse_others(out, suite, mine)
+    (out / RESULTS).unlink(missing_ok=True)
+
+
 def refuse_strangers(out: Path, suite: str, mine: Callable[[str], bool]) -> None:
     """Refuse to add results of `suite` to those of another one in `out`. Damaged lines are ignored.
 

@@ -18,7 +18,7 @@ from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.memory import check_memory
 from distbench.launcher.preflight import check_case
 from distbench.launcher.rank_pool import StandingRanks
-from distbench.report.journal import RESULTS, refuse_others
+from distbench.report.journal import RESULTS, replace_results
 from distbench.report.progress import Progress
 from distbench.report.schema import Report
 from distbench.verify.records import SEVERAL
@@ -70,8 +70,7 @@ class Lab:
         self._out = out
         self._reports: dict[str, Report] = {}
         self._ranks = StandingRanks()
-        refuse_others(out, _SUITE, lambda name: name.startswith(_TRIAL))
-        (out / RESULTS).unlink(missing_ok=True)
+        replace_results(out, _SUITE, lambda name: name.startswith(_TRIAL))
 
     def __enter__(self) -> Lab:  # noqa: PYI034 - Self comes with Python 3.11
         return self

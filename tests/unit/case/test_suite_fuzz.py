@@ -207,10 +207,10 @@ def test_damaged_case_file_is_read_or_refused_in_one_line(
 def told(*arguments: str) -> tuple[int, str]:
     """Exit code and standard error of a command that starts no ranks."""
     said = io.StringIO()
+    ended = Unsupported("a valid case") if arguments[0] == "run" else [Summary()]
     with (
-        patch("distbench.cli.suite.campaign", return_value=Summary()),
+        patch("distbench.cli.launching.Bench.run", side_effect=ended),
         patch("distbench.cli.suite.print_summary"),
-        patch("distbench.cli.run.campaign", side_effect=Unsupported("a valid case")),
         contextlib.redirect_stderr(said),
     ):
         return main(arguments), said.getvalue()

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from distbench.cli import launching
 from distbench.cli.launcher_tasks import refuse_tasks, tell_task
 from distbench.cli.main import main
 from distbench.errors import InvalidCase
@@ -110,7 +111,8 @@ def test_single_node_command_started_as_a_launcher_task_prints_a_note(
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "1")
     module = importlib.import_module(f"distbench.cli.{command}")
-    for name in ("check_launch", "one_case", "runnable_case", "_shape"):  # what comes next
+    monkeypatch.setattr(launching, "check_launch", stop)  # what comes next
+    for name in ("one_case", "runnable_case", "_shape"):
         monkeypatch.setattr(module, name, stop, raising=False)
     monkeypatch.setattr(module, "open_bundle", Mock(), raising=False)
     monkeypatch.setattr(module, "_analyse", Mock(), raising=False)

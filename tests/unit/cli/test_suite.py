@@ -17,7 +17,6 @@ from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli import launching
 from distbench.cli import run as run_command
-from distbench.cli import suite as suite_command
 from distbench.cli import sweep as sweep_command
 from distbench.cli import torchrun_rank as rank_command
 from distbench.cli.main import main
@@ -435,7 +434,7 @@ def test_ranks_under_torchrun_count_devices_themselves(
         jobs.append(job)
         return 7
 
-    monkeypatch.setattr(suite_command, "work", work)
+    monkeypatch.setattr(launching, "work", work)
     monkeypatch.setattr(rank_command, "_all_held", lambda *_, **__: contextlib.nullcontext())
     file = included(
         tmp_path / "odd.json", {"name": "cuda", "device": "cuda"}, {"name": "odd", "expect": "INVALID", "topk": 99}
