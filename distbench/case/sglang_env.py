@@ -1,6 +1,6 @@
 """The environment of SGLang's MoRI path, parsed as production does, except that nothing is ignored silently.
 
-Sources: SGLang's `environ.py` and `moriep.py` by release (sglang.py), MoRI's `env_utils.hpp`, and aiter's
+Sources: SGLang's `environ.py` and `moriep.py` by release (sglang_releases.py), MoRI's `env_utils.hpp`, and aiter's
 `fused_moe.py`; docs/production.md has them as a table.
 """
 

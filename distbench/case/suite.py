@@ -1,4 +1,4 @@
-"""Suites: many cases from one file (suite_files.py has the format), each with its expected ending."""
+"""Suites: many cases from one file (suite_file.py has the format), each with its expected ending."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def unused_keys(case: Case, sources: Mapping[str, str]) -> tuple[str, ...]:
     """One line that lists the keys with values and reasons, or none.
 
     `sources` is the origin of each key's value. Values of the environment have a line of their own
-    (unused_variables.py), and a value that equals the default asks for nothing.
+    (launcher/unused_variables.py), and a value that equals the default asks for nothing.
     """
     reasons: dict[str, list[str]] = {}
     for key, default in FIELD_DEFAULTS.items():

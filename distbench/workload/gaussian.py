@@ -7,7 +7,7 @@ Drawing each weight would cost too much. For each of w1 and w2 a pool of 2**14 v
 the same for all seeds. A row takes consecutive values and signs, one of each for a column, from two places that a
 permutation of 32 bits, keyed by the seed, makes of the row's number. No two rows share both places, so rows of
 different experts differ. The terms of a product of two rows have independent signs, so rows are no more correlated than
-if each value had been drawn (test_gaussian.py).
+if each value had been drawn (tests/unit/workload/test_gaussian.py).
 """
 
 from __future__ import annotations
