@@ -35,7 +35,7 @@ from distbench.launcher.resources import report_bytes
 from distbench.launcher.time_budget import earliest_deadline
 from distbench.report.console import print_note, print_summary
 from distbench.report.export import Writer
-from distbench.report.journal import expect_anew, filter_journal, forget_cases, refuse_strangers, unfinished
+from distbench.report.journal import filter_journal, forget_cases, refuse_strangers, resume_journal, unfinished
 from distbench.report.progress import Progress
 from distbench.report.results import Results
 
@@ -152,7 +152,7 @@ def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
     if rerun == "all":
         forget_cases(out, chosen)
     elif rerun == "failed":
-        expect_anew(out, entries)
+        resume_journal(out, entries)
         filter_journal(out, lambda line: line.as_expected or line.case.hash not in chosen)
 
 

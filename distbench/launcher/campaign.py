@@ -32,16 +32,15 @@ from distbench.report.bundle.layout import NOTHING_RECORDED, Recorded, bundle_fo
 from distbench.report.bundle.manifest import without_a_bundle, write_manifest
 from distbench.report.document import build_report, rate_report
 from distbench.report.environment import capture_environment
-from distbench.report.files import write_atomically, write_report
+from distbench.report.files import write_atomically
 from distbench.report.journal import (
     RESULTS,
     Journal,
     JournalReader,
     Line,
     Summary,
-    expect_anew,
     filter_journal,
-    repair_journal,
+    resume_journal,
 )
 from distbench.report.progress import Progress
 from distbench.report.sink import refusal
@@ -82,8 +81,7 @@ class Campaign:
 
         `bundle` is as in `Job`. `launch` runs a job to its end; the default is `supervise`.
         """
-        repair_journal(out)
-        expect_anew(out, entries)
+        resume_journal(out, entries)
         self._entries = entries
         self._out = out
         self._rules = rules
@@ -273,11 +271,8 @@ class Campaign:
         devices = ["cpu" if entry.case.device == "cpu" else machine.device for machine in where.values()]
         environment = capture_environment(os.environ, list(hosts.values()), devices)
         report = build_report(entry, outcome, environment=environment, wall_s=0.0)
-        journal = Journal(self._out)
-        journal.append(report)
-        journal.close()
-        for path in job.report_paths:
-            write_report(Path(path), report)
+        with Journal(self._out, job.report_paths) as journal:
+            journal.append(report)
         if job.bundle and job.failed(report.exit_code, as_expected=report.as_expected):
             folder = bundle_folder(job.bundle, entry.case)
             with without_a_bundle(entry.name):

@@ -1,4 +1,4 @@
-"""`results.jsonl`: one report a line, on disk before the next case begins."""
+"""`results.jsonl`: one report a line, on disk before the next case begins. All results are written here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distbench.case.entry import Entry
 from distbench.case.expectations import is_met
 from distbench.case.spec import case_hash
 from distbench.errors import OUT_OF_TIME, DistbenchError, InvalidCase, ResultsLost, Verdict
-from distbench.report.files import atomic_file, naming, sync_folder
+from distbench.report.files import atomic_file, naming, sync_folder, write_report
 from distbench.report.findings import FindingReport, codes_behind
 from distbench.report.limit import LimitReport
 from distbench.report.schema import SCHEMA, RateReport, Report
@@ -71,10 +71,17 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Journal:
-    """Appends reports. Locks the file, so that it waits for a writer left over from another launch."""
+    """Writes reports: rank 0 those of its cases, the supervisor those of cases that lost their ranks.
 
-    def __init__(self, out: Path) -> None:
-        """Open `out`/results.jsonl, created if missing, and cut off an incomplete last line."""
+    Locks the file, so that it waits for a writer left over from another launch.
+    """
+
+    def __init__(self, out: Path, report_paths: Sequence[str] = ()) -> None:
+        """Open `out`/results.jsonl, created if missing, and cut off an incomplete last line.
+
+        Each report is also written whole to each of `report_paths`.
+        """
+        self._report_paths = [Path(path) for path in report_paths]
         self._path = out / RESULTS
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
@@ -82,13 +89,21 @@ class Journal:
         if not os.fstat(self._descriptor).st_size:
             sync_folder(out)
 
+    def __enter__(self) -> Journal:  # noqa: PYI034 - Self comes with Python 3.11
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def append(self, report: Report) -> None:
-        """Write one line and return when it is on disk."""
+        """Write one line and the whole documents, and return when they are on disk."""
         line = memoryview(msgspec.json.encode(report) + b"\n")
         with naming(self._path):
             while line:
                 line = line[os.write(self._descriptor, line) :]
             os.fsync(self._descriptor)
+        for path in self._report_paths:
+            write_report(path, report)
 
     def close(self) -> None:
         """Close the file."""
@@ -260,13 +275,14 @@ def _readable(out: Path) -> Iterator[Line]:
                 yield _decode(raw, str(path))
 
 
-def expect_anew(out: Path, entries: Iterable[Entry]) -> None:
-    """Judge the results of `entries` by their current expectations, and rewrite those judged by other ones.
+def resume_journal(out: Path, entries: Iterable[Entry]) -> None:
+    """Cut off an incomplete last line, and judge the results of `entries` by their current expectations.
 
     Raises:
         InvalidCase: a complete line is no report.
 
     """
+    repair_journal(out)
     wanted = {case_hash(entry.case): entry for entry in entries}
     lines = ((line, wanted.get(line.case.hash)) for line in JournalReader(out).new_lines())
     if all(entry is None or line.expect == entry.expect for line, entry in lines):

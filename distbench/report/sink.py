@@ -1,4 +1,4 @@
-"""Output of finished cases, on rank 0."""
+"""Results of the cases of a launch, on rank 0."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from distbench.case.spec import case_hash
 from distbench.errors import Verdict, suite_code
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
-from distbench.report.files import write_report
-from distbench.report.journal import Journal, JournalReader, expect_anew, repair_journal
+from distbench.report.journal import Journal, JournalReader, resume_journal
 from distbench.report.schema import Report
 from distbench.verify.records import Judgement, Outcome, Reason
 
@@ -30,17 +29,16 @@ class Sink:
         self, out: Path, entries: Sequence[Entry], report_paths: Sequence[str] = (), *, prints: bool = False
     ) -> None:
         """Open the journal in `out`, and read which of `entries` it already holds."""
-        self._report_paths = [Path(path) for path in report_paths]
+        self._alone = bool(report_paths)
         self._prints = prints
-        repair_journal(out)
-        expect_anew(out, entries)
+        resume_journal(out, entries)
         wanted = {case_hash(entry.case) for entry in entries}
         self.codes = {
             line.case.hash: suite_code(line.exit_code, as_expected=line.as_expected)
             for line in JournalReader(out).new_lines()
             if line.case.hash in wanted
         }
-        self._journal = Journal(out)
+        self._journal = Journal(out, report_paths)
         for entry in entries:
             if entry.refused and case_hash(entry.case) not in self.codes:
                 self.put(entry, refusal(entry), wall_s=0.0)
@@ -51,10 +49,7 @@ class Sink:
         environment = capture_environment(os.environ, [one.host for one in records], [one.device for one in records])
         report = build_report(entry, outcome, environment=environment, wall_s=wall_s)
         self._journal.append(report)
-        for path in self._report_paths:
-            write_report(path, report)
-        alone = bool(self._report_paths)
-        code = report.exit_code if alone else suite_code(report.exit_code, as_expected=report.as_expected)
+        code = report.exit_code if self._alone else suite_code(report.exit_code, as_expected=report.as_expected)
         self.codes[report.case["hash"]] = code
         if self._prints:
             self._print(report)
@@ -67,7 +62,7 @@ class Sink:
     def _print(self, report: Report) -> None:
         from distbench.report import console  # noqa: PLC0415 - only where something is printed
 
-        if self._report_paths:
+        if self._alone:
             console.print_report(report)
         else:
             console.print_line(console.case_line(report))

@@ -26,7 +26,6 @@ from distbench.launcher.job import Job
 from distbench.launcher.postmortem import LaunchFailure
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
-from distbench.report.files import write_report
 from distbench.report.journal import RESULTS, Journal
 from distbench.report.sink import Sink
 from distbench.utils.signals import Interrupted
@@ -55,13 +54,11 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
         def supervise(job: Job, *_: Any) -> None:
             launches.append([entry.name for entry in job.entries])
-            journal = Journal(Path(job.out))
+            journal = Journal(Path(job.out), job.report_paths)
             for number, entry in enumerate(job.entries):
                 outcome = Outcome(entry.case, Judgement(verdicts.get(entry.case.seed, Verdict.PASS), [], None))
                 report = build_report(entry, outcome, environment=NOWHERE, wall_s=len(launches) + number / 8)
                 journal.append(report)
-                for path in job.report_paths:
-                    write_report(Path(path), report)
             journal.close()
 
         monkeypatch.setattr(campaign, "supervise", supervise)

@@ -21,7 +21,7 @@ from distbench.report.bundle.analysis import analyse
 from distbench.report.bundle.layout import MANIFEST, REPORT, part_name
 from distbench.report.bundle.read import Bundle, open_bundle
 from distbench.report.files import read_report
-from distbench.report.journal import JournalReader, expect_anew, unfinished
+from distbench.report.journal import JournalReader, resume_journal, unfinished
 from distbench.report.results import Results
 from distbench.workload.inputs import Workload
 from distbench.workload.version import INPUTS_VERSION
@@ -75,7 +75,7 @@ def test_a_suite_resumes_over_an_old_journal(name: str, tmp_path: Path) -> None:
     lines = list(JournalReader(tmp_path).new_lines())
     assert [line.verdict.value for line in lines] == JOURNALS[name]
     assert len(unfinished(tmp_path, entries)) == len(entries)  # a case now has further keys, and another hash
-    expect_anew(tmp_path, entries)
+    resume_journal(tmp_path, entries)
     assert len(list(JournalReader(tmp_path).new_lines())) == len(lines)
 
 
