@@ -74,7 +74,7 @@ def _sweep(options: argparse.Namespace) -> int:
     out = Path(options.out)
     with hold_bench(entries, options, lambda: _refuse_strangers(out)) as bench:
         summary = bench.run(Progress(len(entries), quiet=False))
-        rows = read_rows(out / RESULTS, [case_hash(entry.case) for entry in entries])
+        rows = read_rows(out, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
     print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))
     return summary.exit_code

@@ -17,8 +17,7 @@ from distbench.case.spec import case_hash
 from distbench.errors import OUT_OF_TIME, DistbenchError, InvalidCase, ResultsLost, Verdict
 from distbench.report.files import atomic_file, naming, sync_folder, write_report
 from distbench.report.findings import FindingReport, codes_behind
-from distbench.report.limit import LimitReport
-from distbench.report.schema import SCHEMA, RateReport, Report
+from distbench.report.schema import SCHEMA, RateReport, Report, ReportView
 from distbench.utils.text import one_line
 from distbench.verify.records import Reason
 
@@ -39,23 +38,15 @@ class _Injected(msgspec.Struct, frozen=True):
     name: str
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a report that progress and resuming need; the rest of its line is ignored."""
+class Line(ReportView, frozen=True, kw_only=True):
+    """The part of a report that progress and resuming need."""
 
-    schema: str
-    suite: str = ""
-    name: str
-    verdict: Verdict
-    exit_code: int
-    expect: str
-    as_expected: bool
     case: _Hash
     timing: _Wall
-    limit: LimitReport | None
-    injected: list[_Injected] = []
+    injected: list[_Injected] = msgspec.field(default_factory=list)
     rate: RateReport | None = None
-    reasons: list[Reason] = []
-    findings: list[FindingReport] = []
+    reasons: list[Reason] = msgspec.field(default_factory=list)
+    findings: list[FindingReport] = msgspec.field(default_factory=list)
 
     @property
     def exposed(self) -> RateReport | None:
@@ -162,6 +153,13 @@ def _decode(raw: bytes, where: str) -> Line:
         message = f"{where}: schema {line.schema!r}, known is {SCHEMA}; use --rerun all"
         raise InvalidCase(message)
     return line
+
+
+def read_reports(out: Path) -> Iterator[Report]:
+    """Yield the whole reports of a journal that no other process writes."""
+    decoder = msgspec.json.Decoder(Report)
+    with (out / RESULTS).open("rb") as lines:
+        yield from map(decoder.decode, lines)
 
 
 def unfinished(out: Path, entries: Iterable[Entry], keep: Callable[[Line], bool] = lambda _: True) -> list[Entry]:

@@ -8,12 +8,11 @@ from typing import Any
 
 import msgspec
 
-from distbench.errors import InvalidCase, Verdict, suite_code, worst_exit_code
+from distbench.errors import InvalidCase, suite_code, worst_exit_code
 from distbench.report.document import DEVICE_CLOCK
 from distbench.report.environment import NO_ENVIRONMENT, Environment
 from distbench.report.journal import RESULTS, Summary
-from distbench.report.limit import LimitReport
-from distbench.report.schema import SCHEMA
+from distbench.report.schema import SCHEMA, ReportView
 from distbench.utils.text import one_line
 from distbench.verify.records import Diagnosis, Reason
 
@@ -51,28 +50,20 @@ class StageTime(msgspec.Struct, frozen=True):
     timed: bool = False
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """The parts of a report that exports and comparisons need (docs/report-format.md); the rest is ignored."""
+class Result(ReportView, frozen=True, kw_only=True):
+    """The part of a report that exports and comparisons need (docs/report-format.md)."""
 
-    schema: str
-    suite: str = ""
-    name: str
     tags: tuple[str, ...]
-    verdict: Verdict
-    exit_code: int
-    expect: str
-    as_expected: bool
     reasons: list[Reason]
     emulated: bool
     stand_ins: list[str]
     case: dict[str, Any]
-    limit: LimitReport | None
     ranks: list[ResultRank]
     lost: ResultLost
     diagnosis: list[Diagnosis]
     timing: dict[str, Any]
     ended: str = ""
-    method: dict[str, Any] = {}
+    method: dict[str, Any] = msgspec.field(default_factory=dict)
     environment: Environment = NO_ENVIRONMENT
 
     @property

@@ -129,3 +129,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ended: str = ""
     method: dict[str, Any] = {}
     memory: dict[str, Any]
+
+
+class ReportView(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of structs that read part of a report, ignoring its other keys: the keys that every reader needs.
+
+    A unit test holds keys and types of all views to those of `Report`. A view may have a default for a key that newer
+    reports always have.
+    """
+
+    schema: str
+    suite: str = ""
+    name: str
+    verdict: Verdict
+    exit_code: int
+    expect: str
+    as_expected: bool
+    limit: LimitReport | None

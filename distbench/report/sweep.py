@@ -9,6 +9,7 @@ import msgspec
 
 from distbench.case.limits import LimitProof
 from distbench.report.console import label_beside
+from distbench.report.journal import read_reports
 from distbench.report.schema import Report
 
 COLUMNS = (
@@ -45,14 +46,12 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
         return (self.limit, rows, self.status, self.kernel, *times, ratio, gib, self.verdict)
 
 
-def read_rows(journal: Path, hashes: Sequence[str]) -> list[SweepRow]:
+def read_rows(out: Path, hashes: Sequence[str]) -> list[SweepRow]:
     """Rows of the cases with `hashes`, in this order; a case without a result has none."""
     found: dict[str, SweepRow] = {}
-    with journal.open("rb") as lines:
-        for line in lines:
-            report = msgspec.json.decode(line, type=Report)
-            if report.case["hash"] in hashes:
-                found.setdefault(report.case["hash"], sweep_row(report))
+    for report in read_reports(out):
+        if report.case["hash"] in hashes:
+            found.setdefault(report.case["hash"], sweep_row(report))
     return [found[one] for one in hashes if one in found]
 
 

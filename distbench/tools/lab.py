@@ -18,7 +18,7 @@ from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.memory import check_memory
 from distbench.launcher.preflight import check_case
 from distbench.launcher.rank_pool import StandingRanks
-from distbench.report.journal import RESULTS, replace_results
+from distbench.report.journal import read_reports, replace_results
 from distbench.report.progress import Progress
 from distbench.report.schema import Report
 from distbench.verify.records import SEVERAL
@@ -131,16 +131,9 @@ class Lab:
         progress = Progress(len(entries), quiet=not sys.stderr.isatty())
         rules = Rules(max_faults=max_faults)
         Campaign(entries, self._out, rules, progress, launch=self._ranks.run).run()
-        self._reports |= self._read(set(new))
-
-    def _read(self, wanted: set[str]) -> dict[str, Report]:
-        found = {}
-        with (self._out / RESULTS).open("rb") as file:
-            for line in file:
-                report = msgspec.json.decode(line, type=Report)
-                if report.case["hash"] in wanted:
-                    found[str(report.case["hash"])] = report
-        return found
+        self._reports |= {
+            report.case["hash"]: report for report in read_reports(self._out) if report.case["hash"] in new
+        }
 
 
 def varied(case: Case, **changes: Any) -> Case:

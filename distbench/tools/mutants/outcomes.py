@@ -11,7 +11,7 @@ import msgspec
 from distbench.errors import Verdict
 from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.rules import RULES
-from distbench.report.journal import RESULTS
+from distbench.report.journal import read_reports
 from distbench.report.schema import Report
 from distbench.tools.mutants.plan import NUMERICS, MutantPlan, Run
 
@@ -104,7 +104,7 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 def found_in(out: Path, asked: MutantPlan, ranks: int, seeds: int, share: float = SHARE) -> Found:
     """Outcomes from the reports in `out` for the plan."""
-    reports = _reports(out)
+    reports = {report.name: report for report in read_reports(out)}
     by_mutant: dict[str, list[Run]] = {}
     for run in asked.runs:
         by_mutant.setdefault(run.mutant, []).append(run)
@@ -130,12 +130,6 @@ def found_in(out: Path, asked: MutantPlan, ranks: int, seeds: int, share: float 
 def alarmed(report: Report) -> bool:
     """Whether a report says that something is wrong."""
     return report.verdict in _ALARMS
-
-
-def _reports(out: Path) -> dict[str, Report]:
-    decoder = msgspec.json.Decoder(Report)
-    with (out / RESULTS).open("rb") as lines:
-        return {report.name: report for report in map(decoder.decode, lines)}
 
 
 def _tried(mutant: Mutant, runs: Sequence[Run], reports: Mapping[str, Report]) -> Tried:

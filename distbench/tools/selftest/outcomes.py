@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from distbench.errors import Verdict
-from distbench.report.journal import RESULTS
+from distbench.report.journal import read_reports
 from distbench.report.schema import Report
 from distbench.tools.selftest.cases import DEAD, FaultPlan, FaultTrial
 from distbench.verify.records import SEVERAL
@@ -79,7 +79,7 @@ def outcomes(asked: FaultPlan, out: Path) -> Outcomes:
     alarms: list[str] = []
     not_tried = dict(asked.impossible)
     seen = clean = 0
-    for report in _reports(out):
+    for report in read_reports(out):
         trial = by_name.get(report.name)
         if trial is None:
             continue
@@ -111,12 +111,6 @@ def is_clean(report: Report) -> bool:
     if report.verdict is not Verdict.NONDETERMINISTIC:
         return report.verdict is Verdict.PASS
     return any(rank.kernels["padded"].get("stage2_mode") == "atomic" for rank in report.ranks)
-
-
-def _reports(out: Path) -> Iterator[Report]:
-    with (out / RESULTS).open("rb") as lines:
-        for line in lines:
-            yield msgspec.json.decode(line, type=Report)
 
 
 def result_of(trial: FaultTrial, report: Report) -> TrialResult:
