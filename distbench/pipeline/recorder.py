@@ -1,4 +1,4 @@
-"""Rows that one rank records during its passes, for a bundle (bundle/); nothing is kept unless requested."""
+"""Rows that one rank records during its passes, for a bundle (report/bundle/); nothing is kept unless requested."""
 
 from __future__ import annotations
 

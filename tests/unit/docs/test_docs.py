@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
@@ -46,6 +52,117 @@ def test_index_lists_every_page_of_docs() -> None:
     index = ROOT / "docs" / "README.md"
     listed = {(index.parent / link).resolve() for link in _LINK.findall(index.read_text(encoding="utf-8"))}
     assert {page for page in PAGES if page.parent.is_relative_to(index.parent) and page != index} <= listed
+
+
+# Files of other projects that pages, docstrings and comments name.
+OF_OTHERS = {
+    "aiter/fused_moe.py": "aiter",
+    "aiter/test_common.py": "aiter",
+    "csrc/ck_gemm_moe_2stages_codegen/gen_instances.py": "aiter",
+    "fused_moe.py": "aiter",
+    "gen_instances.py": "aiter",
+    "op_tests/test_moe_2stage.py": "aiter",
+    "ops/quant.py": "aiter",
+    "quant.py": "aiter",
+    "deep_ep/utils/math.py": "DeepEP",
+    "tests/legacy/test_low_latency.py": "DeepEP",
+    "environ.py": "SGLang",
+    "moe_runner/aiter.py": "SGLang",
+    "moriep.py": "SGLang",
+    "test/registered/moe/test_fused_moe.py": "SGLang",
+    "token_dispatcher/moriep.py": "SGLang",
+    "tests/kernels/moe/test_flashinfer_nvfp4_cosine_similarity.py": "vLLM",
+    "tests/kernels/moe/test_moe.py": "vLLM",
+}
+PLANNED = {"api.py"}
+"""Reserved in docs/architecture.md."""
+# Pages of docs/measurements/ name files as they were at their date.
+CURRENT_PAGES = [page for page in PAGES if page.parent.name != "measurements"]
+SOURCES = [path for folder in ("distbench", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
+_FILE = re.compile(r"(?<![\w./{*-])[\w.-]+(?:/[\w.-]+)*\.py\b(?!\()")
+
+
+def missing_files(text: str, *folders: Path) -> set[str]:
+    """Python files that a text names, that no folder has, and that are not of another project."""
+    named = set(_FILE.findall(text)) - OF_OTHERS.keys() - PLANNED
+    return {name for name in named if not any((folder / name).is_file() for folder in folders)}
+
+
+@cache
+def named_in_sources() -> dict[Path, str]:
+    """Docstrings and comments that name a Python file, by source."""
+    texts = {path: path.read_text(encoding="utf-8") for path in SOURCES}
+    return {path: "\n".join(prose(text)) for path, text in texts.items() if _FILE.search(text)}
+
+
+def prose(source: str) -> Iterator[str]:
+    """Docstrings and comments of a Python source."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield str(node.value.value)  # below an attribute
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.string
+
+
+@pytest.mark.parametrize("page", CURRENT_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist_in_the_root_or_in_distbench(page: Path) -> None:
+    text = re.sub(r"^    .*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)  # commands and sketches
+    assert not missing_files(text, ROOT, ROOT / "distbench")
+
+
+def test_files_that_docstrings_and_comments_name_exist_in_the_root_in_distbench_or_beside_them() -> None:
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, text in named_in_sources().items()
+        for name in missing_files(text, ROOT, ROOT / "distbench", path.parent)
+    }
+    assert not missing
+
+
+def test_a_file_that_was_moved_is_missing_where_a_text_names_it() -> None:
+    text = "`passes.py`, `pipeline/passes.py`, distbench/case/spec.py, `aiter/fused_moe.py` and nodes/proof.py."
+    assert missing_files(text, ROOT, ROOT / "distbench") == {"passes.py", "nodes/proof.py"}
+
+
+def test_files_of_other_projects_are_named_somewhere_and_are_none_of_ours() -> None:
+    texts = [*(page.read_text(encoding="utf-8") for page in CURRENT_PAGES), *named_in_sources().values()]
+    named = {name for text in texts for name in _FILE.findall(text)}
+    assert OF_OTHERS.keys() <= named
+    assert not [name for name in OF_OTHERS if (ROOT / name).exists() or (ROOT / "distbench" / name).exists()]
+
+
+def package_map() -> dict[str, str]:
+    """Rows of the package map in docs/architecture.md, by package."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| `(\w+)/` \|(.*)$", text, re.MULTILINE))
+
+
+def test_package_map_lists_every_module_of_every_package() -> None:
+    found = {
+        package.name: {path.stem for path in package.iterdir() if not path.name.startswith("__")}
+        for package in (ROOT / "distbench").iterdir()
+        if (package / "__init__.py").exists()
+    }
+    assert {name: set(re.findall(r"`(\w+)`", row)) for name, row in package_map().items()} == found
+
+
+def test_package_map_has_the_order_of_the_import_contract() -> None:
+    contracts = msgspec.toml.decode((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    packages = [name for layer in layers for name in layer.split(" | ")]
+    assert [name for name in packages if (ROOT / "distbench" / name).is_dir()] == [*package_map()]
+
+
+def test_reading_tour_has_seven_files() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    tour = re.findall(r"^\d\. `([^`]+)`", text.partition("## Reading tour")[2].partition("## ")[0], re.MULTILINE)
+    assert len(tour) == 7
+    assert all((ROOT / "distbench" / name).is_file() for name in tour)
 
 
 def test_picture_of_the_flow_is_drawn_from_its_source(tmp_path: Path) -> None:
