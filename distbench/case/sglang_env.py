@@ -34,7 +34,7 @@ from distbench.case.sglang_releases import (
     sglang_enables,
 )
 from distbench.errors import InvalidCase
-from distbench.utils.versions import version_key
+from distbench.utils.versions import release_of
 
 LAUNCH_MODE = "MORI_EP_LAUNCH_CONFIG_MODE"
 
@@ -113,7 +113,7 @@ def sglang_layer(layers: Sequence[Layer]) -> Layer:
         installed = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         return Layer("", {})
-    found, first = version_key(installed), version_key(FIRST)
+    found, first = release_of(installed), release_of(FIRST)
     return Layer("installed sglang", {"sglang_version": installed} if found and first and found >= first else {})
 
 

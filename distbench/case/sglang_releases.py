@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import msgspec
+from packaging.version import Version
 
 from distbench.errors import InvalidCase
-from distbench.utils.versions import VersionKey, version_key
+from distbench.utils.versions import release_of
 
 NEWEST = "0.5.23"
 """The newest release whose source was read; later ones are assumed to be like it."""
@@ -138,14 +139,14 @@ def sglang_enables(text: str) -> bool:
     return text.lower() in _YES
 
 
-def _next(version: str) -> VersionKey:
+def _next(version: str) -> Version:
     """Key of the release after `version`, so that its post releases belong to it."""
     head, _, last = version.rpartition(".")
     return _key(f"{head}.{int(last) + 1}.dev0")
 
 
-def _key(version: str) -> VersionKey:
-    key = version_key(version)
+def _key(version: str) -> Version:
+    key = release_of(version)
     if key is None:
         message = f"sglang_version = {version!r:.80}: no release; give one such as {NEWEST}"
         raise InvalidCase(message)

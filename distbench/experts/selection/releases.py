@@ -7,9 +7,10 @@ Each entry of `BUCKET_RULES` was read from the sources at the release tag that i
 from __future__ import annotations
 
 import msgspec
+from packaging.version import Version
 
 from distbench.errors import InvalidCase
-from distbench.utils.versions import VersionKey, version_key
+from distbench.utils.versions import release_of
 
 
 class BucketRules(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,8 +103,8 @@ def rules_for(version: str) -> BucketRules:
     """
     if not version:
         return CURRENT
-    wanted = _version_key(version)
-    known = [name for name in BUCKET_RULES if _version_key(name) <= wanted]
+    wanted = _release(version)
+    known = [name for name in BUCKET_RULES if _release(name) <= wanted]
     if not known:
         message = (
             f"aiter version {version!r}: no rules are known before {next(iter(BUCKET_RULES))}; for a build without git "
@@ -122,8 +123,8 @@ def padded_rows(rows: int, rules: BucketRules = CURRENT) -> int:
     return max(rules.floor, 1 << (rows - 1).bit_length())
 
 
-def _version_key(version: str) -> VersionKey:
-    key = version_key(version)
+def _release(version: str) -> Version:
+    key = release_of(version)
     if key is None:
         message = f"aiter version {version!r:.80}: not a release such as 0.1.7.post2.dev18 or 0.1.20; set aiter_version"
         raise InvalidCase(message)

@@ -25,7 +25,7 @@ from distbench.transport.mori.config import (
     plan_mori,
 )
 from distbench.utils.amd_arch import fp8_format
-from distbench.utils.versions import version_key
+from distbench.utils.versions import release_of
 
 _MORI: tuple[Path, ...] = ("mori",)
 _ARCHITECTURES = ("gfx942", "gfx950")
@@ -91,7 +91,7 @@ def _mori(packages: Mapping[str, str]) -> Fact:
         return _missing("mori", "not installed", "pip install amd-mori, or use a container that has it (docs/amd.md)")
     if len(installed) > 1:
         return _degraded("mori", f"{found} are both installed, and hold the same modules", "pip uninstall one of them")
-    key, last = version_key(next(iter(installed.values()))), version_key(_LAST_WITHOUT_BARRIER)
+    key, last = release_of(next(iter(installed.values()))), release_of(_LAST_WITHOUT_BARRIER)
     if key is None:
         return _degraded("mori", f"{found}: not a version that can be compared", "install a release, such as 1.2.4")
     if last is not None and key <= last:
@@ -112,7 +112,7 @@ def _aiter(version: str) -> Fact:
         rules = rules_for(version)
     except InvalidCase as error:
         return _degraded("aiter", f"{version}: {error}", "install a release, or give --aiter-version with each run")
-    if rules.fp8_split_columns and version_key(version) not in map(version_key, _SPLIT_K_FIXED):
+    if rules.fp8_split_columns and release_of(version) not in map(release_of, _SPLIT_K_FIXED):
         fix = f"keep to bf16, or AITER_KSPLIT=-1 for tuned rows; {' and '.join(_SPLIT_K_FIXED)} were right"
         return _degraded("aiter", f"{version}: fp8 split-k of few rows adds to memory never zeroed (#3997)", fix)
     return _ok("aiter", f"{version}: buckets of rows end at {rules.tiers[-1]}, a limit above that keeps the kernel")

@@ -15,7 +15,7 @@ from distbench.case.sglang_releases import SDMA, enables, sglang_enables
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.transport.mori.heap_size import parse_heap_size
-from distbench.utils.versions import version_key
+from distbench.utils.versions import release_of
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
 SHMEM_MODE = "MORI_SHMEM_MODE"
@@ -161,7 +161,7 @@ def lost_chunks(kernel: str, rdma_blocks: int, version: str) -> str:
     Releases before 1.2.4 index the part of a chunk by the block, not by the loop iteration (mori #507). A version that
     cannot be compared counts as affected.
     """
-    key, fixed = version_key(version), version_key(_FIRST_WITH_WHOLE_CHUNKS)
+    key, fixed = release_of(version), release_of(_FIRST_WITH_WHOLE_CHUNKS)
     if kernel != "InterNodeV1" or rdma_blocks % _RECEIVING_BLOCKS == 0 or (key and fixed and key >= fixed):
         return ""
     return (
