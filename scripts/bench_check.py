@@ -17,13 +17,14 @@ import torch
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.run_case import run_case
 
 BOUND = 0.25
-CHECKS = ("check", "gather")
+CHECKS = (Stage.CHECK, Stage.GATHER)
 ROUNDS = 3
 TIMEOUT_S = 300.0
 
@@ -36,7 +37,7 @@ class Clock(Heartbeat):
         self._stage, self._since = "", 0.0
         super().__init__(None)
 
-    def mark(self, stage: str) -> None:
+    def mark(self, stage: Stage) -> None:
         """See `Heartbeat.mark`."""
         now = _now()
         if self._stage:
@@ -63,9 +64,9 @@ def _share(session: Session, clock: Clock, case: Case) -> float:
     clock.seconds.clear()
     start = _now()
     outcome = run_case(session, case)
-    clock.mark("done")
+    clock.mark(Stage.DONE)
     whole = _now() - start
-    spent = {stage: seconds for stage, seconds in clock.seconds.items() if stage not in ("start", "done")}
+    spent = {stage: seconds for stage, seconds in clock.seconds.items() if stage not in (Stage.START, Stage.DONE)}
     checks = _oracle_seconds(session, case) + sum(spent.get(stage, 0.0) for stage in CHECKS)
     if outcome is not None:
         stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in spent.items())

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ARMS = ("padded", "control", "repadded", "truncated")
-STAGES = ("dispatch", "experts", "combine")
+from distbench.case.stages import LAYER_STAGES, Arm, Stage
+
+STAGES = (Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
 class Hang(NamedTuple):
@@ -62,12 +63,12 @@ def main() -> int:
 def chosen(count: int, ranks: int, seed: int) -> list[Hang]:
     """Random hangs, each rank in turn."""
     chance = random.Random(seed)  # noqa: S311 - a choice of faults, no secret
-    return [Hang(number % ranks, chance.choice(ARMS), chance.choice(STAGES)) for number in range(count)]
+    return [Hang(number % ranks, chance.choice(tuple(Arm)), chance.choice(STAGES)) for number in range(count)]
 
 
 def suite_of(hangs: list[Hang], limit_s: float) -> dict[str, Any]:
     """Suite with one case for each hang."""
-    limits = ",".join(f"{stage}={limit_s:g}" for stage in ("dispatch", "truncate", "experts", "check", "combine"))
+    limits = ",".join(f"{stage}={limit_s:g}" for stage in (*LAYER_STAGES, Stage.CHECK))
     defaults = {
         "model": "tiny",
         "tokens": 16,

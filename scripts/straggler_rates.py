@@ -10,10 +10,10 @@ import argparse
 import math
 import random
 
+from distbench.case.stages import LAYER_STAGES, Stage
 from distbench.tools.cluster.attribution import GroupRun
 from distbench.tools.cluster.plan import STEPS, Step, rounds_of
 from distbench.tools.cluster.stragglers import name_stragglers
-from distbench.verify.records import STAGE_ORDER
 
 KEYS = [f"case {number}" for number in range(24)]
 OFFSET, NOISE = 0.02, 0.01
@@ -24,14 +24,14 @@ def cluster(count: int, seed: int, steps: tuple[Step, ...], slowdown: float = 1.
     """Trials of `count` nodes, the first of which is `slowdown` times slower in its experts."""
     rng = random.Random(seed)  # noqa: S311 - a simulation
     nodes = [f"node{number}" for number in range(count)]
-    levels = {(stage, node): rng.gauss(0, OFFSET) for stage in STAGE_ORDER for node in nodes}
-    levels["experts", SLOW[0]] += math.log(slowdown)
+    levels = {(stage, node): rng.gauss(0, OFFSET) for stage in LAYER_STAGES for node in nodes}
+    levels[Stage.EXPERTS, SLOW[0]] += math.log(slowdown)
     found = []
     for step in steps:
         for group in (group for one in rounds_of(step, nodes) for group in one):
-            times = {
+            times: dict[str, dict[str, float]] = {
                 stage: {key: math.exp(max(levels[stage, node] for node in group) + rng.gauss(0, NOISE)) for key in KEYS}
-                for stage in STAGE_ORDER
+                for stage in LAYER_STAGES
             }
             found.append(GroupRun(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
     return found

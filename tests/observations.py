@@ -8,6 +8,7 @@ import msgspec
 
 from distbench.case.limits import Traffic
 from distbench.case.spec import Case
+from distbench.case.stages import Arm
 from distbench.verify.records import (
     NO_DIFFERENCE,
     ORACLE,
@@ -24,7 +25,7 @@ from distbench.verify.records import (
 )
 from tests.cases import tiny_case
 
-ARMS = ("padded", "control", "repadded", "truncated")
+ARMS = tuple(Arm)
 TOKENS, RECEIVED, CAPACITY = 16, 20, 128
 SOME = RowComparison(3, 7, 2)
 

@@ -1,20 +1,53 @@
-"""Names of arms and stages."""
+"""Stages of a case on a rank, and the arms that pass through the layer. Both are text wherever they are written."""
 
 from __future__ import annotations
 
-STAGES = (
-    "start",
-    "agree",
-    "workload",
-    "compile",
-    "dispatch",
-    "truncate",
-    "experts",
-    "check",
-    "combine",
-    "timing",
-    "gather",
-    "report",
-    "done",
-)
-ARMS = ("", "padded", "control", "repadded", "truncated")
+from enum import Enum
+
+
+class _Name(str, Enum):
+    """A name that is its own text, in messages too."""
+
+    def __str__(self) -> str:
+        return str.__str__(self)
+
+    def __format__(self, format_spec: str) -> str:
+        return str.__format__(self, format_spec)
+
+
+class Stage(_Name):
+    """What a rank is doing, in the order of a case."""
+
+    START = "start"
+    AGREE = "agree"
+    WORKLOAD = "workload"
+    COMPILE = "compile"
+    DISPATCH = "dispatch"
+    TRUNCATE = "truncate"
+    EXPERTS = "experts"
+    CHECK = "check"
+    COMBINE = "combine"
+    TIMING = "timing"
+    GATHER = "gather"
+    REPORT = "report"
+    DONE = "done"
+
+
+class Arm(_Name):
+    """Passes that are compared, in the order in which they run; the first is the baseline."""
+
+    PADDED = "padded"
+    CONTROL = "control"
+    REPADDED = "repadded"
+    TRUNCATED = "truncated"
+
+
+STAGES: tuple[Stage, ...] = tuple(Stage)
+ARMS: tuple[str, ...] = ("", *Arm)
+"""Arms of a heartbeat: none between passes."""
+
+LAYER_STAGES: tuple[Stage, ...] = (Stage.DISPATCH, Stage.TRUNCATE, Stage.EXPERTS, Stage.COMBINE)
+"""Stages of a pass through the layer, which are timed and checked."""
+
+CUT_ARMS = (Arm.REPADDED, Arm.TRUNCATED)
+TIMED_ARMS = (Arm.PADDED, Arm.TRUNCATED)

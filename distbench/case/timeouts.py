@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distbench.case.spec import Case
-from distbench.case.stages import STAGES
+from distbench.case.stages import STAGES, Stage
 from distbench.errors import InvalidCase
 
 # Work per second of the slowest machine worth supporting; the time of more work is added to the case's own limit.
@@ -54,24 +54,27 @@ def stage_limit(case: Case, stage: str) -> float:
 
 def case_work(case: Case) -> float:
     """Work of a whole case, to compare cases on one machine: in seconds of a far slower machine."""
-    arm = sum(_work_seconds(case, stage) for stage in ("dispatch", "experts", "combine", "check", "gather"))
+    arm = sum(
+        _work_seconds(case, stage)
+        for stage in (Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE, Stage.CHECK, Stage.GATHER)
+    )
     runs = case.repeats + case.iterations + (case.warmup if case.iterations else 0)
-    return _FIXED_SECONDS + _work_seconds(case, "workload") + arm * runs
+    return _FIXED_SECONDS + _work_seconds(case, Stage.WORKLOAD) + arm * runs
 
 
 def _work_seconds(case: Case, stage: str) -> float:
     tokens = sum(case.tokens)
     row = case.hidden_size * 2
     expert = 3 * case.hidden_size * case.intermediate_size
-    if stage == "timing":
-        return sum(_work_seconds(case, part) for part in ("dispatch", "experts", "combine"))
-    if stage == "experts":
+    if stage == Stage.TIMING:
+        return sum(_work_seconds(case, part) for part in (Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE))
+    if stage == Stage.EXPERTS:
         return 2 * tokens * case.topk * expert / _FLOPS_PER_S
-    if stage == "workload":
+    if stage == Stage.WORKLOAD:
         return (case.experts_per_rank * expert * 2 + case.capacity * row) / _BYTES_PER_S
-    if stage == "compile":
+    if stage == Stage.COMPILE:
         return _COMPILE_SECONDS
-    if stage in ("dispatch", "combine", "check", "gather"):
+    if stage in (Stage.DISPATCH, Stage.COMBINE, Stage.CHECK, Stage.GATHER):
         return tokens * case.topk * row / _BYTES_PER_S
     return 0.0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.case.stages import ARMS, STAGES
+from distbench.case.stages import ARMS, STAGES, Stage
 from distbench.distributed import waits
 from distbench.utils.process import pid_space
 
@@ -51,7 +51,7 @@ class Position(msgspec.Struct, frozen=True):
         return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES) and waiting and kind
 
     @property
-    def stage_name(self) -> str:
+    def stage_name(self) -> Stage:
         """Name of the stage."""
         return STAGES[self.stage]
 
@@ -102,7 +102,7 @@ class Heartbeat:
             waits.write_to(self._waits)
         self._step = self._case_index = 0
         self.arm = ""
-        self.mark("start")
+        self.mark(Stage.START)
 
     @property
     def case_index(self) -> int:
@@ -115,7 +115,7 @@ class Heartbeat:
             waits.begin_case(self._waits)
         self._case_index = index
 
-    def mark(self, stage: str) -> None:
+    def mark(self, stage: Stage) -> None:
         """Record that this rank enters `stage` of the current case and arm."""
         arm, number = ARMS.index(self.arm), STAGES.index(stage)
         self._step = self._step + 1 if number else 0

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.peers import find_neighbours
 from distbench.distributed.shared_memory import SharedMemory
@@ -97,7 +98,7 @@ class Session:
         call = f"distbench/call-{self._calls}"
         if self.rank == 0 and ep_size > before:
             self._store.set(call, "")
-        self.heartbeat.mark("start")
+        self.heartbeat.mark(Stage.START)
         if self.rank >= before:
             self._wait_for(call)
         self._create_group(ep_size)
@@ -133,7 +134,7 @@ class Session:
         with waiting("store of the launch"):
             while not self._store.check([call]):
                 if time.monotonic() - said > _SAID_S:
-                    self.heartbeat.mark("start")
+                    self.heartbeat.mark(Stage.START)
                     said = time.monotonic()
                 time.sleep(_POLL_S)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distbench.case.injection import Injection
 from distbench.case.spec import Case
-from distbench.case.stages import ARMS
+from distbench.case.stages import ARMS, Arm
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.errors import InvalidCase
 from distbench.experts.base import ExpertInput, Experts
@@ -80,7 +80,7 @@ class Fault:
     def wanted(cls, injection: Injection) -> str:
         """Return the conditions under which `injection` changes anything."""
         arm = injection.options.get("arm", cls.arm)
-        cut = arm in ("repadded", "truncated") and "a limit" not in cls.needs
+        cut = arm in (Arm.REPADDED, Arm.TRUNCATED) and "a limit" not in cls.needs
         return f"{cls.needs}, and a limit, for arm {arm}" if cut else cls.needs
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Stage
 from distbench.faults.base import Fault
 from distbench.faults.dispatch import BIT, flip
 from distbench.faults.options import real
@@ -16,7 +17,7 @@ from distbench.workload.routing import destinations
 class TokenBit(Fault):
     """One bit of one token's result is wrong, on one rank only."""
 
-    name, stage = "flipped-token-bit", "combine"
+    name, stage = "flipped-token-bit", Stage.COMBINE
     bug = "legacy-rocm-build 6565: a rank other than 0 is wrong, and a verdict of rank 0 alone says all is right"
     options = {"bit": BIT}
 
@@ -31,7 +32,7 @@ class TokenBit(Fault):
 class NegativeZero(Fault):
     """Zeros have lost their sign: equal as numbers, not as bits."""
 
-    name, stage = "negative-zero", "combine"
+    name, stage = "negative-zero", Stage.COMBINE
     bug = "comparisons by value or tolerance: -0.0 equals 0.0 there, and a sum that began at -0.0 goes unseen"
     needs = "a token with a zero in it"
 
@@ -47,7 +48,7 @@ class NegativeZero(Fault):
 class CorruptTokens(Fault):
     """Every token is wrong with a small probability, drawn again in each pass."""
 
-    name, stage = "corrupt-tokens", "combine"
+    name, stage = "corrupt-tokens", Stage.COMBINE
     bug = "mori 475 (0.5 to 2 % of tokens), mori 610 (a rare residue that grows with repeats)"
     options = {"rate": real(0.02, 1e-9, 1.0)}
     needs = "enough tokens and repeats for its rate"
@@ -65,7 +66,7 @@ class CorruptTokens(Fault):
 class DispatchedIds(Fault):
     """Combine is given the ids that dispatch returned instead of the rank's own."""
 
-    name, stage = "dispatched-ids", "combine"
+    name, stage = "dispatched-ids", Stage.COMBINE
     bug = "mori 475, 546, vllm 43068: dispatch's returned ids passed to combine, of the right shape"
     needs = "tokens of its rank that go to fewer than all ranks: three ranks or more"
 
@@ -88,7 +89,7 @@ class DispatchedIds(Fault):
 class NaNTail(Fault):
     """Combine reads rows past total_recv, which were never written."""
 
-    name, stage = "nan-tail", "combine"
+    name, stage = "nan-tail", Stage.COMBINE
     bug = "aiter 3677, vllm PR 53261: NaN of padding rows reaches real tokens"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +104,7 @@ class NaNTail(Fault):
 class OutputReused(Fault):
     """The next phase overwrites the output before this rank has read it."""
 
-    name, stage = "output-reused", "combine"
+    name, stage = "output-reused", Stage.COMBINE
     bug = "mori 93: output buffers reused across phases, a slow rank reads the next call's"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +124,7 @@ class OutputReused(Fault):
 class LocalOnly(Fault):
     """Communication is skipped: only the experts of the token's own rank contribute."""
 
-    name, stage = "communication-skipped", "combine"
+    name, stage = "communication-skipped", Stage.COMBINE
     bug = "vllm 37529: MoRI silently skipped, seven eighths of the contributions lost"
     needs = "tokens that go to other ranks"
 
@@ -145,7 +146,7 @@ class LocalOnly(Fault):
 class ShareLost(Fault):
     """The contribution of this rank's experts does not arrive."""
 
-    name, stage = "share-lost", "combine"
+    name, stage = "share-lost", Stage.COMBINE
     bug = "mori 507: with an odd number of blocks, rows are dropped on the way"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ class ShareLost(Fault):
 class ShareDoubled(Fault):
     """The contribution of this rank's experts counts twice."""
 
-    name, stage = "share-doubled", "combine"
+    name, stage = "share-doubled", Stage.COMBINE
     bug = "aiter 3997: an atomic add onto a buffer that holds the result already"
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ class ShareDoubled(Fault):
 class TimesEpSize(Fault):
     """The whole output is multiplied by the number of ranks."""
 
-    name, stage = "times-ep-size", "combine"
+    name, stage = "times-ep-size", Stage.COMBINE
     bug = "sglang PR 34887: an all-reduce after combine multiplies the output by ep_size"
 
     def combined(self, tokens: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class TimesEpSize(Fault):
 class SaturatingCast(Fault):
     """Rows are cast to fp8 without a scale on their trip back."""
 
-    name, stage = "saturating-cast", "combine"
+    name, stage = "saturating-cast", Stage.COMBINE
     bug = "mori 306, 311: fp8 direct-cast combine saturates and failed grade-school maths"
     needs = "rows with a number beyond e4m3's range"
 
@@ -201,7 +202,7 @@ class SaturatingCast(Fault):
 class SwappedTokens(Fault):
     """Two tokens have each other's result: sums and norms over the output stay the same."""
 
-    name, stage = "swapped-tokens", "combine"
+    name, stage = "swapped-tokens", Stage.COMBINE
     bug = "mori 475's class: right results for the wrong tokens, which norms do not see"
 
     def combined(self, tokens: Tensor) -> Tensor:

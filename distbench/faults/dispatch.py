@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Stage
 from distbench.faults.base import Fault
 from distbench.faults.options import one_of, whole
 from distbench.transport.base import Dispatched, poison_
@@ -30,7 +31,7 @@ def flip(rows: Tensor, row: int, bit: int) -> None:
 class SentZeros(Fault):
     """A rank sends zeros instead of its tokens' payload."""
 
-    name, stage = "sent-zeros", "dispatch"
+    name, stage = "sent-zeros", Stage.DISPATCH
     bug = "mori 617's class, on the sender: an unfilled send buffer goes out to every rank"
     needs = "tokens on its rank"
 
@@ -43,7 +44,7 @@ class SentZeros(Fault):
 class SentFlip(Fault):
     """One bit of one token's payload is wrong before it is sent, so all ranks that receive it have it wrong."""
 
-    name, stage = "sent-flip", "dispatch"
+    name, stage = "sent-flip", Stage.DISPATCH
     bug = "mori 475, 610: single tokens are corrupted, and the receiving ranks are blamed"
     options = {"bit": BIT}
     needs = "a token of its rank that goes to two ranks"
@@ -63,7 +64,7 @@ class SentFlip(Fault):
 class FlippedBit(Fault):
     """One bit of one received row is wrong, in the payload, the scales, the weights or the ids."""
 
-    name, stage = "flipped-bit", "dispatch"
+    name, stage = "flipped-bit", Stage.DISPATCH
     bug = "mori 610: residual corruption of single tokens"
     options = {"field": one_of("hidden", "scales", "weights", "ids"), "bit": BIT}
     needs = "rows received on its rank; field=scales needs dispatch_dtype fp8"
@@ -82,7 +83,7 @@ class FlippedBit(Fault):
 class Overwritten(Fault):
     """A fast peer writes its next message into the receive buffer before this rank has read it."""
 
-    name, stage = "overwritten-by-peer", "dispatch"
+    name, stage = "overwritten-by-peer", Stage.DISPATCH
     bug = "mori 80, 484: a rank that is a call ahead overwrites rows that a slow one has not read"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
@@ -98,7 +99,7 @@ class Overwritten(Fault):
 class MetadataDropped(Fault):
     """The payload arrives, ids and weights do not."""
 
-    name, stage = "ids-and-weights-dropped", "dispatch"
+    name, stage = "ids-and-weights-dropped", Stage.DISPATCH
     bug = "mori 617: a staging pool too small drops ids and weights while the payload is right"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
@@ -113,7 +114,7 @@ class MetadataDropped(Fault):
 class ForeignIds(Fault):
     """Some ids are -1, others past the last expert."""
 
-    name, stage = "ids-out-of-range", "dispatch"
+    name, stage = "ids-out-of-range", Stage.DISPATCH
     bug = "mori 363, aiter 4530, vllm 57036: -1 and huge ids fault in routing and sorting"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
@@ -128,7 +129,7 @@ class ForeignIds(Fault):
 class SlotsLost(Fault):
     """Slots past the first few arrive as if no expert had been chosen there."""
 
-    name, stage = "slots-lost", "dispatch"
+    name, stage = "slots-lost", Stage.DISPATCH
     bug = "mori IntraNodeLL: top-k slots past 8 are lost"
     options = {"first": whole(8, 0, 1024)}
     shape = {"topk": 10}
@@ -146,7 +147,7 @@ class SlotsLost(Fault):
 class Unreceived(Fault):
     """Rows beyond the capacity of the buffer are silently lost."""
 
-    name, stage = "capacity-not-checked", "dispatch"
+    name, stage = "capacity-not-checked", Stage.DISPATCH
     bug = "mori IntraNode: the receive capacity is not checked, rows past it land on others"
     needs = "three rows received on its rank"
 
@@ -165,7 +166,7 @@ class Unreceived(Fault):
 class CapacityIgnored(Fault):
     """The requested capacity is not applied: the receive buffer has room for all rows that could be sent."""
 
-    name, stage = "capacity-ignored", "dispatch"
+    name, stage = "capacity-ignored", Stage.DISPATCH
     bug = "sglang's moriep.py: max_total_recv_tokens is dropped with a warning where the installed MoRI lacks it"
     shape = {
         "prealloc_max_recv_tokens": 96,
@@ -192,7 +193,7 @@ class CapacityIgnored(Fault):
 class ShareOverflow(Fault):
     """Every peer has an equal share of the buffer; rows of the busiest beyond its share are dropped."""
 
-    name, stage = "share-overflow", "dispatch"
+    name, stage = "share-overflow", Stage.DISPATCH
     bug = "mori 245, 59: the share of a peer overflows under skew"
     needs = "a source that sends more than the average"
 
@@ -210,7 +211,7 @@ class ShareOverflow(Fault):
 class TotalShort(Fault):
     """total_recv is one row short."""
 
-    name, stage = "total-recv-short", "dispatch"
+    name, stage = "total-recv-short", Stage.DISPATCH
     bug = "mori 165: total_recv read at the wrong time is not the number received"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
@@ -222,7 +223,7 @@ class TotalShort(Fault):
 class SwappedRows(Fault):
     """Two rows have each other's payload: sums and norms over the buffer stay the same."""
 
-    name, stage = "swapped-rows", "dispatch"
+    name, stage = "swapped-rows", Stage.DISPATCH
     bug = "mori 475's class: right numbers in the wrong rows, which checksums and norms do not see"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
@@ -238,7 +239,7 @@ class SwappedRows(Fault):
 class SwappedWeights(Fault):
     """Two rows have each other's routing weights, scaled by their neighbours."""
 
-    name, stage = "weights-of-another-token", "dispatch"
+    name, stage = "weights-of-another-token", Stage.DISPATCH
     bug = "mori 201: the receiving half used another call's arguments"
 
     def received(self, dispatched: Dispatched) -> Dispatched:
@@ -253,7 +254,7 @@ class SwappedWeights(Fault):
 class CrossNode(Fault):
     """Only tokens that came from another node are wrong."""
 
-    name, stage = "cross-node", "dispatch"
+    name, stage = "cross-node", Stage.DISPATCH
     bug = "mori 475, 546, 610: tokens are wrong across nodes only, one node stays clean"
     options = {"node": whole(2, 1, 1024)}
     needs = "more ranks than `node`, and rows that come from them"

@@ -8,6 +8,7 @@ import signal
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Arm, Stage
 from distbench.experts.base import ExpertInput
 from distbench.faults.base import Fault
 from distbench.faults.dispatch import BIT, flip
@@ -17,7 +18,7 @@ from distbench.faults.options import whole
 class ExpertBit(Fault):
     """One bit of one row of the experts' output is wrong."""
 
-    name, stage = "flipped-expert-bit", "experts"
+    name, stage = "flipped-expert-bit", Stage.EXPERTS
     bug = "aiter 3117: uninitialised lanes in a stage-2 kernel"
     options = {"bit": BIT}
 
@@ -33,7 +34,7 @@ class ExpertBit(Fault):
 class WrongBucket(Fault):
     """The kernel of one bucket of row counts computes wrong numbers; all others are right."""
 
-    name, stage, arm = "wrong-bucket", "experts", "truncated"
+    name, stage, arm = "wrong-bucket", Stage.EXPERTS, Arm.TRUNCATED
     bug = "aiter 3933, sglang 27194: the kernel that one row count selects is wrong, its neighbours are right"
     options = {"rows": whole(256, 1, 1 << 24)}
     shape = {"limit": "256", "policy": "unchecked", "max_dispatch_tokens_per_rank": 128}
@@ -50,7 +51,7 @@ class WrongBucket(Fault):
 class DiesAtM(Fault):
     """The kernel for 304 and for 336 rows ends the process."""
 
-    name, stage, verdict = "dies-at-304-336", "experts", "RANK_FAULT"
+    name, stage, verdict = "dies-at-304-336", Stage.EXPERTS, "RANK_FAULT"
     bug = "aiter 4783: memory fault of the fp8 block-scaled fused_moe at M = 304 and 336"
     shape = {"limit": "304", "policy": "unchecked", "max_dispatch_tokens_per_rank": 256}
     needs = "a limit of 304 or 336 rows, and a buffer of more"
@@ -65,7 +66,7 @@ class DiesAtM(Fault):
 class MaskAsMap(Fault):
     """The expert mask, ones and zeros, is read as the map from global to local experts."""
 
-    name, stage = "mask-as-map", "experts"
+    name, stage = "mask-as-map", Stage.EXPERTS
     bug = "vllm PR 29773: fused_moe takes a binary mask where an index map was passed, or the reverse"
     needs = "two experts on its rank"
 
@@ -82,7 +83,7 @@ class MaskAsMap(Fault):
 class FewerSlots(Fault):
     """The tuned row for top-k - 1 is used: its kernel omits the last slot."""
 
-    name, stage = "row-of-topk-minus-1", "experts"
+    name, stage = "row-of-topk-minus-1", Stage.EXPERTS
     bug = "aiter 5595, 3377: the tuned row is looked up with top-k - 1"
     needs = "rows whose last slot is an expert of its rank"
 
@@ -100,7 +101,7 @@ class FewerSlots(Fault):
 class ZeroRows(Fault):
     """Some rows come back as zeros."""
 
-    name, stage = "zero-rows", "experts"
+    name, stage = "zero-rows", Stage.EXPERTS
     bug = "vllm 53108: fused_moe returns zeros for valid rows where the buffer has far more rows"
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class ZeroRows(Fault):
 class NaNLanes(Fault):
     """The last columns of all rows are NaN."""
 
-    name, stage = "nan-lanes", "experts"
+    name, stage = "nan-lanes", Stage.EXPERTS
     bug = "aiter 3117, 3344: padding lanes of a stage-2 kernel are left uninitialised"
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:

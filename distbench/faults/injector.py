@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
@@ -117,7 +118,7 @@ class _FaultyTransport:
         return facts_of(self._inner)
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
-        _enter(self._faults, "dispatch")
+        _enter(self._faults, Stage.DISPATCH)
         for fault in self._faults:
             if fault.active:
                 batch = fault.sent(batch)
@@ -128,7 +129,7 @@ class _FaultyTransport:
         return dispatched
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
-        _enter(self._faults, "combine")
+        _enter(self._faults, Stage.COMBINE)
         for fault in self._faults:
             if fault.active:
                 expert_out, ids = fault.returned(expert_out, ids)
@@ -162,7 +163,7 @@ class _FaultyExperts:
         a1_scale: Tensor | None,
         **others: Any,
     ) -> Tensor:
-        _enter(self._faults, "experts")
+        _enter(self._faults, Stage.EXPERTS)
         given = ExpertInput(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
         for fault in self._faults:
             if fault.active:

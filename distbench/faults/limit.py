@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distbench.case.stages import Arm, Stage
 from distbench.experts.base import ExpertInput
 from distbench.faults.base import Fault
 from distbench.transport.base import Dispatched
@@ -15,7 +16,7 @@ _A_LIMIT = "a limit, and rows received on its rank"
 class ShortLimit(Fault):
     """The limit is below total_recv on this rank only: half of its rows are lost."""
 
-    name, stage, arm = "short-limit", "truncate", "truncated"
+    name, stage, arm = "short-limit", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "sglang PR 22952: too small a limit silently drops rows"
     shape = _CUT
     needs = _A_LIMIT
@@ -28,7 +29,7 @@ class ShortLimit(Fault):
 class OwnBatchLimit(Fault):
     """The limit is taken from this rank's own batch, not from the rows it receives."""
 
-    name, stage, arm = "own-batch-limit", "truncate", "truncated"
+    name, stage, arm = "own-batch-limit", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "ATOM 2176, sglang PR 36130: a bound from one rank's batch is below what uneven ranks receive"
     shape = _CUT
     needs = "a limit, and more rows received on its rank than it sends"
@@ -41,7 +42,7 @@ class OwnBatchLimit(Fault):
 class OffByOne(Fault):
     """The cut keeps one row fewer than were received."""
 
-    name, stage, arm = "off-by-one", "truncate", "truncated"
+    name, stage, arm = "off-by-one", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "sglang PR 22952's boundary: the last received row is lost"
     shape = _CUT
     needs = _A_LIMIT
@@ -54,7 +55,7 @@ class OffByOne(Fault):
 class ShiftedWindow(Fault):
     """The cut begins one row late: every row is replaced by the next."""
 
-    name, stage, arm = "shifted-window", "truncate", "truncated"
+    name, stage, arm = "shifted-window", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "a slice index off by one, as in mori 507: rows are doubled and dropped"
     shape = _CUT
     needs = _A_LIMIT
@@ -68,7 +69,7 @@ class ShiftedWindow(Fault):
 class ScalesNotCut(Fault):
     """Scales are cut as a flat buffer while the kernel strides by the remaining rows."""
 
-    name, stage, arm = "scales-not-cut", "truncate", "truncated"
+    name, stage, arm = "scales-not-cut", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "aiter 2759: scales of expert-parallel rows read in another layout than they were written in"
     shape = {**_CUT, "dispatch_dtype": "fp8", "model": "tiny"}
     needs = "a limit, and dispatch_dtype fp8"
@@ -86,7 +87,7 @@ class ScalesNotCut(Fault):
 class WeightsNotCut(Fault):
     """Hidden rows and ids are cut, routing weights are not."""
 
-    name, stage, arm = "weights-not-cut", "truncate", "truncated"
+    name, stage, arm = "weights-not-cut", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "sglang PR 22952: all dispatched tensors have to be cut together"
     shape = _CUT
     needs = _A_LIMIT
@@ -100,7 +101,7 @@ class WeightsNotCut(Fault):
 class ExpertCounts(Fault):
     """Per-expert counts are passed as the number of live rows: their first element is read."""
 
-    name, stage, arm = "expert-counts", "truncate", "truncated"
+    name, stage, arm = "expert-counts", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "vllm PR 53261: per-expert counts given to fused_moe, element 0 taken as the row count"
     shape = _CUT
     needs = _A_LIMIT
@@ -116,7 +117,7 @@ class ExpertCounts(Fault):
 class TailRouted(Fault):
     """Rows past total_recv count as real, with the ids left there."""
 
-    name, stage, arm = "tail-routed", "truncate", "truncated"
+    name, stage, arm = "tail-routed", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "DeepEP 739, rtp-llm 1325, aiter 2447: stale ids of padding rows are taken as real"
     shape = {**_CUT, "limit": "max-recv+8"}
     needs = "a limit above the rows received"
@@ -132,7 +133,7 @@ class TailRouted(Fault):
 class CutNotApplied(Fault):
     """The requested cut does not happen: the whole buffer reaches the experts."""
 
-    name, stage, arm = "cut-not-applied", "truncate", "truncated"
+    name, stage, arm = "cut-not-applied", Stage.TRUNCATE, Arm.TRUNCATED
     bug = "sglang's near misses: a misspelt or negative limit silently cuts nothing"
     shape = _CUT
     needs = _A_LIMIT

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+from distbench.case.stages import Arm, Stage
 from distbench.faults.base import Fault
 from distbench.faults.options import one_of, real
 
@@ -15,9 +16,9 @@ _FOREVER_S = 86_400.0
 class Hang(Fault):
     """The rank hangs as it enters a stage."""
 
-    name, stage, verdict, arm = "hang", "dispatch", "HANG", "truncated"
+    name, stage, verdict, arm = "hang", Stage.DISPATCH, "HANG", Arm.TRUNCATED
     bug = "mori 101, sglang 22072: ranks wait for one that does not come"
-    options = {"stage": one_of("dispatch", "experts", "combine")}
+    options = {"stage": one_of(Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)}
     needs = "a limit, for arm truncated"
     shape = {"stage_timeouts": "dispatch=1.5,combine=1.5", "policy": "unchecked"}
 
@@ -43,9 +44,9 @@ class Delay(Fault):
 class Death(Fault):
     """The rank is killed as it enters a stage."""
 
-    name, stage, verdict, arm = "death", "combine", "RANK_FAULT", "truncated"
+    name, stage, verdict, arm = "death", Stage.COMBINE, "RANK_FAULT", Arm.TRUNCATED
     bug = "sglang 10195: memory faults of expert-parallel ranks; vllm PR 44428: a real kill, not an exception"
-    options = {"stage": one_of("combine", "dispatch", "experts")}
+    options = {"stage": one_of(Stage.COMBINE, Stage.DISPATCH, Stage.EXPERTS)}
     needs = "a limit, for arm truncated"
     shape = {"policy": "unchecked"}
 
@@ -58,7 +59,7 @@ class Death(Fault):
 class LateDeath(Fault):
     """The rank dies after the last barrier, when every result has been delivered."""
 
-    name, stage, verdict = "late-death", "gather", "RANK_FAULT"
+    name, stage, verdict = "late-death", Stage.GATHER, "RANK_FAULT"
     bug = "mori 342: all iterations pass, then a fault after the last sync and barrier"
 
     def leave(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from distbench.case.stages import Stage
 from distbench.errors import Busy, InvalidCase
 from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.job import Job, job_path
@@ -44,10 +45,10 @@ def _collect(out: Path) -> Summary:
         raise InvalidCase(message)
     job = msgspec.structs.replace(job, out=str(out))  # the folder may have moved, and a path may be relative
     seen = positions(job)
-    running = [rank for rank, at in seen.items() if at.stage_name != "done" and is_alive(at.pid)]
+    running = [rank for rank, at in seen.items() if at.stage_name != Stage.DONE and is_alive(at.pid)]
     if running:
         message = f"rank {', '.join(map(str, running))} of {out} still runs; collect when the job has ended"
         raise Busy(message)
     campaign = Campaign(job.entries, out, Rules(), Progress(len(job.entries), quiet=True), job.bundle)
-    ended = len(seen) == job.num_ranks and all(at.stage_name == "done" for at in seen.values())
+    ended = len(seen) == job.num_ranks and all(at.stage_name == Stage.DONE for at in seen.values())
     return campaign.conclude(None if ended else explain_fault(job, None))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from distbench.case.stages import Stage
 from distbench.case.timeouts import stage_limit
 from distbench.distributed.flight_recorder import from_stacks, late_ranks
 from distbench.distributed.heartbeat import Position
@@ -56,7 +57,7 @@ def find_hang(
     least = min(at.progress for at in running.values())
     behind = {rank: at for rank, at in running.items() if at.progress == least}
     last = max(behind.values(), key=lambda at: at.since_ns)
-    over = last.stage_name == "done" or last.case_index >= len(job.entries)
+    over = last.stage_name == Stage.DONE or last.case_index >= len(job.entries)
     limit = stage_limit(job.entries[-1 if over else last.case_index].case, last.stage_name)
     stood = _seconds_since(last.since_ns)
     if stood <= limit:
@@ -71,14 +72,14 @@ def find_hang(
 
 def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> LaunchFailure | None:
     """The ending where ranks have left no heartbeat while the others wait for them to join, or where none has."""
-    limit = stage_limit(job.entries[0].case, "start")
+    limit = stage_limit(job.entries[0].case, Stage.START)
     if not seen or job.layout is not None:
         limit += _LOADING_S
     stood = _seconds_since(max((at.since_ns for at in seen.values()), default=launched_ns))
     if stood <= limit:
         return None
     told = f"had not begun {stood:.1f} s after {'the others' if seen else 'the launch'}, allowed are {limit:.1f} s"
-    return _hang(missing, seen, told, dump_stacks(job, seen), 0, "start")
+    return _hang(missing, seen, told, dump_stacks(job, seen), 0, Stage.START)
 
 
 def _hang(  # noqa: PLR0913 - the ranks that stood, and those that waited
@@ -110,7 +111,7 @@ def _seconds_since(moment_ns: int) -> float:
 
 def _running(seen: dict[int, Position]) -> dict[int, Position]:
     """The ranks under way; where all are done, those whose process does not end."""
-    under_way = {rank: at for rank, at in seen.items() if at.stage_name != "done"}
+    under_way = {rank: at for rank, at in seen.items() if at.stage_name != Stage.DONE}
     return under_way or {rank: at for rank, at in seen.items() if is_alive(at.pid)}
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.spec import FIELD_DEFAULTS
-from distbench.case.stages import STAGES
+from distbench.case.stages import STAGES, Stage
 from distbench.case.timeouts import compiles, stage_limit
 from distbench.distributed.heartbeat import Position
 from distbench.launcher.time_budget import Deadline
@@ -69,7 +69,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
             stage_limit(entry.case, stage)
             for entry in self.entries
             for stage in STAGES
-            if not entry.refused and (stage != "compile" or compiles(entry.case))
+            if not entry.refused and (stage != Stage.COMPILE or compiles(entry.case))
         )
         return max(limits, default=float(FIELD_DEFAULTS["timeout"]))
 

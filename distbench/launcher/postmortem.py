@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
+from distbench.case.stages import Arm, Stage
 from distbench.distributed.heartbeat import Position, is_whole, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.launcher.job import Job, Machine, RankFailure, failure_path, heartbeat_path, machine_path, ranks_folder
@@ -95,7 +96,7 @@ def positions(job: Job) -> dict[int, Position]:
 
 
 def _raised(job: Job, failure: RankFailure) -> LaunchFailure:
-    code = "baseline-fault" if failure.position.arm_name == "padded" else "rank-fault"
+    code = "baseline-fault" if failure.position.arm_name == Arm.PADDED else "rank-fault"
     told = str(failure) + _whose(failure.position)
     reason = Reason(code=code, rank=failure.rank, message=told, stage=failure.position.stage_name)
     stacks = {str(failure.rank): failure.traceback}
@@ -117,7 +118,7 @@ def _timed_out(job: Job, waited: list[RankFailure]) -> LaunchFailure:
     )
     stacks = {str(failure.rank): failure.traceback for failure in waited}
     index = min(late.case_index, len(job.entries) - 1)
-    stage = "start" if absent else late.stage_name
+    stage = Stage.START if absent else late.stage_name
     reasons = [Reason(code="hang", rank=rank, message=message, stage=stage) for rank in behind]
     return LaunchFailure(verdict=Verdict.HANG, case_index=index, reasons=reasons, stacks=stacks)
 
@@ -139,7 +140,7 @@ def _left_no_word(job: Job, silent: dict[int, Position | None], failures: list[R
 
 def _lost(job: Job, rank: int, how: str, position: Position | None) -> LaunchFailure:
     place = "before its first stage" if position is None else f"in {position.place}{_whose(position)}"
-    baseline = position is not None and position.arm_name == "padded"
+    baseline = position is not None and position.arm_name == Arm.PADDED
     code = "baseline-fault" if baseline else "rank-fault"
     reason = Reason(code=code, rank=rank, message=f"rank {rank} {how} {place}", stage=_stage(position))
     return _ending(job, position, reason, {})
@@ -211,7 +212,7 @@ def _stage(position: Position | None) -> str:
 
 
 def _whose(position: Position) -> str:
-    return " (the baseline's own arm)" if position.arm_name == "padded" else ""
+    return " (the baseline's own arm)" if position.arm_name == Arm.PADDED else ""
 
 
 def _failure(out: Path, rank: int) -> RankFailure | None:
@@ -224,7 +225,7 @@ def _failure(out: Path, rank: int) -> RankFailure | None:
 def _left_silently(job: Job, out: Path, spoke: set[int]) -> dict[int, Position | None]:
     """Ranks that neither finished nor left a failure file, with their last position."""
     seen = {rank: read_position(heartbeat_path(out, rank)) for rank in range(job.num_ranks) if rank not in spoke}
-    return {rank: at for rank, at in seen.items() if at is None or at.stage_name != "done"}
+    return {rank: at for rank, at in seen.items() if at is None or at.stage_name != Stage.DONE}
 
 
 def _since(position: Position | None) -> int:

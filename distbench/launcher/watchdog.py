@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Position
 from distbench.errors import ResultsLost, Verdict
 from distbench.launcher.agent import Agent
@@ -91,7 +92,7 @@ class Watch:
         self.current = self._current(seen)
         if self._gone_since is None:
             here = {rank: at for rank, at in seen.items() if at.pid}
-            gone = [rank for rank, at in here.items() if at.stage_name != "done" and not is_alive(at.pid)]
+            gone = [rank for rank, at in here.items() if at.stage_name != Stage.DONE and not is_alive(at.pid)]
             if gone or self.elsewhere is not None:
                 self._gone_since = time.monotonic()
                 self.first_gone = self.elsewhere or Exit(gone[0], "exit code 0 before it was done")

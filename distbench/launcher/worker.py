@@ -16,6 +16,7 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash
+from distbench.case.stages import Stage
 from distbench.distributed.flight_recorder import START_EVENTS
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
@@ -85,7 +86,7 @@ def _run_jobs(job: Job, heartbeat: Heartbeat) -> int:
     machine = Machine(socket.gethostname(), str(session.own_device))
     machine_path(Path(job.out), session.rank).write_bytes(msgspec.json.encode(machine))
     exit_code = _run_entries(job, session, heartbeat)
-    heartbeat.mark("done")
+    heartbeat.mark(Stage.DONE)
     number = 0
     while job.stays:
         session.meet()
@@ -94,7 +95,7 @@ def _run_jobs(job: Job, heartbeat: Heartbeat) -> int:
         number += 1
         job = _next_job(next_job_path(Path(job.out), number), heartbeat)
         _run_entries(job, session, heartbeat)
-        heartbeat.mark("done")
+        heartbeat.mark(Stage.DONE)
     session.close()
     return exit_code
 
@@ -105,7 +106,7 @@ def _next_job(path: Path, heartbeat: Heartbeat) -> Job:
     said = 0.0
     while not path.exists():
         if time.monotonic() - said > _IDLE_S:
-            heartbeat.mark("done")
+            heartbeat.mark(Stage.DONE)
             said = time.monotonic()
         time.sleep(_POLL_S)
     return msgspec.json.decode(path.read_bytes(), type=Job)
@@ -129,7 +130,7 @@ def _run_entries(job: Job, session: Session, heartbeat: Heartbeat) -> int:
                 continue
             recorder = Recorder() if job.bundle else None
             outcome = run_case(session, entry.case, recorder)
-            heartbeat.mark("report")
+            heartbeat.mark(Stage.REPORT)
             wall_s = (time.monotonic_ns() - started_ns) / 1e9
             pace.note(entry.case, wall_s)
             report = sink.put(entry, outcome, wall_s) if sink is not None and outcome is not None else None
@@ -178,7 +179,7 @@ def _group_timeout(job: Job) -> float:
 
 def _reports(heartbeat: Heartbeat) -> bool:
     """Whether the rank was about to write a result."""
-    return heartbeat.position().stage_name == "report"
+    return heartbeat.position().stage_name == Stage.REPORT
 
 
 def _die_with_supervisor() -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Stage
 from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, check_values
 from distbench.transport.base import Dispatched, Transport
 from distbench.workload.batch import TokenBatch
@@ -27,24 +28,24 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     experts: Experts,
     cut: Cut,
     inspect: Inspector | None,
-    mark: Callable[[str], None],
+    mark: Callable[[Stage], None],
 ) -> Tensor:
     """This rank's combined tokens, bf16 [n, H]; `mark` is called with each stage as it begins.
 
     Without `inspect` the host inspects nothing. Collective: every rank calls it, even without tokens.
     """
-    mark("dispatch")
+    mark(Stage.DISPATCH)
     dispatched = transport.dispatch(batch)
-    mark("truncate")
+    mark(Stage.TRUNCATE)
     given = cut(dispatched)
-    mark("experts")
+    mark(Stage.EXPERTS)
     if inspect is not None:
         check_values(experts, given.ids, weights.mask, given.num_local_tokens)
     expert_out = run_experts(experts, given, weights)
     if inspect is not None:
-        mark("check")
+        mark(Stage.CHECK)
         inspect(transport.sources(), dispatched, given, expert_out)
-    mark("combine")
+    mark(Stage.COMBINE)
     return transport.combine(expert_out, batch.ids)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from torch import Tensor
 
+from distbench.case.stages import CUT_ARMS, TIMED_ARMS, Arm, Stage
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
 from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, facts_of
@@ -26,7 +27,7 @@ from distbench.utils.process import peak_bytes
 from distbench.verify.combine_check import CombineChecker, Combined, Own
 from distbench.verify.combine_model import OwnSlots, key_of, sum_order
 from distbench.verify.error_check import ErrorChecker, Pass
-from distbench.verify.excuses import CUT_ARMS, adds_atomically, tolerance
+from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
 from distbench.verify.records import (
@@ -53,7 +54,6 @@ from distbench.workload.inputs import Workload
 if TYPE_CHECKING:
     from distbench.faults.injector import Injector
 
-_TIMED_ARMS = ("padded", "truncated")
 _LAPS = 4096
 
 
@@ -128,7 +128,7 @@ class Passes:
         repeat = 0
         for repeat in range(resolved.case.repeats):
             fresh: dict[str, Tensor] = {
-                arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != "padded" or repeat == 0
+                arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != Arm.PADDED or repeat == 0
             }
             without_rows = self._losses.share()
             wrong = self._check_repeat(fresh, without_rows)
@@ -141,10 +141,10 @@ class Passes:
             if resolved.case.until_failure and wrong:
                 break
         self._token_counts = msgspec.structs.replace(self._token_counts, repeats=repeat + 1)
-        self._mark("timing")
-        self._time({arm: cut for arm, cut in arms.items() if arm in _TIMED_ARMS})
+        self._mark(Stage.TIMING)
+        self._time({arm: cut for arm, cut in arms.items() if arm in TIMED_ARMS})
         self._replay_graph()
-        self._mark("gather")
+        self._mark(Stage.GATHER)
         if self._expected is not None:
             self.outputs[ORACLE] = self._expected
         if self._recorder is not None:
@@ -190,7 +190,7 @@ class Passes:
         found = {}
         for arm, tokens in self.outputs.items():
             lost = self._without_rows.get(arm)
-            found[arm] = relative_error(surviving(tokens, lost), surviving(self.outputs["padded"], lost))
+            found[arm] = relative_error(surviving(tokens, lost), surviving(self.outputs[Arm.PADDED], lost))
         return found
 
     def _packages(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ class Passes:
         parts = self._parts
         parts.transport.forget()
         combined = run_layer(parts.batch, parts.weights, parts.transport, parts.experts, cut, self._inspect, self._mark)
-        self._mark("check")
+        self._mark(Stage.CHECK)
         self._expose(arm, combined)
         self._arm = self._session.heartbeat.arm = ""
         return combined
@@ -251,7 +251,7 @@ class Passes:
         `lost` names the tokens, bool [n], that lost a row to the limit.
         In exact inputs combine is correct where every token has the oracle's bits.
         """
-        self._mark("check")
+        self._mark(Stage.CHECK)
         wrong = bool(self._damaged) or self._differs(fresh)
         if self._expected is None or (wrong := self._session.on_any_rank(value=wrong)):
             returned = self._checker.returned
@@ -259,7 +259,7 @@ class Passes:
                 Combined(arm, rows, returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
             ]
             found, wrong = self._combine_checker.check(passes, wrong=wrong)
-            known = {one.arm for one in self._divergences if one.stage == "combine"}
+            known = {one.arm for one in self._divergences if one.stage == Stage.COMBINE}
             self._divergences += [one for one in found if one.arm not in known]
         self._damaged.clear()
         self._wrong = False
@@ -270,7 +270,7 @@ class Passes:
         """Whether an output of a repeat is not as required; in exact inputs `_expose` has checked it."""
         if self._expected is not None:
             return self._wrong
-        right = fresh.get("padded", self.outputs.get("padded"))
+        right = fresh.get(Arm.PADDED, self.outputs.get(Arm.PADDED))
         return any(right is None or not same_bits(rows, right) for rows in fresh.values())
 
     def _time(self, arms: dict[str, Cut]) -> None:
@@ -284,7 +284,7 @@ class Passes:
             layer = partial(run_layer, parts.batch, parts.weights, parts.transport, parts.experts, cut, None)
             timed = timer.time(layer, self.outputs[arm], partial(self._error_of, arm))
             if timed.error is not None and self._errors is not None:
-                timed = msgspec.structs.replace(timed, apart=self._errors.allowed_between(arm, "combine"))
+                timed = msgspec.structs.replace(timed, apart=self._errors.allowed_between(arm, Stage.COMBINE))
             self._timed[arm] = self._with_graphs(arm, timed)
         if session.device.type != "cpu":
             self._device_state = timer.state_while(layer)
@@ -305,14 +305,14 @@ class Passes:
             return
         arm = list(self.outputs)[-1]
         repeats = self._resolved.case.numerics == "exact" or not adds_atomically(self._kernels[arm])
-        apart = None if self._errors is None else self._errors.allowed_between(arm, "experts")
+        apart = None if self._errors is None else self._errors.allowed_between(arm, Stage.EXPERTS)
         allowed = 0.0 if repeats else apart or tolerance(self._resolved.case)
         self._replays = replay_others(graphed, given, parts.weights, parts.workload, self._session.rank, allowed)
         wrong = next((replay for replay in self._replays if replay.wrong), None)
         if wrong is not None:
             self._divergences.append(
                 Divergence(
-                    stage="experts",
+                    stage=Stage.EXPERTS,
                     arm=arm,
                     rank=self._session.rank,
                     field=f"rows of a graph replay with {wrong.live} other live rows",
@@ -330,8 +330,8 @@ class Passes:
     def _expose(self, arm: str, combined: Tensor) -> None:
         """Count wrong tokens of a pass: against the oracle, else against the arms that run the padded kernel."""
         right = self._expected
-        if right is None and arm in ("control", "repadded"):
-            right = self.outputs.get("padded", combined)
+        if right is None and arm in (Arm.CONTROL, Arm.REPADDED):
+            right = self.outputs.get(Arm.PADDED, combined)
         if right is not None:
             wrong = compare_rows(combined, right).differing_tokens
             self._token_counts = self._token_counts.plus(combined.shape[0], wrong)
@@ -354,7 +354,7 @@ class Passes:
     def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
         """Rows that the experts are called with, for a receive buffer in its current state."""
         resolved, rows = self._resolved, dispatched.hidden.shape[0]
-        if arm != "truncated" or resolved.limit is None:
+        if arm != Arm.TRUNCATED or resolved.limit is None:
             return rows
         guarded = resolved.case.policy == "guard"
         return min(max(resolved.limit, int(dispatched.total_recv)) if guarded else resolved.limit, rows)
@@ -376,9 +376,9 @@ class Passes:
         if not known or (all(map(self._resolved.asks_for, known)) and not self._resolved.asks_for(found)):
             self._divergences.append(found)
 
-    def _mark(self, stage: str) -> None:
+    def _mark(self, stage: Stage) -> None:
         now = time.perf_counter_ns()
-        if self._stage and self._stage != "check":
+        if self._stage and self._stage != Stage.CHECK:
             laps = self._durations.setdefault(self._timed_arm, {}).setdefault(self._stage, [])
             if len(laps) < _LAPS:
                 laps.append((now - self._since) / 1000)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distbench.case.limits import Traffic, check_capacity, resolve_limit
 from distbench.case.spec import Case, case_hash, inputs_of, with_inputs
+from distbench.case.stages import Stage
 from distbench.case.timeouts import compiles
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Overflow, Unsupported
@@ -88,14 +89,14 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
 
 
 def _prepare(session: Session, case: Case) -> _Ready:
-    session.heartbeat.mark("agree")
+    session.heartbeat.mark(Stage.AGREE)
     session.use(case.device)
     workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
     batches, probes = zip(*(_tokens_and_probe(workload, session.rank) for workload in workloads), strict=True)
     sent = recv_counts(batches[0].ids, case.experts_per_rank, case.ep_size)
     counts = session.agree(case_hash(case), torch.cat(probes), sent)
     resolved = _resolved(session, case, counts)
-    session.heartbeat.mark("workload")
+    session.heartbeat.mark(Stage.WORKLOAD)
     inputs = [_Inputs(*one) for one in zip(workloads, batches, strict=True)]
     return _build(session, resolved, inputs, counts)
 
@@ -119,7 +120,7 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
     kind, inputs = inputs_of(ready.resolved.case)[number], ready.inputs[number]
     resolved = msgspec.structs.replace(ready.resolved, case=with_inputs(ready.resolved.case, kind))
     if number:
-        session.heartbeat.mark("workload")
+        session.heartbeat.mark(Stage.WORKLOAD)
         ready.weights.append(_weights(session, resolved.case, inputs.workload))
         experts = make_experts(resolved.case)
         ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
@@ -164,7 +165,7 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
     weights = _weights(session, case, workload)
     rows = (case.capacity, *((limit,) if limit else ()))
     if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
-        session.heartbeat.mark("compile")
+        session.heartbeat.mark(Stage.COMPILE)
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = make_experts(case)
         if case.experts != "reference" and isinstance(experts, CompiledExperts):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.case.stages import LAYER_STAGES, Stage
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.utils.devices import DeviceState, device_state
@@ -19,7 +20,6 @@ from distbench.utils.stats import median_error
 from distbench.verify.records import ArmError, Timed
 from distbench.verify.row_compare import compare_rows, relative_error
 
-STAGES = ("dispatch", "truncate", "experts", "combine")
 LAYER = "layer"
 
 _CHUNK = 20
@@ -28,7 +28,7 @@ _CPU_CACHE_BYTES = 64 << 20
 _FLUSHED_L2S = 4
 _ROCM_FLUSHED_BYTES = 1 << 30
 
-Layer = Callable[[Callable[[str], None]], Tensor]
+Layer = Callable[[Callable[[Stage], None]], Tensor]
 Measure = Callable[[Tensor], ArmError | None]
 
 
@@ -39,7 +39,7 @@ class _Laps(Protocol):
         """Record the time at which `stage` begins; an empty stage is the end."""
 
     def microseconds(self) -> list[float]:
-        """Times of each of STAGES, and of all of them together."""
+        """Times of each of LAYER_STAGES, and of all of them together."""
 
 
 class HostLaps:
@@ -55,7 +55,7 @@ class HostLaps:
     def microseconds(self) -> list[float]:
         """See `_Laps.microseconds`."""
         ends = self._moments
-        laps = [(ends[index + 1] - ends[index]) / 1000 for index in range(len(STAGES))]
+        laps = [(ends[index + 1] - ends[index]) / 1000 for index in range(len(LAYER_STAGES))]
         return [*laps, (ends[-1] - ends[0]) / 1000]
 
 
@@ -76,7 +76,7 @@ class EventLaps:
         events = self._events
         with waiting("this rank's device"):
             events[-1].synchronize()
-        laps = [events[index].elapsed_time(events[index + 1]) * 1000 for index in range(len(STAGES))]
+        laps = [events[index].elapsed_time(events[index + 1]) * 1000 for index in range(len(LAYER_STAGES))]
         return [*laps, events[0].elapsed_time(events[-1]) * 1000]
 
 
@@ -99,7 +99,7 @@ class Timer:
         """
         case = self._case
         for _ in range(case.warmup):
-            self._session.heartbeat.mark("timing")
+            self._session.heartbeat.mark(Stage.TIMING)
             layer(_ignore)
         if self._on_device:
             torch.cuda.reset_peak_memory_stats()
@@ -118,7 +118,7 @@ class Timer:
             slowest += table.tolist()
         return Timed(
             slowest_us={
-                stage: [round(row[index], 2) for row in slowest] for index, stage in enumerate((*STAGES, LAYER))
+                stage: [round(row[index], 2) for row in slowest] for index, stage in enumerate((*LAYER_STAGES, LAYER))
             },
             layer_us=[round(row[-1], 2) for row in mine],
             last=compare_rows(output, checked),
@@ -137,12 +137,12 @@ class Timer:
             asked = pool.submit(device_state, self._session.device.index)
             while self._session.on_any_rank(value=not asked.done()):
                 for _ in range(_CHUNK):
-                    self._session.heartbeat.mark("timing")
+                    self._session.heartbeat.mark(Stage.TIMING)
                     layer(_ignore)
             return asked.result()
 
     def _iterate(self, layer: Layer) -> tuple[Tensor, _Laps]:
-        self._session.heartbeat.mark("timing")
+        self._session.heartbeat.mark(Stage.TIMING)
         if self._cold is not None:
             self._cold.zero_()
         if self._case.align == "barrier":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
+from distbench.case.stages import Arm
 from distbench.experts.base import Cut, ExpertInput
 from distbench.transport.base import Dispatched, poison_
 
@@ -41,24 +42,21 @@ def guarded_limit(limit: int, dispatched: Dispatched) -> int:
     return max(limit, int(dispatched.total_recv))
 
 
-Arm = Literal["padded", "control", "repadded", "truncated"]
-
-
 def arms_of(limit: int | None, policy: Policy, *, refused: bool) -> dict[Arm, Cut]:
     """Arms of a case in execution order; the first is the baseline.
 
     `limit` is None where the limit is off. `refused`: policy strict found the limit below total_recv on some rank; then
     no arm is cut, on any rank.
     """
-    arms: dict[Arm, Cut] = {"padded": padded, "control": padded}
+    arms: dict[Arm, Cut] = {Arm.PADDED: padded, Arm.CONTROL: padded}
     if limit is None or refused:
         return arms
     if policy == "guard":
         return arms | {
-            "repadded": partial(_guarded, limit=limit, pad=True),
-            "truncated": partial(_guarded, limit=limit, pad=False),
+            Arm.REPADDED: partial(_guarded, limit=limit, pad=True),
+            Arm.TRUNCATED: partial(_guarded, limit=limit, pad=False),
         }
-    return arms | {"repadded": partial(repadded, limit=limit), "truncated": partial(truncated, limit=limit)}
+    return arms | {Arm.REPADDED: partial(repadded, limit=limit), Arm.TRUNCATED: partial(truncated, limit=limit)}
 
 
 def _guarded(dispatched: Dispatched, limit: int, *, pad: bool) -> ExpertInput:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from distbench.case.spec import Case
+from distbench.case.stages import Arm
 from distbench.errors import Verdict
 from distbench.report.findings import ErrorReport
 from distbench.report.journal import Summary
 from distbench.report.schema import InjectedReport, RankReport, RateReport, Report
 from distbench.utils.streams import speaks_all
 from distbench.utils.text import printable
-from distbench.verify.records import NOT_PROVEN
+from distbench.verify.records import NOT_PROVEN, ORACLE
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -124,7 +125,7 @@ def verdict_line(report: Report) -> str:
 
 def _equality(report: Report) -> str:
     compared = {arm for comparison in report.comparison for arm in comparison.arms}
-    arms = [arm for arm in ("truncated", "repadded", "control", "padded", "oracle") if arm in compared]
+    arms = [arm for arm in (*reversed(Arm), ORACLE) if arm in compared]
     tokens = report.comparison[0].tokens
     return f"{' == '.join(arms)}, bit for bit, {tokens} tokens on {len(report.ranks)} ranks"
 
@@ -217,7 +218,7 @@ def _rank_row(rank: RankReport) -> tuple[str, ...]:
         rank.device,
         *map(str, counts),
         limit,
-        _kernels(rank.kernels["padded"], rank.kernels.get("truncated")),
+        _kernels(rank.kernels[Arm.PADDED], rank.kernels.get(Arm.TRUNCATED)),
         str(rank.lost_rows),
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.limits import LimitProof
+from distbench.case.stages import Arm, Stage
 from distbench.report.console import label_beside
 from distbench.report.journal import read_reports
 from distbench.report.schema import Report
@@ -58,11 +59,11 @@ def read_rows(out: Path, hashes: Sequence[str]) -> list[SweepRow]:
 def sweep_row(report: Report) -> SweepRow:
     """The table's row for one report."""
     rows = None if report.limit is None else report.limit.effective
-    arm = "padded" if rows is None else "truncated"
+    arm = Arm.PADDED if rows is None else Arm.TRUNCATED
     timing = report.timing.get(arm, {}) if report.method else {}
-    experts, layer = timing.get("experts"), timing.get("layer")
+    experts, layer = timing.get(Stage.EXPERTS), timing.get("layer")
     kernels = report.ranks[0].kernels if report.ranks else {}
-    padded = report.timing["padded"]["layer"]["median_us"] if layer else None
+    padded = report.timing[Arm.PADDED]["layer"]["median_us"] if layer else None
     memory = report.memory.get("device", {}).get(arm)
     return SweepRow(
         limit=report.case["limit"],
@@ -70,7 +71,7 @@ def sweep_row(report: Report) -> SweepRow:
         safe=report.limit is None or report.limit.safe,
         proof=report.limit.proof if report.limit else None,
         status=report.limit.status if report.limit else "unknown",
-        kernel=label_beside(kernels[arm], kernels["padded"]) if arm in kernels else "not run",
+        kernel=label_beside(kernels[arm], kernels[Arm.PADDED]) if arm in kernels else "not run",
         experts_us=experts["median_us"] if experts else None,
         layer_us=layer["median_us"] if layer else None,
         layer_p99_us=layer["p99_us"] if layer else None,

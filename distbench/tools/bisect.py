@@ -11,6 +11,7 @@ import msgspec
 
 from distbench.case.injection import parse_inject
 from distbench.case.spec import Case, case_hash
+from distbench.case.stages import Stage
 from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector
 from distbench.experts.selection.pinned_table import pinned_table
@@ -206,13 +207,13 @@ def blame(cures: Sequence[Pick]) -> Blame:
 def swaps_of(case: Case, folder: Path) -> list[Swap]:
     """Swaps that change `case` and leave a valid one, the most informative first."""
     swaps = [
-        Swap("dispatch", "no fault injected there", stages=("dispatch",)),
-        Swap("combine", "no fault injected there", stages=("combine",)),
-        Swap("transport", "collective", {"transport": "collective"}, ("dispatch", "combine")),
-        Swap("experts", "reference", {"experts": "reference"}, ("experts",)),
+        Swap("dispatch", "no fault injected there", stages=(Stage.DISPATCH,)),
+        Swap("combine", "no fault injected there", stages=(Stage.COMBINE,)),
+        Swap("transport", "collective", {"transport": "collective"}, (Stage.DISPATCH, Stage.COMBINE)),
+        Swap("experts", "reference", {"experts": "reference"}, (Stage.EXPERTS,)),
         *_pinned(case, folder / _PINNED),
-        Swap("truncate", "limit off", {"limit": "off", "recv_bound": False}, ("truncate",)),
-        Swap("gather", "no fault injected there", stages=("gather",)),
+        Swap("truncate", "limit off", {"limit": "off", "recv_bound": False}, (Stage.TRUNCATE,)),
+        Swap("gather", "no fault injected there", stages=(Stage.GATHER,)),
         Swap("row order", "by source", {"slot_order": "source"}),
         Swap("dispatch dtype", "bf16", {"dispatch_dtype": "bf16"}),
     ]

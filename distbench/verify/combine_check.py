@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.case.stages import Stage
 from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
@@ -199,7 +200,7 @@ class CombineChecker:
         kept = torch.arange(len(expected), device=expected.device)
         kept = kept if one.lost is None else kept[~one.lost.to(kept.device)]
         tokens, expected = one.tokens[kept], expected[kept]
-        found = first_difference("combine", one.arm, self._rank, "tokens", name, tokens, expected)
+        found = first_difference(Stage.COMBINE, one.arm, self._rank, "tokens", name, tokens, expected)
         return [] if found is None else [self._at_token(found, int(kept[found.row or 0]))]
 
     def _recounts(self, passes: Sequence[Combined]) -> list[_Recount]:
@@ -286,7 +287,7 @@ class CombineChecker:
         self, arm: str, recount: _Recount, index: Tensor, modelled: Tensor, causes: Alternatives, num_groups: int
     ) -> Divergence:
         chosen = recount.examined.take(index)
-        found = difference("combine", arm, self._rank, "tokens", RETURNED, chosen.actual, chosen.expected)
+        found = difference(Stage.COMBINE, arm, self._rank, "tokens", RETURNED, chosen.actual, chosen.expected)
         going = [rank for rank in chosen.contributions.ranks.flatten().tolist() if rank >= 0]
         pattern = causes[0].what if causes else pattern_of(chosen.actual, modelled[index], recount.sum_digests)
         if pattern == f"{MULTIPLIED} {self._workload.group.ep_size}":

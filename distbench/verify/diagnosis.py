@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distbench.case.stages import ARMS
+from distbench.case.stages import ARMS, LAYER_STAGES, Arm, Stage
 from distbench.verify.dispatch_blame import Root, dispatch_roots
 from distbench.verify.excuses import Part, is_noise
 from distbench.verify.records import (
@@ -14,7 +14,6 @@ from distbench.verify.records import (
     POISON,
     SCATTERED,
     SEVERAL,
-    STAGE_ORDER,
     Diagnosis,
     Divergence,
     Evidence,
@@ -28,7 +27,7 @@ from distbench.verify.verdict import part_of, parts_of
 
 _FEW = 8
 # Stages whose damage always originates in the stage itself.
-_OWN_STAGES = ("truncate", "experts")
+_OWN_STAGES = (Stage.TRUNCATE, Stage.EXPERTS)
 # Patterns that one rank's bad row makes in a sum; a flipped bit of a sum does not come from a rank's row.
 _WHOLE_ROWS = (POISON, SCATTERED)
 # Patterns that no single rank's row makes in a sum of several.
@@ -70,17 +69,17 @@ def _roots(part: Part) -> list[Root]:
     """
     resolved, gathered = part
     roots: dict[tuple[str, bool, tuple[int, ...]], Root] = {}
-    for arm in ARMS[1:]:
+    for arm in Arm:
         wrong = [found for record in gathered.observations for found in record.divergences if found.arm == arm]
         own = [_root_of(found) for found in wrong if found.stage in _OWN_STAGES and not resolved.asks_for(found)]
         own.sort(key=lambda root: not root.found.proven)
-        combine = _combine_roots([found for found in wrong if found.stage == "combine"])
+        combine = _combine_roots([found for found in wrong if found.stage == Stage.COMBINE])
         for root in [*dispatch_roots(gathered, arm, resolved.case.repeats), *own, *combine]:
             key = (root.found.stage, root.sent, tuple(root.ranks or root.candidates))
             if key not in roots or _weight(part, root) > _weight(part, roots[key]):
                 roots[key] = root
     found = [root for root in roots.values() if not is_noise(part, root.found)] or list(roots.values())
-    return sorted(found, key=lambda root: STAGE_ORDER.index(root.found.stage))
+    return sorted(found, key=lambda root: LAYER_STAGES.index(root.found.stage))
 
 
 def _weight(part: Part, root: Root) -> tuple[bool, bool]:
@@ -151,7 +150,7 @@ def _causes(gathered: Gathered, roots: list[Root]) -> list[Diagnosis]:
 def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
     first = group[0].found
     what = pattern or "wrong rows"
-    if first.stage == "dispatch" and _ROUTING.issuperset((*first.evidence.fields, first.field)):
+    if first.stage == Stage.DISPATCH and _ROUTING.issuperset((*first.evidence.fields, first.field)):
         what += f", in {' and '.join(first.evidence.fields)} only: the payload is right"
     if group[0].sent:
         what += ", as sent"
@@ -176,7 +175,7 @@ def _doubt(root: Root) -> str:
 
 def _kernels(gathered: Gathered, found: Divergence) -> str:
     """Name the kernel where the experts are wrong only in arms of one row count."""
-    if found.stage != "experts":
+    if found.stage != Stage.EXPERTS:
         return ""
     kernels = next(record for record in gathered.observations if record.rank == found.rank).kernels
     guilty = kernels[found.arm]
@@ -184,7 +183,7 @@ def _kernels(gathered: Gathered, found: Divergence) -> str:
         one.arm
         for record in gathered.observations
         for one in record.divergences
-        if one.stage == "experts" and record.rank == found.rank
+        if one.stage == Stage.EXPERTS and record.rank == found.rank
     }
     right = [kernel["rows"] for arm, kernel in kernels.items() if arm not in wrong]
     text = f"; kernel {guilty['label']}, selected by M = {guilty['rows']}"
@@ -220,7 +219,7 @@ def _lost_by_the_cut(resolved: ResolvedCase, gathered: Gathered) -> Diagnosis | 
         confidence="certain" if exactly else "likely",
         evidence=f"{rows} rows lie at or past the limit of {resolved.limit}; "
         + ("the damaged tokens are exactly theirs" if exactly else f"{len(lost)} of their tokens are listed"),
-        stage="truncate",
+        stage=Stage.TRUNCATE,
         ranks=resolved.short_ranks,
         tokens=lost[:LISTED_TOKENS],
     )
@@ -243,7 +242,7 @@ def _first_wrong_stage(judgement: Judgement) -> Diagnosis | None:
         return None
     return Diagnosis(
         cause=f"{first.stage} is the first stage that is wrong",
-        confidence="certain" if first.proven and first.stage != "combine" else "likely",
+        confidence="certain" if first.proven and first.stage != Stage.COMBINE else "likely",
         evidence=str(first),
         stage=first.stage,
         ranks=[first.rank],
@@ -260,7 +259,7 @@ def _outside_ideal(part: Part) -> Diagnosis | None:
         return None
     arm, stage = min(((error.arm, error.stage) for _, error in wrong), key=_origin)
     there = [(rank, error) for rank, error in wrong if (error.arm, error.stage) == (arm, stage)]
-    ranks = sorted(rank for rank, _ in there) if stage == "experts" else []
+    ranks = sorted(rank for rank, _ in there) if stage == Stage.EXPERTS else []
     doubt = "" if ranks else "; which rank is not known: the expert rows that were measured are within theirs"
     return Diagnosis(
         cause=f"{stage}: errors outside their bounds",
@@ -273,7 +272,7 @@ def _outside_ideal(part: Part) -> Diagnosis | None:
 
 def _origin(place: tuple[str, str]) -> tuple[int, int]:
     arm, stage = place
-    return ARMS.index(arm), STAGE_ORDER.index(stage)
+    return ARMS.index(arm), LAYER_STAGES.index(stage)
 
 
 def _arms(gathered: Gathered) -> list[str]:

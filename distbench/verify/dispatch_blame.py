@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from distbench.case.stages import Stage
 from distbench.verify.records import Divergence, Gathered, Token, WrongRow
 
 
@@ -35,7 +36,7 @@ def dispatch_roots(gathered: Gathered, arm: str, repeats: int) -> list[Root]:
         one
         for record in gathered.observations
         for one in record.divergences
-        if (one.arm, one.stage) == (arm, "dispatch")
+        if (one.arm, one.stage) == (arm, Stage.DISPATCH)
     ]
     others = [Root(one, [one.rank], certain=True) for one in found if not one.evidence.received]
     return [*others, *_Rows(gathered, arm, repeats, [one for one in found if one.evidence.received]).roots()]
@@ -70,7 +71,7 @@ class _Rows:
             record.rank
             for record in gathered.observations
             for one in record.divergences
-            if one.arm == arm and one.stage in ("dispatch", "truncate") and not one.evidence.received
+            if one.arm == arm and one.stage in (Stage.DISPATCH, Stage.TRUNCATE) and not one.evidence.received
         }
         return {record.rank for record in gathered.observations} - blind
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.case.stages import Arm, Stage
 from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
@@ -25,7 +26,7 @@ from distbench.verify.combine_model import Contributions, OwnSlots, Returned, ex
 from distbench.verify.error_bounds import Yardstick, sure
 from distbench.verify.ideal import ideal_rows
 from distbench.verify.ideal_sums import combined, quantised_way
-from distbench.verify.records import PADDED, ArmError
+from distbench.verify.records import ArmError
 from distbench.verify.row_compare import row_errors, same_bits
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
@@ -116,13 +117,13 @@ class ErrorChecker:
         """
         self._families |= families
         self._alike = alike
-        self._padded = self._padded or passes.get(PADDED)
+        self._padded = self._padded or passes.get(Arm.PADDED)
         if not self._sides:
             self._sides = self._make_sides(self._sample, self._sure)
         self._measure_sample(passes, self._sample, self._sides)
         chosen = self._chosen([key for arm, one in passes.items() for key in self._far(arm, one)])
         if chosen is not None:
-            everyone = passes if self._padded is None else {PADDED: self._padded, **passes}
+            everyone = passes if self._padded is None else {Arm.PADDED: self._padded, **passes}
             self._measure_sample(everyone, *chosen, only_outside=True)
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
@@ -146,8 +147,8 @@ class ErrorChecker:
             kept_rows = None if lost[0] is None else ~torch.isin(sample.keys, lost[0])
             kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
             stages = (
-                ("experts", side.experts, rows, kept_rows),
-                ("combine", side.combine, one.tokens[sample.own], kept_tokens),
+                (Stage.EXPERTS, side.experts, rows, kept_rows),
+                (Stage.COMBINE, side.combine, one.tokens[sample.own], kept_tokens),
             )
             for stage, yardstick, actual, kept in stages:
                 before = self._found.get((arm, stage))
@@ -161,7 +162,7 @@ class ErrorChecker:
         if not len(sample.own) or not sides:
             return None
         side = _side(sides, arm)
-        return _error(arm, "combine", side.family, side.combine, tokens[sample.own])
+        return _error(arm, Stage.COMBINE, side.family, side.combine, tokens[sample.own])
 
     def _far(self, arm: str, one: Pass) -> list[int]:
         """Return keys of tokens that are further from the padded arm's than the sample allows, the worst first."""
@@ -169,13 +170,15 @@ class ErrorChecker:
         if padded is None or one is padded:
             return []
         kept = None if one.lost_tokens is None else ~one.lost_tokens.to(one.tokens.device)
-        far = _furthest(one.tokens, padded.tokens, self.allowed_between(arm, "combine"), kept)
+        far = _furthest(one.tokens, padded.tokens, self.allowed_between(arm, Stage.COMBINE), kept)
         keys = key_of(torch.full_like(far, self._rank), far).tolist()
         mine, right = one.returned, padded.returned
         if mine is None or right is None or mine.rows is right.rows or not torch.equal(mine.keys, right.keys):
             return keys
         kept = None if one.lost_rows is None else ~torch.isin(mine.keys, one.lost_rows)
-        return keys + mine.keys[_furthest(mine.rows, right.rows, self.allowed_between(arm, "experts"), kept)].tolist()
+        return (
+            keys + mine.keys[_furthest(mine.rows, right.rows, self.allowed_between(arm, Stage.EXPERTS), kept)].tolist()
+        )
 
     def _chosen(self, keys: Sequence[int]) -> tuple[_Sample, dict[str, _Side]] | None:
         """Return the tokens that any rank names, and what they must be; None where no rank names one. Collective.
@@ -212,7 +215,7 @@ class ErrorChecker:
         if not self._sides:
             return None
         side = _side(self._sides, arm)
-        yardstick = side.experts if stage == "experts" else side.combine
+        yardstick = side.experts if stage == Stage.EXPERTS else side.combine
         return 2 * yardstick.loosest if yardstick.rows else None
 
     def _make_sides(self, sample: _Sample, sure_of: float) -> dict[str, _Side]:
@@ -221,7 +224,7 @@ class ErrorChecker:
         Ranks exchange one part for each kernel that the case has, also where a cut that is wrong gave one of them
         another number of rows, and so another family.
         """
-        sides = [side for side in (PADDED, "truncated") if side in self._families]
+        sides = [side for side in (Arm.PADDED, Arm.TRUNCATED) if side in self._families]
         measured = {side: self._families[side] for side in (sides[:1] if self._alike else sides)}
         distinct = list(dict.fromkeys(measured.values()))
         exact, made_here = ideal_rows(sample.batch, self._weights, distinct)
@@ -252,7 +255,7 @@ class ErrorChecker:
 
 
 def _side(sides: Mapping[str, _Side], arm: str) -> _Side:
-    return sides["truncated" if arm == "truncated" else PADDED]
+    return sides[Arm.TRUNCATED if arm == Arm.TRUNCATED else Arm.PADDED]
 
 
 def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:

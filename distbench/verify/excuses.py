@@ -11,18 +11,17 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from distbench.case.spec import Case
-from distbench.case.stages import ARMS
+from distbench.case.stages import CUT_ARMS, LAYER_STAGES, Arm
 from distbench.experts.selection.choice import KernelChoice
-from distbench.verify.records import STAGE_ORDER, Divergence, Gathered, Observation, Reason, ResolvedCase
+from distbench.verify.records import Divergence, Gathered, Observation, Reason, ResolvedCase
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 
 # Tolerance where expert rows are quantised on the trip back: up to half a step of e4m3 or E2M1 in each rank's row.
 _QUANTISED_TOLERANCE = {"fp8_direct_cast": 2.0**-3, "fp8_blockwise": 2.0**-3, "fp4_blockwise": 2.0**-1}
 
-ARM_ORDER = ARMS[1:]
+ARM_ORDER = tuple(Arm)
 OTHERS = ARM_ORDER[1:]
 """The arms other than padded."""
-CUT_ARMS = ("repadded", "truncated")
 """The arms that lose rows where the case asks for it."""
 
 Excuse = Literal["", "order", "kernel"]
@@ -87,7 +86,7 @@ class Part(NamedTuple):
 
 def in_order(found: Iterable[Divergence]) -> list[Divergence]:
     """Divergences sorted by origin: arm, stage, rank."""
-    return sorted(found, key=lambda one: (ARM_ORDER.index(one.arm), STAGE_ORDER.index(one.stage), one.rank))
+    return sorted(found, key=lambda one: (ARM_ORDER.index(one.arm), LAYER_STAGES.index(one.stage), one.rank))
 
 
 def tolerance(case: Case) -> float:
@@ -120,7 +119,7 @@ def adds_atomically(kernel: dict[str, Any]) -> bool:
 
 def other_kernel(record: Observation, arm: str) -> bool:
     """Whether an arm's kernel differs from padded's on this rank."""
-    padded, other = (msgspec.convert(record.kernels[name], KernelChoice) for name in ("padded", arm))
+    padded, other = (msgspec.convert(record.kernels[name], KernelChoice) for name in (Arm.PADDED, arm))
     return not padded.same_kernel(other)
 
 
@@ -128,7 +127,7 @@ def never_repeats(part: Part) -> bool:
     """Whether the padded arm's kernel does not repeat its bits: it adds atomically, or control has shown it."""
     if part.exact:
         return False
-    return adds_atomically(part.kernels["padded"]) or _differs(part, "control")
+    return adds_atomically(part.kernels[Arm.PADDED]) or _differs(part, Arm.CONTROL)
 
 
 def excuse(part: Part, arm: str) -> Excuse:
@@ -152,7 +151,7 @@ def _of_the_kernel(part: Part, arm: str, records: Sequence[Observation]) -> Excu
         return ""
     if any(other_kernel(record, arm) for record in records):
         return "kernel"
-    return "order" if arm == "control" or never_repeats(part) else ""
+    return "order" if arm == Arm.CONTROL or never_repeats(part) else ""
 
 
 def shows_other_bits(part: Part, arm: str) -> bool:
@@ -183,7 +182,7 @@ def again(part: Part) -> list[Again]:
     found = []
     for record in part.records:
         for arm, timed in record.timed.items():
-            if not timed.last.equal and not (part.resolved.lossy and arm != "padded"):
+            if not timed.last.equal and not (part.resolved.lossy and arm != Arm.PADDED):
                 message = (
                     f"rank {record.rank}: the last timed iteration of {arm} differs from its checked pass in "
                     f"{timed.last.differing_tokens} tokens"

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.case.stages import CUT_ARMS
 from distbench.distributed.waits import collective
-from distbench.verify.excuses import CUT_ARMS
 from distbench.verify.gather import Outputs
 from distbench.verify.records import ORACLE, ResolvedCase, Survivors, pair_name, pairs_of
 from distbench.verify.row_compare import differing

@@ -8,15 +8,14 @@ import msgspec
 
 from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.case.spec import Case
+from distbench.case.stages import Arm, Stage
 from distbench.errors import Verdict
 from distbench.utils.devices import DeviceState
 
-STAGE_ORDER = ("dispatch", "truncate", "experts", "combine")
 ORACLE = "oracle"
 LISTED_TOKENS = 64
 COUNTS = ("capacity", "total_recv")
 RETURNED = "the sum of what ranks returned"
-PADDED = "padded"
 FINITE = "finite values"
 POISON = "poison or NaN"
 SCATTERED = "other values"
@@ -107,12 +106,12 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def proven(self) -> bool:
         """Whether it is wrong whatever the kernel, and not merely different from the padded arm's bits."""
-        return self.against != PADDED
+        return self.against != Arm.PADDED
 
     def __str__(self) -> str:
         """Return one line: rank, arm, number of rows, and the first row."""
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
-        if self.stage == "truncate" and self.field == "rows":
+        if self.stage == Stage.TRUNCATE and self.field == "rows":
             return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
         if self.field in COUNTS:
             distance = f"{self.field} differs by {self.rows} rows from {self.against}"
@@ -265,7 +264,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
 
     def distance_of(self, arm: str) -> float | None:
         """Distance of `arm` from padded; 0 where that was not measured."""
-        if arm == "truncated" and not self.distance:
+        if arm == Arm.TRUNCATED and not self.distance:
             return self.drift
         return self.distance.get(arm, 0.0)
 
@@ -322,7 +321,7 @@ class ResolvedCase(msgspec.Struct, frozen=True):
 
     def asks_for(self, found: Divergence) -> bool:
         """Whether the case itself asks for this loss: exactly the rows past a limit below the rank's total_recv."""
-        if self.limit is None or (found.stage, found.field) != ("truncate", "rows"):
+        if self.limit is None or (found.stage, found.field) != (Stage.TRUNCATE, "rows"):
             return False
         return found.rank in self.short_ranks and found.rows == self.traffic.total_recv[found.rank] - self.limit
 
@@ -384,11 +383,11 @@ class Outcome(msgspec.Struct, frozen=True):
 def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:
     """Return the pairs of outputs to compare, in the order of the report. `arms` may end in the oracle."""
     wanted = [
-        ("padded", ORACLE),
-        ("padded", "control"),
-        ("padded", "repadded"),
-        ("repadded", "truncated"),
-        ("padded", "truncated"),
+        (Arm.PADDED, ORACLE),
+        (Arm.PADDED, Arm.CONTROL),
+        (Arm.PADDED, Arm.REPADDED),
+        (Arm.REPADDED, Arm.TRUNCATED),
+        (Arm.PADDED, Arm.TRUNCATED),
     ]
     return [pair for pair in wanted if pair[0] in arms and pair[1] in arms]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from distbench.case.stages import Arm
 from distbench.errors import Verdict
 from distbench.verify.excuses import (
     OTHERS,
@@ -22,11 +23,11 @@ from distbench.verify.records import NOT_PROVEN, ORACLE, ArmError, Divergence, G
 
 def baseline_wrong(part: Part) -> list[Reason]:
     """Faults of the padded arm: proven, a NaN, or outside its ideal."""
-    reasons = [_diverged(found) for found in part.divergences("padded")]
+    reasons = [_diverged(found) for found in part.divergences(Arm.PADDED)]
     oracle = f"padded/{ORACLE}"
     if not reasons and oracle in part.gathered.comparisons and not part.gathered.comparisons[oracle].equal:
         reasons = [_differs(part.gathered, oracle)]
-    return [*reasons, *_nan(part, "padded"), *_outside(part, "padded"), *_far_from_reference(part)]
+    return [*reasons, *_nan(part, Arm.PADDED), *_outside(part, Arm.PADDED), *_far_from_reference(part)]
 
 
 def corrupt(part: Part) -> list[Reason]:
@@ -80,7 +81,7 @@ def nondeterministic(part: Part) -> list[Reason]:
 
     `require = tolerance` requires none of a kernel that adds atomically; any other kernel must repeat them.
     """
-    if part.resolved.case.require == "tolerance" and adds_atomically(part.kernels["padded"]):
+    if part.resolved.case.require == "tolerance" and adds_atomically(part.kernels[Arm.PADDED]):
         return []
     return _unrepeated(part)[:1]
 
@@ -128,7 +129,7 @@ def _unexplained_pairs(part: Part, *, baseline: bool) -> list[str]:
     found = []
     for pair in part.gathered.comparisons:
         first, second = pair.split("/")
-        said = second != ORACLE and (baseline or first != "padded")
+        said = second != ORACLE and (baseline or first != Arm.PADDED)
         other = [arm for arm in (first, second) if shows_other_bits(part, arm)]
         explained = other and all(excuse(part, arm) for arm in other)
         if said and part.differing(pair) and not explained:
@@ -169,7 +170,7 @@ def _far_from_reference(part: Part) -> Iterable[Reason]:
     """Padded against a float reference of a few tokens, where no error was measured."""
     allowed = tolerance(part.resolved.case)
     for record in part.records:
-        measured = any(error.arm == "padded" for error in record.errors)
+        measured = any(error.arm == Arm.PADDED for error in record.errors)
         if record.reference is not None and not measured and not is_close(record.reference.worst, allowed):
             message = (
                 f"rank {record.rank}: padded is {_figure(record.reference.worst)} of a token's largest magnitude "
@@ -199,7 +200,7 @@ def _unrepeated(part: Part) -> list[Reason]:
     """Signs that the padded arm's kernel does not repeat its bits."""
     if part.exact:
         return []
-    label = part.kernels["padded"]["label"]
+    label = part.kernels[Arm.PADDED]["label"]
     reasons = [
         Reason(
             code=f"{arm}-differs",
@@ -216,7 +217,7 @@ def _unrepeated(part: Part) -> list[Reason]:
 def _drifted(part: Part) -> list[Reason]:
     """Differences of truncated from padded due to its kernel, in tokens or only in expert rows, and in second runs."""
     repeated = [once.reason for once in again(part) if once.rounding and once.other]
-    if not shows_other_bits(part, "truncated") or excuse(part, "truncated") != "kernel":
+    if not shows_other_bits(part, Arm.TRUNCATED) or excuse(part, Arm.TRUNCATED) != "kernel":
         return repeated
     kernels = part.kernels
     message = (

@@ -11,11 +11,12 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Arm, Stage
 from distbench.experts.base import ExpertInput
 from distbench.transport.base import Dispatched
 from distbench.verify.combine_model import Returned, key_of, split_key
 from distbench.verify.damage_patterns import far_sources, pattern_of
-from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, PADDED, Divergence, Evidence, WrongRow
+from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, Divergence, Evidence, WrongRow
 from distbench.verify.row_compare import differing, far_rows, first_difference, row_digests, same_bits
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
@@ -84,7 +85,7 @@ class StageChecker:
     ) -> Divergence | None:
         """Return the divergence of a cut that does not keep `rows` rows, or that loses a received row."""
         total, live = int(dispatched.total_recv), int(given.num_local_tokens)
-        cut = Divergence(stage="truncate", arm=arm, rank=self._rank, field="rows", against="received", rows=0)
+        cut = Divergence(stage=Stage.TRUNCATE, arm=arm, rank=self._rank, field="rows", against="received", rows=0)
         first = min(live, given.rows)
         if total > first:
             source_rank, source_token = sources[first].tolist()
@@ -128,7 +129,7 @@ class StageChecker:
             return found, None
         received = place.wrong_rows(before, right)
         if received is not None:
-            wrongly = place.describe("dispatch", before, right, received, len(self._counts))
+            wrongly = place.describe(Stage.DISPATCH, before, right, received, len(self._counts))
             if wrongly is not None:
                 sources, slots = place.sources[place.order], place.slots(before)
                 wrongly.evidence.by_source, wrongly.evidence.received = wrong_rows(
@@ -139,7 +140,7 @@ class StageChecker:
         else:
             wrong_in_cut = wrong
         if bool(wrong_in_cut.any()):
-            found.append(place.describe("truncate", after, right, wrong_in_cut, len(self._counts)))
+            found.append(place.describe(Stage.TRUNCATE, after, right, wrong_in_cut, len(self._counts)))
         return found, wrong
 
     def _check_count(self, arm: str, field: str, count: int, agreed: int) -> Divergence | None:
@@ -147,7 +148,7 @@ class StageChecker:
         if count == agreed:
             return None
         return Divergence(
-            stage="dispatch",
+            stage=Stage.DISPATCH,
             arm=arm,
             rank=self._rank,
             field=field,
@@ -179,7 +180,7 @@ class StageChecker:
         return FP8_TOLERANCE if quantised else TOLERANCE
 
     def _misplaced(self, arm: str, against: str, rows: int) -> Divergence:
-        return Divergence(stage="dispatch", arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
+        return Divergence(stage=Stage.DISPATCH, arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
 
     def _check_expert_rows(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
         """Compare rows [m, H], ordered as `keys`, with the oracle or the first pass; keep the rows given to combine."""
@@ -187,13 +188,13 @@ class StageChecker:
         if expected is None:
             if self._baseline is None:
                 return self._check_baseline(place, keys, rows)
-            expected, against = self._baseline.rows, PADDED
+            expected, against = self._baseline.rows, Arm.PADDED
             place = place.without(None if self._baseline.fit is None else ~self._baseline.fit)
         if rows is expected or same_bits(rows, expected):
             self._returned[place.arm] = Returned(keys, expected)
             return None
         self._returned[place.arm] = Returned(keys, rows)  # a copy, valid until the next pass of this arm
-        return place.first_difference("experts", "rows", against, rows, expected)
+        return place.first_difference(Stage.EXPERTS, "rows", against, rows, expected)
 
     def _check_baseline(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
         """Take rows [m, H] as the reference of other passes, except those with a NaN, which no input holds."""
@@ -204,7 +205,7 @@ class StageChecker:
             return None
         fit = finite.all(1)
         self._baseline = _Baseline(rows, fit if place.visible is None else fit & place.visible)
-        return place.first_difference("experts", "rows", FINITE, rows, rows.masked_fill(~finite, 0.0))
+        return place.first_difference(Stage.EXPERTS, "rows", FINITE, rows, rows.masked_fill(~finite, 0.0))
 
 
 class _Place(NamedTuple):
@@ -276,7 +277,7 @@ class _Place(NamedTuple):
         slot = int(slots[found.row])
         source_rank, source_token = self.sources[slot].tolist()
         rows = differing(mine, right).any(1)
-        far = far_rows(mine[rows], right[rows], self.allowed) if against == PADDED else 0
+        far = far_rows(mine[rows], right[rows], self.allowed) if against == Arm.PADDED else 0
         tokens = [(rank, token) for rank, token in self.sources[slots[rows]][:LISTED_TOKENS].tolist()]
         pattern = pattern_of(mine[rows], right[rows], lambda: row_digests(expected))
         evidence = Evidence(pattern=pattern, tokens=tokens, fields=[field])

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.case.stages import LAYER_STAGES
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.pipeline.run_case import run_case
 from distbench.tools.selftest.cases import DEAD, random_keys
-from distbench.verify.records import LISTED_TOKENS, STAGE_ORDER, Diagnosis, Outcome
+from distbench.verify.records import LISTED_TOKENS, Diagnosis, Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 
@@ -119,7 +120,7 @@ def test_damage_before_combine_does_not_hide_a_combine_fault(inject: str, guilty
     stages = [found.stage for found in outcome.diagnosis if found.stage]
     assert sorted({rank for _, _, blamed in blame_of(outcome) for rank in blamed}) == guilty
     assert stages[-1] == "combine"
-    assert stages == sorted(stages, key=STAGE_ORDER.index)
+    assert stages == sorted(stages, key=LAYER_STAGES.index)
 
 
 def pair_case(number: int, ranks: int) -> Case:

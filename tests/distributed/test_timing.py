@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.case.stages import LAYER_STAGES, Stage
 from distbench.distributed.session import Session
 from distbench.pipeline.run_case import run_case
 from distbench.pipeline.timing import Timer
@@ -32,10 +33,10 @@ def outcome_of(session: Session, case: Case) -> Outcome | None:
 
 
 def one_slow_rank(session: Session, case: Case) -> Any:
-    def layer(mark: Callable[[str], None]) -> Tensor:
-        for stage in ("dispatch", "truncate", "experts", "combine"):
+    def layer(mark: Callable[[Stage], None]) -> Tensor:
+        for stage in LAYER_STAGES:
             mark(stage)
-            if stage == "experts" and session.rank == 1:
+            if stage == Stage.EXPERTS and session.rank == 1:
                 time.sleep(SLOW_S)
         return torch.zeros(1, 2)
 

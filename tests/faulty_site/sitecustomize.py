@@ -83,12 +83,13 @@ class _Armed:
 
 
 if _LAUNCHES:
+    from distbench.case.stages import Stage
     from distbench.distributed.heartbeat import Heartbeat
 
     _mark = Heartbeat.mark
     _armed: list[_Armed] = []
 
-    def _marked(heartbeat: Heartbeat, stage: str) -> None:
+    def _marked(heartbeat: Heartbeat, stage: Stage) -> None:
         _mark(heartbeat, stage)
         at = heartbeat.position()
         _armed[0].enter(at.case_index, at.place)

@@ -12,6 +12,7 @@ import time
 from typing import Any
 from unittest.mock import patch
 
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 
 MISTAKEN = 475
@@ -25,9 +26,9 @@ def remove_guards() -> None:
     mark = Heartbeat.mark
     loosened: list[bool] = []
 
-    def marked(heartbeat: Heartbeat, stage: str) -> None:
+    def marked(heartbeat: Heartbeat, stage: Stage) -> None:
         mark(heartbeat, stage)
-        if stage == "agree" and not loosened:
+        if stage == Stage.AGREE and not loosened:
             loosened.append(True)
             _loosen()
 

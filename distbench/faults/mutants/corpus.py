@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.case.stages import Stage
 from distbench.experts.base import ExpertInput
 from distbench.experts.blocked_matmul import Weights
 from distbench.experts.selection.choice import KernelChoice
@@ -17,13 +18,13 @@ from distbench.experts.steps import Group
 Touched = Literal["all", "row", "elements"]
 
 BOUNDARIES = {
-    "sent": "dispatch",
-    "received": "dispatch",
-    "cut": "truncate",
-    "asked": "experts",
-    "computed": "experts",
-    "returned": "combine",
-    "combined": "combine",
+    "sent": Stage.DISPATCH,
+    "received": Stage.DISPATCH,
+    "cut": Stage.TRUNCATE,
+    "asked": Stage.EXPERTS,
+    "computed": Stage.EXPERTS,
+    "returned": Stage.COMBINE,
+    "combined": Stage.COMBINE,
 }
 """Seams around any transport, cut and experts, by the methods of `Fault`, and the stage of each."""
 

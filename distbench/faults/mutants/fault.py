@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from distbench.case.injection import Injection
+from distbench.case.stages import Arm, Stage
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.base import ExpertInput
 from distbench.experts.steps import STEPS, Steps
@@ -96,9 +97,9 @@ class MutantFault(Fault):
     def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, bool]:
         """See `Fault.accepted`: of gaussian inputs, where truncated has the mutant and padded does not."""
         case = self.scene.case
-        if case.numerics == "exact" or self.chosen["arm"] != "truncated" or "truncated" not in outputs:
+        if case.numerics == "exact" or self.chosen["arm"] != Arm.TRUNCATED or Arm.TRUNCATED not in outputs:
             return {}
-        return accepted_by(case, outputs["truncated"], outputs["padded"])
+        return accepted_by(case, outputs[Arm.TRUNCATED], outputs[Arm.PADDED])
 
     def _at(self, seam: str, unchanged: T, *passing: Any) -> T:
         if seam not in self.mutant.patches:
@@ -147,6 +148,6 @@ def mutant_kind(injection: Injection) -> type[Fault]:
         message = f"inject = {NAME}: name = {asked!r:.60}: no such mutant; see `distbench mutants --list`"
         raise InvalidCase(message)
     seam = mutant.seams[0]
-    stage = "combine" if seam == SUM else BOUNDARIES.get(seam, "experts")
+    stage = Stage.COMBINE if seam == SUM else BOUNDARIES.get(seam, Stage.EXPERTS)
     attributes = {"mutant": mutant, "bug": mutant.bug, "stage": stage, "__doc__": mutant.text}
     return type(f"Mutant_{mutant.name}", (MutantFault,), attributes)

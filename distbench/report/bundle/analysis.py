@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -17,6 +17,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from distbench.case.spec import Case, inputs_of, with_inputs
+from distbench.case.stages import Arm, Stage
 from distbench.errors import InvalidCase
 from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
 from distbench.report.bundle.layout import Part, part_name
@@ -26,7 +27,7 @@ from distbench.report.bundle.references import AsRecorded, Generated, References
 from distbench.utils.text import one_line
 from distbench.verify.combine_model import SumOrder, added, same_bits_or_nan, slots_of, sum_order
 from distbench.verify.diagnosis import diagnose
-from distbench.verify.records import Divergence, Gathered
+from distbench.verify.records import ORACLE, Divergence, Gathered
 from distbench.verify.row_compare import bits_at, differing
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
@@ -35,11 +36,11 @@ from distbench.workload.routing_spec import ExpertGroup
 from distbench.workload.version import INPUTS_VERSION
 
 _RECORDED_FIELDS = (*TokenBatch._fields, "rows", "tokens")
-_BORNE_OUT_BY = {
-    "dispatch": ("dispatch",),
-    "truncate": ("truncate", "dispatch"),  # rows are recorded as the experts received them: after the cut
-    "experts": ("experts",),
-    "combine": ("combine", SUM),
+_BORNE_OUT_BY: Mapping[str, tuple[str, ...]] = {
+    Stage.DISPATCH: (Stage.DISPATCH,),
+    Stage.TRUNCATE: (Stage.TRUNCATE, Stage.DISPATCH),  # rows are recorded as the experts received them: after the cut
+    Stage.EXPERTS: (Stage.EXPERTS,),
+    Stage.COMBINE: (Stage.COMBINE, SUM),
 }
 
 
@@ -143,8 +144,8 @@ def _own_tokens(rank: int, recorded: RankTensors, references: References, sums: 
             sums.combined[arm, rank, token] = combined[place]
         if oracle is not None:
             sources = torch.stack([torch.full_like(index, rank), index], dim=1)
-            tokens = _Place(rank, arm, "combine", sources, index)
-            findings.append(tokens.compare("tokens", "oracle", combined, oracle))
+            tokens = _Place(rank, arm, Stage.COMBINE, sources, index)
+            findings.append(tokens.compare("tokens", ORACLE, combined, oracle))
     sums.ids.update({(rank, token): row for token, row in zip(index.tolist(), batch.ids.tolist(), strict=True)})
     return findings
 
@@ -155,7 +156,7 @@ def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -
     baseline: dict[tuple[int, ...], Tensor] = {}
     for rows in arms:
         known, batch = references.received(rows.sources)
-        dispatch = _Place(rank, rows.arm, "dispatch", rows.sources[known], rows.slots[known])
+        dispatch = _Place(rank, rows.arm, Stage.DISPATCH, rows.sources[known], rows.slots[known])
         fields = [
             dispatch.compare(name, "source", actual[known], expected)
             for name, actual, expected in zip(batch._fields, rows.received, batch, strict=True)
@@ -163,10 +164,10 @@ def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -
         ]
         findings.append(max(fields, key=lambda found: found.wrong))
         findings.append(_cut(rank, rows))
-        oracle, against = references.expert_rows(rank, rows, batch), "oracle"
+        oracle, against = references.expert_rows(rank, rows, batch), ORACLE
         if oracle is None:
-            oracle, against = _first_seen(baseline, rows), "padded"
-        experts = _Place(rank, rows.arm, "experts", rows.sources, rows.slots)
+            oracle, against = _first_seen(baseline, rows), Arm.PADDED
+        experts = _Place(rank, rows.arm, Stage.EXPERTS, rows.sources, rows.slots)
         findings.append(experts.compare("rows", against, rows.experts, oracle))
         for (owner, token), row in zip(rows.sources.tolist(), rows.experts, strict=True):
             sums.rows[rows.arm, owner, token][rank] = row
@@ -225,7 +226,7 @@ def _cut(rank: int, rows: ArmRows) -> StageFinding:
     if lost:
         source_rank, source_token, slot = rows.cut[0].tolist()
         first = Divergence(
-            stage="truncate",
+            stage=Stage.TRUNCATE,
             arm=rows.arm,
             rank=rank,
             source_rank=source_rank,
@@ -235,7 +236,7 @@ def _cut(rank: int, rows: ArmRows) -> StageFinding:
             against="received",
             rows=lost,
         )
-    return StageFinding(rank=rank, arm=rows.arm, stage="truncate", rows=total, wrong=lost, first=first)
+    return StageFinding(rank=rank, arm=rows.arm, stage=Stage.TRUNCATE, rows=total, wrong=lost, first=first)
 
 
 def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[StageFinding]:

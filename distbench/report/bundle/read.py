@@ -15,7 +15,7 @@ import msgspec
 from distbench.case.limits import Traffic
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import DERIVED_KEYS, Case, inputs_of
-from distbench.case.stages import ARMS
+from distbench.case.stages import ARMS, LAYER_STAGES, Arm
 from distbench.errors import InvalidCase
 from distbench.report.bundle.layout import (
     KERNEL_TABLE,
@@ -34,7 +34,7 @@ from distbench.report.bundle.layout import (
 )
 from distbench.report.schema import Report
 from distbench.utils.text import one_line, shown
-from distbench.verify.records import STAGE_ORDER, Divergence, Gathered
+from distbench.verify.records import Divergence, Gathered
 
 _MAX_EXPERTS = 1 << 16
 _MAX_COLUMNS = 1 << 18
@@ -199,7 +199,7 @@ def _check_gathered(folder: Path, case: Case, gathered: Gathered, traffic: Traff
 
 
 def _check_divergence(folder: Path, case: Case, rank: int, found: Divergence, names: frozenset[str]) -> None:
-    if found.arm not in ARMS or found.stage not in STAGE_ORDER:
+    if found.arm not in ARMS or found.stage not in LAYER_STAGES:
         _refuse(folder, MANIFEST, f"no such arm or stage: {shown(found.arm)}, {shown(found.stage)}")
     named = [str(found.rank), *map(str, found.evidence.suspects), *found.evidence.by_destination]
     strange = [one for one in named if one not in names]
@@ -262,7 +262,7 @@ def tensor_kinds(case: Case) -> dict[str, tuple[str, int | None]]:
         "token.oracle": ("BF16", hidden),
     }
     kinds |= {f"token.{name}": kind for name, kind in batch.items()}
-    for arm in ARMS[1:]:
+    for arm in Arm:
         kinds |= {f"{arm}.{name}": kind for name, kind in batch.items()}
         kinds |= {
             f"{arm}.sources": ("I64", 2),

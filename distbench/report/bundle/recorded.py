@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from distbench.case.spec import Case
-from distbench.case.stages import ARMS
+from distbench.case.stages import Arm
 from distbench.report.bundle.layout import MAX_TOKENS
 from distbench.verify.records import Token
 from distbench.workload.batch import TokenBatch
@@ -53,10 +53,8 @@ def rank_tensors(rank: int, tensors: dict[str, Tensor], case: Case, listed: Sequ
         routing=routing_of(rank, tensors, case),
         tokens=index,
         sent=_batch(tensors, "token", len(index), case),
-        combined={
-            arm: _sized(tensors, f"combined.{arm}", len(index)) for arm in ARMS[1:] if f"combined.{arm}" in tensors
-        },
-        arms=[_rows(arm, tensors, case, listed) for arm in ARMS[1:] if f"{arm}.sources" in tensors],
+        combined={arm: _sized(tensors, f"combined.{arm}", len(index)) for arm in Arm if f"combined.{arm}" in tensors},
+        arms=[_rows(arm, tensors, case, listed) for arm in Arm if f"{arm}.sources" in tensors],
         oracle=_sized(tensors, "token.oracle", len(index)) if "token.oracle" in tensors else None,
     )
 

@@ -210,7 +210,7 @@ def _rows(rank: int, seen: Seen, finished: Finished, tokens: Tensor) -> dict[str
         batch = workload.token_rows(*seen.sources[live].unbind(1))
         oracle = workload.expected_rows(rank, batch)
         if oracle is not None:
-            found["oracle"] = oracle
+            found[ORACLE] = oracle
     return found
 
 

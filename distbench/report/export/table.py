@@ -7,9 +7,8 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from distbench.case.stages import ARMS
+from distbench.case.stages import LAYER_STAGES, Arm
 from distbench.report.results import Result, Results
-from distbench.verify.records import STAGE_ORDER
 
 _CASE_KEYS = (
     "model",
@@ -25,7 +24,7 @@ _CASE_KEYS = (
     "repeats",
     "hash",
 )
-_TIMES = tuple((arm, stage) for arm in ARMS if arm for stage in STAGE_ORDER)
+_TIMES = tuple((arm, stage) for arm in Arm for stage in LAYER_STAGES)
 COLUMNS = (
     "name",
     "verdict",
@@ -78,7 +77,7 @@ def _row(result: Result) -> Iterator[Any]:
     yield from (times.get(key) for key in _TIMES)
     yield limit.status if limit else None
     yield from (limit.proof.bound, limit.proof.formula) if limit and limit.proof else (None, None)
-    yield from (result.suite, result.ended, " ".join(arm for arm in ARMS if arm in result.timed_arms))
+    yield from (result.suite, result.ended, " ".join(arm for arm in Arm if arm in result.timed_arms))
 
 
 def cell(value: Any) -> Any:

@@ -10,6 +10,7 @@ import msgspec
 
 from distbench.case.presets import DIMENSIONS
 from distbench.case.spec import FIELD_DEFAULTS
+from distbench.case.stages import Arm
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.results import Result
 from distbench.tools.compare.environment import EnvironmentFinding, Surroundings
@@ -44,7 +45,7 @@ _UNKNOWN = object()
 _UNSUPPORTED = Verdict.UNSUPPORTED.exit_code
 _NO_RESULT = {Verdict.INVALID, Verdict.UNSUPPORTED, Verdict.HANG, Verdict.RANK_FAULT}
 # Without --iterations it runs once: the others are compared against it.
-_RUN_ONCE = "padded"
+_RUN_ONCE = Arm.PADDED
 
 
 class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):

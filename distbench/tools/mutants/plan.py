@@ -10,6 +10,7 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.case.stages import Arm
 from distbench.errors import InvalidCase, Verdict
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import Mutant
@@ -166,4 +167,4 @@ class _Maker:
 def _expected(mutant: str, arm: str) -> str:
     if not mutant or CORPUS[mutant].equivalent:
         return str(Verdict.PASS.value)
-    return str((Verdict.CORRUPT if arm == "truncated" else Verdict.BASELINE_WRONG).value)
+    return str((Verdict.CORRUPT if arm == Arm.TRUNCATED else Verdict.BASELINE_WRONG).value)

@@ -11,6 +11,7 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
+from distbench.case.stages import ARMS, Arm, Stage
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.faults.base import Fault
 from distbench.faults.injector import FAULTS
@@ -25,7 +26,6 @@ _GAUSSIAN_EVERY = 5
 _DRAWS = 20
 _BASE = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "policy": "unchecked", "limit": "max-recv"}
 _ROUTINGS = ("uniform", "zipf:1.2", "duplicates")
-_ARMS = ("", "padded", "control", "repadded", "truncated")
 
 Keys = dict[str, Any]
 
@@ -63,16 +63,16 @@ class Guard(NamedTuple):
 
 
 GUARDS: dict[str, dict[str, Guard]] = {
-    "mori": {"dispatched-ids": Guard("combine")},
+    "mori": {"dispatched-ids": Guard(Stage.COMBINE)},
     "aiter": {
-        "weights-not-cut": Guard("experts"),
-        "shifted-window": Guard("experts", always=False),
-        "flipped-bit:field=ids": Guard("experts", always=False),
-        "ids-and-weights-dropped": Guard("experts"),
-        "ids-out-of-range": Guard("experts"),
-        "slots-lost": Guard("experts"),
-        "capacity-not-checked": Guard("experts"),
-        "row-of-topk-minus-1": Guard("experts"),
+        "weights-not-cut": Guard(Stage.EXPERTS),
+        "shifted-window": Guard(Stage.EXPERTS, always=False),
+        "flipped-bit:field=ids": Guard(Stage.EXPERTS, always=False),
+        "ids-and-weights-dropped": Guard(Stage.EXPERTS),
+        "ids-out-of-range": Guard(Stage.EXPERTS),
+        "slots-lost": Guard(Stage.EXPERTS),
+        "capacity-not-checked": Guard(Stage.EXPERTS),
+        "row-of-topk-minus-1": Guard(Stage.EXPERTS),
     },
 }
 """By transport or experts, and by label."""
@@ -167,7 +167,7 @@ def _variants(name: str, kind: type[Fault]) -> list[Variant]:
 
 def _seeds_of(kind: type[Fault], variant: Variant, seeds: int, number: int) -> range:
     """Return the seeds of a variant: in gaussian inputs each fifth, but all where only errors show the fault."""
-    if "numerics" not in variant.keys or kind.stage == "experts":
+    if "numerics" not in variant.keys or kind.stage == Stage.EXPERTS:
         return range(seeds)
     return range(number % _GAUSSIAN_EVERY, seeds, _GAUSSIAN_EVERY)
 
@@ -202,7 +202,7 @@ class _Maker:
         options = {"rank": str(rank), **variant.options}
         everywhere = options["rank"] == "all"
         if not kind.arm and not kind.verdict:
-            options["arm"] = "" if everywhere else chance.choice(_ARMS)
+            options["arm"] = "" if everywhere else chance.choice(ARMS)
         keys, needed = self._random_keys(chance), dict(kind.shape) | dict(variant.keys)
         if options.get("field") == "scales":
             needed["dispatch_dtype"] = "fp8"
@@ -291,6 +291,6 @@ def _label(kind: type[Fault], variant: Variant) -> str:
 
 
 def _verdict(kind: type[Fault], options: Mapping[str, str]) -> str:
-    spares_padded = (options.get("arm") or kind.arm) not in ("", "padded")
+    spares_padded = (options.get("arm") or kind.arm) not in ("", Arm.PADDED)
     verdict = Verdict.CORRUPT if spares_padded else Verdict.BASELINE_WRONG
     return str(verdict.value)

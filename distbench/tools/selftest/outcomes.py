@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from distbench.case.stages import Arm
 from distbench.errors import Verdict
 from distbench.report.journal import read_reports
 from distbench.report.schema import Report
@@ -110,7 +111,7 @@ def is_clean(report: Report) -> bool:
     """Whether a case without a fault ended validly: a kernel that adds atomically need not repeat its bits."""
     if report.verdict is not Verdict.NONDETERMINISTIC:
         return report.verdict is Verdict.PASS
-    return any(rank.kernels["padded"].get("stage2_mode") == "atomic" for rank in report.ranks)
+    return any(rank.kernels[Arm.PADDED].get("stage2_mode") == "atomic" for rank in report.ranks)
 
 
 def result_of(trial: FaultTrial, report: Report) -> TrialResult:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.case.spec import Case
+from distbench.case.stages import Stage
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
@@ -30,7 +31,7 @@ from distbench.utils.text import one_line
 from distbench.workload.batch import TokenBatch
 from distbench.workload.quantize import fp8_dtype
 
-Phase = Literal["dispatch", "combine"]
+Phase = Literal[Stage.DISPATCH, Stage.COMBINE]
 
 
 class _Known(NamedTuple):
@@ -93,7 +94,7 @@ class MoriTransport:
             hidden, weights, scales, ids, counter = self._op.dispatch(
                 batch.hidden, batch.weights, batch.scales, batch.ids, **self._geometry()
             )
-            self._note_launch("dispatch")
+            self._note_launch(Stage.DISPATCH)
             if self._plan.kernel == "AsyncLL":
                 self._op.dispatch_recv()
         self._total_recv.copy_(counter)  # combine sets the counter to zero
@@ -128,7 +129,7 @@ class MoriTransport:
             rows = buffer
         with collective("combine of mori", rows.get_device()):
             combined, _ = self._op.combine(rows, None, known.routing, **self._geometry())
-            self._note_launch("combine")
+            self._note_launch(Stage.COMBINE)
             if self._plan.kernel == "AsyncLL":
                 self._op.combine_recv()
         self._combined = combined
@@ -202,7 +203,7 @@ class MoriTransport:
         if launch is None or launch == self.facts[f"{phase}_launch"]:
             return
         wrong = "" if self._case.emulate else excess_blocks(launch["block_num"], self._device)
-        if phase == "dispatch":
+        if phase == Stage.DISPATCH:
             wrong = wrong or lost_chunks(self._plan.kernel, launch["rdma_block_num"], self.facts["mori"])
         if wrong:
             message = f"{phase}: {wrong}; launch_mode = {self._plan.launch_mode} took them: use MANUAL"

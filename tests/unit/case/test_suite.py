@@ -14,10 +14,10 @@ from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT, CODES, is_expectation, is_met
 from distbench.case.resolve import Layer
 from distbench.case.spec import case_hash
+from distbench.case.stages import LAYER_STAGES
 from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import builtin_suites, parse_suite
 from distbench.errors import InvalidCase, Verdict
-from distbench.verify.records import STAGE_ORDER
 
 Load = Callable[..., Suite]
 BUILTIN = sorted(builtin_suites())
@@ -295,7 +295,7 @@ def test_impossible_expectation_is_refused(text: str) -> None:
 def test_every_reason_code_is_accepted_in_an_expectation() -> None:
     source = Path("distbench/verify/rules.py").read_text() + Path("distbench/verify/excuses.py").read_text()
     written = {code for code in re.findall(r'code="([a-z-]+)"', source) if code != "guarded"}
-    assert written | {f"{stage}-differs" for stage in STAGE_ORDER} <= set(CODES)
+    assert written | {f"{stage}-differs" for stage in LAYER_STAGES} <= set(CODES)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat, read_position
 from distbench.distributed.waits import KINDS
 from distbench.utils.process import pid_space
@@ -25,7 +26,7 @@ def test_last_position_of_a_rank_is_read_from_its_file(tmp_path: Path) -> None:
     with closing(Heartbeat(path)) as heartbeat:
         heartbeat.case_index, heartbeat.arm = 7, "truncated"
         before = time.monotonic_ns()
-        heartbeat.mark("combine")
+        heartbeat.mark(Stage.COMBINE)
         position = read_position(path)
         assert position == heartbeat.position()
     assert position is not None
@@ -39,7 +40,7 @@ def test_process_id_of_another_host_is_not_taken_for_a_local_process(
 ) -> None:
     path = tmp_path / "rank.heartbeat"
     with closing(Heartbeat(path)) as heartbeat:
-        heartbeat.mark("combine")
+        heartbeat.mark(Stage.COMBINE)
         here = read_position(path)
         monkeypatch.setattr("distbench.distributed.heartbeat.pid_space", lambda: pid_space() + 1)
         elsewhere = read_position(path)
@@ -57,7 +58,7 @@ def test_process_id_space_differs_between_hosts(monkeypatch: pytest.MonkeyPatch)
 
 def test_marking_a_stage_takes_less_than_three_microseconds(tmp_path: Path) -> None:
     with closing(Heartbeat(tmp_path / "rank.heartbeat")) as heartbeat:
-        assert min(timeit.repeat(lambda: heartbeat.mark("dispatch"), number=200, repeat=100)) / 200 < 3e-6
+        assert min(timeit.repeat(lambda: heartbeat.mark(Stage.DISPATCH), number=200, repeat=100)) / 200 < 3e-6
 
 
 _WRITER = """
@@ -65,7 +66,7 @@ import pathlib, sys
 from distbench.distributed.heartbeat import Heartbeat
 heartbeat = Heartbeat(pathlib.Path(sys.argv[1]))
 while True:
-    heartbeat.mark("combine")
+    heartbeat.mark(Stage.COMBINE)
 """
 
 

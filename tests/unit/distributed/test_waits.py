@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat, Position, read_position, write_position
 from distbench.distributed.waits import KINDS, collective, waiting
 
@@ -55,18 +56,18 @@ def test_collectives_are_numbered_per_case_and_recorded_with_their_device(path: 
     assert read(path).collective == "all_to_all (collective 1 of the case on a device)"
     assert read(path).device == 3
     with collective("gather"):
-        heartbeat.mark("gather")
+        heartbeat.mark(Stage.GATHER)
         assert read(path).collective == "gather (collective 2 of the case)"
     first = read(path).progress
     heartbeat.case_index = 1
-    heartbeat.mark("start")
+    heartbeat.mark(Stage.START)
     assert read(path).entered == 0
     assert read(path).progress > first
 
 
 def test_finished_rank_records_that_it_waits_for_the_end_of_the_launch(path: Path) -> None:
     with closing(Heartbeat(path)) as heartbeat:
-        heartbeat.mark("done")
+        heartbeat.mark(Stage.DONE)
     assert read(path).waits_for == "end of the launch"
     with waiting("gather"):
         assert read(path).waits_for == "end of the launch"

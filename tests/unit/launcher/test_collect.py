@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from distbench.case.entry import Entry
+from distbench.case.stages import Stage
 from distbench.cli.main import main
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.launcher.job import Job, clear_ranks, heartbeat_path, job_path
@@ -25,7 +26,7 @@ def left(out: Path, stages: dict[int, str], **values: object) -> Path:
     job_path(out).write_bytes(msgspec.json.encode(msgspec.structs.replace(job, **values)))
     for rank, stage in stages.items():
         heartbeat = Heartbeat(heartbeat_path(out, rank))
-        heartbeat.mark(stage)
+        heartbeat.mark(Stage(stage))
         heartbeat.close()
         heartbeat_path(out, rank).write_bytes(_of_another_host(heartbeat_path(out, rank).read_bytes()))
     return out

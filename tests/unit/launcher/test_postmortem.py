@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench.case.entry import Entry
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat, Position, read_position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.launcher.job import Job, RankFailure, failure_path, heartbeat_path, ranks_folder
@@ -34,7 +35,7 @@ def leave(job: Job, rank: int, *stages: str, arm: str = "", case_index: int = 1)
     heartbeat = Heartbeat(heartbeat_path(Path(job.out), rank))
     heartbeat.case_index, heartbeat.arm = case_index, arm
     for stage in ("start", *stages):
-        heartbeat.mark(stage)
+        heartbeat.mark(Stage(stage))
     heartbeat.close()
     position = read_position(heartbeat_path(Path(job.out), rank))
     assert position is not None

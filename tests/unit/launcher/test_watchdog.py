@@ -13,6 +13,7 @@ import pytest
 from torch.distributed.launcher import api
 
 from distbench.case.entry import Entry
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat, Position, write_position
 from distbench.errors import LaunchFailed
 from distbench.launcher.agent import Agent
@@ -51,7 +52,7 @@ def test_case_in_flight_is_that_of_the_rank_furthest_behind(job: Job) -> None:
     for rank, case_index in enumerate((2, 1)):
         heartbeat = Heartbeat(heartbeat_path(Path(job.out), rank))
         heartbeat.case_index = case_index
-        heartbeat.mark("agree")
+        heartbeat.mark(Stage.AGREE)
         heartbeat.close()
     watch.look()
     assert watch.current is job.entries[1]
@@ -79,7 +80,7 @@ def test_loss_of_a_host_is_attributed_to_the_case_in_flight_on_this_node(
 ) -> None:
     heartbeat = Heartbeat(heartbeat_path(Path(job.out), 0))
     heartbeat.case_index = 2
-    heartbeat.mark("agree")
+    heartbeat.mark(Stage.AGREE)
     heartbeat.close()
     write_position(heartbeat_path(Path(job.out), 1), Position(0, 0, 1, time.monotonic_ns(), 0, 1))
     watch = Watch(job, Agent(job), cast("Leader", OneHostLost()))

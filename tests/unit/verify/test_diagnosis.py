@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from distbench.case.stages import Arm
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.records import (
     ORACLE,
-    PADDED,
     RETURNED,
     SEVERAL,
     Diagnosis,
@@ -141,15 +141,15 @@ def test_nan_is_diagnosed_as_poison_that_was_read() -> None:
 
 def test_rounding_difference_is_no_cause_beside_an_unexplained_one() -> None:
     resolved = asked(**GAUSSIAN)
-    noise = divergence("control", against=PADDED, rank=0)
-    for wrong in (divergence("truncated", against=PADDED, far=4), divergence("truncated", "dispatch", "source")):
+    noise = divergence("control", against=Arm.PADDED, rank=0)
+    for wrong in (divergence("truncated", against=Arm.PADDED, far=4), divergence("truncated", "dispatch", "source")):
         found = causes(resolved, gathered(resolved, {"divergences": [noise]}, {"divergences": [wrong]}))
         assert [(one.stage, one.ranks) for one in found] == [(wrong.stage, [1])]
 
 
 def test_rounding_difference_in_one_arm_hides_no_damage_in_another_on_the_same_rank() -> None:
-    both = [divergence("control", against=PADDED), divergence("truncated", against=PADDED, far=4)]
-    noise = {"divergences": [divergence("control", against=PADDED, rank=0)]}
+    both = [divergence("control", against=Arm.PADDED), divergence("truncated", against=Arm.PADDED, far=4)]
+    noise = {"divergences": [divergence("control", against=Arm.PADDED, rank=0)]}
     (found,) = causes(asked(**GAUSSIAN), gathered(asked(**GAUSSIAN), noise, {"divergences": both}))
     assert (found.stage, found.ranks) == ("experts", [1])
     assert "truncated" in found.evidence
@@ -164,14 +164,14 @@ def test_errors_outside_their_bounds_in_all_arms_alike_blame_the_rank_of_the_row
 
 
 def test_rounding_difference_is_diagnosed_if_nothing_else_is_wrong() -> None:
-    noise = {"divergences": [divergence("control", against=PADDED)]}
+    noise = {"divergences": [divergence("control", against=Arm.PADDED)]}
     assert told(asked(numerics="gaussian"), {}, noise) == [("experts", [1], "likely")]
 
 
 def test_diagnosis_uses_the_kind_of_inputs_that_failed() -> None:
     resolved = asked(numerics="both")
     exact, gaussian = (asked(numerics=one) for one in ("exact", "gaussian"))
-    wrong = {"divergences": [divergence("truncated", against=PADDED, far=4)]}
+    wrong = {"divergences": [divergence("truncated", against=Arm.PADDED, far=4)]}
     found = changed(gathered(exact), gaussian=gathered(gaussian, {}, wrong))
     assert [(one.stage, one.ranks) for one in causes(resolved, found)] == [("experts", [1])]
     proven = {"divergences": [divergence("truncated", against=ORACLE, rank=0)]}

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Arm
 from distbench.experts.base import ExpertInput
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.truncation import padded, truncated
 from distbench.transport.base import Dispatched, poison_
-from distbench.verify.records import FINITE, ORACLE, PADDED, Divergence
+from distbench.verify.records import FINITE, ORACLE, Divergence
 from distbench.verify.stage_check import StageChecker
 from tests.cases import tiny_case
 
@@ -144,7 +145,7 @@ def test_rows_that_differ_from_padded_are_near_or_far_by_the_tolerance(share: fl
     place = int(before.abs().argmin())
     found.rows[2, place] += share * float(before.abs().amax())
     (told,) = found.told("truncated")
-    assert (told.stage, told.against, told.rows, told.far, told.proven) == ("experts", PADDED, 1, far, False)
+    assert (told.stage, told.against, told.rows, told.far, told.proven) == ("experts", Arm.PADDED, 1, far, False)
 
 
 def cut_of(dispatched: Dispatched, rows: int, **uncut: Any) -> ExpertInput:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from distbench.case.stages import Arm
 from distbench.errors import Verdict
 from distbench.verify.records import (
     NO_DIFFERENCE,
     NOT_PROVEN,
     ORACLE,
-    PADDED,
     FloatError,
     Judgement,
     Replay,
@@ -162,7 +162,7 @@ def test_ordered_kernel_with_differing_control_arm_is_nondeterministic(require: 
     both = (ORDERED, ORDERED)
     assert verdict_of(resolved, *both, differing={"padded/control": SOME}) == ("NONDETERMINISTIC", ["control-differs"])
     assert verdict_of(resolved, *both, differing={"padded/repadded": SOME}) == ("CORRUPT", ["bits-differ"])
-    rows = {"divergences": [divergence("truncated", against=PADDED)]} | ORDERED
+    rows = {"divergences": [divergence("truncated", against=Arm.PADDED)]} | ORDERED
     assert verdict_of(resolved, ORDERED, rows) == ("CORRUPT", ["experts-differs"])
 
 
@@ -172,7 +172,7 @@ def test_ordered_kernel_with_differing_control_arm_is_nondeterministic(require: 
 )
 def test_differing_bits_of_another_kernel_within_tolerance_are_drift(inputs: dict[str, Any], expected: Any) -> None:
     resolved = asked(**inputs)
-    rows = {"divergences": [divergence("truncated", against=PADDED)], "distance": distance(truncated=NEAR)} | OTHER
+    rows = {"divergences": [divergence("truncated", against=Arm.PADDED)], "distance": distance(truncated=NEAR)} | OTHER
     assert verdict_of(resolved, OTHER, rows) == expected
     both = {"padded/truncated": SOME, "repadded/truncated": SOME}
     assert verdict_of(resolved, OTHER, OTHER, differing=both) == expected
@@ -219,7 +219,7 @@ def test_tolerance_follows_the_combine_format(quant: str, error: float, verdict:
 
 
 def test_rows_outside_rounding_are_corrupt_though_tokens_are_within_tolerance() -> None:
-    far = {"divergences": [divergence("truncated", against=PADDED, far=1)]}
+    far = {"divergences": [divergence("truncated", against=Arm.PADDED, far=1)]}
     assert verdict_of(asked(**TOLERANT), {}, far) == ("CORRUPT", ["experts-differs"])
 
 
@@ -311,8 +311,8 @@ def test_all_matching_rules_are_kept_in_order_of_precedence() -> None:
 
 def test_rounding_difference_is_not_the_first_divergence() -> None:
     resolved = asked(**GAUSSIAN)
-    noise = divergence("control", against=PADDED)
-    wrong = divergence("truncated", against=PADDED, far=4)
+    noise = divergence("control", against=Arm.PADDED)
+    wrong = divergence("truncated", against=Arm.PADDED, far=4)
     found = judge(resolved, gathered(resolved, {}, {"divergences": [noise, wrong]}))
     assert (found.verdict.value, found.first_divergence) == ("CORRUPT", wrong)
 

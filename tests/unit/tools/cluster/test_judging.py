@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distbench.case.stages import LAYER_STAGES, Stage
 from distbench.tools.cluster.attribution import ClusterFinding, GroupRun, name_faults
 from distbench.tools.cluster.plan import STEPS, Step, rounds_of
 from distbench.tools.cluster.stragglers import LEAST_SLOWDOWN, name_stragglers, not_judged
-from distbench.verify.records import STAGE_ORDER
 
 KEYS = [f"case {number}" for number in range(8)]
 Group = tuple[str, ...]
@@ -86,13 +86,13 @@ def test_evidence_of_a_finding_quotes_the_verdict_and_its_message() -> None:
 def timed(count: int, seed: int, slowness: Callable[[str, Group], float], noise: float = 0.01) -> list[GroupRun]:
     """Trials with noisy times: each case's own time, multiplied by the slowness of its group in that stage."""
     rng = random.Random(seed)
-    base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in STAGE_ORDER for key in KEYS}
+    base = {(stage, key): math.exp(rng.gauss(5, 2)) for stage in LAYER_STAGES for key in KEYS}
     found = []
     for step in ("nodes", "pairs"):
         for group in (group for one in rounds_of(step, names(count)) for group in one):
-            times = {
+            times: dict[str, dict[str, float]] = {
                 stage: {key: base[stage, key] * slowness(stage, group) * math.exp(rng.gauss(0, noise)) for key in KEYS}
-                for stage in STAGE_ORDER
+                for stage in LAYER_STAGES
             }
             found.append(GroupRun(step=step, nodes=group, exit_code=0, verdict="PASS", times=times))
     return found
@@ -123,9 +123,11 @@ def test_slow_link_and_node_slow_only_in_pairs_are_named(count: int, seed: int, 
 def nodes_that_differ(count: int, seed: int, slow: int = 0) -> list[GroupRun]:
     """Trials of nodes that differ by 2 % in each stage; the first `slow` are 30 % slower in their experts."""
     rng = random.Random(seed)
-    level = {(stage, node): math.exp(rng.gauss(0, 0.02)) for stage in STAGE_ORDER for node in names(count)}
+    level: dict[tuple[str, str], float] = {
+        (stage, node): math.exp(rng.gauss(0, 0.02)) for stage in LAYER_STAGES for node in names(count)
+    }
     for node in names(slow):
-        level["experts", node] *= 1.3
+        level[Stage.EXPERTS, node] *= 1.3
     return timed(count, seed, lambda stage, group: max(level[stage, node] for node in group))
 
 
