@@ -1,8 +1,13 @@
-"""Skip tests marked `gpu` on a machine without an accelerator; restore the variables that a test's commands set."""
+"""Skip tests marked `gpu` on a machine without an accelerator; restore the variables that a test's commands set.
+
+A shell starts a job in the background with SIGINT and SIGQUIT ignored, nohup with SIGHUP ignored, and processes that
+tests start and send signals to would inherit that.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +16,14 @@ from hypothesis import HealthCheck, settings
 # A slow machine fails no property.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGQUIT, signal.SIG_DFL),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,8 +18,9 @@ _COLUMNS = 80
 class Progress:
     """Counts finished cases on standard error: passed if the case ended as expected, else failed."""
 
-    def __init__(self, total: int, *, quiet: bool, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, total: int, *, quiet: bool, stream: TextIO | None = None) -> None:
         """Expect `total` cases."""
+        stream = sys.stderr if stream is None else stream
         self._total = total
         self._quiet = quiet
         self._stream = stream

@@ -52,13 +52,47 @@ def run_python(code: str, **environ: str) -> bytes:
     return subprocess.run(command, capture_output=True, env=os.environ | environ, cwd=ROOT, check=True).stdout
 
 
-class Bench:
+class Outcome:
+    """Results in the folder of a command."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Report of `run`, or empty."""
+        path = self.out / "report.json"
+        content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        return content
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """The whole lines of results.jsonl."""
+        path = self.out / "results.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        """Verdicts by case; a case with two results fails the test."""
+        reports = self.reports
+        found = {report["name"]: report["verdict"] for report in reports}
+        assert len(found) == len(reports)
+        return found
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
+        return content
+
+
+class Bench(Outcome):
     """A distbench command in its own session; leaving the context kills all of its processes."""
 
     starter: tuple[str, ...] = ("-m", "distbench")
 
     def __init__(self, out: Path, *arguments: str | Path, **environ: str) -> None:
-        self.out = out
+        super().__init__(out)
         self._marker = uuid.uuid4().hex
         self._logs = [out.with_name(f"{out.name}.{self._marker[:8]}.{name}") for name in ("stdout", "stderr")]
         command = [sys.executable, *self.starter, *map(str, arguments), "--out", str(out)]
@@ -103,26 +137,6 @@ class Bench:
     @property
     def stderr(self) -> str:
         return self._logs[1].read_text()
-
-    @property
-    def reports(self) -> list[dict[str, Any]]:
-        """The whole lines of results.jsonl."""
-        path = self.out / "results.jsonl"
-        content = path.read_bytes() if path.exists() else b""
-        return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
-
-    @property
-    def verdicts(self) -> dict[str, str]:
-        """Verdicts by case; a case with two results fails the test."""
-        reports = self.reports
-        found = {report["name"]: report["verdict"] for report in reports}
-        assert len(found) == len(reports)
-        return found
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.out / "summary.json").read_text())
-        return content
 
     def end_at_once(self) -> None:
         """Stop, then kill all processes, so that none sees another one end."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.end_to_end.in_process import Run
 
 TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3, "experts": "aiter", "emulate": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,12 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def distbench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in its own process, as users do: a process that lost its ranks cannot be reused."""
-    command = [sys.executable, "-m", "distbench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=ROOT)
-
-
 def write_cases(path: Path) -> Path:
     cases = [{"name": name, "expect": verdict} | values for name, (verdict, values) in CASES.items()]
     path.write_text(json.dumps({"defaults": TINY, "include": cases}))
@@ -73,11 +65,10 @@ def write_cases(path: Path) -> Path:
 
 def test_each_public_aiter_bug_ends_in_its_expected_verdict(tmp_path: Path) -> None:
     suite = write_cases(tmp_path / "aiter.json")
-    done = distbench("suite", str(suite), "--nproc", "4", "--out", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    reports = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    reports = [report for report in reports if "verdict" in report]
-    assert {report["name"]: report["verdict"] for report in reports} == {name: CASES[name][0] for name in CASES}
+    done = Run(tmp_path / "out", "suite", suite, "--nproc", "4")
+    assert done.exit_code == 0, done.stdout + done.stderr
+    reports = done.reports
+    assert done.verdicts == {name: CASES[name][0] for name in CASES}
     assert all(report["emulated"] for report in reports)
     assert all("distbench.experts.aiter.emulated for aiter" in report["stand_ins"] for report in reports)
     passed, injected = (report for report in reports if report["name"] in {"bf16", "a fault is injected"})
@@ -91,11 +82,11 @@ def test_each_public_aiter_bug_ends_in_its_expected_verdict(tmp_path: Path) -> N
 def test_case_with_both_stand_ins_passes(tmp_path: Path, cu_count: str, fp8: str) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "emulate"]
     flags += ["--dispatch-dtype=fp8", f"--cu-count={cu_count}", "--transport=mori", "--emulate"]
-    done = distbench("run", "--nproc", "4", "--out", str(tmp_path / "out"), *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = Run(tmp_path / "out", "run", "--nproc", "4", *flags)
+    assert done.exit_code == 0, done.stdout + done.stderr
     both = "distbench.transport.mori.emulated for mori, distbench.experts.aiter.emulated for aiter"
     assert f"PASS (emulated: {both}): truncated == repadded == control == padded == oracle" in done.stdout
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = done.report
     assert (report["case"]["fp8_format"], report["sources"]["fp8_format"]) == (fp8, "device")
 
 
@@ -115,8 +106,8 @@ def test_kernel_fault_is_reported_with_its_arm(
 ) -> None:
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | quirk).items() if key != "emulate"]
     flags += [f"--transport={transport}", "--emulate"]
-    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), *flags)
-    assert done.returncode == 3, done.stderr
+    done = Run(tmp_path / "out", "run", "--nproc", "2", *flags)
+    assert done.exit_code == 3, done.stderr
     out = done.stdout
     arm = "padded" if "all-rows" in quirk.values() else "truncated"
     assert f"ended by SIGABRT in {arm}/experts" in out
@@ -124,7 +115,7 @@ def test_kernel_fault_is_reported_with_its_arm(
 
 
 def test_aiter_experts_without_the_package_are_unsupported(tmp_path: Path) -> None:
-    done = distbench("run", "--nproc", "2", "--out", str(tmp_path / "out"), "--model", "tiny", "--experts", "aiter")
-    assert done.returncode == 77
+    done = Run(tmp_path / "out", "run", "--nproc", "2", "--model", "tiny", "--experts", "aiter")
+    assert done.exit_code == 77
     assert "UNSUPPORTED: experts aiter: the package amd-aiter is not installed" in done.stderr
     assert not list((tmp_path / "out").glob("report.json"))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.end_to_end.in_process import tiny
 from tests.end_to_end.launches import ROOT, Bench, wait_until
-from tests.end_to_end.test_run import tiny
 from tests.faulty_site.unguarded import MISTAKEN
 
 

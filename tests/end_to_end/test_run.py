@@ -1,58 +1,31 @@
-"""`distbench run` as a user types it: output, report and exit code."""
+"""`distbench run` as a user types it: output, report and exit code.
+
+The first case, and the commands that are refused, run as processes; the others share the start of this one.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from distbench.case.sglang_releases import LIMIT
+from distbench.cli.main import main
 from distbench.verify.gather import ROUND_BYTES
+from tests.end_to_end.in_process import Run, tiny
+from tests.end_to_end.launches import Bench
 
-ROOT = Path(__file__).parents[2]
 LARGE = ("--hidden-size", "2048", "--intermediate-size", "256", "--tokens", "32")
 
 
-class Run:
-    """One finished command and its report, if it wrote one."""
-
-    def __init__(self, out: Path, *arguments: str, environ: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "distbench", "run", "--out", str(out), *arguments]
-        start = time.monotonic()
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            env=os.environ | (environ or {}),
-            check=False,
-            cwd=ROOT,
-        )
-        self.seconds = time.monotonic() - start
-        self.exit_code, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
-        path = out / "report.json"
-        self.report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-
-    @property
-    def last_line(self) -> str:
-        return self.stdout.rstrip("\n").splitlines()[-1]
-
-
-def tiny(out: Path, nproc: int, *arguments: str, **environ: str) -> Run:
-    return Run(out, "--nproc", str(nproc), "--model", "tiny", *arguments, environ=environ)
-
-
 def test_tiny_case_passes_and_reports_both_kernels(tmp_path: Path) -> None:
-    run = tiny(tmp_path, 4)
-    assert run.exit_code == 0
-    assert run.last_line.startswith("PASS (emulated: collective for mori, reference for aiter): truncated == ")
+    with Bench(tmp_path / "out", "run", "--nproc=4", "--model=tiny") as run:
+        assert run.finish() == 0
+    last_line = run.stdout.rstrip("\n").splitlines()[-1]
+    assert last_line.startswith("PASS (emulated: collective for mori, reference for aiter): truncated == ")
     assert run.report["verdict"] == "PASS"
     assert run.report["emulated"] is True
     for rank in run.report["ranks"]:
@@ -227,16 +200,17 @@ def test_unused_key_is_listed_once_in_console_and_report(tmp_path: Path) -> None
     assert "'anything' is no quirk" in refused.stderr
 
 
-def test_run_of_a_case_file_writes_a_report_that_show_prints(tmp_path: Path) -> None:
+def test_run_of_a_case_file_writes_a_report_that_show_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "case.toml"
     file.write_text('model = "tiny-odd"\ntokens = [3, 0]\nrouting = "local"\nseed = 5\n')
-    run = Run(tmp_path, "--nproc", "2", "--case", str(file), "--json", str(tmp_path / "deep" / "copy.json"))
+    run = Run(tmp_path, "run", "--nproc", "2", "--case", file, "--json", tmp_path / "deep" / "copy.json")
     assert run.exit_code == 0
     assert run.report["sources"]["seed"] == f"file:{file}"
     assert json.loads((tmp_path / "deep" / "copy.json").read_text()) == run.report
-    command = [sys.executable, "-m", "distbench", "show", str(tmp_path / "report.json")]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert shown.stdout == run.stdout
+    assert main(["show", str(tmp_path / "report.json")]) == 0
+    assert capsys.readouterr().out == run.stdout
 
 
 @pytest.mark.parametrize(
@@ -254,11 +228,13 @@ def test_run_of_a_case_file_writes_a_report_that_show_prints(tmp_path: Path) -> 
     ],
 )
 def test_invalid_cases_are_refused_in_one_line_within_two_seconds(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    run = Run(tmp_path, *arguments)
-    assert run.exit_code == 2
+    start = time.monotonic()
+    with Bench(tmp_path / "out", "run", *arguments) as run:
+        assert run.finish() == 2
+        seconds = time.monotonic() - start
     assert run.stderr.startswith("distbench: INVALID: ")
     assert run.stderr.count("\n") == 1
-    assert run.seconds < 2
+    assert seconds < 2
 
 
 def test_repeats_of_the_truncated_arm_count_as_timed_iterations(tmp_path: Path) -> None:
@@ -285,7 +261,8 @@ def test_memory_of_rank_0_in_gather_is_bounded(tmp_path: Path, nproc: int) -> No
     gathered_bytes = nproc * tokens * hidden * 2 * arms
     run = tiny(
         tmp_path, nproc, "--gather", "rows", "--hidden-size", str(hidden), "--tokens", str(tokens),
-        "--max-dispatch-tokens-per-rank", str(tokens),
+        "--max-dispatch-tokens-per-rank", str(tokens), "--topk", "1", "--intermediate-size", "64",
+        "--numerics", "exact",
     )  # fmt: skip
     assert run.report["gather"] == "rows"
     added = run.report["memory"]["gather"]["peak_bytes_added_on_rank_0"]

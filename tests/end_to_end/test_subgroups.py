@@ -13,6 +13,7 @@ from distbench.tools.lab import Lab
 from distbench.utils.devices import count_devices
 from distbench.utils.signals import collect_signals
 from tests.cases import tiny_case
+from tests.end_to_end.in_process import Run
 from tests.end_to_end.launches import TINY, Bench
 
 RANKS = 3
@@ -27,9 +28,9 @@ def suite_of(path: Path, sizes: tuple[int, ...], **defaults: object) -> Path:
 @pytest.mark.parametrize("sizes", [(1, 2, 3), (1, 3, 2), (3, 1, 2)])
 def test_suite_with_subgroups_passes_in_any_order(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     suite = suite_of(tmp_path / "suite.json", sizes)
-    with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}") as bench:
-        assert bench.finish() == 0
-    assert bench.verdicts == {f"ep_size={size}": "PASS" for size in sizes}
+    run = Run(tmp_path / "out", "suite", suite, f"--nproc={RANKS}")
+    assert run.exit_code == 0
+    assert run.verdicts == {f"ep_size={size}": "PASS" for size in sizes}
 
 
 def test_trials_with_subgroups_pass_in_any_order_on_ranks_that_stay_up(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distbench.cli.sweep import sweep_limits
 from tests.cases import tiny_case
-from tests.end_to_end.launches import Bench
+from tests.end_to_end.in_process import Run
 
 
 def test_auto_limits_start_at_off_and_contain_bucket_edges_and_bounds() -> None:
@@ -31,14 +31,14 @@ def test_sweep_prints_and_writes_one_row_per_limit(tmp_path: Path) -> None:
         "--topk",
         "1",
     )
-    with Bench(tmp_path / "out", "sweep", "--limits", "max-recv-1,max-recv,sum32", *case) as bench:
-        assert bench.finish() == 0
-        rows = json.loads((bench.out / "sweep.json").read_text())
-        assert [row["limit"] for row in rows] == ["off", "max-recv-1", "max-recv", "sum32"]
-        assert [row["safe"] for row in rows] == [True, False, True, True]
-        assert [row["status"] for row in rows] == ["proven", "unsafe", "this batch", "proven"]
-        assert "= 16+16 = 32" in bench.stdout
-        assert [row["verdict"] for row in rows[:2]] == ["PASS (emulated)", "UNDER_LIMIT (emulated)"]
-        assert rows[1]["layer_us"] is None
-        assert rows[2]["layer_us"] > 0
-        assert "emulated: a check of the harness" in bench.stdout
+    run = Run(tmp_path / "out", "sweep", "--limits", "max-recv-1,max-recv,sum32", *case)
+    assert run.exit_code == 0
+    rows = json.loads((run.out / "sweep.json").read_text())
+    assert [row["limit"] for row in rows] == ["off", "max-recv-1", "max-recv", "sum32"]
+    assert [row["safe"] for row in rows] == [True, False, True, True]
+    assert [row["status"] for row in rows] == ["proven", "unsafe", "this batch", "proven"]
+    assert "= 16+16 = 32" in run.stdout
+    assert [row["verdict"] for row in rows[:2]] == ["PASS (emulated)", "UNDER_LIMIT (emulated)"]
+    assert rows[1]["layer_us"] is None
+    assert rows[2]["layer_us"] > 0
+    assert "emulated: a check of the harness" in run.stdout
