@@ -186,6 +186,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.dispatch_dtype == "fp8" or self.combine_quant in ("fp8_direct_cast", "fp8_blockwise")
 
     @property
+    def limit_key(self) -> Literal["limit", "recv_bound"]:
+        """The key that sets the cut: SGLang's receive bound applies only where it is asked for and the limit is off."""
+        return "recv_bound" if self.recv_bound and self.limit == "off" else "limit"
+
+    @property
     def stand_ins(self) -> list[str]:
         """The stand-ins that replace mori and aiter."""
         known = STAND_INS | (EMULATED if self.emulate else {})

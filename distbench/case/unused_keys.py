@@ -65,7 +65,7 @@ def _reason_of_transport(key: str, case: Case) -> str:
         return "transport mori has an order of its own"
     if key == "mori_habits" and case.transport == "mori" and not case.emulate:
         return "only with emulate"
-    bounded = case.recv_bound and case.limit == "off"
+    bounded = case.limit_key == "recv_bound"
     if case.transport == "mori" or not (key in _MORI_KEYS or (key in _KERNEL_KEYS and not bounded)):
         return ""
     return f"transport {case.transport} does not use it"

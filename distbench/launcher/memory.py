@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from distbench.case.entry import Entry
-from distbench.case.limits import Traffic, resolve_limit
+from distbench.case.limits import Traffic
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
-from distbench.pipeline.recv_bound import recv_bound
+from distbench.pipeline.recv_bound import limit_rows
 from distbench.utils.devices import free_device_bytes
 
 # Memory that ranks share with the fork server, and memory of each rank besides tensors.
@@ -111,13 +111,12 @@ def _least_cut(case: Case) -> int:
 
     Each token goes to at least one rank, so the fullest rank receives at least the mean of all tokens over all ranks.
     """
-    bound = recv_bound(case).rows if case.limit == "off" and case.recv_bound else None
-    limit = case.limit if bound is None else str(bound)
     total = sum(case.tokens)
-    if limit == "off" or "max-recv-" in limit or not total:
+    if "max-recv-" in case.limit or not total:
         return 0
-    rows = resolve_limit(limit, Traffic(case.tokens, (-(-total // case.ep_size),), case.capacity)) or 0
-    refused = limit.isdigit() and rows < total and case.policy == "strict"
+    rows = limit_rows(case, Traffic(case.tokens, (-(-total // case.ep_size),), case.capacity)) or 0
+    fixed = case.limit.isdigit() or case.limit_key == "recv_bound"
+    refused = fixed and rows < total and case.policy == "strict"
     return rows if rows < case.capacity and not refused else 0
 
 

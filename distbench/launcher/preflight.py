@@ -86,7 +86,7 @@ def _check_unused(case: Case) -> None:
 def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     """Warnings where SGLang's receive bound cuts nothing, or is that of older releases, for decode batches only."""
     rule = rules_of(case.sglang_version).recv_bound
-    if not case.recv_bound or case.limit != "off":
+    if case.limit_key != "recv_bound":
         named = ("two_batch_overlap", "tp_size", "sender_rows")
         inert = [name for name in named if getattr(case, name)]
         return (f"{', '.join(inert)}: used by recv_bound with the limit off alone",) if inert else ()

@@ -1,4 +1,4 @@
-"""The rows that SGLang itself cuts to (SGLANG_MORI_RECV_BOUND), by release, and the reasons where it cuts nothing.
+"""The rows that a case cuts to, by its limit or as SGLang itself does (SGLANG_MORI_RECV_BOUND), by release.
 
 Sources: `_select_recv_cap` and `mori_recv_bound` of the wheel 0.5.23 (`token_dispatcher/moriep.py`), and
 `_mori_decode_recv_bound` of 0.5.19 to 0.5.21 (`moe_runner/aiter.py`), which bounds decode batches only.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from distbench.case.limits import RECV_BOUND_STEP, round_up
+from distbench.case.limits import RECV_BOUND_STEP, Traffic, resolve_limit, round_up
 from distbench.case.sglang_releases import NEWEST, RECV_BOUND, VARIABLES, rules_of
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
@@ -22,6 +22,18 @@ class Bound(NamedTuple):
 
     rows: int | None
     reason: str = ""
+
+
+def limit_rows(case: Case, traffic: Traffic, local_ranks: int | None = None) -> int | None:
+    """Rows that the case cuts to, by its limit or by the bound of SGLang's release; None for no cut.
+
+    Raises:
+        InvalidCase: as `resolve_limit` and `recv_bound`, which raises Unsupported too.
+
+    """
+    if case.limit_key == "recv_bound":
+        return recv_bound(case, local_ranks).rows
+    return resolve_limit(case.limit, traffic)
 
 
 def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:

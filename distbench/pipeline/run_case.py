@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from distbench.case.limits import Traffic, check_capacity, resolve_limit
+from distbench.case.limits import Traffic, check_capacity
 from distbench.case.spec import Case, case_hash, inputs_of, with_inputs
 from distbench.case.stages import Stage
 from distbench.case.timeouts import compiles
@@ -21,7 +21,7 @@ from distbench.pipeline.graphs import GraphedExperts, prove_capture
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.passes import Parts, Passes
 from distbench.pipeline.recorder import Recorder
-from distbench.pipeline.recv_bound import recv_bound
+from distbench.pipeline.recv_bound import limit_rows
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
@@ -154,10 +154,7 @@ def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor
 def _resolved(session: Session, case: Case, counts: Tensor) -> ResolvedCase:
     traffic = Traffic(case.tokens, tuple(counts.sum(0).tolist()), case.capacity)
     check_capacity(traffic, case.max_dispatch_tokens_per_rank)
-    limit = resolve_limit(case.limit, traffic)
-    if limit is None and case.recv_bound:
-        limit = recv_bound(case, session.local_ranks).rows
-    return ResolvedCase(case, traffic, limit)
+    return ResolvedCase(case, traffic, limit_rows(case, traffic, session.local_ranks))
 
 
 def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], counts: Tensor) -> _Ready:

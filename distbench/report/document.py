@@ -45,7 +45,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
     gathered, resolved = outcome.gathered, outcome.resolved
     records = gathered.observations if gathered else []
     verdict = outcome.judgement.verdict
-    safe = resolved is None or not resolved.short_ranks
+    limit = limit_report(resolved, entry.sources) if resolved else None
     findings = finding_reports(outcome.judgement)
     codes = codes_behind(verdict, findings, outcome.judgement.reasons)
     blind = _blind_spots(outcome.case)
@@ -58,7 +58,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         verdict=verdict,
         exit_code=verdict.exit_code,
         expect=entry.expect,
-        as_expected=is_met(entry.expect, verdict, codes, safe=safe, policy=entry.case.policy),
+        as_expected=is_met(entry.expect, verdict, codes, safe=limit is None or limit.safe, policy=entry.case.policy),
         reasons=outcome.judgement.reasons,
         findings=findings,
         blind_spots=blind,
@@ -72,7 +72,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
             *_doubts(records),
             *kernel_doubts(records),
         ],
-        limit=limit_report(resolved, entry.sources) if resolved else None,
+        limit=limit,
         environment=environment,
         transport=records[0].transport if records else {},
         ranks=[_rank(record) for record in records],

@@ -43,9 +43,7 @@ class LimitReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def limit_report(resolved: ResolvedCase, sources: dict[str, str]) -> LimitReport:
     """Limit of a case; `sources` names the source of each of the case's values."""
-    source = sources.get("limit", "default")
-    if resolved.case.limit == "off":
-        source = sources.get("recv_bound", source) if resolved.limit is not None else "off"
+    source = "off" if resolved.limit is None else sources.get(resolved.case.limit_key, "default")
     return LimitReport(
         requested=resolved.case.limit,
         effective=resolved.limit,
