@@ -1,8 +1,8 @@
 """Errors of sampled rows and tokens relative to ideal roundings, by arm and stage (docs/gaussian.md).
 
 A keyed hash samples the same tokens on all ranks. Each rank computes its experts' rows of them from the rows that must
-have travelled (`verify.stages` compares these with the received ones), with the same weights as its kernels. The rows
-go to the tokens' owners, who add them up as combine does.
+have travelled (`verify.stage_check` compares these with the received ones), with the same weights as its kernels. The
+rows go to the tokens' owners, who add them up as combine does.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Legitimate reasons for bits that differ from padded's: order of additions, or another kernel; and the tolerance.
 
-They apply only where inputs are not exact, and only within the tolerance on every rank.
+They apply only where inputs are not exact, and only where the arm is within its ideal on every rank; in reports without
+errors, within the tolerance.
 """
 
 from __future__ import annotations
@@ -112,6 +113,11 @@ def far_ranks(part: Part, arm: str) -> list[Observation]:
     return [record for record in told if not is_close(record.distance_of(arm), allowed)]
 
 
+def bounds_met(part: Part) -> str:
+    """Name of the bounds that excused bits are within."""
+    return "within its ideal" if part.measured else "within tolerance"
+
+
 def adds_atomically(kernel: dict[str, Any]) -> bool:
     """Whether a kernel, by its record, adds in a different order each time, so that rounded sums vary."""
     return bool(kernel.get("stage2_mode") == "atomic")
@@ -131,7 +137,7 @@ def never_repeats(part: Part) -> bool:
 
 
 def excuse(part: Part, arm: str) -> Excuse:
-    """Reason why the bits of `arm` may differ from padded's; none where a token on any rank exceeds the tolerance."""
+    """Reason why the bits of `arm` may differ from padded's; none where the arm is outside its ideal on any rank."""
     return "" if far_ranks(part, arm) else _of_the_kernel(part, arm, part.records)
 
 
@@ -202,6 +208,6 @@ def _once(part: Part, record: Observation, arm: str, reason: Reason, *, near: bo
     """Exact inputs, and kernels that do not add atomically, must repeat their bits."""
     kernel = record.kernels[arm]
     rounding = near and not part.exact and adds_atomically(kernel)
-    order = f", within tolerance: its kernel ({kernel['label']}) adds in another order each time" if rounding else ""
+    order = f", {bounds_met(part)}: its kernel ({kernel['label']}) adds in another order each time" if rounding else ""
     said = msgspec.structs.replace(reason, rank=record.rank, message=reason.message + order)
     return Again(said, rounding, other_kernel(record, arm))

@@ -190,7 +190,8 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
 class Replay(msgspec.Struct, frozen=True, array_like=True):
     """A graph's replay with `live` rows of other tokens: wrong rows, and rows whose bits differ by a rounding only.
 
-    The latter come from kernels that add atomically, where inputs are not exact, and are within the tolerance.
+    The latter come from kernels that add atomically, where inputs are not exact, and are within what two
+    runs of the kernel may differ by.
     """
 
     live: int

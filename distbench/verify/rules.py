@@ -11,6 +11,7 @@ from distbench.verify.excuses import (
     Part,
     adds_atomically,
     again,
+    bounds_met,
     excuse,
     far_ranks,
     is_close,
@@ -222,7 +223,7 @@ def _drifted(part: Part) -> list[Reason]:
     kernels = part.kernels
     message = (
         f"no row lost, another kernel ({kernels['padded']['label']} → {kernels['truncated']['label']}), other bits in "
-        f"{part.rows('truncated')} expert rows and in {_extent(part.gathered, 'padded/truncated')}, within tolerance"
+        f"{part.rows('truncated')} expert rows and in {_extent(part.gathered, 'padded/truncated')}, {bounds_met(part)}"
     )
     return [Reason(code="kernel-drift", message=message), *repeated]
 

@@ -167,7 +167,7 @@ def test_require_tolerance_accepts_drift(tmp_path: Path) -> None:
     run = tiny(tmp_path, 4, *LARGE, *table)
     assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
     (drift,) = (reason for reason in run.report["reasons"] if reason["code"] == "kernel-drift")
-    assert drift["message"].endswith("within tolerance")
+    assert drift["message"].endswith("within its ideal")
 
 
 def test_environment_variable_sets_the_limit_and_a_flag_overrides_it(tmp_path: Path) -> None:

@@ -178,6 +178,17 @@ def test_differing_bits_of_another_kernel_within_tolerance_are_drift(inputs: dic
     assert verdict_of(resolved, OTHER, OTHER, differing=both) == expected
 
 
+@pytest.mark.parametrize(
+    ("errors", "bounds"), [([arm_error("truncated", within=True)], "within its ideal"), ([], "within tolerance")]
+)
+def test_message_of_a_drift_names_the_bounds_that_judged_it(errors: list[Any], bounds: str) -> None:
+    resolved = asked(**GAUSSIAN)
+    there = OTHER | {"errors": errors}
+    found = judge(resolved, gathered(resolved, there, there, differing={"padded/truncated": SOME}))
+    assert found.reasons[0].code == "kernel-drift"
+    assert found.reasons[0].message.endswith(bounds)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("error", [FAR, None])
 @pytest.mark.parametrize("arm", ARMS[1:])
