@@ -30,7 +30,7 @@ TIMEOUT_S = 300.0
 
 
 class Clock(Heartbeat):
-    """Heartbeat that add up the seconds of each stage."""
+    """Heartbeat that adds up the seconds of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

@@ -183,7 +183,7 @@ class ErrorChecker:
     def _chosen(self, keys: Sequence[int]) -> tuple[_Sample, dict[str, _Side]] | None:
         """Return the tokens that any rank names, and what they must be; None where no rank names one. Collective.
 
-        They are chosen for what came of them: bounds hold for any choice of as many of the case's tokens.
+        They are chosen for their results: bounds hold for any choice of as many of the case's tokens.
         """
         if not self._on_any_rank(value=bool(keys)):
             return None
@@ -259,7 +259,7 @@ def _side(sides: Mapping[str, _Side], arm: str) -> _Side:
 
 
 def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
-    """Return this rank's expert rows of the sample; None where nobody knows what it had received."""
+    """Return this rank's expert rows of the sample; None where its received rows are unknown."""
     if returned is None or not len(sample.keys):
         return None
     places = torch.searchsorted(returned.keys, sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
