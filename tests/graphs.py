@@ -74,7 +74,7 @@ def fake_graphs(
         yield memory
 
 
-class Capturable:
+class Capturable(Experts):
     """Experts whose calls a `FakeGraph` repeats; `damage` gets the live rows of a replay and their results."""
 
     def __init__(self, inner: Experts, damage: Callable[[int, Tensor], object] | None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,18 @@ from distbench.experts.selection.choice import KernelChoice
 from distbench.transport.base import Dispatched
 
 
-class Experts(Protocol):
-    """Computes the experts of one rank with a kernel that the row count selects."""
+class Experts(ABC):
+    """Computes the experts of one rank with a kernel that the row count selects.
 
+    Experts whose kernels are compiled when they are first called override `warm_up`; those that compute garbage or
+    fault on some values override `check`; those that run an external package override `about`.
+    """
+
+    @abstractmethod
     def selection(self, rows: int) -> KernelChoice:
         """Return the kernel that a call with `rows` allocated rows runs."""
 
+    @abstractmethod
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
         self,
         hidden_states: Tensor,
@@ -38,43 +45,19 @@ class Experts(Protocol):
         the expert is local; num_local_tokens [1] int32. The result is valid until the next call.
         """
 
-
-@runtime_checkable
-class CompiledExperts(Protocol):
-    """Experts whose kernels are compiled when they are first called."""
-
-    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:  # noqa: B027
         """Compile the kernels that calls with these numbers of rows need, once per node."""
 
-
-class CheckedExperts(Protocol):
-    """Experts that compute garbage or fault on some values. The host checks for them, which waits for the device."""
-
-    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-        """Refuse bad values of arguments: for checked passes, never for timed or captured ones.
+    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:  # noqa: B027
+        """Refuse bad values of arguments, which waits for the device: for checked passes, never timed or captured ones.
 
         Raises:
             DistbenchError: names the value and the bound.
         """
 
-
-def check_values(experts: Experts, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-    """Let experts that need it check the values of their coming call."""
-    if hasattr(experts, "check"):  # runs in every pass, and isinstance takes 9 us to compare protocols
-        experts.check(topk_ids, expert_mask, num_local_tokens)
-
-
-class PackageUser(Protocol):
-    """A part of the layer that runs an external package."""
-
     def about(self) -> dict[str, Any]:
         """Return, by package name, the facts that decide its results besides the case: versions, devices, tables."""
-
-
-def facts_of(part: object) -> dict[str, Any]:
-    """Return a part's facts about its packages; empty where it uses none."""
-    facts: dict[str, Any] = part.about() if hasattr(part, "about") else {}
-    return facts
+        return {}
 
 
 class ExpertInput(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from distbench.experts.base import Experts
 from distbench.experts.blocked_matmul import Weights
 from distbench.experts.roundings import Scales
 from distbench.experts.selection.choice import KernelChoice, KernelSelector
@@ -46,7 +47,7 @@ class _Kept(Generic[T]):
         return known[1]
 
 
-class ReferenceExperts:
+class ReferenceExperts(Experts):
     """Stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
     def __init__(self, selector: KernelSelector, seed: int, scales: Scales = "power of two") -> None:

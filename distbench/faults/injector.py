@@ -14,7 +14,7 @@ from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
-from distbench.experts.base import Cut, ExpertInput, Experts, check_values, facts_of
+from distbench.experts.base import Cut, ExpertInput, Experts
 from distbench.experts.selection.choice import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
@@ -104,18 +104,24 @@ class Injector:
                 fault.leave()
 
 
-class _FaultyTransport:
+class _FaultyTransport(Transport):
     def __init__(self, inner: Transport, faults: list[Fault]) -> None:
         self.capacity = inner.capacity
         self.facts = inner.facts
-        self.sources = inner.sources
-        self.forget = inner.forget
-        self.close = inner.close
         self._inner = inner
         self._faults = faults
 
+    def sources(self) -> Tensor:
+        return self._inner.sources()
+
+    def forget(self) -> None:
+        self._inner.forget()
+
+    def close(self) -> None:
+        self._inner.close()
+
     def about(self) -> dict[str, Any]:
-        return facts_of(self._inner)
+        return self._inner.about()
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         _enter(self._faults, Stage.DISPATCH)
@@ -140,13 +146,18 @@ class _FaultyTransport:
         return tokens
 
 
-class _FaultyExperts:
+class _FaultyExperts(Experts):
+    """Experts with faults around them; values are checked in the call, once the faults have damaged them."""
+
     def __init__(self, inner: Experts, faults: list[Fault]) -> None:
         self._inner = inner
         self._faults = faults
 
+    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+        self._inner.warm_up(w1, w2, expert_mask, rows)
+
     def about(self) -> dict[str, Any]:
-        return facts_of(self._inner)
+        return self._inner.about()
 
     def selection(self, rows: int) -> KernelChoice:
         return self._inner.selection(rows)
@@ -168,7 +179,7 @@ class _FaultyExperts:
         for fault in self._faults:
             if fault.active:
                 given = fault.asked(given)
-        check_values(self._inner, given.ids, others["expert_mask"], given.num_local_tokens)
+        self._inner.check(given.ids, others["expert_mask"], given.num_local_tokens)
         rows: Tensor = self._inner(
             given.hidden,
             w1,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import ExpertInput, Experts, ExpertWeights, check_values, facts_of
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.layer import run_experts
 from distbench.utils.text import one_line
@@ -39,8 +39,8 @@ class _Captured(NamedTuple):
     workspace: int
 
 
-class GraphedExperts:
-    """An `Experts` that captures each call of another one, by rows and addresses, and replays it from then on."""
+class GraphedExperts(Experts):
+    """Experts that capture each call of others, by rows and addresses, and replay it from then on."""
 
     def __init__(self, inner: Experts) -> None:
         self.inner = inner
@@ -50,13 +50,17 @@ class GraphedExperts:
         """See `Experts.selection`."""
         return self.inner.selection(rows)
 
+    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+        """See `Experts.warm_up`."""
+        self.inner.warm_up(w1, w2, expert_mask, rows)
+
     def about(self) -> dict[str, Any]:
-        """See `PackageUser.about`."""
-        return facts_of(self.inner)
+        """See `Experts.about`."""
+        return self.inner.about()
 
     def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-        """See `CheckedExperts.check`; a replay checks nothing."""
-        check_values(self.inner, topk_ids, expert_mask, num_local_tokens)
+        """See `Experts.check`; a replay checks nothing."""
+        self.inner.check(topk_ids, expert_mask, num_local_tokens)
 
     def __call__(  # noqa: PLR0913 - the argument list is aiter's
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.case.stages import Stage
-from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, check_values
+from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights
 from distbench.transport.base import Dispatched, Transport
 from distbench.workload.batch import TokenBatch
 
@@ -40,7 +40,7 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     given = cut(dispatched)
     mark(Stage.EXPERTS)
     if inspect is not None:
-        check_values(experts, given.ids, weights.mask, given.num_local_tokens)
+        experts.check(given.ids, weights.mask, given.num_local_tokens)
     expert_out = run_experts(experts, given, weights)
     if inspect is not None:
         mark(Stage.CHECK)

@@ -14,7 +14,7 @@ from torch import Tensor
 from distbench.case.stages import CUT_ARMS, TIMED_ARMS, Arm, Stage
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
-from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights, facts_of
+from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights
 from distbench.experts.roundings import roundings_of
 from distbench.pipeline.graphs import GraphedExperts, replay_others
 from distbench.pipeline.layer import run_layer
@@ -194,7 +194,7 @@ class Passes:
         return found
 
     def _packages(self) -> dict[str, Any]:
-        return facts_of(self._parts.transport) | facts_of(self._parts.experts)
+        return self._parts.transport.about() | self._parts.experts.about()
 
     def _error_checker(self) -> ErrorChecker:
         parts, resolved = self._parts, self._resolved

@@ -16,7 +16,7 @@ from distbench.case.timeouts import compiles
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Overflow, Unsupported
 from distbench.experts import make_experts
-from distbench.experts.base import CompiledExperts, Experts, ExpertWeights
+from distbench.experts.base import Experts, ExpertWeights
 from distbench.pipeline.graphs import GraphedExperts, prove_capture
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.passes import Parts, Passes
@@ -165,8 +165,7 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
         session.heartbeat.mark(Stage.COMPILE)
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = make_experts(case)
-        if case.experts != "reference" and isinstance(experts, CompiledExperts):
-            experts.warm_up(*weights, rows=rows)
+        experts.warm_up(*weights, rows=rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
     return _Ready(resolved, inputs, [weights], make_transport(session, case, counts, batch), [experts], counts)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,19 +28,22 @@ class Dispatched(NamedTuple):
     total_recv: Tensor
 
 
-class Transport(Protocol):
+class Transport(ABC):
     """Moves tokens to the ranks that hold their experts, and the results back.
 
     `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. `facts` describes the
-    way rows move, for reports.
+    way rows move, for reports. A transport whose memory outlives a call overrides `forget`, one that holds a package's
+    operator `close`.
     """
 
     capacity: int
     facts: dict[str, Any]
 
+    @abstractmethod
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """Send each token once to every rank that holds one of its experts."""
 
+    @abstractmethod
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
         """Return the sum of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
 
@@ -48,17 +52,22 @@ class Transport(Protocol):
         slots, in float32, with one rounding.
         """
 
+    @abstractmethod
     def sources(self) -> Tensor:
         """Return (source rank, source token) of each received row, int64 [total_recv, 2]; before combine."""
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027
         """Erase rows of earlier calls from memory, so that a later call that moves no rows cannot pass.
 
         Collective; before a dispatch. Timed passes omit it.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release the buffers, after the last combine. Collective."""
+
+    def about(self) -> dict[str, Any]:
+        """Return, by package name, the facts that decide its results besides the case; see `Experts.about`."""
+        return {}
 
 
 def poison_(rows: Tensor) -> None:

@@ -13,6 +13,7 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
+from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.run_case import run_case
 from distbench.transport import make_transport
 from distbench.transport.base import Dispatched, Transport
@@ -75,7 +76,7 @@ COMBINE: dict[str, Callable[[Tensor], object]] = {
 FAULTS: dict[str, list[str]] = {"dispatch": [*DISPATCH], "experts": [*EXPERTS], "combine": [*COMBINE]}
 
 
-class FaultyTransport:
+class FaultyTransport(Transport):
     """A transport that damages the result of dispatch or combine in one call."""
 
     def __init__(self, inner: Transport, stage: str, fault: str, call: int) -> None:
@@ -106,13 +107,15 @@ class FaultyTransport:
         self._inner.close()
 
 
-class FaultyExperts:
+class FaultyExperts(Experts):
     """Experts that damage their result in one call."""
 
     def __init__(self, inner: Experts, fault: str, call: int) -> None:
         self._inner, self._fault, self._call = inner, fault, call
         self._calls = -1
-        self.selection = inner.selection
+
+    def selection(self, rows: int) -> KernelChoice:
+        return self._inner.selection(rows)
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         self._calls += 1

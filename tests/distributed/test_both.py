@@ -19,6 +19,7 @@ from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import Experts
+from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.run_case import run_case
 from distbench.report.bundle.analysis import analyse
 from distbench.report.bundle.read import open_bundle
@@ -36,12 +37,14 @@ ARMS = ["padded", "control", "repadded", "truncated"]
 Damage = Callable[[Tensor], object]
 
 
-class Damaged:
+class Damaged(Experts):
     """Experts that damage their result in some calls: 0 to 3 are the arms with exact, 4 to 7 with gaussian inputs."""
 
     def __init__(self, inner: Experts, damage: Damage, calls: range, numbers: Iterator[int]) -> None:
         self._inner, self._damage, self._calls, self._numbers = inner, damage, calls, numbers
-        self.selection = inner.selection
+
+    def selection(self, rows: int) -> KernelChoice:
+        return self._inner.selection(rows)
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         rows = self._inner(*arguments, **options)

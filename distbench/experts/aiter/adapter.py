@@ -30,6 +30,7 @@ from distbench.experts.aiter.package import (
     tuned_tables,
 )
 from distbench.experts.aiter.weights import PreparedWeights, prepare_weights
+from distbench.experts.base import Experts
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.selection.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
@@ -45,7 +46,7 @@ from distbench.workload.quantize import fp8_dtype
 _UNFIT = "does not support this GEMM problem"
 
 
-class AiterExperts:
+class AiterExperts(Experts):
     """`Experts` over aiter; see there for the contract."""
 
     def __init__(self, case: Case, package: AiterPackage) -> None:
@@ -127,7 +128,7 @@ class AiterExperts:
             first_on_node(folder, self._build_name(bucket), partial(self._empty_call, w1, w2, expert_mask, count))
 
     def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
-        """See `CheckedExperts.check`: more valid rows than rows, or ids of no expert, cause memory faults in aiter.
+        """See `Experts.check`: more valid rows than rows, or ids of no expert, cause memory faults in aiter.
 
         Raises:
             DistbenchError: as there. Policy `unchecked` passes valid rows on as production does.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
+from distbench.experts.base import Experts
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.shapes import check_triton_shape
@@ -43,7 +44,7 @@ def make_triton_experts(case: Case) -> TritonExperts:
     return TritonExperts(selector_for(case, device))
 
 
-class TritonExperts:
+class TritonExperts(Experts):
     """Triton experts; see `Experts` for the contract. No call waits for the device; CUDA graphs can capture any call.
 
     With float8 rows the bf16 weights are quantised once, until they change; weights made in inference mode count as
@@ -66,7 +67,7 @@ class TritonExperts:
         return self._selector.choose(rows)
 
     def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
-        """See `CompiledExperts.warm_up`; interpreted kernels are not compiled."""
+        """See `Experts.warm_up`; interpreted kernels are not compiled."""
         if interpreted():
             return
         for count in sorted(set(rows)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
-from distbench.transport.base import Dispatched, poison_
+from distbench.transport.base import Dispatched, Transport, poison_
 from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
 from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
@@ -35,12 +35,13 @@ class _Slots(NamedTuple):
     rows: Tensor
 
 
-class CollectiveTransport:
+class CollectiveTransport(Transport):
     """Stand-in for MoRI's IntraNode kernel: see `Transport` for the contract.
 
     Received rows lie in a seeded random order that changes with each call, like an order made by atomics, unless
-    `shuffled` is false. On a device neither call waits for it once a routing is known: ids passed in the same tensor
-    again count as unchanged, and the tensor must not be written to meanwhile.
+    `shuffled` is false. Each call erases the rows of earlier ones itself: see `_forget` and `Mover.room`. On a device
+    neither call waits for it once a routing is known: ids passed in the same tensor again count as unchanged, and the
+    tensor must not be written to meanwhile.
     """
 
     def __init__(self, exchange: Exchange, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool) -> None:
@@ -96,12 +97,6 @@ class CollectiveTransport:
             raise DistbenchError(message)
         tokens = self._plan.route.numbers[:, 0].long()
         return torch.stack([self._source_ranks, tokens], dim=1)[self._plan.rows]
-
-    def forget(self) -> None:
-        """See `Transport.forget`: each call does this itself, see `_forget` and `Mover.room`."""
-
-    def close(self) -> None:
-        """See `Transport.close`."""
 
     def _allocate(self, like: TokenBatch) -> Dispatched:
         def rows(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from distbench.case.stages import Stage
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.base import Dispatched, poison_
+from distbench.transport.base import Dispatched, Transport, poison_
 from distbench.transport.mori.checks import check_batch, check_device, check_routing_is_own, excess_blocks
 from distbench.transport.mori.config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
 from distbench.transport.mori.world import join_world
@@ -42,7 +42,7 @@ class _Known(NamedTuple):
     received: int
 
 
-class MoriTransport:
+class MoriTransport(Transport):
     """One MoRI operator: see `Transport` for the contract. Construction is collective over the session's group.
 
     Waits for a device happen once per routing: tensors passed again count as unchanged, and must not be written to
@@ -154,7 +154,7 @@ class MoriTransport:
         self._wait_for_all()
 
     def close(self) -> None:
-        """Release the operator, once no peer can be reading from it. Collective."""
+        """See `Transport.close`: release the operator, once no peer can be reading from it. Collective."""
         self._wait_for_all()
         self._received = self._combined = None
         del self._op

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import ExpertWeights
+from distbench.experts.base import Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.graphs import GraphedExperts, prove_capture
 from distbench.workload.batch import TokenBatch
@@ -20,7 +20,7 @@ ROWS, COLUMNS = 8, 16
 REFUSED = "graph: the experts cannot be captured .*; a host read of a device value or a synchronisation among them"
 
 
-class LiveRows:
+class LiveRows(Experts):
     """Pure torch experts without a host read: live rows times their first weight, zeros elsewhere."""
 
     def __init__(self, *, reads: bool = False) -> None:

@@ -24,7 +24,6 @@ from distbench.experts.aiter.arguments import check_arguments, check_ids, check_
 from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, followed_release, load_package
-from distbench.experts.base import check_values
 from distbench.experts.selection.tuned_table import KEY_COLUMNS, TunedKey
 from distbench.launcher.preflight import check_case
 from distbench.pipeline.graphs import GraphedExperts
@@ -149,12 +148,12 @@ def test_ids_and_row_count_are_checked_unless_the_policy_is_unchecked() -> None:
     wild, many = passed(8, 8, 99), passed(8, 9, 0)
     names = ("topk_ids", "expert_mask", "num_local_tokens")
     for experts in (strict, GraphedExperts(strict)):
-        check_values(experts, *(passed(8, 7, 99)[name] for name in names))
+        experts.check(*(passed(8, 7, 99)[name] for name in names))
         with pytest.raises(DistbenchError, match="topk_ids holds 99 in a valid row"):
-            check_values(experts, *(wild[name] for name in names))
+            experts.check(*(wild[name] for name in names))
         with pytest.raises(DistbenchError, match="num_local_tokens = 9: at most 8"):
-            check_values(experts, *(many[name] for name in names))
-    check_values(unchecked, *(many[name] for name in names))
+            experts.check(*(many[name] for name in names))
+    unchecked.check(*(many[name] for name in names))
 
 
 @pytest.mark.parametrize("fp8", FP8)

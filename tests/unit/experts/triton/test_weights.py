@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.experts.base import CompiledExperts
 from distbench.experts.triton import adapter
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, LayerShape
@@ -82,7 +81,3 @@ def test_warm_up_compiles_nothing_in_the_interpreter(experts: TritonExperts, mon
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(adapter, "_cache_folder", lambda: pytest.fail("compiles"))
     experts.warm_up(*weights(1.0), torch.ones(4, dtype=torch.int32), (64,))
-
-
-def test_triton_experts_implement_the_compiled_protocol(experts: TritonExperts) -> None:
-    assert isinstance(experts, CompiledExperts)
