@@ -145,7 +145,7 @@ def is_noise(part: Part, found: Divergence) -> bool:
     """Whether a divergence is other bits of expert rows, within the arm's ideal, that the rank's kernel explains."""
     record = next(record for record in part.records if record.rank == found.rank)
     measured = [one for one in record.errors if (one.arm, one.stage) == (found.arm, found.stage)]
-    outside = any(not one.within and (found.far or not one.nan_rows) for one in measured)  # a NaN counts in far rows only
+    outside = any(not one.within and (found.far or not one.nan_rows) for one in measured)  # a NaN counts if far
     if found.proven or (outside if part.measured else found.far):
         return False
     return bool(_of_the_kernel(part, found.arm, [record]))
