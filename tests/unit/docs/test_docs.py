@@ -149,6 +149,17 @@ def test_package_map_lists_every_module_of_every_package() -> None:
     assert {name: set(re.findall(r"`(\w+)`", row)) for name, row in package_map().items()} == found
 
 
+def test_sub_package_map_lists_every_module_of_a_sub_package() -> None:
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+/\w+)/` \|(.*)$", text, re.MULTILINE)
+    found = {
+        f"{folder.parent.name}/{folder.name}": {path.stem for path in folder.iterdir() if path.name[:2] != "__"}
+        for folder in (ROOT / "distbench").glob("*/*/")
+        if (folder / "__init__.py").exists()
+    }
+    assert {name: set(re.findall(r"`(\w+)`", row)) for name, row in rows} == found
+
+
 def test_package_map_has_the_order_of_the_import_contract() -> None:
     contracts = msgspec.toml.decode((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
