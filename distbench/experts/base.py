@@ -69,6 +69,10 @@ class ExpertInput(NamedTuple):
     ids: Tensor
     num_local_tokens: Tensor
 
+    def fields(self) -> list[Tensor]:
+        """Arguments of M rows: hidden, scales where there are some, weights, ids."""
+        return [part for part in (self.hidden, self.scales, self.weights, self.ids) if part is not None]
+
     @property
     def rows(self) -> int:
         """M, the allocated rows."""

@@ -156,10 +156,9 @@ class Unreceived(Fault):
         live = int(dispatched.total_recv)
         lost = live // 3
         self.hits += lost
-        for part in dispatched[:4]:
-            if part is not None:
-                part[:lost] = part[live - lost : live].clone()
-                poison_(part[live - lost : live])
+        for part in dispatched.fields():
+            part[:lost] = part[live - lost : live].clone()
+            poison_(part[live - lost : live])
         return dispatched
 
 

@@ -107,7 +107,7 @@ class Injector:
 class _FaultyTransport(Transport):
     def __init__(self, inner: Transport, faults: list[Fault]) -> None:
         self.capacity = inner.capacity
-        self.facts = inner.facts
+        self.facts, self.sum_order = inner.facts, inner.sum_order
         self._inner = inner
         self._faults = faults
 

@@ -203,7 +203,7 @@ def replay_others(  # noqa: PLR0913 - the experts, their arguments, and the rule
     for count in sorted({1, most - most // 2, max(most - 1, 1), most}):
         index = torch.arange(count, device=given.hidden.device) + _FRESH_TOKENS
         fresh = workload.token_rows(torch.full_like(index, rank), index)
-        for buffer, part in zip(given[:4], fresh, strict=True):
+        for buffer, part in zip((given.hidden, given.scales, given.weights, given.ids), fresh, strict=True):
             if buffer is not None and part is not None:
                 integer_view(buffer)[:count] = integer_view(part)
         given.num_local_tokens.fill_(count)

@@ -25,7 +25,7 @@ from distbench.transport.base import Dispatched, Transport
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
 from distbench.verify.combine_check import CombineChecker, Combined, Own
-from distbench.verify.combine_model import OwnSlots, key_of, sum_order
+from distbench.verify.combine_model import OwnSlots, key_of
 from distbench.verify.error_check import ErrorChecker, Pass
 from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
@@ -100,7 +100,7 @@ class Passes:
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
         self._expected = parts.workload.expected(parts.batch)
         self._exchange = choose_exchange(session.group, session.shared, counts, session.device)
-        self._slots = OwnSlots(parts.batch.ids, parts.workload.group, sum_order(parts.transport.facts))
+        self._slots = OwnSlots(parts.batch.ids, parts.workload.group, parts.transport.sum_order)
         self._combine_checker = CombineChecker(
             session,
             self._exchange,

@@ -31,10 +31,15 @@ def truncated(dispatched: Dispatched, limit: int) -> ExpertInput:
 def repadded(dispatched: Dispatched, limit: int) -> ExpertInput:
     """Rows cut to `limit` and padded back to R with poison, in place: the padded kernel on the rows kept by a cut."""
     total = int(dispatched.total_recv)
-    for buffer in dispatched[:4]:
-        if buffer is not None:
-            poison_(buffer[min(limit, total) : total])
-    return ExpertInput(*dispatched[:4], num_local_tokens=dispatched.total_recv.clamp(max=limit))
+    for buffer in dispatched.fields():
+        poison_(buffer[min(limit, total) : total])
+    return ExpertInput(
+        hidden=dispatched.hidden,
+        scales=dispatched.scales,
+        weights=dispatched.weights,
+        ids=dispatched.ids,
+        num_local_tokens=dispatched.total_recv.clamp(max=limit),
+    )
 
 
 def guarded_limit(limit: int, dispatched: Dispatched) -> int:

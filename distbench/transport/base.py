@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 
 POISON_ID = 0x7FFF_0000
@@ -27,17 +28,22 @@ class Dispatched(NamedTuple):
     ids: Tensor
     total_recv: Tensor
 
+    def fields(self) -> list[Tensor]:
+        """Buffers with a row for each received row: hidden, scales where there are some, weights, ids."""
+        return [part for part in (self.hidden, self.scales, self.weights, self.ids) if part is not None]
+
 
 class Transport(ABC):
     """Moves tokens to the ranks that hold their experts, and the results back.
 
     `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. `facts` describes the
-    way rows move, for reports. A transport whose memory outlives a call overrides `forget`, one that holds a package's
-    operator `close`.
+    way rows move, for reports; `sum_order` is the order in which combine adds. A transport whose memory outlives a call
+    overrides `forget`, one that holds a package's operator `close`.
     """
 
     capacity: int
     facts: dict[str, Any]
+    sum_order: SumOrder
 
     @abstractmethod
     def dispatch(self, batch: TokenBatch) -> Dispatched:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.verify.combine_model import Contributions, SumOrder, added
+from distbench.transport.sum_order import SumOrder
+from distbench.verify.combine_model import Contributions, added
 from distbench.workload.quantize import saturated
 
 Same = Callable[[Tensor, Tensor], Tensor]

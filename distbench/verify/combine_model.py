@@ -6,33 +6,20 @@ whatever went wrong before it and whether or not inputs are exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distbench.distributed.exchange import Exchange
-from distbench.transport.mori.config import TWO_LEVELS
+from distbench.transport.sum_order import SumOrder
 from distbench.verify.row_compare import integer_view
 from distbench.workload.routing import destinations
 from distbench.workload.routing_spec import ExpertGroup
 
 ROUND_BYTES = 16 << 20
 _TOKEN_BITS = 32
-
-
-class SumOrder(NamedTuple):
-    """Order in which a transport adds a token's contributions: in float32 from +0.0, in the order of top-k slots.
-
-    A rank takes the place of its first slot, or of its last. With `node_ranks`, each node of that many ranks has its
-    sum rounded first, and the nodes' sums are added in node order. `quantised` rows are not added as they were
-    returned.
-    """
-
-    last_slot: bool = False
-    node_ranks: int = 0
-    quantised: bool = False
 
 
 class Returned(NamedTuple):
@@ -51,16 +38,6 @@ class Contributions(NamedTuple):
     def take(self, index: Tensor) -> Contributions:
         """Return the contributions of the tokens `index` [m]."""
         return Contributions(self.rows[index], self.ranks[index])
-
-
-def sum_order(facts: Mapping[str, Any]) -> SumOrder:
-    """Return the order of addition that a transport's facts state."""
-    kernel, node_ranks = facts.get("kernel"), facts.get("gpu_per_node")
-    return SumOrder(
-        last_slot=kernel == "IntraNodeLL",
-        node_ranks=node_ranks if kernel in TWO_LEVELS and isinstance(node_ranks, int) and node_ranks > 0 else 0,
-        quantised=facts.get("quant", "none") != "none",
-    )
 
 
 def key_of(ranks: Tensor, tokens: Tensor) -> Tensor:

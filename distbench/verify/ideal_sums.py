@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from distbench.transport.mori.emulated.codec import Codec, make_codec
-from distbench.verify.combine_model import Contributions, SumOrder, added
+from distbench.transport.sum_order import SumOrder
+from distbench.verify.combine_model import Contributions, added
 from distbench.verify.ideal import Ideal, rounding_variance
 
 # Upper bound of a format's step relative to the value at the step.

@@ -287,7 +287,7 @@ class _Place(NamedTuple):
 
 
 def _cut_alike(given: ExpertInput) -> bool:
-    return all(part is None or part.shape[0] == given.rows for part in given[:4])
+    return all(part.shape[0] == given.rows for part in given.fields())
 
 
 def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class FaultyTransport(Transport):
     """A transport that damages the result of dispatch or combine in one call."""
 
     def __init__(self, inner: Transport, stage: str, fault: str, call: int) -> None:
-        self.capacity, self.facts = inner.capacity, inner.facts
+        self.capacity, self.facts, self.sum_order = inner.capacity, inner.facts, inner.sum_order
         self._inner, self._stage, self._fault, self._call = inner, stage, fault, call
         self._calls = -1
 

@@ -98,7 +98,8 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
     if blocks > 1:
         launch(sort_kernels.count_routes, (blocks,), *given, count, **shape)
     tiling = {"BLOCK_M": block_m, "ONE_BLOCK": blocks == 1}
-    launch(sort_kernels.place_routes, (blocks,), *given, *placed[:4], count, **tiling, **shape)
+    tables = placed.order, placed.inverse, placed.experts, placed.tiles
+    launch(sort_kernels.place_routes, (blocks,), *given, *tables, count, **tiling, **shape)
     return placed
 
 

@@ -318,10 +318,9 @@ def tokens_swapped(site: Site, tokens: Tensor) -> Tensor:
 def whole_rows_swapped(site: Site, dispatched: Dispatched) -> Dispatched:
     """Received rows are exchanged in pairs with ids and weights, but not in the map back to their tokens."""
     count = int(dispatched.total_recv) // 2 * 2
-    for part in dispatched[:4]:
-        if part is not None:
-            whole = part.view(torch.uint8)[:count]
-            whole.copy_(whole.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+    for part in dispatched.fields():
+        whole = part.view(torch.uint8)[:count]
+        whole.copy_(whole.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
     return dispatched
 
 

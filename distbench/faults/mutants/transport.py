@@ -101,9 +101,8 @@ def weights_of_one_row_lost(site: Site, dispatched: Dispatched) -> Dispatched:
 def one_row_doubled(site: Site, dispatched: Dispatched) -> Dispatched:
     """One row in 64 arrives twice, the second time instead of another row."""
     wrong = rare(int(dispatched.total_recv))
-    for part in dispatched[:4]:
-        if part is not None:
-            part.view(torch.uint8)[wrong] = part.view(torch.uint8)[(wrong - 1).clamp(min=0)]
+    for part in dispatched.fields():
+        part.view(torch.uint8)[wrong] = part.view(torch.uint8)[(wrong - 1).clamp(min=0)]
     return dispatched
 
 

@@ -22,10 +22,11 @@ from distbench.errors import InvalidCase
 from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
 from distbench.report.bundle.layout import Part, part_name
 from distbench.report.bundle.read import Bundle, read_part
-from distbench.report.bundle.recorded import ArmRows, RankTensors, rank_tensors, routing_of
+from distbench.report.bundle.recorded import ArmRows, RankTensors, rank_tensors, recorded_order, routing_of
 from distbench.report.bundle.references import AsRecorded, Generated, References, SentTokens
+from distbench.transport.sum_order import SumOrder
 from distbench.utils.text import one_line
-from distbench.verify.combine_model import SumOrder, added, same_bits_or_nan, slots_of, sum_order
+from distbench.verify.combine_model import added, same_bits_or_nan, slots_of
 from distbench.verify.diagnosis import diagnose
 from distbench.verify.records import ORACLE, Divergence, Gathered
 from distbench.verify.row_compare import bits_at, differing
@@ -82,7 +83,7 @@ def analyse(bundle: Bundle) -> Analysis:
             findings += _own_tokens(part.rank, recorded, references, sums)
             findings += _arms(part.rank, recorded.arms, references, sums)
     if gathered is not None and not missing:
-        findings += _summed(case, sum_order(gathered.observations[0].transport), sums)
+        findings += _summed(case, recorded_order(gathered.observations[0].transport), sums)
     if any(found.stage == INPUTS and found.wrong for found in findings):
         findings = [found for found in findings if found.stage in _WITHOUT_INPUTS]
         return _judged(bundle, findings, list(missing.values()), confirmed=False)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.case.stages import Arm
 from distbench.report.bundle.layout import MAX_TOKENS
+from distbench.transport.mori.config import sum_order
+from distbench.transport.sum_order import SumOrder
 from distbench.verify.records import Token
 from distbench.workload.batch import TokenBatch
 
@@ -114,3 +116,10 @@ def _present(tensors: dict[str, Tensor], name: str) -> Tensor:
         message = f"there is no {name}"
         raise ValueError(message)
     return tensors[name]
+
+
+def recorded_order(facts: Mapping[str, Any]) -> SumOrder:
+    """Order of addition of the transport whose facts a bundle holds, which may hold anything."""
+    kernel, node_ranks, quant = facts.get("kernel"), facts.get("gpu_per_node"), facts.get("quant", "none")
+    per_node = node_ranks if isinstance(node_ranks, int) and node_ranks > 0 else 0
+    return sum_order(str(kernel), per_node, str(quant))

@@ -20,6 +20,7 @@ from distbench.transport.base import Dispatched, Transport, poison_
 from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
 from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
+from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import destinations
 
@@ -52,13 +53,14 @@ class CollectiveTransport(Transport):
         self._traffic = RowCounts(geometry)
         self._device = like.ids.device
         self.mover = make_mover(self._traffic, self._device)
+        self.sum_order = SumOrder()
         self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self.mover.name}
         self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
         self._route: Route | None = None
         self._adding: _Slots | None = None
         self._plan: DispatchState | None = None
         self._received = self._allocate(like)
-        self._buffers = [buffer[: self._traffic.total_received] for buffer in self._received[:4] if buffer is not None]
+        self._buffers = [buffer[: self._traffic.total_received] for buffer in self._received.fields()]
         self._layout = lay_out(self._buffers)
         self.facts["row_bytes"] = self._layout.row_bytes
         self._source_ranks = self._traffic.source_ranks(self._device)

@@ -15,6 +15,7 @@ from distbench.case.sglang_releases import SDMA, enables, sglang_enables
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.transport.mori.heap_size import parse_heap_size
+from distbench.transport.sum_order import SumOrder
 from distbench.utils.versions import release_of
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
@@ -153,6 +154,15 @@ def heap_size(plan: MoriPlan, environ: Mapping[str, str], *, emulated: bool) -> 
             "max_dispatch_tokens_per_rank"
         )
     return size
+
+
+def sum_order(kernel: str, gpu_per_node: int, quant: str) -> SumOrder:
+    """Return the order in which a kernel type of MoRI adds."""
+    return SumOrder(
+        last_slot=kernel == "IntraNodeLL",
+        node_ranks=gpu_per_node if kernel in TWO_LEVELS else 0,
+        quantised=quant != "none",
+    )
 
 
 def lost_chunks(kernel: str, rdma_blocks: int, version: str) -> str:

@@ -24,7 +24,15 @@ from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.base import Dispatched, Transport, poison_
 from distbench.transport.mori.checks import check_batch, check_device, check_routing_is_own, excess_blocks
-from distbench.transport.mori.config import Launch, MoriPlan, check_environment, heap_size, lost_chunks, plan_mori
+from distbench.transport.mori.config import (
+    Launch,
+    MoriPlan,
+    check_environment,
+    heap_size,
+    lost_chunks,
+    plan_mori,
+    sum_order,
+)
 from distbench.transport.mori.world import join_world
 from distbench.utils.amd_arch import arch_of
 from distbench.utils.text import one_line
@@ -79,6 +87,7 @@ class MoriTransport(Transport):
         self._under_way = False
         self._received: Dispatched | None = None
         self._combined: Tensor | None = None
+        self.sum_order = sum_order(self._plan.kernel, self._plan.gpu_per_node, self._plan.quant)
         self.facts = _facts(mori, self._plan, heap)
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
@@ -224,9 +233,8 @@ class MoriTransport(Transport):
 
 def _poison_rows(dispatched: Dispatched, rows: slice) -> None:
     """Overwrite rows of the receive buffer: MoRI leaves valid ids past the received rows, which hide a stray read."""
-    for part in dispatched[:4]:
-        if part is not None:
-            poison_(part[rows])
+    for part in dispatched.fields():
+        poison_(part[rows])
 
 
 def _whole(expert_out: Tensor, received: int) -> Tensor:

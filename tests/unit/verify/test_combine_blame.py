@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from distbench.transport.sum_order import SumOrder
 from distbench.verify.combine_blame import ALONE, CHANGES, Explanation, changed, choose, effects
-from distbench.verify.combine_model import Contributions, SumOrder, added
+from distbench.verify.combine_model import Contributions, added
 
 MISSING, DOUBLED, CAST = CHANGES
 OCP, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz

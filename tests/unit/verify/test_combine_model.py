@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distbench.verify.combine_model import SumOrder, added, same_bits_or_nan, slots_of, sum_order
+from distbench.transport.mori.config import sum_order
+from distbench.transport.sum_order import SumOrder
+from distbench.verify.combine_model import added, same_bits_or_nan, slots_of
 from distbench.workload.routing import destinations
 from distbench.workload.routing_spec import ExpertGroup
 
@@ -41,7 +43,7 @@ def told_by_the_words(ids: list[int], rows: dict[int, Tensor], order: SumOrder) 
 
 @pytest.mark.parametrize("kernel", ORDERS)
 def test_sums_follow_the_order_that_the_transport_declares(kernel: str) -> None:
-    order = sum_order({"kernel": kernel, "gpu_per_node": 2, "quant": "none"})
+    order = sum_order(kernel, 2, "none")
     assert order == ORDERS[kernel]
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(-1, 17, (64, 6), generator=generator, dtype=torch.int32)
@@ -62,7 +64,7 @@ def test_sum_of_no_tokens_is_empty() -> None:
 
 
 def test_fp8_combine_is_declared_as_quantised() -> None:
-    assert sum_order({"kernel": "IntraNode", "quant": "fp8_blockwise"}).quantised
+    assert sum_order("IntraNode", 8, "fp8_blockwise").quantised
 
 
 def test_any_two_nans_are_equal_and_signed_zeros_differ() -> None:
