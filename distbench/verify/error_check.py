@@ -31,7 +31,7 @@ from distbench.verify.row_compare import row_errors, same_bits
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import has_destination, token_keys
+from distbench.workload.routing import are_local, token_keys
 
 _MOST_TOKENS = 256
 _MOST_ON_CPU, _LEAST_TOKENS = 128, 48
@@ -203,7 +203,7 @@ class ErrorChecker:
         """Return the sample of some tokens int64 [s], by rank and token."""
         workload = self._workload
         experts = workload.experts_of(ranks, tokens)
-        here = has_destination(experts, self._rank, workload.experts_per_rank)
+        here = are_local(experts, self._rank, workload.experts_per_rank).any(1)
         rows = workload.token_rows(ranks[here], tokens[here])
         return _Sample(key_of(ranks, tokens)[here], rows, tokens[ranks == self._rank])
 

@@ -15,7 +15,7 @@ from distbench.workload.blind_spots import blind_spots
 from distbench.workload.exact_plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
-from distbench.workload.routing import route, token_keys
+from distbench.workload.routing import are_local, route, token_keys
 from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.table import Span, routing_table, span_of
 
@@ -139,6 +139,31 @@ class Workload:
     def expected_rows(self, rank: int, batch: TokenBatch) -> Tensor | None:
         """Return the expected expert rows of `rank` for its received rows: bf16 [m, H]; None where bits may vary."""
         return self.numerics.expert_rows(batch, self._local_experts(rank))
+
+    def arriving(self, rank: int) -> tuple[Tensor, Tensor] | None:
+        """Return the source ranks and tokens of the rows that `rank` receives, sorted; None where the case is large."""
+        if self._span is None:
+            return None
+        ranks, tokens = self._span.everyone(self.device)
+        own = torch.tensor(self.tokens_per_rank, device=self.device)
+        here = are_local(self._route(ranks, tokens), rank, self.experts_per_rank).any(1) & (tokens < own[ranks])
+        return ranks[here], tokens[here]
+
+    def expected_together(
+        self, rank: int, own: TokenBatch, received: TokenBatch
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return `expected` of the tokens `own`, and `expected_rows` of the rows `received` by `rank`."""
+        if not isinstance(self.numerics, ExactNumerics):
+            return None, None
+        local = torch.where(are_local(received.ids, rank, self.experts_per_rank), received.ids, -1)
+        scales = None
+        if own.scales is not None and received.scales is not None:
+            scales = torch.cat([own.scales, received.scales])
+        hidden, weights = torch.cat([own.hidden, received.hidden]), torch.cat([own.weights, received.weights])
+        both = TokenBatch(hidden, scales, weights, torch.cat([own.ids, local]))
+        rows = self.numerics.expert_rows(both, range(self.group.num_experts))
+        count = len(own.ids)
+        return self.numerics.returned_rows(rows[:count]), rows[count:]
 
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
         places = None if self._span is None else self._span.places(ranks, tokens)
