@@ -17,6 +17,8 @@ from torch import Tensor
 _WIDE_BYTES = 8 << 20
 # Weights are sparse where at most one in this number of their 64-bit words is non-zero.
 _SPARSE = 4
+# Words that tell dense weights from sparse ones before all are scanned.
+_SAMPLE = 1024
 # The mode of embedding_bag that sums.
 _SUM = 0
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -192,14 +194,17 @@ def _nonzero(weights: Tensor) -> Tensor | None:
     flat = weights.flatten().view(_INTEGERS[weights.element_size()])
     word = next(word for word in (torch.int64, torch.int32, torch.int16) if flat.nbytes % word.itemsize == 0)
     words = flat.view(word)
-    if int(words.count_nonzero()) * _SPARSE > words.numel():
+    some = words[:: words.numel() // _SAMPLE | 1]  # an odd step: even ones would read one column of most shapes
+    if int(some.count_nonzero()) * 2 > some.numel():
         return None
     live = words.nonzero().flatten()
+    if live.numel() * _SPARSE > words.numel():
+        return None
     found = words.index_select(0, live).view(flat.dtype).nonzero().flatten()
     each = word.itemsize // flat.itemsize
-    return live.index_select(0, found.div(each, rounding_mode="floor")) * each + found % each
+    return live.index_select(0, found >> each.bit_length() - 1) * each + (found & each - 1)
 
 
 def _have_fractions(rows: Tensor, step: float) -> bool:
     """Whether any value of the rows, all finite, is no integer multiple of a step."""
-    return bool((rows if step == 1 else rows * (1 / step)).frac().any())
+    return float((rows if step == 1 else rows * (1 / step)).frac().abs_().amax()) > 0

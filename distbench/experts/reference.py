@@ -12,6 +12,7 @@ per 128 columns of each row, in the format of the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import torch
@@ -110,13 +111,14 @@ class ReferenceExperts(Experts):
     ) -> Tensor:
         live, topk = ids.shape
         first, second = self._weights(weights, narrow)
-        hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
-        flat_weights = torch.cat([routing_weights.flatten(), routing_weights.new_zeros(1)])
+        flat_weights = routing_weights.flatten()
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
         local = local_experts(ids, self._local.of(weights.mask)).flatten()
         for group in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8):
-            rows = group.routes.div(topk, rounding_mode="floor")
-            routed_in = hidden.index_select(0, rows.flatten()).view(*rows.shape, -1)
+            flat = group.routes.flatten()
+            known = flat.clamp(max=group.total - 1)  # past an expert's last route any row will do
+            rows = known.div(topk, rounding_mode="floor")
+            routed_in = hidden.index_select(0, rows).view(*group.routes.shape, -1)
             gate, up = self.steps.first(routed_in, first, group, choice).chunk(2, dim=2)
             intermediate = self.steps.activate(gate, up)
             if not choice.run_1stage:
@@ -124,7 +126,8 @@ class ReferenceExperts(Experts):
             if narrow is not None:
                 intermediate = self.steps.requantise(intermediate, narrow, self._scales)
             result = self.steps.second(intermediate, second, group, choice)
-            routed[group.routes] = self.steps.weigh(result, flat_weights[group.routes], group).contiguous()
+            shares = flat_weights.index_select(0, known).view(group.routes.shape)
+            routed.index_copy_(0, flat, self.steps.weigh(result, shares, group).flatten(0, 1))
         return routed[:-1].view(live, topk, -1)
 
     def _weights(self, weights: ExpertWeights, narrow: torch.dtype | None) -> tuple[Weights, Weights]:
@@ -164,7 +167,7 @@ def local_rows(expert_mask: Tensor) -> Tensor:
 
 def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
     """Map global ids [n, k] through `local_rows`; -1 for experts of other ranks or of no rank."""
-    return rows[ids.clamp(-1, rows.shape[0] - 1).long()]
+    return rows.take(ids.clamp(-1, rows.shape[0] - 1).long())
 
 
 def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[Group]:
@@ -176,4 +179,12 @@ def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> It
     for start in range(0, len(used), step):
         experts = used[start : start + step]
         padded = pad_sequence([routes[expert] for expert in experts], batch_first=True, padding_value=local.numel())
-        yield Group(torch.tensor(experts, device=local.device), padded, local.numel())
+        together = len(experts) == num_experts
+        chosen = _all_experts(num_experts, local.device) if together else torch.tensor(experts, device=local.device)
+        yield Group(chosen, padded, local.numel())
+
+
+@lru_cache(maxsize=4)
+def _all_experts(count: int, device: torch.device) -> Tensor:
+    """Return the numbers of all local experts, int64 [count]; the tensor must not be written to."""
+    return torch.arange(count, device=device)
