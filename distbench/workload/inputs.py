@@ -106,8 +106,12 @@ class Workload:
         places = None if self._span is None else self._span.places(ranks, tokens)
         if self._span is None or places is None:
             return self._made(ranks, tokens)
+        return self._rows(self._span, places)
+
+    def _rows(self, span: Span, places: Tensor) -> TokenBatch:
+        """Return copies of some rows of the table."""
         if self._table is None:
-            self._table = self._made(*self._span.everyone(self.device))
+            self._table = self._made(*span.everyone(self.device))
         hidden, scales, weights, ids = self._table
         scales = None if scales is None else scales.index_select(0, places)
         return TokenBatch(
@@ -140,14 +144,17 @@ class Workload:
         """Return the expected expert rows of `rank` for its received rows: bf16 [m, H]; None where bits may vary."""
         return self.numerics.expert_rows(batch, self._local_experts(rank))
 
-    def arriving(self, rank: int) -> tuple[Tensor, Tensor] | None:
-        """Return the source ranks and tokens of the rows that `rank` receives, sorted; None where the case is large."""
-        if self._span is None:
+    def arriving(self, rank: int) -> tuple[Tensor, Tensor, TokenBatch] | None:
+        """Return the source ranks, tokens and rows that `rank` receives, sorted; None where the case is large."""
+        span = self._span
+        if span is None or not span.tokens:
             return None
-        ranks, tokens = self._span.everyone(self.device)
-        own = torch.tensor(self.tokens_per_rank, device=self.device)
-        here = are_local(self._route(ranks, tokens), rank, self.experts_per_rank).any(1) & (tokens < own[ranks])
-        return ranks[here], tokens[here]
+        ranks, tokens = span.everyone(self.device)
+        here = are_local(self._routing(span), rank, self.experts_per_rank).any(1)
+        if min(self.tokens_per_rank) < span.tokens:
+            here &= tokens < torch.tensor(self.tokens_per_rank, device=self.device)[ranks]
+        places = here.nonzero().flatten()
+        return ranks.index_select(0, places), tokens.index_select(0, places), self._rows(span, places)
 
     def expected_together(
         self, rank: int, own: TokenBatch, received: TokenBatch
@@ -169,8 +176,10 @@ class Workload:
         places = None if self._span is None else self._span.places(ranks, tokens)
         if self._span is None or places is None:
             return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
-        everyone = routing_table(self.routing, self.group, self.seed, self._span, self.device)
-        return everyone.index_select(0, places)
+        return self._routing(self._span).index_select(0, places)
+
+    def _routing(self, span: Span) -> Tensor:
+        return routing_table(self.routing, self.group, self.seed, span, self.device)
 
     def _local_experts(self, rank: int) -> range:
         return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)

@@ -76,11 +76,13 @@ def test_one_oracle_for_own_and_received_rows_gives_the_bits_of_two(routing: str
     for rank in range(4):
         arriving = workload.arriving(rank)
         assert arriving is not None
-        there = destinations(workload.experts_of(*arriving), 4, 4)[:, rank]
+        ranks, tokens_there, received = arriving
+        there = destinations(workload.experts_of(ranks, tokens_there), 4, 4)[:, rank]
         everyone = [recv_counts(workload.tokens(peer).ids, 4, 4)[rank] for peer in range(4)]
         assert there.all()
-        assert torch.bincount(arriving[0], minlength=4).tolist() == [int(count) for count in everyone]
-        own, received = workload.tokens(rank), workload.token_rows(*arriving)
+        assert torch.bincount(ranks, minlength=4).tolist() == [int(count) for count in everyone]
+        assert all(map(torch.equal, raw(received), raw(workload.token_rows(ranks, tokens_there))))
+        own = workload.tokens(rank)
         tokens, rows = workload.expected_together(rank, own, received)
         expected, expected_rows = workload.expected(own), workload.expected_rows(rank, received)
         assert tokens is not None
