@@ -144,7 +144,7 @@ class ErrorChecker:
             side = _side(sides, arm)
             rows = _rows(one.returned, sample)
             lost = one.lost_rows, one.lost_tokens
-            kept_rows = None if lost[0] is None else ~torch.isin(sample.keys, lost[0])
+            kept_rows = None if lost[0] is None or not len(lost[0]) else ~torch.isin(sample.keys, lost[0])
             kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
             stages = (
                 (Stage.EXPERTS, side.experts, rows, kept_rows),
@@ -262,6 +262,8 @@ def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
     """Return this rank's expert rows of the sample; None where its received rows are unknown."""
     if returned is None or not len(sample.keys):
         return None
+    if torch.equal(returned.keys, sample.keys):
+        return returned.rows
     places = torch.searchsorted(returned.keys, sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
     if not len(returned.keys) or not torch.equal(returned.keys[places], sample.keys):
         return None
