@@ -158,7 +158,13 @@ class Bench(Outcome):
 
 
 class Torchrun(Bench):
-    """A distbench command under plain torchrun, as three ranks."""
+    """A distbench command under plain torchrun, as two ranks."""
+
+    starter = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *Bench.starter)
+
+
+class TorchrunOfThree(Torchrun):
+    """The same as three ranks."""
 
     starter = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", *Bench.starter)
 

@@ -1,6 +1,6 @@
 """The same command resumes after any interruption: every case has one result, and runs once.
 
-DISTBENCH_SOAK=1 kills at 20 moments instead of 3.
+DISTBENCH_SOAK=1 kills at 20 moments instead of 3, and runs twice as many cases, on four ranks.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.in_process import Run
 from tests.end_to_end.launches import SOAK, Bench, shared_memory, wait_until, write_suite
 
-CASES = 60
+CASES = 60 if SOAK else 30
+RANKS = 4 if SOAK else 3
 MOMENTS = range(20 if SOAK else 3)
 
 
-def run(out: Path, *arguments: str | Path) -> Bench:
+def run(out: Path, *arguments: str | Path) -> Run:
     """Run a suite to its end on one rank."""
-    with Bench(out, "suite", "--nproc=1", *arguments) as bench:
-        bench.finish()
-    return bench
+    return Run(out, "suite", "--nproc=1", *arguments)
 
 
 def lines(out: Path) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def cut_last_line(out: Path, chance: random.Random) -> None:
 def test_suite_killed_at_any_moment_resumes_to_one_result_per_case(tmp_path: Path, moment: int) -> None:
     chance = random.Random(moment)
     out = tmp_path / "out"
-    command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), "--nproc=4", "--quiet")
+    command = ("suite", write_suite(tmp_path / "suite.json", range(CASES)), f"--nproc={RANKS}", "--quiet")
     others = shared_memory()
     with Bench(out, *command) as bench:
         kill(bench, chance, everything=moment % 2 == 1)
@@ -76,44 +76,44 @@ def test_suite_killed_at_any_moment_resumes_to_one_result_per_case(tmp_path: Pat
     if moment % 3 == 2:
         cut_last_line(out, chance)
     before = whole_lines(out)
-    with Bench(out, *command) as bench:
-        assert bench.finish() == 0
+    resumed = Run(out, *command)
+    assert resumed.exit_code == 0
     after = (out / "results.jsonl").read_bytes()
     assert after.startswith(before)
     assert after.endswith(b"}\n")
-    assert bench.verdicts == {f"seed={seed}": "PASS" for seed in range(CASES)}
-    assert bench.summary["finished"] == CASES
+    assert resumed.verdicts == {f"seed={seed}": "PASS" for seed in range(CASES)}
+    assert resumed.summary["finished"] == CASES
 
 
 def test_resumed_suite_runs_missing_cases_and_those_that_rerun_selects(tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "suite.json"
     write_suite(path, range(3), expect=[{"verdict": "UNDER_LIMIT", "match": {"seed": 1}}])
-    assert run(out, path).finish() == 1
+    assert run(out, path).exit_code == 1
     first = lines(out)
     assert [json.loads(line)["as_expected"] for line in first.values()] == [True, False, True]
 
     started = time.monotonic()
-    assert run(out, path).finish() == 1
+    assert run(out, path).exit_code == 1
     assert time.monotonic() - started < 1
     assert lines(out) == first
 
     cut_last_line(out, random.Random(0))
-    assert run(out, path, "--rerun=failed").finish() == 1
+    assert run(out, path, "--rerun=failed").exit_code == 1
     second = lines(out)
     assert {name for name in first if first[name] != second[name]} == {"seed=1", "seed=2"}
 
     with (out / "results.jsonl").open("ab") as file:
         file.write(b"{}\n")
     refused = run(out, path)
-    assert refused.finish() == 2
+    assert refused.exit_code == 2
     assert f"distbench: INVALID: {out}/results.jsonl, line 4: " in refused.stderr
 
-    assert run(out, path, "--rerun=all").finish() == 1
+    assert run(out, path, "--rerun=all").exit_code == 1
     third = lines(out)
     assert {name for name in first if second[name] != third[name]} == {"seed=0", "seed=1", "seed=2"}
 
     write_suite(path, [0, 2, 5])
-    assert run(out, path).finish() == 0
+    assert run(out, path).exit_code == 0
     assert lines(out).items() - third.items() == {("seed=5", lines(out)["seed=5"])}
 
 

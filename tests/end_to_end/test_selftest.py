@@ -6,12 +6,12 @@ million.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launches import SOAK, Bench
+from tests.end_to_end.in_process import Run
+from tests.end_to_end.launches import SOAK
 
 HANG = "| hang:stage={stage} | 1 HANG | 1 HANG | hang in {stage} | 1/1 | 1/1 | 0 |"
 DEATH = "| {fault} | 1 RANK_FAULT | 1 RANK_FAULT | rank fault in {stage} | 1/1 | 1/1 | 0 |"
@@ -20,11 +20,11 @@ DEATH = "| {fault} | 1 RANK_FAULT | 1 RANK_FAULT | rank fault in {stage} | 1/1 |
 def test_selftest_catches_every_fault_with_its_stage_and_rank(tmp_path: Path) -> None:
     chosen = () if SOAK else ("--clean=5",)
     table = tmp_path / "selftest.md"
-    with Bench(tmp_path / "out", "selftest", "--quick", "--nproc=4", f"--markdown={table}", *chosen) as bench:
-        assert bench.finish() == 0
-    assert bench.stdout.splitlines()[-1] == "selftest: passed"
+    run = Run(tmp_path / "out", "selftest", "--quick", "--nproc=4", f"--markdown={table}", *chosen)
+    assert run.exit_code == 0
+    assert run.stdout.splitlines()[-1] == "selftest: passed"
     ran = "4 ranks, collective + reference (emulated: collective for mori, reference for aiter)"
-    assert bench.stdout.startswith(f"self-test of {ran}\n")
+    assert run.stdout.startswith(f"self-test of {ran}\n")
     text = table.read_text()
     assert f"Ran on {ran}." in text
     for stage in ("dispatch", "combine"):
@@ -37,7 +37,7 @@ def test_selftest_catches_every_fault_with_its_stage_and_rank(tmp_path: Path) ->
     ):
         assert DEATH.format(fault=fault, stage=stage) in text
     assert "0 false alarms" in text
-    assert len(bench.verdicts) == len(bench.reports)
+    assert len(run.verdicts) == len(run.reports)
 
 
 def test_selftest_counts_guards_of_adapters_that_end_a_rank_as_right(tmp_path: Path) -> None:
@@ -45,8 +45,8 @@ def test_selftest_counts_guards_of_adapters_that_end_a_rank_as_right(tmp_path: P
     parts = ("--transport=mori", "--experts=aiter", "--emulate")
     faults = "--faults=dispatched-ids,weights-not-cut,capacity-ignored,scales"
     command = ("selftest", "--quick", "--nproc=4", "--clean=5", faults, f"--markdown={table}", *parts)
-    with Bench(tmp_path / "out", *command) as bench:
-        assert bench.finish() == 0
+    run = Run(tmp_path / "out", *command)
+    assert run.exit_code == 0
     text = table.read_text()
     emulated = "distbench.transport.mori.emulated for mori, distbench.experts.aiter.emulated for aiter"
     assert f"Ran on 4 ranks, mori + aiter (emulated: {emulated})." in text
@@ -55,14 +55,14 @@ def test_selftest_counts_guards_of_adapters_that_end_a_rank_as_right(tmp_path: P
     assert DEATH.format(fault="weights-not-cut", stage="experts") in text
     assert "| capacity-ignored | " in text
     assert "| scales-not-cut | 1 CORRUPT | 1 CORRUPT | truncate: poison or NaN | 1/1 | 1/1 | 0 |" in text
-    assert {report["case"]["transport"] for report in bench.reports} == {"mori"}
+    assert {report["case"]["transport"] for report in run.reports} == {"mori"}
 
 
 @pytest.mark.parametrize("faults", ["zzz", "death,zzz"])
 def test_unknown_selftest_fault_is_refused_with_the_known_ones(faults: str, tmp_path: Path) -> None:
-    with Bench(tmp_path / "out", "selftest", "--faults", faults, "--clean", "0") as bench:
-        assert bench.finish() == 2
-    (line,) = bench.stderr.splitlines()
+    run = Run(tmp_path / "out", "selftest", "--faults", faults, "--clean", "0")
+    assert run.exit_code == 2
+    (line,) = run.stderr.splitlines()
     assert line.startswith("distbench: INVALID: --faults 'zzz': in no fault's name; allowed are parts of short-limit, ")
     assert line.endswith(", death, late-death")
 
@@ -79,10 +79,9 @@ def test_one_wrong_token_in_a_million_is_found_and_its_rate_is_in_the_interval(t
     }
     flags = [f"--{key}={value}" for key, value in shape.items()]
     inject = "--inject=corrupt-tokens:rank=all,rate=1e-6"
-    with Bench(tmp_path / "out", "run", "--nproc=4", "--model=tiny", *flags, "--repeats=330", inject) as bench:
-        assert bench.finish(500) == 1
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    rate = report["rate"]
+    run = Run(tmp_path / "out", "run", "--nproc=4", "--model=tiny", *flags, "--repeats=330", inject)
+    assert run.exit_code == 1
+    rate = run.report["rate"]
     assert rate["tokens"] > 4_000_000
     assert rate["wrong_tokens"] >= 1
     assert rate["low_per_million"] <= 1 <= rate["high_per_million"]
