@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.tools.tune.trial import LocalExperts
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.workload.batch import TokenBatch
 
 
@@ -17,7 +17,7 @@ class GroupedPeer:
     the host knows the number, as in no call of fused_moe, and only the local routes are computed.
     """
 
-    def __init__(self, local: LocalExperts, *, told: bool) -> None:
+    def __init__(self, local: ExpertWeights, *, told: bool) -> None:
         """View the weights [El, N, K] as grouped_mm needs them, [El, K, N]."""
         self.name = "grouped_mm told" if told else "grouped_mm"
         self._local, self._told = local, told
@@ -38,10 +38,10 @@ class GroupedPeer:
 
     def __call__(self) -> Tensor:
         """Weighted sum of each row's local experts, bf16 [M, H]."""
-        from distbench.experts.triton.launch import Rows, Weights, sort  # noqa: PLC0415 - loads Triton
+        from distbench.experts.triton.launch import Weights, sort  # noqa: PLC0415 - loads Triton
 
         batch, local = self._batch, self._local
-        rows = Rows(batch.hidden, None, batch.weights, batch.ids, self._live)
+        rows = ExpertInput(batch.hidden, None, batch.weights, batch.ids, self._live)
         placed = sort(rows, Weights(local.w1, local.w2, None, None, local.mask), 128)
         first, count = placed.experts.view(3, placed.local)[:2, : self._w1.shape[0]]
         ends = first + count

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 
 
@@ -83,13 +82,13 @@ class Capturable(Experts):
     def selection(self, rows: int) -> KernelChoice:
         return self._inner.selection(rows)
 
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        output = self._inner(*arguments, **options).clone()
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        output = self._inner(given, weights).clone()
 
         def again() -> None:
-            output.copy_(self._inner(*arguments, **options))
+            output.copy_(self._inner(given, weights))
             if self._damage is not None:
-                self._damage(int(options["num_local_tokens"]), output)
+                self._damage(int(given.num_local_tokens), output)
 
         if FakeGraph.capturing is not None:
             FakeGraph.capturing.work.append(again)

@@ -27,6 +27,8 @@ from distbench.utils.process import usable_cores
 SHARED_MEMORY = "DISTBENCH_SHARED_MEMORY"
 """Environment variable; 0 makes ranks of one host communicate as those of several hosts do."""
 
+# Just below the largest threshold that glibc adopts, 32 MiB.
+_KEPT_BYTES = (32 << 20) - (64 << 10)
 _WORD_BYTES = 8
 # Poll interval of a rank outside the group, and its heartbeat interval, which keeps it from counting as hung.
 _POLL_S = 0.02
@@ -66,6 +68,7 @@ class Session:
         self.local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
         self._devices = torch.cuda.device_count() if accelerated else 0
         _share_cores(self._local_rank, self.local_ranks)
+        _keep_freed_memory()
         backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
         timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
@@ -310,6 +313,16 @@ def _share_cores(local_rank: int, local_ranks: int) -> None:
         allowed = sorted(os.sched_getaffinity(0))
         if len(allowed) == cores and local_ranks % cores == 0:
             os.sched_setaffinity(0, {allowed[local_rank % cores]})
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed blocks of up to 32 MiB for the next case.
+
+    glibc raises its thresholds when a mapped block that large is freed (mallopt(3)). Otherwise the weights of a tiny
+    case go back to the kernel, and the next case pays for 1,300 page faults on each rank. The block is never written,
+    so it takes no memory.
+    """
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
 
 
 def _world_group() -> dist.ProcessGroup:

@@ -8,7 +8,7 @@ holds exactly up to a bound. So zeros need not be read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 _WIDE_BYTES = 8 << 20
 # Weights are sparse where at most one in this number of their 64-bit words is non-zero.
 _SPARSE = 4
+# Words that tell dense weights from sparse ones before all are scanned.
+_SAMPLE = 1024
 # The mode of embedding_bag that sums.
 _SUM = 0
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -46,16 +48,11 @@ class _Entries(NamedTuple):
 
     def suit(self, rows: Tensor) -> bool:
         """Whether products with rows float32 [g, m, K] are exact in any order."""
-        flat = rows.flatten(0, 1)
-        if not flat.numel():
+        read = rows.flatten(0, 1) * self.shared  # NaN where a column that is not read holds an infinity
+        if not read.numel():
             return False
-        largest = flat.abs().amax(0)
-        if not float(largest.amax()) < math.inf:
-            return False
-        most = float((largest * self.shared).amax())
-        return any(
-            most <= self.most * step and float((_fractions(flat, step) * self.shared).amax()) == 0 for step in _STEPS
-        )
+        most = float(read.abs().amax())
+        return any(most <= self.most * step and not _have_fractions(read, step) for step in _STEPS)
 
     def of(self, experts: Tensor, width: int) -> _Entries:
         """Return the entries of `experts` [g] alone, with columns offset in that order; `width` is K."""
@@ -98,10 +95,36 @@ class Weights:
 
     def blocks(self, experts: Tensor, tile_k: int) -> Iterator[Tensor]:
         """Yield float64 [g, at most tile_k, N] of `experts`, one K block after another."""
-        if self._wide is None and self._weights.numel() * 8 <= _WIDE_BYTES:
-            self._wide = self._weights.double()
-        for block in (self._weights if self._wide is None else self._wide).split(tile_k, dim=2):
+        wide = self._by_block(tile_k)
+        for block in self._weights.split(tile_k, dim=2) if wide is None else wide.unbind(1):
             yield (block if experts.numel() == len(block) else block[experts]).double().transpose(1, 2)
+
+    def block_products(self, rows: Tensor, experts: Tensor, tile_k: int) -> Iterable[Tensor]:
+        """Return the products of rows float64 [g, m, K] with `experts`, float32 [g, m, N], one K block after another.
+
+        One call multiplies all blocks of weights that are kept in float64.
+        """
+        wide = self._by_block(tile_k)
+        if wide is None:
+            pairs = zip(rows.split(tile_k, dim=2), self.blocks(experts, tile_k), strict=True)
+            return (torch.bmm(left, right).float() for left, right in pairs)
+        used = wide if experts.numel() == len(wide) else wide[experts]
+        count, blocks, _, inside = used.shape
+        left = rows.unflatten(2, (blocks, inside)).transpose(1, 2).flatten(0, 1)
+        found = torch.bmm(left, used.flatten(0, 1).transpose(1, 2)).float()
+        products: tuple[Tensor, ...] = found.unflatten(0, (count, blocks)).unbind(1)
+        return products
+
+    def _by_block(self, tile_k: int) -> Tensor | None:
+        """Return the weights in float64 by K block, [El, K / tile_k, N, tile_k]; None where they are many or odd."""
+        width = self._weights.shape[2]
+        inside = min(tile_k, width)
+        if self._weights.numel() * 8 > _WIDE_BYTES or width % inside:
+            return None
+        if self._wide is None or self._wide.shape[3] != inside:
+            blocks = self._weights.unflatten(2, (width // inside, inside)).transpose(1, 2)
+            self._wide = blocks.to(torch.float64, memory_format=torch.contiguous_format)
+        return self._wide
 
 
 def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int, splits: int) -> Tensor:
@@ -115,12 +138,11 @@ def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int
         return exact
     run = -(-rows.shape[2] // (tile_k * max(splits, 1)))
     total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
-    blocks = zip(rows.double().split(tile_k, dim=2), weights.blocks(experts, tile_k), strict=True)
-    for index, (left, right) in enumerate(blocks):
+    for index, product in enumerate(weights.block_products(rows.double(), experts, tile_k)):
         if index and index % run == 0:
             total = partial if total is partial else total.add_(partial)
             partial = torch.zeros_like(total)
-        partial += torch.bmm(left, right).float()
+        partial += product
     return total if total is partial else total.add_(partial)
 
 
@@ -172,14 +194,17 @@ def _nonzero(weights: Tensor) -> Tensor | None:
     flat = weights.flatten().view(_INTEGERS[weights.element_size()])
     word = next(word for word in (torch.int64, torch.int32, torch.int16) if flat.nbytes % word.itemsize == 0)
     words = flat.view(word)
-    if int(words.count_nonzero()) * _SPARSE > words.numel():
+    some = words[:: words.numel() // _SAMPLE | 1]  # an odd step: even ones would read one column of most shapes
+    if int(some.count_nonzero()) * 2 > some.numel():
         return None
     live = words.nonzero().flatten()
+    if live.numel() * _SPARSE > words.numel():
+        return None
     found = words.index_select(0, live).view(flat.dtype).nonzero().flatten()
     each = word.itemsize // flat.itemsize
-    return live.index_select(0, found.div(each, rounding_mode="floor")) * each + found % each
+    return live.index_select(0, found >> each.bit_length() - 1) * each + (found & each - 1)
 
 
-def _fractions(rows: Tensor, step: float) -> Tensor:
-    """Return the largest remainder of each column [K] of rows modulo a step, zero for none."""
-    return (rows if step == 1 else rows * (1 / step)).frac().abs_().amax(0)
+def _have_fractions(rows: Tensor, step: float) -> bool:
+    """Whether any value of the rows, all finite, is no integer multiple of a step."""
+    return float((rows if step == 1 else rows * (1 / step)).frac().abs_().amax()) > 0

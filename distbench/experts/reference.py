@@ -12,13 +12,14 @@ per 128 columns of each row, in the format of the rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.blocked_matmul import Weights
 from distbench.experts.roundings import Scales
 from distbench.experts.selection.choice import KernelChoice, KernelSelector
@@ -71,30 +72,22 @@ class ReferenceExperts(Experts):
             self._choices[rows] = self._selector.choose(rows)
         return self._choices[rows]
 
-    def __call__(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        expert_mask: Tensor,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`."""
-        rows = hidden_states.shape[0]
-        live = min(int(num_local_tokens), rows)
-        choice = self.selection(rows)
-        output = self._poisoned_output(hidden_states.new_empty(0, hidden_states.shape[1], dtype=dtype), rows)
-        step = max(_ROUTED_BYTES // (topk_ids.shape[1] * hidden_states.shape[1] * 4), 1)
+        return self.compute(given, weights, torch.bfloat16)
+
+    def compute(self, given: ExpertInput, weights: ExpertWeights, dtype: torch.dtype) -> Tensor:
+        """Make the call, with a result of `dtype`."""
+        live = min(int(given.num_local_tokens), given.rows)
+        choice = self.selection(given.rows)
+        columns = given.hidden.shape[1]
+        output = self._poisoned_output(given.hidden.new_empty(0, columns, dtype=dtype), given.rows)
+        step = max(_ROUTED_BYTES // (given.ids.shape[1] * columns * 4), 1)
+        narrow = None if given.scales is None else given.hidden.dtype
         for start in range(0, live, step):
             part = slice(start, min(start + step, live))
-            wide = self.steps.widen(hidden_states[part], None if a1_scale is None else a1_scale[part])
-            narrow = hidden_states.dtype if a1_scale is not None else None
-            routed = self._routes(wide, w1, w2, topk_weight[part], topk_ids[part], expert_mask, choice, narrow)
+            wide = self.steps.widen(given.hidden[part], None if given.scales is None else given.scales[part])
+            routed = self._routes(wide, given.weights[part], given.ids[part], weights, choice, narrow)
             output[part] = self._reduce(routed, choice).to(dtype)
         self._written = max(self._written, live)
         return output
@@ -107,26 +100,25 @@ class ReferenceExperts(Experts):
         self._written = 0
         return self._output[:rows]
 
-    def _routes(  # noqa: PLR0913 - the argument list is aiter's
+    def _routes(  # noqa: PLR0913 - a part of the input, and the kernel
         self,
         hidden: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        weights: Tensor,
+        routing_weights: Tensor,
         ids: Tensor,
-        expert_mask: Tensor,
+        weights: ExpertWeights,
         choice: KernelChoice,
         narrow: torch.dtype | None,
     ) -> Tensor:
         live, topk = ids.shape
-        first, second = self._weights(w1, w2, narrow)
-        hidden = torch.cat([hidden, hidden.new_zeros(1, hidden.shape[1])])
-        flat_weights = torch.cat([weights.flatten(), weights.new_zeros(1)])
+        first, second = self._weights(weights, narrow)
+        flat_weights = routing_weights.flatten()
         routed = hidden.new_zeros(live * topk + 1, hidden.shape[1])
-        local = local_experts(ids, self._local.of(expert_mask)).flatten()
-        for group in grouped_routes(local, w1.shape[0], w1[0].numel() * 8):
-            rows = group.routes.div(topk, rounding_mode="floor")
-            routed_in = hidden.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        local = local_experts(ids, self._local.of(weights.mask)).flatten()
+        for group in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8):
+            flat = group.routes.flatten()
+            known = flat.clamp(max=group.total - 1)  # past an expert's last route any row will do
+            rows = known.div(topk, rounding_mode="floor")
+            routed_in = hidden.index_select(0, rows).view(*group.routes.shape, -1)
             gate, up = self.steps.first(routed_in, first, group, choice).chunk(2, dim=2)
             intermediate = self.steps.activate(gate, up)
             if not choice.run_1stage:
@@ -134,20 +126,21 @@ class ReferenceExperts(Experts):
             if narrow is not None:
                 intermediate = self.steps.requantise(intermediate, narrow, self._scales)
             result = self.steps.second(intermediate, second, group, choice)
-            routed[group.routes] = self.steps.weigh(result, flat_weights[group.routes], group).contiguous()
+            shares = flat_weights.index_select(0, known).view(group.routes.shape)
+            routed.index_copy_(0, flat, self.steps.weigh(result, shares, group).flatten(0, 1))
         return routed[:-1].view(live, topk, -1)
 
-    def _weights(self, w1: Tensor, w2: Tensor, narrow: torch.dtype | None) -> tuple[Weights, Weights]:
+    def _weights(self, weights: ExpertWeights, narrow: torch.dtype | None) -> tuple[Weights, Weights]:
         """Return both weights as the kernel holds them."""
-        if narrow is None or w1.dtype is not torch.bfloat16:
-            return self._first.of(w1), self._second.of(w2)
+        if narrow is None or weights.w1.dtype is not torch.bfloat16:
+            return self._first.of(weights.w1), self._second.of(weights.w2)
         if narrow not in self._narrow:
             self._narrow[narrow] = (
                 _Kept(lambda weights: Weights(through_halves(weights, narrow))),
                 _Kept(lambda weights: Weights(through_weight_blocks(weights, narrow))),
             )
         first, second = self._narrow[narrow]
-        return first.of(w1), second.of(w2)
+        return first.of(weights.w1), second.of(weights.w2)
 
     def _reduce(self, routed: Tensor, choice: KernelChoice) -> Tensor:
         live, topk, _ = routed.shape
@@ -174,7 +167,7 @@ def local_rows(expert_mask: Tensor) -> Tensor:
 
 def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
     """Map global ids [n, k] through `local_rows`; -1 for experts of other ranks or of no rank."""
-    return rows[ids.clamp(-1, rows.shape[0] - 1).long()]
+    return rows.take(ids.clamp(-1, rows.shape[0] - 1).long())
 
 
 def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[Group]:
@@ -186,4 +179,12 @@ def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> It
     for start in range(0, len(used), step):
         experts = used[start : start + step]
         padded = pad_sequence([routes[expert] for expert in experts], batch_first=True, padding_value=local.numel())
-        yield Group(torch.tensor(experts, device=local.device), padded, local.numel())
+        together = len(experts) == num_experts
+        chosen = _all_experts(num_experts, local.device) if together else torch.tensor(experts, device=local.device)
+        yield Group(chosen, padded, local.numel())
+
+
+@lru_cache(maxsize=4)
+def _all_experts(count: int, device: torch.device) -> Tensor:
+    """Return the numbers of all local experts, int64 [count]; the tensor must not be written to."""
+    return torch.arange(count, device=device)

@@ -14,7 +14,7 @@ from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
-from distbench.experts.base import Cut, ExpertInput, Experts
+from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
@@ -153,8 +153,8 @@ class _FaultyExperts(Experts):
         self._inner = inner
         self._faults = faults
 
-    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
-        self._inner.warm_up(w1, w2, expert_mask, rows)
+    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
+        self._inner.warm_up(weights, rows)
 
     def about(self) -> dict[str, Any]:
         return self._inner.about()
@@ -162,34 +162,13 @@ class _FaultyExperts(Experts):
     def selection(self, rows: int) -> KernelChoice:
         return self._inner.selection(rows)
 
-    def __call__(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        **others: Any,
-    ) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         _enter(self._faults, Stage.EXPERTS)
-        given = ExpertInput(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
         for fault in self._faults:
             if fault.active:
                 given = fault.asked(given)
-        self._inner.check(given.ids, others["expert_mask"], given.num_local_tokens)
-        rows: Tensor = self._inner(
-            given.hidden,
-            w1,
-            w2,
-            given.weights,
-            given.ids,
-            num_local_tokens=given.num_local_tokens,
-            a1_scale=given.scales,
-            **others,
-        )
+        self._inner.check(given, weights)
+        rows = self._inner(given, weights)
         for fault in self._faults:
             if fault.active:
                 rows = fault.computed(given, rows)

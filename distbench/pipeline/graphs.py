@@ -16,7 +16,6 @@ from torch import Tensor
 from distbench.errors import Unsupported
 from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
-from distbench.pipeline.layer import run_experts
 from distbench.utils.text import one_line
 from distbench.verify.records import Replay
 from distbench.verify.row_compare import differing, integer_view, row_errors
@@ -50,55 +49,28 @@ class GraphedExperts(Experts):
         """See `Experts.selection`."""
         return self.inner.selection(rows)
 
-    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
         """See `Experts.warm_up`."""
-        self.inner.warm_up(w1, w2, expert_mask, rows)
+        self.inner.warm_up(weights, rows)
 
     def about(self) -> dict[str, Any]:
         """See `Experts.about`."""
         return self.inner.about()
 
-    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
+    def check(self, given: ExpertInput, weights: ExpertWeights) -> None:
         """See `Experts.check`; a replay checks nothing."""
-        self.inner.check(topk_ids, expert_mask, num_local_tokens)
+        self.inner.check(given, weights)
 
-    def __call__(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        expert_mask: Tensor,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`.
 
         Raises:
             Unsupported: the experts cannot be captured.
 
         """
-        tensors = (hidden_states, w1, w2, topk_weight, topk_ids, expert_mask, num_local_tokens, a1_scale)
-        key = (hidden_states.shape[0], *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+        key = (given.rows, *(0 if tensor is None else tensor.data_ptr() for tensor in (*given, *weights)))
         if key not in self._graphs:
-
-            def call() -> Tensor:
-                return self.inner(
-                    hidden_states,
-                    w1,
-                    w2,
-                    topk_weight,
-                    topk_ids,
-                    expert_mask=expert_mask,
-                    num_local_tokens=num_local_tokens,
-                    a1_scale=a1_scale,
-                    dtype=dtype,
-                )
-
-            self._graphs[key] = _captured(call, num_local_tokens)
+            self._graphs[key] = _captured(partial(self.inner, given, weights), given.num_local_tokens)
         captured = self._graphs[key]
         captured.graph.replay()
         return captured.output
@@ -127,7 +99,7 @@ def prove_capture(experts: Experts, weights: ExpertWeights, like: TokenBatch, ro
         ids=_zeros(like.ids, rows),
         num_local_tokens=like.ids.new_zeros(1),
     )
-    _captured(partial(run_experts, experts, given, weights), given.num_local_tokens)
+    _captured(partial(experts, given, weights), given.num_local_tokens)
 
 
 def _zeros(like: Tensor, rows: int) -> Tensor:
@@ -207,10 +179,10 @@ def replay_others(  # noqa: PLR0913 - the experts, their arguments, and the rule
             if buffer is not None and part is not None:
                 integer_view(buffer)[:count] = integer_view(part)
         given.num_local_tokens.fill_(count)
-        rows = run_experts(experts, given, weights)[:count].clone()
+        rows = experts(given, weights)[:count].clone()
         expected = workload.expected_rows(rank, fresh)
         if expected is None:
-            expected = run_experts(experts.inner, given, weights)[:count]
+            expected = experts.inner(given, weights)[:count]
         found.append(_compared(rows, expected, allowed))
     given.num_local_tokens.copy_(live)
     return found

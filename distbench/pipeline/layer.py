@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from distbench.case.stages import Stage
@@ -40,25 +39,10 @@ def run_layer(  # noqa: PLR0913 - the parts of a layer
     given = cut(dispatched)
     mark(Stage.EXPERTS)
     if inspect is not None:
-        experts.check(given.ids, weights.mask, given.num_local_tokens)
-    expert_out = run_experts(experts, given, weights)
+        experts.check(given, weights)
+    expert_out = experts(given, weights)
     if inspect is not None:
         mark(Stage.CHECK)
         inspect(transport.sources(), dispatched, given, expert_out)
     mark(Stage.COMBINE)
     return transport.combine(expert_out, batch.ids)
-
-
-def run_experts(experts: Experts, given: ExpertInput, weights: ExpertWeights) -> Tensor:
-    """Experts' output, bf16 [M, H], called as production calls `aiter.fused_moe`."""
-    return experts(
-        given.hidden,
-        weights.w1,
-        weights.w2,
-        given.weights,
-        given.ids,
-        expert_mask=weights.mask,
-        num_local_tokens=given.num_local_tokens,
-        a1_scale=given.scales,
-        dtype=torch.bfloat16,
-    )

@@ -47,7 +47,7 @@ from distbench.verify.records import (
     pairs_of,
 )
 from distbench.verify.row_compare import compare_rows, relative_error, same_bits, tensor_digest
-from distbench.verify.stage_check import StageChecker
+from distbench.verify.stage_check import StageChecker, foreseen
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
@@ -88,7 +88,8 @@ class Passes:
         self._resolved = resolved
         self._parts = parts
         self._recorder = recorder
-        self._checker = StageChecker(parts.workload, session.rank, counts, resolved.traffic.capacity)
+        self._expected, received = foreseen(parts.workload, session.rank, parts.batch)
+        self._checker = StageChecker(parts.workload, session.rank, counts, resolved.traffic.capacity, received)
         self._divergences: list[Divergence] = []
         self._kernels: dict[str, dict[str, Any]] = {}
         self._lost = LostRows()
@@ -98,7 +99,6 @@ class Passes:
         self._waits = random.Random(f"{resolved.case.seed}/{session.rank}")  # noqa: S311 - jitter, no secret
         self._durations: dict[str, dict[str, list[float]]] = {}
         self._arm, self._timed_arm, self._stage, self._since = "", "", "", 0
-        self._expected = parts.workload.expected(parts.batch)
         self._exchange = choose_exchange(session.group, session.shared, counts, session.device)
         self._slots = OwnSlots(parts.batch.ids, parts.workload.group, parts.transport.sum_order)
         self._combine_checker = CombineChecker(

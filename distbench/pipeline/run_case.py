@@ -165,7 +165,7 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
         session.heartbeat.mark(Stage.COMPILE)
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = make_experts(case)
-        experts.warm_up(*weights, rows=rows)
+        experts.warm_up(weights, rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
     return _Ready(resolved, inputs, [weights], make_transport(session, case, counts, batch), [experts], counts)
 

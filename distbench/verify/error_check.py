@@ -31,7 +31,7 @@ from distbench.verify.row_compare import row_errors, same_bits
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import has_destination, token_keys
+from distbench.workload.routing import are_local, token_keys
 
 _MOST_TOKENS = 256
 _MOST_ON_CPU, _LEAST_TOKENS = 128, 48
@@ -144,7 +144,7 @@ class ErrorChecker:
             side = _side(sides, arm)
             rows = _rows(one.returned, sample)
             lost = one.lost_rows, one.lost_tokens
-            kept_rows = None if lost[0] is None else ~torch.isin(sample.keys, lost[0])
+            kept_rows = None if lost[0] is None or not len(lost[0]) else ~torch.isin(sample.keys, lost[0])
             kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
             stages = (
                 (Stage.EXPERTS, side.experts, rows, kept_rows),
@@ -203,7 +203,7 @@ class ErrorChecker:
         """Return the sample of some tokens int64 [s], by rank and token."""
         workload = self._workload
         experts = workload.experts_of(ranks, tokens)
-        here = has_destination(experts, self._rank, workload.experts_per_rank)
+        here = are_local(experts, self._rank, workload.experts_per_rank).any(1)
         rows = workload.token_rows(ranks[here], tokens[here])
         return _Sample(key_of(ranks, tokens)[here], rows, tokens[ranks == self._rank])
 
@@ -262,6 +262,8 @@ def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
     """Return this rank's expert rows of the sample; None where its received rows are unknown."""
     if returned is None or not len(sample.keys):
         return None
+    if torch.equal(returned.keys, sample.keys):
+        return returned.rows
     places = torch.searchsorted(returned.keys, sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
     if not len(returned.keys) or not torch.equal(returned.keys[places], sample.keys):
         return None

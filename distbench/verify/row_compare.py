@@ -57,15 +57,11 @@ def row_digests(rows: Tensor) -> Tensor:
     Multilinear hashing over the row's integer words with odd 64-bit keys (Carter and Wegman; Lemire and Kaser,
     "Strongly universal string hashing is fast"): changing one element of a row always changes its digest.
     """
-    words = integer_view(rows)
-    first, second = (key.to(rows.device) for key in _digest_keys(rows.shape[1]))
-    step = rows_at_a_time(_DIGEST_CHUNK_BYTES, rows.shape[1] * 8, rows.device)
-    digests = torch.empty(rows.shape[0], 2, dtype=torch.int64, device=rows.device)
-    for start in range(0, rows.shape[0], step):
-        chunk = words[start : start + step].long()
-        digests[start : start + step, 0] = (chunk * first).sum(1)
-        digests[start : start + step, 1] = (chunk * second).sum(1)
-    return digests
+    words, keys = integer_view(rows).unsqueeze(1), _digest_keys(rows.shape[1]).to(rows.device)
+    step = rows_at_a_time(_DIGEST_CHUNK_BYTES, rows.shape[1] * 16, rows.device)
+    if len(rows) <= step:
+        return (words * keys).sum(2)
+    return torch.cat([(part * keys).sum(2) for part in words.split(step)])
 
 
 def tensor_digest(digests: Tensor) -> str:
@@ -75,10 +71,10 @@ def tensor_digest(digests: Tensor) -> str:
 
 
 @lru_cache(maxsize=8)
-def _digest_keys(columns: int) -> tuple[Tensor, Tensor]:
+def _digest_keys(columns: int) -> Tensor:
     content = hashlib.shake_256(b"distbench/digest").digest(16 * columns)
     keys = torch.frombuffer(bytearray(content), dtype=torch.int64) | 1
-    return keys[:columns], keys[columns:]
+    return keys.view(2, columns)
 
 
 def _ordered(values: Tensor) -> Tensor:

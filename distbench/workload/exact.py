@@ -37,7 +37,7 @@ from distbench.workload.exact_plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_ST
 from distbench.workload.places import Places, live_column, places_of
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
-from distbench.workload.probes import Probes, minus, physical, probe_patterns
+from distbench.workload.probes import Probes, minus, physical, probe_patterns, switches
 
 _CHUNK_ELEMENTS = 4 << 20
 # The smallest magnitude that sets the scale of a block of weights: it exceeds all other weights.
@@ -83,24 +83,41 @@ def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
 
 def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I] of `experts` int64 [e]."""
-    count, hidden, inter = experts.numel(), plan.hidden_size, plan.intermediate_size
+    hidden, inter = plan.hidden_size, plan.intermediate_size
     sums = sum_patterns(plan, seed, experts)
     places = places_of(plan, experts.device)
-    w1 = torch.zeros(count, 2 * inter, hidden, dtype=torch.bfloat16, device=experts.device)
-    w2 = torch.zeros(count, hidden, inter, dtype=torch.bfloat16, device=experts.device)
-    w1[:, :, 0] = _constants(plan, experts.device)
+    if plan.is_small:
+        w1, w2 = (part.clone() for part in _kept_unseeded(plan, tuple(experts.tolist()), experts.device))
+    else:
+        w1, w2 = _unseeded(plan, experts)
     _put(w1, places.sum_rows + inter, sums.up % hidden, 1 - 2 * (sums.up >= hidden).int())
     rows = places.sum_rows[sums.down % plan.sum_rows]
     _put(w2, places.sum_columns, rows, (1 - 2 * (sums.down >= plan.sum_rows).int()) * plan.down_step)
     if plan.guard_rows:
-        _put_guards(plan, experts, places, w1, w2)
         _put_scales(plan, seed, experts, w1, w2)
     if plan.probes is not None:
         probes = probe_patterns(plan, seed, experts)
         _put_probes(plan, places, probes, w1)
-        _put_switches(plan, plan.probes, experts, places, probes, w1)
         read = places.probe_rows[probes.read * plan.probes.live_groups + _groups(plan.probes, experts.device)]
         _put(w2, places.probe_columns, read.unsqueeze(1), probes.weight.unsqueeze(1))
+    return w1, w2
+
+
+@lru_cache(maxsize=1)
+def _kept_unseeded(plan: ExactPlan, experts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    return _unseeded(plan, torch.tensor(experts, device=device))
+
+
+def _unseeded(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w1 and w2 of `dense_weights` with the entries that no seed changes."""
+    count, hidden, inter = experts.numel(), plan.hidden_size, plan.intermediate_size
+    w1 = torch.zeros(count, 2 * inter, hidden, dtype=torch.bfloat16, device=experts.device)
+    w2 = torch.zeros(count, hidden, inter, dtype=torch.bfloat16, device=experts.device)
+    w1[:, :, 0] = _constants(plan, experts.device)
+    if plan.guard_rows:
+        _put_guards(plan, experts, places_of(plan, experts.device), w1, w2)
+    if plan.probes is not None:
+        _put_switches(plan, plan.probes, experts, w1)
     return w1, w2
 
 
@@ -188,15 +205,14 @@ def _payloads(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, coefficients
 
 
-def _put_switches(  # noqa: PLR0913 - the parts of a switch
-    plan: ExactPlan, probes: ProbePlan, experts: Tensor, places: Places, made: Probes, w1: Tensor
-) -> None:
+def _put_switches(plan: ExactPlan, probes: ProbePlan, experts: Tensor, w1: Tensor) -> None:
     """Put its switch into each probe row, at the code columns that switch its expert on in the row's group."""
+    places = places_of(plan, experts.device)
     group = torch.arange(probes.rows, device=w1.device) % probes.live_groups
     on = code_groups(plan, w1.device)[experts, :-1].unsqueeze(1) == group.unsqueeze(1)
     rows = places.probe_rows.clone()
     rows[: probes.first_up_row] += plan.intermediate_size
-    w1[:, rows.unsqueeze(1), places.codes] = (on * made.switch.unsqueeze(2)).bfloat16()
+    w1[:, rows.unsqueeze(1), places.codes] = (on * switches(plan, experts).unsqueeze(2)).bfloat16()
 
 
 def _groups(probes: ProbePlan, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from distbench.workload.blind_spots import blind_spots
 from distbench.workload.exact_plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
-from distbench.workload.routing import route, token_keys
+from distbench.workload.routing import are_local, route, token_keys
 from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.table import Span, routing_table, span_of
 
@@ -106,8 +106,12 @@ class Workload:
         places = None if self._span is None else self._span.places(ranks, tokens)
         if self._span is None or places is None:
             return self._made(ranks, tokens)
+        return self._rows(self._span, places)
+
+    def _rows(self, span: Span, places: Tensor) -> TokenBatch:
+        """Return copies of some rows of the table."""
         if self._table is None:
-            self._table = self._made(*self._span.everyone(self.device))
+            self._table = self._made(*span.everyone(self.device))
         hidden, scales, weights, ids = self._table
         scales = None if scales is None else scales.index_select(0, places)
         return TokenBatch(
@@ -140,12 +144,42 @@ class Workload:
         """Return the expected expert rows of `rank` for its received rows: bf16 [m, H]; None where bits may vary."""
         return self.numerics.expert_rows(batch, self._local_experts(rank))
 
+    def arriving(self, rank: int) -> tuple[Tensor, Tensor, TokenBatch] | None:
+        """Return the source ranks, tokens and rows that `rank` receives, sorted; None where the case is large."""
+        span = self._span
+        if span is None or not span.tokens:
+            return None
+        ranks, tokens = span.everyone(self.device)
+        here = are_local(self._routing(span), rank, self.experts_per_rank).any(1)
+        if min(self.tokens_per_rank) < span.tokens:
+            here &= tokens < torch.tensor(self.tokens_per_rank, device=self.device)[ranks]
+        places = here.nonzero().flatten()
+        return ranks.index_select(0, places), tokens.index_select(0, places), self._rows(span, places)
+
+    def expected_together(
+        self, rank: int, own: TokenBatch, received: TokenBatch
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return `expected` of the tokens `own`, and `expected_rows` of the rows `received` by `rank`."""
+        if not isinstance(self.numerics, ExactNumerics):
+            return None, None
+        local = torch.where(are_local(received.ids, rank, self.experts_per_rank), received.ids, -1)
+        scales = None
+        if own.scales is not None and received.scales is not None:
+            scales = torch.cat([own.scales, received.scales])
+        hidden, weights = torch.cat([own.hidden, received.hidden]), torch.cat([own.weights, received.weights])
+        both = TokenBatch(hidden, scales, weights, torch.cat([own.ids, local]))
+        rows = self.numerics.expert_rows(both, range(self.group.num_experts))
+        count = len(own.ids)
+        return self.numerics.returned_rows(rows[:count]), rows[count:]
+
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
         places = None if self._span is None else self._span.places(ranks, tokens)
         if self._span is None or places is None:
             return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
-        everyone = routing_table(self.routing, self.group, self.seed, self._span, self.device)
-        return everyone.index_select(0, places)
+        return self._routing(self._span).index_select(0, places)
+
+    def _routing(self, span: Span) -> Tensor:
+        return routing_table(self.routing, self.group, self.seed, span, self.device)
 
     def _local_experts(self, rank: int) -> range:
         return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.workload.draws import Drawn, bytes_of, probe_draws
-from distbench.workload.exact_plan import BLOCK, ExactPlan
+from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.places import live_column, places_of
 from distbench.workload.points import HOT_GATE, UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
@@ -127,16 +127,26 @@ def _make_probes(plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor)
 
 def physical(plan: ExactPlan, live: Tensor) -> Tensor:
     """Return the hidden columns of live columns' numbers."""
-    last = live_column(plan, plan.live_columns - 1)
-    if last == plan.live_columns - 1:
+    if live_column(plan, plan.live_columns - 1) == plan.live_columns - 1:
         return live
-    return live + live.div(BLOCK - plan.dead_columns, rounding_mode="floor") * plan.dead_columns
+    return _columns(plan, live.device).index_select(0, live.flatten()).view(live.shape)
+
+
+@lru_cache(maxsize=4)
+def _columns(plan: ExactPlan, device: torch.device) -> Tensor:
+    columns = [live_column(plan, number) for number in range(plan.live_columns)]
+    return torch.tensor(columns, dtype=torch.int32, device=device)
 
 
 def minus(bits: Tensor, entries: int) -> Tensor:
     """Return bit j of each row's bits [e, 1, r] for entry j: [e, entries, r]."""
     entry = torch.arange(entries, dtype=bits.dtype, device=bits.device).view(-1, 1)
     return (bits >> entry) & 1
+
+
+def switches(plan: ExactPlan, experts: Tensor) -> Tensor:
+    """Return `switch` of the `Probes` of `experts`, which no seed changes: float32 [e, R]."""
+    return _make_by_kind(plan, experts)[1]
 
 
 def _by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -53,10 +53,10 @@ def destinations(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
     return going.scatter_(1, owner, value=True)[:, :ep_size]
 
 
-def has_destination(ids: Tensor, rank: int, experts_per_rank: int) -> Tensor:
-    """Return which tokens go to `rank`: bool [n] from ids [n, k]."""
+def are_local(ids: Tensor, rank: int, experts_per_rank: int) -> Tensor:
+    """Return which ids are those of experts on `rank`: bool [n, k] from ids [n, k]."""
     first = rank * experts_per_rank
-    return ((ids >= first) & (ids < first + experts_per_rank)).any(1)
+    return (ids >= first) & (ids < first + experts_per_rank)
 
 
 def recv_counts(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:

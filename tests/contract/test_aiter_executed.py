@@ -26,6 +26,7 @@ from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.emulated.jit.utils import chip_info
 from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import STAND_IN, load_package
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.selection.heuristics import LayerKey
 from distbench.experts.selection.releases import rules_for
 from distbench.pipeline.inputs import workload_for
@@ -208,9 +209,8 @@ def test_fp8_results_equal_those_of_the_wheels_torch_code(
         hidden, scales, weights, ids = batch.hidden, batch.scales, batch.weights, batch.ids
         w1, w2 = workload.local_weights(1)
     live = torch.tensor([hidden.shape[0]], dtype=torch.int32)
-    ours = make_aiter_experts(case)(
-        hidden, w1, w2, weights, ids, expert_mask=mask, num_local_tokens=live, a1_scale=scales, dtype=torch.bfloat16
-    )
+    given = ExpertInput(hidden, scales, weights, ids, live)
+    ours = make_aiter_experts(case)(given, ExpertWeights(w1, w2, mask))
     (narrow1, scale1), (narrow2, scale2) = (
         quantize_weight_blocks(w1, hidden.dtype),
         quantize_weight_blocks(w2, hidden.dtype),

@@ -27,6 +27,7 @@ from distbench.experts.aiter.emulated.jit.utils import chip_info
 from distbench.experts.aiter.emulated.ops import shuffle
 from distbench.experts.aiter.emulated.utility import dtypes
 from distbench.experts.aiter.package import DISTRIBUTION
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.pipeline.inputs import workload_for
 from distbench.utils.amd_arch import fp8_format
 from tests.cases import tiny_case
@@ -78,6 +79,16 @@ def test_stand_in_functions_have_the_wheels_parameters_and_defaults(wheel: zipfi
             assert default is None or str(found) == default, (name, parameter)
 
 
+_PASSED = {
+    "given.hidden": "hidden_states",
+    "layer.w1": "w1",
+    "layer.w2": "w2",
+    "given.weights": "topk_weight",
+    "given.ids": "topk_ids",
+}
+"""What the adapter passes by position, and aiter's names for it."""
+
+
 def test_keywords_that_the_adapter_passes_are_parameters_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     source = ast.parse(inspect.getsource(inspect.getmodule(AiterExperts) or SimpleNamespace()))  # type: ignore[arg-type]
     call = next(
@@ -86,7 +97,7 @@ def test_keywords_that_the_adapter_passes_are_parameters_of_the_wheel(wheel: zip
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("moe.fused_moe")
     )
     theirs = parameters(function(tree(wheel, "aiter/fused_moe.py"), "fused_moe"))
-    positional = [ast.unparse(argument).removeprefix("layer.") for argument in call.args]
+    positional = [_PASSED[ast.unparse(argument)] for argument in call.args]
     assert positional == list(theirs)[: len(positional)]
     assert {keyword.arg for keyword in call.keywords} <= set(theirs)
 
@@ -193,9 +204,7 @@ def test_bf16_results_equal_those_of_the_wheels_torch_code(torch_moe: Any, seed:
     mask = torch.zeros(16, dtype=torch.int32)
     mask[torch.randperm(16, generator=generator)[:4]] = 1
     live = torch.tensor([rows], dtype=torch.int32)
-    ours = experts(
-        hidden, w1, w2, weights, ids, expert_mask=mask, num_local_tokens=live, a1_scale=None, dtype=torch.bfloat16
-    )
+    ours = experts(ExpertInput(hidden, None, weights, ids, live), ExpertWeights(w1, w2, mask))
     theirs = torch_moe(hidden, w1, w2, weights, ids, expert_mask=mask).float()
     # Ours rounds the activation, each route and each add to bf16; theirs only the sum.
     assert float((ours.float() - theirs).abs().max()) <= 2.0**-6 * float(theirs.abs().max())
@@ -211,16 +220,7 @@ def test_exact_inputs_give_the_bits_of_the_wheels_torch_code(torch_moe: Any) -> 
     batch, mask = workload.tokens(0), torch.zeros(16, dtype=torch.int32)
     mask[4:8] = 1
     w1, w2 = workload.local_weights(1)
-    ours = make_aiter_experts(case)(
-        batch.hidden,
-        w1,
-        w2,
-        batch.weights,
-        batch.ids,
-        expert_mask=mask,
-        num_local_tokens=torch.tensor([batch.hidden.shape[0]], dtype=torch.int32),
-        a1_scale=None,
-        dtype=torch.bfloat16,
-    )
+    live = torch.tensor([batch.hidden.shape[0]], dtype=torch.int32)
+    ours = make_aiter_experts(case)(ExpertInput(*batch, num_local_tokens=live), ExpertWeights(w1, w2, mask))
     theirs = torch_moe(batch.hidden, w1, w2, batch.weights, batch.ids, expert_mask=mask)
     assert torch.equal(ours.view(torch.int16), theirs.view(torch.int16))

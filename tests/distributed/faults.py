@@ -12,7 +12,7 @@ from torch import Tensor
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.run_case import run_case
 from distbench.transport import make_transport
@@ -117,9 +117,9 @@ class FaultyExperts(Experts):
     def selection(self, rows: int) -> KernelChoice:
         return self._inner.selection(rows)
 
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         self._calls += 1
-        rows = self._inner(*arguments, **options)
+        rows = self._inner(given, weights)
         if self._calls == self._call:
             EXPERTS[self._fault](rows)
         return rows

@@ -18,7 +18,7 @@ from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.run_case import run_case
 from distbench.report.bundle.analysis import analyse
@@ -46,10 +46,10 @@ class Damaged(Experts):
     def selection(self, rows: int) -> KernelChoice:
         return self._inner.selection(rows)
 
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        rows = self._inner(*arguments, **options)
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        rows = self._inner(given, weights)
         if next(self._numbers) in self._calls:
-            self._damage(rows[: int(options["num_local_tokens"])])
+            self._damage(rows[: int(given.num_local_tokens)])
         return rows
 
 

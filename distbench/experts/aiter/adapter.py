@@ -30,7 +30,7 @@ from distbench.experts.aiter.package import (
     tuned_tables,
 )
 from distbench.experts.aiter.weights import PreparedWeights, prepare_weights
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.selection.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
@@ -111,13 +111,13 @@ class AiterExperts(Experts):
             }
         }
 
-    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
         """Build the kernels that calls with `rows` rows need: one rank per node builds, the others wait.
 
         Raises:
             Unsupported: weights on the CPU, or kernels that do not support the layer; or see `selection`.
         """
-        self._check_device(w1)
+        self._check_device(weights.w1)
         for count in rows:
             unfit = self.selection(count).unfit(self._key.model_dim, self._key.inter_dim)
             if unfit:
@@ -125,54 +125,42 @@ class AiterExperts(Experts):
         folder = Path(self._package.core.get_user_jit_dir())
         smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
         for bucket, count in sorted(smallest.items()):
-            first_on_node(folder, self._build_name(bucket), partial(self._empty_call, w1, w2, expert_mask, count))
+            first_on_node(folder, self._build_name(bucket), partial(self._empty_call, weights, count))
 
-    def check(self, topk_ids: Tensor, expert_mask: Tensor, num_local_tokens: Tensor) -> None:
+    def check(self, given: ExpertInput, weights: ExpertWeights) -> None:
         """See `Experts.check`: more valid rows than rows, or ids of no expert, cause memory faults in aiter.
 
         Raises:
             DistbenchError: as there. Policy `unchecked` passes valid rows on as production does.
         """
-        live = int(num_local_tokens)
+        live = int(given.num_local_tokens)
         if self._case.policy != "unchecked":
-            check_live(live, topk_ids.shape[0])
-        check_ids(topk_ids[:live], expert_mask.numel())
+            check_live(live, given.ids.shape[0])
+        check_ids(given.ids[:live], weights.mask.numel())
 
-    def __call__(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        expert_mask: Tensor,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`. Values are not checked: see `check`.
 
         Raises:
             DistbenchError: types, shapes or layouts from which aiter would compute garbage; names the expected one.
         """
-        layer = self._prepared(w1, w2)
-        check_arguments(hidden_states, topk_weight, topk_ids, expert_mask, a1_scale, layer.w1_scale)
+        layer = self._prepared(weights.w1, weights.w2)
+        check_arguments(given.hidden, given.weights, given.ids, weights.mask, given.scales, layer.w1_scale)
         quant = self._package.root.QuantType
         output: Tensor = self._package.moe.fused_moe(
-            hidden_states,
+            given.hidden,
             layer.w1,
             layer.w2,
-            topk_weight,
-            topk_ids,
-            expert_mask=expert_mask,
+            given.weights,
+            given.ids,
+            expert_mask=weights.mask,
             activation=self._package.root.ActivationType.Silu,
-            quant_type=quant.No if a1_scale is None else quant.per_128x128,
+            quant_type=quant.No if given.scales is None else quant.per_128x128,
             w1_scale=layer.w1_scale,
             w2_scale=layer.w2_scale,
-            a1_scale=a1_scale,
-            num_local_tokens=num_local_tokens,
-            dtype=dtype,
+            a1_scale=given.scales,
+            num_local_tokens=given.num_local_tokens,
+            dtype=torch.bfloat16,
         )
         return output
 
@@ -248,21 +236,18 @@ class AiterExperts(Experts):
         key = msgspec.to_builtins(self._key) | {"version": self._package.version, "bucket": bucket}
         return "-".join(str(part) for part in key.values())
 
-    def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
-        fp8 = self._key.quant == "fp8"
-        hidden = w1.new_zeros(rows, self._key.model_dim).to(self._payload)
+    def _empty_call(self, weights: ExpertWeights, rows: int) -> None:
+        key = self._key
+        hidden = weights.w1.new_zeros(rows, key.model_dim).to(self._payload)
+        given = ExpertInput(
+            hidden=hidden,
+            scales=hidden.new_ones(rows, key.model_dim // BLOCK, dtype=torch.float32) if key.quant == "fp8" else None,
+            weights=hidden.new_zeros(rows, key.topk, dtype=torch.float32),
+            ids=hidden.new_zeros(rows, key.topk, dtype=torch.int32),
+            num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
+        )
         try:
-            self(
-                hidden,
-                w1,
-                w2,
-                hidden.new_zeros(rows, self._key.topk, dtype=torch.float32),
-                hidden.new_zeros(rows, self._key.topk, dtype=torch.int32),
-                expert_mask=expert_mask,
-                num_local_tokens=hidden.new_zeros(1, dtype=torch.int32),
-                a1_scale=hidden.new_ones(rows, self._key.model_dim // BLOCK, dtype=torch.float32) if fp8 else None,
-                dtype=torch.bfloat16,
-            )
+            self(given, weights)
         except RuntimeError as error:
             if _UNFIT not in str(error):
                 raise

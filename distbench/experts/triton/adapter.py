@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
-from distbench.experts.base import Experts
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.shapes import check_triton_shape
@@ -66,65 +66,30 @@ class TritonExperts(Experts):
         """See `Experts.selection`."""
         return self._selector.choose(rows)
 
-    def warm_up(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: tuple[int, ...]) -> None:
+    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
         """See `Experts.warm_up`; interpreted kernels are not compiled."""
         if interpreted():
             return
         for count in sorted(set(rows)):
-            name = f"{_build_name(w1.device)}-{count}-{self._selector.shape}-{self._selector.config(count)}"
-            first_on_node(_cache_folder(), name, partial(self._empty_call, w1, w2, expert_mask, count))
+            name = f"{_build_name(weights.w1.device)}-{count}-{self._selector.shape}-{self._selector.config(count)}"
+            first_on_node(_cache_folder(), name, partial(self._empty_call, weights, count))
 
-    def __call__(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        expert_mask: Tensor,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`."""
-        config = self._selector.config(hidden_states.shape[0])
-        return self.run(
-            config,
-            hidden_states,
-            w1,
-            w2,
-            topk_weight,
-            topk_ids,
-            expert_mask=expert_mask,
-            num_local_tokens=num_local_tokens,
-            a1_scale=a1_scale,
-            dtype=dtype,
-        )
+        return self.run(self._selector.config(given.rows), given, weights)
 
-    def run(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        config: KernelConfig,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        expert_mask: Tensor,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        dtype: torch.dtype,
+    def run(
+        self, config: KernelConfig, given: ExpertInput, weights: ExpertWeights, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
-        """Run `__call__` with given kernels, for tuning."""
-        from distbench.experts.triton.launch import Rows, Weights, compute  # noqa: PLC0415 - loads Triton
+        """Make the call with given kernels, for tuning, and with a result of `dtype`."""
+        from distbench.experts.triton.launch import Weights, compute  # noqa: PLC0415 - loads Triton
 
-        check_triton_shape(w1.shape[2], w2.shape[2], w1.element_size() if a1_scale is None else 1)
-        rows = Rows(hidden_states, a1_scale, topk_weight, topk_ids, num_local_tokens)
-        weights = Weights(w1, w2, None, None, expert_mask)
-        if a1_scale is not None:
-            weights = Weights(*self.quantized(w1, w2), expert_mask)
-        return compute(rows, weights, config, dtype, _processors(hidden_states.device))
+        narrow = given.scales is not None
+        check_triton_shape(weights.w1.shape[2], weights.w2.shape[2], 1 if narrow else weights.w1.element_size())
+        held = Weights(weights.w1, weights.w2, None, None, weights.mask)
+        if narrow:
+            held = Weights(*self.quantized(weights.w1, weights.w2), weights.mask)
+        return compute(given, held, config, dtype, _processors(given.hidden.device))
 
     def quantized(self, w1: Tensor, w2: Tensor) -> Quantized:
         """Return both weights as float8, and their scales."""
@@ -136,21 +101,18 @@ class TritonExperts(Experts):
             self._known = _Known(key, (w1, w2), (first.view(w1.shape), second, scales1, scales2))
         return self._known.quantized
 
-    def _empty_call(self, w1: Tensor, w2: Tensor, expert_mask: Tensor, rows: int) -> None:
+    def _empty_call(self, weights: ExpertWeights, rows: int) -> None:
         """Call with `rows` rows, none of them live: Triton compiles by shape, and computes nothing."""
-        shape = self._selector.shape
+        shape, like = self._selector.shape, weights.w1
         fp8 = shape.quant == "fp8"
-        self(
-            w1.new_zeros(rows, shape.hidden_size).to(torch.float8_e4m3fn if fp8 else torch.bfloat16),
-            w1,
-            w2,
-            w1.new_zeros(rows, shape.topk, dtype=torch.float32),
-            w1.new_zeros(rows, shape.topk, dtype=torch.int32),
-            expert_mask=expert_mask,
-            num_local_tokens=w1.new_zeros(1, dtype=torch.int32),
-            a1_scale=w1.new_ones(rows, shape.hidden_size // BLOCK, dtype=torch.float32) if fp8 else None,
-            dtype=torch.bfloat16,
+        given = ExpertInput(
+            hidden=like.new_zeros(rows, shape.hidden_size).to(torch.float8_e4m3fn if fp8 else torch.bfloat16),
+            scales=like.new_ones(rows, shape.hidden_size // BLOCK, dtype=torch.float32) if fp8 else None,
+            weights=like.new_zeros(rows, shape.topk, dtype=torch.float32),
+            ids=like.new_zeros(rows, shape.topk, dtype=torch.int32),
+            num_local_tokens=like.new_zeros(1, dtype=torch.int32),
         )
+        self(given, weights)
 
 
 def interpreted() -> bool:

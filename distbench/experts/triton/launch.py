@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: TID253 - loaded only where the kernels run
 
+from distbench.experts.base import ExpertInput
 from distbench.experts.triton import matrix_kernels, sort_kernels
 from distbench.experts.triton.config import KernelConfig, Tile
 from distbench.utils.triton_launch import launch
@@ -18,16 +19,6 @@ _SORT_ELEMENTS = 16384
 _COPY_COLUMNS = 1024
 # Elements of int32 for which a kernel may assume alignment.
 _ALIGNED = 4
-
-
-class Rows(NamedTuple):
-    """A call's rows: hidden [M, H], scales [M, H/128] for float8, weights and ids [M, k], num_local_tokens [1]."""
-
-    hidden: Tensor
-    scales: Tensor | None
-    topk_weight: Tensor
-    topk_ids: Tensor
-    num_local_tokens: Tensor
 
 
 class Weights(NamedTuple):
@@ -50,10 +41,10 @@ class Sorted(NamedTuple):
     local: int
 
 
-def compute(rows: Rows, weights: Weights, config: KernelConfig, dtype: torch.dtype, processors: int) -> Tensor:
+def compute(rows: ExpertInput, weights: Weights, config: KernelConfig, dtype: torch.dtype, processors: int) -> Tensor:
     """Return the weighted sum of each row's local experts, [M, H] of `dtype`; undefined past num_local_tokens."""
     count, hidden_size = rows.hidden.shape
-    topk = rows.topk_ids.shape[1]
+    topk = rows.ids.shape[1]
     output = rows.hidden.new_empty(count, hidden_size, dtype=dtype)
     if count == 0:
         return output
@@ -75,16 +66,16 @@ def compute(rows: Rows, weights: Weights, config: KernelConfig, dtype: torch.dty
     return output
 
 
-def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
+def sort(rows: ExpertInput, weights: Weights, block_m: int) -> Sorted:
     """Assign a place to each live route of a local expert."""
-    count, topk = rows.topk_ids.shape
+    count, topk = rows.ids.shape
     num_experts, num_local = weights.mask.numel(), weights.w1.shape[0]
     local = max(_power_of_two(num_local), 16)
     block = max(_SORT_ELEMENTS // local, 64)
     blocks = -(-count * topk // block)
     sizes = (count * topk, count * topk, 3 * local, 1 + count * topk // block_m + num_local, blocks * local)
     room = [-(-size // _ALIGNED) * _ALIGNED for size in sizes]
-    order, inverse, experts, tiles, counts = rows.topk_ids.new_empty(sum(room)).split(room)
+    order, inverse, experts, tiles, counts = rows.ids.new_empty(sum(room)).split(room)
     placed = Sorted(order[: count * topk], inverse, experts, tiles, local)
     shape = {
         "TOPK": topk,
@@ -94,7 +85,7 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
         "BLOCK": block,
         "num_warps": 8,
     }
-    given = rows.topk_ids, weights.mask, rows.num_local_tokens, counts
+    given = rows.ids, weights.mask, rows.num_local_tokens, counts
     if blocks > 1:
         launch(sort_kernels.count_routes, (blocks,), *given, count, **shape)
     tiling = {"BLOCK_M": block_m, "ONE_BLOCK": blocks == 1}
@@ -104,12 +95,12 @@ def sort(rows: Rows, weights: Weights, block_m: int) -> Sorted:
 
 
 def stage1(  # noqa: PLR0913 - the parts of a launch
-    rows: Rows, weights: Weights, placed: Sorted, config: KernelConfig, processors: int, dtype: torch.dtype
+    rows: ExpertInput, weights: Weights, placed: Sorted, config: KernelConfig, processors: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """Return SiLU(gate) * up of each place, [P, I] in the rows' dtype, with scales [P, I/128] for float8."""
     tile, (num_local, double, hidden_size) = config.stage1, weights.w1.shape
     inter = double // 2
-    routes, topk = placed.order.numel(), rows.topk_ids.shape[1]
+    routes, topk = placed.order.numel(), rows.ids.shape[1]
     fp8 = rows.scales is not None
     hidden, scales = rows.hidden, rows.scales
     if not config.gather:
@@ -163,7 +154,7 @@ def stage1(  # noqa: PLR0913 - the parts of a launch
 
 
 def stage2(  # noqa: PLR0913 - the parts of a launch
-    rows: Rows,
+    rows: ExpertInput,
     weights: Weights,
     placed: Sorted,
     config: KernelConfig,
@@ -180,12 +171,12 @@ def stage2(  # noqa: PLR0913 - the parts of a launch
         scales,
         _descriptor(weights.w2.view(num_local * hidden_size, inter), tile.n, tile.k),
         weights.scales2,
-        rows.topk_weight,
+        rows.weights,
         placed.order,
         placed.experts,
         placed.tiles,
         target,
-        TOPK=rows.topk_ids.shape[1],
+        TOPK=rows.ids.shape[1],
         LOCAL=placed.local,
         H=hidden_size,
         INTER=inter,
@@ -194,8 +185,8 @@ def stage2(  # noqa: PLR0913 - the parts of a launch
     )
 
 
-def _sorted_copy(rows: Rows, placed: Sorted, processors: int) -> tuple[Tensor, Tensor | None]:
-    routes, topk, width = placed.order.numel(), rows.topk_ids.shape[1], rows.hidden.shape[1]
+def _sorted_copy(rows: ExpertInput, placed: Sorted, processors: int) -> tuple[Tensor, Tensor | None]:
+    routes, topk, width = placed.order.numel(), rows.ids.shape[1], rows.hidden.shape[1]
     hidden = rows.hidden.new_empty(routes, width)
     scales = None if rows.scales is None else rows.scales.new_empty(routes, rows.scales.shape[1])
     blocks = 0 if rows.scales is None else rows.scales.shape[1]

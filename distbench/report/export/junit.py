@@ -13,6 +13,7 @@ from distbench.report.results import Result, Results
 
 # XML 1.0 cannot represent these, not even escaped.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_SHORT_HASH = 12
 # Verdicts without a result; all others are results that are wrong.
 _ERRORS = (Verdict.HANG, Verdict.RANK_FAULT, Verdict.INVALID)
 
@@ -42,7 +43,7 @@ def write(results: Results, file: BinaryIO) -> None:
 
 
 def _test_case(result: Result) -> TestCase:
-    case = TestCase(xml_text(result.name), xml_text(_class(result.suite, str(result.case.get("model", "case")))))
+    case = TestCase(xml_text(_name(result)), xml_text(_class(result.suite, str(result.case.get("model", "case")))))
     case.time = round(result.wall_s, 3)
     kind: type[Skipped | Error | Failure] | None = None
     if result.verdict is Verdict.UNSUPPORTED:
@@ -55,6 +56,13 @@ def _test_case(result: Result) -> TestCase:
         case.result = [outcome]
     case.system_out = xml_text("\n".join(_facts(result)))
     return case
+
+
+def _name(result: Result) -> str:
+    """Name of a test case; the case's hash is added for commands without a suite file, whose names recur."""
+    digest = result.hash[:_SHORT_HASH]
+    recurs = result.suite.startswith(f"{DISTBENCH} ") and digest not in result.name
+    return f"{result.name} {digest}" if recurs else result.name
 
 
 def _class(suite: str, model: str) -> str:

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
+from distbench.experts.base import ExpertWeights
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape
-from distbench.tools.tune.trial import LocalExperts, run
+from distbench.tools.tune.trial import run
 from distbench.utils.text import one_line
 from distbench.workload.batch import TokenBatch
 
 _TRIED_ROWS = 64
 # Memory for a CUDA context, its loaded kernels, and the peak of quantising one matrix.
 _CONTEXT_BYTES = 1 << 30
-_Compiler = tuple[TritonExperts, LocalExperts, TokenBatch, Tensor]
+_Compiler = tuple[TritonExperts, ExpertWeights, TokenBatch, Tensor]
 _COMPILER: list[_Compiler] = []
 _REFUSED: list[str] = []
 
@@ -68,7 +69,7 @@ def _make_compiler(shape: LayerShape) -> _Compiler:
         torch.empty(_TRIED_ROWS, shape.topk, device="cuda"),
         torch.zeros(_TRIED_ROWS, shape.topk, dtype=torch.int32, device="cuda"),
     )
-    weights = LocalExperts(
+    weights = ExpertWeights(
         torch.zeros(local, 2 * inter, hidden, dtype=torch.bfloat16, device="cuda"),
         torch.zeros(local, hidden, inter, dtype=torch.bfloat16, device="cuda"),
         torch.ones(shape.num_experts, dtype=torch.int32, device="cuda"),

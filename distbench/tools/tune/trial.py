@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import KernelConfig, LayerShape
 from distbench.workload.batch import TokenBatch
@@ -19,19 +19,11 @@ _REPLAYS = 7
 _DRAWN_AT_ONCE = 4096
 
 
-class LocalExperts(NamedTuple):
-    """w1 [El, 2I, H] and w2 [El, H, I] in bf16, and the local-expert mask [E]."""
-
-    w1: Tensor
-    w2: Tensor
-    mask: Tensor
-
-
 class TunedLayer(NamedTuple):
     """Rank 0's part of a layer on the device."""
 
     workload: Workload
-    local: LocalExperts
+    local: ExpertWeights
 
     def received(self, rows: int) -> TokenBatch:
         """Return the first `rows` rows that rank 0 would receive: those with at least one of its experts."""
@@ -62,25 +54,15 @@ def make_layer(shape: LayerShape, numerics: str, device: str = "cuda") -> TunedL
         device=device,
     )
     mask = (torch.arange(shape.num_experts, device=device) < shape.num_local_experts).int()
-    return TunedLayer(workload, LocalExperts(*workload.local_weights(0), mask))
+    return TunedLayer(workload, ExpertWeights(*workload.local_weights(0), mask))
 
 
 def run(
-    experts: TritonExperts, local: LocalExperts, batch: TokenBatch, live: Tensor, config: KernelConfig | None = None
+    experts: TritonExperts, local: ExpertWeights, batch: TokenBatch, live: Tensor, config: KernelConfig | None = None
 ) -> Tensor:
     """Call the experts on `batch`, of which `live` [1] rows count, with the given configuration or their own choice."""
-    call = experts if config is None else partial(experts.run, config)
-    return call(
-        batch.hidden,
-        local.w1,
-        local.w2,
-        batch.weights,
-        batch.ids,
-        expert_mask=local.mask,
-        num_local_tokens=live,
-        a1_scale=batch.scales,
-        dtype=torch.bfloat16,
-    )
+    given = ExpertInput(*batch, num_local_tokens=live)
+    return experts(given, local) if config is None else experts.run(config, given, local)
 
 
 def capture(call: Callable[[], object], calls: int = GRAPH_CALLS) -> Callable[[], None]:

@@ -98,7 +98,7 @@ class CollectiveTransport(Transport):
             message = "sources() was called without a dispatch; call it between dispatch and combine"
             raise DistbenchError(message)
         tokens = self._plan.route.numbers[:, 0].long()
-        return torch.stack([self._source_ranks, tokens], dim=1)[self._plan.rows]
+        return torch.stack([self._source_ranks, tokens], dim=1).index_select(0, self._plan.rows)
 
     def _allocate(self, like: TokenBatch) -> Dispatched:
         def rows(tensor: Tensor) -> Tensor:

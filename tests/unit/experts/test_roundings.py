@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.roundings import Roundings, Scales, roundings_of, stored_intermediate
 from distbench.experts.selection.choice import KernelChoice, KernelSelector
@@ -76,17 +77,9 @@ def test_reference_quantises_the_intermediate_of_fp8_rows(fp8_format: Fp8Format,
     hidden, a1_scale = quantize_fp8_blocks(torch.randn(6, 256, generator=generator).bfloat16(), dtype)
     layer = LayerKey(num_local_experts=1, topk=1, model_dim=256, inter_dim=inter, quant="fp8", cu_count=80)
     experts = ReferenceExperts(KernelSelector(layer=layer), 0, scales)
-    rows = experts(
-        hidden,
-        w1,
-        w2,
-        torch.ones(6, 1),
-        torch.zeros(6, 1, dtype=torch.int32),
-        expert_mask=torch.ones(1, dtype=torch.int32),
-        num_local_tokens=torch.tensor([6], dtype=torch.int32),
-        a1_scale=a1_scale,
-        dtype=torch.bfloat16,
-    )
+    ids, live = torch.zeros(6, 1, dtype=torch.int32), torch.tensor([6], dtype=torch.int32)
+    given = ExpertInput(hidden, a1_scale, torch.ones(6, 1), ids, live)
+    rows = experts(given, ExpertWeights(w1, w2, torch.ones(1, dtype=torch.int32)))
     wide = (hidden.double().view(6, 2, 128) * a1_scale.double().unsqueeze(2)).view(6, 256)
     gate, up = (wide @ _multiplied(half, dtype).t() for half in w1[0].chunk(2))
     middle = functional.silu(gate) * up

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import Experts, ExpertWeights
+from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.pipeline.graphs import GraphedExperts, prove_capture
 from distbench.workload.batch import TokenBatch
@@ -30,35 +29,24 @@ class LiveRows(Experts):
     def selection(self, rows: int) -> KernelChoice:
         raise NotImplementedError(rows)
 
-    def __call__(  # noqa: PLR0913 - the argument list is aiter's
-        self,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weight: Tensor,
-        topk_ids: Tensor,
-        *,
-        expert_mask: Tensor,
-        num_local_tokens: Tensor,
-        a1_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        del w1, w2, topk_ids, expert_mask, a1_scale
-        output = torch.empty_like(hidden_states, dtype=dtype)
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        del weights
+        hidden, live = given.hidden, given.num_local_tokens
+        output = torch.empty_like(hidden)
 
         def compute() -> None:
-            live = torch.arange(len(hidden_states), device=hidden_states.device) < num_local_tokens
-            output.copy_(torch.where(live.unsqueeze(1), hidden_states * topk_weight[:, :1], 0.0))
+            alive = torch.arange(len(hidden), device=hidden.device) < live
+            output.copy_(torch.where(alive.unsqueeze(1), hidden * given.weights[:, :1], 0.0))
 
-        if hidden_states.device.type == "cpu":
-            self.calls.append(int(num_local_tokens))
+        if hidden.device.type == "cpu":
+            self.calls.append(int(live))
             if FakeGraph.capturing is not None:
                 FakeGraph.capturing.work.append(compute)
                 if self._reads:
                     message = "operation not permitted when stream is capturing"
                     raise RuntimeError(message)
         elif self._reads:
-            output[: int(num_local_tokens)] = 0
+            output[: int(live)] = 0
         compute()
         return output
 
@@ -79,17 +67,8 @@ class Buffers:
 
     def call(self, experts: GraphedExperts, rows: int = ROWS) -> Tensor:
         nothing = self.hidden.new_empty(0)
-        return experts(
-            self.hidden[:rows],
-            nothing,
-            nothing,
-            self.weights[:rows],
-            nothing,
-            expert_mask=nothing,
-            num_local_tokens=self.live,
-            a1_scale=None,
-            dtype=torch.float32,
-        )
+        given = ExpertInput(self.hidden[:rows], None, self.weights[:rows], nothing, self.live)
+        return experts(given, ExpertWeights(nothing, nothing, nothing))
 
     def expected(self) -> Tensor:
         rows = self.hidden * self.weights[:, :1]
@@ -142,10 +121,10 @@ class Failing(LiveRows):
         super().__init__()
         self._error, self._captured = error, captured
 
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         if (FakeGraph.capturing is not None) is self._captured:
             raise self._error
-        return super().__call__(*arguments, **options)
+        return super().__call__(given, weights)
 
 
 ILLEGAL = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -206,12 +185,12 @@ class Allocating(LiveRows):
         super().__init__()
         self._memory = memory
 
-    def __call__(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        self._memory.take(100 * len(hidden_states))
-        self._memory.take(-90 * len(hidden_states))
-        output = super().__call__(hidden_states, *arguments, **options)
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        self._memory.take(100 * given.rows)
+        self._memory.take(-90 * given.rows)
+        output = super().__call__(given, weights)
         if FakeGraph.capturing is None:
-            self._memory.take(-10 * len(hidden_states))
+            self._memory.take(-10 * given.rows)
         return output
 
 

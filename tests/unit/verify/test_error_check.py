@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distbench.experts.base import ExpertWeights
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.blocked_matmul import Weights
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.roundings import Roundings, roundings_of
@@ -76,18 +76,8 @@ class Layer:
         experts._choices[ROWS] = chosen(**choice)  # noqa: SLF001 - any kernel, whatever the rules choose
         if steps is not None:
             experts.steps = steps
-        given = batch or self.batch
-        return experts(
-            given.hidden,
-            self.weights.w1,
-            self.weights.w2,
-            given.weights,
-            given.ids,
-            expert_mask=self.weights.mask,
-            num_local_tokens=torch.tensor([ROWS], dtype=torch.int32),
-            a1_scale=given.scales,
-            dtype=torch.bfloat16,
-        ).clone()
+        given = ExpertInput(*(batch or self.batch), torch.tensor([ROWS], dtype=torch.int32))
+        return experts(given, self.weights).clone()
 
 
 @cache

@@ -12,6 +12,7 @@ from distbench.errors import InvalidCase
 from distbench.workload import inputs
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload, make_workload
+from distbench.workload.routing import destinations, recv_counts
 from distbench.workload.table import Span, span_of
 
 ROUTINGS = ["uniform", "zipf:1.2", "hot-rank:1", "fan-in:2", "local", "duplicates"]
@@ -66,6 +67,30 @@ def test_tokens_made_together_equal_tokens_made_alone(
         asked = torch.tensor(ranks), torch.tensor(tokens)
         assert all(map(torch.equal, raw(together.token_rows(*asked)), raw(alone.token_rows(*asked))))
         assert torch.equal(together.experts_of(*asked), alone.experts_of(*asked))
+
+
+@pytest.mark.parametrize("changes", [{}, {"dispatch_dtype": "fp8"}, {"combine_quant": "fp8_direct_cast"}])
+@pytest.mark.parametrize("routing", ["uniform", "fan-in:2"])
+def test_one_oracle_for_own_and_received_rows_gives_the_bits_of_two(routing: str, changes: dict[str, Any]) -> None:
+    workload = made(routing=routing, **changes)
+    for rank in range(4):
+        arriving = workload.arriving(rank)
+        assert arriving is not None
+        ranks, tokens_there, received = arriving
+        there = destinations(workload.experts_of(ranks, tokens_there), 4, 4)[:, rank]
+        everyone = [recv_counts(workload.tokens(peer).ids, 4, 4)[rank] for peer in range(4)]
+        assert there.all()
+        assert torch.bincount(ranks, minlength=4).tolist() == [int(count) for count in everyone]
+        assert all(map(torch.equal, raw(received), raw(workload.token_rows(ranks, tokens_there))))
+        own = workload.tokens(rank)
+        tokens, rows = workload.expected_together(rank, own, received)
+        expected, expected_rows = workload.expected(own), workload.expected_rows(rank, received)
+        assert tokens is not None
+        assert rows is not None
+        assert expected is not None
+        assert expected_rows is not None
+        assert torch.equal(tokens.view(torch.int16), expected.view(torch.int16))
+        assert torch.equal(rows.view(torch.int16), expected_rows.view(torch.int16))
 
 
 def test_changed_rows_do_not_change_tokens_made_together() -> None:

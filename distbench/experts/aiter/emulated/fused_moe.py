@@ -19,6 +19,7 @@ from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.emulated.enums import ActivationType, QuantType
 from distbench.experts.aiter.emulated.ops.shuffle import unshuffled
 from distbench.experts.aiter.emulated.utility.dtypes import get_dtype_fp8
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.selection.choice import KernelSelector
 from distbench.experts.selection.heuristics import LayerKey, block_rows
@@ -106,17 +107,9 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
     ids = _as_int32(topk_ids)
     _check_ids(ids[:live], mask.numel())
     engine = _engine(_layer(w1, w2, topk_ids.shape[1], is_ep=expert_mask is not None))
-    output = engine(
-        _as_fp8(hidden_states),
-        _weights(w1, w1_scale),
-        _weights(w2, w2_scale),
-        topk_weight,
-        ids,
-        expert_mask=mask,
-        num_local_tokens=torch.tensor([live], dtype=torch.int32),
-        a1_scale=a1_scale,
-        dtype=out_dtype,
-    )
+    given = ExpertInput(_as_fp8(hidden_states), a1_scale, topk_weight, ids, torch.tensor([live], dtype=torch.int32))
+    weights = ExpertWeights(_weights(w1, w1_scale), _weights(w2, w2_scale), mask)
+    output = engine.compute(given, weights, out_dtype)
     return _with_quirks(output, live, engine)
 
 

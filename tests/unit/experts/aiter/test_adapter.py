@@ -24,6 +24,7 @@ from distbench.experts.aiter.arguments import check_arguments, check_ids, check_
 from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.log import KernelLog
 from distbench.experts.aiter.package import STAND_IN, check_available, check_settings, followed_release, load_package
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.selection.tuned_table import KEY_COLUMNS, TunedKey
 from distbench.launcher.preflight import check_case
 from distbench.pipeline.graphs import GraphedExperts
@@ -118,42 +119,37 @@ def quiet_experts(case: Case) -> tuple[AiterExperts, list[int]]:
     return AiterExperts(case, package._replace(moe=moe)), calls
 
 
-def passed(rows: int, live: int, last: int) -> dict[str, Any]:
+def passed(rows: int, live: int, last: int) -> ExpertInput:
     ids = torch.zeros(rows, 4, dtype=torch.int32)
     ids[rows - 1] = last
-    return {
-        "hidden_states": torch.zeros(rows, 256).bfloat16(),
-        "w1": torch.zeros(4, 256, 256).bfloat16(),
-        "w2": torch.zeros(4, 256, 128).bfloat16(),
-        "topk_weight": torch.zeros(rows, 4),
-        "topk_ids": ids,
-        "expert_mask": torch.ones(16, dtype=torch.int32),
-        "num_local_tokens": torch.tensor([live], dtype=torch.int32),
-        "a1_scale": None,
-        "dtype": torch.bfloat16,
-    }
+    hidden, weights = torch.zeros(rows, 256).bfloat16(), torch.zeros(rows, 4)
+    return ExpertInput(hidden, None, weights, ids, torch.tensor([live], dtype=torch.int32))
+
+
+def held() -> ExpertWeights:
+    w1, w2 = torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16()
+    return ExpertWeights(w1, w2, torch.ones(16, dtype=torch.int32))
 
 
 def test_call_after_the_first_makes_no_host_synchronisation() -> None:
     experts, calls = quiet_experts(aiter_case())
-    given = passed(rows=8, live=9, last=99)
-    experts(**given)
+    given, weights = passed(rows=8, live=9, last=99), held()
+    experts(given, weights)
     with HostReads() as reads:
-        experts(**given)
+        experts(given, weights)
     assert (reads.count, calls) == (0, [8, 8])
 
 
 def test_ids_and_row_count_are_checked_unless_the_policy_is_unchecked() -> None:
     strict, unchecked = (quiet_experts(aiter_case(policy=policy))[0] for policy in ("strict", "unchecked"))
-    wild, many = passed(8, 8, 99), passed(8, 9, 0)
-    names = ("topk_ids", "expert_mask", "num_local_tokens")
+    wild, many, weights = passed(8, 8, 99), passed(8, 9, 0), held()
     for experts in (strict, GraphedExperts(strict)):
-        experts.check(*(passed(8, 7, 99)[name] for name in names))
+        experts.check(passed(8, 7, 99), weights)
         with pytest.raises(DistbenchError, match="topk_ids holds 99 in a valid row"):
-            experts.check(*(wild[name] for name in names))
+            experts.check(wild, weights)
         with pytest.raises(DistbenchError, match="num_local_tokens = 9: at most 8"):
-            experts.check(*(many[name] for name in names))
-    unchecked.check(*(many[name] for name in names))
+            experts.check(many, weights)
+    unchecked.check(many, weights)
 
 
 @pytest.mark.parametrize("fp8", FP8)
@@ -294,7 +290,7 @@ def warmed(case: Case, rows: int, experts: AiterExperts | None = None) -> None:
     shapes = ((2 * case.intermediate_size, case.hidden_size), (case.hidden_size, case.intermediate_size))
     w1, w2 = (torch.zeros(case.experts_per_rank, *shape).bfloat16() for shape in shapes)
     made = make_aiter_experts(case) if experts is None else experts
-    made.warm_up(w1, w2, torch.ones(case.num_experts, dtype=torch.int32), (rows,))
+    made.warm_up(ExpertWeights(w1, w2, torch.ones(case.num_experts, dtype=torch.int32)), (rows,))
 
 
 ODD_TILES = {"hidden_size": 320, "intermediate_size": 320, "cu_count": 80}
@@ -365,9 +361,8 @@ def test_build_without_a_version_tag_needs_aiter_version(version: str) -> None:
 
 def test_real_package_on_the_cpu_is_refused() -> None:
     experts = AiterExperts(aiter_case(emulate=False), load_package(STAND_IN))
-    weights = torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16()
     with pytest.raises(Unsupported, match="--device cuda"):
-        experts.warm_up(*weights, torch.ones(16, dtype=torch.int32), (16,))
+        experts.warm_up(held(), (16,))
 
 
 def test_emulated_aiter_is_listed_in_stand_ins() -> None:

@@ -15,6 +15,7 @@ import torch
 from distbench.experts.aiter.emulated import ActivationType, QuantType, quirks
 from distbench.experts.aiter.emulated.fused_moe import _as_fp8, fused_moe, get_2stage_cfgs, get_padded_M
 from distbench.experts.aiter.emulated.ops.shuffle import shuffle_weight, unshuffled
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.reference import ReferenceExperts
 from distbench.experts.selection.choice import KernelSelector
 from distbench.experts.selection.heuristics import LayerKey
@@ -60,7 +61,10 @@ def call(given: dict[str, Any], **changed: Any) -> torch.Tensor:
 def reference(given: dict[str, Any], version: str = quirks.NEWEST) -> torch.Tensor:
     key = LayerKey(num_local_experts=EXPERTS, topk=TOPK, model_dim=HIDDEN, inter_dim=INTER)
     experts = ReferenceExperts(KernelSelector(layer=key, rules=rules_for(version)), 0)
-    return experts(**given, a1_scale=None, dtype=torch.bfloat16)
+    names = ("hidden_states", "topk_weight", "topk_ids", "num_local_tokens")
+    hidden, weights, ids, live = (given[name] for name in names)
+    held = ExpertWeights(given["w1"], given["w2"], given["expert_mask"])
+    return experts(ExpertInput(hidden, None, weights, ids, live), held)
 
 
 def same_bits(actual: torch.Tensor, expected: torch.Tensor) -> bool:

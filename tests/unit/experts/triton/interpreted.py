@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, Tile
-from distbench.experts.triton.launch import Rows, Weights, sort
-from distbench.tools.tune.trial import LocalExperts
+from distbench.experts.triton.launch import Weights, sort
 from distbench.workload.batch import TokenBatch
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import make_workload
@@ -69,7 +69,7 @@ def main() -> None:
     json.dump(found, sys.stdout)
 
 
-def problem() -> tuple[TokenBatch, LocalExperts, Tensor]:
+def problem() -> tuple[TokenBatch, ExpertWeights, Tensor]:
     workload = make_workload(
         numerics="exact",
         hidden_size=SHAPE.hidden_size,
@@ -87,21 +87,15 @@ def problem() -> tuple[TokenBatch, LocalExperts, Tensor]:
     expected = workload.expected_rows(0, batch)
     assert expected is not None
     mask = (torch.arange(SHAPE.num_experts) < SHAPE.num_local_experts).int()
-    return batch, LocalExperts(*workload.local_weights(0), mask), expected
+    return batch, ExpertWeights(*workload.local_weights(0), mask), expected
 
 
-def call(config: KernelConfig, batch: TokenBatch, local: LocalExperts, live: int, dtype: torch.dtype) -> Tensor:
+def call(config: KernelConfig, batch: TokenBatch, local: ExpertWeights, live: int, dtype: torch.dtype) -> Tensor:
     return TritonExperts(ConfigSelector(shape=SHAPE)).run(
         config,
-        batch.hidden.to(dtype),
-        local.w1.to(dtype),
-        local.w2.to(dtype),
-        batch.weights,
-        batch.ids,
-        expert_mask=local.mask,
-        num_local_tokens=torch.tensor([live], dtype=torch.int32),
-        a1_scale=None,
-        dtype=dtype,
+        ExpertInput(batch.hidden.to(dtype), None, batch.weights, batch.ids, torch.tensor([live], dtype=torch.int32)),
+        ExpertWeights(local.w1.to(dtype), local.w2.to(dtype), local.mask),
+        dtype,
     )
 
 
@@ -126,7 +120,7 @@ def poisoned(batch: TokenBatch, live: int) -> TokenBatch:
     return TokenBatch(hidden, None, weights, ids)
 
 
-def mutations(batch: TokenBatch, local: LocalExperts, expected: Tensor) -> dict[str, bool]:
+def mutations(batch: TokenBatch, local: ExpertWeights, expected: Tensor) -> dict[str, bool]:
     """Return whether the comparison finds deliberate damage."""
     config, dtype = CONFIGS["swapped"], torch.float32
     w1 = local.w1.clone()
@@ -152,10 +146,10 @@ def product_in_order(left: Any, right: Any, dtype: Any) -> Any:
     return _matmul(left, right, dtype=np.longdouble).astype(dtype)
 
 
-def bits_at_any_place(local: LocalExperts) -> bool:
+def bits_at_any_place(local: ExpertWeights) -> bool:
     """Return whether a row's bits depend on neither its position nor its neighbours, with gaussian values."""
     generator = torch.Generator().manual_seed(0)
-    real = LocalExperts(
+    real = ExpertWeights(
         torch.randn(local.w1.shape, generator=generator) / 16,
         torch.randn(local.w2.shape, generator=generator),
         local.mask,
@@ -180,7 +174,7 @@ def sorts() -> bool:
     number = torch.tensor([live], dtype=torch.int32)
     nothing = torch.empty(0)
     weights = Weights(torch.empty(4, 1, 1), nothing, None, None, mask)
-    placed = sort(Rows(nothing, None, nothing, ids, number), weights, 16)
+    placed = sort(ExpertInput(nothing, None, nothing, ids, number), weights, 16)
     position = torch.full((SHAPE.num_experts + 2,), 4)
     position[:-2][mask == 1] = torch.arange(4)
     local = position[ids[:live].flatten().long()]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.triton import adapter
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, LayerShape
@@ -50,11 +51,9 @@ class Compiled:
         self.calls: list[tuple[int, int, torch.dtype, bool]] = []
         monkeypatch.setattr(experts, "run", self)
 
-    def __call__(
-        self, _: object, hidden: Tensor, *__: object, num_local_tokens: Tensor, a1_scale: Tensor | None, **___: object
-    ) -> Tensor:
-        self.calls.append((hidden.shape[0], int(num_local_tokens), hidden.dtype, a1_scale is not None))
-        return hidden
+    def __call__(self, _: object, given: ExpertInput, __: ExpertWeights) -> Tensor:
+        self.calls.append((given.rows, int(given.num_local_tokens), given.hidden.dtype, given.scales is not None))
+        return given.hidden
 
 
 @pytest.mark.parametrize("quant", ["bf16", "fp8"])
@@ -67,17 +66,17 @@ def test_one_rank_per_node_compiles_each_row_count(
     shape = msgspec.structs.replace(SHAPE, quant=quant)
     ranks = [TritonExperts(ConfigSelector(shape=shape)) for _ in range(2)]
     compiled = [Compiled(rank, monkeypatch) for rank in ranks]
-    mask = torch.ones(4, dtype=torch.int32)
+    held = ExpertWeights(*weights(1.0), torch.ones(4, dtype=torch.int32))
     for rank in ranks:
-        rank.warm_up(*weights(1.0), mask, (512, 64, 64))
+        rank.warm_up(held, (512, 64, 64))
     dtype = torch.float8_e4m3fn if quant == "fp8" else torch.bfloat16
     assert compiled[0].calls == [(64, 0, dtype, quant == "fp8"), (512, 0, dtype, quant == "fp8")]
     assert compiled[1].calls == []
-    ranks[1].warm_up(*weights(1.0), mask, (128,))
+    ranks[1].warm_up(held, (128,))
     assert [rows for rows, *_ in compiled[1].calls] == [128]
 
 
 def test_warm_up_compiles_nothing_in_the_interpreter(experts: TritonExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(adapter, "_cache_folder", lambda: pytest.fail("compiles"))
-    experts.warm_up(*weights(1.0), torch.ones(4, dtype=torch.int32), (64,))
+    experts.warm_up(ExpertWeights(*weights(1.0), torch.ones(4, dtype=torch.int32)), (64,))

@@ -189,6 +189,19 @@ def test_repeated_report_options_accumulate(tmp_path: Path, capsys: pytest.Captu
 NAMED = {"suite": "night", "ended": "2026-11-30T05:47:25Z"}
 
 
+def junit_names(folder: Path, suite: str, *hashes: str) -> list[str]:
+    reports = [result("run", suite=suite, case={"model": "tiny", "hash": digest * 64}) for digest in hashes]
+    return [
+        str(case.get("name")) for case in etree.fromstring(write(folder, reports)["junit"].encode()).iter("testcase")
+    ]
+
+
+def test_junit_names_of_a_commands_cases_end_in_the_hash_and_those_of_suites_do_not(tmp_path: Path) -> None:
+    assert junit_names(tmp_path / "one", "distbench run", "a") == [f"run {'a' * 12}"]
+    assert junit_names(tmp_path / "two", "distbench run", "b") == [f"run {'b' * 12}"]
+    assert junit_names(tmp_path / "suite", "night", "c", "d") == ["run", "run"]
+
+
 def test_junit_of_two_suites_keeps_their_cases_apart(tmp_path: Path) -> None:
     seen: set[tuple[str, str]] = set()
     for name in ("night", "day.short"):

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from distbench.cli import main
 from distbench.errors import DistbenchError, Unsupported
+from distbench.experts.base import ExpertWeights
 from distbench.experts.triton.config import KernelConfig, LayerShape, TableRow, Tile
 from distbench.experts.triton.table import Table, encode_table, load_table
 from distbench.tools.tune import compilers, trial, tuner
 from distbench.tools.tune.candidates import Family, First
-from distbench.tools.tune.trial import LocalExperts
 from distbench.tools.tune.tuner import Tuner
 from distbench.workload.batch import TokenBatch
 
@@ -42,7 +42,7 @@ class FakeDevice:
         monkeypatch.setattr(tuner, "run", self.run)
         monkeypatch.setattr(tuner, "graph_us", self.graph_us)
 
-    def run(self, _: None, local: LocalExperts, batch: TokenBatch, live: Tensor, config: KernelConfig) -> Tensor:
+    def run(self, _: None, local: ExpertWeights, batch: TokenBatch, live: Tensor, config: KernelConfig) -> Tensor:
         del local, live
         rows = self.tuner.exact.workload.expected_rows(0, batch)
         assert rows is not None
