@@ -19,7 +19,9 @@ from distbench.experts import make_experts
 from distbench.experts.base import Experts, ExpertWeights
 from distbench.pipeline.graphs import GraphedExperts, prove_capture
 from distbench.pipeline.inputs import workload_for
-from distbench.pipeline.passes import Parts, Passes
+from distbench.pipeline.observer import Observer
+from distbench.pipeline.parts import Parts
+from distbench.pipeline.passes import Passes
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.recv_bound import limit_rows
 from distbench.transport import make_transport
@@ -126,10 +128,10 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
         ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
     parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, ready.experts.pop())
     parts = _inject(session, resolved.case, parts)
-    passes = Passes(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
-    passes.run()
-    outputs = outputs_of(passes.outputs)
-    return _Seen(passes.observation(outputs), outputs, parts.injector)
+    observer = Observer(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
+    measured = Passes(session, resolved, parts, observer).run()
+    outputs = outputs_of(observer.outputs)
+    return _Seen(observer.observation(outputs, measured), outputs, parts.injector)
 
 
 def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:

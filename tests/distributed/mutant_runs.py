@@ -20,7 +20,7 @@ from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import Mutant, Site
 from distbench.faults.mutants.fault import MutantFault
 from distbench.pipeline.layer import run_layer
-from distbench.pipeline.passes import Parts
+from distbench.pipeline.parts import Parts
 from distbench.pipeline.run_case import _prepare
 from distbench.pipeline.truncation import padded
 from distbench.transport import make_transport

@@ -14,8 +14,9 @@ from torch import Tensor
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError, Verdict
-from distbench.pipeline.passes import Passes
+from distbench.pipeline import passes
 from distbench.pipeline.run_case import run_case
+from distbench.pipeline.timed_arms import ArmTimes, time_arms
 from distbench.transport.base import Dispatched
 from distbench.transport.mori import config
 from distbench.transport.mori import emulated as stand_in
@@ -171,13 +172,12 @@ def test_stale_output_of_one_rank_is_blamed_on_that_rank() -> None:
 
 def timed_output(session: Session, case: Case) -> Outcome | None:
     """Run `case` with a combine that writes no output in timed passes."""
-    timed = Passes._time
 
-    def time(passes: Passes, arms: Any) -> None:
+    def timed(*arguments: Any) -> ArmTimes:
         with patch.object(quirks, "_assumed", frozenset({"stale-output"})):
-            timed(passes, arms)
+            return time_arms(*arguments)
 
-    with patch.object(Passes, "_time", time):
+    with patch.object(passes, "time_arms", timed):
         return run(session, case)
 
 

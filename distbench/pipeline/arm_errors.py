@@ -1,0 +1,84 @@
+"""Errors of a rank's arms against ideal roundings, where its inputs are gaussian."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from distbench.case.stages import CUT_ARMS, Stage
+from distbench.distributed.exchange import Exchange
+from distbench.distributed.session import Session
+from distbench.experts.roundings import Roundings, roundings_of
+from distbench.pipeline.parts import Parts
+from distbench.verify.combine_model import OwnSlots, Returned, key_of
+from distbench.verify.error_check import ErrorChecker, Pass
+from distbench.verify.records import ArmError, ResolvedCase
+
+
+class ArmErrors:
+    """Measures the passes of each repeat, and tokens that an arm gave again."""
+
+    def __init__(
+        self, session: Session, resolved: ResolvedCase, parts: Parts, exchange: Exchange, slots: OwnSlots
+    ) -> None:
+        """`slots` are this rank's own, `exchange` moves sampled rows between ranks."""
+        self._resolved = resolved
+        self._experts = parts.experts
+        self._beyond: dict[str, Tensor] = {}
+        self._checker = ErrorChecker(
+            session,
+            exchange,
+            parts.workload,
+            slots,
+            parts.weights,
+            parts.transport.facts,
+            resolved.case.repeats + min(resolved.case.iterations, 1),
+        )
+
+    @property
+    def found(self) -> list[ArmError]:
+        """See `ErrorChecker.found`."""
+        return self._checker.found
+
+    def take_beyond(self, arm: str, beyond: Tensor) -> None:
+        """Note the sources int64 [l, 2] of rows past the limit, which a pass of a cut arm loses."""
+        if arm in CUT_ARMS:
+            self._beyond[arm] = key_of(*beyond.unbind(1))
+
+    def measure(
+        self,
+        fresh: Mapping[str, Tensor],
+        lost: Mapping[str, Tensor],
+        returned: Callable[[str], Returned | None],
+        rows: Mapping[str, int],
+    ) -> None:
+        """Measure the arms of a repeat. Collective.
+
+        `fresh` are their tokens, `lost` bool [n] those that lost a row, `returned` the rows that an arm gave to
+        combine, and `rows` the row counts with which the arms called their kernels.
+        """
+        families = {arm: self._roundings(count) for arm, count in rows.items()}
+        passes = {
+            arm: Pass(returned(arm), tokens, self._beyond.get(arm), lost.get(arm)) for arm, tokens in fresh.items()
+        }
+        self._checker.measure(passes, families, alike=self._kernels_round_alike())
+
+    def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
+        """Return the error of tokens that an arm gave again; None where none was made, or rows are lost. Collective."""
+        if arm in CUT_ARMS and self._resolved.lossy:
+            return None
+        return self._checker.error_of(arm, tokens)
+
+    def between(self, arm: str, stage: Stage) -> float | None:
+        """See `ErrorChecker.allowed_between`."""
+        return self._checker.allowed_between(arm, stage)
+
+    def _roundings(self, rows: int) -> Roundings:
+        return roundings_of(self._resolved.case, self._experts.selection(rows))
+
+    def _kernels_round_alike(self) -> bool:
+        """Whether the kernels of the buffer and of the limit round alike on all ranks; `guard` cuts each its way."""
+        case, capacity = self._resolved.case, self._resolved.traffic.capacity
+        rows = {capacity, min(self._resolved.limit or capacity, capacity)}
+        return case.policy != "guard" and len({self._roundings(count) for count in rows}) == 1

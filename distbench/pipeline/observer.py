@@ -1,0 +1,288 @@
+"""What the passes of one case on one rank made, and this rank's observation of it."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any, NamedTuple
+
+import msgspec
+from torch import Tensor
+
+from distbench.case.stages import Arm, Stage
+from distbench.distributed.choose import choose_exchange
+from distbench.distributed.session import Session
+from distbench.experts.base import ExpertInput
+from distbench.pipeline.arm_errors import ArmErrors
+from distbench.pipeline.parts import Parts
+from distbench.pipeline.recorder import Finished, PartRecorder
+from distbench.transport.base import Dispatched
+from distbench.utils.devices import DeviceState
+from distbench.utils.process import peak_bytes
+from distbench.verify.combine_check import CombineChecker, Combined, Own
+from distbench.verify.combine_model import OwnSlots
+from distbench.verify.excuses import adds_atomically, tolerance
+from distbench.verify.gather import Outputs
+from distbench.verify.losses import Losses, surviving, survivors
+from distbench.verify.records import (
+    LISTED_TOKENS,
+    NO_DIFFERENCE,
+    ORACLE,
+    ArmError,
+    Divergence,
+    LostRows,
+    Observation,
+    Replay,
+    ResolvedCase,
+    RowComparison,
+    Timed,
+    TokenCounts,
+    pair_name,
+    pairs_of,
+)
+from distbench.verify.row_compare import compare_rows, relative_error, same_bits, tensor_digest
+from distbench.verify.stage_check import StageChecker, foreseen
+
+
+class Measured(NamedTuple):
+    """What was measured beside the outputs: see the fields of `Observation`."""
+
+    durations_us: dict[str, dict[str, list[float]]]
+    timed: dict[str, Timed]
+    device_state: DeviceState | None
+    replays: list[Replay]
+
+
+class Observer:
+    """Checks each pass and each repeat, and keeps the outputs and findings to report.
+
+    The first padded pass is the baseline of all repeats. The other arms are kept from the first repeat in which
+    anything is wrong on any rank, else from the last repeat.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        resolved: ResolvedCase,
+        parts: Parts,
+        counts: Tensor,
+        recorder: PartRecorder | None = None,
+    ) -> None:
+        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps the same passes."""
+        self.outputs: dict[str, Tensor] = {}
+        self.kernels: dict[str, dict[str, Any]] = {}
+        self.given: ExpertInput | None = None
+        self._session, self._resolved, self._parts, self._recorder = session, resolved, parts, recorder
+        self._expected, received = foreseen(parts.workload, session.rank, parts.batch)
+        self._stages = StageChecker(parts.workload, session.rank, counts, resolved.traffic.capacity, received)
+        slots = OwnSlots(parts.batch.ids, parts.workload.group, parts.transport.sum_order)
+        exchange = choose_exchange(session.group, session.shared, counts, session.device)
+        own = Own(session.rank, slots, self._expected)
+        self._combine = CombineChecker(session, exchange, parts.workload, own, tolerance(resolved.case))
+        self._errors = ArmErrors(session, resolved, parts, exchange, slots) if self._expected is None else None
+        self._divergences: list[Divergence] = []
+        self._lost = LostRows()
+        self._losses = Losses(session.group, resolved, session.rank)
+        self._without_rows: dict[str, Tensor] = {}
+        self._token_counts = TokenCounts()
+        self._damaged: set[str] = set()
+        self._wrong = self._settled = False
+
+    def inspect(
+        self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor
+    ) -> None:
+        """Check the buffers of a pass of `arm` before combine releases them; see `Inspector`."""
+        self.given = given
+        self.kernels[arm] = self._kernel(given.rows)
+        limit = self._resolved.limit
+        if limit is not None and self._resolved.case.policy != "guard":
+            self._lost = _lost_rows(sources, limit)
+            if self._errors is not None:
+                self._errors.take_beyond(arm, sources[limit:])
+        self._losses.take(arm, sources)
+        for found in self._stages.check_rows(arm, sources, dispatched, given, expert_out):
+            self._note(found)
+        self._note(self._stages.check_cut(arm, sources, dispatched, given, self._rows_after_cut(arm, dispatched)))
+        if self._recorder is not None:
+            self._recorder.take(arm, sources, given, expert_out)
+
+    def take(self, arm: str, combined: Tensor) -> None:
+        """Count wrong tokens of a pass: against the oracle, else against the arms that run the padded kernel."""
+        right = self._expected
+        if right is None and arm in (Arm.CONTROL, Arm.REPADDED):
+            right = self.outputs.get(Arm.PADDED, combined)
+        if right is not None:
+            wrong = compare_rows(combined, right).differing_tokens
+            self._token_counts = self._token_counts.plus(combined.shape[0], wrong)
+            self._wrong |= wrong > 0
+
+    def share_losses(self) -> dict[str, Tensor]:
+        """Tokens, bool [n] by arm, that lost a row to the limit in the passes of this repeat. Collective."""
+        return self._losses.share()
+
+    def end_repeat(self, fresh: dict[str, Tensor], lost: dict[str, Tensor]) -> bool:
+        """Check combine's output in a repeat; return whether anything is wrong, or differs, on any rank. Collective.
+
+        `fresh` are the tokens of its arms, `lost` those of `share_losses`. In exact inputs combine is correct where
+        every token has the oracle's bits.
+        """
+        wrong = bool(self._damaged) or self._differs(fresh)
+        if self._expected is None or (wrong := self._session.on_any_rank(value=wrong)):
+            wrong = self._check_combine(fresh, lost, wrong=wrong)
+        self._damaged.clear()
+        self._wrong = False
+        if self._errors is not None:
+            rows = {arm: kernel["rows"] for arm, kernel in self.kernels.items()}
+            self._errors.measure(fresh, lost, self._stages.returned, rows)
+        if not self._settled:
+            self._keep(fresh, lost, settled=wrong)
+        self._token_counts = msgspec.structs.replace(self._token_counts, repeats=self._token_counts.repeats + 1)
+        return wrong
+
+    def end(self) -> None:
+        """Take the oracle among the outputs, after all passes, and let the recorder end."""
+        if self._expected is not None:
+            self.outputs[ORACLE] = self._expected
+        if self._recorder is not None:
+            parts = self._parts
+            self._recorder.finish(Finished(parts.workload, parts.batch, parts.weights, self.outputs))
+
+    def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
+        """See `ArmErrors.error_of`; None where inputs are exact."""
+        return None if self._errors is None else self._errors.error_of(arm, tokens)
+
+    def between(self, arm: str, stage: Stage) -> float | None:
+        """See `ErrorChecker.allowed_between`; None where inputs are exact."""
+        return None if self._errors is None else self._errors.between(arm, stage)
+
+    def replay_tolerance(self, arm: str) -> float:
+        """Distance that a replay of the arm's graph may have from eager experts: 0 where its kernel repeats bits."""
+        if self._resolved.case.numerics == "exact" or not adds_atomically(self.kernels[arm]):
+            return 0.0
+        return self.between(arm, Stage.EXPERTS) or tolerance(self._resolved.case)
+
+    def take_replays(self, arm: str, replays: list[Replay]) -> None:
+        """Record the first replay of the arm's graph that has wrong rows."""
+        wrong = next((replay for replay in replays if replay.wrong), None)
+        if wrong is not None:
+            self._divergences.append(
+                Divergence(
+                    stage=Stage.EXPERTS,
+                    arm=arm,
+                    rank=self._session.rank,
+                    field=f"rows of a graph replay with {wrong.live} other live rows",
+                    against="eager experts" if self._expected is None else ORACLE,
+                    rows=wrong.wrong,
+                )
+            )
+
+    def observation(self, made: Outputs, measured: Measured) -> Observation:
+        """This rank's observation, after all passes, of all its `outputs` as they were `made`."""
+        session, resolved, parts, outputs = self._session, self._resolved, self._parts, self.outputs
+        return Observation(
+            rank=session.rank,
+            host=socket.gethostname(),
+            device=str(session.device),
+            tokens=resolved.traffic.tokens[session.rank],
+            total_recv=resolved.traffic.total_recv[session.rank],
+            capacity=resolved.traffic.capacity,
+            limit=resolved.limit,
+            lost=self._lost,
+            kernels=self.kernels,
+            digests=_digests(made),
+            divergences=self._divergences,
+            comparisons=_comparisons(made, outputs),
+            reference=None,
+            distance=self._distances(),
+            survivors=survivors(made, self._without_rows) if resolved.lossy else None,
+            token_counts=self._token_counts,
+            injected=parts.injector.hits if parts.injector else {},
+            nan_tokens=dict(zip(outputs, made.rows.amax(2).isnan().sum(0).tolist(), strict=True)),
+            durations_us=measured.durations_us,
+            transport=parts.transport.facts,
+            peak_bytes=peak_bytes(),
+            packages=parts.transport.about() | parts.experts.about(),
+            timed=measured.timed,
+            device_state=measured.device_state,
+            replays=measured.replays,
+            errors=[] if self._errors is None else self._errors.found,
+            accepted=parts.injector.accepted(outputs) if parts.injector else {},
+        )
+
+    def _keep(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, settled: bool) -> None:
+        self.outputs |= fresh
+        self._without_rows |= lost
+        self._settled = settled
+        if self._recorder is not None:
+            self._recorder.keep()
+
+    def _check_combine(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, wrong: bool) -> bool:
+        returned = self._stages.returned
+        passes = [
+            Combined(arm, rows, returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
+        ]
+        found, wrong = self._combine.check(passes, wrong=wrong)
+        known = {one.arm for one in self._divergences if one.stage == Stage.COMBINE}
+        self._divergences += [one for one in found if one.arm not in known]
+        return wrong
+
+    def _differs(self, fresh: dict[str, Tensor]) -> bool:
+        """Whether an output of a repeat is not as required; in exact inputs `take` has checked it."""
+        if self._expected is not None:
+            return self._wrong
+        right = fresh.get(Arm.PADDED, self.outputs.get(Arm.PADDED))
+        return any(right is None or not same_bits(rows, right) for rows in fresh.values())
+
+    def _distances(self) -> dict[str, float | None]:
+        """Distance of each arm from padded, over tokens that lost no row; empty where an oracle knows every bit."""
+        if self._expected is not None:
+            return {}
+        found = {}
+        for arm, tokens in self.outputs.items():
+            lost = self._without_rows.get(arm)
+            found[arm] = relative_error(surviving(tokens, lost), surviving(self.outputs[Arm.PADDED], lost))
+        return found
+
+    def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
+        """Rows that the experts are called with, for a receive buffer in its current state."""
+        resolved, rows = self._resolved, dispatched.hidden.shape[0]
+        if arm != Arm.TRUNCATED or resolved.limit is None:
+            return rows
+        guarded = resolved.case.policy == "guard"
+        return min(max(resolved.limit, int(dispatched.total_recv)) if guarded else resolved.limit, rows)
+
+    def _kernel(self, rows: int) -> dict[str, Any]:
+        known = next((kernel for kernel in self.kernels.values() if kernel["rows"] == rows), None)
+        if known is not None:
+            return known
+        choice = self._parts.experts.selection(rows)
+        kernel: dict[str, Any] = msgspec.to_builtins(choice)
+        return kernel | {"label": choice.label}
+
+    def _note(self, found: Divergence | None) -> None:
+        if found is None:
+            return
+        if found.proven:
+            self._damaged.add(found.arm)
+        known = [one for one in self._divergences if (one.arm, one.stage) == (found.arm, found.stage)]
+        if not known or (all(map(self._resolved.asks_for, known)) and not self._resolved.asks_for(found)):
+            self._divergences.append(found)
+
+
+def _digests(made: Outputs) -> dict[str, str]:
+    if made.alike:
+        return dict.fromkeys(made.arms, tensor_digest(made.digests[:, 0]))
+    return {arm: tensor_digest(made.digests[:, index]) for index, arm in enumerate(made.arms)}
+
+
+def _comparisons(made: Outputs, outputs: dict[str, Tensor]) -> dict[str, RowComparison]:
+    pairs = pairs_of(made.arms)
+    if made.alike:
+        return {pair_name(pair): NO_DIFFERENCE for pair in pairs}
+    return {pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs}
+
+
+def _lost_rows(sources: Tensor, limit: int) -> LostRows:
+    if sources.shape[0] <= limit:
+        return LostRows()
+    beyond = sources[limit:]
+    return LostRows(beyond.shape[0], [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])
