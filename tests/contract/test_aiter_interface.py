@@ -19,7 +19,7 @@ import torch
 
 from distbench.case.spec import Case
 from distbench.experts.aiter import emulated as stand_in
-from distbench.experts.aiter.adapter import AiterExperts, make_aiter_experts
+from distbench.experts.aiter.adapter import make_aiter_experts
 from distbench.experts.aiter.emulated import fused_moe as stand_in_moe
 from distbench.experts.aiter.emulated import quirks
 from distbench.experts.aiter.emulated.jit import core as stand_in_core
@@ -79,27 +79,15 @@ def test_stand_in_functions_have_the_wheels_parameters_and_defaults(wheel: zipfi
             assert default is None or str(found) == default, (name, parameter)
 
 
-_PASSED = {
-    "given.hidden": "hidden_states",
-    "layer.w1": "w1",
-    "layer.w2": "w2",
-    "given.weights": "topk_weight",
-    "given.ids": "topk_ids",
-}
-"""What the adapter passes by position, and aiter's names for it."""
-
-
-def test_keywords_that_the_adapter_passes_are_parameters_of_the_wheel(wheel: zipfile.ZipFile) -> None:
-    source = ast.parse(inspect.getsource(inspect.getmodule(AiterExperts) or SimpleNamespace()))  # type: ignore[arg-type]
-    call = next(
-        node
-        for node in ast.walk(source)
-        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("moe.fused_moe")
-    )
+def test_arguments_that_the_adapter_passes_are_parameters_of_the_wheel(wheel: zipfile.ZipFile) -> None:
     theirs = parameters(function(tree(wheel, "aiter/fused_moe.py"), "fused_moe"))
-    positional = [_PASSED[ast.unparse(argument)] for argument in call.args]
-    assert positional == list(theirs)[: len(positional)]
-    assert {keyword.arg for keyword in call.keywords} <= set(theirs)
+    experts = make_aiter_experts(tiny_case(4, experts="aiter", emulate=True))
+    rows, weights = torch.zeros(8, 256).bfloat16(), torch.zeros(8, 4)
+    given = ExpertInput(rows, None, weights, weights.int(), torch.zeros(1, dtype=torch.int32))
+    held = ExpertWeights(*(torch.zeros(4, 256, 128).bfloat16() for _ in range(2)), torch.zeros(32, dtype=torch.int32))
+    passed = set(experts.arguments(given, held))
+    assert passed <= set(theirs)
+    assert {name for name, default in theirs.items() if default is None} <= passed
 
 
 def test_selection_arguments_of_the_adapter_cover_the_wheels_parameters(wheel: zipfile.ZipFile) -> None:

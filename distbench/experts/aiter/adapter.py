@@ -57,7 +57,7 @@ class AiterExperts(Experts):
             Unsupported: quantisation that cannot be exact on this device.
         """
         self._case = case
-        self._package = package
+        self.package = package
         self._key = LayerKey(
             num_local_experts=case.experts_per_rank,
             topk=case.topk,
@@ -101,7 +101,7 @@ class AiterExperts(Experts):
         """
         return {
             PACKAGE: {
-                "version": self._package.version,
+                "version": self.package.version,
                 "rules": self._release,
                 "gfx": self._key.arch,
                 "cu_count": self._key.cu_count,
@@ -122,8 +122,8 @@ class AiterExperts(Experts):
             unfit = self.selection(count).unfit(self._key.model_dim, self._key.inter_dim)
             if unfit:
                 raise Unsupported(_unfit(count, unfit))
-        folder = Path(self._package.core.get_user_jit_dir())
-        smallest = {int(self._package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
+        folder = Path(self.package.core.get_user_jit_dir())
+        smallest = {int(self.package.moe.get_padded_M(count)): count for count in sorted(rows, reverse=True)}
         for bucket, count in sorted(smallest.items()):
             first_on_node(folder, self._build_name(bucket), partial(self._empty_call, weights, count))
 
@@ -144,33 +144,39 @@ class AiterExperts(Experts):
         Raises:
             DistbenchError: types, shapes or layouts from which aiter would compute garbage; names the expected one.
         """
-        layer = self._prepared(weights.w1, weights.w2)
-        check_arguments(given.hidden, given.weights, given.ids, weights.mask, given.scales, layer.w1_scale)
-        quant = self._package.root.QuantType
-        output: Tensor = self._package.moe.fused_moe(
-            given.hidden,
-            layer.w1,
-            layer.w2,
-            given.weights,
-            given.ids,
-            expert_mask=weights.mask,
-            activation=self._package.root.ActivationType.Silu,
-            quant_type=quant.No if given.scales is None else quant.per_128x128,
-            w1_scale=layer.w1_scale,
-            w2_scale=layer.w2_scale,
-            a1_scale=given.scales,
-            num_local_tokens=given.num_local_tokens,
-            dtype=torch.bfloat16,
-        )
+        scale = self.prepared(weights).w1_scale
+        check_arguments(given.hidden, given.weights, given.ids, weights.mask, given.scales, scale)
+        output: Tensor = self.package.moe.fused_moe(**self.arguments(given, weights))
         return output
 
-    def _prepared(self, w1: Tensor, w2: Tensor) -> PreparedWeights:
+    def arguments(self, given: ExpertInput, weights: ExpertWeights) -> dict[str, Any]:
+        """Return the arguments of `fused_moe` by aiter's names."""
+        layer, root = self.prepared(weights), self.package.root
+        return {
+            "hidden_states": given.hidden,
+            "w1": layer.w1,
+            "w2": layer.w2,
+            "topk_weight": given.weights,
+            "topk_ids": given.ids,
+            "expert_mask": weights.mask,
+            "activation": root.ActivationType.Silu,
+            "quant_type": root.QuantType.No if given.scales is None else root.QuantType.per_128x128,
+            "w1_scale": layer.w1_scale,
+            "w2_scale": layer.w2_scale,
+            "a1_scale": given.scales,
+            "num_local_tokens": given.num_local_tokens,
+            "dtype": torch.bfloat16,
+        }
+
+    def prepared(self, weights: ExpertWeights) -> PreparedWeights:
+        """Return the weights in aiter's layout, which are kept for the next call with the same tensors."""
+        w1, w2 = weights.w1, weights.w2
         if self._known is None or self._known[0][0] is not w1 or self._known[0][1] is not w2:
-            self._known = ((w1, w2), prepare_weights(w1, w2, self._package.shuffle.shuffle_weight, self._payload))
+            self._known = ((w1, w2), prepare_weights(w1, w2, self.package.shuffle.shuffle_weight, self._payload))
         return self._known[1]
 
     def _choice(self, rows: int) -> KernelChoice:
-        package = self._package
+        package = self.package
         bucket = int(package.moe.get_padded_M(rows))
         metadata = package.moe.get_2stage_cfgs(**self._selection_arguments(bucket))
         block_m = int(metadata.block_m)
@@ -198,7 +204,7 @@ class AiterExperts(Experts):
 
     def _selection_arguments(self, bucket: int) -> dict[str, Any]:
         """Return the arguments of this release's selection function, by its own names."""
-        package, key = self._package, self._key
+        package, key = self.package, self._key
         fp8 = key.quant == "fp8"
         payload = package.root.dtypes.fp8 if fp8 else torch.bfloat16
         known = {
@@ -233,7 +239,7 @@ class AiterExperts(Experts):
 
     def _build_name(self, bucket: int) -> str:
         """Return a key of a bucket's build: kernels with different keys may be in different modules."""
-        key = msgspec.to_builtins(self._key) | {"version": self._package.version, "bucket": bucket}
+        key = msgspec.to_builtins(self._key) | {"version": self.package.version, "bucket": bucket}
         return "-".join(str(part) for part in key.values())
 
     def _empty_call(self, weights: ExpertWeights, rows: int) -> None:

@@ -111,9 +111,9 @@ def quiet_experts(case: Case) -> tuple[AiterExperts, list[int]]:
     package = load_package(STAND_IN)
     calls: list[int] = []
 
-    def fused_moe(hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
-        calls.append(hidden.shape[0])
-        return hidden
+    def fused_moe(hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        calls.append(hidden_states.shape[0])
+        return hidden_states
 
     moe = SimpleNamespace(**vars(package.moe) | {"fused_moe": fused_moe})
     return AiterExperts(case, package._replace(moe=moe)), calls
@@ -170,7 +170,7 @@ def test_quantised_weight_blocks_use_the_whole_fp8_range(fp8: torch.dtype) -> No
 
 def test_weights_passed_to_aiter_are_marked_as_shuffled() -> None:
     experts = make_aiter_experts(aiter_case())
-    prepared = experts._prepared(torch.zeros(4, 256, 256).bfloat16(), torch.zeros(4, 256, 128).bfloat16())  # noqa: SLF001
+    prepared = experts.prepared(held())
     assert prepared.w1.is_shuffled  # type: ignore[attr-defined]
     assert prepared.w2.is_shuffled  # type: ignore[attr-defined]
 

@@ -1,0 +1,139 @@
+"""Python text of a package that is installed or lies in a wheel, read without importing the package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import zipfile
+from abc import ABC, abstractmethod
+from email.parser import BytesHeaderParser
+from pathlib import Path
+
+from distbench.errors import InvalidCase, Unsupported
+from distbench.utils.text import one_line
+
+_MOST_BYTES = 4 << 20
+_MOST_MEMBERS = 200_000
+
+
+class PackageText(ABC):
+    """Source files of one release of a package."""
+
+    name: str
+    version: str
+    origin: str
+    """Path of the wheel, or of the installed package's folder."""
+
+    @abstractmethod
+    def read(self, path: str) -> str:
+        """Text of the file at `path`, relative to the folder that holds the package.
+
+        Raises:
+            Unsupported: the release has no such file, or the file is larger than 4 MiB or not UTF-8.
+
+        """
+
+    @property
+    def label(self) -> str:
+        """Name and release, such as sglang 0.5.23."""
+        return f"{self.name} {self.version}"
+
+    def _decoded(self, path: str, content: bytes) -> str:
+        if len(content) > _MOST_BYTES:
+            message = f"{self.label}: {path} is larger than {_MOST_BYTES >> 20} MiB; it is no source file"
+            raise Unsupported(message)
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            message = f"{self.label}: {path} is not UTF-8 ({one_line(error)})"
+            raise Unsupported(message) from error
+
+    def _missing(self, path: str) -> Unsupported:
+        return Unsupported(f"{self.label}: has no file {path}; use a release that has it")
+
+
+class InstalledText(PackageText):
+    """The installed package `name`, found by its location; nothing of it is executed."""
+
+    def __init__(self, name: str) -> None:
+        """Find the package.
+
+        Raises:
+            Unsupported: the package is not installed.
+
+        """
+        spec = importlib.util.find_spec(name)
+        places = None if spec is None else spec.submodule_search_locations
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = ""
+        if not places or not version:
+            message = f"caller {name}: the package {name} is not installed; install it, or name a wheel: --caller-wheel"
+            raise Unsupported(message)
+        self.name, self.version, self.origin = name, version, str(next(iter(places)))
+
+    def read(self, path: str) -> str:
+        """See `PackageText.read`."""
+        file = Path(self.origin).parent / path
+        try:
+            with file.open("rb") as stream:
+                return self._decoded(path, stream.read(_MOST_BYTES + 1))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise self._missing(path) from error
+
+
+class WheelText(PackageText):
+    """The package `name` in the wheel at `origin`."""
+
+    def __init__(self, name: str, path: str) -> None:
+        """Open the wheel.
+
+        Raises:
+            InvalidCase: the file is no wheel of the package.
+
+        """
+        self.name, self.origin = name, path
+        try:
+            self._archive = zipfile.ZipFile(path)
+            self.version = self._metadata()
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+            message = f"caller_wheel = {path!r:.200}: no readable wheel ({one_line(error)}); give a wheel of {name}"
+            raise InvalidCase(message) from error
+
+    def read(self, path: str) -> str:
+        """See `PackageText.read`."""
+        try:
+            with self._archive.open(path) as stream:
+                return self._decoded(path, stream.read(_MOST_BYTES + 1))
+        except KeyError as error:
+            raise self._missing(path) from error
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+            message = f"{self.label}: {path} cannot be read from {self.origin} ({one_line(error)})"
+            raise Unsupported(message) from error
+
+    def _metadata(self) -> str:
+        """Version that the wheel's METADATA states."""
+        names = self._archive.namelist()
+        found = [name for name in names if name.endswith(".dist-info/METADATA") and name.count("/") == 1]
+        if len(names) > _MOST_MEMBERS or len(found) != 1:
+            message = f"{len(names)} files, {len(found)} of them METADATA"
+            raise ValueError(message)
+        with self._archive.open(found[0]) as stream:
+            header = BytesHeaderParser().parsebytes(stream.read(_MOST_BYTES))
+        named, version = str(header["Name"]), str(header["Version"])
+        if named.lower().replace("_", "-") != self.name or not header["Version"]:
+            message = f"a wheel of {named} {version}"
+            raise ValueError(message)
+        return version
+
+
+def package_text(name: str, wheel: str) -> PackageText:
+    """The text of package `name`: of `wheel` where it is given, else of the installed package.
+
+    Raises:
+        InvalidCase: `wheel` is no wheel of the package.
+        Unsupported: no wheel is given, and the package is not installed.
+
+    """
+    return WheelText(name, wheel) if wheel else InstalledText(name)

@@ -1,0 +1,209 @@
+"""Definitions lifted from a package's text: only they are executed, and nothing that they need is missing."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from distbench.callers.lift import Lift, Stub, Unreached
+from distbench.callers.packages import InstalledText, PackageText, WheelText, package_text
+from distbench.errors import InvalidCase, Unsupported
+
+PATH = "shop/till.py"
+TEXT = """
+from __future__ import annotations
+import absent_module
+from dataclasses import dataclass
+from typing import NamedTuple
+
+raise RuntimeError("the module itself is never executed")
+
+RATE = 3
+UNUSED = absent_module.value
+
+
+def register_price(name):
+    raise RuntimeError
+
+
+@register_price("plain")
+def price(count: int) -> int:
+    from shop.rates import extra
+
+    return count * RATE + extra()
+
+
+@dataclass
+class Basket:
+    count: int
+    owner: UnknownType | None = None
+
+
+class Line(NamedTuple):
+    count: int
+
+
+class Settings:
+    FIRST = RATE + 1
+    SECOND = absent_module.value
+
+
+def total(basket):
+    return undefined_name(basket)
+"""
+METADATA = "Metadata-Version: 2.1\nName: shop\nVersion: 1.2.3\n"
+
+
+def wheel(path: Path, text: str = TEXT, metadata: str = METADATA) -> str:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(PATH, text)
+        archive.writestr("shop-1.2.3.dist-info/METADATA", metadata)
+    return str(path)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> PackageText:
+    return WheelText("shop", wheel(tmp_path / "shop-1.2.3-py3-none-any.whl"))
+
+
+def lifter(text: PackageText, **modules: Any) -> Lift:
+    return Lift(text, modules or {"shop.rates": Stub(extra=lambda: 7)})
+
+
+def standard() -> dict[str, Any]:
+    return {"dataclass": dataclass, "NamedTuple": NamedTuple}
+
+
+def test_lifted_function_runs_without_its_module_or_its_registration(shop: PackageText) -> None:
+    names = lifter(shop).lift(PATH, ("RATE", "price"), {})
+    assert names["price"](2) == 13
+    assert "shop" not in sys.modules
+    assert "shop.rates" not in sys.modules
+
+
+def test_dataclass_and_named_tuple_are_lifted(shop: PackageText) -> None:
+    names = lifter(shop).lift(PATH, ("Basket", "Line"), standard())
+    assert names["Basket"](2).owner is None
+    assert names["Line"](4).count == 4
+
+
+def test_named_members_of_a_class_are_lifted_alone(shop: PackageText) -> None:
+    settings = lifter(shop).lift(PATH, ("RATE", "Settings.FIRST"), {})["Settings"]
+    assert settings.FIRST == 4
+    assert not hasattr(settings, "SECOND")
+
+
+@pytest.mark.parametrize("name", ["absent", "Settings.THIRD", "Absent.member"])
+def test_missing_definition_is_unsupported_and_named(shop: PackageText, name: str) -> None:
+    with pytest.raises(Unsupported, match=rf"shop 1\.2\.3: {PATH} does not define {name}"):
+        lifter(shop).lift(PATH, (name,), {})
+
+
+def test_missing_global_is_unsupported_when_lifted(shop: PackageText) -> None:
+    with pytest.raises(Unsupported, match="uses undefined_name, which distbench does not provide"):
+        lifter(shop).lift(PATH, ("total",), {})
+
+
+@pytest.mark.parametrize(
+    ("modules", "what"),
+    [({"other": Stub()}, "shop.rates"), ({"shop.rates": Stub(other=1)}, "extra from shop.rates")],
+)
+def test_import_that_the_table_does_not_answer_is_unsupported(
+    shop: PackageText, modules: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(Unsupported, match=what):
+        Lift(shop, modules).lift(PATH, ("RATE", "price"), {})
+
+
+def test_definition_that_raises_is_unsupported(shop: PackageText) -> None:
+    with pytest.raises(Unsupported, match="cannot be executed: ZeroDivisionError"):
+        lifter(shop).lift(PATH, ("UNUSED",), {"absent_module": _Raises()})
+
+
+class _Raises:
+    @property
+    def value(self) -> int:
+        return 1 // 0
+
+
+def test_missing_file_is_unsupported(shop: PackageText) -> None:
+    with pytest.raises(Unsupported, match=r"shop 1\.2\.3: has no file shop/absent\.py"):
+        lifter(shop).lift("shop/absent.py", ("price",), {})
+
+
+def test_digest_covers_lifted_text_and_nothing_else(tmp_path: Path) -> None:
+    digests = []
+    for number, (old, new) in enumerate([("", ""), ("RATE = 3", "RATE = 4"), ("first", "first"), ("UNUSED", "USED")]):
+        one = WheelText("shop", wheel(tmp_path / f"{number}.whl", TEXT.replace(old, new, 1) if old else TEXT))
+        lift = lifter(one)
+        lift.lift(PATH, ("RATE", "price"), {})
+        assert lift.files == [PATH]
+        digests.append(lift.sha256)
+    assert digests[0] == digests[2] == digests[3] != digests[1]
+
+
+def test_decorators_and_members_that_are_kept_are_part_of_the_digest(tmp_path: Path) -> None:
+    digests = []
+    for number, new in enumerate(["FIRST = RATE + 1", "FIRST = RATE + 2"]):
+        one = WheelText("shop", wheel(tmp_path / f"{number}.whl", TEXT.replace("FIRST = RATE + 1", new)))
+        lift = lifter(one)
+        lift.lift(PATH, ("RATE", "Settings.FIRST", "Basket"), standard())
+        digests.append(lift.sha256)
+    assert digests[0] != digests[1]
+
+
+def test_any_use_of_an_unreached_name_is_refused() -> None:
+    with pytest.raises(Unsupported, match="upscale"):
+        Unreached("upscale")(1)
+    with pytest.raises(Unsupported, match="upscale"):
+        _ = Unreached("upscale").attribute
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [(METADATA.replace("shop", "other"), "a wheel of other"), (METADATA.replace("Version: 1.2.3\n", ""), "None")],
+)
+def test_wheel_of_another_package_or_without_version_is_invalid(tmp_path: Path, metadata: str, reason: str) -> None:
+    path = wheel(tmp_path / "one.whl", metadata=metadata)
+    with pytest.raises(InvalidCase, match=reason):
+        WheelText("shop", path)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no archive"])
+def test_file_that_is_no_wheel_is_invalid(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "one.whl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidCase, match=r"caller_wheel = .*one\.whl"):
+        WheelText("shop", str(path))
+
+
+def test_oversized_source_is_unsupported(tmp_path: Path) -> None:
+    one = WheelText("shop", wheel(tmp_path / "one.whl", "#" * (4 << 20) + "\n"))
+    with pytest.raises(Unsupported, match="larger than 4 MiB"):
+        one.read(PATH)
+
+
+def test_installed_package_is_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "__init__.py").write_text("raise RuntimeError")
+    (tmp_path / PATH).write_text(TEXT)
+    (tmp_path / "shop-1.2.3.dist-info").mkdir()
+    (tmp_path / "shop-1.2.3.dist-info" / "METADATA").write_text(METADATA)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = package_text("shop", "")
+    assert (text.label, text.origin) == ("shop 1.2.3", str(tmp_path / "shop"))
+    assert lifter(text).lift(PATH, ("RATE", "price"), {})["price"](1) == 10
+    assert "shop" not in sys.modules
+    with pytest.raises(Unsupported, match=r"has no file shop/absent\.py"):
+        text.read("shop/absent.py")
+
+
+def test_package_that_is_not_installed_is_unsupported() -> None:
+    with pytest.raises(Unsupported, match=r"not installed.*--caller-wheel"):
+        InstalledText("no_such_package_here")
