@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "tokens": 3}
 
+_COMPUTED_S = 0.2
 _TOLD = 6000
 _TOLD_REPORTS = 3
 _MARKER = "DISTBENCH_TEST_MARKER"
@@ -44,6 +45,14 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def slowed() -> float:
+    """How many times longer than alone a computation takes here now, at least 1: others use the machine."""
+    began, used = time.monotonic(), time.process_time()
+    while time.process_time() - used < _COMPUTED_S:
+        pass
+    return max(1.0, (time.monotonic() - began) / _COMPUTED_S)
 
 
 def run_python(code: str, **environ: str) -> bytes:

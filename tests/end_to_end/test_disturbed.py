@@ -16,7 +16,7 @@ import pytest
 
 from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import heartbeat_path
-from tests.end_to_end.launches import SOAK, Bench, wait_until, write_suite
+from tests.end_to_end.launches import SOAK, Bench, slowed, wait_until, write_suite
 
 RANKS, CASES = 2, 60
 LIMIT_S = 2.0
@@ -36,9 +36,9 @@ def process(bench: Bench, name: str) -> int:
     return min(pid for pid, line in lines.items() if module[name] in line)
 
 
-def suite_under_way(tmp_path: Path, cases: int = CASES) -> Bench:
+def suite_under_way(tmp_path: Path, cases: int = CASES, limit_s: float = 0.0) -> Bench:
     """Running suite of tiny cases, four of which have results."""
-    suite = write_suite(tmp_path / "suite.json", range(cases), timeout=LIMIT_S)
+    suite = write_suite(tmp_path / "suite.json", range(cases), timeout=limit_s or LIMIT_S * slowed())
     bench = Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}")
     assert wait_until(lambda: len(bench.reports) > 3, 60)
     return bench
@@ -54,7 +54,7 @@ def test_suite_whose_helper_process_is_stopped_completes(tmp_path: Path, name: s
 
 
 def test_suite_whose_fork_server_is_stopped_before_the_first_rank_completes(tmp_path: Path) -> None:
-    suite = write_suite(tmp_path / "suite.json", range(3), timeout=LIMIT_S)
+    suite = write_suite(tmp_path / "suite.json", range(3), timeout=LIMIT_S * slowed())
     with Bench(tmp_path / "out", "suite", suite, f"--nproc={RANKS}") as bench:
         assert wait_until(lambda: any(_is_server(pid) for pid in bench.left()), 60)
         os.kill(process(bench, "fork server"), signal.SIGSTOP)
@@ -70,12 +70,13 @@ def _is_server(pid: int) -> bool:
 
 @pytest.mark.parametrize("rank", range(RANKS))
 def test_rank_stopped_together_with_the_fork_server_is_named_within_its_limit(tmp_path: Path, rank: int) -> None:
-    with suite_under_way(tmp_path) as bench:
+    limit_s = LIMIT_S * slowed()
+    with suite_under_way(tmp_path, limit_s=limit_s) as bench:
         for name in ("fork server", f"rank {rank}"):
             os.kill(process(bench, name), signal.SIGSTOP)
         stopped = time.monotonic()
-        assert wait_until(lambda: "HANG" in bench.verdicts.values(), LIMIT_S + 30)
-        assert time.monotonic() - stopped > LIMIT_S - 1
+        assert wait_until(lambda: "HANG" in bench.verdicts.values(), limit_s + 30)
+        assert time.monotonic() - stopped > limit_s - 1
         assert bench.finish(90) == 3
         assert wait_until(bench.gone, 20)
     (report,) = (report for report in bench.reports if report["verdict"] != "PASS")
@@ -107,10 +108,11 @@ def test_signal_ends_a_bench_whose_processes_are_stopped(
 
 @pytest.mark.skipif(not SOAK, reason="long: set DISTBENCH_SOAK=1")
 def test_bench_that_is_stopped_and_continued_loses_no_result(tmp_path: Path) -> None:
-    with suite_under_way(tmp_path, 400) as bench:
+    limit_s = LIMIT_S * slowed()
+    with suite_under_way(tmp_path, 400, limit_s) as bench:
         for _ in range(3):
             bench.process.send_signal(signal.SIGSTOP)
-            time.sleep(2 * LIMIT_S)
+            time.sleep(2 * limit_s)
             bench.process.send_signal(signal.SIGCONT)
             time.sleep(0.5)
         assert bench.finish(90) == 0
