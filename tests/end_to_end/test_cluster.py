@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_met
 from distbench.cli.main import main
 from distbench.report.export import FILES
 from distbench.tools.cluster import group_runs, processes
-from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, wait_until, write_suite
+from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, slowed, wait_until, write_suite
 
 FAKE = json.dumps([sys.executable, str(ROOT / "tests" / "fake_node.py"), "{host}"])
 
@@ -56,7 +56,7 @@ def test_planted_fault_is_named_with_its_nodes_and_exit_code(
     code: int,
     findings: list[tuple[str, list[str]]],
 ) -> None:
-    limit = "10" if "hangs" in planted.values() else "100"  # no healthy node is to reach it on a slow machine
+    limit = f"{10 * slowed():.0f}" if "hangs" in planted.values() else "100"  # no healthy node is to reach it
     found, document = validate(tmp_path, monkeypatch, "a,b,c", planted, "--trial-timeout", limit)
     defects = [nodes[0] for kind, nodes in findings if kind == "node"]
     assert (found, document["defects"]) == (code, defects)
@@ -92,13 +92,14 @@ def test_verdict_of_a_group_is_awaited_unless_the_group_lost_a_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first process of a group to fail is not always the one that writes the group's verdict."""
-    monkeypatch.setattr(group_runs, "_PARTING_S", 4.0)
+    slow = slowed()
+    monkeypatch.setattr(group_runs, "_PARTING_S", 4.0 * slow)
     started = time.monotonic()
     code, document = validate(tmp_path, monkeypatch, "a,b", {"a+b": "late CORRUPT"}, "--plan", "pairs")
     assert (code, [trial["verdict"] for trial in document["trials"]]) == (1, ["CORRUPT"])
     code, document = validate(tmp_path, monkeypatch, "a,b", {"a+b": "half dies"}, "--plan", "pairs")
     assert (code, [trial["verdict"] for trial in document["trials"]]) == (3, ["RANK_FAULT"])
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 30 * slow
 
 
 @pytest.mark.parametrize(
@@ -147,9 +148,10 @@ def test_unreachable_node_is_a_defect(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_node_that_ignores_termination_is_abandoned_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_PARTING_S", 0.5)
-    code, document = validate(tmp_path, monkeypatch, "a,b", {"b": "deaf"}, "--plan", "nodes", "--trial-timeout", "10")
+    limit = f"{min(10 * slowed(), 50):.0f}"  # the deaf node ends after 60 s
+    code, document = validate(tmp_path, monkeypatch, "a,b", {"b": "deaf"}, "--plan", "nodes", "--trial-timeout", limit)
     assert (code, document["defects"]) == (3, ["b"])
-    assert "HANG: no end within 10 s" in document["findings"][0]["evidence"]
+    assert f"HANG: no end within {limit} s" in document["findings"][0]["evidence"]
 
 
 def test_slow_nodes_are_reported_as_not_judged_below_five_nodes(
@@ -172,9 +174,7 @@ def test_every_report_format_names_the_groups_and_the_findings(tmp_path: Path, m
     assert {"a", "b", "c", "a+b", "a+c", "b+c", "a+b+c", "link a c"} < cases.keys()
     assert {name for name, case in cases.items() if case.find("failure") is not None} == {"a+c", "a+b+c", "link a c"}
     assert "CORRUPT" in cases["a+c"].find("failure").get("message")
-    assert {str(case.get("classname")).rpartition(".")[0] for case in cases.values()} == {
-        "distbench.tools.cluster.smoke"
-    }
+    assert {str(case.get("classname")).rpartition(".")[0] for case in cases.values()} == {"distbench.cluster.smoke"}
     assert cases["slow nodes"].find("skipped") is not None
     families = {family.name: family for family in parse_metrics((tmp_path / "results.prom").read_text())}
     groups = {
@@ -224,10 +224,7 @@ def test_contradictory_cluster_arguments_are_refused(
 def test_signal_to_cluster_command_leaves_no_process(tmp_path: Path) -> None:
     environ = {"PLANTED": json.dumps({"a": "hangs"})}
     with Bench(tmp_path / "out", "cluster", "smoke", "--nodes", "a,b", "--launcher", FAKE, **environ) as bench:
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "out" / "trials" / "nodes" / "b" / "results.jsonl").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        assert wait_until((tmp_path / "out" / "trials" / "nodes" / "b" / "results.jsonl").exists, 20)
         os.kill(bench.process.pid, signal.SIGTERM)
         assert bench.finish(20) == 143
         assert wait_until(bench.gone, 2)
