@@ -84,7 +84,8 @@ def test_arguments_that_the_adapter_passes_are_parameters_of_the_wheel(wheel: zi
     experts = make_aiter_experts(tiny_case(4, experts="aiter", emulate=True))
     rows, weights = torch.zeros(8, 256).bfloat16(), torch.zeros(8, 4)
     given = ExpertInput(rows, None, weights, weights.int(), torch.zeros(1, dtype=torch.int32))
-    held = ExpertWeights(*(torch.zeros(4, 256, 128).bfloat16() for _ in range(2)), torch.zeros(32, dtype=torch.int32))
+    w1, w2 = (torch.zeros(4, 256, 128).bfloat16() for _ in range(2))
+    held = ExpertWeights(w1, w2, torch.zeros(32, dtype=torch.int32))
     passed = set(experts.arguments(given, held))
     assert passed <= set(theirs)
     assert {name for name, default in theirs.items() if default is None} <= passed

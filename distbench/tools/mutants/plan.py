@@ -18,7 +18,7 @@ from distbench.faults.mutants.fault import unfit
 from distbench.launcher.preflight import check_case
 
 NUMERICS = ("exact", "gaussian")
-ARMS = {"all": "", "truncated": "truncated"}
+ARMS: Mapping[str, str] = {"all": "", "truncated": Arm.TRUNCATED}
 """Arms that have the mutant, by keyword: all of them, so that the baseline is equally wrong, or one."""
 
 RANKS = 2
