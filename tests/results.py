@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from distbench.case.stages import ARMS, LAYER_STAGES
+from distbench.case.stages import LAYER_STAGES, OWN_ARMS
 from distbench.errors import Verdict
 from distbench.report.journal import RESULTS
 
@@ -53,7 +53,7 @@ def timing(scale: float = 1.0, samples: Iterable[float] = (1.0, 2.0, 3.0)) -> di
     """Times of all arms and stages, microseconds, each `scale` times `samples`."""
     laps = [scale * sample for sample in samples]
     figures = {"median_us": sorted(laps)[len(laps) // 2], "iterations": len(laps), "samples_us": laps}
-    return {arm: dict.fromkeys(LAYER_STAGES, figures) for arm in ARMS if arm}
+    return {arm: dict.fromkeys(LAYER_STAGES, figures) for arm in OWN_ARMS}
 
 
 def write_results(folder: Path, reports: Iterable[dict[str, Any]], cases: int | None = None) -> Path:

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 from torch import Tensor
 
+from distbench.callers.text import CallerText
 from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.transport.base import Dispatched, Transport
 from distbench.workload.batch import TokenBatch
-
-
-class CallerText(msgspec.Struct, frozen=True, kw_only=True):
-    """Origin of the lifted code: the package, its release, the wheel or folder, the files in it, and SHA-256."""
-
-    package: str
-    version: str
-    origin: str
-    files: tuple[str, ...]
-    sha256: str
-
-    @property
-    def label(self) -> str:
-        """Package and release, such as sglang 0.5.23."""
-        return f"{self.package} {self.version}"
 
 
 class Call(NamedTuple):
@@ -71,7 +56,3 @@ class Caller(ABC):
     @abstractmethod
     def start(self, batch: TokenBatch, weights: ExpertWeights, transport: Transport) -> CallerPass:
         """Begin a pass with this rank's tokens."""
-
-    def about(self) -> dict[str, Any]:
-        """Facts of the lifted code, for reports."""
-        return {name: getattr(self.text, name) for name in self.text.__struct_fields__}

@@ -87,7 +87,7 @@ class Lift:
 
         """
         text = self._package.read(path)
-        nodes = self._nodes(path, text, names)
+        nodes = _nodes(self._package, path, text, names)
         for node in nodes:
             self._texts.append((path, _text_of(node, text.splitlines(keepends=True))))
             _strip(node)
@@ -106,30 +106,6 @@ class Lift:
             message = f"{self._package.label}: {path}: its definitions cannot be executed: {_reason(error)}"
             raise Unsupported(message) from error
         return namespace
-
-    def _nodes(self, path: str, text: str, names: Sequence[str]) -> list[ast.stmt]:
-        try:
-            body = ast.parse(text).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            message = f"{self._package.label}: {path} cannot be parsed ({one_line(error)})"
-            raise Unsupported(message) from error
-        members: dict[str, set[str]] = {}
-        for name in names:
-            owner, _, member = name.partition(".")
-            members.setdefault(owner, set()).update({member} - {""})
-        found = [node for node in body if not members.keys().isdisjoint(_defined(node))]
-        for node in found:
-            if isinstance(node, ast.ClassDef) and members[node.name]:
-                node.body = [part for part in node.body if not members[node.name].isdisjoint(_defined(part))]
-        known = {name for node in found for name in _names_of(node)}
-        for name in names:
-            if name not in known:
-                message = (
-                    f"{self._package.label}: {path} does not define {name}; use a release whose MoRI path distbench "
-                    "knows (docs/callers.md)"
-                )
-                raise Unsupported(message)
-        return found
 
     def _check_imports(self, path: str, nodes: Sequence[ast.stmt]) -> None:
         """Refuse imports of the package that the table does not answer."""
@@ -159,6 +135,43 @@ class Lift:
         if name in self._modules and (fromlist or "." not in name):
             return self._modules[name]
         return builtins.__import__(name, globals, locals, fromlist or (), level)
+
+
+def check_definitions(package: PackageText, definitions: Mapping[str, Sequence[str]]) -> None:
+    """Check that a release has the definitions that would be lifted, names by file, without executing any.
+
+    Raises:
+        Unsupported: names the first that is missing, its file and the release.
+
+    """
+    for path, names in definitions.items():
+        _nodes(package, path, package.read(path), names)
+
+
+def _nodes(package: PackageText, path: str, text: str, names: Sequence[str]) -> list[ast.stmt]:
+    """The definitions `names` of a file; of a class of which only members are wanted, with these alone."""
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        message = f"{package.label}: {path} cannot be parsed ({one_line(error)})"
+        raise Unsupported(message) from error
+    members: dict[str, set[str]] = {}
+    for name in names:
+        owner, _, member = name.partition(".")
+        members.setdefault(owner, set()).update({member} - {""})
+    found = [node for node in body if not members.keys().isdisjoint(_defined(node))]
+    for node in found:
+        if isinstance(node, ast.ClassDef) and members[node.name]:
+            node.body = [part for part in node.body if not members[node.name].isdisjoint(_defined(part))]
+    known = {name for node in found for name in _names_of(node)}
+    for name in names:
+        if name not in known:
+            message = (
+                f"{package.label}: {path} does not define {name}; use a release whose MoRI path distbench knows "
+                "(docs/callers.md)"
+            )
+            raise Unsupported(message)
+    return found
 
 
 def _text_of(node: ast.stmt, lines: Sequence[str]) -> str:

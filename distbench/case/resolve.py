@@ -16,7 +16,7 @@ from distbench.case.aiter_env import table_bytes
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
-from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case
+from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, FLAG_KEYS, Case, case_values
 from distbench.case.table_file import read_table_file, refuse_bulk
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.case.tokens import split_tokens, spread_tokens
@@ -27,6 +27,7 @@ from distbench.utils.text import one_line, shown
 
 FLAGS = "flag"
 _UNTIL_FAILURE = 10_000
+_WHEEL_PART, _MOST_WHEEL_BYTES = 1 << 20, 4 << 30
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -80,7 +81,7 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
     case = Case(**values)
     if fit:
         check_fit(case)
-    return Resolved(case, {key: sources[key] for key in FIELD_TYPES if key in sources})
+    return Resolved(case, {key: sources[key] for key in case_values(case) if key in sources})
 
 
 def load_case_file(path: str) -> Layer:
@@ -149,12 +150,23 @@ def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str]) 
     """Add the keys that no stronger layer has."""
     if any(values.get(key, FIELD_DEFAULTS.get(key)) == value for key, value in layer.unless.items()):
         return
+    _refuse_flag_keys(layer, values)
     taken = [key for key in layer.values if key not in values and key not in DERIVED_KEYS]
     if layer.unsupported and (taken or not layer.values):
         raise Unsupported(layer.unsupported)
     for key in taken:
         values[key] = typed_value(key, layer.values[key], layer)
         sources[key] = layer.source
+
+
+def _refuse_flag_keys(layer: Layer, values: Mapping[str, Any]) -> None:
+    """Refuse code to execute that a file names, and no flag."""
+    for key in FLAG_KEYS:
+        named = layer.values.get(key, FIELD_DEFAULTS[key])
+        if named != FIELD_DEFAULTS[key] and layer.source != FLAGS and key not in values:
+            flag = f"--{key.replace('_', '-')}"
+            message = f"{layer.source}: {key} = {shown(named)} names code to execute; give {flag} too, or drop the key"
+            raise InvalidCase(message)
 
 
 def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int | None) -> None:
@@ -215,6 +227,7 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["timeout"] = float(values["timeout"])
     values["jitter"] = float(values["jitter"])
     values["kernel_table_sha256"] = _table_digest(values["kernel_table"], sources["kernel_table"])
+    values["caller_wheel_sha256"] = _wheel_digest(values["caller_wheel"])
 
 
 def _table_digest(path: str, source: str) -> str:
@@ -227,6 +240,23 @@ def _table_digest(path: str, source: str) -> str:
             f"kernel_table = {path!r:.200} ({source}): cannot be read ({one_line(error)}); give a readable CSV file"
         )
         raise InvalidCase(message) from error
+
+
+def _wheel_digest(path: str) -> str:
+    if not path:
+        return ""
+    digest = hashlib.sha256()
+    try:
+        with Path(path).open("rb") as stream:
+            while (part := stream.read(_WHEEL_PART)) and stream.tell() <= _MOST_WHEEL_BYTES:
+                digest.update(part)
+    except OSError as error:
+        message = f"caller_wheel = {path!r:.200}: cannot be read ({one_line(error)}); give a wheel"
+        raise InvalidCase(message) from error
+    if part:
+        message = f"caller_wheel = {path!r:.200}: larger than {_MOST_WHEEL_BYTES >> 30} GiB; give a wheel"
+        raise InvalidCase(message)
+    return digest.hexdigest()
 
 
 def check_fit(case: Case) -> None:
@@ -261,3 +291,20 @@ def check_fit(case: Case) -> None:
             "use transport mori, or combine_quant none"
         )
         raise InvalidCase(message)
+    _check_caller(case)
+
+
+def _check_caller(case: Case) -> None:
+    """Refuse what a caller's code is not run with."""
+    if case.caller == "own":
+        return
+    refused = {
+        f"experts {case.experts}": (case.experts != "aiter", "production calls aiter's fused_moe; use experts aiter"),
+        f"policy {case.policy}": (case.policy == "guard", "production has no guard; use strict or unchecked"),
+        "graph": (case.graph, "the caller's pass is not captured; drop it"),
+        "inject": (bool(case.inject), "faults are injected into distbench's own arms; drop it"),
+    }
+    for what, (is_so, fix) in refused.items():
+        if is_so:
+            message = f"caller = {case.caller}: not with {what}: {fix}"
+            raise InvalidCase(message)

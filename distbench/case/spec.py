@@ -86,6 +86,14 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     experts: Annotated[Literal["reference", "triton", "aiter"], _help("library that computes the experts")] = (
         "reference"
     )
+    caller: Annotated[
+        Literal["own", "sglang"],
+        _help("whose code runs between dispatch and combine in the arm production; own: no such arm (docs/callers.md)"),
+    ] = "own"
+    caller_wheel: Annotated[
+        str, _help("wheel of the caller's package, whose text is lifted; empty: the installed package")
+    ] = ""
+    caller_wheel_sha256: Annotated[str, _help("digest of the wheel's bytes, filled in when it is read")] = ""
     aiter_habits: Annotated[
         str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
     ] = ""
@@ -223,7 +231,12 @@ def with_inputs(case: Case, inputs: Literal["exact", "gaussian"]) -> Case:
     return msgspec.structs.replace(case, numerics=inputs, require="tolerance", **once)
 
 
-DERIVED_KEYS = ("kernel_table_sha256",)
+DERIVED_KEYS = ("kernel_table_sha256", "caller_wheel_sha256")
+FLAG_KEYS = ("caller", "caller_wheel")
+"""Keys that name code to execute: a file may name it only where a flag does too."""
+UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel")
+"""Keys of a recorded case that are not taken from its record."""
+_SPARSE_KEYS = ("caller", "caller_wheel", "caller_wheel_sha256")
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],
@@ -234,6 +247,12 @@ FIELD_DEFAULTS: dict[str, Any] = {
 }
 
 
+def case_values(case: Case) -> dict[str, Any]:
+    """The case as builtins, for its hash and for reports; without the caller's keys where they have their defaults."""
+    values: dict[str, Any] = msgspec.to_builtins(case)
+    return {key: value for key, value in values.items() if key not in _SPARSE_KEYS or value != FIELD_DEFAULTS[key]}
+
+
 def case_hash(case: Case) -> str:
     """SHA-256 over the case's canonical JSON, as 64 hex digits."""
-    return hashlib.sha256(msgspec.json.encode(case, order="sorted")).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(case_values(case), order="sorted")).hexdigest()

@@ -40,14 +40,19 @@ class Arm(_Name):
     CONTROL = "control"
     REPADDED = "repadded"
     TRUNCATED = "truncated"
+    PRODUCTION = "production"
+    """The pass of a caller's code; only where the case has a caller."""
 
 
 STAGES: tuple[Stage, ...] = tuple(Stage)
 ARMS: tuple[str, ...] = ("", *Arm)
 """Arms of a heartbeat: none between passes."""
 
+OWN_ARMS = tuple(arm for arm in Arm if arm != Arm.PRODUCTION)
+"""Arms of distbench's own code."""
+
 LAYER_STAGES: tuple[Stage, ...] = (Stage.DISPATCH, Stage.TRUNCATE, Stage.EXPERTS, Stage.COMBINE)
 """Stages of a pass through the layer, which are timed and checked."""
 
-CUT_ARMS = (Arm.REPADDED, Arm.TRUNCATED)
+CUT_ARMS = (Arm.REPADDED, Arm.TRUNCATED, Arm.PRODUCTION)
 TIMED_ARMS = (Arm.PADDED, Arm.TRUNCATED)

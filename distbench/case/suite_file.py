@@ -42,12 +42,12 @@ import msgspec
 from distbench.case.expectations import ALLOWED, is_expectation
 from distbench.case.limits import parse_limit
 from distbench.case.resolve import Layer, decode_table, typed_value
-from distbench.case.spec import DERIVED_KEYS, FIELD_TYPES
+from distbench.case.spec import FIELD_TYPES, UNSTORED_KEYS
 from distbench.case.table_file import read_table_file
 from distbench.errors import InvalidCase
 from distbench.utils.text import one_line, shown
 
-CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in DERIVED_KEYS)
+CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in UNSTORED_KEYS)
 MAX_CASES = 100_000
 
 _SECTIONS = ("name", "description", "tags", "defaults", "axes", "include", "exclude", "expect")

@@ -53,6 +53,8 @@ def _reason(key: str, case: Case) -> str:
     """Reason why the case does not use the key, or nothing where it does."""
     if key == "recv_bound":
         return "only with the limit off" if case.limit != "off" else ""
+    if key == "caller_wheel":
+        return "only with a caller" if case.caller == "own" else ""
     if key == "emulate":
         return "" if _emulates(case) or case.uses_fp8 else "neither mori nor aiter runs"  # fp8: it names the format
     if key in _TIMING_KEYS:

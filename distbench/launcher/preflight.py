@@ -54,6 +54,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     if case.uses_fp8:
         _check_fp8(case)
     _check_graph(case)
+    _check_caller(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
 
@@ -96,6 +97,17 @@ def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if rule == "routes":
         return (f"recv_bound: SGLang {case.sglang_version} cuts at tokens times top-k, in decode batches only",)
     return ()
+
+
+def _check_caller(case: Case) -> None:
+    """Refuse a caller whose package is missing, or whose release lacks a definition that is lifted."""
+    if case.caller == "own":
+        return
+    from distbench.callers.lift import check_definitions  # noqa: PLC0415 - nothing of it is loaded without a caller
+    from distbench.callers.packages import package_text  # noqa: PLC0415
+    from distbench.callers.sglang.definitions import DEFINITIONS  # noqa: PLC0415
+
+    check_definitions(package_text(case.caller, case.caller_wheel), DEFINITIONS)
 
 
 def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from distbench.case.stages import CUT_ARMS, Stage
+from distbench.case.stages import CUT_ARMS, Arm, Stage
 from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.experts.roundings import Roundings, roundings_of
 from distbench.pipeline.parts import Parts
+from distbench.pipeline.recv_bound import production_rows
 from distbench.verify.combine_model import OwnSlots, Returned, key_of
 from distbench.verify.error_check import ErrorChecker, Pass
 from distbench.verify.records import ArmError, ResolvedCase
@@ -34,7 +35,9 @@ class ArmErrors:
             parts.weights,
             parts.transport.facts,
             resolved.case.repeats + min(resolved.case.iterations, 1),
+            len(Arm) - (parts.caller is None),
         )
+        self._cut_rows = _rows_of_cuts(resolved, session.local_ranks)
 
     @property
     def found(self) -> list[ArmError]:
@@ -78,7 +81,17 @@ class ArmErrors:
         return roundings_of(self._resolved.case, self._experts.selection(rows))
 
     def _kernels_round_alike(self) -> bool:
-        """Whether the kernels of the buffer and of the limit round alike on all ranks; `guard` cuts each its way."""
+        """Whether the kernels of the buffer and of all cuts round alike on all ranks; `guard` cuts each its way."""
         case, capacity = self._resolved.case, self._resolved.traffic.capacity
-        rows = {capacity, min(self._resolved.limit or capacity, capacity)}
+        rows = {capacity, *self._cut_rows}
         return case.policy != "guard" and len({self._roundings(count) for count in rows}) == 1
+
+
+def _rows_of_cuts(resolved: ResolvedCase, local_ranks: int) -> set[int]:
+    """Rows that the cut arms of any rank keep, where they are not wrong."""
+    capacity, case = resolved.traffic.capacity, resolved.case
+    callers = range(case.ep_size) if case.caller != "own" else ()
+    return {
+        min(resolved.limit or capacity, capacity),
+        *(production_rows(resolved, rank, local_ranks) for rank in callers),
+    }

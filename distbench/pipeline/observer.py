@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from torch import Tensor
@@ -15,6 +15,7 @@ from distbench.experts.base import ExpertInput
 from distbench.pipeline.arm_errors import ArmErrors
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.recorder import Finished, PartRecorder
+from distbench.pipeline.recv_bound import production_rows
 from distbench.transport.base import Dispatched
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
@@ -28,6 +29,7 @@ from distbench.verify.records import (
     NO_DIFFERENCE,
     ORACLE,
     ArmError,
+    CallerUse,
     Divergence,
     LostRows,
     Observation,
@@ -41,6 +43,9 @@ from distbench.verify.records import (
 )
 from distbench.verify.row_compare import compare_rows, relative_error, same_bits, tensor_digest
 from distbench.verify.stage_check import StageChecker, foreseen
+
+if TYPE_CHECKING:
+    from distbench.callers.base import Call
 
 
 class Measured(NamedTuple):
@@ -85,6 +90,7 @@ class Observer:
         self._without_rows: dict[str, Tensor] = {}
         self._token_counts = TokenCounts()
         self._damaged: set[str] = set()
+        self._caller: CallerUse | None = None
         self._wrong = self._settled = False
 
     def inspect(
@@ -104,6 +110,11 @@ class Observer:
         self._note(self._stages.check_cut(arm, sources, dispatched, given, self._rows_after_cut(arm, dispatched)))
         if self._recorder is not None:
             self._recorder.take(arm, sources, given, expert_out)
+
+    def take_call(self, call: Call) -> None:
+        """Keep the rows and the arguments that a caller gave to `fused_moe`, in its last pass."""
+        assert self._parts.caller is not None  # noqa: S101 - whose call it is
+        self._caller = CallerUse(self._parts.caller.text, call.given.rows, call.differing)
 
     def take(self, arm: str, combined: Tensor) -> None:
         """Count wrong tokens of a pass: against the oracle, else against the arms that run the padded kernel."""
@@ -206,6 +217,7 @@ class Observer:
             replays=measured.replays,
             errors=[] if self._errors is None else self._errors.found,
             accepted=parts.injector.accepted(outputs) if parts.injector else {},
+            caller=self._caller,
         )
 
     def _keep(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, settled: bool) -> None:
@@ -245,6 +257,8 @@ class Observer:
     def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
         """Rows that the experts are called with, for a receive buffer in its current state."""
         resolved, rows = self._resolved, dispatched.hidden.shape[0]
+        if arm == Arm.PRODUCTION:
+            return production_rows(resolved, self._session.rank, self._session.local_ranks)
         if arm != Arm.TRUNCATED or resolved.limit is None:
             return rows
         guarded = resolved.case.policy == "guard"

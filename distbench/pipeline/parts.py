@@ -17,11 +17,15 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 
 if TYPE_CHECKING:
+    from distbench.callers.base import Caller
     from distbench.faults.injector import Injector
 
 
 class Parts(NamedTuple):
-    """Inputs, weights, transport and experts; where faults are injected, the latter two have them around them."""
+    """Inputs, weights, transport and experts; where faults are injected, the latter two have them around them.
+
+    `caller` runs the arm production.
+    """
 
     workload: Workload
     batch: TokenBatch
@@ -29,6 +33,7 @@ class Parts(NamedTuple):
     transport: Transport
     experts: Experts
     injector: Injector | None = None
+    caller: Caller | None = None
 
     def layer(self, cut: Cut, inspect: Inspector | None) -> Callable[[Callable[[Stage], None]], Tensor]:
         """One pass through the layer with `cut`; see `run_layer`."""

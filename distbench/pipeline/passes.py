@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -31,8 +32,12 @@ class Passes:
         arms = self._arms()
         for repeat in range(case.repeats):
             fresh: dict[str, Tensor] = {
-                arm: self._run_arm(arm, cut) for arm, cut in arms.items() if arm != Arm.PADDED or repeat == 0
+                arm: self._run_arm(arm, self._parts.layer(cut, partial(observer.inspect, arm)))
+                for arm, cut in arms.items()
+                if arm != Arm.PADDED or repeat == 0
             }
+            if self._parts.caller is not None and not self._resolved.refused:
+                fresh[Arm.PRODUCTION] = self._run_arm(Arm.PRODUCTION, self._production)
             lost = observer.share_losses()
             self._clock.mark(Stage.CHECK)
             wrong = observer.end_repeat(fresh, lost)
@@ -51,11 +56,17 @@ class Passes:
         arms = arms_of(resolved.limit, resolved.case.policy, refused=resolved.refused)
         return arms if injector is None else {arm: injector.around(cut) for arm, cut in arms.items()}
 
-    def _run_arm(self, arm: Arm, cut: Cut) -> Tensor:
+    def _production(self, mark: Callable[[Stage], None]) -> Tensor:
+        from distbench.pipeline.production import run_production  # noqa: PLC0415 - nothing is loaded without a caller
+
+        observer = self._observer
+        return run_production(self._parts, partial(observer.inspect, Arm.PRODUCTION), observer.take_call, mark)
+
+    def _run_arm(self, arm: Arm, layer: Callable[[Callable[[Stage], None]], Tensor]) -> Tensor:
         heartbeat = self._session.heartbeat
         heartbeat.arm = arm
         self._parts.transport.forget()
-        combined = self._parts.layer(cut, partial(self._observer.inspect, arm))(self._clock.mark)
+        combined = layer(self._clock.mark)
         self._clock.mark(Stage.CHECK)
         self._observer.take(arm, combined)
         heartbeat.arm = ""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from distbench.case.limits import RECV_BOUND_STEP, Traffic, resolve_limit, round_up
 from distbench.case.sglang_releases import NEWEST, RECV_BOUND, VARIABLES, rules_of
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.transport.mori.config import production_kernel
+from distbench.verify.records import ResolvedCase
 
 _VERIFIED = ("IntraNode", "AsyncLL")
 
@@ -41,7 +44,8 @@ def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:
 
     Raises:
         InvalidCase: invalid `sender_rows` or `sglang_version`.
-        Unsupported: the metadata is stale on some ranks only; production then cuts on the others alone.
+        Unsupported: the metadata is stale on some ranks only; production then cuts on the others alone, and so does a
+            caller, but no arm of distbench's own.
 
     """
     rule = rules_of(case.sglang_version).recv_bound
@@ -57,6 +61,22 @@ def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:
     if not 0 < rows < case.capacity:
         return Bound(None, f"{_release(case)}: a bound of {rows} rows is ignored for a buffer of {case.capacity}")
     return Bound(rows)
+
+
+def production_rows(resolved: ResolvedCase, rank: int, local_ranks: int | None = None) -> int:
+    """Rows that a caller gives to the experts on `rank`, by the rules of this module.
+
+    Metadata that is stale for other ranks alone does not keep a rank from cutting.
+    """
+    case, capacity = resolved.case, resolved.traffic.capacity
+    if case.limit_key == "limit":
+        return min(resolved.limit or capacity, capacity)
+    told = parse_sender_rows(case)
+    fresh = len(told) == case.ep_size and told[rank] == case.tokens[rank]
+    if not fresh or _unproved(msgspec.structs.replace(case, sender_rows=""), case.tokens, local_ranks):
+        return capacity
+    rows = round_up(sum(told), RECV_BOUND_STEP)
+    return rows if 0 < rows < capacity and min(told) >= 0 else capacity
 
 
 def _by_routes(case: Case, told: tuple[int, ...]) -> Bound:
@@ -81,13 +101,15 @@ def _unproved(case: Case, told: tuple[int, ...], local_ranks: int | None) -> str
     if len(told) != case.ep_size or min(told) < 0:
         return f"the metadata has {len(told)} senders, negative ones among them or not as many as ranks"
     stale = [rank for rank, count in enumerate(told) if count != case.tokens[rank]]
-    if stale and len(stale) < case.ep_size:
+    if stale and len(stale) < case.ep_size and case.caller == "own":
         message = (
             f"sender_rows = {case.sender_rows!r:.80}: stale on {len(stale)} of {case.ep_size} ranks, the first is rank "
             f"{stale[0]}; production cuts on the others alone, distbench on all ranks alike: give the tokens, or "
             "other numbers for every rank"
         )
         raise Unsupported(message)
+    if stale and len(stale) < case.ep_size:
+        return f"the metadata is stale on {len(stale)} of {case.ep_size} ranks, and the caller cuts on the others alone"
     return "the metadata is not of this batch" if stale else ""
 
 

@@ -23,7 +23,7 @@ from distbench.pipeline.observer import Observer
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.passes import Passes
 from distbench.pipeline.recorder import Recorder
-from distbench.pipeline.recv_bound import limit_rows
+from distbench.pipeline.recv_bound import limit_rows, production_rows
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
@@ -37,6 +37,7 @@ from distbench.workload.inputs import Workload
 from distbench.workload.routing import recv_counts
 
 if TYPE_CHECKING:
+    from distbench.callers.base import Caller
     from distbench.faults.injector import Injector
 
 _PROBED_TOKENS = 2
@@ -53,8 +54,8 @@ class _Ready(NamedTuple):
     """A case that is ready for its first dispatch.
 
     The resolved case, the kinds of inputs, the weights and the experts of the first kind, the transport, and the agreed
-    counts [W, W]. `weights` and `experts` are lists so that their user can take out the last reference: experts keep
-    tensors derived from weights, and two sets of weights may not fit into memory.
+    counts [W, W]. `weights`, `experts` and `callers`, which hold experts, are lists so that their user can take out the
+    last reference: experts keep tensors derived from weights, and two sets of weights may not fit into memory.
     """
 
     resolved: ResolvedCase
@@ -62,6 +63,7 @@ class _Ready(NamedTuple):
     weights: list[ExpertWeights]
     transport: Transport
     experts: list[Experts]
+    callers: list[Caller | None]
     counts: Tensor
 
 
@@ -125,9 +127,10 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
         session.heartbeat.mark(Stage.WORKLOAD)
         ready.weights.append(_weights(session, resolved.case, inputs.workload))
         experts = make_experts(resolved.case)
+        ready.callers.append(_caller(session, resolved, experts))
         ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
     parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, ready.experts.pop())
-    parts = _inject(session, resolved.case, parts)
+    parts = _inject(session, resolved.case, parts._replace(caller=ready.callers.pop()))
     observer = Observer(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
     measured = Passes(session, resolved, parts, observer).run()
     outputs = outputs_of(observer.outputs)
@@ -163,13 +166,25 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
     case, (workload, batch), limit = resolved.case, inputs[0], resolved.limit
     weights = _weights(session, case, workload)
     rows = (case.capacity, *((limit,) if limit else ()))
+    if case.caller != "own":
+        rows = (*rows, production_rows(resolved, session.rank, session.local_ranks))
     if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
         session.heartbeat.mark(Stage.COMPILE)
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = make_experts(case)
         experts.warm_up(weights, rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
-    return _Ready(resolved, inputs, [weights], make_transport(session, case, counts, batch), [experts], counts)
+    caller = _caller(session, resolved, experts)
+    transport = make_transport(session, case, counts, batch)
+    return _Ready(resolved, inputs, [weights], transport, [experts], [caller], counts)
+
+
+def _caller(session: Session, resolved: ResolvedCase, experts: Experts) -> Caller | None:
+    if resolved.case.caller == "own":
+        return None
+    from distbench.pipeline.production import caller_of  # noqa: PLC0415 - nothing of it is loaded without a caller
+
+    return caller_of(session, resolved, experts)
 
 
 def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:

@@ -148,7 +148,7 @@ def _parts(report: Report) -> list[RenderableType]:
     parts += [_injected_line(one) for one in report.injected]
     parts += _headlines(report)
     if report.ranks:
-        parts += [_rank_table(report), _comparison_table(report)]
+        parts += [_rank_table(report), _comparison_table(report), *_caller_lines(report)]
     if report.errors:
         parts += [_error_table(report.errors), *_families(report.errors)]
     if report.method:
@@ -161,6 +161,17 @@ def _parts(report: Report) -> list[RenderableType]:
         parts.append(_rate_line(report.rate))
     parts += [f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}" for found in report.diagnosis]
     return parts
+
+
+def _caller_lines(report: Report) -> list[str]:
+    """The line of the caller's code, where the case has a caller."""
+    caller = report.caller
+    if isinstance(caller, msgspec.UnsetType):
+        return []
+    rows = ", ".join(sorted(set(map(str, caller.rows.values())), key=int))
+    unlike = ", ".join(f"{name} = {theirs}, here {ours}" for name, (theirs, ours) in caller.arguments.items())
+    text = f"production: {caller.package} {caller.version}, SHA-256 {caller.sha256[:12]}, M = {rows}"
+    return [f"{text}; arguments of fused_moe unlike distbench's: {unlike or 'none'}"]
 
 
 def _injected_line(one: InjectedReport) -> str:

@@ -12,13 +12,21 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.case.expectations import is_met
 from distbench.case.injection import Injection, parse_inject
-from distbench.case.spec import Case, case_hash
+from distbench.case.spec import Case, case_hash, case_values
 from distbench.errors import InvalidCase
 from distbench.experts.coverage import blind_spots_of
 from distbench.report.environment import Environment
 from distbench.report.findings import codes_behind, error_reports, finding_reports
 from distbench.report.limit import limit_report
-from distbench.report.schema import ComparisonReport, InjectedReport, LostReport, RankReport, RateReport, Report
+from distbench.report.schema import (
+    CallerReport,
+    ComparisonReport,
+    InjectedReport,
+    LostReport,
+    RankReport,
+    RateReport,
+    Report,
+)
 from distbench.utils.stats import Rate, median_error, percentile
 from distbench.verify.diagnosis import lost_tokens
 from distbench.verify.records import (
@@ -64,7 +72,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         blind_spots=blind,
         emulated=bool(outcome.case.stand_ins),
         stand_ins=outcome.case.stand_ins,
-        case=msgspec.to_builtins(outcome.case) | {"hash": case_hash(outcome.case)},
+        case=case_values(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
         warnings=[
             *entry.warnings,
@@ -89,6 +97,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         ended=datetime.now(timezone.utc).strftime(ENDED),
         method=_method(resolved, records) if resolved and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
+        caller=_caller(records),
     )
 
 
@@ -152,6 +161,17 @@ def _injected_one(place: int, one: Injection, records: list[Observation]) -> Inj
     said = [rules for record in records if (rules := record.accepted.get(str(place)))]
     accepted = {rule: all(rules[rule] for rules in said) for rule in (said[0] if said else ())}
     return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs, accepted=accepted)
+
+
+def _caller(records: list[Observation]) -> CallerReport | msgspec.UnsetType:
+    uses = {record.rank: record.caller for record in records if record.caller is not None}
+    if not uses:
+        return msgspec.UNSET
+    arguments: dict[str, tuple[str, str]] = {}
+    for use in uses.values():
+        arguments = use.differing | arguments
+    rows = {str(rank): use.rows for rank, use in uses.items()}
+    return CallerReport(**msgspec.structs.asdict(next(iter(uses.values())).text), rows=rows, arguments=arguments)
 
 
 def _rate(records: list[Observation]) -> RateReport | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.resolve import Layer, load_case_file
-from distbench.case.spec import DERIVED_KEYS
+from distbench.case.spec import UNSTORED_KEYS
 from distbench.report.console import print_note
 from distbench.report.files import read_report
 from distbench.report.schema import Report
@@ -26,7 +26,7 @@ def load_layer(path: str) -> Layer:
         return load_case_file(path)
     if other := other_inputs(report.inputs_version):
         print_note(f"{path}: {other}: the cases here have other inputs of the same seed, and verdicts may differ")
-    values = {key: value for key, value in report.case.items() if key not in (*DERIVED_KEYS, "hash")}
+    values = {key: value for key, value in report.case.items() if key not in (*UNSTORED_KEYS, "hash")}
     return Layer(f"report:{path}", values)
 
 

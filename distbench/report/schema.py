@@ -86,13 +86,30 @@ class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
     accepted: dict[str, bool] = {}
 
 
+class CallerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Code of the arm production: the package, its release, the wheel or folder, the files in it, and SHA-256.
+
+    `rows` are the rows M that it gave to `fused_moe`, by rank. `arguments` are those arguments of `fused_moe` that
+    differ from distbench's own call on any rank: the caller's value and distbench's.
+    """
+
+    package: str
+    version: str
+    origin: str
+    files: tuple[str, ...]
+    sha256: str
+    rows: dict[str, int]
+    arguments: dict[str, tuple[str, str]]
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document. A case that was refused or lost its ranks has no ranks and no comparison.
 
     `comparison`, `timing` and `rate` are those with exact inputs where a case runs with both kinds, `errors` those with
     gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
     inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
-    written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1.
+    written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1. The arm
+    production has a `caller`.
     """
 
     schema: str = SCHEMA
@@ -129,6 +146,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ended: str = ""
     method: dict[str, Any] = {}
     memory: dict[str, Any]
+    caller: CallerReport | msgspec.UnsetType = msgspec.UNSET
 
 
 class ReportView(msgspec.Struct, frozen=True, kw_only=True):

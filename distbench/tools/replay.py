@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import msgspec
 
-from distbench.case.spec import DERIVED_KEYS
+from distbench.case.spec import UNSTORED_KEYS
 from distbench.report.schema import Report
 from distbench.tools.lab import signature
 from distbench.verify.records import Reason
 
 # "model" is a label of the dimensions, which are compared themselves.
-_IGNORED_KEYS = (*DERIVED_KEYS, "hash", "kernel_table", "model")
+_IGNORED_KEYS = (*UNSTORED_KEYS, "hash", "kernel_table", "model")
 
 
 class Difference(msgspec.Struct, frozen=True):

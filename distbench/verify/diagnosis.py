@@ -51,7 +51,7 @@ def diagnose(resolved: ResolvedCase, gathered: Gathered, judgement: Judgement) -
         _several(causes),
         *causes,
         _poison_read(gathered),
-        None if causes else _first_wrong_stage(judgement) or _outside_ideal(part),
+        None if causes else _first_wrong_stage(gathered, judgement) or _outside_ideal(part),
     ]
     return [diagnosis for diagnosis in found if diagnosis is not None]
 
@@ -158,11 +158,18 @@ def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
     return Diagnosis(
         cause=f"{first.stage}: {what}",
         confidence="certain" if all(root.certain for root in group) else "likely",
-        evidence=f"{first}{_kernels(gathered, first)}{next(filter(None, map(_doubt, group)), '')}",
+        evidence=f"{_line(gathered, first)}{_kernels(gathered, first)}{next(filter(None, map(_doubt, group)), '')}",
         stage=first.stage,
         ranks=sorted({rank for root in group for rank in root.ranks}),
         tokens=tokens[:LISTED_TOKENS],
     )
+
+
+def _line(gathered: Gathered, found: Divergence) -> str:
+    """The line of a divergence, and whether only production, the caller's code, diverges."""
+    line = found.line(gathered.arm_name(found.arm))
+    own = any(one.arm != Arm.PRODUCTION for record in gathered.observations for one in record.divergences)
+    return line if own or found.arm != Arm.PRODUCTION else f"{line}; no other arm diverges"
 
 
 def _doubt(root: Root) -> str:
@@ -230,20 +237,20 @@ def _poison_read(gathered: Gathered) -> Diagnosis | None:
     poisoned = {arm: count for arm, count in arms.items() if count}
     if not poisoned:
         return None
-    counts = ", ".join(f"{count} tokens of {arm}" for arm, count in poisoned.items())
+    counts = ", ".join(f"{count} tokens of {gathered.arm_name(arm)}" for arm, count in poisoned.items())
     return Diagnosis(
         cause="poison read from undefined rows", confidence="certain", evidence=f"NaN in {counts}; no input holds one"
     )
 
 
-def _first_wrong_stage(judgement: Judgement) -> Diagnosis | None:
+def _first_wrong_stage(gathered: Gathered, judgement: Judgement) -> Diagnosis | None:
     first = judgement.first_divergence
     if first is None:
         return None
     return Diagnosis(
         cause=f"{first.stage} is the first stage that is wrong",
         confidence="certain" if first.proven and first.stage != Stage.COMBINE else "likely",
-        evidence=str(first),
+        evidence=first.line(gathered.arm_name(first.arm)),
         stage=first.stage,
         ranks=[first.rank],
     )
@@ -264,7 +271,7 @@ def _outside_ideal(part: Part) -> Diagnosis | None:
     return Diagnosis(
         cause=f"{stage}: errors outside their bounds",
         confidence="likely",
-        evidence=f"rank {there[0][0]}: {error_text(there[0][1])}{doubt}",
+        evidence=f"rank {there[0][0]}: {error_text(there[0][1], part.gathered.arm_name(arm))}{doubt}",
         stage=stage,
         ranks=ranks,
     )

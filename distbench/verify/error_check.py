@@ -40,6 +40,8 @@ _FIGURES = 4
 _STAGES = 2
 _ARMS = 4
 _CHOICES = 2
+_SIDES: tuple[str, ...] = (Arm.PADDED, Arm.TRUNCATED, Arm.PRODUCTION)
+"""Arms whose numbers of rows may select other kernels."""
 # Tokens, and expert rows, of each rank that are measured because they are far from the padded arm's.
 _MOST_FAR = 4
 
@@ -88,13 +90,14 @@ class ErrorChecker:
         weights: ExpertWeights,
         facts: Mapping[str, Any],
         repeats: int,
+        arms: int = _ARMS,
     ) -> None:
-        """`slots` are this rank's own, `facts` the transport's; each arm is measured `repeats` times at most."""
+        """`slots` are this rank's own, `facts` the transport's; `arms` arms are measured `repeats` times at most."""
         self._group, self._on_any_rank = session.group, session.on_any_rank
         self._exchange, self._workload, self._rank = exchange, workload, session.rank
         self._weights, self._slots = weights, slots
         self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
-        tests = _FIGURES * _STAGES * _ARMS * _CHOICES * workload.group.ep_size * max(repeats, 1)
+        tests = _FIGURES * _STAGES * arms * _CHOICES * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
         self._sample = self._sample_of(*sampled_tokens(workload, weights))
         self._families: dict[str, Roundings] = {}
@@ -111,8 +114,9 @@ class ErrorChecker:
     def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings], *, alike: bool) -> None:
         """Measure the arms of a repeat. Collective.
 
-        `families` has the roundings of each arm's kernel; arms with other rows than the padded one are `truncated`.
-        `alike` says, on all ranks or none, that the padded arm's kernel and that of the limit round alike.
+        `families` has the roundings of each arm's kernel; arms with other rows than the padded one are `truncated` and
+        `production`. `alike` says, on all ranks or none, that the padded arm's kernel and those of cut rows round
+        alike.
         Beside the sample, tokens are measured that are further from the padded arm's than the sample allows.
         """
         self._families |= families
@@ -224,7 +228,7 @@ class ErrorChecker:
         Ranks exchange one part for each kernel that the case has, also where a cut that is wrong gave one of them
         another number of rows, and so another family.
         """
-        sides = [side for side in (Arm.PADDED, Arm.TRUNCATED) if side in self._families]
+        sides = [side for side in _SIDES if side in self._families]
         measured = {side: self._families[side] for side in (sides[:1] if self._alike else sides)}
         distinct = list(dict.fromkeys(measured.values()))
         exact, made_here = ideal_rows(sample.batch, self._weights, distinct)
@@ -255,7 +259,7 @@ class ErrorChecker:
 
 
 def _side(sides: Mapping[str, _Side], arm: str) -> _Side:
-    return sides[Arm.TRUNCATED if arm == Arm.TRUNCATED else Arm.PADDED]
+    return sides[arm if arm in _SIDES else Arm.PADDED]
 
 
 def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from distbench.callers.text import CallerText
 from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.case.spec import Case
 from distbench.case.stages import Arm, Stage
@@ -110,12 +111,16 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         """Return one line: rank, arm, number of rows, and the first row."""
+        return self.line(self.arm)
+
+    def line(self, arm: str) -> str:
+        """Return the line with another name of the arm."""
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
         if self.stage == Stage.TRUNCATE and self.field == "rows":
-            return f"rank {self.rank}, {self.arm}: {self.rows} received rows did not reach the experts{source}"
+            return f"rank {self.rank}, {arm}: {self.rows} received rows did not reach the experts{source}"
         if self.field in COUNTS:
             distance = f"{self.field} differs by {self.rows} rows from {self.against}"
-            return f"rank {self.rank}, {self.arm}, {self.stage}: {distance}"
+            return f"rank {self.rank}, {arm}, {self.stage}: {distance}"
         bits = "" if self.column is None else f", column {self.column}: {self.actual_bits} not {self.expected_bits}"
         what = f"{self.field} differ from {self.against} in {self.rows} rows"
         blame = (
@@ -123,7 +128,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
             if self.evidence.suspects
             else ""
         )
-        return f"rank {self.rank}, {self.arm}, {self.stage}: {what}{source}{bits}{blame}"
+        return f"rank {self.rank}, {arm}, {self.stage}: {what}{source}{bits}{blame}"
 
 
 class LostRows(msgspec.Struct, frozen=True):
@@ -221,6 +226,17 @@ class Survivors(msgspec.Struct, frozen=True):
     differing: dict[str, int]
 
 
+class CallerUse(msgspec.Struct, frozen=True):
+    """A caller on one rank: the origin of its code, the rows M that it gave to `fused_moe`, and unlike arguments.
+
+    `differing` maps an argument of `fused_moe` to the caller's value and distbench's own, as text.
+    """
+
+    text: CallerText
+    rows: int
+    differing: dict[str, tuple[str, str]]
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
@@ -231,7 +247,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     their packages; `injected` counts the changes here by each injected fault, by its index in the case's list. `timed`
     has the timed arms, `device_state` the device's state while the last of them ran. `replays` are replays of the last
     arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian. `accepted` lists, by the
-    index of an injected mutant, the public acceptance rules that accept this rank's tokens.
+    index of an injected mutant, the public acceptance rules that accept this rank's tokens. `caller` is that of the arm
+    production, where the case has one.
     """
 
     rank: int
@@ -262,6 +279,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     replays: list[Replay] = []
     errors: list[ArmError] = []
     accepted: dict[str, dict[str, bool]] = {}
+    caller: CallerUse | None = None
 
     def distance_of(self, arm: str) -> float | None:
         """Distance of `arm` from padded; 0 where that was not measured."""
@@ -285,6 +303,11 @@ class Gathered(msgspec.Struct, frozen=True):
     mode: str
     peak_bytes: int
     gaussian: Gathered | None = None
+
+    def arm_name(self, arm: str) -> str:
+        """The arm's name in messages: production with the release of the caller's code."""
+        caller = self.observations[0].caller if arm == Arm.PRODUCTION and self.observations else None
+        return arm if caller is None else f"{arm} ({caller.text.label})"
 
 
 class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -389,6 +412,9 @@ def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:
         (Arm.PADDED, Arm.REPADDED),
         (Arm.REPADDED, Arm.TRUNCATED),
         (Arm.PADDED, Arm.TRUNCATED),
+        (Arm.TRUNCATED, Arm.PRODUCTION),
+        (Arm.PADDED, Arm.PRODUCTION),
+        (Arm.PRODUCTION, ORACLE),
     ]
     return [pair for pair in wanted if pair[0] in arms and pair[1] in arms]
 

@@ -24,7 +24,7 @@ from distbench.verify.records import NOT_PROVEN, ORACLE, ArmError, Divergence, G
 
 def baseline_wrong(part: Part) -> list[Reason]:
     """Faults of the padded arm: proven, a NaN, or outside its ideal."""
-    reasons = [_diverged(found) for found in part.divergences(Arm.PADDED)]
+    reasons = [_diverged(part, found) for found in part.divergences(Arm.PADDED)]
     oracle = f"padded/{ORACLE}"
     if not reasons and oracle in part.gathered.comparisons and not part.gathered.comparisons[oracle].equal:
         reasons = [_differs(part.gathered, oracle)]
@@ -38,7 +38,7 @@ def corrupt(part: Part) -> list[Reason]:
     """
     baseline = not baseline_wrong(part)
     found = [one for one in part.divergences(*OTHERS) if one.proven or (baseline and not is_noise(part, one))]
-    reasons = [_diverged(one) for one in sorted(found, key=lambda one: not one.proven)]
+    reasons = [_diverged(part, one) for one in sorted(found, key=lambda one: not one.proven)]
     for arm in OTHERS:
         reasons += [*_nan(part, arm), *_outside(part, arm), *(_far(part, arm) if baseline else ())]
     reasons += [once.reason for once in again(part) if not once.rounding]
@@ -130,7 +130,7 @@ def _unexplained_pairs(part: Part, *, baseline: bool) -> list[str]:
     found = []
     for pair in part.gathered.comparisons:
         first, second = pair.split("/")
-        said = second != ORACLE and (baseline or first != Arm.PADDED)
+        said = first == Arm.PRODUCTION or (second != ORACLE and (baseline or first != Arm.PADDED))
         other = [arm for arm in (first, second) if shows_other_bits(part, arm)]
         explained = other and all(excuse(part, arm) for arm in other)
         if said and part.differing(pair) and not explained:
@@ -142,7 +142,9 @@ def _nan(part: Part, arm: str) -> Iterable[Reason]:
     for record in part.records:
         tokens = part.nan_tokens(record, arm)
         if tokens:
-            message = f"rank {record.rank}: {tokens} tokens of {arm} hold a NaN; no input holds one"
+            message = (
+                f"rank {record.rank}: {tokens} tokens of {part.gathered.arm_name(arm)} hold a NaN; no input holds one"
+            )
             yield Reason(code="nan", rank=record.rank, message=message)
 
 
@@ -150,13 +152,13 @@ def _outside(part: Part, arm: str) -> Iterable[Reason]:
     for record in part.records:
         for error in record.errors:
             if error.arm == arm and not error.within:
-                message = f"rank {record.rank}: {error_text(error)}"
+                message = f"rank {record.rank}: {error_text(error, part.gathered.arm_name(arm))}"
                 yield Reason(code="error", rank=record.rank, message=message, stage=error.stage)
 
 
-def error_text(error: ArmError) -> str:
-    """Name the figures outside their bounds."""
-    start = f"{error.arm} at {error.stage}, {error.rows} rows against ideal roundings ({error.family}): "
+def error_text(error: ArmError, arm: str) -> str:
+    """Name the figures outside their bounds; `arm` is the arm's name in messages."""
+    start = f"{arm} at {error.stage}, {error.rows} rows against ideal roundings ({error.family}): "
     if error.nan_rows:
         return f"{start}{error.nan_rows} rows hold a NaN or an infinity"
     low, high = (error.allowed.get(key, 0.0) for key in ("ratio_low", "ratio_high"))
@@ -191,8 +193,8 @@ def _far(part: Part, arm: str) -> Iterable[Reason]:
     for record in far_ranks(part, arm):
         if not part.nan_tokens(record, arm):
             message = (
-                f"rank {record.rank}: {arm} is {_figure(record.distance_of(arm))} of a token's largest magnitude away "
-                f"from padded, allowed is {allowed:.3g}"
+                f"rank {record.rank}: {part.gathered.arm_name(arm)} is {_figure(record.distance_of(arm))} of a token's "
+                f"largest magnitude away from padded, allowed is {allowed:.3g}"
             )
             yield Reason(code="far", rank=record.rank, message=message)
 
@@ -205,7 +207,7 @@ def _unrepeated(part: Part) -> list[Reason]:
     reasons = [
         Reason(
             code=f"{arm}-differs",
-            message=f"{arm} differs from padded in {part.rows(arm)} expert rows and in "
+            message=f"{part.gathered.arm_name(arm)} differs from padded in {part.rows(arm)} expert rows and in "
             f"{_extent(part.gathered, f'padded/{arm}')}: the same kernel ({label}) gave other bits, so bits "
             "cannot be asked of it",
         )
@@ -216,20 +218,26 @@ def _unrepeated(part: Part) -> list[Reason]:
 
 
 def _drifted(part: Part) -> list[Reason]:
-    """Differences of truncated from padded due to its kernel, in tokens or only in expert rows, and in second runs."""
+    """Differences of cut arms from padded due to their kernel, in tokens or only in expert rows, and in second runs."""
     repeated = [once.reason for once in again(part) if once.rounding and once.other]
-    if not shows_other_bits(part, Arm.TRUNCATED) or excuse(part, Arm.TRUNCATED) != "kernel":
-        return repeated
+    arms = [arm for arm in (Arm.TRUNCATED, Arm.PRODUCTION) if shows_other_bits(part, arm)]
+    found = [_of_another_kernel(part, arm) for arm in arms if excuse(part, arm) == "kernel"]
+    return [*found[:1], *repeated]
+
+
+def _of_another_kernel(part: Part, arm: Arm) -> Reason:
     kernels = part.kernels
+    whose = "" if arm == Arm.TRUNCATED else f"{part.gathered.arm_name(arm)}: "
     message = (
-        f"no row lost, another kernel ({kernels['padded']['label']} → {kernels['truncated']['label']}), other bits in "
-        f"{part.rows('truncated')} expert rows and in {_extent(part.gathered, 'padded/truncated')}, {bounds_met(part)}"
+        f"{whose}no row lost, another kernel ({kernels['padded']['label']} → {kernels[arm]['label']}), other bits in "
+        f"{part.rows(arm)} expert rows and in {_extent(part.gathered, f'padded/{arm}')}, {bounds_met(part)}"
     )
-    return [Reason(code="kernel-drift", message=message), *repeated]
+    return Reason(code="kernel-drift", message=message)
 
 
-def _diverged(found: Divergence) -> Reason:
-    return Reason(code=f"{found.stage}-differs", rank=found.rank, message=str(found), stage=found.stage)
+def _diverged(part: Part, found: Divergence) -> Reason:
+    message = found.line(part.gathered.arm_name(found.arm))
+    return Reason(code=f"{found.stage}-differs", rank=found.rank, message=message, stage=found.stage)
 
 
 def _differs(gathered: Gathered, pair: str) -> Reason:
@@ -237,7 +245,8 @@ def _differs(gathered: Gathered, pair: str) -> Reason:
     listed = gathered.differing[pair]
     rank = listed[0][0] if listed else None
     start = f", first token {listed[0][1]} of rank {rank}" if listed else ""
-    message = f"{second} differs from {first} in {_extent(gathered, pair)}{start}"
+    names = gathered.arm_name(first), gathered.arm_name(second)
+    message = f"{names[1]} differs from {names[0]} in {_extent(gathered, pair)}{start}"
     return Reason(code="bits-differ", rank=rank, message=message)
 
 

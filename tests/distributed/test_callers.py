@@ -1,24 +1,20 @@
-"""SGLang's lifted code over the stand-ins on real ranks: the oracle's bits, and the rows given to `fused_moe`."""
+"""The arm production with SGLang's released text on real ranks: the oracle's bits, and the rows of `fused_moe`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
-import torch
 
-from distbench.callers import make_caller
-from distbench.callers.setting import Setting
-from distbench.case.limits import Traffic, resolve_limit
+from distbench.callers.sglang.definitions import DISPATCHER
+from distbench.case.sglang_releases import NEWEST
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
-from distbench.experts.aiter.adapter import make_aiter_experts
-from distbench.experts.base import ExpertInput, ExpertWeights
-from distbench.pipeline.inputs import workload_for
-from distbench.pipeline.recv_bound import parse_sender_rows
-from distbench.transport import make_transport
-from distbench.transport.mori.config import production_kernel
-from distbench.workload.routing import recv_counts
+from distbench.errors import Verdict
+from distbench.pipeline.run_case import run_case
+from distbench.verify.records import CallerUse, Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 from tests.slim_wheel import slim_wheel
@@ -31,56 +27,27 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> str:
     return slim_wheel(tmp_path_factory.mktemp("sglang"))
 
 
-class Ran(NamedTuple):
-    """One pass of a rank: rows given to `fused_moe`, total_recv, wrong tokens, and arguments unlike distbench's."""
-
-    rows: int
-    received: int
-    wrong: int
-    differing: dict[str, tuple[str, str]]
+def outcome_of(session: Session, case: Case) -> Outcome | None:
+    return run_case(session, case)
 
 
-@torch.inference_mode()
-def passed(session: Session, case: Case, wheel: str) -> Ran:
-    """One pass of the caller over the case's transport."""
-    session.use("cpu")
-    workload = workload_for(case, session.device)
-    batch = workload.tokens(session.rank)
-    sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size)
-    counts = session.agree("0" * 64, sent.new_zeros(1), sent)
-    transport = make_transport(session, case, counts, batch)
-    experts = make_aiter_experts(case)
-    traffic = Traffic(case.tokens, tuple(counts.sum(0).tolist()), case.capacity)
-    setting = Setting(
-        case=case,
-        rank=session.rank,
-        device=session.device,
-        limit=resolve_limit(case.limit, traffic),
-        kernel=production_kernel(case),
-        sender_rows=parse_sender_rows(case),
-    )
-    mask = torch.zeros(case.num_experts, dtype=torch.int32)
-    mask[session.rank * case.experts_per_rank :][: case.experts_per_rank] = 1
-    weights = ExpertWeights(*workload.local_weights(session.rank), mask)
-    layer = make_caller("sglang", wheel, setting, experts).start(batch, weights, transport)
-    received = int(layer.dispatch().total_recv)
-    layer.cut()
-
-    def check(given: ExpertInput) -> None:
-        experts.check(given, weights)
-
-    call = layer.experts(check)
-    tokens = layer.combine()
-    transport.close()
-    expected = workload.expected(batch)
-    assert expected is not None
-    wrong = (tokens.view(torch.int16) != expected.view(torch.int16)).any(1).sum()
-    return Ran(call.given.rows, received, int(wrong), call.differing)
+def outcome(wheel: str, ranks: int, **values: Any) -> Outcome:
+    defaults = {"experts": "aiter", "emulate": True, "limit": "off"}
+    case = msgspec.structs.replace(tiny_case(ranks, **FREE | defaults | values), caller="sglang", caller_wheel=wheel)
+    found: Outcome | None = on_ranks(ranks, outcome_of, case)[0]
+    assert found is not None
+    return found
 
 
-def ran(wheel: str, ranks: int, **values: Any) -> list[Ran]:
-    case = tiny_case(ranks, **FREE | {"experts": "aiter", "emulate": True, "limit": "off"} | values)
-    return on_ranks(ranks, passed, case, wheel)
+def passed(wheel: str, ranks: int, **values: Any) -> list[CallerUse]:
+    """What the caller did on each rank, in a case that passes: production has the oracle's bits."""
+    found = outcome(wheel, ranks, **values)
+    assert found.judgement.verdict is Verdict.PASS, found.judgement
+    assert found.gathered is not None
+    assert found.gathered.comparisons["production/oracle"].equal
+    uses = [record.caller for record in found.gathered.observations]
+    assert all(use is not None for use in uses)
+    return [use for use in uses if use is not None]
 
 
 @pytest.mark.parametrize(
@@ -101,16 +68,13 @@ def ran(wheel: str, ranks: int, **values: Any) -> list[Ran]:
         ({"tokens": [0, 7], "recv_bound": True}, [32, 32]),
         ({"tokens": [0, 7], "recv_bound": True, "dispatch_dtype": "fp8"}, [32, 32]),
         ({"tokens": [0, 0], "recv_bound": True}, [128, 128]),
+        ({"tokens": [5, 7], "limit": "24", "transport": "mori", "combine_input": "registered"}, [24, 24]),
+        ({"tokens": [5, 7], "recv_bound": True, "transport": "mori", "mori_kernel": "AsyncLL"}, [32, 32]),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("transport", ["collective", "mori"])
-def test_rows_given_to_fused_moe_and_bits_on_two_ranks(
-    wheel: str, transport: str, values: dict[str, Any], rows: list[int]
-) -> None:
-    found = ran(wheel, 2, transport=transport, **values)
-    assert [one.rows for one in found] == rows
-    assert [one.wrong for one in found] == [0, 0]
+def test_rows_given_to_fused_moe_and_bits_on_two_ranks(wheel: str, values: dict[str, Any], rows: list[int]) -> None:
+    assert [use.rows for use in passed(wheel, 2, **values)] == rows
 
 
 @pytest.mark.parametrize("ranks", [4, 8])
@@ -128,12 +92,44 @@ def test_rows_given_to_fused_moe_and_bits_with_idle_ranks(
     wheel: str, ranks: int, values: dict[str, Any], rows: str
 ) -> None:
     tokens = [0, *(1 + 5 * rank % 9 for rank in range(1, ranks))]
-    found = ran(wheel, ranks, tokens=tokens, **values)
     total = sum(tokens)
     expected = {"full": 64 * ranks, "sum": total, "bound": -(-total // 32) * 32}[rows]
-    assert [(one.rows, one.wrong) for one in found] == [(expected, 0)] * ranks
+    assert [use.rows for use in passed(wheel, ranks, tokens=tokens, **values)] == [expected] * ranks
+
+
+@pytest.mark.parametrize("stale", ["5,9", "9,7"])
+def test_rank_with_stale_metadata_does_not_cut_in_both_kinds_of_inputs(wheel: str, stale: str) -> None:
+    uses = passed(wheel, 2, tokens=[5, 7], recv_bound=True, sender_rows=stale, numerics="both")
+    assert sorted(use.rows for use in uses) == [32, 128]
 
 
 def test_arguments_of_fused_moe_that_differ_from_distbenchs_are_known(wheel: str) -> None:
-    found = ran(wheel, 2, tokens=[5, 7], limit="24", dispatch_dtype="fp8")
-    assert [one.differing for one in found] == [{"moe_sorting_dispatch_policy": ("2", "0")}] * 2
+    uses = passed(wheel, 2, tokens=[5, 7], limit="24", dispatch_dtype="fp8")
+    assert [use.differing for use in uses] == [{"moe_sorting_dispatch_policy": ("2", "0")}] * 2
+
+
+def test_limit_below_total_recv_is_refused_before_production_runs(wheel: str) -> None:
+    found = outcome(wheel, 2, tokens=[20, 33], limit="24")
+    assert found.judgement.verdict is Verdict.UNDER_LIMIT
+    assert found.gathered is not None
+    assert "production" not in found.gathered.observations[0].kernels
+
+
+def test_unchecked_limit_below_total_recv_loses_the_same_rows_in_production(wheel: str) -> None:
+    found = outcome(wheel, 2, tokens=[20, 33], limit="24", policy="unchecked", slot_order="source")
+    assert found.judgement.verdict is Verdict.UNDER_LIMIT
+    assert found.gathered is not None
+    assert found.gathered.comparisons["truncated/production"].equal
+
+
+def test_release_without_a_definition_is_unsupported_on_all_ranks(wheel: str) -> None:
+    missing = slim_wheel(Path(wheel).parent, {DISPATCHER: ("def mori_recv_bound(", "def recv_bound(")}, "missing")
+    found = outcome(missing, 2)
+    assert found.judgement.verdict is Verdict.UNSUPPORTED
+    assert f"sglang {NEWEST}: {DISPATCHER} does not define mori_recv_bound" in found.judgement.reasons[0].message
+
+
+def test_rules_of_another_release_than_the_callers_are_refused(wheel: str) -> None:
+    found = outcome(wheel, 2, sglang_version="0.5.22")
+    assert found.judgement.verdict is Verdict.INVALID
+    assert f"the caller is sglang {NEWEST}" in found.judgement.reasons[0].message

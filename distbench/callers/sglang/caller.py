@@ -15,7 +15,7 @@ from distbench.callers.fused_moe import WatchedFusedMoe
 from distbench.callers.packages import PackageText
 from distbench.callers.setting import Setting
 from distbench.callers.sglang.lifted import Package, Sglang, kernel_type, load
-from distbench.errors import DistbenchError
+from distbench.errors import DistbenchError, InvalidCase, Unsupported
 from distbench.experts.aiter.adapter import AiterExperts
 from distbench.experts.base import ExpertWeights
 from distbench.transport.base import Dispatched, Transport
@@ -154,13 +154,14 @@ class _Pass(CallerPass):
 
 @contextmanager
 def _named(label: str) -> Iterator[None]:
-    """Errors of lifted code name its release."""
+    """Errors in a pass of lifted code, also those that reach it from the transport or the kernels, name its release."""
     try:
         yield
-    except DistbenchError:
+    except (InvalidCase, Unsupported):
         raise
     except Exception as error:
-        message = f"{label} as the caller: {type(error).__name__}: {one_line(error)}"
+        kind = "" if isinstance(error, DistbenchError) else f"{type(error).__name__}: "
+        message = f"{kind}{one_line(error)} (in a pass of production, {label})"
         raise DistbenchError(message) from error
 
 

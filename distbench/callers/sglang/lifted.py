@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from distbench.callers.base import CallerText
 from distbench.callers.lift import Lift, Stub, Unreached
 from distbench.callers.packages import PackageText
 from distbench.callers.setting import Setting
 from distbench.callers.sglang.definitions import BASE, COMMON, DEFINITIONS, DISPATCHER, ENVIRON, MODES, RUNNER
 from distbench.callers.sglang.environment import operating_system, parallel, torch_on
+from distbench.callers.text import CallerText
 from distbench.workload.quantize import fp8_dtype
 
 _BUILT_FOR_GFX95 = "gfx95"

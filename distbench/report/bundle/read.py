@@ -14,7 +14,7 @@ import msgspec
 
 from distbench.case.limits import Traffic
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.spec import DERIVED_KEYS, Case, inputs_of
+from distbench.case.spec import UNSTORED_KEYS, Case, inputs_of
 from distbench.case.stages import ARMS, LAYER_STAGES, Arm
 from distbench.errors import InvalidCase
 from distbench.report.bundle.layout import (
@@ -90,7 +90,7 @@ def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
 
     """
     case = bundle.manifest.case
-    values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
+    values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in UNSTORED_KEYS}
     values["kernel_table"] = str(bundle.folder / KERNEL_TABLE) if case.kernel_table else ""
     if case.kernel_table and not any("kernel_table" in layer.values for layer in asked):
         if bundle.manifest.table_left_out:

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from distbench.case.stages import LAYER_STAGES, Arm
+from distbench.case.stages import LAYER_STAGES, OWN_ARMS, Arm
 from distbench.report.results import Result, Results
 
 _CASE_KEYS = (
@@ -24,7 +24,7 @@ _CASE_KEYS = (
     "repeats",
     "hash",
 )
-_TIMES = tuple((arm, stage) for arm in Arm for stage in LAYER_STAGES)
+_TIMES = tuple((arm, stage) for arm in OWN_ARMS for stage in LAYER_STAGES)
 COLUMNS = (
     "name",
     "verdict",

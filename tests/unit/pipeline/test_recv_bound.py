@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
+from distbench.case.limits import Traffic
 from distbench.errors import InvalidCase, Unsupported
 from distbench.launcher.preflight import check_case
-from distbench.pipeline.recv_bound import recv_bound
+from distbench.pipeline.recv_bound import limit_rows, production_rows, recv_bound
+from distbench.verify.records import ResolvedCase
 from tests.cases import tiny_case
 
 
@@ -68,6 +71,35 @@ def test_metadata_that_is_stale_on_some_ranks_is_unsupported() -> None:
         recv_bound(case(sender_rows="16,9,16,16"))
     with pytest.raises(InvalidCase, match="give whole numbers joined by commas"):
         recv_bound(case(sender_rows="many"))
+
+
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [
+        ({}, [64] * 4),
+        ({"limit": "40"}, [40] * 4),
+        ({"limit": "4000"}, [2048] * 4),
+        ({"sender_rows": "16,9,16,16"}, [64, 2048, 64, 64]),
+        ({"sender_rows": "16,60,16,16"}, [128, 2048, 128, 128]),
+        ({"sender_rows": "9,9,9,9"}, [2048] * 4),
+        ({"sender_rows": "16,16,16,-1"}, [2048] * 4),
+        ({"sender_rows": "16,16"}, [2048] * 4),
+        ({"tp_size": 8}, [2048] * 4),
+        ({"tokens": 0}, [2048] * 4),
+        ({"recv_bound": False}, [2048] * 4),
+    ],
+)
+def test_rows_of_a_caller_follow_each_ranks_own_metadata(values: dict[str, Any], rows: list[int]) -> None:
+    called = msgspec.structs.replace(case(**values), caller="sglang")
+    traffic = Traffic(called.tokens, (0,) * 4, called.capacity)
+    resolved = ResolvedCase(called, traffic, limit_rows(called, traffic))
+    assert [production_rows(resolved, rank) for rank in range(4)] == rows
+
+
+def test_metadata_that_is_stale_on_some_ranks_is_a_callers_own_matter() -> None:
+    bound = recv_bound(msgspec.structs.replace(case(sender_rows="16,9,16,16"), caller="sglang"))
+    assert bound.rows is None
+    assert "stale on 1 of 4 ranks, and the caller cuts on the others alone" in bound.reason
 
 
 def test_reason_for_an_unbounded_receive_buffer_is_reported() -> None:

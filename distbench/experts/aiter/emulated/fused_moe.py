@@ -76,6 +76,9 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
     if activation is not ActivationType.Silu or not all(one is None or one is False or one == 0 for one in unusual):
         message = "fused_moe (emulated): no activation but SiLU, no bias, padding, static scale or tile is imitated"
         raise NotImplementedError(message)
+    if quant_type not in {QuantType.No, QuantType.per_1x128}:
+        message = f"fused_moe (emulated): {quant_type} is not imitated; No and per_1x128 are"
+        raise NotImplementedError(message)
     del moe_sorting_dispatch_policy  # the result is the same
     out_dtype = hidden_states.dtype if dtype is None else dtype
     assert out_dtype in {torch.float16, torch.bfloat16}, f"Fused_moe unsupported out dtype: {out_dtype}"  # noqa: S101

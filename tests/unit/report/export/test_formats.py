@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
 
-from distbench.case.stages import ARMS, LAYER_STAGES
+from distbench.case.stages import LAYER_STAGES, OWN_ARMS
 from distbench.cli.main import main
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.export import FILES, load_writers, parse_targets, write_reports
@@ -265,7 +265,7 @@ def test_csv_has_one_row_per_case(tmp_path: Path) -> None:
     assert [row["verdict"] for row in rows] == [report["verdict"] for report in SUITE]
     assert {row["emulated"] for row in rows} == {"true"}
     assert rows[1]["reason"] == "wrong ended in CORRUPT"
-    assert [float(rows[0][f"{arm}_{stage}_median_us"]) for arm in ARMS if arm for stage in LAYER_STAGES] == [2.0] * 16
+    assert [float(rows[0][f"{arm}_{stage}_median_us"]) for arm in OWN_ARMS for stage in LAYER_STAGES] == [2.0] * 16
 
 
 def test_json_contains_the_reports_unchanged(tmp_path: Path) -> None:

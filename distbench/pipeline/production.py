@@ -1,0 +1,90 @@
+"""The arm production: a caller's code in place of distbench's own, between the same transport and the same kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distbench.callers import make_caller
+from distbench.callers.base import Call, Caller
+from distbench.callers.setting import Setting
+from distbench.case.spec import Case
+from distbench.case.stages import Stage
+from distbench.distributed.session import Session
+from distbench.errors import DistbenchError, Unsupported
+from distbench.experts.aiter.adapter import AiterExperts
+from distbench.experts.base import ExpertInput, Experts
+from distbench.pipeline.layer import Inspector
+from distbench.pipeline.parts import Parts
+from distbench.pipeline.recv_bound import parse_sender_rows
+from distbench.transport.mori.config import production_kernel
+from distbench.verify.records import ResolvedCase
+
+_WORD_DIGITS = 15
+
+
+def caller_of(session: Session, resolved: ResolvedCase, experts: Experts) -> Caller:
+    """The case's caller, with the same text on every rank. Collective.
+
+    Raises:
+        InvalidCase, Unsupported: on every rank, as `make_caller`; or the ranks have different texts.
+
+    """
+    case = resolved.case
+    with session.together():
+        caller = make_caller(case.caller, case.caller_wheel, _setting(session, resolved), _aiter(case, experts))
+    text = caller.text
+    session.require_same(
+        int(text.sha256[:_WORD_DIGITS], 16), f"lifted text of {text.package}", "install the same release on all nodes"
+    )
+    return caller
+
+
+def run_production(
+    parts: Parts, inspect: Inspector, take: Callable[[Call], None], mark: Callable[[Stage], None]
+) -> Tensor:
+    """This rank's combined tokens, bf16 [n, H], of a pass of the caller's code; see `run_layer`. Collective."""
+    assert parts.caller is not None  # noqa: S101 - the arm runs only where there is one
+    layer = parts.caller.start(parts.batch, parts.weights, parts.transport)
+
+    def check(given: ExpertInput) -> None:
+        parts.experts.check(given, parts.weights)
+
+    mark(Stage.DISPATCH)
+    dispatched = layer.dispatch()
+    mark(Stage.TRUNCATE)
+    layer.cut()
+    mark(Stage.EXPERTS)
+    call = layer.experts(check)
+    mark(Stage.CHECK)
+    take(call)
+    inspect(parts.transport.sources(), dispatched, call.given, call.output)
+    mark(Stage.COMBINE)
+    tokens = layer.combine()
+    right = (parts.batch.ids.shape[0], parts.weights.w2.shape[1])
+    if tokens.shape != right or tokens.dtype != torch.bfloat16:
+        shape = f"{tokens.dtype} {list(tokens.shape)}".removeprefix("torch.")
+        message = f"production ({parts.caller.text.label}) returns {shape} tokens: bfloat16 {list(right)} were sent"
+        raise DistbenchError(message)
+    return tokens
+
+
+def _setting(session: Session, resolved: ResolvedCase) -> Setting:
+    case = resolved.case
+    return Setting(
+        case=case,
+        rank=session.rank,
+        device=session.device,
+        limit=resolved.limit if case.limit_key == "limit" else None,
+        kernel=production_kernel(case, session.local_ranks),
+        sender_rows=parse_sender_rows(case),
+    )
+
+
+def _aiter(case: Case, experts: Experts) -> AiterExperts:
+    if not isinstance(experts, AiterExperts):
+        message = f"caller = {case.caller}: production calls aiter's fused_moe; use experts aiter"
+        raise Unsupported(message)
+    return experts

@@ -1,0 +1,80 @@
+"""`--caller sglang` as users start it: its report, a failing pass, and the refusals before a rank starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from distbench.callers.sglang.definitions import DISPATCHER, RUNNER
+from distbench.case.sglang_releases import NEWEST
+from tests.end_to_end.in_process import Run, tiny
+from tests.slim_wheel import slim_wheel
+
+LAYER = ("--tokens", "5,7", "--max-dispatch-tokens-per-rank", "64", "--experts", "aiter", "--emulate")
+NUMERICS = ("--numerics", "exact")
+
+
+def production(out: Path, wheel: str, *more: str) -> Run:
+    return tiny(out, 2, *LAYER, *NUMERICS, "--caller", "sglang", "--caller-wheel", wheel, *more)
+
+
+def test_report_has_the_callers_code_and_its_rows(tmp_path: Path) -> None:
+    run = production(tmp_path / "out", slim_wheel(tmp_path))
+    assert run.exit_code == 0
+    assert "production == truncated == repadded == control == padded == oracle" in run.last_line
+    caller = json.loads((tmp_path / "out" / "report.json").read_bytes())["caller"]
+    assert (caller["package"], caller["version"], caller["origin"]) == ("sglang", NEWEST, str(tmp_path / "sglang.whl"))
+    assert {DISPATCHER, RUNNER} <= set(caller["files"])
+    assert len(caller["sha256"]) == 64
+    assert caller["rows"] == {"0": 32, "1": 32}
+    assert caller["arguments"] == {"moe_sorting_dispatch_policy": ["2", "0"]}
+    line = f"production: sglang {NEWEST}, SHA-256 {caller['sha256'][:12]}, M = 32; arguments of fused_moe unlike"
+    assert line in " ".join(run.stdout.split())
+
+
+def test_wrong_cut_is_corrupt_and_replays_from_its_bundle_with_the_flags(tmp_path: Path) -> None:
+    cut = "            topk_weights = topk_weights[:mori_max]\n"
+    wheel = slim_wheel(tmp_path, {RUNNER: (cut, cut.replace("topk_weights[", "topk_weights.flip(0)["))}, "wrong")
+    run = production(tmp_path / "out", wheel, "--limit", "12", "--bundle", str(tmp_path / "bundles"))
+    assert run.exit_code == 1
+    assert "\nCORRUPT" in run.stdout
+    assert f"production (sglang {NEWEST})" in run.stdout
+    (bundle,) = (tmp_path / "bundles").iterdir()
+    flags = ("--caller", "sglang", "--caller-wheel", wheel)
+    again = Run(tmp_path / "again", "replay", str(bundle), *flags)
+    assert (again.exit_code, "CORRUPT" in again.stdout) == (0, True), again.stdout + again.stderr
+    without = Run(tmp_path / "without", "replay", str(bundle))
+    assert without.exit_code == 2
+    assert "names code to execute; give --caller too" in without.stderr
+
+
+def test_error_in_the_callers_code_names_it_and_ends_the_rank(tmp_path: Path) -> None:
+    wheel = slim_wheel(tmp_path, {RUNNER: ('"silu": "Silu"', '"silu": "Gelu"')}, "gelu")
+    run = production(tmp_path / "out", wheel)
+    assert run.exit_code == 3
+    assert "RANK_FAULT" in run.last_line
+    assert f"in a pass of production, sglang {NEWEST}" in run.last_line
+
+
+def test_release_without_a_definition_is_unsupported_before_ranks_start(tmp_path: Path) -> None:
+    wheel = slim_wheel(tmp_path, {DISPATCHER: ("def mori_recv_bound(", "def recv_bound(")}, "other")
+    run = production(tmp_path / "out", wheel)
+    assert run.exit_code == 77
+    assert f"sglang {NEWEST}: {DISPATCHER} does not define mori_recv_bound" in run.stderr
+    assert not (tmp_path / "out" / "ranks").exists()
+
+
+def test_caller_without_a_wheel_or_an_installed_package_is_unsupported(tmp_path: Path) -> None:
+    run = tiny(tmp_path / "out", 2, *LAYER, "--caller", "sglang")
+    assert run.exit_code == 77
+    assert (
+        "caller sglang: the package sglang is not installed; install it, or name a wheel: --caller-wheel" in run.stderr
+    )
+
+
+def test_caller_that_only_a_case_file_names_is_invalid(tmp_path: Path) -> None:
+    case = tmp_path / "case.toml"
+    case.write_text('caller = "sglang"\nexperts = "aiter"\nemulate = true\n')
+    run = tiny(tmp_path / "out", 2, "--case", str(case))
+    assert run.exit_code == 2
+    assert "names code to execute; give --caller too, or drop the key" in run.stderr
