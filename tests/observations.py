@@ -9,6 +9,7 @@ import msgspec
 from distbench.case.limits import Traffic
 from distbench.case.spec import Case
 from distbench.case.stages import Arm
+from distbench.verify.pairs import pair_name, pairs_of
 from distbench.verify.records import (
     NO_DIFFERENCE,
     ORACLE,
@@ -20,8 +21,6 @@ from distbench.verify.records import (
     ResolvedCase,
     RowComparison,
     TokenCounts,
-    pair_name,
-    pairs_of,
 )
 from tests.cases import tiny_case
 

@@ -1,4 +1,4 @@
-"""Origin of a caller's code. Loads no torch."""
+"""Records of a caller: the origin of its code, and its use on a rank. Loads no torch."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ class CallerText(msgspec.Struct, frozen=True, kw_only=True):
     def label(self) -> str:
         """Package and release, such as sglang 0.5.23."""
         return f"{self.package} {self.version}"
+
+
+class CallerUse(msgspec.Struct, frozen=True):
+    """A caller on one rank: the origin of its code, the rows M that it gave to `fused_moe`, and unlike arguments.
+
+    `differing` maps an argument of `fused_moe` to the caller's value and distbench's own, as text.
+    """
+
+    text: CallerText
+    rows: int
+    differing: dict[str, tuple[str, str]]

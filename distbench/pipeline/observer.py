@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 from torch import Tensor
 
+from distbench.callers.text import CallerUse
 from distbench.case.stages import Arm, Stage
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
@@ -24,12 +25,12 @@ from distbench.verify.combine_model import OwnSlots
 from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
+from distbench.verify.pairs import pair_name, pairs_of
 from distbench.verify.records import (
     LISTED_TOKENS,
     NO_DIFFERENCE,
     ORACLE,
     ArmError,
-    CallerUse,
     Divergence,
     LostRows,
     Observation,
@@ -38,8 +39,6 @@ from distbench.verify.records import (
     RowComparison,
     Timed,
     TokenCounts,
-    pair_name,
-    pairs_of,
 )
 from distbench.verify.row_compare import compare_rows, relative_error, same_bits, tensor_digest
 from distbench.verify.stage_check import StageChecker, foreseen

@@ -17,14 +17,8 @@ from torch import Tensor
 from distbench.distributed.session import Session
 from distbench.distributed.waits import waiting
 from distbench.utils.process import peak_bytes
-from distbench.verify.records import (
-    LISTED_TOKENS,
-    NO_DIFFERENCE,
-    Gathered,
-    Observation,
-    pair_name,
-    pairs_of,
-)
+from distbench.verify.pairs import pair_name, pairs_of
+from distbench.verify.records import LISTED_TOKENS, NO_DIFFERENCE, Gathered, Observation
 from distbench.verify.row_compare import compare_rows, differing, row_digests, same_bits
 
 ROUND_BYTES = 16 << 20

@@ -9,7 +9,8 @@ from torch import Tensor
 from distbench.case.stages import CUT_ARMS
 from distbench.distributed.waits import collective
 from distbench.verify.gather import Outputs
-from distbench.verify.records import ORACLE, ResolvedCase, Survivors, pair_name, pairs_of
+from distbench.verify.pairs import pair_name, pairs_of
+from distbench.verify.records import ORACLE, ResolvedCase, Survivors
 from distbench.verify.row_compare import differing
 
 

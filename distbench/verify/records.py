@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from distbench.callers.text import CallerText
+from distbench.callers.text import CallerUse
 from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.case.spec import Case
 from distbench.case.stages import Arm, Stage
@@ -226,17 +226,6 @@ class Survivors(msgspec.Struct, frozen=True):
     differing: dict[str, int]
 
 
-class CallerUse(msgspec.Struct, frozen=True):
-    """A caller on one rank: the origin of its code, the rows M that it gave to `fused_moe`, and unlike arguments.
-
-    `differing` maps an argument of `fused_moe` to the caller's value and distbench's own, as text.
-    """
-
-    text: CallerText
-    rows: int
-    differing: dict[str, tuple[str, str]]
-
-
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
@@ -402,23 +391,3 @@ class Outcome(msgspec.Struct, frozen=True):
     gathered: Gathered | None = None
     diagnosis: list[Diagnosis] = []
     stacks: dict[str, str] = {}
-
-
-def pairs_of(arms: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return the pairs of outputs to compare, in the order of the report. `arms` may end in the oracle."""
-    wanted = [
-        (Arm.PADDED, ORACLE),
-        (Arm.PADDED, Arm.CONTROL),
-        (Arm.PADDED, Arm.REPADDED),
-        (Arm.REPADDED, Arm.TRUNCATED),
-        (Arm.PADDED, Arm.TRUNCATED),
-        (Arm.TRUNCATED, Arm.PRODUCTION),
-        (Arm.PADDED, Arm.PRODUCTION),
-        (Arm.PRODUCTION, ORACLE),
-    ]
-    return [pair for pair in wanted if pair[0] in arms and pair[1] in arms]
-
-
-def pair_name(pair: tuple[str, str]) -> str:
-    """Return the key of a comparison."""
-    return f"{pair[0]}/{pair[1]}"

@@ -9,12 +9,13 @@ import msgspec
 import pytest
 
 from distbench.callers.sglang.definitions import DISPATCHER
+from distbench.callers.text import CallerUse
 from distbench.case.sglang_releases import NEWEST
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import Verdict
 from distbench.pipeline.run_case import run_case
-from distbench.verify.records import CallerUse, Outcome
+from distbench.verify.records import Outcome
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 from tests.slim_wheel import slim_wheel
