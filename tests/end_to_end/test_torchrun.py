@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from distbench.cli.main import main
+from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import clear_ranks, failure_path, heartbeat_path, stack_path
 from distbench.launcher.locks import hold
 from tests.end_to_end.launches import TINY, Torchrun, TorchrunOfThree, faulty, wait_until
@@ -88,6 +89,11 @@ def test_collect_names_the_rank_that_hung(tmp_path: Path, place: str, told: str)
     assert re.fullmatch(told + waited, report["reasons"][0]["message"])
 
 
+def progress(out: Path, rank: int) -> tuple[int, ...]:
+    at = read_position(heartbeat_path(out, rank))
+    return at.progress if at else ()
+
+
 def test_collect_names_the_rank_that_was_behind_if_all_were_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +101,7 @@ def test_collect_names_the_rank_that_was_behind_if_all_were_killed(
     hung = faulty("2:0:control/experts:sleep", once=fired)
     with TorchrunOfThree(tmp_path / "out", "run", "--model=tiny", **hung) as bench:
         assert wait_until(fired.exists, 60)
+        assert wait_until(lambda: all(progress(bench.out, rank) > progress(bench.out, 2) for rank in (0, 1)), 60)
         for command in (("run", "--model=tiny", "--out"), ("collect",)):
             assert main([*command, str(bench.out)]) == 3
             assert f"distbench: BUSY: folder {bench.out} is in use by process " in capsys.readouterr().err
