@@ -77,6 +77,14 @@ CORRUPT = [
         BOUND,
     ),
     ("the limit is rounded", DISPATCHER, "min(self._manual_recv_cap,", "min(-(-self._manual_recv_cap // 32) * 32,", {}),
+    (
+        "the bound is rounded to a power of two",
+        DISPATCHER,
+        "        self._recv_cap_pow2_buckets = False\n",
+        "        self._recv_cap_pow2_buckets = True\n",
+        BOUND | {"tokens": [30, 35]},
+    ),
+    ("the limit is ignored", DISPATCHER, "if self._manual_recv_cap > 0:", "if self._manual_recv_cap < 0:", {}),
     ("tp is not compared with ep", DISPATCHER, " or parallel.tp_size != ep_size", "", BOUND | {"tp_size": 4}),
     (
         "stale metadata is not found",
@@ -100,6 +108,13 @@ CORRUPT = [
         BOUND | {"mori_kernel": "IntraNodeLL"},
     ),
     ("ids are dispatched in another order", DISPATCHER, SENT, SENT.replace("topk_ids", "topk_ids.roll(1, 0)"), {}),
+    (
+        "scales and weights are dispatched in each other's place",
+        DISPATCHER,
+        SENT,
+        SENT.replace("topk_weights,\n                scale", "scale,\n                topk_weights"),
+        FP8,
+    ),
     (
         "the mask is another rank's",
         DISPATCHER,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +137,37 @@ def test_rules_of_another_release_than_the_callers_are_refused(wheel: str) -> No
     found = outcome(wheel, 2, sglang_version="0.5.22")
     assert found.judgement.verdict is Verdict.INVALID
     assert f"the caller is sglang {NEWEST}" in found.judgement.reasons[0].message
+
+
+def outcome_of_installed(session: Session, case: Case, folders: list[str]) -> Outcome | None:
+    """The outcome where each rank's sglang is the one in its folder."""
+    sys.path.insert(0, folders[session.rank])
+    importlib.invalidate_caches()
+    try:
+        return run_case(session, case)
+    finally:
+        sys.path.remove(folders[session.rank])
+        assert "sglang" not in sys.modules
+
+
+def unpacked(wheel: str, folder: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    (folder / "sglang" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    return str(folder)
+
+
+def test_installed_package_is_lifted_and_must_be_the_same_on_all_ranks(wheel: str, tmp_path: Path) -> None:
+    align = "    align = MORI_LOGICAL_RECV_ROW_ALIGN\n"
+    other = slim_wheel(tmp_path, {DISPATCHER: (align, f"{align}    # a patched node\n")})
+    folders = [unpacked(wheel, tmp_path / "first"), unpacked(other, tmp_path / "second")]
+    values = {"experts": "aiter", "emulate": True, "tokens": [5, 7]}
+    case = msgspec.structs.replace(tiny_case(2, **FREE | values), caller="sglang")
+    alike: Outcome | None = on_ranks(2, outcome_of_installed, case, [folders[0]] * 2)[0]
+    unlike: Outcome | None = on_ranks(2, outcome_of_installed, case, folders)[0]
+    assert alike is not None
+    assert unlike is not None
+    assert alike.judgement.verdict is Verdict.PASS, alike.judgement
+    assert unlike.judgement.verdict is Verdict.INVALID
+    assert "lifted text of sglang" in unlike.judgement.reasons[0].message
+    assert "install the same release on all nodes" in unlike.judgement.reasons[0].message
