@@ -159,7 +159,7 @@ def read_position(path: Path) -> Position | None:
         content = path.read_bytes()
     except OSError:
         return None
-    if len(content) != _SIZE or not any(content):
+    if len(content) != _SIZE or not any(content[: _RECORD.size]):  # a rank writes its waits before its first mark
         return None
     *fields, space = _RECORD.unpack_from(content)
     position = Position(*fields, *_WAITS.unpack_from(content, _RECORD.size))

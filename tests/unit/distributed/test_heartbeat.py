@@ -35,6 +35,23 @@ def test_last_position_of_a_rank_is_read_from_its_file(tmp_path: Path) -> None:
     assert read_position(path) == msgspec.structs.replace(position, waiting=KINDS.index("end of the launch"))
 
 
+def test_rank_that_has_recorded_its_waits_and_no_place_has_no_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that reads at this moment saw a rank that had stood in start since the machine was booted."""
+    path, seen = tmp_path / "rank.heartbeat", []
+    mark = Heartbeat.mark
+
+    def look(heartbeat: Heartbeat, stage: Stage) -> None:
+        seen.append(read_position(path))
+        mark(heartbeat, stage)
+
+    monkeypatch.setattr(Heartbeat, "mark", look)
+    with closing(Heartbeat(path)):
+        assert seen == [None]
+        assert read_position(path) is not None
+
+
 def test_process_id_of_another_host_is_not_taken_for_a_local_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
