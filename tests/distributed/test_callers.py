@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from distbench.case.sglang_releases import NEWEST
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import Verdict
+from distbench.experts import make_experts
+from distbench.experts.base import Experts, ExpertWeights
+from distbench.pipeline import run_case as run_case_module
 from distbench.pipeline.run_case import run_case
 from distbench.verify.records import Outcome
+from distbench.workload.inputs import Workload
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
 from tests.slim_wheel import slim_wheel
@@ -105,6 +110,37 @@ def test_rows_given_to_fused_moe_and_bits_with_idle_ranks(
 def test_rank_with_stale_metadata_does_not_cut_in_both_kinds_of_inputs(wheel: str, stale: str) -> None:
     uses = passed(wheel, 2, tokens=[5, 7], recv_bound=True, sender_rows=stale, numerics="both")
     assert sorted(use.rows for use in uses) == [32, 128]
+
+
+def experts_that_live_as_weights_are_made(session: Session, case: Case) -> list[int]:
+    """Experts of other inputs that are still held each time that the case makes weights."""
+    made: list[weakref.ref[Experts]] = []
+    alive: list[int] = []
+
+    def make(chosen: Case) -> Experts:
+        experts = make_experts(chosen)
+        made.append(weakref.ref(experts))
+        return experts
+
+    def weigh(session: Session, chosen: Case, workload: Workload) -> ExpertWeights:
+        alive.append(sum(one() is not None for one in made))
+        return weights(session, chosen, workload)
+
+    weights = run_case_module._weights
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_case_module, "make_experts", make)
+        patch.setattr(run_case_module, "_weights", weigh)
+        for _ in range(2):
+            run_case(session, case)
+    return alive
+
+
+@pytest.mark.parametrize("caller", ["own", "sglang"])
+def test_experts_of_one_kind_of_inputs_are_freed_before_the_next_weights_are_made(wheel: str, caller: str) -> None:
+    changes = {"caller": caller, "caller_wheel": wheel if caller == "sglang" else ""}
+    values = FREE | {"experts": "aiter", "emulate": True, "limit": "off", "numerics": "both", "tokens": [5, 7]}
+    case = msgspec.structs.replace(tiny_case(2, **values), **changes)
+    assert on_ranks(2, experts_that_live_as_weights_are_made, case) == [[0] * 4] * 2
 
 
 def test_arguments_of_fused_moe_that_differ_from_distbenchs_are_known(wheel: str) -> None:
