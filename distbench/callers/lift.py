@@ -86,13 +86,12 @@ class Lift:
             Unsupported: the file lacks a name, or a definition needs a global or a module that is not given.
 
         """
-        text = self._package.read(path)
+        text = _with_newlines(self._package.read(path))
         nodes = _nodes(self._package, path, text, names)
         for node in nodes:
-            self._texts.append((path, _text_of(node, text.splitlines(keepends=True))))
+            self._texts.append((path, _text_of(node, text.split("\n"))))
             _strip(node)
         module = types.ModuleType(f"{_MODULE}.{path.removesuffix('.py').replace('/', '.')}")
-        sys.modules[module.__name__] = module  # dataclasses and NamedTuple look the module of a class up
         namespace = module.__dict__
         namespace |= {**given, "__builtins__": self._builtins}
         future = ast.ImportFrom("__future__", [ast.alias("annotations")], 0)
@@ -100,11 +99,14 @@ class Lift:
         code = compile(tree, f"{self._package.name}:{path}", "exec", dont_inherit=True)
         self._check_imports(path, nodes)
         self._check_globals(path, code, namespace)
+        sys.modules[module.__name__] = module  # dataclasses look the module of a class up
         try:
             exec(code, namespace)  # noqa: S102 - the definitions that were asked for, and nothing else of the module
         except Exception as error:
             message = f"{self._package.label}: {path}: its definitions cannot be executed: {_reason(error)}"
             raise Unsupported(message) from error
+        finally:
+            del sys.modules[module.__name__]  # it holds all that the code was given: the experts' weights, a transport
         return namespace
 
     def _check_imports(self, path: str, nodes: Sequence[ast.stmt]) -> None:
@@ -179,8 +181,15 @@ def _text_of(node: ast.stmt, lines: Sequence[str]) -> str:
     decorators = getattr(node, "decorator_list", [])
     first = min(one.lineno for one in (node, *decorators)) - 1
     if not isinstance(node, ast.ClassDef):
-        return "".join(lines[first : node.end_lineno])
-    return "".join([*lines[first : node.lineno], *(_text_of(part, lines) for part in node.body)])
+        return "".join(f"{line}\n" for line in lines[first : node.end_lineno])
+    ends = [node.lineno, *(part.end_lineno or 0 for part in (*node.bases, *(one.value for one in node.keywords)))]
+    header = "".join(f"{line}\n" for line in lines[first : max(ends)])
+    return "".join([header, *(_text_of(part, lines) for part in node.body)])
+
+
+def _with_newlines(text: str) -> str:
+    """Text whose lines are those that `ast` counts: other characters at which text is split end none of them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _strip(node: ast.stmt) -> None:

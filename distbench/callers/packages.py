@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
+import weakref
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from email.parser import BytesHeaderParser
 from pathlib import Path
 
+from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.text import one_line
 
 _MOST_BYTES = 4 << 20
-_MOST_MEMBERS = 200_000
+_MOST_PART_BYTES = 8 << 20
+# The compressions of wheels: zipfile decompresses any other without a bound.
+_BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError)
 
 
 class PackageText(ABC):
@@ -83,6 +90,23 @@ class InstalledText(PackageText):
             raise self._missing(path) from error
 
 
+class _Parts(io.BufferedReader):
+    """A file of which no part above 8 MiB is read at once: a list of members, which zipfile reads whole, among them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read `size` bytes, or the rest of the file.
+
+        Raises:
+            ValueError: these are more than 8 MiB.
+
+        """
+        content = super().read(_MOST_PART_BYTES + 1 if size is None or size < 0 else min(size, _MOST_PART_BYTES + 1))
+        if len(content) > _MOST_PART_BYTES:
+            message = f"a list of members above {_MOST_PART_BYTES >> 20} MiB"
+            raise ValueError(message)
+        return content
+
+
 class WheelText(PackageText):
     """The package `name` in the wheel at `origin`."""
 
@@ -95,32 +119,42 @@ class WheelText(PackageText):
         """
         self.name, self.origin = name, path
         try:
-            self._archive = zipfile.ZipFile(path)
+            parts = _Parts(io.FileIO(open_regular(path)))
+            weakref.finalize(self, parts.close)
+            self._archive = zipfile.ZipFile(parts)
             self.version = self._metadata()
-        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
+        except _UNREADABLE as error:
             message = f"caller_wheel = {path!r:.200}: no readable wheel ({one_line(error)}); give a wheel of {name}"
             raise InvalidCase(message) from error
 
     def read(self, path: str) -> str:
         """See `PackageText.read`."""
         try:
-            with self._archive.open(path) as stream:
-                return self._decoded(path, stream.read(_MOST_BYTES + 1))
+            content = self._content(path)
         except KeyError as error:
             raise self._missing(path) from error
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+        except _UNREADABLE as error:
             message = f"{self.label}: {path} cannot be read from {self.origin} ({one_line(error)})"
             raise Unsupported(message) from error
+        return self._decoded(path, content)
+
+    def _content(self, path: str) -> bytes:
+        """Content of a member, cut just above the size allowed for a source file."""
+        method = self._archive.getinfo(path).compress_type
+        if method not in _BOUNDED:
+            message = f"compressed by method {method}; wheels are stored or deflated"
+            raise ValueError(message)
+        with self._archive.open(path) as stream:
+            return stream.read(_MOST_BYTES + 1)
 
     def _metadata(self) -> str:
         """Version that the wheel's METADATA states."""
         names = self._archive.namelist()
         found = [name for name in names if name.endswith(".dist-info/METADATA") and name.count("/") == 1]
-        if len(names) > _MOST_MEMBERS or len(found) != 1:
+        if len(found) != 1:
             message = f"{len(names)} files, {len(found)} of them METADATA"
             raise ValueError(message)
-        with self._archive.open(found[0]) as stream:
-            header = BytesHeaderParser().parsebytes(stream.read(_MOST_BYTES))
+        header = BytesHeaderParser().parsebytes(self._content(found[0]))
         named, version = str(header["Name"]), str(header["Version"])
         if named.lower().replace("_", "-") != self.name or not header["Version"]:
             message = f"a wheel of {named} {version}"

@@ -6,6 +6,7 @@ Flags, case file, production environment, model preset, defaults, in this order.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +18,7 @@ from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, FLAG_KEYS, Case, case_values
-from distbench.case.table_file import read_table_file, refuse_bulk
+from distbench.case.table_file import open_regular, read_table_file, refuse_bulk
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.case.tokens import split_tokens, spread_tokens
 from distbench.errors import InvalidCase, Unsupported
@@ -247,13 +248,14 @@ def _wheel_digest(path: str) -> str:
         return ""
     digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as stream:
-            while (part := stream.read(_WHEEL_PART)) and stream.tell() <= _MOST_WHEEL_BYTES:
+        with os.fdopen(open_regular(path), "rb") as stream:
+            small = os.fstat(stream.fileno()).st_size <= _MOST_WHEEL_BYTES
+            while small and (part := stream.read(_WHEEL_PART)):
                 digest.update(part)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         message = f"caller_wheel = {path!r:.200}: cannot be read ({one_line(error)}); give a wheel"
         raise InvalidCase(message) from error
-    if part:
+    if not small:
         message = f"caller_wheel = {path!r:.200}: larger than {_MOST_WHEEL_BYTES >> 30} GiB; give a wheel"
         raise InvalidCase(message)
     return digest.hexdigest()

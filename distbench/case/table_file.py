@@ -19,12 +19,24 @@ def read_table_file(path: str) -> bytes:
         ValueError: not a path, or not a regular file, such as a pipe without a writer.
 
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            message = "not a regular file"
-            raise ValueError(message)
+    with os.fdopen(open_regular(path), "rb") as file:
         return file.read(MAX_FILE_BYTES + 1)
+
+
+def open_regular(path: str) -> int:
+    """Descriptor for reading a file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: not a path, or not a regular file, such as a pipe without a writer.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        message = "not a regular file"
+        raise ValueError(message)
+    return descriptor
 
 
 def refuse_bulk(content: bytes) -> None:

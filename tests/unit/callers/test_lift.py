@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import random
+import struct
 import sys
+import tracemalloc
+import weakref
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +65,8 @@ def total(basket):
 METADATA = "Metadata-Version: 2.1\nName: shop\nVersion: 1.2.3\n"
 
 
-def wheel(path: Path, text: str = TEXT, metadata: str = METADATA) -> str:
-    with zipfile.ZipFile(path, "w") as archive:
+def wheel(path: Path, text: str = TEXT, metadata: str = METADATA, *, compressed: bool = False) -> str:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED) as archive:
         archive.writestr(PATH, text)
         archive.writestr("shop-1.2.3.dist-info/METADATA", metadata)
     return str(path)
@@ -157,6 +163,38 @@ def test_decorators_and_members_that_are_kept_are_part_of_the_digest(tmp_path: P
     assert digests[0] != digests[1]
 
 
+BASES = "class Basket(\n    Held,\n    Sold,\n):\n    count = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "old", "new"),
+    [
+        (BASES, "Basket", "Sold", "Lent"),
+        ("\f\f\n\n\nRATE = 3\n", "RATE", "3", "4"),
+        ("NAME = '\u2028\u2028\x1c'\n\n\nRATE = 3\n", "RATE", "3", "4"),
+        ("NAME = 1\r\rRATE = 3\r", "RATE", "3", "4"),
+    ],
+)
+def test_digest_is_of_the_lines_that_are_executed(tmp_path: Path, text: str, name: str, old: str, new: str) -> None:
+    digests = set()
+    for number, one in enumerate((text, text.replace(old, new))):
+        lift = lifter(WheelText("shop", wheel(tmp_path / f"{number}.whl", one)))
+        lift.lift(PATH, (name,), {"Held": Stub, "Sold": _Raises, "Lent": _Raises})
+        digests.add(lift.sha256)
+    assert len(digests) == 2
+
+
+def test_lifted_code_leaves_no_module_and_is_freed_with_what_it_was_given(shop: PackageText) -> None:
+    before, held = dict(sys.modules), Stub()
+    known = weakref.ref(held)
+    names = lifter(shop).lift(PATH, ("RATE", "price", "Basket", "Line"), standard() | {"held": held})
+    assert sys.modules == before
+    assert names["Basket"](2).count == 2
+    del names, held
+    gc.collect()
+    assert known() is None
+
+
 def test_any_use_of_an_unreached_name_is_refused() -> None:
     with pytest.raises(Unsupported, match="upscale"):
         Unreached("upscale")(1)
@@ -187,6 +225,52 @@ def test_oversized_source_is_unsupported(tmp_path: Path) -> None:
     one = WheelText("shop", wheel(tmp_path / "one.whl", "#" * (4 << 20) + "\n"))
     with pytest.raises(Unsupported, match="larger than 4 MiB"):
         one.read(PATH)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_member_that_is_decompressed_without_a_bound_is_refused_before(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "one.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(PATH, bytes(64 << 20), compress_type=method)
+        archive.writestr("shop-1.2.3.dist-info/METADATA", METADATA)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unsupported, match="wheels are stored or deflated"):
+            WheelText("shop", str(path)).read(PATH)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_wheel_that_lists_very_many_members_is_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "one.whl"
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", *(0,) * 16)
+    size = (9 << 20) // len(entry) * len(entry)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 0, 0, size, 0, 0)
+    path.write_bytes(entry * (size // len(entry)) + end)
+    with pytest.raises(InvalidCase, match="a list of members above 8 MiB"):
+        WheelText("shop", str(path))
+
+
+def test_any_damaged_wheel_is_refused_by_name(tmp_path: Path) -> None:
+    whole = Path(wheel(tmp_path / "one.whl", TEXT * 20, compressed=True)).read_bytes()
+    chance, path, refused = random.Random(5), tmp_path / "damaged.whl", 0
+    for _ in range(1500):
+        content = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            WheelText("shop", str(path)).read(PATH)
+        except (InvalidCase, Unsupported):
+            refused += 1
+    assert refused > 500
+
+
+def test_pipe_is_no_wheel(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "one.whl")
+    with pytest.raises(InvalidCase, match="not a regular file"):
+        WheelText("shop", str(tmp_path / "one.whl"))
 
 
 def test_installed_package_is_read_and_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

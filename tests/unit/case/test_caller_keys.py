@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_caller_is_refused_with_parts_that_production_has_not(values: dict[str, 
 def test_unreadable_wheel_is_refused() -> None:
     with pytest.raises(InvalidCase, match=r"caller_wheel = '/none/such\.whl': cannot be read"):
         resolve(AITER | {"caller": "sglang", "caller_wheel": "/none/such.whl"})
+
+
+def test_pipe_and_oversized_file_are_refused_as_wheels_before_they_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.whl")
+    with (tmp_path / "large.whl").open("wb") as large:
+        large.truncate((4 << 30) + 1)
+    for name, reason in (("pipe.whl", "not a regular file"), ("large.whl", "larger than 4 GiB")):
+        with pytest.raises(InvalidCase, match=rf"caller_wheel = .*{name}.*{reason}"):
+            resolve(AITER | {"caller": "sglang", "caller_wheel": str(tmp_path / name)})
 
 
 def test_wheel_without_a_caller_is_reported_as_unused(tmp_path: Path) -> None:
