@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import io
+import re
 import weakref
 import zipfile
 import zlib
@@ -14,12 +15,14 @@ from pathlib import Path
 
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase, Unsupported
-from distbench.utils.text import one_line
+from distbench.utils.text import one_line, printable
 
 _MOST_BYTES = 4 << 20
 _MOST_PART_BYTES = 8 << 20
 # The compressions of wheels: zipfile decompresses any other without a bound.
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_VERSION = re.compile(r"[0-9A-Za-z.!+_-]{1,64}")
+_SHOWN = 80
 _UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError)
 
 
@@ -124,7 +127,9 @@ class WheelText(PackageText):
             self._archive = zipfile.ZipFile(parts)
             self.version = self._metadata()
         except _UNREADABLE as error:
-            message = f"caller_wheel = {path!r:.200}: no readable wheel ({one_line(error)}); give a wheel of {name}"
+            message = (
+                f"caller_wheel = {path!r:.200}: no readable wheel ({one_line(error):.200}); give a wheel of {name}"
+            )
             raise InvalidCase(message) from error
 
     def read(self, path: str) -> str:
@@ -134,7 +139,7 @@ class WheelText(PackageText):
         except KeyError as error:
             raise self._missing(path) from error
         except _UNREADABLE as error:
-            message = f"{self.label}: {path} cannot be read from {self.origin} ({one_line(error)})"
+            message = f"{self.label}: {path} cannot be read from {self.origin} ({one_line(error):.200})"
             raise Unsupported(message) from error
         return self._decoded(path, content)
 
@@ -156,8 +161,8 @@ class WheelText(PackageText):
             raise ValueError(message)
         header = BytesHeaderParser().parsebytes(self._content(found[0]))
         named, version = str(header["Name"]), str(header["Version"])
-        if named.lower().replace("_", "-") != self.name or not header["Version"]:
-            message = f"a wheel of {named} {version}"
+        if named.lower().replace("_", "-") != self.name or not header["Version"] or not _VERSION.fullmatch(version):
+            message = f"a wheel of {printable(named[:_SHOWN])} {printable(version[:_SHOWN])}"
             raise ValueError(message)
         return version
 

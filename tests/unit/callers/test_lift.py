@@ -212,6 +212,15 @@ def test_wheel_of_another_package_or_without_version_is_invalid(tmp_path: Path, 
         WheelText("shop", path)
 
 
+@pytest.mark.parametrize("version", ["1\x1b[31m", "1\n 2", "9" * 100_000, "1 [red]", "\xff"])
+def test_version_that_no_release_has_is_refused_in_a_short_printable_message(tmp_path: Path, version: str) -> None:
+    path = wheel(tmp_path / "one.whl", metadata=METADATA.replace("1.2.3", version))
+    with pytest.raises(InvalidCase, match="a wheel of shop") as caught:
+        WheelText("shop", path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 no archive"])
 def test_file_that_is_no_wheel_is_invalid(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "one.whl"
