@@ -27,6 +27,12 @@ def test_local_version_and_spelling_do_not_matter(text: str) -> None:
     assert release_of(text) == release_of("0.1.7")
 
 
+@pytest.mark.parametrize("tail", [".1", ".dev1", ".post1", "rc1"])
+def test_number_of_ten_digits_is_no_part_of_a_release(tail: str) -> None:
+    assert release_of(f"0.1{tail}234567890") is None
+    assert release_of(f"0.1{tail}23456789") is not None
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "newest", "1", "20260101", "1!0.1.7", "1.2.3.4.5", "0.1.5-longctx", "٠.١.٥", "0.1.5\n0", "0." + "9" * 5000],
