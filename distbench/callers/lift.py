@@ -136,6 +136,10 @@ class Lift:
     ) -> Any:
         if name in self._modules and (fromlist or "." not in name):
             return self._modules[name]
+        root = name.partition(".")[0]
+        if not level and any(known.partition(".")[0] == root for known in self._modules):
+            message = f"{self._package.label}: the lifted code imports {name}, which distbench does not provide"
+            raise Unsupported(message)  # else a stand-in of `root` would be mixed with an installed one
         return builtins.__import__(name, globals, locals, fromlist or (), level)
 
 

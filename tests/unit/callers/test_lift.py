@@ -126,6 +126,15 @@ def test_import_that_the_table_does_not_answer_is_unsupported(
         Lift(shop, modules).lift(PATH, ("RATE", "price"), {})
 
 
+@pytest.mark.parametrize("line", ["from json.decoder import JSONDecoder as extra", "import json.decoder as extra"])
+def test_import_beside_a_package_of_the_table_is_unsupported_where_it_is_reached(tmp_path: Path, line: str) -> None:
+    text = TEXT.replace("from shop.rates import extra", line)
+    one = WheelText("shop", wheel(tmp_path / "one.whl", text))
+    price = Lift(one, {"json": Stub()}).lift(PATH, ("RATE", "price"), {})["price"]
+    with pytest.raises(Unsupported, match=r"imports json\.decoder, which distbench does not provide"):
+        price(1)
+
+
 def test_definition_that_raises_is_unsupported(shop: PackageText) -> None:
     with pytest.raises(Unsupported, match="cannot be executed: ZeroDivisionError"):
         lifter(shop).lift(PATH, ("UNUSED",), {"absent_module": _Raises()})
