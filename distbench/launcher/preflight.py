@@ -218,10 +218,10 @@ def _check_triton_table(case: Case) -> tuple[str, ...]:
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that is not UTF-8, since reports are.
+    """Refuse a path that is not UTF-8, since reports are, and a device or pipe: a file written whole would replace it.
 
     Raises:
-        InvalidCase: not UTF-8.
+        InvalidCase: not UTF-8, or neither a file nor a folder.
 
     """
     try:
@@ -229,6 +229,10 @@ def check_path(path: str) -> None:
     except UnicodeEncodeError as error:
         message = f"path {path!r}: not UTF-8, which reports are written in; name another one"
         raise InvalidCase(message) from error
+    found = Path(path)
+    if found.exists() and not (found.is_file() or found.is_dir()):
+        message = f"path {path!r:.200}: a device or pipe, which a report would replace; name a file"
+        raise InvalidCase(message)
 
 
 def check_folder(out: str, needed: int = _LITTLE_BYTES) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from distbench.cli import launching, main
 from distbench.errors import InvalidCase, Unsupported
 from distbench.launcher import memory, preflight
 from distbench.launcher.memory import available_bytes, check_device_memory, check_memory, device_bytes, memory_bytes
-from distbench.launcher.preflight import check_case, check_folder
+from distbench.launcher.preflight import check_case, check_folder, check_path
 from tests.cases import tiny_case
 
 GIB = 1 << 30
@@ -262,3 +263,12 @@ def test_warning_of_a_kernel_table_without_a_row_names_the_nearest_row(tmp_path:
     shutil.copy(Path(__file__).parents[2] / "data" / "atomic.csv", table)
     (note,) = check_case(tiny_case(4, kernel_table=str(table), hidden_size=512))
     assert "all kernels come from heuristics; the nearest row differs in model_dim 256" in note
+
+
+def test_a_pipe_is_no_path_for_results(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InvalidCase, match="a device or pipe"):
+        check_path(str(pipe))
+    for path in (tmp_path, tmp_path / "new.json"):
+        check_path(str(path))
