@@ -122,6 +122,7 @@ class Campaign:
                 self._leave_for_time()
             except (Interrupted, DistbenchError) as error:
                 self._summary.stopped = str(error)
+                self._take_last_lines()
                 self._try_to_write_summary(error.exit_code)
                 raise
             except BaseException:
@@ -293,6 +294,11 @@ class Campaign:
             if line.case.hash in self._wanted and line.case.hash not in self._finished:
                 self._count(line)
                 self._progress.take(line, quiet=quiet)
+
+    def _take_last_lines(self) -> None:
+        """Count what the ranks finished before they were ended; what cannot be read is the error's to say."""
+        with contextlib.suppress(DistbenchError, OSError):
+            self._take_new_lines(quiet=True)
 
     def _count(self, line: Line) -> None:
         self._finished.add(line.case.hash)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from distbench.launcher.postmortem import LaunchFailure
 from distbench.report.journal import Journal, JournalReader, Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
+from distbench.utils.signals import Interrupted
 from distbench.verify.records import Reason
 from tests.cases import tiny_case
 from tests.reports import report_of
@@ -102,6 +105,19 @@ def test_case_that_always_kills_its_ranks_is_recorded_and_the_others_run(
     assert found == passed(2)
     assert (summary.finished, summary.stopped, summary.exit_code) == (CASES, "", 3)
     assert launches == [CASES] + [CASES - 2] * retries + [CASES - 3]
+
+
+def test_result_that_arrives_while_a_signal_ends_the_ranks_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    def launch(job: Job) -> LaunchFailure | None:
+        finish(job, 3)
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(monkeypatch, tmp_path, entries, launch)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["finished"], summary["verdicts"], len(verdicts(tmp_path))) == (3, {"PASS": 3}, 3)
 
 
 @pytest.mark.parametrize(("finished", "seen_in"), [(3, 1), (3, 3), (CASES, CASES - 1)])
