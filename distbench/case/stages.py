@@ -50,6 +50,8 @@ ARMS: tuple[str, ...] = ("", *Arm)
 
 OWN_ARMS = tuple(arm for arm in Arm if arm != Arm.PRODUCTION)
 """Arms of distbench's own code."""
+FAULT_ARMS: tuple[str, ...] = ("", *OWN_ARMS)
+"""Arms that an injected fault can be limited to; empty for all of them. A case with a caller takes no fault."""
 
 LAYER_STAGES: tuple[Stage, ...] = (Stage.DISPATCH, Stage.TRUNCATE, Stage.EXPERTS, Stage.COMBINE)
 """Stages of a pass through the layer, which are timed and checked."""

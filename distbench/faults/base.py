@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distbench.case.injection import Injection
 from distbench.case.spec import Case
-from distbench.case.stages import OWN_ARMS, Arm
+from distbench.case.stages import FAULT_ARMS, Arm
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.errors import InvalidCase
 from distbench.experts.base import ExpertInput, Experts
@@ -73,7 +73,7 @@ class Fault:
     @classmethod
     def all_options(cls, ranks: int) -> dict[str, Option]:
         """Return its own options and the common ones, for a case of `ranks` ranks."""
-        arm = one_of(cls.arm, *(arm for arm in ("", *OWN_ARMS) if arm != cls.arm))
+        arm = one_of(cls.arm, *(arm for arm in FAULT_ARMS if arm != cls.arm))
         return {"rank": rank_option(ranks, EVERYWHERE), "arm": arm, **cls.options}
 
     @classmethod

@@ -18,7 +18,7 @@ from distbench.launcher.agent import Agent
 from distbench.launcher.job import Job, clear_ranks
 from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.postmortem import LaunchFailure, explain_fault
-from distbench.launcher.watchdog import _INTERRUPT_GRACE_S, Watch, _with_hosts, first_exit
+from distbench.launcher.watchdog import INTERRUPT_GRACE_S, Watch, first_exit, with_hosts
 from distbench.utils.signals import Interrupted
 
 _TICK_S = 0.1
@@ -89,12 +89,12 @@ def concluded(job: Job, agent: Agent, watch: Watch, leader: Leader | None = None
     if agent.finished and watch.elsewhere is None:
         return None
     ending = explain_fault(job, first_exit(agent, watch))
-    return ending if leader is None else _with_hosts(ending, leader)
+    return ending if leader is None else with_hosts(ending, leader)
 
 
 def end(agent: Agent, watch: Watch) -> None:
     """Kill the ranks, including those that are still starting."""
-    deadline = time.monotonic() + _INTERRUPT_GRACE_S
+    deadline = time.monotonic() + INTERRUPT_GRACE_S
     while agent.is_alive() and time.monotonic() < deadline:
         watch.kill()
         agent.join(_TICK_S)

@@ -26,7 +26,7 @@ from distbench.verify.records import Reason
 # Grace period before a dead rank ends the launch; the agent would wait 30 s for a stopped peer.
 _AGENT_GRACE_S = 2.0
 # Grace period of the agent after a signal; it may be waiting for a rank that has not come up.
-_INTERRUPT_GRACE_S = 8.0
+INTERRUPT_GRACE_S = 8.0
 # An agent still running this long after its ranks were killed receives no notice of their ends.
 _STUBBORN_S = 4.0
 
@@ -37,7 +37,8 @@ def first_exit(agent: Agent, watch: Watch) -> Exit | None:
     return watch.first_gone if first is None or first.rank in watch.killed else first
 
 
-def _with_hosts(ending: LaunchFailure, leader: Leader) -> LaunchFailure:
+def with_hosts(ending: LaunchFailure, leader: Leader) -> LaunchFailure:
+    """`ending` with the host of each blamed rank in its message."""
     reasons = [
         reason
         if reason.rank is None
@@ -138,13 +139,13 @@ class Watch:
         if self._leader is None:
             return find_hang(self._job, seen, self._launched_ns)
         hang = find_hang(self._job, seen, self._launched_ns, self._leader.stacks)
-        return None if hang is None else _with_hosts(hang, self._leader)
+        return None if hang is None else with_hosts(hang, self._leader)
 
     @property
     def given_up(self) -> bool:
         """Whether to stop waiting for this agent, which still waits for other nodes' agents."""
         over = self._leader is not None and self._killed_at is not None
-        return over and time.monotonic() - (self._killed_at or 0.0) > _INTERRUPT_GRACE_S / 2
+        return over and time.monotonic() - (self._killed_at or 0.0) > INTERRUPT_GRACE_S / 2
 
     def kill(self) -> None:
         """Kill every remaining rank on this node, including those without a heartbeat yet."""

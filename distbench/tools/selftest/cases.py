@@ -11,7 +11,7 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
-from distbench.case.stages import OWN_ARMS, Arm, Stage
+from distbench.case.stages import FAULT_ARMS, Arm, Stage
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.faults.base import Fault
 from distbench.faults.injector import FAULTS
@@ -202,7 +202,7 @@ class _Maker:
         options = {"rank": str(rank), **variant.options}
         everywhere = options["rank"] == "all"
         if not kind.arm and not kind.verdict:
-            options["arm"] = "" if everywhere else chance.choice(("", *OWN_ARMS))
+            options["arm"] = "" if everywhere else chance.choice(FAULT_ARMS)
         keys, needed = self._random_keys(chance), dict(kind.shape) | dict(variant.keys)
         if options.get("field") == "scales":
             needed["dispatch_dtype"] = "fp8"
