@@ -22,6 +22,12 @@ from typing import Any
 CASES_A_SUITE = 250
 MORI_RANKS = (1, 2, 4, 8)
 TOKENS = (0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 33, 64)
+# Top-k, local experts, hidden and intermediate columns. Each layer compiles its own kernels on a device: any number of
+# layers would take minutes a case.
+DEVICE_LAYERS = (
+    (1, 1, 256, 128), (2, 3, 384, 256), (3, 5, 512, 384), (4, 8, 640, 128), (5, 5, 128, 128), (6, 9, 896, 512),
+    (7, 12, 256, 256), (8, 16, 1024, 384),
+)  # fmt: skip
 Keys = dict[str, Any]
 
 
@@ -64,9 +70,7 @@ def _case(seed: int, options: argparse.Namespace) -> Keys:
     ranks = [count for count in keys.pop("ranks") if count <= options.nproc]
     ep_size = chance.choice(ranks)
     fp8 = chance.random() < 0.4  # noqa: PLR2004 - two fifths of them
-    topk = chance.randint(1, 8)
-    local = chance.randint(topk, 2 * topk)
-    hidden, inter = _shape(chance, _granule(keys, fp8=fp8, device=options.device))
+    topk, local, hidden, inter = _layer(chance, keys, fp8=fp8, device=options.device)
     tokens = [chance.choice(TOKENS) for _ in range(ep_size)]
     return keys | {
         "name": f"seed {seed}",
@@ -114,13 +118,20 @@ def _parts_on_device(chance: random.Random) -> Keys:
     }
 
 
-def _granule(keys: Keys, *, fp8: bool, device: str) -> int:
+def _layer(chance: random.Random, keys: Keys, *, fp8: bool, device: str) -> tuple[int, int, int, int]:
+    """Top-k, local experts, hidden and intermediate columns."""
+    if device == "cuda":
+        return chance.choice(DEVICE_LAYERS)
+    topk = chance.randint(1, 8)
+    local = chance.randint(topk, 2 * topk)
+    return topk, local, *_shape(chance, _granule(keys, fp8=fp8))
+
+
+def _granule(keys: Keys, *, fp8: bool) -> int:
     """Divisor of both sizes that the payload's scales and the experts' kernels require."""
     if keys["experts"] == "aiter":
         return 256 if fp8 else 64
-    if fp8:
-        return 128
-    return 64 if device == "cuda" else 1
+    return 128 if fp8 else 1
 
 
 def _shape(chance: random.Random, granule: int) -> tuple[int, int]:

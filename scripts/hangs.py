@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distbench.case.stages import LAYER_STAGES, Arm, Stage
+from distbench.case.stages import LAYER_STAGES, OWN_ARMS, Stage
 
 STAGES = (Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
@@ -63,7 +63,7 @@ def main() -> int:
 def chosen(count: int, ranks: int, seed: int) -> list[Hang]:
     """Random hangs, each rank in turn."""
     chance = random.Random(seed)  # noqa: S311 - a choice of faults, no secret
-    return [Hang(number % ranks, chance.choice(tuple(Arm)), chance.choice(STAGES)) for number in range(count)]
+    return [Hang(number % ranks, chance.choice(OWN_ARMS), chance.choice(STAGES)) for number in range(count)]
 
 
 def suite_of(hangs: list[Hang], limit_s: float) -> dict[str, Any]:
