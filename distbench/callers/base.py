@@ -1,9 +1,8 @@
-"""The contract of every caller: production's code of one rank, between our dispatch and our combine."""
+"""The contract of every caller: production's code of one rank, between our transport and our experts."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,7 +14,7 @@ from distbench.workload.batch import TokenBatch
 
 
 class Call(NamedTuple):
-    """One call of `fused_moe`: what it was given, its output, and the arguments that differ from distbench's own call.
+    """One call of `fused_moe`: what it was given, the rows given to combine, and arguments unlike distbench's own.
 
     `differing` maps an argument to both values, production's first.
     """
@@ -25,27 +24,20 @@ class Call(NamedTuple):
     differing: dict[str, tuple[str, str]]
 
 
-Check = Callable[[ExpertInput], None]
-
-
-class CallerPass(ABC):
-    """One pass of production's code through the layer; the steps are called once each, in this order."""
+class Steps(ABC):
+    """What a pass of production's code reports as it reaches our parts; called once each, in this order."""
 
     @abstractmethod
-    def dispatch(self) -> Dispatched:
-        """Run production's dispatch over our transport: the receive buffer. Collective."""
+    def dispatched(self) -> None:
+        """The receive buffer is there, and production's code goes on with it."""
 
     @abstractmethod
-    def cut(self) -> None:
-        """Run production's code between dispatch and the experts."""
+    def given(self, given: ExpertInput) -> None:
+        """See the input of `fused_moe` before the kernels do."""
 
     @abstractmethod
-    def experts(self, check: Check | None) -> Call:
-        """Run production's call of `fused_moe`; `check` sees the input before the kernels do."""
-
-    @abstractmethod
-    def combine(self) -> Tensor:
-        """Run production's combine over our transport: this rank's tokens, bf16 [n, H]. Collective."""
+    def made(self, dispatched: Dispatched, call: Call) -> None:
+        """See the buffers before combine releases them."""
 
 
 class Caller(ABC):
@@ -54,5 +46,10 @@ class Caller(ABC):
     text: CallerText
 
     @abstractmethod
-    def start(self, batch: TokenBatch, weights: ExpertWeights, transport: Transport) -> CallerPass:
-        """Begin a pass with this rank's tokens."""
+    def run(self, batch: TokenBatch, weights: ExpertWeights, transport: Transport, steps: Steps) -> Tensor:
+        """Run production's code of one layer: this rank's tokens, bf16 [n, H]. Collective.
+
+        Raises:
+            DistbenchError: an error in production's code, or in a part that it calls; names the release.
+
+        """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distbench.callers.base import Call, Check
+from distbench.callers.base import Call, Steps
 from distbench.errors import DistbenchError
 from distbench.experts.aiter.adapter import AiterExperts
 from distbench.experts.base import ExpertInput, ExpertWeights
@@ -20,33 +20,13 @@ _ROWS = {"hidden_states", "topk_weight", "topk_ids", "a1_scale", "num_local_toke
 """Arguments that the stage checks compare row by row."""
 
 
-class Watch:
-    """The calls of one pass."""
-
-    def __init__(self, weights: ExpertWeights, check: Check | None) -> None:
-        self.weights = weights
-        self.check = check
-        self.calls: list[Call] = []
-
-    def call(self, output: Tensor) -> Call:
-        """The pass's only call, with the rows that the caller returns to combine.
-
-        Raises:
-            DistbenchError: the caller called `fused_moe` never or more than once.
-
-        """
-        if len(self.calls) != 1:
-            message = f"the caller called fused_moe {len(self.calls)} times in a pass; distbench follows one call"
-            raise DistbenchError(message)
-        return self.calls[0]._replace(output=output)
-
-
 class WatchedFusedMoe:
     """`fused_moe` of the package that experts use, with its signature; each call is checked first and kept."""
 
     def __init__(self, experts: AiterExperts) -> None:
         self._experts = experts
-        self._watch: Watch | None = None
+        self._watched: tuple[ExpertWeights, Steps] | None = None
+        self._calls: list[Call] = []
 
         @functools.wraps(experts.package.moe.fused_moe)
         def fused_moe(*positional: Any, **named: Any) -> Tensor:
@@ -55,28 +35,38 @@ class WatchedFusedMoe:
         self.fused_moe = fused_moe
 
     @contextmanager
-    def watching(self, weights: ExpertWeights, check: Check | None) -> Iterator[Watch]:
-        """Keep the calls made inside; `check` sees each input before the kernels do."""
-        self._watch = watch = Watch(weights, check)
+    def watching(self, weights: ExpertWeights, steps: Steps) -> Iterator[None]:
+        """Keep the calls made inside; `steps` sees each input before the kernels do."""
+        self._watched, self._calls = (weights, steps), []
         try:
-            yield watch
+            yield
         finally:
-            self._watch = None
+            self._watched, self._calls = None, []
+
+    def call(self, output: Tensor) -> Call:
+        """The pass's only call, with the rows `output` that the caller returns to combine.
+
+        Raises:
+            DistbenchError: the caller called `fused_moe` never or more than once.
+
+        """
+        if len(self._calls) != 1:
+            message = f"the caller called fused_moe {len(self._calls)} times in a pass; distbench follows one call"
+            raise DistbenchError(message)
+        return self._calls[0]._replace(output=output)
 
     def _call(self, positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-        watch, fused_moe = self._watch, self._experts.package.moe.fused_moe
-        assert watch is not None  # noqa: S101 - the caller runs inside `watching`
+        fused_moe = self._experts.package.moe.fused_moe
+        assert self._watched is not None  # noqa: S101 - the caller runs inside `watching`
+        weights, steps = self._watched
         bound = inspect.signature(fused_moe).bind(*positional, **named)
         bound.apply_defaults()
         given = _input_of(bound.arguments)
-        differing: dict[str, tuple[str, str]] = {}
-        if watch.check is not None:
-            watch.check(given)
-            ours = inspect.signature(fused_moe).bind(**self._experts.arguments(given, watch.weights))
-            ours.apply_defaults()
-            differing = _differing(bound.arguments, ours.arguments)
+        steps.given(given)
+        ours = inspect.signature(fused_moe).bind(**self._experts.arguments(given, weights))
+        ours.apply_defaults()
         output: Tensor = fused_moe(*positional, **named)
-        watch.calls.append(Call(given, output, differing))
+        self._calls.append(Call(given, output, _differing(bound.arguments, ours.arguments)))
         return output
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distbench.callers import make_caller
-from distbench.callers.base import Call, Caller
+from distbench.callers.base import Call, Caller, Steps
 from distbench.callers.setting import Setting
 from distbench.case.spec import Case
 from distbench.case.stages import Stage
@@ -19,6 +19,7 @@ from distbench.experts.base import ExpertInput, Experts
 from distbench.pipeline.layer import Inspector
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.recv_bound import parse_sender_rows
+from distbench.transport.base import Dispatched
 from distbench.transport.mori.config import production_kernel
 from distbench.verify.records import ResolvedCase
 
@@ -47,28 +48,40 @@ def run_production(
 ) -> Tensor:
     """This rank's combined tokens, bf16 [n, H], of a pass of the caller's code; see `run_layer`. Collective."""
     assert parts.caller is not None  # noqa: S101 - the arm runs only where there is one
-    layer = parts.caller.start(parts.batch, parts.weights, parts.transport)
-
-    def check(given: ExpertInput) -> None:
-        parts.experts.check(given, parts.weights)
-
     mark(Stage.DISPATCH)
-    dispatched = layer.dispatch()
-    mark(Stage.TRUNCATE)
-    layer.cut()
-    mark(Stage.EXPERTS)
-    call = layer.experts(check)
-    mark(Stage.CHECK)
-    take(call)
-    inspect(parts.transport.sources(), dispatched, call.given, call.output)
-    mark(Stage.COMBINE)
-    tokens = layer.combine()
+    steps = _Steps(parts, inspect, take, mark)
+    tokens = parts.caller.run(parts.batch, parts.weights, parts.transport, steps)
     right = (parts.batch.ids.shape[0], parts.weights.w2.shape[1])
     if tokens.shape != right or tokens.dtype != torch.bfloat16:
         shape = f"{tokens.dtype} {list(tokens.shape)}".removeprefix("torch.")
         message = f"production ({parts.caller.text.label}) returns {shape} tokens: bfloat16 {list(right)} were sent"
         raise DistbenchError(message)
     return tokens
+
+
+class _Steps(Steps):
+    """The stages of a pass of the caller's code: marks, checks, and what the observer sees."""
+
+    def __init__(
+        self, parts: Parts, inspect: Inspector, take: Callable[[Call], None], mark: Callable[[Stage], None]
+    ) -> None:
+        self._parts, self._inspect, self._take, self._mark = parts, inspect, take, mark
+
+    def dispatched(self) -> None:
+        """See `Steps.dispatched`."""
+        self._mark(Stage.TRUNCATE)
+
+    def given(self, given: ExpertInput) -> None:
+        """See `Steps.given`."""
+        self._mark(Stage.EXPERTS)
+        self._parts.experts.check(given, self._parts.weights)
+
+    def made(self, dispatched: Dispatched, call: Call) -> None:
+        """See `Steps.made`."""
+        self._mark(Stage.CHECK)
+        self._take(call)
+        self._inspect(self._parts.transport.sources(), dispatched, call.given, call.output)
+        self._mark(Stage.COMBINE)
 
 
 def _setting(session: Session, resolved: ResolvedCase) -> Setting:

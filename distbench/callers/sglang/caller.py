@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distbench.callers.base import Call, Caller, CallerPass, Check
+from distbench.callers.base import Caller, Steps
 from distbench.callers.fused_moe import WatchedFusedMoe
+from distbench.callers.operator import MoriOperator, named
 from distbench.callers.packages import PackageText
 from distbench.callers.setting import Setting
 from distbench.callers.sglang.lifted import Package, Sglang, kernel_type, load
-from distbench.errors import DistbenchError, InvalidCase, Unsupported
 from distbench.experts.aiter.adapter import AiterExperts
 from distbench.experts.base import ExpertWeights
-from distbench.transport.base import Dispatched, Transport
-from distbench.utils.text import one_line
+from distbench.transport.base import Transport
 from distbench.workload.batch import TokenBatch
 
 
@@ -29,8 +26,6 @@ class _Parts(NamedTuple):
     sglang: Sglang
     dispatcher: Any
     core: Any
-    op: MoriOperator
-    fused: WatchedFusedMoe
     experts: AiterExperts
 
 
@@ -44,125 +39,41 @@ class SglangCaller(Caller):
             Unsupported: the release lacks a definition, or one needs something that is not provided here.
 
         """
-        op, fused = MoriOperator(setting), WatchedFusedMoe(experts)
+        fused = WatchedFusedMoe(experts)
+        self._op = op = SglangOperator(setting, fused)
         sglang = load(text, setting, _package(experts, fused, op))
         self.text = sglang.text
-        with _named(text.label):
+        with named(text.label):
             dispatcher, core = _dispatcher(sglang, setting, op), _runner(sglang, setting)
-        self._parts = _Parts(sglang, dispatcher, core, op, fused, experts)
+        self._parts = _Parts(sglang, dispatcher, core, experts)
 
-    def start(self, batch: TokenBatch, weights: ExpertWeights, transport: Transport) -> CallerPass:
-        """See `Caller.start`."""
-        self._parts.op.begin(batch, transport)
-        return _Pass(self._parts, batch, weights)
+    def run(self, batch: TokenBatch, weights: ExpertWeights, transport: Transport, steps: Steps) -> Tensor:
+        """See `Caller.run`; the calls are those of SGLang's `FusedMoE.forward_impl`, in its order."""
+        _, dispatcher, core, _ = self._parts
+        runner = self._parts.sglang.runner
+        state: dict[str, Any] = {}
+        topk = SimpleNamespace(topk_weights=batch.weights, topk_ids=batch.ids)
+        with self._op.layer(self.text.label, batch, weights, transport, steps):
+            quant = _quant_info(self._parts, weights)
+            sent = dispatcher.dispatch(batch.hidden.to(torch.bfloat16), topk)
+            given = runner["_pre_permute_deepep_to_aiter"](sent, quant, core.config, state)
+            made = core.run(given, quant, state)
+            returned = runner["post_permute_aiter_to_deepep_normal"](made, quant, core.config, state)
+            combined: Tensor = dispatcher.combine(returned)
+        return combined
 
 
-class MoriOperator:
-    """MoRI's operator as SGLang's dispatcher calls it, over the transport of the pass under way."""
+class SglangOperator(MoriOperator):
+    """MoRI's operator as SGLang's dispatcher reads it: its kernel type, and the rows of its receive buffer."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, fused: WatchedFusedMoe) -> None:
+        super().__init__(fused)
         self.config = SimpleNamespace(kernel_type=kernel_type(setting.kernel))
         self._capacity = setting.case.capacity
-        self._batch: TokenBatch | None = None
-        self._transport: Transport | None = None
-        self.dispatched: Dispatched | None = None
-
-    def begin(self, batch: TokenBatch, transport: Transport) -> None:
-        """Take the next pass's tokens and transport."""
-        self._batch, self._transport = batch, transport
 
     def max_num_tokens_to_recv(self) -> int:
         """Rows of the receive buffer."""
         return self._capacity
-
-    def dispatch(
-        self,
-        rows: Tensor,
-        weights: Tensor,
-        scales: Tensor | None,
-        ids: Tensor,
-        call_local_expert_count: bool = False,  # noqa: FBT001, FBT002 - MoRI's signature
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        """Send rows: hidden, weights, scales, ids and total_recv of the receive buffer."""
-        assert self._transport is not None  # noqa: S101 - `begin` comes first
-        assert not call_local_expert_count  # noqa: S101 - no recorder asks for it
-        self.dispatched = got = self._transport.dispatch(TokenBatch(rows, scales, weights, ids))
-        return got.hidden, got.weights, got.scales, got.ids, got.total_recv
-
-    def combine(self, rows: Tensor, weights: None, ids: Tensor) -> tuple[Tensor, None]:
-        """Return expert rows to their senders."""
-        assert self._transport is not None  # noqa: S101
-        return self._transport.combine(rows, ids), weights
-
-    def quantizer(self, quant_type: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The sender's quantiser: the workload's own rows, which are quantised already."""
-
-        def quantize(rows: Tensor, quant_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            batch = self._batch
-            assert batch is not None and batch.scales is not None  # noqa: S101, PT018
-            if quant_type.name != "per_1x128" or batch.hidden.dtype != quant_dtype or rows.shape != batch.hidden.shape:
-                message = f"the sender quantises {list(rows.shape)} rows to {quant_dtype} by {quant_type.name}"
-                raise DistbenchError(message)
-            return batch.hidden, batch.scales
-
-        return quantize
-
-
-class _Pass(CallerPass):
-    """The calls of one layer, in the order of SGLang's `FusedMoE.forward_impl`."""
-
-    def __init__(self, parts: _Parts, batch: TokenBatch, weights: ExpertWeights) -> None:
-        self._parts = parts
-        self._batch = batch
-        self._weights = weights
-        self._quant = _quant_info(parts, weights)
-        self._state: dict[str, Any] = {}
-        self._values: Any = None
-
-    def dispatch(self) -> Dispatched:
-        """See `CallerPass.dispatch`."""
-        batch, op = self._batch, self._parts.op
-        topk = SimpleNamespace(topk_weights=batch.weights, topk_ids=batch.ids)
-        with self._named():
-            self._values = self._parts.dispatcher.dispatch(batch.hidden.to(torch.bfloat16), topk)
-        assert op.dispatched is not None  # noqa: S101
-        return op.dispatched
-
-    def cut(self) -> None:
-        """See `CallerPass.cut`."""
-        permute = self._parts.sglang.runner["_pre_permute_deepep_to_aiter"]
-        with self._named():
-            self._values = permute(self._values, self._quant, self._parts.core.config, self._state)
-
-    def experts(self, check: Check | None) -> Call:
-        """See `CallerPass.experts`."""
-        permute = self._parts.sglang.runner["post_permute_aiter_to_deepep_normal"]
-        with self._named(), self._parts.fused.watching(self._weights, check) as watch:
-            output = self._parts.core.run(self._values, self._quant, self._state)
-            self._values = permute(output, self._quant, self._parts.core.config, self._state)
-        return watch.call(self._values.hidden_states)
-
-    def combine(self) -> Tensor:
-        """See `CallerPass.combine`."""
-        with self._named():
-            combined: Tensor = self._parts.dispatcher.combine(self._values)
-        return combined
-
-    def _named(self) -> Any:
-        return _named(self._parts.sglang.text.label)
-
-
-@contextmanager
-def _named(label: str) -> Iterator[None]:
-    """Errors in a pass of lifted code, also those that reach it from the transport or the kernels, name its release."""
-    try:
-        yield
-    except (InvalidCase, Unsupported):
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, DistbenchError) else f"{type(error).__name__}: "
-        message = f"{kind}{one_line(error)} (in a pass of production, {label})"
-        raise DistbenchError(message) from error
 
 
 def _dispatcher(sglang: Sglang, setting: Setting, op: MoriOperator) -> Any:
