@@ -12,7 +12,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from tests.end_to_end.prestarted import Command
 
 ROOT = Path(__file__).parents[2]
 SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
@@ -107,17 +109,14 @@ class Bench(Outcome):
         super().__init__(out)
         self._marker = uuid.uuid4().hex
         self._logs = [out.with_name(f"{out.name}.{self._marker[:8]}.{name}") for name in ("stdout", "stderr")]
-        command = [sys.executable, *self.starter, *map(str, arguments), "--out", str(out)]
+        command = [*self.starter, *map(str, arguments), "--out", str(out)]
         with self._logs[0].open("wb") as stdout, self._logs[1].open("wb") as stderr:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=stderr,
-                env=os.environ | {_MARKER: self._marker} | environ,
-                cwd=ROOT,
-                start_new_session=True,
-            )
+            self.process = self._started(command, os.environ | {_MARKER: self._marker} | environ, stdout, stderr)
+
+    def _started(
+        self, command: list[str], environ: dict[str, str], stdout: BinaryIO, stderr: BinaryIO
+    ) -> Command | subprocess.Popen[bytes]:
+        return Command(command, environ, stdout, stderr)
 
     def __enter__(self) -> Bench:  # noqa: PYI034 - Self comes with Python 3.11
         return self
@@ -163,11 +162,29 @@ class Bench(Outcome):
     def left(self) -> list[int]:
         """Living processes started by this bench, directly or indirectly."""
         marker = f"{_MARKER}={self._marker}".encode()
-        return [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if marker in _environ(folder)]
+        found = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if marker in _environ(folder)]
+        return found if self.process.poll() is not None else [self.process.pid, *found]
 
     def gone(self) -> bool:
         """Return whether no process is left."""
         return not self.left()
+
+
+class FreshBench(Bench):
+    """The same in a new interpreter, as a shell starts it, with the signals ignored that this process ignores."""
+
+    def _started(
+        self, command: list[str], environ: dict[str, str], stdout: BinaryIO, stderr: BinaryIO
+    ) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=environ,
+            cwd=ROOT,
+            start_new_session=True,
+        )
 
 
 class Torchrun(Bench):

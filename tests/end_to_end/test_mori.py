@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.in_process import tiny
-from tests.end_to_end.launches import ROOT, Bench, wait_until
+from tests.end_to_end.launches import ROOT, Bench, FreshBench, wait_until
 from tests.faulty_site.unguarded import MISTAKEN
 
 
@@ -118,7 +118,7 @@ def test_each_mori_habit_without_guards_ends_in_its_verdict(tmp_path: Path) -> N
     suite.write_text(json.dumps({"defaults": defaults, "include": cases}))
     command = ("suite", suite, "--nproc", "4", "--quiet", "--max-faults", "9")
     site = {"PYTHONPATH": f"{ROOT}/tests/faulty_site:{ROOT}", "DISTBENCH_TEST_UNGUARDED": "1"}
-    with Bench(tmp_path / "out", *command, **site) as bench:
+    with FreshBench(tmp_path / "out", *command, **site) as bench:  # its own process is unguarded too
         bench.finish()
         assert bench.verdicts == {name: verdict for name, (_, verdict, _) in UNGUARDED.items()}, bench.stderr
         for report in bench.reports:

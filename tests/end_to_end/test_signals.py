@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.launches import ROOT, SOAK, Bench, faulty, shared_memory, wait_until, write_suite
+from tests.end_to_end.launches import ROOT, SOAK, Bench, FreshBench, faulty, shared_memory, wait_until, write_suite
 
 NPROC = 3
 CASES = 400
@@ -102,7 +102,7 @@ def sees_to_signals(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_before_the_first_launch_ends_the_bench_with_its_exit_code(tmp_path: Path, number: int) -> None:
-    with Bench(tmp_path / "out", "suite", "smoke", "--nproc=2") as bench:
+    with FreshBench(tmp_path / "out", "suite", "smoke", "--nproc=2") as bench:
         while not sees_to_signals(bench.process.pid):
             assert bench.process.poll() is None
         bench.process.send_signal(number)
@@ -177,7 +177,7 @@ def test_nohup_lets_a_suite_outlive_its_terminal(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(20))
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        bench = Bench(tmp_path / "out", "suite", suite, "--nproc=2")
+        bench = FreshBench(tmp_path / "out", "suite", suite, "--nproc=2")
     finally:
         signal.signal(signal.SIGHUP, ignored)
     with bench:

@@ -14,9 +14,11 @@ from distbench.cli.main import main
 from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import clear_ranks, failure_path, heartbeat_path, stack_path
 from distbench.launcher.locks import hold
-from tests.end_to_end.launches import TINY, Torchrun, TorchrunOfThree, faulty, wait_until
+from tests.end_to_end.launches import TINY, Torchrun, TorchrunOfThree, faulty, slowed, wait_until
 
 TIMEOUT_S = 2
+"""Limit of a stage on an idle machine; one rank may take so much longer than another to load torch."""
+PAUSES_S = 6
 
 
 def torchrun(out: Path, *arguments: str, **environ: str) -> Torchrun:
@@ -79,7 +81,7 @@ def test_invalid_value_under_torchrun_is_printed_once(tmp_path: Path) -> None:
     ("place", "told"), [("control/experts", "rank 2 stood in control/experts; "), ("boot", "rank 2 never began; ")]
 )
 def test_collect_names_the_rank_that_hung(tmp_path: Path, place: str, told: str) -> None:
-    command = ("run", "--model=tiny", "--timeout=4")
+    command = ("run", "--model=tiny", f"--timeout={2 * TIMEOUT_S * slowed()}")
     with TorchrunOfThree(tmp_path / "out", *command, **faulty(f"2:0:{place}:sleep")) as bench:
         assert bench.finish() == 1
     report = collected(bench.out)
@@ -136,7 +138,8 @@ def small_suite(path: Path, *ep_sizes: int, **defaults: object) -> Path:
 
 @pytest.mark.parametrize("last", [(3,), ()], ids=["called back", "until the end"])
 def test_ranks_outside_the_group_wait_beyond_the_timeout_of_a_stage(tmp_path: Path, last: tuple[int, ...]) -> None:
-    suite = small_suite(tmp_path / "suite.json", 2, 2, *last, timeout=TIMEOUT_S)
+    timeout_s = min(TIMEOUT_S * slowed(), PAUSES_S - 1)
+    suite = small_suite(tmp_path / "suite.json", 2, 2, *last, timeout=timeout_s)
     pauses = "+".join(f"0:{case}:{arm}/experts:pause" for case in range(2) for arm in ("padded", "truncated"))
     with TorchrunOfThree(tmp_path / "out", "suite", suite, **faulty(pauses)) as bench:
         assert bench.finish() == 0, bench.stderr
@@ -173,13 +176,14 @@ def test_rank_changes_no_file_in_a_folder_that_another_bench_locks(tmp_path: Pat
     clear_ranks(out)
     for path in theirs:
         path.write_text("theirs")
+    timeout_s = TIMEOUT_S * slowed()
     with hold(out, (), 0.0):
-        waiting = Torchrun(out, "run", "--model=tiny", f"--timeout={TIMEOUT_S}", "--lock-timeout=60")
+        waiting = Torchrun(out, "run", "--model=tiny", f"--timeout={timeout_s}", "--lock-timeout=60")
         assert wait_until(lambda: waits_for_the_lock(waiting, out / ".lock"), 60)
         waited = time.monotonic()
         with Torchrun(out, "run", "--model=tiny") as refused:
             assert refused.finish() == 1
-        time.sleep(max(0.0, 2 * TIMEOUT_S - (time.monotonic() - waited)))  # beyond the timeout of a stage
+        time.sleep(max(0.0, 2 * timeout_s - (time.monotonic() - waited)))  # beyond the timeout of a stage
         assert [path.read_text() for path in theirs] == ["theirs"] * len(theirs)
         assert f"distbench: BUSY: folder {out} is in use by process " in refused.stderr
         assert len(refused.stderr.split("distbench: ")) == 2
