@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from distbench.callers.packages import PackageText
+from distbench.callers.text import CallerText
 from distbench.errors import Unsupported
 from distbench.utils.text import one_line
 
@@ -75,6 +76,18 @@ class Lift:
         for part in (part for text in self._texts for part in text):
             digest.update(len(part.encode()).to_bytes(8, "big") + part.encode())
         return digest.hexdigest()
+
+    @property
+    def origin(self) -> CallerText:
+        """The package, and what has been lifted of it."""
+        package = self._package
+        return CallerText(
+            package=package.name,
+            version=package.version,
+            origin=package.origin,
+            files=tuple(self.files),
+            sha256=self.sha256,
+        )
 
     def lift(self, path: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
         """Execute the definitions `names` of the file `path` with the globals `given`; return their namespace.

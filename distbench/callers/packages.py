@@ -1,4 +1,4 @@
-"""Python text of a package that is installed or lies in a wheel, read without importing the package."""
+"""Python text of a package that is installed, or lies in a wheel or a folder, read without importing the package."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from abc import ABC, abstractmethod
 from email.parser import BytesHeaderParser
 from pathlib import Path
 
+from distbench.case.atom_folder import MOST_BYTES
+from distbench.case.spec import Case
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.text import one_line, printable
 
-_MOST_BYTES = 4 << 20
 _MOST_PART_BYTES = 8 << 20
 # The compressions of wheels: zipfile decompresses any other without a bound.
 _BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _VERSION = re.compile(r"[0-9A-Za-z.!+_-]{1,64}")
 _SHOWN = 80
+_DIGEST_DIGITS = 12
 _UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError)
 
 
@@ -32,7 +34,7 @@ class PackageText(ABC):
     name: str
     version: str
     origin: str
-    """Path of the wheel, or of the installed package's folder."""
+    """Path of the wheel, of the installed package's folder, or of the folder that was named."""
 
     @abstractmethod
     def read(self, path: str) -> str:
@@ -48,9 +50,16 @@ class PackageText(ABC):
         """Name and release, such as sglang 0.5.23."""
         return f"{self.name} {self.version}"
 
+    def _of_file(self, folder: Path, path: str) -> str:
+        try:
+            with (folder / path).open("rb") as stream:
+                return self._decoded(path, stream.read(MOST_BYTES + 1))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise self._missing(path) from error
+
     def _decoded(self, path: str, content: bytes) -> str:
-        if len(content) > _MOST_BYTES:
-            message = f"{self.label}: {path} is larger than {_MOST_BYTES >> 20} MiB; it is no source file"
+        if len(content) > MOST_BYTES:
+            message = f"{self.label}: {path} is larger than {MOST_BYTES >> 20} MiB; it is no source file"
             raise Unsupported(message)
         try:
             return content.decode()
@@ -60,6 +69,18 @@ class PackageText(ABC):
 
     def _missing(self, path: str) -> Unsupported:
         return Unsupported(f"{self.label}: has no file {path}; use a release that has it")
+
+
+class FolderText(PackageText):
+    """The package `name` in a folder that a flag names; its digest is its version, since a checkout has no other."""
+
+    def __init__(self, name: str, folder: str, digest: str) -> None:
+        """`digest` is the SHA-256 of the files that are read, 64 hex digits."""
+        self.name, self.version, self.origin = name, digest[:_DIGEST_DIGITS], folder
+
+    def read(self, path: str) -> str:
+        """See `PackageText.read`."""
+        return self._of_file(Path(self.origin), path)
 
 
 class InstalledText(PackageText):
@@ -85,12 +106,7 @@ class InstalledText(PackageText):
 
     def read(self, path: str) -> str:
         """See `PackageText.read`."""
-        file = Path(self.origin).parent / path
-        try:
-            with file.open("rb") as stream:
-                return self._decoded(path, stream.read(_MOST_BYTES + 1))
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise self._missing(path) from error
+        return self._of_file(Path(self.origin).parent, path)
 
 
 class _Parts(io.BufferedReader):
@@ -150,7 +166,7 @@ class WheelText(PackageText):
             message = f"compressed by method {method}; wheels are stored or deflated"
             raise ValueError(message)
         with self._archive.open(path) as stream:
-            return stream.read(_MOST_BYTES + 1)
+            return stream.read(MOST_BYTES + 1)
 
     def _metadata(self) -> str:
         """Version that the wheel's METADATA states."""
@@ -167,12 +183,14 @@ class WheelText(PackageText):
         return version
 
 
-def package_text(name: str, wheel: str) -> PackageText:
-    """The text of package `name`: of `wheel` where it is given, else of the installed package.
+def package_text(case: Case) -> PackageText:
+    """The text of a case's caller: of the folder or the wheel that the case names, else of the installed package.
 
     Raises:
-        InvalidCase: `wheel` is no wheel of the package.
-        Unsupported: no wheel is given, and the package is not installed.
+        InvalidCase: the wheel is none of the package.
+        Unsupported: no wheel is named, and the package is not installed.
 
     """
-    return WheelText(name, wheel) if wheel else InstalledText(name)
+    if case.caller_folder:
+        return FolderText(case.caller, case.caller_folder, case.caller_folder_sha256)
+    return WheelText(case.caller, case.caller_wheel) if case.caller_wheel else InstalledText(case.caller)

@@ -14,6 +14,7 @@ from typing import Any, get_args
 import msgspec
 
 from distbench.case.aiter_env import table_bytes
+from distbench.case.atom_folder import folder_digest
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
@@ -229,6 +230,7 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["jitter"] = float(values["jitter"])
     values["kernel_table_sha256"] = _table_digest(values["kernel_table"], sources["kernel_table"])
     values["caller_wheel_sha256"] = _wheel_digest(values["caller_wheel"])
+    values["caller_folder_sha256"] = folder_digest(values["caller_folder"])
 
 
 def _table_digest(path: str, source: str) -> str:
@@ -305,8 +307,31 @@ def _check_caller(case: Case) -> None:
         f"policy {case.policy}": (case.policy == "guard", "production has no guard; use strict or unchecked"),
         "graph": (case.graph, "the caller's pass is not captured; drop it"),
         "inject": (bool(case.inject), "faults are injected into distbench's own arms; drop it"),
+        f"policy {case.policy} ": (
+            case.policy == "unchecked" and case.caller != "sglang",
+            "its own cut loses no row, whatever the limit; use strict",
+        ),
+        "caller_wheel": (bool(case.caller_wheel) and case.caller == "atom", "ATOM has none; give --caller-folder"),
+        "caller_folder": (bool(case.caller_folder) and case.caller != "atom", "give a wheel: --caller-wheel"),
     }
     for what, (is_so, fix) in refused.items():
         if is_so:
-            message = f"caller = {case.caller}: not with {what}: {fix}"
+            message = f"caller = {case.caller}: not with {what.strip()}: {fix}"
             raise InvalidCase(message)
+    if case.caller == "atom":
+        _check_atom(case)
+
+
+def _check_atom(case: Case) -> None:
+    """Refuse a batch that ATOM would not make, or ATOM without its text."""
+    if not case.caller_folder:
+        message = "caller = atom: ATOM is installed from a checkout; name the folder that holds it: --caller-folder"
+        raise InvalidCase(message)
+    bucket, (least, most) = case.atom_graph_bs, (min(case.tokens), max(case.tokens))
+    if bucket and (most > bucket or (case.atom_rule == "vllm-plugin" and least < bucket)):
+        needs = "exactly" if case.atom_rule == "vllm-plugin" else "at most"
+        message = (
+            f"atom_graph_bs = {bucket}: a rank has {most if most > bucket else least} tokens, and ATOM's batch has "
+            f"{needs} {bucket} on each; give such tokens, or 0"
+        )
+        raise InvalidCase(message)

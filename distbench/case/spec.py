@@ -87,13 +87,22 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         "reference"
     )
     caller: Annotated[
-        Literal["own", "sglang"],
+        Literal["own", "sglang", "vllm", "atom"],
         _help("whose code runs between dispatch and combine in the arm production; own: no such arm (docs/callers.md)"),
     ] = "own"
     caller_wheel: Annotated[
         str, _help("wheel of the caller's package, whose text is lifted; empty: the installed package")
     ] = ""
     caller_wheel_sha256: Annotated[str, _help("digest of the wheel's bytes, filled in when it is read")] = ""
+    caller_folder: Annotated[str, _help("caller atom: the folder that holds its package, a checkout of ATOM")] = ""
+    caller_folder_sha256: Annotated[str, _help("digest of the folder's files, filled in when they are read")] = ""
+    atom_rule: Annotated[
+        Literal["native", "vllm-plugin"], _help("caller atom: ATOM's own cut, or that of its plugin for vLLM")
+    ] = "native"
+    atom_graph_bs: Annotated[
+        TokenCount,
+        _help("caller atom: tokens that each rank's decode batch is padded to; 0: a batch with a prefill, or eager"),
+    ] = 0
     aiter_habits: Annotated[
         str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
     ] = ""
@@ -231,12 +240,12 @@ def with_inputs(case: Case, inputs: Literal["exact", "gaussian"]) -> Case:
     return msgspec.structs.replace(case, numerics=inputs, require="tolerance", **once)
 
 
-DERIVED_KEYS = ("kernel_table_sha256", "caller_wheel_sha256")
-FLAG_KEYS = ("caller", "caller_wheel")
+DERIVED_KEYS = ("kernel_table_sha256", "caller_wheel_sha256", "caller_folder_sha256")
+FLAG_KEYS = ("caller", "caller_wheel", "caller_folder")
 """Keys that name code to execute: a file may name it only where a flag does too."""
-UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel")
+UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel", "caller_folder")
 """Keys of a recorded case that are not taken from its record."""
-_SPARSE_KEYS = ("caller", "caller_wheel", "caller_wheel_sha256")
+_SPARSE_KEYS = (*FLAG_KEYS, "caller_wheel_sha256", "caller_folder_sha256", "atom_rule", "atom_graph_bs")
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],

@@ -14,6 +14,7 @@ _MORI_KEYS = ("combine_quant", "combine_input", "launch_mode", "mori_habits")
 # SGLang's receive bound depends on the kernel that production would choose, whatever transport runs here.
 _KERNEL_KEYS = ("mori_kernel", "gpu_per_node", "inter_kernel_switch")
 _AITER_RULES = ("aiter_ksplit", "aiter_bypass_tune", "aiter_version")
+_ATOM_KEYS = ("caller_folder", "atom_rule", "atom_graph_bs")
 _TIMING_KEYS = ("warmup", "median_error", "flush_l2", "align")
 _FILES = ("file:", "suite:")
 _SHOWN_CHARACTERS = 60
@@ -55,6 +56,8 @@ def _reason(key: str, case: Case) -> str:
         return "only with the limit off" if case.limit != "off" else ""
     if key == "caller_wheel":
         return "only with a caller" if case.caller == "own" else ""
+    if key in _ATOM_KEYS:
+        return "" if case.caller == "atom" else "only with caller atom"
     if key == "emulate":
         return "" if _emulates(case) or case.uses_fp8 else "neither mori nor aiter runs"  # fp8: it names the format
     if key in _TIMING_KEYS:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from distbench.case.spec import UNSTORED_KEYS, Case
+from distbench.case.spec import FLAG_KEYS, UNSTORED_KEYS, Case
 from distbench.case.suite import value_text
 from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.launching import hold_lab
@@ -47,8 +47,8 @@ def _shrink(options: argparse.Namespace) -> int:
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in UNSTORED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
     _print(case, found)
-    wheel = f" --caller-wheel {found.case.caller_wheel}" if found.case.caller_wheel else ""
-    print_line(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}{wheel}")
+    text = "".join(f" --{key.replace('_', '-')} {path}" for key in FLAG_KEYS[1:] if (path := getattr(found.case, key)))
+    print_line(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}{text}")
     return 0
 
 

@@ -103,11 +103,9 @@ def _check_caller(case: Case) -> None:
     """Refuse a caller whose package is missing, or whose release lacks a definition that is lifted."""
     if case.caller == "own":
         return
-    from distbench.callers.lift import check_definitions  # noqa: PLC0415 - nothing of it is loaded without a caller
-    from distbench.callers.packages import package_text  # noqa: PLC0415
-    from distbench.callers.sglang.definitions import DEFINITIONS  # noqa: PLC0415
+    from distbench.callers import check_caller  # noqa: PLC0415 - nothing of it is loaded without a caller
 
-    check_definitions(package_text(case.caller, case.caller_wheel), DEFINITIONS)
+    check_caller(case)
 
 
 def _untuned(case: Case, selector: KernelSelector, *, assumed: bool) -> str:

@@ -11,7 +11,7 @@ from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.experts.roundings import Roundings, roundings_of
 from distbench.pipeline.parts import Parts
-from distbench.pipeline.recv_bound import production_rows
+from distbench.pipeline.production_rows import production_rows
 from distbench.verify.combine_model import OwnSlots, Returned, key_of
 from distbench.verify.error_check import ErrorChecker, Pass
 from distbench.verify.records import ArmError, ResolvedCase

@@ -15,8 +15,8 @@ from distbench.distributed.session import Session
 from distbench.experts.base import ExpertInput
 from distbench.pipeline.arm_errors import ArmErrors
 from distbench.pipeline.parts import Parts
+from distbench.pipeline.production_rows import production_rows
 from distbench.pipeline.recorder import Finished, PartRecorder
-from distbench.pipeline.recv_bound import production_rows
 from distbench.transport.base import Dispatched
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes

@@ -35,7 +35,7 @@ def caller_of(session: Session, resolved: ResolvedCase, experts: Experts) -> Cal
     """
     case = resolved.case
     with session.together():
-        caller = make_caller(case.caller, case.caller_wheel, _setting(session, resolved), _aiter(case, experts))
+        caller = make_caller(_setting(session, resolved), _aiter(case, experts))
     text = caller.text
     session.require_same(
         int(text.sha256[:_WORD_DIGITS], 16), f"lifted text of {text.package}", "install the same release on all nodes"

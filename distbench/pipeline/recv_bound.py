@@ -63,8 +63,8 @@ def recv_bound(case: Case, local_ranks: int | None = None) -> Bound:
     return Bound(rows)
 
 
-def production_rows(resolved: ResolvedCase, rank: int, local_ranks: int | None = None) -> int:
-    """Rows that a caller gives to the experts on `rank`, by the rules of this module.
+def sglang_rows(resolved: ResolvedCase, rank: int, local_ranks: int | None = None) -> int:
+    """Rows that SGLang gives to the experts on `rank`, by its limit or its receive bound.
 
     Metadata that is stale for other ranks alone does not keep a rank from cutting.
     """
@@ -101,7 +101,7 @@ def _unproved(case: Case, told: tuple[int, ...], local_ranks: int | None) -> str
     if len(told) != case.ep_size or min(told) < 0:
         return f"the metadata has {len(told)} senders, negative ones among them or not as many as ranks"
     stale = [rank for rank, count in enumerate(told) if count != case.tokens[rank]]
-    if stale and len(stale) < case.ep_size and case.caller == "own":
+    if stale and len(stale) < case.ep_size and case.caller != "sglang":
         message = (
             f"sender_rows = {case.sender_rows!r:.80}: stale on {len(stale)} of {case.ep_size} ranks, the first is rank "
             f"{stale[0]}; production cuts on the others alone, distbench on all ranks alike: give the tokens, or "

@@ -23,8 +23,9 @@ from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.observer import Observer
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.passes import Passes
+from distbench.pipeline.production_rows import production_rows
 from distbench.pipeline.recorder import Recorder
-from distbench.pipeline.recv_bound import limit_rows, production_rows
+from distbench.pipeline.recv_bound import limit_rows
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes

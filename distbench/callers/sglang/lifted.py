@@ -134,10 +134,7 @@ def load(text: PackageText, setting: Setting, package: Package) -> Sglang:
     dispatcher = lifted(DISPATCHER, envs | read | mode | _dispatcher_globals(setting, package))
     for name in ("MoriEPNormalCombineInput", "MoriEPLLCombineInput"):
         setattr(modules["sglang.srt.layers.moe.token_dispatcher.moriep"], name, dispatcher[name])
-    origin = CallerText(
-        package=text.name, version=text.version, origin=text.origin, files=tuple(lift.files), sha256=lift.sha256
-    )
-    return Sglang(base, runner, dispatcher, origin)
+    return Sglang(base, runner, dispatcher, lift.origin)
 
 
 def _dispatcher_globals(setting: Setting, package: Package) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from distbench.callers.lift import Lift, Stub, Unreached
-from distbench.callers.packages import InstalledText, PackageText, WheelText, package_text
+from distbench.callers.packages import InstalledText, PackageText, WheelText
 from distbench.errors import InvalidCase, Unsupported
 
 PATH = "shop/till.py"
@@ -298,7 +298,7 @@ def test_installed_package_is_read_and_not_imported(tmp_path: Path, monkeypatch:
     (tmp_path / "shop-1.2.3.dist-info").mkdir()
     (tmp_path / "shop-1.2.3.dist-info" / "METADATA").write_text(METADATA)
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = package_text("shop", "")
+    text = InstalledText("shop")
     assert (text.label, text.origin) == ("shop 1.2.3", str(tmp_path / "shop"))
     assert lifter(text).lift(PATH, ("RATE", "price"), {})["price"](1) == 10
     assert "shop" not in sys.modules

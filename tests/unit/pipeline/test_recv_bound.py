@@ -10,7 +10,8 @@ import pytest
 from distbench.case.limits import Traffic
 from distbench.errors import InvalidCase, Unsupported
 from distbench.launcher.preflight import check_case
-from distbench.pipeline.recv_bound import limit_rows, production_rows, recv_bound
+from distbench.pipeline.production_rows import production_rows
+from distbench.pipeline.recv_bound import limit_rows, recv_bound
 from distbench.verify.records import ResolvedCase
 from tests.cases import tiny_case
 

@@ -69,12 +69,13 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
     intermediate_pad: int = 0,
     bias1: Tensor | None = None,
     bias2: Tensor | None = None,
+    swiglu_limit: float | None = None,
 ) -> Tensor:
     """Return [M, model_dim]; rows at and past num_local_tokens hold NaN. Valid until the next call."""
     quant_type = quant_remap.get(quant_type, quant_type)
-    unusual = (doweight_stage1, a2_scale, block_size_M, hidden_pad, intermediate_pad, bias1, bias2)
+    unusual = (doweight_stage1, a2_scale, block_size_M, hidden_pad, intermediate_pad, bias1, bias2, swiglu_limit)
     if activation is not ActivationType.Silu or not all(one is None or one is False or one == 0 for one in unusual):
-        message = "fused_moe (emulated): no activation but SiLU, no bias, padding, static scale or tile is imitated"
+        message = "fused_moe (emulated): only SiLU without limit, bias, padding, static scale or tile is imitated"
         raise NotImplementedError(message)
     if quant_type not in {QuantType.No, QuantType.per_1x128}:
         message = f"fused_moe (emulated): {quant_type} is not imitated; No and per_1x128 are"

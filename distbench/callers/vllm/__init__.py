@@ -1,0 +1,1 @@
+"""vLLM's MoRI prepare and finalize and its aiter experts as a caller."""
