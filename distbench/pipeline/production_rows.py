@@ -1,7 +1,7 @@
-"""The rows M that a caller's code gives to the experts, by the rule of its package, as distbench expects them.
+"""The rows M that a caller's code gives to the experts, by its package's rule, as distbench expects them.
 
-Sources: `recv_bound.py` for SGLang. vLLM 0.33.0 cuts nothing. ATOM: `FusedMoEModularKernel._maybe_trim_dispatch_output`,
-and `trim_vllm_mori_dispatch_tensors`, by which its plugin for vLLM replaces it (`callers/atom/definitions.py`).
+Sources: `recv_bound.py` for SGLang. vLLM 0.33.0 cuts nothing. ATOM: `_maybe_trim_dispatch_output` of its modular
+kernel, and `trim_vllm_mori_dispatch_tensors`, by which its plugin for vLLM replaces it (`callers/atom/definitions.py`).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from distbench.distributed.heartbeat import read_position
 from distbench.launcher.job import clear_ranks, failure_path, heartbeat_path, stack_path
 from distbench.launcher.locks import hold
 from tests.end_to_end.launches import TINY, Torchrun, TorchrunOfThree, faulty, slowed, wait_until
+from tests.slim_wheel import vllm_wheel
 
 TIMEOUT_S = 2
 """Limit of a stage on an idle machine; one rank may take so much longer than another to load torch."""
@@ -41,11 +42,13 @@ def said(bench: Torchrun) -> list[str]:
 
 
 def test_only_rank_0_prints_and_all_ranks_exit_with_one_code_under_torchrun(tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "out", "--tokens=0,5", ATOM_X="1")
+    caller = ("--experts=aiter", "--caller=vllm", f"--caller-wheel={vllm_wheel(tmp_path)}")
+    done = torchrun(tmp_path / "out", "--tokens=0,5", *caller, ATOM_X="1")
     assert done.finish() == 0
     assert done.stdout.count("PASS (emulated") == 1
     assert (done.stdout + done.stderr).count("set and not used by this case: ATOM_X=1") == 1
     assert done.report["verdict"] == "PASS"
+    assert "production == truncated" in done.stdout
 
 
 def test_wrong_result_fails_the_torchrun_job(tmp_path: Path) -> None:

@@ -7,14 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from distbench.case.atom_folder import KERNEL
 from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import case_hash, case_values
 from distbench.case.unused_keys import unused_keys
 from distbench.errors import InvalidCase
 
 AITER = {"experts": "aiter", "emulate": True}
+ATOM = AITER | {"caller": "atom"}
 
 
 def resolve(flags: dict[str, Any], file: dict[str, Any] | None = None) -> Any:
@@ -40,10 +43,15 @@ def test_caller_and_the_wheels_content_enter_the_hash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "file"),
-    [({}, {"caller": "sglang"}), ({"caller": "sglang"}, {"caller_wheel": "any.whl"}), ({}, {"caller_wheel": "a"})],
+    [
+        ({}, {"caller": "sglang"}),
+        ({"caller": "sglang"}, {"caller_wheel": "any.whl"}),
+        ({}, {"caller_wheel": "a"}),
+        ({"caller": "atom"}, {"caller_folder": "a"}),
+    ],
 )
 def test_code_that_a_file_names_and_no_flag_is_refused(flags: dict[str, Any], file: dict[str, Any]) -> None:
-    with pytest.raises(InvalidCase, match=r"file:case\.toml: caller(_wheel)? = .* names code to execute"):
+    with pytest.raises(InvalidCase, match=r"file:case\.toml: caller(_wheel|_folder)? = .* names code to execute"):
         resolve(AITER | flags, file)
 
 
@@ -86,3 +94,64 @@ def test_wheel_without_a_caller_is_reported_as_unused(tmp_path: Path) -> None:
     resolved = resolve({"caller_wheel": str(tmp_path / "one.whl")})
     (line,) = unused_keys(resolved.case, resolved.sources)
     assert "only with a caller" in line
+
+
+def checkout(folder: Path, text: str = "one = 1\n") -> str:
+    (folder / KERNEL).parent.mkdir(parents=True, exist_ok=True)
+    (folder / KERNEL).write_text(text)
+    return str(folder)
+
+
+def test_content_of_a_folder_enters_the_hash_and_its_path_does_not(tmp_path: Path) -> None:
+    hashes, digests = set(), set()
+    for name, text in (("first", "one = 1\n"), ("second", "one = 2\n"), ("third", "one = 1\n")):
+        case = resolve(ATOM | {"caller_folder": checkout(tmp_path / name, text)}).case
+        hashes.add(case_hash(msgspec.structs.replace(case, caller_folder="")))
+        digests.add(case.caller_folder_sha256)
+    assert (len(hashes), len(digests)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"caller": "vllm", "policy": "unchecked"}, "not with policy unchecked: its own cut loses no row"),
+        ({"caller": "vllm", "caller_folder": "."}, "not with caller_folder: give a wheel"),
+        ({"caller": "atom", "caller_wheel": "one.whl", "caller_folder": "."}, "not with caller_wheel: ATOM has none"),
+        ({"caller": "atom"}, "name the folder that holds it: --caller-folder"),
+        (
+            {"caller": "atom", "caller_folder": ".", "tokens": "5", "atom_graph_bs": "4"},
+            "atom_graph_bs = 4: a rank has 5 tokens, and ATOM's batch has at most 4 on each",
+        ),
+        (
+            {"caller": "atom", "caller_folder": ".", "tokens": "3", "atom_graph_bs": "4", "atom_rule": "vllm-plugin"},
+            "atom_graph_bs = 4: a rank has 3 tokens, and ATOM's batch has exactly 4 on each",
+        ),
+    ],
+)
+def test_callers_are_refused_with_what_they_have_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], reason: str
+) -> None:
+    monkeypatch.chdir(checkout(tmp_path))
+    (tmp_path / "one.whl").write_bytes(b"")
+    with pytest.raises(InvalidCase, match=reason):
+        resolve(AITER | values)
+
+
+def test_folder_without_atom_and_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCase, match="has no folder atom; give a checkout of ATOM"):
+        resolve(ATOM | {"caller_folder": str(tmp_path)})
+    folder = checkout(tmp_path)
+    with (tmp_path / KERNEL).open("ab") as large:
+        large.truncate((4 << 20) + 1)
+    with pytest.raises(InvalidCase, match=f"{KERNEL} is larger than 4 MiB"):
+        resolve(ATOM | {"caller_folder": folder})
+    (tmp_path / KERNEL).unlink()
+    os.mkfifo(tmp_path / KERNEL)
+    with pytest.raises(InvalidCase, match=f"{KERNEL} cannot be read"):
+        resolve(ATOM | {"caller_folder": folder})
+
+
+def test_keys_of_atom_are_reported_as_unused_with_another_caller() -> None:
+    resolved = resolve(AITER | {"caller": "vllm", "atom_graph_bs": "4", "atom_rule": "vllm-plugin"})
+    (line,) = unused_keys(resolved.case, resolved.sources)
+    assert "atom_rule=vllm-plugin, atom_graph_bs=4 (only with caller atom)" in line
