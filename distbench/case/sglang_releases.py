@@ -85,6 +85,8 @@ class SglangRules(msgspec.Struct, frozen=True, kw_only=True):
     combine_words: tuple[str, ...] = ()
     fp8_combine: Literal["none", "fp8_direct_cast", "fp8_blockwise"] = "none"
     """Quantisation of combine under SGLANG_MORI_FP8_COMB=true."""
+    clamps_grid: bool = False
+    """IntraNode's blocks are clamped to the device's compute units (`init_mori_op`): more of them can hang."""
 
 
 def _generations() -> dict[str, SglangRules]:
@@ -95,7 +97,7 @@ def _generations() -> dict[str, SglangRules]:
     rules["0.5.16"] = changed(rules["0.5.12"], combine_words=("auto", "bf16", "fp8", "fp8_direct_cast", "fp4"))
     words = ("auto", "bf16", "fp8", "fp4", "mxfp8")
     rules["0.5.19"] = changed(rules["0.5.16"], recv_bound="routes", dispatch_words=words)
-    rules["0.5.21"] = changed(rules["0.5.19"], fp8_combine="none")
+    rules["0.5.21"] = changed(rules["0.5.19"], fp8_combine="none", clamps_grid=True)
     rules["0.5.22"] = changed(
         rules["0.5.21"], recv_bound="senders", yes_words=("true", "1", "yes", "y"), no_words=("false", "0", "no", "n")
     )

@@ -202,6 +202,12 @@ def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:
         raise Unsupported(message)
     check_environment(os.environ)
     plan = plan_mori(case, os.environ, local_ranks)
+    if case.emulate and case.launch_mode == "MANUAL" and plan.launch.blocks > case.cu_count:
+        message = (
+            f"{plan.kernel}: {plan.launch.blocks} blocks have to run at once, the emulated device has {case.cu_count} "
+            "compute units; use another cu_count, or IntraNode, whose grid SGLang clamps since 0.5.21"
+        )
+        raise Unsupported(message)
     heap_size(plan, os.environ, emulated=case.emulate)
     return mori_warnings(plan, os.environ, emulated=case.emulate)
 

@@ -15,6 +15,14 @@ from distbench.case.sglang_releases import EP_V2, NEWEST, TRANSFER_VARIABLES, VA
 from distbench.case.spec import Case
 from distbench.experts.selection.releases import rules_for
 from distbench.transport.mori.config import HEAP_SIZE, SHMEM_MODE, is_isolated
+from distbench.transport.mori.releases import (
+    FIRST_WITH_ATOMICS_SWITCH,
+    NO_ATOMICS,
+    RAIL_ONLY,
+    RELAXED_ORDERING,
+    reads_atomics_switch,
+    version_for,
+)
 
 _LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
 _MORI_KEYS = ("combine_quant", "launch_mode", "inter_kernel_switch", "mori_kernel")
@@ -50,7 +58,9 @@ _AITER_READS = frozenset(
 )
 _PACKAGES = {"mori": _MORI_READS, "aiter": _AITER_READS}
 _STAND_INS = {
-    "mori": frozenset({HEAP_SIZE, SHMEM_MODE, "MORI_FP8_COMBINE_SCALE_DIM", "MORI_EP_COMM"}),
+    "mori": frozenset(
+        {HEAP_SIZE, SHMEM_MODE, "MORI_FP8_COMBINE_SCALE_DIM", "MORI_EP_COMM", RAIL_ONLY, NO_ATOMICS, RELAXED_ORDERING}
+    ),
     "aiter": frozenset({"AITER_JIT_DIR"}),
 }
 
@@ -116,6 +126,8 @@ def _reason_of_package(name: str, case: Case) -> str:
     package = name.partition("_")[0].lower()
     if package not in (case.transport, case.experts):
         return f"this case does not run {package}"
+    if name == NO_ATOMICS and not reads_atomics_switch(version_for(case)):
+        return f"mori {version_for(case)} does not read it, {FIRST_WITH_ATOMICS_SWITCH} and later do"
     if name in (_STAND_INS if case.emulate else _PACKAGES)[package]:
         return ""
     return f"the stand-in of {package} does not read it" if case.emulate else f"{package} is not known to read it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
@@ -380,3 +381,50 @@ def pushed_past_the_cap(session: Session, case: Case) -> bool:
 def test_combine_writes_past_a_capped_buffer() -> None:
     case = mori_case(mori_kernel="IntraNode", tokens=8, prealloc_max_recv_tokens=32)
     assert any(on_ranks(4, pushed_past_the_cap, case))
+
+
+def with_variables(session: Session, case: Case, variables: dict[str, str], buffers: int = 3) -> str:
+    """Ending of a run under `variables` without the adapter's own refusal, on a heap for `buffers` of AsyncLL."""
+    with ExitStack() as patches:
+        patches.enter_context(patch.dict(os.environ, variables))
+        patches.enter_context(patch.object(config, "_check_settings", lambda *_: None))
+        patches.enter_context(patch.object(config, "async_buffers", lambda _: buffers))
+        try:
+            outcome = run(session, case)
+        except RuntimeError as error:
+            return str(error)
+        if outcome is None:
+            return ""
+        return " ".join([outcome.judgement.verdict, *(reason.message for reason in outcome.judgement.reasons)])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "rail-only": (
+        {"mori_kernel": "AsyncLL"},
+        {"MORI_ENABLE_RAIL_ONLY": "1"},
+        "MORI_ENABLE_RAIL_ONLY is set, but kernelType=4",
+    ),
+    "relaxed ordering": (
+        {"mori_kernel": "InterNodeV1", "mori_habits": "1.2.5.dev20261026"},
+        {"MORI_EP_DISABLE_RDMA_ATOMICS": "1", "MORI_IB_ENABLE_RELAXED_ORDERING": "1"},
+        "MORI_EP_DISABLE_RDMA_ATOMICS cannot be combined with MORI_IB_ENABLE_RELAXED_ORDERING=1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_runtime_error_of_the_constructor_is_reported_as_unsupported(name: str) -> None:
+    values, variables, words = REFUSED[name]
+    found = on_ranks(2, with_variables, mori_case(2, gpu_per_node=1, **values), variables)[0]
+    assert found.startswith(f"UNSUPPORTED the installed mori cannot run the case: {words}")
+    accepted = mori_case(2, gpu_per_node=1, mori_kernel="InterNodeV1")
+    assert on_ranks(2, with_variables, accepted, variables)[0] == "PASS"
+
+
+def test_asyncll_of_the_nightly_does_not_fit_the_heap_of_older_releases() -> None:
+    values: dict[str, Any] = {"mori_kernel": "AsyncLL", "max_dispatch_tokens_per_rank": 65536}
+    older, nightly = mori_case(2, **values), mori_case(2, mori_habits="1.2.5.dev20261026", **values)
+    assert on_ranks(2, with_variables, older, {}, 3)[0] == "PASS"
+    for found in on_ranks(2, with_variables, nightly, {}, 3):
+        assert found.startswith("out of symmetric heap memory")
+    assert on_ranks(2, with_variables, nightly, {}, 4)[0] == "PASS"

@@ -123,7 +123,8 @@ def _case(node: Node, case: Case, network: Network) -> list[Fact]:
     asked = msgspec.structs.replace(case, transport="mori", emulate=False)
     try:
         check_environment(node.environ)
-        plan = plan_mori(asked, node.environ, case.ep_size // network.nodes)
+        version = next(iter(_installed(node.packages).values()), "")
+        plan = plan_mori(asked, node.environ, case.ep_size // network.nodes, units=node.units, version=version)
     except (InvalidCase, Unsupported) as error:
         return [_missing("case", str(error), "choose another case, or another number of ranks or nodes")]
     return [_heap(node.environ, plan), _blocks(node, plan, network), _quant(node, case)]

@@ -87,9 +87,14 @@ def check_device(case: Case, plan: MoriPlan, device: torch.device) -> None:
             raise Unsupported(excess)
 
 
+def compute_units_of(device: torch.device) -> int:
+    """Compute units of a device, by which SGLang clamps a grid."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def excess_blocks(blocks: int, device: torch.device) -> str:
     """Return why a grid would hang: blocks that wait for each other but cannot all run at once; or "" if it is safe."""
-    units = torch.cuda.get_device_properties(device).multi_processor_count
+    units = compute_units_of(device)
     return f"mori: {blocks} blocks have to run at once, {device} has {units} compute units" if blocks > units else ""
 
 

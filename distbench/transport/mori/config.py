@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from distbench.case.sglang_releases import SDMA, enables, sglang_enables
+from distbench.case.sglang_releases import SDMA, enables, rules_of, sglang_enables
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.transport.mori.heap_size import parse_heap_size
+from distbench.transport.mori.releases import async_buffers, refused_settings, version_for
 from distbench.transport.sum_order import SumOrder
 from distbench.utils.versions import release_of
 
@@ -30,6 +31,7 @@ _STATIC_HEAP, _VMM_HEAP, _ISOLATION = ((name, name.upper()) for name in ("static
 _MAX_NODE = 8
 _LL_TOPK = 8
 _MAX_TOPK = 64
+_INTRA_BLOCKS = 80
 _ELEMENT = 2
 _QUEUE_PAIRS = 2
 _SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
@@ -86,14 +88,25 @@ class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
         return values | ({"max_total_recv_tokens": self.max_total_recv_tokens} if self.max_total_recv_tokens else {})
 
 
-def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = None) -> MoriPlan:
+def plan_mori(
+    case: Case,
+    environ: Mapping[str, str],
+    local_ranks: int | None = None,
+    *,
+    units: int | None = None,
+    version: str | None = None,
+) -> MoriPlan:
     """Choose kernel type and geometry as SGLang does, and refuse settings that MoRI would get wrong or hang on.
 
-    `local_ranks` is the launch's number of ranks on each of its nodes; None: all ranks are on one.
+    `local_ranks` is the launch's number of ranks on each of its nodes; None: all ranks are on one. `units` is the
+    number of compute units of this rank's device; None: unknown, so that no grid is clamped; emulated: `cu_count`.
+    `version` is MoRI's; None: that of the case.
 
     Raises:
         InvalidCase: names the value, the bound and the fix.
+        Unsupported: MoRI's constructor would raise under these variables.
     """
+    release = version_for(case) if version is None else version
     per_node = _ranks_per_node(case, min(local_ranks or case.ep_size, case.ep_size))
     if case.ep_size % per_node or per_node & (per_node - 1):
         _refuse(
@@ -106,17 +119,18 @@ def plan_mori(case: Case, environ: Mapping[str, str], local_ranks: int | None = 
     _check_input(case, kernel)
     _check_quant(case, kernel)
     _check_cap(case, kernel, environ)
+    _check_settings(kernel, nodes, environ, release)
     return MoriPlan(
         kernel=kernel,
         nodes=nodes,
         gpu_per_node=per_node,
-        launch=_launch(case, kernel),
+        launch=_launch(case, kernel, case.cu_count if case.emulate else units),
         launch_mode=case.launch_mode,
         quant=case.combine_quant,
         external=case.combine_input == "external",
         max_total_recv_tokens=case.prealloc_max_recv_tokens,
         num_qp_per_pe=_QUEUE_PAIRS,
-        heap_bytes=_heap_bytes(case, kernel, nodes, environ),
+        heap_bytes=_heap_bytes(case, kernel, nodes, environ, async_buffers(release)),
     )
 
 
@@ -242,9 +256,10 @@ def _kernel(case: Case, nodes: int) -> str:
     return "InterNodeV1LL" if case.max_dispatch_tokens_per_rank <= case.inter_kernel_switch else "InterNodeV1"
 
 
-def _launch(case: Case, kernel: str) -> Launch:
+def _launch(case: Case, kernel: str, units: int | None) -> Launch:
     if kernel in INTRA:
-        return Launch(80, 0, 16)
+        clamped = kernel == "IntraNode" and rules_of(case.sglang_version).clamps_grid
+        return Launch(min(_INTRA_BLOCKS, units) if clamped and units else _INTRA_BLOCKS, 0, 16)
     if kernel == "AsyncLL":  # whose blocks are distributed over the ranks
         return Launch(max(64 // case.ep_size, 1) * case.ep_size, 32, 8)
     return Launch(64, 32, 8)
@@ -296,6 +311,12 @@ def _check_cap(case: Case, kernel: str, environ: Mapping[str, str]) -> None:
         )
 
 
+def _check_settings(kernel: str, nodes: int, environ: Mapping[str, str], version: str) -> None:
+    refused = refused_settings(kernel, nodes, environ, version)
+    if refused:
+        raise Unsupported(refused)
+
+
 def _row_bytes(case: Case, environ: Mapping[str, str]) -> int:
     """Bytes of a pushed expert row: its payload and its block scales."""
     if case.combine_quant == "none":
@@ -323,8 +344,11 @@ def _block_scale_bytes(environ: Mapping[str, str]) -> int:
     return 4 * (int(text) if text.isdigit() and int(text) else 56)
 
 
-def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str]) -> int:
-    """Return the bytes of an operator's symmetric buffers with padding, in the order of MoRI's `InitializeShmemBuf`."""
+def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str], in_async: int) -> int:
+    """Return the bytes of an operator's symmetric buffers with padding, in the order of MoRI's `InitializeShmemBuf`.
+
+    `in_async` is the number of buffers in which AsyncLL stages rows.
+    """
     rows, most = case.capacity, case.ep_size * case.max_dispatch_tokens_per_rank
     sender, payload = case.max_dispatch_tokens_per_rank, case.hidden_size * _ELEMENT
     transfer = payload + 8 * case.topk + 4 + _scale_bytes(case)
@@ -333,7 +357,7 @@ def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str])
     elif kernel in TWO_LEVELS:
         staging = rows * transfer + (3 * nodes + 1) * sender * transfer
     else:
-        staging = 3 * most * transfer
+        staging = in_async * most * transfer
     blocks = _block_scale_bytes(environ) if case.combine_quant in BLOCKWISE else 0
     scales = rows * (max(_scale_bytes(case), blocks) + _scale_bytes(case))
     maps = most * case.experts_per_rank * 4

@@ -23,7 +23,13 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
 from distbench.transport.base import Dispatched, Transport, poison_
-from distbench.transport.mori.checks import check_batch, check_device, check_routing_is_own, excess_blocks
+from distbench.transport.mori.checks import (
+    check_batch,
+    check_device,
+    check_routing_is_own,
+    compute_units_of,
+    excess_blocks,
+)
 from distbench.transport.mori.config import (
     Launch,
     MoriPlan,
@@ -72,9 +78,10 @@ class MoriTransport(Transport):
         self._rank = session.rank
         with session.together():
             check_environment(os.environ)
-            self._plan = plan_mori(case, os.environ, session.local_ranks)
-            heap_bytes = heap_size(self._plan, os.environ, emulated=case.emulate)
             mori = _package(case, session.device)
+            units = None if session.device.type == "cpu" else compute_units_of(session.device)
+            self._plan = plan_mori(case, os.environ, session.local_ranks, units=units)
+            heap_bytes = heap_size(self._plan, os.environ, emulated=case.emulate)
             if not case.emulate:
                 check_device(case, self._plan, session.device)
             config = _configuration(mori, case, self._plan, session.rank)
@@ -287,12 +294,16 @@ def _operator(mori: Any, config: Any, group: dist.ProcessGroup) -> Any:
     """Return the package's operator. Collective.
 
     Raises:
-        Unsupported: the release does not support the quantisation, kernel or size, or not on this device.
+        Unsupported: the release does not support the quantisation, kernel or size, or not on this device; or refuses
+            a variable.
     """
     try:
         with _barriers_within(group), collective("construction of mori"):
             return mori.ops.EpDispatchCombineOp(config)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, RuntimeError) as error:
+        # Its C++ refuses variables by a RuntimeError that begins with a name; other RuntimeErrors are faults.
+        if not isinstance(error, ValueError | NotImplementedError) and not str(error).startswith("MORI_"):
+            raise
         message = f"the installed mori cannot run the case: {one_line(error)}"
         raise Unsupported(message) from error
 

@@ -85,7 +85,6 @@ LINES = [
     ({"environ": {"MORI_SHMEM_HEAP_SIZE": "1K"}}, "heap", "missing", "1K: 1024 bytes, the case needs", (0, 0, 2)),
     ({"environ": {"MORI_SHMEM_HEAP_SIZE": "lots"}}, "heap", "missing", "no size; write for instance 6G", (0, 0, 2)),
     ({"environ": {"MORI_EP_COMM": "cco"}}, "case", "missing", "only the shmem backend", (0, 0, 2)),
-    ({"units": 64}, "blocks", "missing", "IntraNode: rdma_block_num 0 of block_num 80, 64 compute units", (0, 0, 2)),
     ({"environ": {"MORI_SHMEM_MODE": "vmm_heap"}}, "heap mode", "degraded", "vmm_heap", (0, 0, 1)),
     ({"environ": {"MORI_SHMEM_MODE": "Isolation"}}, "heap mode", "degraded", "Isolation", (0, 0, 1)),
     ({"memlock": 65536}, "ulimit -l", "degraded", "65536 bytes", (0, 0, 1)),
@@ -98,6 +97,15 @@ LINES = [
     ),
     ({"locks": ("distbench-0-gpu-0.lock",)}, "locks", "degraded", "distbench-0-gpu-0.lock is held", (1, 1, 1)),
 ]
+
+
+def test_blocks_of_intranode_are_clamped_to_the_compute_units() -> None:
+    for case, level, found in (
+        ({}, "ok", "IntraNode: rdma_block_num 0 of block_num 64"),
+        ({"sglang_version": "0.5.20"}, "missing", "IntraNode: rdma_block_num 0 of block_num 80, 64 compute units"),
+    ):
+        (blocks,) = (finding for finding in findings(units=64, case=case) if finding.topic == "blocks")
+        assert (blocks.level, blocks.found) == (level, found)
 
 
 def test_isolation_heap_mode_is_ok_and_its_heap_size_is_not_checked() -> None:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from distbench.transport.mori.emulated import quirks
 from distbench.transport.mori.emulated.codec import combine_row_bytes
 from distbench.transport.mori.emulated.heap import Heap, Region
-from distbench.transport.mori.emulated.routing import EpDispatchCombineKernelType
+from distbench.transport.mori.emulated.routing import TWO_LEVELS, EpDispatchCombineKernelType
 
 BLOCKWISE = ("fp8_blockwise", "fp4_blockwise")
 
@@ -63,6 +64,13 @@ class Buffers(NamedTuple):
     scales: Region
     ids: Region
     sources: Region
+    staging: tuple[Region, ...]
+    """Regions between the others that only the package's kernels read and write."""
+
+    @property
+    def regions(self) -> int:
+        """Number of regions."""
+        return len(self) - 1 + len(self.staging)
 
 
 def allocate(heap: Heap, config: EpDispatchCombineConfig) -> Buffers:
@@ -70,17 +78,38 @@ def allocate(heap: Heap, config: EpDispatchCombineConfig) -> Buffers:
     malloc, rows, topk = heap.malloc, config.rows_received(), config.num_experts_per_token
     payload = config.hidden_dim * config.max_token_type_size
     scales = config.scale_dim * config.scale_type_size
-    staged = config.rows_sent() if config.kernel_type is EpDispatchCombineKernelType.AsyncLL else rows
-    slot = payload + scales
+    before, beside, behind = _staged_slots(config)
+    slot = payload + scales + 8 * topk + 4
+    combined = slot
     if config.kernel_type is EpDispatchCombineKernelType.IntraNode and config.quant_type in BLOCKWISE:
-        slot = combine_row_bytes(config.quant_type, config.hidden_dim, payload)
+        combined = combine_row_bytes(config.quant_type, config.hidden_dim, payload) + 8 * topk + 4
+    staging = [malloc(slots * slot) for slots in before]
+    rows_in = config.rows_sent() if config.kernel_type is EpDispatchCombineKernelType.AsyncLL else rows
+    combine_inp = malloc(rows_in * combined)
+    staging += [malloc(slots * slot) for slots in beside]
+    dispatch_out = malloc(rows * payload)
+    combine_out = malloc(config.max_num_inp_token_per_rank * payload)
+    staging += [malloc(slots * slot) for slots in behind]
     return Buffers(
-        combine_inp=malloc(staged * (slot + 8 * topk + 4)),
-        dispatch_out=malloc(rows * payload),
-        combine_out=malloc(config.max_num_inp_token_per_rank * payload),
+        combine_inp=combine_inp,
+        dispatch_out=dispatch_out,
+        combine_out=combine_out,
         weights=malloc(rows * topk * 4),
         combine_weights=malloc(rows * topk * 4),
         scales=malloc(rows * scales),
         ids=malloc(rows * topk * 4),
         sources=malloc(config.rows_sent() * config.num_experts_per_rank * 4),
+        staging=tuple(staging),
     )
+
+
+def _staged_slots(config: EpDispatchCombineConfig) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the slots of each staging buffer before combineInp, behind it, and behind combineOut."""
+    if config.kernel_type is EpDispatchCombineKernelType.AsyncLL:
+        sent = config.rows_sent()
+        return (sent,), (sent,), (sent,) if quirks.has(quirks.STAGED_DISPATCH) else ()
+    if config.kernel_type in TWO_LEVELS:
+        sender = config.max_num_inp_token_per_rank
+        nodes = config.world_size // config.gpu_per_node
+        return (nodes * sender,), (2 * nodes * sender,), (sender,)
+    return (), (), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import count
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.case.sglang_releases import enables
 from distbench.transport.mori.emulated import quirks, shmem
 from distbench.transport.mori.emulated._jit_loader import load_hip_module
 from distbench.transport.mori.emulated.buffers import EpDispatchCombineConfig, allocate
@@ -41,6 +43,28 @@ class _Sent(NamedTuple):
     scales: int
 
 
+def _check_settings(config: EpDispatchCombineConfig) -> None:
+    """Refuse what the package's C++ constructor refuses, in its words (`dispatch_combine.cpp`)."""
+    if config.world_size <= config.gpu_per_node:
+        return
+    if config.kernel_type is EpDispatchCombineKernelType.AsyncLL and enables(
+        os.environ.get("MORI_ENABLE_RAIL_ONLY", "")
+    ):
+        message = (
+            f"MORI_ENABLE_RAIL_ONLY is set, but kernelType={config.kernel_type.value} (InterNode v0 / AsyncLL) sends "
+            "cross-node RDMA to arbitrary PEs, which have no QP in rail-only mode. Use InterNodeV1 or InterNodeV1LL, "
+            "or unset MORI_ENABLE_RAIL_ONLY."
+        )
+        raise RuntimeError(message)
+    atomic_free = quirks.has(quirks.ATOMICS_SWITCH) and enables(os.environ.get("MORI_EP_DISABLE_RDMA_ATOMICS", ""))
+    if atomic_free and config.kernel_type in TWO_LEVELS and os.environ.get("MORI_IB_ENABLE_RELAXED_ORDERING") == "1":
+        message = (
+            "MORI_EP_DISABLE_RDMA_ATOMICS cannot be combined with MORI_IB_ENABLE_RELAXED_ORDERING=1: with relaxed "
+            "ordering a WRITE signal may become visible before its data."
+        )
+        raise RuntimeError(message)
+
+
 class RowMoves:
     """Buffers, the counter of received rows, and the rows in flight between a send and a receive half."""
 
@@ -50,6 +74,7 @@ class RowMoves:
         Raises:
             ValueError: an unknown quantisation or launch mode.
             NotImplementedError: the kernel type InterNode.
+            RuntimeError: variables with which the kernel type would hang between nodes.
         """
         if config.quant_type not in QUANT_TYPES:
             message = f"invalid quant_type '{config.quant_type}', expected one of {list(QUANT_TYPES)}"
@@ -58,6 +83,7 @@ class RowMoves:
             quirks.refuse("kernel type InterNode, the predecessor of InterNodeV1,")
         if config.world_size % config.gpu_per_node or config.gpu_per_node & (config.gpu_per_node - 1):
             quirks.trap("assertion failed: IsPowerOf2(gpuPerNode) && worldSize % gpuPerNode == 0")
+        _check_settings(config)
         self.config = config
         self._world = shmem.world()
         dist.barrier()
@@ -80,7 +106,7 @@ class RowMoves:
     def __del__(self) -> None:
         """Free the buffers while the heap still exists."""
         if hasattr(self, "_buffers"):
-            self._world.heap.free(len(self._buffers))
+            self._world.heap.free(self._buffers.regions)
 
     def _zeroed(self, rank: int) -> str:
         return f"{self._world.name}/op{self._number}/{rank}"

@@ -18,17 +18,21 @@ LL_ALL_SLOTS = "ll-all-slots"
 STALE_RECEIVE = "stale-receive"
 STALE_PUSH = "stale-push"
 STALE_OUTPUT = "stale-output"
+STAGED_DISPATCH = "staged-dispatch"
+ATOMICS_SWITCH = "atomics-switch"
 
 QUIRKS = (
     *(NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT, NO_OVERFLOW_ASSERT, LL_ALL_SLOTS),
-    *(STALE_RECEIVE, STALE_PUSH, STALE_OUTPUT),
+    *(STALE_RECEIVE, STALE_PUSH, STALE_OUTPUT, STAGED_DISPATCH, ATOMICS_SWITCH),
 )
 """Each is a difference from release 1.2.4, that of the wheels under test."""
 
 RELEASES: dict[str, tuple[str, ...]] = {
     "1.2.4": (),
     "1.2.2": (NO_CONSTRUCTOR_BARRIER, NO_ROW_GUARD, INTRANODE_OVERFLOW_ASSERT),
+    "1.2.5.dev20261026": (STAGED_DISPATCH, ATOMICS_SWITCH),
 }
+"""Quirks by release; the first one is that of the wheels under test."""
 
 _assumed: frozenset[str] = frozenset()
 _arch = "gfx942"

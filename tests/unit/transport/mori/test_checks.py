@@ -106,9 +106,17 @@ def test_pinned_grid_larger_than_the_device_is_refused(monkeypatch: pytest.Monke
     check_device(mori_case(), plan_mori(mori_case(launch_mode="AUTO"), {}), small)
     with pytest.raises(Unsupported, match="80 blocks have to run at once, cuda:0 has 79 compute units"):
         check_device(mori_case(), plan_mori(mori_case(), {}), small)
+    check_device(mori_case(), plan_mori(mori_case(cu_count=79), {}), small)
 
 
-@pytest.mark.parametrize("error", [ValueError("invalid quant_type 'fp4_blockwise'"), NotImplementedError("no LL here")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("invalid quant_type 'fp4_blockwise'"),
+        NotImplementedError("no LL here"),
+        RuntimeError("MORI_ENABLE_RAIL_ONLY is set, but kernelType=4"),
+    ],
+)
 def test_error_of_mori_at_construction_is_unsupported(error: Exception) -> None:
     def refuse(_: object) -> NoReturn:
         raise error
@@ -116,6 +124,15 @@ def test_error_of_mori_at_construction_is_unsupported(error: Exception) -> None:
     old = SimpleNamespace(ops=SimpleNamespace(EpDispatchCombineOp=refuse))
     with pytest.raises(Unsupported, match=f"the installed mori cannot run the case: {error}"):
         _operator(old, None, cast("Any", None))
+
+
+def test_fault_at_construction_is_no_refusal() -> None:
+    def fail(_: object) -> NoReturn:
+        raise torch.OutOfMemoryError
+
+    broken = SimpleNamespace(ops=SimpleNamespace(EpDispatchCombineOp=fail))
+    with pytest.raises(torch.OutOfMemoryError):
+        _operator(broken, None, cast("Any", None))
 
 
 def test_ids_that_a_kernel_skips_pass_the_check() -> None:
