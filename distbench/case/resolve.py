@@ -228,6 +228,7 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["limit"] = parse_limit(values["limit"])
     values["timeout"] = float(values["timeout"])
     values["jitter"] = float(values["jitter"])
+    values["swiglu_limit"] = float(values["swiglu_limit"])
     values["kernel_table_sha256"] = _table_digest(values["kernel_table"], sources["kernel_table"])
     values["caller_wheel_sha256"] = _wheel_digest(values["caller_wheel"])
     values["caller_folder_sha256"] = folder_digest(values["caller_folder"])
@@ -313,6 +314,8 @@ def _check_caller(case: Case) -> None:
         ),
         "caller_wheel": (bool(case.caller_wheel) and case.caller == "atom", "ATOM has none; give --caller-folder"),
         "caller_folder": (bool(case.caller_folder) and case.caller != "atom", "give a wheel: --caller-wheel"),
+        f"activation {case.activation}": (case.activation != "silu", "the caller's layer has SiLU; drop it"),
+        "swiglu_limit": (bool(case.swiglu_limit), "the caller's layer has none; drop it"),
     }
     for what, (is_so, fix) in refused.items():
         if is_so:

@@ -103,6 +103,17 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         TokenCount,
         _help("caller atom: tokens that each rank's decode batch is padded to; 0: a batch with a prefill, or eager"),
     ] = 0
+    activation: Annotated[
+        Literal["silu", "gelu", "swiglu"], _help("activation of an expert; swiglu is gpt-oss's, clamped at 7")
+    ] = "silu"
+    swiglu_limit: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=65_504)],
+        _help("bound of the gate, and of up's magnitude, before the activation; 0: none is passed"),
+    ] = 0.0
+    sorting_policy: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=2)],
+        _help("moe_sorting_dispatch_policy of aiter: 0 by rows, 1 one block, 2 several phases; SGLang passes 2"),
+    ] = 0
     aiter_habits: Annotated[
         str, _help("faults of released kernels for aiter's stand-in, comma-separated; see docs/aiter.md")
     ] = ""
@@ -245,7 +256,9 @@ FLAG_KEYS = ("caller", "caller_wheel", "caller_folder")
 """Keys that name code to execute: a file may name it only where a flag does too."""
 UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel", "caller_folder")
 """Keys of a recorded case that are not taken from its record."""
-_SPARSE_KEYS = (*FLAG_KEYS, "caller_wheel_sha256", "caller_folder_sha256", "atom_rule", "atom_graph_bs")
+CALL_KEYS = ("activation", "swiglu_limit", "sorting_policy")
+"""Keys that are arguments of `fused_moe`."""
+_SPARSE_KEYS = (*FLAG_KEYS, "caller_wheel_sha256", "caller_folder_sha256", "atom_rule", "atom_graph_bs", *CALL_KEYS)
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],
@@ -257,7 +270,7 @@ FIELD_DEFAULTS: dict[str, Any] = {
 
 
 def case_values(case: Case) -> dict[str, Any]:
-    """The case as builtins, for its hash and for reports; without the caller's keys where they have their defaults."""
+    """The case as builtins, for its hash and for reports; without keys of caller and call that have their defaults."""
     values: dict[str, Any] = msgspec.to_builtins(case)
     return {key: value for key, value in values.items() if key not in _SPARSE_KEYS or value != FIELD_DEFAULTS[key]}
 

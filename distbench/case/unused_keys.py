@@ -77,7 +77,7 @@ def _reason_of_transport(key: str, case: Case) -> str:
 
 
 def _reason_of_experts(key: str, case: Case) -> str:
-    if key == "aiter_habits" and case.experts != "aiter":
+    if key in ("aiter_habits", "sorting_policy") and case.experts != "aiter":
         return f"experts {case.experts} do not use it"
     if case.experts == "triton" and (key in _AITER_RULES or (key == "cu_count" and not case.emulate)):
         return "experts triton have their own tables"

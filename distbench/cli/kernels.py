@@ -21,7 +21,8 @@ from distbench.errors import InvalidCase
 from distbench.experts import make_selector, overrides_of
 from distbench.experts.aiter.package import installed_release, installed_tables
 from distbench.experts.selection.choice import rules_for
-from distbench.experts.selection.lookup import ACTIVATIONS, QUANTS, Lookup
+from distbench.experts.selection.heuristics import ACTIVATIONS
+from distbench.experts.selection.lookup import QUANTS, Lookup
 from distbench.experts.selection.releases import BUCKET_RULES
 from distbench.report.console import print_json, print_line, print_table
 from distbench.tools.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels

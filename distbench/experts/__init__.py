@@ -32,6 +32,7 @@ def make_selector(case: Case) -> KernelSelector:
         model_dim=case.hidden_size,
         inter_dim=case.intermediate_size,
         quant=case.dispatch_dtype,
+        activation=case.activation,
         cu_count=case.cu_count,
     )
     tuned = load_tuned_rows(case.kernel_table, TunedKey.for_layer(layer, rules)) if case.kernel_table else ()
@@ -53,6 +54,7 @@ def make_experts(case: Case) -> Experts:
         from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - each rank pays for imports
 
         return make_aiter_experts(case)
+    from distbench.experts.formulas import formula_of  # noqa: PLC0415 - kernel choice alone needs none
     from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
 
-    return ReferenceExperts(make_selector(case), case.seed)
+    return ReferenceExperts(make_selector(case), case.seed, formula=formula_of(case))

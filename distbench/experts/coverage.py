@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distbench.case.spec import Case
+from distbench.experts.formulas import formula_of
 from distbench.experts.roundings import stored_intermediate
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.exact_plan import ExactPlan, plan_exact
@@ -24,6 +25,7 @@ def plan_of(case: Case) -> ExactPlan:
         case.combine_quant,
         case.fp8_format,
         stored_intermediate(case),
+        formula_of(case),
     )
 
 

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from distbench.errors import Unsupported
 from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.blocked_matmul import Weights
 from distbench.experts.roundings import Scales
 from distbench.experts.selection.choice import KernelChoice, KernelSelector
-from distbench.experts.steps import STEPS, Group
+from distbench.experts.steps import Group, Steps
 from distbench.workload.bits import Shuffles
+from distbench.workload.formula import Formula
 from distbench.workload.quantize import through_weight_blocks
 
 _WEIGHT_BYTES = 8 << 20
@@ -51,13 +53,19 @@ class _Kept(Generic[T]):
 class ReferenceExperts(Experts):
     """Stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
-    def __init__(self, selector: KernelSelector, seed: int, scales: Scales = "power of two") -> None:
+    def __init__(
+        self,
+        selector: KernelSelector,
+        seed: int,
+        scales: Scales = "power of two",
+        formula: Formula = Formula(),  # noqa: B008 - frozen
+    ) -> None:
         """Select kernels with `selector`; `seed` orders atomic adds; `scales` are those of an fp8 intermediate.
 
         float32 weights count as quantised and dequantised already.
         """
         self._scales: Scales = scales
-        self.steps = STEPS
+        self.steps = Steps(formula)
         self._selector = selector
         self._arrivals = Shuffles(seed, "atomic")
         self._output: Tensor | None = None
@@ -67,9 +75,16 @@ class ReferenceExperts(Experts):
         self._choices: dict[int, KernelChoice] = {}
 
     def selection(self, rows: int) -> KernelChoice:
-        """See `Experts.selection`."""
+        """See `Experts.selection`.
+
+        Raises:
+            Unsupported: a tuned row has a bf16 kernel of one stage, and a limit is asked for.
+        """
         if rows not in self._choices:
-            self._choices[rows] = self._selector.choose(rows)
+            choice = self._choices[rows] = self._selector.choose(rows)
+            if choice.run_1stage and self._selector.layer.quant == "bf16" and self.steps.formula.limit:
+                message = f"{rows} rows: {choice.stage1!r:.80}: no kernel of one stage clamps at a limit; drop its row"
+                raise Unsupported(message)
         return self._choices[rows]
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:

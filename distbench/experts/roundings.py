@@ -7,8 +7,10 @@ from typing import Literal
 import msgspec
 
 from distbench.case.spec import Case
+from distbench.experts.formulas import formula_of
 from distbench.experts.selection.choice import KernelChoice
 from distbench.utils.amd_arch import Fp8Format
+from distbench.workload.formula import Formula
 
 Stored = Literal["bf16", "e4m3"]
 Scales = Literal["power of two", "maximum"]
@@ -23,13 +25,15 @@ class Roundings(msgspec.Struct, frozen=True, kw_only=True):
     weights: Literal["bf16"] | Fp8Format = "bf16"
     """bf16 as given, or e4m3 with a power of two per 128 x 128 block, gate and up separately."""
     bf16_intermediate: bool = True
-    """SiLU(gate) * up is rounded to bf16, before any other rounding of it."""
+    """The activation's product is rounded to bf16, before any other rounding of it."""
     intermediate: Literal["", "e4m3fn", "e4m3fnuz"] = ""
     """e4m3 format of the stored intermediate, with a scale per 128 columns; empty for none."""
     scales: Scales = "power of two"
     """Scales of the intermediate: the least power of two that fits a block into e4m3, or maximum over e4m3's limit."""
     sums: Literal["float32", "bf16"] = "float32"
     """A row's routes are added in float32 and rounded once, or one by one, in any order, into a bf16 row."""
+    formula: Formula = Formula()
+    """What is computed between the roundings."""
 
     @property
     def name(self) -> str:
@@ -56,6 +60,7 @@ def roundings_of(case: Case, choice: KernelChoice) -> Roundings:
         intermediate=quantised,
         scales=scales_of(case),
         sums="bf16" if choice.stage2_mode == "atomic" else "float32",
+        formula=formula_of(case),
     )
 
 

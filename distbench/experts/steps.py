@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from distbench.experts.blocked_matmul import Weights, blocked_product
 from distbench.experts.roundings import Scales
 from distbench.experts.selection.choice import KernelChoice
+from distbench.workload.activation import activate
+from distbench.workload.formula import Formula
 from distbench.workload.quantize import through_blocks
 
 
@@ -29,6 +30,10 @@ class Group(NamedTuple):
 class Steps:
     """The steps of a kernel, in order. All values are float32 unless stated otherwise."""
 
+    def __init__(self, formula: Formula = Formula()) -> None:  # noqa: B008 - frozen
+        """Compute `formula` between the products."""
+        self.formula = formula
+
     def widen(self, hidden: Tensor, scales: Tensor | None) -> Tensor:
         """Return hidden rows [n, H] as float32, block-scaled rows multiplied out; scales [n, H/128] or None."""
         if scales is None:
@@ -42,7 +47,7 @@ class Steps:
 
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the intermediate [g, m, I], unrounded."""
-        return functional.silu(gate) * up
+        return activate(gate, up, self.formula)
 
     def store(self, intermediate: Tensor) -> Tensor:
         """Return the intermediate [g, m, I] as a two-stage kernel stores it."""
@@ -70,7 +75,3 @@ class Steps:
         for route in routes.unbind(1):
             total += route
         return total.bfloat16()
-
-
-STEPS = Steps()
-"""The correct steps."""

@@ -20,6 +20,7 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available, check_quirks
 from distbench.experts.coverage import plan_of
+from distbench.experts.formulas import check_triton_formula
 from distbench.experts.selection.choice import KernelSelector, TunedKey, rules_for
 from distbench.experts.selection.table_match import match_tables
 from distbench.experts.shapes import check_aiter_shape, check_triton_shape
@@ -60,6 +61,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
 
         check_faults(case)
     if case.experts == "triton":
+        check_triton_formula(case)
         check_triton_shape(case.hidden_size, case.intermediate_size, 1 if case.dispatch_dtype == "fp8" else 2)
         return (*notes, *_check_triton_table(case))
     if case.experts == "aiter":

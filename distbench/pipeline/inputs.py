@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from distbench.case.spec import Case, inputs_of
+from distbench.experts.formulas import formula_of
 from distbench.experts.roundings import stored_intermediate
 from distbench.workload.inputs import Workload, make_workload
 
@@ -30,5 +31,6 @@ def workload_for(case: Case, device: torch.device) -> Workload:
         fp8_format=case.fp8_format,
         combine_quant=case.combine_quant,
         intermediate=stored_intermediate(case),
+        formula=formula_of(case),
         device=device,
     )

@@ -141,7 +141,7 @@ def make_table_selector(
     """Selector by the rows of all `tables`; of two rows for one bucket the first counts."""
     key = lookup.key(layer, rules)
     tuned = tuple(row for path in tables for row in load_tuned_rows(path, key))
-    return KernelSelector(layer=layer, tuned=tuned, rules=rules, overrides=lookup.overrides)
+    return KernelSelector(layer=lookup.of(layer), tuned=tuned, rules=rules, overrides=lookup.overrides)
 
 
 def effect_of(selector: KernelSelector, limit: int, padded: int, lookup: Lookup = _PLAIN) -> Effect:

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.experts.selection.lookup import ACTIVATIONS, QUANTS
+from distbench.experts.selection.heuristics import ACTIVATIONS
+from distbench.experts.selection.lookup import QUANTS
 from distbench.experts.selection.releases import BucketRules
 from distbench.experts.selection.table_match import answers
 from distbench.experts.selection.tuned_table import TunedKey, parse_tuned_rows, read_table, row_keys

@@ -16,6 +16,7 @@ from torch.nn import functional
 from distbench.experts.base import ExpertWeights
 from distbench.experts.reference import grouped_routes, local_experts, local_rows, through_halves
 from distbench.experts.roundings import Roundings
+from distbench.workload.activation import activate
 from distbench.workload.batch import TokenBatch
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.quantize import dequantize, fp8_dtype, through_blocks, through_weight_blocks
@@ -76,7 +77,7 @@ def ideal_rows(
         w1, w2 = _held(weights, experts, families[0])
         share = shares[routes].unsqueeze(2)
         gate, up = torch.bmm(hidden[rows.flatten()].view(*rows.shape, -1), w1.double().transpose(1, 2)).chunk(2, dim=2)
-        middle = functional.silu(gate) * up
+        middle = activate(gate, up, families[0].formula)
         result = torch.bmm(middle, w2.double().transpose(1, 2))
         exact.index_add_(0, rows.flatten(), (result * share).flatten(0, 1))
         narrow = w2.float().transpose(1, 2)

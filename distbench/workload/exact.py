@@ -33,11 +33,11 @@ from distbench.workload.bits import byte_columns
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.codes import code_columns, code_groups
 from distbench.workload.draws import bytes_of, sum_draws
-from distbench.workload.exact_plan import BLOCK, GATE_STEP, GUARD_GATE, GUARD_STEP, ExactPlan
+from distbench.workload.exact_plan import BLOCK, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.places import Places, live_column, places_of
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
-from distbench.workload.probes import Probes, minus, physical, probe_patterns, switches
+from distbench.workload.probes import Probes, minus, physical, probe_patterns, switches, wide_up_signs
 
 _CHUNK_ELEMENTS = 4 << 20
 # The smallest magnitude that sets the scale of a block of weights: it exceeds all other weights.
@@ -126,7 +126,9 @@ def _constants(plan: ExactPlan, device: torch.device) -> Tensor:
     """Return the values of w1's rows at column 0, bf16 [2I]."""
     places, inter = places_of(plan, device), plan.intermediate_size
     values = torch.zeros(2 * inter, dtype=torch.bfloat16, device=device)
-    values[places.sum_rows] = GATE_STEP
+    values[places.sum_rows] = plan.gate_step
+    if plan.probes is not None:  # off is 0: what the activation adds to up is taken off again
+        values[places.probe_rows[: plan.probes.first_up_row] + inter] = -plan.formula.up_shift
     for guards in (places.guards, places.twins):
         values[guards] = GUARD_GATE
         values[guards + inter] = _guard_ups(plan, device)
@@ -201,7 +203,7 @@ def _payloads(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     coefficients[doubled : doubled + single, :gates] = points.step
     coefficients[-1, gates:first_up] = points.wide_step
     coefficients[doubled : doubled + ups, first_up:wide_up] = 1
-    coefficients[-1, wide_up : wide_up + probes.wide_up_rows] = 1
+    coefficients[-1, wide_up : wide_up + probes.wide_up_rows] = wide_up_signs(plan, device)
     return rows, coefficients
 
 

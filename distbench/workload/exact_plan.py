@@ -13,7 +13,8 @@ import msgspec
 
 from distbench.errors import InvalidCase
 from distbench.utils.amd_arch import LARGEST_FP8, Fp8Format
-from distbench.workload.points import Points, points_for
+from distbench.workload.formula import Formula
+from distbench.workload.points import Points, certain_at_limit, points_for
 from distbench.workload.probe_plan import ProbePlan, plan_code, plan_probes
 
 Intermediate = Literal["bf16", "e4m3"]
@@ -24,7 +25,6 @@ BLOCK = 128
 # Integers up to these survive bf16, and the cast to fp8 (e4m3) of a quantised combine.
 MAX_UNITS = 256
 MAX_FP8_UNITS = 16
-GATE_STEP = 32.0
 GUARD_GATE = 64.0
 # Output weight of a guard row and, negated, of its twin: they cancel.
 GUARD_STEP = 0.125
@@ -65,6 +65,7 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     intermediate: Intermediate
     combine: str
     probes: ProbePlan | None
+    formula: Formula = Formula()
 
     @property
     def largest_fp8(self) -> float:
@@ -82,9 +83,25 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.largest_fp8 / GUARD_GATE
 
     @property
+    def gate_step(self) -> float:
+        """The gate of sum rows, which is the value of the activation too, within a rounding to bf16.
+
+        silu(32) and gelu(32) are 32 in float32. Within a limit, silu(8) and gelu(8) round to 8, in any product with a
+        small whole number, and 4 * sigmoid(1.702 * 4) to 4.
+        """
+        if self.formula.activation == "swiglu":
+            return 4.0
+        return 8.0 if self.formula.limit else 32.0
+
+    @property
+    def up_bound(self) -> int:
+        """The largest magnitude of a sum row's up value, with what the activation adds to it."""
+        return self.up_entries + self.formula.up_shift
+
+    @property
     def unit(self) -> float:
         """Unit of all sums: each is an integer multiple of it, at most `max_units`."""
-        return GATE_STEP * self.down_step / self.weight_ratio
+        return self.gate_step * self.down_step / self.weight_ratio
 
     @property
     def down_step(self) -> float:
@@ -95,7 +112,7 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     def points(self) -> Points:
         """The numbers that the probes use."""
         coarse = self.intermediate == "e4m3" or self.combine != "none"
-        return points_for(coarse=coarse, fp8=self.fp8_format if self.block_scaled else None)
+        return points_for(coarse=coarse, fp8=self.fp8_format if self.block_scaled else None, formula=self.formula)
 
     @property
     def dead_columns(self) -> int:
@@ -162,6 +179,7 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
     combine_quant: str = "none",
     fp8_format: Fp8Format = "e4m3fn",
     intermediate: Intermediate = "bf16",
+    formula: Formula = Formula(),  # noqa: B008 - frozen
 ) -> ExactPlan:
     """Choose the largest plan within the bounds: both weights first, then probes, then U up to 4, then V.
 
@@ -177,6 +195,7 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
         _refuse(f"hidden_size = {hidden_size}: fp8 dispatch scales blocks of {BLOCK} columns, use a multiple of them")
     if combine_quant.startswith("fp4"):
         _refuse(f"combine_quant = {combine_quant}: its scales are sixths of each block's maximum, which rounds")
+    _check_formula(formula, quantised=fp8 or combine_quant != "none")
     plain = ExactPlan(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -193,11 +212,28 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
         intermediate=intermediate,
         combine=combine_quant,
         probes=None,
+        formula=formula,
     )
-    if not _budget(plain, 1):
-        bound = plain.max_units
-        _refuse(f"topk = {topk}: the sum of a token's experts stays within {bound} units up to topk = {bound}")
+    least = plain.up_bound
+    if _budget(plain, 1) < least:
+        bound, most = plain.max_units, plain.max_units // least
+        _refuse(f"topk = {topk}: the sum of a token's experts stays within {bound} units up to topk = {most}")
     return _first_covering(plain)
+
+
+def _check_formula(formula: Formula, *, quantised: bool) -> None:
+    """Refuse a limit whose products are not certain to round alike in all right kernels."""
+    limit, swiglu = formula.limit, formula.activation == "swiglu"
+    if not limit:
+        return
+    named = f"activation = {formula.activation}" if swiglu else f"swiglu_limit = {limit:g}"
+    if quantised:
+        _refuse(f"{named}: with fp8 the clamped values set scales that are no powers of two")
+    least = 7 if swiglu else 8
+    if limit < least:
+        _refuse(f"swiglu_limit = {limit:g}: exact values need at least {least}")
+    if not certain_at_limit(formula):
+        _refuse(f"swiglu_limit = {limit:g}: products with it lie too close to a rounding boundary")
 
 
 def _budget(plan: ExactPlan, weight_ratio: int) -> int:
@@ -210,7 +246,8 @@ def _plans(plain: ExactPlan) -> Iterator[ExactPlan]:
         for share in _SHARES_OF_PROBES:
             sums = _with_probes(msgspec.structs.replace(plain, weight_ratio=weight_ratio), share)
             for up_entries in range(min(_MAX_UP_ENTRIES, sums.payload_columns), 0, -1):
-                down = min(_budget(plain, weight_ratio) // up_entries, _MAX_DOWN_ENTRIES, sums.sum_rows)
+                bound = msgspec.structs.replace(sums, up_entries=up_entries).up_bound
+                down = min(_budget(plain, weight_ratio) // bound, _MAX_DOWN_ENTRIES, sums.sum_rows)
                 wanted = max(-(-_READS_OF_A_ROW * sums.sum_rows // max(sums.sum_columns, 1)), 2)
                 if down:
                     yield msgspec.structs.replace(sums, up_entries=up_entries, down_entries=min(down, wanted))

@@ -13,6 +13,7 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.exact_plan import ExactPlan, Intermediate, plan_exact
+from distbench.workload.formula import Formula
 from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import are_local, route, token_keys
@@ -256,9 +257,12 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     fp8_format: Fp8Format = "e4m3fn",
     combine_quant: str = "none",
     intermediate: Intermediate = "bf16",
+    formula: Formula = Formula(),  # noqa: B008 - frozen
     device: Device,
 ) -> Workload:
     """Return the inputs that a case describes; `intermediate` is the dtype that experts store between their products.
+
+    `formula` is what the experts compute.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
@@ -269,7 +273,7 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed)
     if numerics == "exact":
         sizes = hidden_size, intermediate_size, topk
-        plan = plan_exact(*sizes, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate)
+        plan = plan_exact(*sizes, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate, formula)
         source = ExactNumerics(plan, seed)
     return Workload(
         source,

@@ -132,19 +132,20 @@ def _sum_units(plan: ExactPlan, seed: int, signed: Tensor, tiles: _Tiles) -> Ten
     for start in range(0, len(tiles.experts), step):
         chunk = _Tiles(*(part[start : start + step] for part in tiles))
         routed = signed.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, -1)
-        result = _tile_outputs(routed.transpose(1, 2).contiguous(), sum_patterns(plan, seed, chunk.experts))
+        patterns = sum_patterns(plan, seed, chunk.experts)
+        result = _tile_outputs(routed.transpose(1, 2).contiguous(), patterns, plan.formula.up_shift)
         units = chunk.weights.view(-1, 1) * plan.weight_ratio
         rows = result.transpose(1, 2).reshape(-1, plan.sum_columns) * units
         total.index_add_(0, chunk.tokens.flatten(), rows)
     return total[:-1]
 
 
-def _tile_outputs(signed: Tensor, patterns: Patterns) -> Tensor:
-    """Return the expert output of each route, in gate steps: int8 [t, columns, T].
+def _tile_outputs(signed: Tensor, patterns: Patterns, shift: int) -> Tensor:
+    """Return the expert output of each route, in gate steps: int8 [t, columns, T]; `shift` is added to up values.
 
     signed int8 [t, 2H + 1, T] holds each hidden column, then each negated, in the order that entries index.
     """
-    activation = _pick(signed, patterns.up).sum(1, dtype=torch.int8)
+    activation = _pick(signed, patterns.up).sum(1, dtype=torch.int8) + shift
     both = torch.cat([activation, -activation], dim=1)
     return _pick(both, patterns.down).sum(1, dtype=torch.int8)
 

@@ -1,18 +1,20 @@
-"""Numbers of the probes: points where SiLU is far enough from a rounding boundary. Loads no torch.
+"""Numbers of the probes: points where the activation is far enough from a rounding boundary. Loads no torch.
 
-SiLU at each point is at least 2**-5 of a bf16 ulp away from a boundary. An error of 2**-13 of an ulp, and so any
-implementation of the exponential, changes no bit; other activations do. tests/unit/workload/test_points.py repeats the
-search for the points. Where values are rounded to e4m3 (`coarse`), points are away from its boundaries too, before and
-after a rounding to bf16.
+The activation at each point is at least 2**-5 of a bf16 ulp away from a boundary. An error of 2**-13 of an ulp, and so
+any implementation of the exponential, changes no bit; other activations do. tests/unit/workload/test_points.py repeats
+the search for the points. Where values are rounded to e4m3 (`coarse`), points are away from its boundaries too, before
+and after a rounding to bf16. Gelu's points end at -3: below, a float32 of 1 + erf(x) is too inexact.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import msgspec
 
 from distbench.utils.amd_arch import Fp8Format
+from distbench.workload.formula import SWIGLU_ALPHA, Formula
 
 # An output reads a row by a mantissa that makes the product round in bf16 as well, which exposes truncation.
 _UP_GATES = ((-1.5, 1.25), (-0.625, 1.25), (1.0, 1.25), (1.75, 1.25), (3.0, 1.25), (5.5, 1.25), (7.5, 1.5))
@@ -23,12 +25,23 @@ _MANTISSAS = (
     *(129, 131, 135, 137, 139, 141, 145, 147, 151, 153, 155, 157, 161, 171, 173, 177, 181, 193),
     *(199, 201, 203, 209, 211, 213, 219, 221, 223, 225, 227, 233, 235, 239, 241, 243, 247, 249),
 )
+_GELU_UP_GATES = ((-1.5, 1.5), (-0.875, 1.25), (0.5, 1.25), (1.5, 1.0), (1.75, 1.0), (3.0, 1.25), (5.5, 1.5))
+_GELU_MANTISSAS = (
+    *(131, 133, 135, 137, 141, 143, 145, 147, 151, 153, 155, 157, 159, 161, 163, 165, 167, 169, 171, 173, 175, 177),
+    *(179, 181, 201, 203, 207, 211, 213, 217, 219, 223, 225, 227, 231, 235, 237, 239, 241, 247, 249, 251, 253, 255),
+)
+_SWIGLU_MANTISSAS = (
+    *(129, 131, 145, 179, 181, 183, 185, 191, 193, 195, 197, 201),
+    *(207, 209, 211, 215, 219, 223, 227, 235, 237, 243, 249, 251),
+)
 # Wide columns are one of these mantissas times 2**0 to 2**4.
 WIDE_POWERS = 5
 # Coefficients of a payload in whole steps: the number of 2s, then of 1s.
 _FINE_ENTRIES, _COARSE_ENTRIES = (2, 15), (1, 7)
 UP_ENTRIES = 6
 HOT_GATE = 64.0
+_BF16_BITS = 8
+_LEAST_MARGIN = 2.0**-5
 
 
 class Points(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +67,20 @@ class Points(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.doubled + self.single
 
 
+_PLAIN = Formula()
+
+
 @lru_cache(maxsize=8)
-def points_for(*, coarse: bool, fp8: Fp8Format | None) -> Points:
+def points_for(*, coarse: bool, fp8: Fp8Format | None, formula: Formula = _PLAIN) -> Points:
     """Return the points of a layer; `fp8` is the format of hidden states in transit, None for bf16."""
+    if formula.activation == "swiglu":
+        return _swiglu_points()
+    if formula.activation == "gelu":
+        return _gelu_points(coarse=coarse, fp8=fp8)
+    return _silu_points(coarse=coarse, fp8=fp8)
+
+
+def _silu_points(*, coarse: bool, fp8: Fp8Format | None) -> Points:
     doubled, single = _COARSE_ENTRIES if coarse else _FINE_ENTRIES
     wide_gates: tuple[tuple[float, float], ...] = ((-0.8125, 1.0), (-0.625, 1.0), (-1.5, 1.0), (1.75, 1.0))
     wide: tuple[int, ...] = _MANTISSAS
@@ -76,3 +100,78 @@ def points_for(*, coarse: bool, fp8: Fp8Format | None) -> Points:
         wide=wide,
         wide_step=wide_step,
     )
+
+
+def _gelu_points(*, coarse: bool, fp8: Fp8Format | None) -> Points:
+    wide_gates: tuple[tuple[float, float], ...] = ((-0.875, 1.0), (3.5, 1.0), (4.0, 1.25), (7.0, 1.0))
+    wide: tuple[int, ...] = _GELU_MANTISSAS
+    wide_step = 2.0**-5
+    if fp8 == "e4m3fn":
+        wide_gates = ((-1.125, 1.25), (-0.875, 1.75), (0.5, 1.25), (0.8125, 1.25))
+        wide, wide_step = (224,), 2.0**-1
+    elif fp8 is not None:
+        wide_gates = ((-1.5, 1.5), (-1.125, 1.25), (-0.875, 1.25), (-0.75, 1.25))
+        wide = (240,)
+    return Points(
+        step=0.34375 if coarse else 0.171875,
+        doubled=1 if coarse else 2,
+        single=3 if coarse else 11,
+        up_gates=_GELU_UP_GATES if coarse or fp8 else (*_GELU_UP_GATES, (96.0, 1.25)),
+        wide_up_gates=wide_gates,
+        wide=wide,
+        wide_step=wide_step,
+    )
+
+
+def _swiglu_points() -> Points:
+    """Return points for bf16; 8 and 96 are above the limit, and so are wide columns from 8 on."""
+    return Points(
+        step=0.203125,
+        doubled=2,
+        single=13,
+        up_gates=(
+            *((-1.25, 1.0), (1.125, 1.0), (2.0, 1.0), (3.0, 1.25), (4.5, 1.5), (5.5, 1.5)),
+            *((8.0, 1.25), (96.0, 1.25)),
+        ),
+        wide_up_gates=((5.5, 1.0), (6.5, 1.0), (-1.125, 1.0)),
+        wide=_SWIGLU_MANTISSAS,
+        wide_step=2.0**-5,
+    )
+
+
+def certain_at_limit(formula: Formula) -> bool:
+    """Whether all right kernels round the products alike that a clamped gate or up value gives."""
+    points, limit, shift = points_for(coarse=False, fp8=None, formula=formula), formula.limit, formula.up_shift
+    gates = [weight for gate, weight in points.up_gates if gate > limit]
+    clamped = [(limit, weight, up + shift) for weight in gates for up in range(-UP_ENTRIES, UP_ENTRIES + 1)]
+    wide = [(gate, weight, up + shift) for gate, weight in points.wide_up_gates for up in (-limit, limit)]
+    return all(_certain(_activation(gate, formula), weight, up) for gate, weight, up in (*clamped, *wide) if up)
+
+
+def _certain(activation: float, weight: float, up: float) -> bool:
+    """Whether products round alike with and without a rounding of the activation, and of the row that is read."""
+    once, twice = activation * up, _rounded(activation) * up
+    return (
+        _rounded(once) == _rounded(twice)
+        and _rounded(weight * once) == _rounded(weight * _rounded(once))
+        and min(_margin(once), _margin(weight * once)) >= _LEAST_MARGIN
+        and min(_margin(twice), _margin(weight * _rounded(once))) > 0
+    )
+
+
+def _activation(gate: float, formula: Formula) -> float:
+    """Return the activation of a gate within the limit, without up."""
+    if formula.activation == "gelu":
+        return gate * math.erfc(-gate / math.sqrt(2)) / 2
+    return gate / (1 + math.exp(-gate * (SWIGLU_ALPHA if formula.activation == "swiglu" else 1)))
+
+
+def _rounded(value: float) -> float:
+    """Return the nearest number of bf16's significant bits."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(round(math.ldexp(mantissa, _BF16_BITS)), exponent - _BF16_BITS)
+
+
+def _margin(value: float) -> float:
+    """Return the distance from a tie between two numbers of bf16, in its steps."""
+    return abs(math.ldexp(abs(math.frexp(value)[0]), _BF16_BITS) % 1 - 0.5)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.workload.activation import activate
 from distbench.workload.draws import Drawn, bytes_of, probe_draws
 from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.places import live_column, places_of
@@ -169,17 +170,21 @@ def _make_by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Ten
     wide = static.wide_start + turns * static.wide_step
     wide = torch.where(static.wide_step > 0, wide.remainder(plan.wide_columns), plan.wide_columns)
     switch, first, magnitude = (table.index_select(0, place.flatten()).view(place.shape) for table in static.tables)
-    return wide.to(torch.int32), switch, first.to(torch.int32), magnitude
+    return wide.to(torch.int32), switch, (first + static.shift).to(torch.int32), magnitude
 
 
 class _Static(NamedTuple):
-    """Properties of rows that all experts share, [R]; tables by place: switch, first value, magnitude."""
+    """Properties of rows that all experts share, [R]; tables by place: switch, first value, magnitude.
+
+    `shift` is added to the place of the first value: the values of wide columns that a row negates come apart.
+    """
 
     number: Tensor
     cycle: Tensor
     start: Tensor
     wide_start: Tensor
     wide_step: Tensor
+    shift: Tensor
     tables: tuple[Tensor, Tensor, Tensor]
 
 
@@ -216,7 +221,17 @@ def _static_kinds(plan: ExactPlan, device: torch.device) -> _Static:
         torch.tensor(first, dtype=torch.int64, device=device),
         torch.tensor(magnitude, device=device),
     )
-    return _Static(lists[0], lists[1], lists[2], lists[3], lists[4], tables)
+    shift = torch.zeros(probes.rows, dtype=torch.int64, device=device)
+    wide_up = probes.first_up_row + probes.up_rows
+    negative = wide_up_signs(plan, device) < 0
+    shift[wide_up : wide_up + probes.wide_up_rows] = negative * len(points.wide_up_gates) * WIDE_VALUES
+    return _Static(lists[0], lists[1], lists[2], lists[3], lists[4], shift, tables)
+
+
+def wide_up_signs(plan: ExactPlan, device: torch.device) -> Tensor:
+    """Return by what rows multiply the wide column in their up values, 1 or, in every second row within a limit, -1."""
+    number = torch.arange(_probes(plan).wide_up_rows, device=device)
+    return 1 - 2 * (number % 2) if plan.formula.limit else torch.ones_like(number)
 
 
 def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,11 +267,18 @@ def _row_values(plan: ExactPlan) -> Tensor:
     payload = torch.arange(-points.largest, points.largest + 1, dtype=torch.float64)
     ups = torch.arange(-UP_ENTRIES, UP_ENTRIES + 1, dtype=torch.float64)
     wide = (torch.arange(WIDE_VALUES, dtype=torch.int16) + FIRST_WIDE).view(torch.bfloat16).double()
+    wide_ups = [wide, -wide] if plan.formula.limit else [wide]
+
+    on = torch.tensor([1.0 - plan.formula.up_shift], dtype=torch.float64)
     parts = [
-        silu(payload * points.step),
-        silu(wide * points.wide_step),
-        *(silu(torch.tensor(gate, dtype=torch.float64)) * ups for gate, _ in points.up_gates),
-        *(silu(torch.tensor(gate, dtype=torch.float64)) * wide for gate, _ in points.wide_up_gates),
+        activate(payload * points.step, on, plan.formula),
+        activate(wide * points.wide_step, on, plan.formula),
+        *(activate(ups.new_tensor([gate]), ups, plan.formula) for gate, _ in points.up_gates),
+        *(
+            activate(ups.new_tensor([gate]), signed, plan.formula)
+            for signed in wide_ups
+            for gate, _ in points.wide_up_gates
+        ),
         torch.tensor([plan.largest_fp8], dtype=torch.float64),
     ]
     values = torch.cat(parts).bfloat16().float()
@@ -269,7 +291,7 @@ def _offsets(plan: ExactPlan) -> list[list[int]]:
     wide = 2 * points.largest + 1
     ups = wide + WIDE_VALUES
     wide_ups = ups + len(points.up_gates) * (2 * UP_ENTRIES + 1)
-    hot = wide_ups + len(points.wide_up_gates) * WIDE_VALUES
+    hot = wide_ups + len(points.wide_up_gates) * WIDE_VALUES * (2 if plan.formula.limit else 1)
     return [
         [points.largest],
         [wide],
@@ -277,8 +299,3 @@ def _offsets(plan: ExactPlan) -> list[list[int]]:
         [wide_ups + place * WIDE_VALUES for place in range(len(points.wide_up_gates))],
         [hot],
     ]
-
-
-def silu(values: Tensor) -> Tensor:
-    """Return SiLU in float64."""
-    return values * torch.sigmoid(values)

@@ -72,7 +72,7 @@ def _made(
         assert isinstance(fault, MutantFault)
         patches = {seam: partial(_measured, patch, log) for seam, patch in mutant.patches.items()}
         type(fault).mutant = mutant._replace(patches=patches)
-        fault._steps.__dict__.update(fault._patches())
+        fault._patched = fault._patched_steps()
         transport, experts, cut = injector.transport, injector.experts, injector.around(padded)
     rows: list[Tensor] = []
 

@@ -24,6 +24,8 @@ from distbench.experts.aiter.package import (
     PACKAGE,
     STAND_IN,
     AiterPackage,
+    check_honoured,
+    check_parameters,
     check_settings,
     followed_release,
     load_package,
@@ -33,7 +35,7 @@ from distbench.experts.aiter.weights import PreparedWeights, prepare_weights
 from distbench.experts.base import ExpertInput, Experts, ExpertWeights
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
-from distbench.experts.selection.heuristics import ONE_STAGE_BLOCK_M, LayerKey, default_stage
+from distbench.experts.selection.heuristics import ACTIVATIONS, ONE_STAGE_BLOCK_M, LayerKey, default_stage
 from distbench.experts.selection.kernel_names import DEFAULT_TILE_K, named_split, stage2_mode, tile_k
 from distbench.experts.selection.releases import rules_for
 from distbench.experts.selection.tuned_table import MISSING
@@ -64,6 +66,7 @@ class AiterExperts(Experts):
             model_dim=case.hidden_size,
             inter_dim=case.intermediate_size,
             quant=case.dispatch_dtype,
+            activation=case.activation,
             cu_count=int(package.chip.get_cu_num()),
             gfx=str(package.chip.get_gfx()),
         )
@@ -77,8 +80,11 @@ class AiterExperts(Experts):
         check_aiter_shape(case.hidden_size, case.intermediate_size, case.dispatch_dtype)
         if not case.emulate:
             check_settings(case)
+            check_honoured(case, self._release)
+        check_parameters(case, package)
         if case.dispatch_dtype == "fp8":
             _check_fp8(case, self._key.arch)
+        self._activation = getattr(package.root.ActivationType, ACTIVATIONS[case.activation])
         self._payload = fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16
 
     def selection(self, rows: int) -> KernelChoice:
@@ -159,14 +165,20 @@ class AiterExperts(Experts):
             "topk_weight": given.weights,
             "topk_ids": given.ids,
             "expert_mask": weights.mask,
-            "activation": root.ActivationType.Silu,
+            "activation": self._activation,
             "quant_type": root.QuantType.No if given.scales is None else root.QuantType.per_128x128,
             "w1_scale": layer.w1_scale,
             "w2_scale": layer.w2_scale,
             "a1_scale": given.scales,
             "num_local_tokens": given.num_local_tokens,
+            "moe_sorting_dispatch_policy": self._case.sorting_policy,
             "dtype": torch.bfloat16,
+            **self._of_newer_releases(),
         }
+
+    def _of_newer_releases(self) -> dict[str, Any]:
+        """Return the arguments that only newer releases take, where the case has them."""
+        return {"swiglu_limit": self._case.swiglu_limit} if self._case.swiglu_limit else {}
 
     def prepared(self, weights: ExpertWeights) -> PreparedWeights:
         """Return the weights in aiter's layout, which are kept for the next call with the same tensors."""
@@ -218,7 +230,7 @@ class AiterExperts(Experts):
             "q_dtype_w": payload,
             "q_type": package.root.QuantType.per_1x128 if fp8 else package.root.QuantType.No,
             "use_g1u1": True,
-            "activation": package.root.ActivationType.Silu,
+            "activation": self._activation,
             "doweight_stage1": False,
             "hidden_pad": 0,
             "intermediate_pad": 0,

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
 import os
 from collections.abc import Mapping
@@ -15,16 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from packaging.version import Version
 
 from distbench.case.aiter_env import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.releases import BUCKET_RULES, padded_rows, rules_for
+from distbench.utils.versions import release_of
 
 DISTRIBUTION = "amd-aiter"
 PACKAGE = "aiter"
 STAND_IN = "distbench.experts.aiter.emulated"
+LIMIT_SINCE = "0.1.17"
+"""The release in which `fused_moe` got the parameter swiglu_limit."""
+SWIGLU_SINCE = "0.1.19.post1"
+"""The release in which CK's two stages got swiglu (gemm_moe_ck2stages.cu)."""
 BUILD_VARIABLE = "AITER_JIT_DIR"
 INSTALL = (
     "run in a ROCm container that has it, or install amd-aiter for this ROCm (docs/amd.md); "
@@ -238,6 +245,42 @@ def check_settings(case: Case, environ: Mapping[str, str] = os.environ) -> None:
     for name, (key, value) in asked.items():
         if int(environ.get(name, "").strip() or 0) != value:
             _refuse(f"{key} = {value}: aiter reads {name} in its environment; set it to {value} for the launch too")
+
+
+def check_parameters(case: Case, package: AiterPackage) -> None:
+    """Refuse an argument for which the release's `fused_moe` has no parameter.
+
+    Raises:
+        Unsupported: names the argument and the release that has it.
+    """
+    if not case.swiglu_limit:
+        return
+    known = "swiglu_limit" in inspect.signature(package.moe.fused_moe).parameters
+    release = release_of(package.version)
+    imitated = not case.emulate or release is None or release >= Version(LIMIT_SINCE)
+    if not (known and imitated):
+        message = f"swiglu_limit = {case.swiglu_limit:g}: fused_moe of aiter {package.version} has no such parameter; "
+        message += f"use {LIMIT_SINCE} or later"
+        raise Unsupported(message)
+
+
+def check_honoured(case: Case, release: str) -> None:
+    """Refuse arguments that `release` takes and its kernels for bf16 and per_1x128 do not read (docs/aiter.md).
+
+    Raises:
+        Unsupported: names the argument, and where it is computed.
+    """
+    known = release_of(release)
+    ignored = {
+        f"activation swiglu: before {SWIGLU_SINCE} its kernels for {case.dispatch_dtype} rows compute gelu instead": (
+            case.activation == "swiglu" and known is not None and known < Version(SWIGLU_SINCE)
+        ),
+        f"swiglu_limit: its kernels for {case.dispatch_dtype} rows ignore it": bool(case.swiglu_limit),
+    }
+    for what, is_so in ignored.items():
+        if is_so:
+            message = f"experts aiter: {what}; use experts reference, or --emulate"
+            raise Unsupported(message)
 
 
 def _refuse(message: str) -> None:

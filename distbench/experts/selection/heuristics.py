@@ -1,4 +1,4 @@
-"""The kernel that aiter selects for a bucket without a tuned row: SiLU, gate and up projections, weights in stage 2."""
+"""The kernel that aiter selects for a bucket without a tuned row, for gate and up projections."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ _BLOCK_COLUMNS = 128
 _SPLIT_MULTIPLE = 256
 _SMALL_BUCKET = 32
 _NARROW_INTER = 192
+ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "swiglu": "Swiglu", "situv2": "Situv2"}
+"""aiter's names of activations."""
 
 
 class LayerKey(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +31,10 @@ class LayerKey(msgspec.Struct, frozen=True, kw_only=True):
     inter_dim: int
     quant: Literal["bf16", "fp8"] = "bf16"
     """bf16: QuantType.No. fp8: QuantType.per_1x128."""
+    activation: str = "silu"
+    """A name in `ACTIVATIONS`."""
+    doweight_stage1: bool = False
+    """Routing weights are applied in stage 1."""
     is_ep: bool = True
     """Whether the call has an expert_mask."""
     cu_count: int = 304
@@ -88,9 +94,13 @@ _FP8_HALVED_TILE = _Tile(128, 128, 1)
 
 
 def runs_one_stage(bucket: int, key: LayerKey, rules: BucketRules) -> bool:
-    """Return whether one fused kernel runs both stages (aiter v0.1.20, get_2stage_cfgs); never in bf16."""
+    """Return whether one fused kernel runs both stages (aiter v0.1.20, get_2stage_cfgs); never in bf16.
+
+    There are such kernels for SiLU, and since v0.1.12 on gfx950 for Gelu; none applies routing weights in stage 1.
+    """
     over = rules.fp8_one_stage_over
-    if key.quant == "bf16" or over is None:
+    fused = key.activation == "silu" or (key.activation == "gelu" and rules.gelu_one_stage and key.arch == "gfx950")
+    if key.quant == "bf16" or over is None or key.doweight_stage1 or not fused:
         return False
     return bucket > over and key.inter_dim % rules.fp8_one_stage_inter == 0
 
@@ -133,7 +143,7 @@ def default_stage(stage: Literal[1, 2], block_m: int, key: LayerKey, rules: Buck
 
     The names are distbench's: CK's heuristic dispatch (gen_instances.py, v0.1.20) has no names to log.
     """
-    if stage == 1 and key.quant == "fp8" and rules.fp8_asm_stage1:
+    if stage == 1 and key.quant == "fp8" and rules.fp8_asm_stage1 and not key.doweight_stage1:
         return Stage(f"asm_stage1_bm{block_m}", DEFAULT_TILE_K)
     tile = _fp8_tile(stage, block_m, key, rules) if key.quant == "fp8" else _bf16_tile(stage, block_m, key, rules)
     name = f"ck_2stages_gemm{stage}_bm{block_m}_n{tile.columns}_k{tile.k}_v{tile.pipeline}"

@@ -45,8 +45,8 @@ QUANTS: dict[str, Quant] = {
     "a16i4": Quant("per_1x32", "bfloat16", "int4"),
 }
 """Quantisations by name. The heuristics of the first two are known (heuristics.py)."""
-ACTIVATIONS = {"silu": "Silu", "gelu": "Gelu", "swiglu": "Swiglu", "situv2": "Situv2"}
 _MODELLED = ("bf16", "fp8")
+_MODELLED_ACTIVATIONS = ("silu", "gelu", "swiglu")
 
 
 class Lookup(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,17 +64,19 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def modelled(self) -> bool:
         """Whether the kernel used without a tuned row is known."""
-        return (self.quant or "bf16") in _MODELLED and self.activation == "silu" and not self.doweight_stage1
+        return (self.quant or "bf16") in _MODELLED and self.activation in _MODELLED_ACTIVATIONS
 
     def key(self, layer: LayerKey, rules: BucketRules) -> TunedKey:
         """Key under which a release with `rules` looks up the layer."""
         quant = QUANTS[self.quant or layer.quant]
         activations, weights = quant.dtypes(layer.arch)
         return msgspec.structs.replace(
-            TunedKey.for_layer(layer, rules),
+            TunedKey.for_layer(self.of(layer), rules),
             q_type=f"QuantType.{quant.q_type}",
             q_dtype_a=activations,
             q_dtype_w=weights,
-            act_type=f"ActivationType.{ACTIVATIONS[self.activation]}" if rules.activation_matters else None,
-            doweight_stage1=self.doweight_stage1,
         )
+
+    def of(self, layer: LayerKey) -> LayerKey:
+        """Return the layer with the lookup's activation and its place of routing weights."""
+        return msgspec.structs.replace(layer, activation=self.activation, doweight_stage1=self.doweight_stage1)

@@ -35,7 +35,9 @@ class BucketRules(msgspec.Struct, frozen=True, kw_only=True):
     fp8_split_columns: int
     """Multiples of inter_dim that get_ksplit counts as columns; 0: no split-k without a tuned row."""
     fp8_asm_stage1: bool
-    """Stage 1 of two-stage per_1x128 is assembly rather than CK."""
+    """Stage 1 of two-stage per_1x128 is assembly rather than CK, unless it applies routing weights."""
+    gelu_one_stage: bool
+    """gfx950 has a one-stage kernel of per_1x128 for Gelu too."""
     fp8_fitted_stage2: bool
     """CK's 16-row stage 2 halves its tile where inter_dim does not fill the full one."""
     bf16_narrow_tiles: bool
@@ -57,6 +59,7 @@ _FIRST = BucketRules(
     fp8_small_tile=False,
     fp8_split_columns=0,
     fp8_asm_stage1=True,
+    gelu_one_stage=False,
     fp8_fitted_stage2=False,
     bf16_narrow_tiles=False,
     reads_overrides=False,
@@ -80,7 +83,7 @@ def _generations() -> dict[str, BucketRules]:
     rules["0.1.9.post1"] = changed(rules["0.1.9"], fp8_split_columns=1)
     rules["0.1.10"] = changed(rules["0.1.9.post1"], fp8_one_stage_over=None, fp8_fitted_stage2=True)
     rules["0.1.10.post1"] = changed(rules["0.1.10"], fp8_one_stage_over=32)
-    rules["0.1.12"] = changed(rules["0.1.10.post1"], tiers=(32768,), fp8_one_stage_inter=128)
+    rules["0.1.12"] = changed(rules["0.1.10.post1"], tiers=(32768,), fp8_one_stage_inter=128, gelu_one_stage=True)
     rules["0.1.13"] = changed(rules["0.1.12"], unsplit_tuned=True)
     rules["0.1.14"] = changed(rules["0.1.13"], tiers=(32768, 131072), tier_fallback=True, activation_matters=False)
     rules["0.1.16"] = changed(rules["0.1.14"], ep_drops_topk=True)

@@ -16,7 +16,7 @@ import msgspec
 
 from distbench.case.aiter_env import table_paths
 from distbench.errors import InvalidCase
-from distbench.experts.selection.heuristics import LayerKey
+from distbench.experts.selection.heuristics import ACTIVATIONS, LayerKey
 from distbench.experts.selection.releases import CURRENT, BucketRules
 from distbench.utils.amd_arch import GFX_BY_CU_COUNT, fp8_format
 
@@ -68,7 +68,7 @@ class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def for_layer(cls, layer: LayerKey, rules: BucketRules = CURRENT) -> TunedKey:
-        """Return the key under which aiter looks `layer` up, activation SiLU (v0.1.20, get_2stage_cfgs)."""
+        """Return the key under which aiter looks `layer` up (v0.1.20, get_2stage_cfgs)."""
         fp8 = f"torch.float8_{fp8_format(layer.arch)}"
         quantised = fp8 if layer.quant == "fp8" else "torch.bfloat16"
         return cls(
@@ -80,7 +80,8 @@ class TunedKey(msgspec.Struct, frozen=True, kw_only=True):
             q_dtype_a=quantised,
             q_dtype_w=quantised,
             q_type="QuantType.per_1x128" if layer.quant == "fp8" else "QuantType.No",
-            act_type="ActivationType.Silu" if rules.activation_matters else None,
+            act_type=f"ActivationType.{ACTIVATIONS[layer.activation]}" if rules.activation_matters else None,
+            doweight_stage1=layer.doweight_stage1,
             gfx=layer.gfx or GFX_BY_CU_COUNT.get(layer.cu_count),
         )
 

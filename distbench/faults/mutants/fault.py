@@ -12,7 +12,7 @@ from distbench.case.injection import Injection
 from distbench.case.stages import Arm, Stage
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.base import ExpertInput
-from distbench.experts.steps import STEPS, Steps
+from distbench.experts.steps import Steps
 from distbench.faults.base import EVERYWHERE, Fault, Scene
 from distbench.faults.mutants import CORPUS
 from distbench.faults.mutants.corpus import BOUNDARIES, SUM, Mutant, Site
@@ -46,7 +46,7 @@ class MutantFault(Fault):
             message = f"inject = {NAME}: {self.mutant.name} {part}"
             raise Unsupported(message)
         self._kept: dict[str, Tensor] = {}
-        self._steps = _Patched(self._patches())
+        self._patched = self._patched_steps()
 
     @classmethod
     def all_options(cls, ranks: int) -> dict[str, Option]:
@@ -68,15 +68,15 @@ class MutantFault(Fault):
 
     def asked(self, given: ExpertInput) -> ExpertInput:
         """See `Fault.asked`; from here on the experts compute with the patched steps."""
-        if self._steps.patched:
+        if self._patched is not None:
             self.hits += 1
-            self.scene.experts.steps = self._steps  # type: ignore[union-attr]
+            self.scene.experts.steps = self._patched  # type: ignore[union-attr]
         return self._at("asked", given, given)
 
     def computed(self, given: ExpertInput, rows: Tensor) -> Tensor:
         """See `Fault.computed`; the experts get their own steps back."""
-        if self._steps.patched:
-            self.scene.experts.steps = STEPS  # type: ignore[union-attr]
+        if self._patched is not None:
+            self.scene.experts.steps = self._right_steps  # type: ignore[union-attr]
         return self._at("computed", rows, given, rows)
 
     def returned(self, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,17 +112,15 @@ class MutantFault(Fault):
         site = Site(self.scene.case, self.scene.rank, right, self._kept)
         return partial(self.mutant.patches[seam], site)
 
-    def _patches(self) -> dict[str, Callable[..., Any]]:
+    def _patched_steps(self) -> Steps | None:
+        """Return the steps of the case's experts with some of them replaced; None where the mutant patches none."""
         inside = [seam for seam in self.mutant.patches if seam not in BOUNDARIES and seam != SUM]
-        return {seam: self._patch(seam, getattr(STEPS, seam)) for seam in inside}
-
-
-class _Patched(Steps):
-    """The steps, some of them replaced."""
-
-    def __init__(self, patches: dict[str, Callable[..., Any]]) -> None:
-        self.patched = bool(patches)
-        vars(self).update(patches)
+        if not inside or self.scene.experts is None:
+            return None
+        right = self._right_steps = self.scene.experts.steps  # type: ignore[attr-defined]
+        patched = Steps(right.formula)
+        vars(patched).update({seam: self._patch(seam, getattr(right, seam)) for seam in inside})
+        return patched
 
 
 def unfit(mutant: Mutant, experts: str, transport: str, device: str) -> str:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distbench.workload.activation import activate
 from distbench.workload.batch import TokenBatch
+from distbench.workload.formula import Formula
 from distbench.workload.inputs import Workload
 from distbench.workload.quantize import dequantize, quantize_fp8_blocks
 from tests.unit.workload.shapes import plan_of_workload
@@ -84,13 +86,17 @@ VARIANTS: dict[str, Kernel] = {
 
 
 class Layer(NamedTuple):
-    """Dense weights in float32 of experts from `first` on, and how the intermediate is stored: None or an e4m3."""
+    """Dense weights in float32 of experts from `first` on, and how the intermediate is stored: None or an e4m3.
+
+    `formula` is what kernels compute; variants of SiLU apply to the plain one alone.
+    """
 
     w1: Tensor
     w2: Tensor
     first: int
     fp8: torch.dtype | None
     order: torch.Generator
+    formula: Formula = Formula()
 
 
 class Fault(NamedTuple):
@@ -107,8 +113,10 @@ class Fault(NamedTuple):
 def layer_of(workload: Workload, ranks: range, *, seed: int = 0) -> Layer:
     parts = zip(*(workload.local_weights(rank) for rank in ranks), strict=True)
     w1, w2 = (torch.cat(part).float() for part in parts)
-    fp8 = workload.fp8 if plan_of_workload(workload).intermediate == "e4m3" else None
-    return Layer(w1, w2, ranks.start * workload.experts_per_rank, fp8, torch.Generator().manual_seed(seed))
+    plan = plan_of_workload(workload)
+    fp8 = workload.fp8 if plan.intermediate == "e4m3" else None
+    order = torch.Generator().manual_seed(seed)
+    return Layer(w1, w2, ranks.start * workload.experts_per_rank, fp8, order, plan.formula)
 
 
 def run(kernel: Kernel, layer: Layer, batch: TokenBatch, fault: Fault | None = None) -> Tensor:
@@ -138,10 +146,13 @@ def _expert(  # noqa: PLR0913 - a kernel's arguments
     gate, up = _product(kernel, layer, hidden, columns(w1)).chunk(2, dim=1)
     if kernel.gates_as is not None:
         gate, up = gate.to(kernel.gates_as).float(), up.to(kernel.gates_as).float()
-    activation = (fault.activation or SILU[kernel.silu])(gate * weights if fault.weigh_gate else gate)
-    if kernel.silu_as is not None:
-        activation = activation.to(kernel.silu_as).float()
-    activation = activation * up
+    if layer.formula == Formula():
+        activation = (fault.activation or SILU[kernel.silu])(gate * weights if fault.weigh_gate else gate)
+        if kernel.silu_as is not None:
+            activation = activation.to(kernel.silu_as).float()
+        activation = activation * up
+    else:
+        activation = activate(gate, up, layer.formula)
     if kernel.weight == "stage 1" and not fault.weigh_gate:
         activation = activation * weights
     if kernel.by_bf16:

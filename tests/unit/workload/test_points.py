@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from distbench.utils.amd_arch import Fp8Format
+from distbench.workload.activation import activate
 from distbench.workload.exact_plan import plan_exact
+from distbench.workload.formula import Formula
 from distbench.workload.points import UP_ENTRIES, WIDE_POWERS, Points, points_for
-from distbench.workload.probes import row_values, silu
+from distbench.workload.probes import row_values
 
 BF16, E4M3 = 8, 4
 MARGIN = 2.0**-5
@@ -21,6 +23,10 @@ def margin(values: Tensor, bits: int = BF16) -> float:
     sizes = values[values != 0].abs()
     steps = sizes / torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - bits)
     return float((steps.frac() - 0.5).abs().min())
+
+
+def silu(values: Tensor) -> Tensor:
+    return values * torch.sigmoid(values)
 
 
 def rounded(values: Tensor) -> Tensor:
@@ -102,7 +108,10 @@ def test_wide_columns_round_equally_in_gates_and_ups(fp8: Fp8Format | None, coar
 
 def check_product(gate: float, weight: float, ups: Tensor, *, coarse: bool) -> None:
     activation = silu(torch.tensor(gate).double())
-    once, twice = activation * ups, rounded(activation) * ups
+    check_rounding(activation * ups, rounded(activation) * ups, weight, coarse=coarse)
+
+
+def check_rounding(once: Tensor, twice: Tensor, weight: float, *, coarse: bool) -> None:
     assert same(rounded(once), rounded(twice))
     assert same(rounded(weight * once), rounded(weight * rounded(once)))
     assert min(margin(once), margin(weight * once)) >= MARGIN
@@ -133,3 +142,40 @@ def test_other_activations_give_other_values_at_most_probe_points(name: str, coa
         "quick-gelu": gates * torch.sigmoid(1.702 * gates),
     }[name]
     assert float((rounded(other) != rounded(silu(gates))).double().mean()) > 0.7
+
+
+OTHERS = [
+    *((Formula(activation="gelu"), coarse, fp8) for coarse in (False, True) for fp8 in FORMATS),
+    (Formula(activation="swiglu"), False, None),
+    (Formula(swiglu_limit=10.0), False, None),
+    (Formula(activation="gelu", swiglu_limit=8.0), False, None),
+]
+
+
+@pytest.mark.parametrize(("formula", "coarse", "fp8"), OTHERS)
+def test_points_of_other_formulas_keep_their_margin_to_rounding_ties(
+    formula: Formula, coarse: bool, fp8: Fp8Format | None
+) -> None:
+    points = points_for(coarse=coarse, fp8=fp8, formula=formula)
+    on = torch.tensor(1.0 - formula.up_shift).double()
+    assert points.largest * odd_part(points.step) <= 256
+    powers = 2.0 ** torch.arange(WIDE_POWERS).double()
+    wide = torch.cat([mantissa / 128 * powers for mantissa in points.wide])
+    for gates, narrow in ((payload(points), coarse), (wide * points.wide_step, coarse and fp8 is not None)):
+        assert float(gates.min()) > -3.1 or formula.activation != "gelu"
+        made = activate(gates, on, formula)
+        assert margin(made) >= MARGIN
+        if narrow:
+            assert margin(made, E4M3) >= 0.02
+            assert margin(rounded(made), E4M3) > 0
+    ups = torch.arange(-UP_ENTRIES, UP_ENTRIES + 1).double()
+    both = torch.cat([wide, -wide]) if formula.limit else wide
+    for gates_of, read in ((points.up_gates, ups), (points.wide_up_gates, both)):
+        for gate, weight in gates_of:
+            one = activate(torch.tensor(gate).double(), on, formula)
+            product = activate(torch.tensor(gate).double(), read, formula)
+            twice = rounded(one) * (product / one)
+            check_rounding(product, twice, weight, coarse=coarse and (fp8 is not None or read is ups))
+    if coarse and fp8:
+        least = float(activate(payload(points), on, formula).abs().min())
+        assert least / (4 if fp8 == "e4m3fn" else 8) >= torch.finfo(getattr(torch, f"float8_{fp8}")).tiny

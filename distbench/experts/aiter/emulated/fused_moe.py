@@ -25,10 +25,16 @@ from distbench.experts.selection.choice import KernelSelector
 from distbench.experts.selection.heuristics import LayerKey, block_rows
 from distbench.experts.selection.releases import padded_rows
 from distbench.experts.selection.tuned_table import TunedKey, load_tuned_rows
+from distbench.workload.formula import Activation, Formula
 
 logger = logging.getLogger("aiter")
 quant_remap = {QuantType.per_128x128: QuantType.per_1x128}
 
+_ACTIVATIONS: dict[ActivationType, Activation] = {
+    ActivationType.Silu: "silu",
+    ActivationType.Gelu: "gelu",
+    ActivationType.Swiglu: "swiglu",
+}
 _BLOCK = 128
 _FAULTY_ROWS = (304, 336)
 _FAULTY_BUCKET = 4
@@ -69,14 +75,20 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
     intermediate_pad: int = 0,
     bias1: Tensor | None = None,
     bias2: Tensor | None = None,
+    splitk: int = 0,
     swiglu_limit: float | None = None,
 ) -> Tensor:
-    """Return [M, model_dim]; rows at and past num_local_tokens hold NaN. Valid until the next call."""
+    """Return [M, model_dim]; rows at and past num_local_tokens hold NaN. Valid until the next call.
+
+    The last two parameters are of newer releases. An activation or a limit is computed for all types of weights, as
+    aiter's torch reference does.
+    """
     quant_type = quant_remap.get(quant_type, quant_type)
-    unusual = (doweight_stage1, a2_scale, block_size_M, hidden_pad, intermediate_pad, bias1, bias2, swiglu_limit)
-    if activation is not ActivationType.Silu or not all(one is None or one is False or one == 0 for one in unusual):
-        message = "fused_moe (emulated): only SiLU without limit, bias, padding, static scale or tile is imitated"
+    unusual = (doweight_stage1, a2_scale, block_size_M, hidden_pad, intermediate_pad, bias1, bias2, splitk)
+    if activation not in _ACTIVATIONS or not all(one is None or one is False or one == 0 for one in unusual):
+        message = f"fused_moe (emulated): {activation}, bias, padding, static scale, tile or split-k is not imitated"
         raise NotImplementedError(message)
+    formula = Formula(activation=_ACTIVATIONS[activation], swiglu_limit=swiglu_limit or 0.0)
     if quant_type not in {QuantType.No, QuantType.per_1x128}:
         message = f"fused_moe (emulated): {quant_type} is not imitated; No and per_1x128 are"
         raise NotImplementedError(message)
@@ -106,11 +118,12 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
         bias2,
         is_ep=expert_mask is not None,
     )
-    _check_tiles(_layer(w1, w2, topk_ids.shape[1], is_ep=expert_mask is not None), rows)
+    layer = _layer(w1, w2, topk_ids.shape[1], formula, is_ep=expert_mask is not None)
+    _check_tiles(layer, rows)
     live = _live_rows(num_local_tokens, rows)
     ids = _as_int32(topk_ids)
     _check_ids(ids[:live], mask.numel())
-    engine = _engine(_layer(w1, w2, topk_ids.shape[1], is_ep=expert_mask is not None))
+    engine = _engine(layer, formula)
     given = ExpertInput(_as_fp8(hidden_states), a1_scale, topk_weight, ids, torch.tensor([live], dtype=torch.int32))
     weights = ExpertWeights(_weights(w1, w1_scale), _weights(w2, w2_scale), mask)
     output = engine.compute(given, weights, out_dtype)
@@ -163,6 +176,7 @@ def get_2stage_cfgs(  # noqa: PLR0913 - aiter's signature
         model_dim=model_dim,
         inter_dim=inter_dim,
         quant="bf16" if q_type is QuantType.No else "fp8",
+        activation=_ACTIVATIONS[activation],
         is_ep=is_ep,
         cu_count=quirks.assumed().cu_count,
     )
@@ -187,7 +201,7 @@ def _stage(**_: Any) -> None:
     raise NotImplementedError(message)
 
 
-def _layer(w1: Tensor, w2: Tensor, topk: int, *, is_ep: bool) -> LayerKey:
+def _layer(w1: Tensor, w2: Tensor, topk: int, formula: Formula, *, is_ep: bool) -> LayerKey:
     quant: Literal["bf16", "fp8"] = "fp8" if w1.element_size() == 1 else "bf16"
     return LayerKey(
         num_local_experts=w1.shape[0],
@@ -195,6 +209,7 @@ def _layer(w1: Tensor, w2: Tensor, topk: int, *, is_ep: bool) -> LayerKey:
         model_dim=w2.shape[1],
         inter_dim=w2.shape[2],
         quant=quant,
+        activation=formula.activation,
         is_ep=is_ep,
         cu_count=quirks.assumed().cu_count,
     )
@@ -208,8 +223,8 @@ def _selector(layer: LayerKey) -> KernelSelector:
 
 
 @functools.lru_cache(maxsize=4)
-def _engine(layer: LayerKey) -> ReferenceExperts:
-    return ReferenceExperts(_selector(layer), quirks.assumed().seed, "maximum")
+def _engine(layer: LayerKey, formula: Formula) -> ReferenceExperts:
+    return ReferenceExperts(_selector(layer), quirks.assumed().seed, "maximum", formula)
 
 
 class _Plain:
