@@ -256,9 +256,11 @@ FLAG_KEYS = ("caller", "caller_wheel", "caller_folder")
 """Keys that name code to execute: a file may name it only where a flag does too."""
 UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel", "caller_folder")
 """Keys of a recorded case that are not taken from its record."""
+CALLER_KEYS = (*FLAG_KEYS, "atom_rule", "atom_graph_bs")
+"""Keys of a caller that users give."""
 CALL_KEYS = ("activation", "swiglu_limit", "sorting_policy")
 """Keys that are arguments of `fused_moe`."""
-_SPARSE_KEYS = (*FLAG_KEYS, "caller_wheel_sha256", "caller_folder_sha256", "atom_rule", "atom_graph_bs", *CALL_KEYS)
+_SPARSE_KEYS = (*CALLER_KEYS, "caller_wheel_sha256", "caller_folder_sha256", *CALL_KEYS)
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case.spec import FIELD_HINTS, FLAG_KEYS
+from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.launching import run_corpus
 from distbench.cli.options import add_case_options, add_launch, case_flags
@@ -23,7 +23,7 @@ _SEEDS = 1
 # Keys that the command itself sets: the mutant, its arm, and the inputs.
 _OWN_KEYS = (
     *("inject", "numerics", "require", "seed", "limit", "policy", "dispatch_dtype", "combine_quant"),
-    *FLAG_KEYS,
+    *CALLER_KEYS,
 )
 _MARK = "<!-- distbench mutants writes what follows -->\n"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case.spec import FIELD_HINTS, FLAG_KEYS
+from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.launching import run_corpus
 from distbench.cli.options import add_case_options, add_launch, case_flags
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
 # Keys that the self-test itself sets: the fault, and the rules of judgement.
-_OWN_KEYS = ("inject", "numerics", "require", *FLAG_KEYS)
+_OWN_KEYS = ("inject", "numerics", "require", *CALLER_KEYS)
 
 
 def add(commands: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from distbench.case.spec import FLAG_KEYS, UNSTORED_KEYS, Case
+from distbench.case.spec import FIELD_DEFAULTS, FLAG_KEYS, UNSTORED_KEYS, Case
 from distbench.case.suite import value_text
 from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.launching import hold_lab
@@ -47,9 +47,16 @@ def _shrink(options: argparse.Namespace) -> int:
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in UNSTORED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
     _print(case, found)
-    text = "".join(f" --{key.replace('_', '-')} {path}" for key in FLAG_KEYS[1:] if (path := getattr(found.case, key)))
-    print_line(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}{text}")
+    print_line(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}{code_flags(found.case)}")
     return 0
+
+
+def code_flags(case: Case) -> str:
+    """Flags that name the code of the case's caller, which no case file may name alone; each after a blank."""
+    named = {key: getattr(case, key) for key in FLAG_KEYS}
+    return "".join(
+        f" --{key.replace('_', '-')} {value}" for key, value in named.items() if value != FIELD_DEFAULTS[key]
+    )
 
 
 def _tell(step: Step) -> None:

@@ -26,7 +26,7 @@ from distbench.verify.records import Outcome
 from distbench.workload.inputs import Workload
 from tests.cases import tiny_case
 from tests.ranks import on_ranks
-from tests.slim_wheel import slim_wheel
+from tests.slim_wheel import atom_folder, slim_wheel, vllm_wheel
 
 FREE = {"model": "custom", "hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "topk": 4}
 
@@ -135,11 +135,18 @@ def experts_that_live_as_weights_are_made(session: Session, case: Case) -> list[
     return alive
 
 
-@pytest.mark.parametrize("caller", ["own", "sglang"])
-def test_experts_of_one_kind_of_inputs_are_freed_before_the_next_weights_are_made(wheel: str, caller: str) -> None:
-    changes = {"caller": caller, "caller_wheel": wheel if caller == "sglang" else ""}
+@pytest.mark.parametrize("caller", ["own", "sglang", "vllm", "atom"])
+def test_experts_of_one_kind_of_inputs_are_freed_before_the_next_weights_are_made(
+    wheel: str, tmp_path: Path, caller: str
+) -> None:
+    texts = {
+        "own": {},
+        "sglang": {"caller_wheel": wheel},
+        "vllm": {"caller_wheel": vllm_wheel(tmp_path)},
+        "atom": {"caller_folder": atom_folder(tmp_path)},
+    }
     values = FREE | {"experts": "aiter", "emulate": True, "limit": "off", "numerics": "both", "tokens": [5, 7]}
-    case = msgspec.structs.replace(tiny_case(2, **values), **changes)
+    case = msgspec.structs.replace(tiny_case(2, **values), caller=caller, **texts[caller])
     assert on_ranks(2, experts_that_live_as_weights_are_made, case) == [[0] * 4] * 2
 
 

@@ -14,6 +14,7 @@ from distbench.case.atom_folder import KERNEL
 from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import case_hash, case_values
 from distbench.case.unused_keys import unused_keys
+from distbench.cli.shrink import code_flags
 from distbench.errors import InvalidCase
 
 AITER = {"experts": "aiter", "emulate": True}
@@ -155,3 +156,9 @@ def test_keys_of_atom_are_reported_as_unused_with_another_caller() -> None:
     resolved = resolve(AITER | {"caller": "vllm", "atom_graph_bs": "4", "atom_rule": "vllm-plugin"})
     (line,) = unused_keys(resolved.case, resolved.sources)
     assert "atom_rule=vllm-plugin, atom_graph_bs=4 (only with caller atom)" in line
+
+
+def test_command_for_a_shrunk_case_names_the_callers_code(tmp_path: Path) -> None:
+    folder = checkout(tmp_path)
+    assert code_flags(resolve(AITER).case) == ""
+    assert code_flags(resolve(ATOM | {"caller_folder": folder}).case) == f" --caller atom --caller-folder {folder}"
