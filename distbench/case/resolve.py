@@ -316,6 +316,8 @@ def _check_caller(case: Case) -> None:
         "caller_folder": (bool(case.caller_folder) and case.caller != "atom", "give a wheel: --caller-wheel"),
         f"activation {case.activation}": (case.activation != "silu", "the caller's layer has SiLU; drop it"),
         "swiglu_limit": (bool(case.swiglu_limit), "the caller's layer has none; drop it"),
+        "bias": (case.bias, "the caller's layer has none; drop it"),
+        "doweight_stage1": (case.doweight_stage1, "the caller's layer weighs its output; drop it"),
     }
     for what, (is_so, fix) in refused.items():
         if is_so:

@@ -110,6 +110,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Annotated[float, msgspec.Meta(ge=0, le=65_504)],
         _help("bound of the gate, and of up's magnitude, before the activation; 0: none is passed"),
     ] = 0.0
+    bias: Annotated[bool, _help("experts have float32 biases, bias1 of gate and up and bias2 of their output")] = False
+    doweight_stage1: Annotated[
+        bool, _help("routing weights multiply gate and up, before bias and activation, and not the output")
+    ] = False
     sorting_policy: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=2)],
         _help("moe_sorting_dispatch_policy of aiter: 0 by rows, 1 one block, 2 several phases; SGLang passes 2"),
@@ -258,7 +262,7 @@ UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel", "caller_folder")
 """Keys of a recorded case that are not taken from its record."""
 CALLER_KEYS = (*FLAG_KEYS, "atom_rule", "atom_graph_bs")
 """Keys of a caller that users give."""
-CALL_KEYS = ("activation", "swiglu_limit", "sorting_policy")
+CALL_KEYS = ("activation", "swiglu_limit", "bias", "doweight_stage1", "sorting_policy")
 """Keys that are arguments of `fused_moe`."""
 _SPARSE_KEYS = (*CALLER_KEYS, "caller_wheel_sha256", "caller_folder_sha256", *CALL_KEYS)
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)

@@ -33,6 +33,7 @@ def make_selector(case: Case) -> KernelSelector:
         inter_dim=case.intermediate_size,
         quant=case.dispatch_dtype,
         activation=case.activation,
+        doweight_stage1=case.doweight_stage1,
         cu_count=case.cu_count,
     )
     tuned = load_tuned_rows(case.kernel_table, TunedKey.for_layer(layer, rules)) if case.kernel_table else ()

@@ -38,12 +38,14 @@ class ExpertInput(NamedTuple):
 class ExpertWeights(NamedTuple):
     """A rank's experts in bf16: w1 [El, 2I, H], gate rows before up rows, and w2 [El, H, I].
 
-    mask [E] int32 is 1 where an expert is local.
+    mask [E] int32 is 1 where an expert is local. bias1 [El, 2I] and bias2 [El, H], float32, or None.
     """
 
     w1: Tensor
     w2: Tensor
     mask: Tensor
+    bias1: Tensor | None = None
+    bias2: Tensor | None = None
 
 
 class Experts(ABC):

@@ -9,7 +9,12 @@ from distbench.workload.formula import Formula
 
 def formula_of(case: Case) -> Formula:
     """Return the arithmetic of the experts of `case`."""
-    return Formula(activation=case.activation, swiglu_limit=case.swiglu_limit)
+    return Formula(
+        activation=case.activation,
+        swiglu_limit=case.swiglu_limit,
+        bias=case.bias,
+        weigh_first=case.doweight_stage1,
+    )
 
 
 def check_triton_formula(case: Case) -> None:
@@ -21,6 +26,8 @@ def check_triton_formula(case: Case) -> None:
     asked = {
         f"activation {case.activation}": case.activation != "silu",
         f"swiglu_limit {case.swiglu_limit:g}": bool(case.swiglu_limit),
+        "bias": case.bias,
+        "doweight_stage1": case.doweight_stage1,
     }
     for what, is_so in asked.items():
         if is_so:

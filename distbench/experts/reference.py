@@ -134,15 +134,23 @@ class ReferenceExperts(Experts):
             known = flat.clamp(max=group.total - 1)  # past an expert's last route any row will do
             rows = known.div(topk, rounding_mode="floor")
             routed_in = hidden.index_select(0, rows).view(*group.routes.shape, -1)
-            gate, up = self.steps.first(routed_in, first, group, choice).chunk(2, dim=2)
-            intermediate = self.steps.activate(gate, up)
+            made = self.steps.first(routed_in, first, group, choice)
+            shares = flat_weights.index_select(0, known).view(group.routes.shape)
+            if self.steps.formula.weigh_first:
+                made = self.steps.weigh(made, shares, group)
+            if weights.bias1 is not None:
+                made = self.steps.bias(made, weights.bias1, group)
+            intermediate = self.steps.activate(*made.chunk(2, dim=2))
             if not choice.run_1stage:
                 intermediate = self.steps.store(intermediate)
             if narrow is not None:
                 intermediate = self.steps.requantise(intermediate, narrow, self._scales)
             result = self.steps.second(intermediate, second, group, choice)
-            shares = flat_weights.index_select(0, known).view(group.routes.shape)
-            routed.index_copy_(0, flat, self.steps.weigh(result, shares, group).flatten(0, 1))
+            if weights.bias2 is not None:
+                result = self.steps.bias(result, weights.bias2, group)
+            if not self.steps.formula.weigh_first:
+                result = self.steps.weigh(result, shares, group)
+            routed.index_copy_(0, flat, result.flatten(0, 1))
         return routed[:-1].view(live, topk, -1)
 
     def _weights(self, weights: ExpertWeights, narrow: torch.dtype | None) -> tuple[Weights, Weights]:

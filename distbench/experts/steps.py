@@ -45,6 +45,10 @@ class Steps:
         """Return gate and up of rows [g, m, H], concatenated: [g, m, 2I]."""
         return blocked_product(rows, w1, group.experts, choice.tile_k1, choice.ksplit)
 
+    def bias(self, rows: Tensor, bias: Tensor, group: Group) -> Tensor:
+        """Return a product's rows [g, m, N] with the bias [El, N] of their experts: of stage 1, then of stage 2."""
+        return rows + bias.index_select(0, group.experts).unsqueeze(1)
+
     def activate(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the intermediate [g, m, I], unrounded."""
         return activate(gate, up, self.formula)
@@ -62,7 +66,7 @@ class Steps:
         return blocked_product(rows, w2, group.experts, choice.tile_k2, 1)
 
     def weigh(self, rows: Tensor, weights: Tensor, group: Group) -> Tensor:  # noqa: ARG002 - mutants use it
-        """Return rows [g, m, H] times the routing weights [g, m] of their routes."""
+        """Return a product's rows [g, m, N] times the routing weights [g, m] of their routes."""
         return rows * weights.unsqueeze(2)
 
     def round(self, routes: Tensor) -> Tensor:

@@ -196,7 +196,7 @@ def _caller(session: Session, resolved: ResolvedCase, experts: Experts) -> Calle
 def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:
     mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
-    return ExpertWeights(*workload.local_weights(session.rank), mask)
+    return ExpertWeights(*workload.local_weights(session.rank), mask, *(workload.local_biases(session.rank) or ()))
 
 
 def _graphed(

@@ -63,7 +63,7 @@ def ideal_rows(
     count, topk = batch.ids.shape
     hidden = functional.pad(dequantize(batch.hidden, batch.scales).double(), (0, 0, 0, 1))
     shares = functional.pad(batch.weights.flatten().double(), (0, 1))
-    exact = torch.zeros_like(hidden)
+    exact, formula = torch.zeros_like(hidden), families[0].formula
     made = [
         _Routes(
             hidden.new_zeros(count * topk + 1, hidden.shape[1], dtype=torch.bfloat16),
@@ -76,9 +76,12 @@ def ideal_rows(
         rows = routes.div(topk, rounding_mode="floor")
         w1, w2 = _held(weights, experts, families[0])
         share = shares[routes].unsqueeze(2)
-        gate, up = torch.bmm(hidden[rows.flatten()].view(*rows.shape, -1), w1.double().transpose(1, 2)).chunk(2, dim=2)
-        middle = activate(gate, up, families[0].formula)
-        result = torch.bmm(middle, w2.double().transpose(1, 2))
+        first = torch.bmm(hidden[rows.flatten()].view(*rows.shape, -1), w1.double().transpose(1, 2))
+        if formula.weigh_first:
+            first, share = first * share, torch.ones_like(share)
+        gate, up = _with_bias(first, weights.bias1, experts).chunk(2, dim=2)
+        middle = activate(gate, up, formula)
+        result = _with_bias(torch.bmm(middle, w2.double().transpose(1, 2)), weights.bias2, experts)
         exact.index_add_(0, rows.flatten(), (result * share).flatten(0, 1))
         narrow = w2.float().transpose(1, 2)
         squares = narrow.square()
@@ -97,6 +100,11 @@ def rounding_variance(values: Tensor) -> Tensor:
     """Return the variance of an error that is uniform within a bf16 step at each of `values`, as float32."""
     steps = (values.float().view(torch.int32) & _EXPONENT).view(torch.float32) * _BF16_STEP
     return steps.square_().div_(12)
+
+
+def _with_bias(rows: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
+    """Return rows [g, m, N] with the bias [El, N] of `experts` [g] added, if there is one."""
+    return rows if bias is None else rows + bias[experts].unsqueeze(1)
 
 
 def _held(weights: ExpertWeights, experts: Tensor, family: Roundings) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,14 @@ def _of_sums(plan: ExactPlan) -> Iterator[str]:
     if plan.num_experts * up_reads(plan) < plan.payload_columns:
         read = plan.num_experts * up_reads(plan)
         yield f"the up projection's sums read {read} of {plan.payload_columns} hidden columns"
-    if plan.weight_ratio == 1:
+    if plan.formula.bias:
+        count = plan.hidden_size - plan.sum_columns
+        zeros = f"bias2 is 0 in {count} of {plan.hidden_size} columns"
+        yield f"{zeros}, and biases are exact in bf16: their width is not seen"
+    if not plan.weighs_unevenly:
+        reason = "doweight_stage1 with fp8, a limit, swiglu or bias has no certain points for 1/2"
+        yield f"all routing weights are 1: {reason}"
+    elif plan.weight_ratio == 1:
         bound = f"sums stay within {plan.max_units} units"
         yield f"all routing weights are 1, because {bound} with topk = {plan.topk}: faults in weights are not seen"
     if plan.block_scaled and not plan.guard_rows:

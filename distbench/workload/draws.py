@@ -11,7 +11,6 @@ from torch import Tensor
 
 from distbench.workload.bits import words_of_streams
 from distbench.workload.exact_plan import ExactPlan
-from distbench.workload.points import UP_ENTRIES
 from distbench.workload.spread import Grid, spread
 
 
@@ -60,7 +59,7 @@ def _probe_grids(plan: ExactPlan) -> dict[str, Grid]:
     grids = {
         "read": Grid(probes.column_slots, 1, probes.column_slots),
         "gate": Grid(probes.gate_rows, sum(plan.gate_entries), plan.payload_columns),
-        "payload": Grid(probes.up_rows, min(UP_ENTRIES, plan.payload_columns), plan.payload_columns),
+        "payload": Grid(probes.up_rows, plan.up_payload, plan.payload_columns),
     }
     return {name: grid for name, grid in grids.items() if grid.rows}
 

@@ -33,9 +33,10 @@ from distbench.workload.bits import byte_columns
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.codes import code_columns, code_groups
 from distbench.workload.draws import bytes_of, sum_draws
+from distbench.workload.exact_bias import gate_biases
 from distbench.workload.exact_plan import BLOCK, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.places import Places, live_column, places_of
-from distbench.workload.points import UP_ENTRIES, WIDE_POWERS
+from distbench.workload.points import WIDE_POWERS
 from distbench.workload.probe_plan import ProbePlan
 from distbench.workload.probes import Probes, minus, physical, probe_patterns, switches, wide_up_signs
 
@@ -93,6 +94,8 @@ def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, 
     _put(w1, places.sum_rows + inter, sums.up % hidden, 1 - 2 * (sums.up >= hidden).int())
     rows = places.sum_rows[sums.down % plan.sum_rows]
     _put(w2, places.sum_columns, rows, (1 - 2 * (sums.down >= plan.sum_rows).int()) * plan.down_step)
+    if plan.formula.bias:
+        w1[:, places.sum_rows, 0] -= gate_biases(plan, seed, experts).bfloat16()
     if plan.guard_rows:
         _put_scales(plan, seed, experts, w1, w2)
     if plan.probes is not None:
@@ -127,7 +130,7 @@ def _constants(plan: ExactPlan, device: torch.device) -> Tensor:
     places, inter = places_of(plan, device), plan.intermediate_size
     values = torch.zeros(2 * inter, dtype=torch.bfloat16, device=device)
     values[places.sum_rows] = plan.gate_step
-    if plan.probes is not None:  # off is 0: what the activation adds to up is taken off again
+    if plan.probes is not None and not plan.formula.bias:  # off is 0: what the activation adds to up is taken off again
         values[places.probe_rows[: plan.probes.first_up_row] + inter] = -plan.formula.up_shift
     for guards in (places.guards, places.twins):
         values[guards] = GUARD_GATE
@@ -193,7 +196,7 @@ def _payloads(plan: ExactPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     probes, points, places = plan.probes, plan.points, places_of(plan, device)
     assert probes is not None  # noqa: S101 - called only for plans that have probes
     doubled, single = plan.gate_entries
-    ups = min(UP_ENTRIES, plan.payload_columns)
+    ups = plan.up_payload
     gates, first_up = probes.gate_rows, probes.first_up_row
     wide_up = first_up + probes.up_rows
     rows = places.probe_rows.clone()

@@ -14,7 +14,7 @@ import msgspec
 from distbench.errors import InvalidCase
 from distbench.utils.amd_arch import LARGEST_FP8, Fp8Format
 from distbench.workload.formula import Formula
-from distbench.workload.points import Points, certain_at_limit, points_for
+from distbench.workload.points import UP_ENTRIES, Points, certain_at_limit, halves_are_certain, points_for
 from distbench.workload.probe_plan import ProbePlan, plan_code, plan_probes
 
 Intermediate = Literal["bf16", "e4m3"]
@@ -87,21 +87,33 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         """The gate of sum rows, which is the value of the activation too, within a rounding to bf16.
 
         silu(32) and gelu(32) are 32 in float32. Within a limit, silu(8) and gelu(8) round to 8, in any product with a
-        small whole number, and 4 * sigmoid(1.702 * 4) to 4.
+        small whole number, and 4 * sigmoid(1.702 * 4) to 4. Where weights of 1/2 come first, 64 becomes 32.
         """
         if self.formula.activation == "swiglu":
             return 4.0
-        return 8.0 if self.formula.limit else 32.0
+        if self.formula.limit:
+            return 8.0
+        return 64.0 if self.formula.weigh_first else 32.0
 
     @property
     def up_bound(self) -> int:
         """The largest magnitude of a sum row's up value, with what the activation adds to it."""
-        return self.up_entries + self.formula.up_shift
+        return self.up_entries + (1 if self.formula.bias else self.formula.up_shift)
+
+    @property
+    def up_payload(self) -> int:
+        """Number of entries in the up payload of a probe row; its bias takes the place of one."""
+        return min(UP_ENTRIES - self.formula.bias, self.payload_columns)
+
+    @property
+    def weight_span(self) -> int:
+        """The largest over the smallest factor by which routing weights change a sum: they enter gate and up alike."""
+        return self.weight_ratio ** (2 if self.formula.weigh_first else 1)
 
     @property
     def unit(self) -> float:
         """Unit of all sums: each is an integer multiple of it, at most `max_units`."""
-        return self.gate_step * self.down_step / self.weight_ratio
+        return self.gate_step * self.down_step / self.weight_span
 
     @property
     def down_step(self) -> float:
@@ -111,8 +123,18 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def points(self) -> Points:
         """The numbers that the probes use."""
-        coarse = self.intermediate == "e4m3" or self.combine != "none"
-        return points_for(coarse=coarse, fp8=self.fp8_format if self.block_scaled else None, formula=self.formula)
+        return points_for(coarse=self.coarse, fp8=self.fp8_format if self.block_scaled else None, formula=self.formula)
+
+    @property
+    def weighs_unevenly(self) -> bool:
+        """Whether routing weights may differ: always, unless they come first and no points are certain by halves."""
+        fp8 = self.fp8_format if self.block_scaled else None
+        return not self.formula.weigh_first or halves_are_certain(self.formula, coarse=self.coarse, fp8=fp8)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether values of probes are rounded to e4m3."""
+        return self.intermediate == "e4m3" or self.combine != "none"
 
     @property
     def dead_columns(self) -> int:
@@ -214,8 +236,8 @@ def plan_exact(  # noqa: PLR0913 - a case's keys
         probes=None,
         formula=formula,
     )
-    least = plain.up_bound
-    if _budget(plain, 1) < least:
+    least = plain.up_bound + formula.bias
+    if _budget(plain) < least:
         bound, most = plain.max_units, plain.max_units // least
         _refuse(f"topk = {topk}: the sum of a token's experts stays within {bound} units up to topk = {most}")
     return _first_covering(plain)
@@ -236,20 +258,21 @@ def _check_formula(formula: Formula, *, quantised: bool) -> None:
         _refuse(f"swiglu_limit = {limit:g}: products with it lie too close to a rounding boundary")
 
 
-def _budget(plan: ExactPlan, weight_ratio: int) -> int:
-    return plan.max_units // (plan.topk * weight_ratio)
+def _budget(plan: ExactPlan) -> int:
+    """Return the units that one expert may add to a sum."""
+    return plan.max_units // (plan.topk * plan.weight_span)
 
 
 def _plans(plain: ExactPlan) -> Iterator[ExactPlan]:
     """Yield plans within the bounds, the best first."""
-    for weight_ratio in (2, 1):
+    for weight_ratio in (2, 1) if plain.weighs_unevenly else (1,):
         for share in _SHARES_OF_PROBES:
             sums = _with_probes(msgspec.structs.replace(plain, weight_ratio=weight_ratio), share)
             for up_entries in range(min(_MAX_UP_ENTRIES, sums.payload_columns), 0, -1):
                 bound = msgspec.structs.replace(sums, up_entries=up_entries).up_bound
-                down = min(_budget(plain, weight_ratio) // bound, _MAX_DOWN_ENTRIES, sums.sum_rows)
+                down = min((_budget(sums) - sums.formula.bias) // bound, _MAX_DOWN_ENTRIES, sums.sum_rows)
                 wanted = max(-(-_READS_OF_A_ROW * sums.sum_rows // max(sums.sum_columns, 1)), 2)
-                if down:
+                if down > 0:
                     yield msgspec.structs.replace(sums, up_entries=up_entries, down_entries=min(down, wanted))
 
 
@@ -265,7 +288,7 @@ def _with_probes(plan: ExactPlan, share: float) -> ExactPlan:
     )
     plan = msgspec.structs.replace(plan, probes=probes)
     blocks = plan.intermediate_size // BLOCK if plan.guard_rows else 0
-    fits = _GUARD_PARTS[plan.largest_fp8] * plan.weight_ratio * plan.topk <= MAX_UNITS
+    fits = _GUARD_PARTS[plan.largest_fp8] * plan.weight_span * plan.topk <= MAX_UNITS
     return msgspec.structs.replace(plan, guard_sums=min(blocks, plan.sum_columns // 4) if fits else 0)
 
 

@@ -20,13 +20,15 @@ SWIGLU_LIMIT = 7.0
 class Formula(msgspec.Struct, frozen=True, kw_only=True):
     """What is computed from gate and up, and where routing weights enter.
 
-    `weigh_first` multiplies gate and up by the routing weight, and not the second product (doweight_stage1).
+    `weigh_first` multiplies gate and up by the routing weight, and not the second product (doweight_stage1). With
+    `bias` float32 numbers are added to gate and up after that, and to the second product before its weight.
     """
 
     activation: Activation = "silu"
     swiglu_limit: float = 0.0
     """0: none given, which is SWIGLU_LIMIT for swiglu."""
     weigh_first: bool = False
+    bias: bool = False
 
     @property
     def limit(self) -> float:

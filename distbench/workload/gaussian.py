@@ -55,6 +55,14 @@ def dense_weights(hidden_size: int, intermediate_size: int, seed: int, experts: 
     return w1.view(count, 2 * inter, hidden_size), w2.view(count, hidden_size, inter)
 
 
+def biases(hidden_size: int, intermediate_size: int, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return bias1 [e, 2I] and bias2 [e, H] of `experts` int64 [e]: float32 of 17 significant bits, about N(0, 1/4)."""
+    return (
+        _sums(seed, "gaussian/bias1", experts, 2 * intermediate_size) * _short_scale(0.5 / _DEVIATION),
+        _sums(seed, "gaussian/bias2", experts, hidden_size) * _short_scale(0.5 / _DEVIATION),
+    )
+
+
 def _rows_of(experts: Tensor, rows: int) -> Tensor:
     return (experts.unsqueeze(1) * rows + torch.arange(rows, device=experts.device)).flatten()
 
@@ -92,11 +100,15 @@ def _normal(seed: int, stream: str, rows: Tensor, columns: int, fan_in: int) -> 
     scale = _short_scale(1 / (_DEVIATION * math.sqrt(fan_in)))
     step = rows_at_a_time(_CHUNK_ELEMENTS, columns, rows.device)
     for start in range(0, rows.numel(), step):
-        bits = words(seed, stream, rows[start : start + step], columns, rows.device)
-        pairs = (bits & _LOW_BYTES) + ((bits >> 8) & _LOW_BYTES)
-        sums = (pairs & 0xFFFF) + (pairs >> 16) - _CENTRE
-        values[start : start + step] = sums.float() * scale
+        values[start : start + step] = _sums(seed, stream, rows[start : start + step], columns) * scale
     return values
+
+
+def _sums(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
+    """Return sums of four random bytes about 0, float32 [n, columns]."""
+    bits = words(seed, stream, rows, columns, rows.device)
+    pairs = (bits & _LOW_BYTES) + ((bits >> 8) & _LOW_BYTES)
+    return ((pairs & 0xFFFF) + (pairs >> 16) - _CENTRE).float()
 
 
 def _short_scale(value: float) -> float:

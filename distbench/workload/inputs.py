@@ -12,6 +12,7 @@ from distbench.workload import exact, gaussian
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import Device
 from distbench.workload.blind_spots import blind_spots
+from distbench.workload.exact_bias import biases
 from distbench.workload.exact_plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.formula import Formula
 from distbench.workload.oracle import expert_rows, returned_rows
@@ -34,6 +35,9 @@ class Numerics(Protocol):
 
     def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
         """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I]."""
+
+    def biases(self, experts: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return bias1 float32 [e, 2I], gate before up, and bias2 float32 [e, H]; None where the layer has none."""
 
     def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor | None:
         """Return the only correct result of the batch's experts in `experts`, bf16 [n, H]; None where bits may vary."""
@@ -132,6 +136,11 @@ class Workload:
         local = self._local_experts(rank)
         return self.numerics.dense_weights(torch.arange(local.start, local.stop, device=self.device))
 
+    def local_biases(self, rank: int) -> tuple[Tensor, Tensor] | None:
+        """Return bias1 float32 [El, 2I] and bias2 float32 [El, H] of the experts of `rank`, or None."""
+        local = self._local_experts(rank)
+        return self.numerics.biases(torch.arange(local.start, local.stop, device=self.device))
+
     def expected(self, batch: TokenBatch) -> Tensor | None:
         """Return combine's expected output for `batch`, bit for bit: bf16 [n, H]; None where bits may vary."""
         total = self.numerics.expert_rows(batch, range(self.group.num_experts))
@@ -204,6 +213,10 @@ class ExactNumerics(NamedTuple):
         """See `Numerics.dense_weights`."""
         return exact.dense_weights(self.plan, self.seed, experts)
 
+    def biases(self, experts: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Numerics.biases`."""
+        return biases(self.plan, self.seed, experts) if self.plan.formula.bias else None
+
     def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor:
         """See `Numerics.expert_rows`."""
         return expert_rows(self.plan, self.seed, batch, experts)
@@ -220,6 +233,7 @@ class GaussianNumerics(NamedTuple):
     intermediate_size: int
     topk: int
     seed: int
+    bias: bool = False
 
     def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
         """See `Numerics.hidden_states`; the experts are ignored."""
@@ -233,6 +247,10 @@ class GaussianNumerics(NamedTuple):
     def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
         """See `Numerics.dense_weights`."""
         return gaussian.dense_weights(self.hidden_size, self.intermediate_size, self.seed, experts)
+
+    def biases(self, experts: Tensor) -> tuple[Tensor, Tensor] | None:
+        """See `Numerics.biases`."""
+        return gaussian.biases(self.hidden_size, self.intermediate_size, self.seed, experts) if self.bias else None
 
     def expert_rows(self, batch: TokenBatch, experts: range) -> None:
         """See `Numerics.expert_rows`."""
@@ -270,7 +288,7 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     group = ExpertGroup(ep_size, num_experts, topk)
     chosen = parse_routing(routing)
     check_routing(chosen, group)
-    source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed)
+    source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed, formula.bias)
     if numerics == "exact":
         sizes = hidden_size, intermediate_size, topk
         plan = plan_exact(*sizes, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate, formula)

@@ -13,10 +13,18 @@ from distbench.workload.batch import TokenBatch
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.codes import code_groups
 from distbench.workload.exact import Patterns, sum_patterns
+from distbench.workload.exact_bias import sum_biases
 from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.places import Places, places_of
 from distbench.workload.probe_plan import ProbePlan
-from distbench.workload.probes import FIRST_WIDE, WIDE_VALUES, GroupedProbes, grouped_probes, row_values
+from distbench.workload.probes import (
+    FIRST_WIDE,
+    WIDE_VALUES,
+    GroupedProbes,
+    grouped_probes,
+    routing_factors,
+    row_values,
+)
 from distbench.workload.quantize import dequantize, fp8_dtype, saturated
 
 _CHUNK_BYTES = 8 << 20
@@ -132,16 +140,21 @@ def _sum_units(plan: ExactPlan, seed: int, signed: Tensor, tiles: _Tiles) -> Ten
     for start in range(0, len(tiles.experts), step):
         chunk = _Tiles(*(part[start : start + step] for part in tiles))
         routed = signed.index_select(0, chunk.tokens.flatten()).view(*chunk.tokens.shape, -1)
-        patterns = sum_patterns(plan, seed, chunk.experts)
-        result = _tile_outputs(routed.transpose(1, 2).contiguous(), patterns, plan.formula.up_shift)
+        patterns, shift = sum_patterns(plan, seed, chunk.experts), torch.tensor(plan.formula.up_shift)
+        if plan.formula.bias:
+            shift, bias = (part.unsqueeze(2) for part in sum_biases(plan, seed, chunk.experts))
+        result = _tile_outputs(routed.transpose(1, 2).contiguous(), patterns, shift.to(torch.int8))
+        if plan.formula.bias:
+            result += bias
         units = chunk.weights.view(-1, 1) * plan.weight_ratio
+        units = units.square() if plan.formula.weigh_first else units
         rows = result.transpose(1, 2).reshape(-1, plan.sum_columns) * units
         total.index_add_(0, chunk.tokens.flatten(), rows)
     return total[:-1]
 
 
-def _tile_outputs(signed: Tensor, patterns: Patterns, shift: int) -> Tensor:
-    """Return the expert output of each route, in gate steps: int8 [t, columns, T]; `shift` is added to up values.
+def _tile_outputs(signed: Tensor, patterns: Patterns, shift: Tensor) -> Tensor:
+    """Return the expert output of each route, in gate steps: int8 [t, columns, T]; `shift` [.] is added to up values.
 
     signed int8 [t, 2H + 1, T] holds each hidden column, then each negated, in the order that entries index.
     """
@@ -193,13 +206,18 @@ def _probe_sums(plan: ExactPlan, probes: ProbePlan, seed: int, rows: _Rows, rout
         experts, tokens, weights = (part.index_select(0, chunk) for part in routes)
         where = group.index_select(0, chunk)
         made = grouped_probes(plan, seed, experts, where)
-        outputs = _probe_outputs(plan, rows, tokens, made, values)
+        outputs = _probe_outputs(plan, rows, tokens, made, values, weights)
         total.index_add_(0, tokens * groups + where, outputs * weights.unsqueeze(1))
     return total.view(count, -1)
 
 
-def _probe_outputs(plan: ExactPlan, rows: _Rows, tokens: Tensor, made: GroupedProbes, values: Tensor) -> Tensor:
-    """Return the output of one group of one expert for each of tokens [r]: float32 [r, D]."""
+def _probe_outputs(  # noqa: PLR0913 - the parts of a probe
+    plan: ExactPlan, rows: _Rows, tokens: Tensor, made: GroupedProbes, values: Tensor, weights: Tensor
+) -> Tensor:
+    """Return the output of one group of one expert for each of tokens [r]: float32 [r, D].
+
+    Of routing weights [r] that come first, only what they do to the gate is in it.
+    """
     first = (tokens * rows.signed.shape[1]).to(torch.int32)
     index = made.entries + first.view(-1, 1, 1)
     read = rows.signed.flatten().index_select(0, index.flatten()).view(index.shape)
@@ -207,5 +225,7 @@ def _probe_outputs(plan: ExactPlan, rows: _Rows, tokens: Tensor, made: GroupedPr
     first = (tokens * rows.wide.shape[1]).to(torch.int32)
     wide = rows.wide.flatten().index_select(0, (made.wide + first.unsqueeze(1)).flatten())
     place = made.first + number + wide.view(number.shape)
+    if len(routing_factors(plan)) > 1:
+        place = place + (weights < 1).unsqueeze(1) * (len(values) // 2)
     result = values.index_select(0, place.flatten()).view(place.shape)
     return result.gather(1, made.read) * made.weight

@@ -40,6 +40,8 @@ WIDE_POWERS = 5
 _FINE_ENTRIES, _COARSE_ENTRIES = (2, 15), (1, 7)
 UP_ENTRIES = 6
 HOT_GATE = 64.0
+# The largest bias of a gate, in steps.
+GATE_BIAS = 2
 _BF16_BITS = 8
 _LEAST_MARGIN = 2.0**-5
 
@@ -60,11 +62,13 @@ class Points(msgspec.Struct, frozen=True, kw_only=True):
     wide_up_gates: tuple[tuple[float, float], ...]
     wide: tuple[int, ...]
     wide_step: float
+    bias: int = 0
+    """Largest integer, in steps, of a bias added to a payload."""
 
     @property
     def largest(self) -> int:
-        """The largest integer of a gate's payload."""
-        return 2 * self.doubled + self.single
+        """The largest integer of a gate's payload, with its bias."""
+        return 2 * self.doubled + self.single + self.bias
 
 
 _PLAIN = Formula()
@@ -73,11 +77,49 @@ _PLAIN = Formula()
 @lru_cache(maxsize=8)
 def points_for(*, coarse: bool, fp8: Fp8Format | None, formula: Formula = _PLAIN) -> Points:
     """Return the points of a layer; `fp8` is the format of hidden states in transit, None for bf16."""
+    if halves_are_certain(formula, coarse=coarse, fp8=fp8):
+        return _halved_points(gelu=formula.activation == "gelu")
     if formula.activation == "swiglu":
-        return _swiglu_points()
-    if formula.activation == "gelu":
-        return _gelu_points(coarse=coarse, fp8=fp8)
-    return _silu_points(coarse=coarse, fp8=fp8)
+        points = _swiglu_points()
+    else:
+        points = (_gelu_points if formula.activation == "gelu" else _silu_points)(coarse=coarse, fp8=fp8)
+    if not formula.bias:
+        return points
+    return msgspec.structs.replace(points, single=points.single - GATE_BIAS, bias=GATE_BIAS)
+
+
+def halves_are_certain(formula: Formula, *, coarse: bool, fp8: Fp8Format | None) -> bool:
+    """Whether a layer that weighs first has points whose halves are points too, for routing weights of 1 and 1/2."""
+    return formula.weigh_first and not (formula.limit or formula.bias or coarse or fp8)
+
+
+def _halved_points(*, gelu: bool) -> Points:
+    """Return points for bf16 that keep their margin when they are halved."""
+    if gelu:
+        return Points(
+            step=0.171875,
+            doubled=1,
+            single=6,
+            up_gates=((-0.875, 1.0), (0.625, 1.0), (3.0, 1.0), (3.5, 1.0), (6.5, 1.5), (96.0, 1.25)),
+            wide_up_gates=((7.0, 1.0), (7.5, 1.0), (-1.5, 1.0)),
+            wide=(
+                *(131, 133, 135, 141, 143, 151, 153, 159, 163, 165, 167, 173, 175, 177, 181),
+                *(201, 203, 207, 211, 213, 223, 225, 227, 231, 235, 241, 247, 251, 253, 255),
+            ),
+            wide_step=2.0**-5,
+        )
+    return Points(
+        step=0.28125,
+        doubled=2,
+        single=11,
+        up_gates=((-0.875, 1.0), (0.625, 1.0), (3.5, 1.25), (6.5, 1.0), (7.0, 1.25), (96.0, 1.25)),
+        wide_up_gates=((16.0, 1.25), (1.75, 1.0), (-0.5, 1.0)),
+        wide=(
+            *(129, 131, 133, 135, 137, 139, 141, 145, 153, 155, 161, 167, 171, 193),
+            *(199, 201, 207, 209, 211, 219, 223, 225, 227, 233, 235, 241, 249),
+        ),
+        wide_step=2.0**-5,
+    )
 
 
 def _silu_points(*, coarse: bool, fp8: Fp8Format | None) -> Points:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distbench.workload.activation import activate
 from distbench.workload.draws import Drawn, bytes_of, probe_draws
+from distbench.workload.exact_bias import probe_biases
 from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.places import live_column, places_of
 from distbench.workload.points import HOT_GATE, UP_ENTRIES, WIDE_POWERS
@@ -111,7 +112,7 @@ def _by_group(probes: ProbePlan, made: Probes) -> GroupedProbes:
 def _make_probes(plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor) -> Probes:
     doubled, single = plan.gate_entries
     drawn = probe_draws(plan, seed, experts)
-    count = doubled + max(single, min(UP_ENTRIES, plan.payload_columns))
+    count = doubled + max(single, plan.up_payload)
     entries = drawn.places["read"].new_full((experts.numel(), count, probes.rows), 2 * plan.hidden_size)
     signs = drawn.words["signs"][:, : probes.rows].unsqueeze(1)
     for name, row, entry in (("gate", 0, 0), ("payload", probes.first_up_row, doubled)):
@@ -122,6 +123,8 @@ def _make_probes(plan: ExactPlan, probes: ProbePlan, seed: int, experts: Tensor)
             part.copy_(physical(plan, places))
             part += minus(signs[:, :, row : row + rows], number) * plan.hidden_size
     wide, switch, first, magnitude = _by_kind(plan, experts)
+    if plan.formula.bias:
+        first = first + probe_biases(plan, seed, experts)
     slots, weight = _reading(plan, probes, drawn, magnitude)
     return Probes(entries, wide, switch, first, slots, weight)
 
@@ -256,8 +259,16 @@ def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor
     return chosen, size * (1.0 - (bits >> 7).float() * 2)
 
 
+def routing_factors(plan: ExactPlan) -> tuple[float, ...]:
+    """Return the factors of gates in `row_values`, in its order: the routing weights where they come first, else 1."""
+    return (1.0, 0.5) if plan.formula.weigh_first and plan.weight_ratio > 1 else (1.0,)
+
+
 def row_values(plan: ExactPlan, device: torch.device) -> Tensor:
-    """Return all values of probe rows without their switch of 2**p, float32, rounded as the intermediate is stored."""
+    """Return all values of probe rows without their switch of 2**p, float32, rounded as the intermediate is stored.
+
+    They are repeated for each of `routing_factors`, by which the gates are multiplied.
+    """
     return _row_values(plan).to(device)
 
 
@@ -270,17 +281,19 @@ def _row_values(plan: ExactPlan) -> Tensor:
     wide_ups = [wide, -wide] if plan.formula.limit else [wide]
 
     on = torch.tensor([1.0 - plan.formula.up_shift], dtype=torch.float64)
-    parts = [
-        activate(payload * points.step, on, plan.formula),
-        activate(wide * points.wide_step, on, plan.formula),
-        *(activate(ups.new_tensor([gate]), ups, plan.formula) for gate, _ in points.up_gates),
-        *(
-            activate(ups.new_tensor([gate]), signed, plan.formula)
-            for signed in wide_ups
-            for gate, _ in points.wide_up_gates
-        ),
-        torch.tensor([plan.largest_fp8], dtype=torch.float64),
-    ]
+    parts = []
+    for weight in routing_factors(plan):
+        parts += [
+            activate(payload * points.step * weight, on, plan.formula),
+            activate(wide * points.wide_step * weight, on, plan.formula),
+            *(activate(ups.new_tensor([gate * weight]), ups, plan.formula) for gate, _ in points.up_gates),
+            *(
+                activate(ups.new_tensor([gate * weight]), signed, plan.formula)
+                for signed in wide_ups
+                for gate, _ in points.wide_up_gates
+            ),
+            torch.tensor([plan.largest_fp8 * weight], dtype=torch.float64),
+        ]
     values = torch.cat(parts).bfloat16().float()
     return values.to(fp8_dtype(plan.fp8_format)).float() if plan.intermediate == "e4m3" else values
 

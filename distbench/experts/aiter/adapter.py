@@ -67,6 +67,7 @@ class AiterExperts(Experts):
             inter_dim=case.intermediate_size,
             quant=case.dispatch_dtype,
             activation=case.activation,
+            doweight_stage1=case.doweight_stage1,
             cu_count=int(package.chip.get_cu_num()),
             gfx=str(package.chip.get_gfx()),
         )
@@ -167,12 +168,15 @@ class AiterExperts(Experts):
             "expert_mask": weights.mask,
             "activation": self._activation,
             "quant_type": root.QuantType.No if given.scales is None else root.QuantType.per_128x128,
+            "doweight_stage1": self._case.doweight_stage1,
             "w1_scale": layer.w1_scale,
             "w2_scale": layer.w2_scale,
             "a1_scale": given.scales,
             "num_local_tokens": given.num_local_tokens,
             "moe_sorting_dispatch_policy": self._case.sorting_policy,
             "dtype": torch.bfloat16,
+            "bias1": weights.bias1,
+            "bias2": weights.bias2,
             **self._of_newer_releases(),
         }
 
@@ -231,7 +235,7 @@ class AiterExperts(Experts):
             "q_type": package.root.QuantType.per_1x128 if fp8 else package.root.QuantType.No,
             "use_g1u1": True,
             "activation": self._activation,
-            "doweight_stage1": False,
+            "doweight_stage1": key.doweight_stage1,
             "hidden_pad": 0,
             "intermediate_pad": 0,
             "bias1": None,

@@ -276,6 +276,7 @@ def check_honoured(case: Case, release: str) -> None:
             case.activation == "swiglu" and known is not None and known < Version(SWIGLU_SINCE)
         ),
         f"swiglu_limit: its kernels for {case.dispatch_dtype} rows ignore it": bool(case.swiglu_limit),
+        f"bias: its kernels for {case.dispatch_dtype} rows ignore it": case.bias,
     }
     for what, is_so in ignored.items():
         if is_so:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -27,7 +28,12 @@ CASES: dict[str, dict[str, Any]] = {
     "gelu fp8": {"activation": "gelu", "dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"},
     "swiglu": {"activation": "swiglu"},
     "silu limited": {"swiglu_limit": 10},
-    "gpt-oss": {"activation": "swiglu", "hidden_size": 384, "intermediate_size": 384},
+    "bias": {"bias": True},
+    "bias fp8": {"bias": True, "dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"},
+    "weights first": {"doweight_stage1": True},
+    "weights first fp8": {"doweight_stage1": True, "dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"},
+    "gpt-oss": {"activation": "swiglu", "bias": True, "hidden_size": 384, "intermediate_size": 384},
+    "all": {"activation": "swiglu", "bias": True, "doweight_stage1": True},
 }
 LIMITS = {"silu limited": 0.75}
 """Limits that gaussian values pass."""
@@ -39,7 +45,11 @@ def layer_of(case: Case) -> tuple[TokenBatch, ExpertWeights, Tensor | None]:
     batch = workload.tokens(0)
     mask = torch.zeros(case.num_experts, dtype=torch.int32)
     mask[case.experts_per_rank : 2 * case.experts_per_rank] = 1
-    return batch, ExpertWeights(*workload.local_weights(1), mask), workload.expected_rows(1, batch)
+    return (
+        batch,
+        ExpertWeights(*workload.local_weights(1), mask, *(workload.local_biases(1) or ())),
+        workload.expected_rows(1, batch),
+    )
 
 
 def rows_of(experts: Experts, batch: TokenBatch, weights: ExpertWeights) -> Tensor:
@@ -67,7 +77,9 @@ def by_torch(case: Case, batch: TokenBatch, weights: ExpertWeights) -> Tensor:
     total = torch.zeros_like(hidden)
     for number, (w1, w2) in enumerate(zip(weights.w1.double(), weights.w2.double(), strict=True)):
         share = ((batch.ids == number + case.experts_per_rank) * batch.weights.double()).sum(1, keepdim=True)
-        gate, up = functional.linear(hidden, w1).chunk(2, dim=1)
+        first = functional.linear(hidden, w1) * (share if case.doweight_stage1 else 1)
+        first = first if weights.bias1 is None else first + weights.bias1[number]
+        gate, up = first.chunk(2, dim=1)
         limit = case.swiglu_limit or (7.0 if case.activation == "swiglu" else float("inf"))
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         middle = {
@@ -75,7 +87,8 @@ def by_torch(case: Case, batch: TokenBatch, weights: ExpertWeights) -> Tensor:
             "gelu": functional.gelu(gate) * up,
             "swiglu": gate * torch.sigmoid(gate * 1.702) * (up + 1),
         }[case.activation]
-        total += functional.linear(middle, w2) * share
+        result = functional.linear(middle, w2, None if weights.bias2 is None else weights.bias2[number].double())
+        total += result * ((share > 0) if case.doweight_stage1 else share)
     return total
 
 
@@ -111,13 +124,31 @@ def test_call_has_the_arguments_by_the_wheels_names() -> None:
     assert gelu.arguments(given, weights)["activation"] is gelu.package.root.ActivationType.Gelu
 
 
+def test_stand_in_takes_every_argument_by_position_or_keyword() -> None:
+    case = asked("gpt-oss", experts="aiter", emulate=True, doweight_stage1=True)
+    batch, weights, expected = layer_of(case)
+    experts = make_aiter_experts(case)
+    named = experts.arguments(ExpertInput(*batch, torch.tensor([40], dtype=torch.int32)), weights)
+    fused_moe = experts.package.moe.fused_moe
+    defaults = {name: one.default for name, one in inspect.signature(fused_moe).parameters.items()}
+    made = fused_moe(*(defaults | named).values()).clone()
+    assert expected is not None
+    assert torch.equal(made.view(torch.int16), expected.view(torch.int16))
+    for name in ("activation", "doweight_stage1", "bias1", "bias2"):
+        other = fused_moe(**{key: value for key, value in named.items() if key != name})
+        changes = name != "doweight_stage1"  # with a bias all weights of exact inputs are 1
+        assert torch.equal(other.view(torch.int16), expected.view(torch.int16)) != changes, name
+    with pytest.raises(TypeError, match="MoE bias must be fp32"):
+        fused_moe(**named | {"bias1": named["bias1"].bfloat16()})
+
+
 def test_limit_is_unsupported_before_the_release_that_takes_it() -> None:
     case = asked("silu limited", experts="aiter", emulate=True, aiter_version="0.1.16")
     with pytest.raises(Unsupported, match=r"swiglu_limit = 10: fused_moe of aiter 0\.1\.16 .* use 0\.1\.17"):
         make_aiter_experts(case)
 
 
-@pytest.mark.parametrize("name", ["gelu", "swiglu", "silu limited"])
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "silu limited", "bias", "weights first"])
 def test_triton_experts_refuse_what_they_do_not_compute(name: str) -> None:
     with pytest.raises(Unsupported, match=r"experts triton: .*use experts reference or aiter"):
         check_case(asked(name, experts="triton"))

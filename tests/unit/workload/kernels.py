@@ -97,6 +97,7 @@ class Layer(NamedTuple):
     fp8: torch.dtype | None
     order: torch.Generator
     formula: Formula = Formula()
+    biases: tuple[Tensor, Tensor] | None = None
 
 
 class Fault(NamedTuple):
@@ -116,7 +117,9 @@ def layer_of(workload: Workload, ranks: range, *, seed: int = 0) -> Layer:
     plan = plan_of_workload(workload)
     fp8 = workload.fp8 if plan.intermediate == "e4m3" else None
     order = torch.Generator().manual_seed(seed)
-    return Layer(w1, w2, ranks.start * workload.experts_per_rank, fp8, order, plan.formula)
+    experts = torch.arange(ranks.start * workload.experts_per_rank, ranks.stop * workload.experts_per_rank)
+    biases = workload.numerics.biases(experts)
+    return Layer(w1, w2, ranks.start * workload.experts_per_rank, fp8, order, plan.formula, biases)
 
 
 def run(kernel: Kernel, layer: Layer, batch: TokenBatch, fault: Fault | None = None) -> Tensor:
@@ -132,18 +135,23 @@ def run(kernel: Kernel, layer: Layer, batch: TokenBatch, fault: Fault | None = N
                 continue
             rows = (batch.ids[:, slot] == expert).nonzero().flatten()
             weights = batch.weights[rows, slot].unsqueeze(1)
-            result = _expert(kernel, layer, hidden[rows], layer.w1[local], layer.w2[local], weights, fault)
+            result = _expert(kernel, layer, hidden[rows], local, weights, fault)
             total[rows] += result.bfloat16().float()
             if kernel.atomic:
                 total[rows] = total[rows].bfloat16().float()
     return total.bfloat16()
 
 
-def _expert(  # noqa: PLR0913 - a kernel's arguments
-    kernel: Kernel, layer: Layer, hidden: Tensor, w1: Tensor, w2: Tensor, weights: Tensor, fault: Fault
+def _expert(  # noqa: C901, PLR0913 - a kernel's arguments
+    kernel: Kernel, layer: Layer, hidden: Tensor, local: int, weights: Tensor, fault: Fault
 ) -> Tensor:
+    w1, w2 = layer.w1[local], layer.w2[local]
+    biases = None if layer.biases is None else (layer.biases[0][local], layer.biases[1][local])
     columns = fault.columns or (lambda weight: weight)
-    gate, up = _product(kernel, layer, hidden, columns(w1)).chunk(2, dim=1)
+    first = _product(kernel, layer, hidden, columns(w1))
+    if layer.formula.weigh_first:
+        first, weights = first * weights, torch.ones_like(weights)
+    gate, up = (first if biases is None else first + biases[0]).chunk(2, dim=1)
     if kernel.gates_as is not None:
         gate, up = gate.to(kernel.gates_as).float(), up.to(kernel.gates_as).float()
     if layer.formula == Formula():
@@ -162,6 +170,8 @@ def _expert(  # noqa: PLR0913 - a kernel's arguments
     if fault.intermediate is not None:
         activation = fault.intermediate(activation)
     result = _product(kernel, layer, activation, w2)
+    if biases is not None:
+        result = result + biases[1]
     if fault.output is not None:
         result = fault.output(result)
     if fault.weigh_gate or kernel.weight == "stage 1":

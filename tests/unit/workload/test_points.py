@@ -10,7 +10,7 @@ from distbench.utils.amd_arch import Fp8Format
 from distbench.workload.activation import activate
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.formula import Formula
-from distbench.workload.points import UP_ENTRIES, WIDE_POWERS, Points, points_for
+from distbench.workload.points import UP_ENTRIES, WIDE_POWERS, Points, halves_are_certain, points_for
 from distbench.workload.probes import row_values
 
 BF16, E4M3 = 8, 4
@@ -149,6 +149,9 @@ OTHERS = [
     (Formula(activation="swiglu"), False, None),
     (Formula(swiglu_limit=10.0), False, None),
     (Formula(activation="gelu", swiglu_limit=8.0), False, None),
+    (Formula(weigh_first=True), False, None),
+    (Formula(activation="gelu", weigh_first=True), False, None),
+    *((Formula(bias=True), True, fp8) for fp8 in FORMATS),
 ]
 
 
@@ -157,13 +160,20 @@ def test_points_of_other_formulas_keep_their_margin_to_rounding_ties(
     formula: Formula, coarse: bool, fp8: Fp8Format | None
 ) -> None:
     points = points_for(coarse=coarse, fp8=fp8, formula=formula)
+    halves = halves_are_certain(formula, coarse=coarse, fp8=fp8)
+    for weight in (1.0, 0.5) if halves else (1.0,):
+        check_points(points, formula, coarse, fp8, weight)
+
+
+def check_points(points: Points, formula: Formula, coarse: bool, fp8: Fp8Format | None, share: float) -> None:
+    """All points times a routing weight that comes first."""
     on = torch.tensor(1.0 - formula.up_shift).double()
     assert points.largest * odd_part(points.step) <= 256
     powers = 2.0 ** torch.arange(WIDE_POWERS).double()
     wide = torch.cat([mantissa / 128 * powers for mantissa in points.wide])
     for gates, narrow in ((payload(points), coarse), (wide * points.wide_step, coarse and fp8 is not None)):
         assert float(gates.min()) > -3.1 or formula.activation != "gelu"
-        made = activate(gates, on, formula)
+        made = activate(gates * share, on, formula)
         assert margin(made) >= MARGIN
         if narrow:
             assert margin(made, E4M3) >= 0.02
@@ -172,8 +182,8 @@ def test_points_of_other_formulas_keep_their_margin_to_rounding_ties(
     both = torch.cat([wide, -wide]) if formula.limit else wide
     for gates_of, read in ((points.up_gates, ups), (points.wide_up_gates, both)):
         for gate, weight in gates_of:
-            one = activate(torch.tensor(gate).double(), on, formula)
-            product = activate(torch.tensor(gate).double(), read, formula)
+            one = activate(torch.tensor(gate * share).double(), on, formula)
+            product = activate(torch.tensor(gate * share).double(), read, formula)
             twice = rounded(one) * (product / one)
             check_rounding(product, twice, weight, coarse=coarse and (fp8 is not None or read is ups))
     if coarse and fp8:

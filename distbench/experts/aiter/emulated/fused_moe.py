@@ -80,15 +80,20 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
 ) -> Tensor:
     """Return [M, model_dim]; rows at and past num_local_tokens hold NaN. Valid until the next call.
 
-    The last two parameters are of newer releases. An activation or a limit is computed for all types of weights, as
-    aiter's torch reference does.
+    The last two parameters are of newer releases. Activation, limit and biases are computed for all types of weights,
+    as aiter's torch reference does.
     """
     quant_type = quant_remap.get(quant_type, quant_type)
-    unusual = (doweight_stage1, a2_scale, block_size_M, hidden_pad, intermediate_pad, bias1, bias2, splitk)
+    unusual = (a2_scale, block_size_M, hidden_pad, intermediate_pad, splitk)
     if activation not in _ACTIVATIONS or not all(one is None or one is False or one == 0 for one in unusual):
-        message = f"fused_moe (emulated): {activation}, bias, padding, static scale, tile or split-k is not imitated"
+        message = f"fused_moe (emulated): {activation}, padding, static scale, tile or split-k is not imitated"
         raise NotImplementedError(message)
-    formula = Formula(activation=_ACTIVATIONS[activation], swiglu_limit=swiglu_limit or 0.0)
+    formula = Formula(
+        activation=_ACTIVATIONS[activation],
+        swiglu_limit=swiglu_limit or 0.0,
+        weigh_first=doweight_stage1,
+        bias=bias1 is not None or bias2 is not None,
+    )
     if quant_type not in {QuantType.No, QuantType.per_1x128}:
         message = f"fused_moe (emulated): {quant_type} is not imitated; No and per_1x128 are"
         raise NotImplementedError(message)
@@ -125,7 +130,8 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
     _check_ids(ids[:live], mask.numel())
     engine = _engine(layer, formula)
     given = ExpertInput(_as_fp8(hidden_states), a1_scale, topk_weight, ids, torch.tensor([live], dtype=torch.int32))
-    weights = ExpertWeights(_weights(w1, w1_scale), _weights(w2, w2_scale), mask)
+    biases = _float32(bias1), _float32(bias2)
+    weights = ExpertWeights(_weights(w1, w1_scale), _weights(w2, w2_scale), mask, *biases)
     output = engine.compute(given, weights, out_dtype)
     return _with_quirks(output, live, engine)
 
@@ -177,6 +183,7 @@ def get_2stage_cfgs(  # noqa: PLR0913 - aiter's signature
         inter_dim=inter_dim,
         quant="bf16" if q_type is QuantType.No else "fp8",
         activation=_ACTIVATIONS[activation],
+        doweight_stage1=doweight_stage1,
         is_ep=is_ep,
         cu_count=quirks.assumed().cu_count,
     )
@@ -210,6 +217,7 @@ def _layer(w1: Tensor, w2: Tensor, topk: int, formula: Formula, *, is_ep: bool) 
         inter_dim=w2.shape[2],
         quant=quant,
         activation=formula.activation,
+        doweight_stage1=formula.weigh_first,
         is_ep=is_ep,
         cu_count=quirks.assumed().cu_count,
     )
@@ -225,6 +233,13 @@ def _selector(layer: LayerKey) -> KernelSelector:
 @functools.lru_cache(maxsize=4)
 def _engine(layer: LayerKey, formula: Formula) -> ReferenceExperts:
     return ReferenceExperts(_selector(layer), quirks.assumed().seed, "maximum", formula)
+
+
+def _float32(bias: Tensor | None) -> Tensor | None:
+    if bias is not None and bias.dtype != torch.float32:
+        message = f"MoE bias must be fp32, got {bias.dtype}"
+        raise TypeError(message)
+    return bias
 
 
 class _Plain:
