@@ -45,11 +45,8 @@ def layer_of(case: Case) -> tuple[TokenBatch, ExpertWeights, Tensor | None]:
     batch = workload.tokens(0)
     mask = torch.zeros(case.num_experts, dtype=torch.int32)
     mask[case.experts_per_rank : 2 * case.experts_per_rank] = 1
-    return (
-        batch,
-        ExpertWeights(*workload.local_weights(1), mask, *(workload.local_biases(1) or ())),
-        workload.expected_rows(1, batch),
-    )
+    weights = ExpertWeights(*workload.local_weights(1), mask, *(workload.local_biases(1) or ()))
+    return batch, weights, workload.expected_rows(1, batch)
 
 
 def rows_of(experts: Experts, batch: TokenBatch, weights: ExpertWeights) -> Tensor:
