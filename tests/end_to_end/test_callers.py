@@ -52,7 +52,7 @@ def test_wrong_cut_is_corrupt_and_replays_from_its_bundle_with_the_flags(tmp_pat
 
 
 def test_error_in_the_callers_code_names_it_and_ends_the_rank(tmp_path: Path) -> None:
-    wheel = slim_wheel(tmp_path, {RUNNER: ('"silu": "Silu"', '"silu": "Gelu"')}, "gelu")
+    wheel = slim_wheel(tmp_path, {RUNNER: ("w1=quant_info.w13_weight,", "w1=quant_info.w2_weight,")}, "exchanged")
     run = production(tmp_path / "out", wheel)
     assert run.exit_code == 3
     assert "RANK_FAULT" in run.last_line
