@@ -76,7 +76,8 @@ def _from_pool(seed: int, stream: str, rows: Tensor, columns: int) -> Tensor:
     step = rows_at_a_time(_CHUNK_ELEMENTS, columns, rows.device)
     for start in range(0, rows.numel(), step):
         part = slice(start, start + step)
-        torch.bitwise_xor(values[first[part]], signs[second[part]], out=made[part])
+        torch.index_select(values, 0, first[part], out=made[part])
+        made[part].bitwise_xor_(signs.index_select(0, second[part]))
     return made.view(torch.bfloat16)
 
 
