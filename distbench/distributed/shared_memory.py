@@ -1,9 +1,9 @@
 """Rows between ranks of one host: each writes its rows to a memory file, sends the offsets, and reads the others'.
 
 gloo's all-to-all has two threads of each rank pass every message through the kernel's network, a fifth of a tiny case's
-time. Here a message is a few words, and rows are copied twice. Sockets, not flags in shared memory, signal that rows
-are ready: no rank spins where ranks outnumber cores, the kernel orders writes before reads, and a dead peer shows as a
-closed connection.
+time. Here a message is a few words, and rows are copied twice; few rows travel in the message itself. Sockets, not
+flags in shared memory, signal that rows are ready: no rank spins where ranks outnumber cores, the kernel orders writes
+before reads, and a dead peer shows as a closed connection.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ _WORD = struct.Struct("<qqq")
 # Consecutive gathers that only rank 0 waits for: data for the other ranks is kept for this long.
 _GATHERS_AHEAD = 3
 _EXCHANGE = "exchange in shared memory"
+# Bytes for one peer that travel in the message. Those of the messages that a peer may leave unread, two exchanges and
+# the gathers between them, have to fit a socket's buffer (208 KiB by Linux's default).
+_IN_MESSAGE = 8 << 10
 
 Span = tuple[int, int]
 """Offset and number of bytes."""
@@ -88,8 +92,16 @@ class SharedMemory:
         with waiting(_EXCHANGE):
             for peer in self._peers:
                 start, length = spans[peer.rank]
-                offset = self._hear(peer, length)
-                if length:
+                in_message = length <= _IN_MESSAGE
+                word = self._hear(peer, length if in_message else 0)
+                call, offset, laid = _WORD.unpack_from(word)
+                if (call, laid) != (self._calls, length):
+                    self._refuse(peer, call, laid, length)
+                if not length:
+                    continue
+                if in_message:
+                    content[start : start + length] = memoryview(word)[_WORD.size :]
+                else:
                     _read(peer.file, content[start : start + length], offset)
         self._laid = [one for one in self._laid if one.call == self._calls]
 
@@ -102,17 +114,23 @@ class SharedMemory:
         return everyone
 
     def _lay(self, outgoing: Tensor, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
-        """Write bytes to a region that no peer may still be reading, and send each peer, or `listeners`, its span."""
+        """Send each peer, or `listeners`, its span of bytes.
+
+        Where one is long, all bytes are written to a region that no peer may still be reading.
+        """
         self._calls += 1
         collective(_EXCHANGE)
         content = _bytes_of(outgoing)
-        begin = self._room_for(len(content))
-        _write(self._file, content, begin)
-        if len(content):
+        listeners = self._peers if listeners is None else listeners
+        begin = 0
+        if any(spans[peer.rank][1] > _IN_MESSAGE for peer in listeners):
+            begin = self._room_for(len(content))
+            _write(self._file, content, begin)
             self._laid.append(_Laid(begin, begin + len(content), self._calls))
-        for peer in self._peers if listeners is None else listeners:
+        for peer in listeners:
             start, length = spans[peer.rank]
-            peer.line.send(_WORD.pack(self._calls, begin + start, length))
+            word = _WORD.pack(self._calls, begin + start, length)
+            peer.line.send(word + content[start : start + length] if 0 < length <= _IN_MESSAGE else word)
 
     def _room_for(self, size: int) -> int:
         """Return the first offset with a free region of `size` bytes."""
@@ -123,24 +141,24 @@ class SharedMemory:
             begin = one.stop
         return begin
 
-    def _hear(self, peer: Peer, length: int) -> int:
-        """Wait for a peer's message and return the offset of its bytes."""
+    def _hear(self, peer: Peer, length: int) -> bytes:
+        """Wait for a peer's message with `length` bytes of rows, and return it."""
         try:
-            word = peer.line.recv(_WORD.size)
+            word = peer.line.recv(_WORD.size + length)
         except BlockingIOError as error:
             message = f"rank {peer.rank} sent nothing for exchange {self._calls}: timed out"
             raise TimeoutError(message) from error
         if not word:
             message = f"rank {peer.rank}: connection closed by peer"
             raise ConnectionResetError(message)
-        call, start, laid = _WORD.unpack(word)
-        if (call, laid) != (self._calls, length):
-            message = (
-                f"rank {peer.rank} sends {laid} bytes in exchange {call}, this rank expects {length} in exchange "
-                f"{self._calls}: the two do not run the same case"
-            )
-            raise RuntimeError(message)
-        return int(start)
+        return word
+
+    def _refuse(self, peer: Peer, call: int, laid: int, length: int) -> NoReturn:
+        message = (
+            f"rank {peer.rank} sends {laid} bytes in exchange {call}, this rank expects {length} in exchange "
+            f"{self._calls}: the two do not run the same case"
+        )
+        raise RuntimeError(message)
 
 
 class _Arriving:
@@ -155,11 +173,8 @@ class _Arriving:
 
 
 def _spans(counts: Sequence[int], row_bytes: int) -> list[Span]:
-    spans, start = [], 0
-    for count in counts:
-        spans.append((start, count * row_bytes))
-        start += count * row_bytes
-    return spans
+    lengths = [count * row_bytes for count in counts]
+    return list(zip(accumulate(lengths, initial=0), lengths, strict=False))  # the last sum is the end
 
 
 def _bytes_of(rows: Tensor) -> memoryview:

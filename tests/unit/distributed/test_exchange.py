@@ -131,11 +131,13 @@ def test_every_row_arrives_if_any_rank_is_late(ranks: int, monkeypatch: pytest.M
         read(file, place, start)
 
     monkeypatch.setattr(shared_memory, "_read", slow)
+    monkeypatch.setattr(shared_memory, "_IN_MESSAGE", 100)  # short rows and long ones, to one rank and to another
     with memories(ranks) as joined:
         assert together(ranks, lambda rank: awkward(joined[rank], rank, ranks, 60)) == [[]] * ranks
 
 
-def test_shared_memory_is_reused_between_exchanges() -> None:
+def test_shared_memory_is_reused_between_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_IN_MESSAGE", 0)
     with memories(2) as joined:
         together(2, lambda rank: awkward(joined[rank], rank, 2, 120))
         largest = max(sum(counts_of(2, turn)[0]) * 8 * (1 + turn % 5) for turn in range(120))
@@ -143,7 +145,7 @@ def test_shared_memory_is_reused_between_exchanges() -> None:
 
 
 def test_shared_memory_does_not_grow_over_consecutive_gathers() -> None:
-    block = torch.zeros(1024, dtype=torch.uint8)
+    block = torch.zeros(shared_memory._IN_MESSAGE + 1, dtype=torch.uint8)  # noqa: SLF001 - rows too long for a message
     with memories(2) as joined:
         together(2, lambda rank: [joined[rank].gathered(block) for _ in range(50)])
         assert os.fstat(joined[1]._file).st_size <= 8 * block.nbytes  # noqa: SLF001 - see above
@@ -187,7 +189,8 @@ def test_peer_at_another_exchange_number_is_refused() -> None:
             take_of_rank_1(joined[0], 3)
 
 
-def test_truncated_shared_memory_is_refused() -> None:
+def test_truncated_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "_IN_MESSAGE", 0)
     with memories(2) as joined:
         lay_for_rank_0(joined[1], 3)
         os.ftruncate(joined[1]._file, 10)  # noqa: SLF001 - a fault that no public call can cause
