@@ -18,7 +18,7 @@ _WIDE_BYTES = 8 << 20
 # Weights are sparse where at most one in this number of their 64-bit words is non-zero.
 _SPARSE = 4
 # Words that tell dense weights from sparse ones before all are scanned.
-_SAMPLE = 1024
+_SAMPLE = 128
 # The mode of embedding_bag that sums.
 _SUM = 0
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -48,7 +48,7 @@ class _Entries(NamedTuple):
 
     def suit(self, rows: Tensor) -> bool:
         """Whether products with rows float32 [g, m, K] are exact in any order."""
-        read = rows.flatten(0, 1) * self.shared  # NaN where a column that is not read holds an infinity
+        read = rows * self.shared  # NaN where a column that is not read holds an infinity
         if not read.numel():
             return False
         most = float(read.abs().amax())
@@ -100,19 +100,19 @@ class Weights:
             yield (block if experts.numel() == len(block) else block[experts]).double().transpose(1, 2)
 
     def block_products(self, rows: Tensor, experts: Tensor, tile_k: int) -> Iterable[Tensor]:
-        """Return the products of rows float64 [g, m, K] with `experts`, float32 [g, m, N], one K block after another.
+        """Return the products of rows float32 [g, m, K] with `experts`, float32 [g, m, N], one K block after another.
 
-        One call multiplies all blocks of weights that are kept in float64.
+        They may be written to. One call multiplies all blocks of weights that are kept in float64.
         """
         wide = self._by_block(tile_k)
         if wide is None:
-            pairs = zip(rows.split(tile_k, dim=2), self.blocks(experts, tile_k), strict=True)
+            pairs = zip(rows.double().split(tile_k, dim=2), self.blocks(experts, tile_k), strict=True)
             return (torch.bmm(left, right).float() for left, right in pairs)
-        used = wide if experts.numel() == len(wide) else wide[experts]
+        used = wide if experts.numel() == wide.shape[0] else wide[experts]
         count, blocks, _, inside = used.shape
-        left = rows.unflatten(2, (blocks, inside)).transpose(1, 2).flatten(0, 1)
-        found = torch.bmm(left, used.flatten(0, 1).transpose(1, 2)).float()
-        products: tuple[Tensor, ...] = found.unflatten(0, (count, blocks)).unbind(1)
+        right = rows.double().unflatten(2, (blocks, inside)).transpose(1, 2).flatten(0, 1).transpose(1, 2)
+        found = torch.bmm(used.flatten(0, 1), right).float()  # a quarter faster than rows times weights
+        products: tuple[Tensor, ...] = found.unflatten(0, (count, blocks)).transpose(2, 3).unbind(1)
         return products
 
     def _by_block(self, tile_k: int) -> Tensor | None:
@@ -137,13 +137,17 @@ def blocked_product(rows: Tensor, weights: Weights, experts: Tensor, tile_k: int
     if exact is not None:
         return exact
     run = -(-rows.shape[2] // (tile_k * max(splits, 1)))
-    total = partial = rows.new_zeros(rows.shape[0], rows.shape[1], weights.rows)
-    for index, product in enumerate(weights.block_products(rows.double(), experts, tile_k)):
-        if index and index % run == 0:
-            total = partial if total is partial else total.add_(partial)
-            partial = torch.zeros_like(total)
-        partial += product
-    return total if total is partial else total.add_(partial)
+    total: Tensor | None = None
+    partial: Tensor | None = None
+    for index, product in enumerate(weights.block_products(rows, experts, tile_k)):
+        if partial is None:
+            partial = product.add_(0.0)  # a sum from +0.0 has no -0.0
+        elif index % run:
+            partial.add_(product)
+        else:
+            total, partial = partial if total is None else total.add_(partial), product.add_(0.0)
+    assert partial is not None  # noqa: S101 - weights have columns
+    return partial if total is None else total.add_(partial)
 
 
 def _entries_of(weights: Tensor) -> _Entries | None:

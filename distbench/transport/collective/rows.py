@@ -83,7 +83,7 @@ def _take(rows: Tensor, index: Tensor, out: Tensor) -> None:
     """Copy rows[index] to `out`, by 16 bytes on a device and by whole rows on the CPU, with the faster op for each."""
     if index.numel() == 0:
         return
-    if rows.device.type == "cpu":
+    if rows.is_cpu:
         torch.index_select(rows, 0, index, out=out)
     else:
         torch.ops.aten.index(rows, [index], out=out)
