@@ -15,15 +15,22 @@ from distbench.pipeline.production_rows import production_rows
 from distbench.verify.combine_model import OwnSlots, Returned, key_of
 from distbench.verify.error_check import ErrorChecker, Pass
 from distbench.verify.records import ArmError, ResolvedCase
+from distbench.verify.stage_check import Received
 
 
 class ArmErrors:
     """Measures the passes of each repeat, and tokens that an arm gave again."""
 
-    def __init__(
-        self, session: Session, resolved: ResolvedCase, parts: Parts, exchange: Exchange, slots: OwnSlots
+    def __init__(  # noqa: PLR0913 - the inputs of the measurement
+        self,
+        session: Session,
+        resolved: ResolvedCase,
+        parts: Parts,
+        exchange: Exchange,
+        slots: OwnSlots,
+        received: Received | None,
     ) -> None:
-        """`slots` are this rank's own, `exchange` moves sampled rows between ranks."""
+        """`slots` are this rank's own, `exchange` moves sampled rows between ranks; `received`: see `ErrorChecker`."""
         self._resolved = resolved
         self._experts = parts.experts
         self._beyond: dict[str, Tensor] = {}
@@ -36,6 +43,7 @@ class ArmErrors:
             parts.transport.facts,
             resolved.case.repeats + min(resolved.case.iterations, 1),
             len(Arm) - (parts.caller is None),
+            received,
         )
         self._cut_rows = _rows_of_cuts(resolved, session.local_ranks)
 

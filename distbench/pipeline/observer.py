@@ -82,7 +82,9 @@ class Observer:
         exchange = choose_exchange(session.group, session.shared, counts, session.device)
         own = Own(session.rank, slots, self._expected)
         self._combine = CombineChecker(session, exchange, parts.workload, own, tolerance(resolved.case))
-        self._errors = ArmErrors(session, resolved, parts, exchange, slots) if self._expected is None else None
+        self._errors = (
+            ArmErrors(session, resolved, parts, exchange, slots, received) if self._expected is None else None
+        )
         self._divergences: list[Divergence] = []
         self._lost = LostRows()
         self._losses = Losses(session.group, resolved, session.rank)

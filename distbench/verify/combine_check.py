@@ -33,7 +33,7 @@ class _Sample(NamedTuple):
     actual: Tensor
     expected: Tensor
 
-    def take(self, index: Tensor) -> _Sample:
+    def take(self, index: Tensor | slice) -> _Sample:
         return _Sample(self.tokens[index], self.contributions.take(index), self.actual[index], self.expected[index])
 
 
@@ -47,10 +47,27 @@ class _Some:
 
     def take(self, block: _Sample, which: Tensor) -> None:
         index = which.nonzero().flatten()
-        self._parts.append(block.take(index[: max(self._most - self.seen, 0)]))
+        self._parts.append(block.take(index[: self._room]))
         self.seen += index.numel()
 
+    def take_all(self, block: _Sample) -> None:
+        self._add(block, self._room)
+        self.seen += len(block.tokens)
+
+    def take_none(self, block: _Sample) -> None:
+        self._add(block, 0)
+
+    def _add(self, block: _Sample, count: int) -> None:
+        if count or not self._parts:  # a view keeps all of its block in memory
+            self._parts.append(block.take(slice(0, count)))
+
+    @property
+    def _room(self) -> int:
+        return max(self._most - self.seen, 0)
+
     def joined(self) -> _Sample:
+        if len(self._parts) == 1:
+            return self._parts[0]
         tokens, contributions, actual, expected = zip(*self._parts, strict=True)
         rows, ranks = zip(*contributions, strict=True)
         return _Sample(
@@ -219,9 +236,13 @@ class CombineChecker:
                 actual = passes[place].tokens[start : start + len(part.ranks)]
                 tokens = torch.arange(start, start + len(actual), device=actual.device)
                 block = _Sample(tokens, part, actual, expected)
-                right = self._same(actual, expected)
-                examined[place].take(block, ~right)
-                spared[place].take(block, right)
+                if same_bits(actual, expected):
+                    examined[place].take_none(block)
+                    spared[place].take_all(block)
+                else:
+                    right = self._same(actual, expected)
+                    examined[place].take(block, ~right)
+                    spared[place].take(block, right)
                 sums[place].append(expected)
         return [
             _Recount(some.seen, some.joined(), right.joined(), made)

@@ -35,8 +35,8 @@ class Contributions(NamedTuple):
     rows: Tensor
     ranks: Tensor
 
-    def take(self, index: Tensor) -> Contributions:
-        """Return the contributions of the tokens `index` [m]."""
+    def take(self, index: Tensor | slice) -> Contributions:
+        """Return the contributions of the tokens `index`, [m] or a slice."""
         return Contributions(self.rows[index], self.ranks[index])
 
 
@@ -82,7 +82,8 @@ class Slots(NamedTuple):
     def arranged(self, rows: Tensor) -> Contributions:
         """Arrange rows [m, H] by token and slot."""
         padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        return Contributions(padded[self.places], self.ranks)
+        taken = padded.index_select(0, self.places.flatten())
+        return Contributions(taken.view(*self.places.shape, rows.shape[1]), self.ranks)
 
 
 def slots_of(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Slots:

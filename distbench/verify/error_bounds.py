@@ -49,19 +49,26 @@ class Yardstick:
     """Expected values of some rows, in float64 and by an ideal kernel, against which results are measured."""
 
     def __init__(self, exact: Tensor, ideal: Ideal, sure_of: float) -> None:
-        """Take exact float32 [n, H], the ideal of the same rows, and the deviations allowed to an estimate (`sure`)."""
+        """Take exact float32 [n, H], the ideal of the same rows, and the deviations allowed to an estimate (`sure`).
+
+        `rows` is n.
+        """
         self._exact, self._sure = exact, sure_of
         self._ideal = ideal
+        self.rows = exact.shape[0]
         self._most = exact.abs().amax(1)
         rms = exact.square().mean(1, keepdim=True).sqrt()
-        self._scale = torch.where(rms > 0, rms, 1.0)
-        self._elements = int((rms > 0).sum()) * exact.shape[1]
-        error = (ideal.rows.float() - exact) / self._scale
-        self._bias = float((error * exact.sign()).sum(dtype=torch.float64))
-        self._drawn = float(error.square().sum(dtype=torch.float64))
+        there = rms > 0
+        self._scale = torch.where(there, rms, 1.0)
+        self._signs = exact.sign()
+        self._elements = int(there.count_nonzero()) * exact.shape[1]
+        error = ideal.rows.float() - exact
+        self._ideal_worst = _most(error.abs().amax(1) / self._most)
+        error /= self._scale
+        self._bias = float((error * self._signs).sum(dtype=torch.float64))
+        self._drawn = float(error.square_().sum(dtype=torch.float64))
         self._power, self._spread = self._expected(ideal)
-        self._deviation = ideal.variance.sqrt() * _DEVIATION_SLACK
-        self._ideal_worst = _most((ideal.rows.float() - exact).abs().amax(1) / self._most)
+        self._deviation = ideal.variance.sqrt().mul_(_DEVIATION_SLACK)
 
     def _expected(self, ideal: Ideal) -> tuple[float, float]:
         """Return the power that errors are held against, and how far a right kernel's is from the ideal's at most."""
@@ -87,11 +94,6 @@ class Yardstick:
         return Yardstick(self._exact[kept], Ideal(*(part[kept] for part in self._ideal)), self._sure)
 
     @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self._exact)
-
-    @property
     def loosest(self) -> float:
         """The bound on the largest error of any of the rows, as a share of the row's largest magnitude."""
         return _most(self._deviation.amax(1) * self._extreme / self._most) if self.rows else 0.0
@@ -103,18 +105,16 @@ class Yardstick:
 
     def measure(self, actual: Tensor) -> Figures:
         """Return the figures of rows `actual` [n, H]."""
-        wide = actual.float()
-        error = wide - self._exact
-        nan_rows = int((~error.isfinite().all(1)).sum())
+        error = actual.float() - self._exact
+        size = error.abs()
         allowed = self._allowed()
-        if nan_rows:
+        if self.rows and not math.isfinite(float(size.amax())):
+            nan_rows = int((~size.isfinite().all(1)).sum())
             return Figures(self.rows, nan_rows, None, None, None, self._ideal_worst, allowed, within=False)
-        excess, worst, bound = self._worst(error)
+        excess, worst, bound = self._worst(size)
         error /= self._scale
-        bias = (float((error * self._exact.sign()).sum(dtype=torch.float64)) - self._bias) / math.sqrt(
-            2 * self._power or 1.0
-        )
-        power = float(error.square().sum(dtype=torch.float64))
+        bias = (float((error * self._signs).sum(dtype=torch.float64)) - self._bias) / math.sqrt(2 * self._power or 1.0)
+        power = float(error.square_().sum(dtype=torch.float64))
         ratio = math.sqrt(power / self._power) if self._power else (1.0 if power == 0 else math.inf)
         allowed["worst"] = bound
         within = allowed["ratio_low"] <= ratio <= allowed["ratio_high"] and abs(bias) <= allowed["bias"] and excess <= 1
@@ -135,16 +135,15 @@ class Yardstick:
             "worst": 0.0,
         }
 
-    def _worst(self, error: Tensor) -> tuple[float, float, float]:
+    def _worst(self, size: Tensor) -> tuple[float, float, float]:
         """Return the largest share of a row's bound that an error takes, that row's largest error, and its bound.
 
-        Error and bound are shares of the row's largest magnitude.
+        Error and bound are shares of the row's largest magnitude; `size` are the errors' magnitudes, all finite.
         """
         if not self.rows:
             return 0.0, 0.0, 0.0
-        size = error.abs()
         bounds = self._deviation * self._extreme
-        taken = torch.where(size == 0, 0.0, size / bounds).amax(1)
+        taken = (size / bounds).nan_to_num_(0.0, posinf=math.inf).amax(1)  # no error is no share of a bound of 0
         row = int(taken.argmax())
         excess, most = float(taken[row]), float(size[row].amax())
         share = most / float(self._most[row]) if float(self._most[row]) else (0.0 if most == 0 else math.inf)

@@ -28,6 +28,7 @@ from distbench.verify.ideal import ideal_rows
 from distbench.verify.ideal_sums import combined, quantised_way
 from distbench.verify.records import ArmError
 from distbench.verify.row_compare import row_errors, same_bits
+from distbench.verify.stage_check import Received
 from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload
@@ -91,15 +92,23 @@ class ErrorChecker:
         facts: Mapping[str, Any],
         repeats: int,
         arms: int = _ARMS,
+        received: Received | None = None,
     ) -> None:
-        """`slots` are this rank's own, `facts` the transport's; `arms` arms are measured `repeats` times at most."""
+        """`slots` are this rank's own, `facts` the transport's; `arms` arms are measured `repeats` times at most.
+
+        `received` are the rows that the routing sends here, where they are known before they arrive.
+        """
         self._group, self._on_any_rank = session.group, session.on_any_rank
         self._exchange, self._workload, self._rank = exchange, workload, session.rank
         self._weights, self._slots = weights, slots
         self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
         tests = _FIGURES * _STAGES * arms * _CHOICES * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
-        self._sample = self._sample_of(*sampled_tokens(workload, weights))
+        if received is not None and sum(workload.tokens_per_rank) <= _sample_size(workload, weights):
+            everything = torch.arange(len(slots.ids), device=workload.device)
+            self._sample = _Sample(received.keys, received.batch, everything)
+        else:
+            self._sample = self._sample_of(*sampled_tokens(workload, weights))
         self._families: dict[str, Roundings] = {}
         self._alike = False
         self._padded: Pass | None = None
@@ -152,7 +161,7 @@ class ErrorChecker:
             kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
             stages = (
                 (Stage.EXPERTS, side.experts, rows, kept_rows),
-                (Stage.COMBINE, side.combine, one.tokens[sample.own], kept_tokens),
+                (Stage.COMBINE, side.combine, one.tokens.index_select(0, sample.own), kept_tokens),
             )
             for stage, yardstick, actual, kept in stages:
                 before = self._found.get((arm, stage))
@@ -271,7 +280,7 @@ def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
     places = torch.searchsorted(returned.keys, sample.keys).clamp(max=max(len(returned.keys) - 1, 0))
     if not len(returned.keys) or not torch.equal(returned.keys[places], sample.keys):
         return None
-    return returned.rows[places]
+    return returned.rows.index_select(0, places)
 
 
 def _error_of_kept(  # noqa: PLR0913 - what is measured, by what, and what is known

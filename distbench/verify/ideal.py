@@ -73,23 +73,25 @@ def ideal_rows(
     ]
     local = local_experts(batch.ids, local_rows(weights.mask)).flatten()
     for experts, routes, _ in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8):
-        rows = routes.div(topk, rounding_mode="floor")
+        flat = routes.flatten()
+        rows = flat.div(topk, rounding_mode="floor")
         w1, w2 = _held(weights, experts, families[0])
-        share = shares[routes].unsqueeze(2)
-        first = torch.bmm(hidden[rows.flatten()].view(*rows.shape, -1), w1.double().transpose(1, 2))
+        share = shares.index_select(0, flat).view(*routes.shape, 1)
+        given = hidden.index_select(0, rows).view(*routes.shape, -1)
+        first = torch.bmm(w1.double(), given.transpose(1, 2)).transpose(1, 2)
         if formula.weigh_first:
             first, share = first * share, torch.ones_like(share)
         gate, up = _with_bias(first, weights.bias1, experts).chunk(2, dim=2)
         middle = activate(gate, up, formula)
         result = _with_bias(torch.bmm(middle, w2.double().transpose(1, 2)), weights.bias2, experts)
-        exact.index_add_(0, rows.flatten(), (result * share).flatten(0, 1))
+        exact.index_add_(0, rows, (result * share).flatten(0, 1))
         narrow = w2.float().transpose(1, 2)
         squares = narrow.square()
         for family, one in zip(families, made, strict=True):
             off = (_stored(middle, family) - middle).float()
-            one.rounded[routes] = ((result + torch.bmm(off, narrow)) * share).bfloat16()
-            variance = _stored_variance(middle, family).mul_(share.float().square())
-            one.middle.index_add_(0, rows.flatten(), torch.bmm(variance, squares).flatten(0, 1))
+            one.rounded.index_copy_(0, flat, ((result + torch.bmm(off, narrow)) * share).bfloat16().flatten(0, 1))
+            variance = _stored_variance(middle, family).mul_(share.float().square_())
+            one.middle.index_add_(0, rows, torch.bmm(variance, squares).flatten(0, 1))
     return exact[:-1].float(), tuple(
         summed(one.rounded[:-1].view(count, topk, one.rounded.shape[1]), one.middle[:-1], family)
         for family, one in zip(families, made, strict=True)
@@ -98,8 +100,8 @@ def ideal_rows(
 
 def rounding_variance(values: Tensor) -> Tensor:
     """Return the variance of an error that is uniform within a bf16 step at each of `values`, as float32."""
-    steps = (values.float().view(torch.int32) & _EXPONENT).view(torch.float32) * _BF16_STEP
-    return steps.square_().div_(12)
+    powers = (values.float().view(torch.int32) & _EXPONENT).view(torch.float32)
+    return powers.square_().mul_(_BF16_STEP**2 / 12)
 
 
 def _with_bias(rows: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
@@ -129,15 +131,13 @@ def _stored(middle: Tensor, family: Roundings) -> Tensor:
 
 def _stored_variance(middle: Tensor, family: Roundings) -> Tensor:
     """Return the variance of what storing does to each intermediate value float64 [g, m, I]."""
-    variance = torch.zeros_like(middle, dtype=torch.float32)
-    if family.bf16_intermediate:
-        variance += rounding_variance(middle)
-    if family.intermediate:
-        blocks = functional.pad(middle.float(), (0, -middle.shape[2] % _BLOCK)).unflatten(2, (-1, _BLOCK))
-        least = blocks.abs().amax(3).mul_(_E4M3_SUBNORMAL).square_().div_(12).repeat_interleave(_BLOCK, 2)
-        steps = rounding_variance(middle) * (_E4M3_STEP / _BF16_STEP) ** 2
-        variance += steps.maximum(least[:, :, : middle.shape[2]])
-    return variance
+    rounded = rounding_variance(middle)
+    if not family.intermediate:
+        return rounded if family.bf16_intermediate else torch.zeros_like(rounded)
+    blocks = functional.pad(middle.float(), (0, -middle.shape[2] % _BLOCK)).unflatten(2, (-1, _BLOCK))
+    least = blocks.abs().amax(3).mul_(_E4M3_SUBNORMAL).square_().div_(12).repeat_interleave(_BLOCK, 2)
+    steps = (rounded * (_E4M3_STEP / _BF16_STEP) ** 2).maximum(least[:, :, : middle.shape[2]])
+    return steps.add_(rounded) if family.bf16_intermediate else steps
 
 
 def summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
@@ -149,27 +149,29 @@ def summed(routes: Tensor, middle: Tensor, family: Roundings) -> Ideal:
         variance += rounding_variance(total)
         return Ideal(total.bfloat16(), variance, variance.new_zeros(len(routes), 2))
     order = variance.new_zeros(len(routes), 2)
-    rows = torch.zeros_like(routes[:, 0])
-    for route in routes.unbind(1):
-        rows = rows + route
-    several = (routes.ne(0).any(2).sum(1) > 1).nonzero().flatten()  # one route is added to zero, without a rounding
+    several = (routes.ne(0).sum(2) > 0).sum(1).gt(1).nonzero().flatten()  # one route is added to zero: no rounding
     if len(several):
         some = routes.index_select(0, several)
-        there, back, most = _rounded_adds(some), _rounded_adds(some.flip(1)), _in_any_order(some)
+        there, back = _rounded_adds(torch.cat([some, some.flip(1)])).chunk(2)
+        most = _in_any_order(some)
         variance.index_add_(0, several, most)
         order.index_copy_(0, several, torch.stack([(back - there).sum(1), (most - there).sum(1)], dim=1))
-    return Ideal(rows, variance, order)
+    return Ideal(_added(routes)[-1], variance, order)
+
+
+def _added(routes: Tensor) -> list[Tensor]:
+    """Return the bf16 sums [n, H] after each of the routes bf16 [n, k, H], added in turn to +0.0."""
+    sums = [routes[:, 0] + 0.0]
+    for route in routes[:, 1:].unbind(1):
+        sums.append(sums[-1] + route)
+    return sums
 
 
 def _rounded_adds(routes: Tensor) -> Tensor:
     """Return the variance, float32 [n, H], of the roundings when routes bf16 [n, k, H] are added in turn."""
-    rows = routes[:, 0]
-    variance = torch.zeros_like(rows, dtype=torch.float32)
-    for route in routes[:, 1:].unbind(1):
-        first = rows.eq(0)
-        rows = rows + route  # adding zero, or adding to zero, does not round
-        variance += rounding_variance(rows).masked_fill_(first | route.eq(0), 0.0)
-    return variance
+    sums = torch.stack(_added(routes), dim=1)
+    exact = sums[:, :-1].eq(0) | routes[:, 1:].eq(0)  # adding zero, or adding to zero, does not round
+    return rounding_variance(sums[:, 1:]).masked_fill_(exact, 0.0).sum(1)
 
 
 def _in_any_order(routes: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ The final bits alone would miss damage that a later rounding hides, so each stag
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -223,10 +224,10 @@ class StageChecker:
     def _check_baseline(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
         """Take rows [m, H] as the reference of other passes, except those with a NaN, which no input holds."""
         self._returned[place.arm] = Returned(keys, rows)
-        finite = rows.isfinite()
-        if bool(finite.all()):
+        if not rows.numel() or math.isfinite(float(rows.abs().amax())):
             self._baseline = _Baseline(rows, place.visible)
             return None
+        finite = rows.isfinite()
         fit = finite.all(1)
         self._baseline = _Baseline(rows, fit if place.visible is None else fit & place.visible)
         return place.first_difference(Stage.EXPERTS, "rows", FINITE, rows, rows.masked_fill(~finite, 0.0))

@@ -107,10 +107,16 @@ class Shuffles:
     def next(self, count: int, device: Device) -> Tensor:
         """Return the next permutation of 0 to `count` - 1, int64 [count]."""
         if not self._ahead or self._ahead[-1].shape[0] != count:
-            names = [f"{self._stream}/{turn}" for turn in range(self._taken, self._taken + _DRAWN)]
-            self._ahead = [*shuffles(self._seed, names, 0, count, device).unbind(0)][::-1]
+            self._ahead = [*_drawn(self._seed, self._stream, self._taken, count, device)][::-1]
         self._taken += 1
         return self._ahead.pop()
+
+
+@lru_cache(maxsize=2)
+def _drawn(seed: int, stream: str, first: int, count: int, device: Device) -> tuple[Tensor, ...]:
+    """Return some successive permutations, which both kinds of inputs of a case share; they must not be written to."""
+    names = [f"{stream}/{turn}" for turn in range(first, first + _DRAWN)]
+    return shuffles(seed, names, 0, count, device).unbind(0)
 
 
 def _row_keys(rows: Tensor) -> Tensor:
