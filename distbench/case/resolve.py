@@ -287,6 +287,11 @@ def check_fit(case: Case) -> None:
     if case.topk > case.num_experts:
         message = f"topk = {case.topk}: above num_experts = {case.num_experts}; a token takes distinct experts"
         raise InvalidCase(message)
+    for name in ("hidden", "intermediate"):
+        size, pad = getattr(case, f"{name}_size"), getattr(case, f"{name}_pad")
+        if pad >= size:
+            message = f"{name}_pad = {pad}: {name}_size counts it and is {size}; use at most {size - 1}"
+            raise InvalidCase(message)
     if case.dispatch_dtype == "fp8" and case.hidden_size % 128:
         message = f"hidden_size = {case.hidden_size}: fp8 dispatch scales blocks of 128 columns; use a multiple of 128"
         raise InvalidCase(message)
@@ -317,6 +322,8 @@ def _check_caller(case: Case) -> None:
         f"activation {case.activation}": (case.activation != "silu", "the caller's layer has SiLU; drop it"),
         "swiglu_limit": (bool(case.swiglu_limit), "the caller's layer has none; drop it"),
         "bias": (case.bias, "the caller's layer has none; drop it"),
+        "hidden_pad": (bool(case.hidden_pad), "the caller's layer has no padding; drop it"),
+        "intermediate_pad": (bool(case.intermediate_pad), "the caller's layer has no padding; drop it"),
         "doweight_stage1": (case.doweight_stage1, "the caller's layer weighs its output; drop it"),
     }
     for what, (is_so, fix) in refused.items():

@@ -114,6 +114,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     doweight_stage1: Annotated[
         bool, _help("routing weights multiply gate and up, before bias and activation, and not the output")
     ] = False
+    hidden_pad: Annotated[TokenCount, _help("last hidden columns that are padding: zeros, in and out")] = 0
+    intermediate_pad: Annotated[TokenCount, _help("last intermediate columns of an expert that are padding")] = 0
     sorting_policy: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=2)],
         _help("moe_sorting_dispatch_policy of aiter: 0 by rows, 1 one block, 2 several phases; SGLang passes 2"),
@@ -262,7 +264,15 @@ UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel", "caller_folder")
 """Keys of a recorded case that are not taken from its record."""
 CALLER_KEYS = (*FLAG_KEYS, "atom_rule", "atom_graph_bs")
 """Keys of a caller that users give."""
-CALL_KEYS = ("activation", "swiglu_limit", "bias", "doweight_stage1", "sorting_policy")
+CALL_KEYS = (
+    "activation",
+    "swiglu_limit",
+    "bias",
+    "doweight_stage1",
+    "hidden_pad",
+    "intermediate_pad",
+    "sorting_policy",
+)
 """Keys that are arguments of `fused_moe`."""
 _SPARSE_KEYS = (*CALLER_KEYS, "caller_wheel_sha256", "caller_folder_sha256", *CALL_KEYS)
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)

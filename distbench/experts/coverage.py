@@ -17,8 +17,8 @@ def plan_of(case: Case) -> ExactPlan:
 
     """
     return plan_exact(
-        case.hidden_size,
-        case.intermediate_size,
+        case.hidden_size - case.hidden_pad,
+        case.intermediate_size - case.intermediate_pad,
         case.topk,
         case.dispatch_dtype,
         case.num_experts,

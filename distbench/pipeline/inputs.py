@@ -32,5 +32,7 @@ def workload_for(case: Case, device: torch.device) -> Workload:
         combine_quant=case.combine_quant,
         intermediate=stored_intermediate(case),
         formula=formula_of(case),
+        hidden_pad=case.hidden_pad,
+        intermediate_pad=case.intermediate_pad,
         device=device,
     )

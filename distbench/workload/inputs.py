@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,35 +15,15 @@ from distbench.workload.blind_spots import blind_spots
 from distbench.workload.exact_bias import biases
 from distbench.workload.exact_plan import ExactPlan, Intermediate, plan_exact
 from distbench.workload.formula import Formula
+from distbench.workload.numerics import Numerics
 from distbench.workload.oracle import expert_rows, returned_rows
+from distbench.workload.padding import PaddedNumerics
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
 from distbench.workload.routing import are_local, route, token_keys
 from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.table import Span, routing_table, span_of
 
 DispatchDtype = Literal["bf16", "fp8"]
-
-
-class Numerics(Protocol):
-    """Source of values: exact or gaussian. `keys` int64 [n] identify tokens (`token_keys`), `experts` int64 [e]."""
-
-    def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
-        """Return bf16 [n, H] for tokens that go to experts `ids` [n, k]."""
-
-    def routing_weights(self, keys: Tensor) -> Tensor:
-        """Return float32 [n, k]."""
-
-    def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I]."""
-
-    def biases(self, experts: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return bias1 float32 [e, 2I], gate before up, and bias2 float32 [e, H]; None where the layer has none."""
-
-    def expert_rows(self, batch: TokenBatch, experts: range) -> Tensor | None:
-        """Return the only correct result of the batch's experts in `experts`, bf16 [n, H]; None where bits may vary."""
-
-    def returned_rows(self, rows: Tensor) -> Tensor:
-        """Return expert rows [m, H] as combine adds them: after the trip back, where its arithmetic is known."""
 
 
 class Workload:
@@ -83,7 +63,8 @@ class Workload:
     @property
     def blind_spots(self) -> list[str]:
         """Return a sentence for each kind of damage that exact inputs cannot show; empty for gaussian inputs."""
-        return blind_spots(self.numerics.plan) if isinstance(self.numerics, ExactNumerics) else []
+        plan = _plan_of(self.numerics)
+        return [] if plan is None else blind_spots(plan)
 
     @property
     def experts_per_rank(self) -> int:
@@ -170,7 +151,7 @@ class Workload:
         self, rank: int, own: TokenBatch, received: TokenBatch
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return `expected` of the tokens `own`, and `expected_rows` of the rows `received` by `rank`."""
-        if not isinstance(self.numerics, ExactNumerics):
+        if _plan_of(self.numerics) is None:
             return None, None
         local = torch.where(are_local(received.ids, rank, self.experts_per_rank), received.ids, -1)
         scales = None
@@ -179,6 +160,7 @@ class Workload:
         hidden, weights = torch.cat([own.hidden, received.hidden]), torch.cat([own.weights, received.weights])
         both = TokenBatch(hidden, scales, weights, torch.cat([own.ids, local]))
         rows = self.numerics.expert_rows(both, range(self.group.num_experts))
+        assert rows is not None  # noqa: S101 - there is a plan
         count = len(own.ids)
         return self.numerics.returned_rows(rows[:count]), rows[count:]
 
@@ -260,6 +242,12 @@ class GaussianNumerics(NamedTuple):
         return rows
 
 
+def _plan_of(numerics: Numerics) -> ExactPlan | None:
+    """Return the plan of exact inputs, padded or not; None for others."""
+    inner = numerics.inner if isinstance(numerics, PaddedNumerics) else numerics
+    return inner.plan if isinstance(inner, ExactNumerics) else None
+
+
 def make_workload(  # noqa: PLR0913 - a case's keys
     *,
     numerics: Literal["exact", "gaussian"],
@@ -276,11 +264,13 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     combine_quant: str = "none",
     intermediate: Intermediate = "bf16",
     formula: Formula = Formula(),  # noqa: B008 - frozen
+    hidden_pad: int = 0,
+    intermediate_pad: int = 0,
     device: Device,
 ) -> Workload:
     """Return the inputs that a case describes; `intermediate` is the dtype that experts store between their products.
 
-    `formula` is what the experts compute.
+    `formula` is what the experts compute; both sizes count their pads.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
@@ -288,11 +278,13 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     group = ExpertGroup(ep_size, num_experts, topk)
     chosen = parse_routing(routing)
     check_routing(chosen, group)
-    source: Numerics = GaussianNumerics(hidden_size, intermediate_size, topk, seed, formula.bias)
+    live = hidden_size - hidden_pad, intermediate_size - intermediate_pad
+    source: Numerics = GaussianNumerics(*live, topk, seed, formula.bias)
     if numerics == "exact":
-        sizes = hidden_size, intermediate_size, topk
-        plan = plan_exact(*sizes, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate, formula)
+        plan = plan_exact(*live, topk, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate, formula)
         source = ExactNumerics(plan, seed)
+    if hidden_pad or intermediate_pad:
+        source = PaddedNumerics(source, live[0], hidden_pad, intermediate_pad)
     return Workload(
         source,
         group,

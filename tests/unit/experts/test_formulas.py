@@ -33,6 +33,23 @@ CASES: dict[str, dict[str, Any]] = {
     "weights first": {"doweight_stage1": True},
     "weights first fp8": {"doweight_stage1": True, "dispatch_dtype": "fp8", "fp8_format": "e4m3fnuz"},
     "gpt-oss": {"activation": "swiglu", "bias": True, "hidden_size": 384, "intermediate_size": 384},
+    "padded": {"hidden_size": 384, "hidden_pad": 100, "intermediate_size": 256, "intermediate_pad": 70},
+    "padded fp8": {
+        "hidden_size": 384,
+        "hidden_pad": 128,
+        "intermediate_size": 256,
+        "intermediate_pad": 128,
+        "dispatch_dtype": "fp8",
+        "fp8_format": "e4m3fnuz",
+    },
+    "gpt-oss padded": {
+        "activation": "swiglu",
+        "bias": True,
+        "hidden_size": 384,
+        "hidden_pad": 192,
+        "intermediate_size": 256,
+        "intermediate_pad": 64,
+    },
     "all": {"activation": "swiglu", "bias": True, "doweight_stage1": True},
 }
 LIMITS = {"silu limited": 0.75}
@@ -91,7 +108,9 @@ def by_torch(case: Case, batch: TokenBatch, weights: ExpertWeights) -> Tensor:
 
 @pytest.mark.parametrize("name", [name for name, keys in CASES.items() if "dispatch_dtype" not in keys])
 def test_reference_is_within_the_ideal_of_its_format_and_close_to_torch(name: str) -> None:
-    keys = {"hidden_size": 512, "intermediate_size": 256} | ({"swiglu_limit": LIMITS[name]} if name in LIMITS else {})
+    keys: dict[str, Any] = {"swiglu_limit": LIMITS[name]} if name in LIMITS else {}
+    if "hidden_pad" not in CASES[name]:
+        keys |= {"hidden_size": 512, "intermediate_size": 256}
     case = asked(name, numerics="gaussian", **keys)
     batch, weights, _ = layer_of(case)
     experts = make_experts(case)
@@ -119,6 +138,29 @@ def test_call_has_the_arguments_by_the_wheels_names() -> None:
     assert "swiglu_limit" not in plain
     gelu = make_aiter_experts(asked("gelu", experts="aiter", emulate=True))
     assert gelu.arguments(given, weights)["activation"] is gelu.package.root.ActivationType.Gelu
+
+
+@pytest.mark.parametrize("numerics", ["exact", "gaussian"])
+def test_padding_is_zero_and_is_multiplied_by_weights_that_are_not(numerics: str) -> None:
+    case = asked("gpt-oss padded", numerics=numerics)
+    batch, weights, expected = layer_of(case)
+    made = rows_of(make_experts(case), batch, weights)
+    assert weights.bias1 is not None
+    assert weights.bias2 is not None
+    assert not bool(batch.hidden[:, 192:].any() | made[:, 192:].any() | weights.bias2[:, 192:].any())
+    for half in (*weights.w1.chunk(2, dim=1), *(part.unsqueeze(2) for part in weights.bias1.chunk(2, dim=1))):
+        assert not bool(half[:, 192:].any())
+    assert bool((weights.w1[:, :192, 192:] != 0).all() & (weights.w2[:, :192, 192:] != 0).all())
+    stale = batch._replace(hidden=batch.hidden.clone())
+    stale.hidden[:, -1] = 1
+    assert not torch.equal(rows_of(make_experts(case), stale, weights), made)
+    assert (expected is None) == (numerics == "gaussian")
+
+
+@pytest.mark.parametrize("name", ["hidden", "intermediate"])
+def test_padding_of_all_columns_is_invalid(name: str) -> None:
+    with pytest.raises(InvalidCase, match=f"{name}_pad = 384: {name}_size counts it and is 384; use at most 383"):
+        asked("gpt-oss", **{f"{name}_pad": 384})
 
 
 def test_stand_in_takes_every_argument_by_position_or_keyword() -> None:

@@ -80,13 +80,13 @@ def fused_moe(  # noqa: PLR0913 - aiter's signature
 ) -> Tensor:
     """Return [M, model_dim]; rows at and past num_local_tokens hold NaN. Valid until the next call.
 
-    The last two parameters are of newer releases. Activation, limit and biases are computed for all types of weights,
-    as aiter's torch reference does.
+    The last two parameters are of newer releases. Padding is computed, as CK's kernels do. Activation, limit and biases
+    are computed for all types of weights, as aiter's torch reference does.
     """
     quant_type = quant_remap.get(quant_type, quant_type)
-    unusual = (a2_scale, block_size_M, hidden_pad, intermediate_pad, splitk)
+    unusual = (a2_scale, block_size_M, splitk)
     if activation not in _ACTIVATIONS or not all(one is None or one is False or one == 0 for one in unusual):
-        message = f"fused_moe (emulated): {activation}, padding, static scale, tile or split-k is not imitated"
+        message = f"fused_moe (emulated): {activation}, static scale, tile or split-k is not imitated"
         raise NotImplementedError(message)
     formula = Formula(
         activation=_ACTIVATIONS[activation],
