@@ -5,7 +5,7 @@ ARGS ?=
 AMD = --transport mori --experts aiter --device cuda
 export PYTHON VENV
 
-.PHONY: help setup run test test-long test-cluster check bench bench-gpu selftest mutants amd-smoke amd clean
+.PHONY: help setup run test test-long test-cluster check drift bench bench-gpu selftest mutants amd-smoke amd clean
 
 ##@ Run
 
@@ -47,6 +47,9 @@ test-long: $(VENV)/.ready-dev ## The long counts of docs/: every fault, kill and
 
 test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge
 	@DISTBENCH_CLUSTER=1 TEST_WORKERS=0 scripts/test tests/cluster $(ARGS)
+
+drift: $(VENV)/.ready-dev ## What no longer matches in the newest mori, SGLang, aiter (docs/drift.md); downloads 100 MB
+	@$(VENV)/bin/python -m scripts.drift $(ARGS)
 
 clean: ## Remove the environment, caches and results
 	@rm -rf $(VENV) build distbench-out *.egg-info .hypothesis .*_cache

@@ -1,7 +1,8 @@
 """Variables of the MoRI path and of aiter that are set without effect on a case, each with the reason.
 
 The names that MoRI and aiter read themselves are those of their sources: mori 2026-08-21 (`getenv` in `src` and
-`include`, `os.environ` in `python/mori`) and aiter 2026-08-22 (`fused_moe.py`, `jit/`, `ops/flydsl`, `ops/quant.py`).
+`include`, `os.environ` in `python/mori`), its wheels up to 1.2.5.dev20261026, and aiter 2026-08-22 (`fused_moe.py`,
+`jit/`, `ops/flydsl`, `ops/quant.py`).
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ _OVERRIDES = ("aiter_ksplit", "aiter_bypass_tune")
 _AITER_KEYS = ("kernel_table", *_OVERRIDES)
 _SHOWN_CHARACTERS = 60
 
-_MORI_READS = frozenset(
+MORI_READS = frozenset(
     f"MORI_{name}"
     for name in (
-        *("APP_LOG_LEVEL", "BNXT_ENABLE_UDP_SPORT", "BOOTSTRAP_TIMEOUT", "CORE_LOG_LEVEL", "DEBUG_INFO", "DEVICE_NIC"),
+        *("APP_LOG_LEVEL", "BNXT_ENABLE_UDP_SPORT", "BOOTSTRAP_TIMEOUT", "CORE_LOG_LEVEL", "CPU_AFFINITY_NO_SPLIT"),
+        *("DEBUG_INFO", "DEVICE_NIC", "ENABLE_HOST_PROXY", "NODE_ID"),
         *("DISABLE_AUTO_XGMI", "DISABLE_IONIC_CCQE", "DISABLE_JIT", "DISABLE_LOGGING", "DISABLE_P2P", "DISABLE_TOPO"),
         *("ENABLE_DMABUF_REG", "ENABLE_RAIL_ONLY", "EP_COMM", "EP_DISABLE_RDMA_ATOMICS", "EP_DISABLE_VIEW_CACHE"),
         *("EP_TUNING_CONFIG", "FP8_COMBINE_SCALE_DIM", "GLOBAL_LOG_LEVEL", "GPU_ARCHS", "IB_ENABLE_RELAXED_ORDERING"),
@@ -56,7 +58,7 @@ _AITER_READS = frozenset(
         *("USE_NT", "XBFLOAT16"),
     )
 )
-_PACKAGES = {"mori": _MORI_READS, "aiter": _AITER_READS}
+_PACKAGES = {"mori": MORI_READS, "aiter": _AITER_READS}
 _STAND_INS = {
     "mori": frozenset(
         {HEAP_SIZE, SHMEM_MODE, "MORI_FP8_COMBINE_SCALE_DIM", "MORI_EP_COMM", RAIL_ONLY, NO_ATOMICS, RELAXED_ORDERING}

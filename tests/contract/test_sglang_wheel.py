@@ -1,4 +1,4 @@
-"""SGLang's MoRI path as distbench reads it, against the sources of two wheels, some functions of which are executed.
+"""SGLang's receive bound as distbench computes it, against functions of two wheels; test_facts.py has more.
 
 0.5.23 has the newest names and bound, 0.5.20 is the last with the older ones. The wheels are read, never imported:
 importing SGLang needs most of its dependencies.
@@ -6,11 +6,8 @@ importing SGLang needs most of its dependencies.
 
 from __future__ import annotations
 
-import ast
 import logging
-import os
 import random
-import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -19,19 +16,13 @@ from typing import Any
 
 import pytest
 
-from distbench.case.sglang_env import recorded_environment
 from distbench.case.sglang_releases import (
     NEWEST,
-    SDMA,
     SGLANG_RULES,
-    TRANSFER_VARIABLES,
-    VARIABLES,
-    reads,
-    sglang_enables,
 )
 from distbench.pipeline.recv_bound import recv_bound
 from tests.cases import tiny_case
-from tests.contract.wheels import lifted, sglang_wheel, tree
+from tests.contract.wheels import lifted, sglang_wheel
 
 MORI = "sglang/srt/layers/moe/token_dispatcher/moriep.py"
 OLDER = "0.5.20"
@@ -43,46 +34,6 @@ NEWER_RULES = next(reversed(SGLANG_RULES.values()))
 def wheel() -> Iterator[zipfile.ZipFile]:
     with sglang_wheel(NEWEST) as archive:
         yield archive
-
-
-@pytest.mark.parametrize("version", [NEWEST, OLDER])
-def test_known_variables_are_those_that_the_wheel_reads(version: str) -> None:
-    with sglang_wheel(version) as wheel:
-        sources = [name for name in wheel.namelist() if name.endswith(".py") and "/srt/" in name]
-        text = "\n".join(wheel.read(name).decode(errors="replace") for name in sources)
-    theirs = set(re.findall(r"\bSGLANG_MORI_[A-Z0-9_]+\b", text)) | set(re.findall(rf"\b{SDMA}\b", text))
-    assert theirs - TRANSFER_VARIABLES == {name for name in VARIABLES if reads(name, version)}
-    assert set(recorded_environment(dict.fromkeys(theirs, "1"))) == theirs
-
-
-def test_accepted_type_names_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
-    text = wheel.read(MORI).decode()
-    dispatch = re.search(r"epv2_dtypes = \(\"\", (.*?)\)", text)
-    assert dispatch is not None
-    assert ast.literal_eval(f"({dispatch[1]},)") == NEWER_RULES.dispatch_words
-    combine = text[text.index("def _apply_combine_dtype_override", text.index("class _MoriEPv1DispatcherImplBase")) :]
-    words = set(re.findall(r"combine_dtype [!=]= \"(\w+)\"", combine[: combine.index("\n    def ", 4)]))
-    assert words == set(NEWER_RULES.combine_words)
-
-
-@pytest.mark.parametrize("text", ["true", "True", "1", "TRUE", "on", "yes", "y", "0", "false", "2", " 1", "enable"])
-def test_boolean_variables_are_parsed_as_the_wheel_does(
-    wheel: zipfile.ZipFile, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    namespace = {"os": os, "logger": logging.getLogger("sglang"), "_warned_bool_env_var_keys": set()}
-    theirs = lifted(wheel, "sglang/srt/utils/common.py", ("get_bool_env_var",), namespace)["get_bool_env_var"]
-    monkeypatch.setenv(SDMA, text)
-    assert sglang_enables(text) == theirs(SDMA)
-
-
-def test_accepted_values_of_the_receive_bound_equal_the_wheels(wheel: zipfile.ZipFile) -> None:
-    (parse,) = (
-        ast.unparse(node)
-        for node in tree(wheel, "sglang/srt/environ.py").body
-        if isinstance(node, ast.ClassDef) and node.name == "EnvBool"
-    )
-    yes, no = (ast.literal_eval(words) for words in re.findall(r"value in (\[.*?\])", parse))
-    assert (tuple(yes), tuple(no)) == (NEWER_RULES.yes_words, NEWER_RULES.no_words)
 
 
 class _Parallel:

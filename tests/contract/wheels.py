@@ -3,53 +3,35 @@
 from __future__ import annotations
 
 import ast
-import os
-import re
-import subprocess
-import sys
-import tempfile
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-CACHE = Path(os.environ.get("DISTBENCH_TEST_CACHE", Path(tempfile.gettempdir()) / "distbench-wheels"))
-UNREACHABLE = re.compile(
-    r"No module named pip|connection broken|NewConnectionError|ConnectTimeout|Max retries exceeded"
-    r"|not a trusted or secure host|Failed to establish|Name or service not known"
-    r"|Temporary failure in name resolution|Network is unreachable",
-    re.IGNORECASE,
-)
+from tests.contract.facts.fetch import AITER, MORI, SGLANG, Distribution, Unreachable, pinned
 
 
 def aiter_wheel(version: str) -> zipfile.ZipFile:
     """Wheel of amd-aiter; the test is skipped only without a package index."""
-    path = CACHE / f"amd_aiter-{version}-py3-none-any.whl"
-    if not path.exists():
-        _download(path, f"amd-aiter=={version}")
-    return zipfile.ZipFile(path)
+    return _wheel(AITER, version)
+
+
+def mori_wheel(version: str) -> zipfile.ZipFile:
+    """Wheel of amd-mori; the test is skipped only without a package index."""
+    return _wheel(MORI, version)
 
 
 def sglang_wheel(version: str) -> zipfile.ZipFile:
     """Wheel of SGLang; the test is skipped only without a package index."""
-    path = CACHE / f"sglang-{version}-cp311-cp311-manylinux_2_34_x86_64.whl"
-    if not path.exists():
-        _download(path, f"sglang=={version}", "--python-version=3.11", "--platform=manylinux_2_34_x86_64")
-    return zipfile.ZipFile(path)
+    return _wheel(SGLANG, version)
 
 
-def _download(path: Path, requirement: str, *more: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--timeout=20"]
-        command += ["--retries=1", "--disable-pip-version-check", "-d", scratch, *more, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-        if done.returncode and (UNREACHABLE.search(done.stderr) or "PIP_NO_INDEX" in os.environ):
-            pytest.skip("no package index within reach of pip")
-        assert done.returncode == 0, done.stderr
-        (Path(scratch) / path.name).replace(path)
+def _wheel(distribution: Distribution, version: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(pinned(distribution, version))
+    except Unreachable:
+        pytest.skip("no package index within reach of pip")
 
 
 def tree(wheel: zipfile.ZipFile, path: str) -> ast.Module:

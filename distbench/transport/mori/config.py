@@ -37,7 +37,7 @@ _QUEUE_PAIRS = 2
 _SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
 _SMALLEST_HEAP = 4 << 30
 _HEAP_STEP = 64 << 20
-_SMALL_BUFFERS = 1 << 20
+SMALL_BUFFERS = 1 << 20
 _RECEIVING_BLOCKS = 8
 _FIRST_WITH_WHOLE_CHUNKS = "1.2.4"
 
@@ -361,7 +361,7 @@ def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str],
     blocks = _block_scale_bytes(environ) if case.combine_quant in BLOCKWISE else 0
     scales = rows * (max(_scale_bytes(case), blocks) + _scale_bytes(case))
     maps = most * case.experts_per_rank * 4
-    return staging + (rows + sender) * payload + 5 * rows * case.topk * 4 + scales + maps + _SMALL_BUFFERS
+    return staging + (rows + sender) * payload + 5 * rows * case.topk * 4 + scales + maps + SMALL_BUFFERS
 
 
 def _refuse(message: str) -> NoReturn:
