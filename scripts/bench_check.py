@@ -1,8 +1,11 @@
-"""The share of the check (oracle, comparison of stages, gather and verdict) in the wall time of an exact case.
+"""The share of the check (oracle, comparison of stages, gather and verdict) in the wall time of a case.
 
 Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_check.py num_experts=64
-experts=triton. Each KEY=VALUE is a key of a case file. The time excludes the launch, so the share in the whole
-command is smaller; it is that of rank 0, with the device synchronised at the end of each stage.
+experts=triton. Each KEY=VALUE is a key of a case file. Cases with successive seeds run in one launch. The first, which
+loads kernels and joins NCCL, is held against one bound. Triton compiles its kernels again for some numbers of rows, so
+the seeds run twice, and the second time each is held against the bound of a warm case. The time excludes the launch,
+so the share in the whole command is smaller; it is that of rank 0, with the device synchronised at the end of each
+stage.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.run_case import run_case
+from distbench.workload.inputs import Workload
 
-BOUND = 0.25
+FIRST_BOUND, WARM_BOUND = 0.25, 0.31
 CHECKS = (Stage.CHECK, Stage.GATHER)
-ROUNDS = 3
+SEEDS = 4
 TIMEOUT_S = 300.0
 
 
@@ -47,44 +51,73 @@ class Clock(Heartbeat):
 
 
 def main() -> int:
-    """Measure, print on rank 0, and return 1 if the bound is missed in any round."""
+    """Measure, print on rank 0, and return 1 if a case misses its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("values", nargs="*", metavar="KEY=VALUE", help="of the case; the model is deepseek-v3")
-    clock = Clock()
-    session = Session(clock, TIMEOUT_S, accelerated=True)
     given = dict(one.split("=", 1) for one in parser.parse_args().values)
     values = {key: int(value) if value.isdigit() else value for key, value in given.items()}
-    case = resolve_case([Layer("bench", {"model": "deepseek-v3", **values})], session.world_size).case
-    shares = [_share(session, clock, case) for _ in range(ROUNDS)]
+    if "RANK" not in os.environ:
+        parser.error("RANK is not set; start it under torchrun")
+    clock = Clock()
+    session = Session(clock, TIMEOUT_S, accelerated=True)
+    held = []
+    for turn, seed in enumerate((*range(SEEDS), *range(SEEDS))):
+        layer = Layer("bench", {"model": "deepseek-v3", **values, "seed": seed})
+        case = resolve_case([layer], session.world_size).case
+        if 0 < turn < SEEDS:
+            run_case(session, case)
+        else:
+            held.append(_is_held(session, clock, case, "warm" if turn else "first"))
     session.close()
-    return 0 if all(share <= BOUND for share in shares) else 1
+    return 0 if all(held) else 1
 
 
-def _share(session: Session, clock: Clock, case: Case) -> float:
+def _is_held(session: Session, clock: Clock, case: Case, which: str) -> bool:
+    """Run a case and print its share; return whether it holds the bound of the `first` case or of a `warm` one."""
+    bound = WARM_BOUND if which == "warm" else FIRST_BOUND
     clock.seconds.clear()
     start = _now()
     outcome = run_case(session, case)
     clock.mark(Stage.DONE)
     whole = _now() - start
     spent = {stage: seconds for stage, seconds in clock.seconds.items() if stage not in (Stage.START, Stage.DONE)}
-    checks = _oracle_seconds(session, case) + sum(spent.get(stage, 0.0) for stage in CHECKS)
+    others = _others_seconds(session, case)
+    checks = others + sum(spent.get(stage, 0.0) for stage in CHECKS)
+    held = checks / whole <= bound
     if outcome is not None:
-        stages = ", ".join(f"{stage} {seconds:.3f}" for stage, seconds in spent.items())
+        stages = ", ".join(f"{stage} {seconds * 1000:.1f}" for stage, seconds in spent.items())
         print(
-            f"{session.device} x{session.world_size}: {outcome.judgement.verdict.value}, {whole:.3f} s, of which "
-            f"{checks:.3f} s check, {checks / whole:.1%}, at most {BOUND:.0%}: "
-            f"{'ok' if checks / whole <= BOUND else 'MISSED'} ({stages})"
+            f"{session.device} x{session.world_size}, {which} case: {outcome.judgement.verdict.value}, "
+            f"{whole * 1000:.1f} ms, of which {checks * 1000:.1f} ms check, {checks / whole:.1%}; bound of a {which} "
+            f"case {bound:.0%}: {'ok' if held else 'MISSED'} ({stages}; of agree {others * 1000:.1f} check)",
+            flush=True,
         )
-    return checks / whole
+    return held
 
 
 @torch.inference_mode()
-def _oracle_seconds(session: Session, case: Case) -> float:
-    """Seconds of the tokens' oracle, which a case computes in its stage `workload`."""
-    workload = workload_for(case, session.device)
-    batch = workload.tokens(session.rank)
+def _others_seconds(session: Session, case: Case) -> float:
+    """Seconds that a rank takes longer to make its tokens because it makes those of other ranks with them.
+
+    The check needs those; a case makes them in its stage `agree`. 0 where it makes them when they arrive.
+    """
+    together = workload_for(case, session.device)
+    alone = Workload(
+        together.numerics,
+        together.group,
+        together.routing,
+        seed=together.seed,
+        tokens_per_rank=together.tokens_per_rank,
+        dispatch_dtype=case.dispatch_dtype,
+        fp8=together.fp8,
+        device=together.device,
+    )
+    return max(_seconds_of_tokens(together, session.rank) - _seconds_of_tokens(alone, session.rank), 0.0)
+
+
+def _seconds_of_tokens(workload: Workload, rank: int) -> float:
     start = _now()
-    workload.expected(batch)
+    workload.tokens(rank)
     return _now() - start
 
 

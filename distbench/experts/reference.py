@@ -29,7 +29,7 @@ from distbench.workload.bits import Shuffles
 from distbench.workload.formula import Formula
 from distbench.workload.quantize import through_weight_blocks
 
-_WEIGHT_BYTES = 8 << 20
+WEIGHT_BYTES = 8 << 20
 _ROUTED_BYTES = 256 << 20
 
 T = TypeVar("T")
@@ -193,12 +193,14 @@ def local_experts(ids: Tensor, rows: Tensor) -> Tensor:
     return rows.take(ids.clamp(-1, rows.shape[0] - 1).long())
 
 
-def grouped_routes(local: Tensor, num_experts: int, bytes_per_expert: int) -> Iterator[Group]:
-    """Group routes (flat indices into `local`) by expert; memory bounds the number of experts at a time."""
+def grouped_routes(
+    local: Tensor, num_experts: int, bytes_per_expert: int, memory: int = WEIGHT_BYTES
+) -> Iterator[Group]:
+    """Group routes (flat indices into `local`) by expert; `memory` in bytes bounds the number of experts at a time."""
     nowhere, *counts = torch.bincount(local + 1, minlength=num_experts + 1).tolist()
     routes = local.argsort(stable=True)[nowhere:].split(counts)
     used = [expert for expert, count in enumerate(counts) if count]
-    step = max(_WEIGHT_BYTES // bytes_per_expert, 1)
+    step = max(memory // bytes_per_expert, 1)
     for start in range(0, len(used), step):
         experts = used[start : start + step]
         padded = pad_sequence([routes[expert] for expert in experts], batch_first=True, padding_value=local.numel())

@@ -40,8 +40,8 @@ from distbench.verify.records import (
     Timed,
     TokenCounts,
 )
-from distbench.verify.row_compare import compare_rows, relative_error, same_bits, tensor_digest
-from distbench.verify.stage_check import StageChecker, foreseen
+from distbench.verify.row_compare import compare_rows, relative_error, same_bits, same_bits_each, tensor_digest
+from distbench.verify.stage_check import StageChecker, counts_of, foreseen
 
 if TYPE_CHECKING:
     from distbench.callers.base import Call
@@ -85,6 +85,7 @@ class Observer:
         self._errors = (
             ArmErrors(session, resolved, parts, exchange, slots, received) if self._expected is None else None
         )
+        self._taken: list[tuple[Tensor, Tensor]] = []
         self._divergences: list[Divergence] = []
         self._lost = LostRows()
         self._losses = Losses(session.group, resolved, session.rank)
@@ -106,9 +107,11 @@ class Observer:
             if self._errors is not None:
                 self._errors.take_beyond(arm, sources[limit:])
         self._losses.take(arm, sources)
-        for found in self._stages.check_rows(arm, sources, dispatched, given, expert_out):
+        counts = counts_of(dispatched, given)
+        for found in self._stages.check_rows(arm, sources, counts, dispatched, given, expert_out):
             self._note(found)
-        self._note(self._stages.check_cut(arm, sources, dispatched, given, self._rows_after_cut(arm, dispatched)))
+        rows = self._rows_after_cut(arm, dispatched.hidden.shape[0], counts.total)
+        self._note(self._stages.check_cut(arm, sources, counts, given, rows))
         if self._recorder is not None:
             self._recorder.take(arm, sources, given, expert_out)
 
@@ -118,14 +121,15 @@ class Observer:
         self._caller = CallerUse(self._parts.caller.text, call.given.rows, call.differing)
 
     def take(self, arm: str, combined: Tensor) -> None:
-        """Count wrong tokens of a pass: against the oracle, else against the arms that run the padded kernel."""
+        """Keep the tokens of a pass until the repeat ends, to count the wrong ones.
+
+        They are compared with the oracle, else with the arms that run the padded kernel.
+        """
         right = self._expected
         if right is None and arm in (Arm.CONTROL, Arm.REPADDED):
             right = self.outputs.get(Arm.PADDED, combined)
         if right is not None:
-            wrong = compare_rows(combined, right).differing_tokens
-            self._token_counts = self._token_counts.plus(combined.shape[0], wrong)
-            self._wrong |= wrong > 0
+            self._taken.append((combined, right))
 
     def share_losses(self) -> dict[str, Tensor]:
         """Tokens, bool [n] by arm, that lost a row to the limit in the passes of this repeat. Collective."""
@@ -137,6 +141,7 @@ class Observer:
         `fresh` are the tokens of its arms, `lost` those of `share_losses`. In exact inputs combine is correct where
         every token has the oracle's bits.
         """
+        self._count_wrong_tokens()
         wrong = bool(self._damaged) or self._differs(fresh)
         if self._expected is None or (wrong := self._session.on_any_rank(value=wrong)):
             wrong = self._check_combine(fresh, lost, wrong=wrong)
@@ -238,8 +243,15 @@ class Observer:
         self._divergences += [one for one in found if one.arm not in known]
         return wrong
 
+    def _count_wrong_tokens(self) -> None:
+        for (combined, right), same in zip(self._taken, same_bits_each(self._taken), strict=True):
+            wrong = 0 if same else compare_rows(combined, right).differing_tokens
+            self._token_counts = self._token_counts.plus(combined.shape[0], wrong)
+            self._wrong |= wrong > 0
+        self._taken.clear()
+
     def _differs(self, fresh: dict[str, Tensor]) -> bool:
-        """Whether an output of a repeat is not as required; in exact inputs `take` has checked it."""
+        """Whether an output of a repeat is not as required; in exact inputs all tokens were counted."""
         if self._expected is not None:
             return self._wrong
         right = fresh.get(Arm.PADDED, self.outputs.get(Arm.PADDED))
@@ -255,15 +267,15 @@ class Observer:
             found[arm] = relative_error(surviving(tokens, lost), surviving(self.outputs[Arm.PADDED], lost))
         return found
 
-    def _rows_after_cut(self, arm: str, dispatched: Dispatched) -> int:
-        """Rows that the experts are called with, for a receive buffer in its current state."""
-        resolved, rows = self._resolved, dispatched.hidden.shape[0]
+    def _rows_after_cut(self, arm: str, rows: int, total: int) -> int:
+        """Rows that the experts are called with, for a receive buffer of `rows` rows, `total` of them received."""
+        resolved = self._resolved
         if arm == Arm.PRODUCTION:
             return production_rows(resolved, self._session.rank, self._session.local_ranks)
         if arm != Arm.TRUNCATED or resolved.limit is None:
             return rows
         guarded = resolved.case.policy == "guard"
-        return min(max(resolved.limit, int(dispatched.total_recv)) if guarded else resolved.limit, rows)
+        return min(max(resolved.limit, total) if guarded else resolved.limit, rows)
 
     def _kernel(self, rows: int) -> dict[str, Any]:
         known = next((kernel for kernel in self.kernels.values() if kernel["rows"] == rows), None)

@@ -137,6 +137,7 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
         ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
     parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, ready.experts.pop())
     parts = _inject(session, resolved.case, parts._replace(caller=ready.callers.pop()))
+    session.heartbeat.mark(Stage.CHECK)  # the observer computes the oracle
     observer = Observer(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
     measured = Passes(session, resolved, parts, observer).run()
     outputs = outputs_of(observer.outputs)

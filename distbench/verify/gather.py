@@ -43,13 +43,13 @@ class Outputs(NamedTuple):
 
 
 def outputs_of(arms: Mapping[str, Tensor]) -> Outputs:
-    """Return the tokens [n, H] of all arms as one; equal arms are digested once."""
+    """Return the tokens [n, H] of all arms as one; equal arms are digested once. Digests are on the CPU."""
     rows = torch.stack(list(arms.values()), dim=1)
     alike = _are_alike(rows)
     if alike:
-        digests = row_digests(rows[:, 0]).unsqueeze(1).expand(*rows.shape[:2], 2).contiguous()
+        digests = row_digests(rows[:, 0]).cpu().unsqueeze(1).expand(*rows.shape[:2], 2).contiguous()
     else:
-        digests = row_digests(rows.flatten(0, 1)).view(*rows.shape[:2], 2)
+        digests = row_digests(rows.flatten(0, 1)).cpu().view(*rows.shape[:2], 2)
     return Outputs(tuple(arms), rows, digests, alike)
 
 

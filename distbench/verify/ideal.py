@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distbench.experts.base import ExpertWeights
-from distbench.experts.reference import grouped_routes, local_experts, local_rows, through_halves
+from distbench.experts.reference import WEIGHT_BYTES, grouped_routes, local_experts, local_rows, through_halves
 from distbench.experts.roundings import Roundings
 from distbench.workload.activation import activate
 from distbench.workload.batch import TokenBatch
@@ -28,6 +28,7 @@ _E4M3_STEP = 2.0**-3
 _E4M3_SUBNORMAL = 2.0**-9 / 224
 _BLOCK = 128
 _SORTED_BYTES = 32 << 20
+_WEIGHT_BYTES_ON_DEVICE = 1 << 30
 
 
 class Ideal(NamedTuple):
@@ -72,7 +73,8 @@ def ideal_rows(
         for _ in families
     ]
     local = local_experts(batch.ids, local_rows(weights.mask)).flatten()
-    for experts, routes, _ in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8):
+    memory = WEIGHT_BYTES if hidden.device.type == "cpu" else _WEIGHT_BYTES_ON_DEVICE
+    for experts, routes, _ in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8, memory):
         flat = routes.flatten()
         rows = flat.div(topk, rounding_mode="floor")
         w1, w2 = _held(weights, experts, families[0])
@@ -113,7 +115,7 @@ def _held(weights: ExpertWeights, experts: Tensor, family: Roundings) -> tuple[T
     """Return both weights of `experts` [g] as the kernel holds them, dequantised."""
     w1, w2 = weights.w1, weights.w2
     if len(experts) < len(w1):
-        w1, w2 = w1[experts], w2[experts]
+        w1, w2 = w1.index_select(0, experts), w2.index_select(0, experts)
     if family.weights == "bf16":
         return w1, w2
     dtype = fp8_dtype(family.weights)

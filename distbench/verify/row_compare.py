@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -23,11 +24,23 @@ def integer_view(tensor: Tensor) -> Tensor:
 
 def same_bits(actual: Tensor, expected: Tensor) -> bool:
     """Whether two tensors of one shape and dtype hold the same bits."""
+    return torch.equal(*_words(actual, expected))
+
+
+def same_bits_each(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Return `same_bits` of each pair; the host waits for a device once, not for each."""
+    if not pairs or pairs[0][0].device.type == "cpu":
+        return [same_bits(*pair) for pair in pairs]
+    differ = [(actual != expected).any() for actual, expected in (_words(*pair) for pair in pairs)]
+    return [not one for one in torch.stack(differ).tolist()]
+
+
+def _words(actual: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as integers, of 64 bits where rows are whole words: these compare several times faster."""
     try:
-        words = actual.view(torch.int64), expected.view(torch.int64)
-    except RuntimeError:  # rows that are not whole 64-bit words, which compare several times faster
-        words = integer_view(actual), integer_view(expected)
-    return torch.equal(*words)
+        return actual.view(torch.int64), expected.view(torch.int64)
+    except RuntimeError:
+        return integer_view(actual), integer_view(expected)
 
 
 def differing(actual: Tensor, expected: Tensor) -> Tensor:

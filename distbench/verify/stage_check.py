@@ -6,6 +6,7 @@ The final bits alone would miss damage that a later rounding hides, so each stag
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -18,7 +19,14 @@ from distbench.transport.base import Dispatched
 from distbench.verify.combine_model import Returned, key_of, split_key
 from distbench.verify.damage_patterns import far_sources, pattern_of
 from distbench.verify.records import FINITE, LISTED_TOKENS, ORACLE, Divergence, Evidence, WrongRow
-from distbench.verify.row_compare import differing, far_rows, first_difference, row_digests, same_bits
+from distbench.verify.row_compare import (
+    differing,
+    far_rows,
+    first_difference,
+    row_digests,
+    same_bits,
+    same_bits_each,
+)
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
@@ -43,8 +51,20 @@ def foreseen(workload: Workload, rank: int, own: TokenBatch) -> tuple[Tensor | N
     if arriving is None:
         return workload.expected(own), None
     ranks, numbers, batch = arriving
-    tokens, rows = workload.expected_together(rank, own, batch)
+    tokens, rows = workload.expected_together(rank, own, ranks, batch)
     return tokens, Received(key_of(ranks, numbers), batch, rows)
+
+
+class Counts(NamedTuple):
+    """Numbers of rows of a pass: received by dispatch, and live for the experts."""
+
+    total: int
+    live: int
+
+
+def counts_of(dispatched: Dispatched, given: ExpertInput) -> Counts:
+    """Return the counts of a pass; the host waits for a device once."""
+    return Counts(*torch.cat([dispatched.total_recv, given.num_local_tokens]).tolist())
 
 
 class _Baseline(NamedTuple):
@@ -67,14 +87,21 @@ class StageChecker:
         self._workload = workload
         self._rank = rank
         self._counts = counts
+        self._total = int(counts[:, rank].sum())
         self._capacity = capacity
         self._foreseen = foreseen
         self._known: Received | None = None
         self._baseline: _Baseline | None = None
         self._returned: dict[str, Returned] = {}
 
-    def check_rows(
-        self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor
+    def check_rows(  # noqa: PLR0913 - the buffers of a pass
+        self,
+        arm: str,
+        sources: Tensor,
+        counts: Counts,
+        dispatched: Dispatched,
+        given: ExpertInput,
+        expert_out: Tensor,
     ) -> list[Divergence]:
         """Return the divergences of this pass's received rows, cut and expert rows, the earliest stage first.
 
@@ -90,21 +117,37 @@ class StageChecker:
         if self._known is None:
             return []
         received = keys.shape[0]
-        live = min(int(given.num_local_tokens), given.rows, received)
+        live = min(counts.live, given.rows, received)
         place = _Place(arm, self._rank, sources, order, None if live == received else order < live, self._allowed())
-        found, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
-        found.append(self._check_expert_rows(place.without(unfit), keys, _for_combine(expert_out, order)))
+        rows, reference = _for_combine(expert_out, order), self._reference
+        same_inputs, same_rows = _all_same(place, self._known.batch, given, rows, reference)
+        found = [
+            self._check_count(arm, "capacity", dispatched.hidden.shape[0], self._capacity),
+            self._check_count(arm, "total_recv", counts.total, self._total),
+        ]
+        if not same_inputs:
+            wrong, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
+            found += wrong
+            place = place.without(unfit)
+        if same_rows and reference is not None:
+            self._returned[arm] = Returned(keys, reference)
+        else:
+            found.append(self._check_expert_rows(place, keys, rows))
         return [one for one in found if one is not None]
+
+    @property
+    def _reference(self) -> Tensor | None:
+        """Expert rows [m, H] of the oracle, else of the first pass; None where neither is known."""
+        expected = self._known.expert_rows if self._known else None
+        return self._baseline.rows if expected is None and self._baseline else expected
 
     def returned(self, arm: str) -> Returned | None:
         """Return the rows that the last pass of `arm` gave to combine; None where the received rows are unknown."""
         return self._returned.get(arm)
 
-    def check_cut(
-        self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, rows: int
-    ) -> Divergence | None:
+    def check_cut(self, arm: str, sources: Tensor, counts: Counts, given: ExpertInput, rows: int) -> Divergence | None:
         """Return the divergence of a cut that does not keep `rows` rows, or that loses a received row."""
-        total, live = int(dispatched.total_recv), int(given.num_local_tokens)
+        total, live = counts
         cut = Divergence(stage=Stage.TRUNCATE, arm=arm, rank=self._rank, field="rows", against="received", rows=0)
         first = min(live, given.rows)
         if total > first:
@@ -136,12 +179,7 @@ class StageChecker:
         self, place: _Place, right: TokenBatch, dispatched: Dispatched, given: ExpertInput
     ) -> tuple[list[Divergence | None], Tensor | None]:
         """Return the divergences before and after the cut, and a mask [m] of the visible rows they concern."""
-        found: list[Divergence | None] = [
-            self._check_count(place.arm, "capacity", dispatched.hidden.shape[0], self._capacity),
-            self._check_count(
-                place.arm, "total_recv", int(dispatched.total_recv), int(self._counts[:, self._rank].sum())
-            ),
-        ]
+        found: list[Divergence | None] = []
         after = TokenBatch(given.hidden, given.scales, given.weights, given.ids)
         before = TokenBatch(dispatched.hidden, dispatched.scales, dispatched.weights, dispatched.ids)
         wrong = place.wrong_rows(after, right)
@@ -255,11 +293,7 @@ class _Place(NamedTuple):
     def wrong_rows(self, actual: TokenBatch, expected: TokenBatch) -> Tensor | None:
         """Return a mask of visible rows that differ in any field, bool [m]; None where none does."""
         wrong: Tensor | None = None
-        slots = self.slots(actual)
-        for mine, right in zip(actual, expected, strict=True):
-            if mine is None or right is None:
-                continue
-            rows = mine.index_select(0, slots)
+        for rows, right in self.pairs(actual, expected):
             if not same_bits(rows, right):
                 here = differing(rows, right).any(1)
                 wrong = here if wrong is None else wrong | here
@@ -267,9 +301,16 @@ class _Place(NamedTuple):
             wrong &= self.visible
         return wrong if wrong is not None and bool(wrong.any()) else None
 
+    def pairs(self, actual: TokenBatch, expected: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows [m, .] of each field that both have, in canonical order, and the expected ones."""
+        slots = self.slots(actual)
+        for mine, right in zip(actual, expected, strict=True):
+            if mine is not None and right is not None:
+                yield mine.index_select(0, slots), right
+
     def slots(self, rows: TokenBatch) -> Tensor:
         """Return the slots [m] clamped to a buffer: a slot past its end becomes its last row."""
-        return self.order.clamp(max=rows.hidden.shape[0] - 1)
+        return _slots_within(self.order, rows.hidden.shape[0])
 
     def describe(
         self, stage: str, actual: TokenBatch, expected: TokenBatch, wrong: Tensor, num_ranks: int
@@ -311,8 +352,27 @@ class _Place(NamedTuple):
         )
 
 
+def _all_same(
+    place: _Place, right: TokenBatch, given: ExpertInput, rows: Tensor, reference: Tensor | None
+) -> tuple[bool, bool]:
+    """Whether all inputs given to the experts are `right`, and all expert rows [m, H] the reference's; else look again.
+
+    False where only some rows are visible, and for rows without a reference.
+    """
+    if place.visible is not None:
+        return False, False
+    pairs = list(place.pairs(TokenBatch(given.hidden, given.scales, given.weights, given.ids), right))
+    same = same_bits_each(pairs if reference is None else [*pairs, (rows, reference)])
+    return all(same[: len(pairs)]), reference is not None and same[-1]
+
+
 def _cut_alike(given: ExpertInput) -> bool:
     return all(part.shape[0] == given.rows for part in given.fields())
+
+
+def _slots_within(order: Tensor, count: int) -> Tensor:
+    """Return the slots `order`, a permutation [m], clamped to the first `count`."""
+    return order if len(order) <= count else order.clamp(max=count - 1)
 
 
 def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
@@ -320,7 +380,7 @@ def _for_combine(expert_out: Tensor, order: Tensor) -> Tensor:
     count = expert_out.shape[0]
     if not count:
         return expert_out.new_full((order.shape[0], expert_out.shape[1]), float("nan"))
-    rows = expert_out.index_select(0, order.clamp(max=count - 1))
+    rows = expert_out.index_select(0, _slots_within(order, count))
     if order.shape[0] > count:
         rows.masked_fill_((order >= count).unsqueeze(1), float("nan"))
     return rows

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distbench.workload.bits import words_of_streams
-from distbench.workload.exact_plan import ExactPlan
+from distbench.workload.chunking import rows_at_a_time
+from distbench.workload.exact_plan import KEPT_BYTES, ExactPlan
 from distbench.workload.spread import Grid, spread
 
 
@@ -21,16 +22,21 @@ class Drawn(NamedTuple):
     words: Mapping[str, Tensor]
 
 
+def are_kept(plan: ExactPlan, device: torch.device) -> bool:
+    """Whether the entries of all experts are made once for a seed and kept on `device`."""
+    return rows_at_a_time(KEPT_BYTES, plan.entry_bytes, device) >= plan.num_experts
+
+
 def sum_draws(plan: ExactPlan, seed: int, experts: Tensor) -> Drawn:
     """Draw the grids `up` and `down` and the words `minus`; a small layer's experts are drawn all at once."""
-    if plan.is_small and experts.numel() == plan.num_experts:
+    if are_kept(plan, experts.device) and experts.numel() == plan.num_experts:
         return _all_draws(plan, seed, experts.device)
     return _draw(seed, experts, _sum_grids(plan), _sum_words(plan))
 
 
 def probe_draws(plan: ExactPlan, seed: int, experts: Tensor) -> Drawn:
     """Draw the grids `read`, `gate` and `payload`, where such rows exist, and the words `signs` and `weights`."""
-    if plan.is_small and experts.numel() == plan.num_experts:
+    if are_kept(plan, experts.device) and experts.numel() == plan.num_experts:
         return _all_draws(plan, seed, experts.device)
     return _draw(seed, experts, _probe_grids(plan), _probe_words(plan))
 

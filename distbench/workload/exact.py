@@ -32,7 +32,7 @@ from torch import Tensor
 from distbench.workload.bits import byte_columns
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.codes import code_columns, code_groups
-from distbench.workload.draws import bytes_of, sum_draws
+from distbench.workload.draws import are_kept, bytes_of, sum_draws
 from distbench.workload.exact_bias import gate_biases
 from distbench.workload.exact_plan import BLOCK, GUARD_GATE, GUARD_STEP, ExactPlan
 from distbench.workload.places import Places, live_column, places_of
@@ -60,9 +60,9 @@ def sum_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
     """Return the entries of the sums of `experts`, global ids int64 [e], repeats allowed, on their device.
 
     Entries of a row are distinct. An expert reads all payload columns and all sum rows; where it has too few rows,
-    several consecutive experts do so together. A small layer's entries are made once for all its experts.
+    several consecutive experts do so together. Entries that are few for the device are made once for all experts.
     """
-    if plan.is_small:
+    if are_kept(plan, experts.device):
         return Patterns(*(part.index_select(0, experts) for part in _all_patterns(plan, seed, experts.device)))
     used, position = torch.unique(experts, return_inverse=True)
     return Patterns(*(part.index_select(0, position) for part in _make_patterns(plan, seed, used)))

@@ -31,7 +31,7 @@ GUARD_STEP = 0.125
 # Rows of each 128 that are guards, and the row that is always zero.
 GUARD_ROWS = (63, 127)
 ZERO_ROW = 95
-_KEPT_BYTES = 4 << 20
+KEPT_BYTES = 4 << 20
 _MIN_HIDDEN = 4
 _MAX_UP_ENTRIES = 4
 _MAX_DOWN_ENTRIES = 8
@@ -184,11 +184,15 @@ class ExactPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.hidden_size - self.guard_sums - (self.probes.columns if self.probes else 0)
 
     @property
-    def is_small(self) -> bool:
-        """Whether the entries of all experts are small enough to be kept in memory."""
+    def entry_bytes(self) -> int:
+        """Bytes of one expert's entries, as int32."""
         rows = self.probes.rows * sum(self.gate_entries) if self.probes else 0
-        entries = rows + self.sum_rows * self.up_entries + self.sum_columns * self.down_entries
-        return self.num_experts * entries * 4 <= _KEPT_BYTES
+        return (rows + self.sum_rows * self.up_entries + self.sum_columns * self.down_entries) * 4
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the entries of all experts, and the weights of a rank, are small enough to be kept on a CPU."""
+        return self.num_experts * self.entry_bytes <= KEPT_BYTES
 
 
 @lru_cache(maxsize=64)

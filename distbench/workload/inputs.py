@@ -148,21 +148,31 @@ class Workload:
         return ranks.index_select(0, places), tokens.index_select(0, places), self._rows(span, places)
 
     def expected_together(
-        self, rank: int, own: TokenBatch, received: TokenBatch
+        self, rank: int, own: TokenBatch, sources: Tensor, received: TokenBatch
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return `expected` of the tokens `own`, and `expected_rows` of the rows `received` by `rank`."""
+        """Return `expected` of the tokens `own` of `rank`, and `expected_rows` of the rows `received` there.
+
+        The rows are all that arrive, with source ranks `sources` int64 [m], as `arriving` returns them. Local experts'
+        shares of own tokens are among them. Adding them to the others' loses nothing: sums of both
+        parts together are exact in bf16, and of a probe one part is zero.
+        """
         if _plan_of(self.numerics) is None:
             return None, None
         local = torch.where(are_local(received.ids, rank, self.experts_per_rank), received.ids, -1)
+        here, count = are_local(own.ids, rank, self.experts_per_rank), len(own.ids)
         scales = None
         if own.scales is not None and received.scales is not None:
             scales = torch.cat([own.scales, received.scales])
         hidden, weights = torch.cat([own.hidden, received.hidden]), torch.cat([own.weights, received.weights])
-        both = TokenBatch(hidden, scales, weights, torch.cat([own.ids, local]))
+        both = TokenBatch(hidden, scales, weights, torch.cat([own.ids.masked_fill(here, -1), local]))
         rows = self.numerics.expert_rows(both, range(self.group.num_experts))
         assert rows is not None  # noqa: S101 - there is a plan
-        count = len(own.ids)
-        return self.numerics.returned_rows(rows[:count]), rows[count:]
+        tokens, rows = rows[:count], rows[count:]
+        if len(rows):
+            sent = here.any(1)
+            places = sent.cumsum(0) + ((sources < rank).sum() - 1)
+            tokens += rows.index_select(0, places.clamp_(min=0)).masked_fill_(~sent.unsqueeze(1), 0.0)
+        return self.numerics.returned_rows(tokens), rows
 
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
         places = None if self._span is None else self._span.places(ranks, tokens)
@@ -294,5 +304,5 @@ def make_workload(  # noqa: PLR0913 - a case's keys
         dispatch_dtype=dispatch_dtype,
         fp8=fp8_dtype(fp8_format),
         device=device,
-        span=span_of(tokens_per_rank, max(hidden_size, num_experts)),
+        span=span_of(tokens_per_rank, max(hidden_size, num_experts), torch.device(device)),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distbench.workload.activation import activate
-from distbench.workload.draws import Drawn, bytes_of, probe_draws
+from distbench.workload.draws import Drawn, are_kept, bytes_of, probe_draws
 from distbench.workload.exact_bias import probe_biases
 from distbench.workload.exact_plan import ExactPlan
 from distbench.workload.places import live_column, places_of
@@ -56,8 +56,8 @@ class GroupedProbes(NamedTuple):
 
 
 def probe_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Probes:
-    """Return the probes of `experts`, ids int64 [e]; a small layer's are made once for all its experts."""
-    if plan.is_small:
+    """Return the probes of `experts`, ids int64 [e]; few for the device, they are made once for all experts."""
+    if are_kept(plan, experts.device):
         return Probes(*(part.index_select(0, experts) for part in _all_probes(plan, seed, experts.device)))
     return _make_probes(plan, _probes(plan), seed, experts)
 
@@ -65,7 +65,7 @@ def probe_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Probes:
 def grouped_probes(plan: ExactPlan, seed: int, experts: Tensor, groups: Tensor) -> GroupedProbes:
     """Return the probes of one group of each of `experts`, ids int64 [p], repeats allowed."""
     probes = _probes(plan)
-    if plan.is_small:
+    if are_kept(plan, experts.device):
         made, position = _all_grouped(plan, seed, experts.device), experts
     else:
         used, position = torch.unique(experts, return_inverse=True)
@@ -155,7 +155,7 @@ def switches(plan: ExactPlan, experts: Tensor) -> Tensor:
 
 def _by_kind(plan: ExactPlan, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `wide`, `switch` and `first` of `Probes`, and the magnitude [e, R] of output weights reading each row."""
-    if plan.is_small and experts.numel() == plan.num_experts:
+    if are_kept(plan, experts.device) and experts.numel() == plan.num_experts:
         return _all_by_kind(plan, experts.device)
     return _make_by_kind(plan, experts)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from distbench.workload.routing import route
 from distbench.workload.routing_spec import ExpertGroup, Routing
 
-_TABLE_ELEMENTS = 1 << 18
+# Memory of a table: on a CPU within its caches, on a device 128 MiB of bf16.
+_ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26
 
 
 class Span(NamedTuple):
@@ -41,10 +42,11 @@ class Span(NamedTuple):
         return ranks * self.tokens + tokens
 
 
-def span_of(tokens_per_rank: tuple[int, ...], columns: int) -> Span | None:
-    """Return the span of a case whose rows have `columns` columns; None where a table would be large."""
+def span_of(tokens_per_rank: tuple[int, ...], columns: int, device: torch.device) -> Span | None:
+    """Return the span of a case whose rows have `columns` columns; None where a table would be large for `device`."""
     span = Span(len(tokens_per_rank), max(tokens_per_rank, default=0))
-    return span if span.ranks * span.tokens * columns <= _TABLE_ELEMENTS else None
+    most = _ON_CPU if device.type == "cpu" else _ON_DEVICE
+    return span if span.ranks * span.tokens * columns <= most else None
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.truncation import padded, truncated
 from distbench.transport.base import Dispatched, poison_
 from distbench.verify.records import FINITE, ORACLE, Divergence
-from distbench.verify.stage_check import StageChecker
+from distbench.verify.stage_check import StageChecker, counts_of
 from tests.cases import tiny_case
 
 TOKENS, CAPACITY = 6, 16
@@ -31,7 +31,9 @@ class Scene(NamedTuple):
     rows: Tensor
 
     def told(self, arm: str = "padded", cut: Callable[[Dispatched], ExpertInput] = padded) -> list[Divergence]:
-        return self.checker.check_rows(arm, self.sources, self.dispatched, cut(self.dispatched), self.rows)
+        given = cut(self.dispatched)
+        counts = counts_of(self.dispatched, given)
+        return self.checker.check_rows(arm, self.sources, counts, self.dispatched, given, self.rows)
 
 
 def scene(numerics: str = "exact", dtype: str = "bf16") -> Scene:
@@ -156,7 +158,7 @@ def cut_of(dispatched: Dispatched, rows: int, **uncut: Any) -> ExpertInput:
 def test_single_tensor_that_is_not_truncated_is_found(field: str) -> None:
     found = scene(dtype="fp8")
     given = cut_of(found.dispatched, TOKENS, **{field: getattr(found.dispatched, field)})
-    told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, TOKENS)
+    told = found.checker.check_cut("truncated", found.sources, counts_of(found.dispatched, given), given, TOKENS)
     assert told is not None
     assert (told.stage, told.field, told.proven) == ("truncate", "tensors", True)
 
@@ -164,7 +166,7 @@ def test_single_tensor_that_is_not_truncated_is_found(field: str) -> None:
 def test_hidden_rows_that_are_not_truncated_are_found_by_row_count() -> None:
     found = scene()
     given = cut_of(found.dispatched, TOKENS, hidden=found.dispatched.hidden)
-    told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, TOKENS)
+    told = found.checker.check_cut("truncated", found.sources, counts_of(found.dispatched, given), given, TOKENS)
     assert told is not None
     assert told.field == "row count"
 
@@ -182,5 +184,5 @@ def test_hidden_rows_that_are_not_truncated_are_found_by_row_count() -> None:
 def test_truncation_is_checked_against_its_limit(kept: int, live: int, wanted: int, field: str, rows: int) -> None:
     found = scene()
     given = cut_of(found.dispatched, kept, num_local_tokens=torch.tensor([live], dtype=torch.int32))
-    told = found.checker.check_cut("truncated", found.sources, found.dispatched, given, wanted)
+    told = found.checker.check_cut("truncated", found.sources, counts_of(found.dispatched, given), given, wanted)
     assert (told.field if told else "", told.rows if told else 0) == (field, rows)

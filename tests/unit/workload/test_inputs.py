@@ -83,7 +83,7 @@ def test_one_oracle_for_own_and_received_rows_gives_the_bits_of_two(routing: str
         assert torch.bincount(ranks, minlength=4).tolist() == [int(count) for count in everyone]
         assert all(map(torch.equal, raw(received), raw(workload.token_rows(ranks, tokens_there))))
         own = workload.tokens(rank)
-        tokens, rows = workload.expected_together(rank, own, received)
+        tokens, rows = workload.expected_together(rank, own, ranks, received)
         expected, expected_rows = workload.expected(own), workload.expected_rows(rank, received)
         assert tokens is not None
         assert rows is not None
@@ -110,9 +110,12 @@ def test_tokens_outside_of_a_case_are_made_alone(ranks: list[int], tokens: list[
 
 
 def test_large_cases_have_no_table() -> None:
-    assert span_of((5, 0, 7, 3), 256) == Span(4, 7)
-    assert span_of((4096,) * 8, 7168) is None
-    assert span_of((1 << 30, 0), 16) is None
+    cpu, device = torch.device("cpu"), torch.device("cuda")
+    assert span_of((5, 0, 7, 3), 256, cpu) == Span(4, 7)
+    assert span_of((512,) * 2, 7168, cpu) is None
+    assert span_of((4096,) * 2, 7168, device) == Span(2, 4096)
+    assert span_of((4096,) * 8, 7168, device) is None
+    assert span_of((1 << 30, 0), 16, device) is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
