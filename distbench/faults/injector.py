@@ -123,23 +123,29 @@ class _FaultyTransport(Transport):
     def about(self) -> dict[str, Any]:
         return self._inner.about()
 
-    def dispatch(self, batch: TokenBatch) -> Dispatched:
+    def dispatch_send(self, batch: TokenBatch) -> None:
         _enter(self._faults, Stage.DISPATCH)
         for fault in self._faults:
             if fault.active:
                 batch = fault.sent(batch)
-        dispatched = self._inner.dispatch(batch)
+        self._inner.dispatch_send(batch)
+
+    def dispatch_recv(self) -> Dispatched:
+        dispatched = self._inner.dispatch_recv()
         for fault in self._faults:
             if fault.active:
                 dispatched = fault.received(dispatched)
         return dispatched
 
-    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
         _enter(self._faults, Stage.COMBINE)
         for fault in self._faults:
             if fault.active:
                 expert_out, ids = fault.returned(expert_out, ids)
-        tokens = self._inner.combine(expert_out, ids)
+        self._inner.combine_send(expert_out, ids)
+
+    def combine_recv(self) -> Tensor:
+        tokens = self._inner.combine_recv()
         for fault in self._faults:
             if fault.active:
                 tokens = fault.combined(tokens)

@@ -36,26 +36,48 @@ class Dispatched(NamedTuple):
 class Transport(ABC):
     """Moves tokens to the ranks that hold their experts, and the results back.
 
-    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. `facts` describes the
-    way rows move, for reports; `sum_order` is the order in which combine adds. A transport whose memory outlives a call
-    overrides `forget`, one that holds a package's operator `close`.
+    `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. Each has two halves,
+    named as MoRI's: what a send half was given must stay as it is until its receive half returns, and between the two
+    a rank may compute, or use another transport. `facts` describes the way rows move, for reports; `sum_order` is the
+    order in which combine adds. A transport whose memory outlives a call overrides `forget`, one that holds a package's
+    operator `close`.
     """
 
     capacity: int
     facts: dict[str, Any]
     sum_order: SumOrder
 
-    @abstractmethod
     def dispatch(self, batch: TokenBatch) -> Dispatched:
-        """Send each token once to every rank that holds one of its experts."""
+        """Send each token once to every rank that holds one of its experts: both halves."""
+        self.dispatch_send(batch)
+        return self.dispatch_recv()
 
     @abstractmethod
+    def dispatch_send(self, batch: TokenBatch) -> None:
+        """Begin a dispatch; its rows may be under way when this returns."""
+
+    @abstractmethod
+    def dispatch_recv(self) -> Dispatched:
+        """End the dispatch that was begun: the rows are there. On a device its stream waits, and the host goes on."""
+
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
-        """Return the sum of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
+        """Return the tokens of `combine_recv`: both halves."""
+        self.combine_send(expert_out, ids)
+        return self.combine_recv()
+
+    @abstractmethod
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        """Begin to send the experts' rows back.
 
         expert_out [at most R, H] has one row for each received row, with routing weights applied. ids [n, k] int32 is
-        this rank's own routing, never the ids that dispatch returned. Contributions are added in the order of the top-k
-        slots, in float32, with one rounding.
+        this rank's own routing, never the ids that dispatch returned.
+        """
+
+    @abstractmethod
+    def combine_recv(self) -> Tensor:
+        """Return the sum of this rank's tokens: [n, H] of expert_out's dtype, zeros where no expert was valid.
+
+        Contributions are added in the order of the top-k slots, in float32, with one rounding.
         """
 
     @abstractmethod

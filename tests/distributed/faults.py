@@ -84,15 +84,21 @@ class FaultyTransport(Transport):
         self._inner, self._stage, self._fault, self._call = inner, stage, fault, call
         self._calls = -1
 
-    def dispatch(self, batch: TokenBatch) -> Dispatched:
+    def dispatch_send(self, batch: TokenBatch) -> None:
         self._calls += 1
-        received = self._inner.dispatch(batch)
+        self._inner.dispatch_send(batch)
+
+    def dispatch_recv(self) -> Dispatched:
+        received = self._inner.dispatch_recv()
         if self._stage == "dispatch" and self._calls == self._call:
             DISPATCH[self._fault](received)
         return received
 
-    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
-        combined = self._inner.combine(expert_out, ids)
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        self._inner.combine_send(expert_out, ids)
+
+    def combine_recv(self) -> Tensor:
+        combined = self._inner.combine_recv()
         if self._stage == "combine" and self._calls == self._call:
             COMBINE[self._fault](combined)
         return combined

@@ -36,6 +36,16 @@ class _Slots(NamedTuple):
     rows: Tensor
 
 
+class _Returning(NamedTuple):
+    """Expert rows on their way back: what the sum of `ids` [n, k] reads, and the exchange under way."""
+
+    expert_out: Tensor
+    ids: Tensor
+    plan: DispatchState
+    returned: Tensor
+    travel: Sequence[Underway]
+
+
 class CollectiveTransport(Transport):
     """Stand-in for MoRI's IntraNode kernel: see `Transport` for the contract.
 
@@ -43,6 +53,8 @@ class CollectiveTransport(Transport):
     `shuffled` is false. Each call erases the rows of earlier ones itself: see `_forget` and `Mover.room`. On a device
     neither call waits for it once a routing is known: ids passed in the same tensor again count as unchanged, and the
     tensor must not be written to meanwhile.
+
+    A send half starts the exchange of rows and copies the rank's own meanwhile; the receive half waits for it.
     """
 
     def __init__(self, exchange: Exchange, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool) -> None:
@@ -59,14 +71,16 @@ class CollectiveTransport(Transport):
         self._route: Route | None = None
         self._adding: _Slots | None = None
         self._plan: DispatchState | None = None
+        self._travel: Sequence[Underway] | None = None
+        self._returning: _Returning | None = None
         self._received = self._allocate(like)
         self._buffers = [buffer[: self._traffic.total_received] for buffer in self._received.fields()]
         self._layout = lay_out(self._buffers)
         self.facts["row_bytes"] = self._layout.row_bytes
         self._source_ranks = self._traffic.source_ranks(self._device)
 
-    def dispatch(self, batch: TokenBatch) -> Dispatched:
-        """See `Transport.dispatch`.
+    def dispatch_send(self, batch: TokenBatch) -> None:
+        """See `Transport.dispatch_send`.
 
         Raises:
             DistbenchError: the ids' row counts differ from the agreed routing.
@@ -76,21 +90,48 @@ class CollectiveTransport(Transport):
         plan = self._plan = DispatchState(route, *self._arrivals.next())
         parts = [words(part.contiguous()) for part in batch if part is not None]
         mover.leave(parts, route)
-        travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
+        self._travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
         mover.stay(parts, plan)
-        self._received.total_recv.fill_(traffic.total_received)
+
+    def dispatch_recv(self) -> Dispatched:
+        """See `Transport.dispatch_recv`.
+
+        Raises:
+            DistbenchError: no dispatch was begun.
+        """
+        plan, travel, self._travel = self._plan, self._travel, None
+        if plan is None or travel is None:
+            message = "dispatch_recv() was called without dispatch_send()"
+            raise DistbenchError(message)
+        self._received.total_recv.fill_(self._traffic.total_received)
         wait_for(travel)
-        mover.arrive(plan)
+        self.mover.arrive(plan)
         return self._received
 
     def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
-        """See `Transport.combine`; a row past the end of `expert_out` comes back as poison."""
-        plan, traffic, mover = self._take_plan(ids), self._traffic, self.mover
-        outgoing, returned = mover.send_back(expert_out, plan), mover.room(expert_out)
-        self._exchange(returned[: traffic.leaving].view(torch.uint8), outgoing.view(torch.uint8), to_experts=False)
-        mover.stay_back(expert_out, plan, returned)
-        self._forget(plan.route)
-        return mover.add(expert_out, plan, returned, self._slots_of(ids, plan.route).rows)
+        """See `Transport.combine`; on a device its stream waits for the rows, which saves two events."""
+        self._returning = self._send_back(expert_out, ids, at_once=True)
+        return self.combine_recv()
+
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        """See `Transport.combine_send`; a row past the end of `expert_out` comes back as poison."""
+        self._returning = self._send_back(expert_out, ids, at_once=False)
+
+    def combine_recv(self) -> Tensor:
+        """See `Transport.combine_recv`.
+
+        Raises:
+            DistbenchError: no combine was begun.
+        """
+        back, self._returning = self._returning, None
+        if back is None:
+            message = "combine_recv() was called without combine_send()"
+            raise DistbenchError(message)
+        wait_for(back.travel)
+        self.mover.stay_back(back.expert_out, back.plan, back.returned)
+        self._forget(back.plan.route)
+        slots = self._slots_of(back.ids, back.plan.route).rows
+        return self.mover.add(back.expert_out, back.plan, back.returned, slots)
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""
@@ -151,22 +192,29 @@ class CollectiveTransport(Transport):
             )
             raise DistbenchError(message)
 
-    def _exchange(self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool) -> Sequence[Underway]:
-        """Exchange rows between ranks, asynchronously on the way to experts; nothing for a single rank.
-
-        On the trip back a device's stream waits for the rows, which saves two events; the host does not wait.
-        """
+    def _exchange(
+        self, incoming: Tensor, outgoing: Tensor, *, to_experts: bool, at_once: bool = False
+    ) -> Sequence[Underway]:
+        """Exchange rows between ranks; nothing for a single rank. With `at_once` the rows are there on return."""
         if self._geometry.ep_size == 1:
             return ()
-        there, back = self._traffic.from_peers, self._traffic.to_peers
-        if to_experts:
-            return self._rows.start(incoming, outgoing, there, back)
-        self._rows.run(incoming, outgoing, back, there)
+        received, sent = self._traffic.from_peers, self._traffic.to_peers
+        received, sent = (received, sent) if to_experts else (sent, received)
+        if not at_once:
+            return self._rows.start(incoming, outgoing, received, sent)
+        self._rows.run(incoming, outgoing, received, sent)
         return ()
+
+    def _send_back(self, expert_out: Tensor, ids: Tensor, *, at_once: bool) -> _Returning:
+        plan, traffic, mover = self._take_plan(ids), self._traffic, self.mover
+        outgoing, returned = mover.send_back(expert_out, plan), mover.room(expert_out)
+        incoming = returned[: traffic.leaving].view(torch.uint8)
+        travel = self._exchange(incoming, outgoing.view(torch.uint8), to_experts=False, at_once=at_once)
+        return _Returning(expert_out, ids, plan, returned, travel)
 
     def _take_plan(self, ids: Tensor) -> DispatchState:
         plan, self._plan = self._plan, None
-        if plan is None:
+        if plan is None or self._travel is not None:
             message = "combine() was called without a dispatch; the two strictly alternate"
             raise DistbenchError(message)
         if ids.shape[0] != plan.route.ids.shape[0]:

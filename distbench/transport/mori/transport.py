@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -56,8 +56,27 @@ class _Known(NamedTuple):
     received: int
 
 
+class _Sent(NamedTuple):
+    """A dispatch that was begun: its batch, what is known of it, and MoRI's five outputs; None until its one call."""
+
+    batch: TokenBatch
+    known: _Known | None
+    outputs: tuple[Any, ...] | None
+
+
+class _Returning(NamedTuple):
+    """A combine that was begun: its rows, the rank's routing, and MoRI's tokens; None until its one call."""
+
+    rows: Tensor
+    routing: Tensor
+    combined: Tensor | None
+
+
 class MoriTransport(Transport):
     """One MoRI operator: see `Transport` for the contract. Construction is collective over the session's group.
+
+    The halves are those of SGLang's dispatcher (`dispatch_a`, `dispatch_b`, `combine_a`, `combine_b` of `moriep.py`):
+    with AsyncLL, its low-latency mode, MoRI's own; any other kernel runs whole in the receive half.
 
     Waits for a device happen once per routing: tensors passed again count as unchanged, and must not be written to
     meanwhile.
@@ -92,27 +111,42 @@ class MoriTransport(Transport):
         self._total_recv = torch.zeros(1, dtype=torch.int32, device=session.device)
         self._known: _Known | None = None
         self._under_way = False
+        self._sent: _Sent | None = None
+        self._returning: _Returning | None = None
         self._received: Dispatched | None = None
         self._combined: Tensor | None = None
         self.sum_order = sum_order(self._plan.kernel, self._plan.gpu_per_node, self._plan.quant)
         self.facts = _facts(mori, self._plan, heap)
 
-    def dispatch(self, batch: TokenBatch) -> Dispatched:
-        """See `Transport.dispatch`.
+    def dispatch_send(self, batch: TokenBatch) -> None:
+        """See `Transport.dispatch_send`.
 
         Raises:
-            DistbenchError: a tensor that MoRI would misread, or more received rows than the receive buffer holds.
+            DistbenchError: a tensor that MoRI would misread.
         """
         known = self._known if self._is_known(batch) else None
         if known is None:
             check_batch(batch, self._case, self._plan, self._device)
-        with collective("dispatch of mori", batch.ids.get_device()):
-            hidden, weights, scales, ids, counter = self._op.dispatch(
-                batch.hidden, batch.weights, batch.scales, batch.ids, **self._geometry()
-            )
-            self._note_launch(Stage.DISPATCH)
-            if self._plan.kernel == "AsyncLL":
+        outputs = self._dispatch(self._op.dispatch_send, batch) if self._has_halves else None
+        self._sent = _Sent(batch, known, outputs)
+
+    def dispatch_recv(self) -> Dispatched:
+        """See `Transport.dispatch_recv`.
+
+        Raises:
+            DistbenchError: more received rows than the receive buffer holds; or no dispatch was begun.
+        """
+        sent, self._sent = self._sent, None
+        if sent is None:
+            message = "dispatch_recv() was called without dispatch_send()"
+            raise DistbenchError(message)
+        batch, known, outputs = sent
+        if outputs is None:
+            outputs = self._dispatch(self._op.dispatch, batch)
+        else:
+            with collective("dispatch of mori", batch.ids.get_device()):
                 self._op.dispatch_recv()
+        hidden, weights, scales, ids, counter = outputs
         self._total_recv.copy_(counter)  # combine sets the counter to zero
         # Kernels keep the addresses of their arguments until combine is done.
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
@@ -131,8 +165,8 @@ class MoriTransport(Transport):
         flat = self._op.get_dispatch_src_token_pos().to(self._device).long()
         return torch.stack([flat.div(stride, rounding_mode="floor"), flat % stride], dim=1)
 
-    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
-        """See `Transport.combine`; a row past the end of `expert_out` is sent as poison.
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        """See `Transport.combine_send`; a row past the end of `expert_out` is sent as poison.
 
         Raises:
             DistbenchError: without a dispatch, or `ids` are not those that were dispatched.
@@ -143,13 +177,27 @@ class MoriTransport(Transport):
             buffer = self._op.get_registered_combine_input_buffer(rows.dtype, rows.shape[1])
             buffer[: known.received].copy_(rows[: known.received])
             rows = buffer
-        with collective("combine of mori", rows.get_device()):
-            combined, _ = self._op.combine(rows, None, known.routing, **self._geometry())
-            self._note_launch(Stage.COMBINE)
-            if self._plan.kernel == "AsyncLL":
+        combined = self._combine(self._op.combine_send, rows, known.routing) if self._has_halves else None
+        self._returning = _Returning(rows, known.routing, combined)
+
+    def combine_recv(self) -> Tensor:
+        """See `Transport.combine_recv`.
+
+        Raises:
+            DistbenchError: no combine was begun.
+        """
+        back, self._returning = self._returning, None
+        if back is None:
+            message = "combine_recv() was called without combine_send()"
+            raise DistbenchError(message)
+        combined = back.combined
+        if combined is None:
+            combined = self._combine(self._op.combine, back.rows, back.routing)
+        else:
+            with collective("combine of mori", back.rows.get_device()):
                 self._op.combine_recv()
         self._combined = combined
-        result: Tensor = combined[: known.routing.shape[0]].clone()
+        result: Tensor = combined[: back.routing.shape[0]].clone()
         return result
 
     def forget(self) -> None:
@@ -175,10 +223,32 @@ class MoriTransport(Transport):
         self._received = self._combined = None
         del self._op
 
+    @property
+    def _has_halves(self) -> bool:
+        return self._plan.kernel == "AsyncLL"
+
+    def _dispatch(self, call: Callable[..., tuple[Any, ...]], batch: TokenBatch) -> tuple[Any, ...]:
+        """Call MoRI's dispatch, or its send half."""
+        with collective("dispatch of mori", batch.ids.get_device()):
+            outputs = call(batch.hidden, batch.weights, batch.scales, batch.ids, **self._geometry())
+            self._note_launch(Stage.DISPATCH)
+        return outputs
+
+    def _combine(self, call: Callable[..., tuple[Any, ...]], rows: Tensor, routing: Tensor) -> Tensor:
+        """Call MoRI's combine, or its send half."""
+        with collective("combine of mori", rows.get_device()):
+            combined: Tensor = call(rows, None, routing, **self._geometry())[0]
+            self._note_launch(Stage.COMBINE)
+        return combined
+
     def _geometry(self) -> dict[str, Any]:
+        """Return the geometry of a call; send halves take no rdma_block_num, which is then the configuration's."""
         if self._plan.launch_mode == "AUTO":
             return {}
-        return _named(self._plan.launch, "warp_per_block")
+        named = _named(self._plan.launch, "warp_per_block")
+        if self._has_halves:
+            del named["rdma_block_num"]
+        return named
 
     def _is_known(self, batch: TokenBatch) -> bool:
         """Whether this batch was dispatched last; comparing ids on a device would wait for it."""
@@ -199,7 +269,7 @@ class MoriTransport(Transport):
 
     def _take_known(self, ids: Tensor) -> _Known:
         known = self._known
-        if known is None or not self._under_way:
+        if known is None or not self._under_way or self._sent is not None:
             message = "combine() was called without a dispatch; the two strictly alternate"
             raise DistbenchError(message)
         self._under_way = False
