@@ -36,6 +36,8 @@ PRESETS: dict[str, ModelShape] = {
     "qwen3-30b-a3b": ModelShape(hidden_size=2048, intermediate_size=768, num_experts=128, topk=8),
     "qwen3-235b-a22b": ModelShape(hidden_size=4096, intermediate_size=1536, num_experts=128, topk=8),
     "mixtral-8x7b": ModelShape(hidden_size=4096, intermediate_size=14336, num_experts=8, topk=2),
+    # The defaults of SGLang 0.5.23's DeepSeekV4Config.
+    "deepseek-v4": ModelShape(hidden_size=4096, intermediate_size=2048, num_experts=256, topk=6),
     "kimi-k2": ModelShape(hidden_size=7168, intermediate_size=2048, num_experts=384, topk=8),
     "glm-4.5": ModelShape(hidden_size=5120, intermediate_size=1536, num_experts=160, topk=8),
     "gpt-oss-120b": ModelShape(hidden_size=2880, intermediate_size=2880, num_experts=128, topk=4),

@@ -1,13 +1,13 @@
 """Resolution of a case from layers, of which the first that has a key wins.
 
-Flags, case file, production environment, model preset, defaults, in this order.
+Flags, case file, production environment, profile, model preset, defaults, in this order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +18,7 @@ from distbench.case.atom_folder import folder_digest
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
+from distbench.case.profiles import MOST_TOKENS, NO_PROFILE, PROFILES, caller_of
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, FLAG_KEYS, Case, case_values
 from distbench.case.table_file import open_regular, read_table_file, refuse_bulk
 from distbench.case.timeouts import parse_stage_timeouts
@@ -28,6 +29,7 @@ from distbench.utils.devices import architecture
 from distbench.utils.text import one_line, shown
 
 FLAGS = "flag"
+_DEFAULT = "default"
 _UNTIL_FAILURE = 10_000
 _WHEEL_PART, _MOST_WHEEL_BYTES = 1 << 20, 4 << 30
 
@@ -47,14 +49,15 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class Resolved(msgspec.Struct, frozen=True):
-    """A case and, for every key, the source of its value."""
+    """A case, for every key the source of its value, and what its profile names and the case does not run."""
 
     case: Case
     sources: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = True) -> Resolved:
-    """Merge `layers`, the strongest first, with preset and defaults into a checked case.
+    """Merge `layers`, the strongest first, with profile, preset and defaults into a checked case.
 
     `ep_size` is the number of ranks that run, or None to take it from the layers (8 where they have none). Without
     `fit`, values that do not fit together pass, for check_fit to find.
@@ -66,8 +69,11 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for layer in layers:
-        _apply_layer(layer, values, sources)
+    given = list(layers)
+    profile = _profile(given)
+    defaults = FIELD_DEFAULTS | dict(profile.values)
+    for layer in (*given, profile):
+        _apply_layer(layer, values, sources, defaults)
     _apply_ranks(values, sources, ep_size)
     _apply_preset(values, sources)
     if values.get("recv_bound") and "limit" not in values:
@@ -76,14 +82,25 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
         values["repeats"], sources["repeats"] = _UNTIL_FAILURE, sources["until_failure"]
     for key, default in FIELD_DEFAULTS.items():
         if key not in values:
-            values[key], sources[key] = default, "default"
-    if sources["fp8_format"] == "default":
+            values[key], sources[key] = default, _DEFAULT
+    if sources["fp8_format"] == _DEFAULT:
         values["fp8_format"], sources["fp8_format"] = fp8_format(_architecture(values)), "device"
     _normalise(values, sources)
+    _derive(profile, values, sources)
     case = Case(**values)
+    note = ""
+    if case.profile != NO_PROFILE and sources["caller"] == _DEFAULT:
+        case, note = _with_caller(case, by_flag=sources["profile"] == FLAGS)
+        sources["caller"] = _DEFAULT if note else profile.source
     if fit:
         check_fit(case)
-    return Resolved(case, {key: sources[key] for key in case_values(case) if key in sources})
+    notes = (f"profile {case.profile}: {note}",) if note else ()
+    return Resolved(case, {key: sources[key] for key in case_values(case) if key in sources}, notes)
+
+
+def asked_value(key: str, layers: Iterable[Layer]) -> Any:
+    """The value of `key` in the first of `layers` that has it, as it stands there; None for none."""
+    return next((layer.values[key] for layer in layers if key in layer.values), None)
 
 
 def load_case_file(path: str) -> Layer:
@@ -148,9 +165,38 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
     return (*typed, *repeat) if repeat else typed
 
 
-def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Add the keys that no stronger layer has."""
-    if any(values.get(key, FIELD_DEFAULTS.get(key)) == value for key, value in layer.unless.items()):
+def _profile(layers: Sequence[Layer]) -> Layer:
+    """Layer of the profile that `layers` name, of no values where they name none or one that does not exist."""
+    known = PROFILES.get(str(asked_value("profile", layers)))
+    values = {key: one.value for key, one in known.values.items() if one.value != MOST_TOKENS} if known else {}
+    return Layer(f"profile:{asked_value('profile', layers)}", values)
+
+
+def _derive(profile: Layer, values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Set the keys that the profile derives from the tokens, where nothing else sets them."""
+    known = PROFILES.get(values["profile"])
+    for key, one in known.values.items() if known else ():
+        if one.value == MOST_TOKENS and sources[key] == _DEFAULT:
+            values[key], sources[key] = max(values["tokens"], default=0), profile.source
+
+
+def _with_caller(case: Case, *, by_flag: bool) -> tuple[Case, str]:
+    """The case with its profile's caller, or as it is with the reason why that caller does not run."""
+    caller, note = caller_of(case.profile, msgspec.structs.asdict(case), by_flag=by_flag)
+    if not caller:
+        return case, note
+    others = ("caller_wheel", "caller_wheel_sha256") if caller == "atom" else ("caller_folder", "caller_folder_sha256")
+    changed = msgspec.structs.replace(case, caller=caller, **dict.fromkeys(others, ""))
+    try:
+        _check_caller(changed)
+    except InvalidCase as error:
+        return case, f"its own code does not run: {error}"
+    return changed, ""
+
+
+def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str], defaults: Mapping[str, Any]) -> None:
+    """Add the keys that no stronger layer has; `defaults` stand for keys that no layer so far has."""
+    if any(values.get(key, defaults.get(key)) == value for key, value in layer.unless.items()):
         return
     _refuse_flag_keys(layer, values)
     taken = [key for key in layer.values if key not in values and key not in DERIVED_KEYS]
@@ -174,7 +220,7 @@ def _refuse_flag_keys(layer: Layer, values: Mapping[str, Any]) -> None:
 def _apply_ranks(values: dict[str, Any], sources: dict[str, str], ep_size: int | None) -> None:
     if ep_size is None:
         values.setdefault("ep_size", 8)
-        sources.setdefault("ep_size", "default")
+        sources.setdefault("ep_size", _DEFAULT)
     elif values.get("ep_size", ep_size) == ep_size:
         values["ep_size"] = typed_value("ep_size", ep_size, Layer("launcher", {}))
         sources.setdefault("ep_size", "launcher")

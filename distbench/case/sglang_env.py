@@ -10,15 +10,14 @@ import difflib
 import importlib.metadata
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
 
-from distbench.case.aiter_env import BYPASS_TUNE, KERNEL_TABLES, KSPLIT
-from distbench.case.resolve import Layer
+from distbench.case.resolve import Layer, asked_value
 from distbench.case.sglang_releases import (
     COMBINE_DTYPE,
     DISPATCH_DTYPE,
     DISPATCH_TOKENS,
     EP_V2,
+    EP_V2_WORDS,
     FIRST,
     FP4_DISPATCH,
     FP8_COMBINE,
@@ -33,10 +32,19 @@ from distbench.case.sglang_releases import (
     rules_of,
     sglang_enables,
 )
-from distbench.errors import InvalidCase
+from distbench.case.variables import (
+    PACKAGE_KEYS,
+    boolean,
+    dispatched_layer,
+    number,
+    package_layers,
+    refuse,
+    returned_layer,
+    set_variables,
+    variable_layer,
+    word,
+)
 from distbench.utils.versions import release_of
-
-LAUNCH_MODE = "MORI_EP_LAUNCH_CONFIG_MODE"
 
 _ROWS = {
     LIMIT: "limit",
@@ -51,11 +59,8 @@ KEYS = _ROWS | {
     FP4_DISPATCH: "dispatch_dtype",
     COMBINE_DTYPE: "combine_quant",
     FP8_COMBINE: "combine_quant",
-    LAUNCH_MODE: "launch_mode",
     SDMA: "mori_kernel",
-    KERNEL_TABLES: "kernel_table",
-    KSPLIT: "aiter_ksplit",
-    BYPASS_TUNE: "aiter_bypass_tune",
+    **PACKAGE_KEYS,
 }
 """The key of a case that a variable sets."""
 
@@ -67,10 +72,7 @@ _MEANING_OF_BAD = {
     KERNEL_SWITCH: "fall back to 256",
     DISPATCH_DTYPE: "ignore it and take the type of the weights",
     COMBINE_DTYPE: "ignore it and take the type that goes with the weights",
-    LAUNCH_MODE: "fail when mori's operator is made",
     EP_V2: "warn and take the default",
-    KSPLIT: "fail in aiter's first call",
-    BYPASS_TUNE: "fail in aiter's first call",
 }
 _COMBINE_QUANT = {
     "bf16": "none",
@@ -78,8 +80,6 @@ _COMBINE_QUANT = {
     "fp8_direct_cast": "fp8_direct_cast",
     "fp4": "fp4_blockwise",
 }
-_EP_V2_YES, _EP_V2_NO = ("true", "1", "yes", "y"), ("false", "0", "no", "n")
-_DISPATCHED = ("bf16", "fp8")
 
 KNOWN_NAMES = (
     *VARIABLES,
@@ -106,7 +106,7 @@ def sglang_layer(layers: Sequence[Layer]) -> Layer:
 
     An installed release that cannot be compared, or has no MoRI path, counts as none.
     """
-    asked = next((layer.values["sglang_version"] for layer in layers if "sglang_version" in layer.values), None)
+    asked = asked_value("sglang_version", layers)
     if asked is not None:
         return Layer("", {"sglang_version": asked})
     try:
@@ -117,8 +117,8 @@ def sglang_layer(layers: Sequence[Layer]) -> Layer:
     return Layer("installed sglang", {"sglang_version": installed} if found and first and found >= first else {})
 
 
-def read_environment(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -> list[Layer]:
-    """Layers of the production variables that are set; an empty value counts as unset.
+def sglang_layers(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -> list[Layer]:
+    """Layers of SGLang's variables that are set, and of MoRI's and aiter's; an empty value counts as unset.
 
     `layers` are stronger than the environment, and may name the SGLang release whose rules apply.
 
@@ -129,14 +129,12 @@ def read_environment(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -
     release = sglang_layer(layers)
     version = str(release.values.get("sglang_version", ""))
     rules_of(version)
-    named = {name: environ.get(name, "") for name in (*KEYS, EP_V2)}
-    values = {
-        name: text for name, text in named.items() if text.strip() and (name not in VARIABLES or reads(name, version))
-    }
+    named = set_variables(environ, (*KEYS, EP_V2))
+    values = {name: text for name, text in named.items() if name not in VARIABLES or reads(name, version)}
     found = [release] if release.source else []
     for name, key in _ROWS.items():
         if name in values:
-            found.append(_layer(name, {key: _rows(name, values[name].strip())}))
+            found.append(variable_layer(name, {key: _rows(name, values[name].strip())}))
     return [
         *found,
         *_recv_bound(values, version),
@@ -198,106 +196,47 @@ def _recv_bound(values: Mapping[str, str], version: str) -> list[Layer]:
     if RECV_BOUND not in values:
         return []
     rules = rules_of(version)
-    return [
-        _layer(RECV_BOUND, {"recv_bound": _boolean(RECV_BOUND, values[RECV_BOUND], rules.yes_words, rules.no_words)})
-    ]
+    words = rules.yes_words, rules.no_words
+    bounded = boolean(RECV_BOUND, values[RECV_BOUND], words, _MEANING_OF_BAD[RECV_BOUND])
+    return [variable_layer(RECV_BOUND, {"recv_bound": bounded})]
 
 
 def _dispatch(values: Mapping[str, str], version: str) -> list[Layer]:
     """Layers of the newer variable for the dispatched type, else of the older ones."""
     if DISPATCH_DTYPE in values:
-        word = _word(DISPATCH_DTYPE, values[DISPATCH_DTYPE], rules_of(version).dispatch_words)
-        return [] if word == "auto" else [_dispatched(DISPATCH_DTYPE, word)]
+        asked = _word(DISPATCH_DTYPE, values[DISPATCH_DTYPE], rules_of(version).dispatch_words)
+        return [] if asked == "auto" else [dispatched_layer(DISPATCH_DTYPE, asked)]
     if sglang_enables(values.get(FP4_DISPATCH, "")):
-        return [_dispatched(FP4_DISPATCH, "fp4")]
-    return [_dispatched(FP8_DISPATCH, "fp8")] if sglang_enables(values.get(FP8_DISPATCH, "")) else []
-
-
-def _dispatched(name: str, word: str) -> Layer:
-    unsupported = (
-        ""
-        if word in _DISPATCHED
-        else (
-            f"env:{name}: production dispatches {word} rows, distbench bf16 and fp8; unset it, or give --dispatch-dtype"
-        )
-    )
-    return Layer(f"env:{name}", {"dispatch_dtype": word}, unsupported=unsupported)
+        return [dispatched_layer(FP4_DISPATCH, "fp4")]
+    return [dispatched_layer(FP8_DISPATCH, "fp8")] if sglang_enables(values.get(FP8_DISPATCH, "")) else []
 
 
 def _combine(values: Mapping[str, str], version: str) -> list[Layer]:
     rules = rules_of(version)
     if COMBINE_DTYPE in values:
-        word = _word(COMBINE_DTYPE, values[COMBINE_DTYPE], rules.combine_words)
-        return [] if word == "auto" else [_returned(COMBINE_DTYPE, _COMBINE_QUANT[word])]
-    return [_returned(FP8_COMBINE, rules.fp8_combine)] if sglang_enables(values.get(FP8_COMBINE, "")) else []
-
-
-def _returned(name: str, quant: str) -> Layer:
-    """Layer of the quantisation of returned expert rows, which the transport collective does not support."""
-    return Layer(f"env:{name}", {"combine_quant": quant}, unless={"transport": "collective"})
+        asked = _word(COMBINE_DTYPE, values[COMBINE_DTYPE], rules.combine_words)
+        return [] if asked == "auto" else [returned_layer(COMBINE_DTYPE, _COMBINE_QUANT[asked])]
+    return [returned_layer(FP8_COMBINE, rules.fp8_combine)] if sglang_enables(values.get(FP8_COMBINE, "")) else []
 
 
 def _others(values: Mapping[str, str]) -> list[Layer]:
-    found = []
-    if LAUNCH_MODE in values:
-        if values[LAUNCH_MODE] not in ("MANUAL", "AUTO"):
-            _refuse(LAUNCH_MODE, values[LAUNCH_MODE], "allowed are MANUAL, AUTO")
-        found.append(_layer(LAUNCH_MODE, {"launch_mode": values[LAUNCH_MODE]}))
+    found = package_layers(values)
     if sglang_enables(values.get(SDMA, "")):
-        found.append(_layer(SDMA, {"mori_kernel": "AsyncLL"}))
-    if EP_V2 in values and _boolean(EP_V2, values[EP_V2], _EP_V2_YES, _EP_V2_NO):
+        found.append(variable_layer(SDMA, {"mori_kernel": "AsyncLL"}))
+    if EP_V2 in values and boolean(EP_V2, values[EP_V2], EP_V2_WORDS, _MEANING_OF_BAD[EP_V2]):
         message = f"env:{EP_V2}: production takes MoRI's EPv2, distbench runs EPv1; set it to false, or unset it"
         found.append(Layer(f"env:{EP_V2}", {}, unsupported=message))
-    return [*found, *_kernel_choice(values)]
-
-
-def _kernel_choice(values: Mapping[str, str]) -> list[Layer]:
-    """Layers that change aiter's choice of kernels; the Triton experts have their own tables."""
-    found: dict[str, dict[str, Any]] = {}
-    if KERNEL_TABLES in values:
-        found[KERNEL_TABLES] = {"kernel_table": values[KERNEL_TABLES]}
-    if KSPLIT in values:
-        found[KSPLIT] = {"aiter_ksplit": _number(KSPLIT, values[KSPLIT])}
-    if BYPASS_TUNE in values:
-        found[BYPASS_TUNE] = {"aiter_bypass_tune": bool(_number(BYPASS_TUNE, values[BYPASS_TUNE]))}
-    return [Layer(f"env:{name}", chosen, unless={"experts": "triton"}) for name, chosen in found.items()]
-
-
-def _layer(name: str, values: Mapping[str, Any]) -> Layer:
-    return Layer(source=f"env:{name}", values=values)
+    return found
 
 
 def _word(name: str, text: str, allowed: Sequence[str]) -> str:
-    word = text.lower()
-    if word not in allowed:
-        _refuse(name, text, f"allowed are {', '.join(allowed)}")
-    return word
+    return word(name, text, allowed, _MEANING_OF_BAD[name])
 
 
 def _rows(name: str, text: str) -> int:
-    value = _number(name, text)
+    value = number(name, text, _MEANING_OF_BAD[name])
     if value < 0:
-        _refuse(name, text, "negative", "take it as off" if name != DISPATCH_TOKENS else "fail later, on allocation")
+        refuse(name, text, "negative", "take it as off" if name != DISPATCH_TOKENS else "fail later, on allocation")
     if value == 0 and name == DISPATCH_TOKENS:
-        _refuse(name, text, "no token could be sent", "fail later, on allocation")
+        refuse(name, text, "no token could be sent", "fail later, on allocation")
     return value
-
-
-def _number(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        _refuse(name, text, "not a whole number")
-
-
-def _boolean(name: str, text: str, yes: Sequence[str], no: Sequence[str]) -> bool:
-    lower = text.lower()
-    if lower not in (*yes, *no):
-        _refuse(name, text, f"allowed are {', '.join((*yes, *no))}")
-    return lower in yes
-
-
-def _refuse(name: str, text: str, reason: str, production: str = "") -> NoReturn:
-    would = production or _MEANING_OF_BAD[name]
-    message = f"env:{name} = {text!r:.60}: {reason}; production would {would}; correct or unset it"
-    raise InvalidCase(message)

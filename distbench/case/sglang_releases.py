@@ -31,6 +31,8 @@ FP4_DISPATCH = "SGLANG_MORI_FP4_DISP"
 FP8_COMBINE = "SGLANG_MORI_FP8_COMB"
 EP_V2 = "SGLANG_MORI_EP_V2"
 SDMA = "MORI_ENABLE_SDMA"
+EP_V2_WORDS = ("true", "1", "yes", "y"), ("false", "0", "no", "n")
+"""Words for on and for off, as SGLang's `EnvBool` reads them."""
 _YES = ("true", "1")
 _OFF_WORDS = ("0", "false", "off", "no")
 

@@ -39,6 +39,18 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     intermediate_size: Annotated[Count, _help("intermediate columns I of an expert")]
     num_experts: Annotated[Count, _help("routed experts E over all ranks")]
     topk: Annotated[Count, _help("experts k of a token")]
+    profile: Annotated[
+        Literal[
+            "none",
+            "sglang-epv1-decode",
+            "sglang-epv1-prefill",
+            "sglang-epv1-lowlatency",
+            "vllm",
+            "atom-native",
+            "atom-vllm-plugin",
+        ],
+        _help("production's program, whose values are defaults and whose variables count, see `distbench profiles`"),
+    ] = "none"
     ep_size: Annotated[Annotated[int, msgspec.Meta(ge=1, le=1 << 16)], _help("ranks W of the expert-parallel group")]
     tokens: Annotated[
         tuple[TokenCount, ...], _help("tokens of each rank: one number for all, or a list; 0,1,7,33,... repeats it")
@@ -131,6 +143,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     inter_kernel_switch: Annotated[
         TokenCount, _help("transport mori, more than one node: auto takes InterNodeV1LL where M is no larger")
     ] = 256
+    mori_geometry: Annotated[
+        Literal["sglang", "vllm", "atom-prefill", "atom-decode"],
+        _help("transport mori: whose blocks and warps of its kernel type, and queue pairs"),
+    ] = "sglang"
     gpu_per_node: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=1024)],
         _help("transport mori: ranks of a node; 0 for the launch's ranks per node. Other numbers: only emulated"),
@@ -274,7 +290,7 @@ CALL_KEYS = (
     "sorting_policy",
 )
 """Keys that are arguments of `fused_moe`."""
-_SPARSE_KEYS = (*CALLER_KEYS, "caller_wheel_sha256", "caller_folder_sha256", *CALL_KEYS)
+_SPARSE_KEYS = (*CALLER_KEYS, "caller_wheel_sha256", "caller_folder_sha256", *CALL_KEYS, "profile", "mori_geometry")
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],
@@ -286,8 +302,13 @@ FIELD_DEFAULTS: dict[str, Any] = {
 
 
 def case_values(case: Case) -> dict[str, Any]:
-    """The case as builtins, for its hash and for reports; without keys of caller and call that have their defaults."""
+    """The case as builtins, for its hash and for reports; without a profile, sparse keys with defaults are left out.
+
+    With one, they are written: a profile has other defaults.
+    """
     values: dict[str, Any] = msgspec.to_builtins(case)
+    if case.profile != FIELD_DEFAULTS["profile"]:
+        return values
     return {key: value for key, value in values.items() if key not in _SPARSE_KEYS or value != FIELD_DEFAULTS[key]}
 
 

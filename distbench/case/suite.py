@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any, NoReturn
@@ -36,12 +36,16 @@ class Suite(msgspec.Struct, frozen=True):
 
 
 def load_suite(
-    name_or_path: str, ep_size: int, overrides: Sequence[Layer] = (), environment: Sequence[Layer] = ()
+    name_or_path: str,
+    ep_size: int,
+    overrides: Sequence[Layer] = (),
+    environment: Callable[[Sequence[Layer]], Sequence[Layer]] = lambda _: (),
 ) -> Suite:
     """Cases of a built-in suite or of a .toml or .json file, for a launch of `ep_size` ranks.
 
-    `overrides` win over the file, the file over `environment`. Of equal cases the first stays, with the tags of all. A
-    case that is expected to be INVALID may have values that do not fit together.
+    `overrides` win over the file, the file over the layers of `environment`, which is given the stronger ones. Of equal
+    cases the first stays, with the tags of all. A case that is expected to be INVALID may have values that do not fit
+    together.
 
     Raises:
         InvalidCase: an unknown suite, disallowed content of the file, an invalid case, or equal cases with different
@@ -59,7 +63,8 @@ def load_suite(
         name = draft.name or _name(draft.keys, overridden)
         own = Layer(f"suite:{file.name}", file.defaults | draft.keys)
         try:
-            resolved = _resolve([*overrides, own, *environment], ep_size)
+            stronger = [*overrides, own]
+            resolved = _resolve([*stronger, *environment(stronger)], ep_size)
             digest = case_hash(resolved.case)
             expect = draft.expect or _expected(file, resolved.case)
             if expected_verdict(expect) != Verdict.INVALID.value:
@@ -75,6 +80,7 @@ def load_suite(
                 sources=resolved.sources,
                 suite=file.name,
                 expect=expect,
+                warnings=resolved.notes,
             )
         elif expect != first.expect and not merged:
             message = (

@@ -10,7 +10,7 @@ from distbench.case.resolve import FLAGS
 from distbench.case.spec import FIELD_DEFAULTS, Case
 from distbench.case.suite import value_text
 
-_MORI_KEYS = ("combine_quant", "combine_input", "launch_mode", "mori_habits")
+_MORI_KEYS = ("combine_quant", "combine_input", "launch_mode", "mori_geometry", "mori_habits")
 # SGLang's receive bound depends on the kernel that production would choose, whatever transport runs here.
 _KERNEL_KEYS = ("mori_kernel", "gpu_per_node", "inter_kernel_switch")
 _AITER_RULES = ("aiter_ksplit", "aiter_bypass_tune", "aiter_version")

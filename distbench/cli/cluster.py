@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distbench.case.sglang_env import read_environment
+from distbench.case.environment import reader
 from distbench.case.suite import load_suite, select
 from distbench.cli.argument_types import LEAST_SECONDS, MOST_RANKS, seconds, whole
 from distbench.cli.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
@@ -172,7 +172,7 @@ def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int)
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):
         flags = case_flags(options)
-        suite = load_suite(options.suite, size * options.nproc, flags, read_environment(os.environ, flags))
+        suite = load_suite(options.suite, size * options.nproc, flags, reader(os.environ))
         select(suite.entries, options.select)
         name = suite.name
     return name

@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import msgspec
 
+from distbench.case.environment import read_environment
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.sglang_env import read_environment
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
@@ -20,7 +20,8 @@ from distbench.tools.doctor.probe import Node, probe
 from distbench.tools.doctor.vendors import Network
 
 _KEYS = (
-    *("model", "hidden_size", "num_experts", "topk", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
+    *("profile", "model", "hidden_size", "num_experts", "topk"),
+    *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
     *("dispatch_dtype", "mori_kernel", "gpu_per_node", "combine_quant", "combine_input"),
 )
 _MORI = Layer("doctor", {"transport": "mori"})

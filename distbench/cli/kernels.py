@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from distbench.case.aiter_env import NOT_FOLLOWED, table_paths
+from distbench.case.environment import read_environment
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.sglang_env import read_environment
 from distbench.case.spec import Case
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.cli.options import add_case_options, case_flags
@@ -34,7 +34,7 @@ _WHERE_FROM = {
     "default": " (assumed: this node has no ROCm device; --cu-count gives another number)",
 }
 _KEYS = (
-    *("model", "hidden_size", "intermediate_size", "num_experts", "topk", "dispatch_dtype", "cu_count"),
+    *("profile", "model", "hidden_size", "intermediate_size", "num_experts", "topk", "dispatch_dtype", "cu_count"),
     *("kernel_table", "aiter_version", "aiter_ksplit", "aiter_bypass_tune"),
     *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
 )

@@ -14,7 +14,9 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_KERNEL, expected_verdict
+from distbench.case.profiles import program_of
 from distbench.case.sglang_env import near_misses
+from distbench.case.sglang_epv2 import epv2_notes
 from distbench.case.spec import Case
 from distbench.case.unused_keys import note_of_keys, unused_keys
 from distbench.cli.compare import judge_baseline, read_baseline
@@ -89,7 +91,8 @@ def warnings(case: Case, sources: Mapping[str, str], options: argparse.Namespace
     """Warnings for the reader of the case's report, in the launch that `options` request."""
     found = check_case(case, _local_ranks(options))
     unused = (*unused_variables(os.environ, case, sources), *unused_keys(case, sources))
-    return (*near_misses(os.environ), *unused, *found)
+    missed = near_misses(os.environ) if program_of(case.profile) == "sglang" else ()
+    return (*missed, *epv2_notes(os.environ, case), *unused, *found)
 
 
 def _local_ranks(options: argparse.Namespace) -> int | None:
@@ -120,7 +123,8 @@ def examined(entries: Sequence[Entry], origin: str, options: argparse.Namespace)
 
     found = tuple(_examined(entry, origin, check) for entry in entries)
     if world_size() is None or is_rank_0():
-        for note in filter(None, (note_of_launch(os.environ, found), note_of_keys(found))):
+        by_profile = dict.fromkeys(note for entry in entries for note in entry.warnings)
+        for note in filter(None, (*by_profile, note_of_launch(os.environ, found), note_of_keys(found))):
             print_note(note)
     return found
 
@@ -130,7 +134,7 @@ def _examined(entry: Entry, origin: str, check: Callable[[Entry], tuple[str, ...
         verdict = Verdict.NONDETERMINISTIC if adds_atomically(entry.case) else Verdict.PASS
         entry = msgspec.structs.replace(entry, expect=verdict.value)
     try:
-        return msgspec.structs.replace(entry, warnings=check(entry))
+        return msgspec.structs.replace(entry, warnings=(*entry.warnings, *check(entry)))
     except (InvalidCase, Unsupported) as error:
         if expected_verdict(entry.expect) == error.verdict.value:
             return msgspec.structs.replace(entry, refused=str(error))

@@ -20,6 +20,7 @@ from distbench.cli import (
     kernels,
     mutants,
     presets,
+    profiles,
     replay,
     report,
     run,
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         doctor,
         tune,
         presets,
+        profiles,
         show,
     ):
         command.add(commands)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distbench.case.entry import Entry
+from distbench.case.environment import read_environment
 from distbench.case.resolve import load_case_file, resolve_case
-from distbench.case.sglang_env import read_environment
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
 from distbench.cli.launching import exported, follow_node_0, hold_bench, take_part, warnings
 from distbench.cli.multi_node import add_nodes
@@ -47,8 +47,8 @@ def add(commands: Any) -> None:
     run = commands.add_parser(
         "run",
         help="run one case: padded against truncated, bit for bit",
-        description="Run one case. Flags win over the case file, the file over the SGLANG_MORI_* variables, these over "
-        "defaults. Under torchrun this process is a rank; otherwise it starts the ranks.",
+        description="Run one case. Flags win over the case file, the file over production's variables, these over "
+        "a profile and defaults. Under torchrun this process is a rank; otherwise it starts the ranks.",
     )
     run.set_defaults(command=_run)
     add_launch(run)
@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace) -> int:
         case=resolved.case,
         sources=resolved.sources,
         expect=Verdict.PASS.value,
-        warnings=warnings(resolved.case, resolved.sources, options),
+        warnings=(*resolved.notes, *warnings(resolved.case, resolved.sources, options)),
     )
     also = [options.json] if options.json not in ("", str(STANDARD_OUTPUT)) else []
     paths = (str(Path(options.out) / _REPORT), *also)

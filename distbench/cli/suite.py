@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distbench.case.entry import Entry
-from distbench.case.sglang_env import read_environment
+from distbench.case.environment import reader
 from distbench.case.spec import case_hash
 from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import builtin_suites
@@ -89,7 +89,7 @@ def _suite(options: argparse.Namespace) -> int:
     options.deadline = earliest_deadline(options.time_budget, os.environ)
     ranks = num_ranks(options) or _DEFAULT_RANKS
     flags = case_flags(options)
-    suite = load_suite(options.suite, ranks, flags, read_environment(os.environ, flags))
+    suite = load_suite(options.suite, ranks, flags, reader(os.environ))
     if suite.merged and (world_size() is None or is_rank_0()):
         print_note(_merged(suite))
     chosen = select(suite.entries, options.select)

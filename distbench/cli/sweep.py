@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from distbench.case.entry import Entry
+from distbench.case.environment import read_environment
 from distbench.case.limits import parse_limit
 from distbench.case.resolve import Layer, load_case_file, resolve_case
-from distbench.case.sglang_env import read_environment
 from distbench.case.spec import Case, case_hash
 from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.launching import hold_bench, warnings
@@ -103,7 +103,7 @@ def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     resolved = resolve_case([Layer("sweep", {"limit": "off"}), *layers], num_ranks(options))
     base = resolved.case
     entries: dict[str, Entry] = {}
-    notes = warnings(base, resolved.sources, options)
+    notes = (*resolved.notes, *warnings(base, resolved.sources, options))
     for limit in sweep_limits(base, options.limits):
         resolved = resolve_case([Layer("sweep", {"limit": limit}), *layers], num_ranks(options))
         entry = Entry(

@@ -11,7 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from distbench.case.entry import Entry
-from distbench.case.sglang_env import KEYS, is_secret, near_miss
+from distbench.case.environment import keys_of, reason_unread
+from distbench.case.profiles import program_of
+from distbench.case.sglang_env import is_secret, near_miss
 from distbench.case.sglang_releases import EP_V2, NEWEST, TRANSFER_VARIABLES, VARIABLES, reads
 from distbench.case.spec import Case
 from distbench.experts.selection.releases import rules_for
@@ -29,6 +31,7 @@ _LISTED = re.compile(r"(?:^|_)MORI|^(?:AITER|ATOM|VLLM_ROCM)_")
 _MORI_KEYS = ("combine_quant", "launch_mode", "inter_kernel_switch", "mori_kernel")
 _OVERRIDES = ("aiter_ksplit", "aiter_bypass_tune")
 _AITER_KEYS = ("kernel_table", *_OVERRIDES)
+_PROGRAMS = ("SGLANG_", "VLLM_", "ATOM_")
 _SHOWN_CHARACTERS = 60
 
 MORI_READS = frozenset(
@@ -37,7 +40,8 @@ MORI_READS = frozenset(
         *("APP_LOG_LEVEL", "BNXT_ENABLE_UDP_SPORT", "BOOTSTRAP_TIMEOUT", "CORE_LOG_LEVEL", "CPU_AFFINITY_NO_SPLIT"),
         *("DEBUG_INFO", "DEVICE_NIC", "ENABLE_HOST_PROXY", "NODE_ID"),
         *("DISABLE_AUTO_XGMI", "DISABLE_IONIC_CCQE", "DISABLE_JIT", "DISABLE_LOGGING", "DISABLE_P2P", "DISABLE_TOPO"),
-        *("ENABLE_DMABUF_REG", "ENABLE_RAIL_ONLY", "EP_COMM", "EP_DISABLE_RDMA_ATOMICS", "EP_DISABLE_VIEW_CACHE"),
+        *("ENABLE_DMABUF_REG", "ENABLE_RAIL_ONLY", "ENABLE_SDMA"),
+        *("EP_COMM", "EP_DISABLE_RDMA_ATOMICS", "EP_DISABLE_VIEW_CACHE"),
         *("EP_TUNING_CONFIG", "FP8_COMBINE_SCALE_DIM", "GLOBAL_LOG_LEVEL", "GPU_ARCHS", "IB_ENABLE_RELAXED_ORDERING"),
         *("IB_GID_INDEX", "IB_PATH_MTU", "IGNORE_CPU_AFFINITY", "JIT_ARCH", "JIT_CACHE_DIR", "JIT_EXTRA_FLAGS"),
         *("JIT_HIPCC", "JIT_KEEP_FAILED", "JIT_VERBOSE", "KERNEL_DIR", "LOG_FILE", "LOG_PATTERN"),
@@ -73,8 +77,9 @@ def unused_variables(environ: Mapping[str, str], case: Case, sources: Mapping[st
     `sources` names, for each key of the case, the source of its value.
     """
     reasons: dict[str, list[str]] = {}
+    by_sglang = program_of(case.profile) == "sglang"
     for name in sorted(environ):
-        if _LISTED.search(name) and environ[name].strip() and not near_miss(name, environ):
+        if _LISTED.search(name) and environ[name].strip() and not (by_sglang and near_miss(name, environ)):
             reason = _reason(name, environ, case, sources)
             if reason:
                 value = "(not shown)" if is_secret(name) else f"{environ[name]:.{_SHOWN_CHARACTERS}}"
@@ -95,17 +100,24 @@ def note_of_launch(environ: Mapping[str, str], entries: Sequence[Entry]) -> str:
 
 def _reason(name: str, environ: Mapping[str, str], case: Case, sources: Mapping[str, str]) -> str:
     """Reason why the case does not use the variable; empty where it does."""
-    if name in VARIABLES and not reads(name, case.sglang_version):
+    by_sglang, keys = program_of(case.profile) == "sglang", keys_of(case.profile)
+    if by_sglang and name in VARIABLES and not reads(name, case.sglang_version):
         return f"SGLang {case.sglang_version or NEWEST} does not read it, {VARIABLES[name]} do"
+    if name in keys:
+        return _reason_of_key(name, keys[name], case, sources)
+    if not by_sglang and name.startswith(_PROGRAMS):
+        return reason_unread(name, case.profile)
     if name in TRANSFER_VARIABLES or name.startswith("MORI_IO_"):
         return "for the transfer of the KV cache"
-    if name in KEYS:
-        return _reason_of_key(name, KEYS[name], case, sources)
+    return "" if by_sglang and name == EP_V2 else _reason_of_others(name, environ, case)
+
+
+def _reason_of_others(name: str, environ: Mapping[str, str], case: Case) -> str:
     if name == HEAP_SIZE and is_isolated(environ):
         return f"{SHMEM_MODE} is {environ[SHMEM_MODE]}, which has no heap"
     if name.startswith(("MORI_", "AITER_")):
         return _reason_of_package(name, case)
-    return "" if name == EP_V2 else "nothing that distbench runs reads it"
+    return "nothing that distbench runs reads it"
 
 
 def _reason_of_key(name: str, key: str, case: Case, sources: Mapping[str, str]) -> str:
@@ -119,7 +131,7 @@ def _reason_of_key(name: str, key: str, case: Case, sources: Mapping[str, str]) 
     if key == "recv_bound" and case.limit != "off":
         return f"limit is set by {sources.get('limit', 'default')}"
     source = sources.get(key, "default")
-    if source in ("default", f"env:{name}") or source.startswith("preset:"):
+    if source in ("default", f"env:{name}") or source.startswith(("preset:", "profile:")):
         return ""
     return f"{key} is set by {source}"
 

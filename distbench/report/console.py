@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from distbench.case.profiles import NO_PROFILE, PROFILES
 from distbench.case.spec import Case
 from distbench.case.stages import Arm
 from distbench.errors import Verdict
@@ -202,7 +203,23 @@ def _headlines(report: Report) -> list[str]:
         f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {_INPUTS[case['numerics']]} inputs, "
         f"routing {case['routing']}, {case['transport']} + {case['experts']}, case {case['hash'][:12]}"
     )
-    return [text] if limit is None else [text, str(limit)]
+    return [text, *_profile_lines(report), *([] if limit is None else [str(limit)])]
+
+
+def _profile_lines(report: Report) -> list[str]:
+    """The keys that the case's profile set, and those of its keys that something else set; nothing without one."""
+    name = report.case.get("profile", NO_PROFILE)
+    if name == NO_PROFILE:
+        return []
+    own = [key for key, source in report.sources.items() if source == f"profile:{name}"]
+    known = PROFILES[name].values if name in PROFILES else {}
+    others = [f"{key} ({report.sources[key]})" for key in known if key in report.sources and key not in own]
+    text = f"profile {name}, defaults: {', '.join(f'{key} {_shown(report.case[key])}' for key in own)}"
+    return [f"{text}; not its own: {', '.join(others)}" if others else text]
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _rank_table(report: Report) -> Table:

@@ -42,7 +42,7 @@ def said(bench: Torchrun) -> list[str]:
 
 
 def test_only_rank_0_prints_and_all_ranks_exit_with_one_code_under_torchrun(tmp_path: Path) -> None:
-    caller = ("--experts=aiter", "--emulate", "--caller=vllm", f"--caller-wheel={vllm_wheel(tmp_path)}")
+    caller = ("--profile=vllm", "--emulate", f"--caller-wheel={vllm_wheel(tmp_path)}")
     done = torchrun(tmp_path / "out", "--tokens=0,5", *caller, ATOM_X="1")
     assert done.finish() == 0
     assert done.stdout.count("PASS (emulated") == 1

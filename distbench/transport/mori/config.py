@@ -1,6 +1,7 @@
 """MoRI's settings for a case: kernel type, launch geometry, configuration, memory, and refusals. Loads no torch.
 
-Sources: SGLang's `moriep.py` for the choices; MoRI's `dispatch_combine.hpp` and `dispatch_combine.cpp` for sizes and
+Sources: SGLang's `moriep.py` for the choices, vLLM's `all2all.py` and ATOM's `mori_prepare_finalize.py` for theirs by
+`mori_geometry`; MoRI's `dispatch_combine.hpp` and `dispatch_combine.cpp` for sizes and
 bounds; docs/mori.md describes both.
 """
 
@@ -17,6 +18,8 @@ from distbench.errors import InvalidCase, Unsupported
 from distbench.transport.mori.heap_size import parse_heap_size
 from distbench.transport.mori.releases import async_buffers, refused_settings, version_for
 from distbench.transport.sum_order import SumOrder
+from distbench.utils.amd_arch import arch_of
+from distbench.utils.devices import architecture
 from distbench.utils.versions import release_of
 
 HEAP_SIZE = "MORI_SHMEM_HEAP_SIZE"
@@ -33,7 +36,6 @@ _LL_TOPK = 8
 _MAX_TOPK = 64
 _INTRA_BLOCKS = 80
 _ELEMENT = 2
-_QUEUE_PAIRS = 2
 _SCALE_BLOCKS = "MORI_FP8_COMBINE_SCALE_DIM"
 _SMALLEST_HEAP = 4 << 30
 _HEAP_STEP = 64 << 20
@@ -129,7 +131,7 @@ def plan_mori(
         quant=case.combine_quant,
         external=case.combine_input == "external",
         max_total_recv_tokens=case.prealloc_max_recv_tokens,
-        num_qp_per_pe=_QUEUE_PAIRS,
+        num_qp_per_pe=2 if case.mori_geometry == "sglang" or kernel == "AsyncLL" else 1,
         heap_bytes=_heap_bytes(case, kernel, nodes, environ, async_buffers(release)),
     )
 
@@ -257,12 +259,30 @@ def _kernel(case: Case, nodes: int) -> str:
 
 
 def _launch(case: Case, kernel: str, units: int | None) -> Launch:
+    if case.mori_geometry == "vllm" and kernel in TWO_LEVELS and _architecture(case) == "gfx942":
+        return Launch(32, 16, 16)
+    if case.mori_geometry.startswith("atom-") and kernel != "AsyncLL":
+        return _atom_launch(case, kernel, units)
     if kernel in INTRA:
         clamped = kernel == "IntraNode" and rules_of(case.sglang_version).clamps_grid
         return Launch(min(_INTRA_BLOCKS, units) if clamped and units else _INTRA_BLOCKS, 0, 16)
     if kernel == "AsyncLL":  # whose blocks are distributed over the ranks
         return Launch(max(64 // case.ep_size, 1) * case.ep_size, 32, 8)
     return Launch(64, 32, 8)
+
+
+def _atom_launch(case: Case, kernel: str, units: int | None) -> Launch:
+    """ATOM's launch: blocks by the kind of batch, never more than compute units.
+
+    ATOM gives warps in the place of MoRI's RDMA blocks, 16 or 4, so that warps stay those of the configuration. Within
+    a node RDMA blocks have no effect.
+    """
+    blocks, given = (128, 16) if case.mori_geometry == "atom-prefill" else (64, 4)
+    return Launch(min(blocks, units or blocks), given if kernel in TWO_LEVELS else 0, 16)
+
+
+def _architecture(case: Case) -> str:
+    return arch_of(case.cu_count) if case.emulate else architecture()
 
 
 def _check_kernel(case: Case, kernel: str, nodes: int) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from distbench.case.environment import read_environment
 from distbench.case.resolve import FLAGS, Layer, Resolved, resolve_case
-from distbench.case.sglang_env import near_miss, read_environment, recorded_environment
+from distbench.case.sglang_env import near_miss, recorded_environment
 from distbench.errors import Unsupported
 from distbench.launcher.unused_variables import unused_variables
 

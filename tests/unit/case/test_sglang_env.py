@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from distbench.case.environment import read_environment
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.sglang_env import near_misses, read_environment, recorded_environment
+from distbench.case.sglang_env import near_misses, recorded_environment
 from distbench.case.sglang_releases import (
     COMBINE_DTYPE,
     DISPATCH_DTYPE,

@@ -28,7 +28,7 @@ def load(tmp_path: Path) -> Load:
     def load(text: str, ep_size: int = 4, *overrides: Layer, environment: tuple[Layer, ...] = ()) -> Suite:
         file = tmp_path / "some.toml"
         file.write_text(text)
-        return load_suite(str(file), ep_size, overrides, environment)
+        return load_suite(str(file), ep_size, overrides, lambda _: environment)
 
     return load
 
@@ -243,7 +243,7 @@ def test_built_in_suites_fit_any_number_of_ranks(name: str, ep_size: int) -> Non
 def test_built_in_suites_ignore_production_variables() -> None:
     layer = Layer("env", {"limit": 1, "max_dispatch_tokens_per_rank": 2, "prealloc_max_recv_tokens": 3})
     for name in BUILTIN:
-        for entry in load_suite(name, 4, environment=[layer, Layer("env", {"recv_bound": True})]).entries:
+        for entry in load_suite(name, 4, environment=lambda _: [layer, Layer("env", {"recv_bound": True})]).entries:
             assert not any(source == "env" for source in entry.sources.values())
 
 

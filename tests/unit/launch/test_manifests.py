@@ -221,7 +221,7 @@ def gpu_commands() -> list[list[str]]:
 def test_every_case_of_a_gpu_pod_or_image_requires_a_device(command: list[str]) -> None:
     options = parse(command)
     ranks = options.nproc or 8
-    cases = [entry.case for entry in load_suite(options.suite, ranks, case_flags(options), []).entries]
+    cases = [entry.case for entry in load_suite(options.suite, ranks, case_flags(options)).entries]
     assert {case.device for case in cases} == {"cuda"}
     assert len(check_devices(cases, ranks, available=ranks)) == ranks
     with pytest.raises(Unsupported, match="8 ranks on this node, torch sees 7"):

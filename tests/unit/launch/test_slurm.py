@@ -59,7 +59,7 @@ def test_every_example_of_the_slurm_script_selects_cases(tmp_path: Path, argumen
     options = _parser().parse_args([*launch(tmp_path, *arguments), "--node-rank", "0"])
     assert (options.nnodes, options.nproc, options.rdzv_endpoint) == (2, 8, "n1:20017")
     if options.suite in builtin_suites():
-        suite = load_suite(options.suite, options.nnodes * options.nproc, case_flags(options), [])
+        suite = load_suite(options.suite, options.nnodes * options.nproc, case_flags(options))
         chosen = select(suite.entries, options.select)
         assert 0 < len(chosen) <= len(suite.entries)
         assert (len(chosen) < len(suite.entries)) == bool(options.select)

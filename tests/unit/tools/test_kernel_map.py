@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from distbench.case.environment import read_environment
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.sglang_env import read_environment
 from distbench.cli.main import main
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import installed_tables
