@@ -43,6 +43,7 @@ test: $(VENV)/.ready-dev ## Run the tests; ARGS goes to pytest
 test-long: $(VENV)/.ready-dev ## The long counts of docs/: every fault, kill and signal, 3,000 clean cases, all mutants; an hour or two
 	@DISTBENCH_SOAK=1 scripts/test --timeout 3600 $(ARGS)
 	@$(VENV)/bin/python scripts/clean_cases.py --nproc $(NPROC)
+	@$(VENV)/bin/python scripts/clean_cases.py --profiles all --cases 3600 --nproc 4
 	@$(VENV)/bin/distbench mutants --out distbench-out/mutants-long
 
 test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge

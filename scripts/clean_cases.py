@@ -3,6 +3,9 @@
 Cases differ in ranks, tokens, shape, top-k, routing, limit, transport, experts, payload, quantised combine, kernel
 family, order of slots and seed. They run in suites of 250, each in one launch. A case that the machine or
 the shape does not support is counted separately, by its reason.
+
+With --profiles the cases are of profiles on four ranks, each in turn in bf16 and fp8, so that twelve seeds of six
+profiles are one case of each; other flags, such as --caller-wheel, go to the suites.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from distbench.case.profiles import PROFILES
+
 CASES_A_SUITE = 250
 MORI_RANKS = (1, 2, 4, 8)
+PROFILE_RANKS = 4
 TOKENS = (0, 1, 2, 3, 5, 7, 8, 16, 17, 31, 33, 64)
 # Top-k, local experts, hidden and intermediate columns. Each layer compiles its own kernels on a device: any number of
 # layers would take minutes a case.
@@ -33,14 +39,15 @@ Keys = dict[str, Any]
 
 def main() -> int:
     """Run the suites, print the cases that did not pass, and return 1 if there are any."""
-    options = _parse()
+    options, flags = _parse()
     counts: collections.Counter[str] = collections.Counter()
     alarms: list[str] = []
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="distbench-clean-") as name:
         for start in range(options.first, options.first + options.cases, CASES_A_SUITE):
             seeds = range(start, min(start + CASES_A_SUITE, options.first + options.cases))
-            for line in _run_suite(Path(name) / str(start), [_case(seed, options) for seed in seeds], options):
+            cases = [_case(seed, options) for seed in seeds]
+            for line in _run_suite(Path(name) / str(start), cases, [f"--nproc={options.nproc}", *flags]):
                 counts[line["verdict"]] += 1
                 if line["verdict"] != "PASS":
                     alarms.append(f"{line['verdict']}: {line['name']}: {_first_reason(line)}")
@@ -54,18 +61,25 @@ def main() -> int:
     return 1 if len(alarms) > unsupported or missing else 0
 
 
-def _parse() -> argparse.Namespace:
+def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=3000, metavar="N", help="cases (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="first seed (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=8, metavar="P", help="ranks at most (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
-    return parser.parse_args()
+    parser.add_argument("--profiles", default="", metavar="all|NAME,…", help="cases of these profiles (default: none)")
+    options, flags = parser.parse_known_args()
+    if flags and not options.profiles:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.profiles = list(PROFILES) if options.profiles == "all" else options.profiles.split(",")
+    return options, flags
 
 
 def _case(seed: int, options: argparse.Namespace) -> Keys:
     """Keys of one random case, a function of the seed."""
     chance = random.Random(f"clean case {seed}")  # noqa: S311 - a choice of cases, no secret
+    if options.profiles != [""]:
+        return _of_profile(chance, seed, options.profiles)
     keys = _parts_on_device(chance) if options.device == "cuda" else _parts_on_cpu(chance)
     ranks = [count for count in keys.pop("ranks") if count <= options.nproc]
     ep_size = chance.choice(ranks)
@@ -90,6 +104,38 @@ def _case(seed: int, options: argparse.Namespace) -> Keys:
         "numerics": "both",
         "require": "tolerance",
         "device": options.device,
+        "seed": seed,
+    }
+
+
+def _of_profile(chance: random.Random, seed: int, profiles: list[str]) -> Keys:
+    """A case of a profile; half of them have another cut than the profile's."""
+    turn, name = divmod(seed, len(profiles))
+    fp8 = turn % 2 == 1
+    tokens = [chance.choice(TOKENS) for _ in range(PROFILE_RANKS)]
+    topk, granule = chance.randint(1, 8), 256 if fp8 else 128
+    hidden = granule * chance.randint(1, 512 // granule)
+    cut = chance.choice([{}, {"limit": chance.choice(["off", "sum32", "sum", "pow2", "max-recv+1"])}])
+    return cut | {
+        "name": f"seed {seed}",
+        "expect": "PASS",
+        "profile": profiles[name],
+        "emulate": True,
+        "ep_size": PROFILE_RANKS,
+        "model": "tiny",
+        "num_experts": chance.randint(topk, 2 * topk) * PROFILE_RANKS,
+        "topk": topk,
+        "hidden_size": hidden,
+        "intermediate_size": granule * chance.randint(1, hidden // granule),
+        "tokens": tokens if any(tokens) else [1] * PROFILE_RANKS,
+        "max_dispatch_tokens_per_rank": 64,
+        "routing": chance.choice(["uniform", "uniform", "zipf:1.2", "zipf:4", "local", "hot-rank:0", "duplicates"]),
+        "recv_bound": chance.random() < 0.5,  # noqa: PLR2004 - half of them
+        "dispatch_dtype": "fp8" if fp8 else "bf16",
+        "cu_count": chance.choice([256, 304]),
+        "numerics": "both",
+        "require": "tolerance",
+        "device": "cpu",
         "seed": seed,
     }
 
@@ -145,14 +191,14 @@ def _shape(chance: random.Random, granule: int) -> tuple[int, int]:
     )
 
 
-def _run_suite(folder: Path, cases: list[Keys], options: argparse.Namespace) -> list[dict[str, Any]]:
+def _run_suite(folder: Path, cases: list[Keys], flags: list[str]) -> list[dict[str, Any]]:
     """Reports of one suite of cases; a case that refuses the suite is left out and counts as unsupported."""
     folder.mkdir()
     refused: list[dict[str, Any]] = []
     while True:
         path = folder / "suite.json"
         path.write_text(json.dumps({"include": cases}))
-        command = [sys.executable, "-m", "distbench", "suite", str(path), f"--nproc={options.nproc}", "--quiet"]
+        command = [sys.executable, "-m", "distbench", "suite", str(path), *flags, "--quiet"]
         ended = subprocess.run([*command, f"--out={folder / 'out'}"], capture_output=True, text=True, check=False)
         journal = folder / "out" / "results.jsonl"
         if journal.exists():

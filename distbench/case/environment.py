@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from distbench.case import atom_env, sglang_env, vllm_env
 from distbench.case.profiles import NO_PROFILE, program_of
 from distbench.case.resolve import Layer, asked_value
+from distbench.case.variables import set_variables, sorting_layers
 
+_SORTING = "SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY"
 Reader = Callable[[Sequence[Layer]], list[Layer]]
 """Layers of the environment, given the layers that are stronger."""
 
@@ -21,12 +23,16 @@ def read_environment(environ: Mapping[str, str], layers: Sequence[Layer] = ()) -
         InvalidCase: a value that production would ignore, with production's reaction; or an unknown SGLang release.
 
     """
-    program = program_of(str(asked_value("profile", layers) or NO_PROFILE))
+    profile = str(asked_value("profile", layers) or NO_PROFILE)
+    program = program_of(profile)
     if program == "vllm":
         return vllm_env.vllm_layers(environ)
     if program == "atom":
         return atom_env.atom_layers(environ)
-    return sglang_env.sglang_layers(environ, layers)
+    found = sglang_env.sglang_layers(environ, layers)
+    if profile == NO_PROFILE:
+        return found
+    return [*found, *sorting_layers(_SORTING, set_variables(environ, [_SORTING]), "warn and take 2")]
 
 
 def reader(environ: Mapping[str, str]) -> Reader:
