@@ -35,17 +35,21 @@ SGLANG = {
     "combine_quant": "none",
     "combine_input": "external",
     "limit": "off",
+    "sorting_policy": 2,
 }
 OTHERS = {key: value for key, value in SGLANG.items() if key != "max_dispatch_tokens_per_rank"} | {
-    "inter_kernel_switch": 0
+    "inter_kernel_switch": 0,
+    "sorting_policy": 0,
 }
 VALUES: dict[str, dict[str, Any]] = {
     "sglang-epv1-decode": SGLANG,
     "sglang-epv1-prefill": SGLANG | {"tokens": (64, 33, 0, 7)},
     "sglang-epv1-lowlatency": SGLANG | {"mori_kernel": "AsyncLL"},
     "vllm": OTHERS | {"mori_geometry": "vllm"},
-    "atom-native": OTHERS | {"mori_geometry": "atom-decode", "limit": "sum"},
-    "atom-vllm-plugin": OTHERS | {"mori_geometry": "atom-decode", "limit": "max-recv"},
+    "atom-native": OTHERS
+    | {"mori_geometry": "atom-decode", "limit": "sum", "atom_rule": "native", "atom_graph_bs": 16},
+    "atom-vllm-plugin": OTHERS
+    | {"mori_geometry": "atom-decode", "limit": "max-recv", "atom_rule": "vllm-plugin", "atom_graph_bs": 0},
 }
 
 
@@ -66,10 +70,9 @@ def _nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", PROFILES)
 def test_profile_sets_exactly_its_values_each_with_its_source(name: str) -> None:
     found = resolved(name)
-    own = {key: one.value for key, one in PROFILES[name].values.items()}
+    own = PROFILES[name].values
     assert {key: getattr(found.case, key) for key in own} == VALUES[name]
-    kept = {key for key, source in found.sources.items() if source == f"profile:{name}"}
-    assert kept == own.keys()
+    assert {key for key, source in found.sources.items() if source == f"profile:{name}"} == own.keys()
     assert all(
         re.search(r"0\.5\.23|0\.33\.0|ffdf3bb5d|^distbench: ", one.source) for one in PROFILES[name].values.values()
     )
@@ -110,6 +113,7 @@ def test_profile_of_a_flag_wins_over_that_of_a_file_and_an_unknown_one_is_refuse
 
 DECODE = {"profile": "sglang-epv1-decode"}
 INSTALLED = DECODE | {"installed": "sglang"}
+VLLM, ATOM = {"profile": "vllm"}, {"profile": "atom-native"}
 
 
 @pytest.mark.parametrize(
@@ -119,12 +123,22 @@ INSTALLED = DECODE | {"installed": "sglang"}
         (DECODE | {"caller": "own"}, {}, "own", ""),
         (DECODE | {"caller": "sglang"}, {}, "sglang", ""),
         (INSTALLED, {}, "sglang", ""),
-        (DECODE | {"wheel": "yes"}, {}, "sglang", ""),
-        ({"installed": "sglang"}, DECODE, "own", "since no flag names it; give --profile"),
-        ({"wheel": "yes"}, DECODE, "sglang", ""),
+        (DECODE | {"wheel": "sglang.whl"}, {}, "sglang", ""),
+        ({"installed": "sglang"}, DECODE, "own", "no flag names it; give --profile or --caller"),
+        ({"wheel": "sglang.whl"}, DECODE, "sglang", ""),
         (INSTALLED | {"graph": "true"}, {}, "own", "not with graph"),
         (INSTALLED | {"experts": "reference"}, {}, "own", "not with experts reference"),
         (INSTALLED | {"profile": "sglang-epv1-lowlatency"}, {}, "own", "low-latency mode is not lifted"),
+        (DECODE | {"wheel": "vllm.whl"}, {}, "own", "no package sglang here"),
+        ({"wheel": "vllm.whl"}, VLLM, "vllm", ""),
+        (VLLM, {}, "own", "no package vllm here; install it, or give --caller-wheel"),
+        (INSTALLED | VLLM, {}, "own", "no package vllm here"),
+        (ATOM, {}, "own", "no folder has its text; give --caller-folder, a checkout"),
+        ({"folder": "yes"}, ATOM, "atom", ""),
+        (ATOM | {"folder": "yes", "wheel": "vllm.whl"}, {}, "atom", ""),
+        (VLLM | {"folder": "yes", "wheel": "vllm.whl"}, {}, "vllm", ""),
+        (ATOM | {"folder": "yes", "atom_graph_bs": "9"}, {}, "own", "a rank has 16 tokens"),
+        (VLLM | {"wheel": "vllm.whl", "policy": "unchecked"}, {}, "own", "its own cut loses no row"),
     ],
     ids=str,
 )
@@ -134,15 +148,20 @@ def test_code_of_the_profiles_program_runs_where_a_flag_names_it_and_it_is_there
     given = dict(flags)
     if given.pop("installed", ""):
         monkeypatch.setattr(profiles, "find_spec", lambda name: name if name == "sglang" else None)
-    if given.pop("wheel", ""):
-        (tmp_path / "any.whl").write_bytes(b"")
-        given["caller_wheel"] = str(tmp_path / "any.whl")
+    if wheel := given.pop("wheel", ""):
+        (tmp_path / wheel).write_bytes(b"")
+        given["caller_wheel"] = str(tmp_path / wheel)
+    if given.pop("folder", ""):
+        (tmp_path / "atom").mkdir()
+        given["caller_folder"] = str(tmp_path)
     layers = [Layer(FLAGS, {"emulate": "true"} | given, strict=False), Layer("file:case.toml", file)]
     found = resolve_case(layers, 4)
     assert found.case.caller == caller
     assert bool(found.notes) == bool(note)
     assert all(note in one for one in found.notes)
-    if caller == "sglang" and "caller" not in flags:
+    if caller == "atom":
+        assert not found.case.caller_wheel
+    if caller != "own" and "caller" not in flags:
         assert found.sources["caller"] == f"profile:{found.case.profile}"
 
 
@@ -175,6 +194,11 @@ def test_code_of_the_profiles_program_runs_where_a_flag_names_it_and_it_is_there
         ("vllm", {"VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS": "0"}, ""),
         ("vllm", {"VLLM_ROCM_USE_AITER_MOE_A4W4_DSV4": "1"}, "unsupported: quantises activations to fp4"),
         ("vllm", {"VLLM_ROCM_USE_AITER_MOE_A4W4_DSV4": "0"}, ""),
+        ("vllm", {"VLLM_ROCM_AITER_MOE_DISPATCH_POLICY": "1"}, "sorting_policy=1"),
+        ("vllm", {"VLLM_ROCM_AITER_MOE_DISPATCH_POLICY": "3"}, "refused: aiter has policies 0, 1 and 2"),
+        ("vllm", {"VLLM_ROCM_AITER_MOE_DISPATCH_POLICY": "two"}, "refused: production would end with a ValueError"),
+        ("sglang-epv1-decode", {"SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY": "0"}, "sorting_policy=0"),
+        ("none", {"SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY": "2"}, ""),
         ("vllm", {"VLLM_ROCM_USE_AITER_MLA": "1"}, "unused: not of vLLM's MoRI path"),
         ("vllm", {"VLLM_ROCM_USE_AITER_MOES": "1"}, "unused: vLLM 0.33.0 does not read it"),
         ("vllm", {"VLLM_MORI_LIMIT": "1"}, "unused: vLLM 0.33.0 does not read it"),
@@ -318,3 +342,14 @@ def test_every_variable_of_a_profiles_program_is_documented() -> None:
     text = (Path(__file__).parents[3] / "docs" / "profiles.md").read_text(encoding="utf-8")
     own = {*vllm_env.KEYS, *vllm_env.CHECKED, *atom_env.KEYS, *atom_env.CHECKED} - PACKAGE_KEYS.keys()
     assert all(f"`{name}`" in text for name in (*own, EP_V2, *PROFILES))
+
+
+@pytest.mark.parametrize(
+    ("flags", "bucket"),
+    [({}, 16), ({"tokens": "3,9,0,4"}, 9), ({"tokens": "3", "atom_graph_bs": "8"}, 8), ({"tokens": "0"}, 0)],
+    ids=str,
+)
+def test_bucket_of_atoms_decode_batch_is_that_of_its_fullest_rank(flags: dict[str, Any], bucket: int) -> None:
+    found = resolved("atom-native", **flags)
+    assert found.case.atom_graph_bs == bucket
+    assert found.sources["atom_graph_bs"] == (FLAGS if "atom_graph_bs" in flags else "profile:atom-native")
