@@ -16,8 +16,10 @@ _PAGE_BYTES = 4096
 
 _LITTLE_BYTES = 64 << 10
 
-# A report: its frame, each rank's record, raw times of timed iterations per rank and in all, and of repeats.
+# A report: its frame, each rank's record, the rows sent, raw times of timed iterations per
+# rank and in all, and of repeats.
 _FRAME_BYTES, _RANK_BYTES = 8 << 10, 2 << 10
+_SENT_BYTES, _MOST_SENT_BYTES = 6, 64 << 10
 _RANK_SAMPLE_BYTES, _RANK_SAMPLES = 18, 512
 _ITERATION_BYTES = 90
 _REPEAT_BYTES, _REPEATS = 120, 1000
@@ -42,7 +44,8 @@ def report_bytes(cases: Iterable[Case]) -> int:
 def _one_report(case: Case) -> int:
     rank = _RANK_BYTES + _RANK_SAMPLE_BYTES * min(case.iterations, _RANK_SAMPLES)
     samples = _ITERATION_BYTES * case.iterations + _REPEAT_BYTES * min(case.repeats, _REPEATS)
-    return _FRAME_BYTES + case.ep_size * rank + samples
+    sent = min(_SENT_BYTES * case.ep_size**2, _MOST_SENT_BYTES)
+    return _FRAME_BYTES + case.ep_size * rank + samples + sent
 
 
 def prove_room(out: Path, case: Case) -> None:

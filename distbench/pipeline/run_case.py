@@ -26,6 +26,7 @@ from distbench.pipeline.passes import Passes
 from distbench.pipeline.production_rows import production_rows
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.recv_bound import limit_rows
+from distbench.pipeline.sent_rows import sent_rows
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
@@ -148,7 +149,8 @@ def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
     resolved, (first, *others) = ready.resolved, gathered
     whole = msgspec.structs.replace(first, gaussian=others[0]) if others else first
     judgement = judge(resolved, whole)
-    return Outcome(resolved.case, judgement, resolved, whole, diagnose(resolved, whole, judgement))
+    sent = sent_rows(ready.counts, [record.host for record in whole.observations])
+    return Outcome(resolved.case, judgement, resolved, whole, diagnose(resolved, whole, judgement), sent=sent)
 
 
 def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:

@@ -97,6 +97,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         ended=datetime.now(timezone.utc).strftime(ENDED),
         method=_method(resolved, records) if resolved and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
+        sent=outcome.sent,
         caller=_caller(records),
     )
 

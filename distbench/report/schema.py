@@ -16,6 +16,7 @@ from distbench.verify.records import (
     Divergence,
     Reason,
     Replay,
+    SentRows,
 )
 from distbench.workload.version import InputsVersion
 
@@ -109,7 +110,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
     inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
     written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1. The arm
-    production has a `caller`.
+    production has a `caller`. `sent` is None where no rank ran, and in older reports.
     """
 
     schema: str = SCHEMA
@@ -146,6 +147,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     ended: str = ""
     method: dict[str, Any] = {}
     memory: dict[str, Any]
+    sent: SentRows | None = None
     caller: CallerReport | msgspec.UnsetType = msgspec.UNSET
 
 

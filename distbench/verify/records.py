@@ -379,10 +379,20 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tokens: list[Token] = []
 
 
+class SentRows(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows sent in one dispatch: `rows[i][j]` from block i of consecutive ranks to block j.
+
+    A block has `ranks_per_block` ranks, 1 where the table of all ranks fits into a report; the last may have fewer.
+    """
+
+    ranks_per_block: int
+    rows: list[list[int]]
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """End of a case. Nothing was gathered where it was refused before its first dispatch, or lost its ranks.
 
-    `stacks` holds the Python stacks of ranks, by rank, where they show the reason.
+    `sent` is known where all ranks ran. `stacks` holds the Python stacks of ranks, by rank, where they show the reason.
     """
 
     case: Case
@@ -391,3 +401,4 @@ class Outcome(msgspec.Struct, frozen=True):
     gathered: Gathered | None = None
     diagnosis: list[Diagnosis] = []
     stacks: dict[str, str] = {}
+    sent: SentRows | None = None

@@ -54,6 +54,11 @@ def test_limit_of_max_recv_passes_and_one_row_less_names_the_lost_rows(tmp_path:
     short = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv-1", "--policy", "unchecked")
     report = short.report
     assert (short.exit_code, report["verdict"]) == (1, "UNDER_LIMIT")
+    sent = report["sent"]
+    assert sent["ranks_per_block"] == 1
+    assert [sum(column) for column in zip(*sent["rows"], strict=True)] == [
+        rank["total_recv"] for rank in report["ranks"]
+    ]
     fullest = max(rank["total_recv"] for rank in report["ranks"])
     at_maximum = [rank["rank"] for rank in report["ranks"] if rank["total_recv"] == fullest]
     named = [reason["rank"] for reason in report["reasons"] if reason["code"] == "limit-below-total-recv"]
