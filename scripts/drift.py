@@ -54,7 +54,9 @@ def findings_of(one: Distribution, folder: Path) -> list[Finding]:
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         return _unreadable(facts, one, str(error))
     if Version(source.version) < Version(PINNED[one]):
-        return _unreadable(facts, one, f"pip finds {source.version}, which is older than {PINNED[one]}")
+        return _unreadable(
+            facts, one, f"the newest wheel found is {source.version}, older than {PINNED[one]}, which is pinned"
+        )
     print(f"{one.name} {source.version}: {source.path.name}", flush=True)
     return [check(fact, source) for fact in facts]
 

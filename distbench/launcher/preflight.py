@@ -207,7 +207,7 @@ def _check_mori(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if case.emulate and case.launch_mode == "MANUAL" and plan.launch.blocks > case.cu_count:
         message = (
             f"{plan.kernel}: {plan.launch.blocks} blocks have to run at once, the emulated device has {case.cu_count} "
-            "compute units; use another cu_count, or IntraNode, whose grid SGLang clamps since 0.5.21"
+            "compute units; use another cu_count, or IntraNode with SGLang 0.5.21 or later, which clamps its grid"
         )
         raise Unsupported(message)
     heap_size(plan, os.environ, emulated=case.emulate)

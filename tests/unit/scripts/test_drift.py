@@ -79,7 +79,7 @@ def test_changed_fact_is_named_with_its_release_and_what_is_found(
     [
         ({"sglang": None}, "no wheel of sglang in "),
         ({"aiter": "LIMIT = (\n"}, "aiter/limits.py: SyntaxError"),
-        ({"mori": None}, "pip finds 1.2.3, which is older than 1.2.4"),
+        ({"mori": None}, "the newest wheel found is 1.2.3, older than 1.2.4"),
     ],
 )
 def test_release_that_cannot_be_read_ends_with_three(
