@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
+from distbench.case.spec import CALL_KEYS, CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.launching import run_corpus
 from distbench.cli.options import add_case_options, add_launch, case_flags
@@ -24,6 +24,7 @@ _SEEDS = 1
 _OWN_KEYS = (
     *("inject", "numerics", "require", "seed", "limit", "policy", "dispatch_dtype", "combine_quant"),
     *CALLER_KEYS,
+    *CALL_KEYS,
 )
 _MARK = "<!-- distbench mutants writes what follows -->\n"
 

@@ -23,6 +23,7 @@ from tests.ranks import on_ranks
 SOME = 40
 """Mutants of one call on the ranks, which have a time limit."""
 SETTINGS = ("bf16", "fp8")
+ARGUMENT_SETTINGS = ("gelu", "limit", "weights first", "bias fp8", "gpt-oss")
 HARMLESS = [name for name, mutant in CORPUS.items() if mutant.equivalent]
 # An atomic or another kernel may change the bits of gaussian inputs in one run and not in the next.
 MAY_VARY = {Verdict.PASS, Verdict.NONDETERMINISTIC, Verdict.DRIFT}
@@ -38,7 +39,11 @@ def touches(setting: str) -> list[dict[str, Touch]]:
 
 
 def touched(setting: str, numerics: str, names: list[str]) -> list[dict[str, Touch]]:
-    clean = next(run for run in plan(RANKS, 1, ["scales", "tiles"]).runs if run.setting == setting and not run.mutant)
+    clean = next(
+        run
+        for run in plan(RANKS, 1, ["scales", "tiles", "arguments"]).runs
+        if run.setting == setting and not run.mutant
+    )
     case = msgspec.structs.replace(clean.entry.case, numerics=numerics, slot_order="source", limit="off")
     found: list[dict[str, Touch]] = [{} for _ in range(RANKS)]
     for start in range(0, len(names), SOME):
@@ -55,6 +60,14 @@ def without_effect(by_rank: list[dict[str, Touch]]) -> set[str]:
 def test_every_mutant_not_declared_unchanged_changes_bits(setting: str) -> None:
     unchanged = without_effect(touches(setting)) - UNCHANGED - NOT_REACHED[setting]
     assert without_effect(touched(setting, "exact", sorted(unchanged))) == set()
+
+
+@pytest.mark.parametrize("setting", ARGUMENT_SETTINGS)
+def test_every_mutant_of_an_argument_changes_bits(setting: str) -> None:
+    names = [name for name, one in CORPUS.items() if setting in one.settings]
+    unseen = sorted(without_effect(touched(setting, "exact", names)))
+    assert without_effect(touched(setting, "gaussian", unseen) if unseen else [{}]) == set()
+    assert set(unseen) <= {"bias-in-bf16", "silu-in-the-last-column"}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

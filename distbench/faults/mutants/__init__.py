@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distbench.faults.mutants.activation import ACTIVATION
+from distbench.faults.mutants.arguments import ARGUMENTS
 from distbench.faults.mutants.corpus import Mutant
 from distbench.faults.mutants.coverage import K_COVERAGE, N_COVERAGE
 from distbench.faults.mutants.numbers import PRECISION, ROUNDING
@@ -28,6 +29,7 @@ CLASSES = (
     COMBINE,
     DISPATCH,
     CUT,
+    ARGUMENTS,
 )
 
 CORPUS: dict[str, Mutant] = {mutant.name: mutant for one in CLASSES for mutant in one.mutants}

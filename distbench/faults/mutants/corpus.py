@@ -28,14 +28,17 @@ BOUNDARIES = {
 }
 """Seams around any transport, cut and experts, by the methods of `Fault`, and the stage of each."""
 
-STEPS = ("widen", "first", "activate", "store", "requantise", "second", "weigh", "round", "add")
+STEPS = ("widen", "first", "bias", "activate", "store", "requantise", "second", "weigh", "round", "add")
 """Seams inside the reference experts: the methods of `distbench.experts.steps.Steps`."""
 
 SUM = "sum"
 """The seam inside the collective transport: the sum of one token's rows."""
 
-SETTINGS = ("bf16", "fp8", "cast", "blockwise")
-"""Settings of trials: dispatch in bf16, in fp8; combine with fp8_direct_cast, fp8_blockwise and top-k 8."""
+SETTINGS = ("bf16", "fp8", "cast", "blockwise", "gelu", "limit", "weights first", "bias fp8", "gpt-oss")
+"""Settings of trials: dispatch in bf16, in fp8; combine with fp8_direct_cast, fp8_blockwise and top-k 8; arguments.
+
+With gpt-oss, activation swiglu, biases and padding of both sizes.
+"""
 
 SPARSE = 64
 """A mutant of single rows touches at most one in this number of rows."""

@@ -39,6 +39,17 @@ _SETTINGS: dict[str, Mapping[str, Any]] = {
     "fp8": {"dispatch_dtype": "fp8"},
     "cast": {**_QUANTISED, "combine_quant": "fp8_direct_cast"},
     "blockwise": {**_QUANTISED, "combine_quant": "fp8_blockwise"},
+    "gelu": {"activation": "gelu"},
+    "limit": {"swiglu_limit": 10.0},
+    "weights first": {"doweight_stage1": True},
+    "bias fp8": {"bias": True, "dispatch_dtype": "fp8", "intermediate_size": 384},
+    "gpt-oss": {
+        "activation": "swiglu",
+        "bias": True,
+        "hidden_pad": 64,
+        "intermediate_size": 384,
+        "intermediate_pad": 64,
+    },
 }
 
 
