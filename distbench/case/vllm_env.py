@@ -55,6 +55,11 @@ def vllm_layers(environ: Mapping[str, str]) -> list[Layer]:
     return found
 
 
+def known_variables() -> frozenset[str]:
+    """The variables VLLM_ROCM_* that vLLM 0.33.0 reads."""
+    return _ELSEWHERE | {*CHECKED, _POLICY}
+
+
 def reason_unread(name: str) -> str:
     """Reason why vLLM's MoRI path does not read a variable of vLLM's; "" where it does."""
     if name in CHECKED:

@@ -16,6 +16,7 @@ from tests.contract.facts import FACTS
 from tests.contract.facts import aiter_facts as of_aiter
 from tests.contract.facts import mori_facts as mori
 from tests.contract.facts import sglang_facts as sglang
+from tests.contract.facts import vllm_facts as vllm
 from tests.contract.facts.constructor_facts import CONSTRUCTOR
 from tests.contract.facts.fact import Fact, check
 from tests.contract.facts.fetch import AITER, MORI, NIGHTLY, SGLANG, VLLM, Distribution, Unreachable, pinned
@@ -67,6 +68,14 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     "default size of the heap": (mori.HEAP, "HEAP_SIZE = 4ULL", "HEAP_SIZE = 2ULL"),
     "launch geometry under MANUAL": (mori.OPERATOR, "return 256, 16", "return 128, 16"),
     "variables that distbench does not know": (mori.OPERATOR, '"MORI_EP_LAUNCH_CONFIG_MODE"', '"MORI_EP_NEW"'),
+    "defaults of the profiles' variables": (
+        sglang.ENVIRON,
+        "DISPATCH_POLICY = EnvInt(2)",
+        "DISPATCH_POLICY = EnvInt(0)",
+    ),
+    "reasons to fall back to EPv1": (sglang.HOOK, "if cfg.tp_size > 8", "if cfg.tp_size > 16"),
+    "launch geometry of each node and architecture": (vllm.MANAGER, "block_num = 80", "block_num = 96"),
+    "variables of vLLM's ROCm paths": (vllm.ENVS, '"VLLM_ROCM_FP8_PADDING": ', '"VLLM_ROCM_FP8_PAD": '),
     "variables that SGLang reads": (sglang.DISPATCHER, "SGLANG_MORI_RECV_BOUND", "SGLANG_MORI_RECEIVE_BOUND"),
     "words of SGLANG_MORI_DISPATCH_DTYPE": (sglang.DISPATCHER, 'epv2_dtypes = ("", ', 'epv2_dtypes = ("", "fp6", '),
     "words of SGLANG_MORI_COMBINE_DTYPE": (

@@ -12,6 +12,7 @@ from typing import Any, Optional
 from unittest.mock import patch
 
 from distbench.callers.sglang.definitions import DEFINITIONS
+from distbench.case.profiles import PROFILES
 from distbench.case.sglang_releases import SDMA, TRANSFER_VARIABLES, VARIABLES, reads, rules_of, sglang_enables
 from distbench.pipeline.recv_bound import recv_bound
 from distbench.transport.mori.config import plan_mori
@@ -25,6 +26,7 @@ DISPATCHER = "sglang/srt/layers/moe/token_dispatcher/moriep.py"
 RUNNER = "sglang/srt/layers/moe/moe_runner/aiter.py"
 ENVIRON = "sglang/srt/environ.py"
 COMMON = "sglang/srt/utils/common.py"
+HOOK = "sglang/srt/arg_groups/moe_hook.py"
 
 _WORDS = ("true", "True", "1", "on", "yes", "y", "0", "false", "2", " 1", "")
 _UNITS = (20, 38, 64, 80, 256, 304)
@@ -221,7 +223,47 @@ def _combine_call(source: Source) -> set[str]:
     return set(re.findall(r"mori_op\.combine\([^)]*\)", text))
 
 
+_DEFAULTS = {
+    "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "max_dispatch_tokens_per_rank",
+    "SGLANG_AITER_MOE_SORTING_DISPATCH_POLICY": "sorting_policy",
+}
+"""Variables by the key of a profile that has their default."""
+_OFF = ("SGLANG_MORI_MOE_MAX_INPUT_TOKENS", "SGLANG_MORI_RECV_BOUND", "SGLANG_USE_AITER")
+_API = "SGLANG_MORI_EP_V2"
+
+
+def _defaults(source: Source) -> dict[str, Any]:
+    text = source.read(ENVIRON)
+    found = {
+        name: re.search(rf"^    {name} = Env\w+\((\w+)\)", text, re.MULTILINE) for name in (*_DEFAULTS, *_OFF, _API)
+    }
+    return {name: ast.literal_eval(one[1]) for name, one in found.items() if one is not None}
+
+
+def _our_defaults(_: str) -> dict[str, Any]:
+    values = PROFILES["sglang-epv1-decode"].values
+    assert values["limit"].value == "off"
+    return {name: values[key].value for name, key in _DEFAULTS.items()} | dict.fromkeys(_OFF, 0) | {_API: True}
+
+
+def _api(source: Source) -> list[str]:
+    """Conditions under which SGLang falls back to EPv1, in order."""
+    body = source.definition(HOOK, "_mori_epv2_unsupported_reason").body
+    return [ast.unparse(one.test) for one in body if isinstance(one, ast.If)]
+
+
+_OUR_API = [
+    "cfg.tp_size > 8 and (not is_gfx1250_supported())",
+    "not envs.SGLANG_USE_AITER.get()",
+    "get_bool_env_var('MORI_ENABLE_SDMA', 'false')",
+    "parse_connector_type(cfg.model_path) == ConnectorType.INSTANCE",
+    "model_config.dtype != torch.bfloat16",
+    "not is_deepseek_v4(model_config.hf_config)",
+]
+
 FACTS = (
+    Fact("defaults of the profiles' variables", PACKAGE, ENVIRON, _defaults, _our_defaults),
+    Fact("reasons to fall back to EPv1", PACKAGE, HOOK, _api, lambda _: _OUR_API),
     Fact("variables that SGLang reads", PACKAGE, "sglang/srt", _variables, _our_variables),
     Fact(
         "words of SGLANG_MORI_DISPATCH_DTYPE",
