@@ -15,10 +15,11 @@ from torch import Tensor
 from distbench.distributed.exchange import Exchange
 from distbench.transport.sum_order import SumOrder
 from distbench.verify.row_compare import integer_view
+from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.routing import destinations
 from distbench.workload.routing_spec import ExpertGroup
 
-ROUND_BYTES = 16 << 20
+_ROUND_BYTES = 16 << 20
 _TOKEN_BITS = 32
 
 
@@ -119,11 +120,11 @@ def recounted(
 ) -> Iterator[tuple[int, Contributions]]:
     """Yield, for each block, its first token and all ranks' rows for its tokens. Collective.
 
-    `own` are `rank`'s tokens; no rank has more than `most`. A block's rows take at most `ROUND_BYTES` on any rank, or
-    are those of one token of each rank.
+    `own` are `rank`'s tokens; no rank has more than `most`. A block's rows take at most `_ROUND_BYTES` on any rank of
+    the CPU, 16 times that on a device, or are those of one token of each rank.
     """
     row_bytes = returned.rows.shape[1] * returned.rows.element_size()
-    step = max(ROUND_BYTES // (row_bytes * own.ep_size), 1)
+    step = rows_at_a_time(_ROUND_BYTES, row_bytes * own.ep_size, returned.rows.device)
     owners, tokens = split_key(returned.keys)
     for start in range(0, most, step):
         slots, rows = own.of(slice(start, start + step)), returned.rows
