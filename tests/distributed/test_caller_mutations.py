@@ -57,6 +57,13 @@ def ran(case: Case) -> Outcome | str:
 
 
 CORRUPT = [
+    (
+        "routing weights are applied in the first stage",
+        RUNNER,
+        "doweight_stage1=quant_info.doweight_stage1",
+        "doweight_stage1=True",
+        {},
+    ),
     ("only hidden is cut", RUNNER, CUT, CUT[: CUT.index("            if")], {}),
     ("weights are not cut", RUNNER, CUT, CUT.replace("topk_weights[:mori_max]", "topk_weights"), {}),
     ("scales are not cut", RUNNER, CUT, CUT.replace("a1_scale[:mori_max]", "a1_scale"), FP8),
@@ -171,13 +178,6 @@ FAULTS = [
         {},
     ),
     ("weights are exchanged", RUNNER, "w1=quant_info.w13_weight,", "w1=quant_info.w2_weight,", {}),
-    (
-        "routing weights are applied twice",
-        RUNNER,
-        "doweight_stage1=quant_info.doweight_stage1",
-        "doweight_stage1=True",
-        {},
-    ),
     (
         "the quantisation is another",
         RUNNER,
