@@ -26,7 +26,7 @@ from distbench.case.tokens import split_tokens, spread_tokens
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import architecture
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import closest, one_line, shown
 
 FLAGS = "flag"
 _DEFAULT = "default"
@@ -151,7 +151,8 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
 
     """
     if key not in FIELD_TYPES:
-        message = f"{layer.source}: unknown key {key!r:.80}; allowed are {', '.join(FIELD_TYPES)}"
+        near = closest(str(key), FIELD_TYPES)
+        message = f"{layer.source}: unknown key {key!r:.80}{near}; allowed are {', '.join(FIELD_TYPES)}"
         raise InvalidCase(message)
     value, repeat = split_tokens(raw) if key == "tokens" else (raw, ())
     try:
@@ -239,7 +240,8 @@ def _apply_preset(values: dict[str, Any], sources: dict[str, str]) -> None:
         return
     shape = PRESETS.get(name)
     if shape is None:
-        message = f"model = {name!r:.80}: allowed are {', '.join(PRESETS)}, or {CUSTOM} with all dimensions given"
+        near = closest(str(name), PRESETS)
+        message = f"model = {name!r:.80}{near}: allowed are {', '.join(PRESETS)}, or {CUSTOM} with all dimensions given"
         raise InvalidCase(message)
     preset = {
         "hidden_size": shape.hidden_size,

@@ -202,7 +202,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     inject: Annotated[
         str,
         _help(
-            "faults to inject, NAME[:key=value,...] joined by semicolons; `selftest --list`, `mutants --list` have them"
+            "faults to inject, NAME[:key=value,...] joined by semicolons; from `distbench faults` or `mutants --list`"
         ),
     ] = ""
     iterations: Annotated[

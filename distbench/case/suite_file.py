@@ -45,7 +45,7 @@ from distbench.case.resolve import Layer, decode_table, typed_value
 from distbench.case.spec import FIELD_TYPES, UNSTORED_KEYS
 from distbench.case.table_file import read_table_file
 from distbench.errors import InvalidCase
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import closest, one_line, shown
 
 CASE_KEYS = tuple(key for key in FIELD_TYPES if key not in UNSTORED_KEYS)
 MAX_CASES = 100_000
@@ -110,7 +110,8 @@ def read_suite_file(name_or_path: str) -> SuiteFile:
         builtin = builtin_suites()
         if name_or_path not in builtin:
             names = ", ".join(builtin)
-            message = f"suite {shown(name_or_path)}: allowed are {names}, or the path of a .toml or .json file"
+            near = closest(name_or_path, builtin)
+            message = f"suite {shown(name_or_path)}{near}: allowed are {names}, or the path of a .toml or .json file"
             raise InvalidCase(message)
         return parse_suite(f"{name_or_path}.toml", builtin[name_or_path])
     try:
@@ -227,7 +228,9 @@ def _case_keys(where: str, value: Any, others: Iterable[str] = ()) -> Keys:
 def _only(where: str, table: Keys, allowed: tuple[str, ...]) -> None:
     for key in table:
         if key not in allowed:
-            message = f"{where}: unknown key {_key(key)!r}; allowed are {', '.join(allowed)}"
+            message = (
+                f"{where}: unknown key {_key(key)!r}{closest(str(key), allowed)}; allowed are {', '.join(allowed)}"
+            )
             raise InvalidCase(message)
 
 

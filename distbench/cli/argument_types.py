@@ -12,6 +12,8 @@ MOST_RANKS = 1 << 16
 LEAST_SECONDS = 0.001
 _MOST_SECONDS = 31 * 86400.0
 _UNITS = {"h": 3600, "m": 60, "s": 1}
+_POWERS = {"k": 1 << 10, "m": 1 << 20}
+_COUNT = re.compile(r"(?<![\w.])(\d{1,12})([kKmM])(?![\w.])", re.ASCII)
 _DURATION = re.compile(r"(?=\d)(?:(?P<h>\d{1,6})h)?(?:(?P<m>\d{1,6})m)?(?:(?P<s>\d{1,8})s)?", re.ASCII)
 
 
@@ -43,6 +45,11 @@ def seconds(least: float = 0.0) -> Callable[[str], float]:
         return number
 
     return read
+
+
+def plain_counts(text: str) -> str:
+    """Text with the numbers of tokens or rows in it spelled out: 4k is 4096, 1m is 1048576, as in nccl-tests."""
+    return _COUNT.sub(lambda found: str(int(found[1]) * _POWERS[found[2].lower()]), text)
 
 
 def duration(text: str) -> float:

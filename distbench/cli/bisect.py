@@ -12,7 +12,7 @@ from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.launching import hold_lab
 from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
 from distbench.cli.torchrun_rank import alone
-from distbench.report.console import print_line, print_note, print_table
+from distbench.report.terminal import print_line, print_note, print_table
 from distbench.tools.bisect import MAX_TRIALS, Accusation, SwapResult, bisect
 from distbench.tools.lab import Lab
 
@@ -21,7 +21,6 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "bisect",
-        help="name the guilty stage of a failing case",
         description="Run a failing case with one part at a time replaced by a trusted one. Exit code 0: one or more "
         "parts are named.",
     )
@@ -32,7 +31,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--seeds",
         type=whole(1),
-        metavar="N",
+        metavar="SEEDS",
         help=f"most seeds to try for a failure (default: {MAX_TRIALS}); required where a report says PASS",
     )
     add_case_options(command)

@@ -15,9 +15,9 @@ from distbench.cli.options import DEFAULT_OUT, add_case_options, add_report, cas
 from distbench.errors import InvalidCase
 from distbench.launcher.locks import hold
 from distbench.launcher.preflight import check_folder, check_path
-from distbench.report.console import print_line, print_note
 from distbench.report.export import write_reports
 from distbench.report.files import write_atomically
+from distbench.report.terminal import print_line, print_note
 from distbench.tools.cluster import reports
 from distbench.tools.cluster.attribution import GroupRun
 from distbench.tools.cluster.group_runs import Settings, check_shared, run_round
@@ -37,7 +37,6 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "cluster",
-        help="run on each node alone, on pairs, on all together, to find the node or link at fault",
         description="Run a suite on groups of nodes, name the node or link at fault from the pattern of failures and "
         "the slow node from the distribution of times, and write lists for a scheduler. Start it on one node.",
     )
@@ -58,7 +57,12 @@ def add(commands: Any) -> None:
         "(default: slurm inside a job of it)",
     )
     command.add_argument(
-        "--nproc", type=whole(1, MOST_RANKS), metavar="N", default=8, help="ranks on each node (default: %(default)s)"
+        "-n",
+        "--nproc",
+        type=whole(1, MOST_RANKS),
+        metavar="RANKS",
+        default=8,
+        help="ranks on each node (default: %(default)s)",
     )
     command.add_argument(
         "--out",
@@ -67,23 +71,27 @@ def add(commands: Any) -> None:
         help="folder shared by all nodes (default: %(default)s)",
     )
     command.add_argument(
-        "--port", type=whole(1, _MOST_PORTS - 1), metavar="P", default=29500, help="first port (default: %(default)s)"
+        "--port",
+        type=whole(1, _MOST_PORTS - 1),
+        metavar="PORT",
+        default=29500,
+        help="first port (default: %(default)s)",
     )
     command.add_argument(
         "--trial-timeout",
         type=seconds(LEAST_SECONDS),
-        metavar="S",
+        metavar="SECONDS",
         default=1800.0,
-        help="seconds for a group (default: %(default)s)",
+        help="time for a group (default: %(default)s)",
     )
     command.add_argument("--select", metavar="TERMS", default="", help="as for `distbench suite`")
     add_case_options(command, ("device",))
     command.add_argument(
         "--join-timeout",
         type=seconds(LEAST_SECONDS),
-        metavar="S",
+        metavar="SECONDS",
         default=120.0,
-        help="seconds for the nodes of a group to join (default: %(default)s)",
+        help="time for the nodes of a group to join (default: %(default)s)",
     )
     add_report(command)
     command.add_argument(

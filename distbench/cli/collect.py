@@ -13,7 +13,7 @@ from distbench.report.console import print_summary
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser("collect", help="verdicts from the folder of a torchrun job that has ended")
+    command = commands.add_parser("collect", description="Verdicts from the folder of a torchrun job that has ended.")
     command.add_argument("folder", metavar="DIR", help="the job's --out")
     add_lock_timeout(command)
     command.set_defaults(command=_collect)

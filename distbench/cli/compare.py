@@ -12,10 +12,10 @@ import msgspec
 
 from distbench.cli.options import add_json, json_on_standard_output
 from distbench.errors import InvalidCase, Unsupported, worst_exit_code
-from distbench.report.console import print_line
 from distbench.report.export import STANDARD_OUTPUT
 from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
+from distbench.report.terminal import print_line
 
 if TYPE_CHECKING:
     from distbench.tools.compare.comparison import Detect
@@ -28,7 +28,6 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "compare",
-        help="find failures and slowdowns since a baseline",
         description="Compare results with older ones: verdicts first, then the time of each stage against the noise "
         "of both and, with several OLD, against the variation between launches. Exits with 1 on a regression or a "
         "missing value, 77 where something cannot be judged.",
@@ -47,14 +46,15 @@ def add(commands: Any) -> None:
 
 def add_baseline(command: Any) -> None:
     """Add the options that compare a command's results with older ones."""
-    command.add_argument(
+    group = command.group("baseline", "comparison with older results")
+    group.add_argument(
         "--baseline",
         metavar="DIR|FILE",
         action="append",
         default=[],
         help="compare with these results afterwards; once for each launch of the baseline",
     )
-    _add_judging(command)
+    _add_judging(group)
 
 
 def read_baseline(options: argparse.Namespace) -> Baseline:

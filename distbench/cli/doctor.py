@@ -13,7 +13,7 @@ from distbench.case.resolve import Layer, resolve_case
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
-from distbench.report.console import print_json, print_line
+from distbench.report.terminal import print_json, print_line
 from distbench.tools.doctor.checks import check_node
 from distbench.tools.doctor.findings import Fact, Path, exit_code
 from distbench.tools.doctor.probe import Node, probe
@@ -33,7 +33,6 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "doctor",
-        help="find problems of this node, and their fixes",
         description="Examine this node. Exit codes: 0 ready, 1 degraded, 2 not usable for the given path.",
     )
     command.set_defaults(command=_doctor)
@@ -41,11 +40,13 @@ def add(commands: Any) -> None:
     command.add_argument("--for", dest="path", choices=paths, help="intended use (default: the purpose of its torch)")
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.add_argument(
-        "--nproc", type=ranks, default=8, metavar="N", help="ranks on this node (default: %(default)s)"
+        "-n", "--nproc", type=ranks, default=8, metavar="RANKS", help="ranks on this node (default: %(default)s)"
     )
-    command.add_argument("--nodes", type=ranks, default=1, metavar="N", help="nodes together (default: %(default)s)")
-    command.add_argument("--block-num", type=whole(1), metavar="N", help="of mori's kernels (default: the case's)")
-    command.add_argument("--rdma-block-num", type=whole(1), metavar="N", help="blocks among them for the network")
+    command.add_argument(
+        "--nodes", type=ranks, default=1, metavar="NODES", help="nodes together (default: %(default)s)"
+    )
+    command.add_argument("--block-num", type=whole(1), metavar="BLOCKS", help="of mori's kernels (default: the case's)")
+    command.add_argument("--rdma-block-num", type=whole(1), metavar="BLOCKS", help="blocks among them for the network")
     add_case_options(command, _KEYS)
 
 

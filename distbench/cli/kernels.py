@@ -15,7 +15,7 @@ from distbench.case.aiter_env import NOT_FOLLOWED, table_paths
 from distbench.case.environment import read_environment
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
-from distbench.cli.argument_types import MOST_RANKS, whole
+from distbench.cli.argument_types import MOST_RANKS, plain_counts, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
 from distbench.experts import make_selector, overrides_of
@@ -24,7 +24,7 @@ from distbench.experts.selection.choice import rules_for
 from distbench.experts.selection.heuristics import ACTIVATIONS
 from distbench.experts.selection.lookup import QUANTS, Lookup
 from distbench.experts.selection.releases import BUCKET_RULES
-from distbench.report.console import print_json, print_line, print_table
+from distbench.report.terminal import print_json, print_line, print_table
 from distbench.tools.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
 from distbench.tools.table_survey import survey_tables, total_of
 from distbench.utils.devices import compute_units
@@ -45,20 +45,20 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "kernels",
-        help="show which kernel each number of rows selects",
         description="Map row counts to aiter's kernels for one layer and device: by the tuned tables of the installed "
         "aiter, or --kernel-table, and by heuristics where they have no row.",
     )
     command.set_defaults(command=_kernels)
     ranks = whole(1, MOST_RANKS)
-    command.add_argument("--ep-size", type=ranks, default=8, metavar="W", help="ranks (default: %(default)s)")
+    command.add_argument("--ep-size", type=ranks, default=8, metavar="RANKS", help="ranks (default: %(default)s)")
     command.add_argument(
-        "--limits", default="", metavar="L,…", help="limits to examine (default: that of the environment)"
+        "--limits", default="", metavar="ROWS,…", help="limits to examine (default: that of the environment)"
     )
     command.add_argument(
         "--quant",
         choices=tuple(QUANTS),
-        help="quantisation to look up, `run` computes bf16 and fp8 (default: the case's)",
+        metavar="NAME",
+        help=f"quantisation to look up: {', '.join(QUANTS)} (default: the case's; `run` computes bf16 and fp8)",
     )
     command.add_argument("--activation", choices=tuple(ACTIVATIONS), default="silu", help="default: %(default)s")
     command.add_argument("--doweight-stage1", action="store_true", help="routing weights are applied in stage 1")
@@ -81,7 +81,7 @@ def _kernels(options: argparse.Namespace) -> int:
     rules, lookup = rules_for(release), _lookup(options, case)
     layer = make_selector(msgspec.structs.replace(case, kernel_table="")).layer
     layer = msgspec.structs.replace(layer, quant="bf16" if lookup.quant == "bf16" else "fp8") if lookup.quant else layer
-    limits = _limits(options.limits or (case.limit if case.limit.isdigit() else ""))
+    limits = _limits(plain_counts(options.limits) or (case.limit if case.limit.isdigit() else ""))
     named = release or f"{next(reversed(BUCKET_RULES))} or later"
     found = map_kernels(layer, named, rules, tables, case.capacity, lookup)
     found = msgspec.structs.replace(

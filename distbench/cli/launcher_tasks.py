@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distbench.errors import InvalidCase
-from distbench.report.console import print_note
+from distbench.report.terminal import print_note
 
 
 class _Launcher(NamedTuple):

@@ -36,11 +36,11 @@ from distbench.launcher.nodes.secret import read_secret
 from distbench.launcher.preflight import adds_atomically, check_case, check_devices, check_folder, check_path
 from distbench.launcher.resources import allow_open_files, check_shared_memory, report_bytes
 from distbench.launcher.unused_variables import note_of_launch, unused_variables
-from distbench.report.console import print_note
 from distbench.report.export import Writer, write_reports
 from distbench.report.journal import Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
+from distbench.report.terminal import print_note
 from distbench.tools.lab import Lab
 from distbench.utils.devices import count_devices
 

@@ -8,34 +8,49 @@ import select
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from importlib import import_module
 
 from distbench import __version__
-from distbench.cli import (
-    bisect,
-    cluster,
-    collect,
-    compare,
-    doctor,
-    kernels,
-    mutants,
-    presets,
-    profiles,
-    replay,
-    report,
-    run,
-    selftest,
-    show,
-    shrink,
-    suite,
-    sweep,
-    tune,
-)
+from distbench.cli.parser import Parser
 from distbench.errors import DiskFull, DistbenchError, InvalidCase, ResultsLost, Unsupported, is_disk_full
-from distbench.report.console import print_error
 from distbench.utils.signals import Interrupted, end_with_stdin
 from distbench.utils.streams import speak_any_encoding
+from distbench.utils.text import closest
 
+COMMANDS = {
+    "Run": {
+        "run": "run one case: padded against truncated, bit for bit",
+        "suite": "run many cases in one launch",
+        "sweep": "one case at many limits: time, kernel, memory and verdict of each",
+        "selftest": "check that the bench detects every known fault, and passes random clean cases",
+        "mutants": "run a corpus of broken kernels, transports, cuts and combines: which does the bench detect?",
+        "init": "write a commented case or suite file to start from",
+    },
+    "Diagnose": {
+        "show": "print a report again",
+        "replay": "replay a bundle: here, elsewhere, or from its recording alone",
+        "bisect": "name the guilty stage of a failing case",
+        "shrink": "make a failing case as small as possible",
+        "kernels": "show which kernel each number of rows selects",
+        "collect": "verdicts from the folder of a torchrun job that has ended",
+    },
+    "Operate": {
+        "doctor": "find problems of this node, and their fixes",
+        "cluster": "run on each node alone, on pairs, on all together, to find the node or link at fault",
+        "report": "write results as JUnit, Markdown, CSV, Prometheus text or JSON",
+        "compare": "find failures and slowdowns since a baseline",
+        "tune": "make a table of the fastest Triton kernels for a layer on this GPU",
+    },
+    "List": {
+        "presets": "the model layers by name",
+        "profiles": "what SGLang, vLLM and ATOM set of a case",
+        "suites": "the built-in suites",
+        "faults": "the faults that --inject takes",
+    },
+}
+"""Commands with their one-line helps, by group; each is a module of `cli/`, loaded when it runs."""
+
+_NAMES = tuple(name for group in COMMANDS.values() for name in group)
 _SIGINT_EXIT_CODE = 130
 _SIGPIPE_EXIT_CODE = 141
 _RANK_0_SPEAKS_S = 3.0
@@ -46,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resumes = False
     speak_any_encoding(sys.stdout, sys.stderr)
     try:
-        options = _parser().parse_args(arguments)
+        given = sys.argv[1:] if arguments is None else arguments
+        options = _parser(_asked(given)).parse_args(given)
         resumes = getattr(options, "resumes", False)
         return _run(options)
     except BrokenPipeError:
@@ -59,22 +75,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if rank == "0":
             lost = isinstance(error, ResultsLost)
             stopped = lost or isinstance(error, DiskFull)
-            print_error(error.label, f"{error}; {_next_time(resumes=resumes, lost=lost)}" if stopped else str(error))
+            _print_error(error.label, f"{error}; {_next_time(resumes=resumes, lost=lost)}" if stopped else str(error))
         else:
             time.sleep(_RANK_0_SPEAKS_S)  # torchrun ends all ranks as soon as one has left
         return error.exit_code
     except Interrupted as error:
-        print_error("INTERRUPTED", f"{error}; {_next_time(resumes=resumes)}")
+        _print_error("INTERRUPTED", f"{error}; {_next_time(resumes=resumes)}")
         return error.exit_code
     except KeyboardInterrupt:
-        print_error("INTERRUPTED", "ended by SIGINT; no rank is left")
+        _print_error("INTERRUPTED", "ended by SIGINT; no rank is left")
         return _SIGINT_EXIT_CODE
     except OSError as error:
         if not is_disk_full(error):
             raise
         full = DiskFull(f"{error.filename or 'standard output'}: {error.strerror}")
-        print_error(full.label, f"{full}; {_next_time(resumes=resumes)}")
+        _print_error(full.label, f"{full}; {_next_time(resumes=resumes)}")
         return full.exit_code
+
+
+def _print_error(ending: str, message: str) -> None:
+    from distbench.report.terminal import print_error  # noqa: PLC0415 - help and lists start without it
+
+    print_error(ending, message)
 
 
 def _next_time(*, resumes: bool, lost: bool = False) -> str:
@@ -107,18 +129,14 @@ def _nobody_reads() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        complaint = f"{message}; see `{self.prog} --help`"
-        raise InvalidCase(complaint)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser(names: Sequence[str] = _NAMES) -> Parser:
+    """Parser of these commands; loads their modules only."""
+    parser = Parser(
         prog="distbench",
+        usage="distbench COMMAND [OPTIONS]",
         description="Does cutting the rows in front of fused_moe change a bit, on any rank?",
-        epilog="Exit codes: 0 PASS, 1 a wrong result, 2 INVALID, "
-        "3 HANG or RANK_FAULT, 70 a crash of the bench, 75 out of time, 77 UNSUPPORTED.",
+        epilog="`distbench COMMAND --help` shows the options of a command. Exit codes: 0 PASS, 1 a wrong result, "
+        "2 INVALID, 3 HANG or RANK_FAULT, 70 a crash of the bench, 75 out of time, 77 UNSUPPORTED.",
     )
     parser.add_argument("--version", action="version", version=f"distbench {__version__}")
     parser.add_argument(
@@ -126,26 +144,22 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="exit as by SIGTERM on stdin EOF, once at least one byte has arrived: for launchers on other machines",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (
-        run,
-        suite,
-        sweep,
-        selftest,
-        mutants,
-        cluster,
-        report,
-        compare,
-        replay,
-        bisect,
-        shrink,
-        collect,
-        kernels,
-        doctor,
-        tune,
-        presets,
-        profiles,
-        show,
-    ):
-        command.add(commands)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", prog="distbench", help=argparse.SUPPRESS)
+    parser.listed = COMMANDS
+    for name in names:
+        import_module(f"distbench.cli.{name}").add(commands)
     return parser
+
+
+def _asked(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The command that the arguments name, none where there is none.
+
+    Raises:
+        InvalidCase: no such command.
+
+    """
+    given = next((one for one in arguments if not one.startswith("-")), None)
+    if given is None or given in _NAMES:
+        return () if given is None else (given,)
+    message = f"no command {given!r:.40}{closest(given, _NAMES)}; see `distbench --help`"
+    raise InvalidCase(message)

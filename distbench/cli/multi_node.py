@@ -27,10 +27,10 @@ _ENDPOINT = re.compile(r"(?:\[(?P<v6>[^\s\[\]]+)\]|(?P<host>[^\s:\[\]]+)):(?P<po
 
 def add_nodes(command: Any) -> None:
     """Add the options of a launch over several nodes."""
-    group = command.add_argument_group("several nodes", "the same command on each node, with its own --node-rank")
+    group = command.group("nodes", "several nodes: the same command on each node, with its own --node-rank")
     nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
-    group.add_argument("--nnodes", type=nodes, metavar="N", help="nodes, with --nproc ranks on each (default: 1)")
-    group.add_argument("--node-rank", type=node, metavar="R", default=0, help="this node; node 0 has the results")
+    group.add_argument("--nnodes", type=nodes, metavar="NODES", help="nodes, with --nproc ranks on each (default: 1)")
+    group.add_argument("--node-rank", type=node, metavar="NODE", default=0, help="this node; node 0 has the results")
     group.add_argument("--rdzv-endpoint", metavar="HOST:PORT", default="", help="an address of node 0, and a free port")
     group.add_argument(
         "--secret-file", metavar="FILE", default="", help=f"the launch's secret, mode 0600 (default: {VARIABLE})"
@@ -38,9 +38,9 @@ def add_nodes(command: Any) -> None:
     group.add_argument(
         "--join-timeout",
         type=seconds(LEAST_SECONDS),
-        metavar="S",
+        metavar="SECONDS",
         default=600.0,
-        help="wait for nodes (default: %(default)s s)",
+        help="time to wait for nodes (default: %(default)s)",
     )
 
 

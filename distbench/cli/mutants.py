@@ -11,10 +11,10 @@ import msgspec
 from distbench.case.spec import CALL_KEYS, CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.launching import run_corpus
-from distbench.cli.options import add_case_options, add_launch, case_flags
-from distbench.report.console import print_line, print_table
+from distbench.cli.options import add_case_options, add_launch, case_flags, output_of
 from distbench.report.files import write_atomically
 from distbench.report.journal import refuse_others, replace_results
+from distbench.report.terminal import print_line, print_table
 
 if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant
@@ -33,23 +33,26 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "mutants",
-        help="run a corpus of broken kernels, transports, cuts and combines: which does the bench detect?",
         description="Exit code 1 where less than the required share is detected in every run, or where an equivalent "
         "mutant or a run without one alarms. Options of the case hold for all cases.",
     )
     command.set_defaults(command=_mutants)
     add_launch(command)
     command.add_argument("--only", metavar="NAME,…", default="", help="only these mutants, or the mutants of a class")
-    command.add_argument("--seeds", type=whole(1), default=_SEEDS, metavar="N", help="seeds (default: %(default)s)")
+    command.add_argument("--seeds", type=whole(1), default=_SEEDS, metavar="SEEDS", help="seeds (default: %(default)s)")
     command.add_argument(
         "--arms", choices=("all", "truncated"), help="only mutants of all arms alike, or of truncated (default: both)"
     )
     command.add_argument(
-        "--share", type=float, default=None, metavar="S", help="share of mutants that must be detected (default: 0.97)"
+        "--share",
+        type=float,
+        default=None,
+        metavar="SHARE",
+        help="share of mutants that must be detected (default: 0.97)",
     )
     command.add_argument("--resume", action="store_true", help="keep the results of an interrupted run")
-    command.add_argument("--json", metavar="PATH", default="", help="write the results there, as JSON")
-    command.add_argument(
+    output_of(command).add_argument("--json", metavar="PATH", default="", help="write the results there, as JSON")
+    output_of(command).add_argument(
         "--write-docs", metavar="PATH", default="", help="write the tables there, like docs/mutants.md"
     )
     command.add_argument(

@@ -9,29 +9,29 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from distbench.case.groups import COMMON, COUNTS, GROUPS, UNITS
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_HINTS, Case
-from distbench.cli.argument_types import MOST_RANKS, seconds, whole
+from distbench.case.spec import FIELD_DEFAULTS, FIELD_HINTS, Case
+from distbench.cli.argument_types import MOST_RANKS, plain_counts, seconds, whole
 from distbench.cli.multi_node import layout_of
 from distbench.cli.torchrun_rank import world_size
 from distbench.errors import InvalidCase
 from distbench.launcher.preflight import check_case, check_folder, check_path
 from distbench.report import export
-from distbench.report.console import print_json
 from distbench.report.export import FILES, STANDARD_OUTPUT, load_writers, parse_targets
 from distbench.report.input_file import load_layer, load_report
 from distbench.report.schema import Report
+from distbench.report.terminal import print_json
 
 _CASE_DEST = "case_"
 DEFAULT_OUT = "distbench-out"
-_NOT_FLAGS = (*DERIVED_KEYS, "ep_size")
 
 
 def add_launch(command: Any) -> None:
     """Add the options of a launch: ranks, folder, lock."""
     add_ranks(command, "ranks to start on this machine (default: 8)")
     add_folder(command)
-    command.add_argument(
+    output_of(command).add_argument(
         "--bundle", metavar="DIR", default="", help="write a bundle of each failing case into its own folder in DIR"
     )
 
@@ -43,9 +43,14 @@ def check_bundle(options: argparse.Namespace) -> None:
         check_folder(options.bundle)
 
 
+def output_of(command: Any) -> Any:
+    """Group of the options for files."""
+    return command.group("output", "files, formats and locks")
+
+
 def add_ranks(command: Any, text: str) -> None:
     """Add the option for the number of ranks."""
-    command.add_argument("--nproc", type=whole(1, MOST_RANKS), metavar="N", help=text)
+    command.add_argument("-n", "--nproc", type=whole(1, MOST_RANKS), metavar="RANKS", help=text)
 
 
 def add_folder(command: Any) -> None:
@@ -57,19 +62,19 @@ def add_folder(command: Any) -> None:
 
 def add_lock_timeout(command: Any) -> None:
     """Add the option for the time to wait for another bench."""
-    command.add_argument(
+    output_of(command).add_argument(
         "--lock-timeout",
         type=seconds(),
         default=0.0,
-        metavar="S",
-        help="seconds to wait for another bench in that folder, or on these devices",
+        metavar="SECONDS",
+        help="time to wait for another bench in that folder, or on these devices",
     )
 
 
 def add_report(command: Any, *, required: bool = False) -> None:
     """Add the option for the formats of results."""
     formats = ",".join(FILES)
-    command.add_argument(
+    output_of(command).add_argument(
         "--report",
         metavar="FORMATS",
         action="append",
@@ -82,7 +87,7 @@ def add_report(command: Any, *, required: bool = False) -> None:
 def add_json(command: Any, what: str) -> None:
     """Add the option for the file of a JSON document."""
     text = f"also write {what} here; - for standard output, and the text for people then goes to standard error"
-    command.add_argument("--json", metavar="PATH", default="", help=text)
+    output_of(command).add_argument("--json", metavar="PATH", default="", help=text)
 
 
 @contextlib.contextmanager
@@ -126,15 +131,19 @@ def report_writers(
     return load_writers(targets, package)
 
 
-def add_case_options(command: Any, keys: Sequence[str] = tuple(FIELD_HINTS)) -> None:
-    """Add an option for each of `keys` of a case."""
-    group = command.add_argument_group("the case")
-    for key in keys:
-        if key not in _NOT_FLAGS:
-            _add_case_option(group, key)
+def add_case_options(command: Any, keys: Sequence[str] = tuple(UNITS)) -> None:
+    """Add an option for each of `keys` of a case, in their groups."""
+    for title, group in GROUPS.items():
+        asked = [key for key in group.units if key in keys]
+        options = command.group(title, group.text) if asked else None
+        for key in asked:
+            _add_case_option(options, key, group.units[key])
+    command.common = {
+        _CASE_DEST + key: (f"--{key.replace('_', '-')} {UNITS[key] or 'WORD'}", text) for key, text in COMMON.items()
+    }
 
 
-def _add_case_option(group: Any, key: str) -> None:
+def _add_case_option(group: Any, key: str, unit: str) -> None:
     kind, *notes = get_args(FIELD_HINTS[key])
     default = FIELD_DEFAULTS.get(key)
     shown = default[0] if isinstance(default, tuple) else default
@@ -143,17 +152,18 @@ def _add_case_option(group: Any, key: str) -> None:
     if kind is bool:
         group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         return
-    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else key.rsplit("_", 1)[-1].upper()
+    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else unit
     group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
 
 
 def case_flags(options: argparse.Namespace) -> list[Layer]:
     """Layers of the command line's options for the case."""
-    given = {
+    texts = {
         name.removeprefix(_CASE_DEST): str(value)
         for name, value in vars(options).items()
         if name.startswith(_CASE_DEST) and value is not None
     }
+    given = {key: plain_counts(text) if key in COUNTS else text for key, text in texts.items()}
     return [Layer(FLAGS, given, strict=False)]
 
 

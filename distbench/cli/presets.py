@@ -6,12 +6,12 @@ import argparse
 from typing import Any
 
 from distbench.case.presets import PRESETS, ModelShape
-from distbench.report.console import print_table
+from distbench.report.terminal import print_table
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser("presets", help="list the model layers by name")
+    command = commands.add_parser("presets", description="List the model layers by name.")
     command.set_defaults(command=_presets)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 from distbench.case.profiles import PROFILES, Profile
 from distbench.case.spec import FIELD_DEFAULTS
 from distbench.case.suite import value_text
-from distbench.report.console import print_line, print_table
+from distbench.report.terminal import print_line, print_table
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser("profiles", help="list the profiles of production's programs, or one's values")
+    command = commands.add_parser(
+        "profiles", description="List the profiles of production's programs, or one's values."
+    )
     command.set_defaults(command=_profiles)
     command.add_argument("profile", nargs="?", choices=tuple(PROFILES), metavar="NAME", help="profile to show")
 

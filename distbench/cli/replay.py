@@ -12,7 +12,7 @@ from distbench.cli.torchrun_rank import alone
 from distbench.launcher.preflight import check_case, check_folder
 from distbench.report.bundle.findings import StageFinding
 from distbench.report.bundle.read import Bundle, open_bundle, runnable_case
-from distbench.report.console import print_line, print_table
+from distbench.report.terminal import print_line, print_table
 from distbench.tools.lab import signature
 from distbench.tools.replay import compare
 from distbench.workload.version import other_inputs
@@ -31,7 +31,6 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "replay",
-        help="replay a bundle: here, elsewhere, or from its recording alone",
         description="Analyse a bundle's recording, then run its case here and compare. Options of the case replace "
         "the recorded ones, such as --device cpu. Exit code 0: reproduced, or (--offline) the recording confirms "
         "its report.",

@@ -6,16 +6,15 @@ import argparse
 from typing import Any
 
 from distbench.cli.options import add_report, report_writers
-from distbench.report.console import print_line, print_note
 from distbench.report.export import STANDARD_OUTPUT, write_reports
 from distbench.report.results import Results
+from distbench.report.terminal import print_line, print_note
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "report",
-        help="write results as JUnit, Markdown, CSV, Prometheus text or JSON",
         description="Write results in other formats. Exits with the code of the results, as the suite did.",
     )
     command.add_argument("results", metavar="DIR|FILE", help="the --out folder of a suite or run, or its results.jsonl")

@@ -31,12 +31,13 @@ from distbench.launcher.preflight import check_folder, check_path
 from distbench.launcher.resources import report_bytes
 from distbench.report.bundle.layout import bundle_folder
 from distbench.report.bundle.read import open_bundle
-from distbench.report.console import print_line, print_report, print_start
+from distbench.report.console import print_report, print_start
 from distbench.report.export import STANDARD_OUTPUT, Writer
 from distbench.report.files import read_report
 from distbench.report.journal import replace_results
 from distbench.report.progress import Progress
 from distbench.report.results import Results
+from distbench.report.terminal import print_line
 
 _SUITE, _NAME = "distbench run", "run"
 _REPORT = "report.json"
@@ -46,14 +47,13 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     run = commands.add_parser(
         "run",
-        help="run one case: padded against truncated, bit for bit",
         description="Run one case. Flags win over the case file, the file over production's variables, these over "
         "a profile and defaults. Under torchrun this process is a rank; otherwise it starts the ranks.",
     )
     run.set_defaults(command=_run)
     add_launch(run)
     add_nodes(run)
-    run.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
+    run.add_argument("--case", metavar="FILE", help="case file, .toml or .json")
     add_json(run, "the report")
     add_report(run)
     add_baseline(run)

@@ -12,11 +12,11 @@ import msgspec
 from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.launching import run_corpus
-from distbench.cli.options import add_case_options, add_launch, case_flags
+from distbench.cli.options import add_case_options, add_launch, case_flags, output_of
 from distbench.errors import InvalidCase
-from distbench.report.console import print_line, print_table
 from distbench.report.files import write_atomically
 from distbench.report.journal import replace_results
+from distbench.report.terminal import print_line, print_table
 
 if TYPE_CHECKING:
     from distbench.tools.selftest.cases import FaultPlan
@@ -31,19 +31,22 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "selftest",
-        help="check that the bench detects every known fault, and passes random clean cases",
         description="Exit code 1 where a fault is missed, a healthy rank is blamed, or a clean case is no PASS. "
         "Options of the case hold for all cases, except where a fault needs another value.",
     )
     command.set_defaults(command=_selftest)
     add_launch(command)
     command.add_argument("--quick", action="store_true", help="every fault once, fifty clean cases")
-    command.add_argument("--seeds", type=whole(1), metavar="N", help=f"random cases for each fault (default: {_SEEDS})")
     command.add_argument(
-        "--clean", type=whole(0), metavar="N", help=f"random cases without a fault (default: {_CLEAN})"
+        "--seeds", type=whole(1), metavar="CASES", help=f"random cases for each fault (default: {_SEEDS})"
+    )
+    command.add_argument(
+        "--clean", type=whole(0), metavar="CASES", help=f"random cases without a fault (default: {_CLEAN})"
     )
     command.add_argument("--faults", metavar="TEXT,…", default="", help="only faults with one of these in their names")
-    command.add_argument("--markdown", metavar="PATH", default="", help="write the table there, like docs/selftest.md")
+    output_of(command).add_argument(
+        "--markdown", metavar="PATH", default="", help="write the table there, like docs/selftest.md"
+    )
     command.add_argument("--list", action="store_true", help="list the faults and what they stand for, and run nothing")
     add_case_options(command, [key for key in FIELD_HINTS if key not in _OWN_KEYS])
 

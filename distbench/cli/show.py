@@ -11,7 +11,7 @@ from distbench.report.files import read_report
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
-    command = commands.add_parser("show", help="print a report again")
+    command = commands.add_parser("show", description="Print a report again.")
     command.add_argument("report", metavar="REPORT", help="a report.json")
     command.set_defaults(command=_show)
 

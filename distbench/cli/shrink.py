@@ -14,8 +14,8 @@ from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.launching import hold_lab
 from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
 from distbench.cli.torchrun_rank import alone
-from distbench.report.console import print_error, print_line, print_table
 from distbench.report.files import write_atomically
+from distbench.report.terminal import print_error, print_line, print_table
 from distbench.tools.shrink import Shrunk, Step, shrink
 
 _SHRUNK = "shrunk.json"
@@ -25,7 +25,6 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "shrink",
-        help="make a failing case as small as possible",
         description="Find the smallest case with the same verdict, first wrong stage and cause, and write it as a case "
         f"file, {_SHRUNK} in --out.",
     )

@@ -12,7 +12,6 @@ from distbench.case.entry import Entry
 from distbench.case.environment import reader
 from distbench.case.spec import case_hash
 from distbench.case.suite import Suite, load_suite, select
-from distbench.case.suite_file import builtin_suites
 from distbench.cli.argument_types import duration, whole
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
 from distbench.cli.launching import examined, exported, follow_node_0, hold_bench, take_part
@@ -33,11 +32,12 @@ from distbench.launcher.job import Job
 from distbench.launcher.preflight import check_folder, check_path
 from distbench.launcher.resources import report_bytes
 from distbench.launcher.time_budget import earliest_deadline
-from distbench.report.console import print_note, print_summary
+from distbench.report.console import print_summary
 from distbench.report.export import Writer
 from distbench.report.journal import filter_journal, forget_cases, refuse_strangers, resume_journal, unfinished
 from distbench.report.progress import Progress
 from distbench.report.results import Results
+from distbench.report.terminal import print_note
 
 Writers = dict[Path, Writer]
 
@@ -52,22 +52,26 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     suite = commands.add_parser(
         "suite",
-        help="run many cases in one launch",
-        description=f"Run the cases of a suite file, or of a built-in suite ({', '.join(builtin_suites())}). The same "
-        "command with the same --out resumes where it was stopped.",
+        description="Run the cases of a suite file, or of a built-in suite. The same command with the same --out "
+        "resumes where it was stopped.",
     )
     suite.set_defaults(command=_suite, resumes=True)
-    suite.add_argument("suite", metavar="FILE|NAME", help="suite file, .toml or .json, or the name of a built-in one")
+    suite.add_argument("suite", metavar="FILE|NAME", help="suite file, or one of `distbench suites`")
     add_launch(suite)
     suite.set_defaults(out=_OWN_OUT)
     add_nodes(suite)
     suite.add_argument(
         "--select", metavar="TERMS", default="", help="tags, key=value, name~text; ! negates, comma ands"
     )
-    suite.add_argument("--rerun", choices=("failed", "all"), help="run failed cases again, or all that are selected")
-    suite.add_argument("--retries", type=whole(0), default=0, metavar="N", help="retries of a case that lost its ranks")
-    suite.add_argument("--max-faults", type=whole(1), default=3, metavar="K", help="stop after K such cases in a row")
-    suite.add_argument(
+    course = suite.group("course", "time, retries and early ends")
+    course.add_argument("--rerun", choices=("failed", "all"), help="run failed cases again, or all that are selected")
+    course.add_argument(
+        "--retries", type=whole(0), default=0, metavar="TIMES", help="retries of a case that lost its ranks"
+    )
+    course.add_argument(
+        "--max-faults", type=whole(1), default=3, metavar="CASES", help="stop after this number of such cases in a row"
+    )
+    course.add_argument(
         "--for",
         dest="time_budget",
         type=duration,

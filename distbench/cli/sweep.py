@@ -14,6 +14,7 @@ from distbench.case.environment import read_environment
 from distbench.case.limits import parse_limit
 from distbench.case.resolve import Layer, load_case_file, resolve_case
 from distbench.case.spec import Case, case_hash
+from distbench.cli.argument_types import plain_counts
 from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.launching import hold_bench, warnings
 from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle, num_ranks
@@ -40,19 +41,18 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     sweep = commands.add_parser(
         "sweep",
-        help="one case at many limits: time, kernel, memory and verdict of each",
         description="Run one case without a limit, then at each of --limits, in one launch; sweep.json in --out has "
         "the table too. The same command with the same --out resumes where it was stopped.",
     )
     sweep.set_defaults(command=_sweep, resumes=True)
     sweep.add_argument(
         "--limits",
-        metavar="auto|L,L,…",
+        metavar="auto|ROWS,…",
         default=_AUTO,
         help="limits; auto: the rows really received, each edge of a kernel bucket above the least that some rank must "
         "receive, and each proven bound (default: %(default)s)",
     )
-    sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json; each option below is a key of it")
+    sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json")
     add_launch(sweep)
     add_case_options(sweep)
 
@@ -119,7 +119,7 @@ def sweep_limits(case: Case, asked: str) -> list[str]:
     `auto` leaves out edges below ceil(tokens / W): some rank receives at least that many rows.
     """
     if asked != _AUTO:
-        return ["off", *(parse_limit(limit) for limit in asked.split(","))]
+        return ["off", *(parse_limit(limit) for limit in plain_counts(asked).split(","))]
     least = -(-sum(case.tokens) // case.ep_size)
     rules = rules_for(case.aiter_version) if case.aiter_version else CURRENT
     edges = [rows for rows in bucket_edges(rules, case.capacity) if rows >= least]

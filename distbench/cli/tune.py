@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from distbench.case.presets import PRESETS
-from distbench.cli.argument_types import MOST_RANKS, whole
+from distbench.cli.argument_types import MOST_RANKS, plain_counts, whole
 from distbench.cli.launcher_tasks import tell_task
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.selection.releases import padded_rows
 from distbench.experts.triton.config import LayerShape
 from distbench.experts.triton.table import Table, encode_table, load_table
-from distbench.report.console import print_line
 from distbench.report.files import write_atomically
+from distbench.report.terminal import print_line
 from distbench.tools.tune.candidates import families
 from distbench.utils.process import usable_cores
 
@@ -30,29 +30,34 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     tune = commands.add_parser(
         "tune",
-        help="make a table of the fastest Triton kernels for a layer on this GPU",
         description="Try kernels for each bucket of row counts, keep the fastest of those that give the oracle's bits. "
         "The table is written after each bucket: the same command resumes where it was stopped. Use it with "
         "--experts triton --kernel-table FILE.",
     )
     tune.set_defaults(command=_tune, resumes=True)
-    tune.add_argument("--model", choices=sorted(PRESETS), default="deepseek-v3", help="layer (default: %(default)s)")
+    tune.add_argument(
+        "--model", choices=sorted(PRESETS), default="deepseek-v3", metavar="NAME", help="layer (default: %(default)s)"
+    )
     ranks, processes = whole(1, MOST_RANKS), whole(1)
     tune.add_argument(
-        "--ep-size", type=ranks, default=8, metavar="W", help="ranks that share it (default: %(default)s)"
+        "--ep-size", type=ranks, default=8, metavar="RANKS", help="ranks that share it (default: %(default)s)"
     )
     tune.add_argument("--dispatch-dtype", choices=("bf16", "fp8"), default="bf16", help="rows (default: %(default)s)")
     tune.add_argument("--stage2", choices=("reduce", "atomic"), default="reduce", help="sum (default: %(default)s)")
     tune.add_argument("--buckets", default=_BUCKETS, metavar="ROWS", help="row counts (default: 1,2,4,...,32768)")
     tune.add_argument(
-        "--processes", type=processes, default=usable_cores(), metavar="N", help="compilers side by side, at most"
+        "--processes",
+        type=processes,
+        default=usable_cores(),
+        metavar="PROCESSES",
+        help="compilers side by side, at most",
     )
     tune.add_argument("--table", metavar="FILE", default="", help="the table (default: its own name, here)")
 
 
 def _tune(options: argparse.Namespace) -> int:
     tell_task()
-    shape, buckets = _shape(options), _buckets(options.buckets)
+    shape, buckets = _shape(options), _buckets(plain_counts(options.buckets))
     table = _empty(shape)
     path = Path(options.table or table.file_name)
     if path.exists():

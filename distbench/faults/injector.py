@@ -19,6 +19,7 @@ from distbench.experts.selection.choice import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, process
 from distbench.faults.base import Fault, Scene
 from distbench.transport.base import Dispatched, Transport
+from distbench.utils.text import closest
 from distbench.workload.batch import TokenBatch
 
 FAULTS: dict[str, type[Fault]] = {
@@ -40,7 +41,8 @@ def fault_kind(injection: Injection) -> type[Fault]:
 
         return mutant_kind(injection)
     if injection.name not in FAULTS:
-        message = f"inject = {injection.name}: no such fault; allowed are {', '.join(FAULTS)}, mutant"
+        near = closest(injection.name, FAULTS)
+        message = f"inject = {injection.name}: no such fault{near}; allowed are {', '.join(FAULTS)}, mutant"
         raise InvalidCase(message)
     return FAULTS[injection.name]
 

@@ -26,7 +26,7 @@ from distbench.launcher.preflight import check_devices
 from distbench.launcher.supervisor import end
 from distbench.launcher.unused_variables import note_of_launch
 from distbench.launcher.watchdog import Watch, first_exit
-from distbench.report.console import print_note
+from distbench.report.terminal import print_note
 from distbench.utils.signals import Interrupted, collect_signals
 
 

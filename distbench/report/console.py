@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
 import msgspec
 
 from distbench.case.profiles import NO_PROFILE, PROFILES
@@ -15,56 +10,26 @@ from distbench.case.stages import Arm
 from distbench.errors import Verdict
 from distbench.report.findings import ErrorReport
 from distbench.report.journal import Summary
-from distbench.report.schema import InjectedReport, RankReport, RateReport, Report
-from distbench.utils.streams import speaks_all
-from distbench.utils.text import printable
+from distbench.report.rank_table import rank_parts
+from distbench.report.schema import InjectedReport, RateReport, Report
+from distbench.report.terminal import Grid, print_line, print_note, print_parts, print_verdict
 from distbench.verify.records import NOT_PROVEN, ORACLE
-
-if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
 
 _SHOWN_REASONS = 12
 _SHOWN_TOKENS = 16
-_LOG_WIDTH = 140
 _INPUTS = {"both": "exact and gaussian", "exact": "exact", "gaussian": "gaussian"}
 
 
-def print_report(report: Report) -> None:
-    """Print the whole report to standard output, its verdict last."""
-    console = _console()
-    for part in _parts(report):
-        console.print(printable(part) if isinstance(part, str) else part, markup=False)
-    style = "bold green" if report.verdict is Verdict.PASS else "bold red"
-    console.print(printable(verdict_line(report)), style=style, markup=False, soft_wrap=True)
-
-
-def print_line(text: str) -> None:
-    """Print one line to standard output at once; non-printable characters are escaped."""
-    print(printable(text), flush=True)
-
-
-def print_json(document: Any) -> None:
-    """Print a document to standard output as JSON, escaped so that no terminal acts on it and any encoding has it."""
-    text = msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
-    any_character = speaks_all(sys.stdout)
-    kept = (one == "\n" or (one.isprintable() and (any_character or one.isascii())) for one in text)
-    print("".join(one if keep else json.dumps(one)[1:-1] for one, keep in zip(text, kept, strict=True)), flush=True)
+def print_report(report: Report, *, verbose: bool = False, quiet: bool = False) -> None:
+    """Print the report to standard output, its verdict last; `quiet`: the verdict alone; `verbose`: every rank."""
+    if not quiet:
+        print_parts(_parts(report, verbose=verbose))
+    print_verdict(verdict_line(report), good=report.verdict is Verdict.PASS)
 
 
 def print_start(case: Case) -> None:
     """Announce on standard error a case that is about to run."""
     print_note(f"starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens")
-
-
-def print_note(text: str) -> None:
-    """Report progress on standard error."""
-    print(printable(f"distbench: {text}"), file=sys.stderr, flush=True)
-
-
-def print_error(ending: str, message: str) -> None:
-    """Print one line to standard error: the ending of the run, and its cause."""
-    print(printable(f"distbench: {ending}: {message}"), file=sys.stderr, flush=True)
 
 
 def case_line(report: Report) -> str:
@@ -94,15 +59,7 @@ def print_summary(summary: Summary, out: str) -> None:
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
     """Print the table of limits, and the notes to its figures."""
-    console = _console()
-    console.print(_table("", columns, rows))
-    for note in notes:
-        console.print(printable(note), markup=False)
-
-
-def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...]) -> None:
-    """Print a table to standard output; non-printable characters are escaped."""
-    _console().print(_table("", columns, rows))
+    print_parts([Grid(columns, rows), *notes])
 
 
 def verdict_line(report: Report) -> str:
@@ -144,12 +101,12 @@ def _held(report: Report) -> str:
     return "; ".join(filter(None, (bits, errors, blind)))
 
 
-def _parts(report: Report) -> list[RenderableType]:
-    parts: list[RenderableType] = [f"warning: {warning}" for warning in report.warnings]
+def _parts(report: Report, *, verbose: bool) -> list[str | Grid]:
+    parts: list[str | Grid] = [f"warning: {warning}" for warning in report.warnings]
     parts += [_injected_line(one) for one in report.injected]
     parts += _headlines(report)
     if report.ranks:
-        parts += [_rank_table(report), _comparison_table(report), *_caller_lines(report)]
+        parts += [*rank_parts(report.ranks, every=verbose), _comparison_table(report), *_caller_lines(report)]
     if report.errors:
         parts += [_error_table(report.errors), *_families(report.errors)]
     if report.method:
@@ -222,40 +179,7 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _rank_table(report: Report) -> Table:
-    columns = (
-        "rank",
-        "host",
-        "device",
-        "tokens",
-        "total_recv",
-        "capacity",
-        "limit",
-        f"kernel padded → truncated ({OTHER_CODE}: other code)",
-        "lost rows",
-    )
-    return _table("", columns, [_rank_row(rank) for rank in report.ranks])
-
-
-def _rank_row(rank: RankReport) -> tuple[str, ...]:
-    limit = "off" if rank.limit is None else str(rank.limit)
-    counts = (rank.tokens, rank.total_recv, rank.capacity)
-    return (
-        str(rank.rank),
-        rank.host,
-        rank.device,
-        *map(str, counts),
-        limit,
-        _kernels(rank.kernels[Arm.PADDED], rank.kernels.get(Arm.TRUNCATED)),
-        str(rank.lost_rows),
-    )
-
-
-def _kernels(padded: dict[str, Any], truncated: dict[str, Any] | None) -> str:
-    return f"{padded['label']} → {label_beside(truncated, padded) if truncated else 'not run'}"
-
-
-def _timing_table(report: Report) -> Table:
+def _timing_table(report: Report) -> Grid:
     method = report.method
     columns = ("µs of the slowest rank", "stage", "min", "median", "p99", "iterations")
     rows = [
@@ -266,10 +190,10 @@ def _timing_table(report: Report) -> Table:
         if "median_error" in figures
     ]
     graph = ", experts in a CUDA graph" if method["graph"] else ""
-    return _table(f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}", columns, rows)
+    return Grid(columns, rows, f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}")
 
 
-def _comparison_table(report: Report) -> Table:
+def _comparison_table(report: Report) -> Grid:
     columns = ("comparison", "equal", "tokens", "differing tokens", "differing elements", "max ulp")
     rows = [
         (
@@ -282,10 +206,10 @@ def _comparison_table(report: Report) -> Table:
         )
         for comparison in report.comparison
     ]
-    return _table("", columns, rows)
+    return Grid(columns, rows)
 
 
-def _error_table(errors: list[ErrorReport]) -> Table:
+def _error_table(errors: list[ErrorReport]) -> Grid:
     columns = ("error of", "stage", "rows", "of ideal", "allowed", "bias", "worst (ideal)", "within")
     rows = [
         (
@@ -300,7 +224,7 @@ def _error_table(errors: list[ErrorReport]) -> Table:
         )
         for error in errors
     ]
-    return _table("", columns, rows)
+    return Grid(columns, rows)
 
 
 def _families(errors: list[ErrorReport]) -> list[str]:
@@ -316,37 +240,3 @@ def _lost_line(report: Report) -> str:
     more = " …" if len(report.lost.tokens) > _SHOWN_TOKENS else ""
     ranks = ", ".join(f"rank {rank}: {rows}" for rank, rows in report.lost.by_rank.items())
     return f"rows at or past the limit: {report.lost.rows} ({ranks}); source rank:token {' '.join(tokens)}{more}"
-
-
-def _table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(printable(title)) if title else None, box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=False)
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
-
-
-def _console() -> Console:
-    """Console on standard output. A broken pipe is left to the CLI: rich would exit with 1."""
-    from rich.console import Console
-
-    class Output(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    return Output(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
-
-
-OTHER_CODE = "*"
-
-
-def label_beside(kernel: dict[str, Any], padded: dict[str, Any]) -> str:
-    """Label of a kernel, marked where the padded kernel has the same label but other code."""
-    other = any(kernel[stage] != padded[stage] for stage in ("stage1", "stage2"))
-    label: str = kernel["label"]
-    return label + OTHER_CODE * (other and label == padded["label"])

@@ -8,9 +8,9 @@ import msgspec
 
 from distbench.case.resolve import Layer, load_case_file
 from distbench.case.spec import UNSTORED_KEYS
-from distbench.report.console import print_note
 from distbench.report.files import read_report
 from distbench.report.schema import Report
+from distbench.report.terminal import print_note
 from distbench.workload.version import other_inputs
 
 

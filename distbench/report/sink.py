@@ -60,12 +60,12 @@ class Sink:
         self._journal.close()
 
     def _print(self, report: Report) -> None:
-        from distbench.report import console  # noqa: PLC0415 - only where something is printed
+        from distbench.report import console, terminal  # noqa: PLC0415 - only where something is printed
 
         if self._alone:
             console.print_report(report)
         else:
-            console.print_line(console.case_line(report))
+            terminal.print_line(console.case_line(report))
 
 
 def refusal(entry: Entry) -> Outcome:

@@ -9,8 +9,8 @@ import msgspec
 
 from distbench.case.limits import LimitProof
 from distbench.case.stages import Arm, Stage
-from distbench.report.console import label_beside
 from distbench.report.journal import read_reports
+from distbench.report.rank_table import label_beside
 from distbench.report.schema import Report
 
 COLUMNS = (

@@ -32,6 +32,14 @@ def speaks_all(stream: TextIO) -> bool:
     return stream.encoding is None or stream.encoding.lower().replace("-", "") == "utf8"
 
 
+def plain(text: str, stream: TextIO) -> str:
+    """Text as the stream's encoding has it: an arrow as ->, others by their code."""
+    if text.isascii() or speaks_all(stream):
+        return text
+    codecs.register_error(_PLAIN, _spelled)
+    return text.encode(stream.encoding, _PLAIN).decode(stream.encoding)
+
+
 def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _SHOWN_CHARACTERS = 120
 
 
@@ -23,3 +25,11 @@ def printable(text: str) -> str:
 def one_line(error: BaseException | str) -> str:
     """A message without its line breaks and outer blanks."""
     return " ".join(str(error).split())
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` for the known name most like `name`; empty where none is."""
+    from difflib import get_close_matches  # noqa: PLC0415 - loaded only for a message
+
+    found = get_close_matches(name[:_SHOWN_CHARACTERS], list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""

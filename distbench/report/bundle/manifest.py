@@ -21,9 +21,9 @@ from distbench.report.bundle.layout import (
     Recorded,
     names_token,
 )
-from distbench.report.console import print_note
 from distbench.report.files import write_atomically
 from distbench.report.schema import Report
+from distbench.report.terminal import print_note
 from distbench.verify.records import LISTED_TOKENS, Divergence, Gathered, Observation, Outcome, Token
 from distbench.workload.version import INPUTS_VERSION
 

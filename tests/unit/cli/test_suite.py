@@ -501,7 +501,9 @@ def test_numeric_option_outside_its_bounds_is_refused(
 ) -> None:
     assert main([*command.split(), f"{option}={value}"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"distbench: INVALID: argument {option}: {value!r} is refused; allowed are ")
+    assert told.startswith(
+        f"distbench: INVALID: argument {'-n/' * (option == '--nproc')}{option}: {value!r} is refused; allowed are "
+    )
     assert told.endswith(f"; see `distbench {command.split(maxsplit=1)[0]} --help`\n")
     assert told.count("\n") == 1
 

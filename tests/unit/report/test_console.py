@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from distbench.cli.main import main
-from distbench.report import console
+from distbench.report import console, terminal
 from distbench.report.files import write_report
 from distbench.report.journal import Journal, JournalReader, Summary
 from distbench.report.limit import LimitReport
@@ -95,11 +95,11 @@ def test_show_prints_no_control_sequence(tmp_path: Path, hostile: Report, capsys
 @pytest.mark.parametrize(
     "printing",
     [
-        lambda made: console.print_line(console.case_line(made)),
-        lambda made: console.print_note(made.name),
-        lambda made: console.print_error(made.name, made.name),
-        lambda made: console.print_json({"text": made.name}),
-        lambda made: console.print_table([(made.name,) * 2], ("a", "b")),
+        lambda made: terminal.print_line(console.case_line(made)),
+        lambda made: terminal.print_note(made.name),
+        lambda made: terminal.print_error(made.name, made.name),
+        lambda made: terminal.print_json({"text": made.name}),
+        lambda made: terminal.print_table([(made.name,) * 2], ("a", "b")),
         lambda made: console.print_sweep([sweep_row(made).cells()], COLUMNS, [made.name]),
         lambda made: console.print_summary(
             Summary(
@@ -123,7 +123,7 @@ def test_console_report_prints_no_control_sequence(
 
 
 def test_json_on_standard_output_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
-    console.print_json({HOSTILE: "\U000e0001"})
+    terminal.print_json({HOSTILE: "\U000e0001"})
     assert json.loads(capsys.readouterr().out) == {HOSTILE: "\U000e0001"}
 
 

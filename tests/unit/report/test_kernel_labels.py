@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from distbench.report.console import label_beside
+from distbench.report.rank_table import label_beside
 
 PADDED = {"label": "T bm128", "stage1": "a", "stage2": "b"}
 

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 import pytest
 
-from distbench.report.console import print_json
 from distbench.report.export import STANDARD_OUTPUT, write_reports
+from distbench.report.terminal import print_json
 from distbench.utils.streams import speak_any_encoding
 from tests.end_to_end.launches import ROOT
 
