@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 from distbench.case.groups import COMMON, COUNTS, GROUPS, UNITS
 from distbench.case.resolve import FLAGS, Layer, resolve_case
@@ -152,7 +152,7 @@ def _add_case_option(group: Any, key: str, unit: str) -> None:
     if kind is bool:
         group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         return
-    metavar = "|".join(get_args(kind)) if get_origin(kind) is Literal else unit
+    metavar = unit or "|".join(get_args(kind))
     group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from distbench.case.profiles import NO_PROFILE, PROFILES
