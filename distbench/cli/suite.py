@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
         metavar="TIME",
         help="begin no case that cannot end within 90s, 20m, 1h30m; none: no limit (default: the end of the Slurm job)",
     )
-    suite.add_argument("--quiet", action="store_true", help="no progress")
+    course.add_argument("--quiet", action="store_true", help="no progress")
     add_report(suite)
     add_baseline(suite)
     add_case_options(suite)
