@@ -37,7 +37,7 @@ COMMANDS = {
     "Operate": {
         "doctor": "find problems of this node, and their fixes",
         "cluster": "run on each node alone, on pairs, on all together, to find the node or link at fault",
-        "report": "write results as JUnit, Markdown, CSV, Prometheus text or JSON",
+        "report": "write results as HTML, JUnit, Markdown, CSV, Prometheus text or JSON",
         "compare": "find failures and slowdowns since a baseline",
         "tune": "make a table of the fastest Triton kernels for a layer on this GPU",
     },

@@ -16,8 +16,16 @@ from distbench.case.resolve import Layer, load_case_file, resolve_case
 from distbench.case.spec import Case, case_hash
 from distbench.cli.argument_types import plain_counts
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import hold_bench, warnings
-from distbench.cli.options import add_case_options, add_launch, case_flags, check_bundle, num_ranks
+from distbench.cli.launching import exported, hold_bench, warnings
+from distbench.cli.options import (
+    add_case_options,
+    add_launch,
+    add_report,
+    case_flags,
+    check_bundle,
+    num_ranks,
+    report_writers,
+)
 from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.experts.selection.choice import CURRENT, rules_for
 from distbench.experts.selection.releases import BucketRules, padded_rows
@@ -28,6 +36,7 @@ from distbench.report.console import print_sweep
 from distbench.report.files import write_atomically
 from distbench.report.journal import RESULTS, refuse_strangers, unfinished
 from distbench.report.progress import Progress
+from distbench.report.results import Results
 from distbench.report.sweep import COLUMNS, SweepRow, read_rows
 
 _SUITE, _LIMIT = "distbench sweep", "limit="
@@ -54,6 +63,7 @@ def add(commands: Any) -> None:
     )
     sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json")
     add_launch(sweep)
+    add_report(sweep)
     add_case_options(sweep)
 
 
@@ -63,17 +73,22 @@ def _sweep(options: argparse.Namespace) -> int:
     check_folder(options.out)
     check_folder(options.out, report_bytes(entry.case for entry in unfinished(Path(options.out), entries)))
     check_bundle(options)
+    writers = report_writers(options, Path(options.out))
+    results = Results(options.out, {case_hash(entry.case) for entry in entries}.__contains__)
     started = world_size()
     if started is not None:
         job = Job(entries=entries, out=options.out, bundle=options.bundle, supervised=False, started=started)
         with hold_as_rank(job, options.lock_timeout):
             if is_rank_0():
                 _refuse_strangers(Path(options.out))
+                with exported(results, writers):
+                    return work(job)
             return work(job)
     tell_task()
     out = Path(options.out)
     with hold_bench(entries, options, lambda: _refuse_strangers(out)) as bench:
-        summary = bench.run(Progress(len(entries), quiet=False))
+        with exported(results, writers):
+            summary = bench.run(Progress(len(entries), quiet=False))
         rows = read_rows(out, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
     print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lxml import html
+
 from distbench.cli.sweep import sweep_limits
 from tests.cases import tiny_case
 from tests.end_to_end.in_process import Run
@@ -31,7 +33,7 @@ def test_sweep_prints_and_writes_one_row_per_limit(tmp_path: Path) -> None:
         "--topk",
         "1",
     )
-    run = Run(tmp_path / "out", "sweep", "--limits", "max-recv-1,max-recv,sum32", *case)
+    run = Run(tmp_path / "out", "sweep", "--limits", "max-recv-1,max-recv,sum32", "--report", "html", *case)
     assert run.exit_code == 0
     rows = json.loads((run.out / "sweep.json").read_text())
     assert [row["limit"] for row in rows] == ["off", "max-recv-1", "max-recv", "sum32"]
@@ -42,3 +44,12 @@ def test_sweep_prints_and_writes_one_row_per_limit(tmp_path: Path) -> None:
     assert rows[1]["layer_us"] is None
     assert rows[2]["layer_us"] > 0
     assert "emulated: a check of the harness" in run.stdout
+    page = html.parse(run.out / "results.html")
+    (plot,) = page.xpath("//section[h2='Limits']//figure//svg")
+    (shade,) = plot.xpath("path[@class='unsafe']/@d")
+    edge = float(shade.split("H")[1].split("V")[0])
+    places = sorted(float(path.split()[0][1:]) for path in plot.xpath("path[@class='dots']/@d"))
+    assert len(places) == 2
+    assert places[0] == edge  # max-recv is the first safe limit
+    assert [title.text for title in plot.xpath("path[@class='lost']/title")] == ["limit max-recv-1: not run"]
+    assert "Memory: not measured" in page.getroot().text_content()

@@ -14,13 +14,27 @@ from distbench.report.files import atomic_file
 from distbench.report.results import Results
 from distbench.utils.text import shown
 
-FILES = {"junit": "junit.xml", "md": "results.md", "csv": "results.csv", "prom": "results.prom", "json": "results.json"}
+FILES = {
+    "html": "results.html",
+    "junit": "junit.xml",
+    "md": "results.md",
+    "csv": "results.csv",
+    "prom": "results.prom",
+    "json": "results.json",
+}
 """Formats, and the name of each one's file in the folder of the results."""
 
 STANDARD_OUTPUT = Path("-")
 """The path that stands for standard output."""
 
-_MODULES = {"junit": "junit", "md": "markdown", "csv": "table", "prom": "prometheus", "json": "document"}
+_MODULES = {
+    "html": "page",
+    "junit": "junit",
+    "md": "markdown",
+    "csv": "table",
+    "prom": "prometheus",
+    "json": "document",
+}
 
 Content = TypeVar("Content")
 Writer = Callable[[Results, BinaryIO], None]

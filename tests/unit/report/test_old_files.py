@@ -48,7 +48,7 @@ def test_show_prints_a_report_of_commit_e296384(name: str, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("name", JOURNALS)
-@pytest.mark.parametrize("kind", ["junit", "md", "csv", "prom", "json"])
+@pytest.mark.parametrize("kind", ["html", "junit", "md", "csv", "prom", "json"])
 def test_report_converts_an_old_journal_to_other_formats(name: str, kind: str, tmp_path: Path) -> None:
     folder = tmp_path / name
     shutil.copytree(OLD / "journals" / name, folder)

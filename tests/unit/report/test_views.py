@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import msgspec
 import pytest
 
+from distbench.report.html.view import Pictured
 from distbench.report.journal import Line
 from distbench.report.limit import LimitReport
 from distbench.report.results import Result
@@ -64,8 +65,8 @@ def is_part(part: Any, whole: Any) -> bool:
     return bool(part == whole)
 
 
-def test_both_readers_of_results_are_views() -> None:
-    assert {Line, Result} <= set(ReportView.__subclasses__())
+def test_readers_of_results_are_views() -> None:
+    assert {Line, Pictured, Result} <= set(ReportView.__subclasses__())
 
 
 @pytest.mark.parametrize("view", ReportView.__subclasses__())

@@ -1,0 +1,246 @@
+"""Geometry of the pictures, in the units of drawings that are WIDTH wide; the templates draw it.
+
+A unit is a pixel on a phone. Every coordinate is rounded, since a page may hold thousands of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+WIDTH = 360
+"""Width of every drawing; its height follows from the content."""
+
+LEVELS = 8
+"""Shades of a heat map; 0 is the shade of no rows."""
+
+_LABEL_GAP = 12.0
+_BARS_TOP, _BARS_HEIGHT, _BARS_RIGHT = 8.0, 140.0, 150.0
+_ROW, _ROW_LABEL = 30.0, 11.0
+_SIDE = 6.0
+_MOST_DOTS = 60
+_LEAST_US = 1e-3
+_TICK_GAP = 30.0
+_ROOM = 1.04
+
+_Place = Callable[[float], float]
+
+
+def number(value: float) -> str:
+    """A coordinate with at most one digit after the point."""
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _path(parts: Iterable[str]) -> Markup:
+    """Data of a path, which is numbers and commands that were made here, and must not be cut as a text is."""
+    return Markup("".join(parts))  # noqa: S704
+
+
+class HeatMap(NamedTuple):
+    """Paths by level, in cells of 1 x 1; `size` cells a side; the range of rows that the levels share."""
+
+    size: int
+    paths: dict[int, Markup]
+    low: int
+    high: int
+
+
+def level_of(value: int, low: int, high: int) -> int:
+    """Shade of `value`: 0 for none, else 1 to LEVELS between `low` and `high`."""
+    if value <= 0:
+        return 0
+    return LEVELS if high <= low else 1 + (value - low) * (LEVELS - 1) // (high - low)
+
+
+def bounds_of(rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Smallest number of rows above none, and the largest; zeros where there are none."""
+    some = [value for row in rows for value in row if value > 0]
+    return (min(some), max(some)) if some else (0, 0)
+
+
+def heat_map(rows: Sequence[Sequence[int]]) -> HeatMap:
+    """Heat map of a table; neighbours of one level in a row are one rectangle."""
+    low, high = bounds_of(rows)
+    parts: dict[int, list[str]] = {}
+    for y, row in enumerate(rows):
+        x = 0
+        while x < len(row):
+            level, start = level_of(row[x], low, high), x
+            while x < len(row) and level_of(row[x], low, high) == level:
+                x += 1
+            parts.setdefault(level, []).append(f"M{start} {y}h{x - start}v1h-{x - start}z")
+    return HeatMap(len(rows), {level: _path(parts[level]) for level in sorted(parts)}, low, high)
+
+
+class Mark(NamedTuple):
+    """A labelled line of a chart: where it is, where its label is, and the label."""
+
+    at: float
+    label_at: float
+    label: str
+    kind: str
+
+
+class Bars(NamedTuple):
+    """Rows received by rank: paths of bars within the limit and above it, and lines with labels at the right."""
+
+    height: float
+    bottom: float
+    right: float
+    within: Markup
+    above: Markup
+    marks: list[Mark]
+
+
+def bars(received: Sequence[int], limit: int | None, lines: Mapping[str, int]) -> Bars:
+    """Bars from the bottom up; `lines` are labels and the rows at which they are. The limit is one of them."""
+    top = max([1, *received, *lines.values()]) * _ROOM
+    bottom = _BARS_TOP + _BARS_HEIGHT
+    right = WIDTH - _BARS_RIGHT
+    step = right / max(len(received), 1)
+    gap = step / 5 if len(received) <= right / 4 else 0.0
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for rank, rows in enumerate(received):
+        tall = rows / top * _BARS_HEIGHT
+        path = f"M{number(rank * step + gap / 2)} {number(bottom)}v-{number(tall)}h{step - gap:.2f}v{number(tall)}z"
+        parts[limit is not None and rows > limit].append(path)
+    at = {label: bottom - rows / top * _BARS_HEIGHT for label, rows in lines.items()}
+    order = sorted(at, key=lambda label: at[label])
+    placed = spread([at[label] for label in order], _LABEL_GAP)
+    marks = [Mark(at[label], y, label, label.split()[0]) for label, y in zip(order, placed, strict=True)]
+    height = max([bottom + 16, *(y + 4 for y in placed)])
+    return Bars(height, bottom, right, _path(parts[False]), _path(parts[True]), marks)
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Positions in rising order, moved down as little as needed to be `gap` apart."""
+    placed: list[float] = []
+    for one in positions:
+        placed.append(max(one, placed[-1] + gap) if placed else max(one, gap))
+    return placed
+
+
+class Row(NamedTuple):
+    """A row of a chart with horizontal axis: its label's and its own height, and what lies on it."""
+
+    label: str
+    label_y: float
+    y: float
+    dots: list[float]
+    low: float
+    high: float
+    band: tuple[float, float] | None
+    alarm: bool
+
+
+class Tick(NamedTuple):
+    """A place on the horizontal axis with its label, empty where labels would touch."""
+
+    x: float
+    label: str
+
+
+class Rows(NamedTuple):
+    """A chart of rows over one horizontal axis."""
+
+    height: float
+    rows: list[Row]
+    ticks: list[Tick]
+
+
+class Series(NamedTuple):
+    """Content of a row: its label, values, allowed range, and whether it is outside of it."""
+
+    label: str
+    values: Sequence[float]
+    band: tuple[float, float] | None = None
+    alarm: bool = False
+
+
+def rows_over_time(series: Sequence[Series]) -> Rows:
+    """Samples in microseconds over a logarithmic axis with a tick at each decade."""
+    known = [max(value, _LEAST_US) for one in series for value in one.values]
+    low = math.floor(math.log10(min(known, default=1.0)))
+    high = max(math.ceil(math.log10(max(known, default=10.0))), low + 1)
+
+    def place(value: float) -> float:
+        return _SIDE + (math.log10(max(value, _LEAST_US)) - low) / (high - low) * (WIDTH - 2 * _SIDE)
+
+    decades = [(float(f"1e{power}"), microseconds(float(f"1e{power}"))) for power in range(low, high + 1)]
+    return _rows(series, place, decades)
+
+
+def rows_over_ratio(series: Sequence[Series]) -> Rows:
+    """Ratios over a linear axis that holds all values, all allowed ranges and 1, the ideal."""
+    known: list[float] = [value for one in series for value in (*one.values, *(one.band or ()))]
+    low, high = min([1.0, *known]), max([1.0, *known])
+    width = (high - low) or 1.0
+
+    def place(value: float) -> float:
+        return _SIDE + (value - low) / width * (WIDTH - 2 * _SIDE)
+
+    ticks = sorted({low, 1.0, high})
+    return _rows(series, place, [(value, "ideal" if value == 1 else f"{value:.3g}") for value in ticks])
+
+
+def _rows(series: Sequence[Series], place: _Place, ticks: Sequence[tuple[float, str]]) -> Rows:
+    rows = []
+    for index, one in enumerate(series):
+        top = index * _ROW
+        dots = [place(value) for value in thinned(one.values)]
+        band = None if one.band is None else (place(one.band[0]), place(one.band[1]))
+        low, high = (min(dots), max(dots)) if dots else (0.0, 0.0)
+        rows.append(Row(one.label, top + _ROW_LABEL, top + _ROW_LABEL + 9, dots, low, high, band, one.alarm))
+    return Rows(len(series) * _ROW + 18, rows, ticks_of([(place(value), label) for value, label in ticks]))
+
+
+def ticks_of(places: Sequence[tuple[float, str]]) -> list[Tick]:
+    """Ticks in rising order, without the labels that would touch the one before."""
+    found: list[Tick] = []
+    last = -math.inf
+    for x, label in sorted(places):
+        shown = x - last >= _TICK_GAP
+        found.append(Tick(x, label if shown else ""))
+        last = x if shown else last
+    return found
+
+
+def thinned(values: Sequence[float]) -> list[float]:
+    """Values in rising order; of many, equally spaced order statistics with the smallest and the largest."""
+    ordered = sorted(values)
+    if len(ordered) <= _MOST_DOTS:
+        return ordered
+    return [ordered[index * (len(ordered) - 1) // (_MOST_DOTS - 1)] for index in range(_MOST_DOTS)]
+
+
+def microseconds(value: float) -> str:
+    """A time in µs, ms or s, three digits."""
+    for unit, size in (("s", 1e6), ("ms", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} µs"
+
+
+class Strip(NamedTuple):
+    """The tokens of one source rank: the label, its height, and the places of lost and of damaged tokens."""
+
+    label: str
+    y: float
+    lost: list[float]
+    damaged: list[float]
+
+
+def strips(lost: Mapping[int, Sequence[int]], damaged: Mapping[int, Sequence[int]], tokens: int) -> list[Strip]:
+    """A strip for each rank with such tokens, in order; the axis has `tokens` tokens."""
+
+    def places(found: Sequence[int]) -> list[float]:
+        return sorted({_SIDE + token / max(tokens - 1, token, 1) * (WIDTH - 2 * _SIDE) for token in found})
+
+    ranks = sorted(lost.keys() | damaged.keys())
+    return [
+        Strip(f"rank {rank}", 14 + index * 26, places(lost.get(rank, ())), places(damaged.get(rank, ())))
+        for index, rank in enumerate(ranks)
+    ]

@@ -1,0 +1,78 @@
+"""The part of a report that a page shows; a key that older reports lack has a default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from distbench.errors import InvalidCase
+from distbench.report.environment import NO_ENVIRONMENT, Environment
+from distbench.report.findings import ErrorReport, FindingReport
+from distbench.report.schema import ComparisonReport, InjectedReport, RateReport, ReportView
+from distbench.utils.text import one_line
+from distbench.verify.records import Diagnosis, Divergence, Reason, SentRows
+
+
+class PicturedRank(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank: its traffic, and the kernel of each arm."""
+
+    rank: int
+    host: str
+    device: str
+    total_recv: int
+    tokens: int = 0
+    capacity: int = 0
+    limit: int | None = None
+    lost_rows: int = 0
+    kernels: dict[str, dict[str, Any]] = {}
+
+
+class PicturedLost(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows at and past the limit, the first tokens as (source rank, source token)."""
+
+    rows: int
+    tokens: list[tuple[int, int]] = []
+    by_rank: dict[str, int] = {}
+
+
+class Pictured(ReportView, frozen=True, kw_only=True):
+    """The report of a case as its page shows it."""
+
+    tags: tuple[str, ...]
+    reasons: list[Reason]
+    emulated: bool
+    stand_ins: list[str]
+    case: dict[str, Any]
+    ranks: list[PicturedRank]
+    lost: PicturedLost
+    diagnosis: list[Diagnosis]
+    timing: dict[str, Any]
+    ended: str = ""
+    sources: dict[str, str] = msgspec.field(default_factory=dict)
+    warnings: list[str] = msgspec.field(default_factory=list)
+    findings: list[FindingReport] = msgspec.field(default_factory=list)
+    environment: Environment = NO_ENVIRONMENT
+    transport: dict[str, Any] = msgspec.field(default_factory=dict)
+    comparison: list[ComparisonReport] = msgspec.field(default_factory=list)
+    errors: list[ErrorReport] = msgspec.field(default_factory=list)
+    first_divergence: Divergence | None = None
+    stacks: dict[str, str] = msgspec.field(default_factory=dict)
+    injected: list[InjectedReport] = msgspec.field(default_factory=list)
+    rate: RateReport | None = None
+    method: dict[str, Any] = msgspec.field(default_factory=dict)
+    sent: SentRows | None = None
+
+
+def pictured(raw: bytes) -> Pictured:
+    """The report in one line of a journal.
+
+    Raises:
+        InvalidCase: a key has another type than reports have.
+
+    """
+    try:
+        return msgspec.json.decode(raw, type=Pictured)
+    except (ValueError, RecursionError) as error:
+        message = f"report html: {one_line(error)}; give results that distbench wrote"
+        raise InvalidCase(message) from error

@@ -1,0 +1,106 @@
+"""Geometry of the pictures: every cell once, nothing outside, labels apart."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distbench.report.html.charts import (
+    LEVELS,
+    WIDTH,
+    Series,
+    bars,
+    heat_map,
+    level_of,
+    microseconds,
+    rows_over_ratio,
+    rows_over_time,
+    spread,
+    strips,
+    thinned,
+    ticks_of,
+)
+
+TABLES = st.integers(1, 9).flatmap(
+    lambda size: st.lists(st.lists(st.integers(0, 9), min_size=size, max_size=size), min_size=size, max_size=size)
+)
+TIMES = st.lists(st.floats(0, 1e9), max_size=80)
+
+
+@given(rows=TABLES)
+def test_heat_map_has_every_cell_once_at_its_level(rows: list[list[int]]) -> None:
+    found = heat_map(rows)
+    cells = [
+        (int(x) + step, int(y), level)
+        for level, path in found.paths.items()
+        for x, y, width in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path)
+        for step in range(int(width))
+    ]
+    wanted = [
+        (x, y, level_of(value, found.low, found.high)) for y, row in enumerate(rows) for x, value in enumerate(row)
+    ]
+    assert sorted(cells) == sorted(wanted)
+
+
+def test_levels_rise_from_the_fewest_to_the_most_rows_and_none_is_apart() -> None:
+    assert [level_of(value, 3, 10) for value in (0, 3, 4, 10)] == [0, 1, 2, LEVELS]
+    assert level_of(5, 5, 5) == LEVELS
+
+
+@given(received=st.lists(st.integers(0, 10**6), min_size=1, max_size=300), limit=st.none() | st.integers(1, 10**6))
+def test_bars_and_labels_are_inside_the_drawing_and_labels_apart(received: list[int], limit: int | None) -> None:
+    lines = {"fullest": max(received), "proven bound": 2 * max(received)} | ({"limit": limit} if limit else {})
+    found = bars(received, limit, lines)
+    above = sum(rows > limit for rows in received) if limit else 0
+    assert (found.within.count("M"), found.above.count("M")) == (len(received) - above, above)
+    for x, tall in re.findall(r"M([\d.]+) [\d.]+v-([\d.]+)", found.within + found.above):
+        assert 0 <= float(x) <= found.right < WIDTH
+        assert 0 <= float(tall) <= found.bottom
+    places = [mark.label_at for mark in found.marks]
+    assert all(later - earlier >= 11.9 for earlier, later in pairwise(places))
+    assert all(10 <= place <= found.height for place in places)
+    assert all(0 <= mark.at <= found.bottom for mark in found.marks)
+
+
+@given(st.lists(TIMES, max_size=12))
+def test_rows_over_time_stay_inside_and_do_not_touch(samples: list[list[float]]) -> None:
+    found = rows_over_time([Series(str(index), values) for index, values in enumerate(samples)])
+    for row in found.rows:
+        assert all(0 <= x <= WIDTH for x in row.dots)
+        assert len(row.dots) == min(len(samples[int(row.label)]), 60)
+        assert row.label_y + 4 < row.y < found.height - 14
+    assert all(later.label_y - earlier.y > 10 for earlier, later in pairwise(found.rows))
+    assert all(0 <= tick.x <= WIDTH for tick in found.ticks)
+
+
+def test_rows_over_ratio_hold_the_ideal_and_the_allowed_range() -> None:
+    found = rows_over_ratio([Series("one", (0.98, 1.02), (0.9, 1.1)), Series("NaN", (), (0.8, 1.3), alarm=True)])
+    assert [tick.label for tick in found.ticks] == ["0.8", "ideal", "1.3"]
+    assert found.rows[1].band == (found.ticks[0].x, found.ticks[2].x)
+    low, high = found.rows[0].band or (0, 0)
+    assert low < found.rows[0].low < found.ticks[1].x < found.rows[0].high < high
+
+
+def test_labels_that_would_touch_are_left_out_or_moved() -> None:
+    assert spread([1, 2, 40], 12) == [12, 24, 40]
+    assert [tick.label for tick in ticks_of([(0, "a"), (10, "b"), (31, "c")])] == ["a", "", "c"]
+
+
+def test_thinned_samples_keep_the_smallest_and_the_largest() -> None:
+    found = thinned([float(value) for value in reversed(range(1000))])
+    assert (len(found), found[0], found[-1]) == (60, 0.0, 999.0)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.5, "0.5 µs"), (1234, "1.23 ms"), (5.6e6, "5.6 s")])
+def test_times_have_three_digits_and_a_unit(value: float, text: str) -> None:
+    assert microseconds(value) == text
+
+
+def test_strips_place_tokens_by_number() -> None:
+    first, other = strips({2: [0]}, {1: [9, 9], 2: [4]}, 10)
+    assert (first.label, first.lost, first.damaged) == ("rank 1", [], [WIDTH - 6])
+    assert (other.label, other.lost, len(other.damaged)) == ("rank 2", [6], 1)
