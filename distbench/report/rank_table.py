@@ -64,7 +64,7 @@ def _rest_line(ranks: Sequence[RankReport]) -> str:
     lost = sum(rank.lost_rows for rank in ranks)
     return (
         f"{len(ranks)} more ranks: {min(tokens)} to {max(tokens)} tokens, total_recv {min(received)} to "
-        f"{max(received)}, {lost} lost rows; -v shows all"
+        f"{max(received)}, {lost} lost rows; distbench show -v shows all"
     )
 
 
