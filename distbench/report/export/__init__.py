@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -70,9 +71,15 @@ def load_writers(targets: Targets, package: str = __name__) -> dict[Path, Any]:
     They are modules of `package`, and write the objects that it exports: results by default.
 
     Raises:
+        InvalidCase: `package` does not write one of the formats.
         Unsupported: a library is missing; names it.
 
     """
+    written = [name for name, module in _MODULES.items() if find_spec(f"{package}.{module}")]
+    for name in targets:
+        if name not in written:
+            message = f"report {name}: this command does not write it; allowed are {', '.join(written)}"
+            raise InvalidCase(message)
     return {path: _writer(package, name) for name, path in targets.items()}
 
 
