@@ -64,7 +64,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str, _help("SGLang release whose variables and receive bound apply; empty: the newest known")
     ] = ""
     two_batch_overlap: Annotated[
-        bool, _help("production overlaps two batches and then cuts at no receive bound; no other effect")
+        bool,
+        _help(
+            "each rank's tokens run as two sub-batches, each with its own operator, the one's rows under way while the "
+            "other computes; production then cuts at no receive bound"
+        ),
     ] = False
     tp_size: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=1 << 16)],
@@ -239,6 +243,17 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def limit_key(self) -> Literal["limit", "recv_bound"]:
         """The key that sets the cut: SGLang's receive bound applies only where it is asked for and the limit is off."""
         return "recv_bound" if self.recv_bound and self.limit == "off" else "limit"
+
+    @property
+    def sub_batch_tokens(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each rank in both sub-batches of two-batch overlap; nothing without it.
+
+        SGLang 0.5.23 cuts a decode batch of one token a sequence at n // 2, and a prefill batch there or at a sequence
+        next to it (`compute_split_seq_index`, `_split_extend_seqs` of `batch_overlap/two_batch_overlap.py`).
+        """
+        if not self.two_batch_overlap:
+            return ()
+        return tuple(count // 2 for count in self.tokens), tuple(count - count // 2 for count in self.tokens)
 
     @property
     def stand_ins(self) -> list[str]:

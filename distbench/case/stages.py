@@ -58,3 +58,6 @@ LAYER_STAGES: tuple[Stage, ...] = (Stage.DISPATCH, Stage.TRUNCATE, Stage.EXPERTS
 
 CUT_ARMS = (Arm.REPADDED, Arm.TRUNCATED, Arm.PRODUCTION)
 TIMED_ARMS = (Arm.PADDED, Arm.TRUNCATED)
+
+SUB_BATCHES = ("A", "B")
+"""Names of the sub-batches of two-batch overlap, in order."""

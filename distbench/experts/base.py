@@ -55,6 +55,9 @@ class Experts(ABC):
     fault on some values override `check`; those that run an external package override `about`.
     """
 
+    reuses_output = False
+    """Whether the next call overwrites the result of this one."""
+
     @abstractmethod
     def selection(self, rows: int) -> KernelChoice:
         """Return the kernel that a call with `rows` allocated rows runs."""

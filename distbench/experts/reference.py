@@ -53,6 +53,8 @@ class _Kept(Generic[T]):
 class ReferenceExperts(Experts):
     """Stand-in for aiter's fused_moe: see `Experts` for the contract. Undefined rows of its output are NaN."""
 
+    reuses_output = True
+
     def __init__(
         self,
         selector: KernelSelector,

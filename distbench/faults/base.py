@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distbench.case.injection import Injection
 from distbench.case.spec import Case
-from distbench.case.stages import FAULT_ARMS, Arm
+from distbench.case.stages import FAULT_ARMS, SUB_BATCHES, Arm
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.errors import InvalidCase
 from distbench.experts.base import ExpertInput, Experts
@@ -25,7 +25,8 @@ EVERYWHERE = "all"
 class Scene(NamedTuple):
     """Surroundings of a fault: `sources` gives (source rank, source token) of the rows received last.
 
-    `transport` and `experts` are the parts that it wraps; None where a case is only checked.
+    `transport` and `experts` are the parts that it wraps; None where a case is only checked. With two-batch overlap
+    `sub_batch` names the one that it is in, and `other` has the tokens of the other.
     """
 
     rank: int
@@ -34,6 +35,8 @@ class Scene(NamedTuple):
     sources: Callable[[], Tensor]
     transport: Transport | None = None
     experts: Experts | None = None
+    sub_batch: str = ""
+    other: TokenBatch | None = None
 
 
 class Fault:
@@ -74,7 +77,8 @@ class Fault:
     def all_options(cls, ranks: int) -> dict[str, Option]:
         """Return its own options and the common ones, for a case of `ranks` ranks."""
         arm = one_of(cls.arm, *(arm for arm in FAULT_ARMS if arm != cls.arm))
-        return {"rank": rank_option(ranks, EVERYWHERE), "arm": arm, **cls.options}
+        both = one_of("", *SUB_BATCHES)
+        return {"rank": rank_option(ranks, EVERYWHERE), "arm": arm, "sub_batch": both, **cls.options}
 
     @classmethod
     def wanted(cls, injection: Injection) -> str:
@@ -88,7 +92,8 @@ class Fault:
         """Whether it takes effect on this rank, in the current arm."""
         rank, arm = self.chosen["rank"], self.chosen["arm"]
         here = rank == EVERYWHERE or int(rank) == self.scene.rank
-        return here and arm in ("", self.scene.heartbeat.arm)
+        concerned = self.chosen["sub_batch"] in ("", self.scene.sub_batch)
+        return here and concerned and arm in ("", self.scene.heartbeat.arm)
 
     def random(self, count: int) -> Tensor:
         """Return uniform numbers float64 [count]: new ones in each call, the same ones in each run of the case."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case
-from distbench.case.stages import Stage
+from distbench.case.stages import SUB_BATCHES, Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
 from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
-from distbench.faults import combine, dispatch, experts, limit, process
+from distbench.faults import combine, dispatch, experts, limit, overlap, process
 from distbench.faults.base import Fault, Scene
 from distbench.transport.base import Dispatched, Transport
 from distbench.utils.text import closest
@@ -24,7 +24,7 @@ from distbench.workload.batch import TokenBatch
 
 FAULTS: dict[str, type[Fault]] = {
     kind.name: kind
-    for module in (limit, dispatch, experts, combine, process)
+    for module in (limit, dispatch, experts, combine, process, overlap)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Fault) and kind is not Fault
 }
@@ -65,14 +65,47 @@ def check_faults(case: Case) -> None:
     make_faults(case, Scene(0, case, Heartbeat(None), lambda: torch.empty(0, 2)))
 
 
+class SubBatch(Protocol):
+    """A sub-batch of two-batch overlap, as `pipeline.sub_batches` has it."""
+
+    @property
+    def place(self) -> int:
+        """Its place among `SUB_BATCHES`."""
+
+    @property
+    def batch(self) -> TokenBatch:
+        """Its tokens on this rank."""
+
+    @property
+    def transport(self) -> Transport:
+        """Its transport."""
+
+    @property
+    def experts(self) -> Experts:
+        """The experts."""
+
+
 class Injector:
     """The faults of one case on one rank."""
 
-    def __init__(self, session: Session, case: Case, transport: Transport, compute: Experts) -> None:
-        """Wrap `transport` and `compute`; the wrapped ones are `transport` and `experts`, `inner` is `compute`."""
+    def __init__(  # noqa: PLR0913 - the parts that it wraps, and their place
+        self,
+        session: Session,
+        case: Case,
+        transport: Transport,
+        compute: Experts,
+        sub_batch: str = "",
+        other: TokenBatch | None = None,
+    ) -> None:
+        """Wrap `transport` and `compute`; the wrapped ones are `transport` and `experts`, `inner` is `compute`.
+
+        With two-batch overlap they are those of `sub_batch`, and `other` are the other one's tokens.
+        """
         self.inner = compute
+        self.beside: Injector | None = None
         self.faults = make_faults(
-            case, Scene(session.rank, case, session.heartbeat, transport.sources, transport, compute)
+            case,
+            Scene(session.rank, case, session.heartbeat, transport.sources, transport, compute, sub_batch, other),
         )
         self.transport = _FaultyTransport(transport, self.faults)
         self.experts = _FaultyExperts(compute, self.faults)
@@ -80,7 +113,8 @@ class Injector:
     @property
     def hits(self) -> dict[str, int]:
         """Number of changes by each fault on this rank, by the fault's index in the case's list."""
-        return {str(place): fault.hits for place, fault in enumerate(self.faults)}
+        others = [0] * len(self.faults) if self.beside is None else list(self.beside.hits.values())
+        return {str(place): fault.hits + others[place] for place, fault in enumerate(self.faults)}
 
     def accepted(self, outputs: Mapping[str, Tensor]) -> dict[str, dict[str, bool]]:
         """Return the verdicts of public rules on this rank's tokens, by the fault's index and by rule."""
@@ -104,12 +138,24 @@ class Injector:
         for fault in self.faults:
             if fault.active:
                 fault.leave()
+        if self.beside is not None:
+            self.beside.leave()
+
+
+def inject_both(session: Session, case: Case, sub_batches: Sequence[SubBatch]) -> tuple[Injector, ...]:
+    """Return the faults around each of two sub-batches; the first injector speaks for both."""
+    first, second = (
+        Injector(session, case, one.transport, one.experts, SUB_BATCHES[one.place], sub_batches[1 - one.place].batch)
+        for one in sub_batches
+    )
+    first.beside = second
+    return first, second
 
 
 class _FaultyTransport(Transport):
     def __init__(self, inner: Transport, faults: list[Fault]) -> None:
         self.capacity = inner.capacity
-        self.facts, self.sum_order = inner.facts, inner.sum_order
+        self.facts, self.sum_order, self.sends_early = inner.facts, inner.sum_order, inner.sends_early
         self._inner = inner
         self._faults = faults
 
@@ -158,6 +204,7 @@ class _FaultyExperts(Experts):
     """Experts with faults around them; values are checked in the call, once the faults have damaged them."""
 
     def __init__(self, inner: Experts, faults: list[Fault]) -> None:
+        self.reuses_output = inner.reuses_output
         self._inner = inner
         self._faults = faults
 

@@ -55,6 +55,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     if case.uses_fp8:
         _check_fp8(case)
     _check_graph(case)
+    _check_overlap(case)
     _check_caller(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
@@ -90,7 +91,7 @@ def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     """Warnings where SGLang's receive bound cuts nothing, or is that of older releases, for decode batches only."""
     rule = rules_of(case.sglang_version).recv_bound
     if case.limit_key != "recv_bound":
-        named = ("two_batch_overlap", "tp_size", "sender_rows")
+        named = ("tp_size", "sender_rows")
         inert = [name for name in named if getattr(case, name)]
         return (f"{', '.join(inert)}: used by recv_bound with the limit off alone",) if inert else ()
     bound = recv_bound(case, local_ranks)
@@ -99,6 +100,21 @@ def _check_bound(case: Case, local_ranks: int | None) -> tuple[str, ...]:
     if rule == "routes":
         return (f"recv_bound: SGLang {case.sglang_version} cuts at tokens times top-k, in decode batches only",)
     return ()
+
+
+def _check_overlap(case: Case) -> None:
+    """Refuse what two-batch overlap does not do here: policy guard, CUDA graphs, and callers without it."""
+    if not case.two_batch_overlap:
+        return
+    refused = {
+        "policy = guard": case.policy == "guard",
+        "graph": case.graph,
+        f"caller = {case.caller}": case.caller not in ("own", "sglang"),
+    }
+    for what, asked in refused.items():
+        if asked:
+            message = f"two_batch_overlap: not with {what}; drop one of them"
+            raise Unsupported(message)
 
 
 def _check_caller(case: Case) -> None:

@@ -6,10 +6,11 @@ import socket
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
+import torch
 from torch import Tensor
 
 from distbench.callers.text import CallerUse
-from distbench.case.stages import Arm, Stage
+from distbench.case.stages import SUB_BATCHES, Arm, Stage
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
 from distbench.experts.base import ExpertInput
@@ -21,7 +22,7 @@ from distbench.transport.base import Dispatched
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
 from distbench.verify.combine_check import CombineChecker, Combined, Own
-from distbench.verify.combine_model import OwnSlots
+from distbench.verify.combine_model import OwnSlots, Returned, together
 from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
@@ -37,11 +38,12 @@ from distbench.verify.records import (
     Replay,
     ResolvedCase,
     RowComparison,
+    SubBatchCounts,
     Timed,
     TokenCounts,
 )
 from distbench.verify.row_compare import compare_rows, relative_error, same_bits, same_bits_each, tensor_digest
-from distbench.verify.stage_check import StageChecker, counts_of, foreseen
+from distbench.verify.stage_check import Received, Span, StageChecker, counts_of, foreseen
 
 if TYPE_CHECKING:
     from distbench.callers.base import Call
@@ -71,15 +73,18 @@ class Observer:
         counts: Tensor,
         recorder: PartRecorder | None = None,
     ) -> None:
-        """`counts` int64 [W, W]: rows that rank i sends to rank j, as agreed; `recorder` keeps the same passes."""
+        """`counts` int64 [batches, W, W]: rows that rank i sends to rank j, as agreed, in each sub-batch or in the one.
+
+        `recorder` keeps the same passes.
+        """
         self.outputs: dict[str, Tensor] = {}
         self.kernels: dict[str, dict[str, Any]] = {}
         self.given: ExpertInput | None = None
         self._session, self._resolved, self._parts, self._recorder = session, resolved, parts, recorder
         self._expected, received = foreseen(parts.workload, session.rank, parts.batch)
-        self._stages = StageChecker(parts.workload, session.rank, counts, resolved.traffic.capacity, received)
+        self._stages = _checkers(session.rank, resolved, parts, counts, received)
         slots = OwnSlots(parts.batch.ids, parts.workload.group, parts.transport.sum_order)
-        exchange = choose_exchange(session.group, session.shared, counts, session.device)
+        exchange = choose_exchange(session.group, session.shared, counts.sum(0), session.device)
         own = Own(session.rank, slots, self._expected)
         self._combine = CombineChecker(session, exchange, parts.workload, own, tolerance(resolved.case))
         self._errors = (
@@ -93,27 +98,37 @@ class Observer:
         self._token_counts = TokenCounts()
         self._damaged: set[str] = set()
         self._caller: CallerUse | None = None
+        self._beyond: list[Tensor] = []
+        self._rows: list[dict[str, int]] = [{} for _ in self._stages]
+        self._joined: tuple[list[Returned], Returned] | None = None
         self._wrong = self._settled = False
 
-    def inspect(
-        self, arm: str, sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor
+    def inspect(  # noqa: PLR0913 - the buffers of a pass
+        self,
+        arm: str,
+        sources: Tensor,
+        dispatched: Dispatched,
+        given: ExpertInput,
+        expert_out: Tensor,
+        sub_batch: int = 0,
     ) -> None:
         """Check the buffers of a pass of `arm` before combine releases them; see `Inspector`."""
         self.given = given
         self.kernels[arm] = self._kernel(given.rows)
+        self._rows[sub_batch][arm] = given.rows
         limit = self._resolved.limit
         if limit is not None and self._resolved.case.policy != "guard":
-            self._lost = _lost_rows(sources, limit)
-            if self._errors is not None:
-                self._errors.take_beyond(arm, sources[limit:])
-        self._losses.take(arm, sources)
-        counts = counts_of(dispatched, given)
-        for found in self._stages.check_rows(arm, sources, counts, dispatched, given, expert_out):
-            self._note(found)
+            self._take_beyond(arm, sources[limit:], sub_batch)
+        stages, counts = self._stages[sub_batch], counts_of(dispatched, given)
         rows = self._rows_after_cut(arm, dispatched.hidden.shape[0], counts.total)
-        self._note(self._stages.check_cut(arm, sources, counts, given, rows))
+        cut = stages.check_cut(arm, sources, counts, given, rows)
+        for found in [*stages.check_rows(arm, sources, counts, dispatched, given, expert_out), cut]:
+            if found is not None and len(self._stages) > 1:
+                self._note(msgspec.structs.replace(found, sub_batch=SUB_BATCHES[sub_batch]))
+            else:
+                self._note(found)
         if self._recorder is not None:
-            self._recorder.take(arm, sources, given, expert_out)
+            self._recorder.take(arm, sources, given, expert_out, joins=sub_batch > 0)
 
     def take_call(self, call: Call) -> None:
         """Keep the rows and the arguments that a caller gave to `fused_moe`, in its last pass."""
@@ -149,7 +164,7 @@ class Observer:
         self._wrong = False
         if self._errors is not None:
             rows = {arm: kernel["rows"] for arm, kernel in self.kernels.items()}
-            self._errors.measure(fresh, lost, self._stages.returned, rows)
+            self._errors.measure(fresh, lost, self._returned, rows)
         if not self._settled:
             self._keep(fresh, lost, settled=wrong)
         self._token_counts = msgspec.structs.replace(self._token_counts, repeats=self._token_counts.repeats + 1)
@@ -224,7 +239,43 @@ class Observer:
             errors=[] if self._errors is None else self._errors.found,
             accepted=parts.injector.accepted(outputs) if parts.injector else {},
             caller=self._caller,
+            sub_batches=[
+                SubBatchCounts(
+                    name=name,
+                    tokens=traffic.tokens[session.rank],
+                    total_recv=traffic.total_recv[session.rank],
+                    rows=rows,
+                )
+                for name, traffic, rows in zip(SUB_BATCHES, resolved.sub_batches, self._rows, strict=False)
+            ],
         )
+
+    def _take_beyond(self, arm: str, beyond: Tensor, sub_batch: int) -> None:
+        """Note the sources of rows past the limit, once all sub-batches of a pass have come."""
+        self._beyond = [*self._beyond[:sub_batch], beyond]
+        if len(self._beyond) < len(self._stages):
+            return
+        beyond = torch.cat(self._beyond) if sub_batch else beyond
+        self._lost = LostRows(len(beyond), [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])
+        if self._errors is not None:
+            self._errors.take_beyond(arm, beyond)
+        self._losses.take(arm, beyond)
+
+    def _returned(self, arm: str) -> Returned | None:
+        """Rows that the last pass of `arm` gave to combine, of all sub-batches; None where any of them is unknown.
+
+        Passes that gave the same tensors get the same tensor.
+        """
+        parts = [one for stages in self._stages if (one := stages.returned(arm)) is not None]
+        if len(parts) < len(self._stages):
+            return None
+        if len(parts) == 1:
+            return parts[0]
+        if self._joined is not None and _are_the_same(self._joined[0], parts):
+            return self._joined[1]
+        joined = together(parts)
+        self._joined = self._joined or (parts, joined)
+        return joined
 
     def _keep(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, settled: bool) -> None:
         self.outputs |= fresh
@@ -234,11 +285,12 @@ class Observer:
             self._recorder.keep()
 
     def _check_combine(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, wrong: bool) -> bool:
-        returned = self._stages.returned
         passes = [
-            Combined(arm, rows, returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
+            Combined(arm, rows, self._returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
         ]
         found, wrong = self._combine.check(passes, wrong=wrong)
+        if self._resolved.sub_batches:
+            found = [self._in_sub_batches(one) for one in found]
         known = {one.arm for one in self._divergences if one.stage == Stage.COMBINE}
         self._divergences += [one for one in found if one.arm not in known]
         return wrong
@@ -256,6 +308,13 @@ class Observer:
             return self._wrong
         right = fresh.get(Arm.PADDED, self.outputs.get(Arm.PADDED))
         return any(right is None or not same_bits(rows, right) for rows in fresh.values())
+
+    def _in_sub_batches(self, found: Divergence) -> Divergence:
+        """Name the sub-batches of wrong tokens: those of this rank that were examined, else the first."""
+        first = self._resolved.sub_batches[0].tokens[self._session.rank]
+        tokens = [token for _, token in found.evidence.tokens] or [found.source_token or 0]
+        names = sorted({SUB_BATCHES[token >= first] for token in tokens})
+        return msgspec.structs.replace(found, sub_batch=" and ".join(names))
 
     def _distances(self) -> dict[str, float | None]:
         """Distance of each arm from padded, over tokens that lost no row; empty where an oracle knows every bit."""
@@ -290,7 +349,8 @@ class Observer:
             return
         if found.proven:
             self._damaged.add(found.arm)
-        known = [one for one in self._divergences if (one.arm, one.stage) == (found.arm, found.stage)]
+        place = (found.arm, found.stage, found.sub_batch)
+        known = [one for one in self._divergences if (one.arm, one.stage, one.sub_batch) == place]
         if not known or (all(map(self._resolved.asks_for, known)) and not self._resolved.asks_for(found)):
             self._divergences.append(found)
 
@@ -308,8 +368,22 @@ def _comparisons(made: Outputs, outputs: dict[str, Tensor]) -> dict[str, RowComp
     return {pair_name(pair): compare_rows(outputs[pair[1]], outputs[pair[0]]) for pair in pairs}
 
 
-def _lost_rows(sources: Tensor, limit: int) -> LostRows:
-    if sources.shape[0] <= limit:
-        return LostRows()
-    beyond = sources[limit:]
-    return LostRows(beyond.shape[0], [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])
+def _checkers(
+    rank: int, resolved: ResolvedCase, parts: Parts, counts: Tensor, received: Received | None
+) -> list[StageChecker]:
+    """One checker for each sub-batch, or one for all tokens."""
+    workload, capacity = parts.workload, resolved.traffic.capacity
+    if not resolved.sub_batches:
+        return [StageChecker(workload, rank, counts[0], capacity, received)]
+    none, whole = (0,) * len(workload.tokens_per_rank), workload.tokens_per_rank
+    middle = resolved.sub_batches[0].tokens
+    return [
+        StageChecker(workload, rank, sent, capacity, span.of(received), span)
+        for sent, span in zip(counts, (Span(none, middle), Span(middle, whole)), strict=True)
+    ]
+
+
+def _are_the_same(first: list[Returned], second: list[Returned]) -> bool:
+    return all(
+        one.rows is other.rows and torch.equal(one.keys, other.keys) for one, other in zip(first, second, strict=True)
+    )

@@ -54,7 +54,11 @@ class Passes:
     def _arms(self) -> dict[Arm, Cut]:
         resolved, injector = self._resolved, self._parts.injector
         arms = arms_of(resolved.limit, resolved.case.policy, refused=resolved.refused)
-        return arms if injector is None else {arm: injector.around(cut) for arm, cut in arms.items()}
+        return (
+            arms
+            if injector is None or self._parts.sub_batches
+            else {arm: injector.around(cut) for arm, cut in arms.items()}
+        )
 
     def _production(self, mark: Callable[[Stage], None]) -> Tensor:
         from distbench.pipeline.production import run_production  # noqa: PLC0415 - nothing is loaded without a caller
@@ -65,7 +69,7 @@ class Passes:
     def _run_arm(self, arm: Arm, layer: Callable[[Callable[[Stage], None]], Tensor]) -> Tensor:
         heartbeat = self._session.heartbeat
         heartbeat.arm = arm
-        self._parts.transport.forget()
+        self._parts.forget()
         combined = layer(self._clock.mark)
         self._clock.mark(Stage.CHECK)
         self._observer.take(arm, combined)

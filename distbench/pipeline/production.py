@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from distbench.experts.base import ExpertInput, Experts
 from distbench.pipeline.layer import Inspector
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.recv_bound import parse_sender_rows
-from distbench.transport.base import Dispatched
+from distbench.transport.base import Dispatched, Transport
 from distbench.transport.mori.config import production_kernel
 from distbench.verify.records import ResolvedCase
+from distbench.workload.batch import TokenBatch
 
 _WORD_DIGITS = 15
 
@@ -46,11 +48,17 @@ def caller_of(session: Session, resolved: ResolvedCase, experts: Experts) -> Cal
 def run_production(
     parts: Parts, inspect: Inspector, take: Callable[[Call], None], mark: Callable[[Stage], None]
 ) -> Tensor:
-    """This rank's combined tokens, bf16 [n, H], of a pass of the caller's code; see `run_layer`. Collective."""
+    """This rank's combined tokens, bf16 [n, H], of a pass of the caller's code; see `run_layer`. Collective.
+
+    Sub-batches of two-batch overlap pass through the caller's code one after the other.
+    """
     assert parts.caller is not None  # noqa: S101 - the arm runs only where there is one
-    mark(Stage.DISPATCH)
-    steps = _Steps(parts, inspect, take, mark)
-    tokens = parts.caller.run(parts.batch, parts.weights, parts.transport, steps)
+    made = []
+    for batch in _batches_of(parts):
+        mark(Stage.DISPATCH)
+        steps = _Steps(parts, batch, inspect, take, mark)
+        made.append(parts.caller.run(batch.batch, parts.weights, batch.transport, steps))
+    tokens = torch.cat(made) if len(made) > 1 else made[0]
     right = (parts.batch.ids.shape[0], parts.weights.w2.shape[1])
     if tokens.shape != right or tokens.dtype != torch.bfloat16:
         shape = f"{tokens.dtype} {list(tokens.shape)}".removeprefix("torch.")
@@ -59,13 +67,32 @@ def run_production(
     return tokens
 
 
+class _Batch(NamedTuple):
+    """Tokens of one call of the caller's code: all of a rank's, or a sub-batch."""
+
+    batch: TokenBatch
+    transport: Transport
+    sources: Callable[[], Tensor]
+    place: int
+
+
+def _batches_of(parts: Parts) -> list[_Batch]:
+    halves = [_Batch(one.batch, one.transport, one.sources, one.place) for one in parts.sub_batches]
+    return halves or [_Batch(parts.batch, parts.transport, parts.transport.sources, 0)]
+
+
 class _Steps(Steps):
     """The stages of a pass of the caller's code: marks, checks, and what the observer sees."""
 
     def __init__(
-        self, parts: Parts, inspect: Inspector, take: Callable[[Call], None], mark: Callable[[Stage], None]
+        self,
+        parts: Parts,
+        batch: _Batch,
+        inspect: Inspector,
+        take: Callable[[Call], None],
+        mark: Callable[[Stage], None],
     ) -> None:
-        self._parts, self._inspect, self._take, self._mark = parts, inspect, take, mark
+        self._parts, self._batch, self._inspect, self._take, self._mark = parts, batch, inspect, take, mark
 
     def dispatched(self) -> None:
         """See `Steps.dispatched`."""
@@ -80,7 +107,7 @@ class _Steps(Steps):
         """See `Steps.made`."""
         self._mark(Stage.CHECK)
         self._take(call)
-        self._inspect(self._parts.transport.sources(), dispatched, call.given, call.output)
+        self._inspect(self._batch.sources(), dispatched, call.given, call.output, self._batch.place)
         self._mark(Stage.COMBINE)
 
 

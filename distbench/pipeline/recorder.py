@@ -52,8 +52,8 @@ class PartRecorder:
         self.finished: Finished | None = None
         self._fresh: dict[str, Seen] = {}
 
-    def take(self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor) -> None:
-        """Copy the rows of a pass before combine releases the buffers."""
+    def take(self, arm: str, sources: Tensor, given: ExpertInput, expert_out: Tensor, *, joins: bool = False) -> None:
+        """Copy the rows of a pass before combine releases the buffers; one that `joins` is its second sub-batch."""
         live = min(int(given.num_local_tokens), given.rows, expert_out.shape[0])
         received = TokenBatch(
             hidden=_copied(given.hidden[:live]),
@@ -61,7 +61,8 @@ class PartRecorder:
             weights=_copied(given.weights[:live]),
             ids=_copied(given.ids[:live]),
         )
-        self._fresh[arm] = Seen(_copied(sources), received, _copied(expert_out[:live]))
+        seen = Seen(_copied(sources), received, _copied(expert_out[:live]))
+        self._fresh[arm] = _joined(self._fresh[arm], seen) if joins else seen
 
     def keep(self) -> None:
         """Keep the passes taken since the last repeat, replacing earlier ones of the same arms."""
@@ -70,6 +71,23 @@ class PartRecorder:
     def finish(self, finished: Finished) -> None:
         """Record the end of all passes."""
         self.finished = finished
+
+
+def _joined(first: Seen, second: Seen) -> Seen:
+    """Both sub-batches as one pass: rows that reached the experts in front, as their sources."""
+    lives = len(first.expert_rows), len(second.expert_rows)
+    sources = [one.sources[:live] for one, live in zip((first, second), lives, strict=True)]
+    sources += [one.sources[live:] for one, live in zip((first, second), lives, strict=True)]
+    fields = [
+        None if mine is None or other is None else torch.cat([mine, other])
+        for mine, other in zip(first.received, second.received, strict=True)
+    ]
+    hidden, scales, weights, ids = fields
+    assert hidden is not None  # noqa: S101 - only scales may be missing
+    assert weights is not None  # noqa: S101 - as above
+    assert ids is not None  # noqa: S101 - as above
+    rows = torch.cat([first.expert_rows, second.expert_rows])
+    return Seen(torch.cat(sources), TokenBatch(hidden, scales, weights, ids), rows)
 
 
 def _copied(rows: Tensor) -> Tensor:

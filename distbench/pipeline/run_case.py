@@ -27,6 +27,7 @@ from distbench.pipeline.production_rows import production_rows
 from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.recv_bound import limit_rows
 from distbench.pipeline.sent_rows import sent_rows
+from distbench.pipeline.sub_batches import SubBatch, first_tokens, on_streams, split_batch
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
@@ -56,15 +57,16 @@ class _Inputs(NamedTuple):
 class _Ready(NamedTuple):
     """A case that is ready for its first dispatch.
 
-    The resolved case, the kinds of inputs, the weights and the experts of the first kind, the transport, and the agreed
-    counts [W, W]. `weights`, `experts` and `callers`, which hold experts, are lists so that their user can take out the
-    last reference: experts keep tensors derived from weights, and two sets of weights may not fit into memory.
+    The resolved case, the kinds of inputs, the weights and the experts of the first kind, the transports of each
+    sub-batch or the one, and their agreed counts [batches, W, W]. `weights`, `experts` and `callers`, which hold
+    experts, are lists so that their user can take out the last reference: experts keep tensors derived from
+    weights, and two sets of weights may not fit into memory.
     """
 
     resolved: ResolvedCase
     inputs: list[_Inputs]
     weights: list[ExpertWeights]
-    transport: Transport
+    transports: list[Transport]
     experts: list[Experts]
     callers: list[Caller | None]
     counts: Tensor
@@ -100,8 +102,10 @@ def _prepare(session: Session, case: Case) -> _Ready:
     session.use(case.device)
     workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
     batches, probes = zip(*(_tokens_and_probe(workload, session.rank) for workload in workloads), strict=True)
-    sent = recv_counts(batches[0].ids, case.experts_per_rank, case.ep_size)
+    parts = split_batch(case, batches[0], session.rank) if case.two_batch_overlap else (batches[0],)
+    sent = torch.cat([recv_counts(part.ids, case.experts_per_rank, case.ep_size) for part in parts])
     counts = session.agree(case_hash(case), torch.cat(probes), sent)
+    counts = counts.view(case.ep_size, len(parts), case.ep_size).transpose(0, 1)
     resolved = _resolved(session, case, counts)
     session.heartbeat.mark(Stage.WORKLOAD)
     inputs = [_Inputs(*one) for one in zip(workloads, batches, strict=True)]
@@ -116,7 +120,8 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
         found.append(_run_with(session, ready, number, recorder))
         if case.caller != "own":
             gc.collect()  # lifted functions and their globals hold each other, and the experts with their weights
-    ready.transport.close()
+    for transport in ready.transports:
+        transport.close()
     mode = choose_mode(case.gather, case.tokens, sum(one.outputs.rows[:1].nbytes for one in found))
     peak = peak_bytes()  # of the process, after all passes: an observation of the first inputs is of before the second
     seen = [(msgspec.structs.replace(one.observation, peak_bytes=peak), one.outputs) for one in found]
@@ -136,7 +141,9 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
         experts = make_experts(resolved.case)
         ready.callers.append(_caller(session, resolved, experts))
         ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
-    parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transport, ready.experts.pop())
+    parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transports[0], ready.experts.pop())
+    if resolved.case.two_batch_overlap:
+        parts = parts._replace(sub_batches=_sub_batches(session, resolved.case, parts, ready.transports))
     parts = _inject(session, resolved.case, parts._replace(caller=ready.callers.pop()))
     session.heartbeat.mark(Stage.CHECK)  # the observer computes the oracle
     observer = Observer(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
@@ -166,9 +173,15 @@ def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor
 
 
 def _resolved(session: Session, case: Case, counts: Tensor) -> ResolvedCase:
-    traffic = Traffic(case.tokens, tuple(counts.sum(0).tolist()), case.capacity)
-    check_capacity(traffic, case.max_dispatch_tokens_per_rank)
-    return ResolvedCase(case, traffic, limit_rows(case, traffic, session.local_ranks))
+    traffic = Traffic(case.tokens, tuple(counts.sum((0, 1)).tolist()), case.capacity)
+    parts = tuple(
+        Traffic(tokens, tuple(sent.sum(0).tolist()), case.capacity)
+        for tokens, sent in zip(case.sub_batch_tokens, counts, strict=False)
+    )
+    resolved = ResolvedCase(case, traffic, None, parts)
+    check_capacity(resolved.per_call, case.max_dispatch_tokens_per_rank)
+    limit = limit_rows(case, resolved.per_call, session.local_ranks)
+    return msgspec.structs.replace(resolved, limit=limit)
 
 
 def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], counts: Tensor) -> _Ready:
@@ -184,8 +197,17 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
         experts.warm_up(weights, rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
     caller = _caller(session, resolved, experts)
-    transport = make_transport(session, case, counts, batch)
-    return _Ready(resolved, inputs, [weights], transport, [experts], [caller], counts)
+    transports = [make_transport(session, case, sent, batch) for sent in counts]
+    if case.two_batch_overlap:
+        transports = on_streams(case, transports, session.device)
+    return _Ready(resolved, inputs, [weights], transports, [experts], [caller], counts)
+
+
+def _sub_batches(session: Session, case: Case, parts: Parts, transports: list[Transport]) -> tuple[SubBatch, ...]:
+    sides = zip(
+        split_batch(case, parts.batch, session.rank), first_tokens(case, session.device), transports, strict=True
+    )
+    return tuple(SubBatch(place, *side, parts.experts) for place, side in enumerate(sides))
 
 
 def _caller(session: Session, resolved: ResolvedCase, experts: Experts) -> Caller | None:
@@ -218,7 +240,15 @@ def _inject(session: Session, case: Case, parts: Parts) -> Parts:
     """The parts with the case's faults around them; faults restart with each kind of inputs."""
     if not case.inject:
         return parts
-    from distbench.faults.injector import Injector  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
+    from distbench.faults.injector import Injector, inject_both  # noqa: PLC0415 - loaded only where faults are asked for
 
+    if parts.sub_batches:
+        injectors = inject_both(session, case, parts.sub_batches)
+        sides = zip(parts.sub_batches, injectors, strict=True)
+        faulty = tuple(
+            one._replace(transport=around.transport, experts=around.experts, around=around.around)
+            for one, around in sides
+        )
+        return parts._replace(sub_batches=faulty, injector=injectors[0])
     injector = Injector(session, case, parts.transport, parts.experts)
     return parts._replace(transport=injector.transport, experts=injector.experts, injector=injector)

@@ -34,7 +34,7 @@ def time_arms(session: Session, case: Case, parts: Parts, arms: Mapping[Arm, Cut
     found: dict[str, Timed] = {}
     for arm, cut in arms.items():
         session.heartbeat.arm = arm
-        parts.transport.forget()
+        parts.forget()
         layer = parts.layer(cut, None)
         timed = timer.time(layer, observer.outputs[arm], partial(observer.error_of, arm))
         if timed.error is not None:

@@ -50,7 +50,7 @@ def limit_report(resolved: ResolvedCase, sources: dict[str, str]) -> LimitReport
         source=source,
         policy=resolved.case.policy,
         safe=not resolved.short_ranks,
-        max_recv=resolved.traffic.max_recv,
+        max_recv=resolved.per_call.max_recv,
         sum_tokens=sum(resolved.traffic.tokens),
         proof=resolved.proof,
     )

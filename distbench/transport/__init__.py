@@ -9,6 +9,7 @@ from distbench.case.spec import Case
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distbench.distributed.exchange import Exchange
     from distbench.distributed.session import Session
     from distbench.transport.base import Transport
     from distbench.workload.batch import TokenBatch
@@ -25,6 +26,7 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         from distbench.transport.mori.transport import MoriTransport  # noqa: PLC0415 - a rank loads only what it uses
 
         return MoriTransport(session, case)
+    from distbench.distributed.all_to_all import AllToAll  # noqa: PLC0415 - as above
     from distbench.distributed.choose import choose_exchange  # noqa: PLC0415 - as above
     from distbench.transport.collective.arrival import Geometry  # noqa: PLC0415 - as above
     from distbench.transport.collective.transport import CollectiveTransport  # noqa: PLC0415
@@ -37,5 +39,8 @@ def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatc
         counts=counts,
     )
     shuffled = case.slot_order == "shuffled"
-    exchange = choose_exchange(session.group, session.shared, counts, session.device)
+    if case.two_batch_overlap:  # exchanges of both sub-batches are under way at once, which memory is not made for
+        exchange: Exchange = AllToAll(session.group)
+    else:
+        exchange = choose_exchange(session.group, session.shared, counts, session.device)
     return CollectiveTransport(exchange, geometry, like, seed=case.seed, shuffled=shuffled)

@@ -44,6 +44,8 @@ class Transport(ABC):
     """
 
     capacity: int
+    sends_early = True
+    """Whether a send half sends, or only takes its arguments for the receive half to send."""
     facts: dict[str, Any]
     sum_order: SumOrder
 

@@ -30,6 +30,12 @@ class Returned(NamedTuple):
     rows: Tensor
 
 
+def together(parts: Sequence[Returned]) -> Returned:
+    """The rows that a rank gave to several combines, of different tokens, as one."""
+    keys, order = torch.cat([one.keys for one in parts]).sort()
+    return Returned(keys, torch.cat([one.rows for one in parts])[order])
+
+
 class Contributions(NamedTuple):
     """Rows that ranks returned for some tokens, in order of addition: rows [n, c, H], ranks int64 [n, c], else -1."""
 

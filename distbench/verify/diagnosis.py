@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from distbench.case.stages import ARMS, LAYER_STAGES, Arm, Stage
+from distbench.case.stages import ARMS, LAYER_STAGES, SUB_BATCHES, Arm, Stage
 from distbench.verify.dispatch_blame import Root, dispatch_roots
 from distbench.verify.excuses import Part, is_noise
 from distbench.verify.records import (
@@ -154,6 +154,7 @@ def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
         what += f", in {' and '.join(first.evidence.fields)} only: the payload is right"
     if group[0].sent:
         what += ", as sent"
+    what += _sub_batches(gathered, first)
     tokens = sorted({token for root in group for token in root.found.evidence.tokens})
     return Diagnosis(
         cause=f"{first.stage}: {what}",
@@ -163,6 +164,15 @@ def _cause(gathered: Gathered, pattern: str, group: list[Root]) -> Diagnosis:
         ranks=sorted({rank for root in group for rank in root.ranks}),
         tokens=tokens[:LISTED_TOKENS],
     )
+
+
+def _sub_batches(gathered: Gathered, found: Divergence) -> str:
+    """Name the sub-batches of two-batch overlap in which this stage is wrong; empty without it."""
+    wrong = [
+        one.sub_batch for record in gathered.observations for one in record.divergences if one.stage == found.stage
+    ]
+    names = sorted({name for one in wrong for name in SUB_BATCHES if name in one})
+    return f", in sub-batch {' and '.join(names)}" if names else ""
 
 
 def _line(gathered: Gathered, found: Divergence) -> str:

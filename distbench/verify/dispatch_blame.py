@@ -39,7 +39,10 @@ def dispatch_roots(gathered: Gathered, arm: str, repeats: int) -> list[Root]:
         if (one.arm, one.stage) == (arm, Stage.DISPATCH)
     ]
     others = [Root(one, [one.rank], certain=True) for one in found if not one.evidence.received]
-    return [*others, *_Rows(gathered, arm, repeats, [one for one in found if one.evidence.received]).roots()]
+    rows = [one for one in found if one.evidence.received]
+    for sub_batch in sorted({one.sub_batch for one in rows}):
+        others += _Rows(gathered, arm, repeats, [one for one in rows if one.sub_batch == sub_batch]).roots()
+    return others
 
 
 class _Rows:

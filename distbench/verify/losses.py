@@ -19,17 +19,17 @@ class Losses:
 
     def __init__(self, group: dist.ProcessGroup, resolved: ResolvedCase, rank: int) -> None:
         self._group = group
-        self._limit = resolved.limit if resolved.lossy else None
+        self._lossy = resolved.lossy
         self._tokens = torch.tensor(resolved.traffic.tokens)
         self._starts = self._tokens.cumsum(0) - self._tokens
         self._own = slice(int(self._starts[rank]), int(self._starts[rank] + self._tokens[rank]))
         self._taken: dict[str, Tensor] = {}
 
-    def take(self, arm: str, sources: Tensor) -> None:
-        """Record this rank's losses in a pass of `arm`: the rows of `sources` int64 [total_recv, 2] past the limit."""
-        if self._limit is None or arm not in CUT_ARMS:
+    def take(self, arm: str, beyond: Tensor) -> None:
+        """Record this rank's losses in a pass of `arm`: the sources int64 [l, 2] of rows past the limit."""
+        if not self._lossy or arm not in CUT_ARMS:
             return
-        rank, token = sources[self._limit :].cpu().unbind(1)
+        rank, token = beyond.cpu().unbind(1)
         known = (rank >= 0) & (rank < len(self._tokens)) & (token >= 0)
         rank, token = rank[known], token[known]
         known = token < self._tokens[rank]

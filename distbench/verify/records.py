@@ -9,7 +9,7 @@ import msgspec
 from distbench.callers.text import CallerUse
 from distbench.case.limits import LimitProof, Traffic, prove_limit
 from distbench.case.spec import Case
-from distbench.case.stages import Arm, Stage
+from distbench.case.stages import SUB_BATCHES, Arm, Stage
 from distbench.errors import Verdict
 from distbench.utils.devices import DeviceState
 
@@ -86,7 +86,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
     `row` is the slot in the receive buffer (dispatch, experts) or the token (combine). `against` names the reference:
     the source, the oracle, the padded arm, or the sum of the returned rows. `rows` counts the wrong rows of this stage.
-    `far` counts those further from the padded arm's than any rounding explains.
+    `far` counts those further from the padded arm's than any rounding explains. `sub_batch` names the sub-batches of
+    two-batch overlap that it concerns, "A", "B" or "A and B"; source tokens are numbered in the whole batch.
     """
 
     stage: str
@@ -102,6 +103,7 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
     against: str
     rows: int
     far: int = 0
+    sub_batch: str = ""
     evidence: Evidence = msgspec.field(name="clues", default_factory=Evidence)
 
     @property
@@ -115,6 +117,8 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
     def line(self, arm: str) -> str:
         """Return the line with another name of the arm."""
+        if self.sub_batch:
+            arm = f"{arm}, sub-batch {self.sub_batch}"
         source = "" if self.source_token is None else f", first token {self.source_token} of rank {self.source_rank}"
         if self.stage == Stage.TRUNCATE and self.field == "rows":
             return f"rank {self.rank}, {arm}: {self.rows} received rows did not reach the experts{source}"
@@ -226,6 +230,15 @@ class Survivors(msgspec.Struct, frozen=True):
     differing: dict[str, int]
 
 
+class SubBatchCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """One sub-batch on one rank: its tokens, the rows it receives, and the rows M given to the experts, by arm."""
+
+    name: str
+    tokens: int
+    total_recv: int
+    rows: dict[str, int]
+
+
 class Observation(msgspec.Struct, frozen=True, kw_only=True):
     """One rank's findings.
 
@@ -237,7 +250,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     has the timed arms, `device_state` the device's state while the last of them ran. `replays` are replays of the last
     arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian. `accepted` lists, by the
     index of an injected mutant, the public acceptance rules that accept this rank's tokens. `caller` is that of the arm
-    production, where the case has one.
+    production, where the case has one. `sub_batches` are those of two-batch overlap.
     """
 
     rank: int
@@ -269,6 +282,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     errors: list[ArmError] = []
     accepted: dict[str, dict[str, bool]] = {}
     caller: CallerUse | None = None
+    sub_batches: list[SubBatchCounts] = []
 
     def distance_of(self, arm: str) -> float | None:
         """Distance of `arm` from padded; 0 where that was not measured."""
@@ -309,23 +323,36 @@ class Reason(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ResolvedCase(msgspec.Struct, frozen=True):
-    """A case with the traffic that its routing makes and the rows to cut to; None for no cut."""
+    """A case with the traffic that its routing makes and the rows to cut to; None for no cut.
+
+    `sub_batches` is the traffic of each sub-batch of two-batch overlap, empty without it.
+    """
 
     case: Case
     traffic: Traffic
     limit: int | None
+    sub_batches: tuple[Traffic, ...] = ()
+
+    @property
+    def per_call(self) -> Traffic:
+        """Traffic that the limit and the receive buffer have to hold: of one dispatch, at most, on each rank."""
+        if not self.sub_batches:
+            return self.traffic
+        first, second = self.sub_batches
+        tokens, received = map(max, first.tokens, second.tokens), map(max, first.total_recv, second.total_recv)
+        return Traffic(tuple(tokens), tuple(received), self.traffic.capacity)
 
     @property
     def short_ranks(self) -> list[int]:
         """Ranks that receive more rows than the limit keeps."""
         if self.limit is None:
             return []
-        return [rank for rank, rows in enumerate(self.traffic.total_recv) if rows > self.limit]
+        return [rank for rank, rows in enumerate(self.per_call.total_recv) if rows > self.limit]
 
     @property
     def proof(self) -> LimitProof:
         """Traffic for which the limit loses no row: any routing of these token counts, or only this batch."""
-        return prove_limit(self.limit, self.traffic)
+        return prove_limit(self.limit, self.per_call)
 
     @property
     def lossy(self) -> bool:
@@ -336,7 +363,8 @@ class ResolvedCase(msgspec.Struct, frozen=True):
         """Whether the case itself asks for this loss: exactly the rows past a limit below the rank's total_recv."""
         if self.limit is None or (found.stage, found.field) != (Stage.TRUNCATE, "rows"):
             return False
-        return found.rank in self.short_ranks and found.rows == self.traffic.total_recv[found.rank] - self.limit
+        traffic = self.sub_batches[SUB_BATCHES.index(found.sub_batch)] if found.sub_batch else self.traffic
+        return found.rank in self.short_ranks and found.rows == traffic.total_recv[found.rank] - self.limit
 
     @property
     def refused(self) -> bool:

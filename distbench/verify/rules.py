@@ -55,17 +55,18 @@ def under_limit(part: Part) -> list[Reason]:
     resolved = part.resolved
     if resolved.case.policy == "guard" or not resolved.short_ranks:
         return []
-    recv = resolved.traffic.total_recv
+    recv = resolved.per_call.total_recv
+    where = " in a sub-batch" if resolved.sub_batches else ""
     consequence = "refused on all ranks" if resolved.refused else "cut all the same"
     advice = (
         f"a limit of {resolved.proof.bound} is proven for any routing of these token counts, "
-        f"{resolved.traffic.max_recv} is enough for this batch only"
+        f"{resolved.per_call.max_recv} is enough for this batch only"
     )
     reasons = [
         Reason(
             code="limit-below-total-recv",
             rank=rank,
-            message=f"rank {rank} receives {recv[rank]} rows, the limit keeps {resolved.limit}: "
+            message=f"rank {rank} receives {recv[rank]} rows{where}, the limit keeps {resolved.limit}: "
             f"{recv[rank] - (resolved.limit or 0)} lost, {consequence}; {advice}",
         )
         for rank in resolved.short_ranks

@@ -67,6 +67,32 @@ def counts_of(dispatched: Dispatched, given: ExpertInput) -> Counts:
     return Counts(*torch.cat([dispatched.total_recv, given.num_local_tokens]).tolist())
 
 
+class Span(NamedTuple):
+    """Some tokens of each rank: those from `first` up to `past`."""
+
+    first: tuple[int, ...]
+    past: tuple[int, ...]
+
+    def holds(self, sources: Tensor) -> bool:
+        """Whether all (source rank, source token) of `sources` [m, 2] are among these tokens."""
+        ranks, tokens = sources.unbind(1)
+        if not bool(((ranks >= 0) & (ranks < len(self.first))).all()):
+            return False
+        first, past = (torch.tensor(one, device=sources.device)[ranks] for one in self)
+        return bool(((tokens >= first) & (tokens < past)).all())
+
+    def of(self, received: Received | None) -> Received | None:
+        """The received rows whose tokens are among these."""
+        if received is None:
+            return None
+        keys, (hidden, scales, weights, ids), rows = received
+        ranks, tokens = split_key(keys)
+        first, past = (torch.tensor(one, device=keys.device)[ranks] for one in self)
+        here = (tokens >= first) & (tokens < past)
+        batch = TokenBatch(hidden[here], None if scales is None else scales[here], weights[here], ids[here])
+        return Received(keys[here], batch, None if rows is None else rows[here])
+
+
 class _Baseline(NamedTuple):
     """Expert rows [m, H] of the first pass, and a mask [m] of those with right inputs; None for all."""
 
@@ -77,13 +103,21 @@ class _Baseline(NamedTuple):
 class StageChecker:
     """Checks the passes of one case on one rank; the first pass seen is the baseline of the others."""
 
-    def __init__(
-        self, workload: Workload, rank: int, counts: Tensor, capacity: int, foreseen: Received | None = None
+    def __init__(  # noqa: PLR0913 - the case's facts
+        self,
+        workload: Workload,
+        rank: int,
+        counts: Tensor,
+        capacity: int,
+        foreseen: Received | None = None,
+        span: Span | None = None,
     ) -> None:
         """Keep the parts; `counts` int64 [W, W]: agreed rows from rank i to j; a receive buffer has `capacity` rows.
 
-        `foreseen` are the rows that the routing sends here, where they are known before they arrive.
+        `foreseen` are the rows that the routing sends here, where they are known before they arrive. `span` are the
+        tokens that the passes move; None for all.
         """
+        self._span = span or Span((0,) * len(counts), workload.tokens_per_rank)
         self._workload = workload
         self._rank = rank
         self._counts = counts
@@ -224,9 +258,7 @@ class StageChecker:
             if torch.equal(sent, agreed):
                 self._known = self._foreseen
                 return None
-        tokens = torch.tensor(self._workload.tokens_per_rank, device=sources.device)
-        below = sources[:, 1] < tokens[sources[:, 0].clamp(0, num_ranks - 1)]
-        inside = bool((sources >= 0).all() and (sources[:, 0] < num_ranks).all() and below.all())
+        inside = self._span.holds(sources)
         doubled = int((keys[1:] == keys[:-1]).sum())
         if not inside or doubled or not torch.equal(torch.bincount(sources[:, 0], minlength=num_ranks).cpu(), agreed):
             against = f"{agreed.tolist()} rows from each rank, each token once"

@@ -45,13 +45,13 @@ def touches_of(session: Session, case: Case, names: list[str]) -> dict[str, Touc
     session.heartbeat.arm = "padded"
     ready = _prepare(session, case)
     workload, batch = ready.inputs[0]
-    parts = Parts(workload, batch, ready.weights.pop(), ready.transport, ready.experts.pop())
-    clean = _made(session, case, parts, ready.counts, None)
+    parts = Parts(workload, batch, ready.weights.pop(), ready.transports[0], ready.experts.pop())
+    clean = _made(session, case, parts, ready.counts[0], None)
     received = ready.resolved.traffic.total_recv[session.rank]
     found = {}
     for name in names:
         log = _Log(received, case.topk)
-        made = _made(session, case, parts, ready.counts, (CORPUS[name], log))
+        made = _made(session, case, parts, ready.counts[0], (CORPUS[name], log))
         changed = not all(torch.equal(_bits(one), _bits(right)) for one, right in zip(made, clean, strict=True))
         found[name] = Touch(changed, log.rows, log.elements)
     session.heartbeat.arm = ""
@@ -76,7 +76,13 @@ def _made(
         transport, experts, cut = injector.transport, injector.experts, injector.around(padded)
     rows: list[Tensor] = []
 
-    def inspect(sources: Tensor, dispatched: Dispatched, given: ExpertInput, expert_out: Tensor) -> None:  # noqa: ARG001
+    def inspect(
+        sources: Tensor,
+        dispatched: Dispatched,  # noqa: ARG001
+        given: ExpertInput,  # noqa: ARG001
+        expert_out: Tensor,
+        sub_batch: int = 0,  # noqa: ARG001
+    ) -> None:
         rows.append(expert_out[: len(sources)].clone())
 
     tokens = run_layer(parts.batch, parts.weights, transport, experts, cut, inspect, lambda _: None)

@@ -67,7 +67,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     `gathered` is the input of rank 0's judgement, without timings; None where the case was refused or lost its ranks.
     Its lists of tokens end at `listed_tokens`. `table_left_out` is the size in bytes of a kernel table that is too
-    large to copy. `inputs_version` is that of the inputs that the case ran with; bundles without it have 1.
+    large to copy. `sub_batches` is the traffic of each, with two-batch overlap. `inputs_version` is that of the inputs
+    that the case ran with; bundles without it have 1.
     """
 
     schema: str = SCHEMA
@@ -80,6 +81,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     recorded: Recorded
     listed_tokens: int = LISTED_TOKENS
     table_left_out: int = 0
+    sub_batches: tuple[Traffic, ...] = ()
 
     @property
     def cuts(self) -> list[str]:
@@ -97,7 +99,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def resolved(self) -> ResolvedCase | None:
         """The resolved case, if its ranks got that far."""
-        return None if self.traffic is None else ResolvedCase(self.case, self.traffic, self.limit)
+        return None if self.traffic is None else ResolvedCase(self.case, self.traffic, self.limit, self.sub_batches)
 
 
 def bundle_folder(root: str, case: Case) -> Path:

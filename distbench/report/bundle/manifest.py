@@ -58,6 +58,7 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
         case=case,
         traffic=resolved.traffic if resolved else None,
         limit=resolved.limit if resolved else None,
+        sub_batches=resolved.sub_batches if resolved else (),
         gathered=outcome.gathered,
         recorded=recorded,
         table_left_out=_write_table(folder, case),

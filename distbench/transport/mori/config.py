@@ -53,7 +53,7 @@ class Launch(NamedTuple):
 
 
 class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """MoRI's settings in a case. `heap_bytes` is one operator's share of the symmetric heap."""
+    """MoRI's settings in a case. `heap_bytes` is what its operators take of the symmetric heap, one or two."""
 
     kernel: str
     nodes: int
@@ -132,7 +132,7 @@ def plan_mori(
         external=case.combine_input == "external",
         max_total_recv_tokens=case.prealloc_max_recv_tokens,
         num_qp_per_pe=2 if case.mori_geometry == "sglang" or kernel == "AsyncLL" else 1,
-        heap_bytes=_heap_bytes(case, kernel, nodes, environ, async_buffers(release)),
+        heap_bytes=(1 + case.two_batch_overlap) * _heap_bytes(case, kernel, nodes, environ, async_buffers(release)),
     )
 
 

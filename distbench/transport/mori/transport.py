@@ -111,6 +111,7 @@ class MoriTransport(Transport):
         self._total_recv = torch.zeros(1, dtype=torch.int32, device=session.device)
         self._known: _Known | None = None
         self._under_way = False
+        self.sends_early = self._has_halves
         self._sent: _Sent | None = None
         self._returning: _Returning | None = None
         self._received: Dispatched | None = None
