@@ -108,7 +108,8 @@ def _parts(report: Report, *, verbose: bool) -> list[str | Grid]:
     parts += [_injected_line(one) for one in report.injected]
     parts += _headlines(report)
     if report.ranks:
-        parts += [*rank_parts(report.ranks, every=verbose), _comparison_table(report), *_caller_lines(report)]
+        halves = [_sub_batch_table(report)] if report.ranks[0].sub_batches else []
+        parts += [*rank_parts(report.ranks, every=verbose), *halves, _comparison_table(report), *_caller_lines(report)]
     if report.errors:
         parts += [_error_table(report.errors), *_families(report.errors)]
     if report.method:
@@ -179,6 +180,23 @@ def _profile_lines(report: Report) -> list[str]:
 
 def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sub_batch_table(report: Report) -> Grid:
+    columns = ("rank", "sub-batch", "tokens", "total_recv", "M padded", "M truncated")
+    rows = [
+        (
+            str(rank.rank),
+            one.name,
+            str(one.tokens),
+            str(one.total_recv),
+            str(one.rows[Arm.PADDED]),
+            str(one.rows.get(Arm.TRUNCATED, "not run")),
+        )
+        for rank in report.ranks
+        for one in rank.sub_batches
+    ]
+    return Grid(columns, rows, "two-batch overlap")
 
 
 def _timing_table(report: Report) -> Grid:

@@ -119,6 +119,7 @@ def _rank(record: Observation) -> RankReport:
         layer_us={arm: timed.layer_us[:_RAW_KEPT] for arm, timed in record.timed.items()},
         device_state=record.device_state,
         replays=record.replays,
+        sub_batches=record.sub_batches,
     )
 
 

@@ -17,6 +17,7 @@ from distbench.verify.records import (
     Reason,
     Replay,
     SentRows,
+    SubBatchCounts,
 )
 from distbench.workload.version import InputsVersion
 
@@ -24,7 +25,10 @@ SCHEMA = "distbench.report/1"
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank: its traffic, each arm's kernel and digest, its largest resident size before gathering, its packages."""
+    """One rank: its traffic, each arm's kernel and digest, its largest resident size before gathering, its packages.
+
+    `sub_batches` has the traffic and M of each sub-batch, with two-batch overlap.
+    """
 
     rank: int
     host: str
@@ -41,6 +45,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     layer_us: dict[str, list[float]] = {}
     device_state: DeviceState | None = None
     replays: list[Replay] = []
+    sub_batches: list[SubBatchCounts] = []
 
 
 class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
