@@ -54,8 +54,8 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     notes = (*notes, *_check_bound(case, local_ranks))
     if case.uses_fp8:
         _check_fp8(case)
-    _check_graph(case)
     _check_overlap(case)
+    _check_graph(case)
     _check_caller(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without

@@ -156,7 +156,7 @@ def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
     resolved, (first, *others) = ready.resolved, gathered
     whole = msgspec.structs.replace(first, gaussian=others[0]) if others else first
     judgement = judge(resolved, whole)
-    sent = sent_rows(ready.counts, [record.host for record in whole.observations])
+    sent = sent_rows(ready.counts.sum(0), [record.host for record in whole.observations])
     return Outcome(resolved.case, judgement, resolved, whole, diagnose(resolved, whole, judgement), sent=sent)
 
 

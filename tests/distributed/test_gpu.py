@@ -97,3 +97,18 @@ def test_triton_experts_have_the_error_of_their_ideal(
         errors = json.loads((bench.out / "report.json").read_text())["errors"]
         assert errors
         assert all(0.98 <= ratio <= 1.02 for error in errors for ratio in error["ratio"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dispatch_dtype", ["bf16", "fp8"])
+def test_sub_batches_overlap_on_a_communication_stream(tmp_path: Path, ranks: int, dispatch_dtype: str) -> None:
+    """A missing wait between the streams would give rows or tokens of another pass, in some of these repeats."""
+    if count_devices() < ranks:
+        pytest.skip(f"needs {ranks} devices")
+    flags = ("--model", "tiny", "--device", "cuda", "--experts", "triton", "--dispatch-dtype", dispatch_dtype)
+    more = ("--two-batch-overlap", "--tokens", "61", "--repeats", "40", "--iterations", "30")
+    with Bench(tmp_path / "out", "run", "--nproc", str(ranks), *flags, *more) as bench:
+        assert bench.finish() == 0
+        report = json.loads((bench.out / "report.json").read_text())
+        assert report["transport"]["stream"] == "communication"
+        assert [one["tokens"] for one in report["ranks"][0]["sub_batches"]] == [30, 31]

@@ -58,6 +58,7 @@ class AiterExperts(Experts):
             InvalidCase: aiter's kernels do not support the shape, or the package would ignore a setting.
             Unsupported: quantisation that cannot be exact on this device.
         """
+        self.reuses_output = case.emulate  # aiter allocates each result
         self._case = case
         self.package = package
         self._key = LayerKey(

@@ -63,7 +63,7 @@ class Guard(NamedTuple):
 
 
 GUARDS: dict[str, dict[str, Guard]] = {
-    "mori": {"dispatched-ids": Guard(Stage.COMBINE)},
+    "mori": {"dispatched-ids": Guard(Stage.COMBINE), "ids-of-the-other-sub-batch": Guard(Stage.COMBINE)},
     "aiter": {
         "weights-not-cut": Guard(Stage.EXPERTS),
         "shifted-window": Guard(Stage.EXPERTS, always=False),
@@ -72,6 +72,7 @@ GUARDS: dict[str, dict[str, Guard]] = {
         "ids-out-of-range": Guard(Stage.EXPERTS),
         "slots-lost": Guard(Stage.EXPERTS),
         "capacity-not-checked": Guard(Stage.EXPERTS),
+        "receive-forgotten": Guard(Stage.EXPERTS),
         "row-of-topk-minus-1": Guard(Stage.EXPERTS),
     },
 }

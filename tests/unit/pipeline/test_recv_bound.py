@@ -110,7 +110,7 @@ def test_reason_for_an_unbounded_receive_buffer_is_reported() -> None:
     assert "in decode batches only" in check_case(case(sglang_version="0.5.20"))[0]
     assert check_case(case()) == ()
     assert check_case(case(limit="sum32", gpu_per_node=2)) == ()
-    (inert,) = check_case(case(recv_bound=False, tp_size=8, two_batch_overlap=True))
-    assert inert.startswith("two_batch_overlap, tp_size: used by recv_bound")
+    (inert,) = check_case(case(recv_bound=False, tp_size=8, sender_rows="9,7"))
+    assert inert.startswith("tp_size, sender_rows: used by recv_bound")
     with pytest.raises(InvalidCase, match=r"sglang_version = '0\.4\.0'"):
         check_case(case(recv_bound=False, sglang_version="0.4.0"))
