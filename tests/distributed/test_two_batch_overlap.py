@@ -14,7 +14,7 @@ from distbench.distributed.session import Session
 from distbench.errors import Unsupported, Verdict
 from distbench.launcher.preflight import check_case
 from distbench.pipeline import layer, run_case
-from distbench.pipeline.sub_batches import SubBatch
+from distbench.pipeline.sub_batches import SubBatch, on_streams
 from distbench.transport.collective.transport import CollectiveTransport
 from distbench.transport.mori.transport import MoriTransport
 from distbench.verify.records import Outcome
@@ -120,13 +120,12 @@ def swapped(halves: tuple[SubBatch, ...]) -> tuple[SubBatch, ...]:
 
 def mutated(session: Session, case: Case, change: Callable[[list[Any]], None]) -> Outcome | str | None:
     session.enter(case.ep_size)
-    right = run_case.on_streams
 
     def changed(case: Case, transports: list[Any], device: Any) -> list[Any]:
         change(transports)
-        return right(case, transports, device)
+        return on_streams(case, transports, device)
 
-    with patch.object(run_case, "on_streams", changed):
+    with patch("distbench.pipeline.run_case.on_streams", changed):
         return run_case.run_case(session, case)
 
 
