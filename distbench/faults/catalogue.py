@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from distbench.case.stages import Stage
 
-MODULES = ("limit", "dispatch", "experts", "combine", "process")
+MODULES = ("limit", "dispatch", "experts", "combine", "process", "overlap")
 _BASE = "Fault"
 
 

@@ -43,10 +43,9 @@ class CombineReceiveForgotten(Fault):
     needs = "tokens on its rank"
 
     def combined(self, tokens: Tensor) -> Tensor:
-        """Return the output as it was before."""
+        """Return the output as it is before anything was added."""
         self.hits += len(tokens)
-        poison_(tokens)
-        return tokens
+        return tokens.zero_()
 
 
 class StreamWaitMissing(Fault):

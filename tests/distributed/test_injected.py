@@ -108,7 +108,7 @@ def test_jitter_does_not_change_any_bit() -> None:
     ("inject", "told"),
     [
         ("no-such-fault", "no such fault; allowed are short-limit, "),
-        ("hang:colour=red", "no option 'colour'; allowed are rank, arm, stage"),
+        ("hang:colour=red", "no option 'colour'; allowed are rank, arm, sub_batch, stage"),
         ("flipped-bit:rank=9", "rank = '9'; allowed are 0 to 3, or all"),
         ("flipped-bit:arm=left", "arm = 'left'; allowed are padded, control, repadded, truncated"),
         ("flipped-bit:field=payload", "field = 'payload'; allowed are hidden, scales, weights, ids"),

@@ -74,6 +74,8 @@ OF_OTHERS = {
     "moriep.py": "SGLang",
     "test/registered/moe/test_fused_moe.py": "SGLang",
     "token_dispatcher/moriep.py": "SGLang",
+    "batch_overlap/operations_strategy.py": "SGLang",
+    "batch_overlap/two_batch_overlap.py": "SGLang",
     "all2all.py": "vLLM",
     "vllm/envs.py": "vLLM",
     "tests/kernels/moe/test_flashinfer_nvfp4_cosine_similarity.py": "vLLM",
