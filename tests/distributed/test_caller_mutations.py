@@ -105,7 +105,7 @@ CORRUPT = [
         DISPATCHER,
         "            and not self._tbo_enabled\n",
         "",
-        BOUND | {"two_batch_overlap": True},
+        BOUND | {"two_batch_overlap": True, "sender_rows": "10,16"},  # those of sub-batch A
     ),
     (
         "the layout is not looked at",
