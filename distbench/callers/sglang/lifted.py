@@ -174,10 +174,18 @@ def _modules(setting: Setting, package: Package) -> dict[str, Any]:
         "sglang.kernels.ops.quantization.rocm_upscale": Stub(
             upscale=Unreached("upscale"), upscale_mxfp4=Unreached("upscale_mxfp4")
         ),
-        "sglang.srt.layers.dp_attention": Stub(get_dp_global_num_tokens=lambda: list(setting.sender_rows)),
+        "sglang.srt.layers.dp_attention": Stub(get_dp_global_num_tokens=lambda: _sender_rows(setting)),
         "sglang.srt.layers.moe.token_dispatcher.moriep": combine_inputs,
         "sglang.srt.layers.moe.token_dispatcher.deepep": Stub(
             DeepEPNormalCombineInput=Unreached("DeepEPNormalCombineInput"),
             DeepEPLLCombineInput=Unreached("DeepEPLLCombineInput"),
         ),
     }
+
+
+def _sender_rows(setting: Setting) -> list[int] | None:
+    """Tokens of each rank in the scheduler's metadata; a sub-batch has none.
+
+    Source: `TboForwardBatchPreparer.filter_batch` of `batch_overlap/two_batch_overlap.py`, SGLang 0.5.23.
+    """
+    return None if setting.case.two_batch_overlap else list(setting.sender_rows)
