@@ -17,6 +17,7 @@ HANG = "| hang:stage={stage} | 1 HANG | 1 HANG | hang in {stage} | 1/1 | 1/1 | 0
 DEATH = "| {fault} | 1 RANK_FAULT | 1 RANK_FAULT | rank fault in {stage} | 1/1 | 1/1 | 0 |"
 
 
+@pytest.mark.timeout(600)
 def test_selftest_catches_every_fault_with_its_stage_and_rank(tmp_path: Path) -> None:
     chosen = () if SOAK else ("--clean=5",)
     table = tmp_path / "selftest.md"
