@@ -18,7 +18,7 @@ from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.faults import combine, dispatch, experts, limit, overlap, process
 from distbench.faults.base import Fault, Scene
-from distbench.transport.base import Dispatched, Transport
+from distbench.transport.base import Dispatched, Transport, TransportAround
 from distbench.utils.text import closest
 from distbench.workload.batch import TokenBatch
 
@@ -152,24 +152,10 @@ def inject_both(session: Session, case: Case, sub_batches: Sequence[SubBatch]) -
     return first, second
 
 
-class _FaultyTransport(Transport):
+class _FaultyTransport(TransportAround):
     def __init__(self, inner: Transport, faults: list[Fault]) -> None:
-        self.capacity = inner.capacity
-        self.facts, self.sum_order, self.sends_early = inner.facts, inner.sum_order, inner.sends_early
-        self._inner = inner
+        super().__init__(inner)
         self._faults = faults
-
-    def sources(self) -> Tensor:
-        return self._inner.sources()
-
-    def forget(self) -> None:
-        self._inner.forget()
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def about(self) -> dict[str, Any]:
-        return self._inner.about()
 
     def dispatch_send(self, batch: TokenBatch) -> None:
         _enter(self._faults, Stage.DISPATCH)

@@ -100,6 +100,31 @@ class Transport(ABC):
         return {}
 
 
+class TransportAround(Transport):
+    """A transport around another one, which keeps its size, its facts, its order of addition and its life."""
+
+    def __init__(self, inner: Transport) -> None:
+        self.capacity, self.sum_order, self.sends_early = inner.capacity, inner.sum_order, inner.sends_early
+        self.facts = inner.facts
+        self._inner = inner
+
+    def sources(self) -> Tensor:
+        """See `Transport.sources`."""
+        return self._inner.sources()
+
+    def forget(self) -> None:
+        """See `Transport.forget`."""
+        self._inner.forget()
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        self._inner.close()
+
+    def about(self) -> dict[str, Any]:
+        """See `Transport.about`."""
+        return self._inner.about()
+
+
 def poison_(rows: Tensor) -> None:
     """Fill rows that must not be read: NaN, or an expert id that no model has."""
     if rows.dtype.is_floating_point:

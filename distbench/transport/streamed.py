@@ -8,18 +8,18 @@ the call, and no tensor is recorded on either stream.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from distbench.transport.base import Dispatched, Transport
+from distbench.transport.base import Dispatched, Transport, TransportAround
 from distbench.workload.batch import TokenBatch
 
 T = TypeVar("T")
 
 
-class StreamedTransport(Transport):
+class StreamedTransport(TransportAround):
     """Runs another transport on `stream`, which the transports of both sub-batches share.
 
     What a send half reads is ready at an event that is recorded when it is called. Where the send half only takes its
@@ -28,10 +28,9 @@ class StreamedTransport(Transport):
     """
 
     def __init__(self, inner: Transport, stream: torch.cuda.Stream) -> None:
-        self.capacity, self.sum_order, self.sends_early = inner.capacity, inner.sum_order, inner.sends_early
-        self.facts = inner.facts
+        super().__init__(inner)
         self.facts["stream"] = "communication"
-        self._inner, self._stream = inner, stream
+        self._stream = stream
         self._ready: torch.cuda.Event | None = None
 
     def dispatch_send(self, batch: TokenBatch) -> None:
@@ -49,22 +48,6 @@ class StreamedTransport(Transport):
     def combine_recv(self) -> Tensor:
         """See `Transport.combine_recv`; the compute stream waits, not the host."""
         return self._receive(self._inner.combine_recv)
-
-    def sources(self) -> Tensor:
-        """See `Transport.sources`."""
-        return self._inner.sources()
-
-    def forget(self) -> None:
-        """See `Transport.forget`."""
-        self._inner.forget()
-
-    def close(self) -> None:
-        """See `Transport.close`."""
-        self._inner.close()
-
-    def about(self) -> dict[str, Any]:
-        """See `Transport.about`."""
-        return self._inner.about()
 
     def _send(self, call: Callable[[], None]) -> None:
         if not self.sends_early:
