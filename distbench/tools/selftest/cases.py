@@ -49,8 +49,8 @@ _VARIANTS: dict[str, tuple[Variant, ...]] = {
     "dies-at-304-336": (Variant(keys={"limit": "304"}), Variant(keys={"limit": "336"})),
 }
 _GAUSSIAN = {"numerics": "gaussian"}
-# Few gaussian tokens hold a zero; of wrong rows atomic kernels make other bits, and experts are blamed beside dispatch.
-_EXACT_ONLY = ("negative-zero", "send-buffer-reused")
+EXACT_ONLY = ("negative-zero", "send-buffer-reused")
+"""Few gaussian tokens hold a zero; of wrong rows atomic kernels make other bits, and experts are blamed too."""
 # The lowest bits of a row are within what an atomic kernel rounds; this is one of an exponent.
 _SEEN_BY_ERRORS = {"flipped-expert-bit": {"bit": "14"}}
 _TOGETHER = (("swapped-rows", "flipped-token-bit"), ("flipped-expert-bit", "flipped-token-bit"))
@@ -161,7 +161,7 @@ def _possible_ones(maker: _Maker, seeds: int) -> tuple[list[FaultTrial], dict[st
 def _variants(name: str, kind: type[Fault]) -> list[Variant]:
     """Return the variants of a fault, and each of them in gaussian inputs alone, where no exact bit gives it away."""
     given = _VARIANTS.get(name, (Variant(),))
-    if kind.verdict or name in _EXACT_ONLY:
+    if kind.verdict or name in EXACT_ONLY:
         return [*given]
     options = _SEEN_BY_ERRORS.get(name, {})
     return [*given, *(Variant({**one.options, **options}, {**one.keys, **_GAUSSIAN}) for one in given)]

@@ -50,7 +50,7 @@ def test_capacity_follows_prealloc_max_recv_tokens(prealloc: int, capacity: int)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tokns": 3}, "unknown key 'tokns'; allowed are model"),
+        ({"tokns": 3}, r"unknown key 'tokns' \(did you mean tokens\?\); allowed are model"),
         ({"tokens": [1, 2]}, "2 numbers for 4 ranks"),
         ({"tokens": -1}, "tokens = -1"),
         ({"tokens": "16"}, "tokens = '16'"),

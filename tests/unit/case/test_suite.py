@@ -164,12 +164,12 @@ def test_suite_in_json_equals_the_suite_in_toml(tmp_path: Path) -> None:
 
 
 WRONG = {
-    'nam = "x"': "unknown key 'nam'; allowed are name, description",
+    'nam = "x"': r"unknown key 'nam' \(did you mean name\?\); allowed are name, description",
     'name = "a\\nb"': r"name = 'a\\nb': allowed is one line",
     "tags = [1]": "tags = 1: allowed is text",
     'tags = ["a,b"]': "tags = 'a,b': allowed is words without",
     "defaults = 3": "defaults = 3: allowed is a table",
-    "[defaults]\ntokns = 3": "defaults: unknown key 'tokns'; allowed are model, hidden_size",
+    "[defaults]\ntokns = 3": r"defaults: unknown key 'tokns' \(did you mean tokens\?\); allowed are model, hidden_size",
     '[defaults]\nkernel_table_sha256 = "0"': "unknown key 'kernel_table_sha256'",
     "[axes]\nseed = 3": "axes.seed = 3: allowed is a list of one value or more",
     "[axes]\nseed = []": "axes.seed = .*: allowed is a list of one value or more",

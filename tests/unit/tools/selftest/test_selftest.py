@@ -10,7 +10,7 @@ from distbench.case.resolve import FLAGS, Layer
 from distbench.errors import Verdict
 from distbench.faults.injector import FAULTS
 from distbench.report.schema import InjectedReport, Report
-from distbench.tools.selftest.cases import DEAD, FaultTrial, plan
+from distbench.tools.selftest.cases import DEAD, EXACT_ONLY, FaultTrial, plan
 from distbench.tools.selftest.outcomes import Outcomes, is_clean, result_of
 from distbench.tools.selftest.table import closing_lines
 from distbench.verify.records import Diagnosis, Reason
@@ -43,7 +43,7 @@ def test_every_fault_of_an_arm_is_tried_in_gaussian_inputs_alone_in_some_seeds()
         names = [one.label.split(":")[0] for one in plan(4, seeds, 0).trials if one.entry.case.numerics == "gaussian"]
         return Counter(names)
 
-    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict} - {"negative-zero"}
+    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict} - {*EXACT_ONLY}
     assert gaussian(5).keys() == of_an_arm
     quick = gaussian(1)
     assert quick.keys() >= {name for name in of_an_arm if FAULTS[name].stage == "experts"}
@@ -57,7 +57,7 @@ def test_guard_of_an_adapter_holds_in_gaussian_inputs_too() -> None:
 
 def test_faults_that_selftest_cannot_try_are_named_with_the_reason() -> None:
     found = plan(2, 1, 0)
-    assert set(found.impossible) == {"cross-node", "slots-lost", "dispatched-ids"}
+    assert set(found.impossible) == {"cross-node", "slots-lost", "dispatched-ids", "ids-of-the-other-sub-batch"}
     tried = {one.label.split(":")[0] for one in found.trials if "+" not in one.label}
     assert tried | set(found.impossible) == FAULTS.keys()
     two_nodes = Layer(FLAGS, {"transport": "mori", "emulate": "true", "gpu_per_node": "2"}, strict=False)
