@@ -167,8 +167,14 @@ class Campaign:
                 if self._summary.stopped:
                     return
             elif len(self._finished) == before and self._in_time(pending):
-                message = f"the ranks ended without a result; was {self._out / RESULTS} removed?"
-                raise LaunchFailed(message)
+                raise self._without_a_result()
+
+    def _without_a_result(self) -> DistbenchError:
+        """What to say of ranks that ended well and left nothing: their results, if removed, were written to no name."""
+        results = self._out / RESULTS
+        if not results.exists():
+            return ResultsLost(f"{results}: removed while ranks ran")
+        return LaunchFailed(f"the ranks ended without a result in {results}")
 
     def _in_time(self, pending: Sequence[Entry]) -> bool:
         """Whether any of these cases can be expected to end by the deadline."""

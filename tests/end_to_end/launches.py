@@ -152,12 +152,15 @@ class Bench(Outcome):
 
     def end_at_once(self) -> None:
         """Stop, then kill all processes, so that none sees another one end."""
+        seen: set[int] = set()
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in self.left():
+                seen.add(pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         self.process.wait()
         assert wait_until(self.gone, 30)
+        assert wait_until(lambda: all(_has_ended(pid) for pid in seen), 30)
 
     def left(self) -> list[int]:
         """Living processes started by this bench, directly or indirectly."""
@@ -212,6 +215,11 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process has closed its files, and so left its locks: it loses its variables a moment before."""
+    return _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] in ([], ["Z"], ["X"])
 
 
 def _environ(process: Path) -> bytes:

@@ -17,12 +17,12 @@ from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli import launching
 from distbench.cli.main import main
-from distbench.errors import DiskFull, LaunchFailed, Verdict
+from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.launcher import campaign
 from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.job import Job
 from distbench.launcher.postmortem import LaunchFailure
-from distbench.report.journal import Journal, JournalReader, Summary
+from distbench.report.journal import RESULTS, Journal, JournalReader, Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
 from distbench.utils.signals import Interrupted
@@ -214,7 +214,15 @@ def test_ranks_that_died_on_a_full_disk_give_no_verdict(
 def test_ranks_that_end_without_a_result_fail_the_launch_and_are_not_restarted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
+    (tmp_path / RESULTS).touch()
     with pytest.raises(LaunchFailed, match="ended without a result"):
+        run(monkeypatch, tmp_path, entries, lambda _: None)
+
+
+def test_results_removed_between_two_looks_at_them_are_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
+) -> None:
+    with pytest.raises(ResultsLost, match=f"^{tmp_path / RESULTS}: removed while ranks ran; "):
         run(monkeypatch, tmp_path, entries, lambda _: None)
 
 
