@@ -24,7 +24,7 @@ from distbench.tools.cluster.group_runs import Settings, check_shared, run_round
 from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
 from distbench.tools.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
 from distbench.tools.cluster.plan import STEPS, Round, Step
-from distbench.tools.cluster.validation import Validation, document, validate
+from distbench.tools.cluster.validation import FILE, Validation, document, validate
 from distbench.utils.signals import collect_signals
 
 _SHOWN_HOSTS = 4
@@ -187,7 +187,7 @@ def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int)
 
 
 def _write(out: Path, validation: Validation) -> None:
-    write_atomically(out / "cluster.json", document(validation))
+    write_atomically(out / FILE, document(validation))
     for name, nodes in (("defects.txt", validation.defects), ("slow.txt", validation.slow)):
         write_atomically(out / name, "".join(f"{node}\n" for node in nodes).encode())
 
@@ -202,4 +202,4 @@ def _print(out: Path, validation: Validation) -> None:
     passed = sum(not trial.failed for trial in validation.trials)
     emulated = " (emulated: all nodes are this machine)" if validation.emulated else ""
     print_line(f"{passed} of {len(validation.trials)} groups of {len(validation.nodes)} nodes pass{emulated}")
-    print_line(f"exit {validation.exit_code}: {out}/cluster.json, defects.txt, slow.txt")
+    print_line(f"exit {validation.exit_code}: {out}/{FILE}, defects.txt, slow.txt")

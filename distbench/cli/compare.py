@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from distbench.cli.options import add_json, json_on_standard_output
+from distbench.cli.options import DEFAULT_OUT, add_json, add_report, json_on_standard_output, report_writers
 from distbench.errors import InvalidCase, Unsupported, worst_exit_code
-from distbench.report.export import STANDARD_OUTPUT
+from distbench.report.export import STANDARD_OUTPUT, write_reports
 from distbench.report.files import write_atomically
 from distbench.report.results import Result, Results
-from distbench.report.terminal import print_line
+from distbench.report.terminal import print_line, print_note
 
 if TYPE_CHECKING:
-    from distbench.tools.compare.comparison import Detect
+    from distbench.tools.compare.comparison import Comparison, Detect
 
 Baseline = list[list[Result]]
 _AUTO, _OFF = "auto", "off"
+_REPORTS = "distbench.tools.compare.reports"  # loads numpy
 
 
 def add(commands: Any) -> None:
@@ -40,6 +41,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("new", metavar="NEW", help="the results to compare with it")
     add_json(command, "the comparison")
+    add_report(command, ("html",))
     _add_judging(command)
     command.set_defaults(command=_compare)
 
@@ -115,20 +117,35 @@ def _detect(options: argparse.Namespace) -> Detect:
 
 def _compare(options: argparse.Namespace) -> int:
     _detect(options)
-    return _judge(options, [Results(path) for path in options.old], Results(options.new), options.json)
+    writers = report_writers(options, Path(DEFAULT_OUT, "compare"), _REPORTS) if options.report else {}
+    comparison = _judged(options, [Results(path) for path in options.old], Results(options.new))
+    write_reports(comparison, writers)
+    _print(comparison, options.json)
+    for path in writers:
+        print_note(f"page: {path}")
+    return comparison.exit_code
 
 
-def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results, json: str = "") -> int:
+def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results) -> int:
+    comparison = _judged(options, old, new)
+    _print(comparison)
+    return comparison.exit_code
+
+
+def _judged(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results) -> Comparison:
     try:
         from distbench.tools.compare.comparison import compare  # noqa: PLC0415 - loads numpy
-        from distbench.tools.compare.text import comparison_lines  # noqa: PLC0415 - likewise
     except ModuleNotFoundError as error:
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
-    comparison = compare(old, new, times=not options.verdicts_only, detect=_detect(options))
+    return compare(old, new, times=not options.verdicts_only, detect=_detect(options))
+
+
+def _print(comparison: Comparison, json: str = "") -> None:
+    from distbench.tools.compare.text import comparison_lines  # noqa: PLC0415 - loads numpy
+
     if json and json != str(STANDARD_OUTPUT):
         write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
     with json_on_standard_output(json, lambda: comparison):
         for line in comparison_lines(comparison):
             print_line(line)
-    return comparison.exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,9 +71,9 @@ def add_lock_timeout(command: Any) -> None:
     )
 
 
-def add_report(command: Any, *, required: bool = False) -> None:
-    """Add the option for the formats of results."""
-    formats = ",".join(FILES)
+def add_report(command: Any, written: Iterable[str] = FILES, *, required: bool = False) -> None:
+    """Add the option for the formats of results, those `written` by the command."""
+    formats = ",".join(written)
     output_of(command).add_argument(
         "--report",
         metavar="FORMATS",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from distbench.cli.options import add_report, report_writers
+from distbench.report import export
 from distbench.report.export import STANDARD_OUTPUT, write_reports
+from distbench.report.journal import RESULTS
 from distbench.report.results import Results
 from distbench.report.terminal import print_line, print_note
+from distbench.tools.cluster import reports
+from distbench.tools.cluster.validation import FILE, read_validation
 
 
 def add(commands: Any) -> None:
@@ -17,7 +22,11 @@ def add(commands: Any) -> None:
         "report",
         description="Write results in other formats. Exits with the code of the results, as the suite did.",
     )
-    command.add_argument("results", metavar="DIR|FILE", help="the --out folder of a suite or run, or its results.jsonl")
+    command.add_argument(
+        "results",
+        metavar="DIR|FILE",
+        help="the --out folder of a command that runs cases, its results.jsonl, a report.json, or a cluster.json",
+    )
     add_report(command, required=True)
     command.add_argument(
         "--all",
@@ -41,10 +50,28 @@ def _counted(options: argparse.Namespace) -> Results:
 
 
 def _report(options: argparse.Namespace) -> int:
+    path = Path(options.results)
+    plan = _plan(path)
+    if plan is not None:
+        found = read_validation(plan)
+        _write(options, plan.parent, found, reports.__name__)
+        return found.exit_code
     results = _counted(options)
-    writers = report_writers(options, results.path if results.path.is_dir() else results.path.parent, silent=True)
-    write_reports(results, writers)
+    _write(options, results.path if results.path.is_dir() else results.path.parent, results, export.__name__)
+    return results.exit_code
+
+
+def _plan(path: Path) -> Path | None:
+    """The document of a cluster's plan that `path` is, or has where it has no results of cases."""
+    if path.name == FILE:
+        return path
+    known = path / FILE
+    return known if known.is_file() and not (path / RESULTS).exists() else None
+
+
+def _write(options: argparse.Namespace, out: Path, content: object, package: str) -> None:
+    writers = report_writers(options, out, package, silent=True)
+    write_reports(content, writers)
     for path in writers:
         if path != STANDARD_OUTPUT:
             print_line(str(path))
-    return results.exit_code

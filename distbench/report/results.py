@@ -10,11 +10,9 @@ import msgspec
 
 from distbench.errors import InvalidCase, suite_code, worst_exit_code
 from distbench.report.document import DEVICE_CLOCK
-from distbench.report.environment import NO_ENVIRONMENT, Environment
 from distbench.report.journal import RESULTS, Summary
-from distbench.report.schema import SCHEMA, ReportView
+from distbench.report.schema import SCHEMA, CaseView
 from distbench.utils.text import one_line
-from distbench.verify.records import Diagnosis, Reason
 
 _SUMMARY = "summary.json"
 _SIGNALS = 128
@@ -50,21 +48,11 @@ class StageTime(msgspec.Struct, frozen=True):
     timed: bool = False
 
 
-class Result(ReportView, frozen=True, kw_only=True):
+class Result(CaseView, frozen=True, kw_only=True):
     """The part of a report that exports and comparisons need (docs/report-format.md)."""
 
-    tags: tuple[str, ...]
-    reasons: list[Reason]
-    emulated: bool
-    stand_ins: list[str]
-    case: dict[str, Any]
     ranks: list[ResultRank]
     lost: ResultLost
-    diagnosis: list[Diagnosis]
-    timing: dict[str, Any]
-    ended: str = ""
-    method: dict[str, Any] = msgspec.field(default_factory=dict)
-    environment: Environment = NO_ENVIRONMENT
 
     @property
     def timed_on_device(self) -> bool:

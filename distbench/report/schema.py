@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from distbench.errors import Verdict
-from distbench.report.environment import Environment
+from distbench.report.environment import NO_ENVIRONMENT, Environment
 from distbench.report.findings import ErrorReport, FindingReport
 from distbench.report.limit import LimitReport
 from distbench.utils.devices import DeviceState
@@ -171,3 +171,18 @@ class ReportView(msgspec.Struct, frozen=True, kw_only=True):
     expect: str
     as_expected: bool
     limit: LimitReport | None
+
+
+class CaseView(ReportView, frozen=True, kw_only=True):
+    """Base of views that tell how a case ended, where, and what it measured; they add their part of the ranks."""
+
+    tags: tuple[str, ...]
+    reasons: list[Reason]
+    emulated: bool
+    stand_ins: list[str]
+    case: dict[str, Any]
+    diagnosis: list[Diagnosis]
+    timing: dict[str, Any]
+    ended: str = ""
+    method: dict[str, Any] = {}
+    environment: Environment = NO_ENVIRONMENT

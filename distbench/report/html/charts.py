@@ -6,8 +6,9 @@ A unit is a pixel on a phone. Every coordinate is rounded, since a page may hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple, TypeVar
 
 from markupsafe import Markup
 
@@ -26,7 +27,14 @@ _LEAST_US = 1e-3
 _TICK_GAP = 30.0
 _ROOM = 1.04
 
+_MOST_LABEL = 62
+_RISES = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 9.0, 99.0
+_FALLS = -0.01, -0.02, -0.05, -0.1, -0.2, -0.5, -0.75, -0.9, -0.99
+_CHANGE_GAP = 48.0
+_PAIR, _BAR = 40.0, 7.0
+
 _Place = Callable[[float], float]
+_Kind = TypeVar("_Kind", bound=Hashable)
 
 
 def number(value: float) -> str:
@@ -64,15 +72,20 @@ def bounds_of(rows: Sequence[Sequence[int]]) -> tuple[int, int]:
 def heat_map(rows: Sequence[Sequence[int]]) -> HeatMap:
     """Heat map of a table; neighbours of one level in a row are one rectangle."""
     low, high = bounds_of(rows)
-    parts: dict[int, list[str]] = {}
+    paths = cell_paths([[level_of(value, low, high) for value in row] for row in rows])
+    return HeatMap(len(rows), {level: paths[level] for level in sorted(paths)}, low, high)
+
+
+def cell_paths(rows: Sequence[Sequence[_Kind]]) -> dict[_Kind, Markup]:
+    """Paths of the cells of each kind, 1 x 1; neighbours of one kind in a row are one rectangle."""
+    parts: dict[_Kind, list[str]] = {}
     for y, row in enumerate(rows):
         x = 0
-        while x < len(row):
-            level, start = level_of(row[x], low, high), x
-            while x < len(row) and level_of(row[x], low, high) == level:
-                x += 1
-            parts.setdefault(level, []).append(f"M{start} {y}h{x - start}v1h-{x - start}z")
-    return HeatMap(len(rows), {level: _path(parts[level]) for level in sorted(parts)}, low, high)
+        for kind, alike in groupby(row):
+            count = sum(1 for _ in alike)
+            parts.setdefault(kind, []).append(f"M{x} {y}h{count}v1h-{count}z")
+            x += count
+    return {kind: _path(found) for kind, found in parts.items()}
 
 
 class Mark(NamedTuple):
@@ -152,12 +165,13 @@ class Rows(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Content of a row: its label, values, allowed range, and whether it is outside of it."""
+    """Content of a row: its label, values, a range behind them, an alarm, and an interval other than their range."""
 
     label: str
     values: Sequence[float]
     band: tuple[float, float] | None = None
     alarm: bool = False
+    span: tuple[float, float] | None = None
 
 
 def rows_over_time(series: Sequence[Series]) -> Rows:
@@ -173,9 +187,9 @@ def rows_over_time(series: Sequence[Series]) -> Rows:
     return _rows(series, place, decades)
 
 
-def rows_over_ratio(series: Sequence[Series]) -> Rows:
-    """Ratios over a linear axis that holds all values, all allowed ranges and 1, the ideal."""
-    known: list[float] = [value for one in series for value in (*one.values, *(one.band or ()))]
+def rows_over_ratio(series: Sequence[Series], one: str = "ideal") -> Rows:
+    """Ratios over a linear axis that holds all values, all allowed ranges and 1, which is labelled `one`."""
+    known: list[float] = [value for row in series for value in (*row.values, *(row.band or ()))]
     low, high = min([1.0, *known]), max([1.0, *known])
     width = (high - low) or 1.0
 
@@ -183,7 +197,34 @@ def rows_over_ratio(series: Sequence[Series]) -> Rows:
         return _SIDE + (value - low) / width * (WIDTH - 2 * _SIDE)
 
     ticks = sorted({low, 1.0, high})
-    return _rows(series, place, [(value, "ideal" if value == 1 else f"{value:.3g}") for value in ticks])
+    return _rows(series, place, [(value, one if value == 1 else f"{value:.3g}") for value in ticks])
+
+
+def rows_over_change(series: Sequence[Series]) -> Rows:
+    """Changes as shares (0.1 is 10 % more) over a logarithmic axis that holds all of them and no change."""
+    known = [value for one in series for value in (*one.values, *(one.band or ()), *(one.span or ()))]
+    most, least = max([0.0, *known]), min([0.0, *known])
+    high = next((share for share in _RISES if share >= most), _RISES[-1])
+    low = next((share for share in _FALLS if share <= least), _FALLS[-1])
+    start, width = math.log1p(low), math.log1p(high) - math.log1p(low)
+
+    def place(value: float) -> float:
+        return _SIDE + (math.log1p(min(max(value, low), high)) - start) / width * (WIDTH - 2 * _SIDE)
+
+    return _rows(series, place, [(share, _change(share)) for share in _apart(place, low, high)])
+
+
+def _apart(place: _Place, low: float, high: float) -> list[float]:
+    """Shares to label: no change, both ends, and those between, where each leaves room for those before it."""
+    kept = [0.0]
+    for share in (low, high, *reversed(_RISES), *reversed(_FALLS)):
+        if low <= share <= high and all(abs(place(share) - place(one)) >= _CHANGE_GAP for one in kept):
+            kept.append(share)
+    return sorted(kept)
+
+
+def _change(share: float) -> str:
+    return "no change" if share == 0 else f"{share:+.0%}".replace("%", " %")
 
 
 def _rows(series: Sequence[Series], place: _Place, ticks: Sequence[tuple[float, str]]) -> Rows:
@@ -193,7 +234,9 @@ def _rows(series: Sequence[Series], place: _Place, ticks: Sequence[tuple[float, 
         dots = [place(value) for value in thinned(one.values)]
         band = None if one.band is None else (place(one.band[0]), place(one.band[1]))
         low, high = (min(dots), max(dots)) if dots else (0.0, 0.0)
-        rows.append(Row(one.label, top + _ROW_LABEL, top + _ROW_LABEL + 9, dots, low, high, band, one.alarm))
+        if one.span is not None:
+            low, high = map(place, one.span)
+        rows.append(Row(_cut(one.label), top + _ROW_LABEL, top + _ROW_LABEL + 9, dots, low, high, band, one.alarm))
     return Rows(len(series) * _ROW + 18, rows, ticks_of([(place(value), label) for value, label in ticks]))
 
 
@@ -214,6 +257,10 @@ def thinned(values: Sequence[float]) -> list[float]:
     if len(ordered) <= _MOST_DOTS:
         return ordered
     return [ordered[index * (len(ordered) - 1) // (_MOST_DOTS - 1)] for index in range(_MOST_DOTS)]
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= _MOST_LABEL else f"{label[: _MOST_LABEL - 1]}…"
 
 
 def microseconds(value: float) -> str:
@@ -244,3 +291,72 @@ def strips(lost: Mapping[int, Sequence[int]], damaged: Mapping[int, Sequence[int
         Strip(f"rank {rank}", 14 + index * 26, places(lost.get(rank, ())), places(damaged.get(rank, ())))
         for index, rank in enumerate(ranks)
     ]
+
+
+class Bar(NamedTuple):
+    """A horizontal bar from the left edge: its top, its end, and the interval of the end."""
+
+    y: float
+    to: float
+    low: float
+    high: float
+
+
+class BarPair(NamedTuple):
+    """Two values of one thing, the old one above the new one."""
+
+    label: str
+    label_y: float
+    old: Bar
+    new: Bar
+    kind: str
+
+
+class BarPairs(NamedTuple):
+    """Pairs of bars over one linear axis from 0."""
+
+    height: float
+    thickness: float
+    pairs: list[BarPair]
+    ticks: list[Tick]
+
+
+class Estimate(NamedTuple):
+    """A value with half the width of its interval; 0 where that is not known."""
+
+    value: float
+    error: float
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.value + self.error
+
+
+def bar_pairs(series: Sequence[tuple[str, str, Estimate, Estimate]]) -> BarPairs:
+    """Bars of times in microseconds, of (label, kind, old, new), over an axis with four parts of round numbers."""
+    most = max([one.high for _, _, *both in series for one in both], default=1.0) or 1.0
+    step = _round_step(most / 4)
+    top = max(step * math.ceil(most / step), step)
+
+    def across(value: float) -> float:
+        return _SIDE + max(value, 0.0) / top * (WIDTH - 2 * _SIDE)
+
+    def bar(y: float, one: Estimate) -> Bar:
+        return Bar(y, across(one.value), across(one.value - one.error), across(one.high))
+
+    pairs = [
+        BarPair(_cut(label), index * _PAIR + _ROW_LABEL, bar(start, old), bar(start + _BAR + 2, new), kind)
+        for index, (label, kind, old, new) in enumerate(series)
+        for start in (index * _PAIR + _ROW_LABEL + 5,)
+    ]
+    marks = [step * count for count in range(round(top / step) + 1)]
+    return BarPairs(
+        len(series) * _PAIR + 18, _BAR, pairs, ticks_of([(across(value), microseconds(value)) for value in marks])
+    )
+
+
+def _round_step(least: float) -> float:
+    """Smallest of 1, 2 and 5 times a power of ten that is not below `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next((size * power for size in (1, 2, 5) if size * power >= least), 10 * power)

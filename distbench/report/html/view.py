@@ -7,11 +7,10 @@ from typing import Any
 import msgspec
 
 from distbench.errors import InvalidCase
-from distbench.report.environment import NO_ENVIRONMENT, Environment
-from distbench.report.findings import ErrorReport, FindingReport
-from distbench.report.schema import ComparisonReport, InjectedReport, RateReport, ReportView
+from distbench.report.findings import ErrorReport
+from distbench.report.schema import CaseView, ComparisonReport, InjectedReport, RateReport
 from distbench.utils.text import one_line
-from distbench.verify.records import Diagnosis, Divergence, Reason, SentRows
+from distbench.verify.records import Divergence, SentRows
 
 
 class PicturedRank(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,23 +35,13 @@ class PicturedLost(msgspec.Struct, frozen=True, kw_only=True):
     by_rank: dict[str, int] = {}
 
 
-class Pictured(ReportView, frozen=True, kw_only=True):
+class Pictured(CaseView, frozen=True, kw_only=True):
     """The report of a case as its page shows it."""
 
-    tags: tuple[str, ...]
-    reasons: list[Reason]
-    emulated: bool
-    stand_ins: list[str]
-    case: dict[str, Any]
     ranks: list[PicturedRank]
     lost: PicturedLost
-    diagnosis: list[Diagnosis]
-    timing: dict[str, Any]
-    ended: str = ""
     sources: dict[str, str] = msgspec.field(default_factory=dict)
     warnings: list[str] = msgspec.field(default_factory=list)
-    findings: list[FindingReport] = msgspec.field(default_factory=list)
-    environment: Environment = NO_ENVIRONMENT
     transport: dict[str, Any] = msgspec.field(default_factory=dict)
     comparison: list[ComparisonReport] = msgspec.field(default_factory=list)
     errors: list[ErrorReport] = msgspec.field(default_factory=list)
@@ -60,7 +49,6 @@ class Pictured(ReportView, frozen=True, kw_only=True):
     stacks: dict[str, str] = msgspec.field(default_factory=dict)
     injected: list[InjectedReport] = msgspec.field(default_factory=list)
     rate: RateReport | None = None
-    method: dict[str, Any] = msgspec.field(default_factory=dict)
     sent: SentRows | None = None
 
 

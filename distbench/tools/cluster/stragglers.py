@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from distbench.tools.cluster.attribution import ClusterFinding, GroupRun, Kind
-from distbench.tools.cluster.plan import Group
+from distbench.tools.cluster.plan import Group, Step
 from distbench.utils.stats import student_quantile
 
 ALARMS = 0.01
@@ -113,6 +113,12 @@ def _values(trials: Sequence[GroupRun], stage: str) -> dict[Group, float]:
         return {}
     middle = {key: statistics.median(math.log(own[key]) for own in times.values()) for key in keys}
     return {group: statistics.median(math.log(own[key]) - middle[key] for key in keys) for group, own in times.items()}
+
+
+def relative_times(trials: Sequence[GroupRun], step: Step, stage: str) -> dict[Group, float]:
+    """Time of each group of a step that passed, as a multiple of the median of all; empty where they are not judged."""
+    values = _values([trial for trial in trials if trial.step == step and not trial.failed], stage)
+    return {group: math.exp(value) for group, value in values.items()}
 
 
 def _shared_keys(trials: Sequence[GroupRun], stage: str) -> set[str]:

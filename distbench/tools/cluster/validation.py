@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
-from distbench.errors import Verdict, worst_exit_code
+from distbench.errors import InvalidCase, Verdict, worst_exit_code
 from distbench.tools.cluster.attribution import ClusterFinding, GroupRun, name_faults
 from distbench.tools.cluster.plan import Group, Round, Step, rounds_of
 from distbench.tools.cluster.stragglers import name_stragglers, not_judged
+from distbench.utils.text import one_line
 
 SCHEMA = "distbench.cluster/1"
+FILE = "cluster.json"
+"""Name of the document in the folder of a plan."""
 SLOW_EXIT_CODE = 1
 
 RunRound = Callable[[Step, Round], list[GroupRun]]
@@ -70,6 +74,24 @@ def validate(
 def document(validation: Validation) -> bytes:
     """`validation` as JSON."""
     return msgspec.json.format(msgspec.json.encode(validation), indent=2) + b"\n"
+
+
+def read_validation(path: Path) -> Validation:
+    """The validation in a cluster.json.
+
+    Raises:
+        InvalidCase: the file cannot be read, or is none.
+
+    """
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=Validation)
+    except (OSError, ValueError, RecursionError) as error:
+        message = f"{path}: {one_line(error)}; give the --out folder of distbench cluster"
+        raise InvalidCase(message) from error
+    if found.schema != SCHEMA:
+        message = f"{path}: schema {found.schema!r:.40}, known is {SCHEMA}"
+        raise InvalidCase(message)
+    return found
 
 
 def _left(nodes: Group, findings: Sequence[ClusterFinding]) -> Group:

@@ -15,7 +15,17 @@ from distbench.errors import InvalidCase, Verdict
 from distbench.report.results import Result
 from distbench.tools.compare.environment import EnvironmentFinding, Surroundings
 from distbench.tools.compare.launches import LEAST_LAUNCHES, judge_launches
-from distbench.tools.compare.noise import ALPHA, LEAST_SAMPLES, Change, Pair, Samples, judge_change, median_of, readable
+from distbench.tools.compare.noise import (
+    ALPHA,
+    LEAST_SAMPLES,
+    Change,
+    Pair,
+    Samples,
+    judge_change,
+    median_of,
+    readable,
+    summed_error,
+)
 
 SCHEMA = "distbench.compare/1"
 ALL_CASES = ""
@@ -61,7 +71,8 @@ class CaseFinding(msgspec.Struct, frozen=True, kw_only=True):
 class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
     """Change of a stage's time in one case, or in all of them together (ALL_CASES).
 
-    `old_us` and `new_us` are medians in microseconds, summed over the `cases` cases.
+    `old_us` and `new_us` are medians in microseconds, summed over the `cases` cases; `old_error_us` and `new_error_us`
+    half the widths of their 95 % confidence intervals within launches, None where a case has too few samples.
     """
 
     arm: str
@@ -71,6 +82,8 @@ class TimeFinding(msgspec.Struct, frozen=True, kw_only=True):
     old_us: float
     new_us: float
     cases: int
+    old_error_us: float | None = None
+    new_error_us: float | None = None
 
     def suspect(self, gross: float) -> bool:
         """Whether the time has grown by the share `gross` or more without being called slower."""
@@ -363,6 +376,8 @@ def _timed(key: Key, case: str, pairs: Sequence[Pair], change: Change) -> TimeFi
         old_us=sum(median_of(pair.before) for pair in pairs),
         new_us=sum(median_of(pair.new) for pair in pairs),
         cases=len(pairs),
+        old_error_us=summed_error([pair.before for pair in pairs]),
+        new_error_us=summed_error([pair.new for pair in pairs]),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from distbench.tools.compare.noise import PLANNED_POWER, Change, Pair, Samples, judge_change
+from distbench.tools.compare.noise import CONFIDENCE, PLANNED_POWER, Change, Pair, Samples, judge_change
 from distbench.utils.stats import student_quantile, student_tail
 
 LEAST_LAUNCHES = 3
@@ -45,7 +45,15 @@ def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
         slower=within.slower and p_slower < alpha,
         faster=within.faster and p_faster < alpha,
         between=_as_share(float(np.std(old, ddof=1))),
+        interval=_interval(new, student_quantile((1 - CONFIDENCE) / 2, freedom) * deviation, within.interval),
     )
+
+
+def _interval(level: float, margin: float, within: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Interval that the distance of launches allows, and at least that of the noise within launches."""
+    if within is None:
+        return None
+    return min(_as_share(level - margin), within[0]), max(_as_share(level + margin), within[1])
 
 
 def _levels(pairs: Sequence[Pair]) -> Samples:

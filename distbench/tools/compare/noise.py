@@ -18,12 +18,17 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from distbench.utils.stats import median_error
+
 ALPHA = 0.01
 """Probability that anything is called slower where nothing changed but the noise."""
 POWER = 0.9
 """Probability that a slowdown of the detectable size is called one."""
 
 Samples = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+"""Probability with which an interval holds the true change."""
 
 PLANNED_POWER = 0.95
 """Power of the design, above the promised one: the noise is itself an estimate."""
@@ -54,7 +59,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     `detectable` is the smallest slowdown detected with probability POWER; None where no size would be. `slower` and
     `faster` hold where noise alone has a probability below `alpha` of as large a change. `between` is the standard
-    deviation between launches of the same configuration; None where one old launch does not show it.
+    deviation between launches of the same configuration; None where one old launch does not show it. `interval` is the
+    95 % confidence interval of the change, by the same noise; None where the samples bound it on no side.
     """
 
     change: float
@@ -64,6 +70,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     faster: bool
     samples: tuple[int, int]
     between: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 def readable(samples: Sequence[float]) -> Samples:
@@ -85,6 +92,17 @@ def median_of(samples: Samples) -> float:
     return float(np.median(samples))
 
 
+def summed_error(cases: Sequence[Samples]) -> float | None:
+    """Half the width of the 95 % confidence interval of the sum of the cases' medians, in their unit."""
+    squares = 0.0
+    for samples in cases:
+        error = median_error(samples.tolist())
+        if error is None:
+            return None
+        squares += (error * median_of(samples)) ** 2
+    return math.sqrt(squares)
+
+
 def judge_change(pairs: Sequence[Pair], alpha: float) -> Change:
     """Judge old and new samples of one case, or of several that are expected to change alike.
 
@@ -97,14 +115,25 @@ def judge_change(pairs: Sequence[Pair], alpha: float) -> Change:
     p_slower, p_faster = _tail(sum(scores) - step, deviation), _tail(-sum(scores) - step, deviation)
     differences, shares = _differences(pairs, weights)
     needed = (_NORMAL.inv_cdf(1 - alpha) + _NORMAL.inv_cdf(PLANNED_POWER)) * deviation + step
+    together = np.concatenate(differences)
     return Change(
-        change=math.expm1(_quantile(np.concatenate(differences), shares, 0.5)),
+        change=math.expm1(_quantile(together, shares, 0.5)),
         detectable=_detectable(pairs, differences, shares, needed),
         p_slower=p_slower,
         slower=p_slower < alpha,
         faster=p_faster < alpha,
         samples=(sum(pair.before.size for pair in pairs), sum(pair.new.size for pair in pairs)),
+        interval=_interval(together, shares, deviation),
     )
+
+
+def _interval(differences: Samples, shares: Samples, deviation: float) -> tuple[float, float] | None:
+    """Shifts that the test does not reject (Hodges and Lehmann, Ann. Math. Stat. 34, 1963)."""
+    margin = _NORMAL.inv_cdf((1 + CONFIDENCE) / 2) * deviation / float(shares.sum())
+    if margin >= 0.5:  # noqa: PLR2004 - no sample lies beyond
+        return None
+    low, high = (math.expm1(_quantile(differences, shares, 0.5 + side * margin)) for side in (-1, 1))
+    return low, high
 
 
 def _score(old: Samples, new: Samples) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from distbench.tools.compare.comparison import ALL_CASES, Comparison, Key, TimeFinding
+from distbench.tools.compare.comparison import ALL_CASES, CaseFinding, Comparison, Key, TimeFinding
 from distbench.tools.compare.launches import LEAST_LAUNCHES
 from distbench.tools.compare.noise import ALPHA, LEAST_SAMPLES, POWER
 
@@ -25,15 +25,15 @@ _WORST_FIRST = (
 def comparison_lines(comparison: Comparison) -> Iterator[str]:
     """Yield the lines: the environment, undetectable changes, cases, stages, single cases, the result."""
     yield from _environment(comparison)
-    yield from _limits(comparison)
-    cases = sorted(comparison.cases, key=lambda found: _WORST_FIRST.index(found.kind))
+    yield from limit_lines(comparison)
+    cases = worst_first(comparison.cases)
     for found in cases[:_SHOWN]:
         verdicts = " → ".join(filter(None, (found.old, found.new)))
         yield f"{found.kind:<14} {found.name}: {verdicts}{': ' if found.message else ''}{found.message}"
     if len(cases) > _SHOWN:
         yield f"and {len(cases) - _SHOWN} cases more"
     for time in sorted(comparison.times, key=lambda one: one.case != ALL_CASES):
-        yield _time_line(time, comparison.unjudged, suspect=(time.arm, time.stage, time.case) in comparison.suspect)
+        yield _time_line(time, judgement_of(time, comparison))
     told = [f"{comparison.pairs} cases compared"]
     told += [f"{len(comparison.unjudged)} arms and stages not judged"] if comparison.unjudged else []
     told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []
@@ -42,18 +42,24 @@ def comparison_lines(comparison: Comparison) -> Iterator[str]:
 
 def _environment(comparison: Comparison) -> Iterator[str]:
     for found in comparison.environment[:_SHOWN]:
-        old, new = (_short(values) for values in (found.old, found.new))
+        old, new = (short_list(values) for values in (found.old, found.new))
         yield f"environment    {found.what}: {old} → {new}"
     if len(comparison.environment) > _SHOWN:
         yield f"and {len(comparison.environment) - _SHOWN} differences of the environment more"
 
 
-def _short(values: Sequence[str]) -> str:
+def short_list(values: Sequence[str]) -> str:
+    """The first values, and how many more there are."""
     more = f" and {len(values) - _SHOWN_VALUES} more" if len(values) > _SHOWN_VALUES else ""
     return ", ".join(values[:_SHOWN_VALUES]) + more or "none"
 
 
-def _limits(comparison: Comparison) -> Iterator[str]:
+def worst_first(cases: Sequence[CaseFinding]) -> list[CaseFinding]:
+    """Findings by kind, the worst kind first."""
+    return sorted(cases, key=lambda found: _WORST_FIRST.index(found.kind))
+
+
+def limit_lines(comparison: Comparison) -> Iterator[str]:
     """Yield the changes that the comparison could not have detected, the worst first."""
     if comparison.untimed:
         yield (
@@ -103,14 +109,17 @@ def _named(keys: Sequence[Key]) -> str:
     return ", ".join("/".join(key) for key in keys)
 
 
-def _time_line(time: TimeFinding, unjudged: Sequence[Key], *, suspect: bool) -> str:
+def judgement_of(time: TimeFinding, comparison: Comparison) -> str:
+    """The judgement of a time in a word or two."""
+    if time.change.slower or time.change.faster:
+        return "slower" if time.change.slower else "faster"
+    if (time.arm, time.stage, time.case) in comparison.suspect:
+        return "suspect"
+    return "not judged" if (time.arm, time.stage) in comparison.unjudged else "same"
+
+
+def _time_line(time: TimeFinding, word: str) -> str:
     change = time.change
-    if change.slower or change.faster:
-        word = "slower" if change.slower else "faster"
-    elif suspect:
-        word = "suspect"
-    else:
-        word = "not judged" if (time.arm, time.stage) in unjudged else "same"
     summed = f" summed over {time.cases} cases" if time.cases > 1 else ""
     found = f"{time.old_us:.1f} → {time.new_us:.1f} µs{summed}, {change.change:+.1%}"
     if change.detectable is None:

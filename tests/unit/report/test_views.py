@@ -65,22 +65,27 @@ def is_part(part: Any, whole: Any) -> bool:
     return bool(part == whole)
 
 
+def views(base: type = ReportView) -> list[type]:
+    own: list[type] = base.__subclasses__()
+    return own + [found for view in own for found in views(view)]
+
+
 def test_readers_of_results_are_views() -> None:
-    assert {Line, Pictured, Result} <= set(ReportView.__subclasses__())
+    assert {Line, Pictured, Result} <= set(views())
 
 
-@pytest.mark.parametrize("view", ReportView.__subclasses__())
+@pytest.mark.parametrize("view", views())
 def test_view_has_keys_and_types_of_the_schema(view: type) -> None:
     assert differences(view, Report) == []
 
 
-@pytest.mark.parametrize("view", ReportView.__subclasses__())
+@pytest.mark.parametrize("view", views())
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 def test_view_reads_values_of_stored_reports(view: type, path: Path) -> None:
     assert is_part(read_by(view, path.read_bytes()), read_by(Report, path.read_bytes()))
 
 
-@pytest.mark.parametrize("view", ReportView.__subclasses__())
+@pytest.mark.parametrize("view", views())
 def test_view_reads_values_of_a_new_report(view: type) -> None:
     content = msgspec.json.encode(report_of(tiny_case(2), "experts: other values"))
     assert is_part(read_by(view, content), read_by(Report, content))

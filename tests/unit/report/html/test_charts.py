@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from distbench.report.html.charts import (
     LEVELS,
     WIDTH,
+    Estimate,
     Series,
+    bar_pairs,
     bars,
     heat_map,
     level_of,
     microseconds,
+    rows_over_change,
     rows_over_ratio,
     rows_over_time,
     spread,
@@ -104,3 +107,39 @@ def test_strips_place_tokens_by_number() -> None:
     first, other = strips({2: [0]}, {1: [9, 9], 2: [4]}, 10)
     assert (first.label, first.lost, first.damaged) == ("rank 1", [], [WIDTH - 6])
     assert (other.label, other.lost, len(other.damaged)) == ("rank 2", [6], 1)
+
+
+SHARES = st.floats(-0.999, 200)
+
+
+@given(st.lists(st.tuples(SHARES, SHARES, SHARES), max_size=12))
+def test_changes_stay_inside_an_axis_that_holds_no_change(changes: list[tuple[float, float, float]]) -> None:
+    series = [Series(str(one), (one[1],), (0.0, abs(one[2])), span=(min(one), max(one))) for one in changes]
+    found = rows_over_change(series)
+    assert all(0 <= x <= WIDTH for row in found.rows for x in (*row.dots, row.low, row.high, *(row.band or ())))
+    assert all(row.low <= row.high for row in found.rows)
+    labels = [tick.label for tick in found.ticks]
+    assert "no change" in labels
+    assert labels == sorted(labels, key=lambda label: 0 if label == "no change" else int(label.split(" ")[0]))
+    shown = [tick.x for tick in found.ticks if tick.label]
+    assert all(later - earlier >= 30 for earlier, later in pairwise(shown))
+
+
+def test_axis_of_changes_is_even_in_ratios() -> None:
+    half, _, double = (row.dots[0] for row in rows_over_change([Series("", (x,)) for x in (-0.5, 0.0, 1.0)]).rows)
+    assert half == 6.0
+    assert double == WIDTH - 6.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e7), st.floats(0, 1e6)), max_size=8))
+def test_bars_of_pairs_start_at_zero_and_stay_inside(values: list[tuple[float, float]]) -> None:
+    found = bar_pairs([("x" * 99, "new", Estimate(*one), Estimate(*one)) for one in values])
+    for pair in found.pairs:
+        assert len(pair.label) <= 62
+        for bar in (pair.old, pair.new):
+            assert 6 <= bar.low <= bar.to <= bar.high <= WIDTH
+            assert bar.y + found.thickness < found.height - 14
+        assert pair.label_y < pair.old.y
+        assert pair.old.y + found.thickness < pair.new.y
+    assert found.ticks[0] == (6.0, "0 µs")
+    assert 2 <= len(found.ticks) <= 6

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import time
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,115 +15,15 @@ from lxml import etree, html
 from distbench.cli.main import main
 from distbench.report.html.suite_page import cell_of, grid_of
 from distbench.report.results import Results
-from tests.results import limit, result, write_results
-
-OLD = Path("tests/data/e296384")
-HOSTILE = (
-    "\"'><script>alert(1)</script><svg onload=x><img src=http://x.test/ onerror=x>javascript:x {{ 7*7 }} \x1b[31m\u202e"
-)
-TAGS = {
-    "html",
-    "head",
-    "meta",
-    "title",
-    "style",
-    "body",
-    "main",
-    "footer",
-    "header",
-    "section",
-    "article",
-    "div",
-    "p",
-    "ul",
-    "ol",
-    "li",
-    "h1",
-    "h2",
-    "h3",
-    "strong",
-    "span",
-    "code",
-    "a",
-    "figure",
-    "figcaption",
-    "table",
-    "thead",
-    "tbody",
-    "tr",
-    "th",
-    "td",
-    "svg",
-    "path",
-    "text",
-    "details",
-    "summary",
-    "dl",
-    "dt",
-    "dd",
-    "em",
-    "pre",
-}
-ATTRIBUTES = {
-    "lang",
-    "charset",
-    "http-equiv",
-    "content",
-    "name",
-    "class",
-    "aria-hidden",
-    "aria-label",
-    "tabindex",
-    "role",
-    "scope",
-    "viewbox",
-    "d",
-    "x",
-    "y",
-    "id",
-    "href",
-    "title",
-}
-KEPT = {"schema", "verdict", "confidence", "status", "hash", "source", "suite", "stage"}
-MIB = 1 << 20
+from tests.pages import HOSTILE, MIB, OLD, case, failing, hostile, many_cases, ranks_1024, read_page, words
+from tests.results import result, write_results
 
 
 def page_of(folder: Path, reports: list[dict[str, Any]], cases: int | None = None) -> html.HtmlElement:
     """The page of these results, proved to be closed: nothing in it runs, and nothing is loaded."""
     write_results(folder, reports, cases)
     main(["report", str(folder), "--report", "html"])
-    return read(folder / "results.html")
-
-
-def read(path: Path) -> html.HtmlElement:
-    text = path.read_text(encoding="utf-8")
-    root = html.fromstring(text)
-    assert {one.tag for one in root.iter() if isinstance(one.tag, str)} <= TAGS
-    assert {name for one in root.iter() for name in one.attrib} <= ATTRIBUTES
-    assert not [one for one in root.iter() if not isinstance(one.tag, str)]
-    ids = Counter(root.xpath("//@id"))
-    assert set(ids.values()) <= {1}
-    assert all(link[0] == "#" and link[1:] in ids for link in root.xpath("//@href"))
-    (policy,) = root.xpath("//meta[@http-equiv='Content-Security-Policy']/@content")
-    sheet = text.partition("<style>")[2].partition("</style>")[0]
-    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    assert all(re.fullmatch(r"(?:[MLHVhvl][-\d. ]*|m0 -6|z)*", path) for path in root.xpath("//@d"))
-    assert not re.search(r"url\(|@import|expression", sheet)
-    assert text.index("Content-Security-Policy") < text.index("<style>")
-    return root
-
-
-def words(root: html.HtmlElement, path: str = "//body") -> str:
-    return " ".join(" ".join(one.text_content() for one in root.xpath(path)).split())
-
-
-def failing(**changes: Any) -> dict[str, Any]:
-    """Report of a case that lost rows, as a run wrote it, with the table of rows sent."""
-    report: dict[str, Any] = json.loads((OLD / "reports" / "under-limit.json").read_text())
-    ranks = len(report["ranks"])
-    sent = {"ranks_per_block": 1, "rows": [[10 * row + column for column in range(ranks)] for row in range(ranks)]}
-    return report | {"sent": sent, "suite": "distbench run"} | changes
+    return read_page(folder / "results.html")
 
 
 def test_page_of_a_case_begins_with_its_verdict_in_words(tmp_path: Path) -> None:
@@ -179,17 +76,6 @@ def test_report_from_before_rows_sent_has_its_page(name: str, tmp_path: Path) ->
     assert "Rows sent" not in text
 
 
-def hostile(value: Any, key: str = "") -> Any:
-    """`value` with every text in it replaced, and the keys of tables without fixed keys."""
-    if isinstance(value, dict):
-        free = key in {"case", "sources", "versions", "commits", "variables", "system", "transport", "stacks", "method"}
-        made = {HOSTILE + name if free and name != "hash" else name: hostile(one, name) for name, one in value.items()}
-        return made | ({"model": HOSTILE, "hidden_size": 7} if key == "case" else {})
-    if isinstance(value, list):
-        return [hostile(one, key) for one in value]
-    return HOSTILE if isinstance(value, str) and key not in KEPT else value
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", ["pass", "under-limit", "nondeterministic"])
 def test_hostile_text_in_every_field_stays_text(tmp_path: Path, name: str, count: int) -> None:
@@ -226,10 +112,6 @@ def test_results_of_other_types_are_refused_in_one_line(tmp_path: Path, capsys: 
         assert main(["report", str(tmp_path), "--report", "html"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "results.html").exists()
-
-
-def case(number: int, **keys: Any) -> dict[str, Any]:
-    return {"case": {"model": "tiny", "ep_size": 2, "hash": f"{number:064d}"} | keys, "suite": "night"}
 
 
 def test_grid_has_a_sign_for_each_case_by_the_keys_in_which_cases_differ(tmp_path: Path) -> None:
@@ -270,14 +152,7 @@ def test_cases_without_a_result_are_counted_in_the_headline(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("count", [500, 5000])
 def test_page_of_many_cases_is_small_and_has_details_of_failing_ones(tmp_path: Path, count: int) -> None:
-    made = [
-        result(
-            f"case {number} with a name",
-            "CORRUPT" if number % 10 == 0 else "PASS",
-            **case(number, seed=number, routing=str(number % 7), limit=str(number % 11)),
-        )
-        for number in range(count)
-    ]
+    made = many_cases(count)
     start = time.process_time()
     root = page_of(tmp_path, made)
     assert time.process_time() - start < 20
@@ -289,19 +164,7 @@ def test_page_of_many_cases_is_small_and_has_details_of_failing_ones(tmp_path: P
 
 
 def test_page_of_1024_ranks_is_small_even_where_all_fail(tmp_path: Path) -> None:
-    ranks = [
-        {
-            "rank": rank,
-            "host": f"node{rank // 8}",
-            "device": "gfx942",
-            "total_recv": rank,
-            "tokens": 9,
-            "capacity": 4096,
-        }
-        for rank in range(1024)
-    ]
-    sent = {"ranks_per_block": 8, "rows": [[(7 * row * column) % 101 for column in range(128)] for row in range(128)]}
-    wide = {"ranks": ranks, "sent": sent, "limit": limit(512, "unsafe", 1023)}
+    wide = ranks_1024()
     page_of(tmp_path / "one", [result("wide", "CORRUPT", **wide, suite="distbench run")])
     assert (tmp_path / "one" / "results.html").stat().st_size <= MIB
     many = page_of(tmp_path / "many", [result(f"{number}", "CORRUPT", **wide, **case(number)) for number in range(120)])
@@ -315,7 +178,7 @@ def test_page_is_well_formed_and_needs_no_colour(tmp_path: Path) -> None:
     text = (tmp_path / "results.html").read_text(encoding="utf-8")
     for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
         etree.fromstring(drawing)
-    root = read(tmp_path / "results.html")
+    root = read_page(tmp_path / "results.html")
     assert all(one.get("aria-label") for one in root.xpath("//svg"))
     assert all(one.get("tabindex") == "0" for one in root.xpath("//*[contains(@class, 'scroll')]"))
     levels = [int(one.tag[1]) for one in root.iter("h1", "h2", "h3")]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distbench.tools.compare.launches import judge_launches
-from distbench.tools.compare.noise import ALPHA, POWER, Pair, judge_change
+from distbench.tools.compare.noise import ALPHA, CONFIDENCE, POWER, Pair, judge_change
 
 TRIALS = 150
 CASES = 4
@@ -25,16 +25,19 @@ def launches(rng: np.random.Generator, old: int, *, apart: float, shift: float =
 @pytest.mark.parametrize("old", [3, 5, 10])
 def test_launch_within_the_spread_is_rarely_called_slower_and_the_detectable_shift_is_found(old: int) -> None:
     rng = np.random.default_rng(old)
-    alarms = found = 0
+    alarms = found = missed = 0
     for _ in range(TRIALS):
         quiet = judge_launches(launches(rng, old, apart=0.03), ALPHA)
         alarms += quiet.slower
+        assert quiet.interval is not None
+        missed += not quiet.interval[0] <= 0 <= quiet.interval[1]
         assert quiet.detectable is not None
         state = rng.bit_generator.state
         bound = judge_launches(launches(rng, old, apart=0.03), ALPHA).detectable
         assert bound is not None
         rng.bit_generator.state = state
         found += judge_launches(launches(rng, old, apart=0.03, shift=1 + bound), ALPHA).slower
+    assert missed <= (1 - CONFIDENCE) * TRIALS + 3 * np.sqrt((1 - CONFIDENCE) * TRIALS)
     assert alarms <= ALPHA * TRIALS + 3 * np.sqrt(ALPHA * TRIALS)
     assert found >= POWER * TRIALS - 3 * np.sqrt(TRIALS * POWER * (1 - POWER))
 

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distbench.tools.compare.noise import ALPHA, POWER, Pair, Samples, judge_change, readable
+from distbench.tools.compare.noise import (
+    ALPHA,
+    CONFIDENCE,
+    POWER,
+    Change,
+    Pair,
+    Samples,
+    judge_change,
+    readable,
+    summed_error,
+)
 
 TRIALS = 300
 Noise = Callable[[np.random.Generator, int], Samples]
@@ -43,16 +53,22 @@ def pair(old: Samples, new: Samples) -> Pair:
     return Pair((old,), new)
 
 
+def holds(change: Change, true: float) -> bool:
+    """Whether the interval of a change holds the true one; an unbounded interval holds any."""
+    return change.interval is None or change.interval[0] <= true <= change.interval[1]
+
+
 @pytest.mark.parametrize("noise", [lognormal, two_modes, heavy_tail, coarse_clock, drifting])
 @pytest.mark.parametrize(("old", "new", "cases"), [(40, 40, 1), (200, 50, 1), (20, 20, 10)])
 def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
     noise: Noise, old: int, new: int, cases: int
 ) -> None:
     rng = np.random.default_rng([old, new, cases])
-    alarms = found = asked = 0
+    alarms = found = asked = missed = 0
     for _ in range(TRIALS):
         quiet = judge_change([pair(noise(rng, old), noise(rng, new)) for _ in range(cases)], ALPHA)
         alarms += quiet.slower
+        missed += not holds(quiet, 0)
         if quiet.detectable is not None:
             shift = 1 + quiet.detectable
             asked += 1
@@ -60,6 +76,8 @@ def test_noise_is_rarely_called_slower_and_the_detectable_shift_is_found(
             found += judge_change(moved, ALPHA).slower
     assert asked > TRIALS / 3
     assert found >= POWER * asked - 3 * np.sqrt(asked * POWER * (1 - POWER))
+    outside = 1 - CONFIDENCE
+    assert missed <= outside * TRIALS * (2 if noise is drifting else 1) + 3 * np.sqrt(outside * TRIALS)
     # drifting noise is autocorrelated, which a series of this length shows only roughly: twice the bound
     assert alarms <= ALPHA * TRIALS * (2 if noise is drifting else 1) + 3 * np.sqrt(ALPHA * TRIALS)
 
@@ -110,3 +128,24 @@ def test_constant_samples_are_judged_neither_slower_nor_faster() -> None:
 def test_negative_or_non_finite_time_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="negative or not finite"):
         readable([1.0, value])
+
+
+def test_interval_surrounds_the_change_and_narrows_with_more_samples() -> None:
+    rng = np.random.default_rng(3)
+    widths = []
+    for size in (20, 200, 2000):
+        found = judge_change([pair(lognormal(rng, size), 1.2 * lognormal(rng, size))], ALPHA)
+        assert found.interval is not None
+        assert found.interval[0] < found.change < found.interval[1]
+        assert holds(found, 0.2)
+        widths.append(found.interval[1] - found.interval[0])
+    assert widths[0] > 2 * widths[1] > 4 * widths[2]
+
+
+def test_error_of_summed_medians_adds_the_squares_and_needs_samples_of_each() -> None:
+    rng = np.random.default_rng(4)
+    one = lognormal(rng, 50)
+    alone = summed_error([one])
+    assert alone is not None
+    assert summed_error([one] * 4) == pytest.approx(2 * alone)
+    assert summed_error([one, one[:5]]) is None
