@@ -32,6 +32,7 @@ COMMANDS = {
         "bisect": "name the guilty stage of a failing case",
         "shrink": "make a failing case as small as possible",
         "kernels": "show which kernel each number of rows selects",
+        "bundle": "make one archive of a failing case to send, with a summary to paste",
         "collect": "verdicts from the folder of a torchrun job that has ended",
     },
     "Operate": {
