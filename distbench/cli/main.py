@@ -40,6 +40,7 @@ COMMANDS = {
         "cluster": "run on each node alone, on pairs, on all together, to find the node or link at fault",
         "report": "write results as HTML, JUnit, Markdown, CSV, Prometheus text or JSON",
         "compare": "find failures and slowdowns since a baseline",
+        "trend": "follow results over many nights: verdicts, pass rates, times",
         "tune": "make a table of the fastest Triton kernels for a layer on this GPU",
     },
     "List": {
