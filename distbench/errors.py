@@ -33,6 +33,25 @@ class Verdict(str, Enum):
         """The process exit code of this verdict."""
         return _EXIT_CODES.get(self, 1)
 
+    @property
+    def meaning(self) -> str:
+        """The verdict in words."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Verdict.INVALID: "the case makes no sense, and nothing ran",
+    Verdict.UNSUPPORTED: "this machine lacks what the case needs",
+    Verdict.HANG: "a rank stood still",
+    Verdict.RANK_FAULT: "a rank was lost",
+    Verdict.OVERFLOW: "more rows than there is room for",
+    Verdict.BASELINE_WRONG: "the padded layer itself is wrong",
+    Verdict.CORRUPT: "rows are wrong that the limit does not explain",
+    Verdict.UNDER_LIMIT: "the limit cuts off received rows",
+    Verdict.NONDETERMINISTIC: "the same pass has other bits when it is repeated",
+    Verdict.DRIFT: "bits changed within what another kernel explains",
+    Verdict.PASS: "no bit changed that must not change, on any rank",
+}
 
 _EXIT_CODES = {
     Verdict.INVALID: 2,
@@ -48,6 +67,21 @@ OUT_OF_TIME = 75
 
 # A suite's exit code is its worst case's: lost rank, then wrong result, then bad case, then missing part.
 _WORST_FIRST = (3, 1, 2, 77, OUT_OF_TIME, 0)
+
+
+def exit_meaning(exit_code: int) -> str:
+    """An exit code of a suite in words."""
+    return _EXIT_MEANINGS.get(exit_code, "a crash of the bench")
+
+
+_EXIT_MEANINGS = {
+    0: "as expected",
+    1: "wrong results",
+    2: "an invalid case",
+    3: "ranks lost or not started",
+    OUT_OF_TIME: "out of time",
+    77: "something is missing here",
+}
 
 
 def worst_exit_code(codes: Iterable[int]) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distbench.cli.argument_types import whole
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import hold_lab
-from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
+from distbench.cli.options import add_case_options, add_folder, add_ranks, add_voice, known_report, one_case
 from distbench.cli.torchrun_rank import alone
-from distbench.report.terminal import print_line, print_note, print_table
-from distbench.tools.bisect import MAX_TRIALS, Accusation, SwapResult, bisect
-from distbench.tools.lab import Lab
+from distbench.report.terminal import print_step, print_table, print_verdict
+
+if TYPE_CHECKING:
+    from distbench.tools.bisect import Accusation, SwapResult
+    from distbench.tools.lab import Lab
 
 
 def add(commands: Any) -> None:
@@ -28,35 +29,45 @@ def add(commands: Any) -> None:
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
     add_ranks(command, "ranks, where the case does not say (default: 8)")
     add_folder(command)
+    add_voice(command)
     command.add_argument(
         "--seeds",
         type=whole(1),
         metavar="SEEDS",
-        help=f"most seeds to try for a failure (default: {MAX_TRIALS}); required where a report says PASS",
+        help="most seeds to try for a failure (default: 64); required where a report says PASS",
     )
     add_case_options(command)
 
 
 def _bisect(options: argparse.Namespace) -> int:
+    from distbench.cli.launching import hold_lab
+    from distbench.tools.bisect import bisect
+
     alone("bisect")
     tell_task()
     case = one_case(options.case, options)
     with hold_lab(options) as lab:
         known = known_report(options.case, options)
         accusation = bisect(lab, case, Path(options.out), known, options.seeds, _tell(lab))
-    _print(accusation)
+    _print(accusation, table=not options.quiet)
     return 0 if accusation.blame.guilty else 1
 
 
 def _tell(lab: Lab) -> Callable[[str], None]:
-    """Printer of progress lines on standard error."""
-    return lambda what: print_note(f"bisect: {what} ({lab.cases} cases, {lab.launches} launches)")
+    """Printer of the steps on standard error."""
+
+    def tell(what: str) -> None:
+        lab.work = f"bisect: {what}"
+        print_step(f"{lab.work} ({lab.cases} cases, {lab.launches} launches)")
+
+    return tell
 
 
-def _print(accusation: Accusation) -> None:
+def _print(accusation: Accusation, *, table: bool) -> None:
     rows = [_row(result) for result in (accusation.base, *accusation.results)]
-    print_table(rows, ("replaced", "by", "failing", "ends in", "cured"))
-    print_line(f"{accusation.verdict} ({accusation.launches} launches)")
+    if table:
+        print_table(rows, ("replaced", "by", "failing", "ends in", "cured"))
+    print_verdict(f"{accusation.verdict} ({accusation.launches} launches)", 0 if accusation.blame.guilty else 1)
 
 
 def _row(result: SwapResult) -> tuple[str, ...]:

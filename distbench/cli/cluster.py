@@ -6,26 +6,19 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distbench.case.environment import reader
-from distbench.case.suite import load_suite, select
 from distbench.cli.argument_types import LEAST_SECONDS, MOST_RANKS, seconds, whole
-from distbench.cli.options import DEFAULT_OUT, add_case_options, add_report, case_flags, report_writers
-from distbench.errors import InvalidCase
-from distbench.launcher.locks import hold
-from distbench.launcher.preflight import check_folder, check_path
-from distbench.report.export import write_reports
-from distbench.report.files import write_atomically
-from distbench.report.terminal import print_line, print_note
-from distbench.tools.cluster import reports
-from distbench.tools.cluster.attribution import GroupRun
-from distbench.tools.cluster.group_runs import Settings, check_shared, run_round
-from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
-from distbench.tools.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
-from distbench.tools.cluster.plan import STEPS, Round, Step
-from distbench.tools.cluster.validation import FILE, Validation, document, validate
+from distbench.cli.options import DEFAULT_OUT, add_case_options, add_report, add_voice, case_flags, report_writers
+from distbench.errors import InvalidCase, exit_meaning
+from distbench.report.progress import Meter
+from distbench.report.terminal import print_note, print_step, print_text, print_verdict
 from distbench.utils.signals import collect_signals
+
+if TYPE_CHECKING:
+    from distbench.tools.cluster.attribution import GroupRun
+    from distbench.tools.cluster.plan import Round, Step
+    from distbench.tools.cluster.validation import Validation
 
 _SHOWN_HOSTS = 4
 _MOST_PORTS = 65536
@@ -35,6 +28,9 @@ _LOOPBACK = "127.0.0.1"
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
+    from distbench.tools.cluster.launchers import LAUNCHERS
+    from distbench.tools.cluster.plan import STEPS
+
     command = commands.add_parser(
         "cluster",
         description="Run a suite on groups of nodes, name the node or link at fault from the pattern of failures and "
@@ -94,12 +90,21 @@ def add(commands: Any) -> None:
         help="time for the nodes of a group to join (default: %(default)s)",
     )
     add_report(command)
+    add_voice(command)
     command.add_argument(
         "--endpoint-host", metavar="HOST", default="", help="rendezvous of a group's ranks (default: its first node)"
     )
 
 
 def _cluster(options: argparse.Namespace) -> int:
+    from distbench.launcher.locks import hold
+    from distbench.launcher.preflight import check_folder, check_path
+    from distbench.report.export import write_reports
+    from distbench.tools.cluster import reports
+    from distbench.tools.cluster.group_runs import Settings, check_shared, run_round
+    from distbench.tools.cluster.launchers import LAUNCHERS, LOCAL, parse_launcher
+    from distbench.tools.cluster.validation import validate
+
     steps, nodes = _steps(options.plan), _nodes(options.nodes, options.nproc)
     launcher = options.launcher or ("slurm" if "SLURM_JOB_ID" in os.environ else "")
     if not launcher:
@@ -125,10 +130,12 @@ def _cluster(options: argparse.Namespace) -> int:
     with hold(settings.out, (), 0.0), collect_signals() as signals:
 
         def run(step: Step, groups: Round) -> list[GroupRun]:
-            print_note(f"{step}: {', '.join('+'.join(group) for group in groups)}")
-            return run_round(settings, step, groups, signals)
+            print_step(f"{step}: {', '.join('+'.join(group) for group in groups)}")
+            with Meter(f"cluster: {step}", len(groups)) as meter:
+                return run_round(settings, step, groups, signals, meter)
 
-        check_shared(settings, nodes, signals)
+        with Meter(f"cluster: looking whether {len(nodes)} nodes share {settings.out}"):
+            check_shared(settings, nodes, signals)
         validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK, suite=suite)
     _write(settings.out, validation)
     write_reports(validation, writers)
@@ -143,6 +150,8 @@ def _suite_options(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _steps(text: str) -> tuple[Step, ...]:
+    from distbench.tools.cluster.plan import STEPS
+
     wanted = [part.strip() for part in text.split(",")]
     if not set(wanted) <= set(STEPS):
         message = f"plan {text!r:.80}: allowed are {', '.join(STEPS)}"
@@ -152,6 +161,8 @@ def _steps(text: str) -> tuple[Step, ...]:
 
 def _nodes(text: str, nproc: int) -> tuple[str, ...]:
     """Host names of `--nodes`, of the file that it names, or of the Slurm job; notes slots other than `nproc`."""
+    from distbench.tools.cluster.host_lists import parse_host_file, parse_hosts
+
     if text.startswith("@"):
         try:
             hosts = parse_host_file(Path(text[1:]).read_text(encoding="utf-8"), text[1:])
@@ -176,6 +187,9 @@ def _check_port(port: int, nodes: int) -> None:
 
 def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> str:
     """Name of the suite; refuses one that cannot be read, or selects nothing, for the ranks of a group of the plan."""
+    from distbench.case.environment import reader
+    from distbench.case.suite import load_suite, select
+
     name = ""
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):
@@ -187,19 +201,25 @@ def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int)
 
 
 def _write(out: Path, validation: Validation) -> None:
+    from distbench.report.files import write_atomically
+    from distbench.tools.cluster.validation import FILE, document
+
     write_atomically(out / FILE, document(validation))
     for name, nodes in (("defects.txt", validation.defects), ("slow.txt", validation.slow)):
         write_atomically(out / name, "".join(f"{node}\n" for node in nodes).encode())
 
 
 def _print(out: Path, validation: Validation) -> None:
+    from distbench.tools.cluster.validation import FILE
+
     for found in validation.findings:
-        print_line(f"{found.kind} {' '.join(found.nodes)}: {found.evidence}".replace(" :", ":"))
+        print_text(f"{found.kind} {' '.join(found.nodes)}: {found.evidence}".replace(" :", ":"))
     for step in validation.not_run:
-        print_line(f"{step}: not run, too few nodes are left or all share a fault")
+        print_text(f"{step}: not run, too few nodes are left or all share a fault")
     for gap in validation.not_judged:
-        print_line(f"not judged: {gap}")
+        print_text(f"not judged: {gap}")
     passed = sum(not trial.failed for trial in validation.trials)
     emulated = " (emulated: all nodes are this machine)" if validation.emulated else ""
-    print_line(f"{passed} of {len(validation.trials)} groups of {len(validation.nodes)} nodes pass{emulated}")
-    print_line(f"exit {validation.exit_code}: {out}/{FILE}, defects.txt, slow.txt")
+    print_text(f"{passed} of {len(validation.trials)} groups of {len(validation.nodes)} nodes pass{emulated}")
+    ending = f"exit {validation.exit_code}, {exit_meaning(validation.exit_code)}"
+    print_verdict(f"{ending}: {out}/{FILE}, defects.txt, slow.txt", validation.exit_code)

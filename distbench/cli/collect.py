@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from distbench.cli.options import add_lock_timeout
-from distbench.launcher.collect import collect
-from distbench.report.console import print_summary
 
 
 def add(commands: Any) -> None:
@@ -20,6 +18,9 @@ def add(commands: Any) -> None:
 
 
 def _collect(options: argparse.Namespace) -> int:
+    from distbench.launcher.collect import collect
+    from distbench.report.console import print_summary
+
     summary = collect(Path(options.folder), options.lock_timeout)
     print_summary(summary, options.folder)
     return summary.exit_code

@@ -6,21 +6,20 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
 
-from distbench.cli.options import DEFAULT_OUT, add_json, add_report, json_on_standard_output, report_writers
+from distbench.cli.options import DEFAULT_OUT, add_json, add_report, add_voice, json_on_standard_output, report_writers
 from distbench.errors import InvalidCase, Unsupported, worst_exit_code
-from distbench.report.export import STANDARD_OUTPUT, write_reports
-from distbench.report.files import write_atomically
-from distbench.report.results import Result, Results
-from distbench.report.terminal import print_line, print_note
+from distbench.report.terminal import print_note, print_text, print_verdict
+from distbench.utils.voice import Voice, voice
 
 if TYPE_CHECKING:
+    from distbench.report.results import Result, Results
     from distbench.tools.compare.comparison import Comparison, Detect
 
-Baseline = list[list[Result]]
+Baseline: TypeAlias = "list[list[Result]]"
 _AUTO, _OFF = "auto", "off"
 _REPORTS = "distbench.tools.compare.reports"  # loads numpy
 
@@ -43,6 +42,7 @@ def add(commands: Any) -> None:
     add_json(command, "the comparison")
     add_report(command, ("html",))
     _add_judging(command)
+    add_voice(command)
     command.set_defaults(command=_compare)
 
 
@@ -64,6 +64,8 @@ def read_baseline(options: argparse.Namespace) -> Baseline:
 
     Read before a rank starts: an unreadable one is reported by then, and the run may overwrite one.
     """
+    from distbench.report.results import Results
+
     _detect(options)
     return [list(Results(path)) for path in options.baseline]
 
@@ -116,6 +118,9 @@ def _detect(options: argparse.Namespace) -> Detect:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from distbench.report.export import write_reports
+    from distbench.report.results import Results
+
     _detect(options)
     writers = report_writers(options, Path(DEFAULT_OUT, "compare"), _REPORTS) if options.report else {}
     comparison = _judged(options, [Results(path) for path in options.old], Results(options.new))
@@ -134,7 +139,7 @@ def _judge(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Re
 
 def _judged(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: Results) -> Comparison:
     try:
-        from distbench.tools.compare.comparison import compare  # noqa: PLC0415 - loads numpy
+        from distbench.tools.compare.comparison import compare
     except ModuleNotFoundError as error:
         message = f"compare: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error
@@ -142,10 +147,14 @@ def _judged(options: argparse.Namespace, old: Sequence[Iterable[Result]], new: R
 
 
 def _print(comparison: Comparison, json: str = "") -> None:
-    from distbench.tools.compare.text import comparison_lines  # noqa: PLC0415 - loads numpy
+    from distbench.report.export import STANDARD_OUTPUT
+    from distbench.report.files import write_atomically
+    from distbench.tools.compare.text import comparison_lines
 
     if json and json != str(STANDARD_OUTPUT):
         write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
     with json_on_standard_output(json, lambda: comparison):
-        for line in comparison_lines(comparison):
-            print_line(line)
+        *lines, ending = comparison_lines(comparison, every=voice() is Voice.VERBOSE)
+        if voice() is not Voice.QUIET:
+            print_text(*lines)
+        print_verdict(ending, comparison.exit_code)

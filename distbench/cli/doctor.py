@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
-from distbench.case.environment import read_environment
-from distbench.case.resolve import Layer, resolve_case
+from distbench.case.resolve import Layer
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
-from distbench.report.terminal import print_json, print_line
-from distbench.tools.doctor.checks import check_node
-from distbench.tools.doctor.findings import Fact, Path, exit_code
-from distbench.tools.doctor.probe import Node, probe
-from distbench.tools.doctor.vendors import Network
+from distbench.report.terminal import print_json, print_text
+
+if TYPE_CHECKING:
+    from distbench.tools.doctor.findings import Fact, Path
+    from distbench.tools.doctor.probe import Node
 
 _KEYS = (
     *("profile", "model", "hidden_size", "num_experts", "topk"),
@@ -31,6 +30,8 @@ _WORDS = ("ready", "degraded", "not usable")
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
+    from distbench.tools.doctor.findings import Path
+
     command = commands.add_parser(
         "doctor",
         description="Examine this node. Exit codes: 0 ready, 1 degraded, 2 not usable for the given path.",
@@ -51,6 +52,12 @@ def add(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    from distbench.case.resolve import resolve_case
+    from distbench.tools.doctor.checks import check_node
+    from distbench.tools.doctor.findings import exit_code
+    from distbench.tools.doctor.probe import probe
+    from distbench.tools.doctor.vendors import Network
+
     node = probe()
     flags = case_flags(options)
     layers, complaint = _environment(flags)
@@ -66,8 +73,8 @@ def _doctor(options: argparse.Namespace) -> int:
     for finding in findings:
         if path in finding.paths:
             fix = f"; {finding.fix}" if finding.fix else ""
-            print_line(f"{finding.level:<9} {finding.topic:<17} {finding.found}{fix}")
-    print_line(f"{_WORDS[code]} for {path}")
+            print_text(f"{finding.level:<9} {finding.topic:<17} {finding.found}{fix}")
+    print_text(f"{_WORDS[code]} for {path}")
     return code
 
 
@@ -77,6 +84,8 @@ def _usual(node: Node) -> Path:
 
 def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Fact]]:
     """Layers of the environment for a case, and findings about values that cannot be run."""
+    from distbench.case.environment import read_environment
+
     try:
         layers = read_environment(os.environ, flags)
     except InvalidCase as error:
@@ -87,6 +96,8 @@ def _environment(flags: list[Layer]) -> tuple[list[Layer], list[Fact]]:
 
 
 def _complaint(found: str) -> Fact:
+    from distbench.tools.doctor.findings import Fact
+
     return Fact(topic="environment", level="missing", found=found, fix="correct or unset it")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from distbench.errors import InvalidCase
 from distbench.faults.catalogue import Listed, listed_faults
-from distbench.report.terminal import print_line, print_table
+from distbench.report.terminal import print_table, print_text
 from distbench.utils.text import closest
 
 _RANKS = 8
@@ -28,7 +28,7 @@ def _faults(options: argparse.Namespace) -> int:
     known = {fault.name: fault for fault in listed_faults()}
     if options.name is None:
         print_table([(fault.name, fault.stage or "any", fault.text) for fault in known.values()], _COLUMNS)
-        print_line("distbench faults NAME has the options of one")
+        print_text("distbench faults NAME has the options of one")
         return 0
     if options.name not in known:
         message = f"no fault {options.name!r:.40}{closest(options.name, known)}; see `distbench faults`"
@@ -41,16 +41,16 @@ _COLUMNS = ("fault", "stage", "what goes wrong")
 
 def _show(fault: Listed) -> int:
     """Print one fault with its options."""
-    from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch, which the list does without
+    from distbench.faults.injector import FAULTS
 
     kind = FAULTS[fault.name]
-    print_line(f"{fault.name}: {fault.text}")
-    print_line(f"stands for: {fault.bug}")
-    print_line(f"needs: {kind.needs}")
+    print_text(f"{fault.name}: {fault.text}")
+    print_text(f"stands for: {fault.bug}")
+    print_text(f"needs: {kind.needs}")
     rows = [
         (key, "any" if option.default == "" else str(option.default), option.allowed)
         for key, option in kind.all_options(_RANKS).items()
     ]
     print_table(rows, ("option", "default", f"allowed, with {_RANKS} ranks"))
-    print_line(f"distbench run --inject {fault.name}:{rows[0][0]}={rows[0][1]}")
+    print_text(f"distbench run --inject {fault.name}:{rows[0][0]}={rows[0][1]}")
     return 0

@@ -7,27 +7,21 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case.aiter_env import NOT_FOLLOWED, table_paths
-from distbench.case.environment import read_environment
-from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.cli.argument_types import MOST_RANKS, plain_counts, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
-from distbench.experts import make_selector, overrides_of
-from distbench.experts.aiter.package import installed_release, installed_tables
-from distbench.experts.selection.choice import rules_for
-from distbench.experts.selection.heuristics import ACTIVATIONS
-from distbench.experts.selection.lookup import QUANTS, Lookup
-from distbench.experts.selection.releases import BUCKET_RULES
-from distbench.report.terminal import print_json, print_line, print_table
-from distbench.tools.kernel_map import NODE, UNKNOWN, KernelMap, LimitEffect, Span, limit_effects, map_kernels
-from distbench.tools.table_survey import survey_tables, total_of
-from distbench.utils.devices import compute_units
+from distbench.report.terminal import print_json, print_line, print_table, print_text
+from distbench.tools.kernel_map import NODE
+
+if TYPE_CHECKING:
+    from distbench.case.resolve import Layer
+    from distbench.experts.selection.lookup import Lookup
+    from distbench.tools.kernel_map import KernelMap, LimitEffect, Span
 
 _WHERE_FROM = {
     NODE: " (this node's)",
@@ -43,6 +37,9 @@ _NO_ANSWER = "no verdict: no tuned row for its kernel, and the library's own cho
 
 def add(commands: Any) -> None:
     """Add the command to the parser."""
+    from distbench.experts.selection.heuristics import ACTIVATIONS
+    from distbench.experts.selection.lookup import QUANTS
+
     command = commands.add_parser(
         "kernels",
         description="Map row counts to aiter's kernels for one layer and device: by the tuned tables of the installed "
@@ -70,6 +67,15 @@ def add(commands: Any) -> None:
 
 
 def _kernels(options: argparse.Namespace) -> int:
+    from distbench.case.aiter_env import table_paths
+    from distbench.case.environment import read_environment
+    from distbench.case.resolve import resolve_case
+    from distbench.experts import make_selector
+    from distbench.experts.aiter.package import installed_release, installed_tables
+    from distbench.experts.selection.choice import rules_for
+    from distbench.experts.selection.releases import BUCKET_RULES
+    from distbench.tools.kernel_map import limit_effects, map_kernels
+
     if options.survey:
         return _survey(options)
     flags = case_flags(options)
@@ -101,6 +107,9 @@ def _kernels(options: argparse.Namespace) -> int:
 
 
 def _lookup(options: argparse.Namespace, case: Case) -> Lookup:
+    from distbench.experts import overrides_of
+    from distbench.experts.selection.lookup import Lookup
+
     return Lookup(
         quant=options.quant or "",
         activation=options.activation,
@@ -112,6 +121,9 @@ def _lookup(options: argparse.Namespace, case: Case) -> Lookup:
 
 def _survey(options: argparse.Namespace) -> int:
     """Print the reach of each table of a folder, and the sum."""
+    from distbench.experts.selection.choice import rules_for
+    from distbench.tools.table_survey import survey_tables, total_of
+
     version = next(
         (layer.values["aiter_version"] for layer in case_flags(options) if "aiter_version" in layer.values), ""
     )
@@ -129,6 +141,9 @@ def _survey(options: argparse.Namespace) -> int:
 
 def _node() -> list[Layer]:
     """Layers of this node's devices, where it has any."""
+    from distbench.case.resolve import Layer
+    from distbench.utils.devices import compute_units
+
     units = compute_units()
     return [] if units is None else [Layer(source=NODE, values={"cu_count": units})]
 
@@ -146,6 +161,8 @@ def _limits(text: str) -> list[int]:
 
 
 def _print_csv(found: KernelMap) -> None:
+    from distbench.tools.kernel_map import Span
+
     text = io.StringIO()
     columns = [field.name for field in msgspec.structs.fields(Span)]
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -159,25 +176,27 @@ def _print_tables(found: KernelMap) -> None:
     layer = found.layer
     told = _WHERE_FROM.get(found.cu_count_from, "")
     quant = found.lookup.quant or layer.quant
-    print_line(
+    print_text(
         f"aiter {found.release}, {layer.arch} with {layer.cu_count} compute units{told}, {quant}: model_dim "
         f"{layer.model_dim}, inter_dim {layer.inter_dim}, {layer.num_local_experts} local experts, top-k {layer.topk}"
     )
     for line in _table_lines(found):
-        print_line(line)
+        print_text(line)
     names: dict[str, str] = {}
     rows = [_cells(span, names) for span in found.spans]
     columns = ("rows", "bucket", "from", "stages", "block_m", "split-k", "kernels", "sum", "us", "a limit here")
     print_table(rows, columns)
     for name, letter in names.items():
-        print_line(f"{letter:>3}  {name}")
-    print_line(f"The padded buffer has {found.padded} rows; a limit's effect is relative to its kernel.")
+        print_text(f"{letter:>3}  {name}")
+    print_text(f"The padded buffer has {found.padded} rows; a limit's effect is relative to its kernel.")
     for one in found.limits:
-        print_line(_limit_line(one))
+        print_text(_limit_line(one))
 
 
 def _table_lines(found: KernelMap) -> list[str]:
     """Lines about the tables: the key, its matches, near misses, unreachable buckets, overrides."""
+    from distbench.case.aiter_env import NOT_FOLLOWED
+
     key = msgspec.structs.asdict(found.key)
     told = ", ".join(f"{name} {value}" for name, value in key.items() if value is not None)
     lines = [f"tuned tables: {len(found.tables) or 'none, so heuristics only'}"]
@@ -208,6 +227,8 @@ def _table_lines(found: KernelMap) -> list[str]:
 
 
 def _cells(span: Span, names: dict[str, str]) -> tuple[str, ...]:
+    from distbench.tools.kernel_map import UNKNOWN
+
     rows = str(span.first) if span.first == span.last else f"{span.first}-{span.last}"
     kernels = [names.setdefault(name, f"k{len(names) + 1}") for name in (span.stage1, span.stage2) if name]
     numbers = (str(span.bucket), span.source, str(span.stages), str(span.block_m), str(span.ksplit))
@@ -218,6 +239,8 @@ def _cells(span: Span, names: dict[str, str]) -> tuple[str, ...]:
 
 
 def _limit_line(one: LimitEffect) -> str:
+    from distbench.tools.kernel_map import UNKNOWN
+
     if one.effect == UNKNOWN:
         return f"limit {one.limit}: bucket {one.bucket}, {_NO_ANSWER}"
     releases: dict[str, list[str]] = {}

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def follow_node_0(options: argparse.Namespace) -> int | None:
     secret = read_secret(layout.host, options.secret_file)
     if layout.node == 0:
         return None
-    from distbench.launcher.follower import Timeouts, follow  # noqa: PLC0415 - only on such nodes
+    from distbench.launcher.follower import Timeouts, follow
 
     out = Path(options.out) / f"node-{layout.node:05d}"
     check_folder(str(out))
@@ -226,7 +225,8 @@ def run_corpus(
     check_bundle(options)
     tell_task()
     with hold_bench(entries, options, forget) as bench:
-        bench.run(Progress(len(entries), quiet=not sys.stderr.isatty()), Rules(max_faults=len(entries) + 1))
+        progress = Progress(len(entries), what=entries[0].suite.rpartition(" ")[2], each=False, expected=False)
+        bench.run(progress, Rules(max_faults=len(entries) + 1))
 
 
 @contextlib.contextmanager

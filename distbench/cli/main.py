@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import select
 import sys
@@ -13,9 +14,11 @@ from importlib import import_module
 from distbench import __version__
 from distbench.cli.parser import Parser
 from distbench.errors import DiskFull, DistbenchError, InvalidCase, ResultsLost, Unsupported, is_disk_full
+from distbench.report.progress import Meter
 from distbench.utils.signals import Interrupted, end_with_stdin
 from distbench.utils.streams import speak_any_encoding
 from distbench.utils.text import closest
+from distbench.utils.voice import Voice, set_voice
 
 COMMANDS = {
     "Run": {
@@ -32,7 +35,6 @@ COMMANDS = {
         "bisect": "name the guilty stage of a failing case",
         "shrink": "make a failing case as small as possible",
         "kernels": "show which kernel each number of rows selects",
-        "bundle": "make one archive of a failing case to send, with a summary to paste",
         "collect": "verdicts from the folder of a torchrun job that has ended",
     },
     "Operate": {
@@ -40,7 +42,6 @@ COMMANDS = {
         "cluster": "run on each node alone, on pairs, on all together, to find the node or link at fault",
         "report": "write results as HTML, JUnit, Markdown, CSV, Prometheus text or JSON",
         "compare": "find failures and slowdowns since a baseline",
-        "trend": "follow results over many nights: verdicts, pass rates, times",
         "tune": "make a table of the fastest Triton kernels for a layer on this GPU",
     },
     "List": {
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(ending: str, message: str) -> None:
-    from distbench.report.terminal import print_error  # noqa: PLC0415 - help and lists start without it
+    from distbench.report.terminal import print_error
 
     print_error(ending, message)
 
@@ -113,8 +114,14 @@ def _next_time(*, resumes: bool, lost: bool = False) -> str:
 def _run(options: argparse.Namespace) -> int:
     if options.end_with_stdin:
         end_with_stdin()
+    quiet, verbose = (getattr(options, name, False) for name in ("quiet", "verbose"))
+    set_voice(Voice.QUIET if quiet else Voice.VERBOSE if verbose else Voice.USUAL)
+    name = options.command.__module__.rpartition(".")[2]
+    # A rank of torchrun has no thread beside its work: rank 0 prints each case as it ends.
+    meter = contextlib.nullcontext() if "TORCHELASTIC_RUN_ID" in os.environ else Meter(name)
     try:
-        code = int(options.command(options))
+        with meter:
+            code = int(options.command(options))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "torch":
             raise

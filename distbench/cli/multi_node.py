@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -15,9 +15,10 @@ from distbench.cli.argument_types import LEAST_SECONDS, MOST_RANKS, seconds, who
 from distbench.cli.launcher_tasks import refuse_tasks
 from distbench.cli.torchrun_rank import world_size
 from distbench.errors import InvalidCase, Verdict
-from distbench.launcher.job import NodeLayout
-from distbench.launcher.nodes.leader import Leader
-from distbench.launcher.nodes.secret import VARIABLE, read_secret
+
+if TYPE_CHECKING:
+    from distbench.launcher.job import NodeLayout
+    from distbench.launcher.nodes.leader import Leader
 
 _LOCAL_RANKS = 8
 _PORTS = 65536
@@ -27,6 +28,8 @@ _ENDPOINT = re.compile(r"(?:\[(?P<v6>[^\s\[\]]+)\]|(?P<host>[^\s:\[\]]+)):(?P<po
 
 def add_nodes(command: Any) -> None:
     """Add the options of a launch over several nodes."""
+    from distbench.launcher.nodes.secret import VARIABLE
+
     group = command.group("nodes", "several nodes: the same command on each node, with its own --node-rank")
     nodes, node = whole(1, MOST_RANKS), whole(0, MOST_RANKS - 1)
     group.add_argument("--nnodes", type=nodes, metavar="NODES", help="nodes, with --nproc ranks on each (default: 1)")
@@ -65,6 +68,8 @@ def layout_of(options: argparse.Namespace) -> NodeLayout | None:
         InvalidCase: invalid values.
 
     """
+    from distbench.launcher.job import NodeLayout
+
     nodes, node = nodes_of(options), getattr(options, "node_rank", 0)
     if nodes == 1 and node == 0:
         return None
@@ -106,6 +111,9 @@ def other_nodes(options: argparse.Namespace) -> Iterator[Nodes]:
         InvalidCase: node 0's port is taken, or there is no secret.
 
     """
+    from distbench.launcher.nodes.leader import Leader
+    from distbench.launcher.nodes.secret import read_secret
+
     layout = layout_of(options)
     nodes = Nodes(None)
     if layout is not None:

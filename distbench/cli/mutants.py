@@ -10,11 +10,8 @@ import msgspec
 
 from distbench.case.spec import CALL_KEYS, CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
-from distbench.cli.launching import run_corpus
-from distbench.cli.options import add_case_options, add_launch, case_flags, output_of
-from distbench.report.files import write_atomically
-from distbench.report.journal import refuse_others, replace_results
-from distbench.report.terminal import print_line, print_table
+from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags, output_of
+from distbench.report.terminal import print_table, print_text, print_verdict
 
 if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant
@@ -38,6 +35,7 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(command=_mutants)
     add_launch(command)
+    add_voice(command)
     command.add_argument("--only", metavar="NAME,…", default="", help="only these mutants, or the mutants of a class")
     command.add_argument("--seeds", type=whole(1), default=_SEEDS, metavar="SEEDS", help="seeds (default: %(default)s)")
     command.add_argument(
@@ -62,9 +60,12 @@ def add(commands: Any) -> None:
 
 
 def _mutants(options: argparse.Namespace) -> int:
-    from distbench.tools.mutants.outcomes import SHARE, found_in  # noqa: PLC0415 - loads torch, which others do without
-    from distbench.tools.mutants.plan import ARMS, RANKS, SUITE, choose, plan  # noqa: PLC0415
-    from distbench.tools.mutants.table import COLUMNS, cells, closing_lines, markdown  # noqa: PLC0415
+    from distbench.cli.launching import run_corpus
+    from distbench.report.files import write_atomically
+    from distbench.report.journal import refuse_others, replace_results
+    from distbench.tools.mutants.outcomes import SHARE, found_in
+    from distbench.tools.mutants.plan import ARMS, RANKS, SUITE, choose, plan
+    from distbench.tools.mutants.table import COLUMNS, cells, closing_lines, markdown
 
     only = [name.strip() for name in options.only.split(",") if name.strip()]
     if options.list:
@@ -83,9 +84,11 @@ def _mutants(options: argparse.Namespace) -> int:
 
     run_corpus(entries, options, forget, (options.json, options.write_docs))
     found = found_in(out, asked, ranks, options.seeds, SHARE if options.share is None else options.share)
-    print_table(cells(found), COLUMNS)
-    for line in closing_lines(found):
-        print_line(line)
+    if not options.quiet:
+        print_table(cells(found), COLUMNS)
+    *lines, ending = closing_lines(found)
+    print_text(*lines)
+    print_verdict(ending, 0 if found.passed else 1)
     if options.json:
         write_atomically(Path(options.json), msgspec.json.format(msgspec.json.encode(found)) + b"\n")
     if options.write_docs:
@@ -100,6 +103,8 @@ def _listed(mutant: Mutant) -> tuple[str, ...]:
 
 def _write_docs(path: Path, tables: str) -> None:
     """Replace the tables in the file, behind the line that marks them; earlier text stays."""
+    from distbench.report.files import write_atomically
+
     head = path.read_text(encoding="utf-8").partition(_MARK)[0] if path.exists() else "# Mutants\n\n"
     write_atomically(path, (head + _MARK + "\n" + tables).encode())
 

@@ -7,21 +7,21 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from distbench.case.groups import COMMON, COUNTS, GROUPS, UNITS
-from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.cli.argument_types import MOST_RANKS, plain_counts, seconds, whole
 from distbench.cli.multi_node import layout_of
 from distbench.cli.torchrun_rank import world_size
 from distbench.errors import InvalidCase
-from distbench.launcher.preflight import check_case, check_folder, check_path
 from distbench.report import export
-from distbench.report.export import FILES, STANDARD_OUTPUT, load_writers, parse_targets
-from distbench.report.input_file import load_layer, load_report
-from distbench.report.schema import Report
+from distbench.report.export import FILES
 from distbench.report.terminal import print_json
+
+if TYPE_CHECKING:
+    from distbench.case.resolve import Layer
+    from distbench.report.schema import Report
 
 _CASE_DEST = "case_"
 DEFAULT_OUT = "distbench-out"
@@ -38,6 +38,8 @@ def add_launch(command: Any) -> None:
 
 def check_bundle(options: argparse.Namespace) -> None:
     """Make the folder for bundles, where requested, and prove that it can be written."""
+    from distbench.launcher.preflight import check_folder, check_path
+
     if options.bundle:
         check_path(options.bundle)
         check_folder(options.bundle)
@@ -84,6 +86,13 @@ def add_report(command: Any, written: Iterable[str] = FILES, *, required: bool =
     )
 
 
+def add_voice(command: Any) -> None:
+    """Add the options for less and more text; the command line sets them for the whole process."""
+    how = output_of(command).add_mutually_exclusive_group()
+    how.add_argument("-q", "--quiet", action="store_true", help="print the result alone: no progress, no tables")
+    how.add_argument("-v", "--verbose", action="store_true", help="print every rank, and every case as it ends")
+
+
 def add_json(command: Any, what: str) -> None:
     """Add the option for the file of a JSON document."""
     text = f"also write {what} here; - for standard output, and the text for people then goes to standard error"
@@ -96,6 +105,8 @@ def json_on_standard_output(path: str, document: Callable[[], Any]) -> Iterator[
 
     `document` is called where the context ends without an error, and may return None for no document.
     """
+    from distbench.report.export import STANDARD_OUTPUT
+
     if path != str(STANDARD_OUTPUT):
         yield
         return
@@ -117,6 +128,9 @@ def report_writers(
         InvalidCase: a format, path or folder that is not allowed.
 
     """
+    from distbench.launcher.preflight import check_folder, check_path
+    from distbench.report.export import STANDARD_OUTPUT, load_writers, parse_targets
+
     targets = parse_targets(",".join(options.report), out)
     for path in targets.values():
         if path == STANDARD_OUTPUT and silent:
@@ -158,6 +172,8 @@ def _add_case_option(group: Any, key: str, unit: str) -> None:
 
 def case_flags(options: argparse.Namespace) -> list[Layer]:
     """Layers of the command line's options for the case."""
+    from distbench.case.resolve import FLAGS, Layer
+
     texts = {
         name.removeprefix(_CASE_DEST): str(value)
         for name, value in vars(options).items()
@@ -174,6 +190,10 @@ def one_case(path: str, options: argparse.Namespace) -> Case:
         InvalidCase: a missing file, or an invalid case.
 
     """
+    from distbench.case.resolve import resolve_case
+    from distbench.launcher.preflight import check_case, check_folder
+    from distbench.report.input_file import load_layer
+
     case = resolve_case([*case_flags(options), load_layer(path)], options.nproc).case
     check_case(case)
     check_folder(options.out)
@@ -182,6 +202,8 @@ def one_case(path: str, options: argparse.Namespace) -> Case:
 
 def known_report(path: str, options: argparse.Namespace) -> Report | None:
     """Report in `path`; None where it holds a case, or the command line overrides it."""
+    from distbench.report.input_file import load_report
+
     return load_report(path) if not case_flags(options)[0].values else None
 
 

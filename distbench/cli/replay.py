@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import hold_lab
-from distbench.cli.options import add_case_options, add_folder, case_flags
+from distbench.cli.options import add_case_options, add_folder, add_voice, case_flags
 from distbench.cli.torchrun_rank import alone
-from distbench.launcher.preflight import check_case, check_folder
-from distbench.report.bundle.findings import StageFinding
-from distbench.report.bundle.read import Bundle, open_bundle, runnable_case
-from distbench.report.terminal import print_line, print_table
-from distbench.tools.lab import signature
-from distbench.tools.replay import compare
-from distbench.workload.version import other_inputs
+from distbench.report.progress import Meter
+from distbench.report.terminal import print_table, print_text, print_verdict
+from distbench.utils.voice import Voice, voice
+
+if TYPE_CHECKING:
+    from distbench.report.bundle.findings import StageFinding
+    from distbench.report.bundle.read import Bundle
 
 _SHOWN_RANKS = 8
 _AGREES = "as its report says"
@@ -39,10 +38,13 @@ def add(commands: Any) -> None:
     command.add_argument("bundle", metavar="BUNDLE", help="a bundle's folder")
     command.add_argument("--offline", action="store_true", help="only analyse the recording")
     add_folder(command)
+    add_voice(command)
     add_case_options(command)
 
 
 def _replay(options: argparse.Namespace) -> int:
+    from distbench.report.bundle.read import open_bundle
+
     bundle = open_bundle(options.bundle)
     shows_the_same = _analyse(bundle)
     if options.offline:
@@ -51,27 +53,31 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _analyse(bundle: Bundle) -> bool:
-    from distbench.report.bundle.analysis import analyse  # noqa: PLC0415 - loads torch, which a refusal does without
+    from distbench.report.bundle.analysis import analyse
+    from distbench.tools.lab import signature
+    from distbench.workload.version import other_inputs
 
     report = bundle.report
-    analysis = analyse(bundle)
-    print_line(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
+    with Meter("replay: analysing the recording"):
+        analysis = analyse(bundle)
+    print_text(f"recorded: {signature(report)}; on {', '.join(report.environment.hosts) or 'unknown hosts'}")
     for cut in bundle.manifest.cuts:
-        print_line(f"left out of the bundle: {cut}")
+        print_text(f"left out of the bundle: {cut}")
     if other := other_inputs(bundle.manifest.inputs_version):
-        print_line(f"inputs: {other}; {_KEPT_INPUTS}")
+        print_text(f"inputs: {other}; {_KEPT_INPUTS}")
     for missing in analysis.missing:
-        print_line(f"missing: {missing}")
-    print_table(_stage_rows(analysis.findings), ("arm", "stage", "recorded rows", "wrong", "on rank", "first"))
+        print_text(f"missing: {missing}")
+    if voice() is not Voice.QUIET:
+        print_table(_stage_rows(analysis.findings), ("arm", "stage", "recorded rows", "wrong", "on rank", "first"))
     if analysis.judgement is None:
-        print_line("no rows were recorded: the case was refused or lost its ranks")
+        print_text("no rows were recorded: the case was refused or lost its ranks")
         return False
     for found in analysis.diagnosis:
-        print_line(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
+        print_text(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
     same = analysis.confirms(report.verdict, [found.cause for found in report.diagnosis])
     doubt = _CONTRADICTED if other_inputs(bundle.manifest.inputs_version) else _UNCONFIRMED
     agreement = (_AGREES if same else _DIFFERS) if analysis.trusted else doubt
-    print_line(f"from the recording: {analysis.judgement.verdict.value}, {agreement}")
+    print_text(f"from the recording: {analysis.judgement.verdict.value}, {agreement}")
     return same
 
 
@@ -89,19 +95,28 @@ def _stage_rows(findings: list[StageFinding]) -> list[tuple[str, ...]]:
 
 
 def _run(bundle: Bundle, options: argparse.Namespace) -> int:
+    from distbench.cli.launching import hold_lab
+    from distbench.launcher.preflight import check_case, check_folder
+    from distbench.report.bundle.read import runnable_case
+    from distbench.tools.lab import signature
+    from distbench.tools.replay import compare
+    from distbench.workload.version import other_inputs
+
     alone("replay")
     tell_task()
     case = runnable_case(bundle, case_flags(options))
     check_case(case)
     check_folder(options.out)
     if other := other_inputs(bundle.manifest.inputs_version):
-        print_line(f"{other}: the run here has other inputs of the same seed, and its verdict may differ")
+        print_text(f"{other}: the run here has other inputs of the same seed, and its verdict may differ")
     with hold_lab(options) as lab:
+        lab.work = "replay: the case here"
         report = lab.run([case])[0]
     replay = compare(bundle.report, report)
     rows = [(found.what, found.recorded, found.here) for found in replay.differences]
-    if rows:
+    if rows and not options.quiet:
         print_table(rows, ("differs", "recorded", "here"))
     emulated = f" (emulated: {', '.join(report.stand_ins)})" if report.emulated else ""
-    print_line(f"{'reproduced' if replay.reproduced else 'not reproduced'} here{emulated}: {signature(report)}")
-    return 0 if replay.reproduced else 1
+    code = 0 if replay.reproduced else 1
+    print_verdict(f"{'not ' * code}reproduced here{emulated}: {signature(report)}", code)
+    return code

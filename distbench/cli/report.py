@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distbench.cli.options import add_report, report_writers
-from distbench.report import export
-from distbench.report.export import STANDARD_OUTPUT, write_reports
-from distbench.report.journal import RESULTS
-from distbench.report.results import Results
 from distbench.report.terminal import print_line, print_note
-from distbench.tools.cluster import reports
-from distbench.tools.cluster.validation import FILE, read_validation
+
+if TYPE_CHECKING:
+    from distbench.report.results import Results
 
 
 def add(commands: Any) -> None:
@@ -38,6 +35,8 @@ def add(commands: Any) -> None:
 
 def _counted(options: argparse.Namespace) -> Results:
     """Results selected by the folder's last command, so that both exit alike; all of them with --all."""
+    from distbench.report.results import Results
+
     results = Results(options.results)
     summary = results.summary
     if options.all or summary is None or not summary.selected:
@@ -50,6 +49,10 @@ def _counted(options: argparse.Namespace) -> Results:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from distbench.report import export
+    from distbench.tools.cluster import reports
+    from distbench.tools.cluster.validation import read_validation
+
     path = Path(options.results)
     plan = _plan(path)
     if plan is not None:
@@ -63,6 +66,9 @@ def _report(options: argparse.Namespace) -> int:
 
 def _plan(path: Path) -> Path | None:
     """The document of a cluster's plan that `path` is, or has where it has no results of cases."""
+    from distbench.report.journal import RESULTS
+    from distbench.tools.cluster.validation import FILE
+
     if path.name == FILE:
         return path
     known = path / FILE
@@ -70,6 +76,8 @@ def _plan(path: Path) -> Path | None:
 
 
 def _write(options: argparse.Namespace, out: Path, content: object, package: str) -> None:
+    from distbench.report.export import STANDARD_OUTPUT, write_reports
+
     writers = report_writers(options, out, package, silent=True)
     write_reports(content, writers)
     for path in writers:

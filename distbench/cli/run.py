@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distbench.case.entry import Entry
-from distbench.case.environment import read_environment
-from distbench.case.resolve import load_case_file, resolve_case
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
-from distbench.cli.launching import exported, follow_node_0, hold_bench, take_part, warnings
 from distbench.cli.multi_node import add_nodes
 from distbench.cli.options import (
     add_case_options,
     add_json,
     add_launch,
     add_report,
+    add_voice,
     case_flags,
     check_bundle,
     json_on_standard_output,
@@ -26,18 +24,11 @@ from distbench.cli.options import (
 )
 from distbench.cli.torchrun_rank import is_rank_0, world_size
 from distbench.errors import InvalidCase, Verdict, worst_exit_code
-from distbench.launcher.job import Job
-from distbench.launcher.preflight import check_folder, check_path
-from distbench.launcher.resources import report_bytes
-from distbench.report.bundle.layout import bundle_folder
-from distbench.report.bundle.read import open_bundle
-from distbench.report.console import print_report, print_start
-from distbench.report.export import STANDARD_OUTPUT, Writer
-from distbench.report.files import read_report
-from distbench.report.journal import replace_results
 from distbench.report.progress import Progress
-from distbench.report.results import Results
-from distbench.report.terminal import print_line
+from distbench.report.terminal import print_text
+
+if TYPE_CHECKING:
+    from distbench.report.export import Writer
 
 _SUITE, _NAME = "distbench run", "run"
 _REPORT = "report.json"
@@ -56,11 +47,20 @@ def add(commands: Any) -> None:
     run.add_argument("--case", metavar="FILE", help="case file, .toml or .json")
     add_json(run, "the report")
     add_report(run)
+    add_voice(run)
     add_baseline(run)
     add_case_options(run)
 
 
 def _run(options: argparse.Namespace) -> int:
+    from distbench.case.environment import read_environment
+    from distbench.case.resolve import load_case_file, resolve_case
+    from distbench.cli.launching import follow_node_0, warnings
+    from distbench.launcher.preflight import check_folder, check_path
+    from distbench.launcher.resources import report_bytes
+    from distbench.report.export import STANDARD_OUTPUT
+    from distbench.report.files import read_report
+
     followed = follow_node_0(options)
     if followed is not None:
         return followed
@@ -87,16 +87,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
+    from distbench.cli.launching import exported, hold_bench
+    from distbench.report.bundle.layout import bundle_folder
+    from distbench.report.console import print_report, print_start
+    from distbench.report.files import read_report
+    from distbench.report.results import Results
+
     out, baseline = Path(options.out), read_baseline(options)
     results = Results(out)
     with hold_bench([entry], options, lambda: _forget(out, paths)) as bench:
         print_start(entry.case)
         with exported(results, writers):
-            summary = bench.run(Progress(1, quiet=True), report_paths=paths)
+            summary = bench.run(Progress(1, what="run", each=False, expected=False), report_paths=paths)
         report = read_report(paths[0])
         print_report(report)
         for event in summary.events:
-            print_line(f"event: {event}")
+            print_text(f"event: {event}")
         if options.bundle and report.exit_code:
             _print_bundle(bundle_folder(options.bundle, entry.case))
         code = worst_exit_code((report.exit_code, summary.exit_code))
@@ -106,17 +112,23 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
 
 def _print_bundle(folder: Path) -> None:
     """Print the folder of a bundle and the contents left out, or the reason why there is none."""
+    from distbench.report.bundle.read import open_bundle
+
     try:
         cuts = open_bundle(folder).manifest.cuts
     except InvalidCase as error:
-        print_line(f"no {error}")
+        print_text(f"no {error}")
         return
-    print_line(f"bundle: {folder}; distbench replay {folder}")
+    print_text(f"bundle: {folder}; distbench replay {folder}")
     for cut in cuts:
-        print_line(f"left out of the bundle: {cut}")
+        print_text(f"left out of the bundle: {cut}")
 
 
 def _take_part(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], writers: dict[Path, Writer]) -> int:
+    from distbench.cli.launching import take_part
+    from distbench.launcher.job import Job
+    from distbench.report.results import Results
+
     out = Path(options.out)
     job = Job(
         entries=(entry,),
@@ -136,6 +148,8 @@ def _forget(out: Path, paths: tuple[str, ...]) -> None:
         InvalidCase: the folder holds other results.
 
     """
+    from distbench.report.journal import replace_results
+
     replace_results(out, _SUITE, _NAME.__eq__)
     for path in paths:
         Path(path).unlink(missing_ok=True)

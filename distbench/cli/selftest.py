@@ -11,12 +11,9 @@ import msgspec
 
 from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
-from distbench.cli.launching import run_corpus
-from distbench.cli.options import add_case_options, add_launch, case_flags, output_of
+from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags, output_of
 from distbench.errors import InvalidCase
-from distbench.report.files import write_atomically
-from distbench.report.journal import replace_results
-from distbench.report.terminal import print_line, print_table
+from distbench.report.terminal import print_table, print_text, print_verdict
 
 if TYPE_CHECKING:
     from distbench.tools.selftest.cases import FaultPlan
@@ -36,6 +33,7 @@ def add(commands: Any) -> None:
     )
     command.set_defaults(command=_selftest)
     add_launch(command)
+    add_voice(command)
     command.add_argument("--quick", action="store_true", help="every fault once, fifty clean cases")
     command.add_argument(
         "--seeds", type=whole(1), metavar="CASES", help=f"random cases for each fault (default: {_SEEDS})"
@@ -52,10 +50,13 @@ def add(commands: Any) -> None:
 
 
 def _selftest(options: argparse.Namespace) -> int:
-    from distbench.faults.injector import FAULTS  # noqa: PLC0415 - loads torch, which other commands do without
-    from distbench.tools.selftest.cases import CLEAN, SUITE, plan  # noqa: PLC0415
-    from distbench.tools.selftest.outcomes import outcomes  # noqa: PLC0415
-    from distbench.tools.selftest.table import COLUMNS, cells, closing_lines, markdown, ran  # noqa: PLC0415
+    from distbench.cli.launching import run_corpus
+    from distbench.faults.injector import FAULTS
+    from distbench.report.files import write_atomically
+    from distbench.report.journal import replace_results
+    from distbench.tools.selftest.cases import CLEAN, SUITE, plan
+    from distbench.tools.selftest.outcomes import outcomes
+    from distbench.tools.selftest.table import COLUMNS, cells, closing_lines, markdown, ran
 
     if options.list:
         rows = [(name, kind.stage, (kind.__doc__ or "").strip(), kind.bug) for name, kind in FAULTS.items()]
@@ -73,10 +74,12 @@ def _selftest(options: argparse.Namespace) -> int:
 
     run_corpus(entries, options, forget, [options.markdown])
     found = outcomes(asked, out)
-    print_line(f"self-test of {ran(found)}")
-    print_table(cells(found), COLUMNS)
-    for line in closing_lines(found):
-        print_line(line)
+    print_text(f"self-test of {ran(found)}")
+    if not options.quiet:
+        print_table(cells(found), COLUMNS)
+    *lines, ending = closing_lines(found)
+    print_text(*lines)
+    print_verdict(ending, 0 if found.passed else 1)
     if options.markdown:
         write_atomically(Path(options.markdown), markdown(found, _command(options, ranks, seeds, clean)).encode())
     return 0 if found.passed else 1

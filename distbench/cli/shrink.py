@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from distbench.case.spec import FIELD_DEFAULTS, FLAG_KEYS, UNSTORED_KEYS, Case
-from distbench.case.suite import value_text
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import hold_lab
-from distbench.cli.options import add_case_options, add_folder, add_ranks, known_report, one_case
+from distbench.cli.options import add_case_options, add_folder, add_ranks, add_voice, known_report, one_case
 from distbench.cli.torchrun_rank import alone
-from distbench.report.files import write_atomically
-from distbench.report.terminal import print_error, print_line, print_table
-from distbench.tools.shrink import Shrunk, Step, shrink
+from distbench.report.terminal import print_step, print_table, print_text
+
+if TYPE_CHECKING:
+    from distbench.tools.lab import Lab
+    from distbench.tools.shrink import Shrunk, Step
 
 _SHRUNK = "shrunk.json"
 
@@ -32,21 +33,28 @@ def add(commands: Any) -> None:
     command.add_argument("case", metavar="CASE|REPORT", help="case file or report.json")
     add_ranks(command, "ranks, where the case does not say (default: 8)")
     add_folder(command)
+    add_voice(command)
     add_case_options(command)
 
 
 def _shrink(options: argparse.Namespace) -> int:
+    from distbench.cli.launching import hold_lab
+    from distbench.report.files import write_atomically
+    from distbench.tools.shrink import shrink
+
     alone("shrink")
     tell_task()
     case = one_case(options.case, options)
     known = known_report(options.case, options)
     out = Path(options.out)
     with hold_lab(options) as lab:
-        found = shrink(lab, case, _tell, known)
+        lab.work = "shrink: the case as given"
+        found = shrink(lab, case, _tell(lab), known)
         values = {key: value for key, value in msgspec.structs.asdict(found.case).items() if key not in UNSTORED_KEYS}
         write_atomically(out / _SHRUNK, msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
-    _print(case, found)
-    print_line(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}{code_flags(found.case)}")
+    if not options.quiet:
+        _print(case, found)
+    print_text(f"{found.same}: {out / _SHRUNK}; distbench run --case {out / _SHRUNK}{code_flags(found.case)}")
     return 0
 
 
@@ -58,14 +66,22 @@ def code_flags(case: Case) -> str:
     )
 
 
-def _tell(step: Step) -> None:
-    case = step.case
-    text = f"{case.ep_size} ranks, {sum(case.tokens)} tokens, top-{case.topk}, {case.num_experts} experts"
-    text += f", H{case.hidden_size} I{case.intermediate_size}"
-    print_error("shrink", f"{step.what}: {text} ({step.cases} cases, {step.launches} launches)")
+def _tell(lab: Lab) -> Callable[[Step], None]:
+    """Printer of the steps on standard error."""
+
+    def tell(step: Step) -> None:
+        case = step.case
+        size = f"{case.ep_size} ranks, {sum(case.tokens)} tokens"
+        text = f"{size}, top-{case.topk}, {case.num_experts} experts, H{case.hidden_size} I{case.intermediate_size}"
+        lab.work = f"shrink: below {size}"
+        print_step(f"shrink: {step.what}: {text} ({step.cases} cases, {step.launches} launches)")
+
+    return tell
 
 
 def _print(case: Case, found: Shrunk) -> None:
+    from distbench.case.suite import value_text
+
     before, after = (msgspec.structs.asdict(one) for one in (case, found.case))
     rows = [(key, value_text(before[key]), value_text(after[key])) for key in after if before[key] != after[key]]
     rows.insert(0, ("tokens in all", str(sum(case.tokens)), str(sum(found.case.tokens))))

@@ -6,38 +6,32 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distbench.case.entry import Entry
-from distbench.case.environment import reader
 from distbench.case.spec import case_hash
-from distbench.case.suite import Suite, load_suite, select
 from distbench.cli.argument_types import duration, whole
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
-from distbench.cli.launching import examined, exported, follow_node_0, hold_bench, take_part
 from distbench.cli.multi_node import add_nodes
 from distbench.cli.options import (
     DEFAULT_OUT,
     add_case_options,
     add_launch,
     add_report,
+    add_voice,
     case_flags,
     check_bundle,
     num_ranks,
     report_writers,
 )
 from distbench.cli.torchrun_rank import is_rank_0, world_size
-from distbench.launcher.campaign import Rules
-from distbench.launcher.job import Job
-from distbench.launcher.preflight import check_folder, check_path
-from distbench.launcher.resources import report_bytes
-from distbench.launcher.time_budget import earliest_deadline
-from distbench.report.console import print_summary
 from distbench.report.export import Writer
-from distbench.report.journal import filter_journal, forget_cases, refuse_strangers, resume_journal, unfinished
 from distbench.report.progress import Progress
-from distbench.report.results import Results
 from distbench.report.terminal import print_note
+
+if TYPE_CHECKING:
+    from distbench.case.suite import Suite
+    from distbench.report.results import Results
 
 Writers = dict[Path, Writer]
 
@@ -78,13 +72,20 @@ def add(commands: Any) -> None:
         metavar="TIME",
         help="begin no case that cannot end within 90s, 20m, 1h30m; none: no limit (default: the end of the Slurm job)",
     )
-    course.add_argument("--quiet", action="store_true", help="no progress")
     add_report(suite)
+    add_voice(suite)
     add_baseline(suite)
     add_case_options(suite)
 
 
 def _suite(options: argparse.Namespace) -> int:
+    from distbench.case.environment import reader
+    from distbench.case.suite import load_suite, select
+    from distbench.cli.launching import examined, follow_node_0
+    from distbench.launcher.preflight import check_folder, check_path
+    from distbench.launcher.resources import report_bytes
+    from distbench.launcher.time_budget import earliest_deadline
+
     if options.out == _OWN_OUT:
         options.out = f"{DEFAULT_OUT}/{Path(options.suite).stem}"
     followed = follow_node_0(options)
@@ -116,8 +117,12 @@ def _merged(suite: Suite) -> str:
 
 
 def _launch(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
+    from distbench.cli.launching import exported, hold_bench
+    from distbench.launcher.campaign import Rules
+    from distbench.report.console import print_summary
+
     out, baseline = Path(options.out), read_baseline(options)
-    progress = Progress(len(entries), quiet=options.quiet)
+    progress = Progress(len(entries), what=f"suite {Path(options.suite).stem}")
     rules = Rules(retries=options.retries, max_faults=options.max_faults, deadline=options.deadline)
     with hold_bench(entries, options, lambda: _forget(out, entries, options.rerun)) as bench:
         results = _results(out, entries)
@@ -130,6 +135,9 @@ def _launch(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Wr
 
 
 def _take_part(entries: tuple[Entry, ...], options: argparse.Namespace, writers: Writers) -> int:
+    from distbench.cli.launching import take_part
+    from distbench.launcher.job import Job
+
     job = Job(
         entries=entries,
         out=options.out,
@@ -151,6 +159,8 @@ def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
         InvalidCase: the folder holds results of anything but this suite.
 
     """
+    from distbench.report.journal import filter_journal, forget_cases, refuse_strangers, resume_journal
+
     refuse_strangers(out, entries[0].suite, lambda name: name != _RUN and not name.startswith(_TRIAL))
     chosen = {case_hash(entry.case) for entry in entries}
     if rerun == "all":
@@ -161,12 +171,16 @@ def _forget(out: Path, entries: Sequence[Entry], rerun: str | None) -> None:
 
 
 def _to_run(entries: Sequence[Entry], options: argparse.Namespace) -> Sequence[Entry]:
+    from distbench.report.journal import unfinished
+
     if options.rerun == "all":
         return entries
     return unfinished(Path(options.out), entries, lambda line: options.rerun is None or line.as_expected)
 
 
 def _results(out: Path, entries: Sequence[Entry]) -> Results:
+    from distbench.report.results import Results
+
     return Results(out, {case_hash(entry.case) for entry in entries}.__contains__)
 
 

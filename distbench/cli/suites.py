@@ -7,7 +7,7 @@ from typing import Any
 
 from distbench.case.suite import load_suite
 from distbench.case.suite_file import builtin_suites
-from distbench.report.terminal import print_line, print_table
+from distbench.report.terminal import print_table, print_text
 
 _RANKS = 8
 
@@ -24,5 +24,5 @@ def _suites(_: argparse.Namespace) -> int:
     suites = [load_suite(name, _RANKS) for name in builtin_suites()]
     rows = [(suite.name, str(len(suite.entries)), suite.description) for suite in suites]
     print_table(rows, ("suite", f"cases on {_RANKS} ranks", "content"))
-    print_line("distbench suite NAME runs one")
+    print_text("distbench suite NAME runs one")
     return 0

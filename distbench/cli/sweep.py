@@ -5,39 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.environment import read_environment
-from distbench.case.limits import parse_limit
-from distbench.case.resolve import Layer, load_case_file, resolve_case
 from distbench.case.spec import Case, case_hash
 from distbench.cli.argument_types import plain_counts
 from distbench.cli.launcher_tasks import tell_task
-from distbench.cli.launching import exported, hold_bench, warnings
 from distbench.cli.options import (
     add_case_options,
     add_launch,
     add_report,
+    add_voice,
     case_flags,
     check_bundle,
     num_ranks,
     report_writers,
 )
 from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
-from distbench.experts.selection.choice import CURRENT, rules_for
-from distbench.experts.selection.releases import BucketRules, padded_rows
-from distbench.launcher.job import Job
-from distbench.launcher.preflight import check_folder, check_path
-from distbench.launcher.resources import report_bytes
-from distbench.report.console import print_sweep
-from distbench.report.files import write_atomically
-from distbench.report.journal import RESULTS, refuse_strangers, unfinished
 from distbench.report.progress import Progress
-from distbench.report.results import Results
-from distbench.report.sweep import COLUMNS, SweepRow, read_rows
+
+if TYPE_CHECKING:
+    from distbench.experts.selection.releases import BucketRules
+    from distbench.report.sweep import SweepRow
 
 _SUITE, _LIMIT = "distbench sweep", "limit="
 _SWEEP = "sweep.json"
@@ -64,10 +55,21 @@ def add(commands: Any) -> None:
     sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json")
     add_launch(sweep)
     add_report(sweep)
+    add_voice(sweep)
     add_case_options(sweep)
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from distbench.cli.launching import exported, hold_bench
+    from distbench.launcher.job import Job
+    from distbench.launcher.preflight import check_folder, check_path
+    from distbench.launcher.resources import report_bytes
+    from distbench.report.console import print_sweep
+    from distbench.report.files import write_atomically
+    from distbench.report.journal import unfinished
+    from distbench.report.results import Results
+    from distbench.report.sweep import COLUMNS, read_rows
+
     entries = _entries(options)
     check_path(options.out)
     check_folder(options.out)
@@ -88,7 +90,7 @@ def _sweep(options: argparse.Namespace) -> int:
     out = Path(options.out)
     with hold_bench(entries, options, lambda: _refuse_strangers(out)) as bench:
         with exported(results, writers):
-            summary = bench.run(Progress(len(entries), quiet=False))
+            summary = bench.run(Progress(len(entries), what="sweep"))
         rows = read_rows(out, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
     print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))
@@ -96,10 +98,14 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _refuse_strangers(out: Path) -> None:
+    from distbench.report.journal import refuse_strangers
+
     refuse_strangers(out, _SUITE, lambda name: name.startswith(_LIMIT))
 
 
 def _notes(rows: list[SweepRow], out: Path) -> list[str]:
+    from distbench.report.journal import RESULTS
+
     notes = sorted({note for row in rows for note in row.notes})
     proofs = {row.proof.bound: row.proof.formula for row in rows if row.proof is not None}
     notes += [
@@ -111,6 +117,10 @@ def _notes(rows: list[SweepRow], out: Path) -> list[str]:
 
 
 def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
+    from distbench.case.environment import read_environment
+    from distbench.case.resolve import Layer, load_case_file, resolve_case
+    from distbench.cli.launching import warnings
+
     files = [load_case_file(options.case)] if options.case else []
     timed = Layer("sweep", {"iterations": _ITERATIONS})
     given = [*case_flags(options), *files, timed]
@@ -133,6 +143,9 @@ def sweep_limits(case: Case, asked: str) -> list[str]:
 
     `auto` leaves out edges below ceil(tokens / W): some rank receives at least that many rows.
     """
+    from distbench.case.limits import parse_limit
+    from distbench.experts.selection.choice import CURRENT, rules_for
+
     if asked != _AUTO:
         return ["off", *(parse_limit(limit) for limit in plain_counts(asked).split(","))]
     least = -(-sum(case.tokens) // case.ep_size)
@@ -143,6 +156,8 @@ def sweep_limits(case: Case, asked: str) -> list[str]:
 
 def bucket_edges(rules: BucketRules, capacity: int) -> list[int]:
     """Row counts up to `capacity` that end a bucket, which is named by them."""
+    from distbench.experts.selection.releases import padded_rows
+
     powers = [1 << exponent for exponent in range(capacity.bit_length())]
     candidates = sorted({*powers, *rules.tiers})
     return [rows for rows in candidates if rows <= capacity and padded_rows(rows, rules) == rows]

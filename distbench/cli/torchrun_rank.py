@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distbench.errors import InvalidCase, LaunchFailed, Unsupported
-from distbench.launcher.job import Job, clear_ranks
-from distbench.launcher.locks import hold
-from distbench.launcher.nodes.interfaces import check_interfaces, choose_loopback
-from distbench.launcher.preflight import check_devices
 from distbench.utils.text import one_line
+
+if TYPE_CHECKING:
+    from distbench.launcher.job import Job
 
 
 def world_size() -> int | None:
@@ -51,6 +51,10 @@ def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
         LaunchFailed: a rank that should hold a lock did not join.
 
     """
+    from distbench.launcher.job import clear_ranks
+    from distbench.launcher.locks import hold
+    from distbench.launcher.nodes.interfaces import check_interfaces, choose_loopback
+
     first = os.environ.get("LOCAL_RANK") == "0"
     check_interfaces(accelerated=False)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
@@ -65,8 +69,8 @@ def hold_as_rank(job: Job, timeout_s: float) -> Iterator[None]:
 @contextlib.contextmanager
 def _all_held(timeout_s: float, *, holds: bool) -> Iterator[None]:
     """Wait for the first rank of every node; within the context the store stays open, which rank 0 may host."""
-    import torch.distributed as dist  # noqa: PLC0415 - ranks load it anyway, and other commands do without
-    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     timeout = timedelta(seconds=timeout_s)
     held = [f"distbench/held-{node}" for node in range(int(os.environ["GROUP_WORLD_SIZE"]))]
@@ -86,6 +90,8 @@ def _all_held(timeout_s: float, *, holds: bool) -> Iterator[None]:
 
 def _devices(job: Job) -> tuple[str, ...]:
     """Devices that the ranks of this node take; where there are too few, the cases end with that error."""
+    from distbench.launcher.preflight import check_devices
+
     cases = [entry.case for entry in job.entries if not entry.refused]
     try:
         return check_devices(cases, int(os.environ["LOCAL_WORLD_SIZE"])) if cases else ()
@@ -95,6 +101,6 @@ def _devices(job: Job) -> tuple[str, ...]:
 
 def work(job: Job) -> int:
     """Run the job as one of the ranks that torchrun started; return the exit code."""
-    from distbench.launcher.worker import work  # noqa: PLC0415 - loads torch, which other commands do without
+    from distbench.launcher.worker import work
 
     return work(job)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from importlib import metadata
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from distbench.case.presets import PRESETS
 from distbench.cli.argument_types import MOST_RANKS, plain_counts, whole
 from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.options import add_voice
 from distbench.errors import InvalidCase, Unsupported
-from distbench.experts.selection.releases import padded_rows
-from distbench.experts.triton.config import LayerShape
-from distbench.experts.triton.table import Table, encode_table, load_table
-from distbench.report.files import write_atomically
-from distbench.report.terminal import print_line
-from distbench.tools.tune.candidates import families
+from distbench.report.progress import Meter
+from distbench.report.terminal import print_line, print_note
 from distbench.utils.process import usable_cores
+from distbench.utils.voice import Voice, voice
+
+if TYPE_CHECKING:
+    from distbench.experts.triton.config import LayerShape
+    from distbench.experts.triton.table import Table
 
 _BUCKETS = ",".join(str(1 << power) for power in range(16))
-_CLEAR = "\r\x1b[K"
 
 
 def add(commands: Any) -> None:
@@ -52,10 +52,13 @@ def add(commands: Any) -> None:
         metavar="PROCESSES",
         help="compilers side by side, at most",
     )
+    add_voice(tune)
     tune.add_argument("--table", metavar="FILE", default="", help="the table (default: its own name, here)")
 
 
 def _tune(options: argparse.Namespace) -> int:
+    from distbench.experts.triton.table import load_table
+
     tell_task()
     shape, buckets = _shape(options), _buckets(plain_counts(options.buckets))
     table = _empty(shape)
@@ -85,25 +88,37 @@ def _refuse_other_modes(table: Table, path: Path, stage2: str) -> None:
 
 
 def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse.Namespace, path: Path) -> Table:
-    from distbench.tools.tune.compilers import compile_all  # noqa: PLC0415 - loads torch
-    from distbench.tools.tune.tuner import Tuner  # noqa: PLC0415
+    from distbench.experts.triton.table import encode_table
+    from distbench.report.files import write_atomically
+    from distbench.tools.tune.candidates import families
+    from distbench.tools.tune.compilers import compile_all
+    from distbench.tools.tune.tuner import Tuner
 
     tried = {bucket: families(shape, bucket, options.stage2) for bucket in buckets}
-    _note(f"compiling the candidates of {len(buckets)} buckets")
-    compile_all(
-        shape, (config for some in tried.values() for one in some for config in one.configs()), options.processes
-    )
-    tuner = Tuner(shape, _note)
-    for bucket in buckets:
-        row = tuner.tune(bucket, tried[bucket])
-        table = msgspec.structs.replace(table, rows=sorted([*table.rows, row], key=lambda one: one.bucket))
-        write_atomically(path, encode_table(table))
-        _end_note()
-        print_line(f"{bucket:>6} rows {row.us:9.1f} us  {row.config.name1}  {row.config.name2}")
+    configs = (config for some in tried.values() for one in some for config in one.configs())
+    with Meter("tune") as meter:
+        note = partial(_note, meter)
+        compile_all(shape, configs, options.processes, note)
+        tuner = Tuner(shape, note, lambda text: print_note(f"tune: {text}"))
+        for done, bucket in enumerate(buckets):
+            meter.also = f"bucket {done + 1} of {len(buckets)}"
+            row = tuner.tune(bucket, tried[bucket])
+            table = msgspec.structs.replace(table, rows=sorted([*table.rows, row], key=lambda one: one.bucket))
+            write_atomically(path, encode_table(table))
+            if voice() is not Voice.QUIET:
+                print_line(f"{bucket:>6} rows {row.us:9.1f} us  {row.config.name1}  {row.config.name2}")
     return table
 
 
+def _note(meter: Meter, what: str, done: int, total: int) -> None:
+    if done < meter.done or total != meter.total:
+        meter.restart()
+    meter.now, meter.done, meter.total = what, done, total
+
+
 def _shape(options: argparse.Namespace) -> LayerShape:
+    from distbench.experts.triton.config import LayerShape
+
     model = PRESETS[options.model]
     num_experts = model.experts_for(options.ep_size)
     if num_experts % options.ep_size:
@@ -120,6 +135,8 @@ def _shape(options: argparse.Namespace) -> LayerShape:
 
 
 def _buckets(text: str) -> list[int]:
+    from distbench.experts.selection.releases import padded_rows
+
     try:
         rows = [int(part) for part in text.split(",")]
     except ValueError as error:
@@ -133,7 +150,11 @@ def _buckets(text: str) -> list[int]:
 
 
 def _empty(shape: LayerShape) -> Table:
-    import torch  # noqa: PLC0415 - other commands do without
+    from importlib import metadata
+
+    import torch
+
+    from distbench.experts.triton.table import Table
 
     if not torch.cuda.is_available():
         message = "tune: torch sees no GPU; tune on the machine whose kernels are to be chosen"
@@ -148,15 +169,3 @@ def _empty(shape: LayerShape) -> Table:
         num_experts=shape.num_experts,
         versions={name: metadata.version(name) for name in ("torch", "triton")},
     )
-
-
-def _note(text: str) -> None:
-    """Report progress on standard error; on a terminal, redraw one line."""
-    live = sys.stderr.isatty()
-    sys.stderr.write(f"{_CLEAR}tune: {text}"[:200] if live else f"tune: {text}\n")
-    sys.stderr.flush()
-
-
-def _end_note() -> None:
-    if sys.stderr.isatty():
-        sys.stderr.write(_CLEAR)

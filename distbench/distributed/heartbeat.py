@@ -17,7 +17,7 @@ from distbench.case.stages import ARMS, STAGES, Stage
 from distbench.distributed import waits
 from distbench.utils.process import pid_space
 
-_RECORD = struct.Struct("<qqqqqqq")
+_RECORD = struct.Struct("<8q")
 _WAITS = struct.Struct(f"<{waits.WORDS}q")
 _SIZE = _RECORD.size + _WAITS.size
 _PLACES = 6  # fields of a position before the wait
@@ -30,7 +30,7 @@ class Position(msgspec.Struct, frozen=True):
     in nanoseconds, comparable between the processes of one host. `step` counts the stages entered since the case
     began: all ranks of a case pass the same stages, some of them several times. `pid` is 0 for a rank of another host.
     `waiting` and `kind` index waits.KINDS: the rank's current wait, and the last collective that it entered, which is
-    number `entered` of the case, on `device` (-1: the host).
+    number `entered` of the case, on `device` (-1: the host). `repeat` counts the repeats of the arms that have ended.
     """
 
     case_index: int
@@ -43,6 +43,7 @@ class Position(msgspec.Struct, frozen=True):
     entered: int = 0
     kind: int = 0
     device: int = waits.HOST
+    repeat: int = 0
 
     @property
     def is_known(self) -> bool:
@@ -100,7 +101,7 @@ class Heartbeat:
         self._waits = memoryview(self._map)[_RECORD.size :].cast("q")
         if path is not None:
             waits.write_to(self._waits)
-        self._step = self._case_index = 0
+        self._step = self._case_index = self.repeat = 0
         self.arm = ""
         self.mark(Stage.START)
 
@@ -119,14 +120,17 @@ class Heartbeat:
         """Record that this rank enters `stage` of the current case and arm."""
         arm, number = ARMS.index(self.arm), STAGES.index(stage)
         self._step = self._step + 1 if number else 0
-        record = _RECORD.pack(self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step, self._space)
+        where = (self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step)
+        record = _RECORD.pack(*where, self.repeat, self._space)
         self._map[: _RECORD.size] = (
             record  # pack_into would zero it first, and a reader would see a rank without a process
         )
 
     def position(self) -> Position:
         """The position written last."""
-        return Position(*_RECORD.unpack_from(self._map)[:-1], *_WAITS.unpack_from(self._map, _RECORD.size))
+        *places, repeat, _ = _RECORD.unpack_from(self._map)
+        fields = (*places, *_WAITS.unpack_from(self._map, _RECORD.size), repeat)
+        return Position(*fields)
 
     def close(self) -> None:
         """Record the wait for the end of the launch, and unmap the file; it stays on disk."""
@@ -142,7 +146,8 @@ class Heartbeat:
 def write_position(path: Path, position: Position) -> None:
     """Write the position that a rank of another host has sent."""
     fields = msgspec.structs.astuple(position)
-    path.write_bytes(_RECORD.pack(*fields[:_PLACES], pid_space()) + _WAITS.pack(*fields[_PLACES:]))
+    record = _RECORD.pack(*fields[:_PLACES], position.repeat, pid_space())
+    path.write_bytes(record + _WAITS.pack(*fields[_PLACES:-1]))
 
 
 def is_whole(path: Path) -> bool:
@@ -161,8 +166,9 @@ def read_position(path: Path) -> Position | None:
         return None
     if len(content) != _SIZE or not any(content[: _RECORD.size]):  # a rank writes its waits before its first mark
         return None
-    *fields, space = _RECORD.unpack_from(content)
-    position = Position(*fields, *_WAITS.unpack_from(content, _RECORD.size))
+    *places, repeat, space = _RECORD.unpack_from(content)
+    fields = (*places, *_WAITS.unpack_from(content, _RECORD.size), repeat)
+    position = Position(*fields)
     if space != pid_space():
         position = msgspec.structs.replace(position, pid=0)
     return position if position.is_known and position.case_index >= 0 else None

@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.spec import Case, case_hash
+from distbench.case.spec import Case, case_hash, inputs_of
+from distbench.distributed.heartbeat import Position
 from distbench.errors import (
     DistbenchError,
     InvalidCase,
@@ -26,7 +27,7 @@ from distbench.launcher.job import Job
 from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.postmortem import LaunchFailure, machines, outcome_of
 from distbench.launcher.resources import prove_room
-from distbench.launcher.supervisor import supervise
+from distbench.launcher.supervisor import Tick, supervise
 from distbench.launcher.time_budget import Deadline, Pace
 from distbench.report.bundle.layout import NOTHING_RECORDED, Recorded, bundle_folder
 from distbench.report.bundle.manifest import without_a_bundle, write_manifest
@@ -49,7 +50,7 @@ from distbench.verify.records import Outcome
 
 _WORST_SHOWN = 32
 
-Launch = Callable[[Job, Callable[[Entry | None], None], Sequence[int], Leader | None], LaunchFailure | None]
+Launch = Callable[[Job, Tick, Sequence[int], Leader | None], LaunchFailure | None]
 """The signature of `supervise`."""
 
 
@@ -287,12 +288,16 @@ class Campaign:
                 write_manifest(folder, report, outcome, recorded)
         self._take_new_lines()
 
-    def _tick(self, current: Entry | None) -> None:
+    def _tick(self, current: Entry | None, slowest: Position | None) -> None:
         try:
             self._take_new_lines()
         except InvalidCase as error:  # the ranks write no line like this
             raise ResultsLost(str(error)) from error
-        self._progress.refresh(current.name if current else "")
+        if current is None or slowest is None:
+            self._progress.refresh("", "ranks start")
+            return
+        repeats = current.case.repeats * len(inputs_of(current.case))
+        self._progress.refresh(current.name, slowest.place, slowest.repeat, repeats)
 
     def _take_new_lines(self, *, quiet: bool = False) -> None:
         for line in self._reader.new_lines():

@@ -26,6 +26,7 @@ from distbench.launcher.preflight import check_devices
 from distbench.launcher.supervisor import end
 from distbench.launcher.unused_variables import note_of_launch
 from distbench.launcher.watchdog import Watch, first_exit
+from distbench.report.progress import Meter
 from distbench.report.terminal import print_note
 from distbench.utils.signals import Interrupted, collect_signals
 
@@ -54,7 +55,8 @@ def follow(layout: NodeLayout, secret: bytes, out: Path, timeouts: Timeouts) -> 
     with collect_signals() as signals, contextlib.ExitStack() as held:
         client = Client(layout, secret, timeouts.join_s, signals)
         held.callback(client.close)
-        follower = _Follower(layout, out, client, signals, _Devices(held, timeouts.lock_s))
+        meter = held.enter_context(Meter(f"node {layout.node}: waiting for the next launch"))
+        follower = _Follower(layout, out, client, signals, _Devices(held, timeouts.lock_s), meter)
         try:
             return follower.run()
         except (Busy, InvalidCase, Unsupported) as error:
@@ -96,10 +98,17 @@ class _Devices:
 
 
 class _Follower:
-    def __init__(
-        self, layout: NodeLayout, out: Path, client: Client, signals: Sequence[int], devices: _Devices
+    def __init__(  # noqa: PLR0913 - a node, its connection, its devices, and its line
+        self,
+        layout: NodeLayout,
+        out: Path,
+        client: Client,
+        signals: Sequence[int],
+        devices: _Devices,
+        meter: Meter,
     ) -> None:
         self._out = out
+        self._meter = meter
         self._devices = devices
         self._layout = layout
         self._client = client
@@ -146,10 +155,12 @@ class _Follower:
         agent = Agent(job)
         watch = Watch(job, agent)
         agent.start()
+        self._meter.what = f"node {self._layout.node}: launch {launch}"
         try:
             order = self._watch(job, agent, watch)
         finally:
             end(agent, watch)
+        self._meter.what, self._meter.now = f"node {self._layout.node}: waiting for the next launch", ""
         self._note(job)
         self._beat.ended = True
         self._beat.exit = None if agent.finished else first_exit(agent, watch)
@@ -159,6 +170,7 @@ class _Follower:
         while agent.is_alive():
             agent.join(BEAT_S)
             watch.look()
+            self._meter.now = watch.slowest.place if watch.slowest else "ranks start"
             self._note(job)
             order = self._tell()
             if order.phase is not Phase.RUN:

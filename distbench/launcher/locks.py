@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.errors import Busy, InvalidCase
+from distbench.report.progress import Meter
 
 DEVICE_LOCKS = Path("/tmp")  # noqa: S108 - TMPDIR differs between users and jobs, and each has to find the others' locks
 
@@ -75,7 +76,23 @@ def is_held(path: Path) -> bool:
 def _held(path: Path, what: str, timeout_s: float) -> Iterator[None]:
     descriptor = _open(path)
     try:
-        deadline = time.monotonic() + timeout_s
+        if not _taken(descriptor, path):
+            _wait(descriptor, path, what, timeout_s)
+        _sign(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait(descriptor: int, path: Path, what: str, timeout_s: float) -> None:
+    """Wait for a lock that another process holds.
+
+    Raises:
+        Busy: it did not release the lock within `timeout_s`.
+
+    """
+    deadline = time.monotonic() + timeout_s
+    with Meter(f"waiting {timeout_s:g} s for {what}, in use by {_holder(descriptor)}"):
         while not _taken(descriptor, path):
             if time.monotonic() >= deadline:
                 message = (
@@ -83,10 +100,6 @@ def _held(path: Path, what: str, timeout_s: float) -> Iterator[None]:
                 )
                 raise Busy(message)
             time.sleep(_POLL_S)
-        _sign(descriptor)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _open(path: Path) -> int:

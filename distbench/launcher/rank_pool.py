@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from distbench.case.entry import Entry
 from distbench.launcher.agent import Agent
 from distbench.launcher.job import Job, clear_ranks, done_path, next_job_path
 from distbench.launcher.nodes.leader import Leader
 from distbench.launcher.postmortem import LaunchFailure
-from distbench.launcher.supervisor import concluded, end, no_rank_left
+from distbench.launcher.supervisor import Tick, concluded, end, no_rank_left
 from distbench.launcher.watchdog import Watch
 from distbench.report.files import write_atomically
 from distbench.utils.signals import Interrupted
@@ -35,9 +34,7 @@ class StandingRanks:
         self._agent: Agent | None = None
         self._number = 0
 
-    def run(
-        self, job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], leader: Leader | None = None
-    ) -> LaunchFailure | None:
+    def run(self, job: Job, tick: Tick, signals: Sequence[int], leader: Leader | None = None) -> LaunchFailure | None:
         """See `supervise`; here all ranks are on this node.
 
         Raises:
@@ -60,7 +57,7 @@ class StandingRanks:
                 if time.monotonic() - since < _TICK_S:
                     continue
                 since = time.monotonic()
-                tick(watch.current)
+                tick(watch.current, watch.slowest)
                 if signals:
                     raise Interrupted(signals[0])
                 watch.look()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from distbench.case.entry import Entry
+from distbench.distributed.heartbeat import Position
 from distbench.errors import LaunchFailed, OutOfTime
 from distbench.launcher.agent import Agent
 from distbench.launcher.job import Job, clear_ranks
@@ -23,13 +24,14 @@ from distbench.utils.signals import Interrupted
 
 _TICK_S = 0.1
 
+Tick = Callable[[Entry | None, Position | None], None]
+"""Takes the case under way, and the position of the rank furthest behind."""
 
-def supervise(
-    job: Job, tick: Callable[[Entry | None], None], signals: Sequence[int], leader: Leader | None = None
-) -> LaunchFailure | None:
+
+def supervise(job: Job, tick: Tick, signals: Sequence[int], leader: Leader | None = None) -> LaunchFailure | None:
     """Run `job` until all its ranks have ended; None if they finished, else the reason.
 
-    `tick` is called about ten times a second, with the case under way. `signals` is the list that `collect_signals`
+    `tick` is called about ten times a second. `signals` is the list that `collect_signals`
     yields. `leader` holds the other nodes.
 
     Raises:
@@ -51,7 +53,7 @@ def supervise(
     with no_rank_left(agent, watch):
         while agent.is_alive() and not watch.given_up:
             agent.join(_TICK_S)
-            tick(watch.current)
+            tick(watch.current, watch.slowest)
             if signals or (leader is not None and leader.refused):
                 raise Interrupted(signals[0]) if signals else LaunchFailed(leader.refused if leader else "")
             if job.deadline is not None and job.deadline.left_s < 0:

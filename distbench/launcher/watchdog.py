@@ -81,6 +81,7 @@ class Watch:
         self.first_gone: Exit | None = None
         self.ending: LaunchFailure | None = None
         self.current: Entry | None = None
+        self.slowest: Position | None = None
         self.killed: set[int] = set()
 
     def look(self) -> None:
@@ -90,6 +91,7 @@ class Watch:
             self.elsewhere = self.elsewhere or self._leader.first_exit()
         self._free_agent()
         seen = self._positions()
+        self.slowest = min(seen.values(), key=lambda at: at.progress, default=None)
         self.current = self._current(seen)
         if self._gone_since is None:
             here = {rank: at for rank, at in seen.items() if at.pid}

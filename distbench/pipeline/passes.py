@@ -41,6 +41,7 @@ class Passes:
             lost = observer.share_losses()
             self._clock.mark(Stage.CHECK)
             wrong = observer.end_repeat(fresh, lost)
+            self._session.heartbeat.repeat += 1
             if case.until_failure and wrong:
                 break
         self._clock.mark(Stage.TIMING)

@@ -88,7 +88,7 @@ def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> 
     dispatch is refused by all ranks, and its outcome is known to all. A later refusal may be one rank's own: it is
     raised like any other error, and ends the rank.
     """
-    session.heartbeat.arm = ""
+    session.heartbeat.arm, session.heartbeat.repeat = "", 0
     try:
         ready = _prepare(session, case)
     except (InvalidCase, Overflow, Unsupported) as error:

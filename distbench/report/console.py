@@ -9,12 +9,13 @@ import msgspec
 from distbench.case.profiles import NO_PROFILE, PROFILES
 from distbench.case.spec import Case
 from distbench.case.stages import Arm
-from distbench.errors import Verdict
+from distbench.errors import Verdict, exit_meaning
 from distbench.report.findings import ErrorReport
 from distbench.report.journal import Summary
 from distbench.report.rank_table import rank_parts
 from distbench.report.schema import InjectedReport, RateReport, Report
-from distbench.report.terminal import Grid, print_line, print_note, print_parts, print_verdict
+from distbench.report.terminal import Grid, print_parts, print_step, print_text, print_verdict
+from distbench.utils.voice import Voice, voice
 from distbench.verify.records import NOT_PROVEN, ORACLE
 
 _SHOWN_REASONS = 12
@@ -22,16 +23,17 @@ _SHOWN_TOKENS = 16
 _INPUTS = {"both": "exact and gaussian", "exact": "exact", "gaussian": "gaussian"}
 
 
-def print_report(report: Report, *, verbose: bool = False, quiet: bool = False) -> None:
-    """Print the report to standard output, its verdict last; `quiet`: the verdict alone; `verbose`: every rank."""
-    if not quiet:
-        print_parts(_parts(report, verbose=verbose))
-    print_verdict(verdict_line(report), good=report.verdict is Verdict.PASS)
+def print_report(report: Report) -> None:
+    """Print the report to standard output, its verdict last; with --quiet the verdict alone, with -v every rank."""
+    if voice() is not Voice.QUIET:
+        print_parts(_parts(report, verbose=voice() is Voice.VERBOSE))
+        print_verdict(f"verdict: {report.verdict.meaning}", report.exit_code)
+    print_verdict(verdict_line(report), report.exit_code)
 
 
 def print_start(case: Case) -> None:
     """Announce on standard error a case that is about to run."""
-    print_note(f"starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens")
+    print_step(f"starting {case.ep_size} ranks, {case.model}, {sum(case.tokens)} tokens")
 
 
 def case_line(report: Report) -> str:
@@ -43,25 +45,26 @@ def case_line(report: Report) -> str:
 def print_summary(summary: Summary, out: str) -> None:
     """Print the outcome of a suite, the verdict line last."""
     for case in summary.unexpected:
-        print_line(f"unexpected: {case['verdict']:<16} {case['name']}")
+        print_text(f"unexpected: {case['verdict']:<16} {case['name']}")
     for event in summary.events:
-        print_line(f"event: {event}")
+        print_text(f"event: {event}")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(summary.verdicts.items()))
     if summary.rate is not None:
-        print_line(_rate_line(summary.rate))
+        print_text(_rate_line(summary.rate))
     if summary.limits:
         limits = ", ".join(f"{count} {status}" for status, count in sorted(summary.limits.items()))
-        print_line(
+        print_text(
             f"limits by case: {limits} (proven: for any routing of these token counts; this batch: for its own only)"
         )
     stopped = f"; stopped early: {summary.stopped}" if summary.stopped else ""
-    print_line(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
-    print_line(f"exit {summary.exit_code}: results in {out}/results.jsonl and {out}/summary.json")
+    print_text(f"{summary.finished} of {summary.cases} cases ({counts}), {summary.as_expected} as expected{stopped}")
+    ending = f"exit {summary.exit_code}, {exit_meaning(summary.exit_code)}"
+    print_verdict(f"{ending}: results in {out}/results.jsonl and {out}/summary.json", summary.exit_code)
 
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
-    """Print the table of limits, and the notes to its figures."""
-    print_parts([Grid(columns, rows), *notes])
+    """Print the table of limits, and the notes to its figures unless the command is quiet."""
+    print_parts([Grid(columns, rows), *([] if voice() is Voice.QUIET else notes)])
 
 
 def verdict_line(report: Report) -> str:

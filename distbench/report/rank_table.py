@@ -8,6 +8,7 @@ from typing import Any
 from distbench.case.stages import Arm
 from distbench.report.schema import RankReport
 from distbench.report.terminal import Grid
+from distbench.utils.text import numbers
 
 _MOST_ROWS = 16
 _KEPT = ("tokens", "total_recv", "lost rows")
@@ -34,17 +35,6 @@ def rank_parts(ranks: Sequence[RankReport], *, every: bool = False) -> list[str 
     parts: list[str | Grid] = [line] if line else []
     parts.append(Grid(("rank", *columns), told))
     return [*parts, *([_rest_line([rank for _, group in rest for rank in group])] if rest else [])]
-
-
-def numbers(ranks: Sequence[int]) -> str:
-    """Ranks as text: `0, 2-5, 7`."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _alike(

@@ -7,13 +7,18 @@ number is cut. In a pipe, lines are as long as they are, and tables have at most
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from distbench.errors import OUT_OF_TIME
+from distbench.report.progress import aside
 from distbench.utils.streams import plain, speaks_all
 from distbench.utils.text import printable
+from distbench.utils.voice import Voice, voice
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -22,14 +27,33 @@ _LOG_WIDTH = 140
 _LEAST_WIDTH = 40
 _GAP, _EDGES = 3, 2
 """Columns of the screen between two columns of a table, and at its edges together."""
+_INDENT = 2
+_WRAPPED: dict[str, Any] = {"break_on_hyphens": False, "drop_whitespace": True}
 _WORDS = 24
 """A column that is wider than this and has blanks in it may wrap."""
+_COLOURS = {2: "bold yellow", OUT_OF_TIME: "bold yellow", 77: "bold yellow"}
+"""Colours of exit codes other than 0 that are no wrong result."""
+_ASCII_LINES = "    \n    \n -- \n    \n    \n    \n    \n    \n"
+"""A line below the head, as rich describes a box: where the locale has no more than ASCII."""
 _STYLES = {"NO": "bold red", "FAIL": "bold red"}
 
 
 def print_line(text: str) -> None:
     """Print one line to standard output at once; non-printable characters are escaped."""
-    print(printable(text), flush=True)
+    with aside():
+        print(printable(text), flush=True)
+
+
+def print_text(*lines: str) -> None:
+    """Print lines to standard output, wrapped at words where it is a terminal; their continuations are indented."""
+    for line in lines:
+        told = printable(line)
+        indent = " " * (len(told) - len(told.lstrip()) + _INDENT)
+        if sys.stdout.isatty():
+            width = max(shutil.get_terminal_size().columns, _LEAST_WIDTH)
+            told = "\n".join(textwrap.wrap(told, width, subsequent_indent=indent, **_WRAPPED)) or told
+        with aside():
+            print(told, flush=True)
 
 
 def print_json(document: Any) -> None:
@@ -43,13 +67,21 @@ def print_json(document: Any) -> None:
 
 
 def print_note(text: str) -> None:
-    """Report progress on standard error."""
-    print(printable(f"distbench: {text}"), file=sys.stderr, flush=True)
+    """Print a line to standard error that does not belong to the result, such as a warning."""
+    with aside():
+        print(printable(f"distbench: {text}"), file=sys.stderr, flush=True)
+
+
+def print_step(text: str) -> None:
+    """Print a step of long work to standard error, unless the command is quiet."""
+    if voice() is not Voice.QUIET:
+        print_note(text)
 
 
 def print_error(ending: str, message: str) -> None:
     """Print one line to standard error: the ending of the run, and its cause."""
-    print(printable(f"distbench: {ending}: {message}"), file=sys.stderr, flush=True)
+    with aside():
+        print(printable(f"distbench: {ending}: {message}"), file=sys.stderr, flush=True)
 
 
 class Grid(NamedTuple):
@@ -68,24 +100,35 @@ def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...], title
 def print_parts(parts: Iterable[str | Grid]) -> None:
     """Print lines, wrapped at words on a terminal, and tables to standard output."""
     console = _console()
-    for part in parts:
-        if isinstance(part, str):
-            _print_wrapped(console, part)
-            continue
-        if part.title:
-            _print_wrapped(console, part.title)
-        for one in laid_out(part.columns, part.rows, console.width):
+    with aside():
+        for part in parts:
+            _print_part(console, part)
+
+
+def _print_part(console: Console, part: str | Grid) -> None:
+    if isinstance(part, str):
+        _print_wrapped(console, part)
+        return
+    if part.title:
+        _print_wrapped(console, part.title)
+    for one in laid_out(part.columns, part.rows, console.width):
+        with console.capture() as drawn:
             console.print(one, markup=False, soft_wrap=isinstance(one, str))
+        print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
 
 
-def print_verdict(line: str, *, good: bool) -> None:
-    """Print the last line of a report, green or red where the terminal has colours."""
-    _print_wrapped(_console(), line, "bold green" if good else "bold red")
+def print_verdict(line: str, exit_code: int) -> None:
+    """Print the line that an output ends with: green for exit code 0, yellow where nothing is wrong or right, else red.
+
+    Only a terminal has colours, unless NO_COLOR is set there.
+    """
+    with aside():
+        _print_wrapped(_console(), line, "bold green" if not exit_code else _COLOURS.get(exit_code, "bold red"))
 
 
 def _print_wrapped(console: Console, line: str, style: str = "") -> None:
     told = _told(line)
-    lines = textwrap.wrap(told, console.width, break_on_hyphens=False) if console.is_terminal else [told]
+    lines = textwrap.wrap(told, console.width, **_WRAPPED) if sys.stdout.isatty() else [told]
     for one in lines or [""]:
         console.print(one, style=style, markup=False, soft_wrap=True)
 
@@ -125,7 +168,8 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], least: list[
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    lines = box.SIMPLE_HEAD if speaks_all(sys.stdout) else box.Box(_ASCII_LINES, ascii=True)
+    table = Table(box=lines, pad_edge=False)
     for index, head in enumerate(heads):
         numbers = index > 0 and all(_is_number(row[index]) for row in rows)
         side = "right" if numbers else "left"
@@ -156,6 +200,8 @@ def _console() -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    console = Output(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
+    live = sys.stdout.isatty()
+    colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    console = Output(highlight=False, width=None if live else _LOG_WIDTH, color_system=colours)
     console.width = max(console.width, _LEAST_WIDTH)
     return console

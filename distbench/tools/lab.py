@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -70,6 +69,8 @@ class Lab:
         self._out = out
         self._reports: dict[str, Report] = {}
         self._ranks = StandingRanks()
+        self.work = "cases"
+        """What the cases are run for, as progress names it."""
         replace_results(out, _SUITE, lambda name: name.startswith(_TRIAL))
 
     def __enter__(self) -> Lab:  # noqa: PYI034 - Self comes with Python 3.11
@@ -128,9 +129,12 @@ class Lab:
             Entry(name=f"{_TRIAL}{digest[:12]}", case=case, sources={}, suite=_SUITE) for digest, case in new.items()
         ]
         check_memory(entries)
-        progress = Progress(len(entries), quiet=not sys.stderr.isatty())
+        progress = Progress(len(entries), what=self.work, each=False, expected=False)
         rules = Rules(max_faults=max_faults)
-        Campaign(entries, self._out, rules, progress, launch=self._ranks.run).run()
+        try:
+            Campaign(entries, self._out, rules, progress, launch=self._ranks.run).run()
+        finally:
+            progress.close()
         self._reports |= {
             report.case["hash"]: report for report in read_reports(self._out) if report.case["hash"] in new
         }

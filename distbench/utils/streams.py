@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import locale
+import os
 from io import TextIOWrapper
 from typing import TextIO
 
 _PLAIN = "distbench.plain"
+_ASCII_NAMES = ("ANSI_X3.4-1968", "US-ASCII", "646")
 _SPELLED = {
     "\u2192": "->",
     "\u2500": "-",
@@ -16,15 +19,30 @@ _SPELLED = {
     "\u00b5": "u",
     "\u00b7": "*",
     "\u00d7": "x",
+    "\u00b1": "+-",
+    "\u2713": "yes",
+    "\u2717": "no",
 }
 
 
 def speak_any_encoding(*streams: TextIO) -> None:
     """Make the streams transliterate characters that their encoding lacks: an arrow as ->, others by their code."""
     codecs.register_error(_PLAIN, _spelled)
+    ascii_only = _locale_is_ascii()
     for stream in streams:
-        if isinstance(stream, TextIOWrapper) and not speaks_all(stream):
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        if ascii_only:
+            stream.reconfigure(encoding="ascii", errors=_PLAIN)
+        elif not speaks_all(stream):
             stream.reconfigure(errors=_PLAIN)
+
+
+def _locale_is_ascii() -> bool:
+    """Whether the locale has no more than ASCII: Python writes UTF-8 all the same, unless a variable asks for it."""
+    if os.environ.get("PYTHONIOENCODING") or os.environ.get("PYTHONUTF8"):
+        return False
+    return locale.nl_langinfo(locale.CODESET) in _ASCII_NAMES
 
 
 def speaks_all(stream: TextIO) -> bool:

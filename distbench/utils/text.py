@@ -33,3 +33,14 @@ def closest(name: str, known: Iterable[str]) -> str:
 
     found = get_close_matches(name[:_SHOWN_CHARACTERS], list(known), n=1)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+def numbers(found: Iterable[int]) -> str:
+    """Whole numbers as text: `0, 2-5, 7`."""
+    runs: list[list[int]] = []
+    for number in sorted(found):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

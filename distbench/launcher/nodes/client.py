@@ -13,6 +13,7 @@ from distbench.launcher.job import NodeLayout
 from distbench.launcher.nodes.proof import Channel, Tampered, WrongSecret, prove
 from distbench.launcher.nodes.protocol import MOST_ORDER_BYTES, SILENCE_S, Beat, Order
 from distbench.launcher.nodes.secret import VARIABLE
+from distbench.report.progress import Meter
 
 _RETRY_S = 0.5
 
@@ -36,10 +37,14 @@ class Client:
 
         """
         self._name = f"node 0 at {layout.endpoint}"
+        with Meter(f"waiting {seconds:.0f} s for {self._name}"):
+            self._channel = self._connected(layout, secret, seconds, signals)
+
+    def _connected(self, layout: NodeLayout, secret: bytes, seconds: float, signals: Sequence[int]) -> Channel:
         deadline = time.monotonic() + seconds
         while True:
             try:
-                self._channel = _connect(layout, secret)
+                channel = _connect(layout, secret)
                 break
             except (OSError, EOFError, Tampered) as error:
                 if signals or time.monotonic() > deadline:
@@ -49,6 +54,7 @@ class Client:
             except WrongSecret as error:
                 message = f"{self._name} has another secret than this node; give all nodes the same {VARIABLE}"
                 raise InvalidCase(message) from error
+        return channel
 
     def tell(self, beat: Beat) -> Order:
         """Send node 0 this node's state, and return its order.

@@ -19,7 +19,8 @@ from distbench.launcher.nodes.proof import Channel, Tampered
 from distbench.launcher.nodes.protocol import BEAT_S, MOST_BEAT_BYTES, SILENCE_S, Beat, Order, Phase
 from distbench.launcher.nodes.refusals import Refusals
 from distbench.launcher.postmortem import Exit
-from distbench.utils.text import one_line
+from distbench.report.progress import Meter
+from distbench.utils.text import numbers, one_line
 
 _TICK_S = 0.05
 _STACKS_S = 4.0
@@ -138,14 +139,17 @@ class Leader:
 
     def _gather(self, signals: Sequence[int]) -> None:
         deadline = time.monotonic() + self._join_timeout_s
-        while len(self._beats) < self._layout.nodes - 1 and not signals:
-            if time.monotonic() > deadline:
+        with Meter(f"waiting {self._join_timeout_s:.0f} s for nodes", self._layout.nodes) as meter:
+            while len(self._beats) < self._layout.nodes - 1 and not signals:
                 absent = [node for node in range(1, self._layout.nodes) if node not in self._beats]
-                names = ", ".join(map(str, absent))
-                message = f"node {names} did not join within {self._join_timeout_s:.0f} s; see --join-timeout"
-                message += f" ({self.strangers})" if self.strangers else ""
-                raise NodesMissing(message)
-            time.sleep(_TICK_S)
+                names = numbers(absent)
+                if time.monotonic() > deadline:
+                    message = f"node {names} did not join within {self._join_timeout_s:.0f} s; see --join-timeout"
+                    message += f" ({self.strangers})" if self.strangers else ""
+                    raise NodesMissing(message)
+                meter.before = meter.done = self._layout.nodes - len(absent)
+                meter.also = f"node {names} missing"
+                time.sleep(_TICK_S)
 
     def begin(self, job: Job, signals: Sequence[int]) -> Job:
         """Order a launch of `job` once all nodes have joined, and return the job for node 0 itself.

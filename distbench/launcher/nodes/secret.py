@@ -7,7 +7,6 @@ import stat
 from collections.abc import Mapping
 
 from distbench.errors import InvalidCase
-from distbench.launcher.nodes.interfaces import is_loopback
 from distbench.utils.text import one_line
 
 VARIABLE = "DISTBENCH_SECRET"
@@ -25,6 +24,8 @@ def read_secret(host: str, path: str, environ: Mapping[str, str] = os.environ) -
         InvalidCase: no secret and other machines could connect, a file that others may read, or too short a secret.
 
     """
+    from distbench.launcher.nodes.interfaces import is_loopback  # noqa: PLC0415 - the parser loads this module
+
     given = _of_file(path) if path else environ.get(VARIABLE, "").encode("utf-8", "surrogateescape")
     secret = given.strip()
     origin = f"--secret-file {path}" if path else VARIABLE

@@ -8,12 +8,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, TypeVar
 
 from distbench.errors import InvalidCase, Unsupported
-from distbench.report.files import atomic_file
-from distbench.report.results import Results
 from distbench.utils.text import shown
+
+if TYPE_CHECKING:
+    from distbench.report.results import Results
 
 FILES = {
     "html": "results.html",
@@ -38,7 +39,7 @@ _MODULES = {
 }
 
 Content = TypeVar("Content")
-Writer = Callable[[Results, BinaryIO], None]
+Writer: TypeAlias = "Callable[[Results, BinaryIO], None]"
 Targets = Mapping[str, Path]
 
 
@@ -102,6 +103,8 @@ def _write(content: Content, path: Path, write: Callable[[Content, BinaryIO], No
         sys.stdout.buffer.write(text.getvalue())  # UTF-8, as in a file: XML says so in its first line
         sys.stdout.buffer.flush()
         return
+    from distbench.report.files import atomic_file  # noqa: PLC0415 - the parser loads this module for its formats
+
     try:
         with atomic_file(path) as file:
             write(content, file)

@@ -19,19 +19,7 @@ MOST_NUMBERED = 16
 _MOST_RANKS = 64
 _HEADLINE = "model", "ep_size", "routing", "dispatch_dtype", "numerics", "transport", "experts"
 
-MEANING: dict[Verdict, str] = {
-    Verdict.PASS: "no bit changed that must not change, on any rank",
-    Verdict.INVALID: "the case makes no sense, and nothing ran",
-    Verdict.UNSUPPORTED: "this machine lacks what the case needs",
-    Verdict.HANG: "a rank stood still",
-    Verdict.RANK_FAULT: "a rank was lost",
-    Verdict.OVERFLOW: "more rows than there is room for",
-    Verdict.BASELINE_WRONG: "the padded layer itself is wrong",
-    Verdict.CORRUPT: "rows are wrong that the limit does not explain",
-    Verdict.UNDER_LIMIT: "the limit cuts off received rows",
-    Verdict.NONDETERMINISTIC: "the same pass has other bits when it is repeated",
-    Verdict.DRIFT: "bits changed within what another kernel explains",
-}
+MEANING = {verdict: verdict.meaning for verdict in Verdict}
 GLYPHS: dict[Verdict, str] = {
     Verdict.PASS: "✓",
     Verdict.INVALID: "I",

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from distbench.errors import InvalidCase, Verdict
+from distbench.errors import DistbenchError, InvalidCase, Verdict
 from distbench.launcher.job import NodeLayout
+from distbench.report.journal import JournalReader
+from distbench.report.progress import Meter
 from distbench.report.results import Result, Results
 from distbench.tools.cluster.attribution import GroupRun
 from distbench.tools.cluster.plan import Group, Round, Step
@@ -22,6 +24,8 @@ from distbench.tools.cluster.shared_folder import unshared
 from distbench.utils.signals import Interrupted
 
 _POLL_S = 0.1
+_LOOK_S = 2.0
+_SHOWN_GROUPS = 4
 _PROBE_S = 120.0
 # Grace period of a group's other processes after the first failure: they may have the group's verdict to write.
 _PARTING_S = 30.0
@@ -73,8 +77,8 @@ def check_shared(settings: Settings, nodes: Group, signals: Sequence[int]) -> No
         raise InvalidCase(message)
 
 
-def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[int]) -> list[GroupRun]:
-    """Run the groups of a round at the same time and return their trials.
+def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[int], meter: Meter) -> list[GroupRun]:
+    """Run the groups of a round at the same time and return their trials; `meter` counts those that have ended.
 
     Raises:
         Interrupted: by one of `signals`; nothing is left running.
@@ -86,9 +90,13 @@ def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[i
             for number, nodes in enumerate(groups)
         ]
         try:
-            deadline = time.monotonic() + settings.timeout_s
-            while any(one.alive() for one in running) and time.monotonic() < deadline:
+            deadline, looked = time.monotonic() + settings.timeout_s, 0.0
+            while (alive := [one for one in running if one.alive()]) and time.monotonic() < deadline:
                 _heed(signals)
+                meter.done = len(running) - len(alive)
+                if time.monotonic() - looked > _LOOK_S:
+                    looked = time.monotonic()
+                    meter.now = ", ".join(one.state() for one in alive[:_SHOWN_GROUPS])
                 time.sleep(_POLL_S)
         finally:
             for one in running:
@@ -111,6 +119,7 @@ class _Running:
         self._processes = Processes(settings.launcher, self.out)
         self._failed_at: float | None = None
         self._late = False
+        self._journal, self._done = JournalReader(self.out), 0
         self._started = time.monotonic()
         self._wall_s = 0.0
 
@@ -144,6 +153,12 @@ class _Running:
                 self._processes.end()
                 return False
         return True
+
+    def state(self) -> str:
+        """The group and the number of its results on disk."""
+        with contextlib.suppress(DistbenchError):  # a result is being replaced
+            self._done += sum(1 for _ in self._journal.new_lines())
+        return f"{'+'.join(self._nodes)} {self._done} cases"
 
     def let_go(self) -> None:
         """Make the remaining processes end by themselves; a group that has not failed is then late."""

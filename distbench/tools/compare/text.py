@@ -10,6 +10,7 @@ from distbench.tools.compare.noise import ALPHA, LEAST_SAMPLES, POWER
 
 _SHOWN = 50
 _SHOWN_VALUES = 8
+_MEANINGS = {0: "nothing became worse", 1: "something became worse", 77: "not all can be judged"}
 _WORST_FIRST = (
     "regressed",
     "new failure",
@@ -22,30 +23,34 @@ _WORST_FIRST = (
 )
 
 
-def comparison_lines(comparison: Comparison) -> Iterator[str]:
-    """Yield the lines: the environment, undetectable changes, cases, stages, single cases, the result."""
-    yield from _environment(comparison)
+def comparison_lines(comparison: Comparison, *, every: bool = False) -> Iterator[str]:
+    """Yield the lines: the environment, undetectable changes, cases, stages, single cases, the result.
+
+    Without `every`, at most 50 differences of the environment and 50 cases.
+    """
+    most = len(comparison.cases) + len(comparison.environment) if every else _SHOWN
+    yield from _environment(comparison, most)
     yield from limit_lines(comparison)
     cases = worst_first(comparison.cases)
-    for found in cases[:_SHOWN]:
+    for found in cases[:most]:
         verdicts = " → ".join(filter(None, (found.old, found.new)))
         yield f"{found.kind:<14} {found.name}: {verdicts}{': ' if found.message else ''}{found.message}"
-    if len(cases) > _SHOWN:
-        yield f"and {len(cases) - _SHOWN} cases more"
+    if len(cases) > most:
+        yield f"and {len(cases) - most} cases more (-v has all)"
     for time in sorted(comparison.times, key=lambda one: one.case != ALL_CASES):
         yield _time_line(time, judgement_of(time, comparison))
     told = [f"{comparison.pairs} cases compared"]
     told += [f"{len(comparison.unjudged)} arms and stages not judged"] if comparison.unjudged else []
     told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []
-    yield f"exit {comparison.exit_code}: {', '.join(told)}"
+    yield f"exit {comparison.exit_code}, {_MEANINGS[comparison.exit_code]}: {', '.join(told)}"
 
 
-def _environment(comparison: Comparison) -> Iterator[str]:
-    for found in comparison.environment[:_SHOWN]:
+def _environment(comparison: Comparison, most: int) -> Iterator[str]:
+    for found in comparison.environment[:most]:
         old, new = (short_list(values) for values in (found.old, found.new))
         yield f"environment    {found.what}: {old} → {new}"
-    if len(comparison.environment) > _SHOWN:
-        yield f"and {len(comparison.environment) - _SHOWN} differences of the environment more"
+    if len(comparison.environment) > most:
+        yield f"and {len(comparison.environment) - most} differences of the environment more (-v has all)"
 
 
 def short_list(values: Sequence[str]) -> str:

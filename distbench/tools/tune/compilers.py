@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -25,8 +25,12 @@ _COMPILER: list[_Compiler] = []
 _REFUSED: list[str] = []
 
 
-def compile_all(shape: LayerShape, configs: Iterable[KernelConfig], processes: int) -> None:
+def compile_all(
+    shape: LayerShape, configs: Iterable[KernelConfig], processes: int, note: Callable[[str, int, int], None]
+) -> None:
     """Compile the kernels of all configurations into Triton's cache, in as many processes as the device has room for.
+
+    `note` receives the work, done and total.
 
     Raises:
         Unsupported: there is no room, or a process could not make its inputs.
@@ -34,8 +38,8 @@ def compile_all(shape: LayerShape, configs: Iterable[KernelConfig], processes: i
     unique = list({(config.name1, config.name2): config for config in configs}.values())
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(unique), _fitting(shape)), _open_compiler, (shape,)) as pool:
-        for _ in pool.imap_unordered(_compile, unique):
-            pass
+        for done, _ in enumerate(pool.imap_unordered(_compile, unique), 1):
+            note("compiling kernels", done, len(unique))
 
 
 def _fitting(shape: LayerShape) -> int:

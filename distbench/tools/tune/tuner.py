@@ -21,11 +21,11 @@ from distbench.tools.tune.trial import graph_us, make_layer, run
 class Tuner:
     """Tunes buckets of one layer."""
 
-    def __init__(self, shape: LayerShape, note: Callable[[str], None]) -> None:
-        """Make the layers; `note` receives progress lines."""
+    def __init__(self, shape: LayerShape, note: Callable[[str, int, int], None], warn: Callable[[str], None]) -> None:
+        """Make the layers; `note` receives the work, done and total, `warn` what is wrong with a candidate."""
         self._shape = shape
-        self.note = note
-        note("making the exact and the gaussian layer")
+        self.note, self.warn = note, warn
+        note("making the exact and the gaussian layer", 0, 0)
         self.exact, self.timed = make_layer(shape, "exact"), make_layer(shape, "gaussian")
         self.experts = TritonExperts(ConfigSelector(shape=shape)), TritonExperts(ConfigSelector(shape=shape))
 
@@ -71,9 +71,8 @@ class _Problem:
         timed = []
         for number, pair in enumerate(pairs, 1):
             config = family.config(*pair)
-            self._tuner.note(
-                f"{self._bucket} rows, tiles of {family.block_m}: {number}/{len(pairs)} {config.name1} {config.name2}"
-            )
+            what = f"{self._bucket} rows, tiles of {family.block_m}, {config.name1} {config.name2}"
+            self._tuner.note(what, number - 1, len(pairs))
             micros = self._micros(config)
             if micros is not None:
                 timed.append((*pair, micros))
@@ -88,9 +87,9 @@ class _Problem:
         except DistbenchError:
             raise
         except Exception as error:  # noqa: BLE001 - Triton has many exceptions, which need no distinction here
-            tuner.note(f"refused: {config.name1} {config.name2}: {error}")
+            tuner.warn(f"refused: {config.name1} {config.name2}: {error}")
             return None
         if self._expected is None or not torch.equal(output.view(torch.int16), self._expected.view(torch.int16)):
-            tuner.note(f"WRONG BITS: {config.name1} {config.name2}")
+            tuner.warn(f"WRONG BITS: {config.name1} {config.name2}")
             return None
         return statistics.median(graph_us(partial(run, timed, tuner.timed.local, self._timed_rows, self._live, config)))

@@ -210,7 +210,7 @@ def told(*arguments: str) -> tuple[int, str]:
     ended = Unsupported("a valid case") if arguments[0] == "run" else [Summary()]
     with (
         patch("distbench.cli.launching.Bench.run", side_effect=ended),
-        patch("distbench.cli.suite.print_summary"),
+        patch("distbench.report.console.print_summary"),
         contextlib.redirect_stderr(said),
     ):
         return main(arguments), said.getvalue()

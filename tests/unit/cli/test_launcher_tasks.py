@@ -12,6 +12,7 @@ from distbench.cli import launching
 from distbench.cli.launcher_tasks import refuse_tasks, tell_task
 from distbench.cli.main import main
 from distbench.errors import InvalidCase
+from distbench.report.bundle import read
 
 BATCH = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
 
@@ -112,9 +113,10 @@ def test_single_node_command_started_as_a_launcher_task_prints_a_note(
     monkeypatch.setenv("SLURM_PROCID", "1")
     module = importlib.import_module(f"distbench.cli.{command}")
     monkeypatch.setattr(launching, "check_launch", stop)  # what comes next
-    for name in ("one_case", "runnable_case", "_shape"):
+    for name in ("one_case", "_shape"):
         monkeypatch.setattr(module, name, stop, raising=False)
-    monkeypatch.setattr(module, "open_bundle", Mock(), raising=False)
+    monkeypatch.setattr(read, "runnable_case", stop)
+    monkeypatch.setattr(read, "open_bundle", Mock())
     monkeypatch.setattr(module, "_analyse", Mock(), raising=False)
     assert main([command, *SINGLE_NODE[command]]) == 2
     told = capsys.readouterr().err

@@ -16,14 +16,13 @@ import pytest
 from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli import launching
-from distbench.cli import run as run_command
-from distbench.cli import sweep as sweep_command
 from distbench.cli import torchrun_rank as rank_command
 from distbench.cli.main import main
 from distbench.errors import Verdict
 from distbench.launcher import campaign, preflight
 from distbench.launcher.job import Job
 from distbench.launcher.postmortem import LaunchFailure
+from distbench.report import console
 from distbench.report.document import build_report
 from distbench.report.environment import Environment
 from distbench.report.journal import RESULTS, Journal
@@ -68,7 +67,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     for module in (launching, preflight):
         monkeypatch.setattr(module, "count_devices", lambda: 0)
     monkeypatch.setattr(preflight, "find_spec", lambda _: None)
-    monkeypatch.setattr(run_command, "print_report", lambda _: None)  # a fake launch has no comparisons
+    monkeypatch.setattr(console, "print_report", lambda _: None)  # a fake launch has no comparisons
     return ending
 
 
@@ -231,7 +230,7 @@ def test_results_of_one_command_are_not_mixed_with_those_of_another(
     tmp_path: Path, ranks: Ranks, seeds: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({7: Verdict.CORRUPT})
-    monkeypatch.setattr(sweep_command, "print_sweep", lambda *_: None)
+    monkeypatch.setattr(console, "print_sweep", lambda *_: None)
     other = write_suite(tmp_path / "other.json", range(2))
     commands: dict[str, Callable[[Path], int]] = {
         "distbench run": lambda out: main(["run", "--model=tiny", "--nproc=2", f"--out={out}", "--seed=7"]),
@@ -287,7 +286,7 @@ def test_report_in_json_is_the_only_standard_output(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ranks({})
-    monkeypatch.setattr(run_command, "print_report", print)
+    monkeypatch.setattr(console, "print_report", print)
     monkeypatch.chdir(tmp_path)
     assert main(["run", "--model=tiny", "--nproc=2", "--out=out", "--json", "-"]) == 0
     told = capsys.readouterr()

@@ -74,7 +74,7 @@ def test_finished_rank_records_that_it_waits_for_the_end_of_the_launch(path: Pat
 
 
 def test_position_of_another_host_keeps_its_wait(path: Path) -> None:
-    position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0)
+    position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0, 7)
     write_position(path, position)
     assert read(path) == position
 

@@ -17,11 +17,13 @@ from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli import launching
 from distbench.cli.main import main
+from distbench.distributed.heartbeat import Position
 from distbench.errors import DiskFull, LaunchFailed, ResultsLost, Verdict
 from distbench.launcher import campaign
 from distbench.launcher.campaign import Campaign, Rules
 from distbench.launcher.job import Job
 from distbench.launcher.postmortem import LaunchFailure
+from distbench.launcher.supervisor import Tick
 from distbench.report.journal import RESULTS, Journal, JournalReader, Summary
 from distbench.report.progress import Progress
 from distbench.report.results import Results
@@ -229,17 +231,17 @@ def test_results_removed_between_two_looks_at_them_are_lost(
 def test_progress_shows_the_case_in_flight(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, entries: list[Entry]
 ) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(Progress, "refresh", lambda _, current: told.append(current))
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Progress, "refresh", lambda _, *state: told.append(state))
 
-    def supervise(job: Job, tick: Callable[[Entry | None], None], *_: Any) -> None:
-        tick(None)
-        tick(job.entries[1])
+    def supervise(job: Job, tick: Tick, *_: Any) -> None:
+        tick(None, None)
+        tick(job.entries[1], Position(1, 1, 4, 0, 1, 9, repeat=3))
         finish(job, len(job.entries))
 
     monkeypatch.setattr(campaign, "supervise", supervise)
     Campaign(entries, tmp_path, Rules(), Progress(CASES, quiet=True)).run()
-    assert told == ["", "case 1"]
+    assert told == [("", "ranks start"), ("case 1", "padded/dispatch", 3, 1)]
 
 
 def test_full_disk_while_writing_the_summary_ends_the_command_in_one_line(

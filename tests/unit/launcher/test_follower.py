@@ -53,7 +53,7 @@ def begin(out: Path, layout: NodeLayout) -> Callable[[], str]:
     def node_0() -> None:
         leader = Leader(layout, 10)
         try:
-            supervise(job, lambda _: None, [], leader)
+            supervise(job, lambda *_: None, [], leader)
         except LaunchFailed as error:
             endings.append(str(error))
         finally:

@@ -110,6 +110,6 @@ def test_agent_that_cannot_start_ranks_fails_the_launch(
 
     monkeypatch.setattr(api, "elastic_launch", elastic_launch)
     with pytest.raises(LaunchFailed, match=r"^OSError of torchrun's agent: \[Errno 24\] Too many open files; "):
-        supervise(job, lambda _: None, [])
+        supervise(job, lambda *_: None, [])
     assert "Traceback" not in capfd.readouterr().err
     assert positions(job) == {}

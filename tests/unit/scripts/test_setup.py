@@ -117,3 +117,27 @@ def test_pip_calls_name_an_index_only_if_online(tmp_path: Path, *, offline: bool
     assert all(call.startswith(begins) and "http" not in call for call in (setuptools, distbench))
     assert torch.startswith(begins)
     assert (tmp_path / "venv" / "constraints.txt").read_text() == "torch==2.13.0\n"
+
+
+def test_setup_prints_a_line_every_two_seconds_while_a_step_lasts(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+*"-m venv"*) mkdir -p "{tmp_path}/venv/bin"; cp "$0" "{tmp_path}/venv/bin/python"; sleep 2.4 ;;
+*"-m pip"*) ;;
+*platform*) echo 3.11.1 ;;
+-) cat >/dev/null ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "VENV": str(tmp_path / "venv"), "PYTHON": str(python)}
+    done = subprocess.run([str(SETUP)], env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    first = lines.index(f"setup: step 1: making {tmp_path}/venv")
+    assert lines[first + 1 : first + 3] == [
+        "setup: step 1, for 2 s",
+        "setup: step 2: installing torch 2.13.0 from the default index, the longest step",
+    ]
+    assert lines[-1] == "setup: done"

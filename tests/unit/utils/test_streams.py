@@ -49,6 +49,15 @@ def test_run_passes_in_any_encoding(environ: dict[str, str], tmp_path: pytest.Te
     assert b"PASS (emulated: " in done.stdout
 
 
+@pytest.mark.parametrize("environ", [*PLAIN, {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "TERM": "dumb"}], ids=str)
+def test_tables_and_lines_are_ascii_where_the_locale_has_no_more(environ: dict[str, str]) -> None:
+    done = distbench("kernels", "--limits=64", "--aiter-version=0.1.16", **environ)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.decode("ascii")
+    assert "------" in told
+    assert "\\u" not in told
+
+
 def write_plain(text: str, file: BinaryIO) -> None:
     file.write(text.encode())
 

@@ -210,7 +210,10 @@ def test_detect_option_requires_that_every_arm_is_judged(tmp_path: Path) -> None
 def test_last_line_counts_stages_that_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     thin = noisy(1) | {"padded": noisy(1, size=3)["padded"]}
     compare(tmp_path, [result(timing=thin)], [result(timing=noisy(2))])
-    assert capsys.readouterr().out.splitlines()[-1] == "exit 0: 1 cases compared, 4 arms and stages not judged"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "exit 0, nothing became worse: 1 cases compared, 4 arms and stages not judged"
+    )
 
 
 def test_checked_passes_are_not_compared_if_timed_iterations_exist(tmp_path: Path) -> None:
@@ -288,7 +291,7 @@ def test_environment_differences_are_printed_first(tmp_path: Path, capsys: pytes
         "environment    versions.torch: 2.13.0 → 2.9.0+rocm7.0",
         "environment    variables.NCCL_ALGO: none → Ring",
     ]
-    assert lines[-1] == "exit 1: 1 cases compared, 2 differences of the environment"
+    assert lines[-1] == "exit 1, something became worse: 1 cases compared, 2 differences of the environment"
     assert compare(tmp_path, slow[:1], slow[:1])[1]["environment"] == []
 
 
@@ -308,7 +311,7 @@ def test_comparison_in_json_is_the_only_standard_output(tmp_path: Path, capsys: 
     assert main(["compare", *folders, "--json", "-", "--verdicts-only"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["schema"] == "distbench.compare/1"
-    assert told.err.splitlines()[-1].startswith("exit 0: 1 cases compared")
+    assert told.err.splitlines()[-1].startswith("exit 0, nothing became worse: 1 cases compared")
     assert not list(tmp_path.glob("**/-"))
 
 

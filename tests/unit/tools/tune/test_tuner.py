@@ -55,7 +55,7 @@ class FakeDevice:
         return [1000.0 / config.stage1.n + 1000.0 / config.stage2.n]
 
     def tune(self) -> TableRow:
-        self.tuner = Tuner(SHAPE, self.notes.append)
+        self.tuner = Tuner(SHAPE, lambda *_: None, self.notes.append)
         return self.tuner.tune(8, [FAMILY])
 
 
@@ -190,15 +190,15 @@ def test_number_of_compilers_is_limited_by_device_memory(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 100 * GIB))
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=pool))
     shape = msgspec.structs.replace(SHAPE, quant=quant)
-    compilers.compile_all(shape, [*FAMILY.configs(), *FAMILY.configs()], 8)
+    compilers.compile_all(shape, [*FAMILY.configs(), *FAMILY.configs()], 8, lambda *_: None)
     assert asked == [expected]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (GIB, 100 * GIB))
     with pytest.raises(Unsupported, match=rf"a compiler needs about \d+ bytes of the GPU .*, {GIB} are free"):
-        compilers.compile_all(shape, FAMILY.configs(), 8)
+        compilers.compile_all(shape, FAMILY.configs(), 8, lambda *_: None)
 
 
 def test_compilers_that_cannot_start_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * GIB, 100 * GIB))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(DistbenchError, match=r"tune: a compiler cannot start \(.+\); lower --processes"):
-        compilers.compile_all(SHAPE, FAMILY.configs(), 1)
+        compilers.compile_all(SHAPE, FAMILY.configs(), 1, lambda *_: None)
