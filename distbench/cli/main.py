@@ -35,6 +35,7 @@ COMMANDS = {
         "bisect": "name the guilty stage of a failing case",
         "shrink": "make a failing case as small as possible",
         "kernels": "show which kernel each number of rows selects",
+        "bundle": "make one archive of a failing case to send, with a summary to paste",
         "collect": "verdicts from the folder of a torchrun job that has ended",
     },
     "Operate": {
@@ -42,6 +43,7 @@ COMMANDS = {
         "cluster": "run on each node alone, on pairs, on all together, to find the node or link at fault",
         "report": "write results as HTML, JUnit, Markdown, CSV, Prometheus text or JSON",
         "compare": "find failures and slowdowns since a baseline",
+        "trend": "follow results over many nights: verdicts, pass rates, times",
         "tune": "make a table of the fastest Triton kernels for a layer on this GPU",
     },
     "List": {

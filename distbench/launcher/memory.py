@@ -50,11 +50,16 @@ def memory_bytes(case: Case) -> int:
     element = 2
     weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
-    buffers = case.capacity * (payload + case.hidden_size * element)
+    buffers = _transports(case) * case.capacity * (payload + case.hidden_size * element)
     scratch = max(min(_WIDENED * weights, _SCRATCH_BYTES), 0 if case.numerics == "exact" else _measuring_bytes(case))
     work = max(case.tokens) * case.topk * case.hidden_size * 16 + scratch
     laid = max(case.tokens) * min(case.topk, case.ep_size) * (payload + case.hidden_size * element)
     return _SHARED_BYTES + case.ep_size * (weights + buffers + work + laid + _RANK_BYTES)
+
+
+def _transports(case: Case) -> int:
+    """Transports of a rank: each sub-batch of two-batch overlap has one, with receive buffers for all its capacity."""
+    return 1 + case.two_batch_overlap
 
 
 def _measuring_bytes(case: Case) -> int:
@@ -100,7 +105,7 @@ def device_bytes(case: Case) -> int:
     triton = case.experts == "triton"
     weights = elements * (3 if triton and case.dispatch_dtype == "fp8" else 2)
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + 8 * case.topk
-    buffers = case.capacity * (payload + case.hidden_size * 2)
+    buffers = _transports(case) * case.capacity * (payload + case.hidden_size * 2)
     routes = case.topk * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
     cut = _least_cut(case) if case.graph else 0
     return weights + buffers + case.capacity * routes + cut * (routes + case.hidden_size * 2) + _CONTEXT_BYTES

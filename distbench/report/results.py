@@ -14,7 +14,7 @@ from distbench.report.journal import RESULTS, Summary
 from distbench.report.schema import SCHEMA, CaseView
 from distbench.utils.text import one_line
 
-_SUMMARY = "summary.json"
+SUMMARY = "summary.json"
 _SIGNALS = 128
 _MEDIAN_ERROR = "median_error"  # figures of timed iterations alone have it
 
@@ -128,7 +128,7 @@ class Results:
     @property
     def summary(self) -> Summary | None:
         """The suite's summary, where there is one."""
-        return _read_summary(self.path / _SUMMARY) if self.path.is_dir() else None
+        return _read_summary(self.path / SUMMARY) if self.path.is_dir() else None
 
     @property
     def missing(self) -> int:

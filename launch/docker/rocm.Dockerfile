@@ -8,6 +8,7 @@ ENV DISTBENCH_IMAGE="distbench on ${BASE}"
 WORKDIR /opt/distbench
 COPY pyproject.toml README.md LICENSE ./
 COPY distbench distbench
+COPY launch launch
 RUN python -m pip install --no-cache-dir .
 WORKDIR /results
 ENTRYPOINT []

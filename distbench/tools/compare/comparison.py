@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -322,7 +322,7 @@ def _finding(old: _Kept | None, new: _Kept | None) -> CaseFinding | None:
     if all(key in one.case for key in DIMENSIONS for one in (old, new)):
         keys -= {"model"}  # a label of the dimensions; before there was "custom", also where they were overridden
     other = sorted(key for key in keys if _value(old, key) != _value(new, key))
-    kind: Kind | None = "another case" if other else _kind(old, new)
+    kind: Kind | None = "another case" if other else kind_of(old, new)
     if kind is None:
         return None
     message = f"not the same {', '.join(other)}" if other else new.message
@@ -334,7 +334,20 @@ def _value(one: _Kept, key: str) -> Any:
     return one.case[key] if key in one.case else _DEFAULTS.get(key, _UNKNOWN)
 
 
-def _kind(old: _Kept, new: _Kept) -> Kind | None:
+class Ending(Protocol):
+    """How a case ended."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict of its report."""
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether that was expected."""
+
+
+def kind_of(old: Ending, new: Ending) -> Kind | None:
+    """Kind of the change between two endings of one case; None where both are as expected."""
     worse = _SEVERITY.index(new.verdict) < _SEVERITY.index(old.verdict)
     if new.as_expected:
         if old.verdict is Verdict.PASS and new.verdict is not Verdict.PASS:

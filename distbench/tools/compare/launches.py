@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,13 +30,11 @@ def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
     Slower means more than both the noise within launches and the variation between them explain.
     """
     within = judge_change(pairs, alpha)
-    levels = _levels(pairs)
-    new, old = float(levels[-1]), levels[:-1]
-    deviation = float(np.std(old, ddof=1)) * math.sqrt(1 + 1 / old.size)
-    freedom = old.size - 1
-    far = new / deviation if deviation else math.copysign(_WIDEST, new)
-    p_slower, p_faster = student_tail(far, freedom), student_tail(-far, freedom)
-    needed = (student_quantile(alpha, freedom) + student_quantile(1 - PLANNED_POWER, freedom)) * deviation
+    levels = levels_of(np.log([[float(np.median(series)) for series in (*pair.old, pair.new)] for pair in pairs]))
+    new, spread = float(levels[-1]), spread_of(levels[:-1])
+    far = new / spread.deviation if spread.deviation else math.copysign(_WIDEST, new)
+    p_slower, p_faster = student_tail(far, spread.freedom), student_tail(-far, spread.freedom)
+    needed = spread.bound(alpha) + spread.bound(1 - PLANNED_POWER)
     detectable = None if within.detectable is None else max(within.detectable, _as_share(needed))
     return msgspec.structs.replace(
         within,
@@ -44,8 +43,8 @@ def judge_launches(pairs: Sequence[Pair], alpha: float) -> Change:
         p_slower=max(within.p_slower, p_slower),
         slower=within.slower and p_slower < alpha,
         faster=within.faster and p_faster < alpha,
-        between=_as_share(float(np.std(old, ddof=1))),
-        interval=_interval(new, student_quantile((1 - CONFIDENCE) / 2, freedom) * deviation, within.interval),
+        between=_as_share(spread.between),
+        interval=_interval(new, spread.bound((1 - CONFIDENCE) / 2), within.interval),
     )
 
 
@@ -56,9 +55,29 @@ def _interval(level: float, margin: float, within: tuple[float, float] | None) -
     return min(_as_share(level - margin), within[0]), max(_as_share(level + margin), within[1])
 
 
-def _levels(pairs: Sequence[Pair]) -> Samples:
-    """Level of each old launch, and last that of the new one."""
-    medians = np.log([[float(np.median(series)) for series in (*pair.old, pair.new)] for pair in pairs])
+class Spread(NamedTuple):
+    """Standard deviation between old launches, that of a new one's distance from their mean, degrees of freedom."""
+
+    between: float
+    deviation: float
+    freedom: int
+
+    def bound(self, alpha: float) -> float:
+        """Distance in logarithms that a new launch like the old ones exceeds to one side with probability `alpha`."""
+        return student_quantile(alpha, self.freedom) * self.deviation
+
+
+def spread_of(levels: Samples) -> Spread:
+    """Spread of the levels of LEAST_LAUNCHES old launches or more."""
+    between = float(np.std(levels, ddof=1))
+    return Spread(between, between * math.sqrt(1 + 1 / levels.size), levels.size - 1)
+
+
+def levels_of(medians: Samples) -> Samples:
+    """Level of each launch from logarithms of medians, float64 [cases, launches], the last launch being the new one.
+
+    The mean level of the old launches is 0.
+    """
     levels: Samples = np.median(medians - medians[:, :-1].mean(axis=1, keepdims=True), axis=0)
     levels -= levels[:-1].mean()
     return levels

@@ -240,7 +240,7 @@ def test_image_installs_this_checkout_on_a_base_with_a_version_tag(flavour: str)
     (named,) = values(flavour, "ENV")
     assert named == f'{IMAGE}="distbench on {base}"'
     copied = [part for value in values(flavour, "COPY") for part in value.split()[:-1]]
-    assert set(copied) == {"pyproject.toml", "README.md", "LICENSE", "distbench"}
+    assert set(copied) == {"pyproject.toml", "README.md", "LICENSE", "distbench", "launch"}
     assert all((ROOT / name).exists() for name in copied)
     (installed,) = values(flavour, "RUN")
     assert re.fullmatch(r"(python -m )?pip install --no-cache-dir .*?\"?\.(\[cpu\]\")?", installed)

@@ -96,6 +96,9 @@ def test_estimated_memory_grows_with_every_dimension() -> None:
     ):
         assert memory_bytes(tiny_case(2, **change)) > base
     assert memory_bytes(tiny_case(4)) > base
+    overlapped, received = tiny_case(2, two_batch_overlap=True), tiny_case(2).capacity * tiny_case(2).hidden_size
+    assert memory_bytes(overlapped) > base + 2 * 2 * 2 * received
+    assert device_bytes(overlapped) > device_bytes(tiny_case(2)) + 2 * 2 * received
     assert memory_bytes(tiny_case(2, dispatch_dtype="fp8")) < base
 
 

@@ -1,0 +1,1 @@
+"""Results of many nights: which cases changed their verdict and since when, and times against their noise."""

@@ -1,0 +1,217 @@
+"""`distbench bundle`: what the archive holds, that no secret is in it, its size, and the summary to paste."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from distbench.case.resolve import load_case_file, resolve_case
+from distbench.case.spec import case_hash
+from distbench.cli.main import main
+from distbench.errors import InvalidCase
+from distbench.report.bundle.archive import MIB, write_archive
+from distbench.report.bundle.masking import MASK, Masking
+from distbench.report.bundle.read import open_bundle, read_part
+from distbench.report.bundle.summary import MOST_CHARACTERS, summary_text
+from distbench.report.files import read_report, write_report
+from distbench.report.schema import Report
+from tests.cases import tiny_case
+from tests.reports import report_of
+from tests.results import write_results
+
+HASH = "f725580088e4"
+RECORDED = Path(__file__).parents[3] / "data" / "e296384" / "bundles" / HASH
+SECRET = "correct-horse-battery"  # noqa: S105 - the test looks for it
+
+
+def unpacked(archive: Path, folder: Path) -> Path:
+    """The one folder in an archive, unpacked in `folder`."""
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    (only,) = folder.iterdir()
+    return only
+
+
+def report_with(**changes: Any) -> Report:
+    return msgspec.structs.replace(read_report(str(RECORDED / "report.json")), **changes)
+
+
+def test_bundle_of_recorded_rows_unpacks_to_a_folder_that_replay_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "sent.zip"
+    assert main(["bundle", str(RECORDED), "--out", str(archive)]) == 0
+    folder = unpacked(archive, tmp_path / "there")
+    assert folder.name == HASH
+    assert {path.name for path in folder.iterdir()} == {
+        *("summary.txt", "report.json", "case.json", "results.html", "manifest.json"),
+        *(path.name for path in RECORDED.glob("*.safetensors")),
+    }
+    bundle = open_bundle(folder)
+    assert all(read_part(bundle, part).content for part in bundle.manifest.recorded.parts)
+    assert bundle.report == read_report(str(RECORDED / "report.json"))
+    assert "UNDER_LIMIT" in (folder / "results.html").read_text()
+    shown = capsys.readouterr()
+    assert shown.out == (folder / "summary.txt").read_text()
+    assert f"distbench replay {HASH}    (4 failing tokens recorded)" in shown.out
+    assert f"distbench: {archive}: {-(-archive.stat().st_size // 1024)} KiB; attach it" in shown.err
+
+
+def test_case_file_of_an_archive_is_the_case_of_the_report(tmp_path: Path) -> None:
+    case = tiny_case(2, tokens=(5, 3), limit="max-recv-1", policy="unchecked", routing="zipf:1.2")
+    write_report(tmp_path / "report.json", report_of(case, "experts: other values"))
+    assert main(["bundle", str(tmp_path / "report.json"), "--out", str(tmp_path)]) == 0
+    (archive,) = tmp_path.glob("distbench-*.zip")
+    folder = unpacked(archive, tmp_path / "there")
+    assert case_hash(resolve_case([load_case_file(str(folder / "case.json"))], None).case) == case_hash(case)
+    assert "no rows are recorded; `distbench run … --bundle DIR`" in (folder / "summary.txt").read_text()
+
+
+def test_same_content_makes_the_same_archive(tmp_path: Path) -> None:
+    for name in ("one.zip", "two.zip"):
+        assert main(["bundle", str(RECORDED), "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+
+
+def test_no_file_of_an_archive_holds_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTBENCH_SECRET", SECRET)
+    report = read_report(str(RECORDED / "report.json"))
+    variables = {
+        "MORI_API_KEY": "by-its-name",
+        "NCCL_NET": "http://user:by-its-url@proxy",
+        "MORI_NOTE": "WANDB_API_KEY=by-assignment ok",
+        "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "4096",
+        "GLOO_SOCKET_IFNAME": f"Bearer by-its-scheme; hf_{'x' * 20}",
+    }
+    sent = msgspec.structs.replace(
+        report,
+        warnings=[f"the secret is {SECRET}"],
+        stacks={"0": f"-----BEGIN RSA PRIVATE KEY-----\nby-its-frame\n{SECRET}"},
+        environment=msgspec.structs.replace(report.environment, variables=variables),
+    )
+    write_report(tmp_path / "report.json", sent)
+    assert main(["bundle", str(tmp_path / "report.json"), "--out", str(tmp_path / "sent.zip")]) == 0
+    folder = unpacked(tmp_path / "sent.zip", tmp_path / "there")
+    text = "".join(path.read_text() for path in folder.iterdir())
+    assert not [word for word in (SECRET, "by-its", "by-assignment", "hf_x") if word in text]
+    masked = json.loads((folder / "report.json").read_text())["environment"]["variables"]
+    assert masked["SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"] == "4096"
+    assert masked["NCCL_NET"] == f"http://{MASK}@proxy"
+    assert masked["MORI_NOTE"] == f"WANDB_API_KEY={MASK} ok"
+    assert "secrets masked: 8" in (folder / "summary.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["rank 0 receives 8 rows: 1 lost", "source rank:token 4:30", "token: 30", "SGLANG_MAX_TOKENS=16384", "kernel=ck_1"],
+)
+def test_text_without_a_secret_stays(text: str) -> None:
+    masking = Masking({"HOME": "rows"})
+    assert (masking.text(text), masking.count) == (text, 0)
+
+
+def test_recorded_rows_that_do_not_fit_are_left_out_and_named(tmp_path: Path) -> None:
+    report, bundle = report_with(), open_bundle(RECORDED)
+    sent = write_archive(tmp_path / "whole.zip", report, bundle, MIB, Masking({}))
+    assert not sent.left_out
+    small = write_archive(tmp_path / "small.zip", report, bundle, sent.size + (96 << 10) - 1000, Masking({}))
+    assert [what.split()[0] for what in small.left_out] == ["rank-00001.safetensors"]
+    folder = unpacked(tmp_path / "small.zip", tmp_path / "there")
+    assert "left out of the archive for its size: rank-00001.safetensors (" in (folder / "summary.txt").read_text()
+    assert not (folder / "rank-00001.safetensors").exists()
+    assert (tmp_path / "small.zip").stat().st_size == small.size < sent.size
+
+
+def test_archive_stays_within_its_bound_whatever_the_summary_holds(tmp_path: Path) -> None:
+    reason = read_report(str(RECORDED / "report.json")).reasons[0]
+    long = msgspec.structs.replace(reason, message="".join(chr(0x4E00 + n * 7 % 20_000) for n in range(3_000)))
+    report = report_with(reasons=[long] * 400, warnings=[long.message] * 40)
+    sent = write_archive(tmp_path / "sent.zip", report, open_bundle(RECORDED), 300 << 10, Masking({}))
+    assert sent.size <= 300 << 10
+    assert len(sent.summary) < MOST_CHARACTERS + 100
+
+
+def test_report_that_does_not_fit_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCase, match=r"the report alone takes \d+ bytes, allowed are 99304; give more --most"):
+        write_archive(tmp_path / "sent.zip", report_with(), None, (96 << 10) + 1000, Masking({}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_recording_is_refused_and_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / HASH
+    folder.mkdir()
+    for path in RECORDED.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    part = folder / "rank-00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert main(["bundle", str(folder), "--out", str(tmp_path / "sent.zip")]) == 2
+    assert "rank-00001.safetensors: has another SHA-256 than the manifest says" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [HASH]
+
+
+def test_hostile_report_names_no_path_and_its_text_stays_in_the_fence(tmp_path: Path) -> None:
+    report = report_with(name="```\n@everyone <script> \x1b[31m", case={"hash": "../../../etc/passwd"})
+    sent = write_archive(tmp_path / "sent.zip", report, None, MIB, Masking({}))
+    with zipfile.ZipFile(tmp_path / "sent.zip") as archive:
+        assert {Path(name).parent.as_posix() for name in archive.namelist()} == {"report"}
+    first, *lines, last = sent.summary.splitlines()
+    assert (first, last) == ("```text", "```")
+    assert not [line for line in lines if "```" in line or not line.isprintable()]
+    assert "case '''\\n@everyone <script> \\x1b[31m" in sent.summary
+
+
+def test_long_report_has_a_summary_of_bounded_length() -> None:
+    report = report_with(warnings=["w" * 5000] * 100, name="n" * 5000)
+    text = summary_text(report, ["x" * 700] * 100)
+    assert len(text) < MOST_CHARACTERS + 100
+    assert text.endswith("… (more in report.json)\n```\n")
+    assert "… 88 more in report.json" in text
+
+
+def test_one_case_of_several_has_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [
+        json.loads(msgspec.json.encode(report_of(tiny_case(2, seed=seed), "x", name=f"s{seed}"))) for seed in (1, 2)
+    ]
+    results = str(write_results(tmp_path / "results", whole))
+    assert main(["bundle", results]) == 2
+    hashes = [report["case"]["hash"] for report in whole]
+    told = f"2 cases that did not end as expected: s1 ({hashes[0][:12]}), s2 ({hashes[1][:12]}); name one with --case"
+    assert told in capsys.readouterr().err
+    for word, name in (("s2", "s2"), (hashes[0][:12], "s1")):
+        assert main(["bundle", results, "--case", word, "--out", str(tmp_path / "sent.zip")]) == 0
+        assert f"case {name}, " in capsys.readouterr().out
+    assert main(["bundle", results, "--case", "s3"]) == 2
+    assert "0 cases named 's3'; name one" in capsys.readouterr().err
+
+
+def test_rows_are_found_in_the_folder_that_bundle_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, out = str(RECORDED / "report.json"), ["--out", str(tmp_path / "sent.zip")]
+    assert main(["bundle", report, "--bundle", str(RECORDED.parent), *out]) == 0
+    assert "(4 failing tokens recorded)" in capsys.readouterr().out
+    assert main(["bundle", report, "--bundle", str(RECORDED.parent / "a3f8b2ac3ca2"), *out]) == 2
+    assert f"of case a3f8b2ac3ca2, not of {HASH}; give that one's" in capsys.readouterr().err
+    assert main(["bundle", report, "--bundle", str(tmp_path), *out]) == 2
+    assert "manifest.json: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[" * 5000, b'{"schema": "distbench.report/1"}'])
+def test_what_is_no_report_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
+) -> None:
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["bundle", str(path), "--out", str(tmp_path / "sent.zip")]) == 2
+    assert capsys.readouterr().err.startswith("distbench: INVALID: ")
+    assert not (tmp_path / "sent.zip").exists()
+
+
+def test_archive_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["bundle", str(RECORDED), "--out", str(tmp_path / "file" / "sent.zip")]) == 2
+    assert "name another file with --out" in capsys.readouterr().err
