@@ -62,9 +62,9 @@ class _Progress:
 
 def _trend(options: argparse.Namespace) -> int:
     try:
-        from distbench.tools.trend.nights import find_nights  # noqa: PLC0415 - help starts without it
-        from distbench.tools.trend.text import parts_of  # noqa: PLC0415 - likewise
-        from distbench.tools.trend.trend import trend_of  # noqa: PLC0415 - loads numpy
+        from distbench.tools.trend.nights import find_nights
+        from distbench.tools.trend.text import parts_of
+        from distbench.tools.trend.trend import trend_of
     except ModuleNotFoundError as error:
         message = f"trend: needs {error.name}, which is not installed; run: make setup"
         raise Unsupported(message) from error

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from distbench.case.spec import UNSTORED_KEYS
 from distbench.case.stages import Arm
 from distbench.report.console import verdict_line
-from distbench.report.rank_table import numbers
 from distbench.report.schema import Report
-from distbench.utils.text import printable
+from distbench.utils.text import numbers, printable
 
 MOST_CHARACTERS = 20_000
 """Length of the text; GitHub takes 65,536 characters in an issue."""
