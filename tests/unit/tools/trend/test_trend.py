@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import pytest
 from distbench.cli.main import main
 from distbench.errors import Verdict
 from distbench.tools.compare.noise import ALPHA
-from distbench.tools.trend.history import Histories
+from distbench.tools.trend.history import Ending, Histories, History
 from distbench.tools.trend.nights import find_nights
+from distbench.tools.trend.page import page_of
 from distbench.tools.trend.table import COLUMNS
-from distbench.tools.trend.times import StageTrend, levels
-from distbench.tools.trend.trend import Trend, trend_of
+from distbench.tools.trend.times import StageTrend, Times, levels
+from distbench.tools.trend.trend import NightTotals, Trend, trend_of
 from tests.pages import HOSTILE, MIB, read_page, words
 from tests.results import result, timing, write_results
 
@@ -296,17 +298,23 @@ def test_hostile_text_stays_text_and_no_cell_is_a_formula(tmp_path: Path) -> Non
 
 
 def test_page_of_many_nights_and_failures_stays_below_its_size(tmp_path: Path) -> None:
+    good = Ending(Verdict.PASS, as_expected=True, expect="PASS", reason="")
+    bad = Ending(Verdict.CORRUPT, as_expected=False, expect="x" * 300, reason="r" * 300)
     nights = [
-        [
-            result(f"{number} {'n' * 300}", "CORRUPT" if (night + number) % 2 else "PASS", timing={"wall_s": 1.0})
-            for number in range(220)
-        ]
+        NightTotals(f"night {night}", "path", day(0), 250, 125, 0, Counter({Verdict.PASS: 250}), 1)
         for night in range(28)
     ]
-    _, page = written(write_nights(tmp_path, nights))
-    assert page.stat().st_size < 2 * MIB
-    assert "20 more are in the CSV" in words(read_page(page))
-    assert "earlier changes are in the CSV" in words(read_page(page))
+    cases = [
+        History(
+            "smoke", f"{case} {'n' * 300}", str(case), [(good, bad)[(night + case) % 2] for night in range(28)], set()
+        )
+        for case in range(250)
+    ]
+    (tmp_path / "trend.html").write_text(page_of(Trend(["smoke"], nights, cases, Times(28), [], [])), encoding="utf-8")
+    assert (tmp_path / "trend.html").stat().st_size < 2 * MIB
+    text = words(read_page(tmp_path / "trend.html"))
+    assert "50 more are in the CSV" in text
+    assert "6550 earlier changes are in the CSV" in text
 
 
 def test_other_formats_are_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
