@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import msgspec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distbench.cli.argument_types import whole
 from distbench.errors import InvalidCase
-from distbench.report.bundle.archive import MIB, write_archive
-from distbench.report.bundle.layout import MANIFEST
-from distbench.report.bundle.masking import Masking
-from distbench.report.bundle.read import Bundle, open_bundle
-from distbench.report.results import Result, Results
-from distbench.report.schema import Report
 from distbench.report.terminal import print_line, print_note
 from distbench.utils.text import one_line, printable
+
+if TYPE_CHECKING:
+    from distbench.report.bundle.read import Bundle
+    from distbench.report.results import Result, Results
+    from distbench.report.schema import Report
 
 _DIGITS = 12
 _SHOWN = 8
@@ -60,6 +57,9 @@ def add(commands: Any) -> None:
 
 
 def _bundle(options: argparse.Namespace) -> int:
+    from distbench.report.bundle.archive import MIB, write_archive
+    from distbench.report.bundle.masking import Masking
+
     chosen = _chosen(options)
     path = _target(options.out, chosen.report)
     try:
@@ -88,6 +88,10 @@ def _chosen(options: argparse.Namespace) -> _Chosen:
         InvalidCase: a file that cannot be read, or more than one case.
 
     """
+    from distbench.report.bundle.layout import MANIFEST
+    from distbench.report.bundle.read import open_bundle
+    from distbench.report.results import Results
+
     if (Path(options.report) / MANIFEST).is_file():
         bundle = open_bundle(options.report)
         return _Chosen(bundle.report, bundle)
@@ -114,6 +118,10 @@ def _is_named(result: Result, word: str) -> bool:
 
 
 def _whole(results: Results, case: str) -> Report:
+    import msgspec
+
+    from distbench.report.schema import Report
+
     raw = next(raw for raw, result in results.lines() if result.hash == case)
     try:
         report: Report = msgspec.json.decode(raw, type=Report)
@@ -130,6 +138,9 @@ def _recording(root: str, report: Report) -> Bundle:
         InvalidCase: there is none, or it is of another case.
 
     """
+    from distbench.report.bundle.layout import MANIFEST
+    from distbench.report.bundle.read import open_bundle
+
     own = Path(root) / str(report.case.get("hash", ""))[:_DIGITS]
     bundle = open_bundle(root if (Path(root) / MANIFEST).is_file() else own)
     if bundle.report.case.get("hash") != report.case.get("hash"):

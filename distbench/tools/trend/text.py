@@ -16,17 +16,17 @@ _MOST_OF_A_NAME, _MOST_OF_A_REASON = 80, 160
 _DATE = len("2026-11-30")
 
 
-def parts_of(trend: Trend) -> Iterator[str | Grid]:
-    """Lines and tables, the conclusion last."""
-    yield _nights(trend)
-    hidden = len(trend.nights) - _MOST_NIGHTS
-    if hidden > 0:
-        yield f"{hidden} earlier nights are in --report html and csv"
+def parts_of(trend: Trend, *, every: bool = False) -> Iterator[str | Grid]:
+    """Lines and tables, the conclusion last; `every` night and case where asked, else the newest and the worst."""
     troubled = trend.troubled()
+    nights, cases = (len(trend.nights), len(troubled)) if every else (_MOST_NIGHTS, _MOST_CASES)
+    yield _nights(trend, nights)
+    if len(trend.nights) > nights:
+        yield f"{len(trend.nights) - nights} earlier nights: --verbose, or --report html,csv"
     if troubled:
-        yield _cases(trend, troubled[:_MOST_CASES])
-    if len(troubled) > _MOST_CASES:
-        yield f"{len(troubled) - _MOST_CASES} more cases ended unexpectedly in some night; --report csv has them"
+        yield _cases(trend, troubled[:cases])
+    if len(troubled) > cases:
+        yield f"{len(troubled) - cases} more cases were bad in some night: --verbose, or --report csv"
     if trend.stages:
         yield _stages(trend)
     yield conclusion(trend)
@@ -74,7 +74,7 @@ def state_of(trend: Trend, stage: StageTrend) -> str:
     return "" if level is None or level.bounds is not None else "too few nights"
 
 
-def _nights(trend: Trend) -> Grid:
+def _nights(trend: Trend, most: int) -> Grid:
     """The newest nights; columns that say nothing are left out."""
     changes = [0] * len(trend.nights)
     for _, change in trend.changes():
@@ -91,7 +91,7 @@ def _nights(trend: Trend) -> Grid:
             "changes": str(count),
         }
         for night, count in zip(trend.nights, changes, strict=True)
-    ][-_MOST_NIGHTS:]
+    ][-most:]
     dated = all(row["night"].startswith(row["ended"][:_DATE]) for row in rows)
     whole = all(row["missing"] == "0" for row in rows)
     columns = tuple(name for name in rows[0] if not (name == "ended" and dated) and not (name == "missing" and whole))

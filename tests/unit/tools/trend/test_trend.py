@@ -264,6 +264,19 @@ def test_page_and_table_say_what_changed_and_since_when(tmp_path: Path, capsys: 
     assert re.search(r"truncated/experts +4 µs +\+100.0 % +\+0.0 % +SLOWER since n6", shown)
 
 
+def test_quiet_is_the_conclusion_alone_and_verbose_shows_every_night(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_nights(tmp_path, [[result(timing={"wall_s": 1.0})]] * 20)
+    assert main(["trend", str(tmp_path), "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("20 nights; n19: 1 of 1 cases as expected")
+    for flag, shown in (("--last=20", 14), ("--verbose", 20)):
+        assert main(["trend", str(tmp_path), flag]) == 0
+        text = capsys.readouterr().out
+        assert len(re.findall(r"^ n\d+ ", text, re.MULTILINE)) == shown
+        assert ("6 earlier nights: --verbose" in text) is (shown == 14)
+
+
 def test_night_alone_and_times_of_none_are_a_trend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, page = written(write_nights(tmp_path, [[result("only", timing={"wall_s": 1.0})]]))
     assert [row["padded_experts_median_us"] for row in rows] == [""]
