@@ -44,6 +44,7 @@ COMMANDS = {
         "report": "write results as HTML, JUnit, Markdown, CSV, Prometheus text or JSON",
         "compare": "find failures and slowdowns since a baseline",
         "trend": "follow results over many nights: verdicts, pass rates, times",
+        "completion": "print a script for bash, zsh or fish that completes commands, options and names",
         "tune": "make a table of the fastest Triton kernels for a layer on this GPU",
     },
     "List": {

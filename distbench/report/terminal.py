@@ -56,6 +56,11 @@ def print_text(*lines: str) -> None:
             print(told, flush=True)
 
 
+def print_script(text: str) -> None:
+    """Print a program for a shell to standard output, as it is."""
+    print(text)
+
+
 def print_json(document: Any) -> None:
     """Print a document to standard output as JSON, escaped so that no terminal acts on it and any encoding has it."""
     import msgspec  # noqa: PLC0415 - lists start without it
