@@ -17,9 +17,9 @@ _ASSIGNED = re.compile(r"\b([A-Za-z_]\w*)(\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&
 _FORMATS = (
     re.compile(r"(?<=://)[^/@\s]+(?=@)"),  # user:password of a URL
     re.compile(r"(?<=\bBearer )\S+", re.IGNORECASE),
-    re.compile(r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|xox[abprs]-)[\w-]{16,}"),
+    re.compile(r"\b(?:gh[pousr]_|github_pat_|glpat-|hf_|xox[abprs]-)[\w-]{16,255}"),
     re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+\.[\w-]+"),  # a JSON web token
+    re.compile(r"\beyJ[\w-]{8,1000}\.[\w-]{1,4000}\.[\w-]{1,1000}"),  # a JSON web token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
 )
 
