@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,3 +82,41 @@ def test_jenkinsfile_closes_what_it_opens() -> None:
     bare = re.sub(r"'''.*?'''|'[^'\n]*'|\"[^\"\n]*\"|//[^\n]*", "", JENKINS, flags=re.DOTALL)
     for pair in ("{}", "()"):
         assert bare.count(pair[0]) == bare.count(pair[1]) > 0
+
+
+STUB = """#!/bin/sh
+echo "$@" >>calls
+case $1 in suite) shift; while [ "$1" != --out ]; do shift; done; mkdir "$2"; exit "$CODE" ;; esac
+"""
+
+
+@pytest.mark.parametrize(("code", "older"), [(0, 0), (1, 70), (75, 1)])
+@pytest.mark.parametrize("name", ["gitlab", "github"])
+def test_shell_of_an_example_keeps_sixty_nights_and_ends_with_the_code_of_the_suite(
+    tmp_path: Path, name: str, code: int, older: int
+) -> None:
+    stub = tmp_path / "bin" / "distbench"
+    stub.parent.mkdir()
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    for number in range(older):
+        (tmp_path / "nights" / f"2026-09-{number:03d}").mkdir(parents=True)
+    script = "\n".join(GITLAB["script"]) if name == "gitlab" else STEPS["Suite"]["run"]
+    variables = {
+        "PATH": f"{stub.parent}:{os.environ['PATH']}",
+        "CODE": str(code),
+        "CI_JOB_ID": "7",
+        "GITHUB_RUN_ID": "7",
+        "GITHUB_ENV": str(tmp_path / "env"),
+    }
+    command = ["bash", "-eo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    nights = sorted(path.name for path in (tmp_path / "nights").iterdir())
+    assert len(nights) == min(older + 1, 60)
+    assert nights[-1].endswith("-7")
+    assert older < 60 or nights[0] == "2026-09-011"
+    if name == "gitlab":
+        assert (tmp_path / "calls").read_text().splitlines()[-1].startswith("trend nights ")
+    else:
+        assert (tmp_path / "env").read_text() == f"night=nights/{nights[-1]}\n"
