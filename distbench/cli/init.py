@@ -75,7 +75,8 @@ def _write_launch_files(folder: Path) -> int:
             _make_folder(path.parent)
             _write_new(path, content)
             path.chmod(_EXECUTABLE if content.startswith(b"#!") else _PLAIN)
-        print_line(str(path))
+    for name in files:
+        print_line(str(folder / name))
     return 0
 
 
