@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from distbench.cli.argument_types import whole
 from distbench.errors import InvalidCase
 from distbench.report.terminal import print_line, print_note
-from distbench.utils.text import one_line, printable
+from distbench.utils.text import closest, one_line, printable
 
 if TYPE_CHECKING:
     from distbench.report.bundle.read import Bundle
@@ -101,14 +101,18 @@ def _chosen(options: argparse.Namespace) -> _Chosen:
 
 def _reported(results: Results, word: str) -> Report:
     """The report of the case named or numbered `word`, else of the only one that did not end as expected."""
-    found = [result for result in results if not word or _is_named(result, word)]
-    failing = [result for result in found if not result.as_expected]
-    several = found if word or len(found) == 1 else failing
+    every = list(results)
+    if word:
+        several = [result for result in every if _is_named(result, word)]
+        what = f"{len(several)} cases are {printable(word)!r:.80}"
+        hint = "" if several else closest(word, (result.name for result in every))
+    else:
+        several = every if len(every) == 1 else [result for result in every if not result.as_expected]
+        what, hint = f"{len(several)} of {len(every)} cases did not end as expected", ""
     if len(several) != 1:
-        what = f"named {printable(word)!r:.80}" if word else "that did not end as expected"
         listed = ", ".join(f"{printable(one.name):.80} ({one.hash[:_DIGITS]})" for one in several[:_SHOWN])
         more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
-        message = f"results {results.path}: {len(several)} cases {what}{': ' if listed else ''}{listed}{more}; "
+        message = f"results {results.path}: {what}{': ' if listed else ''}{listed}{more}{hint}; "
         raise InvalidCase(message + "name one with --case NAME or --case HASH")
     return _whole(results, several[0].hash)
 

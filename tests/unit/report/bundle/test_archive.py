@@ -175,18 +175,18 @@ def test_long_report_has_a_summary_of_bounded_length() -> None:
 
 def test_one_case_of_several_has_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = [
-        json.loads(msgspec.json.encode(report_of(tiny_case(2, seed=seed), "x", name=f"s{seed}"))) for seed in (1, 2)
+        json.loads(msgspec.json.encode(report_of(tiny_case(2, seed=seed), "x", name=f"seed {seed}"))) for seed in (1, 2)
     ]
     results = str(write_results(tmp_path / "results", whole))
     assert main(["bundle", results]) == 2
     hashes = [report["case"]["hash"] for report in whole]
-    told = f"2 cases that did not end as expected: s1 ({hashes[0][:12]}), s2 ({hashes[1][:12]}); name one with --case"
-    assert told in capsys.readouterr().err
-    for word, name in (("s2", "s2"), (hashes[0][:12], "s1")):
+    both = f"seed 1 ({hashes[0][:12]}), seed 2 ({hashes[1][:12]})"
+    assert f"2 of 2 cases did not end as expected: {both}; name one with --case" in capsys.readouterr().err
+    for word, name in (("seed 2", "seed 2"), (hashes[0][:12], "seed 1")):
         assert main(["bundle", results, "--case", word, "--out", str(tmp_path / "sent.zip")]) == 0
         assert f"case {name}, " in capsys.readouterr().out
-    assert main(["bundle", results, "--case", "s3"]) == 2
-    assert "0 cases named 's3'; name one" in capsys.readouterr().err
+    assert main(["bundle", results, "--case", "seed 33"]) == 2
+    assert "0 cases are 'seed 33' (did you mean seed " in capsys.readouterr().err
 
 
 def test_rows_are_found_in_the_folder_that_bundle_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
