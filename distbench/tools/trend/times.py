@@ -122,7 +122,7 @@ class Times:
 def levels(medians: Samples, alpha: float) -> list[Level | None]:
     """Levels from logarithms of medians, float64 [nights, cases], with bounds that noise passes with chance `alpha`.
 
-    A night without a case in common with any earlier one begins anew at 0.
+    A night without a case in common with any earlier one starts again at 0.
     """
     found: list[Level | None] = [None] * len(medians)
     within: list[int] = []

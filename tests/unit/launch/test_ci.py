@@ -1,4 +1,4 @@
-"""The examples for GitLab, GitHub and Jenkins: what they run is understood, and what they keep is what was written."""
+"""The examples for GitLab, GitHub and Jenkins: their commands, their shell, and the files that they keep."""
 
 from __future__ import annotations
 
