@@ -3,7 +3,8 @@
 DistbenchError
 ├── InvalidCase        the case, a file or the environment makes no sense      INVALID, exit 2
 ├── Unsupported        this machine lacks what the case needs                  UNSUPPORTED, exit 77
-└── Overflow           more rows than a sender or a receiver has room for      OVERFLOW, exit 1
+├── Overflow           more rows than a sender or a receiver has room for      OVERFLOW, exit 1
+└── BrokenContract     a plugin breaks a rule of its interface                 RANK_FAULT, exit 3
 """
 
 from __future__ import annotations
@@ -126,6 +127,10 @@ class Overflow(DistbenchError):
     """A sender or a receiver was asked for more rows than it has room for."""
 
     verdict = Verdict.OVERFLOW
+
+
+class BrokenContract(DistbenchError):
+    """A plugin breaks a rule of its interface on this rank (docs/plugins.md); the message names plugin and rule."""
 
 
 class Busy(DistbenchError):

@@ -52,7 +52,17 @@ GROUPS = {
         "number formats, inputs and comparison",
         {"dispatch_dtype": "", "fp8_format": "", "numerics": "", "require": "", "gather": "", "slot_order": ""},
     ),
-    "parts": Group("libraries and device", {"transport": "", "experts": "", "emulate": "", "device": ""}),
+    "parts": Group(
+        "libraries and device",
+        {
+            "transport": "NAME",
+            "transport_option": "NAME=VALUE",
+            "experts": "NAME",
+            "experts_option": "NAME=VALUE",
+            "emulate": "",
+            "device": "",
+        },
+    ),
     "mori": Group(
         "transport mori",
         {
@@ -117,8 +127,8 @@ COMMON = {
     "limit": "rows kept: off, 4k, max-recv, … (default: sum32)",
     "policy": "limit too small: strict, unchecked or guard",
     "dispatch_dtype": "payload: bf16 or fp8 (default: bf16)",
-    "transport": "collective or mori (default: collective)",
-    "experts": "reference, triton or aiter (default: reference)",
+    "transport": "collective, mori or a plugin (default: collective)",
+    "experts": "reference, triton, aiter or a plugin (reference)",
     "device": "auto, cpu or cuda (default: auto)",
     "iterations": "timed iterations of each arm (default: 0)",
 }

@@ -15,11 +15,13 @@ import msgspec
 
 from distbench.case.aiter_env import table_bytes
 from distbench.case.atom_folder import folder_digest
+from distbench.case.caller_fit import check_caller_fits
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
+from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_built_in, parse_options
 from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
 from distbench.case.profiles import MOST_TOKENS, NO_PROFILE, PROFILES, caller_of
-from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, FLAG_KEYS, Case, case_values
+from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case, case_values, names_code
 from distbench.case.table_file import open_regular, read_table_file, refuse_bulk
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.case.tokens import split_tokens, spread_tokens
@@ -160,10 +162,20 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
         allowed = get_args(get_args(FIELD_TYPES[key])[0]) if "enum" in str(error) else ()
         reason = f"allowed are {', '.join(allowed)}" if allowed else one_line(error)
-        name = f"--{key.replace('_', '-')}" if layer.source == FLAGS else f"{layer.source}: {key}"
-        message = f"{name} = {shown(raw)}: {reason}"
+        message = f"{name_of(key, layer)} = {shown(raw)}: {reason}"
         raise InvalidCase(message) from error
+    if key in KINDS:
+        try:
+            check_name(key, typed)
+        except InvalidCase as error:
+            message = f"{name_of(key, layer)} = {error}"
+            raise InvalidCase(message) from error
     return (*typed, *repeat) if repeat else typed
+
+
+def name_of(key: str, layer: Layer) -> str:
+    """A key as its layer writes it: a flag, or the source and the key."""
+    return f"--{key.replace('_', '-')}" if layer.source == FLAGS else f"{layer.source}: {key}"
 
 
 def _profile(layers: Sequence[Layer]) -> Layer:
@@ -189,7 +201,7 @@ def _with_caller(case: Case, *, by_flag: bool) -> tuple[Case, str]:
     others = ("caller_wheel", "caller_wheel_sha256") if caller == "atom" else ("caller_folder", "caller_folder_sha256")
     changed = msgspec.structs.replace(case, caller=caller, **dict.fromkeys(others, ""))
     try:
-        _check_caller(changed)
+        check_caller_fits(changed)
     except InvalidCase as error:
         return case, f"its own code does not run: {error}"
     return changed, ""
@@ -200,7 +212,8 @@ def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str], 
     if any(values.get(key, defaults.get(key)) == value for key, value in layer.unless.items()):
         return
     _refuse_flag_keys(layer, values)
-    taken = [key for key in layer.values if key not in values and key not in DERIVED_KEYS]
+    fresh = (key for key in layer.values if key not in (*values, *DERIVED_KEYS))
+    taken = [key for key in fresh if not _is_of_another(key, layer, values)]
     if layer.unsupported and (taken or not layer.values):
         raise Unsupported(layer.unsupported)
     for key in taken:
@@ -208,11 +221,16 @@ def _apply_layer(layer: Layer, values: dict[str, Any], sources: dict[str, str], 
         sources[key] = layer.source
 
 
+def _is_of_another(key: str, layer: Layer, values: Mapping[str, Any]) -> bool:
+    """Whether a layer's options are those of a plugin that a stronger layer replaces."""
+    part = OPTION_KEYS.get(key)
+    return part is not None and part in values and values[part] != layer.values.get(part, values[part])
+
+
 def _refuse_flag_keys(layer: Layer, values: Mapping[str, Any]) -> None:
     """Refuse code to execute that a file names, and no flag."""
-    for key in FLAG_KEYS:
-        named = layer.values.get(key, FIELD_DEFAULTS[key])
-        if named != FIELD_DEFAULTS[key] and layer.source != FLAGS and key not in values:
+    for key, named in layer.values.items():
+        if names_code(key, named) and layer.source != FLAGS and key not in values:
             flag = f"--{key.replace('_', '-')}"
             message = f"{layer.source}: {key} = {shown(named)} names code to execute; give {flag} too, or drop the key"
             raise InvalidCase(message)
@@ -277,6 +295,8 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["timeout"] = float(values["timeout"])
     values["jitter"] = float(values["jitter"])
     values["swiglu_limit"] = float(values["swiglu_limit"])
+    for key in OPTION_KEYS:
+        values[key] = canonical_options(key, values[key])
     values["kernel_table_sha256"] = _table_digest(values["kernel_table"], sources["kernel_table"])
     values["caller_wheel_sha256"] = _wheel_digest(values["caller_wheel"])
     values["caller_folder_sha256"] = folder_digest(values["caller_folder"])
@@ -349,49 +369,14 @@ def check_fit(case: Case) -> None:
             "use transport mori, or combine_quant none"
         )
         raise InvalidCase(message)
-    _check_caller(case)
+    for key, part in OPTION_KEYS.items():
+        _check_options(case, key, part)
+    check_caller_fits(case)
 
 
-def _check_caller(case: Case) -> None:
-    """Refuse what a caller's code is not run with."""
-    if case.caller == "own":
-        return
-    refused = {
-        f"experts {case.experts}": (case.experts != "aiter", "production calls aiter's fused_moe; use experts aiter"),
-        f"policy {case.policy}": (case.policy == "guard", "production has no guard; use strict or unchecked"),
-        "graph": (case.graph, "the caller's pass is not captured; drop it"),
-        "inject": (bool(case.inject), "faults are injected into distbench's own arms; drop it"),
-        f"policy {case.policy} ": (
-            case.policy == "unchecked" and case.caller != "sglang",
-            "its own cut loses no row, whatever the limit; use strict",
-        ),
-        "caller_wheel": (bool(case.caller_wheel) and case.caller == "atom", "ATOM has none; give --caller-folder"),
-        "caller_folder": (bool(case.caller_folder) and case.caller != "atom", "give a wheel: --caller-wheel"),
-        f"activation {case.activation}": (case.activation != "silu", "the caller's layer has SiLU; drop it"),
-        "swiglu_limit": (bool(case.swiglu_limit), "the caller's layer has none; drop it"),
-        "bias": (case.bias, "the caller's layer has none; drop it"),
-        "hidden_pad": (bool(case.hidden_pad), "the caller's layer has no padding; drop it"),
-        "intermediate_pad": (bool(case.intermediate_pad), "the caller's layer has no padding; drop it"),
-        "doweight_stage1": (case.doweight_stage1, "the caller's layer weighs its output; drop it"),
-    }
-    for what, (is_so, fix) in refused.items():
-        if is_so:
-            message = f"caller = {case.caller}: not with {what.strip()}: {fix}"
-            raise InvalidCase(message)
-    if case.caller == "atom":
-        _check_atom(case)
-
-
-def _check_atom(case: Case) -> None:
-    """Refuse a batch that ATOM would not make, or ATOM without its text."""
-    if not case.caller_folder:
-        message = "caller = atom: ATOM is installed from a checkout; name the folder that holds it: --caller-folder"
-        raise InvalidCase(message)
-    bucket, (least, most) = case.atom_graph_bs, (min(case.tokens), max(case.tokens))
-    if bucket and (most > bucket or (case.atom_rule == "vllm-plugin" and least < bucket)):
-        needs = "exactly" if case.atom_rule == "vllm-plugin" else "at most"
-        message = (
-            f"atom_graph_bs = {bucket}: a rank has {most if most > bucket else least} tokens, and ATOM's batch has "
-            f"{needs} {bucket} on each; give such tokens, or 0"
-        )
+def _check_options(case: Case, key: str, part: str) -> None:
+    """Refuse options of a built-in part, which has none; those of a plugin are checked by its ranks."""
+    name, given = getattr(case, part), getattr(case, key)
+    if parse_options(key, given) and is_built_in(part, name):
+        message = f"{key} = {given:.80}: {part} {name} has no options; drop it, or name the plugin that takes it"
         raise InvalidCase(message)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from distbench.case.limits import ALLOWED_LIMITS
+from distbench.case.plugins import KINDS, OPTION_KEYS, is_built_in
 from distbench.utils.amd_arch import Fp8Format
 
 STAND_INS = {
@@ -98,10 +99,19 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     require: Annotated[Literal["bitwise", "tolerance"], _help("equality where the numerics are gaussian alone")] = (
         "bitwise"
     )
-    transport: Annotated[Literal["collective", "mori"], _help("library that moves the rows")] = "collective"
-    experts: Annotated[Literal["reference", "triton", "aiter"], _help("library that computes the experts")] = (
-        "reference"
-    )
+    transport: Annotated[
+        str, _help("library that moves the rows: collective, mori, an installed plugin, or package.module:factory")
+    ] = "collective"
+    transport_option: Annotated[
+        str, _help("options of a transport plugin, name=value, repeatable; in a file joined by semicolons")
+    ] = ""
+    experts: Annotated[
+        str,
+        _help("library that computes them: reference, triton, aiter, an installed plugin, or package.module:factory"),
+    ] = "reference"
+    experts_option: Annotated[
+        str, _help("options of an experts plugin, name=value, repeatable; in a file joined by semicolons")
+    ] = ""
     caller: Annotated[
         Literal["own", "sglang", "vllm", "atom"],
         _help("whose code runs between dispatch and combine in the arm production; own: no such arm (docs/callers.md)"),
@@ -262,6 +272,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return [known[name] for name in (self.transport, self.experts) if name in known]
 
     @property
+    def plugins(self) -> list[str]:
+        """The parts that other packages bring, such as transport acme."""
+        return [f"{part} {name}" for part in KINDS if not is_built_in(part, name := getattr(self, part))]
+
+    @property
     def capacity(self) -> int:
         """R, rows of the receive buffer (MoRI: W * M, or W * min(ceil(P / W), M) where P is given)."""
         share = self.max_dispatch_tokens_per_rank
@@ -305,7 +320,15 @@ CALL_KEYS = (
     "sorting_policy",
 )
 """Keys that are arguments of `fused_moe`."""
-_SPARSE_KEYS = (*CALLER_KEYS, "caller_wheel_sha256", "caller_folder_sha256", *CALL_KEYS, "profile", "mori_geometry")
+_SPARSE_KEYS = (
+    *CALLER_KEYS,
+    "caller_wheel_sha256",
+    "caller_folder_sha256",
+    *CALL_KEYS,
+    *OPTION_KEYS,
+    "profile",
+    "mori_geometry",
+)
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],
@@ -314,6 +337,13 @@ FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
 FIELD_DEFAULTS: dict[str, Any] = {
     field.name: field.default for field in msgspec.structs.fields(Case) if not field.required
 }
+
+
+def names_code(key: str, value: Any) -> bool:
+    """Whether `value` of `key` names code to execute that is not distbench's: only a flag may."""
+    if key in FLAG_KEYS:
+        return bool(value != FIELD_DEFAULTS[key])
+    return key in KINDS and isinstance(value, str) and not is_built_in(key, value)
 
 
 def case_values(case: Case) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def parse_stage_timeouts(text: str) -> dict[str, float]:
 
 
 def compiles(case: Case) -> bool:
-    """Whether ranks of `case` compile kernels before they first dispatch: packages do, their stand-ins do not."""
+    """Whether ranks of `case` may compile before they first dispatch: packages and plugins do, stand-ins do not."""
     packages = case.experts == "aiter" or case.transport == "mori"
-    return case.experts == "triton" or (packages and not case.emulate)
+    return case.experts == "triton" or bool(case.plugins) or (packages and not case.emulate)
 
 
 def stage_limit(case: Case, stage: str) -> float:

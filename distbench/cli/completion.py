@@ -101,6 +101,7 @@ def _names() -> dict[str, Any]:
     from typing import get_args
 
     from distbench.case.groups import UNITS
+    from distbench.case.plugins import KINDS
     from distbench.case.presets import PRESETS
     from distbench.case.profiles import PROFILES
     from distbench.case.spec import FIELD_HINTS
@@ -108,6 +109,7 @@ def _names() -> dict[str, Any]:
 
     words = {f"case_{key}": get_args(get_args(FIELD_HINTS[key])[0]) for key, unit in UNITS.items() if not unit}
     words = {dest: found for dest, found in words.items() if found}
+    words |= {f"case_{part}": tuple(kind.built_in) for part, kind in KINDS.items()}
     faults = tuple(fault.name for fault in listed_faults())
     limits = ("off", "max-recv", "max-recv-1", "sum", "sum32", "pow2", "capacity")
     return words | {

@@ -25,6 +25,7 @@ COMMANDS = {
         "run": "run one case: padded against truncated, bit for bit",
         "suite": "run many cases in one launch",
         "sweep": "one case at many limits: time, kernel, memory and verdict of each",
+        "conform": "check a transport and experts against the rules that they have to keep",
         "selftest": "check that the bench detects every known fault, and passes random clean cases",
         "mutants": "run a corpus of broken kernels, transports, cuts and combines: which does the bench detect?",
         "init": "write a commented case or suite file to start from",
@@ -52,6 +53,8 @@ COMMANDS = {
         "profiles": "what SGLang, vLLM and ATOM set of a case",
         "suites": "the built-in suites",
         "faults": "the faults that --inject takes",
+        "plugins": "the transports and experts: built in, and of installed packages",
+        "schema": "the JSON Schema of case files, suite files and reports",
     },
 }
 """Commands with their one-line helps, by group; each is a module of `cli/`, loaded when it runs."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distbench.case.groups import COMMON, COUNTS, GROUPS, UNITS
+from distbench.case.plugins import OPTION_KEYS
 from distbench.case.spec import FIELD_DEFAULTS, FIELD_HINTS, Case
 from distbench.cli.argument_types import MOST_RANKS, plain_counts, seconds, whole
 from distbench.cli.multi_node import layout_of
@@ -166,6 +167,9 @@ def _add_case_option(group: Any, key: str, unit: str) -> None:
     if kind is bool:
         group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         return
+    if key in OPTION_KEYS:
+        group.add_argument(flag, dest=dest, default=None, metavar=unit, action="append", help=text)
+        return
     metavar = unit or "|".join(get_args(kind))
     group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
 
@@ -175,7 +179,7 @@ def case_flags(options: argparse.Namespace) -> list[Layer]:
     from distbench.case.resolve import FLAGS, Layer
 
     texts = {
-        name.removeprefix(_CASE_DEST): str(value)
+        name.removeprefix(_CASE_DEST): ";".join(value) if isinstance(value, list) else str(value)
         for name, value in vars(options).items()
         if name.startswith(_CASE_DEST) and value is not None
     }

@@ -98,6 +98,7 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     from distbench.cli.launching import hold_lab
     from distbench.launcher.preflight import check_case, check_folder
     from distbench.report.bundle.read import runnable_case
+    from distbench.report.schema import parts_label
     from distbench.tools.lab import signature
     from distbench.tools.replay import compare
     from distbench.workload.version import other_inputs
@@ -116,7 +117,7 @@ def _run(bundle: Bundle, options: argparse.Namespace) -> int:
     rows = [(found.what, found.recorded, found.here) for found in replay.differences]
     if rows and not options.quiet:
         print_table(rows, ("differs", "recorded", "here"))
-    emulated = f" (emulated: {', '.join(report.stand_ins)})" if report.emulated else ""
+    parts = parts_label(report.plugins, report.stand_ins)
     code = 0 if replay.reproduced else 1
-    print_verdict(f"{'not ' * code}reproduced here{emulated}: {signature(report)}", code)
+    print_verdict(f"{'not ' * code}reproduced here{parts}: {signature(report)}", code)
     return code

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from distbench.case.spec import FIELD_DEFAULTS, FLAG_KEYS, UNSTORED_KEYS, Case
+from distbench.case.spec import UNSTORED_KEYS, Case, names_code
 from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.options import add_case_options, add_folder, add_ranks, add_voice, known_report, one_case
 from distbench.cli.torchrun_rank import alone
@@ -59,11 +59,9 @@ def _shrink(options: argparse.Namespace) -> int:
 
 
 def code_flags(case: Case) -> str:
-    """Flags that name the code of the case's caller, which no case file may name alone; each after a blank."""
-    named = {key: getattr(case, key) for key in FLAG_KEYS}
-    return "".join(
-        f" --{key.replace('_', '-')} {value}" for key, value in named.items() if value != FIELD_DEFAULTS[key]
-    )
+    """Flags that name code of other packages, which no case file may name alone; each after a blank."""
+    named = {key: value for key, value in msgspec.structs.asdict(case).items() if names_code(key, value)}
+    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in named.items())
 
 
 def _tell(lab: Lab) -> Callable[[Step], None]:

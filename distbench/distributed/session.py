@@ -190,7 +190,7 @@ class Session:
         """
         raw = bytearray.fromhex(case_digest)
         words = torch.frombuffer(raw, dtype=torch.int64)
-        table = self._everyones(torch.cat([words, probe.cpu(), counts.cpu()]))
+        table = self.everyones(torch.cat([words, probe.cpu(), counts.cpu()]))
         shared = len(raw) // _WORD_BYTES
         _refuse_strangers(table[:, :shared], "case's hash", "start all ranks with the same case and environment")
         _refuse_strangers(
@@ -205,7 +205,7 @@ class Session:
             InvalidCase: names those ranks, the subject `what`, and the fix.
 
         """
-        table = self._everyones(torch.tensor([value]))
+        table = self.everyones(torch.tensor([value]))
         _refuse_strangers(table, what, fix)
 
     @contextlib.contextmanager
@@ -235,7 +235,7 @@ class Session:
 
     def flags_on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Return which of `flags`, as many on every rank, are true on any rank of the case's group. Collective."""
-        anywhere: list[bool] = self._everyones(torch.tensor(flags)).any(0).tolist()
+        anywhere: list[bool] = self.everyones(torch.tensor(flags)).any(0).tolist()
         return anywhere
 
     def gathered(self, mine: Tensor) -> Tensor:
@@ -283,8 +283,8 @@ class Session:
             dist.all_reduce(enough, op=dist.ReduceOp.MIN)
         return self._devices if int(enough) else 0
 
-    def _everyones(self, mine: Tensor) -> Tensor:
-        """Rows [c] of all ranks of the case's group, as [W, c]. Collective."""
+    def everyones(self, mine: Tensor) -> Tensor:
+        """Return rows [c] of all ranks of the case's group, on the CPU, as [W, c]. Collective."""
         return _table(self.group, mine) if self.shared is None else self.shared.everyones(mine)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distbench.case.plugins import Plugin, is_built_in, load_plugin, options_of
 from distbench.case.spec import Case
 from distbench.experts.selection.choice import (
     CURRENT,
@@ -45,17 +46,23 @@ def overrides_of(case: Case) -> Overrides:
     return Overrides(ksplit=case.aiter_ksplit, bypass_tuned=case.aiter_bypass_tune)
 
 
-def make_experts(case: Case) -> Experts:
-    """Return the experts that the case asks for."""
-    if case.experts == "triton":
-        from distbench.experts.triton.adapter import make_triton_experts  # noqa: PLC0415 - needs Triton and a GPU
+def make_experts(case: Case, brought: Plugin | None = None) -> Experts:
+    """Return the experts that the case asks for, or those of a plugin that its process has `brought`.
 
-        return make_triton_experts(case)
-    if case.experts == "aiter":
-        from distbench.experts.aiter.adapter import make_aiter_experts  # noqa: PLC0415 - each rank pays for imports
+    Raises:
+        Unsupported: the case's package is missing, or does not state what the case needs.
+        InvalidCase: the package does not support the case, or an option of the plugin is wrong.
+        BrokenContract: a plugin's factory raises, or returns no experts.
+    """
+    from distbench.experts.base import ExpertsContext  # noqa: PLC0415 - kernel choice alone needs no torch
 
-        return make_aiter_experts(case)
-    from distbench.experts.formulas import formula_of  # noqa: PLC0415 - kernel choice alone needs none
-    from distbench.experts.reference import ReferenceExperts  # noqa: PLC0415 - kernel choice alone needs no torch
+    plugin = brought or load_plugin("experts", case.experts)
+    if is_built_in("experts", case.experts):
+        made: Experts = plugin.make(ExpertsContext(case))
+        return made
+    from distbench.case.contract import check_stated  # noqa: PLC0415 - only for plugins
+    from distbench.experts.contract import CheckedExperts  # noqa: PLC0415 - only around plugins
 
-    return ReferenceExperts(make_selector(case), case.seed, formula=formula_of(case))
+    check_stated(plugin, "experts", case, "")
+    context = ExpertsContext(case, options_of(plugin, "experts_option", case.experts_option))
+    return CheckedExperts(context, plugin)

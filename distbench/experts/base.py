@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from distbench.case.spec import Case
 from distbench.experts.selection.choice import KernelChoice
 from distbench.transport.base import Dispatched
+
+if TYPE_CHECKING:
+    from distbench.experts.roundings import Roundings
+
+
+class ExpertsContext(NamedTuple):
+    """One case, for the factory of its experts. `options` is an instance of the plugin's own type."""
+
+    case: Case
+    options: Any = None
 
 
 class ExpertInput(NamedTuple):
@@ -60,7 +71,7 @@ class Experts(ABC):
 
     @abstractmethod
     def selection(self, rows: int) -> KernelChoice:
-        """Return the kernel that a call with `rows` allocated rows runs."""
+        """Return the kernel that a call with `rows` allocated rows runs; `KernelChoice.named` makes one by name."""
 
     @abstractmethod
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
@@ -79,9 +90,45 @@ class Experts(ABC):
             DistbenchError: names the value and the bound.
         """
 
+    def roundings(self, choice: KernelChoice) -> Roundings | None:  # noqa: ARG002 - each overrides it or not
+        """Return the roundings of a correct kernel, from which gaussian errors are judged; None for aiter's."""
+        return None
+
     def about(self) -> dict[str, Any]:
         """Return, by package name, the facts that decide its results besides the case: versions, devices, tables."""
         return {}
+
+
+class ExpertsAround(Experts):
+    """Experts around others, `inner`, which do all that is not overridden."""
+
+    def __init__(self, inner: Experts) -> None:
+        self.reuses_output = inner.reuses_output
+        self.inner = inner
+
+    def selection(self, rows: int) -> KernelChoice:
+        """See `Experts.selection`."""
+        return self.inner.selection(rows)
+
+    def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
+        """See `Experts.__call__`."""
+        return self.inner(given, weights)
+
+    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
+        """See `Experts.warm_up`."""
+        self.inner.warm_up(weights, rows)
+
+    def check(self, given: ExpertInput, weights: ExpertWeights) -> None:
+        """See `Experts.check`."""
+        self.inner.check(given, weights)
+
+    def roundings(self, choice: KernelChoice) -> Roundings | None:
+        """See `Experts.roundings`."""
+        return self.inner.roundings(choice)
+
+    def about(self) -> dict[str, Any]:
+        """See `Experts.about`."""
+        return self.inner.about()
 
 
 Cut = Callable[[Dispatched], ExpertInput]

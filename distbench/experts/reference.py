@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from distbench.case.plugins import Plugin
 from distbench.errors import Unsupported
-from distbench.experts.base import ExpertInput, Experts, ExpertWeights
+from distbench.experts.base import ExpertInput, Experts, ExpertsContext, ExpertWeights
 from distbench.experts.blocked_matmul import Weights
 from distbench.experts.roundings import Scales
 from distbench.experts.selection.choice import KernelChoice, KernelSelector
@@ -215,3 +216,14 @@ def grouped_routes(
 def _all_experts(count: int, device: torch.device) -> Tensor:
     """Return the numbers of all local experts, int64 [count]; the tensor must not be written to."""
     return torch.arange(count, device=device)
+
+
+def make(context: ExpertsContext) -> ReferenceExperts:
+    """Return the experts of a case."""
+    from distbench.experts import make_selector  # noqa: PLC0415 - the package imports none of its modules, nor they it
+    from distbench.experts.formulas import formula_of  # noqa: PLC0415 - as above
+
+    return ReferenceExperts(make_selector(context.case), context.case.seed, formula=formula_of(context.case))
+
+
+PLUGIN = Plugin(make=make, name="reference")

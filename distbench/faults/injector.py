@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from distbench.case.stages import SUB_BATCHES, Stage
 from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
-from distbench.experts.base import Cut, ExpertInput, Experts, ExpertWeights
-from distbench.experts.selection.choice import KernelChoice
+from distbench.experts.base import Cut, ExpertInput, Experts, ExpertsAround, ExpertWeights
 from distbench.faults import combine, dispatch, experts, limit, overlap, process
 from distbench.faults.base import Fault, Scene
 from distbench.transport.base import Dispatched, Transport, TransportAround
@@ -186,30 +185,23 @@ class _FaultyTransport(TransportAround):
         return tokens
 
 
-class _FaultyExperts(Experts):
+class _FaultyExperts(ExpertsAround):
     """Experts with faults around them; values are checked in the call, once the faults have damaged them."""
 
     def __init__(self, inner: Experts, faults: list[Fault]) -> None:
-        self.reuses_output = inner.reuses_output
-        self._inner = inner
+        super().__init__(inner)
         self._faults = faults
 
-    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
-        self._inner.warm_up(weights, rows)
-
-    def about(self) -> dict[str, Any]:
-        return self._inner.about()
-
-    def selection(self, rows: int) -> KernelChoice:
-        return self._inner.selection(rows)
+    def check(self, given: ExpertInput, weights: ExpertWeights) -> None:
+        """Check in the call."""
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         _enter(self._faults, Stage.EXPERTS)
         for fault in self._faults:
             if fault.active:
                 given = fault.asked(given)
-        self._inner.check(given, weights)
-        rows = self._inner(given, weights)
+        self.inner.check(given, weights)
+        rows = self.inner(given, weights)
         for fault in self._faults:
             if fault.active:
                 rows = fault.computed(given, rows)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from distbench.case.contract import unreturned
 from distbench.case.stages import Stage
 from distbench.case.timeouts import stage_limit
 from distbench.distributed.flight_recorder import from_stacks, late_ranks
@@ -64,8 +65,9 @@ def find_hang(
         return None
     stacks = dump_stacks(job, running) | stacks_elsewhere()
     stuck, late = _stuck(behind, stacks)
-    told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s{late}"
     case_index = None if over else last.case_index
+    rule = "" if over else unreturned(job.entries[last.case_index].case, last.stage_name)
+    told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s{rule}{late}"
     others = {rank: at for rank, at in running.items() if rank not in stuck}
     return _hang(stuck, others, told, stacks, case_index, last.stage_name)
 

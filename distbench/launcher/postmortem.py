@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from distbench.case.contract import unreturned
 from distbench.case.entry import Entry
 from distbench.case.stages import Arm, Stage
 from distbench.distributed.heartbeat import Position, is_whole, read_position
@@ -142,8 +143,15 @@ def _lost(job: Job, rank: int, how: str, position: Position | None) -> LaunchFai
     place = "before its first stage" if position is None else f"in {position.place}{_whose(position)}"
     baseline = position is not None and position.arm_name == Arm.PADDED
     code = "baseline-fault" if baseline else "rank-fault"
-    reason = Reason(code=code, rank=rank, message=f"rank {rank} {how} {place}", stage=_stage(position))
+    rule = "" if position is None else _rule(job, position)
+    reason = Reason(code=code, rank=rank, message=f"rank {rank} {how} {place}{rule}", stage=_stage(position))
     return _ending(job, position, reason, {})
+
+
+def _rule(job: Job, position: Position) -> str:
+    """Rule that a plugin breaks in whose call a rank ended."""
+    entries = job.entries[position.case_index : position.case_index + 1]
+    return "".join(unreturned(entry.case, position.stage_name) for entry in entries)
 
 
 def _all_left_no_word(job: Job, silent: dict[int, Position | None]) -> LaunchFailure:

@@ -86,7 +86,8 @@ class ArmErrors:
         return self._checker.allowed_between(arm, stage)
 
     def _roundings(self, rows: int) -> Roundings:
-        return roundings_of(self._resolved.case, self._experts.selection(rows))
+        choice = self._experts.selection(rows)
+        return self._experts.roundings(choice) or roundings_of(self._resolved.case, choice)
 
     def _kernels_round_alike(self) -> bool:
         """Whether the kernels of the buffer and of all cuts round alike on all ranks; `guard` cuts each its way."""

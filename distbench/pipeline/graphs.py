@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distbench.errors import Unsupported
-from distbench.experts.base import ExpertInput, Experts, ExpertWeights
-from distbench.experts.selection.choice import KernelChoice
+from distbench.experts.base import ExpertInput, Experts, ExpertsAround, ExpertWeights
 from distbench.utils.text import one_line
 from distbench.verify.row_compare import integer_view
 from distbench.workload.batch import TokenBatch
@@ -33,28 +32,12 @@ class _Captured(NamedTuple):
     workspace: int
 
 
-class GraphedExperts(Experts):
+class GraphedExperts(ExpertsAround):
     """Experts that capture each call of others, by rows and addresses, and replay it from then on."""
 
     def __init__(self, inner: Experts) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self._graphs: dict[tuple[int, ...], _Captured] = {}
-
-    def selection(self, rows: int) -> KernelChoice:
-        """See `Experts.selection`."""
-        return self.inner.selection(rows)
-
-    def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
-        """See `Experts.warm_up`."""
-        self.inner.warm_up(weights, rows)
-
-    def about(self) -> dict[str, Any]:
-        """See `Experts.about`."""
-        return self.inner.about()
-
-    def check(self, given: ExpertInput, weights: ExpertWeights) -> None:
-        """See `Experts.check`; a replay checks nothing."""
-        self.inner.check(given, weights)
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distbench.case.limits import Traffic, check_capacity
+from distbench.case.plugins import Plugin
 from distbench.case.spec import Case, case_hash, inputs_of, with_inputs
 from distbench.case.stages import Stage
 from distbench.case.timeouts import compiles
@@ -70,6 +71,7 @@ class _Ready(NamedTuple):
     experts: list[Experts]
     callers: list[Caller | None]
     counts: Tensor
+    brought: Brought
 
 
 class _Seen(NamedTuple):
@@ -80,24 +82,34 @@ class _Seen(NamedTuple):
     injector: Injector | None
 
 
+class Brought(NamedTuple):
+    """Parts that the process of the ranks brings itself, for names of the case that lead nowhere else."""
+
+    transport: Plugin | None = None
+    experts: Plugin | None = None
+
+
 @torch.inference_mode()
-def run_case(session: Session, case: Case, recorder: Recorder | None = None) -> Outcome | None:
+def run_case(
+    session: Session, case: Case, recorder: Recorder | None = None, brought: Brought | None = None
+) -> Outcome | None:
     """Run all arms of `case` and judge them: the outcome on rank 0, None elsewhere. Collective.
 
+    `brought` are parts of this process, in place of those that the case names.
     `recorder`, on all ranks or none, keeps this rank's rows for a bundle. A case that is refused before its first
     dispatch is refused by all ranks, and its outcome is known to all. A later refusal may be one rank's own: it is
     raised like any other error, and ends the rank.
     """
     session.heartbeat.arm, session.heartbeat.repeat = "", 0
     try:
-        ready = _prepare(session, case)
+        ready = _prepare(session, case, brought)
     except (InvalidCase, Overflow, Unsupported) as error:
         reason = Reason(code=error.verdict.value.lower(), message=str(error))
         return Outcome(case, Judgement(error.verdict, [reason], None))
     return _run(session, ready, recorder)
 
 
-def _prepare(session: Session, case: Case) -> _Ready:
+def _prepare(session: Session, case: Case, brought: Brought | None = None) -> _Ready:
     session.heartbeat.mark(Stage.AGREE)
     session.use(case.device)
     workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
@@ -109,7 +121,7 @@ def _prepare(session: Session, case: Case) -> _Ready:
     resolved = _resolved(session, case, counts)
     session.heartbeat.mark(Stage.WORKLOAD)
     inputs = [_Inputs(*one) for one in zip(workloads, batches, strict=True)]
-    return _build(session, resolved, inputs, counts)
+    return _build(session, resolved, inputs, counts, brought or Brought())
 
 
 def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome | None:
@@ -138,7 +150,7 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
     if number:
         session.heartbeat.mark(Stage.WORKLOAD)
         ready.weights.append(_weights(session, resolved.case, inputs.workload))
-        experts = make_experts(resolved.case)
+        experts = _make_experts(resolved.case, ready.brought)
         ready.callers.append(_caller(session, resolved, experts))
         ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
     parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transports[0], ready.experts.pop())
@@ -184,7 +196,7 @@ def _resolved(session: Session, case: Case, counts: Tensor) -> ResolvedCase:
     return msgspec.structs.replace(resolved, limit=limit)
 
 
-def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], counts: Tensor) -> _Ready:
+def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], counts: Tensor, brought: Brought) -> _Ready:
     case, (workload, batch), limit = resolved.case, inputs[0], resolved.limit
     weights = _weights(session, case, workload)
     rows = (case.capacity, *((limit,) if limit else ()))
@@ -193,14 +205,19 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
     if compiles(case):  # as packages are imported, as MoRI's world and operator are made, and in warm_up
         session.heartbeat.mark(Stage.COMPILE)
     with session.together() if compiles(case) or case.graph else nullcontext():
-        experts = make_experts(case)
+        experts = _make_experts(case, brought)
         experts.warm_up(weights, rows)
         experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
     caller = _caller(session, resolved, experts)
-    transports = [make_transport(session, case, sent, batch) for sent in counts]
+    own = () if brought.transport is None else (brought.transport,)
+    transports = [make_transport(session, case, sent, batch, *own) for sent in counts]
     if case.two_batch_overlap:
         transports = on_streams(case, transports, session.device)
-    return _Ready(resolved, inputs, [weights], transports, [experts], [caller], counts)
+    return _Ready(resolved, inputs, [weights], transports, [experts], [caller], counts, brought)
+
+
+def _make_experts(case: Case, brought: Brought) -> Experts:
+    return make_experts(case) if brought.experts is None else make_experts(case, brought.experts)
 
 
 def _sub_batches(session: Session, case: Case, parts: Parts, transports: list[Transport]) -> tuple[SubBatch, ...]:

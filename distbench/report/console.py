@@ -13,7 +13,7 @@ from distbench.errors import Verdict, exit_meaning
 from distbench.report.findings import ErrorReport
 from distbench.report.journal import Summary
 from distbench.report.rank_table import rank_parts
-from distbench.report.schema import InjectedReport, RateReport, Report
+from distbench.report.schema import InjectedReport, RateReport, Report, parts_label
 from distbench.report.terminal import Grid, print_parts, print_step, print_text, print_verdict
 from distbench.utils.voice import Voice, voice
 from distbench.verify.records import NOT_PROVEN, ORACLE
@@ -68,10 +68,8 @@ def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: li
 
 
 def verdict_line(report: Report) -> str:
-    """One line for the ending of a case, with `emulated` wherever a stand-in ran."""
-    line = report.verdict.value
-    if report.emulated:
-        line += f" (emulated: {', '.join(report.stand_ins)})"
+    """One line for the ending of a case, with its plugins, and `emulated` wherever a stand-in ran."""
+    line = report.verdict.value + parts_label(report.plugins, report.stand_ins)
     if report.injected:
         line += f" (INJECTED FAULT: {report.case['inject']})"
     proven = [reason for reason in report.reasons if reason.code != NOT_PROVEN]

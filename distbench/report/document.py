@@ -72,6 +72,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         blind_spots=blind,
         emulated=bool(outcome.case.stand_ins),
         stand_ins=outcome.case.stand_ins,
+        plugins=outcome.case.plugins,
         case=case_values(outcome.case) | {"hash": case_hash(outcome.case)},
         sources=entry.sources,
         warnings=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -115,7 +116,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     gaussian ones. `findings` are all rules that fired, the verdict's first; `blind_spots` are the errors that exact
     inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
     written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1. The arm
-    production has a `caller`. `sent` is None where no rank ran, and in older reports.
+    production has a `caller`. `plugins` are the parts of other packages, such as transport acme. `sent` is None where
+    no rank ran, and in older reports.
     """
 
     schema: str = SCHEMA
@@ -132,6 +134,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     blind_spots: list[str] = []
     emulated: bool
     stand_ins: list[str]
+    plugins: list[str] = []
     case: dict[str, Any]
     sources: dict[str, str]
     warnings: list[str]
@@ -154,6 +157,13 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     memory: dict[str, Any]
     sent: SentRows | None = None
     caller: CallerReport | msgspec.UnsetType = msgspec.UNSET
+
+
+def parts_label(plugins: Iterable[str], stand_ins: Iterable[str]) -> str:
+    """Parts of other packages, and stand-ins, in brackets after a blank; empty for none."""
+    emulated = ", ".join(stand_ins)
+    told = "; ".join(filter(None, (", ".join(plugins), f"emulated: {emulated}" if emulated else "")))
+    return f" ({told})" if told else ""
 
 
 class ReportView(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +190,7 @@ class CaseView(ReportView, frozen=True, kw_only=True):
     reasons: list[Reason]
     emulated: bool
     stand_ins: list[str]
+    plugins: list[str] = []
     case: dict[str, Any]
     diagnosis: list[Diagnosis]
     timing: dict[str, Any]

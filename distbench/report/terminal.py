@@ -207,6 +207,6 @@ def _console() -> Console:
 
     live = sys.stdout.isatty()
     colours: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    console = Output(highlight=False, width=None if live else _LOG_WIDTH, color_system=colours)
+    console = Output(highlight=False, emoji=False, width=None if live else _LOG_WIDTH, color_system=colours)
     console.width = max(console.width, _LEAST_WIDTH)
     return console

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from distbench.case.injection import parse_inject
+from distbench.case.plugins import is_built_in
 from distbench.case.spec import Case, case_hash
 from distbench.case.stages import Stage
 from distbench.errors import InvalidCase, Verdict
@@ -209,8 +210,13 @@ def swaps_of(case: Case, folder: Path) -> list[Swap]:
     swaps = [
         Swap("dispatch", "no fault injected there", stages=(Stage.DISPATCH,)),
         Swap("combine", "no fault injected there", stages=(Stage.COMBINE,)),
-        Swap("transport", "collective", {"transport": "collective"}, (Stage.DISPATCH, Stage.COMBINE)),
-        Swap("experts", "reference", {"experts": "reference"}, (Stage.EXPERTS,)),
+        Swap(
+            "transport",
+            "collective",
+            {"transport": "collective", "transport_option": ""},
+            (Stage.DISPATCH, Stage.COMBINE),
+        ),
+        Swap("experts", "reference", {"experts": "reference", "experts_option": ""}, (Stage.EXPERTS,)),
         *_pinned(case, folder / _PINNED),
         Swap("truncate", "limit off", {"limit": "off", "recv_bound": False}, (Stage.TRUNCATE,)),
         Swap("gather", "no fault injected there", stages=(Stage.GATHER,)),
@@ -240,6 +246,8 @@ def _pinned(case: Case, path: Path) -> list[Swap]:
 
     A kernel chosen by heuristics has a distbench name, which only the reference experts know.
     """
+    if not is_built_in("experts", case.experts):
+        return []
     selector = make_selector(case)
     kernel = selector.choose(case.capacity)
     write_atomically(path, pinned_table(selector, kernel))

@@ -10,7 +10,7 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.spec import FLAG_KEYS, UNSTORED_KEYS, Case, case_hash
+from distbench.case.spec import DERIVED_KEYS, Case, case_hash
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.launcher.campaign import Campaign, Rules
@@ -141,15 +141,14 @@ class Lab:
 
 
 def varied(case: Case, **changes: Any) -> Case:
-    """`case` with other values, checked as if a case file had them.
+    """`case` with other values, checked as if flags had them: a flag has named the code that it runs.
 
     Raises:
         InvalidCase: the values do not fit together.
 
     """
-    values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in UNSTORED_KEYS}
-    flags = Layer(FLAGS, {key: getattr(case, key) for key in FLAG_KEYS})
-    changed = resolve_case([flags, Layer("variant", values | changes)], None).case
+    values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in DERIVED_KEYS}
+    changed = resolve_case([Layer(FLAGS, values | changes)], None).case
     check_case(changed)
     return changed
 

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from distbench.case.plugins import Plugin, is_built_in, load_plugin, options_of
 from distbench.case.spec import Case
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distbench.distributed.exchange import Exchange
     from distbench.distributed.session import Session
     from distbench.transport.base import Transport
     from distbench.workload.batch import TokenBatch
 
 
-def make_transport(session: Session, case: Case, counts: Tensor, like: TokenBatch) -> Transport:
+def make_transport(
+    session: Session, case: Case, counts: Tensor, like: TokenBatch, brought: Plugin | None = None
+) -> Transport:
     """Return the case's transport; `counts` int64 [W, W] is the agreed routing, `like` a batch of its dtypes.
 
+    It is that of a plugin where its process has `brought` one. Collective where it is a plugin's.
+
     Raises:
-        Unsupported: the case's package is missing.
-        InvalidCase: the package does not support the case.
+        Unsupported: the case's package is missing, or does not state what the case needs.
+        InvalidCase: the package does not support the case, or an option of the plugin is wrong.
+        BrokenContract: a plugin's factory raises, or returns no transport.
     """
-    if case.transport == "mori":
-        from distbench.transport.mori.transport import MoriTransport  # noqa: PLC0415 - a rank loads only what it uses
+    from distbench.transport.base import TransportContext  # noqa: PLC0415 - loads torch
 
-        return MoriTransport(session, case)
-    from distbench.distributed.all_to_all import AllToAll  # noqa: PLC0415 - as above
-    from distbench.distributed.choose import choose_exchange  # noqa: PLC0415 - as above
-    from distbench.transport.collective.arrival import Geometry  # noqa: PLC0415 - as above
-    from distbench.transport.collective.transport import CollectiveTransport  # noqa: PLC0415
+    name = case.transport
+    context = TransportContext(case, None, session.rank, session.device, session.group, counts, like, session)
+    if is_built_in("transport", name):
+        made: Transport = load_plugin("transport", name).make(context)
+        return made
+    from distbench.case.contract import check_stated  # noqa: PLC0415 - only for plugins
+    from distbench.transport.contract import CheckedTransport  # noqa: PLC0415 - only around plugins
 
-    geometry = Geometry(
-        rank=session.rank,
-        ep_size=case.ep_size,
-        num_experts=case.num_experts,
-        capacity=case.capacity,
-        counts=counts,
-    )
-    shuffled = case.slot_order == "shuffled"
-    if case.two_batch_overlap:  # exchanges of both sub-batches are under way at once, which memory is not made for
-        exchange: Exchange = AllToAll(session.group)
-    else:
-        exchange = choose_exchange(session.group, session.shared, counts, session.device)
-    return CollectiveTransport(exchange, geometry, like, seed=case.seed, shuffled=shuffled)
+    with session.together():
+        plugin = brought or load_plugin("transport", name)
+        check_stated(plugin, "transport", case, session.device.type)
+        context = context._replace(options=options_of(plugin, "transport_option", case.transport_option))
+    return CheckedTransport(context, plugin)

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distbench.case.spec import Case
 from distbench.transport.sum_order import SumOrder
 from distbench.workload.batch import TokenBatch
 
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from distbench.distributed.session import Session
+
 POISON_ID = 0x7FFF_0000
+
+
+class TransportContext(NamedTuple):
+    """One rank of a case, for the factory of its transport; the ranks call it together.
+
+    `group` are the ranks of the case, in which this one is `rank`; `device` is where its tensors are. `counts` int64
+    [W, W], on the CPU, has the rows that each rank will send to each; `like` is a batch of the case's shapes and
+    dtypes. `options` is an instance of the plugin's own type. `session` is distbench's own, and no stable interface.
+    """
+
+    case: Case
+    options: Any
+    rank: int
+    device: torch.device
+    group: dist.ProcessGroup
+    counts: Tensor
+    like: TokenBatch
+    session: Session
 
 
 class Dispatched(NamedTuple):
@@ -38,16 +62,17 @@ class Transport(ABC):
 
     `dispatch` and `combine` are collective and strictly alternate, on ranks without tokens too. Each has two halves,
     named as MoRI's: what a send half was given must stay as it is until its receive half returns, and between the two
-    a rank may compute, or use another transport. `facts` describes the way rows move, for reports; `sum_order` is the
-    order in which combine adds. A transport whose memory outlives a call overrides `forget`, one that holds a package's
+    a rank may compute, or use another transport (see `WholeTransport` for one without halves). `capacity` are the rows
+    of the receive buffer, the case's. `facts` describes the way rows move, for reports; `sum_order` is the order in
+    which combine adds. A transport whose memory outlives a call overrides `forget`, one that holds a package's
     operator `close`.
     """
 
     capacity: int
     sends_early = True
     """Whether a send half sends, or only takes its arguments for the receive half to send."""
-    facts: dict[str, Any]
-    sum_order: SumOrder
+    facts: dict[str, Any] = {}  # noqa: RUF012 - each transport sets its own
+    sum_order: SumOrder = SumOrder()
 
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         """Send each token once to every rank that holds one of its experts: both halves."""
@@ -100,13 +125,59 @@ class Transport(ABC):
         return {}
 
 
+class WholeTransport(Transport):
+    """A transport whose dispatch and combine are one call each, made in the receive half."""
+
+    sends_early = False
+
+    @abstractmethod
+    def dispatch(self, batch: TokenBatch) -> Dispatched:
+        """Send each token once to every rank that holds one of its experts; see `Transport`."""
+
+    @abstractmethod
+    def combine(self, expert_out: Tensor, ids: Tensor) -> Tensor:
+        """Return the sum of this rank's tokens; see `Transport.combine_send` and `Transport.combine_recv`."""
+
+    def dispatch_send(self, batch: TokenBatch) -> None:
+        """Keep the batch for the receive half."""
+        self.__batch = batch
+
+    def dispatch_recv(self) -> Dispatched:
+        """See `Transport.dispatch_recv`."""
+        return self.dispatch(self.__batch)
+
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        """Keep the rows for the receive half."""
+        self.__returning = expert_out, ids
+
+    def combine_recv(self) -> Tensor:
+        """See `Transport.combine_recv`."""
+        return self.combine(*self.__returning)
+
+
 class TransportAround(Transport):
-    """A transport around another one, which keeps its size, its facts, its order of addition and its life."""
+    """A transport around another one, which does all that is not overridden."""
 
     def __init__(self, inner: Transport) -> None:
         self.capacity, self.sum_order, self.sends_early = inner.capacity, inner.sum_order, inner.sends_early
         self.facts = inner.facts
         self._inner = inner
+
+    def dispatch_send(self, batch: TokenBatch) -> None:
+        """See `Transport.dispatch_send`."""
+        self._inner.dispatch_send(batch)
+
+    def dispatch_recv(self) -> Dispatched:
+        """See `Transport.dispatch_recv`."""
+        return self._inner.dispatch_recv()
+
+    def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
+        """See `Transport.combine_send`."""
+        self._inner.combine_send(expert_out, ids)
+
+    def combine_recv(self) -> Tensor:
+        """See `Transport.combine_recv`."""
+        return self._inner.combine_recv()
 
     def sources(self) -> Tensor:
         """See `Transport.sources`."""

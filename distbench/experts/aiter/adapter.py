@@ -15,6 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.case.plugins import Plugin
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.experts import overrides_of
@@ -32,7 +33,7 @@ from distbench.experts.aiter.package import (
     tuned_tables,
 )
 from distbench.experts.aiter.weights import PreparedWeights, prepare_weights
-from distbench.experts.base import ExpertInput, Experts, ExpertWeights
+from distbench.experts.base import ExpertInput, Experts, ExpertsContext, ExpertWeights
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.selection.heuristics import ACTIVATIONS, ONE_STAGE_BLOCK_M, LayerKey, default_stage
@@ -328,3 +329,11 @@ def _unfit(rows: int, reason: str) -> str:
 def _kernel_name(stage: Any) -> str:
     name = (getattr(stage, "keywords", None) or {}).get("kernelName", "")
     return name if isinstance(name, str) and name not in MISSING else ""
+
+
+def make(context: ExpertsContext) -> AiterExperts:
+    """Return the experts of a case; see `make_aiter_experts`."""
+    return make_aiter_experts(context.case)
+
+
+PLUGIN = Plugin(make=make, name="aiter", graphs=True)

@@ -50,7 +50,7 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
 
     rows: int
     bucket: int
-    source: Literal["tuned", "heuristic"]
+    source: Literal["tuned", "heuristic", "named"]
     block_m: int
     """Rows of a tile, and of the blocks into which routes are sorted."""
     ksplit: int
@@ -66,9 +66,35 @@ class KernelChoice(msgspec.Struct, frozen=True, kw_only=True):
     table: str = ""
     """The table of a tuned choice of the Triton experts."""
 
+    @classmethod
+    def named(cls, rows: int, name: str, *, varies: bool = False) -> KernelChoice:
+        """Return the choice of a kernel that only has a name, which stands for all that decides its bits.
+
+        A kernel that `varies` gives other bits in each call, as one that adds atomically. Unless the experts state
+        their roundings, it counts as one with a bf16 intermediate.
+        """
+        return cls(
+            rows=rows,
+            bucket=rows,
+            source="named",
+            block_m=1,
+            ksplit=0,
+            run_1stage=False,
+            stage1=name,
+            stage2="",
+            stage2_mode="atomic" if varies else "reduce",
+            tile_k1=1,
+            tile_k2=1,
+        )
+
     @property
     def label(self) -> str:
-        """The choice in a few words, `T` from the tuned table or `H` by heuristics: `H bm32 2-stage atomic k64`."""
+        """The choice in a few words, `T` from the tuned table or `H` by heuristics: `H bm32 2-stage atomic k64`.
+
+        That of a kernel which only has a name is the name.
+        """
+        if self.source == "named":
+            return self.stage1
         stages = "1-stage" if self.run_1stage else "2-stage"
         k = f"k{self.tile_k1}" if self.tile_k1 == self.tile_k2 else f"k{self.tile_k1}/{self.tile_k2}"
         split = f" ks{self.ksplit}" if self.ksplit > 1 else ""

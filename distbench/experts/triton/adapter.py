@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.case.plugins import Plugin
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
-from distbench.experts.base import ExpertInput, Experts, ExpertWeights
+from distbench.experts.base import ExpertInput, Experts, ExpertsContext, ExpertWeights
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.shapes import check_triton_shape
@@ -155,3 +156,11 @@ def _changes(weights: Tensor) -> int:
 @lru_cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def make(context: ExpertsContext) -> TritonExperts:
+    """Return the experts of a case; see `make_triton_experts`."""
+    return make_triton_experts(context.case)
+
+
+PLUGIN = Plugin(make=make, name="triton", graphs=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from distbench.case.spec import Case
@@ -119,7 +121,15 @@ def _present(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def recorded_order(facts: Mapping[str, Any]) -> SumOrder:
-    """Order of addition of the transport whose facts a bundle holds, which may hold anything."""
+    """Order of addition of the transport whose facts a bundle holds, which may hold anything.
+
+    A plugin's order is a fact of its own, MoRI's follows from the kernel.
+    """
+    stated = facts.get("sum_order")
+    if isinstance(stated, dict):
+        with contextlib.suppress(msgspec.ValidationError):
+            order = msgspec.convert([stated.get(name) for name in SumOrder._fields], SumOrder)
+            return order._replace(node_ranks=max(order.node_ranks, 0))
     kernel, node_ranks, quant = facts.get("kernel"), facts.get("gpu_per_node"), facts.get("quant", "none")
     per_node = node_ranks if isinstance(node_ranks, int) and node_ranks > 0 else 0
     return sum_order(str(kernel), per_node, str(quant))

@@ -10,6 +10,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 from distbench.errors import Verdict
 from distbench.report.export.totals import DISTBENCH, Totals
 from distbench.report.results import Result, Results
+from distbench.report.schema import parts_label
 
 # XML 1.0 cannot represent these, not even escaped.
 _NOT_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -76,9 +77,9 @@ def _headline(result: Result) -> str:
 
 
 def _lines(result: Result) -> list[str]:
-    emulated = f" (emulated: {', '.join(result.stand_ins)})" if result.emulated else ""
+    parts = parts_label(result.plugins, result.stand_ins)
     return [
-        f"{result.verdict.value}{emulated}, expected {result.expect}, case {result.hash}",
+        f"{result.verdict.value}{parts}, expected {result.expect}, case {result.hash}",
         *(f"{reason.code}: {reason.message}" for reason in result.reasons),
         *(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}" for found in result.diagnosis),
     ]

@@ -48,6 +48,8 @@ def _lines(totals: Totals) -> Iterator[str]:
     yield ""
     if totals.missing:
         yield f"**{totals.missing} cases have no result.**"
+    if totals.plugins:
+        yield f"**plugins**: {escape(', '.join(sorted(totals.plugins)))}"
     if totals.stand_ins:
         yield f"**emulated**: {escape(', '.join(sorted(totals.stand_ins)))}"
     hosts = sorted(totals.hosts)

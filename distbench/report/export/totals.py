@@ -34,6 +34,7 @@ class Totals:
         self.max_recv = array("q")
         self.lost_rows = 0
         self.stand_ins: set[str] = set()
+        self.plugins: set[str] = set()
         self.wall_s = array("d")
         self.medians_us: dict[tuple[str, str, str], array[float]] = {}
         self._hashes: list[str] = []
@@ -83,6 +84,7 @@ class Totals:
                 self.limit_rows.append(result.limit.effective)
         self.hosts.update(result.hosts)
         self.stand_ins.update(result.stand_ins)
+        self.plugins.update(result.plugins)
         self.wall_s.append(result.wall_s)
         if result.suite.startswith(_COMMAND):
             self._hashes.append(result.hash)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.case.plugins import Plugin
 from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
-from distbench.transport.base import Dispatched, Transport, poison_
+from distbench.transport.base import Dispatched, Transport, TransportContext, poison_
 from distbench.transport.collective.arrival import Arrivals, Geometry, RowCounts
 from distbench.transport.collective.route import DispatchState, Mover, Route, lanes_of, lay_out, sent_rows, words
 from distbench.transport.collective.rows import TorchRows
@@ -247,3 +248,27 @@ def make_mover(traffic: RowCounts, device: torch.device) -> Mover:
 
         return TritonRows(traffic)
     return TorchRows(traffic)
+
+
+def make(context: TransportContext) -> CollectiveTransport:
+    """Return the transport of a rank, over the exchange that its group allows."""
+    from distbench.distributed.all_to_all import AllToAll  # noqa: PLC0415 - a rank loads only what it uses
+    from distbench.distributed.choose import choose_exchange  # noqa: PLC0415 - as above
+
+    case, session = context.case, context.session
+    geometry = Geometry(
+        rank=context.rank,
+        ep_size=case.ep_size,
+        num_experts=case.num_experts,
+        capacity=case.capacity,
+        counts=context.counts,
+    )
+    shuffled = case.slot_order == "shuffled"
+    if case.two_batch_overlap:  # exchanges of both sub-batches are under way at once, which memory is not made for
+        exchange: Exchange = AllToAll(context.group)
+    else:
+        exchange = choose_exchange(context.group, session.shared, context.counts, context.device)
+    return CollectiveTransport(exchange, geometry, context.like, seed=case.seed, shuffled=shuffled)
+
+
+PLUGIN = Plugin(make=make, name="collective", two_batch_overlap=True)

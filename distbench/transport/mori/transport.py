@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distbench.case.plugins import Plugin
 from distbench.case.spec import Case
 from distbench.case.stages import Stage
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective, waiting
 from distbench.errors import DistbenchError, Unsupported
-from distbench.transport.base import Dispatched, Transport, poison_
+from distbench.transport.base import Dispatched, Transport, TransportContext, poison_
 from distbench.transport.mori.checks import (
     check_batch,
     check_device,
@@ -404,3 +405,11 @@ def _facts(mori: Any, plan: MoriPlan, heap_bytes: int) -> dict[str, Any]:
 def _named(launch: Launch, warps: str = "warp_num_per_block") -> dict[str, Any]:
     """Return a geometry under MoRI's names: `warps` has one in its configuration, and another in its calls."""
     return dict(zip(("block_num", "rdma_block_num", warps), launch, strict=True))
+
+
+def make(context: TransportContext) -> MoriTransport:
+    """Return the transport of a rank; see `MoriTransport.__init__`."""
+    return MoriTransport(context.session, context.case)
+
+
+PLUGIN = Plugin(make=make, name="mori", two_batch_overlap=True)

@@ -222,7 +222,9 @@ def test_deeply_nested_lists_in_a_suite_are_refused_in_one_line(depth: int) -> N
 
 @pytest.mark.parametrize("name", ["smok", "", "a\nb", "no/such.toml", "\0.toml", "smoke.yaml"])
 def test_unknown_suite_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(InvalidCase, match=r"allowed are capacity, limits, .* or the path|cannot be read") as caught:
+    with pytest.raises(
+        InvalidCase, match=r"allowed are capacity, conformance, limits, .* or the path|cannot be read"
+    ) as caught:
         load_suite(name, 2)
     assert len(str(caught.value).splitlines()) == 1
 

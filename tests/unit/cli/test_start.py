@@ -50,7 +50,8 @@ def test_help_and_lists_load_few_modules() -> None:
     counts = {name: len(modules) for name, modules in found.items()}
     most = {name: MOST if "--help" in name else MOST_OF_A_TABLE for name in found}
     assert {name: count for name, count in counts.items() if count > most[name]} == {}
-    assert {name: modules & HEAVY for name, modules in found.items() if modules & HEAVY} == {}
+    heavy = {name: modules & HEAVY for name, modules in found.items() if modules & HEAVY}
+    assert heavy == {"plugins": {"importlib.metadata"}}  # it lists what is installed
 
 
 @pytest.mark.parametrize("module", ["numpy", "filelock"])

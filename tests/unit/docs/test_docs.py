@@ -81,8 +81,6 @@ OF_OTHERS = {
     "tests/kernels/moe/test_flashinfer_nvfp4_cosine_similarity.py": "vLLM",
     "tests/kernels/moe/test_moe.py": "vLLM",
 }
-PLANNED = {"api.py"}
-"""Reserved in docs/architecture.md."""
 # Pages of docs/measurements/ name files as they were at their date.
 CURRENT_PAGES = [page for page in PAGES if page.parent.name != "measurements"]
 SOURCES = [path for folder in ("distbench", "scripts", "tests") for path in (ROOT / folder).rglob("*.py")]
@@ -91,7 +89,7 @@ _FILE = re.compile(r"(?<![\w./{*-])[\w.-]+(?:/[\w.-]+)*\.py\b(?!\()")
 
 def missing_files(text: str, *folders: Path) -> set[str]:
     """Python files that a text names, that no folder has, and that are not of another project."""
-    named = set(_FILE.findall(text)) - OF_OTHERS.keys() - PLANNED
+    named = set(_FILE.findall(text)) - OF_OTHERS.keys()
     return {name for name in named if not any((folder / name).is_file() for folder in folders)}
 
 

@@ -1,0 +1,62 @@
+"""Rules that a transport and experts keep, by name (docs/plugins.md). Loads no torch."""
+
+from __future__ import annotations
+
+from distbench.case.plugins import Plugin, is_built_in
+from distbench.case.spec import Case
+from distbench.case.stages import Stage
+from distbench.errors import Unsupported
+
+RULES: dict[str, str] = {
+    "transport.made": "make returns a Transport on every rank",
+    "dispatch.returns": "dispatch returns on every rank, within the stage's time limit",
+    "dispatch.type": "dispatch returns a Dispatched of tensors, with scales for an fp8 payload only",
+    "dispatch.shape": "hidden has R rows of H columns, scales H/128, weights and ids k, total_recv has one number",
+    "dispatch.dtype": "hidden has the payload's dtype, scales and weights float32, ids and total_recv int32",
+    "dispatch.device": "all buffers are on the rank's device",
+    "dispatch.stays": "each dispatch returns the same buffers, at the same addresses",
+    "sources.shape": "sources returns a source rank and a token, int64, of each received row",
+    "combine.returns": "combine returns on every rank, within the stage's time limit",
+    "combine.shape": "combine returns one row of H columns for each token of the rank",
+    "combine.dtype": "combine returns the dtype of the expert rows",
+    "combine.device": "combine returns rows on the rank's device",
+    "experts.made": "make returns Experts on every rank",
+    "experts.selection": "selection returns the KernelChoice of the rows that it is asked for",
+    "experts.returns": "the experts return on every rank, within the stage's time limit",
+    "experts.shape": "the experts return a row of H columns for each allocated row",
+    "experts.dtype": "the experts return bf16",
+    "experts.device": "the experts return rows on the rank's device",
+}
+"""Text of each rule. R is the case's capacity, H the hidden columns, k the experts of a token."""
+
+_CALLS = {Stage.DISPATCH: "transport", Stage.COMBINE: "transport", Stage.EXPERTS: "experts"}
+
+
+def check_stated(plugin: Plugin, part: str, case: Case, device: str) -> None:
+    """Refuse a case that needs what a plugin does not state; `device` is cpu, cuda, or empty where none is known.
+
+    Raises:
+        Unsupported: names the key of the case.
+    """
+    lacks = {
+        f"device = {device}": bool(device) and device not in plugin.devices,
+        f"dispatch_dtype = {case.dispatch_dtype}": case.dispatch_dtype not in plugin.dtypes,
+        "ranks without tokens": not plugin.zero_tokens and 0 in case.tokens,
+        "graph": case.graph and part == "experts" and not plugin.graphs,
+        "two_batch_overlap": case.two_batch_overlap and part == "transport" and not plugin.two_batch_overlap,
+    }
+    for what, lacking in lacks.items():
+        if lacking:
+            message = f"{part} {getattr(case, part)}: states no support of {what}; drop it, or use another {part}"
+            raise Unsupported(message)
+
+
+def unreturned(case: Case, stage: str) -> str:
+    """Rule that a rank breaks which stands still or ends in `stage`, as the end of a message; empty without a plugin.
+
+    The stage must be one of a plugin's calls.
+    """
+    part = next((part for called, part in _CALLS.items() if called == stage), "")
+    if not part or is_built_in(part, getattr(case, part)):
+        return ""
+    return f"; {part} {getattr(case, part)} breaks {stage}.returns"

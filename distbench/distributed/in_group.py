@@ -1,0 +1,69 @@
+"""A session inside a process group that somebody else has made: a torchrun job, a notebook, a test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+from distbench.distributed.heartbeat import Heartbeat
+from distbench.distributed.session import Session
+from distbench.distributed.waits import collective
+from distbench.errors import InvalidCase, Unsupported
+from distbench.utils.devices import runs_on_device
+
+
+class GroupSession(Session):
+    """Session of the ranks of an existing group, over a group of its own with the same ranks; see `Session`.
+
+    Its device is the one that each rank has selected (`torch.cuda.set_device`).
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Make a group of the same ranks, with gloo, and NCCL where the group has it. Collective over `group`.
+
+        Raises:
+            InvalidCase: torch.distributed is not initialised, or this process is not in the group.
+        """
+        if not dist.is_initialized():
+            message = "run_in_group: torch.distributed is not initialised; call init_process_group first"
+            raise InvalidCase(message)
+        self.rank = dist.get_rank(group)
+        if self.rank < 0:
+            message = "run_in_group: this process is not in the group; call it on the group's ranks only"
+            raise InvalidCase(message)
+        self.heartbeat = Heartbeat(None)
+        self.world_size = dist.get_world_size(group)
+        self.local_ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", str(self.world_size))), self.world_size)
+        self.device = torch.device("cpu")
+        self.shared = None
+        on_devices = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
+        self._devices = self.local_ranks if on_devices else 0
+        self._connected: set[int] = set()
+        self._closing = contextlib.ExitStack()
+        with collective("group creation"):
+            self.group = dist.new_group(
+                dist.get_process_group_ranks(group or dist.group.WORLD),
+                backend="cpu:gloo,cuda:nccl" if on_devices else "gloo",
+                use_local_synchronization=True,
+            )
+
+    def use(self, asked: str) -> None:
+        """See `Session.use`.
+
+        Raises:
+            Unsupported: a device is asked for, and the group has no NCCL.
+        """
+        if asked == "cuda" and not self._devices:
+            message = "device = cuda: the group has no NCCL; initialise it with nccl, or use device cpu"
+            raise Unsupported(message)
+        if runs_on_device(asked, self._devices, self.local_ranks):
+            self.device = torch.device("cuda", torch.cuda.current_device())
+            self._connect_devices()
+
+    def close(self) -> None:
+        """Destroy the session's own group."""
+        self._closing.close()
+        dist.destroy_process_group(self.group)

@@ -1,0 +1,50 @@
+"""The interface of plugins: a transport or experts of another package (docs/plugins.md).
+
+Names here change with a major version of distbench only. Loads torch.
+"""
+
+from __future__ import annotations
+
+from distbench.case.plugins import Plugin
+from distbench.case.spec import Case
+from distbench.errors import BrokenContract, InvalidCase, Unsupported
+from distbench.experts.base import ExpertInput, Experts, ExpertsAround, ExpertsContext, ExpertWeights
+from distbench.experts.reference import make as reference_experts
+from distbench.experts.roundings import Roundings
+from distbench.experts.selection.choice import KernelChoice
+from distbench.transport.base import (
+    Dispatched,
+    Transport,
+    TransportAround,
+    TransportContext,
+    WholeTransport,
+    poison_,
+)
+from distbench.transport.collective.transport import make as collective_transport
+from distbench.transport.sum_order import SumOrder
+from distbench.workload.batch import TokenBatch
+
+__all__ = [
+    "BrokenContract",
+    "Case",
+    "Dispatched",
+    "ExpertInput",
+    "ExpertWeights",
+    "Experts",
+    "ExpertsAround",
+    "ExpertsContext",
+    "InvalidCase",
+    "KernelChoice",
+    "Plugin",
+    "Roundings",
+    "SumOrder",
+    "TokenBatch",
+    "Transport",
+    "TransportAround",
+    "TransportContext",
+    "Unsupported",
+    "WholeTransport",
+    "collective_transport",
+    "poison_",
+    "reference_experts",
+]

@@ -1,0 +1,86 @@
+"""Plugins on real ranks: right ones pass, wrong values are attributed to the stage and rank, refusals come from all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distbench.case.resolve import FLAGS, Layer, resolve_case
+from distbench.case.spec import Case
+from distbench.case.stages import Stage
+from distbench.distributed.session import Session
+from distbench.errors import Verdict
+from distbench.pipeline.run_case import run_case
+from distbench.report.bundle.recorded import recorded_order
+from distbench.transport.sum_order import SumOrder
+from distbench.verify.records import Outcome
+from tests.ranks import on_ranks
+
+RANKS = 2
+TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "device": "cpu", "tokens": (3, 5)}
+
+
+def brought(**values: Any) -> Case:
+    parts = {
+        key: f"tests.brought_plugins:{value}" if key in ("transport", "experts") else value
+        for key, value in values.items()
+    }
+    return resolve_case([Layer(FLAGS, TINY | parts)], RANKS).case
+
+
+def outcome_of(session: Session, case: Case) -> Outcome | None:
+    return run_case(session, case)
+
+
+def outcome(case: Case) -> Outcome:
+    found = on_ranks(RANKS, outcome_of, case)[0]
+    assert isinstance(found, Outcome)
+    return found
+
+
+def test_right_transport_and_experts_pass_and_are_named_in_the_packages() -> None:
+    found = outcome(brought(transport="OPTIONED", experts="SAME", kernel_table=""))
+    assert found.gathered is not None
+    assert found.judgement.verdict is Verdict.PASS, found.judgement.reasons
+    observed = found.gathered.observations[1]
+    assert observed.packages["transport tests.brought_plugins:OPTIONED"] == {"name": "optioned", "version": "1.2"}
+    assert observed.packages["experts tests.brought_plugins:SAME"] == {"name": "same", "version": "3"}
+    assert recorded_order(observed.transport) == SumOrder()
+    assert observed.kernels["padded"]["label"] == "same"
+
+
+@pytest.mark.parametrize(
+    ("parts", "stage", "ranks"),
+    [
+        ({"transport": "OPTIONED", "transport_option": "factor=2"}, Stage.COMBINE, {1}),
+        ({"transport": "LosesRow"}, Stage.DISPATCH, {0}),
+        ({"experts": "Unweighted"}, Stage.EXPERTS, {0, 1}),
+        ({"experts": "Swapped"}, Stage.EXPERTS, {0, 1}),
+    ],
+)
+def test_wrong_values_of_a_plugin_are_attributed_to_its_stage_and_rank(
+    parts: dict[str, str], stage: Stage, ranks: set[int]
+) -> None:
+    found = outcome(brought(numerics="exact", **parts))
+    assert found.judgement.verdict is Verdict.BASELINE_WRONG
+    assert found.judgement.first_divergence is not None
+    assert found.judgement.first_divergence.stage == stage
+    assert found.judgement.first_divergence.rank in ranks
+
+
+@pytest.mark.parametrize(
+    ("parts", "verdict", "message"),
+    [
+        ({"transport": "OPTIONED", "transport_option": "factor=0"}, Verdict.INVALID, "optioned refuses it"),
+        ({"transport": "missing"}, Verdict.INVALID, "no attribute 'missing'"),
+        ({"transport": "ON_DEVICES"}, Verdict.UNSUPPORTED, "states no support of device = cpu"),
+        ({"transport": "NO_FP8", "dispatch_dtype": "fp8"}, Verdict.UNSUPPORTED, "no support of dispatch_dtype = fp8"),
+        ({"experts": "SAME", "experts_option": "a=1"}, Verdict.INVALID, "same has no such option"),
+    ],
+)
+def test_refusal_of_a_plugin_ends_the_case_on_all_ranks(parts: dict[str, str], verdict: Verdict, message: str) -> None:
+    found = on_ranks(RANKS, outcome_of, brought(**parts))
+    for one in found:
+        assert one.judgement.verdict is verdict
+        assert message in one.judgement.reasons[0].message
