@@ -5,24 +5,22 @@ Flags, case file, production environment, profile, model preset, defaults, in th
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
-from distbench.case.aiter_env import table_bytes
 from distbench.case.atom_folder import folder_digest
 from distbench.case.caller_fit import check_caller_fits
+from distbench.case.file_digests import table_digest, wheel_digest
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_built_in, parse_options
-from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
+from distbench.case.presets import ALIASES, CUSTOM, DIMENSIONS, PRESETS, is_config_path, preset_name
 from distbench.case.profiles import MOST_TOKENS, NO_PROFILE, PROFILES, caller_of
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case, case_values, names_code
-from distbench.case.table_file import open_regular, read_table_file, refuse_bulk
+from distbench.case.table_file import read_table_file, refuse_bulk
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.case.tokens import split_tokens, spread_tokens
 from distbench.errors import InvalidCase, Unsupported
@@ -33,7 +31,6 @@ from distbench.utils.text import closest, one_line, shown
 FLAGS = "flag"
 _DEFAULT = "default"
 _UNTIL_FAILURE = 10_000
-_WHEEL_PART, _MOST_WHEEL_BYTES = 1 << 20, 4 << 30
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -71,7 +68,7 @@ def resolve_case(layers: Iterable[Layer], ep_size: int | None, *, fit: bool = Tr
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    given = list(layers)
+    given = _with_model(layers)
     profile = _profile(given)
     defaults = FIELD_DEFAULTS | dict(profile.values)
     for layer in (*given, profile):
@@ -178,6 +175,25 @@ def name_of(key: str, layer: Layer) -> str:
     return f"--{key.replace('_', '-')}" if layer.source == FLAGS else f"{layer.source}: {key}"
 
 
+def _with_model(layers: Iterable[Layer]) -> list[Layer]:
+    """The layers, with a preset's alias as its name, and the config.json that names the model as a layer of its own."""
+    given = list(layers)
+    for index, layer in enumerate(given):
+        name = layer.values.get("model")
+        if name is None:
+            continue
+        if isinstance(name, str) and is_config_path(name):
+            from distbench.case.model_config import config_values  # noqa: PLC0415 - most cases name a preset
+
+            rest = {key: value for key, value in layer.values.items() if key != "model"}
+            config = Layer(f"config:{name}", config_values(name))
+            given[index : index + 1] = [msgspec.structs.replace(layer, values=rest), config]
+        elif isinstance(name, str) and (known := preset_name(name)):
+            given[index] = msgspec.structs.replace(layer, values={**layer.values, "model": known})
+        break
+    return given
+
+
 def _profile(layers: Sequence[Layer]) -> Layer:
     """Layer of the profile that `layers` name, of no values where they name none or one that does not exist."""
     known = PROFILES.get(str(asked_value("profile", layers)))
@@ -258,8 +274,11 @@ def _apply_preset(values: dict[str, Any], sources: dict[str, str]) -> None:
         return
     shape = PRESETS.get(name)
     if shape is None:
-        near = closest(str(name), PRESETS)
-        message = f"model = {name!r:.80}{near}: allowed are {', '.join(PRESETS)}, or {CUSTOM} with all dimensions given"
+        near = closest(str(name), (*PRESETS, *ALIASES))
+        message = (
+            f"model = {name!r:.80}{near}: allowed are {', '.join(PRESETS)}, the path of a model's config.json, "
+            f"or {CUSTOM} with all dimensions given"
+        )
         raise InvalidCase(message)
     preset = {
         "hidden_size": shape.hidden_size,
@@ -297,39 +316,9 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["swiglu_limit"] = float(values["swiglu_limit"])
     for key in OPTION_KEYS:
         values[key] = canonical_options(key, values[key])
-    values["kernel_table_sha256"] = _table_digest(values["kernel_table"], sources["kernel_table"])
-    values["caller_wheel_sha256"] = _wheel_digest(values["caller_wheel"])
+    values["kernel_table_sha256"] = table_digest(values["kernel_table"], sources["kernel_table"])
+    values["caller_wheel_sha256"] = wheel_digest(values["caller_wheel"])
     values["caller_folder_sha256"] = folder_digest(values["caller_folder"])
-
-
-def _table_digest(path: str, source: str) -> str:
-    if not path:
-        return ""
-    try:
-        return hashlib.sha256(table_bytes(path)).hexdigest()
-    except (OSError, ValueError) as error:
-        message = (
-            f"kernel_table = {path!r:.200} ({source}): cannot be read ({one_line(error)}); give a readable CSV file"
-        )
-        raise InvalidCase(message) from error
-
-
-def _wheel_digest(path: str) -> str:
-    if not path:
-        return ""
-    digest = hashlib.sha256()
-    try:
-        with os.fdopen(open_regular(path), "rb") as stream:
-            small = os.fstat(stream.fileno()).st_size <= _MOST_WHEEL_BYTES
-            while small and (part := stream.read(_WHEEL_PART)):
-                digest.update(part)
-    except (OSError, ValueError) as error:
-        message = f"caller_wheel = {path!r:.200}: cannot be read ({one_line(error)}); give a wheel"
-        raise InvalidCase(message) from error
-    if not small:
-        message = f"caller_wheel = {path!r:.200}: larger than {_MOST_WHEEL_BYTES >> 30} GiB; give a wheel"
-        raise InvalidCase(message)
-    return digest.hexdigest()
 
 
 def check_fit(case: Case) -> None:

@@ -34,7 +34,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One test: a model layer, a routing, a limit and the rules of judgement. Field descriptions are the help texts."""
 
     model: Annotated[
-        str, _help("preset of the MoE layer, see `distbench presets`; custom where a dimension is not the preset's")
+        str,
+        _help(
+            "preset of the MoE layer, see `distbench presets`, or the path of a model's config.json; custom where a "
+            "dimension is not the preset's"
+        ),
     ] = "qwen3-30b-a3b"
     hidden_size: Annotated[Count, _help("hidden columns H")]
     intermediate_size: Annotated[Count, _help("intermediate columns I of an expert")]

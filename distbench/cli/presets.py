@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from distbench.case.presets import PRESETS, ModelShape
-from distbench.report.terminal import print_table
+from distbench.case.presets import ALIASES, PRESETS, ModelShape
+from distbench.report.terminal import print_table, print_text
 
 
 def add(commands: Any) -> None:
@@ -16,11 +16,18 @@ def add(commands: Any) -> None:
 
 
 def _presets(_: argparse.Namespace) -> int:
-    columns = ("model", "hidden", "intermediate", "experts", "top-k")
-    print_table([(name, *_preset_numbers(shape)) for name, shape in PRESETS.items()], columns)
+    columns = ("model", "layers", "hidden", "intermediate", "experts", "shared", "top-k", "source", "published")
+    print_table([(name, *_cells(shape)) for name, shape in PRESETS.items()], columns)
+    aliases: dict[str, list[str]] = {}
+    for alias, name in ALIASES.items():
+        aliases.setdefault(name, []).append(alias)
+    for name, others in aliases.items():
+        print_text(f"{name}: also {', '.join(others)}")
+    print_text("A model's own file does as well: --model path/to/config.json, or the folder that has it.")
     return 0
 
 
-def _preset_numbers(shape: ModelShape) -> tuple[str, ...]:
+def _cells(shape: ModelShape) -> tuple[str, ...]:
     experts = str(shape.num_experts) if shape.num_experts else f"{shape.experts_per_rank} a rank"
-    return str(shape.hidden_size), str(shape.intermediate_size), experts, str(shape.topk)
+    numbers = (shape.layers, shape.hidden_size, shape.intermediate_size, experts, shape.shared_experts, shape.topk)
+    return (*map(str, numbers), shape.source or "made for tests", shape.published)
