@@ -37,6 +37,7 @@ TAGS = {
     "h1",
     "h2",
     "h3",
+    "small",
     "strong",
     "span",
     "code",
@@ -80,7 +81,7 @@ ATTRIBUTES = {
     "href",
     "title",
 }
-KEPT = {"schema", "verdict", "confidence", "status", "hash", "source", "suite", "stage"}
+KEPT = {"schema", "verdict", "confidence", "status", "hash", "source", "suite", "stage", "cells"}
 MIB = 1 << 20
 OLD = Path("tests/data/e296384")
 

@@ -23,6 +23,7 @@ from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
 from distbench.verify.combine_check import CombineChecker, Combined, Own
 from distbench.verify.combine_model import OwnSlots, Returned, together
+from distbench.verify.difference_map import differing_cells
 from distbench.verify.excuses import adds_atomically, tolerance
 from distbench.verify.gather import Outputs
 from distbench.verify.losses import Losses, surviving, survivors
@@ -210,6 +211,7 @@ class Observer:
     def observation(self, made: Outputs, measured: Measured) -> Observation:
         """This rank's observation, after all passes, of all its `outputs` as they were `made`."""
         session, resolved, parts, outputs = self._session, self._resolved, self._parts, self.outputs
+        comparisons = _comparisons(made, outputs)
         return Observation(
             rank=session.rank,
             host=socket.gethostname(),
@@ -222,7 +224,7 @@ class Observer:
             kernels=self.kernels,
             digests=_digests(made),
             divergences=self._divergences,
-            comparisons=_comparisons(made, outputs),
+            comparisons=comparisons,
             reference=None,
             distance=self._distances(),
             survivors=survivors(made, self._without_rows) if resolved.lossy else None,
@@ -248,6 +250,7 @@ class Observer:
                 )
                 for name, traffic, rows in zip(SUB_BATCHES, resolved.sub_batches, self._rows, strict=False)
             ],
+            differing=differing_cells(outputs, comparisons, resolved.traffic.tokens, session.rank),
         )
 
     def _take_beyond(self, arm: str, beyond: Tensor, sub_batch: int) -> None:

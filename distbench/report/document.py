@@ -15,6 +15,7 @@ from distbench.case.injection import Injection, parse_inject
 from distbench.case.spec import Case, case_hash, case_values
 from distbench.errors import InvalidCase
 from distbench.experts.coverage import blind_spots_of
+from distbench.report.differences import differing_report
 from distbench.report.environment import Environment
 from distbench.report.findings import codes_behind, error_reports, finding_reports
 from distbench.report.limit import limit_report
@@ -99,6 +100,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         method=_method(resolved, records) if resolved and any(record.timed for record in records) else {},
         memory=_memory(gathered) if gathered else {},
         sent=outcome.sent,
+        differing=differing_report(gathered, outcome.case) if gathered else None,
         caller=_caller(records),
     )
 

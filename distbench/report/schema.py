@@ -60,6 +60,19 @@ class ComparisonReport(msgspec.Struct, frozen=True, kw_only=True):
     max_ulp: int
 
 
+class DifferingReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Map of where two arms differ: `cells` has a text for each block of tokens, with a digit for each of columns.
+
+    0 stands for no differing element, 1 to 8 for up to so many eighths of a cell's elements. A cell has
+    `tokens_per_cell` tokens of all ranks, in order, and `columns_per_cell` columns; the last ones may have fewer.
+    """
+
+    arms: tuple[str, str]
+    tokens_per_cell: int
+    columns_per_cell: int
+    cells: list[str]
+
+
 class LostReport(msgspec.Struct, frozen=True, kw_only=True):
     """Rows at and past the limit; `tokens` are (source rank, source token), the first 64."""
 
@@ -117,7 +130,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     inputs of this shape cannot show. `suite` names the suite of the case; `ended` is the time at which the report was
     written, in UTC as ISO 8601. `inputs_version` is that of the generated inputs; reports without it have 1. The arm
     production has a `caller`. `plugins` are the parts of other packages, such as transport acme. `sent` is None where
-    no rank ran, and in older reports.
+    no rank ran, and in older reports; `differing` also where all pairs are equal.
     """
 
     schema: str = SCHEMA
@@ -156,6 +169,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     method: dict[str, Any] = {}
     memory: dict[str, Any]
     sent: SentRows | None = None
+    differing: DifferingReport | None = None
     caller: CallerReport | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -15,6 +15,7 @@ from distbench.utils.devices import DeviceState
 
 ORACLE = "oracle"
 LISTED_TOKENS = 64
+MAP_TOKENS, MAP_COLUMNS = 64, 32
 COUNTS = ("capacity", "total_recv")
 RETURNED = "the sum of what ranks returned"
 FINITE = "finite values"
@@ -220,6 +221,25 @@ class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
         return TokenCounts(tokens=self.tokens + tokens, wrong=self.wrong + wrong, repeats=self.repeats)
 
 
+class CellGrid(msgspec.Struct, frozen=True):
+    """Cells of a map of the tokens of all ranks, in order, by columns: tokens and columns of a cell."""
+
+    tokens: int
+    columns: int
+
+
+def cell_grid(tokens: int, columns: int) -> CellGrid:
+    """The finest grid of at most MAP_TOKENS x MAP_COLUMNS cells."""
+    return CellGrid(max(-(-tokens // MAP_TOKENS), 1), max(-(-columns // MAP_COLUMNS), 1))
+
+
+class DifferingCells(msgspec.Struct, frozen=True, array_like=True):
+    """Differing elements of one rank's tokens by cell: `counts` of consecutive rows of the map, from row `first` on."""
+
+    first: int
+    counts: list[list[int]]
+
+
 class Survivors(msgspec.Struct, frozen=True):
     """One rank's tokens that lost no row to a limit below total_recv: their damage is not due to the limit.
 
@@ -250,7 +270,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     has the timed arms, `device_state` the device's state while the last of them ran. `replays` are replays of the last
     arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian. `accepted` lists, by the
     index of an injected mutant, the public acceptance rules that accept this rank's tokens. `caller` is that of the arm
-    production, where the case has one. `sub_batches` are those of two-batch overlap.
+    production, where the case has one. `sub_batches` are those of two-batch overlap. `differing[pair]` maps the
+    differing elements of a pair that is not equal.
     """
 
     rank: int
@@ -283,6 +304,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     accepted: dict[str, dict[str, bool]] = {}
     caller: CallerUse | None = None
     sub_batches: list[SubBatchCounts] = []
+    differing: dict[str, DifferingCells] = {}
 
     def distance_of(self, arm: str) -> float | None:
         """Distance of `arm` from padded; 0 where that was not measured."""

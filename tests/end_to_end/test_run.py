@@ -50,7 +50,7 @@ def test_tiny_case_passes_and_reports_both_kernels(tmp_path: Path) -> None:
 )
 def test_limit_of_max_recv_passes_and_one_row_less_names_the_lost_rows(tmp_path: Path, nproc: int, tokens: str) -> None:
     run = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv")
-    assert (run.exit_code, run.report["verdict"]) == (0, "PASS")
+    assert (run.exit_code, run.report["verdict"], run.report["differing"]) == (0, "PASS", None)
     short = tiny(tmp_path, nproc, "--tokens", tokens, "--limit", "max-recv-1", "--policy", "unchecked")
     report = short.report
     assert (short.exit_code, report["verdict"]) == (1, "UNDER_LIMIT")
@@ -70,6 +70,10 @@ def test_limit_of_max_recv_passes_and_one_row_less_names_the_lost_rows(tmp_path:
     (cause,) = (one for one in report["diagnosis"] if one["cause"] == "lost by the cut")
     assert cause["confidence"] == "certain"
     assert {tuple(token) for token in cause["tokens"]} == lost
+    assert report["differing"]["arms"] == ["padded", "truncated"]
+    counts = [rank["tokens"] for rank in report["ranks"]]
+    places = {(sum(counts[:rank]) + token) // report["differing"]["tokens_per_cell"] for rank, token in lost}
+    assert {place for place, cells in enumerate(report["differing"]["cells"]) if cells.strip("0")} == places
 
 
 @pytest.mark.parametrize(

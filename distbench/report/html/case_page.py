@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
 
 from distbench.case.stages import LAYER_STAGES, Arm
 from distbench.errors import InvalidCase, Verdict
-from distbench.report.html import charts
+from distbench.report.html import cells, charts
 from distbench.report.html.view import Pictured, PicturedRank
 from distbench.utils.text import one_line
 
@@ -62,12 +63,13 @@ class CasePage(NamedTuple):
     kind: str
     steps: list[Step]
     sent: list[list[tuple[int, int]]]
-    heat: charts.HeatMap | None
+    heat: cells.HeatMap | None
     sent_of: str
     bars: charts.Bars | None
     above: str
     tokens: list[charts.Strip]
     columns: float | None
+    differing: cells.CellMap | None
     errors: charts.Rows | None
     times: charts.Rows | None
     kernels: list[KernelRow]
@@ -84,7 +86,7 @@ def case_page(report: Pictured) -> CasePage:
     """
     rows = report.sent.rows if report.sent else []
     small = len(rows) <= MOST_NUMBERED
-    low, high = charts.bounds_of(rows)
+    low, high = cells.bounds_of(rows)
     return CasePage(
         report=report,
         glyph=GLYPHS[report.verdict],
@@ -92,13 +94,14 @@ def case_page(report: Pictured) -> CasePage:
         headline=", ".join(f"{key} {report.case[key]}" for key in _HEADLINE if key in report.case),
         kind=kind_of(report.verdict, as_expected=report.as_expected),
         steps=_steps(report),
-        sent=[[(value, charts.level_of(value, low, high)) for value in row] for row in rows] if small else [],
-        heat=None if small else charts.heat_map(rows),
+        sent=[[(value, cells.level_of(value, low, high)) for value in row] for row in rows] if small else [],
+        heat=None if small else cells.heat_map(rows),
         sent_of="" if report.sent is None else _block(report.sent.ranks_per_block),
         bars=_bars(report),
         above=_above(report),
         tokens=_tokens(report),
         columns=_column(report),
+        differing=_differing(report),
         errors=_errors(report),
         times=_times(report),
         kernels=list(_kernels(report.ranks)),
@@ -208,13 +211,33 @@ def _column(report: Pictured) -> float | None:
     return first.column / hidden * charts.WIDTH
 
 
+def _differing(report: Pictured) -> cells.CellMap | None:
+    """The map with the rank at its first token; None where nothing differs.
+
+    Raises:
+        InvalidCase: a cell that is no digit.
+
+    """
+    found = report.differing
+    if found is None:
+        return None
+    if not all(cell.isascii() and cell.isdecimal() for cell in found.cells):
+        message = "differing: a cell is no digit from 0 to 8; run the case again"
+        raise InvalidCase(message)
+    ranks = sorted(report.ranks, key=lambda one: one.rank)
+    starts = accumulate((one.tokens for one in ranks), initial=0)
+    total = max(sum(one.tokens for one in ranks), 1)
+    marks = {str(one.rank): start / total for one, start in zip(ranks, starts, strict=False)}
+    return cells.cell_map(found.cells, marks)
+
+
 def _errors(report: Pictured) -> charts.Rows | None:
     series = []
     for error in report.errors:
         low, high = error.allowed.get("ratio_low", 0.0), error.allowed.get("ratio_high", 0.0)
         ratio = "a NaN" if error.ratio is None else f"{error.ratio[0]:.3f} to {error.ratio[1]:.3f}"
-        within = "within" if error.within else "NOT within"
-        label = f"{error.arm}, {error.stage}: {ratio}, {within} {low:.3f} to {high:.3f}"
+        within = "within" if error.within else "outside"
+        label = f"{error.arm}, {error.stage}: {ratio} {within} {low:.3f} to {high:.3f}"
         series.append(charts.Series(label, error.ratio or (), (low, high), not error.within))
     return charts.rows_over_ratio(series) if series else None
 
@@ -238,7 +261,7 @@ def _times_of(arm: str, stage: str, figures: dict[str, Any]) -> charts.Series:
         raise InvalidCase(message) from error
     tail = "" if p99 is None else f", p99 {charts.microseconds(p99)}"
     count = f"{len(samples)} sample{'' if len(samples) == 1 else 's'}"
-    return charts.Series(f"{arm}, {stage}: median {charts.microseconds(median)}{tail}, {count}", samples or (median,))
+    return charts.Series(f"{arm}, {stage}: {charts.microseconds(median)}{tail}, {count}", samples or (median,))
 
 
 def _kernels(ranks: Sequence[PicturedRank]) -> Iterator[KernelRow]:

@@ -6,17 +6,13 @@ A unit is a pixel on a phone. Every coordinate is rounded, since a page may hold
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from itertools import groupby
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from markupsafe import Markup
 
 WIDTH = 360
 """Width of every drawing; its height follows from the content."""
-
-LEVELS = 8
-"""Shades of a heat map; 0 is the shade of no rows."""
 
 _LABEL_GAP = 12.0
 _BARS_TOP, _BARS_HEIGHT, _BARS_RIGHT = 8.0, 140.0, 150.0
@@ -25,16 +21,15 @@ _SIDE = 6.0
 _MOST_DOTS = 60
 _LEAST_US = 1e-3
 _TICK_GAP = 30.0
+_NAME_GAP = 60.0
 _ROOM = 1.04
 
-_MOST_LABEL = 62
+_MOST_LABEL = 58
 _RISES = 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 9.0, 99.0
 _FALLS = -0.01, -0.02, -0.05, -0.1, -0.2, -0.5, -0.75, -0.9, -0.99
-_CHANGE_GAP = 48.0
 _PAIR, _BAR = 40.0, 7.0
 
 _Place = Callable[[float], float]
-_Kind = TypeVar("_Kind", bound=Hashable)
 
 
 def number(value: float) -> str:
@@ -42,50 +37,9 @@ def number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _path(parts: Iterable[str]) -> Markup:
+def path_of(parts: Iterable[str]) -> Markup:
     """Data of a path, which is numbers and commands that were made here, and must not be cut as a text is."""
     return Markup("".join(parts))  # noqa: S704
-
-
-class HeatMap(NamedTuple):
-    """Paths by level, in cells of 1 x 1; `size` cells a side; the range of rows that the levels share."""
-
-    size: int
-    paths: dict[int, Markup]
-    low: int
-    high: int
-
-
-def level_of(value: int, low: int, high: int) -> int:
-    """Shade of `value`: 0 for none, else 1 to LEVELS between `low` and `high`."""
-    if value <= 0:
-        return 0
-    return LEVELS if high <= low else 1 + (value - low) * (LEVELS - 1) // (high - low)
-
-
-def bounds_of(rows: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """Smallest number of rows above none, and the largest; zeros where there are none."""
-    some = [value for row in rows for value in row if value > 0]
-    return (min(some), max(some)) if some else (0, 0)
-
-
-def heat_map(rows: Sequence[Sequence[int]]) -> HeatMap:
-    """Heat map of a table; neighbours of one level in a row are one rectangle."""
-    low, high = bounds_of(rows)
-    paths = cell_paths([[level_of(value, low, high) for value in row] for row in rows])
-    return HeatMap(len(rows), {level: paths[level] for level in sorted(paths)}, low, high)
-
-
-def cell_paths(rows: Sequence[Sequence[_Kind]]) -> dict[_Kind, Markup]:
-    """Paths of the cells of each kind, 1 x 1; neighbours of one kind in a row are one rectangle."""
-    parts: dict[_Kind, list[str]] = {}
-    for y, row in enumerate(rows):
-        x = 0
-        for kind, alike in groupby(row):
-            count = sum(1 for _ in alike)
-            parts.setdefault(kind, []).append(f"M{x} {y}h{count}v1h-{count}z")
-            x += count
-    return {kind: _path(found) for kind, found in parts.items()}
 
 
 class Mark(NamedTuple):
@@ -125,7 +79,7 @@ def bars(received: Sequence[int], limit: int | None, lines: Mapping[str, int]) -
     placed = spread([at[label] for label in order], _LABEL_GAP)
     marks = [Mark(at[label], y, label, label.split()[0]) for label, y in zip(order, placed, strict=True)]
     height = max([bottom + 16, *(y + 4 for y in placed)])
-    return Bars(height, bottom, right, _path(parts[False]), _path(parts[True]), marks)
+    return Bars(height, bottom, right, path_of(parts[False]), path_of(parts[True]), marks)
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
@@ -196,8 +150,8 @@ def rows_over_ratio(series: Sequence[Series], one: str = "ideal") -> Rows:
     def place(value: float) -> float:
         return _SIDE + (value - low) / width * (WIDTH - 2 * _SIDE)
 
-    ticks = sorted({low, 1.0, high})
-    return _rows(series, place, [(value, one if value == 1 else f"{value:.3g}") for value in ticks])
+    ends = [(value, f"{value:.3g}") for value in (low, high) if abs(place(value) - place(1.0)) >= _NAME_GAP]
+    return _rows(series, place, [(1.0, one), *ends])
 
 
 def rows_over_change(series: Sequence[Series]) -> Rows:
@@ -218,7 +172,7 @@ def _apart(place: _Place, low: float, high: float) -> list[float]:
     """Shares to label: no change, both ends, and those between, where each leaves room for those before it."""
     kept = [0.0]
     for share in (low, high, *reversed(_RISES), *reversed(_FALLS)):
-        if low <= share <= high and all(abs(place(share) - place(one)) >= _CHANGE_GAP for one in kept):
+        if low <= share <= high and all(abs(place(share) - place(one)) >= _NAME_GAP for one in kept):
             kept.append(share)
     return sorted(kept)
 

@@ -8,7 +8,7 @@ import msgspec
 
 from distbench.errors import InvalidCase
 from distbench.report.findings import ErrorReport
-from distbench.report.schema import CaseView, ComparisonReport, InjectedReport, RateReport
+from distbench.report.schema import CaseView, ComparisonReport, DifferingReport, InjectedReport, RateReport
 from distbench.utils.text import one_line
 from distbench.verify.records import Divergence, SentRows
 
@@ -50,6 +50,7 @@ class Pictured(CaseView, frozen=True, kw_only=True):
     injected: list[InjectedReport] = msgspec.field(default_factory=list)
     rate: RateReport | None = None
     sent: SentRows | None = None
+    differing: DifferingReport | None = None
 
 
 def pictured(raw: bytes) -> Pictured:
