@@ -5,7 +5,7 @@ ARGS ?=
 AMD = --transport mori --experts aiter --device cuda
 export PYTHON VENV
 
-.PHONY: help setup run test test-long test-cluster check drift bench bench-gpu selftest mutants amd-smoke amd clean
+.PHONY: help setup run test test-long test-cluster test-browser check drift bench bench-gpu selftest mutants amd-smoke amd clean
 
 ##@ Run
 
@@ -49,6 +49,9 @@ test-long: $(VENV)/.ready-dev ## The long counts of docs/: every fault, kill and
 test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge
 	@DISTBENCH_CLUSTER=1 TEST_WORKERS=0 scripts/test tests/cluster $(ARGS)
 
+test-browser: $(VENV)/.ready-browser ## Pages of HTML in a headless Chromium; skipped with a reason where there is none
+	@DISTBENCH_BROWSER=1 TEST_WORKERS=0 scripts/test tests/browser $(ARGS)
+
 drift: $(VENV)/.ready-dev ## What no longer matches in the newest mori, SGLang, aiter (docs/drift.md); downloads 100 MB
 	@$(VENV)/bin/python -m scripts.drift $(ARGS)
 
@@ -69,3 +72,6 @@ $(VENV)/.ready: pyproject.toml scripts/setup
 
 $(VENV)/.ready-dev: pyproject.toml scripts/setup
 	@scripts/setup --dev
+
+$(VENV)/.ready-browser: pyproject.toml scripts/setup
+	@scripts/setup --browser

@@ -65,6 +65,13 @@ def test_setup_installs_torch_if_none_is_present(tmp_path: Path, index: str, sho
     assert "with the tools for check and test" in result.stdout
 
 
+def test_setup_installs_a_driver_of_browsers_only_if_asked(tmp_path: Path) -> None:
+    python = interpreter(tmp_path / "python", None)
+    assert "a driver of browsers" not in dry_run(tmp_path, python, "--dev").stdout
+    asked = dry_run(tmp_path, python, "--browser").stdout
+    assert "with the tools for check and test and a driver of browsers" in asked
+
+
 def test_setup_refuses_an_old_python_with_version_bound_and_fix(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$2" in *platform*) echo 3.9.1 ;; *) exit 1 ;; esac\n')

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from distbench.report.html import charts
 from distbench.report.html.case_page import GLYPHS
+from distbench.report.html.cells import cell_paths
 from distbench.report.html.page import render
 from distbench.tools.cluster.attribution import ClusterFinding, GroupRun
 from distbench.tools.cluster.plan import Group, Step
@@ -98,7 +99,7 @@ def cluster_page(validation: Validation) -> ClusterPage:
             *(f"not judged: {gap}" for gap in validation.not_judged),
         ],
         marks=rows if small else [],
-        paths={} if small else charts.cell_paths([[mark.kind for mark in row] for row in rows]),
+        paths={} if small else cell_paths([[mark.kind for mark in row] for row in rows]),
         nodes=[found.row(number, node) for number, node in enumerate(nodes[:_SHOWN_NODES], 1)],
         more_nodes=max(len(nodes) - _SHOWN_NODES, 0),
         times=_times(validation),
@@ -111,7 +112,7 @@ def cluster_page(validation: Validation) -> ClusterPage:
 
 def _heading(validation: Validation) -> str:
     """Findings in words, by kind."""
-    kinds = Counter(found.kind for found in validation.findings)
+    kinds = Counter(kind for kind, _ in dict.fromkeys((found.kind, found.nodes) for found in validation.findings))
     told = [
         {
             "common": "all nodes share a fault",
@@ -185,7 +186,7 @@ def _times(validation: Validation) -> charts.Rows | None:
             found = relative_times(validation.trials, step, stage)
             if found:
                 slowest = max(found, key=found.__getitem__)
-                label = f"{stage}, {how}: slowest {' and '.join(slowest)}, {found[slowest]:.2f} times the median"
+                label = f"{stage}, {how}: up to {found[slowest]:.2f}, {' and '.join(slowest)}"
                 named = bool(slow & {frozenset(slowest), *(frozenset((node,)) for node in slowest)})
                 series.append(charts.Series(label, list(found.values()), alarm=named))
     return charts.rows_over_ratio(series, "median") if series else None

@@ -139,7 +139,7 @@ def _changes(times: Sequence[TimeFinding], comparison: Comparison) -> charts.Row
     """Changes with their intervals over the slowdowns that may go unnoticed; None where there are none."""
     series = [
         charts.Series(
-            f"{_name(time)}: {_change(time)}, {judgement_of(time, comparison)}",
+            _label(time, judgement_of(time, comparison)),
             (time.change.change,),
             None if time.change.detectable is None else (0.0, time.change.detectable),
             judgement_of(time, comparison) in _ALARMS,
@@ -150,8 +150,11 @@ def _changes(times: Sequence[TimeFinding], comparison: Comparison) -> charts.Row
     return charts.rows_over_change(series) if series else None
 
 
-def _name(time: TimeFinding) -> str:
-    return f"{time.arm}, {time.stage}" if time.case == ALL_CASES else f"{time.arm}, {time.stage}, {time.case}"
+def _label(time: TimeFinding, word: str) -> str:
+    """Figures before a long name, whose end may be cut."""
+    if time.case == ALL_CASES:
+        return f"{time.arm}, {time.stage}: {_change(time)}, {word}"
+    return f"{_change(time)} {time.arm}/{time.stage}, {time.case}"
 
 
 def _change(time: TimeFinding) -> str:
@@ -159,7 +162,8 @@ def _change(time: TimeFinding) -> str:
     found = time.change
     if found.interval is None:
         return percent(found.change)
-    return f"{percent(found.change)} ({percent(found.interval[0])} to {percent(found.interval[1])})"
+    low, high = map(percent, found.interval)
+    return f"{percent(found.change)} ({low.removesuffix(' %')} to {high})"
 
 
 def percent(share: float) -> str:
