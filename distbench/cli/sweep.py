@@ -24,13 +24,15 @@ from distbench.cli.options import (
     report_writers,
 )
 from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
+from distbench.errors import InvalidCase, exit_meaning
 from distbench.report.progress import Progress
+from distbench.report.terminal import print_verdict
 
 if TYPE_CHECKING:
     from distbench.experts.selection.releases import BucketRules
     from distbench.report.sweep import SweepRow
 
-_SUITE, _LIMIT = "distbench sweep", "limit="
+_SUITE, _LIMIT, _TOKENS = "distbench sweep", "limit=", "tokens="
 _SWEEP = "sweep.json"
 _BOUNDS = ("max-recv", "sum", "sum32", "pow2", "capacity")
 _ITERATIONS = 50
@@ -41,16 +43,22 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     sweep = commands.add_parser(
         "sweep",
-        description="Run one case without a limit, then at each of --limits, in one launch; sweep.json in --out has "
-        "the table too. The same command with the same --out resumes where it was stopped.",
+        description="Run one case without a limit, then at each of --limits, for each of --sizes; the table is in "
+        "sweep.json too. The same command resumes where it was stopped.",
     )
     sweep.set_defaults(command=_sweep, resumes=True)
     sweep.add_argument(
+        "--sizes",
+        metavar="TOKENS,…",
+        default="",
+        help="tokens of each rank in turn: 1,16,4k or ranges as 1:4k:*2, 64:512:+64 (--tokens takes a range too)",
+    )
+    sweep.add_argument(
         "--limits",
-        metavar="auto|ROWS,…",
-        default=_AUTO,
-        help="limits; auto: the rows really received, each edge of a kernel bucket above the least that some rank must "
-        "receive, and each proven bound (default: %(default)s)",
+        metavar="ROWS,…",
+        default="",
+        help="limits; auto: the rows received, each edge of a kernel bucket above the least that some rank must "
+        "receive, each proven bound (default: auto, with sizes the case's)",
     )
     sweep.add_argument("--case", metavar="FILE", help="case file, .toml or .json")
     add_launch(sweep)
@@ -66,7 +74,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from distbench.launcher.resources import report_bytes
     from distbench.report.console import print_sweep
     from distbench.report.files import write_atomically
-    from distbench.report.journal import unfinished
+    from distbench.report.journal import RESULTS, unfinished
     from distbench.report.results import Results
     from distbench.report.sweep import COLUMNS, read_rows
 
@@ -93,27 +101,30 @@ def _sweep(options: argparse.Namespace) -> int:
             summary = bench.run(Progress(len(entries), what="sweep"))
         rows = read_rows(out, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
-    print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows, out))
+    print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows))
+    ending = f"exit {summary.exit_code}, {exit_meaning(summary.exit_code)}"
+    print_verdict(f"{ending}: results in {out / _SWEEP} and {out / RESULTS}", summary.exit_code)
     return summary.exit_code
 
 
 def _refuse_strangers(out: Path) -> None:
     from distbench.report.journal import refuse_strangers
 
-    refuse_strangers(out, _SUITE, lambda name: name.startswith(_LIMIT))
+    refuse_strangers(out, _SUITE, lambda name: name.startswith((_LIMIT, _TOKENS)))
 
 
-def _notes(rows: list[SweepRow], out: Path) -> list[str]:
-    from distbench.report.journal import RESULTS
-
+def _notes(rows: list[SweepRow]) -> list[str]:
     notes = sorted({note for row in rows for note in row.notes})
     proofs = {row.proof.bound: row.proof.formula for row in rows if row.proof is not None}
-    notes += [
-        f"proven: loses no row under any routing of these token counts, at most {bound} rows a rank ({formula}); "
-        "this batch: loses none under this routing, others may; unsafe: loses rows of this batch"
-        for bound, formula in proofs.items()
-    ]
-    return [*notes, f"results in {out / _SWEEP} and {out / RESULTS}"]
+    if not proofs:
+        return notes
+    known = [f", at most {bound} rows a rank ({formula})" for bound, formula in proofs.items()]
+    bound = known[0] if len(known) == 1 else ""
+    notes.append(
+        f"proven: loses no row under any routing of these token counts{bound}; this batch: loses none under this "
+        "routing, others may; unsafe: loses rows of this batch"
+    )
+    return notes
 
 
 def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
@@ -121,21 +132,38 @@ def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     from distbench.case.resolve import Layer, load_case_file, resolve_case
     from distbench.cli.launching import warnings
 
+    sizes = _sizes(options)
     files = [load_case_file(options.case)] if options.case else []
     timed = Layer("sweep", {"iterations": _ITERATIONS})
     given = [*case_flags(options), *files, timed]
     layers = [*given, *read_environment(os.environ, given)]
-    resolved = resolve_case([Layer("sweep", {"limit": "off"}), *layers], num_ranks(options))
-    base = resolved.case
     entries: dict[str, Entry] = {}
-    notes = (*resolved.notes, *warnings(base, resolved.sources, options))
-    for limit in sweep_limits(base, options.limits):
-        resolved = resolve_case([Layer("sweep", {"limit": limit}), *layers], num_ranks(options))
-        entry = Entry(
-            name=f"{_LIMIT}{limit}", case=resolved.case, sources=resolved.sources, suite=_SUITE, warnings=notes
-        )
-        entries.setdefault(case_hash(resolved.case), entry)
+    for size in sizes or (None,):
+        own = {} if size is None else {"tokens": size}
+        resolved = resolve_case([Layer("sweep", own), *layers], num_ranks(options))
+        asked = options.limits or (_AUTO if size is None else resolved.case.limit)
+        base = resolve_case([Layer("sweep", own | {"limit": "off"}), *layers], num_ranks(options)).case
+        notes = (*resolved.notes, *warnings(base, resolved.sources, options))
+        for limit in sweep_limits(base, asked):
+            resolved = resolve_case([Layer("sweep", own | {"limit": limit}), *layers], num_ranks(options))
+            name = f"{_LIMIT}{limit}" if size is None else f"{_TOKENS}{size}/{_LIMIT}{limit}"
+            entry = Entry(name=name, case=resolved.case, sources=resolved.sources, suite=_SUITE, warnings=notes)
+            entries.setdefault(case_hash(resolved.case), entry)
     return tuple(entries.values())
+
+
+def _sizes(options: argparse.Namespace) -> tuple[int, ...]:
+    """Tokens of each rank to sweep, of --sizes, or of --tokens where it has a range; empty for none."""
+    from distbench.case.tokens import parse_sizes
+
+    tokens = options.case_tokens or ""
+    if not options.sizes and ":" not in tokens:
+        return ()
+    if options.sizes and tokens:
+        message = f"--sizes {options.sizes:.40} --tokens {tokens:.40}: both say what the ranks have; give one"
+        raise InvalidCase(message)
+    options.case_tokens = None
+    return parse_sizes(plain_counts(options.sizes or tokens))
 
 
 def sweep_limits(case: Case, asked: str) -> list[str]:

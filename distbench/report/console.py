@@ -10,6 +10,7 @@ from distbench.case.profiles import NO_PROFILE, PROFILES
 from distbench.case.spec import Case
 from distbench.case.stages import Arm
 from distbench.errors import Verdict, exit_meaning
+from distbench.report.bandwidth import bandwidth_of
 from distbench.report.findings import ErrorReport
 from distbench.report.journal import Summary
 from distbench.report.rank_table import rank_parts
@@ -20,6 +21,7 @@ from distbench.verify.records import NOT_PROVEN, ORACLE
 
 _SHOWN_REASONS = 12
 _SHOWN_TOKENS = 16
+_KEPT_OF_SWEEP = ("limit", "rows", "safe", "verdict")
 _INPUTS = {"both": "exact and gaussian", "exact": "exact", "gaussian": "gaussian"}
 
 
@@ -63,8 +65,20 @@ def print_summary(summary: Summary, out: str) -> None:
 
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
-    """Print the table of limits, and the notes to its figures unless the command is quiet."""
-    print_parts([Grid(columns, rows), *([] if voice() is Voice.QUIET else notes)])
+    """Print the table of a sweep, and the notes to its figures unless the command is quiet.
+
+    Columns that say the same in all rows are one line.
+    """
+    alike = [
+        index
+        for index, name in enumerate(columns)
+        if len(rows) > 1 and name not in _KEPT_OF_SWEEP and len({row[index] for row in rows}) == 1
+    ]
+    said = [f"{columns[index]} {rows[0][index]}" for index in alike if rows[0][index] != "-"]
+    kept = [index for index in range(len(columns)) if index not in alike]
+    grid = Grid(tuple(columns[index] for index in kept), [tuple(row[index] for index in kept) for row in rows])
+    line = [f"all rows: {', '.join(said)}"] if said else []
+    print_parts([*line, grid, *([] if voice() is Voice.QUIET else notes)])
 
 
 def verdict_line(report: Report) -> str:
@@ -202,9 +216,14 @@ def _sub_batch_table(report: Report) -> Grid:
 
 def _timing_table(report: Report) -> Grid:
     method = report.method
-    columns = ("µs of the slowest rank", "stage", "min", "median", "p99", "iterations")
+    columns = ("µs of the slowest rank", "stage", "min", "median", "p99", "iterations", "alg GB/s", "bus GB/s")
     rows = [
-        (arm, stage, *(f"{figures[key]:.1f}" for key in ("min_us", "median_us", "p99_us")), str(figures["iterations"]))
+        (
+            *(arm, stage),
+            *(f"{figures[key]:.1f}" for key in ("min_us", "median_us", "p99_us")),
+            str(figures["iterations"]),
+            *_bandwidth_cells(report, stage, figures["median_us"]),
+        )
         for arm, stages in report.timing.items()
         if isinstance(stages, dict)
         for stage, figures in stages.items()
@@ -212,6 +231,11 @@ def _timing_table(report: Report) -> Grid:
     ]
     graph = ", experts in a CUDA graph" if method["graph"] else ""
     return Grid(columns, rows, f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}")
+
+
+def _bandwidth_cells(report: Report, stage: str, median_us: float) -> tuple[str, str]:
+    found = bandwidth_of(report, stage, median_us)
+    return found.cells() if found else ("", "")
 
 
 def _comparison_table(report: Report) -> Grid:

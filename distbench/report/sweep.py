@@ -1,4 +1,4 @@
-"""The table of a sweep: a row for each limit, read from the journal one report at a time."""
+"""The table of a sweep: a row for each size and limit, read from the journal one report at a time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ import msgspec
 
 from distbench.case.limits import LimitProof
 from distbench.case.stages import Arm, Stage
+from distbench.report.bandwidth import bandwidth_of, shown
 from distbench.report.journal import read_reports
 from distbench.report.rank_table import label_beside
 from distbench.report.schema import Report
 
 COLUMNS = (
-    "limit", "rows", "safe", "kernel", "experts µs", "layer µs", "p99 µs", "padded / cut", "device GiB", "verdict",
+    "tokens", "limit", "rows", "safe", "kernel", "dispatch bus GB/s", "combine bus GB/s",
+    "experts µs", "layer µs", "p99 µs", "padded / cut", "device GiB", "verdict",
 )  # fmt: skip
 
 
 class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One limit. Times are medians and p99 of the slowest rank, in microseconds, of the cut arm, or of padded for off.
+    """One limit, at one size: `tokens` are those of each rank.
 
-    None where nothing was cut, as under an unsafe limit, or nothing was timed.
+    Times are medians and p99 of the slowest rank, in microseconds, of the cut arm, or of padded for off. Bandwidths are
+    in GB/s (docs/timing.md); the table has those of the bus. None where nothing was cut, as under an unsafe limit, or
+    nothing was timed.
     """
 
+    tokens: tuple[int, ...]
     limit: str
     rows: int | None
     safe: bool
@@ -33,6 +38,10 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
     experts_us: float | None
     layer_us: float | None
     layer_p99_us: float | None
+    dispatch_algorithm_gb_s: float | None
+    dispatch_bus_gb_s: float | None
+    combine_algorithm_gb_s: float | None
+    combine_bus_gb_s: float | None
     padded_over_cut: float | None
     peak_device_bytes: int | None
     verdict: str
@@ -44,7 +53,9 @@ class SweepRow(msgspec.Struct, frozen=True, kw_only=True):
         times = (_shown(self.experts_us, 1), _shown(self.layer_us, 1), _shown(self.layer_p99_us, 1))
         rows = "off" if self.rows is None else str(self.rows)
         ratio = _shown(self.padded_over_cut, 2)
-        return (self.limit, rows, self.status, self.kernel, *times, ratio, gib, self.verdict)
+        tokens = str(self.tokens[0]) if len(set(self.tokens)) == 1 else f"{sum(self.tokens)} in all"
+        moved = (shown(self.dispatch_bus_gb_s), shown(self.combine_bus_gb_s))
+        return (tokens, self.limit, rows, self.status, self.kernel, *moved, *times, ratio, gib, self.verdict)
 
 
 def read_rows(out: Path, hashes: Sequence[str]) -> list[SweepRow]:
@@ -65,7 +76,12 @@ def sweep_row(report: Report) -> SweepRow:
     kernels = report.ranks[0].kernels if report.ranks else {}
     padded = report.timing[Arm.PADDED]["layer"]["median_us"] if layer else None
     memory = report.memory.get("device", {}).get(arm)
+    dispatch, combine = (
+        bandwidth_of(report, stage, timing[stage]["median_us"]) if stage in timing else None
+        for stage in (Stage.DISPATCH, Stage.COMBINE)
+    )
     return SweepRow(
+        tokens=tuple(report.case["tokens"]),
         limit=report.case["limit"],
         rows=rows,
         safe=report.limit is None or report.limit.safe,
@@ -75,6 +91,10 @@ def sweep_row(report: Report) -> SweepRow:
         experts_us=experts["median_us"] if experts else None,
         layer_us=layer["median_us"] if layer else None,
         layer_p99_us=layer["p99_us"] if layer else None,
+        dispatch_algorithm_gb_s=dispatch.algorithm if dispatch else None,
+        dispatch_bus_gb_s=dispatch.bus if dispatch else None,
+        combine_algorithm_gb_s=combine.algorithm if combine else None,
+        combine_bus_gb_s=combine.bus if combine else None,
         padded_over_cut=round(padded / layer["median_us"], 3) if layer and padded else None,
         peak_device_bytes=memory["peak_bytes_max_over_ranks"] if memory else None,
         verdict=report.verdict.value + (" (emulated)" if report.emulated else ""),

@@ -26,7 +26,7 @@ from distbench.report.limit import LimitReport
 from distbench.report.progress import Progress
 from distbench.report.results import Results
 from distbench.report.schema import Report
-from distbench.report.sweep import sweep_row
+from distbench.report.sweep import COLUMNS, sweep_row
 from distbench.verify.records import NOT_PROVEN, Reason
 from distbench.workload.routing import recv_counts, route
 from distbench.workload.routing_spec import ExpertGroup, parse_routing
@@ -122,12 +122,12 @@ def test_console_states_the_proof_in_header_and_verdict(status: str, capsys: pyt
 @pytest.mark.parametrize("status", STATUSES)
 def test_sweep_states_the_proof_in_its_column_and_file(status: str) -> None:
     row = sweep_row(report(status))
-    assert row.cells()[2] == status
+    assert row.cells()[COLUMNS.index("safe")] == status
     assert json.loads(msgspec.json.encode(row))["proof"] == limit()["proof"] | {"status": status}
     old = sweep_row(
         msgspec.structs.replace(report(status), limit=msgspec.structs.replace(limit_of(status), proof=None))
     )
-    assert old.cells()[2] == ("unsafe" if status == "unsafe" else "this batch")
+    assert old.cells()[COLUMNS.index("safe")] == ("unsafe" if status == "unsafe" else "this batch")
 
 
 @pytest.mark.parametrize("status", STATUSES)
