@@ -114,7 +114,7 @@ def _cluster(options: argparse.Namespace) -> int:
     check_path(options.out)
     check_folder(options.out)
     _check_port(options.port, len(nodes))
-    suite = _check_suite(options, steps, len(nodes))
+    suite, cases = _check_suite(options, steps, len(nodes))
     writers = report_writers(options, Path(options.out), reports.__name__)
     settings = Settings(
         suite=str(Path(options.suite).resolve()) if Path(options.suite).exists() else options.suite,
@@ -131,7 +131,7 @@ def _cluster(options: argparse.Namespace) -> int:
 
         def run(step: Step, groups: Round) -> list[GroupRun]:
             print_step(f"{step}: {', '.join('+'.join(group) for group in groups)}")
-            with Meter(f"cluster: {step}", len(groups)) as meter:
+            with Meter(f"cluster: {step}", len(groups) * cases) as meter:
                 return run_round(settings, step, groups, signals, meter)
 
         with Meter(f"cluster: looking whether {len(nodes)} nodes share {settings.out}"):
@@ -139,7 +139,7 @@ def _cluster(options: argparse.Namespace) -> int:
         validation = validate(nodes, steps, run, emulated=meeting_host == _LOOPBACK, suite=suite)
     _write(settings.out, validation)
     write_reports(validation, writers)
-    _print(settings.out, validation)
+    print_validation(settings.out, validation)
     return validation.exit_code
 
 
@@ -185,19 +185,21 @@ def _check_port(port: int, nodes: int) -> None:
         raise InvalidCase(message)
 
 
-def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> str:
-    """Name of the suite; refuses one that cannot be read, or selects nothing, for the ranks of a group of the plan."""
+def _check_suite(options: argparse.Namespace, steps: Sequence[Step], nodes: int) -> tuple[str, int]:
+    """Name of the suite, and number of its cases for a group.
+
+    Refuses one that cannot be read, or selects nothing, for the ranks of a group of the plan.
+    """
     from distbench.case.environment import reader
     from distbench.case.suite import load_suite, select
 
-    name = ""
+    name, cases = "", 0
     sizes = {"nodes": 1, "pairs": min(nodes, 2), "all": nodes}
     for size in sorted({sizes[step] for step in steps}):
         flags = case_flags(options)
         suite = load_suite(options.suite, size * options.nproc, flags, reader(os.environ))
-        select(suite.entries, options.select)
-        name = suite.name
-    return name
+        name, cases = suite.name, len(select(suite.entries, options.select))
+    return name, cases
 
 
 def _write(out: Path, validation: Validation) -> None:
@@ -209,7 +211,8 @@ def _write(out: Path, validation: Validation) -> None:
         write_atomically(out / name, "".join(f"{node}\n" for node in nodes).encode())
 
 
-def _print(out: Path, validation: Validation) -> None:
+def print_validation(out: Path, validation: Validation) -> None:
+    """Print the findings, gaps and counts of a plan, the exit code last."""
     from distbench.tools.cluster.validation import FILE
 
     for found in validation.findings:

@@ -154,7 +154,7 @@ def _print(comparison: Comparison, json: str = "") -> None:
     if json and json != str(STANDARD_OUTPUT):
         write_atomically(Path(json), msgspec.json.format(msgspec.json.encode(comparison), indent=2) + b"\n")
     with json_on_standard_output(json, lambda: comparison):
-        *lines, ending = comparison_lines(comparison, every=voice() is Voice.VERBOSE)
-        if voice() is not Voice.QUIET:
-            print_text(*lines)
+        every, alone = voice() is Voice.VERBOSE, voice() is Voice.QUIET
+        *lines, ending = comparison_lines(comparison, every=every, alone=alone)
+        print_text(*lines)
         print_verdict(ending, comparison.exit_code)

@@ -15,7 +15,7 @@ from distbench.case.spec import Case
 from distbench.cli.argument_types import MOST_RANKS, plain_counts, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
-from distbench.report.terminal import print_json, print_line, print_table, print_text
+from distbench.report.terminal import Grid, folded, print_json, print_line, print_parts, print_table, print_text
 from distbench.tools.kernel_map import NODE
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _print_tables(found: KernelMap) -> None:
     names: dict[str, str] = {}
     rows = [_cells(span, names) for span in found.spans]
     columns = ("rows", "bucket", "from", "stages", "block_m", "split-k", "kernels", "sum", "us", "a limit here")
-    print_table(rows, columns)
+    print_parts(folded(Grid(columns, rows), ("bucket", "a limit here")))
     for name, letter in names.items():
         print_text(f"{letter:>3}  {name}")
     print_text(f"The padded buffer has {found.padded} rows; a limit's effect is relative to its kernel.")

@@ -13,10 +13,12 @@ from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags, output_of
 from distbench.errors import InvalidCase
-from distbench.report.terminal import print_table, print_text, print_verdict
+from distbench.report.terminal import Grid, folded, print_parts, print_table, print_text, print_verdict
+from distbench.utils.voice import Voice, voice
 
 if TYPE_CHECKING:
     from distbench.tools.selftest.cases import FaultPlan
+    from distbench.tools.selftest.outcomes import Outcomes
 
 _RANKS, _SEEDS, _CLEAN = 4, 20, 1000
 _QUICK_SEEDS, _QUICK_CLEAN = 1, 50
@@ -56,7 +58,7 @@ def _selftest(options: argparse.Namespace) -> int:
     from distbench.report.journal import replace_results
     from distbench.tools.selftest.cases import CLEAN, SUITE, plan
     from distbench.tools.selftest.outcomes import outcomes
-    from distbench.tools.selftest.table import COLUMNS, cells, closing_lines, markdown, ran
+    from distbench.tools.selftest.table import markdown
 
     if options.list:
         rows = [(name, kind.stage, (kind.__doc__ or "").strip(), kind.bug) for name, kind in FAULTS.items()]
@@ -74,15 +76,22 @@ def _selftest(options: argparse.Namespace) -> int:
 
     run_corpus(entries, options, forget, [options.markdown])
     found = outcomes(asked, out)
-    print_text(f"self-test of {ran(found)}")
-    if not options.quiet:
-        print_table(cells(found), COLUMNS)
-    *lines, ending = closing_lines(found)
-    print_text(*lines)
-    print_verdict(ending, 0 if found.passed else 1)
+    print_outcomes(found)
     if options.markdown:
         write_atomically(Path(options.markdown), markdown(found, _command(options, ranks, seeds, clean)).encode())
     return 0 if found.passed else 1
+
+
+def print_outcomes(found: Outcomes) -> None:
+    """Print the table of faults, unless the command is quiet, and the result last."""
+    from distbench.tools.selftest.table import COLUMNS, cells, closing_lines, ran
+
+    print_text(f"self-test of {ran(found)}")
+    if voice() is not Voice.QUIET:
+        print_parts(folded(Grid(COLUMNS, cells(found)), ("caught", "right")))
+    *lines, ending = closing_lines(found)
+    print_text(*lines)
+    print_verdict(ending, 0 if found.passed else 1)
 
 
 def _chosen(every: FaultPlan, text: str) -> FaultPlan:

@@ -101,7 +101,7 @@ def _sweep(options: argparse.Namespace) -> int:
             summary = bench.run(Progress(len(entries), what="sweep"))
         rows = read_rows(out, [case_hash(entry.case) for entry in entries])
         write_atomically(out / _SWEEP, msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")
-    print_sweep([row.cells() for row in rows], COLUMNS, _notes(rows))
+    print_sweep([row.cells() for row in rows], COLUMNS, proof_notes(rows))
     ending = f"exit {summary.exit_code}, {exit_meaning(summary.exit_code)}"
     print_verdict(f"{ending}: results in {out / _SWEEP} and {out / RESULTS}", summary.exit_code)
     return summary.exit_code
@@ -113,7 +113,8 @@ def _refuse_strangers(out: Path) -> None:
     refuse_strangers(out, _SUITE, lambda name: name.startswith((_LIMIT, _TOKENS)))
 
 
-def _notes(rows: list[SweepRow]) -> list[str]:
+def proof_notes(rows: list[SweepRow]) -> list[str]:
+    """Notes to the figures of a sweep: the clock, and what `safe` means."""
     notes = sorted({note for row in rows for note in row.notes})
     proofs = {row.proof.bound: row.proof.formula for row in rows if row.proof is not None}
     if not proofs:

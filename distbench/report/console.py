@@ -15,7 +15,8 @@ from distbench.report.findings import ErrorReport
 from distbench.report.journal import Summary
 from distbench.report.rank_table import rank_parts
 from distbench.report.schema import InjectedReport, RateReport, Report, parts_label
-from distbench.report.terminal import Grid, print_parts, print_step, print_text, print_verdict
+from distbench.report.terminal import Grid, folded, print_parts, print_step, print_text, print_verdict
+from distbench.utils.text import numbers
 from distbench.utils.voice import Voice, voice
 from distbench.verify.records import NOT_PROVEN, ORACLE
 
@@ -65,20 +66,8 @@ def print_summary(summary: Summary, out: str) -> None:
 
 
 def print_sweep(rows: list[tuple[str, ...]], columns: tuple[str, ...], notes: list[str]) -> None:
-    """Print the table of a sweep, and the notes to its figures unless the command is quiet.
-
-    Columns that say the same in all rows are one line.
-    """
-    alike = [
-        index
-        for index, name in enumerate(columns)
-        if len(rows) > 1 and name not in _KEPT_OF_SWEEP and len({row[index] for row in rows}) == 1
-    ]
-    said = [f"{columns[index]} {rows[0][index]}" for index in alike if rows[0][index] != "-"]
-    kept = [index for index in range(len(columns)) if index not in alike]
-    grid = Grid(tuple(columns[index] for index in kept), [tuple(row[index] for index in kept) for row in rows])
-    line = [f"all rows: {', '.join(said)}"] if said else []
-    print_parts([*line, grid, *([] if voice() is Voice.QUIET else notes)])
+    """Print the table of a sweep, and the notes to its figures unless the command is quiet."""
+    print_parts([*folded(Grid(columns, rows), _KEPT_OF_SWEEP), *([] if voice() is Voice.QUIET else notes)])
 
 
 def verdict_line(report: Report) -> str:
@@ -216,21 +205,26 @@ def _sub_batch_table(report: Report) -> Grid:
 
 def _timing_table(report: Report) -> Grid:
     method = report.method
-    columns = ("µs of the slowest rank", "stage", "min", "median", "p99", "iterations", "alg GB/s", "bus GB/s")
-    rows = [
-        (
-            *(arm, stage),
-            *(f"{figures[key]:.1f}" for key in ("min_us", "median_us", "p99_us")),
-            str(figures["iterations"]),
-            *_bandwidth_cells(report, stage, figures["median_us"]),
-        )
+    columns = ("arm", "stage", "min", "median", "p99", "alg GB/s", "bus GB/s")
+    timed = [
+        (arm, stage, figures)
         for arm, stages in report.timing.items()
         if isinstance(stages, dict)
         for stage, figures in stages.items()
         if "median_error" in figures
     ]
+    rows = [
+        (
+            *(arm, stage),
+            *(f"{figures[key]:.1f}" for key in ("min_us", "median_us", "p99_us")),
+            *_bandwidth_cells(report, stage, figures["median_us"]),
+        )
+        for arm, stage, figures in timed
+    ]
+    iterations = numbers({figures["iterations"] for _, _, figures in timed})
     graph = ", experts in a CUDA graph" if method["graph"] else ""
-    return Grid(columns, rows, f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}")
+    how = f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}"
+    return Grid(columns, rows, f"µs of the slowest rank in {iterations} iterations; {how}")
 
 
 def _bandwidth_cells(report: Report, stage: str, median_us: float) -> tuple[str, str]:

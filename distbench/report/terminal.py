@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -29,10 +30,12 @@ _GAP, _EDGES = 3, 2
 """Columns of the screen between two columns of a table, and at its edges together."""
 _INDENT = 2
 _WRAPPED: dict[str, Any] = {"break_on_hyphens": False, "drop_whitespace": True}
-_WORDS = 24
-"""A column that is wider than this and has blanks in it may wrap."""
+_WORDS, _FEW = 16, 8
+"""A column of words that is wider than the first may wrap; where no table fits, any that is wider than the second."""
 _COLOURS = {2: "bold yellow", OUT_OF_TIME: "bold yellow", 77: "bold yellow"}
 """Colours of exit codes other than 0 that are no wrong result."""
+_NUMBERS = re.compile(r"(?:[\d.,/()+-]|e[+-]| | to )*", re.ASCII)
+"""Numbers, also several: `3/4`, `0.99 to 1.01`, `0-7`, and no cell at all."""
 _ASCII_LINES = "    \n    \n -- \n    \n    \n    \n    \n    \n"
 """A line below the head, as rich describes a box: where the locale has no more than ASCII."""
 _STYLES = {"NO": "bold red", "FAIL": "bold red"}
@@ -97,6 +100,24 @@ class Grid(NamedTuple):
     title: str = ""
 
 
+def folded(grid: Grid, kept: Sequence[str] = ()) -> list[str | Grid]:
+    """The table without the columns that say the same in all of several rows, and a line above it for those.
+
+    The first column stays, and so do those of `kept`; what is empty, or a hyphen, in all rows is left out.
+    """
+    rows = grid.rows
+    alike = [
+        index
+        for index, name in enumerate(grid.columns)
+        if index and len(rows) > 1 and name not in kept and len({row[index] for row in rows}) == 1
+    ]
+    said = [f"{grid.columns[index]} {rows[0][index]}" for index in alike if rows[0][index] not in ("", "-")]
+    left = [index for index in range(len(grid.columns)) if index not in alike]
+    columns = tuple(grid.columns[index] for index in left)
+    table = Grid(columns, [tuple(row[index] for index in left) for row in rows], grid.title)
+    return [*([f"all rows: {', '.join(said)}"] if said else []), table]
+
+
 def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...], title: str = "") -> None:
     """Print a table to standard output; non-printable characters are escaped."""
     print_parts([Grid(columns, rows, title)])
@@ -139,35 +160,60 @@ def _print_wrapped(console: Console, line: str, style: str = "") -> None:
 
 
 def laid_out(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: int) -> list[RenderableType]:
-    """A table of at most `width` columns, or where none fits a paragraph for each row."""
+    """A table of at most `width` columns; where none fits, a paragraph for each row.
+
+    First columns of words may wrap; where that is not enough, all that have a blank.
+    """
     told = [tuple(map(_told, row)) for row in rows]
     heads = tuple(map(_told, columns))
     cells = [[row[index] for row in told] for index in range(len(heads))]
-    wraps = [max(map(len, column), default=0) > _WORDS and any(" " in cell for cell in column) for column in cells]
-    least = [
-        max(*(_longest_word(cell) if wrap else len(cell) for cell in column), _longest_word(head), _WORDS * wrap)
-        if column
-        else _longest_word(head)
-        for column, head, wrap in zip(cells, heads, wraps, strict=True)
-    ]
-    if sum(least) + _GAP * (len(heads) - 1) + _EDGES > width:
-        return [_paragraph(heads, row, width) for row in told]
-    natural = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
-    if sum(natural) + _GAP * (len(heads) - 1) + _EDGES > width:
-        heads = tuple("\n".join(textwrap.wrap(head, size)) for head, size in zip(heads, least, strict=True))
-    return [_table(heads, told, least, wraps)]
+    room = width - _GAP * (len(heads) - 1) - _EDGES
+    words = [not all(map(is_number, column)) for column in cells]
+    for shortest, may in ((_WORDS, words), (_FEW, [True] * len(heads))):
+        wraps = [
+            one and max(map(len, column), default=0) > shortest and any(" " in cell for cell in column)
+            for one, column in zip(may, cells, strict=True)
+        ]
+        least = [
+            max([_longest_word(head), *(_least_width(cell, shortest if wrap else 0) for cell in column)])
+            for column, head, wrap in zip(cells, heads, wraps, strict=True)
+        ]
+        if sum(least) <= room:
+            natural = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
+            return [_table(heads, told, _widths(least, natural, room))]
+    return [_paragraph(heads, row, width) for row in told]
+
+
+def _widths(least: list[int], natural: list[int], room: int) -> list[int]:
+    """Widths of the columns: what is left of the room goes to those that lack the most."""
+    widths = list(least)
+    for _ in range(room - sum(least)):
+        lacking = [wide - now for wide, now in zip(natural, widths, strict=True)]
+        if max(lacking) <= 0:
+            break
+        widths[lacking.index(max(lacking))] += 1
+    return widths
+
+
+def _least_width(cell: str, shortest: int) -> int:
+    """Columns that a cell needs, which may wrap down to `shortest` columns; 0: it may not."""
+    return max(_longest_word(cell), min(len(cell), shortest)) if shortest else len(cell)
 
 
 def _paragraph(heads: tuple[str, ...], row: tuple[str, ...], width: int) -> str:
     """A row as `head value` pairs; the first stands out, the others are indented below it."""
-    pairs = [f"{head}\0{cell}".replace(" ", "\0") for head, cell in zip(heads[1:], row[1:], strict=True)]
+    pairs = [
+        f"{head}\0{cell}".replace(" ", "\0")
+        for head, cell in zip(heads[1:], row[1:], strict=True)
+        if cell not in ("", "-")
+    ]
     first = textwrap.wrap(f"{heads[0]} {row[0]}", width, subsequent_indent="  ", break_on_hyphens=False)
     wrapped = textwrap.wrap(", ".join(pairs), width - 2, break_on_hyphens=False, break_long_words=False)
     rest = [line for part in wrapped for line in textwrap.wrap(part.replace("\0", " "), width - 2)]
     return "\n".join([*first, *(f"  {line}" for line in rest)])
 
 
-def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], least: list[int], wraps: list[bool]) -> Any:
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], widths: list[int]) -> Any:
     """A rich table; columns of numbers are aligned to the right."""
     from rich import box
     from rich.table import Table
@@ -176,16 +222,17 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], least: list[
     lines = box.SIMPLE_HEAD if speaks_all(sys.stdout) else box.Box(_ASCII_LINES, ascii=True)
     table = Table(box=lines, pad_edge=False)
     for index, head in enumerate(heads):
-        numbers = index > 0 and all(_is_number(row[index]) for row in rows)
+        numbers = index > 0 and all(is_number(row[index]) for row in rows)
         side = "right" if numbers else "left"
-        table.add_column(head, justify=side, no_wrap=not wraps[index], min_width=least[index], overflow="fold")  # type: ignore[arg-type]
+        table.add_column(head, justify=side, width=widths[index], overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     return table
 
 
-def _is_number(cell: str) -> bool:
-    return not cell or cell[0].isdigit() or cell[0] in "-+." or cell in ("off", "NaN")
+def is_number(cell: str) -> bool:
+    """Whether a cell has figures and no words; columns of such cells are aligned to the right."""
+    return cell in ("off", "NaN") or _NUMBERS.fullmatch(cell) is not None
 
 
 def _longest_word(text: str) -> int:

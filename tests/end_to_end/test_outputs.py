@@ -15,8 +15,8 @@ from tests.end_to_end.launches import write_suite
 
 def test_suite_writes_every_report_format_and_matches_itself_as_baseline(tmp_path: Path) -> None:
     suite = write_suite(tmp_path / "suite.json", range(2), repeats=12)
-    common = ("suite", suite, "--nproc", "2", "--quiet")
-    run = Run(tmp_path / "old", *common, "--report", ",".join(FILES))
+    common = ("suite", suite, "--nproc", "2")
+    run = Run(tmp_path / "old", *common, "--quiet", "--report", ",".join(FILES))
     assert run.exit_code == 0
     document = json.loads((run.out / "results.json").read_text())
     assert document["results"] == run.reports

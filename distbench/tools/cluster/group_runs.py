@@ -78,7 +78,7 @@ def check_shared(settings: Settings, nodes: Group, signals: Sequence[int]) -> No
 
 
 def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[int], meter: Meter) -> list[GroupRun]:
-    """Run the groups of a round at the same time and return their trials; `meter` counts those that have ended.
+    """Run the groups of a round at the same time and return their trials; `meter` counts their cases.
 
     Raises:
         Interrupted: by one of `signals`; nothing is left running.
@@ -93,10 +93,10 @@ def run_round(settings: Settings, step: Step, groups: Round, signals: Sequence[i
             deadline, looked = time.monotonic() + settings.timeout_s, 0.0
             while (alive := [one for one in running if one.alive()]) and time.monotonic() < deadline:
                 _heed(signals)
-                meter.done = len(running) - len(alive)
                 if time.monotonic() - looked > _LOOK_S:
                     looked = time.monotonic()
-                    meter.now = ", ".join(one.state() for one in alive[:_SHOWN_GROUPS])
+                    meter.done = sum(one.count() for one in running)
+                    meter.now = ", ".join(one.name for one in alive[:_SHOWN_GROUPS])
                 time.sleep(_POLL_S)
         finally:
             for one in running:
@@ -154,11 +154,16 @@ class _Running:
                 return False
         return True
 
-    def state(self) -> str:
-        """The group and the number of its results on disk."""
+    @property
+    def name(self) -> str:
+        """The nodes of the group."""
+        return "+".join(self._nodes)
+
+    def count(self) -> int:
+        """Number of its results on disk."""
         with contextlib.suppress(DistbenchError):  # a result is being replaced
             self._done += sum(1 for _ in self._journal.new_lines())
-        return f"{'+'.join(self._nodes)} {self._done} cases"
+        return self._done
 
     def let_go(self) -> None:
         """Make the remaining processes end by themselves; a group that has not failed is then late."""

@@ -11,6 +11,7 @@ from distbench.tools.compare.noise import ALPHA, LEAST_SAMPLES, POWER
 _SHOWN = 50
 _SHOWN_VALUES = 8
 _MEANINGS = {0: "nothing became worse", 1: "something became worse", 77: "not all can be judged"}
+_CHANGED = ("slower", "faster", "suspect")
 _WORST_FIRST = (
     "regressed",
     "new failure",
@@ -23,14 +24,16 @@ _WORST_FIRST = (
 )
 
 
-def comparison_lines(comparison: Comparison, *, every: bool = False) -> Iterator[str]:
+def comparison_lines(comparison: Comparison, *, every: bool = False, alone: bool = False) -> Iterator[str]:
     """Yield the lines: the environment, undetectable changes, cases, stages, single cases, the result.
 
-    Without `every`, at most 50 differences of the environment and 50 cases.
+    Without `every`, at most 50 differences of the environment and 50 cases; `alone`: only cases and times that changed,
+    and the result.
     """
     most = len(comparison.cases) + len(comparison.environment) if every else _SHOWN
-    yield from _environment(comparison, most)
-    yield from limit_lines(comparison)
+    if not alone:
+        yield from _environment(comparison, most)
+        yield from limit_lines(comparison)
     cases = worst_first(comparison.cases)
     for found in cases[:most]:
         verdicts = " → ".join(filter(None, (found.old, found.new)))
@@ -38,7 +41,9 @@ def comparison_lines(comparison: Comparison, *, every: bool = False) -> Iterator
     if len(cases) > most:
         yield f"and {len(cases) - most} cases more (-v has all)"
     for time in sorted(comparison.times, key=lambda one: one.case != ALL_CASES):
-        yield _time_line(time, judgement_of(time, comparison))
+        judgement = judgement_of(time, comparison)
+        if judgement in _CHANGED or not alone:
+            yield _time_line(time, judgement)
     told = [f"{comparison.pairs} cases compared"]
     told += [f"{len(comparison.unjudged)} arms and stages not judged"] if comparison.unjudged else []
     told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []

@@ -304,7 +304,8 @@ def test_closed_standard_output_is_no_error(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "distbench", *arguments]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+    progress = f"distbench: {arguments[0]}: for "  # on a slow machine
+    assert (done.returncode, [line for line in done.stderr.splitlines() if not line.startswith(progress)]) == (141, [])
 
 
 def test_broken_pipe_other_than_standard_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,3 +319,19 @@ def test_missing_results_are_refused_by_compare(tmp_path: Path) -> None:
     assert compare(tmp_path, [], [])[0] == 2
     assert compare(tmp_path, [result("a")], [result("b")])[0] == 2
     assert main(["compare", str(tmp_path / "old"), str(tmp_path / "nowhere")]) == 2
+
+
+def test_quiet_comparison_prints_what_changed_and_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = noisy(2) | {"padded": noisy(2, scale=2.0)["padded"]}
+    compare(tmp_path, [result(timing=noisy(1))], [result(timing=slow)], "--quiet")
+    told = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in told[:-1]} == {"slower"}
+    assert told[-1].startswith("exit 1, something became worse: ")
+    gone = [result("here"), *(result(f"gone-{number}") for number in range(60))]
+    for flags, shown in (((), False), (("-v",), True)):
+        compare(tmp_path, gone, [result("here")], "--verdicts-only", *flags)
+        text = capsys.readouterr().out
+        assert ("gone-59" in text) == shown
+        assert ("and 10 cases more (-v has all)" in text) != shown
