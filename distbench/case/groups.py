@@ -121,7 +121,7 @@ UNITS = {key: unit for group in GROUPS.values() for key, unit in group.units.ite
 """Placeholder of each key."""
 
 COMMON = {
-    "model": "one of `distbench presets`, or a config.json (default: qwen3-30b-a3b)",
+    "model": "a preset, or a config.json (default: qwen3-30b-a3b)",
     "tokens": "of each rank: one number, or a list (default: 16)",
     "routing": "uniform, zipf:S, hot-rank:R, … (default: uniform)",
     "limit": "rows kept: off, 4k, max-recv, … (default: sum32)",
