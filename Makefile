@@ -50,7 +50,7 @@ test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root,
 	@DISTBENCH_CLUSTER=1 TEST_WORKERS=0 scripts/test tests/cluster $(ARGS)
 
 test-browser: $(VENV)/.ready-browser ## Pages of HTML in a headless Chromium; skipped with a reason where there is none
-	@DISTBENCH_BROWSER=1 TEST_WORKERS=0 scripts/test tests/browser $(ARGS)
+	@DISTBENCH_BROWSER=1 TEST_WORKERS=0 scripts/test -rs tests/browser $(ARGS)
 
 drift: $(VENV)/.ready-dev ## What no longer matches in the newest mori, SGLang, aiter (docs/drift.md); downloads 100 MB
 	@$(VENV)/bin/python -m scripts.drift $(ARGS)

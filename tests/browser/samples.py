@@ -168,9 +168,9 @@ def _report(folder: Path) -> None:
     _quietly("report", str(folder), "--report", "html")
 
 
-def _results(reports: list[dict[str, Any]]) -> Callable[[Path], None]:
+def _results(reports: Callable[[], list[dict[str, Any]]]) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        write_results(folder, reports)
+        write_results(folder, reports())
         _report(folder)
 
     return write
@@ -185,24 +185,24 @@ def _plan(nodes: list[str], why: str = "rows lost on rank 3") -> Callable[[Path]
 
 
 SAMPLES: dict[str, Callable[[Path], None]] = {
-    "case": _results([rich()]),
-    "passing": _results([json.loads((OLD / "reports" / "pass.json").read_text()) | {"suite": "distbench run"}]),
-    "ranks-1024": _results([result("wide", "CORRUPT", **ranks_1024(), suite="distbench run")]),
+    "case": _results(lambda: [rich()]),
+    "passing": _results(lambda: [json.loads((OLD / "reports" / "pass.json").read_text()) | {"suite": "distbench run"}]),
+    "ranks-1024": _results(lambda: [result("wide", "CORRUPT", **ranks_1024(), suite="distbench run")]),
     "suite-12": _results(
-        [
+        lambda: [
             rich(**case(number, limit=str(number % 4), routing=str(number % 3)), name=f"case {number}")
             for number in range(12)
         ]
     ),
-    "suite-500": _results(many_cases(500)),
-    "suite-5000": _results(many_cases(5000)),
-    "sweep": _results(sweep()),
+    "suite-500": _results(lambda: many_cases(500)),
+    "suite-5000": _results(lambda: many_cases(5000)),
+    "sweep": _results(sweep),
     "compare": _compare,
     "trend": _trend,
     "cluster": _plan([f"node{number:02d}" for number in range(12)]),
     "cluster-100": _plan([f"gpu-node-{number:03d}" for number in range(100)]),
-    "hostile-suite": _results(_hostile_results()),
-    "hostile-case": _results(_hostile_results()[1:2]),
+    "hostile-suite": _results(_hostile_results),
+    "hostile-case": _results(lambda: _hostile_results()[1:2]),
     "hostile-cluster": _plan([f"{HOSTILE}{number}" for number in range(7)], HOSTILE * 9),
 }
 """What writes a page of each kind into a folder, as `results.html`."""
