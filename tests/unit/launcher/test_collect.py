@@ -34,7 +34,7 @@ def left(out: Path, stages: dict[int, str], **values: object) -> Path:
 
 def _of_another_host(content: bytes) -> bytes:
     """Heartbeat whose process ids are of another host."""
-    return content[:48] + b"elsewher" + content[56:]
+    return content[:56] + b"elsewher" + content[64:]
 
 
 def test_collect_works_in_a_folder_that_was_moved(tmp_path: Path) -> None:
