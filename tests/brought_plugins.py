@@ -66,6 +66,11 @@ def makes_nothing(_: TransportContext) -> Any:
     return None
 
 
+class TensorFacts(Alone):
+    def about(self) -> dict[str, Any]:
+        return {"alone": {"rows": torch.zeros(1)}}
+
+
 class RaisesInDispatch(Alone):
     def dispatch(self, batch: TokenBatch) -> Dispatched:
         raise OSError(len(batch.ids))
@@ -203,6 +208,11 @@ class Same(ExpertsAround):
 
 def raises_in_make_of_experts(context: ExpertsContext) -> Any:
     raise ValueError(context.case.seed)
+
+
+class TensorAbout(Same):
+    def about(self) -> dict[str, Any]:
+        return {"same": {"rows": torch.zeros(1)}}
 
 
 class ChoosesNothing(Same):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from distbench.case.plugins import Plugin, is_built_in
+from distbench.case.plugins import Plugin, is_trusted
 from distbench.case.spec import Case
 from distbench.case.stages import Stage
 from distbench.errors import Unsupported
 
 RULES: dict[str, str] = {
     "transport.made": "make returns a Transport on every rank",
+    "transport.facts": "facts and about are what JSON has: texts, numbers, lists and tables of them",
     "dispatch.returns": "dispatch returns on every rank, within the stage's time limit",
     "dispatch.type": "dispatch returns a Dispatched of tensors, with scales for an fp8 payload only",
     "dispatch.shape": "hidden has R rows of H columns, scales H/128, weights and ids k, total_recv has one number",
@@ -21,6 +22,7 @@ RULES: dict[str, str] = {
     "combine.dtype": "combine returns the dtype of the expert rows",
     "combine.device": "combine returns rows on the rank's device",
     "experts.made": "make returns Experts on every rank",
+    "experts.facts": "about is what JSON has: texts, numbers, lists and tables of them",
     "experts.selection": "selection returns the KernelChoice of the rows that it is asked for",
     "experts.returns": "the experts return on every rank, within the stage's time limit",
     "experts.shape": "the experts return a row of H columns for each allocated row",
@@ -57,6 +59,6 @@ def unreturned(case: Case, stage: str) -> str:
     The stage must be one of a plugin's calls.
     """
     part = next((part for called, part in _CALLS.items() if called == stage), "")
-    if not part or is_built_in(part, getattr(case, part)):
+    if not part or is_trusted(part, getattr(case, part)):
         return ""
     return f"; {part} {getattr(case, part)} breaks {stage}.returns"

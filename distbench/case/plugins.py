@@ -25,10 +25,14 @@ Part = Literal["transport", "experts"]
 
 
 class Kind(NamedTuple):
-    """A part that can be brought: the group of its entry points, and its built-in names with their references."""
+    """A part that can be brought: the group of its entry points, and its built-in names with their references.
+
+    `guests` are built-in adapters over packages with an interface of their own, held to the contract as plugins are.
+    """
 
     group: str
     built_in: Mapping[str, str]
+    guests: tuple[str, ...] = ()
 
 
 KINDS: dict[str, Kind] = {
@@ -45,7 +49,9 @@ KINDS: dict[str, Kind] = {
             "reference": "distbench.experts.reference:PLUGIN",
             "triton": "distbench.experts.triton.adapter:PLUGIN",
             "aiter": "distbench.experts.aiter.adapter:PLUGIN",
+            "torch-grouped": "distbench.experts.torch_grouped:PLUGIN",
         },
+        guests=("torch-grouped",),
     ),
 }
 """Kinds of parts, by their key of a case."""
@@ -90,6 +96,12 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
 def is_built_in(part: str, name: str) -> bool:
     """Whether `name` is distbench's own."""
     return name in KINDS[part].built_in
+
+
+def is_trusted(part: str, name: str) -> bool:
+    """Whether `name` is built in and no guest: nothing is checked of it that costs a call."""
+    kind = KINDS[part]
+    return name in kind.built_in and name not in kind.guests
 
 
 def installed(part: str) -> dict[str, EntryPoint]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 
 from distbench.case.limits import ALLOWED_LIMITS
-from distbench.case.plugins import KINDS, OPTION_KEYS, is_built_in
+from distbench.case.plugins import KINDS, OPTION_KEYS, is_built_in, is_trusted
 from distbench.utils.amd_arch import Fp8Format
 
 STAND_INS = {
@@ -111,7 +111,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = ""
     experts: Annotated[
         str,
-        _help("library that computes them: reference, triton, aiter, an installed plugin, or package.module:factory"),
+        _help("computes them: reference, triton, aiter, torch-grouped, an installed plugin, or package.module:factory"),
     ] = "reference"
     experts_option: Annotated[
         str, _help("options of an experts plugin, name=value, repeatable; in a file joined by semicolons")
@@ -277,8 +277,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def plugins(self) -> list[str]:
-        """The parts that other packages bring, such as transport acme."""
-        return [f"{part} {name}" for part in KINDS if not is_built_in(part, name := getattr(self, part))]
+        """The parts that other packages bring or are, such as transport acme."""
+        return [f"{part} {name}" for part in KINDS if not is_trusted(part, name := getattr(self, part))]
 
     @property
     def capacity(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distbench.case.plugins import Plugin, is_built_in, load_plugin, options_of
+from distbench.case.plugins import Plugin, is_trusted, load_plugin, options_of
 from distbench.case.spec import Case
 from distbench.experts.selection.choice import (
     CURRENT,
@@ -57,7 +57,7 @@ def make_experts(case: Case, brought: Plugin | None = None) -> Experts:
     from distbench.experts.base import ExpertsContext  # noqa: PLC0415 - kernel choice alone needs no torch
 
     plugin = brought or load_plugin("experts", case.experts)
-    if is_built_in("experts", case.experts):
+    if is_trusted("experts", case.experts):
         made: Experts = plugin.make(ExpertsContext(case))
         return made
     from distbench.case.contract import check_stated  # noqa: PLC0415 - only for plugins

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class CheckedExperts(ExpertsAround):
         if not isinstance(made, Experts):
             self._break("experts.made", f"make returned a {type(made).__name__}")
         super().__init__(made)
+        self._call("experts.facts", lambda: msgspec.json.encode(self.about()))
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`.

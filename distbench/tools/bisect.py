@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from distbench.case.injection import parse_inject
-from distbench.case.plugins import is_built_in
+from distbench.case.plugins import is_trusted
 from distbench.case.spec import Case, case_hash
 from distbench.case.stages import Stage
 from distbench.errors import InvalidCase, Verdict
@@ -246,7 +246,7 @@ def _pinned(case: Case, path: Path) -> list[Swap]:
 
     A kernel chosen by heuristics has a distbench name, which only the reference experts know.
     """
-    if not is_built_in("experts", case.experts):
+    if not is_trusted("experts", case.experts):
         return []
     selector = make_selector(case)
     kernel = selector.choose(case.capacity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distbench.case.plugins import Plugin, is_built_in, load_plugin, options_of
+from distbench.case.plugins import Plugin, is_trusted, load_plugin, options_of
 from distbench.case.spec import Case
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def make_transport(
 
     name = case.transport
     context = TransportContext(case, None, session.rank, session.device, session.group, counts, like, session)
-    if is_built_in("transport", name):
+    if is_trusted("transport", name):
         made: Transport = load_plugin("transport", name).make(context)
         return made
     from distbench.case.contract import check_stated  # noqa: PLC0415 - only for plugins

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class CheckedTransport(TransportAround):
             self._break("transport.made", f"it returned a {type(made).__name__}")
         super().__init__(made)
         self.facts = {"plugin": self._name, **self.facts, "sum_order": self.sum_order._asdict()}
+        self._call("transport.facts", lambda: msgspec.json.encode([self.facts, self.about()]))
 
     def dispatch_send(self, batch: TokenBatch) -> None:
         """See `Transport.dispatch_send`."""

@@ -19,6 +19,7 @@ from distbench.experts.roundings import Roundings
 from distbench.workload.activation import activate
 from distbench.workload.batch import TokenBatch
 from distbench.workload.chunking import rows_at_a_time
+from distbench.workload.formula import Formula
 from distbench.workload.quantize import dequantize, fp8_dtype, through_blocks, through_weight_blocks
 
 _EXPONENT = 0x7F80_0000
@@ -27,6 +28,7 @@ _E4M3_STEP = 2.0**-3
 # The step of a block's subnormals over its maximum, at most: a scale may leave half of e4m3's range, of either kind.
 _E4M3_SUBNORMAL = 2.0**-9 / 224
 _BLOCK = 128
+_STEP = 2.0**-16  # of a central difference, relative
 _SORTED_BYTES = 32 << 20
 _WEIGHT_BYTES_ON_DEVICE = 1 << 30
 
@@ -51,6 +53,37 @@ class _Routes(NamedTuple):
 
     rounded: Tensor
     middle: Tensor
+
+
+class _First(NamedTuple):
+    """Gate and up of routes: their product float64 [g, m, 2I], and the weights [g, m, 1] and bias after it, if any."""
+
+    product: Tensor
+    share: Tensor | None
+    bias: Tensor | None
+    formula: Formula
+
+    def activated(self, product: Tensor) -> Tensor:
+        """Return the intermediate float64 [g, m, I] that follows `product`."""
+        return activate(*self._gate_and_up(product), self.formula)
+
+    def variance(self) -> Tensor:
+        """Return the variance float32 [g, m, I] that rounding the product to bf16 adds to the intermediate."""
+        gate, up = self._gate_and_up(self.product)
+        variance = rounding_variance(self.product)
+        errors = (variance if self.share is None else variance * self.share.float().square()).chunk(2, dim=2)
+        total = torch.zeros_like(errors[0])
+        for place, error in enumerate(errors):
+            step = (gate, up)[place].abs().add_(1).mul_(_STEP)
+            sides = [(gate, up + side * step) if place else (gate + side * step, up) for side in (1, -1)]
+            above, below = (activate(*side, self.formula) for side in sides)
+            total += ((above - below) / (2 * step)).float().square_().mul_(error)
+        return total
+
+    def _gate_and_up(self, product: Tensor) -> tuple[Tensor, Tensor]:
+        weighed = product if self.share is None else product * self.share
+        gate, up = (weighed if self.bias is None else weighed + self.bias).chunk(2, dim=2)
+        return gate, up
 
 
 def ideal_rows(
@@ -80,19 +113,23 @@ def ideal_rows(
         w1, w2 = _held(weights, experts, families[0])
         share = shares.index_select(0, flat).view(*routes.shape, 1)
         given = hidden.index_select(0, rows).view(*routes.shape, -1)
-        first = torch.bmm(w1.double(), given.transpose(1, 2)).transpose(1, 2)
-        if formula.weigh_first:
-            first, share = first * share, torch.ones_like(share)
-        gate, up = _with_bias(first, weights.bias1, experts).chunk(2, dim=2)
-        middle = activate(gate, up, formula)
+        product = torch.bmm(w1.double(), given.transpose(1, 2)).transpose(1, 2)
+        before, share = (share, torch.ones_like(share)) if formula.weigh_first else (None, share)
+        bias = None if weights.bias1 is None else weights.bias1[experts].unsqueeze(1)
+        first = _First(product, before, bias, formula)
+        middle = first.activated(product)
         result = _with_bias(torch.bmm(middle, w2.double().transpose(1, 2)), weights.bias2, experts)
         exact.index_add_(0, rows, (result * share).flatten(0, 1))
         narrow = w2.float().transpose(1, 2)
         squares = narrow.square()
         for family, one in zip(families, made, strict=True):
-            off = (_stored(middle, family) - middle).float()
+            rounded = first.activated(product.bfloat16().double()) if family.bf16_products else middle
+            off = (_stored(rounded, family) - middle).float()
             one.rounded.index_copy_(0, flat, ((result + torch.bmm(off, narrow)) * share).bfloat16().flatten(0, 1))
-            variance = _stored_variance(middle, family).mul_(share.float().square_())
+            variance = _stored_variance(middle, family)
+            if family.bf16_products:
+                variance += first.variance()
+            variance.mul_(share.float().square_())
             one.middle.index_add_(0, rows, torch.bmm(variance, squares).flatten(0, 1))
     return exact[:-1].float(), tuple(
         summed(one.rounded[:-1].view(count, topk, one.rounded.shape[1]), one.middle[:-1], family)

@@ -21,6 +21,7 @@ CALLS = ("make", "warm_up", "selection", "call")
 BROKEN = {
     "raises_in_make_of_experts": ("experts.made", "make"),
     "makes_nothing": ("experts.made", "make"),
+    "TensorAbout": ("experts.facts", "make"),
     "RaisesInWarmUp": ("experts.returns", "warm_up"),
     "ChoosesNothing": ("experts.selection", "selection"),
     "ChoosesForOthers": ("experts.selection", "selection"),

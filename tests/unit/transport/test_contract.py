@@ -22,6 +22,7 @@ CALLS = ("make", "dispatch", "sources", "combine", "dispatch again")
 BROKEN = {
     "raises_in_make": ("transport.made", "make"),
     "makes_nothing": ("transport.made", "make"),
+    "TensorFacts": ("transport.facts", "make"),
     "RaisesInDispatch": ("dispatch.returns", "dispatch"),
     "ReturnsTuple": ("dispatch.type", "dispatch"),
     "ReturnsNumber": ("dispatch.type", "dispatch"),
