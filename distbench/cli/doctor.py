@@ -12,7 +12,7 @@ from distbench.case.resolve import Layer
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
-from distbench.report.terminal import print_json, print_text
+from distbench.report.terminal import print_json, print_step, print_text
 
 if TYPE_CHECKING:
     from distbench.tools.doctor.findings import Fact, Path
@@ -52,6 +52,7 @@ def add(commands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    print_step("doctor: looking at this node")
     from distbench.case.resolve import resolve_case
     from distbench.tools.doctor.checks import check_node
     from distbench.tools.doctor.findings import exit_code

@@ -41,11 +41,10 @@ _COLUMNS = ("fault", "stage", "what goes wrong")
 
 def _show(fault: Listed) -> int:
     """Print one fault with its options."""
-    from distbench.faults.injector import FAULTS
+    print_text(f"{fault.name}: {fault.text}", f"stands for: {fault.bug}")
+    from distbench.faults.injector import FAULTS  # loads torch
 
     kind = FAULTS[fault.name]
-    print_text(f"{fault.name}: {fault.text}")
-    print_text(f"stands for: {fault.bug}")
     print_text(f"needs: {kind.needs}")
     rows = [
         (key, "any" if option.default == "" else str(option.default), option.allowed)

@@ -11,7 +11,7 @@ import msgspec
 from distbench.case.spec import CALL_KEYS, CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags, output_of
-from distbench.report.terminal import print_table, print_text, print_verdict
+from distbench.report.terminal import print_step, print_table, print_text, print_verdict
 
 if TYPE_CHECKING:
     from distbench.faults.mutants.corpus import Mutant
@@ -60,6 +60,7 @@ def add(commands: Any) -> None:
 
 
 def _mutants(options: argparse.Namespace) -> int:
+    print_step("mutants: planning the runs")  # what follows loads torch
     from distbench.cli.launching import run_corpus
     from distbench.report.files import write_atomically
     from distbench.report.journal import refuse_others, replace_results

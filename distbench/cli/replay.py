@@ -9,7 +9,7 @@ from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.options import add_case_options, add_folder, add_voice, case_flags
 from distbench.cli.torchrun_rank import alone
 from distbench.report.progress import Meter
-from distbench.report.terminal import print_table, print_text, print_verdict
+from distbench.report.terminal import print_step, print_table, print_text, print_verdict
 from distbench.utils.voice import Voice, voice
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _analyse(bundle: Bundle) -> bool:
+    print_step("replay: analysing the recording")  # what follows loads torch
     from distbench.report.bundle.analysis import analyse
     from distbench.tools.lab import signature
     from distbench.workload.version import other_inputs

@@ -13,7 +13,7 @@ from distbench.case.spec import CALLER_KEYS, FIELD_HINTS
 from distbench.cli.argument_types import whole
 from distbench.cli.options import add_case_options, add_launch, add_voice, case_flags, output_of
 from distbench.errors import InvalidCase
-from distbench.report.terminal import Grid, folded, print_parts, print_table, print_text, print_verdict
+from distbench.report.terminal import Grid, folded, print_parts, print_step, print_table, print_text, print_verdict
 from distbench.utils.voice import Voice, voice
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def add(commands: Any) -> None:
 
 
 def _selftest(options: argparse.Namespace) -> int:
+    print_step("selftest: planning the cases")  # what follows loads torch
     from distbench.cli.launching import run_corpus
     from distbench.faults.injector import FAULTS
     from distbench.report.files import write_atomically

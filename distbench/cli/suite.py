@@ -12,7 +12,7 @@ from distbench.case.entry import Entry
 from distbench.case.spec import case_hash
 from distbench.cli.argument_types import duration, whole
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
-from distbench.cli.multi_node import add_nodes
+from distbench.cli.multi_node import add_nodes, layout_of
 from distbench.cli.options import (
     DEFAULT_OUT,
     add_case_options,
@@ -27,7 +27,7 @@ from distbench.cli.options import (
 from distbench.cli.torchrun_rank import is_rank_0, world_size
 from distbench.report.export import Writer
 from distbench.report.progress import Progress
-from distbench.report.terminal import print_note
+from distbench.report.terminal import print_note, print_step
 
 if TYPE_CHECKING:
     from distbench.case.suite import Suite
@@ -81,23 +81,30 @@ def add(commands: Any) -> None:
 def _suite(options: argparse.Namespace) -> int:
     from distbench.case.environment import reader
     from distbench.case.suite import load_suite, select
-    from distbench.cli.launching import examined, follow_node_0
-    from distbench.launcher.preflight import check_folder, check_path
-    from distbench.launcher.resources import report_bytes
     from distbench.launcher.time_budget import earliest_deadline
 
     if options.out == _OWN_OUT:
         options.out = f"{DEFAULT_OUT}/{Path(options.suite).stem}"
-    followed = follow_node_0(options)
-    if followed is not None:
-        return followed
+    if layout_of(options) is not None:
+        from distbench.cli.launching import follow_node_0
+
+        followed = follow_node_0(options)
+        if followed is not None:
+            return followed
     options.deadline = earliest_deadline(options.time_budget, os.environ)
     ranks = num_ranks(options) or _DEFAULT_RANKS
     flags = case_flags(options)
     suite = load_suite(options.suite, ranks, flags, reader(os.environ))
-    if suite.merged and (world_size() is None or is_rank_0()):
+    told = world_size() is None or is_rank_0()
+    if suite.merged and told:
         print_note(_merged(suite))
     chosen = select(suite.entries, options.select)
+    if told:
+        print_step(f"suite {suite.name}: {len(chosen)} cases on {ranks} ranks, results in {options.out}")
+    from distbench.cli.launching import examined
+    from distbench.launcher.preflight import check_folder, check_path
+    from distbench.launcher.resources import report_bytes
+
     check_path(options.out)
     entries = examined(chosen, suite.origin, options)
     check_folder(options.out)

@@ -26,7 +26,7 @@ from distbench.cli.options import (
 from distbench.cli.torchrun_rank import hold_as_rank, is_rank_0, work, world_size
 from distbench.errors import InvalidCase, exit_meaning
 from distbench.report.progress import Progress
-from distbench.report.terminal import print_verdict
+from distbench.report.terminal import print_step, print_verdict
 
 if TYPE_CHECKING:
     from distbench.experts.selection.releases import BucketRules
@@ -131,13 +131,16 @@ def proof_notes(rows: list[SweepRow]) -> list[str]:
 def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     from distbench.case.environment import read_environment
     from distbench.case.resolve import Layer, load_case_file, resolve_case
-    from distbench.cli.launching import warnings
 
     sizes = _sizes(options)
     files = [load_case_file(options.case)] if options.case else []
     timed = Layer("sweep", {"iterations": _ITERATIONS})
     given = [*case_flags(options), *files, timed]
     layers = [*given, *read_environment(os.environ, given)]
+    if world_size() is None or is_rank_0():
+        print_step(f"sweep: {len(sizes) or 1} sizes, results in {options.out}")
+    from distbench.cli.launching import warnings
+
     entries: dict[str, Entry] = {}
     for size in sizes or (None,):
         own = {} if size is None else {"tokens": size}

@@ -121,14 +121,14 @@ class Heartbeat:
         arm, number = ARMS.index(self.arm), STAGES.index(stage)
         self._step = self._step + 1 if number else 0
         where = (self.case_index, arm, number, time.monotonic_ns(), self._pid, self._step)
-        record = _RECORD.pack(*where, self.repeat, self._space)
+        record = _RECORD.pack(*where, self._space, self.repeat)
         self._map[: _RECORD.size] = (
             record  # pack_into would zero it first, and a reader would see a rank without a process
         )
 
     def position(self) -> Position:
         """The position written last."""
-        *places, repeat, _ = _RECORD.unpack_from(self._map)
+        *places, _, repeat = _RECORD.unpack_from(self._map)
         fields = (*places, *_WAITS.unpack_from(self._map, _RECORD.size), repeat)
         return Position(*fields)
 
@@ -146,7 +146,7 @@ class Heartbeat:
 def write_position(path: Path, position: Position) -> None:
     """Write the position that a rank of another host has sent."""
     fields = msgspec.structs.astuple(position)
-    record = _RECORD.pack(*fields[:_PLACES], position.repeat, pid_space())
+    record = _RECORD.pack(*fields[:_PLACES], pid_space(), position.repeat)
     path.write_bytes(record + _WAITS.pack(*fields[_PLACES:-1]))
 
 
@@ -166,7 +166,7 @@ def read_position(path: Path) -> Position | None:
         return None
     if len(content) != _SIZE or not any(content[: _RECORD.size]):  # a rank writes its waits before its first mark
         return None
-    *places, repeat, space = _RECORD.unpack_from(content)
+    *places, space, repeat = _RECORD.unpack_from(content)
     fields = (*places, *_WAITS.unpack_from(content, _RECORD.size), repeat)
     position = Position(*fields)
     if space != pid_space():

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _LOG_WIDTH = 140
 _LEAST_WIDTH = 40
-_GAP, _EDGES = 3, 2
-"""Columns of the screen between two columns of a table, and at its edges together."""
+_GAP = 3
+"""Columns of the screen between two columns of a table."""
 _INDENT = 2
 _WRAPPED: dict[str, Any] = {"break_on_hyphens": False, "drop_whitespace": True}
 _WORDS, _FEW = 16, 8
@@ -126,21 +126,28 @@ def print_table(rows: Sequence[tuple[str, ...]], columns: tuple[str, ...], title
 def print_parts(parts: Iterable[str | Grid]) -> None:
     """Print lines, wrapped at words on a terminal, and tables to standard output."""
     console = _console()
+    blank = False
     with aside():
         for part in parts:
-            _print_part(console, part)
+            if isinstance(part, str):
+                _print_wrapped(console, part)
+                blank = False
+            else:
+                _print_grid(console, part, blank=blank)
+                blank = True
 
 
-def _print_part(console: Console, part: str | Grid) -> None:
-    if isinstance(part, str):
-        _print_wrapped(console, part)
-        return
-    if part.title:
-        _print_wrapped(console, part.title)
-    for one in laid_out(part.columns, part.rows, console.width):
+def _print_grid(console: Console, grid: Grid, *, blank: bool) -> None:
+    """Print a table between blank lines; the first is there already where the last line was `blank`."""
+    if grid.title:
+        _print_wrapped(console, grid.title)
+    if grid.title or not blank:
+        print()
+    for one in laid_out(grid.columns, grid.rows, console.width):
         with console.capture() as drawn:
             console.print(one, markup=False, soft_wrap=isinstance(one, str))
         print("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+    print()
 
 
 def print_verdict(line: str, exit_code: int) -> None:
@@ -167,7 +174,7 @@ def laid_out(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: i
     told = [tuple(map(_told, row)) for row in rows]
     heads = tuple(map(_told, columns))
     cells = [[row[index] for row in told] for index in range(len(heads))]
-    room = width - _GAP * (len(heads) - 1) - _EDGES
+    room = width - _GAP * (len(heads) - 1)
     words = [not all(map(is_number, column)) for column in cells]
     for shortest, may in ((_WORDS, words), (_FEW, [True] * len(heads))):
         wraps = [
@@ -179,19 +186,22 @@ def laid_out(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], width: i
             for column, head, wrap in zip(cells, heads, wraps, strict=True)
         ]
         if sum(least) <= room:
-            natural = [max(map(len, (head, *column))) for head, column in zip(heads, cells, strict=True)]
-            return [_table(heads, told, _widths(least, natural, room))]
+            whole = [max(map(len, column), default=0) for column in cells]
+            return [_table(heads, told, _widths(least, whole, list(map(len, heads)), room))]
     return [_paragraph(heads, row, width) for row in told]
 
 
-def _widths(least: list[int], natural: list[int], room: int) -> list[int]:
-    """Widths of the columns: what is left of the room goes to those that lack the most."""
+def _widths(least: list[int], whole: list[int], heads: list[int], room: int) -> list[int]:
+    """Widths of the columns: what is left of the room goes to those whose cells lack the most, then to whole heads."""
     widths = list(least)
-    for _ in range(room - sum(least)):
-        lacking = [wide - now for wide, now in zip(natural, widths, strict=True)]
+    while sum(widths) < room:
+        lacking = [wide - now for wide, now in zip(whole, widths, strict=True)]
         if max(lacking) <= 0:
             break
         widths[lacking.index(max(lacking))] += 1
+    for index in sorted(range(len(heads)), key=lambda one: heads[one] - widths[one]):
+        if sum(widths) - widths[index] + heads[index] <= room:
+            widths[index] = max(widths[index], heads[index])
     return widths
 
 
@@ -220,7 +230,7 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]], widths: list
     from rich.text import Text
 
     lines = box.SIMPLE_HEAD if speaks_all(sys.stdout) else box.Box(_ASCII_LINES, ascii=True)
-    table = Table(box=lines, pad_edge=False)
+    table = Table(box=lines, pad_edge=False, show_edge=False)
     for index, head in enumerate(heads):
         numbers = index > 0 and all(is_number(row[index]) for row in rows)
         side = "right" if numbers else "left"

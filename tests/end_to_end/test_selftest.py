@@ -63,7 +63,7 @@ def test_selftest_counts_guards_of_adapters_that_end_a_rank_as_right(tmp_path: P
 def test_unknown_selftest_fault_is_refused_with_the_known_ones(faults: str, tmp_path: Path) -> None:
     run = Run(tmp_path / "out", "selftest", "--faults", faults, "--clean", "0")
     assert run.exit_code == 2
-    (line,) = run.stderr.splitlines()
+    *_, line = run.stderr.splitlines()
     assert line.startswith("distbench: INVALID: --faults 'zzz': in no fault's name; allowed are parts of short-limit, ")
     assert line.endswith(", death, late-death")
 

@@ -210,7 +210,7 @@ def test_command_without_enough_host_memory_is_refused_before_a_rank_starts(
 ) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
     assert main.main([*command, "--nproc=2", f"--out={tmp_path}"]) == 77
-    assert re.search(r"^distbench: UNSUPPORTED: memory: case \S.* needs about \d+ bytes", capsys.readouterr().err)
+    assert re.search(r"(?m)^distbench: UNSUPPORTED: memory: case \S.* needs about \d+ bytes", capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("no_ranks")

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from distbench.cli import doctor as command
 from distbench.cli.main import main
 from distbench.launcher import locks
 from distbench.launcher.locks import hold
@@ -129,7 +128,7 @@ def test_dispatch_dtype_that_cannot_run_is_reported_as_missing(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SGLANG_MORI_DISPATCH_DTYPE", value)
-    monkeypatch.setattr(command, "probe", lambda: READY)
+    monkeypatch.setattr("distbench.tools.doctor.probe.probe", lambda: READY)
     assert main(["doctor", "--for", "mori"]) == 2
     assert "missing   environment       env:SGLANG_MORI_DISPATCH_DTYPE" in capsys.readouterr().out
 
@@ -261,7 +260,7 @@ def test_doctor_command_exits_with_the_code_of_its_path(
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # a launch in this process may have set them
         monkeypatch.delenv(name, raising=False)
     node = msgspec.structs.replace(READY, flavour="cuda", devices=("sm_90",) * 8, environ=dict(os.environ))
-    monkeypatch.setattr(command, "probe", lambda: node)
+    monkeypatch.setattr("distbench.tools.doctor.probe.probe", lambda: node)
     assert main(["doctor", "--for", path]) == code
     words = {0: "ready", 2: "not usable"}
     assert capsys.readouterr().out.splitlines()[-1] == f"{words[code]} for {path}"
@@ -270,7 +269,9 @@ def test_doctor_command_exits_with_the_code_of_its_path(
 def test_doctor_json_contains_no_environment_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "probe", lambda: msgspec.structs.replace(READY, environ={"SECRET": "word"}))
+    monkeypatch.setattr(
+        "distbench.tools.doctor.probe.probe", lambda: msgspec.structs.replace(READY, environ={"SECRET": "word"})
+    )
     assert main(["doctor", "--json"]) == 0
     out = capsys.readouterr().out
     document = json.loads(out)
@@ -281,7 +282,7 @@ def test_doctor_json_contains_no_environment_variable(
 def test_invalid_limit_in_the_environment_is_reported_and_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "probe", lambda: READY)
+    monkeypatch.setattr("distbench.tools.doctor.probe.probe", lambda: READY)
     monkeypatch.setenv("SGLANG_MORI_MOE_MAX_INPUT_TOKENS", "many")
     assert main(["doctor"]) == 2
     assert "SGLANG_MORI_MOE_MAX_INPUT_TOKENS" in capsys.readouterr().out
@@ -290,7 +291,7 @@ def test_invalid_limit_in_the_environment_is_reported_and_exits_2(
 def test_doctor_reads_the_environment_for_the_mori_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "probe", lambda: READY)
+    monkeypatch.setattr("distbench.tools.doctor.probe.probe", lambda: READY)
     monkeypatch.setenv("SGLANG_MORI_COMBINE_DTYPE", "fp8")
     assert main(["doctor", "--for", "mori"]) == 0
     assert "fp8_blockwise" in capsys.readouterr().out
