@@ -102,7 +102,7 @@ def sees_to_signals(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_before_the_first_launch_ends_the_bench_with_its_exit_code(tmp_path: Path, number: int) -> None:
-    with FreshBench(tmp_path / "out", "suite", "smoke", "--nproc=2") as bench:
+    with FreshBench(tmp_path / "out", "suite", "smoke", "--nproc=2", "--quiet") as bench:
         while not sees_to_signals(bench.process.pid):
             assert bench.process.poll() is None
         bench.process.send_signal(number)

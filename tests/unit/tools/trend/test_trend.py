@@ -273,7 +273,7 @@ def test_quiet_is_the_conclusion_alone_and_verbose_shows_every_night(
     for flag, shown in (("--last=20", 14), ("--verbose", 20)):
         assert main(["trend", str(tmp_path), flag]) == 0
         text = capsys.readouterr().out
-        assert len(re.findall(r"^ n\d+ ", text, re.MULTILINE)) == shown
+        assert len(re.findall(r"^n\d+ ", text, re.MULTILINE)) == shown
         assert ("6 earlier nights: --verbose" in text) is (shown == 14)
 
 
