@@ -16,6 +16,7 @@ from distbench.tools.compare.text import judgement_of, limit_lines, short_list, 
 _SHOWN_CASES, _SHOWN_TIMES, _SHOWN_FACTS = 200, 50, 100
 _NO_REGRESSION, _REGRESSION = 0, 1
 _ALARMS = ("slower", "suspect")
+_WORDS = (*_ALARMS, "not judged", "faster", "same")
 _SIGNS = {verdict.value: glyph for verdict, glyph in GLYPHS.items()}
 
 
@@ -103,9 +104,10 @@ def _ending(exit_code: int) -> tuple[str, str, str]:
 def _headline(comparison: Comparison) -> str:
     old = "one older launch" if comparison.launches == 1 else f"{comparison.launches} older launches"
     told = [f"{_count(comparison.pairs, 'case')} compared with {old}"]
-    told += [f"{count} {kind}" for kind, count in Counter(found.kind for found in comparison.cases).items()]
+    kinds = Counter(found.kind for found in worst_first(comparison.cases))
+    told += [f"{count} {kind}" for kind, count in kinds.items()]
     words = Counter(judgement_of(time, comparison) for time in comparison.times if time.case == ALL_CASES)
-    told += [f"{_count(count, 'arm and stage', 'arms and stages')} {word}" for word, count in words.items()]
+    told += [f"{_count(words[word], 'arm and stage', 'arms and stages')} {word}" for word in _WORDS if words[word]]
     told += [f"{len(comparison.environment)} differences of the environment"] if comparison.environment else []
     return ", ".join(told)
 
