@@ -12,6 +12,8 @@ from distbench.experts.base import ExpertInput, Experts, ExpertsAround, ExpertsC
 from distbench.experts.reference import make as reference_experts
 from distbench.experts.roundings import Roundings
 from distbench.experts.selection.choice import KernelChoice
+from distbench.faults.base import Fault, Scene
+from distbench.faults.options import Option, one_of, real, whole
 from distbench.transport.base import (
     Dispatched,
     Transport,
@@ -33,10 +35,13 @@ __all__ = [
     "Experts",
     "ExpertsAround",
     "ExpertsContext",
+    "Fault",
     "InvalidCase",
     "KernelChoice",
+    "Option",
     "Plugin",
     "Roundings",
+    "Scene",
     "SumOrder",
     "TokenBatch",
     "Transport",
@@ -45,6 +50,9 @@ __all__ = [
     "Unsupported",
     "WholeTransport",
     "collective_transport",
+    "one_of",
     "poison_",
+    "real",
     "reference_experts",
+    "whole",
 ]

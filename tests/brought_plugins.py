@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
@@ -15,6 +15,7 @@ from distbench.plugins import (
     ExpertsAround,
     ExpertsContext,
     ExpertWeights,
+    Fault,
     KernelChoice,
     Plugin,
     Roundings,
@@ -24,6 +25,7 @@ from distbench.plugins import (
     WholeTransport,
     collective_transport,
     reference_experts,
+    whole,
 )
 
 
@@ -335,3 +337,18 @@ class SpoilsRows(ExpertsAround):
 
 
 SPOILS = Plugin(make=Spoils, options=Rule)
+
+
+class Doubled(Fault):
+    """Combine's tokens are doubled."""
+
+    name, stage, bug = "doubled", "combine", "a public report"
+    options: ClassVar = {"factor": whole(2, 1, 8)}
+
+    def combined(self, tokens: Tensor) -> Tensor:
+        self.hits += 1
+        return tokens * int(self.chosen["factor"])
+
+
+class Nameless(Fault):
+    """A fault without a name."""

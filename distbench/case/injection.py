@@ -6,9 +6,11 @@ import re
 
 import msgspec
 
+from distbench.case.plugins import FAULT, installed, is_reference
 from distbench.errors import InvalidCase
 
-_NAME = re.compile(r"[a-z0-9-]{1,40}")
+# A plugin's fault by reference is a class, whose name begins with a capital letter: an option's never does.
+_FAULT = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Z]\w*|[a-z0-9-]{1,40})(?::(?P<options>.*))?", re.ASCII)
 _KEY = re.compile(r"[a-z_]{1,40}")
 
 
@@ -29,11 +31,25 @@ def parse_inject(text: str) -> tuple[Injection, ...]:
     return tuple(_parse_one(part) for part in filter(None, (one.strip() for one in text.split(";"))))
 
 
+def is_brought(name: str) -> bool:
+    """Whether a fault is a plugin's: a reference, or an entry point. Reads the metadata of packages for the latter."""
+    return is_reference(name) or name in installed(FAULT)
+
+
+def brings_faults(text: str) -> bool:
+    """Whether a case's faults name code of other packages; a text that cannot be parsed names none."""
+    try:
+        return any(is_brought(fault.name) for fault in parse_inject(text))
+    except InvalidCase:
+        return False
+
+
 def _parse_one(part: str) -> Injection:
-    name, _, rest = part.partition(":")
+    found = _FAULT.fullmatch(part)
+    name, rest = (found["name"], found["options"] or "") if found and not part.endswith(":") else ("", part)
     pairs = [tuple(side.strip() for side in one.partition("=")[::2]) for one in rest.split(",")] if rest else []
     options = {key: value for key, value in pairs if _KEY.fullmatch(key) and value}
-    if not _NAME.fullmatch(name) or len(options) < len(pairs):
+    if not name or len(options) < len(pairs):
         message = f"inject = {part!r:.80}: allowed is NAME[:key=value,…], such as flipped-bit:rank=1,arm=truncated"
         raise InvalidCase(message)
     return Injection(name, options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -54,7 +55,11 @@ KINDS: dict[str, Kind] = {
         guests=("torch-grouped",),
     ),
 }
-"""Kinds of parts, by their key of a case."""
+"""Parts by their key of a case."""
+
+FAULT = "fault"
+_FAULTS = Kind("distbench.faults", {})
+"""Faults, which the key inject names among its text; the built-in ones are in faults/injector.py."""
 
 OPTION_KEYS: dict[str, Part] = {"transport_option": "transport", "experts_option": "experts"}
 """Keys with the options of a part."""
@@ -104,11 +109,22 @@ def is_trusted(part: str, name: str) -> bool:
     return name in kind.built_in and name not in kind.guests
 
 
+@lru_cache
 def installed(part: str) -> dict[str, EntryPoint]:
     """Entry points of other packages, by name. Reads the metadata of all installed packages, and imports none."""
     from importlib.metadata import entry_points  # noqa: PLC0415 - built-in parts need none of it
 
-    return {one.name: one for one in entry_points(group=KINDS[part].group) if not is_built_in(part, one.name)}
+    kind = _kind(part)
+    return {one.name: one for one in entry_points(group=kind.group) if one.name not in kind.built_in}
+
+
+def _kind(part: str) -> Kind:
+    return _FAULTS if part == FAULT else KINDS[part]
+
+
+def is_reference(name: str) -> bool:
+    """Whether a name has the form `package.module:attribute`."""
+    return len(name) <= _LONGEST_NAME and _REFERENCE.fullmatch(name) is not None
 
 
 def check_name(part: str, name: str) -> None:
@@ -117,7 +133,7 @@ def check_name(part: str, name: str) -> None:
     Raises:
         InvalidCase: lists the names that exist.
     """
-    if is_built_in(part, name) or (len(name) <= _LONGEST_NAME and _REFERENCE.fullmatch(name)):
+    if is_built_in(part, name) or is_reference(name):
         return
     known = (*KINDS[part].built_in, *installed(part))
     if name not in known:
@@ -127,18 +143,32 @@ def check_name(part: str, name: str) -> None:
 
 def reference_of(part: str, name: str) -> str:
     """Return `module:attribute` of a name that `check_name` has accepted."""
-    if is_built_in(part, name):
-        return KINDS[part].built_in[name]
+    built_in = _kind(part).built_in
+    if name in built_in:
+        return built_in[name]
     return name if ":" in name else installed(part)[name].value
 
 
 def load_plugin(part: str, name: str) -> Plugin:
     """Import a part and return what it states; any other callable than a `Plugin` is one that states nothing.
 
-    The working directory is on the path, behind all others, for a reference.
+    Raises:
+        InvalidCase, Unsupported: as `load_object`; or it is no callable.
+    """
+    found = load_object(part, name)
+    if isinstance(found, Plugin):
+        return found if found.name else msgspec.structs.replace(found, name=name)
+    if callable(found):
+        return Plugin(make=found, name=name)
+    message = f"{part} {name}: is a {type(found).__name__}; allowed are a distbench.plugins.Plugin and a callable"
+    raise InvalidCase(message)
+
+
+def load_object(part: str, name: str) -> Any:
+    """Import what a name leads to. For a reference the working directory is on the path, behind all others.
 
     Raises:
-        InvalidCase: no such module or attribute, an error while it is imported, or no callable.
+        InvalidCase: no such module or attribute, or an error while it is imported.
         Unsupported: it needs a package that is missing.
     """
     module, _, attribute = reference_of(part, name).partition(":")
@@ -160,12 +190,7 @@ def load_plugin(part: str, name: str) -> Plugin:
     except Exception as error:
         message = f"{part} {name}: {module} cannot be imported ({type(error).__name__}: {one_line(error)})"
         raise InvalidCase(message) from error
-    if isinstance(found, Plugin):
-        return found if found.name else msgspec.structs.replace(found, name=name)
-    if callable(found):
-        return Plugin(make=found, name=name)
-    message = f"{part} {name}: is a {type(found).__name__}; allowed are a distbench.plugins.Plugin and a callable"
-    raise InvalidCase(message)
+    return found
 
 
 def parse_options(key: str, text: str) -> dict[str, str]:

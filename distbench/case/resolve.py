@@ -246,7 +246,7 @@ def _is_of_another(key: str, layer: Layer, values: Mapping[str, Any]) -> bool:
 def _refuse_flag_keys(layer: Layer, values: Mapping[str, Any]) -> None:
     """Refuse code to execute that a file names, and no flag."""
     for key, named in layer.values.items():
-        if names_code(key, named) and layer.source != FLAGS and key not in values:
+        if layer.source != FLAGS and key not in values and names_code(key, named):
             flag = f"--{key.replace('_', '-')}"
             message = f"{layer.source}: {key} = {shown(named)} names code to execute; give {flag} too, or drop the key"
             raise InvalidCase(message)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
+from distbench.case.injection import brings_faults
 from distbench.case.limits import ALLOWED_LIMITS
 from distbench.case.plugins import KINDS, OPTION_KEYS, is_built_in, is_trusted
 from distbench.utils.amd_arch import Fp8Format
@@ -220,7 +221,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     inject: Annotated[
         str,
         _help(
-            "faults to inject, NAME[:key=value,...] joined by semicolons; from `distbench faults` or `mutants --list`"
+            "faults to inject, NAME[:key=value,...] joined by semicolons; from `distbench faults` or `mutants --list`, "
+            "an installed plugin, or package.module:Fault"
         ),
     ] = ""
     iterations: Annotated[
@@ -347,6 +349,8 @@ def names_code(key: str, value: Any) -> bool:
     """Whether `value` of `key` names code to execute that is not distbench's: only a flag may."""
     if key in FLAG_KEYS:
         return bool(value != FIELD_DEFAULTS[key])
+    if key == "inject" and isinstance(value, str):
+        return brings_faults(value)
     return key in KINDS and isinstance(value, str) and not is_built_in(key, value)
 
 

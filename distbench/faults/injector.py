@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distbench.case.injection import Injection, parse_inject
+from distbench.case.injection import Injection, is_brought, parse_inject
+from distbench.case.plugins import FAULT, load_object
 from distbench.case.spec import Case
 from distbench.case.stages import SUB_BATCHES, Stage
 from distbench.distributed.heartbeat import Heartbeat
@@ -29,21 +30,48 @@ FAULTS: dict[str, type[Fault]] = {
 }
 
 
+_MUTANT = "mutant"
+
+
+def is_plugin(injection: Injection) -> bool:
+    """Whether a fault is that of another package."""
+    return injection.name not in (*FAULTS, _MUTANT) and is_brought(injection.name)
+
+
 def fault_kind(injection: Injection) -> type[Fault]:
     """Return the fault class that `injection` names.
 
     Raises:
         InvalidCase: no such fault.
     """
-    if injection.name == "mutant":
+    if injection.name == _MUTANT:
         from distbench.faults.mutants.fault import mutant_kind  # noqa: PLC0415 - loaded only where a fault is injected
 
         return mutant_kind(injection)
+    if is_plugin(injection):
+        return _brought(injection.name)
     if injection.name not in FAULTS:
         near = closest(injection.name, FAULTS)
         message = f"inject = {injection.name}: no such fault{near}; allowed are {', '.join(FAULTS)}, mutant"
         raise InvalidCase(message)
     return FAULTS[injection.name]
+
+
+def _brought(name: str) -> type[Fault]:
+    """Return the fault class of a plugin.
+
+    Raises:
+        InvalidCase, Unsupported: as `load_object`; or it is no subclass of Fault, or leaves out its name, bug or stage.
+    """
+    found = load_object(FAULT, name)
+    if not (isinstance(found, type) and issubclass(found, Fault)):
+        message = f"inject = {name}: is no subclass of distbench.plugins.Fault; name the class of a fault"
+        raise InvalidCase(message)
+    missing = [one for one in ("name", "bug", "stage") if not isinstance(getattr(found, one, None), str)]
+    if missing:
+        message = f"inject = {name}: the class has no {missing[0]}; set name, bug and stage, as texts"
+        raise InvalidCase(message)
+    return found
 
 
 def make_faults(case: Case, scene: Scene) -> list[Fault]:
@@ -56,12 +84,29 @@ def make_faults(case: Case, scene: Scene) -> list[Fault]:
 
 
 def check_faults(case: Case) -> None:
-    """Refuse unknown faults before a rank is started.
+    """Refuse unknown faults before a rank is started; those of plugins are left to the ranks.
 
     Raises:
         InvalidCase: see `make_faults`.
     """
-    make_faults(case, Scene(0, case, Heartbeat(None), lambda: torch.empty(0, 2)))
+    for injection in parse_inject(case.inject):
+        if not is_plugin(injection):
+            fault_kind(injection)(_scene(case), injection)
+
+
+def check_plugins(session: Session, case: Case) -> None:
+    """Refuse faults of plugins that cannot be injected, on all ranks. Collective where the case has some.
+
+    Raises:
+        InvalidCase, Unsupported: see `make_faults`.
+    """
+    if any(map(is_plugin, parse_inject(case.inject))):
+        with session.together():
+            make_faults(case, _scene(case))
+
+
+def _scene(case: Case) -> Scene:
+    return Scene(0, case, Heartbeat(None), lambda: torch.empty(0, 2))
 
 
 class SubBatch(Protocol):

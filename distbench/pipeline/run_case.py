@@ -112,6 +112,10 @@ def run_case(
 def _prepare(session: Session, case: Case, brought: Brought | None = None) -> _Ready:
     session.heartbeat.mark(Stage.AGREE)
     session.use(case.device)
+    if case.inject:
+        from distbench.faults.injector import check_plugins  # noqa: PLC0415 - loaded only where faults are asked for
+
+        check_plugins(session, case)
     workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
     batches, probes = zip(*(_tokens_and_probe(workload, session.rank) for workload in workloads), strict=True)
     parts = split_batch(case, batches[0], session.rank) if case.two_batch_overlap else (batches[0],)

@@ -232,11 +232,11 @@ def _faults_elsewhere(case: Case, stages: Sequence[str]) -> str:
     """Faults injected into stages other than `stages`: a replaced stage loses its faults."""
     if not case.inject:
         return ""
-    from distbench.faults.injector import fault_kind  # noqa: PLC0415 - loads torch
+    from distbench.faults.injector import fault_kind, is_plugin  # noqa: PLC0415 - loads torch
 
     kept = []
     for text, fault in zip(filter(str.strip, case.inject.split(";")), parse_inject(case.inject), strict=True):
-        if fault.options.get("stage", fault_kind(fault).stage) not in stages:
+        if is_plugin(fault) or fault.options.get("stage", fault_kind(fault).stage) not in stages:
             kept.append(text)
     return ";".join(kept)
 

@@ -69,9 +69,22 @@ def test_wrong_values_of_a_plugin_are_attributed_to_its_stage_and_rank(
     assert found.judgement.first_divergence.rank in ranks
 
 
+def test_fault_of_a_plugin_is_injected_counted_and_attributed() -> None:
+    found = outcome(brought(numerics="exact", inject="tests.brought_plugins:Doubled:rank=1,factor=3,arm=padded"))
+    assert found.gathered is not None
+    assert found.gathered.observations[1].injected == {"0": 1}
+    assert found.judgement.verdict is Verdict.BASELINE_WRONG
+    assert found.judgement.first_divergence is not None
+    assert (found.judgement.first_divergence.stage, found.judgement.first_divergence.rank) == (Stage.COMBINE, 1)
+
+
 @pytest.mark.parametrize(
     ("parts", "verdict", "message"),
     [
+        ({"inject": "tests.brought_plugins:Doubled:factor=9"}, Verdict.INVALID, "factor = '9'; allowed are whole"),
+        ({"inject": "tests.brought_plugins:Same"}, Verdict.INVALID, "is no subclass of distbench.plugins.Fault"),
+        ({"inject": "tests.brought_plugins:Nameless"}, Verdict.INVALID, "the class has no name; set name, bug and"),
+        ({"inject": "tests.brought_plugins:Missing"}, Verdict.INVALID, "no attribute 'Missing'"),
         ({"transport": "OPTIONED", "transport_option": "factor=0"}, Verdict.INVALID, "optioned refuses it"),
         ({"transport": "missing"}, Verdict.INVALID, "no attribute 'missing'"),
         ({"transport": "ON_DEVICES"}, Verdict.UNSUPPORTED, "states no support of device = cpu"),

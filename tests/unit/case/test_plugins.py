@@ -129,6 +129,25 @@ def test_only_a_flag_may_name_a_plugin(key: str, source: str) -> None:
     assert getattr(resolve_case(both, 2).case, key) == "other:make"
 
 
+@pytest.mark.parametrize("text", ["own:Fault", "flipped-bit;own.parts:Fault:rank=1", "doubled"])
+def test_only_a_flag_may_name_a_fault_of_a_plugin(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("doubled", "own:Fault", "distbench.faults")
+    monkeypatch.setattr("distbench.case.injection.installed", lambda _: {"doubled": entry})
+    with pytest.raises(InvalidCase, match=f"^file:c: inject = '{text}' names code to execute; give --inject too"):
+        resolve_case([Layer("file:c", {"inject": text})], 2)
+    assert flagged(inject=text).inject == text
+    assert resolve_case([Layer("file:c", TINY | {"inject": "flipped-bit:rank=1"})], 2).case.inject
+
+
+def test_own_faults_in_flags_read_no_metadata() -> None:
+    code = (
+        "import sys; from distbench.case.resolve import Layer, resolve_case; "
+        "resolve_case([Layer('flag', {'inject': 'flipped-bit:rank=1', 'model': 'tiny'})], 2); "
+        "print('importlib.metadata' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
+
+
 def test_options_are_part_of_the_hash_in_one_order_and_absent_without_any() -> None:
     first = flagged(transport="own:make", transport_option="b=2; a=1")
     second = flagged(transport="own:make", transport_option="a=1;b=2")
