@@ -139,13 +139,19 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
     for transport in ready.transports:
         transport.close()
     mode = choose_mode(case.gather, case.tokens, sum(one.outputs.rows[:1].nbytes for one in found))
-    peak = peak_bytes()  # of the process, after all passes: an observation of the first inputs is of before the second
-    seen = [(msgspec.structs.replace(one.observation, peak_bytes=peak), one.outputs) for one in found]
-    gathered = gather(session, mode, case.tokens, seen)
+    gathered = gather(session, mode, case.tokens, _to_gather(found))
     injector = found[-1].injector
     if injector is not None:
         injector.leave()
     return None if gathered is None else _judged(ready, gathered)
+
+
+def _to_gather(found: list[_Seen]) -> list[tuple[Observation, Outputs]]:
+    """Observations with the peak of the process after all passes; the first inputs' alone keep their map."""
+    peak = peak_bytes()
+    first, *others = (msgspec.structs.replace(one.observation, peak_bytes=peak) for one in found)
+    kept = [first, *(msgspec.structs.replace(other, differing={}) for other in others)]
+    return [(observation, one.outputs) for observation, one in zip(kept, found, strict=True)]
 
 
 def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder | None) -> _Seen:

@@ -148,6 +148,13 @@ def test_every_link_and_region_is_reached_by_keyboard_with_a_visible_outline(
             assert stop["outline"] >= 2, stop
 
 
+def test_outline_that_is_taken_away_is_missed(browser: Browser, samples: dict[str, Path]) -> None:
+    with opened(browser, samples["case"], bypass_csp=True) as one:
+        one.page.add_style_tag(content=":focus-visible { outline: none !important; }")
+        one.page.keyboard.press("Tab")
+        assert one.page.evaluate(FOCUSED)["outline"] == 0
+
+
 def test_keys_open_details_and_the_case_behind_a_sign(browser: Browser, samples: dict[str, Path]) -> None:
     with opened(browser, samples["case"]) as one:
         summary = one.page.locator("summary").first

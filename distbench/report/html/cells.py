@@ -72,7 +72,7 @@ class CellMap(NamedTuple):
 def cell_map(columns: Sequence[str], marks: Mapping[str, float]) -> CellMap:
     """Map of texts of digits, a text a column from top to bottom; `marks` are labels at shares of its width."""
     right = WIDTH - _RIGHT
-    wide, tall = right / max(len(columns), 1), _HEIGHT / max(map(len, columns), default=1)
+    wide, tall = right / max(len(columns), 1), _HEIGHT / max([1, *map(len, columns)])
     parts: dict[int, list[str]] = {}
     for x, cells in enumerate(columns):
         y = 0

@@ -19,7 +19,7 @@ _BARS_TOP, _BARS_HEIGHT, _BARS_RIGHT = 8.0, 140.0, 150.0
 _ROW, _ROW_LABEL = 30.0, 11.0
 _SIDE = 6.0
 _MOST_DOTS = 60
-_LEAST_US = 1e-3
+_LEAST_US, _MOST_US = 1e-3, 1e15
 _TICK_GAP = 30.0
 _NAME_GAP = 60.0
 _ROOM = 1.04
@@ -289,12 +289,12 @@ class Estimate(NamedTuple):
 
 def bar_pairs(series: Sequence[tuple[str, str, Estimate, Estimate]]) -> BarPairs:
     """Bars of times in microseconds, of (label, kind, old, new), over an axis with four parts of round numbers."""
-    most = max([one.high for _, _, *both in series for one in both], default=1.0) or 1.0
+    most = min(max([one.high for _, _, *both in series for one in both], default=1.0), _MOST_US) or 1.0
     step = _round_step(most / 4)
     top = max(step * math.ceil(most / step), step)
 
     def across(value: float) -> float:
-        return _SIDE + max(value, 0.0) / top * (WIDTH - 2 * _SIDE)
+        return _SIDE + min(max(value, 0.0) / top, 1.0) * (WIDTH - 2 * _SIDE)
 
     def bar(y: float, one: Estimate) -> Bar:
         return Bar(y, across(one.value), across(one.value - one.error), across(one.high))

@@ -18,6 +18,7 @@ SCHEMA = "distbench.cluster/1"
 FILE = "cluster.json"
 """Name of the document in the folder of a plan."""
 SLOW_EXIT_CODE = 1
+_MOST_US = 1e15
 
 RunRound = Callable[[Step, Round], list[GroupRun]]
 
@@ -90,6 +91,11 @@ def read_validation(path: Path) -> Validation:
         raise InvalidCase(message) from error
     if found.schema != SCHEMA:
         message = f"{path}: schema {found.schema!r:.40}, known is {SCHEMA}"
+        raise InvalidCase(message)
+    times = (one for trial in found.trials for stage in trial.times.values() for one in stage.values())
+    wrong = next((one for one in times if not 0 < one < _MOST_US), None)
+    if wrong is not None:
+        message = f"{path}: a time of {wrong:g} µs; give the --out folder of distbench cluster"
         raise InvalidCase(message)
     return found
 

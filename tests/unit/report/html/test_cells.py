@@ -40,6 +40,10 @@ DIGITS = st.integers(1, 32).flatmap(
 )
 
 
+def test_map_without_cells_is_empty() -> None:
+    assert (cell_map([], {}).paths, cell_map(["", ""], {}).paths) == ({}, {})
+
+
 @given(DIGITS)
 def test_cell_map_covers_its_marked_cells_inside_the_drawing(columns: list[str]) -> None:
     wide, tall = len(columns), len(columns[0])

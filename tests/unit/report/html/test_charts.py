@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import pairwise
 
@@ -105,7 +106,7 @@ def test_axis_of_changes_is_even_in_ratios() -> None:
     assert double == WIDTH - 6.0
 
 
-@given(st.lists(st.tuples(st.floats(0, 1e7), st.floats(0, 1e6)), max_size=8))
+@given(st.lists(st.tuples(st.floats(0, 1e7) | st.just(math.inf), st.floats(0, 1e6)), max_size=8))
 def test_bars_of_pairs_start_at_zero_and_stay_inside(values: list[tuple[float, float]]) -> None:
     found = bar_pairs([("x" * 99, "new", Estimate(*one), Estimate(*one)) for one in values])
     for pair in found.pairs:

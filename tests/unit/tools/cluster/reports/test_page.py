@@ -109,7 +109,9 @@ def test_hostile_names_and_reasons_stay_text(tmp_path: Path) -> None:
 
 
 def test_file_that_is_no_plan_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content in (b"{}", b"[[[", document(validated("ab")).replace(b"cluster/1", b"cluster/9")):
+    whole = document(validated("ab"))
+    times = (whole.replace(b"1.001", wrong) for wrong in (b"0.0", b"-1", b"1e300"))
+    for content in (b"{}", b"[[[", whole.replace(b"cluster/1", b"cluster/9"), *times):
         (tmp_path / FILE).write_bytes(content)
         assert main(["report", str(tmp_path / FILE), "--report", "html"]) == 2
         assert capsys.readouterr().err.count("\n") == 1
