@@ -12,6 +12,7 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.spec import Case, case_hash, inputs_of
+from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Position
 from distbench.errors import (
     DistbenchError,
@@ -294,7 +295,8 @@ class Campaign:
         except InvalidCase as error:  # the ranks write no line like this
             raise ResultsLost(str(error)) from error
         if current is None or slowest is None:
-            self._progress.refresh("", "ranks start")
+            ended = slowest is not None and slowest.stage_name == Stage.DONE
+            self._progress.refresh("", "ranks end" if ended else "ranks start")
             return
         repeats = current.case.repeats * len(inputs_of(current.case))
         self._progress.refresh(current.name, slowest.place, slowest.repeat, repeats)

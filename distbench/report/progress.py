@@ -17,10 +17,10 @@ from distbench.utils.voice import Voice, voice
 if TYPE_CHECKING:
     from distbench.report.journal import Line
 
-LOG_S = 1.8
-"""Seconds between plain lines of a log: at least one every 2 s, even if the thread wakes late."""
+LOG_S = 1.4
+"""Seconds between plain lines of a log: at least one every 2 s, even if the thread wakes half a second late."""
 _LIVE_S = 0.4
-WAKE_S = 0.2
+WAKE_S = 0.1
 _COLUMNS, _BAR = 80, 16
 _LEAST_FOR_BAR = 60
 _MINUTE, _HOUR = 60, 3600
@@ -264,6 +264,7 @@ class Progress:
         self._each = each and not stream.isatty()
         self._expected = expected
         self._done = self._failed = 0
+        self._begun = False
 
     def take(self, line: Line, *, quiet: bool = False) -> None:
         """Count a finished case; `quiet` for one that an earlier run finished."""
@@ -289,9 +290,10 @@ class Progress:
         """Set the case under way, or empty, the stage that it is in, and how much of it is done: `part` of `parts`."""
         if self._is_quiet:
             return
+        if current and not self._begun:
+            self._meter.restart()  # the start of the ranks says nothing about the pace
+            self._begun = True
         if self._cases == 1 and parts > 1:
-            if self._meter.total != parts:
-                self._meter.restart()
             self._meter.done, self._meter.total = part, parts
             self._meter.now = place
         else:

@@ -91,7 +91,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.mark.usefixtures("still")
-def test_log_gets_a_line_for_each_case_and_one_every_two_seconds(clock: Callable[[float], None]) -> None:
+def test_log_gets_a_line_for_each_case_and_one_every_few_seconds(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.Log, "every_s", 1.95)
     stream = io.StringIO()
     progress = Progress(4, what="suite x", stream=stream)
     progress.take(line("old"), quiet=True)
