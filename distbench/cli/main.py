@@ -16,7 +16,7 @@ from distbench.cli.parser import Parser
 from distbench.errors import DiskFull, DistbenchError, InvalidCase, ResultsLost, Unsupported, is_disk_full
 from distbench.report.progress import Meter
 from distbench.utils.signals import Interrupted, end_with_stdin
-from distbench.utils.streams import speak_any_encoding
+from distbench.utils.streams import open_nowhere, speak_any_encoding
 from distbench.utils.text import closest
 from distbench.utils.voice import Voice, set_voice
 
@@ -68,6 +68,7 @@ _RANK_0_SPEAKS_S = 3.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     resumes = False
+    sys.stdout, sys.stderr = sys.stdout or open_nowhere(), sys.stderr or open_nowhere()
     speak_any_encoding(sys.stdout, sys.stderr)
     try:
         given = sys.argv[1:] if arguments is None else arguments

@@ -6,6 +6,7 @@ import codecs
 import locale
 import os
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TextIO
 
 _PLAIN = "distbench.plain"
@@ -23,6 +24,11 @@ _SPELLED = {
     "\u2713": "yes",
     "\u2717": "no",
 }
+
+
+def open_nowhere() -> TextIO:
+    """A stream for a process that was started without standard output or error; what is written is lost."""
+    return Path(os.devnull).open("w", encoding="utf-8")
 
 
 def speak_any_encoding(*streams: TextIO) -> None:

@@ -73,6 +73,13 @@ def test_finished_rank_records_that_it_waits_for_the_end_of_the_launch(path: Pat
         assert read(path).waits_for == "end of the launch"
 
 
+def test_position_has_the_repeats_that_have_ended(path: Path) -> None:
+    with closing(Heartbeat(path)) as heartbeat:
+        heartbeat.repeat = 3
+        heartbeat.mark(Stage.CHECK)
+        assert read(path).repeat == heartbeat.position().repeat == 3
+
+
 def test_position_of_another_host_keeps_its_wait(path: Path) -> None:
     position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0, 7)
     write_position(path, position)

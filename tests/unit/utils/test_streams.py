@@ -93,3 +93,11 @@ def test_crash_of_the_bench_exits_70() -> None:
     done = subprocess.run([sys.executable, "-c", _CRASH], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 70
     assert done.stderr.splitlines()[-1] == "KeyError: 'crash'"
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+def test_command_without_standard_output_or_error_ends_as_with_them(closed: str) -> None:
+    command = ["sh", "-c", f'"$0" -m distbench presets {closed}', sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("qwen3-30b-a3b" in done.stdout) == (closed == "2>&-")
