@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Baseline: TypeAlias = "list[list[Result]]"
 _AUTO, _OFF = "auto", "off"
+_FOLDER = f"{DEFAULT_OUT}/compare"
 _REPORTS = "distbench.tools.compare.reports"  # loads numpy
 
 
@@ -40,7 +41,7 @@ def add(commands: Any) -> None:
     )
     command.add_argument("new", metavar="NEW", help="the results to compare with it")
     add_json(command, "the comparison")
-    add_report(command, ("html",))
+    add_report(command, ("html",), folder=_FOLDER)
     _add_judging(command)
     add_voice(command)
     command.set_defaults(command=_compare)
@@ -122,7 +123,7 @@ def _compare(options: argparse.Namespace) -> int:
     from distbench.report.results import Results
 
     _detect(options)
-    writers = report_writers(options, Path(DEFAULT_OUT, "compare"), _REPORTS) if options.report else {}
+    writers = report_writers(options, Path(_FOLDER), _REPORTS) if options.report else {}
     comparison = _judged(options, [Results(path) for path in options.old], Results(options.new))
     write_reports(comparison, writers)
     _print(comparison, options.json)

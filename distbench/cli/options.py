@@ -74,8 +74,10 @@ def add_lock_timeout(command: Any) -> None:
     )
 
 
-def add_report(command: Any, written: Iterable[str] = FILES, *, required: bool = False) -> None:
-    """Add the option for the formats of results, those `written` by the command."""
+def add_report(
+    command: Any, written: Iterable[str] = FILES, *, folder: str = "the results' folder", required: bool = False
+) -> None:
+    """Add the option for the formats of results, those `written` by the command, by default into `folder`."""
     formats = ",".join(written)
     output_of(command).add_argument(
         "--report",
@@ -83,7 +85,7 @@ def add_report(command: Any, written: Iterable[str] = FILES, *, required: bool =
         action="append",
         default=[],
         required=required,
-        help=f"write results as {formats}, repeatable; FORMAT=PATH names the file, else one in the results' folder",
+        help=f"write results as {formats}, repeatable; FORMAT=PATH names the file, else one in {folder}",
     )
 
 

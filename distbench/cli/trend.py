@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--out", metavar="DIR", default=f"{DEFAULT_OUT}/trend", help="folder for reports (default: %(default)s)"
     )
-    add_report(command, ("html", "csv"))
+    add_report(command, ("html", "csv"), folder="--out")
     add_voice(command)
 
 
