@@ -28,6 +28,7 @@ COMMANDS = {
         "conform": "check a transport and experts against the rules that they have to keep",
         "selftest": "check that the bench detects every known fault, and passes random clean cases",
         "mutants": "run a corpus of broken kernels, transports, cuts and combines: which does the bench detect?",
+        "advise": "say which limit is proven for a deployment, and what a smaller one risks and gains",
         "init": "write a commented case or suite file to start from",
     },
     "Diagnose": {

@@ -68,7 +68,7 @@ def test_broken_torch_leaves_no_traceback_of_a_thread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [("presets",), ("kernels",), ("show", "report.json"), ("report", ".", "--report=md")]
+    "command", [("presets",), ("kernels",), ("advise", "-q"), ("show", "report.json"), ("report", ".", "--report=md")]
 )
 def test_command_without_ranks_runs_without_torch(tmp_path: Path, command: tuple[str, ...]) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKED)

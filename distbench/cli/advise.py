@@ -1,0 +1,260 @@
+"""`distbench advise`: which limit for a deployment: proven, seen and by chance, from counts alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distbench.cli.argument_types import MOST_RANKS, whole
+from distbench.cli.options import add_case_options, add_json, add_voice, case_flags, json_on_standard_output, output_of
+from distbench.errors import InvalidCase
+
+if TYPE_CHECKING:
+    from distbench.case.spec import Case
+    from distbench.tools.advise.batches import Steps
+    from distbench.tools.advise.hits import Placement
+    from distbench.tools.advise.question import Question
+    from distbench.tools.advise.routing import Model
+
+_KEYS = (
+    *("profile", "model", "hidden_size", "intermediate_size", "num_experts", "topk", "tokens", "routing", "seed"),
+    *("limit", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens", "sglang_version", "dispatch_dtype"),
+    *("kernel_table", "cu_count", "aiter_version", "aiter_ksplit", "aiter_bypass_tune", "activation"),
+    *("doweight_stage1", "two_batch_overlap", "tp_size"),
+)
+_MOST_STEPS = 1 << 22
+_MOST_LAYERS = 4096
+_MOST_SLOTS = 1 << 17
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = commands.add_parser(
+        "advise",
+        description="Say which limit is proven for a deployment, what its traffic reaches, with what chance a step "
+        "exceeds a smaller one, and which kernel each limit selects. Needs no GPU and draws no tokens.",
+    )
+    command.set_defaults(command=_advise)
+    command.add_argument(
+        "--ep-size", type=whole(1, MOST_RANKS), default=8, metavar="RANKS", help="ranks (default: %(default)s)"
+    )
+    command.add_argument("--nodes", type=whole(1, MOST_RANKS), default=0, metavar="NODES", help="nodes of the ranks")
+    command.add_argument(
+        "--batches",
+        metavar="STEPS",
+        default="",
+        help="tokens of each rank by step: uniform:LOW-HIGH, poisson:MEAN, a table with step, rank and tokens (.csv, "
+        ".json, .jsonl), or a log of SGLang's scheduler (.log); default: every rank has all its tokens",
+    )
+    command.add_argument("--phase", choices=("decode", "prefill"), default="decode", help="batches of a log")
+    command.add_argument("--histogram", metavar="FILE", default="", help="loads of the experts, .json or .npy")
+    command.add_argument(
+        "--layers", type=whole(1, _MOST_LAYERS), metavar="N", help="MoE layers (default: the preset's)"
+    )
+    command.add_argument(
+        "--steps", type=whole(1, _MOST_STEPS), default=10_000, metavar="N", help="default: %(default)s"
+    )
+    command.add_argument("--chance", type=_chance, default=1e-9, metavar="P", help="of a step (default: %(default)s)")
+    slots = command.group("slots", "replicated and shared experts")
+    slots.add_argument("--physical-experts", type=whole(1, _MOST_SLOTS), metavar="N", help="slots of routed experts")
+    slots.add_argument("--placement", metavar="FILE", default="", help="JSON list: the expert of each slot, as of EPLB")
+    slots.add_argument(
+        "--shared-slots", type=whole(0, 64), default=0, metavar="N", help="shared experts in slots of their own a rank"
+    )
+    output_of(command).add_argument(
+        "--cases", metavar="DIR", default="", help="write case files that show what is proven"
+    )
+    add_json(command, "the advice")
+    add_voice(command)
+    add_case_options(command, _KEYS)
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from distbench.tools.advise.advice import Advice, advise
+    from distbench.tools.advise.batches import Limits, full_steps, read_steps
+    from distbench.tools.advise.case_files import write_case_files
+    from distbench.tools.advise.kernels import Kernels
+    from distbench.tools.advise.text import print_advice
+
+    made: list[Advice] = []
+    with json_on_standard_output(options.json, lambda: made[0]):
+        question, own_tokens = _question(options)
+        case = question.case
+        name = "--tokens" if own_tokens else "max_dispatch_tokens_per_rank"
+        limits = Limits(case.ep_size, case.tokens, name)
+        steps: Steps = (
+            read_steps(options.batches, limits, options.steps, case.seed, options.phase)
+            if options.batches
+            else full_steps(case.tokens, options.steps)
+        )
+        model = _model(options, question)
+        question = question._replace(layers=len(model.layers))
+        advice = advise(question, steps, model, Kernels(question.kernel_case), _notes(question))
+        made.append(advice)
+        print_advice(advice)
+        if options.cases:
+            _print_paths(write_case_files(options.cases, question, advice.bound))
+        _write_json(options.json, advice)
+    return 0
+
+
+def _question(options: argparse.Namespace) -> tuple[Question, bool]:
+    """The question of the options, and whether they give the tokens of a rank."""
+    import msgspec
+
+    from distbench.case.environment import read_environment
+    from distbench.case.limits import Traffic, resolve_limit
+    from distbench.case.presets import PRESETS
+    from distbench.case.resolve import resolve_case
+    from distbench.tools.advise.hits import round_robin
+    from distbench.tools.advise.question import Question
+
+    flags = case_flags(options)
+    environment = [layer for layer in read_environment(os.environ, flags) if not layer.unsupported]
+    resolved = resolve_case([*flags, *environment], options.ep_size, fit=False)
+    case, own_tokens = resolved.case, resolved.sources["tokens"] != "default"
+    experts = case.num_experts
+    placement = (
+        _read_placement(options.placement, experts, case.ep_size)
+        if options.placement
+        else round_robin(experts, _slots(options.physical_experts, experts, case.ep_size), case.ep_size)
+    )
+    changed: dict[str, Any] = {"num_experts": len(placement.experts)}
+    if not own_tokens:
+        changed["tokens"] = (case.max_dispatch_tokens_per_rank,) * case.ep_size
+    case = msgspec.structs.replace(case, **changed)
+    _check(case, experts, options)
+    rows = Traffic(case.tokens, (0,) * case.ep_size, case.capacity)
+    asked = resolved.sources["limit"] != "default"
+    if asked and case.limit.startswith("max-recv"):
+        message = (
+            f"limit = {case.limit}: the rows received are not known before a run; give a number, sum32 or capacity"
+        )
+        raise InvalidCase(message)
+    known = PRESETS.get(case.model)
+    layers = options.layers or (known.layers if known else 1)
+    limit = resolve_limit(case.limit, rows) if asked else None
+    return Question(case, placement, options.shared_slots, layers, limit, options.nodes, options.chance), own_tokens
+
+
+def _slots(asked: int | None, experts: int, ep_size: int) -> int:
+    """Number of slots of routed experts."""
+    from distbench.tools.advise.question import refuse_uneven
+
+    if asked is None:
+        refuse_uneven(experts, ep_size)
+        return experts
+    if asked % ep_size or asked < experts:
+        message = (
+            f"--physical-experts {asked}: {ep_size} ranks share the slots evenly, and each of {experts} experts has "
+            f"one; give a multiple of {ep_size} from {-(-experts // ep_size) * ep_size} up"
+        )
+        raise InvalidCase(message)
+    return asked
+
+
+def _read_placement(path: str, experts: int, ep_size: int) -> Placement:
+    import msgspec
+    import numpy as np
+
+    from distbench.case.table_file import open_regular
+    from distbench.tools.advise.hits import Placement
+    from distbench.utils.text import one_line
+
+    try:
+        with os.fdopen(open_regular(path), "rb") as stream:
+            slots = msgspec.json.decode(stream.read(_MOST_SLOTS * 16), type=list[int])
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        message = f"--placement {path!r:.200}: cannot be read ({reason}); give a JSON list of the expert of each slot"
+        raise InvalidCase(message) from error
+    held = set(slots)
+    if len(slots) % ep_size or len(slots) > _MOST_SLOTS or held != set(range(experts)):
+        message = (
+            f"--placement {path!r:.200}: {len(slots)} slots of {len(held)} experts; give a multiple of {ep_size} slots"
+            f", at most {_MOST_SLOTS}, with each of the experts 0 to {experts - 1}"
+        )
+        raise InvalidCase(message)
+    return Placement(np.array(slots, dtype=np.int64), len(slots) // ep_size, experts)
+
+
+def _check(case: Case, experts: int, options: argparse.Namespace) -> None:
+    """Refuse values that do not fit together."""
+    from distbench.case.resolve import check_fit
+    from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing
+
+    check_fit(case)
+    if case.topk > experts:
+        message = f"topk = {case.topk}: above the {experts} experts of which a token takes distinct ones"
+        raise InvalidCase(message)
+    check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
+    over = max(case.tokens)
+    if over > case.max_dispatch_tokens_per_rank:
+        message = (
+            f"tokens = {over}: above max_dispatch_tokens_per_rank = {case.max_dispatch_tokens_per_rank}, which MoRI "
+            "does not check; give --max-dispatch-tokens-per-rank, or fewer tokens"
+        )
+        raise InvalidCase(message)
+    if options.nodes and case.ep_size % options.nodes:
+        message = f"--nodes {options.nodes}: {case.ep_size} ranks are not the same number on each; give a divisor"
+        raise InvalidCase(message)
+
+
+def _model(options: argparse.Namespace, question: Question) -> Model:
+    from distbench.tools.advise.routing import histogram_model, synthetic_model
+    from distbench.workload.routing_spec import parse_routing
+
+    case = question.case
+    if options.histogram:
+        return histogram_model(options.histogram, case.topk, question.placement, question.layers)
+    routing = parse_routing(case.routing)
+    return synthetic_model(routing, case.topk, question.placement, question.layers, case.seed)
+
+
+def _notes(question: Question) -> list[str]:
+    """Cut of SGLang's own receive bound for full batches, where it has one or why not."""
+    import msgspec
+
+    from distbench.errors import Unsupported
+    from distbench.pipeline.recv_bound import recv_bound
+
+    case = msgspec.structs.replace(question.case, recv_bound=True, limit="off", sender_rows="")
+    try:
+        bound = recv_bound(case, case.ep_size // question.nodes if question.nodes else None)
+    except (InvalidCase, Unsupported) as error:
+        return [f"SGLang's own receive bound: {error}"]
+    told = f"cuts at {bound.rows} rows for full batches" if bound.rows is not None else f"cuts nothing: {bound.reason}"
+    return [f"SGLANG_MORI_RECV_BOUND, with no limit set, {told}"]
+
+
+def _chance(text: str) -> float:
+    try:
+        chance = float(text)
+    except ValueError:
+        chance = float("nan")
+    if not 0 < chance < 1:
+        message = f"{text!r:.40} is refused; allowed are numbers between 0 and 1, such as 1e-9"
+        raise argparse.ArgumentTypeError(message)
+    return chance
+
+
+def _print_paths(paths: list[Any]) -> None:
+    from distbench.report.terminal import print_text
+
+    print_text(f"case files: {', '.join(map(str, paths))}")
+
+
+def _write_json(path: str, advice: Any) -> None:
+    import msgspec
+
+    from distbench.report.files import write_atomically
+
+    if not path or path == "-":
+        return
+    try:
+        write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(advice), indent=2) + b"\n")
+    except (OSError, ValueError) as error:
+        message = f"--json {path!r:.200}: cannot be written ({getattr(error, 'strerror', None) or error})"
+        raise InvalidCase(message) from error

@@ -1,0 +1,55 @@
+"""Case files that show what the advice says: the proven limit, one row less, and the given limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from distbench.case.presets import CUSTOM, DIMENSIONS
+from distbench.case.spec import Case
+from distbench.errors import InvalidCase
+from distbench.tools.advise.question import Question
+
+_KEYS = ("ep_size", "tokens", "routing", "policy", "numerics", "max_dispatch_tokens_per_rank", "dispatch_dtype")
+
+
+def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
+    """Write the case files and return their paths; files of these names are replaced.
+
+    Raises:
+        InvalidCase: the folder cannot be written.
+
+    """
+    wanted = {"proven": (bound, "PASS"), "one-less": (bound - 1, "UNDER_LIMIT")}
+    if question.limit is not None:
+        wanted["yours"] = (question.limit, "PASS" if question.limit >= bound else "UNDER_LIMIT")
+    paths: list[Path] = []
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, (limit, verdict) in wanted.items():
+            if limit >= 1:
+                path = Path(folder) / f"{name}.toml"
+                path.write_text(_text(question.witness, limit, verdict, path))
+                paths.append(path)
+    except OSError as error:
+        message = f"--cases {folder!r:.200}: cannot be written ({error.strerror}); name another folder"
+        raise InvalidCase(message) from error
+    return paths
+
+
+def _text(case: Case, limit: int, verdict: str, path: Path) -> str:
+    keys = (*_KEYS, *(("prealloc_max_recv_tokens",) if case.prealloc_max_recv_tokens else ()))
+    named = DIMENSIONS if case.model == CUSTOM else ()
+    values: dict[str, Any] = {"model": case.model} | {key: getattr(case, key) for key in (*named, *keys)}
+    values |= {"tokens": _tokens(case.tokens), "limit": limit}
+    head = (
+        f"# By distbench advise. Every token has an expert on rank 0, which receives all of them: {verdict}.\n"
+        f"# Run it:    distbench run --case {path} -n {case.ep_size}    (--model tiny needs less memory)\n\n"
+    )
+    return head + tomli_w.dumps(values)
+
+
+def _tokens(tokens: tuple[int, ...]) -> int | list[int]:
+    return tokens[0] if len(set(tokens)) == 1 else list(tokens)

@@ -1,0 +1,87 @@
+"""Advice as text: the proof, what was seen, the table of limits, and three lines of recommendation."""
+
+from __future__ import annotations
+
+from distbench.report.terminal import Grid, print_parts
+from distbench.tools.advise.advice import Advice, Candidate, told_chance
+from distbench.utils.voice import Voice, voice
+
+_COLUMNS = ("limit", "why", "proven", "chance", "any choice", "seen above", "bucket", "kernel", "us", "kernel change")
+_FEW = 16
+
+
+def print_advice(advice: Advice) -> None:
+    """Print an advice; with --quiet the recommendation alone."""
+    lines = advice.recommendation
+    if voice() is Voice.QUIET:
+        print_parts(lines)
+        return
+    table = Grid(_COLUMNS, [_cells(one, advice) for one in (*advice.candidates, advice.whole_buffer)])
+    print_parts([*_head(advice), "", "Proof:", *_numbered(advice.proof), "", *_traffic(advice), table, *_about(advice)])
+    print_parts(["", *lines])
+
+
+def _head(advice: Advice) -> list[str]:
+    slots = advice.physical_experts // advice.ep_size
+    held = (
+        f"{slots} a rank"
+        if advice.physical_experts == advice.num_experts
+        else (f"in {advice.physical_experts} slots, {slots} a rank")
+    )
+    shared = f" and {advice.shared_slots} shared" if advice.shared_slots else ""
+    nodes = f", {advice.nodes} nodes" if advice.nodes else ""
+    layers = f"{advice.layers} MoE {'layer' if advice.layers == 1 else 'layers'}"
+    experts = f"{advice.num_experts} experts, {held}{shared}, top-{advice.topk}, {layers}"
+    batch = f"at most {_tokens(advice.most_tokens)} tokens in a step; receive buffer {advice.capacity} rows"
+    return [f"{advice.model} on {advice.ep_size} ranks{nodes}: {experts}; {batch}"]
+
+
+def _tokens(tokens: list[int]) -> str:
+    if len(set(tokens)) == 1:
+        return f"{len(tokens)} x {tokens[0]} = {sum(tokens)}"
+    return f"{sum(tokens)} ({min(tokens)} to {max(tokens)} a rank)"
+
+
+def _numbered(lines: list[str]) -> list[str]:
+    return [f"  {number}. {line}" for number, line in enumerate(lines, 1)]
+
+
+def _traffic(advice: Advice) -> list[str]:
+    seen = advice.seen
+    shares = ", ".join(f"{share} {rows}" for share, rows in seen.percentiles.items())
+    most = f"most {seen.most}, in step {seen.step}, likeliest on rank {seen.rank} in layer {seen.layer}"
+    lines = [
+        f"Traffic: {advice.traffic}. Rows are drawn by the model: {advice.routing_model}, each token on its own.",
+        f"Seen: rows of the fullest rank in a step: {shares}; {most}.",
+    ]
+    if advice.drift:
+        lines.append(f"THE MODEL DOES NOT HOLD: {advice.drift}; its chances below say nothing.")
+    return lines
+
+
+def _cells(one: Candidate, advice: Advice) -> tuple[str, ...]:
+    told = "no model" if advice.drift and not one.proven else told_chance(one.chance_independent)
+    sums = "" if one.ordered is None else ", ordered" if one.ordered else ""
+    return (
+        str(one.limit),
+        ", ".join(one.reasons),
+        "yes" if one.proven else "NO",
+        told,
+        told_chance(one.chance_any),
+        str(one.seen_above),
+        str(one.bucket),
+        f"{one.kernel}{sums}",
+        "" if one.us is None else f"{one.us:.1f}",
+        one.effect,
+    )
+
+
+def _about(advice: Advice) -> list[str]:
+    says = any(one.chance_any < 1 for one in advice.candidates if not one.proven)
+    trivial = "" if says else "; it is trivial here"
+    lines = [
+        "chance: of a step, over all ranks and layers, if tokens choose independently by the model.",
+        f"any choice: bound for any joint choice in which a token chooses each rank as often{trivial}.",
+        "kernel change: against the whole buffer.",
+    ]
+    return [*lines, *advice.notes]
