@@ -266,7 +266,8 @@ def _about_smaller(smaller: Candidate | None, question: Question, proven: Candid
 def _risk(one: Candidate, drift: str) -> str:
     if one.chance_independent == 0:
         return "no step of this traffic can exceed it, but other steps within the tokens can"
-    seen = f"{one.seen_above} drawn steps exceed it" if one.seen_above else "no drawn step exceeds it"
+    steps = {0: "no drawn step exceeds it", 1: "one drawn step exceeds it"}
+    seen = steps.get(one.seen_above, f"{one.seen_above} drawn steps exceed it")
     if drift:
         return f"{seen}, and the model of its chance does not hold ({drift})"
     return f"{seen}; a step does with a chance of {told_chance(one.chance_independent)} if tokens choose independently"
