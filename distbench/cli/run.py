@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.case.entry import Entry
+from distbench.case.spec import Case
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
 from distbench.cli.multi_node import add_nodes
 from distbench.cli.options import (
@@ -104,14 +105,15 @@ def _launch(entry: Entry, options: argparse.Namespace, paths: tuple[str, ...], w
         for event in summary.events:
             print_text(f"event: {event}")
         if options.bundle and report.exit_code:
-            _print_bundle(bundle_folder(options.bundle, entry.case))
+            _print_bundle(bundle_folder(options.bundle, entry.case), entry.case)
         code = worst_exit_code((report.exit_code, summary.exit_code))
         bench.nodes.exit_code = judge_baseline(options, baseline, results, code)
     return bench.nodes.exit_code
 
 
-def _print_bundle(folder: Path) -> None:
+def _print_bundle(folder: Path, case: Case) -> None:
     """Print the folder of a bundle and the contents left out, or the reason why there is none."""
+    from distbench.cli.shrink import code_flags
     from distbench.report.bundle.read import open_bundle
 
     try:
@@ -119,7 +121,7 @@ def _print_bundle(folder: Path) -> None:
     except InvalidCase as error:
         print_text(f"no {error}")
         return
-    print_text(f"bundle: {folder}; distbench replay {folder}")
+    print_text(f"bundle: {folder}; distbench replay {folder}{code_flags(case)}")
     for cut in cuts:
         print_text(f"left out of the bundle: {cut}")
 

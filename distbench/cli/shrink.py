@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ def _shrink(options: argparse.Namespace) -> int:
 def code_flags(case: Case) -> str:
     """Flags that name code of other packages, which no case file may name alone; each after a blank."""
     named = {key: value for key, value in msgspec.structs.asdict(case).items() if names_code(key, value)}
-    return "".join(f" --{key.replace('_', '-')} {value}" for key, value in named.items())
+    return "".join(f" --{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in named.items())
 
 
 def _tell(lab: Lab) -> Callable[[Step], None]:

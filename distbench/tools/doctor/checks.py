@@ -32,6 +32,7 @@ def check_node(node: Node, case: Case, network: Network) -> list[Fact]:
         *_names(node),
         *_unused(node, case),
         *_locks(node),
+        Fact(topic="plugins", level="ok", found=", ".join(node.plugins) or "none is installed"),
     ]
 
 

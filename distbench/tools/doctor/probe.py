@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from distbench.case.plugins import FAULT, KINDS, installed
 from distbench.errors import InvalidCase
 from distbench.launcher.locks import DEVICE_LOCKS, is_held
 from distbench.launcher.nodes.interfaces import interface_names
@@ -42,6 +43,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     """Compute units of each accelerator, where ROCm's kernel driver lists them."""
     packages: dict[str, str] = {}
     """Versions of mori's two distributions and of aiter's, where installed."""
+    plugins: tuple[str, ...] = ()
+    """Installed plugins with their packages, none of them loaded."""
     nics: dict[str, str] = {}
     """State of each RDMA device's first port, such as ACTIVE."""
     memlock: int | None = None
@@ -66,6 +69,7 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
         hipcc=shutil.which("hipcc") or "",
         units=compute_units(environ),
         packages={name: _version(name) for name in (*MORI, AITER) if _version(name)},
+        plugins=tuple(_plugins()),
         nics={nic.name: _port_state(nic) for nic in sorted(_NICS.glob("*"))},
         memlock=None if memlock == resource.RLIM_INFINITY else memlock,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -75,6 +79,13 @@ def probe(environ: Mapping[str, str] = os.environ) -> Node:
         locks=tuple(held_locks()),
         environ=dict(environ),
     )
+
+
+def _plugins() -> Iterator[str]:
+    for part in (*KINDS, FAULT):
+        for name, entry in sorted(installed(part).items()):
+            package = f" ({entry.dist.name} {entry.dist.version})" if entry.dist else ""
+            yield f"{part} {name}{package}"
 
 
 def held_locks(folder: Path = DEVICE_LOCKS) -> list[str]:

@@ -233,3 +233,4 @@ def test_bisect_swaps_a_plugin_and_its_options_for_a_trusted_part(tmp_path: Path
 
 def test_flags_that_a_written_case_needs_name_its_plugins() -> None:
     assert code_flags(flagged(transport="own:make", transport_option="a=1")) == " --transport own:make"
+    assert code_flags(flagged(inject="hang;own:Fault")) == " --inject 'hang;own:Fault'"

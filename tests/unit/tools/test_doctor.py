@@ -245,6 +245,13 @@ def test_held_device_locks_are_listed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.startswith("distbench-x.lock (lock ")
 
 
+def test_installed_plugins_are_listed_with_their_packages() -> None:
+    (fact,) = (one for one in findings(plugins=("transport acme (acme-distbench 0.1)",)) if one.topic == "plugins")
+    assert fact.found == "transport acme (acme-distbench 0.1)"
+    (fact,) = (one for one in findings() if one.topic == "plugins")
+    assert (fact.level, fact.found) == ("ok", "none is installed")
+
+
 def test_probe_of_this_node_succeeds() -> None:
     node = probe()
     assert node.torch
