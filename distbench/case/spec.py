@@ -309,6 +309,11 @@ def with_inputs(case: Case, inputs: Literal["exact", "gaussian"]) -> Case:
     return msgspec.structs.replace(case, numerics=inputs, require="tolerance", **once)
 
 
+def repeats_of(case: Case) -> int:
+    """Repeats of the arms with all kinds of inputs together."""
+    return sum(with_inputs(case, kind).repeats for kind in inputs_of(case))
+
+
 DERIVED_KEYS = ("kernel_table_sha256", "caller_wheel_sha256", "caller_folder_sha256")
 FLAG_KEYS = ("caller", "caller_wheel", "caller_folder")
 """Keys that name code to execute: a file may name it only where a flag does too."""

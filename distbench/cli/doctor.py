@@ -12,7 +12,7 @@ from distbench.case.resolve import Layer
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.cli.options import add_case_options, case_flags
 from distbench.errors import InvalidCase
-from distbench.report.terminal import print_json, print_step, print_text
+from distbench.report.terminal import print_json, print_step, print_text, print_verdict
 
 if TYPE_CHECKING:
     from distbench.tools.doctor.findings import Fact, Path
@@ -26,6 +26,8 @@ _KEYS = (
 _MORI = Layer("doctor", {"transport": "mori"})
 """Transport of the case, whatever --for says: variables that MoRI's path alone reads count for its findings."""
 _WORDS = ("ready", "degraded", "not usable")
+_COLOURED_AS = (0, 77, 1)
+"""Exit codes of other commands whose colours the words have: green, yellow, red."""
 
 
 def add(commands: Any) -> None:
@@ -75,7 +77,7 @@ def _doctor(options: argparse.Namespace) -> int:
         if path in finding.paths:
             fix = f"; {finding.fix}" if finding.fix else ""
             print_text(f"{finding.level:<9} {finding.topic:<17} {finding.found}{fix}")
-    print_text(f"{_WORDS[code]} for {path}")
+    print_verdict(f"{_WORDS[code]} for {path}", _COLOURED_AS[code])
     return code
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.spec import Case, case_hash, inputs_of
+from distbench.case.spec import Case, case_hash, repeats_of
 from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Position
 from distbench.errors import (
@@ -298,8 +298,7 @@ class Campaign:
             ended = slowest is not None and slowest.stage_name == Stage.DONE
             self._progress.refresh("", "ranks end" if ended else "ranks start")
             return
-        repeats = current.case.repeats * len(inputs_of(current.case))
-        self._progress.refresh(current.name, slowest.place, slowest.repeat, repeats)
+        self._progress.refresh(current.name, slowest.place, slowest.repeat, repeats_of(current.case))
 
     def _take_new_lines(self, *, quiet: bool = False) -> None:
         for line in self._reader.new_lines():

@@ -15,7 +15,7 @@ from torch import Tensor
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.spec import Case
+from distbench.case.spec import Case, repeats_of
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import ExpertInput, Experts, ExpertWeights
@@ -76,6 +76,11 @@ def run_damaged(session: Session, case: Case, damage: Damage, calls: range, rank
         return run_case(session, case)
     with patch("distbench.pipeline.run_case.make_experts", experts):
         return run_case(session, case)
+
+
+def run_and_count(session: Session, case: Case) -> tuple[Outcome | None, int]:
+    """The outcome, and the repeats that the rank's heartbeat counts."""
+    return run_case(session, case), session.heartbeat.repeat
 
 
 def outcome_of(case: Case) -> Outcome:
@@ -154,7 +159,8 @@ def test_injected_fault_fires_with_both_kinds_of_inputs() -> None:
 
 def test_repeats_and_timing_run_with_exact_inputs_only() -> None:
     case = both_case(RANKS, repeats=3, until_failure=True, iterations=2, warmup=0, routing="local")
-    outcome = outcome_of(case)
+    (outcome, ended), *others = on_ranks(RANKS, run_and_count, case)
+    assert {ended, *(ended for _, ended in others)} == {repeats_of(case)} == {3 + 1}
     report = report_of(outcome)
     assert report.verdict.value == "PASS"
     assert report.rate is not None
