@@ -135,7 +135,7 @@ def _question(options: argparse.Namespace) -> tuple[Question, bool]:
         raise InvalidCase(message)
     known = PRESETS.get(case.model)
     layers = options.layers or (known.layers if known else 1)
-    limit = resolve_limit(case.limit, rows) if asked else None
+    limit = (resolve_limit(case.limit, rows) or case.capacity) if asked else None
     return Question(case, placement, options.shared_slots, layers, limit, options.nodes, options.chance), own_tokens
 
 

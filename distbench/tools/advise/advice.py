@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from distbench.case.sglang_releases import LIMIT
 from distbench.report.progress import Meter
 from distbench.tools.advise.batches import Steps
 from distbench.tools.advise.chance import Traffic, chance_above, fullest_law, fullest_place, smallest_limit, traffic_of
@@ -132,7 +131,7 @@ def advise(question: Question, steps: Steps, model: Model, kernels: Kernels, not
         candidates=judged,
         whole_buffer=whole,
         recommendation=_recommended(question, judged, whole, model.drift, kernels),
-        variable=LIMIT,
+        variable=question.variable,
         notes=[*notes, *_overflow(question, draws)],
     )
 
@@ -230,9 +229,9 @@ def _recommended(
     proven = next(one for one in judged if one.proven)
     whole_buffer = proven.limit >= question.case.capacity
     first = (
-        f"{LIMIT}=0 (off): the smallest proven limit, {proven.limit}, is the whole receive buffer."
+        f"{question.variable}=0 (off): the smallest proven limit, {proven.limit}, is the whole receive buffer."
         if whole_buffer
-        else f"{LIMIT}={proven.limit} is proven: no routing gives a rank more rows. {_gain(proven, whole)}."
+        else f"{question.variable}={proven.limit} is proven: no routing gives a rank more rows. {_gain(proven, whole)}."
     )
     asked = next((one for one in judged if "yours" in one.reasons), None)
     by_chance = [one for one in judged if one.chance_independent <= question.chance and not one.proven]

@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 MARGIN = 2.0
 """Factor on the figure for independent tokens: 10^6 simulated steps, of which 100 exceed a limit, may show 1.5 times
 their chance (five standard deviations), and a histogram is a sample too."""
+_LEAST = 1e-320
+"""Chance of what is possible, where a float has no smaller one."""
 _ABOVE_S, _BELOW_S, _MORE = 12.0, 9.0, 40
 """Standard deviations above and below the highest mean, and rows more; others have chances below 1e-16."""
 
@@ -85,8 +87,9 @@ def chance_above(limit: int, traffic: Traffic) -> Chance:
         if least > 0:
             mean = float(traffic.counts @ traffic.chances) * tokens
             tail = float(traffic.counts @ tail_bounds(least, tokens, traffic.chances))
+            tail = max(tail, _LEAST) if traffic.chances.any() else tail
         joint += batch.share * min(mean / max(least, 1), 1.0)
-        independent += batch.share * min(MARGIN * tail, 1.0)
+        independent += max(batch.share * min(MARGIN * tail, 1.0), _LEAST * (tail > 0))
     return Chance(min(joint, 1.0), min(independent, 1.0))
 
 

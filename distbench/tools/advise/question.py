@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from distbench.case.limits import LimitProof, Traffic, prove_limit
+from distbench.case.sglang_releases import LIMIT
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.tools.advise.hits import Placement
+
+_MOST_SHARED = 2
+_ARE = {1: "is", 2: "are"}
 
 
 class Question(NamedTuple):
@@ -25,6 +29,11 @@ class Question(NamedTuple):
     nodes: int
     chance: float
     """Chance that a step may exceed a limit."""
+
+    @property
+    def variable(self) -> str:
+        """Name of the limit in a launch script: SGLang's variable, or plainly the limit with another program."""
+        return LIMIT if self.case.profile.startswith(("none", "sglang")) else "limit"
 
     @property
     def kernel_case(self) -> Case:
@@ -56,7 +65,8 @@ def refuse_uneven(num_experts: int, ep_size: int) -> None:
         return
     whole = num_experts // ep_size * ep_size
     ways = [f"--physical-experts {whole + ep_size} if some are replicated"]
-    if whole and num_experts - whole <= max(whole // ep_size, 1):
-        ways.append(f"--num-experts {whole} with --shared-slots 1 if {num_experts - whole} of them is a shared expert")
+    shared = num_experts - whole
+    if whole and shared <= _MOST_SHARED:
+        ways.append(f"--num-experts {whole} --shared-slots {shared} if {shared} of them {_ARE[shared]} shared")
     message = f"{num_experts} experts on {ep_size} ranks: not the same number on each; give {', or '.join(ways)}"
     raise InvalidCase(message)

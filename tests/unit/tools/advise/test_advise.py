@@ -188,6 +188,19 @@ def test_without_tokens_a_rank_may_have_all_that_mori_takes(tmp_path: Path) -> N
     assert found["recommendation"][0].startswith("SGLANG_MORI_MOE_MAX_INPUT_TOKENS=0 (off): ")
 
 
+def test_limit_that_is_off_is_judged_as_the_whole_buffer_and_other_programs_have_no_variable_of_sglang(
+    tmp_path: Path,
+) -> None:
+    assert advice(tmp_path, *QUESTION, "--limit=off")["recommendation"][1].startswith("Yours, 4096, is proven.")
+    found = advice(tmp_path, *QUESTION, "--profile=vllm")
+    assert found["recommendation"][0].startswith("limit=")
+
+
+def test_chance_too_small_for_a_float_is_not_called_impossible(tmp_path: Path) -> None:
+    found = advice(tmp_path, "--model=gpt-oss-120b", "--ep-size=128", "--steps=1", "--limit=131071")
+    assert "a step does with a chance of below 1e-300" in found["recommendation"][1]
+
+
 def test_smaller_buffer_than_the_steps_is_an_overflow_whatever_the_limit(tmp_path: Path) -> None:
     found = advice(tmp_path, *QUESTION, "--prealloc-max-recv-tokens", "512")
     assert found["notes"][-1].startswith("OVERFLOW, whatever the limit: 10000 drawn steps exceed the receive buffer")
@@ -196,7 +209,10 @@ def test_smaller_buffer_than_the_steps_is_an_overflow_whatever_the_limit(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-experts=513", "--ep-size=8"), "give --physical-experts 520 .*--num-experts 512 with --shared-slots 1"),
+        (
+            ("--num-experts=513", "--ep-size=8"),
+            "give --physical-experts 520 .*--shared-slots 1 if 1 of them is shared",
+        ),
         (("--physical-experts=300",), "--physical-experts 300: 16 ranks share the slots evenly"),
         (("--physical-experts=128",), "a multiple of 16 from 256 up"),
         (("--tokens=300",), "tokens = 300: above max_dispatch_tokens_per_rank = 256"),
