@@ -71,6 +71,7 @@ _ERRORS = {
     "UNSUPPORTED": Unsupported,
 }
 _ENDING = re.compile(r"^distbench: ([A-Z_]+): (.*)$", re.MULTILINE)
+"""The line of an error that ended a command; notes and progress begin with small letters."""
 _REFUSED = {Verdict.INVALID: InvalidCase, Verdict.UNSUPPORTED: Unsupported}
 _DEFAULT_RANKS = 8
 _TOLD_CHARACTERS = 2000
@@ -142,8 +143,9 @@ def run(case: Case, *, ranks: int | None = None, out: str | Path | None = None) 
         Busy, LaunchFailed, DiskFull, ResultsLost: it could not be run now.
     """
     with _folder(out) as folder:
-        told = _command("run", folder, ranks, case.keys)
         path = folder / "report.json"
+        path.unlink(missing_ok=True)
+        told = _command("run", folder, ranks, case.keys)
         if not path.exists():
             raise _error(told)
         return _ran(_decoded(path.read_bytes()))
@@ -312,7 +314,8 @@ def _sequence(cases: Mapping[int, Mapping[str, Any]], out: Path, ranks: int | No
 
 
 def _reports(out: Path, told: str) -> list[Report]:
-    if not (out / "results.jsonl").exists():
+    """Reports of a folder, which may be resumed: an error of the command counts, whatever the folder holds."""
+    if _ENDING.search(told) or not (out / "results.jsonl").exists():
         raise _error(told)
     found = [_decoded(msgspec.json.encode(report)) for report in read_reports(out)]
     if not found:

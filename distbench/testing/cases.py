@@ -11,6 +11,7 @@ import msgspec
 from filelock import FileLock
 
 from distbench import api
+from distbench.case.expectations import ALLOWED, is_expectation
 from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS
 from distbench.case.suite import load_suite
@@ -47,16 +48,16 @@ class Ended(NamedTuple):
     supported: bool = True
 
 
-def cases_of_suite(folder: Path, marked: Mapping[str, Any]) -> list[Request]:
+def cases_of_suite(folder: Path, asked: Mapping[str, Any]) -> list[Request]:
     """Cases of a suite by name or file, relative to `folder`; other keys of the marker replace theirs.
 
     Raises:
         InvalidCase: the suite cannot be read, or a case makes no sense.
     """
-    ranks = int(marked.get("ranks", _RANKS))
-    keys = api.Case(**{key: value for key, value in marked.items() if key not in _OWN}).keys
-    path = folder / str(marked["suite"])
-    name = str(path) if path.exists() else str(marked["suite"])
+    ranks = int(asked.get("ranks", _RANKS))
+    keys = api.Case(**{key: value for key, value in asked.items() if key not in _OWN}).keys
+    path = folder / str(asked["suite"])
+    name = str(path) if path.exists() else str(asked["suite"])
     requests = []
     for entry in load_suite(name, ranks, [Layer(FLAGS, keys)]).entries:
         values = msgspec.to_builtins(entry.case).items()
@@ -75,14 +76,31 @@ def request_of(item: pytest.Item) -> Request:
     if _CASE_OF_SUITE in of_suite:
         request: Request = of_suite[_CASE_OF_SUITE]
         return request
-    marked: dict[str, Any] = {}
+    asked = marked(item)
+    keys = api.Case(**{key: value for key, value in asked.items() if key not in _OWN}).keys
+    ranks, expect = asked.get("ranks", _RANKS), asked.get("expect", Verdict.PASS.value)
+    if not isinstance(ranks, int) or ranks < 1:
+        message = f"marker distbench of {item.name}: ranks = {ranks!r:.40}; allowed are whole numbers from 1"
+        raise InvalidCase(message)
+    if not is_expectation(str(expect)):
+        message = f"marker distbench of {item.name}: expect = {expect!r:.80}; allowed is {ALLOWED}"
+        raise InvalidCase(message)
+    return Request("", keys, ranks, str(expect))
+
+
+def marked(item: pytest.Item) -> dict[str, Any]:
+    """Keywords of an item's markers: its own win over those of its class, these over its module's.
+
+    Raises:
+        InvalidCase: a marker with other arguments than keywords.
+    """
+    found: dict[str, Any] = {}
     for marker in item.iter_markers("distbench"):  # the closest first
         if marker.args:
             message = f"marker distbench of {item.name}: takes keywords only, such as ranks=2"
             raise InvalidCase(message)
-        marked = dict(marker.kwargs) | marked
-    keys = api.Case(**{key: value for key, value in marked.items() if key not in _OWN}).keys
-    return Request("", keys, int(marked.get("ranks", _RANKS)), str(marked.get("expect", Verdict.PASS.value)))
+        found = dict(marker.kwargs) | found
+    return found
 
 
 class Runs:

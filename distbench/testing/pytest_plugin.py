@@ -30,12 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Make an item of each case of a suite that a marker names."""
-    marker = metafunc.definition.get_closest_marker(_MARKER)
-    if marker is None or "suite" not in marker.kwargs:
+    if metafunc.definition.get_closest_marker(_MARKER) is None:
         return
-    from distbench.testing.cases import cases_of_suite  # noqa: PLC0415 - only where the marker is used
+    from distbench.testing.cases import cases_of_suite, marked  # noqa: PLC0415 - only where the marker is used
 
-    requests = _checked(cases_of_suite, metafunc.definition.path.parent, marker.kwargs)
+    asked = _checked(marked, metafunc.definition)
+    if "suite" not in asked:
+        return
+    requests = _checked(cases_of_suite, metafunc.definition.path.parent, asked)
     metafunc.fixturenames.append(_CASE_OF_SUITE)
     metafunc.parametrize(_CASE_OF_SUITE, requests, ids=[one.name for one in requests], indirect=True)
 

@@ -130,6 +130,21 @@ def test_command_without_a_report_is_an_error_of_its_ending(
             call()
 
 
+def test_report_of_an_earlier_run_is_none_of_a_command_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands(monkeypatch, "", report_of(tiny_case(), ""))
+    assert api.run(Case(), out=tmp_path).verdict == "PASS"
+    commands(monkeypatch, "distbench: BUSY: in use")
+    for call in (
+        lambda: api.run(Case(), out=tmp_path),
+        lambda: api.suite("smoke", out=tmp_path),
+        lambda: api.sweep(Case(), out=tmp_path),
+    ):
+        with pytest.raises(api.Busy, match=r"^in use$"):
+            call()
+
+
 def test_case_that_its_ranks_refuse_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of(tiny_case(), "x", api.Verdict.UNSUPPORTED)
     reasons = [Reason(code="unsupported", message="no such device")]

@@ -111,6 +111,12 @@ def test_marked_tests_run_in_a_launch_for_each_plugin_and_fail_with_verdict_and_
         ("@pytest.mark.distbench(tokns=2)\ndef test_x(): ...", r"unknown key 'tokns' \(did you mean tokens\?\)"),
         ("@pytest.mark.distbench(suite='no.toml')\ndef test_x(): ...", "distbench: suite .*cannot be read"),
         ("@pytest.mark.distbench(suite='cases.toml', topk=99)\ndef test_x(): ...", "topk = 99"),
+        ("@pytest.mark.distbench(ranks=0)\ndef test_x(): ...", "ranks = 0; allowed are whole numbers from 1"),
+        ("@pytest.mark.distbench(expect='OK')\ndef test_x(): ...", "expect = 'OK'; allowed is"),
+        (
+            "pytestmark = pytest.mark.distbench(suite='no.toml')\n@pytest.mark.distbench(ranks=2)\ndef test_x(): ...",
+            "no.toml",
+        ),
         ("def test_x(distbench): ...", r"mark the test with pytest.mark.distbench\(…\)"),
     ],
 )
