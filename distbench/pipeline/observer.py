@@ -250,7 +250,7 @@ class Observer:
                 )
                 for name, traffic, rows in zip(SUB_BATCHES, resolved.sub_batches, self._rows, strict=False)
             ],
-            differing=differing_cells(outputs, comparisons, resolved.traffic.tokens, session.rank),
+            difference_map=differing_cells(outputs, comparisons, resolved.traffic.tokens, session.rank),
         )
 
     def _take_beyond(self, arm: str, beyond: Tensor, sub_batch: int) -> None:

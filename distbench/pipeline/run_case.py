@@ -150,7 +150,7 @@ def _to_gather(found: list[_Seen]) -> list[tuple[Observation, Outputs]]:
     """Observations with the peak of the process after all passes; the first inputs' alone keep their map."""
     peak = peak_bytes()
     first, *others = (msgspec.structs.replace(one.observation, peak_bytes=peak) for one in found)
-    kept = [first, *(msgspec.structs.replace(other, differing={}) for other in others)]
+    kept = [first, *(msgspec.structs.replace(other, difference_map={}) for other in others)]
     return [(observation, one.outputs) for observation, one in zip(kept, found, strict=True)]
 
 

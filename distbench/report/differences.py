@@ -29,7 +29,7 @@ def differing_report(gathered: Gathered, case: Case) -> DifferingReport | None:
     grid = cell_grid(sum(case.tokens), case.hidden_size)
     tokens, columns = -(-sum(case.tokens) // grid.tokens), -(-case.hidden_size // grid.columns)
     counts = [[0] * columns for _ in range(tokens)]
-    for found in (record.differing[pair] for record in gathered.observations if pair in record.differing):
+    for found in (record.difference_map[pair] for record in gathered.observations if pair in record.difference_map):
         for row, own in enumerate(found.counts, found.first):
             counts[row] = [count + more for count, more in zip(counts[row], own, strict=True)]
     high = [min(grid.tokens, sum(case.tokens) - row * grid.tokens) for row in range(tokens)]

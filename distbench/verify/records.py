@@ -270,8 +270,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     has the timed arms, `device_state` the device's state while the last of them ran. `replays` are replays of the last
     arm's graph with other tokens. `errors` measure arms and stages where inputs are gaussian. `accepted` lists, by the
     index of an injected mutant, the public acceptance rules that accept this rank's tokens. `caller` is that of the arm
-    production, where the case has one. `sub_batches` are those of two-batch overlap. `differing[pair]` maps the
-    differing elements of a pair that is not equal.
+    production, where the case has one. `sub_batches` are those of two-batch overlap. `difference_map[pair]` counts
+    the differing elements of a pair that is not equal.
     """
 
     rank: int
@@ -304,7 +304,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     accepted: dict[str, dict[str, bool]] = {}
     caller: CallerUse | None = None
     sub_batches: list[SubBatchCounts] = []
-    differing: dict[str, DifferingCells] = {}
+    difference_map: dict[str, DifferingCells] = {}
 
     def distance_of(self, arm: str) -> float | None:
         """Distance of `arm` from padded; 0 where that was not measured."""

@@ -172,9 +172,10 @@ def test_failing_tokens_beyond_the_bundle_limit_are_counted(tmp_path: Path) -> N
 
 
 def rewritten(folder: Path, outcome: Outcome) -> Bundle:
-    """Rewrite the manifest of a bundle for another outcome."""
+    """Rewrite the manifest of a bundle for another outcome; without its map the report is the smaller file."""
     bundle = open_bundle(folder)
-    write_manifest(folder, bundle.report, outcome, bundle.manifest.recorded)
+    report = msgspec.structs.replace(bundle.report, differing=None)
+    write_manifest(folder, report, outcome, bundle.manifest.recorded)
     return open_bundle(folder)
 
 

@@ -65,10 +65,10 @@ NOTHING_RECORDED = Recorded(tokens=[], left_out=0, parts=[])
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """`manifest.json`, written last: a bundle without one is incomplete.
 
-    `gathered` is the input of rank 0's judgement, without timings; None where the case was refused or lost its ranks.
-    Its lists of tokens end at `listed_tokens`. `table_left_out` is the size in bytes of a kernel table that is too
-    large to copy. `sub_batches` is the traffic of each, with two-batch overlap. `inputs_version` is that of the inputs
-    that the case ran with; bundles without it have 1.
+    `gathered` is the input of rank 0's judgement, without timings and maps; None where the case was refused or lost its
+    ranks. Its lists of tokens end at `listed_tokens`. `table_left_out` is the size in bytes of a kernel table that is
+    too large to copy. `sub_batches` is the traffic of each, with two-batch overlap. `inputs_version` is that of the
+    inputs that the case ran with; bundles without it have 1.
     """
 
     schema: str = SCHEMA

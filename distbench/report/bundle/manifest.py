@@ -117,7 +117,7 @@ def _with_shorter_records(gathered: Gathered, case: Case, most: int) -> Gathered
 def _shortened(record: Observation, case: Case, most: int) -> Observation:
     lost = msgspec.structs.replace(record.lost, tokens=_known(record.lost.tokens, case, most))
     divergences = [_shortened_evidence(found, case, most) for found in record.divergences]
-    return msgspec.structs.replace(record, lost=lost, divergences=divergences, durations_us={})
+    return msgspec.structs.replace(record, lost=lost, divergences=divergences, durations_us={}, difference_map={})
 
 
 def _shortened_evidence(found: Divergence, case: Case, most: int) -> Divergence:

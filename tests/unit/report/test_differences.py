@@ -18,7 +18,9 @@ SOME = RowComparison(1, 1, 1)
 
 def gathered(pairs: dict[str, RowComparison], cells: list[dict[str, DifferingCells]]) -> Gathered:
     resolved = asked()
-    return Gathered([seen(rank, resolved, differing=own) for rank, own in enumerate(cells)], pairs, {}, [], "rows", 0)
+    return Gathered(
+        [seen(rank, resolved, difference_map=own) for rank, own in enumerate(cells)], pairs, {}, [], "rows", 0
+    )
 
 
 def test_counts_of_ranks_add_up_in_shared_cells() -> None:
