@@ -5,6 +5,8 @@ Names here change with a major version of distbench only. Loads torch.
 
 from __future__ import annotations
 
+from distbench.callers.base import Call, Caller, CallerContext, Steps
+from distbench.callers.text import CallerText
 from distbench.case.plugins import Plugin
 from distbench.case.spec import Case
 from distbench.errors import BrokenContract, InvalidCase, Unsupported
@@ -28,6 +30,10 @@ from distbench.workload.batch import TokenBatch
 
 __all__ = [
     "BrokenContract",
+    "Call",
+    "Caller",
+    "CallerContext",
+    "CallerText",
     "Case",
     "Dispatched",
     "ExpertInput",
@@ -42,6 +48,7 @@ __all__ = [
     "Plugin",
     "Roundings",
     "Scene",
+    "Steps",
     "SumOrder",
     "TokenBatch",
     "Transport",

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from distbench.plugins import (
+    Call,
+    Caller,
+    CallerContext,
+    CallerText,
     Dispatched,
     ExpertInput,
     ExpertsAround,
@@ -19,7 +23,9 @@ from distbench.plugins import (
     KernelChoice,
     Plugin,
     Roundings,
+    Steps,
     TokenBatch,
+    Transport,
     TransportAround,
     TransportContext,
     WholeTransport,
@@ -352,3 +358,38 @@ class Doubled(Fault):
 
 class Nameless(Fault):
     """A fault without a name."""
+
+
+class Plain(Caller):
+    """Production's code in three lines: it cuts at the limit, and calls the experts."""
+
+    text = CallerText(package="acme", version="1.2", origin="here", files=("acme.py",), sha256="ab" * 32)
+
+    def __init__(self, context: CallerContext) -> None:
+        self._limit, self._experts = context.setting.limit, context.experts
+
+    def run(self, batch: TokenBatch, weights: ExpertWeights, transport: Transport, steps: Steps) -> Tensor:
+        found = transport.dispatch(batch)
+        steps.dispatched()
+        rows = self._rows(len(found.ids))
+        given = ExpertInput(found.hidden[:rows], None, found.weights[:rows], found.ids[:rows], found.total_recv)
+        steps.given(given)
+        made = self._experts(given, weights)
+        steps.made(found, Call(given, made, {}))
+        return transport.combine(made, batch.ids)
+
+    def _rows(self, capacity: int) -> int:
+        return self._limit or capacity
+
+
+class CutsNothing(Plain):
+    """A caller that gives its experts the whole receive buffer, whatever the limit."""
+
+    def _rows(self, capacity: int) -> int:
+        return capacity
+
+
+class Anonymous(Plain):
+    """A caller whose text has no digest."""
+
+    text = CallerText(package="acme", version="1.2", origin="here", files=(), sha256="")

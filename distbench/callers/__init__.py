@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distbench.errors import InvalidCase
+from distbench.case.plugins import is_built_in, load_plugin
 
 if TYPE_CHECKING:
     from distbench.callers.base import Caller
@@ -14,39 +14,35 @@ if TYPE_CHECKING:
 
 
 def make_caller(setting: Setting, experts: AiterExperts) -> Caller:
-    """Return the case's caller: of the wheel or the folder that it names, or of the installed package.
+    """Return the case's caller: of the wheel or the folder that it names, of the installed package, or of a plugin.
 
     Raises:
         InvalidCase: the wheel is none of the package, or the case follows the rules of another release.
         Unsupported: the package is not installed, or its release lacks a definition that is lifted.
+        BrokenContract: a plugin's factory raises, or returns no caller.
     """
-    from distbench.callers.packages import package_text  # noqa: PLC0415 - a rank loads only what it uses
+    from distbench.callers.base import CallerContext  # noqa: PLC0415 - loads torch
 
-    case, text = setting.case, package_text(setting.case)
-    if case.caller == "vllm":
-        from distbench.callers.vllm.caller import VllmCaller  # noqa: PLC0415
+    name = setting.case.caller
+    plugin, context = load_plugin("caller", name), CallerContext(setting, experts)
+    if is_built_in("caller", name):
+        made: Caller = plugin.make(context)
+        return made
+    from distbench.callers.contract import made_caller  # noqa: PLC0415 - only for plugins
 
-        return VllmCaller(text, setting, experts)
-    if case.caller == "atom":
-        from distbench.callers.atom.caller import AtomCaller  # noqa: PLC0415
-
-        return AtomCaller(text, setting, experts)
-    from distbench.callers.sglang.caller import SglangCaller  # noqa: PLC0415
-
-    if case.sglang_version not in ("", text.version):
-        message = (
-            f"sglang_version = {case.sglang_version}: the caller is {text.label}; give that version, or drop the key"
-        )
-        raise InvalidCase(message)
-    return SglangCaller(text, setting, experts)
+    return made_caller(plugin, context)
 
 
 def check_caller(case: Case) -> None:
     """Check that the caller's text is there and has the definitions that would be lifted, without executing any.
 
+    A plugin is left to the ranks.
+
     Raises:
         InvalidCase, Unsupported: as `make_caller`.
     """
+    if not is_built_in("caller", case.caller):
+        return
     from distbench.callers.atom import definitions as atom  # noqa: PLC0415 - not loaded without a caller
     from distbench.callers.lift import check_definitions  # noqa: PLC0415
     from distbench.callers.packages import package_text  # noqa: PLC0415

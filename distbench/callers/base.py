@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from distbench.callers.setting import Setting
 from distbench.callers.text import CallerText
 from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.transport.base import Dispatched, Transport
 from distbench.workload.batch import TokenBatch
+
+if TYPE_CHECKING:
+    from distbench.experts.aiter.adapter import AiterExperts
+
+
+class CallerContext(NamedTuple):
+    """One rank of a case, for the factory of its caller; `experts` are aiter's, or its stand-in's."""
+
+    setting: Setting
+    experts: AiterExperts
 
 
 class Call(NamedTuple):
@@ -41,7 +52,7 @@ class Steps(ABC):
 
 
 class Caller(ABC):
-    """Production's code of one package, for one rank and one case."""
+    """Production's code of one package, for one rank and one case; `text` says which code it is, for reports."""
 
     text: CallerText
 

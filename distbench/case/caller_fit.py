@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distbench.case.plugins import is_built_in
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 
@@ -20,10 +21,14 @@ def check_caller_fits(case: Case) -> None:
         "graph": (case.graph, "the caller's pass is not captured; drop it"),
         "inject": (bool(case.inject), "faults are injected into distbench's own arms; drop it"),
         f"policy {case.policy} ": (
-            case.policy == "unchecked" and case.caller != "sglang",
+            case.policy == "unchecked" and case.caller in ("vllm", "atom"),
             "its own cut loses no row, whatever the limit; use strict",
         ),
         "caller_wheel": (bool(case.caller_wheel) and case.caller == "atom", "ATOM has none; give --caller-folder"),
+        "caller_wheel ": (
+            bool(case.caller_wheel) and not is_built_in("caller", case.caller),
+            "a plugin brings its own text; drop it",
+        ),
         "caller_folder": (bool(case.caller_folder) and case.caller != "atom", "give a wheel: --caller-wheel"),
         f"activation {case.activation}": (case.activation != "silu", "the caller's layer has SiLU; drop it"),
         "swiglu_limit": (bool(case.swiglu_limit), "the caller's layer has none; drop it"),

@@ -21,6 +21,8 @@ RULES: dict[str, str] = {
     "combine.shape": "combine returns one row of H columns for each token of the rank",
     "combine.dtype": "combine returns the dtype of the expert rows",
     "combine.device": "combine returns rows on the rank's device",
+    "caller.made": "make returns a Caller on every rank",
+    "caller.text": "the caller's text is a CallerText, with a sha256 of 64 small hex digits",
     "experts.made": "make returns Experts on every rank",
     "experts.facts": "about is what JSON has: texts, numbers, lists and tables of them",
     "experts.selection": "selection returns the KernelChoice of the rows that it is asked for",

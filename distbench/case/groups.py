@@ -91,7 +91,7 @@ GROUPS = {
     "caller": Group(
         "production's own code",
         {
-            "caller": "",
+            "caller": "NAME",
             "caller_wheel": "FILE",
             "caller_folder": "DIR",
             "atom_rule": "",

@@ -22,7 +22,7 @@ from distbench.utils.text import closest, one_line, shown
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-Part = Literal["transport", "experts"]
+Part = Literal["transport", "experts", "caller"]
 
 
 class Kind(NamedTuple):
@@ -54,6 +54,15 @@ KINDS: dict[str, Kind] = {
         },
         guests=("torch-grouped",),
     ),
+    "caller": Kind(
+        "distbench.callers",
+        {
+            "own": "",  # no caller
+            "sglang": "distbench.callers.sglang.caller:PLUGIN",
+            "vllm": "distbench.callers.vllm.caller:PLUGIN",
+            "atom": "distbench.callers.atom.caller:PLUGIN",
+        },
+    ),
 }
 """Parts by their key of a case."""
 
@@ -74,13 +83,13 @@ class NoOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
-    """A transport or experts: how a rank makes them, and what they state about themselves.
+    """A transport, experts or a caller: how a rank makes them, and what they state about themselves.
 
-    `make` takes a `TransportContext` or an `ExpertsContext`. A case that needs what is not stated is UNSUPPORTED:
-    `dtypes` are payloads of dispatch; without `zero_tokens` each rank needs a token; `graphs` says that experts can be
-    captured in a CUDA graph; `two_batch_overlap` that two transports may be under way at once. `options` declares the
-    part's own options as fields with types and bounds (msgspec.Meta), each with a default unless it is required. Order
-    of addition and roundings are stated by the part itself: `Transport.sum_order`, `Experts.roundings`.
+    `make` takes a `TransportContext`, an `ExpertsContext` or a `CallerContext`. A case that needs what is not stated is
+    UNSUPPORTED: `dtypes` are payloads of dispatch; without `zero_tokens` each rank needs a token; `graphs` says that
+    experts can be captured in a CUDA graph; `two_batch_overlap` that two transports may be under way at once. `options`
+    declares the part's own options as fields with types and bounds (msgspec.Meta), each with a default unless it is
+    required. Order of addition and roundings are stated by the part itself: `Transport.sum_order`, `Experts.roundings`.
     """
 
     make: Callable[[Any], Any]

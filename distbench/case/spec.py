@@ -118,8 +118,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         str, _help("options of an experts plugin, name=value, repeatable; in a file joined by semicolons")
     ] = ""
     caller: Annotated[
-        Literal["own", "sglang", "vllm", "atom"],
-        _help("whose code runs between dispatch and combine in the arm production; own: no such arm (docs/callers.md)"),
+        str,
+        _help(
+            "whose code runs between dispatch and combine in the arm production: own (no such arm), sglang, vllm, "
+            "atom, an installed plugin, or package.module:factory (docs/callers.md)"
+        ),
     ] = "own"
     caller_wheel: Annotated[
         str, _help("wheel of the caller's package, whose text is lifted; empty: the installed package")

@@ -11,9 +11,9 @@ from distbench.verify.records import ResolvedCase
 
 
 def production_rows(resolved: ResolvedCase, rank: int, local_ranks: int | None = None) -> int:
-    """Rows that the case's caller gives to the experts on `rank`."""
+    """Rows that the case's caller gives to the experts on `rank`; a plugin's cuts as SGLang does."""
     caller, capacity = resolved.case.caller, resolved.traffic.capacity
-    if caller == "sglang":
+    if caller not in ("vllm", "atom"):
         return sglang_rows(resolved, rank, local_ranks)
     rows = _atom_rows(resolved, rank) if caller == "atom" else capacity
     return rows if 0 < rows < capacity else capacity

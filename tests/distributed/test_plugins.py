@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from distbench.case.plugins import KINDS
 from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import Case
-from distbench.case.stages import Stage
+from distbench.case.stages import Arm, Stage
 from distbench.distributed.session import Session
-from distbench.errors import Verdict
+from distbench.errors import BrokenContract, Verdict
 from distbench.pipeline.run_case import run_case
 from distbench.report.bundle.recorded import recorded_order
 from distbench.transport.sum_order import SumOrder
@@ -23,7 +24,7 @@ TINY = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "device": "cpu", "t
 
 def brought(**values: Any) -> Case:
     parts = {
-        key: f"tests.brought_plugins:{value}" if key in ("transport", "experts") else value
+        key: f"tests.brought_plugins:{value}" if key in KINDS and value != "aiter" else value
         for key, value in values.items()
     }
     return resolve_case([Layer(FLAGS, TINY | parts)], RANKS).case
@@ -76,6 +77,43 @@ def test_fault_of_a_plugin_is_injected_counted_and_attributed() -> None:
     assert found.judgement.verdict is Verdict.BASELINE_WRONG
     assert found.judgement.first_divergence is not None
     assert (found.judgement.first_divergence.stage, found.judgement.first_divergence.rank) == (Stage.COMBINE, 1)
+
+
+AITER: dict[str, Any] = {"experts": "aiter", "emulate": True, "numerics": "exact", "limit": "max-recv"}
+
+
+def test_caller_of_a_plugin_is_the_arm_production_and_is_named_in_the_record() -> None:
+    found = outcome(brought(caller="Plain", **AITER))
+    assert found.gathered is not None
+    assert found.judgement.verdict is Verdict.PASS, found.judgement.reasons
+    caller = found.gathered.observations[0].caller
+    assert caller is not None
+    assert caller.text.label == "acme 1.2"
+    assert Arm.PRODUCTION in found.gathered.observations[0].kernels
+
+
+def test_caller_of_a_plugin_that_does_not_cut_at_the_limit_is_not_passed() -> None:
+    found = outcome(brought(caller="CutsNothing", **AITER))
+    assert found.judgement.verdict is Verdict.CORRUPT
+    assert "production (acme 1.2)" in found.judgement.reasons[0].message
+
+
+def contract_of(session: Session, case: Case) -> str:
+    """The rule that a case breaks on this rank."""
+    try:
+        run_case(session, case)
+    except BrokenContract as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("Anonymous", "caller.text"), ("makes_nothing", "caller.made"), ("raises_in_make", "caller.made")],
+)
+def test_caller_that_breaks_a_rule_is_named(name: str, rule: str) -> None:
+    for told in on_ranks(RANKS, contract_of, brought(caller=name, **AITER)):
+        assert told.startswith(f"caller tests.brought_plugins:{name} breaks {rule}: ")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from distbench.callers.atom.lifted import Package, load
-from distbench.callers.base import Caller, Steps
+from distbench.callers.base import Caller, CallerContext, Steps
 from distbench.callers.fused_moe import WatchedFusedMoe
 from distbench.callers.operator import MoriOperator, named
-from distbench.callers.packages import PackageText
+from distbench.callers.packages import PackageText, package_text
 from distbench.callers.setting import Setting
+from distbench.case.plugins import Plugin
 from distbench.experts.aiter.adapter import AiterExperts
 from distbench.experts.base import ExpertWeights
 from distbench.transport.base import Transport
@@ -67,3 +68,13 @@ class AtomCaller(Caller):
                 w2_scale=layer.w2_scale,
             )
         return combined
+
+
+def make(context: CallerContext) -> AtomCaller:
+    """Return the caller of a rank."""
+    case = context.setting.case
+    text = package_text(case)
+    return AtomCaller(text, context.setting, context.experts)
+
+
+PLUGIN = Plugin(make=make, name="atom")

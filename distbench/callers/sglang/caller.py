@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.callers.base import Caller, Steps
+from distbench.callers.base import Caller, CallerContext, Steps
 from distbench.callers.fused_moe import WatchedFusedMoe
 from distbench.callers.operator import MoriOperator, named
-from distbench.callers.packages import PackageText
+from distbench.callers.packages import PackageText, package_text
 from distbench.callers.setting import Setting
 from distbench.callers.sglang.lifted import Package, Sglang, kernel_type, load
+from distbench.case.plugins import Plugin
+from distbench.errors import InvalidCase
 from distbench.experts.aiter.adapter import AiterExperts
 from distbench.experts.base import ExpertWeights
 from distbench.transport.base import Transport
@@ -124,3 +126,22 @@ def _quant_info(parts: _Parts, weights: ExpertWeights) -> Any:
         w2_scale=layer.w2_scale,
         expert_mask=parts.dispatcher.expert_mask_gpu,
     )
+
+
+def make(context: CallerContext) -> SglangCaller:
+    """Return the caller of a rank.
+
+    Raises:
+        InvalidCase: the case follows the rules of another release.
+    """
+    case = context.setting.case
+    text = package_text(case)
+    if case.sglang_version not in ("", text.version):
+        message = (
+            f"sglang_version = {case.sglang_version}: the caller is {text.label}; give that version, or drop the key"
+        )
+        raise InvalidCase(message)
+    return SglangCaller(text, context.setting, context.experts)
+
+
+PLUGIN = Plugin(make=make, name="sglang")

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distbench.callers.base import Caller, Steps
+from distbench.callers.base import Caller, CallerContext, Steps
 from distbench.callers.fused_moe import WatchedFusedMoe
 from distbench.callers.operator import MoriOperator, named
-from distbench.callers.packages import PackageText
+from distbench.callers.packages import PackageText, package_text
 from distbench.callers.setting import Setting
 from distbench.callers.vllm.environment import dispatch_policy
 from distbench.callers.vllm.lifted import Package, Vllm, load
+from distbench.case.plugins import Plugin
 from distbench.experts.aiter.adapter import AiterExperts
 from distbench.experts.base import ExpertWeights
 from distbench.transport.base import Transport
@@ -143,3 +144,13 @@ def _quant_config(w1_scale: Tensor | None, w2_scale: Tensor | None) -> SimpleNam
         w1_bias=None,
         w2_bias=None,
     )
+
+
+def make(context: CallerContext) -> VllmCaller:
+    """Return the caller of a rank."""
+    case = context.setting.case
+    text = package_text(case)
+    return VllmCaller(text, context.setting, context.experts)
+
+
+PLUGIN = Plugin(make=make, name="vllm")
