@@ -78,7 +78,7 @@ def _sweep(options: argparse.Namespace) -> int:
     from distbench.report.results import Results
     from distbench.report.sweep import COLUMNS, read_rows
 
-    entries = _entries(options)
+    entries = sweep_entries(options)
     check_path(options.out)
     check_folder(options.out)
     check_folder(options.out, report_bytes(entry.case for entry in unfinished(Path(options.out), entries)))
@@ -128,7 +128,8 @@ def proof_notes(rows: list[SweepRow]) -> list[str]:
     return notes
 
 
-def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
+def sweep_entries(options: argparse.Namespace) -> tuple[Entry, ...]:
+    """The cases of a sweep: for each size the limits, each case once."""
     from distbench.case.environment import read_environment
     from distbench.case.resolve import Layer, load_case_file, resolve_case
 
@@ -145,6 +146,10 @@ def _entries(options: argparse.Namespace) -> tuple[Entry, ...]:
     for size in sizes or (None,):
         own = {} if size is None else {"tokens": size}
         resolved = resolve_case([Layer("sweep", own), *layers], num_ranks(options))
+        most = resolved.case.max_dispatch_tokens_per_rank
+        if size is not None and size > most:
+            message = f"size {size}: a sender may hold {most} tokens; give --max-dispatch-tokens-per-rank {size}"
+            raise InvalidCase(message)
         asked = options.limits or (_AUTO if size is None else resolved.case.limit)
         base = resolve_case([Layer("sweep", own | {"limit": "off"}), *layers], num_ranks(options)).case
         notes = (*resolved.notes, *warnings(base, resolved.sources, options))
