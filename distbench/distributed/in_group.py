@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from distbench.utils.devices import runs_on_device
 
 
 class GroupSession(Session):
-    """Session of the ranks of an existing group, over a group of its own with the same ranks; see `Session`.
+    """Session of the ranks of an existing group, over a group of the bench with the same ranks; see `Session`.
 
     Its device is the one that each rank has selected (`torch.cuda.set_device`).
     """
@@ -43,12 +44,7 @@ class GroupSession(Session):
         self._devices = self.local_ranks if on_devices else 0
         self._connected: set[int] = set()
         self._closing = contextlib.ExitStack()
-        with collective("group creation"):
-            self.group = dist.new_group(
-                dist.get_process_group_ranks(group or dist.group.WORLD),
-                backend="cpu:gloo,cuda:nccl" if on_devices else "gloo",
-                use_local_synchronization=True,
-            )
+        self.group = _own_group(group, "cpu:gloo,cuda:nccl" if on_devices else "gloo")
 
     def use(self, asked: str) -> None:
         """See `Session.use`.
@@ -64,6 +60,25 @@ class GroupSession(Session):
             self._connect_devices()
 
     def close(self) -> None:
-        """Destroy the session's own group."""
+        """Leave; the group is kept for the next session, until the job destroys its groups."""
         self._closing.close()
-        dist.destroy_process_group(self.group)
+
+
+_groups: dict[tuple[int, tuple[int, ...], str], tuple[Any, dist.ProcessGroup]] = {}
+
+
+def _own_group(group: dist.ProcessGroup | None, backend: str) -> dist.ProcessGroup:
+    """Return a group of the ranks of `group` that is the bench's own. Collective over it when it is made.
+
+    It is made once: torch names a group after its ranks, and a second one of that name may meet, in the store, the
+    addresses of the first.
+    """
+    world = dist.group.WORLD
+    ranks = tuple(dist.get_process_group_ranks(group or world))
+    key = (id(world), ranks, backend)
+    known = _groups.get(key)
+    if known is None or known[0] is not world:
+        with collective("group creation"):
+            made = dist.new_group(list(ranks), backend=backend, use_local_synchronization=True)
+        known = _groups[key] = world, made
+    return known[1]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench import api
+from distbench.distributed.in_group import GroupSession
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError
 from distbench.plugins import Dispatched, ExpertInput, ExpertWeights, TokenBatch
@@ -110,3 +111,16 @@ def test_refusal_is_raised_on_every_rank() -> None:
     kind, message, _, _ = on_ranks(RANKS, in_group, "own", {"device": "cuda"})[1]
     assert kind == "Unsupported"
     assert message == "device = cuda: the group has no NCCL; initialise it with nccl, or use device cpu"
+
+
+def groups_of_two_sessions(_: Session) -> bool:
+    """Whether two sessions after each other have one group."""
+    first = GroupSession(None)
+    first.close()
+    second = GroupSession(None)
+    second.close()
+    return first.group is second.group
+
+
+def test_sessions_in_one_job_share_a_group() -> None:
+    assert on_ranks(RANKS, groups_of_two_sessions) == [True, True]
