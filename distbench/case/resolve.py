@@ -13,7 +13,7 @@ import msgspec
 
 from distbench.case.atom_folder import folder_digest
 from distbench.case.caller_fit import check_caller_fits
-from distbench.case.file_digests import table_digest, wheel_digest
+from distbench.case.file_digests import routing_digest, table_digest, wheel_digest
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_built_in, parse_options
@@ -316,6 +316,7 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["swiglu_limit"] = float(values["swiglu_limit"])
     for key in OPTION_KEYS:
         values[key] = canonical_options(key, values[key])
+    values["routing_sha256"] = routing_digest(values["routing"])
     values["kernel_table_sha256"] = table_digest(values["kernel_table"], sources["kernel_table"])
     values["caller_wheel_sha256"] = wheel_digest(values["caller_wheel"])
     values["caller_folder_sha256"] = folder_digest(values["caller_folder"])

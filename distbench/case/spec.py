@@ -61,7 +61,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tokens: Annotated[
         tuple[TokenCount, ...], _help("tokens of each rank: one number for all, or a list; 0,1,7,33,... repeats it")
     ] = (16,)
-    routing: Annotated[str, _help("uniform, zipf:S, hot-rank:R, fan-in:R, local or duplicates")] = "uniform"
+    routing: Annotated[
+        str, _help("uniform, zipf:S, hot-rank:R, fan-in:R, local, duplicates, or trace:FILE@STEP.LAYER")
+    ] = "uniform"
+    routing_sha256: Annotated[str, _help("digest of the recorded routing's bytes, filled in when it is read")] = ""
     limit: Annotated[str, _help(f"rows kept: {ALLOWED_LIMITS}")] = "sum32"
     recv_bound: Annotated[
         bool, _help("with the limit off, cut at the bound that SGLang derives, where its release has one")
@@ -317,7 +320,7 @@ def repeats_of(case: Case) -> int:
     return sum(with_inputs(case, kind).repeats for kind in inputs_of(case))
 
 
-DERIVED_KEYS = ("kernel_table_sha256", "caller_wheel_sha256", "caller_folder_sha256")
+DERIVED_KEYS = ("routing_sha256", "kernel_table_sha256", "caller_wheel_sha256", "caller_folder_sha256")
 FLAG_KEYS = ("caller", "caller_wheel", "caller_folder")
 """Keys that name code to execute: a file may name it only where a flag does too."""
 UNSTORED_KEYS = (*DERIVED_KEYS, "caller_wheel", "caller_folder")
@@ -335,6 +338,7 @@ CALL_KEYS = (
 )
 """Keys that are arguments of `fused_moe`."""
 _SPARSE_KEYS = (
+    "routing_sha256",
     *CALLER_KEYS,
     "caller_wheel_sha256",
     "caller_folder_sha256",

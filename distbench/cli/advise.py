@@ -13,9 +13,10 @@ from distbench.errors import InvalidCase
 
 if TYPE_CHECKING:
     from distbench.case.spec import Case
-    from distbench.tools.advise.batches import Steps
+    from distbench.tools.advise.batches import Limits, Steps
     from distbench.tools.advise.hits import Placement
     from distbench.tools.advise.question import Question
+    from distbench.tools.advise.recording import Recording
     from distbench.tools.advise.routing import Model
 
 _KEYS = (
@@ -84,14 +85,18 @@ def _advise(options: argparse.Namespace) -> int:
         case = question.case
         name = "--tokens" if own_tokens else "max_dispatch_tokens_per_rank"
         limits = Limits(case.ep_size, case.tokens, name)
+        recording = _recording(options, question, limits)
         steps: Steps = (
             read_steps(options.batches, limits, options.steps, case.seed, options.phase)
             if options.batches
+            else recording.steps
+            if recording
             else full_steps(case.tokens, options.steps)
         )
-        model = _model(options, question)
+        model = recording.model if recording else _model(options, question)
         question = question._replace(layers=len(model.layers))
-        advice = advise(question, steps, model, Kernels(question.kernel_case), _notes(question))
+        kernels, rows = Kernels(question.kernel_case), None if options.batches else recording
+        advice = advise(question, steps, model, kernels, _notes(question), rows)
         made.append(advice)
         print_advice(advice)
         if options.cases:
@@ -189,7 +194,9 @@ def _check(case: Case, experts: int, options: argparse.Namespace) -> None:
     if case.topk > experts:
         message = f"topk = {case.topk}: above the {experts} experts of which a token takes distinct ones"
         raise InvalidCase(message)
-    check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
+    routing = parse_routing(case.routing)
+    if routing.trace is None:
+        check_routing(routing, ExpertGroup(case.ep_size, case.num_experts, case.topk))
     over = max(case.tokens)
     if over > case.max_dispatch_tokens_per_rank:
         message = (
@@ -200,6 +207,22 @@ def _check(case: Case, experts: int, options: argparse.Namespace) -> None:
     if options.nodes and case.ep_size % options.nodes:
         message = f"--nodes {options.nodes}: {case.ep_size} ranks are not the same number on each; give a divisor"
         raise InvalidCase(message)
+
+
+def _recording(options: argparse.Namespace, question: Question, limits: Limits) -> Recording | None:
+    """The recorded routing that the question names; None for another kind, or with --histogram."""
+    from distbench.tools.advise.recording import read_recording
+    from distbench.workload.routing_spec import parse_routing
+
+    trace = parse_routing(question.case.routing).trace
+    if trace is None or options.histogram:
+        return None
+    recording = read_recording(trace, question.case.topk, question.placement)
+    most, fits = int(recording.steps.mosts.max()), max(limits.most)
+    if most > fits:
+        message = f"routing = {trace}: a rank has {most} tokens in a step, above {limits.name} = {fits}; raise it"
+        raise InvalidCase(message)
+    return recording
 
 
 def _model(options: argparse.Namespace, question: Question) -> Model:

@@ -38,6 +38,7 @@ COMMANDS = {
         "shrink": "make a failing case as small as possible",
         "kernels": "show which kernel each number of rows selects",
         "bundle": "make one archive of a failing case to send, with a summary to paste",
+        "trace": "show recorded routing, or convert what SGLang and others record",
         "collect": "verdicts from the folder of a torchrun job that has ended",
     },
     "Operate": {

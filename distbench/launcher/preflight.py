@@ -30,7 +30,7 @@ from distbench.transport.mori.config import check_environment, heap_size, mori_w
 from distbench.transport.mori.emulated.quirks import parse_quirks
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold
-from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing
+from distbench.workload.routing_spec import ExpertGroup, check_recorded_tokens, check_routing, parse_routing
 
 _LITTLE_BYTES = 64 << 10
 
@@ -47,7 +47,9 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     _check_unused(case)
     if not any(case.tokens):  # no rank receives a row, which is known before a launch
         resolve_limit(case.limit, Traffic(case.tokens, (0,) * case.ep_size, case.capacity))
-    check_routing(parse_routing(case.routing), ExpertGroup(case.ep_size, case.num_experts, case.topk))
+    routing = parse_routing(case.routing)
+    check_routing(routing, ExpertGroup(case.ep_size, case.num_experts, case.topk))
+    check_recorded_tokens(routing, case.tokens)
     if "exact" in inputs_of(case):
         plan_of(case)
     notes = _check_mori(case, local_ranks) if case.transport == "mori" else ()

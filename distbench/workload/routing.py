@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.case.trace_name import KIND, TraceName
 from distbench.workload.bits import positive_words, shuffle, smallest
 from distbench.workload.chunking import rows_at_a_time
-from distbench.workload.routing_spec import ExpertGroup, Routing
+from distbench.workload.routing_spec import ExpertGroup, Routing, recorded_slice
 
 _CHUNK_BYTES = 16 << 20
 
@@ -130,6 +131,22 @@ def _duplicates(choice: _Choice) -> Tensor:
     return interleaved.flatten(1)[:, : group.topk].contiguous()
 
 
+def _recorded(choice: _Choice) -> Tensor:
+    """Recorded experts of each rank's tokens. A token that was not recorded, which no case has, takes another's."""
+    assert choice.routing.trace is not None  # noqa: S101 - parse_routing
+    ids, first = _recording(choice.routing.trace, choice.keys.device)
+    places = first[(choice.keys >> 31).clamp(0, len(first) - 1)] + (choice.keys & ((1 << 31) - 1))
+    return ids[places.clamp(0, len(ids) - 1)]
+
+
+@lru_cache(maxsize=4)
+def _recording(trace: TraceName, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Recorded experts int64 [n, k], and the place of each rank's first token, int64 [W]."""
+    recorded = recorded_slice(trace)
+    tokens = torch.from_numpy(recorded.tokens)
+    return torch.from_numpy(recorded.ids).long().to(device), (tokens.cumsum(0) - tokens).to(device)
+
+
 _CHOOSERS = {
     "uniform": _uniform,
     "zipf": _zipf,
@@ -137,6 +154,7 @@ _CHOOSERS = {
     "fan-in": _fan_in,
     "local": _local,
     "duplicates": _duplicates,
+    KIND: _recorded,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -13,6 +14,7 @@ from distbench.tools.advise.batches import Steps
 from distbench.tools.advise.chance import Traffic, chance_above, fullest_law, fullest_place, smallest_limit, traffic_of
 from distbench.tools.advise.kernels import Kernels, RowsKernel
 from distbench.tools.advise.question import Question
+from distbench.tools.advise.recording import Recording
 from distbench.tools.advise.routing import Model
 
 Rows = NDArray[np.int64]
@@ -22,7 +24,7 @@ _FIRST_STEPS = 8
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """Rows of the fullest rank, step by step, drawn by the model for the steps' sizes."""
+    """Rows of the fullest rank, step by step: recorded, or drawn by the model for the steps' sizes."""
 
     steps: int
     percentiles: dict[str, int]
@@ -30,7 +32,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     layer: int
     rank: int
-    """Where the most rows were; layer and rank are the likeliest ones."""
+    """Where the most rows were; of drawn steps, layer and rank are the likeliest ones."""
     most_tokens: int
     """Tokens of the largest step: no routing of these steps gives a rank more rows."""
 
@@ -46,7 +48,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     chance_independent: float
     """The same for tokens that choose independently, by the named model."""
     seen_above: int
-    """Steps of those drawn that exceed it."""
+    """Steps of those drawn or recorded that exceed it."""
     first_steps_above: list[int]
     bucket: int
     kernel: str
@@ -72,6 +74,8 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     bound: int
     proof: list[str]
     traffic: str
+    recorded: bool
+    """Whether the rows of the steps were recorded, and not drawn."""
     routing_model: str
     drift: str
     """Reason why the model does not hold, empty for none."""
@@ -91,6 +95,7 @@ class _Draws(NamedTuple):
 
     rows: Rows
     steps: Steps
+    kind: str = "drawn"
 
     def above(self, limit: int) -> tuple[int, list[int]]:
         """Steps that exceed a limit: how many, and the names of the first."""
@@ -98,11 +103,25 @@ class _Draws(NamedTuple):
         return len(over), [int(self.steps.names[step]) for step in over[:_FIRST_STEPS]]
 
 
-def advise(question: Question, steps: Steps, model: Model, kernels: Kernels, notes: list[str]) -> Advice:
-    """Answer a question for steps whose tokens choose by a model."""
+class _Doubt(NamedTuple):
+    """Reason why the model does not hold, empty for none, and whether steps are drawn or recorded."""
+
+    drift: str
+    kind: str
+
+
+def advise(  # noqa: PLR0913 - all that decides the answer
+    question: Question,
+    steps: Steps,
+    model: Model,
+    kernels: Kernels,
+    notes: list[str],
+    recording: Recording | None = None,
+) -> Advice:
+    """Answer a question for steps whose tokens choose by a model; rows are drawn by it, unless they were recorded."""
     batches, place = steps.batches()
     traffic = traffic_of(model.layers, batches, min(model.own + question.shared, 1))
-    draws, seen = _drawn(traffic, steps, place, question.case.seed)
+    draws, seen = _drawn(traffic, steps, place, question.case.seed) if recording is None else _recorded(recording)
     bound = question.prove(None).bound
     least = smallest_limit(question.chance, traffic)
     reasons = _reasons(question, kernels, bound, max(least, 1), seen)
@@ -123,6 +142,7 @@ def advise(question: Question, steps: Steps, model: Model, kernels: Kernels, not
         bound=bound,
         proof=_proof(question, bound, seen),
         traffic=steps.text,
+        recorded=recording is not None,
         routing_model=model.text,
         drift=model.drift,
         target_chance=question.chance,
@@ -130,7 +150,7 @@ def advise(question: Question, steps: Steps, model: Model, kernels: Kernels, not
         seen=seen,
         candidates=judged,
         whole_buffer=whole,
-        recommendation=_recommended(question, judged, whole, model.drift, kernels),
+        recommendation=_recommended(question, judged, whole, _Doubt(model.drift, draws.kind), kernels),
         variable=question.variable,
         notes=[*notes, *_overflow(question, draws)],
     )
@@ -147,17 +167,26 @@ def _drawn(traffic: Traffic, steps: Steps, place: Rows, seed: int) -> tuple[_Dra
             meter.done = index + 1
     top = int(rows.argmax())
     layer, rank = fullest_place(traffic, traffic.batches[int(place[top])], int(rows[top]))
-    ranked = np.sort(rows)
-    seen = Seen(
+    return _Draws(rows, steps), _seen(rows, steps, layer, rank)
+
+
+def _recorded(recording: Recording) -> tuple[_Draws, Seen]:
+    layer, rank = recording.places[int(recording.rows.argmax())].tolist()
+    seen = _seen(recording.rows, recording.steps, layer, rank)
+    return _Draws(recording.rows, recording.steps, "recorded"), seen
+
+
+def _seen(rows: Rows, steps: Steps, layer: int, rank: int) -> Seen:
+    top, ranked = int(rows.argmax()), np.sort(rows)
+    return Seen(
         steps=len(rows),
-        percentiles={f"{share:.1%}": int(ranked[int(share * (len(rows) - 1))]) for share in _PERCENTILES},
+        percentiles={f"{share:.1%}": int(ranked[math.ceil(share * len(rows)) - 1]) for share in _PERCENTILES},
         most=int(rows[top]),
         step=int(steps.names[top]),
         layer=layer,
         rank=rank,
         most_tokens=int(steps.totals.max()),
     )
-    return _Draws(rows, steps), seen
 
 
 def _overflow(question: Question, draws: _Draws) -> list[str]:
@@ -165,7 +194,8 @@ def _overflow(question: Question, draws: _Draws) -> list[str]:
     if not count:
         return []
     steps = ", ".join(map(str, first))
-    return [f"OVERFLOW, whatever the limit: {count} drawn steps exceed the receive buffer, the first are {steps}"]
+    told = f"{count} {draws.kind} steps exceed the receive buffer, the first are {steps}"
+    return [f"OVERFLOW, whatever the limit: {told}"]
 
 
 def _reasons(question: Question, kernels: Kernels, bound: int, least: int, seen: Seen) -> dict[int, list[str]]:
@@ -223,7 +253,7 @@ def _proof(question: Question, bound: int, seen: Seen) -> list[str]:
 
 
 def _recommended(
-    question: Question, judged: list[Candidate], whole: Candidate, drift: str, kernels: Kernels
+    question: Question, judged: list[Candidate], whole: Candidate, doubt: _Doubt, kernels: Kernels
 ) -> list[str]:
     """Three lines: the proven limit, the asked one, and the smallest by chance."""
     proven = next(one for one in judged if one.proven)
@@ -236,21 +266,21 @@ def _recommended(
     asked = next((one for one in judged if "yours" in one.reasons), None)
     by_chance = [one for one in judged if one.chance_independent <= question.chance and not one.proven]
     smaller = next((one for one in by_chance if one.limit == kernels.edge(one.limit) < proven.limit), None)
-    return [first, _about_asked(asked, proven, whole, drift), _about_smaller(smaller, question, proven, drift)]
+    return [first, _about_asked(asked, proven, whole, doubt), _about_smaller(smaller, question, proven, doubt)]
 
 
-def _about_asked(asked: Candidate | None, proven: Candidate, whole: Candidate, drift: str) -> str:
+def _about_asked(asked: Candidate | None, proven: Candidate, whole: Candidate, doubt: _Doubt) -> str:
     if asked is None:
         return "No limit was given to judge; --limit ROWS judges yours."
     if asked.proven:
         return f"Yours, {asked.limit}, is proven. {_gain(asked, whole)}."
     gain = f"{proven.limit} has the same bucket" if asked.bucket == proven.bucket else _gain(asked, whole)
-    return f"Yours, {asked.limit}, is NOT PROVEN: {_risk(asked, drift)}. {gain[0].upper()}{gain[1:]}."
+    return f"Yours, {asked.limit}, is NOT PROVEN: {_risk(asked, doubt)}. {gain[0].upper()}{gain[1:]}."
 
 
-def _about_smaller(smaller: Candidate | None, question: Question, proven: Candidate, drift: str) -> str:
-    if drift:
-        return f"No smaller limit by chance: the model does not hold, {drift}."
+def _about_smaller(smaller: Candidate | None, question: Question, proven: Candidate, doubt: _Doubt) -> str:
+    if doubt.drift:
+        return f"No smaller limit by chance: the model does not hold, {doubt.drift}."
     if smaller is None:
         return (
             f"No smaller limit pays: with a chance of {question.chance:.0e} a step needs the bucket of the proven "
@@ -259,16 +289,16 @@ def _about_smaller(smaller: Candidate | None, question: Question, proven: Candid
     gain = _gain(smaller, proven)
     if smaller.effect != "unknown" and (smaller.kernel, smaller.us) == (proven.kernel, proven.us):
         gain = f"It gains nothing: the kernel is that of {proven.limit} rows"
-    return f"Smaller, {smaller.limit}, is NOT PROVEN: {_risk(smaller, drift)}. {gain}."
+    return f"Smaller, {smaller.limit}, is NOT PROVEN: {_risk(smaller, doubt)}. {gain}."
 
 
-def _risk(one: Candidate, drift: str) -> str:
+def _risk(one: Candidate, doubt: _Doubt) -> str:
     if one.chance_independent == 0:
         return "no step of this traffic can exceed it, but other steps within the tokens can"
-    steps = {0: "no drawn step exceeds it", 1: "one drawn step exceeds it"}
-    seen = steps.get(one.seen_above, f"{one.seen_above} drawn steps exceed it")
-    if drift:
-        return f"{seen}, and the model of its chance does not hold ({drift})"
+    steps = {0: f"no {doubt.kind} step exceeds it", 1: f"one {doubt.kind} step exceeds it"}
+    seen = steps.get(one.seen_above, f"{one.seen_above} {doubt.kind} steps exceed it")
+    if doubt.drift:
+        return f"{seen}, and the model of its chance does not hold ({doubt.drift})"
     return f"{seen}; a step does with a chance of {told_chance(one.chance_independent)} if tokens choose independently"
 
 

@@ -91,13 +91,18 @@ def histogram_model(path: str, topk: int, placement: Placement, layers: int) -> 
     """
     counts = _counts(path, placement.num_experts)
     steps = counts if counts.ndim == _STEPS_DIMENSIONS else counts.reshape(1, -1, placement.num_experts)
+    model = model_of_counts(steps, topk, placement, f"the loads of {path}")
+    return model._replace(layers=model.layers * (layers if len(model.layers) == 1 else 1))
+
+
+def model_of_counts(steps: Floats, topk: int, placement: Placement, source: str) -> Model:
+    """Model of the loads of experts, float64 [T, L, E], by successive steps; `source` names them."""
     chances, found = HitChances(topk, placement), []
     with Meter("fit layers", steps.shape[1]) as meter:
         for layer in steps.sum(axis=0):
             found.append(chances.of(_weights(layer, topk)))
             meter.done += 1
-    text = f"{topk} successive draws by the loads of {path}"
-    return Model(found * (layers if len(found) == 1 else 1), 0, text, _drift(steps))
+    return Model(found, 0, f"{topk} successive draws by {source}", _drift(steps))
 
 
 def _weights(counts: Floats, topk: int) -> Floats:

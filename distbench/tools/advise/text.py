@@ -49,9 +49,11 @@ def _numbered(lines: list[str]) -> list[str]:
 def _traffic(advice: Advice) -> list[str]:
     seen = advice.seen
     shares = ", ".join(f"{share} {rows}" for share, rows in seen.percentiles.items())
-    most = f"most {seen.most}, in step {seen.step}, likeliest on rank {seen.rank} in layer {seen.layer}"
+    likeliest = "" if advice.recorded else "likeliest "
+    most = f"most {seen.most}, in step {seen.step}, {likeliest}on rank {seen.rank} in layer {seen.layer}"
+    rows = "The model of chances" if advice.recorded else "Rows are drawn by the model"
     lines = [
-        f"Traffic: {advice.traffic}. Rows are drawn by the model: {advice.routing_model}, each token on its own.",
+        f"Traffic: {advice.traffic}. {rows}: {advice.routing_model}, each token on its own.",
         f"Seen: rows of the fullest rank in a step: {shares}; {most}.",
     ]
     if advice.drift:

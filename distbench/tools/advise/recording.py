@@ -1,0 +1,80 @@
+"""Traffic that was recorded: rows of each step, sizes of the steps, and the model that its loads give."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench.case.trace_name import TraceName
+from distbench.errors import InvalidCase
+from distbench.report.progress import Meter
+from distbench.tools.advise.batches import Steps
+from distbench.tools.advise.hits import Floats, Placement
+from distbench.tools.advise.routing import Model, model_of_counts
+from distbench.workload.trace_file import Header, read_header, read_slice
+
+_WINDOWS = 16
+"""Parts of the steps whose loads are compared: a drift is seen between them."""
+
+
+class Recording(NamedTuple):
+    """Recorded steps, the rows of the fullest rank in each, int64 [S], and the layer and rank that had them, [S, 2]."""
+
+    steps: Steps
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    model: Model
+
+
+def read_recording(trace: TraceName, topk: int, placement: Placement) -> Recording:
+    """Every step and layer of a trace, or the one that is named.
+
+    Raises:
+        InvalidCase: as `read_slice`; or it was recorded with other ranks, experts or top-k.
+
+    """
+    header = _fitting(trace, topk, placement)
+    steps = list(header.steps)
+    layers = sorted({layer for known in header.steps.values() for layer in known})
+    rows, places = np.zeros(len(steps), dtype=np.int64), np.zeros((len(steps), 2), dtype=np.int64)
+    totals, mosts = rows.copy(), rows.copy()
+    counts = np.zeros((min(_WINDOWS, len(steps)), len(layers), header.num_experts))
+    with Meter("read steps", len(steps)) as meter:
+        for index, step in enumerate(steps):
+            window = counts[index * len(counts) // len(steps)]
+            for layer in header.steps[step]:
+                one = read_slice(header, step, layer)
+                received = one.received(header.num_experts)
+                window[layers.index(layer)] += np.bincount(one.ids.ravel(), minlength=header.num_experts)
+                totals[index], mosts[index] = one.tokens.sum(), one.tokens.max()
+                if received.max() > rows[index]:
+                    rows[index], places[index] = received.max(), (layer, received.argmax())
+            meter.done = index + 1
+    text = f"{len(steps)} recorded steps of {trace.path}"
+    model = _model(counts, topk, placement, trace.path)
+    return Recording(Steps(np.array(steps, dtype=np.int64), totals, mosts, text), rows, places, model)
+
+
+def _model(counts: Floats, topk: int, placement: Placement, path: str) -> Model:
+    used = counts.sum(axis=(0, 2)) > 0
+    if not used.any():
+        message = f"routing = trace:{path}: no token in it"
+        raise InvalidCase(message)
+    return model_of_counts(counts[:, used], topk, placement, f"the loads of {path}")
+
+
+def _fitting(trace: TraceName, topk: int, placement: Placement) -> Header:
+    header = read_header(trace.path)
+    asked = {"ep_size": placement.ep_size, "num_experts": placement.num_experts, "topk": topk}
+    found = header._asdict()
+    other = [f"{key} = {found[key]}, not {value}" for key, value in asked.items() if found[key] != value]
+    if other or len(placement.experts) != placement.num_experts:
+        told = ", ".join(other) or "experts by their slots: give --num-experts as many as slots"
+        message = f"routing = {trace}: recorded with {told}; give the layer and ranks of the recording"
+        raise InvalidCase(message)
+    if trace.step is None or trace.layer is None:
+        return header
+    read_slice(header, trace.step, trace.layer)
+    return header._replace(steps={trace.step: [trace.layer]})

@@ -1,0 +1,1 @@
+"""Recorded routing from what others write, as a trace of distbench."""

@@ -1,0 +1,158 @@
+"""Readers of recorded experts: SGLang's recorder, arrays of numpy and safetensors, CSV, and lines of JSON.
+
+Each yields parts: experts of some tokens of one rank in a step and layer. A rank of ALL_RANKS means all tokens of the
+step, which are shared evenly over the ranks in their order.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import warnings
+from collections.abc import Iterator
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench.case.table_file import open_regular
+from distbench.errors import InvalidCase, Unsupported
+from distbench.utils.text import one_line, shown
+
+ALL_RANKS = -1
+SUFFIXES = (".pt", ".npy", ".safetensors", ".csv", ".jsonl")
+_MOST_BYTES = 4 << 30
+_MOST_LINE = 16 << 20
+_LINES_AT_ONCE = 4096
+_PLACE = ("step", "layer", "rank")
+_DIMENSIONS = 4
+_MODE = "record with --expert-distribution-recorder-mode per_token"
+
+
+class Part(NamedTuple):
+    """Experts int64 [n, k] of tokens; -1 pads."""
+
+    step: int
+    layer: int
+    rank: int
+    ids: NDArray[np.int64]
+
+
+def read_parts(path: str) -> Iterator[Part]:
+    """Parts of a file, by its suffix.
+
+    Raises:
+        InvalidCase: it cannot be read, or has another layout.
+        Unsupported: torch is missing, which reads .pt.
+
+    """
+    readers = {".pt": _sglang, ".npy": _numpy, ".safetensors": _safetensors, ".csv": _csv, ".jsonl": _jsonl}
+    reader = readers.get(Path(path).suffix)
+    if reader is None:
+        _refuse(path, f"suffix {Path(path).suffix!r}; known are {', '.join(SUFFIXES)}")
+    try:
+        descriptor = open_regular(path)
+        size = os.fstat(descriptor).st_size
+        os.close(descriptor)
+        if size > _MOST_BYTES:
+            _refuse(path, f"more than {_MOST_BYTES >> 30} GiB; give a part of it")
+        yield from reader(path)
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, EOFError, RecursionError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        _refuse(path, f"cannot be read ({reason})", error)
+
+
+def _sglang(path: str) -> Iterator[Part]:
+    """SGLang's expert-distribution recorder in mode per_token: one file a rank, loaded as weights only."""
+    import pickle  # noqa: PLC0415 - for the class of an error: nothing is unpickled but tensors
+
+    try:
+        import torch  # noqa: PLC0415 - the other formats need none
+    except ModuleNotFoundError as error:
+        message = f"{path}: torch reads .pt files: {error}; run make setup"
+        raise Unsupported(message) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that it refuses anyway
+            dump = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        _refuse(path, "not a file of tensors and plain values alone; other objects are never loaded", error)
+    records = dump.get("records") if isinstance(dump, dict) else None
+    if not isinstance(records, list):
+        _refuse(path, f"no records; {_MODE}")
+    for record in records:
+        ids = record.get("topk_ids_of_layer") if isinstance(record, dict) else None
+        if ids is None or ids.ndim != _DIMENSIONS - 1:
+            _refuse(path, f"a record without topk_ids_of_layer; {_MODE}")
+        found = ids.long().numpy()
+        used = (found != -1).any(axis=(0, 1))  # the recorder has room for 8 experts of a token
+        for layer, one in enumerate(found):
+            yield Part(int(record["forward_pass_id"]), layer, int(record["rank"]), one[:, used])
+
+
+def _numpy(path: str) -> Iterator[Part]:
+    yield from _array(path, np.load(path, allow_pickle=False))
+
+
+def _safetensors(path: str) -> Iterator[Part]:
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.numpy import load_file  # noqa: PLC0415
+
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        _refuse(path, f"cannot be read ({one_line(error)})", error)
+    if "ids" not in tensors:
+        _refuse(path, f"no tensor ids, but {', '.join(sorted(tensors)[:4]) or 'none'}")
+    yield from _array(path, tensors["ids"])
+
+
+def _array(path: str, ids: NDArray[Any]) -> Iterator[Part]:
+    """Experts [n, k], of layers [L, n, k], or of steps and layers [T, L, n, k]."""
+    if ids.dtype.kind not in "iu" or not 2 <= ids.ndim <= _DIMENSIONS:  # noqa: PLR2004
+        _refuse(
+            path,
+            f"an array {ids.dtype} {shown(ids.shape)}; allowed are whole numbers, [n, k] to [T, L, n, k]",
+        )
+    whole = ids.reshape((1,) * (_DIMENSIONS - ids.ndim) + ids.shape).astype(np.int64)
+    for step, layers in enumerate(whole):
+        for layer, one in enumerate(layers):
+            yield Part(step, layer, ALL_RANKS, one)
+
+
+def _csv(path: str) -> Iterator[Part]:
+    """A line a token: columns step, layer and rank, and one for each of its experts, in any number."""
+    with Path(path).open(newline="", encoding="utf-8-sig") as stream:
+        rows = csv.reader(stream)
+        head = [name.strip().lower() for name in next(rows, [])]
+        missing = [name for name in _PLACE if name not in head]
+        places = [index for index, name in enumerate(head) if name not in _PLACE]
+        if missing or not places:
+            _refuse(path, f"no column {', '.join(missing) or 'of experts'}; give step, layer, rank, and one an expert")
+        where = [head.index(name) for name in _PLACE]
+        numbers = ([int(row[place]) for place in (*where, *places)] for row in rows if row)
+        for (step, layer, rank), lines in groupby(numbers, key=lambda line: line[:3]):
+            while some := list(islice(lines, _LINES_AT_ONCE)):
+                yield Part(step, layer, rank, np.array([line[3:] for line in some]))
+
+
+def _jsonl(path: str) -> Iterator[Part]:
+    """A line a part: step, layer, rank, and ids, a list of its tokens' lists of experts."""
+    with Path(path).open("rb") as stream:
+        while line := stream.readline(_MOST_LINE):
+            if not line.strip():
+                continue
+            one = msgspec.json.decode(line, type=dict[str, Any])
+            ids = np.array(one["ids"])
+            if ids.ndim != 2 or ids.dtype.kind not in "iu":  # noqa: PLR2004
+                _refuse(path, f"ids = {shown(one['ids'])}: give a list of the experts of each token")
+            step, layer, rank = (msgspec.convert(one[name], int) for name in _PLACE)
+            yield Part(step, layer, rank, ids)
+
+
+def _refuse(path: str, reason: str, cause: BaseException | None = None) -> NoReturn:
+    message = f"trace {path!r:.200}: {reason}"
+    raise InvalidCase(message) from cause

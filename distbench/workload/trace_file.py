@@ -1,0 +1,158 @@
+"""Recorded routing: the experts of each token by step, layer and rank, in a safetensors file. Needs no torch.
+
+A file holds `tokens.STEP`, int64 [W], the tokens of each rank in a step, and `ids.STEP.LAYER`, int32 [n, k], the
+experts of the step's n tokens in a layer: those of rank 0 first, then of rank 1, and so on. Its metadata are `format`
+(distbench-trace), `version` (1), `num_experts`, `topk`, `ep_size` and `source`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench.errors import InvalidCase
+from distbench.utils.text import one_line
+
+FORMAT, VERSION = "distbench-trace", "1"
+MOST_IDS, MOST_SLICES = 1 << 28, 1 << 17
+_MOST_NUMBER = 1 << 24
+
+Ids = NDArray[np.int32]
+
+
+class Header(NamedTuple):
+    """Contents of a file: its layer, and the layers of each step, both ascending."""
+
+    path: str
+    num_experts: int
+    topk: int
+    ep_size: int
+    source: str
+    steps: dict[int, list[int]]
+
+
+class Slice(NamedTuple):
+    """One step in one layer: ids int32 [n, k], and tokens int64 [W] of each rank."""
+
+    ids: Ids
+    tokens: NDArray[np.int64]
+
+    def received(self, num_experts: int) -> NDArray[np.int64]:
+        """Rows that each rank receives, int64 [W], where the ranks hold equally many experts in order."""
+        ranks = len(self.tokens)
+        owners = np.sort(self.ids // (num_experts // ranks), axis=1)
+        first = np.ones(owners.shape, dtype=bool)
+        first[:, 1:] = owners[:, 1:] != owners[:, :-1]
+        return np.bincount(owners[first], minlength=ranks)
+
+
+def read_header(path: str) -> Header:
+    """Contents of a trace.
+
+    Raises:
+        InvalidCase: no such file, not a trace, or of another version.
+
+    """
+    opened = _open(path)
+    metadata = opened.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        _refuse(path, "not a recorded routing of distbench; `distbench trace convert` makes one")
+    if metadata.get("version") != VERSION:
+        _refuse(path, f"version {metadata.get('version')!r:.20} of the format; this distbench reads {VERSION}")
+    experts, topk, ranks = (_number(path, metadata, name) for name in ("num_experts", "topk", "ep_size"))
+    steps: dict[int, list[int]] = {}
+    for name in opened.keys():  # noqa: SIM118 - not a dict
+        kind, *place = name.split(".")
+        if kind == "ids" and len(place) == 2 and all(part.isascii() and part.isdigit() for part in place):  # noqa: PLR2004
+            steps.setdefault(int(place[0]), []).append(int(place[1]))
+    if not steps:
+        _refuse(path, "no step in it")
+    ordered = {step: sorted(steps[step]) for step in sorted(steps)}
+    return Header(path, experts, topk, ranks, metadata.get("source", ""), ordered)
+
+
+def read_slice(header: Header, step: int, layer: int) -> Slice:
+    """A step in a layer, checked: each token has k distinct experts of the model.
+
+    Raises:
+        InvalidCase: not in the file, or tokens that no layer routes.
+
+    """
+    path = header.path
+    if layer not in header.steps.get(step, ()):
+        first = next(iter(header.steps))
+        _refuse(path, f"no step {step} with layer {layer}; the first is {first} with {header.steps[first][0]}")
+    opened = _open(path)
+    try:
+        ids, tokens = opened.get_tensor(f"ids.{step}.{layer}"), opened.get_tensor(f"tokens.{step}")
+    except Exception as error:  # noqa: BLE001 - safetensors has no common class of its errors
+        _refuse(path, f"step {step}, layer {layer}: {one_line(error)}", error)
+    place = f"step {step}, layer {layer}"
+    if ids.dtype != np.int32 or tokens.dtype != np.int64 or tokens.shape != (header.ep_size,):
+        _refuse(path, f"{place}: ids {ids.dtype} and tokens {tokens.dtype} {tokens.shape} are not of the format")
+    if (tokens < 0).any() or ids.shape != (int(tokens.sum()), header.topk):
+        _refuse(path, f"{place}: ids {ids.shape}, the ranks' tokens and top-k are {(int(tokens.sum()), header.topk)}")
+    problem = bad_ids(ids, header.num_experts)
+    if problem:
+        _refuse(path, f"{place}: {problem}")
+    return Slice(ids, tokens)
+
+
+def bad_ids(ids: Ids, num_experts: int) -> str:
+    """The first token of ids [n, k] whose experts no layer chooses, as text; empty for none."""
+    outside = ((ids < 0) | (ids >= num_experts)).any(axis=1)
+    ordered = np.sort(ids, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    for bad, reason in ((outside, f"experts are 0 to {num_experts - 1}"), (twice, "an expert twice")):
+        if bad.any():
+            token = int(np.flatnonzero(bad)[0])
+            return f"token {token} has experts {ids[token].tolist()}: {reason}"
+    return ""
+
+
+def write_trace(path: str, header: Header, slices: Mapping[tuple[int, int], Slice]) -> None:
+    """Write a trace; slices are by step and layer. All layers of a step have the same tokens.
+
+    Raises:
+        InvalidCase: it cannot be written.
+
+    """
+    from safetensors.numpy import save  # noqa: PLC0415 - readers do without
+
+    tensors: dict[str, Any] = {}
+    for (step, layer), one in slices.items():
+        tensors[f"ids.{step}.{layer}"] = np.ascontiguousarray(one.ids, dtype=np.int32)
+        tensors[f"tokens.{step}"] = np.ascontiguousarray(one.tokens, dtype=np.int64)
+    numbers = {"num_experts": header.num_experts, "topk": header.topk, "ep_size": header.ep_size}
+    metadata = {"format": FORMAT, "version": VERSION, "source": header.source}
+    try:
+        Path(path).write_bytes(save(tensors, metadata | {name: str(value) for name, value in numbers.items()}))
+    except OSError as error:
+        _refuse(path, f"cannot be written ({error.strerror})", error)
+
+
+def _open(path: str) -> Any:
+    from safetensors import safe_open  # noqa: PLC0415 - only runs with a trace pay for it
+
+    try:
+        return safe_open(path, framework="numpy")
+    except Exception as error:  # noqa: BLE001 - safetensors has no common class of its errors
+        reason = "No such file" if not Path(path).exists() else one_line(error)
+        _refuse(path, f"cannot be read ({reason})", error)
+
+
+def _number(path: str, metadata: Mapping[str, str], name: str) -> int:
+    text = metadata.get(name, "")
+    plain = text.isascii() and text.isdigit() and len(text) <= len(str(_MOST_NUMBER))
+    if not plain or not 1 <= int(text) <= _MOST_NUMBER:
+        _refuse(path, f"{name} = {text!r:.40} in its metadata; allowed are whole numbers from 1 to {_MOST_NUMBER}")
+    return int(text)
+
+
+def _refuse(path: str, reason: str, cause: BaseException | None = None) -> NoReturn:
+    message = f"trace {path!r:.200}: {reason}"
+    raise InvalidCase(message) from cause

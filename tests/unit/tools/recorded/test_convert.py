@@ -1,0 +1,177 @@
+"""Conversion of what other programs record: every format gives the same trace, and hostile files are refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from distbench.cli.main import main
+from distbench.errors import InvalidCase
+from distbench.tools.recorded.convert import convert
+from distbench.tools.recorded.readers import read_parts
+from distbench.workload.trace_file import read_header, read_slice
+
+E, K, W = 16, 4, 4
+STEPS, LAYERS, TOKENS = 2, 3, 8
+IDS = np.random.default_rng(0).random((STEPS, LAYERS, TOKENS, E)).argsort(axis=-1)[..., :K]
+
+
+TWO_KINDS = b'{"step": 0, "layer": 0, "rank": 0, "ids": [[1]]}\n{"step": 1, "layer": 0, "rank": 0, "ids": [[1, 2]]}'
+
+
+def sglang(folder: Path) -> list[str]:
+    """Files as SGLang's recorder writes them per token: one a rank, dense layers and columns past k padded with -1."""
+    paths = []
+    for rank in range(W):
+        records = []
+        for step in range(STEPS):
+            padded = torch.full((LAYERS + 1, 2, 8), -1, dtype=torch.int32)
+            padded[1:, :, :K] = torch.from_numpy(IDS[step, :, 2 * rank : 2 * rank + 2]).int()
+            record = {"forward_pass_id": step, "rank": rank, "gatherer_key": "primary", "input_ids": [1, 2]}
+            records.append(record | {"positions": [0, 1], "forward_mode": 2, "topk_ids_of_layer": padded})
+        paths.append(str(folder / f"expert_distribution_recorder_{rank}.pt"))
+        torch.save({"records": records, "last_physical_to_logical_map": torch.zeros(1)}, paths[-1])
+    return paths
+
+
+def arrays(folder: Path) -> list[str]:
+    np.save(folder / "ids.npy", IDS.astype(np.int16))
+    return [str(folder / "ids.npy")]
+
+
+def tensors(folder: Path) -> list[str]:
+    save_file({"ids": np.ascontiguousarray(IDS)}, folder / "ids.safetensors")
+    return [str(folder / "ids.safetensors")]
+
+
+def entries() -> list[tuple[int, int, int, Any]]:
+    shape = (STEPS, LAYERS, W)
+    return [(*place, IDS[place[0], place[1], 2 * place[2] : 2 * place[2] + 2]) for place in np.ndindex(shape)]
+
+
+def table(folder: Path) -> list[str]:
+    lines = [",".join(map(str, (step, layer, rank, *row))) for step, layer, rank, ids in entries() for row in ids]
+    (folder / "ids.csv").write_text("\n".join(["step,layer,rank,e0,e1,e2,e3", *lines]))
+    return [str(folder / "ids.csv")]
+
+
+def lines(folder: Path) -> list[str]:
+    parts = [{"step": step, "layer": layer, "rank": rank, "ids": ids.tolist()} for step, layer, rank, ids in entries()]
+    (folder / "ids.jsonl").write_text("\n".join(map(json.dumps, parts)))
+    return [str(folder / "ids.jsonl")]
+
+
+@pytest.mark.parametrize("write", [sglang, arrays, tensors, table, lines])
+def test_every_format_gives_the_same_experts(tmp_path: Path, write: Any) -> None:
+    _, slices = convert(write(tmp_path), E, W)
+    first = 1 if write is sglang else 0  # a dense layer is in front
+    assert sorted(slices) == [(step, layer + first) for step in range(STEPS) for layer in range(LAYERS)]
+    for (step, layer), one in slices.items():
+        assert one.ids.tolist() == IDS[step, layer - first].tolist()
+        assert one.tokens.tolist() == [2] * W
+
+
+def test_command_converts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "traffic.safetensors")
+    command = ["trace", "convert", *sglang(tmp_path), f"--out={out}", "--ep-size=4", "--num-experts=16"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert f"{out}: 16 experts, top-4, 4 ranks; 2 steps, 3 layers (1 to 3)" in told
+    header = read_header(out)
+    most = max(int(read_slice(header, 0, layer).received(E).max()) for layer in header.steps[0])
+    assert main(["trace", "info", out]) == 0
+    assert any(line.split()[:4] == ["0", "8", "2", str(most)] for line in capsys.readouterr().out.splitlines())
+
+
+def test_advice_counts_and_names_the_recorded_steps_above_a_limit(tmp_path: Path) -> None:
+    out, advice = str(tmp_path / "a.safetensors"), tmp_path / "advice.json"
+    assert main(["trace", "convert", *lines(tmp_path), f"--out={out}", "--ep-size=4", "--num-experts=16"]) == 0
+    header = read_header(out)
+    rows = {
+        step: max(int(read_slice(header, step, layer).received(E).max()) for layer in layers)
+        for step, layers in header.steps.items()
+    }
+    for limit in range(min(rows.values()) - 1, max(rows.values()) + 1):
+        layer = ["--model=tiny", "--ep-size=4", f"--routing=trace:{out}", "--max-dispatch-tokens-per-rank=8"]
+        assert main(["advise", "-q", *layer, f"--limit={limit}", f"--json={advice}"]) == 0
+        found = json.loads(advice.read_text())
+        yours = next(one for one in found["candidates"] if "yours" in one["reasons"])
+        assert yours["first_steps_above"] == [step for step, most in rows.items() if most > limit]
+        assert found["recorded"]
+
+
+def test_tokens_shared_over_ranks_keep_their_order(tmp_path: Path) -> None:
+    _, slices = convert(arrays(tmp_path), E, 3)
+    assert slices[0, 0].tokens.tolist() == [3, 3, 2]
+    assert slices[0, 0].ids.tolist() == IDS[0, 0].tolist()
+
+
+class Evil:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (Path("/tmp/distbench-evil").touch, ())  # noqa: S108
+
+
+def test_pickle_that_runs_code_is_never_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"records": [Evil()]}, path)
+    with pytest.raises(InvalidCase, match="not a file of tensors and plain values alone"):
+        list(read_parts(str(path)))
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InvalidCase, match=r"tensors and plain values alone|cannot be read"):
+        list(read_parts(str(path)))
+    assert not Path("/tmp/distbench-evil").exists()  # noqa: S108
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"", "known are .pt, .npy, .safetensors, .csv, .jsonl"),
+        ("a.npy", b"\x93NUMPY", "cannot be read"),
+        ("a.safetensors", b"\xff" * 64, "cannot be read"),
+        ("a.csv", b"step,layer,rank\n0,0,0\n", "no column of experts"),
+        ("a.csv", b"step,layer,e0\n", "no column rank"),
+        ("a.csv", b"step,layer,rank,e0\n0,0,0,16\n", r"experts \[16\]: experts are 0 to 15"),
+        ("a.csv", b"step,layer,rank,e0,e1\n0,0,0,3,3\n", "an expert twice"),
+        ("a.csv", b"step,layer,rank,e0,e1\n0,0,0,3,-1\n0,0,0,3,4\n", "experts are 0 to 15"),
+        ("a.csv", b"step,layer,rank,e0\n0,0,4,1\n", "rank 4 of 4 ranks; give --ep-size"),
+        ("a.csv", b"step,layer,rank,e0\n-1,0,0,1\n", "step -1, layer 0"),
+        ("a.csv", b"step,layer,rank,e0\n0,0,0\n", "cannot be read"),
+        ("a.csv", b"step,layer,rank,e0\n", "no token in it"),
+        ("a.csv", b"step,layer,rank,e0\n0,0,0,1\n0,1,1,1\n", "layer 1 has .* tokens of the ranks, another"),
+        ("a.jsonl", b"{}", "cannot be read"),
+        ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "ids": [[1], [1, 2]]}', "cannot be read"),
+        ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "ids": [1]}', "give a list of the experts of each token"),
+        ("a.csv", b"step,layer,rank,e0,e1\n0,0,0,3,-1\n", "experts are 0 to 15"),
+        ("a.jsonl", TWO_KINDS, "top-2, elsewhere top-1"),
+    ],
+)
+def test_file_without_routed_tokens_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InvalidCase, match=message) as refused:
+        convert([str(path)], E, W)
+    assert "\n" not in str(refused.value)
+
+
+def test_recording_with_more_experts_than_allowed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distbench.tools.recorded.convert.MOST_IDS", 8)
+    with pytest.raises(InvalidCase, match="more than 8 experts"):
+        convert(arrays(tmp_path), E, W)
+    monkeypatch.setattr("distbench.tools.recorded.readers._MOST_BYTES", 8)
+    with pytest.raises(InvalidCase, match="more than 0 GiB"):
+        convert(arrays(tmp_path), E, W)
+
+
+@pytest.mark.parametrize("arguments", [["--out=a.json", "--num-experts=16"], ["--out=a.safetensors"], []])
+def test_conversion_without_its_options_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "convert", "a.npy", *arguments]) == 2
+    assert "give --out FILE.safetensors and --num-experts N" in capsys.readouterr().err

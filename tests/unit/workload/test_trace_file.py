@@ -1,0 +1,125 @@
+"""Recorded routing as a file: written, read, routed, and refused where it is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from distbench.case.resolve import Layer, resolve_case
+from distbench.case.trace_name import TraceName, trace_name
+from distbench.errors import InvalidCase
+from distbench.launcher.preflight import check_case
+from distbench.workload.routing import recv_counts, route
+from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
+from distbench.workload.trace_file import Header, Slice, read_header, read_slice, write_trace
+
+E, K, W = 16, 4, 4
+COUNTS = (2, 0, 5, 3)
+METADATA = {"format": "distbench-trace", "version": "1", "num_experts": "16", "topk": "4", "ep_size": "4"}
+
+
+def experts(tokens: int, seed: int) -> Any:
+    return np.random.default_rng(seed).random((tokens, E)).argsort(axis=1)[:, :K].astype(np.int32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    named = str(tmp_path / "a.safetensors")
+    tokens = np.array(COUNTS, dtype=np.int64)
+    slices = {(step, layer): Slice(experts(10, step + layer), tokens) for step, layer in ((7, 3), (7, 4), (9, 3))}
+    write_trace(named, Header("", E, K, W, "here", {}), slices)
+    return named
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("trace:a/b.safetensors", TraceName("a/b.safetensors")),
+        (" trace:a@1.2@7.3", TraceName("a@1.2", 7, 3)),
+        ("trace:a@7", TraceName("a@7")),
+        ("trace:", None),
+        ("uniform", None),
+    ],
+)
+def test_name_has_a_path_and_may_have_a_step_and_layer(text: str, name: TraceName | None) -> None:
+    assert trace_name(text) == name
+    assert name is None or trace_name(str(name)) == name
+    assert name is None or str(parse_routing(text)) == text.strip()
+
+
+def test_file_has_its_steps_and_layers_in_order(path: str) -> None:
+    header = read_header(path)
+    assert header == Header(path, E, K, W, "here", {7: [3, 4], 9: [3]})
+    one = read_slice(header, 7, 4)
+    assert (one.ids == experts(10, 11)).all()
+    assert one.tokens.tolist() == list(COUNTS)
+    rows = recv_counts(torch.from_numpy(one.ids), E // W, W)
+    assert one.received(E).tolist() == rows.tolist()
+
+
+def test_ranks_route_the_recorded_experts(path: str) -> None:
+    for text, seed in ((f"trace:{path}", 10), (f"trace:{path}@9.3", 12)):
+        ranks = torch.repeat_interleave(torch.arange(W), torch.tensor(COUNTS))
+        tokens = torch.cat([torch.arange(count) for count in COUNTS])
+        shuffled = torch.randperm(10)
+        ids = route(parse_routing(text), ExpertGroup(W, E, K), seed=0, ranks=ranks[shuffled], tokens=tokens[shuffled])
+        assert ids.tolist() == experts(10, seed)[shuffled.numpy()].tolist()
+
+
+def test_case_carries_the_digest_of_its_recording_and_other_cases_none(path: str) -> None:
+    def case(**values: Any) -> Any:
+        return resolve_case([Layer("test", {"model": "tiny", **values})], W).case
+
+    recorded = case(routing=f"trace:{path}", tokens=list(COUNTS))
+    check_case(recorded)
+    assert len(recorded.routing_sha256) == 64
+    assert case().routing_sha256 == ""
+    with pytest.raises(InvalidCase, match=r"rank 1 has 1, the recording 0; give --tokens 2,0,5,3, or fewer"):
+        check_case(case(routing=f"trace:{path}", tokens=[2, 1, 5, 3]))
+    with pytest.raises(InvalidCase, match=r"routing = trace:'none': cannot be read"):
+        case(routing="trace:none")
+
+
+def test_recording_of_another_layer_is_refused(path: str) -> None:
+    routing = parse_routing(f"trace:{path}")
+    with pytest.raises(InvalidCase, match=r"recorded with num_experts = 16, not 32, topk = 4, not 8; give the layer"):
+        check_routing(routing, ExpertGroup(W, 32, 8))
+    with pytest.raises(InvalidCase, match="no step 8 with layer 3; the first is 7 with 3"):
+        check_routing(Routing("trace", trace=TraceName(path, 8, 3)), ExpertGroup(W, E, K))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        ({}, {}, "not a recorded routing of distbench; `distbench trace convert` makes one"),
+        (METADATA | {"version": "2"}, {}, "version '2' of the format"),
+        (METADATA | {"topk": "-4"}, {}, "topk = '-4' in its metadata"),
+        (METADATA | {"topk": "9" * 5000}, {}, "topk = "),
+        (METADATA, {"tokens.0": np.ones(4, np.int64)}, "no step in it"),
+        (METADATA, {"ids.0.0": np.zeros((4, 4), np.int32)}, "step 0, layer 0"),
+        (METADATA, {"ids.0.0": np.zeros((4, 4), np.int64), "tokens.0": np.ones(4, np.int64)}, "not of the format"),
+        (METADATA, {"ids.0.0": np.zeros((3, 4), np.int32), "tokens.0": np.ones(4, np.int64)}, r"ids \(3, 4\)"),
+        (METADATA, {"ids.0.0": np.zeros((4, 4), np.int32), "tokens.0": np.ones(4, np.int64)}, "an expert twice"),
+        (METADATA, {"ids.0.0": experts(4, 0) - 1, "tokens.0": np.ones(4, np.int64)}, "experts are 0 to 15"),
+        (METADATA, {"ids.0.0": experts(4, 0), "tokens.0": np.array([5, -1, 0, 0])}, "ids"),
+    ],
+)
+def test_file_that_is_no_trace_is_refused(tmp_path: Path, metadata: Any, tensors: Any, message: str) -> None:
+    path = str(tmp_path / "a.safetensors")
+    save_file({"other": np.zeros(1), **tensors}, path, metadata)
+    with pytest.raises(InvalidCase, match=message):
+        read_slice(read_header(path), 0, 0)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\xff\xff\xff\x00\x00\x00\x00\x00{}", b"junk" * 99])
+def test_file_that_is_no_safetensors_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InvalidCase, match="cannot be read") as refused:
+        read_header(str(path))
+    assert "\n" not in str(refused.value)
