@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distbench.case.sglang_releases import LIMIT
@@ -278,3 +279,18 @@ def test_memory_of_rank_0_in_gather_is_bounded(tmp_path: Path, nproc: int) -> No
     assert added <= 3 * ROUND_BYTES
     if nproc == 8:
         assert gathered_bytes > 9 * ROUND_BYTES
+
+
+def test_recorded_routing_is_converted_and_run_with_the_bits_of_the_oracle(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).random((2, 3, 18, 16)).argsort(axis=-1)[..., :4]
+    np.save(tmp_path / "ids.npy", ids)
+    trace = str(tmp_path / "trace.safetensors")
+    convert = ("trace", "convert", str(tmp_path / "ids.npy"), "--out", trace, "--ep-size=4", "--num-experts=16")
+    assert main(convert) == 0
+    hit = (ids[1, 2, :, :, None] // 4 == np.arange(4)).any(axis=1)
+    routing = ("--routing", f"trace:{trace}@1.2", "--tokens", "5,5,4,4", "--numerics", "exact")
+    run = tiny(tmp_path / "out", 4, *routing, "--limit", "max-recv")
+    assert run.exit_code == 0
+    assert [rank["total_recv"] for rank in run.report["ranks"]] == hit.sum(axis=0).tolist()
+    short = tiny(tmp_path / "short", 4, *routing, "--limit", "max-recv-1", "--policy", "unchecked")
+    assert short.report["verdict"] == "UNDER_LIMIT"
