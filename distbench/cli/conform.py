@@ -12,10 +12,10 @@ from distbench.cli.options import add_case_options, add_launch, add_voice, case_
 from distbench.cli.torchrun_rank import alone
 from distbench.report.terminal import print_table, print_text, print_verdict
 
-_RANKS = 4
+_RANKS = 8
 _KEYS = (
     *("transport", "transport_option", "experts", "experts_option", "emulate", "device", "seed", "graph"),
-    *("model", "hidden_size", "intermediate_size", "num_experts", "topk", "timeout", "stage_timeouts", "jitter"),
+    *("timeout", "stage_timeouts", "jitter"),
 )
 
 

@@ -55,7 +55,7 @@ COMMANDS = {
         "profiles": "what SGLang, vLLM and ATOM set of a case",
         "suites": "the built-in suites",
         "faults": "the faults that --inject takes",
-        "plugins": "the transports and experts: built in, and of installed packages",
+        "plugins": "the transports, experts and callers: built in, and of installed packages",
         "schema": "the JSON Schema of case files, suite files and reports",
     },
 }

@@ -1,4 +1,4 @@
-"""`distbench plugins`: transports and experts by name."""
+"""`distbench plugins`: transports, experts and callers by name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def add(commands: Any) -> None:
     """Add the command to the parser."""
     command = commands.add_parser(
         "plugins",
-        description="List the names that --transport and --experts take: built-in ones, and entry points of installed "
-        "packages, none of which is loaded; and installed faults for --inject, beside `distbench faults`. A "
+        description="List the names that --transport, --experts and --caller take: built-in ones, and entry points of "
+        "installed packages, none of which is loaded; and installed faults for --inject, beside `distbench faults`. A "
         "package.module:factory needs no entry point (docs/plugins.md).",
     )
     command.set_defaults(command=_plugins)

@@ -27,7 +27,7 @@ class ExpertInput(NamedTuple):
     """Rows for the experts. M, the number of allocated rows, selects the kernel.
 
     hidden [M, H] in bf16, or float8 with scales [M, H/128] float32; weights [M, k] float32; ids [M, k] int32, global;
-    num_local_tokens [1] int32, the live rows.
+    num_local_tokens [1] int32, the live rows: more than M where a cut was too short.
     """
 
     hidden: Tensor

@@ -64,7 +64,7 @@ class GroupedExperts(Experts):
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`."""
-        live, topk = int(given.num_local_tokens), given.ids.shape[1]
+        live, topk = min(int(given.num_local_tokens), given.rows), given.ids.shape[1]
         local = local_experts(given.ids[:live], local_rows(weights.mask)).flatten()
         here = (local >= 0).nonzero()[:, 0]
         routes = here[local[here].argsort(stable=True)]

@@ -4,13 +4,16 @@ import torch
 from torch.nn.functional import silu
 
 from distbench import api
-from distbench.plugins import Experts, KernelChoice, Roundings
+from distbench.plugins import Experts, KernelChoice, Roundings, Unsupported
 
 
 class OwnExperts(Experts):
     """A fused MoE in plain torch, row by row."""
 
     def __init__(self, context):
+        if context.case.dispatch_dtype != "bf16":
+            message = "own_experts takes bf16 rows only"
+            raise Unsupported(message)
         self.columns = context.case.hidden_size
 
     def selection(self, rows):
@@ -22,7 +25,7 @@ class OwnExperts(Experts):
     def __call__(self, given, weights):
         local = (weights.mask.cumsum(0) * weights.mask - 1).tolist()  # -1: an expert of another rank
         made = torch.zeros(given.rows, self.columns)
-        for row in range(int(given.num_local_tokens)):
+        for row in range(min(int(given.num_local_tokens), given.rows)):
             for weight, expert in zip(given.weights[row], given.ids[row].tolist(), strict=True):
                 if local[expert] >= 0:
                     gate, up = (weights.w1[local[expert]].float() @ given.hidden[row].float()).chunk(2)

@@ -64,7 +64,7 @@ def experts(given: ExpertInput, weights: ExpertWeights) -> Tensor:
     """Experts in plain torch."""
     local = (weights.mask.cumsum(0) * weights.mask - 1).tolist()
     rows = given.hidden.new_zeros(given.rows, weights.w2.shape[1])
-    for row in range(int(given.num_local_tokens)):
+    for row in range(min(int(given.num_local_tokens), given.rows)):
         total = torch.zeros(weights.w2.shape[1])
         for weight, expert in zip(given.weights[row], given.ids[row].tolist(), strict=True):
             if local[expert] >= 0:

@@ -56,6 +56,13 @@ def test_exact_inputs_give_the_bits_of_the_reference(formula: dict[str, Any]) ->
     assert torch.equal(made.view(torch.int16), right.view(torch.int16))
 
 
+def test_more_live_rows_than_a_cut_has_left_are_those_that_are_left() -> None:
+    batch, weights = parts_of(grouped())
+    given = ExpertInput(batch.hidden[:4], None, batch.weights[:4], batch.ids[:4], torch.tensor([9], dtype=torch.int32))
+    with torch.inference_mode():
+        assert torch.equal(make_experts(grouped())(given, weights), rows_of(grouped())[:4])
+
+
 @pytest.mark.parametrize("live", [0, 4])
 def test_rows_past_the_live_ones_are_not_computed(live: int) -> None:
     assert torch.equal(rows_of(grouped(), live), rows_of(grouped())[:live])
