@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.errors import InvalidCase
 
+if TYPE_CHECKING:
+    from distbench.workload.trace_file import Header, Slice
+
 _MOST_EXPERTS = 1 << 17
+_MOST_STEPS, _MOST_LAYERS = 1 << 17, 4096
 
 
 def add(commands: Any) -> None:
@@ -16,40 +20,74 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "trace",
         description="info: show what a recorded routing has. convert: make one of SGLang's per_token recordings (.pt, "
-        "one of each rank), or of experts as .npy, .safetensors, .csv or .jsonl.",
+        "one of each rank), or of experts as .npy, .safetensors, .csv or .jsonl. "
+        "synth: make one of a kind of routing.",
     )
     command.set_defaults(command=_trace)
-    command.add_argument("action", choices=("info", "convert"), metavar="ACTION", help="info or convert")
-    command.add_argument("files", metavar="FILE", nargs="+", help="the trace, or the recordings")
-    command.add_argument("--out", metavar="FILE", default="", help="convert: the trace to write, .safetensors")
+    command.add_argument(
+        "action", choices=("info", "convert", "synth"), metavar="ACTION", help="info, convert or synth"
+    )
+    command.add_argument("files", metavar="FILE", nargs="*", help="the traces, or the recordings")
+    command.add_argument("--out", metavar="FILE", default="", help="the trace to write, .safetensors")
     command.add_argument(
         "--ep-size", type=whole(1, MOST_RANKS), default=8, metavar="RANKS", help="(default: %(default)s)"
     )
-    command.add_argument("--num-experts", type=whole(1, _MOST_EXPERTS), metavar="N", help="convert: routed experts")
+    command.add_argument("--num-experts", type=whole(1, _MOST_EXPERTS), metavar="N", help="routed experts")
+    synthetic = command.group("synth", "tokens by a kind of routing")
+    synthetic.add_argument("--topk", type=whole(1, 64), default=8, metavar="K", help="(default: %(default)s)")
+    synthetic.add_argument(
+        "--tokens", type=whole(1), default=16, metavar="N", help="of each rank (default: %(default)s)"
+    )
+    synthetic.add_argument("--routing", default="uniform", metavar="PATTERN", help="(default: %(default)s)")
+    synthetic.add_argument("--steps", type=whole(1, _MOST_STEPS), default=1, metavar="N", help="(default: %(default)s)")
+    synthetic.add_argument(
+        "--layers", type=whole(1, _MOST_LAYERS), default=1, metavar="N", help="(default: %(default)s)"
+    )
+    synthetic.add_argument("--seed", type=whole(0, 1 << 40), default=0, metavar="N", help="(default: %(default)s)")
 
 
 def _trace(options: argparse.Namespace) -> int:
-    if options.action == "convert":
-        return _convert(options)
+    if options.action != "info":
+        return _write(options)
+    if not options.files:
+        message = "trace info: give the trace"
+        raise InvalidCase(message)
     for path in options.files:
         _show(path)
     return 0
 
 
-def _convert(options: argparse.Namespace) -> int:
-    from distbench.tools.recorded.convert import convert
+def _write(options: argparse.Namespace) -> int:
     from distbench.workload.trace_file import write_trace
 
     if not options.out.endswith(".safetensors") or options.num_experts is None:
-        message = "trace convert: give --out FILE.safetensors and --num-experts N, the routed experts of the recording"
+        message = f"trace {options.action}: give --out FILE.safetensors and --num-experts N, the routed experts"
         raise InvalidCase(message)
     if options.out in options.files:
         message = f"--out {options.out}: is read as well; name another file"
         raise InvalidCase(message)
-    header, slices = convert(options.files, options.num_experts, options.ep_size)
+    header, slices = _synthetic(options) if options.action == "synth" else _converted(options)
     write_trace(options.out, header, slices)
     _show(options.out)
     return 0
+
+
+def _converted(options: argparse.Namespace) -> tuple[Header, dict[tuple[int, int], Slice]]:
+    from distbench.tools.recorded.convert import convert
+
+    if not options.files:
+        message = "trace convert: give the recordings, a file of each rank where there are several"
+        raise InvalidCase(message)
+    return convert(options.files, options.num_experts, options.ep_size)
+
+
+def _synthetic(options: argparse.Namespace) -> tuple[Header, dict[tuple[int, int], Slice]]:
+    from distbench.tools.recorded.synthetic import synthesise
+    from distbench.workload.routing_spec import ExpertGroup, parse_routing
+
+    group = ExpertGroup(options.ep_size, options.num_experts, options.topk)
+    shape = (options.steps, options.layers, options.tokens)
+    return synthesise(parse_routing(options.routing), group, shape, options.seed)
 
 
 def _show(path: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -15,6 +15,7 @@ from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
 from distbench.tools.advise.hits import Floats, Groups, HitChances, Placement, fitting_weights
+from distbench.tools.recorded.readers import load_tensors
 from distbench.utils.text import one_line, shown
 from distbench.workload.routing_spec import Routing
 
@@ -91,6 +92,7 @@ def histogram_model(path: str, topk: int, placement: Placement, layers: int) -> 
     """
     counts = _counts(path, placement.num_experts)
     steps = counts if counts.ndim == _STEPS_DIMENSIONS else counts.reshape(1, -1, placement.num_experts)
+    steps = steps[:, steps.sum(axis=(0, 2)) > 0]  # a dense layer has no counts
     model = model_of_counts(steps, topk, placement, f"the loads of {path}")
     return model._replace(layers=model.layers * (layers if len(model.layers) == 1 else 1))
 
@@ -146,13 +148,10 @@ def _counts(path: str, num_experts: int) -> Floats:
         with os.fdopen(open_regular(path), "rb") as stream:
             if os.fstat(stream.fileno()).st_size > _MOST_BYTES:
                 _refuse(path, f"more than {_MOST_BYTES >> 20} MiB; sum its steps")
-            if Path(path).suffix == ".npy":
-                counts: NDArray[Any] = np.load(stream, allow_pickle=False)
-            else:
-                counts = np.array(msgspec.json.decode(stream.read()), dtype=np.float64)
-    except (OSError, ValueError, TypeError, EOFError, RecursionError) as error:
+            counts = _array(path, stream)
+    except (OSError, ValueError, TypeError, LookupError, EOFError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        _refuse(path, f"cannot be read ({reason}); give .npy, or lists of numbers as .json", error)
+        _refuse(path, f"cannot be read ({reason}); give .npy, lists of numbers as .json, or .pt of SGLang", error)
     if counts.dtype.kind not in "iuf" or not 1 <= counts.ndim <= _STEPS_DIMENSIONS or not counts.size:
         _refuse(path, f"an array {counts.dtype} {shown(counts.shape)}; allowed are numbers [E], [L, E] or [T, L, E]")
     if counts.shape[-1] != num_experts:
@@ -161,6 +160,17 @@ def _counts(path: str, num_experts: int) -> Floats:
     if not np.isfinite(counts).all() or (counts < 0).any() or not counts.sum(axis=-1).max() > 0:
         _refuse(path, "loads below 0, infinite, or all 0")
     return np.asarray(counts)
+
+
+def _array(path: str, stream: IO[bytes]) -> NDArray[Any]:
+    """Counts of a file; SGLang's recorder in mode stat, and EPLB's JSON, have them as logical_count."""
+    suffix = Path(path).suffix
+    if suffix == ".npy":
+        loaded: NDArray[Any] = np.load(stream, allow_pickle=False)
+        return loaded
+    found = load_tensors(path) if suffix == ".pt" else msgspec.json.decode(stream.read())
+    counts: Any = found["logical_count"] if isinstance(found, dict) else found
+    return np.array(counts.tolist() if hasattr(counts, "tolist") else counts, dtype=np.float64)
 
 
 def _refuse(path: str, reason: str, cause: BaseException | None = None) -> NoReturn:

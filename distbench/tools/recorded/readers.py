@@ -65,8 +65,14 @@ def read_parts(path: str) -> Iterator[Part]:
         _refuse(path, f"cannot be read ({reason})", error)
 
 
-def _sglang(path: str) -> Iterator[Part]:
-    """SGLang's expert-distribution recorder in mode per_token: one file a rank, loaded as weights only."""
+def load_tensors(path: str) -> Any:
+    """Content of a .pt file as weights only: no code of it runs.
+
+    Raises:
+        InvalidCase: it has other objects than tensors and plain values.
+        Unsupported: there is no torch.
+
+    """
     import pickle  # noqa: PLC0415 - for the class of an error: nothing is unpickled but tensors
 
     try:
@@ -77,9 +83,14 @@ def _sglang(path: str) -> Iterator[Part]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that it refuses anyway
-            dump = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         _refuse(path, "not a file of tensors and plain values alone; other objects are never loaded", error)
+
+
+def _sglang(path: str) -> Iterator[Part]:
+    """SGLang's expert-distribution recorder in mode per_token: one file a rank."""
+    dump = load_tensors(path)
     records = dump.get("records") if isinstance(dump, dict) else None
     if not isinstance(records, list):
         _refuse(path, f"no records; {_MODE}")

@@ -68,6 +68,15 @@ def test_histograms_of_layers_and_numpy_files_are_read(tmp_path: Path) -> None:
     assert len(histogram_model(path, K, round_robin(E, E, W), 5).layers) == 7
 
 
+def test_counts_of_sglangs_recorder_and_of_eplb_are_read_without_dense_layers(tmp_path: Path) -> None:
+    counts = torch.ones(5, 3, E, dtype=torch.int32)
+    counts[:, 0] = 0
+    torch.save({"rank": 0, "logical_count": counts, "average_utilization_rate_over_window": None}, tmp_path / "a.pt")
+    (tmp_path / "a.json").write_text(json.dumps({"logical_count": counts.tolist()}))
+    for name in ("a.pt", "a.json"):
+        assert len(histogram_model(str(tmp_path / name), K, round_robin(E, E, W), 1).layers) == 2
+
+
 def test_drift_over_steps_is_said_and_draws_of_one_distribution_have_none(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     chosen = [np.bincount(rng.random((500, E)).argsort(axis=1)[:, :K].ravel(), minlength=E) for _ in range(50)]

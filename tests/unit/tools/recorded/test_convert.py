@@ -16,6 +16,8 @@ from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.tools.recorded.convert import convert
 from distbench.tools.recorded.readers import read_parts
+from distbench.workload.routing import route
+from distbench.workload.routing_spec import ExpertGroup, parse_routing
 from distbench.workload.trace_file import read_header, read_slice
 
 E, K, W = 16, 4, 4
@@ -105,6 +107,36 @@ def test_advice_counts_and_names_the_recorded_steps_above_a_limit(tmp_path: Path
         yours = next(one for one in found["candidates"] if "yours" in one["reasons"])
         assert yours["first_steps_above"] == [step for step, most in rows.items() if most > limit]
         assert found["recorded"]
+
+
+def test_synthetic_trace_has_the_experts_that_run_routes(tmp_path: Path) -> None:
+    out = str(tmp_path / "a.safetensors")
+    shape = ("--ep-size=4", "--num-experts=16", "--topk=4", "--tokens=3", "--steps=2", "--layers=2", "--seed=5")
+    assert main(["trace", "synth", f"--out={out}", *shape, "--routing=zipf:1.2"]) == 0
+    header = read_header(out)
+    ranks, numbers = torch.arange(4).repeat_interleave(3), torch.arange(3).repeat(4)
+    ids = route(parse_routing("zipf:1.2"), ExpertGroup(4, 16, 4), seed=6, ranks=ranks, tokens=numbers)
+    assert read_slice(header, 0, 1).ids.tolist() == ids.tolist()
+    assert (read_slice(header, 1, 1).ids != ids.numpy()).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["synth", "--out=a.safetensors", "--num-experts=9", "--ep-size=4"], "9 experts, top-8, on 4 ranks"),
+        (["synth", "--out=a.safetensors", "--num-experts=16", "--routing=trace:a"], "is a recording"),
+        (["synth", "--out=a.safetensors", "--num-experts=16", "--tokens=16777216"], "at most 268435456 in"),
+        (["synth", "--out=a.safetensors", "--num-experts=16", "--routing=local"], "needs all topk"),
+        (["synth", "--out=/dev/null/a.safetensors", "--num-experts=16"], "cannot be written"),
+        (["convert", "--out=a.safetensors", "--num-experts=16"], "give the recordings"),
+        (["info"], "give the trace"),
+    ],
+)
+def test_trace_that_cannot_be_made_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_tokens_shared_over_ranks_keep_their_order(tmp_path: Path) -> None:
