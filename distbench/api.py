@@ -37,6 +37,7 @@ from distbench.errors import (
 )
 from distbench.report import schema
 from distbench.report.journal import read_reports
+from distbench.report.results import Results
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -243,8 +244,8 @@ def _reference(key: str, factory: Any) -> str:
     """Name by which ranks import a factory; that of a script's own is the name of its file."""
     module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "<value>")
     if module == "__main__":
-        path = getattr(sys.modules["__main__"], "__file__", None)
-        module = Path(path).stem if path else None
+        spec, path = (getattr(sys.modules["__main__"], name, None) for name in ("__spec__", "__file__"))
+        module = spec.name if spec else Path(path).stem if path else None
     if not module or "<" in name:
         message = (
             f"{key} = {factory!r:.80}: no rank can import it; define it at the top of a file, or name it as "
@@ -284,10 +285,14 @@ def _command(command: str, out: Path, ranks: int | None, keys: Mapping[str, Any]
         [sys.executable, "-m", "distbench", command, *others, f"--out={out}", *counted, *_flags(given)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},  # nor does -m add the working directory
     )
+    if done.returncode < 0:
+        message = f"distbench {command} was ended by signal {-done.returncode}; call it again"
+        raise LaunchFailed(message)
     return done.stderr
 
 
@@ -308,7 +313,8 @@ def _sequence(cases: Mapping[int, Mapping[str, Any]], out: Path, ranks: int | No
     ]
     path.write_bytes(msgspec.json.encode({"name": "cases", "include": included}))
     known = load_suite(str(path), ranks or _DEFAULT_RANKS, [Layer(FLAGS, code)], reader(os.environ))
-    reports = {report.name: report for report in _suite(str(path), out, ranks, code)}
+    lost = f"--max-faults={len(cases) + 1}"  # each case is to have its report, however many lose their ranks
+    reports = {report.name: report for report in _suite(str(path), out, ranks, code, [lost])}
     first = dict(known.merged)
     return {number: reports[first.get(str(number), str(number))] for number in cases}
 
@@ -320,6 +326,13 @@ def _reports(out: Path, told: str) -> list[Report]:
     found = [_decoded(msgspec.json.encode(report)) for report in read_reports(out)]
     if not found:
         raise _error(told)
+    summary = Results(out).summary
+    if summary is not None and summary.finished < summary.cases:
+        why = summary.stopped or "the command ended early"
+        message = (
+            f"{summary.finished} of {summary.cases} cases have a result: {why}; the same call, with `out`, resumes"
+        )
+        raise LaunchFailed(message)
     return found
 
 

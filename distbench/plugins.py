@@ -1,4 +1,4 @@
-"""The interface of plugins: a transport or experts of another package (docs/plugins.md).
+"""The interface of plugins: a transport, experts, a caller or a fault of another package (docs/plugins.md).
 
 Names here change with a major version of distbench only. Loads torch.
 """

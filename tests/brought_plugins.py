@@ -74,6 +74,16 @@ def makes_nothing(_: TransportContext) -> Any:
     return None
 
 
+class WithoutCapacity(Alone):
+    def __init__(self, context: TransportContext) -> None:
+        super().__init__(context)
+        del self.capacity
+
+
+class NoFacts(Alone):
+    facts = None  # type: ignore[assignment]
+
+
 class TensorFacts(Alone):
     def about(self) -> dict[str, Any]:
         return {"alone": {"rows": torch.zeros(1)}}
@@ -387,6 +397,9 @@ class CutsNothing(Plain):
 
     def _rows(self, capacity: int) -> int:
         return capacity
+
+
+CALLER_ON_DEVICES = Plugin(make=Plain, devices=("cuda",))
 
 
 class Anonymous(Plain):

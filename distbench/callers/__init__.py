@@ -18,7 +18,8 @@ def make_caller(setting: Setting, experts: AiterExperts) -> Caller:
 
     Raises:
         InvalidCase: the wheel is none of the package, or the case follows the rules of another release.
-        Unsupported: the package is not installed, or its release lacks a definition that is lifted.
+        Unsupported: the package is not installed, its release lacks a definition that is lifted, or a plugin does not
+            state what the case needs.
         BrokenContract: a plugin's factory raises, or returns no caller.
     """
     from distbench.callers.base import CallerContext  # noqa: PLC0415 - loads torch
@@ -29,7 +30,9 @@ def make_caller(setting: Setting, experts: AiterExperts) -> Caller:
         made: Caller = plugin.make(context)
         return made
     from distbench.callers.contract import made_caller  # noqa: PLC0415 - only for plugins
+    from distbench.case.contract import check_stated  # noqa: PLC0415 - only for plugins
 
+    check_stated(plugin, "caller", setting.case, setting.device.type)
     return made_caller(plugin, context)
 
 

@@ -1,4 +1,4 @@
-"""Rules that a transport and experts keep, by name (docs/plugins.md). Loads no torch."""
+"""Rules that a transport, experts and a caller keep, by name (docs/plugins.md). Loads no torch."""
 
 from __future__ import annotations
 

@@ -185,19 +185,23 @@ def load_object(part: str, name: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         found: Any = import_module(module)
-        for step in attribute.split("."):
-            found = getattr(found, step)
+    except (InvalidCase, Unsupported) as error:
+        message = f"{part} {name}: {error}"
+        raise type(error)(message) from error
     except ModuleNotFoundError as error:
         if error.name is None or f"{module}.".startswith(f"{error.name}."):
             message = f"{part} {name}: there is no module {error.name or module}; install it, or mend the name"
             raise InvalidCase(message) from error
         message = f"{part} {name}: it needs the package {error.name}, which is not installed"
         raise Unsupported(message) from error
-    except AttributeError as error:
-        message = f"{part} {name}: {one_line(error)}; name the factory that the module has"
-        raise InvalidCase(message) from error
     except Exception as error:
         message = f"{part} {name}: {module} cannot be imported ({type(error).__name__}: {one_line(error)})"
+        raise InvalidCase(message) from error
+    try:
+        for step in attribute.split("."):
+            found = getattr(found, step)
+    except AttributeError as error:
+        message = f"{part} {name}: {one_line(error)}; name the factory that the module has"
         raise InvalidCase(message) from error
     return found
 

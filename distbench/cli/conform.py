@@ -38,7 +38,7 @@ def _conform(options: argparse.Namespace) -> int:
     from distbench.cli.launching import examined, run_corpus
     from distbench.report.journal import read_reports, replace_results
     from distbench.report.schema import parts_label
-    from distbench.testing.conformance import RULES, SUITE, exit_code, judge
+    from distbench.testing.conformance import RULES, SUITE, exit_code, judge, with_merged
 
     alone("conform")
     ranks = options.nproc or _RANKS
@@ -46,7 +46,7 @@ def _conform(options: argparse.Namespace) -> int:
     entries = examined(suite.entries, suite.origin, options)
     out = Path(options.out)
     run_corpus(entries, options, lambda: replace_results(out, SUITE, RULES.__contains__), [])
-    reports = list(read_reports(out))
+    reports = with_merged(read_reports(out), suite.merged)
     case, held, code = entries[0].case, judge(reports), exit_code(reports)
     print_text(f"{case.transport} + {case.experts}{parts_label(case.plugins, case.stand_ins)}, {ranks} ranks")
     if not options.quiet:

@@ -24,7 +24,7 @@ from distbench.report.environment import capture_environment
 from distbench.verify.records import Outcome
 
 _NAME, _SUITE = "run_in_group", "distbench.api"
-_NO_NAME = re.compile(r"\W+")
+_NO_NAME = re.compile(r"\W+|^(?=\d)", re.ASCII)
 
 
 def report_of_group(group: dist.ProcessGroup | None, keys: Mapping[str, Any], functions: Functions) -> bytes:
@@ -41,8 +41,8 @@ def report_of_group(group: dist.ProcessGroup | None, keys: Mapping[str, Any], fu
         if getattr(functions, function) is not None
     }
     with closing(GroupSession(group)) as session:
-        resolved = resolve_case([Layer(FLAGS, dict(keys) | named)], session.world_size)
         with session.together():
+            resolved = resolve_case([Layer(FLAGS, dict(keys) | named)], session.world_size)
             warnings = check_case(resolved.case, session.local_ranks)
         began = time.monotonic()
         outcome = run_case(session, resolved.case, brought=brought)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -67,7 +67,7 @@ class FunctionTransport(WholeTransport):
         """See `Transport.dispatch`.
 
         Raises:
-            BrokenContract: the function returned something else, or fewer or more rows than there can be.
+            BrokenContract: the function returned something else, other types, or fewer or more rows than there can be.
         """
         self._sent = batch
         found = self._dispatch(batch)
@@ -76,12 +76,15 @@ class FunctionTransport(WholeTransport):
             raise BrokenContract(message)
         self._rows = len(found.hidden)
         total = int(found.total_recv)
-        if not total <= self._rows <= self.capacity:
+        if not 0 <= total <= self._rows <= self.capacity:
             message = (
                 f"dispatch breaks dispatch.shape: {total} rows received in a buffer of {self._rows}; "
                 f"the case's capacity is {self.capacity}"
             )
             raise BrokenContract(message)
+        for name, mine in self._buffer._asdict().items():
+            if name != "total_recv":
+                _check_like(name, getattr(found, name), mine, self._rows)
         for mine, given in zip(self._buffer.fields(), found.fields(), strict=True):
             poison_(mine)
             mine[:total] = given[:total]
@@ -95,6 +98,25 @@ class FunctionTransport(WholeTransport):
     def sources(self) -> Tensor:
         """See `Transport.sources`; found by content."""
         return match_sources(self._context, self._sent, self._buffer, int(self._buffer.total_recv))
+
+
+def _check_like(name: str, given: Any, like: Tensor | None, rows: int) -> None:
+    """Refuse a field that a copy would convert or repeat; `like` has its dtype, device and columns.
+
+    Raises:
+        BrokenContract: names the rule.
+    """
+    if not isinstance(given, Tensor) or like is None:
+        if given is not like:
+            message = f"dispatch breaks dispatch.type: {name} is a {type(given).__name__}"
+            raise BrokenContract(message)
+        return
+    found = {"shape": list(given.shape), "dtype": given.dtype, "device": given.device}
+    right = {"shape": [rows, like.shape[1]], "dtype": like.dtype, "device": like.device}
+    for what, one in right.items():
+        if found[what] != one:
+            message = f"dispatch breaks dispatch.{what}: {name}: {found[what]} instead of {one}".replace("torch.", "")
+            raise BrokenContract(message)
 
 
 class FunctionExperts(Experts):

@@ -16,7 +16,7 @@ from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS
 from distbench.case.suite import load_suite
 from distbench.errors import DistbenchError, InvalidCase, Unsupported, Verdict
-from distbench.launcher.preflight import check_case
+from distbench.launcher.preflight import check_case, check_devices
 
 if TYPE_CHECKING:
     import pytest
@@ -60,8 +60,12 @@ def cases_of_suite(folder: Path, asked: Mapping[str, Any]) -> list[Request]:
     name = str(path) if path.exists() else str(asked["suite"])
     requests = []
     for entry in load_suite(name, ranks, [Layer(FLAGS, keys)]).entries:
-        values = msgspec.to_builtins(entry.case).items()
-        own = {key: one for key, one in values if key not in DERIVED_KEYS and one != FIELD_DEFAULTS.get(key)}
+        given = {key for key, source in entry.sources.items() if source.startswith((FLAGS, "suite:"))}
+        own = {
+            key: one
+            for key, one in msgspec.to_builtins(entry.case).items()
+            if key not in DERIVED_KEYS and (key in given or one != FIELD_DEFAULTS.get(key))
+        }
         requests.append(Request(entry.name, own, ranks, entry.expect))
     return requests
 
@@ -77,6 +81,11 @@ def request_of(item: pytest.Item) -> Request:
         request: Request = of_suite[_CASE_OF_SUITE]
         return request
     asked = marked(item)
+    if "suite" in asked:
+        message = (
+            f"marker distbench of {item.name}: suite: its cases are items of a function or of a plain class's method"
+        )
+        raise InvalidCase(message)
     keys = api.Case(**{key: value for key, value in asked.items() if key not in _OWN}).keys
     ranks, expect = asked.get("ranks", _RANKS), asked.get("expect", Verdict.PASS.value)
     if not isinstance(ranks, int) or ranks < 1:
@@ -155,7 +164,9 @@ class Runs:
         if request.digest not in self._refused:
             found = None
             try:
-                check_case(resolve_case([Layer(FLAGS, request.keys)], request.ranks).case)
+                case = resolve_case([Layer(FLAGS, request.keys)], request.ranks).case
+                check_case(case)
+                check_devices([case], request.ranks)
             except InvalidCase as error:
                 found = Ended(None, str(error))
             except Unsupported as error:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from distbench.errors import Verdict, suite_code, worst_exit_code
 from distbench.report.schema import Report
 
 SUITE = "conformance"
+_NOT_RUN = "not run"
 
 RULES: dict[str, str] = {
     "one-token": "one token on each rank arrives, is computed and comes back",
@@ -38,6 +41,13 @@ class Held(NamedTuple):
     told: str
 
 
+def with_merged(reports: Iterable[Report], merged: Iterable[tuple[str, str]]) -> list[Report]:
+    """The reports, and that of each case in `merged` by both names: few ranks make equal cases of some rules."""
+    by_name = {report.name: report for report in reports}
+    others = [(name, by_name[first]) for name, first in merged if first in by_name]
+    return [*by_name.values(), *(msgspec.structs.replace(report, name=name) for name, report in others)]
+
+
 def judge(reports: Iterable[Report]) -> list[Held]:
     """Rules in their order, as the reports of their cases say; a rule without a report was not run."""
     by_name = {report.name: report for report in reports}
@@ -46,7 +56,7 @@ def judge(reports: Iterable[Report]) -> list[Held]:
 
 def _judge(rule: str, report: Report | None) -> Held:
     if report is None:
-        return Held(rule, "not run", "")
+        return Held(rule, _NOT_RUN, "")
     if report.as_expected:
         return Held(rule, "yes", RULES[rule])
     told = "; ".join(reason.message for reason in report.reasons[:1])
@@ -56,8 +66,13 @@ def _judge(rule: str, report: Report | None) -> Held:
 
 
 def exit_code(reports: Iterable[Report]) -> int:
-    """0 where every rule is held that the parts state, 77 where they state none, else that of the worst case."""
+    """0 where every rule is held that the parts state, 77 where they state none, else that of the worst case.
+
+    A rule without a report is one whose ranks were lost.
+    """
     listed = list(reports)
+    if any(one.held == _NOT_RUN for one in judge(listed)):
+        return Verdict.RANK_FAULT.exit_code
     stated = [report for report in listed if report.as_expected or report.verdict is not Verdict.UNSUPPORTED]
     if not stated:
         return Verdict.UNSUPPORTED.exit_code

@@ -56,10 +56,10 @@ def distbench(request: pytest.FixtureRequest) -> Report:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Fail a test whose case does not end as expected, with the verdict and the diagnosis as text."""
-    if pyfuncitem.get_closest_marker(_MARKER) is not None:
-        report = _report_of(pyfuncitem)
+    if item.get_closest_marker(_MARKER) is not None:
+        report = _report_of(item)
         if not report.as_expected:
             pytest.fail(f"{report}\nexpected {report.expect}; case {report.case['hash'][:12]}", pytrace=False)
     return (yield)

@@ -41,4 +41,4 @@ def make_transport(
         plugin = brought or load_plugin("transport", name)
         check_stated(plugin, "transport", case, session.device.type)
         context = context._replace(options=options_of(plugin, "transport_option", case.transport_option))
-    return CheckedTransport(context, plugin)
+        return CheckedTransport(context, plugin)

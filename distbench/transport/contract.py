@@ -37,11 +37,12 @@ class CheckedTransport(TransportAround):
         self._addresses: tuple[int, ...] = ()
         self._total: Tensor | None = None
         self._tokens: tuple[int, int, torch.dtype] | None = None
-        made = self._call("transport.made", plugin.make, context)
+        made: Any = self._call("transport.made", plugin.make, context)
         if not isinstance(made, Transport):
             self._break("transport.made", f"it returned a {type(made).__name__}")
-        super().__init__(made)
-        self.facts = {"plugin": self._name, **self.facts, "sum_order": self.sum_order._asdict()}
+        self._call("transport.made", super().__init__, made)
+        facts = self._call("transport.facts", lambda: {**made.facts, "sum_order": made.sum_order._asdict()})
+        self.facts = {"plugin": self._name, **facts}
         self._call("transport.facts", lambda: msgspec.json.encode([self.facts, self.about()]))
 
     def dispatch_send(self, batch: TokenBatch) -> None:

@@ -125,6 +125,7 @@ def test_caller_that_breaks_a_rule_is_named(name: str, rule: str) -> None:
         ({"inject": "tests.brought_plugins:Missing"}, Verdict.INVALID, "no attribute 'Missing'"),
         ({"transport": "OPTIONED", "transport_option": "factor=0"}, Verdict.INVALID, "optioned refuses it"),
         ({"transport": "missing"}, Verdict.INVALID, "no attribute 'missing'"),
+        ({"caller": "CALLER_ON_DEVICES", **AITER}, Verdict.UNSUPPORTED, "states no support of device = cpu"),
         ({"transport": "ON_DEVICES"}, Verdict.UNSUPPORTED, "states no support of device = cpu"),
         ({"transport": "NO_FP8", "dispatch_dtype": "fp8"}, Verdict.UNSUPPORTED, "no support of dispatch_dtype = fp8"),
         ({"experts": "SAME", "experts_option": "a=1"}, Verdict.INVALID, "same has no such option"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,12 @@ def test_factory_of_a_script_is_named_by_the_scripts_file(tmp_path: Path) -> Non
     script.write_text("from distbench.api import Case\ndef make(context): ...\nprint(Case(experts=make).keys)\n")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, check=True)
     assert done.stdout == b"{'experts': 'own_script:make'}\n"
+    (tmp_path / "parts").mkdir()
+    script.rename(tmp_path / "parts/own_script.py")
+    of_module = [sys.executable, "-m", "parts.own_script"]
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(of_module, capture_output=True, check=True, cwd=tmp_path, env=environ)
+    assert done.stdout == b"{'experts': 'parts.own_script:make'}\n"
 
 
 def test_file_names_no_code_unless_an_argument_does(tmp_path: Path) -> None:
@@ -145,6 +152,21 @@ def test_report_of_an_earlier_run_is_none_of_a_command_that_failed(
             call()
 
 
+def test_cases_without_a_result_and_a_killed_command_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands(monkeypatch, "", report_of(tiny_case(), ""))
+    (tmp_path / "summary.json").write_text(
+        '{"cases": 3, "finished": 1, "stopped": "1 cases in a row lost their ranks"}'
+    )
+    with pytest.raises(api.LaunchFailed, match=r"^1 of 3 cases have a result: 1 cases in a row lost their ranks; the"):
+        api.suite("smoke", out=tmp_path)
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr("distbench.api.subprocess.run", lambda *_, **__: killed)
+    with pytest.raises(api.LaunchFailed, match=r"^distbench suite was ended by signal 9; call it again$"):
+        api.suite("smoke", out=tmp_path)
+
+
 def test_case_that_its_ranks_refuse_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
     report = report_of(tiny_case(), "x", api.Verdict.UNSUPPORTED)
     reasons = [Reason(code="unsupported", message="no such device")]
@@ -176,6 +198,7 @@ def test_sequence_is_a_launch_for_each_plugin_and_has_its_reports_in_order(monke
     found = api.suite([base, wrong, base, base.but(seed=1)], ranks=2, repeats=2)
     assert [report.name for report in found] == ["0", "1", "0", "3"]
     flags = [given[3:] for given in made.given]
+    assert [given.pop(0) for given in flags] == ["--max-faults=4", "--max-faults=2"]
     assert flags == [["--nproc=2"], ["--nproc=2", "--transport=own:make", "--transport-option=factor=3"]]
     path = Path(made.given[1][1])
     assert (path.parent.name, path.name) == ("launch-1", "cases.json")

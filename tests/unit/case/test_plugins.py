@@ -94,6 +94,8 @@ def test_a_reference_is_itself_and_an_entry_point_leads_to_its_value(acme: None)
         ("tests.brought_plugins:missing", InvalidCase, "no attribute 'missing'"),
         ("tests.brought_plugins:NOT_CALLABLE", InvalidCase, "is a int; allowed are a distbench.plugins.Plugin and a"),
         ("needing:make", Unsupported, "it needs the package absent_package, which is not installed"),
+        ("needs_chip:make", Unsupported, "no such chip"),
+        ("wrong_inside:make", InvalidCase, r"wrong_inside cannot be imported \(AttributeError: module 'os' has no"),
         ("broken:make", InvalidCase, r"broken cannot be imported \(ZeroDivisionError: division by zero\)"),
     ],
 )
@@ -102,6 +104,10 @@ def test_what_cannot_be_loaded_is_named_with_the_fix(
 ) -> None:
     (tmp_path / "needing.py").write_text("import absent_package\n")
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "wrong_inside.py").write_text("import os\nos.no_such_thing\n")
+    (tmp_path / "needs_chip.py").write_text(
+        "from distbench.errors import Unsupported\nraise Unsupported('no such chip')\n"
+    )
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(error, match=f"^transport {name}: .*{message}"):

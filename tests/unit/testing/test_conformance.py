@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from distbench.case.suite import load_suite
 from distbench.errors import Verdict
 from distbench.report.schema import Report
-from distbench.testing.conformance import RULES, Held, exit_code, judge
+from distbench.testing.conformance import RULES, SUITE, Held, exit_code, judge, with_merged
 from distbench.verify.records import Reason
 from tests.cases import tiny_case
 from tests.reports import report_of
@@ -36,10 +37,22 @@ def test_each_rule_is_judged_by_the_report_of_its_name() -> None:
     ("verdicts", "code"),
     [
         ([Verdict.PASS, Verdict.UNSUPPORTED], 0),
-        ([Verdict.UNSUPPORTED], 77),
+        ([Verdict.UNSUPPORTED] * len(RULES), 77),
         ([Verdict.PASS, Verdict.CORRUPT], 1),
         ([Verdict.CORRUPT, Verdict.HANG], 3),
     ],
 )
 def test_exit_code_is_that_of_the_worst_stated_rule(verdicts: list[Verdict], code: int) -> None:
-    assert exit_code(report("fp8", verdict) for verdict in verdicts) == code
+    every = [*verdicts, *[Verdict.PASS] * (len(RULES) - len(verdicts))]
+    assert exit_code(map(report, RULES, every)) == code
+
+
+def test_rule_that_was_not_run_is_no_success() -> None:
+    assert exit_code([report("fp8")]) == 3
+
+
+def test_every_rule_has_a_report_where_one_rank_makes_cases_equal() -> None:
+    suite = load_suite(SUITE, 1)
+    assert suite.merged
+    found = judge(with_merged([report(one.name) for one in suite.entries], suite.merged))
+    assert [one.held for one in found] == ["yes"] * len(RULES)

@@ -50,6 +50,12 @@ def test_unsupported():
 def test_plain():
     ...
 """
+UNITTEST = """import unittest
+
+class Test(unittest.TestCase):
+    @pytest.mark.distbench({})
+    def test_x(self): ...
+"""
 SUITE = """
 [defaults]
 model = "tiny"
@@ -117,6 +123,8 @@ def test_marked_tests_run_in_a_launch_for_each_plugin_and_fail_with_verdict_and_
             "pytestmark = pytest.mark.distbench(suite='no.toml')\n@pytest.mark.distbench(ranks=2)\ndef test_x(): ...",
             "no.toml",
         ),
+        (UNITTEST.format("model='tiny', topk=99"), "INVALID: topk = 99"),
+        (UNITTEST.format("suite='cases.toml'"), "its cases are items of a function"),
         ("def test_x(distbench): ...", r"mark the test with pytest.mark.distbench\(…\)"),
     ],
 )

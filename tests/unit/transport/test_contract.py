@@ -22,6 +22,8 @@ CALLS = ("make", "dispatch", "sources", "combine", "dispatch again")
 BROKEN = {
     "raises_in_make": ("transport.made", "make"),
     "makes_nothing": ("transport.made", "make"),
+    "WithoutCapacity": ("transport.made", "make"),
+    "NoFacts": ("transport.facts", "make"),
     "TensorFacts": ("transport.facts", "make"),
     "RaisesInDispatch": ("dispatch.returns", "dispatch"),
     "ReturnsTuple": ("dispatch.type", "dispatch"),
