@@ -139,9 +139,8 @@ def report_writers(
         if path == STANDARD_OUTPUT and silent:
             continue
         if path == STANDARD_OUTPUT:
-            message = (
-                "report -: standard output shows the run's progress; name a file, or: distbench report DIR --report …=-"
-            )
+            later = ", or: distbench report DIR --report …=-" if package == export.__name__ else ""
+            message = f"report -: standard output has the command's own text; name a file{later}"
             raise InvalidCase(message)
         check_path(str(path))
         check_folder(str(path.parent))

@@ -14,8 +14,9 @@ _THREE_DIGITS = 999.5
 class Bandwidth(NamedTuple):
     """GB/s (10^9 bytes) of a stage.
 
-    `algorithm`: bytes that the fullest rank receives in it, its own rows included, per median of the slowest rank.
-    `bus`: those of them that come from other ranks; None where the report does not say who sent them.
+    `algorithm`: bytes that the fullest rank receives in dispatch, and sends back in combine, its own rows included, per
+    median of the slowest rank. `bus`: those of them that come from, or go to, other ranks; None where the report does
+    not say who sent them.
     """
 
     algorithm: float
@@ -46,6 +47,8 @@ def shown(value: float | None) -> str:
 def _share_of_others(report: Report) -> float | None:
     """Share of the rows that the fullest rank receives from other ranks."""
     if report.sent is None or report.sent.ranks_per_block != 1:
+        return None
+    if any(len(row) != len(report.sent.rows) for row in report.sent.rows):  # a stranger's report
         return None
     received = [sum(column) for column in zip(*report.sent.rows, strict=True)]
     fullest = max(range(len(received)), key=received.__getitem__, default=None)

@@ -43,7 +43,10 @@ def test_stage_that_moves_no_rows_or_has_no_time_has_no_bandwidth() -> None:
     assert bandwidth_of(report_of(tiny_case(2), ""), "dispatch", 10.0) is None
 
 
-@pytest.mark.parametrize("made", [report(ranks_per_block=8), report([[0, 0], [0, 0]]), report([])])
+@pytest.mark.parametrize(
+    "made",
+    [report(ranks_per_block=8), *map(report, ([[0, 0], [0, 0]], [], [[5, 10], [3]], [[1, 2]]))],
+)
 def test_bus_is_unknown_without_the_rows_of_single_ranks(made: Report) -> None:
     found = bandwidth_of(made, "dispatch", 10.0)
     assert found is not None

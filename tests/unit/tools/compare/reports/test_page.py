@@ -46,6 +46,15 @@ def test_page_is_written_into_the_folder_of_the_command(
     assert "distbench-out/compare/results.html" in capsys.readouterr().err
 
 
+def test_page_on_standard_output_is_refused_without_a_command_that_writes_other_pages(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["compare", "old", "new", "--report", "html=-"]) == 2
+    told = capsys.readouterr().err
+    assert "report -: standard output has the command's own text; name a file" in told
+    assert "distbench report" not in told
+
+
 def test_other_formats_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(write_results(tmp_path, [result()]))
     assert main(["compare", folder, folder, "--report", "csv"]) == 2
