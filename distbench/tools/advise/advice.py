@@ -223,8 +223,8 @@ def _candidate(  # noqa: PLR0913 - the columns of a table
         limit=limit,
         reasons=reasons,
         proven=proven,
-        chance_any=0.0 if proven else chance.any_joint,
-        chance_independent=0.0 if proven else chance.independent,
+        chance_any=chance.any_joint,
+        chance_independent=chance.independent,
         seen_above=count,
         first_steps_above=first,
         bucket=kernel.bucket,
@@ -258,8 +258,12 @@ def _recommended(
     """Three lines: the proven limit, the asked one, and the smallest by chance."""
     proven = next(one for one in judged if one.proven)
     whole_buffer = proven.limit >= question.case.capacity
+    total, capacity = sum(question.case.tokens), question.case.capacity
     first = (
-        f"{question.variable}=0 (off): the smallest proven limit, {proven.limit}, is the whole receive buffer."
+        f"OVERFLOW, whatever the limit: a rank may receive {total} rows, the receive buffer holds {capacity}; "
+        f"give fewer tokens, or a buffer of {total} rows."
+        if total > capacity
+        else f"{question.variable}=0 (off): the smallest proven limit, {proven.limit}, is the whole receive buffer."
         if whole_buffer
         else f"{question.variable}={proven.limit} is proven: no routing gives a rank more rows. {_gain(proven, whole)}."
     )
@@ -273,7 +277,8 @@ def _about_asked(asked: Candidate | None, proven: Candidate, whole: Candidate, d
     if asked is None:
         return "No limit was given to judge; --limit ROWS judges yours."
     if asked.proven:
-        return f"Yours, {asked.limit}, is proven. {_gain(asked, whole)}."
+        proof = "is proven" if asked.chance_any == 0 else "cuts no row that the buffer holds"
+        return f"Yours, {asked.limit}, {proof}. {_gain(asked, whole)}."
     gain = f"{proven.limit} has the same bucket" if asked.bucket == proven.bucket else _gain(asked, whole)
     return f"Yours, {asked.limit}, is NOT PROVEN: {_risk(asked, doubt)}. {gain[0].upper()}{gain[1:]}."
 

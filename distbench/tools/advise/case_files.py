@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from distbench.case.presets import CUSTOM, DIMENSIONS
+from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.tools.advise.question import Question
@@ -22,16 +22,16 @@ def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
         InvalidCase: the folder cannot be written.
 
     """
-    wanted = {"proven": (bound, "PASS"), "one-less": (bound - 1, "UNDER_LIMIT")}
+    wanted = {"proven": bound, "one-less": bound - 1}
     if question.limit is not None:
-        wanted["yours"] = (question.limit, "PASS" if question.limit >= bound else "UNDER_LIMIT")
+        wanted["yours"] = question.limit
     paths: list[Path] = []
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, (limit, verdict) in wanted.items():
+        for name, limit in wanted.items():
             if limit >= 1:
                 path = Path(folder) / f"{name}.toml"
-                path.write_text(_text(question.witness, limit, verdict, path))
+                path.write_text(_text(question.witness, limit, path))
                 paths.append(path)
     except OSError as error:
         message = f"--cases {folder!r:.200}: cannot be written ({error.strerror}); name another folder"
@@ -39,16 +39,24 @@ def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
     return paths
 
 
-def _text(case: Case, limit: int, verdict: str, path: Path) -> str:
+def _text(case: Case, limit: int, path: Path) -> str:
     keys = (*_KEYS, *(("prealloc_max_recv_tokens",) if case.prealloc_max_recv_tokens else ()))
-    named = DIMENSIONS if case.model == CUSTOM else ()
+    preset = PRESETS.get(case.model)
+    replicated = preset is not None and preset.experts_for(case.ep_size) != case.num_experts
+    named = DIMENSIONS if case.model == CUSTOM else ("num_experts",) if replicated else ()
     values: dict[str, Any] = {"model": case.model} | {key: getattr(case, key) for key in (*named, *keys)}
     values |= {"tokens": _tokens(case.tokens), "limit": limit}
+    verdict = _verdict(case, limit)
     head = (
         f"# By distbench advise. Every token has an expert on rank 0, which receives all of them: {verdict}.\n"
         f"# Run it:    distbench run --case {path} -n {case.ep_size}    (--model tiny needs less memory)\n\n"
     )
     return head + tomli_w.dumps(values)
+
+
+def _verdict(case: Case, limit: int) -> str:
+    total = sum(case.tokens)
+    return "OVERFLOW" if total > case.capacity else "PASS" if limit >= total else "UNDER_LIMIT"
 
 
 def _tokens(tokens: tuple[int, ...]) -> int | list[int]:

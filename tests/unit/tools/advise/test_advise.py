@@ -165,15 +165,16 @@ def test_nothing_unproven_is_recommended_without_saying_so(tmp_path: Path) -> No
         assert all(f"={bound} is proven" in line or "NOT PROVEN" in line for line in found["recommendation"])
 
 
-def test_case_files_are_cases_whose_fullest_rank_receives_the_bound(tmp_path: Path) -> None:
-    folder = tmp_path / "cases"
-    advice(tmp_path, "--model=tiny", "--ep-size=4", "--tokens=5", "--limit=9", f"--cases={folder}")
+@pytest.mark.parametrize("slots", [16, 20])
+def test_case_files_are_cases_whose_fullest_rank_receives_the_bound(tmp_path: Path, slots: int) -> None:
+    folder, held = tmp_path / "cases", f"--physical-experts={slots}"
+    advice(tmp_path, "--model=tiny", "--ep-size=4", "--tokens=5", "--limit=9", f"--cases={folder}", held)
     limits = {}
     for path in folder.iterdir():
         case = resolve_case([load_case_file(str(path))], 4).case
         (rows,) = received(case.routing, ExpertGroup(4, case.num_experts, case.topk), [list(case.tokens)])
         limits[path.stem] = resolve_limit(case.limit, Traffic(case.tokens, tuple(rows), case.capacity))
-        assert max(rows) == 20
+        assert (max(rows), case.num_experts) == (20, slots)
     assert limits == {"proven": 20, "one-less": 19, "yours": 9}
 
 
@@ -202,7 +203,12 @@ def test_chance_too_small_for_a_float_is_not_called_impossible(tmp_path: Path) -
 
 
 def test_smaller_buffer_than_the_steps_is_an_overflow_whatever_the_limit(tmp_path: Path) -> None:
-    found = advice(tmp_path, *QUESTION, "--prealloc-max-recv-tokens", "512")
+    folder = tmp_path / "cases"
+    found = advice(tmp_path, *QUESTION, "--prealloc-max-recv-tokens=512", "--limit=512", f"--cases={folder}")
+    assert found["recommendation"][0].startswith("OVERFLOW, whatever the limit: a rank may receive 2048 rows")
+    assert found["recommendation"][1].startswith("Yours, 512, cuts no row that the buffer holds.")
+    assert of(found, "yours")["chance_independent"] == of(found, "yours")["chance_any"] == 1
+    assert {path.read_text().partition("all of them: ")[2][:8] for path in folder.iterdir()} == {"OVERFLOW"}
     assert found["notes"][-1].startswith("OVERFLOW, whatever the limit: 10000 drawn steps exceed the receive buffer")
 
 
