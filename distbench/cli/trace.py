@@ -92,9 +92,9 @@ def _synthetic(options: argparse.Namespace) -> tuple[Header, dict[tuple[int, int
 
 def _show(path: str) -> None:
     from distbench.report.terminal import print_table, print_text
-    from distbench.workload.trace_file import read_header, read_slice
+    from distbench.workload.trace_file import open_trace, read_header, read_slice
 
-    header = read_header(path)
+    header, opened = read_header(path), open_trace(path)
     layers = sorted({layer for known in header.steps.values() for layer in known})
     print_text(
         f"{path}: {header.num_experts} experts, top-{header.topk}, {header.ep_size} ranks; {len(header.steps)} steps, "
@@ -102,7 +102,7 @@ def _show(path: str) -> None:
     )
     rows = []
     for step in list(header.steps)[:_SHOWN_STEPS]:
-        slices = [(layer, read_slice(header, step, layer)) for layer in header.steps[step]]
+        slices = [(layer, read_slice(header, step, layer, opened)) for layer in header.steps[step]]
         even = header.num_experts % header.ep_size == 0
         most = max(((int(one.received(header.num_experts).max()), layer) for layer, one in slices), default=(0, 0))
         tokens = slices[0][1].tokens

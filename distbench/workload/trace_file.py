@@ -7,6 +7,8 @@ experts of the step's n tokens in a layer: those of rank 0 first, then of rank 1
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -14,12 +16,14 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.utils.text import one_line
 
 FORMAT, VERSION = "distbench-trace", "1"
 MOST_IDS, MOST_SLICES = 1 << 28, 1 << 17
 _MOST_NUMBER = 1 << 24
+_IDS = re.compile(r"ids\.(0|[1-9]\d{0,15})\.(0|[1-9]\d{0,6})", re.ASCII)
 
 Ids = NDArray[np.int32]
 
@@ -44,7 +48,7 @@ class Slice(NamedTuple):
     def received(self, num_experts: int) -> NDArray[np.int64]:
         """Rows that each rank receives, int64 [W], where the ranks hold equally many experts in order."""
         ranks = len(self.tokens)
-        owners = np.sort(self.ids // (num_experts // ranks), axis=1)
+        owners = np.sort(self.ids // max(num_experts // ranks, 1), axis=1)
         first = np.ones(owners.shape, dtype=bool)
         first[:, 1:] = owners[:, 1:] != owners[:, :-1]
         return np.bincount(owners[first], minlength=ranks)
@@ -57,7 +61,7 @@ def read_header(path: str) -> Header:
         InvalidCase: no such file, not a trace, or of another version.
 
     """
-    opened = _open(path)
+    opened = open_trace(path)
     metadata = opened.metadata() or {}
     if metadata.get("format") != FORMAT:
         _refuse(path, "not a recorded routing of distbench; `distbench trace convert` makes one")
@@ -66,17 +70,19 @@ def read_header(path: str) -> Header:
     experts, topk, ranks = (_number(path, metadata, name) for name in ("num_experts", "topk", "ep_size"))
     steps: dict[int, list[int]] = {}
     for name in opened.keys():  # noqa: SIM118 - not a dict
-        kind, *place = name.split(".")
-        if kind == "ids" and len(place) == 2 and all(part.isascii() and part.isdigit() for part in place):  # noqa: PLR2004
-            steps.setdefault(int(place[0]), []).append(int(place[1]))
+        found = _IDS.fullmatch(name)
+        if found:
+            steps.setdefault(int(found[1]), []).append(int(found[2]))
     if not steps:
         _refuse(path, "no step in it")
     ordered = {step: sorted(steps[step]) for step in sorted(steps)}
     return Header(path, experts, topk, ranks, metadata.get("source", ""), ordered)
 
 
-def read_slice(header: Header, step: int, layer: int) -> Slice:
+def read_slice(header: Header, step: int, layer: int, opened: Any = None) -> Slice:
     """A step in a layer, checked: each token has k distinct experts of the model.
+
+    To read many slices, give what `open_trace` returned: each opening reads the names of all slices.
 
     Raises:
         InvalidCase: not in the file, or tokens that no layer routes.
@@ -86,7 +92,7 @@ def read_slice(header: Header, step: int, layer: int) -> Slice:
     if layer not in header.steps.get(step, ()):
         first = next(iter(header.steps))
         _refuse(path, f"no step {step} with layer {layer}; the first is {first} with {header.steps[first][0]}")
-    opened = _open(path)
+    opened = open_trace(path) if opened is None else opened
     try:
         ids, tokens = opened.get_tensor(f"ids.{step}.{layer}"), opened.get_tensor(f"tokens.{step}")
     except Exception as error:  # noqa: BLE001 - safetensors has no common class of its errors
@@ -94,7 +100,7 @@ def read_slice(header: Header, step: int, layer: int) -> Slice:
     place = f"step {step}, layer {layer}"
     if ids.dtype != np.int32 or tokens.dtype != np.int64 or tokens.shape != (header.ep_size,):
         _refuse(path, f"{place}: ids {ids.dtype} and tokens {tokens.dtype} {tokens.shape} are not of the format")
-    if (tokens < 0).any() or ids.shape != (int(tokens.sum()), header.topk):
+    if (tokens < 0).any() or (tokens > MOST_IDS).any() or ids.shape != (int(tokens.sum()), header.topk):
         _refuse(path, f"{place}: ids {ids.shape}, the ranks' tokens and top-k are {(int(tokens.sum()), header.topk)}")
     problem = bad_ids(ids, header.num_experts)
     if problem:
@@ -135,13 +141,20 @@ def write_trace(path: str, header: Header, slices: Mapping[tuple[int, int], Slic
         _refuse(path, f"cannot be written ({error.strerror})", error)
 
 
-def _open(path: str) -> Any:
+def open_trace(path: str) -> Any:
+    """The open file of a trace, for several slices.
+
+    Raises:
+        InvalidCase: not a regular file, or no safetensors.
+
+    """
     from safetensors import safe_open  # noqa: PLC0415 - only runs with a trace pay for it
 
     try:
+        os.close(open_regular(path))
         return safe_open(path, framework="numpy")
     except Exception as error:  # noqa: BLE001 - safetensors has no common class of its errors
-        reason = "No such file" if not Path(path).exists() else one_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         _refuse(path, f"cannot be read ({reason})", error)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +14,10 @@ from distbench.report.progress import Meter
 from distbench.tools.advise.batches import Steps
 from distbench.tools.advise.hits import Floats, Placement
 from distbench.tools.advise.routing import Model, model_of_counts
-from distbench.workload.trace_file import Header, read_header, read_slice
+from distbench.workload.trace_file import Header, open_trace, read_header, read_slice
 
-_WINDOWS = 16
-"""Parts of the steps whose loads are compared: a drift is seen between them."""
+_WINDOWS, _MOST_COUNTS = 16, 1 << 26
+"""Parts of the steps whose loads are compared: a drift is seen between them; and the most loads that are held."""
 
 
 class Recording(NamedTuple):
@@ -40,14 +41,22 @@ def read_recording(trace: TraceName, topk: int, placement: Placement) -> Recordi
     layers = sorted({layer for known in header.steps.values() for layer in known})
     rows, places = np.zeros(len(steps), dtype=np.int64), np.zeros((len(steps), 2), dtype=np.int64)
     totals, mosts = rows.copy(), rows.copy()
-    counts = np.zeros((min(_WINDOWS, len(steps)), len(layers), header.num_experts))
+    place_of = {layer: place for place, layer in enumerate(layers)}
+    shape = (min(_WINDOWS, len(steps)), len(layers), header.num_experts)
+    if math.prod(shape) > _MOST_COUNTS:
+        message = (
+            f"routing = {trace}: {shape[1]} layers of {shape[2]} experts, allowed are {_MOST_COUNTS // _WINDOWS} "
+            "loads; name one step and layer, trace:FILE@STEP.LAYER"
+        )
+        raise InvalidCase(message)
+    counts, opened = np.zeros(shape), open_trace(trace.path)
     with Meter("read steps", len(steps)) as meter:
         for index, step in enumerate(steps):
             window = counts[index * len(counts) // len(steps)]
             for layer in header.steps[step]:
-                one = read_slice(header, step, layer)
+                one = read_slice(header, step, layer, opened)
                 received = one.received(header.num_experts)
-                window[layers.index(layer)] += np.bincount(one.ids.ravel(), minlength=header.num_experts)
+                window[place_of[layer]] += np.bincount(one.ids.ravel(), minlength=header.num_experts)
                 totals[index], mosts[index] = one.tokens.sum(), one.tokens.max()
                 if received.max() > rows[index]:
                     rows[index], places[index] = received.max(), (layer, received.argmax())

@@ -149,7 +149,7 @@ def _counts(path: str, num_experts: int) -> Floats:
             if os.fstat(stream.fileno()).st_size > _MOST_BYTES:
                 _refuse(path, f"more than {_MOST_BYTES >> 20} MiB; sum its steps")
             counts = _array(path, stream)
-    except (OSError, ValueError, TypeError, LookupError, EOFError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         _refuse(path, f"cannot be read ({reason}); give .npy, lists of numbers as .json, or .pt of SGLang", error)
     if counts.dtype.kind not in "iuf" or not 1 <= counts.ndim <= _STEPS_DIMENSIONS or not counts.size:
@@ -166,10 +166,14 @@ def _array(path: str, stream: IO[bytes]) -> NDArray[Any]:
     """Counts of a file; SGLang's recorder in mode stat, and EPLB's JSON, have them as logical_count."""
     suffix = Path(path).suffix
     if suffix == ".npy":
-        loaded: NDArray[Any] = np.load(stream, allow_pickle=False)
+        loaded = np.load(stream, allow_pickle=False)
+        if not isinstance(loaded, np.ndarray):
+            _refuse(path, "an archive of arrays; give one array, as numpy.save writes it")
         return loaded
     found = load_tensors(path) if suffix == ".pt" else msgspec.json.decode(stream.read())
     counts: Any = found["logical_count"] if isinstance(found, dict) else found
+    if hasattr(counts, "numel") and counts.numel() > _MOST_BYTES // 8:  # it may repeat one number without room for it
+        _refuse(path, f"{counts.numel()} loads, allowed are {_MOST_BYTES // 8}; sum its steps")
     return np.array(counts.tolist() if hasattr(counts, "tolist") else counts, dtype=np.float64)
 
 

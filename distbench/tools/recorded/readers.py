@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from itertools import groupby, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase, Unsupported
 from distbench.utils.text import one_line, shown
+from distbench.workload.trace_file import MOST_IDS
 
 ALL_RANKS = -1
 SUFFIXES = (".pt", ".npy", ".safetensors", ".csv", ".jsonl")
@@ -29,6 +31,11 @@ _MOST_LINE = 16 << 20
 _LINES_AT_ONCE = 4096
 _PLACE = ("step", "layer", "rank")
 _DIMENSIONS = 4
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, LookupError, OverflowError, EOFError, RuntimeError, MemoryError),
+    csv.Error,
+)
+"""Errors of readers on hostile files; torch and numpy have RuntimeError and MemoryError for sizes that do not fit."""
 _MODE = "record with --expert-distribution-recorder-mode per_token"
 
 
@@ -60,7 +67,7 @@ def read_parts(path: str) -> Iterator[Part]:
         if size > _MOST_BYTES:
             _refuse(path, f"more than {_MOST_BYTES >> 30} GiB; give a part of it")
         yield from reader(path)
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, EOFError, RecursionError, csv.Error) as error:
+    except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         _refuse(path, f"cannot be read ({reason})", error)
 
@@ -74,6 +81,7 @@ def load_tensors(path: str) -> Any:
 
     """
     import pickle  # noqa: PLC0415 - for the class of an error: nothing is unpickled but tensors
+    import struct  # noqa: PLC0415 - likewise
 
     try:
         import torch  # noqa: PLC0415 - the other formats need none
@@ -81,11 +89,22 @@ def load_tensors(path: str) -> Any:
         message = f"{path}: torch reads .pt files: {error}; run make setup"
         raise Unsupported(message) from error
     try:
+        _check_unpacked(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that it refuses anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except (pickle.UnpicklingError, RuntimeError, AttributeError, struct.error, zipfile.BadZipFile) as error:
         _refuse(path, "not a file of tensors and plain values alone; other objects are never loaded", error)
+
+
+def _check_unpacked(path: str) -> None:
+    """Refuse an archive that unpacks to more than a recording may have: torch holds all of it."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(one.file_size for one in archive.infolist())
+    if size > _MOST_BYTES:
+        _refuse(path, f"unpacks to {size} bytes, allowed are {_MOST_BYTES}; give a part of it")
 
 
 def _sglang(path: str) -> Iterator[Part]:
@@ -96,8 +115,10 @@ def _sglang(path: str) -> Iterator[Part]:
         _refuse(path, f"no records; {_MODE}")
     for record in records:
         ids = record.get("topk_ids_of_layer") if isinstance(record, dict) else None
-        if ids is None or ids.ndim != _DIMENSIONS - 1:
+        if ids is None or getattr(ids, "ndim", 0) != _DIMENSIONS - 1:
             _refuse(path, f"a record without topk_ids_of_layer; {_MODE}")
+        if ids.numel() > MOST_IDS:  # a tensor may repeat one number without room for it
+            _refuse(path, f"a record of {ids.numel()} experts, allowed are {MOST_IDS}; give a part of it")
         found = ids.long().numpy()
         used = (found != -1).any(axis=(0, 1))  # the recorder has room for 8 experts of a token
         for layer, one in enumerate(found):
@@ -105,7 +126,10 @@ def _sglang(path: str) -> Iterator[Part]:
 
 
 def _numpy(path: str) -> Iterator[Part]:
-    yield from _array(path, np.load(path, allow_pickle=False))
+    loaded = np.load(path, allow_pickle=False)
+    if not isinstance(loaded, np.ndarray):
+        _refuse(path, "an archive of arrays; give one array, as numpy.save writes it")
+    yield from _array(path, loaded)
 
 
 def _safetensors(path: str) -> Iterator[Part]:
@@ -128,10 +152,10 @@ def _array(path: str, ids: NDArray[Any]) -> Iterator[Part]:
             path,
             f"an array {ids.dtype} {shown(ids.shape)}; allowed are whole numbers, [n, k] to [T, L, n, k]",
         )
-    whole = ids.reshape((1,) * (_DIMENSIONS - ids.ndim) + ids.shape).astype(np.int64)
+    whole = ids.reshape((1,) * (_DIMENSIONS - ids.ndim) + ids.shape)
     for step, layers in enumerate(whole):
         for layer, one in enumerate(layers):
-            yield Part(step, layer, ALL_RANKS, one)
+            yield Part(step, layer, ALL_RANKS, one.astype(np.int64))
 
 
 def _csv(path: str) -> Iterator[Part]:
@@ -154,9 +178,13 @@ def _jsonl(path: str) -> Iterator[Part]:
     """A line a part: step, layer, rank, and ids, a list of its tokens' lists of experts."""
     with Path(path).open("rb") as stream:
         while line := stream.readline(_MOST_LINE):
+            if len(line) == _MOST_LINE:
+                _refuse(path, f"a line of more than {_MOST_LINE >> 20} MiB; give a part of its tokens a line")
             if not line.strip():
                 continue
             one = msgspec.json.decode(line, type=dict[str, Any])
+            if one["ids"] == []:  # a rank without tokens
+                continue
             ids = np.array(one["ids"])
             if ids.ndim != 2 or ids.dtype.kind not in "iu":  # noqa: PLR2004
                 _refuse(path, f"ids = {shown(one['ids'])}: give a list of the experts of each token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def test_recording_of_another_layer_is_refused(path: str) -> None:
         (METADATA, {"ids.0.0": np.zeros((4, 4), np.int32), "tokens.0": np.ones(4, np.int64)}, "an expert twice"),
         (METADATA, {"ids.0.0": experts(4, 0) - 1, "tokens.0": np.ones(4, np.int64)}, "experts are 0 to 15"),
         (METADATA, {"ids.0.0": experts(4, 0), "tokens.0": np.array([5, -1, 0, 0])}, "ids"),
+        (METADATA, {"ids.0.0": np.zeros((0, 4), np.int32), "tokens.0": np.full(4, 1 << 62)}, "ids"),
+        (METADATA, {f"ids.{'1' * 5000}.0": experts(4, 0), "ids.0.0.0": experts(4, 0)}, "no step in it"),
     ],
 )
 def test_file_that_is_no_trace_is_refused(tmp_path: Path, metadata: Any, tensors: Any, message: str) -> None:
@@ -114,6 +117,17 @@ def test_file_that_is_no_trace_is_refused(tmp_path: Path, metadata: Any, tensors
     save_file({"other": np.zeros(1), **tensors}, path, metadata)
     with pytest.raises(InvalidCase, match=message):
         read_slice(read_header(path), 0, 0)
+
+
+def test_path_that_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), str(tmp_path), "a" * 5000, "a\0b"):
+        with pytest.raises(InvalidCase, match="cannot be read"):
+            read_header(path)
+
+
+def test_rows_of_more_ranks_than_experts_are_counted_without_a_warning() -> None:
+    assert Slice(np.array([[0, 1]], np.int32), np.array([1, 0, 0])).received(2).tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\xff\xff\xff\x00\x00\x00\x00\x00{}", b"junk" * 99])

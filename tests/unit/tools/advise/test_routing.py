@@ -107,6 +107,15 @@ def test_histogram_that_is_none_is_refused(tmp_path: Path, counts: Any, message:
     assert "\n" not in str(refused.value)
 
 
+def test_archive_of_arrays_and_a_tensor_that_repeats_one_number_are_refused(tmp_path: Path) -> None:
+    with (tmp_path / "loads.npy").open("wb") as file:
+        np.savez(file, loads=np.ones(E))
+    torch.save({"logical_count": torch.ones(1).expand(1 << 20, 1 << 12, E)}, tmp_path / "loads.pt")
+    for name, message in (("loads.npy", "an archive of arrays"), ("loads.pt", r"\d+ loads, allowed are 33554432")):
+        with pytest.raises(InvalidCase, match=message):
+            histogram_model(str(tmp_path / name), K, round_robin(E, E, W), 1)
+
+
 def test_pickle_in_a_numpy_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "loads.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.numpy import save_file
 
@@ -161,6 +164,79 @@ def test_pickle_that_runs_code_is_never_loaded(tmp_path: Path) -> None:
     with pytest.raises(InvalidCase, match=r"tensors and plain values alone|cannot be read"):
         list(read_parts(str(path)))
     assert not Path("/tmp/distbench-evil").exists()  # noqa: S108
+
+
+def recorded(ids: Any) -> dict[str, Any]:
+    return {"records": [{"forward_pass_id": 0, "rank": 0, "topk_ids_of_layer": ids}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "no records"),
+        (recorded([[[1]]]), "a record without topk_ids_of_layer"),
+        (recorded(torch.zeros(1).int().expand(1 << 10, 1 << 12, 1 << 10)), "a record of 4294967296 experts"),
+        (recorded(torch.zeros(1, 1, 1)) | {"records": [{"topk_ids_of_layer": torch.zeros(1, 1, 1)}]}, "cannot be read"),
+    ],
+)
+def test_recording_of_other_objects_or_of_one_repeated_number_is_refused(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(InvalidCase, match=message):
+        list(read_parts(str(tmp_path / "a.pt")))
+
+
+def test_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(recorded(torch.zeros(1, 1 << 16, 4, dtype=torch.int64)), tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for one in stored.infolist():
+            packed.writestr(one.filename, stored.read(one))
+    monkeypatch.setattr("distbench.tools.recorded.readers._MOST_BYTES", 1 << 20)
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(InvalidCase, match=r"unpacks to \d+ bytes, allowed are 1048576"):
+        list(read_parts(str(path)))
+
+
+def test_array_of_a_size_that_no_machine_has_and_archives_of_arrays_are_refused(tmp_path: Path) -> None:
+    head = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000, 8), }".ljust(117) + b"\n"
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head)
+    with pytest.raises(InvalidCase, match="cannot be read"):
+        list(read_parts(str(path)))
+    with path.open("wb") as file:
+        np.savez(file, ids=IDS)
+    with pytest.raises(InvalidCase, match="an archive of arrays"):
+        list(read_parts(str(path)))
+
+
+def test_rank_without_tokens_may_have_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 0, "layer": 0, "rank": 0, "ids": [[1]]}\n{"step": 0, "layer": 0, "rank": 1, "ids": []}\n')
+    _, slices = convert([str(path)], E, W)
+    assert slices[0, 0].tokens.tolist() == [1, 0, 0, 0]
+
+
+def test_advice_opens_a_recording_a_few_times_whatever_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    first = safetensors.safe_open
+
+    def noted(path: str, **how: Any) -> Any:
+        opened.append(path)
+        return first(path, **how)
+
+    monkeypatch.setattr(safetensors, "safe_open", noted)
+    out = str(tmp_path / "a.safetensors")
+    assert main(["trace", "synth", f"--out={out}", "--ep-size=4", "--num-experts=16", "--topk=4", "--steps=40"]) == 0
+    group = ("--model=tiny", "--ep-size=4", "--max-dispatch-tokens-per-rank=16")
+    advise = ["advise", "-q", *group, f"--routing=trace:{out}"]
+    assert main(advise) == 0
+    assert 0 < len(opened) < 12
+    monkeypatch.setattr("distbench.tools.advise.recording._MOST_COUNTS", 8)
+    assert main(advise) == 2
 
 
 @pytest.mark.parametrize(
