@@ -13,7 +13,9 @@ MASK = "[masked]"
 _LEAST_CHARACTERS = 6
 """Values of this process's secret variables that are shorter are too common in other text to be replaced."""
 
-_ASSIGNED = re.compile(r"\b([A-Za-z_]\w*)(\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&\"']{6,})")
+_ASSIGNED = re.compile(
+    r"\b([A-Za-z_][\w-]*)([\"']?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|(?:Basic\s+)?[^\s,;&\"']{6,})"  # also in JSON
+)
 _FORMATS = (
     re.compile(r"(?<=://)[^/@\s]+(?=@)"),  # user:password of a URL
     re.compile(r"(?<=\bBearer )\S+", re.IGNORECASE),
@@ -60,7 +62,11 @@ class Masking:
 
     def _assigned(self, found: re.Match[str]) -> str:
         name, sign, value = found.groups()
-        return f"{name}{sign}{self._replaced()}" if is_secret(name) and value != MASK else found[0]
+        return (
+            f"{name}{sign}{self._replaced()}"
+            if is_secret(name.replace("-", "_")) and value.strip("\"'") != MASK
+            else found[0]
+        )
 
     def _replaced(self, *_: Any) -> str:
         self.count += 1

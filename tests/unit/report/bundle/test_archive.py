@@ -107,6 +107,20 @@ def test_no_file_of_an_archive_holds_a_secret(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ('{"DB_PASSWORD": "by its name"}', '{"DB_PASSWORD": [masked]}'),
+        ("{'HF_TOKEN': 'known-to-all'}", "{'HF_TOKEN': '[masked]'}"),
+        ("run --api-key=by-its-name -v", "run --api-key=[masked] -v"),
+        ("Authorization: Basic dXNlcjpieS1pdHM=", "Authorization: [masked]"),
+    ],
+)
+def test_secret_in_json_a_flag_or_a_header_is_masked_once(text: str, masked: str) -> None:
+    masking = Masking({"ANY_SECRET": "known-to-all"})
+    assert (masking.text(text), masking.count) == (masked, 1)
+
+
+@pytest.mark.parametrize(
     "text",
     ["rank 0 receives 8 rows: 1 lost", "source rank:token 4:30", "token: 30", "SGLANG_MAX_TOKENS=16384", "kernel=ck_1"],
 )
