@@ -163,7 +163,7 @@ def _drawn(traffic: Traffic, steps: Steps, place: Rows, seed: int) -> tuple[_Dra
         for index, batch in enumerate(traffic.batches):
             law, mine = fullest_law(traffic, batch), np.flatnonzero(place == index)
             found = np.searchsorted(law.below, rng.random(len(mine)), side="right")
-            rows[mine] = np.minimum(law.first + found, batch.total)
+            rows[mine] = np.minimum(law.first + found, steps.totals[mine])  # a batch may be rounded up
             meter.done = index + 1
     top = int(rows.argmax())
     layer, rank = fullest_place(traffic, traffic.batches[int(place[top])], int(rows[top]))

@@ -120,6 +120,14 @@ def test_steps_of_a_log_bound_the_rows_of_that_log_only(tmp_path: Path, capsys: 
     assert of(found, "smallest proven")["limit"] == 2048
 
 
+def test_no_drawn_step_has_more_rows_than_tokens_though_many_sizes_are_rounded_up(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps([[*[128] * (total // 128), total % 128] for total in range(1, 1020)]))
+    found = advice(tmp_path, *QUESTION, "--routing=fan-in:0", "--batches", str(path))
+    assert found["seen"]["percentiles"]["50.0%"] == 510
+    assert found["seen"]["most"] == 1019
+
+
 def test_shared_and_replicated_experts_are_slots_of_the_kernel(tmp_path: Path) -> None:
     plain = advice(tmp_path, *QUESTION)
     found = advice(tmp_path, *QUESTION, "--physical-experts", "288", "--shared-slots", "1")
