@@ -179,6 +179,9 @@ def suite(
         message = f"select = {select!r:.80}: only of a suite by name or file; leave cases out of the sequence"
         raise InvalidCase(message)
     asked = [one.but(**common).keys for one in cases]
+    if expect is not None and len(expect) != len(asked):
+        message = f"expect: {len(expect)} endings for {len(asked)} cases; give one for each"
+        raise InvalidCase(message)
     launches: dict[str, dict[int, dict[str, Any]]] = {}
     endings: dict[str, list[str]] = {}
     for number, (one, ending) in enumerate(zip(asked, expect or [BY_LIMIT] * len(asked), strict=True)):

@@ -26,6 +26,7 @@ RULES: dict[str, str] = {
     "experts.made": "make returns Experts on every rank",
     "experts.facts": "about is what JSON has: texts, numbers, lists and tables of them",
     "experts.selection": "selection returns the KernelChoice of the rows that it is asked for",
+    "experts.roundings": "roundings returns the Roundings of a correct kernel, or None",
     "experts.returns": "the experts return on every rank, within the stage's time limit",
     "experts.shape": "the experts return a row of H columns for each allocated row",
     "experts.dtype": "the experts return bf16",

@@ -13,6 +13,7 @@ from distbench.case.contract import check_stated
 from distbench.case.plugins import Plugin
 from distbench.errors import BrokenContract, DistbenchError
 from distbench.experts.base import ExpertInput, Experts, ExpertsAround, ExpertsContext, ExpertWeights
+from distbench.experts.roundings import Roundings
 from distbench.experts.selection.choice import KernelChoice
 from distbench.utils.text import one_line
 
@@ -50,6 +51,17 @@ class CheckedExperts(ExpertsAround):
             told = f"a choice for {choice.rows}" if isinstance(choice, KernelChoice) else f"a {type(choice).__name__}"
             self._break("experts.selection", f"for {rows} rows it returned {told}")
         return choice
+
+    def roundings(self, choice: KernelChoice) -> Roundings | None:
+        """See `Experts.roundings`.
+
+        Raises:
+            BrokenContract: an error, or anything else.
+        """
+        found = self._call("experts.roundings", self.inner.roundings, choice)
+        if not isinstance(found, Roundings | None):
+            self._break("experts.roundings", f"it returned a {type(found).__name__}")
+        return found
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`.

@@ -23,7 +23,7 @@ _ALIGNED = 8
 
 
 class GroupedExperts(Experts):
-    """Routes sorted by expert, `torch.nn.functional.grouped_mm` for both products, and their sum in slot order.
+    """Routes sorted by expert, `torch.nn.functional.grouped_mm` for both products, and their float32 sum.
 
     The number of live rows is read on the host, so no CUDA graph can capture a call.
     """

@@ -14,6 +14,7 @@ import pytest
 
 from distbench import api
 from distbench.api import Case
+from distbench.errors import InvalidCase
 from distbench.report.files import write_report
 from distbench.verify.records import Reason
 from tests.brought_plugins import OPTIONED, Multiplies
@@ -43,7 +44,7 @@ def test_all_names_are_documented() -> None:
     ],
 )
 def test_wrong_key_or_value_is_refused_when_the_case_is_made(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(api.InvalidCase, match=message):
+    with pytest.raises(InvalidCase, match=message):
         Case(**keys)
 
 
@@ -73,7 +74,7 @@ def test_factory_of_a_script_is_named_by_the_scripts_file(tmp_path: Path) -> Non
 def test_file_names_no_code_unless_an_argument_does(tmp_path: Path) -> None:
     path = tmp_path / "case.toml"
     path.write_text('model = "tiny"\ntransport = "own:make"\n')
-    with pytest.raises(api.InvalidCase, match="names code to execute; give transport as an argument too"):
+    with pytest.raises(InvalidCase, match="names code to execute; give transport as an argument too"):
         Case.from_file(path)
     assert Case.from_file(path, transport="mine:make").keys == {"model": "tiny", "transport": "mine:make"}
 
@@ -121,7 +122,7 @@ def test_report_as_text_is_its_verdict_and_diagnosis(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("told", "kind", "message"),
     [
-        ("note\ndistbench: INVALID: topk = 9: too many", api.InvalidCase, "^topk = 9: too many$"),
+        ("note\ndistbench: INVALID: topk = 9: too many", InvalidCase, "^topk = 9: too many$"),
         ("distbench: UNSUPPORTED: no GPU", api.Unsupported, "^no GPU$"),
         ("distbench: DISK_FULL: /x: full; free some space", api.DiskFull, "^/x: full; free some space$"),
         ("distbench: BUSY: in use", api.Busy, "^in use$"),
@@ -180,13 +181,13 @@ def test_suite_by_name_takes_a_selection_and_keys(monkeypatch: pytest.MonkeyPatc
     reports = api.suite("smoke", ranks=2, select="tag", seed=7)
     assert made.given == [["suite", "smoke", "--quiet", "--select=tag", "--nproc=2", "--seed=7"]]
     assert [report.verdict.value for report in reports] == ["PASS", "CORRUPT"]
-    with pytest.raises(api.InvalidCase, match="only of a suite by name or file"):
+    with pytest.raises(InvalidCase, match="only of a suite by name or file"):
         api.suite([Case()], select="tag")
 
 
 def test_interface_refuses_to_launch_from_a_rank_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(api.InvalidCase, match=r"^run: this process is a rank of torchrun; use run_in_group"):
+    with pytest.raises(InvalidCase, match=r"^run: this process is a rank of torchrun; use run_in_group"):
         api.run(Case())
 
 
@@ -202,3 +203,9 @@ def test_sequence_is_a_launch_for_each_plugin_and_has_its_reports_in_order(monke
     assert flags == [["--nproc=2"], ["--nproc=2", "--transport=own:make", "--transport-option=factor=3"]]
     path = Path(made.given[1][1])
     assert (path.parent.name, path.name) == ("launch-1", "cases.json")
+
+
+@pytest.mark.parametrize("expect", [[], ["PASS", "PASS"]])
+def test_expectations_of_another_number_than_cases_are_refused(expect: list[str]) -> None:
+    with pytest.raises(InvalidCase, match=f"expect: {len(expect)} endings for 1 cases; give one for each"):
+        api.suite([Case(model="tiny")], expect=expect)

@@ -17,7 +17,7 @@ from distbench.pipeline.inputs import workload_for
 from tests import brought_plugins
 from tests.cases import tiny_case
 
-CALLS = ("make", "warm_up", "selection", "call")
+CALLS = ("make", "warm_up", "selection", "roundings", "call")
 BROKEN = {
     "raises_in_make_of_experts": ("experts.made", "make"),
     "makes_nothing": ("experts.made", "make"),
@@ -25,6 +25,7 @@ BROKEN = {
     "RaisesInWarmUp": ("experts.returns", "warm_up"),
     "ChoosesNothing": ("experts.selection", "selection"),
     "ChoosesForOthers": ("experts.selection", "selection"),
+    "NamesRoundings": ("experts.roundings", "roundings"),
     "RaisesInCall": ("experts.returns", "call"),
     "ReturnsLiveRows": ("experts.shape", "call"),
     "ReturnsNothing": ("experts.shape", "call"),
@@ -46,8 +47,10 @@ def steps(plugin: Plugin) -> Iterator[str]:
     yield "make"
     experts.warm_up(weights, (6,))
     yield "warm_up"
-    experts.selection(6)
+    choice = experts.selection(6)
     yield "selection"
+    experts.roundings(choice)
+    yield "roundings"
     experts(given, weights)
     yield "call"
 
