@@ -111,6 +111,7 @@ class _Config:
     def __init__(self, path: str, fields: Mapping[str, Any]) -> None:
         self._path = path
         self._fields = {name: value for name, value in fields.items() if value is not None}
+        self._dense, self._chosen = self._listed("mlp_only_layers"), self._listed("moe_layers")
 
     def number(self, key: str) -> int:
         """Value of a dimension by whichever of its names the config has."""
@@ -153,18 +154,21 @@ class _Config:
             return str(kinds[index]) == "sparse"
         if isinstance(frequency, list) and index < len(frequency):
             return bool(frequency[index])
-        chosen = self._fields.get("moe_layers")
-        if isinstance(chosen, list):
-            return index in chosen
-        dense = self._fields.get("mlp_only_layers")
+        if self._chosen is not None:
+            return index in self._chosen
         first = self._step("first_k_dense_replace", 0) + self._step("moe_layer_num_skipped", 0)
         return (
             index >= first
-            and not (isinstance(dense, list) and index in dense)
+            and index not in (self._dense or ())
             and index % (self._step("moe_layer_freq", 1) or 1) == 0
             and (index + 1) % (self._step("decoder_sparse_step", 1) or 1) == 0
             and (index + 1) % (self._step("interleave_moe_layer_step", 1) or 1) == 0
         )
+
+    def _listed(self, name: str) -> frozenset[int] | None:
+        """Layers that a list names; None where there is no list."""
+        value = self._fields.get(name)
+        return frozenset(one for one in value if isinstance(one, int)) if isinstance(value, list) else None
 
     def _step(self, name: str, default: int) -> int:
         value = self._fields.get(name, default)

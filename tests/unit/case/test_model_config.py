@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,22 @@ def without(config: dict[str, Any], *names: str, **more: Any) -> dict[str, Any]:
 def test_config_without_a_number_is_refused_with_the_field(tmp_path: Path, config: Any, message: str) -> None:
     with pytest.raises(InvalidCase, match=message):
         resolve({"model": write(tmp_path, config)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"mlp_only_layers": [0, 2, 50]}, 46),
+        ({"moe_layers": [1, 3, "x", [4]]}, 2),
+        ({"num_hidden_layers": 60_000, "mlp_only_layers": [*range(60_000, 120_000)]}, 60_000),
+    ],
+)
+def test_layers_that_lists_name_are_counted_in_time_that_grows_with_their_sum(
+    tmp_path: Path, fields: dict[str, Any], layers: int
+) -> None:
+    started = time.process_time()
+    assert config_shape(write(tmp_path, QWEN3 | fields)).layers == layers
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 100_000, b""])
