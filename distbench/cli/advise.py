@@ -217,7 +217,7 @@ def _recording(options: argparse.Namespace, question: Question, limits: Limits) 
     trace = parse_routing(question.case.routing).trace
     if trace is None or options.histogram:
         return None
-    recording = read_recording(trace, question.case.topk, question.placement)
+    recording = read_recording(trace, question.case.topk, question.placement, own=question.shared > 0)
     most, fits = int(recording.steps.mosts.max()), max(limits.most)
     if most > fits:
         message = f"routing = {trace}: a rank has {most} tokens in a step, above {limits.name} = {fits}; raise it"

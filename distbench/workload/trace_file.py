@@ -45,10 +45,16 @@ class Slice(NamedTuple):
     ids: Ids
     tokens: NDArray[np.int64]
 
-    def received(self, num_experts: int) -> NDArray[np.int64]:
-        """Rows that each rank receives, int64 [W], where the ranks hold equally many experts in order."""
+    def received(self, num_experts: int, *, own: bool = False) -> NDArray[np.int64]:
+        """Rows that each rank receives, int64 [W], where the ranks hold equally many experts in order.
+
+        With `own` each token has a row on its own rank as well, as a shared expert in a slot of each rank demands.
+        """
         ranks = len(self.tokens)
-        owners = np.sort(self.ids // max(num_experts // ranks, 1), axis=1)
+        owners = self.ids // max(num_experts // ranks, 1)
+        if own:
+            owners = np.column_stack([owners, np.repeat(np.arange(ranks), self.tokens)])
+        owners = np.sort(owners, axis=1)
         first = np.ones(owners.shape, dtype=bool)
         first[:, 1:] = owners[:, 1:] != owners[:, :-1]
         return np.bincount(owners[first], minlength=ranks)

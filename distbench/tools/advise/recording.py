@@ -29,8 +29,8 @@ class Recording(NamedTuple):
     model: Model
 
 
-def read_recording(trace: TraceName, topk: int, placement: Placement) -> Recording:
-    """Every step and layer of a trace, or the one that is named.
+def read_recording(trace: TraceName, topk: int, placement: Placement, *, own: bool = False) -> Recording:
+    """Every step and layer of a trace, or the one that is named; with `own` each token keeps a row on its own rank.
 
     Raises:
         InvalidCase: as `read_slice`; or it was recorded with other ranks, experts or top-k.
@@ -55,7 +55,7 @@ def read_recording(trace: TraceName, topk: int, placement: Placement) -> Recordi
             window = counts[index * len(counts) // len(steps)]
             for layer in header.steps[step]:
                 one = read_slice(header, step, layer, opened)
-                received = one.received(header.num_experts)
+                received = one.received(header.num_experts, own=own)
                 window[place_of[layer]] += np.bincount(one.ids.ravel(), minlength=header.num_experts)
                 totals[index], mosts[index] = one.tokens.sum(), one.tokens.max()
                 if received.max() > rows[index]:
@@ -79,8 +79,8 @@ def _fitting(trace: TraceName, topk: int, placement: Placement) -> Header:
     asked = {"ep_size": placement.ep_size, "num_experts": placement.num_experts, "topk": topk}
     found = header._asdict()
     other = [f"{key} = {found[key]}, not {value}" for key, value in asked.items() if found[key] != value]
-    if other or len(placement.experts) != placement.num_experts:
-        told = ", ".join(other) or "experts by their slots: give --num-experts as many as slots"
+    if other or placement.experts.tolist() != list(range(placement.num_experts)):
+        told = ", ".join(other) or "experts by their slots: give --num-experts as many as slots, and no --placement"
         message = f"routing = {trace}: recorded with {told}; give the layer and ranks of the recording"
         raise InvalidCase(message)
     if trace.step is None or trace.layer is None:

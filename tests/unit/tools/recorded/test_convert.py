@@ -112,6 +112,24 @@ def test_advice_counts_and_names_the_recorded_steps_above_a_limit(tmp_path: Path
         assert found["recorded"]
 
 
+def test_recorded_tokens_keep_a_row_on_their_own_rank_where_a_shared_expert_has_a_slot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, advice = str(tmp_path / "a.safetensors"), tmp_path / "advice.json"
+    path = tmp_path / "ids.jsonl"
+    parts = ((0, [[0, 1, 2, 3]]), (1, [[0, 1, 2, 3], [8, 9, 10, 11], [12, 13, 14, 15]]))
+    path.write_text("\n".join(json.dumps({"step": 0, "layer": 0, "rank": rank, "ids": ids}) for rank, ids in parts))
+    assert main(["trace", "convert", str(path), f"--out={out}", "--ep-size=4", "--num-experts=16"]) == 0
+    layer = ["--model=tiny", "--ep-size=4", f"--routing=trace:{out}", "--max-dispatch-tokens-per-rank=8"]
+    for shared, rows in ((0, [2, 0, 1, 1]), (1, [2, 3, 1, 1])):
+        assert read_slice(read_header(out), 0, 0).received(E, own=shared > 0).tolist() == rows
+        assert main(["advise", "-q", *layer, f"--shared-slots={shared}", f"--json={advice}"]) == 0
+        assert json.loads(advice.read_text())["seen"]["most"] == max(rows)
+    (tmp_path / "placement.json").write_text(json.dumps([*range(1, 16), 0]))
+    assert main(["advise", *layer, f"--placement={tmp_path / 'placement.json'}"]) == 2
+    assert "and no --placement" in capsys.readouterr().err
+
+
 def test_synthetic_trace_has_the_experts_that_run_routes(tmp_path: Path) -> None:
     out = str(tmp_path / "a.safetensors")
     shape = ("--ep-size=4", "--num-experts=16", "--topk=4", "--tokens=3", "--steps=2", "--layers=2", "--seed=5")
