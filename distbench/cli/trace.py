@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli.argument_types import MOST_RANKS, whole
@@ -58,7 +59,8 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace) -> int:
-    from distbench.workload.trace_file import write_trace
+    from distbench.report.files import write_atomically
+    from distbench.workload.trace_file import trace_bytes
 
     if not options.out.endswith(".safetensors") or options.num_experts is None:
         message = f"trace {options.action}: give --out FILE.safetensors and --num-experts N, the routed experts"
@@ -67,7 +69,11 @@ def _write(options: argparse.Namespace) -> int:
         message = f"--out {options.out}: is read as well; name another file"
         raise InvalidCase(message)
     header, slices = _synthetic(options) if options.action == "synth" else _converted(options)
-    write_trace(options.out, header, slices)
+    try:
+        write_atomically(Path(options.out), trace_bytes(header, slices))
+    except OSError as error:
+        message = f"--out {options.out!r}: cannot be written ({error.strerror}); name another file"
+        raise InvalidCase(message) from error
     _show(options.out)
     return 0
 

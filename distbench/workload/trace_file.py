@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -126,13 +125,8 @@ def bad_ids(ids: Ids, num_experts: int) -> str:
     return ""
 
 
-def write_trace(path: str, header: Header, slices: Mapping[tuple[int, int], Slice]) -> None:
-    """Write a trace; slices are by step and layer. All layers of a step have the same tokens.
-
-    Raises:
-        InvalidCase: it cannot be written.
-
-    """
+def trace_bytes(header: Header, slices: Mapping[tuple[int, int], Slice]) -> bytes:
+    """Content of a trace's file; slices are by step and layer. All layers of a step have the same tokens."""
     from safetensors.numpy import save  # noqa: PLC0415 - readers do without
 
     tensors: dict[str, Any] = {}
@@ -141,10 +135,7 @@ def write_trace(path: str, header: Header, slices: Mapping[tuple[int, int], Slic
         tensors[f"tokens.{step}"] = np.ascontiguousarray(one.tokens, dtype=np.int64)
     numbers = {"num_experts": header.num_experts, "topk": header.topk, "ep_size": header.ep_size}
     metadata = {"format": FORMAT, "version": VERSION, "source": header.source}
-    try:
-        Path(path).write_bytes(save(tensors, metadata | {name: str(value) for name, value in numbers.items()}))
-    except OSError as error:
-        _refuse(path, f"cannot be written ({error.strerror})", error)
+    return bytes(save(tensors, metadata | {name: str(value) for name, value in numbers.items()}))
 
 
 def open_trace(path: str) -> Any:

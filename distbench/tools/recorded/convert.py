@@ -13,6 +13,9 @@ from distbench.report.progress import Meter
 from distbench.tools.recorded.readers import ALL_RANKS, Part, read_parts
 from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Slice, bad_ids
 
+# Parts that are kept apart until all are read; each costs a hundred bytes besides its experts.
+_MOST_ARRAYS = 1 << 22
+
 _Parts = dict[tuple[int, int], dict[int, list[NDArray[np.int32]]]]
 
 
@@ -44,7 +47,7 @@ def convert(paths: Iterable[str], num_experts: int, ep_size: int) -> tuple[Heade
 
 def _collected(paths: list[str], num_experts: int, ep_size: int) -> tuple[_Parts, int]:
     found: _Parts = {}
-    topk = total = 0
+    topk = total = arrays = 0
     with Meter("read routing") as meter:
         for path in paths:
             for part in read_parts(path):
@@ -58,6 +61,9 @@ def _collected(paths: list[str], num_experts: int, ep_size: int) -> tuple[_Parts
                 if total > MOST_IDS or len(found) > MOST_SLICES:
                     _refuse([path], f"more than {MOST_IDS} experts or {MOST_SLICES} steps and layers; give a part")
                 meter.also = f"step {part.step}"
+                arrays += 1
+                if arrays > _MOST_ARRAYS:
+                    _refuse([path], f"more than {_MOST_ARRAYS} runs of lines; sort them by step, layer and rank")
                 for rank, one in _by_rank(path, part, ids, ep_size):
                     found.setdefault((part.step, part.layer), {}).setdefault(rank, []).append(one)
     return found, topk

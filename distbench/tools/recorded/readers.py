@@ -170,6 +170,7 @@ def _csv(path: str) -> Iterator[Part]:
         where = [head.index(name) for name in _PLACE]
         numbers = ([int(row[place]) for place in (*where, *places)] for row in rows if row)
         for (step, layer, rank), lines in groupby(numbers, key=lambda line: line[:3]):
+            _refuse_rank(path, rank)
             while some := list(islice(lines, _LINES_AT_ONCE)):
                 yield Part(step, layer, rank, np.array([line[3:] for line in some]))
 
@@ -189,7 +190,14 @@ def _jsonl(path: str) -> Iterator[Part]:
             if ids.ndim != 2 or ids.dtype.kind not in "iu":  # noqa: PLR2004
                 _refuse(path, f"ids = {shown(one['ids'])}: give a list of the experts of each token")
             step, layer, rank = (msgspec.convert(one[name], int) for name in _PLACE)
+            _refuse_rank(path, rank)
             yield Part(step, layer, rank, ids)
+
+
+def _refuse_rank(path: str, rank: int) -> None:
+    """Refuse a rank below 0, which would mean all of them."""
+    if rank < 0:
+        _refuse(path, f"rank {rank}; allowed are whole numbers from 0 up")
 
 
 def _refuse(path: str, reason: str, cause: BaseException | None = None) -> NoReturn:

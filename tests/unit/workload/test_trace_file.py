@@ -17,7 +17,7 @@ from distbench.errors import InvalidCase
 from distbench.launcher.preflight import check_case
 from distbench.workload.routing import recv_counts, route
 from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
-from distbench.workload.trace_file import Header, Slice, read_header, read_slice, write_trace
+from distbench.workload.trace_file import Header, Slice, read_header, read_slice, trace_bytes
 
 E, K, W = 16, 4, 4
 COUNTS = (2, 0, 5, 3)
@@ -33,7 +33,7 @@ def path(tmp_path: Path) -> str:
     named = str(tmp_path / "a.safetensors")
     tokens = np.array(COUNTS, dtype=np.int64)
     slices = {(step, layer): Slice(experts(10, step + layer), tokens) for step, layer in ((7, 3), (7, 4), (9, 3))}
-    write_trace(named, Header("", E, K, W, "here", {}), slices)
+    Path(named).write_bytes(trace_bytes(Header("", E, K, W, "here", {}), slices))
     return named
 
 

@@ -166,6 +166,25 @@ def test_tokens_shared_over_ranks_keep_their_order(tmp_path: Path) -> None:
     assert slices[0, 0].ids.tolist() == IDS[0, 0].tolist()
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_rank_below_0_is_refused_and_not_taken_as_all(tmp_path: Path, name: str) -> None:
+    csv = "step,layer,rank,e0,e1\n0,0,-1,1,2\n"
+    content = csv if name.endswith("csv") else '{"step": 0, "layer": 0, "rank": -1, "ids": [[1, 2]]}\n'
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InvalidCase, match="rank -1; allowed are whole numbers from 0 up"):
+        list(read_parts(str(tmp_path / name)))
+
+
+def test_lines_in_an_order_that_makes_too_many_runs_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distbench.tools.recorded.convert._MOST_ARRAYS", 2)
+    lines = [f"0,{layer},0,1,2" for layer in (0, 1, 0)]
+    (tmp_path / "a.csv").write_text("\n".join(["step,layer,rank,e0,e1", *lines]))
+    with pytest.raises(InvalidCase, match="more than 2 runs of lines; sort them by step, layer and rank"):
+        convert([str(tmp_path / "a.csv")], E, W)
+
+
 class Evil:
     """Runs code where it is unpickled."""
 
