@@ -218,8 +218,16 @@ def _text(path: Path) -> str:
 
 
 def _has_ended(pid: int) -> bool:
-    """Whether a process has closed its files, and so left its locks: it loses its variables a moment before."""
-    return _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1] in ([], ["Z"], ["X"])
+    """Whether a process has closed its files, and so left its locks.
+
+    It loses its variables a moment before, and its first thread may end before the others.
+    """
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return True
+    state = _text(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()[:1]
+    return len(threads) <= 1 and state in ([], ["Z"], ["X"])
 
 
 def _environ(process: Path) -> bytes:

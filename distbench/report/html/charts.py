@@ -289,7 +289,8 @@ class Estimate(NamedTuple):
 
 def bar_pairs(series: Sequence[tuple[str, str, Estimate, Estimate]]) -> BarPairs:
     """Bars of times in microseconds, of (label, kind, old, new), over an axis with four parts of round numbers."""
-    most = min(max([one.high for _, _, *both in series for one in both], default=1.0), _MOST_US) or 1.0
+    most = min(max([one.high for _, _, *both in series for one in both], default=1.0), _MOST_US)
+    most = most if most > _LEAST_US else 1.0
     step = _round_step(most / 4)
     top = max(step * math.ceil(most / step), step)
 

@@ -7,7 +7,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distbench.report.html.charts import (
@@ -107,6 +107,7 @@ def test_axis_of_changes_is_even_in_ratios() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e7) | st.just(math.inf), st.floats(0, 1e6)), max_size=8))
+@example([(5e-324, 0.0)])
 def test_bars_of_pairs_start_at_zero_and_stay_inside(values: list[tuple[float, float]]) -> None:
     found = bar_pairs([("x" * 99, "new", Estimate(*one), Estimate(*one)) for one in values])
     for pair in found.pairs:
