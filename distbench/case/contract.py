@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
 from distbench.case.plugins import Plugin, is_trusted
 from distbench.case.spec import Case
 from distbench.case.stages import Stage
-from distbench.errors import Unsupported
+from distbench.errors import BrokenContract, DistbenchError, Unsupported
+from distbench.utils.text import one_line
+
+T = TypeVar("T")
 
 RULES: dict[str, str] = {
     "transport.made": "make returns a Transport on every rank",
@@ -35,6 +41,38 @@ RULES: dict[str, str] = {
 """Text of each rule. R is the case's capacity, H the hidden columns, k the experts of a token."""
 
 _CALLS = {Stage.DISPATCH: "transport", Stage.COMBINE: "transport", Stage.EXPERTS: "experts"}
+
+
+class Contract:
+    """The rules, held against the calls of one plugin."""
+
+    def __init__(self, part: str, name: str) -> None:
+        """Take the part (transport, experts or caller) and the plugin's name."""
+        self._breaks = f"{part} {name} {'break' if part == 'experts' else 'breaks'}"
+        self._raised = "" if part == "experts" else "it raised "
+
+    def call(self, rule: str, call: Callable[..., T], *arguments: Any) -> T:
+        """Make a call of the plugin; an ending that distbench knows passes through.
+
+        Raises:
+            BrokenContract: any other exception breaks `rule`.
+        """
+        try:
+            return call(*arguments)
+        except DistbenchError:
+            raise
+        except Exception as error:
+            message = f"{self._breaks} {rule}: {self._raised}{type(error).__name__}: {one_line(error)}"
+            raise BrokenContract(message) from error
+
+    def refuse(self, rule: str, why: str) -> NoReturn:
+        """Say that `rule` is broken, and how.
+
+        Raises:
+            BrokenContract: always.
+        """
+        message = f"{self._breaks} {rule}: {why}"
+        raise BrokenContract(message)
 
 
 def check_stated(plugin: Plugin, part: str, case: Case, device: str) -> None:

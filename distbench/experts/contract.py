@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
-from distbench.case.contract import check_stated
+from distbench.case.contract import Contract, check_stated
 from distbench.case.plugins import Plugin
-from distbench.errors import BrokenContract, DistbenchError
 from distbench.experts.base import ExpertInput, Experts, ExpertsAround, ExpertsContext, ExpertWeights
 from distbench.experts.roundings import Roundings
 from distbench.experts.selection.choice import KernelChoice
-from distbench.utils.text import one_line
-
-T = TypeVar("T")
 
 
 class CheckedExperts(ExpertsAround):
@@ -33,12 +28,13 @@ class CheckedExperts(ExpertsAround):
             BrokenContract: `make` raises, or returns anything else.
         """
         self._name = context.case.experts
+        self._contract = Contract("experts", self._name)
         self._case, self._plugin = context.case, plugin
-        made = self._call("experts.made", plugin.make, context)
+        made = self._contract.call("experts.made", plugin.make, context)
         if not isinstance(made, Experts):
-            self._break("experts.made", f"make returned a {type(made).__name__}")
+            self._contract.refuse("experts.made", f"make returned a {type(made).__name__}")
         super().__init__(made)
-        self._call("experts.facts", lambda: msgspec.json.encode(self.about()))
+        self._contract.call("experts.facts", lambda: msgspec.json.encode(self.about()))
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`.
@@ -46,10 +42,10 @@ class CheckedExperts(ExpertsAround):
         Raises:
             BrokenContract: an error, or anything but the choice for these rows.
         """
-        choice = self._call("experts.selection", self.inner.selection, rows)
+        choice = self._contract.call("experts.selection", self.inner.selection, rows)
         if not isinstance(choice, KernelChoice) or choice.rows != rows:
             told = f"a choice for {choice.rows}" if isinstance(choice, KernelChoice) else f"a {type(choice).__name__}"
-            self._break("experts.selection", f"for {rows} rows it returned {told}")
+            self._contract.refuse("experts.selection", f"for {rows} rows it returned {told}")
         return choice
 
     def roundings(self, choice: KernelChoice) -> Roundings | None:
@@ -58,9 +54,9 @@ class CheckedExperts(ExpertsAround):
         Raises:
             BrokenContract: an error, or anything else.
         """
-        found = self._call("experts.roundings", self.inner.roundings, choice)
+        found = self._contract.call("experts.roundings", self.inner.roundings, choice)
         if not isinstance(found, Roundings | None):
-            self._break("experts.roundings", f"it returned a {type(found).__name__}")
+            self._contract.refuse("experts.roundings", f"it returned a {type(found).__name__}")
         return found
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
@@ -69,16 +65,16 @@ class CheckedExperts(ExpertsAround):
         Raises:
             BrokenContract: an error, or rows that are not as the contract has them.
         """
-        rows = self._call("experts.returns", self.inner, given, weights)
+        rows = self._contract.call("experts.returns", self.inner, given, weights)
         if not isinstance(rows, Tensor):
-            self._break("experts.shape", f"they returned a {type(rows).__name__}")
+            self._contract.refuse("experts.shape", f"they returned a {type(rows).__name__}")
         right = [given.rows, weights.w2.shape[1]]
         if list(rows.shape) != right:
-            self._break("experts.shape", f"rows: {list(rows.shape)} instead of {right}")
+            self._contract.refuse("experts.shape", f"rows: {list(rows.shape)} instead of {right}")
         if rows.dtype != torch.bfloat16:
-            self._break("experts.dtype", f"rows: {rows.dtype} instead of bfloat16".replace("torch.", ""))
+            self._contract.refuse("experts.dtype", f"rows: {rows.dtype} instead of bfloat16".replace("torch.", ""))
         if rows.device != given.hidden.device:
-            self._break("experts.device", f"rows: {rows.device} instead of {given.hidden.device}")
+            self._contract.refuse("experts.device", f"rows: {rows.device} instead of {given.hidden.device}")
         return rows
 
     def warm_up(self, weights: ExpertWeights, rows: tuple[int, ...]) -> None:
@@ -88,21 +84,8 @@ class CheckedExperts(ExpertsAround):
             Unsupported: the plugin does not state the device.
         """
         check_stated(self._plugin, "experts", self._case, weights.w1.device.type)
-        self._call("experts.returns", self.inner.warm_up, weights, rows)
+        self._contract.call("experts.returns", self.inner.warm_up, weights, rows)
 
     def about(self) -> dict[str, Any]:
         """See `Experts.about`."""
         return self.inner.about() | {f"experts {self._name}": self._plugin.about()}
-
-    def _call(self, rule: str, call: Callable[..., T], *arguments: Any) -> T:
-        try:
-            return call(*arguments)
-        except DistbenchError:
-            raise
-        except Exception as error:
-            message = f"experts {self._name} break {rule}: {type(error).__name__}: {one_line(error)}"
-            raise BrokenContract(message) from error
-
-    def _break(self, rule: str, told: str) -> NoReturn:
-        message = f"experts {self._name} break {rule}: {told}"
-        raise BrokenContract(message)

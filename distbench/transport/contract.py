@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor
 
+from distbench.case.contract import Contract
 from distbench.case.plugins import Plugin
-from distbench.errors import BrokenContract, DistbenchError
 from distbench.transport.base import Dispatched, Transport, TransportAround, TransportContext
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import shown
 from distbench.workload.batch import TokenBatch
-
-T = TypeVar("T")
 
 _TYPES = {"weights": torch.float32, "ids": torch.int32, "total_recv": torch.int32}
 
@@ -33,21 +30,22 @@ class CheckedTransport(TransportAround):
             BrokenContract: `make` raises, or returns anything else.
         """
         self._name = context.case.transport
+        self._contract = Contract("transport", self._name)
         self._context, self._plugin = context, plugin
         self._addresses: tuple[int, ...] = ()
         self._total: Tensor | None = None
         self._tokens: tuple[int, int, torch.dtype] | None = None
-        made: Any = self._call("transport.made", plugin.make, context)
+        made: Any = self._contract.call("transport.made", plugin.make, context)
         if not isinstance(made, Transport):
-            self._break("transport.made", f"it returned a {type(made).__name__}")
-        self._call("transport.made", super().__init__, made)
-        facts = self._call("transport.facts", lambda: {**made.facts, "sum_order": made.sum_order._asdict()})
+            self._contract.refuse("transport.made", f"it returned a {type(made).__name__}")
+        self._contract.call("transport.made", super().__init__, made)
+        facts = self._contract.call("transport.facts", lambda: {**made.facts, "sum_order": made.sum_order._asdict()})
         self.facts = {"plugin": self._name, **facts}
-        self._call("transport.facts", lambda: msgspec.json.encode([self.facts, self.about()]))
+        self._contract.call("transport.facts", lambda: msgspec.json.encode([self.facts, self.about()]))
 
     def dispatch_send(self, batch: TokenBatch) -> None:
         """See `Transport.dispatch_send`."""
-        self._call("dispatch.returns", self._inner.dispatch_send, batch)
+        self._contract.call("dispatch.returns", self._inner.dispatch_send, batch)
 
     def dispatch_recv(self) -> Dispatched:
         """See `Transport.dispatch_recv`.
@@ -55,7 +53,7 @@ class CheckedTransport(TransportAround):
         Raises:
             BrokenContract: an error, or buffers that are not as the contract has them.
         """
-        found = self._call("dispatch.returns", self._inner.dispatch_recv)
+        found = self._contract.call("dispatch.returns", self._inner.dispatch_recv)
         self._check_dispatched(found)
         self._total = found.total_recv
         return found
@@ -63,7 +61,7 @@ class CheckedTransport(TransportAround):
     def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
         """See `Transport.combine_send`."""
         self._tokens = ids.shape[0], expert_out.shape[1], expert_out.dtype
-        self._call("combine.returns", self._inner.combine_send, expert_out, ids)
+        self._contract.call("combine.returns", self._inner.combine_send, expert_out, ids)
 
     def combine_recv(self) -> Tensor:
         """See `Transport.combine_recv`.
@@ -71,9 +69,9 @@ class CheckedTransport(TransportAround):
         Raises:
             BrokenContract: an error, or tokens that are not as the contract has them.
         """
-        tokens = self._call("combine.returns", self._inner.combine_recv)
+        tokens = self._contract.call("combine.returns", self._inner.combine_recv)
         if not isinstance(tokens, Tensor):
-            self._break("combine.shape", f"it returned a {type(tokens).__name__}")
+            self._contract.refuse("combine.shape", f"it returned a {type(tokens).__name__}")
         if self._tokens is not None:
             count, columns, dtype = self._tokens
             self._expect("combine.shape", "tokens", list(tokens.shape), [count, columns])
@@ -87,10 +85,10 @@ class CheckedTransport(TransportAround):
         Raises:
             BrokenContract: an error, or another shape or dtype.
         """
-        found = self._call("sources.shape", self._inner.sources)
+        found = self._contract.call("sources.shape", self._inner.sources)
         total = 0 if self._total is None else int(self._total)
         if not isinstance(found, Tensor):
-            self._break("sources.shape", f"it returned a {type(found).__name__}")
+            self._contract.refuse("sources.shape", f"it returned a {type(found).__name__}")
         self._expect("sources.shape", "sources", [*found.shape, found.dtype], [total, 2, torch.int64])
         return found
 
@@ -101,43 +99,30 @@ class CheckedTransport(TransportAround):
     def _check_dispatched(self, found: Any) -> None:
         case, like = self._context.case, self._context.like
         if not isinstance(found, Dispatched):
-            self._break("dispatch.type", f"it returned a {type(found).__name__}")
+            self._contract.refuse("dispatch.type", f"it returned a {type(found).__name__}")
         columns = {"hidden": case.hidden_size, "weights": case.topk, "ids": case.topk}
         if like.scales is not None:
             columns["scales"] = like.scales.shape[1]
         elif found.scales is not None:
-            self._break("dispatch.type", "it returned scales of a payload that has none")
+            self._contract.refuse("dispatch.type", "it returned scales of a payload that has none")
         shapes = {name: [case.capacity, width] for name, width in columns.items()} | {"total_recv": [1]}
         types = _TYPES | {"hidden": like.hidden.dtype, "scales": torch.float32}
         for name, shape in shapes.items():
             part = getattr(found, name)
             if not isinstance(part, Tensor):
-                self._break("dispatch.type", f"{name} is a {type(part).__name__}")
+                self._contract.refuse("dispatch.type", f"{name} is a {type(part).__name__}")
             self._expect("dispatch.shape", name, list(part.shape), shape)
             self._expect("dispatch.dtype", name, part.dtype, types[name])
             self._expect("dispatch.device", name, part.device, self._context.device)
         addresses = tuple(getattr(found, name).data_ptr() for name in shapes)
         if self._addresses and addresses != self._addresses:
             moved = [name for name, old, new in zip(shapes, self._addresses, addresses, strict=True) if old != new]
-            self._break("dispatch.stays", f"{', '.join(moved)} moved since the last call")
+            self._contract.refuse("dispatch.stays", f"{', '.join(moved)} moved since the last call")
         self._addresses = addresses
-
-    def _call(self, rule: str, call: Callable[..., T], *arguments: Any) -> T:
-        try:
-            return call(*arguments)
-        except DistbenchError:
-            raise
-        except Exception as error:
-            message = f"transport {self._name} breaks {rule}: it raised {type(error).__name__}: {one_line(error)}"
-            raise BrokenContract(message) from error
 
     def _expect(self, rule: str, what: str, found: Any, right: Any) -> None:
         if found != right:
-            self._break(rule, f"{what}: {_plain(found)} instead of {_plain(right)}")
-
-    def _break(self, rule: str, told: str) -> NoReturn:
-        message = f"transport {self._name} breaks {rule}: {told}"
-        raise BrokenContract(message)
+            self._contract.refuse(rule, f"{what}: {_plain(found)} instead of {_plain(right)}")
 
 
 def _plain(value: Any) -> str:
