@@ -208,8 +208,11 @@ class Observer:
                 )
             )
 
-    def observation(self, made: Outputs, measured: Measured) -> Observation:
-        """This rank's observation, after all passes, of all its `outputs` as they were `made`."""
+    def observation(self, made: Outputs, measured: Measured, *, mapped: bool) -> Observation:
+        """This rank's observation, after all passes, of all its `outputs` as they were `made`.
+
+        `mapped` says whether it has a map of differing tokens, which a report shows of the first inputs alone.
+        """
         session, resolved, parts, outputs = self._session, self._resolved, self._parts, self.outputs
         comparisons = _comparisons(made, outputs)
         return Observation(
@@ -250,7 +253,9 @@ class Observer:
                 )
                 for name, traffic, rows in zip(SUB_BATCHES, resolved.sub_batches, self._rows, strict=False)
             ],
-            difference_map=differing_cells(outputs, comparisons, resolved.traffic.tokens, session.rank),
+            difference_map=differing_cells(outputs, comparisons, resolved.traffic.tokens, session.rank)
+            if mapped
+            else {},
         )
 
     def _take_beyond(self, arm: str, beyond: Tensor, sub_batch: int) -> None:

@@ -139,19 +139,13 @@ def _run(session: Session, ready: _Ready, recorder: Recorder | None) -> Outcome 
     for transport in ready.transports:
         transport.close()
     mode = choose_mode(case.gather, case.tokens, sum(one.outputs.rows[:1].nbytes for one in found))
-    gathered = gather(session, mode, case.tokens, _to_gather(found))
+    peak = peak_bytes()  # of the process, after all passes: an observation of the first inputs is of before the second
+    seen = [(msgspec.structs.replace(one.observation, peak_bytes=peak), one.outputs) for one in found]
+    gathered = gather(session, mode, case.tokens, seen)
     injector = found[-1].injector
     if injector is not None:
         injector.leave()
     return None if gathered is None else _judged(ready, gathered)
-
-
-def _to_gather(found: list[_Seen]) -> list[tuple[Observation, Outputs]]:
-    """Observations with the peak of the process after all passes; the first inputs' alone keep their map."""
-    peak = peak_bytes()
-    first, *others = (msgspec.structs.replace(one.observation, peak_bytes=peak) for one in found)
-    kept = [first, *(msgspec.structs.replace(other, difference_map={}) for other in others)]
-    return [(observation, one.outputs) for observation, one in zip(kept, found, strict=True)]
 
 
 def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder | None) -> _Seen:
@@ -171,7 +165,7 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
     observer = Observer(session, resolved, parts, ready.counts, None if recorder is None else recorder.part(kind))
     measured = Passes(session, resolved, parts, observer).run()
     outputs = outputs_of(observer.outputs)
-    return _Seen(observer.observation(outputs, measured), outputs, parts.injector)
+    return _Seen(observer.observation(outputs, measured, mapped=not number), outputs, parts.injector)
 
 
 def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
