@@ -104,7 +104,7 @@ def _others_seconds(session: Session, case: Case) -> float:
     together = workload_for(case, session.device)
     alone = Workload(
         together.numerics,
-        together.group,
+        together.slots,
         together.routing,
         seed=together.seed,
         tokens_per_rank=together.tokens_per_rank,

@@ -341,6 +341,8 @@ class Spoils(TransportAround):
             "capacity": bool((counts.sum(0) == case.capacity).any()),
             "many-calls": self._calls > 20,
             "odd-widths": bool(case.hidden_size % 128),
+            "dropped-slots": bool((ids < 0).any()),
+            "shared-experts": case.shared_experts > 0,
         }
         return spoilt.get(self._context.options.rule, False)
 

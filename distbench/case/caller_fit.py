@@ -35,6 +35,10 @@ def check_caller_fits(case: Case) -> None:
         "bias": (case.bias, "the caller's layer has none; drop it"),
         "hidden_pad": (bool(case.hidden_pad), "the caller's layer has no padding; drop it"),
         "intermediate_pad": (bool(case.intermediate_pad), "the caller's layer has no padding; drop it"),
+        "shared_experts": (
+            bool(case.shared_experts) and case.caller in ("vllm", "atom"),
+            "vLLM refuses fused shared experts with MoRI, and ATOM's layer has none; drop it",
+        ),
         "doweight_stage1": (case.doweight_stage1, "the caller's layer weighs its output; drop it"),
     }
     for what, (is_so, fix) in refused.items():

@@ -38,7 +38,7 @@ RULES: dict[str, str] = {
     "experts.dtype": "the experts return bf16",
     "experts.device": "the experts return rows on the rank's device",
 }
-"""Text of each rule. R is the case's capacity, H the hidden columns, k the experts of a token."""
+"""Text of each rule. R is the case's capacity, H the hidden columns, k the slots of a token."""
 
 _CALLS = {Stage.DISPATCH: "transport", Stage.COMBINE: "transport", Stage.EXPERTS: "experts"}
 
@@ -85,6 +85,7 @@ def check_stated(plugin: Plugin, part: str, case: Case, device: str) -> None:
         f"device = {device}": bool(device) and device not in plugin.devices,
         f"dispatch_dtype = {case.dispatch_dtype}": case.dispatch_dtype not in plugin.dtypes,
         "ranks without tokens": not plugin.zero_tokens and 0 in case.tokens,
+        "ids of -1": not plugin.negative_ids and bool(case.dropped_slots or case.dropped_tokens),
         "graph": case.graph and part == "experts" and not plugin.graphs,
         "two_batch_overlap": case.two_batch_overlap and part == "transport" and not plugin.two_batch_overlap,
     }

@@ -31,9 +31,22 @@ GROUPS = {
             "intermediate_pad": "COLUMNS",
             "bias": "",
             "doweight_stage1": "",
+            "shared_experts": "EXPERTS",
+            "physical_experts": "SLOTS",
+            "placement": "FILE",
         },
     ),
-    "batch": Group("the tokens and their experts", {"tokens": "TOKENS", "routing": "PATTERN", "seed": "SEED"}),
+    "batch": Group(
+        "the tokens and their experts",
+        {
+            "tokens": "TOKENS",
+            "routing": "PATTERN",
+            "replica_choice": "",
+            "dropped_slots": "SHARE",
+            "dropped_tokens": "SHARE",
+            "seed": "SEED",
+        },
+    ),
     "limit": Group(
         "the cut and the receive buffer",
         {

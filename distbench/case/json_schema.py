@@ -60,4 +60,4 @@ def _case_table(left_out: tuple[str, ...]) -> dict[str, Any]:
 def _typed(key: str) -> Any:
     """Type of a key in a file, with its text."""
     kind = _TOKENS if key == "tokens" else FIELD_TYPES[key]
-    return Annotated[kind, get_args(FIELD_HINTS[key])[-1]] if key in ("tokens", "limit") else kind
+    return Annotated[kind, get_args(FIELD_HINTS[key])[-1]] if key in ("tokens", "limit", "placement") else kind

@@ -86,7 +86,8 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     """A transport, experts or a caller: how a rank makes them, and what they state about themselves.
 
     `make` takes a `TransportContext`, an `ExpertsContext` or a `CallerContext`. A case that needs what is not stated is
-    UNSUPPORTED: `dtypes` are payloads of dispatch; without `zero_tokens` each rank needs a token; `graphs` says that
+    UNSUPPORTED: `dtypes` are payloads of dispatch; without `zero_tokens` each rank needs a token, without
+    `negative_ids` each slot an expert; `graphs` says that
     experts can be captured in a CUDA graph; `two_batch_overlap` that two transports may be under way at once. `options`
     declares the part's own options as fields with types and bounds (msgspec.Meta), each with a default unless it is
     required. Order of addition and roundings are stated by the part itself: `Transport.sum_order`, `Experts.roundings`.
@@ -98,6 +99,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     dtypes: tuple[Literal["bf16", "fp8"], ...] = ("bf16", "fp8")
     zero_tokens: bool = True
+    negative_ids: bool = True
     graphs: bool = False
     two_batch_overlap: bool = False
     options: type[msgspec.Struct] = NoOptions

@@ -16,6 +16,7 @@ from distbench.case.caller_fit import check_caller_fits
 from distbench.case.file_digests import routing_digest, table_digest, wheel_digest
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
+from distbench.case.placement import check_placement, normal_keys
 from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_built_in, parse_options
 from distbench.case.presets import ALIASES, CUSTOM, DIMENSIONS, PRESETS, is_config_path, preset_name
 from distbench.case.profiles import MOST_TOKENS, NO_PROFILE, PROFILES, caller_of
@@ -313,7 +314,10 @@ def _normalise(values: dict[str, Any], sources: Mapping[str, str]) -> None:
     values["limit"] = parse_limit(values["limit"])
     values["timeout"] = float(values["timeout"])
     values["jitter"] = float(values["jitter"])
-    values["swiglu_limit"] = float(values["swiglu_limit"])
+    for key in ("swiglu_limit", "dropped_slots", "dropped_tokens"):
+        values[key] = float(values[key])
+    numbers = (values[key] for key in ("num_experts", "physical_experts", "placement"))
+    values["physical_experts"], values["placement"] = normal_keys(*numbers)
     for key in OPTION_KEYS:
         values[key] = canonical_options(key, values[key])
     values["routing_sha256"] = routing_digest(values["routing"])
@@ -336,12 +340,7 @@ def check_fit(case: Case) -> None:
             f"tokens: {len(case.tokens)} numbers for {case.ep_size} ranks; give one number or {case.ep_size} of them"
         )
         raise InvalidCase(message)
-    if case.num_experts % case.ep_size:
-        message = (
-            f"num_experts = {case.num_experts}: not divisible by {case.ep_size} ranks; "
-            f"use {case.num_experts // case.ep_size * case.ep_size or case.ep_size} experts or other ranks"
-        )
-        raise InvalidCase(message)
+    check_placement(case.num_experts, case.ep_size, case.physical_experts, case.placement)
     if case.topk > case.num_experts:
         message = f"topk = {case.topk}: above num_experts = {case.num_experts}; a token takes distinct experts"
         raise InvalidCase(message)

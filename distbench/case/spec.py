@@ -24,6 +24,7 @@ EMULATED = {"mori": "distbench.transport.mori.emulated for mori", "aiter": "dist
 
 Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 TokenCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Rows = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)]
 
 
@@ -45,6 +46,21 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     intermediate_size: Annotated[Count, _help("intermediate columns I of an expert")]
     num_experts: Annotated[Count, _help("routed experts E over all ranks")]
     topk: Annotated[Count, _help("experts k of a token")]
+    shared_experts: Annotated[
+        Annotated[int, msgspec.Meta(ge=0, le=64)],
+        _help("fused shared experts N: every rank holds all, and its tokens have a slot more for each"),
+    ] = 0
+    physical_experts: Annotated[
+        TokenCount, _help("slots of routed experts over all ranks, slot p holds expert p modulo E; 0: E, no replicas")
+    ] = 0
+    placement: Annotated[
+        tuple[TokenCount, ...],
+        _help("expert in each slot of routed experts, as EPLB lists them: numbers, or a .json or .npy file of them"),
+    ] = ()
+    replica_choice: Annotated[
+        Literal["dynamic", "static"],
+        _help("replica that a token takes: random for each token, or one fixed for each rank, its own if it has one"),
+    ] = "dynamic"
     profile: Annotated[
         Literal[
             "none",
@@ -64,6 +80,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     routing: Annotated[
         str, _help("uniform, zipf:S, hot-rank:R, fan-in:R, local, duplicates, or trace:FILE@STEP.LAYER")
     ] = "uniform"
+    dropped_slots: Annotated[Share, _help("share of a token's routed slots whose id is -1; a token keeps one slot")] = (
+        0.0
+    )
+    dropped_tokens: Annotated[Share, _help("share of the tokens whose ids are all -1, which come back as zeros")] = 0.0
     routing_sha256: Annotated[str, _help("digest of the recorded routing's bytes, filled in when it is read")] = ""
     limit: Annotated[str, _help(f"rows kept: {ALLOWED_LIMITS}")] = "sum32"
     recv_bound: Annotated[
@@ -253,8 +273,18 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def experts_per_rank(self) -> int:
-        """Local experts El; every rank holds the same number (MoRI's num_experts_per_rank)."""
-        return self.num_experts // self.ep_size
+        """Local experts El, replicas and shared ones too; every rank holds as many (MoRI's num_experts_per_rank)."""
+        return (self.physical_experts or self.num_experts) // self.ep_size + self.shared_experts
+
+    @property
+    def placed_experts(self) -> int:
+        """Experts of all ranks, a replica and each rank's shared ones counted apart: ids are below it."""
+        return self.experts_per_rank * self.ep_size
+
+    @property
+    def topk_slots(self) -> int:
+        """Slots of a token: its k routed experts and the shared ones."""
+        return self.topk + self.shared_experts
 
     @property
     def uses_fp8(self) -> bool:
@@ -297,29 +327,6 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return self.ep_size * share
 
 
-def inputs_of(case: Case) -> tuple[Literal["exact", "gaussian"], ...]:
-    """The kinds of inputs that a case runs with, in order."""
-    return ("exact", "gaussian") if case.numerics == "both" else (case.numerics,)
-
-
-def with_inputs(case: Case, inputs: Literal["exact", "gaussian"]) -> Case:
-    """The part of a case that runs with one kind of inputs.
-
-    With both, exact inputs decide bits. Gaussian inputs decide errors only: they run once, untimed, and may not repeat.
-    """
-    if case.numerics != "both":
-        return case
-    if inputs == "exact":
-        return msgspec.structs.replace(case, numerics=inputs)
-    once: dict[str, Any] = {"repeats": 1, "until_failure": False, "iterations": 0}
-    return msgspec.structs.replace(case, numerics=inputs, require="tolerance", **once)
-
-
-def repeats_of(case: Case) -> int:
-    """Repeats of the arms with all kinds of inputs together."""
-    return sum(with_inputs(case, kind).repeats for kind in inputs_of(case))
-
-
 DERIVED_KEYS = ("routing_sha256", "kernel_table_sha256", "caller_wheel_sha256", "caller_folder_sha256")
 FLAG_KEYS = ("caller", "caller_wheel", "caller_folder")
 """Keys that name code to execute: a file may name it only where a flag does too."""
@@ -337,6 +344,15 @@ CALL_KEYS = (
     "sorting_policy",
 )
 """Keys that are arguments of `fused_moe`."""
+SHAPE_KEYS = (
+    "shared_experts",
+    "physical_experts",
+    "placement",
+    "replica_choice",
+    "dropped_slots",
+    "dropped_tokens",
+)
+"""Keys of a deployment's shape, which no profile sets."""
 _SPARSE_KEYS = (
     "routing_sha256",
     *CALLER_KEYS,
@@ -350,6 +366,7 @@ _SPARSE_KEYS = (
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],
+    "placement": str | tuple[TokenCount, ...],
     "limit": str | int,
 }
 FIELD_DEFAULTS: dict[str, Any] = {
@@ -367,14 +384,13 @@ def names_code(key: str, value: Any) -> bool:
 
 
 def case_values(case: Case) -> dict[str, Any]:
-    """The case as builtins, for its hash and for reports; without a profile, sparse keys with defaults are left out.
+    """The case as builtins, for its hash and for reports; sparse keys with defaults are left out.
 
-    With one, they are written: a profile has other defaults.
+    With a profile, those that it may set are written: it has other defaults.
     """
     values: dict[str, Any] = msgspec.to_builtins(case)
-    if case.profile != FIELD_DEFAULTS["profile"]:
-        return values
-    return {key: value for key, value in values.items() if key not in _SPARSE_KEYS or value != FIELD_DEFAULTS[key]}
+    sparse = SHAPE_KEYS if case.profile != FIELD_DEFAULTS["profile"] else (*SHAPE_KEYS, *_SPARSE_KEYS)
+    return {key: value for key, value in values.items() if key not in sparse or value != FIELD_DEFAULTS[key]}
 
 
 def case_hash(case: Case) -> str:

@@ -77,4 +77,4 @@ def _value(key: str, model: str) -> Any:
         shape = PRESETS[model]
         return shape.experts_for(8) if key == "num_experts" else getattr(shape, key)
     default = FIELD_DEFAULTS[key]
-    return default[0] if isinstance(default, tuple) else default
+    return default[0] if isinstance(default, tuple) and default else default

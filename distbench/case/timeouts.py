@@ -69,13 +69,13 @@ def _work_seconds(case: Case, stage: str) -> float:
     if stage == Stage.TIMING:
         return sum(_work_seconds(case, part) for part in (Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE))
     if stage == Stage.EXPERTS:
-        return 2 * tokens * case.topk * expert / _FLOPS_PER_S
+        return 2 * tokens * case.topk_slots * expert / _FLOPS_PER_S
     if stage == Stage.WORKLOAD:
         return (case.experts_per_rank * expert * 2 + case.capacity * row) / _BYTES_PER_S
     if stage == Stage.COMPILE:
         return _COMPILE_SECONDS
     if stage in (Stage.DISPATCH, Stage.COMBINE, Stage.CHECK, Stage.GATHER):
-        return tokens * case.topk * row / _BYTES_PER_S
+        return tokens * case.topk_slots * row / _BYTES_PER_S
     return 0.0
 
 

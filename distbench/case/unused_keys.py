@@ -52,16 +52,16 @@ def note_of_keys(entries: Sequence[Entry]) -> str:
 
 def _reason(key: str, case: Case) -> str:
     """Reason why the case does not use the key, or nothing where it does."""
-    if key == "recv_bound":
-        return "only with the limit off" if case.limit != "off" else ""
-    if key == "caller_wheel":
-        return "only with a caller" if case.caller == "own" else ""
-    if key in _ATOM_KEYS:
-        return "" if case.caller == "atom" else "only with caller atom"
-    if key == "emulate":
-        return "" if _emulates(case) or case.uses_fp8 else "neither mori nor aiter runs"  # fp8: it names the format
-    if key in _TIMING_KEYS:
-        return "" if case.iterations else "nothing is timed: iterations is 0"
+    for keys, is_used, reason in (
+        (("recv_bound",), case.limit == "off", "only with the limit off"),
+        (("caller_wheel",), case.caller != "own", "only with a caller"),
+        (("replica_choice",), bool(case.physical_experts), "no expert has a replica"),
+        (_ATOM_KEYS, case.caller == "atom", "only with caller atom"),
+        (("emulate",), _emulates(case) or case.uses_fp8, "neither mori nor aiter runs"),  # fp8: it names the format
+        (_TIMING_KEYS, bool(case.iterations), "nothing is timed: iterations is 0"),
+    ):
+        if key in keys:
+            return "" if is_used else reason
     return _reason_of_transport(key, case) or _reason_of_experts(key, case)
 
 

@@ -162,7 +162,7 @@ def add_case_options(command: Any, keys: Sequence[str] = tuple(UNITS)) -> None:
 def _add_case_option(group: Any, key: str, unit: str) -> None:
     kind, *notes = get_args(FIELD_HINTS[key])
     default = FIELD_DEFAULTS.get(key)
-    shown = default[0] if isinstance(default, tuple) else default
+    shown = next(iter(default), None) if isinstance(default, tuple) else default
     text = notes[-1].description.replace("%", "%%") + ("" if shown in (None, "", False) else f" (default: {shown})")
     flag, dest = "--" + key.replace("_", "-"), _CASE_DEST + key
     if kind is bool:

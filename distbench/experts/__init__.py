@@ -29,7 +29,7 @@ def make_selector(case: Case) -> KernelSelector:
     rules = rules_for(case.aiter_version) if case.aiter_version else CURRENT
     layer = LayerKey(
         num_local_experts=case.experts_per_rank,
-        topk=case.topk,
+        topk=case.topk_slots,
         model_dim=case.hidden_size,
         inter_dim=case.intermediate_size,
         quant=case.dispatch_dtype,

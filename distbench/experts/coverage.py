@@ -7,6 +7,7 @@ from distbench.experts.formulas import formula_of
 from distbench.experts.roundings import stored_intermediate
 from distbench.workload.blind_spots import blind_spots
 from distbench.workload.exact_plan import ExactPlan, plan_exact
+from distbench.workload.routing_spec import slots_of
 
 
 def plan_of(case: Case) -> ExactPlan:
@@ -19,9 +20,9 @@ def plan_of(case: Case) -> ExactPlan:
     return plan_exact(
         case.hidden_size - case.hidden_pad,
         case.intermediate_size - case.intermediate_pad,
-        case.topk,
+        case.topk_slots,
         case.dispatch_dtype,
-        case.num_experts,
+        case.num_experts + case.shared_experts,
         case.combine_quant,
         case.fp8_format,
         stored_intermediate(case),
@@ -35,4 +36,4 @@ def blind_spots_of(case: Case) -> list[str]:
     Raises:
         InvalidCase: see `plan_of`.
     """
-    return blind_spots(plan_of(case)) if case.numerics != "gaussian" else []
+    return blind_spots(plan_of(case), slots_of(case)) if case.numerics != "gaussian" else []

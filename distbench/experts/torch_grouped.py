@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distbench.case.kinds import inputs_of
 from distbench.case.plugins import Plugin
-from distbench.case.spec import Case, inputs_of
+from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.experts.base import ExpertInput, Experts, ExpertsContext, ExpertWeights
 from distbench.experts.formulas import formula_of

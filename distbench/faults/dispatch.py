@@ -120,7 +120,7 @@ class ForeignIds(Fault):
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Put -1, E and a huge number in the first slots of three rows."""
         live = int(dispatched.total_recv)
-        for row, wrong in zip(range(live), (-1, self.scene.case.num_experts, 1 << 30), strict=False):
+        for row, wrong in zip(range(live), (-1, self.scene.case.placed_experts, 1 << 30), strict=False):
             self.hits += 1
             dispatched.ids[row, 0] = wrong
         return dispatched

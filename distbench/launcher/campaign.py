@@ -11,7 +11,8 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.spec import Case, case_hash, repeats_of
+from distbench.case.kinds import repeats_of
+from distbench.case.spec import Case, case_hash
 from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Position
 from distbench.errors import (

@@ -49,11 +49,11 @@ def memory_bytes(case: Case) -> int:
     """Estimated bytes of all ranks of a case: weights, buffers, routed rows, rows staged for peers, processes."""
     element = 2
     weights = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size * element
-    payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk
+    payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else element) + 8 * case.topk_slots
     buffers = _transports(case) * case.capacity * (payload + case.hidden_size * element)
     scratch = max(min(_WIDENED * weights, _SCRATCH_BYTES), 0 if case.numerics == "exact" else _measuring_bytes(case))
-    work = max(case.tokens) * case.topk * case.hidden_size * 16 + scratch
-    laid = max(case.tokens) * min(case.topk, case.ep_size) * (payload + case.hidden_size * element)
+    work = max(case.tokens) * case.topk_slots * case.hidden_size * 16 + scratch
+    laid = max(case.tokens) * min(case.topk_slots, case.ep_size) * (payload + case.hidden_size * element)
     return _SHARED_BYTES + case.ep_size * (weights + buffers + work + laid + _RANK_BYTES)
 
 
@@ -68,7 +68,7 @@ def _measuring_bytes(case: Case) -> int:
     `verify.ideal` has the weights of one expert at a time, or of some small ones, which take no more than the scratch.
     """
     expert = 32 * case.intermediate_size * case.hidden_size
-    rows = min(sum(case.tokens), _SAMPLED_TOKENS) * case.hidden_size * (32 + 8 * case.topk)
+    rows = min(sum(case.tokens), _SAMPLED_TOKENS) * case.hidden_size * (32 + 8 * case.topk_slots)
     return expert + rows
 
 
@@ -104,9 +104,9 @@ def device_bytes(case: Case) -> int:
     elements = 3 * case.experts_per_rank * case.intermediate_size * case.hidden_size
     triton = case.experts == "triton"
     weights = elements * (3 if triton and case.dispatch_dtype == "fp8" else 2)
-    payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + 8 * case.topk
+    payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + 8 * case.topk_slots
     buffers = _transports(case) * case.capacity * (payload + case.hidden_size * 2)
-    routes = case.topk * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
+    routes = case.topk_slots * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
     cut = _least_cut(case) if case.graph else 0
     return weights + buffers + case.capacity * routes + cut * (routes + case.hidden_size * 2) + _CONTEXT_BYTES
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.aiter_env import table_paths
+from distbench.case.kinds import inputs_of
 from distbench.case.limits import Traffic, resolve_limit
 from distbench.case.resolve import check_fit
 from distbench.case.sglang_releases import rules_of
-from distbench.case.spec import Case, inputs_of
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Unsupported
 from distbench.experts import make_selector
 from distbench.experts.aiter.package import check_available, check_quirks
@@ -30,7 +31,7 @@ from distbench.transport.mori.config import check_environment, heap_size, mori_w
 from distbench.transport.mori.emulated.quirks import parse_quirks
 from distbench.utils.amd_arch import arch_of, fp8_format
 from distbench.utils.devices import compute_units, count_devices, devices_to_hold
-from distbench.workload.routing_spec import ExpertGroup, check_recorded_tokens, check_routing, parse_routing
+from distbench.workload.routing_spec import check_recorded_tokens, check_routing, parse_routing, slots_of
 
 _LITTLE_BYTES = 64 << 10
 
@@ -48,7 +49,8 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     if not any(case.tokens):  # no rank receives a row, which is known before a launch
         resolve_limit(case.limit, Traffic(case.tokens, (0,) * case.ep_size, case.capacity))
     routing = parse_routing(case.routing)
-    check_routing(routing, ExpertGroup(case.ep_size, case.num_experts, case.topk))
+    slots = slots_of(case)
+    check_routing(routing, slots.group, slots)
     check_recorded_tokens(routing, case.tokens)
     if "exact" in inputs_of(case):
         plan_of(case)

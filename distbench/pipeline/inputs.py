@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from distbench.case.spec import Case, inputs_of
+from distbench.case.kinds import inputs_of
+from distbench.case.spec import Case
 from distbench.experts.formulas import formula_of
 from distbench.experts.roundings import stored_intermediate
 from distbench.workload.inputs import Workload, make_workload
+from distbench.workload.routing_spec import slots_of
 
 
 def workload_for(case: Case, device: torch.device) -> Workload:
@@ -34,5 +36,10 @@ def workload_for(case: Case, device: torch.device) -> Workload:
         formula=formula_of(case),
         hidden_pad=case.hidden_pad,
         intermediate_pad=case.intermediate_pad,
+        shared_experts=case.shared_experts,
+        placement=slots_of(case).experts,
+        replica_choice=case.replica_choice,
+        dropped_slots=case.dropped_slots,
+        dropped_tokens=case.dropped_tokens,
         device=device,
     )

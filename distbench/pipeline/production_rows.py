@@ -25,4 +25,4 @@ def _atom_rows(resolved: ResolvedCase, rank: int) -> int:
     bucket = case.atom_graph_bs * case.ep_size
     if case.atom_rule == "native":
         return bucket
-    return bucket * case.topk if bucket else traffic.total_recv[rank]
+    return bucket * case.topk_slots if bucket else traffic.total_recv[rank]

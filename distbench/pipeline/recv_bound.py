@@ -83,7 +83,7 @@ def _by_routes(case: Case, told: tuple[int, ...]) -> Bound:
     if len(told) < case.ep_size:
         reason = f"the metadata has {len(told)} of {case.ep_size} senders"
         return Bound(None, f"{_release(case)}: {reason}")
-    rows = sum(told) * case.topk
+    rows = sum(told) * case.topk_slots
     if not 0 < rows < case.capacity:
         return Bound(None, f"{_release(case)}: a bound of {rows} rows is ignored for a buffer of {case.capacity}")
     return Bound(rows)

@@ -10,9 +10,10 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.case.kinds import inputs_of, with_inputs
 from distbench.case.limits import Traffic, check_capacity
 from distbench.case.plugins import Plugin
-from distbench.case.spec import Case, case_hash, inputs_of, with_inputs
+from distbench.case.spec import Case, case_hash
 from distbench.case.stages import Stage
 from distbench.case.timeouts import compiles
 from distbench.distributed.session import Session
@@ -240,7 +241,7 @@ def _caller(session: Session, resolved: ResolvedCase, experts: Experts) -> Calle
 
 
 def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:
-    mask = torch.zeros(case.num_experts, dtype=torch.int32, device=session.device)
+    mask = torch.zeros(case.placed_experts, dtype=torch.int32, device=session.device)
     mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
     return ExpertWeights(*workload.local_weights(session.rank), mask, *(workload.local_biases(session.rank) or ()))
 

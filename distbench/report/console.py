@@ -164,10 +164,18 @@ def _headlines(report: Report) -> list[str]:
     limit = report.limit
     text = (
         f"{case['model']} H{case['hidden_size']} I{case['intermediate_size']} E{case['num_experts']} "
-        f"top-{case['topk']}, EP{case['ep_size']}, {case['dispatch_dtype']}, {_INPUTS[case['numerics']]} inputs, "
+        f"top-{case['topk']}{_slots(case)}, EP{case['ep_size']}, {case['dispatch_dtype']}, "
+        f"{_INPUTS[case['numerics']]} inputs, "
         f"routing {case['routing']}, {case['transport']} + {case['experts']}, case {case['hash'][:12]}"
     )
     return [text, *_profile_lines(report), *([] if limit is None else [str(limit)])]
+
+
+def _slots(case: dict[str, Any]) -> str:
+    """What the case has besides k routed slots of a token, and one slot of each expert; empty for nothing."""
+    told = {"shared_experts": "{} shared", "physical_experts": "{} slots of them", "dropped_slots": "{:g} of slots -1"}
+    told["dropped_tokens"] = "{:g} of tokens without experts"
+    return "".join(f", {text.format(case[key])}" for key, text in told.items() if case.get(key))
 
 
 def _profile_lines(report: Report) -> list[str]:

@@ -246,7 +246,7 @@ def _method(resolved: ResolvedCase, records: list[Observation]) -> dict[str, Any
     emulated = records[0].device_state is None
     written = max(timed.flushed_bytes for record in records for timed in record.timed.values())
     scales = case.hidden_size // 128 * 4 if case.dispatch_dtype == "fp8" else 0
-    row = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + scales + 8 * case.topk
+    row = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + scales + 8 * case.topk_slots
     return {
         "clock": "host, emulated: a check of the harness, no figure of a device" if emulated else DEVICE_CLOCK,
         "statistic": "slowest rank of each iteration, then min, median, p99 over iterations",

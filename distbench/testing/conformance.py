@@ -27,6 +27,8 @@ RULES: dict[str, str] = {
     "other-contents": "other rows of the same routing leave nothing of those before; errors are those of the ideal",
     "fp8": "an fp8 payload arrives with its scales",
     "odd-widths": "columns and experts in numbers that are no power of two",
+    "dropped-slots": "an id of -1 is no expert, and a token that has no other comes back as zeros",
+    "shared-experts": "each rank holds the same shared experts, in slots that its own tokens have besides their top-k",
     "cut": "experts give the same bits when they get the first rows of the receive buffer only",
     "lossy-cut": "a cut that is one row short loses that row and changes no other",
 }

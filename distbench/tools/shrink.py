@@ -110,7 +110,7 @@ def _sizes(case: Case, level: int) -> dict[str, int]:
     return {
         "ep_size": min(case.ep_size, 2 << level),
         "tokens": min(max(case.tokens), tokens),
-        "experts_per_rank": min(case.experts_per_rank, 2 << level),
+        "experts_per_rank": min(_local(case), 2 << level),
         "topk": min(case.topk, 2 << level),
         "hidden_size": min(case.hidden_size, 128 << level),
         "intermediate_size": min(case.intermediate_size, 128 << level),
@@ -125,7 +125,8 @@ def _candidates(case: Case, shapes: list[dict[str, int]], limits: Sequence[str],
         for sizes in shapes:
             ranks, tokens = sizes["ep_size"], sizes["tokens"]
             shape = {key: size for key, size in sizes.items() if key not in ("ep_size", "tokens", "experts_per_rank")}
-            shape["num_experts"] = max(sizes["experts_per_rank"], -(-sizes["topk"] // ranks)) * ranks
+            experts = max(sizes["experts_per_rank"], -(-sizes["topk"] // ranks)) * ranks
+            shape |= _with_experts(case, experts, ranks)
             shape["max_dispatch_tokens_per_rank"] = max(shape["max_dispatch_tokens_per_rank"], tokens)
             for limit in limits:
                 found += possible(case, **shape, **_on_ranks(case, ranks, tokens), seed=seed, limit=limit)
@@ -188,7 +189,7 @@ def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
     """Yield fewer ranks, with their own tokens and, where there are few, with those of all."""
     total = sum(case.tokens)
     for ranks in _below(case.ep_size, 1):
-        held = _on_ranks(case, ranks, max(case.tokens)) | {"num_experts": _experts(case, ranks)}
+        held = _on_ranks(case, ranks, max(case.tokens)) | _with_experts(case, _experts(case, ranks), ranks)
         spread = tuple((total + place) // ranks for place in range(ranks))
         for tokens in dict.fromkeys((held["tokens"], spread if total <= _FEW_TOKENS else held["tokens"])):
             yield from (held | {"tokens": tokens, "limit": limit} for limit in limits)
@@ -196,7 +197,18 @@ def _fewer_ranks(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
 
 def _experts(case: Case, ranks: int) -> int:
     """Experts for fewer ranks: as many per rank as the case has, or as its top-k needs."""
-    return max(case.experts_per_rank, -(-case.topk // ranks)) * ranks
+    return max(_local(case), -(-case.topk // ranks)) * ranks
+
+
+def _local(case: Case) -> int:
+    """Routed experts for each rank, at least one."""
+    return max(case.num_experts // case.ep_size, 1)
+
+
+def _with_experts(case: Case, experts: int, ranks: int) -> Changes:
+    """Changes to another number of experts, with as many replicas of each as the case has on average."""
+    slots = -(-experts * case.physical_experts // (case.num_experts * ranks)) * ranks
+    return {"num_experts": experts, "physical_experts": slots, "placement": ()}
 
 
 def _fewer_tokens(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
@@ -216,11 +228,23 @@ def _fewer_tokens(case: Case, limits: Sequence[str]) -> Iterator[Changes]:
 
 
 def _fewer_experts(case: Case, _: Sequence[str]) -> Iterator[Changes]:
-    yield from ({"num_experts": local * case.ep_size} for local in _below(case.experts_per_rank, 1))
+    for local in _below(_local(case), 1):
+        yield _with_experts(case, local * case.ep_size, case.ep_size)
 
 
 def _lower(key: str, least: int) -> Ladder:
     return lambda case, _: ({key: value} for value in _below(getattr(case, key), least))
+
+
+def _plainer_slots(case: Case, _: Sequence[str]) -> Iterator[Changes]:
+    plain: tuple[Changes, ...] = (
+        {"physical_experts": 0, "placement": ()},
+        {"placement": ()},
+        {"shared_experts": 0},
+        {"dropped_slots": 0.0},
+        {"dropped_tokens": 0.0},
+    )
+    yield from (one for one in plain if any(getattr(case, key) != value for key, value in one.items()))
 
 
 def _plainer_routing(case: Case, _: Sequence[str]) -> Iterator[Changes]:
@@ -249,4 +273,5 @@ _LADDERS: tuple[Ladder, ...] = (
     _lower("prealloc_max_recv_tokens", 0),
     _lower("repeats", 1),
     _plainer_routing,
+    _plainer_slots,
 )

@@ -100,7 +100,7 @@ class CheckedTransport(TransportAround):
         case, like = self._context.case, self._context.like
         if not isinstance(found, Dispatched):
             self._contract.refuse("dispatch.type", f"it returned a {type(found).__name__}")
-        columns = {"hidden": case.hidden_size, "weights": case.topk, "ids": case.topk}
+        columns = {"hidden": case.hidden_size, "weights": case.topk_slots, "ids": case.topk_slots}
         if like.scales is not None:
             columns["scales"] = like.scales.shape[1]
         elif found.scales is not None:

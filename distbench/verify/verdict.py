@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from distbench.case.spec import inputs_of, with_inputs
+from distbench.case.kinds import inputs_of, with_inputs
 from distbench.errors import Verdict
 from distbench.verify.excuses import Part, in_order, is_noise
 from distbench.verify.records import Divergence, Finding, Gathered, Judgement, Reason, ResolvedCase

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 from distbench.workload.exact_plan import BLOCK, MAX_UNITS, ExactPlan, gate_reads, up_reads
 from distbench.workload.probe_plan import ProbePlan
+from distbench.workload.routing_spec import Slots
 
 # Below this number of hidden columns there are few code columns and few probes.
 _FEW_COLUMNS = 64
 _MANY_WITHOUT_CODE = 0.01
 
 
-def blind_spots(plan: ExactPlan) -> list[str]:
+def blind_spots(plan: ExactPlan, slots: Slots | None = None) -> list[str]:
     """Return a sentence for each kind of damage that the plan's inputs do not show; empty where there is none."""
-    found = [*_of_sums(plan)]
+    found = [*_of_sums(plan), *(_of_slots(slots) if slots else ())]
     if plan.probes is None:
         unseen = "the activation, the gate's columns, roundings and the scales of rows"
         return [f"the shape has no room for probes: {unseen} are not seen", *found]
@@ -41,6 +42,15 @@ def _of_probes(plan: ExactPlan, probes: ProbePlan) -> Iterator[str]:
         yield f"wide columns, of eight significant bits: {wide} of {plan.wide_columns} are read"
     if plan.combine == "fp8_blockwise" and not probes.hot_rows:
         yield "no block of the quantised combine is large enough to be scaled: its scales are not seen"
+
+
+def _of_slots(slots: Slots) -> Iterator[str]:
+    doubled = [rank for rank in range(slots.group.ep_size) if len(slots.held(rank)) < slots.routed_per_rank]
+    if doubled:
+        yield (
+            f"{len(doubled)} of {slots.group.ep_size} ranks hold an expert in two slots, whose weights are alike: "
+            "one slot taken for the other is not seen"
+        )
 
 
 def _of_sums(plan: ExactPlan) -> Iterator[str]:

@@ -17,9 +17,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distbench.workload.bits import permuted, positive_words, words
 from distbench.workload.chunking import rows_at_a_time
+
+ROUTED_SCALING_FACTOR = 2.5
+"""DeepSeek-V3's `routed_scaling_factor`."""
 
 _DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 _CENTRE = 510
@@ -38,13 +42,16 @@ def hidden_states(seed: int, keys: Tensor, hidden_size: int) -> Tensor:
     return _normal(seed, "gaussian/hidden", keys, hidden_size, 1)
 
 
-def routing_weights(seed: int, keys: Tensor, topk: int) -> Tensor:
-    """Return the weights of the tokens with keys int64 [n]: float32 [n, k], above 0, summing to 1 within k ulp.
+def routing_weights(seed: int, keys: Tensor, topk: int, shared: int = 0) -> Tensor:
+    """Return the weights of the tokens with keys int64 [n]: float32 [n, k + N], above 0.
 
-    An ulp is 2**-20 here: weights are integer multiples of it, so every device rounds them alike.
+    The first k sum to 1 within k ulp, an ulp being 2**-20: weights are integer multiples of it, so every device rounds
+    them alike. Those of the N shared slots are 1 over the model's factor for routed experts, by which the layer's
+    output is multiplied later, as in SGLang 0.5.23 (`fused_shared_expert_weight`).
     """
     shares = (positive_words(seed, "gaussian/weights", keys, topk, keys.device) >> 20) + 512
-    return ((shares << _WEIGHT_BITS) // shares.sum(1, keepdim=True)).float() * 2.0**-_WEIGHT_BITS
+    routed = ((shares << _WEIGHT_BITS) // shares.sum(1, keepdim=True)).float() * 2.0**-_WEIGHT_BITS
+    return pad(routed, (0, shared), value=1 / ROUTED_SCALING_FACTOR) if shared else routed
 
 
 def dense_weights(hidden_size: int, intermediate_size: int, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,9 @@ from distbench.workload.numerics import Numerics
 from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.padding import PaddedNumerics
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
-from distbench.workload.routing import are_local, route, token_keys
-from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
+from distbench.workload.routing import are_local, token_keys
+from distbench.workload.routing_spec import ExpertGroup, Routing, Slots, check_routing, parse_routing
+from distbench.workload.slots import logical_experts, route_to_slots
 from distbench.workload.table import Span, routing_table, span_of
 
 DispatchDtype = Literal["bf16", "fp8"]
@@ -35,7 +36,7 @@ class Workload:
     def __init__(  # noqa: PLR0913 - the parts of a workload
         self,
         numerics: Numerics,
-        group: ExpertGroup,
+        slots: Slots,
         routing: Routing,
         *,
         seed: int,
@@ -50,7 +51,8 @@ class Workload:
         `fp8` is the device's fp8 type. `span` are the tokens that are made together; None for none.
         """
         self.numerics = numerics
-        self.group = group
+        self.slots = slots
+        self.group = slots.placed
         self.routing = routing
         self.tokens_per_rank = tokens_per_rank
         self.device = torch.device(device)
@@ -64,7 +66,7 @@ class Workload:
     def blind_spots(self) -> list[str]:
         """Return a sentence for each kind of damage that exact inputs cannot show; empty for gaussian inputs."""
         plan = _plan_of(self.numerics)
-        return [] if plan is None else blind_spots(plan)
+        return [] if plan is None else blind_spots(plan, self.slots)
 
     @property
     def experts_per_rank(self) -> int:
@@ -107,24 +109,22 @@ class Workload:
     def _made(self, ranks: Tensor, tokens: Tensor) -> TokenBatch:
         """Make the tokens of any ranks, int64 [m] each."""
         keys, ids = token_keys(ranks, tokens), self._route(ranks, tokens)
-        hidden, scales = self.numerics.hidden_states(keys, ids), None
+        hidden, scales = self.numerics.hidden_states(keys, self._logical(ids)), None
         if self._quantised:
             hidden, scales = quantize_fp8_blocks(hidden, self.fp8)
         return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
 
     def local_weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return w1 bf16 [El, 2I, H], gate rows before up rows, and w2 bf16 [El, H, I] of the experts of `rank`."""
-        local = self._local_experts(rank)
-        return self.numerics.dense_weights(torch.arange(local.start, local.stop, device=self.device))
+        return self.numerics.dense_weights(self._local_experts(rank))
 
     def local_biases(self, rank: int) -> tuple[Tensor, Tensor] | None:
         """Return bias1 float32 [El, 2I] and bias2 float32 [El, H] of the experts of `rank`, or None."""
-        local = self._local_experts(rank)
-        return self.numerics.biases(torch.arange(local.start, local.stop, device=self.device))
+        return self.numerics.biases(self._local_experts(rank))
 
     def expected(self, batch: TokenBatch) -> Tensor | None:
         """Return combine's expected output for `batch`, bit for bit: bf16 [n, H]; None where bits may vary."""
-        total = self.numerics.expert_rows(batch, range(self.group.num_experts))
+        total = self._expert_rows(batch)
         return None if total is None else self.numerics.returned_rows(total)
 
     def returned_rows(self, rows: Tensor) -> Tensor:
@@ -133,7 +133,8 @@ class Workload:
 
     def expected_rows(self, rank: int, batch: TokenBatch) -> Tensor | None:
         """Return the expected expert rows of `rank` for its received rows: bf16 [m, H]; None where bits may vary."""
-        return self.numerics.expert_rows(batch, self._local_experts(rank))
+        local = are_local(batch.ids, rank, self.experts_per_rank)
+        return self._expert_rows(batch._replace(ids=batch.ids.masked_fill(~local, -1)))
 
     def arriving(self, rank: int) -> tuple[Tensor, Tensor, TokenBatch] | None:
         """Return the source ranks, tokens and rows that `rank` receives, sorted; None where the case is large."""
@@ -165,7 +166,7 @@ class Workload:
             scales = torch.cat([own.scales, received.scales])
         hidden, weights = torch.cat([own.hidden, received.hidden]), torch.cat([own.weights, received.weights])
         both = TokenBatch(hidden, scales, weights, torch.cat([own.ids.masked_fill(here, -1), local]))
-        rows = self.numerics.expert_rows(both, range(self.group.num_experts))
+        rows = self._expert_rows(both)
         assert rows is not None  # noqa: S101 - there is a plan
         tokens, rows = rows[:count], rows[count:]
         if len(rows):
@@ -177,14 +178,26 @@ class Workload:
     def _route(self, ranks: Tensor, tokens: Tensor) -> Tensor:
         places = None if self._span is None else self._span.places(ranks, tokens)
         if self._span is None or places is None:
-            return route(self.routing, self.group, seed=self.seed, ranks=ranks, tokens=tokens)
+            return route_to_slots(self.routing, self.slots, seed=self.seed, ranks=ranks, tokens=tokens)
         return self._routing(self._span).index_select(0, places)
 
     def _routing(self, span: Span) -> Tensor:
-        return routing_table(self.routing, self.group, self.seed, span, self.device)
+        return routing_table(self.routing, self.slots, self.seed, span, self.device)
 
-    def _local_experts(self, rank: int) -> range:
-        return range(rank * self.experts_per_rank, (rank + 1) * self.experts_per_rank)
+    def _logical(self, ids: Tensor) -> Tensor:
+        """Return the logical experts of physical ones; ids of no expert name none."""
+        if not self.slots.shared and not self.slots.experts:
+            return ids
+        valid = (ids >= 0) & (ids < self.group.num_experts)
+        return torch.where(valid, logical_experts(self.slots, self.device)[ids.masked_fill(~valid, 0).long()], -1)
+
+    def _expert_rows(self, batch: TokenBatch) -> Tensor | None:
+        """Return the sums over all experts of a batch with physical ids."""
+        return self.numerics.expert_rows(batch._replace(ids=self._logical(batch.ids)), range(self.slots.logical))
+
+    def _local_experts(self, rank: int) -> Tensor:
+        """Return the logical experts in the slots of `rank`, int64 [El]."""
+        return logical_experts(self.slots, self.device).view(self.group.ep_size, -1)[rank]
 
 
 class ExactNumerics(NamedTuple):
@@ -226,6 +239,7 @@ class GaussianNumerics(NamedTuple):
     topk: int
     seed: int
     bias: bool = False
+    shared: int = 0
 
     def hidden_states(self, keys: Tensor, ids: Tensor) -> Tensor:
         """See `Numerics.hidden_states`; the experts are ignored."""
@@ -234,7 +248,7 @@ class GaussianNumerics(NamedTuple):
 
     def routing_weights(self, keys: Tensor) -> Tensor:
         """See `Numerics.routing_weights`."""
-        return gaussian.routing_weights(self.seed, keys, self.topk)
+        return gaussian.routing_weights(self.seed, keys, self.topk, self.shared)
 
     def dense_weights(self, experts: Tensor) -> tuple[Tensor, Tensor]:
         """See `Numerics.dense_weights`."""
@@ -276,33 +290,40 @@ def make_workload(  # noqa: PLR0913 - a case's keys
     formula: Formula = Formula(),  # noqa: B008 - frozen
     hidden_pad: int = 0,
     intermediate_pad: int = 0,
+    shared_experts: int = 0,
+    placement: tuple[int, ...] = (),
+    replica_choice: str = "dynamic",
+    dropped_slots: float = 0.0,
+    dropped_tokens: float = 0.0,
     device: Device,
 ) -> Workload:
     """Return the inputs that a case describes; `intermediate` is the dtype that experts store between their products.
 
-    `formula` is what the experts compute; both sizes count their pads.
+    `formula` is what the experts compute; both sizes count their pads. `placement` is as in `Slots.experts`.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or the shape cannot be exact.
     """
     group = ExpertGroup(ep_size, num_experts, topk)
+    slots = Slots(group, placement, shared_experts, replica_choice, dropped_slots, dropped_tokens)
     chosen = parse_routing(routing)
-    check_routing(chosen, group)
+    check_routing(chosen, slots.group, slots)
     live = hidden_size - hidden_pad, intermediate_size - intermediate_pad
-    source: Numerics = GaussianNumerics(*live, topk, seed, formula.bias)
+    source: Numerics = GaussianNumerics(*live, slots.group.topk, seed, formula.bias, slots.shared)
     if numerics == "exact":
-        plan = plan_exact(*live, topk, dispatch_dtype, num_experts, combine_quant, fp8_format, intermediate, formula)
+        experts = slots.placed.topk, dispatch_dtype, slots.logical
+        plan = plan_exact(*live, *experts, combine_quant, fp8_format, intermediate, formula)
         source = ExactNumerics(plan, seed)
     if hidden_pad or intermediate_pad:
         source = PaddedNumerics(source, live[0], hidden_pad, intermediate_pad)
     return Workload(
         source,
-        group,
+        slots,
         chosen,
         seed=seed,
         tokens_per_rank=tokens_per_rank,
         dispatch_dtype=dispatch_dtype,
         fp8=fp8_dtype(fp8_format),
         device=device,
-        span=span_of(tokens_per_rank, max(hidden_size, num_experts), torch.device(device)),
+        span=span_of(tokens_per_rank, max(hidden_size, slots.logical), torch.device(device)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from distbench.case.trace_name import KIND, TraceName
 from distbench.workload.bits import positive_words, shuffle, smallest
 from distbench.workload.chunking import rows_at_a_time
-from distbench.workload.routing_spec import ExpertGroup, Routing, recorded_slice
+from distbench.workload.routing_spec import RANK_KINDS, ExpertGroup, Routing, recorded_slice
 
 _CHUNK_BYTES = 16 << 20
 
@@ -27,18 +28,24 @@ def token_keys(ranks: Tensor, tokens: Tensor) -> Tensor:
     return (ranks << 31) | tokens
 
 
-def route(routing: Routing, group: ExpertGroup, *, seed: int, ranks: Tensor, tokens: Tensor) -> Tensor:
+def route(  # noqa: PLR0913 - the parts of a routing
+    routing: Routing, group: ExpertGroup, *, seed: int, ranks: Tensor, tokens: Tensor, held: Sequence[int] = ()
+) -> Tensor:
     """Return the experts of any ranks' tokens: int32 [m, k], distinct global ids, in random slot order.
 
-    ranks, tokens int64 [m] are on the device of the result. `check_routing` has accepted the routing.
+    ranks, tokens int64 [m] are on the device of the result. `held` are the experts of the rank that the routing names,
+    ascending; empty where ranks hold consecutive ones. `check_routing` has accepted the routing.
     """
+    if routing.kind in RANK_KINDS and not held:
+        first = int(routing.parameter) * group.experts_per_rank
+        held = range(first, first + group.experts_per_rank)
     keys = token_keys(ranks, tokens)
     step = rows_at_a_time(_CHUNK_BYTES, group.num_experts * 8, keys.device)
     if keys.numel() <= step:
-        return _CHOOSERS[routing.kind](_Choice(routing, group, seed, keys)).to(torch.int32)
+        return _CHOOSERS[routing.kind](_Choice(routing, group, seed, keys, held)).to(torch.int32)
     chosen = torch.empty(keys.numel(), group.topk, dtype=torch.int32, device=keys.device)
     for start in range(0, keys.numel(), step):
-        choice = _Choice(routing, group, seed, keys[start : start + step])
+        choice = _Choice(routing, group, seed, keys[start : start + step], held)
         chosen[start : start + step] = _CHOOSERS[routing.kind](choice)
     return chosen
 
@@ -66,12 +73,13 @@ def recv_counts(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:
 
 
 class _Choice(NamedTuple):
-    """Inputs of a chooser: the routing, the group, the seed, and the tokens' keys, int64 [m]."""
+    """Inputs of a chooser: the routing, the group, the seed, the tokens' keys int64 [m], the named rank's experts."""
 
     routing: Routing
     group: ExpertGroup
     seed: int
     keys: Tensor
+    held: Sequence[int]
 
     def distinct(self, stream: str, candidates: int, count: int) -> Tensor:
         """Return `count` distinct numbers below `candidates` for each token, in random order: int64 [m, count]."""
@@ -97,22 +105,22 @@ def _zipf(choice: _Choice) -> Tensor:
 
 
 def _hot_rank(choice: _Choice) -> Tensor:
-    group, local = choice.group, choice.group.experts_per_rank
-    elsewhere = group.num_experts - local
-    hot = max(min(-(-group.topk // 2), local), group.topk - elsewhere)
-    first = int(choice.routing.parameter) * local
-    there = choice.distinct("hot", local, hot) + first
+    group, device = choice.group, choice.keys.device
+    held = torch.tensor(choice.held, device=device)
+    elsewhere = torch.ones(group.num_experts, dtype=torch.bool, device=device)
+    elsewhere = elsewhere.index_fill(0, held, value=False).nonzero().flatten()
+    hot = max(min(-(-group.topk // 2), len(held)), group.topk - len(elsewhere))
+    there = held[choice.distinct("hot", len(held), hot)]
     if hot == group.topk:
         return there
-    others = choice.distinct("cold", elsewhere, group.topk - hot)
-    others += (others >= first) * local
+    others = elsewhere[choice.distinct("cold", len(elsewhere), group.topk - hot)]
     order = choice.distinct("slots", group.topk, group.topk)
     return torch.cat([there, others], dim=1).gather(1, order)
 
 
 def _fan_in(choice: _Choice) -> Tensor:
-    local = choice.group.experts_per_rank
-    return choice.distinct("fan-in", local, choice.group.topk) + int(choice.routing.parameter) * local
+    held = torch.tensor(choice.held, device=choice.keys.device)
+    return held[choice.distinct("fan-in", len(held), choice.group.topk)]
 
 
 def _local(choice: _Choice) -> Tensor:

@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from distbench.case.placement import experts_in_slots
 from distbench.case.trace_name import KIND, TraceName, trace_name
 from distbench.errors import InvalidCase
 
 if TYPE_CHECKING:
+    from distbench.case.spec import Case
     from distbench.workload.trace_file import Slice
 
 ALLOWED_ROUTINGS = "uniform, zipf:S, hot-rank:R, fan-in:R, local, duplicates, trace:FILE@STEP.LAYER"
 _PLAIN_KINDS = ("uniform", "local", "duplicates")
-_RANK_KINDS = ("hot-rank", "fan-in")
+RANK_KINDS = ("hot-rank", "fan-in")
+"""Kinds that name a rank."""
+_UNREPLICATED = ("local", "duplicates")
+_ONE_RANK = ("fan-in", "local")
 _RANK_DIGITS = 9
 _MAX_ZIPF = 8.0
 _SHOWN_RANKS = 16
@@ -41,7 +46,7 @@ class Routing(msgspec.Struct, frozen=True):
 
 
 class ExpertGroup(NamedTuple):
-    """W ranks that share E experts evenly, and k, the experts of a token."""
+    """W ranks that share E experts evenly, and k, the experts of a token; E and k may count slots (`Slots.placed`)."""
 
     ep_size: int
     num_experts: int
@@ -51,6 +56,55 @@ class ExpertGroup(NamedTuple):
     def experts_per_rank(self) -> int:
         """Local experts El; rank r holds [r * El, (r + 1) * El)."""
         return self.num_experts // self.ep_size
+
+
+class Slots(NamedTuple):
+    """What becomes of a token's k routed experts: slots on ranks, shared slots behind them, and ids of -1.
+
+    `group` has the routed experts and k. `experts` has the expert in each slot of routed experts, the same number of
+    slots on each rank; empty where slot p holds expert p. Each rank holds `shared` experts more. Shares are of 1.
+    """
+
+    group: ExpertGroup
+    experts: tuple[int, ...] = ()
+    shared: int = 0
+    replica_choice: str = "dynamic"
+    dropped_slots: float = 0.0
+    dropped_tokens: float = 0.0
+
+    @property
+    def routed_per_rank(self) -> int:
+        """Slots of routed experts on a rank."""
+        return (len(self.experts) or self.group.num_experts) // self.group.ep_size
+
+    @property
+    def placed(self) -> ExpertGroup:
+        """The ranks with all their slots as experts, and all slots of a token: what dispatch and combine see."""
+        ranks = self.group.ep_size
+        return ExpertGroup(ranks, (self.routed_per_rank + self.shared) * ranks, self.group.topk + self.shared)
+
+    @property
+    def logical(self) -> int:
+        """Number of experts with weights of their own: routed ones, then shared ones."""
+        return self.group.num_experts + self.shared
+
+    def held(self, rank: int) -> list[int]:
+        """Routed experts with a slot on `rank`, ascending."""
+        here = range(rank * self.routed_per_rank, (rank + 1) * self.routed_per_rank)
+        return sorted({self.experts[slot] for slot in here}) if self.experts else list(here)
+
+
+def slots_of(case: Case) -> Slots:
+    """Slots of a case's tokens."""
+    replicated = case.physical_experts or case.placement
+    return Slots(
+        ExpertGroup(case.ep_size, case.num_experts, case.topk),
+        experts_in_slots(case.num_experts, case.physical_experts, case.placement) if replicated else (),
+        case.shared_experts,
+        case.replica_choice,
+        case.dropped_slots,
+        case.dropped_tokens,
+    )
 
 
 def parse_routing(text: str) -> Routing:
@@ -65,7 +119,7 @@ def parse_routing(text: str) -> Routing:
     kind, colon, parameter = text.strip().partition(":")
     if kind in _PLAIN_KINDS and not colon:
         return Routing(kind)
-    if kind in _RANK_KINDS and parameter.isascii() and parameter.isdigit() and len(parameter) <= _RANK_DIGITS:
+    if kind in RANK_KINDS and parameter.isascii() and parameter.isdigit() and len(parameter) <= _RANK_DIGITS:
         return Routing(kind, int(parameter))
     if kind == "zipf":
         exponent = _number(parameter)
@@ -77,8 +131,8 @@ def parse_routing(text: str) -> Routing:
     raise InvalidCase(message)
 
 
-def check_routing(routing: Routing, group: ExpertGroup) -> None:
-    """Refuse a routing that `group` cannot carry out.
+def check_routing(routing: Routing, group: ExpertGroup, slots: Slots | None = None) -> None:
+    """Refuse a routing that `group` cannot carry out, or that `slots` of replicas, if there are any, leave undefined.
 
     Raises:
         InvalidCase: a rank outside the group, more experts per token than the one rank of a token holds, or a recording
@@ -86,13 +140,19 @@ def check_routing(routing: Routing, group: ExpertGroup) -> None:
     """
     if routing.trace is not None:
         _check_trace(routing.trace, group)
-    if routing.kind in _RANK_KINDS and not routing.parameter < group.ep_size:
+    if routing.kind in RANK_KINDS and not routing.parameter < group.ep_size:
         message = f"routing = {routing}: with {group.ep_size} ranks, R is allowed from 0 to {group.ep_size - 1}"
         raise InvalidCase(message)
-    if routing.kind in ("fan-in", "local") and group.topk > group.experts_per_rank:
+    if slots is not None and slots.experts and routing.kind in _UNREPLICATED:
+        message = f"routing = {routing}: not with replicated experts; use hot-rank:R, fan-in:R, or one by experts"
+        raise InvalidCase(message)
+    if routing.kind not in _ONE_RANK:
+        return
+    on_one = len(slots.held(int(routing.parameter))) if slots is not None and slots.experts else group.experts_per_rank
+    if group.topk > on_one:
         message = (
             f"routing = {routing}: needs all topk = {group.topk} experts of a token on one rank, which holds "
-            f"{group.experts_per_rank}; use fewer ranks, a smaller topk or hot-rank:R"
+            f"{on_one}; use fewer ranks, a smaller topk or hot-rank:R"
         )
         raise InvalidCase(message)
 

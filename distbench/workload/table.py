@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distbench.workload.routing import route
-from distbench.workload.routing_spec import ExpertGroup, Routing
+from distbench.workload.routing_spec import Routing, Slots
+from distbench.workload.slots import route_to_slots
 
 # Memory of a table: on a CPU within its caches, on a device 128 MiB of bf16.
 _ON_CPU, _ON_DEVICE = 1 << 18, 1 << 26
@@ -50,7 +50,7 @@ def span_of(tokens_per_rank: tuple[int, ...], columns: int, device: torch.device
 
 
 @lru_cache(maxsize=1)
-def routing_table(routing: Routing, group: ExpertGroup, seed: int, span: Span, device: torch.device) -> Tensor:
+def routing_table(routing: Routing, slots: Slots, seed: int, span: Span, device: torch.device) -> Tensor:
     """Return the experts of all tokens of `span`, int32 [rows, k]; both kinds of inputs of a case share them."""
     ranks, tokens = span.everyone(device)
-    return route(routing, group, seed=seed, ranks=ranks, tokens=tokens)
+    return route_to_slots(routing, slots, seed=seed, ranks=ranks, tokens=tokens)

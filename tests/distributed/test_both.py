@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT
+from distbench.case.kinds import repeats_of
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.spec import Case, repeats_of
+from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.experts import make_experts
 from distbench.experts.base import ExpertInput, Experts, ExpertWeights

@@ -62,7 +62,7 @@ class AtomCaller(Caller):
                 topk_weights=batch.weights,
                 topk_ids=batch.ids,
                 quant_type=self._quant_type,
-                global_num_experts=self._case.num_experts,
+                global_num_experts=self._case.placed_experts,
                 expert_mask=weights.mask,
                 w1_scale=layer.w1_scale,
                 w2_scale=layer.w2_scale,

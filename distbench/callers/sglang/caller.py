@@ -83,8 +83,8 @@ def _dispatcher(sglang: Sglang, setting: Setting, op: MoriOperator) -> Any:
     case, names = setting.case, sglang.dispatcher
     dispatcher = names["MoriEPDispatcher"](
         group=None,
-        router_topk=case.topk,
-        num_experts=case.num_experts,
+        router_topk=case.topk_slots,
+        num_experts=case.placed_experts,
         num_local_experts=case.experts_per_rank,
         hidden_size=case.hidden_size,
         params_dtype=torch.bfloat16,
@@ -99,11 +99,11 @@ def _dispatcher(sglang: Sglang, setting: Setting, op: MoriOperator) -> Any:
 def _runner(sglang: Sglang, setting: Setting) -> Any:
     case = setting.case
     config = sglang.base["MoeRunnerConfig"](
-        num_experts=case.num_experts,
+        num_experts=case.placed_experts,
         num_local_experts=case.experts_per_rank,
         hidden_size=case.hidden_size,
         intermediate_size_per_partition=case.intermediate_size,
-        top_k=case.topk,
+        top_k=case.topk_slots,
         params_dtype=torch.bfloat16,
     )
     return sglang.runner["AiterRunnerCore"](config)

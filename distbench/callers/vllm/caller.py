@@ -56,7 +56,7 @@ class VllmCaller(Caller):
                 topk_ids=batch.ids,
                 topk_weights=batch.weights,
                 activation=self._vllm.activation.SILU,
-                global_num_experts=self._case.num_experts,
+                global_num_experts=self._case.placed_experts,
                 expert_map=self._mask,
             )
         return combined
@@ -104,7 +104,7 @@ class _Buffers:
 def _expert_mask(vllm: Vllm, setting: Setting) -> Tensor | None:
     """The mask int32 [E + 1] that vLLM makes for aiter; None for one rank."""
     case = setting.case
-    _, _, mask = vllm.expert_map(case.ep_size, setting.rank, case.num_experts, return_expert_mask=True)
+    _, _, mask = vllm.expert_map(case.ep_size, setting.rank, case.placed_experts, return_expert_mask=True)
     return None if mask is None else mask.to(setting.device)
 
 

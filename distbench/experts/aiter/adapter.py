@@ -19,7 +19,7 @@ from distbench.case.plugins import Plugin
 from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.experts import overrides_of
-from distbench.experts.aiter.arguments import check_arguments, check_ids, check_live
+from distbench.experts.aiter.arguments import check_arguments, check_dropped, check_ids, check_live
 from distbench.experts.aiter.log import kernel_log
 from distbench.experts.aiter.package import (
     PACKAGE,
@@ -64,7 +64,7 @@ class AiterExperts(Experts):
         self.package = package
         self._key = LayerKey(
             num_local_experts=case.experts_per_rank,
-            topk=case.topk,
+            topk=case.topk_slots,
             model_dim=case.hidden_size,
             inter_dim=case.intermediate_size,
             quant=case.dispatch_dtype,
@@ -85,6 +85,7 @@ class AiterExperts(Experts):
             check_settings(case)
             check_honoured(case, self._release)
         check_parameters(case, package)
+        check_dropped(case)
         if case.dispatch_dtype == "fp8":
             _check_fp8(case, self._key.arch)
         self._activation = getattr(package.root.ActivationType, ACTIVATIONS[case.activation])

@@ -10,7 +10,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distbench.errors import DistbenchError
+from distbench.case.spec import Case
+from distbench.errors import DistbenchError, Unsupported
 from distbench.workload.exact_plan import BLOCK
 
 
@@ -52,6 +53,20 @@ def check_ids(ids: Tensor, num_experts: int) -> None:
     wild = ids[(ids < 0) | (ids >= num_experts)]
     if wild.numel():
         _refuse(f"topk_ids holds {int(wild[0])} in a valid row: allowed is 0 to {num_experts - 1}")
+
+
+def check_dropped(case: Case) -> None:
+    """Refuse a case whose tokens have ids of -1: aiter's sorter would read its mask at them.
+
+    Raises:
+        Unsupported: says what production does instead.
+    """
+    if case.dropped_slots or case.dropped_tokens:
+        message = (
+            "dropped_slots, dropped_tokens: aiter's sorter reads expert_mask at each id, and -1 is out of bounds; on "
+            "ROCm SGLang gives such tokens expert 0 with weight 0. Use experts reference or triton, or drop the keys"
+        )
+        raise Unsupported(message)
 
 
 def check_live(live: int, rows: int) -> None:

@@ -50,11 +50,11 @@ class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def shape_of(case: Case) -> LayerShape:
     """Return the layer shape of a case, the key of kernel choice."""
     return LayerShape(
-        num_experts=case.num_experts,
+        num_experts=case.placed_experts,
         num_local_experts=case.experts_per_rank,
         hidden_size=case.hidden_size,
         intermediate_size=case.intermediate_size,
-        topk=case.topk,
+        topk=case.topk_slots,
         quant=case.dispatch_dtype,
     )
 

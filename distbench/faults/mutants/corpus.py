@@ -65,7 +65,7 @@ class Site(NamedTuple):
 
     def rows_of(self, group: Group) -> Tensor:
         """Return the row of each route of a group, int64 [g, m]; -1 past an expert's last route."""
-        rows = group.routes.div(self.case.topk, rounding_mode="floor")
+        rows = group.routes.div(self.case.topk_slots, rounding_mode="floor")
         return torch.where(group.routes < group.total, rows, -1)
 
     def rare_in(self, group: Group) -> Tensor:

@@ -196,7 +196,7 @@ def expert_0_skipped(site: Site, given: ExpertInput) -> ExpertInput:
 def mask_ignored(site: Site, given: ExpertInput) -> ExpertInput:
     """Experts of other ranks are computed too, with local weights."""
     ids = site.first_expert + given.ids % site.case.experts_per_rank
-    return given._replace(ids=torch.where(given.ids < site.case.num_experts, ids, given.ids).to(torch.int32))
+    return given._replace(ids=torch.where(given.ids < site.case.placed_experts, ids, given.ids).to(torch.int32))
 
 
 @_id("asked")

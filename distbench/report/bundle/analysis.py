@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from distbench.case.spec import Case, inputs_of, with_inputs
+from distbench.case.kinds import inputs_of, with_inputs
+from distbench.case.spec import Case
 from distbench.case.stages import Arm, Stage
 from distbench.errors import InvalidCase
 from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
@@ -243,7 +244,7 @@ def _cut(rank: int, rows: ArmRows) -> StageFinding:
 def _summed(case: Case, order: SumOrder, sums: _Sums) -> list[StageFinding]:
     """Compare each recorded token with the sum of its recorded expert rows, in its transport's order of addition."""
     rows: dict[tuple[int, str], list[bool]] = defaultdict(list)
-    group = ExpertGroup(case.ep_size, case.num_experts, case.topk)
+    group = ExpertGroup(case.ep_size, case.placed_experts, case.topk_slots)
     for (arm, rank, token), combined in sums.combined.items():
         made = sums.rows.get((arm, rank, token), {})
         ids = torch.tensor([sums.ids[rank, token]])

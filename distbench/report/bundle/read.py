@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
+from distbench.case.kinds import inputs_of
 from distbench.case.limits import Traffic
 from distbench.case.resolve import Layer, resolve_case
-from distbench.case.spec import UNSTORED_KEYS, Case, inputs_of
+from distbench.case.spec import UNSTORED_KEYS, Case
 from distbench.case.stages import ARMS, LAYER_STAGES, Arm
 from distbench.errors import InvalidCase
 from distbench.report.bundle.layout import (
@@ -248,7 +249,7 @@ class _TensorHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def tensor_kinds(case: Case) -> dict[str, tuple[str, int | None]]:
     """Tensors that a part may hold: by name, the safetensors dtype, and columns (None: a vector)."""
-    hidden, topk = case.hidden_size, case.topk
+    hidden, topk = case.hidden_size, case.topk_slots
     batch: dict[str, tuple[str, int | None]] = {
         "hidden": (_FP8[case.fp8_format] if case.dispatch_dtype == "fp8" else "BF16", hidden),
         "weights": ("F32", topk),

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
-from distbench.case.spec import Case, inputs_of
+from distbench.case.kinds import inputs_of
+from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.errors import Verdict
@@ -65,7 +66,7 @@ def write_parts(session: Session, recorder: Recorder, folder: Path, outcome: Out
     hosts = [record.host for record in outcome.gathered.observations]
     parts = [_part(rank, host, row) for rank, (host, row) in enumerate(zip(hosts, written, strict=True))]
     left_out = max(_wrong_tokens(_failed_part(outcome) or outcome.gathered), len(known)) - len(taken)
-    unrouted = _unrouted(outcome.case, routed_tokens(outcome.case.topk))
+    unrouted = _unrouted(outcome.case, routed_tokens(outcome.case.topk_slots))
     return Recorded(
         tokens=taken,
         left_out=left_out,
@@ -91,7 +92,7 @@ def _failed_part(outcome: Outcome) -> Gathered | None:
 def write_routing(folder: Path, case: Case, hosts: dict[int, str]) -> Recorded:
     """Write the routing of all ranks, which are lost, as parts: they can record nothing; any machine regenerates it."""
     workload = workload_for(case, torch.device("cpu"))
-    routed = routed_tokens(case.topk, min(ROUTING_BYTES, RECORDED_BYTES // case.ep_size))
+    routed = routed_tokens(case.topk_slots, min(ROUTING_BYTES, RECORDED_BYTES // case.ep_size))
     parts = []
     for rank, count in enumerate(case.tokens):
         content = save({"routing": workload.routing_of(rank, min(count, routed))})
@@ -134,8 +135,8 @@ def _unrouted(case: Case, routed: int) -> int:
 def _affordable(case: Case) -> int:
     """Number of tokens that fit into `RECORDED_BYTES`: their rows on every rank that they go to, in every arm."""
     arms, element = 4, 2
-    row = case.hidden_size * 3 * element + 12 * case.topk
-    token = arms * (min(case.topk, case.ep_size) * row + case.hidden_size * element) + row
+    row = case.hidden_size * 3 * element + 12 * case.topk_slots
+    token = arms * (min(case.topk_slots, case.ep_size) * row + case.hidden_size * element) + row
     return max(min(RECORDED_BYTES // token, MAX_TOKENS), 1)
 
 

@@ -259,7 +259,7 @@ def make(context: TransportContext) -> CollectiveTransport:
     geometry = Geometry(
         rank=context.rank,
         ep_size=case.ep_size,
-        num_experts=case.num_experts,
+        num_experts=case.placed_experts,
         capacity=case.capacity,
         counts=context.counts,
     )

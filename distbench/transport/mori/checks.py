@@ -31,8 +31,8 @@ def check_batch(batch: TokenBatch, case: Case, plan: MoriPlan, device: torch.dev
             (tokens, case.hidden_size),
             fp8_dtype(case.fp8_format) if case.dispatch_dtype == "fp8" else torch.bfloat16,
         ),
-        "weights": (batch.weights, (tokens, case.topk), torch.float32),
-        "ids": (batch.ids, (tokens, case.topk), torch.int32),
+        "weights": (batch.weights, (tokens, case.topk_slots), torch.float32),
+        "ids": (batch.ids, (tokens, case.topk_slots), torch.int32),
     }
     if case.dispatch_dtype == "fp8":
         wanted["scales"] = (batch.scales, (tokens, scales), torch.float32)
@@ -46,6 +46,20 @@ def check_batch(batch: TokenBatch, case: Case, plan: MoriPlan, device: torch.dev
     if tokens > case.max_dispatch_tokens_per_rank:
         _refuse(f"{tokens} tokens, max_dispatch_tokens_per_rank is {case.max_dispatch_tokens_per_rank}; raise it")
     _check_ids(batch.ids, case, plan)
+
+
+def check_dropped(case: Case, plan: MoriPlan) -> None:
+    """Refuse ids of -1 for a kernel that does not skip them.
+
+    Raises:
+        Unsupported: names the kernel and those that do.
+    """
+    if (case.dropped_slots or case.dropped_tokens) and plan.kernel not in SKIPS_NEGATIVE:
+        message = (
+            f"dropped_slots, dropped_tokens: {plan.kernel} of MoRI sends an id of -1 to rank 0; use IntraNode, "
+            "IntraNodeLL or InterNodeV1, or drop the keys"
+        )
+        raise Unsupported(message)
 
 
 def check_routing_is_own(ids: Tensor, routing: Tensor) -> None:
@@ -104,9 +118,9 @@ def _check_ids(ids: Tensor, case: Case, plan: MoriPlan) -> None:
     least, most = (int(bound) for bound in ids.aminmax())
     if least < 0 and plan.kernel not in SKIPS_NEGATIVE:
         _refuse(f"id {least}: {plan.kernel} sends a negative id to rank 0; use IntraNode, IntraNodeLL or InterNodeV1")
-    if most >= case.num_experts:
+    if most >= case.placed_experts:
         _refuse(
-            f"id {most}: the last expert is {case.num_experts - 1}, and {plan.kernel} drops such a slot or ends the "
+            f"id {most}: the last expert is {case.placed_experts - 1}, and {plan.kernel} drops such a slot or ends the "
             "process; correct the ids"
         )
 

@@ -78,7 +78,7 @@ class MoriPlan(msgspec.Struct, frozen=True, kw_only=True):
             "max_token_type_size": _ELEMENT,
             "max_num_inp_token_per_rank": case.max_dispatch_tokens_per_rank,
             "num_experts_per_rank": case.experts_per_rank,
-            "num_experts_per_token": case.topk,
+            "num_experts_per_token": case.topk_slots,
             "warp_num_per_block": self.launch.warps,
             "block_num": self.launch.blocks,
             "use_external_inp_buf": self.external,
@@ -291,12 +291,12 @@ def _check_kernel(case: Case, kernel: str, nodes: int) -> None:
             f"mori_kernel = {kernel}: {case.ep_size} ranks on {nodes} nodes; it moves rows within one node of up to "
             f"{_MAX_NODE} ranks; use InterNodeV1, InterNodeV1LL or AsyncLL"
         )
-    if kernel == "IntraNodeLL" and case.topk > _LL_TOPK:
-        _refuse(f"topk = {case.topk}: IntraNodeLL loses the slots past {_LL_TOPK}; use IntraNode")
-    if kernel in TWO_LEVELS and nodes > case.topk:
-        _refuse(f"topk = {case.topk}: {kernel} has room for {case.topk} nodes, the case has {nodes}; use AsyncLL")
-    if case.topk >= _MAX_TOPK:
-        _refuse(f"topk = {case.topk}: MoRI's kernels take up to {_MAX_TOPK - 1}")
+    if kernel == "IntraNodeLL" and case.topk_slots > _LL_TOPK:
+        _refuse(f"topk = {case.topk_slots}: IntraNodeLL loses the slots past {_LL_TOPK}; use IntraNode")
+    if kernel in TWO_LEVELS and nodes > case.topk_slots:
+        _refuse(f"topk = {case.topk_slots}: {kernel} has room for as many nodes, the case has {nodes}; use AsyncLL")
+    if case.topk_slots >= _MAX_TOPK:
+        _refuse(f"topk = {case.topk_slots}: MoRI's kernels take up to {_MAX_TOPK - 1}")
 
 
 def _check_input(case: Case, kernel: str) -> None:
@@ -347,7 +347,7 @@ def _row_bytes(case: Case, environ: Mapping[str, str]) -> int:
 
 def _slot_bytes(case: Case, kernel: str, environ: Mapping[str, str]) -> int:
     """Bytes that MoRI allots to a row of the combine buffer."""
-    payload, rest = case.hidden_size * _ELEMENT, 8 * case.topk + 4
+    payload, rest = case.hidden_size * _ELEMENT, 8 * case.topk_slots + 4
     if kernel == "IntraNode" and case.combine_quant in BLOCKWISE:
         if case.combine_quant == "fp4_blockwise":
             payload = -(-case.hidden_size // 2)
@@ -371,7 +371,7 @@ def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str],
     """
     rows, most = case.capacity, case.ep_size * case.max_dispatch_tokens_per_rank
     sender, payload = case.max_dispatch_tokens_per_rank, case.hidden_size * _ELEMENT
-    transfer = payload + 8 * case.topk + 4 + _scale_bytes(case)
+    transfer = payload + 8 * case.topk_slots + 4 + _scale_bytes(case)
     if kernel in INTRA:
         staging = rows * _slot_bytes(case, kernel, environ)
     elif kernel in TWO_LEVELS:
@@ -381,7 +381,7 @@ def _heap_bytes(case: Case, kernel: str, nodes: int, environ: Mapping[str, str],
     blocks = _block_scale_bytes(environ) if case.combine_quant in BLOCKWISE else 0
     scales = rows * (max(_scale_bytes(case), blocks) + _scale_bytes(case))
     maps = most * case.experts_per_rank * 4
-    return staging + (rows + sender) * payload + 5 * rows * case.topk * 4 + scales + maps + SMALL_BUFFERS
+    return staging + (rows + sender) * payload + 5 * rows * case.topk_slots * 4 + scales + maps + SMALL_BUFFERS
 
 
 def _refuse(message: str) -> NoReturn:

@@ -27,6 +27,7 @@ from distbench.transport.base import Dispatched, Transport, TransportContext, po
 from distbench.transport.mori.checks import (
     check_batch,
     check_device,
+    check_dropped,
     check_routing_is_own,
     compute_units_of,
     excess_blocks,
@@ -101,6 +102,7 @@ class MoriTransport(Transport):
             mori = _package(case, session.device)
             units = None if session.device.type == "cpu" else compute_units_of(session.device)
             self._plan = plan_mori(case, os.environ, session.local_ranks, units=units)
+            check_dropped(case, self._plan)
             heap_bytes = heap_size(self._plan, os.environ, emulated=case.emulate)
             if not case.emulate:
                 check_device(case, self._plan, session.device)

@@ -211,6 +211,8 @@ def test_options_of_a_plugin_without_any_are_refused_by_name() -> None:
         ({"devices": ("cuda",)}, {}, "cpu", "device = cpu"),
         ({"dtypes": ("bf16",)}, {"dispatch_dtype": "fp8"}, "cpu", "dispatch_dtype = fp8"),
         ({"zero_tokens": False}, {"tokens": (0, 1)}, "cpu", "ranks without tokens"),
+        ({"negative_ids": False}, {"dropped_slots": 0.1}, "cpu", "ids of -1"),
+        ({"negative_ids": False}, {"dropped_tokens": 0.1}, "cpu", "ids of -1"),
         ({}, {"two_batch_overlap": True}, "cpu", "two_batch_overlap"),
     ],
 )
