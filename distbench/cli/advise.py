@@ -14,7 +14,6 @@ from distbench.errors import InvalidCase
 if TYPE_CHECKING:
     from distbench.case.spec import Case
     from distbench.tools.advise.batches import Limits, Steps
-    from distbench.tools.advise.hits import Placement
     from distbench.tools.advise.question import Question
     from distbench.tools.advise.recording import Recording
     from distbench.tools.advise.routing import Model
@@ -23,11 +22,10 @@ _KEYS = (
     *("profile", "model", "hidden_size", "intermediate_size", "num_experts", "topk", "tokens", "routing", "seed"),
     *("limit", "max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens", "sglang_version", "dispatch_dtype"),
     *("kernel_table", "cu_count", "aiter_version", "aiter_ksplit", "aiter_bypass_tune", "activation"),
-    *("doweight_stage1", "two_batch_overlap", "tp_size"),
+    *("doweight_stage1", "two_batch_overlap", "tp_size", "shared_experts", "physical_experts", "placement"),
 )
 _MOST_STEPS = 1 << 22
 _MOST_LAYERS = 4096
-_MOST_SLOTS = 1 << 17
 
 
 def add(commands: Any) -> None:
@@ -58,12 +56,6 @@ def add(commands: Any) -> None:
         "--steps", type=whole(1, _MOST_STEPS), default=10_000, metavar="N", help="default: %(default)s"
     )
     command.add_argument("--chance", type=_chance, default=1e-9, metavar="P", help="of a step (default: %(default)s)")
-    slots = command.group("slots", "replicated and shared experts")
-    slots.add_argument("--physical-experts", type=whole(1, _MOST_SLOTS), metavar="N", help="slots of routed experts")
-    slots.add_argument("--placement", metavar="FILE", default="", help="JSON list: the expert of each slot, as of EPLB")
-    slots.add_argument(
-        "--shared-slots", type=whole(0, 64), default=0, metavar="N", help="shared experts in slots of their own a rank"
-    )
     output_of(command).add_argument(
         "--cases", metavar="DIR", default="", help="write case files that show what is proven"
     )
@@ -95,7 +87,7 @@ def _advise(options: argparse.Namespace) -> int:
         )
         model = recording.model if recording else _model(options, question)
         question = question._replace(layers=len(model.layers))
-        kernels, rows = Kernels(question.kernel_case), None if options.batches else recording
+        kernels, rows = Kernels(question.case), None if options.batches else recording
         advice = advise(question, steps, model, kernels, _notes(question), rows)
         made.append(advice)
         print_advice(advice)
@@ -113,24 +105,16 @@ def _question(options: argparse.Namespace) -> tuple[Question, bool]:
     from distbench.case.limits import Traffic, resolve_limit
     from distbench.case.presets import PRESETS
     from distbench.case.resolve import resolve_case
-    from distbench.tools.advise.hits import round_robin
+    from distbench.tools.advise.hits import placement_of
     from distbench.tools.advise.question import Question
 
     flags = case_flags(options)
     environment = [layer for layer in read_environment(os.environ, flags) if not layer.unsupported]
     resolved = resolve_case([*flags, *environment], options.ep_size, fit=False)
     case, own_tokens = resolved.case, resolved.sources["tokens"] != "default"
-    experts = case.num_experts
-    placement = (
-        _read_placement(options.placement, experts, case.ep_size)
-        if options.placement
-        else round_robin(experts, _slots(options.physical_experts, experts, case.ep_size), case.ep_size)
-    )
-    changed: dict[str, Any] = {"num_experts": len(placement.experts)}
     if not own_tokens:
-        changed["tokens"] = (case.max_dispatch_tokens_per_rank,) * case.ep_size
-    case = msgspec.structs.replace(case, **changed)
-    _check(case, experts, options)
+        case = msgspec.structs.replace(case, tokens=(case.max_dispatch_tokens_per_rank,) * case.ep_size)
+    _check(case, options)
     rows = Traffic(case.tokens, (0,) * case.ep_size, case.capacity)
     asked = resolved.sources["limit"] != "default"
     if asked and case.limit.startswith("max-recv"):
@@ -141,62 +125,18 @@ def _question(options: argparse.Namespace) -> tuple[Question, bool]:
     known = PRESETS.get(case.model)
     layers = options.layers or (known.layers if known else 1)
     limit = (resolve_limit(case.limit, rows) or case.capacity) if asked else None
-    return Question(case, placement, options.shared_slots, layers, limit, options.nodes, options.chance), own_tokens
+    return Question(case, placement_of(case), layers, limit, options.nodes, options.chance), own_tokens
 
 
-def _slots(asked: int | None, experts: int, ep_size: int) -> int:
-    """Number of slots of routed experts."""
-    from distbench.tools.advise.question import refuse_uneven
-
-    if asked is None:
-        refuse_uneven(experts, ep_size)
-        return experts
-    if asked % ep_size or asked < experts:
-        message = (
-            f"--physical-experts {asked}: {ep_size} ranks share the slots evenly, and each of {experts} experts has "
-            f"one; give a multiple of {ep_size} from {-(-experts // ep_size) * ep_size} up"
-        )
-        raise InvalidCase(message)
-    return asked
-
-
-def _read_placement(path: str, experts: int, ep_size: int) -> Placement:
-    import msgspec
-    import numpy as np
-
-    from distbench.case.table_file import open_regular
-    from distbench.tools.advise.hits import Placement
-    from distbench.utils.text import one_line
-
-    try:
-        with os.fdopen(open_regular(path), "rb") as stream:
-            slots = msgspec.json.decode(stream.read(_MOST_SLOTS * 16), type=list[int])
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        message = f"--placement {path!r:.200}: cannot be read ({reason}); give a JSON list of the expert of each slot"
-        raise InvalidCase(message) from error
-    held = set(slots)
-    if len(slots) % ep_size or len(slots) > _MOST_SLOTS or held != set(range(experts)):
-        message = (
-            f"--placement {path!r:.200}: {len(slots)} slots of {len(held)} experts; give a multiple of {ep_size} slots"
-            f", at most {_MOST_SLOTS}, with each of the experts 0 to {experts - 1}"
-        )
-        raise InvalidCase(message)
-    return Placement(np.array(slots, dtype=np.int64), len(slots) // ep_size, experts)
-
-
-def _check(case: Case, experts: int, options: argparse.Namespace) -> None:
+def _check(case: Case, options: argparse.Namespace) -> None:
     """Refuse values that do not fit together."""
     from distbench.case.resolve import check_fit
-    from distbench.workload.routing_spec import ExpertGroup, check_routing, parse_routing
+    from distbench.workload.routing_spec import check_routing, parse_routing, slots_of
 
     check_fit(case)
-    if case.topk > experts:
-        message = f"topk = {case.topk}: above the {experts} experts of which a token takes distinct ones"
-        raise InvalidCase(message)
     routing = parse_routing(case.routing)
     if routing.trace is None:
-        check_routing(routing, ExpertGroup(case.ep_size, case.num_experts, case.topk))
+        check_routing(routing, slots_of(case).group, slots_of(case))
     over = max(case.tokens)
     if over > case.max_dispatch_tokens_per_rank:
         message = (
@@ -217,7 +157,8 @@ def _recording(options: argparse.Namespace, question: Question, limits: Limits) 
     trace = parse_routing(question.case.routing).trace
     if trace is None or options.histogram:
         return None
-    recording = read_recording(trace, question.case.topk, question.placement, own=question.shared > 0)
+    case = question.case
+    recording = read_recording(trace, case.topk, question.placement, own=case.shared_experts > 0)
     most, fits = int(recording.steps.mosts.max()), max(limits.most)
     if most > fits:
         message = f"routing = {trace}: a rank has {most} tokens in a step, above {limits.name} = {fits}; raise it"

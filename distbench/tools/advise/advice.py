@@ -65,7 +65,7 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     nodes: int
     num_experts: int
     physical_experts: int
-    shared_slots: int
+    shared_experts: int
     topk: int
     layers: int
     most_tokens: list[int]
@@ -120,7 +120,7 @@ def advise(  # noqa: PLR0913 - all that decides the answer
 ) -> Advice:
     """Answer a question for steps whose tokens choose by a model; rows are drawn by it, unless they were recorded."""
     batches, place = steps.batches()
-    traffic = traffic_of(model.layers, batches, min(model.own + question.shared, 1))
+    traffic = traffic_of(model.layers, batches, min(model.own + question.case.shared_experts, 1))
     draws, seen = _drawn(traffic, steps, place, question.case.seed) if recording is None else _recorded(recording)
     bound = question.prove(None).bound
     least = smallest_limit(question.chance, traffic)
@@ -133,8 +133,8 @@ def advise(  # noqa: PLR0913 - all that decides the answer
         ep_size=case.ep_size,
         nodes=question.nodes,
         num_experts=question.placement.num_experts,
-        physical_experts=case.num_experts,
-        shared_slots=question.shared,
+        physical_experts=len(question.placement.experts),
+        shared_experts=question.case.shared_experts,
         topk=case.topk,
         layers=question.layers,
         most_tokens=list(case.tokens),

@@ -7,12 +7,13 @@ from typing import Any
 
 import tomli_w
 
-from distbench.case.presets import CUSTOM, DIMENSIONS, PRESETS
+from distbench.case.presets import CUSTOM, DIMENSIONS
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.tools.advise.question import Question
 
 _KEYS = ("ep_size", "tokens", "routing", "policy", "numerics", "max_dispatch_tokens_per_rank", "dispatch_dtype")
+_SLOTS = ("shared_experts", "physical_experts", "placement")
 
 
 def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
@@ -40,11 +41,9 @@ def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
 
 
 def _text(case: Case, limit: int, path: Path) -> str:
-    keys = (*_KEYS, *(("prealloc_max_recv_tokens",) if case.prealloc_max_recv_tokens else ()))
-    preset = PRESETS.get(case.model)
-    replicated = preset is not None and preset.experts_for(case.ep_size) != case.num_experts
-    named = DIMENSIONS if case.model == CUSTOM else ("num_experts",) if replicated else ()
-    values: dict[str, Any] = {"model": case.model} | {key: getattr(case, key) for key in (*named, *keys)}
+    asked = [key for key in ("prealloc_max_recv_tokens", *_SLOTS) if getattr(case, key)]
+    named = DIMENSIONS if case.model == CUSTOM else ()
+    values: dict[str, Any] = {"model": case.model} | {key: getattr(case, key) for key in (*named, *_KEYS, *asked)}
     values |= {"tokens": _tokens(case.tokens), "limit": limit}
     verdict = _verdict(case, limit)
     head = (

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from distbench.case.spec import Case
 
 Floats = NDArray[np.float64]
 
@@ -42,6 +45,14 @@ class Placement(NamedTuple):
     def replicas(self) -> NDArray[np.int64]:
         """Slots of each logical expert, int64 [E]."""
         return np.bincount(self.experts, minlength=self.num_experts)
+
+
+def placement_of(case: Case) -> Placement:
+    """Slots of a case's routed experts."""
+    if not case.placement:
+        return round_robin(case.num_experts, case.physical_experts or case.num_experts, case.ep_size)
+    slots = np.array(case.placement, dtype=np.int64)
+    return Placement(slots, len(slots) // case.ep_size, case.num_experts)
 
 
 def round_robin(num_experts: int, num_slots: int, ep_size: int) -> Placement:

@@ -28,7 +28,7 @@ def _head(advice: Advice) -> list[str]:
         if advice.physical_experts == advice.num_experts
         else (f"in {advice.physical_experts} slots, {slots} a rank")
     )
-    shared = f" and {advice.shared_slots} shared" if advice.shared_slots else ""
+    shared = f" and {advice.shared_experts} shared" if advice.shared_experts else ""
     nodes = f", {advice.nodes} nodes" if advice.nodes else ""
     layers = f"{advice.layers} MoE {'layer' if advice.layers == 1 else 'layers'}"
     experts = f"{advice.num_experts} experts, {held}{shared}, top-{advice.topk}, {layers}"

@@ -14,6 +14,7 @@ import torch
 from distbench.case.limits import Traffic, resolve_limit
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.cli.main import main
+from distbench.pipeline.inputs import workload_for
 from distbench.workload.routing import recv_counts, route
 from distbench.workload.routing_spec import ExpertGroup, parse_routing
 
@@ -130,7 +131,7 @@ def test_no_drawn_step_has_more_rows_than_tokens_though_many_sizes_are_rounded_u
 
 def test_shared_and_replicated_experts_are_slots_of_the_kernel(tmp_path: Path) -> None:
     plain = advice(tmp_path, *QUESTION)
-    found = advice(tmp_path, *QUESTION, "--physical-experts", "288", "--shared-slots", "1")
+    found = advice(tmp_path, *QUESTION, "--physical-experts", "288", "--shared-experts", "1")
     assert (found["num_experts"], found["physical_experts"], found["bound"]) == (256, 288, 2048)
     assert found["seen"]["percentiles"]["50.0%"] > plain["seen"]["percentiles"]["50.0%"]
     table = tmp_path / "placement.json"
@@ -173,16 +174,28 @@ def test_nothing_unproven_is_recommended_without_saying_so(tmp_path: Path) -> No
         assert all(f"={bound} is proven" in line or "NOT PROVEN" in line for line in found["recommendation"])
 
 
-@pytest.mark.parametrize("slots", [16, 20])
-def test_case_files_are_cases_whose_fullest_rank_receives_the_bound(tmp_path: Path, slots: int) -> None:
-    folder, held = tmp_path / "cases", f"--physical-experts={slots}"
-    advice(tmp_path, "--model=tiny", "--ep-size=4", "--tokens=5", "--limit=9", f"--cases={folder}", held)
+@pytest.mark.parametrize(
+    ("held", "slots"),
+    [
+        ((), (0, 0)),
+        (("--physical-experts=20",), (20, 0)),
+        (("--physical-experts=32", "--shared-experts=2"), (32, 2)),
+        (("--num-experts=6", "--topk=2", "--placement=0,1,2,3,4,5,5,5", "--shared-experts=1"), (8, 1)),
+    ],
+)
+def test_case_files_are_cases_whose_fullest_rank_receives_the_bound(
+    tmp_path: Path, held: tuple[str, ...], slots: tuple[int, int]
+) -> None:
+    folder = tmp_path / "cases"
+    advice(tmp_path, "--model=tiny", "--ep-size=4", "--tokens=5", "--limit=9", f"--cases={folder}", *held)
     limits = {}
     for path in folder.iterdir():
         case = resolve_case([load_case_file(str(path))], 4).case
-        (rows,) = received(case.routing, ExpertGroup(4, case.num_experts, case.topk), [list(case.tokens)])
+        workload = workload_for(case, torch.device("cpu"))
+        ids = torch.cat([workload.routing_of(rank, 5) for rank in range(4)])
+        rows = recv_counts(ids, case.experts_per_rank, 4).tolist()
         limits[path.stem] = resolve_limit(case.limit, Traffic(case.tokens, tuple(rows), case.capacity))
-        assert (max(rows), case.num_experts) == (20, slots)
+        assert (max(rows), (case.physical_experts, case.shared_experts)) == (20, slots)
     assert limits == {"proven": 20, "one-less": 19, "yours": 9}
 
 
@@ -225,17 +238,17 @@ def test_smaller_buffer_than_the_steps_is_an_overflow_whatever_the_limit(tmp_pat
     [
         (
             ("--num-experts=513", "--ep-size=8"),
-            "give --physical-experts 520 .*--shared-slots 1 if 1 of them is shared",
+            "513: not divisible by 8 ranks; .*experts 512 --shared-experts 1 if 1 .*, or --physical-experts 520 if",
         ),
-        (("--physical-experts=300",), "--physical-experts 300: 16 ranks share the slots evenly"),
-        (("--physical-experts=128",), "a multiple of 16 from 256 up"),
+        (("--physical-experts=300",), "physical_experts = 300: 16 ranks share the slots evenly"),
+        (("--physical-experts=128",), "a multiple of 16 from 256 to 131072"),
         (("--tokens=300",), "tokens = 300: above max_dispatch_tokens_per_rank = 256"),
         (("--tokens=1,2",), "2 numbers for 16 ranks"),
         (("--topk=300",), "topk = 300"),
         (("--limit=max-recv",), "the rows received|rows received are not known before a run"),
         (("--nodes=3",), "--nodes 3: 16 ranks"),
         (("--routing=hot-rank:16",), "R is allowed from 0 to 15"),
-        (("--placement=none.json",), "--placement 'none.json': cannot be read"),
+        (("--placement=none.json",), "placement = 'none.json': cannot be read"),
         (("--batches=x",), "--batches 'x': allowed are"),
         (("--histogram=none.npy",), "--histogram 'none.npy': cannot be read"),
         (("--cases=/dev/null/x",), "--cases '/dev/null/x': cannot be written"),

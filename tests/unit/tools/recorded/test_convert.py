@@ -123,7 +123,7 @@ def test_recorded_tokens_keep_a_row_on_their_own_rank_where_a_shared_expert_has_
     layer = ["--model=tiny", "--ep-size=4", f"--routing=trace:{out}", "--max-dispatch-tokens-per-rank=8"]
     for shared, rows in ((0, [2, 0, 1, 1]), (1, [2, 3, 1, 1])):
         assert read_slice(read_header(out), 0, 0).received(E, own=shared > 0).tolist() == rows
-        assert main(["advise", "-q", *layer, f"--shared-slots={shared}", f"--json={advice}"]) == 0
+        assert main(["advise", "-q", *layer, f"--shared-experts={shared}", f"--json={advice}"]) == 0
         assert json.loads(advice.read_text())["seen"]["most"] == max(rows)
     (tmp_path / "placement.json").write_text(json.dumps([*range(1, 16), 0]))
     assert main(["advise", *layer, f"--placement={tmp_path / 'placement.json'}"]) == 2
