@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,16 @@ def add(commands: Any) -> None:
     command = commands.add_parser(
         "trace",
         description="info: show what a recorded routing has. convert: make one of SGLang's per_token recordings (.pt, "
-        "one of each rank), or of experts as .npy, .safetensors, .csv or .jsonl. "
+        "one of each rank), of a capture's folder, or of experts as .npy, .safetensors, .csv or .jsonl. "
         "synth: make one of a kind of routing.",
     )
     command.set_defaults(command=_trace)
     command.add_argument(
         "action", choices=("info", "convert", "synth"), metavar="ACTION", help="info, convert or synth"
     )
-    command.add_argument("files", metavar="FILE", nargs="*", help="the traces, or the recordings")
+    command.add_argument(
+        "files", metavar="FILE", nargs="*", help="the traces, or the recordings, or a capture's folder"
+    )
     command.add_argument("--out", metavar="FILE", default="", help="the trace to write, .safetensors")
     command.add_argument(
         "--ep-size", type=whole(1, MOST_RANKS), default=8, metavar="RANKS", help="(default: %(default)s)"
@@ -54,7 +57,10 @@ def _trace(options: argparse.Namespace) -> int:
         message = "trace info: give the trace"
         raise InvalidCase(message)
     for path in options.files:
-        _show(path)
+        if Path(path).is_dir():
+            _show_capture(path)
+        else:
+            _show(path)
     return 0
 
 
@@ -62,13 +68,20 @@ def _write(options: argparse.Namespace) -> int:
     from distbench.report.files import write_atomically
     from distbench.workload.trace_file import trace_bytes
 
-    if not options.out.endswith(".safetensors") or options.num_experts is None:
+    captured = options.action == "convert" and len(options.files) == 1 and Path(options.files[0]).is_dir()
+    if not options.out.endswith(".safetensors") or (options.num_experts is None and not captured):
         message = f"trace {options.action}: give --out FILE.safetensors and --num-experts N, the routed experts"
         raise InvalidCase(message)
     if options.out in options.files:
         message = f"--out {options.out}: is read as well; name another file"
         raise InvalidCase(message)
-    header, slices = _synthetic(options) if options.action == "synth" else _converted(options)
+    header, slices = (
+        _show_capture(options.files[0], shows_slices=False)
+        if captured
+        else _synthetic(options)
+        if options.action == "synth"
+        else _converted(options)
+    )
     try:
         write_atomically(Path(options.out), trace_bytes(header, slices))
     except OSError as error:
@@ -96,11 +109,33 @@ def _synthetic(options: argparse.Namespace) -> tuple[Header, dict[tuple[int, int
     return synthesise(parse_routing(options.routing), group, shape, options.seed)
 
 
-def _show(path: str) -> None:
+def _show_capture(folder: str, *, shows_slices: bool = True) -> tuple[Header, dict[tuple[int, int], Slice]]:
+    """Show what a capture has and what it lacks; return its header and slices."""
     from distbench.report.terminal import print_table, print_text
+    from distbench.tools.recorded.captured import read_capture
+
+    header, slices, violations, notes = read_capture(folder)
+    if shows_slices:
+        _show_slices(folder, header, slices.__getitem__)
+    for note in notes:
+        print_text(f"{folder}: {note}")
+    if violations:
+        print_text(f"{folder}: {len(violations)} times a rank received more rows than its limit; the first are")
+        rows = [tuple(map(str, one)) for one in violations[:_SHOWN_STEPS]]
+        print_table(rows, ("step", "layer", "rank", "total_recv", "limit"))
+    return header, slices
+
+
+def _show(path: str) -> None:
     from distbench.workload.trace_file import open_trace, read_header, read_slice
 
     header, opened = read_header(path), open_trace(path)
+    _show_slices(path, header, lambda place: read_slice(header, *place, opened))
+
+
+def _show_slices(path: str, header: Header, slice_of: Callable[[tuple[int, int]], Slice]) -> None:
+    from distbench.report.terminal import print_table, print_text
+
     layers = sorted({layer for known in header.steps.values() for layer in known})
     print_text(
         f"{path}: {header.num_experts} experts, top-{header.topk}, {header.ep_size} ranks; {len(header.steps)} steps, "
@@ -108,7 +143,7 @@ def _show(path: str) -> None:
     )
     rows = []
     for step in list(header.steps)[:_SHOWN_STEPS]:
-        slices = [(layer, read_slice(header, step, layer, opened)) for layer in header.steps[step]]
+        slices = [(layer, slice_of((step, layer))) for layer in header.steps[step]]
         even = header.num_experts % header.ep_size == 0
         most = max(((int(one.received(header.num_experts).max()), layer) for layer, one in slices), default=(0, 0))
         tokens = slices[0][1].tokens

@@ -1,4 +1,4 @@
-"""Readers of recorded experts: SGLang's recorder, arrays of numpy and safetensors, CSV, and lines of JSON.
+"""Readers of recorded experts: SGLang's recorder, arrays of numpy and safetensors, CSV, Megatron's and vLLM's JSON.
 
 Each yields parts: experts of some tokens of one rank in a step and layer. A rank of ALL_RANKS means all tokens of the
 step, which are shared evenly over the ranks in their order.
@@ -6,7 +6,9 @@ step, which are shared evenly over the ranks in their order.
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import os
 import warnings
 import zipfile
@@ -25,6 +27,8 @@ from distbench.utils.text import one_line, shown
 from distbench.workload.trace_file import MOST_IDS
 
 ALL_RANKS = -1
+MTP_LAYERS, MTP_STRIDE = 1_000_000, 1_000
+"""Numbers of Megatron's layers of multi-token prediction begin here, with as many for each head."""
 SUFFIXES = (".pt", ".npy", ".safetensors", ".csv", ".jsonl")
 _MOST_BYTES = 4 << 30
 _MOST_LINE = 16 << 20
@@ -176,7 +180,8 @@ def _csv(path: str) -> Iterator[Part]:
 
 
 def _jsonl(path: str) -> Iterator[Part]:
-    """A line a part: step, layer, rank, and ids, a list of its tokens' lists of experts."""
+    """A line a part: distbench's own, Megatron's, or a response of vLLM's server."""
+    responses = 0
     with Path(path).open("rb") as stream:
         while line := stream.readline(_MOST_LINE):
             if len(line) == _MOST_LINE:
@@ -184,14 +189,54 @@ def _jsonl(path: str) -> Iterator[Part]:
             if not line.strip():
                 continue
             one = msgspec.json.decode(line, type=dict[str, Any])
-            if one["ids"] == []:  # a rank without tokens
-                continue
-            ids = np.array(one["ids"])
-            if ids.ndim != 2 or ids.dtype.kind not in "iu":  # noqa: PLR2004
-                _refuse(path, f"ids = {shown(one['ids'])}: give a list of the experts of each token")
-            step, layer, rank = (msgspec.convert(one[name], int) for name in _PLACE)
-            _refuse_rank(path, rank)
-            yield Part(step, layer, rank, ids)
+            if "choices" in one:
+                yield from _vllm(path, responses, one)
+                responses += 1
+            elif part := _line(path, one):
+                yield part
+
+
+def _line(path: str, one: dict[str, Any]) -> Part | None:
+    """A line of experts, distbench's own or Megatron's (`top_indices`); None for a rank without tokens.
+
+    Source: `RouterTracer` of megatron/core/transformer/moe/router_trace.py, Megatron-LM d98e8a64d (2026-08-22): a file
+    a rank, layers counted in their block, `decoder` or `mtp`, of which the second has `mtp_idx`.
+    """
+    name = "top_indices" if "top_indices" in one else "ids"
+    if one[name] == []:
+        return None
+    ids = np.array(one[name])
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":  # noqa: PLR2004
+        _refuse(path, f"{name} = {shown(one[name])}: give a list of the experts of each token")
+    step, layer, rank = (msgspec.convert(one[place], int) for place in _PLACE)
+    if one.get("block", "decoder") != "decoder":
+        layer += MTP_LAYERS + MTP_STRIDE * msgspec.convert(one["mtp_idx"], int)
+    _refuse_rank(path, rank)
+    return Part(step, layer, rank, ids)
+
+
+def _vllm(path: str, number: int, response: dict[str, Any]) -> Iterator[Part]:
+    """A response of vLLM's server with `--enable-return-routed-experts`, as a step of its own.
+
+    Source: `numpy2base64` of vllm/utils/serial_utils.py and `RoutedExpertsCapturer`, vLLM 0.33.0: an array [tokens,
+    layers, k] of each choice as base64 of its .npy file. Layers without experts are left as 0.
+    """
+    found = [_array_of_choice(path, one) for one in msgspec.convert(response["choices"], list[dict[str, Any]])]
+    if len({one.shape[1:] for one in found}) > 1:
+        _refuse(path, f"response {number}: its choices have other layers or top-k")
+    for layer, ids in enumerate(np.concatenate(found).transpose(1, 0, 2) if found else ()):
+        if ids.any() or ids.shape[1] == 1:
+            yield Part(number, layer, ALL_RANKS, ids)
+
+
+def _array_of_choice(path: str, choice: dict[str, Any]) -> NDArray[np.int64]:
+    encoded = choice.get("routed_experts")
+    if not isinstance(encoded, str):
+        _refuse(path, "a choice without routed_experts; start vLLM with --enable-return-routed-experts")
+    found = np.load(io.BytesIO(base64.b64decode(encoded, validate=True)), allow_pickle=False)
+    if found.dtype.kind not in "iu" or found.ndim != _DIMENSIONS - 1:
+        _refuse(path, f"routed_experts {found.dtype} {shown(found.shape)}; vLLM's are [tokens, layers, k]")
+    return np.asarray(found, dtype=np.int64)
 
 
 def _refuse_rank(path: str, rank: int) -> None:

@@ -78,6 +78,8 @@ OF_OTHERS = {
     "batch_overlap/two_batch_overlap.py": "SGLang",
     "all2all.py": "vLLM",
     "vllm/envs.py": "vLLM",
+    "vllm/utils/serial_utils.py": "vLLM",
+    "megatron/core/transformer/moe/router_trace.py": "Megatron-LM",
     "tests/kernels/moe/test_flashinfer_nvfp4_cosine_similarity.py": "vLLM",
     "tests/kernels/moe/test_moe.py": "vLLM",
 }

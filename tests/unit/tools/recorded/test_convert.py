@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import pickle
 import struct
@@ -73,10 +75,39 @@ def lines(folder: Path) -> list[str]:
     return [str(folder / "ids.jsonl")]
 
 
-@pytest.mark.parametrize("write", [sglang, arrays, tensors, table, lines])
+def megatron(folder: Path) -> list[str]:
+    """Files as `RouterTracer` of Megatron-LM writes them: one a rank, a record a layer, all fields of a record."""
+    for step, layer, rank, ids in entries():
+        place = {"step": step, "stage": "pre_dispatch", "block": "decoder", "layer": layer, "rank": rank}
+        record = place | {"num_tokens": 2, "topk": K, "top_indices": ids.tolist()}
+        with (folder / f"router_trace_rank{rank}.jsonl").open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+    return [str(folder / f"router_trace_rank{rank}.jsonl") for rank in range(W)]
+
+
+def response(ids: Any) -> str:
+    """A response of vLLM's server: `numpy2base64` of experts [tokens, layers, k], layer 0 without experts."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate([np.zeros_like(ids[:1]), ids]).transpose(1, 0, 2).astype(np.uint8))
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    choice = {"index": 0, "text": " a", "finish_reason": "length", "routed_experts": encoded}
+    return json.dumps({"id": "cmpl-1", "object": "text_completion", "choices": [choice], "usage": {}})
+
+
+def vllm(folder: Path) -> list[str]:
+    (folder / "responses.jsonl").write_text("\n".join(response(IDS[step]) for step in range(STEPS)))
+    return [str(folder / "responses.jsonl")]
+
+
+TWO_LAYOUTS = json.dumps(
+    {"choices": [json.loads(response(ids))["choices"][0] for ids in (IDS[0], IDS[0, :1])]}
+).encode()
+
+
+@pytest.mark.parametrize("write", [sglang, arrays, tensors, table, lines, megatron, vllm])
 def test_every_format_gives_the_same_experts(tmp_path: Path, write: Any) -> None:
     _, slices = convert(write(tmp_path), E, W)
-    first = 1 if write is sglang else 0  # a dense layer is in front
+    first = 1 if write in (sglang, vllm) else 0  # a dense layer is in front
     assert sorted(slices) == [(step, layer + first) for step in range(STEPS) for layer in range(LAYERS)]
     for (step, layer), one in slices.items():
         assert one.ids.tolist() == IDS[step, layer - first].tolist()
@@ -248,6 +279,13 @@ def test_array_of_a_size_that_no_machine_has_and_archives_of_arrays_are_refused(
         list(read_parts(str(path)))
 
 
+def test_layers_of_multi_token_prediction_are_apart_from_the_decoders(tmp_path: Path) -> None:
+    place = {"step": 0, "layer": 1, "rank": 0, "top_indices": [[1]]}
+    lines = [place | {"block": "decoder"}, place | {"block": "mtp", "mtp_idx": 2}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert [part.layer for part in read_parts(str(tmp_path / "a.jsonl"))] == [1, 1_002_001]
+
+
 def test_rank_without_tokens_may_have_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"step": 0, "layer": 0, "rank": 0, "ids": [[1]]}\n{"step": 0, "layer": 0, "rank": 1, "ids": []}\n')
@@ -296,6 +334,12 @@ def test_advice_opens_a_recording_a_few_times_whatever_its_steps(
         ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "ids": [[1], [1, 2]]}', "cannot be read"),
         ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "ids": [1]}', "give a list of the experts of each token"),
         ("a.csv", b"step,layer,rank,e0,e1\n0,0,0,3,-1\n", "experts are 0 to 15"),
+        ("a.jsonl", b'{"choices": [{"text": "a"}]}', "start vLLM with --enable-return-routed-experts"),
+        ("a.jsonl", b'{"choices": [{"routed_experts": "?"}]}', "cannot be read"),
+        ("a.jsonl", b'{"choices": [{"routed_experts": "gASVBgAAAAAAAABLAS4="}]}', "cannot be read"),  # a pickle
+        ("a.jsonl", b'{"choices": 1}', "cannot be read"),
+        ("a.jsonl", TWO_LAYOUTS, "its choices have other layers or top-k"),
+        ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "block": "mtp", "top_indices": [[1]]}', "cannot be read"),
         ("a.jsonl", TWO_KINDS, "top-2, elsewhere top-1"),
     ],
 )

@@ -1,0 +1,106 @@
+"""What one process records of its dispatches: the part that runs in a step. It enqueues copies and waits for none."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from distbench.capture.settings import Place, Settings, tell
+from distbench.capture.slots import Slot, make_slots
+from distbench.capture.writer import Taken, Writer
+
+_MOST_LAYERS = 4096
+
+
+class Dispatch(NamedTuple):
+    """One dispatch as a hook hands it over: ids [n, k] and weights [n, k] as sent, total_recv on the device.
+
+    `limit` is the number of rows of the cut that follows, 0 for none. `place` is called once, for the first dispatch,
+    and gives the rank and the most tokens that it may send as well.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    total_recv: Tensor
+    limit: int
+    place: Callable[[], tuple[Place, int]]
+
+
+class Recorder:
+    """The capture of a process. An error ends the capture, with a line on standard error, and never the process."""
+
+    def __init__(self, settings: Settings, source: str) -> None:
+        self._settings = settings
+        self._source = source
+        self._layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+        self._layers_seen = 0
+        self._writer: Writer | None = None
+        self._slots: deque[Slot] = deque()
+        self._lock = threading.Lock()
+        self.ended = False
+
+    def see(self, dispatcher: Any, dispatch: Callable[[], Dispatch]) -> None:
+        """Record a dispatch by `dispatcher`, whose calls count the steps of its layer, if its step is one to record."""
+        if self.ended:
+            return
+        try:
+            place = self._layers.get(dispatcher)
+            if place is None:
+                place = self._new_layer(dispatcher)
+            layer, step = place
+            place[1] = step + 1
+            if self._settings.violations or step % self._settings.every == 0:
+                self._take(step, layer, dispatch())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on without a capture
+            self.end(f"{type(error).__name__}: {error}")
+
+    def end(self, reason: str = "") -> None:
+        """Write what is left, and record nothing from now on; `reason` says what went wrong."""
+        with self._lock:
+            if self.ended:
+                return
+            self.ended = True
+        if reason:
+            tell(f"ended, the server goes on: {reason}")
+        if self._writer is not None:
+            self._writer.close(reason)
+
+    def _new_layer(self, dispatcher: Any) -> list[int]:
+        if self._layers_seen >= _MOST_LAYERS:
+            message = f"more than {_MOST_LAYERS} dispatchers: they are none of layers that stay"
+            raise RuntimeError(message)
+        self._layers_seen += 1
+        return self._layers.setdefault(dispatcher, [self._layers_seen - 1, 0])
+
+    def _take(self, step: int, layer: int, dispatch: Dispatch) -> None:
+        ids = dispatch.ids
+        writer = self._writer or self._start(dispatch)
+        if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+            writer.in_graphs += 1  # its replays never come here
+            return
+        if not self._slots:
+            writer.behind += 1
+            return
+        slot, count = self._slots.popleft(), len(ids)
+        slot.ids[:count].copy_(ids, non_blocking=True)
+        slot.total_recv.copy_(dispatch.total_recv, non_blocking=True)
+        if slot.weights is not None:
+            slot.weights[:count].copy_(dispatch.weights, non_blocking=True)
+        done = None
+        if ids.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+        writer.put(Taken(step, layer, count, slot, self._settings.limit or dispatch.limit, done))
+
+    def _start(self, dispatch: Dispatch) -> Writer:
+        (place, most), weighed = dispatch.place(), self._settings.weights
+        rows = max(most, len(dispatch.ids))
+        self._slots = make_slots(rows, place.topk, weighed=weighed, pinned=dispatch.ids.is_cuda)
+        self._writer = Writer(self._settings, place, self._source, self._slots, self.end)
+        return self._writer
