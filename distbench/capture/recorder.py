@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from distbench.capture.host_buffers import Buffers, make_buffers
 from distbench.capture.settings import Place, Settings, tell
-from distbench.capture.slots import Slot, make_slots
 from distbench.capture.writer import Taken, Writer
 
 _MOST_LAYERS = 4096
@@ -41,7 +41,7 @@ class Recorder:
         self._layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
         self._layers_seen = 0
         self._writer: Writer | None = None
-        self._slots: deque[Slot] = deque()
+        self._free: deque[Buffers] = deque()
         self._lock = threading.Lock()
         self.ended = False
 
@@ -84,23 +84,23 @@ class Recorder:
         if ids.is_cuda and torch.cuda.is_current_stream_capturing():
             writer.in_graphs += 1  # its replays never come here
             return
-        if not self._slots:
+        if not self._free:
             writer.behind += 1
             return
-        slot, count = self._slots.popleft(), len(ids)
-        slot.ids[:count].copy_(ids, non_blocking=True)
-        slot.total_recv.copy_(dispatch.total_recv, non_blocking=True)
-        if slot.weights is not None:
-            slot.weights[:count].copy_(dispatch.weights, non_blocking=True)
+        room, count = self._free.popleft(), len(ids)
+        room.ids[:count].copy_(ids, non_blocking=True)
+        room.total_recv.copy_(dispatch.total_recv, non_blocking=True)
+        if room.weights is not None:
+            room.weights[:count].copy_(dispatch.weights, non_blocking=True)
         done = None
         if ids.is_cuda:
             done = torch.cuda.Event()
             done.record()
-        writer.put(Taken(step, layer, count, slot, self._settings.limit or dispatch.limit, done))
+        writer.put(Taken(step, layer, count, room, self._settings.limit or dispatch.limit, done))
 
     def _start(self, dispatch: Dispatch) -> Writer:
         (place, most), weighed = dispatch.place(), self._settings.weights
         rows = max(most, len(dispatch.ids))
-        self._slots = make_slots(rows, place.topk, weighed=weighed, pinned=dispatch.ids.is_cuda)
-        self._writer = Writer(self._settings, place, self._source, self._slots, self.end)
+        self._free = make_buffers(rows, place.topk, weighed=weighed, pinned=dispatch.ids.is_cuda)
+        self._writer = Writer(self._settings, place, self._source, self._free, self.end)
         return self._writer

@@ -14,6 +14,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
+from distbench.capture.host_buffers import Buffers
 from distbench.capture.part_file import (
     Seen,
     counts_bytes,
@@ -24,7 +25,6 @@ from distbench.capture.part_file import (
     write_private,
 )
 from distbench.capture.settings import Place, Settings, tell
-from distbench.capture.slots import Slot
 
 _PART_BYTES = 4 << 20
 _PART_SECONDS = 30.0
@@ -36,12 +36,12 @@ _MARK = re.compile(r"violated-(\d{1,15})", re.ASCII)
 
 
 class Taken(NamedTuple):
-    """A dispatch of `tokens` tokens in a slot, whole once `done` is reached; None where it is already."""
+    """A dispatch of `tokens` tokens in buffers, whole once `done` is reached; None where it is already."""
 
     step: int
     layer: int
     tokens: int
-    slot: Slot
+    buffers: Buffers
     limit: int
     done: Any
 
@@ -50,9 +50,9 @@ class Writer:
     """Files of one rank. Its thread ends with the process, or by `close`."""
 
     def __init__(
-        self, settings: Settings, place: Place, source: str, slots: deque[Slot], failed: Callable[[str], None]
+        self, settings: Settings, place: Place, source: str, free: deque[Buffers], failed: Callable[[str], None]
     ) -> None:
-        """Take slots from dispatches and put them back into `slots`.
+        """Put the buffers of dispatches that were taken in back into `free`.
 
         `failed` is called in the thread with the reason of an error that ends it.
 
@@ -61,7 +61,7 @@ class Writer:
             ValueError: it is open to others, or has an earlier capture.
 
         """
-        self._settings, self._place, self._source, self._slots, self._failed = settings, place, source, slots, failed
+        self._settings, self._place, self._source, self._free, self._failed = settings, place, source, free, failed
         self._folder = Path(settings.folder)
         prepare_folder(self._folder, place.rank)
         self._queue: SimpleQueue[Taken | None] = SimpleQueue()
@@ -124,10 +124,10 @@ class Writer:
     def _take(self, taken: Taken) -> None:
         if taken.done is not None:
             taken.done.synchronize()
-        ids, weights, total_recv = taken.slot.arrays
+        ids, weights, total_recv = taken.buffers.arrays
         shares = None if weights is None else weights[: taken.tokens].copy()
         seen = Seen(taken.step, taken.layer, ids[: taken.tokens].copy(), shares, int(total_recv[0]), taken.limit)
-        self._slots.append(taken.slot)
+        self._free.append(taken.buffers)
         if 0 < seen.limit < seen.total_recv:
             self._violations += 1
             self._mark(seen.step)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from distbench.capture import hooks, sglang, slots, writer
+from distbench.capture import hooks, host_buffers, sglang, writer
 from distbench.capture.part_file import FORMAT
 from distbench.capture.recorder import Dispatch, Recorder
 from distbench.capture.settings import Place, Settings, from_environment
@@ -147,8 +147,8 @@ def test_a_writer_that_is_behind_costs_dispatches_and_no_wait(tmp_path: Path, mo
             return super().get(block, timeout)
 
     monkeypatch.setattr(writer, "SimpleQueue", Gated)
-    monkeypatch.setattr(slots, "_BYTES", 1024)
-    monkeypatch.setattr(slots, "_LEAST", 3)
+    monkeypatch.setattr(host_buffers, "_BYTES", 1024)
+    monkeypatch.setattr(host_buffers, "_LEAST", 3)
     server = Server(tmp_path / "c", every=1)
     for _ in range(50):
         server.step([4, 4])

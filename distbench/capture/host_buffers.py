@@ -12,7 +12,7 @@ _BYTES = 32 << 20
 _LEAST, _MOST = 512, 2048
 
 
-class Slot(NamedTuple):
+class Buffers(NamedTuple):
     """Room for a dispatch: ids int32 [rows, k], weights float32 [rows, k] or None, total_recv int32 [1]; the arrays."""
 
     ids: Tensor
@@ -21,8 +21,8 @@ class Slot(NamedTuple):
     arrays: tuple[Any, ...]
 
 
-def make_slots(rows: int, topk: int, *, weighed: bool, pinned: bool) -> deque[Slot]:
-    """Slots of `rows` tokens: 32 MiB, but at least 512 and at most 2,048."""
+def make_buffers(rows: int, topk: int, *, weighed: bool, pinned: bool) -> deque[Buffers]:
+    """Buffers of `rows` tokens: 32 MiB, but at least 512 and at most 2,048."""
     size = rows * topk * (8 if weighed else 4)
     count = min(max(_BYTES // max(size, 1), _LEAST), _MOST)
     with torch.inference_mode(mode=False):  # memory that steps in and out of that mode write to
@@ -30,7 +30,7 @@ def make_slots(rows: int, topk: int, *, weighed: bool, pinned: bool) -> deque[Sl
         shares = torch.empty(count, rows, topk, pin_memory=pinned).unbind() if weighed else [None] * count
         rows_received = torch.empty(count, 1, dtype=torch.int32, pin_memory=pinned).unbind()
     parts = zip(ids, shares, rows_received, strict=True)
-    return deque(Slot(*one, _arrays(*one)) for one in parts)
+    return deque(Buffers(*one, _arrays(*one)) for one in parts)
 
 
 def _arrays(*parts: Tensor | None) -> tuple[Any, ...]:
