@@ -13,6 +13,8 @@ from distbench.experts.base import ExpertInput
 from distbench.faults.base import Fault
 from distbench.faults.dispatch import BIT, flip
 from distbench.faults.options import whole
+from distbench.workload.routing_spec import slots_of
+from distbench.workload.slots import logical_experts
 
 
 class ExpertBit(Fault):
@@ -76,7 +78,68 @@ class MaskAsMap(Fault):
         first = self.scene.rank * case.experts_per_rank
         local = (given.ids >= first) & (given.ids < first + case.experts_per_rank)
         wrong = torch.where(local, first + min(1, case.experts_per_rank - 1), given.ids)
-        self.hits += int((wrong != given.ids)[: _live(given)].any(1).sum())
+        self.hits += _changed(given, wrong)
+        return given._replace(ids=wrong)
+
+
+class MaskOfOnes(Fault):
+    """The expert mask is 1 everywhere: experts of other ranks count as local, and local weights stand in for theirs."""
+
+    name, stage = "mask-all-ones", Stage.EXPERTS
+    bug = "sglang's moriep.py: expert_mask_gpu needs SGLANG_USE_AITER; without a mask all experts are local"
+    needs = "rows with an expert of another rank: two ranks or more"
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Send each route of another rank to the local expert of the same place."""
+        case = self.scene.case
+        first = self.scene.rank * case.experts_per_rank
+        valid = (given.ids >= 0) & (given.ids < case.placed_experts)
+        wrong = torch.where(valid, first + given.ids % case.experts_per_rank, given.ids)
+        self.hits += _changed(given, wrong)
+        return given._replace(ids=wrong)
+
+
+class SharedTwice(Fault):
+    """A rank adds its shared expert to each row that it receives, besides the rank of the row's token."""
+
+    name, stage = "shared-counted-twice", Stage.EXPERTS
+    bug = "sglang's select_experts: without a weight of 1/ep_size, ranks add a fused shared expert ep_size times"
+    shape = {"shared_experts": 1}
+    needs = "shared_experts, and rows of other ranks' tokens on its rank"
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Take other ranks' slots of shared experts for its own."""
+        case = self.scene.case
+        local = case.experts_per_rank
+        shared = (given.ids >= 0) & (given.ids < case.placed_experts)
+        shared &= given.ids % local >= local - case.shared_experts
+        wrong = torch.where(shared, self.scene.rank * local + given.ids % local, given.ids)
+        self.hits += _changed(given, wrong)
+        return given._replace(ids=wrong)
+
+
+class ReplicaTwice(Fault):
+    """A rank computes the experts of which it holds a replica, also where a token's slot names another rank's."""
+
+    name, stage = "replica-summed-twice", Stage.EXPERTS
+    bug = "sglang's dispatch by expert location: ranks that pick replicas apart count a replicated expert several times"
+    shape = {"physical_experts": 32}
+    needs = "replicated experts, and rows with a slot of which its rank holds another replica"
+
+    def asked(self, given: ExpertInput) -> ExpertInput:
+        """Take slots of replicas on other ranks for its own."""
+        case, device = self.scene.case, given.ids.device
+        local = case.experts_per_rank
+        first = self.scene.rank * local
+        expert_of = logical_experts(slots_of(case), device)
+        routed = expert_of[first : first + local - case.shared_experts]
+        own = torch.full((case.num_experts + case.shared_experts,), -1, device=device)
+        own[routed] = torch.arange(first, first + len(routed), device=device)
+        valid = (given.ids >= 0) & (given.ids < case.placed_experts)
+        valid &= (given.ids < first) | (given.ids >= first + local)
+        found = own[expert_of[given.ids.long().masked_fill(~valid, 0)]]
+        wrong = torch.where(valid & (found >= 0), found, given.ids).to(given.ids.dtype)
+        self.hits += _changed(given, wrong)
         return given._replace(ids=wrong)
 
 
@@ -123,6 +186,11 @@ class NaNLanes(Fault):
         self.hits += _live(given)
         rows[: _live(given), -8:] = float("nan")
         return rows
+
+
+def _changed(given: ExpertInput, ids: Tensor) -> int:
+    """Live rows with another id in `ids`."""
+    return int((ids != given.ids)[: _live(given)].any(1).sum())
 
 
 def _live(given: ExpertInput) -> int:

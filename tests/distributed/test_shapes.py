@@ -82,3 +82,27 @@ def test_ids_of_minus_one_are_unsupported_where_a_package_reads_out_of_bounds(pa
     for verdict, message in on_ranks(4, endings, cases_of(DROPPED, [parts]))[0]:
         assert verdict is Verdict.UNSUPPORTED
         assert told in message
+
+
+FAULTS: dict[str, dict[str, Any]] = {
+    "shared-counted-twice": {"shared_experts": 1},
+    "replica-summed-twice": {"num_experts": 16, "physical_experts": 32, "shared_experts": 1},
+    "mask-all-ones": {"dropped_slots": 0.2},
+}
+
+
+def findings(session: Session, cases: list[Case]) -> list[list[tuple[str, str | None, int | None]]]:
+    outcomes = [run_case(session, case) for case in cases]
+    return [
+        [(one.judgement.verdict.value, reason.stage, reason.rank) for reason in one.judgement.reasons[:1]]
+        for one in outcomes
+        if one is not None
+    ]
+
+
+def test_slot_counted_twice_and_mask_of_ones_are_found_at_the_experts_of_their_rank() -> None:
+    cases = [
+        tiny_case(4, tokens=12, numerics="exact", inject=f"{name}:rank=2,arm=truncated", limit="sum", **keys)
+        for name, keys in FAULTS.items()
+    ]
+    assert on_ranks(4, findings, cases)[0] == [[("CORRUPT", "experts", 2)]] * len(FAULTS)

@@ -25,6 +25,8 @@ _DEAD_SEEDS = 3
 _GAUSSIAN_EVERY = 5
 _DRAWS = 20
 _BASE = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "policy": "unchecked", "limit": "max-recv"}
+_BASE_LOCAL = 4
+"""Experts of a rank in the model of `_BASE`."""
 _ROUTINGS = ("uniform", "zipf:1.2", "duplicates")
 
 Keys = dict[str, Any]
@@ -178,6 +180,8 @@ def _too_few_ranks(name: str, ranks: int) -> str:
     """Reason why `ranks` ranks are too few to show a fault; empty for none."""
     if name == "cross-node" and (ranks % 2 or ranks < 4):  # noqa: PLR2004 - two nodes of two
         return "needs two nodes of at least two ranks"
+    if name in ("mask-all-ones", "shared-counted-twice", "replica-summed-twice") and ranks == 1:
+        return "needs two ranks"
     if name == "slots-lost" and ranks < 3:  # noqa: PLR2004 - of four experts each
         return "needs at least ten experts"
     if name in ("dispatched-ids", "ids-of-the-other-sub-batch") and ranks < 3:  # noqa: PLR2004 - with two, nearly all tokens go to both
@@ -210,6 +214,8 @@ class _Maker:
             needed["dispatch_dtype"] = "fp8"
         if kind.name == "own-batch-limit":
             needed["tokens"] = tuple(3 if one == rank else 24 for one in range(self.ranks))
+        if kind.name == "replica-summed-twice":
+            needed |= {"physical_experts": 2 * _BASE_LOCAL * self.ranks, "routing": chance.choice(_ROUTINGS[:2])}
         if everywhere:
             needed |= {"tokens": 128, "max_dispatch_tokens_per_rank": 128}
         needed["inject"] = f"{kind.name}:{','.join(f'{key}={value}' for key, value in options.items() if value)}"
@@ -273,6 +279,7 @@ class _Maker:
             "topk": chance.randint(1, 4),
             "jitter": chance.choice((0.0, 0.0, 0.0, 1.0)),
             "repeats": chance.choice((1, 1, 1, 2)),
+            **chance.choice(({}, {}, {}, {"shared_experts": 1}, {"physical_experts": 2 * _BASE_LOCAL * self.ranks})),
         }
 
     def _random_keys(self, chance: random.Random) -> Keys:
