@@ -74,6 +74,7 @@ GROUPS = {
             "experts_option": "NAME=VALUE",
             "emulate": "",
             "device": "",
+            "share_devices": "",
         },
     ),
     "mori": Group(

@@ -41,6 +41,7 @@ KINDS: dict[str, Kind] = {
         "distbench.transports",
         {
             "collective": "distbench.transport.collective.transport:PLUGIN",
+            "symmetric": "distbench.transport.symmetric.transport:PLUGIN",
             "mori": "distbench.transport.mori.transport:PLUGIN",
         },
     ),

@@ -17,6 +17,7 @@ from distbench.utils.amd_arch import Fp8Format
 
 STAND_INS = {
     "collective": "collective for mori",
+    "symmetric": "symmetric for mori",
     "reference": "reference for aiter",
     "triton": "triton for aiter",
 }
@@ -128,7 +129,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         "bitwise"
     )
     transport: Annotated[
-        str, _help("library that moves the rows: collective, mori, an installed plugin, or package.module:factory")
+        str,
+        _help(
+            "library that moves the rows: collective, symmetric, mori, an installed plugin, or package.module:factory"
+        ),
     ] = "collective"
     transport_option: Annotated[
         str, _help("options of a transport plugin, name=value, repeatable; in a file joined by semicolons")
@@ -212,6 +216,13 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     device: Annotated[Literal["auto", "cpu", "cuda"], _help("where the ranks compute; cuda is ROCm's name too")] = (
         "auto"
     )
+    share_devices: Annotated[
+        bool,
+        _help(
+            "ranks of a node share its devices where there are fewer of them than ranks; without NCCL, and times mean "
+            "nothing"
+        ),
+    ] = False
     slot_order: Annotated[
         Literal["shuffled", "source"], _help("order of received rows: seeded shuffle (atomics) or by source")
     ] = "shuffled"
@@ -309,9 +320,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def stand_ins(self) -> list[str]:
-        """The stand-ins that replace mori and aiter."""
+        """The stand-ins that replace mori and aiter, and devices of each rank's own."""
         known = STAND_INS | (EMULATED if self.emulate else {})
-        return [known[name] for name in (self.transport, self.experts) if name in known]
+        parts = [known[name] for name in (self.transport, self.experts) if name in known]
+        return [*parts, "ranks that share devices"] if self.share_devices else parts
 
     @property
     def plugins(self) -> list[str]:
@@ -360,6 +372,7 @@ _SPARSE_KEYS = (
     "caller_folder_sha256",
     *CALL_KEYS,
     *OPTION_KEYS,
+    "share_devices",
     "profile",
     "mori_geometry",
 )

@@ -39,7 +39,8 @@ def parse_stage_timeouts(text: str) -> dict[str, float]:
 def compiles(case: Case) -> bool:
     """Whether ranks of `case` may compile before they first dispatch: packages and plugins do, stand-ins do not."""
     packages = case.experts == "aiter" or case.transport == "mori"
-    return case.experts == "triton" or bool(case.plugins) or (packages and not case.emulate)
+    kernels = case.experts == "triton" or case.transport == "symmetric"
+    return kernels or bool(case.plugins) or (packages and not case.emulate)
 
 
 def stage_limit(case: Case, stage: str) -> float:

@@ -29,6 +29,7 @@ class Position(msgspec.Struct, frozen=True):
     `case_index` counts the cases of a launch, `arm` and `stage` index ARMS and STAGES. `since_ns` is CLOCK_MONOTONIC
     in nanoseconds, comparable between the processes of one host. `step` counts the stages entered since the case
     began: all ranks of a case pass the same stages, some of them several times. `pid` is 0 for a rank of another host.
+    `missing` is one more than the rank whose signal its device has waited for in vain, 0 for none.
     `waiting` and `kind` index waits.KINDS: the rank's current wait, and the last collective that it entered, which is
     number `entered` of the case, on `device` (-1: the host). `repeat` counts the repeats of the arms that have ended.
     """
@@ -43,13 +44,14 @@ class Position(msgspec.Struct, frozen=True):
     entered: int = 0
     kind: int = 0
     device: int = waits.HOST
+    missing: int = 0
     repeat: int = 0
 
     @property
     def is_known(self) -> bool:
         """Whether arm, stage, wait and collective are valid indices."""
         waiting, kind = (0 <= number < len(waits.KINDS) for number in (self.waiting, self.kind))
-        return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES) and waiting and kind
+        return 0 <= self.arm < len(ARMS) and 0 <= self.stage < len(STAGES) and waiting and kind and self.missing >= 0
 
     @property
     def stage_name(self) -> Stage:

@@ -42,11 +42,12 @@ class GroupSession(Session):
         self.shared = None
         on_devices = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
         self._devices = self.local_ranks if on_devices else 0
+        self._shares = False
         self._connected: set[int] = set()
         self._closing = contextlib.ExitStack()
         self.group = _own_group(group, "cpu:gloo,cuda:nccl" if on_devices else "gloo")
 
-    def use(self, asked: str) -> None:
+    def use(self, asked: str, *, shared: bool = False) -> None:
         """See `Session.use`.
 
         Raises:
@@ -55,7 +56,7 @@ class GroupSession(Session):
         if asked == "cuda" and not self._devices:
             message = "device = cuda: the group has no NCCL; initialise it with nccl, or use device cpu"
             raise Unsupported(message)
-        if runs_on_device(asked, self._devices, self.local_ranks):
+        if runs_on_device(asked, self._devices, self.local_ranks, shared=shared):
             self.device = torch.device("cuda", torch.cuda.current_device())
             self._connect_devices()
 

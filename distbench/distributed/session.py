@@ -55,10 +55,12 @@ class Session:
         environ: Mapping[str, str] = os.environ,
         *,
         accelerated: bool = False,
+        shares: bool = False,
     ) -> None:
         """Join the process group that torchrun's variables describe; no collective may take `timeout_s`. Collective.
 
         `accelerated` takes a device for each rank of the node, and joins NCCL (on ROCm: RCCL) as well as gloo.
+        With `shares` the ranks of a node with fewer devices share them in turn: NCCL refuses that, gloo does not.
         """
         self.heartbeat = heartbeat
         self.rank = int(environ["RANK"])
@@ -67,9 +69,10 @@ class Session:
         self._local_rank = int(environ.get("LOCAL_RANK", "0"))
         self.local_ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
         self._devices = torch.cuda.device_count() if accelerated else 0
+        self._shares = shares and 0 < self._devices < self.local_ranks
         _share_cores(self._local_rank, self.local_ranks)
         _keep_freed_memory()
-        backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self._devices >= self.local_ranks else "gloo"  # which takes both
         timeout = timedelta(seconds=timeout_s)
         self._timeout_s = timeout_s
         self._sharing = environ.get(SHARED_MEMORY, "1") != "0"
@@ -141,21 +144,27 @@ class Session:
                     said = time.monotonic()
                 time.sleep(_POLL_S)
 
-    def use(self, asked: str) -> None:
+    def use(self, asked: str, *, shared: bool = False) -> None:
         """Select the device for the next case: `cpu`, `cuda`, or `auto`, which all ranks of the launch resolve alike.
 
-        Collective, in the case's group, where it is a device.
+        `shared`: the ranks of a node may share its devices. Collective, in the case's group, where it is a device.
 
         Raises:
             Unsupported: on every rank, where `cuda` was requested and a node has fewer devices than ranks.
 
         """
-        if not runs_on_device(asked, self._devices, self.local_ranks):
+        if not runs_on_device(asked, self._devices, self.local_ranks, shared=shared):
             self.device = torch.device("cpu")
             return
         self.device = self.own_device
         torch.cuda.set_device(self.device)
-        self._connect_devices()
+        if not self._shares:
+            self._connect_devices()
+
+    @property
+    def shares_devices(self) -> bool:
+        """Whether ranks of this node compute on one device."""
+        return self._shares and self.device.type != "cpu"
 
     def _connect_devices(self) -> None:
         """Have NCCL connect the devices of the case's group, once: else the group's first dispatch would pay for it.
@@ -174,7 +183,9 @@ class Session:
 
     @property
     def own_device(self) -> torch.device:
-        """The device of this rank alone, or the CPU where some node has fewer devices than ranks."""
+        """The device of this rank, or the CPU where some node has fewer devices than ranks that do not share them."""
+        if self._shares:
+            return torch.device("cuda", self._local_rank % self._devices)
         enough = 0 < self.local_ranks <= self._devices
         return torch.device("cuda", self._local_rank) if enough else torch.device("cpu")
 
@@ -278,9 +289,10 @@ class Session:
 
     def _fewest_devices(self) -> int:
         """Number of this node's devices, or 0 where some node has fewer devices than ranks. Collective."""
-        enough = torch.tensor([self._devices >= self.local_ranks], dtype=torch.int64)
+        enough = torch.tensor([self._devices >= self.local_ranks or self._shares], dtype=torch.int64)
         with collective("all_reduce"):
             dist.all_reduce(enough, op=dist.ReduceOp.MIN)
+        self._shares = self._shares and bool(enough)
         return self._devices if int(enough) else 0
 
     def everyones(self, mine: Tensor) -> Tensor:

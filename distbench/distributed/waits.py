@@ -17,7 +17,9 @@ KINDS = (
     "barrier",
     "broadcast",
     "dispatch of mori",
+    "dispatch of symmetric",
     "combine of mori",
+    "combine of symmetric",
     "construction of mori",
     "exchange in shared memory",
     "gather",
@@ -26,17 +28,22 @@ KINDS = (
     "message of a peer",
     "rows of peers",
     "send and receive",
+    "signal of a peer",
     "store of the launch",
     "this rank's device",
     "end of the launch",
 )
-WORDS = 4
-"""Words of the heartbeat: the rank's wait, the number and kind of the last collective entered, its device."""
+WORDS = 5
+"""Words of the heartbeat.
+
+The rank's wait, the number and kind of the last collective entered, its device, and one more than the rank whose signal
+this rank's device has waited for in vain; 0 for none.
+"""
 HOST = -1
 """The device of a collective on the host."""
 
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
-_WAITING, _ENTERED, _KIND, _DEVICE = range(WORDS)
+_WAITING, _ENTERED, _KIND, _DEVICE, _MISSING = range(WORDS)
 
 
 def no_heartbeat() -> memoryview:
@@ -49,7 +56,7 @@ _heartbeats = [no_heartbeat()]
 
 def write_to(words: memoryview) -> None:
     """Write this process's waits to `words` from now on."""
-    words[_WAITING] = words[_ENTERED] = words[_KIND] = 0
+    words[_WAITING] = words[_ENTERED] = words[_KIND] = words[_MISSING] = 0
     words[_DEVICE] = HOST
     _heartbeats[0] = words
 
@@ -74,6 +81,11 @@ class Waiting:
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         _heartbeats[0][_WAITING] = self._before
+
+
+def missed(rank: int) -> None:
+    """Record that this rank's device has given up waiting for the signal of `rank`."""
+    _heartbeats[0][_MISSING] = rank + 1
 
 
 def waiting(kind: str) -> Waiting:

@@ -55,6 +55,9 @@ def find_hang(
     running = _running(seen)
     if not running:
         return None
+    silent = _silent(running)
+    if silent is not None:
+        return _no_signal(job, silent, running, stacks_elsewhere)
     least = min(at.progress for at in running.values())
     behind = {rank: at for rank, at in running.items() if at.progress == least}
     last = max(behind.values(), key=lambda at: at.since_ns)
@@ -70,6 +73,26 @@ def find_hang(
     told = f"stood in {last.place} for {stood:.1f} s, allowed are {limit:.1f} s{rule}{late}"
     others = {rank: at for rank, at in running.items() if rank not in stuck}
     return _hang(stuck, others, told, stacks, case_index, last.stage_name)
+
+
+def _silent(running: dict[int, Position]) -> int | None:
+    """The rank that sent no signal: the one that the first device to give up has waited for; None for none.
+
+    A rank that sent none may itself have given up in a later stage, for a rank that waits for it.
+    """
+    given_up = [at for at in running.values() if at.missing]
+    return min(given_up, key=lambda at: at.progress).missing - 1 if given_up else None
+
+
+def _no_signal(
+    job: Job, silent: int, running: dict[int, Position], stacks_elsewhere: Callable[[], dict[int, str]]
+) -> LaunchFailure:
+    first = min((at for at in running.values() if at.missing), key=lambda at: at.progress)
+    limit = stage_limit(job.entries[first.case_index].case, first.stage_name)
+    told = f"sent no signal in {first.place}: devices of other ranks have waited {limit:.1f} s for it"
+    others = {rank: at for rank, at in running.items() if rank != silent and at.missing - 1 == silent}
+    stacks = dump_stacks(job, running) | stacks_elsewhere()
+    return _hang({silent}, others, told, stacks, first.case_index, first.stage_name)
 
 
 def _never_began(job: Job, missing: list[int], seen: dict[int, Position], launched_ns: int) -> LaunchFailure | None:

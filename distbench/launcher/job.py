@@ -63,6 +63,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         return any(entry.case.device != "cpu" for entry in self.entries if not entry.refused)
 
     @property
+    def shares_devices(self) -> bool:
+        """Whether the ranks of any case may share devices."""
+        return any(entry.case.share_devices for entry in self.entries if not entry.refused)
+
+    @property
     def longest_stage_s(self) -> float:
         """Longest time limit of a stage of any case, in seconds."""
         limits = (

@@ -84,8 +84,12 @@ def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available
     on_device = [entry for entry in entries if entry.case.device != "cpu" and not entry.refused]
     if not held or not on_device:
         return
-    largest = max(on_device, key=lambda entry: device_bytes(entry.case))
-    needed, free = device_bytes(largest.case), free_device_bytes(held) if available is None else available
+    def taken(entry: Entry) -> int:
+        sharing = -(-entry.case.ep_size // len(held)) if entry.case.share_devices else 1
+        return sharing * device_bytes(entry.case)
+
+    largest = max(on_device, key=taken)
+    needed, free = taken(largest), free_device_bytes(held) if available is None else available
     if free is not None and needed > free:
         message = (
             f"device memory: case {largest.name} needs at least {needed} bytes on each device "

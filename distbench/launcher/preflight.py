@@ -59,6 +59,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     if case.uses_fp8:
         _check_fp8(case)
     _check_overlap(case)
+    _check_sharing(case)
     _check_graph(case)
     _check_caller(case)
     if case.inject:
@@ -119,6 +120,16 @@ def _check_overlap(case: Case) -> None:
         if asked:
             message = f"two_batch_overlap: not with {what}; drop one of them"
             raise Unsupported(message)
+
+
+def _check_sharing(case: Case) -> None:
+    """Refuse shared devices without a device, and with MoRI, whose ranks have one each."""
+    if case.share_devices and case.device == "cpu":
+        message = "share_devices: device = cpu has none to share; drop one of them"
+        raise InvalidCase(message)
+    if case.share_devices and case.transport == "mori" and not case.emulate:
+        message = "share_devices with transport mori: its ranks have a device each; use --transport symmetric"
+        raise Unsupported(message)
 
 
 def _check_caller(case: Case) -> None:
@@ -205,11 +216,13 @@ def check_devices(cases: Iterable[Case], local_ranks: int, available: int | None
 
     """
     listed = list(cases)
-    asked = sorted({case.device for case in listed})
-    if asked == ["cpu"]:
+    if all(case.device == "cpu" for case in listed):
         return ()
     found = count_devices() if available is None else available
-    held = devices_to_hold(asked, local_ranks, found)
+    held: tuple[str, ...] = ()
+    for shared in (False, True):
+        asked = sorted({case.device for case in listed if case.share_devices == shared})
+        held = max(held, devices_to_hold(asked, local_ranks, found, shared=shared), key=len)
     if not held and any(case.graph for case in listed):
         message = f"graph: CUDA graphs need a device for each of {local_ranks} ranks, torch sees {found}"
         raise Unsupported(message)

@@ -93,4 +93,5 @@ class StandingRanks:
 def _fits(first: Job, job: Job) -> bool:
     """Whether ranks started for one job can run another: enough of them, devices, and no longer time limits."""
     enough = job.num_ranks <= first.num_ranks and job.out == first.out
-    return enough and job.accelerated <= first.accelerated and job.longest_stage_s <= first.longest_stage_s
+    devices = job.accelerated <= first.accelerated and job.shares_devices <= first.shares_devices
+    return enough and devices and job.longest_stage_s <= first.longest_stage_s

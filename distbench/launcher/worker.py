@@ -82,7 +82,7 @@ def _run_jobs(job: Job, heartbeat: Heartbeat) -> int:
     """Run the job and, where its ranks stay up, the following ones."""
     if job.accelerated and not any(entry.case.iterations for entry in job.entries):  # timing would include them
         os.environ.setdefault(START_EVENTS, "1")
-    session = Session(heartbeat, _group_timeout(job), accelerated=job.accelerated)
+    session = Session(heartbeat, _group_timeout(job), accelerated=job.accelerated, shares=job.shares_devices)
     machine = Machine(socket.gethostname(), str(session.own_device))
     machine_path(Path(job.out), session.rank).write_bytes(msgspec.json.encode(machine))
     exit_code = _run_entries(job, session, heartbeat)

@@ -112,7 +112,7 @@ def run_case(
 
 def _prepare(session: Session, case: Case, brought: Brought | None = None) -> _Ready:
     session.heartbeat.mark(Stage.AGREE)
-    session.use(case.device)
+    session.use(case.device, shared=case.share_devices)
     if case.inject:
         from distbench.faults.injector import check_plugins  # noqa: PLC0415 - loaded only where faults are asked for
 

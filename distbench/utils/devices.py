@@ -112,17 +112,20 @@ def _read_properties(properties: Path) -> dict[str, int]:
     return {name: int(value) for name, value in (line.split() for line in properties.read_text().splitlines())}
 
 
-def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:
+def runs_on_device(asked: str, available: int, local_ranks: int, *, shared: bool = False) -> bool:
     """Whether a case that asks for device `asked` runs on accelerators: `auto` does where each local rank has one.
+
+    `shared`: ranks may share devices, so that one is enough.
 
     Raises:
         Unsupported: `cuda` was asked for, and there are fewer devices than ranks on this node.
 
     """
-    if asked == "cpu" or (asked == "auto" and available < local_ranks):
+    needed = 1 if shared else local_ranks
+    if asked == "cpu" or (asked == "auto" and available < needed):
         return False
-    if available < local_ranks:
-        fix = "start fewer ranks" if available else "distbench doctor says why"
+    if available < needed:
+        fix = "start fewer ranks, or add --share-devices" if available else "distbench doctor says why"
         message = (
             f"device cuda: {local_ranks} ranks on this node, torch sees {available} devices; a rank takes a device of "
             f"its own, since NCCL refuses two on one: {fix}, or use --device cpu or auto"
@@ -131,14 +134,16 @@ def runs_on_device(asked: str, available: int, local_ranks: int) -> bool:
     return True
 
 
-def devices_to_hold(asked: Sequence[str], local_ranks: int, available: int) -> tuple[str, ...]:
+def devices_to_hold(
+    asked: Sequence[str], local_ranks: int, available: int, *, shared: bool = False
+) -> tuple[str, ...]:
     """Names of the devices that cases asking for `asked` hold exclusively; none if all run on the CPU.
 
     Raises:
         Unsupported: as `runs_on_device`.
 
     """
-    if not [one for one in asked if runs_on_device(one, available, local_ranks)]:
+    if not [one for one in asked if runs_on_device(one, available, local_ranks, shared=shared)]:
         return ()
     return tuple(f"cuda:{name}" for name in _physical(os.environ, available)[:local_ranks])
 

@@ -81,7 +81,7 @@ def test_position_has_the_repeats_that_have_ended(path: Path) -> None:
 
 
 def test_position_of_another_host_keeps_its_wait(path: Path) -> None:
-    position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0, 7)
+    position = Position(1, 2, 3, 4, os.getpid(), 6, KINDS.index("barrier"), 8, KINDS.index("gather"), 0, 4, 7)
     write_position(path, position)
     assert read(path) == position
 

@@ -1,0 +1,1 @@
+"""Dispatch and combine over memory that the ranks of a host map from each other (docs/symmetric.md)."""
