@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distbench.case.spec import Case
-from distbench.case.stages import STAGES, Stage
+from distbench.case.stages import LAYER_STAGES, STAGES, Stage
 from distbench.errors import InvalidCase
 
 # Work per second of the slowest machine worth supporting; the time of more work is added to the case's own limit.
@@ -51,6 +51,15 @@ def stage_limit(case: Case, stage: str) -> float:
     given = parse_stage_timeouts(case.stage_timeouts)
     allowed = given[stage] if stage in given else case.timeout + _work_seconds(case, stage)
     return allowed + case.jitter / 1000
+
+
+def patience(case: Case, stage: str) -> float:
+    """Seconds that a rank may wait for another one in `stage`: the limit given for the stage, else the longest of any.
+
+    A rank that it waits for may still be in an earlier stage, with that stage's limit.
+    """
+    layer = (stage,) if stage in parse_stage_timeouts(case.stage_timeouts) else (*LAYER_STAGES, Stage.CHECK)
+    return max(stage_limit(case, one) for one in layer)
 
 
 def case_work(case: Case) -> float:

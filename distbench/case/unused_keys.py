@@ -66,8 +66,8 @@ def _reason(key: str, case: Case) -> str:
 
 
 def _reason_of_transport(key: str, case: Case) -> str:
-    if key == "slot_order" and case.transport == "mori":
-        return "transport mori has an order of its own"
+    if key == "slot_order" and case.transport in ("mori", "symmetric"):
+        return f"transport {case.transport} has an order of its own"
     if key == "mori_habits" and case.transport == "mori" and not case.emulate:
         return "only with emulate"
     bounded = case.limit_key == "recv_bound"

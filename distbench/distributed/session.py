@@ -166,6 +166,11 @@ class Session:
         """Whether ranks of this node compute on one device."""
         return self._shares and self.device.type != "cpu"
 
+    @property
+    def ranks_per_device(self) -> int:
+        """The most ranks of this node that compute on one device."""
+        return -(-self.local_ranks // self._devices) if self.shares_devices else 1
+
     def _connect_devices(self) -> None:
         """Have NCCL connect the devices of the case's group, once: else the group's first dispatch would pay for it.
 

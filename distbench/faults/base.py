@@ -13,7 +13,7 @@ from distbench.case.injection import Injection
 from distbench.case.spec import Case
 from distbench.case.stages import FAULT_ARMS, SUB_BATCHES, Arm
 from distbench.distributed.heartbeat import Heartbeat
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Unsupported
 from distbench.experts.base import ExpertInput, Experts
 from distbench.faults.options import Option, one_of, rank_option
 from distbench.transport.base import Dispatched, Transport
@@ -45,7 +45,8 @@ class Fault:
     The class's docstring says what goes wrong. `bug` names the public reports that it represents, `stage` the first
     stage that is wrong. `verdict` is empty where it follows from the arm: BASELINE_WRONG in the padded one, else
     CORRUPT. `options` are its own keys with their defaults, in addition to `rank` and `arm`; `shape` lists case keys
-    without which it has no effect.
+    without which it has no effect. A `race` may show in some passes only: no self-test counts on it.
+    `transport` is the only one that has it; empty for all.
     """
 
     name: ClassVar[str]
@@ -56,13 +57,19 @@ class Fault:
     options: ClassVar[Mapping[str, Option]] = {}
     shape: ClassVar[Mapping[str, Any]] = {}
     needs: ClassVar[str] = "rows or tokens on its rank"
+    race: ClassVar[bool] = False
+    transport: ClassVar[str] = ""
 
     def __init__(self, scene: Scene, injection: Injection) -> None:
         """Take effect as `injection` says.
 
         Raises:
             InvalidCase: an unknown option, or a value that is not allowed.
+            Unsupported: the case has another transport than the fault's.
         """
+        if self.transport not in ("", scene.case.transport):
+            message = f"inject = {self.name}: of transport {self.transport} alone; the case has {scene.case.transport}"
+            raise Unsupported(message)
         self.scene = scene
         self.hits = 0
         self._visits = 0
@@ -107,6 +114,9 @@ class Fault:
         """Return one of `count` numbers at random, and count a hit."""
         self.hits += 1
         return int(self.random(1) * count)
+
+    def begin(self) -> None:
+        """Called before a checked pass, while no rank dispatches."""
 
     def enter(self, stage: str) -> None:
         """Called when the rank begins a stage."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from distbench.case.stages import Stage
 
-MODULES = ("limit", "dispatch", "experts", "combine", "process", "overlap")
+MODULES = ("limit", "dispatch", "experts", "combine", "process", "overlap", "symmetric")
 _BASE = "Fault"
 
 

@@ -16,7 +16,7 @@ from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase
 from distbench.experts.base import Cut, ExpertInput, Experts, ExpertsAround, ExpertWeights
-from distbench.faults import combine, dispatch, experts, limit, overlap, process
+from distbench.faults import combine, dispatch, experts, limit, overlap, process, symmetric
 from distbench.faults.base import Fault, Scene
 from distbench.transport.base import Dispatched, Transport, TransportAround
 from distbench.utils.text import closest
@@ -24,7 +24,7 @@ from distbench.workload.batch import TokenBatch
 
 FAULTS: dict[str, type[Fault]] = {
     kind.name: kind
-    for module in (limit, dispatch, experts, combine, process, overlap)
+    for module in (limit, dispatch, experts, combine, process, overlap, symmetric)
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, Fault) and kind is not Fault
 }
@@ -200,6 +200,12 @@ class _FaultyTransport(TransportAround):
     def __init__(self, inner: Transport, faults: list[Fault]) -> None:
         super().__init__(inner)
         self._faults = faults
+
+    def forget(self) -> None:
+        for fault in self._faults:
+            if fault.active:
+                fault.begin()
+        self._inner.forget()
 
     def dispatch_send(self, batch: TokenBatch) -> None:
         _enter(self._faults, Stage.DISPATCH)

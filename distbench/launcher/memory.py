@@ -84,6 +84,7 @@ def check_device_memory(entries: Iterable[Entry], held: Sequence[str], available
     on_device = [entry for entry in entries if entry.case.device != "cpu" and not entry.refused]
     if not held or not on_device:
         return
+
     def taken(entry: Entry) -> int:
         sharing = -(-entry.case.ep_size // len(held)) if entry.case.share_devices else 1
         return sharing * device_bytes(entry.case)

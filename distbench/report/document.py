@@ -79,7 +79,7 @@ def build_report(entry: Entry, outcome: Outcome, *, environment: Environment, wa
         warnings=[
             *entry.warnings,
             *(f"exact inputs are blind here: {spot}" for spot in blind),
-            *_doubts(records),
+            *_doubts(records, shared=outcome.case.share_devices),
             *kernel_doubts(records),
         ],
         limit=limit,
@@ -270,7 +270,7 @@ def _blind_spots(case: Case) -> list[str]:
         return []
 
 
-def _doubts(records: list[Observation]) -> list[str]:
+def _doubts(records: list[Observation], *, shared: bool) -> list[str]:
     """Reasons to doubt the times: states that devices reported, and medians with a wide confidence interval."""
     found = [
         f"rank {record.rank}, {record.device_state.name}: {doubt}; its times are doubtful"
@@ -278,6 +278,8 @@ def _doubts(records: list[Observation]) -> list[str]:
         if record.device_state is not None
         for doubt in record.device_state.doubts()
     ]
+    if shared and any(record.timed for record in records):
+        found = ["ranks that share a device take turns on it: times are no measurement of anything", *found]
     return found[:_DOUBTS_SHOWN]
 
 

@@ -134,9 +134,7 @@ def runs_on_device(asked: str, available: int, local_ranks: int, *, shared: bool
     return True
 
 
-def devices_to_hold(
-    asked: Sequence[str], local_ranks: int, available: int, *, shared: bool = False
-) -> tuple[str, ...]:
+def devices_to_hold(asked: Sequence[str], local_ranks: int, available: int, *, shared: bool = False) -> tuple[str, ...]:
     """Names of the devices that cases asking for `asked` hold exclusively; none if all run on the CPU.
 
     Raises:

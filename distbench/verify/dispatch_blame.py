@@ -38,11 +38,24 @@ def dispatch_roots(gathered: Gathered, arm: str, repeats: int) -> list[Root]:
         for one in record.divergences
         if (one.arm, one.stage) == (arm, Stage.DISPATCH)
     ]
-    others = [Root(one, [one.rank], certain=True) for one in found if not one.evidence.received]
+    others = list(_of_other_fields([one for one in found if not one.evidence.received]))
     rows = [one for one in found if one.evidence.received]
     for sub_batch in sorted({one.sub_batch for one in rows}):
         others += _Rows(gathered, arm, repeats, [one for one in rows if one.sub_batch == sub_batch]).roots()
     return others
+
+
+def _of_other_fields(found: list[Divergence]) -> Iterator[Root]:
+    """Yield roots of wrong counts and sources: the ranks that have them, or a sender whose rows no other rank got."""
+    absent = [one for one in found if one.evidence.by_source]
+    senders = {rank for one in absent for rank in one.evidence.by_source}
+    ranks = [one.rank for one in absent]
+    if len(ranks) > 1 and len(senders) == 1 and not senders & set(ranks):
+        (sender,) = senders
+        note = f"; on ranks {', '.join(map(str, ranks))} only rows of rank {sender} did not arrive"
+        yield Root(absent[0], [sender], certain=False, sent=True, note=note)
+        found = [one for one in found if one not in absent]
+    yield from (Root(one, [one.rank], certain=True) for one in found)
 
 
 class _Rows:

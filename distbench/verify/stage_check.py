@@ -262,7 +262,8 @@ class StageChecker:
         doubled = int((keys[1:] == keys[:-1]).sum())
         if not inside or doubled or not torch.equal(torch.bincount(sources[:, 0], minlength=num_ranks).cpu(), agreed):
             against = f"{agreed.tolist()} rows from each rank, each token once"
-            return self._misplaced(arm, against, rows=max(abs(int(agreed.sum()) - len(keys)), doubled, 1))
+            rows = max(abs(int(agreed.sum()) - len(keys)), doubled, 1)
+            return self._misplaced(arm, against, rows, self._absent(sources) if inside and not doubled else {})
         batch = self._workload.token_rows(*split_key(keys))
         belongs = are_local(batch.ids, self._rank, self._workload.experts_per_rank).any(1)
         if not bool(belongs.all()):
@@ -274,8 +275,22 @@ class StageChecker:
         quantised = self._known is not None and self._known.batch.scales is not None
         return FP8_TOLERANCE if quantised else TOLERANCE
 
-    def _misplaced(self, arm: str, against: str, rows: int) -> Divergence:
-        return Divergence(stage=Stage.DISPATCH, arm=arm, rank=self._rank, field="sources", against=against, rows=rows)
+    def _absent(self, sources: Tensor) -> dict[int, int]:
+        """Number of rows that did not arrive from each rank; empty where some rank sent more than agreed."""
+        agreed = self._counts[:, self._rank]
+        absent: list[int] = (agreed - torch.bincount(sources[:, 0], minlength=len(agreed)).cpu()).tolist()
+        return {} if min(absent) < 0 else {rank: rows for rank, rows in enumerate(absent) if rows}
+
+    def _misplaced(self, arm: str, against: str, rows: int, absent: dict[int, int] | None = None) -> Divergence:
+        return Divergence(
+            stage=Stage.DISPATCH,
+            arm=arm,
+            rank=self._rank,
+            field="sources",
+            against=against,
+            rows=rows,
+            evidence=Evidence(by_source=absent or {}),
+        )
 
     def _check_expert_rows(self, place: _Place, keys: Tensor, rows: Tensor) -> Divergence | None:
         """Compare rows [m, H], ordered as `keys`, with the oracle or the first pass; keep the rows given to combine."""

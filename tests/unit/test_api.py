@@ -38,7 +38,10 @@ def test_all_names_are_documented() -> None:
         ({"tokns": 3}, r"^Case: unknown key 'tokns' \(did you mean tokens\?\)"),
         ({"tokens": -1}, "^Case: tokens = -1"),
         ({"tokens": "3"}, "^Case: tokens = '3'"),
-        ({"transport": "acme"}, "^Case: transport = 'acme': allowed are collective, mori, or package.module:factory$"),
+        (
+            {"transport": "acme"},
+            "^Case: transport = 'acme': allowed are collective, symmetric, mori, or package.module:factory$",
+        ),
         ({"transport": lambda _: None}, "^transport = <function .*: no rank can import it; define it at the top"),
         ({"experts": OPTIONED}, "^experts = Plugin.*: no rank can import it"),
     ],

@@ -48,6 +48,7 @@ _VARIANTS: dict[str, tuple[Variant, ...]] = {
     "flipped-bit": tuple(Variant({"field": field}) for field in ("hidden", "scales", "weights", "ids")),
     "corrupt-tokens": (Variant({"rate": "0.005", "rank": "all"}), Variant({"rate": "0.02", "rank": "all"})),
     "hang": (Variant({"stage": "dispatch"}), Variant({"stage": "combine"})),
+    "signal-lost": (Variant({"stage": "dispatch"}), Variant({"stage": "combine"})),
     "dies-at-304-336": (Variant(keys={"limit": "304"}), Variant(keys={"limit": "336"})),
 }
 _GAUSSIAN = {"numerics": "gaussian"}
@@ -145,7 +146,7 @@ def _possible_ones(maker: _Maker, seeds: int) -> tuple[list[FaultTrial], dict[st
     found: list[FaultTrial] = []
     impossible: dict[str, str] = {}
     for name, kind in FAULTS.items():
-        reason = _too_few_ranks(name, maker.ranks)
+        reason = _untried(kind, maker.transport) or _too_few_ranks(name, maker.ranks)
         if reason:
             impossible[name] = reason
             continue
@@ -176,6 +177,13 @@ def _seeds_of(kind: type[Fault], variant: Variant, seeds: int, number: int) -> r
     return range(number % _GAUSSIAN_EVERY, seeds, _GAUSSIAN_EVERY)
 
 
+def _untried(kind: type[Fault], transport: str) -> str:
+    """Reason why no self-test tries a fault; empty for none."""
+    if kind.transport not in ("", transport):
+        return f"a fault of transport {kind.transport} alone"
+    return "a race, which shows in some passes only: docs/symmetric.md" if kind.race else ""
+
+
 def _too_few_ranks(name: str, ranks: int) -> str:
     """Reason why `ranks` ranks are too few to show a fault; empty for none."""
     if name == "cross-node" and (ranks % 2 or ranks < 4):  # noqa: PLR2004 - two nodes of two
@@ -198,6 +206,7 @@ class _Maker:
         base = self._case({}, _BASE)
         check_case(base)
         self._takes_fp8 = base.experts != "triton" or base.fp8_format == "e4m3fn"
+        self.transport = base.transport
         self._guards = GUARDS.get(base.transport, {}) | GUARDS.get(base.experts, {})
 
     def trial(self, kind: type[Fault], variant: Variant, seed: int) -> FaultTrial:

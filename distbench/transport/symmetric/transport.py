@@ -15,8 +15,7 @@ from torch import Tensor
 
 from distbench.case.plugins import Plugin
 from distbench.case.stages import Stage
-from distbench.case.timeouts import stage_limit
-from distbench.distributed.session import Session
+from distbench.case.timeouts import patience
 from distbench.distributed.waits import collective, missed, waiting
 from distbench.errors import DistbenchError
 from distbench.transport.base import Dispatched, Transport, TransportContext, poison_
@@ -26,7 +25,7 @@ from distbench.transport.symmetric.plan import CONTROL_WORDS, plan_memory
 from distbench.utils.triton_launch import launch
 from distbench.workload.batch import TokenBatch
 
-_TOTAL, _LOST, _STUCK = 1, 2, 6  # control words, see kernels.py
+_COUNT, _TOTAL, _LOST, _STUCK = 0, 1, 2, 6  # control words, see peer_kernels.py
 _BLOCK_WORDS = 2048
 _ROW_COLUMNS, _PART_COLUMNS = 8192, 1024
 _DISPATCH_WARPS, _COMBINE_WARPS = 8, 16
@@ -34,12 +33,14 @@ _DISPATCH_WARPS, _COMBINE_WARPS = 8, 16
 _WRITERS_PER_PROCESSOR = 4
 _NANOSECONDS = 1_000_000_000
 # Polls of an interpreted kernel in a second, about: it has no clock.
-_POLLS_PER_S = 2_000
+_POLLS_PER_S = 100
 _FOR_EVER_S = 86_400.0
+# Share of a time limit after which a kernel gives up waiting, so that the rank that it waits for is known by then.
+_PATIENCE = 0.75
 
 
 class _Batch(NamedTuple):
-    """A batch, its fields as words (hidden, scales or weights, weights, ids), and the slots of its rows on each rank."""
+    """A batch; hidden as words, scales or else weights, weights and ids; and the slots of its rows on each rank."""
 
     given: TokenBatch
     fields: tuple[Tensor, ...]
@@ -49,8 +50,9 @@ class _Batch(NamedTuple):
 class SymmetricTransport(Transport):
     """See `Transport` for the contract; construction is collective over the case's group, and maps the memory.
 
-    Rows lie in the order in which atomics gave them slots. The sum is that of MoRI's IntraNode kernel, bit for bit.
-    Neither call reads from the device, and rows past the capacity are never written: `sources` refuses them.
+    Rows lie in the order in which atomics gave them slots, whatever the case's slot_order. The sum is that of MoRI's
+    IntraNode kernel, bit for bit. Neither call reads from the device. A row that finds no slot is not written, comes
+    back as NaN, and `sources` refuses the call.
     """
 
     def __init__(self, context: TransportContext) -> None:
@@ -67,21 +69,27 @@ class SymmetricTransport(Transport):
         self.flaw = ""
         """Fault of the kernels that the next call imitates; see `faults/symmetric.py`."""
         self._session, self._rank = session, context.rank
-        self._ranks, self._experts, self._stride = case.ep_size, case.experts_per_rank, case.max_dispatch_tokens_per_rank
+        self._ranks, self._experts, self._stride = (
+            case.ep_size,
+            case.experts_per_rank,
+            case.max_dispatch_tokens_per_rank,
+        )
         self._columns, self._topk = case.hidden_size, case.topk
         self._plan = plan_memory(case.capacity, like, torch.bfloat16.itemsize)
         self._mapped = map_memory(session, self._plan.size)
         self._control = self._region(0, CONTROL_WORDS * 4).view(torch.int32)
         self._received, self._sources = self._buffers(like)
         self._returns = self._rows(self._plan.returns, self._columns, torch.bfloat16)
-        self._limits = {stage: self._ticks(stage_limit(case, stage)) for stage in (Stage.DISPATCH, Stage.COMBINE)}
+        self._limits = {
+            stage: self._ticks(_PATIENCE * patience(case, stage)) for stage in (Stage.DISPATCH, Stage.COMBINE)
+        }
         self._constants: dict[str, Any] = {
             "RANK": self._rank,
             "RANKS": self._ranks,
             "LANES": _whole(self._ranks),
             "CLOCK": int(session.device.type == "cuda" and torch.version.hip is None),
         }
-        self._processors = 1 if interpreted() else _processors(session.device)
+        self._processors = 1 if interpreted() else max(_processors(session.device) // session.ranks_per_device, 1)
         self._batch: _Batch | None = None
         self._under_way = False
         self._returning: tuple[Tensor, Tensor] | None = None
@@ -118,6 +126,17 @@ class SymmetricTransport(Transport):
         assert self._batch is not None  # noqa: S101 - after a dispatch
         self._launch_dispatch(self._batch, "reuse")
 
+    def signal_early(self) -> None:
+        """Signal the end of a dispatch that has not begun: a fault."""
+        from distbench.transport.symmetric import peer_kernels  # noqa: PLC0415 - loads Triton
+
+        named = {key: self._constants[key] for key in ("RANK", "RANKS", "LANES")}
+        launch(peer_kernels.signal, (1,), self._mapped.addresses, **named)
+
+    def leave_count(self, rows: int) -> None:
+        """Count slots as taken that no call has taken, before any rank dispatches: a fault."""
+        self._control[_COUNT] = rows
+
     def combine_send(self, expert_out: Tensor, ids: Tensor) -> None:
         """See `Transport.combine_send`; rows move in the receive half.
 
@@ -142,7 +161,7 @@ class SymmetricTransport(Transport):
         Raises:
             DistbenchError: no combine was begun.
         """
-        from distbench.transport.symmetric import kernels  # noqa: PLC0415 - loads Triton
+        from distbench.transport.symmetric import peer_kernels  # noqa: PLC0415 - loads Triton
 
         back, batch, self._returning = self._returning, self._batch, None
         if back is None or batch is None:
@@ -155,7 +174,7 @@ class SymmetricTransport(Transport):
         block = min(_whole(self._columns), _ROW_COLUMNS if whole else _PART_COLUMNS)
         with collective("combine of symmetric", ids.get_device()):
             launch(
-                kernels.combine,
+                peer_kernels.combine,
                 (self._processors,),
                 rows,
                 ids,
@@ -209,7 +228,7 @@ class SymmetricTransport(Transport):
         del self._received, self._sources, self._returns, self._control, self._mapped
 
     def _launch_dispatch(self, batch: _Batch, flaw: str) -> None:
-        from distbench.transport.symmetric import kernels  # noqa: PLC0415 - loads Triton
+        from distbench.transport.symmetric import peer_kernels  # noqa: PLC0415 - loads Triton
 
         plan, fields = self._plan, batch.fields
         tokens = batch.places.shape[0]
@@ -217,7 +236,7 @@ class SymmetricTransport(Transport):
         if batch.given.scales is None:
             widths = (widths[0], 0, *widths[2:])
         launch(
-            kernels.dispatch,
+            peer_kernels.dispatch,
             (max(min(tokens, self._processors * _WRITERS_PER_PROCESSOR), 1) if self._processors > 1 else 1,),
             *fields,
             batch.places,

@@ -76,7 +76,9 @@ def test_installed_names_and_references_are_accepted_unloaded(name: str) -> None
 )
 @pytest.mark.usefixtures("acme")
 def test_other_names_are_refused_with_those_that_exist(name: str) -> None:
-    with pytest.raises(InvalidCase, match=r"^--transport = .*allowed are collective, mori, acme, or package.module:"):
+    with pytest.raises(
+        InvalidCase, match=r"^--transport = .*allowed are collective, symmetric, mori, acme, or package.module:"
+    ):
         flagged(transport=name)
 
 

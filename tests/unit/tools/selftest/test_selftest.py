@@ -43,7 +43,7 @@ def test_every_fault_of_an_arm_is_tried_in_gaussian_inputs_alone_in_some_seeds()
         names = [one.label.split(":")[0] for one in plan(4, seeds, 0).trials if one.entry.case.numerics == "gaussian"]
         return Counter(names)
 
-    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict} - {*EXACT_ONLY}
+    of_an_arm = {name for name, kind in FAULTS.items() if not kind.verdict and not kind.transport} - {*EXACT_ONLY}
     assert gaussian(5).keys() == of_an_arm
     quick = gaussian(1)
     assert quick.keys() >= {name for name in of_an_arm if FAULTS[name].stage == "experts"}
@@ -57,7 +57,9 @@ def test_guard_of_an_adapter_holds_in_gaussian_inputs_too() -> None:
 
 def test_faults_that_selftest_cannot_try_are_named_with_the_reason() -> None:
     found = plan(2, 1, 0)
-    assert set(found.impossible) == {"cross-node", "slots-lost", "dispatched-ids", "ids-of-the-other-sub-batch"}
+    of_symmetric = {name for name, kind in FAULTS.items() if kind.transport}
+    too_few = {"cross-node", "slots-lost", "dispatched-ids", "ids-of-the-other-sub-batch"}
+    assert set(found.impossible) == too_few | of_symmetric
     tried = {one.label.split(":")[0] for one in found.trials if "+" not in one.label}
     assert tried | set(found.impossible) == FAULTS.keys()
     two_nodes = Layer(FLAGS, {"transport": "mori", "emulate": "true", "gpu_per_node": "2"}, strict=False)

@@ -30,24 +30,21 @@ COMBINE = tl.constexpr(1)
 def _ticks(polls, CLOCK: tl.constexpr):
     """Time in nanoseconds where the device has a clock, else the number of polls."""
     if CLOCK:
-        return tl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
-        )
-    else:
-        return polls
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+    return polls
 
 
 @triton.jit
 def _pause(CLOCK: tl.constexpr):
     """Let a spinning program leave the memory to others for about 100 ns."""
     if CLOCK:
-        tl.inline_asm_elementwise(
-            "nanosleep.u32 100; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
+        tl.inline_asm_elementwise("nanosleep.u32 100; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _signal(peers, PHASE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, SEM: tl.constexpr):
+def _signal(
+    peers, PHASE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, SEM: tl.constexpr
+):
     """Add 1 to this rank's arrival word on every rank; what this program has seen written is written for them."""
     lanes = tl.arange(0, LANES)
     inside = lanes < RANKS
@@ -57,8 +54,20 @@ def _signal(peers, PHASE: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
 
 
 @triton.jit
+def signal(peers, RANK: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr):
+    """Signal the end of a dispatch, and nothing else: a fault."""
+    _signal(peers, DISPATCH, RANK, RANKS, LANES, "release")
+
+
+@triton.jit
 def _await(
-    control, epoch, limit, PHASE: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr, SEM: tl.constexpr,
+    control,
+    epoch,
+    limit,
+    PHASE: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    SEM: tl.constexpr,
     CLOCK: tl.constexpr,
 ):
     """Wait until all ranks have arrived `epoch` times; give up after `limit` ticks and note a missing rank."""
@@ -89,6 +98,64 @@ def _put(source, row, base, OFFSET: tl.constexpr, slot, WIDTH: tl.constexpr, BLO
     inside = column < WIDTH
     target = (base + OFFSET).to(source.dtype) + slot.to(tl.int64) * WIDTH
     tl.store(target + column, tl.load(source + row * WIDTH + column, mask=inside), mask=inside)
+
+
+@triton.jit
+def _put_rows(
+    hidden,
+    token,
+    place,
+    peers,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+    FLAW: tl.constexpr,
+):
+    """Read a token's payload once, and write it to its slots."""
+    lanes = tl.arange(0, LANES)
+    for first in tl.static_range(0, WIDTH, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        row = tl.load(hidden + token * WIDTH + column, mask=column < WIDTH)
+        if FLAW == "reuse":
+            row = row ^ row
+        for rank in tl.static_range(RANKS):
+            to = tl.sum(tl.where(lanes == rank, place, 0), 0).to(tl.int64)
+            there = tl.load(peers + rank) + OFFSET
+            target = tl.multiple_of(there.to(hidden.dtype), 16) + to * WIDTH + column
+            width = tl.where(to >= 0, WIDTH, 0)
+            if FLAW == "stale slot":
+                width = tl.where(token % 4 > 0, width, 0)
+            tl.store(target, row, mask=column < width)
+
+
+@triton.jit
+def _put_details(
+    scales,
+    weights,
+    ids,
+    token,
+    place,
+    peers,
+    source,
+    OFFSETS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RANKS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Copy a token's scales, weights and ids, and its `source`, to its slots."""
+    lanes = tl.arange(0, LANES)
+    for rank in tl.static_range(RANKS):
+        to = tl.sum(tl.where(lanes == rank, place, 0), 0)
+        if to >= 0:
+            there = tl.load(peers + rank)
+            if WIDTHS[1]:
+                _put(scales, token, there, OFFSETS[1], to, WIDTHS[1], BLOCKS[1])
+            _put(weights, token, there, OFFSETS[2], to, WIDTHS[2], BLOCKS[2])
+            _put(ids, token, there, OFFSETS[3], to, WIDTHS[3], BLOCKS[3])
+            tl.store((there + OFFSETS[4]).to(tl.pointer_type(tl.int32)) + to, source)
 
 
 @triton.jit(do_not_specialize=["tokens", "limit"])
@@ -122,17 +189,12 @@ def dispatch(
     """
     RELEASE: tl.constexpr = "relaxed" if FLAW == "fence" else "release"
     ACQUIRE: tl.constexpr = "relaxed" if FLAW == "fence" else "acquire"
-    WIDTH: tl.constexpr = WIDTHS[0]
-    BLOCK: tl.constexpr = BLOCKS[0]
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, LANES)
     slots_k = tl.arange(0, BLOCKS[3])
     base = tl.load(peers + lanes, mask=lanes < RANKS, other=0)
     counters = base.to(tl.pointer_type(tl.int32)) + COUNT
-    if FLAW == "release first":
-        if program == 0:
-            _signal(peers, DISPATCH, RANK, RANKS, LANES, RELEASE)
     for number in range(program, tokens, programs):
         token = number + tl.full([], 0, tl.int64)
         chosen = tl.load(ids + token * WIDTHS[3] + slots_k, mask=slots_k < WIDTHS[3], other=-1)
@@ -145,36 +207,18 @@ def dispatch(
         place = tl.where(goes, tl.where(slot < CAPACITY, slot, LOST), NOWHERE)
         if FLAW != "reuse":
             tl.store(places + token * RANKS + lanes, place, mask=lanes < RANKS)
-        for first in tl.static_range(0, WIDTH, BLOCK):
-            column = first + tl.arange(0, BLOCK)
-            row = tl.load(hidden + token * WIDTH + column, mask=column < WIDTH)
-            if FLAW == "reuse":
-                row = row ^ row
-            for rank in tl.static_range(RANKS):
-                to = tl.sum(tl.where(lanes == rank, place, 0), 0).to(tl.int64)
-                there = tl.load(peers + rank) + OFFSETS[0]
-                target = tl.multiple_of(there.to(hidden.dtype), 16) + to * WIDTH + column
-                width = tl.where(to >= 0, WIDTH, 0)
-                if FLAW == "stale slot":
-                    width = tl.where(token > 0, width, 0)
-                tl.store(target, row, mask=column < width)
+        _put_rows(hidden, token, place, peers, OFFSETS[0], WIDTHS[0], BLOCKS[0], RANKS, LANES, FLAW)
         if FLAW != "reuse":
-            for rank in tl.static_range(RANKS):
-                to = tl.sum(tl.where(lanes == rank, place, 0), 0)
-                if to >= 0:
-                    there = tl.load(peers + rank)
-                    if WIDTHS[1]:
-                        _put(scales, token, there, OFFSETS[1], to, WIDTHS[1], BLOCKS[1])
-                    _put(weights, token, there, OFFSETS[2], to, WIDTHS[2], BLOCKS[2])
-                    _put(ids, token, there, OFFSETS[3], to, WIDTHS[3], BLOCKS[3])
-                    tl.store((there + OFFSETS[4]).to(tl.pointer_type(tl.int32)) + to, RANK * STRIDE + number)
+            _put_details(
+                scales, weights, ids, token, place, peers, RANK * STRIDE + number, OFFSETS, WIDTHS, BLOCKS, RANKS, LANES
+            )
     if FLAW != "reuse":
         tl.debug_barrier()
         done = tl.atomic_add(control + DONE, 1, sem="relaxed" if FLAW == "fence" else "acq_rel", scope="gpu")
         if done == programs - 1:
             epoch = tl.load(control + CALLS) + 1
             tl.debug_barrier()
-            if FLAW != "no signal" and FLAW != "release first":
+            if FLAW != "no signal":
                 _signal(peers, DISPATCH, RANK, RANKS, LANES, RELEASE)
             if FLAW != "no wait":
                 _await(control, epoch, limit, DISPATCH, RANKS, LANES, ACQUIRE, CLOCK)
@@ -231,8 +275,7 @@ def combine(
     tl.debug_barrier()
     done = tl.atomic_add(control + DONE, 1, sem="relaxed" if FLAW == "fence" else "acq_rel", scope="gpu")
     if done == programs - 1:
-        if FLAW != "count kept":
-            tl.store(control + COUNT, 0)
+        tl.store(control + COUNT, 0)
         tl.store(control + DONE, 0)
         tl.debug_barrier()
         if FLAW != "no signal":
