@@ -5,7 +5,8 @@ family, order of slots and seed. They run in suites of 250, each in one launch. 
 the shape does not support is counted separately, by its reason.
 
 With --profiles the cases are of profiles on four ranks, each in turn in bf16 and fp8, so that twelve seeds of six
-profiles are one case of each; other flags, such as --caller-wheel, go to the suites.
+profiles are one case of each; other flags, such as --caller-wheel, go to the suites. With --share-devices the cases on
+devices run where there are fewer devices than ranks, and a half of them with transport symmetric.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="first seed (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=8, metavar="P", help="ranks at most (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
+    parser.add_argument("--share-devices", action="store_true", help="ranks share devices, with --device cuda")
     parser.add_argument("--profiles", default="", metavar="all|NAME,…", help="cases of these profiles (default: none)")
     options, flags = parser.parse_known_args()
     if flags and not options.profiles:
@@ -80,7 +82,7 @@ def _case(seed: int, options: argparse.Namespace) -> Keys:
     chance = random.Random(f"clean case {seed}")  # noqa: S311 - a choice of cases, no secret
     if options.profiles != [""]:
         return _of_profile(chance, seed, options.profiles)
-    keys = _parts_on_device(chance) if options.device == "cuda" else _parts_on_cpu(chance)
+    keys = _parts_on_device(chance, shared=options.share_devices) if options.device == "cuda" else _parts_on_cpu(chance)
     ranks = [count for count in keys.pop("ranks") if count <= options.nproc]
     ep_size = chance.choice(ranks)
     fp8 = chance.random() < 0.4  # noqa: PLR2004 - two fifths of them
@@ -153,15 +155,16 @@ def _parts_on_cpu(chance: random.Random) -> Keys:
     return keys
 
 
-def _parts_on_device(chance: random.Random) -> Keys:
-    """Transport and experts on a CUDA device."""
+def _parts_on_device(chance: random.Random, *, shared: bool) -> Keys:
+    """Transport and experts on a CUDA device; ranks that share it take either transport."""
     experts = chance.choice(["triton", "triton", "reference"])
+    transports = {"share_devices": True, "transport": chance.choice(["collective", "symmetric"])} if shared else {}
     return {
         "transport": "collective",
         "experts": experts,
         "graph": experts == "triton" and chance.random() < 0.2,  # noqa: PLR2004 - a fifth of them
         "ranks": range(1, 9),
-    }
+    } | transports
 
 
 def _layer(chance: random.Random, keys: Keys, *, fp8: bool, device: str) -> tuple[int, int, int, int]:
