@@ -123,3 +123,7 @@ def test_violations_of_sglangs_own_cut_are_named_and_run_again(
     assert main([*again, f"--bundle={tmp_path / 'bundles'}"]) == 1
     told = capsys.readouterr().out
     assert f"UNDER_LIMIT (emulated: collective for mori, reference for aiter): rank {over[0][0]} receives" in told
+    out.unlink()
+    (bundle,) = (tmp_path / "bundles").iterdir()
+    assert main(["replay", str(bundle), f"--out={tmp_path / 'again'}"]) == 0
+    assert "reproduced here (emulated" in capsys.readouterr().out

@@ -22,7 +22,7 @@ from distbench.case.stages import Arm, Stage
 from distbench.errors import InvalidCase
 from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
 from distbench.report.bundle.layout import Part, part_name
-from distbench.report.bundle.read import Bundle, read_part
+from distbench.report.bundle.read import Bundle, local_case, read_part
 from distbench.report.bundle.recorded import ArmRows, RankTensors, rank_tensors, recorded_order, routing_of
 from distbench.report.bundle.references import AsRecorded, Generated, References, SentTokens
 from distbench.transport.sum_order import SumOrder
@@ -68,7 +68,7 @@ def analyse(bundle: Bundle) -> Analysis:
         InvalidCase: a part is damaged, or the record contradicts itself.
 
     """
-    case, gathered = bundle.manifest.case, bundle.manifest.gathered
+    case, gathered = local_case(bundle), bundle.manifest.gathered
     missing = _missing(bundle)
     present = [part for part in bundle.manifest.recorded.parts if part.rank not in missing]
     references = _references(bundle, present)
@@ -102,7 +102,7 @@ def _missing(bundle: Bundle) -> dict[int, str]:
 
 def _references(bundle: Bundle, present: list[Part]) -> References:
     """Inputs and oracle: generated where this version generates the recorded inputs, else those in the parts."""
-    case, recorded = bundle.manifest.case, bundle.manifest.recorded
+    case, recorded = local_case(bundle), bundle.manifest.recorded
     inputs = recorded.inputs or inputs_of(case)[0]
     if bundle.manifest.inputs_version == INPUTS_VERSION:
         return Generated(with_inputs(case, inputs))

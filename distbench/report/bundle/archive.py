@@ -6,6 +6,7 @@ with recorded rows `distbench replay` takes that folder as it is.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import zipfile
@@ -18,7 +19,15 @@ import msgspec
 
 from distbench.case.spec import FIELD_DEFAULTS, FLAG_KEYS, UNSTORED_KEYS
 from distbench.errors import InvalidCase
-from distbench.report.bundle.layout import KERNEL_TABLE, MANIFEST, MAX_TABLE_BYTES, REPORT, part_name
+from distbench.report.bundle.layout import (
+    KERNEL_TABLE,
+    MANIFEST,
+    MAX_TABLE_BYTES,
+    MAX_TRACE_BYTES,
+    REPORT,
+    TRACE,
+    part_name,
+)
 from distbench.report.bundle.masking import Masking
 from distbench.report.bundle.read import Bundle, read_bounded, read_part
 from distbench.report.bundle.summary import summary_text
@@ -85,14 +94,28 @@ def _files(report: Report, recording: Bundle | None, masking: Masking) -> Iterat
     values = {key: value for key, value in report.case.items() if key not in (*UNSTORED_KEYS, "hash")}
     yield CASE, _lines(values)
     if recording is not None:
-        yield MANIFEST, _lines(masking.document(msgspec.to_builtins(recording.manifest)))
-        if recording.manifest.case.kernel_table and not recording.manifest.table_left_out:
-            yield KERNEL_TABLE, read_bounded(recording.folder, KERNEL_TABLE, MAX_TABLE_BYTES)
+        manifest = masking.document(msgspec.to_builtins(recording.manifest))
+        table = _table(recording, masking)
+        if table:
+            manifest["case"]["kernel_table_sha256"] = hashlib.sha256(table).hexdigest()  # of what is sent
+        yield MANIFEST, _lines(manifest)
+        if table:
+            yield KERNEL_TABLE, table
+        if recording.manifest.trace_sha256:
+            yield TRACE, read_bounded(recording.folder, TRACE, MAX_TRACE_BYTES)
     yield "results.html", _page(report)
     for part in [] if recording is None else recording.manifest.recorded.parts:
         name = part_name(part.rank)
         if recording is not None and not part.missing and (recording.folder / name).exists():
             yield name, read_part(recording, part).content
+
+
+def _table(recording: Bundle, masking: Masking) -> bytes:
+    """The kernel table without its secrets; empty where the recording has none."""
+    if not recording.manifest.case.kernel_table or recording.manifest.table_left_out:
+        return b""
+    content = read_bounded(recording.folder, KERNEL_TABLE, MAX_TABLE_BYTES)
+    return masking.text(content.decode(errors="surrogateescape")).encode(errors="surrogateescape")
 
 
 def _page(report: Report) -> bytes:
@@ -108,6 +131,8 @@ def _notes(folder: str, report: Report, recording: Bundle | None, left_out: list
     yield "reproduce, in the unpacked archive:"
     table = recording is not None and recording.manifest.case.kernel_table
     flags = f"{_flags(report)} --kernel-table {folder}/{KERNEL_TABLE}" if table else _flags(report)
+    if recording is not None and recording.manifest.trace_sha256:
+        flags += f" --routing trace:{folder}/{TRACE}"
     yield f"  distbench run --case {folder}/{CASE}{flags}"
     if recording is None:
         yield "no rows are recorded; `distbench run … --bundle DIR` records those of a failing case"

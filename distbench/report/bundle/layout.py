@@ -16,10 +16,13 @@ SCHEMA = "distbench.bundle/1"
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 KERNEL_TABLE = "kernel_table.csv"
+TRACE = "routing.safetensors"
+"""The recorded routing of a case that has one: its step and layer alone."""
 
 MAX_TOKENS = 64
 MAX_JSON_BYTES = 16 << 20
 MAX_TABLE_BYTES = 16 << 20
+MAX_TRACE_BYTES = 64 << 20
 MAX_HEADER_BYTES = 1 << 20
 MAX_PART_BYTES = 64 << 20
 """Bytes of one rank's part: `RECORDED_BYTES` of tensors, its routing, and room for one token of any case."""
@@ -67,8 +70,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     `gathered` is the input of rank 0's judgement, without timings and maps; None where the case was refused or lost its
     ranks. Its lists of tokens end at `listed_tokens`. `table_left_out` is the size in bytes of a kernel table that is
-    too large to copy. `sub_batches` is the traffic of each, with two-batch overlap. `inputs_version` is that of the
-    inputs that the case ran with; bundles without it have 1.
+    too large to copy. `trace_sha256` is the digest of the copied part of a recorded routing, `trace_left_out` its size
+    where it is too large to copy. `sub_batches` is the traffic of each, with two-batch overlap. `inputs_version` is
+    that of the inputs that the case ran with; bundles without it have 1.
     """
 
     schema: str = SCHEMA
@@ -81,6 +85,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     recorded: Recorded
     listed_tokens: int = LISTED_TOKENS
     table_left_out: int = 0
+    trace_sha256: str = ""
+    trace_left_out: int = 0
     sub_batches: tuple[Traffic, ...] = ()
 
     @property
@@ -88,10 +94,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """Contents left out because of their size, in words."""
         known, left_out, unrouted = len(self.recorded.tokens), self.recorded.left_out, self.recorded.routing_left_out
         table = f"{self.table_left_out} bytes, allowed are {MAX_TABLE_BYTES}"
+        trace = f"{self.trace_left_out} bytes, allowed are {MAX_TRACE_BYTES}"
         found = [
             (left_out, f"{left_out} failing tokens or more, beside the {known} recorded"),
             (unrouted, f"the routing of {unrouted} tokens"),
             (self.table_left_out, f"the kernel table: {table}; replay with --kernel-table FILE"),
+            (self.trace_left_out, f"the recorded routing: {trace}; replay with --routing trace:FILE"),
             (self.listed_tokens < LISTED_TOKENS, f"tokens that ranks list after the first {self.listed_tokens}"),
         ]
         return [what for cut, what in found if cut]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import msgspec
 
 from distbench.case.aiter_env import table_bytes
 from distbench.case.spec import Case
+from distbench.case.trace_name import trace_name
+from distbench.errors import InvalidCase
 from distbench.report.bundle.layout import (
     KERNEL_TABLE,
     MANIFEST,
     MAX_JSON_BYTES,
     MAX_TABLE_BYTES,
+    MAX_TRACE_BYTES,
     REPORT,
+    TRACE,
     Manifest,
     Recorded,
     names_token,
@@ -24,6 +29,7 @@ from distbench.report.bundle.layout import (
 from distbench.report.files import write_atomically
 from distbench.report.schema import Report
 from distbench.report.terminal import print_note
+from distbench.utils.text import one_line
 from distbench.verify.records import LISTED_TOKENS, Divergence, Gathered, Observation, Outcome, Token
 from distbench.workload.version import INPUTS_VERSION
 
@@ -40,7 +46,7 @@ def without_a_bundle(name: str) -> Iterator[None]:
 
 
 def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Recorded) -> None:
-    """Complete the parts to a bundle: write the report, the kernel table, and the manifest last.
+    """Complete the parts to a bundle: write the report, the kernel table, recorded routing, and the manifest last.
 
     Where the records of very many ranks would be too large to read back, their lists of tokens are shortened; where
     even that is not enough, no bundle is written.
@@ -48,6 +54,7 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     case, resolved = outcome.case, outcome.resolved
+    trace = _write_trace(folder, case)
     manifest = Manifest(
         inputs_version=INPUTS_VERSION,
         how_to_replay=[
@@ -62,6 +69,8 @@ def write_manifest(folder: Path, report: Report, outcome: Outcome, recorded: Rec
         gathered=outcome.gathered,
         recorded=recorded,
         table_left_out=_write_table(folder, case),
+        trace_sha256=trace if isinstance(trace, str) else "",
+        trace_left_out=0 if isinstance(trace, str) else trace,
     )
     told = _first_that_fits(iter([_without_raw_times(report)]))
     content = _first_that_fits(_with_shorter_lists(manifest))
@@ -79,6 +88,26 @@ def _write_table(folder: Path, case: Case) -> int:
         return len(table)
     write_atomically(folder / KERNEL_TABLE, table)
     return 0
+
+
+def _write_trace(folder: Path, case: Case) -> str | int:
+    """Copy the case's step and layer of a recorded routing; return its digest, or its size where it is too large."""
+    named = trace_name(case.routing)
+    if named is None:
+        return ""
+    from distbench.workload.routing_spec import recorded_slice  # noqa: PLC0415 - only bundles of a recording load it
+    from distbench.workload.trace_file import Header, trace_bytes  # noqa: PLC0415 - likewise
+
+    try:
+        one = recorded_slice(named)
+    except InvalidCase as error:  # it was there when the case ran
+        raise OSError(0, one_line(error), named.path) from error
+    header = Header("", case.num_experts, case.topk, case.ep_size, "a bundle", {})
+    content = trace_bytes(header, {(named.step or 0, named.layer or 0): one})
+    if len(content) > MAX_TRACE_BYTES:
+        return len(content)
+    write_atomically(folder / TRACE, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _first_that_fits(documents: Iterator[Any]) -> bytes | None:

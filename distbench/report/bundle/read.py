@@ -17,6 +17,7 @@ from distbench.case.limits import Traffic
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.spec import UNSTORED_KEYS, Case
 from distbench.case.stages import ARMS, LAYER_STAGES, Arm
+from distbench.case.trace_name import TraceName, trace_name
 from distbench.errors import InvalidCase
 from distbench.report.bundle.layout import (
     KERNEL_TABLE,
@@ -26,8 +27,10 @@ from distbench.report.bundle.layout import (
     MAX_PART_BYTES,
     MAX_TABLE_BYTES,
     MAX_TOKENS,
+    MAX_TRACE_BYTES,
     REPORT,
     SCHEMA,
+    TRACE,
     Manifest,
     Part,
     names_token,
@@ -84,13 +87,14 @@ def open_bundle(folder: str | Path) -> Bundle:
 def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
     """The bundle's case with the `asked` keys in front, checked as if it came from a case file.
 
-    Its kernel table is the bundle's own copy, never the path that the case names, unless another one is requested.
+    Its kernel table and its recorded routing are the bundle's own copies, never the paths that the case names, unless
+    others are requested.
 
     Raises:
         InvalidCase: the case is invalid, or its kernel table is not in the bundle.
 
     """
-    case = bundle.manifest.case
+    case = local_case(bundle)
     values = {key: value for key, value in msgspec.structs.asdict(case).items() if key not in UNSTORED_KEYS}
     values["kernel_table"] = str(bundle.folder / KERNEL_TABLE) if case.kernel_table else ""
     if case.kernel_table and not any("kernel_table" in layer.values for layer in asked):
@@ -101,6 +105,22 @@ def runnable_case(bundle: Bundle, asked: Sequence[Layer] = ()) -> Case:
         if hashlib.sha256(table).hexdigest() != case.kernel_table_sha256:
             _refuse(bundle.folder, KERNEL_TABLE, "is not the table that the case ran with")
     return resolve_case([*asked, Layer(f"bundle:{bundle.folder}", values)], None).case
+
+
+def local_case(bundle: Bundle) -> Case:
+    """The bundle's case, with the bundle's own copy of a recorded routing.
+
+    Raises:
+        InvalidCase: the copy is missing or damaged.
+
+    """
+    case = bundle.manifest.case
+    if not (trace_name(case.routing) and bundle.manifest.trace_sha256):
+        return case
+    content = read_bounded(bundle.folder, TRACE, MAX_TRACE_BYTES)
+    if hashlib.sha256(content).hexdigest() != bundle.manifest.trace_sha256:
+        _refuse(bundle.folder, TRACE, "has another SHA-256 than the manifest says")
+    return msgspec.structs.replace(case, routing=str(TraceName(str(bundle.folder / TRACE))))
 
 
 def read_part(bundle: Bundle, part: Part) -> PartContent:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,21 @@ import pytest
 
 from distbench.case.resolve import load_case_file, resolve_case
 from distbench.case.spec import case_hash
+from distbench.case.trace_name import TraceName
 from distbench.cli.main import main
-from distbench.errors import InvalidCase
+from distbench.errors import InvalidCase, Verdict
+from distbench.report.bundle.analysis import analyse
 from distbench.report.bundle.archive import MIB, write_archive
+from distbench.report.bundle.layout import KERNEL_TABLE, TRACE
 from distbench.report.bundle.masking import MASK, Masking
-from distbench.report.bundle.read import open_bundle, read_part
+from distbench.report.bundle.read import open_bundle, read_part, runnable_case
 from distbench.report.bundle.summary import MOST_CHARACTERS, summary_text
 from distbench.report.files import read_report, write_report
 from distbench.report.schema import Report
+from distbench.workload.routing_spec import recorded_slice
+from distbench.workload.trace_file import read_header, read_slice
 from tests.cases import tiny_case
+from tests.distributed.bundles import leave_bundle, run_healthy
 from tests.reports import report_of
 from tests.results import write_results
 
@@ -104,6 +112,55 @@ def test_no_file_of_an_archive_holds_a_secret(tmp_path: Path, monkeypatch: pytes
     assert masked["NCCL_NET"] == f"http://{MASK}@proxy"
     assert masked["MORI_NOTE"] == f"WANDB_API_KEY={MASK} ok"
     assert "secrets masked: 8" in (folder / "summary.txt").read_text()
+
+
+def test_kernel_table_is_sent_without_its_secrets_and_replay_takes_what_was_sent(tmp_path: Path) -> None:
+    table = tmp_path / "tuned.csv"
+    table.write_text(Path("tests/data/splitk.csv").read_text() + "# WANDB_API_KEY=by-assignment of who tuned it\n")
+    case = tiny_case(2, limit="max-recv-1", policy="unchecked", kernel_table="tests/data/splitk.csv")
+    folder = tmp_path / "bundle"
+    leave_bundle(folder, run_healthy, case)
+    shutil.copy(table, folder / KERNEL_TABLE)
+    text = (folder / "manifest.json").read_text()
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(text.replace(case.kernel_table_sha256, digest))
+    assert main(["bundle", str(folder), "--out", str(tmp_path / "sent.zip")]) == 0
+    sent = unpacked(tmp_path / "sent.zip", tmp_path / "there")
+    assert "by-assignment" in table.read_text()
+    assert "by-assignment" not in "".join(path.read_text(errors="replace") for path in sent.iterdir())
+    assert "secrets masked: 1" in (sent / "summary.txt").read_text()
+    assert runnable_case(open_bundle(sent)).kernel_table == str(sent / KERNEL_TABLE)
+
+
+def test_recorded_routing_is_sent(tmp_path: Path) -> None:
+    trace = tmp_path / "t.safetensors"
+    made = ["trace", "synth", f"--out={trace}", "--ep-size=2", "--num-experts=8", "--topk=2", "--tokens=7"]
+    assert main([*made, "--steps=3"]) == 0
+    keys: dict[str, Any] = {
+        "tokens": (7, 7),
+        "routing": f"trace:{trace}@2.0",
+        "limit": "max-recv-1",
+        "policy": "unchecked",
+    }
+    case = tiny_case(2, topk=2, model="custom", hidden_size=256, intermediate_size=128, num_experts=8, **keys)
+    leave_bundle(tmp_path / "bundle", run_healthy, case)
+    routed = read_slice(read_header(str(trace)), 2, 0).ids.tolist()
+    trace.unlink()
+    assert main(["bundle", str(tmp_path / "bundle"), "--out", str(tmp_path / "sent.zip")]) == 0
+    sent = unpacked(tmp_path / "sent.zip", tmp_path / "there")
+    recorded_slice.cache_clear()
+    bundle = open_bundle(sent)
+    again = runnable_case(bundle)
+    assert again.routing == f"trace:{sent}/routing.safetensors"
+    assert recorded_slice(TraceName(str(sent / TRACE))).ids.tolist() == routed
+    found = analyse(bundle)
+    assert found.trusted
+    assert found.judgement is not None
+    assert found.judgement.verdict is Verdict.UNDER_LIMIT
+    (sent / TRACE).write_bytes((sent / TRACE).read_bytes() + b" ")
+    with pytest.raises(InvalidCase, match="has another SHA-256 than the manifest says"):
+        analyse(bundle)
+    assert f"--routing trace:{sent.name}/routing.safetensors" in (sent / "summary.txt").read_text()
 
 
 @pytest.mark.parametrize(
