@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,12 @@ from distbench.cli.argument_types import MOST_RANKS, whole
 from distbench.errors import InvalidCase
 
 if TYPE_CHECKING:
-    from distbench.workload.trace_file import Header, Slice
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from distbench.workload.trace_file import Header, Ids, Slice
+
+    _Content = tuple[Header, dict[int, NDArray[np.int64]], Iterator[Ids]]
 
 _MOST_EXPERTS = 1 << 17
 _MOST_STEPS, _MOST_LAYERS = 1 << 17, 4096
@@ -65,8 +70,8 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace) -> int:
-    from distbench.report.files import write_atomically
-    from distbench.workload.trace_file import trace_bytes
+    from distbench.report.files import atomic_file
+    from distbench.workload.trace_file import write_trace
 
     captured = options.action == "convert" and len(options.files) == 1 and Path(options.files[0]).is_dir()
     if not options.out.endswith(".safetensors") or (options.num_experts is None and not captured):
@@ -75,15 +80,12 @@ def _write(options: argparse.Namespace) -> int:
     if options.out in options.files:
         message = f"--out {options.out}: is read as well; name another file"
         raise InvalidCase(message)
-    header, slices = (
-        _show_capture(options.files[0], shows_slices=False)
-        if captured
-        else _synthetic(options)
-        if options.action == "synth"
-        else _converted(options)
+    header, tokens, slices = (
+        _synthetic(options) if options.action == "synth" else _in_order(*_recorded(options, captured=captured))
     )
     try:
-        write_atomically(Path(options.out), trace_bytes(header, slices))
+        with atomic_file(Path(options.out)) as file:
+            write_trace(file, header, tokens, slices)
     except OSError as error:
         message = f"--out {options.out!r}: cannot be written ({error.strerror}); name another file"
         raise InvalidCase(message) from error
@@ -91,22 +93,35 @@ def _write(options: argparse.Namespace) -> int:
     return 0
 
 
-def _converted(options: argparse.Namespace) -> tuple[Header, dict[tuple[int, int], Slice]]:
+def _recorded(options: argparse.Namespace, *, captured: bool) -> tuple[Header, dict[tuple[int, int], Slice]]:
     from distbench.tools.recorded.convert import convert
 
+    if captured:
+        return _show_capture(options.files[0], shows_slices=False)
     if not options.files:
         message = "trace convert: give the recordings, a file of each rank where there are several"
         raise InvalidCase(message)
     return convert(options.files, options.num_experts, options.ep_size)
 
 
-def _synthetic(options: argparse.Namespace) -> tuple[Header, dict[tuple[int, int], Slice]]:
-    from distbench.tools.recorded.synthetic import synthesise
+def _in_order(header: Header, slices: dict[tuple[int, int], Slice]) -> _Content:
+    """Content of a trace of slices by step and layer."""
+    tokens = {step: slices[step, layers[0]].tokens for step, layers in header.steps.items()}
+    places = [(step, layer) for step, layers in header.steps.items() for layer in layers]
+    return header, tokens, (slices[place].ids for place in places)
+
+
+def _synthetic(options: argparse.Namespace) -> _Content:
+    import numpy as np
+
+    from distbench.tools.recorded.synthetic import drawn, header_of
     from distbench.workload.routing_spec import ExpertGroup, parse_routing
 
     group = ExpertGroup(options.ep_size, options.num_experts, options.topk)
     shape = (options.steps, options.layers, options.tokens)
-    return synthesise(parse_routing(options.routing), group, shape, options.seed)
+    what = (parse_routing(options.routing), group, shape, options.seed)
+    header, tokens = header_of(*what), np.full(group.ep_size, options.tokens, dtype=np.int64)
+    return header, dict.fromkeys(header.steps, tokens), drawn(*what)
 
 
 def _show_capture(folder: str, *, shows_slices: bool = True) -> tuple[Header, dict[tuple[int, int], Slice]]:

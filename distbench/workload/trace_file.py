@@ -7,10 +7,13 @@ experts of the step's n tokens in a layer: those of rank 0 first, then of rank 1
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from io import BytesIO
+from math import prod
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +25,8 @@ from distbench.utils.text import one_line
 FORMAT, VERSION = "distbench-trace", "1"
 MOST_IDS, MOST_SLICES = 1 << 28, 1 << 17
 _MOST_NUMBER = 1 << 24
+_ALIGNMENT = 8
+_BYTES_OF = {"I64": 8, "I32": 4}
 _IDS = re.compile(r"ids\.(0|[1-9]\d{0,15})\.(0|[1-9]\d{0,6})", re.ASCII)
 
 Ids = NDArray[np.int32]
@@ -126,16 +131,43 @@ def bad_ids(ids: Ids, num_experts: int) -> str:
 
 
 def trace_bytes(header: Header, slices: Mapping[tuple[int, int], Slice]) -> bytes:
-    """Content of a trace's file; slices are by step and layer. All layers of a step have the same tokens."""
-    from safetensors.numpy import save  # noqa: PLC0415 - readers do without
+    """Content of a trace's file; slices are by step and layer, whatever the header's steps."""
+    steps: dict[int, list[int]] = {}
+    for step, layer in sorted(slices):
+        steps.setdefault(step, []).append(layer)
+    stream, tokens = BytesIO(), {step: slices[step, layers[0]].tokens for step, layers in steps.items()}
+    write_trace(stream, header._replace(steps=steps), tokens, (slices[place].ids for place in sorted(slices)))
+    return stream.getvalue()
 
-    tensors: dict[str, Any] = {}
-    for (step, layer), one in slices.items():
-        tensors[f"ids.{step}.{layer}"] = np.ascontiguousarray(one.ids, dtype=np.int32)
-        tensors[f"tokens.{step}"] = np.ascontiguousarray(one.tokens, dtype=np.int64)
+
+def write_trace(
+    stream: BinaryIO, header: Header, tokens: Mapping[int, NDArray[np.int64]], slices: Iterable[Ids]
+) -> None:
+    """Write a trace's file, one slice in memory at a time, in the order of the header's steps and layers.
+
+    `tokens` are those of each rank, int64 [W], by step: all layers of a step have the same.
+    """
     numbers = {"num_experts": header.num_experts, "topk": header.topk, "ep_size": header.ep_size}
     metadata = {"format": FORMAT, "version": VERSION, "source": header.source}
-    return bytes(save(tensors, metadata | {name: str(value) for name, value in numbers.items()}))
+    described: dict[str, Any] = {"__metadata__": metadata | {name: str(value) for name, value in numbers.items()}}
+    end = 0
+    for name, kind, shape in _tensors(header, tokens):
+        start, end = end, end + prod(shape) * _BYTES_OF[kind]
+        described[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    stream.write(len(text).to_bytes(_ALIGNMENT, "little") + text)
+    stream.writelines(np.ascontiguousarray(tokens[step], dtype="<i8").data for step in header.steps)
+    stream.writelines(np.ascontiguousarray(ids, dtype="<i4").data for ids in slices)
+
+
+def _tensors(header: Header, tokens: Mapping[int, NDArray[np.int64]]) -> Iterator[tuple[str, str, list[int]]]:
+    """Names, types and shapes of a trace's tensors, in the order of the file."""
+    for step in header.steps:
+        yield f"tokens.{step}", "I64", [header.ep_size]
+    for step, layers in header.steps.items():
+        for layer in layers:
+            yield f"ids.{step}.{layer}", "I32", [int(tokens[step].sum()), header.topk]
 
 
 def open_trace(path: str) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -9,32 +11,45 @@ from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
 from distbench.workload.routing import route
 from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing
-from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Slice
+from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Ids
+
+_IDS_AT_ONCE = 1 << 22
 
 
-def synthesise(
-    routing: Routing, group: ExpertGroup, shape: tuple[int, int, int], seed: int
-) -> tuple[Header, dict[tuple[int, int], Slice]]:
-    """Header and slices of `shape`: steps, layers, and tokens of each rank.
+def header_of(routing: Routing, group: ExpertGroup, shape: tuple[int, int, int], seed: int) -> Header:
+    """Header of a trace of `shape`: steps, layers, and tokens of each rank.
 
     Raises:
         InvalidCase: the routing does not fit the ranks, or there are too many tokens.
 
     """
-    steps, layers, tokens = shape
     _check(routing, group, shape)
-    counts = np.full(group.ep_size, tokens, dtype=np.int64)
+    steps, layers, _ = shape
+    known = {step: list(range(layers)) for step in range(steps)}
+    return Header("", group.num_experts, group.topk, group.ep_size, f"{routing}, seed {seed}", known)
+
+
+def drawn(routing: Routing, group: ExpertGroup, shape: tuple[int, int, int], seed: int) -> Iterator[Ids]:
+    """Experts of each step in each layer, step by step, int32 [tokens of all ranks, k]; many steps are drawn at once.
+
+    Token t of a rank in step s is the rank's token t + s * tokens of each rank, and layer l has the seed + l.
+    """
+    steps, layers, tokens = shape
+    count = tokens * group.ep_size
+    together = max(_IDS_AT_ONCE // max(count * layers * group.topk, 1), 1)
     ranks = torch.arange(group.ep_size).repeat_interleave(tokens)
     numbers = torch.arange(tokens).repeat(group.ep_size)
-    slices: dict[tuple[int, int], Slice] = {}
     with Meter("route tokens", steps * layers) as meter:
-        for step in range(steps):
+        for first in range(0, steps, together):
+            here = torch.arange(first, min(first + together, steps)).unsqueeze(1)
+            some = (numbers + here * tokens).flatten()
+            blocks = []
             for layer in range(layers):
-                ids = route(routing, group, seed=seed + layer, ranks=ranks, tokens=numbers + step * tokens)
-                slices[step, layer] = Slice(ids.numpy(), counts)
-                meter.done += 1
-    known = {step: list(range(layers)) for step in range(steps)}
-    return Header("", group.num_experts, group.topk, group.ep_size, f"{routing}, seed {seed}", known), slices
+                ids = route(routing, group, seed=seed + layer, ranks=ranks.repeat(len(here)), tokens=some)
+                blocks.append(ids.view(len(here), count, group.topk).numpy())
+                meter.done += len(here)
+            for step in range(len(here)):
+                yield from (np.ascontiguousarray(block[step]) for block in blocks)
 
 
 def _check(routing: Routing, group: ExpertGroup, shape: tuple[int, int, int]) -> None:

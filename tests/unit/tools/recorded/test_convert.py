@@ -21,6 +21,7 @@ from distbench.cli.main import main
 from distbench.errors import InvalidCase
 from distbench.tools.recorded.convert import convert
 from distbench.tools.recorded.readers import read_parts
+from distbench.tools.recorded.synthetic import drawn
 from distbench.workload.routing import route
 from distbench.workload.routing_spec import ExpertGroup, parse_routing
 from distbench.workload.trace_file import read_header, read_slice
@@ -189,6 +190,19 @@ def test_trace_that_cannot_be_made_is_refused(
 ) -> None:
     assert main(["trace", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("together", [1, 3 * 24, 1 << 22])
+def test_drawn_steps_are_those_of_their_seed_however_many_are_drawn_at_once(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distbench.tools.recorded.synthetic._IDS_AT_ONCE", together * LAYERS)
+    routing, group = parse_routing("zipf:1.2"), ExpertGroup(W, E, K)
+    found = list(drawn(routing, group, (5, LAYERS, 2), 7))
+    ranks = torch.arange(W).repeat_interleave(2)
+    for place, ids in zip(np.ndindex(5, LAYERS), found, strict=True):
+        tokens = torch.arange(2).repeat(W) + 2 * place[0]
+        assert ids.tolist() == route(routing, group, seed=7 + place[1], ranks=ranks, tokens=tokens).tolist()
 
 
 def test_tokens_shared_over_ranks_keep_their_order(tmp_path: Path) -> None:
