@@ -44,6 +44,7 @@ test-long: $(VENV)/.ready-dev ## The long counts of docs/: every fault, kill and
 	@DISTBENCH_SOAK=1 scripts/test --timeout 3600 $(ARGS)
 	@$(VENV)/bin/python scripts/clean_cases.py --nproc $(NPROC)
 	@$(VENV)/bin/python scripts/clean_cases.py --profiles all --cases 3600 --nproc 4
+	@$(VENV)/bin/python scripts/advised_limits.py --nproc $(NPROC)
 	@$(VENV)/bin/distbench mutants --out distbench-out/mutants-long
 
 test-cluster: $(VENV)/.ready-dev ## Emulated hosts and a real Slurm; needs root, iproute2, slurmctld, slurmd, munge

@@ -48,7 +48,7 @@ def main() -> int:
         for start in range(options.first, options.first + options.cases, CASES_A_SUITE):
             seeds = range(start, min(start + CASES_A_SUITE, options.first + options.cases))
             cases = [_case(seed, options) for seed in seeds]
-            for line in _run_suite(Path(name) / str(start), cases, [f"--nproc={options.nproc}", *flags]):
+            for line in run_suite(Path(name) / str(start), cases, [f"--nproc={options.nproc}", *flags]):
                 counts[line["verdict"]] += 1
                 if line["verdict"] != "PASS":
                     alarms.append(f"{line['verdict']}: {line['name']}: {_first_reason(line)}")
@@ -194,13 +194,13 @@ def _shape(chance: random.Random, granule: int) -> tuple[int, int]:
     )
 
 
-def _run_suite(folder: Path, cases: list[Keys], flags: list[str]) -> list[dict[str, Any]]:
+def run_suite(folder: Path, cases: list[Keys], flags: list[str]) -> list[dict[str, Any]]:
     """Reports of one suite of cases; a case that refuses the suite is left out and counts as unsupported."""
     folder.mkdir()
     refused: list[dict[str, Any]] = []
     while True:
         path = folder / "suite.json"
-        path.write_text(json.dumps({"include": cases}))
+        path.write_text(json.dumps({"include": cases}, indent=0))  # a line may have few dots
         command = [sys.executable, "-m", "distbench", "suite", str(path), *flags, "--quiet"]
         ended = subprocess.run([*command, f"--out={folder / 'out'}"], capture_output=True, text=True, check=False)
         journal = folder / "out" / "results.jsonl"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _KEYS = (
     *("profile", "model", "hidden_size", "num_experts", "topk"),
-    *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
+    *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens", "shared_experts", "physical_experts", "placement"),
     *("dispatch_dtype", "mori_kernel", "gpu_per_node", "combine_quant", "combine_input"),
 )
 _MORI = Layer("doctor", {"transport": "mori"})

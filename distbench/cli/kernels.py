@@ -30,7 +30,7 @@ _WHERE_FROM = {
 _KEYS = (
     *("profile", "model", "hidden_size", "intermediate_size", "num_experts", "topk", "dispatch_dtype", "cu_count"),
     *("kernel_table", "aiter_version", "aiter_ksplit", "aiter_bypass_tune"),
-    *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens"),
+    *("max_dispatch_tokens_per_rank", "prealloc_max_recv_tokens", "shared_experts", "physical_experts", "placement"),
 )
 _NO_ANSWER = "no verdict: no tuned row for its kernel, and the library's own choice is unknown"
 

@@ -176,6 +176,7 @@ def _decoded(folder: Path, name: str, kind: Any) -> Any:
 def _check_case(folder: Path, case: Case) -> None:
     bounds = {
         "num_experts": _MAX_EXPERTS,
+        "placed_experts": _MAX_EXPERTS,
         "topk": _MAX_EXPERTS,
         "hidden_size": _MAX_COLUMNS,
         "intermediate_size": _MAX_COLUMNS,

@@ -74,7 +74,7 @@ class SymmetricTransport(Transport):
             case.experts_per_rank,
             case.max_dispatch_tokens_per_rank,
         )
-        self._columns, self._topk = case.hidden_size, case.topk
+        self._columns, self._topk = case.hidden_size, case.topk_slots
         self._plan = plan_memory(case.capacity, like, torch.bfloat16.itemsize)
         self._mapped = map_memory(session, self._plan.size)
         self._control = self._region(0, CONTROL_WORDS * 4).view(torch.int32)

@@ -24,6 +24,8 @@ COLLECTIVE = "transport collective does not use it"
 @pytest.mark.parametrize(
     ("key", "value", "others", "reason"),
     [
+        ("replica_choice", "static", {}, "no expert has a replica"),
+        ("replica_choice", "static", {"physical_experts": 32}, ""),
         ("launch_mode", "AUTO", {}, COLLECTIVE),
         ("launch_mode", "AUTO", MORI, ""),
         ("combine_input", "registered", {}, COLLECTIVE),
