@@ -8,11 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli.argument_types import MOST_RANKS, whole
-from distbench.cli.options import add_case_options, add_json, add_voice, case_flags, json_on_standard_output, output_of
-from distbench.errors import InvalidCase
+from distbench.cli.launcher_tasks import tell_task
+from distbench.cli.options import (
+    add_case_options,
+    add_folder,
+    add_json,
+    add_voice,
+    case_flags,
+    json_on_standard_output,
+    output_of,
+)
+from distbench.cli.torchrun_rank import alone
+from distbench.errors import DistbenchError, InvalidCase
 
 if TYPE_CHECKING:
+    from distbench.case.resolve import Layer
     from distbench.case.spec import Case
+    from distbench.tools.advise.advice import Advice
     from distbench.tools.advise.batches import Limits, Steps
     from distbench.tools.advise.question import Question
     from distbench.tools.advise.recording import Recording
@@ -24,6 +36,9 @@ _KEYS = (
     *("kernel_table", "cu_count", "aiter_version", "aiter_ksplit", "aiter_bypass_tune", "activation"),
     *("doweight_stage1", "two_batch_overlap", "tp_size", "shared_experts", "physical_experts", "placement"),
 )
+_LAUNCH = ("transport", "experts", "emulate", "device", "share_devices", "iterations", "warmup")
+"""Keys of --measure alone."""
+_ITERATIONS = 50
 _MOST_STEPS = 1 << 22
 _MOST_LAYERS = 4096
 
@@ -56,16 +71,23 @@ def add(commands: Any) -> None:
         "--steps", type=whole(1, _MOST_STEPS), default=10_000, metavar="N", help="default: %(default)s"
     )
     command.add_argument("--chance", type=_chance, default=1e-9, metavar="P", help="of a step (default: %(default)s)")
+    measured = command.group("measure", "times of the limits")
+    measured.add_argument(
+        "--measure",
+        action="store_true",
+        help="run the layer at each limit on this machine, and put its times beside them",
+    )
+    add_folder(command)
     output_of(command).add_argument(
         "--cases", metavar="DIR", default="", help="write case files that show what is proven"
     )
     add_json(command, "the advice")
     add_voice(command)
-    add_case_options(command, _KEYS)
+    add_case_options(command, (*_KEYS, *_LAUNCH))
 
 
 def _advise(options: argparse.Namespace) -> int:
-    from distbench.tools.advise.advice import Advice, advise
+    from distbench.tools.advise.advice import advise
     from distbench.tools.advise.batches import Limits, full_steps, read_steps
     from distbench.tools.advise.case_files import write_case_files
     from distbench.tools.advise.kernels import Kernels
@@ -90,11 +112,40 @@ def _advise(options: argparse.Namespace) -> int:
         kernels, rows = Kernels(question.case), None if options.batches else recording
         advice = advise(question, steps, model, kernels, _notes(question), rows)
         made.append(advice)
+        failed = None
+        if options.measure:
+            try:
+                made[0] = advice = _measured(options, question, advice)
+            except DistbenchError as error:  # the advice stands without times
+                failed = error
         print_advice(advice)
         if options.cases:
             _print_paths(write_case_files(options.cases, question, advice.bound))
         _write_json(options.json, advice)
+    if failed is not None:
+        raise failed
     return 0
+
+
+def _measured(options: argparse.Namespace, question: Question, advice: Advice) -> Advice:
+    import msgspec
+
+    from distbench.case.resolve import Layer, resolve_case
+    from distbench.cli.launching import hold_lab
+    from distbench.launcher.preflight import check_folder
+    from distbench.tools.advise.measured import measured
+
+    alone("advise --measure")
+    tell_task()
+    flags = case_flags(options)
+    timed = Layer("advise", {"iterations": _ITERATIONS, "numerics": "exact"})
+    asked = resolve_case([*flags, timed], options.ep_size, fit=False)
+    keys = {key: getattr(asked.case, key) for key in (*_LAUNCH, "iterations", "numerics")}
+    case = msgspec.structs.replace(question.case, **keys)
+    check_folder(options.out)
+    with hold_lab(options) as lab:
+        lab.work = "advise: the layer at each limit"
+        return measured(advice, case, lab)
 
 
 def _question(options: argparse.Namespace) -> tuple[Question, bool]:
@@ -108,7 +159,7 @@ def _question(options: argparse.Namespace) -> tuple[Question, bool]:
     from distbench.tools.advise.hits import placement_of
     from distbench.tools.advise.question import Question
 
-    flags = case_flags(options)
+    flags = _without_launch(case_flags(options), options)
     environment = [layer for layer in read_environment(os.environ, flags) if not layer.unsupported]
     resolved = resolve_case([*flags, *environment], options.ep_size, fit=False)
     case, own_tokens = resolved.case, resolved.sources["tokens"] != "default"
@@ -126,6 +177,25 @@ def _question(options: argparse.Namespace) -> tuple[Question, bool]:
     layers = options.layers or (known.layers if known else 1)
     limit = (resolve_limit(case.limit, rows) or case.capacity) if asked else None
     return Question(case, placement_of(case), layers, limit, options.nodes, options.chance), own_tokens
+
+
+def _without_launch(flags: list[Layer], options: argparse.Namespace) -> list[Layer]:
+    """Flags without those that are for the runs of --measure alone.
+
+    Raises:
+        InvalidCase: one is given without --measure.
+
+    """
+    import msgspec
+
+    launch = [key for layer in flags for key in layer.values if key in _LAUNCH]
+    if launch and not options.measure:
+        message = (
+            f"--{launch[0].replace('_', '-')}: for runs that --measure starts; give --measure too, or leave it out"
+        )
+        raise InvalidCase(message)
+    kept = ({key: value for key, value in layer.values.items() if key not in _LAUNCH} for layer in flags)
+    return [msgspec.structs.replace(layer, values=values) for layer, values in zip(flags, kept, strict=True)]
 
 
 def _check(case: Case, options: argparse.Namespace) -> None:

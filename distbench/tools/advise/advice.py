@@ -55,6 +55,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     ordered: bool | None
     us: float | None
     effect: str
+    layer_us: float | None = None
+    """Measured time of the layer, and of its experts, microseconds of the slowest rank; None without --measure."""
+    experts_us: float | None = None
+    verdict: str = ""
+    """Ending of the run that was measured."""
 
 
 class Advice(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +93,8 @@ class Advice(msgspec.Struct, frozen=True, kw_only=True):
     recommendation: list[str]
     variable: str
     notes: list[str]
+    measured: str = ""
+    """What was measured, and by which clock; empty without --measure."""
 
 
 class _Draws(NamedTuple):

@@ -7,7 +7,7 @@ from distbench.tools.advise.advice import Advice, Candidate, told_chance
 from distbench.utils.voice import Voice, voice
 
 _COLUMNS = ("limit", "why", "proven", "chance", "any choice", "seen above", "bucket", "kernel", "us", "kernel change")
-_FEW = 16
+_MEASURED = ("layer us", "verdict")
 
 
 def print_advice(advice: Advice) -> None:
@@ -16,7 +16,8 @@ def print_advice(advice: Advice) -> None:
     if voice() is Voice.QUIET:
         print_parts(lines)
         return
-    table = Grid(_COLUMNS, [_cells(one, advice) for one in (*advice.candidates, advice.whole_buffer)])
+    columns = _COLUMNS if not advice.measured else (*_COLUMNS, *_MEASURED)
+    table = Grid(columns, [_cells(one, advice) for one in (*advice.candidates, advice.whole_buffer)])
     print_parts([*_head(advice), "", "Proof:", *_numbered(advice.proof), "", *_traffic(advice), table, *_about(advice)])
     print_parts(["", *lines])
 
@@ -75,6 +76,7 @@ def _cells(one: Candidate, advice: Advice) -> tuple[str, ...]:
         f"{one.kernel}{sums}",
         "" if one.us is None else f"{one.us:.1f}",
         one.effect,
+        *([] if not advice.measured else ["-" if one.layer_us is None else f"{one.layer_us:.1f}", one.verdict]),
     )
 
 
@@ -86,4 +88,4 @@ def _about(advice: Advice) -> list[str]:
         f"any choice: bound for any joint choice in which a token chooses each rank as often{trivial}.",
         "kernel change: against the whole buffer.",
     ]
-    return [*lines, *advice.notes]
+    return [*lines, *filter(None, [advice.measured]), *advice.notes]

@@ -266,3 +266,33 @@ def test_question_that_makes_no_sense_is_refused_with_exit_code_2(
         code = int(ended.code or 0)
     assert code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_measured_times_stand_beside_the_limits_and_say_what_is_emulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = ("--model=tiny", "--ep-size=2", "--tokens=8", "--limit=5", "--iterations=2", "--warmup=1")
+    folders = (f"--json={tmp_path / 'advice.json'}", f"--out={tmp_path / 'out'}")
+    assert main(["advise", *layer, "--measure", *folders]) == 0
+    told = capsys.readouterr().out
+    assert "layer us: measured for 16 tokens by uniform, median of the slowest rank (emulated: collective" in told
+    assert "no figure of a device" in told
+    found = json.loads((tmp_path / "advice.json").read_text())
+    yours, proven = of(found, "yours"), of(found, "smallest proven")
+    assert (yours["layer_us"], yours["verdict"]) == (None, "UNDER_LIMIT (emulated)")
+    for one in (proven, found["whole_buffer"]):
+        assert one["layer_us"] >= one["experts_us"] > 0
+        assert one["verdict"] == "PASS (emulated)"
+
+
+def test_advice_stands_where_nothing_can_be_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("--model=tiny", "--ep-size=2", "--tokens=8")
+    assert main(["advise", "-q", *layer, "--measure", "--iterations=0", f"--out={tmp_path / 'out'}"]) == 77
+    shown = capsys.readouterr()
+    assert "=16 is proven" in shown.out
+    assert "--measure: no limit has a time, the runs ended PASS" in shown.err
+
+
+def test_options_of_a_run_are_refused_without_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "--model=tiny", "--ep-size=2", "--device=cpu"]) == 2
+    assert "--device: for runs that --measure starts" in capsys.readouterr().err
