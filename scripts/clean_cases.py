@@ -1,8 +1,8 @@
 """False alarms over random clean cases: every result other than PASS is one.
 
-Cases differ in ranks, tokens, shape, top-k, routing, limit, transport, experts, payload, quantised combine, kernel
-family, order of slots and seed. They run in suites of 250, each in one launch. A case that the machine or
-the shape does not support is counted separately, by its reason.
+Cases differ in ranks, tokens, shape, top-k, shared and replicated experts, ids of -1, routing, limit, transport,
+experts, payload, quantised combine, kernel family, order of slots and seed. They run in suites of 250, each in one
+launch. A case that the machine or the shape does not support is counted separately, by its reason.
 
 With --profiles the cases are of profiles on four ranks, each in turn in bf16 and fp8, so that twelve seeds of six
 profiles are one case of each; other flags, such as --caller-wheel, go to the suites. With --share-devices the cases on
@@ -88,7 +88,7 @@ def _case(seed: int, options: argparse.Namespace) -> Keys:
     fp8 = chance.random() < 0.4  # noqa: PLR2004 - two fifths of them
     topk, local, hidden, inter = _layer(chance, keys, fp8=fp8, device=options.device)
     tokens = [chance.choice(TOKENS) for _ in range(ep_size)]
-    return keys | {
+    case = keys | {
         "name": f"seed {seed}",
         "expect": "PASS",
         "model": "tiny",
@@ -108,6 +108,21 @@ def _case(seed: int, options: argparse.Namespace) -> Keys:
         "device": options.device,
         "seed": seed,
     }
+    return case | _slots(chance, case) if options.device == "cpu" else case
+
+
+def _slots(chance: random.Random, case: Keys) -> Keys:
+    """Shared experts, replicas and ids of -1, each in a quarter of the cases that can have them."""
+    found: Keys = {}
+    share = 0.25
+    if chance.random() < share:
+        found["shared_experts"] = chance.randint(1, 2)
+    if chance.random() < share and case["routing"] not in ("local", "duplicates"):
+        found["physical_experts"] = case["num_experts"] + chance.randint(1, 4) * case["ep_size"]
+        found["replica_choice"] = chance.choice(["dynamic", "static"])
+    if chance.random() < share and case["experts"] != "aiter":
+        found |= {"dropped_slots": chance.choice([0.1, 0.5]), "dropped_tokens": chance.choice([0.0, 0.2])}
+    return found
 
 
 def _of_profile(chance: random.Random, seed: int, profiles: list[str]) -> Keys:
@@ -221,7 +236,8 @@ def _first_reason(report: dict[str, Any]) -> str:
     return f"{reasons[0]['message'][:300] if reasons else ''} {json.dumps(case)}"
 
 
-_SHOWN = ("ep_size", "num_experts", "topk", "hidden_size", "intermediate_size", "tokens", "routing", "limit", "experts",
+_SHOWN = ("ep_size", "num_experts", "topk", "shared_experts", "physical_experts", "dropped_slots",
+          "dropped_tokens", "hidden_size", "intermediate_size", "tokens", "routing", "limit", "experts",
           "transport", "dispatch_dtype", "combine_quant", "fp8_format", "graph")  # fmt: skip
 
 if __name__ == "__main__":
