@@ -2,7 +2,8 @@
 
 Cases differ in ranks, tokens, shape, top-k, shared and replicated experts, ids of -1, routing, limit, transport,
 experts, payload, quantised combine, kernel family, order of slots and seed. They run in suites of 250, each in one
-launch. A case that the machine or the shape does not support is counted separately, by its reason.
+launch. A case that the machine or the shape does not support is counted separately, by its reason. A signal ends it
+with the count of what has ended.
 
 With --profiles the cases are of profiles on four ranks, each in turn in bf16 and fp8, so that twelve seeds of six
 profiles are one case of each; other flags, such as --caller-wheel, go to the suites. With --share-devices the cases on
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,17 +47,21 @@ def main() -> int:
     counts: collections.Counter[str] = collections.Counter()
     alarms: list[str] = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="distbench-clean-") as name:
+    with contextlib.ExitStack() as stack:
+        out = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="distbench-clean-")))
         for start in range(options.first, options.first + options.cases, CASES_A_SUITE):
             seeds = range(start, min(start + CASES_A_SUITE, options.first + options.cases))
             cases = [_case(seed, options) for seed in seeds]
-            for line in run_suite(Path(name) / str(start), cases, [f"--nproc={options.nproc}", *flags]):
+            lines = run_suite(out / str(start), cases, [f"--nproc={options.nproc}", *flags])
+            for line in lines:
                 counts[line["verdict"]] += 1
                 if line["verdict"] != "PASS":
                     alarms.append(f"{line['verdict']}: {line['name']}: {_first_reason(line)}")
                     print(alarms[-1], flush=True)
             print(f"{sum(counts.values())} of {options.cases} cases, {time.monotonic() - began:.0f} s: "
                   f"{dict(counts)}", flush=True)  # fmt: skip
+            if len(lines) < len(seeds):
+                break
     unsupported = counts["UNSUPPORTED"]
     print(f"{len(alarms) - unsupported} false alarms in {sum(counts.values()) - unsupported} clean cases, "
           f"{unsupported} unsupported")  # fmt: skip
@@ -68,6 +75,9 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="first seed (default: %(default)s)")
     parser.add_argument("--nproc", type=int, default=8, metavar="P", help="ranks at most (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="keep results here, and go on there when called again"
+    )
     parser.add_argument("--share-devices", action="store_true", help="ranks share devices, with --device cuda")
     parser.add_argument("--profiles", default="", metavar="all|NAME,…", help="cases of these profiles (default: none)")
     options, flags = parser.parse_known_args()
@@ -211,23 +221,34 @@ def _shape(chance: random.Random, granule: int) -> tuple[int, int]:
 
 def run_suite(folder: Path, cases: list[Keys], flags: list[str]) -> list[dict[str, Any]]:
     """Reports of one suite of cases; a case that refuses the suite is left out and counts as unsupported."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     refused: list[dict[str, Any]] = []
     while True:
         path = folder / "suite.json"
         path.write_text(json.dumps({"include": cases}, indent=0))  # a line may have few dots
-        command = [sys.executable, "-m", "distbench", "suite", str(path), *flags, "--quiet"]
-        ended = subprocess.run([*command, f"--out={folder / 'out'}"], capture_output=True, text=True, check=False)
+        code, told = _run([sys.executable, "-m", "distbench", "suite", str(path), *flags, f"--out={folder / 'out'}"])
         journal = folder / "out" / "results.jsonl"
         if journal.exists():
             return refused + [json.loads(line) for line in journal.read_text().splitlines()]
-        named = re.search(r"case (seed \d+): (.*)", ended.stderr)
+        named = re.search(r"case (seed \d+): (.*)", told)
         if named is None:
-            sys.exit(f"the suite of {path} left no results, exit {ended.returncode}: {ended.stderr[-2000:]}")
+            sys.exit(f"the suite of {path} left no results, exit {code}: {told[-2000:]}")
         (case,) = [case for case in cases if case["name"] == named[1]]
         cases = [other for other in cases if other is not case]
         reasons = [{"message": named[2]}]
         refused.append({"name": named[1], "verdict": "UNSUPPORTED", "reasons": reasons, "case": case})
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of a suite, which is passed on line by line, as SIGINT and SIGTERM are."""
+    told = []
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: process.send_signal(number))
+        for line in process.stderr or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            told.append(line)
+    return process.returncode, "".join(told)
 
 
 def _first_reason(report: dict[str, Any]) -> str:
