@@ -81,6 +81,9 @@ def add(commands: Any) -> None:
     output_of(command).add_argument(
         "--cases", metavar="DIR", default="", help="write case files that show what is proven"
     )
+    output_of(command).add_argument(
+        "--html", metavar="FILE", default="", help="write a page with the distribution of the rows and the limits"
+    )
     add_json(command, "the advice")
     add_voice(command)
     add_case_options(command, (*_KEYS, *_LAUNCH))
@@ -122,6 +125,7 @@ def _advise(options: argparse.Namespace) -> int:
         if options.cases:
             _print_paths(write_case_files(options.cases, question, advice.bound))
         _write_json(options.json, advice)
+        _write_page(options.html, advice)
     if failed is not None:
         raise failed
     return 0
@@ -280,15 +284,25 @@ def _print_paths(paths: list[Any]) -> None:
     print_text(f"case files: {', '.join(map(str, paths))}")
 
 
-def _write_json(path: str, advice: Any) -> None:
+def _write_json(path: str, advice: Advice) -> None:
     import msgspec
 
+    if path and path != "-":
+        _write("--json", path, msgspec.json.format(msgspec.json.encode(advice), indent=2) + b"\n")
+
+
+def _write_page(path: str, advice: Advice) -> None:
+    if path:
+        from distbench.tools.advise.page import page_of
+
+        _write("--html", path, page_of(advice).encode("utf-8", "replace"))
+
+
+def _write(option: str, path: str, content: bytes) -> None:
     from distbench.report.files import write_atomically
 
-    if not path or path == "-":
-        return
     try:
-        write_atomically(Path(path), msgspec.json.format(msgspec.json.encode(advice), indent=2) + b"\n")
+        write_atomically(Path(path), content)
     except (OSError, ValueError) as error:
-        message = f"--json {path!r:.200}: cannot be written ({getattr(error, 'strerror', None) or error})"
+        message = f"{option} {path!r:.200}: cannot be written ({getattr(error, 'strerror', None) or error})"
         raise InvalidCase(message) from error

@@ -159,6 +159,12 @@ def _trend(folder: Path) -> None:
     _quietly("trend", str(folder), "--report", f"html={folder / 'results.html'}", "--out", str(folder))
 
 
+def _advise(folder: Path) -> None:
+    layer = ("--model", "deepseek-v3", "--ep-size", "16", "--tokens", "128", "--limit", "912", "--steps", "2000")
+    folder.mkdir()
+    _quietly("advise", *layer, "--html", str(folder / "results.html"))
+
+
 def _quietly(*arguments: str) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main(list(arguments))
@@ -199,6 +205,7 @@ SAMPLES: dict[str, Callable[[Path], None]] = {
     "sweep": _results(sweep),
     "compare": _compare,
     "trend": _trend,
+    "advise": _advise,
     "cluster": _plan([f"node{number:02d}" for number in range(12)]),
     "cluster-100": _plan([f"gpu-node-{number:03d}" for number in range(100)]),
     "hostile-suite": _results(_hostile_results),

@@ -28,6 +28,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: int
     percentiles: dict[str, int]
+    quantiles: list[int]
+    """Rows that 0, 1, … 100 % of the steps do not exceed, the fewest first."""
     most: int
     step: int
     layer: int
@@ -188,6 +190,7 @@ def _seen(rows: Rows, steps: Steps, layer: int, rank: int) -> Seen:
     return Seen(
         steps=len(rows),
         percentiles={f"{share:.1%}": int(ranked[math.ceil(share * len(rows)) - 1]) for share in _PERCENTILES},
+        quantiles=[int(ranked[max(math.ceil(share * len(rows) / 100) - 1, 0)]) for share in range(101)],
         most=int(rows[top]),
         step=int(steps.names[top]),
         layer=layer,

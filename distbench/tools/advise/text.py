@@ -16,13 +16,19 @@ def print_advice(advice: Advice) -> None:
     if voice() is Voice.QUIET:
         print_parts(lines)
         return
-    columns = _COLUMNS if not advice.measured else (*_COLUMNS, *_MEASURED)
-    table = Grid(columns, [_cells(one, advice) for one in (*advice.candidates, advice.whole_buffer)])
-    print_parts([*_head(advice), "", "Proof:", *_numbered(advice.proof), "", *_traffic(advice), table, *_about(advice)])
+    table = Grid(columns_of(advice), [cells_of(one, advice) for one in (*advice.candidates, advice.whole_buffer)])
+    proof = ["Proof:", *_numbered(advice.proof), ""]
+    print_parts([head_of(advice), "", *proof, *traffic_of(advice), table, *about_of(advice)])
     print_parts(["", *lines])
 
 
-def _head(advice: Advice) -> list[str]:
+def columns_of(advice: Advice) -> tuple[str, ...]:
+    """Heads of the table of limits."""
+    return _COLUMNS if not advice.measured else (*_COLUMNS, *_MEASURED)
+
+
+def head_of(advice: Advice) -> str:
+    """The layer, its ranks, tokens and buffer."""
     slots = advice.physical_experts // advice.ep_size
     held = (
         f"{slots} a rank"
@@ -34,7 +40,7 @@ def _head(advice: Advice) -> list[str]:
     layers = f"{advice.layers} MoE {'layer' if advice.layers == 1 else 'layers'}"
     experts = f"{advice.num_experts} experts, {held}{shared}, top-{advice.topk}, {layers}"
     batch = f"at most {_tokens(advice.most_tokens)} tokens in a step; receive buffer {advice.capacity} rows"
-    return [f"{advice.model} on {advice.ep_size} ranks{nodes}: {experts}; {batch}"]
+    return f"{advice.model} on {advice.ep_size} ranks{nodes}: {experts}; {batch}"
 
 
 def _tokens(tokens: list[int]) -> str:
@@ -47,7 +53,8 @@ def _numbered(lines: list[str]) -> list[str]:
     return [f"  {number}. {line}" for number, line in enumerate(lines, 1)]
 
 
-def _traffic(advice: Advice) -> list[str]:
+def traffic_of(advice: Advice) -> list[str]:
+    """The steps, their model, and what was seen of them."""
     seen = advice.seen
     shares = ", ".join(f"{share} {rows}" for share, rows in seen.percentiles.items())
     likeliest = "" if advice.recorded else "likeliest "
@@ -62,7 +69,8 @@ def _traffic(advice: Advice) -> list[str]:
     return lines
 
 
-def _cells(one: Candidate, advice: Advice) -> tuple[str, ...]:
+def cells_of(one: Candidate, advice: Advice) -> tuple[str, ...]:
+    """A limit as a row of the table."""
     told = "no model" if advice.drift and not one.proven else told_chance(one.chance_independent)
     sums = "" if one.ordered is None else ", ordered" if one.ordered else ""
     return (
@@ -80,7 +88,8 @@ def _cells(one: Candidate, advice: Advice) -> tuple[str, ...]:
     )
 
 
-def _about(advice: Advice) -> list[str]:
+def about_of(advice: Advice) -> list[str]:
+    """Notes to the table."""
     says = any(one.chance_any < 1 for one in advice.candidates if not one.proven)
     trivial = "" if says else "; it is trivial here"
     lines = [

@@ -481,7 +481,7 @@ COMMANDS = (
     ("cluster smoke", ["--nproc", "--port", "--trial-timeout"]),
     ("doctor", ["--nproc", "--nodes", "--block-num", "--rdma-block-num"]),
     ("kernels", ["--ep-size"]),
-    ("advise", ["--ep-size", "--steps", "--layers", "--physical-experts"]),
+    ("advise", ["--ep-size", "--steps", "--layers"]),
     ("tune", ["--ep-size", "--processes"]),
 )
 FROM_0 = ("--lock-timeout", "--retries", "--clean")

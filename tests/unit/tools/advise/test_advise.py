@@ -17,6 +17,7 @@ from distbench.cli.main import main
 from distbench.pipeline.inputs import workload_for
 from distbench.workload.routing import recv_counts, route
 from distbench.workload.routing_spec import ExpertGroup, parse_routing
+from tests.pages import read_page, words
 
 QUESTION = ("--model", "deepseek-v3", "--ep-size", "16", "--tokens", "128", "--max-dispatch-tokens-per-rank", "256")
 TABLE_HEAD = (
@@ -296,3 +297,25 @@ def test_advice_stands_where_nothing_can_be_measured(tmp_path: Path, capsys: pyt
 def test_options_of_a_run_are_refused_without_measure(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "--model=tiny", "--ep-size=2", "--device=cpu"]) == 2
     assert "--device: for runs that --measure starts" in capsys.readouterr().err
+
+
+def test_page_shows_the_distribution_with_what_is_proven_seen_and_left_to_chance(tmp_path: Path) -> None:
+    page, path = tmp_path / "advice.html", tmp_path / "advice.json"
+    assert main(["advise", "-q", *QUESTION, "--limit=912", f"--html={page}", f"--json={path}"]) == 0
+    found, shown = json.loads(path.read_text()), words(read_page(page))
+    seen = found["seen"]
+    assert len(seen["quantiles"]) == 101
+    assert seen["quantiles"] == sorted(seen["quantiles"])
+    assert (seen["quantiles"][99], seen["quantiles"][100]) == (seen["percentiles"]["99.0%"], seen["most"])
+    for line in (*found["recommendation"], *found["proof"]):
+        assert line in shown
+    labels = (f"proven {found['bound']}", f"fullest seen {seen['most']}", "limit asked for 912")
+    for label in (*labels, f"chance 1.0e-09 {found['chance_limit']}"):
+        assert label in shown
+    drawing = read_page(page).xpath("//svg/path[@class='above']/@d")[0]
+    assert drawing.count("M") == sum(rows > 912 for rows in seen["quantiles"])
+
+
+def test_page_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", "-q", "--model=tiny", "--ep-size=2", "--html=/dev/null/a.html"]) == 2
+    assert "--html '/dev/null/a.html': cannot be written" in capsys.readouterr().err
