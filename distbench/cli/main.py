@@ -69,13 +69,13 @@ _RANK_0_SPEAKS_S = 3.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    resumes = False
+    resumes = ""
     sys.stdout, sys.stderr = sys.stdout or open_nowhere(), sys.stderr or open_nowhere()
     speak_any_encoding(sys.stdout, sys.stderr)
     try:
         given = sys.argv[1:] if arguments is None else arguments
         options = _parser(_asked(given)).parse_args(given)
-        resumes = getattr(options, "resumes", False)
+        resumes = getattr(options, "resumes", "")
         return _run(options)
     except BrokenPipeError:
         if not _nobody_reads():
@@ -111,12 +111,12 @@ def _print_error(ending: str, message: str) -> None:
     print_error(ending, message)
 
 
-def _next_time(*, resumes: bool, lost: bool = False) -> str:
-    """Effect of running the same command again; `lost`: results that it had found are gone."""
+def _next_time(*, resumes: str, lost: bool = False) -> str:
+    """Effect of running the same command again; `resumes` is its text where results are kept, `lost`: some are gone."""
     if resumes and lost:
-        return "the same command resumes with the remaining results"
+        return f"{resumes} with the remaining results"
     if resumes:
-        return "finished results are kept; the same command resumes"
+        return f"finished results are kept; {resumes}"
     return "the same command starts from the beginning"
 
 

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         description="Exit code 1 where less than the required share is detected in every run, or where an equivalent "
         "mutant or a run without one alarms. Options of the case hold for all cases.",
     )
-    command.set_defaults(command=_mutants)
+    command.set_defaults(command=_mutants, resumes="the same command with --resume goes on")
     add_launch(command)
     add_voice(command)
     command.add_argument("--only", metavar="NAME,…", default="", help="only these mutants, or the mutants of a class")

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         description="Exit code 1 where a fault is missed, a healthy rank is blamed, or a clean case is no PASS. "
         "Options of the case hold for all cases, except where a fault needs another value.",
     )
-    command.set_defaults(command=_selftest)
+    command.set_defaults(command=_selftest, resumes="the same command with --resume goes on")
     add_launch(command)
     add_voice(command)
     command.add_argument("--quick", action="store_true", help="every fault once, fifty clean cases")
@@ -44,6 +44,7 @@ def add(commands: Any) -> None:
         "--clean", type=whole(0), metavar="CASES", help=f"random cases without a fault (default: {_CLEAN})"
     )
     command.add_argument("--faults", metavar="TEXT,…", default="", help="only faults with one of these in their names")
+    command.add_argument("--resume", action="store_true", help="keep the results of an interrupted run")
     output_of(command).add_argument(
         "--markdown", metavar="PATH", default="", help="write the table there, like docs/selftest.md"
     )
@@ -56,7 +57,7 @@ def _selftest(options: argparse.Namespace) -> int:
     from distbench.cli.launching import run_corpus
     from distbench.faults.injector import FAULTS
     from distbench.report.files import write_atomically
-    from distbench.report.journal import replace_results
+    from distbench.report.journal import refuse_others, replace_results
     from distbench.tools.selftest.cases import CLEAN, SUITE, plan
     from distbench.tools.selftest.outcomes import outcomes
     from distbench.tools.selftest.table import markdown
@@ -73,7 +74,8 @@ def _selftest(options: argparse.Namespace) -> int:
     out = Path(options.out)
 
     def forget() -> None:
-        replace_results(out, SUITE, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
+        keep = refuse_others if options.resume else replace_results
+        keep(out, SUITE, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
 
     run_corpus(entries, options, forget, [options.markdown])
     found = outcomes(asked, out)

@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
         description="Run the cases of a suite file, or of a built-in suite. The same command with the same --out "
         "resumes where it was stopped.",
     )
-    suite.set_defaults(command=_suite, resumes=True)
+    suite.set_defaults(command=_suite, resumes="the same command resumes")
     suite.add_argument("suite", metavar="FILE|NAME", help="suite file, or one of `distbench suites`")
     add_launch(suite)
     suite.set_defaults(out=_OWN_OUT)

@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
         description="Run one case without a limit, then at each of --limits, for each of --sizes; the table is in "
         "sweep.json too. The same command resumes where it was stopped.",
     )
-    sweep.set_defaults(command=_sweep, resumes=True)
+    sweep.set_defaults(command=_sweep, resumes="the same command resumes")
     sweep.add_argument(
         "--sizes",
         metavar="TOKENS,…",

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         "The table is written after each bucket: the same command resumes where it was stopped. Use it with "
         "--experts triton --kernel-table FILE.",
     )
-    tune.set_defaults(command=_tune, resumes=True)
+    tune.set_defaults(command=_tune, resumes="the same command resumes")
     tune.add_argument(
         "--model", choices=sorted(PRESETS), default="deepseek-v3", metavar="NAME", help="layer (default: %(default)s)"
     )
