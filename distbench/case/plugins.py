@@ -43,7 +43,9 @@ KINDS: dict[str, Kind] = {
             "collective": "distbench.transport.collective.transport:PLUGIN",
             "symmetric": "distbench.transport.symmetric.transport:PLUGIN",
             "mori": "distbench.transport.mori.transport:PLUGIN",
+            "deepep": "distbench.transport.deepep.transport:PLUGIN",
         },
+        guests=("deepep",),
     ),
     "experts": Kind(
         "distbench.experts",
@@ -52,8 +54,10 @@ KINDS: dict[str, Kind] = {
             "triton": "distbench.experts.triton.adapter:PLUGIN",
             "aiter": "distbench.experts.aiter.adapter:PLUGIN",
             "torch-grouped": "distbench.experts.torch_grouped:PLUGIN",
+            "vllm": "distbench.experts.vllm_modular:PLUGIN",
+            "sglang-triton": "distbench.experts.sglang_triton:PLUGIN",
         },
-        guests=("torch-grouped",),
+        guests=("torch-grouped", "vllm", "sglang-triton"),
     ),
     "caller": Kind(
         "distbench.callers",

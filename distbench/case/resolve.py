@@ -17,7 +17,7 @@ from distbench.case.file_digests import routing_digest, table_digest, wheel_dige
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.placement import check_placement, normal_keys
-from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_built_in, parse_options
+from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_trusted, parse_options
 from distbench.case.presets import ALIASES, CUSTOM, DIMENSIONS, PRESETS, is_config_path, preset_name
 from distbench.case.profiles import MOST_TOKENS, NO_PROFILE, PROFILES, caller_of
 from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case, case_values, names_code
@@ -364,8 +364,8 @@ def check_fit(case: Case) -> None:
 
 
 def _check_options(case: Case, key: str, part: str) -> None:
-    """Refuse options of a built-in part, which has none; those of a plugin are checked by its ranks."""
+    """Refuse options of distbench's own parts, which have none; those of others are checked by their ranks."""
     name, given = getattr(case, part), getattr(case, key)
-    if parse_options(key, given) and is_built_in(part, name):
+    if parse_options(key, given) and is_trusted(part, name):
         message = f"{key} = {given:.80}: {part} {name} has no options; drop it, or name the plugin that takes it"
         raise InvalidCase(message)

@@ -131,7 +131,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     transport: Annotated[
         str,
         _help(
-            "library that moves the rows: collective, symmetric, mori, an installed plugin, or package.module:factory"
+            "library that moves the rows: collective, symmetric, mori, deepep, an installed plugin, or "
+            "package.module:factory"
         ),
     ] = "collective"
     transport_option: Annotated[
@@ -139,7 +140,10 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = ""
     experts: Annotated[
         str,
-        _help("computes them: reference, triton, aiter, torch-grouped, an installed plugin, or package.module:factory"),
+        _help(
+            "computes them: reference, triton, aiter, torch-grouped, vllm, sglang-triton, an installed plugin, or "
+            "package.module:factory"
+        ),
     ] = "reference"
     experts_option: Annotated[
         str, _help("options of an experts plugin, name=value, repeatable; in a file joined by semicolons")

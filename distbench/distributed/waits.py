@@ -20,6 +20,8 @@ KINDS = (
     "dispatch of symmetric",
     "combine of mori",
     "combine of symmetric",
+    "dispatch of deepep",
+    "combine of deepep",
     "construction of mori",
     "exchange in shared memory",
     "gather",

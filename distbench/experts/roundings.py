@@ -26,6 +26,8 @@ class Roundings(msgspec.Struct, frozen=True, kw_only=True):
     """bf16 as given, or e4m3 with a power of two per 128 x 128 block, gate and up separately."""
     bf16_products: bool = False
     """Gate and up are rounded to bf16 as the first product stores them, before routing weights, bias and activation."""
+    bf16_activation: bool = False
+    """The activated gate is rounded to bf16 before it multiplies up; of activations that multiply up as it is."""
     bf16_intermediate: bool = True
     """The activation's product is rounded to bf16, before any other rounding of it."""
     intermediate: Literal["", "e4m3fn", "e4m3fnuz"] = ""
@@ -42,6 +44,7 @@ class Roundings(msgspec.Struct, frozen=True, kw_only=True):
         """The family in a few words, as the name of the ideal in reports."""
         weights = "bf16" if self.weights == "bf16" else f"{self.weights} 128x128"
         steps = ["bf16 gate and up"] if self.bf16_products else []
+        steps += ["bf16 activation"] if self.bf16_activation else []
         steps += ["bf16"] if self.bf16_intermediate else []
         steps += [f"{self.intermediate} 1x128"] if self.intermediate else []
         middle = ", then ".join(steps) or "float32"

@@ -381,12 +381,13 @@ def _checkers(
 ) -> list[StageChecker]:
     """One checker for each sub-batch, or one for all tokens."""
     workload, capacity = parts.workload, resolved.traffic.capacity
+    local = parts.transport.local_slots
     if not resolved.sub_batches:
-        return [StageChecker(workload, rank, counts[0], capacity, received)]
+        return [StageChecker(workload, rank, counts[0], capacity, received, local_slots_only=local)]
     none, whole = (0,) * len(workload.tokens_per_rank), workload.tokens_per_rank
     middle = resolved.sub_batches[0].tokens
     return [
-        StageChecker(workload, rank, sent, capacity, span.of(received), span)
+        StageChecker(workload, rank, sent, capacity, span.of(received), span, local_slots_only=local)
         for sent, span in zip(counts, (Span(none, middle), Span(middle, whole)), strict=True)
     ]
 

@@ -20,6 +20,9 @@ PACKAGES = {
     "mori": ("amd-mori", "amd-mori-nightly"),
     "aiter": ("amd-aiter",),
     "triton": ("triton", "pytorch-triton-rocm", "pytorch-triton"),
+    "deep_ep": ("sgl-deep-ep", "deep-ep", "deep_ep"),
+    "vllm": ("vllm",),
+    "sglang": ("sglang",),
 }
 """Distributions of the packages whose versions are recorded where they are installed; the first one found counts."""
 

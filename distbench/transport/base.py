@@ -71,6 +71,8 @@ class Transport(ABC):
     capacity: int
     sends_early = True
     """Whether a send half sends, or only takes its arguments for the receive half to send."""
+    local_slots = False
+    """Whether a received row has ids and weights of this rank's experts alone, and -1 and 0 in its other slots."""
     facts: dict[str, Any] = {}  # noqa: RUF012 - each transport sets its own
     sum_order: SumOrder = SumOrder()
 
@@ -161,7 +163,7 @@ class TransportAround(Transport):
 
     def __init__(self, inner: Transport) -> None:
         self.capacity, self.sum_order, self.sends_early = inner.capacity, inner.sum_order, inner.sends_early
-        self.facts = inner.facts
+        self.facts, self.local_slots = inner.facts, inner.local_slots
         self._inner = inner
 
     def dispatch_send(self, batch: TokenBatch) -> None:

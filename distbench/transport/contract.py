@@ -39,7 +39,7 @@ class CheckedTransport(TransportAround):
         if not isinstance(made, Transport):
             self._contract.refuse("transport.made", f"it returned a {type(made).__name__}")
         self._contract.call("transport.made", super().__init__, made)
-        facts = self._contract.call("transport.facts", lambda: {**made.facts, "sum_order": made.sum_order._asdict()})
+        facts = self._contract.call("transport.facts", lambda: _facts_of(made))
         self.facts = {"plugin": self._name, **facts}
         self._contract.call("transport.facts", lambda: msgspec.json.encode([self.facts, self.about()]))
 
@@ -123,6 +123,10 @@ class CheckedTransport(TransportAround):
     def _expect(self, rule: str, what: str, found: Any, right: Any) -> None:
         if found != right:
             self._contract.refuse(rule, f"{what}: {_plain(found)} instead of {_plain(right)}")
+
+
+def _facts_of(made: Transport) -> dict[str, Any]:
+    return {**made.facts, "sum_order": made.sum_order._asdict(), **({"local_slots": True} if made.local_slots else {})}
 
 
 def _plain(value: Any) -> str:

@@ -143,12 +143,15 @@ def recounted(
 
 
 def _standing(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Tensor:
-    """Return the ranks of each token's slots, each rank once, in slot order: int64 [n, min(k, W)], -1 past the last."""
+    """Return the ranks of each token's slots, each rank once, in order: int64 [n, min(k, W)], -1 past the last."""
     owner = ids.long().div(group.experts_per_rank, rounding_mode="floor")
     owner = torch.where((owner < 0) | (owner >= group.ep_size), -1, owner)
     same = owner.unsqueeze(2) == owner.unsqueeze(1)
     doubled = (same.triu(1) if order.last_slot else same.tril(-1)).any(2)
     owner = owner.masked_fill(doubled, -1)
+    if order.by_rank:
+        owner = owner.masked_fill(owner < 0, group.ep_size).sort(dim=1).values
+        owner = owner.masked_fill(owner == group.ep_size, -1)
     first = (owner < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, : group.ep_size]
     return owner.gather(1, first)
 

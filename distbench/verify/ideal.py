@@ -67,7 +67,26 @@ class _First(NamedTuple):
         """Return the intermediate float64 [g, m, I] that follows `product`."""
         return activate(*self._gate_and_up(product), self.formula)
 
-    def variance(self) -> Tensor:
+    def rounded(self, family: Roundings) -> Tensor:
+        """Return the intermediate float64 [g, m, I] of a family, before it is stored."""
+        product = self.product.bfloat16().double() if family.bf16_products else self.product
+        if not family.bf16_activation:
+            return self.activated(product)
+        gate, up = self._gate_and_up(product)
+        return activate(gate, torch.ones_like(up), self.formula).bfloat16().double() * up
+
+    def variance(self, family: Roundings) -> Tensor:
+        """Return the variance float32 [g, m, I] of a family's roundings before the intermediate is stored."""
+        gate, up = self._gate_and_up(self.product)
+        total = torch.zeros_like(gate, dtype=torch.float32)
+        if family.bf16_products:
+            total += self._of_products()
+        if family.bf16_activation:
+            activated = activate(gate, torch.ones_like(up), self.formula)
+            total += rounding_variance(activated).mul_(up.float().square_())
+        return total
+
+    def _of_products(self) -> Tensor:
         """Return the variance float32 [g, m, I] that rounding the product to bf16 adds to the intermediate."""
         gate, up = self._gate_and_up(self.product)
         variance = rounding_variance(self.product)
@@ -123,12 +142,11 @@ def ideal_rows(
         narrow = w2.float().transpose(1, 2)
         squares = narrow.square()
         for family, one in zip(families, made, strict=True):
-            rounded = first.activated(product.bfloat16().double()) if family.bf16_products else middle
-            off = (_stored(rounded, family) - middle).float()
+            off = (_stored(first.rounded(family), family) - middle).float()
             one.rounded.index_copy_(0, flat, ((result + torch.bmm(off, narrow)) * share).bfloat16().flatten(0, 1))
             variance = _stored_variance(middle, family)
-            if family.bf16_products:
-                variance += first.variance()
+            if family.bf16_products or family.bf16_activation:
+                variance += first.variance(family)
             variance.mul_(share.float().square_())
             one.middle.index_add_(0, rows, torch.bmm(variance, squares).flatten(0, 1))
     return exact[:-1].float(), tuple(

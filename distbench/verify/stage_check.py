@@ -30,7 +30,7 @@ from distbench.verify.row_compare import (
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
 from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import are_local, destinations
+from distbench.workload.routing import are_local, destinations, local_slots
 from distbench.workload.routing_spec import ExpertGroup
 
 
@@ -111,12 +111,16 @@ class StageChecker:
         capacity: int,
         foreseen: Received | None = None,
         span: Span | None = None,
+        *,
+        local_slots_only: bool = False,
     ) -> None:
         """Keep the parts; `counts` int64 [W, W]: agreed rows from rank i to j; a receive buffer has `capacity` rows.
 
         `foreseen` are the rows that the routing sends here, where they are known before they arrive. `span` are the
-        tokens that the passes move; None for all.
+        tokens that the passes move; None for all. `local_slots_only` says which slots arrive: see
+        `Transport.local_slots`.
         """
+        self._local_slots_only = local_slots_only
         self._span = span or Span((0,) * len(counts), workload.tokens_per_rank)
         self._workload = workload
         self._rank = rank
@@ -256,7 +260,7 @@ class StageChecker:
         if self._foreseen is not None and torch.equal(self._foreseen.keys, keys):
             sent = torch.bincount(split_key(keys)[0], minlength=num_ranks).cpu()
             if torch.equal(sent, agreed):
-                self._known = self._foreseen
+                self._known = self._as_moved(self._foreseen)
                 return None
         inside = self._span.holds(sources)
         doubled = int((keys[1:] == keys[:-1]).sum())
@@ -268,8 +272,15 @@ class StageChecker:
         belongs = are_local(batch.ids, self._rank, self._workload.experts_per_rank).any(1)
         if not bool(belongs.all()):
             return self._misplaced(arm, "the routing", rows=int((~belongs).sum()))
-        self._known = Received(keys, batch, self._workload.expected_rows(self._rank, batch))
+        self._known = self._as_moved(Received(keys, batch, self._workload.expected_rows(self._rank, batch)))
         return None
+
+    def _as_moved(self, received: Received) -> Received:
+        """Return the received rows with the slots that the transport moves."""
+        if not self._local_slots_only:
+            return received
+        batch = local_slots(received.batch, self._rank, self._workload.experts_per_rank)
+        return received._replace(batch=batch)
 
     def _allowed(self) -> float:
         quantised = self._known is not None and self._known.batch.scales is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distbench.case.trace_name import KIND, TraceName
+from distbench.workload.batch import TokenBatch
 from distbench.workload.bits import positive_words, shuffle, smallest
 from distbench.workload.chunking import rows_at_a_time
 from distbench.workload.routing_spec import RANK_KINDS, ExpertGroup, Routing, recorded_slice
@@ -65,6 +66,12 @@ def are_local(ids: Tensor, rank: int, experts_per_rank: int) -> Tensor:
     """Return which ids are those of experts on `rank`: bool [n, k] from ids [n, k]."""
     first = rank * experts_per_rank
     return (ids >= first) & (ids < first + experts_per_rank)
+
+
+def local_slots(batch: TokenBatch, rank: int, experts_per_rank: int) -> TokenBatch:
+    """Return rows as they arrive on `rank` where slots of other ranks' experts are not moved: id -1 and weight 0."""
+    here = are_local(batch.ids, rank, experts_per_rank)
+    return batch._replace(weights=batch.weights.where(here, 0.0), ids=batch.ids.where(here, -1))
 
 
 def recv_counts(ids: Tensor, experts_per_rank: int, ep_size: int) -> Tensor:

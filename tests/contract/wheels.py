@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.contract.facts.fetch import AITER, MORI, SGLANG, Distribution, Unreachable, pinned
+from tests.contract.facts.fetch import AITER, DEEP_EP, MORI, SGLANG, Distribution, Unreachable, pinned
 
 
 def aiter_wheel(version: str) -> zipfile.ZipFile:
@@ -25,6 +25,11 @@ def mori_wheel(version: str) -> zipfile.ZipFile:
 def sglang_wheel(version: str) -> zipfile.ZipFile:
     """Wheel of SGLang; the test is skipped only without a package index."""
     return _wheel(SGLANG, version)
+
+
+def deep_ep_wheel(version: str = "") -> zipfile.ZipFile:
+    """Wheel of sgl-deep-ep, the pinned one for ""; the test is skipped only without a package index."""
+    return _wheel(DEEP_EP, version)
 
 
 def _wheel(distribution: Distribution, version: str) -> zipfile.ZipFile:

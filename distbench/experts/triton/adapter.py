@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,22 +14,12 @@ from distbench.case.spec import Case
 from distbench.errors import Unsupported
 from distbench.experts.base import ExpertInput, Experts, ExpertsContext, ExpertWeights
 from distbench.experts.once_per_node import first_on_node
+from distbench.experts.quantized_weights import Quantized, QuantizedWeights
 from distbench.experts.selection.choice import KernelChoice
 from distbench.experts.shapes import check_triton_shape
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.table import selector_for
 from distbench.workload.exact_plan import BLOCK
-from distbench.workload.quantize import quantize_weight_blocks
-
-Quantized = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-class _Known(NamedTuple):
-    """Quantised weights; holding `given` keeps other tensors from reusing its addresses."""
-
-    key: tuple[int, ...]
-    given: tuple[Tensor, Tensor]
-    quantized: Quantized
 
 
 def make_triton_experts(case: Case) -> TritonExperts:
@@ -61,7 +50,7 @@ class TritonExperts(Experts):
         """
         _check_triton()
         self._selector = selector
-        self._known: _Known | None = None
+        self._quantized = QuantizedWeights()
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
@@ -94,13 +83,7 @@ class TritonExperts(Experts):
 
     def quantized(self, w1: Tensor, w2: Tensor) -> Quantized:
         """Return both weights as float8, and their scales."""
-        key = (w1.data_ptr(), _changes(w1), w2.data_ptr(), _changes(w2))
-        if self._known is None or self._known.key != key:
-            local, double, hidden = w1.shape
-            first, scales1 = quantize_weight_blocks(w1.view(2 * local, double // 2, hidden), torch.float8_e4m3fn)
-            second, scales2 = quantize_weight_blocks(w2, torch.float8_e4m3fn)
-            self._known = _Known(key, (w1, w2), (first.view(w1.shape), second, scales1, scales2))
-        return self._known.quantized
+        return self._quantized.of(w1, w2)
 
     def _empty_call(self, weights: ExpertWeights, rows: int) -> None:
         """Call with `rows` rows, none of them live: Triton compiles by shape, and computes nothing."""
@@ -146,11 +129,6 @@ def _build_name(device: torch.device) -> str:
     import triton
 
     return f"triton-{triton.__version__}-{torch.cuda.get_device_name(device)}"
-
-
-def _changes(weights: Tensor) -> int:
-    """Return the number of writes to the weights, which torch does not count in inference mode."""
-    return 0 if weights.is_inference() else weights._version  # noqa: SLF001 - torch counts changes there
 
 
 @lru_cache

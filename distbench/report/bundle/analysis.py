@@ -23,7 +23,14 @@ from distbench.errors import InvalidCase
 from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
 from distbench.report.bundle.layout import Part, part_name
 from distbench.report.bundle.read import Bundle, local_case, read_part
-from distbench.report.bundle.recorded import ArmRows, RankTensors, rank_tensors, recorded_order, routing_of
+from distbench.report.bundle.recorded import (
+    ArmRows,
+    RankTensors,
+    moves_local_slots,
+    rank_tensors,
+    recorded_order,
+    routing_of,
+)
 from distbench.report.bundle.references import AsRecorded, Generated, References, SentTokens
 from distbench.transport.sum_order import SumOrder
 from distbench.utils.text import one_line
@@ -33,7 +40,7 @@ from distbench.verify.records import ORACLE, Divergence, Gathered
 from distbench.verify.row_compare import bits_at, differing
 from distbench.verify.verdict import judge
 from distbench.workload.batch import TokenBatch
-from distbench.workload.routing import destinations
+from distbench.workload.routing import destinations, local_slots
 from distbench.workload.routing_spec import ExpertGroup
 from distbench.workload.version import INPUTS_VERSION
 
@@ -59,6 +66,17 @@ class _Sums(NamedTuple):
     ids: dict[tuple[int, int], list[int]]
 
 
+class _Slots(NamedTuple):
+    """Slots of a row that the transport moves: all of them, or those of the receiver's `experts_per_rank` experts."""
+
+    experts_per_rank: int
+    local_only: bool
+
+    def moved(self, rank: int, batch: TokenBatch) -> TokenBatch:
+        """The rows as they arrive on `rank`."""
+        return local_slots(batch, rank, self.experts_per_rank) if self.local_only else batch
+
+
 def analyse(bundle: Bundle) -> Analysis:
     """Check every recorded stage and judge the case again, with the stages as found here.
 
@@ -72,6 +90,8 @@ def analyse(bundle: Bundle) -> Analysis:
     missing = _missing(bundle)
     present = [part for part in bundle.manifest.recorded.parts if part.rank not in missing]
     references = _references(bundle, present)
+    facts = {} if gathered is None else gathered.observations[0].transport
+    slots = _Slots(case.experts_per_rank, moves_local_slots(facts))
     findings: list[StageFinding] = []
     sums = _Sums(defaultdict(dict), {}, {})
     for part in present:
@@ -82,7 +102,7 @@ def analyse(bundle: Bundle) -> Analysis:
                 continue
             recorded = rank_tensors(part.rank, tensors, case, bundle.manifest.recorded.tokens)
             findings += _own_tokens(part.rank, recorded, references, sums)
-            findings += _arms(part.rank, recorded.arms, references, sums)
+            findings += _arms(part.rank, recorded.arms, references, sums, slots)
     if gathered is not None and not missing:
         findings += _summed(case, recorded_order(gathered.observations[0].transport), sums)
     if any(found.stage == INPUTS and found.wrong for found in findings):
@@ -152,7 +172,7 @@ def _own_tokens(rank: int, recorded: RankTensors, references: References, sums: 
     return findings
 
 
-def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -> list[StageFinding]:
+def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums, slots: _Slots) -> list[StageFinding]:
     """Check the rows that a rank received: fields against their sources, expert rows against oracle or padded arm."""
     findings = []
     baseline: dict[tuple[int, ...], Tensor] = {}
@@ -161,7 +181,7 @@ def _arms(rank: int, arms: list[ArmRows], references: References, sums: _Sums) -
         dispatch = _Place(rank, rows.arm, Stage.DISPATCH, rows.sources[known], rows.slots[known])
         fields = [
             dispatch.compare(name, "source", actual[known], expected)
-            for name, actual, expected in zip(batch._fields, rows.received, batch, strict=True)
+            for name, actual, expected in zip(batch._fields, rows.received, slots.moved(rank, batch), strict=True)
             if actual is not None and expected is not None
         ]
         findings.append(max(fields, key=lambda found: found.wrong))

@@ -120,6 +120,11 @@ def _present(tensors: dict[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
+def moves_local_slots(facts: Mapping[str, Any]) -> bool:
+    """Whether the transport whose facts a bundle holds moves slots of the receiver's experts alone."""
+    return facts.get("local_slots") is True
+
+
 def recorded_order(facts: Mapping[str, Any]) -> SumOrder:
     """Order of addition of the transport whose facts a bundle holds, which may hold anything.
 
@@ -128,7 +133,8 @@ def recorded_order(facts: Mapping[str, Any]) -> SumOrder:
     stated = facts.get("sum_order")
     if isinstance(stated, dict):
         with contextlib.suppress(msgspec.ValidationError):
-            order = msgspec.convert([stated.get(name) for name in SumOrder._fields], SumOrder)
+            plain = SumOrder()._asdict()
+            order = msgspec.convert([stated.get(name, plain[name]) for name in SumOrder._fields], SumOrder)
             return order._replace(node_ranks=max(order.node_ranks, 0))
     kernel, node_ranks, quant = facts.get("kernel"), facts.get("gpu_per_node"), facts.get("quant", "none")
     per_node = node_ranks if isinstance(node_ranks, int) and node_ranks > 0 else 0

@@ -44,8 +44,16 @@ NIGHTLY = Distribution("amd-mori-nightly", "mori", pre=True)
 SGLANG = Distribution("sglang", "sglang", python="3.11")
 AITER = Distribution("amd-aiter", "aiter", pre=True)
 VLLM = Distribution("vllm", "vllm")
+DEEP_EP = Distribution("sgl-deep-ep", "deep_ep")
 
-PINNED = {MORI: "1.2.4", NIGHTLY: "1.2.5.dev20261026", SGLANG: "0.5.23", AITER: "0.1.7.post2.dev18", VLLM: "0.33.0"}
+PINNED = {
+    MORI: "1.2.4",
+    NIGHTLY: "1.2.5.dev20261026",
+    SGLANG: "0.5.23",
+    AITER: "0.1.7.post2.dev18",
+    VLLM: "0.33.0",
+    DEEP_EP: "0.1.2.post1",
+}
 """The versions whose text distbench was written against, and that the contract tests read."""
 
 
