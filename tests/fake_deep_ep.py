@@ -35,7 +35,7 @@ def install(folder: Path) -> None:
     package: Any = ModuleType("deep_ep")
     package.__path__ = [str(folder / "deep_ep")]
     sys.modules.update({"deep_ep": package, "deep_ep._C": compiled})
-    legacy = importlib.import_module("deep_ep.buffers.legacy")
+    legacy: Any = importlib.import_module("deep_ep.buffers.legacy")
     legacy.check_nvlink_connections = lambda _: None  # which asks the device for its name
     package.Buffer, package.topk_idx_t, package.__version__ = legacy.Buffer, torch.int64, "fake"
     Runtime.spoils = ""
@@ -103,7 +103,7 @@ class Runtime:
         scales: Tensor | None,
         ids: Tensor,
         weights: Tensor,
-        per_rank: Tensor,
+        _per_rank: Tensor,
         in_rank: Tensor,
         per_expert: Tensor,
         *rest: Any,
@@ -188,7 +188,7 @@ class Runtime:
         self._spoil(blocks, tokens, counts)
         return blocks, None, counts, tokens, ranges, None, None
 
-    def low_latency_combine(  # noqa: PLR0913 - the compiled signature
+    def low_latency_combine(
         self, x: Tensor, ids: Tensor, weights: Tensor, tokens: Tensor, ranges: Tensor, *rest: Any
     ) -> tuple[Any, ...]:
         assert (x.dtype, ids.dtype, weights.dtype) == (torch.bfloat16, torch.int64, torch.float32)
@@ -221,7 +221,7 @@ class Runtime:
             counts[several] += 1
 
 
-class FakeOptions(Options):
+class FakeOptions(Options, frozen=True):
     """Options of the transport, where the wheel's files lie, and a bug."""
 
     folder: str = ""

@@ -1,7 +1,7 @@
 """Experts of SGLang: its Triton `fused_experts`, called with the ids that its expert parallelism makes.
 
-Rounding points are those of SGLang 0.5.13, by its text: `moe_runner/triton_utils/fused_moe.py`,
-`jit_kernel/csrc/elementwise/activation.cuh`, and `moe_sum_reduce` of sgl_kernel, which adds in float32.
+Rounding points are those of SGLang 0.5.13, by its text: module fused_moe of its triton_utils,
+activation.cuh of its compiled kernels, and `moe_sum_reduce` of sgl_kernel, which adds in float32.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class SglangExperts(Experts):
         """See `Experts.selection`."""
         up, (down, _) = self._tiles(rows)
         names = [tile_name(up)] + ([] if down is None else [f"then {tile_name(down)}"])
-        names += ["compiled sum"] if rows <= _COMPILED_SUM_ROWS and self._case.topk > 2 else []  # noqa: PLR2004
+        names += ["compiled sum"] if rows <= _COMPILED_SUM_ROWS and self._case.topk_slots > 2 else []  # noqa: PLR2004
         return KernelChoice.named(rows, f"sglang fused_experts {' '.join(names)}")
 
     def roundings(self, choice: KernelChoice) -> Roundings:  # noqa: ARG002 - those of a kernel hold for any rows
@@ -110,7 +110,7 @@ class SglangExperts(Experts):
         return self._sglang.tiles(
             (local, 2 * columns, hidden),
             (local, hidden, columns),
-            case.topk,
+            case.topk_slots,
             "fp8_w8a8" if self._fp8 else None,
             rows,
             block_shape=[BLOCK, BLOCK] if self._fp8 else None,

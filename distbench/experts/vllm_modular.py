@@ -1,7 +1,7 @@
 """Experts of vLLM: `TritonExperts` or `DeepGemmExperts`, its modular experts, called as its expert parallelism does.
 
-Rounding points are those of vLLM 0.22.1, by its text: `experts/triton_moe.py`, `experts/deep_gemm_moe.py`,
-`csrc/activation_kernels.cu`, `csrc/moe/moe_align_sum_kernels.cu`, `fused_silu_mul_block_quant.cu`.
+Rounding points are those of vLLM 0.22.1, by its text: modules triton_moe and deep_gemm_moe of its experts,
+and the sources activation_kernels.cu, moe_align_sum_kernels.cu and fused_silu_mul_block_quant.cu of its kernels.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class VllmExperts(Experts):
     def roundings(self, choice: KernelChoice) -> Roundings:  # noqa: ARG002 - those of a kernel hold for any rows
         """See `Experts.roundings`."""
         deep_gemm = self._kernel == "DeepGemmExperts"
-        own_sum = not deep_gemm and self._case.topk in _BF16_SUMS
+        own_sum = not deep_gemm and self._case.topk_slots in _BF16_SUMS
         plain = Roundings(bf16_products=True, formula=formula_of(self._case), sums="bf16" if own_sum else "float32")
         if not self._fp8:
             return msgspec.structs.replace(plain, bf16_activation=True)
@@ -110,7 +110,7 @@ class VllmExperts(Experts):
             return output
         experts, w1, w2 = self._experts(weights)
         shape = partial(experts.workspace_shapes, expert_tokens_meta=None, activation=self._vllm.silu)
-        everyone, topk = self._case.num_experts + 1, given.ids.shape[1]
+        everyone, topk = self._case.placed_experts + 1, given.ids.shape[1]
         first, second, _ = shape(
             M=given.rows,
             N=w1.shape[1],
@@ -125,7 +125,7 @@ class VllmExperts(Experts):
             w1=w1,
             w2=w2,
             topk_weights=given.weights,
-            topk_ids=live_ids(given, self._case.num_experts, absent=everyone - 1),
+            topk_ids=live_ids(given, self._case.placed_experts, absent=everyone - 1),
             activation=self._vllm.silu,
             global_num_experts=everyone,
             expert_map=self._expert_map(weights.mask),
@@ -156,11 +156,11 @@ class VllmExperts(Experts):
         if "intermediate_size" in self._vllm.config.__dataclass_fields__:
             columns = "intermediate_size"
         return self._vllm.config(
-            num_experts=case.num_experts + 1,
-            experts_per_token=case.topk,
+            num_experts=case.placed_experts + 1,
+            experts_per_token=case.topk_slots,
             hidden_dim=case.hidden_size,
             num_local_experts=case.experts_per_rank,
-            num_logical_experts=case.num_experts + 1,
+            num_logical_experts=case.placed_experts + 1,
             activation=self._vllm.silu,
             device=device,
             routing_method=self._vllm.routing.Default,
@@ -175,7 +175,7 @@ class VllmExperts(Experts):
         found: dict[str, int] = self._vllm.tiles(
             (local, 2 * columns, hidden),
             (local, hidden, columns),
-            case.topk,
+            case.topk_slots,
             "fp8_w8a8" if self._fp8 else None,
             rows,
             block_shape=[BLOCK, BLOCK] if self._fp8 else None,

@@ -1,4 +1,4 @@
-"""The transport deepep on real ranks, over the released Python of deep_ep and kernels in torch (tests/fake_deep_ep.py)."""
+"""Transport deepep on real ranks: released Python of deep_ep over kernels in torch (tests/fake_deep_ep.py)."""
 
 from __future__ import annotations
 
@@ -68,6 +68,12 @@ def test_case_passes_with_both_inputs_and_states_order_and_slots(
     facts = found.gathered.observations[0].transport
     assert moves_local_slots(facts)
     assert recorded_order(facts) == SumOrder(by_rank=mode == "normal")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shared_experts_and_ids_of_minus_one_pass(folder: Path, mode: str) -> None:
+    found = outcome(deepep(folder, 2, mode, shared_experts=1, dropped_slots=0.3, dropped_tokens=0.2, numerics="exact"))
+    assert found.judgement.verdict is Verdict.PASS, found.judgement.reasons
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_all_names_are_documented() -> None:
         ({"tokens": "3"}, "^Case: tokens = '3'"),
         (
             {"transport": "acme"},
-            "^Case: transport = 'acme': allowed are collective, symmetric, mori, or package.module:factory$",
+            "^Case: transport = 'acme': allowed are collective, symmetric, mori, deepep, or package.module:factory$",
         ),
         ({"transport": lambda _: None}, "^transport = <function .*: no rank can import it; define it at the top"),
         ({"experts": OPTIONED}, "^experts = Plugin.*: no rank can import it"),

@@ -49,7 +49,9 @@ class LowLatencyTransport(WholeTransport):
         self._case, self._rank, self._group = case, context.rank, context.group
         self._package = package
         self._most = case.max_dispatch_tokens_per_rank
-        self._buffer = package.low_latency(context.group, case.ep_size, self._most, case.hidden_size, case.num_experts)
+        self._buffer = package.low_latency(
+            context.group, case.ep_size, self._most, case.hidden_size, case.placed_experts
+        )
         self._received = ReceiveBuffer(context.like, case.capacity, context.rank)
         self._returning: Tensor | None = None
         self._back: _Back | None = None
@@ -67,9 +69,9 @@ class LowLatencyTransport(WholeTransport):
         with collective("dispatch of deepep", batch.ids.get_device()):
             rows, counts, handle, _, _ = self._buffer.low_latency_dispatch(
                 batch.hidden,
-                package_ids(batch.ids, case.num_experts, self._package.ids_dtype),
+                package_ids(batch.ids, case.placed_experts, self._package.ids_dtype),
                 self._most,
-                case.num_experts,
+                case.placed_experts,
                 use_fp8=False,
                 async_finish=False,
                 return_recv_hook=False,
@@ -125,19 +127,19 @@ class LowLatencyTransport(WholeTransport):
     def _gathered(self, batch: TokenBatch) -> Routing:
         """All ranks' ids and weights, gathered. Collective."""
         case = self._case
-        mine = batch.ids.new_full((max(case.tokens), 2 * case.topk), -1)
-        mine[: len(batch.ids), : case.topk] = batch.ids
-        mine[: len(batch.ids), case.topk :] = batch.weights.view(torch.int32)
+        mine = batch.ids.new_full((max(case.tokens), 2 * case.topk_slots), -1)
+        mine[: len(batch.ids), : case.topk_slots] = batch.ids
+        mine[: len(batch.ids), case.topk_slots :] = batch.weights.view(torch.int32)
         table = mine.new_empty(case.ep_size, *mine.shape)
         with collective("all_gather", mine.get_device()):
             dist.all_gather_into_tensor(table.view(-1, mine.shape[1]), mine, group=self._group)
-        ids, weights = table.split(case.topk, dim=2)
+        ids, weights = table.split(case.topk_slots, dim=2)
         first = self._rank * case.experts_per_rank
         return Routing(ids, weights.contiguous().view(torch.float32), first, self._most)
 
     def _first_of_rank(self, ids: Tensor) -> Tensor:
         """Return ids [n, k] with -1 in all but the first slot of each rank, and in those of no expert."""
-        known = (ids >= 0) & (ids < self._case.num_experts)
+        known = (ids >= 0) & (ids < self._case.placed_experts)
         owner = ids.div(self._case.experts_per_rank, rounding_mode="floor").where(known, -1)
         earlier = (owner.unsqueeze(2) == owner.unsqueeze(1)).tril(-1).any(2)
         return ids.where(known & ~earlier, -1)

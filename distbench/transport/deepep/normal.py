@@ -17,7 +17,7 @@ from distbench.workload.batch import TokenBatch
 
 
 class _Handle(NamedTuple):
-    """DeepEP's handle of a dispatch within a host, as `legacy.py` packs it."""
+    """DeepEP's handle of a dispatch within a host, as its module legacy packs it."""
 
     rank_prefix: Tensor
     """int32 [W, W]: rows that ranks up to i send to rank j."""
@@ -64,7 +64,7 @@ class NormalTransport(WholeTransport):
         Raises:
             DistbenchError: more rows than the receive buffer has.
         """
-        experts = self._case.num_experts
+        experts = self._case.placed_experts
         ids = package_ids(batch.ids, experts, self._package.ids_dtype)
         with collective("dispatch of deepep", batch.ids.get_device()):
             per_rank, per_rdma_rank, per_expert, in_rank, _ = self._buffer.get_dispatch_layout(ids, experts)

@@ -50,7 +50,8 @@ def acme(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_built_in_parts_are_plugins_found_by_their_references(part: str) -> None:
     for name in filter("own".__ne__, KINDS[part].built_in):
         found = load_plugin(part, name)
-        assert (found.name, found.options) == (name, NoOptions)
+        assert found.name == name
+        assert found.options is NoOptions or name in KINDS[part].guests
 
 
 def test_names_of_built_in_parts_read_no_metadata_and_load_no_torch() -> None:
@@ -77,7 +78,7 @@ def test_installed_names_and_references_are_accepted_unloaded(name: str) -> None
 @pytest.mark.usefixtures("acme")
 def test_other_names_are_refused_with_those_that_exist(name: str) -> None:
     with pytest.raises(
-        InvalidCase, match=r"^--transport = .*allowed are collective, symmetric, mori, acme, or package.module:"
+        InvalidCase, match=r"^--transport = .*allowed are collective, symmetric, mori, deepep, acme, or package.module:"
     ):
         flagged(transport=name)
 

@@ -22,6 +22,7 @@ ORDERS = {
     "InterNodeV1": SumOrder(node_ranks=2),
     "AsyncLL": SumOrder(),
 }
+BY_RANK = SumOrder(by_rank=True)
 
 
 def told_by_the_words(ids: list[int], rows: dict[int, Tensor], order: SumOrder) -> Tensor:
@@ -30,6 +31,7 @@ def told_by_the_words(ids: list[int], rows: dict[int, Tensor], order: SumOrder) 
     slots = list(reversed(owners)) if order.last_slot else owners
     ranks = [rank for rank in dict.fromkeys(slots) if rank is not None]
     ranks = list(reversed(ranks)) if order.last_slot else ranks
+    ranks = sorted(ranks) if order.by_rank else ranks
 
     def total(some: list[int]) -> Tensor:
         return reduce(lambda so_far, rank: so_far + rows[rank].float(), some, torch.zeros(8)).bfloat16()
@@ -41,10 +43,12 @@ def told_by_the_words(ids: list[int], rows: dict[int, Tensor], order: SumOrder) 
     return reduce(lambda so_far, part: so_far + part.float(), parts, torch.zeros(8)).bfloat16()
 
 
-@pytest.mark.parametrize("kernel", ORDERS)
-def test_sums_follow_the_order_that_the_transport_declares(kernel: str) -> None:
-    order = sum_order(kernel, 2, "none")
-    assert order == ORDERS[kernel]
+def test_order_of_moris_kernels_is_declared() -> None:
+    assert {kernel: sum_order(kernel, 2, "none") for kernel in ORDERS} == ORDERS
+
+
+@pytest.mark.parametrize("order", [*ORDERS.values(), BY_RANK])
+def test_sums_follow_the_order_that_the_transport_declares(order: SumOrder) -> None:
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(-1, 17, (64, 6), generator=generator, dtype=torch.int32)
     ids[0] = -1

@@ -20,6 +20,9 @@ from distbench.transport.sum_order import SumOrder
         ({"kernel": "InterNodeV1", "gpu_per_node": -1}, SumOrder()),
         ({"kernel": ["InterNodeV1"], "gpu_per_node": "2"}, SumOrder()),
         ({}, SumOrder()),
+        ({"sum_order": {"last_slot": True, "node_ranks": 0, "quantised": False}}, SumOrder(last_slot=True)),
+        ({"sum_order": {"by_rank": True}}, SumOrder(by_rank=True)),
+        ({"sum_order": {"by_rank": "yes"}, "kernel": "IntraNodeLL"}, SumOrder(last_slot=True)),
     ],
 )
 def test_order_of_sums_is_that_of_the_recorded_transport(facts: dict[str, Any], order: SumOrder) -> None:
