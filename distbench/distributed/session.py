@@ -208,10 +208,10 @@ class Session:
         words = torch.frombuffer(raw, dtype=torch.int64)
         table = self.everyones(torch.cat([words, probe.cpu(), counts.cpu()]))
         shared = len(raw) // _WORD_BYTES
-        _refuse_strangers(table[:, :shared], "case's hash", "start all ranks with the same case and environment")
-        _refuse_strangers(
-            table[:, shared : shared + probe.numel()], "generated inputs", "use one torch version on all ranks"
-        )
+        agreed = table[:, : shared + probe.numel()]
+        if not torch.equal(agreed, agreed[:1].expand_as(agreed)):
+            _refuse_strangers(agreed[:, :shared], "case's hash", "start all ranks with the same case and environment")
+            _refuse_strangers(agreed[:, shared:], "generated inputs", "use one torch version on all ranks")
         return table[:, shared + probe.numel() :].clone()
 
     def require_same(self, value: int, what: str, fix: str) -> None:
@@ -251,6 +251,8 @@ class Session:
 
     def flags_on_any_rank(self, flags: Sequence[bool]) -> list[bool]:
         """Return which of `flags`, as many on every rank, are true on any rank of the case's group. Collective."""
+        if self.shared is not None:
+            return [any(column) for column in zip(*self.shared.words(bytes(flags)), strict=True)]
         anywhere: list[bool] = self.everyones(torch.tensor(flags)).any(0).tolist()
         return anywhere
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, NoReturn
 
-import torch
 from torch import Tensor
 
 from distbench.distributed.exchange import wait_for
 from distbench.distributed.peers import Neighbours, Peer
 from distbench.distributed.waits import collective, waiting
+from distbench.utils.tensor_memory import memory_of
 
 _WORD = struct.Struct("<qqq")
 # Consecutive gathers that only rank 0 waits for: data for the other ranks is kept for this long.
@@ -64,7 +64,7 @@ class SharedMemory:
         """See `Exchange.start`."""
         row_bytes = outgoing.shape[1]
         self._gathers = 0
-        self._lay(outgoing, _spans(sent, row_bytes))
+        self._lay(memory_of(outgoing), _spans(sent, row_bytes))
         return (_Arriving(self, incoming, _spans(received, row_bytes)),)
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
@@ -74,8 +74,18 @@ class SharedMemory:
     def everyones(self, mine: Tensor) -> Tensor:
         """All-gather of tensors of one shape and dtype: [W, ...] on every rank. Collective."""
         self._gathers = 0
-        self._lay(mine, [(0, mine.nbytes)] * self._size)
+        self._lay(memory_of(mine), [(0, mine.nbytes)] * self._size)
         return self._collected(mine, self._size)
+
+    def words(self, mine: bytes) -> list[bytes]:
+        """All-gather of a few bytes, as many from each rank, in rank order. Collective."""
+        self._gathers = 0
+        size = len(mine)
+        self._lay(memoryview(mine), [(0, size)] * self._size)
+        everyone = bytearray(size * self._size)
+        everyone[self._rank * size : (self._rank + 1) * size] = mine
+        self._take(memoryview(everyone), [(rank * size, size) for rank in range(self._size)])
+        return [bytes(everyone[rank * size : (rank + 1) * size]) for rank in range(self._size)]
 
     def gathered(self, mine: Tensor) -> Tensor:
         """Gather of tensors of one shape and dtype: [W, ...] on rank 0, None elsewhere. Collective."""
@@ -83,12 +93,14 @@ class SharedMemory:
         self._gathers = 0 if together else self._gathers + 1
         count = self._size if self._rank == 0 else 0
         waited_for = self._peers if together else [peer for peer in self._peers if peer.rank == 0]
-        self._lay(mine[:0] if count else mine, [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1), waited_for)
+        self._lay(memory_of(mine), [(0, mine.nbytes)] + [(0, 0)] * (self._size - 1), waited_for)
         return self._collected(mine, count) if count or together else mine.new_empty(0, *mine.shape)
 
     def take(self, incoming: Tensor, spans: Sequence[Span]) -> None:
         """Read each rank's data for this rank into its span of `incoming`, once the rank has announced it."""
-        content = _bytes_of(incoming)
+        self._take(memory_of(incoming), spans)
+
+    def _take(self, content: memoryview, spans: Sequence[Span]) -> None:
         with waiting(_EXCHANGE):
             for peer in self._peers:
                 start, length = spans[peer.rank]
@@ -113,14 +125,13 @@ class SharedMemory:
         self.take(everyone, [(rank * size, size) for rank in range(self._size)])
         return everyone
 
-    def _lay(self, outgoing: Tensor, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
-        """Send each peer, or `listeners`, its span of bytes.
+    def _lay(self, content: memoryview, spans: Sequence[Span], listeners: Sequence[Peer] | None = None) -> None:
+        """Send each peer, or `listeners`, its span of the bytes.
 
         Where one is long, all bytes are written to a region that no peer may still be reading.
         """
         self._calls += 1
         collective(_EXCHANGE)
-        content = _bytes_of(outgoing)
         listeners = self._peers if listeners is None else listeners
         begin = 0
         if any(spans[peer.rank][1] > _IN_MESSAGE for peer in listeners):
@@ -175,10 +186,6 @@ class _Arriving:
 def _spans(counts: Sequence[int], row_bytes: int) -> list[Span]:
     lengths = [count * row_bytes for count in counts]
     return list(zip(accumulate(lengths, initial=0), lengths, strict=False))  # the last sum is the end
-
-
-def _bytes_of(rows: Tensor) -> memoryview:
-    return rows.view(-1).view(torch.uint8).numpy().data
 
 
 def _write(file: int, content: memoryview, start: int) -> None:

@@ -112,6 +112,8 @@ def awkward(memory: SharedMemory, rank: int, ranks: int, turns: int) -> list[str
             table = memory.everyones(torch.tensor([rank, turn]))
             if table.tolist() != [[peer, turn] for peer in range(ranks)]:
                 wrong.append(f"table of turn {turn}")
+        if turn % 3 == 1 and memory.words(bytes([rank, turn])) != [bytes([peer, turn]) for peer in range(ranks)]:
+            wrong.append(f"words of turn {turn}")
         for again in range(turn % 11 if turn % 3 == 0 else 0):
             block = torch.full((2, turn, 3), rank + again * 64, dtype=torch.int16)
             gathered = memory.gathered(block)
