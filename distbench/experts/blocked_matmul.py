@@ -110,7 +110,8 @@ class Weights:
             return (torch.bmm(left, right).float() for left, right in pairs)
         used = wide if experts.numel() == wide.shape[0] else wide[experts]
         count, blocks, _, inside = used.shape
-        left = rows.double().unflatten(2, (blocks, inside)).transpose(1, 2).flatten(0, 1)
+        left = rows.unflatten(2, (blocks, inside)).transpose(1, 2)
+        left = left.to(torch.float64, memory_format=torch.contiguous_format).flatten(0, 1)
         found = torch.bmm(left, used.flatten(0, 1).transpose(1, 2)).float()
         products: tuple[Tensor, ...] = found.unflatten(0, (count, blocks)).unbind(1)
         return products

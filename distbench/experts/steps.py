@@ -19,12 +19,13 @@ class Group(NamedTuple):
     """Routes of some experts, padded to one length.
 
     experts [g]: rows of the local weights. routes [g, m]: indices into the flat list of a call's `total` routes;
-    `total` past an expert's last route.
+    `total` past an expert's last route. `run`: the experts as a slice where they are consecutive.
     """
 
     experts: Tensor
     routes: Tensor
     total: int
+    run: slice | None
 
 
 class Steps:

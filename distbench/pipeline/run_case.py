@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -118,10 +119,10 @@ def _prepare(session: Session, case: Case, brought: Brought | None = None) -> _R
 
         check_plugins(session, case)
     workloads = [workload_for(with_inputs(case, kind), session.device) for kind in inputs_of(case)]
-    batches, probes = zip(*(_tokens_and_probe(workload, session.rank) for workload in workloads), strict=True)
+    batches, probe = _tokens_and_probe(workloads, session.rank)
     parts = split_batch(case, batches[0], session.rank) if case.two_batch_overlap else (batches[0],)
     sent = torch.cat([recv_counts(part.ids, case.experts_per_rank, case.ep_size) for part in parts])
-    counts = session.agree(case_hash(case), torch.cat(probes), sent)
+    counts = session.agree(case_hash(case), probe, sent)
     counts = counts.view(case.ep_size, len(parts), case.ep_size).transpose(0, 1)
     resolved = _resolved(session, case, counts)
     session.heartbeat.mark(Stage.WORKLOAD)
@@ -177,16 +178,22 @@ def _judged(ready: _Ready, gathered: list[Gathered]) -> Outcome:
     return Outcome(resolved.case, judgement, resolved, whole, diagnose(resolved, whole, judgement), sent=sent)
 
 
-def _tokens_and_probe(workload: Workload, rank: int) -> tuple[TokenBatch, Tensor]:
-    """The rank's tokens, and digests int64 of tokens that every rank generates alike if it computes as the others."""
-    count = workload.tokens_per_rank[rank]
-    probed = torch.arange(_PROBED_TOKENS, device=workload.device)
-    ranks = torch.cat([probed.new_full((count,), rank), torch.zeros_like(probed)])
-    rows = workload.token_rows(ranks, torch.cat([torch.arange(count, device=workload.device), probed]))
-    scales = None if rows.scales is None else rows.scales[:count]
-    mine = TokenBatch(rows.hidden[:count], scales, rows.weights[:count], rows.ids[:count])
-    shared = [part[count:].contiguous().view(torch.uint8) for part in rows if part is not None]
-    return mine, row_digests(torch.cat(shared, dim=1)).flatten()
+def _tokens_and_probe(workloads: list[Workload], rank: int) -> tuple[list[TokenBatch], Tensor]:
+    """The rank's tokens of each kind of inputs, and digests of tokens that all ranks generate alike, int64.
+
+    The ranks differ in the digests if one computes otherwise.
+    """
+    count, device = workloads[0].tokens_per_rank[rank], workloads[0].device
+    tokens = torch.arange(count + _PROBED_TOKENS, device=device)
+    probes = tokens >= count
+    ranks, tokens = (~probes) * rank, tokens - probes * count
+    batches, shared = [], []
+    for workload in workloads:
+        rows = workload.token_rows(ranks, tokens)
+        scales = None if rows.scales is None else rows.scales[:count]
+        batches.append(TokenBatch(rows.hidden[:count], scales, rows.weights[:count], rows.ids[:count]))
+        shared += [part[count:].contiguous().view(torch.uint8) for part in rows if part is not None]
+    return batches, row_digests(torch.cat(shared, dim=1)).flatten()
 
 
 def _resolved(session: Session, case: Case, counts: Tensor) -> ResolvedCase:
@@ -241,9 +248,16 @@ def _caller(session: Session, resolved: ResolvedCase, experts: Experts) -> Calle
 
 
 def _weights(session: Session, case: Case, workload: Workload) -> ExpertWeights:
-    mask = torch.zeros(case.placed_experts, dtype=torch.int32, device=session.device)
-    mask[session.rank * case.experts_per_rank : (session.rank + 1) * case.experts_per_rank] = 1
+    mask = _local_mask(case.placed_experts, session.rank * case.experts_per_rank, case.experts_per_rank, session.device)
     return ExpertWeights(*workload.local_weights(session.rank), mask, *(workload.local_biases(session.rank) or ()))
+
+
+@lru_cache(maxsize=1)
+def _local_mask(num_experts: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Return the mask int32 [E] of local experts, which both kinds of inputs share; it must not be written to."""
+    mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    mask[first : first + count] = 1
+    return mask
 
 
 def _graphed(

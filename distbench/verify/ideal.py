@@ -16,6 +16,7 @@ from torch.nn import functional
 from distbench.experts.base import ExpertWeights
 from distbench.experts.reference import WEIGHT_BYTES, grouped_routes, local_experts, local_rows, through_halves
 from distbench.experts.roundings import Roundings
+from distbench.experts.steps import Group
 from distbench.workload.activation import activate
 from distbench.workload.batch import TokenBatch
 from distbench.workload.chunking import rows_at_a_time
@@ -126,13 +127,14 @@ def ideal_rows(
     ]
     local = local_experts(batch.ids, local_rows(weights.mask)).flatten()
     memory = WEIGHT_BYTES if hidden.device.type == "cpu" else _WEIGHT_BYTES_ON_DEVICE
-    for experts, routes, _ in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8, memory):
+    for group in grouped_routes(local, weights.w1.shape[0], weights.w1[0].numel() * 8, memory):
+        experts, routes = group.experts, group.routes
         flat = routes.flatten()
         rows = flat.div(topk, rounding_mode="floor")
-        w1, w2 = _held(weights, experts, families[0])
+        w1, w2 = _held(weights, group, families[0])
         share = shares.index_select(0, flat).view(*routes.shape, 1)
         given = hidden.index_select(0, rows).view(*routes.shape, -1)
-        product = torch.bmm(w1.double(), given.transpose(1, 2)).transpose(1, 2)
+        product = torch.bmm(given, w1.double().transpose(1, 2))
         before, share = (share, torch.ones_like(share)) if formula.weigh_first else (None, share)
         bias = None if weights.bias1 is None else weights.bias1[experts].unsqueeze(1)
         first = _First(product, before, bias, formula)
@@ -166,11 +168,12 @@ def _with_bias(rows: Tensor, bias: Tensor | None, experts: Tensor) -> Tensor:
     return rows if bias is None else rows + bias[experts].unsqueeze(1)
 
 
-def _held(weights: ExpertWeights, experts: Tensor, family: Roundings) -> tuple[Tensor, Tensor]:
-    """Return both weights of `experts` [g] as the kernel holds them, dequantised."""
-    w1, w2 = weights.w1, weights.w2
-    if len(experts) < len(w1):
-        w1, w2 = w1.index_select(0, experts), w2.index_select(0, experts)
+def _held(weights: ExpertWeights, group: Group, family: Roundings) -> tuple[Tensor, Tensor]:
+    """Return both weights of a group's experts as the kernel holds them, dequantised."""
+    if group.run is None:
+        w1, w2 = (part.index_select(0, group.experts) for part in (weights.w1, weights.w2))
+    else:
+        w1, w2 = weights.w1[group.run], weights.w2[group.run]
     if family.weights == "bf16":
         return w1, w2
     dtype = fp8_dtype(family.weights)

@@ -19,22 +19,24 @@ class Losses:
 
     def __init__(self, group: dist.ProcessGroup, resolved: ResolvedCase, rank: int) -> None:
         self._group = group
+        tokens = resolved.traffic.tokens
+        first = sum(tokens[:rank])
         self._lossy = resolved.lossy
-        self._tokens = torch.tensor(resolved.traffic.tokens)
-        self._starts = self._tokens.cumsum(0) - self._tokens
-        self._own = slice(int(self._starts[rank]), int(self._starts[rank] + self._tokens[rank]))
+        self._of_ranks = tokens
+        self._own = slice(first, first + tokens[rank])
         self._taken: dict[str, Tensor] = {}
 
     def take(self, arm: str, beyond: Tensor) -> None:
         """Record this rank's losses in a pass of `arm`: the sources int64 [l, 2] of rows past the limit."""
         if not self._lossy or arm not in CUT_ARMS:
             return
+        tokens = torch.tensor(self._of_ranks)
         rank, token = beyond.cpu().unbind(1)
-        known = (rank >= 0) & (rank < len(self._tokens)) & (token >= 0)
+        known = (rank >= 0) & (rank < len(tokens)) & (token >= 0)
         rank, token = rank[known], token[known]
-        known = token < self._tokens[rank]
-        flags = torch.zeros(int(self._tokens.sum()), dtype=torch.uint8)
-        flags[(self._starts[rank] + token)[known]] = 1
+        known = token < tokens[rank]
+        flags = torch.zeros(sum(self._of_ranks), dtype=torch.uint8)
+        flags[((tokens.cumsum(0) - tokens)[rank] + token)[known]] = 1
         self._taken[arm] = flags
 
     def share(self) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ Device = torch.device | str
 
 _GOLDEN = 0x9E3779B9 - (1 << 32)
 _INDEX_BITS = 24
+_ALL_BITS = (1 << 64) - 1
 _COUNT_BITS = 31
 # Permutations of a stream that are drawn in one call: a draw costs about 20 operations, whether for one or for many.
 _DRAWN = 4
@@ -35,7 +36,7 @@ def words(seed: int, tensor: str, rows: Tensor, columns: int, device: Device) ->
     return _mix((_steps(columns, torch.device(device)) + column_key) ^ first, second)
 
 
-def _mix(values: Tensor, second: Tensor) -> Tensor:
+def _mix(values: Tensor, second: Tensor | int) -> Tensor:
     """Mix int32 `values` in place by lowbias32, with a second key added midway."""
     _fold(values, 16)
     values *= _constant(0x7FEB352D, torch.int32)
@@ -57,7 +58,7 @@ def words_of_streams(seed: int, names: Sequence[str], rows: Tensor, columns: int
 def permuted(seed: int, tensor: str, numbers: Tensor) -> Tensor:
     """Return a keyed permutation of 32-bit numbers, int32 [n], of numbers int64 [n] from 0 to 2**32 - 1."""
     row_key, column_key = _stream_keys(seed, tensor)
-    first, second = _row_keys(torch.tensor([row_key], device=numbers.device)).view(torch.int32).unbind(0)
+    first, second = _row_key(row_key)
     spread = (numbers * _GOLDEN + column_key).to(torch.int32)
     return _mix(spread ^ first, second)
 
@@ -88,35 +89,42 @@ def shuffle(seed: int, name: str, row: int, count: int, device: Device) -> Tenso
 
 def shuffles(seed: int, names: Sequence[str], row: int, count: int, device: Device) -> Tensor:
     """Return the `shuffle` of each of these streams, int64 [names, count]."""
-    rows = torch.full((len(names), 1), row, device=device)
-    keys = words_of_streams(seed, names, rows, count).squeeze(1).long()
+    streams = [_stream_keys(seed, name) for name in names]
+    table = [(column_key, *_row_key(row_key ^ row)) for row_key, column_key in streams]
+    starts, first, second = torch.tensor(table, dtype=torch.int32, device=device).split(1, dim=1)
+    keys = _mix((_steps(count, torch.device(device)) + starts) ^ first, second).long()
     keys &= 0xFFFF_FFFF
     keys <<= _COUNT_BITS
     keys |= torch.arange(count, device=device)
     return keys.argsort(dim=1)
 
 
-class Shuffles:
-    """Successive permutations of one stream, of the size each call asks for; equal sizes in succession cost least."""
+class RowShuffles:
+    """Successive random orders of the elements of rows, of the size each call asks for; equal sizes cost least."""
 
     def __init__(self, seed: int, stream: str) -> None:
         self._seed, self._stream = seed, stream
         self._taken = 0
         self._ahead: list[Tensor] = []
+        self._size = 0, 0
 
-    def next(self, count: int, device: Device) -> Tensor:
-        """Return the next permutation of 0 to `count` - 1, int64 [count]."""
-        if not self._ahead or self._ahead[-1].shape[0] != count:
-            self._ahead = [*_drawn(self._seed, self._stream, self._taken, count, device)][::-1]
+    def next(self, rows: int, width: int, device: Device) -> Tensor:
+        """Return the next order: row by row the indices of its elements in the flat matrix, int64 [rows * width]."""
+        if not self._ahead or self._size != (rows, width):
+            self._size = rows, width
+            self._ahead = [*_drawn(self._seed, self._stream, self._taken, self._size, device)][::-1]
         self._taken += 1
         return self._ahead.pop()
 
 
 @lru_cache(maxsize=2)
-def _drawn(seed: int, stream: str, first: int, count: int, device: Device) -> tuple[Tensor, ...]:
-    """Return some successive permutations, which both kinds of inputs of a case share; they must not be written to."""
+def _drawn(seed: int, stream: str, first: int, size: tuple[int, int], device: Device) -> tuple[Tensor, ...]:
+    """Return some successive orders, which both kinds of inputs of a case share; they must not be written to."""
+    rows, width = size
     names = [f"{stream}/{turn}" for turn in range(first, first + _DRAWN)]
-    return shuffles(seed, names, 0, count, device).unbind(0)
+    order = shuffles(seed, names, 0, rows * width, device).view(_DRAWN, rows, width).argsort(2)
+    order += torch.arange(0, rows * width, width, device=device).unsqueeze(1)
+    return order.flatten(1).unbind(0)
 
 
 def _row_keys(rows: Tensor) -> Tensor:
@@ -126,6 +134,15 @@ def _row_keys(rows: Tensor) -> Tensor:
     _fold(rows, 27)
     rows *= _constant(0x94D049BB133111EB, torch.int64)
     return _fold(rows, 31)
+
+
+def _row_key(word: int) -> tuple[int, int]:
+    """Return `_row_keys` of one row without operations of torch: both keys, as signed 32-bit numbers."""
+    word &= _ALL_BITS
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _ALL_BITS
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & _ALL_BITS
+    word ^= word >> 31
+    return _signed(word & 0xFFFF_FFFF, 32), _signed(word >> 32, 32)
 
 
 def _fold(values: Tensor, shift: int) -> Tensor:

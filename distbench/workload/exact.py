@@ -84,26 +84,56 @@ def _make_patterns(plan: ExactPlan, seed: int, experts: Tensor) -> Patterns:
 
 def dense_weights(plan: ExactPlan, seed: int, experts: Tensor) -> tuple[Tensor, Tensor]:
     """Return w1 bf16 [e, 2I, H], gate rows before up rows, and w2 bf16 [e, H, I] of `experts` int64 [e]."""
-    hidden, inter = plan.hidden_size, plan.intermediate_size
+    hidden = plan.hidden_size
     sums = sum_patterns(plan, seed, experts)
-    places = places_of(plan, experts.device)
+    places, starts = places_of(plan, experts.device), _starts(plan, experts.numel(), experts.device)
     if plan.is_small:
         w1, w2 = (part.clone() for part in _kept_unseeded(plan, tuple(experts.tolist()), experts.device))
     else:
         w1, w2 = _unseeded(plan, experts)
-    _put(w1, places.sum_rows + inter, sums.up % hidden, 1 - 2 * (sums.up >= hidden).int())
+    _put(w1, starts.ups, sums.up % hidden, torch.where(sums.up >= hidden, -1.0, 1.0))
     rows = places.sum_rows[sums.down % plan.sum_rows]
-    _put(w2, places.sum_columns, rows, (1 - 2 * (sums.down >= plan.sum_rows).int()) * plan.down_step)
+    _put(w2, starts.sums, rows, torch.where(sums.down >= plan.sum_rows, -plan.down_step, plan.down_step))
     if plan.formula.bias:
         w1[:, places.sum_rows, 0] -= gate_biases(plan, seed, experts).bfloat16()
     if plan.guard_rows:
         _put_scales(plan, seed, experts, w1, w2)
     if plan.probes is not None:
         probes = probe_patterns(plan, seed, experts)
-        _put_probes(plan, places, probes, w1)
+        _put_probes(plan, places, probes, w1, starts.payloads)
         read = places.probe_rows[probes.read * plan.probes.live_groups + _groups(plan.probes, experts.device)]
-        _put(w2, places.probe_columns, read.unsqueeze(1), probes.weight.unsqueeze(1))
+        _put(w2, starts.probes, read.unsqueeze(1), probes.weight.unsqueeze(1))
     return w1, w2
+
+
+class _Starts(NamedTuple):
+    """Where rows of e experts begin in their flattened weights, int64 [e, 1, rows].
+
+    In w1: `ups` of sum rows, and rows with `payloads` of probe rows. In w2: columns of `sums` and of `probes`.
+    """
+
+    ups: Tensor
+    payloads: Tensor
+    sums: Tensor
+    probes: Tensor
+
+
+@lru_cache(maxsize=4)
+def _starts(plan: ExactPlan, count: int, device: torch.device) -> _Starts:
+    hidden, inter, places = plan.hidden_size, plan.intermediate_size, places_of(plan, device)
+    payloads = places.probe_rows if plan.probes is None else _payloads(plan, device)[0]
+    return _Starts(
+        _starts_of(places.sum_rows + inter, count, 2 * inter, hidden),
+        _starts_of(payloads, count, 2 * inter, hidden),
+        _starts_of(places.sum_columns, count, hidden, inter),
+        _starts_of(places.probe_columns, count, hidden, inter),
+    )
+
+
+def _starts_of(rows: Tensor, count: int, height: int, width: int) -> Tensor:
+    """Return where `rows` [r] of `count` experts begin in flattened weights [e, height, width]: int64 [e, 1, r]."""
+    first = torch.arange(count, device=rows.device).view(-1, 1, 1) * height
+    return (first + rows) * width
 
 
 @lru_cache(maxsize=1)
@@ -156,8 +186,9 @@ def _put_guards(plan: ExactPlan, experts: Tensor, places: Places, w1: Tensor, w2
         block = (torch.arange(plan.guard_sums, device=device) + experts.unsqueeze(1) * plan.guard_sums).unsqueeze(1)
         block %= len(places.guards)
         step = torch.full(block.shape, GUARD_STEP, device=device)
-        _put(w2, places.guard_columns, places.guards[block], step)
-        _put(w2, places.guard_columns, places.twins[block], -step)
+        starts = _starts_of(places.guard_columns, *w2.shape)
+        _put(w2, starts, places.guards[block], step)
+        _put(w2, starts, places.twins[block], -step)
 
 
 def _put_scales(plan: ExactPlan, seed: int, experts: Tensor, w1: Tensor, w2: Tensor) -> None:
@@ -175,15 +206,13 @@ def _put_scales(plan: ExactPlan, seed: int, experts: Tensor, w1: Tensor, w2: Ten
     w2[:, down, places.zero_rows.unsqueeze(1)] = _SECOND_SCALE * (1 << power.int()).bfloat16()
 
 
-def _put_probes(plan: ExactPlan, places: Places, made: Probes, w1: Tensor) -> None:
+def _put_probes(plan: ExactPlan, places: Places, made: Probes, w1: Tensor, starts: Tensor) -> None:
     """Add the payloads of probe rows to w1; entries that a row does not have are added as zero."""
-    count, height, width = w1.shape
-    rows, coefficients = _payloads(plan, w1.device)
+    _, coefficients = _payloads(plan, w1.device)
     wide = torch.cat([places.wide, places.wide.new_zeros(1)])[made.wide].unsqueeze(1)
     entries = torch.cat([made.entries, wide], dim=1)
-    values = (1 - 2 * (entries >= plan.hidden_size).int()) * coefficients
-    first = torch.arange(count, device=w1.device).view(-1, 1, 1) * height
-    index = (first + rows) * width + entries % plan.hidden_size
+    values = torch.where(entries >= plan.hidden_size, -coefficients, coefficients)
+    index = starts + entries % plan.hidden_size
     w1.view(-1).index_add_(0, index.flatten(), values.flatten().bfloat16())
 
 
@@ -220,6 +249,7 @@ def _put_switches(plan: ExactPlan, probes: ProbePlan, experts: Tensor, w1: Tenso
     w1[:, rows.unsqueeze(1), places.codes] = (on * switches(plan, experts).unsqueeze(2)).bfloat16()
 
 
+@lru_cache(maxsize=8)
 def _groups(probes: ProbePlan, device: torch.device) -> Tensor:
     return torch.arange(probes.columns, device=device) % probes.live_groups
 
@@ -274,12 +304,10 @@ def routing_weights(plan: ExactPlan, seed: int, keys: Tensor) -> Tensor:
     return 1.0 - 0.5 * bits
 
 
-def _put(weights: Tensor, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-    """Write values, shaped like columns [e, entries, r], into weights [e, R, C] at rows [r]; no place occurs twice.
+def _put(weights: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> None:
+    """Write values, shaped like columns [e, entries, r], into weights at rows that begin at `starts` [e, 1, r].
 
-    The index is flat because `scatter_` walks all of `weights` on the CPU.
+    No place occurs twice. The index is flat because `scatter_` walks all of `weights` on the CPU.
     """
-    count, height, width = weights.shape
-    first = torch.arange(count, device=weights.device).view(-1, 1, 1) * height
-    index = (first + rows) * width + columns
+    index = starts + columns
     weights.view(-1).index_copy_(0, index.flatten(), values.expand_as(index).flatten().to(weights.dtype))

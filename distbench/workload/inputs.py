@@ -93,22 +93,22 @@ class Workload:
         ranks, tokens = source_ranks.to(self.device), source_tokens.to(self.device)
         places = None if self._span is None else self._span.places(ranks, tokens)
         if self._span is None or places is None:
-            return self._made(ranks, tokens)
+            return self._made(ranks, tokens, self._route(ranks, tokens))
         return self._rows(self._span, places)
 
     def _rows(self, span: Span, places: Tensor) -> TokenBatch:
         """Return copies of some rows of the table."""
         if self._table is None:
-            self._table = self._made(*span.everyone(self.device))
+            self._table = self._made(*span.everyone(self.device), self._routing(span))
         hidden, scales, weights, ids = self._table
         scales = None if scales is None else scales.index_select(0, places)
         return TokenBatch(
             hidden.index_select(0, places), scales, weights.index_select(0, places), ids.index_select(0, places)
         )
 
-    def _made(self, ranks: Tensor, tokens: Tensor) -> TokenBatch:
-        """Make the tokens of any ranks, int64 [m] each."""
-        keys, ids = token_keys(ranks, tokens), self._route(ranks, tokens)
+    def _made(self, ranks: Tensor, tokens: Tensor, ids: Tensor) -> TokenBatch:
+        """Make the tokens of any ranks, int64 [m] each, with experts `ids` [m, k]."""
+        keys = token_keys(ranks, tokens)
         hidden, scales = self.numerics.hidden_states(keys, self._logical(ids)), None
         if self._quantised:
             hidden, scales = quantize_fp8_blocks(hidden, self.fp8)

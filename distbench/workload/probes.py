@@ -144,8 +144,12 @@ def _columns(plan: ExactPlan, device: torch.device) -> Tensor:
 
 def minus(bits: Tensor, entries: int) -> Tensor:
     """Return bit j of each row's bits [e, 1, r] for entry j: [e, entries, r]."""
-    entry = torch.arange(entries, dtype=bits.dtype, device=bits.device).view(-1, 1)
-    return (bits >> entry) & 1
+    return (bits >> _bit_numbers(entries, bits.dtype, bits.device)) & 1
+
+
+@lru_cache(maxsize=16)
+def _bit_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=dtype, device=device).view(-1, 1)
 
 
 def switches(plan: ExactPlan, experts: Tensor) -> Tensor:
@@ -241,9 +245,7 @@ def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor
     """Return `read` and `weight` of `Probes`: a bijection of columns in each group, rotated by the group."""
     device, groups, slots = magnitude.device, probes.live_groups, probes.row_slots
     read = drawn.places["read"].squeeze(1)
-    number = torch.arange(probes.columns, device=device)
-    group = number % groups
-    column_slot = number.div(groups, rounding_mode="floor")
+    group, column_slot = _groups_and_slots(probes.columns, groups, device)
     turned = (read.index_select(1, column_slot).long() + group).remainder_(probes.column_slots)
     hot = places_of(plan, device).hot_columns
     chosen = turned.remainder_(slots)
@@ -257,6 +259,13 @@ def _reading(plan: ExactPlan, probes: ProbePlan, drawn: Drawn, magnitude: Tensor
         size = torch.where(row >= probes.rows - probes.hot_rows, _HOT_READ, size)
         size[:, hot] = (2 << (bits[:, hot] & 1)).float()
     return chosen, size * (1.0 - (bits >> 7).float() * 2)
+
+
+@lru_cache(maxsize=8)
+def _groups_and_slots(columns: int, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the group and the slot within it of each probe column, int64 [columns]."""
+    number = torch.arange(columns, device=device)
+    return number % groups, number.div(groups, rounding_mode="floor")
 
 
 def routing_factors(plan: ExactPlan) -> tuple[float, ...]:

@@ -26,10 +26,8 @@ class Span(NamedTuple):
     tokens: int
 
     def everyone(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the ranks and tokens of all rows of the table, int64."""
-        rows = torch.arange(self.ranks * self.tokens, device=device)
-        ranks = rows.div(self.tokens, rounding_mode="floor")
-        return ranks, rows - ranks * self.tokens
+        """Return the ranks and tokens of all rows of the table, int64; they must not be written to."""
+        return _everyone(self, device)
 
     def places(self, ranks: Tensor, tokens: Tensor) -> Tensor | None:
         """Return the rows of some ranks' tokens, int64 [m] each; None without tokens, or where the table lacks one."""
@@ -40,6 +38,13 @@ class Span(NamedTuple):
         if min(first_rank, first) < 0 or last_rank >= self.ranks or last >= self.tokens:
             return None
         return ranks * self.tokens + tokens
+
+
+@lru_cache(maxsize=4)
+def _everyone(span: Span, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(span.ranks * span.tokens, device=device)
+    ranks = rows.div(span.tokens, rounding_mode="floor")
+    return ranks, rows - ranks * span.tokens
 
 
 def span_of(tokens_per_rank: tuple[int, ...], columns: int, device: torch.device) -> Span | None:

@@ -14,7 +14,11 @@ def test_routes_are_grouped_by_local_expert_in_row_order() -> None:
     assert local.tolist() == [2, 0, -1, 1, 0, -1, -1, -1, 0, -1]
     whole, *_ = grouped_routes(local, 3, 1)
     assert whole.experts.tolist() == [0, 1, 2]
-    assert whole.routes.tolist() == [[1, 4, 8], [3, 10, 10], [0, 10, 10]]
+    assert whole.routes.tolist() == [[1, 4, 8, 10], [3, 10, 10, 10], [0, 10, 10, 10]]
     parts = list(grouped_routes(local, 3, 8 << 20))
     assert [part.experts.tolist() for part in parts] == [[0], [1], [2]]
+    assert [part.routes.tolist() for part in parts] == [[[1, 4, 8, 10]], [[3, 10, 10, 10]], [[0, 10, 10, 10]]]
+    assert [part.run for part in (whole, *parts)] == [slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)]
+    apart, *_ = grouped_routes(torch.tensor([2, 0, 2]), 3, 1)
+    assert (apart.experts.tolist(), apart.run) == ([0, 2], None)
     assert list(grouped_routes(torch.full((4,), -1), 3, 1)) == []

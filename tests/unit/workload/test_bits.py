@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distbench.workload.bits import byte_columns, permuted, positive_words, shuffle, smallest, words
+from distbench.workload import bits
+from distbench.workload.bits import (
+    RowShuffles,
+    byte_columns,
+    permuted,
+    positive_words,
+    shuffle,
+    smallest,
+    words,
+    words_of_streams,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 BIT = torch.arange(32)
@@ -152,6 +162,29 @@ def test_smallest_breaks_ties_by_column(keys: list[int], data: st.DataObject) ->
     count = data.draw(st.integers(1, len(keys)))
     wanted = sorted(range(len(keys)), key=lambda column: (keys[column], column))[:count]
     assert smallest(torch.tensor([keys]), count).tolist() == [wanted]
+
+
+@given(st.lists(st.integers(-(1 << 63), (1 << 63) - 1), min_size=1, max_size=20))
+def test_keys_of_one_row_are_those_of_many(rows: list[int]) -> None:
+    many = bits._row_keys(torch.tensor(rows)).view(torch.int32).view(-1, 2)  # noqa: SLF001 - two ways to one key
+    assert [bits._row_key(row) for row in rows] == [tuple(keys) for keys in many.tolist()]  # noqa: SLF001 - as above
+
+
+def test_permutations_of_a_stream_are_those_of_its_words() -> None:
+    drawn = words_of_streams(5, ["one", "two"], torch.full((2, 1), 3), 40).squeeze(1).long() & 0xFFFF_FFFF
+    assert torch.equal(bits.shuffles(5, ["one", "two"], 3, 40, "cpu"), drawn.argsort(dim=1, stable=True))
+
+
+def test_orders_of_rows_come_in_turn_and_each_holds_every_element_of_its_row() -> None:
+    orders = RowShuffles(1, "adds")
+    made = [orders.next(7, 4, torch.device("cpu")).view(7, 4) for _ in range(6)]
+    for order in made:
+        assert torch.equal(order.sort(1).values, torch.arange(28).view(7, 4))
+    assert len({tuple(order.flatten().tolist()) for order in made}) == 6
+    for turn, order in enumerate(made):
+        keys = bits.shuffle(1, f"adds/{turn}", 0, 28, "cpu").view(7, 4)
+        assert torch.equal(order, keys.argsort(1) + torch.arange(0, 28, 4).unsqueeze(1))
+    assert orders.next(3, 2, torch.device("cpu")).view(3, 2).sort(1).values.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_keyed_permutation_is_injective() -> None:
