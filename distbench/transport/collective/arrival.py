@@ -10,7 +10,7 @@ from torch import Tensor
 from distbench.workload.bits import shuffles
 
 # Orders of the receive buffer drawn in one call: a draw costs about 20 operations, for one order or for many. On a
-# device they repeat in turn, so that no draw falls into a timed call.
+# device they repeat in turn, so that no draw falls into a timed call; on a CPU these are the arms of a kind of inputs.
 _DRAWN_ON_CPU, _DRAWN_ON_DEVICE = 4, 32
 
 
@@ -46,16 +46,19 @@ class RowCounts:
 
 
 class Order(NamedTuple):
-    """An order of the receive buffer, int64 [total]: the slot of each arriving row, and the row of each slot."""
+    """An order of the receive buffer, int64: the slots of rows from peers and of own rows, and the row of each slot."""
 
     slots: Tensor
+    own_slots: Tensor
     rows: Tensor
 
 
 class Arrivals:
     """Successive orders of rows in the receive buffer: by source, or seeded and random."""
 
-    def __init__(self, traffic: RowCounts, device: torch.device, *, seed: int, shuffled: bool) -> None:
+    def __init__(self, traffic: RowCounts, device: torch.device, *, seed: int, shuffled: bool, kinds: int = 1) -> None:
+        """`kinds` of inputs are dispatched, one after the other."""
+        self._drawn = (_DRAWN_ON_CPU * kinds if device.type == "cpu" else _DRAWN_ON_DEVICE) if shuffled else 1
         self._traffic = traffic
         self._device = device
         self._seed = seed
@@ -65,11 +68,9 @@ class Arrivals:
 
     def next(self) -> Order:
         """Return the next order."""
-        on_device = self._device.type != "cpu"
-        drawn = (_DRAWN_ON_DEVICE if on_device else _DRAWN_ON_CPU) if self._shuffled else 1
-        index = self._calls % drawn
-        if not self._orders or (index == 0 and self._shuffled and not on_device):
-            self._orders = self._draw(drawn)
+        index = self._calls % self._drawn
+        if not self._orders or (index == 0 and self._shuffled and self._device.type == "cpu"):
+            self._orders = self._draw(self._drawn)
         self._calls += 1
         return self._orders[index]
 
@@ -83,4 +84,5 @@ class Arrivals:
         start, stop = traffic.before_own, traffic.before_own + traffic.own
         slots = torch.cat([by_source[:, :start], by_source[:, stop:], by_source[:, start:stop]], dim=1)
         rows = torch.empty_like(slots).scatter_(1, slots, natural.expand_as(slots))
-        return [Order(*order) for order in zip(slots, rows, strict=True)]
+        parts = *slots.split([traffic.arriving, traffic.own], dim=1), rows
+        return [Order(*order) for order in zip(*(part.unbind(0) for part in parts), strict=True)]

@@ -19,11 +19,12 @@ _TELLING_COLUMNS = 8
 class Lane(NamedTuple):
     """One field of the rows in transit, as words: views of rows that leave, of all received, and of the buffer.
 
-    Received rows are first those from peers, by rank and token, then the rank's own.
+    Received rows are first those from peers, by rank and token, then the rank's own, `staying`.
     """
 
     leaving: Tensor
     incoming: Tensor
+    staying: Tensor
     buffer: Tensor
 
 
@@ -33,7 +34,8 @@ class Route(NamedTuple):
     `given` is the tensor that held the ids, `ids` a copy. `leaving` and `staying` int64 are the tokens of the rows sent
     to peers and kept, by rank and token. position int64 [n, W] is the row that went to a rank; the number of sent rows
     means none. `outgoing` and `incoming` are uint8 [rows, row bytes], the leaving and all received rows; `lanes` are
-    their fields. `numbers` int32 [received, .] are the token numbers in `incoming`.
+    their fields. `numbers` int32 [received] are the token numbers in `incoming`. Of both, `from_peers` and
+    `peers_numbers` are those that peers send.
     """
 
     given: Tensor
@@ -43,15 +45,18 @@ class Route(NamedTuple):
     position: Tensor
     outgoing: Tensor
     incoming: Tensor
+    from_peers: Tensor
     numbers: Tensor
+    peers_numbers: Tensor
     lanes: list[Lane]
 
 
 class DispatchState(NamedTuple):
-    """State of one dispatch until its combine: its route, the slot of each arriving row, the row of each slot."""
+    """State of one dispatch until its combine: its route, and its order of the receive buffer (`Order`)."""
 
     route: Route
     slots: Tensor
+    own_slots: Tensor
     rows: Tensor
 
 
@@ -103,13 +108,18 @@ def lay_out(fields: Sequence[Tensor]) -> Layout:
     return Layout(spans, start, _aligned(start + _FIELD_BYTES, _ROW_BYTES))
 
 
-def lanes_of(layout: Layout, buffers: Sequence[Tensor], outgoing: Tensor, incoming: Tensor) -> list[Lane]:
-    """Return each field of the outgoing and incoming rows, uint8 [rows, row bytes], and of its receive buffer."""
+def lanes_of(
+    layout: Layout, buffers: Sequence[Tensor], outgoing: Tensor, incoming: Tensor, arriving: int
+) -> list[Lane]:
+    """Return each field of the outgoing and incoming rows, uint8 [rows, row bytes], and of its receive buffer.
+
+    The first `arriving` of the incoming rows are those from peers.
+    """
     lanes = []
     for buffer, (start, stop) in zip(buffers, layout.spans, strict=True):
         target = words(buffer)
         leaving, received = (rows[:, start:stop].view(target.dtype) for rows in (outgoing, incoming))
-        lanes.append(Lane(leaving, received, target))
+        lanes.append(Lane(leaving, received, received[arriving:], target))
     return lanes
 
 
@@ -129,22 +139,25 @@ def sent_rows(going: Tensor, traffic: RowCounts) -> tuple[Tensor, Tensor]:
 class Room:
     """Memory for the rows of one step, reused between calls."""
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, poisoned: int = 0) -> None:
+        """Keep `rows` rows, of which `poison` poisons the first `poisoned`."""
+        self._rows, self._poisoned = rows, poisoned
         self._kept: Tensor | None = None
+        self._telling: Tensor | None = None
 
     def of(self, like: Tensor) -> Tensor:
         """Return rows of like's width and dtype: the previous ones, or new ones filled with poison."""
         kept = self._kept
         if kept is None or kept.shape[1] != like.shape[1] or kept.dtype != like.dtype:
             kept = self._kept = like.new_empty(self._rows, like.shape[1])
+            self._telling = kept[: self._poisoned, :_TELLING_COLUMNS]
             poison_(kept)
         return kept
 
-    def poison(self, rows: int) -> None:
-        """Poison the first columns of the first `rows` rows, enough to recognise a row that did not arrive."""
-        if self._kept is not None:
-            poison_(self._kept[:rows, :_TELLING_COLUMNS])
+    def poison(self) -> None:
+        """Poison the first columns of the first rows, enough to recognise a row that did not arrive."""
+        if self._telling is not None:
+            poison_(self._telling)
 
 
 def words(rows: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ class TorchRows:
     def __init__(self, traffic: RowCounts) -> None:
         self.sum_in_order = sum_in_order
         self._traffic = traffic
-        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2)
+        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.total_sent + 2, traffic.leaving)
+        self._zeroed: Tensor | None = None
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
         """See `Mover.leave`."""
@@ -32,8 +33,8 @@ class TorchRows:
     def stay(self, parts: Sequence[Tensor], plan: DispatchState) -> None:
         """See `Mover.stay`."""
         for part, lane in zip(parts, plan.route.lanes, strict=True):
-            _take(part, plan.route.staying, lane.incoming[self._traffic.arriving :])
-        self._returned.poison(self._traffic.leaving)
+            _take(part, plan.route.staying, lane.staying)
+        self._returned.poison()
 
     def arrive(self, plan: DispatchState) -> None:
         """See `Mover.arrive`."""
@@ -43,27 +44,27 @@ class TorchRows:
     def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
         """See `Mover.send_back`."""
         outgoing = self._outgoing.of(expert_out)
-        self._take_back(expert_out, plan.slots[: self._traffic.arriving], outgoing)
+        self._take_back(expert_out, plan.slots, outgoing)
         return outgoing
 
     def room(self, expert_out: Tensor) -> Tensor:
         """See `Mover.room`; the last two rows are poison and zeros."""
         rows = self._returned.of(expert_out)
-        rows[-1].zero_()
+        if rows is not self._zeroed:
+            rows[-1].zero_()
+            self._zeroed = rows
         return rows
 
     def stay_back(self, expert_out: Tensor, plan: DispatchState, returned: Tensor) -> None:
         """See `Mover.stay_back`."""
-        traffic = self._traffic
-        self._take_back(expert_out, plan.slots[traffic.arriving :], returned[traffic.leaving : -2])
+        self._take_back(expert_out, plan.own_slots, returned[self._traffic.leaving : -2])
 
     def add(self, expert_out: Tensor, plan: DispatchState, returned: Tensor, slots: Tensor) -> Tensor:  # noqa: ARG002
         """See `Mover.add`."""
         count, width = slots.shape
         total = returned.new_empty(count, returned.shape[1])
         step = max(_GATHERED_BYTES // (width * returned.shape[1] * returned.element_size()), 1)
-        for start in range(0, count, step):
-            named = slots[start : start + step]
+        for start, named in zip(range(0, count, step), slots.split(step), strict=False):  # no rows are one part
             gathered = returned.new_empty(named.numel(), returned.shape[1])
             _take(returned, named.flatten(), gathered)
             self.sum_in_order(gathered.view(*named.shape, -1), total[start : start + step])
@@ -94,7 +95,8 @@ def sum_in_order(rows: Tensor, out: Tensor) -> None:
     if rows.shape[1] <= 2 and rows.device.type != "cpu":  # noqa: PLR2004 - see above
         torch.sum(rows, 1, out=out)
         return
-    total = rows[:, 0].float().add_(0.0)
-    for row in rows[:, 1:].unbind(1):
+    first, *others = rows.unbind(1)
+    total = first.float().add_(0.0)
+    for row in others:
         total += row
     out.copy_(total)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distbench.case.kinds import inputs_of
 from distbench.case.plugins import Plugin
 from distbench.distributed.exchange import Exchange, Underway, wait_for
 from distbench.errors import DistbenchError
@@ -58,8 +59,13 @@ class CollectiveTransport(Transport):
     A send half starts the exchange of rows and copies the rank's own meanwhile; the receive half waits for it.
     """
 
-    def __init__(self, exchange: Exchange, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool) -> None:
-        """Allocate the receive buffer, poisoned; `like` gives the dtypes, the number of scale columns and device."""
+    def __init__(  # noqa: PLR0913 - the parts of a transport
+        self, exchange: Exchange, geometry: Geometry, like: TokenBatch, *, seed: int, shuffled: bool, kinds: int = 1
+    ) -> None:
+        """Allocate the receive buffer, poisoned; `like` gives the dtypes, the number of scale columns and device.
+
+        `kinds` of inputs will be dispatched, one after the other.
+        """
         self.capacity = geometry.capacity
         self._rows = exchange
         self._geometry = geometry
@@ -68,7 +74,7 @@ class CollectiveTransport(Transport):
         self.mover = make_mover(self._traffic, self._device)
         self.sum_order = SumOrder()
         self.facts: dict[str, Any] = {"kernel": exchange.name, "rows": self.mover.name}
-        self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled)
+        self._arrivals = Arrivals(self._traffic, self._device, seed=seed, shuffled=shuffled, kinds=kinds)
         self._route: Route | None = None
         self._adding: _Slots | None = None
         self._plan: DispatchState | None = None
@@ -78,7 +84,9 @@ class CollectiveTransport(Transport):
         self._buffers = [buffer[: self._traffic.total_received] for buffer in self._received.fields()]
         self._layout = lay_out(self._buffers)
         self.facts["row_bytes"] = self._layout.row_bytes
-        self._source_ranks = self._traffic.source_ranks(self._device)
+        ranks = self._traffic.source_ranks(self._device)
+        self._sources = torch.stack([ranks, torch.zeros_like(ranks)], dim=1)
+        self._source_tokens = self._sources[:, 1]
 
     def dispatch_send(self, batch: TokenBatch) -> None:
         """See `Transport.dispatch_send`.
@@ -86,12 +94,12 @@ class CollectiveTransport(Transport):
         Raises:
             DistbenchError: the ids' row counts differ from the agreed routing.
         """
-        traffic, mover = self._traffic, self.mover
+        mover = self.mover
         route = self._route = self._route_of(batch.ids)
         plan = self._plan = DispatchState(route, *self._arrivals.next())
         parts = [words(part.contiguous()) for part in batch if part is not None]
         mover.leave(parts, route)
-        self._travel = self._exchange(route.incoming[: traffic.arriving], route.outgoing, to_experts=True)
+        self._travel = self._exchange(route.from_peers, route.outgoing, to_experts=True)
         mover.stay(parts, plan)
 
     def dispatch_recv(self) -> Dispatched:
@@ -139,8 +147,8 @@ class CollectiveTransport(Transport):
         if self._plan is None:
             message = "sources() was called without a dispatch; call it between dispatch and combine"
             raise DistbenchError(message)
-        tokens = self._plan.route.numbers[:, 0].long()
-        return torch.stack([self._source_ranks, tokens], dim=1).index_select(0, self._plan.rows)
+        self._source_tokens.copy_(self._plan.route.numbers)
+        return self._sources.index_select(0, self._plan.rows)
 
     def _allocate(self, like: TokenBatch) -> Dispatched:
         def rows(tensor: Tensor) -> Tensor:
@@ -167,23 +175,25 @@ class CollectiveTransport(Transport):
         going = destinations(ids, geometry.num_experts // geometry.ep_size, geometry.ep_size)
         self._check_counts(going.sum(0).tolist())
         tokens, position = sent_rows(going, traffic)
-        leaving, staying = tokens[: traffic.leaving], tokens[traffic.leaving :]
+        leaving, staying = tokens.split([traffic.leaving, traffic.own])
         outgoing, incoming = (
             torch.empty(rows, layout.row_bytes, dtype=torch.uint8, device=self._device)
             for rows in (traffic.leaving, traffic.total_received)
         )
         sent, numbers = (rows[:, layout.number : layout.number + 4].view(torch.int32) for rows in (outgoing, incoming))
         sent[:] = leaving.unsqueeze(1)
-        numbers[traffic.arriving :] = staying.unsqueeze(1)
-        lanes = lanes_of(layout, self._buffers, outgoing, incoming)
-        route = Route(ids, ids.clone(), leaving, staying, position, outgoing, incoming, numbers, lanes)
+        arriving = traffic.arriving
+        numbers[arriving:] = staying.unsqueeze(1)
+        lanes = lanes_of(layout, self._buffers, outgoing, incoming, arriving)
+        received = incoming, incoming[:arriving], numbers[:, 0], numbers[:arriving, 0]
+        route = Route(ids, ids.clone(), leaving, staying, position, outgoing, *received, lanes)
         self._adding = None
         self._forget(route)
         return route
 
     def _forget(self, route: Route) -> None:
         """Overwrite the token numbers of rows from peers, so that a missing row is not taken for an earlier one."""
-        poison_(route.numbers[: self._traffic.arriving])
+        poison_(route.peers_numbers)
 
     def _check_counts(self, asked: list[int]) -> None:
         if asked != self._traffic.sent:
@@ -268,7 +278,8 @@ def make(context: TransportContext) -> CollectiveTransport:
         exchange: Exchange = AllToAll(context.group)
     else:
         exchange = choose_exchange(context.group, session.shared, context.counts, context.device)
-    return CollectiveTransport(exchange, geometry, context.like, seed=case.seed, shuffled=shuffled)
+    kinds = len(inputs_of(case))
+    return CollectiveTransport(exchange, geometry, context.like, seed=case.seed, shuffled=shuffled, kinds=kinds)
 
 
 PLUGIN = Plugin(make=make, name="collective", two_batch_overlap=True)

@@ -23,7 +23,7 @@ class TritonRows:
 
     def __init__(self, traffic: RowCounts) -> None:
         self._traffic = traffic
-        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.leaving)
+        self._outgoing, self._returned = Room(traffic.arriving), Room(traffic.leaving, traffic.leaving)
         self._shapes: dict[str, dict[str, Any]] = {}
 
     def leave(self, parts: Sequence[Tensor], route: Route) -> None:
@@ -33,14 +33,13 @@ class TritonRows:
     def stay(self, parts: Sequence[Tensor], plan: DispatchState) -> None:
         """See `Mover.stay`."""
         route = plan.route
-        slots = plan.slots[self._traffic.arriving :]
-        self._move("stay", parts, [lane.buffer for lane in route.lanes], route.staying, slots)
-        self._returned.poison(self._traffic.leaving)
+        self._move("stay", parts, [lane.buffer for lane in route.lanes], route.staying, plan.own_slots)
+        self._returned.poison()
 
     def arrive(self, plan: DispatchState) -> None:
         """See `Mover.arrive`; the own rows are there already."""
-        lanes, slots = plan.route.lanes, plan.slots[: self._traffic.arriving]
-        self._move("arrive", [lane.incoming for lane in lanes], [lane.buffer for lane in lanes], None, slots)
+        lanes = plan.route.lanes
+        self._move("arrive", [lane.incoming for lane in lanes], [lane.buffer for lane in lanes], None, plan.slots)
 
     def send_back(self, expert_out: Tensor, plan: DispatchState) -> Tensor:
         """See `Mover.send_back`."""
@@ -70,7 +69,7 @@ class TritonRows:
                 (count, -(-columns // block)),
                 returned,
                 expert_out,
-                plan.slots[self._traffic.arriving :],
+                plan.own_slots,
                 slots,
                 total,
                 expert_out.shape[0],

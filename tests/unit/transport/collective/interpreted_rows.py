@@ -79,9 +79,11 @@ def _route(ids: Tensor, traffic: RowCounts, buffers: list[Tensor], generator: to
         for rows in (traffic.leaving, traffic.total_received)
     )
     numbers = incoming[:, layout.number : layout.number + 4].view(torch.int32)
-    lanes = lanes_of(layout, buffers, outgoing, incoming)
+    arriving = traffic.arriving
+    lanes = lanes_of(layout, buffers, outgoing, incoming, arriving)
     leaving, staying = tokens[: traffic.leaving], tokens[traffic.leaving :]
-    return Route(ids, ids, leaving, staying, position, outgoing, incoming, numbers, lanes)
+    received = incoming, incoming[:arriving], numbers[:, 0], numbers[:arriving, 0]
+    return Route(ids, ids, leaving, staying, position, outgoing, *received, lanes)
 
 
 def _awkward(generator: torch.Generator, rows: int, columns: int) -> Tensor:
