@@ -264,7 +264,8 @@ class Observer:
         if len(self._beyond) < len(self._stages):
             return
         beyond = torch.cat(self._beyond) if sub_batch else beyond
-        self._lost = LostRows(len(beyond), [(rank, token) for rank, token in beyond[:LISTED_TOKENS].tolist()])
+        listed = beyond[:LISTED_TOKENS].tolist() if beyond.shape[0] else []
+        self._lost = LostRows(beyond.shape[0], [(rank, token) for rank, token in listed])
         if self._errors is not None:
             self._errors.take_beyond(arm, beyond)
         self._losses.take(arm, beyond)

@@ -131,6 +131,7 @@ class CombineChecker:
         self._same: Same = _within(allowed) if self._loose else same_bits_or_nan
         self._first: Combined | None = None
         self._first_is_right = False
+        self._unshared = False  # whether a rank may have found what the others do not know
 
     def check(self, passes: Sequence[Combined], *, wrong: bool) -> tuple[list[Divergence], bool]:
         """Return the first wrong token of each cause: tokens that are not the sum of the returned rows. Collective.
@@ -147,6 +148,7 @@ class CombineChecker:
         self._first = self._first or passes[0]
         wrong, doubts = self._doubts_anywhere(passes, self._first, wrong=wrong)
         found: list[Divergence] = []
+        self._unshared = any(doubt.sums for doubt in doubts)
         asked = [(one, doubt) for one, doubt in zip(passes, doubts, strict=True) if self._in_doubt(one, doubt)]
         found += self._check_some(asked)
         left = [pair for pair in zip(passes, doubts, strict=True) if pair not in asked and not pair[1].sums]
@@ -155,7 +157,7 @@ class CombineChecker:
         for one, doubt in zip(passes, doubts, strict=True):
             if doubt.sums:
                 found += self._against(ORACLE, one, self._expected)
-        return found, wrong or self._on_any_rank([bool(found)])[0]
+        return found, wrong or (self._unshared and self._on_any_rank([bool(found)])[0])
 
     def _in_doubt(self, one: Combined, doubts: _Doubts) -> bool:
         """Whether a pass has to be recounted even if the first pass is right."""
@@ -202,12 +204,14 @@ class CombineChecker:
 
     def _judged(self, one: Combined, doubts: _Doubts, recount: _Recount, *, wrong: bool) -> list[Divergence]:
         if wrong:
+            self._unshared = True
             tables = self._gathered_effects(recount)
             chosen = choose([explaining for explaining, _ in tables], [spared for _, spared in tables])
             return self._explain(one.arm, recount, tables[self._rank][0], chosen) if recount.wrong else []
         self._first_is_right |= one is self._first
         first = self._first
         alike = self._loose and not doubts.rows and first is not None
+        self._unshared |= alike
         return self._against("padded's result for the same rows", one, first.tokens) if alike and first else []
 
     def _against(self, name: str, one: Combined, expected: Tensor | None) -> list[Divergence]:

@@ -113,8 +113,8 @@ class OwnSlots:
 
     def of(self, tokens: Tensor | slice) -> Slots:
         """Return the places of rows for distinct tokens, ascending: int64 [m], or a slice."""
-        ids = self.ids[tokens]
-        if len(ids) < len(self.ids):
+        all_of_them = isinstance(tokens, Tensor) and len(tokens) == len(self.ids)
+        if not all_of_them and len(ids := self.ids[tokens]) < len(self.ids):
             return slots_of(ids, self._group, self.order)
         if self._whole is None:
             self._whole = slots_of(self.ids, self._group, self.order)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -93,10 +94,15 @@ class Yardstick:
             return self
         return Yardstick(self._exact[kept], Ideal(*(part[kept] for part in self._ideal)), self._sure)
 
-    @property
+    @cached_property
     def loosest(self) -> float:
         """The bound on the largest error of any of the rows, as a share of the row's largest magnitude."""
         return _most(self._deviation.amax(1) * self._extreme / self._most) if self.rows else 0.0
+
+    @cached_property
+    def _bounds(self) -> Tensor:
+        """The bound on each element's error, float32 [n, H]."""
+        return self._deviation * self._extreme
 
     @property
     def _extreme(self) -> float:
@@ -142,7 +148,7 @@ class Yardstick:
         """
         if not self.rows:
             return 0.0, 0.0, 0.0
-        bounds = self._deviation * self._extreme
+        bounds = self._bounds
         taken = (size / bounds).nan_to_num_(0.0, posinf=math.inf).amax(1)  # no error is no share of a bound of 0
         row = int(taken.argmax())
         excess, most = float(taken[row]), float(size[row].amax())

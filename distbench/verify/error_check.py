@@ -161,7 +161,7 @@ class ErrorChecker:
             kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
             stages = (
                 (Stage.EXPERTS, side.experts, rows, kept_rows),
-                (Stage.COMBINE, side.combine, one.tokens.index_select(0, sample.own), kept_tokens),
+                (Stage.COMBINE, side.combine, _own_rows(one.tokens, sample), kept_tokens),
             )
             for stage, yardstick, actual, kept in stages:
                 before = self._found.get((arm, stage))
@@ -175,7 +175,7 @@ class ErrorChecker:
         if not len(sample.own) or not sides:
             return None
         side = _side(sides, arm)
-        return _error(arm, Stage.COMBINE, side.family, side.combine, tokens[sample.own])
+        return _error(arm, Stage.COMBINE, side.family, side.combine, _own_rows(tokens, sample))
 
     def _far(self, arm: str, one: Pass) -> list[int]:
         """Return keys of tokens that are further from the padded arm's than the sample allows, the worst first."""
@@ -183,15 +183,29 @@ class ErrorChecker:
         if padded is None or one is padded:
             return []
         kept = None if one.lost_tokens is None else ~one.lost_tokens.to(one.tokens.device)
-        far = _furthest(one.tokens, padded.tokens, self.allowed_between(arm, Stage.COMBINE), kept)
-        keys = key_of(torch.full_like(far, self._rank), far).tolist()
+        far = self._furthest(arm, Stage.COMBINE, one.tokens, padded.tokens, kept)
+        keys = [] if far is None else key_of(torch.full_like(far, self._rank), far).tolist()
         mine, right = one.returned, padded.returned
         if mine is None or right is None or mine.rows is right.rows or not torch.equal(mine.keys, right.keys):
             return keys
         kept = None if one.lost_rows is None else ~torch.isin(mine.keys, one.lost_rows)
-        return (
-            keys + mine.keys[_furthest(mine.rows, right.rows, self.allowed_between(arm, Stage.EXPERTS), kept)].tolist()
-        )
+        far = self._furthest(arm, Stage.EXPERTS, mine.rows, right.rows, kept)
+        return keys if far is None else keys + mine.keys[far].tolist()
+
+    def _furthest(self, arm: str, stage: str, rows: Tensor, padded: Tensor, kept: Tensor | None) -> Tensor | None:
+        """Return up to `_MOST_FAR` rows int64 [f] further from the padded arm's than allowed, the worst first.
+
+        None for no row.
+        """
+        if same_bits(rows, padded):
+            return None
+        errors = row_errors(rows, padded).nan_to_num(math.inf)
+        errors = errors if kept is None else errors.masked_fill(~kept, 0.0)
+        allowed = self.allowed_between(arm, stage) or 0.0
+        if float(errors.amax()) <= allowed:
+            return None
+        order = errors.argsort(descending=True, stable=True)[:_MOST_FAR]
+        return order[errors[order] > allowed]
 
     def _chosen(self, keys: Sequence[int]) -> tuple[_Sample, dict[str, _Side]] | None:
         """Return the tokens that any rank names, and what they must be; None where no rank names one. Collective.
@@ -283,6 +297,11 @@ def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
     return returned.rows.index_select(0, places)
 
 
+def _own_rows(tokens: Tensor, sample: _Sample) -> Tensor:
+    """Return the sample's rows of this rank's tokens [n, H]; without a copy where they are all."""
+    return tokens if len(sample.own) == len(tokens) else tokens.index_select(0, sample.own)
+
+
 def _error_of_kept(  # noqa: PLR0913 - what is measured, by what, and what is known
     arm: str,
     stage: str,
@@ -301,16 +320,6 @@ def _error_of_kept(  # noqa: PLR0913 - what is measured, by what, and what is kn
         found = _error(arm, stage, family, yardstick, rows)
         alike.append((rows, found))
     return msgspec.structs.replace(found, arm=arm)
-
-
-def _furthest(rows: Tensor, padded: Tensor, allowed: float | None, kept: Tensor | None) -> Tensor:
-    """Return up to `_MOST_FAR` rows int64 [f] further than `allowed` from the padded arm's, the worst first."""
-    if same_bits(rows, padded):
-        return torch.empty(0, dtype=torch.int64, device=rows.device)
-    errors = row_errors(rows, padded).nan_to_num(math.inf)
-    errors = errors if kept is None else errors.masked_fill(~kept, 0.0)
-    order = errors.argsort(descending=True, stable=True)[:_MOST_FAR]
-    return order[errors[order] > (allowed or 0.0)]
 
 
 def sampled_tokens(workload: Workload, weights: ExpertWeights) -> tuple[Tensor, Tensor]:

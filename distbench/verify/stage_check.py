@@ -64,6 +64,8 @@ class Counts(NamedTuple):
 
 def counts_of(dispatched: Dispatched, given: ExpertInput) -> Counts:
     """Return the counts of a pass; the host waits for a device once."""
+    if dispatched.total_recv.is_cpu:
+        return Counts(int(dispatched.total_recv), int(given.num_local_tokens))
     return Counts(*torch.cat([dispatched.total_recv, given.num_local_tokens]).tolist())
 
 
