@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from distbench.workload.trace_file import Header, Ids, Slice
+    from distbench.workload.trace_file import Header, Slice
 
-    _Content = tuple[Header, dict[int, NDArray[np.int64]], Iterator[Ids]]
+    _Content = tuple[Header, dict[int, NDArray[np.int64]], Iterator[Slice]]
 
 _MOST_EXPERTS = 1 << 17
 _MOST_STEPS, _MOST_LAYERS = 1 << 17, 4096
@@ -108,7 +108,7 @@ def _in_order(header: Header, slices: dict[tuple[int, int], Slice]) -> _Content:
     """Content of a trace of slices by step and layer."""
     tokens = {step: slices[step, layers[0]].tokens for step, layers in header.steps.items()}
     places = [(step, layer) for step, layers in header.steps.items() for layer in layers]
-    return header, tokens, (slices[place].ids for place in places)
+    return header, tokens, (slices[place] for place in places)
 
 
 def _synthetic(options: argparse.Namespace) -> _Content:
@@ -116,12 +116,13 @@ def _synthetic(options: argparse.Namespace) -> _Content:
 
     from distbench.tools.recorded.synthetic import drawn, header_of
     from distbench.workload.routing_spec import ExpertGroup, parse_routing
+    from distbench.workload.trace_file import Slice
 
     group = ExpertGroup(options.ep_size, options.num_experts, options.topk)
     shape = (options.steps, options.layers, options.tokens)
     what = (parse_routing(options.routing), group, shape, options.seed)
     header, tokens = header_of(*what), np.full(group.ep_size, options.tokens, dtype=np.int64)
-    return header, dict.fromkeys(header.steps, tokens), drawn(*what)
+    return header, dict.fromkeys(header.steps, tokens), (Slice(ids, tokens) for ids in drawn(*what))
 
 
 def _show_capture(folder: str, *, shows_slices: bool = True) -> tuple[Header, dict[tuple[int, int], Slice]]:
@@ -152,9 +153,10 @@ def _show_slices(path: str, header: Header, slice_of: Callable[[tuple[int, int]]
     from distbench.report.terminal import print_table, print_text
 
     layers = sorted({layer for known in header.steps.values() for layer in known})
+    weights = ", with weights" if header.weighed else ""
     print_text(
         f"{path}: {header.num_experts} experts, top-{header.topk}, {header.ep_size} ranks; {len(header.steps)} steps, "
-        f"{len(layers)} layers ({layers[0]} to {layers[-1]}); from {header.source or 'no file named'}"
+        f"{len(layers)} layers ({layers[0]} to {layers[-1]}){weights}; from {header.source or 'no file named'}"
     )
     rows = []
     for step in list(header.steps)[:_SHOWN_STEPS]:

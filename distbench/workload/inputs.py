@@ -19,7 +19,7 @@ from distbench.workload.numerics import Numerics
 from distbench.workload.oracle import expert_rows, returned_rows
 from distbench.workload.padding import PaddedNumerics
 from distbench.workload.quantize import fp8_dtype, quantize_fp8_blocks
-from distbench.workload.routing import are_local, token_keys
+from distbench.workload.routing import are_local, recorded_weights, token_keys
 from distbench.workload.routing_spec import ExpertGroup, Routing, Slots, check_routing, parse_routing
 from distbench.workload.slots import logical_experts, route_to_slots
 from distbench.workload.table import Span, routing_table, span_of
@@ -112,7 +112,21 @@ class Workload:
         hidden, scales = self.numerics.hidden_states(keys, self._logical(ids)), None
         if self._quantised:
             hidden, scales = quantize_fp8_blocks(hidden, self.fp8)
-        return TokenBatch(hidden, scales, self.numerics.routing_weights(keys), ids)
+        return TokenBatch(hidden, scales, self._routing_weights(keys), ids)
+
+    def _routing_weights(self, keys: Tensor) -> Tensor:
+        """Weights of the tokens with keys int64 [m]: float32 [m, k + N], those of routed experts recorded if there are.
+
+        Exact sums and probes take 1 and 1/2: 1 is a weight from the token's middle one up, which keeps their order.
+        """
+        made, recorded = self.numerics.routing_weights(keys), recorded_weights(self.routing, keys)
+        if recorded is None:
+            return made
+        plan = _plan_of(self.numerics)
+        if plan is not None:
+            middle = recorded.sort(dim=1).values[:, recorded.shape[1] // 2].unsqueeze(1)
+            recorded = torch.where(recorded >= middle, 1.0, 1.0 / plan.weight_ratio)
+        return torch.cat([recorded, made[:, recorded.shape[1] :]], dim=1)
 
     def local_weights(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return w1 bf16 [El, 2I, H], gate rows before up rows, and w2 bf16 [El, H, I] of the experts of `rank`."""

@@ -149,17 +149,37 @@ def _duplicates(choice: _Choice) -> Tensor:
 def _recorded(choice: _Choice) -> Tensor:
     """Recorded experts of each rank's tokens. A token that was not recorded, which no case has, takes another's."""
     assert choice.routing.trace is not None  # noqa: S101 - parse_routing
-    ids, first = _recording(choice.routing.trace, choice.keys.device)
-    places = first[(choice.keys >> 31).clamp(0, len(first) - 1)] + (choice.keys & ((1 << 31) - 1))
-    return ids[places.clamp(0, len(ids) - 1)]
+    recording = _recording(choice.routing.trace, choice.keys.device)
+    return recording.ids[recording.places(choice.keys)]
+
+
+def recorded_weights(routing: Routing, keys: Tensor) -> Tensor | None:
+    """Return the recorded routing weights of the tokens with keys int64 [m]: float32 [m, k]; None where none are."""
+    if routing.trace is None:
+        return None
+    recording = _recording(routing.trace, keys.device)
+    return None if recording.weights is None else recording.weights[recording.places(keys)]
+
+
+class _Recording(NamedTuple):
+    """Recorded experts int64 [n, k], weights float32 [n, k] or None, and the place of each rank's first token, [W]."""
+
+    ids: Tensor
+    weights: Tensor | None
+    first: Tensor
+
+    def places(self, keys: Tensor) -> Tensor:
+        """Places of the tokens with keys int64 [m]; of a token that was not recorded, another's."""
+        places = self.first[(keys >> 31).clamp(0, len(self.first) - 1)] + (keys & ((1 << 31) - 1))
+        return places.clamp(0, len(self.ids) - 1)
 
 
 @lru_cache(maxsize=4)
-def _recording(trace: TraceName, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Recorded experts int64 [n, k], and the place of each rank's first token, int64 [W]."""
+def _recording(trace: TraceName, device: torch.device) -> _Recording:
     recorded = recorded_slice(trace)
     tokens = torch.from_numpy(recorded.tokens)
-    return torch.from_numpy(recorded.ids).long().to(device), (tokens.cumsum(0) - tokens).to(device)
+    weights = None if recorded.weights is None else torch.from_numpy(recorded.weights).to(device)
+    return _Recording(torch.from_numpy(recorded.ids).long().to(device), weights, (tokens.cumsum(0) - tokens).to(device))
 
 
 _CHOOSERS = {

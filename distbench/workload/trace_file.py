@@ -1,8 +1,9 @@
 """Recorded routing: the experts of each token by step, layer and rank, in a safetensors file. Needs no torch.
 
 A file holds `tokens.STEP`, int64 [W], the tokens of each rank in a step, and `ids.STEP.LAYER`, int32 [n, k], the
-experts of the step's n tokens in a layer: those of rank 0 first, then of rank 1, and so on. Its metadata are `format`
-(distbench-trace), `version` (1), `num_experts`, `topk`, `ep_size` and `source`.
+experts of the step's n tokens in a layer: those of rank 0 first, then of rank 1, and so on; `weights.STEP.LAYER`,
+float32 [n, k], are their routing weights, of all slices or of none. Its metadata are `format` (distbench-trace),
+`version` (1), `num_experts`, `topk`, `ep_size` and `source`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ FORMAT, VERSION = "distbench-trace", "1"
 MOST_IDS, MOST_SLICES = 1 << 28, 1 << 17
 _MOST_NUMBER = 1 << 24
 _ALIGNMENT = 8
-_BYTES_OF = {"I64": 8, "I32": 4}
+_BYTES_OF = {"I64": 8, "I32": 4, "F32": 4}
 _IDS = re.compile(r"ids\.(0|[1-9]\d{0,15})\.(0|[1-9]\d{0,6})", re.ASCII)
 
+_SAME_SUM = 0.01
+"""Share by which the sums of tokens' weights may differ: they are rounded, and of bf16 in some programs."""
+
 Ids = NDArray[np.int32]
+Weights = NDArray[np.float32]
 
 
 class Header(NamedTuple):
-    """Contents of a file: its layer, and the layers of each step, both ascending."""
+    """Contents of a file: its layer, the layers of each step, both ascending, and whether it has routing weights."""
 
     path: str
     num_experts: int
@@ -41,13 +46,15 @@ class Header(NamedTuple):
     ep_size: int
     source: str
     steps: dict[int, list[int]]
+    weighed: bool = False
 
 
 class Slice(NamedTuple):
-    """One step in one layer: ids int32 [n, k], and tokens int64 [W] of each rank."""
+    """One step in one layer: ids int32 [n, k], tokens int64 [W] of each rank, and weights float32 [n, k] or None."""
 
     ids: Ids
     tokens: NDArray[np.int64]
+    weights: Weights | None = None
 
     def received(self, num_experts: int, *, own: bool = False) -> NDArray[np.int64]:
         """Rows that each rank receives, int64 [W], where the ranks hold equally many experts in order.
@@ -79,18 +86,20 @@ def read_header(path: str) -> Header:
         _refuse(path, f"version {metadata.get('version')!r:.20} of the format; this distbench reads {VERSION}")
     experts, topk, ranks = (_number(path, metadata, name) for name in ("num_experts", "topk", "ep_size"))
     steps: dict[int, list[int]] = {}
+    weighed = False
     for name in opened.keys():  # noqa: SIM118 - not a dict
+        weighed |= name.startswith("weights.")
         found = _IDS.fullmatch(name)
         if found:
             steps.setdefault(int(found[1]), []).append(int(found[2]))
     if not steps:
         _refuse(path, "no step in it")
     ordered = {step: sorted(steps[step]) for step in sorted(steps)}
-    return Header(path, experts, topk, ranks, metadata.get("source", ""), ordered)
+    return Header(path, experts, topk, ranks, metadata.get("source", ""), ordered, weighed)
 
 
 def read_slice(header: Header, step: int, layer: int, opened: Any = None) -> Slice:
-    """A step in a layer, checked: each token has k distinct experts of the model.
+    """A step in a layer, checked: each token has k distinct experts of the model, and a router's weights if it has any.
 
     To read many slices, give what `open_trace` returned: each opening reads the names of all slices.
 
@@ -105,6 +114,7 @@ def read_slice(header: Header, step: int, layer: int, opened: Any = None) -> Sli
     opened = open_trace(path) if opened is None else opened
     try:
         ids, tokens = opened.get_tensor(f"ids.{step}.{layer}"), opened.get_tensor(f"tokens.{step}")
+        weights = opened.get_tensor(f"weights.{step}.{layer}") if header.weighed else None
     except Exception as error:  # noqa: BLE001 - safetensors has no common class of its errors
         _refuse(path, f"step {step}, layer {layer}: {one_line(error)}", error)
     place = f"step {step}, layer {layer}"
@@ -112,10 +122,10 @@ def read_slice(header: Header, step: int, layer: int, opened: Any = None) -> Sli
         _refuse(path, f"{place}: ids {ids.dtype} and tokens {tokens.dtype} {tokens.shape} are not of the format")
     if (tokens < 0).any() or (tokens > MOST_IDS).any() or ids.shape != (int(tokens.sum()), header.topk):
         _refuse(path, f"{place}: ids {ids.shape}, the ranks' tokens and top-k are {(int(tokens.sum()), header.topk)}")
-    problem = bad_ids(ids, header.num_experts)
+    problem = bad_ids(ids, header.num_experts) or bad_weights(weights, ids)
     if problem:
         _refuse(path, f"{place}: {problem}")
-    return Slice(ids, tokens)
+    return Slice(ids, tokens, weights)
 
 
 def bad_ids(ids: Ids, num_experts: int) -> str:
@@ -130,18 +140,43 @@ def bad_ids(ids: Ids, num_experts: int) -> str:
     return ""
 
 
+def bad_weights(weights: Weights | None, ids: Ids) -> str:
+    """Why weights [n, k] are not those of a router, as text; empty where they are, or are None.
+
+    They are finite and not negative, and the sums of all tokens are the same one, 1 or the model's factor, within 1 %;
+    tokens of zeros alone, which some programs make of padding, are left aside.
+    """
+    if weights is None:
+        return ""
+    if weights.dtype != np.float32 or weights.shape != ids.shape:
+        return f"weights {weights.dtype} {weights.shape}, float32 {ids.shape} are of the format"
+    wrong = ~(np.isfinite(weights) & (weights >= 0)).all(axis=1)
+    if wrong.any():
+        token = int(np.flatnonzero(wrong)[0])
+        return f"token {token} has weights {weights[token].tolist()}: allowed are finite ones, not below 0"
+    sums = weights.sum(axis=1, dtype=np.float64)
+    most = sums.max(initial=0)
+    low = np.flatnonzero((sums > 0) & (sums < most * (1 - _SAME_SUM)))
+    if len(low):
+        token = int(low[0])
+        return f"the weights of token {token} sum to {sums[token]:.4g}, others to {most:.4g}: give normalised ones"
+    return ""
+
+
 def trace_bytes(header: Header, slices: Mapping[tuple[int, int], Slice]) -> bytes:
     """Content of a trace's file; slices are by step and layer, whatever the header's steps."""
     steps: dict[int, list[int]] = {}
     for step, layer in sorted(slices):
         steps.setdefault(step, []).append(layer)
     stream, tokens = BytesIO(), {step: slices[step, layers[0]].tokens for step, layers in steps.items()}
-    write_trace(stream, header._replace(steps=steps), tokens, (slices[place].ids for place in sorted(slices)))
+    weighed = all(one.weights is not None for one in slices.values())
+    told = header._replace(steps=steps, weighed=weighed)
+    write_trace(stream, told, tokens, (slices[place] for place in sorted(slices)))
     return stream.getvalue()
 
 
 def write_trace(
-    stream: BinaryIO, header: Header, tokens: Mapping[int, NDArray[np.int64]], slices: Iterable[Ids]
+    stream: BinaryIO, header: Header, tokens: Mapping[int, NDArray[np.int64]], slices: Iterable[Slice]
 ) -> None:
     """Write a trace's file, one slice in memory at a time, in the order of the header's steps and layers.
 
@@ -158,7 +193,10 @@ def write_trace(
     text += b" " * (-len(text) % _ALIGNMENT)
     stream.write(len(text).to_bytes(_ALIGNMENT, "little") + text)
     stream.writelines(np.ascontiguousarray(tokens[step], dtype="<i8").data for step in header.steps)
-    stream.writelines(np.ascontiguousarray(ids, dtype="<i4").data for ids in slices)
+    for one in slices:
+        stream.write(np.ascontiguousarray(one.ids, dtype="<i4").data)
+        if header.weighed:
+            stream.write(np.ascontiguousarray(one.weights, dtype="<f4").data)
 
 
 def _tensors(header: Header, tokens: Mapping[int, NDArray[np.int64]]) -> Iterator[tuple[str, str, list[int]]]:
@@ -167,7 +205,10 @@ def _tensors(header: Header, tokens: Mapping[int, NDArray[np.int64]]) -> Iterato
         yield f"tokens.{step}", "I64", [header.ep_size]
     for step, layers in header.steps.items():
         for layer in layers:
-            yield f"ids.{step}.{layer}", "I32", [int(tokens[step].sum()), header.topk]
+            shape = [int(tokens[step].sum()), header.topk]
+            yield f"ids.{step}.{layer}", "I32", shape
+            if header.weighed:
+                yield f"weights.{step}.{layer}", "F32", shape
 
 
 def open_trace(path: str) -> Any:

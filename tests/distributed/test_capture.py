@@ -21,6 +21,7 @@ from distbench.case.spec import Case
 from distbench.cli.main import main
 from distbench.distributed.session import Session
 from distbench.errors import Verdict
+from distbench.pipeline.inputs import workload_for
 from distbench.pipeline.run_case import run_case
 from distbench.tools.recorded.captured import read_capture
 from distbench.verify.records import Outcome
@@ -86,17 +87,22 @@ def test_every_dispatch_is_recorded_with_its_routing_and_the_verdict_stays(
     program: tuple[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "capture"
-    case, outcome = captured(folder, *program, Settings("", every=1, weights=True), repeats=3)
+    case, outcome = captured(folder, *program, Settings("", every=1, weights=True), repeats=3, numerics="gaussian")
     assert outcome.judgement.verdict is Verdict.PASS, outcome.judgement
     assert outcome.resolved is not None
     found = read_capture(str(folder))
     assert found.notes == []
     assert found.violations == []
     assert len(found.slices) == 3
+    assert found.header.weighed
+    workload = workload_for(case, torch.device("cpu"))
+    sent = torch.cat([workload.tokens(rank).weights for rank in range(RANKS)]).tolist()
     for one in found.slices.values():
         assert one.ids.tolist() == routed(case)
         assert one.tokens.tolist() == TOKENS
         assert one.received(case.num_experts).tolist() == list(outcome.resolved.traffic.total_recv)
+        assert one.weights is not None
+        assert one.weights.tolist() == sent
     assert (found.header.num_experts, found.header.topk, found.header.ep_size) == (8, 4, RANKS)
 
 

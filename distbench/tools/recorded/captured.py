@@ -19,7 +19,7 @@ from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
 from distbench.utils.text import one_line
-from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Slice, bad_ids, open_trace
+from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Slice, bad_ids, bad_weights, open_trace
 
 _MOST_NAMES = 1 << 20
 _MOST_NUMBER = 1 << 24
@@ -88,7 +88,12 @@ def read_capture(folder: str) -> Capture:
     for step, layer in slices:
         steps.setdefault(step, []).append(layer)
     place = found.place
-    header = Header("", place.num_experts, place.topk, place.ep_size, f"capture of {found.source}", steps)
+    problems = [(place, problem) for place, one in slices.items() if (problem := bad_weights(one.weights, one.ids))]
+    weighed = not problems and all(one.weights is not None for one in slices.values())
+    if problems:
+        where, problem = problems[0]
+        notes.append(f"weights are left out: step {where[0]}, layer {where[1]}: {problem}")
+    header = Header("", place.num_experts, place.topk, place.ep_size, f"capture of {found.source}", steps, weighed)
     return Capture(header, slices, violations, notes)
 
 
@@ -152,9 +157,13 @@ def _complete(found: _Found) -> dict[tuple[int, int], dict[int, Seen]]:
 def _slice(folder: str, place: Place, ranks: dict[int, Seen]) -> Slice:
     """The tokens of all ranks, without rows of -1 alone, which go nowhere; checked against the rows received."""
     step, layer, *_ = ranks[0]
-    parts = [ranks[rank].ids[(ranks[rank].ids != -1).any(axis=1)] for rank in range(place.ep_size)]
-    one = Slice(np.concatenate(parts), np.array([len(part) for part in parts], dtype=np.int64))
-    problem = bad_ids(one.ids, place.num_experts)
+    ordered = [ranks[rank] for rank in range(place.ep_size)]
+    used = [(seen.ids != -1).any(axis=1) for seen in ordered]
+    ids = np.concatenate([seen.ids[here] for seen, here in zip(ordered, used, strict=True)])
+    known = [seen.weights[here] for seen, here in zip(ordered, used, strict=True) if seen.weights is not None]
+    weights = np.concatenate(known) if len(known) == place.ep_size else None
+    one = Slice(ids, np.array([here.sum() for here in used], dtype=np.int64), weights)
+    problem = bad_ids(ids, place.num_experts)
     if problem:
         _refuse(folder, f"step {step}, layer {layer}: {problem}")
     computed = one.received(place.num_experts).tolist()

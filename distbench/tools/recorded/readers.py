@@ -44,12 +44,13 @@ _MODE = "record with --expert-distribution-recorder-mode per_token"
 
 
 class Part(NamedTuple):
-    """Experts int64 [n, k] of tokens; -1 pads."""
+    """Experts int64 [n, k] of tokens; -1 pads. Weights [n, k] where the file has them."""
 
     step: int
     layer: int
     rank: int
     ids: NDArray[np.int64]
+    weights: NDArray[np.float64] | None = None
 
 
 def read_parts(path: str) -> Iterator[Part]:
@@ -146,20 +147,23 @@ def _safetensors(path: str) -> Iterator[Part]:
         _refuse(path, f"cannot be read ({one_line(error)})", error)
     if "ids" not in tensors:
         _refuse(path, f"no tensor ids, but {', '.join(sorted(tensors)[:4]) or 'none'}")
-    yield from _array(path, tensors["ids"])
+    yield from _array(path, tensors["ids"], tensors.get("weights"))
 
 
-def _array(path: str, ids: NDArray[Any]) -> Iterator[Part]:
-    """Experts [n, k], of layers [L, n, k], or of steps and layers [T, L, n, k]."""
+def _array(path: str, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> Iterator[Part]:
+    """Experts [n, k], of layers [L, n, k], or of steps and layers [T, L, n, k], and weights of the same shape."""
     if ids.dtype.kind not in "iu" or not 2 <= ids.ndim <= _DIMENSIONS:  # noqa: PLR2004
         _refuse(
             path,
             f"an array {ids.dtype} {shown(ids.shape)}; allowed are whole numbers, [n, k] to [T, L, n, k]",
         )
-    whole = ids.reshape((1,) * (_DIMENSIONS - ids.ndim) + ids.shape)
-    for step, layers in enumerate(whole):
-        for layer, one in enumerate(layers):
-            yield Part(step, layer, ALL_RANKS, one.astype(np.int64))
+    if weights is not None and (weights.dtype.kind != "f" or weights.shape != ids.shape):
+        _refuse(path, f"weights {weights.dtype} {shown(weights.shape)}; allowed are floats of the shape of ids")
+    shape = (1,) * (_DIMENSIONS - ids.ndim) + ids.shape
+    whole, shares = ids.reshape(shape), None if weights is None else weights.reshape(shape)
+    for step, layer in np.ndindex(shape[:2]):
+        one = None if shares is None else shares[step, layer].astype(np.float64)
+        yield Part(step, layer, ALL_RANKS, whole[step, layer].astype(np.int64), one)
 
 
 def _csv(path: str) -> Iterator[Part]:
@@ -212,7 +216,7 @@ def _line(path: str, one: dict[str, Any]) -> Part | None:
     if one.get("block", "decoder") != "decoder":
         layer += MTP_LAYERS + MTP_STRIDE * msgspec.convert(one["mtp_idx"], int)
     _refuse_rank(path, rank)
-    return Part(step, layer, rank, ids)
+    return Part(step, layer, rank, ids, np.array(one["weights"], dtype=np.float64) if "weights" in one else None)
 
 
 def _vllm(path: str, number: int, response: dict[str, Any]) -> Iterator[Part]:

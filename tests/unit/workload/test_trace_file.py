@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from distbench.case.resolve import Layer, resolve_case
 from distbench.case.trace_name import TraceName, trace_name
 from distbench.errors import InvalidCase
 from distbench.launcher.preflight import check_case
+from distbench.pipeline.inputs import workload_for
 from distbench.workload.routing import recv_counts, route
 from distbench.workload.routing_spec import ExpertGroup, Routing, check_routing, parse_routing
 from distbench.workload.trace_file import Header, Slice, read_header, read_slice, trace_bytes
+from tests.cases import tiny_case
 
 E, K, W = 16, 4, 4
 COUNTS = (2, 0, 5, 3)
@@ -137,3 +139,67 @@ def test_file_that_is_no_safetensors_is_refused_in_one_line(tmp_path: Path, cont
     with pytest.raises(InvalidCase, match="cannot be read") as refused:
         read_header(str(path))
     assert "\n" not in str(refused.value)
+
+
+def shares(tokens: int, factor: float = 1.0) -> Any:
+    drawn = np.random.default_rng(5).random((tokens, K)) + 0.1
+    return (factor * drawn / drawn.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def weighed(path: Path, weights: Any) -> str:
+    slices = {(0, 0): Slice(experts(10, 1), np.array(COUNTS, dtype=np.int64), weights)}
+    path.write_bytes(trace_bytes(Header("", E, K, W, "here", {}), slices))
+    return str(path)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5])
+def test_recorded_weights_are_those_of_gaussian_inputs_and_order_those_of_exact_ones(
+    tmp_path: Path, factor: float
+) -> None:
+    weights = shares(10, factor)
+    weights[3] = 0  # of padding
+    name = weighed(tmp_path / "a.safetensors", weights)
+    assert read_header(name).weighed
+    keys = {"tokens": COUNTS, "routing": f"trace:{name}"}
+    layer = {"model": "custom", "hidden_size": 256, "intermediate_size": 128, "num_experts": E, "topk": K}
+    values: dict[str, Any] = layer | keys
+    first = 0
+    for rank, count in enumerate(COUNTS):
+        here = torch.from_numpy(weights[first : first + count])
+        for numerics in ("exact", "gaussian"):
+            case = tiny_case(W, **values, numerics=numerics)
+            batch = workload_for(case, torch.device("cpu")).tokens(rank)
+            if numerics == "gaussian":
+                assert torch.equal(batch.weights, here)
+            else:
+                assert set(batch.weights.flatten().tolist()) <= {0.5, 1.0}
+                for told, made in zip(here.tolist(), batch.weights.tolist(), strict=True):
+                    ordered = [one for _, one in sorted(zip(told, made, strict=True))]
+                    assert ordered == sorted(made)
+        first += count
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ([np.nan, 0.1, 0.4, 0.5], "token 2 has weights"),
+        ([np.inf, 0.1, 0.4, 0.5], "allowed are finite ones"),
+        ([-0.1, 0.6, 0.4, 0.1], "not below 0"),
+        ([0.1, 0.1, 0.1, 0.1], "the weights of token 2 sum to 0.4, others to 1"),
+    ],
+)
+def test_weights_that_no_router_makes_are_refused(tmp_path: Path, change: list[float], reason: str) -> None:
+    weights = shares(10)
+    weights[2] = change
+    name = weighed(tmp_path / "a.safetensors", weights)
+    with pytest.raises(InvalidCase, match=reason):
+        read_slice(read_header(name), 0, 0)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    name = weighed(tmp_path / "a.safetensors", shares(10))
+    tensors = load_file(name)
+    tensors["weights.0.0"] = tensors["weights.0.0"][:9].copy()
+    save_file(tensors, name, METADATA)
+    with pytest.raises(InvalidCase, match=r"weights float32 \(9, 4\), float32 \(10, 4\) are of the format"):
+        read_slice(read_header(name), 0, 0)

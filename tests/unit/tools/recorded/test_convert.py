@@ -31,7 +31,14 @@ STEPS, LAYERS, TOKENS = 2, 3, 8
 IDS = np.random.default_rng(0).random((STEPS, LAYERS, TOKENS, E)).argsort(axis=-1)[..., :K]
 
 
+WEIGHTS = np.full(IDS.shape, 0.25) + np.array([0.0625, -0.0625, 0.125, -0.125])
 TWO_KINDS = b'{"step": 0, "layer": 0, "rank": 0, "ids": [[1]]}\n{"step": 1, "layer": 0, "rank": 0, "ids": [[1, 2]]}'
+
+
+HALF_WEIGHED = (
+    b'{"step": 0, "layer": 0, "rank": 0, "ids": [[1]], "weights": [[1.0]]}\n'
+    b'{"step": 0, "layer": 0, "rank": 1, "ids": [[1]]}'
+)
 
 
 def sglang(folder: Path) -> list[str]:
@@ -55,7 +62,8 @@ def arrays(folder: Path) -> list[str]:
 
 
 def tensors(folder: Path) -> list[str]:
-    save_file({"ids": np.ascontiguousarray(IDS)}, folder / "ids.safetensors")
+    weights = {"weights": WEIGHTS.astype(np.float16)}
+    save_file({"ids": np.ascontiguousarray(IDS)} | weights, folder / "ids.safetensors")
     return [str(folder / "ids.safetensors")]
 
 
@@ -71,7 +79,11 @@ def table(folder: Path) -> list[str]:
 
 
 def lines(folder: Path) -> list[str]:
-    parts = [{"step": step, "layer": layer, "rank": rank, "ids": ids.tolist()} for step, layer, rank, ids in entries()]
+    parts = [
+        {"step": step, "layer": layer, "rank": rank, "ids": ids.tolist()}
+        | {"weights": WEIGHTS[step, layer, 2 * rank : 2 * rank + 2].tolist()}
+        for step, layer, rank, ids in entries()
+    ]
     (folder / "ids.jsonl").write_text("\n".join(map(json.dumps, parts)))
     return [str(folder / "ids.jsonl")]
 
@@ -113,6 +125,8 @@ def test_every_format_gives_the_same_experts(tmp_path: Path, write: Any) -> None
     for (step, layer), one in slices.items():
         assert one.ids.tolist() == IDS[step, layer - first].tolist()
         assert one.tokens.tolist() == [2] * W
+        assert (one.weights is not None) == (write in (tensors, lines))
+        assert one.weights is None or one.weights.tolist() == WEIGHTS[step, layer - first].tolist()
 
 
 def test_command_converts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,6 +368,9 @@ def test_advice_opens_a_recording_a_few_times_whatever_its_steps(
         ("a.jsonl", b'{"choices": 1}', "cannot be read"),
         ("a.jsonl", TWO_LAYOUTS, "its choices have other layers or top-k"),
         ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "block": "mtp", "top_indices": [[1]]}', "cannot be read"),
+        ("a.jsonl", HALF_WEIGHED, "some tokens have weights, others have none"),
+        ("a.jsonl", HALF_WEIGHED.replace(b"[[1.0]]", b"[[1.0, 2.0]]"), "give one for each"),
+        ("a.jsonl", HALF_WEIGHED.splitlines()[0].replace(b"1.0", b"-1.0"), "not below 0"),
         ("a.jsonl", TWO_KINDS, "top-2, elsewhere top-1"),
     ],
 )
