@@ -368,15 +368,17 @@ SHAPE_KEYS = (
     "dropped_slots",
     "dropped_tokens",
 )
-"""Keys of a deployment's shape, which no profile sets."""
+"""Keys of a deployment's shape."""
+_NO_PROFILE_KEYS = (*SHAPE_KEYS, "share_devices")
+"""Keys that no profile sets: with their defaults they are in no hash, so that cases of a profile keep theirs."""
 _SPARSE_KEYS = (
+    *_NO_PROFILE_KEYS,
     "routing_sha256",
     *CALLER_KEYS,
     "caller_wheel_sha256",
     "caller_folder_sha256",
     *CALL_KEYS,
     *OPTION_KEYS,
-    "share_devices",
     "profile",
     "mori_geometry",
 )
@@ -406,7 +408,7 @@ def case_values(case: Case) -> dict[str, Any]:
     With a profile, those that it may set are written: it has other defaults.
     """
     values: dict[str, Any] = msgspec.to_builtins(case)
-    sparse = SHAPE_KEYS if case.profile != FIELD_DEFAULTS["profile"] else (*SHAPE_KEYS, *_SPARSE_KEYS)
+    sparse = _NO_PROFILE_KEYS if case.profile != FIELD_DEFAULTS["profile"] else _SPARSE_KEYS
     return {key: value for key, value in values.items() if key not in sparse or value != FIELD_DEFAULTS[key]}
 
 
