@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from distbench.case.expectations import BY_LIMIT
-from distbench.case.spec import Case, case_hash
+from distbench.case.identity import case_hash
+from distbench.case.spec import Case
 from distbench.errors import Verdict
 from distbench.report.environment import Environment
 from distbench.report.schema import LostReport, Report

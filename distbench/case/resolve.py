@@ -14,13 +14,14 @@ import msgspec
 from distbench.case.atom_folder import folder_digest
 from distbench.case.caller_fit import check_caller_fits
 from distbench.case.file_digests import routing_digest, table_digest, wheel_digest
+from distbench.case.identity import case_values
 from distbench.case.injection import parse_inject
 from distbench.case.limits import parse_limit
 from distbench.case.placement import check_placement, normal_keys
 from distbench.case.plugins import KINDS, OPTION_KEYS, canonical_options, check_name, is_trusted, parse_options
 from distbench.case.presets import ALIASES, CUSTOM, DIMENSIONS, PRESETS, is_config_path, preset_name
 from distbench.case.profiles import MOST_TOKENS, NO_PROFILE, PROFILES, caller_of
-from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case, case_values, names_code
+from distbench.case.spec import DERIVED_KEYS, FIELD_DEFAULTS, FIELD_TYPES, Case, names_code
 from distbench.case.table_file import read_table_file, refuse_bulk
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.case.tokens import split_tokens, spread_tokens

@@ -5,14 +5,13 @@ Nothing in it is optional (resolve.py fills it in). Two ranks with the same `cas
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
 from distbench.case.injection import brings_faults
 from distbench.case.limits import ALLOWED_LIMITS
-from distbench.case.plugins import KINDS, OPTION_KEYS, is_built_in, is_trusted
+from distbench.case.plugins import KINDS, is_built_in, is_trusted
 from distbench.utils.amd_arch import Fp8Format
 
 STAND_INS = {
@@ -369,19 +368,6 @@ SHAPE_KEYS = (
     "dropped_tokens",
 )
 """Keys of a deployment's shape."""
-_NO_PROFILE_KEYS = (*SHAPE_KEYS, "share_devices")
-"""Keys that no profile sets: with their defaults they are in no hash, so that cases of a profile keep theirs."""
-_SPARSE_KEYS = (
-    *_NO_PROFILE_KEYS,
-    "routing_sha256",
-    *CALLER_KEYS,
-    "caller_wheel_sha256",
-    "caller_folder_sha256",
-    *CALL_KEYS,
-    *OPTION_KEYS,
-    "profile",
-    "mori_geometry",
-)
 FIELD_HINTS: dict[str, Any] = get_type_hints(Case, include_extras=True)
 FIELD_TYPES: dict[str, Any] = FIELD_HINTS | {
     "tokens": TokenCount | tuple[TokenCount, ...],
@@ -400,18 +386,3 @@ def names_code(key: str, value: Any) -> bool:
     if key == "inject" and isinstance(value, str):
         return brings_faults(value)
     return key in KINDS and isinstance(value, str) and not is_built_in(key, value)
-
-
-def case_values(case: Case) -> dict[str, Any]:
-    """The case as builtins, for its hash and for reports; sparse keys with defaults are left out.
-
-    With a profile, those that it may set are written: it has other defaults.
-    """
-    values: dict[str, Any] = msgspec.to_builtins(case)
-    sparse = _NO_PROFILE_KEYS if case.profile != FIELD_DEFAULTS["profile"] else _SPARSE_KEYS
-    return {key: value for key, value in values.items() if key not in sparse or value != FIELD_DEFAULTS[key]}
-
-
-def case_hash(case: Case) -> str:
-    """SHA-256 over the case's canonical JSON, as 64 hex digits."""
-    return hashlib.sha256(msgspec.json.encode(case_values(case), order="sorted")).hexdigest()

@@ -12,8 +12,9 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT, expected_verdict
+from distbench.case.identity import case_hash
 from distbench.case.resolve import Layer, Resolved, check_fit, resolve_case, typed_value
-from distbench.case.spec import FIELD_DEFAULTS, Case, case_hash
+from distbench.case.spec import FIELD_DEFAULTS, Case
 from distbench.case.suite_file import CASE_KEYS, Draft, Keys, SuiteFile, read_suite_file
 from distbench.case.tokens import spread_tokens
 from distbench.errors import InvalidCase, Verdict

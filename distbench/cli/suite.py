@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.case.entry import Entry
-from distbench.case.spec import case_hash
+from distbench.case.identity import case_hash
 from distbench.cli.argument_types import duration, whole
 from distbench.cli.compare import add_baseline, judge_baseline, read_baseline
 from distbench.cli.multi_node import add_nodes, layout_of

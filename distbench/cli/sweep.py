@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.spec import Case, case_hash
+from distbench.case.identity import case_hash
+from distbench.case.spec import Case
 from distbench.cli.argument_types import plain_counts
 from distbench.cli.launcher_tasks import tell_task
 from distbench.cli.options import (

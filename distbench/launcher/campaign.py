@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from distbench.case.entry import Entry
+from distbench.case.identity import case_hash
 from distbench.case.kinds import repeats_of
-from distbench.case.spec import Case, case_hash
+from distbench.case.spec import Case
 from distbench.case.stages import Stage
 from distbench.distributed.heartbeat import Position
 from distbench.errors import (

@@ -15,7 +15,8 @@ from typing import NoReturn
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.spec import Case, case_hash
+from distbench.case.identity import case_hash
+from distbench.case.spec import Case
 from distbench.case.stages import Stage
 from distbench.distributed.flight_recorder import START_EVENTS
 from distbench.distributed.heartbeat import Heartbeat

@@ -11,10 +11,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from distbench.case.identity import case_hash
 from distbench.case.kinds import inputs_of, with_inputs
 from distbench.case.limits import Traffic, check_capacity
 from distbench.case.plugins import Plugin
-from distbench.case.spec import Case, case_hash
+from distbench.case.spec import Case
 from distbench.case.stages import Stage
 from distbench.case.timeouts import compiles
 from distbench.distributed.session import Session

@@ -11,8 +11,9 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import is_met
+from distbench.case.identity import case_hash, case_values
 from distbench.case.injection import Injection, parse_inject
-from distbench.case.spec import Case, case_hash, case_values
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.experts.coverage import blind_spots_of
 from distbench.report.differences import differing_report

@@ -13,7 +13,7 @@ import msgspec
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import is_met
-from distbench.case.spec import case_hash
+from distbench.case.identity import case_hash
 from distbench.errors import OUT_OF_TIME, DistbenchError, InvalidCase, ResultsLost, Verdict
 from distbench.report.files import atomic_file, naming, sync_folder, write_report
 from distbench.report.findings import FindingReport, codes_behind

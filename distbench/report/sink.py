@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import expected_verdict
-from distbench.case.spec import case_hash
+from distbench.case.identity import case_hash
 from distbench.errors import Verdict, suite_code
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
+from distbench.case.identity import case_hash
 from distbench.case.injection import parse_inject
 from distbench.case.plugins import is_trusted
-from distbench.case.spec import Case, case_hash
+from distbench.case.spec import Case
 from distbench.case.stages import Stage
 from distbench.errors import InvalidCase, Verdict
 from distbench.experts import make_selector

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 
 from distbench.case.entry import Entry
+from distbench.case.identity import case_hash
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.spec import DERIVED_KEYS, Case, case_hash
+from distbench.case.spec import DERIVED_KEYS, Case
 from distbench.case.timeouts import parse_stage_timeouts
 from distbench.errors import InvalidCase, Unsupported, Verdict
 from distbench.launcher.campaign import Campaign, Rules

@@ -10,7 +10,8 @@ from typing import cast
 import pytest
 
 from distbench.case.entry import Entry
-from distbench.case.spec import Case, case_hash
+from distbench.case.identity import case_hash
+from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.faults.injector import FAULTS
 from distbench.pipeline.run_case import run_case

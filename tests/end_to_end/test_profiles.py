@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from distbench.case.identity import case_hash
 from distbench.case.profiles import PROFILES
 from distbench.case.resolve import resolve_case
-from distbench.case.spec import case_hash
 from distbench.report.input_file import load_layer
 from tests.end_to_end.in_process import Run
 from tests.slim_wheel import atom_folder, vllm_wheel

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from distbench.case.identity import case_hash
 from distbench.case.limits import Traffic
-from distbench.case.spec import Case, case_hash
+from distbench.case.spec import Case
 from distbench.verify.records import LISTED_TOKENS, Gathered, ResolvedCase, Token
 from distbench.workload.version import InputsVersion
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from distbench.case.atom_folder import KERNEL
+from distbench.case.identity import case_hash, case_values
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.spec import case_hash, case_values
 from distbench.case.unused_keys import unused_keys
 from distbench.cli.shrink import code_flags
 from distbench.errors import InvalidCase

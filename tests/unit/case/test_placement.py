@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distbench.case.identity import case_hash, case_values
 from distbench.case.placement import experts_in_slots, read_placement
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.spec import SHAPE_KEYS, Case, case_hash, case_values
+from distbench.case.spec import SHAPE_KEYS, Case
 from distbench.errors import InvalidCase
 
 RANKS = 4

@@ -13,6 +13,7 @@ import pytest
 
 from distbench.case import plugins
 from distbench.case.contract import check_stated
+from distbench.case.identity import case_hash, case_values
 from distbench.case.plugins import (
     KINDS,
     NoOptions,
@@ -25,7 +26,7 @@ from distbench.case.plugins import (
     reference_of,
 )
 from distbench.case.resolve import FLAGS, Layer, resolve_case
-from distbench.case.spec import Case, case_hash, case_values
+from distbench.case.spec import Case
 from distbench.cli.shrink import code_flags
 from distbench.errors import InvalidCase, Unsupported
 from distbench.tools.bisect import swaps_of

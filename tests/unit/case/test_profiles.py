@@ -10,12 +10,13 @@ import pytest
 
 from distbench.case import atom_env, profiles, vllm_env
 from distbench.case.environment import read_environment, reader
+from distbench.case.identity import case_values
 from distbench.case.profiles import NO_PROFILE, PROFILES
 from distbench.case.resolve import FLAGS, Layer, Resolved, resolve_case
 from distbench.case.sglang_env import near_misses
 from distbench.case.sglang_epv2 import epv2_notes
 from distbench.case.sglang_releases import COMBINE_DTYPE, EP_V2, LIMIT, RECV_BOUND, SDMA
-from distbench.case.spec import FIELD_TYPES, case_values
+from distbench.case.spec import FIELD_TYPES
 from distbench.case.suite import load_suite
 from distbench.case.variables import PACKAGE_KEYS
 from distbench.cli.main import main

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distbench.case.identity import case_hash
 from distbench.case.presets import PRESETS
 from distbench.case.resolve import Layer, load_case_file, resolve_case
-from distbench.case.spec import FIELD_TYPES, Case, case_hash
+from distbench.case.spec import FIELD_TYPES, Case
 from distbench.errors import DistbenchError, InvalidCase
 
 

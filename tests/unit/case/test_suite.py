@@ -12,8 +12,8 @@ import pytest
 
 from distbench.case.entry import Entry
 from distbench.case.expectations import BY_LIMIT, CODES, is_expectation, is_met
+from distbench.case.identity import case_hash
 from distbench.case.resolve import Layer
-from distbench.case.spec import case_hash
 from distbench.case.stages import LAYER_STAGES
 from distbench.case.suite import Suite, load_suite, select
 from distbench.case.suite_file import builtin_suites, parse_suite

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from distbench.case.entry import Entry
-from distbench.case.spec import case_hash
+from distbench.case.identity import case_hash
 from distbench.cli import launching
 from distbench.cli import torchrun_rank as rank_command
 from distbench.cli.main import main

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from distbench.case.entry import Entry
-from distbench.case.spec import case_hash
+from distbench.case.identity import case_hash
 from distbench.cli import launching
 from distbench.cli.main import main
 from distbench.distributed.heartbeat import Position

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from distbench.case.spec import Case, case_hash
+from distbench.case.identity import case_hash
+from distbench.case.spec import Case
 from distbench.errors import InvalidCase, Verdict
 from distbench.report.limit import LimitReport
 from distbench.report.schema import Report

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from distbench.case.identity import case_hash
 from distbench.case.resolve import load_case_file, resolve_case
-from distbench.case.spec import case_hash
 from distbench.case.trace_name import TraceName
 from distbench.cli.main import main
 from distbench.errors import InvalidCase, Verdict
