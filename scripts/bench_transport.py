@@ -1,4 +1,4 @@
-"""Dispatch and combine of the collective transport against a bare all_to_all_single of the same bytes.
+"""Dispatch and combine of a transport, collective unless named, against a bare all_to_all_single of the same bytes.
 
 Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. The two
 take turns, and each call is timed separately after an all_reduce. On a device the bound applies to the device's time,
@@ -28,9 +28,10 @@ from distbench.distributed.heartbeat import Heartbeat
 from distbench.distributed.session import Session
 from distbench.pipeline.inputs import workload_for
 from distbench.transport import make_transport
+from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import recv_counts
 
-BOUND = 1.5
+BOUNDS = {"collective": 1.5, "symmetric": 1.0}
 WARMUP, ITERATIONS = 10, 100
 BUSY_CYCLES = 4_000_000  # about 2 ms
 TIMEOUT_S = 120.0
@@ -52,18 +53,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--model", default="deepseek-v3")
+    parser.add_argument("--transport", choices=BOUNDS, default="collective")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
     options = parser.parse_args()
     session = Session(Heartbeat(None), TIMEOUT_S, accelerated=options.device != "cpu")
     session.use(options.device)
     with torch.inference_mode():
-        passed = [_measure(session, _case(options.model, tokens, session.world_size)) for tokens in options.tokens]
+        keys = {"model": options.model, "transport": options.transport}
+        passed = [_measure(session, _case(keys, tokens, session.world_size)) for tokens in options.tokens]
     session.close()
     return 0 if all(passed) else 1
 
 
-def _case(model: str, tokens: int, ep_size: int) -> Case:
-    layer = Layer("bench", {"model": model, "tokens": tokens, "max_dispatch_tokens_per_rank": tokens})
+def _case(keys: dict[str, str], tokens: int, ep_size: int) -> Case:
+    layer = Layer("bench", {**keys, "tokens": tokens, "max_dispatch_tokens_per_rank": tokens})
     return resolve_case([layer], ep_size).case
 
 
@@ -79,7 +82,7 @@ def _measure(session: Session, case: Case) -> bool:
         Step(
             "dispatch",
             partial(transport.dispatch, batch),
-            _bare(session, counts, transport.facts["row_bytes"]),
+            _bare(session, counts, transport.facts.get("row_bytes") or _row_bytes(batch)),
         ),
         Step(
             "combine",
@@ -90,13 +93,18 @@ def _measure(session: Session, case: Case) -> bool:
     clocks = CLOCKS if session.device.type != "cpu" else {"host time": host_us}
     passed = True
     for number, (basis, clock) in enumerate(clocks.items()):
-        bound = math.inf if number else BOUND
+        bound = math.inf if number else BOUNDS[case.transport]
         for step, (ours, bare) in zip(steps, _medians(session, steps, clock), strict=True):
             passed &= ours / bare <= bound
             if session.rank == 0:
                 print(f"{session.device} x{session.world_size}, {case.tokens[0]} tokens a rank, "
                       f"{step.name}: {_verdict(ours, bare, bound)}, {basis}")  # fmt: skip
     return passed
+
+
+def _row_bytes(batch: TokenBatch) -> int:
+    """Bytes that a row has to move: its fields, and the number of its token."""
+    return sum(part.shape[1] * part.element_size() for part in batch if part is not None) + 4
 
 
 def _verdict(ours: float, theirs: float, bound: float) -> str:
