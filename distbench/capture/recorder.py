@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distbench.capture.host_buffers import Buffers, make_buffers
 from distbench.capture.settings import Place, Settings, tell
-from distbench.capture.writer import Taken, Writer
+from distbench.capture.writer import Files, Missed, Taken, Writer
 
 _MOST_LAYERS = 4096
 
@@ -41,6 +41,7 @@ class Recorder:
         self._layers: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
         self._layers_seen = 0
         self._writer: Writer | None = None
+        self._missed = Missed()
         self._free: deque[Buffers] = deque()
         self._lock = threading.Lock()
         self.ended = False
@@ -80,12 +81,12 @@ class Recorder:
 
     def _take(self, step: int, layer: int, dispatch: Dispatch) -> None:
         ids = dispatch.ids
-        writer = self._writer or self._start(dispatch)
         if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            writer.in_graphs += 1  # its replays never come here
+            self._missed.in_graphs += 1  # its replays never come here; and nothing may be allocated now
             return
+        writer = self._writer or self._start(dispatch)
         if not self._free:
-            writer.behind += 1
+            self._missed.behind += 1
             return
         room, count = self._free.popleft(), len(ids)
         room.ids[:count].copy_(ids, non_blocking=True)
@@ -102,5 +103,6 @@ class Recorder:
         (place, most), weighed = dispatch.place(), self._settings.weights
         rows = max(most, len(dispatch.ids))
         self._free = make_buffers(rows, place.topk, weighed=weighed, pinned=dispatch.ids.is_cuda)
-        self._writer = Writer(self._settings, place, self._source, self._free, self.end)
+        files = Files(self._settings, place, self._source, dispatch.ids.device)
+        self._writer = Writer(files, self._free, self._missed, self.end)
         return self._writer

@@ -10,9 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
+
+import torch
 
 from distbench.capture.host_buffers import Buffers
 from distbench.capture.part_file import (
@@ -46,12 +49,27 @@ class Taken(NamedTuple):
     done: Any
 
 
+class Files(NamedTuple):
+    """What a writer writes: the capture's settings, rank and layer, the program, and the device of the copies."""
+
+    settings: Settings
+    place: Place
+    source: str
+    device: torch.device
+
+
+@dataclass
+class Missed:
+    """Dispatches that never reached the writer."""
+
+    in_graphs: int = 0
+    behind: int = 0
+
+
 class Writer:
     """Files of one rank. Its thread ends with the process, or by `close`."""
 
-    def __init__(
-        self, settings: Settings, place: Place, source: str, free: deque[Buffers], failed: Callable[[str], None]
-    ) -> None:
+    def __init__(self, files: Files, free: deque[Buffers], missed: Missed, failed: Callable[[str], None]) -> None:
         """Put the buffers of dispatches that were taken in back into `free`.
 
         `failed` is called in the thread with the reason of an error that ends it.
@@ -61,7 +79,8 @@ class Writer:
             ValueError: it is open to others, or has an earlier capture.
 
         """
-        self._settings, self._place, self._source, self._free, self._failed = settings, place, source, free, failed
+        settings, place, self._source, self._device = files
+        self._settings, self._place, self._free, self._missed, self._failed = settings, place, free, missed, failed
         self._folder = Path(settings.folder)
         prepare_folder(self._folder, place.rank)
         self._queue: SimpleQueue[Taken | None] = SimpleQueue()
@@ -71,7 +90,7 @@ class Writer:
         self._marked: set[int] = set()
         self._written = self._looked = time.monotonic()
         self._reason = ""
-        self.in_graphs = self.behind = self._recorded = self._over = self._violations = self._too_late = 0
+        self._recorded = self._over = self._violations = self._too_late = 0
         self._thread = threading.Thread(target=self._run, name="distbench-capture", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -90,6 +109,8 @@ class Writer:
 
     def _run(self) -> None:
         try:
+            if self._device.type != "cpu":
+                torch.cuda.set_device(self._device)  # that of the events, not the first one
             while self._some():
                 pass
             if self._settings.violations:
@@ -187,8 +208,8 @@ class Writer:
         counts = {
             "recorded": self._recorded,
             "over_size": self._over,
-            "behind": self.behind,
-            "in_graphs": self.in_graphs,
+            "behind": self._missed.behind,
+            "in_graphs": self._missed.in_graphs,
             "violations": self._violations,
             "too_late": self._too_late,
             "error": self._reason[:1000],

@@ -159,6 +159,26 @@ def test_a_writer_that_is_behind_costs_dispatches_and_no_wait(tmp_path: Path, mo
     assert told["behind"] + told["recorded"] == 50 * LAYERS
 
 
+def test_a_dispatch_that_is_captured_into_a_graph_is_counted_and_allocates_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    server = Server(tmp_path / "c", every=1)
+    layer: Any = SimpleNamespace(ids=SimpleNamespace(is_cuda=True))
+    for recorder, layers in zip(server.recorders, server.layers, strict=True):
+        for one in layers:
+            recorder.see(one, lambda: layer)
+        assert not recorder.ended
+    assert not (tmp_path / "c").exists()
+    capturing = False
+    server.step([1, 1])
+    server.end()
+    assert counts(tmp_path / "c")["in_graphs"] == LAYERS
+    (note,) = read_capture(str(tmp_path / "c")).notes
+    assert note == f"{W * LAYERS} dispatches were not recorded: while a graph was captured, whose replays nobody sees"
+
+
 @pytest.mark.parametrize("how", ["file in the way", "open to others", "earlier capture"])
 def test_an_unusable_folder_ends_the_capture_with_one_line(
     tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
@@ -344,3 +364,54 @@ def test_command_shows_and_converts_a_capture_for_advise(tmp_path: Path, capsys:
     layer = ["--model=tiny", "--ep-size=2", f"--routing=trace:{out}", "--max-dispatch-tokens-per-rank=8", "--topk=4"]
     assert main(["advise", *layer, "--num-experts=16", "--limit=4"]) == 0
     assert "capture of test 1" in capsys.readouterr().out
+
+
+_SERVER = """
+import sys
+from types import SimpleNamespace
+import torch
+from importlib.metadata import entry_points
+from distbench.capture import sglang
+sglang.activate()
+from sglang.srt.layers.moe.token_dispatcher import moriep
+moriep.RANK = int(sys.argv[1])
+layers = [moriep.MoriEPDispatcher() for _ in range(2)]
+for step in range(4):
+    for layer in layers:
+        layer.dispatch_b()
+print("served")
+"""
+_MORIEP = """
+from types import SimpleNamespace
+import torch
+def get_parallel():
+    return SimpleNamespace(moe_ep_rank=RANK)
+class MoriEPDispatcher:
+    def dispatch_b(self):
+        ids = torch.tensor([[0, 2], [1, 3]])
+        return SimpleNamespace(origin_topk_ids=ids, origin_topk_weights=torch.full((2, 2), 0.5),
+                               num_recv_tokens_per_expert=torch.tensor([4]), recv_cap=3)
+    def _get_impl(self):
+        return SimpleNamespace(num_experts=4, num_local_experts=2, router_topk=2, num_max_dispatch_tokens_per_rank=4)
+"""
+
+
+def test_processes_of_a_server_record_by_the_variable_alone_and_write_all_at_their_end(tmp_path: Path) -> None:
+    place = tmp_path / "site/sglang/srt/layers/moe/token_dispatcher"
+    place.mkdir(parents=True)
+    (place / "moriep.py").write_text(_MORIEP)
+    (tmp_path / "site/sglang-9.9.dist-info").mkdir()
+    (tmp_path / "site/sglang-9.9.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 9.9\n")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "DISTBENCH_CAPTURE": str(tmp_path / "c")}
+    environ |= {"DISTBENCH_CAPTURE_EVERY": "2"}
+    command = [sys.executable, "-c", _SERVER]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [rank.communicate(timeout=60) for rank in ranks] == [("served\n", "")] * 2
+    found = read_capture(str(tmp_path / "c"))
+    assert found.header.source == "capture of sglang 9.9"
+    assert sorted(found.slices) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert len(found.violations) == 8
+    assert found.notes == []
