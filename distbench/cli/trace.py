@@ -97,7 +97,7 @@ def _recorded(options: argparse.Namespace, *, captured: bool) -> tuple[Header, d
     from distbench.tools.recorded.convert import convert
 
     if captured:
-        return _show_capture(options.files[0], shows_slices=False)
+        return _show_capture(options.files[0], options.out)
     if not options.files:
         message = "trace convert: give the recordings, a file of each rank where there are several"
         raise InvalidCase(message)
@@ -125,13 +125,13 @@ def _synthetic(options: argparse.Namespace) -> _Content:
     return header, dict.fromkeys(header.steps, tokens), (Slice(ids, tokens) for ids in drawn(*what))
 
 
-def _show_capture(folder: str, *, shows_slices: bool = True) -> tuple[Header, dict[tuple[int, int], Slice]]:
-    """Show what a capture has and what it lacks; return its header and slices."""
+def _show_capture(folder: str, out: str = "") -> tuple[Header, dict[tuple[int, int], Slice]]:
+    """Show what a capture has and what it lacks; return its header and slices, which `out` will have."""
     from distbench.report.terminal import print_table, print_text
     from distbench.tools.recorded.captured import read_capture
 
     header, slices, violations, notes = read_capture(folder)
-    if shows_slices:
+    if not out:
         _show_slices(folder, header, slices.__getitem__)
     for note in notes:
         print_text(f"{folder}: {note}")
@@ -139,6 +139,13 @@ def _show_capture(folder: str, *, shows_slices: bool = True) -> tuple[Header, di
         print_text(f"{folder}: {len(violations)} times a rank received more rows than its limit; the first are")
         rows = [tuple(map(str, one)) for one in violations[:_SHOWN_STEPS]]
         print_table(rows, ("step", "layer", "rank", "total_recv", "limit"))
+        worst = max(violations, key=lambda one: one.total_recv - one.limit)
+        tokens = ",".join(map(str, slices[worst.step, worst.layer].tokens.tolist()))
+        place = f"{out or 'TRACE'}@{worst.step}.{worst.layer}"
+        print_text(
+            f"the worst again, with your --model: distbench run -n {header.ep_size} --routing trace:{place} "
+            f"--tokens {tokens} --limit {worst.limit} --policy unchecked --bundle bundles"
+        )
     return header, slices
 
 

@@ -122,7 +122,9 @@ def test_violations_of_sglangs_own_cut_are_named_and_run_again(
     assert over
     assert [one[2:] for one in found.violations if one.step == 0] == over
     assert main(["trace", "convert", str(folder), f"--out={out}"]) == 0
-    assert f"{len(found.violations)} times a rank received more rows than its limit" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{len(found.violations)} times a rank received more rows than its limit" in told
+    assert f"--routing trace:{out}@0.0 --tokens 5,0,9,7 --limit {limit} --policy unchecked" in told
     layer = [f"--{name.replace('_', '-')}={value}" for name, value in FREE.items() if name != "model"]
     traffic = [f"--routing=trace:{out}@0.0", f"--tokens={','.join(map(str, TOKENS))}", f"-n={RANKS}"]
     again = ["run", *layer, *traffic, f"--limit={limit}", "--policy=unchecked", f"--out={tmp_path / 'out'}"]

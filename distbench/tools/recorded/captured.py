@@ -23,6 +23,8 @@ from distbench.workload.trace_file import MOST_IDS, MOST_SLICES, Header, Slice, 
 
 _MOST_NAMES = 1 << 20
 _MOST_NUMBER = 1 << 24
+_MOST_PART_BYTES = 1 << 30
+_MOST_STEP, _MOST_LAYER = 1 << 53, 1 << 20
 _LEFT_OUT = ("over_size", "behind", "in_graphs", "too_late")
 
 
@@ -120,6 +122,8 @@ def _collected(folder: str, names: list[str]) -> _Found:
 
 def _part(path: str) -> tuple[Place, str, list[Seen]]:
     """A part's place, source and dispatches."""
+    if Path(path).stat().st_size > _MOST_PART_BYTES:
+        _refuse(path, f"more than {_MOST_PART_BYTES >> 30} GiB, which no part has")
     opened = open_trace(path)
     metadata = opened.metadata() or {}
     if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
@@ -134,6 +138,8 @@ def _part(path: str) -> tuple[Place, str, list[Seen]]:
         _refuse(path, one_line(error), error)
     if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != len(COLUMNS) or (table < 0).any():  # noqa: PLR2004
         _refuse(path, f"slices {table.dtype} {table.shape} are not of the format")
+    if (table[:, 0] >= _MOST_STEP).any() or (table[:, 1] >= _MOST_LAYER).any():
+        _refuse(path, f"a step or layer beyond {_MOST_STEP} and {_MOST_LAYER}")
     count = int(table[:, 2].clip(0, MOST_IDS).sum())
     if ids.dtype != np.int32 or ids.shape != (count, place.topk):
         _refuse(path, f"ids {ids.dtype} {ids.shape}, the dispatches have {(count, place.topk)}")

@@ -17,6 +17,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from distbench.capture import hooks, host_buffers, sglang, writer
 from distbench.capture.part_file import FORMAT
@@ -327,6 +329,7 @@ def test_environment_gives_all_settings() -> None:
         ("other format", "not a part of version 1"),
         ("ids", "the dispatches have"),
         ("twice", "twice"),
+        ("far step", "a step or layer beyond"),
         ("empty", "no part of a capture"),
     ],
 )
@@ -346,6 +349,11 @@ def test_damaged_captures_are_refused(tmp_path: Path, damage: str, reason: str) 
         first.write_bytes(content.replace(FORMAT.encode(), b"distbench-otherss"))
     elif damage == "ids":
         first.write_bytes(content.replace(b'"shape":[6,4]', b'"shape":[4,6]'))
+    elif damage == "far step":
+        tensors = load_file(first)
+        tensors["slices"][0, 0] = 1 << 60
+        with safe_open(first, framework="numpy") as opened:
+            save_file(tensors, first, opened.metadata())
     elif damage == "twice":
         (folder / "rank-00000.000001.safetensors").write_bytes(content)
     with pytest.raises(InvalidCase, match=reason):
