@@ -266,7 +266,7 @@ def _code(keys: Mapping[str, Any]) -> dict[str, Any]:
 def _flags(keys: Mapping[str, Any]) -> Iterator[str]:
     for key, value in keys.items():
         flag = f"--{key.replace('_', '-')}"
-        if FIELD_HINTS[key].__origin__ is bool:
+        if FIELD_HINTS[key].__origin__ is bool or isinstance(value, bool):
             yield flag if value else flag.replace("--", "--no-", 1)
         elif isinstance(value, list):
             yield f"{flag}={','.join(map(str, value))}"

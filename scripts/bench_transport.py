@@ -3,8 +3,8 @@
 Start it under torchrun, a rank for each device: torchrun --nproc-per-node 2 scripts/bench_transport.py. The two
 take turns, and each call is timed separately after an all_reduce. On a device the bound applies to the device's time,
 by events around a call that is launched ahead, as a layer behind others is; the time with launches, from idle device
-to idle device, is printed too. On the CPU the transport uses shared memory and bare is gloo, which only checks the
-harness.
+to idle device, is printed too. On the CPU collective uses shared memory and bare is gloo, which only checks the
+harness; symmetric needs devices.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def _measure(session: Session, case: Case) -> bool:
     sent = recv_counts(batch.ids, case.experts_per_rank, case.ep_size).cpu()
     counts = session.agree("0" * 64, sent.new_zeros(1), sent)
     transport = make_transport(session, case, counts, batch)
-    output = transport.dispatch(batch).hidden.clone()
+    output = batch.hidden.new_zeros(case.capacity, case.hidden_size, dtype=torch.bfloat16)
+    transport.dispatch(batch)
     transport.combine(output, batch.ids)
 
     steps = [
@@ -97,7 +98,7 @@ def _measure(session: Session, case: Case) -> bool:
         for step, (ours, bare) in zip(steps, _medians(session, steps, clock), strict=True):
             passed &= ours / bare <= bound
             if session.rank == 0:
-                print(f"{session.device} x{session.world_size}, {case.tokens[0]} tokens a rank, "
+                print(f"{session.device} x{session.world_size}, {case.transport}, {case.tokens[0]} tokens a rank, "
                       f"{step.name}: {_verdict(ours, bare, bound)}, {basis}")  # fmt: skip
     return passed
 

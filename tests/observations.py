@@ -90,8 +90,8 @@ def seen(rank: int, resolved: ResolvedCase, **values: Any) -> Observation:
 
 
 def gathered(resolved: ResolvedCase, *ranks: dict[str, Any], differing: dict[str, Any] | None = None) -> Gathered:
-    """Gathered records: changes of each of the two ranks against a clean case, and differing pairs by name."""
-    records = [seen(rank, resolved, **values) for rank, values in enumerate((*ranks, {}, {})[:2])]
+    """Gathered records: changes of each rank, two at least, against a clean case, and differing pairs by name."""
+    records = [seen(rank, resolved, **values) for rank, values in enumerate((*ranks, {}, {})[: max(len(ranks), 2)])]
     comparisons: dict[str, RowComparison] = dict(records[0].comparisons)
     listed: dict[str, list[tuple[int, int]]] = {pair: [] for pair in comparisons}
     for pair, found in (differing or {}).items():

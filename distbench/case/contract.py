@@ -86,7 +86,7 @@ def check_stated(plugin: Plugin, part: str, case: Case, device: str) -> None:
         f"dispatch_dtype = {case.dispatch_dtype}": case.dispatch_dtype not in plugin.dtypes,
         "ranks without tokens": not plugin.zero_tokens and 0 in case.tokens,
         "ids of -1": not plugin.negative_ids and bool(case.dropped_slots or case.dropped_tokens),
-        "graph": case.graph and part == "experts" and not plugin.graphs,
+        "graph": (case.graph == "layer" or (case.graph and part == "experts")) and not plugin.graphs,
         "two_batch_overlap": case.two_batch_overlap and part == "transport" and not plugin.two_batch_overlap,
     }
     for what, lacking in lacks.items():

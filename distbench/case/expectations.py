@@ -24,6 +24,7 @@ CODES = (
     "disputed",
     "timed-differs",
     "replay-differs",
+    "layer-graph",
     "limit-below-total-recv",
     "damage",
     "control-differs",

@@ -93,7 +93,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     `make` takes a `TransportContext`, an `ExpertsContext` or a `CallerContext`. A case that needs what is not stated is
     UNSUPPORTED: `dtypes` are payloads of dispatch; without `zero_tokens` each rank needs a token, without
     `negative_ids` each slot an expert; `graphs` says that
-    experts can be captured in a CUDA graph; `two_batch_overlap` that two transports may be under way at once. `options`
+    calls can be captured in a CUDA graph; `two_batch_overlap` that two transports may be under way at once. `options`
     declares the part's own options as fields with types and bounds (msgspec.Meta), each with a default unless it is
     required. Order of addition and roundings are stated by the part itself: `Transport.sum_order`, `Experts.roundings`.
     """

@@ -144,6 +144,10 @@ def decode_table(path: str, content: bytes) -> dict[str, Any]:
     return table
 
 
+_GRAPHS = {"experts": True, "true": True, "false": False}
+"""Other words for values of the key graph."""
+
+
 def typed_value(key: str, raw: Any, layer: Layer) -> Any:
     """`raw` converted to the type of the case key `key`; tokens may still end in "...".
 
@@ -156,10 +160,12 @@ def typed_value(key: str, raw: Any, layer: Layer) -> Any:
         message = f"{layer.source}: unknown key {key!r:.80}{near}; allowed are {', '.join(FIELD_TYPES)}"
         raise InvalidCase(message)
     value, repeat = split_tokens(raw) if key == "tokens" else (raw, ())
+    value = _GRAPHS.get(str(value).lower(), value) if key == "graph" else value
     try:
         typed = msgspec.convert(value, FIELD_TYPES[key], strict=layer.strict)
     except (msgspec.ValidationError, ValueError, OverflowError) as error:
-        allowed = get_args(get_args(FIELD_TYPES[key])[0]) if "enum" in str(error) else ()
+        words = ("experts", "layer") if key == "graph" else get_args(get_args(FIELD_TYPES[key])[0])
+        allowed = words if "enum" in str(error) else ()
         reason = f"allowed are {', '.join(allowed)}" if allowed else one_line(error)
         message = f"{name_of(key, layer)} = {shown(raw)}: {reason}"
         raise InvalidCase(message) from error

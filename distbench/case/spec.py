@@ -279,7 +279,13 @@ class Case(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     align: Annotated[
         Literal["barrier", "free"], _help("ranks start a timed iteration together, or each after its previous one")
     ] = "barrier"
-    graph: Annotated[bool, _help("run the experts from a CUDA graph, captured for each number of rows")] = False
+    graph: Annotated[
+        bool | Literal["experts", "layer"],
+        _help(
+            "experts: run the experts from a CUDA graph, captured for each number of rows; layer: replay all of the "
+            "layer in one graph, with other tokens"
+        ),
+    ] = False
     timeout: Annotated[
         Annotated[float, msgspec.Meta(gt=0, le=86400)], _help("seconds any one stage may take, looked at every 0.1 s")
     ] = 300.0

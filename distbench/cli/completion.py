@@ -110,6 +110,7 @@ def _names() -> dict[str, Any]:
     words = {f"case_{key}": get_args(get_args(FIELD_HINTS[key])[0]) for key, unit in UNITS.items() if not unit}
     words = {dest: found for dest, found in words.items() if found}
     words |= {f"case_{part}": tuple(kind.built_in) for part, kind in KINDS.items()}
+    words["case_graph"] = ("experts", "layer")
     faults = tuple(fault.name for fault in listed_faults())
     limits = ("off", "max-recv", "max-recv-1", "sum", "sum32", "pow2", "capacity")
     return words | {

@@ -165,6 +165,10 @@ def _add_case_option(group: Any, key: str, unit: str) -> None:
     shown = next(iter(default), None) if isinstance(default, tuple) else default
     text = notes[-1].description.replace("%", "%%") + ("" if shown in (None, "", False) else f" (default: {shown})")
     flag, dest = "--" + key.replace("_", "-"), _CASE_DEST + key
+    if key == "graph":
+        group.add_argument(flag, dest=dest, default=None, metavar="experts|layer", help=text)
+        group.add_argument("--no-graph", dest=dest, action="store_const", const="false", help=argparse.SUPPRESS)
+        return
     if kind is bool:
         group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         return

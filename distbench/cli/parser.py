@@ -13,6 +13,7 @@ from distbench.utils.text import closest
 
 ALL = "all"
 _MOST_OPTIONS = 15
+_GRAPH, _GRAPHS = "--graph", ("experts", "layer")
 _SCREEN = 50
 """Lines that the help of a command may have before it leaves options out."""
 _NAMES_AT = 13
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse unknown arguments with the closest option of this command."""
-        options, rest = super().parse_known_args(args, namespace)
+        options, rest = super().parse_known_args(_with_graph(sys.argv[1:] if args is None else args), namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._suggestion(rest)}")
         return options, rest
@@ -128,6 +129,18 @@ class Parser(argparse.ArgumentParser):
     def _suggestion(self, rest: Sequence[str]) -> str:
         flag = next((one.partition("=")[0] for one in rest if one.startswith("--")), None)
         return "" if flag is None else closest(flag, self._option_string_actions)
+
+
+def _with_graph(words: Sequence[str]) -> list[str]:
+    """The words with the value of --graph joined to it: experts where none of its values follows."""
+    found: list[str] = []
+    for word in words:
+        if found and found[-1] == _GRAPH:
+            found[-1] = f"{_GRAPH}={word if word in _GRAPHS else _GRAPHS[0]}"
+            found += [] if word in _GRAPHS else [word]
+        else:
+            found.append(word)
+    return [f"{_GRAPH}={_GRAPHS[0]}" if word == _GRAPH else word for word in found]
 
 
 def _listed(title: str, lines: Mapping[str, str]) -> Section:

@@ -67,9 +67,6 @@ class Fault:
             InvalidCase: an unknown option, or a value that is not allowed.
             Unsupported: the case has another transport than the fault's.
         """
-        if self.transport not in ("", scene.case.transport):
-            message = f"inject = {self.name}: of transport {self.transport} alone; the case has {scene.case.transport}"
-            raise Unsupported(message)
         self.scene = scene
         self.hits = 0
         self._visits = 0
@@ -79,6 +76,9 @@ class Fault:
             message = f"inject = {self.name}: no option {min(unknown)!r}; allowed are {', '.join(options)}"
             raise InvalidCase(message)
         self.chosen = {key: _read(self.name, key, injection.options.get(key), one) for key, one in options.items()}
+        if self.transport not in ("", scene.case.transport):
+            message = f"inject = {self.name}: of transport {self.transport} alone; the case has {scene.case.transport}"
+            raise Unsupported(message)
 
     @classmethod
     def all_options(cls, ranks: int) -> dict[str, Option]:

@@ -87,28 +87,27 @@ class CountNotZeroed(Fault):
 
 
 class ReleaseBeforeData(Fault):
-    """The rank signals that its rows are written, and writes them `ms` later."""
+    """The rank signals that its rows are written, and writes their payload `ms` later."""
 
     name, stage = "release-before-data", Stage.DISPATCH
     transport = _TRANSPORT
     bug = "mori #522's class: a signal is visible before the stores that it stands for"
     options = {"ms": real(50.0, 0.0, 60_000.0)}
-    needs = "tokens on its rank that go to other ranks"
+    needs = "tokens on its rank that go to two ranks"
 
     def __init__(self, scene: Scene, injection: Injection) -> None:
         super().__init__(scene, injection)
         self._kernels = _Kernels(self)
 
     def enter(self, stage: str) -> None:
-        """Signal, wait, and leave the signal out of the call that follows."""
-        if stage == Stage.DISPATCH:
-            self._kernels.transport.signal_early()
-            time.sleep(self.chosen["ms"] / 1000)
-        self._kernels.begin(stage, Stage.DISPATCH, "no signal")
+        """Leave the payload out of this call."""
+        self._kernels.begin(stage, Stage.DISPATCH, "no payload")
 
     def received(self, dispatched: Dispatched) -> Dispatched:
-        """Signal as before."""
+        """Write it, late."""
         self._kernels.end()
+        time.sleep(self.chosen["ms"] / 1000)
+        self._kernels.transport.write_late("payload")
         return dispatched
 
 
@@ -185,7 +184,7 @@ class EarlyReuse(Fault):
     def received(self, dispatched: Dispatched) -> Dispatched:
         """Write rows of zeros into the first slots of the peers."""
         self.hits += 1
-        self._kernels.transport.write_again()
+        self._kernels.transport.write_late("reuse")
         return dispatched
 
 

@@ -61,6 +61,7 @@ def check_case(case: Case, local_ranks: int | None = None) -> tuple[str, ...]:
     _check_overlap(case)
     _check_sharing(case)
     _check_graph(case)
+    _check_layer_graph(case)
     _check_caller(case)
     if case.inject:
         from distbench.faults.injector import check_faults  # noqa: PLC0415 - loads torch, which other cases do without
@@ -193,6 +194,22 @@ def _check_graph(case: Case) -> None:
     if case.graph and case.experts == "reference":
         message = "graph with experts reference: they read the live-row count on the host, which no capture allows"
         raise Unsupported(message)
+
+
+def _check_layer_graph(case: Case) -> None:
+    """Refuse parts whose calls a graph of the whole layer cannot hold."""
+    if case.graph != "layer":
+        return
+    reasons = {
+        "transport collective": case.transport == "collective"
+        and "it sends rows by the counts of the agreed routing, which are the host's; use --transport symmetric",
+        "transport mori, emulated": case.transport == "mori" and case.emulate and "the stand-in works on the host",
+        "inject": case.inject and "a replay calls no fault: use --graph experts",
+    }
+    for what, reason in reasons.items():
+        if reason:
+            message = f"graph = layer with {what}: {reason}"
+            raise Unsupported(message)
 
 
 def adds_atomically(case: Case) -> bool:

@@ -20,7 +20,7 @@ from distbench.verify.row_compare import integer_view
 from distbench.workload.batch import TokenBatch
 
 
-class _Captured(NamedTuple):
+class Captured(NamedTuple):
     """A graph and its output, the bytes that the capture left allocated, and its further peak bytes.
 
     The latter stay the graph's own, and count as free between replays.
@@ -37,7 +37,7 @@ class GraphedExperts(ExpertsAround):
 
     def __init__(self, inner: Experts) -> None:
         super().__init__(inner)
-        self._graphs: dict[tuple[int, ...], _Captured] = {}
+        self._graphs: dict[tuple[int, ...], Captured] = {}
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`.
@@ -86,24 +86,33 @@ def _zeros(like: Tensor, rows: int) -> Tensor:
     return made
 
 
-def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> _Captured:
+def _captured(call: Callable[[], Tensor], num_local_tokens: Tensor) -> Captured:
     """Capture `call` with no live row, so that every replay has other counts than the capture."""
     live = num_local_tokens.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compiles and allocates what a capture may not
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    warm_up(call)
     num_local_tokens.zero_()
     try:
-        return _capture(call)
+        return capture(call, "the experts")
     finally:
         num_local_tokens.copy_(live)
 
 
-def _capture(call: Callable[[], Tensor]) -> _Captured:
-    """Capture `call`, and refuse operations that no capture allows; any other error is raised as it is."""
+def warm_up(call: Callable[[], object]) -> None:
+    """Make `call` on a stream of its own: it compiles and allocates what a capture may not."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+
+
+def capture(call: Callable[[], Tensor], what: str) -> Captured:
+    """Capture `call`, that of `what`, after `warm_up`.
+
+    Raises:
+        Unsupported: it does what no capture allows; any other error is raised as it is.
+    """
     graph = torch.cuda.CUDAGraph()
     first: Exception | None = None
     before = torch.cuda.memory_allocated()
@@ -120,12 +129,12 @@ def _capture(call: Callable[[], Tensor]) -> _Captured:
         if not _is_forbidden(cause):
             raise cause from None
         message = (
-            f"graph: the experts cannot be captured ({one_line(cause)}); a host read of a device value or a "
-            "synchronisation among them forbids it: run without --graph"
+            f"graph: {what} cannot be captured ({one_line(cause)}); a host read of a device value or a "
+            "synchronisation in it forbids it: run without --graph"
         )
         raise Unsupported(message) from cause
     after = torch.cuda.memory_allocated()
-    return _Captured(graph, output, after - before, torch.cuda.max_memory_allocated() - after)
+    return Captured(graph, output, after - before, torch.cuda.max_memory_allocated() - after)
 
 
 def _is_forbidden(error: Exception) -> bool:

@@ -34,6 +34,7 @@ from distbench.verify.records import (
     ORACLE,
     ArmError,
     Divergence,
+    LayerGraph,
     LostRows,
     Observation,
     Replay,
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from distbench.callers.base import Call
 
 
+_LAYER_REPLAY = "tokens of a replay of the layer's graph"
+
+
 class Measured(NamedTuple):
     """What was measured beside the outputs: see the fields of `Observation`."""
 
@@ -57,6 +61,7 @@ class Measured(NamedTuple):
     timed: dict[str, Timed]
     device_state: DeviceState | None
     replays: list[Replay]
+    layer_graphs: list[LayerGraph]
 
 
 class Observer:
@@ -208,6 +213,22 @@ class Observer:
                 )
             )
 
+    def take_layer_replay(self, arm: str, name: str, replay: Replay) -> None:
+        """Record a replay of the layer's graph that has wrong tokens, the first of an arm."""
+        known = any(one.arm == arm and one.field.startswith(_LAYER_REPLAY) for one in self._divergences)
+        if not replay.wrong or known:
+            return
+        against = "the eager layer" if self._expected is None else ORACLE
+        found = Divergence(
+            stage=Stage.COMBINE,
+            arm=arm,
+            rank=self._session.rank,
+            field=f"{_LAYER_REPLAY} ({name})",
+            against=against,
+            rows=replay.wrong,
+        )
+        self._divergences.append(found)
+
     def observation(self, made: Outputs, measured: Measured, *, mapped: bool) -> Observation:
         """This rank's observation, after all passes, of all its `outputs` as they were `made`.
 
@@ -241,6 +262,7 @@ class Observer:
             timed=measured.timed,
             device_state=measured.device_state,
             replays=measured.replays,
+            layer_graphs=measured.layer_graphs,
             errors=[] if self._errors is None else self._errors.found,
             accepted=parts.injector.accepted(outputs) if parts.injector else {},
             caller=self._caller,

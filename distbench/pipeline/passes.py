@@ -48,9 +48,14 @@ class Passes:
         timed = {arm: cut for arm, cut in arms.items() if arm in TIMED_ARMS}
         times = time_arms(self._session, case, self._parts, timed, observer)
         replays = replay_graph(self._parts, self._session.rank, observer)
+        layers = []
+        if case.graph == "layer":
+            from distbench.pipeline.layer_graph import replay_layers  # noqa: PLC0415 - only with that key
+
+            layers = replay_layers(self._session, self._parts, timed, observer)
         self._clock.mark(Stage.GATHER)
         observer.end()
-        return Measured(self._clock.durations_us, times.timed, times.device_state, replays)
+        return Measured(self._clock.durations_us, times.timed, times.device_state, replays, layers)
 
     def _arms(self) -> dict[Arm, Cut]:
         resolved, injector = self._resolved, self._parts.injector

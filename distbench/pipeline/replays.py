@@ -57,12 +57,13 @@ def replay_others(  # noqa: PLR0913 - the experts, their arguments, and the rule
         expected = workload.expected_rows(rank, fresh)
         if expected is None:
             expected = experts.inner(given, weights)[:count]
-        found.append(_compared(rows, expected, allowed))
+        found.append(compared(rows, expected, allowed))
     given.num_local_tokens.copy_(live)
     return found
 
 
-def _compared(rows: Tensor, expected: Tensor, allowed: float) -> Replay:
+def compared(rows: Tensor, expected: Tensor, allowed: float) -> Replay:
+    """Wrong rows [n, H] of a replay, and those within the share `allowed` of a row's largest magnitude."""
     other = differing(rows, expected).any(1)
     near = row_errors(rows, expected) <= allowed if allowed else torch.zeros_like(other)
     return Replay(live=len(rows), wrong=int((other & ~near).sum()), near=int((other & near).sum()))

@@ -16,7 +16,7 @@ from distbench.case.kinds import inputs_of, with_inputs
 from distbench.case.limits import Traffic, check_capacity
 from distbench.case.plugins import Plugin
 from distbench.case.spec import Case
-from distbench.case.stages import Stage
+from distbench.case.stages import TIMED_ARMS, Stage
 from distbench.case.timeouts import compiles
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Overflow, Unsupported
@@ -32,6 +32,7 @@ from distbench.pipeline.recorder import Recorder
 from distbench.pipeline.recv_bound import limit_rows
 from distbench.pipeline.sent_rows import sent_rows
 from distbench.pipeline.sub_batches import SubBatch, first_tokens, on_streams, split_batch
+from distbench.pipeline.truncation import arms_of
 from distbench.transport import make_transport
 from distbench.transport.base import Transport
 from distbench.utils.process import peak_bytes
@@ -159,7 +160,7 @@ def _run_with(session: Session, ready: _Ready, number: int, recorder: Recorder |
         ready.weights.append(_weights(session, resolved.case, inputs.workload))
         experts = _make_experts(resolved.case, ready.brought)
         ready.callers.append(_caller(session, resolved, experts))
-        ready.experts.append(GraphedExperts(experts) if resolved.case.graph else experts)
+        ready.experts.append(GraphedExperts(experts) if resolved.case.graph is True else experts)
     parts = Parts(inputs.workload, inputs.batch, ready.weights.pop(), ready.transports[0], ready.experts.pop())
     if resolved.case.two_batch_overlap:
         parts = parts._replace(sub_batches=_sub_batches(session, resolved.case, parts, ready.transports))
@@ -220,12 +221,20 @@ def _build(session: Session, resolved: ResolvedCase, inputs: list[_Inputs], coun
     with session.together() if compiles(case) or case.graph else nullcontext():
         experts = _make_experts(case, brought)
         experts.warm_up(weights, rows)
-        experts = _graphed(session, experts, weights, batch, rows) if case.graph else experts
+        graphed = _graphed(session, experts, weights, batch, rows) if case.graph else experts
+        experts = experts if case.graph == "layer" else graphed
     caller = _caller(session, resolved, experts)
     own = () if brought.transport is None else (brought.transport,)
     transports = [make_transport(session, case, sent, batch, *own) for sent in counts]
     if case.two_batch_overlap:
         transports = on_streams(case, transports, session.device)
+    if case.graph == "layer":
+        from distbench.pipeline.layer_graph import prove_layer  # noqa: PLC0415 - only with that key
+
+        with session.together():
+            arms = arms_of(limit, case.policy, refused=resolved.refused)
+            parts = Parts(workload, batch, weights, transports[0], experts)
+            prove_layer(parts, {arm: cut for arm, cut in arms.items() if arm in TIMED_ARMS})
     return _Ready(resolved, inputs, [weights], transports, [experts], [caller], counts, brought)
 
 

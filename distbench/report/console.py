@@ -230,7 +230,7 @@ def _timing_table(report: Report) -> Grid:
         for arm, stage, figures in timed
     ]
     iterations = numbers({figures["iterations"] for _, _, figures in timed})
-    graph = ", experts in a CUDA graph" if method["graph"] else ""
+    graph = ", experts in a CUDA graph" if method["graph"] is True else ""
     how = f"{method['clock']}; {method['align']} start, L2 {method['l2']}{graph}"
     return Grid(columns, rows, f"µs of the slowest rank in {iterations} iterations; {how}")
 

@@ -123,6 +123,7 @@ def _rank(record: Observation) -> RankReport:
         layer_us={arm: timed.layer_us[:_RAW_KEPT] for arm, timed in record.timed.items()},
         device_state=record.device_state,
         replays=record.replays,
+        layer_graphs=record.layer_graphs,
         sub_batches=record.sub_batches,
     )
 

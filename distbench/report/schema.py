@@ -15,6 +15,7 @@ from distbench.utils.devices import DeviceState
 from distbench.verify.records import (
     Diagnosis,
     Divergence,
+    LayerGraph,
     Reason,
     Replay,
     SentRows,
@@ -46,6 +47,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     layer_us: dict[str, list[float]] = {}
     device_state: DeviceState | None = None
     replays: list[Replay] = []
+    layer_graphs: list[LayerGraph] = []
     sub_batches: list[SubBatchCounts] = []
 
 

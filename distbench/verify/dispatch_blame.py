@@ -98,7 +98,9 @@ class _Rows:
         return rank in self._saw_all and token not in listed and seen
 
     def _is_right_elsewhere(self, row: WrongRow) -> bool:
-        return any(self._has_right(rank, row.token) for rank in row.receivers)
+        """Whether another rank has the token right; its sender alone proves nothing against several other ranks."""
+        right = [rank for rank in row.receivers if self._has_right(rank, row.token)]
+        return bool(right) and (right != [row.token[0]] or len(self._with_same_bits(row)) == 1)
 
     def _with_same_bits(self, row: WrongRow) -> list[int]:
         same = (self._listed.get(rank, {}).get(row.token) for rank in row.receivers)

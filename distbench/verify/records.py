@@ -209,6 +209,20 @@ class Replay(msgspec.Struct, frozen=True, array_like=True):
     near: int = 0
 
 
+class LayerGraph(msgspec.Struct, frozen=True, kw_only=True):
+    """Replays of an arm's layer in one graph, on one rank, each with tokens of its own.
+
+    `skipped` would have sent a rank more rows than the arm keeps. `host_us` is the median time of the host in a replay,
+    `device_us` that of the device.
+    """
+
+    arm: str
+    replays: list[Replay]
+    skipped: int
+    host_us: float
+    device_us: float
+
+
 class TokenCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Number of tokens compared with a reference, over all passes, and how many were wrong."""
 
@@ -300,6 +314,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     timed: dict[str, Timed] = {}
     device_state: DeviceState | None = None
     replays: list[Replay] = []
+    layer_graphs: list[LayerGraph] = []
     errors: list[ArmError] = []
     accepted: dict[str, dict[str, bool]] = {}
     caller: CallerUse | None = None

@@ -95,7 +95,22 @@ def drift(part: Part) -> list[Reason]:
 
 def notes(part: Part) -> list[Reason]:
     """Notes of a PASS on explained differences of bits."""
-    return [*_unrepeated(part)[:1], *_drifted(part)]
+    return [*_unrepeated(part)[:1], *_drifted(part), *_replayed(part)]
+
+
+def _replayed(part: Part) -> list[Reason]:
+    """Replays of each arm's layer in a graph; times are those of the slowest rank."""
+    found = []
+    for graphs in zip(*(record.layer_graphs for record in part.records), strict=True):
+        first, replays = graphs[0], sum(len(one.replays) for one in graphs)
+        skipped = f", {first.skipped} not made for lack of room" if first.skipped else ""
+        host, device = max(one.host_us for one in graphs), max(one.device_us for one in graphs)
+        message = (
+            f"{first.arm}: its layer in one graph gave the right tokens in {replays} replays{skipped}; one takes "
+            f"{host:.1f} µs of the host and {device:.1f} µs of the device"
+        )
+        found.append(Reason(code="layer-graph", message=message))
+    return found
 
 
 def limit_notes(resolved: ResolvedCase) -> list[Reason]:

@@ -33,7 +33,7 @@ NEEDS = {
     "cross-node": (4, 8, "two nodes of two ranks each, and six rows from afar to tell it from chance"),
 }
 SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
-SINGLE = [name for name in FAULTS if name not in (*LOST, *HARMLESS)]
+SINGLE = [name for name, kind in FAULTS.items() if name not in (*LOST, *HARMLESS) and not kind.transport]
 
 
 def run_on_some(session: Session, case: Case) -> Outcome | None:

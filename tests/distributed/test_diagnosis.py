@@ -25,7 +25,9 @@ RANKS = 4
 SOAK = os.environ.get("DISTBENCH_SOAK") == "1"
 SPLIT_K = {"numerics": "gaussian", "kernel_table": "tests/data/splitk.csv", "routing": "duplicates", "tokens": 20}
 ATOMIC = {"numerics": "gaussian", "tokens": 20}
-PAIRED = [name for name, kind in FAULTS.items() if kind.verdict not in (*DEAD, Verdict.PASS.value)]
+PAIRED = [
+    name for name, kind in FAULTS.items() if kind.verdict not in (*DEAD, Verdict.PASS.value) and not kind.transport
+]
 
 
 def outcome_of(case: Case) -> Outcome:

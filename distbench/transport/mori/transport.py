@@ -153,6 +153,9 @@ class MoriTransport(Transport):
         hidden, weights, scales, ids, counter = outputs
         self._total_recv.copy_(counter)  # combine sets the counter to zero
         # Kernels keep the addresses of their arguments until combine is done.
+        on_device = self._device.type == "cuda"
+        if known is not None and on_device and torch.cuda.is_current_stream_capturing():
+            known = known._replace(routing=batch.ids.clone())  # of each replay's ids
         self._known = known or _Known(batch, batch.ids.clone(), self._count())
         self._under_way = True
         self._received = Dispatched(hidden, scales, weights, ids, self._total_recv)
@@ -414,4 +417,4 @@ def make(context: TransportContext) -> MoriTransport:
     return MoriTransport(context.session, context.case)
 
 
-PLUGIN = Plugin(make=make, name="mori", two_batch_overlap=True)
+PLUGIN = Plugin(make=make, name="mori", graphs=True, two_batch_overlap=True)

@@ -54,12 +54,6 @@ def _signal(
 
 
 @triton.jit
-def signal(peers, RANK: tl.constexpr, RANKS: tl.constexpr, LANES: tl.constexpr):
-    """Signal the end of a dispatch, and nothing else: a fault."""
-    _signal(peers, DISPATCH, RANK, RANKS, LANES, "release")
-
-
-@triton.jit
 def _await(
     control,
     epoch,
@@ -127,6 +121,8 @@ def _put_rows(
             width = tl.where(to >= 0, WIDTH, 0)
             if FLAW == "stale slot":
                 width = tl.where(token % 4 > 0, width, 0)
+            if FLAW == "no payload":
+                width = width * 0
             tl.store(target, row, mask=column < width)
 
 
@@ -185,10 +181,11 @@ def dispatch(
 
     `places` int32 [tokens, RANKS] takes the slot of each row. OFFSETS, WIDTHS and BLOCKS are those of hidden, scales,
     weights and ids; OFFSETS also has that of the sources, rank * STRIDE + token. EXPERTS are those of one rank. FLAW
-    names a fault to imitate, "" for none (faults/symmetric.py).
+    names a fault to imitate, "" for none (faults/symmetric.py); "payload" and "reuse" write payload alone.
     """
     RELEASE: tl.constexpr = "relaxed" if FLAW == "fence" else "release"
     ACQUIRE: tl.constexpr = "relaxed" if FLAW == "fence" else "acquire"
+    ALONE: tl.constexpr = FLAW == "reuse" or FLAW == "payload"  # noqa: PLR1714 - Triton compiles no `in`
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     lanes = tl.arange(0, LANES)
@@ -197,22 +194,23 @@ def dispatch(
     counters = base.to(tl.pointer_type(tl.int32)) + COUNT
     for number in range(program, tokens, programs):
         token = number + tl.full([], 0, tl.int64)
-        chosen = tl.load(ids + token * WIDTHS[3] + slots_k, mask=slots_k < WIDTHS[3], other=-1)
-        owner = tl.where((chosen >= 0) & (chosen < EXPERTS * RANKS), chosen // EXPERTS, LANES)
-        goes = tl.max((owner[:, None] == lanes[None, :]).to(tl.int32), 0) > 0
-        if FLAW == "reuse":
-            slot = tl.zeros([LANES], tl.int32) + number
+        if ALONE:
+            place = tl.load(places + token * RANKS + lanes, mask=lanes < RANKS, other=NOWHERE)
+            if FLAW == "reuse":
+                place = tl.where(place >= 0, number, place)
         else:
+            chosen = tl.load(ids + token * WIDTHS[3] + slots_k, mask=slots_k < WIDTHS[3], other=-1)
+            owner = tl.where((chosen >= 0) & (chosen < EXPERTS * RANKS), chosen // EXPERTS, LANES)
+            goes = tl.max((owner[:, None] == lanes[None, :]).to(tl.int32), 0) > 0
             slot = tl.atomic_add(counters, tl.full([LANES], 1, tl.int32), mask=goes, sem="relaxed", scope="sys")
-        place = tl.where(goes, tl.where(slot < CAPACITY, slot, LOST), NOWHERE)
-        if FLAW != "reuse":
+            place = tl.where(goes, tl.where(slot < CAPACITY, slot, LOST), NOWHERE)
             tl.store(places + token * RANKS + lanes, place, mask=lanes < RANKS)
         _put_rows(hidden, token, place, peers, OFFSETS[0], WIDTHS[0], BLOCKS[0], RANKS, LANES, FLAW)
-        if FLAW != "reuse":
+        if not ALONE:
             _put_details(
                 scales, weights, ids, token, place, peers, RANK * STRIDE + number, OFFSETS, WIDTHS, BLOCKS, RANKS, LANES
             )
-    if FLAW != "reuse":
+    if not ALONE:
         tl.debug_barrier()
         done = tl.atomic_add(control + DONE, 1, sem="relaxed" if FLAW == "fence" else "acq_rel", scope="gpu")
         if done == programs - 1:

@@ -92,10 +92,13 @@ class SymmetricTransport(Transport):
         self._processors = 1 if interpreted() else max(_processors(session.device) // session.ranks_per_device, 1)
         self._batch: _Batch | None = None
         self._under_way = False
+        self._arm = ""
         self._returning: tuple[Tensor, Tensor] | None = None
+        fields = self._received.fields()
         self.facts = {
             "kernel": "symmetric_memory",
             "rows": "interpreted" if interpreted() else "triton",
+            "row_bytes": sum(part.shape[1] * part.element_size() for part in (*fields, self._sources.unsqueeze(1))),
             "bytes": self._plan.size,
             "devices": "shared" if session.shares_devices else "own",
         }
@@ -106,6 +109,7 @@ class SymmetricTransport(Transport):
         known = self._batch
         if known is None or any(one is not two for one, two in zip(batch, known.given, strict=True)):
             known = self._batch = self._prepared(batch)
+        self._arm = self._session.heartbeat.arm
         with collective("dispatch of symmetric", batch.ids.get_device()):
             self._launch_dispatch(known, self.flaw)
         self._under_way = True
@@ -121,17 +125,10 @@ class SymmetricTransport(Transport):
             raise DistbenchError(message)
         return self._received
 
-    def write_again(self) -> None:
-        """Write the first rows of this rank's batch, as zeros, over those that its peers may still read: a fault."""
+    def write_late(self, flaw: str) -> None:
+        """Write this rank's payload once more, outside of any call: "payload" where it belongs, "reuse" as zeros."""
         assert self._batch is not None  # noqa: S101 - after a dispatch
-        self._launch_dispatch(self._batch, "reuse")
-
-    def signal_early(self) -> None:
-        """Signal the end of a dispatch that has not begun: a fault."""
-        from distbench.transport.symmetric import peer_kernels  # noqa: PLC0415 - loads Triton
-
-        named = {key: self._constants[key] for key in ("RANK", "RANKS", "LANES")}
-        launch(peer_kernels.signal, (1,), self._mapped.addresses, **named)
+        self._launch_dispatch(self._batch, flaw)
 
     def leave_count(self, rows: int) -> None:
         """Count slots as taken that no call has taken, before any rank dispatches: a fault."""
@@ -296,6 +293,7 @@ class SymmetricTransport(Transport):
 
     def _stand_still(self, stage: Stage, rank: int) -> None:
         """Tell the supervisor which rank did not arrive, and wait to be ended: nothing that follows can be right."""
+        self._session.heartbeat.arm = self._arm
         self._session.heartbeat.mark(stage)
         missed(rank)
         with waiting("signal of a peer"):

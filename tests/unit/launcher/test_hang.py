@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from distbench.case.entry import Entry
@@ -153,3 +154,12 @@ def test_ranks_outside_the_group_of_a_case_are_not_blamed_for_its_hang(
     assert told(ending)[1] == [2]
     assert ending is not None
     assert ending.case_index is None
+
+
+def test_rank_whose_signal_a_device_has_waited_for_in_vain_is_blamed_at_once(tmp_path: Path) -> None:
+    first = msgspec.structs.replace(at("dispatch", 0.1, step=4, arm="truncated", waits="signal of a peer"), missing=2)
+    late = msgspec.structs.replace(at("combine", 0.1, step=6, arm="truncated"), missing=1)
+    seen = {0: first, 1: late, 2: at("check", 0.1, step=4, arm="truncated")}
+    verdict, ranks, message = told(find_hang(make_job(tmp_path), seen, ago(90)))
+    assert (verdict, ranks) == (Verdict.HANG, [1])
+    assert message.startswith("rank 1 sent no signal in truncated/dispatch: devices of other ranks have waited")

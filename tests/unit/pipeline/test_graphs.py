@@ -16,7 +16,7 @@ from distbench.workload.batch import TokenBatch
 from tests.graphs import FakeGraph, FakeMemory, fake_graphs
 
 ROWS, COLUMNS = 8, 16
-REFUSED = "graph: the experts cannot be captured .*; a host read of a device value or a synchronisation among them"
+REFUSED = "graph: the experts cannot be captured .*; a host read of a device value or a synchronisation in it"
 
 
 class LiveRows(Experts):

@@ -177,3 +177,35 @@ def test_diagnosis_uses_the_kind_of_inputs_that_failed() -> None:
     proven = {"divergences": [divergence("truncated", against=ORACLE, rank=0)]}
     found = changed(gathered(exact, proven), gaussian=gathered(gaussian, {}, wrong))
     assert [(one.stage, one.ranks) for one in causes(resolved, found)] == [("experts", [0])]
+
+
+def absent(rank: int, by_source: dict[int, int]) -> dict[str, Any]:
+    evidence = Evidence(by_source=by_source)
+    return {"divergences": [divergence("padded", "dispatch", "the agreed", rank=rank, rows=2, evidence=evidence)]}
+
+
+def test_rows_of_one_rank_that_reached_no_other_are_attributed_to_their_sender() -> None:
+    resolved = asked()
+    assert told(resolved, absent(0, {1: 2}), {}, absent(2, {1: 3}), {}) == [("dispatch", [1], "likely")]
+
+
+@pytest.mark.parametrize("lost", [({0: 1, 1: 1}, {1: 2}), ({2: 1}, {2: 2})])
+def test_absent_rows_of_several_ranks_or_of_the_rank_itself_are_attributed_to_receivers(
+    lost: tuple[dict[int, int], dict[int, int]],
+) -> None:
+    found = told(asked(), absent(0, lost[0]), {}, absent(2, lost[1]), {})
+    assert {(stage, tuple(ranks)) for stage, ranks, _ in found} == {("dispatch", (0, 2))}
+
+
+def test_row_that_only_its_sender_has_right_is_attributed_to_it_where_two_others_have_it_wrong_alike() -> None:
+    row = WrongRow((1, 3), 77, [0, 1, 2])
+    wrong = [
+        {
+            "divergences": [
+                divergence("padded", "dispatch", "source", rank=rank, rows=1, **received(row, by_source={1: 1}))
+            ]
+        }
+        for rank in (0, 2)
+    ]
+    (found,) = causes(asked(), gathered(asked(), wrong[0], {}, wrong[1], {}))
+    assert (found.stage, found.ranks) == ("dispatch", [1])
