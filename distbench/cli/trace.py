@@ -139,7 +139,9 @@ def _show_capture(folder: str, out: str = "") -> tuple[Header, dict[tuple[int, i
         print_text(f"{folder}: {len(violations)} times a rank received more rows than its limit; the first are")
         rows = [tuple(map(str, one)) for one in violations[:_SHOWN_STEPS]]
         print_table(rows, ("step", "layer", "rank", "total_recv", "limit"))
-        worst = max(violations, key=lambda one: one.total_recv - one.limit)
+    whole = [one for one in violations if (one.step, one.layer) in slices]
+    if whole:
+        worst = max(whole, key=lambda one: one.total_recv - one.limit)
         tokens = ",".join(map(str, slices[worst.step, worst.layer].tokens.tolist()))
         place = f"{out or 'TRACE'}@{worst.step}.{worst.layer}"
         print_text(

@@ -25,6 +25,7 @@ _MOST_NAMES = 1 << 20
 _MOST_NUMBER = 1 << 24
 _MOST_PART_BYTES = 1 << 30
 _MOST_STEP, _MOST_LAYER = 1 << 53, 1 << 20
+_PADDING = "gave rank 0 the rows of padding (ids of -1) as well, which the trace lacks"
 _LEFT_OUT = ("over_size", "behind", "in_graphs", "too_late")
 
 
@@ -67,36 +68,52 @@ def read_capture(folder: str) -> Capture:
     if len(names) > _MOST_NAMES:
         _refuse(folder, f"more than {_MOST_NAMES} files")
     found = _collected(folder, [name for name in names if PART.fullmatch(name)])
-    notes, kept = [*_counted(folder, names)], _complete(found)
-    if len(kept) < len(found.slices):
-        notes.append(f"{len(found.slices) - len(kept)} dispatches are left out: not of all {found.place.ep_size} ranks")
-    slices: dict[tuple[int, int], Slice] = {}
-    violations: list[Violation] = []
-    tokens_of: dict[int, list[int]] = {}
-    other = 0
-    for (step, layer), ranks in sorted(kept.items()):
-        one = _slice(folder, found.place, ranks)
-        if tokens_of.setdefault(step, one.tokens.tolist()) != one.tokens.tolist():
-            other += 1
-            continue
-        slices[step, layer] = one
-        over = ((rank, seen) for rank, seen in sorted(ranks.items()) if 0 < seen.limit < seen.total_recv)
-        violations += [Violation(step, layer, rank, seen.total_recv, seen.limit) for rank, seen in over]
-    if other:
-        notes.append(f"{other} dispatches are left out: other tokens than the step's first layer, as of a draft model")
+    slices, notes = _merged(folder, found)
     if not slices:
-        _refuse(folder, f"no dispatch of all {found.place.ep_size} ranks")
+        _refuse(folder, "; ".join(["nothing to convert", *notes]))
     steps: dict[int, list[int]] = {}
     for step, layer in slices:
         steps.setdefault(step, []).append(layer)
     place = found.place
-    problems = [(place, problem) for place, one in slices.items() if (problem := bad_weights(one.weights, one.ids))]
-    weighed = not problems and all(one.weights is not None for one in slices.values())
-    if problems:
-        where, problem = problems[0]
-        notes.append(f"weights are left out: step {where[0]}, layer {where[1]}: {problem}")
+    weighed = all(one.weights is not None for one in slices.values())
     header = Header("", place.num_experts, place.topk, place.ep_size, f"capture of {found.source}", steps, weighed)
-    return Capture(header, slices, violations, notes)
+    return Capture(header, slices, list(_violations(found)), [*_counted(folder, names), *notes])
+
+
+def _violations(found: _Found) -> Iterator[Violation]:
+    for (step, layer), ranks in sorted(found.slices.items()):
+        for rank, seen in sorted(ranks.items()):
+            if 0 < seen.limit < seen.total_recv:
+                yield Violation(step, layer, rank, seen.total_recv, seen.limit)
+
+
+def _merged(folder: str, found: _Found) -> tuple[dict[tuple[int, int], Slice], list[str]]:
+    """Slices that all ranks have, and what is left out of them, as sentences."""
+    slices: dict[tuple[int, int], Slice] = {}
+    tokens_of: dict[int, list[int]] = {}
+    left_out: Counter[str] = Counter()
+    for (step, layer), ranks in sorted(found.slices.items()):
+        if len(ranks) < found.place.ep_size:
+            left_out[f"not of all {found.place.ep_size} ranks"] += 1
+            continue
+        one = _slice(found.place, ranks)
+        if bad_ids(one.ids, found.place.num_experts):
+            left_out["a token has -1 beside experts, one twice, or one that there is not"] += 1
+        elif tokens_of.setdefault(step, one.tokens.tolist()) != one.tokens.tolist():
+            left_out["other tokens than the step's first layer, as of a draft model"] += 1
+        else:
+            left_out[_PADDING] += _check_rows(folder, found.place, ranks, one)
+            slices[step, layer] = one
+    padded = left_out.pop(_PADDING, 0)
+    notes = [f"{count} dispatches are left out: {why}" for why, count in left_out.items()]
+    if padded:
+        notes.append(f"{padded} dispatches {_PADDING}")
+    problems = [(where, problem) for where, one in slices.items() if (problem := bad_weights(one.weights, one.ids))]
+    if problems:
+        (step, layer), problem = problems[0]
+        notes.append(f"weights are left out: step {step}, layer {layer}: {problem}")
+        slices = {where: one._replace(weights=None) for where, one in slices.items()}
+    return slices, notes
 
 
 def _collected(folder: str, names: list[str]) -> _Found:
@@ -156,31 +173,33 @@ def _dispatches(table: NDArray[Any], ids: NDArray[Any], weights: NDArray[Any] | 
         start += count
 
 
-def _complete(found: _Found) -> dict[tuple[int, int], dict[int, Seen]]:
-    return {where: ranks for where, ranks in found.slices.items() if len(ranks) == found.place.ep_size}
-
-
-def _slice(folder: str, place: Place, ranks: dict[int, Seen]) -> Slice:
-    """The tokens of all ranks, without rows of -1 alone, which go nowhere; checked against the rows received."""
-    step, layer, *_ = ranks[0]
+def _slice(place: Place, ranks: dict[int, Seen]) -> Slice:
+    """The tokens of all ranks, without rows of -1 alone, which pad."""
     ordered = [ranks[rank] for rank in range(place.ep_size)]
     used = [(seen.ids != -1).any(axis=1) for seen in ordered]
     ids = np.concatenate([seen.ids[here] for seen, here in zip(ordered, used, strict=True)])
     known = [seen.weights[here] for seen, here in zip(ordered, used, strict=True) if seen.weights is not None]
     weights = np.concatenate(known) if len(known) == place.ep_size else None
-    one = Slice(ids, np.array([here.sum() for here in used], dtype=np.int64), weights)
-    problem = bad_ids(ids, place.num_experts)
-    if problem:
-        _refuse(folder, f"step {step}, layer {layer}: {problem}")
-    computed = one.received(place.num_experts).tolist()
+    return Slice(ids, np.array([here.sum() for here in used], dtype=np.int64), weights)
+
+
+def _check_rows(folder: str, place: Place, ranks: dict[int, Seen], one: Slice) -> bool:
+    """Check the rows that each rank received against the recorded experts; True where rank 0 got those of padding too.
+
+    Some kernels of MoRI send a row of -1 to rank 0 (`SKIPS_NEGATIVE` of transport/mori/config.py has the others).
+    """
+    step, layer, *_ = ranks[0]
+    padding = sum(len(seen.ids) for seen in ranks.values()) - len(one.ids)
+    computed: list[int] = one.received(place.num_experts).tolist()
+    padded = 0 < padding == ranks[0].total_recv - computed[0]
     for rank, rows in enumerate(computed):
-        if rows != ranks[rank].total_recv:
+        if rows != ranks[rank].total_recv and not (padded and rank == 0):
             _refuse(
                 folder,
                 f"step {step}, layer {layer}: rank {rank} received {ranks[rank].total_recv} rows, the recorded experts "
                 f"of all ranks give {rows}: their steps are not the same ones; start the capture with the server",
             )
-    return one
+    return padded
 
 
 def _counted(folder: str, names: list[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -324,7 +325,7 @@ def test_environment_gives_all_settings() -> None:
     ("damage", "reason"),
     [
         ("wrong rows", "their steps are not the same ones"),
-        ("rank missing", f"no dispatch of all {W} ranks"),
+        ("rank missing", f"nothing to convert; {LAYERS} dispatches are left out: not of all {W} ranks"),
         ("cut", "cannot be read"),
         ("other format", "not a part of version 1"),
         ("ids", "the dispatches have"),
@@ -358,6 +359,44 @@ def test_damaged_captures_are_refused(tmp_path: Path, damage: str, reason: str) 
         (folder / "rank-00000.000001.safetensors").write_bytes(content)
     with pytest.raises(InvalidCase, match=reason):
         read_capture(str(folder))
+
+
+def place_of(rank: int) -> tuple[Place, int]:
+    return Place(rank, W, E, K), 4
+
+
+def same(sent: Dispatch) -> Dispatch:
+    return sent
+
+
+@pytest.mark.parametrize("kernel_skips", [True, False])
+def test_rows_of_padding_are_dropped_and_those_that_reached_rank_0_are_named(
+    tmp_path: Path, *, kernel_skips: bool
+) -> None:
+    recorders = [Recorder(Settings(str(tmp_path / "c"), every=1), "test") for _ in range(W)]
+    for rank, recorder in enumerate(recorders):
+        ids = torch.tensor([[0, 1, 2, 3 + rank], [-1] * K, [-1] * K])
+        rows = torch.tensor([2 + (0 if kernel_skips else 2 * W) if rank == 0 else 0])
+        sent = Dispatch(ids, ids.float(), rows, 0, partial(place_of, rank))
+        recorder.see(Layer(), partial(same, sent))
+        recorder.end()
+    found = read_capture(str(tmp_path / "c"))
+    assert found.slices[0, 0].ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 4]]
+    told = "1 dispatches gave rank 0 the rows of padding (ids of -1) as well, which the trace lacks"
+    assert found.notes == ([] if kernel_skips else [told])
+
+
+def test_a_token_with_a_slot_of_its_own_left_out_costs_its_dispatch_alone(tmp_path: Path) -> None:
+    recorder, layer = Recorder(Settings(str(tmp_path / "c"), every=1), "test"), Layer()
+    for ids in ([[0, 1, 2, 3]], [[0, 1, 2, -1]]):
+        sent = Dispatch(torch.tensor(ids), torch.ones(1, K), torch.tensor([1]), 0, lambda: (Place(0, 1, E, K), 4))
+        recorder.see(layer, partial(same, sent))
+    recorder.end()
+    found = read_capture(str(tmp_path / "c"))
+    assert list(found.slices) == [(0, 0)]
+    assert found.notes == [
+        "1 dispatches are left out: a token has -1 beside experts, one twice, or one that there is not"
+    ]
 
 
 def test_command_shows_and_converts_a_capture_for_advise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
