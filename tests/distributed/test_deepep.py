@@ -57,8 +57,10 @@ def outcome(case: Case) -> Outcome:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize(("mode", "dtype"), [("normal", "bf16"), ("normal", "fp8"), ("low-latency", "bf16")])
+@pytest.mark.parametrize(
+    ("ranks", "mode", "dtype"),
+    [(4, "normal", "bf16"), (2, "normal", "fp8"), (2, "low-latency", "bf16"), (4, "low-latency", "bf16")],
+)
 def test_case_passes_with_both_inputs_and_states_order_and_slots(
     folder: Path, ranks: int, mode: str, dtype: str
 ) -> None:
