@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from importlib import resources
 
 import msgspec
 
@@ -12,6 +14,7 @@ from distbench.errors import InvalidCase
 # A plugin's fault by reference is a class, whose name begins with a capital letter: an option's never does.
 _FAULT = re.compile(r"(?P<name>[A-Za-z_][\w.]*:[A-Z]\w*|[a-z0-9-]{1,40})(?::(?P<options>.*))?", re.ASCII)
 _KEY = re.compile(r"[a-z_]{1,40}")
+_OWN_NAME = re.compile(r'^    name(?:, \w+)* = "([a-z0-9-]+)"', re.MULTILINE)
 
 
 class Injection(msgspec.Struct, frozen=True):
@@ -31,9 +34,20 @@ def parse_inject(text: str) -> tuple[Injection, ...]:
     return tuple(_parse_one(part) for part in filter(None, (one.strip() for one in text.split(";"))))
 
 
+@lru_cache
+def own_faults() -> frozenset[str]:
+    """Names of distbench's own faults, by the text of their modules, which load torch."""
+    modules = (resources.files("distbench") / "faults").iterdir()
+    texts = (module.read_text(encoding="utf-8") for module in modules if module.name.endswith(".py"))
+    return frozenset({"mutant", *(name for text in texts for name in _OWN_NAME.findall(text))})
+
+
 def is_brought(name: str) -> bool:
-    """Whether a fault is a plugin's: a reference, or an entry point. Reads the metadata of packages for the latter."""
-    return is_reference(name) or name in installed(FAULT)
+    """Whether a fault is a plugin's: a reference, or an entry point with a name that no fault of distbench has.
+
+    Reads the metadata of packages for the latter.
+    """
+    return is_reference(name) or (name not in own_faults() and name in installed(FAULT))
 
 
 def brings_faults(text: str) -> bool:

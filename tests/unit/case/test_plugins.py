@@ -14,6 +14,7 @@ import pytest
 from distbench.case import plugins
 from distbench.case.contract import check_stated
 from distbench.case.identity import case_hash, case_values
+from distbench.case.injection import own_faults
 from distbench.case.plugins import (
     KINDS,
     NoOptions,
@@ -29,6 +30,7 @@ from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.cli.shrink import code_flags
 from distbench.errors import InvalidCase, Unsupported
+from distbench.faults.injector import FAULTS
 from distbench.tools.bisect import swaps_of
 from tests.brought_plugins import Options
 
@@ -150,10 +152,22 @@ def test_only_a_flag_may_name_a_fault_of_a_plugin(text: str, monkeypatch: pytest
     assert resolve_case([Layer("file:c", TINY | {"inject": "flipped-bit:rank=1"})], 2).case.inject
 
 
-def test_own_faults_in_flags_read_no_metadata() -> None:
+def test_fault_of_a_plugin_named_like_an_own_one_hides_it_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint("flipped-bit", "own:Fault", "distbench.faults")
+    monkeypatch.setattr("distbench.case.injection.installed", lambda _: {"flipped-bit": entry})
+    text = "flipped-bit:rank=1;mutant:name=gelu-for-silu"
+    assert resolve_case([Layer("file:c", TINY | {"inject": text})], 2).case.inject == text
+
+
+def test_own_faults_are_known_without_torch() -> None:
+    assert own_faults() == {*FAULTS, "mutant"}
+
+
+@pytest.mark.parametrize("source", ["flag", "file:case.toml"])
+def test_own_faults_read_no_metadata(source: str) -> None:
     code = (
         "import sys; from distbench.case.resolve import Layer, resolve_case; "
-        "resolve_case([Layer('flag', {'inject': 'flipped-bit:rank=1', 'model': 'tiny'})], 2); "
+        f"resolve_case([Layer({source!r}, {{'inject': 'flipped-bit:rank=1', 'model': 'tiny'}})], 2); "
         "print('importlib.metadata' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
