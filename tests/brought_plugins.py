@@ -194,6 +194,38 @@ class LosesRow(TransportAround):
         return found
 
 
+class LocalSlots(TransportAround):
+    """A dispatch that moves slots of the receiver's experts alone, and a combine that is wrong on rank 1."""
+
+    def __init__(self, context: TransportContext) -> None:
+        super().__init__(collective_transport(context))
+        self.local_slots = True
+        self._context = context
+
+    def dispatch_recv(self) -> Dispatched:
+        found = super().dispatch_recv()
+        elsewhere = found.ids.div(self._context.case.experts_per_rank, rounding_mode="floor") != self._context.rank
+        found.ids.masked_fill_(elsewhere, -1)
+        found.weights.masked_fill_(elsewhere, 0.0)
+        return found
+
+    def combine_recv(self) -> Tensor:
+        return super().combine_recv() * (1 + self._context.rank)
+
+
+class ZeroesSent(TransportAround):
+    """A dispatch that zeroes the rows that rank 1 sends, where they lie."""
+
+    def __init__(self, context: TransportContext) -> None:
+        super().__init__(collective_transport(context))
+        self._rank = context.rank
+
+    def dispatch_send(self, batch: TokenBatch) -> None:
+        if self._rank == 1:
+            batch.hidden.zero_()
+        super().dispatch_send(batch)
+
+
 class Stands(Multiplies):
     """A combine that does not return on rank 1."""
 

@@ -23,6 +23,10 @@ _KEPT_INPUTS = (
 )
 _DIFFERS = "which is not what its report says"
 _CONTRADICTED = "not confirmed: the experts of recorded tokens are not those in the recorded routing"
+_OVERWRITTEN = (
+    "inputs: some tokens were not sent as they were made: the transport, or what runs beside it, wrote to the rows "
+    "that it was given"
+)
 _UNCONFIRMED = "not confirmed: the inputs generated here are not those recorded; use the version that wrote it"
 
 
@@ -55,6 +59,7 @@ def _replay(options: argparse.Namespace) -> int:
 def _analyse(bundle: Bundle) -> bool:
     print_step("replay: analysing the recording")  # what follows loads torch
     from distbench.report.bundle.analysis import analyse
+    from distbench.report.bundle.findings import SENT
     from distbench.tools.lab import signature
     from distbench.workload.version import other_inputs
 
@@ -77,6 +82,8 @@ def _analyse(bundle: Bundle) -> bool:
         print_text(f"diagnosis: {found.cause} ({found.confidence}): {found.evidence}")
     same = analysis.confirms(report.verdict, [found.cause for found in report.diagnosis])
     doubt = _CONTRADICTED if other_inputs(bundle.manifest.inputs_version) else _UNCONFIRMED
+    if any(found.stage == SENT for found in analysis.findings):
+        print_text(_OVERWRITTEN)
     agreement = (_AGREES if same else _DIFFERS) if analysis.trusted else doubt
     print_text(f"from the recording: {analysis.judgement.verdict.value}, {agreement}")
     return same

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load
 
 from distbench.case.entry import Entry
-from distbench.case.resolve import Layer
+from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.distributed.session import Session
 from distbench.errors import InvalidCase, Verdict
@@ -22,7 +22,7 @@ from distbench.pipeline.run_case import run_case
 from distbench.report.bundle import manifest as manifest_module
 from distbench.report.bundle import write as write_module
 from distbench.report.bundle.analysis import analyse
-from distbench.report.bundle.findings import SUM
+from distbench.report.bundle.findings import SENT, SUM
 from distbench.report.bundle.layout import MANIFEST, MAX_TOKENS, REPORT, part_name
 from distbench.report.bundle.manifest import write_manifest
 from distbench.report.bundle.read import Bundle, open_bundle, read_part, runnable_case
@@ -30,6 +30,7 @@ from distbench.report.bundle.write import write_parts, write_routing
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.verify.records import LISTED_TOKENS, Evidence, Judgement, Outcome
+from distbench.workload.batch import TokenBatch
 from distbench.workload.inputs import Workload
 from distbench.workload.version import INPUTS_VERSION
 from tests.cases import tiny_case
@@ -41,6 +42,7 @@ RANK = 2
 CPU = torch.device("cpu")
 FP8 = tiny_case(dispatch_dtype="fp8")
 FNUZ = tiny_case(dispatch_dtype="fp8", fp8_format="e4m3fnuz")
+BROUGHT = {"model": "tiny", "max_dispatch_tokens_per_rank": 64, "numerics": "exact", "tokens": (3, 5)}
 SINGLE_FAULTS = [(stage, fault) for stage, faults in FAULTS.items() for fault in faults]
 
 
@@ -66,6 +68,38 @@ def test_bundle_alone_reproduces_verdict_stage_rank_and_diagnosis(stage: str, fa
     assert (first.stage, first.arm, first.rank) == (then.stage, then.arm, then.rank)
     damaged_sum = [found for found in analysis.findings if found.stage == SUM and found.wrong]
     assert {found.rank for found in damaged_sum} == ({RANK} if stage == "combine" else set())
+
+
+def brought(transport: str) -> Case:
+    return resolve_case([Layer(FLAGS, {**BROUGHT, "transport": f"tests.brought_plugins:{transport}"})], 2).case
+
+
+def test_tokens_that_a_transport_overwrote_are_confirmed_as_such(tmp_path: Path) -> None:
+    outcome = leave_bundle(tmp_path, run_healthy, brought("ZeroesSent"))
+    analysis = analyse(open_bundle(tmp_path))
+    assert {found.rank for found in analysis.findings if found.stage == SENT} == {1}
+    assert analysis.confirms(outcome.judgement.verdict, [found.cause for found in outcome.diagnosis])
+
+
+def test_slots_that_a_transport_does_not_move_are_not_damage(tmp_path: Path) -> None:
+    outcome = leave_bundle(tmp_path, run_healthy, brought("LocalSlots"))
+    assert outcome.judgement.first_divergence is not None
+    assert outcome.judgement.first_divergence.stage == "combine"
+    analysis = analyse(open_bundle(tmp_path))
+    assert {found.stage for found in analysis.findings if found.wrong} == {"combine", SUM}
+    assert analysis.confirms(outcome.judgement.verdict, [found.cause for found in outcome.diagnosis])
+
+
+def test_tokens_that_no_rank_saw_change_are_of_other_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_bundle(tmp_path, run_with_fault, tiny_case(), "combine", next(iter(FAULTS["combine"])), "padded", RANK)
+    own = Workload.tokens
+
+    def others(workload: Workload, rank: int, numbers: torch.Tensor) -> TokenBatch:
+        batch = own(workload, rank, numbers)
+        return batch._replace(hidden=-batch.hidden)
+
+    monkeypatch.setattr(Workload, "tokens", others)
+    assert not analyse(open_bundle(tmp_path)).trusted
 
 
 def of_other_inputs(folder: Path, version: int) -> Bundle:

@@ -20,7 +20,7 @@ from distbench.case.kinds import inputs_of, with_inputs
 from distbench.case.spec import Case
 from distbench.case.stages import Arm, Stage
 from distbench.errors import InvalidCase
-from distbench.report.bundle.findings import INPUTS, SUM, Analysis, StageFinding
+from distbench.report.bundle.findings import INPUTS, SENT, SUM, Analysis, StageFinding
 from distbench.report.bundle.layout import Part, part_name
 from distbench.report.bundle.read import Bundle, local_case, read_part
 from distbench.report.bundle.recorded import (
@@ -93,6 +93,7 @@ def analyse(bundle: Bundle) -> Analysis:
     facts = {} if gathered is None else gathered.observations[0].transport
     slots = _Slots(case.experts_per_rank, moves_local_slots(facts))
     findings: list[StageFinding] = []
+    kept: list[StageFinding] = []
     sums = _Sums(defaultdict(dict), {}, {})
     for part in present:
         tensors = _loaded(bundle, part)
@@ -101,14 +102,27 @@ def analyse(bundle: Bundle) -> Analysis:
                 findings.append(references.inputs(part.rank, routing_of(part.rank, tensors, case), None))
                 continue
             recorded = rank_tensors(part.rank, tensors, case, bundle.manifest.recorded.tokens)
+            kept.append(references.kept(part.rank, recorded))
             findings += _own_tokens(part.rank, recorded, references, sums)
             findings += _arms(part.rank, recorded.arms, references, sums, slots)
     if gathered is not None and not missing:
         findings += _summed(case, recorded_order(gathered.observations[0].transport), sums)
+    findings += _overwritten(kept) if gathered is not None and _saw_other_rows(gathered) else kept
     if any(found.stage == INPUTS and found.wrong for found in findings):
         findings = [found for found in findings if found.stage in _WITHOUT_INPUTS]
         return _judged(bundle, findings, list(missing.values()), confirmed=False)
     return _judged(bundle, findings, list(missing.values()), confirmed=not missing)
+
+
+def _saw_other_rows(gathered: Gathered) -> bool:
+    """Whether a rank received rows that were not those of its own generator, which made the sent ones too."""
+    divergences = [known for record in gathered.observations for known in record.divergences]
+    return any((known.stage, known.against) == (Stage.DISPATCH, "source") for known in divergences)
+
+
+def _overwritten(kept: list[StageFinding]) -> list[StageFinding]:
+    """Findings of tokens, where those that are wrong were overwritten after they were made."""
+    return [msgspec.structs.replace(found, stage=SENT) if found.wrong else found for found in kept]
 
 
 def _missing(bundle: Bundle) -> dict[int, str]:

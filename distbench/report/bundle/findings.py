@@ -8,9 +8,10 @@ from distbench.errors import Verdict
 from distbench.verify.records import Diagnosis, Divergence, Judgement
 
 INPUTS = "inputs"
+SENT = "sent"
 SUM = "sum"
-"""Stages of an analysis besides those of a case: regenerated inputs against recorded ones, and the sum that combine
-should have made of the recorded expert rows."""
+"""Stages of an analysis besides those of a case: regenerated inputs against recorded ones; inputs that were overwritten
+after they were made; and the sum that combine should have made of the recorded expert rows."""
 
 
 class StageFinding(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,10 @@ class References(Protocol):
     """Inputs and oracle of a bundle's case."""
 
     def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> StageFinding:
-        """Compare the inputs that `rank` recorded; None where it recorded no tokens."""
+        """Compare the routing of `rank`, and the experts of its tokens; None where it recorded no tokens."""
+
+    def kept(self, rank: int, recorded: RankTensors) -> StageFinding:
+        """Compare the tokens that `rank` recorded."""
 
     def sent(self, rank: int, recorded: RankTensors) -> TokenBatch:
         """Return the recorded tokens of `rank` as it had to send them."""
@@ -43,12 +46,13 @@ class Generated:
         self._workload = workload_for(case, torch.device("cpu"))
 
     def inputs(self, rank: int, routing: Tensor, recorded: RankTensors | None) -> StageFinding:
-        """Compare the recorded routing and tokens with generated ones."""
-        wrong = [differing(routing, self._workload.routing_of(rank, len(routing))).any(1)]
-        if recorded is not None:
-            wrong.append(_any_field_differs(recorded.sent, self.sent(rank, recorded)))
-        strayed = torch.cat(wrong)
-        return StageFinding(rank=rank, arm="", stage=INPUTS, rows=len(strayed), wrong=int(strayed.sum()))
+        """Compare the recorded routing with a generated one."""
+        del recorded
+        return _finding(rank, differing(routing, self._workload.routing_of(rank, len(routing))).any(1))
+
+    def kept(self, rank: int, recorded: RankTensors) -> StageFinding:
+        """Compare the recorded tokens with generated ones."""
+        return _finding(rank, _any_field_differs(recorded.sent, self.sent(rank, recorded)))
 
     def sent(self, rank: int, recorded: RankTensors) -> TokenBatch:
         """Return the tokens, generated again."""
@@ -94,7 +98,11 @@ class AsRecorded:
         if recorded is not None:
             routed = recorded.tokens < len(routing)
             wrong = differing(recorded.sent.ids[routed], routing[recorded.tokens[routed]]).any(1)
-        return StageFinding(rank=rank, arm="", stage=INPUTS, rows=len(wrong), wrong=int(wrong.sum()))
+        return _finding(rank, wrong)
+
+    def kept(self, rank: int, _: RankTensors) -> StageFinding:
+        """Return that nothing was compared."""
+        return _finding(rank, torch.zeros(0, dtype=torch.bool))
 
     def sent(self, _: int, recorded: RankTensors) -> TokenBatch:
         """Return the tokens as recorded."""
@@ -129,6 +137,10 @@ class AsRecorded:
             message = f"there is no {name}, and its inputs are of another version than those generated here"
             raise ValueError(message)
         return oracle if self._exact else None
+
+
+def _finding(rank: int, wrong: Tensor) -> StageFinding:
+    return StageFinding(rank=rank, arm="", stage=INPUTS, rows=len(wrong), wrong=int(wrong.sum()))
 
 
 def _any_field_differs(actual: TokenBatch, expected: TokenBatch) -> Tensor:
