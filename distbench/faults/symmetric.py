@@ -7,7 +7,7 @@ docs/symmetric.md has the rates that were measured.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from distbench.case.injection import Injection
 from distbench.case.stages import Arm, Stage
 from distbench.faults.base import Fault, Scene
 from distbench.faults.options import one_of, real
-from distbench.transport.base import Dispatched
+from distbench.transport.base import Dispatched, TransportAround
 
 if TYPE_CHECKING:
     from distbench.transport.symmetric.transport import SymmetricTransport
@@ -32,8 +32,10 @@ class _Kernels:
     @property
     def transport(self) -> SymmetricTransport:
         """The transport, whose next call it changes."""
-        made: SymmetricTransport = self._fault.scene.transport  # type: ignore[assignment]
-        return made
+        made = self._fault.scene.transport
+        while isinstance(made, TransportAround):
+            made = made.inner
+        return cast("SymmetricTransport", made)
 
     def begin(self, stage: str, where: str, flaw: str) -> None:
         """Imitate `flaw` from now on, if `stage` is the one in which it happens."""

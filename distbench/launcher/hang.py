@@ -89,7 +89,7 @@ def _no_signal(
 ) -> LaunchFailure:
     first = min((at for at in running.values() if at.missing), key=lambda at: at.progress)
     limit = stage_limit(job.entries[first.case_index].case, first.stage_name)
-    told = f"sent no signal in {first.place}: devices of other ranks have waited {limit:.1f} s for it"
+    told = f"sent no signal in {first.place}: devices of other ranks gave up waiting, allowed are {limit:.1f} s"
     others = {rank: at for rank, at in running.items() if rank != silent and at.missing - 1 == silent}
     stacks = dump_stacks(job, running) | stacks_elsewhere()
     return _hang({silent}, others, told, stacks, first.case_index, first.stage_name)

@@ -110,7 +110,8 @@ def device_bytes(case: Case) -> int:
     triton = case.experts == "triton"
     weights = elements * (3 if triton and case.dispatch_dtype == "fp8" else 2)
     payload = case.hidden_size * (1 if case.dispatch_dtype == "fp8" else 2) + 8 * case.topk_slots
-    buffers = _transports(case) * case.capacity * (payload + case.hidden_size * 2)
+    returned = case.hidden_size * (4 if case.transport == "symmetric" else 2)  # which lays them out for peers
+    buffers = _transports(case) * case.capacity * (payload + returned)
     routes = case.topk_slots * (case.hidden_size + case.intermediate_size) * 2 if triton else 0
     cut = _least_cut(case) if case.graph else 0
     return weights + buffers + case.capacity * routes + cut * (routes + case.hidden_size * 2) + _CONTEXT_BYTES

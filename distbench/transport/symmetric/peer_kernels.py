@@ -28,9 +28,10 @@ COMBINE = tl.constexpr(1)
 
 @triton.jit
 def _ticks(polls, CLOCK: tl.constexpr):
-    """Time in nanoseconds where the device has a clock, else the number of polls."""
+    """Time in milliseconds where the device has a clock, else the number of polls."""
     if CLOCK:
-        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+        now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+        return now // 1_000_000
     return polls
 
 

@@ -31,9 +31,10 @@ _ROW_COLUMNS, _PART_COLUMNS = 8192, 1024
 _DISPATCH_WARPS, _COMBINE_WARPS = 8, 16
 # Programs that write rows, of which a processor runs several; one program a processor pulls them back.
 _WRITERS_PER_PROCESSOR = 4
-_NANOSECONDS = 1_000_000_000
-# Polls of an interpreted kernel in a second, about: it has no clock.
-_POLLS_PER_S = 100
+# Ticks in a second: milliseconds of NVIDIA's clock, elsewhere about as many polls as a kernel makes at most.
+_TICKS_PER_S = {"clock": 1_000, "polls": 1_000_000, "interpreted": 100}
+_MOST_TICKS = (1 << 31) - 1
+"""An int32 in all launches: see `utils/triton_launch.py`."""
 _FOR_EVER_S = 86_400.0
 # Share of a time limit after which a kernel gives up waiting, so that the rank that it waits for is known by then.
 _PATIENCE = 0.75
@@ -80,6 +81,7 @@ class SymmetricTransport(Transport):
         self._control = self._region(0, CONTROL_WORDS * 4).view(torch.int32)
         self._received, self._sources = self._buffers(like)
         self._returns = self._rows(self._plan.returns, self._columns, torch.bfloat16)
+        self._has_clock = session.device.type == "cuda" and torch.version.hip is None
         self._limits = {
             stage: self._ticks(_PATIENCE * patience(case, stage)) for stage in (Stage.DISPATCH, Stage.COMBINE)
         }
@@ -87,10 +89,11 @@ class SymmetricTransport(Transport):
             "RANK": self._rank,
             "RANKS": self._ranks,
             "LANES": _whole(self._ranks),
-            "CLOCK": int(session.device.type == "cuda" and torch.version.hip is None),
+            "CLOCK": int(self._has_clock),
         }
         self._processors = 1 if interpreted() else max(_processors(session.device) // session.ranks_per_device, 1)
         self._batch: _Batch | None = None
+        self._captured: list[_Batch] = []  # whose memory graphs use
         self._under_way = False
         self._arm = ""
         self._returning: tuple[Tensor, Tensor] | None = None
@@ -110,6 +113,8 @@ class SymmetricTransport(Transport):
         if known is None or any(one is not two for one, two in zip(batch, known.given, strict=True)):
             known = self._batch = self._prepared(batch)
         self._arm = self._session.heartbeat.arm
+        if self._session.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(known)
         with collective("dispatch of symmetric", batch.ids.get_device()):
             self._launch_dispatch(known, self.flaw)
         self._under_way = True
@@ -282,7 +287,8 @@ class SymmetricTransport(Transport):
         return received, self._rows(plan.sources, 1, torch.int32).view(-1)
 
     def _ticks(self, seconds: float) -> int:
-        return round(seconds * (_NANOSECONDS if self._session.device.type == "cuda" else _POLLS_PER_S))
+        unit = "interpreted" if interpreted() else "clock" if self._has_clock else "polls"
+        return min(round(seconds * _TICKS_PER_S[unit]), _MOST_TICKS)
 
     def _read_control(self, *numbers: int) -> list[int]:
         """Return control words, once the device is idle; stand still where it has given up waiting for a rank."""

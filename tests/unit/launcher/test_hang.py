@@ -162,4 +162,4 @@ def test_rank_whose_signal_a_device_has_waited_for_in_vain_is_blamed_at_once(tmp
     seen = {0: first, 1: late, 2: at("check", 0.1, step=4, arm="truncated")}
     verdict, ranks, message = told(find_hang(make_job(tmp_path), seen, ago(90)))
     assert (verdict, ranks) == (Verdict.HANG, [1])
-    assert message.startswith("rank 1 sent no signal in truncated/dispatch: devices of other ranks have waited")
+    assert message.startswith("rank 1 sent no signal in truncated/dispatch: devices of other ranks gave up waiting")
