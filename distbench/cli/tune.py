@@ -88,13 +88,14 @@ def _refuse_other_modes(table: Table, path: Path, stage2: str) -> None:
 
 
 def _fill(table: Table, shape: LayerShape, buckets: list[int], options: argparse.Namespace, path: Path) -> Table:
+    from distbench.experts.triton.cluster_products import is_hopper
     from distbench.experts.triton.table import encode_table
     from distbench.report.files import write_atomically
     from distbench.tools.tune.candidates import families
     from distbench.tools.tune.compilers import compile_all
     from distbench.tools.tune.tuner import Tuner
 
-    tried = {bucket: families(shape, bucket, options.stage2) for bucket in buckets}
+    tried = {bucket: families(shape, bucket, options.stage2, clusters=is_hopper()) for bucket in buckets}
     configs = (config for some in tried.values() for one in some for config in one.configs())
     with Meter("tune") as meter:
         note = partial(_note, meter)

@@ -8,6 +8,9 @@ launch hooks, which profilers set, see the first launch only.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +24,39 @@ _NO_HOOKS = None, None, None
 class _Compiled(NamedTuple):
     """Triton's arguments to the driver for a kernel, and the constants that follow the kernel's arguments."""
 
+    kernel: Any
     run: Any
     function: Any
     metadata: Any
     constants: tuple[object, ...]
 
 
+class Launch(NamedTuple):
+    """A launch that was made: its arguments without constants."""
+
+    compiled: _Compiled
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+
+    def repeat(self, stream: int, values: list[Any]) -> None:
+        """Launch again on a stream, with addresses for tensors."""
+        _, run, function, metadata, constants = self.compiled
+        run(*self.grid, stream, function, metadata, *_NO_HOOKS, *values, *constants)
+
+
 _COMPILED: dict[tuple[object, ...], _Compiled] = {}
+_LISTENING = threading.local()
+
+
+@contextmanager
+def listen() -> Iterator[list[Launch]]:
+    """Collect this thread's launches; interpreted ones are none."""
+    launches: list[Launch] = []
+    _LISTENING.launches = launches
+    try:
+        yield launches
+    finally:
+        _LISTENING.launches = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -49,15 +78,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     device = next(one for one in arguments if type(one) is Tensor).get_device()
     key = (id(kernel), device, *kinds, *constants.values())
     known = _COMPILED.get(key)
-    if known is not None:
-        stream = torch._C._cuda_getCurrentRawStream(device)  # noqa: SLF001 - the public way makes an object each time
-        values = *given, *known.constants
-        known.run(*(*grid, 1, 1)[:3], stream, known.function, known.metadata, *_NO_HOOKS, *values)
-        return
-    compiled = kernel[grid](*arguments, **constants)
-    if compiled is not None:
+    launched = Launch(known, (*grid, 1, 1)[:3], arguments) if known is not None else None
+    if launched is not None:
+        launched.repeat(current_stream(device), given)
+    else:
+        compiled = kernel[grid](*arguments, **constants)
+        if compiled is None:
+            return
         last = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        _COMPILED[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, last)
+        known = _Compiled(compiled, compiled.run, compiled.function, compiled.packed_metadata, last)
+        _COMPILED[key] = known
+        launched = Launch(known, (*grid, 1, 1)[:3], arguments)
+    heard = getattr(_LISTENING, "launches", None)
+    if heard is not None:
+        heard.append(launched)
+
+
+def current_stream(device: int) -> int:
+    """Return the handle of the device's current stream."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)  # noqa: SLF001 - the public way makes an object each time
+    return stream
 
 
 def _kind(argument: Any) -> tuple[object, ...] | None:

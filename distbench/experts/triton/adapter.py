@@ -51,6 +51,7 @@ class TritonExperts(Experts):
         _check_triton()
         self._selector = selector
         self._quantized = QuantizedWeights()
+        self._configs: dict[int, KernelConfig] = {}
 
     def selection(self, rows: int) -> KernelChoice:
         """See `Experts.selection`."""
@@ -66,7 +67,10 @@ class TritonExperts(Experts):
 
     def __call__(self, given: ExpertInput, weights: ExpertWeights) -> Tensor:
         """See `Experts.__call__`."""
-        return self.run(self._selector.config(given.rows), given, weights)
+        rows = given.rows
+        if rows not in self._configs:
+            self._configs[rows] = self._selector.config(rows)
+        return self.run(self._configs[rows], given, weights)
 
     def run(
         self, config: KernelConfig, given: ExpertInput, weights: ExpertWeights, dtype: torch.dtype = torch.bfloat16
@@ -76,6 +80,10 @@ class TritonExperts(Experts):
 
         narrow = given.scales is not None
         check_triton_shape(weights.w1.shape[2], weights.w2.shape[2], 1 if narrow else weights.w1.element_size())
+        if config.kernel == "cuda":
+            from distbench.experts.triton import cluster_products  # noqa: PLC0415 - for some kernels only
+
+            cluster_products.check(weights.w1.shape[2], weights.w2.shape[2], weights.w1.device)
         held = Weights(weights.w1, weights.w2, None, None, weights.mask)
         if narrow:
             held = Weights(*self.quantized(weights.w1, weights.w2), weights.mask)

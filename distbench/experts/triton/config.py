@@ -12,6 +12,12 @@ from distbench.experts.selection.kernel_names import Stage2Mode
 from distbench.experts.selection.releases import padded_rows
 
 Quant = Literal["bf16", "fp8"]
+KernelKind = Literal["triton", "cuda"]
+
+CLUSTER_PLACES = 224
+"""Places of a tile of cluster_products.cu."""
+CLUSTER_MULTIPLES = 256, 128
+"""What hidden and intermediate size must be multiples of for it."""
 
 
 class LayerShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +54,11 @@ class Tile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KernelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All kernels of one call. With `gather`, stage 1 reads rows in place rather than from a sorted copy."""
+    """All kernels of one call. With `gather`, stage 1 reads rows in place rather than from a sorted copy.
+
+    The products are computed by Triton kernels, or by cluster_products.cu. The latter splits block_m places of an
+    expert evenly between two blocks; of a tile it takes `stages`, and its other numbers are fixed.
+    """
 
     block_m: int
     gather: bool
@@ -56,16 +66,36 @@ class KernelConfig(msgspec.Struct, frozen=True, kw_only=True):
     stage2: Tile
     mode: Stage2Mode = "reduce"
     splits: int = 1
+    kernel: KernelKind = "triton"
 
     @property
     def name1(self) -> str:
         """Stage 1's name: all its compile-time parameters."""
-        return f"triton1_m{self.block_m}_{self.stage1}_{'gather' if self.gather else 'sorted'}_ks{self.splits}"
+        return f"{self.kernel}1_m{self.block_m}_{self.stage1}_{'gather' if self.gather else 'sorted'}_ks{self.splits}"
 
     @property
     def name2(self) -> str:
         """Stage 2's name, which ends in the way it sums a token's routes."""
-        return f"triton2_m{self.block_m}_{self.stage2}_{self.mode}"
+        return f"{self.kernel}2_m{self.block_m}_{self.stage2}_{self.mode}"
+
+
+def fits_clusters(shape: LayerShape) -> bool:
+    """Return whether cluster_products.cu can compute a layer."""
+    hidden, inter = CLUSTER_MULTIPLES
+    return shape.hidden_size % hidden == 0 and shape.intermediate_size % inter == 0
+
+
+def cluster_tiles(quant: Quant) -> tuple[Tile, Tile]:
+    """Return the tiles of cluster_products.cu, by 256 rows of weights of which gate and up have half each."""
+    k = 128 if quant == "fp8" else 64
+    first, second = (Tile(n=n, k=k, stages=4, warps=12, swap=True) for n in (128, 256))
+    return first, second
+
+
+def cluster_config(quant: Quant) -> KernelConfig:
+    """Return the choice of cluster_products.cu."""
+    first, second = cluster_tiles(quant)
+    return KernelConfig(block_m=CLUSTER_PLACES, gather=False, stage1=first, stage2=second, kernel="cuda")
 
 
 class TableRow(msgspec.Struct, frozen=True, kw_only=True):

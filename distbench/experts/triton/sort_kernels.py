@@ -120,26 +120,36 @@ def live_places(experts, LOCAL: tl.constexpr):
     return tl.load(experts + LOCAL - 1) + tl.load(experts + 2 * LOCAL - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pitch"])
 def permute_rows(
     hidden,
     scales,
+    topk_weight,
     order,
     experts,
     sorted_hidden,
     sorted_scales,
+    sorted_weight,
+    pitch,
     TOPK: tl.constexpr,
     LOCAL: tl.constexpr,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SCALES: tl.constexpr,
     SCALE_WIDTH: tl.constexpr,
+    CLUSTER: tl.constexpr,
 ):
-    """Copy the row of each local route to its place, with its block scales if any."""
+    """Copy the row of each local route to its place, with its block scales if any.
+
+    With CLUSTER as cluster_products.cu reads them: scales [blocks, pitch], and also the routing weights.
+    """
     places = live_places(experts, LOCAL)
     for place in range(tl.program_id(0), places, tl.num_programs(0)):
-        row = wide(tl.load(order + place) // TOPK)
+        route = tl.load(order + place)
+        row = wide(route // TOPK)
         target = wide(place)
+        if CLUSTER:
+            tl.store(sorted_weight + target, tl.load(topk_weight + route))
         for start in tl.static_range(0, H, BLOCK_H):
             column = start + tl.arange(0, BLOCK_H)
             values = tl.load(hidden + row * H + column, mask=column < H)
@@ -147,7 +157,10 @@ def permute_rows(
         if SCALES > 0:
             column = tl.arange(0, SCALE_WIDTH)
             values = tl.load(scales + row * SCALES + column, mask=column < SCALES)
-            tl.store(sorted_scales + target * SCALES + column, values, mask=column < SCALES)
+            if CLUSTER:
+                tl.store(sorted_scales + wide(column) * pitch + target, values, mask=column < SCALES)
+            else:
+                tl.store(sorted_scales + target * SCALES + column, values, mask=column < SCALES)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -9,12 +9,22 @@ from typing import NamedTuple
 import msgspec
 
 from distbench.experts.selection.kernel_names import Stage2Mode
-from distbench.experts.triton.config import KernelConfig, LayerShape, Tile
+from distbench.experts.triton.config import (
+    CLUSTER_PLACES,
+    KernelConfig,
+    KernelKind,
+    LayerShape,
+    Tile,
+    cluster_tiles,
+    fits_clusters,
+)
 
 _SHARED_BYTES = 227 << 10
 _BLOCK_BYTES = 1 << 10
 _FP8_K = 128
 _WGMMA_ROWS = 64
+# Routes of an expert; up to this many the weights are all that counts.
+_CLUSTER_ROUTES = 32
 
 # Columns, K, stages, warps, programs per multiprocessor.
 _Numbers = tuple[int, int, int, int, int]
@@ -81,6 +91,7 @@ class Family(NamedTuple):
     mode: Stage2Mode
     first: list[First]
     second: list[Tile]
+    kernel: KernelKind = "triton"
 
     def config(self, first: First, second: Tile) -> KernelConfig:
         """Return the complete choice."""
@@ -91,6 +102,7 @@ class Family(NamedTuple):
             stage2=second,
             mode=self.mode,
             splits=first.splits,
+            kernel=self.kernel,
         )
 
     def configs(self) -> Iterator[KernelConfig]:
@@ -99,11 +111,18 @@ class Family(NamedTuple):
             yield self.config(self.first[index % len(self.first)], self.second[index % len(self.second)])
 
 
-def families(shape: LayerShape, bucket: int, mode: Stage2Mode = "reduce") -> list[Family]:
-    """Return the candidates of a bucket, by the routes of an expert under uniform load."""
+def families(shape: LayerShape, bucket: int, mode: Stage2Mode = "reduce", *, clusters: bool = False) -> list[Family]:
+    """Return the candidates of a bucket, by the routes of an expert under uniform load.
+
+    With `clusters`, the kernels in CUDA C++ are among them for many routes, as far as `mode` and `shape` allow.
+    """
     routes = bucket * shape.topk / shape.num_experts
     sizes = next((sizes for most, sizes in _TILE_ROWS if routes <= most), ())
-    return [_family(size, shape, routes, mode) for size in sizes]
+    found = [_family(size, shape, routes, mode) for size in sizes]
+    if clusters and mode == "reduce" and routes > _CLUSTER_ROUTES and fits_clusters(shape):
+        first, second = cluster_tiles(shape.quant)
+        found.append(Family(CLUSTER_PLACES, mode, [First(first, gather=False)], [second], "cuda"))
+    return found
 
 
 def _family(block_m: int, shape: LayerShape, routes: float, mode: Stage2Mode) -> Family:

@@ -15,7 +15,7 @@ from torch import Tensor
 from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.experts.triton.adapter import TritonExperts
 from distbench.experts.triton.config import ConfigSelector, KernelConfig, LayerShape, Tile
-from distbench.experts.triton.launch import Weights, sort
+from distbench.experts.triton.launch import Weights, sort, sorted_copy
 from distbench.workload.batch import TokenBatch
 from distbench.workload.exact_plan import plan_exact
 from distbench.workload.inputs import make_workload
@@ -66,6 +66,7 @@ def main() -> None:
     with mock.patch.object(np, "matmul", product_in_order):
         found["bits at any place"] = bits_at_any_place(local)
     found["sort"] = sorts()
+    found["copies by place"] = copies()
     json.dump(found, sys.stdout)
 
 
@@ -190,6 +191,30 @@ def sorts() -> bool:
         and table[1, :4].tolist() == counts.tolist()
         and table[0, :4].tolist() == (counts.cumsum(0) - counts).tolist()
         and placed.tiles[: tiles.numel() + 1].tolist() == [tiles.numel(), *tiles.tolist()]
+    )
+
+
+def copies() -> bool:
+    """Return whether rows, scales and weights stand in the order of places, as cluster_products.cu reads them."""
+    generator, rows = torch.Generator().manual_seed(2), 50
+    ids = torch.randint(0, SHAPE.num_experts, (rows, 2), generator=generator, dtype=torch.int32)
+    mask = (torch.arange(SHAPE.num_experts) < 4).int()
+    scales, routing = torch.rand(rows, 2, generator=generator), torch.rand(rows, 2, generator=generator)
+    hidden = torch.rand(rows, 256, generator=generator).half()
+    given = ExpertInput(hidden, scales, routing, ids, torch.tensor([rows], dtype=torch.int32))
+    placed = sort(given, Weights(torch.empty(4, 1, 1), torch.empty(0), None, None, mask), 32)
+    order = placed.order[: int((ids < 4).sum())].long()
+    copied, turned, weights = sorted_copy(given, placed, 4, cluster=True)
+    plain = sorted_copy(given, placed, 4)
+    assert turned is not None
+    assert plain[1] is not None
+    assert weights is not None
+    return (
+        torch.equal(copied[: order.numel()], hidden[order // 2])
+        and torch.equal(turned.T[: order.numel()], scales[order // 2])
+        and torch.equal(weights[: order.numel()], routing.flatten()[order])
+        and torch.equal(plain[0][: order.numel()], hidden[order // 2])
+        and torch.equal(plain[1][: order.numel()], scales[order // 2])
     )
 
 

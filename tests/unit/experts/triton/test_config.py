@@ -21,6 +21,7 @@ from distbench.experts.triton.config import (
     ConfigSelector,
     KernelConfig,
     LayerShape,
+    Quant,
     TableRow,
     Tile,
     heuristic,
@@ -68,6 +69,7 @@ def written(path: Path, table: Table) -> str:
         {"gather": False},
         {"splits": 2},
         {"mode": "atomic"},
+        {"kernel": "cuda"},
         {"stage1": msgspec.structs.replace(TILE, n=64)},
         {"stage1": msgspec.structs.replace(TILE, flatten=True)},
         {"stage2": msgspec.structs.replace(TILE, swap=True)},
@@ -146,6 +148,27 @@ def test_heuristic_and_tuning_configs_fit_into_shared_memory(model: str, quant: 
                 shared = (matrices * tile.n + config.block_m) * tile.k * size * tile.stages
                 assert shared * tile.programs <= SHARED_BYTES
                 assert quant == "bf16" or (tile.k == 128 and tile.n <= 128)
+
+
+@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
+def test_kernels_in_cuda_are_candidates_for_many_routes_of_layers_that_they_fit(model: str, quant: Quant) -> None:
+    preset = PRESETS[model]
+    num_experts = preset.experts_for(8)
+    shape = LayerShape(
+        num_experts=num_experts,
+        num_local_experts=num_experts // 8,
+        hidden_size=preset.hidden_size,
+        intermediate_size=preset.intermediate_size,
+        topk=preset.topk,
+        quant=quant,
+    )
+    fits = preset.hidden_size % 256 == 0 and preset.intermediate_size % 128 == 0
+    for bucket, many in ((1, False), (32768, True)):
+        tried = [family for family in families(shape, bucket, clusters=True) if family.kernel == "cuda"]
+        assert [config.kernel for family in tried for config in family.configs()] == ["cuda"] * (fits and many)
+    assert all(family.kernel == "triton" for family in families(shape, 32768))
+    assert all(family.kernel == "triton" for family in families(shape, 32768, "atomic", clusters=True))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from distbench.experts.triton.adapter import TritonExperts
-from distbench.experts.triton.config import ConfigSelector, LayerShape, heuristic
+from distbench.experts.triton.cluster_products import is_hopper
+from distbench.experts.triton.config import ConfigSelector, LayerShape, Quant, cluster_config, heuristic
 from distbench.tools.tune.trial import TunedLayer, make_layer, run
 from distbench.workload.batch import TokenBatch
 
@@ -72,6 +73,39 @@ def test_split_and_atomic_kernels_give_the_bits_of_the_oracle(
     config = msgspec.structs.replace(heuristic(shape, 40), mode=mode, splits=splits)
     output = run(experts(shape), layer.local, batch, number(40), config)
     assert torch.equal(bits(output), bits(expected))
+
+
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
+@pytest.mark.parametrize("shape", [TINY, LITE], ids=["tiny", "lite"])
+def test_kernels_in_cuda_give_the_bits_of_the_oracle_and_of_any_place(shape: LayerShape, quant: Quant) -> None:
+    if not is_hopper():
+        pytest.skip("the kernels in CUDA C++ are for Hopper")
+    shape = msgspec.structs.replace(shape, quant=quant)
+    config, layer = cluster_config(quant), make_layer(shape, "exact")
+    for live, rows in ((0, 8), (1, 1), (40, 64), (300, 512), (1500, 1500), (6000, 8192)):
+        batch = layer.received(live)
+        output = run(experts(shape), layer.local, padded(batch, rows), number(live), config)
+        expected = layer.workload.expected_rows(0, batch)
+        assert expected is not None
+        assert torch.equal(bits(output[:live]), bits(expected)), (live, rows)
+    layer = make_layer(shape, "gaussian")
+    batch = layer.received(3000)
+    whole = run(experts(shape), layer.local, batch, number(3000), config)
+    order = torch.randperm(3000, device="cuda")[:1000]
+    part = TokenBatch(*(None if one is None else one[order] for one in batch))  # type: ignore[arg-type]
+    output = run(experts(shape), layer.local, part, number(1000), config)
+    assert torch.equal(bits(output), bits(whole[order]))
+    assert not whole.isnan().any()
+
+
+def test_recorded_call_gives_the_bits_of_the_first_with_other_rows() -> None:
+    layer, one = make_layer(LITE, "exact"), experts(LITE)
+    for batch in (layer.received(64), _other_rows(layer), layer.received(64)):
+        rows = TokenBatch(*(None if part is None else part[:64].clone() for part in batch))  # type: ignore[arg-type]
+        expected = layer.workload.expected_rows(0, rows)
+        assert expected is not None
+        kept = [run(one, layer.local, rows, number(64)) for _ in range(3)]
+        assert all(torch.equal(bits(output), bits(expected)) for output in kept)
 
 
 def test_changed_weight_changes_the_bits() -> None:

@@ -21,6 +21,7 @@ FOUND = (
     "ids of no rank",
     "bits at any place",
     "sort",
+    "copies by place",
 )
 
 

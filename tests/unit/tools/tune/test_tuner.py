@@ -125,6 +125,7 @@ class FakeTuner:
 def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake H0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(compilers, "compile_all", lambda *_: None)
     monkeypatch.setattr(tuner, "Tuner", FakeTuner)
     monkeypatch.setattr(FakeTuner, "stop", 0)
