@@ -34,7 +34,7 @@ class _Kernels:
         """The transport, whose next call it changes."""
         made = self._fault.scene.transport
         while isinstance(made, TransportAround):
-            made = made.inner
+            made = made._inner  # noqa: SLF001 - a plugin may have other uses for a public name
         return cast("SymmetricTransport", made)
 
     def begin(self, stage: str, where: str, flaw: str) -> None:

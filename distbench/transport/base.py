@@ -166,11 +166,6 @@ class TransportAround(Transport):
         self.facts, self.local_slots = inner.facts, inner.local_slots
         self._inner = inner
 
-    @property
-    def inner(self) -> Transport:
-        """The transport inside."""
-        return self._inner
-
     def dispatch_send(self, batch: TokenBatch) -> None:
         """See `Transport.dispatch_send`."""
         self._inner.dispatch_send(batch)
