@@ -24,7 +24,7 @@ from distbench.pipeline.layer import run_layer
 from distbench.pipeline.observer import Observer
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.replays import compared
-from distbench.verify.records import LayerGraph
+from distbench.verify.records import ORACLE, Divergence, LayerGraph, Replay
 from distbench.verify.row_compare import integer_view
 from distbench.workload.batch import TokenBatch
 from distbench.workload.routing import recv_counts
@@ -63,7 +63,8 @@ def _of_arm(session: Session, parts: Parts, arm: str, cut: Cut, observer: Observ
     layer = _layer(parts, held, cut)
     graph = _captured(layer)
     kept = observer.kernels[arm]["rows"]
-    replays, skipped = [], 0
+    replays: list[Replay] = []
+    skipped = 0
     for scene in _scenes(session.rank, parts):
         session.heartbeat.mark(Stage.TIMING)
         sent = recv_counts(scene.batch.ids, parts.workload.experts_per_rank, parts.workload.group.ep_size)
@@ -74,13 +75,20 @@ def _of_arm(session: Session, parts: Parts, arm: str, cut: Cut, observer: Observ
         graph.graph.replay()
         tokens = graph.output.clone()
         expected = parts.workload.expected(scene.batch)
+        against = "the eager layer" if expected is None else ORACLE
         found = compared(tokens, layer() if expected is None else expected, observer.replay_tolerance(arm))
-        observer.take_layer_replay(arm, scene.name, found)
+        if found.wrong and not any(one.wrong for one in replays):
+            observer.take_divergence(_divergence(session.rank, arm, scene.name, against, found.wrong))
         replays.append(found)
     _fill(held, parts.batch)
     host_us, device_us = _times(session, graph)
     session.heartbeat.arm = ""
     return LayerGraph(arm=arm, replays=replays, skipped=skipped, host_us=host_us, device_us=device_us)
+
+
+def _divergence(rank: int, arm: str, name: str, against: str, tokens: int) -> Divergence:
+    field = f"tokens of a replay of the layer's graph ({name})"
+    return Divergence(stage=Stage.COMBINE, arm=arm, rank=rank, field=field, against=against, rows=tokens)
 
 
 def _layer(parts: Parts, batch: TokenBatch, cut: Cut) -> partial[Tensor]:

@@ -51,9 +51,6 @@ if TYPE_CHECKING:
     from distbench.callers.base import Call
 
 
-_LAYER_REPLAY = "tokens of a replay of the layer's graph"
-
-
 class Measured(NamedTuple):
     """What was measured beside the outputs: see the fields of `Observation`."""
 
@@ -198,35 +195,13 @@ class Observer:
             return 0.0
         return self.between(arm, Stage.EXPERTS) or tolerance(self._resolved.case)
 
-    def take_replays(self, arm: str, replays: list[Replay]) -> None:
-        """Record the first replay of the arm's graph that has wrong rows."""
-        wrong = next((replay for replay in replays if replay.wrong), None)
-        if wrong is not None:
-            self._divergences.append(
-                Divergence(
-                    stage=Stage.EXPERTS,
-                    arm=arm,
-                    rank=self._session.rank,
-                    field=f"rows of a graph replay with {wrong.live} other live rows",
-                    against="eager experts" if self._expected is None else ORACLE,
-                    rows=wrong.wrong,
-                )
-            )
+    @property
+    def replayed_against(self) -> str:
+        """What replays of a graph are compared with: the oracle, or the same without a graph."""
+        return "eager experts" if self._expected is None else ORACLE
 
-    def take_layer_replay(self, arm: str, name: str, replay: Replay) -> None:
-        """Record a replay of the layer's graph that has wrong tokens, the first of an arm."""
-        known = any(one.arm == arm and one.field.startswith(_LAYER_REPLAY) for one in self._divergences)
-        if not replay.wrong or known:
-            return
-        against = "the eager layer" if self._expected is None else ORACLE
-        found = Divergence(
-            stage=Stage.COMBINE,
-            arm=arm,
-            rank=self._session.rank,
-            field=f"{_LAYER_REPLAY} ({name})",
-            against=against,
-            rows=replay.wrong,
-        )
+    def take_divergence(self, found: Divergence) -> None:
+        """Record a divergence that was found beside the checked passes."""
         self._divergences.append(found)
 
     def observation(self, made: Outputs, measured: Measured, *, mapped: bool) -> Observation:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distbench.case.stages import Stage
 from distbench.experts.base import ExpertInput, ExpertWeights
 from distbench.pipeline.graphs import GraphedExperts
 from distbench.pipeline.observer import Observer
 from distbench.pipeline.parts import Parts
-from distbench.verify.records import Replay
+from distbench.verify.records import Divergence, Replay
 from distbench.verify.row_compare import differing, integer_view, row_errors
 from distbench.workload.inputs import Workload
 
@@ -25,7 +26,13 @@ def replay_graph(parts: Parts, rank: int, observer: Observer) -> list[Replay]:
     arm = list(observer.outputs)[-1]
     allowed = observer.replay_tolerance(arm)
     replays = replay_others(graphed, given, parts.weights, parts.workload, rank, allowed)
-    observer.take_replays(arm, replays)
+    wrong = next((replay for replay in replays if replay.wrong), None)
+    if wrong is not None:
+        field = f"rows of a graph replay with {wrong.live} other live rows"
+        place = Divergence(
+            stage=Stage.EXPERTS, arm=arm, rank=rank, field=field, against=observer.replayed_against, rows=wrong.wrong
+        )
+        observer.take_divergence(place)
     return replays
 
 
