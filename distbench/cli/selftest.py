@@ -43,7 +43,12 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--clean", type=whole(0), metavar="CASES", help=f"random cases without a fault (default: {_CLEAN})"
     )
-    command.add_argument("--faults", metavar="TEXT,…", default="", help="only faults with one of these in their names")
+    command.add_argument(
+        "--faults",
+        metavar="TEXT,…",
+        default="",
+        help="only faults with one of these in their names; also faults of plugins, by their whole names",
+    )
     command.add_argument("--resume", action="store_true", help="keep the results of an interrupted run")
     output_of(command).add_argument(
         "--markdown", metavar="PATH", default="", help="write the table there, like docs/selftest.md"
@@ -54,6 +59,7 @@ def add(commands: Any) -> None:
 
 def _selftest(options: argparse.Namespace) -> int:
     print_step("selftest: planning the cases")  # what follows loads torch
+    from distbench.case.injection import is_brought
     from distbench.cli.launching import run_corpus
     from distbench.faults.injector import FAULTS
     from distbench.report.files import write_atomically
@@ -68,14 +74,16 @@ def _selftest(options: argparse.Namespace) -> int:
         return 0
     ranks = _RANKS if options.nproc is None else options.nproc
     seeds, clean = _counts(options, ranks)
-    every = plan(ranks, seeds, clean, case_flags(options))
+    brought = [name for name in map(str.strip, options.faults.split(",")) if is_brought(name)]
+    every = plan(ranks, seeds, clean, case_flags(options), brought)
     asked = _chosen(every, options.faults)
     entries = [one.entry for one in asked.trials]
     out = Path(options.out)
 
     def forget() -> None:
         keep = refuse_others if options.resume else replace_results
-        keep(out, SUITE, lambda name: re.split("[: ]", name)[0] in {*FAULTS, CLEAN})
+        own = {*FAULTS, CLEAN}
+        keep(out, SUITE, lambda name: re.split("[: ]", name)[0] in own or name.split(" ")[0] in brought)
 
     run_corpus(entries, options, forget, [options.markdown])
     found = outcomes(asked, out)

@@ -12,7 +12,7 @@ import msgspec
 from distbench.case.entry import Entry
 from distbench.case.expectations import is_met
 from distbench.case.identity import case_hash, case_values
-from distbench.case.injection import Injection, parse_inject
+from distbench.case.injection import Injection, is_brought, parse_inject
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
 from distbench.experts.coverage import blind_spots_of
@@ -160,14 +160,15 @@ def _injected_one(place: int, one: Injection, records: list[Observation]) -> Inj
     for record in records:
         counted[str(record.rank)] += record.injected.get(str(place), 0)
     hits = {rank: count for rank, count in counted.items() if count}
-    needs = ""
-    if records and not hits:
-        from distbench.faults.injector import fault_kind  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
+    needs, stage = "", ""
+    if records and (not hits or is_brought(one.name)):
+        from distbench.faults.injector import fault_kind, is_plugin  # noqa: PLC0415 - nothing of it is loaded where no fault is asked for
 
-        needs = fault_kind(one).wanted(one)
+        kind = fault_kind(one)
+        needs, stage = "" if hits else kind.wanted(one), str(kind.stage) if is_plugin(one) else ""
     said = [rules for record in records if (rules := record.accepted.get(str(place)))]
     accepted = {rule: all(rules[rule] for rules in said) for rule in (said[0] if said else ())}
-    return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs, accepted=accepted)
+    return InjectedReport(name=one.name, options=one.options, hits=hits, needs=needs, accepted=accepted, stage=stage)
 
 
 def _caller(records: list[Observation]) -> CallerReport | msgspec.UnsetType:

@@ -98,7 +98,8 @@ class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
     """A requested fault: its name, options, and its hits (times that it changed something) by rank.
 
     `needs` is the precondition of a hit, where there was none. `accepted` holds, for a mutant in the truncated arm and
-    gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md).
+    gaussian inputs, whether public acceptance rules accept the tokens of all ranks (docs/mutants.md). `stage` is that
+    which a plugin's fault states.
     """
 
     name: str
@@ -106,6 +107,7 @@ class InjectedReport(msgspec.Struct, frozen=True, kw_only=True):
     hits: dict[str, int]
     needs: str = ""
     accepted: dict[str, bool] = {}
+    stage: str = ""
 
 
 class CallerReport(msgspec.Struct, frozen=True, kw_only=True):

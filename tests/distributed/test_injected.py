@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from distbench.case.entry import Entry
@@ -13,7 +14,7 @@ from distbench.report.console import verdict_line
 from distbench.report.document import build_report
 from distbench.report.environment import capture_environment
 from distbench.report.schema import Report
-from distbench.tools.selftest.cases import DEAD, FaultTrial, trials
+from distbench.tools.selftest.cases import DEAD, FaultTrial, plan, trials
 from distbench.tools.selftest.outcomes import result_of
 from distbench.verify.records import Outcome
 from tests.cases import tiny_case
@@ -51,6 +52,16 @@ def test_injected_fault_is_caught_with_its_stage_and_rank_and_reported(label: st
     assert result.right, (result, report.diagnosis)
     assert not result.healthy_blamed
     assert "INJECTED FAULT" in verdict_line(report)
+
+
+def test_fault_of_a_plugin_is_judged_by_the_stage_that_its_class_states() -> None:
+    name = "tests.brought_plugins:Doubled"
+    (trial,) = [one for one in plan(RANKS, 1, 0, brought=[name]).trials if one.label == name]
+    report = report_of(trial)
+    assert report.injected[0].stage == "combine"
+    assert result_of(trial, report).right
+    elsewhere = [msgspec.structs.replace(report.injected[0], stage="dispatch")]
+    assert not result_of(trial, msgspec.structs.replace(report, injected=elsewhere)).right
 
 
 @pytest.mark.parametrize("number", range(8))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from distbench.case.entry import Entry
-from distbench.case.resolve import Layer, resolve_case
+from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.case.stages import FAULT_ARMS, Arm, Stage
 from distbench.errors import InvalidCase, Unsupported, Verdict
@@ -111,8 +111,10 @@ class FaultPlan(msgspec.Struct, frozen=True):
     impossible: dict[str, str]
 
 
-def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> FaultPlan:
+def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = (), brought: Sequence[str] = ()) -> FaultPlan:
     """Trials of a self-test; `asked` has keys for all cases, overridden only by keys that a fault needs.
+
+    `brought` are faults of plugins, which ranks alone load: see `_Maker.brought`.
 
     Raises:
         InvalidCase: no case can be made with those keys.
@@ -121,6 +123,7 @@ def plan(ranks: int, seeds: int, clean: int, asked: Sequence[Layer] = ()) -> Fau
     """
     maker = _Maker(ranks, asked)
     faulty, impossible = _possible_ones(maker, seeds)
+    faulty += [maker.brought(name, seed) for name in brought for seed in range(seeds)]
     deadly = [trial for trial in faulty if trial.deadly]
     cleans = [maker.clean(seed) for seed in range(clean)]
     return FaultPlan([*cleans, *(trial for trial in faulty if not trial.deadly), *deadly], impossible)
@@ -242,6 +245,25 @@ class _Maker:
             guard=guard.stage if guard is not None else "",
         )
 
+    def brought(self, name: str, seed: int) -> FaultTrial:
+        """A plugin's fault on a random rank in the padded arm, where any damage is a wrong baseline.
+
+        Its stage is what the report says that it states.
+        """
+        chance = random.Random(f"{name}/{seed}")  # noqa: S311 - a choice of cases, no secret
+        rank, verdict = chance.randrange(self.ranks), Verdict.BASELINE_WRONG.value
+        keys = {"inject": f"{name}:rank={rank},arm={Arm.PADDED}"}
+        case = resolve_case(
+            [Layer(FLAGS, keys), *self._asked, Layer("selftest", self._random_keys(chance))], self.ranks
+        )
+        return FaultTrial(
+            label=name,
+            entry=self._entry_of(case.case, f"{name} #{seed}", "fault", verdict),
+            verdict=verdict,
+            ranks=(rank,),
+            bug="a fault of a plugin",
+        )
+
     def together(self, first: str, second: str, seed: int) -> FaultTrial:
         """Two faults on two ranks."""
         chance = random.Random(f"{first}+{second}/{seed}")  # noqa: S311 - a choice of cases, no secret
@@ -296,7 +318,9 @@ class _Maker:
         return keys if self._takes_fp8 else keys | {"dispatch_dtype": "bf16"}
 
     def _entry(self, name: str, needed: Keys, keys: Keys, tag: str, expect: str) -> Entry:
-        case = self._case(needed, keys)
+        return self._entry_of(self._case(needed, keys), name, tag, expect)
+
+    def _entry_of(self, case: Case, name: str, tag: str, expect: str) -> Entry:
         check_case(case)
         return Entry(name=name, case=case, sources={}, suite=SUITE, tags=(tag,), expect=expect)
 

@@ -119,7 +119,8 @@ def result_of(trial: FaultTrial, report: Report) -> TrialResult:
     hits = {int(rank) for one in report.injected for rank in one.hits}
     died = report.verdict.value in DEAD
     named = _lost_ranks(report) if died else _diagnosed(report)
-    expected = [(trial.verdict, trial.stage), *([(DEAD[1], trial.guard)] if trial.guard else [])]
+    stage = trial.stage or next((one.stage for one in report.injected if one.stage), "")
+    expected = [(trial.verdict, stage), *([(DEAD[1], trial.guard)] if trial.guard else [])]
     good = report.verdict.value == trial.verdict == Verdict.PASS.value
     guilty = set(trial.ranks) or hits
     return TrialResult(
