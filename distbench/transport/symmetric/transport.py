@@ -106,6 +106,8 @@ class SymmetricTransport(Transport):
             "devices": "shared" if session.shares_devices else "own",
         }
         self.forget()
+        if not interpreted():
+            self._warm_up(like)
 
     def dispatch_send(self, batch: TokenBatch) -> None:
         """See `Transport.dispatch_send`; the kernel also waits for the rows of all ranks."""
@@ -228,6 +230,14 @@ class SymmetricTransport(Transport):
         """See `Transport.close`: no peer uses this memory any more."""
         self._wait_for_all()
         del self._received, self._sources, self._returns, self._control, self._mapped
+
+    def _warm_up(self, like: TokenBatch) -> None:
+        """Compile both kernels by a call with the tokens `like`, in which ranks wait as long as compilation takes."""
+        limits, self._limits = self._limits, dict.fromkeys(self._limits, _MOST_TICKS)
+        self.dispatch(like)
+        self.combine(self._returns, like.ids)
+        self.forget()
+        self._limits = limits
 
     def _launch_dispatch(self, batch: _Batch, flaw: str) -> None:
         from distbench.transport.symmetric import peer_kernels  # noqa: PLC0415 - loads Triton
