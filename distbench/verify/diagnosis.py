@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from distbench.case.stages import ARMS, LAYER_STAGES, SUB_BATCHES, Arm, Stage
 from distbench.verify.dispatch_blame import Root, dispatch_roots
-from distbench.verify.excuses import Part, is_noise
+from distbench.verify.excuses import Part, any_outside, is_noise
 from distbench.verify.records import (
     ANOTHER_ROW,
     LISTED_TOKENS,
@@ -65,7 +65,7 @@ def _roots(part: Part) -> list[Root]:
     """Return the damage that no earlier damage explains, over all arms; each stage and rank occurs once.
 
     Different bits from a kernel that does not repeat its bits, or from another kernel, count only where there is no
-    damage; they do not replace proven damage at the same place.
+    damage and no error outside its ideal; they do not replace proven damage at the same place.
     """
     resolved, gathered = part
     roots: dict[tuple[str, bool, tuple[int, ...]], Root] = {}
@@ -78,7 +78,8 @@ def _roots(part: Part) -> list[Root]:
             key = (root.found.stage, root.sent, tuple(root.ranks or root.candidates))
             if key not in roots or _weight(part, root) > _weight(part, roots[key]):
                 roots[key] = root
-    found = [root for root in roots.values() if not is_noise(part, root.found)] or list(roots.values())
+    noise = [] if any_outside(part) else list(roots.values())
+    found = [root for root in roots.values() if not is_noise(part, root.found)] or noise
     return sorted(found, key=lambda root: LAYER_STAGES.index(root.found.stage))
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from distbench.case.spec import Case
-from distbench.case.stages import CUT_ARMS, LAYER_STAGES, Arm
+from distbench.case.stages import CUT_ARMS, LAYER_STAGES, Arm, Stage
 from distbench.experts.selection.choice import KernelChoice
 from distbench.verify.records import Divergence, Gathered, Observation, Reason, ResolvedCase
 from distbench.verify.tolerances import FP8_TOLERANCE, TOLERANCE
@@ -142,13 +142,31 @@ def excuse(part: Part, arm: str) -> Excuse:
 
 
 def is_noise(part: Part, found: Divergence) -> bool:
-    """Whether a divergence is other bits of expert rows, within the arm's ideal, that the rank's kernel explains."""
+    """Whether a divergence is other bits of expert rows that the rank's kernel explains.
+
+    Both sides must be within their ideal: the arm's rows, and the padded ones that they are compared with. Errors of an
+    arm whose rows arrived damaged say nothing of its experts: there the tolerance decides.
+    """
     record = next(record for record in part.records if record.rank == found.rank)
-    measured = [one for one in record.errors if (one.arm, one.stage) == (found.arm, found.stage)]
-    outside = any(not one.within and (found.far or not one.nan_rows) for one in measured)  # a NaN counts if far
-    if found.proven or (outside if part.measured else found.far):
+    if found.proven or _is_outside(part, record, found):
         return False
     return bool(_of_the_kernel(part, found.arm, [record]))
+
+
+def _is_outside(part: Part, record: Observation, found: Divergence) -> bool:
+    """Whether the two sides of a divergence of expert rows are further apart than the rounding of a kernel."""
+    if not part.measured:
+        return found.far > 0
+    damaged = {one.arm for one in record.divergences if one.stage == Stage.DISPATCH}
+    compared = {found.arm, Arm.PADDED}
+    measured = [one for one in record.errors if one.stage == found.stage and one.arm in compared - damaged]
+    outside = any(not one.within and (found.far or not one.nan_rows) for one in measured)  # a NaN counts if far
+    return outside or bool(found.far and not compared.isdisjoint(damaged))
+
+
+def any_outside(part: Part) -> bool:
+    """Whether a measured error of any arm is outside its ideal on any rank: noise does not explain such a case."""
+    return any(not error.within for record in part.records for error in record.errors)
 
 
 def _of_the_kernel(part: Part, arm: str, records: Sequence[Observation]) -> Excuse:

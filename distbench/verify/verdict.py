@@ -6,7 +6,7 @@ import msgspec
 
 from distbench.case.kinds import inputs_of, with_inputs
 from distbench.errors import Verdict
-from distbench.verify.excuses import Part, in_order, is_noise
+from distbench.verify.excuses import Part, any_outside, in_order, is_noise
 from distbench.verify.records import Divergence, Finding, Gathered, Judgement, Reason, ResolvedCase
 from distbench.verify.rules import RULES, limit_notes, notes, under_limit
 
@@ -53,7 +53,9 @@ def part_of(parts: list[Part], findings: list[Finding]) -> Part:
 def first_divergence(part: Part) -> Divergence | None:
     """The first wrong stage of the first wrong arm, on the first rank where it is wrong.
 
-    Divergences that a kernel's rounding explains come after unexplained ones.
+    Divergences that a kernel's rounding explains come after unexplained ones, and are none where an error is outside
+    its ideal, which they do not explain.
     """
     found = in_order(one for record in part.records for one in record.divergences)
-    return next((one for one in found if not is_noise(part, one)), found[0] if found else None)
+    noise = found[0] if found and not any_outside(part) else None
+    return next((one for one in found if not is_noise(part, one)), noise)

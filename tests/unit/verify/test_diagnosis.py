@@ -12,6 +12,7 @@ from distbench.verify.records import (
     ORACLE,
     RETURNED,
     SEVERAL,
+    ArmError,
     Diagnosis,
     Evidence,
     Gathered,
@@ -161,6 +162,30 @@ def test_errors_outside_their_bounds_in_all_arms_alike_blame_the_rank_of_the_row
     (found,) = causes(asked(**GAUSSIAN), gathered(asked(**GAUSSIAN), {"errors": [tokens]}, {"errors": [tokens]}))
     assert (found.stage, found.ranks) == ("combine", [])
     assert "which rank is not known" in found.evidence
+
+
+def rows_within(*outside: str) -> list[ArmError]:
+    """Errors of the expert rows of all arms on one rank."""
+    return [arm_error(arm, within=arm not in outside, stage="experts") for arm in ARMS]
+
+
+def test_right_rows_that_differ_from_wrong_padded_ones_are_no_rounding_difference() -> None:
+    """Beside another rank's rounding, and without it where the wrong rows are the same in all arms."""
+    noise = {"divergences": [divergence("control", against=Arm.PADDED, rank=0)], "errors": rows_within()}
+    wrong = {"divergences": [divergence("control", against=Arm.PADDED)], "errors": rows_within("padded")}
+    assert told(asked(**GAUSSIAN), noise, wrong) == [("experts", [1], "likely")]
+    everywhere = {"errors": rows_within(*ARMS)}
+    assert told(asked(**GAUSSIAN), noise, everywhere) == [("experts", [1], "likely")]
+
+
+def test_errors_of_rows_that_arrived_damaged_blame_no_experts_unless_other_rows_are_far() -> None:
+    rounded = [divergence("control", against=Arm.PADDED, rank=0)]
+    noise: dict[str, Any] = {"divergences": rounded, "errors": rows_within("padded")}
+    arrived = divergence("padded", "dispatch", "source", rank=0)
+    near = noise | {"divergences": [*rounded, arrived]}
+    assert [stage for stage, *_ in told(asked(**GAUSSIAN), near)] == ["dispatch"]
+    far = noise | {"divergences": [divergence("control", against=Arm.PADDED, rank=0, far=4), arrived]}
+    assert "experts" in [stage for stage, *_ in told(asked(**GAUSSIAN), far)]
 
 
 def test_rounding_difference_is_diagnosed_if_nothing_else_is_wrong() -> None:
