@@ -90,15 +90,17 @@ def test_slots_that_a_transport_does_not_move_are_not_damage(tmp_path: Path) -> 
     assert analysis.confirms(outcome.judgement.verdict, [found.cause for found in outcome.diagnosis])
 
 
+def negated(batch: TokenBatch) -> TokenBatch:
+    return batch._replace(hidden=-batch.hidden)
+
+
 def test_tokens_that_no_rank_saw_change_are_of_other_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_bundle(tmp_path, run_with_fault, tiny_case(), "combine", next(iter(FAULTS["combine"])), "padded", RANK)
-    own = Workload.tokens
-
-    def others(workload: Workload, rank: int, numbers: torch.Tensor) -> TokenBatch:
-        batch = own(workload, rank, numbers)
-        return batch._replace(hidden=-batch.hidden)
-
-    monkeypatch.setattr(Workload, "tokens", others)
+    tokens, token_rows = Workload.tokens, Workload.token_rows
+    monkeypatch.setattr(Workload, "tokens", lambda *given: negated(tokens(*given)))
+    assert analyse(open_bundle(tmp_path)).trusted, "what was received is generated here, and what was sent is not"
+    monkeypatch.setattr(Workload, "tokens", tokens)
+    monkeypatch.setattr(Workload, "token_rows", lambda *given: negated(token_rows(*given)))
     assert not analyse(open_bundle(tmp_path)).trusted
 
 

@@ -107,17 +107,26 @@ def analyse(bundle: Bundle) -> Analysis:
             findings += _arms(part.rank, recorded.arms, references, sums, slots)
     if gathered is not None and not missing:
         findings += _summed(case, recorded_order(gathered.observations[0].transport), sums)
-    findings += _overwritten(kept) if gathered is not None and _saw_other_rows(gathered) else kept
+    findings += _overwritten(kept) if gathered is not None and _made_the_same(gathered, findings) else kept
     if any(found.stage == INPUTS and found.wrong for found in findings):
         findings = [found for found in findings if found.stage in _WITHOUT_INPUTS]
         return _judged(bundle, findings, list(missing.values()), confirmed=False)
     return _judged(bundle, findings, list(missing.values()), confirmed=not missing)
 
 
-def _saw_other_rows(gathered: Gathered) -> bool:
-    """Whether a rank received rows that were not those of its own generator, which made the sent ones too."""
-    divergences = [known for record in gathered.observations for known in record.divergences]
-    return any((known.stage, known.against) == (Stage.DISPATCH, "source") for known in divergences)
+def _made_the_same(gathered: Gathered, findings: list[StageFinding]) -> bool:
+    """Whether received rows show that the ranks generated the inputs that are generated here.
+
+    Those that were right there are right here: no rank and arm has wrong ones that had none in the run.
+    """
+    received = [found for found in findings if found.stage == Stage.DISPATCH]
+    known = {
+        (record.rank, one.arm)
+        for record in gathered.observations
+        for one in record.divergences
+        if (one.stage, one.against) == (Stage.DISPATCH, "source")
+    }
+    return any(found.rows for found in received) and {(one.rank, one.arm) for one in received if one.wrong} <= known
 
 
 def _overwritten(kept: list[StageFinding]) -> list[StageFinding]:
