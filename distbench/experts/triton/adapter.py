@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,6 @@ from distbench.experts.base import ExpertInput, Experts, ExpertsContext, ExpertW
 from distbench.experts.once_per_node import first_on_node
 from distbench.experts.quantized_weights import Quantized, QuantizedWeights
 from distbench.experts.selection.choice import KernelChoice
-from distbench.experts.shapes import check_triton_shape
 from distbench.experts.triton.config import ConfigSelector, KernelConfig
 from distbench.experts.triton.table import selector_for
 from distbench.workload.exact_plan import BLOCK
@@ -76,18 +77,14 @@ class TritonExperts(Experts):
         self, config: KernelConfig, given: ExpertInput, weights: ExpertWeights, dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
         """Make the call with given kernels, for tuning, and with a result of `dtype`."""
-        from distbench.experts.triton.launch import Weights, compute  # noqa: PLC0415 - loads Triton
-
-        narrow = given.scales is not None
-        check_triton_shape(weights.w1.shape[2], weights.w2.shape[2], 1 if narrow else weights.w1.element_size())
-        if config.kernel == "cuda":
-            from distbench.experts.triton import cluster_products  # noqa: PLC0415 - for some kernels only
-
-            cluster_products.check(weights.w1.shape[2], weights.w2.shape[2], weights.w1.device)
-        held = Weights(weights.w1, weights.w2, None, None, weights.mask)
-        if narrow:
-            held = Weights(*self.quantized(weights.w1, weights.w2), weights.mask)
-        return compute(given, held, config, dtype, _processors(given.hidden.device))
+        launch = _launch()
+        w1, w2 = weights.w1, weights.w2
+        if given.scales is None:
+            held = launch.Weights(w1, w2, None, None, weights.mask)
+        else:
+            held = launch.Weights(*self.quantized(w1, w2), weights.mask)
+        made: Tensor = launch.compute(given, held, config, dtype)
+        return made
 
     def quantized(self, w1: Tensor, w2: Tensor) -> Quantized:
         """Return both weights as float8, and their scales."""
@@ -139,9 +136,10 @@ def _build_name(device: torch.device) -> str:
     return f"triton-{triton.__version__}-{torch.cuda.get_device_name(device)}"
 
 
-@lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+@lru_cache(maxsize=1)
+def _launch() -> Any:
+    """Return the module of the launches, which loads Triton."""
+    return importlib.import_module("distbench.experts.triton.launch")
 
 
 def make(context: ExpertsContext) -> TritonExperts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: TID253 - loaded only where the kernels run
 
 from distbench.experts.base import ExpertInput
+from distbench.experts.shapes import check_triton_shape
 from distbench.experts.triton import cluster_products, matrix_kernels, sort_kernels
 from distbench.experts.triton.config import KernelConfig, Tile
 from distbench.utils.recorded_call import RecordedCall, scratch
@@ -25,7 +27,6 @@ _ADDRESS = 16
 # Beyond this much scratch, calls take the device longer than Python needs to prepare them.
 _RECORDED_BYTES = 256 << 20
 _RECORDED_CALLS = 1024
-_CALLS: dict[tuple[object, ...], RecordedCall] = {}
 
 
 class Weights(NamedTuple):
@@ -48,28 +49,50 @@ class Sorted(NamedTuple):
     local: int
 
 
-def compute(rows: ExpertInput, weights: Weights, config: KernelConfig, dtype: torch.dtype, processors: int) -> Tensor:
-    """Return the weighted sum of each row's local experts, [M, H] of `dtype`; undefined past num_local_tokens."""
-    hidden = rows.hidden
-    output = hidden.new_empty(*hidden.shape, dtype=dtype)
-    if hidden.shape[0] == 0:
+class _Known(NamedTuple):
+    """A recorded call; as long as it is held, `id(config)` is no other one's."""
+
+    config: KernelConfig
+    call: RecordedCall
+
+
+_CALLS: dict[tuple[object, ...], _Known] = {}
+
+
+def compute(rows: ExpertInput, weights: Weights, config: KernelConfig, dtype: torch.dtype) -> Tensor:
+    """Return the weighted sum of each row's local experts, [M, H] of `dtype`; undefined past num_local_tokens.
+
+    Raises:
+        Unsupported: the kernels cannot compute this layer, or not on this device.
+    """
+    hidden, w1 = rows.hidden, weights.w1
+    shape = hidden.shape
+    output = hidden.new_empty(shape, dtype=dtype)
+    if shape[0] == 0:
         return output
     given = *rows, *weights, output
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
-    shapes = hidden.shape, rows.ids.shape, weights.w1.shape, weights.mask.shape
-    key = config, dtype, hidden.dtype, hidden.device, *shapes
+    key = id(config), dtype, hidden.dtype, hidden.device, shape, rows.ids.shape, w1.shape, weights.mask.shape
     known = _CALLS.get(key)
-    if known is not None and not any(address % _ADDRESS for address in addresses):
-        known.repeat(addresses, hidden.device)
+    if known is not None and not reduce(or_, addresses) % _ADDRESS:
+        known.call.repeat(addresses, hidden.device)
         return output
+    check_triton_shape(w1.shape[2], weights.w2.shape[2], w1.element_size())
+    if config.kernel == "cuda":
+        cluster_products.check(w1.shape[2], weights.w2.shape[2], w1.device)
     call = RecordedCall(given)
     with call.record():
-        _compute(rows, weights, config, output, processors)
+        _compute(rows, weights, config, output, _processors(hidden.device))
     if config.kernel == "triton" and call.scratch_bytes <= _RECORDED_BYTES and hidden.is_cuda:
         if len(_CALLS) == _RECORDED_CALLS:
             _CALLS.clear()
-        _CALLS[key] = call
+        _CALLS[key] = _Known(config, call)
     return output
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _compute(rows: ExpertInput, weights: Weights, config: KernelConfig, output: Tensor, processors: int) -> None:
