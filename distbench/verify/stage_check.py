@@ -150,26 +150,29 @@ class StageChecker:
         """
         self._returned.pop(arm, None)
         keys, order = key_of(sources[:, 0], sources[:, 1]).sort()
-        if self._known is None or not torch.equal(self._known.keys, keys):
-            broken = self._learn(arm, sources, keys)
-            if broken is not None:
-                return [broken]
-        if self._known is None:
-            return []
         received = keys.shape[0]
         live = min(counts.live, given.rows, received)
         place = _Place(arm, self._rank, sources, order, None if live == received else order < live, self._allowed())
-        rows, reference = _for_combine(expert_out, order), self._reference
-        same_inputs, same_rows = _all_same(place, self._known.batch, given, rows, reference)
+        rows = _for_combine(expert_out, order)
+        same = _glance(place, keys, self._known, given, rows, self._reference)
+        if not same.keys:
+            broken = self._learn(arm, sources, keys)
+            if broken is not None:
+                return [broken]
+            place = place._replace(allowed=self._allowed())
+            same = _glance(place, keys, self._known, given, rows, self._reference)
+        if self._known is None:
+            return []
+        reference = self._reference
         found = [
             self._check_count(arm, "capacity", dispatched.hidden.shape[0], self._capacity),
             self._check_count(arm, "total_recv", counts.total, self._total),
         ]
-        if not same_inputs:
+        if not same.inputs:
             wrong, unfit = self._check_inputs(place, self._known.batch, dispatched, given)
             found += wrong
             place = place.without(unfit)
-        if same_rows and reference is not None:
+        if same.rows and reference is not None:
             self._returned[arm] = Returned(keys, reference)
         else:
             found.append(self._check_expert_rows(place, keys, rows))
@@ -412,18 +415,29 @@ class _Place(NamedTuple):
         )
 
 
-def _all_same(
-    place: _Place, right: TokenBatch, given: ExpertInput, rows: Tensor, reference: Tensor | None
-) -> tuple[bool, bool]:
-    """Whether all inputs given to the experts are `right`, and all expert rows [m, H] the reference's; else look again.
+class _Same(NamedTuple):
+    """Whether the keys are the known ones, all inputs given to the experts right, and all expert rows the reference's.
 
-    False where only some rows are visible, and for rows without a reference.
+    Inputs and rows that are not have to be looked at again: only some may be visible, or nothing known of them.
     """
+
+    keys: bool
+    inputs: bool = False
+    rows: bool = False
+
+
+def _glance(  # noqa: PLR0913 - what is known, and the buffers
+    place: _Place, keys: Tensor, known: Received | None, given: ExpertInput, rows: Tensor, reference: Tensor | None
+) -> _Same:
+    """Compare all at once; the host waits for a device once. Expert rows [m, H] are in the order of keys [m]."""
+    if known is None or known.keys.shape != keys.shape:
+        return _Same(keys=False)
     if place.visible is not None:
-        return False, False
-    pairs = list(place.pairs(TokenBatch(given.hidden, given.scales, given.weights, given.ids), right))
+        return _Same(torch.equal(keys, known.keys))
+    batch = TokenBatch(given.hidden, given.scales, given.weights, given.ids)
+    pairs = [(keys, known.keys), *place.pairs(batch, known.batch)]
     same = same_bits_each(pairs if reference is None else [*pairs, (rows, reference)])
-    return all(same[: len(pairs)]), reference is not None and same[-1]
+    return _Same(same[0], all(same[1 : len(pairs)]), reference is not None and same[-1])
 
 
 def _cut_alike(given: ExpertInput) -> bool:
