@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple, NoReturn
 
@@ -64,8 +65,8 @@ class SharedMemory:
         """See `Exchange.start`."""
         row_bytes = outgoing.shape[1]
         self._gathers = 0
-        self._lay(memory_of(outgoing), _spans(sent, row_bytes))
-        return (_Arriving(self, incoming, _spans(received, row_bytes)),)
+        self._lay(memory_of(outgoing), _spans(tuple(sent), row_bytes))
+        return (_Arriving(self, incoming, _spans(tuple(received), row_bytes)),)
 
     def run(self, incoming: Tensor, outgoing: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
         """See `Exchange.run`."""
@@ -183,7 +184,8 @@ class _Arriving:
         self._memory.take(self._incoming, self._spans)
 
 
-def _spans(counts: Sequence[int], row_bytes: int) -> list[Span]:
+@lru_cache(maxsize=64)
+def _spans(counts: tuple[int, ...], row_bytes: int) -> list[Span]:
     lengths = [count * row_bytes for count in counts]
     return list(zip(accumulate(lengths, initial=0), lengths, strict=False))  # the last sum is the end
 

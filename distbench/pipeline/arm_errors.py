@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,10 +13,20 @@ from distbench.distributed.session import Session
 from distbench.experts.roundings import Roundings, roundings_of
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.production_rows import production_rows
+from distbench.verify.combine_check import Rider
 from distbench.verify.combine_model import OwnSlots, Returned, key_of
 from distbench.verify.error_check import ErrorChecker, Pass
 from distbench.verify.records import ArmError, ResolvedCase
 from distbench.verify.stage_check import Received
+
+
+class Made(NamedTuple):
+    """The arms of a repeat: their tokens, those bool [n] that lost a row, the rows given to combine, kernels' rows."""
+
+    fresh: Mapping[str, Tensor]
+    lost: Mapping[str, Tensor]
+    returned: Callable[[str], Returned | None]
+    rows: Mapping[str, int]
 
 
 class ArmErrors:
@@ -57,23 +68,21 @@ class ArmErrors:
         if arm in CUT_ARMS:
             self._beyond[arm] = key_of(*beyond.unbind(1))
 
-    def measure(
-        self,
-        fresh: Mapping[str, Tensor],
-        lost: Mapping[str, Tensor],
-        returned: Callable[[str], Returned | None],
-        rows: Mapping[str, int],
-    ) -> None:
-        """Measure the arms of a repeat. Collective.
+    def rider(self, made: Made) -> Rider | None:
+        """See `ErrorChecker.rider`."""
+        return self._checker.rider(*self._asked(made), alike=self._kernels_round_alike())
 
-        `fresh` are their tokens, `lost` bool [n] those that lost a row, `returned` the rows that an arm gave to
-        combine, and `rows` the row counts with which the arms called their kernels.
-        """
-        families = {arm: self._roundings(count) for arm, count in rows.items()}
+    def measure(self, made: Made) -> None:
+        """Measure the arms of a repeat. Collective."""
+        self._checker.measure(*self._asked(made), alike=self._kernels_round_alike())
+
+    def _asked(self, made: Made) -> tuple[dict[str, Pass], dict[str, Roundings]]:
+        """Return the passes of a repeat, and the roundings of their kernels."""
         passes = {
-            arm: Pass(returned(arm), tokens, self._beyond.get(arm), lost.get(arm)) for arm, tokens in fresh.items()
+            arm: Pass(made.returned(arm), tokens, self._beyond.get(arm), made.lost.get(arm))
+            for arm, tokens in made.fresh.items()
         }
-        self._checker.measure(passes, families, alike=self._kernels_round_alike())
+        return passes, {arm: self._roundings(count) for arm, count in made.rows.items()}
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of tokens that an arm gave again; None where none was made, or rows are lost. Collective."""

@@ -14,14 +14,14 @@ from distbench.case.stages import SUB_BATCHES, Arm, Stage
 from distbench.distributed.choose import choose_exchange
 from distbench.distributed.session import Session
 from distbench.experts.base import ExpertInput
-from distbench.pipeline.arm_errors import ArmErrors
+from distbench.pipeline.arm_errors import ArmErrors, Made
 from distbench.pipeline.parts import Parts
 from distbench.pipeline.production_rows import production_rows
 from distbench.pipeline.recorder import Finished, PartRecorder
 from distbench.transport.base import Dispatched
 from distbench.utils.devices import DeviceState
 from distbench.utils.process import peak_bytes
-from distbench.verify.combine_check import CombineChecker, Combined, Own
+from distbench.verify.combine_check import CombineChecker, Combined, Own, Rider
 from distbench.verify.combine_model import OwnSlots, Returned, together
 from distbench.verify.difference_map import differing_cells
 from distbench.verify.excuses import adds_atomically, tolerance
@@ -161,13 +161,14 @@ class Observer:
         """
         self._count_wrong_tokens()
         wrong = bool(self._damaged) or self._differs(fresh)
+        made = Made(fresh, lost, self._returned, {arm: kernel["rows"] for arm, kernel in self.kernels.items()})
         if self._expected is None or (wrong := self._session.on_any_rank(value=wrong)):
-            wrong = self._check_combine(fresh, lost, wrong=wrong)
+            rider = None if self._errors is None else self._errors.rider(made)
+            wrong = self._check_combine(fresh, lost, rider, wrong=wrong)
         self._damaged.clear()
         self._wrong = False
         if self._errors is not None:
-            rows = {arm: kernel["rows"] for arm, kernel in self.kernels.items()}
-            self._errors.measure(fresh, lost, self._returned, rows)
+            self._errors.measure(made)
         if not self._settled:
             self._keep(fresh, lost, settled=wrong)
         self._token_counts = msgspec.structs.replace(self._token_counts, repeats=self._token_counts.repeats + 1)
@@ -290,11 +291,13 @@ class Observer:
         if self._recorder is not None:
             self._recorder.keep()
 
-    def _check_combine(self, fresh: dict[str, Tensor], lost: dict[str, Tensor], *, wrong: bool) -> bool:
+    def _check_combine(
+        self, fresh: dict[str, Tensor], lost: dict[str, Tensor], rider: Rider | None, *, wrong: bool
+    ) -> bool:
         passes = [
             Combined(arm, rows, self._returned(arm), arm in self._damaged, lost.get(arm)) for arm, rows in fresh.items()
         ]
-        found, wrong = self._combine.check(passes, wrong=wrong)
+        found, wrong = self._combine.check(passes, wrong=wrong, rider=rider)
         if self._resolved.sub_batches:
             found = [self._in_sub_batches(one) for one in found]
         known = {one.arm for one in self._divergences if one.stage == Stage.COMBINE}

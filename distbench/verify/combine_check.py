@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import torch
@@ -15,7 +15,15 @@ from distbench.distributed.exchange import Exchange
 from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.verify.combine_blame import ALONE, Alternatives, Same, changed, choose, effects, explained_by
-from distbench.verify.combine_model import Contributions, OwnSlots, Returned, added, recounted, same_bits_or_nan
+from distbench.verify.combine_model import (
+    Contributions,
+    OwnSlots,
+    Returned,
+    added,
+    recounted,
+    same_bits_or_nan,
+    tokens_of_a_round,
+)
 from distbench.verify.damage_patterns import pattern_of
 from distbench.verify.records import LISTED_TOKENS, MULTIPLIED, ORACLE, RETURNED, Divergence, Evidence
 from distbench.verify.row_compare import difference, first_difference, row_digests, same_bits
@@ -101,6 +109,22 @@ class Combined(NamedTuple):
     lost: Tensor | None = None
 
 
+class Rider(Protocol):
+    """More bytes of the rows that every rank returned, which travel with them to the tokens' owners.
+
+    `keys` int64 [m] are those of the rows, `rows` bf16 [m, c] holds the bytes. `arrive` takes the rows of this rank's
+    tokens, and returns a flag; `told` says whether any rank gave it. Neither is called if the rows cannot travel
+    together, on all ranks or none.
+    """
+
+    keys: Tensor
+    rows: Tensor
+
+    def arrive(self, laid: Contributions) -> bool: ...  # noqa: D102 - see above
+
+    def told(self, *, anywhere: bool) -> None: ...  # noqa: D102 - see above
+
+
 class _Doubts(NamedTuple):
     """Ways in which a pass may differ from the first pass: without sums, or with other sources, rows or tokens."""
 
@@ -133,7 +157,9 @@ class CombineChecker:
         self._first_is_right = False
         self._unshared = False  # whether a rank may have found what the others do not know
 
-    def check(self, passes: Sequence[Combined], *, wrong: bool) -> tuple[list[Divergence], bool]:
+    def check(
+        self, passes: Sequence[Combined], *, wrong: bool, rider: Rider | None = None
+    ) -> tuple[list[Divergence], bool]:
         """Return the first wrong token of each cause: tokens that are not the sum of the returned rows. Collective.
 
         Return also whether any rank has found one, or is `wrong` about anything else.
@@ -141,16 +167,16 @@ class CombineChecker:
         A pass has no such sum where the received rows of some rank are unknown, or where quantised rows were already
         wrong: a token that then differs from the oracle is reported without a cause. If all ranks returned the rows of
         the first pass again, they must get the same tokens again. Then no rows are exchanged; where sums are known
-        within rounding only, this is the sharper check.
+        within rounding only, this is the sharper check. `rider` travels with rows that are exchanged, if any are.
         """
         if not any(self._workload.tokens_per_rank):
             return [], self._on_any_rank([wrong])[0]
         self._first = self._first or passes[0]
-        wrong, doubts = self._doubts_anywhere(passes, self._first, wrong=wrong)
+        wrong, alone, doubts = self._doubts_anywhere(passes, self._first, rider, wrong=wrong)
         found: list[Divergence] = []
         self._unshared = any(doubt.sums for doubt in doubts)
         asked = [(one, doubt) for one, doubt in zip(passes, doubts, strict=True) if self._in_doubt(one, doubt)]
-        found += self._check_some(asked)
+        found += self._check_some(asked, None if alone else rider)
         left = [pair for pair in zip(passes, doubts, strict=True) if pair not in asked and not pair[1].sums]
         if not self._first_is_right:
             found += self._check_some(left)
@@ -165,12 +191,15 @@ class CombineChecker:
         return not doubts.sums and (first or doubts.rows or doubts.tokens)
 
     def _doubts_anywhere(
-        self, passes: Sequence[Combined], first: Combined, *, wrong: bool
-    ) -> tuple[bool, list[_Doubts]]:
-        """Return whether any rank is `wrong`, and the doubts of passes that hold on any rank. Collective."""
-        wrong, *flags = self._on_any_rank([wrong, *(flag for one in passes for flag in self._doubts(one, first))])
+        self, passes: Sequence[Combined], first: Combined, rider: Rider | None, *, wrong: bool
+    ) -> tuple[bool, bool, list[_Doubts]]:
+        """Return whether any rank is `wrong`, or has other rows than those of the rider, and all doubts. Collective."""
+        returned = first.returned
+        alone = rider is None or returned is None or not torch.equal(rider.keys, returned.keys)
+        doubts = (flag for one in passes for flag in self._doubts(one, first))
+        wrong, alone, *flags = self._on_any_rank([wrong, alone, *doubts])
         count = len(_Doubts._fields)
-        return wrong, [_Doubts(*flags[start : start + count]) for start in range(0, len(flags), count)]
+        return wrong, alone, [_Doubts(*flags[start : start + count]) for start in range(0, len(flags), count)]
 
     def _doubts(self, one: Combined, first: Combined) -> _Doubts:
         sources = rows = True
@@ -184,19 +213,23 @@ class CombineChecker:
             tokens=not same_bits(one.tokens, first.tokens),
         )
 
-    def _check_some(self, asked: Sequence[tuple[Combined, _Doubts]]) -> list[Divergence]:
-        """Check the passes that have sums; those with the first pass's sources share one exchange."""
+    def _check_some(self, asked: Sequence[tuple[Combined, _Doubts]], rider: Rider | None = None) -> list[Divergence]:
+        """Check the passes that have sums; those with the first pass's sources share one exchange, and the rider's."""
         alike = [pair for pair in asked if not pair[1].sources]
         groups = [alike, *([pair] for pair in asked if pair[1].sources)]
-        counted = [
-            (one, doubts, recount)
-            for group in groups
-            if group
-            for (one, doubts), recount in zip(group, self._recounts([one for one, _ in group]), strict=True)
-        ]
+        riders = [rider if alike and self._fits(rider, len(alike)) else None, *([None] * (len(groups) - 1))]
+        counted: list[tuple[Combined, _Doubts, _Recount]] = []
+        flags: list[bool] = []
+        for group, one_rider in zip(groups, riders, strict=True):
+            if group:
+                recounts, given = self._recounts([one for one, _ in group], one_rider)
+                counted += [(*pair, recount) for pair, recount in zip(group, recounts, strict=True)]
+                flags += given
         if not counted:
             return []
-        wrong = self._on_any_rank([recount.wrong > 0 for _, _, recount in counted])
+        wrong = self._on_any_rank([*(recount.wrong > 0 for _, _, recount in counted), *flags])
+        if flags and riders[0] is not None:
+            riders[0].told(anywhere=wrong.pop())
         found: list[Divergence] = []
         for (one, doubts, recount), anywhere in zip(counted, wrong, strict=True):
             found += self._judged(one, doubts, recount, wrong=anywhere)
@@ -224,17 +257,30 @@ class CombineChecker:
         found = first_difference(Stage.COMBINE, one.arm, self._rank, "tokens", name, tokens, expected)
         return [] if found is None else [self._at_token(found, int(kept[found.row or 0]))]
 
-    def _recounts(self, passes: Sequence[Combined]) -> list[_Recount]:
-        """Add up the rows of passes that have the same sources. Collective."""
+    def _fits(self, rider: Rider | None, passes: int) -> bool:
+        """Whether the rider's bytes and the rows of so many passes travel in one round."""
+        if rider is None:
+            return False
+        first = self._first.tokens if self._first else rider.rows
+        size = (passes * first.shape[1] + rider.rows.shape[1]) * rider.rows.element_size()
+        return max(self._workload.tokens_per_rank) <= tokens_of_a_round(size, self._slots.ep_size, first.device)
+
+    def _recounts(self, passes: Sequence[Combined], rider: Rider | None) -> tuple[list[_Recount], list[bool]]:
+        """Add up the rows of passes that have the same sources; return the rider's flag too, if any. Collective."""
         workload = self._workload
         returned = [one.returned for one in passes if one.returned is not None]
-        together = Returned(returned[0].keys, torch.cat([one.rows for one in returned], dim=1))
-        columns = returned[0].rows.shape[1]
+        extra = [] if rider is None else [rider.rows]
+        together = Returned(returned[0].keys, torch.cat([*(one.rows for one in returned), *extra], dim=1))
+        widths = [rows.shape[1] for rows in (*(one.rows for one in returned), *extra)]
+        flags: list[bool] = []
         examined, spared = [_Some(_EXAMINED) for _ in passes], [_Some(_SPARED) for _ in passes]
         sums: list[list[Tensor]] = [[] for _ in passes]
         most = max(workload.tokens_per_rank)
         for start, given in recounted(self._exchange, self._rank, together, self._slots, most):
-            for place, rows in enumerate(given.rows.split(columns, dim=2)):
+            parts = given.rows.split(widths, dim=2)
+            if rider is not None:
+                flags = [rider.arrive(Contributions(parts[-1], given.ranks))]
+            for place, rows in enumerate(parts[: len(passes)]):
                 part = Contributions(workload.returned_rows(rows), given.ranks)
                 expected = added(part, self._order)
                 actual = passes[place].tokens[start : start + len(part.ranks)]
@@ -251,7 +297,7 @@ class CombineChecker:
         return [
             _Recount(some.seen, some.joined(), right.joined(), made)
             for some, right, made in zip(examined, spared, sums, strict=True)
-        ]
+        ], flags
 
     def _gathered_effects(self, recount: _Recount) -> list[tuple[list[list[int]], list[list[int]]]]:
         """Return `effects` of each rank's wrong tokens and of its right ones, in the form for `choose`. Collective."""

@@ -130,7 +130,7 @@ def recounted(
     the CPU, 16 times that on a device, or are those of one token of each rank.
     """
     row_bytes = returned.rows.shape[1] * returned.rows.element_size()
-    step = rows_at_a_time(_ROUND_BYTES, row_bytes * own.ep_size, returned.rows.device)
+    step = tokens_of_a_round(row_bytes, own.ep_size, returned.rows.device)
     owners, tokens = split_key(returned.keys)
     for start in range(0, most, step):
         slots, rows = own.of(slice(start, start + step)), returned.rows
@@ -140,6 +140,11 @@ def recounted(
             leaving, rows = owners[asked], rows[asked]
         sent: list[int] = torch.bincount(leaving, minlength=own.ep_size).tolist()
         yield start, slots.arranged(exchanged(exchange, rank, rows, sent, slots.arriving))
+
+
+def tokens_of_a_round(row_bytes: int, ep_size: int, device: torch.device) -> int:
+    """Tokens of each rank in a block of `recounted`, whose rows have so many bytes."""
+    return rows_at_a_time(_ROUND_BYTES, row_bytes * ep_size, device)
 
 
 def _standing(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Tensor:

@@ -22,21 +22,18 @@ from distbench.distributed.session import Session
 from distbench.distributed.waits import collective
 from distbench.experts.base import ExpertWeights
 from distbench.experts.roundings import Roundings
+from distbench.verify.combine_check import Rider
 from distbench.verify.combine_model import Contributions, OwnSlots, Returned, exchanged, key_of, split_key
 from distbench.verify.error_bounds import Yardstick, sure
+from distbench.verify.error_sample import Load, Sample, SampleRider, own_rows, sample_size, sampled_tokens
 from distbench.verify.ideal import ideal_rows
 from distbench.verify.ideal_sums import combined, quantised_way
 from distbench.verify.records import ArmError
 from distbench.verify.row_compare import row_errors, same_bits
 from distbench.verify.stage_check import Received
-from distbench.workload.batch import TokenBatch
-from distbench.workload.bits import positive_words
 from distbench.workload.inputs import Workload
-from distbench.workload.routing import are_local, token_keys
+from distbench.workload.routing import are_local
 
-_MOST_TOKENS = 256
-_MOST_ON_CPU, _LEAST_TOKENS = 128, 48
-_CPU_OPERATIONS = 4e10
 _FIGURES = 4
 _STAGES = 2
 _ARMS = 4
@@ -45,17 +42,6 @@ _SIDES: tuple[str, ...] = (Arm.PADDED, Arm.TRUNCATED, Arm.PRODUCTION)
 """Arms whose numbers of rows may select other kernels."""
 # Tokens, and expert rows, of each rank that are measured because they are far from the padded arm's.
 _MOST_FAR = 4
-
-
-class _Sample(NamedTuple):
-    """Sampled tokens of all ranks that have an expert here, by (rank, token): keys [m], and their rows.
-
-    `own` [s] are this rank's tokens.
-    """
-
-    keys: Tensor
-    batch: TokenBatch
-    own: Tensor
 
 
 class _Side(NamedTuple):
@@ -104,9 +90,11 @@ class ErrorChecker:
         self._way = quantised_way(facts, weights.w1.shape[2], workload.fp8)
         tests = _FIGURES * _STAGES * arms * _CHOICES * workload.group.ep_size * max(repeats, 1)
         self._sure = sure(tests)
-        if received is not None and sum(workload.tokens_per_rank) <= _sample_size(workload, weights):
+        self._whole = received is not None and sum(workload.tokens_per_rank) <= sample_size(workload, weights)
+        self._rider: SampleRider | None = None
+        if received is not None and self._whole:
             everything = torch.arange(len(slots.ids), device=workload.device)
-            self._sample = _Sample(received.keys, received.batch, everything)
+            self._sample = Sample(received.keys, received.batch, everything)
         else:
             self._sample = self._sample_of(*sampled_tokens(workload, weights))
         self._families: dict[str, Roundings] = {}
@@ -120,6 +108,22 @@ class ErrorChecker:
         """Measured errors of each arm and stage: the first outside its bounds, else the last."""
         return list(self._found.values())
 
+    def rider(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings], *, alike: bool) -> Rider | None:
+        """Return rows of the sample that may travel before `measure` is called with the same arguments, if there are.
+
+        They are those of the first repeat of a case whose sample is all tokens.
+        """
+        if self._sides or not self._whole:
+            return None
+        self._begin(passes, families, alike=alike)
+        load = self._load(self._sample)
+
+        def take(laid: Contributions) -> list[int]:
+            return self._measured(passes, self._sides_of(load, laid, self._sure))
+
+        self._rider = SampleRider(load, self._sample.keys, take)
+        return self._rider
+
     def measure(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings], *, alike: bool) -> None:
         """Measure the arms of a repeat. Collective.
 
@@ -128,16 +132,29 @@ class ErrorChecker:
         alike.
         Beside the sample, tokens are measured that are further from the padded arm's than the sample allows.
         """
+        self._begin(passes, families, alike=alike)
+        rider, self._rider = self._rider, None
+        if rider is None or rider.far is None:
+            load = None if rider is None else rider.load
+            far = self._measured(passes, self._sides or self._make_sides(self._sample, self._sure, load))
+            anywhere = self._on_any_rank(value=bool(far))
+        else:
+            far, anywhere = rider.far, rider.anywhere
+        if anywhere:
+            chosen = self._chosen(far)
+            everyone = passes if self._padded is None else {Arm.PADDED: self._padded, **passes}
+            self._measure_sample(everyone, *chosen, only_outside=True)
+
+    def _begin(self, passes: Mapping[str, Pass], families: Mapping[str, Roundings], *, alike: bool) -> None:
         self._families |= families
         self._alike = alike
         self._padded = self._padded or passes.get(Arm.PADDED)
-        if not self._sides:
-            self._sides = self._make_sides(self._sample, self._sure)
-        self._measure_sample(passes, self._sample, self._sides)
-        chosen = self._chosen([key for arm, one in passes.items() for key in self._far(arm, one)])
-        if chosen is not None:
-            everyone = passes if self._padded is None else {Arm.PADDED: self._padded, **passes}
-            self._measure_sample(everyone, *chosen, only_outside=True)
+
+    def _measured(self, passes: Mapping[str, Pass], sides: dict[str, _Side]) -> list[int]:
+        """Measure the sample; return the keys of tokens that are further from the padded arm's than it allows."""
+        self._sides = sides
+        self._measure_sample(passes, self._sample, sides)
+        return [key for arm, one in passes.items() for key in self._far(arm, one)]
 
     def error_of(self, arm: str, tokens: Tensor) -> ArmError | None:
         """Return the error of this rank's tokens [n, H] where `arm` ran again and lost none. Collective.
@@ -145,12 +162,13 @@ class ErrorChecker:
         None without a sample, unless tokens that are far from the padded arm's are outside their bounds.
         """
         found = self._token_error(arm, tokens, self._sample, self._sides)
-        chosen = self._chosen(self._far(arm, Pass(None, tokens, None, None)))
-        far = None if chosen is None else self._token_error(arm, tokens, *chosen)
+        keys = self._far(arm, Pass(None, tokens, None, None))
+        anywhere = self._on_any_rank(value=bool(keys))
+        far = self._token_error(arm, tokens, *self._chosen(keys)) if anywhere else None
         return far if far is not None and (found is None or (found.within and not far.within)) else found
 
     def _measure_sample(
-        self, passes: Mapping[str, Pass], sample: _Sample, sides: Mapping[str, _Side], *, only_outside: bool = False
+        self, passes: Mapping[str, Pass], sample: Sample, sides: Mapping[str, _Side], *, only_outside: bool = False
     ) -> None:
         known: dict[tuple[str, str], list[tuple[Tensor, ArmError]]] = {}
         for arm, one in passes.items():
@@ -161,7 +179,7 @@ class ErrorChecker:
             kept_tokens = None if lost[1] is None else ~lost[1].to(sample.own.device)[sample.own]
             stages = (
                 (Stage.EXPERTS, side.experts, rows, kept_rows),
-                (Stage.COMBINE, side.combine, _own_rows(one.tokens, sample), kept_tokens),
+                (Stage.COMBINE, side.combine, own_rows(one.tokens, sample), kept_tokens),
             )
             for stage, yardstick, actual, kept in stages:
                 before = self._found.get((arm, stage))
@@ -171,11 +189,11 @@ class ErrorChecker:
                 if error is not None and not (only_outside and error.within and before is not None):
                     self._found[arm, stage] = error
 
-    def _token_error(self, arm: str, tokens: Tensor, sample: _Sample, sides: Mapping[str, _Side]) -> ArmError | None:
+    def _token_error(self, arm: str, tokens: Tensor, sample: Sample, sides: Mapping[str, _Side]) -> ArmError | None:
         if not len(sample.own) or not sides:
             return None
         side = _side(sides, arm)
-        return _error(arm, Stage.COMBINE, side.family, side.combine, _own_rows(tokens, sample))
+        return _error(arm, Stage.COMBINE, side.family, side.combine, own_rows(tokens, sample))
 
     def _far(self, arm: str, one: Pass) -> list[int]:
         """Return keys of tokens that are further from the padded arm's than the sample allows, the worst first."""
@@ -207,13 +225,11 @@ class ErrorChecker:
         order = errors.argsort(descending=True, stable=True)[:_MOST_FAR]
         return order[errors[order] > allowed]
 
-    def _chosen(self, keys: Sequence[int]) -> tuple[_Sample, dict[str, _Side]] | None:
-        """Return the tokens that any rank names, and what they must be; None where no rank names one. Collective.
+    def _chosen(self, keys: Sequence[int]) -> tuple[Sample, dict[str, _Side]]:
+        """Return the tokens that any rank names, and what they must be. Collective.
 
         They are chosen for their results: bounds hold for any choice of as many of the case's tokens.
         """
-        if not self._on_any_rank(value=bool(keys)):
-            return None
         table = torch.full((2 * _MOST_FAR,), -1, dtype=torch.int64, device=self._slots.ids.device)
         few = list(dict.fromkeys(keys))[: len(table)]
         table[: len(few)] = torch.tensor(few, dtype=torch.int64)
@@ -226,13 +242,13 @@ class ErrorChecker:
         choices = 2 * len(found) * math.log(max(sum(self._workload.tokens_per_rank), 1))
         return sample, self._make_sides(sample, math.sqrt(self._sure**2 + choices))
 
-    def _sample_of(self, ranks: Tensor, tokens: Tensor) -> _Sample:
+    def _sample_of(self, ranks: Tensor, tokens: Tensor) -> Sample:
         """Return the sample of some tokens int64 [s], by rank and token."""
         workload = self._workload
         experts = workload.experts_of(ranks, tokens)
         here = are_local(experts, self._rank, workload.experts_per_rank).any(1)
         rows = workload.token_rows(ranks[here], tokens[here])
-        return _Sample(key_of(ranks, tokens)[here], rows, tokens[ranks == self._rank])
+        return Sample(key_of(ranks, tokens)[here], rows, tokens[ranks == self._rank])
 
     def allowed_between(self, arm: str, stage: str) -> float | None:
         """Return the bound on the distance of two runs of an arm's kernel in a row, as a share of its largest value.
@@ -245,11 +261,16 @@ class ErrorChecker:
         yardstick = side.experts if stage == Stage.EXPERTS else side.combine
         return 2 * yardstick.loosest if yardstick.rows else None
 
-    def _make_sides(self, sample: _Sample, sure_of: float) -> dict[str, _Side]:
-        """Compute the expected rows and tokens of a sample, by kernel. Collective.
+    def _make_sides(self, sample: Sample, sure_of: float, load: Load | None = None) -> dict[str, _Side]:
+        """Compute what a sample must be, by kernel; `load` is this rank's part, if known. Collective."""
+        load = load or self._load(sample)
+        return self._sides_of(load, self._to_owners(load.packed(), sample), sure_of)
 
-        Ranks exchange one part for each kernel that the case has, also where a cut that is wrong gave one of them
-        another number of rows, and so another family.
+    def _load(self, sample: Sample) -> Load:
+        """Compute the rows of a sample, by kernel.
+
+        There is one part for each kernel that the case has, also where a cut that is wrong gave one of them another
+        number of rows, and so another family.
         """
         sides = [side for side in _SIDES if side in self._families]
         measured = {side: self._families[side] for side in (sides[:1] if self._alike else sides)}
@@ -257,35 +278,38 @@ class ErrorChecker:
         exact, made_here = ideal_rows(sample.batch, self._weights, distinct)
         by_family = dict(zip(distinct, made_here, strict=True))
         ideals = [by_family[family] for family in measured.values()]
-        arrived = self._to_owners(
-            [exact, *(part for one in ideals for part in (one.rows, one.variance.bfloat16(), one.order))], sample
-        )
+        parts = [exact, *(part for one in ideals for part in (one.rows, one.variance.bfloat16(), one.order))]
+        return Load(sides, measured, exact, ideals, parts)
+
+    def _sides_of(self, load: Load, laid: Contributions, sure_of: float) -> dict[str, _Side]:
+        """Return what a sample must be: this rank's rows, and its tokens, whose packed rows are laid by slot."""
+        sent, exact = load.parts, load.exact
+        widths = [part.shape[1] * part.element_size() for part in sent]
+        arrived = [
+            Contributions(raw.contiguous().view(part.dtype), laid.ranks)
+            for raw, part in zip(laid.rows.view(torch.uint8).split(widths, dim=2), sent, strict=True)
+        ]
         wide = _exact_sum(arrived[0])
         made = {}
         parts = zip(arrived[1::3], arrived[2::3], arrived[3::3], strict=True)
-        for (side, family), ideal, (rows, variances, by_order) in zip(measured.items(), ideals, parts, strict=True):
+        sides = zip(load.measured.items(), load.ideals, parts, strict=True)
+        for (side, family), ideal, (rows, variances, by_order) in sides:
             tokens = combined(rows, variances, by_order, self._slots.order, self._way)
             made[side] = _Side(family.name, Yardstick(exact, ideal, sure_of), Yardstick(wide, tokens, sure_of))
-        return {side: made.get(side, made[sides[0]]) for side in sides}
+        return {side: made.get(side, made[load.sides[0]]) for side in load.sides}
 
-    def _to_owners(self, parts: list[Tensor], sample: _Sample) -> list[Contributions]:
-        """Send the sample's rows [m, .] of each of `parts` to the tokens' owners, arranged by slot. Collective."""
+    def _to_owners(self, packed: Tensor, sample: Sample) -> Contributions:
+        """Send the sample's packed rows uint8 [m, b] to the tokens' owners, arranged by slot. Collective."""
         slots = self._slots.of(sample.own)
-        packed = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
         leaving = torch.bincount(sample.keys >> 32, minlength=len(slots.arriving))
-        laid = slots.arranged(exchanged(self._exchange, self._rank, packed, leaving.tolist(), slots.arriving))
-        widths = [part.shape[1] * part.element_size() for part in parts]
-        return [
-            Contributions(raw.contiguous().view(part.dtype), laid.ranks)
-            for raw, part in zip(laid.rows.split(widths, dim=2), parts, strict=True)
-        ]
+        return slots.arranged(exchanged(self._exchange, self._rank, packed, leaving.tolist(), slots.arriving))
 
 
 def _side(sides: Mapping[str, _Side], arm: str) -> _Side:
     return sides[arm if arm in _SIDES else Arm.PADDED]
 
 
-def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
+def _rows(returned: Returned | None, sample: Sample) -> Tensor | None:
     """Return this rank's expert rows of the sample; None where its received rows are unknown."""
     if returned is None or not len(sample.keys):
         return None
@@ -295,11 +319,6 @@ def _rows(returned: Returned | None, sample: _Sample) -> Tensor | None:
     if not len(returned.keys) or not torch.equal(returned.keys[places], sample.keys):
         return None
     return returned.rows.index_select(0, places)
-
-
-def _own_rows(tokens: Tensor, sample: _Sample) -> Tensor:
-    """Return the sample's rows of this rank's tokens [n, H]; without a copy where they are all."""
-    return tokens if len(sample.own) == len(tokens) else tokens.index_select(0, sample.own)
 
 
 def _error_of_kept(  # noqa: PLR0913 - what is measured, by what, and what is known
@@ -320,28 +339,6 @@ def _error_of_kept(  # noqa: PLR0913 - what is measured, by what, and what is kn
         found = _error(arm, stage, family, yardstick, rows)
         alike.append((rows, found))
     return msgspec.structs.replace(found, arm=arm)
-
-
-def sampled_tokens(workload: Workload, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """Return the source ranks and tokens of the sample, int64 [s] each, sorted; the same on every rank."""
-    device = workload.device
-    counts = torch.tensor(workload.tokens_per_rank, device=device)
-    ranks = torch.arange(len(counts), device=device).repeat_interleave(counts)
-    tokens = torch.arange(len(ranks), device=device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    most = _sample_size(workload, weights)
-    if len(ranks) <= most:
-        return ranks, tokens
-    order = positive_words(workload.seed, "errors", token_keys(ranks, tokens), 1, device).squeeze(1)
-    chosen = order.argsort(stable=True)[:most].sort().values
-    return ranks[chosen], tokens[chosen]
-
-
-def _sample_size(workload: Workload, weights: ExpertWeights) -> int:
-    """Return the number of sampled tokens: hundreds, fewer where a CPU would take seconds."""
-    if workload.device.type != "cpu":
-        return _MOST_TOKENS
-    operations = 8 * workload.group.topk * (weights.w1[0].numel() + weights.w2[0].numel())
-    return max(min(int(_CPU_OPERATIONS / operations), _MOST_ON_CPU), _LEAST_TOKENS)
 
 
 def _error(arm: str, stage: str, family: str, yardstick: Yardstick, rows: Tensor) -> ArmError:

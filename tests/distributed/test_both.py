@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -28,6 +29,8 @@ from distbench.report.console import verdict_line
 from distbench.report.document import build_report
 from distbench.report.environment import NO_ENVIRONMENT
 from distbench.report.schema import Report
+from distbench.verify.combine_check import CombineChecker
+from distbench.verify.error_check import ErrorChecker
 from distbench.verify.records import Gathered, Outcome
 from tests.cases import tiny_case
 from tests.distributed.bundles import leave_bundle
@@ -84,6 +87,20 @@ def run_and_count(session: Session, case: Case) -> tuple[Outcome | None, int]:
     return run_case(session, case), session.heartbeat.repeat
 
 
+def run_and_count_exchanges(session: Session, case: Case, apart: str) -> tuple[Outcome | None, int]:
+    """The outcome, and the exchanges of a case whose sampled rows travel alone as `apart` says."""
+    with contextlib.ExitStack() as stack:
+        if apart == "too many":
+            stack.enter_context(patch.object(CombineChecker, "_fits", return_value=False))
+        if apart == "a rank has others" and session.rank == 1:
+            stack.enter_context(patch.object(ErrorChecker, "rider", return_value=None))
+        memory = session.shared
+        assert memory is not None
+        before = memory._calls
+        outcome = run_case(session, case)
+        return outcome, memory._calls - before
+
+
 def outcome_of(case: Case) -> Outcome:
     found: Outcome = on_ranks(case.ep_size, run_case, case)[0]
     return found
@@ -113,6 +130,19 @@ def test_report_of_numerics_both_has_bitwise_comparisons_and_errors() -> None:
     assert all(error.within and error.ratio is not None for error in report.errors)
     assert "bit for bit, 58 tokens on 2 ranks; errors " in verdict_line(report)
     assert " of ideal" in verdict_line(report)
+
+
+@pytest.mark.parametrize("limit", ["sum32", "max-recv-1"])
+def test_errors_are_the_same_whether_sampled_rows_travel_with_those_of_combine_or_alone(limit: str) -> None:
+    case = both_case(RANKS, tokens=(37, 21), routing="local", limit=limit, policy="unchecked")
+    made = {
+        apart: on_ranks(RANKS, run_and_count_exchanges, case, apart) for apart in ("", "too many", "a rank has others")
+    }
+    errors = {apart: report_of(ranks[0][0]).errors for apart, ranks in made.items()}
+    assert errors[""]
+    assert errors[""] == errors["too many"] == errors["a rank has others"]
+    exchanges = {apart: [number for _, number in ranks] for apart, ranks in made.items()}
+    assert exchanges["too many"] == exchanges["a rank has others"] == [number + 2 for number in exchanges[""]]
 
 
 @pytest.mark.parametrize("gather", ["rows", "digests"])
