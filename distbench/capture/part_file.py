@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,23 +78,32 @@ def counts_bytes(place: Place, counts: dict[str, Any]) -> bytes:
     return json.dumps({"format": FORMAT, "version": VERSION, **place._asdict(), **counts}, indent=1).encode() + b"\n"
 
 
-def prepare_folder(folder: Path, rank: int) -> None:
-    """Make the folder of a capture, for its owner alone.
+def prepare_folder(folder: Path, rank: int, counts: bytes) -> None:
+    """Make the folder of a capture, for its owner alone, and the file of the rank's counts, which claims it.
 
     Raises:
         OSError: it cannot be made.
-        ValueError: it is open to others, or has an earlier capture of this rank.
+        ValueError: it is no folder, is open to others, or has another capture of this rank.
 
     """
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=FOLDER_MODE)
     found = folder.stat()
+    if not stat.S_ISDIR(found.st_mode):
+        message = f"{folder} is no folder; give another name"
+        raise ValueError(message)
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         message = f"{folder} is another user's, or open to others (mode {found.st_mode & 0o777:o}); chmod 700 it"
         raise ValueError(message)
-    if (folder / counts_name(rank)).exists() or (folder / part_name(rank, 0)).exists():
-        message = f"{folder} has an earlier capture of rank {rank}; give another folder"
-        raise ValueError(message)
+    try:
+        if (folder / part_name(rank, 0)).exists():
+            raise FileExistsError
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC  # one of two processes makes the file
+        with os.fdopen(os.open(folder / counts_name(rank), flags, FILE_MODE), "wb") as file:
+            file.write(counts)
+    except FileExistsError:
+        message = f"{folder} has another capture of rank {rank}; give another folder"
+        raise ValueError(message) from None
 
 
 def write_private(path: Path, content: bytes) -> None:

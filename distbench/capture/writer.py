@@ -76,13 +76,12 @@ class Writer:
 
         Raises:
             OSError: the folder cannot be made.
-            ValueError: it is open to others, or has an earlier capture.
+            ValueError: it is no folder, is open to others, or has another capture of the rank.
 
         """
         settings, place, self._source, self._device = files
         self._settings, self._place, self._free, self._missed, self._failed = settings, place, free, missed, failed
         self._folder = Path(settings.folder)
-        prepare_folder(self._folder, place.rank)
         self._queue: SimpleQueue[Taken | None] = SimpleQueue()
         self._recent: deque[Seen] = deque()
         self._recent_bytes = self._pending_bytes = self._bytes = self._parts = 0
@@ -91,6 +90,7 @@ class Writer:
         self._written = self._looked = time.monotonic()
         self._reason = ""
         self._recorded = self._over = self._violations = self._too_late = 0
+        prepare_folder(self._folder, place.rank, self._counts())
         self._thread = threading.Thread(target=self._run, name="distbench-capture", daemon=True)
         self._thread.start()
         atexit.register(self.close)
@@ -100,11 +100,15 @@ class Writer:
         self._queue.put(taken)
 
     def close(self, reason: str = "") -> None:
-        """Write what was handed over, and end the thread; `reason` stands in the counts."""
+        """Write what was handed over, and end the thread; `reason`, of an error in a step, stands in the counts.
+
+        It waits for the thread, but not after an error, when a step calls it: the end of the process waits then.
+        """
         self._reason = self._reason or reason
         self._queue.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(_CLOSE_SECONDS)
+        if reason or threading.current_thread() is self._thread:
+            return
+        self._thread.join(_CLOSE_SECONDS)
         atexit.unregister(self.close)
 
     def _run(self) -> None:
@@ -128,11 +132,16 @@ class Writer:
             taken = self._queue.get(timeout=_LOOK_SECONDS)
             while taken is not None:
                 self._take(taken)
+                self._on_time()
                 taken = self._queue.get_nowait()
         except Empty:
-            pass
+            self._on_time()
         else:
             return False
+        return True
+
+    def _on_time(self) -> None:
+        """Read the marks, and write a part, where it is time to."""
         now = time.monotonic()
         if self._settings.violations and now - self._looked >= _LOOK_SECONDS:
             self._look()
@@ -140,7 +149,6 @@ class Writer:
         if self._pending_bytes >= _PART_BYTES or now - self._written >= _PART_SECONDS:
             self._write()
             self._written = now
-        return True
 
     def _take(self, taken: Taken) -> None:
         if taken.done is not None:
@@ -205,6 +213,9 @@ class Writer:
         self._write_counts()
 
     def _write_counts(self) -> None:
+        write_private(self._folder / counts_name(self._place.rank), self._counts())
+
+    def _counts(self) -> bytes:
         counts = {
             "recorded": self._recorded,
             "over_size": self._over,
@@ -214,4 +225,4 @@ class Writer:
             "too_late": self._too_late,
             "error": self._reason[:1000],
         }
-        write_private(self._folder / counts_name(self._place.rank), counts_bytes(self._place, counts))
+        return counts_bytes(self._place, counts)

@@ -202,6 +202,53 @@ def test_an_unusable_folder_ends_the_capture_with_one_line(
     assert all(line.startswith("distbench capture: ended, the server goes on: ") for line in lines)
 
 
+def test_of_two_processes_of_one_rank_the_second_ends_its_capture_and_the_first_keeps_its_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = Server(tmp_path / "c", every=1), Server(tmp_path / "c", every=1)
+    first.step([2, 3])  # neither has written a part when the second begins
+    second.step([4, 4])
+    assert all(recorder.ended for recorder in second.recorders)
+    assert capsys.readouterr().err.count("has another capture of rank") == W
+    first.end()
+    found = read_capture(str(tmp_path / "c")).slices
+    assert [one.tokens.tolist() for one in found.values()] == [[2, 3]] * LAYERS
+
+
+def test_parts_have_their_size_although_dispatches_never_cease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    class Gated(SimpleQueue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            assert gate.wait(20)
+            return super().get(block, timeout)
+
+    monkeypatch.setattr(writer, "SimpleQueue", Gated)
+    monkeypatch.setattr(writer, "_PART_BYTES", 2048)
+    server = Server(tmp_path / "c", every=1)
+    for _ in range(40):
+        server.step([4, 4])
+    gate.set()  # all of them are there at once
+    server.end()
+    parts = list((tmp_path / "c").glob("rank-00000.*.safetensors"))
+    assert len(parts) > 3
+    assert max(load_file(part)["ids"].nbytes for part in parts) <= 2048
+
+
+def test_an_error_in_a_step_does_not_wait_for_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr(writer, "write_private", lambda *_: gate.wait(20))
+    monkeypatch.setattr(writer, "_PART_BYTES", 1)
+    server = Server(tmp_path / "c", every=1)
+    server.step([1, 1])
+    began = time.monotonic()
+    for recorder, layers in zip(server.recorders, server.layers, strict=True):
+        recorder.see(layers[0], lambda: Dispatch(*[None] * 5))  # type: ignore[arg-type]
+        assert recorder.ended
+    assert time.monotonic() - began < 5
+    gate.set()
+
+
 def test_an_error_of_the_writer_ends_the_capture_and_stands_in_the_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
