@@ -95,15 +95,20 @@ def prepare_folder(folder: Path, rank: int, counts: bytes) -> None:
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
         message = f"{folder} is another user's, or open to others (mode {found.st_mode & 0o777:o}); chmod 700 it"
         raise ValueError(message)
-    try:
-        if (folder / part_name(rank, 0)).exists():
-            raise FileExistsError
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC  # one of two processes makes the file
-        with os.fdopen(os.open(folder / counts_name(rank), flags, FILE_MODE), "wb") as file:
-            file.write(counts)
-    except FileExistsError:
+    if (folder / part_name(rank, 0)).exists() or not _made(folder / counts_name(rank), counts):
         message = f"{folder} has another capture of rank {rank}; give another folder"
-        raise ValueError(message) from None
+        raise ValueError(message)
+
+
+def _made(path: Path, content: bytes) -> bool:
+    """Make a private file; False where there is one. Of two processes one makes it."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    return True
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from distbench.case.spec import TokenCount
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import shown, why
 
 MOST_SLOTS = 1 << 17
 _MOST_BYTES = 64 << 20
@@ -108,12 +108,15 @@ def read_placement(text: str) -> tuple[int, ...]:
             content = stream.read(_MOST_BYTES + 1)
         layers = _decoded(path, content)
     except (OSError, ValueError, TypeError, EOFError, RecursionError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        _refuse(text, f"cannot be read ({reason}); give numbers, or a .json or .npy file of the expert of each slot")
+        _refuse(
+            text, f"cannot be read ({why(error)}); give numbers, or a .json or .npy file of the expert of each slot"
+        )
     if layer is None and len(layers) > 1:
         _refuse(text, f"has {len(layers)} layers; name one: {path}@0")
-    if layer is not None and int(layer) >= len(layers):
+    if layers and layer is not None and int(layer) >= len(layers):
         _refuse(text, f"has {len(layers)} layers; name one of 0 to {len(layers) - 1}")
+    if not layers or not layers[int(layer or 0)]:
+        _refuse(text, "lists no slot; give the expert of each, or drop the key")
     return layers[int(layer or 0)]
 
 

@@ -96,6 +96,9 @@ def _advise(options: argparse.Namespace) -> int:
     from distbench.tools.advise.kernels import Kernels
     from distbench.tools.advise.text import print_advice
 
+    if options.html and options.html == options.json:
+        message = f"--html and --json: {options.html!r:.200} would hold the latter alone; name two files"
+        raise InvalidCase(message)
     made: list[Advice] = []
     with json_on_standard_output(options.json, lambda: made[0]):
         question, own_tokens = _question(options)
@@ -300,9 +303,10 @@ def _write_page(path: str, advice: Advice) -> None:
 
 def _write(option: str, path: str, content: bytes) -> None:
     from distbench.report.files import write_atomically
+    from distbench.utils.text import why
 
     try:
         write_atomically(Path(path), content)
     except (OSError, ValueError) as error:
-        message = f"{option} {path!r:.200}: cannot be written ({getattr(error, 'strerror', None) or error})"
+        message = f"{option} {path!r:.200}: cannot be written ({why(error)}); name another file"
         raise InvalidCase(message) from error

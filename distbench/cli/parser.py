@@ -60,6 +60,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse unknown arguments with the closest option of this command."""
         options, rest = super().parse_known_args(_with_graph(sys.argv[1:] if args is None else args), namespace)
+        last = next(reversed(self._get_positional_actions()), None)
+        if last is not None and last.nargs == "*" and not any(word.startswith("-") for word in rest):
+            # argparse before Python 3.13 gives such an argument nothing where options stand before its words
+            setattr(options, last.dest, [*getattr(options, last.dest), *rest])
+            rest = []
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._suggestion(rest)}")
         return options, rest

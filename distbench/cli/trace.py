@@ -73,6 +73,9 @@ def _write(options: argparse.Namespace) -> int:
     from distbench.report.files import atomic_file
     from distbench.workload.trace_file import write_trace
 
+    if options.action == "synth" and options.files:
+        message = f"trace synth: {options.files[0]!r:.200}: it reads no file; drop it, or use trace convert"
+        raise InvalidCase(message)
     captured = options.action == "convert" and len(options.files) == 1 and Path(options.files[0]).is_dir()
     if not options.out.endswith(".safetensors") or (options.num_experts is None and not captured):
         message = f"trace {options.action}: give --out FILE.safetensors and --num-experts N, the routed experts"

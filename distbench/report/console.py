@@ -98,7 +98,7 @@ def _held(report: Report) -> str:
     """Evidence of a PASS: bits with exact inputs, errors with gaussian ones."""
     compared = report.comparison
     bits = _equality(report) if compared and all(comparison.equal for comparison in compared) else ""
-    ratios = [error.ratio for error in report.errors if error.ratio is not None]
+    ratios = [error.ratio for error in report.errors if error.ratio is not None and error.ideal_worst]
     errors = ""
     if ratios:
         low, high = min(low for low, _ in ratios), max(high for _, high in ratios)

@@ -27,6 +27,16 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split())
 
 
+def why(error: BaseException) -> str:
+    """What a reader's error says of a file, in one line; numpy's advice to load pickles is left out."""
+    if isinstance(error, KeyError) and error.args:
+        return f"no {shown(error.args[0])}"
+    text = getattr(error, "strerror", None) or one_line(error)
+    if "pickle" in text:
+        return "pickled objects, which are never loaded"
+    return text or ("it ends too early" if isinstance(error, EOFError) else type(error).__name__)
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """` (did you mean X?)` for the known name most like `name`; empty where none is."""
     from difflib import get_close_matches  # noqa: PLC0415 - loaded only for a message

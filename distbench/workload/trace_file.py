@@ -32,6 +32,8 @@ _IDS = re.compile(r"ids\.(0|[1-9]\d{0,15})\.(0|[1-9]\d{0,6})", re.ASCII)
 
 _SAME_SUM = 0.01
 """Share by which the sums of tokens' weights may differ: they are rounded, and of bf16 in some programs."""
+_MOST_SUM = 1024
+"""Factors of models are small numbers. Far from 1, outputs leave the range in which errors of bf16 are relative."""
 
 Ids = NDArray[np.int32]
 Weights = NDArray[np.float32]
@@ -143,8 +145,9 @@ def bad_ids(ids: Ids, num_experts: int) -> str:
 def bad_weights(weights: Weights | None, ids: Ids) -> str:
     """Why weights [n, k] are not those of a router, as text; empty where they are, or are None.
 
-    They are finite and not negative, and the sums of all tokens are the same one, 1 or the model's factor, within 1 %;
-    tokens of zeros alone, which some programs make of padding, are left aside.
+    They are finite and not negative, and the sums of all tokens are the same one within 1 %, 1 or the model's factor,
+    from 1 / 1024 to 1024. Tokens of zeros alone, which some programs make of padding, are left aside, but not if all
+    are: no output would depend on an expert.
     """
     if weights is None:
         return ""
@@ -156,6 +159,9 @@ def bad_weights(weights: Weights | None, ids: Ids) -> str:
         return f"token {token} has weights {weights[token].tolist()}: allowed are finite ones, not below 0"
     sums = weights.sum(axis=1, dtype=np.float64)
     most = sums.max(initial=0)
+    if len(sums) and not 1 / _MOST_SUM <= most <= _MOST_SUM:
+        bounds = f"1 / {_MOST_SUM} to {_MOST_SUM}"
+        return f"the weights of a token sum to at most {most:.4g}: allowed are {bounds}; leave others out"
     low = np.flatnonzero((sums > 0) & (sums < most * (1 - _SAME_SUM)))
     if len(low):
         token = int(low[0])

@@ -16,7 +16,7 @@ from distbench.errors import InvalidCase
 from distbench.report.progress import Meter
 from distbench.tools.advise.hits import Floats, Groups, HitChances, Placement, fitting_weights
 from distbench.tools.recorded.readers import load_tensors
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import shown, why
 from distbench.workload.routing_spec import Routing
 
 _MOST_BYTES = 256 << 20
@@ -150,7 +150,7 @@ def _counts(path: str, num_experts: int) -> Floats:
                 _refuse(path, f"more than {_MOST_BYTES >> 20} MiB; sum its steps")
             counts = _array(path, stream)
     except (OSError, ValueError, TypeError, LookupError, EOFError, RuntimeError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = why(error)
         _refuse(path, f"cannot be read ({reason}); give .npy, lists of numbers as .json, or .pt of SGLang", error)
     if counts.dtype.kind not in "iuf" or not 1 <= counts.ndim <= _STEPS_DIMENSIONS or not counts.size:
         _refuse(path, f"an array {counts.dtype} {shown(counts.shape)}; allowed are numbers [E], [L, E] or [T, L, E]")

@@ -95,7 +95,9 @@ def _plain(path: str, part: Part, num_experts: int) -> _Tokens:
         problem = f"weights {weights.shape} of experts {part.ids.shape}; give one for each"
     if problem:
         _refuse([path], f"step {part.step}, layer {part.layer}: {problem}")
-    return np.asarray(ids, dtype=np.int32), None if weights is None else np.asarray(weights[used], dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinite ones are refused with the slice
+        known = None if weights is None else np.asarray(weights[used], dtype=np.float32)
+    return np.asarray(ids, dtype=np.int32), known
 
 
 def _by_rank(path: str, part: Part, tokens: _Tokens, ep_size: int) -> list[tuple[int, _Tokens]]:

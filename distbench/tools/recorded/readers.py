@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from distbench.case.table_file import open_regular
 from distbench.errors import InvalidCase, Unsupported
-from distbench.utils.text import one_line, shown
+from distbench.utils.text import one_line, shown, why
 from distbench.workload.trace_file import MOST_IDS
 
 ALL_RANKS = -1
@@ -73,8 +73,7 @@ def read_parts(path: str) -> Iterator[Part]:
             _refuse(path, f"more than {_MOST_BYTES >> 30} GiB; give a part of it")
         yield from reader(path)
     except _UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        _refuse(path, f"cannot be read ({reason})", error)
+        _refuse(path, f"cannot be read ({why(error)})", error)
 
 
 def load_tensors(path: str) -> Any:
@@ -176,11 +175,20 @@ def _csv(path: str) -> Iterator[Part]:
         if missing or not places:
             _refuse(path, f"no column {', '.join(missing) or 'of experts'}; give step, layer, rank, and one an expert")
         where = [head.index(name) for name in _PLACE]
-        numbers = ([int(row[place]) for place in (*where, *places)] for row in rows if row)
+        numbers = ([int(row[place]) for place in (*where, *places)] for row in _full(path, rows, len(head)))
         for (step, layer, rank), lines in groupby(numbers, key=lambda line: line[:3]):
             _refuse_rank(path, rank)
             while some := list(islice(lines, _LINES_AT_ONCE)):
                 yield Part(step, layer, rank, np.array([line[3:] for line in some]))
+
+
+def _full(path: str, rows: Any, columns: int) -> Iterator[list[str]]:
+    """The lines of a csv.reader that are not empty; one with other columns than the first is refused."""
+    for row in rows:
+        if len(row) not in (0, columns):
+            _refuse(path, f"line {rows.line_num}: {len(row)} columns, the first line has {columns}")
+        if row:
+            yield row
 
 
 def _jsonl(path: str) -> Iterator[Part]:

@@ -118,6 +118,22 @@ def test_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: by
         read_placement(str(path))
 
 
+@pytest.mark.parametrize("content", ["[]", "[[]]", '{"physical_to_logical_map": []}'])
+@pytest.mark.parametrize("layer", ["", "@0"])
+def test_table_without_slots_is_refused_and_not_taken_for_none(tmp_path: Path, content: str, layer: str) -> None:
+    path = tmp_path / "empty.json"
+    path.write_text(content)
+    with pytest.raises(InvalidCase, match="lists no slot; give the expert of each"):
+        read_placement(f"{path}{layer}")
+
+
+def test_pickle_is_refused_without_numpys_advice_to_load_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x80\x04]q.")
+    with pytest.raises(InvalidCase, match="pickled objects, which are never loaded"):
+        read_placement(str(path))
+
+
 def test_missing_file_is_refused() -> None:
     with pytest.raises(InvalidCase, match="No such file"):
         read_placement("nowhere.json")

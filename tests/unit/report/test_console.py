@@ -11,8 +11,10 @@ import msgspec
 import pytest
 
 from distbench.cli.main import main
+from distbench.errors import Verdict
 from distbench.report import console, terminal
 from distbench.report.files import write_report
+from distbench.report.findings import ErrorReport
 from distbench.report.journal import Journal, JournalReader, Summary
 from distbench.report.limit import LimitReport
 from distbench.report.progress import Progress
@@ -158,3 +160,24 @@ def test_message_about_a_hostile_file_holds_no_control_sequence(
     text = capsys.readouterr().err
     assert harmless(text)
     assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(("ideal_worst", "told"), [(0.004, "errors 1.00 to 1.00 of ideal"), (0.0, "")])
+def test_verdict_tells_no_ratio_of_errors_where_ideal_roundings_have_none(ideal_worst: float, told: str) -> None:
+    error = ErrorReport(
+        arm="padded",
+        stage="experts",
+        family="bf16",
+        rows=4,
+        nan_rows=0,
+        ratio=(1.0, 1.0),
+        bias=0.0,
+        worst=ideal_worst,
+        ideal_worst=ideal_worst,
+        allowed={},
+        within=True,
+        outside=[],
+    )
+    made = report_of(tiny_case(2), "x")
+    report = msgspec.structs.replace(made, verdict=Verdict.PASS, errors=[error], reasons=[], comparison=[])
+    assert console.verdict_line(report).partition(": ")[2] == told

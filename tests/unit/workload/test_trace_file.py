@@ -196,6 +196,13 @@ def test_weights_that_no_router_makes_are_refused(tmp_path: Path, change: list[f
         read_slice(read_header(name), 0, 0)
 
 
+@pytest.mark.parametrize("factor", [0, 1e-40, 1e-5, 1e5, 1e37])
+def test_weights_that_leave_no_output_to_compare_are_refused(tmp_path: Path, factor: float) -> None:
+    name = weighed(tmp_path / "a.safetensors", shares(10) * np.float32(factor))
+    with pytest.raises(InvalidCase, match=r"sum to at most .*allowed are 1 / 1024 to 1024"):
+        read_slice(read_header(name), 0, 0)
+
+
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     name = weighed(tmp_path / "a.safetensors", shares(10))
     tensors = load_file(name)

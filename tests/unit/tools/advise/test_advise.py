@@ -318,4 +318,8 @@ def test_page_shows_the_distribution_with_what_is_proven_seen_and_left_to_chance
 
 def test_page_that_cannot_be_written_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "-q", "--model=tiny", "--ep-size=2", "--html=/dev/null/a.html"]) == 2
-    assert "--html '/dev/null/a.html': cannot be written" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "--html '/dev/null/a.html': cannot be written" in told
+    assert "name another file" in told
+    assert main(["advise", "-q", "--model=tiny", "--ep-size=2", "--html=/dev/null/a", "--json=/dev/null/a"]) == 2
+    assert "name two files" in capsys.readouterr().err

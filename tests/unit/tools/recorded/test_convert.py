@@ -141,6 +141,19 @@ def test_command_converts_and_shows(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert any(line.split()[:4] == ["0", "8", "2", str(most)] for line in capsys.readouterr().out.splitlines())
 
 
+def test_files_may_stand_behind_options_and_synth_reads_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [f"--out={tmp_path / 'a.safetensors'}", "--ep-size=4", "--num-experts=16"]
+    assert main(["trace", "convert", *options, *sglang(tmp_path)]) == 0
+    assert main(["trace", *options[:2], "convert", *options[2:], *sglang(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["trace", "convert", *options, "--topkk=2", *sglang(tmp_path)]) == 2
+    assert "--topkk=2 " in capsys.readouterr().err
+    assert main(["trace", "synth", *options, "a.npy"]) == 2
+    assert "'a.npy': it reads no file" in capsys.readouterr().err
+
+
 def test_advice_counts_and_names_the_recorded_steps_above_a_limit(tmp_path: Path) -> None:
     out, advice = str(tmp_path / "a.safetensors"), tmp_path / "advice.json"
     assert main(["trace", "convert", *lines(tmp_path), f"--out={out}", "--ep-size=4", "--num-experts=16"]) == 0
@@ -355,22 +368,25 @@ def test_advice_opens_a_recording_a_few_times_whatever_its_steps(
         ("a.csv", b"step,layer,rank,e0,e1\n0,0,0,3,-1\n0,0,0,3,4\n", "experts are 0 to 15"),
         ("a.csv", b"step,layer,rank,e0\n0,0,4,1\n", "rank 4 of 4 ranks; give --ep-size"),
         ("a.csv", b"step,layer,rank,e0\n-1,0,0,1\n", "step -1, layer 0"),
-        ("a.csv", b"step,layer,rank,e0\n0,0,0\n", "cannot be read"),
+        ("a.csv", b"step,layer,rank,e0\n0,0,0\n", "line 2: 3 columns, the first line has 4"),
+        ("a.csv", b"step,layer,rank,e0\n0,0,0,1,2\n", "line 2: 5 columns, the first line has 4"),
+        ("a.pt", b"", "cannot be read .it ends too early"),
         ("a.csv", b"step,layer,rank,e0\n", "no token in it"),
         ("a.csv", b"step,layer,rank,e0\n0,0,0,1\n0,1,1,1\n", "layer 1 has .* tokens of the ranks, another"),
-        ("a.jsonl", b"{}", "cannot be read"),
+        ("a.jsonl", b"{}", "cannot be read .no 'ids'"),
         ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "ids": [[1], [1, 2]]}', "cannot be read"),
         ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "ids": [1]}', "give a list of the experts of each token"),
         ("a.csv", b"step,layer,rank,e0,e1\n0,0,0,3,-1\n", "experts are 0 to 15"),
         ("a.jsonl", b'{"choices": [{"text": "a"}]}', "start vLLM with --enable-return-routed-experts"),
         ("a.jsonl", b'{"choices": [{"routed_experts": "?"}]}', "cannot be read"),
-        ("a.jsonl", b'{"choices": [{"routed_experts": "gASVBgAAAAAAAABLAS4="}]}', "cannot be read"),  # a pickle
+        ("a.jsonl", b'{"choices": [{"routed_experts": "gASVBgAAAAAAAABLAS4="}]}', "pickled objects"),
         ("a.jsonl", b'{"choices": 1}', "cannot be read"),
         ("a.jsonl", TWO_LAYOUTS, "its choices have other layers or top-k"),
-        ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "block": "mtp", "top_indices": [[1]]}', "cannot be read"),
+        ("a.jsonl", b'{"step": 0, "layer": 0, "rank": 0, "block": "mtp", "top_indices": [[1]]}', "no 'mtp_idx'"),
         ("a.jsonl", HALF_WEIGHED, "some tokens have weights, others have none"),
         ("a.jsonl", HALF_WEIGHED.replace(b"[[1.0]]", b"[[1.0, 2.0]]"), "give one for each"),
         ("a.jsonl", HALF_WEIGHED.splitlines()[0].replace(b"1.0", b"-1.0"), "not below 0"),
+        ("a.jsonl", HALF_WEIGHED.splitlines()[0].replace(b"1.0", b"1e300"), "allowed are finite ones"),
         ("a.jsonl", TWO_KINDS, "top-2, elsewhere top-1"),
     ],
 )
