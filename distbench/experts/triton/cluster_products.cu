@@ -5,19 +5,12 @@
 // In a block one warp keeps TMA loads in flight, and two warpgroups multiply 2 x 64 rows each. With FP8 the products of
 // 128 columns of K leave the matrix unit's accumulators, whose sums have few bits, for float32 registers.
 //
-// Compiled with NAME, STAGE (1: gate and up, SiLU; 2: down, routing weight), FP8, ROW_BYTES (of K), COLUMNS (of the output),
-// LOCAL (width of the experts' table), DEPTH (tiles of K in flight) and PLACES.
-
-typedef unsigned long long u64;
-typedef unsigned int u32;
-typedef unsigned short u16;
-
-struct alignas(64) TensorMap {
-    char bytes[128];
-};
+// Compiled with NAME, STAGE (1: gate and up, SiLU; 2: down, routing weight), FP8, ROW_BYTES (of K), COLUMNS (of the
+// output), LOCAL (width of the experts' table), DEPTH (tiles of K in flight) and PLACES.
 
 constexpr int K_BYTES = 128, STEPS = ROW_BYTES / K_BYTES;
-constexpr int HALF_BYTES = 128 * K_BYTES, WEIGHT_BYTES = 2 * HALF_BYTES, ROWS_BYTES = PLACES * K_BYTES, SCALE_BYTES = 512;
+constexpr int HALF_BYTES = 128 * K_BYTES, WEIGHT_BYTES = 2 * HALF_BYTES, ROWS_BYTES = PLACES * K_BYTES,
+              SCALE_BYTES = 512;
 // A load begins at a multiple of 16 bytes.
 constexpr int LOADED_SCALES = PLACES + 4;
 constexpr int PITCH = 144, STAGED_BYTES = PLACES * PITCH;
@@ -39,94 +32,6 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the size that the launch is given
 struct Tile {
     int expert, column, start, live, width;
 };
-
-__device__ __forceinline__ u32 address_of(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
-
-__device__ __forceinline__ void await(const u64& barrier, u32 phase) {
-    u32 done;
-    do {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(address_of(&barrier)), "r"(phase)
-            : "memory");
-    } while (!done);
-}
-
-__device__ __forceinline__ void expect(u64& barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(&barrier)), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive_at(u64& barrier, u32 block) {
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;"
-        " mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(address_of(&barrier)),
-        "r"(block)
-        : "memory");
-}
-
-__device__ __forceinline__ void load_matrix(void* to, const TensorMap& from, u64& barrier, int column, int row) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            address_of(to)),
-        "l"(&from), "r"(address_of(&barrier)), "r"(column), "r"(row)
-        : "memory");
-}
-
-// Loads 128 rows of weights into both blocks.
-__device__ __forceinline__ void load_weights(void* to, const TensorMap& from, u64& barrier, int column, int group, int matrix) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1, {%3, %4, %4, %5, %6}], [%2], %7;" ::"r"(address_of(to)),
-        "l"(&from), "r"(address_of(&barrier)), "r"(column), "r"(0), "r"(group), "r"(matrix), "h"(static_cast<u16>(3))
-        : "memory");
-}
-
-template <int COUNT>
-__device__ __forceinline__ void synchronize(int name) {
-    asm volatile("bar.sync %0, %1;" ::"r"(name), "n"(COUNT) : "memory");
-}
-
-__device__ __forceinline__ void synchronize_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Matrix of rows of 128 bytes with the 128-byte swizzle, 8 rows after 1024 bytes.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (static_cast<u64>(1) << 62) | (static_cast<u64>(64) << 32) | (static_cast<u64>(1) << 16) | ((address & 0x3FFFF) >> 4);
-}
-
-template <int SIZE>
-__device__ __forceinline__ void hold(float (&values)[SIZE]) {
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) asm volatile("" : "+f"(values[i])::"memory");
-}
-
-__device__ __forceinline__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-template <int PENDING>
-__device__ __forceinline__ void await_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-__device__ __forceinline__ u32 bf16_pair(float low, float high) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-__device__ __forceinline__ u32 e4m3_pair(float low, float high) {
-    u16 both;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-// Stores 8 x 8 matrices of two-byte elements transposed: lane 8 m + r has the address of column r of matrix m.
-__device__ __forceinline__ void store_transposed(u32 to, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
-}
 
 // The tile of an item: experts in turn, columns of one, and for each the tiles of places, which share the weights.
 __device__ __forceinline__ Tile locate(const Shared& shared, int item, int rank, int lane) {
@@ -163,7 +68,8 @@ struct Ring {
 
 // The products of one tile, weights [2 x 64 of this warpgroup] by places [WIDTH].
 template <int WIDTH>
-__device__ __forceinline__ void multiply(Shared& shared, Ring& ring, const Tile& tile, const Given& given, float (&total)[2][WIDTH / 2]) {
+__device__ __forceinline__ void multiply(Shared& shared, Ring& ring, const Tile& tile, const Given& given,
+                                         float (&total)[2][WIDTH / 2]) {
     const int group = threadIdx.x / 128, lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < WIDTH / 2; ++i) total[0][i] = total[1][i] = 0;
@@ -181,8 +87,10 @@ __device__ __forceinline__ void multiply(Shared& shared, Ring& ring, const Tile&
             await(shared.full[ring.slot], ring.phase);
             const u64 left = descriptor(address_of(shared.weights[ring.slot]) + group * 64 * K_BYTES);
             const u64 right = descriptor(address_of(shared.rows[ring.slot]));
-            const float* scales = reinterpret_cast<const float*>(shared.scales[ring.slot]) + tile.start % 4 + lane % 4 * 2;
-            // Weights' scales are powers of two: their quotient is a difference of exponents, and all products are exact.
+            const float* scales =
+                reinterpret_cast<const float*>(shared.scales[ring.slot]) + tile.start % 4 + lane % 4 * 2;
+            // Weights' scales are powers of two: their quotient is a difference of exponents, and products with it are
+            // exact, unless a place's scale times the first leaves the range of float32.
             const float quotient = weight_scale[1] * __int_as_float(0x7F000000 - __float_as_int(weight_scale[0]));
             float factors[WIDTH / 4];
 #pragma unroll
@@ -191,7 +99,8 @@ __device__ __forceinline__ void multiply(Shared& shared, Ring& ring, const Tile&
                 hold(part);
                 open_products();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) Product<WIDTH>::add(part, left + (block * HALF_BYTES >> 4) + 2 * k, right + 2 * k, k);
+                for (int k = 0; k < 4; ++k)
+                    Product<WIDTH>::add(part, left + (block * HALF_BYTES >> 4) + 2 * k, right + 2 * k, k);
                 commit_products();
 #pragma unroll
                 for (int i = 0; i < WIDTH / 4; ++i)
@@ -241,21 +150,23 @@ __device__ __forceinline__ float activate(float gate, float up) {
 template <int COUNT, int LINES>
 __device__ __forceinline__ void write_rows(const char* staged, char* to, long long pitch, int live, int thread) {
     for (int i = thread; i < live * LINES; i += COUNT)
-        *reinterpret_cast<uint4*>(to + i / LINES * pitch + i % LINES * 16) = *reinterpret_cast<const uint4*>(staged + i / LINES * PITCH + i % LINES * 16);
+        *reinterpret_cast<uint4*>(to + i / LINES * pitch + i % LINES * 16) =
+            *reinterpret_cast<const uint4*>(staged + i / LINES * PITCH + i % LINES * 16);
 }
 
 // Stores pairs of bf16 [64 columns of this warpgroup] by places [WIDTH] through shared memory.
 template <int WIDTH>
-__device__ __forceinline__ void write_bf16(Shared& shared, const float (&values)[WIDTH / 2], char* to, long long pitch, int live) {
+__device__ __forceinline__ void write_bf16(Shared& shared, const float (&values)[WIDTH / 2], char* to, long long pitch,
+                                           int live) {
     const int group = threadIdx.x / 128, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     u32 staged = address_of(shared.staged[group]) + (lane / 16 * 8 + lane % 8) * PITCH + warp * 32 + lane / 8 % 2 * 16;
 #pragma unroll
     for (int j = 0; j < WIDTH / 8; j += 2) {
         // The last of an odd number of matrices is written twice.
         const int k = min(j + 1, WIDTH / 8 - 1), shift = j + 1 < WIDTH / 8 ? 0 : lane / 16 * 8;
-        store_transposed(
-            staged + (8 * j - shift) * PITCH, bf16_pair(values[4 * j], values[4 * j + 1]), bf16_pair(values[4 * j + 2], values[4 * j + 3]),
-            bf16_pair(values[4 * k], values[4 * k + 1]), bf16_pair(values[4 * k + 2], values[4 * k + 3]));
+        store_transposed(staged + (8 * j - shift) * PITCH, bf16_pair(values[4 * j], values[4 * j + 1]),
+                         bf16_pair(values[4 * j + 2], values[4 * j + 3]), bf16_pair(values[4 * k], values[4 * k + 1]),
+                         bf16_pair(values[4 * k + 2], values[4 * k + 3]));
     }
     synchronize<128>(1 + group);
     write_rows<128, 8>(shared.staged[group], to, pitch, live, threadIdx.x % 128);
@@ -269,12 +180,14 @@ __device__ __forceinline__ float power_of_two_scale(float amax) {
 
 // Quantises the activation [128 columns] of each place, and stores it with its scale.
 template <int WIDTH>
-__device__ __forceinline__ void write_e4m3(Shared& shared, const float (&values)[WIDTH / 2], const Tile& tile, const Given& given) {
+__device__ __forceinline__ void write_e4m3(Shared& shared, const float (&values)[WIDTH / 2], const Tile& tile,
+                                           const Given& given) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float(*most)[PLACES] = reinterpret_cast<float(*)[PLACES]>(shared.staged[1]);
+    float (*most)[PLACES] = reinterpret_cast<float (*)[PLACES]>(shared.staged[1]);
 #pragma unroll
     for (int j = 0; j < WIDTH / 8; ++j) {
-        float even = fmaxf(fabsf(values[4 * j]), fabsf(values[4 * j + 2])), odd = fmaxf(fabsf(values[4 * j + 1]), fabsf(values[4 * j + 3]));
+        float even = fmaxf(fabsf(values[4 * j]), fabsf(values[4 * j + 2])),
+              odd = fmaxf(fabsf(values[4 * j + 1]), fabsf(values[4 * j + 3]));
 #pragma unroll
         for (int far = 4; far < 32; far *= 2) {
             even = fmaxf(even, __shfl_xor_sync(~0u, even, far));
@@ -289,7 +202,8 @@ __device__ __forceinline__ void write_e4m3(Shared& shared, const float (&values)
         for (int i = 0; i < MULTIPLIERS / 32; ++i) amax = fmaxf(amax, most[i][threadIdx.x]);
         float scale = power_of_two_scale(amax);
         shared.factors[0][threadIdx.x] = 1.0f / scale;
-        if (threadIdx.x < tile.live) given.output_scales[static_cast<long long>(tile.column) * given.stride + tile.start + threadIdx.x] = scale;
+        if (threadIdx.x < tile.live)
+            given.output_scales[static_cast<long long>(tile.column) * given.stride + tile.start + threadIdx.x] = scale;
     }
     synchronize<MULTIPLIERS>(3);
     u32 staged = address_of(shared.staged[0]) + lane * PITCH + warp * 16;
@@ -317,7 +231,8 @@ __device__ __forceinline__ void compute(Shared& shared, Ring& ring, const Tile& 
     float routing = STAGE == 2 && thread < tile.live ? __ldg(given.routing + tile.start + thread) : 0.0f;
     float total[2][WIDTH / 2];
     multiply<WIDTH>(shared, ring, tile, given, total);
-    char* to = static_cast<char*>(given.output) + (static_cast<long long>(tile.start) * COLUMNS + tile.column * TILE_COLUMNS + group * 64) * 2;
+    char* to = static_cast<char*>(given.output) +
+               (static_cast<long long>(tile.start) * COLUMNS + tile.column * TILE_COLUMNS + group * 64) * 2;
     if constexpr (STAGE == 1) {
 #pragma unroll
         for (int i = 0; i < WIDTH / 2; ++i) total[0][i] = activate(total[0][i], total[1][i]);
@@ -355,7 +270,9 @@ __device__ __forceinline__ void compute_width(Shared& shared, Ring& ring, const 
         compute_width<(WIDTH < 64 ? WIDTH + 16 : WIDTH + 8)>(shared, ring, tile, given);
 }
 
-__device__ __forceinline__ void load_tile(Shared& shared, Ring& ring, const Tile& tile, int rank, const TensorMap& weights, const TensorMap (&rows)[4], const TensorMap& scales) {
+__device__ __forceinline__ void load_tile(Shared& shared, Ring& ring, const Tile& tile, int rank,
+                                          const TensorMap& weights, const TensorMap (&rows)[4],
+                                          const TensorMap& scales) {
     const int matrix = STAGE == 1 ? 2 * tile.expert + rank : tile.expert;
     const int group = STAGE == 1 ? tile.column * 8 : tile.column * 16 + rank * 8;
     const u32 bytes = WEIGHT_BYTES + tile.width * K_BYTES + (FP8 ? LOADED_SCALES * 4 : 0);
@@ -368,7 +285,8 @@ __device__ __forceinline__ void load_tile(Shared& shared, Ring& ring, const Tile
 #pragma unroll
         for (int size = 64, i = 0; size >= 8; size /= 2, ++i)
             if (tile.width & size) {
-                load_matrix(shared.rows[ring.slot] + loaded * K_BYTES, rows[i], full, step * K_BYTES, tile.start + loaded);
+                load_matrix(shared.rows[ring.slot] + loaded * K_BYTES, rows[i], full, step * K_BYTES,
+                            tile.start + loaded);
                 loaded += size;
             }
         if constexpr (FP8) load_matrix(shared.scales[ring.slot], scales, full, tile.start / 4 * 4, step);
@@ -393,7 +311,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 
     if (threadIdx.x == 0) {
         for (int i = 0; i < DEPTH; ++i) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(&shared.full[i])), "r"(1));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(&shared.empty[i])), "r"(2 * MULTIPLIERS / 32));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(&shared.empty[i])),
+                         "r"(2 * MULTIPLIERS / 32));
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

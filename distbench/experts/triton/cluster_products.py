@@ -174,8 +174,9 @@ def source(layer: Layer) -> str:
     defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
     widths = [width for width in range(16, layer.places + 1, 8) if width >= 64 or width % 16 == 0]  # noqa: PLR2004
     products = "".join(_product(width, fp8=layer.fp8) for width in widths)
-    text = Path(__file__).with_suffix(".cu").read_text()
-    return f"{defines}template <int WIDTH> struct Product;\n{products}{text}"
+    here = Path(__file__)
+    instructions, text = (path.read_text() for path in (here.with_name("hopper.cu"), here.with_suffix(".cu")))
+    return f"{defines}template <int WIDTH> struct Product;\n{products}{instructions}{text}"
 
 
 def _product(width: int, *, fp8: bool) -> str:
