@@ -14,12 +14,13 @@ from distbench.case.sglang_env import recorded_environment
 from distbench.case.sglang_releases import VARIABLES
 from tests.contract.facts import FACTS
 from tests.contract.facts import aiter_facts as of_aiter
+from tests.contract.facts import deep_ep_facts as of_deep_ep
 from tests.contract.facts import mori_facts as mori
 from tests.contract.facts import sglang_facts as sglang
 from tests.contract.facts import vllm_facts as vllm
 from tests.contract.facts.constructor_facts import CONSTRUCTOR
 from tests.contract.facts.fact import Fact, check
-from tests.contract.facts.fetch import AITER, MORI, NIGHTLY, SGLANG, VLLM, Distribution, Unreachable, pinned
+from tests.contract.facts.fetch import AITER, DEEP_EP, MORI, NIGHTLY, SGLANG, VLLM, Distribution, Unreachable, pinned
 from tests.contract.facts.source import Source
 
 OLDER = "0.5.20"
@@ -29,6 +30,7 @@ RELEASES: dict[str, tuple[Distribution, str]] = {
     "sglang": (SGLANG, ""),
     "aiter": (AITER, ""),
     "vllm": (VLLM, ""),
+    "deep_ep": (DEEP_EP, ""),
 }
 VLLM_WHEEL = os.environ.get("DISTBENCH_VLLM_WHEEL", "")
 INTERNODE = f"{mori.KERNELS}/internode_v1.cpp"
@@ -123,6 +125,18 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
     ),
     "numbers of activations and quantisations": (of_aiter.ENUMS, "per_1x128", "per_1x64, per_1x128"),
     "columns of the tuned table": (of_aiter.TABLE, "ksplit", "split"),
+    "what methods of Buffer return": (
+        of_deep_ep.LEGACY,
+        "return packed_recv_x, packed_recv_count, handle",
+        "return packed_recv_count, packed_recv_x, handle",
+    ),
+    "fields of Buffer's handles": (
+        of_deep_ep.LEGACY,
+        "handle = (packed_recv_src_info, packed_recv_layout_range,",
+        "handle = (packed_recv_layout_range, packed_recv_src_info,",
+    ),
+    "parameters of Buffer's methods": (of_deep_ep.LEGACY, "use_logfmt: bool", "use_log: bool"),
+    "bounds of Buffer": (of_deep_ep.LEGACY, "num_max_dispatch_tokens_per_rank + 1) * 2", "num_max_tokens + 1) * 4"),
     "path of the tuned table": (of_aiter.CORE, "AITER_CONFIG_FMOE_FILE", "FMOE_FILE"),
     "tiles of CK without a tuned row": (of_aiter.TILES, "V1, 256, 32, 64, 128/sizeof", "V1, 256, 32, 128, 128/sizeof"),
 }
@@ -147,6 +161,7 @@ def source(request: pytest.FixtureRequest) -> Source:
 
 def facts_of(source: Source) -> tuple[Fact, ...]:
     packages = {MORI.name: "mori", NIGHTLY.name: "mori", SGLANG.name: "sglang", AITER.name: "aiter", VLLM.name: "vllm"}
+    packages[DEEP_EP.name] = "deep_ep"
     return tuple(fact for fact in FACTS if fact.package == packages[source.distribution])
 
 

@@ -1,4 +1,4 @@
-"""What the guests assume of the wheels of sgl-deep-ep, SGLang and vLLM: signatures, defaults and orders, by their text.
+"""What the experts of guests assume of the wheels of SGLang and vLLM: signatures, defaults and orders, by their text.
 
 vLLM's wheel is large, so it is the one that DISTBENCH_VLLM_WHEEL names, of any release. SGLang's is the last release
 whose experts take their settings as the adapter gives them.
@@ -13,23 +13,15 @@ from typing import Any
 
 import pytest
 
-from distbench.transport.deepep.normal import _Handle
 from tests import fake_guests
 from tests.contract.facts.mori_facts import ours
 from tests.contract.facts.source import signature
-from tests.contract.wheels import deep_ep_wheel, function, sglang_wheel, tree
+from tests.contract.wheels import function, sglang_wheel, tree
 from tests.slim_wheel import VLLM_WHEEL, named
 
 SGLANG = "0.5.13.post1"
-LEGACY = "deep_ep/buffers/legacy.py"
 TRITON_UTILS = "sglang/srt/layers/moe/moe_runner/triton_utils"
 FUSED_MOE = "vllm/model_executor/layers/fused_moe"
-
-
-@pytest.fixture(scope="module")
-def deep_ep() -> Iterator[zipfile.ZipFile]:
-    with deep_ep_wheel() as wheel:
-        yield wheel
 
 
 @pytest.fixture(scope="module")
@@ -49,67 +41,10 @@ def method(wheel: zipfile.ZipFile, path: str, owner: str, name: str) -> ast.Func
     return next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
-def text(wheel: zipfile.ZipFile, name: str) -> str:
-    return " ".join(ast.unparse(method(wheel, LEGACY, "Buffer", name)).split())
-
-
 def fits(called: dict[str, str], theirs: dict[str, str], exceptions: tuple[str, ...] = ()) -> None:
     """Hold that a fake's parameters are the package's, in its order, and that it lacks none without a default."""
     assert [name for name in theirs if name in called] == list(called)
     assert {name for name, default in theirs.items() if not default} <= called.keys() | set(exceptions)
-
-
-@pytest.mark.parametrize(
-    ("name", "returned"),
-    [
-        (
-            "get_dispatch_layout",
-            "return (num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank, ",
-        ),
-        ("dispatch", "recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle, EventOverlap(event))"),
-        ("combine", "return (recv_x, recv_topk_weights, EventOverlap(event))"),
-        ("low_latency_dispatch", "return (packed_recv_x, packed_recv_count, handle, EventOverlap("),
-        ("low_latency_combine", "return (combined_x, EventOverlap("),
-    ],
-)
-def test_returns_of_deep_ep_have_the_order_that_the_transport_takes_them_in(
-    deep_ep: zipfile.ZipFile, name: str, returned: str
-) -> None:
-    assert returned in text(deep_ep, name)
-
-
-def test_handles_of_deep_ep_have_the_fields_that_sources_are_read_from(deep_ep: zipfile.ZipFile) -> None:
-    packed = "handle = (rank_prefix_matrix, channel_prefix_matrix, recv_channel_prefix_matrix, recv_src_idx, "
-    assert packed + "is_token_in_rank, send_head)" in text(deep_ep, "dispatch")
-    assert len(_Handle._fields) == 6
-    assert "handle = (packed_recv_src_info, packed_recv_layout_range, " in text(deep_ep, "low_latency_dispatch")
-
-
-def test_arguments_by_which_the_transport_calls_deep_ep_exist(deep_ep: zipfile.ZipFile) -> None:
-    given = {
-        "__init__": {"low_latency_mode", "num_qps_per_rank", "explicitly_destroy"},
-        "dispatch": {"num_tokens_per_rank", "num_tokens_per_rdma_rank", "is_token_in_rank", "num_tokens_per_expert"},
-        "low_latency_dispatch": {"use_fp8", "async_finish", "return_recv_hook"},
-        "low_latency_combine": {"use_logfmt", "zero_copy", "async_finish", "return_recv_hook"},
-    }
-    for name, keywords in given.items():
-        assert keywords <= signature(method(deep_ep, LEGACY, "Buffer", name)).keys()
-    parameters = list(signature(method(deep_ep, LEGACY, "Buffer", "__init__")))
-    assert parameters[:3] == ["group", "num_nvl_bytes", "num_rdma_bytes"]
-    parameters = list(signature(method(deep_ep, LEGACY, "Buffer", "low_latency_dispatch")))
-    assert parameters[:4] == ["x", "topk_idx", "num_max_dispatch_tokens_per_rank", "num_experts"]
-    parameters = list(signature(method(deep_ep, LEGACY, "Buffer", "low_latency_combine")))
-    assert parameters[:4] == ["x", "topk_idx", "topk_weights", "handle"]
-
-
-def test_bounds_of_deep_ep_are_those_that_the_transport_states(deep_ep: zipfile.ZipFile) -> None:
-    depth = "assert self.nvshmem_qp_depth >= (num_max_dispatch_tokens_per_rank + 1) * 2"
-    assert depth in text(deep_ep, "low_latency_dispatch")
-    assert "os.environ.get('NVSHMEM_QP_DEPTH', '1024')" in text(deep_ep, "__init__")
-    configs = [text(deep_ep, f"get_{stage}_config") for stage in ("dispatch", "combine")]
-    for one in configs:
-        assert "config_map = {2: " in one
-        assert "assert num_ranks in config_map, f'Unsupported number of EP ranks: {num_ranks}'" in one
 
 
 def test_experts_of_sglang_have_the_parameters_of_the_fake(sglang: zipfile.ZipFile) -> None:
