@@ -10,17 +10,21 @@ import pytest
 from distbench.case.resolve import FLAGS, Layer, resolve_case
 from distbench.case.spec import Case
 from distbench.case.stages import Stage
+from distbench.case.suite import load_suite
 from distbench.distributed.session import Session
 from distbench.errors import DistbenchError, Verdict
 from distbench.pipeline.run_case import run_case
 from distbench.report.bundle.recorded import moves_local_slots, recorded_order
+from distbench.testing.conformance import RULES, SUITE
 from distbench.transport.sum_order import SumOrder
 from distbench.verify.records import Outcome
 from tests import fake_deep_ep
 from tests.contract.wheels import deep_ep_wheel
+from tests.end_to_end.launches import SOAK
 from tests.ranks import on_ranks
 
 MODES = ("normal", "low-latency")
+PLUGIN = "tests.fake_deep_ep:PLUGIN"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def deepep(folder: Path, ranks: int, mode: str, spoils: str = "", **values: Any)
         "max_dispatch_tokens_per_rank": 32,
         "tokens": (7, 0, 16, 3)[:ranks],
         "device": "cpu",
-        "transport": "tests.fake_deep_ep:PLUGIN",
+        "transport": PLUGIN,
         "transport_option": f"folder={folder};mode={mode};spoils={spoils}",
     }
     return resolve_case([Layer(FLAGS, flags | values)], ranks).case
@@ -70,6 +74,19 @@ def test_case_passes_with_both_inputs_and_states_order_and_slots(
     facts = found.gathered.observations[0].transport
     assert moves_local_slots(facts)
     assert recorded_order(facts) == SumOrder(by_rank=mode == "normal")
+
+
+@pytest.mark.skipif(not SOAK, reason="long: set DISTBENCH_SOAK=1")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_of_conformance_hold(folder: Path, rule: str, mode: str) -> None:
+    flags = {"device": "cpu", "transport": PLUGIN, "transport_option": f"folder={folder};mode={mode}"}
+    wide = {"hidden_size": 512} if mode == "low-latency" else {}
+    entry = {one.name: one for one in load_suite(SUITE, 2, [Layer(FLAGS, flags | wide)]).entries}[rule]
+    wanted = {"overflow": Verdict.OVERFLOW, "lossy-cut": Verdict.UNDER_LIMIT}
+    if (rule, mode) == ("fp8", "low-latency"):
+        wanted["fp8"] = Verdict.UNSUPPORTED
+    assert outcome(entry.case).judgement.verdict is wanted.get(rule, Verdict.PASS)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -132,7 +132,7 @@ class LowLatencyTransport(WholeTransport):
         mine[: len(batch.ids), case.topk_slots :] = batch.weights.view(torch.int32)
         table = mine.new_empty(case.ep_size, *mine.shape)
         with collective("all_gather", mine.get_device()):
-            dist.all_gather_into_tensor(table.view(-1, mine.shape[1]), mine, group=self._group)
+            dist.all_gather([*table.unbind(0)], mine, group=self._group)
         ids, weights = table.split(case.topk_slots, dim=2)
         first = self._rank * case.experts_per_rank
         return Routing(ids, weights.contiguous().view(torch.float32), first, self._most)
