@@ -127,9 +127,9 @@ def _package() -> _Package:
 
         tiles = fused_moe_triton_config.try_get_optimal_moe_config
         return _Package(fused_moe.fused_experts_impl, tiles, str(sglang.__version__))
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, RuntimeError) as error:  # later releases refuse the settings
         message = (
-            f"experts sglang-triton: {one_line(error)}; install an sglang from 0.5.12 to 0.5.13 with its sgl_kernel "
+            f"experts sglang-triton: {one_line(error)}; install an sglang from 0.5.12 to 0.5.14 with its sgl_kernel "
             "beside its torch (docs/plugins.md)"
         )
         raise Unsupported(message) from error

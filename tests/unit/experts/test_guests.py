@@ -159,7 +159,17 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(Unsupported, match=r"install a vllm of 0\.22 or later"):
         make_experts(guest("vllm"))
-    with pytest.raises(Unsupported, match=r"install an sglang from 0\.5\.12 to 0\.5\.13"):
+    with pytest.raises(Unsupported, match=r"install an sglang from 0\.5\.12 to 0\.5\.14"):
+        make_experts(guest("sglang-triton"))
+
+
+def test_release_of_sglang_that_takes_no_settings_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def retired() -> None:
+        message = "get_global_server_args() is retired"
+        raise RuntimeError(message)
+
+    fake_guests.install_sglang(monkeypatch, get_global_server_args=retired)
+    with pytest.raises(Unsupported, match=r"get_global_server_args\(\) is retired; install an sglang"):
         make_experts(guest("sglang-triton"))
 
 
