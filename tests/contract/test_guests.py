@@ -1,7 +1,7 @@
 """What the experts of guests assume of the wheels of SGLang and vLLM: signatures, defaults and orders, by their text.
 
-vLLM's wheel is large, so it is the one that DISTBENCH_VLLM_WHEEL names, of any release. SGLang's is the release that has
-run; later ones take their settings in another way.
+vLLM's wheel is large, so it is the one that DISTBENCH_VLLM_WHEEL names, of any release. SGLang's is the release that
+has run; later ones take their settings in another way.
 """
 
 from __future__ import annotations
