@@ -155,6 +155,8 @@ def _part(path: str) -> tuple[Place, str, list[Seen]]:
         _refuse(path, one_line(error), error)
     if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != len(COLUMNS) or (table < 0).any():  # noqa: PLR2004
         _refuse(path, f"slices {table.dtype} {table.shape} are not of the format")
+    if len(table) > MOST_SLICES:
+        _refuse(path, f"{len(table)} dispatches; a trace has at most {MOST_SLICES} steps and layers")
     if (table[:, 0] >= _MOST_STEP).any() or (table[:, 1] >= _MOST_LAYER).any():
         _refuse(path, f"a step or layer beyond {_MOST_STEP} and {_MOST_LAYER}")
     count = int(table[:, 2].clip(0, MOST_IDS).sum())

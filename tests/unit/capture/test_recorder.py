@@ -378,6 +378,7 @@ def test_environment_gives_all_settings() -> None:
         ("ids", "the dispatches have"),
         ("twice", "twice"),
         ("far step", "a step or layer beyond"),
+        ("too many", "200000 dispatches; a trace has at most"),
         ("empty", "no part of a capture"),
     ],
 )
@@ -397,9 +398,11 @@ def test_damaged_captures_are_refused(tmp_path: Path, damage: str, reason: str) 
         first.write_bytes(content.replace(FORMAT.encode(), b"distbench-otherss"))
     elif damage == "ids":
         first.write_bytes(content.replace(b'"shape":[6,4]', b'"shape":[4,6]'))
-    elif damage == "far step":
+    elif damage in ("far step", "too many"):
         tensors = load_file(first)
         tensors["slices"][0, 0] = 1 << 60
+        if damage == "too many":  # of no token: nothing else bounds them
+            tensors = {"slices": np.zeros((200_000, 5), dtype=np.int64), "ids": np.zeros((0, K), dtype=np.int32)}
         with safe_open(first, framework="numpy") as opened:
             save_file(tensors, first, opened.metadata())
     elif damage == "twice":
