@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib
-import os
+import secrets
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from distbench.errors import Unsupported
 TENSOR_MAP_BYTES = 128
 # Values of CUtensorMapSwizzle.
 SWIZZLE_NONE, SWIZZLE_128B = 0, 3
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def check_cuda_bindings() -> None:
@@ -50,8 +51,14 @@ def compiled(source: str, architecture: str, folder: Path) -> bytes:
     _, *version = nvrtc.nvrtcVersion()
     digest = hashlib.sha256(f"{architecture} {version} {source}".encode()).hexdigest()
     path = folder / f"distbench-{digest[:32]}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    code = _kept(path)
+    if code is None:
+        code = _made(nvrtc, source, architecture)
+        _keep(path, code)
+    return code
+
+
+def _made(nvrtc: Any, source: str, architecture: str) -> bytes:
     program = _result(nvrtc.nvrtcCreateProgram(source.encode(), b"distbench.cu", 0, [], []))
     flags = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
@@ -62,10 +69,26 @@ def compiled(source: str, architecture: str, folder: Path) -> bytes:
         raise RuntimeError(message)
     code: bytes = b" " * _result(nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, code)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(code)
-    unfinished.replace(path)
     return code
+
+
+def _kept(path: Path) -> bytes | None:
+    """Return the code of a file whose last bytes are its digest; None without the file, or where it is not whole."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    code, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    return code if digest == hashlib.sha256(code).digest() else None
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write the file so that it appears whole; other processes, of other hosts too, may do the same."""
+    unfinished = path.with_suffix(f".{secrets.token_hex(8)}")
+    try:
+        unfinished.write_bytes(code + hashlib.sha256(code).digest())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class Kernel:
