@@ -78,7 +78,8 @@ stages() {
         echo "sweep-$transport|the layer over $transport at many limits, timed"
     done
     for dtype in "${dtypes[@]}"; do
-        echo "graph-$dtype|the layer in CUDA graphs, $dtype, timed"
+        echo "graph-$dtype|the experts in CUDA graphs, $dtype, timed"
+        echo "layer-$dtype|the whole layer in one CUDA graph over symmetric, $dtype"
     done
     echo "selftest|every fault once, and clean cases"
     echo "smoke|the suite smoke"
@@ -90,6 +91,7 @@ stages() {
         echo "jitter-$number|$repeats repeats with jitter, seed $number"
     done
     echo "experts|the Triton experts against their limits and a peer, one GPU"
+    echo "peers|the Triton experts beside those of vLLM, SGLang and DeepGEMM, as far as they are installed, one GPU"
     for size in "${sizes[@]}"; do
         echo "start-$size|one command against a bare torchrun, $size ranks"
         echo "marginal-$size|marginal cost of a case of a suite, $size ranks"
@@ -177,6 +179,11 @@ run_stage() {
             "${distbench[@]}" run "${results[@]}" "${layer[@]}" "--dispatch-dtype=$rest" "--tokens=$some" \
                 --limit=max-recv --graph "--iterations=$iterations"
             ;;
+        layer-*)
+            has_gpus
+            "${distbench[@]}" run "${results[@]}" "${layer[@]}" "--dispatch-dtype=$rest" --tokens=16 --limit=max-recv \
+                --transport=symmetric --graph=layer
+            ;;
         selftest) "${distbench[@]}" selftest --quick --resume "${results[@]}" "${small[@]}" ;;
         smoke) "${distbench[@]}" suite smoke "${results[@]}" "${small[@]}" ;;
         suite-*) "${distbench[@]}" suite "$rest" "${results[@]}" "${small[@]}" ;;
@@ -191,6 +198,10 @@ run_stage() {
         experts)
             has_gpus
             "$python" scripts/bench_gpu.py "--json=$folder/experts.json"
+            ;;
+        peers)
+            has_gpus
+            "$python" scripts/bench_peers.py "--json=$folder/peers.json"
             ;;
         start-*)
             has_gpus
@@ -236,6 +247,11 @@ if [[ $stage ]]; then
     exit 0
 fi
 mkdir -p "$out"
+asked="--device $device --nproc $nproc"
+if [[ -f $out/asked && $(<"$out/asked") != "$asked" ]]; then
+    fail "--out $out has results of $(<"$out/asked"), not of $asked; name another folder"
+fi
+echo "$asked" >"$out/asked"
 if [[ $device == cpu ]]; then
     echo "ep8.sh: a trial on the CPU with tiny shapes; its times mean nothing" | tee "$out/trial"
 fi

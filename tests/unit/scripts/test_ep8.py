@@ -47,6 +47,14 @@ def test_wrong_options_are_refused_with_what_is_allowed(
     assert message in done.stderr
 
 
+def test_results_of_another_number_of_ranks_are_not_taken_for_these(tmp_path: Path) -> None:
+    (tmp_path / "asked").write_text("--device cpu --nproc 4\n")
+    done = run_ep8("--device", "cpu", "--nproc", "2", "--only", "graph-bf16", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "has results of --device cpu --nproc 4, not of --device cpu --nproc 2; name another folder" in done.stderr
+    assert not (tmp_path / "graph-bf16").exists()
+
+
 def test_trial_on_the_cpu_passes_skips_with_the_reason_and_runs_nothing_twice(tmp_path: Path) -> None:
     trial = ("--device", "cpu", "--nproc", "2", "--only", "cases-collective,graph-bf16", "--out", str(tmp_path))
     first = run_ep8(*trial)
