@@ -76,7 +76,8 @@ class Steps:
 
     def add(self, routes: Tensor, sums: torch.dtype) -> Tensor:
         """Return the ordered sum of bf16 routes [n, k, H] over k, accumulated in `sums`' dtype, as bf16 [n, H]."""
-        total = torch.zeros_like(routes[:, 0], dtype=sums)
-        for route in routes.unbind(1):
+        first, *others = routes.unbind(1)
+        total = first.to(sums).add(0.0)  # a sum from +0.0 has no -0.0
+        for route in others:
             total += route
         return total.bfloat16()

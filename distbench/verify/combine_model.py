@@ -162,8 +162,9 @@ def _standing(ids: Tensor, group: ExpertGroup, order: SumOrder) -> Tensor:
 
 
 def _added_in_order(rows: Tensor) -> Tensor:
-    total = torch.zeros_like(rows[:, 0], dtype=torch.float32)
-    for one in rows.unbind(1):
+    first, *others = rows.unbind(1)
+    total = first.float().add(0.0)  # a sum from +0.0 has no -0.0
+    for one in others:
         total += one
     return total
 
