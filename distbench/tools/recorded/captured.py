@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ _MOST_NUMBER = 1 << 24
 _MOST_PART_BYTES = 1 << 30
 _MOST_STEP, _MOST_LAYER = 1 << 53, 1 << 20
 _PADDING = "gave rank 0 the rows of padding (ids of -1) as well, which the trace lacks"
-_LEFT_OUT = ("over_size", "behind", "in_graphs", "too_late")
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 
 
 class Violation(NamedTuple):
@@ -54,6 +54,16 @@ class _Found(NamedTuple):
     place: Place
     source: str
     slices: dict[tuple[int, int], dict[int, Seen]]
+
+
+class _LeftOut(msgspec.Struct):
+    """What a rank's counts say was left out, and the error that ended its capture."""
+
+    over_size: _Count = 0
+    behind: _Count = 0
+    in_graphs: _Count = 0
+    too_late: _Count = 0
+    error: str = ""
 
 
 def read_capture(folder: str) -> Capture:
@@ -206,24 +216,24 @@ def _check_rows(folder: str, place: Place, ranks: dict[int, Seen], one: Slice) -
 
 def _counted(folder: str, names: list[str]) -> Iterator[str]:
     """What the ranks left out, and the errors that ended a rank's capture."""
-    left_out: Counter[str] = Counter()
-    for name in names:
-        if not COUNTS.fullmatch(name):
-            continue
-        try:
-            with os.fdopen(open_regular(str(Path(folder, name))), "rb") as stream:
-                counts = msgspec.json.decode(stream.read(MOST_COUNTS_BYTES), type=dict[str, Any])
-        except (OSError, ValueError) as error:
-            _refuse(folder, f"{name}: {one_line(error)}", error)
-        left_out.update({key: counts[key] for key in _LEFT_OUT if isinstance(counts.get(key), int)})
-        if counts.get("error"):
-            yield f"{name}: the capture ended: {one_line(str(counts['error']))[:300]}"
     told = {
         "over_size": "beyond the size allowed",
         "behind": "while the writer was behind",
         "in_graphs": "while a graph was captured, whose replays nobody sees",
         "too_late": "around violations that a rank heard of too late",
     }
+    left_out: Counter[str] = Counter()
+    for name in names:
+        if not COUNTS.fullmatch(name):
+            continue
+        try:
+            with os.fdopen(open_regular(str(Path(folder, name))), "rb") as stream:
+                counts = msgspec.json.decode(stream.read(MOST_COUNTS_BYTES), type=_LeftOut)
+        except (OSError, ValueError) as error:
+            _refuse(folder, f"{name}: {one_line(error)}", error)
+        left_out.update({key: getattr(counts, key) for key in told})
+        if counts.error:
+            yield f"{name}: the capture ended: {one_line(counts.error)[:300]}"
     yield from (f"{left_out[key]} dispatches were not recorded: {why}" for key, why in told.items() if left_out[key])
 
 

@@ -379,6 +379,7 @@ def test_environment_gives_all_settings() -> None:
         ("twice", "twice"),
         ("far step", "a step or layer beyond"),
         ("too many", "200000 dispatches; a trace has at most"),
+        ("counts", "rank-00001.json: Expected `int` >= 0"),
         ("empty", "no part of a capture"),
     ],
 )
@@ -405,6 +406,8 @@ def test_damaged_captures_are_refused(tmp_path: Path, damage: str, reason: str) 
             tensors = {"slices": np.zeros((200_000, 5), dtype=np.int64), "ids": np.zeros((0, K), dtype=np.int32)}
         with safe_open(first, framework="numpy") as opened:
             save_file(tensors, first, opened.metadata())
+    elif damage == "counts":
+        (folder / "rank-00001.json").write_text('{"behind": -5}')
     elif damage == "twice":
         (folder / "rank-00000.000001.safetensors").write_bytes(content)
     with pytest.raises(InvalidCase, match=reason):
