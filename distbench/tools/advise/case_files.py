@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import tomli_w
 from distbench.case.presets import CUSTOM, DIMENSIONS
 from distbench.case.spec import Case
 from distbench.errors import InvalidCase
+from distbench.report.files import write_atomically
 from distbench.tools.advise.question import Question
+from distbench.utils.text import printable
 
 _KEYS = ("ep_size", "tokens", "routing", "policy", "numerics", "max_dispatch_tokens_per_rank", "dispatch_dtype")
 _SLOTS = ("shared_experts", "physical_experts", "placement")
@@ -32,7 +35,7 @@ def write_case_files(folder: str, question: Question, bound: int) -> list[Path]:
         for name, limit in wanted.items():
             if limit >= 1:
                 path = Path(folder) / f"{name}.toml"
-                path.write_text(_text(question.witness, limit, path))
+                write_atomically(path, _text(question.witness, limit, path).encode("utf-8", "replace"))
                 paths.append(path)
     except OSError as error:
         message = f"--cases {folder!r:.200}: cannot be written ({error.strerror}); name another folder"
@@ -46,9 +49,10 @@ def _text(case: Case, limit: int, path: Path) -> str:
     values: dict[str, Any] = {"model": case.model} | {key: getattr(case, key) for key in (*named, *_KEYS, *asked)}
     values |= {"tokens": _tokens(case.tokens), "limit": limit}
     verdict = _verdict(case, limit)
+    named_path = printable(shlex.quote(str(path)))
     head = (
         f"# By distbench advise. Every token has an expert on rank 0, which receives all of them: {verdict}.\n"
-        f"# Run it:    distbench run --case {path} -n {case.ep_size}    (--model tiny needs less memory)\n\n"
+        f"# Run it:    distbench run --case {named_path} -n {case.ep_size}    (--model tiny needs less memory)\n\n"
     )
     return head + tomli_w.dumps(values)
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -198,6 +199,18 @@ def test_case_files_are_cases_whose_fullest_rank_receives_the_bound(
         limits[path.stem] = resolve_limit(case.limit, Traffic(case.tokens, tuple(rows), case.capacity))
         assert (max(rows), (case.physical_experts, case.shared_experts)) == (20, slots)
     assert limits == {"proven": 20, "one-less": 19, "yours": 9}
+
+
+def test_case_files_replace_links_and_name_their_folder_as_a_shell_reads_it(tmp_path: Path) -> None:
+    folder, other = tmp_path / "a b\nlimit = 1", tmp_path / "other"
+    folder.mkdir()
+    other.write_text("kept")
+    (folder / "proven.toml").symlink_to(other)
+    assert main(["advise", "-q", "--model=tiny", "--ep-size=2", "--tokens=4", f"--cases={folder}"]) == 0
+    assert other.read_text() == "kept"
+    text = (folder / "proven.toml").read_text()
+    assert msgspec.toml.decode(text)["limit"] == 8
+    assert "a b\\nlimit = 1/proven.toml' -n 2" in text
 
 
 def test_limit_of_the_environment_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
