@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -213,6 +215,27 @@ def test_of_two_processes_of_one_rank_the_second_ends_its_capture_and_the_first_
     first.end()
     found = read_capture(str(tmp_path / "c")).slices
     assert [one.tokens.tolist() for one in found.values()] == [[2, 3]] * LAYERS
+
+
+def test_a_folder_that_takes_no_file_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, _: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("distbench.capture.part_file.os.fdopen", lambda descriptor, _: closing(descriptor, Full()))
+        full = Server(tmp_path / "c", every=1)
+        full.step([1, 1])
+        assert all(recorder.ended for recorder in full.recorders)
+    assert not list((tmp_path / "c").iterdir())
+
+
+@contextlib.contextmanager
+def closing(descriptor: int, file: Any) -> Iterator[Any]:
+    try:
+        yield file
+    finally:
+        os.close(descriptor)
 
 
 def test_parts_have_their_size_although_dispatches_never_cease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
