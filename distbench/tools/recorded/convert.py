@@ -65,6 +65,7 @@ def _collected(paths: list[str], num_experts: int, ep_size: int) -> tuple[_Parts
     topk = total = arrays = 0
     with Meter("read routing") as meter:
         for path in paths:
+            here: _Parts = {}
             for part in read_parts(path):
                 ids, weights = _plain(path, part, num_experts)
                 if not ids.size:
@@ -73,15 +74,29 @@ def _collected(paths: list[str], num_experts: int, ep_size: int) -> tuple[_Parts
                 if ids.shape[1] != topk:
                     _refuse([path], f"step {part.step}: top-{ids.shape[1]}, elsewhere top-{topk}")
                 total += ids.size
-                if total > MOST_IDS or len(found) > MOST_SLICES:
+                if total > MOST_IDS or max(len(found), len(here)) > MOST_SLICES:
                     _refuse([path], f"more than {MOST_IDS} experts or {MOST_SLICES} steps and layers; give a part")
                 meter.also = f"step {part.step}"
                 arrays += 1
                 if arrays > _MOST_ARRAYS:
                     _refuse([path], f"more than {_MOST_ARRAYS} runs of lines; sort them by step, layer and rank")
                 for rank, one in _by_rank(path, part, (ids, weights), ep_size):
-                    found.setdefault((part.step, part.layer), {}).setdefault(rank, []).append(one)
+                    here.setdefault((part.step, part.layer), {}).setdefault(rank, []).append(one)
+            _add(path, here, found)
     return found, topk
+
+
+def _add(path: str, here: _Parts, found: _Parts) -> None:
+    """Add a file's parts to those of earlier files, which have other ranks, steps or layers."""
+    for (step, layer), ranks in here.items():
+        known = found.setdefault((step, layer), {})
+        if twice := known.keys() & ranks.keys():
+            _refuse(
+                [path],
+                f"step {step}, layer {layer}: rank {min(twice)} is in an earlier file too; give each file once, and "
+                "number the steps of several files one after the other",
+            )
+        known.update(ranks)
 
 
 def _plain(path: str, part: Part, num_experts: int) -> _Tokens:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import pickle
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -396,6 +397,16 @@ def test_file_without_routed_tokens_is_refused(tmp_path: Path, name: str, conten
     with pytest.raises(InvalidCase, match=message) as refused:
         convert([str(path)], E, W)
     assert "\n" not in str(refused.value)
+
+
+def test_tokens_of_two_files_are_not_those_of_one_step(tmp_path: Path) -> None:
+    first, *others = sglang(tmp_path)
+    with pytest.raises(InvalidCase, match=f"{re.escape(first)}.*layer .: rank 0 is in an earlier file too; give each"):
+        convert([first, *others, first], E, W)
+    np.save(tmp_path / "a.npy", np.array([[0, 1]] * W))
+    with pytest.raises(InvalidCase, match="number the steps of several files one after the other"):
+        convert([str(tmp_path / "a.npy"), str(tmp_path / "a.npy")], E, W)
+    convert([str(tmp_path / "a.npy")], E, W)
 
 
 def test_recording_with_more_experts_than_allowed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
