@@ -80,8 +80,10 @@ def _fitting(trace: TraceName, topk: int, placement: Placement) -> Header:
     found = header._asdict()
     other = [f"{key} = {found[key]}, not {value}" for key, value in asked.items() if found[key] != value]
     if other or placement.experts.tolist() != list(range(placement.num_experts)):
-        told = ", ".join(other) or "experts by their slots: give --num-experts as many as slots, and no --placement"
-        message = f"routing = {trace}: recorded with {told}; give the layer and ranks of the recording"
+        told = f"recorded with {', '.join(other)}; give the layer and ranks of the recording"
+        if not other:
+            told = "its experts are slots here; give --num-experts as many, and no --physical-experts or --placement"
+        message = f"routing = {trace}: {told}"
         raise InvalidCase(message)
     if trace.step is None or trace.layer is None:
         return header

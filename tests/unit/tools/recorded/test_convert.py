@@ -186,8 +186,10 @@ def test_recorded_tokens_keep_a_row_on_their_own_rank_where_a_shared_expert_has_
         assert main(["advise", "-q", *layer, f"--shared-experts={shared}", f"--json={advice}"]) == 0
         assert json.loads(advice.read_text())["seen"]["most"] == max(rows)
     (tmp_path / "placement.json").write_text(json.dumps([*range(1, 16), 0]))
-    assert main(["advise", *layer, f"--placement={tmp_path / 'placement.json'}"]) == 2
-    assert "and no --placement" in capsys.readouterr().err
+    for slots in ("--physical-experts=32", f"--placement={tmp_path / 'placement.json'}"):
+        assert main(["advise", *layer, slots]) == 2
+        told = "its experts are slots here; give --num-experts as many, and no --physical-experts or --placement"
+        assert told in capsys.readouterr().err
 
 
 def test_synthetic_trace_has_the_experts_that_run_routes(tmp_path: Path) -> None:
